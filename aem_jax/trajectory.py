@@ -1,0 +1,90 @@
+"""Host types of a rollout: what was asked, what was said, how it ended. Plain numpy; ids as sampled are the truth."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+
+class Ending(Enum):
+    """How an episode ended. Three words, never one."""
+
+    TERMINATED = "terminated"
+    """The task said so."""
+    TRUNCATED = "truncated"
+    """A limit (turns, tokens) was hit."""
+    ENV_ERROR = "env_error"
+    """The environment broke: masked from loss and group statistics, never counted as failure."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to do.
+
+    Attributes:
+        id: stable name, unique inside its split.
+        kind: task type, for metrics by type.
+        payload: JSON mapping that the environment server understands.
+    """
+
+    id: str
+    kind: str
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One observation and the response to it.
+
+    Attributes:
+        observation_ids: i32[n], the ids that the model saw since the previous response (prompt or observation with chat markup).
+        response_ids: i32[m], the ids that it sampled, stop id included.
+        logprobs: f32[m], log-probability of each sampled id at the sampling temperature, nats.
+        entropies: f32[m], entropy of the distribution that each id was drawn from, nats.
+        reward: reward that the response earned.
+        valid_action: whether the environment understood the response as an action.
+        observation: text of the observation.
+        response: text of the response.
+    """
+
+    observation_ids: np.ndarray
+    response_ids: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    reward: float
+    valid_action: bool
+    observation: str = ""
+    response: str = ""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One episode.
+
+    Attributes:
+        task: what was to be done.
+        group: index of its rollout group inside the step.
+        member: index inside the group.
+        turns: in order.
+        ending: how it ended.
+        won: whether the task was solved.
+        retries: how often the episode was begun again after an environment error.
+        context: "append" (turns share one growing sequence) or "window" (each turn's prompt stands alone).
+    """
+
+    task: Task
+    group: int
+    member: int
+    turns: tuple[Turn, ...]
+    ending: Ending
+    won: bool
+    retries: int = 0
+    context: str = "append"
+    final: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def total_reward(self) -> float:
+        """Undiscounted sum of the turns' rewards."""
+        return float(sum(turn.reward for turn in self.turns))
