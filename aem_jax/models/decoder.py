@@ -1,0 +1,172 @@
+"""The decoder in Flax NNX. Layers are stacked and scanned, so that compile time does not grow with depth.
+
+Two ways through the same weights: `hidden` sees whole packed rows (learning), `extend` sees a chunk of new tokens beside a
+KV cache (sampling). The cache is read-only inside `extend`; the chunk's keys and values come back to the caller, who merges them
+once per chunk. So a decode step copies no cache, whatever its size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from aem_jax.models.attention import chunk_attention, row_attention
+from aem_jax.models.config import ModelConfig
+
+Array = jax.Array
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, reduced in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin [..., head_dim/2] of the rotary angles `position * theta^(-2i/head_dim)`."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turns the pairs (x[i], x[i + head_dim/2]) of x [..., heads, head_dim] by the angles of its position."""
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """All layers' weights, stacked on a leading axis; the methods see one layer's slice."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        layers, d, h, kv, dh, f = (
+            config.num_layers,
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.intermediate_size,
+        )
+
+        def normal(*shape: int, fan_in: int, scale: float = 1.0) -> nnx.Param:
+            value = jax.random.normal(rngs.params(), (layers, *shape), jnp.float32)
+            return nnx.Param(value * (scale * fan_in**-0.5))
+
+        residual = (2 * layers) ** -0.5  # keeps the residual stream's variance flat in depth at the start
+        self.q = normal(d, h, dh, fan_in=d)
+        self.k = normal(d, kv, dh, fan_in=d)
+        self.v = normal(d, kv, dh, fan_in=d)
+        self.o = normal(h, dh, d, fan_in=h * dh, scale=residual)
+        self.gate = normal(d, f, fan_in=d)
+        self.up = normal(d, f, fan_in=d)
+        self.down = normal(f, d, fan_in=f, scale=residual)
+        self.q_norm = nnx.Param(jnp.ones((layers, dh)))
+        self.k_norm = nnx.Param(jnp.ones((layers, dh)))
+        self.attention_norm = nnx.Param(jnp.ones((layers, d)))
+        self.mlp_norm = nnx.Param(jnp.ones((layers, d)))
+        self.config = config
+
+    def qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """Normed and rotated queries [B,T,H,Dh], keys and values [B,T,KV,Dh] of x [B,T,D]."""
+        dtype, eps = x.dtype, self.config.norm_eps
+        x = rms_norm(x, self.attention_norm[...], eps)
+        q = jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(dtype))
+        k = jnp.einsum("btd,dhk->bthk", x, self.k[...].astype(dtype))
+        v = jnp.einsum("btd,dhk->bthk", x, self.v[...].astype(dtype))
+        q = rotate(rms_norm(q, self.q_norm[...], eps), cos, sin)
+        k = rotate(rms_norm(k, self.k_norm[...], eps), cos, sin)
+        return q, k, v
+
+    def finish(self, x: Array, attended: Array) -> Array:
+        """Output projection, then the MLP, each with its residual."""
+        dtype = x.dtype
+        x = x + jnp.einsum("bthk,hkd->btd", attended, self.o[...].astype(dtype))
+        y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
+        y = jax.nn.silu(y @ self.gate[...].astype(dtype)) * (y @ self.up[...].astype(dtype))
+        return x + y @ self.down[...].astype(dtype)
+
+
+class Decoder(nnx.Module):
+    """Embedding, stacked blocks, final norm, head."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        d, v = config.hidden_size, config.vocab_size
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), (v, d), jnp.float32) * d**-0.5)
+        self.layers = Block(config, rngs=rngs)
+        self.norm = nnx.Param(jnp.ones((d,)))
+        if not config.tied_head:
+            self.head = nnx.Param(jax.random.normal(rngs.params(), (d, v), jnp.float32) * d**-0.5)
+        self.config = config
+
+    def _embed(self, tokens: Array) -> Array:
+        return jnp.take(self.embed[...], tokens, axis=0).astype(self.config.dtype)
+
+    def hidden(self, tokens: Array, positions: Array, segment_ids: Array, remat: Callable | None = None) -> Array:
+        """Hidden states of packed rows.
+
+        Args:
+            tokens: i32[B,T].
+            positions: i32[B,T], position inside its segment.
+            segment_ids: i32[B,T], 0 for padding; a token attends to earlier tokens of its own segment.
+            remat: a `jax.checkpoint_policies` policy, or None to keep every activation.
+
+        Returns:
+            [B,T,D] after the final norm.
+        """
+        config = self.config
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(x: Array, state: Any) -> tuple[Array, None]:
+            block = nnx.merge(graphdef, state)
+            q, k, v = block.qkv(x, cos, sin)
+            return block.finish(x, row_attention(q, k, v, segment_ids)), None
+
+        body = layer if remat is None else jax.checkpoint(layer, policy=remat)
+        x, _ = jax.lax.scan(body, self._embed(tokens), stacked)
+        return rms_norm(x, self.norm[...], config.norm_eps)
+
+    def extend(
+        self, tokens: Array, positions: Array, cache: tuple[Array, Array], cached: Array, chunk: tuple[Array, Array], index: Array
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Hidden states of C new tokens a slot, beside a cache and the chunk's own earlier tokens.
+
+        Args:
+            tokens: i32[S,C].
+            positions: i32[S,C].
+            cache: keys and values, each [L,S,KV,W,Dh]; read only.
+            cached: i32[S], how many of the W positions are filled.
+            chunk: keys and values of this chunk, each [L,S,KV,G,Dh], filled up to `index`.
+            index: i32 scalar, where the C tokens go in the chunk.
+
+        Returns:
+            hidden [S,C,D] after the final norm, and the chunk with the new tokens' keys and values.
+        """
+        config = self.config
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(carry: tuple[Array, tuple[Array, Array]], scanned: tuple[Any, Array, Array, Array]) -> tuple[Any, None]:
+            x, (chunk_k, chunk_v) = carry
+            state, cache_k, cache_v, depth = scanned
+            block = nnx.merge(graphdef, state)
+            q, k, v = block.qkv(x, cos, sin)
+            at = (depth, 0, 0, index, 0)
+            chunk_k = jax.lax.dynamic_update_slice(chunk_k, jnp.swapaxes(k, 1, 2)[None], at)
+            chunk_v = jax.lax.dynamic_update_slice(chunk_v, jnp.swapaxes(v, 1, 2)[None], at)
+            attended = chunk_attention(q, cache_k, cache_v, cached, chunk_k[depth], chunk_v[depth], index)
+            return (block.finish(x, attended), (chunk_k, chunk_v)), None
+
+        depths = jnp.arange(config.num_layers)
+        (x, chunk), _ = jax.lax.scan(layer, (self._embed(tokens), chunk), (stacked, *cache, depths))
+        return rms_norm(x, self.norm[...], config.norm_eps), chunk
+
+    def logits(self, hidden: Array) -> Array:
+        """float32 logits [..., V] of hidden states [..., D]."""
+        if self.config.tied_head:
+            return jnp.einsum("...d,vd->...v", hidden, self.embed[...].astype(hidden.dtype)).astype(jnp.float32)
+        return (hidden @ self.head[...].astype(hidden.dtype)).astype(jnp.float32)
