@@ -1,0 +1,64 @@
+# Everything a fresh Debian or Ubuntu machine with python3, make and git needs:
+#   make run     set up .venv and train the default preset (alfworld-tiny)
+#   make test    set up .venv with the test tools and run the tests
+# Arguments go through ARGS:  make run ARGS="--seed 1"   make test ARGS="-k aem -x"
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?=
+ARGS ?=
+# One stamp per set of packages: a second call finds it and starts at once, a changed pin makes it stale.
+RUN_STAMP := $(VENV)/.installed-run
+DEV_STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format types imports check install clean distclean
+
+help:
+	@sed -n '2,4p' $(MAKEFILE_LIST) | sed 's/^# *//'
+	@echo "also: lint, format, types, imports, check (all of these), install, clean, distclean"
+
+$(BIN)/python:
+	@PYTHON="$(PYTHON)" bash scripts/make_venv.sh $(VENV)
+
+$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing aem_jax into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	@echo "installing the test tools into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(DEV_STAMP)
+
+run: $(RUN_STAMP)
+	$(BIN)/python -m aem_jax.launch $(ARGS)
+
+test: $(DEV_STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV_STAMP)
+	$(BIN)/pyright
+
+imports: $(DEV_STAMP)
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+check: lint types imports test
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .jax_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) *.egg-info

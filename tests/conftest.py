@@ -1,0 +1,47 @@
+"""Settings for all tests. Environment variables, not imports: a test that needs no jax never loads it.
+
+They must be set before jax is imported, which is why they stand at the top of this file.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+SETTINGS = {
+    "JAX_PLATFORMS": "cpu",
+    # sharding tests run on 8 simulated devices; results must not depend on how many there are
+    "JAX_NUM_CPU_DEVICES": "8",
+    # f32[R] + f32[R, T] is a bug more often than it is meant
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    # compile once per checkout, not once per run and worker
+    "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".jax_cache" / "tests"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    # nothing is downloaded while testing
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+    "MPLBACKEND": "Agg",
+}
+for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)
+
+
+@pytest.fixture
+def golden() -> Path:
+    """The folder of golden recordings beside the repository; the test is skipped where it is not there."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("golden recordings (../shared) are not beside this checkout")
+    return folder
+
+
+@pytest.fixture
+def user_environment() -> dict[str, str]:
+    """Environment for a subprocess that should run as a user's would: one CPU device, jax's defaults, the same cache."""
+    ours = {"JAX_NUM_CPU_DEVICES", "JAX_NUMPY_RANK_PROMOTION"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
