@@ -1,0 +1,271 @@
+"""Trajectories → fixed-shape arrays. The only room that knows a row's layout.
+
+A *segment* is a run of ids that see each other: a whole trajectory in the "append" context (prompt, response,
+observation, response, …), one turn in the "window" context. Segments are packed first-fit-decreasing into rows of one
+length; rows are cut into microbatches, microbatches into minibatches. Shapes never change, only `minibatch_ends` does, so
+nothing recompiles and unused microbatches cost nothing. Responses and trajectories are numbered in the order that they
+came in, whatever the packing, so estimators see the same tables in both contexts.
+
+Left out: padding to several row lengths (packing makes one enough) and splitting a long trajectory over rows (it would
+cut attention). Nothing is ever dropped in silence: what does not fit is an error that names the number to raise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from aem_jax.trajectory import Ending, Trajectory
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """The static sizes of a batch."""
+
+    num_microbatches: int
+    """M: most microbatches of one step. "append" never needs more than max_trajectories / rows + num_minibatches."""
+    rows: int
+    """b: rows in one microbatch; a multiple of the mesh's data × fsdp."""
+    row_length: int
+    """T: ids in one row; no segment may be longer."""
+    max_responses: int
+    """R: most responses of one step."""
+    max_trajectories: int
+    """N: most trajectories of one step."""
+    num_minibatches: int = 1
+    """K: optimizer steps made from one batch; trajectories are dealt to them evenly."""
+
+    def __post_init__(self):
+        for name, size in vars(self).items():
+            if size < 1:
+                raise ValueError(f"expected {name} ≥ 1, got {size}; raise BatchLayout.{name}")
+        if self.num_microbatches < self.num_minibatches:
+            raise ValueError(
+                f"expected at least one microbatch for each of {self.num_minibatches} minibatches, "
+                f"got {self.num_microbatches}; raise BatchLayout.num_microbatches"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One step's experience.
+
+    Attributes:
+        tokens: i32[M, b, T], ids; 0 in padding.
+        positions: i32[M, b, T], position inside the segment, from 0.
+        segment_ids: i32[M, b, T], 1, 2, … inside a row; 0 in padding.
+        response_ids: i32[M, b, T], number of the response that a token belongs to, -1 elsewhere. The token at index t
+            is predicted from index t - 1 of the same segment.
+        logprobs: f32[M, b, T], log-probability as sampled, nats; 0 outside responses.
+        entropies: f32[M, b, T], entropy as sampled, nats; 0 outside responses.
+        response_trajectory: i32[R], the trajectory that a response belongs to.
+        response_turn: i32[R], its turn, from 0.
+        response_tokens: i32[R], its length in tokens.
+        response_rewards: f32[R], the reward that it earned.
+        response_valid: bool[R], whether the row of the table is used, by a response with at least one token.
+        returns: f32[N], undiscounted sum of rewards.
+        group_ids: i32[N], rollout group.
+        valid: bool[N], whether the row of the table is used, by a trajectory that the environment did not break.
+        truncated: bool[N], whether a limit ended it.
+        trajectory_minibatch: i32[N], the minibatch that it was dealt to; -1 where not valid.
+        minibatch_ends: i32[K], minibatch j owns microbatches minibatch_ends[j - 1] … minibatch_ends[j] - 1.
+    """
+
+    tokens: ArrayLike
+    positions: ArrayLike
+    segment_ids: ArrayLike
+    response_ids: ArrayLike
+    logprobs: ArrayLike
+    entropies: ArrayLike
+    response_trajectory: ArrayLike
+    response_turn: ArrayLike
+    response_tokens: ArrayLike
+    response_rewards: ArrayLike
+    response_valid: ArrayLike
+    returns: ArrayLike
+    group_ids: ArrayLike
+    valid: ArrayLike
+    truncated: ArrayLike
+    trajectory_minibatch: ArrayLike
+    minibatch_ends: ArrayLike
+
+    @property
+    def num_microbatches(self):
+        """i32[]: how many of the M microbatches are used."""
+        return self.minibatch_ends[-1]  # type: ignore[index]
+
+
+class _Segment(NamedTuple):
+    tokens: np.ndarray
+    response_ids: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray
+
+
+def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: int = 0) -> Batch:
+    """Pack trajectories into rows and tables.
+
+    Trajectories that ended in `env_error` keep their row in the table (valid = False) and are not packed: no token of
+    theirs is computed. With none left `num_microbatches` is 0.
+
+    Args:
+        trajectories: in any order and of either context; their order numbers the tables.
+        layout: static sizes.
+        seed: deals trajectories to minibatches; no effect when there is one minibatch.
+
+    Returns:
+        A batch of numpy arrays, the same for the same arguments.
+
+    Raises:
+        ValueError: something does not fit (the message says which size to raise), or a turn is malformed.
+    """
+    N, R, K = layout.max_trajectories, layout.max_responses, layout.num_minibatches
+    if len(trajectories) > N:
+        raise ValueError(
+            f"expected at most {N} trajectories, got {len(trajectories)}; raise BatchLayout.max_trajectories"
+        )
+    num_responses = sum(len(each.turns) for each in trajectories if each.ending is not Ending.ENV_ERROR)
+    if num_responses > R:
+        raise ValueError(f"expected at most {R} responses, got {num_responses}; raise BatchLayout.max_responses")
+
+    responses = {
+        "response_trajectory": np.zeros(R, np.int32),
+        "response_turn": np.zeros(R, np.int32),
+        "response_tokens": np.zeros(R, np.int32),
+        "response_rewards": np.zeros(R, np.float32),
+    }
+    table = {
+        "returns": np.zeros(N, np.float32),
+        "group_ids": np.zeros(N, np.int32),
+        "valid": np.zeros(N, bool),
+        "truncated": np.zeros(N, bool),
+        "trajectory_minibatch": _deal(trajectories, N, K, seed),
+    }
+    segments: list[list[_Segment]] = [[] for _ in range(K)]
+    next_response = 0
+    for n, trajectory in enumerate(trajectories):
+        table["returns"][n] = trajectory.total_reward
+        table["group_ids"][n] = trajectory.group
+        table["truncated"][n] = trajectory.ending is Ending.TRUNCATED
+        if trajectory.ending is Ending.ENV_ERROR:
+            continue
+        table["valid"][n] = True
+        for k, turn in enumerate(trajectory.turns):
+            r = next_response + k
+            responses["response_trajectory"][r] = n
+            responses["response_turn"][r] = k
+            responses["response_tokens"][r] = len(turn.response_ids)
+            responses["response_rewards"][r] = turn.reward
+        segments[table["trajectory_minibatch"][n]] += _segments(trajectory, n, next_response, layout.row_length)
+        next_response += len(trajectory.turns)
+
+    rows = [_first_fit_decreasing([len(each.tokens) for each in part], layout.row_length) for part in segments]
+    ends = np.cumsum([-(-len(part) // layout.rows) for part in rows])
+    if ends[-1] > layout.num_microbatches:
+        raise ValueError(
+            f"expected at most {layout.num_microbatches} microbatches, got {ends[-1]} (rows of {layout.row_length}, "
+            f"{layout.rows} rows each); raise BatchLayout.num_microbatches, rows or row_length"
+        )
+    starts = np.concatenate([[0], ends[:-1]])
+    return Batch(
+        **_fill(segments, rows, starts, layout),
+        **responses,
+        response_valid=responses["response_tokens"] > 0,
+        **table,
+        minibatch_ends=ends.astype(np.int32),
+    )
+
+
+def _deal(trajectories: Sequence[Trajectory], N: int, K: int, seed: int) -> np.ndarray:
+    """Shuffled trajectories to minibatches in turn, so that their counts differ by at most one."""
+    dealt = np.full(N, -1, np.int32)
+    playable = np.array([n for n, each in enumerate(trajectories) if each.ending is not Ending.ENV_ERROR], np.int64)
+    dealt[np.random.default_rng(seed).permutation(playable)] = np.arange(len(playable)) % K
+    return dealt
+
+
+def _segments(trajectory: Trajectory, n: int, first_response: int, row_length: int) -> list[_Segment]:
+    """The trajectory's segments, each cut after its last response token: nothing later is ever predicted."""
+    if trajectory.context not in ("append", "window"):
+        raise ValueError(f'expected context "append" or "window", got {trajectory.context!r} in trajectory {n}')
+    parts = [_turn_segment(turn, n, k, first_response + k) for k, turn in enumerate(trajectory.turns)]
+    if trajectory.context == "append" and parts:
+        parts = [_Segment(*(np.concatenate(column) for column in zip(*parts, strict=True)))]
+    segments = []
+    for part in parts:
+        (sampled,) = np.nonzero(part.response_ids >= 0)
+        if not len(sampled):
+            continue
+        if sampled[0] == 0:
+            raise ValueError(f"expected an observation before the first response, got none in trajectory {n}")
+        if sampled[-1] >= row_length:
+            raise ValueError(
+                f"expected segments of at most {row_length} tokens, got {sampled[-1] + 1} in trajectory {n} "
+                f"({trajectory.task.id}); raise BatchLayout.row_length or lower the episode's token budget"
+            )
+        segments.append(_Segment(*(column[: sampled[-1] + 1] for column in part)))
+    return segments
+
+
+def _turn_segment(turn, n: int, k: int, response: int) -> _Segment:
+    seen, sampled = len(turn.observation_ids), len(turn.response_ids)
+    if not len(turn.logprobs) == len(turn.entropies) == sampled:
+        raise ValueError(
+            f"expected a logprob and an entropy for each of {sampled} sampled ids, got {len(turn.logprobs)} and "
+            f"{len(turn.entropies)} in turn {k} of trajectory {n}"
+        )
+    blank = np.zeros(seen, np.float32)
+    return _Segment(
+        tokens=np.concatenate([turn.observation_ids, turn.response_ids]).astype(np.int32),
+        response_ids=np.concatenate([np.full(seen, -1), np.full(sampled, response)]).astype(np.int32),
+        logprobs=np.concatenate([blank, turn.logprobs]).astype(np.float32),
+        entropies=np.concatenate([blank, turn.entropies]).astype(np.float32),
+    )
+
+
+def _first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of indices: longest first, each into the first row with room. Ties keep their order."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((row for row, left in enumerate(room) if lengths[index] <= left), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+def _fill(
+    segments: Sequence[Sequence[_Segment]],
+    rows: Sequence[Sequence[Sequence[int]]],
+    starts: np.ndarray,
+    layout: BatchLayout,
+) -> dict[str, np.ndarray]:
+    shape = (layout.num_microbatches * layout.rows, layout.row_length)
+    arrays = {
+        "tokens": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "response_ids": np.full(shape, -1, np.int32),
+        "logprobs": np.zeros(shape, np.float32),
+        "entropies": np.zeros(shape, np.float32),
+    }
+    for part, part_rows, start in zip(segments, rows, starts, strict=True):
+        for row, members in enumerate(part_rows, start=int(start) * layout.rows):
+            offset = 0
+            for number, member in enumerate(members, start=1):
+                segment = part[member]
+                span = slice(offset, offset + len(segment.tokens))
+                for name, column in segment._asdict().items():
+                    arrays[name][row, span] = column
+                arrays["positions"][row, span] = np.arange(len(segment.tokens))
+                arrays["segment_ids"][row, span] = number
+                offset = span.stop
+    packed = (layout.num_microbatches, layout.rows, layout.row_length)
+    return {name: array.reshape(packed) for name, array in arrays.items()}
