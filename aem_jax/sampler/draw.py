@@ -1,0 +1,97 @@
+"""One token from each row of logits, with its log-probability and the distribution's entropy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+Draw = Callable[[Array, Array], tuple[Array, Array, Array]]
+"""(logits f32[S,V], keys [S]) -> tokens i32[S], logprobs f32[S], entropies f32[S]."""
+
+_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token. Logprobs and entropies are those at this temperature."""
+    top_k: int = 0
+    """Draw only from the k most likely tokens; 0 means all."""
+    top_p: float = 1.0
+    """Draw only from the smallest set of tokens whose probability reaches p; 1 means all."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"expected temperature >= 0, got {self.temperature}; 0 is greedy")
+        if self.top_k < 0:
+            raise ValueError(f"expected top_k >= 0, got {self.top_k}; 0 keeps every token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"expected 0 < top_p <= 1, got {self.top_p}; 1 keeps every token")
+
+
+def categorical(weights: Array, keys: Array) -> Array:
+    """Draws an index from each row of unnormalised `weights` f32[S,V], by inverting two short cumulative sums.
+
+    First a block of 64 tokens is drawn by its mass, then a token inside it, each with a uniform of its own: two random numbers
+    a row instead of V, no cumulative sum over V, and float32 resolution *inside* each block, so rare tokens keep their odds.
+    """
+    slots, vocab = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(slots, -1, _BLOCK)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+
+    def invert(masses: Array, uniform: Array) -> Array:
+        cumulative = jnp.cumsum(masses, axis=-1)
+        index = jnp.sum(cumulative <= uniform[:, None] * cumulative[:, -1:], axis=-1)
+        last = masses.shape[-1] - 1 - jnp.argmax(jnp.flip(masses > 0, axis=-1), axis=-1)
+        return jnp.minimum(index, last)  # rounding must not reach past the last possible one
+
+    block = invert(jnp.sum(blocks, axis=-1), uniforms[:, 0])
+    inside = invert(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
+    return block * _BLOCK + inside
+
+
+def make_draw(config: SamplingConfig) -> Draw:
+    """Builds the drawing function.
+
+    Logprobs and entropies are those of `softmax(logits / temperature)` *before* top-k and top-p: that is the distribution
+    that the learner differentiates, and its log-probabilities can be compared token by token. Greedy reports those at temperature 1.
+    """
+    greedy = config.temperature == 0.0
+
+    def draw(logits: Array, keys: Array) -> tuple[Array, Array, Array]:
+        logits = logits if greedy else logits / config.temperature
+        shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(shifted)
+        total = jnp.sum(weights, axis=-1)
+        log_total = jnp.log(total)
+        entropies = log_total - jnp.sum(weights * shifted, axis=-1) / total
+        if greedy:
+            tokens = jnp.argmax(logits, axis=-1)
+        else:
+            tokens = categorical(_keep(weights, total, config), keys)
+        logprobs = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
+        return tokens.astype(jnp.int32), logprobs, entropies
+
+    return draw
+
+
+def _keep(weights: Array, total: Array, config: SamplingConfig) -> Array:
+    """Sets the weights outside top-k and top-p to zero; ties at the edge are kept."""
+    if config.top_k == 0 and config.top_p == 1.0:
+        return weights
+    vocab = weights.shape[-1]
+    count = min(config.top_k or vocab, vocab)
+    ordered = jax.lax.top_k(weights, count)[0]
+    if config.top_p < 1.0:
+        mass = total if config.top_k == 0 else jnp.sum(ordered, axis=-1)
+        before = jnp.cumsum(ordered, axis=-1) - ordered
+        inside = before < config.top_p * mass[:, None]
+        floor = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1)
+    else:
+        floor = ordered[:, -1]
+    return jnp.where(weights >= floor[:, None], weights, 0.0)
