@@ -42,6 +42,6 @@ def golden() -> Path:
 
 @pytest.fixture
 def user_environment() -> dict[str, str]:
-    """Environment for a subprocess that should run as a user's would: one CPU device, jax's defaults, the same cache."""
+    """For a subprocess that should run as a user's would: one CPU device, jax's defaults, the same cache."""
     ours = {"JAX_NUM_CPU_DEVICES", "JAX_NUMPY_RANK_PROMOTION"}
     return {name: value for name, value in os.environ.items() if name not in ours}

@@ -19,7 +19,7 @@ LEVELS = {
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
 SAME_LEVEL = {("models", "sharding")}
-"""Rooms of levels 0 and 1 ignore each other, but for these; from level 2 on, the import graph only has to stay acyclic."""
+"""Rooms of levels 0 and 1 ignore each other, but for these; from level 2 on the import graph must only be acyclic."""
 
 JAX_ALONE = {"advantage", "losses"}
 NO_JAX = {"envs", "trajectory"}
@@ -166,7 +166,8 @@ def test_the_checker_sees_a_cycle():
 def loaded_after(module: str) -> set[str]:
     """Top-level packages in a fresh process once `module` is imported."""
     code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     return set(result.stdout.split())
 
 

@@ -1,0 +1,178 @@
+"""Numbers of a run: JSON lines for programs, TensorBoard events and, if wanted, Weights & Biases for people.
+
+`metrics.jsonl` is the record that counts: one line per step, complete or absent. A run resumed at step s drops its lines
+from s on before it goes on, so that its file equals that of a run which was never stopped, but for the clock: what depends
+on it stands under `time/` and `throughput/`, and `comparable` leaves that out.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+CLOCK = ("time/", "throughput/")
+"""Prefixes of the metrics that depend on the clock: two equal runs differ in these and in no others."""
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Where the numbers of a run go. `metrics.jsonl` is always written."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's `tensorboard/`."""
+    wandb_project: str = ""
+    """Weights & Biases project to log to; empty for none. Needs the extra `wandb`."""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float | int | None]:
+    """Nested mappings of scalars → one level, keys joined by `/`, plain Python numbers.
+
+    Args:
+        values: scalars (Python, numpy or jax) or mappings of them, to any depth.
+        prefix: what all keys begin with.
+
+    Returns:
+        numbers by name, in the order given; a number that is not finite is None, for which JSON has a word.
+
+    Raises:
+        ValueError: a leaf is not one number.
+    """
+    flat: dict[str, float | int | None] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{key}/")
+            continue
+        array = np.asarray(value)
+        if array.size != 1 or (array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16"):
+            found = f"{array.dtype} of shape {array.shape}" if array.size != 1 else repr(value)
+            raise ValueError(f"expected one number under {key!r}, got {found}; reduce or drop it before it is written")
+        number = array.reshape(()).item()
+        flat[key] = number if math.isfinite(number) else None
+    return flat
+
+
+def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of `metrics.jsonl` without what depends on the clock: equal for equal runs."""
+    return {name: value for name, value in record.items() if not name.startswith(CLOCK)}
+
+
+def read_lines(path: Path | str) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file in order. A missing file is empty; a line cut short by a kill is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def append_line(path: Path | str, record: Mapping[str, Any]) -> None:
+    """Appends one record as one line in one write: a reader, or a run that comes back, sees all of it or none."""
+    line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def drop_lines(path: Path | str, step: int) -> None:
+    """Drops the records of `step` and later ones, and any line cut short, from a JSON-lines file. Atomic."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = [record for record in read_lines(path) if record.get("step", -1) < step]
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class MetricsWriter:
+    """Writes one line of numbers per step to everything that the config names. A context manager.
+
+    Args:
+        run_dir: the run's folder, made if it is not there.
+        config: where the numbers go.
+        start_step: first step that this process will write; what an earlier process wrote from there on is dropped.
+        run_config: the run's settings, shown beside the curves where the place has room for them.
+
+    Raises:
+        ValueError: `wandb_project` is set and wandb is not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        config: MetricsConfig = MetricsConfig(),
+        *,
+        start_step: int = 0,
+        run_config: Mapping[str, Any] | None = None,
+    ):
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = self.run_dir / "metrics.jsonl"
+        drop_lines(self.path, start_step)
+        self._tensorboard = _open_tensorboard(self.run_dir / "tensorboard", start_step) if config.tensorboard else None
+        self._wandb = _open_wandb(config.wandb_project, self.run_dir, run_config) if config.wandb_project else None
+
+    def write(self, step: int, values: Mapping[str, Any]) -> dict[str, float | int | None]:
+        """Writes the numbers of one step; returns them as they stand in the file."""
+        record = {"step": int(step), **flatten(values)}
+        append_line(self.path, record)
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(record, step=step)
+        return record
+
+    def close(self) -> None:
+        """Closes what is open; the files are complete without it."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_tensorboard(folder: Path, start_step: int) -> Any:
+    from tensorboardX import SummaryWriter  # 0.5 s of protobuf, for those who want it
+
+    return SummaryWriter(str(folder), purge_step=start_step or None)
+
+
+def _open_wandb(project: str, run_dir: Path, run_config: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"expected wandb to be installed for metrics.wandb_project {project!r}, got no such module; "
+            "pip install 'aem_jax[wandb]' or leave wandb_project empty"
+        ) from None
+    settings = dict(run_config or {})
+    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=settings, resume="allow")
