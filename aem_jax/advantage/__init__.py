@@ -1,0 +1,35 @@
+"""Credit for multi-turn agents: AEM coefficients and the base advantages they scale. Imports jax alone.
+
+    base = over_trajectories(grpo, returns, groups, G, response_trajectory)
+    alpha = aem_coefficients(response_entropy(entropies, response_ids, R), groups[response_trajectory], G)
+    advantages = token_advantages(alpha * base, response_ids)
+
+Every function takes and returns arrays of static shape, so it runs under `jit`, `vmap` and on sharded batches.
+Method: *AEM: Adaptive Entropy Modulation for Multi-Turn Agentic Reinforcement Learning*, arXiv 2605.00425.
+"""
+
+from aem_jax.advantage.aem import (
+    CoefficientStatistics,
+    aem_coefficients,
+    aem_scale,
+    coefficient_statistics,
+    token_advantages,
+)
+from aem_jax.advantage.estimators import Estimator, dr_grpo, grpo, over_trajectories, over_turns, rloo
+from aem_jax.advantage.surprisal import response_entropy, token_statistics
+
+__all__ = [
+    "CoefficientStatistics",
+    "Estimator",
+    "aem_coefficients",
+    "aem_scale",
+    "coefficient_statistics",
+    "dr_grpo",
+    "grpo",
+    "over_trajectories",
+    "over_turns",
+    "response_entropy",
+    "rloo",
+    "token_advantages",
+    "token_statistics",
+]

@@ -1,0 +1,211 @@
+"""Base advantages from returns and groups, and the two scopes their statistics can be taken over. METHOD §5.
+
+An estimator sees *rows*, each with a return and a group, and knows nothing of what a row is. Scope is what the caller
+makes a row: `over_trajectories` gives it one row a trajectory, `over_turns` one row a response, so that long episodes
+weigh more in their group's mean. A choice of estimator and scope is thus two functions:
+
+    over_turns(functools.partial(grpo, ddof=1), returns, group_ids, num_groups, response_trajectory)
+"""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from aem_jax.advantage._checks import (
+    id_array,
+    members,
+    not_negative,
+    one_axis,
+    real_array,
+    same_shape,
+    static_count,
+    take,
+)
+
+
+class Estimator(Protocol):
+    """What `grpo`, `dr_grpo`, `rloo` and partials of them have in common."""
+
+    def __call__(
+        self, returns: ArrayLike, group_ids: ArrayLike, num_groups: int, *, valid: ArrayLike | None = None
+    ) -> jax.Array:
+        """Advantage of each row, [N]; 0 for rows that are not valid."""
+        ...
+
+
+def grpo(
+    returns: ArrayLike,
+    group_ids: ArrayLike,
+    num_groups: int,
+    *,
+    ddof: int = 0,
+    eps: float = 1e-6,
+    valid: ArrayLike | None = None,
+) -> jax.Array:
+    """GRPO: returns centred and scaled inside their group (arXiv 2402.03300).
+
+        A_i = (R_i − μ) / (σ + eps),    σ² = Σ (R_i − μ)² / (n − ddof)
+
+    A group of one, or of equal returns, gets exactly 0.
+
+    Args:
+        returns: float[N], one a row, in units of reward.
+        group_ids: int[N], group of each row, in any order; -1 for none.
+        num_groups: number of groups, static.
+        ddof: 0 for the population's standard deviation, 1 for the sample's. Implementations differ.
+        eps: added to σ, in units of reward.
+        valid: bool[N], which rows take part; all by default.
+
+    Returns:
+        float[N], no unit; 0 for rows that take no part.
+
+    Raises:
+        ValueError: on wrong shapes or dtypes, ids known to lie outside [-1, num_groups), ddof not 0 or 1, eps < 0.
+    """
+    if ddof not in (0, 1):
+        raise ValueError(f"expected ddof 0 or 1, got {ddof!r}")
+    not_negative("eps", eps)
+    centred, count, group_ids = _centre(returns, group_ids, num_groups, valid)
+    squares = jax.ops.segment_sum(centred**2, group_ids, num_groups)
+    variance = squares / jnp.maximum(count - ddof, 1.0)
+    # The root of a variance of 0 has an infinite slope; the inner 1 keeps it out of gradients.
+    sigma = take(jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0), group_ids, 0.0)
+    # With eps = 0 a group of equal returns would be 0/0; its advantage is 0 whatever stands below.
+    return centred / jnp.where(sigma + eps > 0, sigma + eps, 1.0)
+
+
+def dr_grpo(returns: ArrayLike, group_ids: ArrayLike, num_groups: int, *, valid: ArrayLike | None = None) -> jax.Array:
+    """Dr.GRPO: returns centred inside their group, without a scale that favours easy and hard tasks (arXiv 2503.20783).
+
+        A_i = R_i − μ
+
+    Its other half, a loss divided by a constant length, belongs to the loss.
+
+    Args:
+        returns: float[N], one a row, in units of reward.
+        group_ids: int[N], group of each row, in any order; -1 for none.
+        num_groups: number of groups, static.
+        valid: bool[N], which rows take part; all by default.
+
+    Returns:
+        float[N], in units of reward; 0 for rows that take no part.
+
+    Raises:
+        ValueError: on wrong shapes or dtypes, or ids known to lie outside [-1, num_groups).
+    """
+    return _centre(returns, group_ids, num_groups, valid)[0]
+
+
+def rloo(returns: ArrayLike, group_ids: ArrayLike, num_groups: int, *, valid: ArrayLike | None = None) -> jax.Array:
+    """RLOO: each return against the mean of the *others* of its group (arXiv 2402.14740).
+
+        A_i = R_i − Σ_{j≠i} R_j / (n − 1) = n/(n − 1) · (R_i − μ)
+
+    A group of one has no others and gets 0.
+
+    Args:
+        returns: float[N], one a row, in units of reward.
+        group_ids: int[N], group of each row, in any order; -1 for none.
+        num_groups: number of groups, static.
+        valid: bool[N], which rows take part; all by default.
+
+    Returns:
+        float[N], in units of reward; 0 for rows that take no part.
+
+    Raises:
+        ValueError: on wrong shapes or dtypes, or ids known to lie outside [-1, num_groups).
+    """
+    centred, count, group_ids = _centre(returns, group_ids, num_groups, valid)
+    return centred * take(count / jnp.maximum(count - 1.0, 1.0), group_ids, 0.0)
+
+
+def over_trajectories(
+    estimator: Estimator,
+    returns: ArrayLike,
+    group_ids: ArrayLike,
+    num_groups: int,
+    response_trajectory: ArrayLike,
+    *,
+    valid: ArrayLike | None = None,
+) -> jax.Array:
+    """Trajectory scope: every trajectory counts once in its group's statistics, however many turns it took.
+
+        A_r = estimator(R)[trajectory of r]
+
+    Args:
+        estimator: what turns rows of returns into advantages, e.g. `grpo` or `functools.partial(grpo, ddof=1)`.
+        returns: float[N], return of each trajectory.
+        group_ids: int[N], group of each trajectory; -1 for none.
+        num_groups: number of groups, static.
+        response_trajectory: int[R], trajectory of each response; -1 for padding.
+        valid: bool[N], which trajectories take part; all by default.
+
+    Returns:
+        float[R], advantage of each response; 0 for padding and for responses of trajectories that take no part.
+
+    Raises:
+        ValueError: as the estimator, and on response_trajectory known to lie outside [-1, N).
+    """
+    rows = estimator(returns, group_ids, num_groups, valid=valid)
+    return take(rows, id_array("response_trajectory", response_trajectory, rows.shape[0]), 0.0)
+
+
+def over_turns(
+    estimator: Estimator,
+    returns: ArrayLike,
+    group_ids: ArrayLike,
+    num_groups: int,
+    response_trajectory: ArrayLike,
+    *,
+    valid: ArrayLike | None = None,
+) -> jax.Array:
+    """Turn scope: every response is a row that repeats its trajectory's return, so long episodes weigh more.
+
+        A = estimator(R[trajectory of each response])
+
+    Args:
+        estimator: what turns rows of returns into advantages; the common stack of this scope uses ddof = 1.
+        returns: float[N], return of each trajectory.
+        group_ids: int[N], group of each trajectory; -1 for none.
+        num_groups: number of groups, static.
+        response_trajectory: int[R], trajectory of each response; -1 for padding.
+        valid: bool[N], which trajectories take part; all by default.
+
+    Returns:
+        float[R], advantage of each response; 0 for padding and for responses of trajectories that take no part.
+
+    Raises:
+        ValueError: as the estimator, and on response_trajectory known to lie outside [-1, N).
+    """
+    returns, group_ids = real_array("returns", returns), id_array("group_ids", group_ids, num_groups)
+    one_axis("returns", returns)
+    same_shape(returns=returns, group_ids=group_ids)
+    taking_part = members(group_ids, num_groups, valid)
+    trajectory = id_array("response_trajectory", response_trajectory, returns.shape[0])
+    return estimator(
+        take(returns, trajectory, 0.0),
+        take(group_ids, trajectory, -1),
+        num_groups,
+        valid=take(taking_part, trajectory, False),
+    )
+
+
+def _centre(
+    returns: ArrayLike, group_ids: ArrayLike, num_groups: int, valid: ArrayLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(R − μ of its group [N], 0 where not valid; valid rows of each group [G]; group ids), checked."""
+    num_groups = static_count("num_groups", num_groups)
+    returns = real_array("returns", returns)
+    group_ids = id_array("group_ids", group_ids, num_groups)
+    one_axis("returns", returns)
+    same_shape(returns=returns, group_ids=group_ids)
+    valid = members(group_ids, num_groups, valid)
+    # Measured from the group's lowest return, equal returns are exact zeros, and so are their advantages: a rounding
+    # error left in R − μ would be blown up by 1 / (σ + eps).
+    low = jax.ops.segment_min(jnp.where(valid, returns, jnp.inf), group_ids, num_groups)
+    above = jnp.where(valid, returns - take(low, group_ids, 0.0), 0.0)
+    count = jax.ops.segment_sum(valid.astype(returns.dtype), group_ids, num_groups)
+    mean = jax.ops.segment_sum(above, group_ids, num_groups) / jnp.maximum(count, 1.0)
+    return jnp.where(valid, above - take(mean, group_ids, 0.0), 0.0), count, group_ids

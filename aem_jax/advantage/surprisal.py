@@ -1,0 +1,72 @@
+"""How surprising a policy's words are: per token from logits, per response as a mean. METHOD §1 and §3."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from aem_jax.advantage._checks import float_array, id_array, same_shape, static_count
+
+
+def token_statistics(logits: ArrayLike, tokens: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each token, and the entropy of the distribution that it was drawn from.
+
+        log π(v) = z_v − logsumexp(z)        logprob = log π(token)        H = −Σ_v π(v) log π(v)
+
+    A logit of −inf (a token ruled out by top-k or top-p) adds nothing to the entropy. Divide the logits by the sampling
+    temperature first: this function does not know it. Differentiable in `logits`.
+
+    Args:
+        logits: float[..., V], unnormalised; lower precisions than float32 are raised to it first.
+        tokens: int[...], ids in [0, V); the caller's to guarantee.
+
+    Returns:
+        (logprobs, entropies), both float32[...] (float64 for float64 logits), in nats. Entropies are >= 0.
+
+    Raises:
+        ValueError: on dtypes that are not float and int, or leading shapes that differ.
+    """
+    logits = float_array("logits", logits)
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"expected tokens of an integer dtype, got {tokens.dtype}")
+    if logits.ndim == 0 or logits.shape[:-1] != tokens.shape:
+        raise ValueError(f"expected logits of shape tokens.shape + (V,), got {logits.shape} for tokens {tokens.shape}")
+    # log_softmax subtracts the maximum before it sums, so every term is <= 0: H >= 0 holds to the last bit.
+    log_policy = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = jnp.take_along_axis(log_policy, tokens[..., None], axis=-1)[..., 0]
+    possible = log_policy > -jnp.inf
+    finite = jnp.where(possible, log_policy, 0.0)
+    entropies = -jnp.sum(jnp.where(possible, jnp.exp(finite) * finite, 0.0), axis=-1)
+    return logprobs, entropies
+
+
+def response_entropy(token_entropy: ArrayLike, response_ids: ArrayLike, num_responses: int) -> jax.Array:
+    """Mean token entropy of each response: the length-free, predictable part of its surprisal (METHOD §3).
+
+        H̄_r = Σ_{t: id_t = r} H_t / |{t: id_t = r}|
+
+    Tokens of one response may lie anywhere: in one row, in several, unsorted. Sums are taken in float32 or wider.
+
+    Args:
+        token_entropy: float[B, T] (any shape), nats, under the sampling policy.
+        response_ids: int, same shape: the response that each token belongs to; -1 for tokens of no response.
+        num_responses: R, static.
+
+    Returns:
+        float32[R] (float64 for float64), nats; NaN for a response that has no token, which `aem_coefficients`
+        reads as "takes no part".
+
+    Raises:
+        ValueError: on unequal shapes, wrong dtypes, or ids known to lie outside [-1, R).
+    """
+    num_responses = static_count("num_responses", num_responses)
+    token_entropy = float_array("token_entropy", token_entropy)
+    response_ids = id_array("response_ids", response_ids, num_responses)
+    same_shape(token_entropy=token_entropy, response_ids=response_ids)
+    ids = response_ids.reshape(-1)
+    spoken = ids >= 0
+    # Outside responses anything may stand, NaN too: it must not reach a sum.
+    entropies = jnp.where(spoken, token_entropy.reshape(-1), 0.0)
+    total = jax.ops.segment_sum(entropies, ids, num_responses)
+    count = jax.ops.segment_sum(spoken.astype(entropies.dtype), ids, num_responses)
+    return jnp.where(count > 0, total / jnp.maximum(count, 1.0), jnp.nan)
