@@ -1,0 +1,137 @@
+"""One session on an environment server: an asyncio connection (what the pool is made of) and a plain blocking environment."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.protocol import State
+from websockets.sync.client import connect as connect_blocking
+
+from aem_jax.envs import protocol
+from aem_jax.envs.protocol import EnvError, StepResult, WireMapping, decode_result, encode_reset, step_encoder
+
+CONNECTION_ERRORS = (OSError, TimeoutError, InvalidHandshake, ConnectionClosed)
+"""What opening or using a connection raises when the other side is not there or not well."""
+
+
+def websocket_url(url: str) -> str:
+    """The session endpoint of a server given as `host:port`, `http://…` or `ws://…`, with or without `/ws`.
+
+    Raises:
+        ValueError: another scheme, or none of these forms.
+    """
+    scheme, separator, rest = url.rpartition("://")
+    schemes = {"": "ws", "http": "ws", "ws": "ws", "https": "wss", "wss": "wss"}
+    if scheme not in schemes or (separator and not scheme) or not rest.partition("/")[0]:
+        raise ValueError(f"expected an environment server as host:port, http://… or ws://…, got {url!r}")
+    rest = rest.rstrip("/")
+    return f"{schemes[scheme]}://{rest if rest.endswith('/ws') else rest + '/ws'}"
+
+
+class Connection:
+    """One open session. Requests one at a time; a request that was not answered spoils the connection, so abort it then."""
+
+    def __init__(self, socket: ClientConnection):
+        self._socket = socket
+
+    @classmethod
+    async def open(cls, url: str, *, timeout_s: float) -> "Connection":
+        """Connects; raises one of `CONNECTION_ERRORS`, or ValueError for a URL that is none."""
+        try:
+            # No compression, no pings: both cost more than they bring, and deadlines are the caller's.
+            socket = await connect(
+                url,
+                compression=None,
+                ping_interval=None,
+                proxy=None,
+                open_timeout=timeout_s,
+                max_size=protocol.MAX_MESSAGE_BYTES,
+            )
+        except InvalidURI as error:
+            raise ValueError(f"expected a WebSocket URL, got {url!r}: {error}") from None
+        return cls(socket)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the connection is open, as far as this side knows."""
+        return self._socket.state is State.OPEN
+
+    async def ask(self, request: str) -> str | bytes:
+        """Sends one request and waits for its reply."""
+        await self._socket.send(request)
+        return await self._socket.recv()
+
+    async def close(self) -> None:
+        """Takes leave: the protocol's close message, then the socket's."""
+        try:
+            async with asyncio.timeout(1.0):
+                await self._socket.send(protocol.CLOSE_REQUEST)
+                await self._socket.close()
+        except CONNECTION_ERRORS:
+            self.abort()
+
+    def abort(self) -> None:
+        """Cuts the connection now; whoever waits for a reply gets ConnectionClosed."""
+        self._socket.transport.abort()
+
+
+class RemoteEnvironment:
+    """An environment behind a server, as a plain blocking `Environment`. For notebooks, tests and replays; training uses a pool.
+
+    Args:
+        url: the server, in a form of `websocket_url`.
+        mapping: where the server keeps our words.
+        deadline_s: seconds that a call may take.
+
+    Raises:
+        EnvError: at construction and in every call: no answer, in time, that makes sense.
+    """
+
+    def __init__(self, url: str, mapping: WireMapping = WireMapping(), deadline_s: float = 60.0):
+        self._url, self._mapping, self._deadline_s = websocket_url(url), mapping, deadline_s
+        self._encode_step = step_encoder(mapping)
+        try:
+            self._socket = connect_blocking(
+                self._url,
+                compression=None,
+                ping_interval=None,
+                proxy=None,
+                open_timeout=deadline_s,
+                max_size=protocol.MAX_MESSAGE_BYTES,
+            )
+        except CONNECTION_ERRORS as error:
+            raise EnvError(f"expected an environment server at {self._url}: {_say(error)}") from error
+
+    def reset(self, task: Mapping[str, Any]) -> StepResult:
+        """Starts an episode of `task`."""
+        return decode_result(self._ask(encode_reset(task)), self._mapping)
+
+    def step(self, action_text: str) -> StepResult:
+        """Answers the policy's whole response text."""
+        return decode_result(self._ask(self._encode_step(action_text)), self._mapping)
+
+    def state(self) -> Mapping[str, Any]:
+        """The server's account of the session: at least `episode_id` and `step_count`."""
+        return protocol.decode_data(self._ask(protocol.STATE_REQUEST), "state")
+
+    def close(self) -> None:
+        """Ends the session; calling it twice is harmless."""
+        try:
+            self._socket.send(protocol.CLOSE_REQUEST)
+        except CONNECTION_ERRORS:
+            pass  # gone already
+        self._socket.close()
+
+    def _ask(self, request: str) -> str | bytes:
+        try:
+            self._socket.send(request)
+            return self._socket.recv(timeout=self._deadline_s)
+        except CONNECTION_ERRORS as error:
+            self._socket.close()  # a late reply must not be taken for the next one
+            raise EnvError(f"{self._url}: {_say(error)}") from error
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

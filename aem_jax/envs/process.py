@@ -1,0 +1,123 @@
+"""An environment server as a child process: started on a free port, heard out when it fails, gone when its parent is."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import aem_jax
+from aem_jax.envs.protocol import EnvError
+
+_TAIL_BYTES = 4000
+
+
+class ServerProcess:
+    """One running server; made by `start`.
+
+    Attributes:
+        pid: its process id.
+        port: where it listens, on localhost.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process):
+        self._process = process
+        self._tail = b""
+        self._reader = asyncio.ensure_future(self._read_stderr())
+        self.pid = process.pid
+        self.port = 0
+
+    @classmethod
+    async def start(
+        cls, name: str, settings: Mapping[str, Any], *, sessions: int, send_admissible: bool, timeout_s: float
+    ) -> "ServerProcess":
+        """Starts a server and waits until it accepts connections.
+
+        It is a fresh interpreter, no fork (this process may hold an accelerator), and the kernel picks the port, so that
+        two pools cannot clash.
+
+        Args:
+            name: an environment of the table.
+            settings: its settings.
+            sessions: most sessions at once.
+            send_admissible: whether observations carry the admissible actions.
+            timeout_s: seconds until it must be up.
+
+        Raises:
+            EnvError: it ended or was not up in time; with the end of its stderr.
+        """
+        command = [sys.executable, "-m", "aem_jax.envs.server", name, "--settings", json.dumps(dict(settings))]
+        command += ["--port", "0", "--sessions", str(sessions), "--with-parent"]
+        command += ["--send-admissible"] if send_admissible else []
+        roots = [str(Path(aem_jax.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+        server = cls(process)
+        try:
+            assert process.stdout
+            line = await asyncio.wait_for(process.stdout.readline(), timeout_s)
+            server.port = int(json.loads(line)["port"])
+        except TimeoutError:
+            await server.kill()
+            raise EnvError(
+                f"expected environment server {name!r} to be up in {timeout_s:g} s, got nothing{server.tail()}"
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            status = await server.kill()
+            raise EnvError(
+                f"environment server {name!r} did not start ({describe_exit(status)}){server.tail()}"
+            ) from None
+        except BaseException:
+            await server.kill()
+            raise
+        return server
+
+    async def wait(self) -> int:
+        """Waits until the process has ended; returns its exit status (negative: the signal)."""
+        return await self._process.wait()
+
+    async def kill(self) -> int:
+        """Kills the process, stopped or not, and waits; returns its exit status, the old one if it had ended before."""
+        try:
+            status = await asyncio.wait_for(
+                self._process.wait(), 0.2 if self._process.stdout and self._process.stdout.at_eof() else 0
+            )
+        except TimeoutError:
+            self._signal(signal.SIGKILL)
+            status = await self._process.wait()
+        await asyncio.wait([self._reader], timeout=1.0)  # what it said last; a grandchild may hold the pipe open
+        return status
+
+    async def stop(self, timeout_s: float) -> None:
+        """Asks the process to end, kills it if it does not."""
+        self._signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(self._process.wait(), timeout_s)
+        except TimeoutError:
+            await self.kill()
+        self._reader.cancel()
+
+    def tail(self) -> str:
+        """The end of its stderr, to be appended to an error message."""
+        text = self._tail.decode(errors="replace").strip()
+        return f"; it said:\n{text}" if text else ""
+
+    def _signal(self, number: int) -> None:
+        try:
+            self._process.send_signal(number)
+        except ProcessLookupError:
+            pass  # ended already
+
+    async def _read_stderr(self) -> None:
+        assert self._process.stderr
+        while chunk := await self._process.stderr.read(4096):
+            self._tail = (self._tail + chunk)[-_TAIL_BYTES:]
+
+
+def describe_exit(status: int) -> str:
+    """An exit status in words."""
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"

@@ -1,0 +1,349 @@
+"""Serves an environment over OpenEnv's WebSocket messages.
+
+    python -m aem_jax.envs.server alfworld --port 8765 --settings '{"max_steps": 30}'
+
+`ws://host:port/ws`: one connection is one session and one environment, made when it opens and closed when it ends. Also
+GET /health, /metadata and /schema. OpenEnv's own server is FastAPI with 115 packages behind it; this one needs
+`websockets` alone, and answers every request in order with exactly one message. Differences, both kinder: a message that is
+no mapping, or binary, is a VALIDATION_ERROR and not the end of the session; and the server itself holds the order reset,
+step, …, done, so that no environment has to.
+
+The calls of a non-blocking environment run in the event loop (a step takes less than a thread switch costs); a blocking one gets one
+thread per session.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as serve_websocket
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+from aem_jax.envs import protocol
+from aem_jax.envs.protocol import Environment, encode_error, encode_result
+from aem_jax.envs.table import ENVIRONMENTS, environment_spec, settings_from_json
+
+logger = logging.getLogger("aem_jax.envs.server")  # not __name__, which is __main__ in a process of its own
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where and how to serve."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for other machines. There is no authentication: keep it inside your network."""
+    port: int = 8765
+    """Port to listen on; 0 takes a free one."""
+    sessions: int = 64
+    """Most sessions at once; further ones are answered CAPACITY_REACHED."""
+    send_admissible: bool = False
+    """Whether observations carry the list of admissible actions (long, and the policy does not need it)."""
+    with_parent: bool = False
+    """Whether to end when the process that started this one ends, however it does. For pools."""
+
+    def __post_init__(self):
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"expected a port from 0 to 65535, got {self.port}")
+        if self.sessions < 1:
+            raise ValueError(f"expected at least one session, got {self.sessions}")
+
+
+class Session:
+    """One connection's environment, and the order in which it may be asked. Answers one request at a time."""
+
+    def __init__(self, env: Environment, *, send_admissible: bool):
+        self._env = env
+        self._send_admissible = send_admissible
+        self._episode_id: str | None = None
+        self._step_count = 0
+        self._running = False
+
+    def answer(self, raw: str | bytes) -> str | None:
+        """The reply to a request; None when the client closes the session. Raises nothing."""
+        try:
+            message = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            return encode_error(protocol.INVALID_JSON, f"Invalid JSON: {error}")
+        if not isinstance(message, dict) or isinstance(raw, bytes):
+            return encode_error(protocol.VALIDATION_ERROR, "expected a text message with a JSON mapping")
+        kind, data = message.get("type", ""), message.get("data")
+        if kind not in ("reset", "step", "state", "close"):
+            return encode_error(protocol.UNKNOWN_TYPE, f"Unknown message type: {kind!r:.100}")
+        if set(message) - {"type", "data"} or (kind in ("state", "close") and "data" in message):
+            return encode_error(protocol.VALIDATION_ERROR, f"unknown fields in the {kind} message: {sorted(message)}")
+        if kind == "close":
+            return None
+        if kind == "state":
+            return json.dumps(
+                {"type": "state", "data": {"episode_id": self._episode_id, "step_count": self._step_count}}
+            )
+        try:
+            if kind == "reset":
+                return self._reset({} if data is None else data)
+            return self._step(data)
+        except _InvalidRequestError as error:
+            return encode_error(protocol.VALIDATION_ERROR, str(error))
+        except _OrderError as error:
+            return encode_error(protocol.EXECUTION_ERROR, str(error))
+        except Exception as error:
+            self._running = False
+            logger.warning("the environment failed at a %s", kind, exc_info=True)
+            return encode_error(protocol.EXECUTION_ERROR, f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Closes the environment; its errors are logged."""
+        try:
+            self._env.close()
+        except Exception:
+            logger.warning("the environment failed to close", exc_info=True)
+
+    def _reset(self, data: Any) -> str:
+        if not isinstance(data, dict):
+            raise _InvalidRequestError(f"expected reset data as a mapping, got {data!r:.100}")
+        task = dict(data)
+        episode_id = task.pop("episode_id", None)  # the protocol's own keyword, no part of the task
+        self._running = False
+        result = self._env.reset(task)
+        reply = encode_result(result, send_admissible=self._send_admissible)
+        self._episode_id, self._step_count, self._running = str(episode_id or uuid.uuid4()), 0, not result.done
+        return reply
+
+    def _step(self, data: Any) -> str:
+        if not isinstance(data, dict) or not isinstance(data.get("text"), str):
+            raise _InvalidRequestError(f"expected step data with a string in 'text', got {data!r:.100}")
+        if set(data) - {"text", "metadata"}:
+            raise _InvalidRequestError(f"expected the action field 'text' alone, got {sorted(data)}")
+        if not self._running:
+            state = "the episode is over" if self._episode_id and self._step_count else "there is no episode"
+            raise _OrderError(f"expected a reset before this step: {state}")
+        result = self._env.step(data["text"])
+        reply = encode_result(result, send_admissible=self._send_admissible)
+        self._step_count += 1
+        self._running = not result.done
+        return reply
+
+
+class _InvalidRequestError(Exception):
+    """The request does not have the protocol's form."""
+
+
+class _OrderError(Exception):
+    """A step came when no episode was running."""
+
+
+class _Server:
+    """The sessions of one server."""
+
+    def __init__(self, make: Callable[[], Environment], config: ServerConfig, *, blocking: bool):
+        self._make, self._config, self._blocking = make, config, blocking
+        self._active = 0
+
+    async def handle(self, connection: ServerConnection) -> None:
+        if self._active >= self._config.sessions:
+            details = {"active_sessions": self._active, "max_sessions": self._config.sessions}
+            message = f"Server at capacity: {self._active}/{self._config.sessions} sessions active"
+            await connection.send(encode_error(protocol.CAPACITY_REACHED, message, **details))
+            return
+        self._active += 1
+        executor = ThreadPoolExecutor(1) if self._blocking else None
+        try:
+            await self._converse(connection, executor)
+        except ConnectionClosed:
+            pass  # the client went away; its environment is closed already
+        finally:
+            self._active -= 1
+            if executor:
+                executor.shutdown(wait=False)
+
+    async def _converse(self, connection: ServerConnection, executor: ThreadPoolExecutor | None) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            env = await loop.run_in_executor(executor, self._make) if executor else self._make()
+        except Exception as error:
+            logger.warning("the environment could not be made", exc_info=True)
+            await connection.send(encode_error(protocol.FACTORY_ERROR, f"{type(error).__name__}: {error}"))
+            return
+        session = Session(env, send_admissible=self._config.send_admissible)
+        try:
+            async for raw in connection:
+                reply = await loop.run_in_executor(executor, session.answer, raw) if executor else session.answer(raw)
+                if reply is None:
+                    return
+                await connection.send(reply)
+        finally:
+            if executor:
+                executor.submit(session.close)  # after what the session may still be doing
+            else:
+                session.close()
+
+
+def _boolean(description: str) -> dict[str, Any]:
+    return {"type": "boolean", "description": description}
+
+
+ACTION_SCHEMA = {
+    "title": "Action",
+    "type": "object",
+    "properties": {
+        "text": {"type": "string", "description": "the policy's whole response"},
+        "metadata": {"type": "object"},
+    },
+    "required": ["text"],
+    "additionalProperties": False,
+}
+OBSERVATION_SCHEMA = {
+    "title": "Observation",
+    "type": "object",
+    "properties": {
+        "text": {"type": "string", "description": "shown to the policy"},
+        "won": _boolean("the task is solved"),
+        "terminated": _boolean("the task ended the episode"),
+        "truncated": _boolean("a limit ended the episode"),
+        "valid_action": _boolean("the response was understood as an action"),
+        "admissible": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
+        "info": {"type": "object", "description": "further facts of the environment"},
+    },
+    "required": ["text", "won", "terminated", "truncated", "valid_action", "admissible", "info"],
+}
+STATE_SCHEMA = {
+    "title": "State",
+    "type": "object",
+    "properties": {"episode_id": {"type": ["string", "null"]}, "step_count": {"type": "integer", "minimum": 0}},
+}
+
+
+def _pages(name: str) -> Mapping[str, Any]:
+    return {
+        "/health": {"status": "healthy"},
+        "/metadata": {"name": name, "description": ENVIRONMENTS[name].description, "version": "1"},
+        "/schema": {"action": ACTION_SCHEMA, "observation": OBSERVATION_SCHEMA, "state": STATE_SCHEMA},
+    }
+
+
+async def _run(name: str, make: Callable[[], Environment], config: ServerConfig, ready: Callable[[int], None]) -> None:
+    pages = _pages(name)
+
+    def http(connection: ServerConnection, request: Request) -> Response | None:
+        path = request.path.partition("?")[0]
+        if path == "/ws":
+            return None
+        if path not in pages:
+            return connection.respond(HTTPStatus.NOT_FOUND, f"expected /ws, {', '.join(pages)}\n")
+        response = connection.respond(HTTPStatus.OK, json.dumps(pages[path]))
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = "application/json"
+        return response
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(
+            NotImplementedError, RuntimeError
+        ):  # no such thing on Windows, nor outside the main thread
+            loop.add_signal_handler(number, stop.set)
+    server = _Server(make, config, blocking=environment_spec(name).blocking)
+    # Compression costs more than it saves on texts this short; a ping without a deadline lets TCP find vanished clients
+    # and never mistakes a busy one for dead.
+    async with serve_websocket(
+        server.handle,
+        config.host,
+        config.port,
+        process_request=http,
+        compression=None,
+        ping_interval=60,
+        ping_timeout=None,
+        close_timeout=2,
+        max_size=protocol.MAX_MESSAGE_BYTES,
+    ) as sockets:
+        ready(next(iter(sockets.sockets)).getsockname()[1])
+        await stop.wait()
+
+
+def serve(
+    name: str,
+    settings: Mapping[str, Any] | None = None,
+    config: ServerConfig = ServerConfig(),
+    ready: Callable[[int], None] = lambda port: None,
+) -> None:
+    """Serves an environment until SIGTERM or SIGINT.
+
+    Args:
+        name: an environment of `table.ENVIRONMENTS`.
+        settings: its config's fields.
+        config: where and how to serve.
+        ready: called with the port when connections are accepted.
+
+    Raises:
+        ValueError: unknown name or bad settings.
+        OSError: the port is taken.
+    """
+    make = environment_spec(name).factory(settings or {})
+    make().close()  # what cannot be made should say so now, not at the first session
+    if config.with_parent:
+        _end_with_parent()
+    asyncio.run(_run(name, make, config, ready))
+
+
+def _end_with_parent() -> None:
+    """Ends this process when stdin closes, and on Linux by the kernel's hand too (which reaches a stopped process)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _announce(port: int) -> None:
+    """Says the port on stdout, then leaves stdout to nobody: what an engine prints goes to stderr."""
+    print(json.dumps({"port": port}), flush=True)
+    os.dup2(2, 1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="aem_jax.envs.server", description="Serves an environment over WebSocket.")
+    parser.add_argument("environment", help=" | ".join(ENVIRONMENTS))
+    parser.add_argument("--settings", default="{}", help="the environment's settings as a JSON mapping")
+    parser.add_argument("--host", default=ServerConfig.host)
+    parser.add_argument("--port", type=int, default=ServerConfig.port, help="0 takes a free one; it is printed as JSON")
+    parser.add_argument("--sessions", type=int, default=ServerConfig.sessions, help="most sessions at once")
+    parser.add_argument(
+        "--send-admissible", action="store_true", help="send the admissible actions with every observation"
+    )
+    parser.add_argument("--with-parent", action="store_true", help="end when the parent process ends")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    try:
+        config = ServerConfig(
+            options.host, options.port, options.sessions, options.send_admissible, options.with_parent
+        )
+        serve(options.environment, settings_from_json(options.settings), config, _announce)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

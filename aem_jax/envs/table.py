@@ -1,0 +1,102 @@
+"""The environments that can be served, by name: the one literal table, and how JSON settings become a config."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from aem_jax.envs.protocol import Environment
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class EnvironmentSpec:
+    """How to make an environment.
+
+    Attributes:
+        factory: `settings -> (() -> Environment)`; checks the settings once, imports what the environment needs.
+        blocking: its calls take long or wait, so each session gets a thread; else they run in the server's event loop, which is faster.
+        description: one line.
+    """
+
+    factory: Callable[[Mapping[str, Any]], Callable[[], Environment]]
+    blocking: bool
+    description: str
+
+
+def _echo(settings: Mapping[str, Any]) -> Callable[[], Environment]:
+    from aem_jax.envs.echo import EchoConfig, EchoEnv
+
+    config = config_from(EchoConfig, settings)
+    return lambda: EchoEnv(config)
+
+
+def _alfworld(settings: Mapping[str, Any]) -> Callable[[], Environment]:
+    from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
+    from aem_jax.envs.alfworld.tasks import load_game
+
+    config = config_from(AlfworldConfig, settings)
+    return lambda: AlfworldEnv(config, load_game=load_game)
+
+
+ENVIRONMENTS: Mapping[str, EnvironmentSpec] = {
+    "alfworld": EnvironmentSpec(_alfworld, blocking=False, description="household tasks in text (ALFWorld)"),
+    "echo": EnvironmentSpec(_echo, blocking=False, description="repeats what it is told; for tests and benchmarks"),
+    "echo-slow": EnvironmentSpec(_echo, blocking=True, description="the same, a thread for each session"),
+}
+
+
+def environment_spec(name: str) -> EnvironmentSpec:
+    """Looks a name up.
+
+    Raises:
+        ValueError: no such environment.
+    """
+    if name not in ENVIRONMENTS:
+        raise ValueError(
+            f"expected an environment of {', '.join(ENVIRONMENTS)}, got {name!r}{_nearest(name, ENVIRONMENTS)}"
+        )
+    return ENVIRONMENTS[name]
+
+
+def config_from(cls: type[Config], settings: Mapping[str, Any]) -> Config:
+    """Builds a frozen config dataclass from JSON settings (lists become tuples, mappings nested dataclasses).
+
+    Raises:
+        ValueError: a name that the config does not have, or a value that it refuses.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    values = {}
+    for name, value in settings.items():
+        if name not in fields:
+            raise ValueError(
+                f"expected settings of {cls.__name__} among {', '.join(fields)}, got {name!r}{_nearest(name, fields)}"
+            )
+        nested = fields[name].type
+        if isinstance(value, Mapping) and isinstance(nested, type) and dataclasses.is_dataclass(nested):
+            value = config_from(nested, value)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def settings_from_json(text: str) -> dict[str, Any]:
+    """Reads settings given on a command line.
+
+    Raises:
+        ValueError: not a JSON mapping.
+    """
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected settings as a JSON mapping, got {text!r}: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"expected settings as a JSON mapping, got {text!r}")
+    return settings
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
