@@ -1,0 +1,89 @@
+"""Settings of the generator of household games."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from aem_jax.envs.alfworld.generator.catalog import ROOM_KINDS, ROOMS, TASK_TYPES
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """What games look like. The defaults give rooms of the official sizes; `TINY` gives short episodes."""
+
+    task_types: tuple[str, ...] = TASK_TYPES
+    """Task types, drawn in turn: any six games in a row have one of each."""
+
+    room_kinds: tuple[str, ...] = ROOM_KINDS
+    """Room kinds; every task type must make sense in at least one of them."""
+
+    receptacles: tuple[int, int] | None = None
+    """Least and most receptacles of a room; the room kind's official sizes if not given."""
+
+    things: tuple[int, int] | None = None
+    """Least and most movable things of a game; the room kind's official numbers if not given."""
+
+    floor_plans: int = 30
+    """Floor plans of each room kind; the first fifth (at least one) is kept for `valid_unseen`."""
+
+    max_copies: int = 3
+    """Most movable things of one class."""
+
+    max_steps: int = 50
+    """Steps after which an episode is truncated."""
+
+    def __post_init__(self) -> None:
+        for name in ("task_types", "room_kinds", "receptacles", "things"):  # JSON gives lists
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        _check_names("task_types", self.task_types, TASK_TYPES)
+        _check_names("room_kinds", self.room_kinds, ROOM_KINDS)
+        least = max(len(ROOMS[kind].required) for kind in self.room_kinds) + 1
+        _check_range("receptacles", self.receptacles, least, 40)
+        _check_range("things", self.things, 2, 99)
+        for name, lowest, highest in (("floor_plans", 2, 99), ("max_copies", 2, 9), ("max_steps", 1, 10_000)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not lowest <= value <= highest:
+                raise ValueError(f"expected {name} between {lowest} and {highest}, got {value!r}")
+        for task_type in self.task_types:
+            fitting = [kind for kind in ROOM_KINDS if task_type in ROOMS[kind].task_types]
+            if not set(fitting) & set(self.room_kinds):
+                raise ValueError(
+                    f"expected a room kind in which {task_type} makes sense, got {list(self.room_kinds)}; "
+                    f"add one of {fitting} or drop the task type"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as a JSON mapping."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def config_from_json(settings: Mapping[str, Any]) -> GeneratorConfig:
+    """The settings that a JSON mapping describes; fields left out keep their defaults.
+
+    Raises:
+        ValueError: a field does not exist or has a value out of bounds.
+    """
+    known = [field.name for field in fields(GeneratorConfig)]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(f"expected settings among {known}, got {unknown}; drop them")
+    return GeneratorConfig(**settings)
+
+
+def _check_names(field: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if not names or len(set(names)) < len(names) or not set(names) <= set(known):
+        raise ValueError(f"expected {field} to be distinct names of {list(known)}, got {list(names)}")
+
+
+def _check_range(field: str, bounds: tuple[int, int] | None, lowest: int, highest: int) -> None:
+    if bounds is None:
+        return
+    if len(bounds) != 2 or not all(isinstance(b, int) for b in bounds) or not lowest <= bounds[0] <= bounds[1]:
+        raise ValueError(f"expected {field} to be (least, most) with {lowest} <= least <= most, got {list(bounds)}")
+    if bounds[1] > highest:
+        raise ValueError(f"expected at most {highest} {field}, got {bounds[1]}")
+
+
+TINY = GeneratorConfig(receptacles=(4, 6), things=(3, 6), max_copies=2, max_steps=15)
+"""Rooms small enough that a policy of a million parameters learns them on two cores."""
