@@ -1,6 +1,7 @@
-"""One session on an environment server: an asyncio connection (what the pool is made of) and a plain blocking environment."""
+"""One session on an environment server: an asyncio connection (the pool is made of them) and a blocking environment."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ def websocket_url(url: str) -> str:
 
 
 class Connection:
-    """One open session. Requests one at a time; a request that was not answered spoils the connection, so abort it then."""
+    """One open session. One request at a time; one that was not answered spoils the connection, so abort it then."""
 
     def __init__(self, socket: ClientConnection):
         self._socket = socket
@@ -78,20 +79,20 @@ class Connection:
 
 
 class RemoteEnvironment:
-    """An environment behind a server, as a plain blocking `Environment`. For notebooks, tests and replays; training uses a pool.
+    """An environment behind a server, as a plain blocking `Environment`: for notebooks and tests; training uses a pool.
 
     Args:
         url: the server, in a form of `websocket_url`.
-        mapping: where the server keeps our words.
+        mapping: where the server keeps our words; None suits our own servers.
         deadline_s: seconds that a call may take.
 
     Raises:
         EnvError: at construction and in every call: no answer, in time, that makes sense.
     """
 
-    def __init__(self, url: str, mapping: WireMapping = WireMapping(), deadline_s: float = 60.0):
-        self._url, self._mapping, self._deadline_s = websocket_url(url), mapping, deadline_s
-        self._encode_step = step_encoder(mapping)
+    def __init__(self, url: str, mapping: WireMapping | None = None, deadline_s: float = 60.0):
+        self._url, self._mapping, self._deadline_s = websocket_url(url), mapping or WireMapping(), deadline_s
+        self._encode_step = step_encoder(self._mapping)
         try:
             self._socket = connect_blocking(
                 self._url,
@@ -102,7 +103,7 @@ class RemoteEnvironment:
                 max_size=protocol.MAX_MESSAGE_BYTES,
             )
         except CONNECTION_ERRORS as error:
-            raise EnvError(f"expected an environment server at {self._url}: {_say(error)}") from error
+            raise EnvError(f"expected an environment server at {self._url}: {describe(error)}") from error
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
         """Starts an episode of `task`."""
@@ -118,10 +119,8 @@ class RemoteEnvironment:
 
     def close(self) -> None:
         """Ends the session; calling it twice is harmless."""
-        try:
+        with contextlib.suppress(*CONNECTION_ERRORS):  # gone already
             self._socket.send(protocol.CLOSE_REQUEST)
-        except CONNECTION_ERRORS:
-            pass  # gone already
         self._socket.close()
 
     def _ask(self, request: str) -> str | bytes:
@@ -130,8 +129,9 @@ class RemoteEnvironment:
             return self._socket.recv(timeout=self._deadline_s)
         except CONNECTION_ERRORS as error:
             self._socket.close()  # a late reply must not be taken for the next one
-            raise EnvError(f"{self._url}: {_say(error)}") from error
+            raise EnvError(f"{self._url}: {describe(error)}") from error
 
 
-def _say(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """An exception in words, also where it has none of its own."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

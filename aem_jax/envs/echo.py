@@ -3,8 +3,8 @@
 A task is `{"word": str, "length": int, "fault": {…}}`, every key optional. Saying the word wins (reward 1); after
 `length` steps without it the episode is truncated. A fault breaks the server in a chosen way at a chosen step:
 
-    {"kind": "exit", "step": 2}                          at every attempt
-    {"kind": "hang", "step": 0, "once": "/tmp/marker"}   step 0 is the reset; fires only while the marker file is absent, and makes it
+    {"kind": "exit", "step": 2}                   at every attempt
+    {"kind": "hang", "step": 0, "once": "path"}   step 0 is the reset; only while that file is absent, and makes it
 """
 
 import os

@@ -1,41 +1,34 @@
-"""Many environment sessions behind one object with futures; servers that die, hang or talk rubbish are put right here.
+"""Many environment sessions behind one object with futures; servers that die, hang or talk rubbish are put right.
 
 A background thread runs an asyncio loop. Every call has a deadline, counted while this process is awake: when it is
-stopped, suspended or compiling with the interpreter held, the servers are not blamed. A failure costs the episodes on the
-server concerned (their calls raise `EnvError`) and nothing else: an own server is killed and started again at once, a foreign one
-is connected to again with growing pauses, and the next `reset` waits for that.
+stopped, suspended or compiling with the interpreter held, the servers are not blamed. A failure costs the episodes on
+the server concerned (their calls raise `EnvError`) and nothing else: an own server is killed and started again at once,
+a foreign one is connected to again with growing pauses, and the next `reset` waits for that.
 """
 
 import asyncio
 import concurrent.futures
-import itertools
+import functools
 import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from aem_jax.envs import protocol
-from aem_jax.envs.client import CONNECTION_ERRORS, Connection, websocket_url
-from aem_jax.envs.process import ServerProcess, describe_exit
-from aem_jax.envs.protocol import (
-    EnvError,
-    RefusedError,
-    StepResult,
-    WireMapping,
-    decode_result,
-    encode_reset,
-    step_encoder,
-)
+from aem_jax.envs.client import CONNECTION_ERRORS, Connection, describe, websocket_url
+from aem_jax.envs.process import ServerProcess
+from aem_jax.envs.protocol import EnvError, RefusedError, StepResult, WireMapping
+from aem_jax.envs.supervisor import Supervisor, Tasks, pauses
 from aem_jax.envs.table import environment_spec
 
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.1
 _CONNECT_TIMEOUT_S = 10.0
-_LARGEST_PAUSE_S = 10.0
+_PROBE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -56,18 +49,18 @@ class PoolConfig:
     """Seconds until an own server must be up."""
     restart_wait_s: float = 60.0
     """Seconds that a reset waits for a failed server to come back before it fails itself."""
-    pause_s: float = 0.25
-    """First pause between two tries to start or reach a server; doubles up to 10 s."""
+    first_pause_s: float = 0.25
+    """Pause between the first two tries to start or reach a server; doubles up to 10 s."""
     send_admissible: bool = False
     """Whether own servers send the admissible actions with every observation."""
-    wire: WireMapping = WireMapping()
+    wire: WireMapping = field(default_factory=WireMapping)
     """Where the servers keep our words; the default suits own servers."""
 
     def __post_init__(self):
         for name in ("num_servers", "sessions_per_server"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
-        for name in ("reset_deadline_s", "step_deadline_s", "start_deadline_s", "restart_wait_s", "pause_s"):
+        for name in ("reset_deadline_s", "step_deadline_s", "start_deadline_s", "restart_wait_s", "first_pause_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} above 0 seconds, got {getattr(self, name)}")
 
@@ -79,8 +72,8 @@ class PoolStats:
     Attributes:
         calls: resets and steps begun.
         failed_calls: those that raised `EnvError`.
-        restarts: own servers started again, by server.
-        errors: the latest failures of servers, oldest first.
+        restarts: how often each own server was started again.
+        errors: the latest 100 failures, oldest first.
     """
 
     calls: int
@@ -89,29 +82,15 @@ class PoolStats:
     errors: tuple[str, ...]
 
 
-class _Server:
-    """One server and how it is doing. `up` is set while it may be connected to (always, if it is not ours)."""
-
-    def __init__(self, index: int, url: str = ""):
-        self.index, self.url = index, url
-        self.process: ServerProcess | None = None
-        self.up = asyncio.Event()
-        self.restarts = 0
-        self.failure = "not started"
-
-    def __str__(self) -> str:
-        return f"environment server {self.index} ({f'pid {self.process.pid}' if self.process else self.url})"
-
-
 class _Session:
-    """One session; `connection` is None until it is (again) connected, and then `failure` says why."""
+    """One session. `connection` is None until it is (again) connected, and `failure` says why; it expires by the clock."""
 
-    def __init__(self, index: int, server: _Server):
+    def __init__(self, index: int, server: Supervisor):
         self.index, self.server = index, server
         self.connection: Connection | None = None
-        self.failure = "never reset"
+        self.failure = "it was never reset"
         self.expires = math.inf
-        self.busy = threading.Lock()
+        self.future: concurrent.futures.Future[StepResult] | None = None
 
     def drop(self, failure: str) -> None:
         if self.connection:
@@ -125,29 +104,40 @@ class EnvPool:
 
     Args:
         config: where the environments run and how long anything may take.
-        make: name and settings of the environment that own servers serve; with `config.urls` it is not looked at.
+        make: name and settings of the environment that own servers serve; not looked at when there are `config.urls`.
 
     Raises:
         ValueError: unknown environment or bad URL.
         EnvError: a server cannot be started or reached, or has too few sessions; says why.
     """
 
-    def __init__(self, config: PoolConfig, make: tuple[str, Mapping[str, Any]] = ("echo", {})):
-        self._config, self._make = config, make
-        self._encode_step = step_encoder(config.wire)
+    def __init__(self, config: PoolConfig, make: tuple[str, Mapping[str, Any]]):
+        self._config = config
+        self._encode_step = protocol.step_encoder(config.wire)
         urls = [websocket_url(url) for url in config.urls]
         if not urls:
             environment_spec(make[0])
-        self._servers = [_Server(i, url) for i, url in enumerate(urls or [""] * config.num_servers)]
+        launch = functools.partial(
+            ServerProcess.start,
+            *make,
+            sessions=config.sessions_per_server,
+            send_admissible=config.send_admissible,
+            timeout_s=config.start_deadline_s,
+        )
+        self._servers = [
+            Supervisor(index, url, launch, config.first_pause_s, self._on_failure)
+            for index, url in enumerate(urls or [""] * config.num_servers)
+        ]
         # Neighbouring sessions (one group's episodes, often) sit on different servers, so that a failure is spread.
         count = config.sessions_per_server * len(self._servers)
         self._sessions = [_Session(i, self._servers[i % len(self._servers)]) for i in range(count)]
-        self._clock = 0.0  # seconds this process was awake, in ticks
+        self._clock = 0.0  # seconds that this process was awake, in ticks
         self._calls = self._failed_calls = 0
         self._errors: deque[str] = deque(maxlen=100)
-        self._tasks: set[asyncio.Task] = set()
+        self._lock = threading.Lock()
         self._closed = False
         self._loop = asyncio.new_event_loop()
+        self._tasks = Tasks()
         self._thread = threading.Thread(target=self._loop.run_forever, name="env-pool", daemon=True)
         self._thread.start()
         try:
@@ -171,15 +161,15 @@ class EnvPool:
         return self._sessions[session].server.index
 
     def reset(self, session: int, payload: Mapping[str, Any]) -> concurrent.futures.Future[StepResult]:
-        """Starts an episode of the task `payload`; waits for the server's restart where there is one under way.
+        """Starts an episode of the task `payload`; waits for the server's restart where one is under way.
 
         Returns:
-            A future that gives the first observation or raises `EnvError`.
+            A future that gives the first observation or raises `EnvError`. It cannot be cancelled; it has a deadline.
 
         Raises:
-            ValueError: no such session, or a call of it is still under way.
+            ValueError: a payload that is not JSON, no such session, a call of it still under way, or a closed pool.
         """
-        request = encode_reset(payload)
+        request = protocol.encode_reset(payload)
         return self._submit(session, lambda found: self._reset(found, request))
 
     def step(self, session: int, text: str) -> concurrent.futures.Future[StepResult]:
@@ -194,9 +184,10 @@ class EnvPool:
 
     def close(self) -> None:
         """Ends own servers and all sessions; calls under way raise `EnvError`. Calling it twice is harmless."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -208,38 +199,43 @@ class EnvPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _submit(self, index: int, call) -> concurrent.futures.Future[StepResult]:
-        if self._closed:
-            raise ValueError("expected an open pool, got a closed one")
+    def _submit(
+        self, index: int, call: Callable[[_Session], Awaitable[StepResult]]
+    ) -> concurrent.futures.Future[StepResult]:
         if not 0 <= index < self.capacity:
             raise ValueError(f"expected a session from 0 to {self.capacity - 1}, got {index}")
         session = self._sessions[index]
-        if not session.busy.acquire(blocking=False):
-            raise ValueError(
-                f"expected one call at a time on session {index}, got a second while the first is under way"
-            )
-        self._calls += 1
-        return asyncio.run_coroutine_threadsafe(self._guard(session, call(session)), self._loop)
+        future: concurrent.futures.Future[StepResult] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            if self._closed:
+                raise ValueError("expected an open pool, got a closed one")
+            if session.future and not session.future.done():
+                raise ValueError(f"expected one call at a time on session {index}, got one more while one is under way")
+            session.future = future
+            self._calls += 1
+            self._loop.call_soon_threadsafe(lambda: self._tasks.spawn(self._answer(session, call, future)))
+        return future
 
     # Everything below runs in the loop's thread.
 
-    async def _guard(self, session: _Session, call: Coroutine[Any, Any, StepResult]) -> StepResult:
+    async def _answer(
+        self,
+        session: _Session,
+        call: Callable[[_Session], Awaitable[StepResult]],
+        future: concurrent.futures.Future[StepResult],
+    ) -> None:
         try:
-            return await call
-        except EnvError:
+            result = await call(session)
+        except Exception as error:
             self._failed_calls += 1
-            raise
-        except asyncio.CancelledError:
-            session.drop("its call was cancelled")  # or the reply would be taken for the next call's
-            if self._closed:
-                raise EnvError("the pool was closed") from None
-            raise
-        finally:
-            session.busy.release()
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
     async def _reset(self, session: _Session, request: str) -> StepResult:
         limit = self._clock + self._config.restart_wait_s
-        for pause in self._pauses():
+        for pause in pauses(self._config.first_pause_s):
             await self._connect(session, limit)
             try:
                 return await self._ask(session, request, self._config.reset_deadline_s)
@@ -253,21 +249,21 @@ class EnvPool:
     async def _connect(self, session: _Session, limit: float) -> None:
         server = session.server
         if session.connection and not session.connection.usable:
-            session.drop("the server closed the connection")
-        for pause in self._pauses():
+            session.drop(f"{server} closed the connection")
+        for pause in pauses(self._config.first_pause_s):
             while not server.up.is_set() and self._clock < limit:
                 await asyncio.sleep(_TICK_S / 2)
             if session.connection:
                 return
             if self._clock >= limit:
-                raise EnvError(f"{server} did not come back in {self._config.restart_wait_s:g} s: {server.failure}")
+                raise EnvError(f"{server} did not come back in time: {server.failure}")
             process = server.process
             try:
-                session.connection = await Connection.open(self._url(server), timeout_s=_CONNECT_TIMEOUT_S)
-                return
+                session.connection = await Connection.open(server.url, timeout_s=_CONNECT_TIMEOUT_S)
+                server.failure = ""
             except CONNECTION_ERRORS as error:
-                self._server_failed(server, process, f"no connection: {type(error).__name__}: {error}")
-            await asyncio.sleep(pause)
+                server.failed(process, f"no connection: {describe(error)}")
+                await asyncio.sleep(pause)
 
     async def _ask(self, session: _Session, request: str, deadline_s: float) -> StepResult:
         connection, server = session.connection, session.server
@@ -276,97 +272,52 @@ class EnvPool:
         process = server.process
         session.expires = self._clock + deadline_s
         try:
-            return decode_result(await connection.ask(request), self._config.wire)
+            return protocol.decode_result(await connection.ask(request), self._config.wire)
         except RefusedError as error:
-            failure = f"session {session.index} on {server} refused: {error}"
-            session.drop(failure)  # the next reset gets a fresh environment
-            self._note(failure)
+            session.drop(f"{server} refused: {error}")  # the next reset gets a fresh environment
+            self._on_failure(server, f"session {session.index}: {session.failure}", lost=False)
             raise
         except (EnvError, *CONNECTION_ERRORS) as error:
             if session.connection is connection:
-                reason = str(error) if isinstance(error, EnvError) else f"{type(error).__name__}: {error}"
-                failure = f"session {session.index}: {reason}"
+                failure = str(error) if isinstance(error, EnvError) else describe(error)
                 session.drop(f"{server}: {failure}")
-                self._server_failed(server, process, failure)
-            raise EnvError(session.failure) from None
+                server.failed(process, failure)
+            raise EnvError(f"session {session.index}: {session.failure}") from None
         finally:
             session.expires = math.inf
 
-    def _server_failed(self, server: _Server, process: ServerProcess | None, failure: str) -> None:
-        """Begins to put a server right, unless `process`, which failed, has been replaced meanwhile."""
-        server_name = str(server)
-        server.failure = failure
-        self._note(f"{server_name}: {failure}")
-        if not process or process is not server.process or not server.up.is_set():
-            return
-        server.up.clear()
+    def _on_failure(self, server: Supervisor, failure: str, lost: bool) -> None:
+        logger.warning("%s", failure)
+        self._errors.append(failure)
         for session in self._sessions:
-            if session.server is server:
-                session.drop(f"{server_name} is restarted: {failure}")
-        self._spawn(self._restart(server))
-
-    async def _restart(self, server: _Server) -> None:
-        assert server.process
-        await server.process.kill()
-        for pause in self._pauses():
-            try:
-                await self._start(server)
-                server.restarts += 1
-                logger.info("%s is up again", server)
-                return
-            except (EnvError, OSError) as error:
-                server.failure = str(error)
-                self._note(f"{server} could not be restarted: {error}")
-            await asyncio.sleep(pause)
-
-    async def _start(self, server: _Server) -> None:
-        config = self._config
-        server.process = await ServerProcess.start(
-            self._make[0],
-            self._make[1],
-            sessions=config.sessions_per_server,
-            send_admissible=config.send_admissible,
-            timeout_s=config.start_deadline_s,
-        )
-        server.up.set()
-        self._spawn(self._watch(server, server.process))
-
-    async def _watch(self, server: _Server, process: ServerProcess) -> None:
-        status = await process.wait()
-        if process is server.process and server.up.is_set():
-            await asyncio.sleep(0)
-            self._server_failed(server, process, f"{describe_exit(status)}{process.tail()}")
+            if lost and session.server is server:
+                session.drop(failure)
 
     async def _open(self) -> None:
-        self._spawn(self._tick())
-        if not self._config.urls:
-            await _all(self._start(server) for server in self._servers)
-        for server in self._servers:
-            server.up.set()
+        self._tasks.spawn(self._tick())
+        await _all(server.start() for server in self._servers)
         await _all(self._probe(session) for session in self._sessions)
 
     async def _probe(self, session: _Session) -> None:
         """Connects a session and sees that its server has room for it."""
-        limit = self._clock + min(self._config.start_deadline_s, 5.0)
-        for pause in self._pauses():
+        limit = self._clock + _PROBE_S
+        for pause in pauses(self._config.first_pause_s):
             await self._connect(session, limit)
             assert session.connection
             try:
-                async with asyncio.timeout(self._config.start_deadline_s):
+                async with asyncio.timeout(self._config.reset_deadline_s):
                     protocol.decode_data(await session.connection.ask(protocol.STATE_REQUEST), "state")
                 return
             except RefusedError as error:
                 if error.code == protocol.EXECUTION_ERROR:
-                    return  # it has a session for us, and nothing to tell before the first reset
+                    return  # it has a session for us, and no state to tell before the first reset
                 failure = str(error)
             except (EnvError, *CONNECTION_ERRORS) as error:
-                failure = f"{type(error).__name__}: {error}"
+                failure = describe(error)
             session.drop(failure)
             if self._clock + pause > limit:
-                wanted = self._config.sessions_per_server
-                raise EnvError(
-                    f"expected {wanted} sessions on {session.server}, got at session {session.index}: {failure}"
-                )
+                count = self._config.sessions_per_server
+                raise EnvError(f"expected {count} sessions on {session.server}; session {session.index} got {failure}")
             await asyncio.sleep(pause)
 
     async def _tick(self) -> None:
@@ -379,46 +330,25 @@ class EnvPool:
             last = now
             for session in self._sessions:
                 if session.expires <= self._clock:
-                    failure = f"session {session.index}: no answer before the deadline"
                     session.expires = math.inf
+                    failure = f"session {session.index} had no answer before its deadline"
                     session.drop(f"{session.server}: {failure}")
-                    self._server_failed(session.server, session.server.process, failure)
+                    session.server.failed(session.server.process, failure)
 
     async def _shut(self) -> None:
-        own = [server.process for server in self._servers if server.process]
-        for server in self._servers:
-            server.up.clear()
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        if not own:
-            await asyncio.gather(
-                *(s.connection.close() for s in self._sessions if s.connection and s.busy.acquire(blocking=False))
-            )
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await self._tasks.cancel()
+        closing = EnvError("the pool was closed")
         for session in self._sessions:
-            session.drop("the pool was closed")
-        await asyncio.gather(*(process.stop(2.0) for process in own))
-
-    def _url(self, server: _Server) -> str:
-        return f"ws://127.0.0.1:{server.process.port}/ws" if server.process else server.url
-
-    def _pauses(self):
-        return (min(self._config.pause_s * 2**i, _LARGEST_PAUSE_S) for i in itertools.count())
-
-    def _note(self, failure: str) -> None:
-        logger.warning("%s", failure)
-        self._errors.append(failure)
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)  # the loop itself holds tasks weakly
-        task.add_done_callback(self._tasks.discard)
+            if session.future and not session.future.done():
+                session.future.set_exception(closing)
+                session.drop(str(closing))
+        await asyncio.gather(*(session.connection.close() for session in self._sessions if session.connection))
+        await asyncio.gather(*(server.stop() for server in self._servers))
 
 
-async def _all(coroutines) -> None:
-    """Awaits all; the first failure cancels the rest, and is raised when they have ended."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+async def _all(awaitables: Iterable[Awaitable[None]]) -> None:
+    """Awaits all; the first failure ends the rest, and is raised when they have ended."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         await asyncio.gather(*tasks)
     finally:

@@ -1,6 +1,7 @@
-"""An environment server as a child process: started on a free port, heard out when it fails, gone when its parent is."""
+"""An environment server as a child process: started on a free port, heard when it fails, gone when its parent is."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ class ServerProcess:
     """One running server; made by `start`.
 
     Attributes:
-        pid: its process id.
+        pid: its process id, and that of its process group.
         port: where it listens, on localhost.
     """
 
@@ -36,8 +37,8 @@ class ServerProcess:
     ) -> "ServerProcess":
         """Starts a server and waits until it accepts connections.
 
-        It is a fresh interpreter, no fork (this process may hold an accelerator), and the kernel picks the port, so that
-        two pools cannot clash.
+        It is a fresh interpreter, no fork (this process may hold an accelerator), in a session of its own (Ctrl-C is
+        for the training to answer), and the kernel picks the port, so that two pools cannot clash.
 
         Args:
             name: an environment of the table.
@@ -55,62 +56,51 @@ class ServerProcess:
         roots = [str(Path(aem_jax.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
+        )
+        assert process.stdout
         server = cls(process)
         try:
-            assert process.stdout
             line = await asyncio.wait_for(process.stdout.readline(), timeout_s)
-            server.port = int(json.loads(line)["port"])
+            if not line:
+                status = await asyncio.wait_for(process.wait(), timeout_s)
+                await server.kill()  # what it left behind; and wait for its last words
+                raise EnvError(f"environment server {name!r} did not start ({describe_exit(status)}){server.tail()}")
         except TimeoutError:
             await server.kill()
-            raise EnvError(
-                f"expected environment server {name!r} to be up in {timeout_s:g} s, got nothing{server.tail()}"
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            status = await server.kill()
-            raise EnvError(
-                f"environment server {name!r} did not start ({describe_exit(status)}){server.tail()}"
-            ) from None
+            raise EnvError(f"environment server {name!r} was not up in {timeout_s:g} s{server.tail()}") from None
         except BaseException:
             await server.kill()
             raise
+        server.port = int(json.loads(line)["port"])
         return server
 
     async def wait(self) -> int:
         """Waits until the process has ended; returns its exit status (negative: the signal)."""
         return await self._process.wait()
 
-    async def kill(self) -> int:
-        """Kills the process, stopped or not, and waits; returns its exit status, the old one if it had ended before."""
-        try:
-            status = await asyncio.wait_for(
-                self._process.wait(), 0.2 if self._process.stdout and self._process.stdout.at_eof() else 0
-            )
-        except TimeoutError:
-            self._signal(signal.SIGKILL)
-            status = await self._process.wait()
-        await asyncio.wait([self._reader], timeout=1.0)  # what it said last; a grandchild may hold the pipe open
-        return status
+    async def kill(self) -> None:
+        """Kills the process, stopped or not, with all that it started, and waits."""
+        self._signal_group(signal.SIGKILL)
+        await self._process.wait()
+        await asyncio.wait([self._reader], timeout=1.0)
 
     async def stop(self, timeout_s: float) -> None:
-        """Asks the process to end, kills it if it does not."""
-        self._signal(signal.SIGTERM)
-        try:
+        """Asks the process to end, and kills what is left of it after that."""
+        self._signal_group(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), timeout_s)
-        except TimeoutError:
-            await self.kill()
-        self._reader.cancel()
+        await self.kill()
 
     def tail(self) -> str:
         """The end of its stderr, to be appended to an error message."""
         text = self._tail.decode(errors="replace").strip()
         return f"; it said:\n{text}" if text else ""
 
-    def _signal(self, number: int) -> None:
-        try:
-            self._process.send_signal(number)
-        except ProcessLookupError:
-            pass  # ended already
+    def _signal_group(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # ended already; macOS says the second
+            os.killpg(self.pid, number)
 
     async def _read_stderr(self) -> None:
         assert self._process.stderr

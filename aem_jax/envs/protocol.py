@@ -4,8 +4,8 @@ Termination and truncation are different things (the task ended; a limit was hit
 third: `EnvError`, no fault of the policy, so its episode is retried or masked and never counted as a failure.
 
 On the wire an environment speaks OpenEnv's WebSocket messages, JSON texts of the form `{"type": …, "data": {…}}`: one
-connection is one session is one environment, and every request is answered by exactly one reply, in order. `WireMapping`
-says under which names a server keeps the words that we need; its defaults are those of our own server.
+connection is one session is one environment, and every request is answered by exactly one reply, in order.
+`WireMapping` says under which names a server keeps the words that we need; its defaults are those of our own server.
 """
 
 import json
@@ -84,7 +84,7 @@ class Environment(Protocol):
 
 @dataclass(frozen=True)
 class WireMapping:
-    """Where a server keeps our words. Observation fields may be dotted paths; an empty name means: it has no such field."""
+    """Where a server keeps our words. Observation fields may be dotted paths; an empty name: it has no such field."""
 
     action_field: str = "text"
     """Action field that takes the policy's response."""
@@ -107,8 +107,15 @@ class WireMapping:
 
 
 def encode_reset(task: Mapping[str, Any]) -> str:
-    """The request that starts an episode of `task`; its keys become the reset keywords."""
-    return json.dumps({"type": "reset", "data": dict(task)})
+    """The request that starts an episode of `task`; its keys become the reset keywords.
+
+    Raises:
+        ValueError: the task is not JSON.
+    """
+    try:
+        return json.dumps({"type": "reset", "data": dict(task)}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected a task as a mapping of plain JSON values, got {task!r:.200}: {error}") from None
 
 
 def step_encoder(mapping: WireMapping):

@@ -2,14 +2,12 @@
 
     python -m aem_jax.envs.server alfworld --port 8765 --settings '{"max_steps": 30}'
 
-`ws://host:port/ws`: one connection is one session and one environment, made when it opens and closed when it ends. Also
-GET /health, /metadata and /schema. OpenEnv's own server is FastAPI with 115 packages behind it; this one needs
-`websockets` alone, and answers every request in order with exactly one message. Differences, both kinder: a message that is
-no mapping, or binary, is a VALIDATION_ERROR and not the end of the session; and the server itself holds the order reset,
-step, …, done, so that no environment has to.
+`ws://host:port/ws`: one connection is one session and one environment, made when it opens and closed when it ends.
+Also GET /health, /metadata and /schema. OpenEnv's own server is FastAPI with 115 packages behind it; this one needs
+`websockets` alone, and answers every request in order with exactly one message.
 
-The calls of a non-blocking environment run in the event loop (a step takes less than a thread switch costs); a blocking one gets one
-thread per session.
+The calls of a non-blocking environment run in the event loop (a step takes less than a thread switch costs); a blocking
+one gets one thread per session.
 """
 
 import argparse
@@ -22,7 +20,6 @@ import os
 import signal
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +32,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from aem_jax.envs import protocol
-from aem_jax.envs.protocol import Environment, encode_error, encode_result
+from aem_jax.envs.protocol import Environment, encode_error
+from aem_jax.envs.session import Session
 from aem_jax.envs.table import ENVIRONMENTS, environment_spec, settings_from_json
 
 logger = logging.getLogger("aem_jax.envs.server")  # not __name__, which is __main__ in a process of its own
@@ -61,89 +59,6 @@ class ServerConfig:
             raise ValueError(f"expected a port from 0 to 65535, got {self.port}")
         if self.sessions < 1:
             raise ValueError(f"expected at least one session, got {self.sessions}")
-
-
-class Session:
-    """One connection's environment, and the order in which it may be asked. Answers one request at a time."""
-
-    def __init__(self, env: Environment, *, send_admissible: bool):
-        self._env = env
-        self._send_admissible = send_admissible
-        self._episode_id: str | None = None
-        self._step_count = 0
-        self._running = False
-
-    def answer(self, raw: str | bytes) -> str | None:
-        """The reply to a request; None when the client closes the session. Raises nothing."""
-        try:
-            message = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            return encode_error(protocol.INVALID_JSON, f"Invalid JSON: {error}")
-        if not isinstance(message, dict) or isinstance(raw, bytes):
-            return encode_error(protocol.VALIDATION_ERROR, "expected a text message with a JSON mapping")
-        kind, data = message.get("type", ""), message.get("data")
-        if kind not in ("reset", "step", "state", "close"):
-            return encode_error(protocol.UNKNOWN_TYPE, f"Unknown message type: {kind!r:.100}")
-        if set(message) - {"type", "data"} or (kind in ("state", "close") and "data" in message):
-            return encode_error(protocol.VALIDATION_ERROR, f"unknown fields in the {kind} message: {sorted(message)}")
-        if kind == "close":
-            return None
-        if kind == "state":
-            return json.dumps(
-                {"type": "state", "data": {"episode_id": self._episode_id, "step_count": self._step_count}}
-            )
-        try:
-            if kind == "reset":
-                return self._reset({} if data is None else data)
-            return self._step(data)
-        except _InvalidRequestError as error:
-            return encode_error(protocol.VALIDATION_ERROR, str(error))
-        except _OrderError as error:
-            return encode_error(protocol.EXECUTION_ERROR, str(error))
-        except Exception as error:
-            self._running = False
-            logger.warning("the environment failed at a %s", kind, exc_info=True)
-            return encode_error(protocol.EXECUTION_ERROR, f"{type(error).__name__}: {error}")
-
-    def close(self) -> None:
-        """Closes the environment; its errors are logged."""
-        try:
-            self._env.close()
-        except Exception:
-            logger.warning("the environment failed to close", exc_info=True)
-
-    def _reset(self, data: Any) -> str:
-        if not isinstance(data, dict):
-            raise _InvalidRequestError(f"expected reset data as a mapping, got {data!r:.100}")
-        task = dict(data)
-        episode_id = task.pop("episode_id", None)  # the protocol's own keyword, no part of the task
-        self._running = False
-        result = self._env.reset(task)
-        reply = encode_result(result, send_admissible=self._send_admissible)
-        self._episode_id, self._step_count, self._running = str(episode_id or uuid.uuid4()), 0, not result.done
-        return reply
-
-    def _step(self, data: Any) -> str:
-        if not isinstance(data, dict) or not isinstance(data.get("text"), str):
-            raise _InvalidRequestError(f"expected step data with a string in 'text', got {data!r:.100}")
-        if set(data) - {"text", "metadata"}:
-            raise _InvalidRequestError(f"expected the action field 'text' alone, got {sorted(data)}")
-        if not self._running:
-            state = "the episode is over" if self._episode_id and self._step_count else "there is no episode"
-            raise _OrderError(f"expected a reset before this step: {state}")
-        result = self._env.step(data["text"])
-        reply = encode_result(result, send_admissible=self._send_admissible)
-        self._step_count += 1
-        self._running = not result.done
-        return reply
-
-
-class _InvalidRequestError(Exception):
-    """The request does not have the protocol's form."""
-
-
-class _OrderError(Exception):
-    """A step came when no episode was running."""
 
 
 class _Server:
@@ -272,15 +187,13 @@ async def _run(name: str, make: Callable[[], Environment], config: ServerConfig,
     ) as sockets:
         ready(next(iter(sockets.sockets)).getsockname()[1])
         await stop.wait()
+        _end_in(seconds=5)  # whatever an environment that hangs is doing
 
 
 def serve(
-    name: str,
-    settings: Mapping[str, Any] | None = None,
-    config: ServerConfig = ServerConfig(),
-    ready: Callable[[int], None] = lambda port: None,
+    name: str, settings: Mapping[str, Any], config: ServerConfig, ready: Callable[[int], None] = lambda port: None
 ) -> None:
-    """Serves an environment until SIGTERM or SIGINT.
+    """Serves an environment until SIGTERM or SIGINT; to be a process's main work.
 
     Args:
         name: an environment of `table.ENVIRONMENTS`.
@@ -292,11 +205,17 @@ def serve(
         ValueError: unknown name or bad settings.
         OSError: the port is taken.
     """
-    make = environment_spec(name).factory(settings or {})
+    make = environment_spec(name).factory(settings)
     make().close()  # what cannot be made should say so now, not at the first session
     if config.with_parent:
         _end_with_parent()
     asyncio.run(_run(name, make, config, ready))
+
+
+def _end_in(*, seconds: float) -> None:
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def _end_with_parent() -> None:
@@ -313,10 +232,16 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _announce(port: int) -> None:
-    """Says the port on stdout, then leaves stdout to nobody: what an engine prints goes to stderr."""
-    print(json.dumps({"port": port}), flush=True)
+def _announcer() -> Callable[[int], None]:
+    """Keeps stdout for one line, the port, and sends whatever engines print to stderr."""
+    stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+
+    def announce(port: int) -> None:
+        with stdout:
+            print(json.dumps({"port": port}), file=stdout)
+
+    return announce
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -338,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = ServerConfig(
             options.host, options.port, options.sessions, options.send_admissible, options.with_parent
         )
-        serve(options.environment, settings_from_json(options.settings), config, _announce)
+        serve(options.environment, settings_from_json(options.settings), config, _announcer())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

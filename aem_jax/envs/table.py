@@ -18,7 +18,8 @@ class EnvironmentSpec:
 
     Attributes:
         factory: `settings -> (() -> Environment)`; checks the settings once, imports what the environment needs.
-        blocking: its calls take long or wait, so each session gets a thread; else they run in the server's event loop, which is faster.
+        blocking: its calls take long or wait, so each session gets a thread; else they run in the server's event
+            loop, which is faster.
         description: one line.
     """
 

@@ -76,7 +76,7 @@ def _room(
     for entry in frequency.split():
         name, mean, most = entry.split(":")
         counts[name] = (float(mean), int(most))
-    short = dict(zip("place light clean heat cool two".split(), TASK_TYPES, strict=True))
+    short = dict(zip(("place", "light", "clean", "heat", "cool", "two"), TASK_TYPES, strict=True))
     task_types = tuple(short[word] for word in tasks.split())
     alternatives = tuple(tuple(group.split("|")) for group in required.split())
     return RoomKind(first_floor, receptacles, things, task_types, alternatives, counts)
@@ -111,70 +111,72 @@ _GROUPS = {
     "@seat": "Sofa ArmChair Ottoman Bed",
     "@inside": "Drawer Cabinet",
     "@worktop": "CounterTop DiningTable SideTable",
+    "@bath": "CounterTop Drawer Cabinet Shelf Cart SinkBasin BathtubBasin Toilet",
 }
 
-# class | rooms (K, L, B, T = kitchen, living, bed-, bathroom: nearly always; lower case: sometimes) | affordances | places
+# class | rooms (K, L, B, T = kitchen, living, bed-, bathroom: nearly always; lower case: sometimes)
+#       | affordances | places that can hold it
 _THINGS = """
-AlarmClock     | B   |                      | @top
-Apple          | K   | clean heat cool slice | @worktop Fridge Microwave SinkBasin GarbageCan
-BaseballBat    | b   |                      | Bed Desk DiningTable CoffeeTable SideTable
-BasketBall     | b   |                      | @seat Desk DiningTable CoffeeTable Dresser
-Book           | lB  |                      | @top @seat Drawer Cabinet
-Boots          | lb  |                      | Bed ArmChair Ottoman SideTable
+AlarmClock     | B   |                        | @top
+Apple          | K   | clean heat cool slice  | @worktop Fridge Microwave SinkBasin GarbageCan
+BaseballBat    | b   |                        | Bed Desk DiningTable CoffeeTable SideTable
+BasketBall     | b   |                        | @seat Desk DiningTable CoffeeTable Dresser
+Book           | lB  |                        | @top @seat Drawer Cabinet
+Boots          | lb  |                        | Bed ArmChair Ottoman SideTable
 Bowl           | Klb | clean heat cool hollow | @top Fridge Microwave SinkBasin Cabinet
-Box            | Lb  |                      | @table @seat TVStand
-Bread          | K   | heat cool slice      | @worktop Fridge Microwave GarbageCan
-ButterKnife    | K   | clean                | @worktop Drawer SinkBasin
-CD             | B   |                      | @top Drawer Safe GarbageCan
-Candle         | lT  |                      | @top Drawer Cabinet BathtubBasin Toilet
-CellPhone      | klB |                      | @top @seat Drawer Safe
-Cloth          | bT  | clean                | @inside SideTable CounterTop Dresser Shelf Cart BathtubBasin SinkBasin LaundryHamper Toilet
-CreditCard     | kLB |                      | @top @seat Drawer
+Box            | Lb  |                        | @table @seat TVStand
+Bread          | K   | heat cool slice        | @worktop Fridge Microwave GarbageCan
+ButterKnife    | K   | clean                  | @worktop Drawer SinkBasin
+CD             | B   |                        | @top Drawer Safe GarbageCan
+Candle         | lT  |                        | @top Drawer Cabinet BathtubBasin Toilet
+CellPhone      | klB |                        | @top @seat Drawer Safe
+Cloth          | bT  | clean                  | @bath SideTable Dresser LaundryHamper
+CreditCard     | kLB |                        | @top @seat Drawer
 Cup            | K   | clean heat cool hollow | @worktop Cabinet Shelf Fridge Microwave SinkBasin
-DeskLamp       | lB  | light                | Desk SideTable Dresser CoffeeTable DiningTable Shelf
-DishSponge     | Kt  | clean                | @inside CounterTop SideTable Shelf Cart SinkBasin BathtubBasin GarbageCan Toilet
-Egg            | K   | clean heat cool slice | @worktop Fridge Microwave SinkBasin GarbageCan
-FloorLamp      | Lb  | light                | Desk SideTable Dresser CoffeeTable DiningTable Shelf
-Fork           | K   | clean                | @worktop Drawer SinkBasin
-Glassbottle    | k   | cool                 | @worktop Cabinet Shelf Fridge GarbageCan
-HandTowel      | T   |                      | HandTowelHolder CounterTop Cabinet Drawer SinkBasin GarbageCan
-Kettle         | k   | clean                | @worktop Cabinet StoveBurner SinkBasin Shelf
-KeyChain       | LB  |                      | @top @seat Drawer Safe
-Knife          | K   | clean                | @worktop Drawer SinkBasin
-Ladle          | k   | clean                | @worktop Drawer Cabinet SinkBasin
-Laptop         | LB  |                      | @table @seat TVStand
-Lettuce        | K   | clean cool slice     | @worktop Fridge SinkBasin GarbageCan
-Mug            | Kb  | clean heat cool hollow | @worktop Desk Shelf Cabinet Drawer CoffeeMachine Fridge Microwave SinkBasin
-Newspaper      | l   |                      | @table @seat TVStand Drawer GarbageCan
-Pan            | K   | clean cool hollow    | @worktop Cabinet StoveBurner Fridge SinkBasin
-PaperTowelRoll | kt  |                      | @worktop @inside Shelf GarbageCan Toilet
-Pen            | klB |                      | @top Drawer GarbageCan
-Pencil         | klB |                      | @top Drawer GarbageCan
-PepperShaker   | K   |                      | @worktop @inside Shelf
-Pillow         | LB  |                      | @seat
+DeskLamp       | lB  | light                  | Desk SideTable Dresser CoffeeTable DiningTable Shelf
+DishSponge     | Kt  | clean                  | @bath SideTable GarbageCan
+Egg            | K   | clean heat cool slice  | @worktop Fridge Microwave SinkBasin GarbageCan
+FloorLamp      | Lb  | light                  | Desk SideTable Dresser CoffeeTable DiningTable Shelf
+Fork           | K   | clean                  | @worktop Drawer SinkBasin
+Glassbottle    | k   | cool                   | @worktop Cabinet Shelf Fridge GarbageCan
+HandTowel      | T   |                        | HandTowelHolder CounterTop Cabinet Drawer SinkBasin GarbageCan
+Kettle         | k   | clean                  | @worktop Cabinet StoveBurner SinkBasin Shelf
+KeyChain       | LB  |                        | @top @seat Drawer Safe
+Knife          | K   | clean                  | @worktop Drawer SinkBasin
+Ladle          | k   | clean                  | @worktop Drawer Cabinet SinkBasin
+Laptop         | LB  |                        | @table @seat TVStand
+Lettuce        | K   | clean cool slice       | @worktop Fridge SinkBasin GarbageCan
+Mug            | Kb  | clean heat cool hollow | @worktop Desk Shelf Cabinet CoffeeMachine Fridge Microwave SinkBasin
+Newspaper      | l   |                        | @table @seat TVStand Drawer GarbageCan
+Pan            | K   | clean cool hollow      | @worktop Cabinet StoveBurner Fridge SinkBasin
+PaperTowelRoll | kt  |                        | @worktop @inside Shelf GarbageCan Toilet
+Pen            | klB |                        | @top Drawer GarbageCan
+Pencil         | klB |                        | @top Drawer GarbageCan
+PepperShaker   | K   |                        | @worktop @inside Shelf
+Pillow         | LB  |                        | @seat
 Plate          | Kl  | clean heat cool hollow | @worktop CoffeeTable Cabinet Shelf Fridge Microwave SinkBasin
-Plunger        | T   |                      | Cabinet Cart
-Pot            | K   | clean cool hollow    | @worktop Cabinet StoveBurner Fridge SinkBasin
-Potato         | K   | clean heat cool slice | @worktop Fridge Microwave SinkBasin GarbageCan
-RemoteControl  | Lb  |                      | @top @seat Drawer
-SaltShaker     | K   |                      | @worktop @inside Shelf
-ScrubBrush     | T   |                      | CounterTop Cabinet Shelf Toilet BathtubBasin
-SoapBar        | T   | clean                | CounterTop @inside Shelf Cart SinkBasin BathtubBasin Toilet GarbageCan
-SoapBottle     | KT  |                      | @worktop @inside Shelf Cart Toilet GarbageCan
-Spatula        | K   | clean                | @worktop Drawer SinkBasin
-Spoon          | K   | clean                | @worktop Drawer SinkBasin
-SprayBottle    | kT  |                      | @worktop @inside Shelf Cart Dresser Toilet GarbageCan
-Statue         | kLb |                      | @top Safe
-TeddyBear      | b   |                      | @seat Desk Dresser
-TennisRacket   | b   |                      | Bed Desk DiningTable SideTable Dresser
-TissueBox      | lbt |                      | @top @inside Toilet GarbageCan
-ToiletPaper    | T   |                      | CounterTop @inside Shelf Cart Toilet ToiletPaperHanger GarbageCan
-Tomato         | K   | clean heat cool slice | @worktop Fridge Microwave SinkBasin GarbageCan
-Towel          | T   |                      | TowelHolder CounterTop Cabinet BathtubBasin
-Vase           | kl  |                      | @top Cabinet Safe
-Watch          | Lb  |                      | @top Drawer Safe
-WateringCan    | l   |                      | @table Drawer TVStand
-WineBottle     | k   | cool                 | @worktop Cabinet Shelf Fridge GarbageCan
+Plunger        | T   |                        | Cabinet Cart
+Pot            | K   | clean cool hollow      | @worktop Cabinet StoveBurner Fridge SinkBasin
+Potato         | K   | clean heat cool slice  | @worktop Fridge Microwave SinkBasin GarbageCan
+RemoteControl  | Lb  |                        | @top @seat Drawer
+SaltShaker     | K   |                        | @worktop @inside Shelf
+ScrubBrush     | T   |                        | CounterTop Cabinet Shelf Toilet BathtubBasin
+SoapBar        | T   | clean                  | @bath GarbageCan
+SoapBottle     | KT  |                        | @worktop @inside Shelf Cart Toilet GarbageCan
+Spatula        | K   | clean                  | @worktop Drawer SinkBasin
+Spoon          | K   | clean                  | @worktop Drawer SinkBasin
+SprayBottle    | kT  |                        | @worktop @inside Shelf Cart Dresser Toilet GarbageCan
+Statue         | kLb |                        | @top Safe
+TeddyBear      | b   |                        | @seat Desk Dresser
+TennisRacket   | b   |                        | Bed Desk DiningTable SideTable Dresser
+TissueBox      | lbt |                        | @top @inside Toilet GarbageCan
+ToiletPaper    | T   |                        | CounterTop @inside Shelf Cart Toilet ToiletPaperHanger GarbageCan
+Tomato         | K   | clean heat cool slice  | @worktop Fridge Microwave SinkBasin GarbageCan
+Towel          | T   |                        | TowelHolder CounterTop Cabinet BathtubBasin
+Vase           | kl  |                        | @top Cabinet Safe
+Watch          | Lb  |                        | @top Drawer Safe
+WateringCan    | l   |                        | @table Drawer TVStand
+WineBottle     | k   | cool                   | @worktop Cabinet Shelf Fridge GarbageCan
 """
 
 _ALWAYS, _SOMETIMES = 0.95, 0.35

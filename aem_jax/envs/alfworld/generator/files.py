@@ -53,9 +53,7 @@ def grammar_text(game: HouseholdGame) -> str:
 
 def problem_text(game: HouseholdGame) -> str:
     """The PDDL problem: objects, initial facts and goal."""
-    receptacles = {
-        (name, i): _entity(name, count - i) for name, count in game.floor.receptacles for i in range(count)
-    }
+    receptacles = {(name, i): _entity(name, count - i) for name, count in game.floor.receptacles for i in range(count)}
     locations = {key: f"loc_bar_{n:02d}" for n, key in enumerate(receptacles, start=1)}
     totals = Counter(name for name, _, _ in game.placements)
     left = totals.copy()
@@ -143,7 +141,7 @@ def write_game(game: HouseholdGame, root: Path, split: str, trial: str, walkthro
 
 
 def _entity(name: str, number: int) -> str:
-    """PDDL name of an instance. Players number them from the last in alphabetical order, hence what callers count down."""
+    """PDDL name of an instance. Players number instances from the last id to the first, so callers count down."""
     if name in ("SinkBasin", "BathtubBasin"):  # ALFWorld tells a basin from its sink by the end of the name
         return f"{name.removesuffix('Basin')}_bar_{number:02d}_bar_{name}"
     return f"{name}_bar_{number:02d}"

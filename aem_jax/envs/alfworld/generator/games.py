@@ -82,7 +82,9 @@ def draw_game(config: GeneratorConfig, seed: int, split: str, index: int) -> Hou
         game = _fill(rng.choice(rng.choice(floors)), task_type, config, rng)
         if _belongs(game, split):
             return game
-    raise ValueError(f"expected a {task_type} game for {split} within {_CONTENT_TRIES} draws; widen things or receptacles")
+    raise ValueError(
+        f"expected a {task_type} game for {split} within {_CONTENT_TRIES} draws; widen things or receptacles"
+    )
 
 
 def _belongs(game: HouseholdGame, split: str) -> bool:
@@ -102,7 +104,7 @@ def _usable_floors(config: GeneratorConfig, split: str, task_type: str) -> tuple
             usable.append(fitting)
     if not usable:
         raise ValueError(
-            f"expected a {split} floor plan on which {task_type} can be made, found none among {list(config.room_kinds)}; "
+            f"expected a {split} floor plan on which {task_type} can be made in {list(config.room_kinds)}, found none; "
             "raise floor_plans or receptacles, or drop the task type"
         )
     return tuple(usable)
@@ -149,6 +151,7 @@ def distinct_indices(config: GeneratorConfig, seed: int, split: str, size: int) 
         index += 1
         if index > 20 * size + 100:
             raise ValueError(
-                f"expected {size} different {split} games, found {len(indices)} in {index} draws; widen things or receptacles"
+                f"expected {size} different {split} games, found {len(indices)} in {index} draws; "
+                "widen things or receptacles"
             )
     return indices

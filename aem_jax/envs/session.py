@@ -1,0 +1,94 @@
+"""One session of a server: an environment, and the order in which it may be asked. Texts in, texts out; no sockets.
+
+Two differences from OpenEnv's own server, both kinder: a message that is no mapping, or binary, is a VALIDATION_ERROR
+and not the end of the session; and the session holds the order reset, step, …, done, so that no environment has to.
+"""
+
+import json
+import logging
+import uuid
+from typing import Any
+
+from aem_jax.envs import protocol
+from aem_jax.envs.protocol import Environment, encode_error, encode_result
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """One connection's environment, and the order in which it may be asked. Answers one request at a time."""
+
+    def __init__(self, env: Environment, *, send_admissible: bool):
+        self._env = env
+        self._send_admissible = send_admissible
+        self._episode_id: str | None = None
+        self._step_count = 0
+        self._running = False
+
+    def answer(self, raw: str | bytes) -> str | None:
+        """The reply to a request; None when the client closes the session. Raises nothing."""
+        try:
+            message = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            return encode_error(protocol.INVALID_JSON, f"Invalid JSON: {error}")
+        if not isinstance(message, dict) or isinstance(raw, bytes):
+            return encode_error(protocol.VALIDATION_ERROR, "expected a text message with a JSON mapping")
+        kind, data = message.get("type", ""), message.get("data", {})
+        if kind not in ("reset", "step", "state", "close"):
+            return encode_error(protocol.UNKNOWN_TYPE, f"Unknown message type: {kind!r:.100}")
+        if set(message) - {"type", "data"} or (kind in ("state", "close") and "data" in message):
+            return encode_error(protocol.VALIDATION_ERROR, f"unknown fields in the {kind} message: {sorted(message)}")
+        if kind == "close":
+            return None
+        if kind == "state":
+            state = {"episode_id": self._episode_id, "step_count": self._step_count}
+            return json.dumps({"type": "state", "data": state})
+        try:
+            return self._reset(data) if kind == "reset" else self._step(data)
+        except _InvalidRequestError as error:
+            return encode_error(protocol.VALIDATION_ERROR, str(error))
+        except _OrderError as error:
+            return encode_error(protocol.EXECUTION_ERROR, str(error))
+        except (Exception, SystemExit) as error:  # an engine that exits must not take the other sessions along
+            self._running = False
+            logger.warning("the environment failed at a %s", kind, exc_info=True)
+            return encode_error(protocol.EXECUTION_ERROR, f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Closes the environment; its errors are logged."""
+        try:
+            self._env.close()
+        except Exception:
+            logger.warning("the environment failed to close", exc_info=True)
+
+    def _reset(self, data: Any) -> str:
+        if not isinstance(data, dict):
+            raise _InvalidRequestError(f"expected reset data as a mapping, got {data!r:.100}")
+        task = dict(data)
+        episode_id = task.pop("episode_id", None)  # the protocol's own keyword, no part of the task
+        self._running = False
+        result = self._env.reset(task)
+        reply = encode_result(result, send_admissible=self._send_admissible)
+        self._episode_id, self._step_count, self._running = str(episode_id or uuid.uuid4()), 0, not result.done
+        return reply
+
+    def _step(self, data: Any) -> str:
+        if not isinstance(data, dict) or not isinstance(data.get("text"), str):
+            raise _InvalidRequestError(f"expected step data with a string in 'text', got {data!r:.100}")
+        if set(data) - {"text", "metadata"}:
+            raise _InvalidRequestError(f"expected the action field 'text' alone, got {sorted(data)}")
+        if not self._running:
+            raise _OrderError("expected a reset before this step: no episode is running")
+        result = self._env.step(data["text"])
+        reply = encode_result(result, send_admissible=self._send_admissible)
+        self._step_count += 1
+        self._running = not result.done
+        return reply
+
+
+class _InvalidRequestError(Exception):
+    """The request does not have the protocol's form."""
+
+
+class _OrderError(Exception):
+    """A step came when no episode was running."""
