@@ -1,0 +1,213 @@
+"""Scripted experts: one way of acting, two sources of knowledge.
+
+`decide` gives the next command for a goal from what is known of the room. The `Oracle` reads all of it out of the
+engine's facts: its success proves that a game can be solved, and it bounds what any agent can reach. The `Searcher`
+knows what the text has shown so far, looks through receptacles in a sensible order and remembers what it saw: a policy
+can learn from its demonstrations, because every command follows from words that the policy has read too.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from aem_jax.envs.alfworld.goals import Goal, class_of, number_of, parse_goal, search_order
+from aem_jax.envs.alfworld.knowledge import Knowledge, known_from_facts, names_in, read_answer
+
+
+def decide(goal: Goal, known: Knowledge) -> str | None:
+    """The next command towards `goal`, in the newer grammar (`move … to …`); None when nothing is left to try.
+
+    Args:
+        goal: the task.
+        known: what is known of the room; when it lacks something, the command looks further.
+    """
+    if known.held is not None and class_of(known.held) != goal.target:
+        return _put_away(known.held, known)
+    if known.held is None:
+        return _fetch(goal, known)
+    if goal.light:
+        lamps = known.places_of(goal.place)
+        if not lamps:
+            return _look_for(goal.place, known, goal)
+        lamp, place = min(lamps, key=lambda found: found[1] != known.here)
+        return f"use {lamp}" if known.here == place else f"go to {place}"
+    if goal.treatment and known.held not in known.treated:
+        station = _nearest(goal.station, known)
+        return f"{goal.treatment} {known.held} with {station}" if known.here == station else f"go to {station}"
+    return _put(known.held, _destination(goal, known), known)
+
+
+def _fetch(goal: Goal, known: Knowledge) -> str | None:
+    destination = None if goal.light else _destination(goal, known)
+    found = [
+        (thing, place)
+        for thing, place in known.places_of(goal.target)
+        # What already lies where it should stays there, unless it still lacks its treatment.
+        if place != destination or (goal.treatment and thing not in known.treated)
+    ]
+    if not found:
+        return _look_for(goal.target, known, goal)
+    thing, place = min(found, key=lambda item: (item[1] != known.here, item[1] in known.closed))
+    return _reach(place, known) or f"take {thing} from {place}"
+
+
+def _look_for(wanted: str, known: Knowledge, goal: Goal) -> str | None:
+    if known.here in known.closed and known.here not in known.contents:
+        return f"open {known.here}"
+    unseen = [r for r in known.receptacles if r not in known.contents]
+    unlikely = "" if goal.treatment else goal.place
+    order = search_order(wanted, unseen, unlikely=unlikely, taste=known.taste)
+    return f"go to {order[0]}" if order else None
+
+
+def _put_away(thing: str, known: Knowledge) -> str | None:
+    """Puts down something that is not asked for: here if it fits, else where such things usually are."""
+    places = search_order(class_of(thing), known.receptacles)
+    for place in ([known.here] if known.here else []) + places:
+        if f"move {thing} to {place}" not in known.refused:
+            return _put(thing, place, known)
+    return None
+
+
+def _put(thing: str, place: str, known: Knowledge) -> str:
+    return _reach(place, known) or f"move {thing} to {place}"
+
+
+def _reach(place: str, known: Knowledge) -> str | None:
+    if known.here != place:
+        return f"go to {place}"
+    return f"open {place}" if place in known.closed else None
+
+
+def _destination(goal: Goal, known: Knowledge) -> str:
+    """The receptacle to fill: the one that already holds most targets, for two have to end in the same one."""
+    options = [r for r in known.receptacles if class_of(r) == goal.place]
+    if not options:
+        raise ValueError(f"expected a {goal.place} in the room, got {known.receptacles}")
+
+    def lacks(place: str) -> tuple[int, bool, int]:
+        targets = sum(class_of(o) == goal.target for o in known.contents.get(place, ()))
+        return -min(targets, goal.count - 1), place != known.here, number_of(place)
+
+    return min(options, key=lacks)
+
+
+def _nearest(kind: str, known: Knowledge) -> str:
+    options = [r for r in known.receptacles if class_of(r) == kind]
+    if not options:
+        raise ValueError(f"expected a {kind} in the room, got {known.receptacles}")
+    return min(options, key=lambda place: (place != known.here, number_of(place)))
+
+
+class Oracle:
+    """Acts from the engine's facts: it knows where everything is.
+
+    Args:
+        task: the game's first observation, or any text with the task sentence in it.
+    """
+
+    def __init__(self, task: str):
+        self.goal = parse_goal(task)
+
+    def act(self, player: Any) -> str:
+        """The next command in the game that `player` plays.
+
+        Args:
+            player: a started game, with `facts` and `admissible`.
+        """
+        command = decide(self.goal, known_from_facts(self.goal, player.facts))
+        if command is None:
+            raise ValueError(f"expected a {self.goal.target} in the game, found none in its facts")
+        return in_grammar(command, player.admissible)
+
+
+class Searcher:
+    """Acts from what the text has shown: the room's list of receptacles, the task, and every answer since.
+
+    Args:
+        seed: draws the order among equally good places to look; without one it is the alphabet's, the same each time.
+    """
+
+    def __init__(self, seed: int | None = None):
+        self._seed = seed
+        self._goal: Goal | None = None
+        self._known = Knowledge()
+        self._last = ""
+        self._newer_grammar = True
+
+    def act(self, observation: str, admissible: Sequence[str] = ()) -> str:
+        """Reads an observation, the first of which holds the task, and answers with the next command.
+
+        Args:
+            observation: text of the environment.
+            admissible: admissible commands if they were shown; they settle which words the game uses for putting.
+        """
+        self.observe(observation)
+        return self.command(admissible)
+
+    def observe(self, observation: str, command: str | None = None) -> None:
+        """Reads an observation; `command` is what led to it if somebody else chose it."""
+        self._last = command or self._last
+        if "Your task is to:" in observation:
+            self._begin(observation)
+        elif observation.strip() == "Nothing happens.":
+            self._refuse()
+        else:
+            read_answer(observation, self._last, self._goal_now(), self._known)
+
+    def command(self, admissible: Sequence[str] = ()) -> str:
+        """The next command, from what has been read so far."""
+        goal = self._goal_now()
+        command = decide(goal, self._known)
+        if command is None:  # it was overlooked or moved: look everywhere again
+            self._known.contents.clear()
+            self._known.refused.clear()
+            command = decide(goal, self._known) or "look"
+        self._last = in_grammar(command, admissible, self._newer_grammar)
+        return self._last
+
+    def _begin(self, observation: str) -> None:
+        self._goal = parse_goal(observation)
+        room = observation.split("you see", 1)[-1].split("Your task is to:")[0]
+        rng = random.Random(f"searcher/{self._seed}")
+        receptacles = names_in(room)
+        kinds = sorted({class_of(name) for name in receptacles}) if self._seed is not None else []
+        self._known = Knowledge(receptacles, taste={kind: rng.random() for kind in kinds})
+        self._last = ""
+
+    def _refuse(self) -> None:
+        self._known.refused.add(self._last)
+        if self._last.startswith("move "):
+            self._newer_grammar = False  # older games say `put … in/on …`
+        elif self._last.startswith("put "):
+            thing, place = self._last.removeprefix("put ").split(" in/on ", 1)
+            self._known.refused.add(f"move {thing} to {place}")
+        elif self._last.startswith(("take ", "use ")) and self._known.here:
+            self._known.contents.pop(self._known.here, None)
+
+    def _goal_now(self) -> Goal:
+        if self._goal is None:
+            raise ValueError("expected the first observation to hold the task ('Your task is to: …'); observe it first")
+        return self._goal
+
+
+def random_agent(admissible: Sequence[str], rng: random.Random) -> str:
+    """Any admissible command, all equally likely."""
+    return rng.choice(list(admissible))
+
+
+def in_grammar(command: str, admissible: Sequence[str] = (), newer: bool = True) -> str:
+    """`command` in the words of the game at hand: `move X to Y`, or `put X in/on Y` in older ones.
+
+    Args:
+        command: a command of the newer grammar.
+        admissible: admissible commands, which settle it if one of the two is among them.
+        newer: what to say when they do not.
+    """
+    if not command.startswith("move "):
+        return command
+    thing, place = command.removeprefix("move ").split(" to ", 1)
+    older = f"put {thing} in/on {place}"
+    if command in admissible:
+        return command
+    return older if older in admissible or not newer else command

@@ -1,0 +1,105 @@
+"""What a task sentence asks for, and the common sense that a search begins with."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from aem_jax.envs.alfworld.generator.catalog import OPENABLE, THINGS, TREATMENTS
+
+_SENTENCES = (
+    ("look_at_obj_in_light", r"look at (?:the )?(?P<target>\w+) under the (?P<place>\w+)"),
+    ("look_at_obj_in_light", r"examine the (?P<target>\w+) with the (?P<place>\w+)"),
+    ("pick_clean_then_place_in_recep", r"put a clean (?P<target>\w+) in (?P<place>\w+)"),
+    ("pick_clean_then_place_in_recep", r"clean some (?P<target>\w+) and put it in (?P<place>\w+)"),
+    ("pick_heat_then_place_in_recep", r"put a hot (?P<target>\w+) in (?P<place>\w+)"),
+    ("pick_heat_then_place_in_recep", r"heat some (?P<target>\w+) and put it in (?P<place>\w+)"),
+    ("pick_cool_then_place_in_recep", r"put a cool (?P<target>\w+) in (?P<place>\w+)"),
+    ("pick_cool_then_place_in_recep", r"cool some (?P<target>\w+) and put it in (?P<place>\w+)"),
+    ("pick_two_obj_and_place", r"put two (?P<target>\w+) in (?P<place>\w+)"),
+    ("pick_two_obj_and_place", r"find two (?P<target>\w+) and put them in (?P<place>\w+)"),
+    ("pick_and_place_simple", r"put (?:a|some) (?P<target>\w+) (?:in|on) (?P<place>\w+)"),
+)
+
+_PLACES = {name.lower(): frozenset(place.lower() for place in thing.places) for name, thing in THINGS.items()}
+_CLOSED = frozenset(name.lower() for name in OPENABLE)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a task asks for.
+
+    Attributes:
+        task_type: one of the six task types.
+        target: class of the objects asked for, in lower case.
+        place: receptacle class where they have to end, or the lamp's class for the light task.
+        treatment: "clean", "heat", "cool" or "".
+        station: receptacle class that gives the treatment, or "".
+    """
+
+    task_type: str
+    target: str
+    place: str
+    treatment: str = ""
+    station: str = ""
+
+    @property
+    def light(self) -> bool:
+        """Whether the target has to be looked at under a lamp."""
+        return self.task_type == "look_at_obj_in_light"
+
+    @property
+    def count(self) -> int:
+        """How many targets have to end at the place."""
+        return 2 if self.task_type == "pick_two_obj_and_place" else 1
+
+
+def parse_goal(text: str) -> Goal:
+    """Reads the task out of a game's first observation.
+
+    Raises:
+        ValueError: no task sentence of the six types in it.
+    """
+    found = re.search(r"Your task is to: (.+?)\.?\s*$", text, re.MULTILINE)
+    sentence = found[1] if found else text.strip()
+    for task_type, pattern in _SENTENCES:
+        match = re.fullmatch(pattern, sentence.strip())
+        if match:
+            treatment, station = TREATMENTS.get(task_type, ("", ""))
+            return Goal(task_type, match["target"], match["place"], treatment, station.lower())
+    raise ValueError(
+        f"expected a task in the words of ALFWorld's templates ('put a mug in shelf', …), got {sentence[:120]!r}"
+    )
+
+
+def class_of(name: str) -> str:
+    """`cabinet 12` -> `cabinet`."""
+    return name.rsplit(" ", 1)[0]
+
+
+def number_of(name: str) -> int:
+    """`cabinet 12` -> 12."""
+    return int(name.rsplit(" ", 1)[1])
+
+
+def search_order(
+    wanted: str, receptacles: Iterable[str], *, unlikely: str = "", taste: Mapping[str, float] | None = None
+) -> list[str]:
+    """Receptacles in the order in which a sensible person looks for `wanted`.
+
+    Places that usually hold such things come first, among them those that stand open, then by class and number. Of an
+    unknown class everything is likely.
+
+    Args:
+        wanted: object class in lower case.
+        receptacles: names such as `cabinet 12`.
+        unlikely: a receptacle class to leave for last: what has to be brought to the sofa is hardly on the sofa.
+        taste: receptacle class -> rank among equally good ones; the alphabet if not given.
+    """
+    likely = _PLACES.get(wanted)
+
+    def rank(name: str) -> tuple[bool, bool, bool, float, str, int]:
+        kind = class_of(name)
+        improbable = likely is not None and kind not in likely
+        return improbable, kind == unlikely, kind in _CLOSED, (taste or {}).get(kind, 0.0), kind, number_of(name)
+
+    return sorted(receptacles, key=rank)
