@@ -1,0 +1,88 @@
+"""A batch's returns and entropies -> one advantage a token: base estimator, times AEM's coefficient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from aem_jax.advantage import aem_coefficients, coefficient_statistics, response_entropy, token_advantages
+from aem_jax.batch import Batch
+
+Array = jax.Array
+
+ResponseAdvantages = Callable[..., Array]
+"""(returns f32[N], group_ids i32[N], num_groups, response_trajectory i32[R], *, valid bool[N]) -> f32[R]"""
+
+
+@dataclass(frozen=True)
+class AemConfig:
+    """AEM's coefficient: alpha = exp(-strength * H) / mean of it over the group, H the response entropy scaled to 0..1."""
+
+    strength: float = 1.0
+    """How strongly uncertain responses are weighed down (the paper's lambda); 0 gives the base algorithm."""
+    min_range: float = 0.1
+    """A group whose response entropies span less (nats) keeps alpha = 1."""
+
+    def __post_init__(self) -> None:
+        if self.strength < 0 or self.min_range < 0:
+            raise ValueError(f"expected aem.strength and aem.min_range >= 0, got {self.strength} and {self.min_range}")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "base", "coefficients", "entropies"], meta_fields=[])
+@dataclass(frozen=True)
+class Credit:
+    """Who earned what.
+
+    Attributes:
+        tokens: f32[M,b,T], scaled advantage of each sampled token, 0 elsewhere.
+        base: f32[R], base advantage of each response.
+        coefficients: f32[R], alpha.
+        entropies: f32[R], mean token entropy of each response, nats.
+    """
+
+    tokens: Array
+    base: Array
+    coefficients: Array
+    entropies: Array
+
+
+def make_credit(
+    estimate: ResponseAdvantages, aem: AemConfig, num_groups: int
+) -> Callable[[Batch], tuple[Credit, dict[str, Any]]]:
+    """Builds `credit(batch) -> (Credit, statistics)`, jitted.
+
+    Args:
+        estimate: base advantages of responses, e.g. `partial(over_trajectories, grpo)`.
+        aem: the coefficient's settings.
+        num_groups: rollout groups of a step, static.
+    """
+
+    @jax.jit
+    def credit(batch: Batch) -> tuple[Credit, dict[str, Any]]:
+        trajectory = jnp.where(batch.response_valid, batch.response_trajectory, -1)
+        base = estimate(batch.returns, batch.group_ids, num_groups, trajectory, valid=batch.valid)
+        ids = jnp.asarray(batch.response_ids)
+        flat = ids.reshape(-1, ids.shape[-1])
+        entropies = response_entropy(jnp.asarray(batch.entropies).reshape(flat.shape), flat, base.shape[0])
+        groups = jnp.asarray(batch.group_ids)[batch.response_trajectory]
+        kwargs = {"min_range": aem.min_range, "valid": batch.response_valid}
+        alpha = aem_coefficients(entropies, groups, num_groups, strength=aem.strength, **kwargs)
+        tokens = token_advantages(alpha * base, flat).reshape(ids.shape)
+        found = coefficient_statistics(alpha, base, entropies, groups, num_groups, **kwargs)
+        statistics = {
+            "entropy/response": jnp.mean(entropies, where=batch.response_valid),
+            "entropy/token": jnp.sum(jnp.asarray(batch.entropies)) / jnp.maximum(jnp.sum(ids >= 0), 1),
+            "aem/alpha_positive": found.mean_positive,
+            "aem/alpha_negative": found.mean_negative,
+            "aem/alpha_min": found.minimum,
+            "aem/alpha_max": found.maximum,
+            "aem/flat_groups": found.unmodulated_groups,
+            "advantage/positive_share": jnp.mean((base > 0).astype(jnp.float32), where=batch.response_valid),
+            "advantage/nonzero_share": jnp.mean((base != 0).astype(jnp.float32), where=batch.response_valid),
+        }
+        return Credit(tokens, base, alpha, entropies), statistics
+
+    return credit

@@ -1,0 +1,128 @@
+"""Success on a fixed set of tasks, with its interval: of the policy, of a scripted expert, of chance."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+from scipy.stats import binomtest
+
+from aem_jax.envs.play import Act, play
+from aem_jax.envs.protocol import Environment
+from aem_jax.rollout import Rollout
+from aem_jax.trajectory import Ending, Task, Trajectory
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is evaluated and when."""
+
+    size: int = 128
+    """Tasks of each fixed evaluation set."""
+    splits: tuple[str, ...] = ("valid_seen", "valid_unseen")
+    """Splits evaluated before and after training."""
+    every: int = 0
+    """Steps between evaluations of the first split during training; 0 means only before and after."""
+    baselines: bool = True
+    """Also play the scripted experts and a random agent."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of successes with its 95 % interval (Wilson)."""
+
+    success: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an agent reached on one set.
+
+    Attributes:
+        set: name of the set, with its hash.
+        split: the split that it is drawn from.
+        rate: success over all tasks that the environment did not break.
+        by_kind: success by task type.
+        mean_turns: turns an episode.
+        mean_return: undiscounted return an episode.
+        env_errors: episodes left out because their environment broke.
+    """
+
+    set: str
+    split: str
+    rate: Rate
+    by_kind: dict[str, Rate]
+    mean_turns: float
+    mean_return: float
+    env_errors: int = 0
+
+    def record(self, step: int, phase: str) -> dict[str, Any]:
+        """One line of `evaluations.jsonl`."""
+        rest = {"mean_turns": self.mean_turns, "mean_return": self.mean_return, "env_errors": self.env_errors}
+        by_kind = {kind: asdict(rate) for kind, rate in self.by_kind.items()}
+        return {"step": step, "phase": phase, "set": self.set, "split": self.split, **asdict(self.rate), "by_kind": by_kind, **rest}
+
+
+def rate(wins: Sequence[bool]) -> Rate:
+    """Share of wins with its 95 % Wilson interval; of nothing, (nan, 0, 1)."""
+    if not wins:
+        return Rate(float("nan"), 0.0, 1.0, 0)
+    interval = binomtest(sum(wins), len(wins)).proportion_ci(0.95, method="wilson")
+    return Rate(sum(wins) / len(wins), float(interval.low), float(interval.high), len(wins))
+
+
+def _summary(name: str, split: str, outcomes: Sequence[tuple[str, bool, int, float]], env_errors: int) -> Evaluation:
+    kinds = sorted({kind for kind, *_ in outcomes})
+    count = max(len(outcomes), 1)
+    return Evaluation(
+        set=name,
+        split=split,
+        rate=rate([won for _, won, _, _ in outcomes]),
+        by_kind={kind: rate([won for k, won, _, _ in outcomes if k == kind]) for kind in kinds},
+        mean_turns=sum(turns for *_, turns, _ in outcomes) / count,
+        mean_return=sum(total for *_, total in outcomes) / count,
+        env_errors=env_errors,
+    )
+
+
+def evaluate_policy(
+    rollout: Rollout, params: Any, tasks: Sequence[Task], key: jax.Array, *, name: str, split: str
+) -> tuple[Evaluation, list[Trajectory]]:
+    """Plays each task once with the policy, sampled as the rollout samples.
+
+    Args:
+        rollout: the engine.
+        params: decode-layout parameters.
+        tasks: the fixed set.
+        key: PRNG key; the same key gives the same episodes.
+        name: the set's name.
+        split: its split.
+    """
+    trajectories, _ = rollout(params, tasks, key, group_size=1)
+    whole = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
+    outcomes = [(t.task.kind, t.won, len(t.turns), t.total_reward) for t in whole]
+    return _summary(name, split, outcomes, len(trajectories) - len(whole)), trajectories
+
+
+def evaluate_agent(
+    env: Environment, make_act: Callable[[Task], Act], tasks: Sequence[Task], *, max_turns: int, name: str, split: str
+) -> Evaluation:
+    """Plays each task once with a scripted agent, in this process.
+
+    Args:
+        env: the environment.
+        make_act: a fresh agent for a task.
+        tasks: the fixed set.
+        max_turns: turns after which an episode counts as lost.
+        name: the set's name.
+        split: its split.
+    """
+    outcomes = []
+    for task in tasks:
+        exchanges = play(env, task.payload, make_act(task), max_turns)
+        won = bool(exchanges) and bool(exchanges[-1].result.info.get("won", False))
+        outcomes.append((task.kind, won, len(exchanges), sum(e.result.reward for e in exchanges)))
+    return _summary(name, split, outcomes, 0)

@@ -1,0 +1,6 @@
+"""The conversation between a sampler and environments. The only room that sees both text and tokens."""
+
+from aem_jax.rollout.config import RolloutConfig
+from aem_jax.rollout.engine import Rollout, RolloutStats
+
+__all__ = ["Rollout", "RolloutConfig", "RolloutStats"]

@@ -1,0 +1,62 @@
+"""Settings of a rollout."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How episodes are sampled. The defaults are the paper's for ALFWorld."""
+
+    groups_per_step: int = 16
+    """Tasks of a training step."""
+    group_size: int = 8
+    """Episodes of each task: the rollout group that advantages and AEM's coefficient are normalised in."""
+    num_slots: int = 128
+    """Episodes that live at once: rows of the KV cache. Episodes beyond these wait for a free slot."""
+    num_cohorts: int = 1
+    """Sets that the slots are divided into; while the environments of one step, another decodes."""
+    max_turns: int = 50
+    """Turns after which an episode is truncated."""
+    response_tokens: int = 512
+    """Most tokens of one response."""
+    context_tokens: int = 8192
+    """Most tokens of one episode (append) or of one prompt and response (window): capacity of a slot."""
+    prompt_tokens: int = 2048
+    """Most tokens of a first prompt: capacity of a row in which a group's prompt is computed."""
+    decode_chunk: int = 64
+    """Tokens decoded by one call; the chunk ends early when every slot has finished."""
+    extend_buckets: tuple[int, ...] = (64, 256, 1024)
+    """Chunk lengths for observations; each call takes the smallest that fits, or several of the largest."""
+    windows: tuple[int, ...] = (1024, 2048, 4096)
+    """Context lengths that attention is compiled for, below context_tokens."""
+    context: str = "append"
+    """append: one growing sequence an episode. window: each turn's prompt holds the first observation and the last turns."""
+    window_turns: int = 2
+    """Turns that a windowed prompt looks back on."""
+    instruction: str = ""
+    """System message; empty means none."""
+    max_retries: int = 2
+    """How often an episode is begun again after an environment error, before it is masked."""
+
+    def __post_init__(self) -> None:
+        for name in ("groups_per_step", "group_size", "num_slots", "num_cohorts", "max_turns", "response_tokens", "decode_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected rollout.{name} >= 1, got {getattr(self, name)}")
+        if self.num_slots % self.num_cohorts:
+            raise ValueError(
+                f"expected rollout.num_slots divisible by rollout.num_cohorts, got {self.num_slots} and {self.num_cohorts}"
+            )
+        if not self.extend_buckets or min(self.extend_buckets) < 1:
+            raise ValueError(f"expected positive rollout.extend_buckets, got {self.extend_buckets}")
+        if self.prompt_tokens + self.response_tokens > self.context_tokens:
+            raise ValueError(
+                f"expected prompt_tokens + response_tokens <= context_tokens, got {self.prompt_tokens} + {self.response_tokens} > "
+                f"{self.context_tokens}; raise rollout.context_tokens"
+            )
+        if self.context not in ("append", "window"):
+            raise ValueError(f"expected rollout.context 'append' or 'window', got {self.context!r}")
+
+    @property
+    def slack(self) -> int:
+        """Largest chunk that a sampler call writes."""
+        return max(*self.extend_buckets, self.decode_chunk)

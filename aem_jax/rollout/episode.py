@@ -1,0 +1,109 @@
+"""One episode's side of the conversation: what it has heard and said, as ids and as text."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+
+class Chat(Protocol):
+    """What a rollout needs of a tokenizer."""
+
+    @property
+    def stop_ids(self) -> Sequence[int]:
+        """Ids that end a response."""
+        ...
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Ids of a conversation, up to where the next response begins."""
+        ...
+
+    def delta_ids(self, observation: str, *, closed: bool = True) -> list[int]:
+        """Ids between a response and the next: closing it if it was cut, then the observation's turn."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        ...
+
+
+@dataclass(eq=False)
+class Episode:
+    """An episode while it is alive (mutable; becomes a frozen `Trajectory` at its end).
+
+    Attributes:
+        task: what is to be done.
+        group: index of its rollout group in this step.
+        member: index in the group.
+        prng: u32[2], the episode's key data.
+        retries: how often it was begun again.
+        turns: finished turns.
+        ids: every id that its slot holds.
+        pending: ids heard and not yet computed.
+        keep: leading ids of the slot that `pending` continues.
+        heard: ids and text of the observation being answered.
+        future: the environment's answer being awaited.
+    """
+
+    task: Task
+    group: int
+    member: int
+    prng: np.ndarray
+    retries: int = 0
+    turns: list[Turn] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    keep: int = 0
+    heard: tuple[list[int], str] = ((), "")  # pyright: ignore[reportAssignmentType]
+    said: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = field(default_factory=lambda: ([], [], []))
+    future: Future[Any] | None = None
+
+    def again(self) -> "Episode":
+        """The same episode, from its task."""
+        return Episode(self.task, self.group, self.member, self.prng, self.retries + 1)
+
+    @property
+    def said_count(self) -> int:
+        """Tokens of the response so far."""
+        return sum(len(part) for part in self.said[0])
+
+    def take_response(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, logprobs and entropies of the response that has ended; clears them."""
+        ids, logprobs, entropies = (np.concatenate(parts) for parts in self.said)
+        self.said = ([], [], [])
+        return ids, logprobs, entropies
+
+    def trajectory(self, ending: Ending, won: bool, context: str) -> Trajectory:
+        """The finished record."""
+        return Trajectory(
+            self.task, self.group, self.member, tuple(self.turns), ending, won, retries=self.retries, context=context
+        )
+
+
+def first_messages(instruction: str, observation: str) -> list[dict[str, str]]:
+    """The conversation before the first response."""
+    system = [{"role": "system", "content": instruction}] if instruction else []
+    return [*system, {"role": "user", "content": observation}]
+
+
+def appended_ids(chat: Chat, episode: Episode, observation: str, closed: bool) -> tuple[int, list[int]]:
+    """Append: the slot keeps everything, the observation follows. Returns (ids kept, new ids)."""
+    return len(episode.ids), chat.delta_ids(observation, closed=closed)
+
+
+def windowed_ids(chat: Chat, episode: Episode, observation: str, instruction: str, turns: int) -> tuple[int, list[int]]:
+    """Window: first observation, the last `turns` turns, the observation. Returns (ids kept: the common prefix, new ids)."""
+    messages = first_messages(instruction, episode.turns[0].observation)
+    recent = episode.turns[-turns:] if turns else []
+    for place, turn in enumerate(recent):
+        if place or len(recent) < len(episode.turns):
+            messages.append({"role": "user", "content": turn.observation})
+        messages.append({"role": "assistant", "content": turn.response})
+    ids = chat.prompt_ids([*messages, {"role": "user", "content": observation}])
+    limit = min(len(ids) - 1, len(episode.ids))
+    keep = next((i for i in range(limit) if ids[i] != episode.ids[i]), limit)
+    return keep, ids[keep:]

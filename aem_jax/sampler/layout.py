@@ -1,0 +1,24 @@
+"""From the learner's layout to the sampler's: one jitted reshard a step, no second engine, no weight sync."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from aem_jax.models import Params, Policy
+from aem_jax.sharding import DECODE, TRAIN, shardings
+
+
+def make_reshard(policy: Policy, mesh: Mesh) -> Callable[[Params], Params]:
+    """Builds `reshard(params) -> params` in the policy's dtype and the decode layout: a decode step gathers no weights."""
+    shapes = policy.shapes
+
+    def cast(params: Params) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(policy.config.dtype)), params)
+
+    return jax.jit(
+        cast,
+        in_shardings=(shardings(mesh, policy.axes, TRAIN, shapes),),
+        out_shardings=shardings(mesh, policy.axes, DECODE, shapes),
+    )

@@ -1,0 +1,172 @@
+"""Training, as one sentence: tasks -> trajectories -> batch -> credit -> update, on one mesh, step after step."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from aem_jax.batch import Batch
+from aem_jax.compilations import compilations
+from aem_jax.credit import Credit
+from aem_jax.learner import TrainState
+from aem_jax.rollout import Rollout, RolloutStats
+from aem_jax.trajectory import Ending, Task, Trajectory
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train and what to keep."""
+
+    num_steps: int = 150
+    """Training steps: one rollout and its update each."""
+    save_every: int = 10
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 0 or self.save_every < 1:
+            raise ValueError(f"expected num_steps >= 0 and save_every >= 1, got {self.num_steps} and {self.save_every}")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The functions that a step is made of; which ones is decided at the rim.
+
+    Attributes:
+        rollout: plays episodes.
+        reshard: learner's parameters -> decode layout.
+        collate: trajectories -> batch on the mesh.
+        credit: batch -> (Credit, statistics).
+        update: (state, batch, advantages, reference) -> (state, statistics).
+        reference: batch -> logprobs of the reference policy, or None when KL is off.
+        tasks: training tasks, one list a step.
+        finish: called with (state, step, metrics, trajectories, credit) after each step: evaluates, writes, saves.
+        stop: whether to leave after this step.
+    """
+
+    rollout: Rollout
+    reshard: Callable[[Any], Any]
+    collate: Callable[[Sequence[Trajectory]], Batch]
+    credit: Callable[[Batch], tuple[Credit, Metrics]]
+    update: Callable[[TrainState, Batch, Any, Any], tuple[TrainState, Metrics]]
+    reference: Callable[[Batch], Any] | None
+    tasks: Iterator[Sequence[Task]]
+    finish: Callable[[TrainState, int, Metrics, Sequence[Trajectory], Credit], None]
+    stop: Callable[[], bool]
+
+
+def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> TrainState:
+    """Trains from `state.step` to `num_steps`.
+
+    Args:
+        state: the learner's state; donated.
+        parts: what a step is made of.
+        key: the run's PRNG key; step i uses `fold_in(key, i)`, so a resumed run draws what an unbroken one draws.
+        num_steps: where to end.
+
+    Returns:
+        The last state.
+    """
+    compiled = None
+    for step in range(int(state.step), num_steps):
+        start = time.perf_counter()
+        params = parts.reshard(state.params)
+        trajectories, played = parts.rollout(params, next(parts.tasks), jax.random.fold_in(key, step))
+        rolled_out = time.perf_counter()
+        batch = parts.collate(trajectories)
+        credit, credit_stats = parts.credit(batch)
+        reference = parts.reference(batch) if parts.reference else None
+        state, learner_stats = parts.update(state, batch, credit.tokens, reference)
+        credit_stats, learner_stats = jax.device_get((credit_stats, learner_stats))
+        end = time.perf_counter()
+        recompiles = 0 if compiled is None else compilations() - compiled
+        metrics = {
+            **rollout_metrics(trajectories, played),
+            **credit_stats,
+            **learner_metrics(learner_stats),
+            "compile/recompiles": recompiles,
+            "throughput/tokens_per_s": (played.sampled_tokens + played.heard_tokens) / (end - start),
+            "throughput/episodes_per_s": played.episodes / played.total_s,
+            "time/rollout": rolled_out - start,
+            "time/rollout_device": played.device_s,
+            "time/rollout_environment": played.environment_s,
+            "time/update": end - rolled_out,
+            "time/step": end - start,
+        }
+        parts.finish(state, step, metrics, trajectories, credit)
+        compiled = compilations() if compiled is None else compiled
+        if parts.stop():
+            break
+    return state
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory], played: RolloutStats) -> Metrics:
+    """Success, return and the like, over the episodes that the environment did not break."""
+    whole = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
+    turns = [turn for t in whole for turn in t.turns]
+    mean = lambda values: float(np.mean(values)) if len(values) else 0.0  # noqa: E731
+    by_kind = {
+        f"rollout/success/{kind}": mean([t.won for t in whole if t.task.kind == kind])
+        for kind in sorted({t.task.kind for t in whole})
+    }
+    outcomes: dict[int, set[float]] = {}
+    for t in whole:
+        outcomes.setdefault(t.group, set()).add(t.total_reward)
+    return {
+        "rollout/success": mean([t.won for t in whole]),
+        "rollout/return": mean([t.total_reward for t in whole]),
+        **by_kind,
+        "rollout/valid_action": mean([turn.valid_action for turn in turns]),
+        "rollout/turns": mean([len(t.turns) for t in whole]),
+        "rollout/response_tokens": mean([len(turn.response_ids) for turn in turns]),
+        "rollout/truncated": mean([t.ending is Ending.TRUNCATED for t in whole]),
+        "rollout/mixed_groups": mean([len(found) > 1 for found in outcomes.values()]),
+        "rollout/retries": played.retries,
+        "rollout/env_errors": played.env_errors,
+    }
+
+
+def learner_metrics(stats: Metrics) -> Metrics:
+    """The learner's statistics under their names in `metrics.jsonl`."""
+    parity = {f"parity/{name}": stats[f"parity_{name}"] for name in ("max", "mean")}
+    rest = {f"learner/{name}": value for name, value in stats.items() if not name.startswith("parity_")}
+    return {**parity, **rest}
+
+
+def transcripts(trajectories: Sequence[Trajectory], credit: Credit, step: int, count: int = 10) -> list[dict[str, Any]]:
+    """Episodes to look at, won and lost by turns, each turn with its entropy, alpha and base advantage."""
+    base, alpha, entropies = (np.asarray(x) for x in jax.device_get((credit.base, credit.coefficients, credit.entropies)))
+    starts, first = [], 0
+    for t in trajectories:
+        starts.append(first)
+        first += 0 if t.ending is Ending.ENV_ERROR else len(t.turns)
+    whole = [(t, at) for t, at in zip(trajectories, starts, strict=True) if t.ending is not Ending.ENV_ERROR]
+    won, lost = ([pair for pair in whole if pair[0].won is value] for value in (True, False))
+    mixed = [pair for pairs in zip(won, lost, strict=False) for pair in pairs]
+    chosen = [*mixed, *won[len(mixed) // 2 :], *lost[len(mixed) // 2 :]][:count]
+    return [
+        {
+            "task_id": t.task.id,
+            "kind": t.task.kind,
+            "won": t.won,
+            "ending": t.ending.value,
+            "step": step,
+            "turns": [
+                {
+                    "observation": turn.observation,
+                    "response": turn.response,
+                    "entropy": float(entropies[at + k]),
+                    "alpha": float(alpha[at + k]),
+                    "advantage": float(base[at + k]),
+                    "reward": turn.reward,
+                    "valid_action": turn.valid_action,
+                }
+                for k, turn in enumerate(t.turns)
+            ],
+        }
+        for t, at in chosen
+    ]

@@ -1,0 +1,107 @@
+"""Supervised learning on an expert's demonstrations, so that reinforcement learning starts above zero."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from aem_jax.batch import BatchLayout, collate
+from aem_jax.envs.play import Act, play
+from aem_jax.envs.protocol import Environment
+from aem_jax.rollout.episode import Chat, first_messages
+from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+
+@dataclass(frozen=True)
+class WarmstartConfig:
+    """How much is learnt from demonstrations."""
+
+    episodes: int = 0
+    """Demonstrations; 0 leaves the warm start out."""
+    steps: int = 200
+    """Optimizer steps over them."""
+    batch_episodes: int = 64
+    """Demonstrations of one step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate; rises over the first tenth, then falls along half a cosine."""
+    only_won: bool = True
+    """Leave out episodes that the expert lost."""
+
+
+
+
+def demonstrate(
+    env: Environment, act: Act, task: Task, chat: Any, *, instruction: str, max_turns: int
+) -> Trajectory:
+    """One expert episode as a trajectory in the append context: the ids that a policy would have heard and said.
+
+    Logprobs and entropies are zero: nobody sampled these responses.
+    """
+    exchanges = play(env, task.payload, act, max_turns)
+    turns: list[Turn] = []
+    stop = np.asarray([chat.stop_ids[0]], np.int32)
+    for exchange in exchanges:
+        if turns:
+            heard = chat.delta_ids(exchange.observation, closed=True)
+        else:
+            heard = chat.prompt_ids(first_messages(instruction, exchange.observation))
+        said = np.concatenate([np.asarray(chat.encode(exchange.response), np.int32), stop])
+        blank = np.zeros(len(said), np.float32)
+        valid = bool(exchange.result.info.get("valid_action", True))
+        turns.append(
+            Turn(
+                np.asarray(heard, np.int32), said, blank, blank, exchange.result.reward, valid, exchange.observation, exchange.response
+            )
+        )
+    last = exchanges[-1].result if exchanges else None
+    ending = Ending.TERMINATED if last is not None and last.terminated else Ending.TRUNCATED
+    won = last is not None and bool(last.info.get("won", False))
+    return Trajectory(task, 0, 0, tuple(turns), ending, won)
+
+
+def shuffled_batches(items: Sequence[Trajectory], size: int, seed: int) -> Iterator[list[Trajectory]]:
+    """Batches of `size` without end: each pass over the items in a new order, which seed and pass alone decide."""
+    if not items:
+        raise ValueError("expected at least one demonstration, got none; the expert won no episode, or warmstart.episodes is 0")
+    order: list[int] = []
+    epoch = 0
+    while True:
+        while len(order) < size:
+            order.extend(np.random.default_rng((seed, epoch)).permutation(len(items)).tolist())
+            epoch += 1
+        yield [items[i] for i in order[:size]]
+        del order[:size]
+
+
+def warmstart(
+    state: Any,
+    demonstrations: Sequence[Trajectory],
+    *,
+    update: Callable[[Any, Any], tuple[Any, dict[str, Any]]],
+    place: Callable[[Any], Any],
+    layout: BatchLayout,
+    config: WarmstartConfig,
+    seed: int,
+    report: Callable[[int, dict[str, Any]], None],
+) -> Any:
+    """Fits the policy to demonstrations.
+
+    Args:
+        state: the learner's state; donated.
+        demonstrations: expert episodes.
+        update: supervised update, `(state, batch) -> (state, stats)`.
+        place: puts a batch on the mesh.
+        layout: sizes of a batch of `config.batch_episodes` episodes.
+        config: how long.
+        seed: order of the demonstrations.
+        report: called with (step, stats) after each step.
+
+    Returns:
+        The fitted state.
+    """
+    batches = shuffled_batches(demonstrations, config.batch_episodes, seed)
+    for step in range(config.steps):
+        state, stats = update(state, place(collate(next(batches), layout)))
+        report(step, stats)
+    return state

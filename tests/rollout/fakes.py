@@ -1,0 +1,71 @@
+"""A chat of bytes and a pool in this process: deterministic, instant, and breakable on demand."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from aem_jax.envs.protocol import EnvError, StepResult
+
+STOP, START, USER = 1, 2, 3
+VOCAB = 32
+
+
+class ByteChat:
+    """Text of the letters a..z as ids 4..29; USER text STOP START response STOP USER ..."""
+
+    stop_ids = (STOP,)
+
+    def encode(self, text: str) -> list[int]:
+        return [4 + (ord(c) - 97) % 26 for c in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(97 + i - 4) for i in ids if i >= 4)
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        ids: list[int] = []
+        for message in messages:
+            ids += [START if message["role"] == "assistant" else USER, *self.encode(message["content"]), STOP]
+        return [*ids, START]
+
+    def delta_ids(self, observation: str, *, closed: bool = True) -> list[int]:
+        return [*([] if closed else [STOP]), USER, *self.encode(observation), STOP, START]
+
+
+class CountdownEnv:
+    """Ends after `turns` turns; answers with as many letters as the response had; wins when the last one was even."""
+
+    def reset(self, task: Mapping[str, Any]) -> StepResult:
+        self.left = int(task["turns"])
+        return StepResult("start" + "x" * (int(task["turns"]) % 3), info={"won": False, "valid_action": True})
+
+    def step(self, text: str) -> StepResult:
+        self.left -= 1
+        won = self.left == 0 and len(text) % 2 == 0
+        info = {"won": won, "valid_action": bool(text)}
+        return StepResult("o" * (1 + len(text) % 5), 1.0 if won else 0.1, self.left == 0, False, info)
+
+    def close(self) -> None:
+        pass
+
+
+class LocalPool:
+    """Sessions of one environment class; `broken(session, call)` says which calls fail."""
+
+    def __init__(self, capacity: int, make: Callable[[], Any] = CountdownEnv, broken: Callable[[int, int], bool] = lambda *_: False):
+        self.capacity, self.calls, self._broken = capacity, 0, broken
+        self._envs = [make() for _ in range(capacity)]
+
+    def _future(self, session: int, call: Callable[[], StepResult]) -> Future[StepResult]:
+        future: Future[StepResult] = Future()
+        self.calls += 1
+        if self._broken(session, self.calls):
+            future.set_exception(EnvError("broken on purpose"))
+        else:
+            future.set_result(call())
+        return future
+
+    def reset(self, session: int, payload: Mapping[str, Any]) -> Future[StepResult]:
+        return self._future(session, lambda: self._envs[session].reset(payload))
+
+    def step(self, session: int, text: str) -> Future[StepResult]:
+        return self._future(session, lambda: self._envs[session].step(text))

@@ -1,0 +1,175 @@
+"""The conversation: token-exact, indifferent to slots and cohorts, and unharmed by environments that break."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from aem_jax.compilations import compilations
+from aem_jax.models import ModelConfig, Policy
+from aem_jax.rollout import Rollout, RolloutConfig
+from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.trajectory import Ending, Task, Trajectory
+
+from .fakes import STOP, VOCAB, ByteChat, LocalPool
+
+POLICY = Policy(ModelConfig(VOCAB, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0))
+CONFIG = RolloutConfig(
+    groups_per_step=3, group_size=4, num_slots=12, max_turns=6, response_tokens=7, context_tokens=96, prompt_tokens=16,
+    decode_chunk=4, extend_buckets=(4, 8), windows=(32,),
+)  # fmt: skip
+TASKS = [Task(f"t{n}", "countdown", {"turns": n}) for n in (2, 5, 3)]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return POLICY.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return Sampler(POLICY, SamplingConfig(), [STOP], capacity=96, slack=CONFIG.slack, windows=CONFIG.windows)
+
+
+def play(sampler, params, config=CONFIG, tasks=TASKS, broken=lambda *_: False, seed=7):
+    pool = LocalPool(config.num_slots, broken=broken)
+    return Rollout(sampler, ByteChat(), pool, config)(params, tasks, jax.random.key(seed))
+
+
+FORWARD = jax.jit(POLICY.forward)
+
+
+def log_probabilities(params, ids):
+    """Log-probabilities [n, V] after each of the ids, in one plain pass (rows of one length: one program)."""
+    row = np.zeros((1, CONFIG.context_tokens), np.int32)
+    row[0, : len(ids)] = ids
+    return np.asarray(jax.nn.log_softmax(FORWARD(params, row)))[0, : len(ids)]
+
+
+def sampled(trajectories: list[Trajectory]) -> list[list[list[int]]]:
+    return [[turn.response_ids.tolist() for turn in t.turns] for t in trajectories]
+
+
+def test_every_token_is_the_one_the_policy_would_say(sampler, params):
+    """Logprobs and entropies of all responses equal those of one plain pass over the whole episode."""
+    trajectories, stats = play(sampler, params)
+    assert [(t.group, t.member) for t in trajectories] == [(g, m) for g in range(3) for m in range(4)]
+    for t in trajectories:
+        ids = np.concatenate([np.concatenate([turn.observation_ids, turn.response_ids]) for turn in t.turns])
+        logps = log_probabilities(params, ids)
+        at = 0
+        for turn in t.turns:
+            at += len(turn.observation_ids)
+            rows = logps[at - 1 : at - 1 + len(turn.response_ids)]
+            np.testing.assert_allclose(rows[np.arange(len(rows)), turn.response_ids], turn.logprobs, atol=2e-5)
+            np.testing.assert_allclose(-(np.exp(rows) * rows).sum(-1), turn.entropies, atol=2e-5)
+            at += len(turn.response_ids)
+            assert len(turn.response_ids) == 7 or turn.response_ids[-1] == STOP
+            assert STOP not in turn.response_ids[:-1]
+    assert stats.sampled_tokens == sum(len(turn.response_ids) for t in trajectories for turn in t.turns)
+    assert {len(t.turns) for t in trajectories[4:8]} == {5}
+    assert all(t.ending is Ending.TERMINATED for t in trajectories)
+    assert all(t.total_reward == pytest.approx(0.1 * (len(t.turns) - 1) + (1.0 if t.won else 0.1)) for t in trajectories)
+
+
+def test_what_is_heard_is_the_template_of_what_was_said(sampler, params):
+    trajectories, _ = play(sampler, params)
+    chat = ByteChat()
+    for t in trajectories:
+        ids: list[int] = []
+        for k, turn in enumerate(t.turns):
+            closed = k == 0 or ids[-1] == STOP
+            expected = chat.delta_ids(turn.observation, closed=closed) if k else chat.prompt_ids([{"role": "user", "content": turn.observation}])
+            assert turn.observation_ids.tolist() == expected
+            assert turn.response == chat.decode(turn.response_ids.tolist())
+            ids += [*expected, *turn.response_ids.tolist()]
+
+
+@pytest.mark.parametrize("change", [{"num_slots": 4}, {"num_slots": 12, "num_cohorts": 3}, {"decode_chunk": 7}, {"extend_buckets": (3,)}])
+def test_samples_do_not_depend_on_slots_cohorts_or_chunks(sampler, params, change):
+    expected, _ = play(sampler, params)
+    found, _ = play(sampler, params, replace(CONFIG, **change))
+    assert sampled(found) == sampled(expected)
+    for a, b in zip(found, expected, strict=True):
+        for x, y in zip(a.turns, b.turns, strict=True):
+            np.testing.assert_allclose(x.logprobs, y.logprobs, atol=2e-5)
+
+
+def test_members_of_a_group_differ_and_keys_decide(sampler, params):
+    first, _ = play(sampler, params)
+    again, _ = play(sampler, params)
+    other, _ = play(sampler, params, seed=8)
+    assert sampled(first) == sampled(again)
+    assert sampled(first) != sampled(other)
+    assert len({str(s) for s in sampled(first)[:4]}) > 1
+
+
+def test_a_broken_environment_costs_nothing_but_time(sampler, params):
+    """Calls 5, 20 and 21 fail: those episodes begin again and say the same; all others never notice."""
+    expected, _ = play(sampler, params)
+    found, stats = play(sampler, params, broken=lambda _, call: call in (5, 20, 21))
+    assert stats.retries == 3 and stats.env_errors == 0
+    assert sampled(found) == sampled(expected)
+    assert sum(t.retries for t in found) == 3
+
+
+def test_an_environment_that_stays_broken_is_masked(sampler, params):
+    expected, _ = play(sampler, params)
+    found, stats = play(sampler, params, replace(CONFIG, num_slots=12), broken=lambda session, _: session == 5)
+    errors = [t for t in found if t.ending is Ending.ENV_ERROR]
+    assert stats.env_errors == len(errors) >= 1 and not any(t.won for t in errors)
+    whole = {(t.group, t.member): s for t, s in zip(found, sampled(found), strict=True) if t.ending is not Ending.ENV_ERROR}
+    for t, said in zip(expected, sampled(expected), strict=True):
+        assert whole.get((t.group, t.member), said) == said
+    assert len(found) == 12
+
+
+def test_limits_truncate(sampler, params):
+    by_turns, _ = play(sampler, params, replace(CONFIG, max_turns=2))
+    assert [t.ending for t in by_turns[4:8]] == [Ending.TRUNCATED] * 4 and {len(t.turns) for t in by_turns} == {2}
+    tight = replace(CONFIG, context_tokens=30)
+    by_tokens, _ = play(sampler, params, tight)
+    for t in by_tokens:
+        total = sum(len(turn.observation_ids) + len(turn.response_ids) for turn in t.turns)
+        assert total <= 30
+    assert any(t.ending is Ending.TRUNCATED for t in by_tokens[4:8])
+
+
+def test_windowed_context_rebuilds_each_prompt(sampler, params):
+    """Each turn's ids are a whole prompt, and its logprobs are those of that prompt alone."""
+    config = replace(CONFIG, context="window", window_turns=1, prompt_tokens=16, context_tokens=60)
+    trajectories, _ = play(sampler, params, config)
+    chat = ByteChat()
+    for t in trajectories:
+        for k, turn in enumerate(t.turns):
+            messages = [{"role": "user", "content": t.turns[0].observation}]
+            if k > 1:
+                messages.append({"role": "user", "content": t.turns[k - 1].observation})
+            if k:
+                messages += [{"role": "assistant", "content": t.turns[k - 1].response}, {"role": "user", "content": turn.observation}]
+            assert turn.observation_ids.tolist() == chat.prompt_ids(messages)
+            ids = np.concatenate([turn.observation_ids, turn.response_ids])
+            logps = log_probabilities(params, ids)[len(turn.observation_ids) - 1 : -1]
+            np.testing.assert_allclose(logps[np.arange(len(turn.response_ids)), turn.response_ids], turn.logprobs, atol=2e-5)
+
+
+def test_nothing_compiles_after_warm_up(params):
+    sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=96, slack=CONFIG.slack, windows=CONFIG.windows)
+    config = replace(CONFIG, num_slots=6, num_cohorts=2)
+    rollout = Rollout(sampler, ByteChat(), LocalPool(6), config)
+    rollout.warm_up(params)
+    rollout(params, TASKS, jax.random.key(0))
+    programs, count = sampler.compilations, compilations()
+    rollout(params, TASKS, jax.random.key(1))
+    rollout(params, list(reversed(TASKS)), jax.random.key(2))
+    assert (sampler.compilations, compilations()) == (programs, count)
+
+
+def test_bad_settings_say_what_to_change(sampler):
+    with pytest.raises(ValueError, match="expected an environment session for each of 12 slots, got 3"):
+        Rollout(sampler, ByteChat(), LocalPool(3), CONFIG)
+    with pytest.raises(ValueError, match="num_slots divisible by rollout.num_cohorts"):
+        replace(CONFIG, num_cohorts=5)
+    with pytest.raises(ValueError, match="raise rollout.context_tokens"):
+        replace(CONFIG, context_tokens=20)
