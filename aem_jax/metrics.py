@@ -1,8 +1,8 @@
 """Numbers of a run: JSON lines for programs, TensorBoard events and, if wanted, Weights & Biases for people.
 
-`metrics.jsonl` is the record that counts: one line per step, complete or absent. A run resumed at step s drops its lines
-from s on before it goes on, so that its file equals that of a run which was never stopped, but for the clock: what depends
-on it stands under `time/` and `throughput/`, and `comparable` leaves that out.
+`metrics.jsonl` is the record that counts: one line per step, complete or absent. A run resumed at step s drops its
+lines from s on before it goes on, so that its file equals that of a run which was never stopped, but for the clock:
+what depends on it stands under `time/` and `throughput/`, and `comparable` leaves that out.
 """
 
 import json

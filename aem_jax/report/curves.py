@@ -1,0 +1,201 @@
+"""The curves of a report. Each drawing function takes a run and axes, and says False when the run has nothing to
+show."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from aem_jax.report.run import AFTER, BEFORE, DURING, Run
+from aem_jax.report.style import (
+    BLUE,
+    CYCLE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    RED,
+    figure_style,
+    inline_svg,
+    percent_axis,
+    plot_smoothed,
+    smooth,
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One figure of the page."""
+
+    title: str
+    note: str
+    svg: str
+
+
+def draw_success(run: Run, axes: Axes) -> bool:
+    """Success while training, evaluations with their 95 % intervals, baselines as lines."""
+    steps, values = run.series("rollout/success")
+    if steps:
+        plot_smoothed(axes, steps, values, GREY, "training episodes")
+    drawn = bool(steps)
+    for split, colour, marker in zip(run.splits(), CYCLE, "osD^v<>p", strict=False):
+        found = run.evaluated(split, BEFORE, DURING, AFTER)
+        if found:
+            drawn = True
+            scores = [evaluation.score for evaluation in found]
+            errors = [[s.success - s.low for s in scores], [s.high - s.success for s in scores]]
+            axes.errorbar(
+                [evaluation.step for evaluation in found],
+                [score.success for score in scores],
+                yerr=errors,
+                color=colour,
+                marker=marker,
+                markersize=4.5,
+                linewidth=1.2,
+                elinewidth=1,
+                capsize=2.5,
+                label=split,
+                zorder=4,
+            )
+    for evaluation in run.baselines(run.splits()[0]) if run.splits() else []:
+        success = evaluation.score.success
+        axes.axhline(success, color=INK, alpha=0.45, linewidth=0.9, linestyle=(0, (4, 3)))
+        across = axes.get_yaxis_transform()
+        axes.text(1, success, f"{evaluation.phase} ", transform=across, ha="right", va="bottom", fontsize=8, alpha=0.7)
+    percent_axis(axes)
+    return drawn
+
+
+def draw_kinds(run: Run, axes: Axes) -> bool:
+    """Success of the training episodes of each task type, smoothed twice as much: each type has few episodes a step."""
+    names = run.names("rollout/success/")
+    for name, colour in zip(names, CYCLE * (1 + len(names) // len(CYCLE)), strict=False):
+        steps, values = run.series(name)
+        label = name.removeprefix("rollout/success/").replace("_", " ")
+        axes.plot(steps, smooth(values, max(1, len(values) // 8)), color=colour, label=label, linewidth=1.4)
+    percent_axis(axes)
+    return bool(names)
+
+
+def draw_alpha(run: Run, axes: Axes) -> bool:
+    """α of the responses with positive and with negative advantage, and the range of all."""
+    steps, low = run.series("aem/alpha_min")
+    _, high = run.series("aem/alpha_max")
+    if steps and len(low) == len(high):
+        axes.fill_between(steps, low, high, color=GREY, alpha=0.14, linewidth=0, label="min to max")
+    drawn = bool(steps)
+    for name, colour, label in (
+        ("aem/alpha_positive", GREEN, "advantage > 0"),
+        ("aem/alpha_negative", RED, "advantage < 0"),
+    ):
+        steps, values = run.series(name)
+        if steps:
+            drawn = True
+            plot_smoothed(axes, steps, values, colour, label)
+    axes.axhline(1, color=INK, alpha=0.45, linewidth=0.8)
+    return drawn
+
+
+def draw_lines(*lines: tuple[str, str, str], log: bool = False, percent: bool = False) -> Callable[[Run, Axes], bool]:
+    """Draws each (metric, colour, label) that the run has."""
+
+    def draw(run: Run, axes: Axes) -> bool:
+        drawn = False
+        for name, colour, label in lines:
+            steps, values = run.series(name)
+            if log:
+                points = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
+                steps, values = [step for step, _ in points], [value for _, value in points]
+            if steps:
+                drawn = True
+                plot_smoothed(axes, steps, values, colour, label)
+        if log and drawn:
+            axes.set_yscale("log")
+        if percent:
+            percent_axis(axes)
+        elif drawn and not log:
+            axes.margins(y=0.15)
+        return drawn
+
+    return draw
+
+
+def draw_time(run: Run, axes: Axes) -> bool:
+    """Seconds of each step by phase, stacked; what no phase claims is the rest."""
+    totals = {record["step"]: record["time/step"] for record in run.metrics if record.get("time/step") is not None}
+    phases = [name for name in run.names("time/") if name != "time/step"]
+    steps = sorted(totals) or sorted({step for name in phases for step in run.series(name)[0]})
+    if not steps or not phases:
+        return False
+    found = {name: dict(zip(*run.series(name), strict=True)) for name in phases}
+    layers = [[found[name].get(step, 0.0) for step in steps] for name in phases]
+    labels = [name.removeprefix("time/") for name in phases]
+    if totals:
+        layers.append([max(0.0, totals[step] - sum(layer[i] for layer in layers)) for i, step in enumerate(steps)])
+        labels.append("rest")
+    colours = [*CYCLE[: len(phases)], *[GREY] * (len(layers) - len(phases))]
+    axes.stackplot(steps, layers, labels=labels, colors=colours, alpha=0.75, linewidth=0)
+    axes.set_ylim(bottom=0)
+    return True
+
+
+CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
+    ("Success", "Share of episodes solved. Bars are 95 % intervals over a fixed set of tasks.", draw_success),
+    (
+        "Entropy",
+        "Nats. Of a response: the mean over its tokens, then over responses.",
+        draw_lines(("entropy/response", PURPLE, "response"), ("entropy/token", ORANGE, "token")),
+    ),
+    ("α by sign of advantage", "α > 1 makes a response weigh more, α < 1 less; the mean of a group is 1.", draw_alpha),
+    ("Success by task type", "Training episodes, trailing mean.", draw_kinds),
+    ("Return", "Mean of an episode's rewards.", draw_lines(("rollout/return", BLUE, "return"))),
+    (
+        "Valid actions",
+        "Share of responses that the environment understood and allowed.",
+        draw_lines(("rollout/valid_action", GREEN, "valid"), percent=True),
+    ),
+    ("Turns", "Mean number of turns of an episode.", draw_lines(("rollout/turns", ORANGE, "turns"))),
+    (
+        "Groups left alone",
+        "Share of groups whose entropies lie within 0.1 nats, where α is 1 for all.",
+        draw_lines(("aem/flat_groups", GREY, "flat groups"), percent=True),
+    ),
+    (
+        "Parity",
+        "Learner's against sampler's log-probability of the same token, nats.",
+        draw_lines(("parity/max", RED, "largest gap"), ("parity/mean", BLUE, "mean gap"), log=True),
+    ),
+    (
+        "Update",
+        "Share of tokens clipped, and divergence from the reference where it is on.",
+        draw_lines(("learner/clip_share", ORANGE, "clip share"), ("learner/kl", PURPLE, "KL")),
+    ),
+    ("Gradient norm", "Before clipping.", draw_lines(("learner/grad_norm", BLUE, "gradient norm"))),
+    ("Time of a step", "Seconds, by phase.", draw_time),
+    (
+        "Throughput",
+        "Tokens sampled per second of rollout.",
+        draw_lines(("throughput/tokens_per_s", GREEN, "tokens/s")),
+    ),
+)
+
+
+def draw_curves(run: Run) -> list[Curve]:
+    """All curves that the run has numbers for, in the page's order."""
+    curves = []
+    for index, (title, note, draw) in enumerate(CURVES):
+        with figure_style(INK):
+            figure = Figure(figsize=(6.0, 2.9), layout="constrained")
+            axes = figure.subplots()
+            if not draw(run, axes):
+                continue
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+            handles, labels = axes.get_legend_handles_labels()
+            if len(labels) > 1:
+                figure.legend(handles, labels, loc="outside upper left", ncols=3)
+            curves.append(Curve(title, note, inline_svg(figure, f"curve-{index}")))
+    return curves

@@ -1,0 +1,166 @@
+"""The report shows what a run left behind, survives what it did not, and needs nothing beside it."""
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from fake_run import write_fake_run
+
+from aem_jax.report import plot_headline, write_report
+from aem_jax.report.curves import CURVES
+from aem_jax.report.page import bar, duration, episode, headline, percent, spread
+from aem_jax.report.run import Score, flat_config, read_run
+from aem_jax.report.style import smooth
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_fake_run(tmp_path_factory.mktemp("runs") / "tiny-seed0", steps=40)
+
+
+@pytest.fixture(scope="module")
+def page(run_dir: Path) -> str:
+    return write_report(run_dir).read_text()
+
+
+def test_page_is_written_beside_the_run(run_dir: Path, page: str):
+    assert (run_dir / "report.html").read_text() == page
+    assert not (run_dir / "report.html.new").exists()
+
+
+def test_page_has_every_curve(page: str):
+    assert [title for title, *_ in CURVES] == re.findall(r'<figure class="card">\s*<h3>(.*?)</h3>', page)
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        assert len(list(ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}path"))) > 3
+
+
+def test_page_shows_the_headline_of_each_split(run_dir: Path, page: str):
+    run = read_run(run_dir)
+    assert run.splits() == ["valid_seen", "valid_unseen"]
+    for split in run.splits():
+        before, after = run.before(split), run.after(split)
+        assert before is not None and after is not None and after.phase == "final"
+        assert percent(before.score.success) in page and percent(after.score.success) in page
+        assert [baseline.phase for baseline in run.baselines(split)] == ["expert", "random"]
+        assert page.count(f"<code>{after.set_name}</code>") == 1
+    assert "pick clean then place in recep" in page
+
+
+def test_page_shows_ten_transcripts_turn_by_turn(page: str):
+    assert page.count("<details") == 11  # ten episodes and the settings
+    assert page.count('<div class="turn">') == 70
+    assert page.count("environment error</span>") == 1
+
+
+def test_page_needs_nothing_beside_it(page: str):
+    assert "<script" not in page and "<link" not in page and "@import" not in page
+    assert not re.findall(r'(?:src|href)="(?!#)([^"]*)"', page)
+    assert all(not target.startswith("http") for target in re.findall(r"url\((.*?)\)", page))
+
+
+def test_ids_of_the_figures_are_apart(page: str):
+    # one figure's clip path must not cut another's lines
+    figures = [set(re.findall(r'<clipPath id="(.*?)"', svg)) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+    assert all(figures) and len(set.union(*figures)) == sum(map(len, figures))
+
+
+def test_text_of_the_world_is_escaped(tmp_path: Path):
+    turn = {"observation": "<script>alert(1)</script>", "response": "<action>look</action>"}
+    transcripts = [{"task_id": "<b>", "turns": [turn]}]
+    (tmp_path / "transcripts.json").write_text(json.dumps(transcripts))
+    page = write_report(tmp_path).read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "<script" not in page
+    assert "&lt;action&gt;look&lt;/action&gt;" in page and "&lt;b&gt;" in page
+
+
+@pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "evaluations.jsonl", "transcripts.json"])
+def test_a_missing_file_leaves_its_part_out(tmp_path: Path, missing: str):
+    run_dir = write_fake_run(tmp_path / "run", steps=5)
+    (run_dir / missing).unlink()
+    page = write_report(run_dir).read_text()
+    part = {
+        "config.json": "settings, by the names",
+        "metrics.jsonl": "<h3>Entropy</h3>",
+        "evaluations.jsonl": "<h2>Success</h2>",
+        "transcripts.json": "<h2>Transcripts</h2>",
+    }
+    assert {name for name, mark in part.items() if mark not in page} == {missing}
+
+
+def test_an_empty_run_says_so(tmp_path: Path):
+    assert "has not written anything yet" in write_report(tmp_path).read_text()
+
+
+def test_a_broken_run_is_still_reported(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "learner/loss": null, "time/rollout": 1.5}\n{"step": 1, "entr')
+    lines = [{"step": 3, "success": None}, {"success": 0.5}, {"split": "s", "success": 0.25, "by_kind": {"a": None}}]
+    (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    turns = [{}, {"observation": "x", "entropy": None, "alpha": "?", "reward": None}, "not a turn"]
+    (tmp_path / "transcripts.json").write_text(json.dumps([{"turns": turns}, "not an episode", {"turns": None}]))
+    page = write_report(tmp_path).read_text()
+    assert percent(0.5) in page and percent(0.25) in page and "Time of a step" in page and page.count("<details") == 2
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"expected a run's folder, got .*/nowhere"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_after_is_the_last_evaluation_of_a_run_that_goes_on(tmp_path: Path):
+    lines = [
+        {"step": 0, "phase": "warmstart", "split": "valid_seen", "success": 0.3, "low": 0.2, "high": 0.4, "count": 100},
+        {"step": 5, "phase": "train", "split": "valid_seen", "success": 0.5, "low": 0.39, "high": 0.6, "count": 100},
+        {"step": 9, "phase": "train", "split": "valid_seen", "success": 0.6, "low": 0.5, "high": 0.7, "count": 100},
+    ]
+    for count, gain, apart in ((1, None, False), (2, 0.2, False), (3, 0.3, True)):
+        (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
+        found = headline(read_run(tmp_path), "valid_seen")
+        assert found["gain"] == (None if gain is None else pytest.approx(gain)) and found["apart"] is apart
+
+
+def test_bar_stands_where_its_numbers_are(run_dir: Path):
+    evaluation = read_run(run_dir).evaluated("valid_seen", "expert")[0]
+    score = Score(success=0.5, low=0.4, high=0.65, count=8)
+    drawn = bar("after", type(evaluation)(0, "final", "valid_seen", "", score, {}, None, None))
+    assert (drawn["width"], drawn["low"], drawn["span"], drawn["tone"]) == (50, 40, pytest.approx(25), "after")
+
+
+def test_tints_follow_the_numbers():
+    turns = [{"entropy": e, "alpha": a, "advantage": v} for e, a, v in ((0.1, 0.5, -3.0), (0.4, 1.0, 0.0), (0.7, 2, 1))]
+    low, middle, high = episode({"turns": turns, "won": True})["turns"]
+    strength = [int(re.findall(r"(\d+)%", turn["entropy_tint"])[0]) for turn in (low, middle, high)]
+    assert strength == [8, 34, 60]  # 8 + 52 × (0, ½, 1)
+    assert "--orange) 34%" in low["alpha_tint"] and "--blue) 60%" in high["alpha_tint"]
+    assert "--red) 60%" in low["advantage_tint"] and "--green) 34%" in high["advantage_tint"]
+
+
+def test_small_helpers():
+    assert [percent(value) for value in (0, 0.714, 1 / 3, 1)] == [
+        "0\u202f%",
+        "71.4\u202f%",
+        "33.3\u202f%",
+        "100\u202f%",
+    ]
+    assert [duration(value) for value in (41.6, 200, 3661)] == ["42 s", "3 min 20 s", "1 h 1 min"]
+    assert smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
+    assert spread(range(100), 10) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99] and spread([1, 2], 10) == [1, 2]
+    assert flat_config({"a": {"b": 1, "c": {}}, "d": []}) == {"a.b": 1, "d": []}
+
+
+def test_headline_picture_of_several_settings(tmp_path: Path):
+    matplotlib_image = pytest.importorskip("matplotlib.image")
+    runs = [write_fake_run(tmp_path / f"seed{seed}", steps=25, seed=seed) for seed in range(3)]
+    one = plot_headline(runs[:1], tmp_path / "pictures" / "one.png")
+    many = plot_headline({"with": runs[:2], "without": runs[2:]}, tmp_path / "many.png", split="valid_unseen")
+    first, second = matplotlib_image.imread(one), matplotlib_image.imread(many)
+    assert first.shape == second.shape and first.shape[1] > 1500
+    assert (first != second).any() and first.std() > 0.02
+
+
+def test_headline_picture_of_runs_without_numbers(tmp_path: Path):
+    assert plot_headline([tmp_path], tmp_path / "empty.png").stat().st_size > 5_000
+    with pytest.raises(ValueError, match="expected at least one run"):
+        plot_headline([], tmp_path / "none.png")
