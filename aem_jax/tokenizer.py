@@ -1,0 +1,334 @@
+"""Text ↔ ids, and chat turns as id *deltas*. The only importer of transformers and tokenizers, lazily: they are slow.
+
+A conversation grows at its end: prompt, response, delta, response, delta, … Ids that were sampled stay as they are, and
+only what the environment says is ever tokenised. What stands between two responses is read off the chat template
+itself, by comparing conversations rendered with and without one more turn, so it holds for any family whose template
+leaves alone what was already said. A template that does not is refused, with the reason: training on it would show the
+policy another conversation than the one it had.
+"""
+
+import functools
+import os
+import re
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Chat template of the tokenizers trained here, and the remedy for Qwen3's own, which drops earlier thoughts."""
+
+WORDS = r"(?:system|user|assistant)\n| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""Units that byte-pair merges stay inside of: a word, a number or punctuation, each with the space before it. A thing
+is then called by the same tokens wherever it stands (` drawer`, ` 1`), so that naming it again is copying. The heads of
+turns are units too, for every turn pays for them."""
+
+_END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+# Two private-use characters fence a control token that stands in somebody's text, from rendering to encoding.
+_FENCES = "\ue0f0\ue0f1"
+_FENCED = re.compile(f"{_FENCES[0]}(.*?){_FENCES[1]}", re.DOTALL)
+
+_CACHED_DELTAS = 4096
+
+
+@dataclass(frozen=True)
+class TurnMarkup:
+    """What a chat template writes between two responses.
+
+    Attributes:
+        before: text between a response and the observation that answers it; begins with the stop token.
+        after: text between the observation and the next response.
+        stop: text of the token that closes a response.
+        strips: whether the template strips white space from the ends of observations.
+    """
+
+    before: str
+    after: str
+    stop: str
+    strips: bool
+
+
+class ChatTokenizer:
+    """A Hugging Face tokenizer, and the chat turns of its template as ids.
+
+    Control tokens (the tokenizer's special ones) in a message or an observation are words, not markup: they are encoded
+    as the characters they consist of, so that no environment can put words into the policy's mouth.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Wraps a fast tokenizer that has a chat template.
+
+        Args:
+            tokenizer: of transformers, backed by the tokenizers library.
+
+        Raises:
+            ValueError: if it is a slow one, has no chat template, or has one that does not keep what was already said.
+        """
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"expected a fast tokenizer, got {type(tokenizer).__name__}; its files need a tokenizer.json"
+            )
+        if not tokenizer.chat_template:
+            raise ValueError("expected a tokenizer with a chat template, got none; pass chat_template=CHATML")
+        self._tokenizer = tokenizer
+        self._backend, self._plain = _backends(tokenizer)
+        added = self._backend.get_added_tokens_decoder().values()
+        control = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, control)) + f"|[{_FENCES}]")
+        self.markup = _turn_markup(self._render, control)
+        self._stop_id = self._encode_fenced(self.markup.stop)[0]
+        self._open_delta = functools.lru_cache(_CACHED_DELTAS)(self._encode_delta)
+        self._check_ids()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, chat_template: str | None = None) -> "ChatTokenizer":
+        """Loads a tokenizer in Hugging Face's files.
+
+        Args:
+            path: folder, or a name on the Hub.
+            chat_template: Jinja text to use instead of the tokenizer's own, e.g. `CHATML` for Qwen3.
+
+        Raises:
+            ValueError: if there is no tokenizer, or as the constructor.
+        """
+        _quiet()
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"expected a tokenizer in Hugging Face's files, got {str(path)!r}: {reason}") from error
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        return cls(tokenizer)
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        *,
+        vocab_size: int = 1024,
+        pattern: str = WORDS,
+        whole_words: Sequence[str] = ("<action>", "</action>"),
+    ) -> "ChatTokenizer":
+        """Trains a small byte-level BPE on an environment's text, with Qwen's control tokens and template.
+
+        Any text can be encoded: bytes never seen are in the vocabulary. The same texts give the same tokenizer.
+
+        Args:
+            texts: what the environment and its experts say.
+            vocab_size: upper bound; 256 bytes, 3 control tokens and `whole_words` included. Few texts give fewer.
+            pattern: regular expression of the units that merges stay inside of.
+            whole_words: strings that are one token each, wherever they stand.
+
+        Raises:
+            ValueError: if vocab_size leaves no room for the bytes, or `texts` is one string.
+        """
+        if isinstance(texts, str):
+            raise ValueError("expected an iterable of texts, got one string; pass [text]")
+        if vocab_size < 259 + len(whole_words):
+            raise ValueError(
+                f"expected vocab_size >= {259 + len(whole_words)} (bytes and control tokens), got {vocab_size}"
+            )
+        _quiet()
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+            [
+                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(whole_words),  # type: ignore[call-arg]
+            min_frequency=2,
+            special_tokens=[_END_OF_TEXT, _TURN_START, _TURN_END],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        # Whole words are cut out first: their letters would otherwise earn merges that no text will ever use.
+        longest_first = sorted(whole_words, key=len, reverse=True)
+        cut = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        turns = (("user\n", *cut.split(text), "assistant\n", "system\n") for text in texts)
+        backend.train_from_iterator((piece for turn in turns for piece in turn), trainer)
+        backend.add_tokens([AddedToken(word, special=False, normalized=False) for word in whole_words])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token=_TURN_END,
+            pad_token=_END_OF_TEXT,
+            additional_special_tokens=[_TURN_START],
+            clean_up_tokenization_spaces=False,
+        )
+        tokenizer.chat_template = CHATML
+        return cls(tokenizer)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and the chat template, as `AutoTokenizer` reads them."""
+        self._tokenizer.save_pretrained(str(folder))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; an embedding needs at least as many rows."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The id with which the template closes a response. Any other end-of-text id does not close a turn."""
+        return (self._stop_id,)
+
+    @property
+    def pad_id(self) -> int:
+        """An id to fill up rows with: the pad token, or the stop id of tokenizers that have none."""
+        pad = self._tokenizer.pad_token_id
+        return self._stop_id if pad is None else int(pad)  # type: ignore[arg-type]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: nothing is added, and control tokens in it are words. Never for text that was sampled."""
+        return self._encode_fenced(self._fence(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, control tokens left out."""
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation up to where the next response begins.
+
+        Args:
+            messages: each with `role` and `content`, as the template expects them.
+
+        Raises:
+            ValueError: if there are no messages.
+        """
+        if not messages:
+            raise ValueError("expected at least one message, got none")
+        fenced = [{"role": m["role"], "content": self._fence(m["content"])} for m in messages]
+        return self._encode_fenced(self._render(fenced))
+
+    def delta_ids(self, observation: str, *, closed: bool = True) -> list[int]:
+        """Ids between a response and the next: the observation as a turn, with the markup around it.
+
+        Args:
+            observation: what the environment answered.
+            closed: whether the response ended with the stop id. If it was cut, the delta closes it first.
+        """
+        delta = self._open_delta(observation).tolist()
+        return delta[1:] if closed else delta
+
+    def _encode_delta(self, observation: str) -> "array[int]":
+        """The delta that begins with the stop id. An array holds 4 bytes an id, so that many can be remembered."""
+        text = observation.strip() if self.markup.strips else observation
+        return array("i", self._encode_fenced(self.markup.before + self._fence(text) + self.markup.after))
+
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        text = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+        return str(text)
+
+    def _fence(self, text: str) -> str:
+        """Fences control tokens in somebody's text; fences that stand there already are dropped."""
+        return self._control.sub(lambda m: f"{_FENCES[0]}{m[0]}{_FENCES[1]}" if m[0] not in _FENCES else "", text)
+
+    def _encode_fenced(self, text: str) -> list[int]:
+        pieces = _FENCED.split(text)  # text, control token, text, …
+        ids: list[int] = []
+        for index, piece in enumerate(pieces):
+            if piece:
+                encoder = self._plain if index % 2 else self._backend
+                ids += encoder.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    def _check_ids(self) -> None:
+        """Ids built turn by turn must be those of the whole conversation, not only the text."""
+        answer, observations = "look around", ("A room.", "You see nothing.", "Bye.")
+        messages = [{"role": "user", "content": observations[0]}]
+        ids = self.prompt_ids(messages)
+        for observation in observations[1:]:
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": observation}]
+            ids += self.encode(answer) + self.delta_ids(observation, closed=False)
+        whole = self.prompt_ids(messages)
+        if ids != whole or self.delta_ids("A room.", closed=False)[0] != self._stop_id:
+            ours, theirs = (self._backend.decode(i, skip_special_tokens=False) for i in (ids, whole))
+            raise ValueError(
+                f"expected ids built turn by turn to be those of the whole conversation, got {ids} ({ours!r}) for "
+                f"{whole} ({theirs!r}); the template needs a control token or a line break on each side of a response"
+            )
+
+
+def _quiet() -> None:
+    """Transformers warns that PyTorch is missing when it is loaded; here that is as it should be."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def _backends(tokenizer: "PreTrainedTokenizerBase"):
+    """(the tokenizer's engine, a copy that reads control tokens as plain text); both without truncation or padding."""
+    from tokenizers import Tokenizer
+
+    state = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+    engine, plain = Tokenizer.from_str(state), Tokenizer.from_str(state)
+    for copy in (engine, plain):
+        copy.no_truncation()
+        copy.no_padding()
+    plain.encode_special_tokens = True
+    return engine, plain
+
+
+def _turn_markup(render, control: Sequence[str]) -> TurnMarkup:
+    """Reads off the template what it writes between two responses.
+
+    Args:
+        render: messages -> text, generation prompt included.
+        control: texts of the control tokens, longest first.
+
+    Raises:
+        ValueError: if a further turn changes anything that stood there before.
+    """
+
+    def conversation(*contents: str) -> str:
+        roles = ("user", "assistant")
+        return render([{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)])
+
+    def check(said: str, whole: str, what: str) -> str:
+        """What `whole` adds to `said`."""
+        if whole.startswith(said):
+            return whole[len(said) :]
+        at = next((i for i, (a, b) in enumerate(zip(said, whole)) if a != b), min(len(said), len(whole)))
+        shown = slice(max(at - 8, 0), at + 32)
+        raise ValueError(
+            f"expected a chat template that keeps {what} when a turn is added, got {whole[shown]!r} where "
+            f"{said[shown]!r} stood; pass a chat_template that is stable, e.g. CHATML for the Qwen family"
+        )
+
+    first = conversation("(task)")
+    added = check(first + "(answer)", conversation("(task)", "(answer)", "(seen)"), "the prompt and the response")
+    before, found, after = added.partition("(seen)")
+    stop = next((token for token in control if before.startswith(token)), None)
+    if not found or stop is None:
+        raise ValueError(
+            f"expected a chat template that closes a response with a control token and then gives the observation, got "
+            f"{added!r} after a response; control tokens are {list(control)}"
+        )
+    thought = "<think>\nHm.\n</think>\n\n<action>look</action>"
+    said = first + thought + before + "(seen)" + after + "(answer)" + before
+    check(said, conversation("(task)", thought, "(seen)", "(answer)", "(more)"), "thoughts in earlier responses")
+    padded = conversation("(task)", "(answer)", " \n(seen) \n")
+    expected = {text: first + "(answer)" + before + text + after for text in (" \n(seen) \n", "(seen)")}
+    if padded not in expected.values():
+        raise ValueError(
+            f"expected a chat template that gives observations as they are, got {padded!r} for ' \\n(seen) \\n'"
+        )
+    return TurnMarkup(before=before, after=after, stop=stop, strips=padded == expected["(seen)"])
