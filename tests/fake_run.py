@@ -116,6 +116,7 @@ def write_fake_run(folder: Path, steps: int = 80, seed: int = 0) -> Path:
                 "rollout/return": 10 * success - 0.5,
                 "rollout/valid_action": 0.86 + 0.12 * progress + rng.gauss(0, 0.01),
                 "rollout/turns": 12 - 5 * success,
+                "rollout/mixed_groups": 0.9 - 0.3 * progress,
                 **{
                     f"rollout/success/{k}": min(1, max(0, success - 0.05 * i + rng.gauss(0, 0.1)))
                     for i, k in enumerate(KINDS)
@@ -136,6 +137,7 @@ def write_fake_run(folder: Path, steps: int = 80, seed: int = 0) -> Path:
                 "parity/mean": 10 ** rng.gauss(-6.6, 0.1),
                 "throughput/tokens_per_s": 5200 + rng.gauss(0, 250),
                 "time/rollout": 3.1 - success + rng.gauss(0, 0.1),
+                "time/rollout_device": 1.5,
                 "time/update": 1.6 + rng.gauss(0, 0.05),
                 "time/step": 5.0 - success + rng.gauss(0, 0.05),
                 "compile/recompiles": 0,

@@ -124,9 +124,10 @@ def draw_lines(*lines: tuple[str, str, str], log: bool = False, percent: bool = 
 
 
 def draw_time(run: Run, axes: Axes) -> bool:
-    """Seconds of each step by phase, stacked; what no phase claims is the rest."""
+    """Seconds of each step by phase, stacked; what no phase claims is the rest. `time/a_b` is a part of `time/a`."""
     totals = {record["step"]: record["time/step"] for record in run.metrics if record.get("time/step") is not None}
-    phases = [name for name in run.names("time/") if name != "time/step"]
+    named = [name for name in run.names("time/") if name != "time/step"]
+    phases = [name for name in named if not any(name.startswith(f"{whole}_") for whole in named)]
     steps = sorted(totals) or sorted({step for name in phases for step in run.series(name)[0]})
     if not steps or not phases:
         return False
@@ -159,9 +160,9 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
     ),
     ("Turns", "Mean number of turns of an episode.", draw_lines(("rollout/turns", ORANGE, "turns"))),
     (
-        "Groups left alone",
-        "Share of groups whose entropies lie within 0.1 nats, where α is 1 for all.",
-        draw_lines(("aem/flat_groups", GREY, "flat groups"), percent=True),
+        "Groups",
+        "Mixed: attempts differ in return, so there is something to learn. Flat: entropies within 0.1 nats, so α is 1.",
+        draw_lines(("rollout/mixed_groups", BLUE, "mixed"), ("aem/flat_groups", GREY, "flat"), percent=True),
     ),
     (
         "Parity",
