@@ -76,7 +76,7 @@ def _room(
     for entry in frequency.split():
         name, mean, most = entry.split(":")
         counts[name] = (float(mean), int(most))
-    short = dict(zip(("place", "light", "clean", "heat", "cool", "two"), TASK_TYPES, strict=True))
+    short: dict[str, str] = dict(zip(("place", "light", "clean", "heat", "cool", "two"), TASK_TYPES, strict=True))
     task_types = tuple(short[word] for word in tasks.split())
     alternatives = tuple(tuple(group.split("|")) for group in required.split())
     return RoomKind(first_floor, receptacles, things, task_types, alternatives, counts)

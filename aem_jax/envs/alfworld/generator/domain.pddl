@@ -1,5 +1,6 @@
 ;; What an agent can do in a household, in ALFWorld's predicates.
 ;; Every receptacle stands at a location of its own, so that an object's place is its receptacle alone.
+;; As in the official games, only what is held can be examined, and heating, cooling and lamps do not mind closed doors.
 ;; `noticed` only gives the actions that change nothing (look, examine, ...) an effect, without which planners drop them.
 
 (define (domain alfred)
@@ -58,11 +59,7 @@
 
  (:action examineObject
     :parameters (?a - agent ?o - object)
-    :precondition (or
-        (holds ?a ?o)
-        (exists (?l - location ?r - receptacle)
-            (and (atLocation ?a ?l) (receptacleAtLocation ?r ?l) (inReceptacle ?o ?r)
-                 (or (not (openable ?r)) (opened ?r)))))
+    :precondition (and (holds ?a ?o))
     :effect (and (noticed ?a))
  )
 

@@ -58,8 +58,8 @@ def problem_text(game: HouseholdGame) -> str:
     totals = Counter(name for name, _, _ in game.placements)
     left = totals.copy()
     things = []
-    for name, *place in game.placements:
-        things.append((_entity(name, left[name]), name, receptacles[tuple(place)]))
+    for name, holder, index in game.placements:
+        things.append((_entity(name, left[name]), name, receptacles[holder, index]))
         left[name] -= 1
     # The classes' names never meet an instance's: those carry `_bar_`.
     receptacle_types = sorted({name for name, _ in game.floor.receptacles} | set(_DOMAIN_TYPES[0]))

@@ -1,0 +1,189 @@
+"""Where ALFWorld's tasks come from: games of our own, made in memory, or the official data; one interface for both.
+
+A source is a sequence of `GameTask`. A task's payload is a small JSON mapping from which any server rebuilds the game:
+`{"generate": {"seed": 0, "split": "train", "index": 7, …settings…}}` or `{"game": "<path of a game.tw-pddl>"}`.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, overload
+
+from aem_jax.envs.alfworld.engine import Game
+from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
+from aem_jax.envs.alfworld.generator.config import GeneratorConfig, config_from_json
+from aem_jax.envs.alfworld.generator.files import domain_text, game_data, grammar_text, problem_text
+from aem_jax.envs.alfworld.generator.games import SPLITS, HouseholdGame, distinct_indices, draw_game
+
+_OFFICIAL_FOLDER = "json_2.1.1"
+_GAME_FILE = "game.tw-pddl"
+
+
+@dataclass(frozen=True)
+class GameTask:
+    """One game to play.
+
+    Attributes:
+        id: stable name, unique inside its source.
+        kind: task type.
+        payload: JSON mapping for `load_game`.
+    """
+
+    id: str
+    kind: str
+    payload: Mapping[str, Any]
+
+
+class GeneratedTasks(Sequence[GameTask]):
+    """Tasks of our own: item `i` is game number `indices[i]` of (settings, seed, split). Games are made when loaded.
+
+    Args:
+        config: settings of the generator.
+        split: `train`, `valid_seen` or `valid_unseen`.
+        seed: other seeds give other games of the same split.
+        indices: numbers of the games; `range(n)` for the first n.
+    """
+
+    def __init__(self, config: GeneratorConfig, split: str, seed: int, indices: Sequence[int]):
+        if split not in SPLITS:
+            raise ValueError(f"expected split to be one of {list(SPLITS)}, got {split!r}")
+        self.config = config
+        self.split = split
+        self.seed = seed
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, item: int) -> GameTask: ...
+    @overload
+    def __getitem__(self, item: slice) -> "GeneratedTasks": ...
+    def __getitem__(self, item: int | slice) -> "GameTask | GeneratedTasks":
+        if isinstance(item, slice):
+            return GeneratedTasks(self.config, self.split, self.seed, self.indices[item])
+        index = self.indices[item]
+        place = {"seed": self.seed, "split": self.split, "index": index}
+        kind = self.config.task_types[index % len(self.config.task_types)]
+        return GameTask(f"{self.split}-{self.seed}-{index}", kind, {"generate": place | self.config.to_json()})
+
+
+def official_tasks(root: str | Path, split: str, task_types: Collection[str] = TASK_TYPES) -> list[GameTask]:
+    """The official games of a split, in the order of their paths.
+
+    Left out are those that ALFWorld itself leaves out: paths with `movable` or `Sliced` in them, and games that are
+    not known to be solvable.
+
+    Args:
+        root: what `$ALFWORLD_DATA` names; the games lie under `json_2.1.1/<split>`.
+        split: `train`, `valid_seen` or `valid_unseen`.
+        task_types: task types to keep.
+
+    Raises:
+        ValueError: no such folder, or no game in it.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"expected split to be one of {list(SPLITS)}, got {split!r}")
+    folder = Path(root) / _OFFICIAL_FOLDER / split
+    if not folder.is_dir():
+        raise ValueError(f"expected ALFWorld's data in {folder}, found no such folder; set ALFWORLD_DATA to its parent")
+    tasks = []
+    for path in sorted(folder.rglob(_GAME_FILE)):
+        name = path.relative_to(folder).parent.as_posix()
+        trajectory = path.with_name("traj_data.json")
+        if "movable" in name or "Sliced" in name or not trajectory.exists():
+            continue
+        kind = json.loads(trajectory.read_text())["task_type"]
+        if kind in task_types and json.loads(path.read_text()).get("solvable"):
+            tasks.append(GameTask(name, kind, {"game": str(path)}))
+    if not tasks:
+        raise ValueError(f"expected solvable games of {list(task_types)} under {folder}, found none")
+    return tasks
+
+
+def training_tasks(
+    config: GeneratorConfig, *, seed: int = 0, size: int = 100_000, data: str | Path | None = None
+) -> Sequence[GameTask]:
+    """The tasks to train on.
+
+    Args:
+        config: settings of the generator; of official data its task types choose.
+        seed: of generated games.
+        size: number of generated games.
+        data: folder of official data (`$ALFWORLD_DATA`); without it games are generated.
+    """
+    if data is not None:
+        return official_tasks(data, "train", config.task_types)
+    return GeneratedTasks(config, "train", seed, range(size))
+
+
+def eval_set(
+    config: GeneratorConfig, split: str, size: int, seed: int = 0, *, data: str | Path | None = None
+) -> tuple[Sequence[GameTask], str]:
+    """A fixed set of different games, and a name that changes when anything in one of them changes.
+
+    Args:
+        config: settings of the generator; of official data its task types choose.
+        split: `valid_seen` (floor plans of training, other games) or `valid_unseen` (floor plans never trained on).
+        size: number of games; of official data at most all there are.
+        seed: of generated games.
+        data: folder of official data (`$ALFWORLD_DATA`); without it games are generated.
+
+    Returns:
+        The tasks, and `<split>-<size>-<first 6 hex digits of the SHA-256 over the games' contents>`.
+    """
+    if size < 1:
+        raise ValueError(f"expected size >= 1, got {size}")
+    digest = hashlib.sha256()
+    if data is not None:
+        tasks: Sequence[GameTask] = _spread(official_tasks(data, split, config.task_types), size)
+        for task in tasks:
+            digest.update(Path(task.payload["game"]).read_bytes())
+    else:
+        tasks = GeneratedTasks(config, split, seed, distinct_indices(config, seed, split, size))
+        for task in tasks:
+            digest.update(json.dumps(game_data(generated_game(task.payload)), sort_keys=True).encode())
+    return tasks, f"{split}-{len(tasks)}-{digest.hexdigest()[:6]}"
+
+
+def generated_game(payload: Mapping[str, Any]) -> HouseholdGame:
+    """The game that a `{"generate": …}` payload describes.
+
+    Raises:
+        ValueError: fields are missing, unknown or out of bounds.
+    """
+    settings = dict(payload["generate"])
+    missing = [name for name in ("seed", "split", "index") if name not in settings]
+    if missing:
+        raise ValueError(f"expected seed, split and index in the payload's 'generate', {missing} missing")
+    seed, split, index = (settings.pop(name) for name in ("seed", "split", "index"))
+    return draw_game(config_from_json(settings), seed, split, index)
+
+
+def load_game(payload: Mapping[str, Any]) -> Game:
+    """The game of a task's payload, made in memory or read from its file; the latest games are kept.
+
+    Raises:
+        ValueError: the payload names neither a game file nor a game to generate.
+    """
+    if set(payload) & {"generate", "game"} == set():
+        raise ValueError(f"expected 'generate' or 'game' in the payload, got {sorted(payload)}")
+    return _load_game(json.dumps(payload, sort_keys=True))
+
+
+@lru_cache(maxsize=512)
+def _load_game(payload_json: str) -> Game:
+    payload = json.loads(payload_json)
+    if "game" in payload:
+        return Game.load(payload["game"])
+    game = generated_game(payload)
+    return Game(domain_text(), problem_text(game), grammar_text(game), task_type=game.task_type)
+
+
+def _spread(tasks: Sequence[GameTask], size: int) -> list[GameTask]:
+    """`size` tasks, evenly over the whole list, which is sorted by task type."""
+    count = min(size, len(tasks))
+    return [tasks[i * len(tasks) // count] for i in range(count)]

@@ -1,0 +1,82 @@
+"""Task sources: generated games and official data behind one interface, and the command that writes games."""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from aem_jax.envs.alfworld.engine import start
+from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
+from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
+from aem_jax.envs.alfworld.generator.config import TINY, GeneratorConfig
+from aem_jax.envs.alfworld.generator.games import draw_game
+from aem_jax.envs.alfworld.tasks import eval_set, generated_game, load_game, official_tasks, training_tasks
+
+OFFICIAL = GeneratorConfig()
+
+
+def test_eval_set_is_fixed_distinct_and_named_by_content():
+    tasks, name = eval_set(TINY, "valid_seen", 48)
+    again, same_name = eval_set(TINY, "valid_seen", 48)
+    assert name == same_name and list(tasks) == list(again)
+    assert len({generated_game(task.payload).signature for task in tasks}) == len(tasks) == 48
+    assert eval_set(TINY, "valid_seen", 48, seed=1)[1] != name
+    assert eval_set(replace(TINY, things=(3, 7)), "valid_seen", 48)[1] != name
+    assert len({task.id for task in tasks}) == 48
+
+
+def test_payload_is_json_and_rebuilds_the_game_quickly():
+    tasks = training_tasks(OFFICIAL, seed=4, size=1000)
+    assert len(tasks) == 1000 and len(tasks[10:20]) == 10
+    assert tasks[10:20][3] == tasks[13]
+    payload = json.loads(json.dumps(tasks[13].payload))
+    assert generated_game(payload) == draw_game(OFFICIAL, 4, "train", 13)
+    assert load_game(payload) is load_game(payload)
+    load_game(tasks[0].payload)
+    began = time.perf_counter()
+    for task in tasks[100:130]:
+        load_game(task.payload)
+    assert (time.perf_counter() - began) / 30 < 0.05  # 5 ms on an idle core
+
+
+def test_written_games_are_official_data(tmp_path: Path):
+    counts = write_games(GenerateConfig(out=tmp_path, train=12, valid_seen=6, valid_unseen=6, games=TINY))
+    assert counts == {"train": 12, "valid_seen": 6, "valid_unseen": 6}
+    tasks = official_tasks(tmp_path, "train")
+    assert Counter(task.kind for task in tasks) == Counter(dict.fromkeys(TASK_TYPES, 2))
+    for task in tasks:
+        data = json.loads(Path(task.payload["game"]).read_text())
+        player = start(load_game(task.payload))
+        for command in data["walkthrough"]:
+            player.step(command)
+        assert player.won
+    assert [t.id for t in training_tasks(TINY, data=tmp_path)] == [t.id for t in tasks]
+    chosen, name = eval_set(TINY, "valid_unseen", 4, data=tmp_path)
+    assert len(chosen) == 4 and name.startswith("valid_unseen-4-")
+    assert {task.kind for task in official_tasks(tmp_path, "train", TASK_TYPES[:1])} == {TASK_TYPES[0]}
+
+
+def test_official_source_skips_what_alfworld_skips(tmp_path: Path):
+    write_games(GenerateConfig(out=tmp_path, train=4, valid_seen=0, valid_unseen=0, games=TINY))
+    first, second, third, fourth = (Path(task.payload["game"]) for task in official_tasks(tmp_path, "train"))
+    first.write_text(json.dumps(json.loads(first.read_text()) | {"solvable": False}))
+    second.parents[1].rename(second.parents[2] / "pick_and_place_with_movable_recep-Pen-Mug-Desk-302")
+    third.parents[1].rename(third.parents[2] / "pick_cool_then_place_in_recep-AppleSliced-None-Desk-302")
+    assert [task.payload["game"] for task in official_tasks(tmp_path, "train")] == [str(fourth)]
+    with pytest.raises(ValueError, match="ALFWORLD_DATA"):
+        official_tasks(tmp_path / "nowhere", "train")
+    with pytest.raises(ValueError, match="found none"):
+        official_tasks(tmp_path, "train", TASK_TYPES[:0])
+
+
+def test_command_line(tmp_path: Path):
+    command = [sys.executable, "-m", "aem_jax.envs.alfworld.generate", "--out", str(tmp_path), "--train", "2"]
+    command += ["--valid-seen", "1", "--valid-unseen", "1", "--games.receptacles", "4", "6", "--games.things", "3", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["games"] == {"train": 2, "valid_seen": 1, "valid_unseen": 1}
+    assert len(list(tmp_path.rglob("game.tw-pddl"))) == len(list(tmp_path.rglob("traj_data.json"))) == 4
