@@ -1,0 +1,210 @@
+"""Policy losses as pure functions of one token's numbers, and how tokens add up. Imports jax alone.
+
+A loss is `Σ_t w_t · ℓ_t` over the tokens of a minibatch. The weights are fixed before any gradient is taken, from a
+small table of responses, so the sum comes out the same however tokens are packed into rows and rows into microbatches:
+no mean is ever taken over what happens to lie in one array. An aggregation is a function from that table to weights.
+
+Left out: an entropy bonus (AEM moves entropy through the advantages), and means over masked arrays.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are cut here, in nats: e^20 has no meaning as a ratio, but e^89 is infinite, and 0 · inf poisons a sum."""
+
+
+class TokenLoss(NamedTuple):
+    """A policy loss, token by token; all shaped as the log-probabilities."""
+
+    loss: jax.Array
+    """float, ℓ_t, to be minimised."""
+    ratio: jax.Array
+    """float, ρ_t = π(a_t) / π_old(a_t)."""
+    clipped: jax.Array
+    """bool, whether the clip decides, so that no gradient flows."""
+
+
+def clipped_policy_loss(
+    logprobs: ArrayLike, old_logprobs: ArrayLike, advantages: ArrayLike, *, clip_low: float, clip_high: float
+) -> TokenLoss:
+    """PPO's clipped surrogate on token ratios (arXiv 1707.06347), with separate bounds as in DAPO (arXiv 2503.14476).
+
+        ρ_t = exp(logp_t − logp_t^old)
+        ℓ_t = −min( ρ_t A_t,  clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t )
+
+    Gradients flow through `logprobs` alone.
+
+    Args:
+        logprobs: float[...], of the sampled tokens under the policy being trained, nats.
+        old_logprobs: float[...], same shape, as sampled.
+        advantages: float[...], same shape.
+        clip_low: the ratio is clipped below at 1 − clip_low, in [0, 1].
+        clip_high: the ratio is clipped above at 1 + clip_high, >= 0.
+
+    Returns:
+        TokenLoss, float32 or wider.
+
+    Raises:
+        ValueError: on shapes that differ, dtypes that are not floating, or bounds out of range.
+    """
+    if not 0 <= clip_low <= 1 or not clip_high >= 0:
+        raise ValueError(f"expected clip_low in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}")
+    logprobs, old_logprobs, advantages = _floats(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    advantages = jax.lax.stop_gradient(advantages)
+    ratio = jnp.exp(_log_ratio(logprobs, jax.lax.stop_gradient(old_logprobs)))
+    free = ratio * advantages
+    bounded = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
+    return TokenLoss(loss=-jnp.minimum(free, bounded), ratio=ratio, clipped=bounded < free)
+
+
+def k1(logprobs: ArrayLike, reference_logprobs: ArrayLike) -> jax.Array:
+    """KL(π ‖ π_ref) by one sample: unbiased, of either sign. As a measure; its gradient is not the KL's.
+
+        k1_t = logp_t − logp_t^ref
+
+    Args:
+        logprobs: float[...], of tokens sampled from π, nats.
+        reference_logprobs: float[...], same shape.
+
+    Returns:
+        float[...], nats.
+
+    Raises:
+        ValueError: on shapes that differ, or dtypes that are not floating.
+    """
+    logprobs, reference_logprobs = _floats(logprobs=logprobs, reference_logprobs=reference_logprobs)
+    return logprobs - jax.lax.stop_gradient(reference_logprobs)
+
+
+def k3(logprobs: ArrayLike, reference_logprobs: ArrayLike) -> jax.Array:
+    """KL(π ‖ π_ref) by one sample: unbiased, never negative, of low variance. As in GRPO (arXiv 2402.03300).
+
+        d_t = logp_t^ref − logp_t        k3_t = e^{d_t} − 1 − d_t
+
+    Args:
+        logprobs: float[...], of tokens sampled from π, nats.
+        reference_logprobs: float[...], same shape.
+
+    Returns:
+        float[...], nats, >= 0.
+
+    Raises:
+        ValueError: on shapes that differ, or dtypes that are not floating.
+    """
+    logprobs, reference_logprobs = _floats(logprobs=logprobs, reference_logprobs=reference_logprobs)
+    difference = _log_ratio(jax.lax.stop_gradient(reference_logprobs), logprobs)
+    return jnp.expm1(difference) - difference
+
+
+Aggregation = Callable[[ArrayLike, ArrayLike, int], jax.Array]
+"""(response_tokens i32[R], response_trajectory i32[R], num_trajectories) -> f32[R], the weight of *each token* of each
+response. A response without tokens is outside the minibatch: weight 0, counted nowhere, nor is a trajectory of such."""
+
+
+def token_mean(response_tokens: ArrayLike, response_trajectory: ArrayLike, num_trajectories: int) -> jax.Array:
+    """Every token counts the same (DAPO).
+
+        w = 1 / Σ_r n_r
+
+    Args:
+        response_tokens: int[R], n_r: tokens of each response; 0 for responses outside the minibatch.
+        response_trajectory: int[R], trajectory of each response.
+        num_trajectories: static size of the trajectory table.
+
+    Returns:
+        float32[R], weight of each token of each response; 0 where n_r = 0.
+
+    Raises:
+        ValueError: on shapes or dtypes that do not fit.
+    """
+    tokens, _, _ = _table(response_tokens, response_trajectory, num_trajectories)
+    return _inverse(jnp.broadcast_to(jnp.sum(tokens), tokens.shape), tokens)
+
+
+def response_mean(response_tokens: ArrayLike, response_trajectory: ArrayLike, num_trajectories: int) -> jax.Array:
+    """Every response counts the same, its tokens share.
+
+        w_r = 1 / (number of responses · n_r)
+
+    Args, Returns and Raises as `token_mean`.
+    """
+    tokens, _, _ = _table(response_tokens, response_trajectory, num_trajectories)
+    return _inverse(jnp.sum(tokens > 0, dtype=tokens.dtype) * tokens, tokens)
+
+
+def trajectory_mean(response_tokens: ArrayLike, response_trajectory: ArrayLike, num_trajectories: int) -> jax.Array:
+    """Every trajectory counts the same, the tokens of all its responses share (GRPO).
+
+        w_r = 1 / (number of trajectories · Σ_{r' of the same trajectory} n_r')
+
+    Args, Returns and Raises as `token_mean`.
+    """
+    tokens, lengths, trajectory = _table(response_tokens, response_trajectory, num_trajectories)
+    return _inverse(jnp.sum(lengths > 0, dtype=lengths.dtype) * lengths[trajectory], tokens)
+
+
+def constant_length(length: int) -> Aggregation:
+    """Tokens are summed and divided by a constant, so that no length is favoured (Dr.GRPO, arXiv 2503.20783).
+
+        w = 1 / (number of trajectories · length)
+
+    Args:
+        length: > 0, tokens; usually the token budget of a trajectory.
+
+    Returns:
+        An aggregation; args, returns and raises as `token_mean`.
+
+    Raises:
+        ValueError: if length <= 0.
+    """
+    if not length > 0:
+        raise ValueError(f"expected length > 0, got {length}")
+    return functools.partial(_over_constant, length)
+
+
+def _over_constant(
+    length: int, response_tokens: ArrayLike, response_trajectory: ArrayLike, num_trajectories: int
+) -> jax.Array:
+    tokens, lengths, _ = _table(response_tokens, response_trajectory, num_trajectories)
+    return _inverse(jnp.broadcast_to(jnp.sum(lengths > 0, dtype=lengths.dtype) * float(length), tokens.shape), tokens)
+
+
+def _table(
+    response_tokens: ArrayLike, response_trajectory: ArrayLike, num_trajectories: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(tokens of each response f32[R], of each trajectory f32[N], trajectory of each response i32[R])."""
+    tokens, trajectory = jnp.asarray(response_tokens), jnp.asarray(response_trajectory)
+    if tokens.ndim != 1 or tokens.shape != trajectory.shape:
+        raise ValueError(f"expected two tables of shape [R], got shapes {tokens.shape} and {trajectory.shape}")
+    for name, array in (("response_tokens", tokens), ("response_trajectory", trajectory)):
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"expected {name} of an integer dtype, got {array.dtype}")
+    tokens = tokens.astype(jnp.float32)
+    return tokens, jax.ops.segment_sum(tokens, trajectory, num_trajectories), trajectory
+
+
+def _inverse(total: jax.Array, tokens: jax.Array) -> jax.Array:
+    """1 / total where a response has tokens, else 0."""
+    return jnp.where(tokens > 0, 1.0 / jnp.maximum(total, 1.0), 0.0)
+
+
+def _log_ratio(above: jax.Array, below: jax.Array) -> jax.Array:
+    return jnp.clip(above - below, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _floats(**arrays: ArrayLike) -> list[jax.Array]:
+    """The arrays in float32 or wider, all of one shape."""
+    checked = {name: jnp.asarray(array) for name, array in arrays.items()}
+    for name, array in checked.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"expected {name} of a floating dtype, got {array.dtype}")
+    if len({array.shape for array in checked.values()}) > 1:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in checked.items())
+        raise ValueError(f"expected equal shapes, got {shapes}; nothing is broadcast here")
+    return [array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in checked.values()]

@@ -1,0 +1,202 @@
+"""Losses by hand and against float64; aggregation as weights against the definitions, however tokens are packed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aem_jax.losses import (
+    clipped_policy_loss,
+    constant_length,
+    k1,
+    k3,
+    response_mean,
+    token_mean,
+    trajectory_mean,
+)
+
+clipped_at_a_fifth = functools.partial(clipped_policy_loss, clip_low=0.2, clip_high=0.2)
+
+
+def test_clipped_loss_golden():
+    # ρ = 1, 1.5, 1.5, 0.5, 0.5, 1.1 with A = 2, 2, −2, 2, −2, −1; bounds 0.8 and 1.28.
+    # −min(ρA, clip(ρ)A):  −2;  −min(3, 2.56) = −2.56 (clipped);  −min(−3, −2.56) = 3;  −min(1, 1.6) = −1;
+    # −min(−1, −1.6) = 1.6 (clipped);  1.1.
+    ratio = jnp.array([1.0, 1.5, 1.5, 0.5, 0.5, 1.1])
+    old = jnp.array([-1.0, -2.0, -0.5, -3.0, 0.0, -1.0])
+    token = clipped_policy_loss(
+        old + jnp.log(ratio), old, jnp.array([2.0, 2, -2, 2, -2, -1]), clip_low=0.2, clip_high=0.28
+    )
+    np.testing.assert_allclose(token.loss, [-2, -2.56, 3, -1, 1.6, 1.1], rtol=1e-6)
+    np.testing.assert_allclose(token.ratio, ratio, rtol=1e-6)
+    np.testing.assert_array_equal(token.clipped, [False, True, False, False, True, False])
+
+
+def test_where_the_clip_decides_no_gradient_flows():
+    old = jnp.zeros(4)
+    logprobs, advantages = jnp.log(jnp.array([1.5, 1.5, 0.5, 0.5])), jnp.array([1.0, -1.0, 1.0, -1.0])
+    gradient = jax.grad(lambda x: clipped_at_a_fifth(x, old, advantages).loss.sum())(logprobs)
+    # Elsewhere d(−ρA)/dlogp = −ρA.
+    np.testing.assert_allclose(gradient, [0.0, 1.5, -0.5, 0.0], rtol=1e-6)
+
+
+def test_on_policy_gradient_is_the_policy_gradient():
+    logprobs, advantages = jnp.array([-0.1, -2.0, -7.0]), jnp.array([1.0, -2.0, 0.0])
+    gradient = jax.grad(lambda x: clipped_at_a_fifth(x, logprobs, advantages).loss.sum())(logprobs)
+    np.testing.assert_allclose(gradient, -advantages)
+
+
+def test_kl_estimators_golden():
+    # d = ln 2: k3 = 2 − 1 − 0.6931472 = 0.3068528, k1 = −0.6931472.  d = −ln 2: k3 = ½ − 1 + ln 2 = 0.1931472.
+    logprobs, reference = jnp.array([-2.0, -1.0, -3.0]), jnp.array([-2.0 + np.log(2), -1.0 - np.log(2), -3.0])
+    np.testing.assert_allclose(k3(logprobs, reference), [0.3068528, 0.1931472, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(k1(logprobs, reference), [-0.6931472, 0.6931472, 0.0], rtol=1e-6)
+
+
+def test_k3_keeps_its_digits_near_zero():
+    # k3 ≈ d²/2 for small d; e^d − 1 − d in float32 would be lost in rounding. (Exact steps of 2^-10.)
+    difference = jnp.array([2.0**-10])
+    np.testing.assert_allclose(k3(-difference, jnp.zeros(1)), 2.0**-21, rtol=1e-3)
+
+
+def test_both_estimate_the_kl():
+    # Σ_v π(v) k(v) over the whole vocabulary is the KL, for both, exactly.
+    rng = np.random.default_rng(0)
+    policy, reference = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=50), jnp.float32)) for _ in range(2))
+    kl = float(jnp.sum(jnp.exp(policy) * (policy - reference)))
+    for estimator in (k1, k3):
+        assert float(jnp.sum(jnp.exp(policy) * estimator(policy, reference))) == pytest.approx(kl, rel=1e-5)
+
+
+def test_gradients_flow_through_the_policy_alone():
+    x = jnp.array([0.1, -0.2])
+    for loss in (
+        lambda p, q, a: clipped_at_a_fifth(p, q, a).loss.sum(),
+        lambda p, q, a: k1(p, q).sum() + 0 * a.sum(),
+        lambda p, q, a: k3(p, q).sum() + 0 * a.sum(),
+    ):
+        by_old, by_advantage = jax.grad(loss, argnums=(1, 2))(x - 1.0, x - 1.1, x)
+        np.testing.assert_array_equal(by_old, 0.0)
+        np.testing.assert_array_equal(by_advantage, 0.0)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=25)
+def test_values_and_gradients_equal_float64(seed):
+    rng = np.random.default_rng(seed)
+    old, logprobs, reference = (-rng.exponential(size=32) for _ in range(3))
+    advantages, weights, beta, step = rng.normal(size=32), rng.uniform(size=32), 0.05, 1e-6
+    old = logprobs + rng.normal(0, 0.3, 32)
+
+    def slow(x):
+        """Σ w (ℓ + β k3), by loops in float64."""
+        total = 0.0
+        for t in range(32):
+            ratio = np.exp(x[t] - old[t])
+            policy = max(-ratio * advantages[t], -min(max(ratio, 0.8), 1.28) * advantages[t])
+            total += weights[t] * (policy + beta * (np.exp(reference[t] - x[t]) - 1 - (reference[t] - x[t])))
+        return total
+
+    def ours(x):
+        f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+        token = clipped_policy_loss(x, f32(old), f32(advantages), clip_low=0.2, clip_high=0.28)
+        return jnp.sum(f32(weights) * (token.loss + beta * k3(x, f32(reference))))
+
+    value, gradient = jax.value_and_grad(ours)(jnp.asarray(logprobs, jnp.float32))
+    assert float(value) == pytest.approx(slow(logprobs), rel=1e-5, abs=1e-5)
+    numeric = [(slow(logprobs + step * e) - slow(logprobs - step * e)) / (2 * step) for e in np.eye(32)]
+    away = np.min(np.abs(np.exp(logprobs - old)[:, None] - [0.8, 1.28]), axis=1) > 1e-4  # from the kinks
+    np.testing.assert_allclose(np.asarray(gradient)[away], np.asarray(numeric)[away], rtol=1e-4, atol=1e-5)
+
+
+def test_absurd_gaps_stay_finite():
+    token = clipped_at_a_fifth(jnp.array([0.0, 0.0, -500.0]), jnp.array([-500.0, -500.0, 0.0]), jnp.array([0.0, 1, 1]))
+    assert np.isfinite(token.loss).all() and np.isfinite(token.ratio).all()
+    assert np.isfinite(k3(jnp.array([-500.0]), jnp.array([0.0]))).all()
+
+
+def test_bfloat16_is_raised_first():
+    x = jnp.array([-1.0, -2.0], jnp.bfloat16)
+    assert clipped_at_a_fifth(x, x, x).loss.dtype == k1(x, x).dtype == k3(x, x).dtype == jnp.float32
+
+
+# Trajectory 0: responses 0 (2 tokens) and 2 (4). Trajectory 1: response 1 (3). Trajectory 2: outside the minibatch.
+TOKENS, TRAJECTORY = np.array([2, 3, 4, 0], np.int32), np.array([0, 1, 0, 2], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        (token_mean, [1 / 9, 1 / 9, 1 / 9, 0]),
+        (response_mean, [1 / 6, 1 / 9, 1 / 12, 0]),  # three responses
+        (trajectory_mean, [1 / 12, 1 / 6, 1 / 12, 0]),  # two trajectories, of 6 and 3 tokens
+        (constant_length(10), [1 / 20, 1 / 20, 1 / 20, 0]),
+    ],
+)
+def test_weights_golden(aggregation, expected):
+    np.testing.assert_allclose(aggregation(TOKENS, TRAJECTORY, 3), expected, rtol=1e-6)
+    np.testing.assert_array_equal(aggregation(0 * TOKENS, TRAJECTORY, 3), 0.0)
+
+
+def by_definition(losses, trajectory, name):
+    """The aggregations as one would write them down: means of means over lists. `losses`: one list a response."""
+    spoken = [index for index, tokens in enumerate(losses) if len(tokens)]
+    episodes = {t: np.concatenate([losses[i] for i in spoken if trajectory[i] == t]) for t in trajectory[spoken]}
+    return {
+        "token_mean": lambda: np.mean(np.concatenate([losses[i] for i in spoken])),
+        "response_mean": lambda: np.mean([np.mean(losses[i]) for i in spoken]),
+        "trajectory_mean": lambda: np.mean([np.mean(tokens) for tokens in episodes.values()]),
+        "constant_length": lambda: np.mean([np.sum(tokens) / 7 for tokens in episodes.values()]),
+    }[name]()
+
+
+@pytest.mark.parametrize("aggregation", [token_mean, response_mean, trajectory_mean, constant_length(7)])
+@given(st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=30)
+def test_weighted_sums_are_the_means_however_tokens_are_packed(aggregation, seed):
+    rng = np.random.default_rng(seed)
+    lengths, trajectory = rng.integers(0, 6, 12).astype(np.int32), rng.integers(0, 5, 12).astype(np.int32)
+    lengths[0] = 1
+    losses = [rng.normal(size=n) for n in lengths]
+    weights = np.asarray(aggregation(lengths, trajectory, 5), np.float64)
+    # Tokens dealt to four microbatches at random: the parts add up to the whole.
+    token_weights, token_losses = np.repeat(weights, lengths), np.concatenate(losses)
+    microbatch = rng.integers(0, 4, len(token_losses))
+    parts = [np.sum((token_weights * token_losses)[microbatch == m]) for m in range(4)]
+    name = getattr(aggregation, "__name__", "constant_length")
+    assert sum(parts) == pytest.approx(by_definition(losses, trajectory, name), rel=1e-5, abs=1e-6)
+
+
+def test_weights_under_jit():
+    for aggregation in (token_mean, response_mean, trajectory_mean, constant_length(10)):
+        jitted = jax.jit(aggregation, static_argnums=2)(TOKENS, TRAJECTORY, 3)
+        np.testing.assert_allclose(jitted, aggregation(TOKENS, TRAJECTORY, 3), rtol=1e-6)
+
+
+ONES = jnp.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: clipped_at_a_fifth(ONES, ONES, ONES[:2]), r"expected equal shapes, got .*advantages \(2,\)"),
+        (lambda: clipped_at_a_fifth(ONES, ONES > 0, ONES), "expected old_logprobs of a floating dtype, got bool"),
+        (
+            lambda: clipped_policy_loss(ONES, ONES, ONES, clip_low=1.2, clip_high=0.2),
+            r"clip_low in \[0, 1\] .* got 1.2",
+        ),
+        (lambda: clipped_policy_loss(ONES, ONES, ONES, clip_low=0.2, clip_high=-1), "clip_high >= 0, got 0.2 and -1"),
+        (lambda: k1(ONES, ONES[:1]), "expected equal shapes"),
+        (lambda: k3(ONES, ONES.astype(int)), "expected reference_logprobs of a floating dtype, got int32"),
+        (lambda: constant_length(0), "expected length > 0, got 0"),
+        (lambda: token_mean(TOKENS, TRAJECTORY[:2], 3), r"expected two tables of shape \[R\], got shapes \(4,\)"),
+        (lambda: response_mean(TOKENS / 1.0, TRAJECTORY, 3), "expected response_tokens of an integer dtype"),
+    ],
+)
+def test_bad_input_says_what_was_expected(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
