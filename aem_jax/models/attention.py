@@ -26,7 +26,9 @@ def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
 
-def chunk_attention(q: Array, cache_k: Array, cache_v: Array, cached: Array, chunk_k: Array, chunk_v: Array, index: Array) -> Array:
+def chunk_attention(
+    q: Array, cache_k: Array, cache_v: Array, cached: Array, chunk_k: Array, chunk_v: Array, index: Array
+) -> Array:
     """Attention of C new tokens to what is cached and to their chunk, one softmax over both.
 
     Args:
@@ -47,11 +49,13 @@ def chunk_attention(q: Array, cache_k: Array, cache_v: Array, cached: Array, chu
     einsum = lambda spec, *xs: jnp.einsum(spec, *xs, preferred_element_type=jnp.float32)  # noqa: E731
     old = einsum("sckgd,skwd->skgcw", q, cache_k)
     new = einsum("sckgd,skpd->skgcp", q, chunk_k)
-    old = jnp.where((jnp.arange(window) < cached[:, None])[:, None, None, None], old, _MASKED)
-    new = jnp.where(jnp.arange(places)[None] <= index + jnp.arange(count)[:, None], new, _MASKED)
+    old = jnp.where((jnp.arange(window)[None] < cached[:, None])[:, None, None, None], old, _MASKED)
+    new = jnp.where((jnp.arange(places)[None] <= index + jnp.arange(count)[:, None])[None, None, None], new, _MASKED)
     top = jnp.maximum(jnp.max(old, -1, keepdims=True), jnp.max(new, -1, keepdims=True))
     old, new = jnp.exp(old - top), jnp.exp(new - top)
     total = jnp.sum(old, -1, keepdims=True) + jnp.sum(new, -1, keepdims=True)
-    out = einsum("skgcw,skwd->skgcd", old.astype(q.dtype), cache_v) + einsum("skgcp,skpd->skgcd", new.astype(q.dtype), chunk_v)
+    out = einsum("skgcw,skwd->skgcd", old.astype(q.dtype), cache_v) + einsum(
+        "skgcp,skpd->skgcd", new.astype(q.dtype), chunk_v
+    )
     out = (out / total).astype(q.dtype)
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(slots, count, heads, head_dim)

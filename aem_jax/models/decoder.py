@@ -22,13 +22,13 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, reduced in float32."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    return (normed * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))).astype(x.dtype)
 
 
 def rotary_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
     """cos and sin [..., head_dim/2] of the rotary angles `position * theta^(-2i/head_dim)`."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    angles = jnp.tensordot(positions.astype(jnp.float32), frequencies, axes=0)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -131,7 +131,13 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.norm[...], config.norm_eps)
 
     def extend(
-        self, tokens: Array, positions: Array, cache: tuple[Array, Array], cached: Array, chunk: tuple[Array, Array], index: Array
+        self,
+        tokens: Array,
+        positions: Array,
+        cache: tuple[Array, Array],
+        cached: Array,
+        chunk: tuple[Array, Array],
+        index: Array,
     ) -> tuple[Array, tuple[Array, Array]]:
         """Hidden states of C new tokens a slot, beside a cache and the chunk's own earlier tokens.
 
@@ -150,7 +156,9 @@ class Decoder(nnx.Module):
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(carry: tuple[Array, tuple[Array, Array]], scanned: tuple[Any, Array, Array, Array]) -> tuple[Any, None]:
+        def layer(
+            carry: tuple[Array, tuple[Array, Array]], scanned: tuple[Any, Array, Array, Array]
+        ) -> tuple[Any, None]:
             x, (chunk_k, chunk_v) = carry
             state, cache_k, cache_v, depth = scanned
             block = nnx.merge(graphdef, state)

@@ -13,14 +13,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from aem_jax.models import Params, Policy
 from aem_jax.sampler.draw import SamplingConfig, make_draw
+from aem_jax.sharding import DECODE, replicated, shardings
 
 Array = jax.Array
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "lengths", "hidden", "prng", "sampled"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values", "lengths", "hidden", "prng", "sampled"],
+    meta_fields=[],
+)
 @dataclass(frozen=True)
 class SamplerState:
     """What S slots remember.
@@ -42,7 +48,21 @@ class SamplerState:
     sampled: Array
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "logprobs", "entropies", "counts", "finished"], meta_fields=[])
+_STATE_AXES = SamplerState(
+    keys=("layers", "slots", "kv_heads", "length", "head_dim"),  # pyright: ignore[reportArgumentType]
+    values=("layers", "slots", "kv_heads", "length", "head_dim"),  # pyright: ignore[reportArgumentType]
+    lengths=("slots",),  # pyright: ignore[reportArgumentType]
+    hidden=("slots", None),  # pyright: ignore[reportArgumentType]
+    prng=("slots", None),  # pyright: ignore[reportArgumentType]
+    sampled=("slots",),  # pyright: ignore[reportArgumentType]
+)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "logprobs", "entropies", "counts", "finished"],
+    meta_fields=[],
+)
 @dataclass(frozen=True)
 class Decoded:
     """What one `decode` said.
@@ -72,6 +92,7 @@ class Sampler:
         capacity: most tokens that an episode may hold; the cache has `slack` more so that a chunk always fits.
         slack: largest chunk that is written at once (extend or decode).
         windows: context lengths (ascending) to attend over; each call takes the smallest that covers its longest active slot.
+        mesh: the mesh over which slots and heads are split; without one, everything lies where the parameters lie.
     """
 
     def __init__(
@@ -83,6 +104,7 @@ class Sampler:
         capacity: int,
         slack: int,
         windows: Sequence[int] = (),
+        mesh: Mesh | None = None,
     ) -> None:
         if not stop_ids:
             raise ValueError("expected at least one stop id, got none; a response could never end by itself")
@@ -90,12 +112,19 @@ class Sampler:
         self.capacity = capacity
         self.slack = slack
         self.windows = tuple(sorted({w for w in windows if w < capacity} | {capacity}))
+        self._mesh = mesh
         self._draw = make_draw(sampling)
         self._stop_ids = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
-        self._extend = jax.jit(self._extend_impl, static_argnames="window", donate_argnums=1)
-        self._decode = jax.jit(self._decode_impl, static_argnames=("num_tokens", "window"), donate_argnums=1)
-        self._fork = jax.jit(self._fork_impl, static_argnames="window", donate_argnums=0)
-        self._rewind = jax.jit(_rewind_impl, donate_argnums=0)
+        # What a state is placed by on its way in, it keeps on its way out; what was said is whole on every device, for every host.
+        placed = None if mesh is None else shardings(mesh, _STATE_AXES, DECODE)
+        said = None if mesh is None else (placed, replicated(mesh))
+        self._init = jax.jit(self._init_impl, static_argnums=(0, 1), out_shardings=placed)
+        self._extend = jax.jit(self._extend_impl, static_argnames="window", donate_argnums=1, out_shardings=placed)
+        self._decode = jax.jit(
+            self._decode_impl, static_argnames=("num_tokens", "window"), donate_argnums=1, out_shardings=said
+        )
+        self._fork = jax.jit(_fork_impl, static_argnames="window", donate_argnums=0, out_shardings=placed)
+        self._rewind = jax.jit(_rewind_impl, donate_argnums=0, out_shardings=placed)
 
     @property
     def compilations(self) -> int:
@@ -104,8 +133,15 @@ class Sampler:
 
     def init(self, slots: int, capacity: int | None = None) -> SamplerState:
         """Empty slots; `capacity` tokens each (the sampler's own by default)."""
+        capacity = capacity or self.capacity
+        if self._mesh is not None:
+            shapes = jax.eval_shape(lambda: self._init_impl(slots, capacity))
+            shardings(self._mesh, _STATE_AXES, DECODE, shapes)  # says which dimension doesn't divide
+        return self._init(slots, capacity)
+
+    def _init_impl(self, slots: int, capacity: int) -> SamplerState:
         c = self.policy.config
-        shape = (c.num_layers, slots, c.num_kv_heads, (capacity or self.capacity) + self.slack, c.head_dim)
+        shape = (c.num_layers, slots, c.num_kv_heads, capacity + self.slack, c.head_dim)
         return SamplerState(
             keys=jnp.zeros(shape, c.dtype),
             values=jnp.zeros(shape, c.dtype),
@@ -122,7 +158,9 @@ class Sampler:
                 return window
         raise ValueError(f"expected at most {self.capacity} tokens a slot, got {length}; raise the context budget")
 
-    def extend(self, params: Params, state: SamplerState, tokens: Array, counts: Array, *, window: int | None = None) -> SamplerState:
+    def extend(
+        self, params: Params, state: SamplerState, tokens: Array, counts: Array, *, window: int | None = None
+    ) -> SamplerState:
         """Appends `counts[s]` of `tokens` i32[S,C] to each slot. `state` is donated.
 
         Args:
@@ -132,7 +170,8 @@ class Sampler:
             counts: i32[S], 0 leaves a slot as it is.
             window: static; covers the longest cached length of the slots that are extended.
         """
-        return self._extend(params, state, tokens, counts, window=window or self.capacity)
+        self._check_chunk(tokens.shape[1])
+        return self._extend(params, state, tokens, counts, window=self._check_window(window))
 
     def decode(
         self, params: Params, state: SamplerState, budgets: Array, num_tokens: int, *, window: int | None = None
@@ -146,7 +185,8 @@ class Sampler:
             num_tokens: static chunk length G.
             window: static; covers the longest cached length of the slots that decode.
         """
-        return self._decode(params, state, budgets, num_tokens=num_tokens, window=window or self.capacity)
+        self._check_chunk(num_tokens)
+        return self._decode(params, state, budgets, num_tokens=num_tokens, window=self._check_window(window))
 
     def fork(
         self, state: SamplerState, prompts: SamplerState, source: Array, prng: Array, *, window: int | None = None
@@ -160,7 +200,8 @@ class Sampler:
             prng: u32[S,2], key data of the episodes that begin.
             window: static; covers the longest prompt.
         """
-        return self._fork(state, prompts, source, prng, window=window or self.capacity)
+        window = min(self._check_window(window), prompts.keys.shape[3])
+        return self._fork(state, prompts, source, prng, window=window)
 
     def rewind(self, state: SamplerState, keep: Array) -> SamplerState:
         """Forgets all but the first `keep[s]` cached tokens of each slot; what follows is an `extend`. `state` is donated.
@@ -171,12 +212,23 @@ class Sampler:
         """
         return self._rewind(state, keep)
 
-    def _extend_impl(self, params: Params, state: SamplerState, tokens: Array, counts: Array, window: int) -> SamplerState:
+    def _check_chunk(self, places: int) -> None:
+        if places > self.slack:
+            raise ValueError(f"expected chunks of at most {self.slack} tokens (the slack), got {places}; raise slack")
+
+    def _check_window(self, window: int | None) -> int:
+        return self.capacity if window is None else self.cover(window) and window
+
+    def _extend_impl(
+        self, params: Params, state: SamplerState, tokens: Array, counts: Array, window: int
+    ) -> SamplerState:
         chunk = tokens.shape[1]
-        positions = state.lengths[:, None] + jnp.arange(chunk)
+        positions = state.lengths[:, None] + jnp.arange(chunk)[None]
         empty = _empty_chunk(state, chunk)
         cache = (state.keys[..., :window, :], state.values[..., :window, :])
-        hidden, (keys, values) = self.policy.bind(params).extend(tokens, positions, cache, state.lengths, empty, jnp.int32(0))
+        hidden, (keys, values) = self.policy.bind(params).extend(
+            tokens, positions, cache, state.lengths, empty, jnp.int32(0)
+        )
         last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
         return SamplerState(
             keys=_merge(state.keys, keys, state.lengths),
@@ -219,7 +271,7 @@ class Sampler:
                 logprobs=put(out.logprobs, logprobs),
                 entropies=put(out.entropies, entropies),
                 counts=out.counts + active,
-                finished=out.finished | (active & jnp.any(tokens[:, None] == self._stop_ids, axis=-1)),
+                finished=out.finished | (active & jnp.any(tokens[:, None] == self._stop_ids[None], axis=-1)),
             )
             positions = (state.lengths + index)[:, None]
             new, chunk = decoder.extend(tokens[:, None], positions, cache, state.lengths, chunk, index)
@@ -237,24 +289,25 @@ class Sampler:
         )
         return state, out
 
-    def _fork_impl(self, state: SamplerState, prompts: SamplerState, source: Array, prng: Array, window: int) -> SamplerState:
-        starts = source >= 0
-        row = jnp.maximum(source, 0)
 
-        def copy(into: Array, rows: Array) -> Array:
-            old = into[..., :window, :]
-            new = jnp.take(rows[..., :window, :], row, axis=1)
-            chosen = jnp.where(starts[None, :, None, None, None], new, old)
-            return jax.lax.dynamic_update_slice(into, chosen, (0,) * into.ndim)
+def _fork_impl(state: SamplerState, prompts: SamplerState, source: Array, prng: Array, window: int) -> SamplerState:
+    starts = source >= 0
+    row = jnp.maximum(source, 0)
 
-        return SamplerState(
-            keys=copy(state.keys, prompts.keys),
-            values=copy(state.values, prompts.values),
-            lengths=jnp.where(starts, prompts.lengths[row], state.lengths),
-            hidden=jnp.where(starts[:, None], prompts.hidden[row], state.hidden),
-            prng=jnp.where(starts[:, None], prng, state.prng),
-            sampled=jnp.where(starts, 0, state.sampled),
-        )
+    def copy(into: Array, rows: Array) -> Array:
+        old = into[..., :window, :]
+        new = jnp.take(rows[..., :window, :], row, axis=1)
+        chosen = jnp.where(starts[None, :, None, None, None], new, old)
+        return jax.lax.dynamic_update_slice(into, chosen, (0,) * into.ndim)
+
+    return SamplerState(
+        keys=copy(state.keys, prompts.keys),
+        values=copy(state.values, prompts.values),
+        lengths=jnp.where(starts, prompts.lengths[row], state.lengths),
+        hidden=jnp.where(starts[:, None], prompts.hidden[row], state.hidden),
+        prng=jnp.where(starts[:, None], prng, state.prng),
+        sampled=jnp.where(starts, 0, state.sampled),
+    )
 
 
 def _rewind_impl(state: SamplerState, keep: Array) -> SamplerState:

@@ -1,0 +1,142 @@
+"""Plays scripted conversations on a sampler, one episode a slot, and checks them against the cache-less pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from small_policies import numpy_tokens
+
+from aem_jax.models import Params, Policy
+from aem_jax.sampler import Sampler, SamplerState
+
+
+@dataclass
+class Episode:
+    """What one episode heard (each turn's ids), and what it said."""
+
+    key: int
+    heard: list[np.ndarray]
+    budget: int = 12
+    spoken: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
+    entropies: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def prng(self) -> np.ndarray:
+        return np.asarray(jax.random.key_data(jax.random.key(self.key)))
+
+
+def script(policy: Policy, key: int, lengths: Sequence[int] = (9, 4, 6), budget: int = 12) -> Episode:
+    """An episode that hears random ids of these lengths, one entry a turn."""
+    return Episode(key, [numpy_tokens(policy.config, (n,), 100 * key + i) for i, n in enumerate(lengths)], budget)
+
+
+def begin(sampler: Sampler, state: SamplerState, episodes: dict[int, Episode]) -> SamplerState:
+    """Gives the slots their episodes' keys, with nothing heard yet."""
+    slots = len(state.lengths)
+    source, prng = np.full(slots, -1, np.int32), np.zeros((slots, 2), np.uint32)
+    for slot, episode in episodes.items():
+        source[slot], prng[slot] = 0, episode.prng
+    return sampler.fork(state, sampler.init(slots), jnp.asarray(source), jnp.asarray(prng))
+
+
+def hear(
+    sampler: Sampler,
+    params: Params,
+    state: SamplerState,
+    ids: dict[int, np.ndarray],
+    chunk: int,
+    window: int | None = None,
+) -> SamplerState:
+    """Extends each slot with its ids, `chunk` at a time."""
+    slots = len(state.lengths)
+    for at in range(0, max(map(len, ids.values())), chunk):
+        tokens, counts = np.full((slots, chunk), 7, np.int32), np.zeros(slots, np.int32)
+        for slot, row in ids.items():
+            part = row[at : at + chunk]
+            tokens[slot, : len(part)], counts[slot] = part, len(part)
+        state = sampler.extend(params, state, jnp.asarray(tokens), jnp.asarray(counts), window=window)
+    return state
+
+
+def speak(
+    sampler: Sampler,
+    params: Params,
+    state: SamplerState,
+    episodes: dict[int, Episode],
+    chunk: int,
+    window: int | None = None,
+) -> SamplerState:
+    """Decodes one response in each slot, `chunk` tokens at a time, until its stop id or budget."""
+    slots = len(state.lengths)
+    left = {slot: episode.budget for slot, episode in episodes.items()}
+    said = {slot: ([], [], []) for slot in episodes}
+    while any(left.values()):
+        budgets = np.zeros(slots, np.int32)
+        for slot, count in left.items():
+            budgets[slot] = count
+        state, out = sampler.decode(params, state, jnp.asarray(budgets), chunk, window=window)
+        for slot in [slot for slot, count in left.items() if count]:
+            count = int(out.counts[slot])
+            for kept, new in zip(said[slot], (out.tokens, out.logprobs, out.entropies), strict=True):
+                kept.append(np.asarray(new[slot, :count]))
+            left[slot] = 0 if out.finished[slot] else left[slot] - count
+    for slot, parts in said.items():
+        episode = episodes[slot]
+        for kept, new in zip((episode.spoken, episode.logprobs, episode.entropies), parts, strict=True):
+            kept.append(np.concatenate(new))
+    return state
+
+
+def play(
+    sampler: Sampler,
+    params: Params,
+    episodes: dict[int, Episode],
+    *,
+    slots: int,
+    chunks: tuple[int, int] = (16, 16),
+    window: int | None = None,
+    state: SamplerState | None = None,
+) -> SamplerState:
+    """Plays every turn of the episodes, keyed by slot, with chunks of (extend, decode) tokens."""
+    state = begin(sampler, sampler.init(slots) if state is None else state, episodes)
+    for turn in range(max(len(episode.heard) for episode in episodes.values())):
+        talking = {slot: episode for slot, episode in episodes.items() if turn < len(episode.heard)}
+        heard = {slot: episode.heard[turn] for slot, episode in talking.items()}
+        state = hear(sampler, params, state, heard, chunks[0], window)
+        state = speak(sampler, params, state, talking, chunks[1], window)
+    return state
+
+
+@partial(jax.jit, static_argnums=0)
+def _padded_forward(policy: Policy, params: Params, tokens: Array) -> Array:
+    return policy.forward(params, tokens)
+
+
+def cacheless(policy: Policy, params: Params, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Logits [len(ids),V] of one plain pass; padded to one length, so that it compiles once."""
+    padded = np.zeros((1, 96), np.int32)
+    padded[0, : len(ids)] = ids
+    return np.asarray(_padded_forward(policy, params, jnp.asarray(padded))[0, : len(ids)])
+
+
+def cacheless_gap(policy: Policy, params: Params, episode: Episode, temperature: float = 1.0) -> tuple[float, float]:
+    """Largest difference of the episode's logprobs and entropies from those of one cache-less pass over the whole of it."""
+    ids = np.concatenate([part for pair in zip(episode.heard, episode.spoken, strict=True) for part in pair])
+    logits = cacheless(policy, params, ids).astype(np.float64) / temperature
+    table = logits - logits.max(1, keepdims=True)
+    table -= np.log(np.exp(table).sum(1, keepdims=True))
+    gaps, at = ([], []), 0
+    for heard, spoken, logprobs, entropies in zip(
+        episode.heard, episode.spoken, episode.logprobs, episode.entropies, strict=True
+    ):
+        at += len(heard)
+        rows = table[at - 1 : at - 1 + len(spoken)]  # the state at t - 1 predicts token t
+        gaps[0].append(np.abs(rows[np.arange(len(spoken)), spoken] - logprobs).max())
+        gaps[1].append(np.abs(-(np.exp(rows) * rows).sum(1) - entropies).max())
+        at += len(spoken)
+    return max(gaps[0]), max(gaps[1])

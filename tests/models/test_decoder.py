@@ -1,0 +1,144 @@
+"""The decoder against Hugging Face transformers' Qwen3, and its two passes against each other."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_policies
+from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, numpy_params, numpy_tokens
+
+from aem_jax.models import CONFIGS, ModelConfig, Policy
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+CASES = ["GROUPED_TIED", "MULTI_UNTIED", "ONE_KV_UNTIED"]  # in make_golden.py's order: the index is the seed
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_recorded_transformers_logits(name: str):
+    config = getattr(small_policies, name)
+    recorded = np.load(GOLDEN / f"{name.lower()}.npz")
+    logits = Policy(config).forward(numpy_params(config, CASES.index(name)), jnp.asarray(recorded["tokens"]))
+    assert recorded["logits"].std() > 1  # else 1e-4 would say little
+    np.testing.assert_allclose(logits, recorded["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_live_transformers_logits(name: str):
+    pytest.importorskip("torch", reason="torch is not installed; recorded logits are compared instead")
+    import transformers_qwen3
+
+    config = getattr(small_policies, name)
+    params, tokens = numpy_params(config, 7), numpy_tokens(config, (3, 23), 7)
+    theirs = transformers_qwen3.logits(config, params, tokens)
+    np.testing.assert_allclose(Policy(config).forward(params, jnp.asarray(tokens)), theirs, atol=1e-4, rtol=0)
+
+
+def test_packed_segments_equal_separate_rows():
+    """Two rows of packed segments with padding between and behind, against one row per segment."""
+    policy, params = Policy(GROUPED_TIED), numpy_params(GROUPED_TIED)
+    lengths = [[5, 9, 3], [11, 7]]
+    width = 24
+    tokens, positions, segments = (np.zeros((2, width), np.int32) for _ in range(3))
+    alone = {}
+    for row, parts in enumerate(lengths):
+        at = 2 * row  # the second row begins with padding
+        for index, length in enumerate(parts):
+            ids = numpy_tokens(GROUPED_TIED, (length,), 10 * row + index)
+            tokens[row, at : at + length] = ids
+            positions[row, at : at + length] = np.arange(length)
+            segments[row, at : at + length] = index + 1
+            alone[row, at] = ids
+            at += length + index  # a hole of padding after the second segment
+    hidden = policy.hidden(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(segments))
+    assert np.all(np.isfinite(hidden))
+    logits = policy.logits(params, hidden)
+    for (row, at), ids in alone.items():
+        own = policy.forward(params, jnp.asarray(ids)[None])[0]
+        np.testing.assert_allclose(logits[row, at : at + len(ids)], own, atol=2e-5, rtol=0)
+
+
+def test_no_token_sees_a_later_one():
+    policy, params = Policy(MULTI_UNTIED), numpy_params(MULTI_UNTIED)
+    tokens = numpy_tokens(MULTI_UNTIED, (1, 12))
+    changed = tokens.copy()
+    changed[0, 7:] = (changed[0, 7:] + 1) % MULTI_UNTIED.vocab_size
+    first, second = (policy.forward(params, jnp.asarray(x)) for x in (tokens, changed))
+    np.testing.assert_array_equal(first[:, :7], second[:, :7])
+    assert np.min(np.max(np.abs(first[:, 7:] - second[:, 7:]), axis=-1)) > 1e-3
+
+
+def test_remat_changes_nothing():
+    policy, params = Policy(GROUPED_TIED), numpy_params(GROUPED_TIED)
+    tokens = jnp.asarray(numpy_tokens(GROUPED_TIED, (2, 10)))
+    positions, segments = jnp.broadcast_to(jnp.arange(10), (2, 10)), jnp.ones((2, 10), jnp.int32)
+
+    def loss(params, remat):
+        return jnp.sum(jnp.square(policy.hidden(params, tokens, positions, segments, remat)))
+
+    plain = jax.value_and_grad(loss)(params, None)
+    saved = jax.value_and_grad(loss)(params, jax.checkpoint_policies.nothing_saveable)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, saved)
+
+
+def test_bfloat16_activations_stay_near_float32():
+    """The dtype is that of activations; parameters stay float32 masters."""
+    half = ModelConfig(**{**vars(GROUPED_TIED), "dtype": "bfloat16"})
+    params, tokens = numpy_params(GROUPED_TIED), jnp.asarray(numpy_tokens(GROUPED_TIED, (2, 9)))
+    positions, segments = jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32)
+    assert Policy(half).hidden(params, tokens, positions, segments).dtype == jnp.bfloat16
+    logits = Policy(half).forward(params, tokens)
+    assert logits.dtype == jnp.float32
+    exact = Policy(GROUPED_TIED).forward(params, tokens)
+    assert 1e-4 < np.sqrt(np.mean(np.square(logits - exact))) < 0.1
+
+
+@pytest.mark.parametrize("config", [GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED])
+def test_parameters_are_counted_and_named(config: ModelConfig):
+    policy = Policy(config)
+    sizes = [leaf.size for leaf in jax.tree.leaves(policy.shapes)]
+    assert sum(sizes) == config.num_parameters
+    ranks = jax.tree.map(
+        lambda axes, leaf: len(axes) == leaf.ndim, policy.axes, policy.shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    assert all(jax.tree.leaves(ranks))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(policy.shapes))
+
+
+def test_known_sizes():
+    """Parameters as Qwen3's model cards give them, in billions: 0.6, 1.7, 4.0, 8.2, 14.8, 32.8."""
+    billions = {name: config.num_parameters / 1e9 for name, config in CONFIGS.items()}
+    cards = {"0.6b": 0.6, "1.7b": 1.7, "4b": 4.0, "8b": 8.2, "14b": 14.8, "32b": 32.8}
+    for name, card in cards.items():
+        assert billions[f"qwen3-{name}"] == pytest.approx(card, abs=0.05)
+    assert billions["tiny"] < 0.001
+
+
+def test_init_starts_near_the_uniform_distribution():
+    config = CONFIGS["tiny"]
+    policy = Policy(config)
+    logits = policy.forward(policy.init(jax.random.key(0)), jnp.asarray(numpy_tokens(config, (2, 32))))
+    entropy = -jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=-1)
+    assert float(jnp.min(entropy)) > 0.85 * np.log(config.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [({"num_heads": 3}, "num_heads divisible by num_kv_heads, got 3 and 2"), ({"head_dim": 15}, "even head_dim")],
+)
+def test_bad_sizes_are_refused(change: dict, complaint: str):
+    with pytest.raises(ValueError, match=complaint):
+        ModelConfig(**{**vars(GROUPED_TIED), **change})
+
+
+def program_size(layers: int) -> int:
+    """Instructions in the lowered gradient of a decoder with so many layers."""
+    policy = Policy(ModelConfig(**{**vars(GROUPED_TIED), "num_layers": layers}))
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    text = jax.jit(jax.grad(lambda p: jnp.sum(policy.forward(p, tokens)))).lower(policy.shapes).as_text()
+    return text.count("\n")
+
+
+def test_program_does_not_grow_with_depth():
+    assert program_size(8) == program_size(2)

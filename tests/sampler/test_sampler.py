@@ -1,0 +1,230 @@
+"""The slot sampler: what an episode says depends on its key and its tokens alone, and is what the cache-less pass would say."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conversation import Episode, begin, cacheless, cacheless_gap, hear, play, script, speak
+from small_policies import GROUPED_TIED, MULTI_UNTIED, numpy_params, numpy_tokens
+
+from aem_jax.models import Policy
+from aem_jax.sampler import Sampler, SamplingConfig
+
+POLICY = Policy(GROUPED_TIED)
+PARAMS = numpy_params(GROUPED_TIED)
+STOPS = (5, 60)
+TIGHT = 5e-6
+
+
+@cache
+def sampler(temperature: float = 1.0, capacity: int = 96, slack: int = 16) -> Sampler:
+    return Sampler(POLICY, SamplingConfig(temperature), STOPS, capacity=capacity, slack=slack, windows=(32, 64))
+
+
+def said(episode: Episode) -> list[list[int]]:
+    return [row.tolist() for row in episode.spoken]
+
+
+def same(first: Episode, second: Episode) -> None:
+    """Same tokens; the same numbers but for the rounding of another shape."""
+    assert said(first) == said(second)
+    for one, other in ((first.logprobs, second.logprobs), (first.entropies, second.entropies)):
+        np.testing.assert_allclose(np.concatenate(one), np.concatenate(other), atol=TIGHT)
+
+
+def alone(key: int, **kwargs) -> Episode:
+    episode = script(POLICY, key, **kwargs)
+    play(sampler(), PARAMS, {0: episode}, slots=2)
+    return episode
+
+
+@pytest.mark.parametrize("config", [GROUPED_TIED, MULTI_UNTIED])
+def test_greedy_equals_the_cacheless_forward(config):
+    policy, params = Policy(config), numpy_params(config)
+    greedy = Sampler(policy, SamplingConfig(0.0), (5,), capacity=64, slack=16)
+    episodes = {slot: script(policy, slot, (6 + slot,), budget=14) for slot in range(3)}
+    play(greedy, params, episodes, slots=3)
+    for episode in episodes.values():
+        ids = episode.heard[0].tolist()
+        for token in episode.spoken[0]:
+            assert int(np.argmax(cacheless(policy, params, ids)[-1])) == token
+            ids.append(int(token))
+        assert len(episode.spoken[0]) == 14 or ids[-1] == 5
+
+
+def test_several_turns_have_the_logprobs_and_entropies_of_one_cacheless_pass():
+    episodes = {slot: script(POLICY, slot + 1, (9, 4, 6)) for slot in range(4)}
+    play(sampler(), PARAMS, episodes, slots=4)
+    for episode in episodes.values():
+        assert max(cacheless_gap(POLICY, PARAMS, episode)) < TIGHT
+    assert (
+        sum(len(row) for episode in episodes.values() for row in episode.spoken) > 60
+    )  # long enough to mean something
+
+
+def test_temperature_divides_the_logits_of_the_recorded_distribution():
+    warm = sampler(0.6)
+    episode = script(POLICY, 3)
+    play(warm, PARAMS, {1: episode}, slots=2)
+    assert max(cacheless_gap(POLICY, PARAMS, episode, 0.6)) < 2 * TIGHT
+    assert max(cacheless_gap(POLICY, PARAMS, episode, 1.0)) > 0.05
+
+
+def test_extend_in_pieces_equals_in_one():
+    ids = numpy_tokens(GROUPED_TIED, (13,))
+    states = []
+    for pieces in ([13], [4, 4, 4, 1], [1, 12], [5, 8]):
+        state, at = begin(sampler(), sampler().init(2), {1: script(POLICY, 0)}), 0
+        for piece in pieces:
+            state = hear(sampler(), PARAMS, state, {1: ids[at : at + piece]}, 13)
+            at += piece
+        states.append(state)
+    logits = [POLICY.logits(PARAMS, state.hidden[1]) for state in states]
+    for state, row in zip(states, logits, strict=True):
+        assert state.lengths.tolist() == [0, 13]
+        np.testing.assert_allclose(row, logits[0], atol=1e-5)
+    np.testing.assert_allclose(logits[0], cacheless(POLICY, PARAMS, ids)[-1], atol=1e-5)
+
+
+def test_slot_and_neighbours_change_nothing():
+    wanted = {key: alone(key) for key in (1, 2, 3)}
+    for places in ({0: 3, 1: 1, 2: 2}, {4: 1, 2: 2, 0: 3}, {5: 2}):
+        episodes = {slot: script(POLICY, key) for slot, key in places.items()}
+        play(sampler(), PARAMS, episodes, slots=6)
+        for episode in episodes.values():
+            same(episode, wanted[episode.key])
+
+
+@pytest.mark.parametrize(("chunks", "window"), [((3, 1), None), ((16, 5), 64), ((7, 16), 64), ((1, 16), None)])
+def test_chunks_and_windows_change_nothing(chunks: tuple[int, int], window: int | None):
+    episodes = {slot: script(POLICY, slot + 1) for slot in range(2)}
+    play(sampler(), PARAMS, episodes, slots=2, chunks=chunks, window=window)
+    for episode in episodes.values():
+        same(episode, alone(episode.key))
+
+
+def test_a_slot_is_as_good_as_new():
+    """The second episode of a slot says what it would have said in a fresh one, whatever the first left in the cache."""
+    state = play(sampler(), PARAMS, {0: script(POLICY, 8, (16, 9)), 1: script(POLICY, 9)}, slots=2)
+    again = {0: script(POLICY, 2)}
+    play(sampler(), PARAMS, again, slots=2, state=state)
+    same(again[0], alone(2))
+
+
+def test_forked_prompts_equal_own_prompts():
+    """Two prompts computed once in a small state of their own, forked to five slots in two goes."""
+    s = sampler()
+    prompts = s.init(2, capacity=24)
+    heads = {0: numpy_tokens(GROUPED_TIED, (17,), 1), 1: numpy_tokens(GROUPED_TIED, (9,), 2)}
+    prompts = hear(s, PARAMS, prompts, heads, 8, window=24)
+    episodes = {
+        slot: Episode(20 + slot, [heads[slot % 2], numpy_tokens(GROUPED_TIED, (5,), slot)]) for slot in range(5)
+    }
+    own = {slot: Episode(e.key, e.heard) for slot, e in episodes.items()}
+    play(s, PARAMS, own, slots=5)
+
+    state = s.init(5)
+    for goes in ((0, 1, 4), (2, 3)):  # the second go leaves the first's slots alone
+        source, prng = np.full(5, -1, np.int32), np.zeros((5, 2), np.uint32)
+        for slot in goes:
+            source[slot], prng[slot] = slot % 2, episodes[slot].prng
+        state = s.fork(state, prompts, jnp.asarray(source), jnp.asarray(prng), window=24)
+        state = speak(s, PARAMS, state, {slot: episodes[slot] for slot in goes}, 16)
+    state = hear(s, PARAMS, state, {slot: episode.heard[1] for slot, episode in episodes.items()}, 16)
+    speak(s, PARAMS, state, episodes, 16)
+    for slot in range(5):
+        same(episodes[slot], own[slot])
+    assert len({tuple(episodes[slot].spoken[0]) for slot in (0, 2, 4)}) == 3  # one prompt, three keys, three responses
+
+
+def test_stop_ids_end_a_response():
+    """Every response ends at its first stop id, which is part of it, or at its budget."""
+    episodes = {slot: script(POLICY, slot, (5,), budget=40) for slot in range(12)}
+    play(sampler(), PARAMS, episodes, slots=12)
+    ends = [episode.spoken[0][-1] in STOPS for episode in episodes.values()]
+    assert 3 < sum(ends) < 12 or all(ends)
+    for episode in episodes.values():
+        row = episode.spoken[0]
+        assert not set(row[:-1].tolist()) & set(STOPS)
+        assert row[-1] in STOPS or len(row) == 40
+
+
+def test_budgets_and_bookkeeping():
+    s = sampler()
+    episodes = {slot: script(POLICY, slot, (4 + slot,)) for slot in range(4)}
+    state = begin(s, s.init(5), episodes)
+    state = hear(s, PARAMS, state, {slot: e.heard[0] for slot, e in episodes.items()}, 8)
+    before = jax.tree.map(np.asarray, state)
+    budgets = jnp.asarray([0, 1, 3, 50, 0])
+    state, out = s.decode(PARAMS, state, budgets, 6)
+    assert out.tokens.shape == out.logprobs.shape == out.entropies.shape == (5, 6)
+    for slot, budget in enumerate([0, 1, 3, 6, 0]):
+        count = int(out.counts[slot])
+        assert count == budget or (out.finished[slot] and count < budget)
+        assert bool(out.finished[slot]) == (count > 0 and int(out.tokens[slot, count - 1]) in STOPS)
+        for rows in (out.tokens, out.logprobs, out.entropies):
+            assert not np.any(np.asarray(rows[slot, count:]))
+        assert int(state.lengths[slot]) == before.lengths[slot] + count
+        assert int(state.sampled[slot]) == count
+    np.testing.assert_array_equal(state.hidden[0], before.hidden[0])
+
+
+def test_idle_slots_are_untouched():
+    """A slot with count 0 or budget 0 goes on as if nothing had happened around it, even at its very last place."""
+    s = sampler(capacity=32)
+    full, quiet, busy = script(POLICY, 1, (31, 1), budget=1), script(POLICY, 2), script(POLICY, 3)
+    quiet.heard, wanted = quiet.heard[:1], Episode(2, quiet.heard[:1])
+    play(s, PARAMS, {0: wanted}, slots=1)
+    state = begin(s, s.init(3), {0: full, 1: quiet, 2: busy})
+    state = hear(s, PARAMS, state, {0: full.heard[0], 1: quiet.heard[0]}, 16)
+    for _ in range(2):
+        state = hear(s, PARAMS, state, {2: busy.heard[0]}, 16)
+        state, out = s.decode(PARAMS, state, jnp.asarray([0, 0, 3]), 16)
+        assert out.counts.tolist()[:2] == [0, 0] and not np.any(out.finished[:2])
+    state = speak(s, PARAMS, state, {0: full, 1: quiet}, 16)
+    same(quiet, wanted)
+    full.heard = full.heard[:1]
+    assert max(cacheless_gap(POLICY, PARAMS, full)) < TIGHT
+
+
+def test_nothing_to_say_costs_nothing_and_changes_nothing():
+    s = sampler()
+    state = hear(s, PARAMS, s.init(2), {0: numpy_tokens(GROUPED_TIED, (4,))}, 8)
+    hidden = np.asarray(state.hidden)
+    state, out = s.decode(PARAMS, state, jnp.zeros(2, jnp.int32), 4)
+    assert out.counts.tolist() == [0, 0] and state.lengths.tolist() == [4, 0]
+    np.testing.assert_array_equal(state.hidden, hidden)
+
+
+def test_rewind_forgets():
+    """Rewound and heard anew, a slot stands where it would have stood."""
+    s = sampler()
+    ids, other = numpy_tokens(GROUPED_TIED, (12,), 1), numpy_tokens(GROUPED_TIED, (6,), 2)
+    state = hear(s, PARAMS, s.init(2), {0: ids, 1: ids}, 16)
+    state = s.rewind(state, jnp.asarray([5, 99]))
+    assert state.lengths.tolist() == [5, 12]
+    state = hear(s, PARAMS, state, {0: other}, 16)
+    wanted = cacheless(POLICY, PARAMS, np.concatenate([ids[:5], other]))[-1]
+    np.testing.assert_allclose(POLICY.logits(PARAMS, state.hidden[0]), wanted, atol=1e-5)
+
+
+def test_windows():
+    s = sampler()
+    assert s.windows == (32, 64, 96)
+    assert [s.cover(length) for length in (0, 32, 33, 64, 65, 96)] == [32, 32, 64, 64, 96, 96]
+    with pytest.raises(ValueError, match="at most 96 tokens a slot, got 97"):
+        s.cover(97)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="at least one stop id"):
+        Sampler(POLICY, SamplingConfig(), (), capacity=32, slack=8)
+    s = sampler()
+    with pytest.raises(ValueError, match="chunks of at most 16 tokens .*got 17"):
+        s.extend(PARAMS, s.init(1), jnp.zeros((1, 17), jnp.int32), jnp.ones(1, jnp.int32))
+    with pytest.raises(ValueError, match="chunks of at most 16 tokens .*got 32"):
+        s.decode(PARAMS, s.init(1), jnp.ones(1, jnp.int32), 32)
+    with pytest.raises(ValueError, match="tokens a slot, got 97"):
+        s.extend(PARAMS, s.init(1), jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), window=97)

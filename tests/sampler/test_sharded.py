@@ -1,0 +1,42 @@
+"""Slots over a mesh of 8 simulated devices say what they say on one."""
+
+import jax
+import numpy as np
+import pytest
+from conversation import play, script
+from small_policies import numpy_params
+
+from aem_jax.models import ModelConfig, Policy
+from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.sharding import DECODE, MeshConfig, make_mesh, shardings
+
+CONFIG = ModelConfig(64, 48, 80, 3, 4, 2, 16)  # every split dimension divides by 2
+POLICY = Policy(CONFIG)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1)])
+def test_eight_devices_say_the_same(sizes: tuple[int, int, int]):
+    params = numpy_params(CONFIG)
+    settings = dict(capacity=64, slack=16, windows=(32,))
+    plain = Sampler(POLICY, SamplingConfig(1.0), (5,), **settings)
+    wanted = {slot: script(POLICY, slot) for slot in range(6)}
+    play(plain, params, wanted, slots=8)
+
+    mesh = make_mesh(MeshConfig(*sizes))
+    sampler = Sampler(POLICY, SamplingConfig(1.0), (5,), mesh=mesh, **settings)
+    placed = jax.device_put(params, shardings(mesh, POLICY.axes, DECODE))
+    episodes = {slot: script(POLICY, slot) for slot in range(6)}
+    state = sampler.init(8)
+    sharding = state.keys.sharding
+    assert state.keys.addressable_shards[0].data.size * 8 == state.keys.size
+    state = play(sampler, placed, episodes, slots=8, state=state)
+    assert state.keys.sharding == sharding  # and so the next call finds the program it knows
+    for slot in wanted:
+        assert [row.tolist() for row in episodes[slot].spoken] == [row.tolist() for row in wanted[slot].spoken]
+        for one, other in zip(episodes[slot].logprobs, wanted[slot].logprobs, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+    with pytest.raises(ValueError, match=r"dimension .slots. divisible by"):
+        sampler.init(3)
+    warm = sampler.compilations
+    play(sampler, placed, {3: script(POLICY, 9)}, slots=8, state=state)
+    assert sampler.compilations == warm

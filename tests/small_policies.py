@@ -1,0 +1,33 @@
+"""Small policies for tests: random weights that numpy's frozen generator makes, so that any machine makes the same ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aem_jax.models import ModelConfig, Params, Policy
+
+GROUPED_TIED = ModelConfig(61, 48, 80, 3, 4, 2, 16, rope_theta=10_000.0)
+MULTI_UNTIED = ModelConfig(40, 32, 64, 2, 2, 2, 16, rope_theta=1_000_000.0, tied_head=False)
+ONE_KV_UNTIED = ModelConfig(33, 40, 56, 2, 4, 1, 8, rope_theta=50_000.0, norm_eps=1e-5, tied_head=False)
+
+
+def numpy_params(config: ModelConfig, seed: int = 0) -> Params:
+    """Random parameters, spread so that logits are of order one and norms differ from one."""
+    random = np.random.RandomState(seed)
+
+    def leaf(path, shape):
+        name = path[-1].key
+        value = random.standard_normal(shape.shape).astype(np.float32)
+        if name.endswith("norm"):
+            return jnp.asarray(1.0 + 0.2 * value)
+        fan_in = {"o": config.num_heads * config.head_dim, "down": config.intermediate_size}.get(
+            name, config.hidden_size
+        )
+        return jnp.asarray(value * (1.5 * fan_in**-0.5))
+
+    return jax.tree_util.tree_map_with_path(leaf, Policy(config).shapes)
+
+
+def numpy_tokens(config: ModelConfig, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Random token ids i32."""
+    return np.random.RandomState(seed).randint(0, config.vocab_size, shape).astype(np.int32)

@@ -1,0 +1,90 @@
+"""The one mesh and its two layouts."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from aem_jax.models import CONFIGS, Policy
+from aem_jax.sharding import AXES, DECODE, TRAIN, MeshConfig, make_mesh, partition, replicated, shardings
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (MeshConfig(), (1, 8, 1)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+        (MeshConfig(data=-1, fsdp=1, tensor=4), (2, 1, 4)),
+        (MeshConfig(data=8, fsdp=1, tensor=-1), (8, 1, 1)),
+    ],
+)
+def test_mesh_sizes(config: MeshConfig, sizes: tuple[int, ...]):
+    mesh = make_mesh(config)
+    assert tuple(mesh.shape[axis] for axis in AXES) == sizes
+
+
+def test_mesh_over_some_devices():
+    devices = jax.devices()[2:4]
+    mesh = make_mesh(MeshConfig(), devices)
+    assert mesh.devices.size == 2 and set(mesh.devices.flat) == set(devices)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (MeshConfig(data=3), "expected data x fsdp x tensor = 8 devices, got 3 x -1 x 1"),
+        (MeshConfig(data=16), "got 16 x -1 x 1"),
+        (MeshConfig(data=2, fsdp=2, tensor=4), "got 2 x 2 x 4; set --mesh.data"),
+        (MeshConfig(data=-1), "at most one -1"),
+        (MeshConfig(data=0), "positive mesh sizes"),
+        (MeshConfig(tensor=-2), "positive mesh sizes"),
+    ],
+)
+def test_impossible_meshes_are_refused(config: MeshConfig, complaint: str):
+    with pytest.raises(ValueError, match=complaint):
+        make_mesh(config)
+
+
+def test_learning_splits_masters_and_sampling_gathers_no_weights():
+    query = ("layers", "embed", "heads", "head_dim")
+    assert partition(query, TRAIN) == PartitionSpec(None, "fsdp", "tensor", None)
+    assert partition(query, DECODE) == PartitionSpec(None, None, "tensor", None)
+    assert partition(("slots", None), DECODE) == PartitionSpec(("data", "fsdp"), None)
+    assert partition(("rows", "length"), TRAIN) == PartitionSpec(("data", "fsdp"), None)
+    weights = jax.tree.leaves(Policy(CONFIGS["tiny"]).axes, is_leaf=lambda x: isinstance(x, tuple))
+    used = {axis for axes in weights for axis in partition(axes, DECODE) if axis}
+    assert used == {"tensor"}
+
+
+@pytest.mark.parametrize("rules", [TRAIN, DECODE])
+def test_parameters_lie_as_the_table_says(rules):
+    """2 x 2 x 2 devices: each matrix has as many different pieces as the axes that split it."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    policy = Policy(CONFIGS["tiny"])
+    params = policy.init(jax.random.key(0))
+    placed = jax.device_put(params, shardings(mesh, policy.axes, rules, policy.shapes))
+    jax.tree.map(np.testing.assert_array_equal, placed, params)
+    ways = 4 if rules is TRAIN else 2
+    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+        leaf = placed["layers"][name]
+        assert leaf.addressable_shards[0].data.size * ways == leaf.size, name
+    assert placed["norm"].sharding.is_fully_replicated == (rules is DECODE or TRAIN["norm"] is None)
+
+
+def test_indivisible_dimension_is_named():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    policy = Policy(CONFIGS["tiny"])  # 2 key/value heads over 4 ways of tensor
+    with pytest.raises(ValueError, match=r"dimension 'kv_heads' divisible by 4 \(mesh axis 'tensor'\), got 2"):
+        shardings(mesh, policy.axes, TRAIN, policy.shapes)
+    with pytest.raises(ValueError, match=r"dimension 'slots' divisible by 2 .*got 3"):
+        shardings(mesh, ("slots", None), DECODE, jax.ShapeDtypeStruct((3, 5), np.float32))
+
+
+def test_unknown_axis_is_an_error():
+    with pytest.raises(KeyError, match="colour"):
+        partition(("colour",), TRAIN)
+
+
+def test_replicated():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert jax.device_put(np.arange(3), replicated(mesh)).sharding.is_fully_replicated

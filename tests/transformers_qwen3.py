@@ -1,0 +1,41 @@
+"""Hugging Face transformers' Qwen3 (torch) with our parameters: the reference for logits. torch is imported when called."""
+
+import numpy as np
+
+
+def logits(config, params, tokens: np.ndarray) -> np.ndarray:
+    """float32 logits [B,T,V] of transformers' Qwen3 with our parameters."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    theirs = Qwen3Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tied_head,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        attn_implementation="eager",
+    )
+    model = Qwen3ForCausalLM(theirs).to(torch.float32).eval()
+    weights = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}
+    weights["lm_head.weight"] = params["embed"] if config.tied_head else np.asarray(params["head"]).T
+    layers = {name: np.asarray(value) for name, value in params["layers"].items()}
+    for i in range(config.num_layers):
+        at = f"model.layers.{i}"
+        for name in ("q", "k", "v"):
+            weights[f"{at}.self_attn.{name}_proj.weight"] = layers[name][i].reshape(config.hidden_size, -1).T
+        weights[f"{at}.self_attn.o_proj.weight"] = layers["o"][i].reshape(-1, config.hidden_size).T
+        for name in ("gate", "up", "down"):
+            weights[f"{at}.mlp.{name}_proj.weight"] = layers[name][i].T
+        weights[f"{at}.self_attn.q_norm.weight"] = layers["q_norm"][i]
+        weights[f"{at}.self_attn.k_norm.weight"] = layers["k_norm"][i]
+        weights[f"{at}.input_layernorm.weight"] = layers["attention_norm"][i]
+        weights[f"{at}.post_attention_layernorm.weight"] = layers["mlp_norm"][i]
+    model.load_state_dict({name: torch.tensor(np.array(value)) for name, value in weights.items()}, strict=True)
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
