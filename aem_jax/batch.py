@@ -2,23 +2,27 @@
 
 A *segment* is a run of ids that see each other: a whole trajectory in the "append" context (prompt, response,
 observation, response, …), one turn in the "window" context. Segments are packed first-fit-decreasing into rows of one
-length; rows are cut into microbatches, microbatches into minibatches. Shapes never change, only `minibatch_ends` does, so
-nothing recompiles and unused microbatches cost nothing. Responses and trajectories are numbered in the order that they
-came in, whatever the packing, so estimators see the same tables in both contexts.
+length; rows are cut into microbatches, microbatches into minibatches. Shapes never change, only `minibatch_ends` does,
+so nothing recompiles and unused microbatches cost nothing. Responses and trajectories are numbered in the order that
+they came in, whatever the packing, so estimators see the same tables in both contexts.
 
 Left out: padding to several row lengths (packing makes one enough) and splitting a long trajectory over rows (it would
 cut attention). Nothing is ever dropped in silence: what does not fit is an error that names the number to raise.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
+from jax.sharding import Mesh, NamedSharding
 
-from aem_jax.trajectory import Ending, Trajectory
+from aem_jax.sharding import TRAIN, partition, replicated
+from aem_jax.trajectory import Ending, Trajectory, Turn
+
+Array: TypeAlias = Any
+"""np.ndarray as `collate` makes it, jax.Array once it lies on the mesh."""
 
 
 @dataclass(frozen=True)
@@ -75,28 +79,55 @@ class Batch:
         minibatch_ends: i32[K], minibatch j owns microbatches minibatch_ends[j - 1] … minibatch_ends[j] - 1.
     """
 
-    tokens: ArrayLike
-    positions: ArrayLike
-    segment_ids: ArrayLike
-    response_ids: ArrayLike
-    logprobs: ArrayLike
-    entropies: ArrayLike
-    response_trajectory: ArrayLike
-    response_turn: ArrayLike
-    response_tokens: ArrayLike
-    response_rewards: ArrayLike
-    response_valid: ArrayLike
-    returns: ArrayLike
-    group_ids: ArrayLike
-    valid: ArrayLike
-    truncated: ArrayLike
-    trajectory_minibatch: ArrayLike
-    minibatch_ends: ArrayLike
+    tokens: Array
+    positions: Array
+    segment_ids: Array
+    response_ids: Array
+    logprobs: Array
+    entropies: Array
+    response_trajectory: Array
+    response_turn: Array
+    response_tokens: Array
+    response_rewards: Array
+    response_valid: Array
+    returns: Array
+    group_ids: Array
+    valid: Array
+    truncated: Array
+    trajectory_minibatch: Array
+    minibatch_ends: Array
 
     @property
     def num_microbatches(self):
         """i32[]: how many of the M microbatches are used."""
-        return self.minibatch_ends[-1]  # type: ignore[index]
+        return self.minibatch_ends[-1]
+
+
+PACKED = ("tokens", "positions", "segment_ids", "response_ids", "logprobs", "entropies")
+"""The fields of shape [M, b, T]; all others are tables."""
+
+
+def packed_sharding(mesh: Mesh) -> NamedSharding:
+    """Where arrays [M, b, T] lie: rows over the mesh's data and fsdp axes."""
+    return NamedSharding(mesh, partition((None, "rows", "length"), TRAIN))
+
+
+def batch_shardings(mesh: Mesh) -> Batch:
+    """Where each field lies: rows split, tables on every device."""
+    packed, whole = packed_sharding(mesh), replicated(mesh)
+    return Batch(**{each.name: packed if each.name in PACKED else whole for each in fields(Batch)})
+
+
+def place(batch: Batch, mesh: Mesh) -> Batch:
+    """The batch on the mesh. On several hosts each of them must hold the same batch.
+
+    Raises:
+        ValueError: the rows of a microbatch do not divide over the mesh.
+    """
+    rows, ways = np.shape(batch.tokens)[1], mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        raise ValueError(f"expected BatchLayout.rows divisible by data × fsdp = {ways}, got {rows}")
+    return jax.device_put(batch, batch_shardings(mesh))
 
 
 class _Segment(NamedTuple):
@@ -211,7 +242,7 @@ def _segments(trajectory: Trajectory, n: int, first_response: int, row_length: i
     return segments
 
 
-def _turn_segment(turn, n: int, k: int, response: int) -> _Segment:
+def _turn_segment(turn: Turn, n: int, k: int, response: int) -> _Segment:
     seen, sampled = len(turn.observation_ids), len(turn.response_ids)
     if not len(turn.logprobs) == len(turn.entropies) == sampled:
         raise ValueError(

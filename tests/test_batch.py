@@ -39,7 +39,7 @@ def random_trajectories(seed, count, context="append"):
             turn(rng.integers(1, 90, rng.integers(1, 6)), rng.integers(1, 90, rng.integers(0, 5)), reward=float(k))
             for k in range(rng.integers(0, 4))
         ]
-        ending = rng.choice(list(Ending))
+        ending = list(Ending)[rng.integers(len(Ending))]
         made.append(trajectory(*turns, group=n // 2, ending=ending, context=context))
     return made
 

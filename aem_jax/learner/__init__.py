@@ -1,0 +1,28 @@
+"""Learning: state, optimizer, and the jitted update of a policy on one batch of trajectories.
+
+optimizer = make_optimizer(config, policy.axes)
+state = init_state(policy, optimizer, mesh, key)
+update = make_update(policy, config, mesh)
+state, stats = update(state, place(collate(trajectories, layout), mesh), advantages)
+"""
+
+from aem_jax.learner.config import LearnerConfig
+from aem_jax.learner.forward import Rows, row_statistics
+from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
+from aem_jax.learner.state import TrainState, abstract_state, init_state
+from aem_jax.learner.update import make_supervised_update, make_token_logprobs, make_update
+
+__all__ = [
+    "LearnerConfig",
+    "Rows",
+    "TrainState",
+    "abstract_state",
+    "init_state",
+    "make_optimizer",
+    "make_schedule",
+    "make_supervised_update",
+    "make_token_logprobs",
+    "make_update",
+    "num_updates",
+    "row_statistics",
+]

@@ -1,0 +1,71 @@
+"""What the learner can be told."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """One update: the optimizer, the policy loss, and how much is computed at a time."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: stay, or fall to 0 at total_steps along a line or half a cosine."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    total_steps: int = 0
+    """Optimizer steps (rollout steps × epochs × minibatches) at which a falling schedule reaches 0."""
+    beta1: float = 0.9
+    """AdamW: decay of the mean of gradients."""
+    beta2: float = 0.95
+    """AdamW: decay of the mean of squared gradients."""
+    adam_eps: float = 1e-8
+    """AdamW: added to the root of the mean of squared gradients."""
+    weight_decay: float = 0.0
+    """AdamW: decoupled decay of matrices (norm scales are left alone)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    kl_coefficient: float = 0.0
+    """Weight of the KL to the reference policy (k3 estimator); 0 holds no reference at all."""
+    aggregation: Literal["token-mean", "trajectory-mean", "response-mean", "constant"] = "token-mean"
+    """Averaged over: all tokens alike, means of trajectories, means of responses, or sums over a constant length."""
+    constant_length: int = 1024
+    """Tokens that "constant" divides each trajectory's sum by, whatever its length."""
+
+    temperature: float = 1.0
+    """Divides the logits; must equal the sampler's."""
+    head_chunk: int = 128
+    """Positions of each row whose logits exist at one time."""
+    remat: Literal["none", "layers", "dots"] = "none"
+    """What the backward pass computes again: nothing, everything inside a layer, or all but its matrix products."""
+    num_minibatches: int = 1
+    """Optimizer steps made from one batch, each on its own share of the trajectories."""
+    num_epochs: int = 1
+    """How often the batch is gone through."""
+
+    def __post_init__(self):
+        _positive(self, "learning_rate", "adam_eps", "max_grad_norm", "constant_length", "temperature", "head_chunk")
+        _positive(self, "num_minibatches", "num_epochs", "clip_low", "clip_high")
+        for name in ("warmup_steps", "total_steps", "weight_decay", "kl_coefficient"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"expected {name} ≥ 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"expected {name} in [0, 1), got {getattr(self, name)}")
+        if self.schedule != "constant" and self.total_steps <= self.warmup_steps:
+            raise ValueError(
+                f"expected total_steps above warmup_steps = {self.warmup_steps} for schedule {self.schedule!r}, "
+                f"got {self.total_steps}; set it to the run's number of optimizer steps"
+            )
+
+
+def _positive(config: LearnerConfig, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"expected {name} > 0, got {getattr(config, name)}")

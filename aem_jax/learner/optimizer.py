@@ -1,0 +1,61 @@
+"""AdamW behind a global-norm clip, and its schedules. All of it is optax; what is ours is the choice."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from aem_jax.learner.config import LearnerConfig
+
+SCHEDULES: Mapping[str, Callable[[float, int], optax.Schedule]] = {
+    "constant": lambda peak, steps: optax.constant_schedule(peak),
+    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+    "cosine": lambda peak, steps: optax.cosine_decay_schedule(peak, steps),
+}
+"""Name → (peak, steps after warm-up) → schedule."""
+
+
+def make_schedule(config: LearnerConfig) -> optax.Schedule:
+    """Learning rate of optimizer step 0, 1, …: a linear rise over warmup_steps, then the named schedule.
+
+    The rise begins at peak / warmup_steps, not at 0, so that no step is without effect.
+    """
+    rest = SCHEDULES[config.schedule](config.learning_rate, config.total_steps - config.warmup_steps)
+    if not config.warmup_steps:
+        return rest
+    first = config.learning_rate / config.warmup_steps
+    rise = optax.linear_schedule(first, config.learning_rate, max(config.warmup_steps - 1, 1))
+    return optax.join_schedules([rise, rest], [config.warmup_steps])
+
+
+def make_optimizer(config: LearnerConfig, axes: Any) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW.
+
+    Args:
+        config: learning rate, schedule, betas, decay, clip.
+        axes: tree of logical axes, one tuple of names for each parameter; it tells matrices from scales.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            make_schedule(config),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            mask=_matrices(axes),
+        ),
+    )
+
+
+def num_updates(opt_state: Any) -> jax.Array:
+    """i32[]: optimizer steps made so far."""
+    adam = optax.tree_utils.tree_get(opt_state, "ScaleByAdamState")
+    return adam.count
+
+
+def _matrices(axes: Any) -> Any:
+    """Which parameters have two dimensions or more, the stacking over layers not counted."""
+    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+    return jax.tree.map(lambda names: len([name for name in names if name != "layers"]) > 1, axes, is_leaf=is_axes)

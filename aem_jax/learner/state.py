@@ -1,0 +1,94 @@
+"""What training changes: parameters, optimizer state, step."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from aem_jax.sharding import TRAIN, replicated, shardings
+
+Params = Any
+
+
+class TrainablePolicy(Protocol):
+    """What the learner needs of a policy; `aem_jax.models.Policy` is one."""
+
+    @property
+    def axes(self) -> Params:
+        """Logical axes of every parameter."""
+        ...
+
+    def init(self, key: jax.Array) -> Params:
+        """float32 parameters."""
+        ...
+
+    def hidden(self, params: Params, tokens, positions, segment_ids, remat=None) -> jax.Array:
+        """[B, T, D] of packed rows i32[B, T]."""
+        ...
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """f32[..., V] of [..., D]."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that an update reads and writes.
+
+    Attributes:
+        params: float32 masters.
+        opt_state: optax state.
+        step: i32[], rollout steps done (each is num_epochs × num_minibatches optimizer steps).
+    """
+
+    params: Params
+    opt_state: Any
+    step: Any
+
+
+def abstract_state(policy: TrainablePolicy, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without its numbers: what a restore fills.
+
+    The optimizer's per-parameter arrays lie as their parameters do; everything else is on every device.
+
+    Raises:
+        ValueError: a parameter's dimension does not divide over the mesh.
+    """
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    opt_state = jax.eval_shape(optimizer.init, params)
+    where = shardings(mesh, policy.axes, TRAIN, params)
+    whole = replicated(mesh)
+    opt_where = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, place: place, opt_state, where, transform_non_params=lambda _: whole
+    )
+    shapes = TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        TrainState(where, opt_where, whole),
+    )
+
+
+def init_state(
+    policy: TrainablePolicy, optimizer: optax.GradientTransformation, mesh: Mesh, source: jax.Array | Params
+) -> TrainState:
+    """A state at step 0, born where it belongs on the mesh: no device ever holds all of it.
+
+    Args:
+        policy: the policy.
+        optimizer: from `make_optimizer`.
+        mesh: the mesh.
+        source: a PRNG key, for random parameters, or parameters (copied; the caller's stay usable).
+    """
+
+    def create(source) -> TrainState:
+        is_key = isinstance(source, jax.Array) and jnp.issubdtype(source.dtype, jax.dtypes.prng_key)
+        params = policy.init(source) if is_key else jax.tree.map(jnp.copy, source)
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh))
+    return jax.jit(create, out_shardings=where)(source)

@@ -1,0 +1,219 @@
+"""The jitted update: a batch in, the next state out.
+
+    for each epoch, for each minibatch:
+        gradient = Σ over the minibatch's microbatches (a loop of dynamic length: shapes and program never change)
+        clip, AdamW
+
+The policy's update and the supervised one differ by the objective alone. There is no old-policy pass: `batch.logprobs`
+are those of the sampler, and `parity_max` measures in every step that the learner agrees with them.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from aem_jax.batch import Batch, batch_shardings, packed_sharding
+from aem_jax.learner.config import LearnerConfig
+from aem_jax.learner.forward import REMAT, Rows, row_statistics
+from aem_jax.learner.objective import Objective, Tokens, policy_objective, supervised_objective, token_weights
+from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
+from aem_jax.learner.state import Params, TrainablePolicy, TrainState, abstract_state
+from aem_jax.sharding import replicated
+
+Stats = dict[str, jax.Array]
+
+
+def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> Callable[..., tuple[TrainState, Stats]]:
+    """The policy's update, jitted.
+
+    Args:
+        policy: the policy.
+        config: optimizer, loss and sizes.
+        mesh: the mesh that state and batch lie on.
+
+    Returns:
+        update(state, batch, advantages, reference) -> (state, stats). `state` is donated: the old one is gone.
+        `advantages` are f32[M, b, T]; `reference`, the reference policy's logprobs (`make_token_logprobs`), are so
+        too if kl_coefficient > 0, else None.
+        stats, f32[] each; means over tokens, of all optimizer steps unless said otherwise:
+            loss, grad_norm (before the clip), learning_rate (of the last optimizer step);
+            clip_share (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
+            kl_sampler, kl_reference (k3 estimates, nats; the latter only with a reference), entropy (nats);
+            parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats;
+            tokens (sampled, of the batch), skipped (optimizer steps left out: no token, or a gradient not finite).
+    """
+    step = _make_step(policy, config, mesh, policy_objective(config))
+
+    def update(
+        state: TrainState, batch: Batch, advantages: jax.Array, reference: jax.Array | None
+    ) -> tuple[TrainState, Stats]:
+        if (reference is None) == (config.kl_coefficient > 0):
+            raise ValueError(
+                f"expected reference logprobs exactly when kl_coefficient > 0, got kl_coefficient = "
+                f"{config.kl_coefficient} and {'no reference' if reference is None else 'a reference'}"
+            )
+        return step(state, batch, advantages, reference)
+
+    packed = packed_sharding(mesh)
+    return _jit(update, policy, config, mesh, (packed, packed if config.kl_coefficient else None))
+
+
+def make_supervised_update(
+    policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh
+) -> Callable[..., tuple[TrainState, Stats]]:
+    """Cross-entropy on response tokens, jitted; everything else as in `make_update`.
+
+    Returns:
+        update(state, batch) -> (state, stats) with loss, grad_norm, learning_rate, entropy, tokens and skipped.
+    """
+    step = _make_step(policy, config, mesh, supervised_objective())
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Stats]:
+        return step(state, batch, None, None)
+
+    return _jit(update, policy, config, mesh, ())
+
+
+def make_token_logprobs(
+    policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh
+) -> Callable[[Params, Batch], jax.Array]:
+    """token_logprobs(params, batch) -> f32[M, b, T], jitted, 0 outside responses: the reference policy's pass."""
+
+    def token_logprobs(params: Params, batch: Batch) -> jax.Array:
+        def one(m: jax.Array, found: jax.Array) -> jax.Array:
+            logprobs, _ = _row_statistics(policy, config, params, _rows(batch, m))
+            return found.at[m].set(logprobs)
+
+        empty = jnp.zeros(jnp.shape(batch.tokens), jnp.float32)
+        return jax.lax.fori_loop(0, batch.num_microbatches, one, empty)
+
+    where = abstract_state(policy, make_optimizer(config, policy.axes), mesh).params
+    params = jax.tree.map(lambda leaf: leaf.sharding, where)
+    return jax.jit(token_logprobs, in_shardings=(params, batch_shardings(mesh)), out_shardings=packed_sharding(mesh))
+
+
+def _jit(update, policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, extra: tuple):
+    abstract = abstract_state(policy, make_optimizer(config, policy.axes), mesh)
+    state = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(
+        update,
+        in_shardings=(state, batch_shardings(mesh), *extra),
+        out_shardings=(state, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def _row_statistics(policy, config: LearnerConfig, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    return row_statistics(
+        policy,
+        params,
+        rows,
+        temperature=config.temperature,
+        head_chunk=config.head_chunk,
+        remat=REMAT[config.remat],
+    )
+
+
+def _rows(batch: Batch, m: jax.Array) -> Rows:
+    return Rows(*(_at(getattr(batch, name), m) for name in Rows._fields))
+
+
+def _at(packed: jax.Array, m: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(packed, m, keepdims=False)
+
+
+def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objective: Objective):
+    """(state, batch, advantages, reference) -> (state, stats), to be jitted."""
+    optimizer = make_optimizer(config, policy.axes)
+    schedule = make_schedule(config)
+    param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh).params)
+
+    def minibatch_gradient(params, batch: Batch, advantages, reference, minibatch):
+        """(gradient, loss, Measures) of one minibatch."""
+        weights = token_weights(batch, minibatch, config)
+
+        def part(params, m):
+            rows = _rows(batch, m)
+            mask = rows.response_ids >= 0
+            tokens = Tokens(
+                mask=mask,
+                weights=jnp.where(mask, weights[jnp.maximum(rows.response_ids, 0)], 0.0),
+                logprobs=_at(batch.logprobs, m),
+                advantages=None if advantages is None else _at(advantages, m),
+                reference=None if reference is None else _at(reference, m),
+            )
+            logprobs, entropies = _row_statistics(policy, config, params, rows)
+            return objective(logprobs, entropies, tokens)
+
+        def accumulate(m, total):
+            (loss, measures), gradient = jax.value_and_grad(part, has_aux=True)(params, m)
+            sums = jax.tree.map(jnp.add, total[2].sums, measures.sums)
+            maxima = jax.tree.map(jnp.maximum, total[2].maxima, measures.maxima)
+            gradient = jax.tree.map(jnp.add, total[0], gradient)
+            return constrain(gradient), total[1] + loss, measures._replace(sums=sums, maxima=maxima)
+
+        constrain = lambda tree: jax.lax.with_sharding_constraint(tree, param_shardings)  # noqa: E731
+        _, measures = jax.eval_shape(part, params, jnp.int32(0))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (params, jnp.float32(0), measures))
+        zeros = (constrain(zeros[0]), *zeros[1:])
+        ends = batch.minibatch_ends
+        start = jnp.where(minibatch > 0, ends[minibatch - 1], 0)
+        return jax.lax.fori_loop(start, ends[minibatch], accumulate, zeros)
+
+    def step(state: TrainState, batch: Batch, advantages, reference) -> tuple[TrainState, Stats]:
+        num_minibatches = batch.minibatch_ends.shape[0]
+        if num_minibatches != config.num_minibatches:
+            raise ValueError(
+                f"expected a batch of {config.num_minibatches} minibatches (LearnerConfig.num_minibatches), got "
+                f"{num_minibatches}; set BatchLayout.num_minibatches to the same number"
+            )
+
+        def optimizer_step(carry, index):
+            params, opt_state = carry
+            minibatch = index % num_minibatches
+            gradient, loss, measures = minibatch_gradient(params, batch, advantages, reference, minibatch)
+            inside = batch.response_valid & (batch.trajectory_minibatch[batch.response_trajectory] == minibatch)
+            count = jnp.sum(batch.response_tokens, where=inside).astype(jnp.float32)
+            norm = optax.tree_utils.tree_norm(gradient)
+            good = (count > 0) & jnp.isfinite(norm)
+            updates, next_opt_state = optimizer.update(gradient, opt_state, params)
+            keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+            stats = {
+                **measures.sums,
+                **measures.maxima,
+                "loss": loss * count,
+                "grad_norm": norm * count,
+                "tokens": count,
+                "skipped": (~good).astype(jnp.float32),
+                "learning_rate": schedule(num_updates(opt_state)),
+            }
+            params = jax.tree.map(keep, optax.apply_updates(params, updates), params)
+            return (params, jax.tree.map(keep, next_opt_state, opt_state)), stats
+
+        steps = jnp.arange(config.num_epochs * num_minibatches)
+        (params, opt_state), stats = jax.lax.scan(optimizer_step, (state.params, state.opt_state), steps)
+        return TrainState(params, opt_state, state.step + 1), _summary(stats, config.num_epochs)
+
+    return step
+
+
+def _summary(stats: Stats, num_epochs: int) -> Stats:
+    """Of [optimizer steps] sums over tokens to the step's means, maxima and last values."""
+    count = stats["tokens"]
+    mean = lambda sums, counts: jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1.0)  # noqa: E731
+    found = {name: mean(value, count) for name, value in stats.items()}
+    found |= {
+        "tokens": jnp.sum(count) / num_epochs,
+        "skipped": jnp.sum(stats["skipped"]),
+        "learning_rate": stats["learning_rate"][-1],
+    }
+    if "parity_mean" in stats:
+        found |= {
+            "ratio_max": jnp.max(stats["ratio_max"]),
+            "parity_max": stats["parity_max"][0],
+            "parity_mean": mean(stats["parity_mean"][:1], count[:1]),
+        }
+    return found

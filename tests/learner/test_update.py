@@ -1,0 +1,286 @@
+"""The update: against a hand-written float64 gradient, under packing, over devices, and in the compiled program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import ONE_DEVICE, Bigram, random_trajectories
+
+from aem_jax.advantage import token_advantages
+from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.learner import (
+    LearnerConfig,
+    init_state,
+    make_optimizer,
+    make_supervised_update,
+    make_token_logprobs,
+    make_update,
+    num_updates,
+)
+from aem_jax.models import ModelConfig, Policy
+from aem_jax.sharding import MeshConfig, make_mesh
+
+TOY = Bigram()
+TINY = Policy(ModelConfig(32, 16, 32, 2, 4, 2, 8, rope_theta=10_000.0))
+LAYOUT = BatchLayout(num_microbatches=8, rows=2, row_length=40, max_responses=64, max_trajectories=16)
+CONFIG = LearnerConfig(learning_rate=0.01, max_grad_norm=1e9, head_chunk=7)
+AGGREGATIONS = ("token-mean", "trajectory-mean", "response-mean", "constant")
+
+
+def advantages_of(batch, seed=0):
+    per_response = np.random.default_rng(seed).standard_normal(batch.response_valid.shape[0]).astype(np.float32)
+    return np.asarray(token_advantages(per_response, np.asarray(batch.response_ids))), per_response
+
+
+def new_state(policy, config, mesh=ONE_DEVICE, seed=0):
+    return init_state(policy, make_optimizer(config, policy.axes), mesh, jax.random.key(seed))
+
+
+def gradient_of(state, config):
+    """The gradient of the first optimizer step, read off Adam's mean: mu = (1 − β1) · gradient."""
+    adam = state.opt_state[1][0]
+    return jax.tree.map(lambda mu: np.asarray(mu) / (1 - config.beta1), adam.mu)
+
+
+def assert_trees_close(left, right, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), **tolerance), left, right)
+
+
+def hand_gradient(trajectories, per_response, params, config, reference=None):
+    """Loss and gradient of the clipped objective on `Bigram`, token by token in float64, from the definitions."""
+    embed, head = (np.asarray(params[name], np.float64) for name in ("embed", "head"))
+    d_embed, d_head, loss = np.zeros_like(embed), np.zeros_like(head), 0.0
+    lengths = [[len(turn.response_ids) for turn in each.turns] for each in trajectories]
+    num_tokens, num_responses = sum(map(sum, lengths)), sum(map(len, lengths))
+    response = 0
+    for n, each in enumerate(trajectories):
+        before = None
+        for k, turn in enumerate(each.turns):
+            weight = {
+                "token-mean": 1 / num_tokens,
+                "response-mean": 1 / (num_responses * lengths[n][k]),
+                "trajectory-mean": 1 / (len(trajectories) * sum(lengths[n])),
+                "constant": 1 / (len(trajectories) * config.constant_length),
+            }[config.aggregation]
+            before = turn.observation_ids[-1]
+            for token, sampled in zip(turn.response_ids, turn.logprobs, strict=True):
+                h = np.tanh(embed[before])
+                z = h @ head / config.temperature
+                log_policy = z - np.log(np.exp(z).sum())
+                ratio = np.exp(log_policy[token] - np.float64(sampled))
+                advantage = np.float64(per_response[response])
+                bounded = np.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+                loss -= weight * min(ratio * advantage, bounded * advantage)
+                slope = -ratio * advantage if ratio * advantage <= bounded * advantage else 0.0
+                if reference is not None:
+                    hr = np.tanh(np.asarray(reference["embed"], np.float64)[before])
+                    zr = hr @ np.asarray(reference["head"], np.float64) / config.temperature
+                    d = zr[token] - np.log(np.exp(zr).sum()) - log_policy[token]
+                    loss += weight * config.kl_coefficient * (np.exp(d) - 1 - d)
+                    slope += config.kl_coefficient * (1 - np.exp(d))
+                dz = weight * slope * ((np.arange(len(z)) == token) - np.exp(log_policy)) / config.temperature
+                d_head += np.outer(h, dz)
+                d_embed[before] += (head @ dz) * (1 - h**2)
+                before = token
+            response += 1
+    return loss, {"embed": d_embed, "head": d_head}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("context", ["append", "window"])
+def test_gradient_equals_the_hand_written_one(aggregation, context):
+    config = dataclasses.replace(CONFIG, aggregation=aggregation, temperature=1.3, clip_high=0.3, constant_length=20)
+    trajectories = random_trajectories(1, 11, TOY.vocab_size, context)
+    batch = collate(trajectories, dataclasses.replace(LAYOUT, row_length=24))
+    assert batch.num_microbatches > 1
+    advantages, per_response = advantages_of(batch)
+    state = new_state(TOY, config)
+    loss, gradient = hand_gradient(trajectories, per_response, state.params, config)
+    state, stats = make_update(TOY, config, ONE_DEVICE)(state, batch, advantages, None)
+    assert_trees_close(gradient_of(state, config), gradient, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(stats["loss"], loss, rtol=1e-5)
+    flat = np.concatenate([each.ravel() for each in gradient.values()])
+    np.testing.assert_allclose(stats["grad_norm"], np.linalg.norm(flat), rtol=1e-5)
+    assert stats["tokens"] == batch.response_tokens.sum() and stats["skipped"] == 0
+    assert 0 < stats["clip_share"] < 1 < stats["ratio_max"]
+
+
+def test_kl_to_the_reference_is_in_the_gradient():
+    config = dataclasses.replace(CONFIG, kl_coefficient=0.5)
+    trajectories = random_trajectories(2, 6, TOY.vocab_size)
+    batch = collate(trajectories, LAYOUT)
+    advantages, per_response = advantages_of(batch)
+    state, reference = new_state(TOY, config), TOY.init(jax.random.key(9))
+    reference_logprobs = make_token_logprobs(TOY, config, ONE_DEVICE)(reference, batch)
+    loss, gradient = hand_gradient(trajectories, per_response, state.params, config, reference)
+    state, stats = make_update(TOY, config, ONE_DEVICE)(state, batch, advantages, reference_logprobs)
+    assert_trees_close(gradient_of(state, config), gradient, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(stats["loss"], loss, rtol=1e-5)
+    assert stats["kl_reference"] > 0
+
+
+def test_a_reference_is_given_exactly_when_it_is_needed():
+    batch = collate(random_trajectories(0, 2, TOY.vocab_size), LAYOUT)
+    advantages, _ = advantages_of(batch)
+    for config, reference in ((dataclasses.replace(CONFIG, kl_coefficient=0.5), None), (CONFIG, advantages)):
+        with pytest.raises(ValueError, match="expected reference logprobs exactly when kl_coefficient > 0"):
+            make_update(TOY, config, ONE_DEVICE)(new_state(TOY, config), batch, advantages, reference)
+
+
+def test_supervised_gradient_is_the_policy_gradient_at_ratio_one():
+    # d/dθ of −Σ w·logp is that of −Σ w·ρ·1 where ρ = 1, that is where the "sampled" logprobs are the policy's own.
+    trajectories = random_trajectories(3, 8, TOY.vocab_size)
+    batch = collate(trajectories, LAYOUT)
+    state = new_state(TOY, CONFIG)
+    own = np.asarray(make_token_logprobs(TOY, CONFIG, ONE_DEVICE)(state.params, batch))
+    replayed = dataclasses.replace(batch, logprobs=own)
+    ones = np.ones_like(own)
+    policy_state, stats = make_update(TOY, CONFIG, ONE_DEVICE)(new_state(TOY, CONFIG), replayed, ones, None)
+    state, supervised = make_supervised_update(TOY, CONFIG, ONE_DEVICE)(state, batch)
+    assert_trees_close(gradient_of(state, CONFIG), gradient_of(policy_state, CONFIG), rtol=1e-5, atol=1e-7)
+    mask = np.asarray(batch.response_ids) >= 0
+    np.testing.assert_allclose(supervised["loss"], -own[mask].mean(), rtol=1e-5)
+    np.testing.assert_allclose(supervised["entropy"], stats["entropy"], rtol=1e-6)
+
+
+def test_parity_is_measured_before_any_step():
+    config = dataclasses.replace(CONFIG, num_epochs=3, num_minibatches=2, learning_rate=0.3)
+    batch = collate(random_trajectories(4, 8, TOY.vocab_size), dataclasses.replace(LAYOUT, num_minibatches=2))
+    advantages, _ = advantages_of(batch)
+    state = new_state(TOY, config)
+    own = make_token_logprobs(TOY, config, ONE_DEVICE)(state.params, batch)
+    shifted = dataclasses.replace(batch, logprobs=np.asarray(own) + 0.25 * (np.asarray(batch.response_ids) >= 0))
+    _, stats = make_update(TOY, config, ONE_DEVICE)(state, shifted, advantages, None)
+    np.testing.assert_allclose([stats["parity_max"], stats["parity_mean"]], 0.25, atol=1e-5)
+    assert stats["ratio_max"] > 1.5 * np.exp(-0.25)  # later steps did move
+
+
+@pytest.mark.parametrize("remat", ["none", "layers", "dots"])
+def test_packing_and_microbatches_change_nothing(remat):
+    trajectories = random_trajectories(5, 10, TINY.config.vocab_size)
+    config = dataclasses.replace(CONFIG, remat=remat, aggregation="trajectory-mean")
+    layouts = {
+        "packed": LAYOUT,
+        "one a row": dataclasses.replace(
+            LAYOUT, row_length=max(map(_length, trajectories)), rows=16, num_microbatches=1
+        ),
+        "one row a microbatch": dataclasses.replace(LAYOUT, rows=1, num_microbatches=16),
+    }
+    found = {}
+    for name, layout in layouts.items():
+        batch = collate(trajectories, layout)
+        advantages, _ = advantages_of(batch)
+        state, stats = make_update(TINY, config, ONE_DEVICE)(new_state(TINY, config), batch, advantages, None)
+        found[name] = gradient_of(state, config), stats
+    for gradient, stats in found.values():
+        assert_trees_close(gradient, found["one a row"][0], rtol=2e-4, atol=2e-7)
+        for name in set(stats) - {"parity_max"}:
+            np.testing.assert_allclose(stats[name], found["one a row"][1][name], rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+def _length(trajectory):
+    return sum(len(turn.observation_ids) + len(turn.response_ids) for turn in trajectory.turns)
+
+
+def test_eight_devices_take_the_same_step_as_one():
+    config = dataclasses.replace(CONFIG, aggregation="trajectory-mean", max_grad_norm=0.1, weight_decay=0.1)
+    batch = collate(random_trajectories(6, 14, TINY.config.vocab_size), dataclasses.replace(LAYOUT, rows=4))
+    advantages, _ = advantages_of(batch)
+    results = []
+    for mesh in (ONE_DEVICE, make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
+        state = new_state(TINY, config, mesh)
+        state, stats = make_update(TINY, config, mesh)(state, place(batch, mesh), advantages, None)
+        assert state.params["layers"]["gate"].sharding.num_devices == mesh.size
+        results.append((jax.device_get(state), jax.device_get(stats)))
+    assert_trees_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    mu = results[1][0].params["layers"]["gate"]
+    assert np.abs(mu - np.asarray(new_state(TINY, config).params["layers"]["gate"])).max() > 1e-4
+
+
+def test_shards_of_parameters_and_moments_lie_together():
+    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+    state = new_state(TINY, CONFIG, mesh)
+    gate = state.params["layers"]["gate"]
+    assert gate.addressable_shards[0].data.size * 4 == gate.size  # over fsdp × tensor, whole on each data replica
+    assert state.opt_state[1][0].mu["layers"]["gate"].sharding == gate.sharding
+    with pytest.raises(ValueError, match=r"expected BatchLayout\.rows divisible by data × fsdp = 4, got 2"):
+        place(collate([], LAYOUT), mesh)
+
+
+def test_epochs_and_minibatches_are_steps_in_a_row():
+    trajectories = random_trajectories(7, 9, TOY.vocab_size)
+    layout = dataclasses.replace(LAYOUT, num_minibatches=2)
+    config = dataclasses.replace(CONFIG, num_minibatches=2, num_epochs=2)
+    batch = collate(trajectories, layout, seed=3)
+    advantages, per_response = advantages_of(batch)
+    together, _ = make_update(TOY, config, ONE_DEVICE)(new_state(TOY, config), batch, advantages, None)
+    assert num_updates(together.opt_state) == 4 and together.step == 1
+
+    single = make_update(TOY, CONFIG, ONE_DEVICE)
+    state, first_response = new_state(TOY, CONFIG), np.cumsum([0] + [len(each.turns) for each in trajectories])
+    for _ in range(2):
+        for j in range(2):
+            chosen = np.flatnonzero(batch.trajectory_minibatch[: len(trajectories)] == j)
+            part = collate([trajectories[n] for n in chosen], LAYOUT)
+            ids = np.concatenate([np.arange(first_response[n], first_response[n + 1]) for n in chosen])
+            padded = np.zeros_like(per_response)
+            padded[: len(ids)] = per_response[ids]
+            state, _ = single(state, part, token_advantages(padded, part.response_ids), None)
+    assert_trees_close(together.params, state.params, rtol=1e-4, atol=1e-6)
+
+
+def test_one_program_for_any_number_of_microbatches():
+    update = make_update(TOY, CONFIG, ONE_DEVICE)
+    state, used = new_state(TOY, CONFIG), set()
+    for count in (1, 5, 12, 0):
+        batch = collate(random_trajectories(8, count, TOY.vocab_size), dataclasses.replace(LAYOUT, row_length=24))
+        advantages, _ = advantages_of(batch)
+        state, _ = update(state, batch, advantages, None)
+        used.add(int(batch.num_microbatches))
+    assert len(used) == 4
+    assert update._cache_size() == 1
+
+
+def test_the_state_is_donated():
+    update = make_update(TINY, CONFIG, ONE_DEVICE)
+    batch = collate(random_trajectories(9, 4, TINY.config.vocab_size), LAYOUT)
+    state, advantages = new_state(TINY, CONFIG), np.zeros(batch.tokens.shape, np.float32)
+    compiled = update.lower(state, batch, advantages, None).compile()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= size
+    update(state, batch, advantages, None)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_batch_of_nothing_and_a_gradient_of_nan_leave_the_parameters_alone():
+    update = make_update(TOY, CONFIG, ONE_DEVICE)
+    before = jax.device_get(new_state(TOY, CONFIG))
+    full = collate(random_trajectories(10, 3, TOY.vocab_size), LAYOUT)
+    for batch, fill in ((collate([], LAYOUT), 0.0), (full, np.nan)):
+        state, stats = update(new_state(TOY, CONFIG), batch, np.full(batch.tokens.shape, fill, np.float32), None)
+        assert_trees_close(state.params, before.params, rtol=0)
+        assert_trees_close(state.opt_state, before.opt_state, rtol=0)
+        assert state.step == 1 and stats["skipped"] == 1
+
+
+def test_a_batch_cut_otherwise_than_configured_is_refused():
+    batch = collate([], dataclasses.replace(LAYOUT, num_minibatches=2))
+    with pytest.raises(ValueError, match=r"expected a batch of 1 minibatches .* got 2"):
+        make_update(TOY, CONFIG, ONE_DEVICE)(new_state(TOY, CONFIG), batch, jnp.zeros(batch.tokens.shape), None)
+
+
+def test_cross_entropy_learns_a_deterministic_text():
+    trajectories = random_trajectories(11, 4, TOY.vocab_size)
+    cycle = [
+        dataclasses.replace(turn, response_ids=(turn.observation_ids[-1] + 1 + np.arange(len(turn.response_ids))) % 12)
+        for each in trajectories
+        for turn in each.turns
+    ]
+    batch = collate([dataclasses.replace(trajectories[0], turns=(turn,)) for turn in cycle], LAYOUT)
+    config = dataclasses.replace(CONFIG, learning_rate=0.05)
+    update, state = make_supervised_update(TOY, config, ONE_DEVICE), new_state(TOY, config)
+    for _ in range(100):
+        state, stats = update(state, batch)
+    assert stats["loss"] < 0.05
