@@ -1,0 +1,364 @@
+"""TextWorld's TWL2 grammar: command templates and feedback, as written inside a game file.
+
+A document is a sequence of `grammar :: \"\"\"{JSON}\"\"\";` and `action name { template :: "…"; feedback :: "…"; grammar :: … }`.
+The JSON maps a symbol to rules `{"condition": query, "rhs": text}`; the first rule whose condition has a match is used.
+In a text: `#symbol#` derives a symbol, `{expression}` evaluates one over entities, `{x | query}` repeats x for every match
+of the query, and `[{x | query}]` joins the repetitions by the grammar's own list symbols.
+
+As in the stock engine, and visible in its output: white space that opens a text is dropped, a text ends silently where it
+stops making sense, a later definition of a symbol replaces an earlier one, and different variables of a query are
+different objects.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from aem_jax.envs.alfworld.logic import Extensions, Facts
+
+Placeholder = tuple[str, str]
+"""A variable of a query: (name, type)."""
+Query = tuple[tuple[str, tuple[Placeholder, ...]], ...]
+"""A conjunction of (predicate, placeholders)."""
+
+
+@dataclass(frozen=True)
+class Entity:
+    """What an expression can say about an object: `{o.indefinite} {o.name}`."""
+
+    id: str
+    type: str
+    name: str
+    definite: str = "the"
+    indefinite: str = "a"
+    noun: str | None = None
+    adj: str | None = None
+    desc: str | None = None
+    room_type: str | None = None
+    synonyms: tuple[str, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What texts are about: the facts of one player and the objects of its game."""
+
+    facts: Facts
+    entities: Mapping[str, Entity]
+    types: Extensions
+    ranks: Mapping[str, tuple[int, int]]
+    """Object -> (depth, place) of its type: rows of a query come by type first, then by the names of their arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A world and the variables bound so far."""
+
+    grammar: "Grammar"
+    world: World
+    bindings: Mapping[Placeholder, str]
+
+    def entity(self, name: str) -> Entity:
+        """The object that a variable stands for; the latest binding of a name counts."""
+        found = None
+        for (variable, _), value in self.bindings.items():
+            if variable == name:
+                found = value
+        if found is None:
+            raise ValueError(f"expected one of the bound variables {[n for n, _ in self.bindings]}, got {name!r}")
+        return self.world.entities[found]
+
+    def matches(self, query: Query) -> Iterator["Context"]:
+        """Contexts for every match of the query, in the order of the facts' names."""
+        for bindings in _solve(query, self.world, self.bindings):
+            yield Context(self.grammar, self.world, bindings)
+
+
+Emit = Callable[[Context], str]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to write a symbol, if `condition` has a match (an empty one always does)."""
+
+    condition: Query
+    parts: tuple[Emit, ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How an action is asked for and answered, both as texts of the grammar."""
+
+    command: str
+    feedback: str
+
+
+@dataclass(frozen=True, eq=False)
+class Grammar:
+    """A parsed document: rules by symbol, templates by (lowercase) action name."""
+
+    rules: Mapping[str, tuple[Rule, ...]]
+    actions: Mapping[str, Template]
+
+    def derive(self, text: str, world: World, bindings: Mapping[Placeholder, str]) -> str:
+        """Writes a text out.
+
+        Raises:
+            ValueError: an unknown symbol or variable, or a symbol none of whose conditions match.
+        """
+        context = Context(self, world, bindings)
+        return "".join([emit(context) for emit in parse_text(text)])
+
+    def derive_symbol(self, symbol: str, context: Context) -> str:
+        """Writes a symbol out by its first rule that applies."""
+        if symbol not in self.rules:
+            raise ValueError(f"expected a symbol that the grammar defines, got '#{symbol}#'; add a rule for it")
+        for rule in self.rules[symbol]:
+            if not rule.condition or next(context.matches(rule.condition), None) is not None:
+                return "".join([emit(context) for emit in rule.parts])
+        raise ValueError(f"expected some rule of '#{symbol}#' to apply, got none; add one without a condition")
+
+
+_TOKEN = re.compile(r'\s+|#[^\n]*|"""(?P<block>.*?)"""|"(?P<text>[^"]*)"|(?P<word>[\w/-]+)|(?P<mark>::|[{};])', re.DOTALL)
+
+
+def parse_grammar(document: str) -> Grammar:
+    """Reads a TWL2 document.
+
+    Raises:
+        ValueError: malformed text, broken JSON in a block, or an unknown field, named.
+    """
+    tokens, position = [], 0
+    while position < len(document):
+        found = _TOKEN.match(document, position)
+        if found is None:
+            raise ValueError(f"expected a TWL2 grammar, got {document[position : position + 40]!r}")
+        position = found.end()
+        if found.lastgroup is not None:
+            tokens.append((found.lastgroup, found[found.lastgroup]))
+    stream, rules, actions = iter([*tokens, ("end", "")]), {}, {}
+    while (token := next(stream)) != ("end", ""):
+        if token == ("word", "grammar"):
+            rules |= _block(_value(stream, "block"))
+        elif token == ("word", "action"):
+            name, fields = _expect(stream, "word"), {}
+            _expect(stream, "mark", "{")
+            while (field := next(stream)) != ("mark", "}"):
+                if field == ("word", "grammar"):
+                    rules |= _block(_value(stream, "block"))
+                elif field in (("word", "template"), ("word", "feedback")):
+                    fields[field[1]] = _value(stream, "text")
+                else:
+                    raise ValueError(f"expected template, feedback or grammar in action {name!r}, got {field[1]!r}")
+            actions[name.lower()] = Template(fields.get("template", ""), fields.get("feedback", ""))
+        else:
+            raise ValueError(f"expected 'grammar' or 'action' in a TWL2 grammar, got {token[1]!r}")
+    return Grammar(rules, actions)
+
+
+def _expect(stream: Iterator[tuple[str, str]], group: str, value: str | None = None) -> str:
+    kind, text = next(stream)
+    if kind != group or value not in (None, text):
+        raise ValueError(f"expected {value or group} in a TWL2 grammar, got {text!r}")
+    return text
+
+
+def _value(stream: Iterator[tuple[str, str]], group: str) -> str:
+    _expect(stream, "mark", "::")
+    value = _expect(stream, group)
+    _expect(stream, "mark", ";")
+    return value
+
+
+@lru_cache(maxsize=512)
+def _block(text: str) -> dict[str, tuple[Rule, ...]]:
+    """The rules of one block. Cached: games of a release differ in one block, the one that states the task."""
+    lines = [line for line in text.split("\n") if not line.lstrip().startswith("#")]
+    try:
+        symbols = json.loads("\n".join(lines))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected JSON in a grammar block, got {error} in {text.strip()[:40]!r}") from None
+    return {
+        symbol: tuple(Rule(parse_query(rule.get("condition", "")), parse_text(rule["rhs"])) for rule in rules)
+        for symbol, rules in symbols.items()
+    }
+
+
+@lru_cache(maxsize=4096)
+def parse_query(text: str) -> Query:
+    """`p(a:t, b:u) & q(a:t)` -> ((p, ((a, t), (b, u))), (q, ((a, t),))); an empty text is an empty query."""
+    query = []
+    for part in text.split("&") if text.strip() else ():
+        found = re.fullmatch(r"\s*(!?[\w/]+)\s*\(([^()]*)\)\s*", part)
+        if found is None:
+            raise ValueError(f"expected a query like 'p(a:t) & q(a:t, b:u)', got {text!r}")
+        pairs = [[side.strip() for side in item.split(":")] for item in found[2].split(",") if item.strip()]
+        query.append((found[1], tuple((pair[0], pair[-1]) for pair in pairs)))
+    return tuple(query)
+
+
+_TEXT = re.compile(
+    r"""\t*(?:
+      \#(?P<symbol>[\w()/!<>\-\s,.]+)\#
+    | (?P<list>\[)?\{(?:\#(?P<each>[\w()/!<>\-\s,.]+)\#|(?P<expression>[^|\[\]{}\n<>]+))
+      (?:\s*\|\s*(?P<query>[^;|{}\n\[\]\#]+))?\}(?(list)\])
+    | "(?P<quoted>[^;|"<>\[\]\#{}]*)"
+    | (?P<plain>[^;|"<>\[\]\#{}]+)
+    )""",
+    re.VERBOSE,
+)
+_OPENING = re.compile(r"(?:\s+|//[^\n]*)*")
+
+
+@lru_cache(maxsize=8192)
+def parse_text(text: str) -> tuple[Emit, ...]:
+    """Compiles a text to the pieces that write it."""
+    pieces, position = [], _OPENING.match(text).end()
+    while found := _TEXT.match(text, position):
+        position = found.end()
+        if found["symbol"]:
+            pieces.append(_symbol(found["symbol"]))
+        elif found["each"] or found["expression"]:
+            item = _symbol(found["each"]) if found["each"] else _expression(found["expression"])
+            pieces.append(_expansion(item, parse_query(found["query"] or ""), found["list"] is not None))
+        else:
+            pieces.append(_plain(found["plain"] or found["quoted"] or ""))
+    return tuple(pieces)
+
+
+def _plain(text: str) -> Emit:
+    return lambda context: text
+
+
+def _symbol(name: str) -> Emit:
+    return lambda context: context.grammar.derive_symbol(name, context)
+
+
+def _expression(source: str) -> Emit:
+    evaluate = parse_expression(source)
+    return lambda context: str(evaluate(context))
+
+
+def _expansion(item: Emit, query: Query, is_list: bool) -> Emit:
+    def emit(context: Context) -> str:
+        texts = [item(match) for match in context.matches(query)] if query else [item(context)]
+        if not is_list or len(texts) == 1:
+            return "".join(texts)
+        derive = context.grammar.derive_symbol
+        if not texts:
+            return derive("list_empty", context)
+        between = derive("list_separator", context) if len(texts) > 2 else ""
+        return between.join(texts[:-1]) + derive("list_last_separator", context) + texts[-1]
+
+    return emit
+
+
+@lru_cache(maxsize=1024)
+def parse_expression(source: str) -> Callable[[Context], object]:
+    """Compiles an expression over entities: names, attributes, strings, `+`, `and`, `or`, `not`, `… if … else …`.
+
+    Raises:
+        ValueError: anything else; expressions come from data files and run no code of their own.
+    """
+    try:
+        return _evaluator(ast.parse(source.strip(), mode="eval").body)
+    except SyntaxError:
+        raise ValueError(f"expected an expression like \"o.indefinite + ' ' + o.name\", got {source!r}") from None
+
+
+def _evaluator(node: ast.expr) -> Callable[[Context], object]:
+    match node:
+        case ast.Constant(value):
+            return lambda context: value
+        case ast.Name(name):
+            return lambda context: context.entity(name)
+        case ast.Attribute(ast.Name(name), attribute) if attribute in Entity.__dataclass_fields__:
+            return lambda context: getattr(context.entity(name), attribute)
+        case ast.BinOp(left, ast.Add(), right):
+            first, second = _evaluator(left), _evaluator(right)
+            return lambda context: first(context) + second(context)  # type: ignore[operator]
+        case ast.BoolOp(operator, values):
+            parts, stop = [_evaluator(value) for value in values], isinstance(operator, ast.Or)
+            return lambda context: _first(parts, stop, context)
+        case ast.UnaryOp(ast.Not(), operand):
+            inner = _evaluator(operand)
+            return lambda context: not inner(context)
+        case ast.IfExp(test, body, orelse):
+            condition, yes, no = _evaluator(test), _evaluator(body), _evaluator(orelse)
+            return lambda context: yes(context) if condition(context) else no(context)
+    raise ValueError(f"expected names, attributes, strings, +, and, or, not in an expression, got {ast.unparse(node)!r}")
+
+
+def _first(parts: list[Callable[[Context], object]], stop: bool, context: Context) -> object:
+    """Python's `or` (stop at the first true value) and `and` (at the first false one)."""
+    value = None
+    for part in parts:
+        value = part(context)
+        if bool(value) is stop:
+            break
+    return value
+
+
+def text_reads(text: str) -> tuple[frozenset[str], frozenset[str]] | None:
+    """What a text depends on: (names of variables, predicates), or None if it derives symbols and so may read anything."""
+    names, predicates, position = set(), set(), _OPENING.match(text).end()
+    while found := _TEXT.match(text, position):
+        position = found.end()
+        if found["symbol"] or found["each"]:
+            return None
+        if found["expression"]:
+            names |= {node.id for node in ast.walk(ast.parse(found["expression"].strip())) if isinstance(node, ast.Name)}
+        for predicate, placeholders in parse_query(found["query"] or ""):
+            predicates.add(predicate.removeprefix("not_"))
+            names |= {name for name, _ in placeholders}
+    return frozenset(names), frozenset(predicates)
+
+
+def _solve(query: Query, world: World, bindings: Mapping[Placeholder, str]) -> Iterator[Mapping[Placeholder, str]]:
+    if not query:
+        yield bindings
+        return
+    (predicate, placeholders), rest = query[0], query[1:]
+    known = [(at, bindings[key]) for at, key in enumerate(placeholders) if key in bindings]
+    members = []
+    for _, kind in placeholders:
+        if kind not in world.types:
+            raise ValueError(f"expected a type of the domain in {predicate!r}, got {kind!r}")
+        members.append(world.types[kind])
+    if len(known) == len(placeholders):
+        args = tuple([name for _, name in known])
+        if args in world.facts.rows(predicate) and all(name in kind for name, kind in zip(args, members, strict=True)):
+            yield from _solve(rest, world, bindings)
+        return
+    if known:
+        positions = tuple([at for at, _ in known])
+        key = known[0][1] if len(known) == 1 else tuple([name for _, name in known])
+        rows = world.facts.index(predicate, positions).get(key, ())
+    else:
+        rows = world.facts.rows(predicate)
+    for args in _ordered(rows, world.ranks):
+        if len(args) != len(placeholders) or not all(name in kind for name, kind in zip(args, members, strict=True)):
+            continue
+        extended = dict(bindings)
+        taken = set(bindings.values())
+        for key, name in zip(placeholders, args, strict=True):
+            if extended.get(key) != name:
+                if key in extended or name in taken:
+                    break
+                extended[key] = name
+                taken.add(name)
+        else:
+            yield from _solve(rest, world, extended)
+
+
+def _ordered(rows, ranks: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
+    """Rows sorted by the types of their arguments (shallow first), then by name."""
+    ordered = sorted(rows)
+    if len({tuple([ranks[name] for name in args]) for args in ordered}) > 1:
+        ordered.sort(key=lambda args: (sum(ranks[name][0] for name in args), [ranks[name][1] for name in args]))
+    return ordered

@@ -1,0 +1,88 @@
+"""Replays recorded transcripts on our engines and compares every step.
+
+    python -m aem_jax.envs.replay alfworld --games DIR --transcripts FILE
+
+Prints both sides of every mismatch, then `steps N, mismatches M`; exits 1 if there was any, 2 on bad arguments.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aem_jax.envs.alfworld.engine import Game, start
+
+Step = tuple[str, Mapping[str, Any], Mapping[str, Any]]
+"""(where in the transcripts, what was recorded, what our engine says)."""
+ALFWORLD_FIELDS = ("observation", "admissible", "won", "done", "score")
+
+
+def replay_alfworld(games: Path, episodes: Sequence[Mapping[str, Any]]) -> Iterator[Step]:
+    """Replays ALFWorld episodes `{game, policy, steps: [{command, observation, admissible, won, done, score}]}`.
+
+    A step whose command is null is the start of the episode.
+
+    Args:
+        games: folder of the game files, `<game>.tw-pddl`.
+        episodes: the recorded episodes.
+
+    Yields:
+        Both sides of every step.
+    """
+    loaded: dict[str, Game] = {}
+    for episode in episodes:
+        name = episode["game"]
+        if name not in loaded:
+            loaded[name] = Game.load(games / f"{name.removesuffix('.tw-pddl')}.tw-pddl")
+        player = start(loaded[name])
+        for at, step in enumerate(episode["steps"]):
+            if step["command"] is not None:
+                player.step(step["command"])
+            where = f"{name} {episode.get('policy', '')} step {at} {step['command']!r}"
+            yield where, {key: step[key] for key in ALFWORLD_FIELDS}, {key: getattr(player, key) for key in ALFWORLD_FIELDS}
+
+
+REPLAYS: dict[str, Callable[[Path, Sequence[Mapping[str, Any]]], Iterator[Step]]] = {"alfworld": replay_alfworld}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m aem_jax.envs.replay", description="Replay recorded episodes, step by step.")
+    parser.add_argument("environment", choices=sorted(REPLAYS))
+    parser.add_argument("--games", type=Path, required=True, help="folder of the recorded games")
+    parser.add_argument("--transcripts", type=Path, required=True, help="JSON lines, one episode a line")
+    options = parser.parse_args(argv)
+    if not options.games.is_dir():
+        parser.error(f"--games: expected a folder, got {options.games}")
+    if not options.transcripts.is_file():
+        parser.error(f"--transcripts: expected a file, got {options.transcripts}")
+    steps = mismatches = 0
+    try:
+        episodes = [json.loads(line) for line in options.transcripts.read_text(encoding="utf-8").splitlines() if line]
+        for where, recorded, ours in REPLAYS[options.environment](options.games, episodes):
+            steps += 1
+            if recorded != ours:
+                mismatches += 1
+                print(_difference(where, recorded, ours))
+    except json.JSONDecodeError as error:
+        parser.error(f"--transcripts: expected JSON lines, got {error}")
+    except (KeyError, TypeError) as error:
+        parser.error(f"--transcripts: expected episodes of {options.environment}, got one without {error}")
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    print(f"steps {steps}, mismatches {mismatches}")
+    return 1 if mismatches or not steps else 0
+
+
+def _difference(where: str, recorded: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    lines = [where]
+    for key, value in recorded.items():
+        if ours[key] != value:
+            lines += [f"  {key} recorded: {value!r}", f"  {key} ours:     {ours[key]!r}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
