@@ -207,4 +207,4 @@ def _floats(**arrays: ArrayLike) -> list[jax.Array]:
     if len({array.shape for array in checked.values()}) > 1:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in checked.items())
         raise ValueError(f"expected equal shapes, got {shapes}; nothing is broadcast here")
-    return [array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in checked.values()]
+    return [x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32) for x in checked.values()]

@@ -17,7 +17,7 @@ def float_array(name: str, values: ArrayLike) -> jax.Array:
     array = jnp.asarray(values)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"expected {name} of a floating dtype, got {array.dtype}; are two arguments swapped?")
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array if jnp.finfo(array.dtype).bits >= 32 else array.astype(jnp.float32)
 
 
 def real_array(name: str, values: ArrayLike) -> jax.Array:
