@@ -61,7 +61,8 @@ class Connection:
 
     async def ask(self, request: str) -> str | bytes:
         """Sends one request and waits for its reply."""
-        await self._socket.send(request)
+        with contextlib.suppress(ConnectionClosed):  # a server that has no room says so, hangs up, and is to be heard
+            await self._socket.send(request)
         return await self._socket.recv()
 
     async def close(self) -> None:
@@ -93,8 +94,9 @@ class RemoteEnvironment:
     def __init__(self, url: str, mapping: WireMapping | None = None, deadline_s: float = 60.0):
         self._url, self._mapping, self._deadline_s = websocket_url(url), mapping or WireMapping(), deadline_s
         self._encode_step = step_encoder(self._mapping)
+        self._held = contextlib.ExitStack()
         try:
-            self._socket = connect_blocking(
+            opening = connect_blocking(
                 self._url,
                 compression=None,
                 ping_interval=None,
@@ -102,6 +104,7 @@ class RemoteEnvironment:
                 open_timeout=deadline_s,
                 max_size=protocol.MAX_MESSAGE_BYTES,
             )
+            self._socket = self._held.enter_context(opening)
         except CONNECTION_ERRORS as error:
             raise EnvError(f"expected an environment server at {self._url}: {describe(error)}") from error
 
@@ -121,14 +124,15 @@ class RemoteEnvironment:
         """Ends the session; calling it twice is harmless."""
         with contextlib.suppress(*CONNECTION_ERRORS):  # gone already
             self._socket.send(protocol.CLOSE_REQUEST)
-        self._socket.close()
+        self._held.close()
 
     def _ask(self, request: str) -> str | bytes:
         try:
-            self._socket.send(request)
+            with contextlib.suppress(ConnectionClosed):  # what it said before it hung up is to be heard
+                self._socket.send(request)
             return self._socket.recv(timeout=self._deadline_s)
         except CONNECTION_ERRORS as error:
-            self._socket.close()  # a late reply must not be taken for the next one
+            self._held.close()  # a late reply must not be taken for the next one
             raise EnvError(f"{self._url}: {describe(error)}") from error
 
 

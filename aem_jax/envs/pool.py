@@ -83,7 +83,7 @@ class PoolStats:
 
 
 class _Session:
-    """One session. `connection` is None until it is (again) connected, and `failure` says why; it expires by the clock."""
+    """One session. `connection` is None until it is (again) connected; `failure` says why, `expires` when to end."""
 
     def __init__(self, index: int, server: Supervisor):
         self.index, self.server = index, server
@@ -140,8 +140,9 @@ class EnvPool:
         self._tasks = Tasks()
         self._thread = threading.Thread(target=self._loop.run_forever, name="env-pool", daemon=True)
         self._thread.start()
+        self._opening = asyncio.run_coroutine_threadsafe(self._open(), self._loop)
         try:
-            asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+            self._opening.result()
         except BaseException:
             self.close()
             raise
@@ -152,9 +153,9 @@ class EnvPool:
         return len(self._sessions)
 
     @property
-    def server_pids(self) -> tuple[int | None, ...]:
-        """Process ids of the own servers as of now; None for foreign ones."""
-        return tuple(server.process.pid if server.process else None for server in self._servers)
+    def server_pids(self) -> tuple[int, ...]:
+        """Process ids of the own servers as of now; foreign ones have none."""
+        return tuple(server.process.pid for server in self._servers if server.process)
 
     def server_of(self, session: int) -> int:
         """Index of the server that a session lives on."""
@@ -188,6 +189,7 @@ class EnvPool:
             if self._closed:
                 return
             self._closed = True
+        self._opening.cancel()  # where it was interrupted
         asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -263,7 +265,7 @@ class EnvPool:
                 server.failure = ""
             except CONNECTION_ERRORS as error:
                 server.failed(process, f"no connection: {describe(error)}")
-                await asyncio.sleep(pause)
+                await asyncio.sleep(min(pause, max(limit - self._clock, 0.0)))
 
     async def _ask(self, session: _Session, request: str, deadline_s: float) -> StepResult:
         connection, server = session.connection, session.server
@@ -344,14 +346,13 @@ class EnvPool:
                 session.drop(str(closing))
         await asyncio.gather(*(session.connection.close() for session in self._sessions if session.connection))
         await asyncio.gather(*(server.stop() for server in self._servers))
+        if rest := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(rest, timeout=2.0)  # a start that was interrupted puts its process away
 
 
 async def _all(awaitables: Iterable[Awaitable[None]]) -> None:
-    """Awaits all; the first failure ends the rest, and is raised when they have ended."""
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    """Awaits all, and raises the first failure when the others have ended too: nothing is left half started."""
+    results = await asyncio.gather(*awaitables, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

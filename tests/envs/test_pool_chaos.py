@@ -1,4 +1,4 @@
-"""Servers are killed, frozen and made to answer rubbish while episodes run; all of them end, the others notice nothing."""
+"""Servers are killed, frozen and made to answer rubbish in use: all episodes end, and the others notice nothing."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def play(pool, session, task, errors):
 
 
 def play_all(pool, tasks_of, disturb=lambda: None):
-    """All sessions play their tasks at the same time while `disturb` runs; returns transcripts by session, and the errors."""
+    """All sessions play their tasks at once while `disturb` runs; returns transcripts by session, and the errors."""
     errors = []
 
     def run(session):

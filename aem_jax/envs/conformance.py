@@ -1,0 +1,211 @@
+"""Checks that any environment can be put through, in this process or behind a server.
+
+They ask what training relies on: results of the right types, the same episode from the same task and actions,
+environments that do not feel each other, an answer to whatever a policy may say. Problems come back as sentences.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from aem_jax.envs.client import describe
+from aem_jax.envs.protocol import Environment, StepResult
+
+RUBBISH = (
+    "",
+    " ",
+    "\n\n",
+    "\x00\x07\x1b[31m",
+    "<action>",
+    "</action><action>",
+    '{"type":"reset"}',
+    "ü€𝄞\ud800",
+    "go " * 20000,
+)
+"""Texts that a policy may well produce, and an environment has to answer."""
+
+
+class Problem(Exception):
+    """What a check found."""
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raises a `Problem` unless the condition holds."""
+    if not condition:
+        raise Problem(message)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An environment under test.
+
+    Attributes:
+        make: makes one.
+        tasks: some tasks of it, at least one.
+        actions: responses to give in turn, over and over until the episode ends.
+        max_steps: when to leave an episode that does not end.
+    """
+
+    make: Callable[[], Environment]
+    tasks: Sequence[Mapping[str, Any]]
+    actions: Sequence[str]
+    max_steps: int = 100
+
+    def __post_init__(self):
+        if not self.tasks or not self.actions:
+            raise ValueError(f"expected a task and an action at least, got {len(self.tasks)} and {len(self.actions)}")
+
+
+def _examined(result: StepResult) -> StepResult:
+    """The result itself, if every part of it has the right type."""
+    expect(isinstance(result, StepResult), f"expected a StepResult, got {result!r:.100}")
+    expect(isinstance(result.observation, str), f"expected a text observation, got {result.observation!r:.100}")
+    number = isinstance(result.reward, (int, float)) and math.isfinite(result.reward)
+    expect(number, f"expected a finite reward, got {result.reward!r}")
+    flags = {"terminated": result.terminated, "truncated": result.truncated}
+    flags |= {name: result.info.get(name) for name in ("won", "valid_action")}
+    for name, flag in flags.items():
+        expect(isinstance(flag, bool), f"expected {name} to be true or false, got {flag!r}")
+    expect(not (result.terminated and result.truncated), "expected terminated or truncated, got both")
+    try:
+        json.dumps(dict(result.info), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise Problem(f"expected JSON values in info, got {result.info!r:.200}: {error}") from None
+    return result
+
+
+def _play(env: Environment, subject: Subject, task: Mapping[str, Any]) -> list[StepResult]:
+    results = [_examined(env.reset(task))]
+    while not results[-1].done and len(results) <= subject.max_steps:
+        results.append(_examined(env.step(subject.actions[(len(results) - 1) % len(subject.actions)])))
+    return results
+
+
+@contextmanager
+def _made(subject: Subject) -> Iterator[Environment]:
+    env = subject.make()
+    try:
+        yield env
+    finally:
+        env.close()
+
+
+def reset_starts_an_episode(subject: Subject) -> None:
+    """The first result is open, worth nothing, and says something."""
+    with _made(subject) as env:
+        for task in subject.tasks:
+            first = _examined(env.reset(task))
+            expect(not first.done, f"expected an open episode after the reset, got {first}")
+            expect(first.reward == 0, f"expected no reward for a reset, got {first.reward}")
+            expect(bool(first.observation.strip()), "expected an observation after the reset, got none")
+
+
+def same_task_and_actions_give_the_same_episode(subject: Subject) -> None:
+    """In a fresh environment and in a used one."""
+    with _made(subject) as used, _made(subject) as fresh:
+        for task in subject.tasks:
+            first, again, elsewhere = (
+                _play(used, subject, task),
+                _play(used, subject, task),
+                _play(fresh, subject, task),
+            )
+            expect(first == again, f"a second episode of the same task differs: {_difference(first, again)}")
+            expect(first == elsewhere, f"another environment differs: {_difference(first, elsewhere)}")
+
+
+def reset_forgets_the_episode(subject: Subject) -> None:
+    """Twice in a row, and in the middle of an episode."""
+    task = subject.tasks[0]
+    with _made(subject) as env:
+        first = _play(env, subject, task)
+        env.reset(subject.tasks[-1])
+        env.step(subject.actions[0])
+        env.reset(subject.tasks[-1])
+        again = _play(env, subject, task)
+        expect(first == again, f"an episode after an unfinished one differs: {_difference(first, again)}")
+
+
+def environments_do_not_feel_each_other(subject: Subject) -> None:
+    """Two episodes step by step in turn, as if each were alone."""
+    task, other = subject.tasks[0], subject.tasks[-1]
+    with _made(subject) as env, _made(subject) as neighbour:
+        alone = _play(env, subject, task)
+        together = [_examined(env.reset(task))]
+        neighbour_done = neighbour.reset(other).done
+        for index in range(len(alone) - 1):
+            together.append(env.step(subject.actions[index % len(subject.actions)]))
+            if not neighbour_done:
+                neighbour_done = neighbour.step(subject.actions[-1 - index % len(subject.actions)]).done
+        expect(alone == together, f"an episode beside another differs: {_difference(alone, together)}")
+
+
+def any_text_is_answered(subject: Subject) -> None:
+    """A policy says anything; that may be no valid action, but is no error."""
+    with _made(subject) as env:
+        for text in RUBBISH:
+            env.reset(subject.tasks[0])
+            try:
+                _examined(env.step(text))
+            except Exception as error:
+                raise Problem(f"expected an answer to {text!r:.40}, got {describe(error)}") from None
+
+
+def bad_tasks_do_no_harm(subject: Subject) -> None:
+    """A task that is none may be refused; after it, a good one works."""
+    with _made(subject) as env:
+        for task in ({"no such key": 1}, {"game": 7, "generate": "x"}, {}):
+            try:
+                env.reset(task)
+            except Exception:
+                continue
+        _play(env, subject, subject.tasks[0])
+
+
+def close_twice_is_harmless(subject: Subject) -> None:
+    """With and without an episode."""
+    env = subject.make()
+    env.close()
+    env.close()
+    env = subject.make()
+    env.reset(subject.tasks[0])
+    env.close()
+    env.close()
+
+
+CHECKS: tuple[Callable[[Subject], None], ...] = (
+    reset_starts_an_episode,
+    same_task_and_actions_give_the_same_episode,
+    reset_forgets_the_episode,
+    environments_do_not_feel_each_other,
+    any_text_is_answered,
+    bad_tasks_do_no_harm,
+    close_twice_is_harmless,
+)
+
+
+def check_environment(subject: Subject) -> list[str]:
+    """Puts an environment through all `CHECKS`; returns the problems."""
+    return run_checks(CHECKS, subject)
+
+
+def run_checks(checks: Iterable[Callable[[Any], None]], subject: Any) -> list[str]:
+    """Runs each check on the subject; returns a sentence for each that found a problem or broke."""
+    problems = []
+    for check in checks:
+        try:
+            check(subject)
+        except Problem as problem:
+            problems.append(f"{check.__name__}: {problem}")
+        except Exception as error:
+            problems.append(f"{check.__name__}: failed with {describe(error)}")
+    return problems
+
+
+def _difference(left: list[StepResult], right: list[StepResult]) -> str:
+    for index, (one, other) in enumerate(zip(left, right)):
+        if one != other:
+            return f"at step {index}: {one!r:.300} and {other!r:.300}"
+    return f"{len(left) - 1} and {len(right) - 1} steps"
