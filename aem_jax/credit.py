@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from aem_jax.advantage import aem_coefficients, coefficient_statistics, response_entropy, token_advantages
-from aem_jax.batch import Batch
+from aem_jax.batch import Batch, packed_sharding
+from aem_jax.sharding import replicated
 
 Array = jax.Array
 
@@ -50,7 +52,7 @@ class Credit:
 
 
 def make_credit(
-    estimate: ResponseAdvantages, aem: AemConfig, num_groups: int
+    estimate: ResponseAdvantages, aem: AemConfig, num_groups: int, mesh: Mesh
 ) -> Callable[[Batch], tuple[Credit, dict[str, Any]]]:
     """Builds `credit(batch) -> (Credit, statistics)`, jitted.
 
@@ -58,9 +60,12 @@ def make_credit(
         estimate: base advantages of responses, e.g. `partial(over_trajectories, grpo)`.
         aem: the coefficient's settings.
         num_groups: rollout groups of a step, static.
+        mesh: the mesh that the batch lies on.
     """
+    whole = replicated(mesh)
+    placed = Credit(packed_sharding(mesh), whole, whole, whole)  # pyright: ignore[reportArgumentType]
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=(placed, whole))
     def credit(batch: Batch) -> tuple[Credit, dict[str, Any]]:
         trajectory = jnp.where(batch.response_valid, batch.response_trajectory, -1)
         base = estimate(batch.returns, batch.group_ids, num_groups, trajectory, valid=batch.valid)

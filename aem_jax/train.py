@@ -60,7 +60,7 @@ class Parts:
 
 
 def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> TrainState:
-    """Trains from `state.step` to `num_steps`.
+    """Trains from `state.step` to `num_steps`. The first step warms up: none after it compiles anything.
 
     Args:
         state: the learner's state; donated.
@@ -71,9 +71,10 @@ def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> Tr
     Returns:
         The last state.
     """
-    compiled = None
-    for step in range(int(state.step), num_steps):
-        start = time.perf_counter()
+    first = int(state.step)
+    parts.rollout.warm_up(parts.reshard(state.params))
+    for step in range(first, num_steps):
+        start, compiled = time.perf_counter(), compilations()
         params = parts.reshard(state.params)
         trajectories, played = parts.rollout(params, next(parts.tasks), jax.random.fold_in(key, step))
         rolled_out = time.perf_counter()
@@ -83,12 +84,11 @@ def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> Tr
         state, learner_stats = parts.update(state, batch, credit.tokens, reference)
         credit_stats, learner_stats = jax.device_get((credit_stats, learner_stats))
         end = time.perf_counter()
-        recompiles = 0 if compiled is None else compilations() - compiled
         metrics = {
             **rollout_metrics(trajectories, played),
             **credit_stats,
             **learner_metrics(learner_stats),
-            "compile/recompiles": recompiles,
+            "compile/recompiles": 0 if step == first else compilations() - compiled,
             "throughput/tokens_per_s": (played.sampled_tokens + played.heard_tokens) / (end - start),
             "throughput/episodes_per_s": played.episodes / played.total_s,
             "time/rollout": rolled_out - start,
@@ -98,7 +98,6 @@ def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> Tr
             "time/step": end - start,
         }
         parts.finish(state, step, metrics, trajectories, credit)
-        compiled = compilations() if compiled is None else compiled
         if parts.stop():
             break
     return state

@@ -1,0 +1,125 @@
+"""The loop learns: a trivial environment, a fixed seed, one threshold; and its numbers are what they say they are."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from aem_jax.advantage import grpo, over_trajectories
+from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.credit import AemConfig, make_credit
+from aem_jax.envs.protocol import StepResult
+from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
+from aem_jax.models import ModelConfig, Policy
+from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
+from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.sampler.layout import make_reshard
+from aem_jax.sharding import MeshConfig, make_mesh
+from aem_jax.train import Parts, rollout_metrics, train, transcripts
+from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+from .rollout.fakes import STOP, VOCAB, ByteChat, LocalPool
+
+POLICY = Policy(ModelConfig(VOCAB, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0))
+ROLLOUT = RolloutConfig(
+    groups_per_step=4, group_size=8, num_slots=32, max_turns=2, response_tokens=3, context_tokens=32, prompt_tokens=8,
+    decode_chunk=3, extend_buckets=(8,), windows=(),
+)  # fmt: skip
+LAYOUT = BatchLayout(num_microbatches=5, rows=8, row_length=64, max_responses=64, max_trajectories=32)
+
+
+class VowelEnv:
+    """Two turns; each earns half a point when the response begins with a vowel; won when both did."""
+
+    def reset(self, task):
+        self.score = self.turns = 0
+        return StepResult(task["word"], info={"won": False, "valid_action": True})
+
+    def step(self, text: str) -> StepResult:
+        good = text[:1] in set("aeiou") and bool(text)
+        self.turns += 1
+        self.score += good
+        info = {"won": self.score == 2, "valid_action": True}
+        return StepResult("ok" if good else "no", 0.5 * good, self.turns == 2, False, info)
+
+    def close(self) -> None:
+        pass
+
+
+def tasks() -> Iterator[list[Task]]:
+    while True:
+        yield [Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]
+
+
+def run(steps: int, strength: float, mesh=None):
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    config = LearnerConfig(learning_rate=3e-3)
+    sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=32, slack=ROLLOUT.slack, mesh=mesh)
+    update = make_update(POLICY, config, mesh)
+    history, found = [], []
+
+    def finish(state, step, metrics, trajectories, credit):
+        history.append({name: float(value) for name, value in metrics.items()})
+        found[:] = transcripts(trajectories, credit, step)
+
+    parts = Parts(
+        rollout=Rollout(sampler, ByteChat(), LocalPool(32, VowelEnv), ROLLOUT),
+        reshard=make_reshard(POLICY, mesh),
+        collate=lambda trajectories: place(collate(trajectories, LAYOUT), mesh),
+        credit=make_credit(partial(over_trajectories, grpo), AemConfig(strength), 4, mesh),
+        update=update,
+        reference=None,
+        tasks=tasks(),
+        finish=finish,
+        stop=lambda: False,
+    )
+    state = init_state(POLICY, make_optimizer(config, POLICY.axes), mesh, jax.random.key(0))
+    state = train(state, parts, jax.random.key(1), steps)
+    return state, history, found
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_it_learns(strength):
+    state, history, found = run(40, strength)
+    start, end = (np.mean([h["rollout/return"] for h in part]) for part in (history[:3], history[-3:]))
+    assert start < 0.5 and end > 0.9, (start, end)
+    assert max(h["parity/max"] for h in history) <= 1e-4
+    assert sum(h["compile/recompiles"] for h in history) == 0
+    assert int(state.step) == 40
+    alphas = [turn["alpha"] for episode in found for turn in episode["turns"]]
+    assert (len(set(alphas)) > 1) <= (strength > 0)
+    assert all(set(turn) >= {"observation", "response", "entropy", "alpha", "advantage"} for e in found for turn in e["turns"])
+
+
+def test_a_run_is_a_function_of_its_seed():
+    _, first, _ = run(3, 1.0)
+    _, second, _ = run(3, 1.0)
+    timeless = lambda h: {k: v for k, v in h.items() if not k.startswith(("time/", "throughput/", "compile/"))}  # noqa: E731
+    assert [timeless(h) for h in first] == [timeless(h) for h in second]
+
+
+def test_one_mesh_of_eight_devices_gives_the_same_losses():
+    _, one, _ = run(2, 1.0)
+    _, eight, _ = run(2, 1.0, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    for a, b in zip(one, eight, strict=True):
+        for name in ("learner/loss", "learner/grad_norm", "entropy/response", "aem/alpha_max", "rollout/return"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
+
+
+def test_rollout_metrics_count_whole_episodes_only():
+    def episode(ending, won, kind, reward):
+        turn = Turn(np.array([5]), np.array([6, 1]), np.zeros(2), np.zeros(2), reward, True)
+        return Trajectory(Task("t", kind, {}), 0, 0, (turn,), ending, won)
+
+    trajectories = [
+        episode(Ending.TERMINATED, True, "a", 1.0),
+        episode(Ending.TRUNCATED, False, "b", 0.0),
+        episode(Ending.ENV_ERROR, False, "b", 0.0),
+    ]
+    found = rollout_metrics(trajectories, RolloutStats(env_errors=1))
+    assert found["rollout/success"] == found["rollout/return"] == found["rollout/truncated"] == 0.5
+    assert (found["rollout/success/a"], found["rollout/success/b"]) == (1.0, 0.0)
+    assert (found["rollout/mixed_groups"], found["rollout/env_errors"]) == (1.0, 1)
+    assert rollout_metrics([], RolloutStats())["rollout/success"] == 0.0
