@@ -14,7 +14,7 @@ from typing import Any
 from aem_jax.envs.alfworld.grammar import Entity, World, parse_grammar, text_reads
 from aem_jax.envs.alfworld.logic import Args, Facts, Slots, link, predicates, solver
 from aem_jax.envs.alfworld.pddl import parse_domain, parse_problem
-from aem_jax.envs.alfworld.schema import Schema, compile_actions, is_idle
+from aem_jax.envs.alfworld.schema import Schema, compile_actions, unless_idle
 
 NOTHING_HAPPENS = "Nothing happens."
 START = "#intro#"
@@ -40,13 +40,16 @@ class Game:
         self.domain = domain = parse_domain(domain_text)
         self.grammar = parse_grammar(grammar_text)
         problem = parse_problem(problem_text, domain)
-        members = {kind: set() for kind in domain.types}
+        of_type: dict[str, list[str]] = {kind: [] for kind in domain.types}
         for name, kind in problem.objects.items():
+            of_type.setdefault(kind, []).append(name)
+        members: dict[str, set[str]] = {kind: set() for kind in of_type}
+        for kind, names in of_type.items():
             for ancestor in domain.ancestors(kind):
-                members.setdefault(ancestor, set()).add(name)
+                members[ancestor].update(names)
         self.types = {kind: frozenset(names) for kind, names in members.items()}
-        places = {kind: (len(list(domain.ancestors(kind))), at) for at, kind in enumerate(domain.types)}
-        self.ranks = {name: places.get(kind, (0, 0)) for name, kind in problem.objects.items()}
+        places = {kind: (len(list(domain.ancestors(kind))), at) for at, kind in enumerate(of_type)}
+        self.ranks = {name: places[kind] for name, kind in problem.objects.items()}
         mentioned = {name for rows in problem.facts.values() for args in rows for name in args}
         names = display_names(mentioned)
         self.entities = {name: Entity(name, kind, names.get(name, name)) for name, kind in problem.objects.items()}
@@ -251,10 +254,7 @@ def _finder(schema: Schema, commands: _Commands, world: World, table: dict[str, 
             table[command] = args
         return False
 
-    def unless_idle(idle) -> Any:
-        return found if idle is None else lambda b: not is_idle(idle, b) and found(b)
-
-    runs = [link(steps, world.facts, world.types, unless_idle(idle)) for steps, idle in schema.chains]
+    runs = [link(steps, world.facts, world.types, unless_idle(idle, found)) for steps, idle in schema.chains]
 
     def find() -> None:
         table.clear()

@@ -304,6 +304,7 @@ def _first(parts: list[Callable[[Context], object]], stop: bool, context: Contex
     return value
 
 
+@lru_cache(maxsize=1024)
 def text_reads(text: str) -> tuple[frozenset[str], frozenset[str]] | None:
     """What a text depends on: (names of variables, predicates), or None if it derives symbols and so may read anything."""
     names, predicates, position = set(), set(), _OPENING.match(text).end()

@@ -15,6 +15,7 @@ from aem_jax.envs.alfworld.logic import (
     Extensions,
     Facts,
     Part,
+    Run,
     Slots,
     Step,
     alternatives,
@@ -75,9 +76,14 @@ class Schema:
         return apply
 
 
-def is_idle(idle: Idle, b: list[str]) -> bool:
-    """Whether, for these bindings, every effect already stands in the precondition."""
-    return all(any(all(b[i] == b[j] for i, j in pairs) for pairs in ways) for ways in idle)
+def unless_idle(idle: Idle | None, then: Run) -> Run:
+    """`then`, but for bindings with which every effect already stands in the precondition."""
+    if idle is None:
+        return then
+    if len(idle) == 1 and len(idle[0]) == 1 and len(idle[0][0]) == 1:
+        ((((left, right),),),) = idle
+        return lambda b: b[left] != b[right] and then(b)
+    return lambda b: not all(any(all(b[i] == b[j] for i, j in pairs) for pairs in ways) for ways in idle) and then(b)
 
 
 @lru_cache(maxsize=64)
@@ -120,8 +126,9 @@ def _idle(effects: tuple[Effect, ...], parts: list[Part], scope: Slots) -> Idle 
         predicate, slots = _key(effect.atom, scope)
         same = [known for positive, known in stands if positive is effect.adds]
         same += [] if effect.adds else added  # what an action adds, it does not delete
-        ways.append(tuple(tuple(zip(slots, other, strict=True)) for p, other in same if p == predicate))
-    return tuple(ways) if all(ways) else None
+        pairs = [zip(slots, other, strict=True) for p, other in same if p == predicate]
+        ways.append(tuple({tuple(sorted({(min(i, j), max(i, j)) for i, j in pair if i != j})) for pair in pairs}))
+    return tuple(sorted(set(ways))) if all(ways) else None
 
 
 def _key(literal: Atom | Not, scope: Slots) -> tuple[str, tuple[int, ...]]:

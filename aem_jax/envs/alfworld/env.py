@@ -1,0 +1,124 @@
+"""ALFWorld as an `Environment`: what the policy said becomes a command, what happened becomes a reward."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, start
+from aem_jax.envs.protocol import StepResult
+
+ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class AlfworldConfig:
+    """Rules of an episode."""
+
+    max_steps: int = 50
+    """Steps after which an unsolved episode is truncated; a generated game brings its own limit."""
+    reward_won: float = 10.0
+    """Reward of the step that solves the task."""
+    reward_step: float = 0.0
+    """Reward of every other valid step."""
+    reward_invalid: float = -0.1
+    """Reward of a response whose action is missing or not admissible."""
+    cached_games: int = 64
+    """How many parsed games an environment keeps (a group plays one game many times)."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "cached_games"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+
+
+def extract_action(text: str) -> str | None:
+    """The command inside the last `<action>…</action>` of a response, stripped; None without one.
+
+    The last, because a response that thinks aloud may quote actions before it takes one.
+    """
+    found = ACTION.findall(text)
+    return found[-1].strip() if found else None
+
+
+def load_game(payload: Mapping[str, Any]) -> Game:
+    """Reads the game of a payload `{"game": path}`.
+
+    Raises:
+        ValueError: the payload names no game, or the file is not one.
+        FileNotFoundError: no such file.
+    """
+    path = payload.get("game")
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"expected a payload with 'game', the path of a game file, got keys {sorted(payload)}")
+    return Game.load(path)
+
+
+class AlfworldEnv:
+    """One ALFWorld episode at a time.
+
+    `StepResult.info` holds `won`, `valid_action`, `admissible` (sorted), `score` and `task_type`.
+
+    Args:
+        config: rules of an episode.
+        load_game: payload -> game; lets tasks be made in memory instead of read from files.
+    """
+
+    def __init__(self, config: AlfworldConfig | None = None, load_game: Callable[[Mapping[str, Any]], Game] = load_game):
+        self._config = config or AlfworldConfig()
+        self._load = _remembering(load_game, self._config.cached_games)
+        self._player: Player | None = None
+        self._steps = self._limit = 0
+
+    def reset(self, task: Mapping[str, Any]) -> StepResult:
+        """Starts an episode of a payload.
+
+        Raises:
+            ValueError: a payload that `load_game` does not understand.
+        """
+        self._player, self._steps = start(self._load(task)), 0
+        self._limit = task.get("generate", {}).get("max_steps", self._config.max_steps)
+        return StepResult(self._player.observation, info=self._info(self._player, valid=True))
+
+    def step(self, action_text: str) -> StepResult:
+        """Answers a response; without an admissible command inside action tags, `Nothing happens.`
+
+        Raises:
+            ValueError: no episode is running.
+        """
+        player = self._player
+        if player is None or player.won or self._steps >= self._limit:
+            raise ValueError("expected a running episode, got none; call reset first")
+        self._steps += 1
+        command = extract_action(action_text)
+        observation = NOTHING_HAPPENS if command is None else player.step(command)
+        valid = command is not None and player.acted
+        reward = self._config.reward_step if valid else self._config.reward_invalid
+        return StepResult(
+            observation,
+            reward=self._config.reward_won if valid and player.won else reward,
+            terminated=player.won,
+            truncated=not player.won and self._steps >= self._limit,
+            info=self._info(player, valid),
+        )
+
+    def close(self) -> None:
+        """Ends the episode."""
+        self._player = None
+
+    def _info(self, player: Player, valid: bool) -> dict[str, Any]:
+        return {
+            "won": player.won,
+            "valid_action": valid,
+            "admissible": player.admissible,
+            "score": player.score,
+            "task_type": player.game.task_type,
+        }
+
+
+def _remembering(load: Callable[[Mapping[str, Any]], Game], size: int) -> Callable[[Mapping[str, Any]], Game]:
+    """`load`, keeping the latest `size` games; payloads are compared as JSON."""
+    cached = lru_cache(maxsize=size)(lambda text: load(json.loads(text)))
+    return lambda payload: cached(json.dumps(payload, sort_keys=True))
