@@ -134,6 +134,7 @@ def step_encoder(mapping: WireMapping):
         raise ValueError(f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}")
 
     def encode(text: str) -> str:
+        text = text.encode(errors="replace").decode()  # half a surrogate pair is a str, but not everybody's JSON
         return json.dumps({"type": "step", "data": {**constants, mapping.action_field: text}})
 
     return encode
