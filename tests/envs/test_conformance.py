@@ -5,11 +5,14 @@ import dataclasses
 import pytest
 from envs.serving import served
 
+from aem_jax.envs.alfworld.generator.config import GeneratorConfig
+from aem_jax.envs.alfworld.tasks import GeneratedTasks
 from aem_jax.envs.client import websocket_url
 from aem_jax.envs.conformance import Subject, check_environment
 from aem_jax.envs.conformance_wire import CHECKS, ServerSubject, check_server, main
 from aem_jax.envs.echo import EchoConfig, EchoEnv
 from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.table import environment_spec
 
 TASKS = ({"word": "hi", "length": 4}, {"word": "ho", "length": 3})
 ACTIONS = ("try", "ho", "hi")
@@ -37,6 +40,27 @@ def test_our_server_conforms(name, capsys):
         assert main([url, "--task", '{"word": "hi"}', "--action", "hi", "--sessions", "4"]) == 1
         assert "capacity_is_said_and_comes_back: expected room for session 3" in capsys.readouterr().out
     assert main([url, "--task", "{}", "--action", "hi"]) == 2
+
+
+ALFWORLD_TASKS = [task.payload for task in GeneratedTasks(GeneratorConfig(), "train", 0, range(3))]
+ALFWORLD_ACTIONS = [f"<action>{command}</action>" for command in ("look", "go to drawer 1", "inventory", "help", "fly")]
+
+
+def test_alfworld_conforms():
+    make = environment_spec("alfworld").factory({"max_steps": 12})
+    assert check_environment(Subject(make, ALFWORLD_TASKS, ALFWORLD_ACTIONS)) == []
+
+
+def test_recorded_alfworld_games_conform(golden):
+    tasks = [{"game": str(path)} for path in sorted((golden / "alfworld").glob("*.tw-pddl"))[:3]]
+    make = environment_spec("alfworld").factory({})
+    assert check_environment(Subject(make, tasks, ALFWORLD_ACTIONS)) == []
+
+
+def test_an_alfworld_server_conforms():
+    with served("alfworld", "--sessions", "2", settings={"max_steps": 12}) as (url, _):
+        subject = ServerSubject(websocket_url(url), ALFWORLD_TASKS, ALFWORLD_ACTIONS, sessions=2)
+        assert check_server(subject) == []
 
 
 class Nondeterministic(EchoEnv):

@@ -1,4 +1,4 @@
-"""Their servers serve us, ours serve their clients. Needs OpenEnv itself, which is no dependency: skipped without it."""
+"""Their servers serve us, ours serve their clients. Needs OpenEnv itself, no dependency of ours: skipped without it."""
 
 import socket
 import subprocess
