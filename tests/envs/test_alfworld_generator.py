@@ -63,24 +63,23 @@ def test_every_room_kind_has_its_task_types(kind):
 @given(
     receptacles=st.tuples(st.integers(4, 8), st.integers(0, 6)),
     things=st.tuples(st.integers(2, 6), st.integers(0, 6)),
-    floors=st.integers(2, 12),
+    floors=st.integers(2, 8),
     copies=st.integers(2, 4),
     seed=st.integers(0, 2**40),
     split=st.sampled_from(SPLITS),
 )
 def test_any_setting_gives_solvable_games_in_its_bounds(receptacles, things, floors, copies, seed, split):
+    least, most = receptacles[0], sum(receptacles)
+    fewest_things, most_things = things[0], sum(things)
     config = GeneratorConfig(
-        receptacles=(receptacles[0], sum(receptacles)),
-        things=(things[0], sum(things)),
-        floor_plans=floors,
-        max_copies=copies,
+        receptacles=(least, most), things=(fewest_things, most_things), floor_plans=floors, max_copies=copies
     )
     for index, task_type in enumerate(TASK_TYPES):
         game = draw_game(config, seed, split, index)
         movable = [name for name, _, _ in game.placements if THINGS[name].movable]
         assert game.task_type == task_type
-        assert config.receptacles[0] <= sum(count for _, count in game.floor.receptacles) <= config.receptacles[1]
-        assert len(movable) <= config.things[1]
+        assert least <= sum(count for _, count in game.floor.receptacles) <= most
+        assert len(movable) <= most_things
         assert max(Counter(movable).values()) <= copies
         assert all(place in THINGS[name].places for name, place, _ in game.placements)
         assert oracle_steps(game)
@@ -108,8 +107,8 @@ def test_games_are_a_pure_function_of_their_numbers():
 def test_drawing_of_games_has_not_drifted():
     """Pins what the seeds mean: a new number here makes every recorded evaluation incomparable."""
     game = draw_game(TINY, 0, "train", 7)
-    assert game.signature[:12] == "PINNED_TINY"
-    assert draw_game(OFFICIAL, 0, "valid_unseen", 7).signature[:12] == "PINNED_OFFICIAL"
+    assert game.signature[:12] == "a4e742fd66eb"
+    assert draw_game(OFFICIAL, 0, "valid_unseen", 7).signature[:12] == "9b3afc047450"
 
 
 def test_sentence_floor_and_places_vary():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from aem_jax.envs.alfworld.engine import start
+from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
 from aem_jax.envs.alfworld.generator.config import TINY, GeneratorConfig
@@ -80,3 +81,10 @@ def test_command_line(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["games"] == {"train": 2, "valid_seen": 1, "valid_unseen": 1}
     assert len(list(tmp_path.rglob("game.tw-pddl"))) == len(list(tmp_path.rglob("traj_data.json"))) == 4
+
+
+def test_a_generated_game_brings_its_step_limit():
+    task = training_tasks(replace(TINY, max_steps=3))[0]
+    env = AlfworldEnv(AlfworldConfig(max_steps=50), load_game=load_game)
+    env.reset(json.loads(json.dumps(task.payload)))
+    assert [env.step("<action>look</action>").truncated for _ in range(3)] == [False, False, True]

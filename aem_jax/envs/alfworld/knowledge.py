@@ -73,6 +73,8 @@ def known_from_facts(goal: Goal, facts: Iterable[tuple[str, Sequence[str]]]) -> 
     known = Knowledge()
     openable, opened, agent_at = set(), set(), ""
     standing: dict[str, str] = {}
+    kinds: dict[str, str] = {}
+    fits: set[tuple[str, str]] = set()
     treated = {"clean": "isclean", "heat": "ishot", "cool": "iscool"}.get(goal.treatment)
     for predicate, arguments in facts:
         match predicate, arguments:
@@ -88,10 +90,16 @@ def known_from_facts(goal: Goal, facts: Iterable[tuple[str, Sequence[str]]]) -> 
                 opened.add(place)
             case "holds", (_, thing):
                 known.held = thing
+            case "objecttype" | "receptacletype", (name, kind):
+                kinds[name] = kind
+            case "cancontain", (place_kind, thing_kind):
+                fits.add((place_kind, thing_kind))
             case (name, (thing,)) if name == treated:
                 known.treated.add(thing)
     known.receptacles = sorted(standing, key=lambda name: (class_of(name), number_of(name)))
     known.contents = {place: sorted(known.contents.get(place, [])) for place in known.receptacles}
     known.closed = openable - opened
+    unfit = [p for p in known.receptacles if (kinds.get(p), kinds.get(known.held or "")) not in fits]
+    known.refused = {f"move {known.held} to {place}" for place in unfit}
     known.here = next((place for place in known.receptacles if standing[place] == agent_at), None)
     return known
