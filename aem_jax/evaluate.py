@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-from scipy.stats import binomtest
 
 from aem_jax.envs.play import Act, play
 from aem_jax.envs.protocol import Environment
@@ -70,6 +69,8 @@ def rate(wins: Sequence[bool]) -> Rate:
     """Share of wins with its 95 % Wilson interval; of nothing, (nan, 0, 1)."""
     if not wins:
         return Rate(float("nan"), 0.0, 1.0, 0)
+    from scipy.stats import binomtest  # half a second, which --help need not take
+
     interval = binomtest(sum(wins), len(wins)).proportion_ci(0.95, method="wilson")
     return Rate(sum(wins) / len(wins), float(interval.low), float(interval.high), len(wins))
 

@@ -1,0 +1,1 @@
+"""The rim: command line, run config, presets, serve, bench. Names turn into functions here and nowhere below."""

@@ -1,0 +1,14 @@
+"""`python -m aem_jax.launch`: see `cli.py`."""
+
+import os
+import sys
+
+# Before anything loads XLA or tokenizers: their chatter would drown what we say.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from aem_jax.launch.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

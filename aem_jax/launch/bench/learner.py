@@ -1,0 +1,42 @@
+"""One update of the policy: forward, backward and AdamW over full rows, half of whose tokens were sampled."""
+
+import jax
+import numpy as np
+
+from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.launch.bench import BenchConfig
+from aem_jax.launch.bench.measure import Measurement, measure
+from aem_jax.launch.build import known_model
+from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
+from aem_jax.models import Policy
+from aem_jax.sharding import MeshConfig, make_mesh
+from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+
+def run(config: BenchConfig) -> list[Measurement]:
+    """Tokens a second, heard and said alike."""
+    rows, length = config.slots, config.row_length
+    policy, mesh, learner = Policy(known_model(config.model)), make_mesh(MeshConfig()), LearnerConfig()
+    state = init_state(policy, make_optimizer(learner, policy.axes), mesh, jax.random.key(0))
+    update = make_update(policy, learner, mesh)
+    layout = BatchLayout(1, rows, length, rows, rows)
+    batch = place(collate([_episode(n, length, policy.config.vocab_size) for n in range(rows)], layout), mesh)
+    advantages = jax.device_put(np.where(np.asarray(batch.response_ids) >= 0, 1.0, 0.0).astype(np.float32))
+
+    def step() -> None:
+        nonlocal state
+        state, stats = update(state, batch, advantages)
+        jax.block_until_ready((state, stats))
+
+    what = f"update, {config.model}, {rows} rows × {length}"
+    return [measure("learner", what, "tokens/s", rows * length, step, repeats=config.repeats)]
+
+
+def _episode(seed: int, length: int, vocab_size: int) -> Trajectory:
+    """One turn that fills a row: half heard, half said."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, vocab_size, length).astype(np.int32)
+    half = max(length // 2, 1)
+    said = np.full(length - half, np.log(1 / vocab_size), np.float32)
+    turn = Turn(ids[:half], ids[half:], said, -said, 0.0, True)
+    return Trajectory(Task(f"bench-{seed}", "bench", {}), 0, seed, (turn,), Ending.TERMINATED, False)

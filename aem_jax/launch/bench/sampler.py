@@ -1,0 +1,44 @@
+"""Decoding with the slot sampler: every slot says `new_tokens` tokens after a prompt that is in the cache."""
+
+import jax
+import jax.numpy as jnp
+
+from aem_jax.launch.bench import BenchConfig
+from aem_jax.launch.bench.measure import Measurement, measure
+from aem_jax.launch.build import known_model
+from aem_jax.models import Policy
+from aem_jax.sampler import Sampler, SamplingConfig
+
+NEVER = -1
+"""A stop id that no token is: every slot says all of its tokens."""
+
+
+def run(config: BenchConfig) -> list[Measurement]:
+    """Prompt tokens and sampled tokens a second."""
+    slots, prompt, new = config.slots, config.prompt_tokens, config.new_tokens
+    policy = Policy(known_model(config.model))
+    dtype = jnp.dtype(policy.config.dtype)
+    params = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), policy.init(key)))(jax.random.key(0))
+    sampler = Sampler(policy, SamplingConfig(), [NEVER], capacity=prompt + new, slack=max(prompt, new))
+    tokens = jax.random.randint(jax.random.key(1), (slots, prompt), 0, policy.config.vocab_size, jnp.int32)
+    whole, budgets = jnp.full(slots, prompt, jnp.int32), jnp.full(slots, new, jnp.int32)
+    state = sampler.init(slots)
+
+    def extend() -> None:
+        nonlocal state
+        state = sampler.rewind(state, jnp.zeros(slots, jnp.int32))
+        state = sampler.extend(params, state, tokens, whole)
+        state.lengths.block_until_ready()
+
+    def decode() -> None:
+        nonlocal state
+        state = sampler.rewind(state, whole)
+        state, said = sampler.decode(params, state, budgets, new)
+        said.tokens.block_until_ready()
+
+    shape = f"{config.model}, {slots} slots"
+    repeats = config.repeats
+    return [
+        measure("sampler", f"extend {prompt}, {shape}", "tokens/s", slots * prompt, extend, repeats=repeats),
+        measure("sampler", f"decode {new} after {prompt}, {shape}", "tokens/s", slots * new, decode, repeats=repeats),
+    ]

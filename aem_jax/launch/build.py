@@ -1,0 +1,98 @@
+"""From names and numbers to components. The tables that name the choices stand here and nowhere else."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+from aem_jax.advantage import dr_grpo, grpo, over_trajectories, over_turns, rloo
+from aem_jax.advantage.estimators import Estimator
+from aem_jax.batch import BatchLayout
+from aem_jax.credit import ResponseAdvantages
+from aem_jax.launch.config import AlgorithmConfig, ModelChoice, RunConfig
+from aem_jax.launch.overrides import ConfigError, nearest
+from aem_jax.models import CONFIGS, ModelConfig
+
+ESTIMATORS: Mapping[str, Callable[[AlgorithmConfig], Estimator]] = {
+    "grpo": lambda config: partial(grpo, ddof=config.ddof),
+    "dr_grpo": lambda config: dr_grpo,
+    "rloo": lambda config: rloo,
+}
+SCOPES: Mapping[str, Callable] = {"trajectories": over_trajectories, "turns": over_turns}
+
+
+def response_advantages(config: AlgorithmConfig) -> ResponseAdvantages:
+    """The base advantage of each response."""
+    return partial(SCOPES[config.scope], ESTIMATORS[config.estimator](config))
+
+
+def model_config(choice: ModelChoice, vocab_size: int) -> ModelConfig:
+    """The sizes of the decoder.
+
+    Args:
+        choice: a known size and what is changed of it.
+        vocab_size: of the tokenizer.
+
+    Raises:
+        ConfigError: no such size, or sizes that do not go together.
+    """
+    changes = {name: value for name, value in vars(choice).items() if name != "name" and value is not None}
+    try:
+        return replace(known_model(choice.name), vocab_size=vocab_size, **changes)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"--model: {error}") from None
+
+
+def known_model(name: str) -> ModelConfig:
+    """A known size by name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in CONFIGS:
+        hint = nearest(name, CONFIGS) or f"; known are {', '.join(CONFIGS)}"
+        raise ConfigError(f"--model.name: unknown size {name!r}{hint}")
+    return CONFIGS[name]
+
+
+def batch_layout(config: RunConfig, trajectories: int, num_minibatches: int) -> BatchLayout:
+    """Sizes for `trajectories` episodes, which always suffice: in the worst case each segment has a row of its own."""
+    rollout, rows = config.rollout, config.batch.rows
+    responses = trajectories * rollout.max_turns
+    segments = trajectories if rollout.context == "append" else responses
+    return BatchLayout(
+        num_microbatches=-(-segments // rows) + num_minibatches - 1,
+        rows=rows,
+        row_length=config.batch.row_length or rollout.context_tokens,
+        max_responses=responses,
+        max_trajectories=trajectories,
+        num_minibatches=num_minibatches,
+    )
+
+
+def check(config: RunConfig) -> None:
+    """Looks for what cannot work before anything is started.
+
+    Raises:
+        ConfigError: fields that contradict each other; names both.
+    """
+    known_model(config.model.name)
+    servers = len(config.env.urls) or config.env.num_servers
+    sessions = servers * config.env.sessions_per_server
+    if sessions < config.rollout.num_slots:
+        raise ConfigError(
+            f"--rollout.num-slots: expected at most {sessions} (servers × --env.sessions-per-server), "
+            f"got {config.rollout.num_slots}; raise --env.sessions-per-server or --env.num-servers"
+        )
+    if config.sampling.temperature and config.sampling.temperature != config.learner.temperature:
+        raise ConfigError(
+            f"--learner.temperature: expected --sampling.temperature = {config.sampling.temperature}, "
+            f"got {config.learner.temperature}; the learner must see the distribution that was sampled"
+        )
+    row_length = config.batch.row_length or config.rollout.context_tokens
+    if row_length < config.rollout.context_tokens:
+        raise ConfigError(
+            f"--batch.row-length: expected at least --rollout.context-tokens = {config.rollout.context_tokens}, "
+            f"got {row_length}"
+        )

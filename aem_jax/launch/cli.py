@@ -1,0 +1,158 @@
+"""The command line: `python -m aem_jax.launch [command] [--field value …]`.
+
+Precedence: a component's defaults < preset < command line. Reading is our own (one mechanism for TOML, JSON and words,
+errors of one line); `--help` is tyro's, from the docstrings of the configs. Nothing heavy is loaded before it is needed.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from aem_jax.launch.overrides import ConfigError, nearest
+
+PROGRAM = "python -m aem_jax.launch"
+
+
+class Command(NamedTuple):
+    """What a command does, and the line of help on it."""
+
+    run: Callable[[Sequence[str]], int]
+    help: str
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs a command line; returns the exit status: 0, 2 for a mistake in it, 130 or 143 when stopped."""
+    try:
+        if words and not words[0].startswith("-"):
+            name, rest = words[0], words[1:]
+        else:
+            name, rest = "train", words
+        if name not in COMMANDS:
+            hint = nearest(name, COMMANDS) or f"; commands are {', '.join(COMMANDS)}"
+            raise ConfigError(f"unknown command {name!r}{hint}")
+        return COMMANDS[name].run(rest)
+    except ConfigError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _train(words: Sequence[str]) -> int:
+    from aem_jax.launch.build import check
+    from aem_jax.launch.options import apply, run_name
+    from aem_jax.launch.preset import DEFAULT, read_preset
+
+    options = _options(words, "train")
+    preset = read_preset(_one_word(options, "preset", DEFAULT))
+    if "help" in options:
+        return _help(preset, "train", f"{COMMANDS['train'].help}\n\n{_overview()}")
+    config = apply(preset, options)
+    config = replace(config, name=run_name(config, options))
+    check(config)
+
+    from aem_jax.launch.run import train
+
+    return train(config)
+
+
+def _evaluate(words: Sequence[str]) -> int:
+    from aem_jax.launch.build import check
+    from aem_jax.launch.options import apply, run_name
+    from aem_jax.launch.preset import DEFAULT, read_preset
+    from aem_jax.launch.record import load
+
+    options = _options(words, "evaluate")
+    preset = read_preset(_one_word(options, "preset", DEFAULT))
+    if "help" in options:
+        return _help(preset, "evaluate", COMMANDS["evaluate"].help)
+    asked = apply(preset, options)
+    folder = Path(asked.runs_dir) / run_name(asked, options)
+    # What the run was trained with is the base: its own config, not the preset as it may be by now.
+    config = apply(load(folder), options)
+    config = replace(config, name=folder.name, runs_dir=asked.runs_dir)
+    check(config)
+
+    from aem_jax.launch.run import evaluate
+
+    return evaluate(config)
+
+
+def _serve(words: Sequence[str]) -> int:
+    from aem_jax.launch.options import apply, split
+    from aem_jax.launch.serve import ServeConfig, run
+
+    names, options = split(words)
+    if "help" in options:
+        return _help(ServeConfig(), "serve ENVIRONMENT", COMMANDS["serve"].help)
+    return run(names, apply(ServeConfig(), options))
+
+
+def _bench(words: Sequence[str]) -> int:
+    from aem_jax.launch.bench import BenchConfig, run
+    from aem_jax.launch.options import apply, split
+
+    names, options = split(words)
+    if "help" in options:
+        return _help(BenchConfig(), "bench [NAME …]", COMMANDS["bench"].help)
+    return run(names, apply(BenchConfig(), options))
+
+
+def _presets(words: Sequence[str]) -> int:
+    from aem_jax.launch.preset import describe_preset, preset_names
+
+    if words:
+        raise ConfigError(f"expected nothing after presets, got {' '.join(words)!r}")
+    for name in preset_names():
+        print(f"{name:20} {describe_preset(name)}")
+    return 0
+
+
+COMMANDS: Mapping[str, Command] = {
+    "train": Command(
+        _train, "Trains a policy, or goes on where the same command stopped; what is done without a command."
+    ),
+    "evaluate": Command(_evaluate, "Evaluates a trained run on its fixed evaluation sets."),
+    "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),
+    "bench": Command(_bench, "Measures the parts on this machine; prints a table and one JSON line."),
+    "presets": Command(_presets, "Lists the presets."),
+}
+
+
+def _overview() -> str:
+    rows = [f"  {name:9} {command.help}" for name, command in COMMANDS.items()]
+    lines = ["commands (each has its own --help):", *rows, "", "The defaults below are those of the preset chosen."]
+    return "\n".join(lines)
+
+
+def _options(words: Sequence[str], command: str) -> dict[str, list[str]]:
+    from aem_jax.launch.options import split
+
+    positional, options = split(words)
+    if positional:
+        raise ConfigError(f"expected options after {command}, got {positional[0]!r}; write --field value")
+    return options
+
+
+def _one_word(options: dict[str, list[str]], name: str, default: str) -> str:
+    words = options.pop(name, [default])
+    if len(words) != 1:
+        raise ConfigError(f"--{name}: expected one value, got {len(words)}")
+    return words[0]
+
+
+def _help(default: object, usage: str, description: str) -> int:
+    import tyro
+
+    try:
+        tyro.cli(
+            type(default),
+            default=default,
+            prog=f"{PROGRAM} {usage}",
+            description=description,
+            args=["--help"],
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0

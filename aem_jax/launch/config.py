@@ -1,0 +1,151 @@
+"""What a run can be told: the components' own configs, composed. Nothing below the rim imports this.
+
+A choice is a name here and a function everywhere else; the tables that turn one into the other stand in `build.py`.
+"""
+
+# ruff: noqa: RUF009 (the configs that stand as defaults are frozen)
+
+from dataclasses import dataclass
+from typing import Literal
+
+from aem_jax.credit import AemConfig
+from aem_jax.envs.alfworld.env import AlfworldConfig
+from aem_jax.envs.alfworld.generator.config import GeneratorConfig
+from aem_jax.envs.pool import PoolConfig
+from aem_jax.evaluate import EvaluationConfig
+from aem_jax.learner.config import LearnerConfig
+from aem_jax.metrics import MetricsConfig
+from aem_jax.rollout.config import RolloutConfig
+from aem_jax.sampler.draw import SamplingConfig
+from aem_jax.sharding import MeshConfig
+from aem_jax.train import TrainConfig
+from aem_jax.warmstart import WarmstartConfig
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which decoder: a known size by name, any of its sizes changed."""
+
+    name: str = "tiny"
+    """Known size: tiny, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-14b or qwen3-32b."""
+    hidden_size: int | None = None
+    """Width of the residual stream, if not the named one."""
+    intermediate_size: int | None = None
+    """Width inside the MLP, if not the named one."""
+    num_layers: int | None = None
+    """Layers, if not the named number."""
+    num_heads: int | None = None
+    """Query heads, if not the named number."""
+    num_kv_heads: int | None = None
+    """Key/value heads, if not the named number; must divide num_heads."""
+    head_dim: int | None = None
+    """Width of a head, if not the named one; even."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of activations and of weights as used, if not the named one; masters are float32 in any case."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """How returns become advantages."""
+
+    estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """Base advantage: grpo (centred and scaled in the group), dr_grpo (centred), rloo (against the others' mean)."""
+    ddof: Literal[0, 1] = 0
+    """grpo: 0 for the population's standard deviation, 1 for the sample's."""
+    scope: Literal["trajectories", "turns"] = "trajectories"
+    """What a group's statistics are taken over: its trajectories, or its turns (long episodes then weigh more)."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer, where one is trained for the run."""
+
+    vocab_size: int = 1024
+    """Most entries of the vocabulary: bytes, control tokens and what the environment's text earns."""
+    episodes: int = 200
+    """Expert episodes whose text it is trained on."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Rows that the learner computes at a time."""
+
+    rows: int = 8
+    """Rows of a microbatch; a multiple of mesh.data × mesh.fsdp."""
+    row_length: int = 0
+    """Tokens of a row, into which episodes are packed; 0 takes rollout.context_tokens."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """The machine: what is set before the first computation."""
+
+    compilation_cache: str = "auto"
+    """Folder in which compiled programs are kept between runs; auto: $XDG_CACHE_HOME/aem_jax/xla; off: none."""
+    platform: str = ""
+    """Where to compute: cpu, cuda or tpu; empty: the best that there is."""
+    cpu_devices: int = 0
+    """Simulated devices on a CPU, to try a mesh without one; 0 leaves it to JAX."""
+
+    def __post_init__(self):
+        if self.cpu_devices < 0:
+            raise ValueError(f"expected cpu_devices >= 0, got {self.cpu_devices}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    name: str = ""
+    """Folder of the run in runs_dir; empty: the preset's name and what you changed of it. The same command resumes."""
+    runs_dir: str = "runs"
+    """Folder of all runs."""
+    preset: str = ""
+    """Preset to begin from: a name (`python -m aem_jax.launch presets`) or the path of a TOML file."""
+    seed: int = 0
+    """Seed of everything random: weights, games, sampling."""
+    environment: Literal["alfworld"] = "alfworld"
+    """What the agent learns."""
+    env: PoolConfig = PoolConfig(num_servers=2, sessions_per_server=64)
+    """Environment servers."""
+    alfworld: AlfworldConfig = AlfworldConfig()
+    """Rules of a household episode."""
+    games: GeneratorConfig = GeneratorConfig()
+    """Household games to make, when $ALFWORLD_DATA is not set."""
+    model: ModelChoice = ModelChoice()
+    """The policy."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    mesh: MeshConfig = MeshConfig()
+    """The device mesh."""
+    warmstart: WarmstartConfig = WarmstartConfig()
+    """Learning from demonstrations, before reinforcement learning."""
+    train: TrainConfig = TrainConfig()
+    """Length of the training, and what is kept."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How tokens are drawn while training."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How episodes are played."""
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    """Base advantages."""
+    aem: AemConfig = AemConfig()
+    """Adaptive Entropy Modulation."""
+    batch: BatchConfig = BatchConfig()
+    """Sizes of a batch."""
+    learner: LearnerConfig = LearnerConfig()
+    """The update."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Fixed evaluation sets."""
+    metrics: MetricsConfig = MetricsConfig()
+    """Where numbers go."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """The machine."""
+
+
+HARMLESS = ("name", "runs_dir", "preset", "train.", "evaluation.", "env.", "metrics.", "runtime.")
+"""Fields (or groups) that a resumed run may change: they decide where and how long, not what is computed."""
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a resumed run may change the field of this dotted name."""
+    return name.startswith(tuple(each for each in HARMLESS if each.endswith("."))) or name in HARMLESS

@@ -1,0 +1,75 @@
+"""The machine, set up before the first computation: platform, simulated devices, compiled programs kept, quiet logs."""
+
+import logging
+import os
+from pathlib import Path
+
+from aem_jax.launch.config import RuntimeConfig
+from aem_jax.launch.overrides import ConfigError
+
+_CHATTY = ("jax", "absl", "orbax", "transformers", "websockets", "tensorboardX", "matplotlib")
+
+
+def cache_folder(config: RuntimeConfig) -> Path | None:
+    """Where compiled programs are kept; None for nowhere."""
+    if config.compilation_cache == "off":
+        return None
+    if config.compilation_cache == "auto":
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aem_jax" / "xla"
+    return Path(config.compilation_cache).expanduser()
+
+
+def set_up(config: RuntimeConfig) -> None:
+    """Applies the settings to jax and to logging. JAX's own environment variables win where they are set.
+
+    Raises:
+        ConfigError: the devices asked for are not there, or the cache's folder cannot be written.
+    """
+    import jax
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if config.platform:
+        jax.config.update("jax_platforms", config.platform)
+    if config.cpu_devices:
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    folder = cache_folder(config)
+    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"no permission to write {folder}")
+        except OSError as error:
+            if config.compilation_cache != "auto":
+                raise ConfigError(f"--runtime.compilation-cache: {error}") from None
+            logging.getLogger(__name__).warning("compiled programs are not kept: %s", error)
+        else:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            # jax's defaults keep what took a second to compile; on a CPU many small programs add up
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+            jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise ConfigError(f"--runtime.platform {config.platform or 'auto'}: {error}") from None
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on: our version, jax's, Python's, and the devices."""
+    import platform
+
+    import jax
+    from jaxlib.version import __version__ as jaxlib_version
+
+    import aem_jax
+
+    device = jax.devices()[0]
+    return {
+        "aem_jax": aem_jax.__version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib_version,
+        "python": platform.python_version(),
+        "devices": f"{jax.device_count()} x {device.device_kind}",
+        "cpus": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+    }

@@ -1,0 +1,75 @@
+"""Ctrl-C and SIGTERM: the first asks a run to stop after the step at hand, a second Ctrl-C ends the process at once.
+
+A Python signal handler waits until the interpreter has the main thread back, which during a long compilation can take a
+minute. So the signals are also read from a wake-up pipe, which the C handler fills at once, by a thread of our own.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+EXIT_AT_ONCE = 130
+
+
+class StopRequest:
+    """Whether the run has been asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._number = 0
+
+    @property
+    def requested(self) -> bool:
+        """True from the first signal on."""
+        return self._event.is_set()
+
+    @property
+    def exit_status(self) -> int:
+        """128 + the signal (130 for Ctrl-C, 143 for SIGTERM), as shells count; 0 when nobody asked."""
+        return 128 + self._number if self._number else 0
+
+    def signalled(self, number: int) -> bool:
+        """Notes a signal; returns whether the process should end at once."""
+        if self.requested:
+            return number == signal.SIGINT
+        self._number = number
+        self._event.set()
+        return False
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """While the block runs, SIGINT and SIGTERM set the request that it yields. Main thread only."""
+    request = StopRequest()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # Handlers that do nothing but be there: the wake-up pipe speaks only for signals that Python handles.
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(reader, request), name="signals", daemon=True)
+    watcher.start()
+    try:
+        yield request
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writer)  # ends the watcher
+        watcher.join(timeout=1.0)
+        os.close(reader)
+
+
+def _watch(reader: int, request: StopRequest) -> None:
+    while received := os.read(reader, 1):
+        number = received[0]
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        first = not request.requested
+        if request.signalled(number):
+            os._exit(EXIT_AT_ONCE)  # not sys.exit: the main thread may be deep inside a computation
+        if first:
+            print("\nfinishing the step, then saving; Ctrl-C again quits at once", file=sys.stderr, flush=True)

@@ -1,0 +1,261 @@
+"""The command line as its user meets it: help, presets, precedence, names of runs, one-line errors."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from aem_jax.launch import cli, record
+from aem_jax.launch.config import RunConfig, is_harmless
+from aem_jax.launch.options import apply, run_name, split
+from aem_jax.launch.overrides import ConfigError, annotations, as_values
+from aem_jax.launch.preset import DEFAULT, describe_preset, preset_names, read_preset
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """Configs that `train` and `evaluate` were called with, in place of doing it."""
+    seen: list[RunConfig] = []
+    stand_in = types.SimpleNamespace(
+        train=lambda config: seen.append(config) or 0, evaluate=lambda config: seen.append(config) or 0
+    )
+    monkeypatch.setitem(sys.modules, "aem_jax.launch.run", stand_in)  # pyright: ignore[reportArgumentType]
+    return seen
+
+
+def run_cli(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "aem_jax.launch", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+
+
+def test_no_arguments_train_the_default_preset(trained):
+    assert cli.main([]) == 0
+    (config,) = trained
+    assert (config.preset, config.name) == (DEFAULT, DEFAULT) == ("alfworld-tiny", "alfworld-tiny")
+
+
+def test_precedence_is_defaults_then_preset_then_command_line(trained, tmp_path: Path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text("seed = 3\n[train]\nnum_steps = 7\n[aem]\nstrength = 0.5\n[learner]\nlearning_rate = 1e-3\n")
+    assert cli.main(["train", "--preset", str(mine), "--aem.strength", "0", "--seed=4"]) == 0
+    (config,) = trained
+    assert config.train.num_steps == 7  # preset over default
+    assert config.learner.learning_rate == 1e-3
+    assert (config.aem.strength, config.seed) == (0.0, 4)  # command line over preset
+    assert config.aem.min_range == RunConfig().aem.min_range  # default
+    assert config.preset == str(mine) and config.name == "mine-strength-0-seed-4"
+
+
+def test_every_field_can_be_given_on_the_command_line():
+    """What a config holds, written as words, gives the config back."""
+    config = read_preset(DEFAULT)
+    options = {}
+    for name, value in as_values(config).items():
+        words = [str(each) for each in value] if isinstance(value, tuple) else [str(value)]
+        options[name] = words
+    assert set(options) == set(annotations(RunConfig))
+    assert apply(RunConfig(), options) == config
+
+
+def test_hyphens_and_underscores_are_alike():
+    dashes = apply(RunConfig(), split(["--learner.learning-rate", "0.5"])[1])
+    underscores = apply(RunConfig(), split(["--learner.learning_rate=0.5"])[1])
+    assert dashes == underscores and dashes.learner.learning_rate == 0.5
+
+
+def test_lists_take_words_up_to_the_next_option():
+    config = apply(RunConfig(), split(["--env.urls", "ws://a:1", "ws://b:2", "--seed", "1"])[1])
+    assert config.env.urls == ("ws://a:1", "ws://b:2") and config.seed == 1
+
+
+def test_the_last_of_an_option_given_twice_counts():
+    assert apply(RunConfig(), split(["--seed", "1", "--seed", "2"])[1]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["--preset", "alfword-tiny"], "unknown preset 'alfword-tiny'; did you mean 'alfworld-tiny'?"),
+        (["--preset", "no/such.toml"], "no preset file no/such.toml; presets are"),
+        (["--aem.strenght", "0"], "unknown field --aem.strenght; did you mean --aem.strength?"),
+        (["--strength", "0"], "unknown field --strength; did you mean --aem.strength?"),
+        (
+            ["--learner.learning_rat", "0"],
+            "unknown field --learner.learning-rat; did you mean --learner.learning-rate?",
+        ),
+        (["--aem", "0"], "--aem is a group of fields"),
+        (["--aem.strength", "much"], "--aem.strength: expected a number, got 'much'"),
+        (["--aem.strength", "-1"], "--aem.strength: expected"),
+        (["--seed"], "--seed: expected a whole number, got 'nothing'"),
+        (["--seed", "1", "2"], "--seed: expected a whole number, got '1 2'"),
+        (["--algorithm.estimator", "gpro"], "did you mean 'grpo'?"),
+        (["--model.name", "qwen3-8"], "did you mean 'qwen3-8b'?"),
+        (["-s", "1"], "unknown option '-s'"),
+        (["train", "now"], "expected options after train, got 'now'"),
+        (["--name", "../x"], "--name: expected"),
+        (["serve"], "expected one environment"),
+        (["serve", "alfwrold"], "unknown environment 'alfwrold'; did you mean 'alfworld'?"),
+        (["serve", "alfworld", "--prot", "1"], "unknown field --prot; did you mean --port?"),
+        (["serve", "alfworld", "--settings", "{"], "expected settings as a JSON mapping"),
+        (["bench", "samplr"], "unknown benchmark 'samplr'; did you mean 'sampler'?"),
+        (["presets", "x"], "expected nothing after presets"),
+        (["evaluate", "--name", "never-trained"], "no run in runs/never-trained"),
+    ],
+)
+def test_mistakes_get_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert message in printed.err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[aem]\nstrenght = 1\n", "mine.toml: unknown field 'aem.strenght'; did you mean 'aem.strength'?"),
+        ("[emv]\nnum_servers = 1\n", "mine.toml: unknown field 'emv.num_servers'; did you mean 'env.num_servers'?"),
+        ("[aem]\nstrength = 'x'\n", "mine.toml: 'aem.strength': expected a number, got 'x'"),
+        ("[aem\n", "mine.toml: "),
+    ],
+)
+def test_a_preset_file_is_held_to_the_same(text: str, message: str, tmp_path: Path, capsys):
+    (tmp_path / "mine.toml").write_text(text)
+    assert cli.main(["--preset", str(tmp_path / "mine.toml")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_a_process_ends_with_status_2_and_no_traceback():
+    result = run_cli("--aem.strenght", "0")
+    assert result.returncode == 2
+    assert (
+        result.stdout == "" and result.stderr == "error: unknown field --aem.strenght; did you mean --aem.strength?\n"
+    )
+
+
+def test_help_explains_every_field_with_the_preset_s_defaults(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in annotations(RunConfig):
+        assert f"--{name.replace('_', '-')}" in text
+    assert "(default: alfworld-tiny)" in text
+    for command in cli.COMMANDS:
+        assert command in text
+
+
+@pytest.mark.parametrize(
+    "words", [["evaluate", "-h"], ["serve", "--help"], ["serve", "alfworld", "--help"], ["bench", "--help"]]
+)
+def test_every_command_has_help(words: list[str], capsys):
+    assert cli.main(words) == 0
+    assert "usage: python -m aem_jax.launch" in capsys.readouterr().out
+
+
+def undocumented(cls: type, prefix: str = "") -> list[str]:
+    """Fields whose source has no docstring under them, by dotted name."""
+    import ast
+    import dataclasses
+    import inspect
+    import itertools
+    import textwrap
+    import typing
+
+    kinds = typing.get_type_hints(cls)
+    told: set[str] = set()
+    for base in cls.__mro__[:-1]:
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # pyright: ignore[reportAttributeAccessIssue]
+        for field, after in itertools.pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                told.add(field.target.id)  # pyright: ignore[reportAttributeAccessIssue]
+    missing = [f"{prefix}{field.name}" for field in dataclasses.fields(cls) if field.name not in told]
+    inner = [(f"{prefix}{name}.", kind) for name, kind in kinds.items() if dataclasses.is_dataclass(kind)]
+    return missing + [name for start, kind in inner for name in undocumented(kind, start)]  # pyright: ignore[reportArgumentType]
+
+
+def test_no_field_is_without_an_explanation():
+    assert undocumented(RunConfig) == []
+
+
+def test_help_loads_nothing_that_takes_seconds():
+    code = (
+        "import sys; from aem_jax.launch.cli import main; main(['--help']); "
+        "print('LOADED', *{name.split('.')[0] for name in sys.modules})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = set(result.stdout.rpartition("LOADED")[2].split())
+    assert not loaded & {"transformers", "tokenizers", "orbax", "grain", "tensorboardX", "matplotlib", "torch", "wandb"}
+
+
+def test_every_preset_is_sound_and_says_what_it_is():
+    assert DEFAULT in preset_names()
+    for name in preset_names():
+        assert read_preset(name).preset == name
+        assert describe_preset(name)
+
+
+def test_presets_are_listed(capsys):
+    assert cli.main(["presets"]) == 0
+    assert DEFAULT in capsys.readouterr().out
+
+
+def test_a_change_that_matters_names_another_run():
+    def name(*words: str) -> str:
+        options = split(words)[1]
+        return run_name(apply(read_preset(DEFAULT), options), options)
+
+    assert name() == "alfworld-tiny"
+    assert name("--train.num-steps", "3", "--env.num-servers", "4") == "alfworld-tiny"
+    assert name("--aem.strength", "0") == "alfworld-tiny-strength-0"
+    assert name("--seed", "1", "--aem.strength", "0") == name("--aem.strength", "0", "--seed", "1")
+    assert name("--aem.strength", "0", "--name", "plain") == "plain"
+    long = name("--games.task-types", "pick_and_place_simple", "look_at_obj_in_light", "pick_two_obj_and_place")
+    assert len(long) <= 80 and long != name("--games.task-types", "pick_and_place_simple", "look_at_obj_in_light")
+
+
+def test_the_resolved_config_is_saved_and_read_back_exactly(tmp_path: Path):
+    config = apply(read_preset(DEFAULT), split(["--env.urls", "ws://a:1", "--model.num-layers", "3"])[1])
+    record.save(config, tmp_path / "run")
+    assert record.load(tmp_path / "run") == config
+
+
+def test_a_resumed_run_may_change_what_is_harmless(tmp_path: Path):
+    saved = read_preset(DEFAULT)
+    longer = apply(saved, split(["--train.num-steps", "999", "--env.num-servers", "2", "--runtime.platform", "cpu"])[1])
+    record.check_resumable(saved, longer, tmp_path)
+    with pytest.raises(ConfigError, match=r"begun with --seed 0, got 5 \(and --aem\.strength\)") as caught:
+        record.check_resumable(saved, apply(saved, split(["--aem.strength", "0", "--seed", "5"])[1]), tmp_path)
+    assert "another --name" in str(caught.value)
+
+
+def test_harmless_fields_exist():
+    from aem_jax.launch.config import HARMLESS
+
+    names = list(annotations(RunConfig))
+    for each in HARMLESS:
+        assert any(name == each or (each.endswith(".") and name.startswith(each)) for name in names), each
+    assert not is_harmless("seed") and not is_harmless("aem.strength")
+
+
+def test_evaluate_begins_from_the_run_s_own_config(trained, tmp_path: Path):
+    config = apply(read_preset(DEFAULT), split(["--rollout.group-size", "4"])[1])
+    record.save(config, tmp_path / "mine")
+    assert cli.main(["evaluate", "--name", "mine", "--runs-dir", str(tmp_path), "--sampling.temperature", "0"]) == 0
+    (asked,) = trained
+    assert asked.rollout.group_size == 4 and asked.sampling.temperature == 0.0
+    assert (asked.name, asked.runs_dir) == ("mine", str(tmp_path))
+
+
+def test_a_config_of_another_version_says_which_file(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"sede": 1}')
+    with pytest.raises(ConfigError, match=r"config\.json: unknown field 'sede'; did you mean 'seed'\?"):
+        record.load(tmp_path)

@@ -1,0 +1,49 @@
+"""`serve` as a process: it says where it is, answers, and ends when told to."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+from aem_jax.envs.pool import EnvPool, PoolConfig
+from aem_jax.launch import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_server_started_by_hand_serves_a_pool():
+    command = [sys.executable, "-m", "aem_jax.launch", "serve", "echo", "--port", "0", "--settings", '{"length": 2}']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stdout
+            line = process.stdout.readline()
+            found = re.search(r"--env\.urls (ws://127\.0\.0\.1:\d+)$", line.strip())
+            assert found, line
+            url = found[1]
+            with urllib.request.urlopen(url.replace("ws", "http") + "/metadata", timeout=10) as page:
+                assert json.load(page)["name"] == "echo"
+            with EnvPool(PoolConfig(urls=(url,), sessions_per_server=2), ("", {})) as pool:
+                pool.reset(0, {}).result()
+                assert not pool.step(0, "a").result().done
+                assert pool.step(0, "b").result().truncated
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 0
+
+
+def test_a_port_that_is_taken_is_one_line(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert cli.main(["serve", "echo", "--port", str(taken.getsockname()[1])]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: ") and "Traceback" not in error
+
+
+def test_bad_settings_are_one_line(capsys):
+    assert cli.main(["serve", "echo", "--settings", '{"lenght": 2}']) == 2
+    assert "did you mean 'length'?" in capsys.readouterr().err

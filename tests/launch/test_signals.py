@@ -1,0 +1,88 @@
+"""Ctrl-C and SIGTERM, in processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from aem_jax.launch.signals import StopRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STEPS = """
+    import sys, time
+    from aem_jax.launch.signals import stop_on_signals
+
+    with stop_on_signals() as stop:
+        print("ready", flush=True)
+        for step in range(200):
+            time.sleep(0.05)
+            if stop.requested:
+                print("saved", flush=True)
+                break
+    sys.exit(stop.exit_status)
+"""
+
+BUSY = """
+    import numpy as np
+    from aem_jax.launch.signals import stop_on_signals
+
+    with stop_on_signals():
+        a = np.full((6000, 6000), 0.5)
+        print("ready", flush=True)
+        while True:
+            a @ a  # one long call into C: no Python handler runs before it returns
+"""
+
+
+def start(code: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_lets_the_step_end_and_save(number: signal.Signals, status: int):
+    process = start(STEPS)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=20)
+    assert out == "saved\n" and process.returncode == status
+    assert "Ctrl-C again" in error
+
+
+def test_a_second_ctrl_c_quits_at_once_even_inside_a_long_call():
+    process = start(BUSY)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+
+
+def test_without_a_signal_nothing_is_asked_for():
+    request = StopRequest()
+    assert not request.requested and request.exit_status == 0
+
+
+def test_handlers_are_put_back():
+    from aem_jax.launch.signals import stop_on_signals
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while not stop.requested and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stop.exit_status == 143
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
