@@ -180,7 +180,7 @@ class ChatTokenizer:
         """Writes tokenizer.json, tokenizer_config.json and the chat template, as `AutoTokenizer` reads them."""
         self._tokenizer.save_pretrained(str(folder))
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id; an embedding needs at least as many rows."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -211,7 +211,7 @@ class ChatTokenizer:
             messages: each with `role` and `content`, as the template expects them.
 
         Raises:
-            ValueError: if there are no messages.
+            ValueError: if there are no messages, or the template refuses them.
         """
         if not messages:
             raise ValueError("expected at least one message, got none")
@@ -234,9 +234,14 @@ class ChatTokenizer:
         return array("i", self._encode_fenced(self.markup.before + self._fence(text) + self.markup.after))
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        text = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
+        from jinja2 import TemplateError
+
+        conversation = [dict(message) for message in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            roles = [message["role"] for message in messages]
+            raise ValueError(f"expected messages that the chat template can render, got {roles}: {error}") from error
         return str(text)
 
     def _fence(self, text: str) -> str:
@@ -270,8 +275,9 @@ class ChatTokenizer:
 
 
 def _quiet() -> None:
-    """Transformers warns that PyTorch is missing when it is loaded; here that is as it should be."""
+    """Silences two warnings: that PyTorch is missing (as it should be), and that threads do not survive a fork."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _backends(tokenizer: "PreTrainedTokenizerBase"):

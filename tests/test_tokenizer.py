@@ -129,6 +129,13 @@ def test_unstable_templates_are_refused_with_the_reason(tiny, tmp_path, template
         with_template(tiny, tmp_path, template)
 
 
+def test_messages_that_the_template_refuses(tiny, tmp_path):
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
+    tokenizer = with_template(tiny, tmp_path, no_system)
+    with pytest.raises(ValueError, match=r"expected messages .* got \['system'\]: no system here"):
+        tokenizer.prompt_ids([{"role": "system", "content": "Be good."}])
+
+
 def test_no_template_is_refused(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
