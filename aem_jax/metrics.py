@@ -80,13 +80,24 @@ def read_lines(path: Path | str) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path | str, record: Mapping[str, Any]) -> None:
-    """Appends one record as one line in one write: a reader, or a run that comes back, sees all of it or none."""
-    line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+    """Appends one record as one line in one write: a reader, or a run that comes back, sees all of it or none.
+
+    JSON has no word for a number that is not finite, so it becomes null.
+    """
+    line = json.dumps(_finite(record), allow_nan=False, ensure_ascii=False) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def drop_lines(path: Path | str, step: int) -> None:

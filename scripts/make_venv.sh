@@ -17,7 +17,7 @@ find_python() {
             return
         fi
     done
-    echo "error: expected Python 3.11 or newer, got $(python3 --version 2>&1 || echo none)." >&2
+    echo "error: expected Python 3.11 or newer, got ${PYTHON:-python3}: $("${PYTHON:-python3}" --version 2>&1 | head -n 1 || true)" >&2
     echo "       Install one (Debian 12+, Ubuntu 24.04+: apt install python3) or name it: make PYTHON=/path/to/python3.12 …" >&2
     exit 1
 }

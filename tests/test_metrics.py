@@ -69,6 +69,14 @@ def test_drop_lines_keeps_what_has_no_step(tmp_path: Path):
     assert read_lines(path) == [{"note": "α"}, {"step": 2}]
 
 
+def test_appended_records_are_strict_json(tmp_path: Path):
+    path = tmp_path / "lines.jsonl"
+    append_line(
+        path, {"success": float("nan"), "by_kind": {"cool": {"low": float("inf"), "count": 0}}, "rest": (1, 2.5)}
+    )
+    assert read_lines(path) == [{"success": None, "by_kind": {"cool": {"low": None, "count": 0}}, "rest": [1, 2.5]}]
+
+
 def test_read_lines_leaves_out_what_is_no_record(tmp_path: Path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"step": 1}\n[1, 2]\nnonsense\n\n{"step": 2}\n{"st')

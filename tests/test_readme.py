@@ -22,10 +22,3 @@ def test_readme_example(example: str, user_environment: dict[str, str]):
         [sys.executable, "-c", example], capture_output=True, text=True, cwd=REPOSITORY, env=user_environment
     )
     assert result.returncode == 0, f"{example}\n{result.stderr}"
-
-
-def test_readme_links_exist():
-    """Pictures and pages that the README points at are in the repository."""
-    targets = re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", README)
-    missing = [target for target in targets if not (REPOSITORY / target).exists()]
-    assert not missing, f"README points at {missing}"

@@ -171,8 +171,12 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
     ),
     (
         "Update",
-        "Share of tokens clipped, and divergence from the reference where it is on.",
-        draw_lines(("learner/clip_share", ORANGE, "clip share"), ("learner/kl", PURPLE, "KL")),
+        "Share of tokens clipped, and divergence (nats) from the sampler and, where it is held, the reference.",
+        draw_lines(
+            ("learner/clip_share", ORANGE, "clip share"),
+            ("learner/kl_sampler", BLUE, "KL to sampler"),
+            ("learner/kl_reference", PURPLE, "KL to reference"),
+        ),
     ),
     ("Gradient norm", "Before clipping.", draw_lines(("learner/grad_norm", BLUE, "gradient norm"))),
     ("Time of a step", "Seconds, by phase.", draw_time),
