@@ -171,7 +171,8 @@ async def _run(name: str, make: Callable[[], Environment], config: ServerConfig,
             NotImplementedError, RuntimeError
         ):  # no such thing on Windows, nor outside the main thread
             loop.add_signal_handler(number, stop.set)
-    server = _Server(make, config, blocking=environment_spec(name).blocking)
+    blocking = environment_spec(name).blocking
+    server = _Server(make, config, blocking=blocking)
     # Compression costs more than it saves on texts this short; a ping without a deadline lets TCP find vanished clients
     # and never mistakes a busy one for dead.
     async with serve_websocket(
@@ -187,7 +188,9 @@ async def _run(name: str, make: Callable[[], Environment], config: ServerConfig,
     ) as sockets:
         ready(next(iter(sockets.sockets)).getsockname()[1])
         await stop.wait()
-        _end_in(seconds=5)  # whatever an environment that hangs is doing
+        last_resort = _end_in(seconds=5)  # whatever an environment that hangs is doing
+    if not blocking:
+        last_resort.cancel()  # else threads may be left, which Python waits for at its end
 
 
 def serve(
@@ -212,10 +215,11 @@ def serve(
     asyncio.run(_run(name, make, config, ready))
 
 
-def _end_in(*, seconds: float) -> None:
+def _end_in(*, seconds: float) -> threading.Timer:
     timer = threading.Timer(seconds, os._exit, (1,))
     timer.daemon = True
     timer.start()
+    return timer
 
 
 def _end_with_parent() -> None:

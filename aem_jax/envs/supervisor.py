@@ -107,6 +107,10 @@ class Supervisor:
             self.up.clear()
             self._tasks.spawn(self._restart())
 
+    def note(self, failure: str) -> None:
+        """Reports a failure that costs no more than the call it happened to."""
+        self._on_failure(self, failure, False)
+
     async def stop(self) -> None:
         """Ends the process and everything that would start it again."""
         self.up.clear()
@@ -130,5 +134,5 @@ class Supervisor:
                 return
             except (EnvError, OSError) as error:
                 self.failure = str(error)
-                self._on_failure(self, f"{self} could not be started again: {error}", False)
+                self.note(f"{self} could not be started again: {error}")
             await asyncio.sleep(pause)

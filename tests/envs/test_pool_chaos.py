@@ -11,7 +11,7 @@ import pytest
 from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.envs.protocol import EnvError
 
-CONFIG = PoolConfig(num_servers=2, sessions_per_server=4, reset_deadline_s=2.0, step_deadline_s=1.0, first_pause_s=0.05)
+CONFIG = PoolConfig(num_servers=2, sessions_per_server=4, reset_deadline_s=4.0, step_deadline_s=2.0, first_pause_s=0.05)
 MAKE = ("echo", {"length": 8, "step_latency_s": 0.001})
 EPISODES = 12
 

@@ -1,6 +1,7 @@
 """What goes over the wire, message by message, and how a server process lives and ends."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from envs.serving import REPOSITORY, run_server, served
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from aem_jax.envs import protocol, server
@@ -288,7 +290,8 @@ def test_an_environment_that_cannot_be_made_later_is_a_factory_error():
 
 def _one_reply(port):
     with connect(f"ws://127.0.0.1:{port}/ws", proxy=None) as socket:
-        socket.send(protocol.STATE_REQUEST)
+        with contextlib.suppress(ConnectionClosed):  # it may have refused, and hung up, already
+            socket.send(protocol.STATE_REQUEST)
         return json.loads(socket.recv())
 
 

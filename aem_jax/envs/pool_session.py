@@ -1,0 +1,160 @@
+"""One session of a pool, in the event loop: connected when needed, asked with a deadline, dropped when it fails."""
+
+import asyncio
+import math
+
+from aem_jax.envs import protocol
+from aem_jax.envs.client import CONNECTION_ERRORS, Connection, describe
+from aem_jax.envs.pool_config import PoolConfig
+from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
+from aem_jax.envs.supervisor import Supervisor, pauses
+
+_CONNECT_TIMEOUT_S = 10.0
+_PROBE_S = 5.0
+
+
+class Clock:
+    """Seconds that this process was awake. A stop, a suspension or a long hold of the interpreter counts two ticks.
+
+    Attributes:
+        now: seconds so far; all deadlines are in these.
+    """
+
+    tick_s = 0.1
+
+    def __init__(self):
+        self.now = 0.0
+
+    async def advance(self) -> None:
+        """Waits for the next tick."""
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        await asyncio.sleep(self.tick_s)
+        self.now += min(loop.time() - begin, 2 * self.tick_s)
+
+
+class PoolSession:
+    """One session.
+
+    Args:
+        index: its number in the pool.
+        server: where it lives.
+        config: the pool's.
+        clock: the pool's.
+    """
+
+    def __init__(self, index: int, server: Supervisor, config: PoolConfig, clock: Clock):
+        self.index, self.server = index, server
+        self._config, self._clock = config, clock
+        self._connection: Connection | None = None  # None until it is (again) connected, and then
+        self._failure = "it was never reset"  # says why
+        self._expires = math.inf
+
+    async def reset(self, request: str) -> StepResult:
+        """Starts an episode, on a connection that may first have to be made.
+
+        Raises:
+            EnvError: the server did not come back, or failed at this.
+        """
+        limit = self._clock.now + self._config.restart_wait_s
+        for pause in pauses(self._config.first_pause_s):
+            await self._connect(limit)
+            try:
+                return await self.ask(request, self._config.reset_deadline_s)
+            except RefusedError as error:
+                # A session that was just cut may still be counted by its server; it is over in a moment.
+                if error.code != protocol.CAPACITY_REACHED or self._clock.now + pause > limit:
+                    raise
+            await asyncio.sleep(pause)
+        raise AssertionError("pauses never end")
+
+    async def ask(self, request: str, deadline_s: float) -> StepResult:
+        """Sends a request that the server answers with an observation.
+
+        Raises:
+            EnvError: there is no episode, the server refused, or it failed (and then it is being put right).
+        """
+        connection, server = self._connection, self.server
+        if not connection:
+            raise EnvError(f"session {self.index} has no episode, reset it: {self._failure}")
+        process = server.process
+        self._expires = self._clock.now + deadline_s
+        try:
+            return protocol.decode_result(await connection.ask(request), self._config.wire)
+        except RefusedError as error:
+            self.drop(f"{server} refused: {error}")  # the next reset gets a fresh environment
+            server.note(f"session {self.index}: {self._failure}")
+            raise
+        except (EnvError, *CONNECTION_ERRORS) as error:
+            if self._connection is connection:  # else somebody dropped it, and knows why
+                failure = str(error) if isinstance(error, EnvError) else describe(error)
+                self.drop(f"{server}: {failure}")
+                server.failed(process, failure)
+            raise EnvError(f"session {self.index}: {self._failure}") from None
+        finally:
+            self._expires = math.inf
+
+    async def probe(self) -> None:
+        """Connects, and sees that the server has room.
+
+        Raises:
+            EnvError: it is not there, or has none.
+        """
+        limit = self._clock.now + _PROBE_S
+        for pause in pauses(self._config.first_pause_s):
+            await self._connect(limit)
+            assert self._connection
+            try:
+                async with asyncio.timeout(self._config.reset_deadline_s):
+                    protocol.decode_data(await self._connection.ask(protocol.STATE_REQUEST), "state")
+                return
+            except RefusedError as error:
+                if error.code == protocol.EXECUTION_ERROR:
+                    return  # it has a session for us, and no state to tell before the first reset
+                failure = str(error)
+            except (EnvError, *CONNECTION_ERRORS) as error:
+                failure = describe(error)
+            self.drop(failure)
+            if self._clock.now + pause > limit:
+                count = self._config.sessions_per_server
+                raise EnvError(f"expected {count} sessions on {self.server}; session {self.index} got {failure}")
+            await asyncio.sleep(pause)
+
+    def end_if_expired(self) -> None:
+        """Fails the call under way if its time is over."""
+        if self._expires <= self._clock.now:
+            self._expires = math.inf
+            failure = f"session {self.index} had no answer before its deadline"
+            self.drop(f"{self.server}: {failure}")
+            self.server.failed(self.server.process, failure)
+
+    def drop(self, failure: str) -> None:
+        """Cuts the connection, whatever is under way on it."""
+        if self._connection:
+            self._connection.abort()
+            self._connection = None
+            self._failure = failure
+
+    async def close(self) -> None:
+        """Takes leave of the server."""
+        if self._connection:
+            await self._connection.close()
+
+    async def _connect(self, limit: float) -> None:
+        server = self.server
+        if self._connection and not self._connection.usable:
+            self.drop(f"{server} closed the connection")
+        for pause in pauses(self._config.first_pause_s):
+            while not server.up.is_set() and self._clock.now < limit:
+                await asyncio.sleep(self._clock.tick_s / 2)
+            if self._connection:
+                return
+            if self._clock.now >= limit:
+                raise EnvError(f"{server} did not come back in time: {server.failure}")
+            process = server.process
+            try:
+                self._connection = await Connection.open(server.url, timeout_s=_CONNECT_TIMEOUT_S)
+                server.failure = ""
+            except CONNECTION_ERRORS as error:
+                server.failed(process, f"no connection: {describe(error)}")
+                await asyncio.sleep(min(pause, max(limit - self._clock.now, 0.0)))
