@@ -18,7 +18,7 @@ from aem_jax.envs.alfworld.engine import Game, start
 from aem_jax.envs.alfworld.experts import Oracle
 from aem_jax.envs.alfworld.generator.catalog import ROOM_KINDS, ROOMS, TASK_TYPES, THINGS
 from aem_jax.envs.alfworld.generator.config import TINY, GeneratorConfig, config_from_json
-from aem_jax.envs.alfworld.generator.files import domain_text, game_data, grammar_text, problem_text
+from aem_jax.envs.alfworld.generator.files import domain_text, grammar_text, problem_text
 from aem_jax.envs.alfworld.generator.floors import floor_plans, split_floors
 from aem_jax.envs.alfworld.generator.games import SPLITS, HouseholdGame, draw_game
 from aem_jax.envs.alfworld.tasks import eval_set, generated_game, load_game
@@ -228,43 +228,3 @@ def test_our_domain_and_grammar_say_what_the_official_ones_say(golden: Path):
             seen_actions.add((one[0] or "start").split()[0])
     every_action = "start go open close take move clean heat cool use slice examine look inventory help"
     assert seen_actions >= set(every_action.split(" "))
-
-
-STOCK_SCRIPT = """
-import json, sys
-lines = json.loads(open(sys.argv[1]).read())
-import textworld
-from textworld.envs import PddlEnv
-from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-env = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True)))
-answers = []
-for data, commands in lines:
-    env.load(data)
-    state = env.reset()
-    answer = [[None, state.feedback, sorted(state["admissible_commands"]), state["won"]]]
-    for command in commands:
-        state, _, _ = env.step(command)
-        answer.append([command, state.feedback, sorted(state["admissible_commands"]), state["won"]])
-    answers.append(answer)
-open(OUT, "w").write(json.dumps(answers))
-"""
-
-
-@pytest.mark.slow
-def test_stock_engine_plays_our_games_with_the_same_text(tmp_path: Path):
-    stock = os.environ.get("AEM_JAX_STOCK_PYTHON")
-    if not stock:
-        pytest.skip("AEM_JAX_STOCK_PYTHON does not name an interpreter with the stock engine (alfworld) installed")
-    lines, ours = [], []
-    for index in range(12):
-        game = draw_game(TINY if index < 9 else replace(OFFICIAL, receptacles=(8, 10)), 2, SPLITS[index % 3], index)
-        walk = [list(step) for step in random_walk(play(game), index, 30)]
-        lines.append([game_data(game), [step[0] for step in walk[1:]]])
-        ours.append(walk)
-    (tmp_path / "games.json").write_text(json.dumps(lines))
-    script = tmp_path / "stock.py"
-    script.write_text(STOCK_SCRIPT.replace("OUT", repr(str(tmp_path / "answers.json"))))
-    environment = os.environ | {"ALFWORLD_DATA": str(tmp_path)}
-    subprocess.run([stock, str(script), str(tmp_path / "games.json")], check=True, env=environment, timeout=300)
-    theirs = json.loads((tmp_path / "answers.json").read_text())
-    assert json.loads(json.dumps(ours)) == theirs

@@ -81,6 +81,10 @@ def test_command_line(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["games"] == {"train": 2, "valid_seen": 1, "valid_unseen": 1}
     assert len(list(tmp_path.rglob("game.tw-pddl"))) == len(list(tmp_path.rglob("traj_data.json"))) == 4
+    command[command.index("--out") + 1] = str(next(tmp_path.rglob("game.tw-pddl")))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_a_generated_game_brings_its_step_limit():

@@ -71,8 +71,13 @@ def write_games(config: GenerateConfig) -> dict[str, int]:
 
 def main() -> int:
     """The command line."""
-    config = tyro.cli(GenerateConfig, description=__doc__)
-    print(json.dumps({"out": str(config.out), "games": write_games(config)}))
+    config = tyro.cli(GenerateConfig, prog="python -m aem_jax.envs.alfworld.generate", description=__doc__)
+    try:
+        counts = write_games(config)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps({"out": str(config.out), "games": counts}))
     return 0
 
 

@@ -30,7 +30,7 @@ class GeneratorConfig:
     """Most movable things of one class."""
 
     max_steps: int = 50
-    """Steps after which an episode is truncated."""
+    """Steps after which an episode is truncated. Tasks carry it to the environment; game files do not."""
 
     def __post_init__(self) -> None:
         for name in ("task_types", "room_kinds", "receptacles", "things"):  # JSON gives lists
