@@ -51,7 +51,9 @@ class LearnerConfig:
 
     def __post_init__(self):
         _positive(self, "learning_rate", "adam_eps", "max_grad_norm", "constant_length", "temperature", "head_chunk")
-        _positive(self, "num_minibatches", "num_epochs", "clip_low", "clip_high")
+        _positive(self, "num_minibatches", "num_epochs")
+        if not 0 <= self.clip_low <= 1 or not self.clip_high >= 0:
+            raise ValueError(f"expected clip_low in [0, 1] and clip_high ≥ 0, got {self.clip_low} and {self.clip_high}")
         for name in ("warmup_steps", "total_steps", "weight_decay", "kl_coefficient"):
             if getattr(self, name) < 0:
                 raise ValueError(f"expected {name} ≥ 0, got {getattr(self, name)}")

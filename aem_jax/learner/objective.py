@@ -4,21 +4,29 @@ Losses are sums with weights that were fixed for the whole minibatch, so microba
 are packed and cut, the gradient is that of one big batch.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from aem_jax.batch import Batch
 from aem_jax.learner.config import LearnerConfig
+from aem_jax.losses import (
+    Aggregation,
+    clipped_policy_loss,
+    constant_length,
+    k3,
+    response_mean,
+    token_mean,
+    trajectory_mean,
+)
 
 
 class Tokens(NamedTuple):
     """One microbatch as a loss sees it, [b, T] each.
 
     Attributes:
-        mask: bool, sampled tokens.
+        mask: bool, sampled tokens that count.
         weights: f32, share of each token in the minibatch's loss; 0 outside mask.
         logprobs: f32, as sampled, nats.
         advantages: f32; None for supervised learning.
@@ -28,8 +36,8 @@ class Tokens(NamedTuple):
     mask: jax.Array
     weights: jax.Array
     logprobs: jax.Array
-    advantages: jax.Array | None
-    reference: jax.Array | None
+    advantages: Any
+    reference: Any
 
 
 class Measures(NamedTuple):
@@ -43,38 +51,13 @@ Objective = Callable[[jax.Array, jax.Array, Tokens], tuple[jax.Array, Measures]]
 """(logprobs f32[b, T], entropies f32[b, T], tokens) -> (this microbatch's part of the loss, measures)."""
 
 
-def token_weights(batch: Batch, minibatch: jax.Array, config: LearnerConfig) -> jax.Array:
-    """Share of one token of each response in a minibatch's loss, f32[R]; 0 for responses outside it."""
-    inside = batch.response_valid & (batch.trajectory_minibatch[batch.response_trajectory] == minibatch)
-    tokens = jnp.where(inside, batch.response_tokens, 0).astype(jnp.float32)
-    num_trajectories = batch.valid.shape[0]
-    per_trajectory = jax.ops.segment_sum(tokens, batch.response_trajectory, num_trajectories)
-    present = jnp.sum(per_trajectory > 0).astype(jnp.float32)
-    total = {
-        "token-mean": lambda: jnp.sum(tokens),
-        "response-mean": lambda: jnp.sum(inside) * tokens,
-        "trajectory-mean": lambda: present * per_trajectory[batch.response_trajectory],
-        "constant": lambda: present * config.constant_length,
-    }[config.aggregation]()
-    return jnp.where(inside, 1.0 / jnp.maximum(total, 1.0), 0.0)
-
-
-class TokenLoss(NamedTuple):
-    loss: jax.Array
-    ratio: jax.Array
-    clipped: jax.Array
-
-
-def clipped_policy_loss(logprobs, old, advantages, *, clip_low, clip_high):
-    ratio = jnp.exp(logprobs - old)
-    bounded = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    loss = -jnp.minimum(ratio * advantages, bounded * advantages)
-    return TokenLoss(loss, ratio, (bounded * advantages < ratio * advantages).astype(jnp.float32))
-
-
-def k3(logprobs, reference):
-    d = reference - logprobs
-    return jnp.exp(d) - 1 - d
+AGGREGATIONS: Mapping[str, Callable[[LearnerConfig], Aggregation]] = {
+    "token-mean": lambda config: token_mean,
+    "response-mean": lambda config: response_mean,
+    "trajectory-mean": lambda config: trajectory_mean,
+    "constant": lambda config: constant_length(config.constant_length),
+}
+"""Name → how tokens add up to a loss."""
 
 
 def supervised_objective() -> Objective:
@@ -82,7 +65,7 @@ def supervised_objective() -> Objective:
 
     def objective(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Measures]:
         sums = {"entropy": jnp.sum(entropies, where=tokens.mask)}
-        return -jnp.sum(tokens.weights * logprobs), Measures(sums, {})
+        return -jnp.sum(tokens.weights * logprobs, where=tokens.mask), Measures(sums, {})
 
     return objective
 
@@ -113,6 +96,7 @@ def policy_objective(config: LearnerConfig) -> Objective:
             "entropy": total(entropies),
             "parity_mean": total(gap),
         }
-        return jnp.sum(tokens.weights * loss), Measures(sums, {"ratio_max": top(token.ratio), "parity_max": top(gap)})
+        loss = jnp.sum(tokens.weights * loss, where=mask)
+        return loss, Measures(sums, {"ratio_max": top(token.ratio), "parity_max": top(gap)})
 
     return objective

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from aem_jax.advantage import token_advantages
 from aem_jax.batch import Batch, batch_shardings, packed_sharding
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.forward import REMAT, Rows, row_statistics
-from aem_jax.learner.objective import Objective, Tokens, policy_objective, supervised_objective, token_weights
+from aem_jax.learner.objective import AGGREGATIONS, Objective, Tokens, policy_objective, supervised_objective
 from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
 from aem_jax.learner.state import Params, TrainablePolicy, TrainState, abstract_state
 from aem_jax.sharding import replicated
@@ -127,20 +128,23 @@ def _at(packed: jax.Array, m: jax.Array) -> jax.Array:
 
 def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objective: Objective):
     """(state, batch, advantages, reference) -> (state, stats), to be jitted."""
+    aggregate = AGGREGATIONS[config.aggregation](config)
     optimizer = make_optimizer(config, policy.axes)
     schedule = make_schedule(config)
     param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh).params)
 
     def minibatch_gradient(params, batch: Batch, advantages, reference, minibatch):
-        """(gradient, loss, Measures) of one minibatch."""
-        weights = token_weights(batch, minibatch, config)
+        """(gradient, loss, Measures) of one minibatch, and its number of tokens."""
+        inside = batch.response_valid & (batch.trajectory_minibatch[batch.response_trajectory] == minibatch)
+        response_tokens = jnp.where(inside, batch.response_tokens, 0)
+        weights = aggregate(response_tokens, batch.response_trajectory, batch.valid.shape[0])
 
         def part(params, m):
             rows = _rows(batch, m)
-            mask = rows.response_ids >= 0
+            token_weights = token_advantages(weights, rows.response_ids)  # the same gather: 0 outside responses
             tokens = Tokens(
-                mask=mask,
-                weights=jnp.where(mask, weights[jnp.maximum(rows.response_ids, 0)], 0.0),
+                mask=token_weights > 0,
+                weights=token_weights,
                 logprobs=_at(batch.logprobs, m),
                 advantages=None if advantages is None else _at(advantages, m),
                 reference=None if reference is None else _at(reference, m),
@@ -161,7 +165,8 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
         zeros = (constrain(zeros[0]), *zeros[1:])
         ends = batch.minibatch_ends
         start = jnp.where(minibatch > 0, ends[minibatch - 1], 0)
-        return jax.lax.fori_loop(start, ends[minibatch], accumulate, zeros)
+        total = jax.lax.fori_loop(start, ends[minibatch], accumulate, zeros)
+        return *total, jnp.sum(response_tokens).astype(jnp.float32)
 
     def step(state: TrainState, batch: Batch, advantages, reference) -> tuple[TrainState, Stats]:
         num_minibatches = batch.minibatch_ends.shape[0]
@@ -174,9 +179,7 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
         def optimizer_step(carry, index):
             params, opt_state = carry
             minibatch = index % num_minibatches
-            gradient, loss, measures = minibatch_gradient(params, batch, advantages, reference, minibatch)
-            inside = batch.response_valid & (batch.trajectory_minibatch[batch.response_trajectory] == minibatch)
-            count = jnp.sum(batch.response_tokens, where=inside).astype(jnp.float32)
+            gradient, loss, measures, count = minibatch_gradient(params, batch, advantages, reference, minibatch)
             norm = optax.tree_utils.tree_norm(gradient)
             good = (count > 0) & jnp.isfinite(norm)
             updates, next_opt_state = optimizer.update(gradient, opt_state, params)
