@@ -2,8 +2,9 @@
 
     python -m benchmarks.envs [--games ../shared/alfworld] [--seconds 5]
 
-A step is: choose a random admissible command, do it, ask for the sorted admissible commands. A reset is: parse an already
-read file (domain, problem, grammar) and start a player. Each game is warmed up once; the last line is JSON.
+A step is: choose a random admissible command, do it, ask for the sorted admissible commands. A reset is: parse an
+already read file (domain, problem, grammar) and start a player. Each game is warmed up once. Times are CPU time of this
+one process, so that neighbours on a shared machine do not count; the last line is JSON.
 """
 
 import argparse
@@ -38,20 +39,20 @@ def measure_alfworld(folder: Path, seconds: float, seed: int = 0) -> dict[str, f
     for data in texts:
         parse = lambda data=data: Game(data["pddl_domain"], data["pddl_problem"], data["grammar"])  # noqa: E731
         parse()
-        began = time.perf_counter()
+        began = time.process_time()
         games.append(parse())
         start(games[-1])
-        resets.append(1e3 * (time.perf_counter() - began))
+        resets.append(1e3 * (time.process_time() - began))
     starts, steps, spent = [], 0, 0.0
     while spent < seconds:
         for game in games:
-            began = time.perf_counter()
+            began = time.process_time()
             player = start(game)
-            starts.append(1e3 * (time.perf_counter() - began))
-            began = time.perf_counter()
+            starts.append(1e3 * (time.process_time() - began))
+            began = time.process_time()
             for _ in range(EPISODE):
                 player.step(rng.choice(player.admissible))
-            spent += time.perf_counter() - began
+            spent += time.process_time() - began
             steps += EPISODE
     return {
         "environment": "alfworld",

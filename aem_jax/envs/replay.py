@@ -41,7 +41,8 @@ def replay_alfworld(games: Path, episodes: Sequence[Mapping[str, Any]]) -> Itera
             if step["command"] is not None:
                 player.step(step["command"])
             where = f"{name} {episode.get('policy', '')} step {at} {step['command']!r}"
-            yield where, {key: step[key] for key in ALFWORLD_FIELDS}, {key: getattr(player, key) for key in ALFWORLD_FIELDS}
+            recorded = {key: step[key] for key in ALFWORLD_FIELDS}
+            yield where, recorded, {key: getattr(player, key) for key in ALFWORLD_FIELDS}
 
 
 REPLAYS: dict[str, Callable[[Path, Sequence[Mapping[str, Any]]], Iterator[Step]]] = {"alfworld": replay_alfworld}
@@ -49,7 +50,7 @@ REPLAYS: dict[str, Callable[[Path, Sequence[Mapping[str, Any]]], Iterator[Step]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m aem_jax.envs.replay", description="Replay recorded episodes, step by step.")
+    parser = argparse.ArgumentParser(prog="python -m aem_jax.envs.replay", description="Replay recorded episodes.")
     parser.add_argument("environment", choices=sorted(REPLAYS))
     parser.add_argument("--games", type=Path, required=True, help="folder of the recorded games")
     parser.add_argument("--transcripts", type=Path, required=True, help="JSON lines, one episode a line")

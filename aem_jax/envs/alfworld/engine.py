@@ -1,19 +1,21 @@
 """A game and its players.
 
-`Game` is what a file says: reusable, never written. `Player` is one episode: its facts, what it may do, what it is told.
-After a step only the action schemas that read a predicate which just changed are asked again what is applicable.
+`Game` is what a file says: reusable, never written. `Player` is one episode: its facts, what it may do, what it saw.
+After a step, only the action schemas that read a predicate which just changed are asked again what is applicable.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from aem_jax.envs.alfworld.grammar import Entity, World, parse_grammar, text_reads
-from aem_jax.envs.alfworld.logic import Args, Facts, Slots, link, predicates, solver
+from aem_jax.envs.alfworld.facts import Args, Facts, link
+from aem_jax.envs.alfworld.grammar import parse_grammar, text_reads
+from aem_jax.envs.alfworld.logic import Slots, predicates, solver
 from aem_jax.envs.alfworld.pddl import parse_domain, parse_problem
+from aem_jax.envs.alfworld.query import Entity, World
 from aem_jax.envs.alfworld.schema import Schema, compile_actions, unless_idle
 
 NOTHING_HAPPENS = "Nothing happens."
@@ -75,9 +77,9 @@ class Game:
         data = read_json(path)
         missing = [key for key in ("pddl_domain", "pddl_problem", "grammar") if not isinstance(data.get(key), str)]
         if missing:
-            raise ValueError(f"expected a game file with pddl_domain, pddl_problem and grammar, got {path} without {missing}")
-        beside = (path.with_name(path.name.removesuffix(".tw-pddl") + ".traj_data.json"), path.with_name("traj_data.json"))
-        facts = next((read_json(p) for p in beside if p.exists()), {})
+            raise ValueError(f"expected a game file, got {path} without the texts {missing}")
+        beside = (path.name.removesuffix(".tw-pddl") + ".traj_data.json", "traj_data.json")
+        facts = next((read_json(path.with_name(name)) for name in beside if path.with_name(name).exists()), {})
         return Game(data["pddl_domain"], data["pddl_problem"], data["grammar"], str(facts.get("task_type", "")))
 
 
@@ -124,7 +126,9 @@ class _Commands:
 
     def __init__(self, game: Game, schema: Schema):
         if schema.action.name not in game.grammar.actions:
-            raise ValueError(f"expected the grammar to name a template for every action, got none for {schema.action.name!r}")
+            raise ValueError(
+                f"expected a template for every action in the grammar, got none for {schema.action.name!r}"
+            )
         self._grammar, self._template = game.grammar, game.grammar.actions[schema.action.name].command
         self._parameters = schema.parameters
         reads = text_reads(self._template)

@@ -66,7 +66,9 @@ class AlfworldEnv:
         load_game: payload -> game; lets tasks be made in memory instead of read from files.
     """
 
-    def __init__(self, config: AlfworldConfig | None = None, load_game: Callable[[Mapping[str, Any]], Game] = load_game):
+    def __init__(
+        self, config: AlfworldConfig | None = None, load_game: Callable[[Mapping[str, Any]], Game] = load_game
+    ):
         self._config = config or AlfworldConfig()
         self._load = _remembering(load_game, self._config.cached_games)
         self._player: Player | None = None

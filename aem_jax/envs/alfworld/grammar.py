@@ -1,13 +1,13 @@
 """TextWorld's TWL2 grammar: command templates and feedback, as written inside a game file.
 
-A document is a sequence of `grammar :: \"\"\"{JSON}\"\"\";` and `action name { template :: "…"; feedback :: "…"; grammar :: … }`.
-The JSON maps a symbol to rules `{"condition": query, "rhs": text}`; the first rule whose condition has a match is used.
-In a text: `#symbol#` derives a symbol, `{expression}` evaluates one over entities, `{x | query}` repeats x for every match
-of the query, and `[{x | query}]` joins the repetitions by the grammar's own list symbols.
+A document is a sequence of blocks `grammar :: (JSON in triple quotes);` and of
+`action name { template :: "…"; feedback :: "…"; grammar :: … }`. The JSON maps a symbol to rules
+`{"condition": query, "rhs": text}`; the first rule whose condition has a match is used.
+In a text: `#symbol#` derives a symbol, `{expression}` evaluates one over entities, `{x | query}` repeats x for every
+match of the query, and `[{x | query}]` joins the repetitions by the grammar's own list symbols.
 
-As in the stock engine, and visible in its output: white space that opens a text is dropped, a text ends silently where it
-stops making sense, a later definition of a symbol replaces an earlier one, and different variables of a query are
-different objects.
+As in the stock engine, and visible in its output: white space that opens a text is dropped, a text ends silently where
+it stops making sense, and a later definition of a symbol replaces an earlier one.
 """
 
 import ast
@@ -17,42 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from aem_jax.envs.alfworld.logic import Extensions, Facts
-
-Placeholder = tuple[str, str]
-"""A variable of a query: (name, type)."""
-Query = tuple[tuple[str, tuple[Placeholder, ...]], ...]
-"""A conjunction of (predicate, placeholders)."""
-
-
-@dataclass(frozen=True)
-class Entity:
-    """What an expression can say about an object: `{o.indefinite} {o.name}`."""
-
-    id: str
-    type: str
-    name: str
-    definite: str = "the"
-    indefinite: str = "a"
-    noun: str | None = None
-    adj: str | None = None
-    desc: str | None = None
-    room_type: str | None = None
-    synonyms: tuple[str, ...] | None = None
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """What texts are about: the facts of one player and the objects of its game."""
-
-    facts: Facts
-    entities: Mapping[str, Entity]
-    types: Extensions
-    ranks: Mapping[str, tuple[int, int]]
-    """Object -> (depth, place) of its type: rows of a query come by type first, then by the names of their arguments."""
+from aem_jax.envs.alfworld.query import Entity, Placeholder, Query, World, parse_query, solve
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +40,7 @@ class Context:
 
     def matches(self, query: Query) -> Iterator["Context"]:
         """Contexts for every match of the query, in the order of the facts' names."""
-        for bindings in _solve(query, self.world, self.bindings):
+        for bindings in solve(query, self.world, self.bindings):
             yield Context(self.grammar, self.world, bindings)
 
 
@@ -124,7 +89,9 @@ class Grammar:
         raise ValueError(f"expected some rule of '#{symbol}#' to apply, got none; add one without a condition")
 
 
-_TOKEN = re.compile(r'\s+|#[^\n]*|"""(?P<block>.*?)"""|"(?P<text>[^"]*)"|(?P<word>[\w/-]+)|(?P<mark>::|[{};])', re.DOTALL)
+_TOKEN = re.compile(
+    r'\s+|#[^\n]*|"""(?P<block>.*?)"""|"(?P<text>[^"]*)"|(?P<word>[\w/-]+)|(?P<mark>::|[{};])', re.DOTALL
+)
 
 
 def parse_grammar(document: str) -> Grammar:
@@ -189,36 +156,22 @@ def _block(text: str) -> dict[str, tuple[Rule, ...]]:
     }
 
 
-@lru_cache(maxsize=4096)
-def parse_query(text: str) -> Query:
-    """`p(a:t, b:u) & q(a:t)` -> ((p, ((a, t), (b, u))), (q, ((a, t),))); an empty text is an empty query."""
-    query = []
-    for part in text.split("&") if text.strip() else ():
-        found = re.fullmatch(r"\s*(!?[\w/]+)\s*\(([^()]*)\)\s*", part)
-        if found is None:
-            raise ValueError(f"expected a query like 'p(a:t) & q(a:t, b:u)', got {text!r}")
-        pairs = [[side.strip() for side in item.split(":")] for item in found[2].split(",") if item.strip()]
-        query.append((found[1], tuple((pair[0], pair[-1]) for pair in pairs)))
-    return tuple(query)
-
-
 _TEXT = re.compile(
     r"""\t*(?:
       \#(?P<symbol>[\w()/!<>\-\s,.]+)\#
-    | (?P<list>\[)?\{(?:\#(?P<each>[\w()/!<>\-\s,.]+)\#|(?P<expression>[^|\[\]{}\n<>]+))
+    | (?P<list>\[)?\{(?:\#(?P<each>[\w()/!<>\-\s,.]+)\#|(?P<expression>(?!\#)[^|\[\]{}\n<>]+))
       (?:\s*\|\s*(?P<query>[^;|{}\n\[\]\#]+))?\}(?(list)\])
     | "(?P<quoted>[^;|"<>\[\]\#{}]*)"
     | (?P<plain>[^;|"<>\[\]\#{}]+)
     )""",
     re.VERBOSE,
 )
-_OPENING = re.compile(r"(?:\s+|//[^\n]*)*")
 
 
 @lru_cache(maxsize=8192)
 def parse_text(text: str) -> tuple[Emit, ...]:
     """Compiles a text to the pieces that write it."""
-    pieces, position = [], _OPENING.match(text).end()
+    pieces, position = [], _opening(text)
     while found := _TEXT.match(text, position):
         position = found.end()
         if found["symbol"]:
@@ -229,6 +182,12 @@ def parse_text(text: str) -> tuple[Emit, ...]:
         else:
             pieces.append(_plain(found["plain"] or found["quoted"] or ""))
     return tuple(pieces)
+
+
+def _opening(text: str) -> int:
+    """Where a text begins, after white space and `//` comments."""
+    found = re.match(r"(?:\s+|//[^\n]*)*", text)
+    return found.end() if found else 0
 
 
 def _plain(text: str) -> Emit:
@@ -291,7 +250,7 @@ def _evaluator(node: ast.expr) -> Callable[[Context], object]:
         case ast.IfExp(test, body, orelse):
             condition, yes, no = _evaluator(test), _evaluator(body), _evaluator(orelse)
             return lambda context: yes(context) if condition(context) else no(context)
-    raise ValueError(f"expected names, attributes, strings, +, and, or, not in an expression, got {ast.unparse(node)!r}")
+    raise ValueError(f"expected only names, attributes, strings, +, and, or, not, if, got {ast.unparse(node)!r}")
 
 
 def _first(parts: list[Callable[[Context], object]], stop: bool, context: Context) -> object:
@@ -306,60 +265,16 @@ def _first(parts: list[Callable[[Context], object]], stop: bool, context: Contex
 
 @lru_cache(maxsize=1024)
 def text_reads(text: str) -> tuple[frozenset[str], frozenset[str]] | None:
-    """What a text depends on: (names of variables, predicates), or None if it derives symbols and so may read anything."""
-    names, predicates, position = set(), set(), _OPENING.match(text).end()
+    """What a text depends on: (names of variables, predicates); None if it derives symbols and so may read anything."""
+    names, predicates, position = set(), set(), _opening(text)
     while found := _TEXT.match(text, position):
         position = found.end()
         if found["symbol"] or found["each"]:
             return None
         if found["expression"]:
-            names |= {node.id for node in ast.walk(ast.parse(found["expression"].strip())) if isinstance(node, ast.Name)}
+            tree = ast.parse(found["expression"].strip())
+            names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         for predicate, placeholders in parse_query(found["query"] or ""):
             predicates.add(predicate.removeprefix("not_"))
             names |= {name for name, _ in placeholders}
     return frozenset(names), frozenset(predicates)
-
-
-def _solve(query: Query, world: World, bindings: Mapping[Placeholder, str]) -> Iterator[Mapping[Placeholder, str]]:
-    if not query:
-        yield bindings
-        return
-    (predicate, placeholders), rest = query[0], query[1:]
-    known = [(at, bindings[key]) for at, key in enumerate(placeholders) if key in bindings]
-    members = []
-    for _, kind in placeholders:
-        if kind not in world.types:
-            raise ValueError(f"expected a type of the domain in {predicate!r}, got {kind!r}")
-        members.append(world.types[kind])
-    if len(known) == len(placeholders):
-        args = tuple([name for _, name in known])
-        if args in world.facts.rows(predicate) and all(name in kind for name, kind in zip(args, members, strict=True)):
-            yield from _solve(rest, world, bindings)
-        return
-    if known:
-        positions = tuple([at for at, _ in known])
-        key = known[0][1] if len(known) == 1 else tuple([name for _, name in known])
-        rows = world.facts.index(predicate, positions).get(key, ())
-    else:
-        rows = world.facts.rows(predicate)
-    for args in _ordered(rows, world.ranks):
-        if len(args) != len(placeholders) or not all(name in kind for name, kind in zip(args, members, strict=True)):
-            continue
-        extended = dict(bindings)
-        taken = set(bindings.values())
-        for key, name in zip(placeholders, args, strict=True):
-            if extended.get(key) != name:
-                if key in extended or name in taken:
-                    break
-                extended[key] = name
-                taken.add(name)
-        else:
-            yield from _solve(rest, world, extended)
-
-
-def _ordered(rows, ranks: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
-    """Rows sorted by the types of their arguments (shallow first), then by name."""
-    ordered = sorted(rows)
-    if len({tuple([ranks[name] for name in args]) for args in ordered}) > 1:
-        ordered.sort(key=lambda args: (sum(ranks[name][0] for name in args), [ranks[name][1] for name in args]))
-    return ordered

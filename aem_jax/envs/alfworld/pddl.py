@@ -225,9 +225,9 @@ def _effects(tree: list, variables: Variables, condition: Formula) -> Iterator[E
         yield Effect(variables, condition, True, Atom(tag, tuple(rest)))
 
 
-def _typed(items: list[str]) -> Variables:
+def _typed(tokens: list) -> Variables:
     """`a b - t c` -> ((a, t), (b, t), (c, object))."""
-    result, waiting, items = [], [], iter(items)
+    result, waiting, items = [], [], iter(tokens)
     for item in items:
         if not isinstance(item, str):
             raise ValueError(f"expected a list of names with plain types, got the nested {' '.join(map(str, item))!r}")

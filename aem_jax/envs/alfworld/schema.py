@@ -9,22 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from aem_jax.envs.alfworld.grammar import Placeholder
-from aem_jax.envs.alfworld.logic import (
-    Args,
-    Extensions,
-    Facts,
-    Part,
-    Run,
-    Slots,
-    Step,
-    alternatives,
-    chain,
-    link,
-    predicates,
-    solver,
-)
+from aem_jax.envs.alfworld.facts import Args, Extensions, Facts, Run, Step, link
+from aem_jax.envs.alfworld.logic import Part, Slots, alternatives, chain, predicates, solver
 from aem_jax.envs.alfworld.pddl import TRUE, Action, Atom, Effect, Not, parse_domain
+from aem_jax.envs.alfworld.query import Placeholder
 
 Change = tuple[str, Args]
 """A fact: (predicate, arguments)."""

@@ -1,0 +1,182 @@
+"""Facts with indexes, and searches over them.
+
+A search is a chain of steps: match an atom against an index, check a bound one, compare, test a nested condition, or
+run through a type. A chain is data (made once per domain, by `logic`); `link` turns it into nested closures over one
+player's facts. Bindings live in a flat list, one slot per variable or constant.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+
+from aem_jax.envs.alfworld.pddl import ROOT_TYPE
+
+Args = tuple[str, ...]
+Run = Callable[[list[str]], bool]
+"""Runs the rest of a chain on the bindings; True stops the search."""
+Extensions = Mapping[str, frozenset[str]]
+"""Type -> objects of it, subtypes included."""
+
+
+class Facts:
+    """Sets of argument tuples by predicate, with indexes by bound positions that are built when first asked for.
+
+    Predicates outside `fluents` are looked up in `base`, which is shared by all players of a game and never written.
+    """
+
+    def __init__(self, rows: Mapping[str, Iterable[Args]], base: "Facts | None" = None):
+        self._rows = {predicate: set(args) for predicate, args in rows.items()}
+        self._indexes: dict[str, dict[tuple[int, ...], dict]] = {}
+        self._base = base
+
+    def rows(self, predicate: str) -> set[Args]:
+        """All facts of a predicate (a live set)."""
+        if self._base is not None and predicate not in self._rows:
+            return self._base.rows(predicate)
+        return self._rows.setdefault(predicate, set())
+
+    def index(self, predicate: str, positions: tuple[int, ...]) -> dict:
+        """Facts by their arguments at `positions`: a name for one position, else a tuple of names (live)."""
+        if self._base is not None and predicate not in self._rows:
+            return self._base.index(predicate, positions)
+        indexes = self._indexes.setdefault(predicate, {})
+        if positions not in indexes:
+            index, key = {}, itemgetter(*positions)
+            for args in self.rows(predicate):
+                index.setdefault(key(args), set()).add(args)
+            indexes[positions] = index
+        return indexes[positions]
+
+    def add(self, predicate: str, args: Args) -> bool:
+        """Makes a fact true; returns whether it was false."""
+        rows = self._rows[predicate]
+        if args in rows:
+            return False
+        rows.add(args)
+        for positions, index in self._indexes.get(predicate, {}).items():
+            index.setdefault(itemgetter(*positions)(args), set()).add(args)
+        return True
+
+    def discard(self, predicate: str, args: Args) -> bool:
+        """Makes a fact false; returns whether it was true."""
+        rows = self._rows[predicate]
+        if args not in rows:
+            return False
+        rows.discard(args)
+        for positions, index in self._indexes.get(predicate, {}).items():
+            index[itemgetter(*positions)(args)].discard(args)
+        return True
+
+    def __iter__(self):
+        for source in (self._base, self):
+            for predicate, rows in source._rows.items() if source is not None else ():
+                for args in rows:
+                    yield predicate, args
+
+
+@dataclass(frozen=True)
+class Match:
+    """Binds the free arguments of an atom to those of every fact that agrees with the bound ones."""
+
+    predicate: str
+    bound: tuple[tuple[int, int], ...]
+    """(position, slot) pairs that are known."""
+    free: tuple[tuple[int, int, str], ...]
+    """(position, slot, type) triples to bind."""
+
+    def link(self, facts: Facts, types: Extensions, then: Run) -> Run:
+        free = [(at, slot, None if kind == ROOT_TYPE else types.get(kind, frozenset())) for at, slot, kind in self.free]
+        if self.bound:
+            index = facts.index(self.predicate, tuple(at for at, _ in self.bound))
+            key = itemgetter(*(slot for _, slot in self.bound))
+            select = lambda b: index.get(key(b), ())  # noqa: E731
+        else:
+            rows = facts.rows(self.predicate)
+            select = lambda b: rows  # noqa: E731
+
+        def run(b: list[str]) -> bool:
+            for args in select(b):
+                for at, slot, members in free:
+                    name = args[at]
+                    if members is not None and name not in members:
+                        break
+                    b[slot] = name
+                else:
+                    if then(b):
+                        return True
+            return False
+
+        return run
+
+
+@dataclass(frozen=True)
+class Check:
+    """Goes on if a fully bound atom is (not) a fact."""
+
+    predicate: str
+    slots: tuple[int, ...]
+    wanted: bool
+
+    def link(self, facts: Facts, types: Extensions, then: Run) -> Run:
+        rows, slots, wanted = facts.rows(self.predicate), self.slots, self.wanted
+        if len(slots) == 1:
+            (slot,) = slots
+            return lambda b: ((b[slot],) in rows) is wanted and then(b)
+        return lambda b: (tuple([b[slot] for slot in slots]) in rows) is wanted and then(b)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Goes on if two bindings are (not) the same object."""
+
+    slots: tuple[int, int]
+    wanted: bool
+
+    def link(self, facts: Facts, types: Extensions, then: Run) -> Run:
+        (left, right), wanted = self.slots, self.wanted
+        return lambda b: (b[left] == b[right]) is wanted and then(b)
+
+
+@dataclass(frozen=True)
+class Test:
+    """Goes on if one (or, unless `wanted`, none) of the alternatives has a solution."""
+
+    alternatives: tuple[tuple["Step", ...], ...]
+    wanted: bool
+
+    def link(self, facts: Facts, types: Extensions, then: Run) -> Run:
+        runs, wanted = [link(steps, facts, types, lambda b: True) for steps in self.alternatives], self.wanted
+        if len(runs) == 2:
+            first, second = runs
+            return lambda b: (first(b) or second(b)) is wanted and then(b)
+        return lambda b: any(run(b) for run in runs) is wanted and then(b)
+
+
+@dataclass(frozen=True)
+class Each:
+    """Binds a variable to every object of its type."""
+
+    slot: int
+    type: str
+
+    def link(self, facts: Facts, types: Extensions, then: Run) -> Run:
+        slot, members = self.slot, sorted(types.get(self.type, ()))
+
+        def run(b: list[str]) -> bool:
+            for name in members:
+                b[slot] = name
+                if then(b):
+                    return True
+            return False
+
+        return run
+
+
+Step = Match | Check | Compare | Test | Each
+
+
+def link(steps: Iterable[Step], facts: Facts, types: Extensions, then: Run) -> Run:
+    """Closes a chain of steps over one set of facts; `then` is called at every solution."""
+    for step in reversed(tuple(steps)):
+        then = step.link(facts, types, then)
+    return then

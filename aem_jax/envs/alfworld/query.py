@@ -1,0 +1,110 @@
+"""The world that texts are about, and the conjunctive queries by which they ask about it.
+
+As in the stock engine, and visible in its lists: rows come in the order of their types, then of the ids of their
+arguments, and different variables of a query are different objects.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from aem_jax.envs.alfworld.facts import Extensions, Facts
+
+Placeholder = tuple[str, str]
+"""A variable of a query: (name, type)."""
+Query = tuple[tuple[str, tuple[Placeholder, ...]], ...]
+"""A conjunction of (predicate, placeholders)."""
+
+
+@dataclass(frozen=True)
+class Entity:
+    """What an expression can say about an object: `{o.indefinite} {o.name}`."""
+
+    id: str
+    type: str
+    name: str
+    definite: str = "the"
+    indefinite: str = "a"
+    noun: str | None = None
+    adj: str | None = None
+    desc: str | None = None
+    room_type: str | None = None
+    synonyms: tuple[str, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What texts are about: the facts of one player and the objects of its game."""
+
+    facts: Facts
+    entities: Mapping[str, Entity]
+    types: Extensions
+    ranks: Mapping[str, tuple[int, int]]
+    """Object -> (depth, place) of its type: rows of a query come by type first, then by the ids of their arguments."""
+
+
+@lru_cache(maxsize=4096)
+def parse_query(text: str) -> Query:
+    """`p(a:t, b:u) & q(a:t)` -> ((p, ((a, t), (b, u))), (q, ((a, t),))); an empty text is an empty query."""
+    query = []
+    for part in text.split("&") if text.strip() else ():
+        found = re.fullmatch(r"\s*(!?[\w/]+)\s*\(([^()]*)\)\s*", part)
+        if found is None:
+            raise ValueError(f"expected a query like 'p(a:t) & q(a:t, b:u)', got {text!r}")
+        pairs = [[side.strip() for side in item.split(":")] for item in found[2].split(",") if item.strip()]
+        query.append((found[1], tuple((pair[0], pair[-1]) for pair in pairs)))
+    return tuple(query)
+
+
+def solve(query: Query, world: World, bindings: Mapping[Placeholder, str]) -> Iterator[Mapping[Placeholder, str]]:
+    """All ways to extend `bindings` so that every atom of the query is a fact, in the order of the facts.
+
+    Raises:
+        ValueError: a placeholder of a type that the domain does not have.
+    """
+    if not query:
+        yield bindings
+        return
+    (predicate, placeholders), rest = query[0], query[1:]
+    known = [(at, bindings[key]) for at, key in enumerate(placeholders) if key in bindings]
+    members = []
+    for _, kind in placeholders:
+        if kind not in world.types:
+            raise ValueError(f"expected a type of the domain in {predicate!r}, got {kind!r}")
+        members.append(world.types[kind])
+    if len(known) == len(placeholders):
+        args = tuple([name for _, name in known])
+        if args in world.facts.rows(predicate) and all(name in kind for name, kind in zip(args, members, strict=True)):
+            yield from solve(rest, world, bindings)
+        return
+    if known:
+        positions = tuple([at for at, _ in known])
+        key = known[0][1] if len(known) == 1 else tuple([name for _, name in known])
+        rows = world.facts.index(predicate, positions).get(key, ())
+    else:
+        rows = world.facts.rows(predicate)
+    for args in _ordered(rows, world.ranks):
+        if len(args) != len(placeholders) or not all(name in kind for name, kind in zip(args, members, strict=True)):
+            continue
+        extended = dict(bindings)
+        taken = set(bindings.values())
+        for key, name in zip(placeholders, args, strict=True):
+            if extended.get(key) != name:
+                if key in extended or name in taken:
+                    break
+                extended[key] = name
+                taken.add(name)
+        else:
+            yield from solve(rest, world, extended)
+
+
+def _ordered(rows, ranks: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
+    """Rows sorted by the types of their arguments (shallow first), then by name."""
+    ordered = sorted(rows)
+    if len({tuple([ranks[name] for name in args]) for args in ordered}) > 1:
+        ordered.sort(key=lambda args: (sum(ranks[name][0] for name in args), [ranks[name][1] for name in args]))
+    return ordered

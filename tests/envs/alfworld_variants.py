@@ -1,0 +1,40 @@
+"""Game data rewritten in other wordings and other PDDL, so that nothing of one release can be built in."""
+
+import re
+from typing import Any
+
+_REPLACED = {
+    "pddl_domain": (
+        ("(?a - agent ?lStart - location ?lEnd - location ?r - receptacle)", "(?a - agent ?lStart ?lEnd - location)"),
+        (
+            "(receptacleAtLocation ?r ?lEnd)\n                    ;(exists",
+            "(exists (?r - receptacle) (receptacleAtLocation ?r ?lEnd))\n                    ;(exists",
+        ),
+    ),
+    "grammar": (
+        ("move {o} to {r}", "put {o} in/on {r}"),
+        ("You move the {o.name} to the {r.name}.", "You put the {o.name} in/on the {r.name}."),
+        (
+            "You arrive at {r.name}. #examineReceptacle.feedback#",
+            "You arrive at {lend.name}. "
+            "{#examineReceptacle.feedback# | receptacleatlocation(r:receptacle, lend:location)}",
+        ),
+    ),
+}
+
+
+def first_release(data: dict[str, Any]) -> dict[str, Any]:
+    """The same game as older files tell it: `put X in/on Y`, `You arrive at loc 12`, one goes to places, not to things.
+
+    The first two receptacles come to stand at one place, so that a command can name both.
+    """
+    data = dict(data)
+    for key, pairs in _REPLACED.items():
+        for old, new in pairs:
+            if old not in data[key]:
+                raise ValueError(f"expected {old!r} in {key}, got none")
+            data[key] = data[key].replace(old, new)
+    kept, merged = sorted(set(re.findall(r"\(receptacleAtLocation \w+ (\w+)\)", data["pddl_problem"])))[:2]
+    facts = data["pddl_problem"].index("(:init")
+    data["pddl_problem"] = data["pddl_problem"][:facts] + data["pddl_problem"][facts:].replace(merged + ")", kept + ")")
+    return data
