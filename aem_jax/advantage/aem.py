@@ -194,9 +194,9 @@ def _nan_if(condition: jax.Array, value: jax.Array) -> jax.Array:
 def _check_groups(
     entropy: ArrayLike, group_ids: ArrayLike, num_groups: int, valid: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, int, jax.Array]:
-    """(entropy, group_ids, num_groups, valid) as checked arrays, entropy a constant, valid without the unfit."""
+    """(entropy, group_ids, num_groups, valid) as checked arrays; valid leaves out what has no group or no entropy."""
     num_groups = static_count("num_groups", num_groups)
-    entropy = jax.lax.stop_gradient(float_array("response_entropy", entropy))
+    entropy = float_array("response_entropy", entropy)
     group_ids = id_array("group_ids", group_ids, num_groups)
     one_axis("response_entropy", entropy)
     same_shape(response_entropy=entropy, group_ids=group_ids)
