@@ -21,7 +21,7 @@ ResponseAdvantages = Callable[..., Array]
 
 @dataclass(frozen=True)
 class AemConfig:
-    """AEM's coefficient: alpha = exp(-strength * H) / mean of it over the group, H the response entropy scaled to 0..1."""
+    """AEM's coefficient: alpha = exp(-strength * H) / its mean over the group, H the entropy scaled to 0..1."""
 
     strength: float = 1.0
     """How strongly uncertain responses are weighed down (the paper's lambda); 0 gives the base algorithm."""

@@ -62,7 +62,15 @@ class Evaluation:
         """One line of `evaluations.jsonl`."""
         rest = {"mean_turns": self.mean_turns, "mean_return": self.mean_return, "env_errors": self.env_errors}
         by_kind = {kind: asdict(rate) for kind, rate in self.by_kind.items()}
-        return {"step": step, "phase": phase, "set": self.set, "split": self.split, **asdict(self.rate), "by_kind": by_kind, **rest}
+        return {
+            "step": step,
+            "phase": phase,
+            "set": self.set,
+            "split": self.split,
+            **asdict(self.rate),
+            "by_kind": by_kind,
+            **rest,
+        }
 
 
 def rate(wins: Sequence[bool]) -> Rate:

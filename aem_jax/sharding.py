@@ -1,11 +1,11 @@
 """One mesh, two layouts.
 
 Every array dimension has a logical name; the two tables below say which mesh axes carry it while *learning* (float32
-masters spread over fsdp x tensor) and while *sampling* (weights whole on every data replica, split over tensor alone, so
-that a decode step gathers no weights). Nothing else in the project names a mesh axis.
+masters spread over fsdp x tensor) and while *sampling* (weights whole on every data replica, split over tensor alone,
+so that a decode step gathers no weights). Nothing else in the project names a mesh axis.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class MeshConfig:
     """Ways in which heads, MLP and vocabulary are split."""
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the one mesh (axes data, fsdp, tensor) over `devices` (all of them by default).
 
     Raises:
@@ -64,7 +64,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     total = sizes[0] * sizes[1] * sizes[2]
     if total != len(devices):
         raise ValueError(
-            f"expected data x fsdp x tensor = {len(devices)} devices, got {config.data} x {config.fsdp} x {config.tensor};"
+            f"expected data x fsdp x tensor = {len(devices)} devices, "
+            f"got {config.data} x {config.fsdp} x {config.tensor};"
             " set --mesh.data, --mesh.fsdp or --mesh.tensor so that the product fits, or one of them to -1"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -97,7 +98,8 @@ def shardings(mesh: Mesh, axes: Any, rules: Rules, shapes: Any = None) -> Any:
                     ways *= mesh.shape[axis]
                 if size % ways:
                     raise ValueError(
-                        f"expected dimension {name!r} divisible by {ways} (mesh axis {entry!r}), got {size}; choose another mesh shape"
+                        f"expected dimension {name!r} divisible by {ways} (mesh axis {entry!r}), "
+                        f"got {size}; choose another mesh shape"
                     )
         return NamedSharding(mesh, spec)
 

@@ -138,7 +138,9 @@ def learner_metrics(stats: Metrics) -> Metrics:
 
 def transcripts(trajectories: Sequence[Trajectory], credit: Credit, step: int, count: int = 10) -> list[dict[str, Any]]:
     """Episodes to look at, won and lost by turns, each turn with its entropy, alpha and base advantage."""
-    base, alpha, entropies = (np.asarray(x) for x in jax.device_get((credit.base, credit.coefficients, credit.entropies)))
+    base, alpha, entropies = (
+        np.asarray(x) for x in jax.device_get((credit.base, credit.coefficients, credit.entropies))
+    )
     starts, first = [], 0
     for t in trajectories:
         starts.append(first)

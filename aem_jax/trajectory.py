@@ -39,7 +39,7 @@ class Turn:
     """One observation and the response to it.
 
     Attributes:
-        observation_ids: i32[n], the ids that the model saw since the previous response (prompt or observation with chat markup).
+        observation_ids: i32[n], the ids that the model saw since the previous response, chat markup included.
         response_ids: i32[m], the ids that it sampled, stop id included.
         logprobs: f32[m], log-probability of each sampled id at the sampling temperature, nats.
         entropies: f32[m], entropy of the distribution that each id was drawn from, nats.

@@ -29,11 +29,7 @@ class WarmstartConfig:
     """Leave out episodes that the expert lost."""
 
 
-
-
-def demonstrate(
-    env: Environment, act: Act, task: Task, chat: Any, *, instruction: str, max_turns: int
-) -> Trajectory:
+def demonstrate(env: Environment, act: Act, task: Task, chat: Any, *, instruction: str, max_turns: int) -> Trajectory:
     """One expert episode as a trajectory in the append context: the ids that a policy would have heard and said.
 
     Logprobs and entropies are zero: nobody sampled these responses.
@@ -51,7 +47,14 @@ def demonstrate(
         valid = bool(exchange.result.info.get("valid_action", True))
         turns.append(
             Turn(
-                np.asarray(heard, np.int32), said, blank, blank, exchange.result.reward, valid, exchange.observation, exchange.response
+                np.asarray(heard, np.int32),
+                said,
+                blank,
+                blank,
+                exchange.result.reward,
+                valid,
+                exchange.observation,
+                exchange.response,
             )
         )
     last = exchanges[-1].result if exchanges else None
@@ -63,7 +66,9 @@ def demonstrate(
 def shuffled_batches(items: Sequence[Trajectory], size: int, seed: int) -> Iterator[list[Trajectory]]:
     """Batches of `size` without end: each pass over the items in a new order, which seed and pass alone decide."""
     if not items:
-        raise ValueError("expected at least one demonstration, got none; the expert won no episode, or warmstart.episodes is 0")
+        raise ValueError(
+            "expected at least one demonstration, got none; the expert won no episode, or warmstart.episodes is 0"
+        )
     order: list[int] = []
     epoch = 0
     while True:

@@ -125,7 +125,7 @@ def cacheless(policy: Policy, params: Params, ids: Sequence[int] | np.ndarray) -
 
 
 def cacheless_gap(policy: Policy, params: Params, episode: Episode, temperature: float = 1.0) -> tuple[float, float]:
-    """Largest difference of the episode's logprobs and entropies from those of one cache-less pass over the whole of it."""
+    """Largest difference of the episode's logprobs and entropies from those of one cache-less pass over it."""
     ids = np.concatenate([part for pair in zip(episode.heard, episode.spoken, strict=True) for part in pair])
     logits = cacheless(policy, params, ids).astype(np.float64) / temperature
     table = logits - logits.max(1, keepdims=True)

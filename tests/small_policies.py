@@ -1,4 +1,4 @@
-"""Small policies for tests: random weights that numpy's frozen generator makes, so that any machine makes the same ones."""
+"""Small policies for tests: random weights by numpy's frozen generator, so that any machine makes the same ones."""
 
 import jax
 import jax.numpy as jnp

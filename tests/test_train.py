@@ -90,7 +90,9 @@ def test_it_learns(strength):
     assert int(state.step) == 40
     alphas = [turn["alpha"] for episode in found for turn in episode["turns"]]
     assert (len(set(alphas)) > 1) <= (strength > 0)
-    assert all(set(turn) >= {"observation", "response", "entropy", "alpha", "advantage"} for e in found for turn in e["turns"])
+    assert all(
+        set(turn) >= {"observation", "response", "entropy", "alpha", "advantage"} for e in found for turn in e["turns"]
+    )
 
 
 def test_a_run_is_a_function_of_its_seed():

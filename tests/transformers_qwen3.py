@@ -1,4 +1,4 @@
-"""Hugging Face transformers' Qwen3 (torch) with our parameters: the reference for logits. torch is imported when called."""
+"""Hugging Face transformers' Qwen3 (torch) with our parameters: the reference for logits. torch is imported late."""
 
 import numpy as np
 

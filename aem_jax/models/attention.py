@@ -1,4 +1,4 @@
-"""The two attentions of a decoder: over packed rows, and of a chunk of new tokens beside a cache. Softmax in float32."""
+"""The two attentions of a decoder: over packed rows, and of a chunk beside a cache. Softmax in float32."""
 
 import jax
 import jax.numpy as jnp

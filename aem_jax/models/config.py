@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of Qwen3's form: grouped-query attention with q/k norm, rotary positions, SwiGLU, tied or untied head."""
+    """A decoder of Qwen3's form: grouped queries, q/k norm, rotary positions, SwiGLU, tied or untied head."""
 
     vocab_size: int
     hidden_size: int

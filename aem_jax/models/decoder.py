@@ -1,8 +1,8 @@
 """The decoder in Flax NNX. Layers are stacked and scanned, so that compile time does not grow with depth.
 
-Two ways through the same weights: `hidden` sees whole packed rows (learning), `extend` sees a chunk of new tokens beside a
-KV cache (sampling). The cache is read-only inside `extend`; the chunk's keys and values come back to the caller, who merges them
-once per chunk. So a decode step copies no cache, whatever its size.
+Two ways through the same weights: `hidden` sees whole packed rows (learning), `extend` sees a chunk of new tokens
+beside a KV cache (sampling). The cache is read-only inside `extend`; the chunk's keys and values come back to the
+caller, who merges them once per chunk. So a decode step copies no cache, whatever its size.
 """
 
 from collections.abc import Callable

@@ -30,7 +30,7 @@ class RolloutConfig:
     windows: tuple[int, ...] = (1024, 2048, 4096)
     """Context lengths that attention is compiled for, below context_tokens."""
     context: str = "append"
-    """append: one growing sequence an episode. window: each turn's prompt holds the first observation and the last turns."""
+    """append: one growing sequence an episode. window: each prompt holds the first observation and the last turns."""
     window_turns: int = 2
     """Turns that a windowed prompt looks back on."""
     instruction: str = ""
@@ -39,19 +39,29 @@ class RolloutConfig:
     """How often an episode is begun again after an environment error, before it is masked."""
 
     def __post_init__(self) -> None:
-        for name in ("groups_per_step", "group_size", "num_slots", "num_cohorts", "max_turns", "response_tokens", "decode_chunk"):
+        for name in (
+            "groups_per_step",
+            "group_size",
+            "num_slots",
+            "num_cohorts",
+            "max_turns",
+            "response_tokens",
+            "decode_chunk",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected rollout.{name} >= 1, got {getattr(self, name)}")
         if self.num_slots % self.num_cohorts:
             raise ValueError(
-                f"expected rollout.num_slots divisible by rollout.num_cohorts, got {self.num_slots} and {self.num_cohorts}"
+                "expected rollout.num_slots divisible by rollout.num_cohorts, "
+                f"got {self.num_slots} and {self.num_cohorts}"
             )
         if not self.extend_buckets or min(self.extend_buckets) < 1:
             raise ValueError(f"expected positive rollout.extend_buckets, got {self.extend_buckets}")
         if self.prompt_tokens + self.response_tokens > self.context_tokens:
             raise ValueError(
-                f"expected prompt_tokens + response_tokens <= context_tokens, got {self.prompt_tokens} + {self.response_tokens} > "
-                f"{self.context_tokens}; raise rollout.context_tokens"
+                "expected prompt_tokens + response_tokens <= context_tokens, "
+                f"got {self.prompt_tokens} + {self.response_tokens} > {self.context_tokens}; "
+                "raise rollout.context_tokens"
             )
         if self.context not in ("append", "window"):
             raise ValueError(f"expected rollout.context 'append' or 'window', got {self.context!r}")

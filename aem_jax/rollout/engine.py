@@ -1,8 +1,9 @@
 """The conversation: episodes <-> slots <-> environments. The only room that sees both text and tokens.
 
-Slots are divided into cohorts. A cohort's turn is: hear what its environments answered, compute those ids, decode until every
-response of the cohort has ended, send the responses off. While it waits for its environments, the next cohort has the device. Who decodes
-with whom never depends on timing, so a run is a function of its seed; refilled slots and retried episodes take keys of their own.
+Slots are divided into cohorts. A cohort's turn is: hear what its environments answered, compute those ids, decode until
+every response of the cohort has ended, send the responses off. While it waits for its environments, the next cohort has
+the device. Who decodes with whom never depends on timing, so a run is a function of its seed; refilled slots and
+retried episodes take keys of their own.
 """
 
 import logging
@@ -106,7 +107,9 @@ class Rollout:
         rows = self._prompts.lengths.shape[0]
         zeros = lambda n: np.zeros(n, np.int32)  # noqa: E731
         for bucket in c.extend_buckets:
-            self._prompts = sampler.extend(params, self._prompts, np.zeros((rows, bucket), np.int32), zeros(rows), window=c.prompt_tokens)
+            self._prompts = sampler.extend(
+                params, self._prompts, np.zeros((rows, bucket), np.int32), zeros(rows), window=c.prompt_tokens
+            )
         self._prompts = sampler.rewind(self._prompts, zeros(rows))
         for cohort in self._cohorts[:1]:
             n = len(cohort.slots)
@@ -114,7 +117,9 @@ class Rollout:
             cohort.state = sampler.fork(cohort.state, self._prompts, source, prng, window=c.prompt_tokens)
             for window in sampler.windows:
                 for bucket in c.extend_buckets:
-                    cohort.state = sampler.extend(params, cohort.state, np.zeros((n, bucket), np.int32), zeros(n), window=window)
+                    cohort.state = sampler.extend(
+                        params, cohort.state, np.zeros((n, bucket), np.int32), zeros(n), window=window
+                    )
                 cohort.state, _ = sampler.decode(params, cohort.state, zeros(n), c.decode_chunk, window=window)
             cohort.state = sampler.rewind(cohort.state, zeros(n))
 
@@ -201,7 +206,16 @@ class Rollout:
             heard_ids, heard_text = episode.heard
             text = self._chat.decode(ids.tolist())
             episode.turns.append(
-                Turn(np.asarray(heard_ids, np.int32), ids, logprobs, entropies, float(result.reward), valid, heard_text, text)
+                Turn(
+                    np.asarray(heard_ids, np.int32),
+                    ids,
+                    logprobs,
+                    entropies,
+                    float(result.reward),
+                    valid,
+                    heard_text,
+                    text,
+                )
             )
             episode.ids.extend(ids.tolist())
             if result.terminated:
@@ -211,15 +225,17 @@ class Rollout:
             if config.context == "append":
                 keep, new = appended_ids(self._chat, episode, result.observation, closed)
             else:
-                keep, new = windowed_ids(self._chat, episode, result.observation, config.instruction, config.window_turns)
+                keep, new = windowed_ids(
+                    self._chat, episode, result.observation, config.instruction, config.window_turns
+                )
             if keep + len(new) >= config.context_tokens:
                 return Ending.TRUNCATED
         else:
             keep, new = 0, self._chat.prompt_ids(first_messages(config.instruction, result.observation))
             if len(new) > config.prompt_tokens:
                 raise ValueError(
-                    f"expected a first prompt of at most rollout.prompt_tokens = {config.prompt_tokens} tokens, got {len(new)} for task"
-                    f" {episode.task.id}; raise rollout.prompt_tokens"
+                    f"expected a first prompt of at most rollout.prompt_tokens = {config.prompt_tokens} tokens, "
+                    f"got {len(new)} for task {episode.task.id}; raise rollout.prompt_tokens"
                 )
         heard = new if config.context == "append" else [*episode.ids[:keep], *new]
         episode.keep, episode.pending, episode.heard = keep, new, (heard, result.observation)
@@ -253,7 +269,9 @@ class Rollout:
             for slot, episode in batch:
                 source[slot], prng[slot] = run.rows[tuple(episode.pending)], episode.prng
                 episode.ids, episode.pending = episode.pending, []
-            cohort.state = self._sampler.fork(cohort.state, self._prompts, source, prng, window=self.config.prompt_tokens)
+            cohort.state = self._sampler.fork(
+                cohort.state, self._prompts, source, prng, window=self.config.prompt_tokens
+            )
             begun = {slot for slot, _ in batch}
             new = [(slot, e) for slot, e in new if slot not in begun]
 

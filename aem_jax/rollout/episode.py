@@ -96,7 +96,7 @@ def appended_ids(chat: Chat, episode: Episode, observation: str, closed: bool) -
 
 
 def windowed_ids(chat: Chat, episode: Episode, observation: str, instruction: str, turns: int) -> tuple[int, list[int]]:
-    """Window: first observation, the last `turns` turns, the observation. Returns (ids kept: the common prefix, new ids)."""
+    """Window: first observation, last `turns` turns, observation. Returns (ids kept: the common prefix, new ids)."""
     messages = first_messages(instruction, episode.turns[0].observation)
     recent = episode.turns[-turns:] if turns else []
     for place, turn in enumerate(recent):

@@ -37,8 +37,9 @@ class SamplingConfig:
 def categorical(weights: Array, keys: Array) -> Array:
     """Draws an index from each row of unnormalised `weights` f32[S,V], by inverting two short cumulative sums.
 
-    First a block of 64 tokens is drawn by its mass, then a token inside it, each with a uniform of its own: two random numbers
-    a row instead of V, no cumulative sum over V, and float32 resolution *inside* each block, so rare tokens keep their odds.
+    First a block of 64 tokens is drawn by its mass, then a token inside it, each with a uniform of its own: two random
+    numbers a row instead of V, no cumulative sum over V, and float32 resolution *inside* each block, so rare tokens
+    keep their odds.
     """
     slots, vocab = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(slots, -1, _BLOCK)
@@ -58,8 +59,9 @@ def categorical(weights: Array, keys: Array) -> Array:
 def make_draw(config: SamplingConfig) -> Draw:
     """Builds the drawing function.
 
-    Logprobs and entropies are those of `softmax(logits / temperature)` *before* top-k and top-p: that is the distribution
-    that the learner differentiates, and its log-probabilities can be compared token by token. Greedy reports those at temperature 1.
+    Logprobs and entropies are those of `softmax(logits / temperature)` *before* top-k and top-p: that is the
+    distribution that the learner differentiates, and its log-probabilities can be compared token by token. Greedy
+    reports those at temperature 1.
     """
     greedy = config.temperature == 0.0
 

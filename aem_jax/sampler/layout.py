@@ -11,7 +11,7 @@ from aem_jax.sharding import DECODE, TRAIN, shardings
 
 
 def make_reshard(policy: Policy, mesh: Mesh) -> Callable[[Params], Params]:
-    """Builds `reshard(params) -> params` in the policy's dtype and the decode layout: a decode step gathers no weights."""
+    """Builds `reshard(params) -> params`: the policy's dtype, decode layout. A decode step then gathers no weights."""
     shapes = policy.shapes
 
     def cast(params: Params) -> Params:

@@ -1,9 +1,9 @@
 """Slots that hear and speak: `extend` a slot with tokens, `decode` a chunk, `fork` a prompt to the slots of its group.
 
-A slot is a row of the KV cache. Its cache holds every token of its episode, heard or said; `hidden` is the state after the last
-of them, from which the next one is drawn. Decoding writes to a small chunk beside the cache, merged once at the end: the cache is never
-copied, and a slot that has finished costs nothing but its row. What an episode samples depends on its own key and its own
-tokens alone: key, folded with the index of the sampled token.
+A slot is a row of the KV cache. Its cache holds every token of its episode, heard or said; `hidden` is the state after
+the last of them, from which the next one is drawn. Decoding writes to a small chunk beside the cache, merged once at
+the end: the cache is never copied, and a slot that has finished costs nothing but its row. What an episode samples
+depends on its own key and its own tokens alone: key, folded with the index of the sampled token.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from aem_jax.models import Params, Policy
@@ -20,6 +21,8 @@ from aem_jax.sampler.draw import SamplingConfig, make_draw
 from aem_jax.sharding import DECODE, replicated, shardings
 
 Array = jax.Array
+HostArray = jax.Array | np.ndarray
+"""What comes from the host: numpy will do."""
 
 
 @partial(
@@ -91,7 +94,7 @@ class Sampler:
         stop_ids: ids that end a response.
         capacity: most tokens that an episode may hold; the cache has `slack` more so that a chunk always fits.
         slack: largest chunk that is written at once (extend or decode).
-        windows: context lengths (ascending) to attend over; each call takes the smallest that covers its longest active slot.
+        windows: context lengths (ascending) to attend over; each call takes the smallest that covers its longest slot.
         mesh: the mesh over which slots and heads are split; without one, everything lies where the parameters lie.
     """
 
@@ -115,7 +118,8 @@ class Sampler:
         self._mesh = mesh
         self._draw = make_draw(sampling)
         self._stop_ids = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
-        # What a state is placed by on its way in, it keeps on its way out; what was said is whole on every device, for every host.
+        # What a state is placed by on its way in, it keeps on its way out; what was said is whole on every device, for
+        # every host.
         placed = None if mesh is None else shardings(mesh, _STATE_AXES, DECODE)
         said = None if mesh is None else (placed, replicated(mesh))
         self._init = jax.jit(self._init_impl, static_argnums=(0, 1), out_shardings=placed)
@@ -129,7 +133,8 @@ class Sampler:
     @property
     def compilations(self) -> int:
         """How many programs were compiled so far; flat after warm-up."""
-        return sum(f._cache_size() for f in (self._extend, self._decode, self._fork, self._rewind))  # pyright: ignore[reportFunctionMemberAccess]
+        programs: tuple[Any, ...] = (self._extend, self._decode, self._fork, self._rewind)
+        return sum(program._cache_size() for program in programs)
 
     def init(self, slots: int, capacity: int | None = None) -> SamplerState:
         """Empty slots; `capacity` tokens each (the sampler's own by default)."""
@@ -159,7 +164,7 @@ class Sampler:
         raise ValueError(f"expected at most {self.capacity} tokens a slot, got {length}; raise the context budget")
 
     def extend(
-        self, params: Params, state: SamplerState, tokens: Array, counts: Array, *, window: int | None = None
+        self, params: Params, state: SamplerState, tokens: HostArray, counts: HostArray, *, window: int | None = None
     ) -> SamplerState:
         """Appends `counts[s]` of `tokens` i32[S,C] to each slot. `state` is donated.
 
@@ -174,7 +179,7 @@ class Sampler:
         return self._extend(params, state, tokens, counts, window=self._check_window(window))
 
     def decode(
-        self, params: Params, state: SamplerState, budgets: Array, num_tokens: int, *, window: int | None = None
+        self, params: Params, state: SamplerState, budgets: HostArray, num_tokens: int, *, window: int | None = None
     ) -> tuple[SamplerState, Decoded]:
         """Samples up to `min(budgets[s], num_tokens)` tokens in each slot, until a stop id. `state` is donated.
 
@@ -189,7 +194,13 @@ class Sampler:
         return self._decode(params, state, budgets, num_tokens=num_tokens, window=self._check_window(window))
 
     def fork(
-        self, state: SamplerState, prompts: SamplerState, source: Array, prng: Array, *, window: int | None = None
+        self,
+        state: SamplerState,
+        prompts: SamplerState,
+        source: HostArray,
+        prng: HostArray,
+        *,
+        window: int | None = None,
     ) -> SamplerState:
         """Begins episodes: slot s becomes a copy of row `source[s]` of `prompts` with a fresh key. `state` is donated.
 
@@ -203,8 +214,8 @@ class Sampler:
         window = min(self._check_window(window), prompts.keys.shape[3])
         return self._fork(state, prompts, source, prng, window=window)
 
-    def rewind(self, state: SamplerState, keep: Array) -> SamplerState:
-        """Forgets all but the first `keep[s]` cached tokens of each slot; what follows is an `extend`. `state` is donated.
+    def rewind(self, state: SamplerState, keep: HostArray) -> SamplerState:
+        """Forgets all but the first `keep[s]` cached tokens of each slot; then comes an `extend`. `state` is donated.
 
         Args:
             state: the slots.
@@ -321,6 +332,6 @@ def _empty_chunk(state: SamplerState, places: int) -> tuple[Array, Array]:
 
 
 def _merge(cache: Array, chunk: Array, lengths: Array) -> Array:
-    """Writes each slot's chunk [L,KV,G,Dh] behind its cached tokens. What lies past the slot's new length is overwritten later."""
+    """Writes each slot's chunk [L,KV,G,Dh] behind its cached tokens. What lies past its end is overwritten later."""
     write = lambda rows, new, at: jax.lax.dynamic_update_slice(rows, new, (0, 0, at, 0))  # noqa: E731
     return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(cache, chunk, lengths)

@@ -51,7 +51,12 @@ class CountdownEnv:
 class LocalPool:
     """Sessions of one environment class; `broken(session, call)` says which calls fail."""
 
-    def __init__(self, capacity: int, make: Callable[[], Any] = CountdownEnv, broken: Callable[[int, int], bool] = lambda *_: False):
+    def __init__(
+        self,
+        capacity: int,
+        make: Callable[[], Any] = CountdownEnv,
+        broken: Callable[[int, int], bool] = lambda *_: False,
+    ):
         self.capacity, self.calls, self._broken = capacity, 0, broken
         self._envs = [make() for _ in range(capacity)]
 

@@ -70,7 +70,9 @@ def test_every_token_is_the_one_the_policy_would_say(sampler, params):
     assert stats.sampled_tokens == sum(len(turn.response_ids) for t in trajectories for turn in t.turns)
     assert {len(t.turns) for t in trajectories[4:8]} == {5}
     assert all(t.ending is Ending.TERMINATED for t in trajectories)
-    assert all(t.total_reward == pytest.approx(0.1 * (len(t.turns) - 1) + (1.0 if t.won else 0.1)) for t in trajectories)
+    assert all(
+        t.total_reward == pytest.approx(0.1 * (len(t.turns) - 1) + (1.0 if t.won else 0.1)) for t in trajectories
+    )
 
 
 def test_what_is_heard_is_the_template_of_what_was_said(sampler, params):
@@ -80,13 +82,19 @@ def test_what_is_heard_is_the_template_of_what_was_said(sampler, params):
         ids: list[int] = []
         for k, turn in enumerate(t.turns):
             closed = k == 0 or ids[-1] == STOP
-            expected = chat.delta_ids(turn.observation, closed=closed) if k else chat.prompt_ids([{"role": "user", "content": turn.observation}])
+            expected = (
+                chat.delta_ids(turn.observation, closed=closed)
+                if k
+                else chat.prompt_ids([{"role": "user", "content": turn.observation}])
+            )
             assert turn.observation_ids.tolist() == expected
             assert turn.response == chat.decode(turn.response_ids.tolist())
             ids += [*expected, *turn.response_ids.tolist()]
 
 
-@pytest.mark.parametrize("change", [{"num_slots": 4}, {"num_slots": 12, "num_cohorts": 3}, {"decode_chunk": 7}, {"extend_buckets": (3,)}])
+@pytest.mark.parametrize(
+    "change", [{"num_slots": 4}, {"num_slots": 12, "num_cohorts": 3}, {"decode_chunk": 7}, {"extend_buckets": (3,)}]
+)
 def test_samples_do_not_depend_on_slots_cohorts_or_chunks(sampler, params, change):
     expected, _ = play(sampler, params)
     found, _ = play(sampler, params, replace(CONFIG, **change))
@@ -119,7 +127,9 @@ def test_an_environment_that_stays_broken_is_masked(sampler, params):
     found, stats = play(sampler, params, replace(CONFIG, num_slots=12), broken=lambda session, _: session == 5)
     errors = [t for t in found if t.ending is Ending.ENV_ERROR]
     assert stats.env_errors == len(errors) >= 1 and not any(t.won for t in errors)
-    whole = {(t.group, t.member): s for t, s in zip(found, sampled(found), strict=True) if t.ending is not Ending.ENV_ERROR}
+    whole = {
+        (t.group, t.member): s for t, s in zip(found, sampled(found), strict=True) if t.ending is not Ending.ENV_ERROR
+    }
     for t, said in zip(expected, sampled(expected), strict=True):
         assert whole.get((t.group, t.member), said) == said
     assert len(found) == 12
@@ -147,11 +157,16 @@ def test_windowed_context_rebuilds_each_prompt(sampler, params):
             if k > 1:
                 messages.append({"role": "user", "content": t.turns[k - 1].observation})
             if k:
-                messages += [{"role": "assistant", "content": t.turns[k - 1].response}, {"role": "user", "content": turn.observation}]
+                messages += [
+                    {"role": "assistant", "content": t.turns[k - 1].response},
+                    {"role": "user", "content": turn.observation},
+                ]
             assert turn.observation_ids.tolist() == chat.prompt_ids(messages)
             ids = np.concatenate([turn.observation_ids, turn.response_ids])
             logps = log_probabilities(params, ids)[len(turn.observation_ids) - 1 : -1]
-            np.testing.assert_allclose(logps[np.arange(len(turn.response_ids)), turn.response_ids], turn.logprobs, atol=2e-5)
+            np.testing.assert_allclose(
+                logps[np.arange(len(turn.response_ids)), turn.response_ids], turn.logprobs, atol=2e-5
+            )
 
 
 def test_nothing_compiles_after_warm_up(params):

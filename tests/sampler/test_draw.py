@@ -26,7 +26,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def chi_square_p(tokens: np.ndarray, probabilities: np.ndarray) -> float:
-    """p-value of the counts; tokens expected fewer than 5 times are counted together, impossible ones must not occur."""
+    """p-value of the counts; tokens expected fewer than 5 times are counted together, impossible ones never occur."""
     counts = np.bincount(tokens, minlength=len(probabilities))
     assert counts[probabilities == 0].sum() == 0
     expected = probabilities * len(tokens)
@@ -53,7 +53,7 @@ def test_the_check_sees_a_wrong_distribution():
 
 
 def test_rare_tokens_keep_their_odds():
-    """A hundred tokens of 1e-5 each beside one of 0.999: about 100 of 100,000 draws are rare, no one of them twice as often."""
+    """A hundred tokens of 1e-5 each beside one of 0.999: about 100 of 100,000 draws are rare."""
     logits = np.log(np.concatenate([[1 - 100e-5], np.full(100, 1e-5)]))
     tokens = draw_many(SamplingConfig(1.0), logits, count=100_000, seed=3)
     rare = np.sum(tokens > 0)

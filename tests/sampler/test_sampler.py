@@ -1,4 +1,4 @@
-"""The slot sampler: what an episode says depends on its key and its tokens alone, and is what the cache-less pass would say."""
+"""What an episode says depends on its key and its tokens alone, and is what the cache-less pass would say."""
 
 from functools import cache
 
@@ -106,7 +106,7 @@ def test_chunks_and_windows_change_nothing(chunks: tuple[int, int], window: int 
 
 
 def test_a_slot_is_as_good_as_new():
-    """The second episode of a slot says what it would have said in a fresh one, whatever the first left in the cache."""
+    """The second episode of a slot says what it would have said in a fresh one, whatever the first left behind."""
     state = play(sampler(), PARAMS, {0: script(POLICY, 8, (16, 9)), 1: script(POLICY, 9)}, slots=2)
     again = {0: script(POLICY, 2)}
     play(sampler(), PARAMS, again, slots=2, state=state)
