@@ -1,5 +1,7 @@
 """Slots over a mesh of 8 simulated devices say what they say on one."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -17,13 +19,13 @@ POLICY = Policy(CONFIG)
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1)])
 def test_eight_devices_say_the_same(sizes: tuple[int, int, int]):
     params = numpy_params(CONFIG)
-    settings = dict(capacity=64, slack=16, windows=(32,))
-    plain = Sampler(POLICY, SamplingConfig(1.0), (5,), **settings)
+    make = partial(Sampler, POLICY, SamplingConfig(1.0), (5,), capacity=64, slack=16, windows=(32,))
+    plain = make()
     wanted = {slot: script(POLICY, slot) for slot in range(6)}
     play(plain, params, wanted, slots=8)
 
     mesh = make_mesh(MeshConfig(*sizes))
-    sampler = Sampler(POLICY, SamplingConfig(1.0), (5,), mesh=mesh, **settings)
+    sampler = make(mesh=mesh)
     placed = jax.device_put(params, shardings(mesh, POLICY.axes, DECODE))
     episodes = {slot: script(POLICY, slot) for slot in range(6)}
     state = sampler.init(8)
