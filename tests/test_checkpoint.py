@@ -1,0 +1,251 @@
+"""Checkpoints: exact, atomic under kill -9, clear about what went wrong, and never the worse for it."""
+
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import ONE_DEVICE, Bigram
+
+from aem_jax.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
+from aem_jax.learner import LearnerConfig, abstract_state, init_state, make_optimizer, make_update
+from aem_jax.sharding import MeshConfig, make_mesh
+
+TOY = Bigram()
+OPTIMIZER = make_optimizer(LearnerConfig(), TOY.axes)
+ABSTRACT = abstract_state(TOY, OPTIMIZER, ONE_DEVICE)
+DiskUsage = namedtuple("DiskUsage", "total used free")
+
+
+def state_of(seed):
+    return init_state(TOY, OPTIMIZER, ONE_DEVICE, jax.random.key(seed))
+
+
+def assert_equal(left, right):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
+
+
+def test_what_was_saved_comes_back_to_the_last_bit(tmp_path):
+    state = state_of(1)
+    extra = {"tasks": {"next_index": 4}, "note": "ü", "key": [1, 2]}
+    with Checkpoints(tmp_path / "new" / "folder") as checkpoints:
+        assert checkpoints.latest is None
+        checkpoints.save(3, state, extra=extra)
+    with Checkpoints(tmp_path / "new" / "folder") as checkpoints:
+        assert checkpoints.latest == 3
+        assert_equal(checkpoints.restore(ABSTRACT), state)
+        assert checkpoints.extra() == checkpoints.extra(3) == extra
+
+
+def test_restored_on_another_mesh(tmp_path):
+    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, state_of(2))
+        abstract = abstract_state(TOY, OPTIMIZER, mesh)
+        restored = checkpoints.restore(abstract)
+    assert_equal(restored, state_of(2))
+    assert restored.params["embed"].sharding == abstract.params["embed"].sharding
+
+
+def test_the_state_may_be_donated_while_it_is_being_written(tmp_path):
+    step = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 0 - 1, x), donate_argnums=0)
+    state = {"big": jnp.arange(4_000_000, dtype=jnp.float32), "small": jnp.arange(3)}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, {"big": jnp.zeros(4_000_000), "small": jnp.arange(3)})
+        checkpoints.save(1, state)  # the second save is not waited for
+        after = step(state)
+        restored = checkpoints.restore(abstract)
+    np.testing.assert_array_equal(restored["big"], np.arange(4_000_000))
+    np.testing.assert_array_equal(after["small"], [-1, -1, -1])
+
+
+def test_the_last_the_best_and_the_first_are_kept(tmp_path):
+    scores = {0: None, 1: 0.1, 2: 0.9, 3: 0.3, 4: None, 5: 0.2, 6: 0.4}
+    with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
+        for step, score in scores.items():
+            checkpoints.save(step, state_of(step), score=score)
+        checkpoints.wait()
+        assert checkpoints.steps == [0, 2, 5, 6]
+        assert checkpoints.best == 2
+        assert_equal(checkpoints.restore(ABSTRACT, step=2), state_of(2))
+    with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:  # as a resumed run sees and goes on with it
+        assert checkpoints.steps == [0, 2, 5, 6] and checkpoints.best == 2
+        for step, score in ((7, 0.1), (8, 0.95), (9, 0.0), (10, 0.0)):
+            checkpoints.save(step, state_of(step), score=score)
+        checkpoints.wait()
+        assert checkpoints.steps == [0, 8, 9, 10]
+
+
+def test_only_the_last_is_kept_if_that_is_asked_for(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_best=False, keep_first=False)) as checkpoints:
+        for step in range(3):
+            checkpoints.save(step, state_of(step), score=-step)
+        checkpoints.wait()
+        assert checkpoints.steps == [2]
+
+
+def test_without_scores_there_is_no_best_and_no_more_is_kept(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
+        for step in range(5):
+            checkpoints.save(step, state_of(step))
+        checkpoints.wait()
+        assert checkpoints.best is None and checkpoints.steps == [0, 3, 4]
+
+
+def test_a_step_is_written_once(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_of(1))
+        checkpoints.save(1, state_of(2))
+        assert_equal(checkpoints.restore(ABSTRACT), state_of(1))
+
+
+def damage_missing(step):
+    shutil.rmtree(step / "state")
+
+
+def damage_truncated(step):
+    for path in (step / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+
+
+@pytest.mark.parametrize("damage", [damage_missing, damage_truncated])
+def test_an_unreadable_checkpoint_is_put_aside_for_the_one_before(tmp_path, damage, caplog):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state_of(step), extra={"step": step})
+    damage(tmp_path / "2")
+    with Checkpoints(tmp_path) as checkpoints:
+        with caplog.at_level(logging.WARNING, logger="aem_jax.checkpoint"):
+            assert_equal(checkpoints.restore(ABSTRACT), state_of(1))
+        assert "checkpoint of step 2 cannot be read and is put aside, step 1 is taken" in caplog.text
+        assert checkpoints.latest == 1 and checkpoints.extra() == {"step": 1}
+        checkpoints.save(2, state_of(3))
+        assert_equal(checkpoints.restore(ABSTRACT), state_of(3))
+    assert (tmp_path / "unreadable" / "2").is_dir()
+
+
+def test_nothing_to_restore_is_an_error_and_moves_nothing(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(CheckpointError, match="no checkpoint in"):
+            checkpoints.restore(ABSTRACT)
+        checkpoints.save(1, state_of(1))
+        other = Bigram(width=16)
+        with pytest.raises(
+            CheckpointError, match=r"can be read into this state; that of step 1: (.|\n)*been changed since"
+        ):
+            checkpoints.restore(abstract_state(other, make_optimizer(LearnerConfig(), other.axes), ONE_DEVICE))
+        assert checkpoints.steps == [1]
+
+
+def test_a_folder_that_cannot_be_written_shows_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"expected a folder to write checkpoints into, got .*; choose another"):
+        Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_too_little_space_shows_at_the_first_save(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(2**40, 0, 2**20))
+        with pytest.raises(CheckpointError, match=r"GiB free for 6 checkpoints of .*There is no good checkpoint yet"):
+            checkpoints.save(0, state_of(0))
+
+
+def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_of(1))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(2**40, 0, 2**20))
+        with pytest.raises(
+            CheckpointError, match=r"GiB free for 1 checkpoints .*The last good checkpoint is that of step 1"
+        ):
+            checkpoints.save(2, state_of(2))
+        assert_equal(checkpoints.restore(ABSTRACT), state_of(1))
+
+
+def test_a_write_that_fails_in_the_background_leaves_the_last_good_checkpoint(tmp_path):
+    big = lambda seed: {"x": jax.random.normal(jax.random.key(seed), (500_000,))}  # noqa: E731
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), big(0))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_first=False))
+    checkpoints.save(1, big(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # longer files are refused, as by a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*The last good checkpoint is that of step 1"):
+            checkpoints.save(2, big(2))
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoints.steps == [1]
+    assert not list(tmp_path.glob("*tmp*"))
+    assert_equal(checkpoints.restore(abstract), big(1))
+    checkpoints.save(3, big(3))  # and it goes on when there is room again
+    assert_equal(checkpoints.restore(abstract), big(3))
+    checkpoints.close()
+
+
+KILLED = """
+import sys
+import jax.numpy as jnp
+from aem_jax.checkpoint import CheckpointConfig, Checkpoints
+checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep=2))
+for step in range(1000):
+    state = {name: jnp.full((200_000,), step, jnp.float32) for name in "abcdefgh"}
+    checkpoints.save(step, state, extra={"step": step})
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.03])
+def test_kill_9_while_saving(tmp_path, delay, user_environment):
+    environment = {**user_environment, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == 4:
+                time.sleep(delay)
+                os.kill(process.pid, signal.SIGKILL)
+                break
+    whole = {name: jax.ShapeDtypeStruct((200_000,), jnp.float32, sharding=jnp.zeros(1).sharding) for name in "abcdefgh"}
+    with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
+        latest = checkpoints.latest
+        assert latest is not None and latest >= 3  # step 3 was complete before step 4 began
+        for value in checkpoints.restore(whole).values():
+            np.testing.assert_array_equal(value, np.full(200_000, latest, np.float32))
+        assert checkpoints.latest == latest and checkpoints.extra() == {"step": latest}
+        checkpoints.save(latest + 1, {name: jnp.zeros(200_000) for name in "abcdefgh"})
+        checkpoints.wait()
+        assert not list(tmp_path.glob("*tmp*"))
+
+
+def test_a_resumed_run_goes_on_to_the_last_bit(tmp_path):
+    from toys import random_trajectories
+
+    from aem_jax.batch import BatchLayout, collate
+
+    layout = BatchLayout(num_microbatches=4, rows=2, row_length=40, max_responses=32, max_trajectories=8)
+    config = LearnerConfig(learning_rate=0.01)
+    update = make_update(TOY, config, ONE_DEVICE)
+
+    def run(state, steps):
+        for step in steps:
+            batch = collate(random_trajectories(step, 4, TOY.vocab_size), layout)
+            state, _ = update(state, batch, np.sin(batch.tokens + step).astype(np.float32), None)
+        return state
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, run(state_of(0), range(3)))
+    with Checkpoints(tmp_path) as checkpoints:
+        resumed = run(checkpoints.restore(ABSTRACT), range(3, 6))
+    assert_equal(resumed, run(state_of(0), range(6)))
