@@ -2,6 +2,10 @@
 
 `Game` is what a file says: reusable, never written. `Player` is one episode: its facts, what it may do, what it saw.
 After a step, only the action schemas that read a predicate which just changed are asked again what is applicable.
+
+Texts and commands are those of the stock engine, but for two of its habits, on which no text of the recorded games
+depends: its texts take every conditional effect for fired, and a fact that can never become true is not told as false
+(`not_…`) when an action deletes it.
 """
 
 import json
