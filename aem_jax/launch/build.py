@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 from aem_jax.advantage import dr_grpo, grpo, over_trajectories, over_turns, rloo
 from aem_jax.advantage.estimators import Estimator
@@ -10,6 +11,7 @@ from aem_jax.batch import BatchLayout
 from aem_jax.credit import ResponseAdvantages
 from aem_jax.launch.config import AlgorithmConfig, ModelChoice, RunConfig
 from aem_jax.launch.overrides import ConfigError, nearest
+from aem_jax.learner.config import LearnerConfig
 from aem_jax.models import CONFIGS, ModelConfig
 
 ESTIMATORS: Mapping[str, Callable[[AlgorithmConfig], Estimator]] = {
@@ -30,14 +32,14 @@ def model_config(choice: ModelChoice, vocab_size: int) -> ModelConfig:
 
     Args:
         choice: a known size and what is changed of it.
-        vocab_size: of the tokenizer.
+        vocab_size: of the tokenizer; rounded up to a multiple of 64, so that it divides over a mesh.
 
     Raises:
         ConfigError: no such size, or sizes that do not go together.
     """
     changes = {name: value for name, value in vars(choice).items() if name != "name" and value is not None}
     try:
-        return replace(known_model(choice.name), vocab_size=vocab_size, **changes)
+        return replace(known_model(choice.name), vocab_size=-(-vocab_size // 64) * 64, **changes)
     except ConfigError:
         raise
     except ValueError as error:
@@ -71,6 +73,21 @@ def batch_layout(config: RunConfig, trajectories: int, num_minibatches: int) -> 
     )
 
 
+def warmstart_learner(config: RunConfig) -> LearnerConfig:
+    """The learner of the warm start: the run's, with the warm start's own schedule and whole batches."""
+    settings = config.warmstart
+    return replace(
+        config.learner,
+        learning_rate=settings.learning_rate,
+        schedule="cosine",
+        warmup_steps=settings.steps // 10,
+        total_steps=settings.steps,
+        kl_coefficient=0.0,
+        num_minibatches=1,
+        num_epochs=1,
+    )
+
+
 def check(config: RunConfig) -> None:
     """Looks for what cannot work before anything is started.
 
@@ -96,3 +113,5 @@ def check(config: RunConfig) -> None:
             f"--batch.row-length: expected at least --rollout.context-tokens = {config.rollout.context_tokens}, "
             f"got {row_length}"
         )
+    if config.metrics.wandb_project and find_spec("wandb") is None:
+        raise ConfigError("--metrics.wandb-project: wandb is not installed; pip install 'aem_jax[wandb]'")

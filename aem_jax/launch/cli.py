@@ -1,7 +1,7 @@
 """The command line: `python -m aem_jax.launch [command] [--field value …]`.
 
 Precedence: a component's defaults < preset < command line. Reading is our own (one mechanism for TOML, JSON and words,
-errors of one line); `--help` is tyro's, from the docstrings of the configs. Nothing heavy is loaded before it is needed.
+errors of one line); `--help` is tyro's, from the docstrings of the configs. Nothing heavy loads before it is needed.
 """
 
 import sys
@@ -39,7 +39,6 @@ def main(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    from aem_jax.launch.build import check
     from aem_jax.launch.options import apply, run_name
     from aem_jax.launch.preset import DEFAULT, read_preset
 
@@ -49,6 +48,9 @@ def _train(words: Sequence[str]) -> int:
         return _help(preset, "train", f"{COMMANDS['train'].help}\n\n{_overview()}")
     config = apply(preset, options)
     config = replace(config, name=run_name(config, options))
+
+    from aem_jax.launch.build import check
+
     check(config)
 
     from aem_jax.launch.run import train
@@ -57,7 +59,6 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _evaluate(words: Sequence[str]) -> int:
-    from aem_jax.launch.build import check
     from aem_jax.launch.options import apply, run_name
     from aem_jax.launch.preset import DEFAULT, read_preset
     from aem_jax.launch.record import load
@@ -71,6 +72,9 @@ def _evaluate(words: Sequence[str]) -> int:
     # What the run was trained with is the base: its own config, not the preset as it may be by now.
     config = apply(load(folder), options)
     config = replace(config, name=folder.name, runs_dir=asked.runs_dir)
+
+    from aem_jax.launch.build import check
+
     check(config)
 
     from aem_jax.launch.run import evaluate

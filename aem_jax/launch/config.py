@@ -8,6 +8,7 @@ A choice is a name here and a function everywhere else; the tables that turn one
 from dataclasses import dataclass
 from typing import Literal
 
+from aem_jax.checkpoint import CheckpointConfig
 from aem_jax.credit import AemConfig
 from aem_jax.envs.alfworld.env import AlfworldConfig
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
@@ -136,13 +137,15 @@ class RunConfig:
     """The update."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Fixed evaluation sets."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
     metrics: MetricsConfig = MetricsConfig()
     """Where numbers go."""
     runtime: RuntimeConfig = RuntimeConfig()
     """The machine."""
 
 
-HARMLESS = ("name", "runs_dir", "preset", "train.", "evaluation.", "env.", "metrics.", "runtime.")
+HARMLESS = ("name", "runs_dir", "preset", "train.", "evaluation.", "checkpoint.", "env.", "metrics.", "runtime.")
 """Fields (or groups) that a resumed run may change: they decide where and how long, not what is computed."""
 
 

@@ -59,8 +59,8 @@ def apply(config: Config, options: Options) -> Config:
 def run_name(config: RunConfig, options: Mapping[str, Sequence[str]]) -> str:
     """The name of a run: as given, else its preset's and each change that makes it another run.
 
-    `--aem.strength 0` of the preset alfworld-tiny is `alfworld-tiny-strength-0`, so that it and the preset as it is do
-    not meet in one folder, and the same command finds the same run.
+    `--aem.strength 0` of the preset alfworld-tiny is `alfworld-tiny-aem.strength-0`, so that it and the preset as it is
+    do not meet in one folder, and the same command finds the same run.
 
     Raises:
         ConfigError: a name that is no plain folder name.
@@ -72,9 +72,7 @@ def run_name(config: RunConfig, options: Mapping[str, Sequence[str]]) -> str:
             )
         return config.name
     changes = [
-        "-".join([name.rpartition(".")[2].replace("_", "-"), *words])
-        for name, words in sorted(options.items())
-        if not is_harmless(name)
+        "-".join([name.replace("_", "-"), *words]) for name, words in sorted(options.items()) if not is_harmless(name)
     ]
     name = re.sub(r"[^\w.+=-]+", "_", "-".join([Path(config.preset).name.removesuffix(".toml"), *changes]))
     if len(name) > _LONGEST_NAME:

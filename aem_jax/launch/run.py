@@ -1,0 +1,262 @@
+"""A run from its config: warm start, evaluation, training, evaluation, report.
+
+Whatever of it a resumed run already has is left out, so the same command goes on where it was stopped.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from aem_jax.batch import collate, place
+from aem_jax.checkpoint import CheckpointError, Checkpoints
+from aem_jax.credit import Credit, make_credit
+from aem_jax.data import task_groups
+from aem_jax.envs.protocol import EnvError
+from aem_jax.evaluate import evaluate_agent, evaluate_policy
+from aem_jax.launch import build, record, runtime
+from aem_jax.launch.config import RunConfig
+from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch.stage import Stage, StoppedError, open_stage
+from aem_jax.learner import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_optimizer,
+    make_supervised_update,
+    make_token_logprobs,
+    make_update,
+)
+from aem_jax.metrics import MetricsWriter, append_line, drop_lines, read_lines
+from aem_jax.report import write_report
+from aem_jax.train import Metrics, Parts, transcripts
+from aem_jax.train import train as train_steps
+from aem_jax.trajectory import Trajectory
+from aem_jax.warmstart import demonstrate, warmstart
+
+EVALUATIONS = "evaluations.jsonl"
+
+
+def train(config: RunConfig) -> int:
+    """Trains, or goes on where the run was stopped.
+
+    Returns:
+        The exit status: 0 when it is done, 130 or 143 when it was stopped and can go on.
+
+    Raises:
+        ConfigError: what is asked for cannot be done.
+    """
+    folder = Path(config.runs_dir) / config.name
+    if (folder / record.FILE).exists():
+        record.check_resumable(record.load(folder), config, folder)
+    with _opened(config, folder) as (stage, checkpoints):
+        record.save(config, folder)
+        try:
+            state = _start(stage, checkpoints)
+            if int(state.step) < config.train.num_steps:
+                state = _train(stage, state, checkpoints)
+            if int(state.step) < config.train.num_steps:
+                return stage.stop.exit_status
+            _evaluate(stage, state, "final", config.evaluation.splits)
+        except StoppedError:
+            return stage.stop.exit_status
+    print(f"report: {write_report(folder)}", flush=True)
+    return 0
+
+
+def evaluate(config: RunConfig) -> int:
+    """Evaluates the latest checkpoint of a run on its fixed sets; prints a JSON line for each.
+
+    Returns:
+        The exit status, as of `train`.
+
+    Raises:
+        ConfigError: the run has no checkpoint.
+    """
+    folder = Path(config.runs_dir) / config.name
+    with _opened(config, folder) as (stage, checkpoints):
+        if checkpoints.latest is None:
+            raise ConfigError(f"no checkpoint in {folder}; train it first")
+        state = _restore(stage, checkpoints)
+        params = stage.reshard(state.params)
+        for split in config.evaluation.splits:
+            tasks, name = stage.domain.evaluation(split, config.evaluation.size)
+            found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
+            print(json.dumps(found.record(int(state.step), "evaluate")), flush=True)
+            if stage.stop.requested:
+                return stage.stop.exit_status
+    return 0
+
+
+@contextmanager
+def _opened(config: RunConfig, folder: Path) -> Iterator[tuple[Stage, Checkpoints]]:
+    """The machine set up, checkpoints and stage opened; what cannot be had is a `ConfigError`."""
+    with ExitStack() as stack:
+        try:
+            # The folder first: whoever cannot write there should know before anything else is begun.
+            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint))
+            runtime.set_up(config.runtime)
+            stage = open_stage(config, folder, stack)
+        except (CheckpointError, EnvError, ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error
+        try:
+            yield stage, checkpoints
+        except (CheckpointError, OSError) as error:
+            raise ConfigError(f"the run was stopped: {error}; the same command resumes it") from error
+
+
+def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
+    """The state to train from: the latest checkpoint's, else a warm start's, which is saved and evaluated."""
+    config = stage.config
+    state = _warm_start(stage, checkpoints) if checkpoints.latest is None else _restore(stage, checkpoints)
+    drop_lines(stage.folder / EVALUATIONS, int(state.step) + 1)
+    if int(state.step) == 0:
+        if config.evaluation.baselines:
+            _baselines(stage)
+        _evaluate(stage, state, "warmstart", config.evaluation.splits)
+    return state
+
+
+def _restore(stage: Stage, checkpoints: Checkpoints) -> TrainState:
+    optimizer = make_optimizer(stage.config.learner, stage.policy.axes)
+    return checkpoints.restore(abstract_state(stage.policy, optimizer, stage.mesh))
+
+
+def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
+    """A state at step 0: random parameters, fitted to demonstrations if there are to be any."""
+    config = stage.config
+    optimizer = make_optimizer(config.learner, stage.policy.axes)
+    if config.warmstart.episodes == 0:
+        state = init_state(stage.policy, optimizer, stage.mesh, stage.key("init"))
+    else:
+        state = init_state(stage.policy, optimizer, stage.mesh, _fit(stage, _demonstrations(stage)).params)
+    checkpoints.save(0, state)
+    return state
+
+
+def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
+    config, settings = stage.config, stage.config.warmstart
+    learner = build.warmstart_learner(config)
+    optimizer = make_optimizer(learner, stage.policy.axes)
+    lines = stage.folder / "warmstart.jsonl"
+    drop_lines(lines, 0)
+
+    def report(step: int, stats: Mapping[str, Any]) -> None:
+        stage.check_stop()
+        values = {f"learner/{name}": float(value) for name, value in jax.device_get(stats).items()}
+        append_line(lines, {"step": step, **values})
+        stage.report("warm start", step + 1, settings.steps, values)
+
+    return warmstart(
+        init_state(stage.policy, optimizer, stage.mesh, stage.key("init")),
+        demonstrations,
+        update=make_supervised_update(stage.policy, learner, stage.mesh),
+        place=lambda batch: place(batch, stage.mesh),
+        layout=build.batch_layout(config, settings.batch_episodes, 1),
+        config=settings,
+        seed=config.seed,
+        report=report,
+    )
+
+
+def _demonstrations(stage: Stage) -> list[Trajectory]:
+    rollout, settings = stage.config.rollout, stage.config.warmstart
+    env, found = stage.domain.make_env(), []
+    for count, task in enumerate(stage.domain.training[: settings.episodes], start=1):
+        stage.check_stop()
+        act = stage.domain.demonstrator(task)
+        episode = demonstrate(env, act, task, stage.chat, instruction=rollout.instruction, max_turns=rollout.max_turns)
+        if episode.won or not settings.only_won:
+            found.append(episode)
+        stage.report("demonstrations", count, settings.episodes, {})
+    return found
+
+
+def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainState:
+    config, folder, start = stage.config, stage.folder, int(state.step)
+    num_steps, num_groups = config.train.num_steps, config.rollout.groups_per_step
+    layout = build.batch_layout(config, num_groups * config.rollout.group_size, config.learner.num_minibatches)
+    writer = MetricsWriter(folder, config.metrics, start_step=start, run_config=dataclasses.asdict(config))
+
+    def finish(
+        state: TrainState, step: int, metrics: Metrics, trajectories: Sequence[Trajectory], credit: Credit
+    ) -> None:
+        done = step + 1
+        writer.write(step, metrics)
+        stage.report("train", done, num_steps, metrics)
+        score = None
+        if config.evaluation.every and done % config.evaluation.every == 0 and done < num_steps:
+            score = _evaluate(stage, state, "train", config.evaluation.splits[:1])
+        if done % config.train.save_every == 0 or done == num_steps or score is not None or stage.stop.requested:
+            (folder / "transcripts.json").write_text(json.dumps(transcripts(trajectories, credit, step)))
+            checkpoints.save(done, state, score=score)
+
+    parts = Parts(
+        rollout=stage.rollout,
+        reshard=stage.reshard,
+        collate=lambda trajectories: place(collate(trajectories, layout, seed=config.seed), stage.mesh),
+        credit=make_credit(build.response_advantages(config.algorithm), config.aem, num_groups, stage.mesh),
+        update=make_update(stage.policy, config.learner, stage.mesh),
+        reference=_reference(stage, checkpoints),
+        tasks=task_groups(stage.domain.training, num_groups, seed=config.seed, start=start),
+        finish=finish,
+        stop=lambda: stage.stop.requested,
+    )
+    stage.rollout.warm_up(stage.reshard(state.params))
+    with writer:
+        state = train_steps(state, parts, stage.key("train"), num_steps)
+    if stage.stop.requested and checkpoints.latest != int(state.step):
+        checkpoints.save(int(state.step), state)  # asked between the step's own look and now
+    return state
+
+
+def _reference(stage: Stage, checkpoints: Checkpoints):
+    """batch -> logprobs of the policy as it was before reinforcement learning; None where no KL is asked for."""
+    if not stage.config.learner.kl_coefficient:
+        return None
+    optimizer = make_optimizer(stage.config.learner, stage.policy.axes)
+    params = checkpoints.restore(abstract_state(stage.policy, optimizer, stage.mesh), step=0).params
+    token_logprobs = make_token_logprobs(stage.policy, stage.config.learner, stage.mesh)
+    return lambda batch: token_logprobs(params, batch)
+
+
+def _evaluate(stage: Stage, state: TrainState, phase: str, splits: Sequence[str]) -> float | None:
+    """Plays the fixed sets, and writes a line for each that is not there already; returns the last success measured."""
+    step, lines = int(state.step), stage.folder / EVALUATIONS
+    params = success = None
+    for count, split in enumerate(splits, start=1):
+        if _is_done(lines, phase, split, step):
+            continue
+        params = stage.reshard(state.params) if params is None else params
+        tasks, name = stage.domain.evaluation(split, stage.config.evaluation.size)
+        found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
+        append_line(lines, found.record(step, phase))
+        success = found.rate.success
+        stage.report(f"evaluate ({phase})", count, len(splits), {"rollout/success": success})
+        if phase != "train":  # a training step ends by itself
+            stage.check_stop()
+    return success
+
+
+def _baselines(stage: Stage) -> None:
+    """Plays the fixed sets with the scripted agents."""
+    config, lines, env = stage.config, stage.folder / EVALUATIONS, stage.domain.make_env()
+    agents = [(split, name) for split in config.evaluation.splits for name in stage.domain.baselines]
+    for count, (split, agent) in enumerate(agents, start=1):
+        stage.check_stop()
+        if _is_done(lines, agent, split, 0):
+            continue
+        tasks, name = stage.domain.evaluation(split, config.evaluation.size)
+        make_act, max_turns = stage.domain.baselines[agent], config.rollout.max_turns
+        found = evaluate_agent(env, make_act, tasks, max_turns=max_turns, name=name, split=split)
+        append_line(lines, found.record(0, agent))
+        stage.report("baselines", count, len(agents), {"rollout/success": found.rate.success})
+
+
+def _is_done(lines: Path, phase: str, split: str, step: int) -> bool:
+    wanted = (phase, split, step)
+    return any((each.get("phase"), each.get("split"), each.get("step")) == wanted for each in read_lines(lines))

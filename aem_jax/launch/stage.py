@@ -1,0 +1,112 @@
+"""What the phases of a run share, opened once: tokenizer, policy, mesh, environment servers, sampler, signals."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from aem_jax.envs.pool import EnvPool
+from aem_jax.launch import build
+from aem_jax.launch.config import RunConfig
+from aem_jax.launch.household import Domain, household, texts
+from aem_jax.launch.progress import Report, open_progress
+from aem_jax.launch.signals import StopRequest, stop_on_signals
+from aem_jax.models import Policy
+from aem_jax.rollout import Rollout
+from aem_jax.sampler import Sampler
+from aem_jax.sampler.layout import make_reshard
+from aem_jax.sharding import make_mesh
+from aem_jax.tokenizer import ChatTokenizer
+
+PURPOSES = ("init", "train", "evaluate")
+
+
+class StoppedError(Exception):
+    """Somebody asked the run to stop, outside of the training steps."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the phases of a run share.
+
+    Attributes:
+        config: the run's.
+        folder: the run's.
+        domain: the environment and what there is to do in it.
+        chat: the tokenizer.
+        policy: the decoder.
+        mesh: the device mesh.
+        rollout: plays episodes.
+        reshard: learner's parameters -> decode layout.
+        report: shows progress.
+        stop: whether somebody asked the run to stop.
+    """
+
+    config: RunConfig
+    folder: Path
+    domain: Domain
+    chat: ChatTokenizer
+    policy: Policy
+    mesh: Mesh
+    rollout: Rollout
+    reshard: Callable[[Any], Any]
+    report: Report
+    stop: StopRequest
+
+    def key(self, purpose: str) -> jax.Array:
+        """The run's PRNG key for one of `PURPOSES`."""
+        return jax.random.split(jax.random.key(self.config.seed), len(PURPOSES))[PURPOSES.index(purpose)]
+
+    def check_stop(self) -> None:
+        """Leaves the phase at hand if somebody asked for it.
+
+        Raises:
+            StoppedError: somebody did.
+        """
+        if self.stop.requested:
+            raise StoppedError
+
+
+def open_stage(config: RunConfig, folder: Path, stack: ExitStack) -> Stage:
+    """Everything that the phases need, open for as long as `stack` is.
+
+    Raises:
+        ValueError: parts of the config that do not go together.
+        EnvError: environment servers cannot be started or reached.
+    """
+    stop = stack.enter_context(stop_on_signals())
+    report = stack.enter_context(open_progress())
+    domain = household(config)
+    chat = _tokenizer(config, domain, folder / "tokenizer")
+    policy = Policy(build.model_config(config.model, chat.vocab_size))
+    mesh = make_mesh(config.mesh)
+    pool = stack.enter_context(EnvPool(config.env, (domain.name, domain.settings)))
+    sampler = Sampler(
+        policy,
+        config.sampling,
+        chat.stop_ids,
+        capacity=config.rollout.context_tokens,
+        slack=config.rollout.slack,
+        windows=config.rollout.windows,
+        mesh=mesh,
+    )
+    rollout = Rollout(sampler, chat, pool, config.rollout)
+    return Stage(config, folder, domain, chat, policy, mesh, rollout, make_reshard(policy, mesh), report, stop)
+
+
+def _tokenizer(config: RunConfig, domain: Domain, folder: Path) -> ChatTokenizer:
+    """The run's tokenizer: the one that it has, else one trained on what the environment and its expert say."""
+    if folder.exists():
+        return ChatTokenizer.from_pretrained(folder)
+    said = texts(domain, config.tokenizer.episodes, config.rollout.max_turns)
+    chat = ChatTokenizer.train(said, vocab_size=config.tokenizer.vocab_size)
+    partial = folder.with_name(".tokenizer.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    chat.save_pretrained(partial)
+    partial.replace(folder)  # whole or not at all
+    return chat

@@ -1,0 +1,120 @@
+"""Whole runs, as processes: what they leave, how they are stopped, killed and resumed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aem_jax.metrics import comparable, read_lines
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = Path(__file__).with_name("small.toml")
+NUM_STEPS = 4
+
+
+def start(folder: Path, environment: dict[str, str], *words: str, command: str = "train") -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "aem_jax.launch", command, "--preset", str(SMALL), "--runs-dir", str(folder), *words]
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == status, out
+    return out
+
+
+def until_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:
+    """Waits until `count` steps stand in the run's metrics."""
+    deadline = time.monotonic() + 500
+    while len(read_lines(run / "metrics.jsonl")) < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def numbers(run: Path) -> list[dict]:
+    return [comparable(record) for record in read_lines(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was left alone."""
+    import os
+
+    ours = {"JAX_NUM_CPU_DEVICES", "JAX_NUMPY_RANK_PROMOTION"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    folder = tmp_path_factory.mktemp("runs")
+    finish(start(folder, environment))
+    return folder / "small"
+
+
+def test_a_run_leaves_what_it_should(whole: Path):
+    for name in ("config.json", "metrics.jsonl", "evaluations.jsonl", "transcripts.json", "report.html"):
+        assert (whole / name).stat().st_size > 0, name
+    assert list((whole / "tensorboard").glob("events*")) and (whole / "tokenizer" / "tokenizer.json").exists()
+    assert {"0", "2", "4"} <= {each.name for each in (whole / "checkpoints").iterdir()}
+    steps = read_lines(whole / "metrics.jsonl")
+    assert [record["step"] for record in steps] == list(range(NUM_STEPS))
+    for record in steps:
+        assert record["parity/max"] <= 1e-4 and record["compile/recompiles"] == 0
+        assert record["learner/kl_reference"] >= -1e-6
+    # the reference is the policy before the first update, of which the sampler's logprobs are
+    assert steps[0]["learner/kl_reference"] == pytest.approx(0, abs=1e-5)
+    phases = [(each["phase"], each["step"]) for each in read_lines(whole / "evaluations.jsonl")]
+    baselines = [(name, 0) for name in ("oracle", "searcher", "random")]
+    assert phases == [*baselines, ("warmstart", 0), ("train", 2), ("final", NUM_STEPS)]
+
+
+def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path, user_environment):
+    process = start(tmp_path, user_environment)
+    until_steps(process, tmp_path / "small", 3)  # one more than the last checkpoint has
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    out = finish(start(tmp_path, user_environment))
+    assert "warm start" not in out
+    assert numbers(tmp_path / "small") == numbers(whole)
+    ours, theirs = (read_lines(run / "evaluations.jsonl") for run in (tmp_path / "small", whole))
+    assert ours == theirs
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path, user_environment):
+    run = tmp_path / "small"
+    process = start(tmp_path, user_environment, "--train.save-every", "1000")
+    until_steps(process, run, 1)
+    process.send_signal(signal.SIGTERM)
+    finish(process, status=143)
+    done = len(read_lines(run / "metrics.jsonl"))
+    assert done < NUM_STEPS and str(done) in {each.name for each in (run / "checkpoints").iterdir()}
+    finish(start(tmp_path, user_environment))
+    assert numbers(run) == numbers(whole)
+
+
+def test_it_is_evaluated_again_by_name_and_prints_json(whole: Path, user_environment):
+    out = finish(start(whole.parent, user_environment, "--name", "small", command="evaluate"))
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    final = read_lines(whole / "evaluations.jsonl")[-1]
+    assert found == [{**final, "phase": "evaluate"}]
+
+
+def test_a_run_that_is_done_stays_as_it_is(whole: Path, user_environment):
+    before = numbers(whole)
+    finish(start(whole.parent, user_environment))
+    assert numbers(whole) == before
+
+
+def test_another_value_of_what_matters_is_refused_by_name(whole: Path, user_environment):
+    out = finish(start(whole.parent, user_environment, "--name", "small", "--aem.strength", "0"), status=2)
+    assert "--aem.strength 1.0, got 0.0" in out and "Traceback" not in out
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, user_environment):
+    (tmp_path / "file").write_text("")
+    out = finish(start(tmp_path / "file", user_environment), status=2)
+    assert out.startswith("error: ") and out.count("\n") == 1
