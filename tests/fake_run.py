@@ -87,7 +87,7 @@ def transcript(index: int, rng: random.Random) -> dict:
 
 
 def write_fake_run(folder: Path, steps: int = 80, seed: int = 0) -> Path:
-    """Writes all four files of a run of `steps` steps; returns the folder."""
+    """Writes the files of a run of `steps` steps; returns the folder."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     config = {
@@ -145,6 +145,10 @@ def write_fake_run(folder: Path, steps: int = 80, seed: int = 0) -> Path:
             file.write(json.dumps(record) + "\n")
             if step and step % 20 == 0:
                 evaluations.append(evaluation(step, "train", "valid_seen", 0.32 + 0.45 * progress, rng))
+    with (folder / "warmstart.jsonl").open("w") as file:
+        for step in range(steps):
+            record = {"step": step, "learner/loss": 0.2 + 3 * math.exp(-9 * step / steps) + abs(rng.gauss(0, 0.02))}
+            file.write(json.dumps(record) + "\n")
     evaluations.append(evaluation(steps, "final", "valid_seen", 0.79, rng))
     evaluations.append(evaluation(steps, "final", "valid_unseen", 0.7, rng))
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in evaluations))

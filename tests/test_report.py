@@ -75,7 +75,10 @@ def test_text_of_the_world_is_escaped(tmp_path: Path):
     assert "&lt;action&gt;look&lt;/action&gt;" in page and "&lt;b&gt;" in page
 
 
-@pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "evaluations.jsonl", "transcripts.json"])
+FILES = ["config.json", "metrics.jsonl", "evaluations.jsonl", "transcripts.json", "warmstart.jsonl"]
+
+
+@pytest.mark.parametrize("missing", FILES)
 def test_a_missing_file_leaves_its_part_out(tmp_path: Path, missing: str):
     run_dir = write_fake_run(tmp_path / "run", steps=5)
     (run_dir / missing).unlink()
@@ -85,6 +88,7 @@ def test_a_missing_file_leaves_its_part_out(tmp_path: Path, missing: str):
         "metrics.jsonl": "<h3>Entropy</h3>",
         "evaluations.jsonl": "<h2>Success</h2>",
         "transcripts.json": "<h2>Transcripts</h2>",
+        "warmstart.jsonl": "<h3>Warm start</h3>",
     }
     assert {name for name, mark in part.items() if mark not in page} == {missing}
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from aem_jax.report.run import AFTER, BEFORE, DURING, Run
+from aem_jax.report.run import AFTER, BEFORE, DURING, Run, series
 from aem_jax.report.style import (
     BLUE,
     CYCLE,
@@ -143,6 +143,15 @@ def draw_time(run: Run, axes: Axes) -> bool:
     return True
 
 
+def draw_warmstart(run: Run, axes: Axes) -> bool:
+    """Loss of supervised learning, over steps of its own."""
+    steps, values = series(run.warmstart, "learner/loss")
+    if steps:
+        plot_smoothed(axes, steps, values, PURPLE, "loss")
+        axes.set_ylim(bottom=0)
+    return bool(steps)
+
+
 CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
     ("Success", "Share of episodes solved. Bars are 95 % intervals over a fixed set of tasks.", draw_success),
     (
@@ -185,6 +194,7 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
         "Tokens sampled per second of rollout.",
         draw_lines(("throughput/tokens_per_s", GREEN, "tokens/s")),
     ),
+    ("Warm start", "Cross-entropy on the expert's responses, nats a token.", draw_warmstart),
 )
 
 

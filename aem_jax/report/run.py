@@ -47,6 +47,7 @@ class Run:
         metrics: one mapping per training step, in order of steps.
         evaluations: in the order written.
         transcripts: episodes as saved, at most as many as there are.
+        warmstart: one mapping per step of supervised learning, in order of steps.
     """
 
     name: str
@@ -54,11 +55,11 @@ class Run:
     metrics: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Evaluation]
     transcripts: Sequence[Mapping[str, Any]]
+    warmstart: Sequence[Mapping[str, Any]] = ()
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, without the steps that lack it."""
-        points = [(record["step"], record[name]) for record in self.metrics if _is_number(record.get(name))]
-        return [step for step, _ in points], [float(value) for _, value in points]
+        return series(self.metrics, name)
 
     def names(self, prefix: str) -> list[str]:
         """Metrics whose name begins with `prefix`, in the order that they first appear."""
@@ -93,7 +94,7 @@ class Run:
 
 
 def read_run(run_dir: Path | str) -> Run:
-    """Reads `config.json`, `metrics.jsonl`, `evaluations.jsonl` and `transcripts.json` of a run's folder.
+    """Reads config.json, {metrics,evaluations,warmstart}.jsonl and transcripts.json of a run's folder.
 
     Raises:
         ValueError: the folder does not exist.
@@ -103,14 +104,20 @@ def read_run(run_dir: Path | str) -> Run:
         raise ValueError(f"expected a run's folder, got {run_dir}, which is none; see runs/ for the runs there are")
     config = _read_json(run_dir / "config.json")
     transcripts = _read_json(run_dir / "transcripts.json")
-    metrics = [record for record in read_lines(run_dir / "metrics.jsonl") if _is_number(record.get("step"))]
     return Run(
         name=run_dir.resolve().name,
         config=config if isinstance(config, dict) else {},
-        metrics=sorted(metrics, key=lambda record: record["step"]),
+        metrics=_steps(run_dir / "metrics.jsonl"),
         evaluations=list(_evaluations(read_lines(run_dir / "evaluations.jsonl"))),
         transcripts=[t for t in transcripts if isinstance(t, dict)] if isinstance(transcripts, list) else [],
+        warmstart=_steps(run_dir / "warmstart.jsonl"),
     )
+
+
+def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one number, without the records that lack it."""
+    points = [(record["step"], record[name]) for record in records if _is_number(record.get(name))]
+    return [step for step, _ in points], [float(value) for _, value in points]
 
 
 def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -122,6 +129,11 @@ def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    records = [record for record in read_lines(path) if _is_number(record.get("step"))]
+    return sorted(records, key=lambda record: record["step"])
 
 
 def _evaluations(records: Sequence[Mapping[str, Any]]) -> Iterator[Evaluation]:
