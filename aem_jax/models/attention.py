@@ -50,8 +50,8 @@ def _blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Arra
     def block(start: int, q: Array, k: Array, v: Array) -> Array:
         count, end = q.shape[2], k.shape[2]
         rows = q.reshape(batch, kv_heads, count * shared, head_dim)
-        mask = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
-        mask &= jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
+        mask = causal[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
         scores = jnp.einsum("bkqd,bksd->bkqs", rows, k, preferred_element_type=jnp.float32)
         scores = jnp.where(jnp.repeat(mask, shared, axis=1)[:, None], scores, _MASKED)
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
