@@ -25,7 +25,7 @@ def run(config: BenchConfig) -> list[Measurement]:
 
     def step() -> None:
         nonlocal state
-        state, stats = update(state, batch, advantages)
+        state, stats = update(state, batch, advantages, None)
         jax.block_until_ready((state, stats))
 
     what = f"update, {config.model}, {rows} rows × {length}"
