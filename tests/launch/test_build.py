@@ -1,0 +1,96 @@
+"""Names become functions, numbers become sizes, and contradictions are found before anything starts."""
+
+import dataclasses
+import typing
+
+import numpy as np
+import pytest
+
+from aem_jax.launch import build
+from aem_jax.launch.config import AlgorithmConfig, BatchConfig, ModelChoice, RunConfig
+from aem_jax.launch.options import apply, split
+from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch.preset import DEFAULT, preset_names, read_preset
+
+RETURNS = np.array([10.0, 0.0, 0.0, 2.0], np.float32)
+GROUPS = np.zeros(4, np.int32)
+OF_RESPONSE = np.array([0, 0, 0, 1, 2, 3], np.int32)  # the first episode has three turns
+
+
+def advantages(**changes) -> np.ndarray:
+    estimate = build.response_advantages(AlgorithmConfig(**changes))
+    return np.asarray(estimate(RETURNS, GROUPS, 1, OF_RESPONSE, valid=np.ones(4, bool)))
+
+
+def test_estimators_by_hand():
+    # mean 3; deviations 7, -3, -3, -1; sum of squares 68
+    deviations = np.array([7.0, 7.0, 7.0, -3.0, -3.0, -1.0])
+    np.testing.assert_allclose(advantages(estimator="dr_grpo"), deviations, rtol=1e-6)
+    np.testing.assert_allclose(advantages(estimator="rloo"), deviations * 4 / 3, rtol=1e-6)
+    np.testing.assert_allclose(advantages(estimator="grpo"), deviations / np.sqrt(68 / 4), rtol=1e-5)
+    np.testing.assert_allclose(advantages(estimator="grpo", ddof=1), deviations / np.sqrt(68 / 3), rtol=1e-5)
+
+
+def test_over_turns_a_long_episode_weighs_more():
+    # rows 10, 10, 10, 0, 0, 2: mean 16/3
+    rows = np.array([10.0, 10.0, 10.0, 0.0, 0.0, 2.0])
+    np.testing.assert_allclose(advantages(estimator="dr_grpo", scope="turns"), rows - rows.mean(), rtol=1e-5)
+
+
+def test_every_name_that_the_config_takes_has_a_function():
+    kinds = typing.get_type_hints(AlgorithmConfig)
+    assert set(typing.get_args(kinds["estimator"])) == set(build.ESTIMATORS)
+    assert set(typing.get_args(kinds["scope"])) == set(build.SCOPES)
+
+
+def test_a_model_is_a_known_size_with_changes():
+    known = build.known_model("tiny")
+    assert build.model_config(ModelChoice(), 512) == dataclasses.replace(known, vocab_size=512)
+    changed = build.model_config(ModelChoice(num_layers=2, dtype="bfloat16"), 701)
+    assert (changed.num_layers, changed.dtype, changed.hidden_size) == (2, "bfloat16", known.hidden_size)
+    assert changed.vocab_size == 704  # the next multiple of 64
+    with pytest.raises(ConfigError, match="--model: expected num_heads divisible"):
+        build.model_config(ModelChoice(num_heads=3, num_kv_heads=2), 512)
+
+
+@pytest.mark.parametrize("context", ["append", "window"])
+def test_a_batch_layout_holds_the_worst_case(context: str):
+    config = RunConfig(batch=BatchConfig(rows=4))
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_turns=3, context=context))
+    layout = build.batch_layout(config, 10, 2)
+    segments = 10 if context == "append" else 30
+    # two minibatches whose last microbatches are both nearly empty
+    for first in range(segments + 1):
+        used = -(-first // layout.rows) + -(-(segments - first) // layout.rows)
+        assert used <= layout.num_microbatches
+    assert (layout.max_responses, layout.max_trajectories, layout.num_minibatches) == (30, 10, 2)
+    assert layout.row_length == config.rollout.context_tokens
+
+
+def test_the_warm_start_has_its_own_schedule():
+    config = apply(RunConfig(), split(["--warmstart.steps", "50", "--learner.kl-coefficient", "0.1"])[1])
+    learner = build.warmstart_learner(config)
+    assert (learner.total_steps, learner.warmup_steps, learner.kl_coefficient) == (50, 5, 0.0)
+    assert learner.learning_rate == config.warmstart.learning_rate
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_hold_together(name: str):
+    build.check(read_preset(name))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rollout.num-slots", "128", "--env.sessions-per-server", "4"], "--rollout.num-slots: expected at most"),
+        (["--sampling.temperature", "0.7"], "--learner.temperature: expected --sampling.temperature = 0.7, got 1.0"),
+        (["--batch.row-length", "8"], "--batch.row-length: expected at least"),
+        (["--model.name", "tinny"], "did you mean 'tiny'?"),
+        (["--metrics.wandb-project", "x"], "wandb is not installed"),
+    ],
+)
+def test_contradictions_name_their_fields(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        build.check(apply(read_preset(DEFAULT), split(words)[1]))
+    assert message in str(caught.value)

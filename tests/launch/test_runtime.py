@@ -1,0 +1,67 @@
+"""The machine is set up before the first computation, or says why it cannot be."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aem_jax.launch.config import RuntimeConfig
+from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch.runtime import cache_folder, set_up, versions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_cache_lies_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(RuntimeConfig()) == tmp_path / "aem_jax" / "xla"
+    assert cache_folder(RuntimeConfig(compilation_cache="/x/y")) == Path("/x/y")
+    assert cache_folder(RuntimeConfig(compilation_cache="off")) is None
+
+
+def test_a_cache_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--runtime\.compilation-cache"):
+        set_up(RuntimeConfig(compilation_cache=str(tmp_path / "file" / "cache")))
+
+
+def test_versions_say_what_a_number_depends_on():
+    found = versions()
+    assert set(found) == {"aem_jax", "jax", "jaxlib", "python", "devices", "cpus"} and all(found.values())
+
+
+def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_simulated_devices_and_a_cache_that_fills(user_environment, tmp_path: Path):
+    environment = {k: v for k, v in user_environment.items() if not k.startswith("JAX_")}
+    code = f"""
+from aem_jax.launch.config import RuntimeConfig
+from aem_jax.launch.runtime import set_up
+set_up(RuntimeConfig(cpu_devices=3, platform="cpu", compilation_cache={str(tmp_path / "xla")!r}))
+import jax, jax.numpy as jnp
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).block_until_ready()
+print(jax.device_count())
+"""
+    result = run(code, environment)
+    assert result.stdout == "3\n", result.stderr
+    assert list((tmp_path / "xla").iterdir())
+
+
+def test_a_platform_that_is_not_there_is_one_error(user_environment):
+    environment = {k: v for k, v in user_environment.items() if not k.startswith("JAX_")}
+    code = """
+from aem_jax.launch.config import RuntimeConfig
+from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch.runtime import set_up
+try:
+    set_up(RuntimeConfig(platform="tpux", compilation_cache="off"))
+except ConfigError as error:
+    print(error)
+"""
+    result = run(code, environment)
+    assert result.stdout.startswith("--runtime.platform tpux: "), result.stderr
