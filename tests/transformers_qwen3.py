@@ -19,7 +19,7 @@ def logits(config, params, tokens: np.ndarray) -> np.ndarray:
         rms_norm_eps=config.norm_eps,
         tie_word_embeddings=config.tied_head,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        attn_implementation="eager",
+        attn_implementation="eager",  # pyright: ignore[reportCallIssue]
     )
     model = Qwen3ForCausalLM(theirs).to(torch.float32).eval()
     weights = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}

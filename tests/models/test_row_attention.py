@@ -22,5 +22,7 @@ def test_blocks_change_nothing(length):
 
         return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
 
-    for found, expected in zip(jax.tree.leaves(loss(_blocked_attention)), jax.tree.leaves(loss(_masked_attention)), strict=True):
+    for found, expected in zip(
+        jax.tree.leaves(loss(_blocked_attention)), jax.tree.leaves(loss(_masked_attention)), strict=True
+    ):
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
