@@ -25,6 +25,9 @@ class WarmstartConfig:
     """Demonstrations of one step."""
     learning_rate: float = 1e-3
     """Peak learning rate; rises over the first tenth, then falls along half a cosine."""
+    wander: float = 0.0
+    """Share of turns in which the demonstrator goes somewhere at random instead of where it should: a careless teacher,
+    whose pupil has something left to learn from reward."""
     only_won: bool = True
     """Leave out episodes that the expert lost."""
 

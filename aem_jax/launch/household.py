@@ -5,6 +5,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aem_jax.envs.alfworld.engine import start
@@ -55,7 +56,7 @@ def household(config: RunConfig) -> Domain:
         training=_Tasks(training_tasks(config.games, seed=config.seed, data=data)),
         evaluation=evaluation,
         make_env=make_env,
-        demonstrator=_searcher,
+        demonstrator=partial(_careless, config.warmstart.wander),
         baselines={"oracle": _oracle, "searcher": _searcher, "random": _random},
     )
 
@@ -92,6 +93,22 @@ def _say(command: str) -> str:
 def _searcher(task: Task) -> Act:
     agent = Searcher(seed=None)
     return lambda result: _say(agent.act(result.observation))
+
+
+def _careless(wander: float, task: Task) -> Act:
+    """A searcher that now and then goes somewhere at random, and then goes on from there."""
+    agent, rng, said = Searcher(seed=None), random.Random(f"careless/{task.id}"), None
+
+    def act(result: StepResult) -> str:
+        nonlocal said
+        agent.observe(result.observation, said)
+        said = agent.command()
+        places = [each for each in result.info["admissible"] if each.startswith("go to ")]
+        if places and rng.random() < wander:
+            said = rng.choice(places)
+        return _say(said)
+
+    return act
 
 
 def _oracle(task: Task) -> Act:

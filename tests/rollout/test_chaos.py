@@ -1,0 +1,125 @@
+"""A rollout over real servers that are killed, frozen and made to answer rubbish while it plays: the step completes, the
+affected episodes begin again, and every token is the one that an undisturbed rollout samples.
+"""
+
+import os
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from aem_jax.envs.pool import EnvPool, PoolConfig
+from aem_jax.models import ModelConfig, Policy
+from aem_jax.rollout import Rollout, RolloutConfig
+from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.trajectory import Ending, Task
+
+from .fakes import STOP, VOCAB, ByteChat
+
+POLICY = Policy(ModelConfig(VOCAB, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0))
+CONFIG = RolloutConfig(
+    groups_per_step=4, group_size=2, num_slots=8, num_cohorts=2, max_turns=6, response_tokens=5, context_tokens=160,
+    prompt_tokens=24, decode_chunk=5, extend_buckets=(16,), windows=(), max_retries=3,
+)  # fmt: skip
+POOL = PoolConfig(num_servers=2, sessions_per_server=4, reset_deadline_s=10.0, step_deadline_s=3.0, first_pause_s=0.05)
+WORDS = ("ab", "cde", "fg", "hi")
+
+
+@pytest.fixture(scope="module")
+def play():
+    params = POLICY.init(jax.random.key(0))
+    sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=160, slack=CONFIG.slack)
+
+    def run(pool, tasks, config=CONFIG):
+        return Rollout(sampler, ByteChat(), pool, config)(params, tasks, jax.random.key(3))
+
+    return run
+
+
+def tasks(fault_of=lambda word: None) -> list[Task]:
+    faults = {word: fault_of(word) for word in WORDS}
+    return [Task(w, "echo", {"word": w, "length": 4, **({"fault": faults[w]} if faults[w] else {})}) for w in WORDS]
+
+
+def said(trajectories):
+    return [[turn.response_ids.tolist() for turn in t.turns] for t in trajectories]
+
+
+class Disturbed:
+    """A pool that does something to its servers at the n-th step."""
+
+    def __init__(self, pool: EnvPool, at: int, disturb):
+        self._pool, self._at, self._disturb, self.steps = pool, at, disturb, 0
+        self.capacity = pool.capacity
+        self.reset = pool.reset
+
+    def step(self, session, text):
+        self.steps += 1
+        if self.steps == self._at:
+            self._disturb(self._pool)
+        return self._pool.step(session, text)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(play):
+    with EnvPool(POOL, ("echo", {})) as pool:
+        trajectories, stats = play(pool, tasks())
+    assert stats.retries == 0
+    return trajectories
+
+
+def kill_one(pool):
+    os.kill(pool.server_pids[0], signal.SIGKILL)
+
+
+def kill_all(pool):
+    for pid in pool.server_pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def freeze_one(pool):
+    os.kill(pool.server_pids[1], signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("disturb", [kill_one, kill_all, freeze_one])
+def test_servers_killed_or_frozen(play, undisturbed, disturb):
+    with EnvPool(POOL, ("echo", {})) as pool:
+        trajectories, stats = play(Disturbed(pool, 11, disturb), tasks())
+        assert sum(pool.stats().restarts) >= 1
+    assert stats.retries >= 1 and stats.env_errors == 0
+    assert said(trajectories) == said(undisturbed)
+    for found, expected in zip(trajectories, undisturbed, strict=True):
+        assert (found.ending, found.won, found.total_reward) == (expected.ending, expected.won, expected.total_reward)
+        for a, b in zip(found.turns, expected.turns, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["rubbish", "broken", "exit"])
+def test_servers_that_talk_rubbish(play, undisturbed, kind, tmp_path):
+    def fault(word):
+        return {"kind": kind, "step": 2, "once": str(tmp_path / kind)} if word == "cde" else None
+
+    with EnvPool(POOL, ("echo", {})) as pool:
+        trajectories, stats = play(pool, tasks(fault))
+    assert stats.retries >= 1 and stats.env_errors == 0
+    assert said(trajectories) == said(undisturbed)
+
+
+def test_a_task_that_always_breaks_is_masked_and_costs_nobody_else(play, undisturbed):
+    """Its group is masked after the retries; a raise costs no server, so the other groups are never touched."""
+    with EnvPool(POOL, ("echo", {})) as pool:
+        trajectories, stats = play(pool, tasks(lambda word: {"kind": "raise", "step": 1} if word == "fg" else None))
+        assert sum(pool.stats().restarts) == 0
+    assert [t.ending is Ending.ENV_ERROR for t in trajectories] == [t.task.id == "fg" for t in trajectories]
+    assert stats.env_errors == 2 and stats.retries == 2 * CONFIG.max_retries
+    rest = [i for i, t in enumerate(trajectories) if t.task.id != "fg"]
+    assert [said(trajectories)[i] for i in rest] == [said(undisturbed)[i] for i in rest]
+
+
+def test_no_retry_when_none_is_wanted(play):
+    with EnvPool(POOL, ("echo", {})) as pool:
+        broken = tasks(lambda word: {"kind": "raise", "step": 1} if word == "fg" else None)
+        _, stats = play(pool, broken, replace(CONFIG, max_retries=0))
+    assert (stats.retries, stats.env_errors) == (0, 2)
