@@ -170,8 +170,8 @@ def _demonstrations(stage: Stage) -> list[Trajectory]:
         stage.check_stop()
         act = stage.domain.demonstrator(task)
         episode = demonstrate(env, act, task, stage.chat, instruction=rollout.instruction, max_turns=rollout.max_turns)
-        fits = sum(len(turn.observation_ids) + len(turn.response_ids) for turn in episode.turns) <= rollout.context_tokens
-        if fits and (episode.won or not settings.only_won):
+        tokens = sum(len(turn.observation_ids) + len(turn.response_ids) for turn in episode.turns)
+        if tokens <= rollout.context_tokens and (episode.won or not settings.only_won):
             found.append(episode)
         stage.report("demonstrations", count, settings.episodes, {})
     return found

@@ -1,5 +1,5 @@
-"""A rollout over real servers that are killed, frozen and made to answer rubbish while it plays: the step completes, the
-affected episodes begin again, and every token is the one that an undisturbed rollout samples.
+"""Real servers are killed, frozen and made to answer rubbish during a rollout: the step completes, the affected episodes
+begin again, and every token is the one that an undisturbed rollout samples.
 """
 
 import os

@@ -1,0 +1,90 @@
+"""Credit of a batch against the same arithmetic, written out slowly in numpy."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from aem_jax.advantage import grpo, over_trajectories
+from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.credit import AemConfig, make_credit
+from aem_jax.sharding import MeshConfig, make_mesh
+from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+LAYOUT = BatchLayout(num_microbatches=8, rows=4, row_length=40, max_responses=60, max_trajectories=16)
+
+
+def episodes(rng: np.random.Generator) -> list[Trajectory]:
+    """Three groups of four: one episode broken by its environment, one response empty, one group of equal entropies."""
+    found = []
+    for group in range(3):
+        for member in range(4):
+            turns = []
+            for k in range(int(rng.integers(1, 5))):
+                m = 0 if (group, member, k) == (0, 1, 0) else int(rng.integers(1, 4))
+                entropies = np.full(m, 0.5) if group == 2 else rng.uniform(0, 2, m)
+                observation = np.arange(3, dtype=np.int32)
+                ids = np.arange(5, 5 + m, dtype=np.int32)
+                turns.append(Turn(observation, ids, -rng.uniform(0, 1, m), entropies, float(rng.normal()), True))
+            ending = Ending.ENV_ERROR if (group, member) == (1, 3) else Ending.TERMINATED
+            found.append(Trajectory(Task("t", "k", {}), group, member, tuple(turns), ending, False))
+    return found
+
+
+def by_hand(trajectories: list[Trajectory], strength: float) -> dict[tuple[int, int, int], tuple[float, float]]:
+    """(group, member, turn) -> (base advantage, alpha)."""
+    table = {}
+    for group in range(3):
+        members = [t for t in trajectories if t.group == group and t.ending is not Ending.ENV_ERROR]
+        returns = np.array([t.total_reward for t in members])
+        base = (returns - returns.mean()) / (returns.std() + 1e-6)
+        keys = [(group, t.member, k) for t in members for k, turn in enumerate(t.turns) if len(turn.response_ids)]
+        turns = {(group, t.member, k): turn for t in members for k, turn in enumerate(t.turns)}
+        mean = np.array([turns[key].entropies.mean() for key in keys])
+        spread = mean.max() - mean.min()
+        scaled = np.exp(-strength * (mean - mean.min()) / spread) if spread >= 0.1 else np.ones(len(mean))
+        alpha = scaled / scaled.mean()
+        for key, a in zip(keys, alpha, strict=True):
+            table[key] = (base[[t.member for t in members].index(key[1])], a)
+    return table
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("context", ["append", "window"])
+def test_token_advantages_are_alpha_times_base(strength, context):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    trajectories = [
+        Trajectory(t.task, t.group, t.member, t.turns, t.ending, t.won, context=context)
+        for t in episodes(np.random.default_rng(0))
+    ]
+    batch = collate(trajectories, LAYOUT)
+    credit = make_credit(partial(over_trajectories, grpo), AemConfig(strength), 3, mesh)
+    found, statistics = jax.device_get(credit(place(batch, mesh)))
+    expected = by_hand(trajectories, strength)
+    response = 0
+    seen = 0
+    for t in trajectories:
+        if t.ending is Ending.ENV_ERROR:
+            continue
+        for k, turn in enumerate(t.turns):
+            where = np.asarray(batch.response_ids) == response
+            assert where.sum() == len(turn.response_ids)
+            if len(turn.response_ids):
+                base, alpha = expected[t.group, t.member, k]
+                np.testing.assert_allclose(found.tokens[where], base * alpha, rtol=2e-5, atol=2e-6)
+                np.testing.assert_allclose(found.coefficients[response], alpha, rtol=2e-5)
+                seen += 1
+            response += 1
+    assert seen == len(expected)
+    assert np.all(found.tokens[np.asarray(batch.response_ids) < 0] == 0)
+    alphas = np.array([alpha for _, alpha in expected.values()])
+    assert statistics["aem/alpha_max"] == pytest.approx(alphas.max(), rel=1e-5)
+    assert statistics["aem/flat_groups"] == pytest.approx(1 / 3)
+    every = [e for t in trajectories if t.ending is not Ending.ENV_ERROR for turn in t.turns for e in turn.entropies]
+    assert statistics["entropy/token"] == pytest.approx(np.mean(every), rel=1e-5)
+
+
+def test_the_config_refuses_negative_strength():
+    with pytest.raises(ValueError, match="aem.strength and aem.min_range >= 0, got -1"):
+        AemConfig(strength=-1.0)

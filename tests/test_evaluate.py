@@ -1,0 +1,42 @@
+"""Rates with their intervals, and agents played to the end."""
+
+import math
+
+import pytest
+
+from aem_jax.envs.echo import EchoEnv
+from aem_jax.evaluate import evaluate_agent, rate
+from aem_jax.trajectory import Task
+
+
+def test_wilson_interval_by_hand():
+    """k = 8 of n = 10, z = 1.96: centre (0.8 + 0.19208) / 1.38416 = 0.71674, half 0.22659 → 0.4902 to 0.9433."""
+    found = rate([True] * 8 + [False] * 2)
+    assert (found.success, found.count) == (0.8, 10)
+    assert (found.low, found.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+
+
+def test_extremes_stay_inside_zero_and_one():
+    assert rate([True] * 20).high == pytest.approx(1.0) and rate([True] * 20).low > 0.8
+    assert rate([False] * 20).low == pytest.approx(0.0, abs=1e-12)
+    assert math.isnan(rate([]).success) and (rate([]).low, rate([]).high) == (0.0, 1.0)
+
+
+def test_an_agent_is_counted_by_kind():
+    """The agent says the word in its second turn; tasks of one step end before that."""
+    tasks = [
+        Task(f"t{i}", kind, {"word": "yes", "length": length})
+        for i, (kind, length) in enumerate([("short", 1), ("long", 4), ("long", 4)])
+    ]
+
+    def make_act(task):
+        said = iter(["no", "yes"])
+        return lambda result: next(said)
+
+    found = evaluate_agent(EchoEnv(), make_act, tasks, max_turns=9, name="set", split="valid_seen")
+    assert (found.by_kind["short"].success, found.by_kind["long"].success) == (0.0, 1.0)
+    assert (
+        found.rate.count == 3 and found.mean_turns == pytest.approx(5 / 3) and found.mean_return == pytest.approx(2 / 3)
+    )
+    record = found.record(7, "expert")
+    assert (record["step"], record["phase"], record["by_kind"]["long"]["count"]) == (7, "expert", 2)
