@@ -125,8 +125,12 @@ COMMANDS: Mapping[str, Command] = {
 
 def _overview() -> str:
     rows = [f"  {name:9} {command.help}" for name, command in COMMANDS.items()]
-    lines = ["commands (each has its own --help):", *rows, "", "The defaults below are those of the preset chosen."]
-    return "\n".join(lines)
+    stopping = (
+        "Ctrl-C or SIGTERM lets the step at hand end, saves, and exits with 130 or 143; the same command resumes. "
+        "A second Ctrl-C quits at once."
+    )
+    defaults = "The defaults below are those of the preset chosen."
+    return "\n".join(["commands (each has its own --help):", *rows, "", stopping, "", defaults])
 
 
 def _options(words: Sequence[str], command: str) -> dict[str, list[str]]:

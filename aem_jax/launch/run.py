@@ -5,6 +5,7 @@ Whatever of it a resumed run already has is left out, so the same command goes o
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from aem_jax.launch import build, record, runtime
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.stage import Stage, StoppedError, open_stage
+from aem_jax.launch.summary import print_summary, sampled
 from aem_jax.learner import (
     TrainState,
     abstract_state,
@@ -64,12 +66,13 @@ def train(config: RunConfig) -> int:
             _evaluate(stage, state, "final", config.evaluation.splits)
         except StoppedError:
             return stage.stop.exit_status
+    print_summary(read_lines(folder / EVALUATIONS), sampled(config.sampling.temperature))
     print(f"report: {write_report(folder)}", flush=True)
     return 0
 
 
 def evaluate(config: RunConfig) -> int:
-    """Evaluates the latest checkpoint of a run on its fixed sets; prints a JSON line for each.
+    """Evaluates the latest checkpoint of a run on its fixed sets: JSON lines on stdout, a table on stderr.
 
     Returns:
         The exit status, as of `train`.
@@ -82,13 +85,15 @@ def evaluate(config: RunConfig) -> int:
         if checkpoints.latest is None:
             raise ConfigError(f"no checkpoint in {folder}; train it first")
         state = _restore(stage, checkpoints)
-        params = stage.reshard(state.params)
+        params, records = stage.reshard(state.params), []
         for split in config.evaluation.splits:
             tasks, name = stage.domain.evaluation(split, config.evaluation.size)
             found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
-            print(json.dumps(found.record(int(state.step), "evaluate")), flush=True)
+            records.append(found.record(int(state.step), "evaluate"))
+            print(json.dumps(records[-1]), flush=True)
             if stage.stop.requested:
                 return stage.stop.exit_status
+    print_summary(records, sampled(config.sampling.temperature), sys.stderr)
     return 0
 
 

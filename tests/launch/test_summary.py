@@ -1,0 +1,37 @@
+"""The table at the end of a run."""
+
+import io
+
+from aem_jax.launch.summary import print_summary, sampled
+
+
+def record(phase: str, step: int, success: float) -> dict:
+    rest = {"low": success - 0.05, "high": success + 0.05, "count": 128, "mean_turns": 7.25}
+    return {"phase": phase, "step": step, "set": "valid_seen-128-abc123", "success": success, **rest}
+
+
+def test_baselines_then_before_then_after_the_latest_of_each():
+    out = io.StringIO()
+    records = [
+        record("warmstart", 0, 0.25),
+        record("oracle", 0, 0.95),
+        record("train", 5, 0.4),
+        record("final", 10, 0.5),
+    ]
+    print_summary([*records, record("final", 20, 0.625)], "greedy", out)
+    lines = [line for line in out.getvalue().splitlines() if "valid_seen" in line]
+    assert [next(w for w in ("oracle", "before", "after") if w in line) for line in lines] == [
+        "oracle",
+        "before",
+        "after",
+    ]
+    assert "62.5%" in lines[2] and "57.5% – 67.5%" in lines[2] and "128" in lines[2]
+    assert "success (greedy)" in out.getvalue()
+
+
+def test_how_tokens_are_chosen_is_said():
+    assert (sampled(1.0), sampled(0.7), sampled(0)) == (
+        "sampled at temperature 1",
+        "sampled at temperature 0.7",
+        "greedy",
+    )
