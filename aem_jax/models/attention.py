@@ -35,10 +35,10 @@ def _masked_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array
 
 
 def _blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    """The same in blocks of queries, none of which looks at keys behind it; weights are computed again going backward.
+    """The same in blocks of queries, none of which looks at keys behind it; going backward, weights are computed anew.
 
-    On a CPU the [T,T] weights are what costs: blocks halve them and keep them in the caches. Query heads that share a key
-    head are folded into its rows, so that each block is one matrix product.
+    On a CPU the [T,T] weights are what costs: blocks halve them and keep them in the caches. Query heads that share a
+    key head are folded into its rows, so that each block is one matrix product.
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -70,12 +70,14 @@ def chunk_attention(
 ) -> Array:
     """Attention of C new tokens to what is cached and to their chunk, one softmax over both.
 
+    Keys lie with their positions last, so that both products read the cache in the order in which it lies.
+
     Args:
         q: [S,C,H,Dh]; token c stands at place `index + c` of the chunk.
-        cache_k: [S,KV,W,Dh].
+        cache_k: [S,KV,Dh,W].
         cache_v: [S,KV,W,Dh].
         cached: i32[S], filled positions of the cache.
-        chunk_k: [S,KV,G,Dh].
+        chunk_k: [S,KV,Dh,G].
         chunk_v: [S,KV,G,Dh].
         index: i32 scalar.
 
@@ -83,18 +85,19 @@ def chunk_attention(
         [S,C,H,Dh].
     """
     slots, count, heads, head_dim = q.shape
-    kv_heads, window, places = cache_k.shape[1], cache_k.shape[2], chunk_k.shape[2]
-    q = q.reshape(slots, count, kv_heads, heads // kv_heads, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
-    einsum = lambda spec, *xs: jnp.einsum(spec, *xs, preferred_element_type=jnp.float32)  # noqa: E731
-    old = einsum("sckgd,skwd->skgcw", q, cache_k)
-    new = einsum("sckgd,skpd->skgcp", q, chunk_k)
-    old = jnp.where((jnp.arange(window)[None] < cached[:, None])[:, None, None, None], old, _MASKED)
-    new = jnp.where((jnp.arange(places)[None] <= index + jnp.arange(count)[:, None])[None, None, None], new, _MASKED)
+    kv_heads, window, places = cache_v.shape[1], cache_v.shape[2], chunk_v.shape[2]
+    shared = heads // kv_heads
+    q = (q * jnp.asarray(head_dim**-0.5, q.dtype)).reshape(slots, count, kv_heads, shared, head_dim)
+    q = jnp.swapaxes(q, 1, 2).reshape(slots, kv_heads, count * shared, head_dim)  # one product a key head
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    place = index + jnp.repeat(jnp.arange(count), shared)
+    is_cached = (jnp.arange(window)[None] < cached[:, None])[:, None, None]
+    is_earlier = (jnp.arange(places)[None] <= place[:, None])[None, None]
+    old = jnp.where(is_cached, product(q, cache_k), _MASKED)
+    new = jnp.where(is_earlier, product(q, chunk_k), _MASKED)
     top = jnp.maximum(jnp.max(old, -1, keepdims=True), jnp.max(new, -1, keepdims=True))
     old, new = jnp.exp(old - top), jnp.exp(new - top)
     total = jnp.sum(old, -1, keepdims=True) + jnp.sum(new, -1, keepdims=True)
-    out = einsum("skgcw,skwd->skgcd", old.astype(q.dtype), cache_v) + einsum(
-        "skgcp,skpd->skgcd", new.astype(q.dtype), chunk_v
-    )
-    out = (out / total).astype(q.dtype)
-    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(slots, count, heads, head_dim)
+    out = product(old.astype(q.dtype), cache_v) + product(new.astype(q.dtype), chunk_v)
+    out = (out / total).astype(q.dtype).reshape(slots, kv_heads, count, shared, head_dim)
+    return jnp.swapaxes(out, 1, 2).reshape(slots, count, heads, head_dim)

@@ -18,6 +18,15 @@ from aem_jax.models.config import ModelConfig
 Array = jax.Array
 
 
+FEW_LAYERS = 8
+"""A decoder with at most so many layers samples with its layers written out. A scan would copy each layer's weights and
+cache out of the stacks at every token, which on a CPU costs as much as using them; the slices of written-out layers are
+taken once a chunk. Deeper ones are scanned, so that programs stay small."""
+
+PerLayer = Any
+"""Either one tree for each layer in a list (few layers), or one tree with a leading axis of layers (many)."""
+
+
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, reduced in float32."""
     x32 = x.astype(jnp.float32)
@@ -130,23 +139,42 @@ class Decoder(nnx.Module):
         x, _ = jax.lax.scan(body, self._embed(tokens), stacked)
         return rms_norm(x, self.norm[...], config.norm_eps)
 
+    def beside(self, keys: Array, values: Array, window: int) -> PerLayer:
+        """Each layer's weights beside the first `window` positions of its cache: what `extend` reads.
+
+        Args:
+            keys: [L,S,KV,Dh,T].
+            values: [L,S,KV,T,Dh].
+            window: static, positions to attend over.
+        """
+        weights = nnx.state(self.layers)
+        return self._per_layer((weights, keys[..., :window], values[..., :window, :]))
+
+    def empty_chunk(self, slots: int, places: int) -> PerLayer:
+        """Keys and values of a chunk of `places` tokens in which nothing is written yet."""
+        c = self.config
+        shape = (c.num_layers, slots, c.num_kv_heads)
+        keys, values = (
+            jnp.zeros((*shape, c.head_dim, places), c.dtype),
+            jnp.zeros((*shape, places, c.head_dim), c.dtype),
+        )
+        return self._per_layer((keys, values))
+
+    def stacked_chunk(self, chunk: PerLayer) -> tuple[Array, Array]:
+        """Keys [L,S,KV,Dh,G] and values [L,S,KV,G,Dh] of a chunk."""
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunk) if isinstance(chunk, list) else chunk
+
     def extend(
-        self,
-        tokens: Array,
-        positions: Array,
-        cache: tuple[Array, Array],
-        cached: Array,
-        chunk: tuple[Array, Array],
-        index: Array,
-    ) -> tuple[Array, tuple[Array, Array]]:
+        self, layers: PerLayer, tokens: Array, positions: Array, cached: Array, chunk: PerLayer, index: Array
+    ) -> tuple[Array, PerLayer]:
         """Hidden states of C new tokens a slot, beside a cache and the chunk's own earlier tokens.
 
         Args:
+            layers: from `beside`.
             tokens: i32[S,C].
             positions: i32[S,C].
-            cache: keys and values, each [L,S,KV,W,Dh]; read only.
-            cached: i32[S], how many of the W positions are filled.
-            chunk: keys and values of this chunk, each [L,S,KV,G,Dh], filled up to `index`.
+            cached: i32[S], how many positions of the cache are filled.
+            chunk: keys and values of this chunk, filled up to `index`; from `empty_chunk` or the step before.
             index: i32 scalar, where the C tokens go in the chunk.
 
         Returns:
@@ -154,27 +182,39 @@ class Decoder(nnx.Module):
         """
         config = self.config
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
-        graphdef, stacked = nnx.split(self.layers)
+        graphdef = nnx.graphdef(self.layers)
 
-        def layer(
-            carry: tuple[Array, tuple[Array, Array]], scanned: tuple[Any, Array, Array, Array]
-        ) -> tuple[Any, None]:
-            x, (chunk_k, chunk_v) = carry
-            state, cache_k, cache_v, depth = scanned
-            block = nnx.merge(graphdef, state)
+        def layer(x: Array, scanned: tuple[Any, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
+            (weights, cache_k, cache_v), (chunk_k, chunk_v) = scanned
+            block = nnx.merge(graphdef, weights)
             q, k, v = block.qkv(x, cos, sin)
-            at = (depth, 0, 0, index, 0)
-            chunk_k = jax.lax.dynamic_update_slice(chunk_k, jnp.swapaxes(k, 1, 2)[None], at)
-            chunk_v = jax.lax.dynamic_update_slice(chunk_v, jnp.swapaxes(v, 1, 2)[None], at)
-            attended = chunk_attention(q, cache_k, cache_v, cached, chunk_k[depth], chunk_v[depth], index)
-            return (block.finish(x, attended), (chunk_k, chunk_v)), None
+            chunk_k = jax.lax.dynamic_update_slice(chunk_k, jnp.transpose(k, (0, 2, 3, 1)), (0, 0, 0, index))
+            chunk_v = jax.lax.dynamic_update_slice(chunk_v, jnp.swapaxes(v, 1, 2), (0, 0, index, 0))
+            attended = chunk_attention(q, cache_k, cache_v, cached, chunk_k, chunk_v, index)
+            return block.finish(x, attended), (chunk_k, chunk_v)
 
-        depths = jnp.arange(config.num_layers)
-        (x, chunk), _ = jax.lax.scan(layer, (self._embed(tokens), chunk), (stacked, *cache, depths))
+        x = self._embed(tokens)
+        if isinstance(layers, list):
+            written = []
+            for scanned in zip(layers, chunk, strict=True):
+                x, new = layer(x, scanned)
+                written.append(new)
+            chunk = written
+        else:
+            x, chunk = jax.lax.scan(layer, x, (layers, chunk))
         return rms_norm(x, self.norm[...], config.norm_eps), chunk
+
+    def _per_layer(self, stacked: Any) -> PerLayer:
+        count = self.config.num_layers
+        if count > FEW_LAYERS:
+            return stacked
+        return [jax.tree.map(lambda leaf: leaf[layer], stacked) for layer in range(count)]  # noqa: B023
+
+    def head_weights(self) -> Array:
+        """The head [D,V] in the dtype of activations."""
+        head = self.embed[...].T if self.config.tied_head else self.head[...]
+        return head.astype(self.config.dtype)
 
     def logits(self, hidden: Array) -> Array:
         """float32 logits [..., V] of hidden states [..., D]."""
-        if self.config.tied_head:
-            return jnp.einsum("...d,vd->...v", hidden, self.embed[...].astype(hidden.dtype)).astype(jnp.float32)
-        return (hidden @ self.head[...].astype(hidden.dtype)).astype(jnp.float32)
+        return (hidden @ self.head_weights()).astype(jnp.float32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 Draw = Callable[[Array, Array], tuple[Array, Array, Array]]
-"""(logits f32[S,V], keys [S]) -> tokens i32[S], logprobs f32[S], entropies f32[S]."""
+"""(logits f32[S,V], uniforms f32[S,2]) -> tokens i32[S], logprobs f32[S], entropies f32[S]."""
 
 _BLOCK = 64
 
@@ -34,7 +34,21 @@ class SamplingConfig:
             raise ValueError(f"expected 0 < top_p <= 1, got {self.top_p}; 1 keeps every token")
 
 
-def categorical(weights: Array, keys: Array) -> Array:
+def uniforms(prng: Array, indices: Array) -> Array:
+    """The random numbers that an episode draws its tokens with: its key, folded with the index of each token.
+
+    Args:
+        prng: u32[S,2], key data of the episodes.
+        indices: i32[S,G], which tokens of the episode.
+
+    Returns:
+        f32[G,S,2] in [0, 1).
+    """
+    one = lambda key, index: jax.random.uniform(jax.random.fold_in(key, index), (2,))  # noqa: E731
+    return jax.vmap(jax.vmap(one), in_axes=(None, 1))(jax.random.wrap_key_data(prng), indices)
+
+
+def categorical(weights: Array, uniforms: Array) -> Array:
     """Draws an index from each row of unnormalised `weights` f32[S,V], by inverting two short cumulative sums.
 
     First a block of 64 tokens is drawn by its mass, then a token inside it, each with a uniform of its own: two random
@@ -43,7 +57,6 @@ def categorical(weights: Array, keys: Array) -> Array:
     """
     slots, vocab = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(slots, -1, _BLOCK)
-    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
     def invert(masses: Array, uniform: Array) -> Array:
         cumulative = jnp.cumsum(masses, axis=-1)
@@ -65,7 +78,7 @@ def make_draw(config: SamplingConfig) -> Draw:
     """
     greedy = config.temperature == 0.0
 
-    def draw(logits: Array, keys: Array) -> tuple[Array, Array, Array]:
+    def draw(logits: Array, uniforms: Array) -> tuple[Array, Array, Array]:
         logits = logits if greedy else logits / config.temperature
         shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(shifted)
@@ -75,7 +88,7 @@ def make_draw(config: SamplingConfig) -> Draw:
         if greedy:
             tokens = jnp.argmax(logits, axis=-1)
         else:
-            tokens = categorical(_keep(weights, total, config), keys)
+            tokens = categorical(_keep(weights, total, config), uniforms)
         logprobs = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
         return tokens.astype(jnp.int32), logprobs, entropies
 

@@ -6,8 +6,8 @@ the end: the cache is never copied, and a slot that has finished costs nothing b
 depends on its own key and its own tokens alone: key, folded with the index of the sampled token.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,48 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aem_jax.models import Params, Policy
-from aem_jax.sampler.draw import SamplingConfig, make_draw
-from aem_jax.sharding import DECODE, replicated, shardings
+from aem_jax.sampler.draw import SamplingConfig, make_draw, uniforms
+from aem_jax.sampler.state import KEY_AXES, STATE_AXES, VALUE_AXES, SamplerState, copy_rows, merge, rewind
+from aem_jax.sharding import DECODE, partition, replicated, shardings
 
 Array = jax.Array
 HostArray = jax.Array | np.ndarray
 """What comes from the host: numpy will do."""
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "lengths", "hidden", "prng", "sampled"],
-    meta_fields=[],
-)
-@dataclass(frozen=True)
-class SamplerState:
-    """What S slots remember.
-
-    Attributes:
-        keys: [L,S,KV,T,Dh], rotated keys.
-        values: [L,S,KV,T,Dh].
-        lengths: i32[S], tokens in the cache.
-        hidden: [S,D], final hidden state at the last token.
-        prng: u32[S,2], the episode's key data.
-        sampled: i32[S], tokens sampled by the episode so far.
-    """
-
-    keys: Array
-    values: Array
-    lengths: Array
-    hidden: Array
-    prng: Array
-    sampled: Array
-
-
-_STATE_AXES = SamplerState(
-    keys=("layers", "slots", "kv_heads", "length", "head_dim"),  # pyright: ignore[reportArgumentType]
-    values=("layers", "slots", "kv_heads", "length", "head_dim"),  # pyright: ignore[reportArgumentType]
-    lengths=("slots",),  # pyright: ignore[reportArgumentType]
-    hidden=("slots", None),  # pyright: ignore[reportArgumentType]
-    prng=("slots", None),  # pyright: ignore[reportArgumentType]
-    sampled=("slots",),  # pyright: ignore[reportArgumentType]
-)
 
 
 @partial(
@@ -120,15 +85,15 @@ class Sampler:
         self._stop_ids = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
         # What a state is placed by on its way in, it keeps on its way out; what was said is whole on every device, for
         # every host.
-        placed = None if mesh is None else shardings(mesh, _STATE_AXES, DECODE)
+        placed = None if mesh is None else shardings(mesh, STATE_AXES, DECODE)
         said = None if mesh is None else (placed, replicated(mesh))
         self._init = jax.jit(self._init_impl, static_argnums=(0, 1), out_shardings=placed)
         self._extend = jax.jit(self._extend_impl, static_argnames="window", donate_argnums=1, out_shardings=placed)
         self._decode = jax.jit(
             self._decode_impl, static_argnames=("num_tokens", "window"), donate_argnums=1, out_shardings=said
         )
-        self._fork = jax.jit(_fork_impl, static_argnames="window", donate_argnums=0, out_shardings=placed)
-        self._rewind = jax.jit(_rewind_impl, donate_argnums=0, out_shardings=placed)
+        self._fork = jax.jit(self._fork_impl, static_argnames="window", donate_argnums=0, out_shardings=placed)
+        self._rewind = jax.jit(rewind, donate_argnums=0, out_shardings=placed)
 
     @property
     def compilations(self) -> int:
@@ -141,15 +106,15 @@ class Sampler:
         capacity = capacity or self.capacity
         if self._mesh is not None:
             shapes = jax.eval_shape(lambda: self._init_impl(slots, capacity))
-            shardings(self._mesh, _STATE_AXES, DECODE, shapes)  # says which dimension doesn't divide
+            shardings(self._mesh, STATE_AXES, DECODE, shapes)  # says which dimension doesn't divide
         return self._init(slots, capacity)
 
     def _init_impl(self, slots: int, capacity: int) -> SamplerState:
         c = self.policy.config
-        shape = (c.num_layers, slots, c.num_kv_heads, capacity + self.slack, c.head_dim)
+        shape, length = (c.num_layers, slots, c.num_kv_heads), capacity + self.slack
         return SamplerState(
-            keys=jnp.zeros(shape, c.dtype),
-            values=jnp.zeros(shape, c.dtype),
+            keys=jnp.zeros((*shape, c.head_dim, length), c.dtype),
+            values=jnp.zeros((*shape, length, c.head_dim), c.dtype),
             lengths=jnp.zeros(slots, jnp.int32),
             hidden=jnp.zeros((slots, c.hidden_size), c.dtype),
             prng=jnp.zeros((slots, 2), jnp.uint32),
@@ -211,7 +176,7 @@ class Sampler:
             prng: u32[S,2], key data of the episodes that begin.
             window: static; covers the longest prompt.
         """
-        window = min(self._check_window(window), prompts.keys.shape[3])
+        window = min(self._check_window(window), prompts.keys.shape[-1])
         return self._fork(state, prompts, source, prng, window=window)
 
     def rewind(self, state: SamplerState, keep: HostArray) -> SamplerState:
@@ -233,30 +198,29 @@ class Sampler:
     def _extend_impl(
         self, params: Params, state: SamplerState, tokens: Array, counts: Array, window: int
     ) -> SamplerState:
-        chunk = tokens.shape[1]
-        positions = state.lengths[:, None] + jnp.arange(chunk)[None]
-        empty = _empty_chunk(state, chunk)
-        cache = (state.keys[..., :window, :], state.values[..., :window, :])
-        hidden, (keys, values) = self.policy.bind(params).extend(
-            tokens, positions, cache, state.lengths, empty, jnp.int32(0)
+        decoder = self.policy.bind(params)
+        slots, places = tokens.shape
+        hidden, chunk = decoder.extend(
+            decoder.beside(state.keys, state.values, window),
+            tokens,
+            state.lengths[:, None] + jnp.arange(places)[None],
+            state.lengths,
+            decoder.empty_chunk(slots, places),
+            jnp.int32(0),
         )
         last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-        return SamplerState(
-            keys=_merge(state.keys, keys, state.lengths),
-            values=_merge(state.values, values, state.lengths),
-            lengths=state.lengths + counts,
-            hidden=jnp.where((counts > 0)[:, None], last, state.hidden),
-            prng=state.prng,
-            sampled=state.sampled,
-        )
+        last = jnp.where((counts > 0)[:, None], last, state.hidden)
+        return self._merge(state, decoder.stacked_chunk(chunk), last, counts, 0)
 
     def _decode_impl(
         self, params: Params, state: SamplerState, budgets: Array, num_tokens: int, window: int
     ) -> tuple[SamplerState, Decoded]:
-        decoder = self.policy.bind(params)
         slots = budgets.shape[0]
-        cache = (state.keys[..., :window, :], state.values[..., :window, :])
         budgets = jnp.minimum(budgets, num_tokens)
+        # All that does not depend on what is said is done before the loop, whose every step is one token a slot.
+        decoder = self.policy.bind(params)
+        layers, head = decoder.beside(state.keys, state.values, window), decoder.head_weights()
+        random = uniforms(state.prng, state.sampled[:, None] + jnp.arange(num_tokens)[None])
         out = Decoded(
             tokens=jnp.zeros((slots, num_tokens), jnp.int32),
             logprobs=jnp.zeros((slots, num_tokens)),
@@ -274,8 +238,10 @@ class Sampler:
         def step(carry: tuple[Array, Array, Any, Decoded]) -> tuple[Array, Array, Any, Decoded]:
             index, hidden, chunk, out = carry
             active = speaking(out)
-            keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.prng), state.sampled + index)
-            tokens, logprobs, entropies = self._draw(decoder.logits(hidden), keys)
+            logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+            tokens, logprobs, entropies = self._draw(
+                logits, jax.lax.dynamic_index_in_dim(random, index, keepdims=False)
+            )
             put = lambda rows, new: rows.at[:, index].set(jnp.where(active, new, 0))  # noqa: E731
             out = Decoded(
                 tokens=put(out.tokens, tokens),
@@ -285,53 +251,45 @@ class Sampler:
                 finished=out.finished | (active & jnp.any(tokens[:, None] == self._stop_ids[None], axis=-1)),
             )
             positions = (state.lengths + index)[:, None]
-            new, chunk = decoder.extend(tokens[:, None], positions, cache, state.lengths, chunk, index)
+            new, chunk = decoder.extend(layers, tokens[:, None], positions, state.lengths, chunk, index)
             return index + 1, jnp.where(active[:, None], new[:, 0], hidden), chunk, out
 
-        carry = (jnp.int32(0), state.hidden, _empty_chunk(state, num_tokens), out)
-        _, hidden, (keys, values), out = jax.lax.while_loop(going, step, carry)
-        state = SamplerState(
-            keys=_merge(state.keys, keys, state.lengths),
-            values=_merge(state.values, values, state.lengths),
-            lengths=state.lengths + out.counts,
-            hidden=hidden,
-            prng=state.prng,
-            sampled=state.sampled + out.counts,
+        carry = (jnp.int32(0), state.hidden, decoder.empty_chunk(slots, num_tokens), out)
+        _, hidden, chunk, out = jax.lax.while_loop(going, step, carry)
+        return self._merge(state, decoder.stacked_chunk(chunk), hidden, out.counts, out.counts), out
+
+    def _fork_impl(
+        self, state: SamplerState, prompts: SamplerState, source: Array, prng: Array, window: int
+    ) -> SamplerState:
+        starts, row = source >= 0, jnp.maximum(source, 0)
+        keys, values = self._copy_rows(window)(state.keys, state.values, prompts.keys, prompts.values, source)
+        return SamplerState(
+            keys=keys,
+            values=values,
+            lengths=jnp.where(starts, prompts.lengths[row], state.lengths),
+            hidden=jnp.where(starts[:, None], prompts.hidden[row], state.hidden),
+            prng=jnp.where(starts[:, None], prng, state.prng),
+            sampled=jnp.where(starts, 0, state.sampled),
         )
-        return state, out
 
+    def _over_slots(self, function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: tuple[Any, ...]) -> Any:
+        """Runs `function` on each device's own slots; its loop over slots then stays on the device."""
+        if self._mesh is None:
+            return function
+        specs = lambda axes: tuple(partition(names, DECODE) for names in axes)  # noqa: E731
+        return jax.shard_map(function, mesh=self._mesh, in_specs=specs(in_axes), out_specs=specs(out_axes))
 
-def _fork_impl(state: SamplerState, prompts: SamplerState, source: Array, prng: Array, window: int) -> SamplerState:
-    starts = source >= 0
-    row = jnp.maximum(source, 0)
+    def _merge(
+        self, state: SamplerState, chunk: tuple[Array, Array], hidden: Array, counts: Array, sampled: Array | int
+    ) -> SamplerState:
+        """The state with a chunk behind its cache, of which each slot keeps `counts` tokens."""
+        cache = (KEY_AXES, VALUE_AXES, ("slots", None))
+        merge_slots = self._over_slots(merge, (*cache, ("slots",), *cache), cache)
+        keys, values, hidden = merge_slots(state.keys, state.values, state.hidden, state.lengths, *chunk, hidden)
+        lengths = state.lengths + counts
+        return SamplerState(keys, values, lengths, hidden, state.prng, state.sampled + sampled)
 
-    def copy(into: Array, rows: Array) -> Array:
-        old = into[..., :window, :]
-        new = jnp.take(rows[..., :window, :], row, axis=1)
-        chosen = jnp.where(starts[None, :, None, None, None], new, old)
-        return jax.lax.dynamic_update_slice(into, chosen, (0,) * into.ndim)
-
-    return SamplerState(
-        keys=copy(state.keys, prompts.keys),
-        values=copy(state.values, prompts.values),
-        lengths=jnp.where(starts, prompts.lengths[row], state.lengths),
-        hidden=jnp.where(starts[:, None], prompts.hidden[row], state.hidden),
-        prng=jnp.where(starts[:, None], prng, state.prng),
-        sampled=jnp.where(starts, 0, state.sampled),
-    )
-
-
-def _rewind_impl(state: SamplerState, keep: Array) -> SamplerState:
-    return replace(state, lengths=jnp.minimum(state.lengths, keep))
-
-
-def _empty_chunk(state: SamplerState, places: int) -> tuple[Array, Array]:
-    layers, slots, kv_heads, _, head_dim = state.keys.shape
-    empty = jnp.zeros((layers, slots, kv_heads, places, head_dim), state.keys.dtype)
-    return empty, empty
-
-
-def _merge(cache: Array, chunk: Array, lengths: Array) -> Array:
-    """Writes each slot's chunk [L,KV,G,Dh] behind its cached tokens. What lies past its end is overwritten later."""
-    write = lambda rows, new, at: jax.lax.dynamic_update_slice(rows, new, (0, 0, at, 0))  # noqa: E731
-    return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(cache, chunk, lengths)
+    def _copy_rows(self, window: int) -> Callable[..., tuple[Array, Array]]:
+        cache = (KEY_AXES, VALUE_AXES)
+        whole = tuple(tuple(None if name == "slots" else name for name in axes) for axes in cache)
+        return self._over_slots(partial(copy_rows, window=window), (*cache, *whole, ("slots",)), cache)

@@ -1,0 +1,120 @@
+"""What XLA made of the sampler: nothing compiles again, the state is donated for real, the loop copies no cache."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conversation import play, script
+from small_policies import GROUPED_TIED, numpy_params
+
+from aem_jax.models import ModelConfig, Policy
+from aem_jax.models.decoder import FEW_LAYERS
+from aem_jax.sampler import Sampler, SamplingConfig
+
+POLICY = Policy(GROUPED_TIED)
+PARAMS = numpy_params(GROUPED_TIED)
+SLOTS, CAPACITY, SLACK, CHUNK = 6, 500, 12, 8
+
+
+def make() -> Sampler:
+    return Sampler(POLICY, SamplingConfig(1.0), (5,), capacity=CAPACITY, slack=SLACK, windows=(32, 64))
+
+
+def decode_program(sampler: Sampler, window: int = CAPACITY, slots: int = SLOTS):
+    state = jax.eval_shape(lambda: sampler.init(slots))
+    budgets = jax.ShapeDtypeStruct((slots,), jnp.int32)
+    return sampler._decode.lower(POLICY.shapes, state, budgets, num_tokens=CHUNK, window=window).compile()
+
+
+def extend_program(sampler: Sampler, window: int = CAPACITY):
+    state = jax.eval_shape(lambda: sampler.init(SLOTS))
+    ids = jax.ShapeDtypeStruct((SLOTS, SLACK), jnp.int32)
+    return sampler._extend.lower(
+        POLICY.shapes, state, ids, jax.ShapeDtypeStruct((SLOTS,), jnp.int32), window=window
+    ).compile()
+
+
+def fork_program(sampler: Sampler, window: int):
+    state, prompts = jax.eval_shape(lambda: (sampler.init(SLOTS), sampler.init(2, 64)))
+    source, prng = jax.ShapeDtypeStruct((SLOTS,), jnp.int32), jax.ShapeDtypeStruct((SLOTS, 2), jnp.uint32)
+    return sampler._fork.lower(state, prompts, source, prng, window=window).compile()
+
+
+def cache_bytes(sampler: Sampler) -> int:
+    state = jax.eval_shape(lambda: sampler.init(SLOTS))
+    return state.keys.size * state.keys.dtype.itemsize
+
+
+def test_nothing_compiles_after_warm_up():
+    sampler = make()
+    assert sampler.compilations == 0
+    play(sampler, PARAMS, {slot: script(POLICY, slot) for slot in range(3)}, slots=SLOTS, chunks=(SLACK, CHUNK))
+    warm = sampler.compilations
+    assert warm >= 3
+    for seed in (7, 8):
+        lengths = np.random.RandomState(seed).randint(1, 30, 4).tolist()
+        episodes = {slot: script(POLICY, 10 * seed + slot, lengths, budget=5 + seed) for slot in range(2, SLOTS)}
+        play(sampler, PARAMS, episodes, slots=SLOTS, chunks=(SLACK, CHUNK))
+    assert sampler.compilations == warm
+    play(sampler, PARAMS, {0: script(POLICY, 1)}, slots=SLOTS, chunks=(SLACK, CHUNK - 1))
+    assert sampler.compilations == warm + 1  # a new shape is seen
+
+
+def test_donated_state_is_gone():
+    sampler = make()
+    state = sampler.init(SLOTS)
+    after = sampler.extend(PARAMS, state, jnp.ones((SLOTS, 4), jnp.int32), jnp.full(SLOTS, 4, jnp.int32))
+    assert state.keys.is_deleted() and state.values.is_deleted()
+    sampler.decode(PARAMS, after, jnp.full(SLOTS, 2, jnp.int32), CHUNK)
+    assert after.keys.is_deleted() and after.values.is_deleted()
+
+
+def test_cache_is_aliased_not_copied():
+    """Keys and values leave in the buffers they came in; what is needed beside them does not grow with capacity."""
+    sampler = make()
+    for make_program in (decode_program, extend_program, fork_program):
+        memory = make_program(sampler, window=32).memory_analysis()
+        assert memory is not None
+        assert memory.alias_size_in_bytes >= 2 * cache_bytes(sampler)
+        assert memory.temp_size_in_bytes < 0.5 * cache_bytes(sampler), make_program
+
+
+def while_bodies(text: str | None) -> str:
+    """The instructions of all loop bodies of a compiled program and of what they call."""
+    assert text is not None
+    computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}", text, re.M | re.S))
+    todo = re.findall(r"body=%?([\w.\-]+)", text)
+    seen: dict[str, str] = {}
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen[name] = computations[name]
+            todo += re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", seen[name])
+    assert seen
+    return "\n".join(seen.values())
+
+
+def test_the_decode_loop_copies_no_cache():
+    """No step makes an array of the window's size, of one layer or of all: the cache is read where it lies."""
+    window = 64
+    body = while_bodies(decode_program(make(), window=window).as_text())
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (?!parameter|get-tuple-element|bitcast)[\w\-]+\(", body)
+    sizes = {int(np.prod([int(n) for n in shape.split(",")])) for shape in made}
+    c = GROUPED_TIED
+    assert SLOTS * c.vocab_size in sizes  # the logits: it is the decode loop that was looked at
+    of_a_layer = SLOTS * c.num_kv_heads * c.head_dim * window
+    assert not sizes & {of_a_layer, c.num_layers * of_a_layer}
+
+
+def test_program_does_not_grow_with_depth():
+    """Up to FEW_LAYERS layers are written out; any deeper decoder is one scanned layer."""
+
+    def lines(layers: int) -> int:
+        policy = Policy(ModelConfig(**{**vars(GROUPED_TIED), "num_layers": layers}))
+        sampler = Sampler(policy, SamplingConfig(1.0), (5,), capacity=32, slack=8)
+        state = jax.eval_shape(lambda: sampler.init(2))
+        text = sampler._decode.lower(policy.shapes, state, jnp.ones(2, jnp.int32), num_tokens=8, window=32).as_text()
+        return text.count("\n")
+
+    assert lines(32) == lines(FEW_LAYERS + 1) < 2 * lines(2)
