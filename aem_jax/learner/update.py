@@ -36,9 +36,9 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> C
         mesh: the mesh that state and batch lie on.
 
     Returns:
-        update(state, batch, advantages, reference) -> (state, stats). `state` is donated: the old one is gone.
-        `advantages` are f32[M, b, T]; `reference`, the reference policy's logprobs (`make_token_logprobs`), are so
-        too if kl_coefficient > 0, else None.
+        update(state, batch, advantages, reference=None) -> (state, stats). `state` is donated: the old one is gone.
+        `advantages` are f32[M, b, T]; so are `reference`, the reference policy's logprobs (`make_token_logprobs`),
+        which are given exactly if kl_coefficient > 0.
         stats, f32[] each; means over tokens, of all optimizer steps unless said otherwise:
             loss, grad_norm (before the clip), learning_rate (of the last optimizer step);
             clip_share (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
@@ -49,7 +49,7 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> C
     step = _make_step(policy, config, mesh, policy_objective(config))
 
     def update(
-        state: TrainState, batch: Batch, advantages: jax.Array, reference: jax.Array | None
+        state: TrainState, batch: Batch, advantages: jax.Array, reference: jax.Array | None = None
     ) -> tuple[TrainState, Stats]:
         if (reference is None) == (config.kl_coefficient > 0):
             raise ValueError(
@@ -58,8 +58,7 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> C
             )
         return step(state, batch, advantages, reference)
 
-    packed = packed_sharding(mesh)
-    return _jit(update, policy, config, mesh, (packed, packed if config.kl_coefficient else None))
+    return _jit(update, policy, config, mesh)
 
 
 def make_supervised_update(
@@ -75,7 +74,7 @@ def make_supervised_update(
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Stats]:
         return step(state, batch, None, None)
 
-    return _jit(update, policy, config, mesh, ())
+    return _jit(update, policy, config, mesh)
 
 
 def make_token_logprobs(
@@ -84,6 +83,8 @@ def make_token_logprobs(
     """token_logprobs(params, batch) -> f32[M, b, T], jitted, 0 outside responses: the reference policy's pass."""
 
     def token_logprobs(params: Params, batch: Batch) -> jax.Array:
+        batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
+
         def one(m: jax.Array, found: jax.Array) -> jax.Array:
             logprobs, _ = _row_statistics(policy, config, params, _rows(batch, m))
             return found.at[m].set(logprobs)
@@ -91,20 +92,13 @@ def make_token_logprobs(
         empty = jnp.zeros(jnp.shape(batch.tokens), jnp.float32)
         return jax.lax.fori_loop(0, batch.num_microbatches, one, empty)
 
-    where = abstract_state(policy, make_optimizer(config, policy.axes), mesh).params
-    params = jax.tree.map(lambda leaf: leaf.sharding, where)
-    return jax.jit(token_logprobs, in_shardings=(params, batch_shardings(mesh)), out_shardings=packed_sharding(mesh))
+    return jax.jit(token_logprobs, out_shardings=packed_sharding(mesh))
 
 
-def _jit(update, policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, extra: tuple):
+def _jit(update, policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh):
     abstract = abstract_state(policy, make_optimizer(config, policy.axes), mesh)
     state = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(
-        update,
-        in_shardings=(state, batch_shardings(mesh), *extra),
-        out_shardings=(state, replicated(mesh)),
-        donate_argnums=0,
-    )
+    return jax.jit(update, out_shardings=(state, replicated(mesh)), donate_argnums=0)
 
 
 def _row_statistics(policy, config: LearnerConfig, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array]:
@@ -175,6 +169,8 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
                 f"expected a batch of {config.num_minibatches} minibatches (LearnerConfig.num_minibatches), got "
                 f"{num_minibatches}; set BatchLayout.num_minibatches to the same number"
             )
+
+        batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
 
         def optimizer_step(carry, index):
             params, opt_state = carry

@@ -98,7 +98,7 @@ def test_gradient_equals_the_hand_written_one(aggregation, context):
     advantages, per_response = advantages_of(batch)
     state = new_state(TOY, config)
     loss, gradient = hand_gradient(trajectories, per_response, state.params, config)
-    state, stats = make_update(TOY, config, ONE_DEVICE)(state, batch, advantages, None)
+    state, stats = make_update(TOY, config, ONE_DEVICE)(state, batch, advantages)
     assert_trees_close(gradient_of(state, config), gradient, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(stats["loss"], loss, rtol=1e-5)
     flat = np.concatenate([each.ravel() for each in gradient.values()])
@@ -137,7 +137,7 @@ def test_supervised_gradient_is_the_policy_gradient_at_ratio_one():
     own = np.asarray(make_token_logprobs(TOY, CONFIG, ONE_DEVICE)(state.params, batch))
     replayed = dataclasses.replace(batch, logprobs=own)
     ones = np.ones_like(own)
-    policy_state, stats = make_update(TOY, CONFIG, ONE_DEVICE)(new_state(TOY, CONFIG), replayed, ones, None)
+    policy_state, stats = make_update(TOY, CONFIG, ONE_DEVICE)(new_state(TOY, CONFIG), replayed, ones)
     state, supervised = make_supervised_update(TOY, CONFIG, ONE_DEVICE)(state, batch)
     assert_trees_close(gradient_of(state, CONFIG), gradient_of(policy_state, CONFIG), rtol=1e-5, atol=1e-7)
     mask = np.asarray(batch.response_ids) >= 0
@@ -152,7 +152,7 @@ def test_parity_is_measured_before_any_step():
     state = new_state(TOY, config)
     own = make_token_logprobs(TOY, config, ONE_DEVICE)(state.params, batch)
     shifted = dataclasses.replace(batch, logprobs=np.asarray(own) + 0.25 * (np.asarray(batch.response_ids) >= 0))
-    _, stats = make_update(TOY, config, ONE_DEVICE)(state, shifted, advantages, None)
+    _, stats = make_update(TOY, config, ONE_DEVICE)(state, shifted, advantages)
     np.testing.assert_allclose([stats["parity_max"], stats["parity_mean"]], 0.25, atol=1e-5)
     assert stats["ratio_max"] > 1.5 * np.exp(-0.25)  # later steps did move
 
@@ -171,7 +171,7 @@ def test_packing_and_microbatches_change_nothing():
     for name, layout in layouts.items():
         batch = collate(trajectories, layout)
         advantages, _ = advantages_of(batch)
-        state, stats = make_update(TINY, config, ONE_DEVICE)(new_state(TINY, config), batch, advantages, None)
+        state, stats = make_update(TINY, config, ONE_DEVICE)(new_state(TINY, config), batch, advantages)
         found[name] = gradient_of(state, config), stats
     for gradient, stats in found.values():
         assert_trees_close(gradient, found["one a row"][0], rtol=2e-4, atol=2e-7)
@@ -190,7 +190,7 @@ def test_eight_devices_take_the_same_step_as_one():
     results = []
     for mesh in (ONE_DEVICE, make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
         state = new_state(TINY, config, mesh)
-        state, stats = make_update(TINY, config, mesh)(state, place(batch, mesh), advantages, None)
+        state, stats = make_update(TINY, config, mesh)(state, place(batch, mesh), advantages)
         assert state.params["layers"]["gate"].sharding.num_devices == mesh.size
         results.append((jax.device_get(state), jax.device_get(stats)))
     assert_trees_close(results[0], results[1], rtol=1e-5, atol=1e-5)
@@ -214,7 +214,7 @@ def test_epochs_and_minibatches_are_steps_in_a_row():
     config = dataclasses.replace(CONFIG, num_minibatches=2, num_epochs=2)
     batch = collate(trajectories, layout, seed=3)
     advantages, per_response = advantages_of(batch)
-    together, _ = make_update(TOY, config, ONE_DEVICE)(new_state(TOY, config), batch, advantages, None)
+    together, _ = make_update(TOY, config, ONE_DEVICE)(new_state(TOY, config), batch, advantages)
     assert num_updates(together.opt_state) == 4 and together.step == 1
 
     single = make_update(TOY, CONFIG, ONE_DEVICE)
@@ -226,7 +226,7 @@ def test_epochs_and_minibatches_are_steps_in_a_row():
             ids = np.concatenate([np.arange(first_response[n], first_response[n + 1]) for n in chosen])
             padded = np.zeros_like(per_response)
             padded[: len(ids)] = per_response[ids]
-            state, _ = single(state, part, token_advantages(padded, part.response_ids), None)
+            state, _ = single(state, part, token_advantages(padded, part.response_ids))
     assert_trees_close(together.params, state.params, rtol=1e-4, atol=1e-6)
 
 
@@ -236,7 +236,7 @@ def test_one_program_for_any_number_of_microbatches():
     for count in (1, 5, 12, 0):
         batch = collate(random_trajectories(8, count, TOY.vocab_size), dataclasses.replace(LAYOUT, row_length=24))
         advantages, _ = advantages_of(batch)
-        state, _ = update(state, batch, advantages, None)
+        state, _ = update(state, batch, advantages)
         used.add(int(batch.num_microbatches))
     assert len(used) == 4
     assert update._cache_size() == 1
@@ -246,10 +246,10 @@ def test_the_state_is_donated():
     update = make_update(TINY, CONFIG, ONE_DEVICE)
     batch = collate(random_trajectories(9, 4, TINY.config.vocab_size), LAYOUT)
     state, advantages = new_state(TINY, CONFIG), np.zeros(batch.tokens.shape, np.float32)
-    compiled = update.lower(state, batch, advantages, None).compile()
+    compiled = update.lower(state, batch, advantages).compile()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes >= size
-    update(state, batch, advantages, None)
+    update(state, batch, advantages)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
@@ -258,7 +258,7 @@ def test_a_batch_of_nothing_and_a_gradient_of_nan_leave_the_parameters_alone():
     before = jax.device_get(new_state(TOY, CONFIG))
     full = collate(random_trajectories(10, 3, TOY.vocab_size), LAYOUT)
     for batch, fill in ((collate([], LAYOUT), 0.0), (full, np.nan)):
-        state, stats = update(new_state(TOY, CONFIG), batch, np.full(batch.tokens.shape, fill, np.float32), None)
+        state, stats = update(new_state(TOY, CONFIG), batch, np.full(batch.tokens.shape, fill, np.float32))
         assert_trees_close(state.params, before.params, rtol=0)
         assert_trees_close(state.opt_state, before.opt_state, rtol=0)
         assert state.step == 1 and stats["skipped"] == 1
@@ -267,7 +267,7 @@ def test_a_batch_of_nothing_and_a_gradient_of_nan_leave_the_parameters_alone():
 def test_a_batch_cut_otherwise_than_configured_is_refused():
     batch = collate([], dataclasses.replace(LAYOUT, num_minibatches=2))
     with pytest.raises(ValueError, match=r"expected a batch of 1 minibatches .* got 2"):
-        make_update(TOY, CONFIG, ONE_DEVICE)(new_state(TOY, CONFIG), batch, jnp.zeros(batch.tokens.shape), None)
+        make_update(TOY, CONFIG, ONE_DEVICE)(new_state(TOY, CONFIG), batch, jnp.zeros(batch.tokens.shape))
 
 
 def test_cross_entropy_learns_a_deterministic_text():
