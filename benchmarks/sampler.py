@@ -1,0 +1,66 @@
+"""Sampling from a small Qwen3 with random weights: B prompts of P tokens are read, then G tokens each are sampled.
+
+    python -m benchmarks.sampler [B P G]
+
+The shape, the model and what is timed (prompt and decoding together, one call from host to host) are those of the peers'
+scripts named in docs/benchmarks.md, so that they can be run one after the other. Sampling is at temperature 1 and
+records the log-probability and the entropy of every token. One call warms up; five are timed. The last line is JSON.
+"""
+
+import json
+import statistics
+import sys
+import time
+from importlib.metadata import version
+
+import jax
+import numpy as np
+
+from aem_jax.models import ModelConfig, Policy
+from aem_jax.sampler import Sampler, SamplingConfig
+
+MODEL = ModelConfig(4096, 256, 768, 4, 8, 4, 32)
+NEVER = -1  # a stop id that no token is
+
+
+def measure(slots: int, prompt: int, new: int, calls: int = 5) -> dict[str, float]:
+    """Best and median of sampled tokens a second over `calls` warm calls, each with prompts and keys of its own."""
+    policy = Policy(MODEL)
+    params = jax.jit(policy.init)(jax.random.key(0))
+    sampler = Sampler(
+        policy, SamplingConfig(), [NEVER], capacity=prompt + new, slack=max(prompt, new), windows=[prompt]
+    )
+    state, rng, rates = sampler.init(slots), np.random.default_rng(0), []
+    prompts, nobody = sampler.init(slots, prompt), np.zeros(slots, np.int32)
+    for _ in range(calls + 1):
+        tokens = rng.integers(3, MODEL.vocab_size, (slots, prompt), dtype=np.int32)
+        prng = rng.integers(0, 2**32, (slots, 2), dtype=np.uint32)
+        start = time.perf_counter()
+        prompts = sampler.rewind(prompts, nobody)
+        prompts = sampler.extend(params, prompts, tokens, np.full(slots, prompt, np.int32), window=prompt)
+        state = sampler.fork(state, prompts, np.arange(slots, dtype=np.int32), prng, window=prompt)
+        state, said = sampler.decode(params, state, np.full(slots, new, np.int32), new, window=prompt)
+        found = jax.device_get(said)
+        rates.append(slots * new / (time.perf_counter() - start))
+        assert (found.counts == new).all() and np.isfinite(found.logprobs).all()
+    return {"best": max(rates[1:]), "median": statistics.median(rates[1:])}
+
+
+def main() -> None:
+    """Measures one shape and prints it."""
+    slots, prompt, new = (int(word) for word in (sys.argv[1:4] or (8, 64, 128)))
+    line = {
+        "system": "aem_jax",
+        "device": jax.devices()[0].device_kind,
+        "jax": version("jax"),
+        "params": MODEL.num_parameters,
+        "batch": slots,
+        "prompt": prompt,
+        "new_tokens": new,
+        "decode_tokens_per_s": measure(slots, prompt, new),
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
