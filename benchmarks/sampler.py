@@ -2,7 +2,7 @@
 
     python -m benchmarks.sampler [B P G]
 
-The shape, the model and what is timed (prompt and decoding together, one call from host to host) are those of the peers'
+The shape, the model and what is timed (prompt and decoding together, one call from host to host) are those of peers'
 scripts named in docs/benchmarks.md, so that they can be run one after the other. Sampling is at temperature 1 and
 records the log-probability and the entropy of every token. One call warms up; five are timed. The last line is JSON.
 """
