@@ -74,17 +74,16 @@ def batch_layout(config: RunConfig, trajectories: int, num_minibatches: int) -> 
 
 
 def warmstart_learner(config: RunConfig) -> LearnerConfig:
-    """The learner of the warm start: the run's, with the warm start's own schedule and whole batches."""
-    settings = config.warmstart
-    return replace(
-        config.learner,
+    """The learner of the warm start: a schedule of its own, the default optimizer, and the run's use of memory."""
+    settings, learner = config.warmstart, config.learner
+    return LearnerConfig(
         learning_rate=settings.learning_rate,
         schedule="cosine",
         warmup_steps=settings.steps // 10,
         total_steps=settings.steps,
-        kl_coefficient=0.0,
-        num_minibatches=1,
-        num_epochs=1,
+        temperature=learner.temperature,
+        head_chunk=learner.head_chunk,
+        remat=learner.remat,
     )
 
 
