@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from aem_jax.envs.play import Act, play
 from aem_jax.envs.protocol import Environment
 from aem_jax.rollout.episode import first_messages
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def demonstrate(env: Environment, act: Act, task: Task, chat: Any, *, instructio
     return Trajectory(task, 0, 0, tuple(turns), ending, won)
 
 
-def shuffled_batches(items: Sequence[Trajectory], size: int, seed: int) -> Iterator[list[Trajectory]]:
+def shuffled_batches(items: Sequence[Item], size: int, seed: int) -> Iterator[list[Item]]:
     """Batches of `size` without end: each pass over the items in a new order, which seed and pass alone decide."""
     if not items:
         raise ValueError(

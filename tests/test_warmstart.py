@@ -31,13 +31,13 @@ def test_a_demonstration_that_runs_out_is_truncated():
 
 def test_each_pass_sees_everything_once_in_another_order():
     items = list(range(10))
-    batches = shuffled_batches(items, 4, seed=1)  # pyright: ignore[reportArgumentType]
+    batches = shuffled_batches(items, 4, seed=1)
     seen = [next(batches) for _ in range(5)]
     flat = [x for batch in seen for x in batch]
     assert sorted(flat[:10]) == sorted(flat[10:]) == items and flat[:10] != flat[10:]
-    again = shuffled_batches(items, 4, seed=1)  # pyright: ignore[reportArgumentType]
+    again = shuffled_batches(items, 4, seed=1)
     assert [next(again) for _ in range(5)] == seen
-    assert next(shuffled_batches(items, 4, seed=2)) != seen[0]  # pyright: ignore[reportArgumentType]
+    assert next(shuffled_batches(items, 4, seed=2)) != seen[0]
 
 
 def test_nothing_to_learn_from_is_an_error():
