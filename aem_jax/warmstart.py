@@ -12,7 +12,6 @@ from aem_jax.envs.protocol import Environment
 from aem_jax.rollout.episode import first_messages
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
 
-
 Item = TypeVar("Item")
 
 

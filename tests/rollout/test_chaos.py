@@ -1,4 +1,4 @@
-"""Real servers are killed, frozen and made to answer rubbish during a rollout: the step completes, the affected episodes
+"""Real servers are killed, frozen and made to answer rubbish during a rollout: the step completes, affected episodes
 begin again, and every token is the one that an undisturbed rollout samples.
 """
 
