@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from aem_jax.launch.config import RuntimeConfig
+from aem_jax.launch.memory import computes_on_cpu, keep_freed_memory
 from aem_jax.launch.overrides import ConfigError
 
 _CHATTY = ("jax", "absl", "orbax", "transformers", "websockets", "tensorboardX", "matplotlib")
@@ -49,6 +50,8 @@ def set_up(config: RuntimeConfig) -> None:
             # jax's defaults keep what took a second to compile; on a CPU many small programs add up
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    if computes_on_cpu(config.platform):
+        keep_freed_memory()
     try:
         jax.devices()
     except RuntimeError as error:
