@@ -11,7 +11,7 @@ from fake_run import write_fake_run
 from aem_jax.report import plot_headline, write_report
 from aem_jax.report.curves import CURVES
 from aem_jax.report.page import bar, duration, episode, headline, percent, spread
-from aem_jax.report.run import Score, flat_config, read_run
+from aem_jax.report.run import Score, baseline_lines, flat_config, read_run
 from aem_jax.report.style import smooth
 
 
@@ -139,6 +139,19 @@ def test_tints_follow_the_numbers():
     assert strength == [8, 34, 60]  # 8 + 52 × (0, ½, 1)
     assert "--orange) 34%" in low["alpha_tint"] and "--blue) 60%" in high["alpha_tint"]
     assert "--red) 60%" in low["advantage_tint"] and "--green) 34%" in high["advantage_tint"]
+
+
+def test_what_is_neutral_has_no_colour():
+    (turn,) = episode({"turns": [{"alpha": 1.001, "advantage": -0.0, "entropy": None}]})["turns"]
+    assert "--grey) 8%" in turn["alpha_tint"] and "--grey) 8%" in turn["advantage_tint"]
+
+
+def test_baselines_of_equal_success_share_a_line(tmp_path: Path):
+    found = {"oracle": 1.0, "random": 0.02, "searcher": 0.97, "greedy": 0.9}
+    lines = [{"step": 0, "phase": phase, "split": "s", "success": success} for phase, success in found.items()]
+    (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    drawn = baseline_lines(read_run(tmp_path).baselines("s"))
+    assert drawn == [(1.0, "oracle, searcher"), (0.9, "greedy"), (0.02, "random")]
 
 
 def test_small_helpers():

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from aem_jax.report.run import AFTER, BEFORE, DURING, Run, series
+from aem_jax.report.run import AFTER, BEFORE, DURING, Run, baseline_lines, series
 from aem_jax.report.style import (
     BLUE,
     CYCLE,
@@ -60,11 +60,10 @@ def draw_success(run: Run, axes: Axes) -> bool:
                 label=split,
                 zorder=4,
             )
-    for evaluation in run.baselines(run.splits()[0]) if run.splits() else []:
-        success = evaluation.score.success
+    for success, names in baseline_lines(run.baselines(run.splits()[0]) if run.splits() else []):
         axes.axhline(success, color=INK, alpha=0.45, linewidth=0.9, linestyle=(0, (4, 3)))
         across = axes.get_yaxis_transform()
-        axes.text(1, success, f"{evaluation.phase} ", transform=across, ha="right", va="bottom", fontsize=8, alpha=0.7)
+        axes.text(1, success, f"{names} ", transform=across, ha="right", va="bottom", fontsize=8, alpha=0.7)
     percent_axis(axes)
     return drawn
 

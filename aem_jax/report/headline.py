@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from aem_jax.report.run import AFTER, BEFORE, DURING, Run, read_run
+from aem_jax.report.run import AFTER, BEFORE, DURING, Run, baseline_lines, read_run
 from aem_jax.report.style import BLUE, CYCLE, GREEN, GREY, RED, figure_style, percent_axis, smooth
 
 Runs = Sequence[Path | str] | Mapping[str, Sequence[Path | str]]
@@ -119,7 +119,7 @@ def _draw_alpha(axes: Axes, group: Sequence[Run]) -> None:
 
 
 def _draw_baselines(axes: Axes, runs: Sequence[Run], split: str) -> None:
-    baselines = {e.phase: e.score.success for run in runs for e in run.baselines(split)}
-    for phase, success in baselines.items():
+    latest = {evaluation.phase: evaluation for run in runs for evaluation in run.baselines(split)}
+    for success, names in baseline_lines(list(latest.values())):
         axes.axhline(success, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.text(1, success, f"{phase} ", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+        axes.text(1, success, f"{names} ", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)

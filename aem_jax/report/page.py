@@ -71,6 +71,7 @@ def config_chips(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The few settings that a reader looks for first: the run's own, and those of the method."""
     flat = flat_config(config)
     own = [(name, value) for name, value in flat.items() if "." not in name or name.startswith("aem.")]
+    own = [(name, value) for name, value in own if name not in ("name", "runs_dir")]
     return [(name, value) for name, value in own if value not in (None, "", [], {})][:14]
 
 
@@ -185,8 +186,8 @@ def share(value: Any, low: float, high: float) -> float:
 
 def signed_tint(value: Any, centre: float, scale: float, up: str, down: str) -> str:
     """One colour above the centre and another below, full at `scale` away from it."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return ""
+    if not isinstance(value, int | float) or not math.isfinite(value) or round(value - centre, 2) == 0:
+        return tint("grey", 0.0)
     return tint(up if value > centre else down, min(1.0, abs(value - centre) / scale))
 
 

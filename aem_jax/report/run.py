@@ -120,6 +120,17 @@ def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
     return [step for step, _ in points], [float(value) for _, value in points]
 
 
+def baseline_lines(evaluations: Sequence[Evaluation]) -> list[tuple[float, str]]:
+    """(success, names) of baselines, best first; those within four points share a line, so that names stay apart."""
+    lines: list[tuple[float, str]] = []
+    for found in sorted(evaluations, key=lambda evaluation: -evaluation.score.success):
+        if lines and lines[-1][0] - found.score.success < 0.04:
+            lines[-1] = (lines[-1][0], f"{lines[-1][1]}, {found.phase}")
+        else:
+            lines.append((found.score.success, found.phase))
+    return lines
+
+
 def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings → dotted names, as the command line takes them."""
     flat: dict[str, Any] = {}
