@@ -93,7 +93,8 @@ class Sampler:
             self._decode_impl, static_argnames=("num_tokens", "window"), donate_argnums=1, out_shardings=said
         )
         self._fork = jax.jit(self._fork_impl, static_argnames="window", donate_argnums=0, out_shardings=placed)
-        self._rewind = jax.jit(rewind, donate_argnums=0, out_shardings=placed)
+        # A partial of its own: jits of one function share their programs, and `compilations` counts this sampler's.
+        self._rewind = jax.jit(partial(rewind), donate_argnums=0, out_shardings=placed)
 
     @property
     def compilations(self) -> int:

@@ -61,6 +61,12 @@ def test_nothing_compiles_after_warm_up():
     assert sampler.compilations == warm + 1  # a new shape is seen
 
 
+def test_each_sampler_counts_its_own_programs():
+    """Another sampler of the process, however much it compiled, does not show in a new one's count."""
+    play(make(), PARAMS, {0: script(POLICY, 0)}, slots=SLOTS, chunks=(SLACK, CHUNK))
+    assert make().compilations == 0
+
+
 def test_donated_state_is_gone():
     sampler = make()
     state = sampler.init(SLOTS)
