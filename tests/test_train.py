@@ -124,4 +124,4 @@ def test_rollout_metrics_count_whole_episodes_only():
     assert found["rollout/success"] == found["rollout/return"] == found["rollout/truncated"] == 0.5
     assert (found["rollout/success/a"], found["rollout/success/b"]) == (1.0, 0.0)
     assert (found["rollout/mixed_groups"], found["rollout/env_errors"]) == (1.0, 1)
-    assert rollout_metrics([], RolloutStats())["rollout/success"] == 0.0
+    assert np.isnan(rollout_metrics([], RolloutStats())["rollout/success"])  # no episode is no failure

@@ -106,6 +106,11 @@ def check(config: RunConfig) -> None:
             f"--learner.temperature: expected --sampling.temperature = {config.sampling.temperature}, "
             f"got {config.learner.temperature}; the learner must see the distribution that was sampled"
         )
+    if config.learner.kl_coefficient and not config.checkpoint.keep_first:
+        raise ConfigError(
+            "--checkpoint.keep-first: expected True with --learner.kl-coefficient above 0, got False;"
+            " the reference policy is that of step 0, and a resumed run reads it from there"
+        )
     row_length = config.batch.row_length or config.rollout.context_tokens
     if row_length < config.rollout.context_tokens:
         raise ConfigError(

@@ -145,7 +145,10 @@ class RunConfig:
     """The machine."""
 
 
-HARMLESS = ("name", "runs_dir", "preset", "train.", "evaluation.", "checkpoint.", "env.", "metrics.", "runtime.")
+HARMLESS = (
+    *("name", "runs_dir", "preset", "rollout.prompt_tokens"),
+    *("train.", "evaluation.", "checkpoint.", "env.", "metrics.", "runtime."),
+)
 """Fields (or groups) that a resumed run may change: they decide where and how long, not what is computed."""
 
 

@@ -212,7 +212,6 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
         finish=finish,
         stop=lambda: stage.stop.requested,
     )
-    stage.rollout.warm_up(stage.reshard(state.params))
     with writer:
         state = train_steps(state, parts, stage.key("train"), num_steps)
     if stage.stop.requested and checkpoints.latest != int(state.step):
@@ -235,14 +234,14 @@ def _evaluate(stage: Stage, state: TrainState, phase: str, splits: Sequence[str]
     step, lines = int(state.step), stage.folder / EVALUATIONS
     params = success = None
     for count, split in enumerate(splits, start=1):
-        if _is_done(lines, phase, split, step):
+        tasks, name = stage.domain.evaluation(split, stage.config.evaluation.size)
+        if _is_done(lines, phase, name, step):
             continue
         params = stage.reshard(state.params) if params is None else params
-        tasks, name = stage.domain.evaluation(split, stage.config.evaluation.size)
         found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
         append_line(lines, found.record(step, phase))
-        success = found.rate.success
-        stage.report(f"evaluate ({phase})", count, len(splits), {"rollout/success": success})
+        success = found.rate.success if found.rate.count else None
+        stage.report(f"evaluate ({phase})", count, len(splits), {"rollout/success": found.rate.success})
         if phase != "train":  # a training step ends by itself
             stage.check_stop()
     return success
@@ -254,15 +253,15 @@ def _baselines(stage: Stage) -> None:
     agents = [(split, name) for split in config.evaluation.splits for name in stage.domain.baselines]
     for count, (split, agent) in enumerate(agents, start=1):
         stage.check_stop()
-        if _is_done(lines, agent, split, 0):
-            continue
         tasks, name = stage.domain.evaluation(split, config.evaluation.size)
+        if _is_done(lines, agent, name, 0):
+            continue
         make_act, max_turns = stage.domain.baselines[agent], config.rollout.max_turns
         found = evaluate_agent(env, make_act, tasks, max_turns=max_turns, name=name, split=split)
         append_line(lines, found.record(0, agent))
         stage.report("baselines", count, len(agents), {"rollout/success": found.rate.success})
 
 
-def _is_done(lines: Path, phase: str, split: str, step: int) -> bool:
-    wanted = (phase, split, step)
-    return any((each.get("phase"), each.get("split"), each.get("step")) == wanted for each in read_lines(lines))
+def _is_done(lines: Path, phase: str, name: str, step: int) -> bool:
+    wanted = (phase, name, step)
+    return any((each.get("phase"), each.get("set"), each.get("step")) == wanted for each in read_lines(lines))

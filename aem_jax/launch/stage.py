@@ -79,6 +79,8 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack) -> Stage:
         ValueError: parts of the config that do not go together.
         EnvError: environment servers cannot be started or reached.
     """
+    if jax.process_count() > 1:
+        raise ValueError(f"expected one process, got {jax.process_count()}; a run over several hosts is not supported")
     stop = stack.enter_context(stop_on_signals())
     report = stack.enter_context(open_progress())
     domain = household(config)

@@ -22,9 +22,10 @@ def print_summary(records: Sequence[Mapping[str, Any]], how: str, stream: TextIO
     latest = {(each["set"], each["phase"]): each for each in records if each["phase"] != "train"}
     baselines_first = sorted(latest.items(), key=lambda item: (item[0][0], item[0][1] in LABELS))
     for (name, phase), each in baselines_first:
+        success = "–" if each["success"] is None else f"{each['success']:.1%}"  # every episode's environment broke
         interval = f"{each['low']:.1%} – {each['high']:.1%}"
         label = LABELS.get(phase, phase)
-        table.add_row(name, label, f"{each['success']:.1%}", interval, str(each["count"]), f"{each['mean_turns']:.1f}")
+        table.add_row(name, label, success, interval, str(each["count"]), f"{each['mean_turns']:.1f}")
     Console(file=stream, soft_wrap=True).print(table)
 
 

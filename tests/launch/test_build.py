@@ -94,3 +94,9 @@ def test_contradictions_name_their_fields(words: list[str], message: str, monkey
     with pytest.raises(ConfigError) as caught:
         build.check(apply(read_preset(DEFAULT), split(words)[1]))
     assert message in str(caught.value)
+
+
+def test_kl_needs_its_reference_kept():
+    config = apply(RunConfig(), split(["--learner.kl-coefficient", "0.1", "--checkpoint.keep-first", "False"])[1])
+    with pytest.raises(ConfigError, match="--checkpoint.keep-first: expected True with --learner.kl-coefficient"):
+        build.check(config)

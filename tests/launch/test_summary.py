@@ -35,3 +35,9 @@ def test_how_tokens_are_chosen_is_said():
         "sampled at temperature 0.7",
         "greedy",
     )
+
+
+def test_a_set_whose_every_environment_broke_has_a_dash():
+    out = io.StringIO()
+    print_summary([{**record("final", 10, 0.5), "success": None, "low": 0.0, "high": 1.0, "count": 0}], "greedy", out)
+    assert "–" in out.getvalue() and "0.0% – 100.0%" in out.getvalue()
