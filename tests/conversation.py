@@ -124,19 +124,25 @@ def cacheless(policy: Policy, params: Params, ids: Sequence[int] | np.ndarray) -
     return np.asarray(_padded_forward(policy, params, jnp.asarray(padded))[0, : len(ids)])
 
 
-def cacheless_gap(policy: Policy, params: Params, episode: Episode, temperature: float = 1.0) -> tuple[float, float]:
-    """Largest difference of the episode's logprobs and entropies from those of one cache-less pass over it."""
+def token_gaps(policy: Policy, params: Params, episode: Episode, temperature: float = 1.0) -> np.ndarray:
+    """Each sampled token's logprob and entropy less those of one cache-less pass over the episode, [tokens, 2]."""
     ids = np.concatenate([part for pair in zip(episode.heard, episode.spoken, strict=True) for part in pair])
     logits = cacheless(policy, params, ids).astype(np.float64) / temperature
     table = logits - logits.max(1, keepdims=True)
     table -= np.log(np.exp(table).sum(1, keepdims=True))
-    gaps, at = ([], []), 0
+    gaps, at = [], 0
     for heard, spoken, logprobs, entropies in zip(
         episode.heard, episode.spoken, episode.logprobs, episode.entropies, strict=True
     ):
         at += len(heard)
         rows = table[at - 1 : at - 1 + len(spoken)]  # the state at t - 1 predicts token t
-        gaps[0].append(np.abs(rows[np.arange(len(spoken)), spoken] - logprobs).max())
-        gaps[1].append(np.abs(-(np.exp(rows) * rows).sum(1) - entropies).max())
+        own = rows[np.arange(len(spoken)), spoken], -(np.exp(rows) * rows).sum(1)
+        gaps.append(np.stack([logprobs - own[0], entropies - own[1]], axis=1))
         at += len(spoken)
-    return max(gaps[0]), max(gaps[1])
+    return np.concatenate(gaps)
+
+
+def cacheless_gap(policy: Policy, params: Params, episode: Episode, temperature: float = 1.0) -> tuple[float, float]:
+    """Largest difference of the episode's logprobs and entropies from those of one cache-less pass over it."""
+    logprobs, entropies = np.abs(token_gaps(policy, params, episode, temperature)).max(axis=0)
+    return logprobs, entropies

@@ -65,7 +65,7 @@ def test_parameters_lie_as_the_table_says(rules):
     placed = jax.device_put(params, shardings(mesh, policy.axes, rules, policy.shapes))
     jax.tree.map(np.testing.assert_array_equal, placed, params)
     ways = 4 if rules is TRAIN else 2
-    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+    for name in ("qkv", "o", "gate_up", "down"):
         leaf = placed["layers"][name]
         assert leaf.addressable_shards[0].data.size * ways == leaf.size, name
     assert placed["norm"].sharding.is_fully_replicated == (rules is DECODE or TRAIN["norm"] is None)

@@ -27,11 +27,13 @@ def logits(config, params, tokens: np.ndarray) -> np.ndarray:
     layers = {name: np.asarray(value) for name, value in params["layers"].items()}
     for i in range(config.num_layers):
         at = f"model.layers.{i}"
-        for name in ("q", "k", "v"):
-            weights[f"{at}.self_attn.{name}_proj.weight"] = layers[name][i].reshape(config.hidden_size, -1).T
+        groups = layers["qkv"][i]  # [D, KV, queries + key + value, Dh]
+        for name, part in {"q": groups[:, :, :-2], "k": groups[:, :, -2], "v": groups[:, :, -1]}.items():
+            weights[f"{at}.self_attn.{name}_proj.weight"] = part.reshape(config.hidden_size, -1).T
         weights[f"{at}.self_attn.o_proj.weight"] = layers["o"][i].reshape(-1, config.hidden_size).T
-        for name in ("gate", "up", "down"):
-            weights[f"{at}.mlp.{name}_proj.weight"] = layers[name][i].T
+        for name, part in {"gate": layers["gate_up"][i, :, 0], "up": layers["gate_up"][i, :, 1]}.items():
+            weights[f"{at}.mlp.{name}_proj.weight"] = part.T
+        weights[f"{at}.mlp.down_proj.weight"] = layers["down"][i].T
         weights[f"{at}.self_attn.q_norm.weight"] = layers["q_norm"][i]
         weights[f"{at}.self_attn.k_norm.weight"] = layers["k_norm"][i]
         weights[f"{at}.input_layernorm.weight"] = layers["attention_norm"][i]

@@ -54,7 +54,8 @@ def _blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Arra
         mask = causal[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
         scores = jnp.einsum("bkqd,bksd->bkqs", rows, k, preferred_element_type=jnp.float32)
         scores = jnp.where(jnp.repeat(mask, shared, axis=1)[:, None], scores, _MASKED)
-        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))  # it cancels, and so does its gradient
+        weights = jnp.exp(scores - top)
         out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
         return out.reshape(batch, kv_heads, count, shared, head_dim)
@@ -87,7 +88,7 @@ def chunk_attention(
     slots, count, heads, head_dim = q.shape
     kv_heads, window, places = cache_v.shape[1], cache_v.shape[2], chunk_v.shape[2]
     shared = heads // kv_heads
-    q = (q * jnp.asarray(head_dim**-0.5, q.dtype)).reshape(slots, count, kv_heads, shared, head_dim)
+    q = q.reshape(slots, count, kv_heads, shared, head_dim)
     q = jnp.swapaxes(q, 1, 2).reshape(slots, kv_heads, count * shared, head_dim)  # one product a key head
     product = partial(jnp.matmul, preferred_element_type=jnp.float32)
     place = index + jnp.repeat(jnp.arange(count), shared)
@@ -96,7 +97,8 @@ def chunk_attention(
     old = jnp.where(is_cached, product(q, cache_k), _MASKED)
     new = jnp.where(is_earlier, product(q, chunk_k), _MASKED)
     top = jnp.maximum(jnp.max(old, -1, keepdims=True), jnp.max(new, -1, keepdims=True))
-    old, new = jnp.exp(old - top), jnp.exp(new - top)
+    scale = head_dim**-0.5
+    old, new = jnp.exp((old - top) * scale), jnp.exp((new - top) * scale)
     total = jnp.sum(old, -1, keepdims=True) + jnp.sum(new, -1, keepdims=True)
     out = product(old.astype(q.dtype), cache_v) + product(new.astype(q.dtype), chunk_v)
     out = (out / total).astype(q.dtype).reshape(slots, kv_heads, count, shared, head_dim)

@@ -49,7 +49,12 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 class Block(nnx.Module):
-    """All layers' weights, stacked on a leading axis; the methods see one layer's slice."""
+    """All layers' weights, stacked on a leading axis; the methods see one layer's slice.
+
+    What reads the same input is one matrix, hence one product: `qkv` [D,KV,H/KV+2,Dh] holds for each key head its
+    queries, its key and its value (so tensor parallelism splits it between groups), `gate_up` [D,2,F] both halves of the
+    MLP's input.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         layers, d, h, kv, dh, f = (
@@ -66,12 +71,9 @@ class Block(nnx.Module):
             return nnx.Param(value * (scale * fan_in**-0.5))
 
         residual = (2 * layers) ** -0.5  # keeps the residual stream's variance flat in depth at the start
-        self.q = normal(d, h, dh, fan_in=d)
-        self.k = normal(d, kv, dh, fan_in=d)
-        self.v = normal(d, kv, dh, fan_in=d)
+        self.qkv = normal(d, kv, h // kv + 2, dh, fan_in=d)
         self.o = normal(h, dh, d, fan_in=h * dh, scale=residual)
-        self.gate = normal(d, f, fan_in=d)
-        self.up = normal(d, f, fan_in=d)
+        self.gate_up = normal(d, 2, f, fan_in=d)
         self.down = normal(f, d, fan_in=f, scale=residual)
         self.q_norm = nnx.Param(jnp.ones((layers, dh)))
         self.k_norm = nnx.Param(jnp.ones((layers, dh)))
@@ -79,13 +81,14 @@ class Block(nnx.Module):
         self.mlp_norm = nnx.Param(jnp.ones((layers, d)))
         self.config = config
 
-    def qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+    def heads(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Normed and rotated queries [B,T,H,Dh], keys and values [B,T,KV,Dh] of x [B,T,D]."""
-        dtype, eps = x.dtype, self.config.norm_eps
+        eps = self.config.norm_eps
         x = rms_norm(x, self.attention_norm[...], eps)
-        q = jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(dtype))
-        k = jnp.einsum("btd,dhk->bthk", x, self.k[...].astype(dtype))
-        v = jnp.einsum("btd,dhk->bthk", x, self.v[...].astype(dtype))
+        groups = jnp.einsum("btd,dkgh->btkgh", x, self.qkv[...].astype(x.dtype))
+        queries = groups.shape[-2] - 2
+        parts = jnp.split(groups, (queries, queries + 1), axis=-2)
+        q, k, v = (part.reshape(*x.shape[:2], -1, part.shape[-1]) for part in parts)
         q = rotate(rms_norm(q, self.q_norm[...], eps), cos, sin)
         k = rotate(rms_norm(k, self.k_norm[...], eps), cos, sin)
         return q, k, v
@@ -95,8 +98,9 @@ class Block(nnx.Module):
         dtype = x.dtype
         x = x + jnp.einsum("bthk,hkd->btd", attended, self.o[...].astype(dtype))
         y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        y = jax.nn.silu(y @ self.gate[...].astype(dtype)) * (y @ self.up[...].astype(dtype))
-        return x + y @ self.down[...].astype(dtype)
+        y = jnp.einsum("btd,dgf->btgf", y, self.gate_up[...].astype(dtype))
+        gate, up = (jnp.squeeze(part, -2) for part in jnp.split(y, 2, axis=-2))
+        return x + (jax.nn.silu(gate) * up) @ self.down[...].astype(dtype)
 
 
 class Decoder(nnx.Module):
@@ -132,7 +136,7 @@ class Decoder(nnx.Module):
 
         def layer(x: Array, state: Any) -> tuple[Array, None]:
             block = nnx.merge(graphdef, state)
-            q, k, v = block.qkv(x, cos, sin)
+            q, k, v = block.heads(x, cos, sin)
             return block.finish(x, row_attention(q, k, v, segment_ids)), None
 
         body = layer if remat is None else jax.checkpoint(layer, policy=remat)
@@ -187,7 +191,7 @@ class Decoder(nnx.Module):
         def layer(x: Array, scanned: tuple[Any, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
             (weights, cache_k, cache_v), (chunk_k, chunk_v) = scanned
             block = nnx.merge(graphdef, weights)
-            q, k, v = block.qkv(x, cos, sin)
+            q, k, v = block.heads(x, cos, sin)
             chunk_k = jax.lax.dynamic_update_slice(chunk_k, jnp.transpose(k, (0, 2, 3, 1)), (0, 0, 0, index))
             chunk_v = jax.lax.dynamic_update_slice(chunk_v, jnp.swapaxes(v, 1, 2), (0, 0, index, 0))
             attended = chunk_attention(q, cache_k, cache_v, cached, chunk_k, chunk_v, index)
@@ -216,5 +220,5 @@ class Decoder(nnx.Module):
         return head.astype(self.config.dtype)
 
     def logits(self, hidden: Array) -> Array:
-        """float32 logits [..., V] of hidden states [..., D]."""
-        return (hidden @ self.head_weights()).astype(jnp.float32)
+        """float32 logits [..., V] of hidden states [..., D]; not rounded to the activations' dtype on the way."""
+        return jnp.matmul(hidden, self.head_weights(), preferred_element_type=jnp.float32)

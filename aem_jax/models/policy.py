@@ -16,12 +16,9 @@ Array = jax.Array
 Params = dict[str, Any]
 
 _BLOCK_AXES = {
-    "q": ("layers", "embed", "heads", "head_dim"),
-    "k": ("layers", "embed", "kv_heads", "head_dim"),
-    "v": ("layers", "embed", "kv_heads", "head_dim"),
+    "qkv": ("layers", "embed", "kv_heads", None, "head_dim"),
     "o": ("layers", "heads", "head_dim", "embed"),
-    "gate": ("layers", "embed", "mlp"),
-    "up": ("layers", "embed", "mlp"),
+    "gate_up": ("layers", "embed", None, "mlp"),
     "down": ("layers", "mlp", "embed"),
     "q_norm": ("layers", "norm"),
     "k_norm": ("layers", "norm"),

@@ -11,11 +11,14 @@ from aem_jax.sharding import DECODE, TRAIN, shardings
 
 
 def make_reshard(policy: Policy, mesh: Mesh) -> Callable[[Params], Params]:
-    """Builds `reshard(params) -> params`: the policy's dtype, decode layout. A decode step then gathers no weights."""
-    shapes = policy.shapes
+    """Builds `reshard(params) -> params`: the policy's dtype, decode layout. A decode step then gathers no weights.
+
+    Scales of norms stay float32, in which the learner uses them too.
+    """
+    shapes, dtype = policy.shapes, jnp.dtype(policy.config.dtype)
 
     def cast(params: Params) -> Params:
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(policy.config.dtype)), params)
+        return jax.tree.map(lambda leaf, axes: leaf if "norm" in axes else leaf.astype(dtype), params, policy.axes)
 
     return jax.jit(
         cast,

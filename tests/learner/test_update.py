@@ -191,19 +191,19 @@ def test_eight_devices_take_the_same_step_as_one():
     for mesh in (ONE_DEVICE, make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
         state = new_state(TINY, config, mesh)
         state, stats = make_update(TINY, config, mesh)(state, place(batch, mesh), advantages)
-        assert state.params["layers"]["gate"].sharding.num_devices == mesh.size
+        assert state.params["layers"]["gate_up"].sharding.num_devices == mesh.size
         results.append((jax.device_get(state), jax.device_get(stats)))
     assert_trees_close(results[0], results[1], rtol=1e-5, atol=1e-5)
-    mu = results[1][0].params["layers"]["gate"]
-    assert np.abs(mu - np.asarray(new_state(TINY, config).params["layers"]["gate"])).max() > 1e-4
+    mu = results[1][0].params["layers"]["gate_up"]
+    assert np.abs(mu - np.asarray(new_state(TINY, config).params["layers"]["gate_up"])).max() > 1e-4
 
 
 def test_shards_of_parameters_and_moments_lie_together():
     mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
     state = new_state(TINY, CONFIG, mesh)
-    gate = state.params["layers"]["gate"]
+    gate = state.params["layers"]["gate_up"]
     assert gate.addressable_shards[0].data.size * 4 == gate.size  # over fsdp × tensor, whole on each data replica
-    assert state.opt_state[1][0].mu["layers"]["gate"].sharding == gate.sharding
+    assert state.opt_state[1][0].mu["layers"]["gate_up"].sharding == gate.sharding
     with pytest.raises(ValueError, match=r"expected BatchLayout\.rows divisible by data × fsdp = 4, got 2"):
         place(collate([], LAYOUT), mesh)
 

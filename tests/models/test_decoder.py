@@ -87,7 +87,11 @@ def test_bfloat16_activations_stay_near_float32():
     half = ModelConfig(**{**vars(GROUPED_TIED), "dtype": "bfloat16"})
     params, tokens = numpy_params(GROUPED_TIED), jnp.asarray(numpy_tokens(GROUPED_TIED, (2, 9)))
     positions, segments = jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32)
-    assert Policy(half).hidden(params, tokens, positions, segments).dtype == jnp.bfloat16
+    hidden = Policy(half).hidden(params, tokens, positions, segments)
+    assert hidden.dtype == jnp.bfloat16
+    logits = Policy(half).logits(params, hidden)
+    rounded = np.mean(logits == logits.astype(jnp.bfloat16).astype(jnp.float32))
+    assert logits.dtype == jnp.float32 and rounded < 0.1  # logits are never bfloat16, not even on the way
     logits = Policy(half).forward(params, tokens)
     assert logits.dtype == jnp.float32
     exact = Policy(GROUPED_TIED).forward(params, tokens)

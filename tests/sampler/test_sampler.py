@@ -1,16 +1,19 @@
 """What an episode says depends on its key and its tokens alone, and is what the cache-less pass would say."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conversation import Episode, begin, cacheless, cacheless_gap, hear, play, script, speak
+from conversation import Episode, begin, cacheless, cacheless_gap, hear, play, script, speak, token_gaps
 from small_policies import DEEP, GROUPED_TIED, MULTI_UNTIED, numpy_params, numpy_tokens
 
 from aem_jax.models import Policy
 from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.sampler.layout import make_reshard
+from aem_jax.sharding import MeshConfig, make_mesh
 
 POLICY = Policy(GROUPED_TIED)
 PARAMS = numpy_params(GROUPED_TIED)
@@ -63,6 +66,23 @@ def test_several_turns_have_the_logprobs_and_entropies_of_one_cacheless_pass(con
     for episode in episodes.values():
         assert max(cacheless_gap(policy, params, episode)) < TIGHT
     assert sum(len(row) for episode in episodes.values() for row in episode.spoken) > 60  # long enough to mean much
+
+
+def test_bfloat16_sampler_and_learner_agree():
+    """Weights as the reshard lays them out against float32 masters in the learner's pass, both with bf16 activations.
+
+    The order of sums differs, so single tokens are a few bf16 roundings apart.
+    """
+    policy = Policy(replace(GROUPED_TIED, dtype="bfloat16"))
+    weights = make_reshard(policy, make_mesh(MeshConfig(), jax.devices()[:1]))(PARAMS)
+    assert weights["layers"]["qkv"].dtype == jnp.bfloat16
+    assert weights["layers"]["mlp_norm"].dtype == weights["norm"].dtype == jnp.float32
+    s = Sampler(policy, SamplingConfig(1.0), (5,), capacity=96, slack=16)
+    episodes = {slot: script(policy, slot + 1, (9, 4, 6)) for slot in range(4)}
+    play(s, weights, episodes, slots=4)
+    gaps = np.concatenate([token_gaps(policy, PARAMS, episode) for episode in episodes.values()])
+    assert len(gaps) > 60
+    assert np.mean(np.abs(gaps)) < 0.01 and np.max(np.abs(gaps)) < 0.1, (np.mean(np.abs(gaps)), np.max(np.abs(gaps)))
 
 
 def test_temperature_divides_the_logits_of_the_recorded_distribution():
