@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from aem_jax.sharding import TRAIN, partition, replicated
+from aem_jax.sharding import TRAIN, partition, replicated, slot_shards
 from aem_jax.trajectory import Ending, Trajectory, Turn
 
 Array: TypeAlias = Any
@@ -124,7 +124,7 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
     Raises:
         ValueError: the rows of a microbatch do not divide over the mesh.
     """
-    rows, ways = np.shape(batch.tokens)[1], mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, ways = np.shape(batch.tokens)[1], slot_shards(mesh)
     if rows % ways:
         raise ValueError(f"expected BatchLayout.rows divisible by data × fsdp = {ways}, got {rows}")
     return jax.device_put(batch, batch_shardings(mesh))
@@ -137,7 +137,7 @@ class _Segment(NamedTuple):
     entropies: np.ndarray
 
 
-def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: int = 0) -> Batch:
+def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: int | Sequence[int] = 0) -> Batch:
     """Pack trajectories into rows and tables.
 
     Trajectories that ended in `env_error` keep their row in the table (valid = False) and are not packed: no token of
@@ -211,7 +211,7 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
     )
 
 
-def _deal(trajectories: Sequence[Trajectory], N: int, K: int, seed: int) -> np.ndarray:
+def _deal(trajectories: Sequence[Trajectory], N: int, K: int, seed: int | Sequence[int]) -> np.ndarray:
     """Shuffled trajectories to minibatches in turn, so that their counts differ by at most one."""
     dealt = np.full(N, -1, np.int32)
     playable = np.array([n for n, each in enumerate(trajectories) if each.ending is not Ending.ENV_ERROR], np.int64)

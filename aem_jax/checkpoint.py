@@ -114,7 +114,7 @@ class Checkpoints:
             return
         if not self._fits:
             self._take_away_half_written()  # by a run that was killed
-        self._check_space(state)
+        self.check_space(state)
         try:
             self._manager.save(
                 step,
@@ -188,8 +188,15 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def _check_space(self, state: Any) -> None:
-        """One checkpoint must fit; before the first one, all that ever lie side by side."""
+    def check_space(self, state: Any) -> None:
+        """Looks whether a checkpoint fits; before the first one, whether all that ever lie side by side do.
+
+        Args:
+            state: pytree of arrays or shape structs.
+
+        Raises:
+            CheckpointError: it does not; says how much is missing.
+        """
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         copies = 1
         if not self._fits:

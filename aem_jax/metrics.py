@@ -80,16 +80,18 @@ def read_lines(path: Path | str) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path | str, record: Mapping[str, Any]) -> None:
-    """Appends one record as one line in one write: a reader, or a run that comes back, sees all of it or none.
-
-    JSON has no word for a number that is not finite, so it becomes null.
-    """
-    line = json.dumps(_finite(record), allow_nan=False, ensure_ascii=False) + "\n"
+    """Appends one record as one line in one write: a reader, or a run that comes back, sees all of it or none."""
+    line = json_line(record) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as JSON, which has no word for a number that is not finite: it becomes null."""
+    return json.dumps(_finite(record), allow_nan=False, ensure_ascii=False)
 
 
 def _finite(value: Any) -> Any:

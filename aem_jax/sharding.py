@@ -5,6 +5,7 @@ masters spread over fsdp x tensor) and while *sampling* (weights whole on every 
 so that a decode step gathers no weights). Nothing else in the project names a mesh axis.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,11 @@ def shardings(mesh: Mesh, axes: Any, rules: Rules, shapes: Any = None) -> Any:
     if shapes is None:
         return jax.tree.map(leaf, axes, is_leaf=is_axes)
     return jax.tree.map(leaf, axes, shapes, is_leaf=is_axes)
+
+
+def slot_shards(mesh: Mesh) -> int:
+    """Into how many parts slots and rows are split."""
+    return math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

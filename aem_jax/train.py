@@ -39,7 +39,7 @@ class Parts:
     Attributes:
         rollout: plays episodes.
         reshard: learner's parameters -> decode layout.
-        collate: trajectories -> batch on the mesh.
+        collate: (trajectories, step) -> batch on the mesh.
         credit: batch -> (Credit, statistics).
         update: (state, batch, advantages, reference) -> (state, statistics).
         reference: batch -> logprobs of the reference policy, or None when KL is off.
@@ -50,7 +50,7 @@ class Parts:
 
     rollout: Rollout
     reshard: Callable[[Any], Any]
-    collate: Callable[[Sequence[Trajectory]], Batch]
+    collate: Callable[[Sequence[Trajectory], int], Batch]
     credit: Callable[[Batch], tuple[Credit, Metrics]]
     update: Callable[[TrainState, Batch, Any, Any], tuple[TrainState, Metrics]]
     reference: Callable[[Batch], Any] | None
@@ -78,7 +78,7 @@ def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> Tr
         params = parts.reshard(state.params)
         trajectories, played = parts.rollout(params, next(parts.tasks), jax.random.fold_in(key, step))
         rolled_out = time.perf_counter()
-        batch = parts.collate(trajectories)
+        batch = parts.collate(trajectories, step)
         credit, credit_stats = parts.credit(batch)
         reference = parts.reference(batch) if parts.reference else None
         state, learner_stats = parts.update(state, batch, credit.tokens, reference)
@@ -126,6 +126,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], played: RolloutStats) ->
         "rollout/mixed_groups": mean([len(found) > 1 for found in outcomes.values()]),
         "rollout/retries": played.retries,
         "rollout/env_errors": played.env_errors,
+        "rollout/overlong_prompts": played.overlong_prompts,
     }
 
 

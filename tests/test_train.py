@@ -67,7 +67,7 @@ def run(steps: int, strength: float, mesh=None):
     parts = Parts(
         rollout=Rollout(sampler, ByteChat(), LocalPool(32, VowelEnv), ROLLOUT),
         reshard=make_reshard(POLICY, mesh),
-        collate=lambda trajectories: place(collate(trajectories, LAYOUT), mesh),
+        collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
         credit=make_credit(partial(over_trajectories, grpo), AemConfig(strength), 4, mesh),
         update=update,
         reference=None,

@@ -173,7 +173,7 @@ class EnvPool:
         self._errors.append(failure)
         for session in self._sessions:
             if lost and session.server is server:
-                session.drop(failure)
+                session.drop(failure, lost=True)
 
     async def _open(self) -> None:
         self._tasks.spawn(self._keep_deadlines())

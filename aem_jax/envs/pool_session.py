@@ -6,7 +6,7 @@ import math
 from aem_jax.envs import protocol
 from aem_jax.envs.client import CONNECTION_ERRORS, Connection, describe
 from aem_jax.envs.pool_config import PoolConfig
-from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
+from aem_jax.envs.protocol import EnvError, LostError, RefusedError, StepResult
 from aem_jax.envs.supervisor import Supervisor, pauses
 
 _CONNECT_TIMEOUT_S = 10.0
@@ -48,6 +48,7 @@ class PoolSession:
         self._config, self._clock = config, clock
         self._connection: Connection | None = None  # None until it is (again) connected, and then
         self._failure = "it was never reset"  # says why
+        self._lost = False  # and whether that was its server's failure
         self._expires = math.inf
 
     async def reset(self, request: str) -> StepResult:
@@ -72,11 +73,14 @@ class PoolSession:
         """Sends a request that the server answers with an observation.
 
         Raises:
-            EnvError: there is no episode, the server refused, or it failed (and then it is being put right).
+            LostError: the server failed, before or during this call; it is being put right. What made it fail cannot
+                be told from here: whoever kills a server or makes it talk rubbish does so to all of its sessions.
+            EnvError: the server refused, or there was no episode.
         """
         connection, server = self._connection, self.server
         if not connection:
-            raise EnvError(f"session {self.index} has no episode, reset it: {self._failure}")
+            kind = LostError if self._lost else EnvError
+            raise kind(f"session {self.index} has no episode, reset it: {self._failure}")
         process = server.process
         self._expires = self._clock.now + deadline_s
         try:
@@ -90,7 +94,7 @@ class PoolSession:
                 failure = str(error) if isinstance(error, EnvError) else describe(error)
                 self.drop(f"{server}: {failure}")
                 server.failed(process, failure)
-            raise EnvError(f"session {self.index}: {self._failure}") from None
+            raise LostError(f"session {self.index}: {self._failure}") from None
         finally:
             self._expires = math.inf
 
@@ -128,12 +132,12 @@ class PoolSession:
             self.drop(f"{self.server}: {failure}")
             self.server.failed(self.server.process, failure)
 
-    def drop(self, failure: str) -> None:
-        """Cuts the connection, whatever is under way on it."""
+    def drop(self, failure: str, *, lost: bool = False) -> None:
+        """Cuts the connection, whatever is under way on it; `lost` says that the server failed, not this session."""
         if self._connection:
             self._connection.abort()
             self._connection = None
-            self._failure = failure
+            self._failure, self._lost = failure, lost
 
     async def close(self) -> None:
         """Takes leave of the server."""

@@ -30,6 +30,10 @@ class EnvError(RuntimeError):
     """The environment (not the policy) failed: it died, missed its deadline or answered rubbish."""
 
 
+class LostError(EnvError):
+    """The episode was lost with its server, which failed at something that need not have been this episode's doing."""
+
+
 class RefusedError(EnvError):
     """The server itself answered with an error: it is alive, this one request failed.
 

@@ -101,9 +101,10 @@ def check(config: RunConfig) -> None:
             f"--rollout.num-slots: expected at most {sessions} (servers × --env.sessions-per-server), "
             f"got {config.rollout.num_slots}; raise --env.sessions-per-server or --env.num-servers"
         )
-    if config.sampling.temperature and config.sampling.temperature != config.learner.temperature:
+    sampled = config.sampling.temperature or 1.0  # greedy sampling records the distribution at temperature 1
+    if config.learner.temperature != sampled:
         raise ConfigError(
-            f"--learner.temperature: expected --sampling.temperature = {config.sampling.temperature}, "
+            f"--learner.temperature: expected {sampled} with --sampling.temperature {config.sampling.temperature}, "
             f"got {config.learner.temperature}; the learner must see the distribution that was sampled"
         )
     if config.learner.kl_coefficient and not config.checkpoint.keep_first:

@@ -4,6 +4,7 @@ Precedence: a component's defaults < preset < command line. Reading is our own (
 errors of one line); `--help` is tyro's, from the docstrings of the configs. Nothing heavy loads before it is needed.
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -47,7 +48,9 @@ def _train(words: Sequence[str]) -> int:
     if "help" in options:
         return _help(preset, "train", f"{COMMANDS['train'].help}\n\n{_overview()}")
     config = apply(preset, options)
-    config = replace(config, name=run_name(config, options))
+    # The variable is read here and nowhere else, so that a run's folder says what its games were.
+    data = config.alfworld_data or os.environ.get("ALFWORLD_DATA", "")
+    config = replace(config, name=run_name(config, options), alfworld_data=data)
 
     from aem_jax.launch.build import check
 

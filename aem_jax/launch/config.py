@@ -111,8 +111,10 @@ class RunConfig:
     """Environment servers."""
     alfworld: AlfworldConfig = AlfworldConfig()
     """Rules of a household episode."""
+    alfworld_data: str = ""
+    """Folder of ALFWorld's official data; empty: what $ALFWORLD_DATA names, else games are made."""
     games: GeneratorConfig = GeneratorConfig()
-    """Household games to make, when $ALFWORLD_DATA is not set."""
+    """Household games to make; of official data its task types choose."""
     model: ModelChoice = ModelChoice()
     """The policy."""
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -1,7 +1,6 @@
 """ALFWorld as a run sees it: tasks, evaluation sets, demonstrations, baselines. Another environment, another file."""
 
 import dataclasses
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +41,8 @@ class Domain:
 
 
 def household(config: RunConfig) -> Domain:
-    """ALFWorld: games of our own, or the official ones where $ALFWORLD_DATA names their folder."""
-    data = os.environ.get("ALFWORLD_DATA")
+    """ALFWorld: games of our own, or the official ones in `config.alfworld_data`."""
+    data = config.alfworld_data or None
     make_env = lambda: AlfworldEnv(config.alfworld, load_game=load_game)  # noqa: E731
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:

@@ -6,7 +6,7 @@ Whatever of it a resumed run already has is left out, so the same command goes o
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from aem_jax.learner import (
     make_token_logprobs,
     make_update,
 )
-from aem_jax.metrics import MetricsWriter, append_line, drop_lines, read_lines
+from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, read_lines
 from aem_jax.report import write_report
 from aem_jax.train import Metrics, Parts, transcripts
 from aem_jax.train import train as train_steps
@@ -63,7 +63,7 @@ def train(config: RunConfig) -> int:
                 state = _train(stage, state, checkpoints)
             if int(state.step) < config.train.num_steps:
                 return stage.stop.exit_status
-            _evaluate(stage, state, "final", config.evaluation.splits)
+            _evaluate(stage, state, "final", config.evaluation.splits, stop=stage.check_stop)
         except StoppedError:
             return stage.stop.exit_status
     print_summary(read_lines(folder / EVALUATIONS), sampled(config.sampling.temperature))
@@ -90,7 +90,7 @@ def evaluate(config: RunConfig) -> int:
             tasks, name = stage.domain.evaluation(split, config.evaluation.size)
             found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
             records.append(found.record(int(state.step), "evaluate"))
-            print(json.dumps(records[-1]), flush=True)
+            print(json_line(records[-1]), flush=True)
             if stage.stop.requested:
                 return stage.stop.exit_status
     print_summary(records, sampled(config.sampling.temperature), sys.stderr)
@@ -122,7 +122,7 @@ def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     if int(state.step) == 0:
         if config.evaluation.baselines:
             _baselines(stage)
-        _evaluate(stage, state, "warmstart", config.evaluation.splits)
+        _evaluate(stage, state, "warmstart", config.evaluation.splits, stop=stage.check_stop)
     return state
 
 
@@ -135,6 +135,7 @@ def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     """A state at step 0: random parameters, fitted to demonstrations if there are to be any."""
     config = stage.config
     optimizer = make_optimizer(config.learner, stage.policy.axes)
+    checkpoints.check_space(abstract_state(stage.policy, optimizer, stage.mesh))
     if config.warmstart.episodes == 0:
         state = init_state(stage.policy, optimizer, stage.mesh, stage.key("init"))
     else:
@@ -195,8 +196,10 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
         writer.write(step, metrics)
         stage.report("train", done, num_steps, metrics)
         score = None
-        if config.evaluation.every and done % config.evaluation.every == 0 and done < num_steps:
-            score = _evaluate(stage, state, "train", config.evaluation.splits[:1])
+        if config.evaluation.every and (done % config.evaluation.every == 0 or done == num_steps):
+            # What was trained last is looked at before it is saved: it may be the best.
+            phase = "final" if done == num_steps else "train"
+            score = _evaluate(stage, state, phase, config.evaluation.splits[:1])
         if done % config.train.save_every == 0 or done == num_steps or score is not None or stage.stop.requested:
             (folder / "transcripts.json").write_text(json.dumps(transcripts(trajectories, credit, step)))
             checkpoints.save(done, state, score=score)
@@ -204,7 +207,7 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
     parts = Parts(
         rollout=stage.rollout,
         reshard=stage.reshard,
-        collate=lambda trajectories: place(collate(trajectories, layout, seed=config.seed), stage.mesh),
+        collate=lambda found, step: place(collate(found, layout, seed=(config.seed, step)), stage.mesh),
         credit=make_credit(build.response_advantages(config.algorithm), config.aem, num_groups, stage.mesh),
         update=make_update(stage.policy, config.learner, stage.mesh),
         reference=_reference(stage, checkpoints),
@@ -229,8 +232,13 @@ def _reference(stage: Stage, checkpoints: Checkpoints):
     return lambda batch: token_logprobs(params, batch)
 
 
-def _evaluate(stage: Stage, state: TrainState, phase: str, splits: Sequence[str]) -> float | None:
-    """Plays the fixed sets, and writes a line for each that is not there already; returns the last success measured."""
+def _evaluate(
+    stage: Stage, state: TrainState, phase: str, splits: Sequence[str], stop: Callable[[], None] = lambda: None
+) -> float | None:
+    """Plays the fixed sets, and writes a line for each that is not there already; returns the last success measured.
+
+    `stop` is called after each, and may raise.
+    """
     step, lines = int(state.step), stage.folder / EVALUATIONS
     params = success = None
     for count, split in enumerate(splits, start=1):
@@ -242,8 +250,7 @@ def _evaluate(stage: Stage, state: TrainState, phase: str, splits: Sequence[str]
         append_line(lines, found.record(step, phase))
         success = found.rate.success if found.rate.count else None
         stage.report(f"evaluate ({phase})", count, len(splits), {"rollout/success": found.rate.success})
-        if phase != "train":  # a training step ends by itself
-            stage.check_stop()
+        stop()
     return success
 
 

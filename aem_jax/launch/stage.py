@@ -20,7 +20,7 @@ from aem_jax.models import Policy
 from aem_jax.rollout import Rollout
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.layout import make_reshard
-from aem_jax.sharding import make_mesh
+from aem_jax.sharding import make_mesh, slot_shards
 from aem_jax.tokenizer import ChatTokenizer
 
 PURPOSES = ("init", "train", "evaluate")
@@ -87,6 +87,10 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack) -> Stage:
     chat = _tokenizer(config, domain, folder / "tokenizer")
     policy = Policy(build.model_config(config.model, chat.vocab_size))
     mesh = make_mesh(config.mesh)
+    if config.batch.rows % slot_shards(mesh):
+        raise ValueError(
+            f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {config.batch.rows}"
+        )
     pool = stack.enter_context(EnvPool(config.env, (domain.name, domain.settings)))
     sampler = Sampler(
         policy,

@@ -52,8 +52,8 @@ class Block(nnx.Module):
     """All layers' weights, stacked on a leading axis; the methods see one layer's slice.
 
     What reads the same input is one matrix, hence one product: `qkv` [D,KV,H/KV+2,Dh] holds for each key head its
-    queries, its key and its value (so tensor parallelism splits it between groups), `gate_up` [D,2,F] both halves of the
-    MLP's input.
+    queries, its key and its value (so tensor parallelism splits it between groups), `gate_up` [D,2,F] both halves of
+    the MLP's input.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:

@@ -36,7 +36,8 @@ class RolloutConfig:
     instruction: str = ""
     """System message; empty means none."""
     max_retries: int = 2
-    """How often an episode is begun again after an environment error, before it is masked."""
+    """How often an episode is begun again after an environment error, before it is masked. One that is lost because
+    its server failed is begun again twice beyond that."""
 
     def __post_init__(self) -> None:
         for name in (

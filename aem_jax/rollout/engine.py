@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from aem_jax.envs.protocol import EnvError, StepResult
+from aem_jax.envs.protocol import EnvError, LostError, StepResult
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.episode import Chat, Episode, appended_ids, first_messages, windowed_ids
 from aem_jax.sampler import Sampler, SamplerState
@@ -32,6 +32,10 @@ class Pool(Protocol):
     @property
     def capacity(self) -> int:
         """Number of sessions."""
+        ...
+
+    def server_of(self, session: int) -> int:
+        """Which server a session lives on: sessions of one server are lost together."""
         ...
 
     def reset(self, session: int, payload: Mapping[str, Any]) -> Future[StepResult]:
@@ -52,6 +56,7 @@ class RolloutStats:
     heard_tokens: int = 0
     retries: int = 0
     env_errors: int = 0
+    overlong_prompts: int = 0
     device_s: float = 0.0
     environment_s: float = 0.0
     total_s: float = 0.0
@@ -99,7 +104,9 @@ class Rollout:
         self._cohorts = [
             _Cohort(sampler.init(size), cohort * size, [None] * size) for cohort in range(config.num_cohorts)
         ]
-        self._prompts = sampler.init(max(1, -(-size // config.group_size)), config.prompt_tokens)
+        rows = -(-size // config.group_size)
+        rows += -rows % sampler.slot_shards
+        self._prompts = sampler.init(rows, config.prompt_tokens)
 
     def warm_up(self, params: Any) -> None:
         """Compiles every program that a rollout can call; afterwards nothing compiles."""
@@ -154,8 +161,8 @@ class Rollout:
         cohort.slots = [None] * len(cohort.slots)
         while True:
             for slot, episode in enumerate(cohort.slots):
-                if episode is None and run.queue:
-                    cohort.slots[slot] = episode = run.queue.popleft()
+                if episode is None and (episode := self._next(run, cohort.first_session + slot)):
+                    cohort.slots[slot] = episode
                     episode.future = self._pool.reset(cohort.first_session + slot, episode.task.payload)
             if not any(cohort.slots):
                 return
@@ -170,6 +177,20 @@ class Rollout:
                 if episode is not None:
                     episode.future = self._answer(episode, cohort.first_session + slot)
 
+    def _next(self, run: _Run, session: int) -> Episode | None:
+        """The first episode in the queue that may begin in a session: on one server, one suspect at a time."""
+        server = self._pool.server_of(session)
+        watched = any(
+            episode is not None and episode.is_suspect and self._pool.server_of(cohort.first_session + slot) == server
+            for cohort in self._cohorts
+            for slot, episode in enumerate(cohort.slots)
+        )
+        for place, episode in enumerate(run.queue):
+            if not (watched and episode.is_suspect):
+                del run.queue[place]
+                return episode
+        return None
+
     def _hear(self, run: _Run, cohort: _Cohort) -> None:
         """Collects the environments' answers; episodes that end leave their slots."""
         start = time.perf_counter()
@@ -181,22 +202,23 @@ class Rollout:
                 result = episode.future.result()
             except EnvError as error:
                 cohort.slots[slot] = None
-                if episode.retries < self.config.max_retries:
+                charged = episode.is_suspect or not isinstance(error, LostError)
+                if not charged or episode.retries < self.config.max_retries:
                     log.warning("episode %s/%d begins again: %s", episode.task.id, episode.member, error)
                     run.stats.retries += 1
-                    run.queue.appendleft(episode.again())
+                    run.queue.appendleft(episode.again(charged=charged))
                 else:
                     log.warning("episode %s/%d is masked: %s", episode.task.id, episode.member, error)
                     run.stats.env_errors += 1
                     run.done.append(episode.trajectory(Ending.ENV_ERROR, False, self.config.context))
                 continue
-            ending = self._take_answer(episode, result)
+            ending = self._take_answer(episode, result, run.stats)
             if ending is not None:
                 cohort.slots[slot] = None
                 run.done.append(episode.trajectory(ending, bool(result.info.get("won", False)), self.config.context))
         run.stats.environment_s += time.perf_counter() - start
 
-    def _take_answer(self, episode: Episode, result: StepResult) -> Ending | None:
+    def _take_answer(self, episode: Episode, result: StepResult, stats: RolloutStats) -> Ending | None:
         """Records what the environment said; returns how the episode ended, or None while it goes on."""
         config = self.config
         if episode.said[0]:
@@ -233,10 +255,15 @@ class Rollout:
         else:
             keep, new = 0, self._chat.prompt_ids(first_messages(config.instruction, result.observation))
             if len(new) > config.prompt_tokens:
-                raise ValueError(
-                    f"expected a first prompt of at most rollout.prompt_tokens = {config.prompt_tokens} tokens, "
-                    f"got {len(new)} for task {episode.task.id}; raise rollout.prompt_tokens"
+                log.warning(
+                    "task %s is left out: expected a first prompt of at most rollout.prompt_tokens = %d tokens, got %d;"
+                    " raise rollout.prompt_tokens",
+                    episode.task.id,
+                    config.prompt_tokens,
+                    len(new),
                 )
+                stats.overlong_prompts += 1
+                return Ending.TRUNCATED
         heard = new if config.context == "append" else [*episode.ids[:keep], *new]
         episode.keep, episode.pending, episode.heard = keep, new, (heard, result.observation)
         return None

@@ -9,6 +9,8 @@ import numpy as np
 
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
 
+_SUSPICIOUS_LOSSES = 2
+
 
 class Chat(Protocol):
     """What a rollout needs of a tokenizer."""
@@ -40,7 +42,8 @@ class Episode:
         group: index of its rollout group in this step.
         member: index in the group.
         prng: u32[2], the episode's key data.
-        retries: how often it was begun again.
+        retries: how often it was begun again after a failure of its own, or as a suspect.
+        losses: how often it was begun again because its server failed.
         turns: finished turns.
         ids: every id that its slot holds.
         pending: ids heard and not yet computed.
@@ -54,6 +57,7 @@ class Episode:
     member: int
     prng: np.ndarray
     retries: int = 0
+    losses: int = 0
     turns: list[Turn] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
@@ -62,9 +66,16 @@ class Episode:
     said: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = field(default_factory=lambda: ([], [], []))
     future: Future[Any] | None = None
 
-    def again(self) -> "Episode":
-        """The same episode, from its task."""
-        return Episode(self.task, self.group, self.member, self.prng, self.retries + 1)
+    @property
+    def is_suspect(self) -> bool:
+        """Whether its servers failed so often that it may be what kills them. On one server, suspects play one by one;
+        so a task that kills its server is found, and the episodes that were lost with it are not taken for it."""
+        return self.losses >= _SUSPICIOUS_LOSSES
+
+    def again(self, *, charged: bool) -> "Episode":
+        """The same episode, from its task; `charged` to its retries, or counted as a loss."""
+        retries, losses = (self.retries + 1, self.losses) if charged else (self.retries, self.losses + 1)
+        return Episode(self.task, self.group, self.member, self.prng, retries, losses)
 
     @property
     def said_count(self) -> int:
@@ -80,7 +91,14 @@ class Episode:
     def trajectory(self, ending: Ending, won: bool, context: str) -> Trajectory:
         """The finished record."""
         return Trajectory(
-            self.task, self.group, self.member, tuple(self.turns), ending, won, retries=self.retries, context=context
+            self.task,
+            self.group,
+            self.member,
+            tuple(self.turns),
+            ending,
+            won,
+            retries=self.retries + self.losses,
+            context=context,
         )
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from aem_jax.models import Params, Policy
 from aem_jax.sampler.draw import SamplingConfig, make_draw, uniforms
 from aem_jax.sampler.state import KEY_AXES, STATE_AXES, VALUE_AXES, SamplerState, copy_rows, merge, rewind
-from aem_jax.sharding import DECODE, partition, replicated, shardings
+from aem_jax.sharding import DECODE, partition, replicated, shardings, slot_shards
 
 Array = jax.Array
 HostArray = jax.Array | np.ndarray
@@ -95,6 +95,11 @@ class Sampler:
         self._fork = jax.jit(self._fork_impl, static_argnames="window", donate_argnums=0, out_shardings=placed)
         # A partial of its own: jits of one function share their programs, and `compilations` counts this sampler's.
         self._rewind = jax.jit(partial(rewind), donate_argnums=0, out_shardings=placed)
+
+    @property
+    def slot_shards(self) -> int:
+        """Into how many parts the mesh splits a state's slots: their number must be a multiple of it."""
+        return 1 if self._mesh is None else slot_shards(self._mesh)
 
     @property
     def compilations(self) -> int:

@@ -83,7 +83,8 @@ def test_presets_hold_together(name: str):
     ("words", "message"),
     [
         (["--rollout.num-slots", "128", "--env.sessions-per-server", "4"], "--rollout.num-slots: expected at most"),
-        (["--sampling.temperature", "0.7"], "--learner.temperature: expected --sampling.temperature = 0.7, got 1.0"),
+        (["--sampling.temperature", "0.7"], "--learner.temperature: expected 0.7 with --sampling.temperature 0.7, got"),
+        (["--sampling.temperature", "0", "--learner.temperature", "0.5"], "--learner.temperature: expected 1.0 with"),
         (["--batch.row-length", "8"], "--batch.row-length: expected at least"),
         (["--model.name", "tinny"], "did you mean 'tiny'?"),
         (["--metrics.wandb-project", "x"], "wandb is not installed"),

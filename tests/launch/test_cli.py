@@ -38,6 +38,14 @@ def test_no_arguments_train_the_default_preset(trained):
     assert (config.preset, config.name) == (DEFAULT, DEFAULT) == ("alfworld-tiny", "alfworld-tiny")
 
 
+def test_the_folder_of_official_data_is_part_of_the_config(trained, monkeypatch: pytest.MonkeyPatch):
+    """The variable is resolved once, so that a resumed run cannot silently change its games."""
+    monkeypatch.setenv("ALFWORLD_DATA", "/data/alfworld")
+    assert cli.main([]) == cli.main(["--alfworld-data", "/mine"]) == 0
+    assert [config.alfworld_data for config in trained] == ["/data/alfworld", "/mine"]
+    assert trained[0].name == DEFAULT
+
+
 def test_precedence_is_defaults_then_preset_then_command_line(trained, tmp_path: Path):
     mine = tmp_path / "mine.toml"
     mine.write_text("seed = 3\n[train]\nnum_steps = 7\n[aem]\nstrength = 0.5\n[learner]\nlearning_rate = 1e-3\n")

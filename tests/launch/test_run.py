@@ -114,6 +114,12 @@ def test_another_value_of_what_matters_is_refused_by_name(whole: Path, user_envi
     assert "--aem.strength 1.0, got 0.0" in out and "Traceback" not in out
 
 
+def test_rows_that_the_mesh_cannot_split_are_named_before_anything_is_learnt(tmp_path: Path, user_environment):
+    words = ("--batch.rows", "3", "--runtime.cpu-devices", "2")
+    out = finish(start(tmp_path, user_environment, *words), status=2)
+    assert "--batch.rows: expected a multiple of mesh.data × mesh.fsdp = 2, got 3" in out and "warm start" not in out
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, user_environment):
     (tmp_path / "file").write_text("")
     out = finish(start(tmp_path / "file", user_environment), status=2)

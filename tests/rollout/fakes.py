@@ -36,7 +36,8 @@ class CountdownEnv:
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
         self.left = int(task["turns"])
-        return StepResult("start" + "x" * (int(task["turns"]) % 3), info={"won": False, "valid_action": True})
+        first = task.get("first", "start" + "x" * (int(task["turns"]) % 3))
+        return StepResult(first, info={"won": False, "valid_action": True})
 
     def step(self, text: str) -> StepResult:
         self.left -= 1
@@ -68,6 +69,9 @@ class LocalPool:
         else:
             future.set_result(call())
         return future
+
+    def server_of(self, session: int) -> int:
+        return session
 
     def reset(self, session: int, payload: Mapping[str, Any]) -> Future[StepResult]:
         return self._future(session, lambda: self._envs[session].reset(payload))

@@ -53,7 +53,7 @@ class Disturbed:
     def __init__(self, pool: EnvPool, at: int, disturb):
         self._pool, self._at, self._disturb, self.steps = pool, at, disturb, 0
         self.capacity = pool.capacity
-        self.reset = pool.reset
+        self.reset, self.server_of = pool.reset, pool.server_of
 
     def step(self, session, text):
         self.steps += 1
@@ -114,6 +114,19 @@ def test_a_task_that_always_breaks_is_masked_and_costs_nobody_else(play, undistu
         assert sum(pool.stats().restarts) == 0
     assert [t.ending is Ending.ENV_ERROR for t in trajectories] == [t.task.id == "fg" for t in trajectories]
     assert stats.env_errors == 2 and stats.retries == 2 * CONFIG.max_retries
+    rest = [i for i, t in enumerate(trajectories) if t.task.id != "fg"]
+    assert [said(trajectories)[i] for i in rest] == [said(undisturbed)[i] for i in rest]
+
+
+@pytest.mark.parametrize(("kind", "step_deadline_s"), [("exit", 3.0), ("hang", 0.5), ("rubbish", 3.0)])
+def test_a_task_that_always_takes_its_server_with_it_is_found(play, undisturbed, kind, step_deadline_s):
+    """Both episodes of a group kill their server whenever they are played: they alone are masked in the end."""
+    pool_config = replace(POOL, step_deadline_s=step_deadline_s)
+    with EnvPool(pool_config, ("echo", {})) as pool:
+        trajectories, stats = play(pool, tasks(lambda word: {"kind": kind, "step": 2} if word == "fg" else None))
+        assert sum(pool.stats().restarts) >= CONFIG.max_retries
+    assert [t.ending is Ending.ENV_ERROR for t in trajectories] == [t.task.id == "fg" for t in trajectories]
+    assert stats.env_errors == 2
     rest = [i for i, t in enumerate(trajectories) if t.task.id != "fg"]
     assert [said(trajectories)[i] for i in rest] == [said(undisturbed)[i] for i in rest]
 

@@ -146,6 +146,15 @@ def test_limits_truncate(sampler, params):
     assert any(t.ending is Ending.TRUNCATED for t in by_tokens[4:8])
 
 
+def test_a_first_prompt_that_is_too_long_ends_its_episodes_and_no_others(sampler, params):
+    long = replace(TASKS[1], payload={"turns": 5, "first": "x" * 20})
+    expected, _ = play(sampler, params)
+    found, stats = play(sampler, params, tasks=[TASKS[0], long, TASKS[2]])
+    assert stats.overlong_prompts == 4 and stats.retries == stats.env_errors == 0
+    assert [(t.ending, t.turns) for t in found[4:8]] == [(Ending.TRUNCATED, ())] * 4
+    assert sampled(found[:4] + found[8:]) == sampled(expected[:4] + expected[8:])
+
+
 def test_windowed_context_rebuilds_each_prompt(sampler, params):
     """Each turn's ids are a whole prompt, and its logprobs are those of that prompt alone."""
     config = replace(CONFIG, context="window", window_turns=1, prompt_tokens=16, context_tokens=60)

@@ -6,6 +6,7 @@ A source is a sequence of `GameTask`. A task's payload is a small JSON mapping f
 
 import hashlib
 import json
+import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -114,9 +115,14 @@ def training_tasks(
         seed: of generated games.
         size: number of generated games.
         data: folder of official data (`$ALFWORLD_DATA`); without it games are generated.
+
+    Returns:
+        The tasks, in an order of which every prefix is a fair sample.
     """
     if data is not None:
-        return official_tasks(data, "train", config.task_types)
+        tasks = official_tasks(data, "train", config.task_types)
+        random.Random("training order").shuffle(tasks)  # they come sorted by task type
+        return tasks
     return GeneratedTasks(config, "train", seed, range(size))
 
 
