@@ -56,6 +56,5 @@ def num_updates(opt_state: Any) -> jax.Array:
 
 
 def _matrices(axes: Any) -> Any:
-    """Which parameters have two dimensions or more, the stacking over layers not counted."""
-    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
-    return jax.tree.map(lambda names: len([name for name in names if name != "layers"]) > 1, axes, is_leaf=is_axes)
+    """Which parameters read or write the residual stream: not the scales of norms, and no biases."""
+    return jax.tree.map(lambda names: "embed" in names, axes, is_leaf=lambda node: isinstance(node, tuple))

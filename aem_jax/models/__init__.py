@@ -1,6 +1,16 @@
 """Decoder families in Flax NNX. Parameters are plain pytrees; `Policy` holds the structure and the pure functions."""
 
-from aem_jax.models.config import CONFIGS, ModelConfig
+from aem_jax.models.config import CONFIGS, ModelConfig, RopeScaling
 from aem_jax.models.policy import Params, Policy
+from aem_jax.models.pretrained import Pretrained, from_pretrained, save_pretrained
 
-__all__ = ["CONFIGS", "ModelConfig", "Params", "Policy"]
+__all__ = [
+    "CONFIGS",
+    "ModelConfig",
+    "Params",
+    "Policy",
+    "Pretrained",
+    "RopeScaling",
+    "from_pretrained",
+    "save_pretrained",
+]

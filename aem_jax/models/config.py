@@ -4,8 +4,25 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of rotary positions beyond the context of pretraining: slow frequencies are divided."""
+
+    factor: float
+    """What the slow ones are divided by."""
+    low_freq_factor: float
+    """Those that turn at most so often in the original context are slow."""
+    high_freq_factor: float
+    """Those that turn at least so often stay as they are; in between the two are mixed."""
+    original_context: int
+    """Tokens of the original context."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of Qwen3's form: grouped queries, q/k norm, rotary positions, SwiGLU, tied or untied head."""
+    """A decoder of the form that Qwen2.5, Qwen3 and Llama 3 share: grouped queries, rotary positions, SwiGLU, RMS norm.
+
+    What tells the families apart are the options below: `qk_norm` (Qwen3), `qkv_bias` (Qwen2.5), neither (Llama).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -17,6 +34,14 @@ class ModelConfig:
     rope_theta: float = 1_000_000.0
     norm_eps: float = 1e-6
     tied_head: bool = True
+    qk_norm: bool = True
+    """Whether queries and keys are normed head by head."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have a bias."""
+    rope_scaling: RopeScaling | None = None
+    """How rotary positions are stretched, if they are."""
+    max_positions: int = 32_768
+    """Tokens of the longest context that the weights were made for."""
     dtype: str = "float32"
     """Dtype of activations and of the weights as used; masters are float32."""
 
@@ -32,7 +57,9 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Parameters, the embedding counted once when the head is tied."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) + 2 * self.head_dim
+        heads = self.num_heads + 2 * self.num_kv_heads
+        attention = self.hidden_size * self.head_dim * (self.num_heads + heads)
+        attention += 2 * self.head_dim * self.qk_norm + heads * self.head_dim * self.qkv_bias
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         tables = self.vocab_size * self.hidden_size * (1 if self.tied_head else 2)
         return self.num_layers * layer + tables + self.hidden_size

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aem_jax.models.attention import chunk_attention, row_attention
-from aem_jax.models.config import ModelConfig
+from aem_jax.models.config import ModelConfig, RopeScaling
 
 Array = jax.Array
 
@@ -34,9 +34,16 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return (normed * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))).astype(x.dtype)
 
 
-def rotary_tables(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin [..., head_dim/2] of the rotary angles `position * theta^(-2i/head_dim)`."""
+def rotary_tables(
+    positions: Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Array, Array]:
+    """cos and sin [..., head_dim/2] of the rotary angles `position * theta^(-2i/head_dim)`, stretched if asked for."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling:
+        turns = scaling.original_context * frequencies / (2 * jnp.pi)
+        fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        fast = jnp.clip(fast, 0.0, 1.0)
+        frequencies = frequencies * (fast + (1 - fast) / scaling.factor)
     angles = jnp.tensordot(positions.astype(jnp.float32), frequencies, axes=0)
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -75,23 +82,28 @@ class Block(nnx.Module):
         self.o = normal(h, dh, d, fan_in=h * dh, scale=residual)
         self.gate_up = normal(d, 2, f, fan_in=d)
         self.down = normal(f, d, fan_in=f, scale=residual)
-        self.q_norm = nnx.Param(jnp.ones((layers, dh)))
-        self.k_norm = nnx.Param(jnp.ones((layers, dh)))
+        if config.qkv_bias:
+            self.qkv_bias = nnx.Param(jnp.zeros((layers, kv, h // kv + 2, dh)))
+        if config.qk_norm:
+            self.q_norm = nnx.Param(jnp.ones((layers, dh)))
+            self.k_norm = nnx.Param(jnp.ones((layers, dh)))
         self.attention_norm = nnx.Param(jnp.ones((layers, d)))
         self.mlp_norm = nnx.Param(jnp.ones((layers, d)))
         self.config = config
 
     def heads(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        """Normed and rotated queries [B,T,H,Dh], keys and values [B,T,KV,Dh] of x [B,T,D]."""
-        eps = self.config.norm_eps
+        """Rotated queries [B,T,H,Dh], keys and values [B,T,KV,Dh] of x [B,T,D]."""
+        config, eps = self.config, self.config.norm_eps
         x = rms_norm(x, self.attention_norm[...], eps)
         groups = jnp.einsum("btd,dkgh->btkgh", x, self.qkv[...].astype(x.dtype))
+        if config.qkv_bias:
+            groups = groups + self.qkv_bias[...].astype(x.dtype)[None, None]
         queries = groups.shape[-2] - 2
         parts = jnp.split(groups, (queries, queries + 1), axis=-2)
         q, k, v = (part.reshape(*x.shape[:2], -1, part.shape[-1]) for part in parts)
-        q = rotate(rms_norm(q, self.q_norm[...], eps), cos, sin)
-        k = rotate(rms_norm(k, self.k_norm[...], eps), cos, sin)
-        return q, k, v
+        if config.qk_norm:
+            q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def finish(self, x: Array, attended: Array) -> Array:
         """Output projection, then the MLP, each with its residual."""
@@ -131,7 +143,7 @@ class Decoder(nnx.Module):
             [B,T,D] after the final norm.
         """
         config = self.config
-        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x: Array, state: Any) -> tuple[Array, None]:
@@ -185,7 +197,7 @@ class Decoder(nnx.Module):
             hidden [S,C,D] after the final norm, and the chunk with the new tokens' keys and values.
         """
         config = self.config
-        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef = nnx.graphdef(self.layers)
 
         def layer(x: Array, scanned: tuple[Any, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:

@@ -20,11 +20,15 @@ _BLOCK_AXES = {
     "o": ("layers", "heads", "head_dim", "embed"),
     "gate_up": ("layers", "embed", None, "mlp"),
     "down": ("layers", "mlp", "embed"),
+    "qkv_bias": ("layers", "kv_heads", None, "head_dim"),
     "q_norm": ("layers", "norm"),
     "k_norm": ("layers", "norm"),
     "attention_norm": ("layers", "norm"),
     "mlp_norm": ("layers", "norm"),
 }
+
+_OPTIONAL = {("q_norm", "k_norm"): "qk_norm", ("qkv_bias",): "qkv_bias"}
+"""Parameters -> the option of ModelConfig that they come with."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,11 @@ class Policy:
     @property
     def axes(self) -> Params:
         """Logical axes of every parameter, in the parameters' structure."""
-        axes: Params = {"embed": ("vocab", "embed"), "layers": dict(_BLOCK_AXES), "norm": ("norm",)}
-        return axes if self.config.tied_head else {**axes, "head": ("embed", "vocab")}
+        config = self.config
+        absent = {name for names, there in _OPTIONAL.items() if not getattr(config, there) for name in names}
+        layers = {name: axes for name, axes in _BLOCK_AXES.items() if name not in absent}
+        axes: Params = {"embed": ("vocab", "embed"), "layers": layers, "norm": ("norm",)}
+        return axes if config.tied_head else {**axes, "head": ("embed", "vocab")}
 
     @property
     def shapes(self) -> Params:

@@ -1,0 +1,170 @@
+"""A model in Hugging Face's files as a policy, and back: `from_pretrained`, `save_pretrained`."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from aem_jax.models.config import ModelConfig
+from aem_jax.models.families import config_from_hf, config_to_hf
+from aem_jax.models.policy import Params, Policy
+from aem_jax.models.weights import load_params, save_params
+from aem_jax.sharding import TRAIN, Rules
+
+CONFIG = "config.json"
+BESIDE = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""Files that are not ours to change: copied from where the model came from."""
+MAX_FILE_BYTES = 5 * 10**9
+"""Where transformers, too, begins a new file."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A policy and its parameters.
+
+    Attributes:
+        policy: the pure functions.
+        params: the parameters.
+        source: folder of the files that they came from, if any.
+    """
+
+    policy: Policy
+    params: Params
+    source: Path | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and options."""
+        return self.policy.config
+
+    @cached_property
+    def _forward(self) -> Any:
+        return jax.jit(self.policy.forward)
+
+    def logits(self, tokens: Any) -> jax.Array:
+        """float32 logits [B,T,V] of unpadded rows i32[B,T]."""
+        return self._forward(self.params, jnp.asarray(tokens, jnp.int32))
+
+    def save_pretrained(self, folder: str | Path, *, dtype: str | None = None) -> None:
+        """Writes files that transformers loads as they are; see the function `save_pretrained`."""
+        save_pretrained(folder, self.config, self.params, dtype=dtype, source=self.source)
+
+
+def from_pretrained(
+    path_or_repo: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat16", rules: Rules = TRAIN
+) -> Pretrained:
+    """A model in Hugging Face's files, each tensor read straight into its shards.
+
+    Args:
+        path_or_repo: folder with config.json and safetensors, or a name on the Hub, which is downloaded.
+        mesh: where the parameters go; None is the default device.
+        dtype: "bfloat16" or "float32": of parameters and of activations.
+        rules: which layout: `TRAIN` or `DECODE`.
+
+    Raises:
+        ValueError: nothing there, a family or option that the decoder does not have, or weights that do not fit.
+    """
+    folder = resolve(path_or_repo)
+    config = read_config(folder, dtype)
+    policy = Policy(config)
+    return Pretrained(policy, load_params(folder, policy, mesh=mesh, dtype=dtype, rules=rules), folder)
+
+
+def read_config(folder: Path, dtype: str = "bfloat16") -> ModelConfig:
+    """The config of a folder.
+
+    Raises:
+        ValueError: no config.json, or one that the decoder cannot follow.
+    """
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"expected dtype 'bfloat16' or 'float32', got {dtype!r}")
+    path = folder / CONFIG
+    try:
+        theirs = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a {CONFIG} in {folder}, got {error}") from error
+    try:
+        return config_from_hf(theirs, dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def resolve(path_or_repo: str | Path) -> Path:
+    """The folder of a model: as it is, or downloaded from the Hub.
+
+    Raises:
+        ValueError: no such folder, and nothing of that name can be downloaded.
+    """
+    folder = Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path_or_repo)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"expected a folder, or a name on the Hub such as Qwen/Qwen2.5-0.5B-Instruct, got {name!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = [CONFIG, "*.safetensors", "model.safetensors.index.json", *BESIDE]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"expected a folder or a model on the Hub, got {name!r}: {reason}") from error
+
+
+def save_pretrained(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype: str | None = None,
+    source: Path | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes config.json, safetensors, and the tokenizer and generation config of `source`, whole or not at all.
+
+    Args:
+        folder: to write to; what was there before is replaced.
+        config: of the model.
+        params: parameters, on any mesh of this process.
+        dtype: to save in; None keeps the parameters'. A model that was read in its own dtype comes back bit by bit.
+        source: folder whose tokenizer and generation config are copied.
+        max_file_bytes: size at which a new file of weights begins.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    saved = dtype or str(params["embed"].dtype)
+    (partial / CONFIG).write_text(json.dumps(config_to_hf(config, saved), indent=2) + "\n")
+    save_params(partial, config, params, dtype=dtype, max_file_bytes=max_file_bytes)
+    for name in BESIDE:
+        if source and (source / name).exists():
+            shutil.copyfile(source / name, partial / name)
+    if not (partial / "generation_config.json").exists():
+        (partial / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 1.0}) + "\n")
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, folder)
