@@ -13,6 +13,7 @@ from aem_jax.launch.config import AlgorithmConfig, ModelChoice, RunConfig
 from aem_jax.launch.overrides import ConfigError, nearest
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.models import CONFIGS, ModelConfig
+from aem_jax.models.pretrained import read_config, resolve
 
 ESTIMATORS: Mapping[str, Callable[[AlgorithmConfig], Estimator]] = {
     "grpo": lambda config: partial(grpo, ddof=config.ddof),
@@ -31,19 +32,31 @@ def model_config(choice: ModelChoice, vocab_size: int) -> ModelConfig:
     """The sizes of the decoder.
 
     Args:
-        choice: a known size and what is changed of it.
-        vocab_size: of the tokenizer; rounded up to a multiple of 64, so that it divides over a mesh.
+        choice: a model in files, or a known size and what is changed of it.
+        vocab_size: of the tokenizer; for random weights rounded up to a multiple of 64, so that it divides over a mesh.
 
     Raises:
         ConfigError: no such size, or sizes that do not go together.
+        ValueError: files that cannot be used.
     """
-    changes = {name: value for name, value in vars(choice).items() if name != "name" and value is not None}
+    changes = {name: value for name, value in vars(choice).items() if name not in _NO_SIZES and value is not None}
+    if choice.path:
+        config = read_config(resolve(choice.path), changes.pop("dtype", "bfloat16"))
+        if vocab_size > config.vocab_size:
+            raise ValueError(
+                f"--model.path: expected a vocabulary of at least {vocab_size} (the tokenizer's), "
+                f"got {config.vocab_size}; are tokenizer and weights of one model?"
+            )
+        return config
     try:
         return replace(known_model(choice.name), vocab_size=-(-vocab_size // 64) * 64, **changes)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"--model: {error}") from None
+
+
+_NO_SIZES = ("name", "path")
 
 
 def known_model(name: str) -> ModelConfig:
@@ -94,6 +107,13 @@ def check(config: RunConfig) -> None:
         ConfigError: fields that contradict each other; names both.
     """
     known_model(config.model.name)
+    choice = vars(config.model)
+    sizes = [name for name in choice if name not in (*_NO_SIZES, "dtype") and choice[name] is not None]
+    if config.model.path and sizes:
+        raise ConfigError(
+            f"--model.{sizes[0].replace('_', '-')}: expected none with --model.path, whose files say the sizes, "
+            f"got {choice[sizes[0]]}"
+        )
     servers = len(config.env.urls) or config.env.num_servers
     sessions = servers * config.env.sessions_per_server
     if sessions < config.rollout.num_slots:

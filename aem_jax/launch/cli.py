@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aem_jax.launch.overrides import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from aem_jax.launch.config import RunConfig
 
 PROGRAM = "python -m aem_jax.launch"
 
@@ -62,19 +65,12 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _evaluate(words: Sequence[str]) -> int:
-    from aem_jax.launch.options import apply, run_name
-    from aem_jax.launch.preset import DEFAULT, read_preset
-    from aem_jax.launch.record import load
-
     options = _options(words, "evaluate")
-    preset = read_preset(_one_word(options, "preset", DEFAULT))
     if "help" in options:
-        return _help(preset, "evaluate", COMMANDS["evaluate"].help)
-    asked = apply(preset, options)
-    folder = Path(asked.runs_dir) / run_name(asked, options)
-    # What the run was trained with is the base: its own config, not the preset as it may be by now.
-    config = apply(load(folder), options)
-    config = replace(config, name=folder.name, runs_dir=asked.runs_dir)
+        from aem_jax.launch.preset import DEFAULT, read_preset
+
+        return _help(read_preset(_one_word(options, "preset", DEFAULT)), "evaluate", COMMANDS["evaluate"].help)
+    config = _trained(options)
 
     from aem_jax.launch.build import check
 
@@ -83,6 +79,35 @@ def _evaluate(words: Sequence[str]) -> int:
     from aem_jax.launch.run import evaluate
 
     return evaluate(config)
+
+
+def _export(words: Sequence[str]) -> int:
+    from aem_jax.launch.options import split
+
+    names, options = split(words)
+    if "help" in options:
+        from aem_jax.launch.preset import DEFAULT, read_preset
+
+        return _help(read_preset(DEFAULT), "export FOLDER", COMMANDS["export"].help)
+    if len(names) != 1:
+        raise ConfigError(f"expected one folder to write to, got {len(names)}; export FOLDER --name RUN")
+    config = _trained(options)
+
+    from aem_jax.launch.export import export
+
+    return export(config, Path(names[0]))
+
+
+def _trained(options: dict[str, list[str]]) -> "RunConfig":
+    """The config of a run that is there: its own, not the preset as it may be by now, with the options in place."""
+    from aem_jax.launch.options import apply, run_name
+    from aem_jax.launch.preset import DEFAULT, read_preset
+    from aem_jax.launch.record import load
+
+    asked = apply(read_preset(_one_word(options, "preset", DEFAULT)), options)
+    folder = Path(asked.runs_dir) / run_name(asked, options)
+    config = apply(load(folder), options)
+    return replace(config, name=folder.name, runs_dir=asked.runs_dir)
 
 
 def _serve(words: Sequence[str]) -> int:
@@ -120,6 +145,7 @@ COMMANDS: Mapping[str, Command] = {
         _train, "Trains a policy, or goes on where the same command stopped; what is done without a command."
     ),
     "evaluate": Command(_evaluate, "Evaluates a trained run on its fixed evaluation sets."),
+    "export": Command(_export, "Writes a trained run's model in Hugging Face's files."),
     "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),
     "bench": Command(_bench, "Measures the parts on this machine; prints a table and one JSON line."),
     "presets": Command(_presets, "Lists the presets."),

@@ -25,8 +25,11 @@ from aem_jax.warmstart import WarmstartConfig
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which decoder: a known size by name, any of its sizes changed."""
+    """Which decoder: one in Hugging Face's files, or a known size with random weights, any of its sizes changed."""
 
+    path: str = ""
+    """Folder of a model in Hugging Face's files, or its name on the Hub: where training begins, tokenizer included.
+    Families: Qwen2.5, Qwen3, Llama 3. Empty: random weights of the size below."""
     name: str = "tiny"
     """Known size: tiny, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-14b or qwen3-32b."""
     hidden_size: int | None = None
@@ -59,8 +62,10 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer, where one is trained for the run."""
+    """The tokenizer: that of --model.path, else one that is trained for the run."""
 
+    chat_template: Literal["own", "chatml"] = "own"
+    """With --model.path: the model's own chat template, or plain ChatML (Qwen3's own drops earlier thoughts)."""
     vocab_size: int = 1024
     """Most entries of the vocabulary: bytes, control tokens and what the environment's text earns."""
     episodes: int = 200

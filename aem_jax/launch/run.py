@@ -34,6 +34,8 @@ from aem_jax.learner import (
     make_update,
 )
 from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, read_lines
+from aem_jax.models.pretrained import resolve
+from aem_jax.models.weights import load_params
 from aem_jax.report import write_report
 from aem_jax.train import Metrics, Parts, transcripts
 from aem_jax.train import train as train_steps
@@ -132,16 +134,22 @@ def _restore(stage: Stage, checkpoints: Checkpoints) -> TrainState:
 
 
 def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
-    """A state at step 0: random parameters, fitted to demonstrations if there are to be any."""
+    """A state at step 0: the model's parameters or random ones, fitted to demonstrations if there are to be any."""
     config = stage.config
     optimizer = make_optimizer(config.learner, stage.policy.axes)
     checkpoints.check_space(abstract_state(stage.policy, optimizer, stage.mesh))
-    if config.warmstart.episodes == 0:
-        state = init_state(stage.policy, optimizer, stage.mesh, stage.key("init"))
-    else:
-        state = init_state(stage.policy, optimizer, stage.mesh, _fit(stage, _demonstrations(stage)).params)
+    source = _parameters(stage) if config.warmstart.episodes == 0 else _fit(stage, _demonstrations(stage)).params
+    state = init_state(stage.policy, optimizer, stage.mesh, source)
     checkpoints.save(0, state)
     return state
+
+
+def _parameters(stage: Stage) -> Any:
+    """What training begins from: float32 parameters from the model's files, or a key for random ones."""
+    if not stage.config.model.path:
+        return stage.key("init")
+    folder = resolve(stage.config.model.path)
+    return load_params(folder, stage.policy, mesh=stage.mesh, dtype="float32")
 
 
 def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
@@ -158,7 +166,7 @@ def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
         stage.report("warm start", step + 1, settings.steps, values)
 
     return warmstart(
-        init_state(stage.policy, optimizer, stage.mesh, stage.key("init")),
+        init_state(stage.policy, optimizer, stage.mesh, _parameters(stage)),
         demonstrations,
         update=make_supervised_update(stage.policy, learner, stage.mesh),
         place=lambda batch: place(batch, stage.mesh),

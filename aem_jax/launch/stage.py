@@ -17,11 +17,12 @@ from aem_jax.launch.household import Domain, household, texts
 from aem_jax.launch.progress import Report, open_progress
 from aem_jax.launch.signals import StopRequest, stop_on_signals
 from aem_jax.models import Policy
+from aem_jax.models.pretrained import resolve
 from aem_jax.rollout import Rollout
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.layout import make_reshard
 from aem_jax.sharding import make_mesh, slot_shards
-from aem_jax.tokenizer import ChatTokenizer
+from aem_jax.tokenizer import CHATML, ChatTokenizer
 
 PURPOSES = ("init", "train", "evaluate")
 
@@ -106,11 +107,15 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack) -> Stage:
 
 
 def _tokenizer(config: RunConfig, domain: Domain, folder: Path) -> ChatTokenizer:
-    """The run's tokenizer: the one that it has, else one trained on what the environment and its expert say."""
+    """The run's tokenizer: the one that it has, else its model's, else one trained on what is said in episodes."""
     if folder.exists():
         return ChatTokenizer.from_pretrained(folder)
-    said = texts(domain, config.tokenizer.episodes, config.rollout.max_turns)
-    chat = ChatTokenizer.train(said, vocab_size=config.tokenizer.vocab_size)
+    if config.model.path:
+        template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
+        chat = ChatTokenizer.from_pretrained(resolve(config.model.path), chat_template=template)
+    else:
+        said = texts(domain, config.tokenizer.episodes, config.rollout.max_turns)
+        chat = ChatTokenizer.train(said, vocab_size=config.tokenizer.vocab_size)
     partial = folder.with_name(".tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     chat.save_pretrained(partial)

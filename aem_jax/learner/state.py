@@ -82,13 +82,13 @@ def init_state(
         policy: the policy.
         optimizer: from `make_optimizer`.
         mesh: the mesh.
-        source: a PRNG key, for random parameters, or parameters (copied; the caller's stay usable).
+        source: a PRNG key, for random parameters, or parameters, which are donated: no device holds them twice.
     """
+    is_key = isinstance(source, jax.Array) and jnp.issubdtype(source.dtype, jax.dtypes.prng_key)
 
     def create(source) -> TrainState:
-        is_key = isinstance(source, jax.Array) and jnp.issubdtype(source.dtype, jax.dtypes.prng_key)
-        params = policy.init(source) if is_key else jax.tree.map(jnp.copy, source)
+        params = policy.init(source) if is_key else source
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh))
-    return jax.jit(create, out_shardings=where)(source)
+    return jax.jit(create, out_shardings=where, donate_argnums=() if is_key else 0)(source)

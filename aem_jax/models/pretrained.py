@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,6 +137,7 @@ def save_pretrained(
     *,
     dtype: str | None = None,
     source: Path | None = None,
+    stop_ids: Sequence[int] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Writes config.json, safetensors, and the tokenizer and generation config of `source`, whole or not at all.
@@ -146,6 +148,7 @@ def save_pretrained(
         params: parameters, on any mesh of this process.
         dtype: to save in; None keeps the parameters'. A model that was read in its own dtype comes back bit by bit.
         source: folder whose tokenizer and generation config are copied.
+        stop_ids: ids that end a response, for the generation config where `source` has none.
         max_file_bytes: size at which a new file of weights begins.
     """
     folder = Path(folder)
@@ -159,7 +162,8 @@ def save_pretrained(
         if source and (source / name).exists():
             shutil.copyfile(source / name, partial / name)
     if not (partial / "generation_config.json").exists():
-        (partial / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 1.0}) + "\n")
+        generation = {"do_sample": True, "temperature": 1.0, **({"eos_token_id": list(stop_ids)} if stop_ids else {})}
+        (partial / "generation_config.json").write_text(json.dumps(generation) + "\n")
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)

@@ -158,7 +158,8 @@ def test_help_explains_every_field_with_the_preset_s_defaults(capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["evaluate", "-h"], ["serve", "--help"], ["serve", "alfworld", "--help"], ["bench", "--help"]]
+    "words",
+    [["evaluate", "-h"], ["export", "-h"], ["serve", "--help"], ["serve", "alfworld", "--help"], ["bench", "--help"]],
 )
 def test_every_command_has_help(words: list[str], capsys):
     assert cli.main(words) == 0

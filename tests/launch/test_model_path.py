@@ -1,0 +1,81 @@
+"""Training begins from a model in Hugging Face's files, through the normal command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from aem_jax.launch import build, cli
+from aem_jax.launch.config import ModelChoice
+from aem_jax.launch.options import apply, split
+from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch.preset import read_preset
+from aem_jax.metrics import read_lines
+from aem_jax.models import ModelConfig, Policy, from_pretrained, save_pretrained
+from aem_jax.tokenizer import ChatTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = Path(__file__).with_name("small.toml")
+CONFIG = ModelConfig(512, 32, 48, 2, 4, 2, 8, qk_norm=False, qkv_bias=True, max_positions=512)  # of Qwen2.5's form
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer and random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    texts = ["-= Welcome =- You are in the middle of a room.", "<action>go to shelf 1</action>", "Nothing happens."]
+    ChatTokenizer.train(texts * 3, vocab_size=400).save_pretrained(folder / "tokenizer")
+    save_pretrained(folder / "model", CONFIG, Policy(CONFIG).init(jax.random.key(0)), source=folder / "tokenizer")
+    return folder / "model"
+
+
+def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dict[str, str]):
+    words = ["--preset", str(SMALL), "--runs-dir", str(tmp_path), "--name", "run", "--model.path", str(model)]
+    words += ["--model.dtype", "float32", "--warmstart.episodes", "0", "--train.num-steps", "2"]
+    words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", "--evaluation.size", "2"]
+    sizes = [f"--model.{name}=None" for name in ("hidden-size", "intermediate-size", "num-layers", "num-heads")]
+    sizes += ["--model.num-kv-heads=None", "--model.head-dim=None"]
+    command = [sys.executable, "-m", "aem_jax.launch", *words, *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=user_environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == [0, 1]
+    assert all(record["parity/max"] < 1e-4 for record in metrics)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["path"] == str(model)
+
+    command = [sys.executable, "-m", "aem_jax.launch", "export", str(tmp_path / "out"), *words[:6]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=user_environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = (from_pretrained(folder, dtype="float32") for folder in (model, tmp_path / "out"))
+    assert after.config == before.config
+    changes = jax.tree.map(lambda a, b: float(abs(a - b).max()), before.params, after.params)
+    assert 0 < max(jax.tree.leaves(changes)) < 0.1
+    chat = ChatTokenizer.from_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == list(chat.stop_ids)
+
+
+def test_the_files_say_what_the_model_is(model: Path):
+    config = build.model_config(ModelChoice(path=str(model), dtype="float32"), 400)
+    assert (config.num_layers, config.qkv_bias, config.qk_norm, config.vocab_size) == (2, True, False, 512)
+    assert build.model_config(ModelChoice(path=str(model)), 400).dtype == "bfloat16"
+    with pytest.raises(ValueError, match="expected a vocabulary of at least 513"):
+        build.model_config(ModelChoice(path=str(model)), 513)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "mine.txt").write_text("precious")
+    assert cli.main(["export", str(tmp_path), "--preset", str(SMALL), "--runs-dir", str(tmp_path)]) == 2
+    assert cli.main(["export", "--preset", str(SMALL)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "no run in" in first or "expected a new or empty folder" in first
+    assert "expected one folder to write to, got 0" in second
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_sizes_beside_a_path_are_refused(model: Path):
+    words = ["--model.path", str(model), "--model.num-layers", "3"]
+    with pytest.raises(ConfigError, match="--model.num-layers: expected none with --model.path"):
+        build.check(apply(read_preset("alfworld-tiny"), split(words)[1]))
