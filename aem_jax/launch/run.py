@@ -104,9 +104,9 @@ def _opened(config: RunConfig, folder: Path) -> Iterator[tuple[Stage, Checkpoint
     """The machine set up, checkpoints and stage opened; what cannot be had is a `ConfigError`."""
     with ExitStack() as stack:
         try:
-            # The folder first: whoever cannot write there should know before anything else is begun.
+            runtime.set_up(config.runtime)  # before anything computes, and checkpoints do
+            # The folder next: whoever cannot write there should know before anything else is begun.
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint))
-            runtime.set_up(config.runtime)
             stage = open_stage(config, folder, stack)
         except (CheckpointError, EnvError, ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
