@@ -112,7 +112,7 @@ def shardings(mesh: Mesh, axes: Any, rules: Rules, shapes: Any = None) -> Any:
 
 def slot_shards(mesh: Mesh) -> int:
     """Into how many parts slots and rows are split."""
-    return math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    return math.prod(mesh.shape[axis] for axis in _SHARED["slots"] or ())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

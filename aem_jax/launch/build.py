@@ -20,6 +20,9 @@ ESTIMATORS: Mapping[str, Callable[[AlgorithmConfig], Estimator]] = {
     "dr_grpo": lambda config: dr_grpo,
     "rloo": lambda config: rloo,
 }
+_NO_SIZES = ("name", "path")
+"""Fields of `ModelChoice` that are no sizes."""
+
 SCOPES: Mapping[str, Callable] = {"trajectories": over_trajectories, "turns": over_turns}
 
 
@@ -54,9 +57,6 @@ def model_config(choice: ModelChoice, vocab_size: int) -> ModelConfig:
         raise
     except ValueError as error:
         raise ConfigError(f"--model: {error}") from None
-
-
-_NO_SIZES = ("name", "path")
 
 
 def known_model(name: str) -> ModelConfig:

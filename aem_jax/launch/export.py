@@ -8,6 +8,7 @@ from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.learner import abstract_state, make_optimizer
 from aem_jax.models import Policy, save_pretrained
+from aem_jax.models.pretrained import check_free
 from aem_jax.sharding import make_mesh
 from aem_jax.tokenizer import ChatTokenizer
 
@@ -17,15 +18,14 @@ def export(config: RunConfig, folder: Path) -> int:
 
     Args:
         config: the run's own.
-        folder: to write to; must not hold anything else.
+        folder: to write to; new or empty.
 
     Raises:
         ConfigError: the run has no checkpoint, or the folder is not free.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / "config.json").exists():
-        raise ConfigError(f"expected a new or empty folder, or an earlier export, got {folder}; choose another one")
     run = Path(config.runs_dir) / config.name
     try:
+        check_free(folder)
         runtime.set_up(config.runtime)
         chat = ChatTokenizer.from_pretrained(run / "tokenizer")
         policy = Policy(build.model_config(config.model, chat.vocab_size))

@@ -130,6 +130,16 @@ def resolve(path_or_repo: str | Path) -> Path:
         raise ValueError(f"expected a folder or a model on the Hub, got {name!r}: {reason}") from error
 
 
+def check_free(folder: Path) -> None:
+    """Looks whether a model can be written to a folder.
+
+    Raises:
+        ValueError: it is a file, or holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"expected a new or empty folder to write a model to, got {folder}; choose another one")
+
+
 def save_pretrained(
     folder: str | Path,
     config: ModelConfig,
@@ -143,15 +153,19 @@ def save_pretrained(
     """Writes config.json, safetensors, and the tokenizer and generation config of `source`, whole or not at all.
 
     Args:
-        folder: to write to; what was there before is replaced.
+        folder: to write to; new or empty, for nothing is written over.
         config: of the model.
         params: parameters, on any mesh of this process.
         dtype: to save in; None keeps the parameters'. A model that was read in its own dtype comes back bit by bit.
         source: folder whose tokenizer and generation config are copied.
         stop_ids: ids that end a response, for the generation config where `source` has none.
         max_file_bytes: size at which a new file of weights begins.
+
+    Raises:
+        ValueError: the folder holds something.
     """
     folder = Path(folder)
+    check_free(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -164,11 +178,4 @@ def save_pretrained(
     if not (partial / "generation_config.json").exists():
         generation = {"do_sample": True, "temperature": 1.0, **({"eos_token_id": list(stop_ids)} if stop_ids else {})}
         (partial / "generation_config.json").write_text(json.dumps(generation) + "\n")
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, folder)
+    os.replace(partial, folder)

@@ -63,39 +63,42 @@ class Tensor(NamedTuple):
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
     """All tensors of a model, in the order of its layers."""
-    v, d, f = config.vocab_size, config.hidden_size, config.intermediate_size
-    kv, r, dh = config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
-    h = kv * r
+    v, d = config.vocab_size, config.hidden_size
 
     def plain(name: str, path: tuple[str, ...], *shape: int) -> Tensor:
         return Tensor(name, shape, path, (0,) * len(shape), shape, tuple(range(len(shape))), shape)
 
     yield plain("model.embed_tokens.weight", ("embed",), v, d)
     for layer in range(config.num_layers):
-        at = f"model.layers.{layer}"
-
-        def one(name: str, leaf: str, view, order, block, *start: int, shape: tuple[int, ...]) -> Tensor:
-            rest = (0,) * (len(block) - len(start))
-            return Tensor(f"{at}.{name}", shape, ("layers", leaf), (layer, *start, *rest), view, order, (1, *block))  # noqa: B023
-
-        for name, count, first in (("q", r, 0), ("k", 1, r), ("v", 1, r + 1)):
-            head, rows, split = f"self_attn.{name}_proj", kv * count * dh, (kv, count, dh)
-            view, block = (*split, d), (d, *split)
-            yield one(f"{head}.weight", "qkv", view, (3, 0, 1, 2), block, 0, 0, first, shape=(rows, d))
-            if config.qkv_bias:
-                yield one(f"{head}.bias", "qkv_bias", split, (0, 1, 2), split, 0, first, shape=(rows,))
-        yield one("self_attn.o_proj.weight", "o", (d, h, dh), (1, 2, 0), (h, dh, d), shape=(d, h * dh))
-        for first, name in enumerate(("gate", "up")):
-            yield one(f"mlp.{name}_proj.weight", "gate_up", (f, d), (1, 0), (d, 1, f), 0, first, shape=(f, d))
-        yield one("mlp.down_proj.weight", "down", (d, f), (1, 0), (f, d), shape=(d, f))
-        norms = {"input_layernorm": ("attention_norm", d), "post_attention_layernorm": ("mlp_norm", d)}
-        if config.qk_norm:
-            norms |= {"self_attn.q_norm": ("q_norm", dh), "self_attn.k_norm": ("k_norm", dh)}
-        for name, (leaf, size) in norms.items():
-            yield one(f"{name}.weight", leaf, (size,), (0,), (size,), shape=(size,))
+        yield from _layer_tensors(config, layer)
     yield plain("model.norm.weight", ("norm",), d)
     if not config.tied_head:
         yield Tensor("lm_head.weight", (v, d), ("head",), (0, 0), (v, d), (1, 0), (d, v))
+
+
+def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
+    d, f = config.hidden_size, config.intermediate_size
+    kv, r, dh = config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
+    h = kv * r
+
+    def one(name: str, leaf: str, view, order, block, *start: int, shape: tuple[int, ...]) -> Tensor:
+        begin = (layer, *start, *(0,) * (len(block) - len(start)))
+        return Tensor(f"model.layers.{layer}.{name}", shape, ("layers", leaf), begin, view, order, (1, *block))
+
+    for name, count, first in (("q", r, 0), ("k", 1, r), ("v", 1, r + 1)):
+        head, rows, split = f"self_attn.{name}_proj", kv * count * dh, (kv, count, dh)
+        yield one(f"{head}.weight", "qkv", (*split, d), (3, 0, 1, 2), (d, *split), 0, 0, first, shape=(rows, d))
+        if config.qkv_bias:
+            yield one(f"{head}.bias", "qkv_bias", split, (0, 1, 2), split, 0, first, shape=(rows,))
+    yield one("self_attn.o_proj.weight", "o", (d, h, dh), (1, 2, 0), (h, dh, d), shape=(d, h * dh))
+    for first, name in enumerate(("gate", "up")):
+        yield one(f"mlp.{name}_proj.weight", "gate_up", (f, d), (1, 0), (d, 1, f), 0, first, shape=(f, d))
+    yield one("mlp.down_proj.weight", "down", (d, f), (1, 0), (f, d), shape=(d, f))
+    norms = {"input_layernorm": ("attention_norm", d), "post_attention_layernorm": ("mlp_norm", d)}
+    if config.qk_norm:
+        norms |= {"self_attn.q_norm": ("q_norm", dh), "self_attn.k_norm": ("k_norm", dh)}
+    for name, (leaf, size) in norms.items():
+        yield one(f"{name}.weight", leaf, (size,), (0,), (size,), shape=(size,))
 
 
 class Checkpoint:
@@ -176,8 +179,7 @@ def save_params(folder: Path, config: ModelConfig, params: Params, *, dtype: str
 
     for tensor in tensors(config):
         leaf = _holder(params, tensor.path)[tensor.path[-1]]
-        region = tuple(slice(at, at + size) for at, size in zip(tensor.start, tensor.block, strict=True))
-        block = np.asarray(leaf[region])
+        block = np.asarray(_take_block(leaf, tuple(np.int32(at) for at in tensor.start), tensor.block))
         found = tensor.to_theirs(block if dtype is None else block.astype(jnp.dtype(dtype)))
         if held and sum(each.nbytes for each in held.values()) + found.nbytes > max_file_bytes:
             flush()
@@ -236,7 +238,9 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 
 def _zeros(policy: Policy, dtype: str, where: Any) -> Params:
-    make = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), policy.shapes)  # noqa: E731
+    def make() -> Params:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), policy.shapes)
+
     return jax.jit(make, out_shardings=where)()
 
 
@@ -257,3 +261,8 @@ def _place(block: np.ndarray, sharding: NamedSharding | None) -> Array:
 def _put_block(array: Array, block: Array, start: tuple[Array, ...], sharding: NamedSharding | None) -> Array:
     array = jax.lax.dynamic_update_slice(array, block.astype(array.dtype), start)
     return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+
+
+@partial(jax.jit, static_argnames="sizes")
+def _take_block(array: Array, start: tuple[Array, ...], sizes: tuple[int, ...]) -> Array:
+    return jax.lax.dynamic_slice(array, start, sizes)

@@ -179,17 +179,18 @@ class Rollout:
 
     def _next(self, run: _Run, session: int) -> Episode | None:
         """The first episode in the queue that may begin in a session: on one server, one suspect at a time."""
-        server = self._pool.server_of(session)
-        watched = any(
+        for place, episode in enumerate(run.queue):
+            if not (episode.is_suspect and self._plays_a_suspect(self._pool.server_of(session))):
+                del run.queue[place]
+                return episode
+        return None
+
+    def _plays_a_suspect(self, server: int) -> bool:
+        return any(
             episode is not None and episode.is_suspect and self._pool.server_of(cohort.first_session + slot) == server
             for cohort in self._cohorts
             for slot, episode in enumerate(cohort.slots)
         )
-        for place, episode in enumerate(run.queue):
-            if not (watched and episode.is_suspect):
-                del run.queue[place]
-                return episode
-        return None
 
     def _hear(self, run: _Run, cohort: _Cohort) -> None:
         """Collects the environments' answers; episodes that end leave their slots."""

@@ -70,7 +70,7 @@ def test_half_precision_comes_back_bit_by_bit(tmp_path: Path):
     assert {leaf.dtype for leaf in jax.tree.leaves(first.params)} == {jnp.dtype("bfloat16")}
     first.save_pretrained(tmp_path / "half")
     with safe_open(tmp_path / "half" / "model.safetensors", framework="np") as file:
-        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118 (it cannot be iterated)
     masters = from_pretrained(tmp_path / "half", dtype="float32")
     masters.save_pretrained(tmp_path / "again", dtype="bfloat16")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "again"))
@@ -90,6 +90,17 @@ def test_several_files_and_an_index(tmp_path: Path):
     (tmp_path / "parts" / files[1]).unlink()
     with pytest.raises(ValueError, match=rf"{files[1]} missing"):
         from_pretrained(tmp_path / "parts")
+
+
+def test_nothing_is_written_over(tmp_path: Path):
+    model = from_pretrained(GOLDEN / "llama", dtype="float32")
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
+        model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+    assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
 def test_every_tensor_goes_to_its_shards():
