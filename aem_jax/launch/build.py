@@ -16,7 +16,7 @@ from aem_jax.models import CONFIGS, ModelConfig
 from aem_jax.models.pretrained import read_config, resolve
 
 ESTIMATORS: Mapping[str, Callable[[AlgorithmConfig], Estimator]] = {
-    "grpo": lambda config: partial(grpo, ddof=config.ddof),
+    "grpo": lambda config: partial(grpo, ddof=config.ddof, eps=config.eps),
     "dr_grpo": lambda config: dr_grpo,
     "rloo": lambda config: rloo,
 }

@@ -56,8 +56,14 @@ class AlgorithmConfig:
     """Base advantage: grpo (centred and scaled in the group), dr_grpo (centred), rloo (against the others' mean)."""
     ddof: Literal[0, 1] = 0
     """grpo: 0 for the population's standard deviation, 1 for the sample's."""
+    eps: float = 1e-6
+    """grpo: added to the standard deviation, in units of reward; groups whose returns spread less than this count less."""
     scope: Literal["trajectories", "turns"] = "trajectories"
     """What a group's statistics are taken over: its trajectories, or its turns (long episodes then weigh more)."""
+
+    def __post_init__(self) -> None:
+        if self.eps < 0:
+            raise ValueError(f"expected algorithm.eps >= 0, got {self.eps}")
 
 
 @dataclass(frozen=True)
