@@ -57,7 +57,7 @@ class AlgorithmConfig:
     ddof: Literal[0, 1] = 0
     """grpo: 0 for the population's standard deviation, 1 for the sample's."""
     eps: float = 1e-6
-    """grpo: added to the standard deviation, in units of reward; groups whose returns spread less than this count less."""
+    """grpo: added to the standard deviation, in units of reward; groups of close returns then count less."""
     scope: Literal["trajectories", "turns"] = "trajectories"
     """What a group's statistics are taken over: its trajectories, or its turns (long episodes then weigh more)."""
 
