@@ -71,7 +71,10 @@ class TokenizerConfig:
     """The tokenizer: that of --model.path, else one that is trained for the run."""
 
     chat_template: Literal["own", "chatml"] = "own"
-    """With --model.path: the model's own chat template, or plain ChatML (Qwen3's own drops earlier thoughts)."""
+    """With --model.path: the model's own chat template, or plain ChatML. Qwen3's own drops earlier thoughts, so it goes
+    with rollout.context window only."""
+    thinking: bool = True
+    """What the chat template is told as enable_thinking; with False, Qwen3 answers without a thought."""
     vocab_size: int = 1024
     """Most entries of the vocabulary: bytes, control tokens and what the environment's text earns."""
     episodes: int = 200
