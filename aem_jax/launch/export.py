@@ -27,7 +27,7 @@ def export(config: RunConfig, folder: Path) -> int:
     try:
         check_free(folder)
         runtime.set_up(config.runtime)
-        chat = ChatTokenizer.from_pretrained(run / "tokenizer")
+        chat = ChatTokenizer.from_pretrained(run / "tokenizer", appends=False)
         policy = Policy(build.model_config(config.model, chat.vocab_size))
         optimizer = make_optimizer(config.learner, policy.axes)
         with Checkpoints(run / "checkpoints", config.checkpoint) as checkpoints:

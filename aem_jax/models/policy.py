@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aem_jax.models.config import ModelConfig
-from aem_jax.models.decoder import Decoder
+from aem_jax.models.decoder import Constrain, Decoder
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -68,10 +68,16 @@ class Policy:
         return nnx.merge(graphdef, state)
 
     def hidden(
-        self, params: Params, tokens: Array, positions: Array, segment_ids: Array, remat: Callable | None = None
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        remat: Callable | None = None,
+        constrain: Constrain | None = None,
     ) -> Array:
         """See `Decoder.hidden`."""
-        return self.bind(params).hidden(tokens, positions, segment_ids, remat)
+        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain)
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """See `Decoder.logits`."""
