@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from aem_jax.launch.plan.costs import Collective, Costs
 from aem_jax.launch.plan.workload import Workload
 from aem_jax.models import ModelConfig
+from aem_jax.models.attention import BLOCK
 from aem_jax.sharding import MeshConfig, MeshDemand
 
 MASTER, MOMENTS, GRADIENT, REFERENCE = 4, 8, 4, 4
@@ -26,23 +27,35 @@ def head_parameters(model: ModelConfig) -> int:
     return model.vocab_size * model.hidden_size
 
 
-def attention_flops(model: ModelConfig, tokens: int) -> float:
+def attention_flops(model: ModelConfig, tokens: float) -> float:
     """FLOPs of one token's attention to `tokens` others, forward: 4·L·H·Dh·tokens."""
     return 4.0 * model.num_layers * model.num_heads * model.head_dim * tokens
 
 
 def useful_flops(model: ModelConfig, row_length: int) -> float:
-    """FLOPs that learning one token takes, recomputation left out: 6·N + 12·L·H·Dh·T. What MFU counts."""
+    """FLOPs that learning one token takes, recomputation left out: 6·N + 6·L·H·Dh·T. What MFU counts.
+
+    A token attends to half of its row on average, as if no row held more than one segment.
+    """
     matrices = layer_parameters(model) + head_parameters(model)
-    return 6.0 * matrices + 3.0 * attention_flops(model, row_length)
+    return 6.0 * matrices + 3.0 * attention_flops(model, row_length / 2)
 
 
-def learn_flops(work: Workload) -> float:
-    """FLOPs of learning one token, recomputation included: the head's always, the layers' if remat says so."""
-    layers = 2.0 * layer_parameters(work.model) + attention_flops(work.model, work.layout.row_length)
-    attention_again = attention_flops(work.model, work.layout.row_length)
-    again = {"none": 0.0, "layers": layers, "dots": attention_again}[work.remat]
-    return 3.0 * layers + again + 4.0 * 2.0 * head_parameters(work.model)
+def learn_flops(work: Workload, block: int = BLOCK) -> float:
+    """FLOPs of learning one token as it is done: attention by blocks of queries, and what is computed twice.
+
+    The head always is, so are the scores of attention, everything inside layers if remat says so.
+
+    Args:
+        work: the run's sizes.
+        block: queries that look at their keys together.
+    """
+    length = work.layout.row_length
+    ends = [min(start + block, length) for start in range(0, length, block)]
+    seen = sum((end - start) * end for start, end in zip(range(0, length, block), ends)) / length
+    matrices, attention = 2.0 * layer_parameters(work.model), attention_flops(work.model, seen)
+    again = {"none": 0.0, "layers": matrices + attention, "dots": attention}[work.remat]
+    return 3.0 * (matrices + attention) + again + 0.5 * attention + 8.0 * head_parameters(work.model)
 
 
 def decode_flops(work: Workload) -> float:
@@ -105,10 +118,11 @@ def _working(work: Workload, tensor: int, width: int) -> float:
     """Activations of one microbatch: what layers keep, one layer while it is computed again, a chunk's logits."""
     model, tokens = work.model, work.microbatch_tokens
     heads, inner = model.num_heads / tensor * model.head_dim, model.intermediate_size / tensor
-    scores = tokens * model.num_heads / tensor * work.layout.row_length * (4 + width)
+    block = min(BLOCK, work.layout.row_length)
+    scores = work.layout.rows * block * model.num_heads / tensor * work.layout.row_length * (4 + width)
     layer = tokens * width * (6 * model.hidden_size + 4 * inner + 6 * heads)
     products = tokens * width * (2 * model.hidden_size + 2 * inner + 2 * heads)
-    kept = {"layers": tokens * model.hidden_size * width, "dots": products, "none": scores / 2 + layer}[work.remat]
+    kept = {"layers": tokens * model.hidden_size * width, "dots": products, "none": layer}[work.remat]
     logits = 3 * 4 * work.layout.rows * work.head_chunk * model.vocab_size / tensor
     return model.num_layers * kept + 2 * scores + layer + logits
 

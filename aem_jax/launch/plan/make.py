@@ -22,6 +22,7 @@ from aem_jax.launch.plan.estimate import Seconds, estimate
 from aem_jax.launch.plan.programs import Program, compile_programs
 from aem_jax.launch.plan.targets import coordinates, devices, set_up
 from aem_jax.launch.plan.workload import Workload, workload
+from aem_jax.models.attention import BLOCK, CPU_BLOCK
 from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, mesh_sizes
 
 
@@ -136,7 +137,7 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     plan = Plan(topology, mesh, not by_hand, work, closed_memory(work, mesh), closed)
     tokens = {"update": _learned_tokens(config, work), "decode": work.slots * work.decode_chunk}
     useful = {"update": useful_flops(work.model, work.layout.row_length), "decode": decode_flops(work)}
-    made = {"update": learn_flops(work), "decode": decode_flops(work)}
+    made = {"update": learn_flops(work, CPU_BLOCK if topology.kind == "cpu" else BLOCK), "decode": decode_flops(work)}
     plan.closed_flops.update({name: made[name] * tokens[name] / topology.num_devices for name in made})
     (_estimate if closed else _compile)(plan, config)
     for name in (name for name in plan.seconds if name in tokens):
