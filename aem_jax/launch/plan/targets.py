@@ -13,7 +13,7 @@ from aem_jax.launch.plan.devices import Topology
 
 _TPU_SETTINGS = {
     "TPU_SKIP_MDS_QUERY": "1",  # no metadata server is asked which TPU this is
-    "TPU_ACCELERATOR_TYPE": "",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any will do: what is compiled for is said by name
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is opened, so two plans may be made at once
     "TPU_LOG_DIR": "disabled",
