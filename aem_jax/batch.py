@@ -106,6 +106,22 @@ class Batch:
 PACKED = ("tokens", "positions", "segment_ids", "response_ids", "logprobs", "entropies")
 """The fields of shape [M, b, T]; all others are tables."""
 
+_FLOATS = ("logprobs", "entropies")
+_TABLES = {
+    "response_trajectory": ("response", np.int32),
+    "response_turn": ("response", np.int32),
+    "response_tokens": ("response", np.int32),
+    "response_rewards": ("response", np.float32),
+    "response_valid": ("response", np.bool_),
+    "returns": ("trajectory", np.float32),
+    "group_ids": ("trajectory", np.int32),
+    "valid": ("trajectory", np.bool_),
+    "truncated": ("trajectory", np.bool_),
+    "trajectory_minibatch": ("trajectory", np.int32),
+    "minibatch_ends": ("minibatch", np.int32),
+}
+"""What a row of each table stands for, and its dtype."""
+
 
 def packed_sharding(mesh: Mesh) -> NamedSharding:
     """Where arrays [M, b, T] lie: rows over the mesh's data and fsdp axes."""
@@ -116,6 +132,24 @@ def batch_shardings(mesh: Mesh) -> Batch:
     """Where each field lies: rows split, tables on every device."""
     packed, whole = packed_sharding(mesh), replicated(mesh)
     return Batch(**{each.name: packed if each.name in PACKED else whole for each in fields(Batch)})
+
+
+def abstract_batch(layout: BatchLayout, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of what `place` gives, without its numbers: to compile for in advance."""
+    packed = (layout.num_microbatches, layout.rows, layout.row_length)
+    rows = {
+        "response": layout.max_responses,
+        "trajectory": layout.max_trajectories,
+        "minibatch": layout.num_minibatches,
+    }
+    where = batch_shardings(mesh)
+
+    def struct(name: str) -> jax.ShapeDtypeStruct:
+        table, dtype = _TABLES.get(name, ("", np.float32 if name in _FLOATS else np.int32))
+        shape = packed if name in PACKED else (rows[table],)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(where, name))
+
+    return Batch(**{each.name: struct(each.name) for each in fields(Batch)})
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:

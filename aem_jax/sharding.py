@@ -54,22 +54,94 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ValueError: the sizes don't multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(config, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) over so many devices, a -1 filled in.
+
+    Raises:
+        ValueError: the sizes don't multiply to the number of devices.
+    """
     sizes = [config.data, config.fsdp, config.tensor]
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"expected positive mesh sizes and at most one -1, got data, fsdp, tensor = {sizes}")
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // known
-    total = sizes[0] * sizes[1] * sizes[2]
-    if total != len(devices):
+    known = math.prod(size for size in sizes if size != -1)
+    data, fsdp, tensor = (devices // known if size == -1 else size for size in sizes)
+    if data * fsdp * tensor != devices:
         raise ValueError(
-            f"expected data x fsdp x tensor = {len(devices)} devices, "
+            f"expected data x fsdp x tensor = {devices} devices, "
             f"got {config.data} x {config.fsdp} x {config.tensor};"
             " set --mesh.data, --mesh.fsdp or --mesh.tensor so that the product fits, or one of them to -1"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return data, fsdp, tensor
+
+
+@dataclass(frozen=True)
+class MeshDemand:
+    """What a mesh has to carry, and what its sizes have to divide.
+
+    Attributes:
+        state: bytes split over fsdp × tensor: masters, optimizer state, gradients.
+        weights: bytes split over tensor alone: the weights as sampled from.
+        slots_bytes: bytes split over all axes: caches, and what rows need while they are computed.
+        rows: rows of a microbatch, and
+        slots: slots that decode at once: data × fsdp must divide both.
+        embed: size that fsdp must divide.
+        split: sizes that tensor must divide: key/value heads, MLP, vocabulary.
+    """
+
+    state: float
+    weights: float
+    slots_bytes: float
+    rows: int
+    slots: int
+    embed: int
+    split: tuple[int, ...]
+
+
+MEMORY_SHARE = 0.9
+"""Share of a device's memory that a mesh is chosen for; the rest is the runtime's, and what an estimate misses."""
+
+_LEAST_SHARD = 128
+"""Fewer numbers of the embedding dimension a device, and accelerators' registers are filled up with padding."""
+
+
+def choose_mesh(demand: MeshDemand, devices: int, memory: float) -> MeshConfig:
+    """The mesh for so many devices: the least tensor parallelism that fits, since it costs a reduction at every layer.
+
+    Of the rest fsdp takes what it can in shards that stay wide enough, or else what it must to fit; data takes what is
+    left. If nothing fits, the mesh that needs the least memory comes back: it is for the caller to say so.
+
+    Args:
+        demand: what it has to carry.
+        devices: how many there are.
+        memory: bytes of each.
+
+    Raises:
+        ValueError: no mesh of so many devices divides rows and slots; says what would.
+    """
+    candidates = []
+    for tensor in (ways for ways in range(1, devices + 1) if devices % ways == 0):
+        replicas = devices // tensor
+        if any(size % tensor for size in demand.split) or demand.rows % replicas or demand.slots % replicas:
+            continue
+        for fsdp in (ways for ways in range(1, replicas + 1) if replicas % ways == 0 and demand.embed % ways == 0):
+            need = demand.state / (fsdp * tensor) + demand.weights / tensor + demand.slots_bytes / devices
+            misfit = 0.0 if need <= MEMORY_SHARE * memory else need
+            narrow = demand.embed // fsdp < _LEAST_SHARD and fsdp > 1
+            # Wide shards before narrow ones; among the wide the most ways, among the narrow the fewest.
+            order = (misfit, tensor, narrow, fsdp if narrow else -fsdp)
+            candidates.append((order, MeshConfig(replicas // fsdp, fsdp, tensor)))
+    if not candidates:
+        most = math.gcd(*demand.split)
+        raise ValueError(
+            f"expected a mesh whose data × fsdp divides {demand.rows} rows and {demand.slots} slots and whose tensor "
+            f"divides {', '.join(map(str, demand.split))}, got {devices} devices; make rows and slots multiples of "
+            f"{-(-devices // math.gcd(devices, most))}"
+        )
+    return min(candidates, key=lambda each: each[0])[1]
 
 
 def partition(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:

@@ -130,13 +130,25 @@ def _bench(words: Sequence[str]) -> int:
     return run(names, apply(BenchConfig(), options))
 
 
+def _plan(words: Sequence[str]) -> int:
+    from aem_jax.launch.options import apply
+    from aem_jax.launch.plan import plan_config, run
+    from aem_jax.launch.preset import DEFAULT, read_preset
+
+    options = _options(words, "plan")
+    config = plan_config(read_preset(_one_word(options, "preset", DEFAULT)))
+    if "help" in options:
+        return _help(config, "plan", COMMANDS["plan"].help)
+    return run(apply(config, options), options)
+
+
 def _presets(words: Sequence[str]) -> int:
     from aem_jax.launch.preset import describe_preset, preset_names
 
     if words:
         raise ConfigError(f"expected nothing after presets, got {' '.join(words)!r}")
     for name in preset_names():
-        print(f"{name:20} {describe_preset(name)}")
+        print(f"{name:22} {describe_preset(name)}")
     return 0
 
 
@@ -148,6 +160,7 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command(_export, "Writes a trained run's model in Hugging Face's files."),
     "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),
     "bench": Command(_bench, "Measures the parts on this machine; prints a table and one JSON line."),
+    "plan": Command(_plan, "Says what a run takes on devices that need not be there: memory, FLOPs, time."),
     "presets": Command(_presets, "Lists the presets."),
 }
 

@@ -31,7 +31,8 @@ class ModelChoice:
     """Folder of a model in Hugging Face's files, or its name on the Hub: where training begins, tokenizer included.
     Families: Qwen2.5, Qwen3, Llama 3. Empty: random weights of the size below."""
     name: str = "tiny"
-    """Known size: tiny, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-14b or qwen3-32b."""
+    """Known size: tiny, qwen2.5-0.5b, -1.5b, -3b, -7b, -14b or -32b, qwen3-0.6b, -1.7b, -4b, -8b, -14b or -32b,
+    llama-3.2-1b or -3b, llama-3.1-8b or -70b."""
     hidden_size: int | None = None
     """Width of the residual stream, if not the named one."""
     intermediate_size: int | None = None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) gives numbers, not NaN
-_CPU_BLOCK, _BLOCK = 64, 512
+CPU_BLOCK, BLOCK = 64, 512
 """Queries that look at their keys together. On two x86 cores 64 and 128 are alike and 256 slower; accelerators want
 large products, and a block's scores have to fit beside everything else."""
 
@@ -25,7 +25,7 @@ def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     Returns:
         [B,T,H,Dh].
     """
-    cpu, other = (partial(blocked_attention, block=size) for size in (_CPU_BLOCK, _BLOCK))
+    cpu, other = (partial(blocked_attention, block=size) for size in (CPU_BLOCK, BLOCK))
     return jax.lax.platform_dependent(q, k, v, segment_ids, cpu=cpu, default=other)
 
 

@@ -65,6 +65,25 @@ class ModelConfig:
         return self.num_layers * layer + tables + self.hidden_size
 
 
+def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv: int, head_dim: int, vocab: int) -> ModelConfig:
+    tied = vocab == 151_936  # from 7B on the head is a matrix of its own, and the vocabulary is padded further
+    options = {"tied_head": tied, "qk_norm": False, "qkv_bias": True, "dtype": "bfloat16"}
+    return ModelConfig(vocab, hidden, intermediate, layers, heads, kv, head_dim, **options)
+
+
+def _llama3(hidden: int, intermediate: int, layers: int, heads: int, head_dim: int, factor: float) -> ModelConfig:
+    return ModelConfig(
+        *(128_256, hidden, intermediate, layers, heads, 8, head_dim),
+        rope_theta=500_000.0,
+        norm_eps=1e-5,
+        tied_head=factor == 32.0,
+        qk_norm=False,
+        rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192),
+        max_positions=131_072,
+        dtype="bfloat16",
+    )
+
+
 def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, kv: int, tied: bool) -> ModelConfig:
     return ModelConfig(151_936, hidden, intermediate, layers, heads, kv, 128, tied_head=tied, dtype="bfloat16")
 
@@ -77,5 +96,22 @@ CONFIGS: dict[str, ModelConfig] = {
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8, False),
     "qwen3-14b": _qwen3(5120, 17408, 40, 40, 8, False),
     "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8, False),
+    "qwen2.5-0.5b": _qwen2(896, 4864, 24, 14, 2, 64, 151_936),
+    "qwen2.5-1.5b": _qwen2(1536, 8960, 28, 12, 2, 128, 151_936),
+    "qwen2.5-3b": _qwen2(2048, 11008, 36, 16, 2, 128, 151_936),
+    "qwen2.5-7b": _qwen2(3584, 18944, 28, 28, 4, 128, 152_064),
+    "qwen2.5-14b": _qwen2(5120, 13824, 48, 40, 8, 128, 152_064),
+    "qwen2.5-32b": _qwen2(5120, 27648, 64, 40, 8, 128, 152_064),
+    "llama-3.2-1b": _llama3(2048, 8192, 16, 32, 64, 32.0),
+    "llama-3.2-3b": _llama3(3072, 8192, 28, 24, 128, 32.0),
+    "llama-3.1-8b": _llama3(4096, 14336, 32, 32, 128, 8.0),
+    "llama-3.1-70b": _llama3(8192, 28672, 80, 64, 128, 8.0),
 }
-"""Known sizes by name. `tiny`'s vocabulary is replaced by that of the tokenizer trained for the run."""
+"""Known sizes by name; those of the published models of that name (of Qwen2.5 and Llama 3 the instruct ones).
+`tiny`'s vocabulary is replaced by that of the tokenizer trained for the run."""
+
+
+def published(repository: str) -> ModelConfig | None:
+    """The known size that a model on the Hub has, by its name: Qwen/Qwen2.5-7B-Instruct -> that of qwen2.5-7b."""
+    name = repository.rpartition("/")[2].lower().removesuffix("-instruct").removeprefix("meta-")
+    return CONFIGS.get(name) if "/" in repository else None

@@ -110,9 +110,7 @@ class Sampler:
     def init(self, slots: int, capacity: int | None = None) -> SamplerState:
         """Empty slots; `capacity` tokens each (the sampler's own by default)."""
         capacity = capacity or self.capacity
-        if self._mesh is not None:
-            shapes = jax.eval_shape(lambda: self._init_impl(slots, capacity))
-            shardings(self._mesh, STATE_AXES, DECODE, shapes)  # says which dimension doesn't divide
+        self.abstract(slots, capacity)  # says which dimension doesn't divide
         return self._init(slots, capacity)
 
     def _init_impl(self, slots: int, capacity: int) -> SamplerState:
@@ -126,6 +124,40 @@ class Sampler:
             prng=jnp.zeros((slots, 2), jnp.uint32),
             sampled=jnp.zeros(slots, jnp.int32),
         )
+
+    def abstract(self, slots: int, capacity: int | None = None) -> SamplerState:
+        """Shapes, dtypes and shardings of what `init` returns, without its numbers.
+
+        Raises:
+            ValueError: slots or heads do not divide over the mesh.
+        """
+        shapes = jax.eval_shape(lambda: self._init_impl(slots, capacity or self.capacity))
+        if self._mesh is None:
+            return shapes
+        where = shardings(self._mesh, STATE_AXES, DECODE, shapes)
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(place, shapes, where)
+
+    def lower_extend(
+        self, params: Params, state: SamplerState, num_tokens: int, *, window: int | None = None
+    ) -> jax.stages.Lowered:
+        """The program of `extend` by chunks of `num_tokens`, to be compiled; `params` and `state` may be abstract."""
+        self._check_chunk(num_tokens)
+        slots = state.lengths.shape[0]
+        tokens, counts = self._from_host(slots, num_tokens), self._from_host(slots)
+        return self._extend.lower(params, state, tokens, counts, window=self._check_window(window))
+
+    def lower_decode(
+        self, params: Params, state: SamplerState, num_tokens: int, *, window: int | None = None
+    ) -> jax.stages.Lowered:
+        """The program of `decode` by chunks of `num_tokens`, to be compiled; `params` and `state` may be abstract."""
+        self._check_chunk(num_tokens)
+        budgets = self._from_host(state.lengths.shape[0])
+        return self._decode.lower(params, state, budgets, num_tokens=num_tokens, window=self._check_window(window))
+
+    def _from_host(self, *shape: int) -> jax.ShapeDtypeStruct:
+        whole = None if self._mesh is None else replicated(self._mesh)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
 
     def cover(self, length: int) -> int:
         """The smallest window that holds `length` cached tokens."""

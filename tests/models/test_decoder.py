@@ -110,13 +110,33 @@ def test_parameters_are_counted_and_named(config: ModelConfig):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(policy.shapes))
 
 
-def test_known_sizes():
-    """Parameters as Qwen3's model cards give them, in billions: 0.6, 1.7, 4.0, 8.2, 14.8, 32.8."""
-    billions = {name: config.num_parameters / 1e9 for name, config in CONFIGS.items()}
-    cards = {"0.6b": 0.6, "1.7b": 1.7, "4b": 4.0, "8b": 8.2, "14b": 14.8, "32b": 32.8}
-    for name, card in cards.items():
-        assert billions[f"qwen3-{name}"] == pytest.approx(card, abs=0.05)
-    assert billions["tiny"] < 0.001
+PUBLISHED = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+}
+"""Parameters of the published checkpoints; a head that is the embedding counts once."""
+
+
+def test_known_sizes_are_the_published_ones():
+    assert {name: config.num_parameters for name, config in CONFIGS.items() if name != "tiny"} == PUBLISHED
+    assert CONFIGS["tiny"].num_parameters < 1_000_000
+    for name in ("qwen2.5-1.5b", "llama-3.2-1b"):
+        policy = Policy(CONFIGS[name])
+        assert sum(leaf.size for leaf in jax.tree.leaves(policy.shapes)) == PUBLISHED[name]
 
 
 def test_init_starts_near_the_uniform_distribution():

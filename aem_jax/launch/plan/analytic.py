@@ -1,0 +1,179 @@
+"""Closed forms: FLOPs, bytes and collectives of a step from its sizes alone.
+
+They check what is read out of compiled programs, stand in for them where there is no compiler (GPUs, from here), and
+choose the mesh. N counts the parameters of matrix products: all but the embedding of an untied head, norms and biases.
+"""
+
+from dataclasses import dataclass
+
+from aem_jax.launch.plan.costs import Collective, Costs
+from aem_jax.launch.plan.workload import Workload
+from aem_jax.models import ModelConfig
+from aem_jax.models.attention import BLOCK
+from aem_jax.sharding import MeshConfig, MeshDemand
+
+MASTER, MOMENTS, GRADIENT, REFERENCE = 4, 8, 4, 4
+"""Bytes of a parameter: float32 master, Adam's two means, gradient, reference policy."""
+
+
+def layer_parameters(model: ModelConfig) -> int:
+    """Parameters of all layers' matrix products."""
+    heads = 2 * model.num_heads + 2 * model.num_kv_heads
+    return model.num_layers * model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size)
+
+
+def head_parameters(model: ModelConfig) -> int:
+    """Parameters of the head's product."""
+    return model.vocab_size * model.hidden_size
+
+
+def attention_flops(model: ModelConfig, tokens: float) -> float:
+    """FLOPs of one token's attention to `tokens` others, forward: 4·L·H·Dh·tokens."""
+    return 4.0 * model.num_layers * model.num_heads * model.head_dim * tokens
+
+
+def useful_flops(model: ModelConfig, row_length: int) -> float:
+    """FLOPs that learning one token takes, recomputation left out: 6·N + 6·L·H·Dh·T. What MFU counts.
+
+    A token attends to half of its row on average, as if no row held more than one segment.
+    """
+    matrices = layer_parameters(model) + head_parameters(model)
+    return 6.0 * matrices + 3.0 * attention_flops(model, row_length / 2)
+
+
+def learn_flops(work: Workload, block: int = BLOCK) -> float:
+    """FLOPs of learning one token as it is done: attention by blocks of queries, and what is computed twice.
+
+    The head always is, so are the scores of attention, everything inside layers if remat says so.
+
+    Args:
+        work: the run's sizes.
+        block: queries that look at their keys together.
+    """
+    length = work.layout.row_length
+    ends = [min(start + block, length) for start in range(0, length, block)]
+    seen = sum((end - start) * end for start, end in zip(range(0, length, block), ends)) / length
+    matrices, attention = 2.0 * layer_parameters(work.model), attention_flops(work.model, seen)
+    again = {"none": 0.0, "layers": matrices + attention, "dots": attention}[work.remat]
+    return 3.0 * (matrices + attention) + again + 0.5 * attention + 8.0 * head_parameters(work.model)
+
+
+def decode_flops(work: Workload) -> float:
+    """FLOPs of decoding one token over a full window: 2·N + 4·L·H·Dh·(window + chunk)."""
+    matrices = layer_parameters(work.model) + head_parameters(work.model)
+    return 2.0 * matrices + attention_flops(work.model, work.capacity + work.decode_chunk)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, by what they hold.
+
+    Attributes:
+        parameters: float32 masters.
+        optimizer: Adam's means.
+        reference: the reference policy, if there is one.
+        gradients: float32, while learning.
+        weights: as sampled from; they stay while the learner works.
+        cache: keys and values of all slots and prompts.
+        working: activations while learning (an estimate).
+    """
+
+    parameters: float
+    optimizer: float
+    reference: float
+    gradients: float
+    weights: float
+    cache: float
+    working: float
+
+    @property
+    def resident(self) -> float:
+        """What lies there all the time."""
+        return self.parameters + self.optimizer + self.reference + self.weights + self.cache
+
+    @property
+    def total(self) -> float:
+        """The most at one time: while learning."""
+        return self.resident + self.gradients + self.working
+
+
+def memory(work: Workload, mesh: MeshConfig) -> Memory:
+    """Bytes of each device on a mesh whose sizes are all given."""
+    model, devices = work.model, mesh.data * mesh.fsdp * mesh.tensor
+    split, count = mesh.fsdp * mesh.tensor, model.num_parameters
+    width = 2 if model.dtype == "bfloat16" else 4
+    kept = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
+    return Memory(
+        parameters=MASTER * count / split,
+        optimizer=MOMENTS * count / split,
+        reference=REFERENCE * work.reference * count / split,
+        gradients=GRADIENT * count / split,
+        weights=width * count / mesh.tensor,
+        cache=kept * work.cached_tokens / devices,
+        working=_working(work, mesh.tensor, width) / (mesh.data * mesh.fsdp),
+    )
+
+
+def _working(work: Workload, tensor: int, width: int) -> float:
+    """Activations of one microbatch: what layers keep, one layer while it is computed again, a chunk's logits."""
+    model, tokens = work.model, work.microbatch_tokens
+    heads, inner = model.num_heads / tensor * model.head_dim, model.intermediate_size / tensor
+    block = min(BLOCK, work.layout.row_length)
+    scores = work.layout.rows * block * model.num_heads / tensor * work.layout.row_length * (4 + width)
+    layer = tokens * width * (6 * model.hidden_size + 4 * inner + 6 * heads)
+    products = tokens * width * (2 * model.hidden_size + 2 * inner + 2 * heads)
+    kept = {"layers": tokens * model.hidden_size * width, "dots": products, "none": layer}[work.remat]
+    logits = 3 * 4 * work.layout.rows * work.head_chunk * model.vocab_size / tensor
+    return model.num_layers * kept + 2 * scores + layer + logits
+
+
+def demand(work: Workload) -> MeshDemand:
+    """What a mesh for this has to carry."""
+    one = memory(work, MeshConfig(1, 1, 1))
+    model = work.model
+    return MeshDemand(
+        state=one.parameters + one.optimizer + one.reference + one.gradients,
+        weights=one.weights,
+        slots_bytes=one.cache + one.working,
+        rows=work.layout.rows,
+        slots=work.slots,
+        embed=model.hidden_size,
+        split=(model.num_kv_heads, model.intermediate_size, model.vocab_size),
+    )
+
+
+def learn_costs(work: Workload, mesh: MeshConfig) -> Costs:
+    """Costs on one device of one optimizer step of `work.rounds` full microbatches."""
+    model, width = work.model, 2
+    replicas, tensor = mesh.data * mesh.fsdp, mesh.tensor
+    tokens = work.microbatch_tokens / replicas
+    count, split = model.num_parameters, mesh.fsdp * tensor
+    passes = 2 if work.remat == "none" else 3
+    found = Costs(
+        flops=work.rounds * learn_flops(work) * tokens / tensor,
+        bytes=work.rounds * (passes * width * count / tensor + 12 * count / split) + 32 * count / split,
+    )
+    activation, layers = tokens * model.hidden_size * width, model.num_layers
+    for kind, size, group, times in (
+        ("all-gather", width * count / tensor, mesh.fsdp, passes),
+        ("reduce-scatter", GRADIENT * count / tensor, mesh.fsdp, 1),
+        ("all-reduce", GRADIENT * count / split, mesh.data, 1),
+        ("all-reduce", activation, tensor, 2 * passes * layers),
+    ):
+        if group > 1:
+            found.collectives.append(Collective(kind, size, group, (), work.rounds * times))
+    return found
+
+
+def decode_costs(work: Workload, mesh: MeshConfig) -> Costs:
+    """Costs on one device of one token in each slot, over a full window."""
+    model, width = work.model, 2
+    slots, tensor = work.slots / (mesh.data * mesh.fsdp), mesh.tensor
+    kept = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width / tensor
+    weights = width * (layer_parameters(model) + head_parameters(model)) / tensor
+    found = Costs(flops=slots * decode_flops(work) / tensor, bytes=weights + slots * kept * work.capacity)
+    if tensor > 1:
+        reductions = slots * model.hidden_size * width
+        found.collectives.append(Collective("all-reduce", reductions, tensor, (), 2.0 * model.num_layers))
+        found.collectives.append(Collective("all-gather", 4.0 * slots * model.vocab_size, tensor, (), 1.0))
+    return found

@@ -1,0 +1,210 @@
+"""The text of a compiled program, read: computations, instructions, how often each loop runs.
+
+Only what costs need is read. Names, shapes and attributes are those of XLA's own printing, which CPU, GPU and TPU
+compilers share.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+_BYTES = {"pred": 1, "token": 0, "opaque": 0, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
+_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_BRANCH = re.compile(r"\b(?:true_computation|false_computation)=%?([\w.-]+)")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One array.
+
+    Attributes:
+        dtype: as XLA writes it.
+        dims: sizes.
+        in_hbm: whether it lies in the device's main memory, not in fast memory on the chip.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    in_hbm: bool = True
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.dims)
+
+    @property
+    def num_bytes(self) -> float:
+        """Bytes, without a layout's padding."""
+        width = _BYTES.get(self.dtype)
+        if width is None:
+            bits = re.match(r"[a-z]+(\d+)", self.dtype)
+            width = int(bits[1]) / 8 if bits else 4
+        return self.size * width
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+        name: without the leading %.
+        opcode: what it does.
+        shapes: its results.
+        operands: names.
+        attributes: what follows the operands.
+        argument: the text between the parentheses.
+        is_root: whether it is what the computation returns.
+    """
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    argument: str
+    is_root: bool
+
+    def called(self, role: str) -> str:
+        """The computation that an attribute (`calls`, `body`, `condition`, …) names; empty if there is none."""
+        found = re.search(rf"\b{role}=%?([\w.-]+)", self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def branches(self) -> list[str]:
+        """Computations of a conditional, of which one runs."""
+        found = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        names = re.findall(r"%?([\w.-]+)", found[1]) if found else _BRANCH.findall(self.attributes)
+        return list(names)
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Instructions in order, and by name."""
+
+    name: str
+    instructions: list[Instruction] = field(default_factory=list)
+    by_name: dict[str, Instruction] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Instruction:
+        """What it returns."""
+        return next((each for each in self.instructions if each.is_root), self.instructions[-1])
+
+    def shapes_of(self, names: tuple[str, ...]) -> list[Shape]:
+        """The arrays of some of its instructions, in order."""
+        return [shape for name in names if name in self.by_name for shape in self.by_name[name].shapes]
+
+
+@dataclass(frozen=True)
+class Module:
+    """A program: its computations by name, and the one that it begins with."""
+
+    computations: Mapping[str, Computation]
+    entry: str
+
+
+def parse(text: str) -> Module:
+    """Reads `compiled.as_text()`.
+
+    Raises:
+        ValueError: there is no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            header = re.match(r"(ENTRY\s+)?%?([\w.-]+) \(.*->.*\{\s*$", line)
+            if header:
+                current = computations[header[2]] = Computation(header[2])
+                entry = header[2] if header[1] else entry
+        elif line.strip() == "}":
+            current = None
+        elif found := _instruction(line):
+            current.instructions.append(found)
+            current.by_name[found.name] = found
+    if not entry:
+        raise ValueError("expected the text of a compiled program, got one without an entry computation")
+    return Module(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+    start = re.match(r"\s*(ROOT\s+)?%?([\w.-]+) = ", line)
+    if not start:
+        return None
+    rest = re.sub(r"/\*.*?\*/", "", line[start.end() :])
+    end = _balanced(rest, 0) if rest.startswith("(") else rest.index(" ")
+    shapes = tuple(
+        Shape(dtype, tuple(int(size) for size in dims.split(",") if size), "S(1)" not in layout)
+        for dtype, dims, layout in _SHAPE.findall(rest[:end])
+    )
+    opcode = re.match(r"\s*([\w-]+)\(", rest[end:])
+    if not opcode:
+        return None
+    open_at = end + opcode.end() - 1
+    close_at = _balanced(rest, open_at)
+    inside = rest[open_at + 1 : close_at - 1]
+    operands = tuple(re.findall(r"%([\w.-]+)", inside))
+    return Instruction(start[2], opcode[1], shapes, operands, rest[close_at:], inside, bool(start[1]))
+
+
+def _balanced(text: str, start: int) -> int:
+    """Index behind the parenthesis that closes the one at `start`."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index + 1
+    return len(text)
+
+
+def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
+    """How often a while loop runs; None if that is decided while the program runs.
+
+    XLA says so where it found out; else the condition is read: counter < constant, where the constant may also be
+    handed in with the loop's state.
+    """
+    if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
+    condition = module.computations[loop.called("condition")]
+    compare = _comparison(module, condition)
+    if compare is None:
+        return None
+    state = computation.by_name.get(loop.operands[0]) if loop.operands else None
+    values = [_constant(condition, name, computation, state) for name in compare.operands]
+    if len(values) != 2 or values[1] is None:
+        return None
+    return max(values[1] - (values[0] or 0), 0)
+
+
+def _comparison(module: Module, condition: Computation) -> Instruction | None:
+    root = condition.root
+    if root.opcode == "fusion":  # the comparison of a fused condition; its operands are those of the fusion, in order
+        inner = module.computations[root.called("calls")]
+        found = inner.root
+        if found.opcode != "compare":
+            return None
+        parameters = {each.name: int(each.argument) for each in inner.instructions if each.opcode == "parameter"}
+        if any(name not in parameters for name in found.operands):
+            return None
+        operands = tuple(root.operands[parameters[name]] for name in found.operands)
+        root = Instruction(root.name, "compare", root.shapes, operands, found.attributes, "", True)
+    return root if root.opcode == "compare" and "direction=LT" in root.attributes else None
+
+
+def _constant(
+    condition: Computation, name: str, caller: Computation, state: Instruction | None, depth: int = 0
+) -> int | None:
+    """The value of an instruction of a loop's condition before the first round, if the text shows it."""
+    found = condition.by_name.get(name)
+    if found is None or depth > 8:
+        return None
+    if found.opcode == "constant":
+        return int(found.argument) if re.fullmatch(r"-?\d+", found.argument) else None
+    if found.opcode in ("copy", "bitcast", "convert") and found.operands:
+        return _constant(condition, found.operands[0], caller, state, depth + 1)
+    if found.opcode == "get-tuple-element" and state is not None and state.opcode == "tuple":
+        index = re.search(r"index=(\d+)", found.attributes)
+        if index and caller is not condition:
+            return _constant(caller, state.operands[int(index[1])], caller, None, depth + 1)
+    return None

@@ -1,0 +1,119 @@
+"""The programs of a training step, compiled from shapes: nothing is allocated, and no device need be there."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from aem_jax.batch import abstract_batch, packed_sharding
+from aem_jax.launch.config import RunConfig
+from aem_jax.launch.plan.costs import Costs, costs
+from aem_jax.launch.plan.hlo import parse
+from aem_jax.launch.plan.workload import Workload
+from aem_jax.learner import abstract_state, make_optimizer, make_update
+from aem_jax.models import Policy
+from aem_jax.sampler import Sampler
+from aem_jax.sampler.layout import make_reshard
+from aem_jax.sharding import DECODE, shardings
+
+PROGRAMS = ("update", "reshard", "extend", "decode")
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program, on one device.
+
+    Attributes:
+        name: one of `PROGRAMS`.
+        arguments: bytes that it is given.
+        outputs: bytes that it returns in memory of their own (what it is given to reuse left out).
+        temporaries: bytes beside these, at most.
+        compiled_in: seconds.
+        costs: of one call.
+        too_large: what the compiler said if it does not fit; then all else is 0.
+    """
+
+    name: str
+    arguments: float
+    outputs: float
+    temporaries: float
+    compiled_in: float
+    costs: Costs
+    too_large: str = ""
+
+    @property
+    def total(self) -> float:
+        """Bytes while it runs."""
+        return self.arguments + self.outputs + self.temporaries
+
+
+def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[Program]:
+    """Compiles the programs named, each as it is asked for.
+
+    Args:
+        config: the run's.
+        work: its sizes.
+        mesh: over the target's devices.
+        names: of `PROGRAMS`.
+
+    Raises:
+        ValueError: sizes that do not divide over the mesh.
+    """
+    policy = Policy(work.model)
+    lowered = _lowerings(config, work, policy, mesh)
+    for name in names:
+        # A loop of unknown length is the update's, over microbatches, or the decoder's, over tokens.
+        rounds = {"update": work.rounds, "decode": work.decode_chunk}.get(name, 1)
+        yield _compile(name, lowered[name], rounds)
+
+
+def _lowerings(
+    config: RunConfig, work: Workload, policy: Policy, mesh: Mesh
+) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    state = abstract_state(policy, make_optimizer(config.learner, policy.axes), mesh)
+    reshard = make_reshard(policy, mesh)
+    where = shardings(mesh, policy.axes, DECODE, policy.shapes)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    params = jax.tree.map(place, jax.eval_shape(reshard, state.params), where)
+    sampler = Sampler(policy, config.sampling, [0], capacity=work.capacity, slack=work.slack, mesh=mesh)
+    layout = work.layout
+    shape = (layout.num_microbatches, layout.rows, layout.row_length)
+    packed = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=packed_sharding(mesh))
+
+    def update() -> jax.stages.Lowered:
+        reference: Any = packed if work.reference else None
+        step: Any = make_update(policy, config.learner, mesh)
+        return step.lower(state, abstract_batch(layout, mesh), packed, reference)
+
+    return {
+        "update": update,
+        "reshard": lambda: reshard.lower(state.params),  # pyright: ignore[reportFunctionMemberAccess]
+        "extend": lambda: sampler.lower_extend(params, sampler.abstract(work.slots), work.extend_chunk),
+        "decode": lambda: sampler.lower_decode(params, sampler.abstract(work.slots), work.decode_chunk),
+    }
+
+
+def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) -> Program:
+    start = time.perf_counter()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Program(name, 0, 0, 0, time.perf_counter() - start, Costs(), _reason(str(error)))
+    seconds = time.perf_counter() - start
+    memory, found = compiled.memory_analysis(), costs(parse(compiled.as_text()), rounds)
+    if memory is None:
+        raise ValueError(f"expected the compiler to say how much memory {name} takes, got nothing")
+    own = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+    return Program(name, memory.argument_size_in_bytes, own, memory.temp_size_in_bytes, seconds, found)
+
+
+def _reason(message: str) -> str:
+    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+    return f"it takes {found[1]} of {found[2]}" if found else message.strip().partition("\n")[0]

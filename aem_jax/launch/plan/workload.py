@@ -1,0 +1,118 @@
+"""A run's sizes, as a plan needs them: what is computed at a time, and what lies in memory beside it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from aem_jax.batch import BatchLayout
+from aem_jax.launch import build
+from aem_jax.launch.config import RunConfig
+from aem_jax.launch.overrides import ConfigError
+from aem_jax.models import ModelConfig
+from aem_jax.models.config import published
+from aem_jax.models.pretrained import read_config
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of one training step.
+
+    Attributes:
+        model: of the decoder.
+        layout: of a batch that always suffices: every episode as long as it may get.
+        slots: that decode at once: those of one cohort.
+        cohorts: sets of slots, each with a cache of its own.
+        capacity: tokens of a slot.
+        slack: places behind them for a chunk that is being written.
+        prompt_rows: rows of the cache in which prompts are computed.
+        prompt_tokens: tokens of such a row.
+        decode_chunk: tokens that one call decodes.
+        extend_chunk: tokens that one call appends.
+        head_chunk: positions of a row whose logits exist at one time.
+        remat: what the backward pass computes again.
+        reference: whether a reference policy lies beside the learner's.
+    """
+
+    model: ModelConfig
+    layout: BatchLayout
+    slots: int
+    cohorts: int
+    capacity: int
+    slack: int
+    prompt_rows: int
+    prompt_tokens: int
+    decode_chunk: int
+    extend_chunk: int
+    head_chunk: int
+    remat: str
+    reference: bool
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of one microbatch."""
+        return self.layout.rows * self.layout.row_length
+
+    @property
+    def rounds(self) -> int:
+        """Microbatches of an optimizer step, when all of the batch is full."""
+        return max((self.layout.num_microbatches - self.layout.num_minibatches + 1) // self.layout.num_minibatches, 1)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Places in all caches together."""
+        slots = self.slots * self.cohorts * (self.capacity + self.slack)
+        return slots + self.prompt_rows * (self.prompt_tokens + self.slack)
+
+
+def workload(config: RunConfig, prompt_multiple: int = 1) -> Workload:
+    """The sizes that a run's config means.
+
+    Args:
+        config: the run's.
+        prompt_multiple: the mesh's data × fsdp, of which rows of prompts are a multiple.
+
+    Raises:
+        ConfigError: a model that is not known here.
+    """
+    rollout, learner = config.rollout, config.learner
+    slots = rollout.num_slots // rollout.num_cohorts
+    prompt_rows = -(-slots // rollout.group_size)
+    return Workload(
+        model=planned_model(config),
+        layout=build.batch_layout(config, rollout.groups_per_step * rollout.group_size, learner.num_minibatches),
+        slots=slots,
+        cohorts=rollout.num_cohorts,
+        capacity=rollout.context_tokens,
+        slack=rollout.slack,
+        prompt_rows=prompt_rows + -prompt_rows % prompt_multiple,
+        prompt_tokens=rollout.prompt_tokens,
+        decode_chunk=rollout.decode_chunk,
+        extend_chunk=max(rollout.extend_buckets),
+        head_chunk=learner.head_chunk,
+        remat=learner.remat,
+        reference=learner.kl_coefficient > 0,
+    )
+
+
+def planned_model(config: RunConfig) -> ModelConfig:
+    """The decoder's sizes without its files: of a model on the Hub they are known, nothing is downloaded.
+
+    Raises:
+        ConfigError: no folder, and no published model whose sizes are known.
+    """
+    choice = config.model
+    if not choice.path:
+        tiny = choice.name == "tiny"
+        vocab = config.tokenizer.vocab_size if tiny else build.known_model(choice.name).vocab_size
+        return build.model_config(choice, vocab)
+    folder = Path(choice.path).expanduser()
+    try:
+        if folder.is_dir():
+            return read_config(folder, choice.dtype or "bfloat16")
+    except ValueError as error:
+        raise ConfigError(f"--model.path: {error}") from None
+    if found := published(choice.path):
+        return found
+    raise ConfigError(
+        f"--model.path: expected a folder or a published model of known size, got {choice.path!r}; "
+        "give its sizes with --model.name"
+    )
