@@ -119,9 +119,7 @@ def scale_by_small_adam(beta1: float, beta2: float, eps: float, kept: Kept) -> o
         count = optax.safe_increment(state.count)
         m = jax.tree.map(lambda g, m: beta1 * m.astype(jnp.float32) + (1 - beta1) * g, gradient, state.mu)
         v = jax.tree.map(lambda g, v: beta2 * v + (1 - beta2) * jnp.square(g), gradient, kept.load(state.nu))
-        scaled = jax.tree.map(
-            lambda m, v: (m / (1 - beta1**count)) / (jnp.sqrt(v / (1 - beta2**count)) + eps), m, v
-        )
+        scaled = jax.tree.map(lambda m, v: (m / (1 - beta1**count)) / (jnp.sqrt(v / (1 - beta2**count)) + eps), m, v)
         structure = jax.tree.structure(v)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), structure.num_leaves)
         nu = kept.save(v, structure.unflatten(list(keys)))

@@ -1,4 +1,4 @@
-"""AdamW behind a global-norm clip, and its schedules. All of it is optax; what is ours is the choice, and small moments."""
+"""AdamW behind a global-norm clip, and its schedules. All of it is optax, but for small moments; the choice is ours."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

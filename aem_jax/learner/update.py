@@ -72,7 +72,8 @@ def make_supervised_update(
     """Cross-entropy on response tokens, jitted; everything else as in `make_update`.
 
     Returns:
-        update(state, batch, frozen=None) -> (state, stats) with loss, grad_norm, learning_rate, entropy, tokens and skipped.
+        update(state, batch, frozen=None) -> (state, stats) with loss, grad_norm, learning_rate, entropy, tokens and
+        skipped.
     """
     step = _make_step(policy, config, mesh, supervised_objective())
 

@@ -43,9 +43,9 @@ class LoraConfig:
     targets: tuple[Target, ...] = ("all",)
     """Projections that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all."""
     merge: bool = True
-    """Sample from a copy of the weights with the adapters in it, made anew each step; False: from the frozen weights and
-    the adapters beside them, with no second copy where frozen weights lie alike for learning and sampling (one device,
-    or --mesh.fsdp 1), and four small products more in each layer."""
+    """Sample from a copy of the weights with the adapters in it, made anew each step; False: from the frozen weights
+    with the adapters beside them, two small products more for each projection, but no second copy where frozen weights
+    lie alike for learning and sampling (one device, or --mesh.fsdp 1)."""
 
     def __post_init__(self) -> None:
         if self.rank < 0 or not self.alpha > 0:
@@ -112,8 +112,8 @@ def targets(config: ModelConfig, lora: LoraConfig) -> dict[str, Projection]:
         most = min(_size(p.inputs), _size(p.outputs))
         if lora.rank > most:
             raise ValueError(
-                f"expected lora.rank of at most {most}, the smaller side of {name} "
-                f"[{_size(p.inputs)}, {_size(p.outputs)}], got {lora.rank}; lower it or leave {name} out of lora.targets"
+                f"expected rank of at most {most}, the smaller side of {name} [{_size(p.inputs)}, {_size(p.outputs)}], "
+                f"got {lora.rank}; lower it or leave {name} out of lora.targets"
             )
     return chosen
 

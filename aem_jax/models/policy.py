@@ -38,6 +38,16 @@ class Policy:
 
     config: ModelConfig
 
+    @property
+    def whole(self) -> "Policy":
+        """The policy that all weights together belong to: this one."""
+        return self
+
+    @property
+    def sampled(self) -> "Policy":
+        """The policy that takes the parameters as they are laid out for sampling: this one."""
+        return self
+
     @cached_property
     def _structure(self) -> tuple[Any, Any]:
         graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0))))
@@ -90,7 +100,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class LoraPolicy:
-    """A policy of which only an adapter is trained: the same pure functions over the pair (adapter, frozen weights).
+    """A policy of which only an adapter is trained: the same functions, whose `params` are (adapter, frozen weights).
 
     `axes`, `shapes` and `init` are those of the adapter, in float32; `whole` is the policy that the frozen weights, and
     the merged ones, belong to.
@@ -103,6 +113,11 @@ class LoraPolicy:
     def config(self) -> ModelConfig:
         """Sizes and options."""
         return self.whole.config
+
+    @property
+    def sampled(self) -> "Policy | LoraPolicy":
+        """The policy that takes the parameters as they are laid out for sampling: merged, or the pair."""
+        return self.whole if self.lora.merge else self
 
     @cached_property
     def _structure(self) -> tuple[Any, Any]:
@@ -135,14 +150,14 @@ class LoraPolicy:
         """The `merged_leaves` of the stacked weights with the adapter in them; see `lora.merge`."""
         return merge(self.config, self.lora, adapter, {name: layers[name] for name in self.merged_leaves})
 
-    def bind(self, params: tuple[Adapter, Params]) -> Decoder:
+    def bind(self, params: Any) -> Decoder:
         """The decoder with frozen weights and the adapter beside them; cheap, meant to be called under jit."""
         adapter, frozen = params
         return _bind(self._structure, {**frozen, "layers": {**frozen["layers"], "adapters": adapter}})
 
     def hidden(
         self,
-        params: tuple[Adapter, Params],
+        params: Any,
         tokens: Array,
         positions: Array,
         segment_ids: Array,
@@ -151,7 +166,7 @@ class LoraPolicy:
         """See `Decoder.hidden`."""
         return self.bind(params).hidden(tokens, positions, segment_ids, remat)
 
-    def logits(self, params: tuple[Adapter, Params], hidden: Array) -> Array:
+    def logits(self, params: Any, hidden: Array) -> Array:
         """See `Decoder.logits`."""
         return self.bind(params).logits(hidden)
 

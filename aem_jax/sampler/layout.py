@@ -31,8 +31,8 @@ def make_lora_reshard(policy: LoraPolicy, mesh: Mesh) -> Callable[[Params, Param
     """Builds `reshard(adapter, frozen) -> params` in the decode layout, for a policy of which an adapter is trained.
 
     With `lora.merge`, params are those of `policy.whole`, the adapter's projections made anew and rounded to the dtype
-    of the frozen ones; else they are the pair that `policy` itself takes. What the adapter does not change is not copied
-    where it lies alike for learning and sampling: those are the frozen weights' own buffers.
+    of the frozen ones; else they are the pair that `policy` itself takes. What the adapter does not change and lies
+    alike for learning and sampling is not copied: those are the frozen weights' own buffers.
     """
     lora, whole = policy.lora, policy.whole
     train, decode = (shardings(mesh, whole.axes, rules, whole.shapes) for rules in (TRAIN, DECODE))
@@ -56,7 +56,8 @@ def make_lora_reshard(policy: LoraPolicy, mesh: Mesh) -> Callable[[Params, Param
     def reshard(adapter: Params, frozen: Params) -> Params:
         merged = merge(adapter, changed(frozen["layers"]))
         kept = lambda tree: {  # noqa: E731
-            **tree, "layers": {name: leaf for name, leaf in tree["layers"].items() if name not in merged}
+            **tree,
+            "layers": {name: leaf for name, leaf in tree["layers"].items() if name not in merged},
         }
         rest = jax.device_put(kept(frozen), kept(decode))
         return {**rest, "layers": {**rest["layers"], **merged}}
