@@ -115,10 +115,10 @@ def scale_by_small_adam(beta1: float, beta2: float, eps: float, kept: Kept) -> o
         mu = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), params)
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, kept.init(params))
 
-    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         count = optax.safe_increment(state.count)
-        m = jax.tree.map(lambda g, m: beta1 * m.astype(jnp.float32) + (1 - beta1) * g, gradient, state.mu)
-        v = jax.tree.map(lambda g, v: beta2 * v + (1 - beta2) * jnp.square(g), gradient, kept.load(state.nu))
+        m = jax.tree.map(lambda g, m: beta1 * m.astype(jnp.float32) + (1 - beta1) * g, updates, state.mu)
+        v = jax.tree.map(lambda g, v: beta2 * v + (1 - beta2) * jnp.square(g), updates, kept.load(state.nu))
         scaled = jax.tree.map(lambda m, v: (m / (1 - beta1**count)) / (jnp.sqrt(v / (1 - beta2**count)) + eps), m, v)
         structure = jax.tree.structure(v)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), structure.num_leaves)

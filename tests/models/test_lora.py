@@ -66,7 +66,7 @@ def test_at_the_start_the_logits_are_the_bases_to_the_last_bit():
 @pytest.mark.parametrize("chosen", [("q_proj", "v_proj"), ("k_proj",), ("up_proj", "o_proj"), ("gate_proj",)])
 def test_some_projections_alone(chosen):
     config = ONE_KV_UNTIED
-    every, some = (LoraPolicy(Policy(config), LoraConfig(3, 6.0, names)) for names in (("all",), chosen))
+    every, some = LoraPolicy(Policy(config), LORA), LoraPolicy(Policy(config), LoraConfig(3, 6.0, chosen))
     frozen, adapter = numpy_params(config), adapter_of(every)
     assert sorted(some.axes) == sorted(chosen)
     first = some.init(jax.random.key(5))
