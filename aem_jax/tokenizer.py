@@ -4,7 +4,7 @@ A conversation grows at its end: prompt, response, delta, response, delta, … I
 only what the environment says is ever tokenised. What stands between two responses is read off the chat template
 itself, by comparing conversations rendered with and without one more turn, so it holds for any family whose template
 leaves alone what was already said. A template that does not is refused, with the reason: training on it would show the
-policy another conversation than the one it had.
+policy another conversation than the one it had. Where every prompt is built anew (context `window`) any template goes.
 """
 
 import functools
@@ -65,14 +65,17 @@ class ChatTokenizer:
     as the characters they consist of, so that no environment can put words into the policy's mouth.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, appends: bool = True, thinking: bool = True) -> None:
         """Wraps a fast tokenizer that has a chat template.
 
         Args:
             tokenizer: of transformers, backed by the tokenizers library.
+            appends: whether conversations will grow by `delta_ids`; without it the template may change what was said.
+            thinking: what the template is told as `enable_thinking`; Qwen3's answers False with an empty thought.
 
         Raises:
-            ValueError: if it is a slow one, has no chat template, or has one that does not keep what was already said.
+            ValueError: if it is a slow one, has no chat template, has one that never closes a response with a control
+                token, or, with `appends`, one that does not keep what was already said.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
@@ -80,23 +83,28 @@ class ChatTokenizer:
             )
         if not tokenizer.chat_template:
             raise ValueError("expected a tokenizer with a chat template, got none; pass chat_template=CHATML")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._thinking = tokenizer, thinking
         self._backend, self._plain = _backends(tokenizer)
         added = self._backend.get_added_tokens_decoder().values()
         control = sorted((token.content for token in added if token.special), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, control)) + f"|[{_FENCES}]")
-        self.markup = _turn_markup(self._render, control)
-        self._stop_id = self._encode_fenced(self.markup.stop)[0]
+        self._stop_id = self._encode_fenced(_stop_token(self._render, control))[0]
         self._open_delta = functools.lru_cache(_CACHED_DELTAS)(self._encode_delta)
-        self._check_ids()
+        self.markup = _turn_markup(self._render, control) if appends else None
+        if appends:
+            self._check_ids()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, chat_template: str | None = None) -> "ChatTokenizer":
+    def from_pretrained(
+        cls, path: str | Path, *, chat_template: str | None = None, appends: bool = True, thinking: bool = True
+    ) -> "ChatTokenizer":
         """Loads a tokenizer in Hugging Face's files.
 
         Args:
             path: folder, or a name on the Hub.
             chat_template: Jinja text to use instead of the tokenizer's own, e.g. `CHATML` for Qwen3.
+            appends: see the constructor.
+            thinking: see the constructor.
 
         Raises:
             ValueError: if there is no tokenizer, or as the constructor.
@@ -111,7 +119,7 @@ class ChatTokenizer:
             raise ValueError(f"expected a tokenizer in Hugging Face's files, got {str(path)!r}: {reason}") from error
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        return cls(tokenizer)
+        return cls(tokenizer, appends=appends, thinking=thinking)
 
     @classmethod
     def train(
@@ -224,12 +232,17 @@ class ChatTokenizer:
         Args:
             observation: what the environment answered.
             closed: whether the response ended with the stop id. If it was cut, the delta closes it first.
+
+        Raises:
+            ValueError: if the tokenizer was made for conversations that do not grow (`appends=False`).
         """
         delta = self._open_delta(observation).tolist()
         return delta[1:] if closed else delta
 
     def _encode_delta(self, observation: str) -> "array[int]":
         """The delta that begins with the stop id. An array holds 4 bytes an id, so that many can be remembered."""
+        if self.markup is None:
+            raise ValueError("expected a tokenizer made with appends=True, got one for prompts that are built anew")
         text = observation.strip() if self.markup.strips else observation
         return array("i", self._encode_fenced(self.markup.before + self._fence(text) + self.markup.after))
 
@@ -238,7 +251,9 @@ class ChatTokenizer:
 
         conversation = [dict(message) for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking
+            )
         except TemplateError as error:
             roles = [message["role"] for message in messages]
             raise ValueError(f"expected messages that the chat template can render, got {roles}: {error}") from error
@@ -293,6 +308,27 @@ def _backends(tokenizer: "PreTrainedTokenizerBase"):
     return engine, plain
 
 
+def _conversation(render, *contents: str) -> str:
+    """The text of a conversation between user and assistant by turns."""
+    return render([{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)])
+
+
+def _stop_token(render, control: Sequence[str]) -> str:
+    """The control token with which a template closes a response.
+
+    Raises:
+        ValueError: there is none.
+    """
+    after = _conversation(render, "(task)", "(answer)", "(seen)").partition("(answer)")[2]
+    stop = next((token for token in control if after.startswith(token)), None)
+    if stop is None:
+        raise ValueError(
+            f"expected a chat template that closes a response with a control token and then gives the observation, got "
+            f"{after!r} after a response; control tokens are {list(control)}"
+        )
+    return stop
+
+
 def _turn_markup(render, control: Sequence[str]) -> TurnMarkup:
     """Reads off the template what it writes between two responses.
 
@@ -303,10 +339,7 @@ def _turn_markup(render, control: Sequence[str]) -> TurnMarkup:
     Raises:
         ValueError: if a further turn changes anything that stood there before.
     """
-
-    def conversation(*contents: str) -> str:
-        roles = ("user", "assistant")
-        return render([{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)])
+    conversation = functools.partial(_conversation, render)
 
     def check(said: str, whole: str, what: str) -> str:
         """What `whole` adds to `said`."""
@@ -316,7 +349,8 @@ def _turn_markup(render, control: Sequence[str]) -> TurnMarkup:
         shown = slice(max(at - 8, 0), at + 32)
         raise ValueError(
             f"expected a chat template that keeps {what} when a turn is added, got {whole[shown]!r} where "
-            f"{said[shown]!r} stood; pass a chat_template that is stable, e.g. CHATML for the Qwen family"
+            f"{said[shown]!r} stood; pass a chat_template that is stable, e.g. CHATML for the Qwen family, or build "
+            "every prompt anew (the window context)"
         )
 
     first = conversation("(task)")

@@ -60,9 +60,9 @@ def tiny() -> ChatTokenizer:
     return ChatTokenizer.train(TEXTS, vocab_size=600)
 
 
-def with_template(tiny: ChatTokenizer, folder, template: str) -> ChatTokenizer:
+def with_template(tiny: ChatTokenizer, folder, template: str, **how: bool) -> ChatTokenizer:
     tiny.save_pretrained(folder)
-    return ChatTokenizer.from_pretrained(folder, chat_template=template)
+    return ChatTokenizer.from_pretrained(folder, chat_template=template, **how)
 
 
 def whole_conversation(tokenizer: ChatTokenizer, messages) -> list[int]:
@@ -127,6 +127,31 @@ def test_any_observation(tiny, observations):
 def test_unstable_templates_are_refused_with_the_reason(tiny, tmp_path, template, reason):
     with pytest.raises(ValueError, match=reason):
         with_template(tiny, tmp_path, template)
+
+
+@pytest.mark.parametrize("template", [DROPS_THOUGHTS, STARTS_A_THOUGHT, COUNTS_TURNS, SHOUTS])
+def test_any_template_goes_where_prompts_are_built_anew(tiny, tmp_path, template):
+    tokenizer = with_template(tiny, tmp_path, template, appends=False)
+    assert tokenizer.stop_ids == tiny.stop_ids
+    messages = [
+        {"role": "user", "content": "A room."},
+        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\n<action>look</action>"},
+        {"role": "user", "content": "Nothing happens."},
+    ]
+    assert tokenizer.prompt_ids(messages) == whole_conversation(tokenizer, messages)
+    with pytest.raises(ValueError, match="made with appends=True"):
+        tokenizer.delta_ids("A room.")
+
+
+def test_thinking_is_told_to_the_template(tiny, tmp_path):
+    empty_thought = "assistant\n{{ '<think>\n\n</think>\n\n' if enable_thinking is false }}"
+    template = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>' }}" + empty_thought)
+    messages = [{"role": "user", "content": "A room."}]
+    thinks = with_template(tiny, tmp_path / "a", template)
+    silent = with_template(tiny, tmp_path / "b", template, thinking=False, appends=False)
+    assert silent.prompt_ids(messages) == thinks.prompt_ids(messages) + tiny.encode("<think>\n\n</think>\n\n")
+    with pytest.raises(ValueError, match="keeps the prompt and the response"):
+        with_template(tiny, tmp_path / "c", template, thinking=False)
 
 
 def test_messages_that_the_template_refuses(tiny, tmp_path):

@@ -58,7 +58,7 @@ class AlgorithmConfig:
     ddof: Literal[0, 1] = 0
     """grpo: 0 for the population's standard deviation, 1 for the sample's."""
     eps: float = 1e-6
-    """grpo: added to the standard deviation, in units of reward; groups whose returns spread less than this count less."""
+    """grpo: added to the standard deviation, in units of reward; groups of close returns then count less."""
     scope: Literal["trajectories", "turns"] = "trajectories"
     """What a group's statistics are taken over: its trajectories, or its turns (long episodes then weigh more)."""
 
@@ -72,7 +72,10 @@ class TokenizerConfig:
     """The tokenizer: that of --model.path, else one that is trained for the run."""
 
     chat_template: Literal["own", "chatml"] = "own"
-    """With --model.path: the model's own chat template, or plain ChatML (Qwen3's own drops earlier thoughts)."""
+    """With --model.path: the model's own chat template, or plain ChatML. Qwen3's own drops earlier thoughts, so it goes
+    with rollout.context window only."""
+    thinking: bool = True
+    """What the chat template is told as enable_thinking; with False, Qwen3 answers without a thought."""
     vocab_size: int = 1024
     """Most entries of the vocabulary: bytes, control tokens and what the environment's text earns."""
     episodes: int = 200

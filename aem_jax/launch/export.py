@@ -31,7 +31,7 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
     try:
         check_free(folder)
         runtime.set_up(config.runtime)
-        chat, mesh = ChatTokenizer.from_pretrained(run / "tokenizer"), make_mesh(config.mesh)
+        chat, mesh = ChatTokenizer.from_pretrained(run / "tokenizer", appends=False), make_mesh(config.mesh)
         policy = build.make_policy(config, chat.vocab_size)
         if adapter and not isinstance(policy, LoraPolicy):
             raise ConfigError(f"--adapter: {run} trained all weights, not an adapter (--lora.rank); leave it out")

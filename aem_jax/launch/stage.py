@@ -116,11 +116,13 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack) -> Stage:
 
 def _tokenizer(config: RunConfig, domain: Domain, folder: Path) -> ChatTokenizer:
     """The run's tokenizer: the one that it has, else its model's, else one trained on what is said in episodes."""
+    appends, thinking = config.rollout.context == "append", config.tokenizer.thinking
+    load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)  # noqa: E731
     if folder.exists():
-        return ChatTokenizer.from_pretrained(folder)
+        return load(folder)
     if config.model.path:
         template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
-        chat = ChatTokenizer.from_pretrained(resolve(config.model.path), chat_template=template)
+        chat = load(resolve(config.model.path), chat_template=template)
     else:
         said = texts(domain, config.tokenizer.episodes, config.rollout.max_turns)
         chat = ChatTokenizer.train(said, vocab_size=config.tokenizer.vocab_size)

@@ -40,6 +40,7 @@ def row_statistics(
     temperature: float,
     head_chunk: int,
     remat: Callable[..., Any] | None = None,
+    constrain: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every sampled token, and the entropy of the distribution that it was drawn from.
 
@@ -52,11 +53,12 @@ def row_statistics(
         temperature: the sampler's.
         head_chunk: positions of each row whose logits exist at one time.
         remat: what to keep of each layer for the backward pass (`REMAT`).
+        constrain: says where hidden states [b, T, D] lie on the mesh.
 
     Returns:
         (logprobs, entropies) f32[b, T], nats, 0 outside responses. No gradient flows through the entropies.
     """
-    hidden = policy.hidden(params, rows.tokens, rows.positions, rows.segment_ids, remat)
+    hidden = policy.hidden(params, rows.tokens, rows.positions, rows.segment_ids, remat, constrain)
     # Position t predicts token t + 1. Nothing wraps round: token 0 of a row is never a sampled one.
     predicts = jnp.roll(rows.response_ids, -1, axis=1) >= 0
     targets = jnp.roll(rows.tokens, -1, axis=1)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from aem_jax.advantage import token_advantages
 from aem_jax.batch import Batch, batch_shardings, packed_sharding
@@ -22,7 +22,7 @@ from aem_jax.learner.forward import REMAT, Rows, row_statistics
 from aem_jax.learner.objective import AGGREGATIONS, Objective, Tokens, policy_objective, supervised_objective
 from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
 from aem_jax.learner.state import Params, TrainablePolicy, TrainState, abstract_state
-from aem_jax.sharding import replicated
+from aem_jax.sharding import TRAIN, partition, replicated
 
 Stats = dict[str, jax.Array]
 
@@ -92,7 +92,7 @@ def make_token_logprobs(
         batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
 
         def one(m: jax.Array, found: jax.Array) -> jax.Array:
-            logprobs, _ = _row_statistics(policy, config, params, _rows(batch, m))
+            logprobs, _ = _row_statistics(policy, config, mesh, params, _rows(batch, m))
             return found.at[m].set(logprobs)
 
         empty = jnp.zeros(jnp.shape(batch.tokens), jnp.float32)
@@ -107,7 +107,12 @@ def _jit(update, policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh):
     return jax.jit(update, out_shardings=(state, replicated(mesh)), donate_argnums=0)
 
 
-def _row_statistics(policy, config: LearnerConfig, params: Params, rows: Rows) -> tuple[jax.Array, jax.Array]:
+def _row_statistics(
+    policy, config: LearnerConfig, mesh: Mesh, params: Params, rows: Rows
+) -> tuple[jax.Array, jax.Array]:
+    # Rows stay split over data and fsdp: left to itself the partitioner takes the weights' split of the embedding, and
+    # sums activations over fsdp in every layer instead of gathering the layer's weights.
+    rows_split = NamedSharding(mesh, partition(("rows", "length", None), TRAIN))
     return row_statistics(
         policy,
         params,
@@ -115,6 +120,7 @@ def _row_statistics(policy, config: LearnerConfig, params: Params, rows: Rows) -
         temperature=config.temperature,
         head_chunk=config.head_chunk,
         remat=REMAT[config.remat],
+        constrain=lambda hidden: jax.lax.with_sharding_constraint(hidden, rows_split),
     )
 
 
@@ -150,7 +156,7 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
                 reference=None if reference is None else _at(reference, m),
             )
             whole = params if frozen is None else (params, frozen)
-            logprobs, entropies = _row_statistics(policy, config, whole, rows)
+            logprobs, entropies = _row_statistics(policy, config, mesh, whole, rows)
             return objective(logprobs, entropies, tokens)
 
         def accumulate(m, total):

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 Array = jax.Array
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) gives numbers, not NaN
-_QUERY_BLOCK = 64  # measured on two x86 cores: 64 and 128 alike, 256 slower
+_CPU_BLOCK, _BLOCK = 64, 512
+"""Queries that look at their keys together. On two x86 cores 64 and 128 are alike and 256 slower; accelerators want
+large products, and a block's scores have to fit beside everything else."""
 
 
 def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
@@ -23,22 +25,15 @@ def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     Returns:
         [B,T,H,Dh].
     """
-    return jax.lax.platform_dependent(q, k, v, segment_ids, cpu=_blocked_attention, default=_masked_attention)
+    cpu, other = (partial(blocked_attention, block=size) for size in (_CPU_BLOCK, _BLOCK))
+    return jax.lax.platform_dependent(q, k, v, segment_ids, cpu=cpu, default=other)
 
 
-def _masked_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    """One masked product: what accelerators' own attention takes."""
-    length = q.shape[1]
-    causal = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
-    mask = causal[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-
-
-def _blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, block: int) -> Array:
     """The same in blocks of queries, none of which looks at keys behind it; going backward, weights are computed anew.
 
-    On a CPU the [T,T] weights are what costs: blocks halve them and keep them in the caches. Query heads that share a
-    key head are folded into its rows, so that each block is one matrix product.
+    The [T,T] weights never exist together, which is what a long row costs; blocks halve their number, too. Query heads
+    that share a key head are folded into its rows, so that each block is one matrix product.
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -47,7 +42,7 @@ def _blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Arra
     q, k, v = jnp.moveaxis(q, 1, 2), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
     @partial(jax.checkpoint, static_argnums=0)
-    def block(start: int, q: Array, k: Array, v: Array) -> Array:
+    def attend(start: int, q: Array, k: Array, v: Array) -> Array:
         count, end = q.shape[2], k.shape[2]
         rows = q.reshape(batch, kv_heads, count * shared, head_dim)
         causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
@@ -60,9 +55,9 @@ def _blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Arra
         out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
         return out.reshape(batch, kv_heads, count, shared, head_dim)
 
-    starts = range(0, length, _QUERY_BLOCK)
-    ends = [min(start + _QUERY_BLOCK, length) for start in starts]
-    blocks = [block(s, q[:, :, s:e], k[:, :, :e], v[:, :, :e]) for s, e in zip(starts, ends, strict=True)]
+    starts = range(0, length, block)
+    ends = [min(start + block, length) for start in starts]
+    blocks = [attend(s, q[:, :, s:e], k[:, :, :e], v[:, :, :e]) for s, e in zip(starts, ends, strict=True)]
     return jnp.moveaxis(jnp.concatenate(blocks, axis=2), 1, 2).reshape(batch, length, heads, head_dim)
 
 

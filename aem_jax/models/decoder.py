@@ -24,6 +24,9 @@ FEW_LAYERS = 8
 cache out of the stacks at every token, which on a CPU costs as much as using them; the slices of written-out layers are
 taken once a chunk. Deeper ones are scanned, so that programs stay small."""
 
+Constrain = Callable[[Array], Array]
+"""Gives back its argument, with a sharding laid down."""
+
 PerLayer = Any
 """Either one tree for each layer in a list (few layers), or one tree with a leading axis of layers (many)."""
 
@@ -142,7 +145,14 @@ class Decoder(nnx.Module):
     def _embed(self, tokens: Array) -> Array:
         return jnp.take(self.embed[...], tokens, axis=0).astype(self.config.dtype)
 
-    def hidden(self, tokens: Array, positions: Array, segment_ids: Array, remat: Callable | None = None) -> Array:
+    def hidden(
+        self,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        remat: Callable | None = None,
+        constrain: Constrain | None = None,
+    ) -> Array:
         """Hidden states of packed rows.
 
         Args:
@@ -150,21 +160,22 @@ class Decoder(nnx.Module):
             positions: i32[B,T], position inside its segment.
             segment_ids: i32[B,T], 0 for padding; a token attends to earlier tokens of its own segment.
             remat: a `jax.checkpoint_policies` policy, or None to keep every activation.
+            constrain: says where the residual stream [B,T,D] lies; None leaves it to the partitioner.
 
         Returns:
             [B,T,D] after the final norm.
         """
-        config = self.config
+        config, constrain = self.config, constrain or (lambda x: x)
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x: Array, state: Any) -> tuple[Array, None]:
             block = nnx.merge(graphdef, state)
             q, k, v = block.heads(x, cos, sin)
-            return block.finish(x, row_attention(q, k, v, segment_ids)), None
+            return constrain(block.finish(x, row_attention(q, k, v, segment_ids))), None
 
         body = layer if remat is None else jax.checkpoint(layer, policy=remat)
-        x, _ = jax.lax.scan(body, self._embed(tokens), stacked)
+        x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), stacked)
         return rms_norm(x, self.norm[...], config.norm_eps)
 
     def beside(self, keys: Array, values: Array, window: int) -> PerLayer:

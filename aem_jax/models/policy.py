@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aem_jax.models.config import ModelConfig
-from aem_jax.models.decoder import Decoder
+from aem_jax.models.decoder import Constrain, Decoder
 from aem_jax.models.lora import Adapter, LoraConfig, adapter_axes, init_adapter, merge, merged_leaves
 
 Array = jax.Array
@@ -83,10 +83,16 @@ class Policy:
         return _bind(self._structure, params)
 
     def hidden(
-        self, params: Params, tokens: Array, positions: Array, segment_ids: Array, remat: Callable | None = None
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        remat: Callable | None = None,
+        constrain: Constrain | None = None,
     ) -> Array:
         """See `Decoder.hidden`."""
-        return self.bind(params).hidden(tokens, positions, segment_ids, remat)
+        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain)
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """See `Decoder.logits`."""
@@ -162,9 +168,10 @@ class LoraPolicy:
         positions: Array,
         segment_ids: Array,
         remat: Callable | None = None,
+        constrain: Constrain | None = None,
     ) -> Array:
         """See `Decoder.hidden`."""
-        return self.bind(params).hidden(tokens, positions, segment_ids, remat)
+        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain)
 
     def logits(self, params: Any, hidden: Array) -> Array:
         """See `Decoder.logits`."""

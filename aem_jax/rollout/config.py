@@ -33,6 +33,8 @@ class RolloutConfig:
     """append: one growing sequence an episode. window: each prompt holds the first observation and the last turns."""
     window_turns: int = 2
     """Turns that a windowed prompt looks back on."""
+    thoughts: str = "keep"
+    """Earlier responses in a windowed prompt: keep them whole, or drop all up to their last </think>."""
     instruction: str = ""
     """System message; empty means none."""
     max_retries: int = 2
@@ -66,6 +68,13 @@ class RolloutConfig:
             )
         if self.context not in ("append", "window"):
             raise ValueError(f"expected rollout.context 'append' or 'window', got {self.context!r}")
+        if self.thoughts not in ("keep", "drop"):
+            raise ValueError(f"expected rollout.thoughts 'keep' or 'drop', got {self.thoughts!r}")
+        if self.thoughts == "drop" and self.context == "append":
+            raise ValueError(
+                "expected rollout.thoughts 'keep' with rollout.context 'append', whose cache holds all that was said, "
+                "got 'drop'; set rollout.context to 'window'"
+            )
 
     @property
     def slack(self) -> int:

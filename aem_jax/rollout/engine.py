@@ -249,7 +249,12 @@ class Rollout:
                 keep, new = appended_ids(self._chat, episode, result.observation, closed)
             else:
                 keep, new = windowed_ids(
-                    self._chat, episode, result.observation, config.instruction, config.window_turns
+                    self._chat,
+                    episode,
+                    result.observation,
+                    config.instruction,
+                    config.window_turns,
+                    thoughts=config.thoughts == "keep",
                 )
             if keep + len(new) >= config.context_tokens:
                 return Ending.TRUNCATED

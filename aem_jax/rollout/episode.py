@@ -113,14 +113,22 @@ def appended_ids(chat: Chat, episode: Episode, observation: str, closed: bool) -
     return len(episode.ids), chat.delta_ids(observation, closed=closed)
 
 
-def windowed_ids(chat: Chat, episode: Episode, observation: str, instruction: str, turns: int) -> tuple[int, list[int]]:
+def without_thoughts(response: str) -> str:
+    """What follows the last `</think>` of a response, as Qwen3's chat template shows earlier responses."""
+    return response.rpartition("</think>")[2].lstrip("\n")
+
+
+def windowed_ids(
+    chat: Chat, episode: Episode, observation: str, instruction: str, turns: int, *, thoughts: bool = True
+) -> tuple[int, list[int]]:
     """Window: first observation, last `turns` turns, observation. Returns (ids kept: the common prefix, new ids)."""
     messages = first_messages(instruction, episode.turns[0].observation)
     recent = episode.turns[-turns:] if turns else []
     for place, turn in enumerate(recent):
         if place or len(recent) < len(episode.turns):
             messages.append({"role": "user", "content": turn.observation})
-        messages.append({"role": "assistant", "content": turn.response})
+        said = turn.response if thoughts else without_thoughts(turn.response)
+        messages.append({"role": "assistant", "content": said})
     ids = chat.prompt_ids([*messages, {"role": "user", "content": observation}])
     limit = min(len(ids) - 1, len(episode.ids))
     keep = next((i for i in range(limit) if ids[i] != episode.ids[i]), limit)

@@ -307,6 +307,20 @@ def test_a_limit_truncates_and_never_terminates() -> None:
         environment.step("x")
 
 
+def test_so_many_invalid_actions_truncate() -> None:
+    environment = env(max_invalid=2)
+    for _ in range(2):  # a reset forgets those of the episode before
+        environment.reset({})
+        ended = [environment.step(said).truncated for said in ("hm", "<action>survey</action>", "<action>fly</action>")]
+        assert ended == [False, False, True]
+    with pytest.raises(ValueError, match="call reset"):
+        environment.step("<action>survey</action>")
+    environment.reset({})
+    commands = ("grab c 2", "walk to hall", "drop c 2", "switch l 1")
+    result = [environment.step(said) for said in ("hm", *(f"<action>{each}</action>" for each in commands))][-1]
+    assert (result.terminated, result.truncated) == (True, False)
+
+
 def test_winning_on_the_last_step_is_no_truncation() -> None:
     environment = env(max_steps=4)
     environment.reset({})
@@ -318,6 +332,8 @@ def test_winning_on_the_last_step_is_no_truncation() -> None:
 def test_bad_settings_and_payloads(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_steps"):
         AlfworldConfig(max_steps=0)
+    with pytest.raises(ValueError, match="max_invalid of at least 0"):
+        AlfworldConfig(max_invalid=-1)
     with pytest.raises(ValueError, match="'game'"):
         load_game({"path": "x"})
     with pytest.raises(FileNotFoundError):

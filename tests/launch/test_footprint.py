@@ -15,8 +15,8 @@ QWEN_7B = ModelConfig(  # Qwen2.5-7B
 WHOLE = Policy(QWEN_7B)
 
 
-def bytes_of(policy, mesh_config=MeshConfig(1, 1, 1), **learner):
-    mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.data * mesh_config.fsdp * mesh_config.tensor])
+def bytes_of(policy, fsdp=1, tensor=1, **learner):
+    mesh = make_mesh(MeshConfig(1, fsdp, tensor), jax.devices()[: fsdp * tensor])
     return weight_bytes(policy, make_optimizer(LearnerConfig(**learner), policy.axes), mesh)
 
 
@@ -43,8 +43,8 @@ def test_all_weights_of_it_do_not():
 
 def test_frozen_weights_that_are_split_for_learning_are_gathered_for_sampling():
     policy = LoraPolicy(WHOLE, LoraConfig(rank=32, merge=False))
-    split, whole = bytes_of(policy, MeshConfig(1, 4, 1)), bytes_of(policy)
+    split, whole = bytes_of(policy, fsdp=4), bytes_of(policy)
     assert split["frozen"] < 0.26 * whole["frozen"]
     assert split["decode"] > 0.99 * whole["frozen"]  # all but norms and biases, which lie alike
-    tensor = bytes_of(policy, MeshConfig(1, 1, 4))
+    tensor = bytes_of(policy, tensor=4)
     assert tensor["decode"] < 0.02 * whole["frozen"]  # split alike for both: nothing is copied

@@ -1,6 +1,7 @@
 """The update: against a hand-written float64 gradient, under packing, over devices, and in the compiled program."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -206,6 +207,17 @@ def test_shards_of_parameters_and_moments_lie_together():
     assert state.opt_state[1][0].mu["layers"]["gate_up"].sharding == gate.sharding
     with pytest.raises(ValueError, match=r"expected BatchLayout\.rows divisible by data × fsdp = 4, got 2"):
         place(collate([], LAYOUT), mesh)
+
+
+def test_fsdp_gathers_weights_and_moves_no_activations():
+    mesh = make_mesh(MeshConfig(1, 4, 1), jax.devices()[:4])
+    batch = place(collate([], dataclasses.replace(LAYOUT, rows=4)), mesh)
+    text = make_supervised_update(TINY, CONFIG, mesh).lower(new_state(TINY, CONFIG, mesh), batch).compile().as_text()
+    moved = re.findall(r"= (\(?\w+\[.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", text)
+    floats = {re.sub(r"{[^}]*}", "", shape) for shape, _ in moved if "f32" in shape}
+    assert any("f32[16,2,32]" in shape for shape in floats), floats  # a layer's gate_up, whole
+    rows = [shape for shape in floats if re.search(r"f32\[(1|4),(7|40),", shape)]
+    assert not rows, f"activations are moved between devices: {rows}"
 
 
 def test_epochs_and_minibatches_are_steps_in_a_row():

@@ -1,5 +1,7 @@
 """Slots over a mesh of 8 simulated devices say what they say on one."""
 
+import math
+import re
 from functools import partial
 
 import jax
@@ -10,6 +12,7 @@ from small_policies import numpy_params
 
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.sampler.layout import make_reshard
 from aem_jax.sharding import DECODE, MeshConfig, make_mesh, shardings
 
 CONFIG = ModelConfig(64, 48, 80, 3, 4, 2, 16)  # every split dimension divides by 2
@@ -42,3 +45,20 @@ def test_eight_devices_say_the_same(sizes: tuple[int, int, int]):
     warm = sampler.compilations
     play(sampler, placed, {3: script(POLICY, 9)}, slots=8, state=state)
     assert sampler.compilations == warm
+
+
+def test_a_decode_step_gathers_no_weights():
+    """In the compiled program: what devices hand each other is activations of their slots, never a weight."""
+    policy = Policy(ModelConfig(512, 64, 192, 2, 4, 2, 24))
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    sampler = Sampler(policy, SamplingConfig(), (5,), capacity=96, slack=16, mesh=mesh)
+    params, state = make_reshard(policy, mesh)(numpy_params(policy.config)), sampler.init(8)
+    program = sampler._decode.lower(params, state, np.zeros(8, np.int32), num_tokens=8, window=96).compile()
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    moved = re.findall(rf"= (\(?\w+\[.*?) ({kinds})(?:-start)?\(", program.as_text())
+    assert {"all-gather", "all-reduce"} <= {kind for _, kind in moved}  # the draw's, and the split matrices' sums
+    largest = max(
+        math.prod(map(int, size.split(","))) for shape, _ in moved for size in re.findall(r"\w\[([\d,]+)\]", shape)
+    )
+    smallest = min(leaf.size // 2 for leaf in jax.tree.leaves(params) if leaf.ndim > 2)
+    assert largest <= 8 * 64 < smallest, moved

@@ -25,6 +25,8 @@ class AlfworldConfig:
     """Reward of every other valid step."""
     reward_invalid: float = -0.1
     """Reward of a response whose action is missing or not admissible."""
+    max_invalid: int = 0
+    """Invalid actions after which an unsolved episode is truncated; 0 sets no limit."""
     cached_games: int = 64
     """How many parsed games an environment keeps (a group plays one game many times)."""
 
@@ -32,6 +34,8 @@ class AlfworldConfig:
         for name in ("max_steps", "cached_games"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.max_invalid < 0:
+            raise ValueError(f"expected max_invalid of at least 0 (no limit), got {self.max_invalid}")
 
 
 def extract_action(text: str) -> str | None:
@@ -72,7 +76,7 @@ class AlfworldEnv:
         self._config = config or AlfworldConfig()
         self._load = _remembering(load_game, self._config.cached_games)
         self._player: Player | None = None
-        self._steps = self._limit = 0
+        self._steps = self._limit = self._invalid = 0
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
         """Starts an episode of a payload.
@@ -80,7 +84,7 @@ class AlfworldEnv:
         Raises:
             ValueError: a payload that `load_game` does not understand.
         """
-        self._player, self._steps = start(self._load(task)), 0
+        self._player, self._steps, self._invalid = start(self._load(task)), 0, 0
         self._limit = task.get("generate", {}).get("max_steps", self._config.max_steps)
         return StepResult(self._player.observation, info=self._info(self._player, valid=True))
 
@@ -91,20 +95,25 @@ class AlfworldEnv:
             ValueError: no episode is running.
         """
         player = self._player
-        if player is None or player.won or self._steps >= self._limit:
+        if player is None or player.won or self._limited():
             raise ValueError("expected a running episode, got none; call reset first")
         self._steps += 1
         command = extract_action(action_text)
         observation = NOTHING_HAPPENS if command is None else player.step(command)
         valid = command is not None and player.acted
+        self._invalid += not valid
         reward = self._config.reward_step if valid else self._config.reward_invalid
         return StepResult(
             observation,
             reward=self._config.reward_won if valid and player.won else reward,
             terminated=player.won,
-            truncated=not player.won and self._steps >= self._limit,
+            truncated=not player.won and self._limited(),
             info=self._info(player, valid),
         )
+
+    def _limited(self) -> bool:
+        """Whether a limit ends the episode."""
+        return self._steps >= self._limit or 0 < self._config.max_invalid <= self._invalid
 
     def close(self) -> None:
         """Ends the episode."""
