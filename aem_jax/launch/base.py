@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from aem_jax.launch.config import RunConfig
+from aem_jax.launch.overrides import ConfigError
 from aem_jax.models import Params, Policy, save_pretrained
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
@@ -35,9 +36,12 @@ def load(config: RunConfig, run: Path, policy: Policy, mesh: Mesh) -> Params:
     """The frozen weights as they are used (`Policy.dtypes`), in the train layout: no float32 masters.
 
     Raises:
-        ValueError: files that are missing or do not fit.
+        ConfigError: files that are missing or do not fit.
     """
-    return load_params(source(config, run), policy, mesh=mesh, dtype=policy.dtypes)
+    try:
+        return load_params(source(config, run), policy, mesh=mesh, dtype=policy.dtypes)
+    except ValueError as error:
+        raise ConfigError(f"the frozen weights of {run} cannot be read: {error}") from error
 
 
 def save(run: Path, policy: Policy, mesh: Mesh, source: Any, stop_ids: Sequence[int]) -> None:

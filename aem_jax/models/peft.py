@@ -63,7 +63,7 @@ def _config(policy: LoraPolicy, base: str) -> dict[str, object]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         "target_modules": list(targets(policy.config, lora)),
         "lora_dropout": 0.0,
         "bias": "none",
