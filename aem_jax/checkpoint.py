@@ -39,7 +39,7 @@ class CheckpointConfig:
     keep_best: bool = True
     """Also the one with the highest score."""
     keep_first: bool = True
-    """Also that of step 0, which KL to the reference needs."""
+    """Also that of step 0, which KL to the reference needs (but not with LoRA where that is the frozen weights)."""
 
     def __post_init__(self):
         if self.keep < 1:

@@ -28,6 +28,7 @@ _SHARED: Rules = {
     "mlp": "tensor",
     "length": None,
     "norm": None,
+    "rank": None,
 }
 TRAIN: Rules = {**_SHARED, "embed": "fsdp"}
 """Learning: each weight split over fsdp along its embedding dimension and over tensor along the other."""

@@ -16,6 +16,7 @@ from aem_jax.envs.pool import PoolConfig
 from aem_jax.evaluate import EvaluationConfig
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.metrics import MetricsConfig
+from aem_jax.models.lora import LoraConfig
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sampler.draw import SamplingConfig
 from aem_jax.sharding import MeshConfig
@@ -132,6 +133,8 @@ class RunConfig:
     """Household games to make; of official data its task types choose."""
     model: ModelChoice = ModelChoice()
     """The policy."""
+    lora: LoraConfig = LoraConfig()
+    """Training adapters instead of all weights."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     mesh: MeshConfig = MeshConfig()

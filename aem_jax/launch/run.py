@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
 from aem_jax.envs.protocol import EnvError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
-from aem_jax.launch import build, record, runtime
+from aem_jax.launch import base, build, record, runtime
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.stage import Stage, StoppedError, open_stage
@@ -34,6 +35,7 @@ from aem_jax.learner import (
     make_update,
 )
 from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, read_lines
+from aem_jax.models import LoraPolicy
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
 from aem_jax.report import write_report
@@ -60,6 +62,7 @@ def train(config: RunConfig) -> int:
     with _opened(config, folder) as (stage, checkpoints):
         record.save(config, folder)
         try:
+            stage = _on_base(stage, checkpoints)
             state = _start(stage, checkpoints)
             if int(state.step) < config.train.num_steps:
                 state = _train(stage, state, checkpoints)
@@ -86,6 +89,7 @@ def evaluate(config: RunConfig) -> int:
     with _opened(config, folder) as (stage, checkpoints):
         if checkpoints.latest is None:
             raise ConfigError(f"no checkpoint in {folder}; train it first")
+        stage = _on_base(stage, checkpoints)
         state = _restore(stage, checkpoints)
         params, records = stage.reshard(state.params), []
         for split in config.evaluation.splits:
@@ -116,6 +120,20 @@ def _opened(config: RunConfig, folder: Path) -> Iterator[tuple[Stage, Checkpoint
             raise ConfigError(f"the run was stopped: {error}; the same command resumes it") from error
 
 
+def _on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
+    """The stage with the frozen weights of its adapter, which are made first if need be; without LoRA, as it is."""
+    config, folder = stage.config, stage.folder
+    if not config.lora.rank:
+        return stage
+    if build.warm_start_makes_base(config) and not base.is_there(folder):
+        if checkpoints.latest is not None:
+            raise ConfigError(f"expected the frozen weights of this LoRA run in {folder / base.FOLDER}, got none")
+        whole = dataclasses.replace(stage, policy=stage.policy.whole)
+        source = _parameters(whole) if config.warmstart.episodes == 0 else _fit(whole, _demonstrations(whole)).params
+        base.save(folder, stage.policy.whole, stage.mesh, source, stage.chat.stop_ids)
+    return stage.on(base.load(config, folder, stage.policy.whole, stage.mesh))
+
+
 def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     """The state to train from: the latest checkpoint's, else a warm start's, which is saved and evaluated."""
     config = stage.config
@@ -138,7 +156,8 @@ def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     config = stage.config
     optimizer = make_optimizer(config.learner, stage.policy.axes)
     checkpoints.check_space(abstract_state(stage.policy, optimizer, stage.mesh))
-    source = _parameters(stage) if config.warmstart.episodes == 0 else _fit(stage, _demonstrations(stage)).params
+    fits = config.warmstart.episodes > 0 and not build.warm_start_makes_base(config)
+    source = _fit(stage, _demonstrations(stage)).params if fits else _parameters(stage)
     state = init_state(stage.policy, optimizer, stage.mesh, source)
     checkpoints.save(0, state)
     return state
@@ -146,6 +165,8 @@ def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
 
 def _parameters(stage: Stage) -> Any:
     """What training begins from: float32 parameters from the model's files, or a key for random ones."""
+    if isinstance(stage.policy, LoraPolicy):
+        return jax.random.fold_in(stage.key("init"), 1)  # the key itself is that of random weights
     if not stage.config.model.path:
         return stage.key("init")
     folder = resolve(stage.config.model.path)
@@ -168,7 +189,7 @@ def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
     return warmstart(
         init_state(stage.policy, optimizer, stage.mesh, _parameters(stage)),
         demonstrations,
-        update=make_supervised_update(stage.policy, learner, stage.mesh),
+        update=partial(make_supervised_update(stage.policy, learner, stage.mesh), frozen=stage.frozen),
         place=lambda batch: place(batch, stage.mesh),
         layout=build.batch_layout(config, settings.batch_episodes, 1),
         config=settings,
@@ -217,7 +238,7 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
         reshard=stage.reshard,
         collate=lambda found, step: place(collate(found, layout, seed=(config.seed, step)), stage.mesh),
         credit=make_credit(build.response_advantages(config.algorithm), config.aem, num_groups, stage.mesh),
-        update=make_update(stage.policy, config.learner, stage.mesh),
+        update=partial(make_update(stage.policy, config.learner, stage.mesh), frozen=stage.frozen),
         reference=_reference(stage, checkpoints),
         tasks=task_groups(stage.domain.training, num_groups, seed=config.seed, start=start),
         finish=finish,
@@ -234,9 +255,13 @@ def _reference(stage: Stage, checkpoints: Checkpoints):
     """batch -> logprobs of the policy as it was before reinforcement learning; None where no KL is asked for."""
     if not stage.config.learner.kl_coefficient:
         return None
-    optimizer = make_optimizer(stage.config.learner, stage.policy.axes)
-    params = checkpoints.restore(abstract_state(stage.policy, optimizer, stage.mesh), step=0).params
-    token_logprobs = make_token_logprobs(stage.policy, stage.config.learner, stage.mesh)
+    if build.reference_is_base(stage.config):
+        policy, params = stage.policy.whole, stage.frozen
+    else:
+        optimizer = make_optimizer(stage.config.learner, stage.policy.axes)
+        params = checkpoints.restore(abstract_state(stage.policy, optimizer, stage.mesh), step=0).params
+        policy, params = stage.policy, params if stage.frozen is None else (params, stage.frozen)
+    token_logprobs = make_token_logprobs(policy, stage.config.learner, stage.mesh)
     return lambda batch: token_logprobs(params, batch)
 
 

@@ -3,7 +3,8 @@
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from aem_jax.launch.config import RunConfig
 from aem_jax.launch.household import Domain, household, texts
 from aem_jax.launch.progress import Report, open_progress
 from aem_jax.launch.signals import StopRequest, stop_on_signals
-from aem_jax.models import Policy
+from aem_jax.models import LoraPolicy, Policy
 from aem_jax.models.pretrained import resolve
 from aem_jax.rollout import Rollout
 from aem_jax.sampler import Sampler
-from aem_jax.sampler.layout import make_reshard
+from aem_jax.sampler.layout import make_lora_reshard, make_reshard
 from aem_jax.sharding import make_mesh, slot_shards
 from aem_jax.tokenizer import CHATML, ChatTokenizer
 
@@ -40,24 +41,30 @@ class Stage:
         folder: the run's.
         domain: the environment and what there is to do in it.
         chat: the tokenizer.
-        policy: the decoder.
+        policy: the decoder, or adapters of it.
         mesh: the device mesh.
         rollout: plays episodes.
         reshard: learner's parameters -> decode layout.
         report: shows progress.
         stop: whether somebody asked the run to stop.
+        frozen: with LoRA, the weights beside the adapter, in the train layout (`on`); else None.
     """
 
     config: RunConfig
     folder: Path
     domain: Domain
     chat: ChatTokenizer
-    policy: Policy
+    policy: Policy | LoraPolicy
     mesh: Mesh
     rollout: Rollout
-    reshard: Callable[[Any], Any]
+    reshard: Callable[..., Any]
     report: Report
     stop: StopRequest
+    frozen: Any = None
+
+    def on(self, frozen: Any) -> "Stage":
+        """This stage with weights for its adapter to stand beside."""
+        return replace(self, frozen=frozen, reshard=partial(self.reshard, frozen=frozen))
 
     def key(self, purpose: str) -> jax.Array:
         """The run's PRNG key for one of `PURPOSES`."""
@@ -86,7 +93,7 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack) -> Stage:
     report = stack.enter_context(open_progress())
     domain = household(config)
     chat = _tokenizer(config, domain, folder / "tokenizer")
-    policy = Policy(build.model_config(config.model, chat.vocab_size))
+    policy = build.make_policy(config, chat.vocab_size)
     mesh = make_mesh(config.mesh)
     if config.batch.rows % slot_shards(mesh):
         raise ValueError(
@@ -94,7 +101,7 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack) -> Stage:
         )
     pool = stack.enter_context(EnvPool(config.env, (domain.name, domain.settings)))
     sampler = Sampler(
-        policy,
+        policy.sampled,
         config.sampling,
         chat.stop_ids,
         capacity=config.rollout.context_tokens,
@@ -103,7 +110,8 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack) -> Stage:
         mesh=mesh,
     )
     rollout = Rollout(sampler, chat, pool, config.rollout)
-    return Stage(config, folder, domain, chat, policy, mesh, rollout, make_reshard(policy, mesh), report, stop)
+    reshard = make_lora_reshard(policy, mesh) if isinstance(policy, LoraPolicy) else make_reshard(policy, mesh)
+    return Stage(config, folder, domain, chat, policy, mesh, rollout, reshard, report, stop)
 
 
 def _tokenizer(config: RunConfig, domain: Domain, folder: Path) -> ChatTokenizer:
