@@ -1,5 +1,6 @@
 """`export FOLDER`: a run's latest checkpoint as a model in Hugging Face's files, tokenizer included."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from aem_jax.checkpoint import CheckpointError, Checkpoints
@@ -26,7 +27,7 @@ def export(config: RunConfig, folder: Path) -> int:
     run = Path(config.runs_dir) / config.name
     try:
         check_free(folder)
-        runtime.set_up(config.runtime)
+        runtime.set_up(replace(config.runtime, distributed="off"))  # one process writes it
         chat = ChatTokenizer.from_pretrained(run / "tokenizer", appends=False)
         policy = Policy(build.model_config(config.model, chat.vocab_size))
         optimizer = make_optimizer(config.learner, policy.axes)
