@@ -185,7 +185,7 @@ class Peer:
                 continue
             part = self._connection.recv(min(size, 1 << 20))
             if not part:
-                raise ConnectionError("its connection closed; was it killed?")
+                raise ConnectionError("its connection closed, was it killed?")
             silent = 0.0
             parts.append(part)
             size -= len(part)

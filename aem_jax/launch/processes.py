@@ -256,7 +256,7 @@ def _end_unmet(who: str, waited_s: float) -> None:
 def _end_left_behind(loss: Loss) -> None:
     if loss.told:
         time.sleep(_GRACE_S)  # often the same error is about to be met here
-    _say(f"\nerror: {loss}. This run stops; the same command resumes it")
+    _say(f"\nerror: {loss}{'' if str(loss).endswith('?') else '.'} This run stops; the same command resumes it")
     _end_now(LEFT_BEHIND)
 
 
