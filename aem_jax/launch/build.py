@@ -11,6 +11,7 @@ from aem_jax.batch import BatchLayout
 from aem_jax.credit import ResponseAdvantages
 from aem_jax.launch.config import AlgorithmConfig, ModelChoice, RunConfig
 from aem_jax.launch.overrides import ConfigError, nearest
+from aem_jax.launch.processes import expected
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy
 from aem_jax.models.pretrained import read_config, resolve
@@ -145,7 +146,8 @@ def check(config: RunConfig) -> None:
         )
     servers = len(config.env.urls) or config.env.num_servers
     sessions = servers * config.env.sessions_per_server
-    if sessions < config.rollout.num_slots:
+    # On several hosts each process plays its share of the slots with servers of its own: the rollout looks.
+    if sessions < config.rollout.num_slots and expected(config.runtime) == 1:
         raise ConfigError(
             f"--rollout.num-slots: expected at most {sessions} (servers × --env.sessions-per-server), "
             f"got {config.rollout.num_slots}; raise --env.sessions-per-server or --env.num-servers"

@@ -1,5 +1,6 @@
 """`export FOLDER`: a run's latest checkpoint as a model in Hugging Face's files, tokenizer included; or its adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -30,7 +31,7 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
     run = Path(config.runs_dir) / config.name
     try:
         check_free(folder)
-        runtime.set_up(config.runtime)
+        runtime.set_up(replace(config.runtime, distributed="off"))  # one process writes it
         chat, mesh = ChatTokenizer.from_pretrained(run / "tokenizer", appends=False), make_mesh(config.mesh)
         policy = build.make_policy(config, chat.vocab_size)
         if adapter and not isinstance(policy, LoraPolicy):

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
 from aem_jax.envs.protocol import EnvError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
-from aem_jax.launch import base, build, record, runtime
+from aem_jax.launch import base, build, processes, record, runtime
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.stage import Stage, StoppedError, open_stage
@@ -57,10 +57,10 @@ def train(config: RunConfig) -> int:
         ConfigError: what is asked for cannot be done.
     """
     folder = Path(config.runs_dir) / config.name
-    if (folder / record.FILE).exists():
-        record.check_resumable(record.load(folder), config, folder)
-    with _opened(config, folder) as (stage, checkpoints):
-        record.save(config, folder)
+    with _opened(config, folder, check_resumable=True) as (stage, checkpoints):
+        is_first = stage.hosts.is_first
+        if is_first:
+            record.save(config, folder)
         try:
             stage = _on_base(stage, checkpoints)
             state = _start(stage, checkpoints)
@@ -71,8 +71,9 @@ def train(config: RunConfig) -> int:
             _evaluate(stage, state, "final", config.evaluation.splits, stop=stage.check_stop)
         except StoppedError:
             return stage.stop.exit_status
-    print_summary(read_lines(folder / EVALUATIONS), sampled(config.sampling.temperature))
-    print(f"report: {write_report(folder)}", flush=True)
+    if is_first:
+        print_summary(read_lines(folder / EVALUATIONS), sampled(config.sampling.temperature))
+        print(f"report: {write_report(folder)}", flush=True)
     return 0
 
 
@@ -91,27 +92,34 @@ def evaluate(config: RunConfig) -> int:
             raise ConfigError(f"no checkpoint in {folder}; train it first")
         stage = _on_base(stage, checkpoints)
         state = _restore(stage, checkpoints)
-        params, records = stage.reshard(state.params), []
+        params, records, is_first = stage.reshard(state.params), [], stage.hosts.is_first
         for split in config.evaluation.splits:
             tasks, name = stage.domain.evaluation(split, config.evaluation.size)
             found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
             records.append(found.record(int(state.step), "evaluate"))
-            print(json_line(records[-1]), flush=True)
-            if stage.stop.requested:
+            if is_first:
+                print(json_line(records[-1]), flush=True)
+            if stage.stop.look():
                 return stage.stop.exit_status
-    print_summary(records, sampled(config.sampling.temperature), sys.stderr)
+    if is_first:
+        print_summary(records, sampled(config.sampling.temperature), sys.stderr)
     return 0
 
 
 @contextmanager
-def _opened(config: RunConfig, folder: Path) -> Iterator[tuple[Stage, Checkpoints]]:
+def _opened(config: RunConfig, folder: Path, check_resumable: bool = False) -> Iterator[tuple[Stage, Checkpoints]]:
     """The machine set up, checkpoints and stage opened; what cannot be had is a `ConfigError`."""
     with ExitStack() as stack:
         try:
             runtime.set_up(config.runtime)  # before anything computes, and checkpoints do
+            hosts = stack.enter_context(processes.joined(config.runtime))
+            processes.check_same(hosts, config)
+            if check_resumable and hosts.is_first and (folder / record.FILE).exists():
+                record.check_resumable(record.load(folder), config, folder)
             # The folder next: whoever cannot write there should know before anything else is begun.
-            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint))
-            stage = open_stage(config, folder, stack)
+            processes.check_shared(hosts, folder)
+            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint, hosts))
+            stage = open_stage(config, folder, stack, hosts)
         except (CheckpointError, EnvError, ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
         try:
@@ -138,7 +146,8 @@ def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     """The state to train from: the latest checkpoint's, else a warm start's, which is saved and evaluated."""
     config = stage.config
     state = _warm_start(stage, checkpoints) if checkpoints.latest is None else _restore(stage, checkpoints)
-    drop_lines(stage.folder / EVALUATIONS, int(state.step) + 1)
+    if stage.hosts.is_first:
+        drop_lines(stage.folder / EVALUATIONS, int(state.step) + 1)
     if int(state.step) == 0:
         if config.evaluation.baselines:
             _baselines(stage)
@@ -177,13 +186,15 @@ def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
     config, settings = stage.config, stage.config.warmstart
     learner = build.warmstart_learner(config)
     optimizer = make_optimizer(learner, stage.policy.axes)
-    lines = stage.folder / "warmstart.jsonl"
-    drop_lines(lines, 0)
+    lines, is_first = stage.folder / "warmstart.jsonl", stage.hosts.is_first
+    if is_first:
+        drop_lines(lines, 0)
 
     def report(step: int, stats: Mapping[str, Any]) -> None:
         stage.check_stop()
         values = {f"learner/{name}": float(value) for name, value in jax.device_get(stats).items()}
-        append_line(lines, {"step": step, **values})
+        if is_first:
+            append_line(lines, {"step": step, **values})
         stage.report("warm start", step + 1, settings.steps, values)
 
     return warmstart(
@@ -216,21 +227,26 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
     config, folder, start = stage.config, stage.folder, int(state.step)
     num_steps, num_groups = config.train.num_steps, config.rollout.groups_per_step
     layout = build.batch_layout(config, num_groups * config.rollout.group_size, config.learner.num_minibatches)
-    writer = MetricsWriter(folder, config.metrics, start_step=start, run_config=dataclasses.asdict(config))
+    is_first = stage.hosts.is_first
+    settings = dataclasses.asdict(config)
+    writer = MetricsWriter(folder, config.metrics, start_step=start, run_config=settings) if is_first else None
 
     def finish(
         state: TrainState, step: int, metrics: Metrics, trajectories: Sequence[Trajectory], credit: Credit
     ) -> None:
         done = step + 1
-        writer.write(step, metrics)
+        if writer:
+            writer.write(step, metrics)
         stage.report("train", done, num_steps, metrics)
         score = None
         if config.evaluation.every and (done % config.evaluation.every == 0 or done == num_steps):
             # What was trained last is looked at before it is saved: it may be the best.
             phase = "final" if done == num_steps else "train"
             score = _evaluate(stage, state, phase, config.evaluation.splits[:1])
-        if done % config.train.save_every == 0 or done == num_steps or score is not None or stage.stop.requested:
-            (folder / "transcripts.json").write_text(json.dumps(transcripts(trajectories, credit, step)))
+        stopping = stage.stop.look()
+        if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
+            if is_first:
+                (folder / "transcripts.json").write_text(json.dumps(transcripts(trajectories, credit, step)))
             checkpoints.save(done, state, score=score)
 
     parts = Parts(
@@ -242,11 +258,11 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
         reference=_reference(stage, checkpoints),
         tasks=task_groups(stage.domain.training, num_groups, seed=config.seed, start=start),
         finish=finish,
-        stop=lambda: stage.stop.requested,
+        stop=stage.stop.look,
     )
-    with writer:
+    with writer or nullcontext():
         state = train_steps(state, parts, stage.key("train"), num_steps)
-    if stage.stop.requested and checkpoints.latest != int(state.step):
+    if stage.stop.look() and checkpoints.latest != int(state.step):
         checkpoints.save(int(state.step), state)  # asked between the step's own look and now
     return state
 
@@ -276,11 +292,12 @@ def _evaluate(
     params = success = None
     for count, split in enumerate(splits, start=1):
         tasks, name = stage.domain.evaluation(split, stage.config.evaluation.size)
-        if _is_done(lines, phase, name, step):
+        if stage.hosts.of_first(_is_done(lines, phase, name, step)):
             continue
         params = stage.reshard(state.params) if params is None else params
         found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
-        append_line(lines, found.record(step, phase))
+        if stage.hosts.is_first:
+            append_line(lines, found.record(step, phase))
         success = found.rate.success if found.rate.count else None
         stage.report(f"evaluate ({phase})", count, len(splits), {"rollout/success": found.rate.success})
         stop()
@@ -288,13 +305,13 @@ def _evaluate(
 
 
 def _baselines(stage: Stage) -> None:
-    """Plays the fixed sets with the scripted agents."""
+    """Plays the fixed sets with the scripted agents: in process 0, for no device is needed."""
     config, lines, env = stage.config, stage.folder / EVALUATIONS, stage.domain.make_env()
     agents = [(split, name) for split in config.evaluation.splits for name in stage.domain.baselines]
     for count, (split, agent) in enumerate(agents, start=1):
         stage.check_stop()
         tasks, name = stage.domain.evaluation(split, config.evaluation.size)
-        if _is_done(lines, agent, name, 0):
+        if not stage.hosts.is_first or _is_done(lines, agent, name, 0):
             continue
         make_act, max_turns = stage.domain.baselines[agent], config.rollout.max_turns
         found = evaluate_agent(env, make_act, tasks, max_turns=max_turns, name=name, split=split)
