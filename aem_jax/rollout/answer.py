@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from aem_jax.hosts import Hosts
 from aem_jax.rollout.episode import Episode
@@ -59,12 +60,13 @@ def exchange(hosts: Hosts, own: Mapping[int, Answer], cohort: Sequence[Episode |
     return {int(slot): _answer(plain) for each in said for slot, plain in each["answers"].items()}
 
 
-def _plain(answer: Answer) -> dict:
+def _plain(answer: Answer) -> dict[str, Any]:
     return asdict(answer) | {"ending": answer.ending and answer.ending.value}
 
 
-def _answer(plain: dict) -> Answer:
-    return Answer(**plain | {"ending": plain["ending"] and Ending(plain["ending"])})
+def _answer(plain: dict[str, Any]) -> Answer:
+    fields: dict[str, Any] = {**plain, "ending": plain["ending"] and Ending(plain["ending"])}
+    return Answer(**fields)
 
 
 def _checksum(cohort: Iterable[Episode | None]) -> int:
