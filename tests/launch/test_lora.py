@@ -104,9 +104,8 @@ def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment
     steps = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in steps] == [0, 1]
     assert all(record["parity/max"] < 1e-4 for record in steps)
-    # the reference is the model as it came: at first the policy itself, then no longer
-    assert steps[0]["learner/kl_reference"] == pytest.approx(0, abs=1e-5)
-    assert steps[1]["learner/kl_reference"] > 1e-7
+    # the reference is the model as it came: at first the policy itself, up to rounding, then no longer
+    assert abs(steps[0]["learner/kl_reference"]) < 1e-10 < steps[1]["learner/kl_reference"]
     assert not (tmp_path / "run" / "base").exists()
     check_export(tmp_path / "run", model, tmp_path / "out", environment, scale=2.0)
 
