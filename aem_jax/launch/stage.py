@@ -16,6 +16,7 @@ from aem_jax.hosts import Hosts
 from aem_jax.launch import build
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.household import Domain, household, texts
+from aem_jax.launch.mesh import open_mesh
 from aem_jax.launch.processes import share_urls
 from aem_jax.launch.progress import Report, open_progress
 from aem_jax.launch.signals import StopRequest, stop_on_signals
@@ -24,7 +25,7 @@ from aem_jax.models.pretrained import resolve
 from aem_jax.rollout import Rollout
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.layout import make_lora_reshard, make_reshard
-from aem_jax.sharding import make_mesh, slot_shards
+from aem_jax.sharding import slot_shards
 from aem_jax.tokenizer import CHATML, ChatTokenizer
 
 PURPOSES = ("init", "train", "evaluate")
@@ -96,7 +97,7 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) 
     domain = household(config)
     chat = _tokenizer(config, domain, folder / "tokenizer", hosts)
     policy = build.make_policy(config, chat.vocab_size)
-    mesh = make_mesh(config.mesh)
+    mesh = open_mesh(config, policy.config)
     if config.batch.rows % slot_shards(mesh):
         raise ValueError(
             f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {config.batch.rows}"
