@@ -153,7 +153,7 @@ def abstract_batch(layout: BatchLayout, mesh: Mesh) -> Batch:
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on the mesh. On several hosts each of them must hold the same batch.
+    """The batch on the mesh. On several hosts each of them holds the same batch and gives its devices their rows.
 
     Raises:
         ValueError: the rows of a microbatch do not divide over the mesh.
@@ -161,7 +161,12 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
     rows, ways = np.shape(batch.tokens)[1], slot_shards(mesh)
     if rows % ways:
         raise ValueError(f"expected BatchLayout.rows divisible by data × fsdp = {ways}, got {rows}")
-    return jax.device_put(batch, batch_shardings(mesh))
+    where = batch_shardings(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, where)
+    # device_put would first send every array to every host, to see whether they are equal
+    one = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])  # noqa: E731
+    return jax.tree.map(one, batch, where)
 
 
 class _Segment(NamedTuple):

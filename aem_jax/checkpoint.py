@@ -18,6 +18,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from aem_jax.hosts import ALONE, Hosts
+
 State = TypeVar("State")
 
 _log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class CheckpointConfig:
     keep_best: bool = True
     """Also the one with the highest score."""
     keep_first: bool = True
-    """Also that of step 0, which KL to the reference needs."""
+    """Also that of step 0, which KL to the reference needs (but not with LoRA where that is the frozen weights)."""
 
     def __post_init__(self):
         if self.keep < 1:
@@ -47,23 +49,30 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder, one subfolder a step."""
+    """The checkpoints of one run, in one folder, one subfolder a step.
 
-    def __init__(self, folder: Path | str, config: CheckpointConfig = CheckpointConfig()):
+    On several hosts each process writes what lies on its devices: the folder is one that all of them see, and all of
+    them call the same methods in the same order.
+    """
+
+    def __init__(self, folder: Path | str, config: CheckpointConfig = CheckpointConfig(), hosts: Hosts = ALONE):
         """Opens or makes the folder. Reading what another process is writing is fine.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            CheckpointError: the folder cannot be written, or the processes of the run do not see the same in it.
         """
         self.folder = Path(folder).resolve()
-        self._config = config
+        self._config, self._hosts = config, hosts
         self._fits = False
-        _probe(self.folder)
+        _probe(self.folder, hosts.index)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(preservation_policy=_preservation(config), best_fn=_score),
             item_names=("state", "extra"),
         )
+        seen = hosts.gather_json(self.steps)
+        if any(steps != seen[0] for steps in seen):
+            raise CheckpointError(f"expected the same steps in {self.folder} from every process, got {seen}")
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -160,6 +169,8 @@ class Checkpoints:
                 items = self._manager.restore(each, args=_items(state=ocp.args.StandardRestore(abstract_state)))
             except Exception as error:
                 failures[each] = error
+            if self._hosts.largest(each in failures):
+                failures.setdefault(each, CheckpointError("another process cannot read it"))
                 continue
             self._put_aside(failures, each)
             return items["state"]
@@ -197,6 +208,8 @@ class Checkpoints:
         Raises:
             CheckpointError: it does not; says how much is missing.
         """
+        if not self._hosts.is_first:
+            return  # one look at a shared folder is enough
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         copies = 1
         if not self._fits:
@@ -216,7 +229,7 @@ class Checkpoints:
         return CheckpointError(f"cannot write a checkpoint into {self.folder}: {first}. {self._last_good()}")
 
     def _take_away_half_written(self) -> None:
-        if jax.process_index() == 0:
+        if self._hosts.is_first:
             for half in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
 
@@ -225,7 +238,7 @@ class Checkpoints:
         return f"The last good checkpoint is that of step {good[-1]}" if good else "There is no good checkpoint yet"
 
     def _put_aside(self, failures: Mapping[int, Exception], taken: int) -> None:
-        for step, error in failures.items():
+        for step, error in failures.items() if self._hosts.is_first else ():
             _log.warning(
                 "checkpoint of step %d cannot be read and is put aside, step %d is taken: %s", step, taken, error
             )
@@ -234,6 +247,7 @@ class Checkpoints:
             shutil.rmtree(aside / str(step), ignore_errors=True)
             (self.folder / str(step)).rename(aside / str(step))
         if failures:
+            self._hosts.wait()
             self._manager.reload()
 
 
@@ -254,9 +268,9 @@ def _preservation(config: CheckpointConfig) -> Any:
     return checkpoint_managers.AnyPreservationPolicy(policies)
 
 
-def _probe(folder: Path) -> None:
+def _probe(folder: Path, process: int) -> None:
     """Writes a file and takes it away again: permissions, read-only mounts and quotas show only so."""
-    probe = folder / f".probe-{os.getpid()}"
+    probe = folder / f".probe-{process}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with probe.open("wb") as file:

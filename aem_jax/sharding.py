@@ -28,6 +28,7 @@ _SHARED: Rules = {
     "mlp": "tensor",
     "length": None,
     "norm": None,
+    "rank": None,
 }
 TRAIN: Rules = {**_SHARED, "embed": "fsdp"}
 """Learning: each weight split over fsdp along its embedding dimension and over tensor along the other."""
@@ -37,7 +38,8 @@ DECODE: Rules = {**_SHARED, "embed": None}
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Shape of the device mesh. One entry may be -1: it takes the devices that the others leave."""
+    """Shape of the device mesh. One entry may be -1: it takes the devices that the others leave. Left as it is, a run of
+    several devices chooses it from the model, the slots and rows, and the devices' memory."""
 
     data: int = 1
     """Replicas of the parameters; rows and slots are split over them."""

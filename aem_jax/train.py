@@ -75,8 +75,9 @@ def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> Tr
     parts.rollout.warm_up(parts.reshard(state.params))
     for step in range(first, num_steps):
         start, compiled = time.perf_counter(), compilations()
-        params = parts.reshard(state.params)
-        trajectories, played = parts.rollout(params, next(parts.tasks), jax.random.fold_in(key, step))
+        # What is laid out for sampling gets no name here: its memory is free again when the update needs it.
+        episode_key = jax.random.fold_in(key, step)
+        trajectories, played = parts.rollout(parts.reshard(state.params), next(parts.tasks), episode_key)
         rolled_out = time.perf_counter()
         batch = parts.collate(trajectories, step)
         credit, credit_stats = parts.credit(batch)

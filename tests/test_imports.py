@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "aem_jax"
 
 LEVELS = {
     0: {"advantage", "losses"},
-    1: {"trajectory", "sharding", "tokenizer", "models", "envs"},
+    1: {"trajectory", "sharding", "tokenizer", "models", "envs", "hosts"},
     2: {"sampler", "rollout", "batch", "credit", "learner", "data", "checkpoint", "metrics", "report", "compilations"},
     3: {"train", "warmstart", "evaluate"},
     4: {"launch"},
@@ -22,7 +22,7 @@ SAME_LEVEL = {("models", "sharding")}
 """Rooms of levels 0 and 1 ignore each other, but for these; from level 2 on the import graph must only be acyclic."""
 
 JAX_ALONE = {"advantage", "losses"}
-NO_JAX = {"envs", "trajectory"}
+NO_JAX = {"envs", "trajectory", "hosts"}
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "tensorstore"}
 OWNERS = {"transformers": "tokenizer", "tokenizers": "tokenizer", "orbax": "checkpoint", "grain": "data"}
 """Third-party package -> the one room that may import it."""

@@ -95,7 +95,7 @@ def test_turn_by_turn_equals_the_whole_conversation(tiny, tmp_path, name, system
 
 def test_observations_are_stripped_where_the_template_strips(tiny, tmp_path):
     tokenizer = with_template(tiny, tmp_path, BEGINS_AND_STRIPS)
-    assert tokenizer.markup.strips and not tiny.markup.strips
+    assert tokenizer.markup and tokenizer.markup.strips and tiny.markup and not tiny.markup.strips
     assert tokenizer.delta_ids(" \nNothing happens.\n") == tokenizer.delta_ids("Nothing happens.")
     assert tiny.delta_ids(" \nNothing happens.\n") != tiny.delta_ids("Nothing happens.")
 

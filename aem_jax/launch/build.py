@@ -11,8 +11,9 @@ from aem_jax.batch import BatchLayout
 from aem_jax.credit import ResponseAdvantages
 from aem_jax.launch.config import AlgorithmConfig, ModelChoice, RunConfig
 from aem_jax.launch.overrides import ConfigError, nearest
+from aem_jax.launch.processes import expected
 from aem_jax.learner.config import LearnerConfig
-from aem_jax.models import CONFIGS, ModelConfig
+from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy
 from aem_jax.models.pretrained import read_config, resolve
 
 ESTIMATORS: Mapping[str, Callable[[AlgorithmConfig], Estimator]] = {
@@ -59,6 +60,34 @@ def model_config(choice: ModelChoice, vocab_size: int) -> ModelConfig:
         raise ConfigError(f"--model: {error}") from None
 
 
+def make_policy(config: RunConfig, vocab_size: int) -> Policy | LoraPolicy:
+    """What is trained: all of a decoder, or adapters of one.
+
+    Raises:
+        ConfigError: as `model_config`.
+        ValueError: as `model_config`, or a rank that the decoder's projections cannot have.
+    """
+    whole = Policy(model_config(config.model, vocab_size))
+    if not config.lora.rank:
+        return whole
+    policy = LoraPolicy(whole, config.lora)
+    try:
+        policy.axes  # noqa: B018
+    except ValueError as error:
+        raise ConfigError(f"--lora.rank: {error}") from None
+    return policy
+
+
+def warm_start_makes_base(config: RunConfig) -> bool:
+    """Whether the warm start trains all weights, on which reinforcement learning then trains adapters."""
+    return bool(config.lora.rank) and not config.model.path
+
+
+def reference_is_base(config: RunConfig) -> bool:
+    """Whether the policy before reinforcement learning is that of the frozen weights alone."""
+    return bool(config.lora.rank) and (warm_start_makes_base(config) or not config.warmstart.episodes)
+
+
 def known_model(name: str) -> ModelConfig:
     """A known size by name.
 
@@ -97,6 +126,7 @@ def warmstart_learner(config: RunConfig) -> LearnerConfig:
         temperature=learner.temperature,
         head_chunk=learner.head_chunk,
         remat=learner.remat,
+        moments=learner.moments,
     )
 
 
@@ -116,7 +146,8 @@ def check(config: RunConfig) -> None:
         )
     servers = len(config.env.urls) or config.env.num_servers
     sessions = servers * config.env.sessions_per_server
-    if sessions < config.rollout.num_slots:
+    # On several hosts each process plays its share of the slots with servers of its own: the rollout looks.
+    if sessions < config.rollout.num_slots and expected(config.runtime) == 1:
         raise ConfigError(
             f"--rollout.num-slots: expected at most {sessions} (servers × --env.sessions-per-server), "
             f"got {config.rollout.num_slots}; raise --env.sessions-per-server or --env.num-servers"
@@ -127,7 +158,7 @@ def check(config: RunConfig) -> None:
             f"--learner.temperature: expected {sampled} with --sampling.temperature {config.sampling.temperature}, "
             f"got {config.learner.temperature}; the learner must see the distribution that was sampled"
         )
-    if config.learner.kl_coefficient and not config.checkpoint.keep_first:
+    if config.learner.kl_coefficient and not config.checkpoint.keep_first and not reference_is_base(config):
         raise ConfigError(
             "--checkpoint.keep-first: expected True with --learner.kl-coefficient above 0, got False;"
             " the reference policy is that of step 0, and a resumed run reads it from there"

@@ -91,11 +91,17 @@ def _export(words: Sequence[str]) -> int:
         return _help(read_preset(DEFAULT), "export FOLDER", COMMANDS["export"].help)
     if len(names) != 1:
         raise ConfigError(f"expected one folder to write to, got {len(names)}; export FOLDER --name RUN")
+    from aem_jax.launch.overrides import read
+
+    try:
+        adapter = read(options.pop("adapter", ["false"]), bool)
+    except ValueError as error:
+        raise ConfigError(f"--adapter: {error}") from None
     config = _trained(options)
 
     from aem_jax.launch.export import export
 
-    return export(config, Path(names[0]))
+    return export(config, Path(names[0]), adapter)
 
 
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
@@ -157,7 +163,10 @@ COMMANDS: Mapping[str, Command] = {
         _train, "Trains a policy, or goes on where the same command stopped; what is done without a command."
     ),
     "evaluate": Command(_evaluate, "Evaluates a trained run on its fixed evaluation sets."),
-    "export": Command(_export, "Writes a trained run's model in Hugging Face's files."),
+    "export": Command(
+        _export,
+        "Writes a trained run's model in Hugging Face's files; --adapter True: a LoRA run's adapter, in PEFT's.",
+    ),
     "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),
     "bench": Command(_bench, "Measures the parts on this machine; prints a table and one JSON line."),
     "plan": Command(_plan, "Says what a run takes on devices that need not be there: memory, FLOPs, time."),

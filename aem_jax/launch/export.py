@@ -1,43 +1,57 @@
-"""`export FOLDER`: a run's latest checkpoint as a model in Hugging Face's files, tokenizer included."""
+"""`export FOLDER`: a run's latest checkpoint as a model in Hugging Face's files, tokenizer included; or its adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import jax
+
 from aem_jax.checkpoint import CheckpointError, Checkpoints
-from aem_jax.launch import build, runtime
+from aem_jax.launch import base, build, runtime
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.learner import abstract_state, make_optimizer
-from aem_jax.models import Policy, save_pretrained
+from aem_jax.models import LoraPolicy, save_pretrained
+from aem_jax.models.peft import save_adapter
 from aem_jax.models.pretrained import check_free
 from aem_jax.sharding import make_mesh
 from aem_jax.tokenizer import ChatTokenizer
 
 
-def export(config: RunConfig, folder: Path) -> int:
+def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
     """Writes the model of a run; returns the exit status.
 
     Args:
         config: the run's own.
         folder: to write to; new or empty.
+        adapter: write what a LoRA run trained, in PEFT's files; else its adapter is merged into the weights.
 
     Raises:
-        ConfigError: the run has no checkpoint, or the folder is not free.
+        ConfigError: the run has no checkpoint, or no adapter, or the folder is not free.
     """
     run = Path(config.runs_dir) / config.name
     try:
         check_free(folder)
-        runtime.set_up(config.runtime)
-        chat = ChatTokenizer.from_pretrained(run / "tokenizer", appends=False)
-        policy = Policy(build.model_config(config.model, chat.vocab_size))
+        runtime.set_up(replace(config.runtime, distributed="off"))  # one process writes it
+        chat, mesh = ChatTokenizer.from_pretrained(run / "tokenizer", appends=False), make_mesh(config.mesh)
+        policy = build.make_policy(config, chat.vocab_size)
+        if adapter and not isinstance(policy, LoraPolicy):
+            raise ConfigError(f"--adapter: {run} trained all weights, not an adapter (--lora.rank); leave it out")
         optimizer = make_optimizer(config.learner, policy.axes)
         with Checkpoints(run / "checkpoints", config.checkpoint) as checkpoints:
             step = checkpoints.latest
             if step is None:
                 raise ConfigError(f"no checkpoint in {run}; train it first")
-            params = checkpoints.restore(abstract_state(policy, optimizer, make_mesh(config.mesh))).params
-        save_pretrained(
-            folder, policy.config, params, dtype=policy.config.dtype, source=run / "tokenizer", stop_ids=chat.stop_ids
-        )
+            params = checkpoints.restore(abstract_state(policy, optimizer, mesh)).params
+        if adapter and isinstance(policy, LoraPolicy):
+            stands_on = config.model.path or str((run / base.FOLDER).resolve())
+            save_adapter(folder, policy, params, base=stands_on)
+        else:
+            if isinstance(policy, LoraPolicy):
+                frozen = base.load(config, run, policy.whole, mesh)
+                merged = jax.jit(policy.merge)(params, frozen["layers"])  # the numbers that were sampled with
+                params = {**frozen, "layers": {**frozen["layers"], **merged}}
+            used = policy.config.dtype
+            save_pretrained(folder, policy.config, params, dtype=used, source=run / "tokenizer", stop_ids=chat.stop_ids)
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     print(f"step {step} of {run} -> {folder}")

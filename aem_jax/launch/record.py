@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from aem_jax.launch.config import RunConfig, is_harmless
 from aem_jax.launch.options import flag
 from aem_jax.launch.overrides import ConfigError, as_values, flatten, override
+from aem_jax.launch.processes import placeless
 
 FILE = "config.json"
 
 
 def save(config: RunConfig, folder: Path) -> None:
-    """Writes `config.json`, whole or not at all."""
+    """Writes `config.json`, whole or not at all; which process of how many wrote it is left out."""
+    config = replace(config, runtime=placeless(config.runtime))
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{FILE}.partial"
     partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")

@@ -7,7 +7,8 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
 from aem_jax.envs.protocol import EnvError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
-from aem_jax.launch import build, record, runtime
+from aem_jax.launch import base, build, processes, record, runtime
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.stage import Stage, StoppedError, open_stage
@@ -34,6 +35,7 @@ from aem_jax.learner import (
     make_update,
 )
 from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, read_lines
+from aem_jax.models import LoraPolicy
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
 from aem_jax.report import write_report
@@ -55,11 +57,12 @@ def train(config: RunConfig) -> int:
         ConfigError: what is asked for cannot be done.
     """
     folder = Path(config.runs_dir) / config.name
-    if (folder / record.FILE).exists():
-        record.check_resumable(record.load(folder), config, folder)
-    with _opened(config, folder) as (stage, checkpoints):
-        record.save(config, folder)
+    with _opened(config, folder, check_resumable=True) as (stage, checkpoints):
+        is_first = stage.hosts.is_first
+        if is_first:
+            record.save(config, folder)
         try:
+            stage = _on_base(stage, checkpoints)
             state = _start(stage, checkpoints)
             if int(state.step) < config.train.num_steps:
                 state = _train(stage, state, checkpoints)
@@ -68,8 +71,9 @@ def train(config: RunConfig) -> int:
             _evaluate(stage, state, "final", config.evaluation.splits, stop=stage.check_stop)
         except StoppedError:
             return stage.stop.exit_status
-    print_summary(read_lines(folder / EVALUATIONS), sampled(config.sampling.temperature))
-    print(f"report: {write_report(folder)}", flush=True)
+    if is_first:
+        print_summary(read_lines(folder / EVALUATIONS), sampled(config.sampling.temperature))
+        print(f"report: {write_report(folder)}", flush=True)
     return 0
 
 
@@ -86,28 +90,36 @@ def evaluate(config: RunConfig) -> int:
     with _opened(config, folder) as (stage, checkpoints):
         if checkpoints.latest is None:
             raise ConfigError(f"no checkpoint in {folder}; train it first")
+        stage = _on_base(stage, checkpoints)
         state = _restore(stage, checkpoints)
-        params, records = stage.reshard(state.params), []
+        params, records, is_first = stage.reshard(state.params), [], stage.hosts.is_first
         for split in config.evaluation.splits:
             tasks, name = stage.domain.evaluation(split, config.evaluation.size)
             found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
             records.append(found.record(int(state.step), "evaluate"))
-            print(json_line(records[-1]), flush=True)
-            if stage.stop.requested:
+            if is_first:
+                print(json_line(records[-1]), flush=True)
+            if stage.stop.look():
                 return stage.stop.exit_status
-    print_summary(records, sampled(config.sampling.temperature), sys.stderr)
+    if is_first:
+        print_summary(records, sampled(config.sampling.temperature), sys.stderr)
     return 0
 
 
 @contextmanager
-def _opened(config: RunConfig, folder: Path) -> Iterator[tuple[Stage, Checkpoints]]:
+def _opened(config: RunConfig, folder: Path, check_resumable: bool = False) -> Iterator[tuple[Stage, Checkpoints]]:
     """The machine set up, checkpoints and stage opened; what cannot be had is a `ConfigError`."""
     with ExitStack() as stack:
         try:
             runtime.set_up(config.runtime)  # before anything computes, and checkpoints do
+            hosts = stack.enter_context(processes.joined(config.runtime))
+            processes.check_same(hosts, config)
+            if check_resumable and hosts.is_first and (folder / record.FILE).exists():
+                record.check_resumable(record.load(folder), config, folder)
             # The folder next: whoever cannot write there should know before anything else is begun.
-            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint))
-            stage = open_stage(config, folder, stack)
+            processes.check_shared(hosts, folder)
+            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint, hosts))
+            stage = open_stage(config, folder, stack, hosts)
         except (CheckpointError, EnvError, ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
         try:
@@ -116,11 +128,26 @@ def _opened(config: RunConfig, folder: Path) -> Iterator[tuple[Stage, Checkpoint
             raise ConfigError(f"the run was stopped: {error}; the same command resumes it") from error
 
 
+def _on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
+    """The stage with the frozen weights of its adapter, which are made first if need be; without LoRA, as it is."""
+    config, folder = stage.config, stage.folder
+    if not config.lora.rank:
+        return stage
+    if build.warm_start_makes_base(config) and not base.is_there(folder):
+        if checkpoints.latest is not None:
+            raise ConfigError(f"expected the frozen weights of this LoRA run in {folder / base.FOLDER}, got none")
+        whole = dataclasses.replace(stage, policy=stage.policy.whole)
+        source = _parameters(whole) if config.warmstart.episodes == 0 else _fit(whole, _demonstrations(whole)).params
+        base.save(folder, stage.policy.whole, stage.mesh, source, stage.chat.stop_ids)
+    return stage.on(base.load(config, folder, stage.policy.whole, stage.mesh))
+
+
 def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     """The state to train from: the latest checkpoint's, else a warm start's, which is saved and evaluated."""
     config = stage.config
     state = _warm_start(stage, checkpoints) if checkpoints.latest is None else _restore(stage, checkpoints)
-    drop_lines(stage.folder / EVALUATIONS, int(state.step) + 1)
+    if stage.hosts.is_first:
+        drop_lines(stage.folder / EVALUATIONS, int(state.step) + 1)
     if int(state.step) == 0:
         if config.evaluation.baselines:
             _baselines(stage)
@@ -138,7 +165,8 @@ def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     config = stage.config
     optimizer = make_optimizer(config.learner, stage.policy.axes)
     checkpoints.check_space(abstract_state(stage.policy, optimizer, stage.mesh))
-    source = _parameters(stage) if config.warmstart.episodes == 0 else _fit(stage, _demonstrations(stage)).params
+    fits = config.warmstart.episodes > 0 and not build.warm_start_makes_base(config)
+    source = _fit(stage, _demonstrations(stage)).params if fits else _parameters(stage)
     state = init_state(stage.policy, optimizer, stage.mesh, source)
     checkpoints.save(0, state)
     return state
@@ -146,6 +174,8 @@ def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
 
 def _parameters(stage: Stage) -> Any:
     """What training begins from: float32 parameters from the model's files, or a key for random ones."""
+    if isinstance(stage.policy, LoraPolicy):
+        return jax.random.fold_in(stage.key("init"), 1)  # the key itself is that of random weights
     if not stage.config.model.path:
         return stage.key("init")
     folder = resolve(stage.config.model.path)
@@ -156,19 +186,21 @@ def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
     config, settings = stage.config, stage.config.warmstart
     learner = build.warmstart_learner(config)
     optimizer = make_optimizer(learner, stage.policy.axes)
-    lines = stage.folder / "warmstart.jsonl"
-    drop_lines(lines, 0)
+    lines, is_first = stage.folder / "warmstart.jsonl", stage.hosts.is_first
+    if is_first:
+        drop_lines(lines, 0)
 
     def report(step: int, stats: Mapping[str, Any]) -> None:
         stage.check_stop()
         values = {f"learner/{name}": float(value) for name, value in jax.device_get(stats).items()}
-        append_line(lines, {"step": step, **values})
+        if is_first:
+            append_line(lines, {"step": step, **values})
         stage.report("warm start", step + 1, settings.steps, values)
 
     return warmstart(
         init_state(stage.policy, optimizer, stage.mesh, _parameters(stage)),
         demonstrations,
-        update=make_supervised_update(stage.policy, learner, stage.mesh),
+        update=partial(make_supervised_update(stage.policy, learner, stage.mesh), frozen=stage.frozen),
         place=lambda batch: place(batch, stage.mesh),
         layout=build.batch_layout(config, settings.batch_episodes, 1),
         config=settings,
@@ -195,21 +227,26 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
     config, folder, start = stage.config, stage.folder, int(state.step)
     num_steps, num_groups = config.train.num_steps, config.rollout.groups_per_step
     layout = build.batch_layout(config, num_groups * config.rollout.group_size, config.learner.num_minibatches)
-    writer = MetricsWriter(folder, config.metrics, start_step=start, run_config=dataclasses.asdict(config))
+    is_first = stage.hosts.is_first
+    settings = dataclasses.asdict(config)
+    writer = MetricsWriter(folder, config.metrics, start_step=start, run_config=settings) if is_first else None
 
     def finish(
         state: TrainState, step: int, metrics: Metrics, trajectories: Sequence[Trajectory], credit: Credit
     ) -> None:
         done = step + 1
-        writer.write(step, metrics)
+        if writer:
+            writer.write(step, metrics)
         stage.report("train", done, num_steps, metrics)
         score = None
         if config.evaluation.every and (done % config.evaluation.every == 0 or done == num_steps):
             # What was trained last is looked at before it is saved: it may be the best.
             phase = "final" if done == num_steps else "train"
             score = _evaluate(stage, state, phase, config.evaluation.splits[:1])
-        if done % config.train.save_every == 0 or done == num_steps or score is not None or stage.stop.requested:
-            (folder / "transcripts.json").write_text(json.dumps(transcripts(trajectories, credit, step)))
+        stopping = stage.stop.look()
+        if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
+            if is_first:
+                (folder / "transcripts.json").write_text(json.dumps(transcripts(trajectories, credit, step)))
             checkpoints.save(done, state, score=score)
 
     parts = Parts(
@@ -217,15 +254,15 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
         reshard=stage.reshard,
         collate=lambda found, step: place(collate(found, layout, seed=(config.seed, step)), stage.mesh),
         credit=make_credit(build.response_advantages(config.algorithm), config.aem, num_groups, stage.mesh),
-        update=make_update(stage.policy, config.learner, stage.mesh),
+        update=partial(make_update(stage.policy, config.learner, stage.mesh), frozen=stage.frozen),
         reference=_reference(stage, checkpoints),
         tasks=task_groups(stage.domain.training, num_groups, seed=config.seed, start=start),
         finish=finish,
-        stop=lambda: stage.stop.requested,
+        stop=stage.stop.look,
     )
-    with writer:
+    with writer or nullcontext():
         state = train_steps(state, parts, stage.key("train"), num_steps)
-    if stage.stop.requested and checkpoints.latest != int(state.step):
+    if stage.stop.look() and checkpoints.latest != int(state.step):
         checkpoints.save(int(state.step), state)  # asked between the step's own look and now
     return state
 
@@ -234,9 +271,13 @@ def _reference(stage: Stage, checkpoints: Checkpoints):
     """batch -> logprobs of the policy as it was before reinforcement learning; None where no KL is asked for."""
     if not stage.config.learner.kl_coefficient:
         return None
-    optimizer = make_optimizer(stage.config.learner, stage.policy.axes)
-    params = checkpoints.restore(abstract_state(stage.policy, optimizer, stage.mesh), step=0).params
-    token_logprobs = make_token_logprobs(stage.policy, stage.config.learner, stage.mesh)
+    if build.reference_is_base(stage.config):
+        policy, params = stage.policy.whole, stage.frozen
+    else:
+        optimizer = make_optimizer(stage.config.learner, stage.policy.axes)
+        params = checkpoints.restore(abstract_state(stage.policy, optimizer, stage.mesh), step=0).params
+        policy, params = stage.policy, params if stage.frozen is None else (params, stage.frozen)
+    token_logprobs = make_token_logprobs(policy, stage.config.learner, stage.mesh)
     return lambda batch: token_logprobs(params, batch)
 
 
@@ -251,11 +292,12 @@ def _evaluate(
     params = success = None
     for count, split in enumerate(splits, start=1):
         tasks, name = stage.domain.evaluation(split, stage.config.evaluation.size)
-        if _is_done(lines, phase, name, step):
+        if stage.hosts.of_first(_is_done(lines, phase, name, step)):
             continue
         params = stage.reshard(state.params) if params is None else params
         found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
-        append_line(lines, found.record(step, phase))
+        if stage.hosts.is_first:
+            append_line(lines, found.record(step, phase))
         success = found.rate.success if found.rate.count else None
         stage.report(f"evaluate ({phase})", count, len(splits), {"rollout/success": found.rate.success})
         stop()
@@ -263,13 +305,13 @@ def _evaluate(
 
 
 def _baselines(stage: Stage) -> None:
-    """Plays the fixed sets with the scripted agents."""
+    """Plays the fixed sets with the scripted agents: in process 0, for no device is needed."""
     config, lines, env = stage.config, stage.folder / EVALUATIONS, stage.domain.make_env()
     agents = [(split, name) for split in config.evaluation.splits for name in stage.domain.baselines]
     for count, (split, agent) in enumerate(agents, start=1):
         stage.check_stop()
         tasks, name = stage.domain.evaluation(split, config.evaluation.size)
-        if _is_done(lines, agent, name, 0):
+        if not stage.hosts.is_first or _is_done(lines, agent, name, 0):
             continue
         make_act, max_turns = stage.domain.baselines[agent], config.rollout.max_turns
         found = evaluate_agent(env, make_act, tasks, max_turns=max_turns, name=name, split=split)

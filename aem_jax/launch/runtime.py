@@ -7,6 +7,7 @@ from pathlib import Path
 from aem_jax.launch.config import RuntimeConfig
 from aem_jax.launch.memory import computes_on_cpu, keep_freed_memory
 from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch.processes import initialize
 
 _CHATTY = ("jax", "absl", "orbax", "transformers", "websockets", "tensorboardX", "matplotlib")
 
@@ -24,7 +25,8 @@ def set_up(config: RuntimeConfig) -> None:
     """Applies the settings to jax and to logging. JAX's own environment variables win where they are set.
 
     Raises:
-        ConfigError: the devices asked for are not there, or the cache's folder cannot be written.
+        ConfigError: the devices asked for are not there, the other processes of the run are not to be found, or the
+            cache's folder cannot be written.
     """
     import jax
 
@@ -52,6 +54,7 @@ def set_up(config: RuntimeConfig) -> None:
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     if computes_on_cpu(config.platform):
         keep_freed_memory()
+    initialize(config)
     try:
         jax.devices()
     except RuntimeError as error:

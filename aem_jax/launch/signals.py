@@ -9,27 +9,37 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 EXIT_AT_ONCE = 130
 
 
 class StopRequest:
-    """Whether the run has been asked to stop, and by which signal."""
+    """Whether the run has been asked to stop, and by which signal.
 
-    def __init__(self) -> None:
+    Args:
+        agree: a number of this process -> the largest of all processes'; a signal to one of them stops all.
+    """
+
+    def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
         self._event = threading.Event()
-        self._number = 0
+        self._agree = agree
+        self._number = self._agreed = 0
 
     @property
     def requested(self) -> bool:
-        """True from the first signal on."""
+        """True from the first signal to this process on."""
         return self._event.is_set()
+
+    def look(self) -> bool:
+        """Whether the run is to stop. On several hosts all processes look at the same points, and see the same."""
+        self._agreed = self._agreed or self._agree(self._number)
+        return bool(self._agreed)
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal (130 for Ctrl-C, 143 for SIGTERM), as shells count; 0 when nobody asked."""
-        return 128 + self._number if self._number else 0
+        """128 + the signal (130 for Ctrl-C, 143 for SIGTERM), as shells count; 0 when nobody had asked at a look."""
+        return 128 + self._agreed if self._agreed else 0
 
     def signalled(self, number: int) -> bool:
         """Notes a signal; returns whether the process should end at once."""
@@ -41,9 +51,9 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """While the block runs, SIGINT and SIGTERM set the request that it yields. Main thread only."""
-    request = StopRequest()
+def stop_on_signals(agree: Callable[[int], int] = lambda number: number) -> Iterator[StopRequest]:
+    """While the block runs, SIGINT and SIGTERM set the request that it yields; `agree` is its. Main thread only."""
+    request = StopRequest(agree)
     numbers = (signal.SIGINT, signal.SIGTERM)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

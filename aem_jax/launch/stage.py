@@ -1,9 +1,10 @@
 """What the phases of a run share, opened once: tokenizer, policy, mesh, environment servers, sampler, signals."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ import jax
 from jax.sharding import Mesh
 
 from aem_jax.envs.pool import EnvPool
+from aem_jax.hosts import Hosts
 from aem_jax.launch import build
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.household import Domain, household, texts
+from aem_jax.launch.mesh import open_mesh
+from aem_jax.launch.processes import share_urls
 from aem_jax.launch.progress import Report, open_progress
 from aem_jax.launch.signals import StopRequest, stop_on_signals
-from aem_jax.models import Policy
+from aem_jax.models import LoraPolicy, Policy
 from aem_jax.models.pretrained import resolve
 from aem_jax.rollout import Rollout
 from aem_jax.sampler import Sampler
-from aem_jax.sampler.layout import make_reshard
-from aem_jax.sharding import make_mesh, slot_shards
+from aem_jax.sampler.layout import make_lora_reshard, make_reshard
+from aem_jax.sharding import slot_shards
 from aem_jax.tokenizer import CHATML, ChatTokenizer
 
 PURPOSES = ("init", "train", "evaluate")
@@ -40,61 +44,68 @@ class Stage:
         folder: the run's.
         domain: the environment and what there is to do in it.
         chat: the tokenizer.
-        policy: the decoder.
+        policy: the decoder, or adapters of it.
         mesh: the device mesh.
         rollout: plays episodes.
         reshard: learner's parameters -> decode layout.
         report: shows progress.
         stop: whether somebody asked the run to stop.
+        hosts: the processes of the run.
+        frozen: with LoRA, the weights beside the adapter, in the train layout (`on`); else None.
     """
 
     config: RunConfig
     folder: Path
     domain: Domain
     chat: ChatTokenizer
-    policy: Policy
+    policy: Policy | LoraPolicy
     mesh: Mesh
     rollout: Rollout
-    reshard: Callable[[Any], Any]
+    reshard: Callable[..., Any]
     report: Report
     stop: StopRequest
+    hosts: Hosts
+    frozen: Any = None
+
+    def on(self, frozen: Any) -> "Stage":
+        """This stage with weights for its adapter to stand beside."""
+        return replace(self, frozen=frozen, reshard=partial(self.reshard, frozen=frozen))
 
     def key(self, purpose: str) -> jax.Array:
         """The run's PRNG key for one of `PURPOSES`."""
         return jax.random.split(jax.random.key(self.config.seed), len(PURPOSES))[PURPOSES.index(purpose)]
 
     def check_stop(self) -> None:
-        """Leaves the phase at hand if somebody asked for it.
+        """Leaves the phase at hand if somebody asked for it; all processes call it at the same points.
 
         Raises:
             StoppedError: somebody did.
         """
-        if self.stop.requested:
+        if self.stop.look():
             raise StoppedError
 
 
-def open_stage(config: RunConfig, folder: Path, stack: ExitStack) -> Stage:
+def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) -> Stage:
     """Everything that the phases need, open for as long as `stack` is.
 
     Raises:
         ValueError: parts of the config that do not go together.
         EnvError: environment servers cannot be started or reached.
     """
-    if jax.process_count() > 1:
-        raise ValueError(f"expected one process, got {jax.process_count()}; a run over several hosts is not supported")
-    stop = stack.enter_context(stop_on_signals())
-    report = stack.enter_context(open_progress())
+    stop = stack.enter_context(stop_on_signals(hosts.largest))
+    report = stack.enter_context(open_progress()) if hosts.is_first else _unseen
     domain = household(config)
-    chat = _tokenizer(config, domain, folder / "tokenizer")
-    policy = Policy(build.model_config(config.model, chat.vocab_size))
-    mesh = make_mesh(config.mesh)
+    chat = _tokenizer(config, domain, folder / "tokenizer", hosts)
+    policy = build.make_policy(config, chat.vocab_size)
+    mesh = open_mesh(config, policy.config)
     if config.batch.rows % slot_shards(mesh):
         raise ValueError(
             f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {config.batch.rows}"
         )
-    pool = stack.enter_context(EnvPool(config.env, (domain.name, domain.settings)))
+    servers = replace(config.env, urls=share_urls(hosts, config.env.urls))
+    pool = stack.enter_context(EnvPool(servers, (domain.name, domain.settings)))
     sampler = Sampler(
-        policy,
+        policy.sampled,
         config.sampling,
         chat.stop_ids,
         capacity=config.rollout.context_tokens,
@@ -102,16 +113,31 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack) -> Stage:
         windows=config.rollout.windows,
         mesh=mesh,
     )
-    rollout = Rollout(sampler, chat, pool, config.rollout)
-    return Stage(config, folder, domain, chat, policy, mesh, rollout, make_reshard(policy, mesh), report, stop)
+    rollout = Rollout(sampler, chat, pool, config.rollout, hosts)
+    reshard = make_lora_reshard(policy, mesh) if isinstance(policy, LoraPolicy) else make_reshard(policy, mesh)
+    return Stage(config, folder, domain, chat, policy, mesh, rollout, reshard, report, stop, hosts)
 
 
-def _tokenizer(config: RunConfig, domain: Domain, folder: Path) -> ChatTokenizer:
-    """The run's tokenizer: the one that it has, else its model's, else one trained on what is said in episodes."""
+def _unseen(phase: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
+    """Progress of a process that nobody looks at."""
+
+
+def _tokenizer(config: RunConfig, domain: Domain, folder: Path, hosts: Hosts) -> ChatTokenizer:
+    """The run's tokenizer: the one that it has, or one that process 0 makes and the others read."""
     appends, thinking = config.rollout.context == "append", config.tokenizer.thinking
     load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)  # noqa: E731
-    if folder.exists():
+    if not hosts.is_first:
+        hosts.wait()
         return load(folder)
+    chat = load(folder) if folder.exists() else _make_tokenizer(config, domain, folder, load)
+    hosts.wait()
+    return chat
+
+
+def _make_tokenizer(
+    config: RunConfig, domain: Domain, folder: Path, load: Callable[..., ChatTokenizer]
+) -> ChatTokenizer:
+    """The model's tokenizer, else one trained on what is said in episodes; saved."""
     if config.model.path:
         template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
         chat = load(resolve(config.model.path), chat_template=template)

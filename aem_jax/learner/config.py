@@ -24,6 +24,9 @@ class LearnerConfig:
     """AdamW: added to the root of the mean of squared gradients."""
     weight_decay: float = 0.0
     """AdamW: decoupled decay of matrices (norm scales are left alone)."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """AdamW: how both means are kept between steps: float32, bfloat16, or int8 (gradients' mean in bfloat16, that of
+    their squares in 8 bits with a scale for each row). A parameter and its means take 12, 8 or 7 bytes."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
 

@@ -1,4 +1,4 @@
-"""AdamW behind a global-norm clip, and its schedules. All of it is optax; what is ours is the choice."""
+"""AdamW behind a global-norm clip, and its schedules. All of it is optax, but for small moments; the choice is ours."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import optax
 
 from aem_jax.learner.config import LearnerConfig
+from aem_jax.learner.moments import KEPT, scale_by_small_adam
 
 SCHEDULES: Mapping[str, Callable[[float, int], optax.Schedule]] = {
     "constant": lambda peak, steps: optax.constant_schedule(peak),
@@ -33,13 +34,21 @@ def make_optimizer(config: LearnerConfig, axes: Any) -> optax.GradientTransforma
     """Clip by global norm, then AdamW.
 
     Args:
-        config: learning rate, schedule, betas, decay, clip.
+        config: learning rate, schedule, betas, decay, clip, dtype of the moments.
         axes: tree of logical axes, one tuple of names for each parameter; it tells matrices from scales.
     """
+    clip, rate = optax.clip_by_global_norm(config.max_grad_norm), make_schedule(config)
+    if config.moments != "float32":
+        adamw = optax.chain(
+            scale_by_small_adam(config.beta1, config.beta2, config.adam_eps, KEPT[config.moments]),
+            optax.add_decayed_weights(config.weight_decay, _matrices(axes)),
+            optax.scale_by_learning_rate(rate),
+        )
+        return optax.chain(clip, adamw)
     return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
+        clip,
         optax.adamw(
-            make_schedule(config),
+            rate,
             b1=config.beta1,
             b2=config.beta2,
             eps=config.adam_eps,
@@ -56,5 +65,6 @@ def num_updates(opt_state: Any) -> jax.Array:
 
 
 def _matrices(axes: Any) -> Any:
-    """Which parameters read or write the residual stream: not the scales of norms, and no biases."""
-    return jax.tree.map(lambda names: "embed" in names, axes, is_leaf=lambda node: isinstance(node, tuple))
+    """Which parameters read or write the residual stream, or are half of an adapter: no scales of norms, no biases."""
+    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+    return jax.tree.map(lambda names: "embed" in names or "rank" in names, axes, is_leaf=is_axes)

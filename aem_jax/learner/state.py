@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aem_jax.sharding import TRAIN, replicated, shardings
 
@@ -14,15 +14,19 @@ Params = Any
 
 
 class TrainablePolicy(Protocol):
-    """What the learner needs of a policy; `aem_jax.models.Policy` is one."""
+    """What the learner needs of a policy; `aem_jax.models.Policy` is one, `LoraPolicy` another.
+
+    Where only part of the weights is trained, `axes` and `init` are of that part, and `hidden` and `logits` take the
+    pair (trained, frozen) as their parameters.
+    """
 
     @property
     def axes(self) -> Params:
-        """Logical axes of every parameter."""
+        """Logical axes of every trained parameter."""
         ...
 
     def init(self, key: jax.Array) -> Params:
-        """float32 parameters."""
+        """float32 parameters to train."""
         ...
 
     def hidden(self, params: Params, tokens, positions, segment_ids, remat=None, constrain=None) -> jax.Array:
@@ -40,7 +44,7 @@ class TrainState:
     """Everything that an update reads and writes.
 
     Attributes:
-        params: float32 masters.
+        params: float32 masters of what is trained. Frozen weights are no part of the state: nothing changes them.
         opt_state: optax state.
         step: i32[], rollout steps done (each is num_epochs × num_minibatches optimizer steps).
     """
@@ -53,7 +57,8 @@ class TrainState:
 def abstract_state(policy: TrainablePolicy, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without its numbers: what a restore fills.
 
-    The optimizer's per-parameter arrays lie as their parameters do; everything else is on every device.
+    The optimizer's per-parameter arrays lie as their parameters do (along a dimension of which they hold one number a
+    row, whole); everything else is on every device.
 
     Raises:
         ValueError: a parameter's dimension does not divide over the mesh.
@@ -63,7 +68,7 @@ def abstract_state(policy: TrainablePolicy, optimizer: optax.GradientTransformat
     where = shardings(mesh, policy.axes, TRAIN, params)
     whole = replicated(mesh)
     opt_where = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, place: place, opt_state, where, transform_non_params=lambda _: whole
+        optimizer, _beside, opt_state, params, where, transform_non_params=lambda _: whole
     )
     shapes = TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
     return jax.tree.map(
@@ -71,6 +76,13 @@ def abstract_state(policy: TrainablePolicy, optimizer: optax.GradientTransformat
         shapes,
         TrainState(where, opt_where, whole),
     )
+
+
+def _beside(leaf: Any, param: Any, place: NamedSharding) -> NamedSharding:
+    """The sharding of an optimizer's array: its parameter's, without the axes of which it holds one number."""
+    spec = (*place.spec, *(None,) * (len(param.shape) - len(place.spec)))
+    kept = [axis if size == whole else None for axis, size, whole in zip(spec, leaf.shape, param.shape, strict=True)]
+    return place if leaf.shape == param.shape else NamedSharding(place.mesh, PartitionSpec(*kept))
 
 
 def init_state(

@@ -36,9 +36,10 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> C
         mesh: the mesh that state and batch lie on.
 
     Returns:
-        update(state, batch, advantages, reference=None) -> (state, stats). `state` is donated: the old one is gone.
-        `advantages` are f32[M, b, T]; so are `reference`, the reference policy's logprobs (`make_token_logprobs`),
-        which are given exactly if kl_coefficient > 0.
+        update(state, batch, advantages, reference=None, frozen=None) -> (state, stats). `state` is donated: the old one
+        is gone. `advantages` are f32[M, b, T]; so are `reference`, the reference policy's logprobs
+        (`make_token_logprobs`), which are given exactly if kl_coefficient > 0. `frozen` are the weights that the policy
+        has beside those it trains, in the train layout; they are read, never changed, and not donated.
         stats, f32[] each; means over tokens, of all optimizer steps unless said otherwise:
             loss, grad_norm (before the clip), learning_rate (of the last optimizer step);
             clip_share (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
@@ -49,14 +50,18 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> C
     step = _make_step(policy, config, mesh, policy_objective(config))
 
     def update(
-        state: TrainState, batch: Batch, advantages: jax.Array, reference: jax.Array | None = None
+        state: TrainState,
+        batch: Batch,
+        advantages: jax.Array,
+        reference: jax.Array | None = None,
+        frozen: Params | None = None,
     ) -> tuple[TrainState, Stats]:
         if (reference is None) == (config.kl_coefficient > 0):
             raise ValueError(
                 f"expected reference logprobs exactly when kl_coefficient > 0, got kl_coefficient = "
                 f"{config.kl_coefficient} and {'no reference' if reference is None else 'a reference'}"
             )
-        return step(state, batch, advantages, reference)
+        return step(state, batch, advantages, reference, frozen)
 
     return _jit(update, policy, config, mesh)
 
@@ -67,12 +72,13 @@ def make_supervised_update(
     """Cross-entropy on response tokens, jitted; everything else as in `make_update`.
 
     Returns:
-        update(state, batch) -> (state, stats) with loss, grad_norm, learning_rate, entropy, tokens and skipped.
+        update(state, batch, frozen=None) -> (state, stats) with loss, grad_norm, learning_rate, entropy, tokens and
+        skipped.
     """
     step = _make_step(policy, config, mesh, supervised_objective())
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Stats]:
-        return step(state, batch, None, None)
+    def update(state: TrainState, batch: Batch, frozen: Params | None = None) -> tuple[TrainState, Stats]:
+        return step(state, batch, None, None, frozen)
 
     return _jit(update, policy, config, mesh)
 
@@ -127,13 +133,13 @@ def _at(packed: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objective: Objective):
-    """(state, batch, advantages, reference) -> (state, stats), to be jitted."""
+    """(state, batch, advantages, reference, frozen) -> (state, stats), to be jitted."""
     aggregate = AGGREGATIONS[config.aggregation](config)
     optimizer = make_optimizer(config, policy.axes)
     schedule = make_schedule(config)
     param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh).params)
 
-    def minibatch_gradient(params, batch: Batch, advantages, reference, minibatch):
+    def minibatch_gradient(params, batch: Batch, advantages, reference, frozen, minibatch):
         """(gradient, loss, Measures) of one minibatch, and its number of tokens."""
         inside = batch.response_valid & (batch.trajectory_minibatch[batch.response_trajectory] == minibatch)
         response_tokens = jnp.where(inside, batch.response_tokens, 0)
@@ -149,7 +155,8 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
                 advantages=None if advantages is None else _at(advantages, m),
                 reference=None if reference is None else _at(reference, m),
             )
-            logprobs, entropies = _row_statistics(policy, config, mesh, params, rows)
+            whole = params if frozen is None else (params, frozen)
+            logprobs, entropies = _row_statistics(policy, config, mesh, whole, rows)
             return objective(logprobs, entropies, tokens)
 
         def accumulate(m, total):
@@ -168,7 +175,7 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
         total = jax.lax.fori_loop(start, ends[minibatch], accumulate, zeros)
         return *total, jnp.sum(response_tokens).astype(jnp.float32)
 
-    def step(state: TrainState, batch: Batch, advantages, reference) -> tuple[TrainState, Stats]:
+    def step(state: TrainState, batch: Batch, advantages, reference, frozen) -> tuple[TrainState, Stats]:
         num_minibatches = batch.minibatch_ends.shape[0]
         if num_minibatches != config.num_minibatches:
             raise ValueError(
@@ -181,7 +188,8 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
         def optimizer_step(carry, index):
             params, opt_state = carry
             minibatch = index % num_minibatches
-            gradient, loss, measures, count = minibatch_gradient(params, batch, advantages, reference, minibatch)
+            found = minibatch_gradient(params, batch, advantages, reference, frozen, minibatch)
+            gradient, loss, measures, count = found
             norm = optax.tree_utils.tree_norm(gradient)
             good = (count > 0) & jnp.isfinite(norm)
             updates, next_opt_state = optimizer.update(gradient, opt_state, params)

@@ -1,11 +1,14 @@
 """Decoder families in Flax NNX. Parameters are plain pytrees; `Policy` holds the structure and the pure functions."""
 
 from aem_jax.models.config import CONFIGS, ModelConfig, RopeScaling
-from aem_jax.models.policy import Params, Policy
+from aem_jax.models.lora import LoraConfig
+from aem_jax.models.policy import LoraPolicy, Params, Policy
 from aem_jax.models.pretrained import Pretrained, from_pretrained, save_pretrained
 
 __all__ = [
     "CONFIGS",
+    "LoraConfig",
+    "LoraPolicy",
     "ModelConfig",
     "Params",
     "Policy",

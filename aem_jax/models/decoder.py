@@ -14,6 +14,7 @@ from flax import nnx
 
 from aem_jax.models.attention import chunk_attention, row_attention
 from aem_jax.models.config import ModelConfig, RopeScaling
+from aem_jax.models.lora import Adapters, LoraConfig
 
 Array = jax.Array
 
@@ -58,15 +59,20 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def _alone(name: str, x: Array, y: Array) -> Array:
+    """What a projection makes of x, without an adapter: y."""
+    return y
+
+
 class Block(nnx.Module):
     """All layers' weights, stacked on a leading axis; the methods see one layer's slice.
 
     What reads the same input is one matrix, hence one product: `qkv` [D,KV,H/KV+2,Dh] holds for each key head its
     queries, its key and its value (so tensor parallelism splits it between groups), `gate_up` [D,2,F] both halves of
-    the MLP's input.
+    the MLP's input. With `lora`, adapters stand beside the projections.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, lora: LoraConfig | None = None, rngs: nnx.Rngs) -> None:
         layers, d, h, kv, dh, f = (
             config.num_layers,
             config.hidden_size,
@@ -92,6 +98,7 @@ class Block(nnx.Module):
             self.k_norm = nnx.Param(jnp.ones((layers, dh)))
         self.attention_norm = nnx.Param(jnp.ones((layers, d)))
         self.mlp_norm = nnx.Param(jnp.ones((layers, d)))
+        self.adapters = Adapters(config, lora) if lora else None
         self.config = config
 
     def heads(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
@@ -103,6 +110,8 @@ class Block(nnx.Module):
             groups = groups + self.qkv_bias[...].astype(x.dtype)[None, None]
         queries = groups.shape[-2] - 2
         parts = jnp.split(groups, (queries, queries + 1), axis=-2)
+        add = self.adapters.add if self.adapters else _alone
+        parts = [add(name, x, part) for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True)]
         q, k, v = (part.reshape(*x.shape[:2], -1, part.shape[-1]) for part in parts)
         if config.qk_norm:
             q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
@@ -111,20 +120,23 @@ class Block(nnx.Module):
     def finish(self, x: Array, attended: Array) -> Array:
         """Output projection, then the MLP, each with its residual."""
         dtype = x.dtype
-        x = x + jnp.einsum("bthk,hkd->btd", attended, self.o[...].astype(dtype))
+        add = self.adapters.add if self.adapters else _alone
+        x = x + add("o_proj", attended, jnp.einsum("bthk,hkd->btd", attended, self.o[...].astype(dtype)))
         y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        y = jnp.einsum("btd,dgf->btgf", y, self.gate_up[...].astype(dtype))
-        gate, up = (jnp.squeeze(part, -2) for part in jnp.split(y, 2, axis=-2))
-        return x + (jax.nn.silu(gate) * up) @ self.down[...].astype(dtype)
+        parts = jnp.split(jnp.einsum("btd,dgf->btgf", y, self.gate_up[...].astype(dtype)), 2, axis=-2)
+        names = ("gate_proj", "up_proj")
+        gate, up = (jnp.squeeze(add(name, y, part), -2) for name, part in zip(names, parts, strict=True))
+        y = jax.nn.silu(gate) * up
+        return x + add("down_proj", y, y @ self.down[...].astype(dtype))
 
 
 class Decoder(nnx.Module):
     """Embedding, stacked blocks, final norm, head."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, lora: LoraConfig | None = None, rngs: nnx.Rngs) -> None:
         d, v = config.hidden_size, config.vocab_size
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (v, d), jnp.float32) * d**-0.5)
-        self.layers = Block(config, rngs=rngs)
+        self.layers = Block(config, lora=lora, rngs=rngs)
         self.norm = nnx.Param(jnp.ones((d,)))
         if not config.tied_head:
             self.head = nnx.Param(jax.random.normal(rngs.params(), (d, v), jnp.float32) * d**-0.5)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from aem_jax.models.config import ModelConfig
 from aem_jax.models.decoder import Constrain, Decoder
+from aem_jax.models.lora import Adapter, LoraConfig, adapter_axes, init_adapter, merge, merged_leaves
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -37,6 +38,16 @@ class Policy:
 
     config: ModelConfig
 
+    @property
+    def whole(self) -> "Policy":
+        """The policy that all weights together belong to: this one."""
+        return self
+
+    @property
+    def sampled(self) -> "Policy":
+        """The policy that takes the parameters as they are laid out for sampling: this one."""
+        return self
+
     @cached_property
     def _structure(self) -> tuple[Any, Any]:
         graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0))))
@@ -56,16 +67,20 @@ class Policy:
         """Shape structs of every parameter (float32 masters)."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
+    @property
+    def dtypes(self) -> Params:
+        """In which each parameter is used: scales of norms in float32, all else in the config's."""
+        used = jnp.dtype(self.config.dtype)
+        is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+        return jax.tree.map(lambda axes: jnp.dtype("float32") if "norm" in axes else used, self.axes, is_leaf=is_axes)
+
     def init(self, key: Array) -> Params:
         """Random float32 parameters from a PRNG key."""
         return nnx.to_pure_dict(nnx.state(Decoder(self.config, rngs=nnx.Rngs(params=key)), nnx.Param))
 
     def bind(self, params: Params) -> Decoder:
         """The decoder with these parameters; cheap, meant to be called under jit."""
-        graphdef, state = self._structure
-        state = jax.tree.map(lambda leaf: leaf, state)  # a fresh tree: the abstract one stays as it is
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)
+        return _bind(self._structure, params)
 
     def hidden(
         self,
@@ -87,3 +102,84 @@ class Policy:
         """float32 logits [B,T,V] of unpadded rows i32[B,T]: the plain, cache-less pass."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return self.logits(params, self.hidden(params, tokens, positions, jnp.ones_like(tokens)))
+
+
+@dataclass(frozen=True)
+class LoraPolicy:
+    """A policy of which only an adapter is trained: the same functions, whose `params` are (adapter, frozen weights).
+
+    `axes`, `shapes` and `init` are those of the adapter, in float32; `whole` is the policy that the frozen weights, and
+    the merged ones, belong to.
+    """
+
+    whole: Policy
+    lora: LoraConfig
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and options."""
+        return self.whole.config
+
+    @property
+    def sampled(self) -> "Policy | LoraPolicy":
+        """The policy that takes the parameters as they are laid out for sampling: merged, or the pair."""
+        return self.whole if self.lora.merge else self
+
+    @cached_property
+    def _structure(self) -> tuple[Any, Any]:
+        return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, lora=self.lora, rngs=nnx.Rngs(0))))
+
+    @property
+    def axes(self) -> Adapter:
+        """Logical axes of the adapter.
+
+        Raises:
+            ValueError: a rank that a projection cannot have.
+        """
+        return adapter_axes(self.config, self.lora)
+
+    @property
+    def shapes(self) -> Adapter:
+        """Shape structs of the adapter."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    @property
+    def merged_leaves(self) -> tuple[str, ...]:
+        """Stacked weights, inside "layers", that the adapter changes."""
+        return merged_leaves(self.config, self.lora)
+
+    def init(self, key: Array) -> Adapter:
+        """A float32 adapter that adds nothing yet."""
+        return init_adapter(self.config, self.lora, key)
+
+    def merge(self, adapter: Adapter, layers: Params) -> Params:
+        """The `merged_leaves` of the stacked weights with the adapter in them; see `lora.merge`."""
+        return merge(self.config, self.lora, adapter, {name: layers[name] for name in self.merged_leaves})
+
+    def bind(self, params: Any) -> Decoder:
+        """The decoder with frozen weights and the adapter beside them; cheap, meant to be called under jit."""
+        adapter, frozen = params
+        return _bind(self._structure, {**frozen, "layers": {**frozen["layers"], "adapters": adapter}})
+
+    def hidden(
+        self,
+        params: Any,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        remat: Callable | None = None,
+        constrain: Constrain | None = None,
+    ) -> Array:
+        """See `Decoder.hidden`."""
+        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain)
+
+    def logits(self, params: Any, hidden: Array) -> Array:
+        """See `Decoder.logits`."""
+        return self.bind(params).logits(hidden)
+
+
+def _bind(structure: tuple[Any, Any], params: Params) -> Decoder:
+    graphdef, state = structure
+    state = jax.tree.map(lambda leaf: leaf, state)  # a fresh tree: the abstract one stays as it is
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)

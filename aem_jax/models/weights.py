@@ -128,7 +128,9 @@ class Checkpoint:
         return self._files[name].get_tensor(name)
 
 
-def load_params(folder: Path, policy: Policy, *, mesh: Mesh | None, dtype: str, rules: Rules = TRAIN) -> Params:
+def load_params(
+    folder: Path, policy: Policy, *, mesh: Mesh | None, dtype: str | Params, rules: Rules = TRAIN
+) -> Params:
     """Parameters from a folder of safetensors.
 
     The host holds one tensor at a time, twice at most: each goes to the devices in its shards and is put there into the
@@ -138,7 +140,7 @@ def load_params(folder: Path, policy: Policy, *, mesh: Mesh | None, dtype: str, 
         folder: with `model.safetensors`, or several files and their index.
         policy: of the config beside them.
         mesh: where to put them; None is the default device.
-        dtype: of the parameters.
+        dtype: of the parameters: one for all, or a tree of theirs (`Policy.dtypes`).
         rules: which layout.
 
     Raises:
@@ -237,9 +239,11 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> None:
         raise ValueError(f"expected the weights of {checkpoint.folder}'s config.json: {'; '.join(problems[:5])}{more}")
 
 
-def _zeros(policy: Policy, dtype: str, where: Any) -> Params:
+def _zeros(policy: Policy, dtype: str | Params, where: Any) -> Params:
+    dtypes = jax.tree.map(lambda leaf: dtype, policy.shapes) if isinstance(dtype, str) else dtype
+
     def make() -> Params:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), policy.shapes)
+        return jax.tree.map(lambda leaf, dtype: jnp.zeros(leaf.shape, dtype), policy.shapes, dtypes)
 
     return jax.jit(make, out_shardings=where)()
 

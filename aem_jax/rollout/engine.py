@@ -4,47 +4,32 @@ Slots are divided into cohorts. A cohort's turn is: hear what its environments a
 every response of the cohort has ended, send the responses off. While it waits for its environments, the next cohort has
 the device. Who decodes with whom never depends on timing, so a run is a function of its seed; refilled slots and
 retried episodes take keys of their own.
+
+On several hosts every process holds this whole conversation, but plays only its own slots with environments. Their
+answers are exchanged once a turn, before anything follows from them; so all processes make the same calls.
 """
 
 import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
-from aem_jax.envs.protocol import EnvError, LostError, StepResult
+from aem_jax.envs.protocol import EnvError, LostError
+from aem_jax.hosts import ALONE, Hosts
+from aem_jax.rollout.answer import Answer, exchange
 from aem_jax.rollout.config import RolloutConfig
-from aem_jax.rollout.episode import Chat, Episode, appended_ids, first_messages, windowed_ids
+from aem_jax.rollout.episode import Chat, Episode, first_messages, windowed_ids
+from aem_jax.rollout.seats import Pool, Seats
 from aem_jax.sampler import Sampler, SamplerState
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
 
 log = logging.getLogger(__name__)
-
-
-class Pool(Protocol):
-    """Environment sessions; a failed call raises `EnvError` in its future."""
-
-    @property
-    def capacity(self) -> int:
-        """Number of sessions."""
-        ...
-
-    def server_of(self, session: int) -> int:
-        """Which server a session lives on: sessions of one server are lost together."""
-        ...
-
-    def reset(self, session: int, payload: Mapping[str, Any]) -> Future[StepResult]:
-        """Begins an episode in a session."""
-        ...
-
-    def step(self, session: int, text: str) -> Future[StepResult]:
-        """Sends a response."""
-        ...
 
 
 @dataclass
@@ -65,7 +50,7 @@ class RolloutStats:
 @dataclass(eq=False)
 class _Cohort:
     state: SamplerState
-    first_session: int
+    first_slot: int
     slots: list[Episode | None]
 
 
@@ -86,20 +71,17 @@ class Rollout:
     Args:
         sampler: the jitted sampler.
         chat: the tokenizer.
-        pool: environment sessions, at least `config.num_slots`.
+        pool: environment sessions, one for each slot that this process plays.
         config: settings.
+        hosts: the processes that play; each has a rollout like this one, and calls it with the same arguments.
 
     Raises:
         ValueError: the pool has fewer sessions than there are slots.
     """
 
-    def __init__(self, sampler: Sampler, chat: Chat, pool: Pool, config: RolloutConfig) -> None:
-        if pool.capacity < config.num_slots:
-            raise ValueError(
-                f"expected an environment session for each of {config.num_slots} slots, got {pool.capacity};"
-                " raise the pool's sessions or lower rollout.num_slots"
-            )
-        self._sampler, self._chat, self._pool, self.config = sampler, chat, pool, config
+    def __init__(self, sampler: Sampler, chat: Chat, pool: Pool, config: RolloutConfig, hosts: Hosts = ALONE) -> None:
+        self._seats = Seats(pool, hosts, config.num_slots, config.num_cohorts)
+        self._sampler, self._chat, self._hosts, self.config = sampler, chat, hosts, config
         size = config.num_slots // config.num_cohorts
         self._cohorts = [
             _Cohort(sampler.init(size), cohort * size, [None] * size) for cohort in range(config.num_cohorts)
@@ -161,9 +143,9 @@ class Rollout:
         cohort.slots = [None] * len(cohort.slots)
         while True:
             for slot, episode in enumerate(cohort.slots):
-                if episode is None and (episode := self._next(run, cohort.first_session + slot)):
+                if episode is None and (episode := self._next(run, cohort.first_slot + slot)):
                     cohort.slots[slot] = episode
-                    episode.future = self._pool.reset(cohort.first_session + slot, episode.task.payload)
+                    episode.future = self._seats.reset(cohort.first_slot + slot, episode.task.payload)
             if not any(cohort.slots):
                 return
             yield "waiting"
@@ -173,21 +155,22 @@ class Rollout:
             self._append(run, cohort)
             self._speak(run, cohort)
             run.stats.device_s += time.perf_counter() - start
-            for slot, episode in enumerate(cohort.slots):
-                if episode is not None:
-                    episode.future = self._answer(episode, cohort.first_session + slot)
+            for slot, episode in enumerate(cohort.slots, start=cohort.first_slot):
+                if episode is not None and self._seats.is_ours(slot):
+                    text = self._chat.decode(np.concatenate(episode.said[0]).tolist())
+                    episode.future = self._seats.step(slot, text)
 
-    def _next(self, run: _Run, session: int) -> Episode | None:
-        """The first episode in the queue that may begin in a session: on one server, one suspect at a time."""
+    def _next(self, run: _Run, slot: int) -> Episode | None:
+        """The first episode in the queue that may begin in a slot: on one server, one suspect at a time."""
         for place, episode in enumerate(run.queue):
-            if not (episode.is_suspect and self._plays_a_suspect(self._pool.server_of(session))):
+            if not (episode.is_suspect and self._plays_a_suspect(self._seats.server_of(slot))):
                 del run.queue[place]
                 return episode
         return None
 
-    def _plays_a_suspect(self, server: int) -> bool:
+    def _plays_a_suspect(self, server: tuple[int, int]) -> bool:
         return any(
-            episode is not None and episode.is_suspect and self._pool.server_of(cohort.first_session + slot) == server
+            episode is not None and episode.is_suspect and self._seats.server_of(cohort.first_slot + slot) == server
             for cohort in self._cohorts
             for slot, episode in enumerate(cohort.slots)
         )
@@ -195,84 +178,102 @@ class Rollout:
     def _hear(self, run: _Run, cohort: _Cohort) -> None:
         """Collects the environments' answers; episodes that end leave their slots."""
         start = time.perf_counter()
+        ours = self._seats.is_ours
+        own = {
+            slot: self._listen(episode)
+            for slot, episode in enumerate(cohort.slots)
+            if episode is not None and ours(cohort.first_slot + slot)
+        }
+        answers = exchange(self._hosts, own, cohort.slots)
         for slot, episode in enumerate(cohort.slots):
             if episode is None:
                 continue
-            assert episode.future is not None
-            try:
-                result = episode.future.result()
-            except EnvError as error:
+            answer = answers[slot]
+            if answer.error is not None:
                 cohort.slots[slot] = None
-                charged = episode.is_suspect or not isinstance(error, LostError)
+                charged = episode.is_suspect or not answer.lost
                 if not charged or episode.retries < self.config.max_retries:
-                    log.warning("episode %s/%d begins again: %s", episode.task.id, episode.member, error)
+                    log.warning("episode %s/%d begins again: %s", episode.task.id, episode.member, answer.error)
                     run.stats.retries += 1
                     run.queue.appendleft(episode.again(charged=charged))
                 else:
-                    log.warning("episode %s/%d is masked: %s", episode.task.id, episode.member, error)
+                    log.warning("episode %s/%d is masked: %s", episode.task.id, episode.member, answer.error)
                     run.stats.env_errors += 1
                     run.done.append(episode.trajectory(Ending.ENV_ERROR, False, self.config.context))
                 continue
-            ending = self._take_answer(episode, result, run.stats)
-            if ending is not None:
+            self._take(episode, answer, run.stats)
+            if answer.ending is not None:
                 cohort.slots[slot] = None
-                run.done.append(episode.trajectory(ending, bool(result.info.get("won", False)), self.config.context))
+                run.done.append(episode.trajectory(answer.ending, answer.won, self.config.context))
         run.stats.environment_s += time.perf_counter() - start
 
-    def _take_answer(self, episode: Episode, result: StepResult, stats: RolloutStats) -> Ending | None:
-        """Records what the environment said; returns how the episode ended, or None while it goes on."""
-        config = self.config
+    def _listen(self, episode: Episode) -> Answer:
+        """Waits for the environment's answer and says what follows from it; the episode stays as it is."""
+        assert episode.future is not None
+        try:
+            result = episode.future.result()
+        except EnvError as error:
+            return Answer(str(error), isinstance(error, LostError))
+        config, chat = self.config, self._chat
+        heard = partial(Answer, won=bool(result.info.get("won", False)), observation=result.observation)
+        if not episode.said[0]:
+            ids = chat.prompt_ids(first_messages(config.instruction, result.observation))
+            return heard(ids=ids, ending=Ending.TRUNCATED if len(ids) > config.prompt_tokens else None)
+        said = np.concatenate(episode.said[0]).tolist()
+        valid = bool(result.info.get("valid_action", True))
+        heard = partial(heard, reward=float(result.reward), valid_action=valid, response=chat.decode(said))
+        if result.terminated:
+            return heard(ending=Ending.TERMINATED)
+        if result.truncated or len(episode.turns) + 1 >= config.max_turns:
+            return heard(ending=Ending.TRUNCATED)
+        if config.context == "append":
+            closed = said[-1] in chat.stop_ids
+            keep, ids = len(episode.ids) + len(said), chat.delta_ids(result.observation, closed=closed)
+        else:
+            turns = [(turn.observation, turn.response) for turn in episode.turns]
+            turns.append((episode.heard[1], heard.keywords["response"]))
+            keep, ids = windowed_ids(
+                chat,
+                [*episode.ids, *said],
+                turns,
+                result.observation,
+                config.instruction,
+                config.window_turns,
+                thoughts=config.thoughts == "keep",
+            )
+        full = keep + len(ids) >= config.context_tokens
+        return heard(keep=keep, ids=ids, ending=Ending.TRUNCATED if full else None)
+
+    def _take(self, episode: Episode, answer: Answer, stats: RolloutStats) -> None:
+        """Records what the environment said."""
         if episode.said[0]:
             ids, logprobs, entropies = episode.take_response()
-            closed = int(ids[-1]) in self._chat.stop_ids
-            valid = bool(result.info.get("valid_action", True))
             heard_ids, heard_text = episode.heard
-            text = self._chat.decode(ids.tolist())
-            episode.turns.append(
-                Turn(
-                    np.asarray(heard_ids, np.int32),
-                    ids,
-                    logprobs,
-                    entropies,
-                    float(result.reward),
-                    valid,
-                    heard_text,
-                    text,
-                )
+            turn = Turn(
+                np.asarray(heard_ids, np.int32),
+                ids,
+                logprobs,
+                entropies,
+                answer.reward,
+                answer.valid_action,
+                heard_text,
+                answer.response,
             )
+            episode.turns.append(turn)
             episode.ids.extend(ids.tolist())
-            if result.terminated:
-                return Ending.TERMINATED
-            if result.truncated or len(episode.turns) >= config.max_turns:
-                return Ending.TRUNCATED
-            if config.context == "append":
-                keep, new = appended_ids(self._chat, episode, result.observation, closed)
-            else:
-                keep, new = windowed_ids(
-                    self._chat,
-                    episode,
-                    result.observation,
-                    config.instruction,
-                    config.window_turns,
-                    thoughts=config.thoughts == "keep",
-                )
-            if keep + len(new) >= config.context_tokens:
-                return Ending.TRUNCATED
-        else:
-            keep, new = 0, self._chat.prompt_ids(first_messages(config.instruction, result.observation))
-            if len(new) > config.prompt_tokens:
-                log.warning(
-                    "task %s is left out: expected a first prompt of at most rollout.prompt_tokens = %d tokens, got %d;"
-                    " raise rollout.prompt_tokens",
-                    episode.task.id,
-                    config.prompt_tokens,
-                    len(new),
-                )
-                stats.overlong_prompts += 1
-                return Ending.TRUNCATED
-        heard = new if config.context == "append" else [*episode.ids[:keep], *new]
-        episode.keep, episode.pending, episode.heard = keep, new, (heard, result.observation)
-        return None
+        elif answer.ending is not None:
+            log.warning(
+                "task %s is left out: expected a first prompt of at most rollout.prompt_tokens = %d tokens, got %d;"
+                " raise rollout.prompt_tokens",
+                episode.task.id,
+                self.config.prompt_tokens,
+                len(answer.ids),
+            )
+            stats.overlong_prompts += 1
+        if answer.ending is None:
+            ids = list(answer.ids)
+            heard = ids if self.config.context == "append" else [*episode.ids[: answer.keep], *ids]
+            episode.keep, episode.pending, episode.heard = answer.keep, ids, (heard, answer.observation)
 
     def _begin(self, run: _Run, cohort: _Cohort) -> None:
         """Computes the prompts of episodes that begin, each distinct one once, and forks them to their slots."""
@@ -368,7 +369,3 @@ class Rollout:
                 for parts, values in zip(episode.said, (out.tokens, out.logprobs, out.entropies), strict=True):
                     parts.append(values[slot, :count])
                 budgets[slot] = 0 if out.finished[slot] else budgets[slot] - count
-
-    def _answer(self, episode: Episode, session: int) -> Future[StepResult]:
-        """Sends the response's text to the environment."""
-        return self._pool.step(session, self._chat.decode(np.concatenate(episode.said[0]).tolist()))

@@ -108,28 +108,42 @@ def first_messages(instruction: str, observation: str) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": observation}]
 
 
-def appended_ids(chat: Chat, episode: Episode, observation: str, closed: bool) -> tuple[int, list[int]]:
-    """Append: the slot keeps everything, the observation follows. Returns (ids kept, new ids)."""
-    return len(episode.ids), chat.delta_ids(observation, closed=closed)
-
-
 def without_thoughts(response: str) -> str:
     """What follows the last `</think>` of a response, as Qwen3's chat template shows earlier responses."""
     return response.rpartition("</think>")[2].lstrip("\n")
 
 
 def windowed_ids(
-    chat: Chat, episode: Episode, observation: str, instruction: str, turns: int, *, thoughts: bool = True
+    chat: Chat,
+    held: Sequence[int],
+    turns: Sequence[tuple[str, str]],
+    observation: str,
+    instruction: str,
+    count: int,
+    *,
+    thoughts: bool = True,
 ) -> tuple[int, list[int]]:
-    """Window: first observation, last `turns` turns, observation. Returns (ids kept: the common prefix, new ids)."""
-    messages = first_messages(instruction, episode.turns[0].observation)
-    recent = episode.turns[-turns:] if turns else []
-    for place, turn in enumerate(recent):
-        if place or len(recent) < len(episode.turns):
-            messages.append({"role": "user", "content": turn.observation})
-        said = turn.response if thoughts else without_thoughts(turn.response)
-        messages.append({"role": "assistant", "content": said})
+    """Window: first observation, last `count` turns, observation.
+
+    Args:
+        chat: the tokenizer.
+        held: ids that the slot holds.
+        turns: observation and response of each turn so far.
+        observation: what was heard now.
+        instruction: system message.
+        count: turns that the prompt looks back on.
+        thoughts: whether earlier responses are shown with what was thought.
+
+    Returns:
+        ids kept (the common prefix) and new ids.
+    """
+    messages = first_messages(instruction, turns[0][0])
+    recent = turns[-count:] if count else []
+    for place, (heard, said) in enumerate(recent):
+        if place or len(recent) < len(turns):
+            messages.append({"role": "user", "content": heard})
+        messages.append({"role": "assistant", "content": said if thoughts else without_thoughts(said)})
     ids = chat.prompt_ids([*messages, {"role": "user", "content": observation}])
-    limit = min(len(ids) - 1, len(episode.ids))
-    keep = next((i for i in range(limit) if ids[i] != episode.ids[i]), limit)
+    limit = min(len(ids) - 1, len(held))
+    keep = next((i for i in range(limit) if ids[i] != held[i]), limit)
     return keep, ids[keep:]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from aem_jax.models import Params, Policy
+from aem_jax.models import LoraPolicy, Params, Policy
 from aem_jax.sampler.draw import SamplingConfig, make_draw, uniforms
 from aem_jax.sampler.state import KEY_AXES, STATE_AXES, VALUE_AXES, SamplerState, copy_rows, merge, rewind
 from aem_jax.sharding import DECODE, partition, replicated, shardings, slot_shards
@@ -65,7 +65,7 @@ class Sampler:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | LoraPolicy,
         sampling: SamplingConfig,
         stop_ids: Sequence[int],
         *,

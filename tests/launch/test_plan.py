@@ -137,7 +137,7 @@ def test_costs_of_a_compiled_scan_are_those_of_all_its_rounds():
     x = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=place("fsdp", None))
     weights = jax.ShapeDtypeStruct((6, 64, 64), jnp.float32, sharding=place(None, None, "tensor"))
     compiled = jax.jit(step).lower(x, weights).compile()
-    found = costs(parse(compiled.as_text()))
+    found = costs(parse(compiled.as_text() or ""))
     assert found.flops == 6 * 2 * 32 * 64 * 64 / 8
     assert {each.kind for each in found.collectives} == {"all-gather"} and found.unknown_loops == 0
     assert sum(each.count for each in found.collectives) == 6

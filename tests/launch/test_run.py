@@ -115,7 +115,7 @@ def test_another_value_of_what_matters_is_refused_by_name(whole: Path, user_envi
 
 
 def test_rows_that_the_mesh_cannot_split_are_named_before_anything_is_learnt(tmp_path: Path, user_environment):
-    words = ("--batch.rows", "3", "--runtime.cpu-devices", "2")
+    words = ("--batch.rows", "3", "--runtime.cpu-devices", "2", "--mesh.data", "2")
     out = finish(start(tmp_path, user_environment, *words), status=2)
     assert "--batch.rows: expected a multiple of mesh.data × mesh.fsdp = 2, got 3" in out and "warm start" not in out
 

@@ -151,9 +151,9 @@ def _convolution_flops(each: Instruction, where: Computation) -> float:
     rates = [[int(rate) for rate in option(name, "1")] for name in ("stride", "lhs_dilate", "rhs_dilate")]
     pairs = 1
     for label, low, *rate in zip(spatial, lows, *rates):
-        sizes = [shape.dims[names.index(label)] for shape, names in zip(shapes, (left, right, out))]
+        size, kernel, seen = (shape.dims[names.index(label)] for shape, names in zip(shapes, (left, right, out)))
         stride, dilate, spread = rate
-        pairs *= _meetings(sizes[0], sizes[1], sizes[2], low, stride, dilate, spread)
+        pairs *= _meetings(size, kernel, seen, low, stride, dilate, spread)
     channels = shapes[1].dims[right.index("i")]
     return 2.0 * pairs * channels * shapes[2].dims[out.index("b")] * shapes[2].dims[out.index("f")]
 

@@ -109,7 +109,7 @@ def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) ->
         why = {"too_large": reason} if "RESOURCE_EXHAUSTED" in str(error) else {"broken": reason}
         return Program(name, 0, 0, 0, seconds, Costs(), **why)
     seconds = time.perf_counter() - start
-    memory, found = compiled.memory_analysis(), costs(parse(compiled.as_text()), rounds)
+    memory, found = compiled.memory_analysis(), costs(parse(compiled.as_text() or ""), rounds)
     if memory is None:
         raise ValueError(f"expected the compiler to say how much memory {name} takes, got nothing")
     own = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)

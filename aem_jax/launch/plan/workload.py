@@ -63,12 +63,13 @@ class Workload:
         return slots + self.prompt_rows * (self.prompt_tokens + self.slack)
 
 
-def workload(config: RunConfig, prompt_multiple: int = 1) -> Workload:
+def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | None = None) -> Workload:
     """The sizes that a run's config means.
 
     Args:
         config: the run's.
         prompt_multiple: the mesh's data × fsdp, of which rows of prompts are a multiple.
+        model: the decoder's sizes where they are known; else what the config says of them.
 
     Raises:
         ConfigError: a model that is not known here.
@@ -77,7 +78,7 @@ def workload(config: RunConfig, prompt_multiple: int = 1) -> Workload:
     slots = rollout.num_slots // rollout.num_cohorts
     prompt_rows = -(-slots // rollout.group_size)
     return Workload(
-        model=planned_model(config),
+        model=model or planned_model(config),
         layout=build.batch_layout(config, rollout.groups_per_step * rollout.group_size, learner.num_minibatches),
         slots=slots,
         cohorts=rollout.num_cohorts,

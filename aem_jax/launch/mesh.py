@@ -1,0 +1,40 @@
+"""The mesh of a run: as it is set, or chosen from the model, the devices and their memory."""
+
+import logging
+import math
+
+import jax
+from jax.sharding import Mesh
+
+from aem_jax.launch.config import RunConfig
+from aem_jax.launch.plan.analytic import demand
+from aem_jax.launch.plan.workload import workload
+from aem_jax.models import ModelConfig
+from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh
+
+log = logging.getLogger(__name__)
+
+
+def open_mesh(config: RunConfig, model: ModelConfig) -> Mesh:
+    """The run's mesh over all devices; with `config.mesh` left as it is by default, `choose_mesh` says its sizes.
+
+    Args:
+        config: the run's.
+        model: sizes of its decoder.
+
+    Raises:
+        ValueError: sizes that don't multiply to the number of devices, or that divide no rows and slots.
+    """
+    devices = jax.devices()
+    if config.mesh != MeshConfig() or len(devices) == 1:
+        return make_mesh(config.mesh)
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)  # a CPU's is not told
+    chosen = choose_mesh(demand(workload(config, model=model)), len(devices), memory)
+    log.info(
+        "mesh of %d devices: data %d x fsdp %d x tensor %d (chosen; --mesh.data, --mesh.fsdp and --mesh.tensor set it)",
+        len(devices),
+        chosen.data,
+        chosen.fsdp,
+        chosen.tensor,
+    )
+    return make_mesh(chosen)

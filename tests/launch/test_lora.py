@@ -1,0 +1,165 @@
+"""LoRA through the normal command: from a model's files, and on what a warm start made of random weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from aem_jax.launch import build, cli
+from aem_jax.launch.options import apply, split
+from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch.preset import read_preset
+from aem_jax.metrics import comparable, read_lines
+from aem_jax.models import ModelConfig, Policy, from_pretrained, save_pretrained
+from aem_jax.tokenizer import ChatTokenizer
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = Path(__file__).with_name("small.toml")
+CONFIG = ModelConfig(512, 32, 48, 2, 4, 2, 8, qk_norm=False, qkv_bias=True, max_positions=512)  # of Qwen2.5's form
+NUM_STEPS = 4
+
+
+def start(folder: Path, environment: dict[str, str], *words: str, command: str = "train") -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "aem_jax.launch", command, "--preset", str(SMALL), "--runs-dir", str(folder), *words]
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    out, _ = process.communicate()
+    assert process.returncode == status, out
+    return out
+
+
+def export(folder: Path, runs: Path, environment: dict[str, str], *words: str, status: int = 0) -> str:
+    line = [sys.executable, "-m", "aem_jax.launch", "export", str(folder), "--preset", str(SMALL)]
+    done = subprocess.run(
+        [*line, "--runs-dir", str(runs), "--name", "run", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr
+
+
+def check_export(run: Path, base: Path, out: Path, environment: dict[str, str], scale: float) -> None:
+    """The merged model is the base plus what PEFT's files say, to the last bit of float32 but one."""
+    export(out / "merged", run.parent, environment)
+    export(out / "adapter", run.parent, environment, "--adapter", "True")
+    merged, adapter = from_pretrained(out / "merged", dtype="float32"), out / "adapter"
+    wanted = load_file(base / "model.safetensors")
+    pairs = load_file(adapter / "adapter_model.safetensors")
+    for name in {name.rpartition(".lora_")[0] for name in pairs}:
+        delta = pairs[f"{name}.lora_B.weight"] @ pairs[f"{name}.lora_A.weight"]
+        assert np.abs(delta).max() > 0, name
+        wanted[f"{name.removeprefix('base_model.model.')}.weight"] += np.float32(scale) * delta
+    found = load_file(out / "merged" / "model.safetensors")
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert merged.config.dtype == "float32"
+    stands_on = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(stands_on).resolve() == base.resolve()
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    ours = {"JAX_NUM_CPU_DEVICES", "JAX_NUMPY_RANK_PROMOTION"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, environment) -> Path:
+    """A run on random weights that was left alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    finish(start(folder, environment, "--name", "run", "--lora.rank", "4"))
+    return folder / "run"
+
+
+def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment):
+    texts = ["-= Welcome =- You are in the middle of a room.", "<action>go to shelf 1</action>", "Nothing happens."]
+    ChatTokenizer.train(texts * 3, vocab_size=400).save_pretrained(tmp_path / "tokenizer")
+    model = tmp_path / "model"
+    save_pretrained(model, CONFIG, Policy(CONFIG).init(jax.random.key(0)), source=tmp_path / "tokenizer")
+    words = ["--name", "run", "--model.path", str(model), "--model.dtype", "float32", "--train.num-steps", "2"]
+    words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", "--evaluation.size", "2"]
+    sizes = ("hidden-size", "intermediate-size", "num-layers", "num-heads", "num-kv-heads", "head-dim")
+    words += [f"--model.{name}=None" for name in sizes]
+    words += ["--warmstart.episodes", "0", "--checkpoint.keep-first", "False", "--learner.moments", "int8"]
+    words += ["--lora.rank", "4", "--lora.alpha", "8", "--lora.targets", "q_proj", "v_proj", "down_proj"]
+    finish(start(tmp_path, environment, *words, "--lora.merge", "False"))
+    steps = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in steps] == [0, 1]
+    assert all(record["parity/max"] < 1e-4 for record in steps)
+    # the reference is the model as it came: at first the policy itself, up to rounding, then no longer
+    assert abs(steps[0]["learner/kl_reference"]) < 1e-10 < steps[1]["learner/kl_reference"]
+    assert not (tmp_path / "run" / "base").exists()
+    check_export(tmp_path / "run", model, tmp_path / "out", environment, scale=2.0)
+
+
+def test_on_a_warm_start_of_all_weights(whole: Path, tmp_path: Path, environment):
+    steps = read_lines(whole / "metrics.jsonl")
+    assert [record["step"] for record in steps] == list(range(NUM_STEPS))
+    for record in steps:
+        assert record["parity/max"] <= 1e-4 and record["compile/recompiles"] == 0
+    assert steps[0]["learner/kl_reference"] == pytest.approx(0, abs=1e-5)
+    assert len(read_lines(whole / "warmstart.jsonl")) == 4
+    adapter, base = (
+        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        for folder in (whole / "checkpoints" / "4", whole / "base")
+    )
+    assert base > 50_000  # the weights, once; a checkpoint holds the adapter and its moments alone
+    assert adapter < 3 * base
+    check_export(whole, whole / "base", tmp_path / "out", environment, scale=8.0)
+
+
+def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path, environment):
+    process = start(tmp_path, environment, "--name", "run", "--lora.rank", "4")
+    run = tmp_path / "run"
+    while len(read_lines(run / "metrics.jsonl")) < 3:  # one more than the last checkpoint has
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = (run / "base" / "model.safetensors").read_bytes()
+    finish(start(tmp_path, environment, "--name", "run", "--lora.rank", "4"))
+    numbers = lambda folder: [comparable(record) for record in read_lines(folder / "metrics.jsonl")]  # noqa: E731
+    assert numbers(run) == numbers(whole)
+    assert before == (run / "base" / "model.safetensors").read_bytes()
+
+
+def test_what_cannot_be_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--preset", str(SMALL), "--runs-dir", str(tmp_path), "--name", "run"]
+    assert cli.main([*words, "--lora.targets", "q_proj", "w_proj"]) == 2
+    assert cli.main([*words, "--lora.rank", "-1"]) == 2
+    assert cli.main([*words, "--lora.rank", "4", "--lora.alpha", "0"]) == 2
+    assert cli.main([*words, "--lora.rank", "40"]) == 2
+    names, rank, alpha, most = capsys.readouterr().err.splitlines()[:4]
+    assert "--lora.targets" in names and "expected one of all, q_proj" in names and "got 'w_proj'" in names
+    assert "--lora.rank: expected rank >= 0" in rank and "alpha > 0" in alpha
+    assert "--lora.rank: expected rank of at most 16, the smaller side of k_proj [32, 16], got 40" in most
+
+
+def test_a_reference_is_kept_where_it_is_not_the_frozen_weights():
+    words = ["--checkpoint.keep-first", "False", "--learner.kl-coefficient", "0.1"]
+    config = apply(read_preset(str(SMALL)), split(words)[1])
+    lora = apply(config, split(["--lora.rank", "4"])[1])
+    build.check(lora)  # random weights: the warm start makes the base
+    files = split(["--model.path", "/a/model", *(f"--model.{name}=None" for name in ("hidden-size", "num-layers"))])[1]
+    assert build.reference_is_base(apply(lora, files | {"warmstart.episodes": ["0"]}))
+    assert not build.reference_is_base(apply(lora, files))
+    with pytest.raises(ConfigError, match="--checkpoint.keep-first"):
+        build.check(config)

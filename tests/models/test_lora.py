@@ -1,0 +1,161 @@
+"""Adapters: nothing at the start, the same beside the weights as merged into them, and PEFT's in their files."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from small_policies import DEEP, GROUPED_TIED, ONE_KV_UNTIED, numpy_params, numpy_tokens
+
+from aem_jax.models import LoraConfig, LoraPolicy, Policy, save_pretrained
+from aem_jax.models.lora import projections
+from aem_jax.models.peft import save_adapter
+from aem_jax.models.weights import tensors
+
+NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BIASED = replace(GROUPED_TIED, qk_norm=False, qkv_bias=True)
+LORA = LoraConfig(rank=3, alpha=6.0)
+
+
+def adapter_of(policy: LoraPolicy, seed: int = 1) -> Any:
+    """An adapter that does something: B is no longer zero."""
+    adapter = policy.init(jax.random.key(seed))
+    leaves, structure = jax.tree.flatten(adapter)
+    random = np.random.RandomState(seed)
+    noise = [jnp.asarray(0.1 * random.standard_normal(leaf.shape).astype(np.float32)) for leaf in leaves]
+    return structure.unflatten([leaf + each for leaf, each in zip(leaves, noise, strict=True)])
+
+
+def merged(policy: LoraPolicy, adapter: Any, frozen: Any) -> Any:
+    return {**frozen, "layers": {**frozen["layers"], **policy.merge(adapter, frozen["layers"])}}
+
+
+def logits(policy: Any, params: Any) -> Any:
+    tokens = jnp.asarray(numpy_tokens(policy.config, (2, 9)))
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    run = jax.jit(lambda params: policy.logits(params, policy.hidden(params, tokens, positions, jnp.ones_like(tokens))))
+    return run(params)
+
+
+@pytest.mark.parametrize(
+    ("config", "tolerance"),
+    [(GROUPED_TIED, 1e-5), (BIASED, 1e-5), (ONE_KV_UNTIED, 1e-5), (DEEP, 5e-5)],  # nine layers add up more rounding
+)
+def test_beside_the_weights_or_in_them(config, tolerance):
+    whole, policy, frozen = Policy(config), LoraPolicy(Policy(config), LORA), numpy_params(config)
+    nothing, adapter = policy.init(jax.random.key(1)), adapter_of(policy)
+    wanted = logits(whole, frozen)
+    jax.tree.map(np.testing.assert_array_equal, merged(policy, nothing, frozen), frozen)  # so its logits are, too
+    np.testing.assert_allclose(logits(policy, (nothing, frozen)), wanted, rtol=0, atol=tolerance)
+    found = logits(policy, (adapter, frozen))
+    np.testing.assert_allclose(found, logits(whole, merged(policy, adapter, frozen)), atol=tolerance)
+    assert jnp.max(jnp.abs(found - wanted)) > 0.1
+
+
+def test_at_the_start_the_logits_are_the_bases_to_the_last_bit():
+    policy, frozen = LoraPolicy(Policy(GROUPED_TIED), LORA), numpy_params(GROUPED_TIED)
+    wanted = logits(policy.whole, frozen)
+    np.testing.assert_array_equal(logits(policy, (policy.init(jax.random.key(1)), frozen)), wanted)
+
+
+@pytest.mark.parametrize("chosen", [("q_proj", "v_proj"), ("k_proj",), ("up_proj", "o_proj"), ("gate_proj",)])
+def test_some_projections_alone(chosen):
+    config = ONE_KV_UNTIED
+    every, some = LoraPolicy(Policy(config), LORA), LoraPolicy(Policy(config), LoraConfig(3, 6.0, chosen))
+    frozen, adapter = numpy_params(config), adapter_of(every)
+    assert sorted(some.axes) == sorted(chosen)
+    first = some.init(jax.random.key(5))
+    jax.tree.map(np.testing.assert_array_equal, first, {n: every.init(jax.random.key(5))[n] for n in chosen})
+    part = {name: adapter[name] for name in chosen}
+    # the others' B at zero: the same
+    rest = {n: pair if n in chosen else {**pair, "b": 0 * pair["b"]} for n, pair in adapter.items()}
+    found = logits(some, (part, frozen))
+    np.testing.assert_allclose(found, logits(every, (rest, frozen)), atol=1e-5)
+    np.testing.assert_allclose(found, logits(some.whole, merged(some, part, frozen)), atol=1e-5)
+    changed = {name for name in frozen["layers"] if name in some.merged_leaves}
+    assert changed == {projections(config)[name].leaf for name in chosen}
+
+
+def test_an_adapter_begins_as_pefts():
+    # lora_A: Kaiming-uniform with a = √5, that is uniform in ±1/√inputs; lora_B: zero
+    adapter = LoraPolicy(Policy(GROUPED_TIED), LoraConfig(rank=16)).init(jax.random.key(0))
+    for name, p in projections(GROUPED_TIED).items():
+        bound, a = np.prod(p.inputs) ** -0.5, np.asarray(adapter[name]["a"])
+        assert 0.95 * bound < np.abs(a).max() <= bound and not np.asarray(adapter[name]["b"]).any()
+        np.testing.assert_allclose(a.std(), bound / 3**0.5, rtol=0.1)
+
+
+@pytest.mark.parametrize("config", [BIASED, ONE_KV_UNTIED])
+def test_pefts_files_say_the_same_weights(config, tmp_path: Path):
+    """W + alpha / r · lora_B lora_A of each tensor of Hugging Face's is what a merged model has there."""
+    policy, frozen = LoraPolicy(Policy(config), LORA), numpy_params(config)
+    adapter = adapter_of(policy)
+    save_adapter(tmp_path / "adapter", policy, adapter, base="the/base")
+    save_pretrained(tmp_path / "base", config, frozen)
+    save_pretrained(tmp_path / "merged", config, merged(policy, adapter, frozen))
+    pairs = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    base, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    d, f = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    sides = dict(zip(NAMES, [(d, queries), (d, keys), (d, keys), (queries, d), (d, f), (d, f), (f, d)], strict=True))
+    for tensor in tensors(config):
+        module = tensor.name.removesuffix(".weight")
+        prefix, name = f"base_model.model.{module}", module.rpartition(".")[2]
+        if name in NAMES and not tensor.name.endswith("bias"):
+            a, b = pairs.pop(f"{prefix}.lora_A.weight"), pairs.pop(f"{prefix}.lora_B.weight")
+            assert (a.shape, b.shape) == ((3, sides[name][0]), (sides[name][1], 3)) and a.dtype == np.float32
+            np.testing.assert_allclose(wanted[tensor.name], base[tensor.name] + 2.0 * b @ a, rtol=1e-5, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(wanted[tensor.name], base[tensor.name])
+    assert not pairs
+    found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert found["peft_type"] == "LORA" and found["task_type"] == "CAUSAL_LM"
+    assert (found["r"], found["lora_alpha"], found["target_modules"]) == (3, 6.0, list(NAMES))
+    assert found["base_model_name_or_path"] == "the/base"
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
+        save_adapter(tmp_path / "adapter", policy, adapter, base="the/base")
+
+
+def test_peft_reads_them(tmp_path: Path):
+    """Live, where torch, transformers and PEFT are there."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    policy, frozen = LoraPolicy(Policy(BIASED), LORA), numpy_params(BIASED)
+    adapter = adapter_of(policy)
+    save_pretrained(tmp_path / "base", BIASED, frozen)
+    save_adapter(tmp_path / "adapter", policy, adapter, base=str(tmp_path / "base"))
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter")
+    )
+    with torch.no_grad():
+        found = model(torch.from_numpy(numpy_tokens(BIASED, (2, 9)).astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(found, logits(policy, (adapter, frozen)), atol=1e-4)
+
+
+def test_merged_weights_keep_their_dtype_and_are_rounded_once():
+    policy = LoraPolicy(Policy(replace(GROUPED_TIED, dtype="bfloat16")), LORA)
+    frozen, adapter = numpy_params(GROUPED_TIED), adapter_of(policy)
+    half = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), frozen, policy.whole.dtypes)
+    found = policy.merge(adapter, half["layers"])
+    wanted = policy.merge(adapter, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half["layers"]))
+    for name, leaf in found.items():
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, wanted[name].astype(jnp.bfloat16))
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match=r"expected targets among all, q_proj, .*, down_proj, got qproj"):
+        LoraConfig(4, targets=("qproj", "v_proj"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected rank >= 0 and alpha > 0, got -1"):
+        LoraConfig(-1)
+    policy = LoraPolicy(Policy(ONE_KV_UNTIED), LoraConfig(rank=12))
+    with pytest.raises(ValueError, match=r"expected rank of at most 8, the smaller side of k_proj \[40, 8\], got 12"):
+        policy.init(jax.random.key(0))
+    assert LoraPolicy(Policy(ONE_KV_UNTIED), LoraConfig(12, targets=("q_proj",))).shapes

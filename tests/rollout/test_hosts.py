@@ -1,0 +1,147 @@
+"""Several processes play one rollout, each its own slots: all end with the same trajectories, those of one process.
+
+Threads stand for processes here; what has to be lock-step are the calls to the sampler, which are recorded.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from aem_jax.hosts import Hosts
+from aem_jax.models import ModelConfig, Policy
+from aem_jax.rollout import Rollout, RolloutConfig
+from aem_jax.rollout.seats import Seats
+from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.trajectory import Task
+
+from .fakes import STOP, VOCAB, ByteChat, LocalPool
+
+POLICY = Policy(ModelConfig(VOCAB, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0))
+CONFIG = RolloutConfig(
+    groups_per_step=3, group_size=4, num_slots=6, num_cohorts=2, max_turns=6, response_tokens=7, context_tokens=96,
+    prompt_tokens=16, decode_chunk=4, extend_buckets=(4, 8), windows=(32,),
+)  # fmt: skip
+TASKS = [Task(f"t{n}", "countdown", {"turns": n}) for n in (2, 5, 3)]
+
+
+class Recorded:
+    """A sampler that notes which programs are called, with which static arguments."""
+
+    def __init__(self, sampler: Sampler):
+        self._sampler, self.calls = sampler, []
+
+    def __getattr__(self, name: str):
+        found = getattr(self._sampler, name)
+        if name not in ("extend", "decode", "fork", "rewind"):
+            return found
+
+        def call(*arguments, **named):
+            shapes = [np.shape(each) for each in arguments if isinstance(each, np.ndarray)]
+            self.calls.append((name, shapes, *(each for each in arguments if isinstance(each, int)), named))
+            return found(*arguments, **named)
+
+        return call
+
+
+def processes(count: int) -> list[Hosts]:
+    """What `count` processes see of each other, in threads of one."""
+    said: list[bytes] = [b""] * count
+    barrier = threading.Barrier(count, timeout=300)
+
+    def gather(index: int, data: bytes) -> list[bytes]:
+        said[index] = data
+        barrier.wait()
+        heard = list(said)
+        barrier.wait()
+        return heard
+
+    return [Hosts(i, count, lambda data, i=i: gather(i, data)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return POLICY.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return Sampler(POLICY, SamplingConfig(), [STOP], capacity=96, slack=CONFIG.slack, windows=CONFIG.windows)
+
+
+def play(sampler, params, count: int, config=CONFIG, broken: Callable = lambda process, session, call: False):
+    """(trajectories, stats, calls to the sampler) of each of `count` processes."""
+
+    def one(hosts: Hosts):
+        recorded, own = Recorded(sampler), config.num_slots // count
+        pool = LocalPool(own, broken=lambda session, call: broken(hosts.index, session, call))
+        rollout = Rollout(recorded, ByteChat(), pool, config, hosts)  # pyright: ignore[reportArgumentType]
+        return *rollout(params, TASKS, jax.random.key(7)), recorded.calls
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(one, processes(count)))
+
+
+def episodes(trajectories) -> list:
+    """All that a learner sees of trajectories."""
+    return [
+        (t.group, t.member, t.ending, t.won, t.total_reward)
+        + tuple((turn.observation_ids.tolist(), turn.response_ids.tolist(), turn.logprobs.tolist()) for turn in t.turns)
+        for t in trajectories
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("context", ["append", "window"])
+def test_all_processes_make_the_calls_that_one_would_make(sampler, params, count: int, context: str):
+    config = replace(CONFIG, context=context, window_turns=1)
+    [(expected, _, calls)] = play(sampler, params, 1, config)
+    for found, stats, theirs in play(sampler, params, count, config):
+        assert theirs == calls
+        assert episodes(found) == episodes(expected)
+        assert [(t.task.id, t.turns[0].observation, t.turns[0].response) for t in found] == [
+            (t.task.id, t.turns[0].observation, t.turns[0].response) for t in expected
+        ]
+        assert stats.sampled_tokens == sum(len(turn.response_ids) for t in found for turn in t.turns)
+
+
+def test_a_broken_environment_of_one_process_is_begun_again_by_all(sampler, params):
+    [(expected, *_)] = play(sampler, params, 1)
+    runs = play(sampler, params, 2, broken=lambda process, _, call: process == 1 and call in (3, 9, 10))
+    for found, stats, calls in runs:
+        said = [[turn.response_ids.tolist() for turn in t.turns] for t in found]
+        assert said == [[turn.response_ids.tolist() for turn in t.turns] for t in expected]
+        assert stats.retries == 3 and calls == runs[0][2]
+
+
+def test_a_session_that_stays_broken_masks_the_same_episodes_everywhere(sampler, params):
+    runs = play(sampler, params, 2, broken=lambda process, session, _: process == 1 and session == 0)
+    assert runs[0][1].env_errors >= 1
+    assert episodes(runs[0][0]) == episodes(runs[1][0]) and runs[0][2] == runs[1][2]
+
+
+def test_each_process_needs_sessions_for_its_own_slots_only():
+    with ThreadPoolExecutor(2) as threads:
+        seats = list(threads.map(lambda hosts: Seats(LocalPool(6), hosts, 12, 2), processes(2)))
+    assert [slot for slot in range(12) if seats[1].is_ours(slot)] == [3, 4, 5, 9, 10, 11]
+    assert [seats[0].server_of(slot) for slot in (0, 3, 6, 9)] == [(0, 0), (1, 0), (0, 3), (1, 3)]
+    lonely = Hosts(1, 2, lambda data: [data, data])
+    with pytest.raises(ValueError, match="each of 6 slots of process 1, got 5; raise the pool's sessions"):
+        Seats(LocalPool(5), lonely, 12, 2)
+
+
+def test_processes_that_no_longer_play_the_same_are_told(sampler, params):
+    tasks = [TASKS, list(reversed(TASKS))]  # as if they had drawn different ones
+
+    def one(hosts: Hosts):
+        rollout = Rollout(sampler, ByteChat(), LocalPool(3), CONFIG, hosts)
+        return rollout(params, tasks[hosts.index], jax.random.key(7 + hosts.index))
+
+    with ThreadPoolExecutor(2) as threads:
+        for each in [threads.submit(one, hosts) for hosts in processes(2)]:
+            with pytest.raises(RuntimeError, match="no longer play the same episodes"):
+                each.result()
