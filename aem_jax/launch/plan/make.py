@@ -85,9 +85,14 @@ class Plan:
         return [name for name, size in self.phases.items() if size > self.topology.memory]
 
     @property
+    def broken(self) -> dict[str, str]:
+        """Programs that the compiler failed on, and what it said."""
+        return {name: program.broken for name, program in self.programs.items() if program.broken}
+
+    @property
     def fits(self) -> bool:
-        """Whether memory suffices throughout."""
-        return not self.too_large
+        """Whether everything was compiled and memory suffices throughout."""
+        return not self.too_large and not self.broken
 
     def as_values(self) -> dict[str, Any]:
         """Plain values, for JSON; a size that the compiler did not say is None."""
@@ -177,6 +182,8 @@ def _compile(plan: Plan, config: PlanConfig) -> None:
     for program in compile_programs(config, plan.work, mesh, config.programs):
         name = program.name
         plan.programs[name] = program
+        if program.broken:
+            continue
         plan.phases[name] = math.inf if program.too_large else program.total + beside[name]
         if not program.too_large:
             plan.costs[name] = program.costs

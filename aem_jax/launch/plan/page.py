@@ -142,6 +142,8 @@ def _rates(plan: Plan) -> Table:
 
 
 def _end(plan: Plan) -> Iterable[str]:
+    for name, reason in plan.broken.items():
+        yield f"not known: {_LABEL[name]}, on which the compiler failed ({reason}); another version of libtpu may do"
     if not plan.too_large:
         fullest = max(plan.phases.values(), default=math.nan)
         yield f"fits: {fullest / GIB:.1f} of {plan.topology.memory / GIB:.1f} GiB at the fullest"

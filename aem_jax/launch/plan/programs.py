@@ -35,7 +35,8 @@ class Program:
         temporaries: bytes beside these, at most.
         compiled_in: seconds.
         costs: of one call.
-        too_large: what the compiler said if it does not fit; then all else is 0.
+        too_large: what the compiler said if it does not fit, and
+        broken: if it failed for another reason; then all else is 0.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Program:
     compiled_in: float
     costs: Costs
     too_large: str = ""
+    broken: str = ""
 
     @property
     def total(self) -> float:
@@ -103,9 +105,9 @@ def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) ->
     try:
         compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Program(name, 0, 0, 0, time.perf_counter() - start, Costs(), _reason(str(error)))
+        seconds, reason = time.perf_counter() - start, _reason(str(error))
+        why = {"too_large": reason} if "RESOURCE_EXHAUSTED" in str(error) else {"broken": reason}
+        return Program(name, 0, 0, 0, seconds, Costs(), **why)
     seconds = time.perf_counter() - start
     memory, found = compiled.memory_analysis(), costs(parse(compiled.as_text() or ""), rounds)
     if memory is None:
@@ -116,4 +118,4 @@ def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) ->
 
 def _reason(message: str) -> str:
     found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    return f"it takes {found[1]} of {found[2]}" if found else message.strip().partition("\n")[0]
+    return f"it takes {found[1]} of {found[2]}" if found else message.strip().partition("\n")[0][:200]
