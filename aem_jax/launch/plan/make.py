@@ -193,7 +193,7 @@ def _compile(plan: Plan, config: PlanConfig) -> None:
 def _beside(plan: Plan) -> dict[str, float]:
     """What lies in memory while a program runs and is no argument of it."""
     memory, work = plan.memory, plan.work
-    learner = memory.parameters + memory.optimizer
+    learner = memory.parameters + memory.optimizer + memory.frozen * (memory.weights > 0)
     own = memory.cache * work.slots * (work.capacity + work.slack) / work.cached_tokens  # one cohort's cache
     sampling = learner + memory.reference + memory.cache - own
     return {

@@ -56,7 +56,12 @@ def _memory(plan: Plan) -> Table:
     table = Table("what lies on a device", "GiB", title="memory, closed form")
     for name, size in vars(plan.memory).items():
         if size:
-            label = {"weights": "weights as sampled from", "working": "activations (estimate)"}.get(name, name)
+            label = {
+                "parameters": "masters",
+                "frozen": "frozen weights",
+                "weights": "weights as sampled from",
+                "working": "activations (estimate)",
+            }.get(name, name)
             table.add_row(label, f"{size / GIB:.2f}")
     table.columns[1].justify = "right"
     return table
