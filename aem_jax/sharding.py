@@ -38,8 +38,8 @@ DECODE: Rules = {**_SHARED, "embed": None}
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Shape of the device mesh. One entry may be -1: it takes the devices that the others leave. Left as it is, a run of
-    several devices chooses it from the model, the slots and rows, and the devices' memory."""
+    """Shape of the device mesh. One entry may be -1: it takes the devices that the others leave. If none is set, a run
+    on several devices chooses them from the model, the slots and rows, and the devices' memory."""
 
     data: int = 1
     """Replicas of the parameters; rows and slots are split over them."""
