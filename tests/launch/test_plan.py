@@ -195,7 +195,7 @@ def test_closed_forms_by_hand():
     # a layer: q, k, v, o (4 + 2*2 + 4 heads of 32) and three of the MLP, all 64 wide; the head 1024 x 64
     layer = 64 * ((4 + 2 + 2 + 4) * 32 + 3 * 384)
     attention = 4 * 9 * 4 * 32 * 64
-    assert useful_flops(model, 64) == 6 * (9 * layer + model.vocab_size * 64) + 3 * attention / 2
+    assert useful_flops(work) == 6 * (9 * layer + model.vocab_size * 64) + 3 * attention / 2
     forward, rest = 2 * 9 * layer + attention, attention / 2 + 8 * model.vocab_size * 64
     assert learn_flops(work) == 4 * forward + rest
     assert learn_flops(replace(work, remat="none")) == 3 * forward + rest

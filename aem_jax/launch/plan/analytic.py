@@ -32,13 +32,15 @@ def attention_flops(model: ModelConfig, tokens: float) -> float:
     return 4.0 * model.num_layers * model.num_heads * model.head_dim * tokens
 
 
-def useful_flops(model: ModelConfig, row_length: int) -> float:
+def useful_flops(work: Workload) -> float:
     """FLOPs that learning one token takes, recomputation left out: 6·N + 6·L·H·Dh·T. What MFU counts.
 
-    A token attends to half of its row on average, as if no row held more than one segment.
+    A token attends to half of its row on average, as if no row held more than one segment. Frozen weights have no
+    gradient: 4·N.
     """
-    matrices = layer_parameters(model) + head_parameters(model)
-    return 6.0 * matrices + 3.0 * attention_flops(model, row_length / 2)
+    matrices = layer_parameters(work.model) + head_parameters(work.model)
+    back = 4.0 if work.lora.rank else 6.0
+    return back * matrices + 3.0 * attention_flops(work.model, work.layout.row_length / 2)
 
 
 def learn_flops(work: Workload, block: int = BLOCK) -> float:
