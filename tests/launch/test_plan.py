@@ -25,8 +25,9 @@ from aem_jax.launch.plan.make import make_plan
 from aem_jax.launch.plan.workload import planned_model, workload
 from aem_jax.launch.preset import preset_names, read_preset
 from aem_jax.learner import LearnerConfig
-from aem_jax.models import CONFIGS
+from aem_jax.models import CONFIGS, LoraPolicy, Policy
 from aem_jax.models.config import published
+from aem_jax.models.lora import LoraConfig
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sharding import MeshConfig, MeshDemand, choose_mesh, make_mesh
 
@@ -194,7 +195,7 @@ def test_closed_forms_by_hand():
     # a layer: q, k, v, o (4 + 2*2 + 4 heads of 32) and three of the MLP, all 64 wide; the head 1024 x 64
     layer = 64 * ((4 + 2 + 2 + 4) * 32 + 3 * 384)
     attention = 4 * 9 * 4 * 32 * 64
-    assert useful_flops(model, 64) == 6 * (9 * layer + model.vocab_size * 64) + 3 * attention / 2
+    assert useful_flops(work) == 6 * (9 * layer + model.vocab_size * 64) + 3 * attention / 2
     forward, rest = 2 * 9 * layer + attention, attention / 2 + 8 * model.vocab_size * 64
     assert learn_flops(work) == 4 * forward + rest
     assert learn_flops(replace(work, remat="none")) == 3 * forward + rest
@@ -203,8 +204,30 @@ def test_closed_forms_by_hand():
     found = memory(work, MeshConfig(1, 2, 2))
     count = model.num_parameters
     assert (found.parameters, found.optimizer, found.weights) == (count, 2 * count, 2 * count)
+    assert (found.gradients, found.frozen) == (2 * count, 0)
     # 8 slots of 64 + 16 places and 2 rows of prompts of 32 + 16, keys and values of 2 heads of 32 in 9 layers
     assert found.cache == 2 * 9 * 2 * 32 * 4 * (8 * 80 + 2 * 48) / 4
+
+
+def test_adapters_leave_the_weights_as_they_are_used():
+    config = replace(SMALL, lora=LoraConfig(rank=4), learner=replace(SMALL.learner, moments="int8"))
+    work = workload(config)
+    count, adapter = work.model.num_parameters, LoraPolicy(Policy(work.model), work.lora)
+    assert work.trained == sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes))
+    found = memory(work, MeshConfig(1, 1, 1))
+    assert (found.frozen, found.reference) == (4 * count, 0)  # float32 is what this model is used in
+    assert (found.parameters, found.optimizer) == (4 * work.trained, 3 * work.trained)
+    beside = replace(work, lora=replace(work.lora, merge=False))
+    assert memory(beside, MeshConfig(1, 1, 1)).weights == 0  # the frozen ones are sampled from
+    assert memory(beside, MeshConfig(1, 2, 1)).weights == 4 * count  # they lie otherwise while learning
+
+
+def test_seven_billion_parameters_with_adapters_fit_one_card(capsys):
+    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--lora.rank", "32", "--topology", "gpu:h100:1"]
+    assert cli.main([*words, "--batch.rows", "1"]) == 0
+    assert "frozen weights" in capsys.readouterr().out
+    assert cli.main(["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:1"]) == 1
+    assert "--lora.rank 16" in capsys.readouterr().out
 
 
 def test_seconds_are_bytes_over_bandwidth():

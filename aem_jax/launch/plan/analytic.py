@@ -12,8 +12,8 @@ from aem_jax.models import ModelConfig
 from aem_jax.models.attention import BLOCK
 from aem_jax.sharding import MeshConfig, MeshDemand
 
-MASTER, MOMENTS, GRADIENT, REFERENCE = 4, 8, 4, 4
-"""Bytes of a parameter: float32 master, Adam's two means, gradient, reference policy."""
+MASTER, GRADIENT = 4, 8
+"""Bytes of a trained parameter: float32 master; the sum of gradients and the next one to add."""
 
 
 def layer_parameters(model: ModelConfig) -> int:
@@ -32,13 +32,15 @@ def attention_flops(model: ModelConfig, tokens: float) -> float:
     return 4.0 * model.num_layers * model.num_heads * model.head_dim * tokens
 
 
-def useful_flops(model: ModelConfig, row_length: int) -> float:
+def useful_flops(work: Workload) -> float:
     """FLOPs that learning one token takes, recomputation left out: 6·N + 6·L·H·Dh·T. What MFU counts.
 
-    A token attends to half of its row on average, as if no row held more than one segment.
+    A token attends to half of its row on average, as if no row held more than one segment. Frozen weights have no
+    gradient: 4·N.
     """
-    matrices = layer_parameters(model) + head_parameters(model)
-    return 6.0 * matrices + 3.0 * attention_flops(model, row_length / 2)
+    matrices = layer_parameters(work.model) + head_parameters(work.model)
+    back = 4.0 if work.lora.rank else 6.0
+    return back * matrices + 3.0 * attention_flops(work.model, work.layout.row_length / 2)
 
 
 def learn_flops(work: Workload, block: int = BLOCK) -> float:
@@ -55,7 +57,9 @@ def learn_flops(work: Workload, block: int = BLOCK) -> float:
     seen = sum((end - start) * end for start, end in zip(range(0, length, block), ends)) / length
     matrices, attention = 2.0 * layer_parameters(work.model), attention_flops(work.model, seen)
     again = {"none": 0.0, "layers": matrices + attention, "dots": attention}[work.remat]
-    return 3.0 * (matrices + attention) + again + 0.5 * attention + 8.0 * head_parameters(work.model)
+    head = 2.0 * head_parameters(work.model)
+    whole = 3.0 * (matrices + attention) + again + 0.5 * attention + 4.0 * head
+    return whole - (matrices + head) * (work.lora.rank > 0)  # frozen weights have no gradient
 
 
 def decode_flops(work: Workload) -> float:
@@ -69,16 +73,18 @@ class Memory:
     """Bytes of one device, by what they hold.
 
     Attributes:
-        parameters: float32 masters.
+        parameters: float32 masters of what is trained.
+        frozen: weights beside an adapter, in the learner's layout.
         optimizer: Adam's means.
         reference: the reference policy, if there is one.
         gradients: float32, while learning.
-        weights: as sampled from; they stay while the learner works.
+        weights: as sampled from, where they are no others' buffers; they stay while the learner works.
         cache: keys and values of all slots and prompts.
         working: activations while learning (an estimate).
     """
 
     parameters: float
+    frozen: float
     optimizer: float
     reference: float
     gradients: float
@@ -89,7 +95,7 @@ class Memory:
     @property
     def resident(self) -> float:
         """What lies there all the time."""
-        return self.parameters + self.optimizer + self.reference + self.weights + self.cache
+        return self.parameters + self.frozen + self.optimizer + self.reference + self.weights + self.cache
 
     @property
     def total(self) -> float:
@@ -100,15 +106,19 @@ class Memory:
 def memory(work: Workload, mesh: MeshConfig) -> Memory:
     """Bytes of each device on a mesh whose sizes are all given."""
     model, devices = work.model, mesh.data * mesh.fsdp * mesh.tensor
-    split, count = mesh.fsdp * mesh.tensor, model.num_parameters
-    width = 2 if model.dtype == "bfloat16" else 4
+    split, count, trained = mesh.fsdp * mesh.tensor, model.num_parameters, work.trained
+    width, lora = 2 if model.dtype == "bfloat16" else 4, work.lora.rank > 0
+    copied = count
+    if lora and mesh.fsdp == 1:  # frozen weights lie alike for learning and sampling
+        copied = layer_parameters(model) if work.lora.merge else 0
     kept = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
     return Memory(
-        parameters=MASTER * count / split,
-        optimizer=MOMENTS * count / split,
-        reference=REFERENCE * work.reference * count / split,
-        gradients=GRADIENT * count / split,
-        weights=width * count / mesh.tensor,
+        parameters=MASTER * trained / split,
+        frozen=width * count * lora / split,
+        optimizer=work.moments * trained / split,
+        reference=MASTER * work.reference * trained / split,
+        gradients=GRADIENT * trained / split,
+        weights=width * copied / mesh.tensor,
         cache=kept * work.cached_tokens / devices,
         working=_working(work, mesh.tensor, width) / (mesh.data * mesh.fsdp),
     )
@@ -132,7 +142,7 @@ def demand(work: Workload) -> MeshDemand:
     one = memory(work, MeshConfig(1, 1, 1))
     model = work.model
     return MeshDemand(
-        state=one.parameters + one.optimizer + one.reference + one.gradients,
+        state=one.parameters + one.frozen + one.optimizer + one.reference + one.gradients,
         weights=one.weights,
         slots_bytes=one.cache + one.working,
         rows=work.layout.rows,
@@ -147,17 +157,17 @@ def learn_costs(work: Workload, mesh: MeshConfig) -> Costs:
     model, width = work.model, 2
     replicas, tensor = mesh.data * mesh.fsdp, mesh.tensor
     tokens = work.microbatch_tokens / replicas
-    count, split = model.num_parameters, mesh.fsdp * tensor
+    count, trained, split = model.num_parameters, work.trained, mesh.fsdp * tensor
     passes = 2 if work.remat == "none" else 3
     found = Costs(
         flops=work.rounds * learn_flops(work) * tokens / tensor,
-        bytes=work.rounds * (passes * width * count / tensor + 12 * count / split) + 32 * count / split,
+        bytes=work.rounds * (passes * width * count / tensor + 12 * trained / split) + 32 * trained / split,
     )
     activation, layers = tokens * model.hidden_size * width, model.num_layers
     for kind, size, group, times in (
         ("all-gather", width * count / tensor, mesh.fsdp, passes),
-        ("reduce-scatter", GRADIENT * count / tensor, mesh.fsdp, 1),
-        ("all-reduce", GRADIENT * count / split, mesh.data, 1),
+        ("reduce-scatter", width * trained / tensor, mesh.fsdp, 1),
+        ("all-reduce", width * trained / split, mesh.data, 1),
         ("all-reduce", activation, tensor, 2 * passes * layers),
     ):
         if group > 1:

@@ -54,6 +54,7 @@ class Plan:
         mesh: its sizes, none left open.
         chosen: whether the mesh was chosen here.
         work: the run's sizes.
+        units: what one run of a program does: microbatches of an update, tokens a slot of a decode; 1 where absent.
         memory: bytes by what they hold, in closed form.
         analytic: whether all of it is closed forms, nothing compiled.
         programs: what was compiled.
@@ -69,6 +70,7 @@ class Plan:
     mesh: MeshConfig
     chosen: bool
     work: Workload
+    units: dict[str, float]
     memory: Memory
     analytic: bool
     programs: dict[str, Program] = field(default_factory=dict)
@@ -102,6 +104,7 @@ class Plan:
             "device_memory": self.topology.memory,
             "parameters": self.work.model.num_parameters,
             "mesh": asdict(self.mesh),
+            "units": self.units,
             "analytic": self.analytic,
             "fits": self.fits,
             "advice": self.advice,
@@ -139,9 +142,11 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
         if count % replicas:
             raise ValueError(f"{name}: expected a multiple of mesh.data × mesh.fsdp = {replicas}, got {count}")
     closed = config.analytic or topology.kind == "gpu"
-    plan = Plan(topology, mesh, not by_hand, work, closed_memory(work, mesh), closed)
-    tokens = {"update": _learned_tokens(config, work), "decode": work.slots * work.decode_chunk}
-    useful = {"update": useful_flops(work.model, work.layout.row_length), "decode": decode_flops(work)}
+    microbatches = float(work.rounds * config.learner.num_minibatches * config.learner.num_epochs)
+    units = {"update": microbatches, "decode": float(work.decode_chunk)}
+    plan = Plan(topology, mesh, not by_hand, work, units, closed_memory(work, mesh), closed)
+    tokens = {"update": work.microbatch_tokens * microbatches, "decode": work.slots * units["decode"]}
+    useful = {"update": useful_flops(work), "decode": decode_flops(work)}
     made = {"update": learn_flops(work, CPU_BLOCK if topology.kind == "cpu" else BLOCK), "decode": decode_flops(work)}
     plan.closed_flops.update({name: made[name] * tokens[name] / topology.num_devices for name in made})
     (_estimate if closed else _compile)(plan, config)
@@ -152,11 +157,6 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     if plan.too_large:
         plan.advice.extend(advise(config, work, mesh, topology, plan.too_large))
     return plan
-
-
-def _learned_tokens(config: PlanConfig, work: Workload) -> float:
-    steps = config.learner.num_minibatches * config.learner.num_epochs
-    return float(work.microbatch_tokens * work.rounds * steps)
 
 
 def _estimate(plan: Plan, config: PlanConfig) -> None:
@@ -193,7 +193,7 @@ def _compile(plan: Plan, config: PlanConfig) -> None:
 def _beside(plan: Plan) -> dict[str, float]:
     """What lies in memory while a program runs and is no argument of it."""
     memory, work = plan.memory, plan.work
-    learner = memory.parameters + memory.optimizer
+    learner = memory.parameters + memory.optimizer + memory.frozen * (memory.weights > 0)
     own = memory.cache * work.slots * (work.capacity + work.slack) / work.cached_tokens  # one cohort's cache
     sampling = learner + memory.reference + memory.cache - own
     return {

@@ -16,6 +16,13 @@ _LABEL = {
     "decode": "sampling (decode)",
 }
 
+_UNIT = {
+    "update": "learning, a microbatch",
+    "reshard": "resharding",
+    "extend": "hearing, a chunk",
+    "decode": "sampling, a token a slot",
+}
+
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Prints a plan for people, on standard output by default."""
@@ -56,7 +63,12 @@ def _memory(plan: Plan) -> Table:
     table = Table("what lies on a device", "GiB", title="memory, closed form")
     for name, size in vars(plan.memory).items():
         if size:
-            label = {"weights": "weights as sampled from", "working": "activations (estimate)"}.get(name, name)
+            label = {
+                "parameters": "masters",
+                "frozen": "frozen weights",
+                "weights": "weights as sampled from",
+                "working": "activations (estimate)",
+            }.get(name, name)
             table.add_row(label, f"{size / GIB:.2f}")
     table.columns[1].justify = "right"
     return table
@@ -83,52 +95,44 @@ def _phases(plan: Plan) -> Table:
 
 
 def _programs(plan: Plan) -> Table:
-    columns = (
-        "one run of",
-        "TFLOP",
-        "of closed form",
-        "GB moved",
-        "GB sent",
-        "compute",
-        "memory",
-        "wire",
-        "compiler",
-        "compiled in",
-    )
+    columns = ("work of a device", "TFLOP", "of closed form", "GB moved", "GB sent")
+    times = ("compute", "memory", "wire", "compiler", "compiled in")
     table = Table(
-        *columns, title="work of a device; times in ms, at its peaks and (compiler) as the compiler estimates"
+        *columns, *times, title="in ms: at its peaks, and (compiler) as the compiler estimates all but the wire"
     )
     for column in table.columns[1:]:
         column.justify = "right"
     for name, cost in plan.costs.items():
         seconds, program, closed = plan.seconds[name], plan.programs.get(name), plan.closed_flops.get(name)
+        unit = plan.units.get(name, 1.0)
+        sent = sum(each.count * each.bytes for each in cost.collectives if each.group > 1)
         table.add_row(
-            _LABEL[name],
-            f"{cost.flops / 1e12:,.3f}",
+            _UNIT[name],
+            f"{cost.flops / unit / 1e12:,.3f}",
             f"{cost.flops / closed:.0%}" if closed and program else "",
-            f"{cost.bytes / 1e9:,.1f}",
-            f"{sum(each.count * each.bytes for each in cost.collectives) / 1e9:,.1f}",
-            *(f"{value * 1e3:,.1f}" for value in (seconds.compute, seconds.memory, seconds.wire)),
-            f"{seconds.compiler * 1e3:,.1f}" if seconds.compiler else "",
+            f"{cost.bytes / unit / 1e9:,.2f}",
+            f"{sent / unit / 1e9:,.2f}",
+            *(f"{value / unit * 1e3:,.2f}" for value in (seconds.compute, seconds.memory, seconds.wire)),
+            f"{seconds.compiler / unit * 1e3:,.2f}" if seconds.compiler else "",
             f"{program.compiled_in:.0f} s" if program else "",
         )
     return table
 
 
 def _collectives(plan: Plan) -> Table:
-    table = Table("in", "collective", "over", "times", "GB each", "GB", title="collectives of a device, in one run")
+    table = Table("collectives of a device", "kind", "over", "times", "MB each", "GB", title="collectives")
     for column in table.columns[2:]:
         column.justify = "right"
     for name, cost in plan.costs.items():
-        sums: dict[tuple[str, int], list[float]] = {}
+        unit, sums = plan.units.get(name, 1.0), dict[tuple[str, int], list[float]]()
         for each in cost.collectives:
             entry = sums.setdefault((each.kind, each.group), [0.0, 0.0])
-            entry[0] += each.count
-            entry[1] += each.count * each.bytes
+            entry[0] += each.count / unit
+            entry[1] += each.count * each.bytes / unit
         for (kind, group), (count, size) in sorted(sums.items(), key=lambda item: -item[1][1]):
             if group > 1 and count:
-                sizes = (f"{size / count / 1e9:.4f}", f"{size / 1e9:,.2f}")
-                table.add_row(_LABEL[name], kind, f"{group} devices", f"{count:,.0f}", *sizes)
+                sizes = (f"{size / count / 1e6:,.3f}", f"{size / 1e9:,.3f}")
+                table.add_row(_UNIT[name], kind, f"{group} devices", f"{count:,.1f}", *sizes)
     return table
 
 

@@ -16,10 +16,10 @@ from aem_jax.launch.plan.costs import Costs, costs
 from aem_jax.launch.plan.hlo import parse
 from aem_jax.launch.plan.workload import Workload
 from aem_jax.learner import abstract_state, make_optimizer, make_update
-from aem_jax.models import Policy
+from aem_jax.models import LoraPolicy, Policy
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.layout import make_reshard
-from aem_jax.sharding import DECODE, shardings
+from aem_jax.sharding import DECODE, TRAIN, Rules, shardings
 
 PROGRAMS = ("update", "reshard", "extend", "decode")
 
@@ -66,38 +66,51 @@ def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple
     Raises:
         ValueError: sizes that do not divide over the mesh.
     """
-    policy = Policy(work.model)
-    lowered = _lowerings(config, work, policy, mesh)
-    for name in names:
+    lowered = _lowerings(config, work, mesh)
+    for name in (name for name in names if name in lowered):
         # A loop of unknown length is the update's, over microbatches, or the decoder's, over tokens.
         rounds = {"update": work.rounds, "decode": work.decode_chunk}.get(name, 1)
         yield _compile(name, lowered[name], rounds)
 
 
-def _lowerings(
-    config: RunConfig, work: Workload, policy: Policy, mesh: Mesh
-) -> dict[str, Callable[[], jax.stages.Lowered]]:
+def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """Of each program. With adapters there is no one program that reshards, but several small ones: it is left out."""
+    whole = Policy(work.model)
+    policy = LoraPolicy(whole, work.lora) if work.lora.rank else whole
     state = abstract_state(policy, make_optimizer(config.learner, policy.axes), mesh)
-    reshard = make_reshard(policy, mesh)
-    where = shardings(mesh, policy.axes, DECODE, policy.shapes)
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    params = jax.tree.map(place, jax.eval_shape(reshard, state.params), where)
-    sampler = Sampler(policy, config.sampling, [0], capacity=work.capacity, slack=work.slack, mesh=mesh)
+    adapted = isinstance(policy, LoraPolicy)
+    frozen = _place(whole, TRAIN, mesh) if adapted else None
+    params: Any = _place(whole, DECODE, mesh)
+    if adapted and not work.lora.merge:
+        params = (_place(policy, DECODE, mesh, work.model.dtype), params)
+    sampler = Sampler(policy.sampled, config.sampling, [0], capacity=work.capacity, slack=work.slack, mesh=mesh)
     layout = work.layout
     shape = (layout.num_microbatches, layout.rows, layout.row_length)
     packed = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=packed_sharding(mesh))
 
     def update() -> jax.stages.Lowered:
-        reference: Any = packed if work.reference else None
         step: Any = make_update(policy, config.learner, mesh)
-        return step.lower(state, abstract_batch(layout, mesh), packed, reference)
+        reference = packed if config.learner.kl_coefficient else None
+        return step.lower(state, abstract_batch(layout, mesh), packed, reference, frozen)
+
+    def reshard() -> jax.stages.Lowered:
+        program: Any = make_reshard(whole, mesh)
+        return program.lower(state.params)
 
     return {
         "update": update,
-        "reshard": lambda: reshard.lower(state.params),  # pyright: ignore[reportFunctionMemberAccess]
+        **({} if adapted else {"reshard": reshard}),
         "extend": lambda: sampler.lower_extend(params, sampler.abstract(work.slots), work.extend_chunk),
         "decode": lambda: sampler.lower_decode(params, sampler.abstract(work.slots), work.decode_chunk),
     }
+
+
+def _place(policy: Policy | LoraPolicy, rules: Rules, mesh: Mesh, dtype: str = "") -> Any:
+    """Shapes and shardings of a policy's parameters as they are used, in a layout."""
+    shapes = policy.shapes
+    dtypes = policy.dtypes if isinstance(policy, Policy) else jax.tree.map(lambda _: jnp.dtype(dtype), shapes)
+    struct = lambda leaf, kind, where: jax.ShapeDtypeStruct(leaf.shape, kind, sharding=where)  # noqa: E731
+    return jax.tree.map(struct, shapes, dtypes, shardings(mesh, policy.axes, rules, shapes))
 
 
 def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) -> Program:

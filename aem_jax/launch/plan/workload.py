@@ -1,5 +1,6 @@
 """A run's sizes, as a plan needs them: what is computed at a time, and what lies in memory beside it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,11 @@ from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.models import ModelConfig
 from aem_jax.models.config import published
+from aem_jax.models.lora import LoraConfig, targets
 from aem_jax.models.pretrained import read_config
+
+MOMENTS = {"float32": 8, "bfloat16": 4, "int8": 3}
+"""`LearnerConfig.moments` -> bytes of both moments of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Workload:
         head_chunk: positions of a row whose logits exist at one time.
         remat: what the backward pass computes again.
         reference: whether a reference policy lies beside the learner's.
+        moments: bytes that Adam keeps of each trained parameter.
+        lora: adapters, of which alone there are masters; of rank 0 if all is trained.
     """
 
     model: ModelConfig
@@ -45,6 +52,17 @@ class Workload:
     head_chunk: int
     remat: str
     reference: bool
+    moments: int
+    lora: LoraConfig
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained: all, or those of the adapters."""
+        if not self.lora.rank:
+            return self.model.num_parameters
+        chosen = targets(self.model, self.lora).values()
+        sides = sum(math.prod(each.inputs) + math.prod(each.outputs) for each in chosen)
+        return self.model.num_layers * self.lora.rank * sides
 
     @property
     def microbatch_tokens(self) -> int:
@@ -90,7 +108,9 @@ def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | N
         extend_chunk=max(rollout.extend_buckets),
         head_chunk=learner.head_chunk,
         remat=learner.remat,
-        reference=learner.kl_coefficient > 0,
+        reference=learner.kl_coefficient > 0 and not build.reference_is_base(config),
+        moments=MOMENTS[learner.moments],
+        lora=config.lora,
     )
 
 
