@@ -9,9 +9,9 @@ import pytest
 from aem_jax.compilations import compilations
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
-from aem_jax.rollout.episode import Episode, windowed_ids
+from aem_jax.rollout.episode import windowed_ids
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Task, Trajectory
 
 from .fakes import STOP, VOCAB, ByteChat, LocalPool
 
@@ -181,11 +181,10 @@ def test_windowed_context_rebuilds_each_prompt(sampler, params):
 
 def test_a_window_may_drop_earlier_thoughts():
     said = ["<think>\nup\n</think>\n\ngo", "down</think>\nstay", "<think>too long, it was cut"]
-    turn = lambda text: Turn(*(np.zeros(1, np.int32),) * 4, 0.0, True, "seen", text)  # noqa: E731
-    episode = Episode(TASKS[0], 0, 0, np.zeros(2, np.uint32), turns=[turn(text) for text in said])
+    turns = [("seen", text) for text in said]
     chat = Messages()
     for thoughts, shown in ((True, said), (False, ["go", "stay", said[2]])):
-        windowed_ids(chat, episode, "end", "", 3, thoughts=thoughts)
+        windowed_ids(chat, [], turns, "end", "", 3, thoughts=thoughts)
         assert [m["content"] for m in chat.messages if m["role"] == "assistant"] == shown
     with pytest.raises(ValueError, match="set rollout.context to 'window'"):
         replace(CONFIG, thoughts="drop")
