@@ -53,7 +53,7 @@ def rotary_tables(
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the pairs (x[i], x[i + head_dim/2]) of x [B,T,..., head_dim] by the angles [B,T,head_dim/2] of positions."""
+    """Turns the pairs (x[i], x[i + head_dim/2]) of x [B,T,..., head_dim] by their angles [B,T,head_dim/2]."""
     cos, sin = (jnp.expand_dims(angle, range(2, x.ndim - 1)) for angle in (cos, sin))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
