@@ -2,7 +2,8 @@
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 from aem_jax.hosts import Hosts
 from aem_jax.rollout.episode import Episode
@@ -59,12 +60,12 @@ def exchange(hosts: Hosts, own: Mapping[int, Answer], cohort: Sequence[Episode |
     return {int(slot): _answer(plain) for each in said for slot, plain in each["answers"].items()}
 
 
-def _plain(answer: Answer) -> dict:
-    return asdict(answer) | {"ending": answer.ending and answer.ending.value}
+def _plain(answer: Answer) -> dict[str, Any]:
+    return {**vars(answer), "ending": answer.ending and answer.ending.value}
 
 
-def _answer(plain: dict) -> Answer:
-    return Answer(**plain | {"ending": plain["ending"] and Ending(plain["ending"])})
+def _answer(plain: dict[str, Any]) -> Answer:
+    return Answer(**{**plain, "ending": plain["ending"] and Ending(plain["ending"])})
 
 
 def _checksum(cohort: Iterable[Episode | None]) -> int:
