@@ -32,10 +32,10 @@ PerLayer = Any
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, reduced in float32; `scale` has the last axes of x."""
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, reduced in float32."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - scale.ndim))).astype(x.dtype)
+    return (normed * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))).astype(x.dtype)
 
 
 def rotary_tables(
@@ -53,8 +53,8 @@ def rotary_tables(
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the pairs (x[i], x[i + head_dim/2]) of x [B,T,..., head_dim] by their angles [B,T,head_dim/2]."""
-    cos, sin = (jnp.expand_dims(angle, range(2, x.ndim - 1)) for angle in (cos, sin))
+    """Turns the pairs (x[i], x[i + head_dim/2]) of x [..., heads, head_dim] by the angles of its position."""
+    cos, sin = cos[..., None, :], sin[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -109,18 +109,13 @@ class Block(nnx.Module):
         if config.qkv_bias:
             groups = groups + self.qkv_bias[...].astype(x.dtype)[None, None]
         queries = groups.shape[-2] - 2
-        if self.adapters:
-            names, parts = ("q_proj", "k_proj", "v_proj"), jnp.split(groups, (queries, queries + 1), axis=-2)
-            added = [self.adapters.add(name, x, part) for name, part in zip(names, parts, strict=True)]
-            groups = jnp.concatenate(added, axis=-2)
-        # Queries and keys are normed and rotated together: half as many small operations a decoded token.
-        turned, v = jnp.split(groups, (queries + 1,), axis=-2)
+        parts = jnp.split(groups, (queries, queries + 1), axis=-2)
+        add = self.adapters.add if self.adapters else _alone
+        parts = [add(name, x, part) for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True)]
+        q, k, v = (part.reshape(*x.shape[:2], -1, part.shape[-1]) for part in parts)
         if config.qk_norm:
-            scales = [self.q_norm[...][None]] * queries + [self.k_norm[...][None]]
-            turned = rms_norm(turned, jnp.concatenate(scales), eps)
-        q, k = jnp.split(rotate(turned, cos, sin), (queries,), axis=-2)
-        q, k, v = (part.reshape(*x.shape[:2], -1, part.shape[-1]) for part in (q, k, v))
-        return q, k, v
+            q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def finish(self, x: Array, attended: Array) -> Array:
         """Output projection, then the MLP, each with its residual."""
