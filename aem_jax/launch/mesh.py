@@ -6,6 +6,7 @@ import math
 import jax
 from jax.sharding import Mesh
 
+from aem_jax.hosts import ALONE, Hosts
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.plan.analytic import demand
 from aem_jax.launch.plan.workload import workload
@@ -15,12 +16,13 @@ from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh
 log = logging.getLogger(__name__)
 
 
-def open_mesh(config: RunConfig, model: ModelConfig) -> Mesh:
+def open_mesh(config: RunConfig, model: ModelConfig, hosts: Hosts = ALONE) -> Mesh:
     """The run's mesh over all devices; with `config.mesh` left as it is by default, `choose_mesh` says its sizes.
 
     Args:
         config: the run's.
         model: sizes of its decoder.
+        hosts: the run's processes, which all choose by the least memory that one of them sees. Collective.
 
     Raises:
         ValueError: sizes that don't multiply to the number of devices, or that divide no rows and slots.
@@ -28,7 +30,8 @@ def open_mesh(config: RunConfig, model: ModelConfig) -> Mesh:
     devices = jax.devices()
     if config.mesh != MeshConfig() or len(devices) == 1:
         return make_mesh(config.mesh)
-    memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)  # a CPU's is not told
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)  # a CPU's is not told
+    memory = min(hosts.gather_json(limit))
     chosen = choose_mesh(demand(workload(config, model=model)), len(devices), memory)
     log.info(
         "mesh of %d devices: data %d x fsdp %d x tensor %d (chosen; --mesh.data, --mesh.fsdp and --mesh.tensor set it)",

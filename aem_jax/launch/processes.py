@@ -50,7 +50,7 @@ def announced() -> int:
         known = [each for each in ClusterEnv._cluster_types if not each.opt_in_only_method and each.name not in hidden]
         found = next((each for each in known if each.is_env_present()), None)
         return 1 if found is None else found.get_process_count()
-    except (ImportError, AttributeError):
+    except Exception:  # its shape is JAX's to change, and what it asks (a cluster's API) may not answer
         in_step = "SLURM_STEP_NODELIST" in os.environ and "SLURM_PROCID" in os.environ
         return int(os.environ.get("SLURM_NTASKS" if in_step else "OMPI_COMM_WORLD_SIZE", "1"))
 
@@ -139,10 +139,10 @@ def joined(config: RuntimeConfig) -> Iterator[Hosts]:
     try:
         yield Hosts(index, count, line.gather)
         line.leave()
+        jax.distributed.shutdown()  # now, while all are here: at the end of the process it waits for the slowest
     except BaseException as error:
-        # Was it this process's own doing? If one was killed, a collective may fail here before the line knows.
-        if isinstance(error, LeftError) or line.loss(1.0 if isinstance(error, ConfigError) else _GRACE_S):
-            time.sleep(10 * _GRACE_S)  # the line's thread ends the process
+        if not _is_own(error, line):
+            time.sleep(10 * _GRACE_S)  # the line's thread says who left, and ends the process
         line.fail(" ".join(str(error).split()) or type(error).__name__)
         # JAX would wait for the others to leave, too, and abort.
         atexit.register(_end_now, 2 if isinstance(error, ConfigError) else 1)
@@ -205,6 +205,19 @@ def share_urls(hosts: Hosts, urls: Sequence[str]) -> tuple[str, ...]:
 def placeless(config: RuntimeConfig) -> RuntimeConfig:
     """The settings without what says which process of which run this is."""
     return replace(config, distributed="auto", coordinator="", num_processes=0, process_id=-1)
+
+
+def _is_own(error: BaseException, line: Line) -> bool:
+    """Whether an error is this process's own, and not what a collective says when another process is gone.
+
+    That may come before the line knows; a mistake in the config, on the other hand, all may find at the same time.
+    """
+    if isinstance(error, LeftError):
+        return False
+    if isinstance(error, ConfigError):
+        loss = line.loss(1.0)
+        return loss is None or loss.told
+    return line.loss(_GRACE_S) is None
 
 
 def _lay_line(config: RuntimeConfig, index: int, count: int) -> Line:

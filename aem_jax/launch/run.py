@@ -134,6 +134,11 @@ def _on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
     if not config.lora.rank:
         return stage
     if build.warm_start_makes_base(config) and not base.is_there(folder):
+        if stage.hosts.count > 1:
+            raise ConfigError(
+                "--lora.rank: expected --model.path (frozen weights in files) where several processes run, got none; "
+                "train with one process first, export the run, and give that folder"
+            )
         if checkpoints.latest is not None:
             raise ConfigError(f"expected the frozen weights of this LoRA run in {folder / base.FOLDER}, got none")
         whole = dataclasses.replace(stage, policy=stage.policy.whole)

@@ -97,7 +97,7 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) 
     domain = household(config)
     chat = _tokenizer(config, domain, folder / "tokenizer", hosts)
     policy = build.make_policy(config, chat.vocab_size)
-    mesh = open_mesh(config, policy.config)
+    mesh = open_mesh(config, policy.config, hosts)
     if config.batch.rows % slot_shards(mesh):
         raise ValueError(
             f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {config.batch.rows}"

@@ -108,13 +108,13 @@ def targets(config: ModelConfig, lora: LoraConfig) -> dict[str, Projection]:
     chosen = {name: p for name, p in projections(config).items() if {"all", name} & set(lora.targets)}
     if lora.rank < 1:
         raise ValueError(f"expected a rank of at least 1, got {lora.rank}; 0 is full fine-tuning, without an adapter")
-    for name, p in chosen.items():
-        most = min(_size(p.inputs), _size(p.outputs))
-        if lora.rank > most:
-            raise ValueError(
-                f"expected rank of at most {most}, the smaller side of {name} [{_size(p.inputs)}, {_size(p.outputs)}], "
-                f"got {lora.rank}; lower it or leave {name} out of lora.targets"
-            )
+    sides = {name: (_size(p.inputs), _size(p.outputs)) for name, p in chosen.items()}
+    name, tightest = min(sides.items(), key=lambda item: min(item[1]))
+    if lora.rank > min(tightest):
+        raise ValueError(
+            f"expected rank of at most {min(tightest)}, the smaller side of {name} {list(tightest)}, got {lora.rank}; "
+            f"lower it or leave {name} out of lora.targets"
+        )
     return chosen
 
 

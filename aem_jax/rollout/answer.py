@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from aem_jax.hosts import Hosts
@@ -61,12 +61,11 @@ def exchange(hosts: Hosts, own: Mapping[int, Answer], cohort: Sequence[Episode |
 
 
 def _plain(answer: Answer) -> dict[str, Any]:
-    return asdict(answer) | {"ending": answer.ending and answer.ending.value}
+    return {**vars(answer), "ending": answer.ending and answer.ending.value}
 
 
 def _answer(plain: dict[str, Any]) -> Answer:
-    fields: dict[str, Any] = {**plain, "ending": plain["ending"] and Ending(plain["ending"])}
-    return Answer(**fields)
+    return Answer(**{**plain, "ending": plain["ending"] and Ending(plain["ending"])})
 
 
 def _checksum(cohort: Iterable[Episode | None]) -> int:

@@ -51,7 +51,7 @@ class Recorded:
 def processes(count: int) -> list[Hosts]:
     """What `count` processes see of each other, in threads of one."""
     said: list[bytes] = [b""] * count
-    barrier = threading.Barrier(count, timeout=300)
+    barrier = threading.Barrier(count, timeout=60)
 
     def gather(index: int, data: bytes) -> list[bytes]:
         said[index] = data
@@ -77,8 +77,8 @@ def play(sampler, params, count: int, config=CONFIG, broken: Callable = lambda p
     """(trajectories, stats, calls to the sampler) of each of `count` processes."""
 
     def one(hosts: Hosts):
-        recorded, own = Recorded(sampler), config.num_slots // count
-        pool = LocalPool(own, broken=lambda session, call: broken(hosts.index, session, call))
+        recorded = Recorded(sampler)
+        pool = LocalPool(6 if count == 1 else 4, broken=lambda session, call: broken(hosts.index, session, call))
         rollout = Rollout(recorded, ByteChat(), pool, config, hosts)  # pyright: ignore[reportArgumentType]
         return *rollout(params, TASKS, jax.random.key(7)), recorded.calls
 
@@ -138,7 +138,7 @@ def test_processes_that_no_longer_play_the_same_are_told(sampler, params):
     tasks = [TASKS, list(reversed(TASKS))]  # as if they had drawn different ones
 
     def one(hosts: Hosts):
-        rollout = Rollout(sampler, ByteChat(), LocalPool(3), CONFIG, hosts)
+        rollout = Rollout(sampler, ByteChat(), LocalPool(4), CONFIG, hosts)
         return rollout(params, tasks[hosts.index], jax.random.key(7 + hosts.index))
 
     with ThreadPoolExecutor(2) as threads:

@@ -181,9 +181,10 @@ def test_windowed_context_rebuilds_each_prompt(sampler, params):
 
 def test_a_window_may_drop_earlier_thoughts():
     said = ["<think>\nup\n</think>\n\ngo", "down</think>\nstay", "<think>too long, it was cut"]
+    turns = [("seen", text) for text in said]
     chat = Messages()
     for thoughts, shown in ((True, said), (False, ["go", "stay", said[2]])):
-        windowed_ids(chat, [], [("seen", text) for text in said], "end", "", 3, thoughts=thoughts)
+        windowed_ids(chat, [], turns, "end", "", 3, thoughts=thoughts)
         assert [m["content"] for m in chat.messages if m["role"] == "assistant"] == shown
     with pytest.raises(ValueError, match="set rollout.context to 'window'"):
         replace(CONFIG, thoughts="drop")
