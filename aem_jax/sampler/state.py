@@ -58,7 +58,9 @@ def merge(
     """
 
     def put(slot: Array, cache: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        row = lambda x, axis: jax.lax.dynamic_index_in_dim(x, slot, axis)  # noqa: E731
+        # The barrier hides from libtpu 0.0.42 (that of jax 0.10) that the loop copies slot by slot: it takes the chunk
+        # for the whole cache then, and fails.
+        row = lambda x, axis: jax.lax.optimization_barrier(jax.lax.dynamic_index_in_dim(x, slot, axis))  # noqa: E731
         write, at = jax.lax.dynamic_update_slice, lengths[slot]
         return (
             write(cache[0], row(new_keys, 1), (0, slot, 0, 0, at)),

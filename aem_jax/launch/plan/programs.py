@@ -117,12 +117,13 @@ def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) ->
     start = time.perf_counter()
     try:
         compiled = lower().compile()
+        text = compiled.as_text() or ""  # a libtpu newer than jax may write what this jax cannot read
     except jax.errors.JaxRuntimeError as error:
         seconds, reason = time.perf_counter() - start, _reason(str(error))
         why = {"too_large": reason} if "RESOURCE_EXHAUSTED" in str(error) else {"broken": reason}
         return Program(name, 0, 0, 0, seconds, Costs(), **why)
     seconds = time.perf_counter() - start
-    memory, found = compiled.memory_analysis(), costs(parse(compiled.as_text() or ""), rounds)
+    memory, found = compiled.memory_analysis(), costs(parse(text), rounds)
     if memory is None:
         raise ValueError(f"expected the compiler to say how much memory {name} takes, got nothing")
     own = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
