@@ -141,6 +141,11 @@ def _on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
             )
         if checkpoints.latest is not None:
             raise ConfigError(f"expected the frozen weights of this LoRA run in {folder / base.FOLDER}, got none")
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"--lora.rank: expected --model.path, or one process, got random weights and {jax.process_count()} "
+                "processes; what a warm start makes of them is kept by one that holds all of it"
+            )
         whole = dataclasses.replace(stage, policy=stage.policy.whole)
         source = _parameters(whole) if config.warmstart.episodes == 0 else _fit(whole, _demonstrations(whole)).params
         base.save(folder, stage.policy.whole, stage.mesh, source, stage.chat.stop_ids)
