@@ -37,6 +37,7 @@ class Ends:
 
     def cut(self, index: int) -> None:
         """What a kill does: the connections close, nothing is said."""
+        self.lines[index]._closed.set()  # its threads live on here, and would name who closes first on their side
         for peer in self.peers[index].values():
             peer._connection.shutdown(socket.SHUT_RDWR)
 
