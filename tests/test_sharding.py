@@ -29,6 +29,19 @@ def test_mesh_over_some_devices():
     assert mesh.devices.size == 2 and set(mesh.devices.flat) == set(devices)
 
 
+def test_an_axis_may_be_a_part_of_one_of_the_torus():
+    class Chip:
+        platform, device_kind, core_on_chip = "tpu", "TPU v5", 0
+
+        def __init__(self, place: int):
+            self.id, self.process_index = place, place // 4
+            self.coords = (place % 4, place // 4 % 4, place // 16)
+
+    mesh = make_mesh(MeshConfig(data=8, fsdp=8), [Chip(place) for place in range(64)])
+    assert dict(mesh.shape) == {"data": 8, "fsdp": 8, "tensor": 1}
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(64))
+
+
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [

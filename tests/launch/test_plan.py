@@ -87,6 +87,24 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert found.bytes == (4 * (2 + 3 + 4 + 2) + 2) * 8 * 16 * 4 + 4 * 4
 
 
+def test_a_slice_in_a_fusion_within_a_fusion_is_still_all_that_is_read():
+    inner = """\
+%inner (q0: f32[4,8,16], q1: s32[]) -> f32[8,16] {
+  %q0 = f32[4,8,16]{2,1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %slice = f32[1,8,16]{2,1,0} dynamic-slice(%q0, %q1), dynamic_slice_sizes={1,8,16}
+  ROOT %taken = f32[8,16]{1,0} bitcast(%slice)
+}
+
+"""
+    slice_start, slice_end = HLO.index("  %slice = "), HLO.index("  ROOT %out")
+    call = "  %slice = f32[8,16]{1,0} fusion(%p0, %p1), kind=kLoop, calls=%inner\n"
+    nested = HLO[:slice_start] + call + HLO[slice_end:]
+    module = parse(nested.replace("%fused (", inner + "%fused (", 1))
+    assert "inner" in module.computations
+    assert costs(module).bytes == costs(parse(HLO)).bytes
+
+
 def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
     unknown = HLO.replace("%limit = s32[]{:T(128)} constant(4)", "%limit = s32[] get-tuple-element(%state.1), index=0")
     found = costs(parse(unknown.replace("%zero = s32[] constant(0)", "%zero = s32[] parameter(2)")), rounds=7)

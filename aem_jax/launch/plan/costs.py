@@ -226,15 +226,11 @@ def _bytes(module: Module, where: Computation, each: Instruction) -> float:
         return _hbm(each.shapes) + _hbm(where.shapes_of(each.operands))
     if each.opcode != "fusion":
         return sum(_bytes(module, body, one) for one in body.instructions if one.opcode not in _FREE)
-    return _fused_bytes(body, each, where)
+    return _fused_bytes(module, body, each, where)
 
 
-def _fused_bytes(body: Computation, each: Instruction, where: Computation) -> float:
+def _fused_bytes(module: Module, body: Computation, each: Instruction, where: Computation) -> float:
     """What a fusion reads and writes: of what it only slices, the slices; of what it updates in place, the update."""
-    users: dict[str, list[Instruction]] = {}
-    for one in body.instructions:
-        for name in one.operands:
-            users.setdefault(name, []).append(one)
     in_place: set[str] = set()
     total = 0.0
     root = body.root
@@ -246,17 +242,10 @@ def _fused_bytes(body: Computation, each: Instruction, where: Computation) -> fl
         elif one.opcode != "parameter":
             total += sum(shape.num_bytes for shape in body.by_name[name].shapes) * _share_in_hbm(each.shapes)
     for one in body.instructions:
-        if one.opcode != "parameter" or one.name in in_place:
-            continue
-        index = int(one.argument)
-        outside = where.shapes_of(each.operands[index : index + 1])
-        if not outside or not any(shape.in_hbm for shape in outside):
-            continue
-        readers = _readers(one.name, users)
-        if readers and all(reader.opcode in _SLICES for reader in readers):
-            total += min(sum(shape.num_bytes for reader in readers for shape in reader.shapes), _hbm(outside))
-        else:
-            total += _hbm(outside)
+        if one.opcode == "parameter" and one.name not in in_place:
+            index = int(one.argument)
+            outside = _hbm(where.shapes_of(each.operands[index : index + 1]))
+            total += min(_read(module, body, one.name), outside)
     return total
 
 
@@ -267,12 +256,22 @@ def _origin(body: Computation, name: str) -> Instruction:
     return one
 
 
-def _readers(name: str, users: dict[str, list[Instruction]]) -> list[Instruction]:
-    """Those that use an array, seen through what only renames it."""
-    found = []
-    for one in users.get(name, []):
-        found += _readers(one.name, users) if one.opcode == "bitcast" else [one]
-    return found
+def _read(module: Module, body: Computation, name: str) -> float:
+    """How much of an array the instructions of a fusion read, seen through renamings and fusions inside it."""
+    total = 0.0
+    for reader in (one for one in body.instructions if name in one.operands):
+        inside = module.computations.get(reader.called("calls"))
+        if reader.opcode == "bitcast":
+            total += _read(module, body, reader.name)
+        elif inside is not None:
+            places = {str(index) for index, operand in enumerate(reader.operands) if operand == name}
+            parameters = (one for one in inside.instructions if one.opcode == "parameter" and one.argument in places)
+            total += sum(_read(module, inside, one.name) for one in parameters)
+        elif reader.opcode in _SLICES:
+            total += sum(shape.num_bytes for shape in reader.shapes)
+        else:
+            return math.inf
+    return total if body.root.name != name else math.inf
 
 
 def _hbm_like(shapes: list[Shape], each: Instruction) -> float:
