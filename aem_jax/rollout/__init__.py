@@ -1,6 +1,7 @@
 """The conversation between a sampler and environments. The only room that sees both text and tokens."""
 
 from aem_jax.rollout.config import RolloutConfig
-from aem_jax.rollout.engine import Rollout, RolloutStats
+from aem_jax.rollout.engine import Rollout
+from aem_jax.rollout.stats import RolloutStats
 
 __all__ = ["Rollout", "RolloutConfig", "RolloutStats"]

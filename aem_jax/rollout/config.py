@@ -1,6 +1,7 @@
 """Settings of a rollout."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,14 @@ class RolloutConfig:
     """Episodes of each task: the rollout group that advantages and AEM's coefficient are normalised in."""
     num_slots: int = 128
     """Episodes that live at once: rows of the KV cache. Episodes beyond these wait for a free slot."""
+    mode: Literal["lockstep", "continuous"] = "lockstep"
+    """lockstep: a cohort's episodes take their turns together, and the same seed gives the same run to the last bit.
+    continuous: whoever has something to say decodes, so the device need not wait for slow environments."""
     num_cohorts: int = 1
-    """Sets that the slots are divided into; while the environments of one step, another decodes."""
+    """lockstep: sets that the slots are divided into; while the environments of one step, another decodes."""
+    slot_shares: tuple[int, ...] = (4,)
+    """continuous: calls are compiled for all slots, and for a 4th (an 8th, ...) of them; each takes the least that
+    holds those with something to do. Every share more is as many programs more to compile."""
     max_turns: int = 50
     """Turns after which an episode is truncated."""
     response_tokens: int = 512
@@ -58,6 +65,15 @@ class RolloutConfig:
                 "expected rollout.num_slots divisible by rollout.num_cohorts, "
                 f"got {self.num_slots} and {self.num_cohorts}"
             )
+        if self.mode not in ("lockstep", "continuous"):
+            raise ValueError(f"expected rollout.mode 'lockstep' or 'continuous', got {self.mode!r}")
+        if self.mode == "continuous" and self.num_cohorts > 1:
+            raise ValueError(
+                f"expected rollout.num_cohorts 1 with rollout.mode 'continuous', which has no cohorts, got "
+                f"{self.num_cohorts}; leave it out"
+            )
+        if any(share < 2 for share in self.slot_shares):
+            raise ValueError(f"expected rollout.slot_shares of at least 2 (a half), got {self.slot_shares}")
         if not self.extend_buckets or min(self.extend_buckets) < 1:
             raise ValueError(f"expected positive rollout.extend_buckets, got {self.extend_buckets}")
         if self.prompt_tokens + self.response_tokens > self.context_tokens:
@@ -75,6 +91,13 @@ class RolloutConfig:
                 "expected rollout.thoughts 'keep' with rollout.context 'append', whose cache holds all that was said, "
                 "got 'drop'; set rollout.context to 'window'"
             )
+
+    def slot_sizes(self, shards: int) -> tuple[int, ...]:
+        """Numbers of slots, below all, that calls are made on; multiples of `shards`."""
+        if self.mode == "lockstep":
+            return ()
+        sizes = {max(self.num_slots // share // shards, 1) * shards for share in self.slot_shares}
+        return tuple(sorted(size for size in sizes if size < self.num_slots))
 
     @property
     def slack(self) -> int:

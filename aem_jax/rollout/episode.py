@@ -49,6 +49,8 @@ class Episode:
         pending: ids heard and not yet computed.
         keep: leading ids of the slot that `pending` continues.
         heard: ids and text of the observation being answered.
+        budget: tokens that the response under way may still have; 0 while nothing is to be said.
+        unread: calls that decode this response and were not read yet.
         future: the environment's answer being awaited.
     """
 
@@ -64,6 +66,8 @@ class Episode:
     keep: int = 0
     heard: tuple[list[int], str] = ((), "")  # pyright: ignore[reportAssignmentType]
     said: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = field(default_factory=lambda: ([], [], []))
+    budget: int = 0
+    unread: int = 0
     future: Future[Any] | None = None
 
     @property

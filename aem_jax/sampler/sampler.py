@@ -6,9 +6,9 @@ the end: the cache is never copied, and a slot that has finished costs nothing b
 depends on its own key and its own tokens alone: key, folded with the index of the sampled token.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -17,37 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aem_jax.models import LoraPolicy, Params, Policy
-from aem_jax.sampler.draw import SamplingConfig, make_draw, uniforms
-from aem_jax.sampler.state import KEY_AXES, STATE_AXES, VALUE_AXES, SamplerState, copy_rows, merge, rewind
-from aem_jax.sharding import DECODE, partition, replicated, shardings, slot_shards
+from aem_jax.sampler.draw import SamplingConfig, make_draw
+from aem_jax.sampler.programs import Decoded, Programs
+from aem_jax.sampler.state import STATE_AXES, SamplerState, rewind
+from aem_jax.sharding import DECODE, replicated, shardings, slot_shards
 
 Array = jax.Array
 HostArray = jax.Array | np.ndarray
 """What comes from the host: numpy will do."""
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "logprobs", "entropies", "counts", "finished"],
-    meta_fields=[],
-)
-@dataclass(frozen=True)
-class Decoded:
-    """What one `decode` said.
-
-    Attributes:
-        tokens: i32[S,G].
-        logprobs: f32[S,G], nats.
-        entropies: f32[S,G], nats.
-        counts: i32[S], how many of the G are this slot's.
-        finished: bool[S], whether the slot's last token was a stop id.
-    """
-
-    tokens: Array
-    logprobs: Array
-    entropies: Array
-    counts: Array
-    finished: Array
 
 
 class Sampler:
@@ -81,18 +58,17 @@ class Sampler:
         self.slack = slack
         self.windows = tuple(sorted({w for w in windows if w < capacity} | {capacity}))
         self._mesh = mesh
-        self._draw = make_draw(sampling)
-        self._stop_ids = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
+        programs = Programs(policy, make_draw(sampling), stop_ids, mesh)
         # What a state is placed by on its way in, it keeps on its way out; what was said is whole on every device, for
         # every host.
         placed = None if mesh is None else shardings(mesh, STATE_AXES, DECODE)
         said = None if mesh is None else (placed, replicated(mesh))
         self._init = jax.jit(self._init_impl, static_argnums=(0, 1), out_shardings=placed)
-        self._extend = jax.jit(self._extend_impl, static_argnames="window", donate_argnums=1, out_shardings=placed)
+        self._extend = jax.jit(programs.extend, static_argnames="window", donate_argnums=1, out_shardings=placed)
         self._decode = jax.jit(
-            self._decode_impl, static_argnames=("num_tokens", "window"), donate_argnums=1, out_shardings=said
+            programs.decode, static_argnames=("num_tokens", "window"), donate_argnums=1, out_shardings=said
         )
-        self._fork = jax.jit(self._fork_impl, static_argnames="window", donate_argnums=0, out_shardings=placed)
+        self._fork = jax.jit(programs.fork, static_argnames="window", donate_argnums=0, out_shardings=placed)
         # A partial of its own: jits of one function share their programs, and `compilations` counts this sampler's.
         self._rewind = jax.jit(partial(rewind), donate_argnums=0, out_shardings=placed)
 
@@ -123,6 +99,7 @@ class Sampler:
             hidden=jnp.zeros((slots, c.hidden_size), c.dtype),
             prng=jnp.zeros((slots, 2), jnp.uint32),
             sampled=jnp.zeros(slots, jnp.int32),
+            remaining=jnp.zeros(slots, jnp.int32),
         )
 
     def abstract(self, slots: int, capacity: int | None = None) -> SamplerState:
@@ -145,15 +122,15 @@ class Sampler:
         self._check_chunk(num_tokens)
         slots = state.lengths.shape[0]
         tokens, counts = self._from_host(slots, num_tokens), self._from_host(slots)
-        return self._extend.lower(params, state, tokens, counts, window=self._check_window(window))
+        return self._extend.lower(params, state, tokens, counts, None, window=self._check_window(window))
 
     def lower_decode(
         self, params: Params, state: SamplerState, num_tokens: int, *, window: int | None = None
     ) -> jax.stages.Lowered:
         """The program of `decode` by chunks of `num_tokens`, to be compiled; `params` and `state` may be abstract."""
         self._check_chunk(num_tokens)
-        budgets = self._from_host(state.lengths.shape[0])
-        return self._decode.lower(params, state, budgets, num_tokens=num_tokens, window=self._check_window(window))
+        budgets, window = self._from_host(state.lengths.shape[0]), self._check_window(window)
+        return self._decode.lower(params, state, budgets, None, num_tokens=num_tokens, window=window)
 
     def _from_host(self, *shape: int) -> jax.ShapeDtypeStruct:
         whole = None if self._mesh is None else replicated(self._mesh)
@@ -167,34 +144,83 @@ class Sampler:
         raise ValueError(f"expected at most {self.capacity} tokens a slot, got {length}; raise the context budget")
 
     def extend(
-        self, params: Params, state: SamplerState, tokens: HostArray, counts: HostArray, *, window: int | None = None
+        self,
+        params: Params,
+        state: SamplerState,
+        tokens: HostArray,
+        counts: HostArray,
+        slots: np.ndarray | None = None,
+        *,
+        window: int | None = None,
     ) -> SamplerState:
-        """Appends `counts[s]` of `tokens` i32[S,C] to each slot. `state` is donated.
+        """Appends `counts[i]` of `tokens` i32[n,C] to slot `slots[i]`. `state` is donated.
 
         Args:
             params: decode-layout parameters.
             state: the slots.
-            tokens: i32[S,C], left-aligned.
-            counts: i32[S], 0 leaves a slot as it is.
+            tokens: i32[n,C], left-aligned.
+            counts: i32[n], 0 leaves a slot as it is.
+            slots: i32[n], the slots meant, see `place`; None means all in order. What is computed grows with n.
             window: static; covers the longest cached length of the slots that are extended.
         """
         self._check_chunk(tokens.shape[1])
-        return self._extend(params, state, tokens, counts, window=self._check_window(window))
+        return self._extend(
+            params, state, tokens, counts, self._on_shards(state, slots), window=self._check_window(window)
+        )
 
     def decode(
-        self, params: Params, state: SamplerState, budgets: HostArray, num_tokens: int, *, window: int | None = None
+        self,
+        params: Params,
+        state: SamplerState,
+        budgets: HostArray,
+        num_tokens: int,
+        slots: np.ndarray | None = None,
+        *,
+        window: int | None = None,
     ) -> tuple[SamplerState, Decoded]:
-        """Samples up to `min(budgets[s], num_tokens)` tokens in each slot, until a stop id. `state` is donated.
+        """Samples up to `min(budgets[i], num_tokens)` tokens in slot `slots[i]`, until a stop id. `state` is donated.
 
         Args:
             params: decode-layout parameters.
             state: the slots; those that decode must have been extended at least once.
-            budgets: i32[S]; 0 leaves a slot as it is.
+            budgets: i32[n], most tokens of the response; 0 leaves a slot as it is. `GO_ON` takes what the calls before
+                left of their budget, which is nothing once the response has ended: so a response can go on before
+                the host knows whether it has to.
             num_tokens: static chunk length G.
+            slots: i32[n], the slots meant, see `place`; None means all in order. What is computed grows with n.
             window: static; covers the longest cached length of the slots that decode.
         """
         self._check_chunk(num_tokens)
-        return self._decode(params, state, budgets, num_tokens=num_tokens, window=self._check_window(window))
+        on_shards = self._on_shards(state, slots)
+        return self._decode(params, state, budgets, on_shards, num_tokens=num_tokens, window=self._check_window(window))
+
+    def place(self, slots: Sequence[int], num_slots: int, sizes: Sequence[int]) -> np.ndarray | None:
+        """Where to put slots in a call on a part of them.
+
+        Every device computes the same number of slots, all of them its own; so the slots of a call are dealt to the
+        mesh's parts, and filled up with others, which the caller leaves as they are.
+
+        Args:
+            slots: that have something to do, all different.
+            num_slots: S, of the state.
+            sizes: how many slots a call may have, multiples of `slot_shards`; the smallest that suffices is taken.
+
+        Returns:
+            i32[n] of different slots, among them those asked for; n in sizes. None if none of them suffices: then the
+            call is on all slots.
+        """
+        shards = self.slot_shards
+        own = num_slots // shards
+        parts = [[slot for slot in slots if slot // own == shard] for shard in range(shards)]
+        most = max(map(len, parts))
+        size = next((size for size in sorted(sizes) if size >= most * shards), None)
+        if size is None:
+            return None
+        for shard, part in enumerate(parts):
+            taken = set(part)
+            others = (slot for slot in range(shard * own, (shard + 1) * own) if slot not in taken)
+            part += islice(others, size // shards - len(part))
+        return np.asarray(parts, np.int32).reshape(size)
 
     def fork(
         self,
@@ -233,101 +259,6 @@ class Sampler:
     def _check_window(self, window: int | None) -> int:
         return self.capacity if window is None else self.cover(window) and window
 
-    def _extend_impl(
-        self, params: Params, state: SamplerState, tokens: Array, counts: Array, window: int
-    ) -> SamplerState:
-        decoder = self.policy.bind(params)
-        slots, places = tokens.shape
-        hidden, chunk = decoder.extend(
-            decoder.beside(state.keys, state.values, window),
-            tokens,
-            state.lengths[:, None] + jnp.arange(places)[None],
-            state.lengths,
-            decoder.empty_chunk(slots, places),
-            jnp.int32(0),
-        )
-        last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-        last = jnp.where((counts > 0)[:, None], last, state.hidden)
-        return self._merge(state, decoder.stacked_chunk(chunk), last, counts, 0)
-
-    def _decode_impl(
-        self, params: Params, state: SamplerState, budgets: Array, num_tokens: int, window: int
-    ) -> tuple[SamplerState, Decoded]:
-        slots = budgets.shape[0]
-        budgets = jnp.minimum(budgets, num_tokens)
-        # All that does not depend on what is said is done before the loop, whose every step is one token a slot.
-        decoder = self.policy.bind(params)
-        layers, head = decoder.beside(state.keys, state.values, window), decoder.head_weights()
-        random = uniforms(state.prng, state.sampled[:, None] + jnp.arange(num_tokens)[None])
-        out = Decoded(
-            tokens=jnp.zeros((slots, num_tokens), jnp.int32),
-            logprobs=jnp.zeros((slots, num_tokens)),
-            entropies=jnp.zeros((slots, num_tokens)),
-            counts=jnp.zeros(slots, jnp.int32),
-            finished=jnp.zeros(slots, bool),
-        )
-
-        def speaking(out: Decoded) -> Array:
-            return ~out.finished & (out.counts < budgets)
-
-        def going(carry: tuple[Array, Array, Any, Decoded]) -> Array:
-            return jnp.any(speaking(carry[3]))
-
-        def step(carry: tuple[Array, Array, Any, Decoded]) -> tuple[Array, Array, Any, Decoded]:
-            index, hidden, chunk, out = carry
-            active = speaking(out)
-            logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
-            tokens, logprobs, entropies = self._draw(
-                logits, jax.lax.dynamic_index_in_dim(random, index, keepdims=False)
-            )
-            put = lambda rows, new: rows.at[:, index].set(jnp.where(active, new, 0))  # noqa: E731
-            out = Decoded(
-                tokens=put(out.tokens, tokens),
-                logprobs=put(out.logprobs, logprobs),
-                entropies=put(out.entropies, entropies),
-                counts=out.counts + active,
-                finished=out.finished | (active & jnp.any(tokens[:, None] == self._stop_ids[None], axis=-1)),
-            )
-            positions = (state.lengths + index)[:, None]
-            new, chunk = decoder.extend(layers, tokens[:, None], positions, state.lengths, chunk, index)
-            return index + 1, jnp.where(active[:, None], new[:, 0], hidden), chunk, out
-
-        carry = (jnp.int32(0), state.hidden, decoder.empty_chunk(slots, num_tokens), out)
-        _, hidden, chunk, out = jax.lax.while_loop(going, step, carry)
-        return self._merge(state, decoder.stacked_chunk(chunk), hidden, out.counts, out.counts), out
-
-    def _fork_impl(
-        self, state: SamplerState, prompts: SamplerState, source: Array, prng: Array, window: int
-    ) -> SamplerState:
-        starts, row = source >= 0, jnp.maximum(source, 0)
-        keys, values = self._copy_rows(window)(state.keys, state.values, prompts.keys, prompts.values, source)
-        return SamplerState(
-            keys=keys,
-            values=values,
-            lengths=jnp.where(starts, prompts.lengths[row], state.lengths),
-            hidden=jnp.where(starts[:, None], prompts.hidden[row], state.hidden),
-            prng=jnp.where(starts[:, None], prng, state.prng),
-            sampled=jnp.where(starts, 0, state.sampled),
-        )
-
-    def _over_slots(self, function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: tuple[Any, ...]) -> Any:
-        """Runs `function` on each device's own slots; its loop over slots then stays on the device."""
-        if self._mesh is None:
-            return function
-        specs = lambda axes: tuple(partition(names, DECODE) for names in axes)  # noqa: E731
-        return jax.shard_map(function, mesh=self._mesh, in_specs=specs(in_axes), out_specs=specs(out_axes))
-
-    def _merge(
-        self, state: SamplerState, chunk: tuple[Array, Array], hidden: Array, counts: Array, sampled: Array | int
-    ) -> SamplerState:
-        """The state with a chunk behind its cache, of which each slot keeps `counts` tokens."""
-        cache = (KEY_AXES, VALUE_AXES, ("slots", None))
-        merge_slots = self._over_slots(merge, (*cache, ("slots",), *cache), cache)
-        keys, values, hidden = merge_slots(state.keys, state.values, state.hidden, state.lengths, *chunk, hidden)
-        lengths = state.lengths + counts
-        return SamplerState(keys, values, lengths, hidden, state.prng, state.sampled + sampled)
-
-    def _copy_rows(self, window: int) -> Callable[..., tuple[Array, Array]]:
-        cache = (KEY_AXES, VALUE_AXES)
-        whole = tuple(tuple(None if name == "slots" else name for name in axes) for axes in cache)
-        return self._over_slots(partial(copy_rows, window=window), (*cache, *whole, ("slots",)), cache)
+    def _on_shards(self, state: SamplerState, slots: np.ndarray | None) -> np.ndarray | None:
+        """Slots as their own device counts them."""
+        return None if slots is None else slots % (state.lengths.shape[0] // self.slot_shards)

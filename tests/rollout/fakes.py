@@ -1,5 +1,7 @@
 """A chat of bytes and a pool in this process: deterministic, instant, and breakable on demand."""
 
+import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -78,3 +80,23 @@ class LocalPool:
 
     def step(self, session: int, text: str) -> Future[StepResult]:
         return self._future(session, lambda: self._envs[session].step(text))
+
+
+class LatePool(LocalPool):
+    """Answers after up to 20 ms, so that they come in another order than they were asked for."""
+
+    def __init__(self, capacity: int, seed: int, **kwargs):
+        super().__init__(capacity, **kwargs)
+        self._rng = random.Random(seed)
+
+    def _future(self, session: int, call: Callable[[], StepResult]) -> Future[StepResult]:
+        ready, late = super()._future(session, call), Future()
+
+        def answer() -> None:
+            if error := ready.exception():
+                late.set_exception(error)
+            else:
+                late.set_result(ready.result())
+
+        threading.Timer(self._rng.uniform(0, 0.02), answer).start()
+        return late

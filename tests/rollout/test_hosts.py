@@ -19,7 +19,7 @@ from aem_jax.rollout.seats import Seats
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.trajectory import Task
 
-from .fakes import STOP, VOCAB, ByteChat, LocalPool
+from .fakes import STOP, VOCAB, ByteChat, LatePool, LocalPool
 
 POLICY = Policy(ModelConfig(VOCAB, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0))
 CONFIG = RolloutConfig(
@@ -73,13 +73,21 @@ def sampler():
     return Sampler(POLICY, SamplingConfig(), [STOP], capacity=96, slack=CONFIG.slack, windows=CONFIG.windows)
 
 
-def play(sampler, params, count: int, config=CONFIG, broken: Callable = lambda process, session, call: False):
+def play(
+    sampler,
+    params,
+    count: int,
+    config=CONFIG,
+    broken: Callable = lambda process, session, call: False,
+    pool: Callable[[int], LocalPool] | None = None,
+):
     """(trajectories, stats, calls to the sampler) of each of `count` processes."""
 
     def one(hosts: Hosts):
         recorded = Recorded(sampler)
-        pool = LocalPool(6 if count == 1 else 4, broken=lambda session, call: broken(hosts.index, session, call))
-        rollout = Rollout(recorded, ByteChat(), pool, config, hosts)  # pyright: ignore[reportArgumentType]
+        own = LocalPool(6 if count == 1 else 4, broken=lambda session, call: broken(hosts.index, session, call))
+        own = pool(hosts.index) if pool else own
+        rollout = Rollout(recorded, ByteChat(), own, config, hosts)  # pyright: ignore[reportArgumentType]
         return *rollout(params, TASKS, jax.random.key(7)), recorded.calls
 
     with ThreadPoolExecutor(count) as threads:
@@ -132,6 +140,16 @@ def test_each_process_needs_sessions_for_its_own_slots_only():
     lonely = Hosts(1, 2, lambda data: [data, data])
     with pytest.raises(ValueError, match="each of 6 slots of process 1, got 5; raise the pool's sessions"):
         Seats(LocalPool(5), lonely, 12, 2)
+
+
+def test_continuous_processes_agree_on_who_has_answered(sampler, params):
+    """Answers come when they come, to each process its own: still all make the same calls."""
+    config = replace(CONFIG, mode="continuous", num_cohorts=1, slot_shares=(3,))
+    [(expected, *_)] = play(sampler, params, 1)
+    runs = play(sampler, params, 2, config, pool=lambda process: LatePool(4, process))
+    assert runs[0][2] == runs[1][2] and episodes(runs[0][0]) == episodes(runs[1][0])
+    said = [[turn.response_ids.tolist() for turn in t.turns] for t in runs[0][0]]
+    assert said == [[turn.response_ids.tolist() for turn in t.turns] for t in expected]
 
 
 def test_processes_that_no_longer_play_the_same_are_told(sampler, params):

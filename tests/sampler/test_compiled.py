@@ -24,14 +24,14 @@ def make() -> Sampler:
 def decode_program(sampler: Sampler, window: int = CAPACITY, slots: int = SLOTS):
     state = jax.eval_shape(lambda: sampler.init(slots))
     budgets = jax.ShapeDtypeStruct((slots,), jnp.int32)
-    return sampler._decode.lower(POLICY.shapes, state, budgets, num_tokens=CHUNK, window=window).compile()
+    return sampler._decode.lower(POLICY.shapes, state, budgets, None, num_tokens=CHUNK, window=window).compile()
 
 
 def extend_program(sampler: Sampler, window: int = CAPACITY):
     state = jax.eval_shape(lambda: sampler.init(SLOTS))
     ids = jax.ShapeDtypeStruct((SLOTS, SLACK), jnp.int32)
     return sampler._extend.lower(
-        POLICY.shapes, state, ids, jax.ShapeDtypeStruct((SLOTS,), jnp.int32), window=window
+        POLICY.shapes, state, ids, jax.ShapeDtypeStruct((SLOTS,), jnp.int32), None, window=window
     ).compile()
 
 
@@ -120,7 +120,9 @@ def test_program_does_not_grow_with_depth():
         policy = Policy(ModelConfig(**{**vars(GROUPED_TIED), "num_layers": layers}))
         sampler = Sampler(policy, SamplingConfig(1.0), (5,), capacity=32, slack=8)
         state = jax.eval_shape(lambda: sampler.init(2))
-        text = sampler._decode.lower(policy.shapes, state, jnp.ones(2, jnp.int32), num_tokens=8, window=32).as_text()
+        text = sampler._decode.lower(
+            policy.shapes, state, jnp.ones(2, jnp.int32), None, num_tokens=8, window=32
+        ).as_text()
         return text.count("\n")
 
     assert lines(32) == lines(FEW_LAYERS + 1) < 2 * lines(2)

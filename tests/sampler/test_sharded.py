@@ -53,7 +53,7 @@ def test_a_decode_step_gathers_no_weights():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     sampler = Sampler(policy, SamplingConfig(), (5,), capacity=96, slack=16, mesh=mesh)
     params, state = make_reshard(policy, mesh)(numpy_params(policy.config)), sampler.init(8)
-    program = sampler._decode.lower(params, state, np.zeros(8, np.int32), num_tokens=8, window=96).compile()
+    program = sampler._decode.lower(params, state, np.zeros(8, np.int32), None, num_tokens=8, window=96).compile()
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     moved = re.findall(rf"= (\(?\w+\[.*?) ({kinds})(?:-start)?\(", program.as_text() or "")
     assert {"all-gather", "all-reduce"} <= {kind for _, kind in moved}  # the draw's, and the split matrices' sums

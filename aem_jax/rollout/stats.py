@@ -1,0 +1,63 @@
+"""What a rollout counted, and how long the device had something to do."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass
+class RolloutStats:
+    """Counts and seconds of one rollout.
+
+    Attributes:
+        episodes: that ended.
+        sampled_tokens: said.
+        heard_tokens: computed, not said: prompts once for each group.
+        retries: episodes begun again.
+        env_errors: episodes masked.
+        overlong_prompts: episodes left out.
+        device_busy_s: seconds in which the device had a program to run.
+        environment_s: seconds in which nothing was left to do but to wait for environments.
+        total_s: seconds in all.
+    """
+
+    episodes: int = 0
+    sampled_tokens: int = 0
+    heard_tokens: int = 0
+    retries: int = 0
+    env_errors: int = 0
+    overlong_prompts: int = 0
+    device_busy_s: float = 0.0
+    environment_s: float = 0.0
+    total_s: float = 0.0
+
+
+class DeviceClock:
+    """Adds up the time in which the device had a program to run, as seen from the host: programs run one after the
+    other, so one is busy from when it was called, or the one before it ended, to when it ends."""
+
+    def __init__(self) -> None:
+        self._busy, self._last, self._since = 0.0, 0.0, None
+        self._watcher = ThreadPoolExecutor(1, "device-clock")
+
+    def called(self) -> None:
+        """A program is about to be called."""
+        self._since = self._since or time.perf_counter()
+
+    def watch(self, output: jax.Array) -> None:
+        """An output of the last program called, one that is not donated to the next."""
+        since, self._since = self._since or time.perf_counter(), None
+        self._watcher.submit(self._wait, since, output)
+
+    def stop(self) -> float:
+        """Seconds busy, when all programs watched have ended."""
+        self._watcher.shutdown()
+        return self._busy
+
+    def _wait(self, since: float, output: jax.Array) -> None:
+        output.block_until_ready()
+        now = time.perf_counter()
+        self._busy += now - max(since, self._last)
+        self._last = now

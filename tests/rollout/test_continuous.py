@@ -1,0 +1,126 @@
+"""Continuous batching says what lock-step says, whenever answers come; and it calls before it reads."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from aem_jax.compilations import compilations
+from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
+from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.trajectory import Ending, Task, Trajectory
+
+from .fakes import STOP, ByteChat, LatePool, LocalPool
+from .test_rollout import CONFIG, POLICY, TASKS, sampled
+
+CONTINUOUS = replace(CONFIG, mode="continuous", slot_shares=(2, 4))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return POLICY.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return Sampler(POLICY, SamplingConfig(), [STOP], capacity=96, slack=CONFIG.slack, windows=CONFIG.windows)
+
+
+def play(sampler, params, config: RolloutConfig, pool: LocalPool, tasks=TASKS) -> tuple[list[Trajectory], RolloutStats]:
+    return Rollout(sampler, ByteChat(), pool, config)(params, tasks, jax.random.key(7))
+
+
+def same(found: list[Trajectory], expected: list[Trajectory]) -> None:
+    assert sampled(found) == sampled(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.group, one.member, one.ending, one.won, one.total_reward) == (
+            other.group, other.member, other.ending, other.won, other.total_reward,
+        )  # fmt: skip
+        for x, y in zip(one.turns, other.turns, strict=True):
+            assert x.observation_ids.tolist() == y.observation_ids.tolist()
+            np.testing.assert_allclose(x.logprobs, y.logprobs, atol=2e-5)
+            np.testing.assert_allclose(x.entropies, y.entropies, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"num_slots": 5},
+        {"decode_chunk": 1},
+        {"context": "window", "window_turns": 1, "context_tokens": 60},
+        {"max_turns": 2, "slot_shares": ()},
+    ],
+)
+def test_continuous_says_what_lockstep_says(sampler, params, change):
+    expected, wanted = play(sampler, params, replace(CONFIG, **(change | {"slot_shares": ()})), LocalPool(12))
+    for seed in (0, 1):
+        found, stats = play(sampler, params, replace(CONTINUOUS, **change), LatePool(12, seed))
+        same(found, expected)
+        assert (stats.sampled_tokens, stats.episodes) == (wanted.sampled_tokens, wanted.episodes)
+        assert 0 < stats.device_busy_s <= stats.total_s and stats.environment_s < stats.total_s
+
+
+def test_environments_that_break_cost_nothing_but_time(sampler, params):
+    expected, _ = play(sampler, params, CONFIG, LocalPool(12))
+    found, stats = play(sampler, params, CONTINUOUS, LatePool(12, 0, broken=lambda _, call: call in (5, 20, 21)))
+    same(found, expected)
+    assert stats.retries == 3 and stats.env_errors == 0
+    found, stats = play(sampler, params, CONTINUOUS, LatePool(12, 0, broken=lambda session, _: session == 5))
+    assert stats.env_errors == sum(t.ending is Ending.ENV_ERROR for t in found) >= 1 and len(found) == 12
+
+
+def test_more_first_prompts_than_rows_for_them(sampler, params):
+    tasks = [Task(f"t{n}", "countdown", {"turns": 1 + n % 3, "first": "abcdefgh"[: n + 1]}) for n in range(8)]
+    config = replace(CONFIG, group_size=2)
+    expected, _ = play(sampler, params, config, LocalPool(12), tasks)
+    found, _ = play(sampler, params, replace(config, mode="continuous"), LatePool(12, 0), tasks)
+    same(found, expected)
+
+
+class Watched:
+    """A sampler that notes its calls, and when what they decoded is read."""
+
+    def __init__(self, sampler: Sampler):
+        self._sampler, self.events = sampler, []
+
+    def __getattr__(self, name: str):
+        return getattr(self._sampler, name)
+
+    def decode(self, *arguments, **named):
+        state, out = self._sampler.decode(*arguments, **named)
+        self.events.append("call")
+        return state, out
+
+
+def test_the_next_chunk_is_called_before_the_last_is_read(sampler, params, monkeypatch):
+    watched, read = Watched(sampler), jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: (watched.events.append("read"), read(tree))[1])
+    play(watched, params, replace(CONTINUOUS, decode_chunk=2), LocalPool(12))
+    ahead = np.cumsum([1 if event == "call" else -1 for event in watched.events])
+    assert set(ahead.tolist()) == {0, 1, 2}  # never more than one behind another, and at the end all are read
+    assert (ahead >= 1).mean() > 0.8 and ahead[-1] == 0
+
+
+def test_nothing_compiles_after_warm_up(params):
+    sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=96, slack=CONFIG.slack, windows=CONFIG.windows)
+    rollout = Rollout(sampler, ByteChat(), LatePool(12, 0), CONTINUOUS)
+    rollout.warm_up(params)
+    rollout(params, TASKS, jax.random.key(0))
+    programs, count = sampler.compilations, compilations()
+    for seed in (1, 2, 3):
+        rollout(params, list(reversed(TASKS)), jax.random.key(seed))
+    assert (sampler.compilations, compilations()) == (programs, count)
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="expected rollout.num_cohorts 1 with rollout.mode 'continuous'"):
+        replace(CONTINUOUS, num_cohorts=2)
+    with pytest.raises(ValueError, match="expected rollout.slot_shares of at least 2"):
+        replace(CONTINUOUS, slot_shares=(1,))
+    with pytest.raises(ValueError, match="expected rollout.mode 'lockstep' or 'continuous', got 'async'"):
+        replace(CONTINUOUS, mode="async")
+    assert replace(CONTINUOUS, num_slots=12).slot_sizes(4) == (4,)
+    assert replace(CONTINUOUS, num_slots=16).slot_sizes(2) == (4, 8)
+    assert replace(CONTINUOUS, num_slots=2).slot_sizes(2) == ()
