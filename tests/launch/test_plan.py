@@ -105,6 +105,15 @@ def test_a_slice_in_a_fusion_within_a_fusion_is_still_all_that_is_read():
     assert costs(module).bytes == costs(parse(HLO)).bytes
 
 
+def test_an_unrolled_loop_counts_by_more_than_one():
+    unrolled = HLO.replace(
+        "  ROOT %next = (s32[], f32[8,16]{1,0}, f32[4,8,16]{2,1,0}) tuple(%i, %sum, %stack)",
+        "  %two = s32[] constant(2)\n  %more = s32[] add(%i, %two)\n"
+        "  ROOT %next = (s32[], f32[8,16]{1,0}, f32[4,8,16]{2,1,0}) tuple(%more, %sum, %stack)",
+    )
+    assert costs(parse(unrolled)).flops == costs(parse(HLO)).flops / 2
+
+
 def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
     unknown = HLO.replace("%limit = s32[]{:T(128)} constant(4)", "%limit = s32[] get-tuple-element(%state.1), index=0")
     found = costs(parse(unknown.replace("%zero = s32[] constant(0)", "%zero = s32[] parameter(2)")), rounds=7)

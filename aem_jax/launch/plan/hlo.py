@@ -162,7 +162,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     """How often a while loop runs; None if that is decided while the program runs.
 
     XLA says so where it found out; else the condition is read: counter < constant, where the constant may also be
-    handed in with the loop's state.
+    handed in with the loop's state. An unrolled loop counts by more than one.
     """
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
@@ -174,7 +174,20 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     values = [_constant(condition, name, computation, state) for name in compare.operands]
     if len(values) != 2 or values[1] is None:
         return None
-    return max(values[1] - (values[0] or 0), 0)
+    return max(-(-(values[1] - (values[0] or 0)) // _step(module, condition, compare.operands[0], loop)), 0)
+
+
+def _step(module: Module, condition: Computation, counter: str, loop: Instruction) -> int:
+    """What a loop's body adds to its counter; 1 if the text does not show it."""
+    body, found = module.computations[loop.called("body")], condition.by_name.get(counter)
+    place = re.search(r"index=(\d+)", found.attributes) if found else None
+    if place is None or body.root.opcode != "tuple":
+        return 1
+    add = body.by_name.get(body.root.operands[int(place[1])])
+    if add is None or add.opcode != "add":
+        return 1
+    steps = [_constant(body, name, body, None) for name in add.operands]
+    return next((step for step in steps if step), 1)
 
 
 def _comparison(module: Module, condition: Computation) -> Instruction | None:
