@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -181,10 +182,39 @@ def shardings(mesh: Mesh, axes: Any, rules: Rules, shapes: Any = None) -> Any:
                     )
         return NamedSharding(mesh, spec)
 
-    is_axes = lambda node: isinstance(node, tuple) and all(n is None or isinstance(n, str) for n in node)  # noqa: E731
     if shapes is None:
-        return jax.tree.map(leaf, axes, is_leaf=is_axes)
-    return jax.tree.map(leaf, axes, shapes, is_leaf=is_axes)
+        return jax.tree.map(leaf, axes, is_leaf=_is_axes)
+    return jax.tree.map(leaf, axes, shapes, is_leaf=_is_axes)
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(each is None or isinstance(each, str) for each in node)
+
+
+_TPU_ORDERS: Mapping[tuple[str | None, ...], tuple[int, ...]] = {
+    ("layers", "embed", "kv_heads", None, "head_dim"): (0, 2, 3, 1, 4),
+    ("layers", "embed", None, "mlp"): (0, 2, 1, 3),
+}
+"""In which order, outermost first, the dimensions of some weights lie in a TPU's memory while sampling. Its products
+want tiles of the summed and the last dimension; handed anything else, every decoded chunk begins with a copy of these
+weights, the most of a model, and keeps it to its end."""
+
+
+def decode_formats(mesh: Mesh, axes: Any, shapes: Any = None) -> Any:
+    """Where and how weights lie while sampling: `shardings` by `DECODE`, and on TPUs in the order of their products.
+
+    Raises:
+        ValueError: as `shardings`.
+    """
+    where = shardings(mesh, axes, DECODE, shapes)
+    if mesh.devices.flat[0].platform != "tpu":
+        return where
+
+    def leaf(names: tuple[str | None, ...], sharding: NamedSharding) -> NamedSharding | Format:
+        order = _TPU_ORDERS.get(names)
+        return sharding if order is None else Format(Layout(order), sharding)
+
+    return jax.tree.map(leaf, axes, where, is_leaf=_is_axes)
 
 
 def slot_shards(mesh: Mesh) -> int:

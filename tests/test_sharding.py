@@ -3,10 +3,21 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental.layout import Format
 from jax.sharding import PartitionSpec
 
 from aem_jax.models import CONFIGS, Policy
-from aem_jax.sharding import AXES, DECODE, TRAIN, MeshConfig, make_mesh, partition, replicated, shardings
+from aem_jax.sharding import (
+    AXES,
+    DECODE,
+    TRAIN,
+    MeshConfig,
+    decode_formats,
+    make_mesh,
+    partition,
+    replicated,
+    shardings,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,14 +40,17 @@ def test_mesh_over_some_devices():
     assert mesh.devices.size == 2 and set(mesh.devices.flat) == set(devices)
 
 
+class Chip:
+    """What a mesh asks of a TPU."""
+
+    platform, device_kind, core_on_chip = "tpu", "TPU v5", 0
+
+    def __init__(self, place: int):
+        self.id, self.process_index = place, place // 4
+        self.coords = (place % 4, place // 4 % 4, place // 16)
+
+
 def test_an_axis_may_be_a_part_of_one_of_the_torus():
-    class Chip:
-        platform, device_kind, core_on_chip = "tpu", "TPU v5", 0
-
-        def __init__(self, place: int):
-            self.id, self.process_index = place, place // 4
-            self.coords = (place % 4, place // 4 % 4, place // 16)
-
     mesh = make_mesh(MeshConfig(data=8, fsdp=8), [Chip(place) for place in range(64)])
     assert dict(mesh.shape) == {"data": 8, "fsdp": 8, "tensor": 1}
     assert sorted(device.id for device in mesh.devices.flat) == list(range(64))
@@ -101,3 +115,18 @@ def test_unknown_axis_is_an_error():
 def test_replicated():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert jax.device_put(np.arange(3), replicated(mesh)).sharding.is_fully_replicated
+
+
+def test_on_tpus_weights_lie_in_the_order_of_their_products():
+    """Where they are sampled from: dimensions of the sum and of the result last."""
+    policy = Policy(CONFIGS["tiny"])
+    chips = make_mesh(MeshConfig(fsdp=4), [Chip(place) for place in range(4)])
+    found = decode_formats(chips, policy.axes, policy.shapes)
+    ordered = {name: leaf for name, leaf in found["layers"].items() if isinstance(leaf, Format)}
+    assert set(ordered) == {"qkv", "gate_up"}
+    for name, leaf in ordered.items():
+        order, axes = leaf.layout.major_to_minor, policy.axes["layers"][name]
+        assert axes[order[-2]] == "embed" and order[-1] == len(axes) - 1 and sorted(order) == list(range(len(axes)))
+        assert leaf.sharding == shardings(chips, policy.axes, DECODE)["layers"][name]
+    mesh = make_mesh(MeshConfig())
+    assert decode_formats(mesh, policy.axes) == shardings(mesh, policy.axes, DECODE)  # elsewhere as ever
