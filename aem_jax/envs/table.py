@@ -35,6 +35,13 @@ def _echo(settings: Mapping[str, Any]) -> Callable[[], Environment]:
     return lambda: EchoEnv(config)
 
 
+def _scripted(settings: Mapping[str, Any]) -> Callable[[], Environment]:
+    from aem_jax.envs.scripted import ScriptedConfig, ScriptedEnv
+
+    config = config_from(ScriptedConfig, settings)
+    return lambda: ScriptedEnv(config)
+
+
 def _alfworld(settings: Mapping[str, Any]) -> Callable[[], Environment]:
     from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
     from aem_jax.envs.alfworld.tasks import load_game
@@ -47,6 +54,7 @@ ENVIRONMENTS: Mapping[str, EnvironmentSpec] = {
     "alfworld": EnvironmentSpec(_alfworld, blocking=False, description="household tasks in text (ALFWorld)"),
     "echo": EnvironmentSpec(_echo, blocking=False, description="repeats what it is told; for tests and benchmarks"),
     "echo-slow": EnvironmentSpec(_echo, blocking=True, description="the same, a thread for each session"),
+    "scripted": EnvironmentSpec(_scripted, blocking=True, description="episodes of scripted length and latency"),
 }
 
 

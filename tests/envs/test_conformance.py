@@ -63,6 +63,17 @@ def test_an_alfworld_server_conforms():
         assert check_server(subject) == []
 
 
+SCRIPTED_TASKS = [{"seed": seed} for seed in range(3)]
+
+
+def test_the_scripted_environment_conforms():
+    make = environment_spec("scripted").factory({"max_turns": 5})
+    assert check_environment(Subject(make, SCRIPTED_TASKS, ("one", "other"))) == []
+    with served("scripted", "--sessions", "2", settings={"max_turns": 5}) as (url, _):
+        subject = ServerSubject(websocket_url(url), SCRIPTED_TASKS, ("one", "other"), sessions=2)
+        assert check_server(subject) == []
+
+
 class Nondeterministic(EchoEnv):
     """Each environment counts on over its episodes."""
 

@@ -298,7 +298,7 @@ def _one_reply(port):
 def test_a_bad_command_line_is_one_line_of_error():
     assert run_server("ecko") == (
         2,
-        "error: expected an environment of alfworld, echo, echo-slow, got 'ecko'; did you mean 'echo'?\n",
+        "error: expected an environment of alfworld, echo, echo-slow, scripted, got 'ecko'; did you mean 'echo'?\n",
     )
     status, said = run_server("echo", settings={"lenght": 1})
     assert status == 2 and said.startswith("error: expected settings of EchoConfig") and said.count("\n") == 1

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 
 from aem_jax.advantage import aem_coefficients, grpo, over_trajectories, response_entropy, token_advantages
 from aem_jax.launch.bench import BenchConfig
-from aem_jax.launch.bench.measure import Measurement, measure
+from aem_jax.launch.bench.ceilings import ceilings
+from aem_jax.launch.bench.measure import Measurement, summarise, timed
+from aem_jax.launch.bench.roofline import read, roofline
+from aem_jax.launch.plan.costs import costs
 
 TOKENS = 64
 """Tokens of a response."""
@@ -31,15 +34,14 @@ def run(config: BenchConfig) -> list[Measurement]:
             advantages = advantages * aem_coefficients(surprise, groups[of_response], num_groups)
         return token_advantages(advantages, ids)
 
-    shape = f"{trajectories} episodes × {turns} turns × {TOKENS} tokens"
-    return [
-        measure(
-            "advantage",
-            f"{label}, {shape}",
-            "tokens/s",
-            responses * TOKENS,
-            lambda with_aem=with_aem: credit(returns, entropies, with_aem=with_aem).block_until_ready(),
-            repeats=config.repeats,
+    def measured(label: str, with_aem: bool) -> Measurement:
+        work = responses * TOKENS
+        seconds = timed(
+            lambda: credit(returns, entropies, with_aem=with_aem).block_until_ready(), repeats=config.repeats
         )
-        for label, with_aem in (("GRPO", False), ("GRPO + AEM", True))
-    ]
+        cost = costs(read(credit.lower(returns, entropies, with_aem=with_aem).compile()))
+        line = roofline(cost, ceilings("float32"))
+        return summarise("advantage", label, shape, "tokens/s", work, seconds, roofline=line)
+
+    shape = f"{trajectories} episodes × {turns} turns × {TOKENS} tokens"
+    return [measured("GRPO", False), measured("GRPO + AEM", True)]

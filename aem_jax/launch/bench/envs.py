@@ -5,7 +5,7 @@ from typing import Any
 
 from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.launch.bench import BenchConfig
-from aem_jax.launch.bench.measure import Measurement, measure
+from aem_jax.launch.bench.measure import Measurement, summarise, timed
 
 ROUNDS = 50
 """Steps of each session in one repetition."""
@@ -35,5 +35,6 @@ def _steps(
                 for future in [pool.step(session, say(round_)) for session in sessions]:
                     future.result()
 
-        what = f"{name}, 1 server, {config.sessions} sessions, reset every {ROUNDS} steps"
-        return measure("envs", what, "steps/s", config.sessions * ROUNDS, rounds, repeats=config.repeats)
+        shape = f"1 server, {config.sessions} sessions, reset every {ROUNDS} steps"
+        seconds = timed(rounds, repeats=config.repeats)
+        return summarise("envs", name, shape, "steps/s", config.sessions * ROUNDS, seconds)

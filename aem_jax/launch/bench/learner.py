@@ -1,12 +1,18 @@
 """One update of the policy: forward, backward and AdamW over full rows, half of whose tokens were sampled."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.launch.bench import BenchConfig
-from aem_jax.launch.bench.measure import Measurement, measure
+from aem_jax.launch.bench.ceilings import ceilings
+from aem_jax.launch.bench.measure import Measurement, summarise, timed
+from aem_jax.launch.bench.roofline import read, roofline
 from aem_jax.launch.build import known_model
+from aem_jax.launch.plan.analytic import token_flops
+from aem_jax.launch.plan.costs import costs
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
 from aem_jax.models import Policy
 from aem_jax.sharding import MeshConfig, make_mesh
@@ -18,18 +24,27 @@ def run(config: BenchConfig) -> list[Measurement]:
     rows, length = config.slots, config.row_length
     policy, mesh, learner = Policy(known_model(config.model)), make_mesh(MeshConfig()), LearnerConfig()
     state = init_state(policy, make_optimizer(learner, policy.axes), mesh, jax.random.key(0))
-    update = make_update(policy, learner, mesh)
     layout = BatchLayout(1, rows, length, rows, rows)
     batch = place(collate([_episode(n, length, policy.config.vocab_size) for n in range(rows)], layout), mesh)
     advantages = jax.device_put(np.where(np.asarray(batch.response_ids) >= 0, 1.0, 0.0).astype(np.float32))
+
+    jitted: Any = make_update(policy, learner, mesh)
+    update = jitted.lower(state, batch, advantages, None).compile()
 
     def step() -> None:
         nonlocal state
         state, stats = update(state, batch, advantages, None)
         jax.block_until_ready((state, stats))
 
-    what = f"update, {config.model}, {rows} rows × {length}"
-    return [measure("learner", what, "tokens/s", rows * length, step, repeats=config.repeats)]
+    seconds = timed(step, repeats=config.repeats)
+    model, work = policy.config, rows * length
+    line = roofline(
+        costs(read(update)),
+        ceilings(model.dtype),
+        useful=token_flops(model, length) * work / jax.device_count(),
+    )
+    shape = f"{config.model}, {rows} rows × {length}"
+    return [summarise("learner", "update", shape, "tokens/s", work, seconds, roofline=line)]
 
 
 def _episode(seed: int, length: int, vocab_size: int) -> Trajectory:

@@ -1,11 +1,17 @@
 """Decoding with the slot sampler: every slot says `new_tokens` tokens after a prompt that is in the cache."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from aem_jax.launch.bench import BenchConfig
-from aem_jax.launch.bench.measure import Measurement, measure
+from aem_jax.launch.bench.ceilings import ceilings
+from aem_jax.launch.bench.measure import Measurement, summarise, timed
+from aem_jax.launch.bench.roofline import read, roofline
 from aem_jax.launch.build import known_model
+from aem_jax.launch.plan.costs import costs
 from aem_jax.models import Policy
 from aem_jax.sampler import Sampler, SamplingConfig
 
@@ -36,9 +42,18 @@ def run(config: BenchConfig) -> list[Measurement]:
         state, said = sampler.decode(params, state, budgets, new)
         said.tokens.block_until_ready()
 
-    shape = f"{config.model}, {slots} slots"
-    repeats = config.repeats
+    def measured(
+        what: str, shape: str, each: int, call: Callable[[], None], program: Callable[..., Any]
+    ) -> Measurement:
+        seconds = timed(call, repeats=config.repeats)
+        cost = costs(
+            read(program(params, sampler.abstract(slots), each).compile()), each
+        )  # decoding is a loop over its tokens
+        line = roofline(cost, ceilings(policy.config.dtype))
+        whole = f"{config.model}, {slots} slots, {shape}"
+        return summarise("sampler", what, whole, "tokens/s", slots * each, seconds, roofline=line)
+
     return [
-        measure("sampler", f"extend {prompt}, {shape}", "tokens/s", slots * prompt, extend, repeats=repeats),
-        measure("sampler", f"decode {new} after {prompt}, {shape}", "tokens/s", slots * new, decode, repeats=repeats),
+        measured("extend", f"{prompt} tokens", prompt, extend, sampler.lower_extend),
+        measured("decode", f"{new} tokens after {prompt}", new, decode, sampler.lower_decode),
     ]

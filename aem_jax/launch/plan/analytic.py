@@ -38,9 +38,13 @@ def useful_flops(work: Workload) -> float:
     A token attends to half of its row on average, as if no row held more than one segment. Frozen weights have no
     gradient: 4·N.
     """
-    matrices = layer_parameters(work.model) + head_parameters(work.model)
-    back = 4.0 if work.lora.rank else 6.0
-    return back * matrices + 3.0 * attention_flops(work.model, work.layout.row_length / 2)
+    return token_flops(work.model, work.layout.row_length, 4.0 if work.lora.rank else 6.0)
+
+
+def token_flops(model: ModelConfig, row_length: int, of_matrices: float = 6.0) -> float:
+    """The same from the model and its rows; a parameter of a matrix product takes `of_matrices` FLOPs."""
+    matrices = layer_parameters(model) + head_parameters(model)
+    return of_matrices * matrices + 3.0 * attention_flops(model, row_length / 2)
 
 
 def learn_flops(work: Workload, block: int = BLOCK) -> float:

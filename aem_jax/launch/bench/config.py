@@ -1,0 +1,76 @@
+"""What the benchmarks can be told."""
+
+from dataclasses import dataclass, field
+
+from aem_jax.envs.scripted import ScriptedConfig
+from aem_jax.launch.config import RuntimeConfig
+from aem_jax.rollout.config import RolloutConfig
+
+
+def _small_rollout() -> RolloutConfig:
+    """Sixty-four episodes of up to thirty turns on sixteen slots: seconds on two CPU cores."""
+    return RolloutConfig(
+        groups_per_step=32,
+        group_size=2,
+        num_slots=16,
+        max_turns=30,
+        response_tokens=64,
+        context_tokens=2560,
+        prompt_tokens=128,
+        decode_chunk=16,
+        extend_buckets=(64,),
+        windows=(256, 512, 1024),
+    )
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Shapes and repetitions."""
+
+    model: str = "tiny"
+    """Known size of the decoder (sampler, learner, rollout); its parameters are random."""
+    slots: int = 8
+    """Episodes that decode at once (sampler), rows of a batch (learner)."""
+    prompt_tokens: int = 128
+    """Tokens in the cache before decoding (sampler)."""
+    new_tokens: int = 128
+    """Tokens that each slot decodes (sampler)."""
+    row_length: int = 512
+    """Tokens of a row (learner)."""
+    trajectories: int = 128
+    """Episodes, eight to a group (advantage)."""
+    turns: int = 50
+    """Responses of an episode (advantage)."""
+    sessions: int = 32
+    """Environment sessions that step at once (envs)."""
+    response_mean: float = 16.0
+    """Mean tokens of a response (rollout), by the number of stop ids; `rollout.response_tokens` cuts the longest."""
+    servers: int = 2
+    """Environment servers (rollout)."""
+    modes: tuple[str, ...] = ()
+    """Modes of the rollout that are measured side by side; all by default."""
+    seed: int = 0
+    """Of tasks and tokens (rollout)."""
+    repeats: int = 5
+    """Repetitions after the warm-up."""
+    compare: str = ""
+    """File with the JSON line of an earlier run, to show ratios to."""
+    rollout: RolloutConfig = field(default_factory=_small_rollout)
+    """The rollout's slots, turns and budgets (rollout)."""
+    scripted: ScriptedConfig = field(default_factory=ScriptedConfig)
+    """The rollout's environment: turns, observations, latency (rollout)."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """The machine."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            least = 0 if name == "seed" else 1
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"expected {name} >= {least}, got {value}")
+        if self.trajectories % 8:
+            raise ValueError(f"expected trajectories divisible by 8, got {self.trajectories}")
+        if self.scripted.max_turns > self.rollout.max_turns:
+            raise ValueError(
+                f"expected scripted.max_turns <= rollout.max_turns = {self.rollout.max_turns}, "
+                f"got {self.scripted.max_turns}; episodes would be cut"
+            )
