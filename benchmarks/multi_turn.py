@@ -1,0 +1,143 @@
+"""Training steps of three-turn episodes: rollout through real environment servers, credit with AEM, one update a step.
+
+    python -m benchmarks.multi_turn [num_steps]
+
+The counterpart of a peer's script named in docs/benchmarks.md, at its sizes: 2 layers of width 64, 260 ids of which 18
+end a response, 2 prompts a step in groups of 4, 3 turns, responses of at most 96 tokens, an update with AdamW after
+every step. What it does beyond the peer: the environment answers from a process of its own, and AEM scales the
+advantages. Episodes a second are those of the second half of the steps; the last line is JSON.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+
+import jax
+import numpy as np
+
+from aem_jax.advantage import grpo, over_trajectories
+from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.credit import AemConfig, Credit, make_credit
+from aem_jax.envs.pool import EnvPool, PoolConfig
+from aem_jax.launch.bench.chat import ByteChat
+from aem_jax.learner import LearnerConfig, TrainState, init_state, make_optimizer, make_update
+from aem_jax.models import ModelConfig, Policy
+from aem_jax.rollout import Rollout, RolloutConfig
+from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.sampler.layout import make_reshard
+from aem_jax.sharding import MeshConfig, make_mesh
+from aem_jax.train import Metrics, Parts, train
+from aem_jax.trajectory import Task, Trajectory
+
+MODEL = ModelConfig(260, 64, 128, 2, 4, 2, 16, rope_theta=10_000.0)
+TURNS, GROUP, PROMPTS, STOPS = 3, 4, 2, 18
+ROLLOUT = RolloutConfig(
+    groups_per_step=PROMPTS,
+    group_size=GROUP,
+    num_slots=PROMPTS * GROUP,
+    max_turns=TURNS,
+    response_tokens=96,
+    context_tokens=256 + 96,
+    prompt_tokens=256,
+    decode_chunk=16,
+    extend_buckets=(32,),
+    windows=(128,),
+)
+EPISODES = PROMPTS * GROUP
+LAYOUT = BatchLayout(
+    num_microbatches=EPISODES // 2,
+    rows=2,
+    row_length=ROLLOUT.context_tokens,
+    max_responses=EPISODES * TURNS,
+    max_trajectories=EPISODES,
+)
+# "hello" or five other letters to begin with, then three letters as "obs"
+WORLD = {"min_turns": TURNS, "max_turns": TURNS, "prompt_chars": 5, "observation_chars": 3}
+
+
+def _tasks() -> Iterator[list[Task]]:
+    while True:
+        yield [Task(str(seed), "scripted", {"seed": seed}) for seed in range(PROMPTS)]
+
+
+def measure(num_steps: int) -> dict[str, float]:
+    """Trains and says how fast.
+
+    Args:
+        num_steps: training steps; the first half warms up.
+
+    Raises:
+        ValueError: fewer than two steps.
+    """
+    if num_steps < 2:
+        raise ValueError(f"expected at least 2 steps, got {num_steps}")
+    policy, mesh, learner = Policy(MODEL), make_mesh(MeshConfig()), LearnerConfig(learning_rate=1e-4)
+    chat = ByteChat(MODEL.vocab_size, MODEL.vocab_size / STOPS)
+    sampler = Sampler(
+        policy,
+        SamplingConfig(),
+        chat.stop_ids,
+        capacity=ROLLOUT.context_tokens,
+        slack=ROLLOUT.slack,
+        windows=ROLLOUT.windows,
+        mesh=mesh,
+    )
+    marks: list[float] = []
+    history: list[Metrics] = []
+
+    def finish(
+        state: TrainState, step: int, metrics: Metrics, trajectories: Sequence[Trajectory], credit: Credit
+    ) -> None:
+        marks.append(time.perf_counter())
+        history.append(metrics)
+
+    with EnvPool(PoolConfig(num_servers=1, sessions_per_server=ROLLOUT.num_slots), ("scripted", WORLD)) as pool:
+        parts = Parts(
+            rollout=Rollout(sampler, chat, pool, ROLLOUT),
+            reshard=make_reshard(policy, mesh),
+            collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
+            credit=make_credit(partial(over_trajectories, grpo), AemConfig(), PROMPTS, mesh),
+            update=make_update(policy, learner, mesh),
+            reference=None,
+            tasks=_tasks(),
+            finish=finish,
+            stop=lambda: False,
+        )
+        state = init_state(policy, make_optimizer(learner, policy.axes), mesh, jax.random.key(0))
+        start = time.perf_counter()
+        train(state, parts, jax.random.key(1), num_steps)
+        total = time.perf_counter() - start
+    half = num_steps // 2
+    warm = history[half:]
+    mean = lambda name: float(np.mean([each[name] for each in warm]))  # noqa: E731
+    return {
+        "wall_s": round(total, 2),
+        "warm_episodes_per_s": round(len(warm) * EPISODES / (marks[-1] - marks[half - 1]), 3),
+        "warm_step_s": round(mean("time/step"), 4),
+        "warm_rollout_s": round(mean("time/rollout"), 4),
+        "warm_update_s": round(mean("time/update"), 4),
+        "response_tokens": round(mean("rollout/response_tokens"), 2),
+        "turns": mean("rollout/turns"),
+        "recompiles": sum(each["compile/recompiles"] for each in warm),
+    }
+
+
+def main() -> None:
+    """Measures and prints it."""
+    num_steps = int((sys.argv[1:] or [40])[0])
+    line = {
+        "system": "aem_jax",
+        "device": jax.devices()[0].device_kind,
+        "jax": version("jax"),
+        "params": MODEL.num_parameters,
+        "episodes": num_steps * EPISODES,
+        **measure(num_steps),
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

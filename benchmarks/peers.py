@@ -1,0 +1,247 @@
+"""This project and its peers, run in turn on one machine; writes a results file that docs/benchmarks.md is made from.
+
+    python -m benchmarks.peers decode --peer transformers=hf/bin/python:hf_generate.py \\
+        --peer Tunix=peer/bin/python:tunix_single_turn.py --rounds 5 --out benchmarks/results/decode-b8.json 8 64 128
+
+Each program runs in a process of its own with its own environment's python, prints a JSON line, and is given the same
+arguments. In every round all of them run, one after the other, each round begun by another one; a ratio compares two
+numbers of one round, and the median of the rounds' ratios is what counts.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+OWN = "aem_jax"
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "google-tunix")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        module: this project's program.
+        field: of the JSON lines, dotted.
+        unit: of that number.
+        seconds: whether less is better; a ratio above 1 means in any case that this project is faster.
+    """
+
+    module: str
+    field: str
+    unit: str
+    seconds: bool = False
+
+
+COMPARISONS: Mapping[str, Comparison] = {
+    "decode": Comparison("benchmarks.sampler", "decode_tokens_per_s.median", "tokens/s"),
+    "learner": Comparison("benchmarks.learner", "train_step_s.median", "s", seconds=True),
+    "multi-turn": Comparison("benchmarks.multi_turn", "warm_episodes_per_s", "episodes/s"),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One that is measured.
+
+    Attributes:
+        name: how it is called in the results.
+        python: the interpreter of its environment.
+        words: what that is given before the arguments: a script, or -m and a module.
+    """
+
+    name: str
+    python: str
+    words: tuple[str, ...]
+
+    def command(self, arguments: Sequence[str]) -> str:
+        """As a reader would type it: no folders of this machine."""
+        return " ".join(["python", *(Path(word).name for word in self.words), *arguments])
+
+
+class PeerError(RuntimeError):
+    """A program that did not end well, or did not say what it measured."""
+
+
+def parse_peer(text: str) -> Program:
+    """Reads NAME=PYTHON:SCRIPT.
+
+    Raises:
+        ValueError: it has another form, or names a file that is not there.
+    """
+    name, equals, rest = text.partition("=")
+    python, colon, script = rest.rpartition(":")
+    if not (name and equals and python and colon and script):
+        raise ValueError(f"expected --peer NAME=PYTHON:SCRIPT, got {text!r}")
+    if name == OWN:
+        raise ValueError(f"expected another name than {OWN!r} for a peer, which is this project's")
+    for path in (python, script):
+        if not Path(path).is_file():
+            raise ValueError(f"expected the files of --peer {name} to exist, got {path}")
+    # absolute, but not resolved: a venv's python is a link
+    return Program(name, os.path.abspath(python), (os.path.abspath(script),))
+
+
+def compare(
+    programs: Sequence[Program], arguments: Sequence[str], comparison: Comparison, rounds: int, timeout_s: float
+) -> dict[str, Any]:
+    """Runs all programs `rounds` times.
+
+    Args:
+        programs: this project's first.
+        arguments: that each is given.
+        comparison: what number of their JSON lines counts.
+        rounds: how often.
+        timeout_s: seconds that one run may take.
+
+    Returns:
+        rounds (JSON lines by name), values, medians, ratios (of this project to each peer, by round), median_ratios.
+
+    Raises:
+        PeerError: a program failed, or printed no such number.
+    """
+    lines: list[dict[str, Any]] = []
+    for number in range(rounds):
+        first = number % len(programs)  # whoever runs first meets the coolest machine
+        found = {each.name: _run(each, arguments, timeout_s) for each in [*programs[first:], *programs[:first]]}
+        lines.append({each.name: found[each.name] for each in programs})
+        shown = {name: value_of(line, comparison.field, name) for name, line in lines[-1].items()}
+        print(f"round {number + 1} of {rounds}: {shown}", file=sys.stderr)
+    values = {
+        each.name: [value_of(line[each.name], comparison.field, each.name) for line in lines] for each in programs
+    }
+    own, *others = values
+    faster = (lambda a, b: b / a) if comparison.seconds else (lambda a, b: a / b)
+    ratios = {name: [round(faster(a, b), 4) for a, b in zip(values[own], values[name])] for name in others}
+    return {
+        "rounds": lines,
+        "values": values,
+        "medians": {name: statistics.median(each) for name, each in values.items()},
+        "ratios": ratios,
+        "median_ratios": {name: statistics.median(each) for name, each in ratios.items()},
+    }
+
+
+def value_of(line: Mapping[str, Any], field: str, name: str) -> float:
+    """A number of a JSON line by its dotted name.
+
+    Raises:
+        PeerError: there is none.
+    """
+    value: Any = line
+    for part in field.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, (int, float)) or not value > 0:
+        raise PeerError(f"expected a positive {field} from {name}, got {value!r} in {line!r:.300}")
+    return float(value)
+
+
+def _run(program: Program, arguments: Sequence[str], timeout_s: float) -> dict[str, Any]:
+    """The last line of JSON that a program prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if program.name == OWN:
+        environment["PYTHONPATH"] = str(REPOSITORY)
+    command = [program.python, *program.words, *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise PeerError(f"expected {program.name} to end within {timeout_s:g} s; raise --timeout") from None
+    if done.returncode:
+        raise PeerError(f"{program.name} ended with status {done.returncode}:\n{done.stderr.strip()[-2000:]}")
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith("{"):
+            try:
+                return json.loads(line)
+            except json.JSONDecodeError:
+                continue
+    raise PeerError(f"expected a JSON line from {program.name}, got {done.stdout.strip()[-300:]!r}")
+
+
+def versions_of(python: str) -> dict[str, str]:
+    """Python's version and those of `PACKAGES` that an environment has."""
+    code = (
+        "import importlib.metadata as m, json, platform, sys\n"
+        "found = {'python': platform.python_version()}\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: found[name] = m.version(name)\n"
+        "    except m.PackageNotFoundError: pass\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run([python, "-c", code, *PACKAGES], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def machine() -> dict[str, Any]:
+    """What it all ran on."""
+    cpu = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model n")]
+        cpu = names[0] if names else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": cpu, "cores": cores}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description="This project and its peers, in turn."
+    )
+    parser.add_argument("comparison", choices=list(COMPARISONS))
+    parser.add_argument("arguments", nargs="*", help="given to every program, e.g. B P G, or the number of steps")
+    parser.add_argument("--peer", action="append", required=True, help="NAME=PYTHON:SCRIPT; may be given several times")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one run may take")
+    parser.add_argument("--title", default="", help="of the table in docs/benchmarks.md")
+    parser.add_argument("--note", default="", help="what a reader should know, e.g. what else the machine did")
+    parser.add_argument("--out", type=Path, help="results file; by default only printed")
+    options = parser.parse_intermixed_args(argv)
+    if options.rounds < 1:
+        parser.error(f"expected --rounds of at least 1, got {options.rounds}")
+    comparison = COMPARISONS[options.comparison]
+    try:
+        peers = [parse_peer(text) for text in options.peer]
+    except ValueError as error:
+        parser.error(str(error))
+    programs = [Program(OWN, sys.executable, ("-m", comparison.module)), *peers]
+    try:
+        found = compare(programs, options.arguments, comparison, options.rounds, options.timeout)
+    except PeerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    result = {
+        "kind": "peers",
+        "comparison": options.comparison,
+        "title": options.title or " ".join([options.comparison, *options.arguments]),
+        "note": options.note,
+        "field": comparison.field,
+        "unit": comparison.unit,
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "commands": {each.name: each.command(options.arguments) for each in programs},
+        "versions": {each.name: versions_of(each.python) for each in programs},
+        **found,
+    }
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    summary = ", ".join(f"{ratio:.2f} × {name}" for name, ratio in found["median_ratios"].items())
+    print(f"{options.comparison}: {summary} (medians of {options.rounds} rounds)", file=sys.stderr)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
