@@ -38,7 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("sampler", 2), ("learner", 1), ("advantage", 2), ("envs", 2), ("rollout", 2)]
+    ("name", "count"), [("sampler", 2), ("learner", 1), ("advantage", 2), ("envs", 2), ("rollout", 4)]
 )
 def test_a_benchmark_ends_in_one_json_line(name: str, count: int, capsys):
     assert cli.main(["bench", name, *SMALL, *(ROLLOUT if name == "rollout" else [])]) == 0
@@ -54,14 +54,16 @@ def test_a_benchmark_ends_in_one_json_line(name: str, count: int, capsys):
     if name == "learner":
         assert found["results"][0]["roofline"]["mfu"] > 0
     if name == "rollout":
-        facts = found["results"][0]["facts"]
-        assert facts["recompiles"] == 0 and facts["env_errors"] == 0 and 0 < facts["device_busy"] <= 1
-        assert 3 <= facts["turns_mean"] <= facts["turns_max"] <= 4 and facts["response_tokens_max"] <= 6
+        lockstep, continuous = (found["results"][i] for i in (0, 2))
+        assert (lockstep["what"], continuous["what"]) == ("episodes, lockstep", "episodes, continuous")
+        for facts in (lockstep["facts"], continuous["facts"]):
+            assert facts["recompiles"] == 0 and facts["env_errors"] == 0 and 0 < facts["device_busy"] <= 1
+            assert 3 <= facts["turns_mean"] <= facts["turns_max"] <= 4 and facts["response_tokens_max"] <= 6
 
 
 def test_an_unknown_mode_is_refused(capsys):
     assert cli.main(["bench", "rollout", *SMALL, "--modes", "lockstop"]) == 2
-    assert "unknown 'lockstop'; did you mean 'lockstep'?" in capsys.readouterr().err
+    assert "--modes: expected one of lockstep, continuous, got 'lockstop'" in capsys.readouterr().err
 
 
 def test_a_rate_is_work_over_the_median_second(monkeypatch: pytest.MonkeyPatch):
@@ -103,7 +105,7 @@ def test_a_counted_rollout_costs_what_its_calls_cost():
         state = sampler.extend(params, state, zeros, np.array([8, 5], np.int32))
     state, _ = sampler.decode(params, state, np.array([3, 1], np.int32), 4)
     state, _ = sampler.decode(params, state, np.array([1, 0], np.int32), 4)
-    found, empty = sampler.costs(params), sampler.abstract(2)
+    found, empty = sampler.costs(), sampler.abstract(2)
     extend = costs(read(sampler.lower_extend(params, empty, 8).compile()))
     decode = read(sampler.lower_decode(params, empty, 4).compile())
     decodes = [costs(decode, rounds) for rounds in (3, 1)]
@@ -113,7 +115,7 @@ def test_a_counted_rollout_costs_what_its_calls_cost():
     step = 2 * 2 * (16 * (6 * 8 + 3 * 32) + 32 * 16)
     assert step < decodes[1].flops < 1.5 * step
     sampler.forget()
-    assert sampler.costs(params).flops == 0
+    assert sampler.costs().flops == 0
 
 
 def test_random_weights_end_a_response_by_chance():

@@ -1,10 +1,13 @@
 """What the benchmarks can be told."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from aem_jax.envs.scripted import ScriptedConfig
 from aem_jax.launch.config import RuntimeConfig
 from aem_jax.rollout.config import RolloutConfig
+
+Mode = Literal["lockstep", "continuous"]
 
 
 def _small_rollout() -> RolloutConfig:
@@ -47,8 +50,8 @@ class BenchConfig:
     """Mean tokens of a response (rollout), by the number of stop ids; `rollout.response_tokens` cuts the longest."""
     servers: int = 2
     """Environment servers (rollout)."""
-    modes: tuple[str, ...] = ()
-    """Modes of the rollout that are measured side by side; all by default."""
+    modes: tuple[Mode, ...] = ("lockstep", "continuous")
+    """Modes of the rollout that are measured side by side, whatever `rollout.mode` says (rollout)."""
     seed: int = 0
     """Of tasks and tokens (rollout)."""
     repeats: int = 5

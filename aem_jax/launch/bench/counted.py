@@ -1,5 +1,6 @@
 """A sampler that notes what it is asked for: from that follow a rollout's FLOPs and bytes, without a profiler."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,72 +9,87 @@ import numpy as np
 
 from aem_jax.launch.bench.roofline import read
 from aem_jax.launch.plan.costs import Costs, costs
-from aem_jax.models import Params
-from aem_jax.sampler import Decoded, Sampler, SamplerState
-from aem_jax.sampler.sampler import HostArray
+from aem_jax.sampler import Sampler
 
 
 @dataclass
 class _Calls:
-    """Of one program: what it was lowered from, how often it ran, and how many tokens each slot said every time."""
+    """Of one program: what it was called with, how often, and how many tokens each slot said every time.
 
-    kind: str
-    state: SamplerState
-    tokens: int
-    window: int | None
+    Attributes:
+        arguments: as shapes; nothing is kept alive.
+        static: those that the program was compiled for.
+        times: calls.
+        said: i32[n] of each call of a decode.
+    """
+
+    arguments: tuple[Any, ...]
+    static: Mapping[str, Any]
     times: int = 0
     said: list[jax.Array] = field(default_factory=list)
+
+
+class _Noted:
+    """A jitted function of (params, …) and what it was called with."""
+
+    def __init__(self, jitted: Any, said: Callable[[Any], jax.Array] | None = None) -> None:
+        self._jitted, self._said = jitted, said
+        self.calls: dict[Any, _Calls] = {}
+
+    def __call__(self, params: Any, *arguments: Any, **static: Any) -> Any:
+        leaves, structure = jax.tree.flatten(arguments)
+        key = (structure, tuple(leaf.shape for leaf in leaves), *static.items())
+        calls = self.calls.get(key)
+        if calls is None:
+            calls = self.calls[key] = _Calls(jax.tree.map(_shape, (params, *arguments)), static)
+        out = self._jitted(params, *arguments, **static)
+        calls.times += 1
+        if self._said is not None:
+            calls.said.append(self._said(out))
+        return out
+
+    def __getattr__(self, name: str) -> Any:  # lower, _cache_size
+        return getattr(self._jitted, name)
+
+    def costs(self) -> Costs:
+        total = Costs()
+        for calls in self.calls.values():
+            module = read(self._jitted.lower(*calls.arguments, **calls.static).compile())
+            if self._said is None:
+                total.add(costs(module), calls.times)
+                continue
+            # What a loop costs is linear in its rounds, so one and two of them give the cost of any number.
+            steps = sum(int(np.max(np.asarray(counts))) for counts in calls.said)
+            total.add(costs(module, 1), 2 * calls.times - steps)
+            total.add(costs(module, 2), steps - calls.times)
+        return total
 
 
 class CountedSampler(Sampler):
     """A sampler as any other.
 
-    What is not counted: forks and rewinds, which copy prompts and change lengths, little beside the rest.
+    Of a decode count as many steps as its longest slot says tokens. What is not counted: forks and rewinds, which copy
+    prompts and change lengths, little beside the rest.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._asked: dict[tuple[Any, ...], _Calls] = {}
-
-    def extend(
-        self, params: Params, state: SamplerState, tokens: HostArray, counts: HostArray, *, window: int | None = None
-    ) -> SamplerState:
-        """As the sampler's; counts one call."""
-        self._note("extend", state, tokens.shape[1], window)
-        return super().extend(params, state, tokens, counts, window=window)
-
-    def decode(
-        self, params: Params, state: SamplerState, budgets: HostArray, num_tokens: int, *, window: int | None = None
-    ) -> tuple[SamplerState, Decoded]:
-        """As the sampler's; counts one call, and its steps: as many as its longest slot says tokens."""
-        calls = self._note("decode", state, num_tokens, window)
-        state, out = super().decode(params, state, budgets, num_tokens, window=window)
-        calls.said.append(out.counts)
-        return state, out
+        self._extend = _Noted(self._extend)
+        self._decode = _Noted(self._decode, said=lambda out: out[1].counts)
 
     def forget(self) -> None:
         """Begins to count anew."""
-        self._asked.clear()
+        for program in (self._extend, self._decode):
+            program.calls.clear()
 
-    def costs(self, params: Params) -> Costs:
+    def costs(self) -> Costs:
         """Costs on one device of all calls that are not forgotten; compiles each program that was called once more."""
         total = Costs()
-        for calls in self._asked.values():
-            lower = self.lower_extend if calls.kind == "extend" else self.lower_decode
-            module = read(lower(params, calls.state, calls.tokens, window=calls.window).compile())
-            once, twice = costs(module, 1), costs(module, 2)
-            # What a loop costs is linear in its rounds, so these two give the cost of any number of them.
-            steps = sum(int(np.max(np.asarray(counts))) for counts in calls.said)
-            total.add(once, 2 * calls.times - steps)
-            total.add(twice, steps - calls.times)
+        for program in (self._extend, self._decode):
+            total.add(program.costs())
         return total
 
-    def _note(self, kind: str, state: SamplerState, tokens: int, window: int | None) -> _Calls:
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(state))
-        calls = self._asked.get((kind, shapes, tokens, window))
-        if calls is None:
-            place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)  # noqa: E731
-            calls = _Calls(kind, jax.tree.map(place, state), tokens, window)
-            self._asked[kind, shapes, tokens, window] = calls
-        calls.times += 1
-        return calls
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) else None  # from the host: wherever the program wants it
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

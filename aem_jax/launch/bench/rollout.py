@@ -5,9 +5,9 @@ stop ids that random weights hit by chance (`ByteChat`). All modes of the engine
 keys, in turn, in one process.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -21,34 +21,16 @@ from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.launch.bench import BenchConfig
 from aem_jax.launch.bench.ceilings import ceilings
 from aem_jax.launch.bench.chat import ByteChat
+from aem_jax.launch.bench.config import Mode
 from aem_jax.launch.bench.counted import CountedSampler
 from aem_jax.launch.bench.measure import Measurement, summarise
 from aem_jax.launch.bench.roofline import roofline
 from aem_jax.launch.build import known_model
-from aem_jax.launch.overrides import ConfigError, nearest
+from aem_jax.launch.overrides import ConfigError
 from aem_jax.models import Policy
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import SamplingConfig
 from aem_jax.trajectory import Task, Trajectory
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A way to play.
-
-    Attributes:
-        config: the rollout's settings -> those of this mode.
-        busy_s: seconds of a rollout in which the device had something to do.
-    """
-
-    config: Callable[[RolloutConfig], RolloutConfig]
-    busy_s: Callable[[RolloutStats], float]
-
-
-MODES: Mapping[str, Mode] = {
-    "lockstep": Mode(lambda config: config, lambda stats: stats.device_s),
-}
-"""By name; those of `--modes`, or all, are measured side by side."""
 
 
 @dataclass
@@ -56,7 +38,6 @@ class _Player:
     """One mode at work.
 
     Attributes:
-        mode: which.
         sampler: that counts.
         play: seed of tasks and tokens -> trajectories, statistics.
         seconds: of each round.
@@ -65,7 +46,6 @@ class _Player:
         last: the trajectories of the latest round.
     """
 
-    mode: Mode
     sampler: CountedSampler
     play: Callable[[int], tuple[list[Trajectory], RolloutStats]]
     seconds: list[float] = field(default_factory=list)
@@ -78,12 +58,8 @@ def run(config: BenchConfig) -> list[Measurement]:
     """Episodes and sampled tokens a second, of each mode.
 
     Raises:
-        ConfigError: an unknown mode, or stop ids that cannot be.
+        ConfigError: stop ids that cannot be.
     """
-    modes = config.modes or tuple(MODES)
-    for name in modes:
-        if name not in MODES:
-            raise ConfigError(f"--modes: unknown {name!r}{nearest(name, MODES) or '; known are ' + ', '.join(MODES)}")
     policy = Policy(known_model(config.model))
     try:
         chat = ByteChat(policy.config.vocab_size, config.response_mean)
@@ -92,7 +68,7 @@ def run(config: BenchConfig) -> list[Measurement]:
     dtype = jnp.dtype(policy.config.dtype)
     params = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), policy.init(key)))(jax.random.key(0))
     with ExitStack() as stack:
-        players = {name: _player(config, MODES[name], policy, params, chat, stack) for name in modes}
+        players = {mode: _player(config, mode, policy, params, chat, stack) for mode in config.modes}
         for player in players.values():
             player.play(config.seed + 1)  # other tasks: nothing that is measured has been played before
         for _ in range(config.repeats):
@@ -103,12 +79,17 @@ def run(config: BenchConfig) -> list[Measurement]:
                 player.compiled += compilations() - before
                 player.seconds.append(stats.total_s)
                 player.stats.append(stats)
-        return [each for name, player in players.items() for each in _report(config, name, player, params)]
+        return [each for mode in config.modes for each in _report(config, mode, players[mode])]
+
+
+def _settings(config: RolloutConfig, mode: Mode) -> RolloutConfig:
+    """Those of a mode; only lock-step has cohorts."""
+    return replace(config, mode=mode, num_cohorts=config.num_cohorts if mode == "lockstep" else 1)
 
 
 def _player(config: BenchConfig, mode: Mode, policy: Policy, params: Any, chat: ByteChat, stack: ExitStack) -> _Player:
     """A rollout that is ready: servers started, programs compiled."""
-    settings = mode.config(config.rollout)
+    settings = _settings(config.rollout, mode)
     servers = PoolConfig(num_servers=config.servers, sessions_per_server=-(-settings.num_slots // config.servers))
     pool = stack.enter_context(EnvPool(servers, ("scripted", asdict(config.scripted))))
     sampler = CountedSampler(
@@ -127,17 +108,17 @@ def _player(config: BenchConfig, mode: Mode, policy: Policy, params: Any, chat: 
         tasks = [Task(f"{n}", "scripted", {"seed": n}) for n in range(first, first + settings.groups_per_step)]
         return rollout(params, tasks, jax.random.key(seed))
 
-    return _Player(mode, sampler, play)
+    return _Player(sampler, play)
 
 
-def _report(config: BenchConfig, name: str, player: _Player, params: Any) -> list[Measurement]:
+def _report(config: BenchConfig, mode: Mode, player: _Player) -> list[Measurement]:
     """Rates and facts of one mode."""
-    settings, stats, last = config.rollout, player.stats, player.last
+    settings, stats, last = _settings(config.rollout, mode), player.stats, player.last
     turns = [len(each.turns) for each in last]
     responses = [len(turn.response_ids) for each in last for turn in each.turns]
     middle = lambda value: median(map(value, stats))  # noqa: E731
     facts = {
-        "device_busy": middle(lambda each: player.mode.busy_s(each) / each.total_s),
+        "device_busy": middle(lambda each: each.device_busy_s / each.total_s),
         "waited_for_environments_s": middle(lambda each: each.environment_s),
         "recompiles": player.compiled,
         "env_errors": sum(each.env_errors for each in stats),
@@ -151,10 +132,10 @@ def _report(config: BenchConfig, name: str, player: _Player, params: Any) -> lis
         f"{config.model}, {settings.groups_per_step} × {settings.group_size} episodes, {settings.num_slots} slots in "
         f"{settings.num_cohorts} cohorts, latency 0–{config.scripted.latency_ms:g} ms"
     )
-    cost = player.sampler.costs(params)
+    cost = player.sampler.costs()
     line = roofline(cost, ceilings(known_model(config.model).dtype))
     made = partial(summarise, "rollout", shape=shape, seconds=player.seconds, roofline=line)
     return [
-        made(f"episodes, {name}", unit="episodes/s", work=len(last), facts=facts),
-        made(f"sampled tokens, {name}", unit="tokens/s", work=stats[-1].sampled_tokens),
+        made(f"episodes, {mode}", unit="episodes/s", work=len(last), facts=facts),
+        made(f"sampled tokens, {mode}", unit="tokens/s", work=stats[-1].sampled_tokens),
     ]
