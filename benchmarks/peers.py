@@ -230,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "unit": comparison.unit,
         "date": date.today().isoformat(),
         "machine": machine(),
+        "seeds": "fixed in each script",
         "commands": {each.name: each.command(options.arguments) for each in programs},
         "versions": {each.name: versions_of(each.python) for each in programs},
         **found,

@@ -56,6 +56,7 @@ def test_a_benchmark_ends_in_one_json_line(name: str, count: int, capsys):
     if name == "rollout":
         lockstep, continuous = (found["results"][i] for i in (0, 2))
         assert (lockstep["what"], continuous["what"]) == ("episodes, lockstep", "episodes, continuous")
+        assert continuous["facts"]["times_as_fast_as_lockstep"] > 0
         for facts in (lockstep["facts"], continuous["facts"]):
             assert facts["recompiles"] == 0 and facts["env_errors"] == 0 and 0 < facts["device_busy"] <= 1
             assert 3 <= facts["turns_mean"] <= facts["turns_max"] <= 4 and facts["response_tokens_max"] <= 6

@@ -8,13 +8,15 @@ line, so that numbers of two machines can be compared; `--compare FILE` shows ra
 
 import importlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from typing import TYPE_CHECKING
 
 from aem_jax.launch.bench.config import BenchConfig
-from aem_jax.launch.overrides import ConfigError, nearest
+from aem_jax.launch.options import flag
+from aem_jax.launch.overrides import ConfigError, as_values, nearest
 
 if TYPE_CHECKING:
     from aem_jax.launch.bench.measure import Measurement
@@ -55,14 +57,17 @@ def run(names: Sequence[str], config: BenchConfig) -> int:
     set_up(config.runtime)
     # The device first: making the others may start environment servers, and they are not to share its first seconds.
     where = versions()
-    console = Console(stderr=True)  # the JSON line has standard output to itself
+    # The JSON line has standard output to itself. What is written to a file need not fit a terminal.
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     found: list[Measurement] = []
     for name in chosen:
         with console.status(f"measuring {name}"):
             found += importlib.import_module(BENCHMARKS[name]).run(config)
     now = {
-        "benchmark": "aem_jax.launch bench",
+        "kind": "bench",
         "date": date.today().isoformat(),
+        "commands": {"aem_jax": _command(chosen, config)},
+        "seeds": str(config.seed),
         "config": asdict(config),
         "versions": where,
         "results": [asdict(each) for each in found],
@@ -73,3 +78,14 @@ def run(names: Sequence[str], config: BenchConfig) -> int:
         print_ratios(console, now, earlier)
     print(json.dumps(now))
     return 0
+
+
+def _command(names: Sequence[str], config: BenchConfig) -> str:
+    """What to type to measure the same: all that is not as by default, but for what does not change the numbers."""
+    usual = as_values(BenchConfig())
+    words = ["python -m aem_jax.launch bench", *([] if len(names) == len(BENCHMARKS) else names)]
+    for name, value in as_values(config).items():
+        if value != usual[name] and name != "compare" and not name.startswith("runtime."):
+            each = value if isinstance(value, tuple) else (value,)
+            words.append(" ".join([flag(name), *map(str, each)]))
+    return " ".join(words)

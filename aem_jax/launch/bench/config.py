@@ -51,7 +51,7 @@ class BenchConfig:
     servers: int = 2
     """Environment servers (rollout)."""
     modes: tuple[Mode, ...] = ("lockstep", "continuous")
-    """Modes of the rollout that are measured side by side, whatever `rollout.mode` says (rollout)."""
+    """Modes of the rollout that are measured in turn, whatever `rollout.mode` says; ratios are to the first."""
     seed: int = 0
     """Of tasks and tokens (rollout)."""
     repeats: int = 5
@@ -70,6 +70,8 @@ class BenchConfig:
             least = 0 if name == "seed" else 1
             if isinstance(value, int) and value < least:
                 raise ValueError(f"expected {name} >= {least}, got {value}")
+        if not self.modes or len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"expected modes, each once, got {', '.join(self.modes) or 'none'}")
         if self.trajectories % 8:
             raise ValueError(f"expected trajectories divisible by 8, got {self.trajectories}")
         if self.scripted.max_turns > self.rollout.max_turns:

@@ -35,7 +35,7 @@ def print_rates(console: Console, found: Sequence[Measurement], versions: Mappin
 def print_facts(console: Console, found: Sequence[Measurement]) -> None:
     """What else was found, one line a benchmark."""
     for each in (each for each in found if each.facts):
-        facts = ", ".join(f"{name} {number(value)}" for name, value in each.facts.items())
+        facts = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in each.facts.items())
         console.print(f"{each.name}, {each.what}: {facts}")
 
 

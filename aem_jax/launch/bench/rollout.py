@@ -44,6 +44,7 @@ class _Player:
         stats: of each round.
         compiled: programs compiled in the rounds.
         last: the trajectories of the latest round.
+        facts: what is known beside these.
     """
 
     sampler: CountedSampler
@@ -52,6 +53,7 @@ class _Player:
     stats: list[RolloutStats] = field(default_factory=list)
     compiled: int = 0
     last: Sequence[Trajectory] = ()
+    facts: dict[str, float] = field(default_factory=dict)
 
 
 def run(config: BenchConfig) -> list[Measurement]:
@@ -79,6 +81,11 @@ def run(config: BenchConfig) -> list[Measurement]:
                 player.compiled += compilations() - before
                 player.seconds.append(stats.total_s)
                 player.stats.append(stats)
+        first = config.modes[0]
+        for mode in config.modes[1:]:
+            # of one round each: what the machine did meanwhile, it did to both
+            ratios = [a / b for a, b in zip(players[first].seconds, players[mode].seconds)]
+            players[mode].facts[f"times_as_fast_as_{first}"] = median(ratios)
         return [each for mode in config.modes for each in _report(config, mode, players[mode])]
 
 
@@ -118,6 +125,7 @@ def _report(config: BenchConfig, mode: Mode, player: _Player) -> list[Measuremen
     responses = [len(turn.response_ids) for each in last for turn in each.turns]
     middle = lambda value: median(map(value, stats))  # noqa: E731
     facts = {
+        **player.facts,
         "device_busy": middle(lambda each: each.device_busy_s / each.total_s),
         "waited_for_environments_s": middle(lambda each: each.environment_s),
         "recompiles": player.compiled,
