@@ -114,6 +114,16 @@ def test_an_unrolled_loop_counts_by_more_than_one():
     assert costs(parse(unrolled)).flops == costs(parse(HLO)).flops / 2
 
 
+def test_a_product_that_a_gpu_leaves_to_cublas_counts_as_one():
+    numbers = '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[]'
+    product = "%product = f32[8,16]{1,0} dot(%x, %gathered), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    call = '%call = (f32[8,16]{1,0}, s8[4194304]{0}) custom-call(%x, %gathered), custom_call_target="__cublas$gemm", '
+    call += 'backend_config={"gemm_backend_config":{"beta":0,"dot_dimension_numbers":{' + numbers + "}}}\n"
+    call += "  %product = f32[8,16]{1,0} get-tuple-element(%call), index=0"
+    assert product in HLO
+    assert costs(parse(HLO.replace(product, call))) == costs(parse(HLO))  # its workspace is not written to memory
+
+
 def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
     unknown = HLO.replace("%limit = s32[]{:T(128)} constant(4)", "%limit = s32[] get-tuple-element(%state.1), index=0")
     found = costs(parse(unknown.replace("%zero = s32[] constant(0)", "%zero = s32[] parameter(2)")), rounds=7)

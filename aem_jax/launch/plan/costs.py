@@ -15,6 +15,7 @@ from aem_jax.launch.plan.hlo import Computation, Instruction, Module, Shape, tri
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
+_CONTRACTED = r'"lhs_contracting_dimensions":\[([^\]]*)\]'
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _SEEN_THROUGH = {"bitcast", "reshape", "convert", "copy", "transpose"}
 
@@ -125,7 +126,16 @@ def _flops(each: Instruction, where: Computation) -> float:
         return 2.0 * each.shapes[0].size * math.prod(left.dims[number] for number in numbers)
     if each.opcode == "convolution":
         return _convolution_flops(each, where)
+    if _is_library_product(each):
+        (left, *_), found = where.shapes_of(each.operands), re.search(_CONTRACTED, each.attributes)
+        numbers = [int(number) for number in re.findall(r"\d+", found[1])] if found else []
+        return 2.0 * each.shapes[0].size * math.prod(left.dims[number] for number in numbers)
     return 0.0
+
+
+def _is_library_product(each: Instruction) -> bool:
+    """Whether a GPU's program leaves a product to cuBLAS."""
+    return each.opcode == "custom-call" and 'custom_call_target="__cublas$' in each.attributes
 
 
 def _numbers(name: str, attributes: str) -> list[int]:
@@ -223,7 +233,8 @@ def _bytes(module: Module, where: Computation, each: Instruction) -> float:
     if each.opcode == "copy-start":  # (there, here, context)
         return _hbm(each.shapes[:2])
     if body is None:
-        return _hbm(each.shapes) + _hbm(where.shapes_of(each.operands))
+        results = each.shapes[:1] if _is_library_product(each) else each.shapes  # behind it comes room to work in
+        return _hbm(results) + _hbm(where.shapes_of(each.operands))
     if each.opcode != "fusion":
         return sum(_bytes(module, body, one) for one in body.instructions if one.opcode not in _FREE)
     return _fused_bytes(module, body, each, where)
