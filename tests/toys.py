@@ -31,7 +31,7 @@ class Bigram:
             "head": jax.random.normal(second, (self.width, self.vocab_size)),
         }
 
-    def hidden(self, params, tokens, positions, segment_ids, remat=None, constrain=None):
+    def hidden(self, params, tokens, positions, segment_ids, remat=None, constrain=None, attention=None):
         return jnp.tanh(params["embed"][tokens])
 
     def logits(self, params, hidden):

@@ -126,6 +126,7 @@ def warmstart_learner(config: RunConfig) -> LearnerConfig:
         temperature=learner.temperature,
         head_chunk=learner.head_chunk,
         remat=learner.remat,
+        attention=learner.attention,
         moments=learner.moments,
     )
 

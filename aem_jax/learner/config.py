@@ -47,6 +47,9 @@ class LearnerConfig:
     """Positions of each row whose logits exist at one time."""
     remat: Literal["none", "layers", "dots"] = "none"
     """What the backward pass computes again: nothing, everything inside a layer, or all but its matrix products."""
+    attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
+    """Attention over rows: auto takes splash on TPUs, cudnn on GPUs, xla elsewhere and where a kernel cannot take the
+    shapes (which is logged once); triton (GPUs) is taken by name alone."""
     num_minibatches: int = 1
     """Optimizer steps made from one batch, each on its own share of the trajectories."""
     num_epochs: int = 1

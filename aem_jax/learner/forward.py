@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from aem_jax.advantage import token_statistics
 from aem_jax.learner.state import Params, TrainablePolicy
+from aem_jax.models.attention import RowAttention, row_attention
 
 REMAT: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
@@ -41,6 +42,7 @@ def row_statistics(
     head_chunk: int,
     remat: Callable[..., Any] | None = None,
     constrain: Callable[[jax.Array], jax.Array] | None = None,
+    attention: RowAttention = row_attention,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every sampled token, and the entropy of the distribution that it was drawn from.
 
@@ -54,11 +56,12 @@ def row_statistics(
         head_chunk: positions of each row whose logits exist at one time.
         remat: what to keep of each layer for the backward pass (`REMAT`).
         constrain: says where hidden states [b, T, D] lie on the mesh.
+        attention: of the rows.
 
     Returns:
         (logprobs, entropies) f32[b, T], nats, 0 outside responses. No gradient flows through the entropies.
     """
-    hidden = policy.hidden(params, rows.tokens, rows.positions, rows.segment_ids, remat, constrain)
+    hidden = policy.hidden(params, rows.tokens, rows.positions, rows.segment_ids, remat, constrain, attention)
     # Position t predicts token t + 1. Nothing wraps round: token 0 of a row is never a sampled one.
     predicts = jnp.roll(rows.response_ids, -1, axis=1) >= 0
     targets = jnp.roll(rows.tokens, -1, axis=1)

@@ -29,8 +29,10 @@ class TrainablePolicy(Protocol):
         """float32 parameters to train."""
         ...
 
-    def hidden(self, params: Params, tokens, positions, segment_ids, remat=None, constrain=None) -> jax.Array:
-        """[B, T, D] of packed rows i32[B, T]; `constrain` says where the residual stream lies."""
+    def hidden(
+        self, params: Params, tokens, positions, segment_ids, remat=None, constrain=None, attention: Any = ...
+    ) -> jax.Array:
+        """[B, T, D] of packed rows i32[B, T]; `constrain` says where the residual stream lies, `attention` attends."""
         ...
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:

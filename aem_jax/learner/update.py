@@ -22,6 +22,7 @@ from aem_jax.learner.forward import REMAT, Rows, row_statistics
 from aem_jax.learner.objective import AGGREGATIONS, Objective, Tokens, policy_objective, supervised_objective
 from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
 from aem_jax.learner.state import Params, TrainablePolicy, TrainState, abstract_state
+from aem_jax.models.kernels import make_row_attention
 from aem_jax.sharding import TRAIN, partition, replicated
 
 Stats = dict[str, jax.Array]
@@ -121,6 +122,7 @@ def _row_statistics(
         head_chunk=config.head_chunk,
         remat=REMAT[config.remat],
         constrain=lambda hidden: jax.lax.with_sharding_constraint(hidden, rows_split),
+        attention=make_row_attention(config.attention, mesh),
     )
 
 

@@ -1,11 +1,15 @@
 """The two attentions of a decoder: over packed rows, and of a chunk beside a cache. Softmax in float32."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+RowAttention = Callable[[Array, Array, Array, Array], Array]
+"""(q [B,T,H,Dh], k [B,T,KV,Dh], v [B,T,KV,Dh], segment_ids i32[B,T]) -> [B,T,H,Dh]."""
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) gives numbers, not NaN
 CPU_BLOCK, BLOCK = 64, 512

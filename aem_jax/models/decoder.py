@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from aem_jax.models.attention import chunk_attention, row_attention
+from aem_jax.models.attention import RowAttention, chunk_attention, row_attention
 from aem_jax.models.config import ModelConfig, RopeScaling
 from aem_jax.models.lora import Adapters, LoraConfig
 
@@ -152,6 +152,7 @@ class Decoder(nnx.Module):
         segment_ids: Array,
         remat: Callable | None = None,
         constrain: Constrain | None = None,
+        attention: RowAttention = row_attention,
     ) -> Array:
         """Hidden states of packed rows.
 
@@ -161,6 +162,7 @@ class Decoder(nnx.Module):
             segment_ids: i32[B,T], 0 for padding; a token attends to earlier tokens of its own segment.
             remat: a `jax.checkpoint_policies` policy, or None to keep every activation.
             constrain: says where the residual stream [B,T,D] lies; None leaves it to the partitioner.
+            attention: of the rows; `kernels.make_row_attention` makes that of a device.
 
         Returns:
             [B,T,D] after the final norm.
@@ -172,7 +174,7 @@ class Decoder(nnx.Module):
         def layer(x: Array, state: Any) -> tuple[Array, None]:
             block = nnx.merge(graphdef, state)
             q, k, v = block.heads(x, cos, sin)
-            return constrain(block.finish(x, row_attention(q, k, v, segment_ids))), None
+            return constrain(block.finish(x, attention(q, k, v, segment_ids))), None
 
         body = layer if remat is None else jax.checkpoint(layer, policy=remat)
         x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), stacked)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from aem_jax.models.attention import RowAttention, row_attention
 from aem_jax.models.config import ModelConfig
 from aem_jax.models.decoder import Constrain, Decoder
 from aem_jax.models.lora import Adapter, LoraConfig, adapter_axes, init_adapter, merge, merged_leaves
@@ -90,9 +91,10 @@ class Policy:
         segment_ids: Array,
         remat: Callable | None = None,
         constrain: Constrain | None = None,
+        attention: RowAttention = row_attention,
     ) -> Array:
         """See `Decoder.hidden`."""
-        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain)
+        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain, attention)
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """See `Decoder.logits`."""
@@ -169,9 +171,10 @@ class LoraPolicy:
         segment_ids: Array,
         remat: Callable | None = None,
         constrain: Constrain | None = None,
+        attention: RowAttention = row_attention,
     ) -> Array:
         """See `Decoder.hidden`."""
-        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain)
+        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain, attention)
 
     def logits(self, params: Any, hidden: Array) -> Array:
         """See `Decoder.logits`."""

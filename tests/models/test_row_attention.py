@@ -1,4 +1,4 @@
-"""The blocked attention of packed rows is the masked one, forward and backward, whatever the row's length."""
+"""The attentions of packed rows are the masked one, forward and backward; kernels in interpret mode."""
 
 from functools import partial
 
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from aem_jax.models.attention import blocked_attention
+from aem_jax.models.gpu_attention import triton_attention
+from aem_jax.models.splash import splash_attention
 
 
 def masked_attention(q, k, v, segment_ids):
@@ -38,3 +40,36 @@ def test_blocks_change_nothing(length, block):
         strict=True,
     ):
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def packed(length: int, heads: int, kv_heads: int, head_dim: int):
+    """Rows of several segments, of one, and of padding at the end."""
+    keys = jax.random.split(jax.random.key(length), 3)
+    shapes = ((heads, keys[0]), (kv_heads, keys[1]), (kv_heads, keys[2]))
+    q, k, v = (jax.random.normal(key, (2, length, count, head_dim)) for count, key in shapes)
+    cuts = np.searchsorted([length // 5, length // 2, length - 30], np.arange(length), side="right")
+    segments = np.stack([np.where(cuts == 3, 0, cuts + 1), np.ones(length)])
+    return q, k, v, jnp.asarray(segments, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("attend", "length", "heads", "kv_heads"),
+    [
+        (partial(splash_attention, interpret=True), 256, 4, 2),  # one block
+        (partial(splash_attention, interpret=True), 384, 2, 1),  # three: some pairs of blocks are not visited
+        (partial(triton_attention, interpret=True), 256, 2, 1),
+    ],
+)
+def test_a_kernel_is_the_masked_softmax(attend, length: int, heads: int, kv_heads: int):
+    """Values and gradients, against jax's own attention with the whole mask and against XLA's blocks."""
+    q, k, v, segments = packed(length, heads, kv_heads, 64)
+
+    def loss(attention):
+        return jax.jit(
+            jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, segments))), argnums=(0, 1, 2))
+        )(q, k, v)
+
+    found = loss(attend)
+    for oracle in (masked_attention, partial(blocked_attention, block=128)):
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(loss(oracle)), strict=True):
+            np.testing.assert_allclose(one, other, atol=5e-5, rtol=5e-5)

@@ -10,6 +10,7 @@ from aem_jax.launch.plan.costs import Collective, Costs
 from aem_jax.launch.plan.workload import Workload
 from aem_jax.models import ModelConfig
 from aem_jax.models.attention import BLOCK
+from aem_jax.models.kernels import KERNELS
 from aem_jax.sharding import MeshConfig, MeshDemand
 
 MASTER, GRADIENT = 4, 8
@@ -47,7 +48,7 @@ def token_flops(model: ModelConfig, row_length: int, of_matrices: float = 6.0) -
     return of_matrices * matrices + 3.0 * attention_flops(model, row_length / 2)
 
 
-def learn_flops(work: Workload, block: int = BLOCK) -> float:
+def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> float:
     """FLOPs of learning one token as it is done: attention by blocks of queries, and what is computed twice.
 
     The head always is, so are the scores of attention, everything inside layers if remat says so.
@@ -55,6 +56,7 @@ def learn_flops(work: Workload, block: int = BLOCK) -> float:
     Args:
         work: the run's sizes.
         block: queries that look at their keys together.
+        kernel: of `models.kernels`, which says what attention's backward pass computes anew.
     """
     length = work.layout.row_length
     ends = [min(start + block, length) for start in range(0, length, block)]
@@ -62,7 +64,7 @@ def learn_flops(work: Workload, block: int = BLOCK) -> float:
     matrices, attention = 2.0 * layer_parameters(work.model), attention_flops(work.model, seen)
     again = {"none": 0.0, "layers": matrices + attention, "dots": attention}[work.remat]
     head = 2.0 * head_parameters(work.model)
-    whole = 3.0 * (matrices + attention) + again + 0.5 * attention + 4.0 * head
+    whole = 3.0 * matrices + (1.0 + KERNELS[kernel].backward) * attention + again + 4.0 * head
     return whole - (matrices + head) * (work.lora.rank > 0)  # frozen weights have no gradient
 
 
@@ -156,15 +158,15 @@ def demand(work: Workload) -> MeshDemand:
     )
 
 
-def learn_costs(work: Workload, mesh: MeshConfig) -> Costs:
-    """Costs on one device of one optimizer step of `work.rounds` full microbatches."""
+def learn_costs(work: Workload, mesh: MeshConfig, flops: float) -> Costs:
+    """Costs on one device of one optimizer step of `work.rounds` full microbatches; `flops` are of a token."""
     model, width = work.model, 2
     replicas, tensor = mesh.data * mesh.fsdp, mesh.tensor
     tokens = work.microbatch_tokens / replicas
     count, trained, split = model.num_parameters, work.trained, mesh.fsdp * tensor
     passes = 2 if work.remat == "none" else 3
     found = Costs(
-        flops=work.rounds * learn_flops(work) * tokens / tensor,
+        flops=work.rounds * flops * tokens / tensor,
         bytes=work.rounds * (passes * width * count / tensor + 12 * trained / split) + 32 * trained / split,
     )
     activation, layers = tokens * model.hidden_size * width, model.num_layers

@@ -2,14 +2,16 @@
 
 XLA's cost analysis counts the body of a loop once, however often it runs; here every loop counts as often as it does.
 FLOPs are those of matrix products, which all else is small beside. Bytes are what each fused operation reads from and
-writes to main memory; of a large array that it only takes a slice of, the slice.
+writes to main memory; of a large array that it only takes a slice of, the slice. Kernels are custom calls to XLA, which
+sees no FLOPs in them and gives them no cycles: those that are known here are counted in closed form, all are listed.
 """
 
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from aem_jax.launch.plan.custom import KernelCall, kernel_call
 from aem_jax.launch.plan.hlo import Computation, Instruction, Module, Shape, trip_count
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -44,10 +46,11 @@ class Costs:
     """Sums over a program's run on one device.
 
     Attributes:
-        flops: of matrix products.
+        flops: of matrix products, those of known kernels included.
         bytes: read from and written to main memory.
         cycles: as the compiler estimates them for its fused operations; 0 where it estimates none.
         collectives: all of them.
+        kernels: all of them; their time is not in the compiler's cycles.
         unknown_loops: loops whose number of rounds was given, not found.
     """
 
@@ -55,6 +58,7 @@ class Costs:
     bytes: float = 0.0
     cycles: float = 0.0
     collectives: list[Collective] = field(default_factory=list)
+    kernels: list[KernelCall] = field(default_factory=list)
     unknown_loops: int = 0
 
     def add(self, other: "Costs", times: float = 1.0) -> None:
@@ -64,7 +68,9 @@ class Costs:
         self.cycles += other.cycles * times
         self.unknown_loops += other.unknown_loops
         for each in other.collectives:
-            self.collectives.append(Collective(each.kind, each.bytes, each.group, each.members, each.count * times))
+            self.collectives.append(replace(each, count=each.count * times))
+        for each in other.kernels:
+            self.kernels.append(replace(each, count=each.count * times))
 
 
 def costs(module: Module, rounds: int = 1) -> Costs:
@@ -103,6 +109,9 @@ def _count(total: Costs, module: Module, computation: Computation, each: Instruc
         total.flops += _flops(one, where)
         if collective := _collective(one, where):
             total.collectives.append(collective)
+        if kernel := kernel_call(one, where, _hbm(one.shapes) + _hbm(where.shapes_of(one.operands))):
+            total.kernels.append(kernel)
+            total.flops += kernel.flops
     if each.opcode not in _FREE and not each.opcode.endswith("-done"):
         total.bytes += _bytes(module, computation, each)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', each.attributes)

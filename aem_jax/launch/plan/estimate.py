@@ -19,7 +19,8 @@ class Seconds:
         compute: FLOPs at the device's peak.
         memory: bytes at its memory's bandwidth.
         wire: collectives at the interconnect's.
-        compiler: the compiler's own estimate of all but collectives; 0 without one.
+        compiler: the compiler's own estimate of all but collectives, with kernels at the device's peaks, as it knows
+            nothing of them; 0 without one.
     """
 
     compute: float
@@ -47,11 +48,14 @@ def estimate(costs: Costs, topology: Topology, coordinates: Coordinates = ()) ->
     """Seconds of a program on one device."""
     wire = sum(each.count * _wire_seconds(each, topology, coordinates) for each in costs.collectives)
     clock = topology.chip.clock
+    kernels = sum(
+        each.count * max(each.flops / topology.peak, each.bytes / topology.bandwidth) for each in costs.kernels
+    )
     return Seconds(
         compute=costs.flops / topology.peak,
         memory=costs.bytes / topology.bandwidth,
         wire=wire,
-        compiler=costs.cycles / clock if clock else 0.0,
+        compiler=costs.cycles / clock + kernels if clock and costs.cycles else 0.0,
     )
 
 

@@ -110,6 +110,8 @@ def parse(text: str) -> Module:
     Raises:
         ValueError: there is no entry computation.
     """
+    # What Pallas notes beside a kernel is printed with breaks of its own: an instruction is one line here.
+    text = re.sub(r"kernel_metadata=\{\n(.*)\n\}", r"kernel_metadata={\1}", text)
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():

@@ -23,6 +23,8 @@ from aem_jax.launch.plan.programs import Program, compile_programs
 from aem_jax.launch.plan.targets import coordinates, devices, set_up
 from aem_jax.launch.plan.workload import Workload, workload
 from aem_jax.models.attention import BLOCK, CPU_BLOCK
+from aem_jax.models.kernels import Device, Sizes, choose
+from aem_jax.models.splash import block_size
 from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, mesh_sizes
 
 
@@ -147,7 +149,7 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     plan = Plan(topology, mesh, not by_hand, work, units, closed_memory(work, mesh), closed)
     tokens = {"update": work.microbatch_tokens * microbatches, "decode": work.slots * units["decode"]}
     useful = {"update": useful_flops(work), "decode": decode_flops(work)}
-    made = {"update": learn_flops(work, CPU_BLOCK if topology.kind == "cpu" else BLOCK), "decode": decode_flops(work)}
+    made = {"update": _learn_flops(config, work, mesh, topology), "decode": decode_flops(work)}
     plan.closed_flops.update({name: made[name] * tokens[name] / topology.num_devices for name in made})
     (_estimate if closed else _compile)(plan, config)
     for name in (name for name in plan.seconds if name in tokens):
@@ -159,11 +161,22 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     return plan
 
 
+def _learn_flops(config: PlanConfig, work: Workload, mesh: MeshConfig, topology: Topology) -> float:
+    """Of a token, with the attention that the target will choose; a GPU is taken for a Hopper one."""
+    model, length = work.model, work.layout.row_length
+    sizes = Sizes(
+        length, model.num_heads // mesh.tensor, model.num_kv_heads // mesh.tensor, model.head_dim, model.dtype
+    )
+    kernel, _ = choose(config.learner.attention, Device(topology.kind, topology.kind == "gpu", 9.0), sizes)
+    blocks = {"splash": block_size(length), "xla": CPU_BLOCK if topology.kind == "cpu" else BLOCK}
+    return learn_flops(work, blocks.get(kernel, BLOCK), kernel)
+
+
 def _estimate(plan: Plan, config: PlanConfig) -> None:
     """Closed forms instead of programs."""
     work, steps = plan.work, config.learner.num_minibatches * config.learner.num_epochs
     one = {
-        "update": (learn_costs(work, plan.mesh), steps),
+        "update": (learn_costs(work, plan.mesh, _learn_flops(config, work, plan.mesh, plan.topology)), steps),
         "decode": (decode_costs(work, plan.mesh), work.decode_chunk),
     }
     for name, (cost, times) in one.items():

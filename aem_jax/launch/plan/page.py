@@ -148,6 +148,14 @@ def _rates(plan: Plan) -> Table:
 def _end(plan: Plan) -> Iterable[str]:
     for name, reason in plan.broken.items():
         yield f"not known: {_LABEL[name]}, on which the compiler failed ({reason}); another version of libtpu may do"
+    for name, cost in plan.costs.items():
+        if known := [each for each in cost.kernels if each.known]:
+            flops = sum(each.count * each.flops for each in known) / plan.units.get(name, 1.0)
+            names = ", ".join(sorted({each.name for each in known}))
+            counted = f"{flops / 1e12:.3f} TFLOP of kernels, in closed form and timed at the peaks"
+            yield f"in {_UNIT[name]}: {counted} ({names})"
+        if strange := sorted({each.name for each in cost.kernels if not each.known}):
+            yield f"not counted in {_UNIT[name]}: FLOPs of the kernels {', '.join(strange)}"
     if not plan.too_large:
         fullest = max(plan.phases.values(), default=math.nan)
         yield f"fits: {fullest / GIB:.1f} of {plan.topology.memory / GIB:.1f} GiB at the fullest"

@@ -1,0 +1,47 @@
+"""Kernels in a compiled program: custom calls, of which XLA knows neither FLOPs nor time. Here some are known."""
+
+import re
+from dataclasses import dataclass
+
+from aem_jax.launch.plan.hlo import Computation, Instruction
+from aem_jax.models.splash import PASSES, splash_flops
+
+TARGETS = ("tpu_custom_call",)
+"""Custom calls that are kernels."""
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One kernel.
+
+    Attributes:
+        name: as its program calls it.
+        flops: of one run, in closed form; 0 if not known.
+        known: whether they are.
+        bytes: of its arguments and results.
+        count: how often it runs.
+    """
+
+    name: str
+    flops: float
+    known: bool
+    bytes: float
+    count: float
+
+
+def kernel_call(each: Instruction, where: Computation, num_bytes: float) -> KernelCall | None:
+    """The kernel that an instruction is, if it is one."""
+    target = re.search(r'custom_call_target="([^"]*)"', each.attributes)
+    if each.opcode != "custom-call" or not target or target[1] not in TARGETS:
+        return None
+    path = re.search(r'op_name="([^"]*)"', each.attributes)
+    name = path[1].removesuffix("/pallas_call").rpartition("/")[2] if path else each.name
+    splash = re.match(rf"splash_m[hq]a_({'|'.join(PASSES)})_", name)
+    if not splash:
+        return KernelCall(name, 0.0, False, num_bytes, 1.0)
+    rows, heads, length, head_dim = next(
+        shape.dims
+        for shape in where.shapes_of(each.operands)
+        if len(shape.dims) == 4 and shape.dtype in ("bf16", "f32")
+    )
+    return KernelCall(name, rows * splash_flops(splash[1], length, heads, head_dim), True, num_bytes, 1.0)

@@ -1,0 +1,28 @@
+"""Row attention on GPUs: cuDNN's flash attention through jax, and the Triton kernel that ships with jax.
+
+Left out: cuDNN's own packed layout, which jax offers in a private function alone and which needs each row's segments
+counted; jax's Mosaic kernel, which has no segments and no causal backward pass.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+TRITON_BLOCK = 128
+"""Of its queries and keys, going forward; a row is a multiple of it."""
+
+
+def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+    """See `row_attention`. Segments are a mask, which cuDNN reads as a bias: T² numbers a row, in the inputs' dtype."""
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
+
+
+def triton_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interpret: bool = False) -> Array:
+    """See `row_attention`. It knows no groups: keys and values are repeated for each query head."""
+    from jax.experimental.pallas.ops.gpu import attention as triton  # experimental: no other run should need it
+
+    head_dim, shared = q.shape[-1], q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))
+    return triton.mha(q, k, v, segment_ids, sm_scale=head_dim**-0.5, causal=True, interpret=interpret)

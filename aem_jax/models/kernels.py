@@ -1,0 +1,185 @@
+"""Which attention packed rows have: the device's own kernel where it takes the shapes, else XLA's blocks.
+
+The table below names the kernels and what each cannot do. A kernel is one device's affair, so on a mesh it runs inside
+`shard_map`, rows over data and fsdp, heads over tensor: none of them needs another's rows or heads.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from aem_jax.models.attention import RowAttention, row_attention
+from aem_jax.models.gpu_attention import TRITON_BLOCK, cudnn_attention, triton_attention
+from aem_jax.models.splash import BLOCKS, block_size, splash_attention
+from aem_jax.sharding import TRAIN, partition
+
+log = logging.getLogger(__name__)
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Device:
+    """What kernels want to know of a device.
+
+    Attributes:
+        platform: cpu, gpu or tpu.
+        is_cuda: whether it is NVIDIA's.
+        capability: of CUDA, as 9.0; 0 elsewhere.
+    """
+
+    platform: str
+    is_cuda: bool = False
+    capability: float = 0.0
+
+
+class Sizes(NamedTuple):
+    """One device's share of what attends."""
+
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+
+class Kernel(NamedTuple):
+    """A way to attend.
+
+    Attributes:
+        attend: on one device.
+        platform: where it runs; empty for everywhere.
+        refuses: why it cannot take this; empty if it can.
+        backward: matrix products of going backward, in units of those of going forward: scores are computed anew.
+    """
+
+    attend: RowAttention
+    platform: str
+    refuses: Callable[[Device, Sizes], str]
+    backward: float = 2.5
+
+
+def _splash_refuses(device: Device, sizes: Sizes) -> str:
+    if not block_size(sizes.length):
+        return f"rows of {sizes.length} tokens are no multiple of {BLOCKS[-1]}"
+    if sizes.head_dim % 64:
+        return f"heads of {sizes.head_dim} are no multiple of 64"
+    return ""
+
+
+def _cudnn_refuses(device: Device, sizes: Sizes) -> str:
+    widest = 256 if device.capability >= 9 else 128
+    if not device.is_cuda or device.capability < 8:
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, this one has {device.capability:.1f}"
+    if sizes.head_dim % 8 or sizes.head_dim > widest:
+        return f"heads of {sizes.head_dim} are no multiple of 8 up to {widest}"
+    if sizes.length % 2:
+        return f"rows of {sizes.length} tokens are odd"
+    return _not_half(sizes)
+
+
+def _triton_refuses(device: Device, sizes: Sizes) -> str:
+    if not device.is_cuda or device.capability < 8:
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, this one has {device.capability:.1f}"
+    if sizes.length % TRITON_BLOCK or sizes.head_dim & (sizes.head_dim - 1):
+        return (
+            f"rows of {sizes.length} tokens in heads of {sizes.head_dim} are no multiple of {TRITON_BLOCK} "
+            "and a power of two"
+        )
+    return _not_half(sizes)
+
+
+def _not_half(sizes: Sizes) -> str:
+    return "" if sizes.dtype in ("bfloat16", "float16") else f"{sizes.dtype} is not bfloat16 (--model.dtype)"
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "splash": Kernel(splash_attention, "tpu", _splash_refuses, backward=3.5),
+    "cudnn": Kernel(cudnn_attention, "gpu", _cudnn_refuses),
+    "triton": Kernel(triton_attention, "gpu", _triton_refuses, backward=3.5),
+    "xla": Kernel(row_attention, "", lambda device, sizes: ""),
+}
+"""Name -> kernel."""
+
+PREFERRED: Mapping[str, str] = {"tpu": "splash", "gpu": "cudnn"}
+"""Platform -> what `auto` takes there, if it takes the shapes; XLA elsewhere."""
+
+
+def choose(name: str, device: Device, sizes: Sizes) -> tuple[str, str]:
+    """The kernel that will do it, and why it is not the one that was wanted (empty if it is).
+
+    Args:
+        name: of `KERNELS`, or auto.
+        device: where.
+        sizes: on one device.
+
+    Raises:
+        ValueError: a kernel of another platform was asked for by name.
+    """
+    wanted = PREFERRED.get(device.platform, "xla") if name == "auto" else name
+    kernel = KERNELS[wanted]
+    if kernel.platform not in ("", device.platform):
+        there = [each for each, one in KERNELS.items() if one.platform in ("", device.platform)]
+        raise ValueError(
+            f"--learner.attention: expected auto, {' or '.join(there)} on a {device.platform.upper()}, got {name}"
+        )
+    reason = kernel.refuses(device, sizes)
+    return ("xla", f"{wanted} attention: {reason}; XLA's blocks instead") if reason else (wanted, "")
+
+
+def device_of(mesh: Mesh) -> Device:
+    """What the mesh is made of; its devices need not be there (`launch plan`)."""
+    one: Any = mesh.devices.flat[0]
+    version = str(getattr(getattr(one, "client", None), "platform_version", ""))
+    is_cuda = one.platform == "gpu" and "cuda" in version.lower()
+    return Device(one.platform, is_cuda, float(one.compute_capability) if is_cuda else 0.0)
+
+
+def make_row_attention(
+    name: str, mesh: Mesh, device: Device | None = None, kernels: Mapping[str, Kernel] = KERNELS
+) -> RowAttention:
+    """Attention of packed rows that lie on a mesh as the learner's do.
+
+    Which kernel runs is settled while a program is traced, by its shapes; a fallback is logged once.
+
+    Args:
+        name: of `KERNELS`, or auto.
+        mesh: the mesh.
+        device: what it is made of, if not what its devices say.
+        kernels: the table.
+
+    Raises:
+        ValueError: a kernel of another platform was asked for by name.
+    """
+    device = device or device_of(mesh)
+    choose(name, device, Sizes(BLOCKS[0], 1, 1, 128, "bfloat16"))  # a name that cannot be is an error at once
+    rows = partition(("rows", "length", "heads", "head_dim"), TRAIN)
+    keys = partition(("rows", "length", "kv_heads", "head_dim"), TRAIN)
+    ids = partition(("rows", "length"), TRAIN)
+
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+        ways = mesh.shape["tensor"]
+        local = Sizes(q.shape[1], q.shape[2] // ways, k.shape[2] // ways, q.shape[3], jnp.dtype(q.dtype).name)
+        chosen, reason = choose(name, device, local)
+        if reason:
+            _say_once(reason)
+        run = kernels[chosen].attend
+        if chosen == "xla":  # the partitioner splits it as it is
+            return run(q, k, v, segment_ids)
+        # What a kernel gives back says of no mesh axis that it varies over it.
+        return jax.shard_map(
+            partial(run), mesh=mesh, in_specs=(rows, keys, keys, ids), out_specs=rows, check_vma=False
+        )(q, k, v, segment_ids)
+
+    return attend
+
+
+@cache
+def _say_once(reason: str) -> None:
+    log.warning(reason)

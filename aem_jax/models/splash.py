@@ -1,0 +1,74 @@
+"""Row attention on TPUs: the splash kernel that ships with jax, forward and backward.
+
+Scores live in the chip's fast memory, block by block; blocks behind the queries are never visited, and segments are
+masked inside a block. Going backward it takes two kernels, one for queries' gradients and one for keys' and values',
+which compute the scores anew each; the fused one would save a fifth of the products, but keeps a copy of the queries'
+gradient for every block of keys, rounded to the inputs' dtype.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+BLOCKS = (512, 256, 128)
+"""Queries, and keys, of a block: the largest that divides the row."""
+
+PASSES = {"fwd": 2, "dq": 3, "dkv": 4}
+"""Kernel -> matrix products of scores' size in it: scores, values; scores, their gradient, queries'; and so on."""
+
+
+def block_size(length: int) -> int:
+    """Tokens of a block in rows of `length`; 0 if none divides it."""
+    return next((size for size in BLOCKS if length % size == 0), 0)
+
+
+def splash_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interpret: bool = False) -> Array:
+    """Causal attention inside segments, on one device; see `row_attention` for shapes.
+
+    Args:
+        q: [B,T,H,Dh]; T is a multiple of 128.
+        k: [B,T,KV,Dh].
+        v: [B,T,KV,Dh].
+        segment_ids: i32[B,T].
+        interpret: computes as the kernel would, without a TPU; slowly.
+    """
+    # Here, not above: an experimental module, which no run without a TPU should need.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, heads, head_dim = q.shape[1:]
+    size = block_size(length)
+    sizes = kernel.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    attend = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    q = q * jnp.asarray(head_dim**-0.5, q.dtype)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+
+    def one_row(q: Array, k: Array, v: Array, ids: Array) -> Any:
+        return attend(q, k, v, kernel.SegmentIds(ids, ids))
+
+    return jnp.swapaxes(jax.vmap(one_row)(q, k, v, segment_ids), 1, 2)
+
+
+def splash_flops(phase: str, length: int, heads: float, head_dim: int) -> float:
+    """FLOPs of one of its kernels for one row: 2·H·Dh for each pair of a query and a key in blocks that it visits.
+
+    Args:
+        phase: of `PASSES`.
+        length: T.
+        heads: query heads.
+        head_dim: Dh.
+    """
+    size = block_size(length)
+    blocks = length // size
+    return 2.0 * PASSES[phase] * heads * head_dim * size * size * blocks * (blocks + 1) / 2

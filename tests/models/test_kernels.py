@@ -1,0 +1,81 @@
+"""Kernels for rows are chosen where they can run, and get each device's share."""
+
+import logging
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_policies import GROUPED_TIED, numpy_params, numpy_tokens
+
+from aem_jax.models import ModelConfig, Policy, kernels
+from aem_jax.models.attention import blocked_attention
+from aem_jax.models.kernels import KERNELS, Device, Sizes, choose, make_row_attention
+from aem_jax.models.splash import PASSES, splash_flops
+from aem_jax.sharding import MeshConfig, make_mesh
+
+TPU, CPU = Device("tpu"), Device("cpu")
+HOPPER, TURING, AMD = Device("gpu", True, 9.0), Device("gpu", True, 7.5), Device("gpu")
+USUAL = Sizes(4096, 12, 2, 128, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "sizes", "chosen", "reason"),
+    [
+        ("auto", TPU, USUAL, "splash", ""),
+        ("auto", TPU, USUAL._replace(length=4000), "xla", "rows of 4000 tokens"),
+        ("auto", TPU, USUAL._replace(head_dim=80), "xla", "heads of 80"),
+        ("auto", TPU, USUAL._replace(dtype="float32"), "splash", ""),
+        ("xla", TPU, USUAL, "xla", ""),
+        ("auto", CPU, USUAL, "xla", ""),
+        ("auto", HOPPER, USUAL, "cudnn", ""),
+        ("auto", HOPPER, USUAL._replace(head_dim=256), "cudnn", ""),
+        ("auto", HOPPER, USUAL._replace(dtype="float32"), "xla", "float32 is not bfloat16"),
+        ("auto", HOPPER, USUAL._replace(length=4095), "xla", "4095 tokens are odd"),
+        ("auto", TURING, USUAL, "xla", "has 7.5"),
+        ("auto", AMD, USUAL, "xla", "NVIDIA"),
+        ("triton", HOPPER, USUAL, "triton", ""),
+        ("triton", HOPPER, USUAL._replace(head_dim=96), "xla", "power of two"),
+    ],
+)
+def test_the_choice(name: str, device: Device, sizes: Sizes, chosen: str, reason: str):
+    found, why = choose(name, device, sizes)
+    assert found == chosen and reason in why and bool(why) == bool(reason)
+
+
+@pytest.mark.parametrize(("name", "device"), [("splash", CPU), ("cudnn", TPU), ("splash", HOPPER), ("triton", CPU)])
+def test_another_platforms_kernel_is_refused_by_name(name: str, device: Device):
+    with pytest.raises(ValueError, match=rf"--learner.attention: expected auto, .*xla on a .PU, got {name}"):
+        make_row_attention(name, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), device)
+
+
+def test_on_a_mesh_each_device_attends_to_its_rows_and_heads(caplog: pytest.LogCaptureFixture):
+    """A kernel sees its share alone; rows that it cannot take are XLA's, which is said once, not once a layer."""
+    mesh, seen = make_mesh(MeshConfig(2, 2, 2)), []
+
+    def fake(q, k, v, segment_ids):
+        seen.append((q.shape, k.shape, segment_ids.shape))
+        return blocked_attention(q, k, v, segment_ids, block=64)
+
+    kernel = KERNELS["splash"]._replace(attend=fake)
+    attend = make_row_attention("auto", mesh, TPU, {**KERNELS, "splash": kernel})
+    policy = Policy(ModelConfig(**{**vars(GROUPED_TIED), "head_dim": 64}))
+    params = numpy_params(policy.config)
+    kernels._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for length in (128, 100):
+            tokens = jnp.asarray(numpy_tokens(policy.config, (4, length)))
+            rows = (tokens, jnp.broadcast_to(jnp.arange(length), tokens.shape), jnp.ones_like(tokens))
+            hidden = jax.jit(partial(policy.hidden, attention=attend))(params, *rows)
+            wanted = policy.hidden(params, *rows)
+            np.testing.assert_allclose(hidden, wanted, atol=2e-5)
+    assert set(seen) == {((1, 128, 2, 64), (1, 128, 1, 64), (1, 128))}
+    said = [record.message for record in caplog.records if "attention" in record.message]
+    assert said == ["splash attention: rows of 100 tokens are no multiple of 128; XLA's blocks instead"]
+
+
+def test_splash_counts_the_blocks_that_it_visits():
+    # 1024 tokens in blocks of 512: 3 of 4 blocks. Scores and values, 2 FLOPs a pair and number
+    assert splash_flops("fwd", 1024, 12, 128) == 2 * 2 * 12 * 128 * 3 * 512**2
+    assert [splash_flops(phase, 512, 1, 1) / (2 * 512**2) for phase in PASSES] == [2, 3, 4]
