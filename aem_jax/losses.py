@@ -63,6 +63,33 @@ def clipped_policy_loss(
     return TokenLoss(loss=-jnp.minimum(free, bounded), ratio=ratio, clipped=bounded < free)
 
 
+def truncated_importance(logprobs: ArrayLike, sampled_logprobs: ArrayLike, cap: float) -> jax.Array:
+    """What a token counts for when it was sampled from another policy than the one that learns, without gradient.
+
+        w_t = min( exp(logp_t − logp_t^sampled), cap )
+
+    Over tokens of the sampler μ the mean of w ∇ℓ is then that over tokens of the learner π, but for π(a) > cap · μ(a),
+    which counts no more than cap: that bounds the variance. Truncated importance sampling (Ionides 2008), token by
+    token, for a sampler whose numbers differ from the learner's: Yao et al. 2025, "Your efficient RL framework secretly
+    brings you off-policy RL training".
+
+    Args:
+        logprobs: float[...], of the sampled tokens under the learner's policy *before* the update, nats.
+        sampled_logprobs: float[...], same shape, as sampled.
+        cap: >= 1.
+
+    Returns:
+        float[...], in [0, cap].
+
+    Raises:
+        ValueError: on shapes that differ, dtypes that are not floating, or a cap below 1.
+    """
+    if not cap >= 1:
+        raise ValueError(f"expected cap >= 1, got {cap}; below 1 even tokens that both policies agree on would be cut")
+    logprobs, sampled_logprobs = _floats(logprobs=logprobs, sampled_logprobs=sampled_logprobs)
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(_log_ratio(logprobs, sampled_logprobs)), cap))
+
+
 def k1(logprobs: ArrayLike, reference_logprobs: ArrayLike) -> jax.Array:
     """KL(π ‖ π_ref) by one sample: unbiased, of either sign. As a measure; its gradient is not the KL's.
 

@@ -17,6 +17,7 @@ from aem_jax.losses import (
     response_mean,
     token_mean,
     trajectory_mean,
+    truncated_importance,
 )
 
 clipped_at_a_fifth = functools.partial(clipped_policy_loss, clip_low=0.2, clip_high=0.2)
@@ -200,3 +201,14 @@ ONES = jnp.ones(3)
 def test_bad_input_says_what_was_expected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_truncated_importance_golden():
+    # min(ρ, 2) of ρ = ½, 1, 3/2, 3, e^500
+    sampled = jnp.array([-1.0, -2.0, -0.5, -3.0, -500.0])
+    logprobs = sampled + jnp.log(jnp.array([0.5, 1.0, 1.5, 3.0, 1.0])).at[4].set(500.0)
+    np.testing.assert_allclose(truncated_importance(logprobs, sampled, 2.0), [0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-6)
+    gradients = jax.grad(lambda p, q: truncated_importance(p, q, 2.0).sum(), argnums=(0, 1))(logprobs, sampled)
+    np.testing.assert_array_equal(gradients, 0.0)
+    with pytest.raises(ValueError, match=r"expected cap >= 1, got 0.5"):
+        truncated_importance(logprobs, sampled, 0.5)

@@ -15,6 +15,7 @@ from aem_jax.launch.processes import expected
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy
 from aem_jax.models.pretrained import read_config, resolve
+from aem_jax.sampler.layout import INT8_MERGES
 
 ESTIMATORS: Mapping[str, Callable[[AlgorithmConfig], Estimator]] = {
     "grpo": lambda config: partial(grpo, ddof=config.ddof, eps=config.eps),
@@ -76,6 +77,11 @@ def make_policy(config: RunConfig, vocab_size: int) -> Policy | LoraPolicy:
     except ValueError as error:
         raise ConfigError(f"--lora.rank: {error}") from None
     return policy
+
+
+def sampled_policy(config: RunConfig, policy: Policy | LoraPolicy) -> Policy | LoraPolicy:
+    """The policy that takes the parameters as `reshard` lays them out."""
+    return policy.whole.in_int8 if config.sampling.weights == "int8" else policy.sampled
 
 
 def warm_start_makes_base(config: RunConfig) -> bool:
@@ -159,6 +165,8 @@ def check(config: RunConfig) -> None:
             f"--learner.temperature: expected {sampled} with --sampling.temperature {config.sampling.temperature}, "
             f"got {config.learner.temperature}; the learner must see the distribution that was sampled"
         )
+    if config.sampling.weights == "int8" and config.lora.rank and not config.lora.merge:
+        raise ConfigError(f"--sampling.weights: {INT8_MERGES}")
     if config.learner.kl_coefficient and not config.checkpoint.keep_first and not reference_is_base(config):
         raise ConfigError(
             "--checkpoint.keep-first: expected True with --learner.kl-coefficient above 0, got False;"

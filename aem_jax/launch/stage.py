@@ -105,7 +105,7 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) 
     servers = replace(config.env, urls=share_urls(hosts, config.env.urls))
     pool = stack.enter_context(EnvPool(servers, (domain.name, domain.settings)))
     sampler = Sampler(
-        policy.sampled,
+        build.sampled_policy(config, policy),
         config.sampling,
         chat.stop_ids,
         capacity=config.rollout.context_tokens,
@@ -114,7 +114,9 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) 
         mesh=mesh,
     )
     rollout = Rollout(sampler, chat, pool, config.rollout, hosts)
-    reshard = make_lora_reshard(policy, mesh) if isinstance(policy, LoraPolicy) else make_reshard(policy, mesh)
+    int8 = config.sampling.weights == "int8"
+    adapted = isinstance(policy, LoraPolicy)
+    reshard = make_lora_reshard(policy, mesh, int8=int8) if adapted else make_reshard(policy, mesh, int8=int8)
     return Stage(config, folder, domain, chat, policy, mesh, rollout, reshard, report, stop, hosts)
 
 

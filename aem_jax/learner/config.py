@@ -34,6 +34,10 @@ class LearnerConfig:
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
+    importance_cap: float = 0.0
+    """Corrects for a sampler whose policy differs from the learner's (--sampling.weights int8): each token's loss is
+    weighted by min(learner's probability / sampler's, cap), 2 is usual, and the clipped ratio is then to the learner's
+    own policy before the update. With several optimizer steps a batch that takes another forward pass. 0: off."""
     kl_coefficient: float = 0.0
     """Weight of the KL to the reference policy (k3 estimator); 0 holds no reference at all."""
     aggregation: Literal["token-mean", "trajectory-mean", "response-mean", "constant"] = "token-mean"
@@ -60,6 +64,8 @@ class LearnerConfig:
         _positive(self, "num_minibatches", "num_epochs")
         if not 0 <= self.clip_low <= 1 or not self.clip_high >= 0:
             raise ValueError(f"expected clip_low in [0, 1] and clip_high ≥ 0, got {self.clip_low} and {self.clip_high}")
+        if self.importance_cap and not self.importance_cap >= 1:
+            raise ValueError(f"expected importance_cap of 0 (off) or at least 1, got {self.importance_cap}")
         for name in ("warmup_steps", "total_steps", "weight_decay", "kl_coefficient"):
             if getattr(self, name) < 0:
                 raise ValueError(f"expected {name} ≥ 0, got {getattr(self, name)}")

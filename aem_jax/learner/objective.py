@@ -19,6 +19,7 @@ from aem_jax.losses import (
     response_mean,
     token_mean,
     trajectory_mean,
+    truncated_importance,
 )
 
 
@@ -31,6 +32,8 @@ class Tokens(NamedTuple):
         logprobs: f32, as sampled, nats.
         advantages: f32; None for supervised learning.
         reference: f32, log-probability under the reference policy, nats; None without one.
+        before: f32, log-probability under the learner's policy before the update, nats; None where that is the present
+            one, or nobody asks.
     """
 
     mask: jax.Array
@@ -38,6 +41,7 @@ class Tokens(NamedTuple):
     logprobs: jax.Array
     advantages: Any
     reference: Any
+    before: Any = None
 
 
 class Measures(NamedTuple):
@@ -75,14 +79,24 @@ def policy_objective(config: LearnerConfig) -> Objective:
 
     ρ_t = exp(logp_t − logp_t as sampled)
     L = Σ_t w_t · [ −min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t) + β · k3_t ]
+
+    With an importance cap c the two things that the ratio does are told apart: it compares with the learner's own
+    policy before the update, which it may not leave by more than the clip, and what the sampler's policy was is made
+    good by a weight. (A weight *beside* the ratio above would count the sampler's gap twice.)
+
+    ρ_t = exp(logp_t − logp_t before)
+    L = Σ_t w_t · min(exp(logp_t before − logp_t as sampled), c) · [ … ]
     """
+    cap = config.importance_cap
 
     def objective(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Measures]:
         mask = tokens.mask
         total = lambda x: jnp.sum(x, where=mask)  # noqa: E731
         top = lambda x: jnp.max(x, where=mask, initial=0.0)  # noqa: E731
+        before = jax.lax.stop_gradient(logprobs) if tokens.before is None else tokens.before
+        old = before if cap else tokens.logprobs
         token = clipped_policy_loss(
-            logprobs, tokens.logprobs, tokens.advantages, clip_low=config.clip_low, clip_high=config.clip_high
+            logprobs, old, tokens.advantages, clip_low=config.clip_low, clip_high=config.clip_high
         )
         loss = token.loss
         sums = {"clip_share": total(token.clipped), "ratio_mean": total(token.ratio)}
@@ -90,6 +104,11 @@ def policy_objective(config: LearnerConfig) -> Objective:
             kl = k3(logprobs, tokens.reference)
             loss = loss + config.kl_coefficient * kl
             sums["kl_reference"] = total(kl)
+        if cap:
+            importance = truncated_importance(before, tokens.logprobs, cap)
+            loss = loss * importance
+            sums["importance_mean"] = total(importance)
+            sums["importance_capped"] = total(importance >= cap)
         gap = jnp.abs(logprobs - tokens.logprobs)
         sums |= {
             "kl_sampler": total(k3(logprobs, tokens.logprobs)),

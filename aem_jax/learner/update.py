@@ -5,7 +5,9 @@
         clip, AdamW
 
 The policy's update and the supervised one differ by the objective alone. There is no old-policy pass: `batch.logprobs`
-are those of the sampler, and `parity_max` measures in every step that the learner agrees with them.
+are those of the sampler, and `parity_max` measures in every step that the learner agrees with them. Where it is known
+not to (int8 weights, `importance_cap`), the first optimizer step has the old policy at hand; only further ones make a
+pass for it.
 """
 
 from collections.abc import Callable
@@ -45,6 +47,7 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> C
             loss, grad_norm (before the clip), learning_rate (of the last optimizer step);
             clip_share (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
             kl_sampler, kl_reference (k3 estimates, nats; the latter only with a reference), entropy (nats);
+            importance_mean, importance_capped (share of tokens at the cap), with importance_cap alone;
             parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats;
             tokens (sampled, of the batch), skipped (optimizer steps left out: no token, or a gradient not finite).
     """
@@ -91,15 +94,20 @@ def make_token_logprobs(
 
     def token_logprobs(params: Params, batch: Batch) -> jax.Array:
         batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
-
-        def one(m: jax.Array, found: jax.Array) -> jax.Array:
-            logprobs, _ = _row_statistics(policy, config, mesh, params, _rows(batch, m))
-            return found.at[m].set(logprobs)
-
-        empty = jnp.zeros(jnp.shape(batch.tokens), jnp.float32)
-        return jax.lax.fori_loop(0, batch.num_microbatches, one, empty)
+        return _token_logprobs(policy, config, mesh, params, batch)
 
     return jax.jit(token_logprobs, out_shardings=packed_sharding(mesh))
+
+
+def _token_logprobs(policy, config: LearnerConfig, mesh: Mesh, params: Params, batch: Batch) -> jax.Array:
+    """f32[M, b, T], nats; 0 outside responses."""
+
+    def one(m: jax.Array, found: jax.Array) -> jax.Array:
+        logprobs, _ = _row_statistics(policy, config, mesh, params, _rows(batch, m))
+        return found.at[m].set(logprobs)
+
+    empty = jnp.zeros(jnp.shape(batch.tokens), jnp.float32)
+    return jax.lax.fori_loop(0, batch.num_microbatches, one, empty)
 
 
 def _jit(update, policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh):
@@ -141,7 +149,7 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
     schedule = make_schedule(config)
     param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh).params)
 
-    def minibatch_gradient(params, batch: Batch, advantages, reference, frozen, minibatch):
+    def minibatch_gradient(params, batch: Batch, advantages, reference, before, frozen, minibatch):
         """(gradient, loss, Measures) of one minibatch, and its number of tokens."""
         inside = batch.response_valid & (batch.trajectory_minibatch[batch.response_trajectory] == minibatch)
         response_tokens = jnp.where(inside, batch.response_tokens, 0)
@@ -156,6 +164,7 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
                 logprobs=_at(batch.logprobs, m),
                 advantages=None if advantages is None else _at(advantages, m),
                 reference=None if reference is None else _at(reference, m),
+                before=None if before is None else _at(before, m),
             )
             whole = params if frozen is None else (params, frozen)
             logprobs, entropies = _row_statistics(policy, config, mesh, whole, rows)
@@ -187,10 +196,15 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
 
         batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
 
+        before = None
+        if advantages is not None and config.importance_cap and config.num_epochs * num_minibatches > 1:
+            whole = state.params if frozen is None else (state.params, frozen)
+            before = _token_logprobs(policy, config, mesh, whole, batch)
+
         def optimizer_step(carry, index):
             params, opt_state = carry
             minibatch = index % num_minibatches
-            found = minibatch_gradient(params, batch, advantages, reference, frozen, minibatch)
+            found = minibatch_gradient(params, batch, advantages, reference, before, frozen, minibatch)
             gradient, loss, measures, count = found
             norm = optax.tree_utils.tree_norm(gradient)
             good = (count > 0) & jnp.isfinite(norm)

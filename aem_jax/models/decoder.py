@@ -14,6 +14,7 @@ from flax import nnx
 
 from aem_jax.models.attention import RowAttention, chunk_attention, row_attention
 from aem_jax.models.config import ModelConfig, RopeScaling
+from aem_jax.models.int8 import INPUTS, quantize, scale_of
 from aem_jax.models.lora import Adapters, LoraConfig
 
 Array = jax.Array
@@ -69,10 +70,13 @@ class Block(nnx.Module):
 
     What reads the same input is one matrix, hence one product: `qkv` [D,KV,H/KV+2,Dh] holds for each key head its
     queries, its key and its value (so tensor parallelism splits it between groups), `gate_up` [D,2,F] both halves of
-    the MLP's input. With `lora`, adapters stand beside the projections.
+    the MLP's input. With `lora`, adapters stand beside the projections; with `int8`, matrices are codes, their scales
+    beside them.
     """
 
-    def __init__(self, config: ModelConfig, *, lora: LoraConfig | None = None, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, *, lora: LoraConfig | None = None, int8: bool = False, rngs: nnx.Rngs
+    ) -> None:
         layers, d, h, kv, dh, f = (
             config.num_layers,
             config.hidden_size,
@@ -98,14 +102,26 @@ class Block(nnx.Module):
             self.k_norm = nnx.Param(jnp.ones((layers, dh)))
         self.attention_norm = nnx.Param(jnp.ones((layers, d)))
         self.mlp_norm = nnx.Param(jnp.ones((layers, d)))
+        for name in INPUTS if int8 else ():
+            codes, scales = quantize(getattr(self, name)[...], INPUTS[name])
+            setattr(self, name, nnx.Param(codes))
+            setattr(self, scale_of(name), nnx.Param(scales))
         self.adapters = Adapters(config, lora) if lora else None
         self.config = config
+        self.int8 = int8
+
+    def _project(self, equation: str, name: str, x: Array) -> Array:
+        """x [B,T,*inputs] times one layer's matrix [*inputs,*outputs]."""
+        y = jnp.einsum(equation, x, getattr(self, name)[...].astype(x.dtype))
+        if not self.int8:
+            return y
+        return (y * getattr(self, scale_of(name))[...][None, None]).astype(x.dtype)
 
     def heads(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Rotated queries [B,T,H,Dh], keys and values [B,T,KV,Dh] of x [B,T,D]."""
         config, eps = self.config, self.config.norm_eps
         x = rms_norm(x, self.attention_norm[...], eps)
-        groups = jnp.einsum("btd,dkgh->btkgh", x, self.qkv[...].astype(x.dtype))
+        groups = self._project("btd,dkgh->btkgh", "qkv", x)
         if config.qkv_bias:
             groups = groups + self.qkv_bias[...].astype(x.dtype)[None, None]
         queries = groups.shape[-2] - 2
@@ -119,24 +135,25 @@ class Block(nnx.Module):
 
     def finish(self, x: Array, attended: Array) -> Array:
         """Output projection, then the MLP, each with its residual."""
-        dtype = x.dtype
         add = self.adapters.add if self.adapters else _alone
-        x = x + add("o_proj", attended, jnp.einsum("bthk,hkd->btd", attended, self.o[...].astype(dtype)))
+        x = x + add("o_proj", attended, self._project("bthk,hkd->btd", "o", attended))
         y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        parts = jnp.split(jnp.einsum("btd,dgf->btgf", y, self.gate_up[...].astype(dtype)), 2, axis=-2)
+        parts = jnp.split(self._project("btd,dgf->btgf", "gate_up", y), 2, axis=-2)
         names = ("gate_proj", "up_proj")
         gate, up = (jnp.squeeze(add(name, y, part), -2) for name, part in zip(names, parts, strict=True))
         y = jax.nn.silu(gate) * up
-        return x + add("down_proj", y, y @ self.down[...].astype(dtype))
+        return x + add("down_proj", y, self._project("btf,fd->btd", "down", y))
 
 
 class Decoder(nnx.Module):
     """Embedding, stacked blocks, final norm, head."""
 
-    def __init__(self, config: ModelConfig, *, lora: LoraConfig | None = None, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, *, lora: LoraConfig | None = None, int8: bool = False, rngs: nnx.Rngs
+    ) -> None:
         d, v = config.hidden_size, config.vocab_size
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (v, d), jnp.float32) * d**-0.5)
-        self.layers = Block(config, lora=lora, rngs=rngs)
+        self.layers = Block(config, lora=lora, int8=int8, rngs=rngs)
         self.norm = nnx.Param(jnp.ones((d,)))
         if not config.tied_head:
             self.head = nnx.Param(jax.random.normal(rngs.params(), (d, v), jnp.float32) * d**-0.5)

@@ -12,6 +12,7 @@ from flax import nnx
 from aem_jax.models.attention import RowAttention, row_attention
 from aem_jax.models.config import ModelConfig
 from aem_jax.models.decoder import Constrain, Decoder
+from aem_jax.models.int8 import INPUTS, layer_axes, quantize_layers, scale_of
 from aem_jax.models.lora import Adapter, LoraConfig, adapter_axes, init_adapter, merge, merged_leaves
 
 Array = jax.Array
@@ -35,9 +36,13 @@ _OPTIONAL = {("q_norm", "k_norm"): "qk_norm", ("qkv_bias",): "qkv_bias"}
 
 @dataclass(frozen=True)
 class Policy:
-    """Pure functions over a parameter tree; hashable, so it can be closed over by jitted functions."""
+    """Pure functions over a parameter tree; hashable, so it can be closed over by jitted functions.
+
+    With `int8` the parameters are those to sample from in 8 bits: see `models.int8`, `in_int8` and `quantize`.
+    """
 
     config: ModelConfig
+    int8: bool = False
 
     @property
     def whole(self) -> "Policy":
@@ -49,9 +54,20 @@ class Policy:
         """The policy that takes the parameters as they are laid out for sampling: this one."""
         return self
 
+    @property
+    def in_int8(self) -> "Policy":
+        """The policy that takes `quantize`'s parameters."""
+        return Policy(self.config, int8=True)
+
+    def quantize(self, params: Params) -> Params:
+        """These parameters for `in_int8`: matrices of layers as codes with scales, the rest as it is used."""
+        layers = quantize_layers(params["layers"])
+        rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), {**rest, "layers": layers}, self.in_int8.dtypes)
+
     @cached_property
     def _structure(self) -> tuple[Any, Any]:
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0))))
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(self.config, int8=self.int8, rngs=nnx.Rngs(0))))
         return graphdef, state
 
     @property
@@ -60,6 +76,7 @@ class Policy:
         config = self.config
         absent = {name for names, there in _OPTIONAL.items() if not getattr(config, there) for name in names}
         layers = {name: axes for name, axes in _BLOCK_AXES.items() if name not in absent}
+        layers = layer_axes(layers) if self.int8 else layers
         axes: Params = {"embed": ("vocab", "embed"), "layers": layers, "norm": ("norm",)}
         return axes if config.tied_head else {**axes, "head": ("embed", "vocab")}
 
@@ -70,14 +87,18 @@ class Policy:
 
     @property
     def dtypes(self) -> Params:
-        """In which each parameter is used: scales of norms in float32, all else in the config's."""
+        """In which each parameter is used: scales of norms in float32, all else in the config's; int8 with scales."""
         used = jnp.dtype(self.config.dtype)
         is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
-        return jax.tree.map(lambda axes: jnp.dtype("float32") if "norm" in axes else used, self.axes, is_leaf=is_axes)
+        found = jax.tree.map(lambda axes: jnp.dtype("float32") if "norm" in axes else used, self.axes, is_leaf=is_axes)
+        if self.int8:
+            found["layers"] |= dict.fromkeys(INPUTS, jnp.dtype("int8"))
+            found["layers"] |= dict.fromkeys(map(scale_of, INPUTS), jnp.dtype("float32"))
+        return found
 
     def init(self, key: Array) -> Params:
         """Random float32 parameters from a PRNG key."""
-        return nnx.to_pure_dict(nnx.state(Decoder(self.config, rngs=nnx.Rngs(params=key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(Decoder(self.config, int8=self.int8, rngs=nnx.Rngs(params=key)), nnx.Param))
 
     def bind(self, params: Params) -> Decoder:
         """The decoder with these parameters; cheap, meant to be called under jit."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ class SamplingConfig:
     """Draw only from the k most likely tokens; 0 means all."""
     top_p: float = 1.0
     """Draw only from the smallest set of tokens whose probability reaches p; 1 means all."""
+    weights: Literal["model", "int8"] = "model"
+    """Weights to sample from: in the model's dtype, or layers' matrices in int8 with a scale for each output, half the
+    bytes of bfloat16. Its policy is not quite the learner's: --learner.importance-cap corrects for that."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

@@ -86,6 +86,10 @@ def test_presets_hold_together(name: str):
         (["--sampling.temperature", "0.7"], "--learner.temperature: expected 0.7 with --sampling.temperature 0.7, got"),
         (["--sampling.temperature", "0", "--learner.temperature", "0.5"], "--learner.temperature: expected 1.0 with"),
         (["--batch.row-length", "8"], "--batch.row-length: expected at least"),
+        (
+            ["--sampling.weights", "int8", "--lora.rank", "4", "--lora.merge", "False"],
+            "--sampling.weights: expected lora.merge with int8 weights, got False",
+        ),
         (["--model.name", "tinny"], "did you mean 'tiny'?"),
         (["--metrics.wandb-project", "x"], "wandb is not installed"),
     ],

@@ -259,6 +259,17 @@ def test_adapters_leave_the_weights_as_they_are_used():
     assert memory(beside, MeshConfig(1, 2, 1)).weights == 4 * count  # they lie otherwise while learning
 
 
+def test_weights_in_int8_take_a_byte_of_each_of_the_layers_matrices():
+    config = replace(SMALL, sampling=replace(SMALL.sampling, weights="int8"))
+    work, plain = workload(config), workload(SMALL)
+    layers, mesh = 9 * 64 * ((4 + 2 + 2 + 4) * 32 + 3 * 384), MeshConfig(1, 2, 2)
+    assert memory(plain, mesh).weights - memory(work, mesh).weights == 3 * layers / 2  # float32 is this model's dtype
+    # the arrays themselves: codes and, in a model so narrow a thirtieth beside them, a scale for each output
+    shapes, dtypes = Policy(work.model).in_int8.shapes, Policy(work.model).in_int8.dtypes
+    total = sum(jax.tree.leaves(jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, shapes, dtypes)))
+    assert memory(work, MeshConfig(1, 1, 1)).weights == pytest.approx(total, rel=0.04)
+
+
 def test_seven_billion_parameters_with_adapters_fit_one_card(capsys):
     words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--lora.rank", "32", "--topology", "gpu:h100:1"]
     assert cli.main([*words, "--batch.rows", "1"]) == 0

@@ -140,3 +140,17 @@ def test_no_copy_of_the_frozen_weights_is_made_for_an_update():
     compiled = make_update(policy, config, ONE_DEVICE).lower(state, batch, advantages, frozen=whole.shapes).compile()
     size = whole.config.num_parameters * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * size
+
+
+def test_in_int8_the_merged_weights_are_sampled_from():
+    """Codes of what would be sampled from without: those of projections without an adapter, too."""
+    policy = dataclasses.replace(POLICY, lora=LoraConfig(2, targets=("q_proj", "up_proj")))
+    frozen = frozen_on(ONE_DEVICE)
+    adapter = init_state(policy, make_optimizer(CONFIG, policy.axes), ONE_DEVICE, jax.random.key(2)).params
+    found = make_lora_reshard(policy, ONE_DEVICE, int8=True)(adapter, frozen)
+    wanted = WHOLE.quantize(make_lora_reshard(policy, ONE_DEVICE)(adapter, frozen))
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    apart = dataclasses.replace(policy, lora=LoraConfig(2, merge=False))
+    with pytest.raises(ValueError, match=r"expected lora.merge with int8 weights, got False"):
+        make_lora_reshard(apart, ONE_DEVICE, int8=True)

@@ -13,7 +13,7 @@ from small_policies import numpy_params
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.layout import make_reshard
-from aem_jax.sharding import DECODE, MeshConfig, make_mesh, shardings
+from aem_jax.sharding import DECODE, TRAIN, MeshConfig, make_mesh, shardings
 
 CONFIG = ModelConfig(64, 48, 80, 3, 4, 2, 16)  # every split dimension divides by 2
 POLICY = Policy(CONFIG)
@@ -47,12 +47,14 @@ def test_eight_devices_say_the_same(sizes: tuple[int, int, int]):
     assert sampler.compilations == warm
 
 
-def test_a_decode_step_gathers_no_weights():
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_decode_step_gathers_no_weights(int8: bool):
     """In the compiled program: what devices hand each other is activations of their slots, never a weight."""
     policy = Policy(ModelConfig(512, 64, 192, 2, 4, 2, 24))
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    sampler = Sampler(policy, SamplingConfig(), (5,), capacity=96, slack=16, mesh=mesh)
-    params, state = make_reshard(policy, mesh)(numpy_params(policy.config)), sampler.init(8)
+    sampled = policy.in_int8 if int8 else policy
+    sampler = Sampler(sampled, SamplingConfig(), (5,), capacity=96, slack=16, mesh=mesh)
+    params, state = make_reshard(policy, mesh, int8=int8)(numpy_params(policy.config)), sampler.init(8)
     program = sampler._decode.lower(params, state, np.zeros(8, np.int32), None, num_tokens=8, window=96).compile()
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     moved = re.findall(rf"= (\(?\w+\[.*?) ({kinds})(?:-start)?\(", program.as_text() or "")
@@ -60,5 +62,34 @@ def test_a_decode_step_gathers_no_weights():
     largest = max(
         math.prod(map(int, size.split(","))) for shape, _ in moved for size in re.findall(r"\w\[([\d,]+)\]", shape)
     )
-    smallest = min(leaf.size // 2 for leaf in jax.tree.leaves(params) if leaf.ndim > 2)
+    smallest = min(leaf.size // 2 for leaf in jax.tree.leaves(policy.shapes) if leaf.ndim > 2)
     assert largest <= 8 * 64 < smallest, moved
+
+
+def test_codes_are_made_where_the_masters_lie():
+    """Each device quantises its part, by scales that all agree on; what is gathered are codes, not float32 masters."""
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    masters = jax.device_put(numpy_params(CONFIG), shardings(mesh, POLICY.axes, TRAIN))
+    reshard = make_reshard(POLICY, mesh, int8=True)
+    found = reshard(masters)
+    wanted = POLICY.quantize(numpy_params(CONFIG))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, other)
+    where = jax.tree.map(lambda leaf: leaf.sharding, found)
+    assert where == shardings(mesh, POLICY.in_int8.axes, DECODE)
+    text = reshard.lower(masters).compile().as_text() or ""  # pyright: ignore[reportFunctionMemberAccess]
+    gathered = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]* all-gather(?:-start)?\(", text)
+    assert {"s8"} <= {dtype for dtype, _ in gathered}
+    for dtype, dims in gathered:
+        assert dtype == "s8" or math.prod(map(int, dims.split(","))) <= CONFIG.vocab_size * CONFIG.hidden_size, gathered
+
+
+def test_eight_devices_in_int8_say_what_one_says():
+    params, sampled = numpy_params(CONFIG), POLICY.in_int8
+    make = partial(Sampler, sampled, SamplingConfig(1.0), (5,), capacity=64, slack=16, windows=(32,))
+    wanted, found = ({slot: script(sampled, slot) for slot in range(4)} for _ in range(2))
+    play(make(), POLICY.quantize(params), wanted, slots=8)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    play(make(mesh=mesh), make_reshard(POLICY, mesh, int8=True)(params), found, slots=8)
+    for slot in wanted:
+        assert [row.tolist() for row in found[slot].spoken] == [row.tolist() for row in wanted[slot].spoken]

@@ -51,6 +51,9 @@ def _ways(config: RunConfig, mesh: MeshConfig) -> Iterator[tuple[str, RunConfig,
     if not config.lora.rank:
         adapters = replace(config, lora=replace(config.lora, rank=16))
         yield "--lora.rank 16 (adapters alone are trained)", adapters, mesh
+    if config.sampling.weights == "model" and (config.lora.merge or not config.lora.rank):
+        narrow = replace(config, sampling=replace(config.sampling, weights="int8"))
+        yield "--sampling.weights int8", narrow, mesh
     if batch.rows > replicas:
         yield f"--batch.rows {replicas}", replace(config, batch=replace(batch, rows=replicas)), mesh
     if batch.row_length > rollout.context_tokens:

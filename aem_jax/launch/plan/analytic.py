@@ -117,6 +117,7 @@ def memory(work: Workload, mesh: MeshConfig) -> Memory:
     copied = count
     if lora and mesh.fsdp == 1:  # frozen weights lie alike for learning and sampling
         copied = layer_parameters(model) if work.lora.merge else 0
+    saved = (width - 1) * layer_parameters(model) if work.int8 else 0  # scales are a thousandth
     kept = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
     return Memory(
         parameters=MASTER * trained / split,
@@ -124,7 +125,7 @@ def memory(work: Workload, mesh: MeshConfig) -> Memory:
         optimizer=work.moments * trained / split,
         reference=MASTER * work.reference * trained / split,
         gradients=GRADIENT * trained / split,
-        weights=width * copied / mesh.tensor,
+        weights=(width * copied - saved) / mesh.tensor,
         cache=kept * work.cached_tokens / devices,
         working=_working(work, mesh.tensor, width) / (mesh.data * mesh.fsdp),
     )
@@ -186,7 +187,8 @@ def decode_costs(work: Workload, mesh: MeshConfig) -> Costs:
     model, width = work.model, 2
     slots, tensor = work.slots / (mesh.data * mesh.fsdp), mesh.tensor
     kept = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width / tensor
-    weights = width * (layer_parameters(model) + head_parameters(model)) / tensor
+    layers = (1 if work.int8 else width) * layer_parameters(model)
+    weights = (layers + width * head_parameters(model)) / tensor
     found = Costs(flops=slots * decode_flops(work) / tensor, bytes=weights + slots * kept * work.capacity)
     if tensor > 1:
         reductions = slots * model.hidden_size * width

@@ -281,8 +281,8 @@ def _read(module: Module, body: Computation, name: str) -> float:
     total = 0.0
     for reader in (one for one in body.instructions if name in one.operands):
         inside = module.computations.get(reader.called("calls"))
-        if reader.opcode == "bitcast":
-            total += _read(module, body, reader.name)
+        if reader.opcode == "bitcast" or (inside and _origin(inside, inside.root.name).opcode == "parameter"):
+            total += _read(module, body, reader.name)  # renamed, or laid out anew on the way
         elif inside is not None:
             places = {str(index) for index, operand in enumerate(reader.operands) if operand == name}
             parameters = (one for one in inside.instructions if one.opcode == "parameter" and one.argument in places)

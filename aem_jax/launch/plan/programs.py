@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from aem_jax.batch import abstract_batch, packed_sharding
+from aem_jax.launch import build
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.plan.costs import Costs, costs
 from aem_jax.launch.plan.hlo import parse
@@ -80,10 +81,13 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     state = abstract_state(policy, make_optimizer(config.learner, policy.axes), mesh)
     adapted = isinstance(policy, LoraPolicy)
     frozen = _place(whole, TRAIN, mesh) if adapted else None
-    params: Any = _place(whole, DECODE, mesh)
+    int8 = config.sampling.weights == "int8"
+    params: Any = _place(whole.in_int8 if int8 else whole, DECODE, mesh)
     if adapted and not work.lora.merge:
         params = (_place(policy, DECODE, mesh, work.model.dtype), params)
-    sampler = Sampler(policy.sampled, config.sampling, [0], capacity=work.capacity, slack=work.slack, mesh=mesh)
+    sampler = Sampler(
+        build.sampled_policy(config, policy), config.sampling, [0], capacity=work.capacity, slack=work.slack, mesh=mesh
+    )
     layout = work.layout
     shape = (layout.num_microbatches, layout.rows, layout.row_length)
     packed = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=packed_sharding(mesh))
@@ -94,7 +98,7 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
         return step.lower(state, abstract_batch(layout, mesh), packed, reference, frozen)
 
     def reshard() -> jax.stages.Lowered:
-        program: Any = make_reshard(whole, mesh)
+        program: Any = make_reshard(whole, mesh, int8=int8)
         return program.lower(state.params)
 
     return {

@@ -37,6 +37,7 @@ class Workload:
         reference: whether a reference policy lies beside the learner's.
         moments: bytes that Adam keeps of each trained parameter.
         lora: adapters, of which alone there are masters; of rank 0 if all is trained.
+        int8: whether layers' matrices are sampled from in 8 bits.
     """
 
     model: ModelConfig
@@ -54,6 +55,7 @@ class Workload:
     reference: bool
     moments: int
     lora: LoraConfig
+    int8: bool
 
     @property
     def trained(self) -> int:
@@ -111,6 +113,7 @@ def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | N
         reference=learner.kl_coefficient > 0 and not build.reference_is_base(config),
         moments=MOMENTS[learner.moments],
         lora=config.lora,
+        int8=config.sampling.weights == "int8",
     )
 
 
