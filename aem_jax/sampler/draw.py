@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Array = jax.Array
 
@@ -100,17 +101,42 @@ def make_draw(config: SamplingConfig) -> Draw:
 
 
 def _keep(weights: Array, total: Array, config: SamplingConfig) -> Array:
-    """Sets the weights outside top-k and top-p to zero; ties at the edge are kept."""
+    """Sets the weights outside top-k and top-p to zero; ties at the edge are kept.
+
+    No sort: a weight is kept if the larger ones are fewer than k, and if together they do not reach p of all (of the k
+    largest, if both are given). Its edge is found by bisection.
+    """
     if config.top_k == 0 and config.top_p == 1.0:
         return weights
-    vocab = weights.shape[-1]
-    count = min(config.top_k or vocab, vocab)
-    ordered = jax.lax.top_k(weights, count)[0]
+    floor, mass = jnp.zeros(weights.shape[0], weights.dtype), total
+    if config.top_k:
+        floor = _edge(weights, jnp.full(weights.shape[0], config.top_k, jnp.int32), jnp.int32)
+        above = weights > floor[:, None]
+        ties = config.top_k - jnp.sum(above, axis=-1, dtype=jnp.int32)  # of which no more than these count
+        mass = jnp.sum(weights, axis=-1, where=above) + ties * floor
     if config.top_p < 1.0:
-        mass = total if config.top_k == 0 else jnp.sum(ordered, axis=-1)
-        before = jnp.cumsum(ordered, axis=-1) - ordered
-        inside = before < config.top_p * mass[:, None]
-        floor = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1)
-    else:
-        floor = ordered[:, -1]
+        # With k beyond the vocabulary there are no ties to fill it up with, and the floor is 0.
+        floor = jnp.maximum(floor, _edge(weights, config.top_p * mass, weights.dtype))
     return jnp.where(weights >= floor[:, None], weights, 0.0)
+
+
+def _edge(weights: Array, limit: Array, dtype: DTypeLike) -> Array:
+    """The least t ≥ 0 of each row for which what is larger than t stays below `limit`: in mass, or in number.
+
+        t = min { t : Σ_{w > t} m(w) < limit },  m(w) = w for a floating dtype, 1 for an integer one
+
+    Floats ≥ 0 are ordered as their bits are, so 31 halvings of the bits find t exactly: it is one of the weights, or 0.
+    """
+    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
+    is_count = jnp.issubdtype(dtype, jnp.integer)
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends  # t is above low and at most high
+        middle = jnp.maximum(low + (high - low) // 2, 0)
+        above = weights > jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
+        found = jnp.sum(above if is_count else jnp.where(above, weights, 0.0), axis=-1, dtype=dtype)
+        return jnp.where(found < limit, low, middle), jnp.where(found < limit, middle, high)
+
+    top = bits(jnp.max(weights, axis=-1))
+    _, high = jax.lax.fori_loop(0, 31, halve, (jnp.full_like(top, -1), top))
+    return jax.lax.bitcast_convert_type(high, jnp.float32)
