@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from jax.experimental.layout import Format
+from jax.experimental.layout import Format, Layout
 from jax.sharding import PartitionSpec
 
 from aem_jax.models import CONFIGS, Policy
@@ -125,6 +125,7 @@ def test_on_tpus_weights_lie_in_the_order_of_their_products():
     ordered = {name: leaf for name, leaf in found["layers"].items() if isinstance(leaf, Format)}
     assert set(ordered) == {"qkv", "gate_up"}
     for name, leaf in ordered.items():
+        assert isinstance(leaf.layout, Layout)
         order, axes = leaf.layout.major_to_minor, policy.axes["layers"][name]
         assert axes[order[-2]] == "embed" and order[-1] == len(axes) - 1 and sorted(order) == list(range(len(axes)))
         assert leaf.sharding == shardings(chips, policy.axes, DECODE)["layers"][name]

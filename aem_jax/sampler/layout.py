@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from aem_jax.models import LoraPolicy, Params, Policy
 from aem_jax.models.int8 import INPUTS, layer_axes, quantize_layers
-from aem_jax.sharding import DECODE, TRAIN, shardings
+from aem_jax.sharding import TRAIN, decode_formats, shardings
 
 INT8_MERGES = (
     "expected lora.merge with int8 weights, got False: an adapter beside frozen weights is sampled from without a copy "
@@ -34,7 +34,7 @@ def make_reshard(policy: Policy, mesh: Mesh, *, int8: bool = False) -> Callable[
     return jax.jit(
         cast,
         in_shardings=(shardings(mesh, policy.axes, TRAIN, shapes),),
-        out_shardings=shardings(mesh, sampled.axes, DECODE, sampled.shapes),
+        out_shardings=decode_formats(mesh, sampled.axes, sampled.shapes),
     )
 
 
@@ -50,7 +50,7 @@ def make_lora_reshard(policy: LoraPolicy, mesh: Mesh, *, int8: bool = False) -> 
         ValueError: int8 without `lora.merge`.
     """
     lora, whole = policy.lora, policy.whole
-    train, decode = (shardings(mesh, whole.axes, rules, whole.shapes) for rules in (TRAIN, DECODE))
+    train, decode = shardings(mesh, whole.axes, TRAIN, whole.shapes), decode_formats(mesh, whole.axes, whole.shapes)
     adapter = shardings(mesh, policy.axes, TRAIN, policy.shapes)
     if int8 and not lora.merge:
         raise ValueError(INT8_MERGES)
@@ -59,7 +59,7 @@ def make_lora_reshard(policy: LoraPolicy, mesh: Mesh, *, int8: bool = False) -> 
         cast = jax.jit(
             lambda adapter: jax.tree.map(lambda leaf: leaf.astype(dtype), adapter),
             in_shardings=(adapter,),
-            out_shardings=shardings(mesh, policy.axes, DECODE, policy.shapes),
+            out_shardings=decode_formats(mesh, policy.axes, policy.shapes),
         )
         return lambda adapter, frozen: (cast(adapter), jax.device_put(frozen, decode))
 
@@ -71,7 +71,7 @@ def make_lora_reshard(policy: LoraPolicy, mesh: Mesh, *, int8: bool = False) -> 
         axes = layer_axes(changed(whole.axes["layers"]))
         return jax.lax.with_sharding_constraint(found, shardings(mesh, axes, TRAIN))
 
-    placed = shardings(mesh, layer_axes(changed(whole.axes["layers"])), DECODE) if int8 else changed(decode["layers"])
+    placed = decode_formats(mesh, layer_axes(changed(whole.axes["layers"]))) if int8 else changed(decode["layers"])
     merge = jax.jit(
         quantized if int8 else policy.merge,
         in_shardings=(adapter, changed(train["layers"])),

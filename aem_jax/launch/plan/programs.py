@@ -20,7 +20,7 @@ from aem_jax.learner import abstract_state, make_optimizer, make_update
 from aem_jax.models import LoraPolicy, Policy
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.layout import make_reshard
-from aem_jax.sharding import DECODE, TRAIN, Rules, shardings
+from aem_jax.sharding import TRAIN, decode_formats, shardings
 
 PROGRAMS = ("update", "reshard", "extend", "decode")
 
@@ -80,11 +80,12 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     policy = LoraPolicy(whole, work.lora) if work.lora.rank else whole
     state = abstract_state(policy, make_optimizer(config.learner, policy.axes), mesh)
     adapted = isinstance(policy, LoraPolicy)
-    frozen = _place(whole, TRAIN, mesh) if adapted else None
+    frozen = _place(whole, shardings(mesh, whole.axes, TRAIN, whole.shapes)) if adapted else None
     int8 = config.sampling.weights == "int8"
-    params: Any = _place(whole.in_int8 if int8 else whole, DECODE, mesh)
+    sampled = whole.in_int8 if int8 else whole
+    params: Any = _place(sampled, decode_formats(mesh, sampled.axes, sampled.shapes))
     if adapted and not work.lora.merge:
-        params = (_place(policy, DECODE, mesh, work.model.dtype), params)
+        params = (_place(policy, decode_formats(mesh, policy.axes, policy.shapes), work.model.dtype), params)
     sampler = Sampler(
         build.sampled_policy(config, policy), config.sampling, [0], capacity=work.capacity, slack=work.slack, mesh=mesh
     )
@@ -109,12 +110,12 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     }
 
 
-def _place(policy: Policy | LoraPolicy, rules: Rules, mesh: Mesh, dtype: str = "") -> Any:
-    """Shapes and shardings of a policy's parameters as they are used, in a layout."""
+def _place(policy: Policy | LoraPolicy, where: Any, dtype: str = "") -> Any:
+    """Shapes of a policy's parameters as they are used, and where they lie."""
     shapes = policy.shapes
     dtypes = policy.dtypes if isinstance(policy, Policy) else jax.tree.map(lambda _: jnp.dtype(dtype), shapes)
-    struct = lambda leaf, kind, where: jax.ShapeDtypeStruct(leaf.shape, kind, sharding=where)  # noqa: E731
-    return jax.tree.map(struct, shapes, dtypes, shardings(mesh, policy.axes, rules, shapes))
+    struct = lambda leaf, kind, place: jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)  # noqa: E731
+    return jax.tree.map(struct, shapes, dtypes, where)
 
 
 def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) -> Program:
