@@ -34,8 +34,8 @@ class Bigram:
     def hidden(self, params, tokens, positions, segment_ids, remat=None, constrain=None, attention=None):
         return jnp.tanh(params["embed"][tokens])
 
-    def logits(self, params, hidden):
-        return hidden @ params["head"]
+    def head(self, params):
+        return params["head"]
 
 
 def random_trajectory(rng, vocab_size, group=0, context="append", max_turns=3):

@@ -106,15 +106,38 @@ def known_model(name: str) -> ModelConfig:
     return CONFIGS[name]
 
 
+def row_length(config: RunConfig) -> int:
+    """Tokens of a row."""
+    return config.batch.row_length or config.rollout.context_tokens
+
+
+def microbatch_rows(config: RunConfig) -> int:
+    """Rows of a microbatch: as given, or as many as its tokens fill.
+
+    Raises:
+        ConfigError: the tokens do not fill a row on each part of the mesh.
+    """
+    tokens, length = config.batch.tokens_per_microbatch, row_length(config)
+    if not tokens:
+        return config.batch.rows
+    parts = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
+    if rows := tokens // length // parts * parts:
+        return rows
+    raise ConfigError(
+        f"--batch.tokens-per-microbatch: expected at least {parts * length} (mesh.data × mesh.fsdp rows of {length} "
+        f"tokens), got {tokens}"
+    )
+
+
 def batch_layout(config: RunConfig, trajectories: int, num_minibatches: int) -> BatchLayout:
     """Sizes for `trajectories` episodes, which always suffice: in the worst case each segment has a row of its own."""
-    rollout, rows = config.rollout, config.batch.rows
+    rollout, rows = config.rollout, microbatch_rows(config)
     responses = trajectories * rollout.max_turns
     segments = trajectories if rollout.context == "append" else responses
     return BatchLayout(
         num_microbatches=-(-segments // rows) + num_minibatches - 1,
         rows=rows,
-        row_length=config.batch.row_length or rollout.context_tokens,
+        row_length=row_length(config),
         max_responses=responses,
         max_trajectories=trajectories,
         num_minibatches=num_minibatches,
@@ -172,11 +195,11 @@ def check(config: RunConfig) -> None:
             "--checkpoint.keep-first: expected True with --learner.kl-coefficient above 0, got False;"
             " the reference policy is that of step 0, and a resumed run reads it from there"
         )
-    row_length = config.batch.row_length or config.rollout.context_tokens
-    if row_length < config.rollout.context_tokens:
+    microbatch_rows(config)
+    if row_length(config) < config.rollout.context_tokens:
         raise ConfigError(
             f"--batch.row-length: expected at least --rollout.context-tokens = {config.rollout.context_tokens}, "
-            f"got {row_length}"
+            f"got {row_length(config)}"
         )
     if config.metrics.wandb_project and find_spec("wandb") is None:
         raise ConfigError("--metrics.wandb-project: wandb is not installed; pip install 'aem_jax[wandb]'")

@@ -98,9 +98,10 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) 
     chat = _tokenizer(config, domain, folder / "tokenizer", hosts)
     policy = build.make_policy(config, chat.vocab_size)
     mesh = open_mesh(config, policy.config, hosts)
-    if config.batch.rows % slot_shards(mesh):
+    rows = build.microbatch_rows(config)
+    if rows % slot_shards(mesh):
         raise ValueError(
-            f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {config.batch.rows}"
+            f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {rows}"
         )
     servers = replace(config.env, urls=share_urls(hosts, config.env.urls))
     pool = stack.enter_context(EnvPool(servers, (domain.name, domain.settings)))

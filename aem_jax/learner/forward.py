@@ -1,8 +1,7 @@
-"""Token log-probabilities and entropies of packed rows, the learner's way.
+"""What a policy says of packed rows: log-probabilities and entropies of their tokens, and a loss of these.
 
-The logits of all tokens never exist together: the head runs over chunks of positions, and the backward pass computes
-each chunk again. Only sampled tokens need logits, and most tokens of an agent's row are observations; so the positions
-that predict a sampled token are moved to the front of their row, and chunks with none of them are skipped. With a
+Only sampled tokens need logits, and most tokens of an agent's row are observations; so the positions that predict a
+sampled token are moved to the front of their row, and chunks of positions with none of them are skipped. With a
 vocabulary of 150k and one token in five sampled, that is four fifths of the head's cost.
 """
 
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aem_jax.advantage import token_statistics
+from aem_jax.learner.head import head_loss, head_statistics
+from aem_jax.learner.objective import Measures, Objective, Tokens
 from aem_jax.learner.state import Params, TrainablePolicy
 from aem_jax.models.attention import RowAttention, row_attention
 
@@ -33,16 +33,26 @@ class Rows(NamedTuple):
     response_ids: jax.Array
 
 
+class Computation(NamedTuple):
+    """How much is computed at a time, and where.
+
+    Attributes:
+        temperature: the sampler's; divides the logits.
+        head_chunk: positions of each row whose logits exist at one time.
+        remat: what to keep of each layer for the backward pass (`REMAT`).
+        constrain: says where hidden states [b, T, D] lie on the mesh.
+        attention: of the rows.
+    """
+
+    temperature: float
+    head_chunk: int
+    remat: Callable[..., Any] | None = None
+    constrain: Callable[[jax.Array], jax.Array] | None = None
+    attention: RowAttention = row_attention
+
+
 def row_statistics(
-    policy: TrainablePolicy,
-    params: Params,
-    rows: Rows,
-    *,
-    temperature: float,
-    head_chunk: int,
-    remat: Callable[..., Any] | None = None,
-    constrain: Callable[[jax.Array], jax.Array] | None = None,
-    attention: RowAttention = row_attention,
+    policy: TrainablePolicy, params: Params, rows: Rows, how: Computation
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of every sampled token, and the entropy of the distribution that it was drawn from.
 
@@ -52,60 +62,65 @@ def row_statistics(
         policy: the policy.
         params: its parameters.
         rows: packed rows; a segment never begins with a sampled token.
-        temperature: the sampler's.
-        head_chunk: positions of each row whose logits exist at one time.
-        remat: what to keep of each layer for the backward pass (`REMAT`).
-        constrain: says where hidden states [b, T, D] lie on the mesh.
-        attention: of the rows.
+        how: how it is computed.
 
     Returns:
-        (logprobs, entropies) f32[b, T], nats, 0 outside responses. No gradient flows through the entropies.
+        (logprobs, entropies) f32[b, T], nats, 0 outside responses. For numbers alone: a gradient takes `row_loss`.
     """
-    hidden = policy.hidden(params, rows.tokens, rows.positions, rows.segment_ids, remat, constrain, attention)
-    # Position t predicts token t + 1. Nothing wraps round: token 0 of a row is never a sampled one.
-    predicts = jnp.roll(rows.response_ids, -1, axis=1) >= 0
-    targets = jnp.roll(rows.tokens, -1, axis=1)
-    order = jnp.argsort(~predicts, axis=1, stable=True)
-    place = jnp.argsort(order, axis=1)
-    front = _permute(hidden, order, place)
-    logprobs, entropies = _chunked_head(
-        lambda x: policy.logits(params, x) / temperature,
-        front,
-        jnp.take_along_axis(targets, order, axis=1),
-        jnp.take_along_axis(predicts, order, axis=1),
-        head_chunk,
-    )
-    back = lambda x: jnp.roll(jnp.take_along_axis(x, place, axis=1), 1, axis=1)  # noqa: E731
-    return back(logprobs), back(entropies)
+    front = _Front(rows)
+    hidden = front.hidden(policy.hidden(params, *rows[:3], how.remat, how.constrain, how.attention))
+    settings = {"temperature": how.temperature, "chunk": how.head_chunk}
+    targets, active = front(rows.tokens), front(rows.response_ids >= 0)
+    logprobs, entropies = head_statistics(policy.head(params), hidden, targets, active, **settings)
+    return front.back(logprobs), front.back(entropies)
 
 
-def _chunked_head(
-    head: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array, active: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Statistics f32[b, T] of hidden [b, T, D], 0 where not active; chunks without an active position cost nothing."""
-    rows, length = targets.shape
-    chunk = min(chunk, length)
-    count = -(-length // chunk)
-    spare = count * chunk - length
+def row_loss(
+    policy: TrainablePolicy, params: Params, rows: Rows, tokens: Tokens, objective: Objective, how: Computation
+) -> tuple[jax.Array, Measures]:
+    """A loss of the sampled tokens' log-probabilities, differentiable in the parameters.
 
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, spare)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, count, chunk, *x.shape[2:]), 1, 0)
+        L = objective(logprobs, entropies, tokens),   logprobs and entropies as of `row_statistics`
 
-    def compute(x: jax.Array, target: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logprobs, entropies = token_statistics(head(x), target)
-        return jnp.where(mask, logprobs, 0.0), jax.lax.stop_gradient(jnp.where(mask, entropies, 0.0))
+    Args:
+        policy: the policy.
+        params: its parameters.
+        rows: packed rows; a segment never begins with a sampled token.
+        tokens: what the loss knows of each token, [b, T]; mask is False outside responses.
+        objective: a sum over tokens, of which each looks at its own numbers alone.
+        how: how it is computed.
 
-    def skip(x: jax.Array, target: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros(mask.shape, jnp.float32), jnp.zeros(mask.shape, jnp.float32)
+    Returns:
+        (loss f32[], measures); no gradient flows through the measures.
+    """
+    front = _Front(rows)
+    hidden = front.hidden(policy.hidden(params, *rows[:3], how.remat, how.constrain, how.attention))
+    arguments = policy.head(params), hidden, front(rows.tokens), jax.tree.map(front, tokens)
+    return head_loss(objective, how.temperature, how.head_chunk, *arguments)
 
-    @jax.checkpoint
-    def one(x: jax.Array, target: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.cond(jnp.any(mask), compute, skip, x, target, mask)
 
-    _, parts = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, (split(hidden), split(targets), split(active)))
-    logprobs, entropies = (jnp.moveaxis(x, 0, 1).reshape(rows, count * chunk)[:, :length] for x in parts)
-    return logprobs, entropies
+class _Front:
+    """Positions in another order: those that predict a sampled token first, in each row.
+
+    Position t predicts token t + 1. Nothing wraps round: token 0 of a row is never a sampled one.
+    """
+
+    def __init__(self, rows: Rows):
+        predicts = jnp.roll(rows.response_ids, -1, axis=1) >= 0
+        self._order = jnp.argsort(~predicts, axis=1, stable=True)
+        self._place = jnp.argsort(self._order, axis=1)
+
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """[b, T, …] of positions, in the new order."""
+        return _permute(x, self._order, self._place)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, T] of tokens, each at the position that predicts it."""
+        return jnp.take_along_axis(jnp.roll(x, -1, axis=1), self._order, axis=1)
+
+    def back(self, x: jax.Array) -> jax.Array:
+        """The inverse."""
+        return jnp.roll(jnp.take_along_axis(x, self._place, axis=1), 1, axis=1)
 
 
 @jax.custom_vjp

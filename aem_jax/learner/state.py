@@ -16,7 +16,7 @@ Params = Any
 class TrainablePolicy(Protocol):
     """What the learner needs of a policy; `aem_jax.models.Policy` is one, `LoraPolicy` another.
 
-    Where only part of the weights is trained, `axes` and `init` are of that part, and `hidden` and `logits` take the
+    Where only part of the weights is trained, `axes` and `init` are of that part, and `hidden` and `head` take the
     pair (trained, frozen) as their parameters.
     """
 
@@ -35,8 +35,8 @@ class TrainablePolicy(Protocol):
         """[B, T, D] of packed rows i32[B, T]; `constrain` says where the residual stream lies, `attention` attends."""
         ...
 
-    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """f32[..., V] of [..., D]."""
+    def head(self, params: Params) -> jax.Array:
+        """[D, V], as kept: hidden states times these, in the dtype of the hidden states, are logits."""
         ...
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from aem_jax.advantage import token_advantages
 from aem_jax.batch import Batch, batch_shardings, packed_sharding
 from aem_jax.learner.config import LearnerConfig
-from aem_jax.learner.forward import REMAT, Rows, row_statistics
+from aem_jax.learner.forward import REMAT, Computation, Rows, row_loss, row_statistics
 from aem_jax.learner.objective import AGGREGATIONS, Objective, Tokens, policy_objective, supervised_objective
 from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
 from aem_jax.learner.state import Params, TrainablePolicy, TrainState, abstract_state
@@ -103,7 +103,7 @@ def _token_logprobs(policy, config: LearnerConfig, mesh: Mesh, params: Params, b
     """f32[M, b, T], nats; 0 outside responses."""
 
     def one(m: jax.Array, found: jax.Array) -> jax.Array:
-        logprobs, _ = _row_statistics(policy, config, mesh, params, _rows(batch, m))
+        logprobs, _ = row_statistics(policy, params, _rows(batch, m), _computation(config, mesh))
         return found.at[m].set(logprobs)
 
     empty = jnp.zeros(jnp.shape(batch.tokens), jnp.float32)
@@ -116,16 +116,11 @@ def _jit(update, policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh):
     return jax.jit(update, out_shardings=(state, replicated(mesh)), donate_argnums=0)
 
 
-def _row_statistics(
-    policy, config: LearnerConfig, mesh: Mesh, params: Params, rows: Rows
-) -> tuple[jax.Array, jax.Array]:
+def _computation(config: LearnerConfig, mesh: Mesh) -> Computation:
     # Rows stay split over data and fsdp: left to itself the partitioner takes the weights' split of the embedding, and
     # sums activations over fsdp in every layer instead of gathering the layer's weights.
     rows_split = NamedSharding(mesh, partition(("rows", "length", None), TRAIN))
-    return row_statistics(
-        policy,
-        params,
-        rows,
+    return Computation(
         temperature=config.temperature,
         head_chunk=config.head_chunk,
         remat=REMAT[config.remat],
@@ -167,8 +162,7 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
                 before=None if before is None else _at(before, m),
             )
             whole = params if frozen is None else (params, frozen)
-            logprobs, entropies = _row_statistics(policy, config, mesh, whole, rows)
-            return objective(logprobs, entropies, tokens)
+            return row_loss(policy, whole, rows, tokens, objective, _computation(config, mesh))
 
         def accumulate(m, total):
             (loss, measures), gradient = jax.value_and_grad(part, has_aux=True)(params, m)

@@ -1,7 +1,12 @@
-"""The two attentions of a decoder: over packed rows, and of a chunk beside a cache. Softmax in float32."""
+"""The two attentions of a decoder: over packed rows, and of a chunk beside a cache. Softmax in float32.
+
+The gradient of the first is written out: weights come back from the scores and one number a query, log Σ exp, in one
+pass, and its products are in the dtype of queries and keys, where autodiff would take them in float32.
+"""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +20,24 @@ _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) giv
 CPU_BLOCK, BLOCK = 64, 512
 """Queries that look at their keys together. On two x86 cores 64 and 128 are alike and 256 slower; accelerators want
 large products, and a block's scores have to fit beside everything else."""
+PARTS = (3, 1)
+"""Of a row's length: how far back queries look, whichever is the least that no segment outgrows. Each is compiled."""
 
 
 def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     """Causal attention inside segments.
 
+    Its cost follows the segments, not the row: where all are short, queries look back over a part of the row
+    (`PARTS`). `collate` packs the longest first, so only the first microbatches look further.
+
     Args:
         q: [B,T,H,Dh].
         k: [B,T,KV,Dh].
         v: [B,T,KV,Dh].
-        segment_ids: i32[B,T].
+        segment_ids: i32[B,T]; a segment's tokens lie side by side.
 
     Returns:
-        [B,T,H,Dh].
+        [B,T,H,Dh]; any finite numbers in padding (id 0).
     """
     cpu, other = (partial(blocked_attention, block=size) for size in (CPU_BLOCK, BLOCK))
     return jax.lax.platform_dependent(q, k, v, segment_ids, cpu=cpu, default=other)
@@ -41,28 +51,100 @@ def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, block
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    shared = heads // kv_heads
-    q = (q * jnp.asarray(head_dim**-0.5, q.dtype)).reshape(batch, length, kv_heads, shared, head_dim)
+    q = (q * jnp.asarray(head_dim**-0.5, q.dtype)).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     q, k, v = jnp.moveaxis(q, 1, 2), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    out: Any = _attend(block, q, k, v, segment_ids, longest_segment(segment_ids))
+    return jnp.moveaxis(out, 2, 1).reshape(batch, length, heads, head_dim)
 
-    @partial(jax.checkpoint, static_argnums=0)
-    def attend(start: int, q: Array, k: Array, v: Array) -> Array:
-        count, end = q.shape[2], k.shape[2]
-        rows = q.reshape(batch, kv_heads, count * shared, head_dim)
-        causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        mask = causal[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
-        scores = jnp.einsum("bkqd,bksd->bkqs", rows, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(jnp.repeat(mask, shared, axis=1)[:, None], scores, _MASKED)
-        top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))  # it cancels, and so does its gradient
-        weights = jnp.exp(scores - top)
-        out = jnp.einsum("bkqs,bksd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
-        return out.reshape(batch, kv_heads, count, shared, head_dim)
 
-    starts = range(0, length, block)
-    ends = [min(start + block, length) for start in starts]
-    blocks = [attend(s, q[:, :, s:e], k[:, :, :e], v[:, :, :e]) for s, e in zip(starts, ends, strict=True)]
-    return jnp.moveaxis(jnp.concatenate(blocks, axis=2), 1, 2).reshape(batch, length, heads, head_dim)
+def longest_segment(segment_ids: Array) -> Array:
+    """i32[]: tokens of the longest segment of i32[B,T], that of padding (id 0) left out."""
+    places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    starts = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+    return jnp.max(jnp.where(segment_ids > 0, places - starts + 1, 1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(block: int, q: Array, k: Array, v: Array, segment_ids: Array, longest: Array) -> Array:
+    """[B,KV,T,H/KV,Dh] of scaled q [B,KV,T,H/KV,Dh], k and v [B,KV,T,Dh]."""
+    return _attend_forward(block, q, k, v, segment_ids, longest)[0]
+
+
+def _attend_forward(block: int, q: Array, k: Array, v: Array, segment_ids: Array, longest: Array) -> tuple[Array, Any]:
+    def looking_back(reach: int, q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, Array]:
+        outs, sums = [], []
+        for first, start, end in _spans(q.shape[2], block, reach):
+            scores = _scores(q, k, segment_ids, first, start, end)
+            top = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            out = _product("bkqs,bksd->bkqd", weights.astype(v.dtype), v[:, :, first:end])
+            outs.append(_unfold((out / total).astype(q.dtype), q))
+            sums.append(_unfold(top + jnp.log(total), q))
+        return jnp.concatenate(outs, axis=2), jnp.concatenate(sums, axis=2)
+
+    out, log_sum = _switch(looking_back, block, longest, q, k, v, segment_ids)
+    return out, (q, k, v, segment_ids, longest, out, log_sum)
+
+
+def _attend_backward(block: int, residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None, None]:
+    q, k, v, segment_ids, longest, out, log_sum = residuals
+    inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+
+    def looking_back(reach: int, q, k, v, segment_ids, d_out, log_sum, inner) -> tuple[Array, Array, Array]:
+        d_queries = []
+        d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        for first, start, end in _spans(q.shape[2], block, reach):
+            keys, values = k[:, :, first:end], v[:, :, first:end]
+            queries, d_block, sums, inners = (_fold(x[:, :, start:end]) for x in (q, d_out, log_sum, inner))
+            weights = jnp.exp(_scores(q, k, segment_ids, first, start, end) - sums)
+            d_weights = _product("bkqd,bksd->bkqs", d_block, values)
+            d_scores = (weights * (d_weights - inners)).astype(q.dtype)
+            d_queries.append(_unfold(_product("bkqs,bksd->bkqd", d_scores, keys).astype(q.dtype), q))
+            d_k = d_k.at[:, :, first:end].add(_product("bkqs,bkqd->bksd", d_scores, queries))
+            d_v = d_v.at[:, :, first:end].add(_product("bkqs,bkqd->bksd", weights.astype(q.dtype), d_block))
+        return jnp.concatenate(d_queries, axis=2), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+    d_q, d_k, d_v = _switch(looking_back, block, longest, q, k, v, segment_ids, d_out, log_sum, inner)
+    return d_q, d_k, d_v, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _switch(looking_back: Any, block: int, longest: Array, *arrays: Array) -> Any:
+    """`looking_back(reach, *arrays)` with the least reach that no segment outgrows."""
+    length = arrays[0].shape[2]
+    reaches = sorted({min(-(-length // (part * block)) * block, length) for part in PARTS})
+    which = sum(jnp.asarray(longest > reach, jnp.int32) for reach in reaches[:-1])
+    return jax.lax.switch(which, [partial(looking_back, reach) for reach in reaches], *arrays)
+
+
+def _spans(length: int, block: int, reach: int) -> list[tuple[int, int, int]]:
+    """(first key, first query, end of both) of each block."""
+    return [(max(0, start - reach), start, min(start + block, length)) for start in range(0, length, block)]
+
+
+def _scores(q: Array, k: Array, segment_ids: Array, first: int, start: int, end: int) -> Array:
+    """f32[B,KV,Q·H/KV,S] of a block's queries and the keys that it sees."""
+    causal = jnp.arange(start, end)[:, None] >= jnp.arange(first, end)[None, :]
+    mask = causal[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
+    scores = _product("bkqd,bksd->bkqs", _fold(q[:, :, start:end]), k[:, :, first:end])
+    return jnp.where(jnp.repeat(mask, q.shape[3], axis=1)[:, None], scores, _MASKED)
+
+
+def _fold(x: Array) -> Array:
+    """[B,KV,Q,H/KV,…] to [B,KV,Q·H/KV,…]."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
+
+
+def _unfold(x: Array, q: Array) -> Array:
+    """The inverse of `_fold`, for the heads of q."""
+    return x.reshape(*x.shape[:2], -1, q.shape[3], *x.shape[3:])
+
+
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def chunk_attention(

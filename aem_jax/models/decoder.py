@@ -6,6 +6,7 @@ caller, who merges them once per chunk. So a decode step copies no cache, whatev
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,11 +33,69 @@ PerLayer = Any
 """Either one tree for each layer in a list (few layers), or one tree with a leading axis of layers (many)."""
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, reduced in float32."""
+    return _rms_norm_forward(x, scale, eps)[0]
+
+
+def _rms_norm_forward(x: Array, scale: Array, eps: float) -> tuple[Array, Any]:
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))).astype(x.dtype)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * _wide(scale, x)).astype(x.dtype), (x, scale, inverse)
+
+
+def _rms_norm_backward(eps: float, residuals: Any, cotangent: Array) -> tuple[Array, Array]:
+    # With y = x / r: dx = (g·scale − y · mean(g·scale·y)) / r. Autodiff keeps and reads several arrays of x's size.
+    x, scale, inverse = residuals
+    cotangent = cotangent.astype(jnp.float32)
+    normed, scaled = x.astype(jnp.float32) * inverse, cotangent * _wide(scale, x)
+    d_x = inverse * (scaled - normed * jnp.mean(scaled * normed, axis=-1, keepdims=True))
+    d_scale = jnp.sum(cotangent * normed, axis=tuple(range(x.ndim - 1)))
+    return d_x.astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def _wide(scale: Array, x: Array) -> Array:
+    return jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(spec: str, x: Array, weights: Array) -> Array:
+    """`einsum(spec, x, weights)`, weights used once in it.
+
+    Going back, x is what is turned round to give the weights' gradient. Autodiff turns the cotangent round, which is
+    often wider, and computes it a second time to do so.
+    """
+    return jnp.einsum(spec, x, weights)
+
+
+def _project_backward(spec: str, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, weights = residuals
+    inputs, out = spec.split("->")
+    left, right = inputs.split(",")
+    d_x = jnp.einsum(f"{out},{right}->{left}", cotangent, weights)
+    return d_x, jnp.einsum(f"{left},{out}->{right}", x, cotangent)
+
+
+project.defvjp(lambda spec, x, weights: (project(spec, x, weights), (x, weights)), _project_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: Array, up: Array) -> Array:
+    """`silu(gate) * up`, silu(z) = z / (1 + exp(-z))."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    gate, up = residuals
+    share = jax.nn.sigmoid(gate)
+    return cotangent * up * share * (1 + gate * (1 - share)), cotangent * gate * share
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 
 
 def rotary_tables(
@@ -53,11 +112,18 @@ def rotary_tables(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.custom_vjp
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Turns the pairs (x[i], x[i + head_dim/2]) of x [..., heads, head_dim] by the angles of its position."""
     cos, sin = cos[..., None, :], sin[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+rotate.defvjp(
+    lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)),
+    lambda angles, cotangent: (rotate(cotangent, angles[0], -angles[1]), None, None),  # turned back
+)
 
 
 def _alone(name: str, x: Array, y: Array) -> Array:
@@ -112,7 +178,7 @@ class Block(nnx.Module):
 
     def _project(self, equation: str, name: str, x: Array) -> Array:
         """x [B,T,*inputs] times one layer's matrix [*inputs,*outputs]."""
-        y = jnp.einsum(equation, x, getattr(self, name)[...].astype(x.dtype))
+        y: Any = project(equation, x, getattr(self, name)[...].astype(x.dtype))
         if not self.int8:
             return y
         return (y * getattr(self, scale_of(name))[...][None, None]).astype(x.dtype)
@@ -133,15 +199,22 @@ class Block(nnx.Module):
             q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def finish(self, x: Array, attended: Array) -> Array:
-        """Output projection, then the MLP, each with its residual."""
+    def finish(self, x: Array, attended: Array, *, apart: bool = False) -> Array:
+        """Output projection, then the MLP, each with its residual.
+
+        `apart` makes its two inputs two products: one more to start, but going back nothing has to be joined.
+        """
         add = self.adapters.add if self.adapters else _alone
         x = x + add("o_proj", attended, self._project("bthk,hkd->btd", "o", attended))
-        y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        parts = jnp.split(self._project("btd,dgf->btgf", "gate_up", y), 2, axis=-2)
+        y: Any = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
+        if apart and not self.int8:
+            halves = jnp.split(self.gate_up[...].astype(y.dtype), 2, axis=-2)
+            parts = [project("btd,dgf->btgf", y, half) for half in halves]
+        else:
+            parts = jnp.split(self._project("btd,dgf->btgf", "gate_up", y), 2, axis=-2)
         names = ("gate_proj", "up_proj")
         gate, up = (jnp.squeeze(add(name, y, part), -2) for name, part in zip(names, parts, strict=True))
-        y = jax.nn.silu(gate) * up
+        y = swiglu(gate, up)
         return x + add("down_proj", y, self._project("btf,fd->btd", "down", y))
 
 
@@ -191,7 +264,7 @@ class Decoder(nnx.Module):
         def layer(x: Array, state: Any) -> tuple[Array, None]:
             block = nnx.merge(graphdef, state)
             q, k, v = block.heads(x, cos, sin)
-            return constrain(block.finish(x, attention(q, k, v, segment_ids))), None
+            return constrain(block.finish(x, attention(q, k, v, segment_ids), apart=True)), None
 
         body = layer if remat is None else jax.checkpoint(layer, policy=remat)
         x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), stacked)

@@ -121,6 +121,10 @@ class Policy:
         """See `Decoder.logits`."""
         return self.bind(params).logits(hidden)
 
+    def head(self, params: Params) -> Array:
+        """The head [D, V] as kept."""
+        return params["embed"].T if self.config.tied_head else params["head"]
+
     def forward(self, params: Params, tokens: Array) -> Array:
         """float32 logits [B,T,V] of unpadded rows i32[B,T]: the plain, cache-less pass."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -200,6 +204,10 @@ class LoraPolicy:
     def logits(self, params: Any, hidden: Array) -> Array:
         """See `Decoder.logits`."""
         return self.bind(params).logits(hidden)
+
+    def head(self, params: Any) -> Array:
+        """See `Policy.head`."""
+        return self.whole.head(params[1])
 
 
 def _bind(structure: tuple[Any, Any], params: Params) -> Decoder:

@@ -11,6 +11,7 @@ from aem_jax.launch.config import AlgorithmConfig, BatchConfig, ModelChoice, Run
 from aem_jax.launch.options import apply, split
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.preset import DEFAULT, preset_names, read_preset
+from aem_jax.sharding import MeshConfig
 
 RETURNS = np.array([10.0, 0.0, 0.0, 2.0], np.float32)
 GROUPS = np.zeros(4, np.int32)
@@ -65,6 +66,18 @@ def test_a_batch_layout_holds_the_worst_case(context: str):
         assert used <= layout.num_microbatches
     assert (layout.max_responses, layout.max_trajectories, layout.num_minibatches) == (30, 10, 2)
     assert layout.row_length == config.rollout.context_tokens
+
+
+def test_rows_follow_from_a_budget_of_tokens():
+    words = ["--batch.tokens-per-microbatch", "8000", "--batch.row-length", "700"]
+    config = apply(read_preset(DEFAULT), split(words)[1])
+    assert build.batch_layout(config, 64, 1).rows == 11  # 11 x 700 = 7700
+    assert build.batch_layout(config, 64, 1).num_microbatches == 6
+    split_up = dataclasses.replace(config, mesh=MeshConfig(2, 2, 1))
+    assert build.microbatch_rows(split_up) == 8
+    too_few = dataclasses.replace(split_up, batch=BatchConfig(tokens_per_microbatch=2799, row_length=700))
+    with pytest.raises(ConfigError, match="tokens-per-microbatch: expected at least 2800 .* got 2799"):
+        build.check(too_few)
 
 
 def test_the_warm_start_has_its_own_schedule():

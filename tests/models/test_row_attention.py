@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aem_jax.models.attention import blocked_attention
+from aem_jax.models.attention import blocked_attention, longest_segment
 from aem_jax.models.gpu_attention import triton_attention
 from aem_jax.models.splash import splash_attention
 
@@ -73,3 +73,25 @@ def test_a_kernel_is_the_masked_softmax(attend, length: int, heads: int, kv_head
     for oracle in (masked_attention, partial(blocked_attention, block=128)):
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(loss(oracle)), strict=True):
             np.testing.assert_allclose(one, other, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("more", [0, 4, 30])
+def test_short_segments_are_not_looked_beyond(more: int):
+    """Rows of 48 in blocks of 4: with segments of at most 16, queries look back over 16 keys, and the numbers stay."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, 48, heads, 16)) for key, heads in zip(keys, (4, 2, 2), strict=True))
+    lengths = ((12, 4, 3, 5), (12 + more, 1, 2, 3))  # and padding, the longest of all
+    segments = jnp.asarray([np.repeat((*range(1, 5), 0), (*row, 48 - sum(row))) for row in lengths])
+    assert longest_segment(segments) == 12 + more
+
+    def gradients(attention):
+        total = lambda q, k, v: jnp.sum(jnp.where((segments > 0)[..., None, None], jnp.sin(attention(q, k, v)), 0.0))  # noqa: E731
+        return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+
+    expected = gradients(lambda q, k, v: masked_attention(q, k, v, segments))
+    attention = partial(blocked_attention, segment_ids=segments, block=4)
+    for ours, theirs in zip(gradients(attention), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
+    beyond = v.at[:, :16].set(jnp.nan)  # 0 times NaN is NaN; the last block looks back to key 28 alone
+    last = attention(q, k, beyond)[:, 44:]
+    assert bool(jnp.isfinite(last).all()) == (12 + more <= 16)

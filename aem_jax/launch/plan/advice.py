@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from aem_jax.launch import build
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.plan.analytic import Memory, memory
 from aem_jax.launch.plan.devices import GIB, Topology
@@ -54,8 +55,9 @@ def _ways(config: RunConfig, mesh: MeshConfig) -> Iterator[tuple[str, RunConfig,
     if config.sampling.weights == "model" and (config.lora.merge or not config.lora.rank):
         narrow = replace(config, sampling=replace(config.sampling, weights="int8"))
         yield "--sampling.weights int8", narrow, mesh
-    if batch.rows > replicas:
-        yield f"--batch.rows {replicas}", replace(config, batch=replace(batch, rows=replicas)), mesh
+    if build.microbatch_rows(config) > replicas:
+        fewer = replace(config, batch=replace(batch, rows=replicas, tokens_per_microbatch=0))
+        yield f"--batch.rows {replicas}", fewer, mesh
     if batch.row_length > rollout.context_tokens:
         shorter = replace(config, batch=replace(batch, row_length=0))
         yield f"--batch.row-length 0 (that is {rollout.context_tokens})", shorter, mesh

@@ -51,7 +51,7 @@ def token_flops(model: ModelConfig, row_length: int, of_matrices: float = 6.0) -
 def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> float:
     """FLOPs of learning one token as it is done: attention by blocks of queries, and what is computed twice.
 
-    The head always is, so are the scores of attention, everything inside layers if remat says so.
+    The scores of attention always are, everything inside layers if remat says so.
 
     Args:
         work: the run's sizes.
@@ -62,9 +62,14 @@ def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> floa
     ends = [min(start + block, length) for start in range(0, length, block)]
     seen = sum((end - start) * end for start, end in zip(range(0, length, block), ends)) / length
     matrices, attention = 2.0 * layer_parameters(work.model), attention_flops(work.model, seen)
-    again = {"none": 0.0, "layers": matrices + attention, "dots": attention}[work.remat]
+    # a layer's last product is nothing's input going back, so it is not computed again
+    last = 2.0 * work.model.num_layers * work.model.hidden_size * work.model.intermediate_size
+    again = {"none": 0.0, "layers": matrices - last + attention, "dots": attention}[work.remat]
     head = 2.0 * head_parameters(work.model)
-    whole = 3.0 * matrices + (1.0 + KERNELS[kernel].backward) * attention + again + 4.0 * head
+    backward = KERNELS[kernel].backward
+    if kernel == "xla" and work.remat != "none":
+        backward -= 0.5  # where a layer is computed again its scores are there when they are needed
+    whole = 3.0 * matrices + (1.0 + backward) * attention + again + 3.0 * head
     return whole - (matrices + head) * (work.lora.rank > 0)  # frozen weights have no gradient
 
 
