@@ -25,6 +25,7 @@ Benchmark = Callable[[BenchConfig], Sequence["Measurement"]]
 
 BENCHMARKS: Mapping[str, str] = {
     "sampler": "aem_jax.launch.bench.sampler",
+    "context": "aem_jax.launch.bench.context",
     "rollout": "aem_jax.launch.bench.rollout",
     "envs": "aem_jax.launch.bench.envs",
     "learner": "aem_jax.launch.bench.learner",

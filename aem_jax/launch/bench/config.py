@@ -38,6 +38,10 @@ class BenchConfig:
     """Tokens in the cache before decoding (sampler)."""
     new_tokens: int = 128
     """Tokens that each slot decodes (sampler)."""
+    contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
+    """Tokens in the cache before decoding, and capacities of the cache (context)."""
+    context_chunk: int = 32
+    """Tokens that each slot then decodes (context)."""
     row_length: int = 512
     """Tokens of a row (learner)."""
     trajectories: int = 128
@@ -70,6 +74,8 @@ class BenchConfig:
             least = 0 if name == "seed" else 1
             if isinstance(value, int) and value < least:
                 raise ValueError(f"expected {name} >= {least}, got {value}")
+        if not self.contexts or min(self.contexts) < 1:
+            raise ValueError(f"expected contexts of at least 1 token, got {self.contexts}")
         if not self.modes or len(set(self.modes)) < len(self.modes):
             raise ValueError(f"expected modes, each once, got {', '.join(self.modes) or 'none'}")
         if self.trajectories % 8:
