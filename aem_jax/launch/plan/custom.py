@@ -39,9 +39,11 @@ def kernel_call(each: Instruction, where: Computation, num_bytes: float) -> Kern
     splash = re.match(rf"splash_m[hq]a_({'|'.join(PASSES)})_", name)
     if not splash:
         return KernelCall(name, 0.0, False, num_bytes, 1.0)
-    rows, heads, length, head_dim = next(
-        shape.dims
-        for shape in where.shapes_of(each.operands)
-        if len(shape.dims) == 4 and shape.dtype in ("bf16", "f32")
-    )
+    # Queries come first; a single row has no dimension of its own.
+    arrays = (shape.dims for shape in where.shapes_of(each.operands) if shape.dtype in ("bf16", "f32"))
+    queries = next((dims for dims in arrays if len(dims) in (3, 4)), None)
+    if queries is None:
+        return KernelCall(name, 0.0, False, num_bytes, 1.0)
+    rows = queries[0] if len(queries) == 4 else 1
+    heads, length, head_dim = queries[-3:]
     return KernelCall(name, rows * splash_flops(splash[1], length, heads, head_dim), True, num_bytes, 1.0)
