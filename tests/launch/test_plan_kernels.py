@@ -63,8 +63,8 @@ def test_a_single_row_has_no_dimension_of_its_own():
 
 
 def test_the_closed_form_is_that_of_the_attention_that_the_target_takes():
-    """Splash goes backward with seven products where XLA's blocks take five, one of which a layer that is computed again
-    has made already; forward has two of them."""
+    """Splash goes backward with seven products where XLA's blocks take five, one of which a layer that is computed
+    again has made already; forward has two of them."""
     config = plan_config(read_preset("alfworld-qwen2.5-1.5b"))
     work = workload(config)
     length = work.layout.row_length
