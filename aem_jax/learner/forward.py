@@ -15,11 +15,13 @@ from aem_jax.learner.head import head_loss, head_statistics
 from aem_jax.learner.objective import Measures, Objective, Tokens
 from aem_jax.learner.state import Params, TrainablePolicy
 from aem_jax.models.attention import RowAttention, row_attention
+from aem_jax.models.decoder import PRODUCT
 
 REMAT: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
     "layers": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # By name: the products say their own gradients, and policies of operations don't look into those.
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 """Name → what `jax.checkpoint` keeps of a layer; None keeps everything."""
 

@@ -51,7 +51,7 @@ def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, block
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    q = (q * jnp.asarray(head_dim**-0.5, q.dtype)).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     q, k, v = jnp.moveaxis(q, 1, 2), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     out: Any = _attend(block, q, k, v, segment_ids, longest_segment(segment_ids))
     return jnp.moveaxis(out, 2, 1).reshape(batch, length, heads, head_dim)
@@ -67,7 +67,7 @@ def longest_segment(segment_ids: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(block: int, q: Array, k: Array, v: Array, segment_ids: Array, longest: Array) -> Array:
-    """[B,KV,T,H/KV,Dh] of scaled q [B,KV,T,H/KV,Dh], k and v [B,KV,T,Dh]."""
+    """[B,KV,T,H/KV,Dh] of q [B,KV,T,H/KV,Dh], k and v [B,KV,T,Dh]."""
     return _attend_forward(block, q, k, v, segment_ids, longest)[0]
 
 
@@ -100,7 +100,7 @@ def _attend_backward(block: int, residuals: Any, d_out: Array) -> tuple[Array, A
             queries, d_block, sums, inners = (_fold(x[:, :, start:end]) for x in (q, d_out, log_sum, inner))
             weights = jnp.exp(_scores(q, k, segment_ids, first, start, end) - sums)
             d_weights = _product("bkqd,bksd->bkqs", d_block, values)
-            d_scores = (weights * (d_weights - inners)).astype(q.dtype)
+            d_scores = (weights * (d_weights - inners) * q.shape[-1] ** -0.5).astype(q.dtype)
             d_queries.append(_unfold(_product("bkqs,bksd->bkqd", d_scores, keys).astype(q.dtype), q))
             d_k = d_k.at[:, :, first:end].add(_product("bkqs,bkqd->bksd", d_scores, queries))
             d_v = d_v.at[:, :, first:end].add(_product("bkqs,bkqd->bksd", weights.astype(q.dtype), d_block))
@@ -130,7 +130,7 @@ def _scores(q: Array, k: Array, segment_ids: Array, first: int, start: int, end:
     """f32[B,KV,Q·H/KV,S] of a block's queries and the keys that it sees."""
     causal = jnp.arange(start, end)[:, None] >= jnp.arange(first, end)[None, :]
     mask = causal[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
-    scores = _product("bkqd,bksd->bkqs", _fold(q[:, :, start:end]), k[:, :, first:end])
+    scores = _product("bkqd,bksd->bkqs", _fold(q[:, :, start:end]), k[:, :, first:end]) * q.shape[-1] ** -0.5
     return jnp.where(jnp.repeat(mask, q.shape[3], axis=1)[:, None], scores, _MASKED)
 
 

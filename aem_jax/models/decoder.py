@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from aem_jax.models.attention import RowAttention, chunk_attention, row_attention
 from aem_jax.models.config import ModelConfig, RopeScaling
@@ -62,13 +63,21 @@ def _wide(scale: Array, x: Array) -> Array:
     return jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+PRODUCT = "product"
+"""What the products with weights are called, for policies of what `jax.checkpoint` keeps."""
+
+
 def project(spec: str, x: Array, weights: Array) -> Array:
     """`einsum(spec, x, weights)`, weights used once in it.
 
     Going back, x is what is turned round to give the weights' gradient. Autodiff turns the cotangent round, which is
     often wider, and computes it a second time to do so.
     """
+    return checkpoint_name(_project(spec, x, weights), PRODUCT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(spec: str, x: Array, weights: Array) -> Array:
     return jnp.einsum(spec, x, weights)
 
 
@@ -80,7 +89,7 @@ def _project_backward(spec: str, residuals: tuple[Array, Array], cotangent: Arra
     return d_x, jnp.einsum(f"{left},{out}->{right}", x, cotangent)
 
 
-project.defvjp(lambda spec, x, weights: (project(spec, x, weights), (x, weights)), _project_backward)
+_project.defvjp(lambda spec, x, weights: (_project(spec, x, weights), (x, weights)), _project_backward)
 
 
 @jax.custom_vjp
@@ -178,9 +187,10 @@ class Block(nnx.Module):
 
     def _project(self, equation: str, name: str, x: Array) -> Array:
         """x [B,T,*inputs] times one layer's matrix [*inputs,*outputs]."""
-        y: Any = project(equation, x, getattr(self, name)[...].astype(x.dtype))
+        weights = getattr(self, name)[...].astype(x.dtype)
         if not self.int8:
-            return y
+            return project(equation, x, weights)
+        y = jnp.einsum(equation, x, weights, preferred_element_type=jnp.float32)
         return (y * getattr(self, scale_of(name))[...][None, None]).astype(x.dtype)
 
     def heads(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:

@@ -51,7 +51,7 @@ def splash_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interp
     )
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     attend = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    q = q * jnp.asarray(head_dim**-0.5, q.dtype)
+    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
 
     def one_row(q: Array, k: Array, v: Array, ids: Array) -> Any:

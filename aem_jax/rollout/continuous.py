@@ -44,7 +44,8 @@ def converse(run: Run, table: Table, sampler: Sampler, config: RolloutConfig) ->
         idle = not unread and not any(episode.budget for _, episode in table.seated())
         table.hear(run, everybody=False, patient=idle)
         table.compute(run)
-        speaking = {slot: episode for slot, episode in table.seated() if episode.budget}
+        # Calls that were not read may cover a whole budget: then nothing is left to be said.
+        speaking = {slot: e for slot, e in table.seated() if e.budget > e.unread * config.decode_chunk}
         if speaking:
             unread.append(_call(run, table, sampler, config.decode_chunk, speaking))
         while len(unread) > bool(speaking):

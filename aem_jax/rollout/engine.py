@@ -86,11 +86,13 @@ class Rollout:
         self._prompts.forget()
         for table in self._tables:
             table.clear()
-        if self.config.mode == "continuous":
-            continuous.converse(run, self._tables[0], self._sampler, self.config)
-        else:
-            lockstep.converse(run, self._tables, self._sampler, self.config)
-        run.stats.device_busy_s = run.clock.stop()
+        try:
+            if self.config.mode == "continuous":
+                continuous.converse(run, self._tables[0], self._sampler, self.config)
+            else:
+                lockstep.converse(run, self._tables, self._sampler, self.config)
+        finally:
+            run.stats.device_busy_s = run.clock.stop()
         run.stats.total_s = time.perf_counter() - start
         run.stats.episodes = len(run.done)
         return sorted(run.done, key=lambda t: (t.group, t.member)), run.stats

@@ -48,6 +48,11 @@ def listen(episode: Episode, config: RolloutConfig, chat: Chat) -> Answer:
             config.window_turns,
             thoughts=config.thoughts == "keep",
         )
+    if not ids:
+        raise ValueError(
+            f"expected the chat template to make ids of an observation, got none of {result.observation!r}; "
+            "a response could not begin"
+        )
     full = keep + len(ids) >= config.context_tokens
     return heard(keep=keep, ids=ids, ending=Ending.TRUNCATED if full else None)
 

@@ -27,7 +27,10 @@ class Prompts:
         rows = -(-num_slots // config.group_size)
         self.num_rows = rows + -rows % sampler.slot_shards
         self._state = sampler.init(self.num_rows, config.prompt_tokens)
-        self._rows: dict[Prompt, int] = {}
+        self._rows: dict[Prompt, int] = {}  # the least recently used first
+        # Where episodes begin a few at a time, a prompt is computed in one row of a device, not in all.
+        few = config.mode == "continuous" and self.num_rows > sampler.slot_shards
+        self._sizes = (sampler.slot_shards,) if few else ()
 
     def forget(self) -> None:
         """The parameters have changed."""
@@ -36,9 +39,13 @@ class Prompts:
     def warm_up(self, params: Any, state: SamplerState) -> SamplerState:
         """Compiles all that is called here; `state` are the slots that prompts are forked to."""
         zeros, c = np.zeros(self.num_rows, np.int32), self._config
-        for bucket in c.extend_buckets:
-            tokens = np.zeros((self.num_rows, bucket), np.int32)
-            self._state = self._sampler.extend(params, self._state, tokens, zeros, window=c.prompt_tokens)
+        for size in (*self._sizes, self.num_rows):
+            rows = None if size == self.num_rows else self._sampler.place([], self.num_rows, [size])
+            for bucket in c.extend_buckets:
+                tokens = np.zeros((size, bucket), np.int32)
+                self._state = self._sampler.extend(
+                    params, self._state, tokens, zeros[:size], rows, window=c.prompt_tokens
+                )
         self._state = self._sampler.rewind(self._state, zeros)
         slots = state.lengths.shape[0]
         nobody, prng = np.full(slots, -1, np.int32), np.zeros((slots, 2), np.uint32)
@@ -69,9 +76,13 @@ class Prompts:
         return state
 
     def _have(self, params: Any, wanted: Sequence[Prompt], stats: RolloutStats) -> None:
-        """Computes those that are missing, in rows of those that are not wanted now."""
-        kept = {self._rows[prompt] for prompt in wanted if prompt in self._rows}
-        free = iter([row for row in range(self.num_rows) if row not in kept])
+        """Computes those that are missing, in empty rows, then in rows of those that were not wanted for longest."""
+        for prompt in wanted:
+            if prompt in self._rows:
+                self._rows[prompt] = self._rows.pop(prompt)
+        used = set(self._rows.values())
+        idle = [row for prompt, row in self._rows.items() if prompt not in wanted]
+        free = iter([*(row for row in range(self.num_rows) if row not in used), *idle])
         fresh = {prompt: next(free) for prompt in wanted if prompt not in self._rows}
         if not fresh:
             return
@@ -81,7 +92,13 @@ class Prompts:
         self._state = self._sampler.rewind(self._state, keep)
         ids = {row: list(prompt) for prompt, row in fresh.items()}
         self._state = compute(
-            self._sampler, params, self._state, ids, config.extend_buckets, window=config.prompt_tokens
+            self._sampler,
+            params,
+            self._state,
+            ids,
+            config.extend_buckets,
+            window=config.prompt_tokens,
+            sizes=self._sizes,
         )
         stats.heard_tokens += sum(map(len, fresh))
         taken = set(fresh.values())

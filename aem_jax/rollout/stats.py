@@ -18,7 +18,7 @@ class RolloutStats:
         retries: episodes begun again.
         env_errors: episodes masked.
         overlong_prompts: episodes left out.
-        device_busy_s: seconds in which the device had a program to run.
+        device_busy_s: seconds in which the device had a program to run, or was being handed one.
         environment_s: seconds in which nothing was left to do but to wait for environments.
         total_s: seconds in all.
     """

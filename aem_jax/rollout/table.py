@@ -72,7 +72,8 @@ class Table:
         self.episodes: list[Episode | None] = [None] * num_slots
 
     def clear(self) -> None:
-        """Everybody gets up."""
+        """Everybody gets up. Answers that are still out, of a rollout that was broken off, are waited for."""
+        wait([episode.future for _, episode in self.seated() if episode.future])
         self.episodes = [None] * len(self.episodes)
 
     def seated(self) -> Iterable[tuple[int, Episode]]:

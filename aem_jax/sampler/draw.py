@@ -89,7 +89,7 @@ def make_draw(config: SamplingConfig) -> Draw:
         weights = jnp.exp(shifted)
         total = jnp.sum(weights, axis=-1)
         log_total = jnp.log(total)
-        entropies = log_total - jnp.sum(weights * shifted, axis=-1) / total
+        entropies = log_total - jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=-1) / total
         if greedy:
             tokens = jnp.argmax(logits, axis=-1)
         else:

@@ -12,6 +12,8 @@ from toys import Bigram, random_trajectories
 
 from aem_jax.advantage import token_statistics
 from aem_jax.batch import BatchLayout, collate
+from aem_jax.launch.plan.costs import costs
+from aem_jax.launch.plan.hlo import parse
 from aem_jax.learner import LearnerConfig, Rows, row_statistics
 from aem_jax.learner.forward import REMAT, Computation, row_loss
 from aem_jax.learner.objective import Measures, Tokens, policy_objective
@@ -97,6 +99,25 @@ def test_gradient_equals_that_of_whole_logits(remat):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(measures.sums["entropy"], expected_measures.sums["entropy"], rtol=1e-5)
     np.testing.assert_allclose(jax.jit(chunked)(PARAMS)[0], expected, rtol=1e-5)  # without a gradient, too
+
+
+def test_what_is_kept_of_a_layer_is_what_the_option_says():
+    """In the compiled program: "layers" makes all products of a layer again, "dots" only those inside attention."""
+    policy = Policy(ModelConfig(37, 64, 256, 4, 4, 2, 16))
+    rows = rows_of(collate(random_trajectories(1, 9, 37), LAYOUT))
+
+    def flops(remat: str) -> float:
+        how = Computation(temperature=1.0, head_chunk=48, remat=REMAT[remat])
+        loss = lambda params: row_loss(policy, params, rows, tokens_of(rows), weighted, how)[0]  # noqa: E731
+        return costs(parse(jax.jit(jax.grad(loss)).lower(policy.shapes).compile().as_text() or "")).flops
+
+    none, dots, layers = (flops(remat) for remat in ("none", "dots", "layers"))
+    config = policy.config
+    width, heads = config.hidden_size, config.num_heads + 2 * config.num_kv_heads
+    products = width * heads * config.head_dim + config.num_heads * config.head_dim * width + 2 * width * 256
+    again = 2.0 * 6 * 48 * config.num_layers * products  # all but the last, which is no other's input
+    assert none <= dots < none + 0.25 * again
+    assert layers - dots == pytest.approx(again, rel=0.02)
 
 
 def test_no_gradient_through_measures():

@@ -1,5 +1,7 @@
 """Continuous batching says what lock-step says, whenever answers come; and it calls before it reads."""
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from aem_jax.compilations import compilations
+from aem_jax.envs.protocol import StepResult
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.trajectory import Ending, Task, Trajectory
@@ -79,6 +82,46 @@ def test_more_first_prompts_than_rows_for_them(sampler, params):
     expected, _ = play(sampler, params, config, LocalPool(12), tasks)
     found, _ = play(sampler, params, replace(config, mode="continuous"), LatePool(12, 0), tasks)
     same(found, expected)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_prompt_is_computed_once_however_late_its_group_begins(sampler, params, seed):
+    """Slots begin one by one, groups in turns: the rows of prompts are taken from nobody while others are empty."""
+    tasks = [replace(t, payload=t.payload | {"first": "abc" * (n + 1)}) for n, t in enumerate(TASKS)]
+    expected, wanted = play(sampler, params, CONFIG, LocalPool(12), tasks)
+    found, stats = play(sampler, params, CONTINUOUS, LatePool(12, seed), tasks)
+    same(found, expected)
+    assert stats.heard_tokens == wanted.heard_tokens
+
+
+class OneAtATime(LatePool):
+    """Refuses a call to a session that has not answered the last one, as servers do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._out: dict[int, Future[StepResult]] = {}
+
+    def _future(self, session: int, call: Callable[[], StepResult]) -> Future[StepResult]:
+        assert session not in self._out or self._out[session].done()
+        self._out[session] = super()._future(session, call)
+        return self._out[session]
+
+
+def test_a_rollout_that_was_broken_off_can_be_made_again(sampler, params):
+    class Breaks(ByteChat):
+        calls = 0
+
+        def decode(self, ids):
+            self.calls += 1
+            if self.calls == 9:
+                raise KeyboardInterrupt
+            return super().decode(ids)
+
+    expected, _ = play(sampler, params, CONFIG, LocalPool(12))
+    rollout = Rollout(sampler, Breaks(), OneAtATime(12, 0), CONTINUOUS)
+    with pytest.raises(KeyboardInterrupt):
+        rollout(params, TASKS, jax.random.key(7))
+    same(rollout(params, TASKS, jax.random.key(7))[0], expected)
 
 
 class Watched:
