@@ -87,7 +87,7 @@ def test_more_first_prompts_than_rows_for_them(sampler, params):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_prompt_is_computed_once_however_late_its_group_begins(sampler, params, seed):
     """Slots begin one by one, groups in turns: the rows of prompts are taken from nobody while others are empty."""
-    tasks = [replace(t, payload=t.payload | {"first": "abc" * (n + 1)}) for n, t in enumerate(TASKS)]
+    tasks = [replace(t, payload={**t.payload, "first": "abc" * (n + 1)}) for n, t in enumerate(TASKS)]
     expected, wanted = play(sampler, params, CONFIG, LocalPool(12), tasks)
     found, stats = play(sampler, params, CONTINUOUS, LatePool(12, seed), tasks)
     same(found, expected)
