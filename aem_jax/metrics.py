@@ -8,7 +8,9 @@ what depends on it stands under `time/` and `throughput/`, and `comparable` leav
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -89,6 +91,14 @@ def append_line(path: Path | str, record: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path | str, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def json_line(record: Mapping[str, Any]) -> str:
     """A record as JSON, which has no word for a number that is not finite: it becomes null."""
     return json.dumps(_finite(record), allow_nan=False, ensure_ascii=False)
@@ -119,6 +129,9 @@ def drop_lines(path: Path | str, step: int) -> None:
 class MetricsWriter:
     """Writes one line of numbers per step to everything that the config names. A context manager.
 
+    Writing is done in a thread of its own, in order, so that no step waits for a disk or a service. An error in it
+    comes up at the next call.
+
     Args:
         run_dir: the run's folder, made if it is not there.
         config: where the numbers go.
@@ -143,10 +156,31 @@ class MetricsWriter:
         drop_lines(self.path, start_step)
         self._tensorboard = _open_tensorboard(self.run_dir / "tensorboard", start_step) if config.tensorboard else None
         self._wandb = _open_wandb(config.wandb_project, self.run_dir, run_config) if config.wandb_project else None
+        self._thread = ThreadPoolExecutor(1, "metrics")
+        self._unfinished: deque[Future[None]] = deque()
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, float | int | None]:
-        """Writes the numbers of one step; returns them as they stand in the file."""
+        """Writes the numbers of one step; returns them as they will stand in the file."""
         record = {"step": int(step), **flatten(values)}
+        self.later(lambda: self._write(step, record))
+        return record
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Does work behind what is being written.
+
+        Raises:
+            OSError: what was to be written before could not be; so with other errors of earlier work.
+        """
+        while self._unfinished and self._unfinished[0].done():
+            self._unfinished.popleft().result()
+        self._unfinished.append(self._thread.submit(work))
+
+    def wait(self) -> None:
+        """Until all is written; raises as `later`."""
+        while self._unfinished:
+            self._unfinished.popleft().result()
+
+    def _write(self, step: int, record: Mapping[str, float | int | None]) -> None:
         append_line(self.path, record)
         if self._tensorboard is not None:
             for name, value in record.items():
@@ -154,11 +188,17 @@ class MetricsWriter:
                     self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
         if self._wandb is not None:
-            self._wandb.log(record, step=step)
-        return record
+            self._wandb.log(dict(record), step=step)
 
     def close(self) -> None:
-        """Closes what is open; the files are complete without it."""
+        """Waits for what is being written, and closes what is open; raises as `later`."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._close()
+
+    def _close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

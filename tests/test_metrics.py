@@ -1,13 +1,23 @@
 """What is written can be read, a kill costs at most one line, and a resumed file equals an uninterrupted one."""
 
 import json
+import threading
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from aem_jax.metrics import MetricsConfig, MetricsWriter, append_line, comparable, drop_lines, flatten, read_lines
+from aem_jax.metrics import (
+    MetricsConfig,
+    MetricsWriter,
+    append_line,
+    comparable,
+    drop_lines,
+    flatten,
+    read_lines,
+    write_whole,
+)
 
 QUIET = MetricsConfig(tensorboard=False)
 
@@ -57,6 +67,36 @@ def test_a_resumed_run_writes_the_same_file(tmp_path: Path):
         file.write('{"step": 5, "lo')  # killed in the middle of a line
     run("parts", 3, 6)  # the last checkpoint was that of step 3
     assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_step_does_not_wait_for_the_disk_and_lines_keep_their_order(tmp_path: Path):
+    gate = threading.Event()
+    with MetricsWriter(tmp_path, QUIET) as writer:
+        writer.later(lambda: gate.wait() and None)
+        for step in range(3):
+            writer.write(step, {"loss": 1.0})  # would never return if it waited
+        assert read_lines(tmp_path / "metrics.jsonl") == []
+        gate.set()
+        writer.wait()
+        assert [each["step"] for each in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_what_could_not_be_written_comes_up_later(tmp_path: Path):
+    writer = MetricsWriter(tmp_path / "run", QUIET)
+    (tmp_path / "run").rmdir()
+    writer.write(0, {"loss": 1.0})
+    with pytest.raises(FileNotFoundError):
+        writer.wait()
+    writer.write(1, {"loss": 1.0})
+    with pytest.raises(FileNotFoundError):
+        writer.close()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path):
+    write_whole(tmp_path / "a.json", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "a.json", "new \ud800")
+    assert (tmp_path / "a.json").read_text() == "old"
 
 
 def test_drop_lines_keeps_what_has_no_step(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from aem_jax.launch.config import RunConfig, is_harmless
 from aem_jax.launch.options import flag
 from aem_jax.launch.overrides import ConfigError, as_values, flatten, override
 from aem_jax.launch.processes import placeless
+from aem_jax.metrics import write_whole
 
 FILE = "config.json"
 
@@ -18,9 +18,7 @@ def save(config: RunConfig, folder: Path) -> None:
     """Writes `config.json`, whole or not at all; which process of how many wrote it is left out."""
     config = replace(config, runtime=placeless(config.runtime))
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{FILE}.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    os.replace(partial, folder / FILE)
+    write_whole(folder / FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def load(folder: Path) -> RunConfig:

@@ -34,7 +34,7 @@ from aem_jax.learner import (
     make_token_logprobs,
     make_update,
 )
-from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, read_lines
+from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, read_lines, write_whole
 from aem_jax.models import LoraPolicy
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
@@ -250,8 +250,10 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
             score = _evaluate(stage, state, phase, config.evaluation.splits[:1])
         stopping = stage.stop.look()
         if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
-            if is_first:
-                (folder / "transcripts.json").write_text(json.dumps(transcripts(trajectories, credit, step)))
+            if writer:
+                shown = transcripts(trajectories, credit, step)
+                writer.later(lambda: write_whole(folder / "transcripts.json", json.dumps(shown)))
+                writer.wait()  # a checkpoint never stands beside fewer lines than it has steps
             checkpoints.save(done, state, score=score)
 
     parts = Parts(

@@ -33,7 +33,7 @@ class RolloutConfig:
     decode_chunk: int = 64
     """Tokens decoded by one call; the chunk ends early when every slot has finished."""
     extend_buckets: tuple[int, ...] = (64, 256, 1024)
-    """Chunk lengths for observations; each call takes the smallest that fits, or several of the largest."""
+    """Chunk lengths for observations: the longest that is heard at a time is cut into them, with the least to spare."""
     windows: tuple[int, ...] = (1024, 2048, 4096)
     """Context lengths that attention is compiled for, below context_tokens."""
     context: str = "append"

@@ -5,16 +5,20 @@ reads the chunk before it. So the device always has a program waiting, and the h
 environments meanwhile. Of a slot in a chunk that was not read yet the host does not know whether it still speaks:
 it gets the budget `GO_ON`, and says nothing if its response has ended.
 
-Who decodes with whom depends on timing, hence the shapes of calls, hence the last bits of logprobs: the same seed
-samples the same tokens unless two of them are as likely as each other to the last bits.
+Slots of very different length decode in calls of their own (`calls`). Who decodes with whom depends on timing, hence
+the shapes of calls, hence the last bits of logprobs: the same seed samples the same tokens unless two of them are as
+likely as each other to the last bits.
 """
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
+from aem_jax.rollout.calls import Call, decoding_cost
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.episode import Episode
 from aem_jax.rollout.table import Run, Table
@@ -36,7 +40,15 @@ class _Chunk:
 
 def converse(run: Run, table: Table, sampler: Sampler, config: RolloutConfig) -> None:
     """Plays the queue to its end."""
-    unread: deque[_Chunk] = deque()
+    unread: deque[list[_Chunk]] = deque()
+    keys, num_slots = table.state.keys, len(table.episodes)
+    # A tensor axis splits weights and cache alike, so it is left out.
+    cost = decoding_cost(
+        weights=_num_bytes(run.params),
+        token=_num_bytes((keys, table.state.values)) / (num_slots * keys.shape[-1]),
+        num_slots=num_slots // sampler.slot_shards,
+        steps=config.decode_chunk,
+    )
     while True:
         table.seat(run, [table])
         if not any(table.episodes):
@@ -47,28 +59,36 @@ def converse(run: Run, table: Table, sampler: Sampler, config: RolloutConfig) ->
         # Calls that were not read may cover a whole budget: then nothing is left to be said.
         speaking = {slot: e for slot, e in table.seated() if e.budget > e.unread * config.decode_chunk}
         if speaking:
-            unread.append(_call(run, table, sampler, config.decode_chunk, speaking))
+            # What was not read yet may be as long as its chunks.
+            contexts = {
+                slot: len(e.ids) + e.said_count + min(e.unread * config.decode_chunk, e.budget)
+                for slot, e in speaking.items()
+            }
+            calls = table.plan(contexts, cost)
+            unread.append([_call(run, table, sampler, config.decode_chunk, speaking, call) for call in calls])
         while len(unread) > bool(speaking):
-            _read(run, table, unread.popleft())
+            for chunk in unread.popleft():
+                _read(run, table, chunk)
 
 
-def _call(run: Run, table: Table, sampler: Sampler, chunk: int, speaking: dict[int, Episode]) -> _Chunk:
-    """Calls the next chunk of those who speak, as far as the host knows."""
-    num_slots = len(table.episodes)
-    slots = sampler.place(list(speaking), num_slots, table.sizes)
-    places = range(num_slots) if slots is None else slots.tolist()
+def _num_bytes(tree: Any) -> float:
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
+
+
+def _call(run: Run, table: Table, sampler: Sampler, chunk: int, speaking: Mapping[int, Episode], call: Call) -> _Chunk:
+    """Calls the next chunk of some of those who speak, as far as the host knows."""
+    places = range(len(table.episodes)) if call.slots is None else call.slots.tolist()
+    meant = set(call.meant)
     budgets, rows = np.zeros(len(places), np.int32), []
     for row, slot in enumerate(places):
-        if (episode := speaking.get(slot)) is not None:
+        if slot in meant:
+            episode = speaking[slot]
             budgets[row] = GO_ON if episode.unread else episode.budget
             rows.append((row, slot, episode, len(episode.turns)))
-    # What was not read yet may be as long as its chunks.
-    longest = max(len(e.ids) + e.said_count + min(e.unread * chunk, e.budget) for e in speaking.values())
+            episode.unread += 1
     run.clock.called()
-    table.state, decoded = sampler.decode(run.params, table.state, budgets, chunk, slots, window=sampler.cover(longest))
+    table.state, decoded = sampler.decode(run.params, table.state, budgets, chunk, call.slots, window=call.window)
     run.clock.watch(decoded.counts)
-    for episode in speaking.values():
-        episode.unread += 1
     return _Chunk(decoded, rows)
 
 

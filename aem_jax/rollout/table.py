@@ -3,15 +3,17 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from aem_jax.hosts import Hosts
 from aem_jax.rollout.answer import Answer, exchange
+from aem_jax.rollout.calls import Call, Cost, extending_cost, plan_calls
 from aem_jax.rollout.compute import compute
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.episode import Chat, Episode
@@ -171,10 +173,24 @@ class Table:
         if (keep < self._sampler.capacity).any():
             self.state = self._sampler.rewind(self.state, keep)
         ids = {slot: episode.pending for slot, episode in pending}
-        window = self._sampler.cover(max(len(episode.ids) + len(episode.pending) for _, episode in pending))
-        buckets = self._config.extend_buckets
-        self.state = compute(self._sampler, run.params, self.state, ids, buckets, window=window, sizes=self.sizes)
+        contexts = {slot: len(episode.ids) + len(episode.pending) for slot, episode in pending}
+        for call in self.plan(contexts, extending_cost):
+            self.state = compute(
+                self._sampler,
+                run.params,
+                self.state,
+                {slot: ids[slot] for slot in call.meant},
+                self._config.extend_buckets,
+                window=call.window,
+                sizes=self.sizes,
+            )
         run.stats.heard_tokens += sum(map(len, ids.values()))
+
+    def plan(self, contexts: Mapping[int, int], cost: Cost) -> list[Call]:
+        """Which slots share a call; in lock-step all do."""
+        num_slots, sampler = len(self.episodes), self._sampler
+        place = partial(sampler.place, num_slots=num_slots, sizes=self.sizes)
+        return plan_calls(contexts, num_slots, sampler.slot_shards, sampler.cover, place, cost)
 
     def said(self, run: Run, slot: int, row: int, out: Decoded) -> None:
         """Notes what a slot said in row `row` of a chunk; its budget is 0 when that ends its response."""

@@ -20,8 +20,9 @@ def _small_rollout() -> RolloutConfig:
         response_tokens=64,
         context_tokens=2560,
         prompt_tokens=128,
-        decode_chunk=16,
-        extend_buckets=(64,),
+        decode_chunk=8,
+        slot_shares=(2, 4, 8),
+        extend_buckets=(40, 128),
         windows=(256, 512, 1024),
     )
 

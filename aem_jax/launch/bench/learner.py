@@ -11,7 +11,7 @@ from aem_jax.launch.bench.ceilings import ceilings
 from aem_jax.launch.bench.measure import Measurement, summarise, timed
 from aem_jax.launch.bench.roofline import read, roofline
 from aem_jax.launch.build import known_model
-from aem_jax.launch.plan.analytic import token_flops
+from aem_jax.launch.plan.analytic import head_parameters, token_flops
 from aem_jax.launch.plan.costs import costs
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
 from aem_jax.models import Policy
@@ -38,11 +38,10 @@ def run(config: BenchConfig) -> list[Measurement]:
 
     seconds = timed(step, repeats=config.repeats)
     model, work = policy.config, rows * length
-    line = roofline(
-        costs(read(update)),
-        ceilings(model.dtype),
-        useful=token_flops(model, length) * work / jax.device_count(),
-    )
+    # Tokens that were only heard need no head, and the learner computes none for them.
+    unsaid = work - int(np.sum(batch.response_tokens))
+    useful = token_flops(model, length) * work - 6.0 * head_parameters(model) * unsaid
+    line = roofline(costs(read(update)), ceilings(model.dtype), useful=useful / jax.device_count())
     shape = f"{config.model}, {rows} rows × {length}"
     return [summarise("learner", "update", shape, "tokens/s", work, seconds, roofline=line)]
 

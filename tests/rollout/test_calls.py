@@ -1,0 +1,112 @@
+"""Which slots share a call, against all ways to divide them; and lengths cut into buckets, against all ways to cut."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aem_jax.rollout.calls import decoding_cost, extending_cost, plan_calls
+from aem_jax.rollout.compute import cut
+
+WINDOWS, SIZES, NUM_SLOTS = (8, 32, 128), (1, 2, 4), 8
+
+
+def cover(length: int) -> int:
+    return next(window for window in WINDOWS if length <= window)
+
+
+def place(slots):
+    size = next((size for size in SIZES if size >= len(slots)), None)
+    return None if size is None else [*slots, *(s for s in range(NUM_SLOTS) if s not in slots)][:size]
+
+
+def plan(contexts, cost):
+    return plan_calls(contexts, NUM_SLOTS, 1, cover, place, cost)
+
+
+def price(parts, contexts, cost):
+    """Of calls on these parts, each with the window of its longest."""
+    rows = [place(part) for part in parts]
+    windows = [cover(max(contexts[slot] for slot in part)) for part in parts]
+    each = [cost(NUM_SLOTS if on is None else len(on), window) for on, window in zip(rows, windows, strict=True)]
+    return tuple(map(sum, zip(*each, strict=True)))
+
+
+def divisions(slots):
+    """All ways to divide a list into parts."""
+    if not slots:
+        yield []
+        return
+    first, *rest = slots
+    for parts in divisions(rest):
+        yield [[first], *parts]
+        for at in range(len(parts)):
+            yield [*parts[:at], [first, *parts[at]], *parts[at + 1 :]]
+
+
+contexts = st.dictionaries(st.integers(0, NUM_SLOTS - 1), st.integers(1, WINDOWS[-1]), min_size=1, max_size=6)
+
+
+@given(contexts, st.sampled_from([0.0, 3.0, 1e6]))
+def test_every_slot_is_in_one_call_whose_window_covers_it(contexts, weights):
+    calls = plan(contexts, decoding_cost(weights, 1.0, NUM_SLOTS, 4))
+    assert sorted(itertools.chain(*(call.meant for call in calls))) == sorted(contexts)
+    for call in calls:
+        assert call.window == cover(max(contexts[slot] for slot in call.meant))
+        assert call.slots is None or set(call.meant) <= set(call.slots)
+
+
+@given(contexts, st.sampled_from([0.0, 40.0, 400.0]))
+def test_no_cut_by_length_is_cheaper(contexts, weights):
+    cost = decoding_cost(weights, 1.0, NUM_SLOTS, 4)
+    found = price([call.meant for call in plan(contexts, cost)], contexts, cost)
+    by_window = [[s for s in contexts if cover(contexts[s]) == window] for window in WINDOWS]
+    for parts in divisions([slots for slots in by_window if slots]):
+        assert found <= price([list(itertools.chain(*part)) for part in parts], contexts, cost)
+
+
+def test_golden_calls():
+    """Six short slots and one long: apart they read 8·8 + 1·128 positions a step, together 8·128."""
+    contexts = {**dict.fromkeys(range(6), 5), 6: 100}
+    calls = plan(contexts, decoding_cost(0.0, 1.0, NUM_SLOTS, 4))
+    assert [(call.meant, call.slots, call.window) for call in calls] == [
+        ((0, 1, 2, 3, 4, 5), None, 8),
+        ((6,), [6], 128),
+    ]
+    # Reading the weights once more is worth 8·128 − 8·8 − 128 = 832 positions, less two copies of 128 in four steps.
+    assert len(plan(contexts, decoding_cost(767.0, 1.0, NUM_SLOTS, 4))) == 2
+    assert len(plan(contexts, decoding_cost(769.0, 1.0, NUM_SLOTS, 4))) == 1
+
+
+def test_extending_splits_only_where_no_more_slots_are_computed():
+    assert len(plan({0: 5, 1: 5, 2: 5, 3: 5, 4: 100}, extending_cost)) == 2  # 4 + 1 slots, not all 8
+    assert len(plan({0: 5, 1: 5, 2: 5, 3: 100}, extending_cost)) == 1  # 4 + 1 slots, not 4
+    assert len(plan({0: 5, 1: 100}, extending_cost)) == 2  # 1 + 1 slots, as 2, and less of the cache
+
+
+@pytest.mark.parametrize(
+    ("length", "buckets", "expected"),
+    [
+        (1, (32, 128), (32,)),
+        (34, (32, 128), (32, 32)),  # 2·(32 + 16) < 128 + 16
+        (100, (32, 128), (128,)),  # 4·(32 + 16) > 128 + 16
+        (300, (64, 256, 1024), (256, 64)),
+        (1000, (64, 256, 1024), (1024,)),
+        (5000, (1024,), (1024,) * 5),
+        (0, (64,), ()),
+    ],
+)
+def test_golden_cuts(length, buckets, expected):
+    assert cut(length, buckets) == expected
+
+
+@given(st.data(), st.sets(st.integers(1, 24), min_size=1, max_size=3))
+def test_no_other_cut_is_cheaper(data, buckets):
+    length = data.draw(st.integers(1, 2 * max(buckets) - 1))
+    buckets, price = tuple(sorted(buckets)), lambda each: sum(each) + 16 * len(each)
+    found = cut(length, buckets)
+    assert sum(found) >= length and set(found) <= set(buckets)
+    for count in range(1, 5):
+        for other in itertools.combinations_with_replacement(buckets, count):
+            assert sum(other) < length or price(found) <= price(other)
