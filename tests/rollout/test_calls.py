@@ -1,4 +1,4 @@
-"""Which slots share a call, against all ways to divide them; and lengths cut into buckets, against all ways to cut."""
+"""Which slots share a call, against all cuts by length; and lengths cut into buckets, against all ways to cut."""
 
 import itertools
 
@@ -33,16 +33,13 @@ def price(parts, contexts, cost):
     return tuple(map(sum, zip(*each, strict=True)))
 
 
-def divisions(slots):
-    """All ways to divide a list into parts."""
-    if not slots:
-        yield []
-        return
-    first, *rest = slots
-    for parts in divisions(rest):
-        yield [[first], *parts]
-        for at in range(len(parts)):
-            yield [*parts[:at], [first, *parts[at]], *parts[at + 1 :]]
+def cuts(classes):
+    """All ways to cut a list into runs."""
+    for ends in itertools.product([False, True], repeat=len(classes) - 1):
+        runs = [[classes[0]]]
+        for end, each in zip(ends, classes[1:], strict=True):
+            runs.append([each]) if end else runs[-1].append(each)
+        yield [list(itertools.chain(*run)) for run in runs]
 
 
 contexts = st.dictionaries(st.integers(0, NUM_SLOTS - 1), st.integers(1, WINDOWS[-1]), min_size=1, max_size=6)
@@ -62,8 +59,8 @@ def test_no_cut_by_length_is_cheaper(contexts, weights):
     cost = decoding_cost(weights, 1.0, NUM_SLOTS, 4)
     found = price([call.meant for call in plan(contexts, cost)], contexts, cost)
     by_window = [[s for s in contexts if cover(contexts[s]) == window] for window in WINDOWS]
-    for parts in divisions([slots for slots in by_window if slots]):
-        assert found <= price([list(itertools.chain(*part)) for part in parts], contexts, cost)
+    for parts in cuts([slots for slots in by_window if slots]):
+        assert found <= price(parts, contexts, cost)
 
 
 def test_golden_calls():
