@@ -70,6 +70,8 @@ class Batch:
         response_turn: i32[R], its turn, from 0.
         response_tokens: i32[R], its length in tokens.
         response_rewards: f32[R], the reward that it earned.
+        response_anchor: i32[R], the first response of its rollout group that answered the same observation, by text;
+            -1 in padding. What was observed, not the prompt: the same in both contexts. A turn without text is alone.
         response_valid: bool[R], whether the row of the table is used, by a response with at least one token.
         returns: f32[N], undiscounted sum of rewards.
         group_ids: i32[N], rollout group.
@@ -89,6 +91,7 @@ class Batch:
     response_turn: Array
     response_tokens: Array
     response_rewards: Array
+    response_anchor: Array
     response_valid: Array
     returns: Array
     group_ids: Array
@@ -112,6 +115,7 @@ _TABLES = {
     "response_turn": ("response", np.int32),
     "response_tokens": ("response", np.int32),
     "response_rewards": ("response", np.float32),
+    "response_anchor": ("response", np.int32),
     "response_valid": ("response", np.bool_),
     "returns": ("trajectory", np.float32),
     "group_ids": ("trajectory", np.int32),
@@ -207,6 +211,7 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
         "response_turn": np.zeros(R, np.int32),
         "response_tokens": np.zeros(R, np.int32),
         "response_rewards": np.zeros(R, np.float32),
+        "response_anchor": np.full(R, -1, np.int32),
     }
     table = {
         "returns": np.zeros(N, np.float32),
@@ -216,6 +221,7 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
         "trajectory_minibatch": _deal(trajectories, N, K, seed),
     }
     segments: list[list[_Segment]] = [[] for _ in range(K)]
+    first_to_answer: dict[tuple[int, str], int] = {}
     next_response = 0
     for n, trajectory in enumerate(trajectories):
         table["returns"][n] = trajectory.total_reward
@@ -230,6 +236,8 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
             responses["response_turn"][r] = k
             responses["response_tokens"][r] = len(turn.response_ids)
             responses["response_rewards"][r] = turn.reward
+            seen = first_to_answer.setdefault((trajectory.group, turn.observation), r)
+            responses["response_anchor"][r] = seen if turn.observation else r
         segments[table["trajectory_minibatch"][n]] += _segments(trajectory, n, next_response, layout.row_length)
         next_response += len(trajectory.turns)
 

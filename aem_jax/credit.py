@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from aem_jax.advantage import aem_coefficients, coefficient_statistics, response_entropy, token_advantages
+from aem_jax.advantage import (
+    Experience,
+    ResponseAdvantages,
+    aem_coefficients,
+    coefficient_statistics,
+    response_entropy,
+    token_advantages,
+)
 from aem_jax.batch import Batch, packed_sharding
 from aem_jax.sharding import replicated
 
 Array = jax.Array
-
-ResponseAdvantages = Callable[..., Array]
-"""(returns f32[N], group_ids i32[N], num_groups, response_trajectory i32[R], *, valid bool[N]) -> f32[R]"""
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,18 @@ class Credit:
     entropies: Array
 
 
+def experience(batch: Batch) -> Experience:
+    """What estimators see of a batch: its tables, whatever the packing."""
+    return Experience(**{name: getattr(batch, name) for name in Experience._fields})
+
+
 def make_credit(
     estimate: ResponseAdvantages, aem: AemConfig, num_groups: int, mesh: Mesh
 ) -> Callable[[Batch], tuple[Credit, dict[str, Any]]]:
     """Builds `credit(batch) -> (Credit, statistics)`, jitted.
 
     Args:
-        estimate: base advantages of responses, e.g. `partial(over_trajectories, grpo)`.
+        estimate: base advantages of responses, e.g. `of_returns(over_trajectories, grpo)`.
         aem: the coefficient's settings.
         num_groups: rollout groups of a step, static.
         mesh: the mesh that the batch lies on.
@@ -67,8 +76,7 @@ def make_credit(
 
     @partial(jax.jit, out_shardings=(placed, whole))
     def credit(batch: Batch) -> tuple[Credit, dict[str, Any]]:
-        trajectory = jnp.where(batch.response_valid, batch.response_trajectory, -1)
-        base = estimate(batch.returns, batch.group_ids, num_groups, trajectory, valid=batch.valid)
+        base = estimate(experience(batch), num_groups)
         ids = jnp.asarray(batch.response_ids)
         flat = ids.reshape(-1, ids.shape[-1])
         entropies = response_entropy(jnp.asarray(batch.entropies).reshape(flat.shape), flat, base.shape[0])

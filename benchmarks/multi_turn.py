@@ -14,13 +14,12 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from importlib.metadata import version
 
 import jax
 import numpy as np
 
-from aem_jax.advantage import grpo, over_trajectories
+from aem_jax.advantage import grpo, of_returns, over_trajectories
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.credit import AemConfig, Credit, make_credit
 from aem_jax.envs.pool import EnvPool, PoolConfig
@@ -101,7 +100,7 @@ def measure(num_steps: int) -> dict[str, float]:
             rollout=Rollout(sampler, chat, pool, ROLLOUT),
             reshard=make_reshard(policy, mesh),
             collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
-            credit=make_credit(partial(over_trajectories, grpo), AemConfig(), PROMPTS, mesh),
+            credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(), PROMPTS, mesh),
             update=make_update(policy, learner, mesh),
             reference=None,
             tasks=_tasks(),

@@ -1,12 +1,10 @@
 """Credit of a batch against the same arithmetic, written out slowly in numpy."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
 
-from aem_jax.advantage import grpo, over_trajectories
+from aem_jax.advantage import grpo, of_returns, over_trajectories
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.credit import AemConfig, make_credit
 from aem_jax.sharding import MeshConfig, make_mesh
@@ -59,7 +57,7 @@ def test_token_advantages_are_alpha_times_base(strength, context):
         for t in episodes(np.random.default_rng(0))
     ]
     batch = collate(trajectories, LAYOUT)
-    credit = make_credit(partial(over_trajectories, grpo), AemConfig(strength), 3, mesh)
+    credit = make_credit(of_returns(over_trajectories, grpo), AemConfig(strength), 3, mesh)
     found, statistics = jax.device_get(credit(place(batch, mesh)))
     expected = by_hand(trajectories, strength)
     response = 0

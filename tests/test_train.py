@@ -1,13 +1,12 @@
 """The loop learns: a trivial environment, a fixed seed, one threshold; and its numbers are what they say they are."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
-from aem_jax.advantage import grpo, over_trajectories
+from aem_jax.advantage import grpo, of_returns, over_trajectories
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.credit import AemConfig, make_credit
 from aem_jax.envs.protocol import StepResult
@@ -68,7 +67,7 @@ def run(steps: int, strength: float, mesh=None):
         rollout=Rollout(sampler, ByteChat(), LocalPool(32, VowelEnv), ROLLOUT),
         reshard=make_reshard(POLICY, mesh),
         collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
-        credit=make_credit(partial(over_trajectories, grpo), AemConfig(strength), 4, mesh),
+        credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(strength), 4, mesh),
         update=update,
         reference=None,
         tasks=tasks(),

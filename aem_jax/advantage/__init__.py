@@ -15,21 +15,44 @@ from aem_jax.advantage.aem import (
     coefficient_statistics,
     token_advantages,
 )
-from aem_jax.advantage.estimators import Estimator, dr_grpo, grpo, over_trajectories, over_turns, rloo
+from aem_jax.advantage.estimators import Estimator, Scope, dr_grpo, grpo, over_trajectories, over_turns, rloo
+from aem_jax.advantage.experience import Experience, ResponseAdvantages, of_returns
+from aem_jax.advantage.gigpo import gigpo
+from aem_jax.advantage.reinforce import (
+    by_response,
+    by_token,
+    by_trajectory,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    rewards_to_go,
+    whiten,
+)
 from aem_jax.advantage.surprisal import response_entropy, token_statistics
 
 __all__ = [
     "CoefficientStatistics",
     "Estimator",
+    "Experience",
+    "ResponseAdvantages",
+    "Scope",
     "aem_coefficients",
     "aem_scale",
+    "by_response",
+    "by_token",
+    "by_trajectory",
     "coefficient_statistics",
     "dr_grpo",
+    "gigpo",
     "grpo",
+    "of_returns",
     "over_trajectories",
     "over_turns",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
     "response_entropy",
+    "rewards_to_go",
     "rloo",
     "token_advantages",
     "token_statistics",
+    "whiten",
 ]

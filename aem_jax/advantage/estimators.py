@@ -23,6 +23,7 @@ from aem_jax.advantage._checks import (
     static_count,
     take,
 )
+from aem_jax.advantage._segments import centred, over_deviation
 
 
 class Estimator(Protocol):
@@ -32,6 +33,23 @@ class Estimator(Protocol):
         self, returns: ArrayLike, group_ids: ArrayLike, num_groups: int, *, valid: ArrayLike | None = None
     ) -> jax.Array:
         """Advantage of each row, [N]; 0 for rows that are not valid."""
+        ...
+
+
+class Scope(Protocol):
+    """What `over_trajectories` and `over_turns` have in common."""
+
+    def __call__(
+        self,
+        estimator: Estimator,
+        returns: ArrayLike,
+        group_ids: ArrayLike,
+        num_groups: int,
+        response_trajectory: ArrayLike,
+        *,
+        valid: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Advantage of each response, [R]; 0 for those that take no part."""
         ...
 
 
@@ -67,13 +85,9 @@ def grpo(
     if ddof not in (0, 1):
         raise ValueError(f"expected ddof 0 or 1, got {ddof!r}")
     not_negative("eps", eps)
-    centred, count, group_ids = _centre(returns, group_ids, num_groups, valid)
-    squares = jax.ops.segment_sum(centred**2, group_ids, num_groups)
-    variance = squares / jnp.maximum(count - ddof, 1.0)
-    # The root of a variance of 0 has an infinite slope; the inner 1 keeps it out of gradients.
-    sigma = take(jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0), group_ids, 0.0)
-    # With eps = 0 a group of equal returns would be 0/0; its advantage is 0 whatever stands below.
-    return centred / jnp.where(sigma + eps > 0, sigma + eps, 1.0)
+    deviations, count, group_ids = _centre(returns, group_ids, num_groups, valid)
+    squares = jax.ops.segment_sum(deviations**2, group_ids, num_groups)
+    return over_deviation(deviations, take(squares / jnp.maximum(count - ddof, 1.0), group_ids, 0.0), eps)
 
 
 def dr_grpo(returns: ArrayLike, group_ids: ArrayLike, num_groups: int, *, valid: ArrayLike | None = None) -> jax.Array:
@@ -117,8 +131,8 @@ def rloo(returns: ArrayLike, group_ids: ArrayLike, num_groups: int, *, valid: Ar
     Raises:
         ValueError: on wrong shapes or dtypes, or ids known to lie outside [-1, num_groups).
     """
-    centred, count, group_ids = _centre(returns, group_ids, num_groups, valid)
-    return centred * take(count / jnp.maximum(count - 1.0, 1.0), group_ids, 0.0)
+    deviations, count, group_ids = _centre(returns, group_ids, num_groups, valid)
+    return deviations * take(count / jnp.maximum(count - 1.0, 1.0), group_ids, 0.0)
 
 
 def over_trajectories(
@@ -201,11 +215,6 @@ def _centre(
     group_ids = id_array("group_ids", group_ids, num_groups)
     one_axis("returns", returns)
     same_shape(returns=returns, group_ids=group_ids)
-    valid = members(group_ids, num_groups, valid)
-    # Measured from the group's lowest return, equal returns are exact zeros, and so are their advantages: a rounding
-    # error left in R − μ would be blown up by 1 / (σ + eps).
-    low = jax.ops.segment_min(jnp.where(valid, returns, jnp.inf), group_ids, num_groups)
-    above = jnp.where(valid, returns - take(low, group_ids, 0.0), 0.0)
-    count = jax.ops.segment_sum(valid.astype(returns.dtype), group_ids, num_groups)
-    mean = jax.ops.segment_sum(above, group_ids, num_groups) / jnp.maximum(count, 1.0)
-    return jnp.where(valid, above - take(mean, group_ids, 0.0), 0.0), count, group_ids
+    weights = members(group_ids, num_groups, valid).astype(returns.dtype)
+    count = jax.ops.segment_sum(weights, group_ids, num_groups)
+    return centred(returns, weights, group_ids, num_groups), count, group_ids

@@ -1,15 +1,10 @@
-"""From names and numbers to components. The tables that name the choices stand here and nowhere else."""
+"""From names and numbers to components. Names turn into functions here and in `algorithm.py`, and nowhere else."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 
-from aem_jax.advantage import dr_grpo, grpo, over_trajectories, over_turns, rloo
-from aem_jax.advantage.estimators import Estimator
 from aem_jax.batch import BatchLayout
-from aem_jax.credit import ResponseAdvantages
-from aem_jax.launch.config import AlgorithmConfig, ModelChoice, RunConfig
+from aem_jax.launch.config import ModelChoice, RunConfig
 from aem_jax.launch.overrides import ConfigError, nearest
 from aem_jax.launch.processes import expected
 from aem_jax.learner.config import LearnerConfig
@@ -17,20 +12,8 @@ from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy
 from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.sampler.layout import INT8_MERGES
 
-ESTIMATORS: Mapping[str, Callable[[AlgorithmConfig], Estimator]] = {
-    "grpo": lambda config: partial(grpo, ddof=config.ddof, eps=config.eps),
-    "dr_grpo": lambda config: dr_grpo,
-    "rloo": lambda config: rloo,
-}
 _NO_SIZES = ("name", "path")
 """Fields of `ModelChoice` that are no sizes."""
-
-SCOPES: Mapping[str, Callable] = {"trajectories": over_trajectories, "turns": over_turns}
-
-
-def response_advantages(config: AlgorithmConfig) -> ResponseAdvantages:
-    """The base advantage of each response."""
-    return partial(SCOPES[config.scope], ESTIMATORS[config.estimator](config))
 
 
 def model_config(choice: ModelChoice, vocab_size: int) -> ModelConfig:

@@ -1,6 +1,7 @@
 """What a run can be told: the components' own configs, composed. Nothing below the rim imports this.
 
-A choice is a name here and a function everywhere else; the tables that turn one into the other stand in `build.py`.
+A choice is a name here and a function everywhere else; the tables that turn one into the other stand in `algorithm.py`
+(advantages) and `build.py` (the rest).
 """
 
 # ruff: noqa: RUF009 (the configs that stand as defaults are frozen)
@@ -14,6 +15,7 @@ from aem_jax.envs.alfworld.env import AlfworldConfig
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.pool import PoolConfig
 from aem_jax.evaluate import EvaluationConfig
+from aem_jax.launch.algorithm import AlgorithmConfig
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.metrics import MetricsConfig
 from aem_jax.models.lora import LoraConfig
@@ -48,24 +50,6 @@ class ModelChoice:
     """Width of a head, if not the named one; even."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations and of weights as used, if not the named one; masters are float32 in any case."""
-
-
-@dataclass(frozen=True)
-class AlgorithmConfig:
-    """How returns become advantages."""
-
-    estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """Base advantage: grpo (centred and scaled in the group), dr_grpo (centred), rloo (against the others' mean)."""
-    ddof: Literal[0, 1] = 0
-    """grpo: 0 for the population's standard deviation, 1 for the sample's."""
-    eps: float = 1e-6
-    """grpo: added to the standard deviation, in units of reward; groups of close returns then count less."""
-    scope: Literal["trajectories", "turns"] = "trajectories"
-    """What a group's statistics are taken over: its trajectories, or its turns (long episodes then weigh more)."""
-
-    def __post_init__(self) -> None:
-        if self.eps < 0:
-            raise ValueError(f"expected algorithm.eps >= 0, got {self.eps}")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from aem_jax.data import task_groups
 from aem_jax.envs.protocol import EnvError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
 from aem_jax.launch import base, build, processes, record, runtime
+from aem_jax.launch.algorithm import response_advantages
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.stage import Stage, StoppedError, open_stage
@@ -260,7 +261,7 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
         rollout=stage.rollout,
         reshard=stage.reshard,
         collate=lambda found, step: place(collate(found, layout, seed=(config.seed, step)), stage.mesh),
-        credit=make_credit(build.response_advantages(config.algorithm), config.aem, num_groups, stage.mesh),
+        credit=make_credit(response_advantages(config.algorithm), config.aem, num_groups, stage.mesh),
         update=partial(make_update(stage.policy, config.learner, stage.mesh), frozen=stage.frozen),
         reference=_reference(stage, checkpoints),
         tasks=task_groups(stage.domain.training, num_groups, seed=config.seed, start=start),

@@ -6,7 +6,6 @@ As a script: `two_steps.py INDEX COUNT COORDINATOR OUT` is one process of such a
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from aem_jax.advantage import grpo, over_trajectories
+from aem_jax.advantage import grpo, of_returns, over_trajectories
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.credit import AemConfig, make_credit
 from aem_jax.envs.protocol import StepResult
@@ -73,7 +72,7 @@ def two_steps(mesh: Mesh, hosts: Hosts = ALONE, broken: Callable = lambda *_: Fa
         rollout=Rollout(sampler, ByteChat(), pool, ROLLOUT, hosts),
         reshard=make_reshard(POLICY, mesh),
         collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
-        credit=make_credit(partial(over_trajectories, grpo), AemConfig(), 4, mesh),
+        credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(), 4, mesh),
         update=make_update(POLICY, config, mesh),
         reference=None,
         tasks=iter([[Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]] * 2),

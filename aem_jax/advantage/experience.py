@@ -1,0 +1,103 @@
+"""What one step's responses earned, as a table: what estimators see that look at more than returns."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from aem_jax.advantage._checks import (
+    id_array,
+    mask_array,
+    members,
+    one_axis,
+    real_array,
+    same_shape,
+    static_count,
+    take,
+)
+from aem_jax.advantage.estimators import Estimator, Scope
+
+Array: TypeAlias = Any
+"""np.ndarray or jax.Array."""
+
+
+class Experience(NamedTuple):
+    """N trajectories and their R responses. Both tables may be longer than what is used of them.
+
+    A row that takes no part has no influence on the advantages of any other, but for the reward of an empty response
+    (`response_valid` False) of a trajectory that does: it was earned, so earlier responses may be credited with it.
+    Rows of padding have reward 0; their trajectory is then anything.
+    """
+
+    returns: Array
+    """float[N], undiscounted sum of the trajectory's rewards."""
+    group_ids: Array
+    """int[N], rollout group; -1 for none."""
+    valid: Array
+    """bool[N], which trajectories take part."""
+    response_trajectory: Array
+    """int[R], the trajectory that a response belongs to; -1 for none."""
+    response_turn: Array
+    """int[R], its turn, from 0."""
+    response_rewards: Array
+    """float[R], the reward that it earned."""
+    response_tokens: Array
+    """int[R], its length in tokens."""
+    response_anchor: Array
+    """int[R], in [0, R): equal for responses of one group to equal observations; -1 for none."""
+    response_valid: Array
+    """bool[R], which responses take part, if their trajectory does."""
+
+
+ResponseAdvantages = Callable[[Experience, int], jax.Array]
+"""(experience, num_groups) -> float[R], the base advantage of each response; 0 where it takes no part. `num_groups` is
+static."""
+
+
+def of_returns(scope: Scope, estimator: Estimator) -> ResponseAdvantages:
+    """Advantages that follow from trajectories' returns alone.
+
+        A = scope(estimator, returns, …)
+
+    Args:
+        scope: `over_trajectories` or `over_turns`: what the estimator's rows are.
+        estimator: `grpo`, `dr_grpo`, `rloo`, a partial of them, or one of yours.
+
+    Returns:
+        A function of an `Experience`.
+    """
+
+    def advantages(experience: Experience, num_groups: int) -> jax.Array:
+        spoken = jnp.where(mask_array("response_valid", experience.response_valid), experience.response_trajectory, -1)
+        return scope(estimator, experience.returns, experience.group_ids, num_groups, spoken, valid=experience.valid)
+
+    return advantages
+
+
+def response_groups(experience: Experience, num_groups: int) -> jax.Array:
+    """int[R], the rollout group of each response; -1 where it takes no part.
+
+    Raises:
+        ValueError: on wrong shapes or dtypes, or ids known to lie outside their tables.
+    """
+    num_groups = static_count("num_groups", num_groups)
+    group_ids = id_array("group_ids", experience.group_ids, num_groups)
+    returns, rewards = (real_array(name, getattr(experience, name)) for name in ("returns", "response_rewards"))
+    one_axis("returns", returns)
+    one_axis("response_rewards", rewards)
+    valid, spoken = (mask_array(name, getattr(experience, name)) for name in ("valid", "response_valid"))
+    trajectory = id_array("response_trajectory", experience.response_trajectory, returns.shape[0])
+    anchors = id_array("response_anchor", experience.response_anchor, rewards.shape[0])
+    turns, tokens = (jnp.asarray(getattr(experience, name)) for name in ("response_turn", "response_tokens"))
+    same_shape(returns=returns, group_ids=group_ids, valid=valid)
+    same_shape(
+        response_rewards=rewards,
+        response_trajectory=trajectory,
+        response_turn=turns,
+        response_tokens=tokens,
+        response_anchor=anchors,
+        response_valid=spoken,
+    )
+    taking_part = jnp.where(members(group_ids, num_groups, valid), group_ids, -1)
+    return jnp.where(spoken, take(taking_part, trajectory, -1), -1)
