@@ -4,6 +4,9 @@ A loss is `Σ_t w_t · ℓ_t` over the tokens of a minibatch. The weights are fi
 small table of responses, so the sum comes out the same however tokens are packed into rows and rows into microbatches:
 no mean is ever taken over what happens to lie in one array. An aggregation is a function from that table to weights.
 
+The ratio of a whole sequence (GSPO) is no token's own number, but one per sequence is all that it takes: log-ratios are
+summed per response, a table again, before any loss is computed.
+
 Left out: an entropy bonus (AEM moves entropy through the advantages), and means over masked arrays.
 """
 
@@ -31,14 +34,21 @@ class TokenLoss(NamedTuple):
 
 
 def clipped_policy_loss(
-    logprobs: ArrayLike, old_logprobs: ArrayLike, advantages: ArrayLike, *, clip_low: float, clip_high: float
+    logprobs: ArrayLike,
+    old_logprobs: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float = 0.0,
 ) -> TokenLoss:
     """PPO's clipped surrogate on token ratios (arXiv 1707.06347), with separate bounds as in DAPO (arXiv 2503.14476).
 
         ρ_t = exp(logp_t − logp_t^old)
         ℓ_t = −min( ρ_t A_t,  clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t )
 
-    Gradients flow through `logprobs` alone.
+    With a dual clip c (arXiv 1912.09729), ℓ_t = min(ℓ_t above, −c A_t) where A_t < 0: a bad token that became much
+    likelier would otherwise weigh as much as it likes. Gradients flow through `logprobs` alone.
 
     Args:
         logprobs: float[...], of the sampled tokens under the policy being trained, nats.
@@ -46,6 +56,7 @@ def clipped_policy_loss(
         advantages: float[...], same shape.
         clip_low: the ratio is clipped below at 1 − clip_low, in [0, 1].
         clip_high: the ratio is clipped above at 1 + clip_high, >= 0.
+        dual_clip: c, > 1; 0 for none.
 
     Returns:
         TokenLoss, float32 or wider.
@@ -53,14 +64,119 @@ def clipped_policy_loss(
     Raises:
         ValueError: on shapes that differ, dtypes that are not floating, or bounds out of range.
     """
+    logprobs, old_logprobs, advantages = _floats(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    log_ratio = _log_ratio(logprobs, jax.lax.stop_gradient(old_logprobs))
+    return _clipped(log_ratio, advantages, clip_low, clip_high, dual_clip)
+
+
+def sequence_policy_loss(
+    logprobs: ArrayLike,
+    sequence_log_ratio: ArrayLike,
+    advantages: ArrayLike,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float = 0.0,
+) -> TokenLoss:
+    """GSPO: the clipped surrogate on the ratio of the whole sequence that a token stands in (arXiv 2507.18071).
+
+        s = exp( 1/n Σ_t (logp_t − logp_t^old) )                over the n tokens of the sequence
+        ρ_t = s · exp(logp_t − sg[logp_t])                      sg: no gradient
+        ℓ_t = −min( ρ_t A_t,  clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t )
+
+    ρ_t is s in value, so all tokens of a sequence are clipped together. And the sum of ℓ_t has the gradient of GSPO's
+    own loss, in which s itself is differentiated. With one weight w and one advantage A for the sequence that loss is
+    L = Σ_t w ℓ = −n w s A (where the clip does not decide), and
+
+        ∂L/∂logp_u = −n w A · ∂s/∂logp_u = −n w A · s / n = −w s A = ∂(Σ_t w ℓ_t)/∂logp_u
+
+    GSPO's mean over sequences is w = 1 / (number of sequences · n): `response_mean`, or `trajectory_mean` for
+    sequences of all a trajectory's responses. Where advantages or weights differ inside a sequence (the responses of a
+    trajectory, after AEM), each token is credited with its own, not with the mean of its sequence: GSPO-token (§4.3 of
+    the paper). Each token's loss needs nothing but its own numbers and s, so it can be computed where its logits are.
+
+    Args:
+        logprobs: float[...], of the sampled tokens under the policy being trained, nats.
+        sequence_log_ratio: float[...], same shape, log s of each token's sequence under the same policy, nats
+            (`response_log_ratios`, `trajectory_log_ratios`); no gradient flows through it.
+        advantages: float[...], same shape.
+        clip_low: s is clipped below at 1 − clip_low, in [0, 1].
+        clip_high: s is clipped above at 1 + clip_high, >= 0.
+        dual_clip: c of `clipped_policy_loss`, > 1; 0 for none.
+
+    Returns:
+        TokenLoss, float32 or wider.
+
+    Raises:
+        ValueError: on shapes that differ, dtypes that are not floating, or bounds out of range.
+    """
+    logprobs, sequence, advantages = _floats(
+        logprobs=logprobs, sequence_log_ratio=sequence_log_ratio, advantages=advantages
+    )
+    sequence = jnp.clip(jax.lax.stop_gradient(sequence), -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return _clipped(sequence + (logprobs - jax.lax.stop_gradient(logprobs)), advantages, clip_low, clip_high, dual_clip)
+
+
+def _clipped(
+    log_ratio: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float, dual_clip: float
+) -> TokenLoss:
     if not 0 <= clip_low <= 1 or not clip_high >= 0:
         raise ValueError(f"expected clip_low in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}")
-    logprobs, old_logprobs, advantages = _floats(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    if dual_clip and not dual_clip > 1:
+        raise ValueError(f"expected dual_clip of 0 (off) or above 1, got {dual_clip}")
     advantages = jax.lax.stop_gradient(advantages)
-    ratio = jnp.exp(_log_ratio(logprobs, jax.lax.stop_gradient(old_logprobs)))
+    ratio = jnp.exp(log_ratio)
     free = ratio * advantages
     bounded = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
-    return TokenLoss(loss=-jnp.minimum(free, bounded), ratio=ratio, clipped=bounded < free)
+    loss, clipped = -jnp.minimum(free, bounded), bounded < free
+    if dual_clip:
+        most = jnp.where(advantages < 0, -dual_clip * advantages, jnp.inf)
+        loss, clipped = jnp.minimum(loss, most), clipped | (most < loss)
+    return TokenLoss(loss, ratio, clipped)
+
+
+SequenceRatio = Callable[[ArrayLike, ArrayLike, ArrayLike, int], jax.Array]
+"""(sums f32[R], response_tokens i32[R], response_trajectory i32[R], num_trajectories) -> f32[R], log s of the sequence
+that each response stands in, nats. `sums` are Σ_t (logp_t − logp_t^old) over the tokens of each response; a response
+without tokens is outside the minibatch, and gets 0."""
+
+
+def response_log_ratios(
+    sums: ArrayLike, response_tokens: ArrayLike, response_trajectory: ArrayLike, num_trajectories: int
+) -> jax.Array:
+    """The sequence is the response.
+
+        log s_r = Σ_{t of r} (logp_t − logp_t^old) / n_r
+
+    Args:
+        sums: float[R], of each response's log-ratios, nats.
+        response_tokens: int[R], n_r: tokens of each response; 0 for responses outside the minibatch.
+        response_trajectory: int[R], trajectory of each response.
+        num_trajectories: static size of the trajectory table.
+
+    Returns:
+        float32[R], nats; 0 where n_r = 0.
+
+    Raises:
+        ValueError: on shapes or dtypes that do not fit.
+    """
+    tokens, _, _ = _table(response_tokens, response_trajectory, num_trajectories)
+    return jnp.where(tokens > 0, _floats(sums=sums)[0] / jnp.maximum(tokens, 1.0), 0.0)
+
+
+def trajectory_log_ratios(
+    sums: ArrayLike, response_tokens: ArrayLike, response_trajectory: ArrayLike, num_trajectories: int
+) -> jax.Array:
+    """The sequence is all that the policy said in a trajectory.
+
+        log s_r = Σ_{t of all responses of r's trajectory} (logp_t − logp_t^old) / Σ_{r' of it} n_r'
+
+    Args, Returns and Raises as `response_log_ratios`.
+    """
+    tokens, lengths, trajectory = _table(response_tokens, response_trajectory, num_trajectories)
+    spoken = jnp.where(tokens > 0, _floats(sums=sums)[0], 0.0)
+    total = jax.ops.segment_sum(spoken, trajectory, num_trajectories)
+    return jnp.where(tokens > 0, (total / jnp.maximum(lengths, 1.0))[trajectory], 0.0)
 
 
 def truncated_importance(logprobs: ArrayLike, sampled_logprobs: ArrayLike, cap: float) -> jax.Array:

@@ -14,8 +14,11 @@ from aem_jax.losses import (
     constant_length,
     k1,
     k3,
+    response_log_ratios,
     response_mean,
+    sequence_policy_loss,
     token_mean,
+    trajectory_log_ratios,
     trajectory_mean,
     truncated_importance,
 )
@@ -49,6 +52,80 @@ def test_on_policy_gradient_is_the_policy_gradient():
     logprobs, advantages = jnp.array([-0.1, -2.0, -7.0]), jnp.array([1.0, -2.0, 0.0])
     gradient = jax.grad(lambda x: clipped_at_a_fifth(x, logprobs, advantages).loss.sum())(logprobs)
     np.testing.assert_allclose(gradient, -advantages)
+    bounds = {"clip_low": 3e-4, "clip_high": 4e-4}
+    gradient = jax.grad(lambda x: sequence_policy_loss(x, jnp.zeros(3), advantages, **bounds).loss.sum())(logprobs)
+    np.testing.assert_allclose(gradient, -advantages)
+
+
+def test_dual_clip_golden():
+    # ρ = 4, 2, 4, ½ with A = −1, −1, 2, −1; bounds 0.8 and 1.2, c = 3. Without c: 4, 2, −min(8, 2.4), max(0.5, 0.8).
+    # c cuts the first at 3, whose gradient is then 0; where A > 0 it says nothing.
+    old, ratio = jnp.full(4, -2.0), jnp.array([4.0, 2.0, 4.0, 0.5])
+    loss = functools.partial(clipped_at_a_fifth, dual_clip=3.0)
+    advantages = jnp.array([-1.0, -1, 2, -1])
+    token = loss(old + jnp.log(ratio), old, advantages)
+    np.testing.assert_allclose(token.loss, [3, 2, -2.4, 0.8], rtol=1e-6)
+    np.testing.assert_array_equal(token.clipped, [True, False, True, True])
+    gradient = jax.grad(lambda x: loss(x, old, advantages).loss.sum())(old + jnp.log(ratio))
+    np.testing.assert_allclose(gradient, [0, 2, 0, 0], rtol=1e-6)
+
+
+def test_sequence_loss_golden():
+    # log-ratios ln 2 and 0 in one sequence: s = √2 for both tokens, above 1.2; A = 1 is clipped, A = −1 is not.
+    # The other sequence has one token of ratio 1.1, inside the bounds.
+    logprobs, old = jnp.log(jnp.array([0.5, 0.25, 0.22])), jnp.log(jnp.array([0.25, 0.25, 0.2]))
+    s = response_log_ratios(jnp.array([np.log(2), np.log(1.1)]), np.array([2, 1]), np.array([0, 1]), 2)
+    sequence = s[jnp.array([0, 0, 1])]
+    loss = functools.partial(sequence_policy_loss, clip_low=0.2, clip_high=0.2)
+    for sign, expected in ((1.0, [-1.2, -1.2, -1.1]), (-1.0, [2**0.5, 2**0.5, 1.1])):
+        token = loss(logprobs, sequence, jnp.full(3, sign))
+        np.testing.assert_allclose(token.loss, expected, rtol=1e-6)
+        np.testing.assert_array_equal(token.clipped, [sign > 0, sign > 0, False])
+    # One token a sequence: the token's own ratio.
+    np.testing.assert_allclose(token.ratio[2], clipped_at_a_fifth(logprobs, old, logprobs).ratio[2], rtol=1e-6)
+
+
+def test_log_ratios_of_sequences_golden():
+    # Sums 1, 2, −4 of 2, 1, 4 tokens; responses 0 and 2 are of one trajectory; response 3 is outside the minibatch.
+    sums, tokens, trajectory = np.array([1.0, 2, -4, 9], np.float32), np.array([2, 1, 4, 0]), np.array([0, 1, 0, 0])
+    np.testing.assert_allclose(response_log_ratios(sums, tokens, trajectory, 2), [0.5, 2, -1, 0])
+    np.testing.assert_allclose(trajectory_log_ratios(sums, tokens, trajectory, 2), [-0.5, 2, -0.5, 0])
+
+
+@pytest.mark.parametrize("dual_clip", [0.0, 1.2])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_gradient_flows_through_the_sequence_s_ratio(whole, dual_clip):
+    """Against float64 differences of Σ w n · −min(s A, clip(s) A), s a function of the log-probabilities."""
+    rng, step = np.random.default_rng(5), 1e-6
+    tokens, trajectory = rng.integers(1, 5, 9).astype(np.int32), np.sort(rng.integers(0, 4, 9)).astype(np.int32)
+    response = np.repeat(np.arange(9), tokens)
+    sequence = trajectory[response] if whole else response
+    old = -rng.exponential(size=len(response))
+    logprobs = old + rng.normal(0, 0.4, len(response))
+    advantages, weights = (rng.normal(size=9)[sequence], rng.uniform(size=9)[sequence])
+
+    def slow(x):
+        total = 0.0
+        for q in set(sequence):
+            s, a = np.exp(np.mean((x - old)[sequence == q])), advantages[sequence == q][0]
+            loss = max(-s * a, -min(max(s, 0.95), 1.08) * a)
+            loss = min(loss, -dual_clip * a) if dual_clip and a < 0 else loss
+            total += weights[sequence == q].sum() * loss
+        return total
+
+    def ours(x):
+        f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+        sums = jax.ops.segment_sum(x - f32(old), response, 9)
+        level = trajectory_log_ratios if whole else response_log_ratios
+        s = level(sums, tokens, trajectory, 4)[response]
+        bounds = {"clip_low": 0.05, "clip_high": 0.08, "dual_clip": dual_clip}
+        return jnp.sum(f32(weights) * sequence_policy_loss(x, s, f32(advantages), **bounds).loss)
+
+    value, gradient = jax.value_and_grad(ours)(jnp.asarray(logprobs, jnp.float32))
+    assert float(value) == pytest.approx(slow(logprobs), rel=1e-5)
+    numeric = [(slow(logprobs + step * e) - slow(logprobs - step * e)) / (2 * step) for e in np.eye(len(old))]
+    np.testing.assert_allclose(gradient, numeric, rtol=1e-4, atol=1e-5)
+    assert 0 < np.sum(np.asarray(gradient) == 0) < len(old)
 
 
 def test_kl_estimators_golden():
@@ -193,6 +270,12 @@ ONES = jnp.ones(3)
         (lambda: clipped_policy_loss(ONES, ONES, ONES, clip_low=0.2, clip_high=-1), "clip_high >= 0, got 0.2 and -1"),
         (lambda: k1(ONES, ONES[:1]), "expected equal shapes"),
         (lambda: k3(ONES, ONES.astype(int)), "expected reference_logprobs of a floating dtype, got int32"),
+        (lambda: sequence_policy_loss(ONES, ONES[:2], ONES, clip_low=0.2, clip_high=0.2), "expected equal shapes"),
+        (
+            lambda: clipped_at_a_fifth(ONES, ONES, ONES, dual_clip=0.9),
+            r"expected dual_clip of 0 \(off\) or above 1, got 0.9",
+        ),
+        (lambda: response_log_ratios(ONES, TOKENS[:3] / 1.0, TRAJECTORY[:3], 3), "response_tokens of an integer dtype"),
         (lambda: constant_length(0), "expected length > 0, got 0"),
         (lambda: token_mean(TOKENS, TRAJECTORY[:2], 3), r"expected two tables of shape \[R\], got shapes \(4,\)"),
         (lambda: response_mean(TOKENS / 1.0, TRAJECTORY, 3), "expected response_tokens of an integer dtype"),

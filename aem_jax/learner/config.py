@@ -30,10 +30,16 @@ class LearnerConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
 
+    ratio: Literal["token", "response", "trajectory"] = "token"
+    """What is compared with the policy that sampled, and clipped: each token, or (GSPO) the geometric mean over a
+    response or over all that a trajectory says. response computes the head of sampled tokens once more, trajectory
+    takes one more forward pass for each optimizer step."""
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float = 0.0
+    """What is bad counts at most this many times, however likely it became (PPO's dual clip; 3 is usual); 0: off."""
     importance_cap: float = 0.0
     """Corrects for a sampler whose policy differs from the learner's (--sampling.weights int8): each token's loss is
     weighted by min(learner's probability / sampler's, cap), 2 is usual, and the clipped ratio is then to the learner's
@@ -66,6 +72,13 @@ class LearnerConfig:
             raise ValueError(f"expected clip_low in [0, 1] and clip_high ≥ 0, got {self.clip_low} and {self.clip_high}")
         if self.importance_cap and not self.importance_cap >= 1:
             raise ValueError(f"expected importance_cap of 0 (off) or at least 1, got {self.importance_cap}")
+        if self.importance_cap and self.ratio != "token":
+            raise ValueError(
+                f"expected importance_cap 0 with ratio {self.ratio}, got {self.importance_cap}: the cap weights tokens "
+                "one by one, and a sequence has one ratio for all; take ratio token, or do without the cap"
+            )
+        if self.dual_clip and not self.dual_clip > 1:
+            raise ValueError(f"expected dual_clip of 0 (off) or above 1, got {self.dual_clip}")
         for name in ("warmup_steps", "total_steps", "weight_decay", "kl_coefficient"):
             if getattr(self, name) < 0:
                 raise ValueError(f"expected {name} ≥ 0, got {getattr(self, name)}")

@@ -78,7 +78,13 @@ def row_statistics(
 
 
 def row_loss(
-    policy: TrainablePolicy, params: Params, rows: Rows, tokens: Tokens, objective: Objective, how: Computation
+    policy: TrainablePolicy,
+    params: Params,
+    rows: Rows,
+    tokens: Tokens,
+    objective: Objective,
+    how: Computation,
+    sequence: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Measures]:
     """A loss of the sampled tokens' log-probabilities, differentiable in the parameters.
 
@@ -91,14 +97,20 @@ def row_loss(
         tokens: what the loss knows of each token, [b, T]; mask is False outside responses.
         objective: a sum over tokens, of which each looks at its own numbers alone.
         how: how it is computed.
+        sequence: (logprobs, logprobs as sampled, response ids), [b, T] each in one order of its own, -> f32[b, T], what
+            `tokens.sequence` is to be. It takes the head of all sampled tokens, without gradient, before the loss.
 
     Returns:
         (loss f32[], measures); no gradient flows through the measures.
     """
     front = _Front(rows)
     hidden = front.hidden(policy.hidden(params, *rows[:3], how.remat, how.constrain, how.attention))
-    arguments = policy.head(params), hidden, front(rows.tokens), jax.tree.map(front, tokens)
-    return head_loss(objective, how.temperature, how.head_chunk, *arguments)
+    head, targets, tokens = policy.head(params), front(rows.tokens), jax.tree.map(front, tokens)
+    if sequence is not None:
+        settings = {"temperature": how.temperature, "chunk": how.head_chunk}
+        logprobs, _ = head_statistics(*jax.lax.stop_gradient((head, hidden)), targets, tokens.mask, **settings)
+        tokens = tokens._replace(sequence=sequence(logprobs, tokens.logprobs, front(rows.response_ids)))
+    return head_loss(objective, how.temperature, how.head_chunk, head, hidden, targets, tokens)
 
 
 class _Front:

@@ -17,6 +17,7 @@ from aem_jax.losses import (
     constant_length,
     k3,
     response_mean,
+    sequence_policy_loss,
     token_mean,
     trajectory_mean,
     truncated_importance,
@@ -34,6 +35,7 @@ class Tokens(NamedTuple):
         reference: f32, log-probability under the reference policy, nats; None without one.
         before: f32, log-probability under the learner's policy before the update, nats; None where that is the present
             one, or nobody asks.
+        sequence: f32, log-ratio of the sequence that the token stands in, nats; None where each has its own.
     """
 
     mask: jax.Array
@@ -42,6 +44,7 @@ class Tokens(NamedTuple):
     advantages: Any
     reference: Any
     before: Any = None
+    sequence: Any = None
 
 
 class Measures(NamedTuple):
@@ -75,9 +78,9 @@ def supervised_objective() -> Objective:
 
 
 def policy_objective(config: LearnerConfig) -> Objective:
-    """Clipped token ratio, and the KL to the reference if there is one.
+    """Clipped ratio, and the KL to the reference if there is one.
 
-    ρ_t = exp(logp_t − logp_t as sampled)
+    ρ_t = exp(logp_t − logp_t as sampled), or the ratio of the token's sequence (`sequence_policy_loss`)
     L = Σ_t w_t · [ −min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t) + β · k3_t ]
 
     With an importance cap c the two things that the ratio does are told apart: it compares with the learner's own
@@ -88,6 +91,7 @@ def policy_objective(config: LearnerConfig) -> Objective:
     L = Σ_t w_t · min(exp(logp_t before − logp_t as sampled), c) · [ … ]
     """
     cap = config.importance_cap
+    bounds = {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip}
 
     def objective(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Measures]:
         mask = tokens.mask
@@ -95,9 +99,10 @@ def policy_objective(config: LearnerConfig) -> Objective:
         top = lambda x: jnp.max(x, where=mask, initial=0.0)  # noqa: E731
         before = jax.lax.stop_gradient(logprobs) if tokens.before is None else tokens.before
         old = before if cap else tokens.logprobs
-        token = clipped_policy_loss(
-            logprobs, old, tokens.advantages, clip_low=config.clip_low, clip_high=config.clip_high
-        )
+        if tokens.sequence is None:
+            token = clipped_policy_loss(logprobs, old, tokens.advantages, **bounds)
+        else:
+            token = sequence_policy_loss(logprobs, tokens.sequence, tokens.advantages, **bounds)
         loss = token.loss
         sums = {"clip_share": total(token.clipped), "ratio_mean": total(token.ratio)}
         if tokens.reference is not None:

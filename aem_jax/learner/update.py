@@ -7,7 +7,7 @@
 The policy's update and the supervised one differ by the objective alone. There is no old-policy pass: `batch.logprobs`
 are those of the sampler, and `parity_max` measures in every step that the learner agrees with them. Where it is known
 not to (int8 weights, `importance_cap`), the first optimizer step has the old policy at hand; only further ones make a
-pass for it.
+pass for it. The ratio of whole sequences is measured before the loss that needs it: see `sequence.py`.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.forward import REMAT, Computation, Rows, row_loss, row_statistics
 from aem_jax.learner.objective import AGGREGATIONS, Objective, Tokens, policy_objective, supervised_objective
 from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
+from aem_jax.learner.sequence import LEVELS, Level, response_sums
 from aem_jax.learner.state import Params, TrainablePolicy, TrainState, abstract_state
 from aem_jax.models.kernels import make_row_attention
 from aem_jax.sharding import TRAIN, partition, replicated
@@ -51,7 +52,7 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> C
             parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats;
             tokens (sampled, of the batch), skipped (optimizer steps left out: no token, or a gradient not finite).
     """
-    step = _make_step(policy, config, mesh, policy_objective(config))
+    step = _make_step(policy, config, mesh, policy_objective(config), LEVELS[config.ratio])
 
     def update(
         state: TrainState,
@@ -137,7 +138,9 @@ def _at(packed: jax.Array, m: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(packed, m, keepdims=False)
 
 
-def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objective: Objective):
+def _make_step(
+    policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objective: Objective, level: Level | None = None
+):
     """(state, batch, advantages, reference, frozen) -> (state, stats), to be jitted."""
     aggregate = AGGREGATIONS[config.aggregation](config)
     optimizer = make_optimizer(config, policy.axes)
@@ -148,7 +151,25 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
         """(gradient, loss, Measures) of one minibatch, and its number of tokens."""
         inside = batch.response_valid & (batch.trajectory_minibatch[batch.response_trajectory] == minibatch)
         response_tokens = jnp.where(inside, batch.response_tokens, 0)
-        weights = aggregate(response_tokens, batch.response_trajectory, batch.valid.shape[0])
+        table = response_tokens, batch.response_trajectory, batch.valid.shape[0]
+        weights = aggregate(*table)
+        ends = batch.minibatch_ends
+        start, end = jnp.where(minibatch > 0, ends[minibatch - 1], 0), ends[minibatch]
+
+        def log_ratios(logprobs, sampled, response_ids):
+            """log s of each token's sequence, from the sequence's own rows."""
+            assert level is not None
+            sums = response_sums(logprobs, sampled, response_ids, response_tokens.shape[0])
+            return token_advantages(level.log_ratios(sums, *table), response_ids)  # a gather again
+
+        def add_sums(m, sums):
+            rows, whole = _rows(batch, m), params if frozen is None else (params, frozen)
+            logprobs, _ = row_statistics(policy, whole, rows, _computation(config, mesh))
+            return sums + response_sums(logprobs, _at(batch.logprobs, m), rows.response_ids, sums.shape[0])
+
+        found = None  # log s of each response's sequence, where it takes a pass of its own
+        if level is not None and not level.in_one_row:
+            found = level.log_ratios(jax.lax.fori_loop(start, end, add_sums, jnp.zeros(weights.shape)), *table)
 
         def part(params, m):
             rows = _rows(batch, m)
@@ -160,9 +181,11 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
                 advantages=None if advantages is None else _at(advantages, m),
                 reference=None if reference is None else _at(reference, m),
                 before=None if before is None else _at(before, m),
+                sequence=None if found is None else token_advantages(found, rows.response_ids),
             )
             whole = params if frozen is None else (params, frozen)
-            return row_loss(policy, whole, rows, tokens, objective, _computation(config, mesh))
+            sequence = log_ratios if level is not None and level.in_one_row else None
+            return row_loss(policy, whole, rows, tokens, objective, _computation(config, mesh), sequence)
 
         def accumulate(m, total):
             (loss, measures), gradient = jax.value_and_grad(part, has_aux=True)(params, m)
@@ -175,9 +198,7 @@ def _make_step(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objec
         _, measures = jax.eval_shape(part, params, jnp.int32(0))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (params, jnp.float32(0), measures))
         zeros = (constrain(zeros[0]), *zeros[1:])
-        ends = batch.minibatch_ends
-        start = jnp.where(minibatch > 0, ends[minibatch - 1], 0)
-        total = jax.lax.fori_loop(start, ends[minibatch], accumulate, zeros)
+        total = jax.lax.fori_loop(start, end, accumulate, zeros)
         return *total, jnp.sum(response_tokens).astype(jnp.float32)
 
     def step(state: TrainState, batch: Batch, advantages, reference, frozen) -> tuple[TrainState, Stats]:

@@ -238,6 +238,8 @@ def test_closed_forms_by_hand():
     assert learn_flops(work) == 4 * forward + head - down
     assert learn_flops(replace(work, remat="none")) == 3 * forward + attention / 2 + head
     # in blocks of 16 of 64 queries the mean query is shown 40 keys
+    assert learn_flops(replace(work, ratio="response")) == learn_flops(work) + head / 3
+    assert learn_flops(replace(work, ratio="trajectory")) == learn_flops(work) + forward + head / 3
     assert learn_flops(work, 16) == 4 * (forward - attention * 24 / 64) + head - down
     found = memory(work, MeshConfig(1, 2, 2))
     count = model.num_parameters

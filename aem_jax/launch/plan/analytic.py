@@ -51,7 +51,8 @@ def token_flops(model: ModelConfig, row_length: int, of_matrices: float = 6.0) -
 def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> float:
     """FLOPs of learning one token as it is done: attention by blocks of queries, and what is computed twice.
 
-    The scores of attention always are, everything inside layers if remat says so.
+    The scores of attention always are, everything inside layers if remat says so; a sequence's ratio takes its head, or
+    its whole forward pass, once more.
 
     Args:
         work: the run's sizes.
@@ -69,7 +70,8 @@ def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> floa
     backward = KERNELS[kernel].backward
     if kernel == "xla" and work.remat != "none":
         backward -= 0.5  # where a layer is computed again its scores are there when they are needed
-    whole = 3.0 * matrices + (1.0 + backward) * attention + again + 3.0 * head
+    ratio = {"token": 0.0, "response": head, "trajectory": matrices + attention + head}[work.ratio]
+    whole = 3.0 * matrices + (1.0 + backward) * attention + again + 3.0 * head + ratio
     return whole - (matrices + head) * (work.lora.rank > 0)  # frozen weights have no gradient
 
 

@@ -34,6 +34,7 @@ class Workload:
         extend_chunk: tokens that one call appends.
         head_chunk: positions of a row whose logits exist at one time.
         remat: what the backward pass computes again.
+        ratio: of which the loss is, and which is measured before it: of tokens, responses or trajectories.
         reference: whether a reference policy lies beside the learner's.
         moments: bytes that Adam keeps of each trained parameter.
         lora: adapters, of which alone there are masters; of rank 0 if all is trained.
@@ -52,6 +53,7 @@ class Workload:
     extend_chunk: int
     head_chunk: int
     remat: str
+    ratio: str
     reference: bool
     moments: int
     lora: LoraConfig
@@ -110,6 +112,7 @@ def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | N
         extend_chunk=max(rollout.extend_buckets),
         head_chunk=learner.head_chunk,
         remat=learner.remat,
+        ratio=learner.ratio,
         reference=learner.kl_coefficient > 0 and not build.reference_is_base(config),
         moments=MOMENTS[learner.moments],
         lora=config.lora,
