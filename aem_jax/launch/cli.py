@@ -44,10 +44,9 @@ def main(words: Sequence[str]) -> int:
 
 def _train(words: Sequence[str]) -> int:
     from aem_jax.launch.options import apply, run_name
-    from aem_jax.launch.preset import DEFAULT, read_preset
 
     options = _options(words, "train")
-    preset = read_preset(_one_word(options, "preset", DEFAULT))
+    preset = _preset(options)
     if "help" in options:
         return _help(preset, "train", f"{COMMANDS['train'].help}\n\n{_overview()}")
     config = apply(preset, options)
@@ -67,9 +66,7 @@ def _train(words: Sequence[str]) -> int:
 def _evaluate(words: Sequence[str]) -> int:
     options = _options(words, "evaluate")
     if "help" in options:
-        from aem_jax.launch.preset import DEFAULT, read_preset
-
-        return _help(read_preset(_one_word(options, "preset", DEFAULT)), "evaluate", COMMANDS["evaluate"].help)
+        return _help(_preset(options), "evaluate", COMMANDS["evaluate"].help)
     config = _trained(options)
 
     from aem_jax.launch.build import check
@@ -86,9 +83,7 @@ def _export(words: Sequence[str]) -> int:
 
     names, options = split(words)
     if "help" in options:
-        from aem_jax.launch.preset import DEFAULT, read_preset
-
-        return _help(read_preset(DEFAULT), "export FOLDER", COMMANDS["export"].help)
+        return _help(_preset({}), "export FOLDER", COMMANDS["export"].help)
     if len(names) != 1:
         raise ConfigError(f"expected one folder to write to, got {len(names)}; export FOLDER --name RUN")
     from aem_jax.launch.overrides import read
@@ -107,10 +102,9 @@ def _export(words: Sequence[str]) -> int:
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
     """The config of a run that is there: its own, not the preset as it may be by now, with the options in place."""
     from aem_jax.launch.options import apply, run_name
-    from aem_jax.launch.preset import DEFAULT, read_preset
     from aem_jax.launch.record import load
 
-    asked = apply(read_preset(_one_word(options, "preset", DEFAULT)), options)
+    asked = apply(_preset(options), options)
     folder = Path(asked.runs_dir) / run_name(asked, options)
     config = apply(load(folder), options)
     return replace(config, name=folder.name, runs_dir=asked.runs_dir)
@@ -139,21 +133,23 @@ def _bench(words: Sequence[str]) -> int:
 def _plan(words: Sequence[str]) -> int:
     from aem_jax.launch.options import apply
     from aem_jax.launch.plan import plan_config, run
-    from aem_jax.launch.preset import DEFAULT, read_preset
 
     options = _options(words, "plan")
-    config = plan_config(read_preset(_one_word(options, "preset", DEFAULT)))
+    config = plan_config(_preset(options))
     if "help" in options:
         return _help(config, "plan", COMMANDS["plan"].help)
     return run(apply(config, options), options)
 
 
 def _presets(words: Sequence[str]) -> int:
-    from aem_jax.launch.preset import describe_preset, preset_names
+    from aem_jax.launch.preset import algorithm_names, describe_preset, preset_names
 
     if words:
         raise ConfigError(f"expected nothing after presets, got {' '.join(words)!r}")
     for name in preset_names():
+        print(f"{name:22} {describe_preset(name)}")
+    print("\nalgorithms, each to go with one of these (--preset alfworld-tiny gspo):")
+    for name in algorithm_names():
         print(f"{name:22} {describe_preset(name)}")
     return 0
 
@@ -193,11 +189,14 @@ def _options(words: Sequence[str], command: str) -> dict[str, list[str]]:
     return options
 
 
-def _one_word(options: dict[str, list[str]], name: str, default: str) -> str:
-    words = options.pop(name, [default])
-    if len(words) != 1:
-        raise ConfigError(f"--{name}: expected one value, got {len(words)}")
-    return words[0]
+def _preset(options: dict[str, list[str]]) -> "RunConfig":
+    """What the presets say that the options name, or the default one; takes that option out."""
+    from aem_jax.launch.preset import read_preset
+
+    names = options.pop("preset", None)
+    if names == []:
+        raise ConfigError("--preset: expected one or more names, got nothing; `presets` lists them")
+    return read_preset(*names or ())
 
 
 def _help(default: object, usage: str, description: str) -> int:

@@ -140,7 +140,7 @@ class RunConfig:
     runs_dir: str = "runs"
     """Folder of all runs."""
     preset: str = ""
-    """Preset to begin from: a name (`python -m aem_jax.launch presets`) or the path of a TOML file."""
+    """Presets to begin from, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
     seed: int = 0
     """Seed of everything random: weights, games, sampling."""
     environment: Literal["alfworld"] = "alfworld"

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from aem_jax.launch.config import RunConfig, is_harmless
 from aem_jax.launch.overrides import ConfigError, annotations, override, read, unknown
+from aem_jax.launch.preset import SEPARATOR
 
 Config = TypeVar("Config")
 Options = dict[str, list[str]]
@@ -57,7 +58,7 @@ def apply(config: Config, options: Options) -> Config:
 
 
 def run_name(config: RunConfig, options: Mapping[str, Sequence[str]]) -> str:
-    """The name of a run: as given, else its preset's and each change that makes it another run.
+    """The name of a run: as given, else its presets' and each change that makes it another run.
 
     `--aem.strength 0` of the preset alfworld-tiny is `alfworld-tiny-aem.strength-0`, so that it and the preset as it is
     do not meet in one folder, and the same command finds the same run.
@@ -74,7 +75,8 @@ def run_name(config: RunConfig, options: Mapping[str, Sequence[str]]) -> str:
     changes = [
         "-".join([name.replace("_", "-"), *words]) for name, words in sorted(options.items()) if not is_harmless(name)
     ]
-    name = re.sub(r"[^\w.+=-]+", "_", "-".join([Path(config.preset).name.removesuffix(".toml"), *changes]))
+    presets = [Path(each).name.removesuffix(".toml") for each in config.preset.split(SEPARATOR)]
+    name = re.sub(r"[^\w.+=-]+", "_", "-".join([*presets, *changes]))
     if len(name) > _LONGEST_NAME:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{name[: _LONGEST_NAME - 9]}-{digest}"

@@ -8,7 +8,7 @@ from aem_jax.launch import build
 from aem_jax.launch.config import BatchConfig, ModelChoice, RunConfig
 from aem_jax.launch.options import apply, split
 from aem_jax.launch.overrides import ConfigError
-from aem_jax.launch.preset import DEFAULT, preset_names, read_preset
+from aem_jax.launch.preset import DEFAULT, algorithm_names, preset_names, read_preset
 from aem_jax.sharding import MeshConfig
 
 
@@ -57,7 +57,8 @@ def test_the_warm_start_has_its_own_schedule():
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_hold_together(name: str):
-    build.check(read_preset(name))
+    for names in ((name,), *((name, algorithm) for algorithm in algorithm_names())):
+        build.check(read_preset(*names))
 
 
 @pytest.mark.parametrize(

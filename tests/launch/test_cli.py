@@ -11,7 +11,7 @@ from aem_jax.launch import cli, record
 from aem_jax.launch.config import RunConfig, is_harmless
 from aem_jax.launch.options import apply, run_name, split
 from aem_jax.launch.overrides import ConfigError, annotations, as_values
-from aem_jax.launch.preset import DEFAULT, describe_preset, preset_names, read_preset
+from aem_jax.launch.preset import DEFAULT, algorithm_names, describe_preset, preset_names, read_preset
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,6 +90,12 @@ def test_the_last_of_an_option_given_twice_counts():
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["--preset", "alfword-tiny"], "unknown preset 'alfword-tiny'; did you mean 'alfworld-tiny'?"),
         (["--preset", "no/such.toml"], "no preset file no/such.toml; presets are"),
+        (["--preset", "alfworld-tiny", "gpso"], "unknown preset 'gpso'; did you mean 'gspo'?"),
+        (["--preset", "--seed", "1"], "--preset: expected one or more names, got nothing"),
+        (
+            ["--preset", "gspo", "--learner.importance-cap", "2"],
+            "--learner.ratio: expected importance_cap 0 with ratio response",
+        ),
         (["--aem.strenght", "0"], "unknown field --aem.strenght; did you mean --aem.strength?"),
         (["--strength", "0"], "unknown field --strength; did you mean --aem.strength?"),
         (
@@ -152,7 +158,7 @@ def test_help_explains_every_field_with_the_preset_s_defaults(capsys):
     text = capsys.readouterr().out
     for name in annotations(RunConfig):
         assert f"--{name.replace('_', '-')}" in text
-    assert "(default: alfworld-tiny)" in text
+    assert "(default: alfworld-tiny)" in " ".join(text.replace("│", " ").split())
     for command in cli.COMMANDS:
         assert command in text
 
@@ -210,11 +216,51 @@ def test_every_preset_is_sound_and_says_what_it_is():
     for name in preset_names():
         assert read_preset(name).preset == name
         assert describe_preset(name)
+    for name in algorithm_names():
+        assert read_preset(name).preset == f"{DEFAULT} + {name}"
+        assert describe_preset(name)
 
 
 def test_presets_are_listed(capsys):
     assert cli.main(["presets"]) == 0
-    assert DEFAULT in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    for name in preset_names() + algorithm_names():
+        assert f"\n{name} " in f"\n{listed}"
+
+
+def test_an_algorithm_goes_with_any_environment(trained, tmp_path: Path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text("seed = 3\n[learner]\nclip_low = 0.5\nlearning_rate = 0.25\n")
+    assert cli.main(["--preset", str(mine), "gspo", "--learner.clip-high", "0.1"]) == 0
+    assert cli.main(["--preset", "gspo"]) == cli.main(["--preset", "gspo", str(mine)]) == 0
+    composed, alone, other_way = trained
+    assert (composed.seed, composed.learner.learning_rate) == (3, 0.25)
+    assert (composed.learner.ratio, composed.learner.clip_low, composed.learner.clip_high) == ("response", 3e-4, 0.1)
+    assert composed.name == "mine-gspo-learner.clip-high-0.1"
+    assert (alone.preset, alone.name) == ("alfworld-tiny + gspo", "alfworld-tiny-gspo")
+    assert alone.rollout == read_preset(DEFAULT).rollout
+    assert other_way.learner.clip_low == 0.5  # the last has the last word
+
+
+ESTIMATORS_READ = {
+    "grpo": {"scope", "ddof"},
+    "dr_grpo": {"scope"},
+    "rloo": {"scope"},
+    "reinforce++": {"gamma", "whiten", "ddof"},
+    "reinforce++-baseline": {"gamma", "whiten", "ddof", "scope"},
+    "gigpo": {"gamma", "scope", "ddof", "step_weight", "scale"},
+}
+
+
+def test_nothing_is_left_of_an_algorithm_under_another():
+    for name in algorithm_names():
+        alone = read_preset(DEFAULT, name)
+        for other in algorithm_names():
+            over = read_preset(DEFAULT, other, name)
+            for field in ("ratio", "clip_low", "clip_high", "dual_clip", "aggregation"):
+                assert getattr(alone.learner, field) == getattr(over.learner, field), (name, other, field)
+            for field in {"estimator"} | ESTIMATORS_READ[alone.algorithm.estimator]:
+                assert getattr(alone.algorithm, field) == getattr(over.algorithm, field), (name, other, field)
 
 
 def test_a_change_that_matters_names_another_run():
