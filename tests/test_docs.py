@@ -1,6 +1,8 @@
 """The pages say what is so: what they link to is there, and the code that a link names is in that file."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -23,4 +25,36 @@ def test_code_is_where_the_page_says(page: Path):
         name = label.strip("`")
         if target.endswith(".py") and name.isidentifier():
             source = (page.parent / target).read_text()
-            assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE), f"{page.name}: no {name} in {target}"
+            defined = rf"^(?:(?:def|class) {name}\b|{name}(?:: [^=\n]+)? = )"
+            assert re.search(defined, source, re.MULTILINE), f"{page.name}: no {name} in {target}"
+
+
+def test_an_estimator_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch):
+    """The walk-through of docs/algorithms.md, done: function and line put where it says, then its own test."""
+    from aem_jax.launch.overrides import override
+
+    page = (REPOSITORY / "docs" / "algorithms.md").read_text().partition("## Adding an estimator")[2]
+    function, line, check = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    assert line.count("\n") == 1
+    source = (REPOSITORY / "aem_jax" / "launch" / "algorithm.py").read_text()
+    table = re.search(r"^ESTIMATORS: .* = \{\n", source, re.MULTILINE)
+    assert table
+    source = source[: table.start()] + function + table[0] + line + source[table.end() :]
+    module = types.ModuleType("walk_through")
+    monkeypatch.setitem(sys.modules, "walk_through", module)
+    exec(compile(source, "walk_through", "exec"), module.__dict__)
+    exec("from aem_jax.advantage import Experience\n" + check, module.__dict__)
+    asked = override(module.AlgorithmConfig(), {"estimator": "against_best", "scope": "turns"})
+    assert asked.estimator == "against_best"
+    with pytest.raises(ValueError, match="did you mean 'against_best'"):
+        override(asked, {"estimator": "against_bset"})
+
+
+def test_every_estimator_and_preset_is_in_the_table():
+    from aem_jax.launch.algorithm import ESTIMATORS
+    from aem_jax.launch.preset import algorithm_names, read_preset
+
+    rows = [line.split("|") for line in (REPOSITORY / "docs" / "algorithms.md").read_text().splitlines() if "|" in line]
+    documented = {row[5].strip(" `") for row in rows if len(row) == 7}
+    assert set(algorithm_names()) <= documented
+    assert {read_preset(name).algorithm.estimator for name in algorithm_names()} == set(ESTIMATORS)
