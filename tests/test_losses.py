@@ -81,6 +81,10 @@ def test_sequence_loss_golden():
         token = loss(logprobs, sequence, jnp.full(3, sign))
         np.testing.assert_allclose(token.loss, expected, rtol=1e-6)
         np.testing.assert_array_equal(token.clipped, [sign > 0, sign > 0, False])
+    # Advantages that differ inside a sequence (AEM over a trajectory): to each token its own, −s A.
+    free = functools.partial(sequence_policy_loss, clip_low=1.0, clip_high=9.0)
+    gradient = jax.grad(lambda x: free(x, sequence, jnp.array([1.0, 2, -1])).loss.sum())(logprobs)
+    np.testing.assert_allclose(gradient, [-(2**0.5), -2 * 2**0.5, 1.1], rtol=1e-6)
     # One token a sequence: the token's own ratio.
     np.testing.assert_allclose(token.ratio[2], clipped_at_a_fifth(logprobs, old, logprobs).ratio[2], rtol=1e-6)
 
