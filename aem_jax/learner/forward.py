@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aem_jax.learner.head import head_loss, head_statistics
+from aem_jax.learner.head import HeadLayout, head_loss, head_statistics
 from aem_jax.learner.objective import Measures, Objective, Tokens
 from aem_jax.learner.state import Params, TrainablePolicy
 from aem_jax.models.attention import RowAttention, row_attention
@@ -44,6 +44,7 @@ class Computation(NamedTuple):
         remat: what to keep of each layer for the backward pass (`REMAT`).
         constrain: says where hidden states [b, T, D] lie on the mesh.
         attention: of the rows.
+        head: where the head and its gradient lie on the mesh while its logits are taken.
     """
 
     temperature: float
@@ -51,6 +52,7 @@ class Computation(NamedTuple):
     remat: Callable[..., Any] | None = None
     constrain: Callable[[jax.Array], jax.Array] | None = None
     attention: RowAttention = row_attention
+    head: HeadLayout = HeadLayout()
 
 
 def row_statistics(
@@ -70,8 +72,8 @@ def row_statistics(
         (logprobs, entropies) f32[b, T], nats, 0 outside responses. For numbers alone: a gradient takes `row_loss`.
     """
     front = _Front(rows)
-    hidden = front.hidden(policy.hidden(params, *rows[:3], how.remat, how.constrain, how.attention))
-    settings = {"temperature": how.temperature, "chunk": how.head_chunk}
+    hidden = _hidden(policy, params, rows, front, how)
+    settings = {"temperature": how.temperature, "chunk": how.head_chunk, "layout": how.head}
     targets, active = front(rows.tokens), front(rows.response_ids >= 0)
     logprobs, entropies = head_statistics(policy.head(params), hidden, targets, active, **settings)
     return front.back(logprobs), front.back(entropies)
@@ -104,13 +106,19 @@ def row_loss(
         (loss f32[], measures); no gradient flows through the measures.
     """
     front = _Front(rows)
-    hidden = front.hidden(policy.hidden(params, *rows[:3], how.remat, how.constrain, how.attention))
+    hidden = _hidden(policy, params, rows, front, how)
     head, targets, tokens = policy.head(params), front(rows.tokens), jax.tree.map(front, tokens)
     if sequence is not None:
-        settings = {"temperature": how.temperature, "chunk": how.head_chunk}
+        settings = {"temperature": how.temperature, "chunk": how.head_chunk, "layout": how.head}
         logprobs, _ = head_statistics(*jax.lax.stop_gradient((head, hidden)), targets, tokens.mask, **settings)
         tokens = tokens._replace(sequence=sequence(logprobs, tokens.logprobs, front(rows.response_ids)))
-    return head_loss(objective, how.temperature, how.head_chunk, head, hidden, targets, tokens)
+    return head_loss(objective, how.temperature, how.head_chunk, how.head, head, hidden, targets, tokens)
+
+
+def _hidden(policy: TrainablePolicy, params: Params, rows: Rows, front: "_Front", how: Computation) -> jax.Array:
+    """[b, T, D], the positions that predict a sampled token first."""
+    hidden = front.hidden(policy.hidden(params, *rows[:3], how.remat, how.constrain, how.attention))
+    return hidden if how.constrain is None else how.constrain(hidden)
 
 
 class _Front:

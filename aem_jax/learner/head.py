@@ -6,10 +6,16 @@ A loss that looks at one token's log-probability at a time has the gradient, in 
 
 which is known as soon as z is: so a chunk's gradients are taken while its logits are there. Going back through the
 chunks later would compute every one of them a second time.
+
+On several devices the chunks' loop moves nothing over data and fsdp: the head is gathered before it, each device adds
+up the loss, the measures and the head's gradient of its own rows, and what they found is summed after it. (What a
+vocabulary split over tensor takes, a few numbers a token, stays inside.) Left to itself the partitioner gathers the
+head and sums its gradient in every chunk.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +26,37 @@ from aem_jax.learner.objective import Measures, Objective, Tokens
 Array = jax.Array
 
 
+def _as_is(x: Array) -> Array:
+    return x
+
+
+class HeadLayout(NamedTuple):
+    """Where the head, its gradient and sums over rows lie while the loop over chunks runs; by default on one device.
+
+    Attributes:
+        shards: into how many parts the rows are split, each on devices of its own; it divides their number.
+        whole: says that every device has all of the head [D, V], but for a split of V.
+        apart: says of an array [shards, …] of one number for each part that it lies with that part's rows.
+        apart_head: the same of the parts' gradients of the head [shards, D, V].
+        gradient: says where the head's gradient [D, V] lies at last.
+    """
+
+    shards: int = 1
+    whole: Callable[[Array], Array] = _as_is
+    apart: Callable[[Array], Array] = _as_is
+    apart_head: Callable[[Array], Array] = _as_is
+    gradient: Callable[[Array], Array] = _as_is
+
+
 def head_statistics(
-    head: Array, hidden: Array, targets: Array, active: Array, *, temperature: float, chunk: int
+    head: Array,
+    hidden: Array,
+    targets: Array,
+    active: Array,
+    *,
+    temperature: float,
+    chunk: int,
+    layout: HeadLayout = HeadLayout(),  # noqa: B008
 ) -> tuple[Array, Array]:
     """Log-probabilities and entropies of targets.
 
@@ -32,11 +67,12 @@ def head_statistics(
         active: bool[b, T], where they are wanted. Chunks without one cost nothing.
         temperature: divides the logits.
         chunk: positions of each row whose logits exist at one time.
+        layout: where things lie on the mesh.
 
     Returns:
         (logprobs, entropies) f32[b, T], nats, 0 where not active. No gradient is meant to flow through them.
     """
-    weights = head.astype(hidden.dtype)
+    weights = layout.whole(head.astype(hidden.dtype))
 
     def compute(x: Array, target: Array, mask: Array) -> tuple[Array, Array]:
         found = token_statistics(_logits(x, weights, temperature), target)
@@ -45,19 +81,21 @@ def head_statistics(
     def skip(x: Array, target: Array, mask: Array) -> tuple[Array, Array]:
         return jnp.zeros(mask.shape, jnp.float32), jnp.zeros(mask.shape, jnp.float32)
 
-    def one(_: None, xs: tuple[Array, Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        return None, jax.lax.cond(jnp.any(xs[2]), compute, skip, *xs)
+    def one(_: None, xs: tuple[Array, tuple[Array, Array, Array]]) -> tuple[None, tuple[Array, Array]]:
+        return None, jax.lax.cond(xs[0], compute, skip, *xs[1])
 
-    _, parts = jax.lax.scan(one, None, _split((hidden, targets, active), chunk))
+    parts = _split((hidden, targets, active), chunk)
+    _, parts = jax.lax.scan(one, None, (_anything(parts[2]), parts))
     logprobs, entropies = (_join(part, targets.shape[1]) for part in parts)
     return logprobs, entropies
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def head_loss(
     objective: Objective,
     temperature: float,
     chunk: int,
+    layout: HeadLayout,
     head: Array,
     hidden: Array,
     targets: Array,
@@ -71,6 +109,7 @@ def head_loss(
         objective: the loss, a sum over tokens of which each looks at its own numbers alone.
         temperature: divides the logits.
         chunk: positions of each row whose logits exist at one time.
+        layout: where things lie on the mesh.
         head: [D, V], in any dtype; used in that of `hidden`.
         hidden: [b, T, D].
         targets: i32[b, T], in [0, V).
@@ -80,16 +119,17 @@ def head_loss(
         (loss f32[], measures).
     """
     settings = {"temperature": temperature, "chunk": chunk}
-    logprobs, entropies = head_statistics(head, hidden, targets, tokens.mask, **settings)
+    logprobs, entropies = head_statistics(head, hidden, targets, tokens.mask, **settings, layout=layout)
     return objective(logprobs, entropies, tokens)
 
 
-def _head_loss_forward(objective, temperature, chunk, head, hidden, targets, tokens):
+def _head_loss_forward(objective, temperature, chunk, layout, head, hidden, targets, tokens):
     targets, tokens = jax.tree.map(lambda leaf: leaf.value, (targets, tokens), is_leaf=_is_primal)
     learns = head.perturbed  # a frozen head has no gradient, and should not cost one
     head, hidden = head.value, hidden.value
-    weights = head.astype(hidden.dtype)
+    weights = layout.whole(head.astype(hidden.dtype))
 
+    @jax.vmap  # over the parts of the rows
     def compute(total: Any, x: Array, target: Array, tokens: Tokens) -> tuple[Any, Array]:
         logits = _logits(x, weights, temperature)
         found = token_statistics(logits, target)
@@ -107,18 +147,23 @@ def _head_loss_forward(objective, temperature, chunk, head, hidden, targets, tok
     def skip(total: Any, x: Array, target: Array, tokens: Tokens) -> tuple[Any, Array]:
         return total, jnp.zeros_like(x)
 
-    def one(total: Any, xs: tuple[Array, Array, Tokens]) -> tuple[Any, Array]:
-        return jax.lax.cond(jnp.any(xs[2].mask), compute, skip, total, *xs)
+    def one(total: Any, xs: tuple[Array, tuple[Array, Array, Tokens]]) -> tuple[Any, Array]:
+        return jax.lax.cond(xs[0], compute, skip, total, *xs[1])
 
-    parts = _split((hidden, targets, tokens), chunk)
-    shapes = jax.eval_shape(objective, *(jnp.zeros(()),) * 2, jax.tree.map(lambda x: x[0, 0, 0], parts[2]))
-    loss, measures = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    d_head = jnp.zeros(head.shape, jnp.float32) if learns else None
-    (loss, measures, d_head), d_hidden = jax.lax.scan(one, (loss, measures, d_head), parts)
-    return (loss, measures), (d_head, _join(d_hidden, targets.shape[1]), jnp.zeros((), head.dtype))
+    shards = layout.shards
+    chunks = _split((hidden, targets, tokens), chunk)
+    parts = jax.tree.map(lambda x: x.reshape(len(x), shards, -1, *x.shape[2:]), chunks)
+    shapes = jax.eval_shape(objective, *(jnp.zeros(()),) * 2, jax.tree.map(lambda x: x[0, 0, 0], chunks[2]))
+    zeros = jax.tree.map(lambda leaf: layout.apart(jnp.zeros((shards, *leaf.shape), leaf.dtype)), shapes)
+    d_head = layout.apart_head(jnp.zeros((shards, *head.shape), jnp.float32)) if learns else None
+    total, d_hidden = jax.lax.scan(one, (*zeros, d_head), (_anything(chunks[2].mask), parts))
+    loss, measures = jnp.sum(total[0]), _over_parts(total[1])
+    d_head = layout.gradient(jnp.sum(total[2], axis=0)) if learns else None
+    d_hidden = _join(d_hidden.reshape(chunks[0].shape), targets.shape[1])
+    return (loss, measures), (d_head, d_hidden, jnp.zeros((), head.dtype))
 
 
-def _head_loss_backward(objective, temperature, chunk, residuals, cotangents):
+def _head_loss_backward(objective, temperature, chunk, layout, residuals, cotangents):
     (d_head, d_hidden, like), (slope, _) = residuals, cotangents
     slope = jnp.zeros(()) if isinstance(slope, jax.custom_derivatives.SymbolicZero) else slope
     d_head = None if d_head is None else (slope * d_head).astype(like.dtype)
@@ -139,6 +184,17 @@ def _logits(hidden: Array, weights: Array, temperature: float) -> Array:
 
 def _add(total: Measures, part: Measures) -> Measures:
     return Measures(jax.tree.map(jnp.add, total.sums, part.sums), jax.tree.map(jnp.maximum, total.maxima, part.maxima))
+
+
+def _over_parts(parts: Measures) -> Measures:
+    """Of [shards] to []."""
+    total = lambda each: jnp.sum(each, axis=0)  # noqa: E731
+    return Measures(jax.tree.map(total, parts.sums), jax.tree.map(lambda each: jnp.max(each, axis=0), parts.maxima))
+
+
+def _anything(mask: Array) -> Array:
+    """bool[chunks] of [chunks, b, c]: asked before the loop, since the answer is found over all devices."""
+    return jnp.any(mask, axis=(1, 2))
 
 
 def _split(arrays: Any, chunk: int) -> Any:

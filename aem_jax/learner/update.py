@@ -21,12 +21,13 @@ from aem_jax.advantage import token_advantages
 from aem_jax.batch import Batch, batch_shardings, packed_sharding
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.forward import REMAT, Computation, Rows, row_loss, row_statistics
+from aem_jax.learner.head import HeadLayout
 from aem_jax.learner.objective import AGGREGATIONS, Objective, Tokens, policy_objective, supervised_objective
 from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
 from aem_jax.learner.sequence import LEVELS, Level, response_sums
 from aem_jax.learner.state import Params, TrainablePolicy, TrainState, abstract_state
 from aem_jax.models.kernels import make_row_attention
-from aem_jax.sharding import TRAIN, partition, replicated
+from aem_jax.sharding import TRAIN, partition, replicated, slot_shards
 
 Stats = dict[str, jax.Array]
 
@@ -120,13 +121,23 @@ def _jit(update, policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh):
 def _computation(config: LearnerConfig, mesh: Mesh) -> Computation:
     # Rows stay split over data and fsdp: left to itself the partitioner takes the weights' split of the embedding, and
     # sums activations over fsdp in every layer instead of gathering the layer's weights.
-    rows_split = NamedSharding(mesh, partition(("rows", "length", None), TRAIN))
+    def lies(*axes: str | None) -> Callable[[jax.Array], jax.Array]:
+        sharding = NamedSharding(mesh, partition(axes, TRAIN))
+        return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
     return Computation(
         temperature=config.temperature,
         head_chunk=config.head_chunk,
         remat=REMAT[config.remat],
-        constrain=lambda hidden: jax.lax.with_sharding_constraint(hidden, rows_split),
+        constrain=lies("rows", "length", None),
         attention=make_row_attention(config.attention, mesh),
+        head=HeadLayout(
+            shards=slot_shards(mesh),
+            whole=lies(None, "vocab"),
+            apart=lies("rows"),
+            apart_head=lies("rows", None, "vocab"),
+            gradient=lies("embed", "vocab"),
+        ),
     )
 
 

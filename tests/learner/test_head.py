@@ -1,0 +1,95 @@
+"""The head's loop over chunks on several devices, read from the compiled programs."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+from toys import ONE_DEVICE, Bigram, random_trajectories
+
+from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.launch.plan.hlo import Instruction, Module, parse
+from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_token_logprobs, make_update
+from aem_jax.learner.head import HeadLayout
+from aem_jax.sharding import MeshConfig, make_mesh
+
+TOY = Bigram(vocab_size=24, width=16)
+LAYOUT = BatchLayout(num_microbatches=2, rows=8, row_length=40, max_responses=64, max_trajectories=16)
+CONFIG = LearnerConfig(head_chunk=8)  # five chunks a row
+COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+
+
+def compiled(which: str, mesh) -> Module:
+    state = init_state(TOY, make_optimizer(CONFIG, TOY.axes), mesh, jax.random.key(0))
+    batch = place(collate([], LAYOUT), mesh)
+    if which == "update":
+        lowered = make_update(TOY, CONFIG, mesh).lower(state, batch, np.zeros(batch.tokens.shape, np.float32))
+    else:
+        lowered = make_token_logprobs(TOY, CONFIG, mesh).lower(state.params, batch)
+    return parse(lowered.compile().as_text())
+
+
+def instructions(
+    module: Module, name: str, loops: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Instruction]]:
+    """Every instruction that a computation runs, itself or in what it calls, with the loops' bodies around it."""
+    for each in module.computations[name].instructions:
+        yield loops, each
+        if each.opcode == "while":
+            yield from instructions(module, each.called("body"), (*loops, each.called("body")))
+        for inner in [*each.branches, each.called("calls"), each.called("to_apply")]:
+            if inner in module.computations:
+                yield from instructions(module, inner, loops)
+
+
+def collectives(module: Module) -> tuple[list[Instruction], list[Instruction]]:
+    """Those inside the head's loop, which is the one that skips chunks, and those outside."""
+    found = list(instructions(module, module.entry))
+    (body,) = {loops[-1] for loops, each in found if each.opcode == "conditional"}
+    moved = [(loops, each) for loops, each in found if each.opcode.removesuffix("-start") in COLLECTIVES]
+    return [each for loops, each in moved if body in loops], [each for loops, each in moved if body not in loops]
+
+
+def sizes(found: list[Instruction]) -> list[tuple[int, ...]]:
+    return [shape.dims for each in found for shape in each.shapes]
+
+
+@pytest.mark.parametrize("which, mesh", [("update", MeshConfig(2, 4, 1)), ("token_logprobs", MeshConfig(1, 8, 1))])
+def test_the_loop_over_chunks_moves_nothing_between_devices(which, mesh):
+    inside, outside = collectives(compiled(which, make_mesh(mesh, jax.devices()[:8])))
+    assert not inside, sizes(inside)
+    # the head once on its way in, and its gradient once on its way out
+    assert sizes([each for each in outside if "gather" in each.opcode]).count((16, 24)) == 1
+    if which == "update":
+        reduced = sizes([each for each in outside if "reduce" in each.opcode])
+        assert reduced.count((16, 24)) + reduced.count((16 // mesh.fsdp, 24)) == 1
+
+
+def test_a_vocabulary_that_is_split_costs_a_few_numbers_a_token():
+    inside, _ = collectives(compiled("update", make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])))
+    # maximum and sum of exponentials, the target's logit, the entropy; and d_hidden [1, 2, 8, 16]: 2 rows, 8 positions
+    assert inside and {dims[:3] for dims in sizes(inside)} == {(1, 2, 8)}
+    assert max(map(len, sizes(inside))) == 4 and {dims[3] for dims in sizes(inside) if len(dims) > 3} <= {1, 16}
+
+
+def test_left_to_itself_the_partitioner_moves_the_head_in_every_chunk(monkeypatch):
+    """What the layout is for, and that these tests would see it missing."""
+    monkeypatch.setattr("aem_jax.learner.update.HeadLayout", lambda **_: HeadLayout())
+    inside, _ = collectives(compiled("update", make_mesh(MeshConfig(1, 8, 1), jax.devices()[:8])))
+    assert [dims[-2:] for dims in sizes(inside)].count((16, 24)) == 2  # the head gathered, its gradient reduced
+
+
+def test_every_device_skips_and_counts_as_one_device_would():
+    """Rows of one device may have nothing to say in a chunk where another's have."""
+    trajectories = random_trajectories(3, 3, TOY.vocab_size)  # 8 rows: most are empty
+    batch = collate(trajectories, dataclasses.replace(LAYOUT, row_length=30))
+    advantages = np.random.default_rng(0).standard_normal(batch.tokens.shape).astype(np.float32)
+    found = []
+    for mesh in (ONE_DEVICE, make_mesh(MeshConfig(2, 4, 1), jax.devices()[:8])):
+        state, placed = init_state(TOY, make_optimizer(CONFIG, TOY.axes), mesh, jax.random.key(0)), place(batch, mesh)
+        logprobs = make_token_logprobs(TOY, CONFIG, mesh)(state.params, placed)
+        state, stats = make_update(TOY, CONFIG, mesh)(state, placed, advantages)
+        found.append(jax.device_get((logprobs, state.opt_state[1][0].mu, stats)))
+    assert np.abs(found[0][1]["head"]).max() > 1e-4
+    jax.tree.map(lambda one, many: np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-7), *found)
