@@ -77,7 +77,7 @@ class Batch:
         group_ids: i32[N], rollout group.
         valid: bool[N], whether the row of the table is used, by a trajectory that the environment did not break.
         truncated: bool[N], whether a limit ended it.
-        trajectory_minibatch: i32[N], the minibatch that it was dealt to; -1 where not valid.
+        trajectory_minibatch: i32[N], the minibatch that it was dealt to; -1 where nothing of it is packed.
         minibatch_ends: i32[K], minibatch j owns microbatches minibatch_ends[j - 1] … minibatch_ends[j] - 1.
     """
 
@@ -184,7 +184,8 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
     """Pack trajectories into rows and tables.
 
     Trajectories that ended in `env_error` keep their row in the table (valid = False) and are not packed: no token of
-    theirs is computed. With none left `num_microbatches` is 0.
+    theirs is computed. Nor are those that are not `in_loss`, but they and their responses stay valid in the tables, for
+    statistics of their group. With none left `num_microbatches` is 0.
 
     Args:
         trajectories: in any order and of either context; their order numbers the tables.
@@ -238,7 +239,8 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
             responses["response_rewards"][r] = turn.reward
             seen = first_to_answer.setdefault((trajectory.group, turn.observation), r)
             responses["response_anchor"][r] = seen if turn.observation else r
-        segments[table["trajectory_minibatch"][n]] += _segments(trajectory, n, next_response, layout.row_length)
+        if trajectory.in_loss:
+            segments[table["trajectory_minibatch"][n]] += _segments(trajectory, n, next_response, layout.row_length)
         next_response += len(trajectory.turns)
 
     rows = [_first_fit_decreasing([len(each.tokens) for each in part], layout.row_length) for part in segments]
@@ -261,8 +263,8 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
 def _deal(trajectories: Sequence[Trajectory], N: int, K: int, seed: int | Sequence[int]) -> np.ndarray:
     """Shuffled trajectories to minibatches in turn, so that their counts differ by at most one."""
     dealt = np.full(N, -1, np.int32)
-    playable = np.array([n for n, each in enumerate(trajectories) if each.ending is not Ending.ENV_ERROR], np.int64)
-    dealt[np.random.default_rng(seed).permutation(playable)] = np.arange(len(playable)) % K
+    packed = [n for n, each in enumerate(trajectories) if each.in_loss and each.ending is not Ending.ENV_ERROR]
+    dealt[np.random.default_rng(seed).permutation(np.array(packed, np.int64))] = np.arange(len(packed)) % K
     return dealt
 
 

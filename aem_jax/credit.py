@@ -81,20 +81,21 @@ def make_credit(
         flat = ids.reshape(-1, ids.shape[-1])
         entropies = response_entropy(jnp.asarray(batch.entropies).reshape(flat.shape), flat, base.shape[0])
         groups = jnp.asarray(batch.group_ids)[batch.response_trajectory]
-        kwargs = {"min_range": aem.min_range, "valid": batch.response_valid}
+        # Responses outside the loss have no tokens here, hence no entropy.
+        kwargs = {"min_range": aem.min_range, "valid": batch.response_valid & ~jnp.isnan(entropies)}
         alpha = aem_coefficients(entropies, groups, num_groups, strength=aem.strength, **kwargs)
         tokens = token_advantages(alpha * base, flat).reshape(ids.shape)
         found = coefficient_statistics(alpha, base, entropies, groups, num_groups, **kwargs)
         statistics = {
-            "entropy/response": jnp.mean(entropies, where=batch.response_valid),
-            "entropy/token": jnp.sum(jnp.asarray(batch.entropies)) / jnp.maximum(jnp.sum(ids >= 0), 1),
+            "entropy/response": jnp.mean(entropies, where=kwargs["valid"]),
+            "entropy/token": jnp.sum(jnp.asarray(batch.entropies)) / jnp.sum(ids >= 0),  # none of no token
             "aem/alpha_positive": found.mean_positive,
             "aem/alpha_negative": found.mean_negative,
             "aem/alpha_min": found.minimum,
             "aem/alpha_max": found.maximum,
             "aem/flat_groups": found.unmodulated_groups,
-            "advantage/positive_share": jnp.mean((base > 0).astype(jnp.float32), where=batch.response_valid),
-            "advantage/nonzero_share": jnp.mean((base != 0).astype(jnp.float32), where=batch.response_valid),
+            "advantage/positive_share": jnp.mean((base > 0).astype(jnp.float32), where=kwargs["valid"]),
+            "advantage/nonzero_share": jnp.mean((base != 0).astype(jnp.float32), where=kwargs["valid"]),
         }
         return Credit(tokens, base, alpha, entropies), statistics
 

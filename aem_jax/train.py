@@ -1,7 +1,7 @@
 """Training, as one sentence: tasks -> trajectories -> batch -> credit -> update, on one mesh, step after step."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from aem_jax.batch import Batch
 from aem_jax.compilations import compilations
 from aem_jax.credit import Credit
 from aem_jax.learner import TrainState
-from aem_jax.rollout import Rollout, RolloutStats
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.rollout import RolloutStats
+from aem_jax.selection import Played
+from aem_jax.trajectory import Ending, Trajectory
 
 Metrics = dict[str, Any]
 
@@ -37,24 +38,25 @@ class Parts:
     """The functions that a step is made of; which ones is decided at the rim.
 
     Attributes:
-        rollout: plays episodes.
+        warm_up: compiles what playing calls, from parameters in the decode layout.
+        play: (parameters in the decode layout, step, key) -> the step's episodes, and which of them to learn from.
         reshard: learner's parameters -> decode layout.
         collate: (trajectories, step) -> batch on the mesh.
         credit: batch -> (Credit, statistics).
         update: (state, batch, advantages, reference) -> (state, statistics).
         reference: batch -> logprobs of the reference policy, or None when KL is off.
-        tasks: training tasks, one list a step.
-        finish: called with (state, step, metrics, trajectories, credit) after each step: evaluates, writes, saves.
+        finish: called with (state, step, metrics, trajectories, credit) after each step, with the trajectories learnt
+            from: evaluates, writes, saves.
         stop: whether to leave after this step.
     """
 
-    rollout: Rollout
+    warm_up: Callable[[Any], None]
+    play: Callable[[Any, int, jax.Array], Played]
     reshard: Callable[[Any], Any]
     collate: Callable[[Sequence[Trajectory], int], Batch]
     credit: Callable[[Batch], tuple[Credit, Metrics]]
     update: Callable[[TrainState, Batch, Any, Any], tuple[TrainState, Metrics]]
     reference: Callable[[Batch], Any] | None
-    tasks: Iterator[Sequence[Task]]
     finish: Callable[[TrainState, int, Metrics, Sequence[Trajectory], Credit], None]
     stop: Callable[[], bool]
 
@@ -72,21 +74,21 @@ def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> Tr
         The last state.
     """
     first = int(state.step)
-    parts.rollout.warm_up(parts.reshard(state.params))
+    parts.warm_up(parts.reshard(state.params))
     for step in range(first, num_steps):
         start, compiled = time.perf_counter(), compilations()
         # What is laid out for sampling gets no name here: its memory is free again when the update needs it.
-        episode_key = jax.random.fold_in(key, step)
-        trajectories, played = parts.rollout(parts.reshard(state.params), next(parts.tasks), episode_key)
-        rolled_out = time.perf_counter()
-        batch = parts.collate(trajectories, step)
+        episodes = parts.play(parts.reshard(state.params), step, jax.random.fold_in(key, step))
+        rolled_out, played = time.perf_counter(), episodes.stats
+        batch = parts.collate(episodes.trajectories, step)
         credit, credit_stats = parts.credit(batch)
         reference = parts.reference(batch) if parts.reference else None
         state, learner_stats = parts.update(state, batch, credit.tokens, reference)
         credit_stats, learner_stats = jax.device_get((credit_stats, learner_stats))
         end = time.perf_counter()
         metrics = {
-            **rollout_metrics(trajectories, played),
+            **rollout_metrics(episodes.everything, played),
+            **episodes.metrics,
             **credit_stats,
             **learner_metrics(learner_stats),
             "compile/recompiles": 0 if step == first else compilations() - compiled,
@@ -99,7 +101,7 @@ def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> Tr
             "time/update": end - rolled_out,
             "time/step": end - start,
         }
-        parts.finish(state, step, metrics, trajectories, credit)
+        parts.finish(state, step, metrics, episodes.trajectories, credit)
         if parts.stop():
             break
     return state

@@ -72,6 +72,7 @@ class Trajectory:
         won: whether the task was solved.
         retries: how often the episode was begun again after an environment error.
         context: "append" (turns share one growing sequence) or "window" (each turn's prompt stands alone).
+        in_loss: whether its tokens are learnt from; else it counts in the statistics of its group alone.
     """
 
     task: Task
@@ -83,6 +84,7 @@ class Trajectory:
     retries: int = 0
     context: str = "append"
     final: Mapping[str, Any] = field(default_factory=dict)
+    in_loss: bool = True
 
     @property
     def total_reward(self) -> float:

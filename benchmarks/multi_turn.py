@@ -13,7 +13,8 @@ line is JSON.
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 
 import jax
@@ -29,6 +30,7 @@ from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.layout import make_reshard
+from aem_jax.selection import Rule, play_rounds
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import Metrics, Parts, train
 from aem_jax.trajectory import Task, Trajectory
@@ -59,9 +61,8 @@ LAYOUT = BatchLayout(
 WORLD = {"min_turns": TURNS, "max_turns": TURNS, "prompt_chars": 5, "observation_chars": 3}
 
 
-def _tasks() -> Iterator[list[Task]]:
-    while True:
-        yield [Task(str(seed), "scripted", {"seed": seed}) for seed in range(PROMPTS)]
+def _tasks(step: int, round: int) -> list[Task]:
+    return [Task(str(seed), "scripted", {"seed": seed}) for seed in range(PROMPTS)]
 
 
 def measure(num_steps: int) -> dict[str, float]:
@@ -96,14 +97,15 @@ def measure(num_steps: int) -> dict[str, float]:
         history.append(metrics)
 
     with EnvPool(PoolConfig(num_servers=1, sessions_per_server=ROLLOUT.num_slots), ("scripted", WORLD)) as pool:
+        rollout = Rollout(sampler, chat, pool, ROLLOUT)
         parts = Parts(
-            rollout=Rollout(sampler, chat, pool, ROLLOUT),
+            warm_up=rollout.warm_up,
+            play=partial(play_rounds, rollout, _tasks, Rule(PROMPTS)),
             reshard=make_reshard(policy, mesh),
             collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
             credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(), PROMPTS, mesh),
             update=make_update(policy, learner, mesh),
             reference=None,
-            tasks=_tasks(),
             finish=finish,
             stop=lambda: False,
         )

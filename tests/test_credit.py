@@ -1,5 +1,7 @@
 """Credit of a batch against the same arithmetic, written out slowly in numpy."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -81,6 +83,29 @@ def test_token_advantages_are_alpha_times_base(strength, context):
     assert statistics["aem/flat_groups"] == pytest.approx(1 / 3)
     every = [e for t in trajectories if t.ending is not Ending.ENV_ERROR for turn in t.turns for e in turn.entropies]
     assert statistics["entropy/token"] == pytest.approx(np.mean(every), rel=1e-5)
+
+
+def test_an_episode_out_of_the_loss_counts_in_its_groups_statistics_alone():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    trajectories = episodes(np.random.default_rng(0))
+    masked = [dataclasses.replace(t, in_loss=t.member != 2) for t in trajectories]
+    credit = make_credit(of_returns(over_trajectories, grpo), AemConfig(), 3, mesh)
+    batch = collate(masked, LAYOUT)
+    all_in, _ = jax.device_get(credit(place(collate(trajectories, LAYOUT), mesh)))
+    found, statistics = jax.device_get(credit(place(batch, mesh)))
+    # base advantages are those with all in the loss: the statistics are the same
+    np.testing.assert_array_equal(found.base, all_in.base)
+    # alpha is that of a step in which the masked episodes were not played
+    others = collate([t for t in masked if t.in_loss], LAYOUT)
+    without, _ = jax.device_get(credit(place(others, mesh)))
+    of_masked = np.array([t.member == 2 for t in trajectories])[batch.response_trajectory] & batch.response_valid
+    spoken = batch.response_valid & ~of_masked
+    np.testing.assert_allclose(found.coefficients[spoken], without.coefficients[others.response_valid], rtol=1e-6)
+    assert of_masked.any() and np.all(found.coefficients[of_masked] == 1)
+    # none of their tokens is in a row, and no minibatch is theirs
+    assert not np.isin(np.nonzero(of_masked)[0], np.asarray(batch.response_ids)).any()
+    assert set(batch.trajectory_minibatch[[t.member == 2 for t in trajectories] + [False] * 4]) == {-1}
+    assert all(np.isfinite(value) for value in statistics.values())
 
 
 def test_the_config_refuses_negative_strength():

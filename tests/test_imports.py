@@ -12,7 +12,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "aem_jax"
 LEVELS = {
     0: {"advantage", "losses"},
     1: {"trajectory", "sharding", "tokenizer", "models", "envs", "hosts"},
-    2: {"sampler", "rollout", "batch", "credit", "learner", "data", "checkpoint", "metrics", "report", "compilations"},
+    2: {
+        *("sampler", "rollout", "selection", "batch", "credit", "learner"),
+        *("data", "checkpoint", "metrics", "report", "compilations"),
+    },
     3: {"train", "warmstart", "evaluate"},
     4: {"launch"},
 }

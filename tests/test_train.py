@@ -1,6 +1,7 @@
 """The loop learns: a trivial environment, a fixed seed, one threshold; and its numbers are what they say they are."""
 
-from collections.abc import Iterator
+import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.layout import make_reshard
+from aem_jax.selection import Rule, play_rounds
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import Parts, rollout_metrics, train, transcripts
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
@@ -47,12 +49,15 @@ class VowelEnv:
         pass
 
 
-def tasks() -> Iterator[list[Task]]:
-    while True:
-        yield [Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]
+def tasks(step: int, round: int) -> list[Task]:
+    return [Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]
 
 
-def run(steps: int, strength: float, mesh=None):
+EVERY = Rule(4)
+
+
+def run(steps: int, strength: float, mesh=None, *, rule=EVERY, tasks=tasks, first=None):
+    """Trains to `steps`, from the state `first` or from scratch."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     config = LearnerConfig(learning_rate=3e-3)
     sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=32, slack=ROLLOUT.slack, mesh=mesh)
@@ -63,18 +68,19 @@ def run(steps: int, strength: float, mesh=None):
         history.append({name: float(value) for name, value in metrics.items()})
         found[:] = transcripts(trajectories, credit, step)
 
+    rollout = Rollout(sampler, ByteChat(), LocalPool(32, VowelEnv), ROLLOUT)
     parts = Parts(
-        rollout=Rollout(sampler, ByteChat(), LocalPool(32, VowelEnv), ROLLOUT),
+        warm_up=rollout.warm_up,
+        play=partial(play_rounds, rollout, tasks, rule),
         reshard=make_reshard(POLICY, mesh),
         collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
         credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(strength), 4, mesh),
         update=update,
         reference=None,
-        tasks=tasks(),
         finish=finish,
         stop=lambda: False,
     )
-    state = init_state(POLICY, make_optimizer(config, POLICY.axes), mesh, jax.random.key(0))
+    state = first or init_state(POLICY, make_optimizer(config, POLICY.axes), mesh, jax.random.key(0))
     state = train(state, parts, jax.random.key(1), steps)
     return state, history, found
 
@@ -97,8 +103,39 @@ def test_it_learns(strength):
 def test_a_run_is_a_function_of_its_seed():
     _, first, _ = run(3, 1.0)
     _, second, _ = run(3, 1.0)
-    timeless = lambda h: {k: v for k, v in h.items() if not k.startswith(("time/", "throughput/", "compile/"))}  # noqa: E731
-    assert [timeless(h) for h in first] == [timeless(h) for h in second]
+    assert list(map(timeless, first)) == list(map(timeless, second))
+
+
+def timeless(metrics: dict) -> dict:
+    return {k: v for k, v in metrics.items() if not k.startswith(("time/", "throughput/", "compile/"))}
+
+
+def test_rounds_are_played_until_enough_groups_differ_and_a_resumed_run_plays_the_same():
+    # one in 25 is won at first, so that some step needs more rounds than one; of step 2 nothing can be learnt
+    rule = Rule(2, max_rounds=3, outcome=lambda t: t.task.kind == "vowel" and t.won)
+    asked = []
+
+    def drawn(step: int, round: int) -> list[Task]:
+        asked.append((step, round))
+        return [dataclasses.replace(task, kind="none") if step == 2 else task for task in tasks(step, round)]
+
+    state, whole, _ = run(2, 1.0, rule=rule, tasks=drawn)
+    _, rest, _ = run(4, 1.0, rule=rule, tasks=drawn, first=state)
+    counts = [int(h["selection/rounds"]) for h in whole + rest]
+    assert asked == [(step, round) for step, count in enumerate(counts) for round in range(count)]
+    assert max(counts[:2]) > 1 and counts[2] == 3
+    for h in whole + rest:
+        groups, rejected, surplus = (h[f"selection/{name}"] for name in ("groups", "rejected_groups", "surplus_groups"))
+        assert groups + rejected + surplus == 4 * h["selection/rounds"]
+        assert groups == 2 or h["selection/rounds"] == 3
+        assert h["learner/skipped"] == (groups == 0)
+        assert np.isfinite(h["rollout/success"])  # of all that was played, chosen or not
+    assert rest[0]["selection/groups"] == 0
+    _, unbroken, _ = run(4, 1.0, rule=rule, tasks=drawn)
+    same = lambda a, b: a == b or (np.isnan(a) and np.isnan(b))  # noqa: E731
+    for a, b in zip(map(timeless, unbroken), map(timeless, whole + rest), strict=True):
+        assert a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    assert sum(h["compile/recompiles"] for h in unbroken) == 0
 
 
 def test_one_mesh_of_eight_devices_gives_the_same_losses():

@@ -1,6 +1,8 @@
 """From names and numbers to components. Names turn into functions here and in `algorithm.py`, and nowhere else."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 from aem_jax.batch import BatchLayout
@@ -11,9 +13,53 @@ from aem_jax.learner.config import LearnerConfig
 from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy
 from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.sampler.layout import INT8_MERGES
+from aem_jax.selection import (
+    Length,
+    Outcome,
+    Rule,
+    as_it_is,
+    episode_lengths,
+    out_of_loss,
+    response_lengths,
+    returned,
+    soft_overlong,
+    won,
+)
+from aem_jax.trajectory import Trajectory
 
 _NO_SIZES = ("name", "path")
 """Fields of `ModelChoice` that are no sizes."""
+
+OUTCOMES: Mapping[str, Outcome] = {"return": returned, "won": won}
+
+TRUNCATED: Mapping[str, Callable[[Trajectory], Trajectory | None]] = {
+    "learn": as_it_is,
+    "mask": out_of_loss,
+    "drop": lambda t: None,
+}
+"""What becomes of an episode that ended at a limit."""
+
+LENGTHS: Mapping[str, tuple[Length, str]] = {
+    "response": (response_lengths, "response_tokens"),
+    "episode": (episode_lengths, "context_tokens"),
+}
+"""What is too long -> its lengths, and the field of `RolloutConfig` that limits them."""
+
+
+def selection_rule(config: RunConfig) -> Rule:
+    """Which episodes are learnt from."""
+    chosen = config.selection
+    length, limit = LENGTHS[chosen.overlong_of]
+    sizes = {"limit": getattr(config.rollout, limit), "buffer": chosen.overlong_buffer}
+    return Rule(
+        num_groups=config.rollout.groups_per_step,
+        max_rounds=chosen.max_rounds,
+        outcome=OUTCOMES[chosen.outcome] if chosen.reject_equal else None,
+        truncated=TRUNCATED[chosen.truncated],
+        penalise=partial(soft_overlong, length=length, penalty=chosen.overlong_penalty, **sizes)
+        if chosen.overlong_penalty
+        else None,
+    )
 
 
 def model_config(choice: ModelChoice, vocab_size: int) -> ModelConfig:
@@ -178,6 +224,7 @@ def check(config: RunConfig) -> None:
             "--checkpoint.keep-first: expected True with --learner.kl-coefficient above 0, got False;"
             " the reference policy is that of step 0, and a resumed run reads it from there"
         )
+    _check_selection(config)
     microbatch_rows(config)
     if row_length(config) < config.rollout.context_tokens:
         raise ConfigError(
@@ -186,3 +233,23 @@ def check(config: RunConfig) -> None:
         )
     if config.metrics.wandb_project and find_spec("wandb") is None:
         raise ConfigError("--metrics.wandb-project: wandb is not installed; pip install 'aem_jax[wandb]'")
+
+
+def _check_selection(config: RunConfig) -> None:
+    chosen, rollout = config.selection, config.rollout
+    if chosen.reject_equal and rollout.group_size == 1:
+        raise ConfigError(
+            "--selection.reject-equal: expected --rollout.group-size of at least 2, got 1; the outcomes of a group of "
+            "one are always equal"
+        )
+    limit = LENGTHS[chosen.overlong_of][1]
+    if chosen.overlong_buffer > getattr(rollout, limit):
+        raise ConfigError(
+            f"--selection.overlong-buffer: expected at most --rollout.{limit.replace('_', '-')} = "
+            f"{getattr(rollout, limit)}, got {chosen.overlong_buffer}"
+        )
+    if chosen.overlong_penalty and chosen.overlong_of == "episode" and rollout.context == "window":
+        raise ConfigError(
+            "--selection.overlong-of: expected response with --rollout.context window, got episode; there no episode "
+            "is too long, since each of its prompts is built anew"
+        )

@@ -21,6 +21,7 @@ from aem_jax.metrics import MetricsConfig
 from aem_jax.models.lora import LoraConfig
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sampler.draw import SamplingConfig
+from aem_jax.selection import SelectionConfig
 from aem_jax.sharding import MeshConfig
 from aem_jax.train import TrainConfig
 from aem_jax.warmstart import WarmstartConfig
@@ -169,6 +170,8 @@ class RunConfig:
     """How tokens are drawn while training."""
     rollout: RolloutConfig = RolloutConfig()
     """How episodes are played."""
+    selection: SelectionConfig = SelectionConfig()
+    """Which episodes are learnt from."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     """Base advantages."""
     aem: AemConfig = AemConfig()

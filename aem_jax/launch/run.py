@@ -40,6 +40,7 @@ from aem_jax.models import LoraPolicy
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
 from aem_jax.report import write_report
+from aem_jax.selection import play_rounds
 from aem_jax.train import Metrics, Parts, transcripts
 from aem_jax.train import train as train_steps
 from aem_jax.trajectory import Trajectory
@@ -233,6 +234,7 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
     config, folder, start = stage.config, stage.folder, int(state.step)
     num_steps, num_groups = config.train.num_steps, config.rollout.groups_per_step
     layout = build.batch_layout(config, num_groups * config.rollout.group_size, config.learner.num_minibatches)
+    tasks = task_groups(stage.domain.training, config.selection.tasks_per_round(num_groups), seed=config.seed)
     is_first = stage.hosts.is_first
     settings = dataclasses.asdict(config)
     writer = MetricsWriter(folder, config.metrics, start_step=start, run_config=settings) if is_first else None
@@ -258,13 +260,13 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
             checkpoints.save(done, state, score=score)
 
     parts = Parts(
-        rollout=stage.rollout,
+        warm_up=stage.rollout.warm_up,
+        play=partial(play_rounds, stage.rollout, tasks, build.selection_rule(config)),
         reshard=stage.reshard,
         collate=lambda found, step: place(collate(found, layout, seed=(config.seed, step)), stage.mesh),
         credit=make_credit(response_advantages(config.algorithm), config.aem, num_groups, stage.mesh),
         update=partial(make_update(stage.policy, config.learner, stage.mesh), frozen=stage.frozen),
         reference=_reference(stage, checkpoints),
-        tasks=task_groups(stage.domain.training, num_groups, seed=config.seed, start=start),
         finish=finish,
         stop=stage.stop.look,
     )

@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import jax
 
@@ -32,6 +32,10 @@ class RolloutStats:
     device_busy_s: float = 0.0
     environment_s: float = 0.0
     total_s: float = 0.0
+
+    def __add__(self, other: "RolloutStats") -> "RolloutStats":
+        """Those of two rollouts, one after the other."""
+        return RolloutStats(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
 
 class DeviceClock:

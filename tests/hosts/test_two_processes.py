@@ -13,6 +13,7 @@ from .two_steps import two_steps
 pytestmark = pytest.mark.slow
 
 NAMES = ("learner/loss", "learner/grad_norm", "entropy/response", "aem/alpha_max", "parity/max", "rollout/return")
+CHOSEN = ("selection/rounds", "selection/groups", "selection/rejected_groups")
 
 
 def test_two_steps_give_the_losses_and_trajectories_of_one_process(tmp_path: Path, user_environment):
@@ -26,10 +27,12 @@ def test_two_steps_give_the_losses_and_trajectories_of_one_process(tmp_path: Pat
     seen = [json.loads((tmp_path / str(index)).read_text()) for index in (0, 1)]
     assert sum(step["rollout/retries"] for step in seen[0]["split"]["history"]) == 2
     assert any(abs(step["learner/loss"]) > 1e-3 for step in expected["history"])
+    assert any(step["selection/rounds"] == 2 for step in expected["history"])
     for found in (run[mesh] for run in seen for mesh in ("split", "across")):
         assert found["episodes"] == expected["episodes"]
         for ours, theirs in zip(found["history"], expected["history"], strict=True):
             assert {name: ours[name] for name in NAMES} == pytest.approx(
                 {name: theirs[name] for name in NAMES}, rel=1e-5, abs=1e-5
             )
+            assert [ours[name] for name in CHOSEN] == [theirs[name] for name in CHOSEN]
             assert ours["compile/recompiles"] == 0

@@ -6,6 +6,7 @@ As a script: `two_steps.py INDEX COUNT COORDINATOR OUT` is one process of such a
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.layout import make_reshard
+from aem_jax.selection import Rule, play_rounds, won
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import Parts, train
 from aem_jax.trajectory import Task
@@ -56,7 +58,8 @@ class VowelEnv:
 
 
 def two_steps(mesh: Mesh, hosts: Hosts = ALONE, broken: Callable = lambda *_: False) -> dict[str, Any]:
-    """The metrics and the trajectories of two steps. Episodes outnumber slots, so that these are refilled."""
+    """The metrics and the trajectories of two steps. Episodes outnumber slots, so that these are refilled; steps play
+    a second round when some group's endings are all won or all lost."""
     config = LearnerConfig(learning_rate=3e-3)
     sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=32, slack=ROLLOUT.slack, mesh=mesh)
     pool = LocalPool(ROLLOUT.num_slots // hosts.count, VowelEnv, broken)
@@ -68,14 +71,16 @@ def two_steps(mesh: Mesh, hosts: Hosts = ALONE, broken: Callable = lambda *_: Fa
             turns = [[turn.observation, turn.response, turn.response_ids.tolist(), turn.reward] for turn in t.turns]
             episodes.append([t.task.id, t.group, t.member, t.ending.value, turns])
 
+    rollout = Rollout(sampler, ByteChat(), pool, ROLLOUT, hosts)
+    tasks = [Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]
     parts = Parts(
-        rollout=Rollout(sampler, ByteChat(), pool, ROLLOUT, hosts),
+        warm_up=rollout.warm_up,
+        play=partial(play_rounds, rollout, lambda step, round: tasks, Rule(len(tasks), max_rounds=2, outcome=won)),
         reshard=make_reshard(POLICY, mesh),
         collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
         credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(), 4, mesh),
         update=make_update(POLICY, config, mesh),
         reference=None,
-        tasks=iter([[Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]] * 2),
         finish=finish,
         stop=lambda: False,
     )

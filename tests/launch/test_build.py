@@ -1,7 +1,9 @@
 """Names become functions, numbers become sizes, and contradictions are found before anything starts."""
 
 import dataclasses
+import typing
 
+import numpy as np
 import pytest
 
 from aem_jax.launch import build
@@ -9,7 +11,28 @@ from aem_jax.launch.config import BatchConfig, ModelChoice, RunConfig
 from aem_jax.launch.options import apply, split
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.preset import DEFAULT, algorithm_names, preset_names, read_preset
+from aem_jax.selection import Rule, SelectionConfig
 from aem_jax.sharding import MeshConfig
+from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+
+def test_every_name_of_a_selection_has_a_function():
+    kinds = typing.get_type_hints(SelectionConfig)
+    assert set(typing.get_args(kinds["outcome"])) == set(build.OUTCOMES)
+    assert set(typing.get_args(kinds["overlong_of"])) == set(build.LENGTHS)
+    assert set(typing.get_args(kinds["truncated"])) == set(build.TRUNCATED)
+
+
+def test_a_selection_rule_has_the_functions_of_its_names():
+    assert build.selection_rule(RunConfig()) == Rule(RunConfig().rollout.groups_per_step)
+    words = ["--selection.reject-equal", "True", "--selection.outcome", "won", "--selection.max-rounds", "10"]
+    words += ["--selection.overlong-penalty", "1", "--selection.overlong-buffer", "8"]
+    rule = build.selection_rule(apply(read_preset(DEFAULT), split(words)[1]))
+    # the preset's responses may have 16 tokens; one of 12 is half-way into the buffer of 8
+    turn = Turn(np.ones(3), np.ones(12), np.zeros(12), np.zeros(12), 2.0, True)
+    long = Trajectory(Task("t", "look", {}), 0, 0, (turn,), Ending.TERMINATED, won=True)
+    assert rule.penalise is not None and rule.penalise(long).total_reward == 1.5
+    assert rule.outcome is not None and (rule.outcome(long), rule.max_rounds) == (True, 10)
 
 
 def test_a_model_is_a_known_size_with_changes():
@@ -71,6 +94,21 @@ def test_presets_hold_together(name: str):
         (
             ["--sampling.weights", "int8", "--lora.rank", "4", "--lora.merge", "False"],
             "--sampling.weights: expected lora.merge with int8 weights, got False",
+        ),
+        (
+            ["--selection.reject-equal", "True", "--rollout.group-size", "1"],
+            "--selection.reject-equal: expected --rollout.group-size of at least 2, got 1",
+        ),
+        (
+            ["--selection.overlong-penalty", "1", "--selection.overlong-buffer", "17"],
+            "--selection.overlong-buffer: expected at most --rollout.response-tokens = 16, got 17",
+        ),
+        (
+            [
+                *("--selection.overlong-penalty", "1", "--selection.overlong-buffer", "17"),
+                *("--selection.overlong-of", "episode", "--rollout.context", "window"),
+            ],
+            "--selection.overlong-of: expected response with --rollout.context window, got episode",
         ),
         (["--model.name", "tinny"], "did you mean 'tiny'?"),
         (["--metrics.wandb-project", "x"], "wandb is not installed"),

@@ -295,3 +295,22 @@ def test_cross_entropy_learns_a_deterministic_text():
     for _ in range(100):
         state, stats = update(state, batch)
     assert stats["loss"] < 0.05
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "constant"])
+def test_what_is_out_of_the_loss_might_as_well_not_be_there(aggregation):
+    config = dataclasses.replace(CONFIG, aggregation=aggregation)
+    trajectories = random_trajectories(3, 8, TOY.vocab_size)
+    masked = [dataclasses.replace(each, in_loss=n % 3 > 0) for n, each in enumerate(trajectories)]
+    with_all, without = collate(masked, LAYOUT), collate([each for each in masked if each.in_loss], LAYOUT)
+    assert with_all.response_valid.sum() > without.response_valid.sum()
+    of_rows = {}
+    for batch, kept in ((with_all, [n for n, each in enumerate(masked) if each.in_loss]), (without, range(5))):
+        # one advantage for each trajectory, the same in both batches
+        per_response = np.zeros(batch.response_valid.shape[0], np.float32)
+        for place_of, n in enumerate(kept):
+            per_response[batch.response_trajectory == n] = place_of - 2.0
+        advantages = np.asarray(token_advantages(per_response, np.asarray(batch.response_ids)))
+        state, stats = make_update(TOY, config, ONE_DEVICE)(new_state(TOY, config), batch, advantages)
+        of_rows[len(of_rows)] = (gradient_of(state, config), stats["loss"], stats["tokens"])
+    assert_trees_close(*of_rows.values(), rtol=1e-5, atol=1e-7)

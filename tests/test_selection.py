@@ -1,0 +1,190 @@
+"""Which episodes are learnt from, on episodes made by hand; and what long ones lose, by hand."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from aem_jax.rollout import RolloutStats
+from aem_jax.selection import (
+    Rule,
+    SelectionConfig,
+    episode_lengths,
+    out_of_loss,
+    play_rounds,
+    response_lengths,
+    returned,
+    select,
+    soft_overlong,
+    won,
+)
+from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+ENDINGS = {"t": Ending.TERMINATED, "c": Ending.TRUNCATED, "e": Ending.ENV_ERROR}
+
+
+def turn(heard: int, said: int, reward: float) -> Turn:
+    blank = np.zeros(said, np.float32)
+    return Turn(np.ones(heard, np.int32), np.ones(said, np.int32), blank, blank, reward, True)
+
+
+def episode(group: int, member: int, reward: float, ending: str = "t") -> Trajectory:
+    return Trajectory(
+        Task(f"task-{group}", "look", {}), group, member, (turn(2, 3, reward),), ENDINGS[ending], won=reward >= 1
+    )
+
+
+def groups(*words: str) -> list[Trajectory]:
+    """A group for each word, an episode for each pair of a reward and an ending: "1t0c" won and lost at a limit."""
+    return [
+        episode(group, member, float(word[2 * member]), word[2 * member + 1])
+        for group, word in enumerate(words)
+        for member in range(len(word) // 2)
+    ]
+
+
+def found(selected) -> list[tuple[str, int, int]]:
+    return [(t.task.id, t.group, t.member) for t in selected.trajectories]
+
+
+def test_every_group_is_kept_as_it_came_unless_asked():
+    trajectories = groups("1t1t", "0c0e", "1t0t")
+    selected = select(trajectories, Rule(3))
+    assert selected.trajectories == trajectories
+    assert (selected.groups, selected.rejected, selected.surplus, selected.masked) == (3, 0, 0, 0)
+
+
+def test_the_first_groups_whose_outcomes_differ_are_kept_and_renumbered():
+    trajectories = groups("1t1t", "1t0t", "0t0t", "0t2t", "0t1t")
+    selected = select(trajectories, Rule(2, outcome=returned))
+    assert found(selected) == [("task-1", 0, 0), ("task-1", 0, 1), ("task-3", 1, 0), ("task-3", 1, 1)]
+    assert (selected.groups, selected.rejected, selected.surplus) == (2, 2, 1)
+    # in whatever order they are given, their numbers are their order
+    shuffled = [trajectories[i] for i in np.random.default_rng(0).permutation(len(trajectories))]
+    assert sorted(found(select(shuffled, Rule(2, outcome=returned)))) == found(selected)
+
+
+def test_what_must_differ_is_the_outcome_that_was_asked_for():
+    both_won = groups("1t2t", "1t0t")
+    assert {t.task.id for t in select(both_won, Rule(2, outcome=won)).trajectories} == {"task-1"}
+    assert {t.task.id for t in select(both_won, Rule(2, outcome=returned)).trajectories} == {"task-0", "task-1"}
+
+
+def test_rewards_in_another_order_are_the_same_return():
+    task, ending = Task("t", "look", {}), Ending.TERMINATED
+    orders = [(0.1, 0.2, 0.3), (0.3, 0.2, 0.1)]  # 0.6000000000000001 and 0.6
+    members = [
+        Trajectory(task, 0, m, tuple(turn(1, 1, r) for r in rewards), ending, True) for m, rewards in enumerate(orders)
+    ]
+    assert members[0].total_reward != members[1].total_reward
+    assert select(members, Rule(1, outcome=returned)).rejected == 1
+
+
+def test_broken_episodes_make_no_difference_but_stay():
+    # 0 of a broken episode is no failure: its group of a single outcome teaches nothing
+    selected = select(groups("1t0e", "1t0t0e", "0e0e"), Rule(3, outcome=returned))
+    assert found(selected) == [("task-1", 0, 0), ("task-1", 0, 1), ("task-1", 0, 2)]
+    assert selected.trajectories[2].ending is Ending.ENV_ERROR and selected.rejected == 2
+
+
+def test_dropped_truncated_episodes_are_gone_and_make_no_difference():
+    trajectories = groups("1t0c1t", "1t0t0c", "0c0c0c")
+    kept = select(trajectories, Rule(3, truncated=lambda t: None))
+    assert found(kept) == [("task-0", 0, 0), ("task-0", 0, 2), ("task-1", 1, 0), ("task-1", 1, 1)]
+    assert (kept.groups, kept.masked) == (3, 5)
+    mixed = select(trajectories, Rule(3, outcome=returned, truncated=lambda t: None))
+    assert found(mixed) == [("task-1", 0, 0), ("task-1", 0, 1)]
+    assert (mixed.groups, mixed.rejected, mixed.masked) == (1, 2, 1)
+
+
+def test_masked_truncated_episodes_count_in_statistics_alone():
+    # the third group differs, but none of its episodes is in the loss
+    trajectories = groups("1t0c1t", "1t1t1c", "1c0c0c")
+    selected = select(trajectories, Rule(3, outcome=returned, truncated=out_of_loss))
+    assert found(selected) == [("task-0", 0, 0), ("task-0", 0, 1), ("task-0", 0, 2)]
+    assert [t.in_loss for t in selected.trajectories] == [True, False, True]
+    assert (selected.groups, selected.rejected, selected.masked) == (1, 2, 1)
+
+
+class Rounds:
+    """A rollout that gives what it is told to; notes what it was asked for."""
+
+    def __init__(self, *rounds: tuple[str, ...]):
+        self.rounds, self.asked, self.keys = rounds, [], []
+
+    def tasks(self, step: int, round: int) -> list[Task]:
+        self.asked.append((step, round))
+        return [Task(f"{step}/{round}/{n}", "look", {}) for n in range(len(self.rounds[round]))]
+
+    def __call__(self, params, tasks, key):
+        self.keys.append(tuple(jax.random.key_data(key).tolist()))
+        trajectories = groups(*self.rounds[len(self.keys) - 1])
+        return trajectories, RolloutStats(episodes=len(trajectories), sampled_tokens=10, total_s=0.5)
+
+
+def test_rounds_go_on_until_there_is_enough():
+    rollout, key = Rounds(("1t1t", "1t0t"), ("0t0t", "0t0t"), ("0t1t", "1t0t"), ("1t0t", "1t0t")), jax.random.key(3)
+    played = play_rounds(rollout, rollout.tasks, Rule(2, 10, returned), None, 7, key)
+    assert rollout.asked == [(7, 0), (7, 1), (7, 2)]
+    assert [(t.group, t.member, t.total_reward) for t in played.trajectories] == [
+        (0, 0, 1.0), (0, 1, 0.0), (1, 0, 0.0), (1, 1, 1.0),
+    ]  # fmt: skip
+    assert [t.group for t in played.everything] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert (played.stats.episodes, played.stats.sampled_tokens, played.stats.total_s) == (12, 30, 1.5)
+    names = ("rounds", "groups", "rejected_groups", "surplus_groups", "masked_truncated", "overlong_penalty")
+    assert [played.metrics[f"selection/{name}"] for name in names] == [3, 2, 3, 1, 0, 0]
+
+
+def test_the_limit_ends_it_with_what_there_is():
+    rollout, key = Rounds(("1t1t", "1t0t"), ("0t0t", "0t0t")), jax.random.key(3)
+    played = play_rounds(rollout, rollout.tasks, Rule(2, 2, returned), None, 0, key)
+    assert {t.group for t in played.trajectories} == {0} and played.metrics["selection/groups"] == 1
+    rollout = Rounds(("1t1t", "1t1t"))
+    played = play_rounds(rollout, rollout.tasks, Rule(2, 1, returned), None, 0, key)
+    assert played.trajectories == [] and played.metrics["selection/rejected_groups"] == 2
+    assert len(played.everything) == 4 and played.metrics["selection/overlong_penalty"] == 0
+
+
+def test_round_0_has_the_steps_key_and_no_round_that_of_an_episode():
+    rollout, key = Rounds(*[("1t1t",)] * 10), jax.random.key(3)
+    play_rounds(rollout, rollout.tasks, Rule(1, 10, returned), None, 0, key)
+    assert rollout.keys[0] == tuple(jax.random.key_data(key).tolist())
+    of_episodes = {tuple(each) for each in jax.random.key_data(jax.random.split(key, 1024)).tolist()}
+    assert len(set(rollout.keys)) == 10 and not of_episodes & set(rollout.keys)
+
+
+def test_the_overlong_penalty_by_hand():
+    lengths = [0, 6, 7, 8, 9, 10, 12]
+    long = Trajectory(Task("t", "look", {}), 0, 0, tuple(turn(3, n, 1.0) for n in lengths), Ending.TERMINATED, won=True)
+    shaped = soft_overlong(long, length=response_lengths, limit=10, buffer=4, penalty=2.0)
+    # from 10 - 4 = 6 tokens on a quarter of 2 for each token, 2 from 10 on
+    assert [t.reward for t in shaped.turns] == [1, 1, 0.5, 0, -0.5, -1, -1]
+    assert [len(t.response_ids) for t in shaped.turns] == lengths and shaped.won
+    # the episode: 7 turns of 3 heard, and 52 said: 73 of 80 tokens, 3 into a buffer of 10; its last turn pays
+    shaped = soft_overlong(long, length=episode_lengths, limit=80, buffer=10, penalty=2.0)
+    np.testing.assert_allclose([t.reward for t in shaped.turns], [1] * 6 + [1 - 2 * 0.3])
+    empty = Trajectory(Task("t", "look", {}), 0, 0, (), Ending.TRUNCATED, won=False)
+    assert soft_overlong(empty, length=episode_lengths, limit=80, buffer=10, penalty=2.0) == empty
+    with pytest.raises(ValueError, match=r"expected a buffer of 1 to 10 tokens \(the limit\), got 11"):
+        soft_overlong(long, length=response_lengths, limit=10, buffer=11, penalty=1.0)
+
+
+def test_the_penalty_falls_on_what_was_chosen_without_it():
+    rollout = Rounds(("1t1t", "1t0t"))
+    # the response of 3 tokens is half-way into the buffer: every return loses 0.5; outcomes were compared before
+    penalise = partial(soft_overlong, length=response_lengths, limit=4, buffer=2, penalty=1.0)
+    played = play_rounds(rollout, rollout.tasks, Rule(1, 1, returned, penalise=penalise), None, 0, jax.random.key(0))
+    assert [t.total_reward for t in played.trajectories] == [0.5, -0.5]
+    assert [t.total_reward for t in played.everything] == [1, 1, 1, 0]
+    assert played.metrics["selection/overlong_penalty"] == -0.5
+
+
+def test_the_config_refuses_what_would_be_thrown_away():
+    assert SelectionConfig(reject_equal=True, oversample=1.5).tasks_per_round(3) == 5
+    with pytest.raises(ValueError, match="expected selection.reject_equal with selection.oversample 2.0"):
+        SelectionConfig(oversample=2.0)
+    with pytest.raises(ValueError, match="selection.oversample >= 1 and selection.max_rounds >= 1, got 0.5 and 1"):
+        SelectionConfig(reject_equal=True, oversample=0.5)
+    with pytest.raises(ValueError, match="both above 0, or both 0"):
+        SelectionConfig(overlong_penalty=1.0)
