@@ -143,9 +143,7 @@ def learner_metrics(stats: Metrics) -> Metrics:
 
 def transcripts(trajectories: Sequence[Trajectory], credit: Credit, step: int, count: int = 10) -> list[dict[str, Any]]:
     """Episodes to look at, won and lost by turns, each turn with its entropy, alpha and base advantage."""
-    base, alpha, entropies = (
-        np.asarray(x) for x in jax.device_get((credit.base, credit.coefficients, credit.entropies))
-    )
+    base, alpha = (np.asarray(x) for x in jax.device_get((credit.base, credit.coefficients)))
     starts, first = [], 0
     for t in trajectories:
         starts.append(first)
@@ -165,7 +163,8 @@ def transcripts(trajectories: Sequence[Trajectory], credit: Credit, step: int, c
                 {
                     "observation": turn.observation,
                     "response": turn.response,
-                    "entropy": float(entropies[at + k]),
+                    # as sampled: what is out of the loss has none in the credit
+                    "entropy": float(np.mean(turn.entropies)) if len(turn.entropies) else None,
                     "alpha": float(alpha[at + k]),
                     "advantage": float(base[at + k]),
                     "reward": turn.reward,

@@ -1,15 +1,17 @@
 """The loop learns: a trivial environment, a fixed seed, one threshold; and its numbers are what they say they are."""
 
 import dataclasses
+import json
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aem_jax.advantage import grpo, of_returns, over_trajectories
 from aem_jax.batch import BatchLayout, collate, place
-from aem_jax.credit import AemConfig, make_credit
+from aem_jax.credit import AemConfig, Credit, make_credit
 from aem_jax.envs.protocol import StepResult
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
 from aem_jax.models import ModelConfig, Policy
@@ -161,3 +163,15 @@ def test_rollout_metrics_count_whole_episodes_only():
     assert (found["rollout/success/a"], found["rollout/success/b"]) == (1.0, 0.0)
     assert (found["rollout/mixed_groups"], found["rollout/env_errors"]) == (1.0, 1)
     assert np.isnan(rollout_metrics([], RolloutStats())["rollout/success"])  # no episode is no failure
+
+
+def test_transcripts_show_episodes_out_of_the_loss_with_what_they_sampled():
+    turn = Turn(np.array([5]), np.array([6, 1]), np.zeros(2), np.array([0.5, 1.0]), 1.0, True)
+    silent = Turn(np.array([5]), np.zeros(0, int), np.zeros(0), np.zeros(0), 0.0, False)
+    episode = Trajectory(Task("t", "a", {}), 0, 0, (turn, silent), Ending.TRUNCATED, False, in_loss=False)
+    tokens, nothing = jnp.zeros((1, 1, 4)), jnp.full(2, jnp.nan)
+    credit = Credit(tokens, base=jnp.array([-1.0, 0.0]), coefficients=jnp.ones(2), entropies=nothing)
+    (shown,) = transcripts([episode], credit, step=3)
+    assert [each["entropy"] for each in shown["turns"]] == [0.75, None]
+    assert [each["advantage"] for each in shown["turns"]] == [-1.0, 0.0]
+    json.dumps(shown, allow_nan=False)
