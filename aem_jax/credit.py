@@ -1,9 +1,9 @@
 """A batch's returns and entropies -> one advantage a token: base estimator, times AEM's coefficient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,11 @@ class AemConfig:
     """How strongly uncertain responses are weighed down (the paper's lambda); 0 gives the base algorithm."""
     min_range: float = 0.1
     """A group whose response entropies span less (nats) keeps alpha = 1."""
+    scope: Literal["group", "trajectory", "batch"] = "group"
+    """What alpha is normalised over: a rollout group, or (the paper's ablations) a trajectory, or the whole batch."""
+    variant: Literal["aem", "reversed", "shuffled"] = "aem"
+    """aem; or, the paper's ablations: reversed, where uncertain responses weigh more (-strength), and shuffled, where
+    the alphas of a scope are dealt to its responses at random."""
 
     def __post_init__(self) -> None:
         if self.strength < 0 or self.min_range < 0:
@@ -62,8 +67,8 @@ def experience(batch: Batch) -> Experience:
 
 def make_credit(
     estimate: ResponseAdvantages, aem: AemConfig, num_groups: int, mesh: Mesh
-) -> Callable[[Batch], tuple[Credit, dict[str, Any]]]:
-    """Builds `credit(batch) -> (Credit, statistics)`, jitted.
+) -> Callable[..., tuple[Credit, dict[str, Any]]]:
+    """Builds `credit(batch, key=None) -> (Credit, statistics)`, jitted; the PRNG key is for the variant "shuffled".
 
     Args:
         estimate: base advantages of responses, e.g. `of_returns(over_trajectories, grpo)`.
@@ -75,17 +80,23 @@ def make_credit(
     placed = Credit(packed_sharding(mesh), whole, whole, whole)  # pyright: ignore[reportArgumentType]
 
     @partial(jax.jit, out_shardings=(placed, whole))
-    def credit(batch: Batch) -> tuple[Credit, dict[str, Any]]:
+    def credit(batch: Batch, key: Array | None = None) -> tuple[Credit, dict[str, Any]]:
         base = estimate(experience(batch), num_groups)
         ids = jnp.asarray(batch.response_ids)
         flat = ids.reshape(-1, ids.shape[-1])
         entropies = response_entropy(jnp.asarray(batch.entropies).reshape(flat.shape), flat, base.shape[0])
-        groups = jnp.asarray(batch.group_ids)[batch.response_trajectory]
+        scope, count = SCOPES[aem.scope](batch, num_groups)
         # Responses outside the loss have no tokens here, hence no entropy.
         kwargs = {"min_range": aem.min_range, "valid": batch.response_valid & ~jnp.isnan(entropies)}
-        alpha = aem_coefficients(entropies, groups, num_groups, strength=aem.strength, **kwargs)
+        strength, shuffles = VARIANTS[aem.variant]
+        alpha = aem_coefficients(entropies, scope, count, strength=strength * aem.strength, **kwargs)
+        if shuffles:
+            if key is None:
+                raise ValueError("expected a PRNG key for aem.variant shuffled, got none; call credit(batch, key)")
+            dealt = jnp.where(kwargs["valid"], scope, count)
+            alpha = shuffled(alpha, dealt, jax.random.fold_in(key, _SHUFFLE))
         tokens = token_advantages(alpha * base, flat).reshape(ids.shape)
-        found = coefficient_statistics(alpha, base, entropies, groups, num_groups, **kwargs)
+        found = coefficient_statistics(alpha, base, entropies, scope, count, **kwargs)
         statistics = {
             "entropy/response": jnp.mean(entropies, where=kwargs["valid"]),
             "entropy/token": jnp.sum(jnp.asarray(batch.entropies)) / jnp.sum(ids >= 0),  # none of no token
@@ -100,3 +111,42 @@ def make_credit(
         return Credit(tokens, base, alpha, entropies), statistics
 
     return credit
+
+
+def shuffled(values: Array, ids: Array, key: Array) -> Array:
+    """Deals the values of responses with the same id among these at random.
+
+    Args:
+        values: f32[R].
+        ids: i32[R], in any order.
+        key: PRNG key.
+
+    Returns:
+        f32[R]; of each id the same values as before.
+    """
+    places = jnp.argsort(ids, stable=True)
+    dealt = jnp.lexsort((jax.random.uniform(key, ids.shape), ids))
+    return values.at[places].set(values[dealt])
+
+
+Scope = Callable[[Batch, int], tuple[Array, int]]
+"""(batch, num_groups) -> what each response's alpha is normalised in, i32[R], and how many of these there are."""
+
+
+def _group(batch: Batch, num_groups: int) -> tuple[Array, int]:
+    return jnp.asarray(batch.group_ids)[batch.response_trajectory], num_groups
+
+
+def _trajectory(batch: Batch, num_groups: int) -> tuple[Array, int]:
+    return jnp.asarray(batch.response_trajectory), batch.valid.shape[0]
+
+
+def _batch(batch: Batch, num_groups: int) -> tuple[Array, int]:
+    return jnp.zeros_like(jnp.asarray(batch.response_trajectory)), 1
+
+
+SCOPES: Mapping[str, Scope] = {"group": _group, "trajectory": _trajectory, "batch": _batch}
+VARIANTS: Mapping[str, tuple[float, bool]] = {"aem": (1.0, False), "reversed": (-1.0, False), "shuffled": (1.0, True)}
+"""What strength is multiplied by, and whether coefficients are shuffled afterwards."""
+_SHUFFLE = 0x5AFF1E
+"""Folded into a step's key: no episode has this number, so none shares its randomness with the shuffle."""

@@ -42,7 +42,7 @@ class Parts:
         play: (parameters in the decode layout, step, key) -> the step's episodes, and which of them to learn from.
         reshard: learner's parameters -> decode layout.
         collate: (trajectories, step) -> batch on the mesh.
-        credit: batch -> (Credit, statistics).
+        credit: (batch, the step's PRNG key) -> (Credit, statistics).
         update: (state, batch, advantages, reference) -> (state, statistics).
         reference: batch -> logprobs of the reference policy, or None when KL is off.
         finish: called with (state, step, metrics, trajectories, credit) after each step, with the trajectories learnt
@@ -54,7 +54,7 @@ class Parts:
     play: Callable[[Any, int, jax.Array], Played]
     reshard: Callable[[Any], Any]
     collate: Callable[[Sequence[Trajectory], int], Batch]
-    credit: Callable[[Batch], tuple[Credit, Metrics]]
+    credit: Callable[[Batch, jax.Array], tuple[Credit, Metrics]]
     update: Callable[[TrainState, Batch, Any, Any], tuple[TrainState, Metrics]]
     reference: Callable[[Batch], Any] | None
     finish: Callable[[TrainState, int, Metrics, Sequence[Trajectory], Credit], None]
@@ -78,10 +78,11 @@ def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> Tr
     for step in range(first, num_steps):
         start, compiled = time.perf_counter(), compilations()
         # What is laid out for sampling gets no name here: its memory is free again when the update needs it.
-        episodes = parts.play(parts.reshard(state.params), step, jax.random.fold_in(key, step))
+        episode_key = jax.random.fold_in(key, step)
+        episodes = parts.play(parts.reshard(state.params), step, episode_key)
         rolled_out, played = time.perf_counter(), episodes.stats
         batch = parts.collate(episodes.trajectories, step)
-        credit, credit_stats = parts.credit(batch)
+        credit, credit_stats = parts.credit(batch, episode_key)
         reference = parts.reference(batch) if parts.reference else None
         state, learner_stats = parts.update(state, batch, credit.tokens, reference)
         credit_stats, learner_stats = jax.device_get((credit_stats, learner_stats))

@@ -32,6 +32,9 @@ class WarmstartConfig:
     whose pupil has something left to learn from reward."""
     only_won: bool = True
     """Leave out episodes that the expert lost."""
+    begin_from: str = ""
+    """Folder of another run, in place of demonstrations: training begins with its parameters at step 0 and with its
+    tokenizer. Model and tokenizer settings must be the same; no LoRA."""
 
 
 def demonstrate(env: Environment, act: Act, task: Task, chat: Any, *, instruction: str, max_turns: int) -> Trajectory:

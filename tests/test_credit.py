@@ -108,6 +108,60 @@ def test_an_episode_out_of_the_loss_counts_in_its_groups_statistics_alone():
     assert all(np.isfinite(value) for value in statistics.values())
 
 
+def alphas(trajectories: list[Trajectory], config: AemConfig, key: jax.Array | None = None) -> np.ndarray:
+    """alpha of the responses that have a token, in order."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    batch = collate(trajectories, LAYOUT)
+    credit, _ = make_credit(of_returns(over_trajectories, grpo), config, 3, mesh)(place(batch, mesh), key)
+    return np.asarray(credit.coefficients)[batch.response_valid]
+
+
+def said(group: int, member: int, *entropies: float) -> Trajectory:
+    """An episode of responses of one token each, with these entropies."""
+    ids, one = np.arange(3, dtype=np.int32), np.zeros(1, np.float32)
+    turns = [Turn(ids, ids[:1], one, np.full(1, e, np.float32), 1.0, True) for e in entropies]
+    return Trajectory(Task("t", "k", {}), group, member, tuple(turns), Ending.TERMINATED, False)
+
+
+# exp(-H~) is 1 at the lowest entropy of a scope, 1/e at its highest, and g = exp(-1/2) half way between
+E, G = np.exp(-1.0), np.exp(-0.5)
+
+
+@pytest.mark.parametrize(
+    ("scope", "expected"),
+    [
+        # group 0 holds 0, 1, 0.5; group 1 holds 1, 2
+        ("group", [*(np.array([1, E, G]) / np.mean([1, E, G])), *(np.array([1, E]) / np.mean([1, E]))]),
+        # trajectories are {0, 1}, {0.5} (one response: no range, so 1), {1, 2}
+        ("trajectory", [*(np.array([1, E]) / np.mean([1, E])), 1, *(np.array([1, E]) / np.mean([1, E]))]),
+        # all five together: H~ = 0, 1/2, 1/4, 1/2, 1
+        ("batch", np.exp([0, -0.5, -0.25, -0.5, -1]) / np.mean(np.exp([0, -0.5, -0.25, -0.5, -1]))),
+    ],
+)
+def test_alpha_is_normalised_over_its_scope(scope, expected):
+    trajectories = [said(0, 0, 0.0, 1.0), said(0, 1, 0.5), said(1, 0, 1.0, 2.0)]
+    np.testing.assert_allclose(alphas(trajectories, AemConfig(scope=scope)), expected, rtol=1e-5)
+
+
+def test_reversed_weighs_the_uncertain_up():
+    # exp(+H~) is 1, e, sqrt(e)
+    found = alphas([said(0, 0, 0.0, 1.0), said(0, 1, 0.5)], AemConfig(variant="reversed"))
+    np.testing.assert_allclose(found, np.array([1, 1 / E, 1 / G]) / np.mean([1, 1 / E, 1 / G]), rtol=1e-5)
+
+
+def test_shuffled_deals_the_alphas_of_a_group_among_its_responses():
+    rng = np.random.default_rng(0)
+    trajectories = [said(g, m, *rng.uniform(0, 2, 3)) for g in range(3) for m in range(4)]
+    config = AemConfig(variant="shuffled")
+    with pytest.raises(ValueError, match="expected a PRNG key"):
+        alphas(trajectories, config)
+    plain = alphas(trajectories, AemConfig()).reshape(3, 12)
+    dealt = [alphas(trajectories, config, jax.random.key(seed)).reshape(3, 12) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(dealt[0], dealt[1])
+    assert (dealt[0] != dealt[2]).any() and (dealt[0] != plain).any()
+    np.testing.assert_array_equal(np.sort(dealt[0]), np.sort(plain))
+
+
 def test_the_config_refuses_negative_strength():
     with pytest.raises(ValueError, match="aem.strength and aem.min_range >= 0, got -1"):
         AemConfig(strength=-1.0)

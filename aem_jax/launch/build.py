@@ -203,6 +203,11 @@ def check(config: RunConfig) -> None:
             f"--model.{sizes[0].replace('_', '-')}: expected none with --model.path, whose files say the sizes, "
             f"got {choice[sizes[0]]}"
         )
+    if config.warmstart.begin_from and (config.model.path or config.lora.rank):
+        raise ConfigError(
+            "--warmstart.begin-from: expected none with --model.path or --lora.rank, "
+            f"got {config.warmstart.begin_from}; a run that trains all weights begins where another such run began"
+        )
     servers = len(config.env.urls) or config.env.num_servers
     sessions = servers * config.env.sessions_per_server
     # On several hosts each process plays its share of the slots with servers of its own: the rollout looks.

@@ -20,7 +20,7 @@ from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
 from aem_jax.envs.protocol import EnvError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
-from aem_jax.launch import base, build, processes, record, runtime
+from aem_jax.launch import base, begin, build, processes, record, runtime
 from aem_jax.launch.algorithm import response_advantages
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
@@ -59,12 +59,12 @@ def train(config: RunConfig) -> int:
         ConfigError: what is asked for cannot be done.
     """
     folder = Path(config.runs_dir) / config.name
-    with _opened(config, folder, check_resumable=True) as (stage, checkpoints):
+    with opened(config, folder, check_resumable=True) as (stage, checkpoints):
         is_first = stage.hosts.is_first
         if is_first:
             record.save(config, folder)
         try:
-            stage = _on_base(stage, checkpoints)
+            stage = on_base(stage, checkpoints)
             state = _start(stage, checkpoints)
             if int(state.step) < config.train.num_steps:
                 state = _train(stage, state, checkpoints)
@@ -89,11 +89,11 @@ def evaluate(config: RunConfig) -> int:
         ConfigError: the run has no checkpoint.
     """
     folder = Path(config.runs_dir) / config.name
-    with _opened(config, folder) as (stage, checkpoints):
+    with opened(config, folder) as (stage, checkpoints):
         if checkpoints.latest is None:
             raise ConfigError(f"no checkpoint in {folder}; train it first")
-        stage = _on_base(stage, checkpoints)
-        state = _restore(stage, checkpoints)
+        stage = on_base(stage, checkpoints)
+        state = restore(stage, checkpoints)
         params, records, is_first = stage.reshard(state.params), [], stage.hosts.is_first
         for split in config.evaluation.splits:
             tasks, name = stage.domain.evaluation(split, config.evaluation.size)
@@ -109,7 +109,7 @@ def evaluate(config: RunConfig) -> int:
 
 
 @contextmanager
-def _opened(config: RunConfig, folder: Path, check_resumable: bool = False) -> Iterator[tuple[Stage, Checkpoints]]:
+def opened(config: RunConfig, folder: Path, check_resumable: bool = False) -> Iterator[tuple[Stage, Checkpoints]]:
     """The machine set up, checkpoints and stage opened; what cannot be had is a `ConfigError`."""
     with ExitStack() as stack:
         try:
@@ -130,7 +130,7 @@ def _opened(config: RunConfig, folder: Path, check_resumable: bool = False) -> I
             raise ConfigError(f"the run was stopped: {error}; the same command resumes it") from error
 
 
-def _on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
+def on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
     """The stage with the frozen weights of its adapter, which are made first if need be; without LoRA, as it is."""
     config, folder = stage.config, stage.folder
     if not config.lora.rank:
@@ -152,7 +152,7 @@ def _on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
 def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     """The state to train from: the latest checkpoint's, else a warm start's, which is saved and evaluated."""
     config = stage.config
-    state = _warm_start(stage, checkpoints) if checkpoints.latest is None else _restore(stage, checkpoints)
+    state = _warm_start(stage, checkpoints) if checkpoints.latest is None else restore(stage, checkpoints)
     if stage.hosts.is_first:
         drop_lines(stage.folder / EVALUATIONS, int(state.step) + 1)
     if int(state.step) == 0:
@@ -162,17 +162,20 @@ def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     return state
 
 
-def _restore(stage: Stage, checkpoints: Checkpoints) -> TrainState:
+def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> TrainState:
+    """The state of a step, or of the latest that can be read."""
     optimizer = make_optimizer(stage.config.learner, stage.policy.axes)
-    return checkpoints.restore(abstract_state(stage.policy, optimizer, stage.mesh))
+    return checkpoints.restore(abstract_state(stage.policy, optimizer, stage.mesh), step)
 
 
 def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
-    """A state at step 0: the model's parameters or random ones, fitted to demonstrations if there are to be any."""
+    """A state at step 0: another run's, or the model's parameters or random ones, fitted to demonstrations if there are
+    to be any."""
     config = stage.config
     optimizer = make_optimizer(config.learner, stage.policy.axes)
     checkpoints.check_space(abstract_state(stage.policy, optimizer, stage.mesh))
-    fits = config.warmstart.episodes > 0 and not build.warm_start_makes_base(config)
+    begins = bool(config.warmstart.begin_from)
+    fits = config.warmstart.episodes > 0 and not begins and not build.warm_start_makes_base(config)
     source = _fit(stage, _demonstrations(stage)).params if fits else _parameters(stage)
     state = init_state(stage.policy, optimizer, stage.mesh, source)
     checkpoints.save(0, state)
@@ -180,9 +183,11 @@ def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
 
 
 def _parameters(stage: Stage) -> Any:
-    """What training begins from: float32 parameters from the model's files, or a key for random ones."""
+    """What training begins from: float32 parameters of another run or the model's files, or a key for random ones."""
     if isinstance(stage.policy, LoraPolicy):
         return jax.random.fold_in(stage.key("init"), 1)  # the key itself is that of random weights
+    if stage.config.warmstart.begin_from:
+        return begin.parameters(stage.config, stage.policy, stage.chat.vocab_size, stage.mesh)
     if not stage.config.model.path:
         return stage.key("init")
     folder = resolve(stage.config.model.path)

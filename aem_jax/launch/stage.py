@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from aem_jax.envs.pool import EnvPool
 from aem_jax.hosts import Hosts
-from aem_jax.launch import build
+from aem_jax.launch import begin, build
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.household import Domain, household, texts
 from aem_jax.launch.mesh import open_mesh
@@ -140,10 +140,12 @@ def _tokenizer(config: RunConfig, domain: Domain, folder: Path, hosts: Hosts) ->
 def _make_tokenizer(
     config: RunConfig, domain: Domain, folder: Path, load: Callable[..., ChatTokenizer]
 ) -> ChatTokenizer:
-    """The model's tokenizer, else one trained on what is said in episodes; saved."""
+    """The model's tokenizer, or that of the run to begin from, else one trained on what is said in episodes; saved."""
     if config.model.path:
         template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
         chat = load(resolve(config.model.path), chat_template=template)
+    elif config.warmstart.begin_from:
+        chat = load(begin.tokenizer(config))
     else:
         said = texts(domain, config.tokenizer.episodes, config.rollout.max_turns)
         chat = ChatTokenizer.train(said, vocab_size=config.tokenizer.vocab_size)
