@@ -1,0 +1,183 @@
+"""A grid of runs as a TOML file says it: settings that all share, variants of them, and seeds.
+
+[grid]
+preset = "alfworld-tiny"
+seeds = [0, 1, 2, 3, 4]
+
+[shared.train]              # options of every run, as a preset writes them
+num_steps = 120
+
+[start.warmstart]           # options of the one run of each seed that all of its variants begin from
+steps = 300
+
+[[variants]]
+name = "grpo"
+options.aem.strength = 0.0
+
+[[variants]]
+name = "grpo-aem"
+against = "grpo"            # which variant it is compared with, seed by seed
+seeds = [0, 1, 2]           # where fewer seeds are asked for
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aem_jax.launch.build import check
+from aem_jax.launch.config import RunConfig
+from aem_jax.launch.options import flag
+from aem_jax.launch.overrides import ConfigError, flatten, override
+from aem_jax.launch.preset import read_preset
+
+START = "start"
+"""Name of the variant that the others begin from."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting of the grid.
+
+    Attributes:
+        name: letters, digits and -_.
+        options: what differs from the shared settings, by dotted name.
+        seeds: of its runs.
+        title: how tables call it.
+        family: the table that it stands in.
+        against: the variant that it is compared with, seed by seed; empty for none.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    title: str = ""
+    family: str = ""
+    against: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the grid.
+
+    Attributes:
+        variant: name of its setting, or `START`.
+        seed: its seed.
+        options: all that differs from the preset, by dotted name.
+    """
+
+    variant: str
+    seed: int
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its folder among the grid's."""
+        return f"{self.variant}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All that a file says.
+
+    Attributes:
+        name: of the file, without its ending.
+        preset: that all runs begin from.
+        seeds: of variants that name none.
+        shared: options of every run, by dotted name.
+        start: options of the runs that the others begin from.
+        variants: the settings, in the file's order.
+    """
+
+    name: str
+    preset: str
+    seeds: tuple[int, ...]
+    shared: Mapping[str, Any]
+    start: Mapping[str, Any]
+    variants: tuple[Variant, ...]
+
+    def starts(self, folder: Path) -> list[Run]:
+        """The run of each seed that the others begin from: a warm start and its evaluation, no training steps."""
+        seeds = sorted({seed for variant in self.variants for seed in variant.seeds})
+        own = {"train.num_steps": 0, "checkpoint.keep_first": True}
+        return [Run(START, seed, self._options(folder, START, seed, {**own, **self.start})) for seed in seeds]
+
+    def runs(self, folder: Path) -> list[Run]:
+        """The runs of all variants, seed by seed, so that the first seeds are whole early."""
+        found = []
+        for start in self.starts(folder):
+            for variant in self.variants:
+                if start.seed in variant.seeds:
+                    begin = {"warmstart.begin_from": str(folder / start.name)}
+                    options = self._options(folder, variant.name, start.seed, {**variant.options, **begin})
+                    found.append(Run(variant.name, start.seed, options))
+        return found
+
+    def _options(self, folder: Path, variant: str, seed: int, own: Mapping[str, Any]) -> dict[str, Any]:
+        name = Run(variant, seed, {}).name
+        return {"runs_dir": str(folder), "name": name, "seed": seed, **self.shared, **own}
+
+    def config(self, run: Run) -> RunConfig:
+        """The run's whole config.
+
+        Raises:
+            ConfigError: an option that is none, or that cannot be run.
+        """
+        try:
+            config = override(read_preset(self.preset), run.options, flag)
+            check(config)
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}, {run.name}: {error}") from None
+        return config
+
+    def words(self, run: Run) -> list[str]:
+        """The run's command line, behind `python -m aem_jax.launch`."""
+        words = ["--preset", self.preset]
+        for name, value in run.options.items():
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [flag(name), *map(str, values)]
+        return words
+
+
+def read_grid(path: Path) -> Grid:
+    """Reads a grid.
+
+    Raises:
+        ConfigError: no such file, no TOML, or not of this form.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    try:
+        head = _only(values.pop("grid"), "preset", "seeds")
+        shared, start = flatten(values.pop("shared", {})), flatten(values.pop("start", {}))
+        seeds = tuple(head["seeds"])
+        listed: Sequence[Mapping[str, Any]] = values.pop("variants")
+        variants = tuple(_variant(each, seeds) for each in listed)
+    except KeyError as error:
+        raise ConfigError(f"{path}: expected {error.args[0]!r}, got none") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if values:
+        raise ConfigError(f"{path}: expected grid, shared, start and variants, got {next(iter(values))!r} too")
+    names = [each.name for each in variants]
+    if len(set(names)) < len(names) or START in names:
+        raise ConfigError(f"{path}: expected distinct names of variants, none of them {START!r}, got {names}")
+    for each in variants:
+        if each.against and each.against not in names:
+            raise ConfigError(f"{path}: expected a variant that {each.name!r} is compared with, got {each.against!r}")
+    return Grid(path.stem, head["preset"], seeds, shared, start, variants)
+
+
+def _variant(values: Mapping[str, Any], seeds: tuple[int, ...]) -> Variant:
+    _only(values, "name", "options", "seeds", "title", "family", "against")
+    texts = {name: values.get(name, "") for name in ("title", "family", "against")}
+    return Variant(values["name"], flatten(values.get("options", {})), tuple(values.get("seeds", seeds)), **texts)
+
+
+def _only(values: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    if unknown := set(values) - set(names):
+        raise ValueError(f"expected {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    return values

@@ -1,0 +1,64 @@
+"""Plots of a grid: what each pair of variants did over training, as means over seeds with their range."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from aem_jax.report.style import BLUE, ORANGE, figure_style, percent_axis
+from experiments.grid import Grid, Variant
+from experiments.results import Result, of_variant
+
+PANELS = (
+    ("rollout/success", "success while training"),
+    ("entropy/response", "response entropy, nats"),
+    ("aem/flat_groups", "flat groups"),
+)
+
+
+def draw_pairs(grid: Grid, results: Sequence[Result], path: Path) -> Path | None:
+    """A row of plots for each variant of the family `algorithms` and what it is compared with; None without runs."""
+    pairs = [
+        each
+        for each in grid.variants
+        if each.family == "algorithms" and each.against and of_variant(results, each.name)
+    ]
+    if not pairs:
+        return None
+    with figure_style("#2a303c"):
+        figure = Figure(figsize=(12.6, 2.6 * len(pairs) + 0.4), layout="constrained")
+        rows = figure.subplots(len(pairs), len(PANELS), squeeze=False)
+        for row, variant in zip(rows, pairs, strict=True):
+            for axes, (metric, label) in zip(row, PANELS, strict=True):
+                _draw(axes, results, variant.against, metric, BLUE, _title(grid, variant.against))
+                _draw(axes, results, variant.name, metric, ORANGE, _title(grid, variant.name))
+                axes.set_title(label)
+                if metric != "entropy/response":
+                    percent_axis(axes)
+            row[0].legend(loc="upper left")
+        for axes in rows[-1]:
+            axes.set_xlabel("training step")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+    return path
+
+
+def _draw(axes: Axes, results: Sequence[Result], variant: str, metric: str, colour: str, label: str) -> None:
+    """Mean and range over seeds of a curve's bins, at the middle of each bin."""
+    runs = [each for each in of_variant(results, variant).values() if metric in each["curves"]]
+    columns = list(zip(*(each["curves"][metric] for each in runs), strict=False))
+    points = [
+        ((index + 0.5) * runs[0]["steps"] / len(columns), [value for value in column if value is not None])
+        for index, column in enumerate(columns)
+    ]
+    points = [(step, values) for step, values in points if values]
+    steps = [step for step, _ in points]
+    axes.fill_between(steps, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.15, lw=0)
+    axes.plot(steps, [statistics.fmean(v) for _, v in points], color=colour, label=f"{label}, {len(runs)} seeds")
+
+
+def _title(grid: Grid, name: str) -> str:
+    found: Variant = next(each for each in grid.variants if each.name == name)
+    return found.title or name

@@ -1,0 +1,133 @@
+"""What is kept of a grid's runs: one JSON line each, small enough to be committed.
+
+variant, seed         which run
+steps                 training steps
+seconds               summed over its steps, as the machine was (`time/step`), and nothing else
+evaluations           (phase, step, split) -> successes and games
+curves                metric -> means over consecutive bins of steps, at most `BINS`
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aem_jax.launch import record
+from aem_jax.launch.overrides import ConfigError
+from aem_jax.metrics import read_lines
+from experiments.grid import START, Grid, Run
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BINS = 30
+METRICS = (
+    *("rollout/success", "rollout/turns", "rollout/valid_action", "rollout/mixed_groups", "rollout/response_tokens"),
+    *("entropy/response", "aem/alpha_positive", "aem/alpha_negative", "aem/alpha_min", "aem/alpha_max"),
+    *("aem/flat_groups", "advantage/positive_share", "advantage/nonzero_share", "learner/clip_share"),
+    *("learner/grad_norm", "parity/max"),
+)
+"""Kept as curves; those that a run does not have are left out."""
+
+Result = Mapping[str, Any]
+
+
+def summary(folder: Path, run: Run) -> dict[str, Any] | None:
+    """The line of one run; None while it is not done."""
+    try:
+        config = record.load(folder)
+    except ConfigError:
+        return None
+    metrics, last = read_lines(folder / "metrics.jsonl"), config.train.num_steps
+    evaluations = [
+        {name: each[name] for name in ("phase", "step", "split")}
+        | {"wins": round((each["success"] or 0.0) * each["count"]), "games": each["count"]}
+        for each in read_lines(folder / "evaluations.jsonl")
+        if each["phase"] in ("warmstart", "train", "final")
+    ]
+    final = {each["split"] for each in evaluations if each["phase"] == "final" and each["step"] == last}
+    if len(metrics) < last or final < set(config.evaluation.splits):
+        return None
+    curves = {name: binned([line.get(name) for line in metrics]) for name in METRICS}
+    return {
+        "variant": run.variant,
+        "seed": run.seed,
+        "steps": last,
+        "seconds": round(sum(line["time/step"] for line in metrics)),
+        "evaluations": evaluations,
+        "curves": {name: values for name, values in curves.items() if any(each is not None for each in values)},
+    }
+
+
+def binned(values: Sequence[float | None], bins: int = BINS) -> list[float | None]:
+    """Means of at most `bins` runs of neighbours of (nearly) equal length, to 4 digits; None where nothing is known."""
+    bins = min(bins, len(values))
+    found: list[float | None] = []
+    for index in range(bins):
+        part = values[index * len(values) // bins : (index + 1) * len(values) // bins]
+        known = [each for each in part if each is not None and math.isfinite(each)]
+        found.append(float(f"{sum(known) / len(known):.4g}") if known else None)
+    return found
+
+
+def write_results(grid: Grid, folder: Path, results: Path) -> Path:
+    """Writes the lines of all of the grid's runs that are done; whole or not at all.
+
+    Args:
+        grid: the grid.
+        folder: of its runs.
+        results: folder to write GRID.jsonl to.
+    """
+    runs = (*grid.starts(folder), *grid.runs(folder))
+    lines = [line for run in runs if (line := summary(folder / run.name, run)) is not None]
+    path = results / f"{grid.name}.jsonl"
+    results.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    os.replace(partial, path)
+    return path
+
+
+def read_results(path: Path) -> list[Result]:
+    """The lines of a grid's file.
+
+    Raises:
+        ValueError: a line that is none.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            result = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"expected JSON in line {number} of {path.name}, got {error}") from None
+        wanted = ("variant", "seed", "steps", "seconds", "evaluations", "curves")
+        if missing := [name for name in wanted if name not in result]:
+            raise ValueError(f"expected {', '.join(missing)} in line {number} of {path.name}, got none")
+        found.append(result)
+    return found
+
+
+def successes(result: Result, phase: str = "final") -> float:
+    """Share of games won in the phase's last evaluations, all splits together; NaN if there are none."""
+    found = [each for each in result["evaluations"] if each["phase"] == phase]
+    last = [each for each in found if each["step"] == max(every["step"] for every in found)]
+    games = sum(each["games"] for each in last)
+    return sum(each["wins"] for each in last) / games if games else math.nan
+
+
+def of_variant(results: Sequence[Result], variant: str) -> dict[int, Result]:
+    """The runs of a variant by seed."""
+    return {each["seed"]: each for each in results if each["variant"] == variant}
+
+
+__all__ = [
+    "RESULTS",
+    "START",
+    "Result",
+    "binned",
+    "of_variant",
+    "read_results",
+    "successes",
+    "summary",
+    "write_results",
+]

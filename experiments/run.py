@@ -1,0 +1,176 @@
+"""Runs a grid: python -m experiments.run experiments/alfworld_tiny.toml
+
+Every run is a process of its own, `python -m aem_jax.launch` with the options of the grid, and writes what it says to
+logs/NAME.txt. A run that is done is left as it is, one that was stopped or killed goes on: so the same command goes on
+with the grid. The runs that others begin from come first. After each run the numbers of all that are done are written
+to experiments/results/GRID.jsonl, of which docs/experiments.md is made (`python -m experiments.table`).
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+
+from aem_jax.launch import record
+from aem_jax.launch.config import RunConfig
+from aem_jax.launch.overrides import ConfigError
+from aem_jax.metrics import read_lines
+from experiments.grid import Grid, Run, read_grid
+from experiments.results import RESULTS, write_results
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Workers:
+    """Where runs may run: processor cores or GPUs dealt to the jobs, and the processes at work.
+
+    Attributes:
+        places: environment variables and cores of each job that is free.
+        running: processes to stop when the driver is stopped.
+        stopping: set when no further run is to begin.
+    """
+
+    places: SimpleQueue = field(default_factory=SimpleQueue)
+    running: set[subprocess.Popen] = field(default_factory=set)
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+
+def deal(jobs: int, pin: bool, gpus: int) -> Workers:
+    """A place for each job: with `pin` cores of its own, with `gpus` one of so many GPUs of its own."""
+    workers, cores = Workers(), sorted(os.sched_getaffinity(0))
+    for job in range(jobs):
+        own = cores[job * len(cores) // jobs : (job + 1) * len(cores) // jobs] if pin else cores
+        workers.places.put((own, {"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus else {}))
+    return workers
+
+
+def is_done(config: RunConfig) -> bool:
+    """Whether a run has all that it should; raises what `train` would if it was begun with other settings.
+
+    Raises:
+        ConfigError: another run lies in its folder.
+    """
+    folder = Path(config.runs_dir) / config.name
+    if not (folder / record.FILE).exists():
+        return False
+    record.check_resumable(record.load(folder), config, folder)
+    last = config.train.num_steps
+    final = {each["split"] for each in read_lines(folder / "evaluations.jsonl") if _is_final(each, last)}
+    return (folder / "report.html").exists() and final >= set(config.evaluation.splits)
+
+
+def _is_final(line: dict, last: int) -> bool:
+    return line.get("phase") == "final" and line.get("step") == last
+
+
+def run_one(grid: Grid, run: Run, workers: Workers, logs: Path) -> bool:
+    """Runs one run to its end; returns whether it is done."""
+    if workers.stopping.is_set():
+        return False
+    config = grid.config(run)
+    if is_done(config):
+        print(f"{run.name}: done before", flush=True)
+        return True
+    cores, variables = workers.places.get()
+    began = time.monotonic()
+    try:
+        with (logs / f"{run.name}.txt").open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "aem_jax.launch", *grid.words(run)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **variables},
+                cwd=Path.cwd(),
+                start_new_session=True,  # Ctrl-C is the driver's to pass on
+            )
+            os.sched_setaffinity(process.pid, cores)
+            workers.running.add(process)
+            if workers.stopping.is_set():
+                process.send_signal(signal.SIGTERM)
+            status = process.wait()
+            workers.running.discard(process)
+    finally:
+        workers.places.put((cores, variables))
+    seconds = time.monotonic() - began
+    done = status == 0 and is_done(config)
+    what = "done" if done else "stopped" if status in (130, 143) else f"failed with status {status}, see {log.name}"
+    print(f"{run.name}: {what} after {seconds:.0f} s", flush=True)
+    return done
+
+
+def run_grid(grid: Grid, folder: Path, workers: Workers, jobs: int, results: Path) -> bool:
+    """Runs all of a grid; returns whether all of it is done.
+
+    Raises:
+        ConfigError: a run that cannot be begun, before any is.
+    """
+    starts, runs = grid.starts(folder), grid.runs(folder)
+    for run in (*starts, *runs):
+        is_done(grid.config(run))
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    lock = threading.Lock()
+
+    def go(run: Run) -> bool:
+        done = run_one(grid, run, workers, logs)
+        with lock:
+            write_results(grid, folder, results)
+        return done
+
+    with ThreadPoolExecutor(jobs) as pool:
+        begun = dict(zip([run.seed for run in starts], pool.map(go, starts), strict=True))
+        whole = [run for run in runs if begun[run.seed]]
+        done = list(pool.map(go, whole))
+    left = [run.name for run, found in zip(whole, done, strict=True) if not found]
+    left += [run.name for run in runs if not begun[run.seed]]
+    if left:
+        print(f"not done: {', '.join(left)}; the same command goes on", flush=True)
+    return not left
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0 when all runs are done, 1 when not, 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.run", description="Runs a grid, or goes on with it.")
+    parser.add_argument("grid", type=Path, help="TOML file; see experiments/grid.py")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="the grid's runs lie in a folder of it")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder that numbers are written to")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--pin", action="store_true", help="give each job its own share of the processor's cores")
+    parser.add_argument("--gpus", type=int, default=0, help="give each job one of so many GPUs")
+    parser.add_argument("--list", action="store_true", help="print the commands, and which are done; run nothing")
+    options = parser.parse_args(argv)
+    try:
+        grid = read_grid(options.grid)
+        folder = options.runs_dir / grid.name
+        if options.list:
+            for run in (*grid.starts(folder), *grid.runs(folder)):
+                done = "done" if is_done(grid.config(run)) else "to do"
+                print(f"{done:6} python -m aem_jax.launch {' '.join(grid.words(run))}")
+            return 0
+        workers = deal(options.jobs, options.pin, options.gpus)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: _stop(workers))
+        return 0 if run_grid(grid, folder, workers, options.jobs, options.results) else 1
+    except ConfigError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _stop(workers: Workers) -> None:
+    """Lets the runs at hand end their step and save; no further one begins."""
+    workers.stopping.set()
+    for process in list(workers.running):
+        process.send_signal(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""docs/experiments.md from experiments/results/*.jsonl: every number of the page stands in one of these files.
+
+    python -m experiments.table [--check]
+
+Prose stands in experiments.md.j2, what a grid is in its TOML file. A test holds the committed page to the committed
+numbers; the plots beside it are drawn anew each time and not compared.
+"""
+
+import argparse
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+
+from experiments.grid import START, Grid, Variant, read_grid
+from experiments.plots import draw_pairs
+from experiments.results import RESULTS, Result, of_variant, read_results, successes
+
+FOLDER = Path(__file__).resolve().parent
+PAGE = FOLDER.parent / "docs" / "experiments.md"
+IMAGES = PAGE.parent / "images"
+RESAMPLES = 10_000
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a run.
+
+    Attributes:
+        title: how tables call it.
+        of: run -> number.
+        percent: whether it is a share, shown in per cent and its differences in points.
+    """
+
+    title: str
+    of: Callable[[Result], float]
+    percent: bool = True
+
+
+def part(metric: str, first: float, last: float) -> Callable[[Result], float]:
+    """run -> mean of a curve from one share of the training to another; NaN where the run has no such numbers."""
+
+    def mean(result: Result) -> float:
+        values = result["curves"].get(metric, [])
+        cut = values[round(first * len(values)) : max(round(last * len(values)), 1)]
+        known = [each for each in cut if each is not None]
+        return sum(known) / len(known) if known else math.nan
+
+    return mean
+
+
+MEASURES: Mapping[str, Measure] = {
+    "final": Measure("success after training, fixed games", successes),
+    "late": Measure("success while training, last fifth", part("rollout/success", 0.8, 1)),
+    "mean": Measure("success while training, all steps", part("rollout/success", 0, 1)),
+    "early entropy": Measure("response entropy, first fifth (nats)", part("entropy/response", 0, 0.2), percent=False),
+    "late entropy": Measure("response entropy, last fifth (nats)", part("entropy/response", 0.8, 1), percent=False),
+}
+"""What tables compare, by the name that the template gives."""
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % percentile-bootstrap interval, the same for the same values in any order; NaN are left out."""
+    known = sorted(each for each in values if math.isfinite(each))
+    if not known:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    mean = sum(known) / len(known)
+    if len(known) == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    from scipy.stats import bootstrap
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that are all alike
+        found = bootstrap(
+            (known,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+        ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high), len(known))
+
+
+def differences(results: Sequence[Result], variant: str, against: str, measure: Measure) -> list[float]:
+    """variant − against for each seed that both have: the same seed is the same warm start and the same tasks."""
+    ours, theirs = of_variant(results, variant), of_variant(results, against)
+    return [measure.of(ours[seed]) - measure.of(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def comparison_table(grid: Grid, results: Sequence[Result], family: str, name: str) -> str:
+    """A row for each variant of a family that has runs: its mean, that of what it is compared with, the difference."""
+    measure = MEASURES[name]
+    rows = []
+    for variant in (each for each in grid.variants if each.family == family and each.against):
+        ours, theirs = of_variant(results, variant.name), of_variant(results, variant.against)
+        if not ours or not theirs:
+            continue
+        seeds = sorted(ours.keys() & theirs.keys())
+        change = differences(results, variant.name, variant.against, measure)
+        rows.append(
+            [
+                title(grid, variant.name),
+                said(interval([measure.of(theirs[seed]) for seed in seeds]), measure.percent),
+                said(interval([measure.of(ours[seed]) for seed in seeds]), measure.percent),
+                said(interval(change), measure.percent, signed=True),
+                ", ".join(_number(each, measure.percent, signed=True) for each in change),
+            ]
+        )
+    header = ["", "compared with", "this", "difference, paired by seed", "each seed"]
+    return _table(header, rows) if rows else "No runs yet."
+
+
+def start_table(results: Sequence[Result]) -> str:
+    """The warm start of each seed, and the agents that bound it."""
+    starts = of_variant(results, START)
+    rows = [
+        [str(seed), f"{successes(result, 'warmstart'):.1%}".replace("%", " %")]
+        for seed, result in sorted(starts.items())
+    ]
+    return _table(["seed", "success before training"], rows) if rows else "No runs yet."
+
+
+def facts(grid: Grid, results: Sequence[Result]) -> str:
+    """How many runs there are, of how many, and what they took."""
+    wanted = sum(len(each.seeds) for each in grid.variants)
+    runs = [each for each in results if each["variant"] != START]
+    if not runs:
+        return f"0 of {wanted} runs."
+    seconds = sorted(each["seconds"] for each in runs)
+    return (
+        f"{len(runs)} of {wanted} runs, {seconds[len(seconds) // 2]} s of training each in the median "
+        f"({seconds[0]} to {seconds[-1]}; starts and evaluations come on top)."
+    )
+
+
+def alive(grid: Grid, results: Sequence[Result], variant: str) -> str:
+    """Whether AEM had anything to do: α's range, flat groups, and mixed groups, over all steps and seeds."""
+    runs = list(of_variant(results, variant).values())
+    names = ("aem/alpha_min", "aem/alpha_max", "aem/flat_groups", "rollout/mixed_groups")
+    if not runs:
+        return "No runs yet."
+    low, high, flat, mixed = (interval([part(name, 0, 1)(run) for run in runs]).mean for name in names)
+    sentence = (
+        f"With {title(grid, variant)} α goes from {low:.2f} to {high:.2f} in a step (means); {flat:.0%} of groups are "
+        "flat (their entropies span less than the 0.1 nats from which AEM acts), and "
+        f"{mixed:.0%} hold both successes and failures."
+    )
+    return sentence.replace("%", " %")
+
+
+def title(grid: Grid, name: str) -> str:
+    """How a variant is called."""
+    found: Variant = next(each for each in grid.variants if each.name == name)
+    return found.title or name
+
+
+def said(found: Interval, percent: bool, signed: bool = False) -> str:
+    """An interval in words: `12.3 % (10.1 to 14.9)`; differences of shares are in points."""
+    if not found.count:
+        return "–"
+    unit = " points" if percent and signed else " %" if percent else ""
+    mean, low, high = (_number(each, percent, signed) for each in found[:3])
+    return f"{mean}{unit} ({low} to {high})" if found.count > 1 else f"{mean}{unit}"
+
+
+def _number(value: float, percent: bool, signed: bool = False) -> str:
+    digits = f"{100 * value:.1f}" if percent else f"{value:.3f}"
+    if float(digits) == 0:
+        digits = digits.removeprefix("-")
+    return f"+{digits}" if signed and float(digits) > 0 else digits.replace("-", "−")
+
+
+def render(grids: Sequence[tuple[Grid, Sequence[Result]]]) -> str:
+    """The page.
+
+    Raises:
+        jinja2.UndefinedError: the template names what is not there.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    helpers = (comparison_table, start_table, facts, alive)
+    environment.globals |= {each.__name__: each for each in helpers} | {"measures": MEASURES}
+    return environment.get_template("experiments.md.j2").render(grids=grids)
+
+
+def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[tuple[Grid, list[Result]]]:
+    """The grids that have results, in the order of their names.
+
+    Raises:
+        ValueError: a file that is none.
+    """
+    paths = [path for path in sorted(folder.glob("*.toml")) if (results / f"{path.stem}.jsonl").exists()]
+    return [(read_grid(path), read_results(results / f"{path.stem}.jsonl")) for path in paths]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    row = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
+    return "\n".join([row(header), "|---" * len(header) + "|", *map(row, rows)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.table", description="Writes docs/experiments.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is another one")
+    options = parser.parse_args(argv)
+    try:
+        grids = load()
+        page = render(grids)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page
+        print("the page is up to date" if same else "the page is another one; run python -m experiments.table")
+        return 0 if same else 1
+    PAGE.write_text(page, encoding="utf-8")
+    for grid, results in grids:
+        draw_pairs(grid, results, IMAGES / f"experiments-{grid.name}.png")
+    print(f"wrote {PAGE.relative_to(FOLDER.parent)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""The driver of grids runs what the file says, skips what is done and goes on; the page is what the lines say."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aem_jax.launch.overrides import ConfigError
+from aem_jax.metrics import read_lines
+from experiments.grid import START, read_grid
+from experiments.results import RESULTS, binned, read_results, successes
+from experiments.run import is_done
+from experiments.table import FOLDER, MEASURES, PAGE, comparison_table, differences, interval, load, part, render, said
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ROOT / "tests" / "launch" / "small.toml"
+
+MINI = f"""
+[grid]
+preset = "{SMALL}"
+seeds = [0]
+
+[shared]
+train.num_steps = 1
+learner.kl_coefficient = 0.0
+evaluation.every = 0
+evaluation.baselines = false
+evaluation.size = 4
+metrics.tensorboard = false
+
+[start]
+warmstart.steps = 2
+
+[[variants]]
+name = "grpo"
+family = "algorithms"
+options.aem.strength = 0.0
+
+[[variants]]
+name = "grpo-aem"
+title = "GRPO + AEM"
+family = "algorithms"
+against = "grpo"
+"""
+
+
+def result(variant: str, seed: int, wins: int, success: list[float] | None = None) -> dict:
+    final = [{"phase": "final", "step": 4, "split": name, "wins": wins, "games": 10} for name in ("seen", "unseen")]
+    before = {"phase": "warmstart", "step": 0, "split": "seen", "wins": 1, "games": 10}
+    curves = {"rollout/success": success or [0.1, 0.2, 0.3, 0.4, 0.5]}
+    return {
+        "variant": variant, "seed": seed, "steps": 4, "seconds": 9, "evaluations": [before, *final], "curves": curves
+    }  # fmt: skip
+
+
+@pytest.fixture
+def mini(tmp_path: Path) -> Path:
+    (tmp_path / "mini.toml").write_text(MINI)
+    return tmp_path / "mini.toml"
+
+
+def test_the_committed_page_is_that_of_the_committed_results():
+    grids = load()
+    assert [grid.name for grid, _ in grids] == sorted(path.stem for path in RESULTS.glob("*.jsonl"))
+    assert PAGE.read_text(encoding="utf-8") == render(grids), "run python -m experiments.table"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.name)
+def test_every_run_of_a_committed_grid_can_be_begun(path: Path):
+    grid = read_grid(path)
+    configs = [grid.config(run) for run in (*grid.starts(Path("runs")), *grid.runs(Path("runs")))]
+    assert len({config.name for config in configs}) == len(configs)
+    # all that the variants of a seed share is the same: they begin from one run
+    for config in configs:
+        begin = config.warmstart.begin_from
+        assert begin == ("" if config.name.startswith(START) else f"runs/{START}-seed{config.seed}")
+
+
+def test_options_become_the_words_of_a_command(mini: Path):
+    grid = read_grid(mini)
+    (start,), (base, aem) = grid.starts(Path("r")), grid.runs(Path("r"))
+    assert (start.name, base.name, aem.name) == ("start-seed0", "grpo-seed0", "grpo-aem-seed0")
+    assert start.options["train.num_steps"] == 0 and start.options["warmstart.steps"] == 2
+    words = " ".join(grid.words(base))
+    assert words.startswith(f"--preset {SMALL} --runs-dir r --name grpo-seed0 --seed 0 --train.num-steps 1")
+    assert words.endswith("--aem.strength 0.0 --warmstart.begin-from r/start-seed0")
+    assert grid.config(base).aem.strength == 0 and grid.config(aem).aem.strength == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("aem.strength", "aem.strenth", "did you mean --aem.strength"),
+        ('against = "grpo"', 'against = "dapo"', "is compared with, got 'dapo'"),
+        ('name = "grpo"', 'name = "start"', "none of them 'start'"),
+        ("[shared]", "[common]", "got 'common' too"),
+        ("options", "option", "expected name, options"),
+    ],
+)
+def test_a_grid_with_a_mistake_is_refused(mini: Path, old: str, new: str, said: str):
+    mini.write_text(MINI.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=said):
+        grid = read_grid(mini)
+        [grid.config(run) for run in grid.runs(Path("r"))]
+
+
+def test_curves_are_means_over_bins():
+    assert binned([1.0, 2.0, 3.0, 4.0, 5.0], 2) == [1.5, 4.0]  # steps 0-1, steps 2-4
+    assert binned([1.0, None, math.nan, 1 / 3], 2) == [1.0, 0.3333]
+    assert binned([None, 2.0], 30) == [None, 2.0]
+
+
+def test_success_is_over_all_games_of_the_last_evaluations():
+    assert successes(result("a", 0, 3)) == 6 / 20
+    assert successes(result("a", 0, 3), "warmstart") == 1 / 10
+    assert math.isnan(successes(result("a", 0, 3), "train"))
+
+
+def test_parts_of_a_curve():
+    # 5 bins: the first fifth is the first, the last fifth the last
+    assert part("rollout/success", 0, 0.2)(result("a", 0, 1)) == pytest.approx(0.1)
+    assert part("rollout/success", 0.8, 1)(result("a", 0, 1)) == pytest.approx(0.5)
+    assert part("rollout/success", 0, 1)(result("a", 0, 1)) == pytest.approx(0.3)
+    assert math.isnan(part("entropy/response", 0, 1)(result("a", 0, 1)))
+
+
+def test_an_interval_by_bootstrap():
+    # Of {0, 1} a resample's mean is 0, 1/2, 1 with probability 1/4, 1/2, 1/4: its 2.5 % quantile is 0, its 97.5 % is 1
+    assert interval([1.0, 0.0]) == (0.5, 0.0, 1.0, 2)
+    assert interval([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25, 3)
+    assert interval([2.0, 1.0, 4.0]) == interval([4.0, 2.0, 1.0, math.nan])
+    assert math.isnan(interval([0.3]).low) and interval([]).count == 0
+    assert said(interval([1.0, 0.0]), percent=True) == "50.0 % (0.0 to 100.0)"
+    assert said(interval([-0.1, -0.1]), percent=True, signed=True) == "−10.0 points (−10.0 to −10.0)"
+
+
+def test_differences_are_those_of_the_same_seed(mini: Path):
+    # of 20 games: seed 0 wins 6 -> 10, seed 1 wins 8 -> 8; seed 2 has no partner
+    runs = [result("grpo", 0, 3), result("grpo", 1, 4), result("grpo", 2, 9)]
+    runs += [result("grpo-aem", 1, 4), result("grpo-aem", 0, 5)]
+    assert differences(runs, "grpo-aem", "grpo", MEASURES["final"]) == pytest.approx([0.2, 0.0])
+    table = comparison_table(read_grid(mini), runs, "algorithms", "final")
+    assert table.splitlines()[2:] == [
+        "| GRPO + AEM | 35.0 % (30.0 to 40.0) | 45.0 % (40.0 to 50.0) | +10.0 points (0.0 to +20.0) | +20.0, 0.0 |"
+    ]
+    assert "+10.0 points" in render([(read_grid(mini), runs)])
+
+
+@pytest.mark.slow
+def test_a_grid_is_run_and_gone_on_with(mini: Path, tmp_path: Path, user_environment: dict[str, str]):
+    def drive(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "experiments.run", str(mini), "--runs-dir", str(tmp_path / "runs")]
+        command += ["--results", str(tmp_path), *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=user_environment)
+
+    mini.write_text(MINI[: MINI.rindex("[[variants]]")])  # one variant will do: every run is a process
+    done = drive("--jobs", "2", "--pin")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "runs" / "mini"
+    start, trained = read_results(tmp_path / "mini.jsonl")
+    assert [(each["variant"], each["seed"], each["steps"]) for each in (start, trained)] == [
+        (START, 0, 0),
+        ("grpo", 0, 1),
+    ]
+    assert trained["curves"]["aem/alpha_min"] == [1.0] and trained["curves"]["parity/max"][0] < 1e-4
+    # it begins with the parameters and the tokenizer of the start: the same games end alike, turn for turn
+    before, after = (read_lines(folder / name / "evaluations.jsonl")[0] for name in ("start-seed0", "grpo-seed0"))
+    assert before == after and before["phase"] == "warmstart"
+    assert not (folder / "grpo-seed0" / "warmstart.jsonl").exists()
+
+    written = (folder / "grpo-seed0" / "metrics.jsonl").read_text()
+    again = drive()
+    assert again.returncode == 0 and again.stdout.count("done before") == 2, again.stdout + again.stderr
+    assert (folder / "grpo-seed0" / "metrics.jsonl").read_text() == written
+    grid = read_grid(mini)
+    (folder / "grpo-seed0" / "report.html").unlink()  # as if it had been stopped before its end
+    assert [is_done(grid.config(run)) for run in (*grid.starts(folder), *grid.runs(folder))] == [True, False]
+
+    mini.write_text(MINI.replace("strength = 0.0", "strength = 0.5"))
+    refused = drive()
+    assert refused.returncode == 2 and "--aem.strength 0.0, got 0.5" in refused.stderr
+
+
+def test_results_say_what_they_lack(tmp_path: Path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"variant": "a", "seed": 0}) + "\n")
+    with pytest.raises(ValueError, match="expected steps, seconds, evaluations, curves in line 1 of x.jsonl"):
+        read_results(tmp_path / "x.jsonl")
