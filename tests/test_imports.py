@@ -16,7 +16,7 @@ LEVELS = {
         *("sampler", "rollout", "selection", "batch", "credit", "learner"),
         *("data", "checkpoint", "metrics", "report", "compilations"),
     },
-    3: {"train", "warmstart", "evaluate"},
+    3: {"train", "warmstart", "evaluate", "analysis"},
     4: {"launch"},
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}

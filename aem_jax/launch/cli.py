@@ -78,6 +78,18 @@ def _evaluate(words: Sequence[str]) -> int:
     return evaluate(config)
 
 
+def _analyze(words: Sequence[str]) -> int:
+    from aem_jax.launch.analyze import AnalyzeConfig, analyze
+    from aem_jax.launch.options import apply, split
+
+    names, options = split(words)
+    if "help" in options:
+        return _help(AnalyzeConfig(), "analyze RUN", COMMANDS["analyze"].help)
+    if len(names) != 1:
+        raise ConfigError(f"expected one run's folder, got {len(names)}; analyze runs/NAME")
+    return analyze(Path(names[0]), apply(AnalyzeConfig(), options))
+
+
 def _export(words: Sequence[str]) -> int:
     from aem_jax.launch.options import split
 
@@ -159,6 +171,10 @@ COMMANDS: Mapping[str, Command] = {
         _train, "Trains a policy, or goes on where the same command stopped; what is done without a command."
     ),
     "evaluate": Command(_evaluate, "Evaluates a trained run on its fixed evaluation sets."),
+    "analyze": Command(
+        _analyze,
+        "Puts the paper's claims to the test on a trained run: surprisal, drift, dynamics; writes RUN/analysis.",
+    ),
     "export": Command(
         _export,
         "Writes a trained run's model in Hugging Face's files; --adapter True: a LoRA run's adapter, in PEFT's.",

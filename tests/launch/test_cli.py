@@ -119,6 +119,11 @@ def test_the_last_of_an_option_given_twice_counts():
         (["bench", "samplr"], "unknown benchmark 'samplr'; did you mean 'sampler'?"),
         (["presets", "x"], "expected nothing after presets"),
         (["evaluate", "--name", "never-trained"], "no run in runs/never-trained"),
+        (["analyze", "runs/never-trained"], "no run in runs/never-trained"),
+        (["analyze"], "expected one run's folder, got 0"),
+        (["analyze", "runs/x", "--draw", "9"], "did you mean --draws?"),
+        (["analyze", "runs/x", "--draws", "1"], "--draws: expected draws of at least 2, got 1"),
+        (["--warmstart.begin-from", "x", "--lora.rank", "2"], "--warmstart.begin-from: expected none with"),
     ],
 )
 def test_mistakes_get_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
@@ -165,7 +170,14 @@ def test_help_explains_every_field_with_the_preset_s_defaults(capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [["evaluate", "-h"], ["export", "-h"], ["serve", "--help"], ["serve", "alfworld", "--help"], ["bench", "--help"]],
+    [
+        ["evaluate", "-h"],
+        ["analyze", "-h"],
+        ["export", "-h"],
+        ["serve", "--help"],
+        ["serve", "alfworld", "--help"],
+        ["bench", "--help"],
+    ],
 )
 def test_every_command_has_help(words: list[str], capsys):
     assert cli.main(words) == 0

@@ -1,0 +1,78 @@
+"""Many responses to the same state, from the policy as it samples: `Sampler`, its keys, its budgets."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from aem_jax.analysis.states import State
+from aem_jax.rollout.compute import compute
+from aem_jax.rollout.config import RolloutConfig
+from aem_jax.sampler import Sampler
+
+
+class Draws(NamedTuple):
+    """D responses to each of N states.
+
+    Attributes:
+        surprisal: f64[N, D], −log π(a|s), nats.
+        predictable: f64[N, D], Σ_t H_t over the response's tokens, nats. Its mean estimates H_resp(s) too,
+            with less noise than that of the surprisal: it leaves out what the tokens' own sampling adds.
+        tokens: i64[N, D], lengths.
+    """
+
+    surprisal: np.ndarray
+    predictable: np.ndarray
+    tokens: np.ndarray
+
+
+def draw_responses(
+    sampler: Sampler,
+    params: Any,
+    states: Sequence[State],
+    key: jax.Array,
+    draws: int,
+    config: RolloutConfig,
+    report: Callable[[int], None] = lambda done: None,
+) -> Draws:
+    """Draws responses to states.
+
+    Draw d of state i has the key fold_in(fold_in(key, i), d) whatever the parameters: with the same key, two policies
+    draw with the same random numbers, and their difference is not lost in the noise of either.
+
+    Args:
+        sampler: the jitted sampler.
+        params: decode-layout parameters.
+        states: the states.
+        key: PRNG key.
+        draws: D, a multiple of the sampler's `slot_shards`.
+        config: chunks and buckets.
+        report: called with the number of states done.
+
+    Returns:
+        The draws.
+    """
+    prompts, slots = sampler.init(sampler.slot_shards), sampler.init(draws)
+    keys = jax.vmap(lambda i: jax.vmap(lambda d: jax.random.fold_in(jax.random.fold_in(key, i), d))(np.arange(draws)))
+    prng = np.asarray(jax.random.key_data(keys(np.arange(len(states)))))
+    found = Draws(*(np.zeros((len(states), draws), dtype) for dtype in (np.float64, np.float64, np.int64)))
+    source = np.zeros(draws, np.int32)
+    for i, state in enumerate(states):
+        prompts = sampler.rewind(prompts, np.zeros(sampler.slot_shards, np.int32))
+        window = sampler.cover(len(state.context))
+        ids = {0: state.context.tolist()}
+        prompts = compute(sampler, params, prompts, ids, config.extend_buckets, window=window)
+        slots = sampler.fork(slots, prompts, source, prng[i], window=window)
+        left = np.full(draws, state.budget, np.int32)
+        while left.any():
+            window = sampler.cover(len(state.context) + int(found.tokens[i].max()))
+            slots, out = sampler.decode(params, slots, left, config.decode_chunk, window=window)
+            out = jax.device_get(out)
+            said = np.arange(out.tokens.shape[1]) < out.counts[:, None]
+            found.surprisal[i] -= np.where(said, out.logprobs, 0).sum(axis=1, dtype=np.float64)
+            found.predictable[i] += np.where(said, out.entropies, 0).sum(axis=1, dtype=np.float64)
+            found.tokens[i] += out.counts
+            left = np.where(out.finished, 0, left - out.counts).astype(np.int32)
+        report(i + 1)
+    return found

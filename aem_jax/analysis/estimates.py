@@ -1,0 +1,100 @@
+"""Numbers of the analyses from samples: surprisal and its expectation, drift, correlation. METHOD §2, §3."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 5_000
+
+
+class Estimate(NamedTuple):
+    """A number with its 95 % interval, or its standard error."""
+
+    value: float
+    low: float
+    high: float
+
+
+def relative_surprisal(surprisal: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How much more surprising each response is than the policy's responses are on average.
+
+        S(a|s) − H_resp(s),   H_resp(s) ≈ mean over D draws of S(a_d|s)
+
+    Args:
+        surprisal: f[N], S(a|s) of the response taken in each state, nats.
+        drawn: f[N, D], S of responses drawn in the same states, nats; D > 1.
+
+    Returns:
+        (f[N] relative surprisal, f[N] its standard error), nats.
+    """
+    return surprisal - drawn.mean(axis=1), standard_error(drawn)
+
+
+def standard_error(drawn: np.ndarray) -> np.ndarray:
+    """Standard error of the mean over the last axis: s / √D with the sample's deviation; D > 1."""
+    return drawn.std(axis=-1, ddof=1) / math.sqrt(drawn.shape[-1])
+
+
+def predicted_drift(advantages: np.ndarray, relative: np.ndarray) -> np.ndarray:
+    """The drift of response entropy along a natural-gradient step on one response, to first order. METHOD §2.
+
+        dH_resp/dη = A(a,s) · (S(a|s) − H_resp(s))
+
+    Args:
+        advantages: f[N], A of the responses that are updated on.
+        relative: f[N], S − H_resp, nats.
+
+    Returns:
+        f[N], nats for one unit of step; 0 where A is 0.
+    """
+    return advantages * relative
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson's r over the last axis; NaN where one of them does not vary."""
+    x, y = x - x.mean(axis=-1, keepdims=True), y - y.mean(axis=-1, keepdims=True)
+    spread = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(spread > 0, (x * y).sum(axis=-1) / spread, np.nan)
+
+
+def opposed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Share of pairs whose signs are opposite; pairs in which one is 0 are no evidence, and left out."""
+    sign = np.sign(x) * np.sign(y)
+    decided = (sign != 0).sum(axis=-1)
+    return np.where(decided > 0, (sign < 0).sum(axis=-1) / np.maximum(decided, 1), np.nan)
+
+
+def with_interval(statistic: Callable[..., np.ndarray], *samples: np.ndarray, seed: int = 0) -> Estimate:
+    """A statistic of paired samples with its 95 % percentile-bootstrap interval over the pairs.
+
+    Args:
+        statistic: (f[..., N], …) -> f[...], over the last axis.
+        samples: f[N] each, N ≥ 2; of fewer there is no interval.
+        seed: of the resamples.
+    """
+    value = float(statistic(*samples))
+    if len(samples[0]) < 2 or not math.isfinite(value):
+        return Estimate(value, math.nan, math.nan)
+    from scipy.stats import bootstrap  # half a second, which --help need not take
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of samples that are all alike
+        found = bootstrap(
+            samples,
+            lambda *parts, axis=-1: statistic(*parts),
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    return Estimate(value, float(found.low), float(found.high))
+
+
+def mean(x: np.ndarray) -> np.ndarray:
+    """Mean over the last axis."""
+    return np.mean(x, axis=-1)

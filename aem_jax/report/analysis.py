@@ -1,0 +1,167 @@
+"""What `analyze` found, as files: numbers, pictures, one page, and a table for the terminal."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jinja2
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from aem_jax.metrics import json_line
+from aem_jax.report.page import duration, number, percent
+from aem_jax.report.run import Run, read_run
+from aem_jax.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    figure_style,
+    inline_svg,
+    percent_axis,
+    plot_smoothed,
+)
+
+PAPER = {"pearson": 0.63, "opposed": 55 / 64}
+"""arXiv 2605.00425: |r| of α − 1 and relative surprisal, and the share of states in which their signs are opposed."""
+
+DYNAMICS: Sequence[tuple[str, str, bool]] = (
+    ("entropy/response", "Response entropy, nats", False),
+    ("aem/alpha_positive", "α where the advantage is positive", False),
+    ("aem/alpha_negative", "α where the advantage is negative", False),
+    ("advantage/positive_share", "Share of positive advantages", True),
+    ("rollout/success", "Success while training", True),
+    ("aem/flat_groups", "Flat groups (α = 1)", True),
+)
+"""(metric, title, whether it is a share)."""
+
+
+def write_analysis(run_dir: Path, found: Mapping[str, Any], against: Path | None, folder: Path) -> Path:
+    """Writes analysis.json, PNGs and analysis.html.
+
+    Args:
+        run_dir: the run that was analysed.
+        found: what was found, as `aem_jax.launch.analyze` puts it together.
+        against: another run, whose curves are laid beside.
+        folder: to write to; made if need be.
+
+    Returns:
+        path of the page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "analysis.json").write_text(json.dumps(json.loads(json_line(found)), indent=1, ensure_ascii=False) + "\n")
+    runs = [read_run(run_dir), *([read_run(against)] if against else [])]
+    figures = {"proxy": _proxy_figure, "drift": _drift_figure}
+    svgs = {}
+    for name, draw in figures.items():
+        svgs[name] = _both(lambda figure, draw=draw: draw(figure, found), (6.0, 3.6), folder / f"{name}.png")
+    svgs["dynamics"] = _both(lambda figure: _dynamics_figure(figure, runs), (11.6, 5.6), folder / "dynamics.png")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("aem_jax.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "number": number, "estimate": estimate}
+    page = environment.get_template("analysis.html.j2").render(
+        found=found, svgs=svgs, paper=PAPER, runs=runs, took=duration(found["seconds"])
+    )
+    path = folder / "analysis.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def print_analysis(found: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """The numbers as a table.
+
+    Args:
+        found: as in `write_analysis`.
+        stream: where to; standard output where it is not given.
+    """
+    proxy, played = found["proxy"], found["rollout"]
+    table = Table("claim", "here (95 % interval)", "paper", title=f"{found['run']}, step {found['step']}")
+    table.add_row("proxy: r of α − 1 and S − H_resp", estimate(proxy["pearson"]), f"|r| {PAPER['pearson']}")
+    table.add_row("   … of α − 1 and the predictable part", estimate(proxy["pearson_predictable"]), "–")
+    counts = f"{proxy['opposed_count']} of {proxy['decided_count']}"
+    table.add_row("   signs opposed", f"{counts}, {estimate(proxy['opposed'])}", "55 of 64")
+    for name, claim in (("positive", "falls"), ("negative", "rises")):
+        each = found["drift"][name]
+        table.add_row(f"drift, A·(α − 1) {name}: predicted, per step unit", estimate(each["predicted"]), claim)
+        table.add_row("   measured over its own states, nats", estimate(each["measured_own"], 5), claim)
+        table.add_row("   measured over all states, nats", estimate(each["measured"], 5), claim)
+        table.add_row("   r of predicted and measured", estimate(each["pearson"]), "–")
+    low, middle, high = played["entropy_span"]
+    table.add_row("flat groups", percent(played["flat_groups"]), "–")
+    table.add_row("span of a group's entropies, nats: quartiles", f"{low:.2f}, {middle:.2f}, {high:.2f}", "–")
+    table.add_row("responses with an advantage", percent(played["nonzero_share"]), "–")
+    tokens = ", ".join(f"{each:.0f}" for each in played["tokens"])
+    table.add_row("tokens of a response: 5 %, median, 95 %", tokens, "–")
+    table.add_row("turns of an episode", f"{played['turns']:.1f}", "–")
+    Console(file=stream, soft_wrap=True).print(table)
+
+
+def estimate(found: Mapping[str, Any] | None, digits: int = 2) -> str:
+    """`−0.41 (−0.60 to −0.17)`; a dash for what there is none of."""
+    if not found:
+        return "–"
+    return f"{number(found['value'], digits)} ({number(found['low'], digits)} to {number(found['high'], digits)})"
+
+
+def _both(draw: Any, size: tuple[float, float], path: Path) -> str:
+    """A figure as a PNG file and, with the page's ink, as SVG."""
+    svg = ""
+    for ink in ("#2a303c", INK):
+        with figure_style(ink):
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure)
+            if ink == INK:
+                svg = inline_svg(figure, path.stem)
+            else:
+                figure.savefig(path, dpi=130, facecolor="white")
+    return svg
+
+
+def _proxy_figure(figure: Figure, found: Mapping[str, Any]) -> None:
+    axes: Axes = figure.subplots()
+    points = found["proxy"]["points"]
+    x, y = [each["alpha"] - 1 for each in points], [each["relative"] for each in points]
+    axes.errorbar(x, y, yerr=[each["error"] for each in points], fmt="none", ecolor=GREY, alpha=0.5, elinewidth=0.8)
+    agree = [a * b < 0 for a, b in zip(x, y, strict=True)]
+    axes.scatter(x, y, s=16, c=[BLUE if each else ORANGE for each in agree], zorder=3, linewidths=0)
+    _cross(axes)
+    axes.set_xlabel("α − 1")
+    axes.set_ylabel("S(a|s) − H_resp(s), nats")
+
+
+def _drift_figure(figure: Figure, found: Mapping[str, Any]) -> None:
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (name, colour) in zip(panels, (("positive", RED), ("negative", GREEN)), strict=True):
+        points = found["drift"][name]["points"]
+        x, y = [each["predicted"] for each in points], [each["measured"] for each in points]
+        errors = [each["error"] for each in points]
+        axes.errorbar(x, y, yerr=errors, fmt="o", ms=3.5, color=colour, ecolor=GREY, elinewidth=0.8)
+        _cross(axes)
+        axes.set_title(f"A·(α − 1) {name}")
+        axes.set_xlabel("predicted A·(S − H_resp)")
+    panels[0].set_ylabel("measured change, nats")
+
+
+def _cross(axes: Axes) -> None:
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.axvline(0, color=GREY, linewidth=0.8)
+
+
+def _dynamics_figure(figure: Figure, runs: Sequence[Run]) -> None:
+    for axes, (metric, title, share) in zip(figure.subplots(2, 3).flat, DYNAMICS, strict=True):
+        for run, colour in zip(runs, (ORANGE, BLUE), strict=False):
+            steps, values = run.series(metric)
+            if steps:
+                plot_smoothed(axes, steps, values, colour, run.name)
+        axes.set_title(title)
+        if share:
+            percent_axis(axes)
+    if len(runs) > 1:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)

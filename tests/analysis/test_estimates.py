@@ -1,0 +1,139 @@
+"""Estimates against values worked out by hand, and the drift against a small softmax whose entropy is exact."""
+
+import numpy as np
+import pytest
+
+from aem_jax.analysis.claims import choose, circumstances, drift, proxy
+from aem_jax.analysis.draws import Draws
+from aem_jax.analysis.estimates import (
+    opposed,
+    pearson,
+    predicted_drift,
+    relative_surprisal,
+    standard_error,
+    with_interval,
+)
+from aem_jax.analysis.states import State, states_of
+from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+
+def test_relative_surprisal_by_hand():
+    # draws 1, 2, 3: mean 2, deviation 1, error 1 / sqrt(3); surprisal 2.5 is 0.5 above
+    relative, errors = relative_surprisal(np.array([2.5]), np.array([[1.0, 2.0, 3.0]]))
+    assert relative == pytest.approx([0.5]) and errors == pytest.approx([3**-0.5])
+    assert standard_error(np.array([[4.0, 4.0]])) == [0.0]
+
+
+def test_pearson_and_opposed_by_hand():
+    # x - mean = -1, 0, 1; y - mean = -1, -1, 2: sum of products 3, norms sqrt(2) and sqrt(6)
+    assert pearson(np.array([1.0, 2.0, 3.0]), np.array([0.0, 0.0, 3.0])) == pytest.approx(3 / 12**0.5)
+    assert np.isnan(pearson(np.ones(3), np.arange(3.0)))
+    # of four pairs one has a zero, two of the other three are opposed
+    assert opposed(np.array([1.0, -1.0, 2.0, 0.0]), np.array([-1.0, 5.0, 2.0, 1.0])) == pytest.approx(2 / 3)
+
+
+def test_an_interval_holds_the_value_and_needs_two():
+    x = np.arange(30.0)
+    found = with_interval(pearson, x, x + np.random.default_rng(0).normal(0, 5, 30))
+    assert -1 < found.low < found.value < found.high < 1
+    assert with_interval(pearson, x, -x)[:3] == pytest.approx((-1, -1, -1))
+    assert np.isnan(with_interval(pearson, x[:1], x[:1]).low)
+
+
+def entropy(logits: np.ndarray) -> float:
+    policy = np.exp(logits) / np.exp(logits).sum()
+    return float(-(policy * np.log(policy)).sum())
+
+
+@pytest.mark.parametrize("action", range(4))
+@pytest.mark.parametrize("advantage", [1.5, -0.7])
+def test_the_drift_is_that_of_a_natural_gradient_step_on_a_softmax(action, advantage):
+    logits = np.array([1.0, 0.3, -0.5, 0.1])
+    policy = np.exp(logits) / np.exp(logits).sum()
+    # F = diag(pi) - pi pi^T maps e_a / pi(a) to e_a - pi, the gradient of log pi(a): that is the natural gradient
+    fisher = np.diag(policy) - np.outer(policy, policy)
+    direction = np.eye(4)[action] / policy[action]
+    np.testing.assert_allclose(fisher @ direction, np.eye(4)[action] - policy, atol=1e-12)
+    step = 1e-5
+    measured = (entropy(logits + step * advantage * direction) - entropy(logits - step * advantage * direction)) / (
+        2 * step
+    )
+    relative = -np.log(policy[action]) - entropy(logits)
+    assert predicted_drift(np.array([advantage]), np.array([relative])) == pytest.approx([measured], rel=1e-6)
+
+
+def test_restricted_to_one_sign_of_advantage_times_alpha_less_one_entropy_goes_one_way():
+    # The exact drift of a softmax, summed over responses whose alpha falls with their surprisal, as the paper has it.
+    logits = np.array([2.0, 0.5, 0.0, -1.0])
+    policy = np.exp(logits) / np.exp(logits).sum()
+    relative = -np.log(policy) - entropy(logits)
+    alpha = 1 - 0.3 * relative
+    for advantage in (1.0, -1.0):
+        change = predicted_drift(np.full(4, advantage), relative)
+        sign = np.sign(advantage * (alpha - 1))
+        assert (change[sign > 0] < 0).all() and (change[sign < 0] > 0).all()
+
+
+def state(number: int, surprisal: float, predictable: float = 1.0) -> State:
+    return State(number, number, 0, 0, np.arange(3, dtype=np.int32), 2, 8, surprisal, predictable, "")
+
+
+def test_proxy_by_hand():
+    # H_resp is 2 in both states: relative surprisal -1 (unsurprising) and 1 (surprising); alpha 1.5 and 0.5
+    drawn = Draws(np.array([[1.0, 3.0], [1.5, 2.5]]), np.full((2, 2), 1.5), np.ones((2, 2), int))
+    found = proxy([state(0, 1.0, 1.0), state(1, 3.0, 2.5)], np.array([1.5, 0.5]), drawn)
+    assert found["pearson"]["value"] == pytest.approx(-1) and found["pearson_predictable"]["value"] == pytest.approx(-1)
+    assert (found["opposed_count"], found["decided_count"], found["draws"]) == (2, 2, 2)
+    assert [each["relative"] for each in found["points"]] == [-1, 1]
+
+
+def test_drift_by_hand():
+    # states 0 and 1 are in the update (A (alpha - 1) > 0), state 2 is not; S - H is -1, 1, 0
+    states = [state(0, 1.0), state(1, 3.0), state(2, 2.0)]
+    alpha, advantages = np.array([1.5, 0.5, 0.5]), np.array([2.0, -1.0, 1.0])
+    before = Draws(np.full((3, 2), 2.0), np.full((3, 2), 1.0), np.ones((3, 2), int))
+    after = before._replace(predictable=np.array([[0.8, 1.0], [0.9, 0.9], [1.2, 1.2]]))
+    found = drift(states, alpha, advantages, before, after, 1)
+    assert found["own_states"] == 2
+    assert found["predicted"]["value"] == pytest.approx((2 * -1 + -1 * 1) / 2)
+    assert found["measured_own"]["value"] == pytest.approx(-0.1)  # both fall by 0.1 in the mean
+    assert found["measured"]["value"] == pytest.approx(0.0)
+    # draws of state 0 change by -0.2 and 0: deviation 0.1 sqrt(2), error 0.1
+    assert found["points"][0] == pytest.approx({"predicted": -2.0, "measured": -0.1, "error": 0.1})
+    assert drift(states, np.ones(3), advantages, before, after, 1)["predicted"] is None
+
+
+def test_choice_takes_the_heavier_class_first_and_never_weight_zero():
+    weights = np.array([2, 0, 1, 2, 1, 0, 2])
+    assert choose(weights, 3, 0).tolist() == [0, 3, 6]
+    assert set(choose(weights, 99, 0)) == {0, 2, 3, 4, 6}
+    four = choose(weights, 4, 1).tolist()
+    assert {0, 3, 6} < set(four) and four == sorted(four)
+
+
+def turn(seen: list[int], said: list[int]) -> Turn:
+    logprobs = -0.5 * np.ones(len(said), np.float32)
+    return Turn(np.array(seen), np.array(said), logprobs, 0.25 - logprobs, 0.0, True, "", "x")
+
+
+@pytest.mark.parametrize("context", ["append", "window"])
+def test_states_have_what_the_policy_had_before_it(context):
+    turns = (turn([1, 2], [3]), turn([4], []), turn([5], [6, 7]))
+    whole = Trajectory(Task("t", "k", {}), 1, 0, turns, Ending.TERMINATED, True, context=context)
+    broken = Trajectory(Task("t", "k", {}), 0, 0, turns, Ending.ENV_ERROR, False, context=context)
+    first, last = states_of([broken, whole], response_tokens=8, context_tokens=10)
+    assert (first.response, last.response, last.turn, last.group, last.trajectory) == (0, 2, 2, 1, 1)
+    assert first.context.tolist() == [1, 2]
+    assert last.context.tolist() == ([1, 2, 3, 4, 5] if context == "append" else [5])
+    assert (first.budget, last.budget) == (8, 5 if context == "append" else 8)
+    assert (last.tokens, last.surprisal, last.predictable) == (2, 1.0, 1.5)
+
+
+def test_circumstances_by_hand():
+    states = [state(0, 1.0), state(1, 1.0), state(2, 1.0), state(3, 1.0)]
+    found = circumstances(
+        states, np.array([1.2, 0.8, 1, 1]), np.array([0.1, 0.6, 0.3, 0.35]), np.array([0, 0, 2, 2]), 0.1
+    )
+    assert found["groups"] == 2 and found["flat_groups"] == 0.5  # spans are 0.5 and 0.05
+    assert found["entropy_span"][1] == pytest.approx(0.275) and found["alpha"] == [0.8, 1.2]
+    assert found["turns"] == 1 and found["tokens"] == [2, 2, 2]
