@@ -11,6 +11,7 @@ import pytest
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.metrics import read_lines
 from experiments.grid import START, read_grid
+from experiments.plots import draw_pairs
 from experiments.results import RESULTS, binned, read_results, successes
 from experiments.run import is_done
 from experiments.table import FOLDER, MEASURES, PAGE, comparison_table, differences, interval, load, part, render, said
@@ -147,6 +148,13 @@ def test_differences_are_those_of_the_same_seed(mini: Path):
         "| GRPO + AEM | 35.0 % (30.0 to 40.0) | 45.0 % (40.0 to 50.0) | +10.0 points (0.0 to +20.0) | +20.0, 0.0 |"
     ]
     assert "+10.0 points" in render([(read_grid(mini), runs)])
+
+
+def test_pairs_are_drawn_from_bins(mini: Path, tmp_path: Path):
+    runs = [result(name, seed, 3, [0.1, None, 0.3]) for name in ("grpo", "grpo-aem") for seed in (0, 1)]
+    path = draw_pairs(read_grid(mini), runs, tmp_path / "images" / "pairs.png")
+    assert path is not None and path.stat().st_size > 5000
+    assert draw_pairs(read_grid(mini), runs[:2], tmp_path / "none.png") is None  # nobody to compare with
 
 
 @pytest.mark.slow

@@ -1,0 +1,44 @@
+"""What cannot be begun from is named; that a run begins where another began is in `test_experiments.py`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from aem_jax.launch import begin, build, record
+from aem_jax.launch.config import RunConfig
+from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch.preset import read_preset
+from aem_jax.sharding import MeshConfig, make_mesh
+from aem_jax.warmstart import WarmstartConfig
+
+SMALL = read_preset(str(Path(__file__).with_name("small.toml")))
+
+
+def beginning(run: Path) -> RunConfig:
+    return replace(SMALL, warmstart=WarmstartConfig(begin_from=str(run)))
+
+
+def parameters(config: RunConfig):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return begin.parameters(config, build.make_policy(config, 100), 100, mesh)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path):
+    with pytest.raises(ConfigError, match="expected a run's folder with a tokenizer, got none in"):
+        begin.tokenizer(beginning(tmp_path))
+    with pytest.raises(ConfigError, match="no run in"):
+        parameters(beginning(tmp_path))
+
+
+def test_a_run_of_another_model(tmp_path: Path):
+    record.save(replace(SMALL, model=replace(SMALL.model, num_layers=2)), tmp_path)
+    with pytest.raises(ConfigError, match="give the same --model and --tokenizer"):
+        parameters(beginning(tmp_path))
+
+
+def test_a_run_that_has_not_kept_step_0(tmp_path: Path):
+    record.save(SMALL, tmp_path)
+    with pytest.raises(ConfigError, match="expected a checkpoint of step 0 in .*, got steps \\[\\]"):
+        parameters(beginning(tmp_path))
