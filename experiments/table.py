@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 
+from experiments.claims import Claim, read_claims
 from experiments.grid import START, Grid, Variant, read_grid
 from experiments.plots import draw_pairs
 from experiments.results import RESULTS, Result, of_variant, read_results, successes
@@ -144,6 +145,26 @@ def facts(grid: Grid, results: Sequence[Result]) -> str:
     )
 
 
+def claims_table(grid: Grid, claims: Sequence[Claim]) -> str:
+    """A row for each variant and step that was analysed: means over seeds of what `analyze` found."""
+    wanted: tuple[tuple[str, Callable[[Claim], float | None]], ...] = (
+        ("r of α − 1 and S − H_resp", lambda each: each["proxy"]["pearson"]["value"]),
+        ("r of α − 1 and Σ H_t − H_resp", lambda each: each["proxy"]["pearson_predictable"]["value"]),
+        ("signs opposed", lambda each: each["proxy"]["opposed"]["value"]),
+        ("ΔH, A·(α − 1) > 0", lambda each: each["drift"]["positive"]["measured"]["value"]),
+        ("ΔH, A·(α − 1) < 0", lambda each: each["drift"]["negative"]["measured"]["value"]),
+    )
+    rows = []
+    for variant in grid.variants:
+        found = [each for each in claims if each["variant"] == variant.name]
+        for step in sorted({each["step"] for each in found}):
+            here = [each for each in found if each["step"] == step]
+            columns = [[value for each in here if (value := of(each)) is not None] for _, of in wanted]
+            cells = [said(interval(column), percent=False) for column in columns]
+            rows.append([title(grid, variant.name), str(step), str(len(here)), *cells])
+    return _table(["", "step", "seeds", *(name for name, _ in wanted)], rows) if rows else "Not analysed yet."
+
+
 def alive(grid: Grid, results: Sequence[Result], variant: str) -> str:
     """Whether AEM had anything to do: α's range, flat groups, and mixed groups, over all steps and seeds."""
     runs = list(of_variant(results, variant).values())
@@ -181,7 +202,7 @@ def _number(value: float, percent: bool, signed: bool = False) -> str:
     return f"+{digits}" if signed and float(digits) > 0 else digits.replace("-", "−")
 
 
-def render(grids: Sequence[tuple[Grid, Sequence[Result]]]) -> str:
+def render(grids: Sequence[tuple[Grid, Sequence[Result], Sequence[Claim]]]) -> str:
     """The page.
 
     Raises:
@@ -194,19 +215,23 @@ def render(grids: Sequence[tuple[Grid, Sequence[Result]]]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    helpers = (comparison_table, start_table, facts, alive)
+    helpers = (comparison_table, start_table, claims_table, facts, alive)
     environment.globals |= {each.__name__: each for each in helpers} | {"measures": MEASURES}
     return environment.get_template("experiments.md.j2").render(grids=grids)
 
 
-def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[tuple[Grid, list[Result]]]:
+def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[tuple[Grid, list[Result], list[Claim]]]:
     """The grids that have results, in the order of their names.
 
     Raises:
         ValueError: a file that is none.
     """
-    paths = [path for path in sorted(folder.glob("*.toml")) if (results / f"{path.stem}.jsonl").exists()]
-    return [(read_grid(path), read_results(results / f"{path.stem}.jsonl")) for path in paths]
+    found = []
+    for path in sorted(folder.glob("*.toml")):
+        lines, claims = results / f"{path.stem}.jsonl", results / f"{path.stem}.claims.json"
+        if lines.exists():
+            found.append((read_grid(path), read_results(lines), read_claims(claims)))
+    return found
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -230,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("the page is up to date" if same else "the page is another one; run python -m experiments.table")
         return 0 if same else 1
     PAGE.write_text(page, encoding="utf-8")
-    for grid, results in grids:
+    for grid, results, _ in grids:
         draw_pairs(grid, results, IMAGES / f"experiments-{grid.name}.png")
     print(f"wrote {PAGE.relative_to(FOLDER.parent)}")
     return 0

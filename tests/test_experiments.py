@@ -10,11 +10,25 @@ import pytest
 
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.metrics import read_lines
+from experiments.claims import main as claims_main
+from experiments.claims import without_points
 from experiments.grid import START, read_grid
 from experiments.plots import draw_pairs
 from experiments.results import RESULTS, binned, read_results, successes
 from experiments.run import is_done
-from experiments.table import FOLDER, MEASURES, PAGE, comparison_table, differences, interval, load, part, render, said
+from experiments.table import (
+    FOLDER,
+    MEASURES,
+    PAGE,
+    claims_table,
+    comparison_table,
+    differences,
+    interval,
+    load,
+    part,
+    render,
+    said,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ROOT / "tests" / "launch" / "small.toml"
@@ -65,7 +79,7 @@ def mini(tmp_path: Path) -> Path:
 
 def test_the_committed_page_is_that_of_the_committed_results():
     grids = load()
-    assert [grid.name for grid, _ in grids] == sorted(path.stem for path in RESULTS.glob("*.jsonl"))
+    assert [grid.name for grid, *_ in grids] == sorted(path.stem for path in RESULTS.glob("*.jsonl"))
     assert PAGE.read_text(encoding="utf-8") == render(grids), "run python -m experiments.table"
 
 
@@ -147,7 +161,30 @@ def test_differences_are_those_of_the_same_seed(mini: Path):
     assert table.splitlines()[2:] == [
         "| GRPO + AEM | 35.0 % (30.0 to 40.0) | 45.0 % (40.0 to 50.0) | +10.0 points (0.0 to +20.0) | +20.0, 0.0 |"
     ]
-    assert "+10.0 points" in render([(read_grid(mini), runs)])
+    assert "+10.0 points" in render([(read_grid(mini), runs, [])])
+
+
+def claim(seed: int, r: float, falls: float | None) -> dict:
+    proxy = {"pearson": {"value": r}, "pearson_predictable": {"value": -0.5}, "opposed": {"value": 0.75}}
+    change = {"measured": {"value": 0.01}}
+    drift = {"positive": {"measured": {"value": falls}}, "negative": change}
+    return {"variant": "grpo-aem", "seed": seed, "step": 4, "proxy": proxy, "drift": drift}
+
+
+def test_claims_are_means_over_seeds(mini: Path):
+    table = claims_table(read_grid(mini), [claim(0, -0.25, -0.03), claim(1, -0.75, None)])
+    assert table.splitlines()[2:] == [
+        "| GRPO + AEM | 4 | 2 | −0.500 (−0.750 to −0.250) | −0.500 (−0.500 to −0.500) | 0.750 (0.750 to 0.750) "
+        "| −0.030 | 0.010 (0.010 to 0.010) |"
+    ]
+    assert without_points({"points": [1], "a": {"points": [], "b": 0.123456}}) == {"a": {"b": 0.1235}}
+
+
+def test_what_is_not_done_is_not_analysed(mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = [str(mini), "--runs-dir", str(tmp_path), "--results", str(tmp_path), "--steps", "1", "--variants"]
+    assert claims_main([*words, "grpo"]) == 1
+    assert "grpo-seed0, step 1: not done" in capsys.readouterr().out and not list(tmp_path.glob("*.claims.json"))
+    assert claims_main([*words, "gspo"]) == 2
 
 
 def test_pairs_are_drawn_from_bins(mini: Path, tmp_path: Path):

@@ -1,0 +1,101 @@
+"""Analyses of a grid's runs.
+
+    python -m experiments.claims experiments/alfworld_tiny.toml --variants grpo-aem --steps 0 120
+
+Calls `python -m aem_jax.launch analyze` on runs that are done, at some of their checkpoints, and keeps what it found,
+but for the points of its plots, in experiments/results/GRID.claims.json; what stands there already is left as it is.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aem_jax.launch.overrides import ConfigError
+from experiments.grid import Grid, Run, read_grid
+from experiments.results import RESULTS
+from experiments.run import is_done
+
+Claim = Mapping[str, Any]
+
+
+def read_claims(path: Path) -> list[Claim]:
+    """What is kept; nothing where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def without_points(found: Any) -> Any:
+    """What `analyze` found without the lists of points."""
+    if isinstance(found, Mapping):
+        return {name: without_points(value) for name, value in found.items() if name != "points"}
+    return float(f"{found:.4g}") if isinstance(found, float) else found
+
+
+def analyze(folder: Path, run: Run, step: int) -> Claim:
+    """Analyses one checkpoint of one run.
+
+    Raises:
+        RuntimeError: it could not be analysed; says why.
+    """
+    place = folder / run.name
+    command = [sys.executable, "-m", "aem_jax.launch", "analyze", str(place), "--step", str(step)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])
+    found = json.loads((place / "analysis" / "analysis.json").read_text(encoding="utf-8"))
+    return {"variant": run.variant, "seed": run.seed, "step": step, **without_points(found)}
+
+
+def collect(grid: Grid, folder: Path, variants: Sequence[str], steps: Sequence[int], path: Path) -> bool:
+    """Analyses what is not yet analysed; returns whether all could be."""
+    claims = list(read_claims(path))
+    known = {(each["variant"], each["seed"], each["step"]) for each in claims}
+    whole = True
+    for run in (each for each in grid.runs(folder) if each.variant in variants):
+        for step in steps:
+            if (run.variant, run.seed, step) in known:
+                continue
+            try:
+                if not is_done(grid.config(run)):
+                    raise RuntimeError("not done; run it first")
+                claims.append(analyze(folder, run, step))
+            except RuntimeError as error:
+                print(f"{run.name}, step {step}: {error}", flush=True)
+                whole = False
+                continue
+            print(f"{run.name}, step {step}: done", flush=True)
+            claims.sort(key=lambda each: (each["variant"], each["step"], each["seed"]))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(claims, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+    return whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0 when all is analysed, 1 when not, 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.claims", description="Analyses runs of a grid.")
+    parser.add_argument("grid", type=Path, help="TOML file; see experiments/grid.py")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="the grid's runs lie in a folder of it")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder that numbers are written to")
+    parser.add_argument("--variants", nargs="+", required=True, help="variants to analyse, all of their seeds")
+    parser.add_argument("--steps", nargs="+", type=int, required=True, help="checkpoints to analyse")
+    options = parser.parse_args(argv)
+    try:
+        grid = read_grid(options.grid)
+        if unknown := set(options.variants) - {each.name for each in grid.variants}:
+            raise ConfigError(f"--variants: expected variants of {options.grid}, got {', '.join(sorted(unknown))}")
+        path = options.results / f"{grid.name}.claims.json"
+        done = collect(grid, options.runs_dir / grid.name, options.variants, options.steps, path)
+        return 0 if done else 1
+    except ConfigError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
