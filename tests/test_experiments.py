@@ -62,7 +62,7 @@ against = "grpo"
 """
 
 
-def result(variant: str, seed: int, wins: int, success: list[float] | None = None) -> dict:
+def result(variant: str, seed: int, wins: int, success: list[float | None] | None = None) -> dict:
     final = [{"phase": "final", "step": 4, "split": name, "wins": wins, "games": 10} for name in ("seen", "unseen")]
     before = {"phase": "warmstart", "step": 0, "split": "seen", "wins": 1, "games": 10}
     curves = {"rollout/success": success or [0.1, 0.2, 0.3, 0.4, 0.5]}
