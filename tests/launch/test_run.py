@@ -104,15 +104,10 @@ def test_it_is_evaluated_again_by_name_and_prints_json(whole: Path, user_environ
 
 
 def test_it_is_analysed_from_its_checkpoints(whole: Path, user_environment):
-    def analyze(*words: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "aem_jax.launch", "analyze", str(whole), *words]
-        return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=user_environment)
-
-    refused = analyze("--step", "3", "--states", "5")
-    assert refused.returncode == 2 and "--step: expected a checkpoint of" in refused.stderr, refused.stderr
-    assert refused.stderr.strip().endswith("got 3; there are 0, 2, 4")
     # after so little training no response is surer than another: with the 0.1-nat rule every group would be flat
-    done = analyze("--against", str(whole), "--states", "5", "--draws", "8", "--min-range", "0")
+    line = [sys.executable, "-m", "aem_jax.launch", "analyze", str(whole), "--against", str(whole)]
+    line += ["--states", "5", "--draws", "8", "--min-range", "0"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=user_environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((whole / "analysis" / "analysis.json").read_text())
     assert (found["run"], found["step"], found["rollout"]["episodes"]) == ("small", NUM_STEPS, 8)
