@@ -41,9 +41,10 @@ class LearnerConfig:
     dual_clip: float = 0.0
     """What is bad counts at most this many times, however likely it became (PPO's dual clip; 3 is usual); 0: off."""
     importance_cap: float = 0.0
-    """Corrects for a sampler whose policy differs from the learner's (--sampling.weights int8): each token's loss is
-    weighted by min(learner's probability / sampler's, cap), 2 is usual, and the clipped ratio is then to the learner's
-    own policy before the update. With several optimizer steps a batch that takes another forward pass. 0: off."""
+    """Corrects for a sampler whose policy differs from the learner's (--sampling.weights int8, --sampling.cache int8):
+    each token's loss is weighted by min(learner's probability / sampler's, cap), 2 is usual, and the clipped ratio is
+    then to the learner's own policy before the update. With several optimizer steps a batch that takes another forward
+    pass. 0: off."""
     kl_coefficient: float = 0.0
     """Weight of the KL to the reference policy (k3 estimator); 0 holds no reference at all."""
     aggregation: Literal["token-mean", "trajectory-mean", "response-mean", "constant"] = "token-mean"

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from aem_jax.models.cache import Cached, factors
+
 Array = jax.Array
 
 RowAttention = Callable[[Array, Array, Array, Array], Array]
@@ -148,7 +150,7 @@ _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def chunk_attention(
-    q: Array, cache_k: Array, cache_v: Array, cached: Array, chunk_k: Array, chunk_v: Array, index: Array
+    q: Array, cache_k: Cached, cache_v: Cached, cached: Array, chunk_k: Array, chunk_v: Array, index: Array
 ) -> Array:
     """Attention of C new tokens to what is cached and to their chunk, one softmax over both.
 
@@ -156,8 +158,8 @@ def chunk_attention(
 
     Args:
         q: [S,C,H,Dh]; token c stands at place `index + c` of the chunk.
-        cache_k: [S,KV,Dh,W].
-        cache_v: [S,KV,W,Dh].
+        cache_k: [S,KV,Dh,W], or in 8 bits.
+        cache_v: [S,KV,W,Dh], or in 8 bits.
         cached: i32[S], filled positions of the cache.
         chunk_k: [S,KV,Dh,G].
         chunk_v: [S,KV,G,Dh].
@@ -167,7 +169,8 @@ def chunk_attention(
         [S,C,H,Dh].
     """
     slots, count, heads, head_dim = q.shape
-    kv_heads, window, places = cache_v.shape[1], cache_v.shape[2], chunk_v.shape[2]
+    (old_k, scale_k), (old_v, scale_v) = factors(cache_k, q.dtype), factors(cache_v, q.dtype)
+    kv_heads, window, places = old_v.shape[1], old_v.shape[2], chunk_v.shape[2]
     shared = heads // kv_heads
     q = q.reshape(slots, count, kv_heads, shared, head_dim)
     q = jnp.swapaxes(q, 1, 2).reshape(slots, kv_heads, count * shared, head_dim)  # one product a key head
@@ -175,12 +178,14 @@ def chunk_attention(
     place = index + jnp.repeat(jnp.arange(count), shared)
     is_cached = (jnp.arange(window)[None] < cached[:, None])[:, None, None]
     is_earlier = (jnp.arange(places)[None] <= place[:, None])[None, None]
-    old = jnp.where(is_cached, product(q, cache_k), _MASKED)
+    old = product(q, old_k) if scale_k is None else product(q, old_k) * scale_k
+    old = jnp.where(is_cached, old, _MASKED)
     new = jnp.where(is_earlier, product(q, chunk_k), _MASKED)
     top = jnp.maximum(jnp.max(old, -1, keepdims=True), jnp.max(new, -1, keepdims=True))
     scale = head_dim**-0.5
     old, new = jnp.exp((old - top) * scale), jnp.exp((new - top) * scale)
     total = jnp.sum(old, -1, keepdims=True) + jnp.sum(new, -1, keepdims=True)
-    out = product(old.astype(q.dtype), cache_v) + product(new.astype(q.dtype), chunk_v)
+    old = old if scale_v is None else old * scale_v
+    out = product(old.astype(q.dtype), old_v) + product(new.astype(q.dtype), chunk_v)
     out = (out / total).astype(q.dtype).reshape(slots, kv_heads, count, shared, head_dim)
     return jnp.swapaxes(out, 1, 2).reshape(slots, count, heads, head_dim)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aem_jax.models.attention import RowAttention, chunk_attention, row_attention
+from aem_jax.models.cache import LENGTH, Cached, first_places
 from aem_jax.models.config import ModelConfig, RopeScaling
 from aem_jax.models.int8 import INPUTS, quantize, scale_of
 from aem_jax.models.lora import Adapters, LoraConfig
@@ -280,16 +281,18 @@ class Decoder(nnx.Module):
         x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), stacked)
         return rms_norm(x, self.norm[...], config.norm_eps)
 
-    def beside(self, keys: Array, values: Array, window: int) -> PerLayer:
+    def beside(self, keys: Cached, values: Cached, window: int) -> PerLayer:
         """Each layer's weights beside the first `window` positions of its cache: what `extend` reads.
 
         Args:
-            keys: [L,S,KV,Dh,T].
-            values: [L,S,KV,T,Dh].
+            keys: [L,S,KV,Dh,T], or in 8 bits.
+            values: [L,S,KV,T,Dh], or in 8 bits.
             window: static, positions to attend over.
         """
         weights = nnx.state(self.layers)
-        return self._per_layer((weights, keys[..., :window], values[..., :window, :]))
+        return self._per_layer(
+            (weights, first_places(keys, window, LENGTH[0]), first_places(values, window, LENGTH[1]))
+        )
 
     def empty_chunk(self, slots: int, places: int) -> PerLayer:
         """Keys and values of a chunk of `places` tokens in which nothing is written yet."""

@@ -41,11 +41,11 @@ class _Chunk:
 def converse(run: Run, table: Table, sampler: Sampler, config: RolloutConfig) -> None:
     """Plays the queue to its end."""
     unread: deque[list[_Chunk]] = deque()
-    keys, num_slots = table.state.keys, len(table.episodes)
+    state, num_slots = table.state, len(table.episodes)
     # A tensor axis splits weights and cache alike, so it is left out.
     cost = decoding_cost(
         weights=_num_bytes(run.params),
-        token=_num_bytes((keys, table.state.values)) / (num_slots * keys.shape[-1]),
+        token=state.cache_bytes / (num_slots * state.places),
         num_slots=num_slots // sampler.slot_shards,
         steps=config.decode_chunk,
     )

@@ -29,6 +29,9 @@ class SamplingConfig:
     weights: Literal["model", "int8"] = "model"
     """Weights to sample from: in the model's dtype, or layers' matrices in int8 with a scale for each output, half the
     bytes of bfloat16. Its policy is not quite the learner's: --learner.importance-cap corrects for that."""
+    cache: Literal["model", "int8"] = "model"
+    """Keys and values of earlier tokens: in the model's dtype, or in int8 with a scale for each token of each key head,
+    which is about half the bytes of bfloat16. As with weights in int8, --learner.importance-cap corrects for that."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

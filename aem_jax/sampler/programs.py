@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from aem_jax.models import LoraPolicy, Params, Policy
+from aem_jax.models.cache import Cached
 from aem_jax.sampler.draw import Draw, uniforms
-from aem_jax.sampler.state import KEY_AXES, STATE_AXES, VALUE_AXES, SamplerState, copy_rows, merge, take
+from aem_jax.sampler.state import SamplerState, cache_axes, copy_rows, merge, state_axes, take
 from aem_jax.sharding import DECODE, partition
 
 Array = jax.Array
@@ -52,10 +53,14 @@ class Programs:
         draw: picks tokens.
         stop_ids: ids that end a response.
         mesh: over which slots are split, or None.
+        int8: whether keys and values are cached in 8 bits.
     """
 
-    def __init__(self, policy: Policy | LoraPolicy, draw: Draw, stop_ids: Sequence[int], mesh: Mesh | None) -> None:
+    def __init__(
+        self, policy: Policy | LoraPolicy, draw: Draw, stop_ids: Sequence[int], mesh: Mesh | None, *, int8: bool
+    ) -> None:
         self._policy, self._draw, self._mesh = policy, draw, mesh
+        self._state_axes, self._cache_axes = state_axes(int8=int8), cache_axes(int8=int8)
         self._stop_ids = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
 
     def extend(
@@ -149,7 +154,8 @@ class Programs:
         """The slots meant, as a state of their own."""
         if slots is None:
             return state
-        return self._over_slots(partial(take, window=window), (STATE_AXES, ("slots",)), STATE_AXES)(state, slots)
+        axes = (self._state_axes, ("slots",))
+        return self._over_slots(partial(take, window=window), axes, axes[0])(state, slots)
 
     def _merge(
         self,
@@ -163,11 +169,11 @@ class Programs:
     ) -> SamplerState:
         """The state with a chunk behind its cache; see `merge`."""
         chosen = () if slots is None else (slots,)
-        axes = (STATE_AXES, (KEY_AXES, VALUE_AXES), ("slots", None), *[("slots",)] * (3 + len(chosen)))
-        merge_slots = self._over_slots(merge, axes, STATE_AXES)
+        axes = (self._state_axes, cache_axes(int8=False), ("slots", None), *[("slots",)] * (3 + len(chosen)))
+        merge_slots = self._over_slots(merge, axes, self._state_axes)
         return merge_slots(state, chunk, hidden, counts, sampled, remaining, *chosen)
 
-    def _copy_rows(self, window: int) -> Callable[..., tuple[Array, Array]]:
-        cache = (KEY_AXES, VALUE_AXES)
-        whole = tuple(tuple(None if name == "slots" else name for name in axes) for axes in cache)
+    def _copy_rows(self, window: int) -> Callable[..., tuple[Cached, Cached]]:
+        cache = self._cache_axes
+        whole = jax.tree.map(lambda name: None if name == "slots" else name, cache)
         return self._over_slots(partial(copy_rows, window=window), (*cache, *whole, ("slots",)), cache)

@@ -17,9 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aem_jax.models import LoraPolicy, Params, Policy
+from aem_jax.models.cache import Coded
 from aem_jax.sampler.draw import SamplingConfig, make_draw
 from aem_jax.sampler.programs import Decoded, Programs
-from aem_jax.sampler.state import STATE_AXES, SamplerState, rewind
+from aem_jax.sampler.state import SamplerState, rewind, state_axes
 from aem_jax.sharding import DECODE, replicated, shardings, slot_shards
 
 Array = jax.Array
@@ -32,7 +33,7 @@ class Sampler:
 
     Args:
         policy: the decoder.
-        sampling: temperature, top-k, top-p.
+        sampling: temperature, top-k, top-p, dtype of the cache.
         stop_ids: ids that end a response.
         capacity: most tokens that an episode may hold; the cache has `slack` more so that a chunk always fits.
         slack: largest chunk that is written at once (extend or decode).
@@ -58,10 +59,12 @@ class Sampler:
         self.slack = slack
         self.windows = tuple(sorted({w for w in windows if w < capacity} | {capacity}))
         self._mesh = mesh
-        programs = Programs(policy, make_draw(sampling), stop_ids, mesh)
+        self._int8 = sampling.cache == "int8"
+        self._axes = state_axes(int8=self._int8)
+        programs = Programs(policy, make_draw(sampling), stop_ids, mesh, int8=self._int8)
         # What a state is placed by on its way in, it keeps on its way out; what was said is whole on every device, for
         # every host.
-        placed = None if mesh is None else shardings(mesh, STATE_AXES, DECODE)
+        placed = None if mesh is None else shardings(mesh, self._axes, DECODE)
         said = None if mesh is None else (placed, replicated(mesh))
         self._init = jax.jit(self._init_impl, static_argnums=(0, 1), out_shardings=placed)
         self._extend = jax.jit(programs.extend, static_argnames="window", donate_argnums=1, out_shardings=placed)
@@ -92,9 +95,13 @@ class Sampler:
     def _init_impl(self, slots: int, capacity: int) -> SamplerState:
         c = self.policy.config
         shape, length = (c.num_layers, slots, c.num_kv_heads), capacity + self.slack
+        keys, values = (*shape, c.head_dim, length), (*shape, length, c.head_dim)
+        empty = lambda like: jnp.zeros(like, c.dtype)  # noqa: E731
+        if self._int8:
+            empty = lambda like: Coded(jnp.zeros(like, jnp.int8), jnp.zeros((*shape, length)))  # noqa: E731
         return SamplerState(
-            keys=jnp.zeros((*shape, c.head_dim, length), c.dtype),
-            values=jnp.zeros((*shape, length, c.head_dim), c.dtype),
+            keys=empty(keys),
+            values=empty(values),
             lengths=jnp.zeros(slots, jnp.int32),
             hidden=jnp.zeros((slots, c.hidden_size), c.dtype),
             prng=jnp.zeros((slots, 2), jnp.uint32),
@@ -111,7 +118,7 @@ class Sampler:
         shapes = jax.eval_shape(lambda: self._init_impl(slots, capacity or self.capacity))
         if self._mesh is None:
             return shapes
-        where = shardings(self._mesh, STATE_AXES, DECODE, shapes)
+        where = shardings(self._mesh, self._axes, DECODE, shapes)
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
         return jax.tree.map(place, shapes, where)
 
@@ -240,7 +247,7 @@ class Sampler:
             prng: u32[S,2], key data of the episodes that begin.
             window: static; covers the longest prompt.
         """
-        window = min(self._check_window(window), prompts.keys.shape[-1])
+        window = min(self._check_window(window), prompts.places)
         return self._fork(state, prompts, source, prng, window=window)
 
     def rewind(self, state: SamplerState, keep: HostArray) -> SamplerState:

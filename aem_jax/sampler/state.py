@@ -1,12 +1,19 @@
 """What slots remember, and the ways to change it that need no model: fork, merge, rewind. All in place."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from aem_jax.models.cache import LENGTH, Cached, Coded, encode, first_places
+
 Array = jax.Array
+
+_HEAD_DIM = (3, 4)
+"""Which dimension of stacked keys and of stacked values is that of a head's numbers."""
 
 
 @partial(
@@ -19,8 +26,8 @@ class SamplerState:
     """What S slots remember.
 
     Attributes:
-        keys: [L,S,KV,Dh,T], rotated keys.
-        values: [L,S,KV,T,Dh].
+        keys: [L,S,KV,Dh,T], rotated keys, in the model's dtype or in 8 bits.
+        values: [L,S,KV,T,Dh], likewise.
         lengths: i32[S], tokens in the cache.
         hidden: [S,D], final hidden state at the last token.
         prng: u32[S,2], the episode's key data.
@@ -28,27 +35,41 @@ class SamplerState:
         remaining: i32[S], tokens that the response under way may still have; 0 once it has ended.
     """
 
-    keys: Array
-    values: Array
+    keys: Cached
+    values: Cached
     lengths: Array
     hidden: Array
     prng: Array
     sampled: Array
     remaining: Array
 
+    @property
+    def places(self) -> int:
+        """T, positions of a slot's cache."""
+        return jax.tree.leaves(self.keys)[0].shape[-1]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values of all slots, over all devices."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.keys, self.values)))
+
 
 KEY_AXES = ("layers", "slots", "kv_heads", "head_dim", "length")
 VALUE_AXES = ("layers", "slots", "kv_heads", "length", "head_dim")
-STATE_AXES = SamplerState(
-    keys=KEY_AXES,  # pyright: ignore[reportArgumentType]
-    values=VALUE_AXES,  # pyright: ignore[reportArgumentType]
-    lengths=("slots",),  # pyright: ignore[reportArgumentType]
-    hidden=("slots", None),  # pyright: ignore[reportArgumentType]
-    prng=("slots", None),  # pyright: ignore[reportArgumentType]
-    sampled=("slots",),  # pyright: ignore[reportArgumentType]
-    remaining=("slots",),  # pyright: ignore[reportArgumentType]
-)
-"""Logical axes of every part of a state."""
+_SCALE_AXES = ("layers", "slots", "kv_heads", "length")
+
+
+def cache_axes(*, int8: bool) -> tuple[Any, Any]:
+    """Logical axes of keys and values."""
+    chunk = (KEY_AXES, VALUE_AXES)
+    return (Coded(KEY_AXES, _SCALE_AXES), Coded(VALUE_AXES, _SCALE_AXES)) if int8 else chunk  # pyright: ignore
+
+
+def state_axes(*, int8: bool) -> SamplerState:
+    """Logical axes of every part of a state."""
+    of_slots: Any = ("slots",)
+    rows: Any = ("slots", None)
+    return SamplerState(*cache_axes(int8=int8), of_slots, rows, rows, of_slots, of_slots)
 
 
 def take(state: SamplerState, slots: Array, window: int) -> SamplerState:
@@ -56,19 +77,22 @@ def take(state: SamplerState, slots: Array, window: int) -> SamplerState:
 
     A loop over slots of plain copies; a gather goes number by number on some backends.
     """
-    counts = (state.keys.shape[0], slots.shape[0])
-    keys = jnp.zeros_like(state.keys, shape=(*counts, *state.keys.shape[2:4], window))
-    values = jnp.zeros_like(state.values, shape=(*counts, state.values.shape[2], window, state.values.shape[4]))
+    cache = (state.keys, state.values)
 
-    def put(i: Array, taken: tuple[Array, Array]) -> tuple[Array, Array]:
+    def empty(x: Array, axis: int) -> Array:
+        shape = [x.shape[0], slots.shape[0], *x.shape[2:]]
+        shape[axis] = window
+        return jnp.zeros_like(x, shape=shape)
+
+    def put(i: Array, taken: tuple[Cached, Cached]) -> tuple[Cached, Cached]:
         # Of the cache itself only: a slice taken before the loop would be a copy of it.
-        def row(cache: Array, like: Array) -> Array:
-            return jax.lax.dynamic_slice(cache, (0, slots[i], 0, 0, 0), (like.shape[0], 1, *like.shape[2:]))
+        def copy(to: Array, x: Array) -> Array:
+            row = jax.lax.dynamic_slice(x, _start(x, slots[i]), (to.shape[0], 1, *to.shape[2:]))
+            return jax.lax.dynamic_update_slice(to, row, _start(to, i))
 
-        write = partial(jax.lax.dynamic_update_slice, start_indices=(0, i, 0, 0, 0))
-        return write(taken[0], row(state.keys, taken[0])), write(taken[1], row(state.values, taken[1]))
+        return jax.tree.map(copy, taken, cache)
 
-    keys, values = jax.lax.fori_loop(0, slots.shape[0], put, (keys, values))
+    keys, values = jax.lax.fori_loop(0, slots.shape[0], put, _over_length(empty, cache))
     rest = (state.lengths, state.hidden, state.prng, state.sampled, state.remaining)
     return SamplerState(keys, values, *(leaf[slots] for leaf in rest))
 
@@ -84,6 +108,8 @@ def merge(
 ) -> SamplerState:
     """Writes chunks of G tokens behind what is cached; what lies past a slot's new length is never read.
 
+    A cache in 8 bits gets them in 8 bits: here tokens are quantised, once, and never again.
+
     A loop over slots, because that is done in place; a scatter copies the cache. The hidden states ride along so that
     the loop waits for the last layer: were it free to start before that layer has read its cache, XLA would copy it.
 
@@ -97,25 +123,31 @@ def merge(
         slots: i32[n], all different: the slots that these are of; None means all, in order.
     """
 
-    def put(i: Array, cache: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    write = jax.lax.dynamic_update_slice
+    codes = isinstance(state.keys, Coded)
+
+    def put(i: Array, cache: tuple[Cached, Cached, Array]) -> tuple[Cached, Cached, Array]:
         # The barrier hides from libtpu 0.0.42 (that of jax 0.10) that the loop copies slot by slot: it takes the chunk
         # for the whole cache then, and fails.
         row = lambda x, axis: jax.lax.optimization_barrier(jax.lax.dynamic_index_in_dim(x, i, axis))  # noqa: E731
         slot = i if slots is None else slots[i]
-        write, at = jax.lax.dynamic_update_slice, state.lengths[slot]
-        return (
-            write(cache[0], row(chunk[0], 1), (0, slot, 0, 0, at)),
-            write(cache[1], row(chunk[1], 1), (0, slot, 0, at, 0)),
-            write(cache[2], row(hidden, 0), (slot, 0)),
-        )
+        at = state.lengths[slot]
+
+        def behind(x: Array, new: Array, axis: int) -> Array:
+            return write(x, new, _start(x, slot, axis, at))
+
+        # Slot by slot in 8 bits, too: a chunk of what is heard may be large, and is not there twice.
+        new = [encode(row(x, 1), axis) if codes else row(x, 1) for x, axis in zip(chunk, _HEAD_DIM, strict=True)]
+        keys, values = _over_length(behind, cache[:2], (new[0], new[1]))
+        return keys, values, write(cache[2], row(hidden, 0), (slot, 0))
 
     every = slice(None) if slots is None else slots
-    cache = jax.lax.fori_loop(0, counts.shape[0], put, (state.keys, state.values, state.hidden))
+    keys, values, hidden = jax.lax.fori_loop(0, counts.shape[0], put, (state.keys, state.values, state.hidden))
     return SamplerState(
-        keys=cache[0],
-        values=cache[1],
+        keys=keys,
+        values=values,
         lengths=state.lengths.at[every].add(counts),
-        hidden=cache[2],
+        hidden=hidden,
         prng=state.prng,
         sampled=state.sampled.at[every].add(sampled),
         remaining=state.remaining.at[every].set(remaining),
@@ -123,22 +155,35 @@ def merge(
 
 
 def copy_rows(
-    keys: Array, values: Array, from_keys: Array, from_values: Array, source: Array, window: int
-) -> tuple[Array, Array]:
+    keys: Cached, values: Cached, from_keys: Cached, from_values: Cached, source: Array, window: int
+) -> tuple[Cached, Cached]:
     """Makes the first `window` positions of slot s a copy of row `source[s]`; -1 leaves the slot as it is. In place."""
     begun = jnp.argsort(source < 0, stable=True)  # the slots that begin, first
 
-    def put(i: Array, cache: tuple[Array, Array]) -> tuple[Array, Array]:
+    def put(i: Array, cache: tuple[Cached, Cached]) -> tuple[Cached, Cached]:
         slot = begun[i]
         row = source[slot]
-        new_keys = jax.lax.dynamic_index_in_dim(from_keys[..., :window], row, axis=1)
-        new_values = jax.lax.dynamic_index_in_dim(from_values[..., :window, :], row, axis=1)
-        return (
-            jax.lax.dynamic_update_slice(cache[0], new_keys, (0, slot, 0, 0, 0)),
-            jax.lax.dynamic_update_slice(cache[1], new_values, (0, slot, 0, 0, 0)),
-        )
+
+        def copy(to: Array, x: Array, axis: int) -> Array:
+            first: Any = first_places(x, window, axis)
+            return jax.lax.dynamic_update_slice(to, jax.lax.dynamic_index_in_dim(first, row, axis=1), _start(to, slot))
+
+        return _over_length(copy, cache, (from_keys, from_values))
 
     return jax.lax.fori_loop(0, jnp.sum(source >= 0), put, (keys, values))
+
+
+def _over_length(function: Callable[..., Array], *caches: tuple[Cached, Cached]) -> tuple[Cached, Cached]:
+    """`function(array, ..., axis)` of all that keys and values are made of; `axis` is that of positions."""
+    of = lambda part, axis: jax.tree.map(partial(function, axis=axis), *(cache[part] for cache in caches))  # noqa: E731
+    return of(0, LENGTH[0]), of(1, LENGTH[1])
+
+
+def _start(x: Array, slot: Array, axis: int = 0, at: Array | int = 0) -> list[Array | int]:
+    """Where a slot's part of x begins; at which place of dimension `axis`."""
+    start: list[Array | int] = [0] * x.ndim
+    start[axis], start[1] = at, slot
+    return start
 
 
 def rewind(state: SamplerState, keep: Array) -> SamplerState:

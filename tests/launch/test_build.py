@@ -121,6 +121,19 @@ def test_contradictions_name_their_fields(words: list[str], message: str, monkey
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["weights", "cache"])
+def test_a_sampler_in_int8_is_corrected_for_or_not(name: str):
+    """One rule for both: the weight may be left out, its gap is measured anyhow."""
+    words = [f"--sampling.{name}", "int8"]
+    for more in ([], ["--learner.importance-cap", "2"]):
+        build.check(apply(read_preset(DEFAULT), split([*words, *more])[1]))
+
+
+def test_an_adapter_apart_can_be_sampled_from_with_a_cache_in_int8():
+    words = ["--sampling.cache", "int8", "--lora.rank", "4", "--lora.merge", "False"]
+    build.check(apply(read_preset(DEFAULT), split(words)[1]))
+
+
 def test_kl_needs_its_reference_kept():
     config = apply(RunConfig(), split(["--learner.kl-coefficient", "0.1", "--checkpoint.keep-first", "False"])[1])
     with pytest.raises(ConfigError, match="--checkpoint.keep-first: expected True with --learner.kl-coefficient"):

@@ -29,6 +29,7 @@ from aem_jax.models import CONFIGS, LoraPolicy, Policy
 from aem_jax.models.config import published
 from aem_jax.models.lora import LoraConfig
 from aem_jax.rollout.config import RolloutConfig
+from aem_jax.sampler import Sampler
 from aem_jax.sharding import MeshConfig, MeshDemand, choose_mesh, make_mesh
 
 HLO = """\
@@ -271,6 +272,17 @@ def test_weights_in_int8_take_a_byte_of_each_of_the_layers_matrices():
     shapes, dtypes = Policy(work.model).in_int8.shapes, Policy(work.model).in_int8.dtypes
     total = sum(jax.tree.leaves(jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, shapes, dtypes)))
     assert memory(work, MeshConfig(1, 1, 1)).weights == pytest.approx(total, rel=0.04)
+
+
+def test_a_cache_in_int8_takes_a_byte_of_each_number_and_a_scale_of_each_head():
+    config = replace(SMALL, sampling=replace(SMALL.sampling, cache="int8"))
+    work, mesh = workload(config), MeshConfig(1, 2, 2)
+    # 9 layers, 2 key heads of 32 numbers, keys and values: 32 codes and a float32, where there were 32 float32
+    assert (work.token_bytes, workload(SMALL).token_bytes) == (2 * 9 * 2 * 36, 2 * 9 * 2 * 128)
+    assert memory(work, mesh).cache == work.token_bytes * work.cached_tokens / 4
+    sampler = Sampler(Policy(work.model), config.sampling, [0], capacity=work.capacity, slack=work.slack)
+    state, prompts = sampler.abstract(work.slots), sampler.abstract(work.prompt_rows, work.prompt_tokens)
+    assert memory(work, MeshConfig(1, 1, 1)).cache == work.cohorts * state.cache_bytes + prompts.cache_bytes
 
 
 def test_seven_billion_parameters_with_adapters_fit_one_card(capsys):

@@ -55,6 +55,9 @@ def _ways(config: RunConfig, mesh: MeshConfig) -> Iterator[tuple[str, RunConfig,
     if config.sampling.weights == "model" and (config.lora.merge or not config.lora.rank):
         narrow = replace(config, sampling=replace(config.sampling, weights="int8"))
         yield "--sampling.weights int8", narrow, mesh
+    if config.sampling.cache == "model":
+        narrow = replace(config, sampling=replace(config.sampling, cache="int8"))
+        yield "--sampling.cache int8", narrow, mesh
     if build.microbatch_rows(config) > replicas:
         fewer = replace(config, batch=replace(batch, rows=replicas, tokens_per_microbatch=0))
         yield f"--batch.rows {replicas}", fewer, mesh

@@ -125,7 +125,6 @@ def memory(work: Workload, mesh: MeshConfig) -> Memory:
     if lora and mesh.fsdp == 1:  # frozen weights lie alike for learning and sampling
         copied = layer_parameters(model) if work.lora.merge else 0
     saved = (width - 1) * layer_parameters(model) if work.int8 else 0  # scales are a thousandth
-    kept = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
     return Memory(
         parameters=MASTER * trained / split,
         frozen=width * count * lora / split,
@@ -133,7 +132,7 @@ def memory(work: Workload, mesh: MeshConfig) -> Memory:
         reference=MASTER * work.reference * trained / split,
         gradients=GRADIENT * trained / split,
         weights=(width * copied - saved) / mesh.tensor,
-        cache=kept * work.cached_tokens / devices,
+        cache=work.token_bytes * work.cached_tokens / devices,
         working=_working(work, mesh.tensor, width) / (mesh.data * mesh.fsdp),
     )
 
@@ -193,10 +192,10 @@ def decode_costs(work: Workload, mesh: MeshConfig) -> Costs:
     """Costs on one device of one token in each slot, over a full window."""
     model, width = work.model, 2
     slots, tensor = work.slots / (mesh.data * mesh.fsdp), mesh.tensor
-    kept = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width / tensor
     layers = (1 if work.int8 else width) * layer_parameters(model)
     weights = (layers + width * head_parameters(model)) / tensor
-    found = Costs(flops=slots * decode_flops(work) / tensor, bytes=weights + slots * kept * work.capacity)
+    cached = slots * work.token_bytes / tensor * work.capacity
+    found = Costs(flops=slots * decode_flops(work) / tensor, bytes=weights + cached)
     if tensor > 1:
         reductions = slots * model.hidden_size * width
         found.collectives.append(Collective("all-reduce", reductions, tensor, (), 2.0 * model.num_layers))

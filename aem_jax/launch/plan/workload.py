@@ -39,6 +39,7 @@ class Workload:
         moments: bytes that Adam keeps of each trained parameter.
         lora: adapters, of which alone there are masters; of rank 0 if all is trained.
         int8: whether layers' matrices are sampled from in 8 bits.
+        int8_cache: whether keys and values are cached in 8 bits.
     """
 
     model: ModelConfig
@@ -58,6 +59,7 @@ class Workload:
     moments: int
     lora: LoraConfig
     int8: bool
+    int8_cache: bool
 
     @property
     def trained(self) -> int:
@@ -83,6 +85,13 @@ class Workload:
         """Places in all caches together."""
         slots = self.slots * self.cohorts * (self.capacity + self.slack)
         return slots + self.prompt_rows * (self.prompt_tokens + self.slack)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that a token takes in a cache: its keys and values, in 8 bits with a float32 scale for each head."""
+        model = self.model
+        of_a_head = model.head_dim + 4 if self.int8_cache else model.head_dim * (2 if model.dtype == "bfloat16" else 4)
+        return 2 * model.num_layers * model.num_kv_heads * of_a_head
 
 
 def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | None = None) -> Workload:
@@ -117,6 +126,7 @@ def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | N
         moments=MOMENTS[learner.moments],
         lora=config.lora,
         int8=config.sampling.weights == "int8",
+        int8_cache=config.sampling.cache == "int8",
     )
 
 

@@ -1,0 +1,55 @@
+"""A KV cache in 8 bits, if one is asked for: a decode step reads all of it, and it is what bounds the slots.
+
+    x ≈ q · s,  q = round(x / s) in −127 … 127,  s = max |x| over head_dim / 127
+
+There is one scale for each layer, slot, key head and token. So a token is quantised by itself, once, when it is written
+behind the cache; and both products read codes, since a scale stands outside of one and goes into the weights of the
+other: scores (query · q) s, sums Σ (w s) · q. Codes are whole numbers that bfloat16 holds exactly.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Array = jax.Array
+
+
+class Coded(NamedTuple):
+    """Keys or values in 8 bits.
+
+    Attributes:
+        codes: int8, as the numbers would lie.
+        scales: f32, the same without the dimension of head_dim.
+    """
+
+    codes: Array
+    scales: Array
+
+
+Cached = Array | Coded
+"""Keys or values: in the model's dtype, or in 8 bits."""
+
+LENGTH = (-1, 3)
+"""Which dimension of stacked keys [L,S,KV,Dh,T] and of stacked values [L,S,KV,T,Dh] is T; it is their scales', too."""
+
+
+def first_places(cached: Cached, count: int, axis: int) -> Cached:
+    """The first `count` places, or all if there are fewer; `axis` of `LENGTH`."""
+    return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, min(count, x.shape[axis]), axis=axis), cached)
+
+
+def encode(x: Array, axis: int) -> Coded:
+    """Codes and scales of x, whose dimension `axis` is head_dim: |x − q s| <= s / 2. Zeros have scale 1."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=axis)
+    scales = jnp.where(largest > 0, largest / 127, 1.0)
+    return Coded(jnp.round(x / jnp.expand_dims(scales, axis)).astype(jnp.int8), scales)
+
+
+def factors(cached: Cached, dtype: DTypeLike) -> tuple[Array, Array | None]:
+    """What a product reads, in `dtype`, and the scale [..., 1, T] of each of its T places; None: it needs none."""
+    if isinstance(cached, Coded):
+        return cached.codes.astype(dtype), cached.scales[..., None, :]
+    return cached, None

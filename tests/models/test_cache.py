@@ -1,0 +1,67 @@
+"""A cache in 8 bits: rounding by hand, its bound, and attention as of the rounded numbers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aem_jax.models.attention import chunk_attention
+from aem_jax.models.cache import Coded, encode
+
+
+def test_rounding_by_hand():
+    # Two tokens of two numbers: 1.27 is the largest, so its scale is 0.01; a token of zeros has scale 1.
+    codes, scales = encode(jnp.array([[1.27, -0.018], [0.0, 0.0]]), 1)
+    np.testing.assert_allclose(scales, [0.01, 1.0], rtol=1e-6)
+    np.testing.assert_array_equal(codes, [[127, -2], [0, 0]])
+    assert codes.dtype == jnp.int8 and scales.dtype == jnp.float32
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), power=st.integers(-30, 30), axis=st.sampled_from([1, 2]))
+def test_the_error_is_at_most_half_a_scale(seed: int, power: int, axis: int):
+    x = np.random.RandomState(seed).standard_normal((3, 8, 8)).astype(np.float32) * np.float32(2.0) ** power
+    codes, scales = (np.asarray(each, np.float64) for each in encode(jnp.asarray(x), axis))
+    scales = np.expand_dims(scales, axis)
+    assert np.abs(codes).max() == 127
+    assert (np.abs(x - codes * scales) <= scales / 2 * (1 + 1e-4)).all()
+
+
+def oracle(q, k, v, cached, chunk_k, chunk_v, index):
+    """One query at a time in float64, softmax over the keys it may see: k and v [S,KV,T,Dh], q [S,C,H,Dh]."""
+    out = np.zeros(q.shape)
+    for s, c, h in np.ndindex(*q.shape[:3]):
+        head = h // (q.shape[2] // k.shape[1])
+        keys = np.concatenate([k[s, head, : cached[s]], chunk_k[s, head, : index + c + 1]])
+        values = np.concatenate([v[s, head, : cached[s]], chunk_v[s, head, : index + c + 1]])
+        scores = keys @ q[s, c, h] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[s, c, h] = weights @ values / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("bfloat16", 2e-2)])
+def test_attention_is_that_to_the_rounded_numbers(dtype: str, tolerance: float):
+    slots, count, heads, kv_heads, head_dim, window, places, index = 3, 2, 6, 2, 8, 12, 5, 3
+    random, cached = np.random.RandomState(0), np.array([12, 0, 7])
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), dtype)  # noqa: E731
+    q, chunk = draw(slots, count, heads, head_dim), [draw(slots, kv_heads, places, head_dim) for _ in range(2)]
+    # Tokens of very different size, each with its own scale; what lies past the length is large, and not read.
+    size = 2.0 ** random.randint(-3, 3, (slots, kv_heads, window, 1))
+    size = np.where(np.arange(window)[:, None] < cached[:, None, None, None], size, 1e6)
+    k, v = (encode(draw(slots, kv_heads, window, head_dim) * size.astype(np.float32), 3) for _ in range(2))
+    found = chunk_attention(
+        q,
+        Coded(jnp.swapaxes(k.codes, 2, 3), k.scales),
+        v,
+        jnp.asarray(cached),
+        jnp.swapaxes(chunk[0], 2, 3),
+        chunk[1],
+        jnp.int32(index),
+    )
+    rounded = [np.asarray(each.codes, np.float64) * np.asarray(each.scales, np.float64)[..., None] for each in (k, v)]
+    wide = lambda x: np.asarray(x.astype(jnp.float32), np.float64)  # noqa: E731
+    wanted = oracle(wide(q), rounded[0], rounded[1], cached, wide(chunk[0]), wide(chunk[1]), index)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(wide(found), wanted, atol=tolerance * 4, rtol=tolerance)

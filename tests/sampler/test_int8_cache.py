@@ -1,0 +1,108 @@
+"""Slots that remember in 8 bits: what is quantised and when, and how far the policy moves."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conversation import begin, cacheless, hear, play, script, token_gaps
+from small_policies import GROUPED_TIED, numpy_params, numpy_tokens
+
+from aem_jax.models import Policy
+from aem_jax.models.cache import Coded, encode
+from aem_jax.sampler import Sampler, SamplerState, SamplingConfig
+
+POLICY, PARAMS = Policy(GROUPED_TIED), numpy_params(GROUPED_TIED)
+make = partial(Sampler, POLICY, stop_ids=(5,), capacity=96, slack=16, windows=(32, 64))
+EXACT = make(SamplingConfig(1.0))
+SAMPLER = make(SamplingConfig(1.0, cache="int8"))
+
+
+def cache_of(state: SamplerState, slot: int, length: int) -> list[np.ndarray]:
+    """Codes and scales of a slot's first tokens."""
+    assert isinstance(state.keys, Coded) and isinstance(state.values, Coded)
+    keys, values = ([np.asarray(leaf[:, slot]) for leaf in part] for part in (state.keys, state.values))
+    return [keys[0][..., :length], keys[1][..., :length], values[0][..., :length, :], values[1][..., :length]]
+
+
+def same(first: list[np.ndarray], second: list[np.ndarray]) -> None:
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_chunk_is_exact_until_it_is_merged_and_quantised_once():
+    ids = numpy_tokens(GROUPED_TIED, (13,))
+    episode = {1: script(POLICY, 0)}
+    states = [hear(s, PARAMS, begin(s, s.init(4), episode), {1: ids}, 16) for s in (SAMPLER, EXACT)]
+    found, wanted = states
+    np.testing.assert_allclose(POLICY.logits(PARAMS, found.hidden[1]), cacheless(POLICY, PARAMS, ids)[-1], atol=1e-5)
+    assert isinstance(wanted.keys, jax.Array) and isinstance(wanted.values, jax.Array)
+    coded = [*encode(wanted.keys[:, 1, ..., :13], 2), *encode(wanted.values[:, 1, :, :13], 3)]
+    for one, other in zip(cache_of(found, 1, 13), coded, strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float32), other, rtol=1e-5, atol=one.dtype == np.int8)
+    before = cache_of(found, 1, 13)
+    found = hear(SAMPLER, PARAMS, found, {1: ids[:4]}, 16)
+    same(cache_of(found, 1, 13), before)  # no second rounding
+    moved = POLICY.logits(PARAMS, found.hidden[1]) - cacheless(POLICY, PARAMS, np.concatenate([ids, ids[:4]]))[-1]
+    assert 1e-5 < np.abs(moved).max() < 0.2  # what was merged is read as it was rounded
+
+
+def test_the_parity_gap_is_small_and_is_there():
+    episodes = {slot: script(POLICY, slot + 1, (9, 14, 6)) for slot in range(4)}
+    play(SAMPLER, PARAMS, episodes, slots=4)
+    gaps = np.abs(np.concatenate([token_gaps(POLICY, PARAMS, episode) for episode in episodes.values()]))
+    assert len(gaps) > 80
+    assert 1e-5 < gaps.mean() < 0.02 and gaps.max() < 0.2, (gaps.mean(), gaps.max())
+
+
+def test_a_fork_copies_codes_and_scales():
+    prompts = hear(SAMPLER, PARAMS, SAMPLER.init(2, 32), {0: numpy_tokens(GROUPED_TIED, (8,)), 1: np.arange(5)}, 16)
+    wanted = [cache_of(prompts, row, length) for row, length in ((0, 8), (1, 5))]
+    state = SAMPLER.fork(SAMPLER.init(4), prompts, np.array([1, -1, 0, 1]), np.zeros((4, 2), np.uint32))
+    assert state.lengths.tolist() == [5, 0, 8, 5]
+    for slot, row in ((0, 1), (2, 0), (3, 1)):
+        same(cache_of(state, slot, [8, 5][row]), wanted[row])
+    assert not np.any(cache_of(state, 1, 8)[0])
+
+
+def test_rewound_slots_go_on_from_what_they_kept():
+    ids = numpy_tokens(GROUPED_TIED, (20,))
+    fresh = lambda: begin(SAMPLER, SAMPLER.init(4), {0: script(POLICY, 0)})  # noqa: E731
+    state = hear(SAMPLER, PARAMS, fresh(), {0: ids[:10]}, 16)
+    state = hear(SAMPLER, PARAMS, state, {0: ids[:7]}, 16)
+    state = hear(SAMPLER, PARAMS, SAMPLER.rewind(state, np.array([10, 96, 96, 96])), {0: ids[10:]}, 16)
+    wanted = hear(SAMPLER, PARAMS, hear(SAMPLER, PARAMS, fresh(), {0: ids[:10]}, 16), {0: ids[10:]}, 16)
+    same(cache_of(state, 0, 20), cache_of(wanted, 0, 20))
+    np.testing.assert_array_equal(state.hidden[0], wanted.hidden[0])
+
+
+def test_a_part_of_the_slots_says_what_all_would():
+    """Decoding some slots, in an order of their own: theirs as in a call on all, the others' codes untouched."""
+    ids = {slot: numpy_tokens(GROUPED_TIED, (6 + slot,), slot) for slot in range(4)}
+    fresh = lambda: hear(  # noqa: E731
+        SAMPLER, PARAMS, begin(SAMPLER, SAMPLER.init(4), {slot: script(POLICY, slot) for slot in ids}), ids, 16
+    )
+    whole, said = SAMPLER.decode(PARAMS, fresh(), np.array([8, 0, 0, 8]), 16)
+    state = fresh()
+    others = cache_of(state, 1, 7) + cache_of(state, 2, 8)
+    part, out = SAMPLER.decode(PARAMS, state, np.array([8, 8]), 16, np.array([3, 0]))
+    assert out.tokens.tolist() == [said.tokens[3].tolist(), said.tokens[0].tolist()]
+    np.testing.assert_allclose(out.logprobs[0], said.logprobs[3], atol=1e-5)
+    assert part.lengths.tolist() == whole.lengths.tolist()
+    same(cache_of(part, 1, 7) + cache_of(part, 2, 8), others)
+    for slot in (0, 3):
+        for one, other in zip(*(cache_of(each, slot, int(whole.lengths[slot])) for each in (part, whole)), strict=True):
+            np.testing.assert_allclose(np.asarray(one, np.float32), other, rtol=1e-4, atol=one.dtype == np.int8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes(dtype: str):
+    # 3 layers, 2 key heads, 2 slots of 96 + 16 places, keys and values: 16 codes and a float32 instead of 16 numbers
+    config = replace(GROUPED_TIED, dtype=dtype)
+    make = partial(Sampler, Policy(config), stop_ids=(5,), capacity=96, slack=16)
+    tokens = 2 * 3 * 2 * 2 * (96 + 16)
+    assert make(SamplingConfig(cache="int8")).abstract(2).cache_bytes == tokens * (16 + 4)
+    assert make(SamplingConfig()).abstract(2).cache_bytes == tokens * 16 * jnp.dtype(dtype).itemsize
+    assert make(SamplingConfig()).abstract(2).places == 112
