@@ -191,7 +191,7 @@ class RunConfig:
 
 
 HARMLESS = (
-    *("name", "runs_dir", "preset", "rollout.prompt_tokens"),
+    *("name", "runs_dir", "preset", "rollout.prompt_tokens", "rollout.cache_gib"),
     *("train.", "evaluation.", "checkpoint.", "env.", "metrics.", "runtime."),
 )
 """Fields (or groups) that a resumed run may change: they decide where and how long, not what is computed."""

@@ -1,5 +1,6 @@
 """What the phases of a run share, opened once: tokenizer, policy, mesh, environment servers, sampler, signals."""
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -23,10 +24,13 @@ from aem_jax.launch.signals import StopRequest, stop_on_signals
 from aem_jax.models import LoraPolicy, Policy
 from aem_jax.models.pretrained import resolve
 from aem_jax.rollout import Rollout
+from aem_jax.rollout.caches import check_caches
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.layout import make_lora_reshard, make_reshard
 from aem_jax.sharding import slot_shards
 from aem_jax.tokenizer import CHATML, ChatTokenizer
+
+log = logging.getLogger(__name__)
 
 PURPOSES = ("init", "train", "evaluate")
 
@@ -114,6 +118,10 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) 
         windows=config.rollout.windows,
         mesh=mesh,
     )
+    device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    caches = check_caches(sampler, config.rollout, device_bytes)
+    if hosts.is_first:
+        log.info(caches)
     rollout = Rollout(sampler, chat, pool, config.rollout, hosts)
     int8 = config.sampling.weights == "int8"
     adapted = isinstance(policy, LoraPolicy)

@@ -14,6 +14,8 @@ class RolloutConfig:
     """Episodes of each task: the rollout group that advantages and AEM's coefficient are normalised in."""
     num_slots: int = 128
     """Episodes that live at once: rows of the KV cache. Episodes beyond these wait for a free slot."""
+    cache_gib: float = 0.0
+    """Most memory of a device that KV caches may take, in GiB; 0: all that it has. More slots than fit are refused."""
     mode: Literal["lockstep", "continuous"] = "lockstep"
     """lockstep: a cohort's episodes take their turns together, and the same seed gives the same run to the last bit.
     continuous: whoever has something to say decodes, so the device need not wait for slow environments."""
@@ -60,6 +62,8 @@ class RolloutConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected rollout.{name} >= 1, got {getattr(self, name)}")
+        if self.cache_gib < 0:
+            raise ValueError(f"expected rollout.cache_gib >= 0, got {self.cache_gib}")
         if self.num_slots % self.num_cohorts:
             raise ValueError(
                 "expected rollout.num_slots divisible by rollout.num_cohorts, "

@@ -13,6 +13,12 @@ from aem_jax.sampler import Sampler, SamplerState
 Prompt = tuple[int, ...]
 
 
+def prompt_rows(num_slots: int, config: RolloutConfig, shards: int) -> int:
+    """Rows for first prompts: one for each group of the slots, and as many on each device."""
+    rows = -(-num_slots // config.group_size)
+    return rows + -rows % shards
+
+
 class Prompts:
     """Computed prompts by their ids. Valid for the parameters that they were computed with.
 
@@ -24,8 +30,7 @@ class Prompts:
 
     def __init__(self, sampler: Sampler, config: RolloutConfig, num_slots: int) -> None:
         self._sampler, self._config = sampler, config
-        rows = -(-num_slots // config.group_size)
-        self.num_rows = rows + -rows % sampler.slot_shards
+        self.num_rows = prompt_rows(num_slots, config, sampler.slot_shards)
         self._state = sampler.init(self.num_rows, config.prompt_tokens)
         self._rows: dict[Prompt, int] = {}  # the least recently used first
         # Where episodes begin a few at a time, a prompt is computed in one row of a device, not in all.
