@@ -33,11 +33,12 @@ def open_mesh(config: RunConfig, model: ModelConfig, hosts: Hosts = ALONE) -> Me
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)  # a CPU's is not told
     memory = min(hosts.gather_json(limit))
     chosen = choose_mesh(demand(workload(config, model=model)), len(devices), memory)
-    log.info(
-        "mesh of %d devices: data %d x fsdp %d x tensor %d (chosen; --mesh.data, --mesh.fsdp and --mesh.tensor set it)",
-        len(devices),
-        chosen.data,
-        chosen.fsdp,
-        chosen.tensor,
-    )
+    if hosts.is_first:
+        log.info(
+            "mesh of %d devices: data %d x fsdp %d x tensor %d (chosen; --mesh.* sets it)",
+            len(devices),
+            chosen.data,
+            chosen.fsdp,
+            chosen.tensor,
+        )
     return make_mesh(chosen)

@@ -9,8 +9,6 @@ from aem_jax.launch.memory import computes_on_cpu, keep_freed_memory
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.processes import initialize
 
-_CHATTY = ("jax", "absl", "orbax", "transformers", "websockets", "tensorboardX", "matplotlib")
-
 
 def cache_folder(config: RuntimeConfig) -> Path | None:
     """Where compiled programs are kept; None for nowhere."""
@@ -30,9 +28,9 @@ def set_up(config: RuntimeConfig) -> None:
     """
     import jax
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # By force: a library that is imported before has set a handler and a level of its own, and ours would be left out.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("aem_jax").setLevel(logging.INFO)
     if config.platform:
         jax.config.update("jax_platforms", config.platform)
     if config.cpu_devices:

@@ -92,8 +92,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path,
     finish(process, status=143)
     done = len(read_lines(run / "metrics.jsonl"))
     assert done < NUM_STEPS and str(done) in {each.name for each in (run / "checkpoints").iterdir()}
-    finish(start(tmp_path, user_environment))
+    said = finish(start(tmp_path, user_environment))
     assert numbers(run) == numbers(whole)
+    assert "KV caches take" in said  # before anything is allocated
 
 
 def test_it_is_evaluated_again_by_name_and_prints_json(whole: Path, user_environment):

@@ -36,6 +36,19 @@ def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[s
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
+def test_what_we_say_is_seen_whatever_a_library_set_up_before(user_environment):
+    done = run(
+        "import logging; logging.basicConfig(level=logging.WARNING, format='not ours %(message)s')\n"
+        "from aem_jax.launch.config import RuntimeConfig\n"
+        "from aem_jax.launch.runtime import set_up\n"
+        "set_up(RuntimeConfig(compilation_cache='off'))\n"
+        "for name in ('aem_jax.launch.stage', 'grain'): logging.getLogger(name).info('hello')\n"
+        "logging.getLogger('grain').warning('mind')",
+        user_environment,
+    )
+    assert done.stderr.splitlines()[-2:] == ["INFO aem_jax.launch.stage: hello", "WARNING grain: mind"], done.stderr
+
+
 def test_simulated_devices_and_a_cache_that_fills(user_environment, tmp_path: Path):
     environment = {k: v for k, v in user_environment.items() if not k.startswith("JAX_")}
     code = f"""
