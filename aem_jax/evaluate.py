@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -45,6 +45,7 @@ class Evaluation:
         split: the split that it is drawn from.
         rate: success over all tasks that the environment did not break.
         by_kind: success by task type.
+        mean_score: the task's own score an episode, in [0, 1]; the success where it has none.
         mean_turns: turns an episode.
         mean_return: undiscounted return an episode.
         env_errors: episodes left out because their environment broke.
@@ -54,13 +55,14 @@ class Evaluation:
     split: str
     rate: Rate
     by_kind: dict[str, Rate]
+    mean_score: float
     mean_turns: float
     mean_return: float
     env_errors: int = 0
 
     def record(self, step: int, phase: str) -> dict[str, Any]:
         """One line of `evaluations.jsonl`."""
-        rest = {"mean_turns": self.mean_turns, "mean_return": self.mean_return, "env_errors": self.env_errors}
+        means = {name: getattr(self, name) for name in ("mean_score", "mean_turns", "mean_return")}
         by_kind = {kind: asdict(rate) for kind, rate in self.by_kind.items()}
         return {
             "step": step,
@@ -69,8 +71,17 @@ class Evaluation:
             "split": self.split,
             **asdict(self.rate),
             "by_kind": by_kind,
-            **rest,
+            **means,
+            "env_errors": self.env_errors,
         }
+
+
+class _Outcome(NamedTuple):
+    kind: str
+    won: bool
+    score: float
+    turns: int
+    total: float
 
 
 def rate(wins: Sequence[bool]) -> Rate:
@@ -83,16 +94,17 @@ def rate(wins: Sequence[bool]) -> Rate:
     return Rate(sum(wins) / len(wins), float(interval.low), float(interval.high), len(wins))
 
 
-def _summary(name: str, split: str, outcomes: Sequence[tuple[str, bool, int, float]], env_errors: int) -> Evaluation:
-    kinds = sorted({kind for kind, *_ in outcomes})
+def _summary(name: str, split: str, outcomes: Sequence["_Outcome"], env_errors: int) -> Evaluation:
+    kinds = sorted({each.kind for each in outcomes})
     count = max(len(outcomes), 1)
     return Evaluation(
         set=name,
         split=split,
-        rate=rate([won for _, won, _, _ in outcomes]),
-        by_kind={kind: rate([won for k, won, _, _ in outcomes if k == kind]) for kind in kinds},
-        mean_turns=sum(turns for *_, turns, _ in outcomes) / count,
-        mean_return=sum(total for *_, total in outcomes) / count,
+        rate=rate([each.won for each in outcomes]),
+        by_kind={kind: rate([each.won for each in outcomes if each.kind == kind]) for kind in kinds},
+        mean_score=sum(each.score for each in outcomes) / count,
+        mean_turns=sum(each.turns for each in outcomes) / count,
+        mean_return=sum(each.total for each in outcomes) / count,
         env_errors=env_errors,
     )
 
@@ -112,7 +124,7 @@ def evaluate_policy(
     """
     trajectories, _ = rollout(params, tasks, key, group_size=1)
     whole = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
-    outcomes = [(t.task.kind, t.won, len(t.turns), t.total_reward) for t in whole]
+    outcomes = [_Outcome(t.task.kind, t.won, t.score, len(t.turns), t.total_reward) for t in whole]
     return _summary(name, split, outcomes, len(trajectories) - len(whole)), trajectories
 
 
@@ -132,6 +144,6 @@ def evaluate_agent(
     outcomes = []
     for task in tasks:
         exchanges = play(env, task.payload, make_act(task), max_turns)
-        won = bool(exchanges) and bool(exchanges[-1].result.info.get("won", False))
-        outcomes.append((task.kind, won, len(exchanges), sum(e.result.reward for e in exchanges)))
+        won, score = (exchanges[-1].result.won, exchanges[-1].result.score) if exchanges else (False, 0.0)
+        outcomes.append(_Outcome(task.kind, won, score, len(exchanges), sum(e.result.reward for e in exchanges)))
     return _summary(name, split, outcomes, 0)

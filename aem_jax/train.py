@@ -122,6 +122,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], played: RolloutStats) ->
         outcomes.setdefault(t.group, set()).add(t.total_reward)
     return {
         "rollout/success": mean([t.won for t in whole]),
+        "rollout/score": mean([t.score for t in whole]),
         "rollout/return": mean([t.total_reward for t in whole]),
         **by_kind,
         "rollout/valid_action": mean([turn.valid_action for turn in turns]),
@@ -158,6 +159,7 @@ def transcripts(trajectories: Sequence[Trajectory], credit: Credit, step: int, c
             "task_id": t.task.id,
             "kind": t.task.kind,
             "won": t.won,
+            "score": t.score,
             "ending": t.ending.value,
             "step": step,
             "turns": [

@@ -1,7 +1,7 @@
 """Host types of a rollout: what was asked, what was said, how it ended. Plain numpy; ids as sampled are the truth."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -71,6 +71,7 @@ class Trajectory:
         ending: how it ended.
         won: whether the task was solved.
         retries: how often the episode was begun again after an environment error.
+        score: the task's own score in [0, 1]; as `won` where it has none.
         context: "append" (turns share one growing sequence) or "window" (each turn's prompt stands alone).
         in_loss: whether its tokens are learnt from; else it counts in the statistics of its group alone.
     """
@@ -83,7 +84,7 @@ class Trajectory:
     won: bool
     retries: int = 0
     context: str = "append"
-    final: Mapping[str, Any] = field(default_factory=dict)
+    score: float = 0.0
     in_loss: bool = True
 
     @property

@@ -67,8 +67,8 @@ def demonstrate(env: Environment, act: Act, task: Task, chat: Any, *, instructio
         )
     last = exchanges[-1].result if exchanges else None
     ending = Ending.TERMINATED if last is not None and last.terminated else Ending.TRUNCATED
-    won = last is not None and bool(last.info.get("won", False))
-    return Trajectory(task, 0, 0, tuple(turns), ending, won)
+    won, score = (last.won, last.score) if last is not None else (False, 0.0)
+    return Trajectory(task, 0, 0, tuple(turns), ending, won, score=score)
 
 
 def shuffled_batches(items: Sequence[Item], size: int, seed: int) -> Iterator[list[Item]]:

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from aem_jax.envs.echo import EchoEnv
+from aem_jax.envs.protocol import StepResult
 from aem_jax.evaluate import evaluate_agent, rate
 from aem_jax.trajectory import Task
 
@@ -38,5 +39,26 @@ def test_an_agent_is_counted_by_kind():
     assert (
         found.rate.count == 3 and found.mean_turns == pytest.approx(5 / 3) and found.mean_return == pytest.approx(2 / 3)
     )
+    assert found.mean_score == found.rate.success  # the environment has no finer score
     record = found.record(7, "expert")
     assert (record["step"], record["phase"], record["by_kind"]["long"]["count"]) == (7, "expert", 2)
+
+
+def test_the_tasks_own_score_is_that_of_the_last_step():
+    """Two episodes that end with scores 0.5 and nan: the second counts as won or not, here lost."""
+
+    class Graded:
+        def reset(self, task):
+            self.score = task["score"]
+            return StepResult("begin", info={"score": 0.9})
+
+        def step(self, action_text):
+            return StepResult("end", terminated=True, info={"won": False, "score": self.score})
+
+        def close(self):
+            pass
+
+    tasks = [Task(f"t{score}", "k", {"score": score}) for score in (0.5, float("nan"))]
+    found = evaluate_agent(Graded(), lambda task: lambda result: "x", tasks, max_turns=3, name="set", split="test")
+    assert (found.mean_score, found.rate.success) == (0.25, 0.0)
+    assert found.record(0, "expert")["mean_score"] == 0.25

@@ -149,18 +149,19 @@ def test_one_mesh_of_eight_devices_gives_the_same_losses():
 
 
 def test_rollout_metrics_count_whole_episodes_only():
-    def episode(ending, won, kind, reward):
+    def episode(ending, won, kind, reward, score=0.0):
         turn = Turn(np.array([5]), np.array([6, 1]), np.zeros(2), np.zeros(2), reward, True)
-        return Trajectory(Task("t", kind, {}), 0, 0, (turn,), ending, won)
+        return Trajectory(Task("t", kind, {}), 0, 0, (turn,), ending, won, score=score)
 
     trajectories = [
-        episode(Ending.TERMINATED, True, "a", 1.0),
-        episode(Ending.TRUNCATED, False, "b", 0.0),
+        episode(Ending.TERMINATED, True, "a", 1.0, 1.0),
+        episode(Ending.TRUNCATED, False, "b", 0.0, 0.25),
         episode(Ending.ENV_ERROR, False, "b", 0.0),
     ]
     found = rollout_metrics(trajectories, RolloutStats(env_errors=1))
     assert found["rollout/success"] == found["rollout/return"] == found["rollout/truncated"] == 0.5
     assert (found["rollout/success/a"], found["rollout/success/b"]) == (1.0, 0.0)
+    assert found["rollout/score"] == 0.625
     assert (found["rollout/mixed_groups"], found["rollout/env_errors"]) == (1.0, 1)
     assert np.isnan(rollout_metrics([], RolloutStats())["rollout/success"])  # no episode is no failure
 

@@ -55,7 +55,8 @@ class StepResult:
         reward: reward of the transition that led here; 0.0 after a reset.
         terminated: the task said that the episode is over (solved or failed).
         truncated: a limit ended the episode.
-        info: JSON-able facts; always `won: bool` and `valid_action: bool`.
+        info: JSON-able facts; always `won: bool` and `valid_action: bool`; `score: float` in [0, 1] where the task has
+            a finer measure than won or not.
     """
 
     observation: str
@@ -68,6 +69,17 @@ class StepResult:
     def done(self) -> bool:
         """Whether the episode is over, for whichever reason."""
         return self.terminated or self.truncated
+
+    @property
+    def won(self) -> bool:
+        """Whether the task is solved."""
+        return bool(self.info.get("won", False))
+
+    @property
+    def score(self) -> float:
+        """The task's own score; 1 or 0, as won, where it has none."""
+        score = self.info.get("score")
+        return float(score) if isinstance(score, (int, float)) and math.isfinite(score) else float(self.won)
 
 
 class Environment(Protocol):

@@ -223,6 +223,11 @@ def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
 
 def _demonstrations(stage: Stage) -> list[Trajectory]:
     rollout, settings = stage.config.rollout, stage.config.warmstart
+    if stage.domain.demonstrator is None:
+        raise ValueError(
+            f"expected --warmstart.episodes 0 with {stage.domain.name}, got {settings.episodes}; "
+            "this environment has no expert to learn from"
+        )
     env, found = stage.domain.make_env(), []
     for count, task in enumerate(stage.domain.training[: settings.episodes], start=1):
         stage.check_stop()

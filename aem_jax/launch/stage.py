@@ -16,7 +16,7 @@ from aem_jax.envs.pool import EnvPool
 from aem_jax.hosts import Hosts
 from aem_jax.launch import begin, build
 from aem_jax.launch.config import RunConfig
-from aem_jax.launch.household import Domain, household, texts
+from aem_jax.launch.domains import DOMAINS, Domain, texts
 from aem_jax.launch.mesh import open_mesh
 from aem_jax.launch.processes import share_urls
 from aem_jax.launch.progress import Report, open_progress
@@ -98,7 +98,7 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) 
     """
     stop = stack.enter_context(stop_on_signals(hosts.largest))
     report = stack.enter_context(open_progress()) if hosts.is_first else _unseen
-    domain = household(config)
+    domain = DOMAINS[config.environment](config)
     chat = _tokenizer(config, domain, folder / "tokenizer", hosts)
     policy = build.make_policy(config, chat.vocab_size)
     mesh = open_mesh(config, policy.config, hosts)

@@ -112,6 +112,8 @@ def bar(label: str, evaluation: Evaluation) -> dict[str, Any]:
         "low": 100 * score.low,
         "span": 100 * (score.high - score.low),
         "turns": evaluation.mean_turns,
+        # the task's own score, where it says more than the success
+        "mean_score": None if evaluation.mean_score == score.success else evaluation.mean_score,
         "tone": {"after": "after", "warm start": "before"}.get(label, "baseline"),
     }
 

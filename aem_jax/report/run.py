@@ -35,6 +35,7 @@ class Evaluation:
     by_kind: dict[str, Score]
     mean_turns: float | None
     mean_return: float | None
+    mean_score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def _evaluations(records: Sequence[Mapping[str, Any]]) -> Iterator[Evaluation]:
             by_kind={kind: value for kind, value in scores.items() if value is not None},
             mean_turns=_number_or_none(record.get("mean_turns")),
             mean_return=_number_or_none(record.get("mean_return")),
+            mean_score=_number_or_none(record.get("mean_score")),
         )
 
 

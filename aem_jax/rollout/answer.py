@@ -20,6 +20,7 @@ class Answer:
         reward: what the response earned.
         valid_action: whether the environment understood it.
         won: whether the task is solved.
+        score: the task's own score.
         response: text of the response that was answered.
         observation: text of what was heard.
         ending: how the episode ended; None while it goes on.
@@ -32,6 +33,7 @@ class Answer:
     reward: float = 0.0
     valid_action: bool = True
     won: bool = False
+    score: float = 0.0
     response: str = ""
     observation: str = ""
     ending: Ending | None = None

@@ -92,7 +92,7 @@ class Episode:
         self.said = ([], [], [])
         return ids, logprobs, entropies
 
-    def trajectory(self, ending: Ending, won: bool, context: str) -> Trajectory:
+    def trajectory(self, ending: Ending, context: str, won: bool = False, score: float = 0.0) -> Trajectory:
         """The finished record."""
         return Trajectory(
             self.task,
@@ -103,6 +103,7 @@ class Episode:
             won,
             retries=self.retries + self.losses,
             context=context,
+            score=score,
         )
 
 

@@ -22,7 +22,7 @@ def listen(episode: Episode, config: RolloutConfig, chat: Chat) -> Answer:
         result = episode.future.result()
     except EnvError as error:
         return Answer(str(error), isinstance(error, LostError))
-    heard = partial(Answer, won=bool(result.info.get("won", False)), observation=result.observation)
+    heard = partial(Answer, won=result.won, score=result.score, observation=result.observation)
     if not episode.said[0]:
         ids = chat.prompt_ids(first_messages(config.instruction, result.observation))
         return heard(ids=ids, ending=Ending.TRUNCATED if len(ids) > config.prompt_tokens else None)

@@ -139,12 +139,12 @@ class Table:
             else:
                 log.warning("episode %s/%d is masked: %s", episode.task.id, episode.member, answer.error)
                 stats.env_errors += 1
-                run.done.append(episode.trajectory(Ending.ENV_ERROR, False, config.context))
+                run.done.append(episode.trajectory(Ending.ENV_ERROR, config.context))
             return
         record(episode, answer, config, stats)
         if answer.ending is not None:
             self.episodes[slot] = None
-            run.done.append(episode.trajectory(answer.ending, answer.won, config.context))
+            run.done.append(episode.trajectory(answer.ending, config.context, answer.won, answer.score))
 
     def compute(self, run: Run) -> None:
         """Computes what was heard; those whose ids all lie in their slots may then speak."""

@@ -29,6 +29,15 @@ def test_baselines_then_before_then_after_the_latest_of_each():
     assert "success (greedy)" in out.getvalue()
 
 
+def test_a_score_has_a_column_where_it_says_more_than_the_success():
+    out = io.StringIO()
+    print_summary([{**record("final", 10, 0.5), "mean_score": 0.5}], "greedy", out)
+    assert "score" not in out.getvalue()
+    scored = [{**record("final", 10, 0.5), "mean_score": 0.7125}, record("oracle", 0, 0.9)]
+    print_summary(scored, "greedy", out)
+    assert "score" in out.getvalue() and "71.2%" in out.getvalue()
+
+
 def test_how_tokens_are_chosen_is_said():
     assert (sampled(1.0), sampled(0.7), sampled(0)) == (
         "sampled at temperature 1",

@@ -8,7 +8,8 @@ from aem_jax.envs.alfworld.generator.files import game_data
 from aem_jax.envs.alfworld.tasks import generated_game
 from aem_jax.envs.play import play
 from aem_jax.evaluate import evaluate_agent
-from aem_jax.launch.household import Domain, household, texts
+from aem_jax.launch.domains import Domain, texts
+from aem_jax.launch.domains.alfworld import alfworld
 from aem_jax.launch.preset import DEFAULT, read_preset
 
 CONFIG = read_preset(DEFAULT)
@@ -17,7 +18,7 @@ TURNS = CONFIG.rollout.max_turns
 
 @pytest.fixture(scope="module")
 def domain() -> Domain:
-    return household(CONFIG)
+    return alfworld(CONFIG)
 
 
 def rooms(tasks) -> set[str]:
@@ -39,7 +40,7 @@ def test_training_and_evaluation_share_no_game(domain: Domain):
 def test_an_evaluation_set_is_the_same_for_every_seed():
     import dataclasses
 
-    names = [household(dataclasses.replace(CONFIG, seed=seed)).evaluation("valid_seen", 8)[1] for seed in (0, 1)]
+    names = [alfworld(dataclasses.replace(CONFIG, seed=seed)).evaluation("valid_seen", 8)[1] for seed in (0, 1)]
     assert names[0] == names[1]
 
 
@@ -57,6 +58,7 @@ def test_experts_win_and_chance_does_not(domain: Domain):
 
 def test_a_demonstrator_speaks_as_a_policy_should(domain: Domain):
     task = domain.training[0]
+    assert domain.demonstrator is not None
     for exchange in play(domain.make_env(), task.payload, domain.demonstrator(task), TURNS):
         assert exchange.response.startswith("<action>") and exchange.response.endswith("</action>")
         assert exchange.result.info["valid_action"]

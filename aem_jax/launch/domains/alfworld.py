@@ -1,88 +1,39 @@
-"""ALFWorld as a run sees it: tasks, evaluation sets, demonstrations, baselines. Another environment, another file."""
+"""ALFWorld: tasks, evaluation sets, demonstrations, baselines."""
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from aem_jax.envs.alfworld.engine import start
 from aem_jax.envs.alfworld.env import AlfworldEnv
 from aem_jax.envs.alfworld.experts import Oracle, Searcher, random_agent
-from aem_jax.envs.alfworld.tasks import GameTask, eval_set, load_game, training_tasks
-from aem_jax.envs.play import Act, play
-from aem_jax.envs.protocol import Environment, StepResult
+from aem_jax.envs.alfworld.tasks import eval_set, load_game, training_tasks
+from aem_jax.envs.play import Act
+from aem_jax.envs.protocol import StepResult
 from aem_jax.launch.config import RunConfig
+from aem_jax.launch.domains.domain import Domain, Tasks
 from aem_jax.trajectory import Task
 
 
-@dataclass(frozen=True)
-class Domain:
-    """An environment and what there is to do in it.
-
-    Attributes:
-        name: in the servers' table.
-        settings: of the servers' environments.
-        training: tasks to train on.
-        evaluation: (split, size) -> a fixed set of tasks, and its name.
-        make_env: an environment in this process.
-        demonstrator: a fresh expert that knows what the agent is shown, from which a policy can learn.
-        baselines: agents to compare with, by name; fresh ones for each task.
-    """
-
-    name: str
-    settings: Mapping[str, Any]
-    training: Sequence[Task]
-    evaluation: Callable[[str, int], tuple[Sequence[Task], str]]
-    make_env: Callable[[], Environment]
-    demonstrator: Callable[[Task], Act]
-    baselines: Mapping[str, Callable[[Task], Act]]
-
-
-def household(config: RunConfig) -> Domain:
+def alfworld(config: RunConfig) -> Domain:
     """ALFWorld: games of our own, or the official ones in `config.alfworld_data`."""
     data = config.alfworld_data or None
     make_env = lambda: AlfworldEnv(config.alfworld, load_game=load_game)  # noqa: E731
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
         tasks, name = eval_set(config.games, split, size, data=data)
-        return _Tasks(tasks), name
+        return Tasks(tasks), name
 
     return Domain(
         name="alfworld",
         settings=dataclasses.asdict(config.alfworld),
-        training=_Tasks(training_tasks(config.games, seed=config.seed, data=data)),
+        training=Tasks(training_tasks(config.games, seed=config.seed, data=data)),
         evaluation=evaluation,
         make_env=make_env,
         demonstrator=partial(_careless, config.warmstart.wander),
         baselines={"oracle": _oracle, "searcher": _searcher, "random": _random},
     )
-
-
-def texts(domain: Domain, episodes: int, max_turns: int) -> Iterator[str]:
-    """What the environment and its expert say in the first training tasks: a tokenizer learns from it."""
-    env = domain.make_env()
-    for task in domain.training[:episodes]:
-        for exchange in play(env, task.payload, domain.demonstrator(task), max_turns):
-            yield exchange.observation
-            yield exchange.response
-
-
-class _Tasks(Sequence[Task]):
-    """Games as tasks, made when they are looked at."""
-
-    def __init__(self, games: Sequence[GameTask]):
-        self._games = games
-
-    def __len__(self) -> int:
-        return len(self._games)
-
-    def __getitem__(self, item):
-        if isinstance(item, slice):
-            return _Tasks(self._games[item])
-        game = self._games[item]
-        return Task(game.id, game.kind, game.payload)
 
 
 def _say(command: str) -> str:

@@ -1,0 +1,12 @@
+"""What can be learnt: environments by name, as runs see them."""
+
+from collections.abc import Callable, Mapping
+
+from aem_jax.launch.config import RunConfig
+from aem_jax.launch.domains.alfworld import alfworld
+from aem_jax.launch.domains.domain import Domain, texts
+
+DOMAINS: Mapping[str, Callable[[RunConfig], Domain]] = {"alfworld": alfworld}
+"""Name of `RunConfig.environment` -> the environment as a run sees it."""
+
+__all__ = ["DOMAINS", "Domain", "texts"]
