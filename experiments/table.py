@@ -151,6 +151,8 @@ def claims_table(grid: Grid, claims: Sequence[Claim]) -> str:
         ("r of α − 1 and S − H_resp", lambda each: each["proxy"]["pearson"]["value"]),
         ("r of α − 1 and Σ H_t − H_resp", lambda each: each["proxy"]["pearson_predictable"]["value"]),
         ("signs opposed", lambda each: each["proxy"]["opposed"]["value"]),
+        ("variance of H̄ between states", lambda each: each["entropy"]["between"]["value"]),
+        ("r of H̄ and S − H_resp inside states", lambda each: each["entropy"]["inside"]["value"]),
         ("ΔH, A·(α − 1) > 0", lambda each: each["drift"]["positive"]["measured"]["value"]),
         ("ΔH, A·(α − 1) < 0", lambda each: each["drift"]["negative"]["measured"]["value"]),
     )

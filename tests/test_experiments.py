@@ -168,14 +168,15 @@ def claim(seed: int, r: float, falls: float | None) -> dict:
     proxy = {"pearson": {"value": r}, "pearson_predictable": {"value": -0.5}, "opposed": {"value": 0.75}}
     change = {"measured": {"value": 0.01}}
     drift = {"positive": {"measured": {"value": falls}}, "negative": change}
-    return {"variant": "grpo-aem", "seed": seed, "step": 4, "proxy": proxy, "drift": drift}
+    entropy = {"between": {"value": 0.875}, "inside": {"value": 0.25}}
+    return {"variant": "grpo-aem", "seed": seed, "step": 4, "proxy": proxy, "entropy": entropy, "drift": drift}
 
 
 def test_claims_are_means_over_seeds(mini: Path):
     table = claims_table(read_grid(mini), [claim(0, -0.25, -0.03), claim(1, -0.75, None)])
     assert table.splitlines()[2:] == [
         "| GRPO + AEM | 4 | 2 | −0.500 (−0.750 to −0.250) | −0.500 (−0.500 to −0.500) | 0.750 (0.750 to 0.750) "
-        "| −0.030 | 0.010 (0.010 to 0.010) |"
+        "| 0.875 (0.875 to 0.875) | 0.250 (0.250 to 0.250) | −0.030 | 0.010 (0.010 to 0.010) |"
     ]
     assert without_points({"points": [1], "a": {"points": [], "b": 0.123456}}) == {"a": {"b": 0.1235}}
 

@@ -11,8 +11,10 @@ from aem_jax.analysis.estimates import (
     mean,
     opposed,
     pearson,
+    pooled_correlation,
     predicted_drift,
     relative_surprisal,
+    share_between,
     standard_error,
     with_interval,
 )
@@ -66,6 +68,31 @@ def proxy(states: Sequence[State], alpha: np.ndarray, draws: Draws) -> dict[str,
             {"alpha": float(a), "relative": float(r), "error": float(e), "tokens": s.tokens, "turn": s.turn}
             for a, r, e, s in zip(alpha, relative, errors, states, strict=True)
         ],
+    }
+
+
+def whose_entropy(draws: Draws) -> dict[str, Any]:
+    """Whether a response's entropy is its own or its state's: the second thing to look at where α is no proxy.
+
+    α compares the H̄ of responses in different states, S − H_resp responses to one state. H̄ can tell the two apart only
+    as far as it varies with what is said: of a response of one uncertain token H̄ is known before that token is drawn,
+    so over responses to one state it is constant, and over states S − H_resp averages to 0 whatever H̄ is.
+
+    Args:
+        draws: responses to each of N states.
+
+    Returns:
+        `between`: share of the variance of H̄ over all draws that lies between states; `inside`: correlation of H̄ and
+        S − H_resp over responses to the same state (positive where the proxy can work). Each with its interval over
+        states.
+    """
+    mean_entropy = draws.predictable / np.maximum(draws.tokens, 1)
+    centre = lambda values: values - values.mean(axis=1, keepdims=True)  # noqa: E731
+    own, relative = centre(mean_entropy), centre(draws.surprisal)
+    moments = ((own * relative).mean(axis=1), (own**2).mean(axis=1), (relative**2).mean(axis=1))
+    return {
+        "between": _plain(with_interval(share_between, mean_entropy.mean(axis=1), moments[1])),
+        "inside": _plain(with_interval(pooled_correlation, *moments)),
     }
 
 

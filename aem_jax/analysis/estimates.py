@@ -68,6 +68,34 @@ def opposed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.where(decided > 0, (sign < 0).sum(axis=-1) / np.maximum(decided, 1), np.nan)
 
 
+def share_between(means: np.ndarray, variances: np.ndarray) -> np.ndarray:
+    """Share of a quantity's variance that lies between states: Var(means) / (Var(means) + mean of variances inside).
+
+    Args:
+        means: f[..., N], mean of each state.
+        variances: f[..., N], variance inside each state.
+
+    Returns:
+        f[...], in [0, 1]; NaN where nothing varies.
+    """
+    between, inside = means.var(axis=-1), variances.mean(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return between / (between + inside)
+
+
+def pooled_correlation(covariances: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Correlation inside states, pooled: Σ cov / √(Σ var₁ · Σ var₂), over the last axis; NaN where one never varies.
+
+    Args:
+        covariances: f[..., N], of two quantities inside each state.
+        first: f[..., N], variance of the one inside each state.
+        second: f[..., N], variance of the other.
+    """
+    spread = np.sqrt(first.sum(axis=-1) * second.sum(axis=-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(spread > 0, covariances.sum(axis=-1) / spread, np.nan)
+
+
 def with_interval(statistic: Callable[..., np.ndarray], *samples: np.ndarray, seed: int = 0) -> Estimate:
     """A statistic of paired samples with its 95 % percentile-bootstrap interval over the pairs.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aem_jax.advantage import token_advantages
-from aem_jax.analysis.claims import SIGNS, choose, circumstances, drift, proxy
+from aem_jax.analysis.claims import SIGNS, choose, circumstances, drift, proxy, whose_entropy
 from aem_jax.analysis.draws import Draws, draw_responses
 from aem_jax.analysis.states import State, states_of
 from aem_jax.batch import Batch, collate, place
@@ -141,6 +141,7 @@ def _analysis(stage: Stage, params: Any, options: AnalyzeConfig, groups: int) ->
     drawing = _Drawing(stage, states, draw, options.draws)
     before = drawing("draw", decode)
     found: dict[str, Any] = {"rollout": played, "proxy": proxy(states, own_alpha, before), "drift": {}}
+    found["entropy"] = whose_entropy(before)
     for name, sign in SIGNS.items():
         updated = _updated(stage, params, batch, credit, sign, options)
         after = drawing(f"draw after an update ({name})", stage.reshard(updated))

@@ -86,6 +86,8 @@ def print_analysis(found: Mapping[str, Any], stream: TextIO | None = None) -> No
     table.add_row("   … of α − 1 and the predictable part", estimate(proxy["pearson_predictable"]), "–")
     counts = f"{proxy['opposed_count']} of {proxy['decided_count']}"
     table.add_row("   signs opposed", f"{counts}, {estimate(proxy['opposed'])}", "55 of 64")
+    table.add_row("entropy H̄: share of variance between states", estimate(found["entropy"]["between"]), "–")
+    table.add_row("   r of H̄ and S − H_resp inside states", estimate(found["entropy"]["inside"]), "–")
     for name, claim in (("positive", "falls"), ("negative", "rises")):
         each = found["drift"][name]
         table.add_row(f"drift, A·(α − 1) {name}: predicted, per step unit", estimate(each["predicted"]), claim)

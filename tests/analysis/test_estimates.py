@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aem_jax.analysis.claims import choose, circumstances, drift, proxy
+from aem_jax.analysis.claims import choose, circumstances, drift, proxy, whose_entropy
 from aem_jax.analysis.draws import Draws
 from aem_jax.analysis.estimates import (
     opposed,
@@ -85,6 +85,19 @@ def test_proxy_by_hand():
     assert found["pearson"]["value"] == pytest.approx(-1) and found["pearson_predictable"]["value"] == pytest.approx(-1)
     assert (found["opposed_count"], found["decided_count"], found["draws"]) == (2, 2, 2)
     assert [each["relative"] for each in found["points"]] == [-1, 1]
+
+
+def test_whose_entropy_by_hand():
+    # H̄ of the draws: 1 and 3 in the first state, 6 and 6 in the second (12 nats over 2 tokens). Means 2 and 6, of
+    # variance 4; variance inside 1 and 0, mean 1/2: 4 / 4.5 lies between states. Inside, only the first varies, and
+    # there H̄ − 2 = (−1, 1) beside S − 5 = (−2, 2): r is 2 / √(1 · (4 + 1)): S varies in both states.
+    drawn = Draws(np.array([[3.0, 7.0], [8.0, 10.0]]), np.array([[1.0, 3.0], [12.0, 12.0]]), np.array([[1, 1], [2, 2]]))
+    found = whose_entropy(drawn)
+    assert found["between"]["value"] == pytest.approx(4 / 4.5)
+    assert found["inside"]["value"] == pytest.approx(2 / np.sqrt(5))
+    # a response of one uncertain token: its entropy is known before it is said
+    one = Draws(np.array([[0.1, 2.3], [0.7, 0.7]]), np.array([[0.3, 0.3], [0.7, 0.7]]), np.ones((2, 2), int))
+    assert whose_entropy(one)["between"]["value"] == 1.0 and np.isnan(whose_entropy(one)["inside"]["value"])
 
 
 def test_drift_by_hand():
