@@ -50,11 +50,22 @@ def _alfworld(settings: Mapping[str, Any]) -> Callable[[], Environment]:
     return lambda: AlfworldEnv(config, load_game=load_game)
 
 
+def _webshop(settings: Mapping[str, Any]) -> Callable[[], Environment]:
+    from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
+    from aem_jax.envs.webshop.shop import ShopConfig, open_shop
+
+    shop = config_from(ShopConfig, settings.get("shop", {}))
+    config = config_from(WebshopConfig, {name: value for name, value in settings.items() if name != "shop"})
+    front = shop_front(config, open_shop(shop))  # one for all sessions of the process
+    return lambda: WebshopEnv(front, config)
+
+
 ENVIRONMENTS: Mapping[str, EnvironmentSpec] = {
     "alfworld": EnvironmentSpec(_alfworld, blocking=False, description="household tasks in text (ALFWorld)"),
     "echo": EnvironmentSpec(_echo, blocking=False, description="repeats what it is told; for tests and benchmarks"),
     "echo-slow": EnvironmentSpec(_echo, blocking=True, description="the same, a thread for each session"),
     "scripted": EnvironmentSpec(_scripted, blocking=True, description="episodes of scripted length and latency"),
+    "webshop": EnvironmentSpec(_webshop, blocking=False, description="shopping by searching and clicking (WebShop)"),
 }
 
 

@@ -63,7 +63,7 @@ def test_bad_arguments_on_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "aem_jax.envs.replay"]
     for arguments, said in (
         (["chess", "--games", ".", "--transcripts", "x"], "chess"),
-        (["alfworld", "--games", str(tmp_path / "none"), "--transcripts", "x"], "--games"),
+        (["alfworld", "--games", str(tmp_path / "none"), "--transcripts", "x"], "--data"),
         (["alfworld", "--games", str(tmp_path), "--transcripts", str(tmp_path / "none")], "--transcripts"),
     ):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[2])

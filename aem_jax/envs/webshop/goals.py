@@ -1,0 +1,171 @@
+"""What a customer wants: WebShop's goals, drawn from annotated products by the original's recipe, but from a seed.
+
+The original draws the price of a product that has a range of prices, and each goal's price limit, from Python's global
+random state before it seeds it, so two runs of one experiment have different goals. Here one seeded stream draws them,
+in the original's order: from 233 it gives the goals that the original gives when it is started with that seed.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from aem_jax.envs.webshop.products import Product
+
+PRICE_LIMITS = tuple(10.0 * i for i in range(1, 100))
+NO_LIMIT = 1_000_000.0
+ORDER_SEED = 233
+"""The original shuffles its goals from this seed, whatever else is random."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What to buy.
+
+    Attributes:
+        asin: the product that it was written for; others may do as well.
+        category: that product's category.
+        query: that product's query.
+        title: that product's title.
+        kind: that product's place in the shop's tree.
+        instruction: what the customer says.
+        attributes: what the purchase should have.
+        options: option values to choose, or name -> value in synthetic goals.
+        price_limit: dollars that it may cost.
+    """
+
+    asin: str
+    category: str
+    query: str
+    title: str
+    kind: str
+    instruction: str
+    attributes: tuple[str, ...]
+    options: tuple[str, ...] | Mapping[str, str]
+    price_limit: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The goal as a JSON mapping."""
+        return asdict(self)
+
+
+def goal_from_json(fields: Mapping[str, Any]) -> Goal:
+    """The inverse of `Goal.to_json`.
+
+    Raises:
+        ValueError: a field is missing, unknown or of a wrong type.
+    """
+    try:
+        options = fields["options"]
+        options = dict(options) if isinstance(options, Mapping) else tuple(options)
+        goal = Goal(**{**fields, "attributes": tuple(fields["attributes"]), "options": options})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"expected a goal with the fields of {Goal.__name__}, got {fields!r:.200}: {error}") from None
+    wrong = [name for name in ("asin", "query", "title", "kind", "instruction") if not isinstance(fields[name], str)]
+    if wrong or not isinstance(goal.price_limit, (int, float)):
+        raise ValueError(f"expected text in {wrong or 'everything'} and a number as price_limit, got {fields!r:.200}")
+    return goal
+
+
+def draw_prices(products: Sequence[Product], rng: random.Random) -> list[float]:
+    """What each product costs when it is bought, in dollars: its price, or one drawn from its range."""
+    drawn = []
+    for product in products:
+        first, *more = product.prices
+        drawn.append(rng.uniform(first, more[0]) if more else first)
+    return drawn
+
+
+def human_goals(
+    products: Sequence[Product],
+    prices: Sequence[float],
+    instructions: Mapping[str, Sequence[Mapping[str, Any]]],
+    rng: random.Random,
+) -> list[Goal]:
+    """Goals as people wrote them.
+
+    Args:
+        products: in the shop's order.
+        prices: of each product.
+        instructions: `items_human_ins.json`, asin -> [{instruction, instruction_attributes, instruction_options}].
+        rng: draws price limits.
+    """
+    goals = []
+    for product, price in zip(products, prices):
+        for said in instructions.get(product.asin, ()):
+            attributes = said["instruction_attributes"]
+            if attributes:
+                limit, text = _price_limit(price, rng)
+                options = tuple(said["instruction_options"])
+                goals.append(_goal(product, said["instruction"].strip(".") + text, attributes, options, limit))
+    return goals
+
+
+def synthetic_goals(
+    products: Sequence[Product],
+    prices: Sequence[float],
+    annotations: Mapping[str, Mapping[str, Any]],
+    rng: random.Random,
+) -> list[Goal]:
+    """Goals by template: for each annotated product every combination of its options.
+
+    Args:
+        products: in the shop's order.
+        prices: of each product.
+        annotations: `items_ins_v2*.json`, asin -> {instruction, instruction_attributes, …}.
+        rng: draws price limits.
+    """
+    goals = []
+    for product, price in zip(products, prices):
+        note = annotations.get(product.asin, {})
+        if note.get("instruction") is None or not note.get("instruction_attributes"):
+            continue
+        limit, text = _price_limit(price, rng)
+        names = sorted(product.options)
+        for values in itertools.product(*(product.options[name] for name in names)):
+            options = dict(zip(names, values))
+            chosen = ", and ".join(f"{name}: {value}" for name, value in options.items())
+            said = f"{note['instruction']}{' with ' + chosen if chosen else ''}{text}"
+            goals.append(_goal(product, said, note["instruction_attributes"], options, limit))
+    return goals
+
+
+GOAL_SOURCES: Mapping[str, Callable[..., list[Goal]]] = {"human": human_goals, "synthetic": synthetic_goals}
+"""Name -> how goals are made; `human` reads `items_human_ins.json`, `synthetic` `items_ins_v2*.json`."""
+
+
+def in_order(goals: Iterable[Goal]) -> list[Goal]:
+    """The goals in the order in which the original numbers them."""
+    goals = list(goals)
+    random.Random(ORDER_SEED).shuffle(goals)
+    return goals
+
+
+def _price_limit(price: float, rng: random.Random) -> tuple[float, str]:
+    """A limit a little above the price, and how it is said."""
+    above = [limit for limit in PRICE_LIMITS if limit > price][:4]
+    if len(above) < 2:
+        return NO_LIMIT, ""
+    limit = max(rng.sample(above, 2))
+    return limit, f", and price lower than {limit:.2f} dollars"
+
+
+def _goal(
+    product: Product,
+    instruction: str,
+    attributes: Sequence[str],
+    options: tuple[str, ...] | Mapping[str, str],
+    price_limit: float,
+) -> Goal:
+    return Goal(
+        asin=product.asin,
+        category=product.category,
+        query=product.query,
+        title=product.title,
+        kind=product.kind,
+        instruction=instruction,
+        attributes=tuple(attributes),
+        options=options,
+        price_limit=price_limit,
+    )

@@ -1,0 +1,165 @@
+"""BM25 as Lucene computes it: arrays that can be mapped from files, and the order of the documents that match.
+
+    score(d) = Σ_t qtf_t · idf_t · (1 − 1 / (1 + tf_{t,d} · norm_d))
+    idf_t    = log(1 + (N − df_t + ½) / (df_t + ½))
+    norm_d   = 1 / (k1 · (1 − b + b · length_d / average length))
+
+Lucene keeps a document's length in one byte, multiplies in float32 and sums in float64; ties go by document id. Parity
+to the last bit matters because a page shows ten documents, and near-equal products differ in it. k1 = 0.9 and b = 0.4
+are Anserini's.
+"""
+
+import json
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from aem_jax.envs.webshop.analysis import terms
+
+K1, B = np.float32(0.9), np.float32(0.4)
+_ARRAYS = ("offsets", "documents", "frequencies", "norms", "order")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """An index over D documents with V terms and P postings.
+
+    Attributes:
+        vocabulary: the terms, sorted; V of them.
+        offsets: int64 [V + 1], where each term's postings begin.
+        documents: int32 [P], document numbers, rising within a term.
+        frequencies: float32 [P], how often the term stands in that document.
+        norms: float32 [D], `norm_d` of the module's equation.
+        order: int32 [D], rank of each document's id; decides ties.
+        counted: documents with a term at least, Lucene's N.
+    """
+
+    vocabulary: Sequence[bytes]
+    offsets: np.ndarray
+    documents: np.ndarray
+    frequencies: np.ndarray
+    norms: np.ndarray
+    order: np.ndarray
+    counted: int
+
+    def search(self, query: str, limit: int = 50) -> np.ndarray:
+        """Numbers of the documents that match best, i32 [≤ limit], best first.
+
+        Args:
+            query: free text; without a term of the vocabulary nothing is found.
+            limit: most documents.
+        """
+        scores = np.zeros(len(self.norms), np.float64)
+        hit = np.zeros(len(self.norms), np.bool_)
+        for term, count in Counter(terms(query)).items():
+            found = self._postings(term)
+            if found is None:
+                continue
+            documents, frequencies = found
+            share = (self.counted - len(documents) + 0.5) / (len(documents) + 0.5)
+            weight = np.float32(count) * np.float32(math.log(1 + share))
+            scores[documents] += weight - weight / (np.float32(1) + frequencies * self.norms[documents])
+            hit[documents] = True
+        matching = np.flatnonzero(hit)
+        rounded = scores[matching].astype(np.float32)
+        if len(matching) > limit:
+            good = rounded >= np.partition(rounded, -limit)[-limit]  # more than `limit` where the last ones tie
+            matching, rounded = matching[good], rounded[good]
+        best = np.lexsort((self.order[matching], -rounded))[:limit]
+        return matching[best].astype(np.int32)
+
+    def save(self, folder: Path) -> None:
+        """Writes the arrays to a folder that exists."""
+        for name in _ARRAYS:
+            np.save(folder / f"ranking-{name}.npy", getattr(self, name))
+        ends = np.cumsum([0, *(len(term) for term in self.vocabulary)], dtype=np.int64)
+        np.save(folder / "ranking-terms.npy", np.frombuffer(b"".join(self.vocabulary), np.uint8))
+        np.save(folder / "ranking-ends.npy", ends)
+        (folder / "ranking.json").write_text(json.dumps({"counted": self.counted}))
+
+    def _postings(self, term: str) -> tuple[np.ndarray, np.ndarray] | None:
+        key = term.encode()
+        at = bisect_left(self.vocabulary, key)
+        if at == len(self.vocabulary) or self.vocabulary[at] != key:
+            return None
+        part = slice(int(self.offsets[at]), int(self.offsets[at + 1]))
+        return self.documents[part], self.frequencies[part]
+
+
+class _MappedTerms(Sequence[bytes]):
+    """Sorted terms in one mapped array of bytes: a million of them cost a worker no memory of its own."""
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray):
+        self._text, self._ends = text, ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, item):
+        return self._text[int(self._ends[item]) : int(self._ends[item + 1])].tobytes()
+
+
+def load_ranking(folder: Path) -> Ranking:
+    """Maps the arrays that `save` wrote, read-only."""
+    arrays = {name: np.load(folder / f"ranking-{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS}
+    text, ends = (np.load(folder / f"ranking-{name}.npy", mmap_mode="r").view(np.ndarray) for name in ("terms", "ends"))
+    counted = json.loads((folder / "ranking.json").read_text())["counted"]
+    return Ranking(_MappedTerms(text, ends), **arrays, counted=counted)
+
+
+def build_ranking(ids: Sequence[str], texts: Iterable[str]) -> Ranking:
+    """Indexes documents.
+
+    Args:
+        ids: the documents' ids, D of them, which decide ties.
+        texts: their texts, in the same order.
+
+    Raises:
+        ValueError: not one text for each id.
+    """
+    postings: dict[str, tuple[list[int], list[int]]] = {}
+    lengths = []
+    for number, text in enumerate(texts):
+        found = Counter(terms(text))
+        lengths.append(found.total())
+        for term, count in found.items():
+            documents, counts = postings.setdefault(term, ([], []))
+            documents.append(number)
+            counts.append(count)
+    if len(lengths) != len(ids):
+        raise ValueError(f"expected a text for each of {len(ids)} documents, got {len(lengths)}")
+    vocabulary = sorted(postings, key=str.encode)
+    offsets = np.cumsum([0, *(len(postings[term][0]) for term in vocabulary)], dtype=np.int64)
+    join = lambda part, dtype: np.asarray([x for term in vocabulary for x in postings[term][part]], dtype)  # noqa: E731
+    counted = sum(length > 0 for length in lengths)
+    average = np.float32(sum(lengths) / max(counted, 1))
+    kept = np.asarray([_in_one_byte(length) for length in lengths], np.float32)
+    norms = np.float32(1) / (K1 * ((np.float32(1) - B) + B * kept / max(average, np.float32(1e-9))))
+    order = np.empty(len(ids), np.int32)
+    order[sorted(range(len(ids)), key=lambda number: ids[number].encode())] = np.arange(len(ids))
+    return Ranking(
+        [term.encode() for term in vocabulary],
+        offsets,
+        join(0, np.int32),
+        join(1, np.float32),
+        norms.astype(np.float32),
+        order,
+        counted,
+    )
+
+
+def _in_one_byte(length: int) -> int:
+    """The length that is left of `length` after Lucene stored it in one byte: exact below 40, then four leading bits.
+
+    With 3-bit mantissas after an implicit one, and the 24 smallest lengths stored as they are.
+    """
+    if length < 24:
+        return length
+    rest = length - 24
+    shift = max(rest.bit_length() - 4, 0)
+    return 24 + ((rest >> shift) << shift)

@@ -1,0 +1,122 @@
+"""What a purchase is worth, from 0 to 1: WebShop's reward.
+
+reward = r_type · (attributes matched + options matched + [price ≤ limit]) / (attributes + options + 1)
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from rapidfuzz.fuzz import token_set_ratio
+from rapidfuzz.utils import default_process
+
+from aem_jax.envs.webshop.goals import Goal
+from aem_jax.envs.webshop.products import Product
+from aem_jax.envs.webshop.taggers import Tagger
+
+_COLOURS_TEXT = (
+    "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel "
+    "camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry "
+    "cream crystal dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey "
+    "heather indigo ivory ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight "
+    "mint mocha multicolor mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow "
+    "red rose royal rust sand sapphire seashell silver skull slate steel stone stonewash sunflower tan taupe teal "
+    "tiger turquoise violet walnut wheat white wine yellow"
+)
+COLOURS = tuple(_COLOURS_TEXT.split())
+"""The first of these that an option contains stands for the whole option."""
+
+_LATIN_1 = dict.fromkeys(range(128, 256))  # dropped before words are compared; other letters stay
+
+
+@dataclass(frozen=True)
+class Score:
+    """A purchase's reward and what it is made of.
+
+    Attributes:
+        reward: 0 to 1.
+        type: r_type, one of 0, 0.1, 0.5 and 1.
+        attributes: how many of the goal's attributes it has.
+        options: how many of the goal's options were chosen.
+        affordable: whether it costs no more than the limit.
+    """
+
+    reward: float
+    type: float
+    attributes: int
+    options: int
+    affordable: bool
+
+
+def score(product: Product, price: float, chosen: Iterable[str], goal: Goal, nouns: Tagger) -> Score:
+    """Scores a purchase.
+
+    Args:
+        product: what was bought.
+        price: what it cost, dollars.
+        chosen: values of the options chosen.
+        goal: what was wanted.
+        nouns: the tagger.
+    """
+    kind = type_match(product, goal, nouns)
+    attributes = sum(has_attribute(product, wanted) for wanted in goal.attributes)
+    options = matched_options(chosen, goal.options)
+    affordable = price <= goal.price_limit
+    parts = len(goal.attributes) + len(goal.options) + 1
+    return Score((attributes + options + affordable) / parts * kind, kind, attributes, options, affordable)
+
+
+def type_match(product: Product, goal: Goal, nouns: Tagger) -> float:
+    """r_type: 1 for the right kind of thing, 0.5 or 0.1 for a doubtful one, 0 for another.
+
+    The kind is right with the same query, with two parts of the shop's tree in common, or with more than a fifth of the
+    goal's nouns in the title. Fewer than a tenth of them make it 0.1, none at all 0, whatever the rest says.
+    """
+    wanted = nouns(goal.title)
+    common = set(nouns(product.title)) & set(wanted)
+    share = len(common) / len(wanted) if wanted else 0.2
+    parts = [{part.strip() for part in kind.split("›")} for kind in (product.kind, goal.kind)]
+    right = product.query == goal.query or len(parts[0] & parts[1]) >= 2 or share > 0.2
+    if share == 0:
+        return 0.0
+    if share < 0.1:
+        return 0.1
+    return 1.0 if right else 0.5
+
+
+def has_attribute(product: Product, wanted: str) -> bool:
+    """Whether an attribute of the product is much like the one wanted, or its texts contain it."""
+    return (
+        any(alike(own, wanted) for own in product.attributes)
+        or wanted in product.title.lower()
+        or wanted in " ".join(product.bullets).lower()
+        or wanted in product.description.lower()
+    )
+
+
+def matched_options(chosen: Iterable[str], wanted: Iterable[str] | Mapping[str, str]) -> int:
+    """How many of the options wanted were chosen, colours compared by their plain names.
+
+    Synthetic goals name options as `name -> value`; the original compares both at once, and so does this.
+    """
+    pairs = wanted.items() if isinstance(wanted, Mapping) else wanted
+    own = [plain_colour(each) for each in chosen]
+    return sum(any(alike(mine, plain_colour(each)) for mine in own) for each in pairs)
+
+
+def plain_colour(option: str | tuple[str, str]) -> str:
+    """The colour that an option's text contains, of several the alphabet's first; else the text itself.
+
+    `navy blue` -> `blue`. Of a (name, value) pair only a whole name or value counts as a colour.
+    """
+    return next((colour for colour in COLOURS if colour in option), str(option))
+
+
+@lru_cache(maxsize=4096)
+def alike(one: str, other: str) -> bool:
+    """Whether their words, order and repetition aside, agree by more than 85 of 100 (`token_set_ratio`, rounded)."""
+    return round(token_set_ratio(_plain(one), _plain(other))) > 85
+
+
+def _plain(text: str) -> str:
+    return default_process(text.translate(_LATIN_1))

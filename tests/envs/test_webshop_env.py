@@ -1,0 +1,201 @@
+"""WebShop as an environment: rules of an episode, tasks, splits, the shop that is made."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from envs.serving import served
+from envs.webshop_golden import unpack
+
+from aem_jax.envs.client import websocket_url
+from aem_jax.envs.conformance import Subject, check_environment
+from aem_jax.envs.conformance_wire import ServerSubject, check_server
+from aem_jax.envs.table import environment_spec
+from aem_jax.envs.webshop.catalog import Catalog
+from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, extract_action, shop_front
+from aem_jax.envs.webshop.generator.config import CATEGORIES, GeneratorConfig
+from aem_jax.envs.webshop.generator.make import make_shop
+from aem_jax.envs.webshop.shop import ShopConfig, open_shop
+from aem_jax.envs.webshop.tasks import SPLITS, eval_set, goal_tasks, split_of, training_tasks
+
+MADE = GeneratorConfig(products=150)
+ACTIONS = [
+    f"<action>{action}</action>"
+    for action in ("search[lamp]", "click[next >]", "click[< prev]", "fly", "click[back to search]", "search[<r>]")
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def catalog(cache: str) -> Catalog:
+    return open_shop(ShopConfig(cache=cache, made=MADE))
+
+
+def env(catalog: Catalog, **settings) -> WebshopEnv:
+    config = WebshopConfig(**settings)
+    return WebshopEnv(shop_front(config, catalog), config)
+
+
+def buy(shop: WebshopEnv, task, *, choose: bool):
+    """Buys the very product that was asked for, with or without its options."""
+    goal = task.payload["goal"]
+    shop.reset(task.payload)
+    result = shop.step(f"<action>search[{goal['title']}]</action>")
+    while f"click[{goal['asin'].lower()}]" not in result.info["admissible"]:
+        result = shop.step("<action>click[next >]</action>")
+    for click in (goal["asin"], *(goal["options"] if choose else ()), "Buy Now"):
+        result = shop.step(f"I think so. <action>click[{click}]</action>")
+    return result
+
+
+def test_webshop_conforms(catalog: Catalog):
+    tasks = [task.payload for task in goal_tasks(catalog, "train")[:3]]
+    assert check_environment(Subject(lambda: env(catalog), tasks, ACTIONS)) == []
+    assert check_environment(Subject(lambda: env(catalog, max_steps=4, mode="text"), tasks, ACTIONS)) == []
+
+
+def test_a_webshop_server_conforms(catalog: Catalog, cache: str):
+    settings = {"max_steps": 5, "shop": {"cache": cache, "made": dataclasses.asdict(MADE)}}
+    tasks = [task.payload for task in goal_tasks(catalog, "train")[:2]]
+    with served("webshop", "--sessions", "2", settings=settings) as (url, _):
+        assert check_server(ServerSubject(websocket_url(url), tasks, ACTIONS, sessions=2)) == []
+    with pytest.raises(ValueError, match=r"among .*mode.*, got 'rewards'"):
+        environment_spec("webshop").factory({"rewards": 1})
+    with pytest.raises(ValueError, match=r"among .*seed.*, got 'seeds'"):
+        environment_spec("webshop").factory({"shop": {"seeds": 1}})
+
+
+def test_every_goal_can_be_won(catalog: Catalog):
+    """What was written for a product is fulfilled by it: each sentence is one that its product answers to."""
+    shop = env(catalog, max_steps=50)
+    for task in goal_tasks(catalog, "train")[:120]:
+        result = buy(shop, task, choose=True)
+        assert result.info["won"] and result.info["score"] == 1.0 and result.reward == 10.0, task.payload
+        assert result.terminated and result.info["bought"] == task.payload["goal"]["asin"]
+
+
+def test_rewards(catalog: Catalog):
+    task = next(task for task in goal_tasks(catalog, "train") if len(task.payload["goal"]["options"]) == 2)
+    # (attributes + price) of (attributes + 2 options + price)
+    count = len(task.payload["goal"]["attributes"])
+    worth = (count + 1) / (count + 3)
+    result = buy(env(catalog), task, choose=False)
+    assert (result.reward, result.info["won"], result.info["score"]) == (0.0, False, worth)
+    result = buy(env(catalog, reward="score"), task, choose=False)
+    assert result.reward == 10 * worth
+    shop = env(catalog, reward_invalid=-0.5, max_invalid=2)
+    shop.reset(task.payload)
+    first, second = shop.step("no action"), shop.step("<action>click[lamp]</action>")
+    assert (first.reward, first.info["valid_action"], first.truncated) == (-0.5, False, False)
+    assert (second.reward, second.truncated, second.terminated) == (-0.5, True, False)
+    with pytest.raises(ValueError, match="expected a running episode"):
+        shop.step("x")
+
+
+def test_steps_and_modes(catalog: Catalog):
+    task = goal_tasks(catalog, "train")[0].payload
+    shop = env(catalog, max_steps=2)
+    first = shop.reset(task)
+    assert first.observation.endswith("[button] Search [button_]\n") and first.info["admissible"][0] == "search[…]"
+    assert not shop.step(ACTIONS[0]).truncated and shop.step(ACTIONS[0]).truncated
+    assert env(catalog, mode="text").reset(task).observation.endswith(" [SEP] Search")
+    assert env(catalog, mode="url").reset(task).observation == "http://127.0.0.1:3000/0"
+    assert extract_action("<action>a</action> no, <action> b </action>") == "b" and extract_action("a") is None
+    small = env(catalog, page_size=2)
+    small.reset(task)
+    assert len(small.step("<action>search[<r>]</action>").info["admissible"]) == 5
+    for bad in ({"mode": "x"}, {"reward": "x"}, {"max_steps": 0}, {"max_invalid": -1}, {"tagger": "x"}):
+        with pytest.raises(ValueError, match="expected"):
+            WebshopConfig(**bad)
+
+
+def test_tasks_of_another_shop_are_refused(catalog: Catalog):
+    payload = goal_tasks(catalog, "train")[0].payload
+    for bad, said in (
+        ({}, "'goal'"),
+        (payload | {"shop": "x"}, "give server and run the same shop"),
+        ({"goal": {"asin": "x"}}, "expected a goal with the fields"),
+        ({"goal": payload["goal"] | {"query": 3}}, r"expected text in \['query'\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            env(catalog).reset(bad)
+
+
+def test_splits_share_neither_products_nor_words(catalog: Catalog):
+    goals = {split: [task.payload["goal"] for task in goal_tasks(catalog, split)] for split in SPLITS}
+    assert sum(map(len, goals.values())) <= len(catalog.goals)
+    assert 0.7 < len(goals["train"]) / len(catalog.goals) < 0.9
+    for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        for field in ("asin", "instruction"):
+            assert not {goal[field] for goal in goals[one]} & {goal[field] for goal in goals[other]}
+    assert all(split_of(goal["asin"]) == split for split, found in goals.items() for goal in found)
+    assert training_tasks(catalog, 0)[0] == training_tasks(catalog, 0)[0] != training_tasks(catalog, 1)[0]
+    with pytest.raises(ValueError, match="one of test, valid, train"):
+        goal_tasks(catalog, "valid_seen")
+
+
+def test_an_evaluation_set_is_named_by_its_content(catalog: Catalog, cache: str):
+    tasks, name = eval_set(catalog, "valid", 10)
+    assert name == eval_set(catalog, "valid", 10)[1] and name.startswith("valid-10-") and len(tasks) == 10
+    other = open_shop(ShopConfig(cache=cache, seed=1, made=MADE))
+    assert eval_set(other, "valid", 10)[1] != name
+    assert len(eval_set(catalog, "test", 10_000)[0]) == len(goal_tasks(catalog, "test"))
+
+
+def test_a_made_shop(catalog: Catalog):
+    data = make_shop(MADE, 233)
+    assert data == make_shop(MADE, 233) != make_shop(MADE, 234)
+    assert {item["category"] for item in data.items} == set(CATEGORIES)
+    assert len({item["asin"] for item in data.items}) == 150 == len(catalog)
+    brief = make_shop(dataclasses.replace(MADE, brief=True, max_options=1, categories=("garden",)), 0)
+    assert {item["category"] for item in brief.items} == {"garden"} and len(brief.items[0]["asin"]) == 4
+    for bad in (
+        {"products": 0},
+        {"categories": ("pets",)},
+        {"asked": (1, 4)},
+        {"attributes": (3, 9)},
+        {"max_options": 3},
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            GeneratorConfig(**bad)
+
+
+def test_the_index_is_made_once(cache: str, catalog: Catalog, monkeypatch):
+    def fail(*_):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr("aem_jax.envs.webshop.shop.make_shop", fail)
+    assert open_shop(ShopConfig(cache=cache, made=MADE)).id == catalog.id
+
+
+def test_official_files(tmp_path: Path, cache: str):
+    folder = unpack(tmp_path)
+    catalog = open_shop(ShopConfig(data=str(folder), limit=200, cache=cache))
+    assert len(catalog) == 200 and all(catalog.find(goal.asin) < 200 for goal in catalog.goals)
+    synthetic = open_shop(ShopConfig(data=str(folder), limit=50, goals="synthetic", cache=cache))
+    assert len(synthetic.goals) > len(synthetic) and isinstance(synthetic.goals[0].options, dict)
+    assert len(goal_tasks(catalog, "train")) > 50
+    (folder / "items_human_ins.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"expected a JSON mapping in .*items_human_ins"):
+        open_shop(ShopConfig(data=str(folder), limit=10, cache=cache))
+    (folder / "items_human_ins.json").unlink()
+    with pytest.raises(ValueError, match="set shop.goals to synthetic"):
+        open_shop(ShopConfig(data=str(folder), limit=10, cache=cache))
+    (folder / "items_shuffle_1000.json").write_text(json.dumps([{"asin": "A"}]))
+    with pytest.raises(ValueError, match="got one without 'small_description'"):
+        open_shop(ShopConfig(data=str(folder), goals="synthetic", cache=cache))
+    (folder / "items_shuffle_1000.json").write_text("{")
+    with pytest.raises(ValueError, match="expected JSON in"):
+        open_shop(ShopConfig(data=str(folder), goals="synthetic", cache=cache))
+    (folder / "items_shuffle_1000.json").unlink()
+    with pytest.raises(ValueError, match=r"items_shuffle_1000.json or items_shuffle.json in"):
+        open_shop(ShopConfig(data=str(folder)))
+    with pytest.raises(ValueError, match="set shop.cache"):
+        open_shop(ShopConfig(cache="/proc/nowhere"))
+    with pytest.raises(ValueError, match="goals of human, synthetic"):
+        ShopConfig(goals="x")
