@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from envs.serving import served
@@ -36,8 +37,8 @@ def catalog(cache: str) -> Catalog:
     return open_shop(ShopConfig(cache=cache, made=MADE))
 
 
-def env(catalog: Catalog, **settings) -> WebshopEnv:
-    config = WebshopConfig(**settings)
+def env(catalog: Catalog, **settings: Any) -> WebshopEnv:
+    config = dataclasses.replace(WebshopConfig(), **settings)
     return WebshopEnv(shop_front(config, catalog), config)
 
 
@@ -111,11 +112,11 @@ def test_steps_and_modes(catalog: Catalog):
     assert len(small.step("<action>search[<r>]</action>").info["admissible"]) == 5
     for bad in ({"mode": "x"}, {"reward": "x"}, {"max_steps": 0}, {"max_invalid": -1}, {"tagger": "x"}):
         with pytest.raises(ValueError, match="expected"):
-            WebshopConfig(**bad)
+            dataclasses.replace(WebshopConfig(), **bad)
 
 
 def test_tasks_of_another_shop_are_refused(catalog: Catalog):
-    payload = goal_tasks(catalog, "train")[0].payload
+    payload = dict(goal_tasks(catalog, "train")[0].payload)
     for bad, said in (
         ({}, "'goal'"),
         (payload | {"shop": "x"}, "give server and run the same shop"),
@@ -162,7 +163,7 @@ def test_a_made_shop(catalog: Catalog):
         {"max_options": 3},
     ):
         with pytest.raises(ValueError, match="expected"):
-            GeneratorConfig(**bad)
+            dataclasses.replace(MADE, **bad)
 
 
 def test_the_index_is_made_once(cache: str, catalog: Catalog, monkeypatch):
