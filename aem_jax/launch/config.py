@@ -14,6 +14,8 @@ from aem_jax.credit import AemConfig
 from aem_jax.envs.alfworld.env import AlfworldConfig
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.pool import PoolConfig
+from aem_jax.envs.webshop.env import WebshopConfig
+from aem_jax.envs.webshop.shop import ShopConfig
 from aem_jax.evaluate import EvaluationConfig
 from aem_jax.launch.algorithm import AlgorithmConfig
 from aem_jax.learner.config import LearnerConfig
@@ -144,7 +146,7 @@ class RunConfig:
     """Presets to begin from, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
     seed: int = 0
     """Seed of everything random: weights, games, sampling."""
-    environment: Literal["alfworld"] = "alfworld"
+    environment: Literal["alfworld", "webshop"] = "alfworld"
     """What the agent learns."""
     env: PoolConfig = PoolConfig(num_servers=2, sessions_per_server=64)
     """Environment servers."""
@@ -154,6 +156,10 @@ class RunConfig:
     """Folder of ALFWorld's official data; empty: what $ALFWORLD_DATA names, else games are made."""
     games: GeneratorConfig = GeneratorConfig()
     """Household games to make; of official data its task types choose."""
+    webshop: WebshopConfig = WebshopConfig()
+    """Rules of a visit to the shop."""
+    shop: ShopConfig = ShopConfig()
+    """What the shop sells, and what its customers want."""
     model: ModelChoice = ModelChoice()
     """The policy."""
     lora: LoraConfig = LoraConfig()

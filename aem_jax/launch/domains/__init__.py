@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains.alfworld import alfworld
 from aem_jax.launch.domains.domain import Domain, texts
+from aem_jax.launch.domains.webshop import webshop
 
-DOMAINS: Mapping[str, Callable[[RunConfig], Domain]] = {"alfworld": alfworld}
+DOMAINS: Mapping[str, Callable[[RunConfig], Domain]] = {"alfworld": alfworld, "webshop": webshop}
 """Name of `RunConfig.environment` -> the environment as a run sees it."""
 
 __all__ = ["DOMAINS", "Domain", "texts"]

@@ -1,0 +1,194 @@
+"""Scripted customers: one that reads what an agent is shown, one that knows the product, one that clicks at random.
+
+The `Shopper` turns the instruction into a query, looks at what was found, opens what fits best, chooses the options
+that the instruction names and buys: a policy can learn from it, for every action follows from words that it has read
+too. The `Oracle` is told the goal itself; its success proves that a goal can be won.
+"""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from aem_jax.envs.webshop.analysis import terms
+from aem_jax.envs.webshop.goals import Goal
+
+CANDIDATES = 3
+"""Products that the shopper opens before it takes the best of them."""
+
+_PRICE = re.compile(r",? and price lower than ([\d.]+) dollars")
+_MARKUP = re.compile(r"^\s*\[(?:clicked )?button\] (.*) \[(?:clicked )?button_\]$")
+_FILLERS = frozenset(
+    terms(
+        "i i'm am looking need find me my want to buy shopping which that is can you get should be friend would like "
+        "has have some please something also item product price lower than dollars"
+    )
+)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A product as the results show it."""
+
+    asin: str
+    title: str
+    cost: float
+
+
+@dataclass(frozen=True)
+class Item:
+    """A product as its own page shows it."""
+
+    title: str
+    options: dict[str, tuple[str, ...]]
+
+
+def read(observation: str) -> list[str]:
+    """The texts on a page, in order, from its `text` or its `text_rich` form."""
+    if " [SEP] " in observation:
+        return observation.split(" [SEP] ")
+    found = []
+    for line in observation.split("\n"):
+        marked = _MARKUP.match(line)
+        found.append(marked[1] if marked else line.strip())
+    return [text for text in found if text]
+
+
+def clickables(admissible: Sequence[str]) -> list[str]:
+    """What can be clicked, of what can be done."""
+    return [each[len("click[") : -1] for each in admissible if each.startswith("click[")]
+
+
+def read_listings(observation: str, admissible: Sequence[str]) -> list[Listing]:
+    """The products on a page of results, in their order."""
+    names, texts = set(clickables(admissible)), read(observation)
+    return [
+        Listing(text, title, float(price.split()[0].lstrip("$")))
+        for text, title, price in zip(texts, texts[1:], texts[2:])
+        if text.lower() in names and price.startswith("$")
+    ]
+
+
+def read_item(observation: str, admissible: Sequence[str]) -> Item:
+    """The title and the options on a product's page."""
+    names, texts = set(clickables(admissible)), read(observation)
+    at = next(i for i, text in enumerate(texts) if text.startswith("Price: "))
+    options: dict[str, list[str]] = {}
+    name = ""
+    for text in texts[texts.index("< Prev") + 1 : at - 1]:
+        if text in names:
+            options.setdefault(name, []).append(text)
+        else:
+            name = text
+    return Item(texts[at - 1], {name: tuple(values) for name, values in options.items() if values})
+
+
+class Shopper:
+    """Shops from what the pages have shown: `act` says what to do, `did` is told what was done."""
+
+    def __init__(self) -> None:
+        self._wish = ""
+        self._wanted: frozenset[str] = frozenset()
+        self._limit = float("inf")
+        self._found: dict[str, float] = {}  # asin -> how much of what is wanted it has
+        self._settled = False  # whether all candidates were opened
+        self._asin = ""
+        self._chosen: dict[str, str] = {}
+        self._listings: Sequence[Listing] = ()
+        self._options: Mapping[str, Sequence[str]] = {}
+
+    def act(self, observation: str, admissible: Sequence[str]) -> str:
+        """What to do next, as `search[…]` or `click[…]`.
+
+        Args:
+            observation: the page, as `text` or `text_rich`; the first one holds the instruction.
+            admissible: what can be done on it.
+        """
+        names = clickables(admissible)
+        self._listings, self._options = (), {}
+        if "search" in names:
+            return self._begin(observation)
+        if "buy now" in names:
+            return self._at_item(read_item(observation, admissible))
+        self._listings = read_listings(observation, admissible)
+        if self._listings:
+            return self._at_results()
+        return "click[< prev]" if "< prev" in names else "click[back to search]"  # lost, or nothing was found
+
+    def did(self, action: str) -> None:
+        """What was done on the page that `act` saw last, by its advice or not."""
+        name = action.partition("[")[2][:-1]
+        opened = [each.asin for each in self._listings if each.asin.lower() == name]
+        if opened:
+            self._asin, self._chosen = opened[0], {}
+        self._chosen |= {option: name for option, values in self._options.items() if name in values}
+
+    def _begin(self, observation: str) -> str:
+        texts = read(observation)
+        wish = texts[texts.index("Instruction:") + 1]
+        limit = _PRICE.search(wish)
+        self._limit = float(limit[1]) if limit else float("inf")
+        self._wish = _PRICE.sub("", wish).lower()
+        self._wanted = frozenset(terms(self._wish)) - _FILLERS
+        return f"search[{self._wish}]"
+
+    def _at_results(self) -> str:
+        affordable = [each for each in self._listings if each.cost <= self._limit] or self._listings
+        ranked = sorted(affordable, key=lambda each: -self._share(each.title))[:CANDIDATES]
+        unseen = [each.asin for each in ranked if each.asin not in self._found]
+        self._settled = not unseen
+        best = max(ranked, key=lambda each: self._found.get(each.asin, -1.0)).asin
+        return f"click[{(unseen[0] if unseen else best).lower()}]"
+
+    def _at_item(self, item: Item) -> str:
+        self._options = item.options
+        wanted = {name: value for name, values in item.options.items() if (value := self._named(values))}
+        share = self._share(" ".join([item.title, *item.options, *wanted.values()]))
+        self._found[self._asin] = share
+        known = self._settled or len(self._found) >= CANDIDATES
+        if share < 1 and not (known and share >= max(self._found.values())):
+            return "click[< prev]"
+        missing = [value for name, value in wanted.items() if self._chosen.get(name) != value]
+        return f"click[{missing[0] if missing else 'buy now'}]"
+
+    def _share(self, text: str) -> float:
+        """How much of what is wanted a text speaks of."""
+        return len(self._wanted & set(terms(text))) / max(len(self._wanted), 1)
+
+    def _named(self, values: Sequence[str]) -> str | None:
+        """The value that the instruction names, the longest of several."""
+        said = [value for value in values if re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", self._wish)]
+        return max(said, key=len, default=None)
+
+
+class Oracle:
+    """Buys the very product that a goal was written for.
+
+    Args:
+        goal: the goal.
+    """
+
+    def __init__(self, goal: Goal):
+        self._goal = goal
+        options = goal.options.values() if isinstance(goal.options, dict) else goal.options
+        self._options = list(options)
+
+    def act(self, admissible: Sequence[str]) -> str:
+        """The next action."""
+        names = clickables(admissible)
+        if "search" in names:
+            return f"search[{self._goal.title}]"
+        if "buy now" in names:
+            while self._options:
+                option = self._options.pop(0).lower()
+                if option in names:
+                    return f"click[{option}]"
+            return "click[buy now]"
+        return f"click[{self._goal.asin.lower()}]" if self._goal.asin.lower() in names else "click[next >]"
+
+
+def random_agent(observation: str, admissible: Sequence[str], rng: random.Random) -> str:
+    """Anything that can be done, all equally likely; it searches for two words that it sees."""
+    choice = rng.choice(list(admissible))
+    words = [word for text in read(observation) for word in text.split()]
+    return choice if choice.startswith("click[") else f"search[{' '.join(rng.choices(words, k=2))}]"

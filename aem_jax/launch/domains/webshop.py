@@ -1,0 +1,72 @@
+"""WebShop: goals, evaluation sets, demonstrations, baselines."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from functools import partial
+
+from aem_jax.envs.play import Act
+from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.webshop import taggers
+from aem_jax.envs.webshop.env import WebshopEnv, shop_front
+from aem_jax.envs.webshop.experts import Oracle, Shopper, clickables, random_agent
+from aem_jax.envs.webshop.goals import goal_from_json
+from aem_jax.envs.webshop.shop import open_shop
+from aem_jax.envs.webshop.tasks import eval_set, training_tasks
+from aem_jax.launch.config import RunConfig
+from aem_jax.launch.domains.domain import Domain, Tasks
+from aem_jax.trajectory import Task
+
+
+def webshop(config: RunConfig) -> Domain:
+    """WebShop: a shop of our own, or the official files in `config.shop.data`.
+
+    Servers are told which tagger `auto` is here, so that rewards do not depend on the machine that they run on.
+    """
+    catalog = open_shop(config.shop)  # made here, once, before servers look for it
+    rules = dataclasses.replace(config.webshop, tagger=taggers.resolve(config.webshop.tagger))
+    front = shop_front(rules, catalog)
+
+    def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
+        tasks, name = eval_set(catalog, split, size)
+        return Tasks(tasks), name
+
+    return Domain(
+        name="webshop",
+        settings={**dataclasses.asdict(rules), "shop": dataclasses.asdict(config.shop)},
+        training=Tasks(training_tasks(catalog, config.seed)),
+        evaluation=evaluation,
+        make_env=lambda: WebshopEnv(front, rules),
+        demonstrator=partial(_careless, config.warmstart.wander),
+        baselines={"oracle": _oracle, "shopper": partial(_careless, 0.0), "random": _random},
+    )
+
+
+def _say(action: str) -> str:
+    return f"<action>{action}</action>"
+
+
+def _careless(wander: float, task: Task) -> Act:
+    """A shopper that now and then clicks on something at random, but never buys by accident."""
+    agent, rng = Shopper(), random.Random(f"careless/{task.id}")
+
+    def act(result: StepResult) -> str:
+        admissible = result.info["admissible"]
+        action = agent.act(result.observation, admissible)
+        others = [each for each in clickables(admissible) if each not in ("search", "buy now")]
+        if others and rng.random() < wander:
+            action = f"click[{rng.choice(others)}]"
+        agent.did(action)
+        return _say(action)
+
+    return act
+
+
+def _oracle(task: Task) -> Act:
+    agent = Oracle(goal_from_json(task.payload["goal"]))
+    return lambda result: _say(agent.act(result.info["admissible"]))
+
+
+def _random(task: Task) -> Act:
+    rng = random.Random(f"random/{task.id}")
+    return lambda result: _say(random_agent(result.observation, result.info["admissible"], rng))
