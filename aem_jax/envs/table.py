@@ -50,14 +50,26 @@ def _alfworld(settings: Mapping[str, Any]) -> Callable[[], Environment]:
     return lambda: AlfworldEnv(config, load_game=load_game)
 
 
-def _webshop(settings: Mapping[str, Any]) -> Callable[[], Environment]:
-    from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
+def _shop_front(settings: Mapping[str, Any]):
+    from aem_jax.envs.webshop.env import WebshopConfig, shop_front
     from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 
     shop = config_from(ShopConfig, settings.get("shop", {}))
     config = config_from(WebshopConfig, {name: value for name, value in settings.items() if name != "shop"})
-    front = shop_front(config, open_shop(shop))  # one for all sessions of the process
+    return shop_front(config, open_shop(shop)), config
+
+
+def _webshop(settings: Mapping[str, Any]) -> Callable[[], Environment]:
+    from aem_jax.envs.webshop.env import WebshopEnv
+
+    front, config = _shop_front(settings)  # one for all sessions of the process
     return lambda: WebshopEnv(front, config)
+
+
+def _webshop_site(settings: Mapping[str, Any]):
+    from aem_jax.envs.webshop.site import make_site
+
+    return make_site(_shop_front(settings)[0])
 
 
 ENVIRONMENTS: Mapping[str, EnvironmentSpec] = {
@@ -67,6 +79,9 @@ ENVIRONMENTS: Mapping[str, EnvironmentSpec] = {
     "scripted": EnvironmentSpec(_scripted, blocking=True, description="episodes of scripted length and latency"),
     "webshop": EnvironmentSpec(_webshop, blocking=False, description="shopping by searching and clicking (WebShop)"),
 }
+
+SITES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {"webshop": _webshop_site}
+"""Environments that a person can use in a browser: settings -> an ASGI application."""
 
 
 def environment_spec(name: str) -> EnvironmentSpec:

@@ -66,6 +66,8 @@ class TokenizerConfig:
     """What the chat template is told as enable_thinking; with False, Qwen3 answers without a thought."""
     vocab_size: int = 1024
     """Most entries of the vocabulary: bytes, control tokens and what the environment's text earns."""
+    whole_words: tuple[str, ...] = ("<action>", "</action>")
+    """Strings that are one token each in a tokenizer that is trained, wherever they stand."""
     episodes: int = 200
     """Expert episodes whose text it is trained on."""
 

@@ -1,12 +1,17 @@
-"""`serve ENVIRONMENT`: one environment server, started by hand; runs reach it with `--env.urls ws://host:port`."""
+"""`serve ENVIRONMENT`: one environment server, started by hand; runs reach it with `--env.urls ws://host:port`.
+
+`--html` serves a web site instead, for a person in a browser.
+"""
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from aem_jax.envs.server import ServerConfig, serve
-from aem_jax.envs.table import ENVIRONMENTS, settings_from_json
+from aem_jax.envs.table import ENVIRONMENTS, SITES, settings_from_json
 from aem_jax.launch.overrides import ConfigError, nearest
 
 
@@ -16,6 +21,8 @@ class ServeConfig(ServerConfig):
 
     settings: str = "{}"
     """The environment's own settings as a JSON mapping."""
+    html: bool = False
+    """Serve a web site instead, on which a person does what an agent would: webshop has one."""
 
 
 def run(names: Sequence[str], config: ServeConfig) -> int:
@@ -33,14 +40,28 @@ def run(names: Sequence[str], config: ServeConfig) -> int:
         )
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
+    if config.html and names[0] not in SITES:
+        raise ConfigError(f"--html: expected an environment with a web site, of {', '.join(SITES)}, got {names[0]}")
     server = ServerConfig(**{each.name: getattr(config, each.name) for each in dataclasses.fields(ServerConfig)})
     try:
-        serve(
-            names[0], settings_from_json(config.settings), server, lambda port: _announce(names[0], server.host, port)
-        )
+        settings = settings_from_json(config.settings)
+        if config.html:
+            _serve_site(names[0], settings, server)
+        else:
+            serve(names[0], settings, server, lambda port: _announce(names[0], server.host, port))
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     return 0
+
+
+def _serve_site(name: str, settings: Mapping[str, Any], server: ServerConfig) -> None:
+    import uvicorn
+
+    site = SITES[name](settings)
+    with socket.create_server((server.host, server.port)) as listening:
+        address = f"http://{server.host}:{listening.getsockname()[1]}/"
+        print(f"serving {name} as a web site on {address} (Ctrl-C to stop)", flush=True)
+        uvicorn.Server(uvicorn.Config(site, log_level="warning")).run(sockets=[listening])
 
 
 def _announce(name: str, host: str, port: int) -> None:

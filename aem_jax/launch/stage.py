@@ -156,7 +156,8 @@ def _make_tokenizer(
         chat = load(begin.tokenizer(config))
     else:
         said = texts(domain, config.tokenizer.episodes, config.rollout.max_turns)
-        chat = ChatTokenizer.train(said, vocab_size=config.tokenizer.vocab_size)
+        sizes = config.tokenizer
+        chat = ChatTokenizer.train(said, vocab_size=sizes.vocab_size, whole_words=sizes.whole_words)
     partial = folder.with_name(".tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     chat.save_pretrained(partial)

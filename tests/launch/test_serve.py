@@ -47,3 +47,8 @@ def test_a_port_that_is_taken_is_one_line(capsys):
 def test_bad_settings_are_one_line(capsys):
     assert cli.main(["serve", "echo", "--settings", '{"lenght": 2}']) == 2
     assert "did you mean 'length'?" in capsys.readouterr().err
+
+
+def test_only_what_has_a_web_site_is_served_as_one(capsys):
+    assert cli.main(["serve", "echo", "--html"]) == 2
+    assert "--html: expected an environment with a web site, of webshop, got echo" in capsys.readouterr().err

@@ -22,8 +22,8 @@ from aem_jax.envs.webshop.goals import Goal, draw_prices, goal_from_json, human_
 from aem_jax.envs.webshop.products import Product, product_from_json, read_products
 from aem_jax.envs.webshop.ranking import Ranking, build_ranking, load_ranking
 
-FORMAT = 1
-"""Of the files; a new one is a new folder."""
+_DECIDES = ("analysis", "catalog", "goals", "products", "ranking", "stemmer")
+"""Modules beside this one that decide what the files hold: changed ones make new folders."""
 SEARCH_LIMIT = 50
 """Most products that a search finds."""
 
@@ -108,7 +108,8 @@ def open_catalog(folder: Path, sources: Mapping[str, Any], load: Callable[[], Sh
     Raises:
         ValueError: the folder cannot be written, or the data is not WebShop's.
     """
-    key = hashlib.sha256(json.dumps([FORMAT, sources], sort_keys=True).encode()).hexdigest()[:16]
+    code = hash_of(Path(__file__).with_name(f"{name}.py") for name in _DECIDES)
+    key = hashlib.sha256(json.dumps([code, sources], sort_keys=True).encode()).hexdigest()[:16]
     place = folder / key
     if not (place / "catalog.json").exists():
         try:
@@ -120,6 +121,14 @@ def open_catalog(folder: Path, sources: Mapping[str, Any], load: Callable[[], Sh
         except OSError as error:
             raise ValueError(f"expected to write the shop's index to {folder}: {error}; set shop.cache") from None
     return Catalog(place)
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    """SHA-256 over what the files hold, one after the other, as hex digits."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _make(place: Path, data: ShopData, kind: str, seed: int) -> None:

@@ -95,6 +95,16 @@ class Visit:
         return pages.rich(self.page, self._seen)
 
     @property
+    def seen(self) -> frozenset[str]:
+        """Asins of the products opened since the last search page."""
+        return frozenset(self._seen)
+
+    @property
+    def query(self) -> str:
+        """What was searched for last."""
+        return " ".join(self._keywords)
+
+    @property
     def chosen(self) -> Mapping[str, str]:
         """Options chosen for the item at hand, name -> value."""
         return dict(self._options)

@@ -22,8 +22,8 @@ WON = 1.0
 class WebshopConfig:
     """Rules of an episode, and how its pages are shown."""
 
-    mode: Literal["text", "text_rich", "url"] = "text_rich"
-    """How a page is shown: its texts joined by [SEP]; a line each with buttons marked; its address."""
+    mode: Literal["text", "text_rich", "html", "url"] = "text_rich"
+    """How a page is shown: its texts joined by [SEP]; a line each with buttons marked; HTML of our own; its address."""
     repeat_instruction: bool = True
     """Whether every page repeats the instruction, as WebShop's do, or the search page alone has it: shorter, where an
     agent keeps what it has read."""
@@ -57,9 +57,16 @@ class WebshopConfig:
         taggers.resolve(self.tagger)
 
 
+def _html(visit: Visit) -> str:
+    from aem_jax.envs.webshop.html import render_page  # jinja2 takes memory that other modes need not spend
+
+    return render_page(visit)
+
+
 OBSERVATIONS: Mapping[str, Callable[[Visit], str]] = {
     "text": lambda visit: visit.text,
     "text_rich": lambda visit: visit.rich,
+    "html": _html,
     "url": lambda visit: visit.page.url,
 }
 """Mode -> what an agent reads of a visit."""

@@ -38,11 +38,19 @@ class Page:
         pieces: kind and text of what stands on it, in order.
         url: its address; holds search words and chosen options, as WebShop's does.
         has_search_bar: whether something can be typed.
+        name: `search`, `results`, `item`, `done`, or a sub-page's name.
+        products: the products that it shows.
+        number: of a page of results, from 1.
+        total: products that the search found.
     """
 
     pieces: tuple[Piece, ...]
     url: str
     has_search_bar: bool = False
+    name: str = ""
+    products: tuple[Product, ...] = ()
+    number: int = 0
+    total: int = 0
 
     @property
     def clickables(self) -> list[str]:
@@ -87,7 +95,7 @@ def rich(page: Page, seen: Collection[str]) -> str:
 def search_page(instruction: str, url: str) -> Page:
     """Where an episode starts."""
     texts = _texts("WebShop", "Instruction: ", instruction)
-    return Page((*texts, (Kind.BUTTON, "Search")), url, has_search_bar=True)
+    return Page((*texts, (Kind.BUTTON, "Search")), url, has_search_bar=True, name="search")
 
 
 def results_page(instruction: str | None, url: str, products: Sequence[Product], number: int, total: int) -> Page:
@@ -96,7 +104,7 @@ def results_page(instruction: str | None, url: str, products: Sequence[Product],
     pieces = [*_head(instruction, BACK), *_texts(f"Page {number} (Total results: {total})"), *_buttons(*turns)]
     for product in products:
         pieces += [(Kind.PRODUCT, product.asin), *_texts(product.title, product.price_tag)]
-    return Page(tuple(pieces), url)
+    return Page(tuple(pieces), url, name="results", products=tuple(products), number=number, total=total)
 
 
 def item_page(instruction: str | None, url: str, product: Product, *, show_attributes: bool = False) -> Page:
@@ -106,7 +114,7 @@ def item_page(instruction: str | None, url: str, product: Product, *, show_attri
         pieces += [*_texts(name), *((Kind.OPTION, value) for _, value in _texts(*values))]
     pieces += _texts(product.title, f"Price: {product.price_tag}", "Rating: N.A.")  # the original loads no reviews
     pieces += _buttons(*(SUB_PAGES if show_attributes else SUB_PAGES[:3]), BUY)
-    return Page(tuple(pieces), url)
+    return Page(tuple(pieces), url, name="item", products=(product,))
 
 
 def sub_page(instruction: str | None, url: str, product: Product, name: str) -> Page:
@@ -118,7 +126,7 @@ def sub_page(instruction: str | None, url: str, product: Product, name: str) -> 
         pieces += _texts(*(f" {bullet}" for bullet in product.bullets))
     elif name == "Attributes":
         pieces += _texts(*(f" {each}" for each in product.attributes), product.category, product.query, product.kind)
-    return Page(tuple(pieces), url)
+    return Page(tuple(pieces), url, name=name, products=(product,))
 
 
 def done_page(url: str, product: Product, chosen: Mapping[str, str], reward: float) -> Page:
@@ -137,7 +145,7 @@ def done_page(url: str, product: Product, chosen: Mapping[str, str], reward: flo
         *(*receipt, "product category", "None", "Target", *target, "Goal ", "None", "Reward"),
         *("Your score (min 0.0, max 1.0)", str(reward), "Reward Details ", "None"),
     ]
-    return Page(tuple(_texts(*texts)), url)
+    return Page(tuple(_texts(*texts)), url, name="done", products=(product,))
 
 
 def _head(instruction: str | None, *buttons: str) -> list[Piece]:

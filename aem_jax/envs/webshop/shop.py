@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aem_jax.envs.webshop.catalog import Catalog, ShopData, open_catalog
+from aem_jax.envs.webshop.catalog import Catalog, ShopData, hash_of, open_catalog
 from aem_jax.envs.webshop.generator.config import GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.goals import GOAL_SOURCES
 
-_MADE_BY = 1
-"""Of the generator; another one makes other shops of the same settings."""
+_GENERATOR = Path(__file__).with_name("generator")
 _SMALL = 1000
 """Products of the original's small files."""
 
@@ -50,7 +49,7 @@ def open_shop(config: ShopConfig) -> Catalog:
     """
     sources: dict[str, Any] = {"goals": config.goals, "seed": config.seed}
     if not config.data:
-        sources |= {"made": dataclasses.asdict(config.made), "by": _MADE_BY}
+        sources |= {"made": dataclasses.asdict(config.made), "by": hash_of(sorted(_GENERATOR.glob("[!_]*.*")))}
         return open_catalog(_cache(config), sources, lambda: make_shop(config.made, config.seed))
     files = _files(config)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.exists()]

@@ -17,7 +17,7 @@ _WISHES = (
     "i want to buy a {attributes} {thing}{options}",
     "i'm shopping for a {thing} which is {listed}{options}",
     "can you get me a {thing}{options}? it should be {listed}",
-    "looking for {attributes} {thing} for my home{options}",
+    "looking for {attributes} {thing}{options}",
     "my friend would like a {thing}{options}, and it has to be {listed}",
 )
 _CHOICES = (
@@ -55,10 +55,10 @@ def make_shop(config: GeneratorConfig, seed: int) -> ShopData:
 
 
 def _asins(config: GeneratorConfig, rng: random.Random) -> list[str]:
-    """Different ids: ten signs as in WebShop, or few (`B07`) where texts are brief."""
+    """Different ids: ten signs as in WebShop, or few digits where texts are brief: copied as they are shown."""
     if config.brief:
         width = len(str(config.products - 1))
-        return [f"B{number:0{width}d}" for number in rng.sample(range(config.products), config.products)]
+        return [f"{number:0{width}d}" for number in rng.sample(range(config.products), config.products)]
     found: dict[str, None] = {}
     while len(found) < config.products:
         found["B" + "".join(rng.choices(_SIGNS, k=9))] = None
