@@ -60,7 +60,7 @@ class Catalog:
         self.goals: Sequence[Goal] = _Goals(_MappedLines(folder, "goals"))
         self._asins = np.load(folder / "asins.npy", mmap_mode="r").view(np.ndarray)
         self._ranking: Ranking = load_ranking(folder)
-        self._by_asin = np.argsort(self._ranking.order)
+        self._by_asin = np.load(folder / "by-asin.npy", mmap_mode="r").view(np.ndarray)
         self.product: Callable[[int], Product] = lru_cache(maxsize=512)(self._read)
         """Number -> product."""
         self.search: Callable[[str], tuple[int, ...]] = lru_cache(maxsize=256)(self._search)
@@ -150,7 +150,9 @@ def _make(place: Path, data: ShopData, kind: str, seed: int) -> None:
         np.save(draft / "prices.npy", np.asarray(prices, np.float64))
         asins = [each.asin for each in products]
         np.save(draft / "asins.npy", np.asarray(asins))
-        build_ranking(asins, (each.search_text() for each in products)).save(draft)
+        ranking = build_ranking(asins, (each.search_text() for each in products))
+        ranking.save(draft)
+        np.save(draft / "by-asin.npy", np.argsort(ranking.order))
         (draft / "catalog.json").write_text(json.dumps({"id": digest.hexdigest()[:12], "sources": len(products)}))
         shutil.rmtree(place, ignore_errors=True)  # what a process that died here left behind
         os.rename(draft, place)

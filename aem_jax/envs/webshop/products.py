@@ -88,7 +88,7 @@ def read_products(
                 query=item["query"].lower().strip(),
                 kind=item["product_category"],
                 description=item["full_description"] or "",
-                bullets=tuple(bullets) if isinstance(bullets, list) else (bullets,),
+                bullets=tuple(bullets) if isinstance(bullets, list) else (bullets or "",),
                 prices=prices,
                 price_tag=" to ".join(f"${price}" for price in prices),
                 options=_options(item.get("customization_options") or {}),

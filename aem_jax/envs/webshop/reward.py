@@ -24,7 +24,7 @@ _COLOURS_TEXT = (
     "tiger turquoise violet walnut wheat white wine yellow"
 )
 COLOURS = tuple(_COLOURS_TEXT.split())
-"""The first of these that an option contains stands for the whole option."""
+"""The first of these that an option contains stands for the whole option. WebShop's own list (MIT licence)."""
 
 _LATIN_1 = dict.fromkeys(range(128, 256))  # dropped before words are compared; other letters stay
 
