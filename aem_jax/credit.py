@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 from aem_jax.advantage import (
     Experience,
     ResponseAdvantages,
+    ValueTargets,
     aem_coefficients,
     coefficient_statistics,
+    explained_variance,
     response_entropy,
     token_advantages,
 )
@@ -42,7 +44,7 @@ class AemConfig:
             raise ValueError(f"expected aem.strength and aem.min_range >= 0, got {self.strength} and {self.min_range}")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "base", "coefficients", "entropies"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Credit:
     """Who earned what.
@@ -52,36 +54,47 @@ class Credit:
         base: f32[R], base advantage of each response.
         coefficients: f32[R], alpha.
         entropies: f32[R], mean token entropy of each response, nats.
+        values: what a value head learns from; None without one. AEM has no part in it.
     """
 
     tokens: Array
     base: Array
     coefficients: Array
     entropies: Array
+    values: ValueTargets | None = None
 
 
-def experience(batch: Batch) -> Experience:
-    """What estimators see of a batch: its tables, whatever the packing."""
-    return Experience(**{name: getattr(batch, name) for name in Experience._fields})
+def experience(batch: Batch, values: Array | None = None) -> Experience:
+    """What estimators see of a batch: its tables, whatever the packing, and the values f32[R] of its responses."""
+    tables = {name: getattr(batch, name) for name in Experience._fields if name != "response_values"}
+    return Experience(**tables, response_values=values)
 
 
 def make_credit(
-    estimate: ResponseAdvantages, aem: AemConfig, num_groups: int, mesh: Mesh
+    estimate: ResponseAdvantages,
+    aem: AemConfig,
+    num_groups: int,
+    mesh: Mesh,
+    returns: ResponseAdvantages | None = None,
 ) -> Callable[..., tuple[Credit, dict[str, Any]]]:
-    """Builds `credit(batch, key=None) -> (Credit, statistics)`, jitted; the PRNG key is for the variant "shuffled".
+    """Builds `credit(batch, key=None, values=None) -> (Credit, statistics)`, jitted.
+
+    The PRNG key is for the variant "shuffled"; `values` f32[R] are given exactly if there is a value head.
 
     Args:
         estimate: base advantages of responses, e.g. `of_returns(over_trajectories, grpo)`.
         aem: the coefficient's settings.
         num_groups: rollout groups of a step, static.
         mesh: the mesh that the batch lies on.
+        returns: what the value head is to learn, e.g. `value_returns`; None without one.
     """
     whole = replicated(mesh)
-    placed = Credit(packed_sharding(mesh), whole, whole, whole)  # pyright: ignore[reportArgumentType]
+    placed = Credit(packed_sharding(mesh), whole, whole, whole, whole)  # pyright: ignore[reportArgumentType]
 
     @partial(jax.jit, out_shardings=(placed, whole))
-    def credit(batch: Batch, key: Array | None = None) -> tuple[Credit, dict[str, Any]]:
-        base = estimate(experience(batch), num_groups)
+    def credit(batch: Batch, key: Array | None = None, values: Array | None = None) -> tuple[Credit, dict[str, Any]]:
+        table = experience(batch, values)
+        base = estimate(table, num_groups)
         ids = jnp.asarray(batch.response_ids)
         flat = ids.reshape(-1, ids.shape[-1])
         entropies = response_entropy(jnp.asarray(batch.entropies).reshape(flat.shape), flat, base.shape[0])
@@ -108,7 +121,16 @@ def make_credit(
             "advantage/positive_share": jnp.mean((base > 0).astype(jnp.float32), where=kwargs["valid"]),
             "advantage/nonzero_share": jnp.mean((base != 0).astype(jnp.float32), where=kwargs["valid"]),
         }
-        return Credit(tokens, base, alpha, entropies), statistics
+        if values is None or returns is None:
+            return Credit(tokens, base, alpha, entropies), statistics
+        targets = ValueTargets(values, returns(table, num_groups))
+        spoken = ~jnp.isnan(values)
+        statistics |= {
+            "value/mean": jnp.mean(values, where=spoken),
+            "value/return": jnp.mean(targets.returns, where=spoken),
+            "value/explained_variance": explained_variance(*targets, valid=spoken),
+        }
+        return Credit(tokens, base, alpha, entropies, targets), statistics
 
     return credit
 

@@ -7,7 +7,8 @@ no mean is ever taken over what happens to lie in one array. An aggregation is a
 The ratio of a whole sequence (GSPO) is no token's own number, but one per sequence is all that it takes: log-ratios are
 summed per response, a table again, before any loss is computed.
 
-Left out: an entropy bonus (AEM moves entropy through the advantages), and means over masked arrays.
+Left out: an entropy bonus (AEM moves entropy through the advantages), and means over masked arrays. A value head's loss
+is a state's, not a token's, and adds up the same way.
 """
 
 import functools
@@ -204,6 +205,45 @@ def truncated_importance(logprobs: ArrayLike, sampled_logprobs: ArrayLike, cap: 
         raise ValueError(f"expected cap >= 1, got {cap}; below 1 even tokens that both policies agree on would be cut")
     logprobs, sampled_logprobs = _floats(logprobs=logprobs, sampled_logprobs=sampled_logprobs)
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(_log_ratio(logprobs, sampled_logprobs)), cap))
+
+
+class ValueLoss(NamedTuple):
+    """A value loss, state by state; all shaped as the values."""
+
+    loss: jax.Array
+    """float, ℓ, to be minimised, in units of reward squared."""
+    clipped: jax.Array
+    """bool, whether the clip decides, so that no gradient flows."""
+
+
+def clipped_value_loss(values: ArrayLike, old_values: ArrayLike, returns: ArrayLike, *, clip: float) -> ValueLoss:
+    """PPO's value loss: a value may come nearer to its return than it was by `clip`, then it stays (arXiv 1707.06347).
+
+        ℓ = ½ max( (V − R)²,  (V_old + clip(V − V_old, −ε, ε) − R)² )
+
+    As published implementations have it; the paper has the square alone. Gradients flow through `values` alone.
+
+    Args:
+        values: float[...], V, in units of reward.
+        old_values: float[...], same shape, V_old: before the first optimizer step on this batch.
+        returns: float[...], same shape, R.
+        clip: ε, >= 0, in units of reward; 0 for none.
+
+    Returns:
+        ValueLoss, float32 or wider.
+
+    Raises:
+        ValueError: on shapes that differ, dtypes that are not floating, or clip < 0.
+    """
+    if not clip >= 0:
+        raise ValueError(f"expected clip of 0 (off) or above, got {clip}")
+    values, old, returns = _floats(values=values, old_values=old_values, returns=returns)
+    old, returns = jax.lax.stop_gradient(old), jax.lax.stop_gradient(returns)
+    free = (values - returns) ** 2
+    if not clip:
+        return ValueLoss(0.5 * free, jnp.zeros(free.shape, jnp.bool_))
+    bounded = (old + jnp.clip(values - old, -clip, clip) - returns) ** 2
+    return ValueLoss(0.5 * jnp.maximum(free, bounded), bounded > free)
 
 
 def k1(logprobs: ArrayLike, reference_logprobs: ArrayLike) -> jax.Array:

@@ -31,6 +31,7 @@ _SHARED: Rules = {
     "length": None,
     "norm": None,
     "rank": None,
+    "value": None,
 }
 TRAIN: Rules = {**_SHARED, "embed": "fsdp"}
 """Learning: each weight split over fsdp along its embedding dimension and over tensor along the other."""

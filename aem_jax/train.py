@@ -42,23 +42,25 @@ class Parts:
         play: (parameters in the decode layout, step, key) -> the step's episodes, and which of them to learn from.
         reshard: learner's parameters -> decode layout.
         collate: (trajectories, step) -> batch on the mesh.
-        credit: (batch, the step's PRNG key) -> (Credit, statistics).
-        update: (state, batch, advantages, reference) -> (state, statistics).
+        credit: (batch, the step's PRNG key, values) -> (Credit, statistics).
+        update: (state, batch, advantages, reference, values=what a value head learns from) -> (state, statistics).
         reference: batch -> logprobs of the reference policy, or None when KL is off.
         finish: called with (state, step, metrics, trajectories, credit) after each step, with the trajectories learnt
             from: evaluates, writes, saves.
         stop: whether to leave after this step.
+        values: (learner's parameters, batch) -> values of the batch's responses, or None without a value head.
     """
 
     warm_up: Callable[[Any], None]
     play: Callable[[Any, int, jax.Array], Played]
     reshard: Callable[[Any], Any]
     collate: Callable[[Sequence[Trajectory], int], Batch]
-    credit: Callable[[Batch, jax.Array], tuple[Credit, Metrics]]
-    update: Callable[[TrainState, Batch, Any, Any], tuple[TrainState, Metrics]]
+    credit: Callable[[Batch, jax.Array, Any], tuple[Credit, Metrics]]
+    update: Callable[..., tuple[TrainState, Metrics]]
     reference: Callable[[Batch], Any] | None
     finish: Callable[[TrainState, int, Metrics, Sequence[Trajectory], Credit], None]
     stop: Callable[[], bool]
+    values: Callable[[Any, Batch], Any] | None = None
 
 
 def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> TrainState:
@@ -82,9 +84,10 @@ def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> Tr
         episodes = parts.play(parts.reshard(state.params), step, episode_key)
         rolled_out, played = time.perf_counter(), episodes.stats
         batch = parts.collate(episodes.trajectories, step)
-        credit, credit_stats = parts.credit(batch, episode_key)
+        values = parts.values(state.params, batch) if parts.values else None
+        credit, credit_stats = parts.credit(batch, episode_key, values)
         reference = parts.reference(batch) if parts.reference else None
-        state, learner_stats = parts.update(state, batch, credit.tokens, reference)
+        state, learner_stats = parts.update(state, batch, credit.tokens, reference, values=credit.values)
         credit_stats, learner_stats = jax.device_get((credit_stats, learner_stats))
         end = time.perf_counter()
         metrics = {

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from aem_jax.losses import (
     clipped_policy_loss,
+    clipped_value_loss,
     constant_length,
     k1,
     k3,
@@ -46,6 +47,24 @@ def test_where_the_clip_decides_no_gradient_flows():
     gradient = jax.grad(lambda x: clipped_at_a_fifth(x, old, advantages).loss.sum())(logprobs)
     # Elsewhere d(−ρA)/dlogp = −ρA.
     np.testing.assert_allclose(gradient, [0.0, 1.5, -0.5, 0.0], rtol=1e-6)
+
+
+def test_value_loss_golden():
+    # R = 10 and V_old = 4, ε = 2, so V counts as at most 6. V = 5: inside, ½ · 5². V = 8: max(2², 4²)/2, clipped.
+    # V = 3: inside, ½ · 7². V = 1: away from R, max(9², 8²)/2: what got worse is never excused.
+    values, old, returns = jnp.array([5.0, 8.0, 3.0, 1.0]), jnp.full(4, 4.0), jnp.full(4, 10.0)
+    found = clipped_value_loss(values, old, returns, clip=2.0)
+    np.testing.assert_array_equal(found.loss, [12.5, 8.0, 24.5, 40.5])
+    np.testing.assert_array_equal(found.clipped, [False, True, False, False])
+    gradient = jax.grad(lambda v, o, r: clipped_value_loss(v, o, r, clip=2.0).loss.sum(), argnums=(0, 1, 2))
+    # dℓ/dV = V − R where the clip does not decide; nothing flows into what the value is compared with
+    for gradients, wanted in zip(gradient(values, old, returns), ([-5, 0, -7, -9], np.zeros(4), np.zeros(4))):
+        np.testing.assert_array_equal(gradients, wanted)
+    free = clipped_value_loss(values, old, returns, clip=0.0)
+    np.testing.assert_array_equal(free.loss, [12.5, 2.0, 24.5, 40.5])
+    assert not free.clipped.any()
+    with pytest.raises(ValueError, match=r"expected clip of 0 \(off\) or above, got -1.0"):
+        clipped_value_loss(values, old, returns, clip=-1.0)
 
 
 def test_on_policy_gradient_is_the_policy_gradient():

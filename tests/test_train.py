@@ -3,18 +3,19 @@
 import dataclasses
 import json
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aem_jax.advantage import grpo, of_returns, over_trajectories
+from aem_jax.advantage import gae, grpo, of_returns, over_trajectories, value_returns
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.credit import AemConfig, Credit, make_credit
 from aem_jax.envs.protocol import StepResult
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
-from aem_jax.models import ModelConfig, Policy
+from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_response_values, make_update
+from aem_jax.models import ModelConfig, Policy, ValuePolicy, policy_params
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.layout import make_reshard
@@ -58,12 +59,13 @@ def tasks(step: int, round: int) -> list[Task]:
 EVERY = Rule(4)
 
 
-def run(steps: int, strength: float, mesh=None, *, rule=EVERY, tasks=tasks, first=None):
-    """Trains to `steps`, from the state `first` or from scratch."""
+def run(steps: int, strength: float, mesh=None, *, rule=EVERY, tasks=tasks, first=None, trained: Any = POLICY):
+    """Trains to `steps`, from the state `first` or from scratch; with a value head it is PPO."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    config = LearnerConfig(learning_rate=3e-3)
+    config = LearnerConfig(learning_rate=3e-3, value_learning_rate=0.1)
     sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=32, slack=ROLLOUT.slack, mesh=mesh)
-    update = make_update(POLICY, config, mesh)
+    update, valued = make_update(trained, config, mesh), isinstance(trained, ValuePolicy)
+    estimate, reshard = gae if valued else of_returns(over_trajectories, grpo), make_reshard(POLICY, mesh)
     history, found = [], []
 
     def finish(state, step, metrics, trajectories, credit):
@@ -74,15 +76,16 @@ def run(steps: int, strength: float, mesh=None, *, rule=EVERY, tasks=tasks, firs
     parts = Parts(
         warm_up=rollout.warm_up,
         play=partial(play_rounds, rollout, tasks, rule),
-        reshard=make_reshard(POLICY, mesh),
+        reshard=lambda params: reshard(policy_params(trained, params)),
         collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
-        credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(strength), 4, mesh),
+        credit=make_credit(estimate, AemConfig(strength), 4, mesh, value_returns if valued else None),
         update=update,
         reference=None,
         finish=finish,
         stop=lambda: False,
+        values=make_response_values(trained, config, mesh) if valued else None,
     )
-    state = first or init_state(POLICY, make_optimizer(config, POLICY.axes), mesh, jax.random.key(0))
+    state = first or init_state(trained, make_optimizer(config, trained.axes), mesh, jax.random.key(0))
     state = train(state, parts, jax.random.key(1), steps)
     return state, history, found
 
@@ -110,6 +113,20 @@ def test_a_run_is_a_function_of_its_seed():
 
 def timeless(metrics: dict) -> dict:
     return {k: v for k, v in metrics.items() if not k.startswith(("time/", "throughput/", "compile/"))}
+
+
+def test_with_a_value_head_it_learns_what_to_expect_and_a_resumed_run_goes_on_alike():
+    trained = ValuePolicy(POLICY)
+    _, unbroken, _ = run(16, 1.0, trained=trained)
+    explained = [h["value/explained_variance"] for h in unbroken]
+    assert explained[0] == 0.0 == unbroken[0]["value/mean"]  # a new head says 0, of everything
+    assert np.mean(explained[-4:]) > 0.15
+    assert max(abs(h["value/mean"] - h["value/return"]) for h in unbroken[-4:]) < 0.2  # of a return of up to 1
+    assert np.mean([h["rollout/return"] for h in unbroken[-3:]]) > 0.8
+    assert sum(h["compile/recompiles"] for h in unbroken) == 0
+    state, broken, _ = run(6, 1.0, trained=trained)
+    _, rest, _ = run(8, 1.0, trained=trained, first=state)
+    assert list(map(timeless, unbroken[:8])) == list(map(timeless, broken + rest))
 
 
 def test_rounds_are_played_until_enough_groups_differ_and_a_resumed_run_plays_the_same():

@@ -17,6 +17,7 @@ from aem_jax.advantage.aem import (
 )
 from aem_jax.advantage.estimators import Estimator, Scope, dr_grpo, grpo, over_trajectories, over_turns, rloo
 from aem_jax.advantage.experience import Experience, ResponseAdvantages, of_returns
+from aem_jax.advantage.gae import ValueTargets, explained_variance, gae, gae_advantages, value_returns
 from aem_jax.advantage.gigpo import gigpo
 from aem_jax.advantage.reinforce import (
     by_response,
@@ -35,6 +36,7 @@ __all__ = [
     "Experience",
     "ResponseAdvantages",
     "Scope",
+    "ValueTargets",
     "aem_coefficients",
     "aem_scale",
     "by_response",
@@ -42,6 +44,9 @@ __all__ = [
     "by_trajectory",
     "coefficient_statistics",
     "dr_grpo",
+    "explained_variance",
+    "gae",
+    "gae_advantages",
     "gigpo",
     "grpo",
     "of_returns",
@@ -54,5 +59,6 @@ __all__ = [
     "rloo",
     "token_advantages",
     "token_statistics",
+    "value_returns",
     "whiten",
 ]

@@ -48,6 +48,9 @@ class Experience(NamedTuple):
     """int[R], in [0, R): equal for responses of one group to equal observations; -1 for none."""
     response_valid: Array
     """bool[R], which responses take part, if their trajectory does."""
+    response_values: Array | None = None
+    """float[R], what the policy expected of the state that a response was given in, in units of reward; NaN where there
+    is no value. None for estimators that ask for none."""
 
 
 ResponseAdvantages = Callable[[Experience, int], jax.Array]

@@ -28,6 +28,7 @@ from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.run import on_base, opened, restore
 from aem_jax.launch.stage import Stage
 from aem_jax.learner import init_state, make_optimizer, make_update
+from aem_jax.models import policy_params
 from aem_jax.report.analysis import print_analysis, write_analysis
 from aem_jax.sampler import Sampler
 from aem_jax.trajectory import Ending
@@ -104,6 +105,8 @@ def _analysis(stage: Stage, params: Any, options: AnalyzeConfig, groups: int) ->
     """Plays, draws, updates and draws again."""
     config, key = stage.config, jax.random.fold_in(stage.key("evaluate"), options.seed + 1)
     play, draw = jax.random.split(key)
+    values = stage.make_values()
+    trained, params = params, policy_params(stage.trained, params)
     decode = stage.reshard(params)
     picked = np.random.default_rng(options.seed).integers(len(stage.domain.training), size=groups)
     tasks = [stage.domain.training[int(index)] for index in picked]
@@ -114,7 +117,9 @@ def _analysis(stage: Stage, params: Any, options: AnalyzeConfig, groups: int) ->
     batch = place(collate(trajectories, layout), stage.mesh)
     # α as the paper has it, also for a run without it or with an ablation of it: that is what is asked about.
     aem = AemConfig(min_range=config.aem.min_range if options.min_range < 0 else options.min_range)
-    credit, statistics = make_credit(response_advantages(config.algorithm), aem, groups, stage.mesh)(batch)
+    credit, statistics = make_credit(response_advantages(config.algorithm), aem, groups, stage.mesh)(
+        batch, values=values(trained, batch) if values else None
+    )
     base, alpha, entropies = (np.asarray(x, np.float64) for x in (credit.base, credit.coefficients, credit.entropies))
     every = states_of(trajectories, config.rollout.response_tokens, config.rollout.context_tokens)
     numbers = np.array([each.response for each in every])

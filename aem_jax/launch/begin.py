@@ -14,7 +14,7 @@ from aem_jax.launch import build, record
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.learner import abstract_state, make_optimizer
-from aem_jax.models import LoraPolicy, Params, Policy
+from aem_jax.models import LoraPolicy, Params, Policy, policy_params
 
 
 def tokenizer(config: RunConfig) -> Path:
@@ -30,7 +30,7 @@ def tokenizer(config: RunConfig) -> Path:
 
 
 def parameters(config: RunConfig, policy: Policy | LoraPolicy, vocab_size: int, mesh: Mesh) -> Params:
-    """float32 parameters of the run that `config` begins from, at its step 0, in the train layout.
+    """float32 parameters of the run that `config` begins from, at its step 0, in the train layout; no value head's.
 
     Args:
         config: the run that begins.
@@ -50,7 +50,8 @@ def parameters(config: RunConfig, policy: Policy | LoraPolicy, vocab_size: int, 
             f"in {run}; give the same --model and --tokenizer"
         )
     # The optimizer's state lies beside the parameters and is read with them; it is of the other run's learner.
-    state = abstract_state(trained, make_optimizer(other.learner, trained.axes), mesh)
+    valued = build.trained_policy(other, trained)
+    state = abstract_state(valued, make_optimizer(other.learner, valued.axes), mesh)
     with Checkpoints(run / "checkpoints", other.checkpoint) as checkpoints:
         if 0 not in checkpoints.steps:
             raise ConfigError(
@@ -58,4 +59,4 @@ def parameters(config: RunConfig, policy: Policy | LoraPolicy, vocab_size: int, 
                 "train it with --checkpoint.keep-first True"
             )
         restored: Any = checkpoints.restore(state, step=0)
-    return restored.params
+    return policy_params(valued, restored.params)

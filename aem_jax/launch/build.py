@@ -6,11 +6,12 @@ from functools import partial
 from importlib.util import find_spec
 
 from aem_jax.batch import BatchLayout
+from aem_jax.launch.algorithm import has_values
 from aem_jax.launch.config import ModelChoice, RunConfig
 from aem_jax.launch.overrides import ConfigError, nearest
 from aem_jax.launch.processes import expected
 from aem_jax.learner.config import LearnerConfig
-from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy
+from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy, ValuePolicy
 from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.sampler.layout import INT8_MERGES
 from aem_jax.selection import (
@@ -106,6 +107,11 @@ def make_policy(config: RunConfig, vocab_size: int) -> Policy | LoraPolicy:
     except ValueError as error:
         raise ConfigError(f"--lora.rank: {error}") from None
     return policy
+
+
+def trained_policy(config: RunConfig, policy: Policy | LoraPolicy) -> Policy | LoraPolicy | ValuePolicy:
+    """What reinforcement learning trains: the policy, with a value head if the algorithm asks for values."""
+    return ValuePolicy(policy) if has_values(config.algorithm) else policy
 
 
 def sampled_policy(config: RunConfig, policy: Policy | LoraPolicy) -> Policy | LoraPolicy:

@@ -10,7 +10,7 @@ from aem_jax.launch import base, build, runtime
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.learner import abstract_state, make_optimizer
-from aem_jax.models import LoraPolicy, save_pretrained
+from aem_jax.models import LoraPolicy, policy_params, save_pretrained
 from aem_jax.models.peft import save_adapter
 from aem_jax.models.pretrained import check_free
 from aem_jax.sharding import make_mesh
@@ -36,12 +36,13 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
         policy = build.make_policy(config, chat.vocab_size)
         if adapter and not isinstance(policy, LoraPolicy):
             raise ConfigError(f"--adapter: {run} trained all weights, not an adapter (--lora.rank); leave it out")
-        optimizer = make_optimizer(config.learner, policy.axes)
+        trained = build.trained_policy(config, policy)
+        optimizer = make_optimizer(config.learner, trained.axes)
         with Checkpoints(run / "checkpoints", config.checkpoint) as checkpoints:
             step = checkpoints.latest
             if step is None:
                 raise ConfigError(f"no checkpoint in {run}; train it first")
-            params = checkpoints.restore(abstract_state(policy, optimizer, mesh)).params
+            params = policy_params(trained, checkpoints.restore(abstract_state(trained, optimizer, mesh)).params)
         if adapter and isinstance(policy, LoraPolicy):
             stands_on = config.model.path or str((run / base.FOLDER).resolve())
             save_adapter(folder, policy, params, base=stands_on)

@@ -21,7 +21,7 @@ from aem_jax.data import task_groups
 from aem_jax.envs.protocol import EnvError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
 from aem_jax.launch import base, begin, build, processes, record, runtime
-from aem_jax.launch.algorithm import response_advantages
+from aem_jax.launch.algorithm import response_advantages, value_targets
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.stage import Stage, StoppedError, open_stage
@@ -36,7 +36,7 @@ from aem_jax.learner import (
     make_update,
 )
 from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, read_lines, write_whole
-from aem_jax.models import LoraPolicy
+from aem_jax.models import LoraPolicy, ValuePolicy, policy_params
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
 from aem_jax.report import write_report
@@ -94,7 +94,7 @@ def evaluate(config: RunConfig) -> int:
             raise ConfigError(f"no checkpoint in {folder}; train it first")
         stage = on_base(stage, checkpoints)
         state = restore(stage, checkpoints)
-        params, records, is_first = stage.reshard(state.params), [], stage.hosts.is_first
+        params, records, is_first = stage.laid_out(state.params), [], stage.hosts.is_first
         for split in config.evaluation.splits:
             tasks, name = stage.domain.evaluation(split, config.evaluation.size)
             found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
@@ -164,20 +164,22 @@ def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
 
 def restore(stage: Stage, checkpoints: Checkpoints, step: int | None = None) -> TrainState:
     """The state of a step, or of the latest that can be read."""
-    optimizer = make_optimizer(stage.config.learner, stage.policy.axes)
-    return checkpoints.restore(abstract_state(stage.policy, optimizer, stage.mesh), step)
+    optimizer = make_optimizer(stage.config.learner, stage.trained.axes)
+    return checkpoints.restore(abstract_state(stage.trained, optimizer, stage.mesh), step)
 
 
 def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     """A state at step 0: another run's, or the model's parameters or random ones, fitted to demonstrations if there are
     to be any."""
-    config = stage.config
-    optimizer = make_optimizer(config.learner, stage.policy.axes)
-    checkpoints.check_space(abstract_state(stage.policy, optimizer, stage.mesh))
+    config, trained = stage.config, stage.trained
+    optimizer = make_optimizer(config.learner, trained.axes)
+    checkpoints.check_space(abstract_state(trained, optimizer, stage.mesh))
     begins = bool(config.warmstart.begin_from)
     fits = config.warmstart.episodes > 0 and not begins and not build.warm_start_makes_base(config)
     source = _fit(stage, _demonstrations(stage)).params if fits else _parameters(stage)
-    state = init_state(stage.policy, optimizer, stage.mesh, source)
+    if isinstance(trained, ValuePolicy) and not isinstance(source, jax.Array):  # a key makes all of it
+        source = jax.jit(trained.attach)(source)
+    state = init_state(trained, optimizer, stage.mesh, source)
     checkpoints.save(0, state)
     return state
 
@@ -272,13 +274,16 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
     parts = Parts(
         warm_up=stage.rollout.warm_up,
         play=partial(play_rounds, stage.rollout, tasks, build.selection_rule(config)),
-        reshard=stage.reshard,
+        reshard=stage.laid_out,
         collate=lambda found, step: place(collate(found, layout, seed=(config.seed, step)), stage.mesh),
-        credit=make_credit(response_advantages(config.algorithm), config.aem, num_groups, stage.mesh),
-        update=partial(make_update(stage.policy, config.learner, stage.mesh), frozen=stage.frozen),
+        credit=make_credit(
+            response_advantages(config.algorithm), config.aem, num_groups, stage.mesh, value_targets(config.algorithm)
+        ),
+        update=partial(make_update(stage.trained, config.learner, stage.mesh), frozen=stage.frozen),
         reference=_reference(stage, checkpoints),
         finish=finish,
         stop=stage.stop.look,
+        values=stage.make_values(),
     )
     with writer or nullcontext():
         state = train_steps(state, parts, stage.key("train"), num_steps)
@@ -294,8 +299,7 @@ def _reference(stage: Stage, checkpoints: Checkpoints):
     if build.reference_is_base(stage.config):
         policy, params = stage.policy.whole, stage.frozen
     else:
-        optimizer = make_optimizer(stage.config.learner, stage.policy.axes)
-        params = checkpoints.restore(abstract_state(stage.policy, optimizer, stage.mesh), step=0).params
+        params = policy_params(stage.trained, restore(stage, checkpoints, step=0).params)
         policy, params = stage.policy, params if stage.frozen is None else (params, stage.frozen)
     token_logprobs = make_token_logprobs(policy, stage.config.learner, stage.mesh)
     return lambda batch: token_logprobs(params, batch)
@@ -314,7 +318,7 @@ def _evaluate(
         tasks, name = stage.domain.evaluation(split, stage.config.evaluation.size)
         if stage.hosts.of_first(_is_done(lines, phase, name, step)):
             continue
-        params = stage.reshard(state.params) if params is None else params
+        params = stage.laid_out(state.params) if params is None else params
         found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
         if stage.hosts.is_first:
             append_line(lines, found.record(step, phase))

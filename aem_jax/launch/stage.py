@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from aem_jax.batch import Batch
 from aem_jax.envs.pool import EnvPool
 from aem_jax.hosts import Hosts
 from aem_jax.launch import begin, build
@@ -21,7 +22,8 @@ from aem_jax.launch.mesh import open_mesh
 from aem_jax.launch.processes import share_urls
 from aem_jax.launch.progress import Report, open_progress
 from aem_jax.launch.signals import StopRequest, stop_on_signals
-from aem_jax.models import LoraPolicy, Policy
+from aem_jax.learner import make_response_values
+from aem_jax.models import LoraPolicy, Policy, ValuePolicy, policy_params
 from aem_jax.models.pretrained import resolve
 from aem_jax.rollout import Rollout
 from aem_jax.rollout.caches import check_caches
@@ -51,7 +53,7 @@ class Stage:
         policy: the decoder, or adapters of it.
         mesh: the device mesh.
         rollout: plays episodes.
-        reshard: learner's parameters -> decode layout.
+        reshard: the policy's parameters -> decode layout.
         report: shows progress.
         stop: whether somebody asked the run to stop.
         hosts: the processes of the run.
@@ -74,6 +76,23 @@ class Stage:
     def on(self, frozen: Any) -> "Stage":
         """This stage with weights for its adapter to stand beside."""
         return replace(self, frozen=frozen, reshard=partial(self.reshard, frozen=frozen))
+
+    @property
+    def trained(self) -> Policy | LoraPolicy | ValuePolicy:
+        """What reinforcement learning trains: `policy`, and a value head where the algorithm asks for one."""
+        return build.trained_policy(self.config, self.policy)
+
+    def laid_out(self, params: Any) -> Any:
+        """What is sampled from, of the parameters of `trained`, in the decode layout."""
+        return self.reshard(policy_params(self.trained, params))
+
+    def make_values(self) -> Callable[[Any, Batch], jax.Array] | None:
+        """(parameters of `trained`, batch) -> values of its responses, f32[R]; None without a value head."""
+        trained = self.trained
+        if not isinstance(trained, ValuePolicy):
+            return None
+        values = make_response_values(trained, self.config.learner, self.mesh)
+        return lambda params, batch: values(params if self.frozen is None else (params, self.frozen), batch)
 
     def key(self, purpose: str) -> jax.Array:
         """The run's PRNG key for one of `PURPOSES`."""

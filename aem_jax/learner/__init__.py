@@ -10,7 +10,7 @@ from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.forward import Rows, row_statistics
 from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
 from aem_jax.learner.state import TrainState, abstract_state, init_state
-from aem_jax.learner.update import make_supervised_update, make_token_logprobs, make_update
+from aem_jax.learner.update import make_response_values, make_supervised_update, make_token_logprobs, make_update
 
 __all__ = [
     "LearnerConfig",
@@ -19,6 +19,7 @@ __all__ = [
     "abstract_state",
     "init_state",
     "make_optimizer",
+    "make_response_values",
     "make_schedule",
     "make_supervised_update",
     "make_token_logprobs",

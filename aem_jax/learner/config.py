@@ -47,6 +47,16 @@ class LearnerConfig:
     pass. 0: off."""
     kl_coefficient: float = 0.0
     """Weight of the KL to the reference policy (k3 estimator); 0 holds no reference at all."""
+    value_coefficient: float = 0.5
+    """With a value head (algorithm.estimator gae): weight of its loss."""
+    value_clip: float = 0.5
+    """With a value head: what a value may move at most between the optimizer steps of one batch, in units of reward;
+    further its loss is flat. 0: off. With one optimizer step a batch it changes nothing."""
+    value_learning_rate: float = 5e-3
+    """With a value head: its peak learning rate, on the policy's schedule."""
+    value_gradient: Literal["head", "all"] = "head"
+    """With a value head: what learns from its loss: the head alone, or the policy's weights beneath it as well, whose
+    gradient then depends on the size of rewards."""
     aggregation: Literal["token-mean", "trajectory-mean", "response-mean", "constant"] = "token-mean"
     """Averaged over: all tokens alike, means of trajectories, means of responses, or sums over a constant length."""
     constant_length: int = 1024
@@ -68,7 +78,7 @@ class LearnerConfig:
 
     def __post_init__(self):
         _positive(self, "learning_rate", "adam_eps", "max_grad_norm", "constant_length", "temperature", "head_chunk")
-        _positive(self, "num_minibatches", "num_epochs")
+        _positive(self, "num_minibatches", "num_epochs", "value_learning_rate")
         if not 0 <= self.clip_low <= 1 or not self.clip_high >= 0:
             raise ValueError(f"expected clip_low in [0, 1] and clip_high ≥ 0, got {self.clip_low} and {self.clip_high}")
         if self.importance_cap and not self.importance_cap >= 1:
@@ -80,7 +90,14 @@ class LearnerConfig:
             )
         if self.dual_clip and not self.dual_clip > 1:
             raise ValueError(f"expected dual_clip of 0 (off) or above 1, got {self.dual_clip}")
-        for name in ("warmup_steps", "total_steps", "weight_decay", "kl_coefficient"):
+        for name in (
+            "warmup_steps",
+            "total_steps",
+            "weight_decay",
+            "kl_coefficient",
+            "value_coefficient",
+            "value_clip",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"expected {name} ≥ 0, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from aem_jax.learner.head import HeadLayout, head_loss, head_statistics
 from aem_jax.learner.objective import Measures, Objective, Tokens
 from aem_jax.learner.state import Params, TrainablePolicy
+from aem_jax.learner.value import ValueObjective, ValueTokens
+from aem_jax.models import ValuePolicy
 from aem_jax.models.attention import RowAttention, row_attention
 from aem_jax.models.decoder import PRODUCT
 
@@ -87,6 +89,7 @@ def row_loss(
     objective: Objective,
     how: Computation,
     sequence: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    value: tuple[ValueObjective, ValueTokens] | None = None,
 ) -> tuple[jax.Array, Measures]:
     """A loss of the sampled tokens' log-probabilities, differentiable in the parameters.
 
@@ -101,6 +104,8 @@ def row_loss(
         how: how it is computed.
         sequence: (logprobs, logprobs as sampled, response ids), [b, T] each in one order of its own, -> f32[b, T], what
             `tokens.sequence` is to be. It takes the head of all sampled tokens, without gradient, before the loss.
+        value: a loss of the values of these states, which is added, and what it knows of each token; the policy has a
+            value head then.
 
     Returns:
         (loss f32[], measures); no gradient flows through the measures.
@@ -110,9 +115,21 @@ def row_loss(
     head, targets, tokens = policy.head(params), front(rows.tokens), jax.tree.map(front, tokens)
     if sequence is not None:
         settings = {"temperature": how.temperature, "chunk": how.head_chunk, "layout": how.head}
-        logprobs, _ = head_statistics(*jax.lax.stop_gradient((head, hidden)), targets, tokens.mask, **settings)
+        constants = jax.lax.stop_gradient(head), jax.lax.stop_gradient(hidden)
+        logprobs, _ = head_statistics(*constants, targets, tokens.mask, **settings)
         tokens = tokens._replace(sequence=sequence(logprobs, tokens.logprobs, front(rows.response_ids)))
-    return head_loss(objective, how.temperature, how.head_chunk, how.head, head, hidden, targets, tokens)
+    found: Any = head_loss(objective, how.temperature, how.head_chunk, how.head, head, hidden, targets, tokens)
+    if value is None:
+        return found
+    assert isinstance(policy, ValuePolicy)
+    (of_tokens, measures), (of_values, at) = found, value
+    of_states, measures = of_values(policy, params, hidden, ValueTokens(*map(front, at)), measures)
+    return of_tokens + of_states, measures
+
+
+def row_values(policy: ValuePolicy, params: Params, rows: Rows, how: Computation) -> jax.Array:
+    """Values of the states behind every position, f32[b, T], in units of reward; of padding anything."""
+    return policy.values(params, policy.hidden(params, *rows[:3], None, how.constrain, how.attention))
 
 
 def _hidden(policy: TrainablePolicy, params: Params, rows: Rows, front: "_Front", how: Computation) -> jax.Array:

@@ -48,10 +48,17 @@ class Tokens(NamedTuple):
 
 
 class Measures(NamedTuple):
-    """What adds up over microbatches, and what takes its maximum."""
+    """What is measured beside a loss.
+
+    Attributes:
+        sums: over tokens; they add up over microbatches.
+        maxima: over tokens.
+        means: parts of means over responses, with weights that add up to 1 over the minibatch; they add up as well.
+    """
 
     sums: dict[str, jax.Array]
     maxima: dict[str, jax.Array]
+    means: Mapping[str, jax.Array] = {}
 
 
 Objective = Callable[[jax.Array, jax.Array, Tokens], tuple[jax.Array, Measures]]

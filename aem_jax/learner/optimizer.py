@@ -31,30 +31,39 @@ def make_schedule(config: LearnerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: LearnerConfig, axes: Any) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW.
+    """Clip by global norm, then AdamW. A value head is clipped by a norm of its own and has its own learning rate, so
+    that what the policy learns does not depend on the size of rewards.
 
     Args:
         config: learning rate, schedule, betas, decay, clip, dtype of the moments.
         axes: tree of logical axes, one tuple of names for each parameter; it tells matrices from scales.
     """
     clip, rate = optax.clip_by_global_norm(config.max_grad_norm), make_schedule(config)
+    of_value = _leaves("value", axes=axes)
+    if any(jax.tree.leaves(of_value)):
+        of_policy = jax.tree.map(lambda is_value: not is_value, of_value)
+        faster = optax.masked(optax.scale(config.value_learning_rate / config.learning_rate), of_value)
+        clip = optax.chain(optax.masked(clip, of_policy), optax.masked(clip, of_value))
+        return optax.chain(clip, _adamw(config, rate, axes), faster)
+    return optax.chain(clip, _adamw(config, rate, axes))
+
+
+def _adamw(config: LearnerConfig, rate: optax.Schedule, axes: Any) -> optax.GradientTransformation:
+    # What reads or writes the residual stream, or is half of an adapter, decays: no scales of norms, no biases.
+    matrices = _leaves("embed", "rank", axes=axes)
     if config.moments != "float32":
-        adamw = optax.chain(
+        return optax.chain(
             scale_by_small_adam(config.beta1, config.beta2, config.adam_eps, KEPT[config.moments]),
-            optax.add_decayed_weights(config.weight_decay, _matrices(axes)),
+            optax.add_decayed_weights(config.weight_decay, matrices),
             optax.scale_by_learning_rate(rate),
         )
-        return optax.chain(clip, adamw)
-    return optax.chain(
-        clip,
-        optax.adamw(
-            rate,
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            mask=_matrices(axes),
-        ),
+    return optax.adamw(
+        rate,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        mask=matrices,
     )
 
 
@@ -64,7 +73,7 @@ def num_updates(opt_state: Any) -> jax.Array:
     return adam.count
 
 
-def _matrices(axes: Any) -> Any:
-    """Which parameters read or write the residual stream, or are half of an adapter: no scales of norms, no biases."""
+def _leaves(*names: str, axes: Any) -> Any:
+    """Which parameters have one of these logical axes."""
     is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
-    return jax.tree.map(lambda names: "embed" in names or "rank" in names, axes, is_leaf=is_axes)
+    return jax.tree.map(lambda found: bool({*names} & {*found}), axes, is_leaf=is_axes)

@@ -14,7 +14,7 @@ Params = Any
 
 
 class TrainablePolicy(Protocol):
-    """What the learner needs of a policy; `aem_jax.models.Policy` is one, `LoraPolicy` another.
+    """What the learner needs of a policy; `aem_jax.models.Policy` is one; so are `LoraPolicy`, `ValuePolicy`.
 
     Where only part of the weights is trained, `axes` and `init` are of that part, and `hidden` and `head` take the
     pair (trained, frozen) as their parameters.

@@ -17,15 +17,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from aem_jax.advantage import token_advantages
+from aem_jax.advantage import ValueTargets, token_advantages
 from aem_jax.batch import Batch, batch_shardings, packed_sharding
 from aem_jax.learner.config import LearnerConfig
-from aem_jax.learner.forward import REMAT, Computation, Rows, row_loss, row_statistics
+from aem_jax.learner.forward import REMAT, Computation, Rows, row_loss, row_statistics, row_values
 from aem_jax.learner.head import HeadLayout
-from aem_jax.learner.objective import AGGREGATIONS, Objective, Tokens, policy_objective, supervised_objective
+from aem_jax.learner.objective import AGGREGATIONS, Measures, Objective, Tokens, policy_objective, supervised_objective
 from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
 from aem_jax.learner.sequence import LEVELS, Level, response_sums
 from aem_jax.learner.state import Params, TrainablePolicy, TrainState, abstract_state
+from aem_jax.learner.value import ValueTokens, add_values, first_tokens, value_objective
+from aem_jax.models import ValuePolicy
 from aem_jax.models.kernels import make_row_attention
 from aem_jax.sharding import TRAIN, partition, replicated, slot_shards
 
@@ -41,14 +43,16 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> C
         mesh: the mesh that state and batch lie on.
 
     Returns:
-        update(state, batch, advantages, reference=None, frozen=None) -> (state, stats). `state` is donated: the old one
-        is gone. `advantages` are f32[M, b, T]; so are `reference`, the reference policy's logprobs
+        update(state, batch, advantages, reference=None, frozen=None, values=None) -> (state, stats). `state` is
+        donated: the old one is gone. `advantages` are f32[M, b, T]; so are `reference`, the reference policy's logprobs
         (`make_token_logprobs`), which are given exactly if kl_coefficient > 0. `frozen` are the weights that the policy
-        has beside those it trains, in the train layout; they are read, never changed, and not donated.
+        has beside those it trains, in the train layout; they are read, never changed, and not donated. `values`, what a
+        value head learns from, are given exactly if the policy has one.
         stats, f32[] each; means over tokens, of all optimizer steps unless said otherwise:
-            loss, grad_norm (before the clip), learning_rate (of the last optimizer step);
+            loss, grad_norm (of all that is trained, before the clip), learning_rate (of the last optimizer step);
             clip_share (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
             kl_sampler, kl_reference (k3 estimates, nats; the latter only with a reference), entropy (nats);
+            value_loss (without its coefficient), value_clip_share: means over responses, with a value head alone;
             importance_mean, importance_capped (share of tokens at the cap), with importance_cap alone;
             parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats;
             tokens (sampled, of the batch), skipped (optimizer steps left out: no token, or a gradient not finite).
@@ -61,13 +65,19 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> C
         advantages: jax.Array,
         reference: jax.Array | None = None,
         frozen: Params | None = None,
+        values: ValueTargets | None = None,
     ) -> tuple[TrainState, Stats]:
         if (reference is None) == (config.kl_coefficient > 0):
             raise ValueError(
                 f"expected reference logprobs exactly when kl_coefficient > 0, got kl_coefficient = "
                 f"{config.kl_coefficient} and {'no reference' if reference is None else 'a reference'}"
             )
-        return step(state, batch, advantages, reference, frozen)
+        if (values is None) == isinstance(policy, ValuePolicy):
+            raise ValueError(
+                f"expected values exactly when the policy has a value head, got {type(policy).__name__} and "
+                f"{'no values' if values is None else 'values'}"
+            )
+        return step(state, batch, advantages, reference, frozen, values)
 
     return _jit(update, policy, config, mesh)
 
@@ -99,6 +109,26 @@ def make_token_logprobs(
         return _token_logprobs(policy, config, mesh, params, batch)
 
     return jax.jit(token_logprobs, out_shardings=packed_sharding(mesh))
+
+
+def make_response_values(
+    policy: ValuePolicy, config: LearnerConfig, mesh: Mesh
+) -> Callable[[Params, Batch], jax.Array]:
+    """response_values(params, batch) -> f32[R], jitted, in units of reward; NaN where nothing of a response is packed.
+
+    The value of a response is that of the position which predicts its first token: of all that was said before.
+    """
+
+    def response_values(params: Params, batch: Batch) -> jax.Array:
+        batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
+
+        def one(m: jax.Array, found: jax.Array) -> jax.Array:
+            rows = _rows(batch, m)
+            return add_values(found, row_values(policy, params, rows, _computation(config, mesh)), rows.response_ids)
+
+        return jax.lax.fori_loop(0, batch.num_microbatches, one, jnp.full(batch.response_valid.shape, jnp.nan))
+
+    return jax.jit(response_values, out_shardings=replicated(mesh))
 
 
 def _token_logprobs(policy, config: LearnerConfig, mesh: Mesh, params: Params, batch: Batch) -> jax.Array:
@@ -152,18 +182,19 @@ def _at(packed: jax.Array, m: jax.Array) -> jax.Array:
 def _make_step(
     policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objective: Objective, level: Level | None = None
 ):
-    """(state, batch, advantages, reference, frozen) -> (state, stats), to be jitted."""
+    """(state, batch, advantages, reference, frozen, values) -> (state, stats), to be jitted."""
     aggregate = AGGREGATIONS[config.aggregation](config)
     optimizer = make_optimizer(config, policy.axes)
     schedule = make_schedule(config)
     param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh).params)
 
-    def minibatch_gradient(params, batch: Batch, advantages, reference, before, frozen, minibatch):
+    def minibatch_gradient(params, batch: Batch, advantages, reference, before, frozen, values, minibatch):
         """(gradient, loss, Measures) of one minibatch, and its number of tokens."""
         inside = batch.response_valid & (batch.trajectory_minibatch[batch.response_trajectory] == minibatch)
         response_tokens = jnp.where(inside, batch.response_tokens, 0)
         table = response_tokens, batch.response_trajectory, batch.valid.shape[0]
         weights = aggregate(*table)
+        shares = (response_tokens > 0) / jnp.maximum(jnp.sum(response_tokens > 0), 1)  # of each response's value
         ends = batch.minibatch_ends
         start, end = jnp.where(minibatch > 0, ends[minibatch - 1], 0), ends[minibatch]
 
@@ -196,14 +227,19 @@ def _make_step(
             )
             whole = params if frozen is None else (params, frozen)
             sequence = log_ratios if level is not None and level.in_one_row else None
-            return row_loss(policy, whole, rows, tokens, objective, _computation(config, mesh), sequence)
+            value = None
+            if values is not None:
+                at = [token_advantages(each, rows.response_ids) for each in (shares, *values)]
+                value = value_objective(config), ValueTokens(at[0] * first_tokens(rows.response_ids), *at[1:])
+            return row_loss(policy, whole, rows, tokens, objective, _computation(config, mesh), sequence, value)
 
         def accumulate(m, total):
             (loss, measures), gradient = jax.value_and_grad(part, has_aux=True)(params, m)
             sums = jax.tree.map(jnp.add, total[2].sums, measures.sums)
+            means = jax.tree.map(jnp.add, total[2].means, measures.means)
             maxima = jax.tree.map(jnp.maximum, total[2].maxima, measures.maxima)
             gradient = jax.tree.map(jnp.add, total[0], gradient)
-            return constrain(gradient), total[1] + loss, measures._replace(sums=sums, maxima=maxima)
+            return constrain(gradient), total[1] + loss, Measures(sums, maxima, means)
 
         constrain = lambda tree: jax.lax.with_sharding_constraint(tree, param_shardings)  # noqa: E731
         _, measures = jax.eval_shape(part, params, jnp.int32(0))
@@ -212,7 +248,9 @@ def _make_step(
         total = jax.lax.fori_loop(start, end, accumulate, zeros)
         return *total, jnp.sum(response_tokens).astype(jnp.float32)
 
-    def step(state: TrainState, batch: Batch, advantages, reference, frozen) -> tuple[TrainState, Stats]:
+    def step(
+        state: TrainState, batch: Batch, advantages, reference, frozen, values: ValueTargets | None = None
+    ) -> tuple[TrainState, Stats]:
         num_minibatches = batch.minibatch_ends.shape[0]
         if num_minibatches != config.num_minibatches:
             raise ValueError(
@@ -230,7 +268,7 @@ def _make_step(
         def optimizer_step(carry, index):
             params, opt_state = carry
             minibatch = index % num_minibatches
-            found = minibatch_gradient(params, batch, advantages, reference, before, frozen, minibatch)
+            found = minibatch_gradient(params, batch, advantages, reference, before, frozen, values, minibatch)
             gradient, loss, measures, count = found
             norm = optax.tree_utils.tree_norm(gradient)
             good = (count > 0) & jnp.isfinite(norm)
@@ -239,6 +277,7 @@ def _make_step(
             stats = {
                 **measures.sums,
                 **measures.maxima,
+                **{name: value * count for name, value in measures.means.items()},
                 "loss": loss * count,
                 "grad_norm": norm * count,
                 "tokens": count,

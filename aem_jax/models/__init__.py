@@ -4,6 +4,7 @@ from aem_jax.models.config import CONFIGS, ModelConfig, RopeScaling
 from aem_jax.models.lora import LoraConfig
 from aem_jax.models.policy import LoraPolicy, Params, Policy
 from aem_jax.models.pretrained import Pretrained, from_pretrained, save_pretrained
+from aem_jax.models.value import ValuePolicy, policy_params
 
 __all__ = [
     "CONFIGS",
@@ -14,6 +15,8 @@ __all__ = [
     "Policy",
     "Pretrained",
     "RopeScaling",
+    "ValuePolicy",
     "from_pretrained",
+    "policy_params",
     "save_pretrained",
 ]

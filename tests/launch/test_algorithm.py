@@ -3,13 +3,14 @@
 import typing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toys import ONE_DEVICE
 
 from aem_jax.advantage import Experience
 from aem_jax.batch import BatchLayout, collate, place
-from aem_jax.credit import AemConfig, make_credit
+from aem_jax.credit import AemConfig, experience, make_credit
 from aem_jax.launch import algorithm
 from aem_jax.launch.algorithm import AlgorithmConfig
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
@@ -25,6 +26,7 @@ TABLE = Experience(
     response_tokens=np.array([1, 1, 2, 1, 1, 1], np.int32),
     response_anchor=np.array([0, 1, 2, 0, 0, 0], np.int32),
     response_valid=np.ones(6, bool),
+    response_values=np.array([4, 6, 8, 1, 0, 1], np.float32),
 )
 OF_RETURNS = ("grpo", "dr_grpo", "rloo")
 
@@ -77,6 +79,24 @@ def test_gigpo_by_hand():
     np.testing.assert_allclose(found, episode / np.sqrt(68 / 3) + step / np.sqrt(332 / 64 / 3), rtol=1e-5)
 
 
+def test_gae_by_hand():
+    # γ = 1, λ = ½. First episode: δ = 0 + 6 − 4, 0 + 8 − 6, 10 − 8 = 2, 2, 2, so Â = 3.5, 3, 2; others −1, 0, 1.
+    found = advantages("gae", gae_lambda=0.5, whiten="responses")
+    raw = np.array([3.5, 3.0, 2.0, -1.0, 0.0, 1.0])
+    np.testing.assert_allclose(found, (raw - raw.mean()) / raw.std(), rtol=1e-5)
+    # Per token the third counts twice: μ = 10.5/7, Σ² = 12.25 + 9 + 2 · 4 + 1 + 1 − 7 · 1.5² = 15.5
+    found = advantages("gae", gae_lambda=0.5, ddof=1)
+    np.testing.assert_allclose(found, (raw - 1.5) / np.sqrt(15.5 / 6), rtol=1e-5)
+    # γ = ½, λ = 0: R = r + γ V' = 3, 4, 10 and the last rewards 0, 0, 2
+    targets = algorithm.value_targets(AlgorithmConfig("gae", gamma=0.5, gae_lambda=0.0))
+    assert targets is not None
+    np.testing.assert_array_equal(targets(TABLE, 1), [3, 4, 10, 0, 0, 2])
+    assert algorithm.has_values(AlgorithmConfig("gae")) and not algorithm.has_values(AlgorithmConfig("grpo"))
+    assert algorithm.value_targets(AlgorithmConfig("grpo")) is None and set(algorithm.VALUED) < set(
+        algorithm.ESTIMATORS
+    )
+
+
 def test_every_name_that_the_config_takes_has_a_function():
     kinds = typing.get_type_hints(AlgorithmConfig)
     tables = {"estimator": algorithm.ESTIMATORS, "scope": algorithm.SCOPES, "whiten": algorithm.WHITENED}
@@ -86,7 +106,7 @@ def test_every_name_that_the_config_takes_has_a_function():
     assert set(algorithm.CENTRED) == set(algorithm.SCOPES)
 
 
-@pytest.mark.parametrize(("field", "value"), [("gamma", 1.5), ("eps", -1.0)])
+@pytest.mark.parametrize(("field", "value"), [("gamma", 1.5), ("gae_lambda", -0.5), ("eps", -1.0)])
 def test_numbers_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=rf"expected algorithm\.{field} .* got {value}"):
         AlgorithmConfig(**{field: value})
@@ -113,11 +133,15 @@ LAYOUT = BatchLayout(num_microbatches=12, rows=4, row_length=24, max_responses=6
 
 @pytest.mark.parametrize("estimator", algorithm.ESTIMATORS)
 def test_both_contexts_give_the_same_credit(estimator: str):
-    estimate = algorithm.response_advantages(AlgorithmConfig(estimator, gamma=0.95))
-    credit = make_credit(estimate, AemConfig(), 3, ONE_DEVICE)
+    config = AlgorithmConfig(estimator, gamma=0.95, gae_lambda=0.9)
+    estimate, targets = algorithm.response_advantages(config), algorithm.value_targets(config)
+    credit = make_credit(estimate, AemConfig(), 3, ONE_DEVICE, targets)
+    values = np.random.default_rng(1).normal(size=LAYOUT.max_responses).astype(np.float32) if targets else None
     batches = {context: collate(episodes(context), LAYOUT) for context in ("append", "window")}
     assert (batches["append"].response_ids != batches["window"].response_ids).any()
-    found = {context: jax.device_get(credit(place(batch, ONE_DEVICE))[0]) for context, batch in batches.items()}
+    found = {
+        context: jax.device_get(credit(place(batch, ONE_DEVICE), None, values)[0]) for context, batch in batches.items()
+    }
     one, other = found["append"], found["window"]
     np.testing.assert_array_equal(one.base, other.base)
     np.testing.assert_allclose(one.coefficients, other.coefficients, rtol=1e-6)
@@ -126,6 +150,29 @@ def test_both_contexts_give_the_same_credit(estimator: str):
         ids = np.asarray(batch.response_ids)
         np.testing.assert_allclose(found[context].tokens, np.where(ids >= 0, scaled[ids], 0.0), rtol=1e-6)
     assert np.abs(one.base).max() > 0.1 and np.ptp(one.coefficients) > 0.1
+    assert (one.values is None) == (targets is None)
+    if targets is not None:
+        np.testing.assert_array_equal(one.values, other.values)
+
+
+def test_aem_scales_advantages_and_never_what_values_are_fitted_to():
+    config = AlgorithmConfig("gae", whiten="responses", gae_lambda=0.5)
+    estimate, targets = algorithm.response_advantages(config), algorithm.value_targets(config)
+    batch = place(collate(episodes("window"), LAYOUT), ONE_DEVICE)
+    values = np.random.default_rng(1).normal(size=LAYOUT.max_responses).astype(np.float32)
+    values[~np.asarray(batch.response_valid)] = np.nan
+    found, statistics = jax.device_get(make_credit(estimate, AemConfig(), 3, ONE_DEVICE, targets)(batch, None, values))
+    table, spoken = experience(batch, jnp.asarray(values)), ~np.isnan(values)
+    ids = np.asarray(batch.response_ids)
+    base, alpha = np.asarray(estimate(table, 3)), found.coefficients
+    np.testing.assert_allclose(found.tokens, np.where(ids >= 0, (base * alpha)[ids], 0.0), rtol=1e-5, atol=1e-6)
+    assert np.ptp(alpha) > 0.1 and targets is not None
+    returns = np.asarray(targets(table, 3))[spoken]
+    np.testing.assert_allclose(found.values.returns[spoken], returns, rtol=1e-5, atol=1e-6)
+    assert statistics["value/mean"] == pytest.approx(values[spoken].mean(), rel=1e-4)
+    assert statistics["value/return"] == pytest.approx(returns.mean(), rel=1e-4)
+    explained = 1 - np.var(returns - values[spoken]) / np.var(returns)
+    assert statistics["value/explained_variance"] == pytest.approx(explained, rel=1e-4)
 
 
 @pytest.mark.parametrize("estimator", ["reinforce++-baseline", "gigpo"])

@@ -4,12 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+from aem_jax.checkpoint import Checkpoints
 from aem_jax.launch import begin, build, record
+from aem_jax.launch.algorithm import AlgorithmConfig
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.preset import read_preset
+from aem_jax.learner import init_state, make_optimizer
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.warmstart import WarmstartConfig
 
@@ -42,3 +46,16 @@ def test_a_run_that_has_not_kept_step_0(tmp_path: Path):
     record.save(SMALL, tmp_path)
     with pytest.raises(ConfigError, match="expected a checkpoint of step 0 in .*, got steps \\[\\]"):
         parameters(beginning(tmp_path))
+
+
+def test_a_value_head_is_left_behind(tmp_path: Path):
+    valued = replace(SMALL, algorithm=AlgorithmConfig("gae"))
+    mesh, policy = make_mesh(MeshConfig(), jax.devices()[:1]), build.make_policy(SMALL, 100)
+    trained = build.trained_policy(valued, policy)
+    state = init_state(trained, make_optimizer(valued.learner, trained.axes), mesh, jax.random.key(0))
+    assert set(state.params) == {"policy", "value"}
+    record.save(valued, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints", valued.checkpoint) as checkpoints:
+        checkpoints.save(0, state)
+    found = parameters(beginning(tmp_path))  # of a run without one
+    jax.tree.map(np.testing.assert_array_equal, found, state.params["policy"])

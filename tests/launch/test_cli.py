@@ -261,6 +261,7 @@ ESTIMATORS_READ = {
     "reinforce++": {"gamma", "whiten", "ddof"},
     "reinforce++-baseline": {"gamma", "whiten", "ddof", "scope"},
     "gigpo": {"gamma", "scope", "ddof", "step_weight", "scale"},
+    "gae": {"gamma", "gae_lambda", "whiten", "ddof"},
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aem_jax.launch import cli
+from aem_jax.launch.algorithm import AlgorithmConfig
 from aem_jax.launch.config import BatchConfig, ModelChoice, RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.plan import PlanConfig, plan_config
@@ -248,6 +249,14 @@ def test_closed_forms_by_hand():
     assert (found.gradients, found.frozen) == (2 * count, 0)
     # 8 slots of 64 + 16 places and 2 rows of prompts of 32 + 16, keys and values of 2 heads of 32 in 9 layers
     assert found.cache == 2 * 9 * 2 * 32 * 4 * (8 * 80 + 2 * 48) / 4
+
+
+def test_a_value_head_is_trained_beside_either():
+    valued = replace(SMALL, algorithm=AlgorithmConfig("gae"))
+    adapted = replace(valued, lora=LoraConfig(rank=4))
+    for config in (valued, adapted):
+        work, plain = workload(config), workload(replace(config, algorithm=AlgorithmConfig()))
+        assert work.trained == plain.trained + work.model.hidden_size + 1  # w and b
 
 
 def test_adapters_leave_the_weights_as_they_are_used():

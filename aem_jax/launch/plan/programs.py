@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from aem_jax.advantage import ValueTargets
 from aem_jax.batch import abstract_batch, packed_sharding
 from aem_jax.launch import build
 from aem_jax.launch.config import RunConfig
@@ -17,10 +18,10 @@ from aem_jax.launch.plan.costs import Costs, costs
 from aem_jax.launch.plan.hlo import parse
 from aem_jax.launch.plan.workload import Workload
 from aem_jax.learner import abstract_state, make_optimizer, make_update
-from aem_jax.models import LoraPolicy, Policy
+from aem_jax.models import LoraPolicy, Policy, ValuePolicy, policy_params
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.layout import make_reshard
-from aem_jax.sharding import TRAIN, decode_formats, shardings
+from aem_jax.sharding import TRAIN, decode_formats, replicated, shardings
 
 PROGRAMS = ("update", "reshard", "extend", "decode")
 
@@ -78,7 +79,8 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     """Of each program. With adapters there is no one program that reshards, but several small ones: it is left out."""
     whole = Policy(work.model)
     policy = LoraPolicy(whole, work.lora) if work.lora.rank else whole
-    state = abstract_state(policy, make_optimizer(config.learner, policy.axes), mesh)
+    trained = build.trained_policy(config, policy)
+    state = abstract_state(trained, make_optimizer(config.learner, trained.axes), mesh)
     adapted = isinstance(policy, LoraPolicy)
     frozen = _place(whole, shardings(mesh, whole.axes, TRAIN, whole.shapes)) if adapted else None
     int8 = config.sampling.weights == "int8"
@@ -92,15 +94,17 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     layout = work.layout
     shape = (layout.num_microbatches, layout.rows, layout.row_length)
     packed = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=packed_sharding(mesh))
+    table: Any = jax.ShapeDtypeStruct((layout.max_responses,), jnp.float32, sharding=replicated(mesh))
 
     def update() -> jax.stages.Lowered:
-        step: Any = make_update(policy, config.learner, mesh)
+        step: Any = make_update(trained, config.learner, mesh)
         reference = packed if config.learner.kl_coefficient else None
-        return step.lower(state, abstract_batch(layout, mesh), packed, reference, frozen)
+        values = ValueTargets(table, table) if isinstance(trained, ValuePolicy) else None
+        return step.lower(state, abstract_batch(layout, mesh), packed, reference, frozen, values)
 
     def reshard() -> jax.stages.Lowered:
         program: Any = make_reshard(whole, mesh, int8=int8)
-        return program.lower(state.params)
+        return program.lower(policy_params(trained, state.params))
 
     return {
         "update": update,

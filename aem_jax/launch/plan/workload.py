@@ -6,6 +6,7 @@ from pathlib import Path
 
 from aem_jax.batch import BatchLayout
 from aem_jax.launch import build
+from aem_jax.launch.algorithm import has_values
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.models import ModelConfig
@@ -36,6 +37,7 @@ class Workload:
         remat: what the backward pass computes again.
         ratio: of which the loss is, and which is measured before it: of tokens, responses or trajectories.
         reference: whether a reference policy lies beside the learner's.
+        value: whether a value head is trained.
         moments: bytes that Adam keeps of each trained parameter.
         lora: adapters, of which alone there are masters; of rank 0 if all is trained.
         int8: whether layers' matrices are sampled from in 8 bits.
@@ -56,6 +58,7 @@ class Workload:
     remat: str
     ratio: str
     reference: bool
+    value: bool
     moments: int
     lora: LoraConfig
     int8: bool
@@ -63,12 +66,13 @@ class Workload:
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained: all, or those of the adapters."""
+        """Parameters that are trained: all, or those of the adapters; and those of a value head."""
+        head = (self.model.hidden_size + 1) * self.value
         if not self.lora.rank:
-            return self.model.num_parameters
+            return self.model.num_parameters + head
         chosen = targets(self.model, self.lora).values()
         sides = sum(math.prod(each.inputs) + math.prod(each.outputs) for each in chosen)
-        return self.model.num_layers * self.lora.rank * sides
+        return self.model.num_layers * self.lora.rank * sides + head
 
     @property
     def microbatch_tokens(self) -> int:
@@ -123,6 +127,7 @@ def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | N
         remat=learner.remat,
         ratio=learner.ratio,
         reference=learner.kl_coefficient > 0 and not build.reference_is_base(config),
+        value=has_values(config.algorithm),
         moments=MOMENTS[learner.moments],
         lora=config.lora,
         int8=config.sampling.weights == "int8",

@@ -1,0 +1,170 @@
+"""PPO's advantages: a value for each response, and what was earned against it. arXiv 1506.02438; METHOD §5.
+
+An action is a response, so a value is that of the state in which a response was given, V_k for the k-th of a
+trajectory, and time runs over responses, not over tokens: what the environment pays, it pays for a response.
+
+Behind the last response there is no state, V = 0, whether the task ended there or a limit did: an episode's limit is
+part of what the policy is judged by, and the state behind it was never seen.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from aem_jax.advantage._checks import float_array, same_shape, take
+from aem_jax.advantage.experience import Experience, response_groups
+from aem_jax.advantage.reinforce import Weighing, by_token, whiten
+
+
+class ValueTargets(NamedTuple):
+    """What a value head learns from."""
+
+    values: jax.Array
+    """float[R], V as it was when advantages were made, in units of reward; NaN where there is none."""
+    returns: jax.Array
+    """float[R], what it should have been, in units of reward; 0 where there is none."""
+
+
+def gae_advantages(
+    experience: Experience, num_groups: int, *, gamma: float = 1.0, gae_lambda: float = 1.0
+) -> jax.Array:
+    """Generalised advantage estimation over the responses of each trajectory (arXiv 1506.02438).
+
+        δ_k = r_k + γ V_{k+1} − V_k        Â_k = Σ_l (γλ)^l δ_{k+l}        V = 0 behind the last response
+
+    A response without a value (NaN: it has no token, so it has no state in the batch) is passed through: with
+    V_k = r_k + γ V_{k+1} its δ_k is 0, and what it earned is credited to earlier responses. With γ = λ = 1,
+    Â_k = Σ_{l ≥ k} r_l − V_k.
+
+    Args:
+        experience: one step's, with `response_values`.
+        num_groups: number of rollout groups, static; groups say nothing but which trajectories take part.
+        gamma: γ, in [0, 1]; it discounts responses, not tokens.
+        gae_lambda: λ, in [0, 1]: 0 trusts the next value alone, 1 the rewards alone.
+
+    Returns:
+        float[R], in units of reward; 0 for responses that take no part or have no value.
+
+    Raises:
+        ValueError: no values, wrong shapes or dtypes, or numbers out of range.
+    """
+    for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"expected {name} in [0, 1], got {value}")
+    values, known = _values(experience, num_groups)
+    rewards = jnp.asarray(experience.response_rewards).astype(values.dtype)
+    trajectory, turn = (jnp.asarray(x) for x in (experience.response_trajectory, experience.response_turn))
+    count = jnp.shape(experience.returns)[0]
+    found = _backwards(rewards, values, known, trajectory, turn, count, gamma, gae_lambda)
+    return jnp.where(known, found, 0.0)
+
+
+@partial(jax.jit, static_argnums=5)  # a loop outside jit would be compiled at every call
+def _backwards(
+    rewards: jax.Array,
+    values: jax.Array,
+    known: jax.Array,
+    trajectory: jax.Array,
+    turn: jax.Array,
+    num_trajectories: int,
+    gamma: float,
+    gae_lambda: float,
+) -> jax.Array:
+    """Â of each response, from the last turn of all trajectories to the first."""
+    inside = (trajectory >= 0) & (trajectory < num_trajectories)
+    last = jnp.max(turn, where=inside, initial=-1)
+    total = lambda x, rows: jax.ops.segment_sum(jnp.where(rows, x, 0.0), trajectory, num_trajectories)  # noqa: E731
+
+    def one_turn(count: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        value_after, advantage_after, found = carry
+        now = inside & (turn == last - count)
+        reward, has_value = total(rewards, now), total(jnp.ones_like(rewards), now & known) > 0
+        # Rows of padding share a trajectory and a turn with true ones; they have no reward and no value.
+        ahead = reward + gamma * value_after
+        value = jnp.where(has_value, total(values, now & known), ahead)
+        advantage = (ahead - value) + gamma * gae_lambda * advantage_after
+        return value, advantage, jnp.where(now, take(advantage, trajectory, 0.0), found)
+
+    start = (jnp.zeros(num_trajectories, rewards.dtype),) * 2
+    return jax.lax.fori_loop(0, last + 1, one_turn, (*start, jnp.zeros_like(rewards)))[2]
+
+
+def gae(
+    experience: Experience,
+    num_groups: int,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 1.0,
+    whiten_by: Weighing = by_token,
+    ddof: int = 0,
+    eps: float = 1e-6,
+) -> jax.Array:
+    """PPO's base advantage: `gae_advantages`, whitened over the batch.
+
+        A_r = (Â_r − μ_batch) / (σ_batch + eps)
+
+    Args:
+        experience: one step's, with `response_values`.
+        num_groups: number of rollout groups, static.
+        gamma: γ of `gae_advantages`.
+        gae_lambda: λ of `gae_advantages`.
+        whiten_by: what counts once in μ and σ: `by_token` (as published implementations have it) or `by_response`.
+        ddof: of σ.
+        eps: added to σ, in units of reward.
+
+    Returns:
+        float[R], no unit; 0 for responses that take no part or have no value.
+
+    Raises:
+        ValueError: no values, wrong shapes or dtypes, or numbers out of range.
+    """
+    advantages = gae_advantages(experience, num_groups, gamma=gamma, gae_lambda=gae_lambda)
+    _, known = _values(experience, num_groups)
+    return whiten(advantages, jnp.where(known, whiten_by(experience), 0.0), ddof=ddof, eps=eps)
+
+
+def value_returns(experience: Experience, num_groups: int, *, gamma: float = 1.0, gae_lambda: float = 1.0) -> jax.Array:
+    """What values are fitted to, the λ-return; it is neither whitened nor scaled by AEM.
+
+        R_k = Â_k + V_k
+
+    Args, Returns and Raises as `gae_advantages`.
+    """
+    values, _ = _values(experience, num_groups)
+    return gae_advantages(experience, num_groups, gamma=gamma, gae_lambda=gae_lambda) + values
+
+
+def explained_variance(values: ArrayLike, returns: ArrayLike, valid: ArrayLike) -> jax.Array:
+    """How much of the returns' variance the values account for.
+
+        1 − Var(R − V) / Var(R)
+
+    Args:
+        values: float[R], V.
+        returns: float[R], in the same unit.
+        valid: bool[R], which rows count.
+
+    Returns:
+        float[], at most 1; 0 for any constant V, negative where V does worse; NaN where all returns are equal.
+
+    Raises:
+        ValueError: on wrong shapes or dtypes.
+    """
+    values, returns, valid = float_array("values", values), float_array("returns", returns), jnp.asarray(valid)
+    same_shape(values=values, returns=returns, valid=valid)
+    variance = jnp.var(returns, where=valid)
+    return jnp.where(variance > 0, 1 - jnp.var(returns - values, where=valid) / variance, jnp.nan)
+
+
+def _values(experience: Experience, num_groups: int) -> tuple[jax.Array, jax.Array]:
+    """(values, 0 where there is none; which responses take part and have one), checked."""
+    groups = response_groups(experience, num_groups)
+    if experience.response_values is None:
+        raise ValueError("expected response_values, got none; fill Experience.response_values in from a value head")
+    values = float_array("response_values", experience.response_values)
+    same_shape(response_rewards=groups, response_values=values)
+    known = (groups >= 0) & ~jnp.isnan(values)
+    return jnp.where(known, values, 0.0), known

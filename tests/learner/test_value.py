@@ -1,0 +1,223 @@
+"""The value head: against a float64 gradient written by hand, under packing, over devices, beside frozen weights."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import ONE_DEVICE, Bigram, random_trajectories
+
+from aem_jax import learner
+from aem_jax.advantage import ValueTargets, token_advantages
+from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_response_values
+from aem_jax.models import ModelConfig, ValuePolicy, policy_params
+from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
+
+LAYOUT = BatchLayout(num_microbatches=8, rows=4, row_length=40, max_responses=64, max_trajectories=16)
+CONFIG = LearnerConfig(learning_rate=0.01, max_grad_norm=1e9, head_chunk=7, value_learning_rate=0.03)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sized(Bigram):
+    """A bigram that says how wide it is, as a decoder does."""
+
+    @property
+    def config(self) -> Any:
+        return ModelConfig(self.vocab_size, self.width, 1, 1, 1, 1, 2)
+
+
+TOY: Any = Sized()
+VALUED_TOY = ValuePolicy(TOY)
+
+
+def with_head(policy: Any, seed: int = 0) -> Any:
+    """Parameters in the midst of training: the value head is no longer zero."""
+    params, rng = policy.init(jax.random.key(seed)), np.random.default_rng(seed)
+    width = params["value"]["w"].shape[0]
+    head = {"w": rng.normal(size=(width, 1)) * 3, "b": np.array([0.5])}
+    return {**params, "value": jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), head)}
+
+
+def experience_of(trajectories, layout=LAYOUT, seed=0):
+    """A batch, and for each of its responses an advantage, a value and a return, the same however it is packed."""
+    batch, rng = collate(trajectories, layout), np.random.default_rng(seed)
+    table = rng.normal(size=(3, layout.max_responses)).astype(np.float32)
+    return batch, token_advantages(table[0], batch.response_ids), ValueTargets(*map(jnp.asarray, 2 * table[1:]))
+
+
+make_update = functools.cache(learner.make_update)
+
+
+def stepped(policy, config, mesh, params, experience, frozen=None):
+    batch, advantages, values = experience
+    state = init_state(policy, make_optimizer(config, policy.axes), mesh, jax.tree.map(jnp.copy, params))
+    return make_update(policy, config, mesh)(state, place(batch, mesh), advantages, frozen=frozen, values=values)
+
+
+def gradient_of(state, config):
+    """The gradient of the first optimizer step, read off Adam's mean: mu = (1 − β1) · gradient."""
+    return jax.tree.map(lambda mu: np.asarray(mu) / (1 - config.beta1), state.opt_state[1][0].mu)
+
+
+def assert_trees_close(left, right, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), **tolerance), left, right)
+
+
+def by_hand(trajectories, params, values, config):
+    """Loss, gradient in w, b and embedding, and values, state by state in float64, from the definitions."""
+    embed = np.asarray(params["policy"]["embed"], np.float64)
+    w, b = np.asarray(params["value"]["w"], np.float64)[:, 0], float(params["value"]["b"][0])
+    d_w, d_b, d_embed = np.zeros_like(w), 0.0, np.zeros_like(embed)
+    old, returns = (np.asarray(x, np.float64) for x in values)
+    count, loss, clipped, found = sum(len(t.turns) for t in trajectories), 0.0, 0, []
+    for r, turn in enumerate(turn for t in trajectories for turn in t.turns):
+        before = turn.observation_ids[-1]  # the first token is predicted from it
+        h = np.tanh(embed[before])
+        v = h @ w / np.sqrt(len(w)) + b
+        found.append(v)
+        near = np.clip(v, old[r] - config.value_clip, old[r] + config.value_clip)
+        free, bounded = (v - returns[r]) ** 2, (near - returns[r]) ** 2
+        loss += 0.5 * max(free, bounded) / count
+        if bounded > free:
+            clipped += 1
+            continue
+        slope = config.value_coefficient * (v - returns[r]) / count
+        d_w, d_b = d_w + slope * h / np.sqrt(len(w)), d_b + slope
+        d_embed[before] += slope * w / np.sqrt(len(w)) * (1 - h**2)
+    return loss, {"w": d_w[:, None], "b": np.array([d_b])}, d_embed, clipped / count, found
+
+
+def test_gradients_equal_the_hand_written_ones():
+    base = dataclasses.replace(CONFIG, value_coefficient=0.7, value_clip=1.0)
+    layout = dataclasses.replace(LAYOUT, rows=2, row_length=24)
+    params, plain = with_head(VALUED_TOY), None
+    # a bigram sees the token before alone, so that all numbers are the same in both contexts
+    for context, gradient in (("append", "head"), ("window", "all")):
+        config = dataclasses.replace(base, value_gradient=gradient)
+        trajectories = random_trajectories(1, 11, TOY.vocab_size, context)
+        batch, advantages, values = experience_of(trajectories, layout)
+        assert batch.num_microbatches > 1
+        loss, of_head, of_embed, clipped, found = by_hand(trajectories, params, values, config)
+        assert 0.1 < clipped < 0.9
+        state, stats = stepped(VALUED_TOY, config, ONE_DEVICE, params, (batch, advantages, values))
+        if plain is None:  # without a value head
+            own = jax.tree.map(jnp.copy, params["policy"])
+            plain = init_state(TOY, make_optimizer(config, TOY.axes), ONE_DEVICE, own)
+            plain, alone = make_update(TOY, config, ONE_DEVICE)(plain, batch, advantages)
+        both, wanted = gradient_of(state, config), gradient_of(plain, config)
+        wanted["embed"] = wanted["embed"] + (gradient == "all") * of_embed
+        assert_trees_close(both, {"policy": wanted, "value": of_head}, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose([stats["value_loss"], stats["value_clip_share"]], [loss, clipped], rtol=1e-5)
+        np.testing.assert_allclose(stats["loss"], alone["loss"] + 0.7 * loss, rtol=1e-5)
+        if gradient == "head":  # then the policy learns what it learns without a value head
+            assert_trees_close(state.params["policy"], plain.params, rtol=1e-6)
+    # the values that a step begins with are those of the same states; there is none where there is no response
+    before = make_response_values(VALUED_TOY, config, ONE_DEVICE)(params, place(batch, ONE_DEVICE))
+    np.testing.assert_allclose(before[: len(found)], found, rtol=1e-5)
+    assert np.isnan(before[len(found) :]).all()
+
+
+def test_packing_and_devices_change_nothing_over_several_steps():
+    trajectories = [dataclasses.replace(t, in_loss=n != 1) for n, t in enumerate(random_trajectories(5, 12, 12))]
+    params, loop = with_head(VALUED_TOY), {"num_minibatches": 2, "num_epochs": 2}
+    config = dataclasses.replace(CONFIG, value_gradient="all", max_grad_norm=0.1, value_clip=0.01, **loop)
+    packed = dataclasses.replace(LAYOUT, num_minibatches=2)
+    eight = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+    found = []
+    for mesh, layout in ((ONE_DEVICE, packed), (eight, dataclasses.replace(packed, rows=8, row_length=32))):
+        batch, advantages, targets = experience_of(trajectories, layout)
+        placed = jax.device_put(params, shardings(mesh, VALUED_TOY.axes, TRAIN, params))
+        values = make_response_values(VALUED_TOY, config, mesh)(placed, place(batch, mesh))
+        # what is out of the loss is not packed, so nothing is computed of it
+        out = batch.response_valid & (batch.response_trajectory == 1)
+        np.testing.assert_array_equal(np.isnan(values), out | ~batch.response_valid)
+        targets = ValueTargets(values, targets.returns)
+        state, stats = stepped(VALUED_TOY, config, mesh, placed, (batch, advantages, targets))
+        assert stats["skipped"] == 0 and stats["value_clip_share"] > 0.1  # a step moves a value by about 0.03
+        found.append(jax.device_get((state.params, values, stats["value_loss"], stats["grad_norm"])))
+    assert_trees_close(*found, rtol=2e-5, atol=2e-5)
+    assert np.abs(found[1][0]["value"]["w"] - params["value"]["w"]).max() > 0.02
+
+
+def test_the_head_has_a_clip_and_a_learning_rate_of_its_own():
+    # Adam's first step moves every number by the learning rate, whatever its gradient (here far above adam_eps)
+    trajectories, params = random_trajectories(6, 8, TOY.vocab_size), with_head(VALUED_TOY)
+    batch, advantages, values = experience_of(trajectories)
+    config = dataclasses.replace(CONFIG, max_grad_norm=1.0, schedule="linear", warmup_steps=2, total_steps=10)
+    steps = {}
+    for scale in (1.0, 1000.0):
+        targets = ValueTargets(values.values * 0, values.returns * scale)
+        state, _ = stepped(VALUED_TOY, config, ONE_DEVICE, params, (batch, advantages, targets))
+        steps[scale] = jax.tree.map(lambda new, old: np.asarray(new - old), state.params, params)
+    # learning_rate / 2 and value_learning_rate / 2: the schedule rises over two steps
+    np.testing.assert_allclose(np.abs(steps[1.0]["value"]["b"]), 0.015, rtol=1e-3)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(steps[1.0]["policy"]))
+    assert largest == pytest.approx(0.005, rel=1e-2)
+    # rewards a thousand times as large clip the head alone
+    assert_trees_close(steps[1.0]["policy"], steps[1000.0]["policy"], rtol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted(Sized):
+    """A bigram whose embedding is frozen, as `LoraPolicy` is a decoder of which an adapter is trained."""
+
+    @property
+    def axes(self):
+        return {"head": ("embed", "vocab")}
+
+    def init(self, key):
+        return {"head": TOY.init(key)["head"]}
+
+    def hidden(self, params, *rows):
+        trained, frozen = params
+        return TOY.hidden({**trained, **frozen}, *rows)
+
+    def head(self, params):
+        return params[0]["head"]
+
+
+def test_beside_frozen_weights():
+    policy: Any = Adapted()
+    policy, whole = ValuePolicy(policy), with_head(VALUED_TOY)
+    params = {**whole, "policy": {"head": whole["policy"]["head"]}}
+    frozen = {"embed": whole["policy"]["embed"]}
+    batch, advantages, targets = experience_of(random_trajectories(1, 11, TOY.vocab_size))
+    values = make_response_values(policy, CONFIG, ONE_DEVICE)((params, frozen), batch)
+    *_, found = by_hand(random_trajectories(1, 11, TOY.vocab_size), whole, targets, CONFIG)
+    np.testing.assert_allclose(values[: len(found)], found, rtol=1e-5)
+    before = jax.tree.map(np.asarray, frozen)
+    state, stats = stepped(policy, CONFIG, ONE_DEVICE, params, (batch, advantages, targets), frozen)
+    assert stats["value_loss"] > 0 and set(state.params) == {"policy", "value"}
+    assert_trees_close(frozen, before, rtol=0)
+    assert np.abs(state.params["value"]["w"] - params["value"]["w"]).max() > 0.02
+    assert np.abs(state.params["policy"]["head"] - params["policy"]["head"]).max() > 5e-3
+
+
+def test_a_head_is_attached_and_left_behind():
+    key = jax.random.key(3)
+    params = VALUED_TOY.init(key)
+    assert_trees_close(policy_params(VALUED_TOY, params), TOY.init(key), rtol=0)
+    assert_trees_close(VALUED_TOY.attach(TOY.init(key)), params, rtol=0)
+    assert policy_params(TOY, params["policy"]) is params["policy"]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(params["value"]))
+    # V = w · h / √D + b:  (1·3 + 2·−4 + 0 + …) / 4 + ½
+    head = {"w": jnp.zeros((16, 1)).at[:2, 0].set(jnp.array([3.0, -4.0])), "b": jnp.array([0.5])}
+    hidden = jnp.zeros((1, 1, 16)).at[0, 0, :3].set(jnp.array([1.0, 2.0, 9.0]))
+    assert VALUED_TOY.values({"value": head}, hidden).tolist() == [[0.5 - 5 / 4]]
+    assert VALUED_TOY.values(({"value": head}, None), hidden.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_values_are_given_exactly_when_there_is_a_head():
+    batch, advantages, values = experience_of(random_trajectories(0, 2, TOY.vocab_size))
+    for policy, given in ((VALUED_TOY, None), (TOY, values)):
+        state = init_state(policy, make_optimizer(CONFIG, policy.axes), ONE_DEVICE, jax.random.key(0))
+        with pytest.raises(ValueError, match="expected values exactly when the policy has a value head"):
+            make_update(policy, CONFIG, ONE_DEVICE)(state, batch, advantages, values=given)
+    for name, value in (("value_clip", -1.0), ("value_coefficient", -0.5), ("value_learning_rate", 0.0)):
+        numbers: dict[str, Any] = {name: value}
+        with pytest.raises(ValueError, match=f"expected {name} .* got {value}"):
+            LearnerConfig(**numbers)
