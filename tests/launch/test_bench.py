@@ -20,7 +20,7 @@ from aem_jax.sampler import SamplingConfig
 
 SMALL = ["--slots", "8", "--prompt-tokens", "8", "--new-tokens", "4", "--row-length", "32", "--trajectories", "8",
          "--turns", "2", "--contexts", "8", "24", "--context-chunk", "4", "--sessions", "2", "--repeats", "2",
-         "--runtime.compilation-cache", "off"]  # fmt: skip
+         "--load-steps", "40", "--runtime.compilation-cache", "off"]  # fmt: skip
 ROLLOUT = ["--rollout.groups-per-step", "3", "--rollout.num-slots", "4", "--rollout.response-tokens", "6",
            "--rollout.context-tokens", "256", "--rollout.windows", "--rollout.prompt-tokens", "64",
            "--rollout.extend-buckets", "32", "--rollout.decode-chunk", "4", "--scripted.prompt-chars", "9",
@@ -39,7 +39,8 @@ def small(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("sampler", 2), ("learner", 1), ("advantage", 2), ("envs", 2), ("context", 3), ("rollout", 4)]
+    ("name", "count"),
+    [("sampler", 2), ("learner", 1), ("advantage", 2), ("envs", 2), ("load", 1), ("context", 3), ("rollout", 4)],
 )
 def test_a_benchmark_ends_in_one_json_line(name: str, count: int, capsys):
     assert cli.main(["bench", name, *SMALL, *(ROLLOUT if name == "rollout" else [])]) == 0
@@ -50,8 +51,8 @@ def test_a_benchmark_ends_in_one_json_line(name: str, count: int, capsys):
     for each in found["results"]:
         low, high = each["quartiles"]
         assert 0 < each["worst"] <= low <= each["median"] <= high <= each["best"] and each["repeats"] == 2
-        assert (each["roofline"] is None) == (name == "envs")
-        assert name == "envs" or each["roofline"]["bytes"] > 0
+        assert (each["roofline"] is None) == (name in ("envs", "load"))
+        assert name in ("envs", "load") or each["roofline"]["bytes"] > 0
     if name == "learner":
         assert found["results"][0]["roofline"]["mfu"] > 0
     if name == "rollout":

@@ -28,6 +28,7 @@ BENCHMARKS: Mapping[str, str] = {
     "context": "aem_jax.launch.bench.context",
     "rollout": "aem_jax.launch.bench.rollout",
     "envs": "aem_jax.launch.bench.envs",
+    "load": "aem_jax.launch.bench.load",
     "learner": "aem_jax.launch.bench.learner",
     "advantage": "aem_jax.launch.bench.advantage",
 }

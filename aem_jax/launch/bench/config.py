@@ -50,7 +50,9 @@ class BenchConfig:
     turns: int = 50
     """Responses of an episode (advantage)."""
     sessions: int = 32
-    """Environment sessions that step at once (envs)."""
+    """Environment sessions that step at once (envs, load)."""
+    load_steps: int = 10_000
+    """Steps of all sessions together in one repetition (load)."""
     response_mean: float = 16.0
     """Mean tokens of a response (rollout), by the number of stop ids; `rollout.response_tokens` cuts the longest."""
     servers: int = 2
