@@ -11,7 +11,8 @@ from websockets.protocol import State
 from websockets.sync.client import connect as connect_blocking
 
 from aem_jax.envs import protocol
-from aem_jax.envs.protocol import EnvError, StepResult, WireMapping, decode_result, encode_reset, step_encoder
+from aem_jax.envs.protocol import EnvError, StepResult, encode_reset
+from aem_jax.envs.wire import WireMapping, decode_result, decode_step, step_encoder
 
 CONNECTION_ERRORS = (OSError, TimeoutError, InvalidHandshake, ConnectionClosed)
 """What opening or using a connection raises when the other side is not there or not well."""
@@ -114,7 +115,7 @@ class RemoteEnvironment:
 
     def step(self, action_text: str) -> StepResult:
         """Answers the policy's whole response text."""
-        return decode_result(self._ask(self._encode_step(action_text)), self._mapping)
+        return decode_step(self._ask(self._encode_step(action_text)), self._mapping)
 
     def state(self) -> Mapping[str, Any]:
         """The server's account of the session: at least `episode_id` and `step_count`."""

@@ -23,6 +23,7 @@ from aem_jax.envs.process import ServerProcess
 from aem_jax.envs.protocol import EnvError, StepResult
 from aem_jax.envs.supervisor import Supervisor, Tasks
 from aem_jax.envs.table import environment_spec
+from aem_jax.envs.wire import decode_step, step_encoder
 
 __all__ = ["EnvPool", "PoolConfig", "PoolStats"]
 
@@ -34,7 +35,8 @@ class EnvPool:
 
     Args:
         config: where the environments run and how long anything may take.
-        make: name and settings of the environment that own servers serve; not looked at when there are `config.urls`.
+        make: name and settings of the environment that own servers serve; not looked at where `config.urls` or
+            `config.command` say what serves.
 
     Raises:
         ValueError: unknown environment or bad URL.
@@ -43,17 +45,20 @@ class EnvPool:
 
     def __init__(self, config: PoolConfig, make: tuple[str, Mapping[str, Any]]):
         self._config = config
-        self._encode_step = protocol.step_encoder(config.wire)
+        self._encode_step = step_encoder(config.wire)
         urls = [websocket_url(url) for url in config.urls]
-        if not urls:
-            environment_spec(make[0])
-        launch = functools.partial(
-            ServerProcess.start,
-            *make,
-            sessions=config.sessions_per_server,
-            send_admissible=config.send_admissible,
-            timeout_s=config.start_deadline_s,
-        )
+        if config.command:
+            launch = functools.partial(ServerProcess.start_command, config.command, timeout_s=config.start_deadline_s)
+        else:
+            if not urls:
+                environment_spec(make[0])
+            launch = functools.partial(
+                ServerProcess.start,
+                *make,
+                sessions=config.sessions_per_server,
+                send_admissible=config.send_admissible,
+                timeout_s=config.start_deadline_s,
+            )
         self._servers = [
             Supervisor(index, url, launch, config.first_pause_s, self._on_failure)
             for index, url in enumerate(urls or [""] * config.num_servers)
@@ -109,7 +114,7 @@ class EnvPool:
     def step(self, session: int, text: str) -> concurrent.futures.Future[StepResult]:
         """Gives the policy's response to an episode; futures and errors as in `reset`."""
         request = self._encode_step(text)
-        return self._submit(session, lambda found: found.ask(request, self._config.step_deadline_s))
+        return self._submit(session, lambda found: found.ask(request, self._config.step_deadline_s, decode_step))
 
     def stats(self) -> PoolStats:
         """Counters and the latest errors, for metrics."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from aem_jax.envs.protocol import WireMapping
+from aem_jax.envs.wire import WireMapping
 
 
 @dataclass(frozen=True)
@@ -11,6 +11,9 @@ class PoolConfig:
 
     urls: tuple[str, ...] = ()
     """Servers to connect to (host:port or ws://…); empty: the pool starts its own."""
+    command: str = ""
+    """Command that starts one server, {port} in it, where the servers are not this package's: num_servers of them are
+    started, watched and started again, as own ones. It must serve at 127.0.0.1:{port}, and end when it is killed."""
     num_servers: int = 2
     """Own server processes; a failure costs the sessions of one."""
     sessions_per_server: int = 32
@@ -31,6 +34,10 @@ class PoolConfig:
     """Where the servers keep our words; the default suits own servers."""
 
     def __post_init__(self):
+        if self.command and (self.urls or "{port}" not in self.command):
+            raise ValueError(
+                f"expected command with {{port}} in it and no urls beside it, got {self.command!r} and {self.urls}"
+            )
         for name in ("num_servers", "sessions_per_server"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")

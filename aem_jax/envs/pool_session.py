@@ -2,15 +2,21 @@
 
 import asyncio
 import math
+from collections.abc import Callable
 
 from aem_jax.envs import protocol
 from aem_jax.envs.client import CONNECTION_ERRORS, Connection, describe
 from aem_jax.envs.pool_config import PoolConfig
 from aem_jax.envs.protocol import EnvError, LostError, RefusedError, StepResult
 from aem_jax.envs.supervisor import Supervisor, pauses
+from aem_jax.envs.wire import WireMapping, decode_result
 
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_S = 5.0
+_ROOM = (
+    "; set --env.sessions-per-server to what one server has room for (1 for many of OpenEnv's), and have as many "
+    "servers as that takes: --env.urls, or --env.num-servers where --env.command starts them"
+)
 
 
 class Clock:
@@ -61,7 +67,7 @@ class PoolSession:
         for pause in pauses(self._config.first_pause_s):
             await self._connect(limit)
             try:
-                return await self.ask(request, self._config.reset_deadline_s)
+                return await self.ask(request, self._config.reset_deadline_s, decode_result)
             except RefusedError as error:
                 # A session that was just cut may still be counted by its server; it is over in a moment.
                 if error.code != protocol.CAPACITY_REACHED or self._clock.now + pause > limit:
@@ -69,8 +75,10 @@ class PoolSession:
             await asyncio.sleep(pause)
         raise AssertionError("pauses never end")
 
-    async def ask(self, request: str, deadline_s: float) -> StepResult:
-        """Sends a request that the server answers with an observation.
+    async def ask(
+        self, request: str, deadline_s: float, decode: Callable[[str | bytes, WireMapping], StepResult]
+    ) -> StepResult:
+        """Sends a request that the server answers with an observation, and reads that.
 
         Raises:
             LostError: the server failed, before or during this call; it is being put right. What made it fail cannot
@@ -84,7 +92,7 @@ class PoolSession:
         process = server.process
         self._expires = self._clock.now + deadline_s
         try:
-            return protocol.decode_result(await connection.ask(request), self._config.wire)
+            return decode(await connection.ask(request), self._config.wire)
         except RefusedError as error:
             self.drop(f"{server} refused: {error}")  # the next reset gets a fresh environment
             server.note(f"session {self.index}: {self._failure}")
@@ -115,7 +123,7 @@ class PoolSession:
             except RefusedError as error:
                 if error.code == protocol.EXECUTION_ERROR:
                     return  # it has a session for us, and no state to tell before the first reset
-                failure = str(error)
+                failure = f"{error}{_ROOM if error.code == protocol.CAPACITY_REACHED else ''}"
             except (EnvError, *CONNECTION_ERRORS) as error:
                 failure = describe(error)
             self.drop(failure)

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,17 @@ from aem_jax.envs.protocol import EnvError
 
 _TAIL_BYTES = 4000
 
+_WITH_PARENT = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)
+try:
+    os.execvp(sys.argv[1], sys.argv[1:])
+except OSError as error:
+    sys.exit(f"{sys.argv[1]}: {error}")
+"""
+"""Becomes the command given, which on Linux the kernel kills (9) when its parent ends (PR_SET_PDEATHSIG, 1)."""
+
 
 class ServerProcess:
     """One running server; made by `start`.
@@ -24,10 +37,11 @@ class ServerProcess:
         port: where it listens, on localhost.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process):
+    def __init__(self, process: asyncio.subprocess.Process, said: asyncio.StreamReader | None):
+        assert said
         self._process = process
         self._tail = b""
-        self._reader = asyncio.ensure_future(self._read_stderr())
+        self._reader = asyncio.ensure_future(self._read(said))
         self.pid = process.pid
         self.port = 0
 
@@ -41,7 +55,7 @@ class ServerProcess:
         for the training to answer), and the kernel picks the port, so that two pools cannot clash.
 
         Args:
-            name: an environment of the table.
+            name: an environment of the table, or the path of one.
             settings: its settings.
             sessions: most sessions at once.
             send_admissible: whether observations carry the admissible actions.
@@ -60,7 +74,7 @@ class ServerProcess:
             *command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
         )
         assert process.stdout
-        server = cls(process)
+        server = cls(process, process.stderr)
         try:
             line = await asyncio.wait_for(process.stdout.readline(), timeout_s)
             if not line:
@@ -74,6 +88,47 @@ class ServerProcess:
             await server.kill()
             raise
         server.port = int(json.loads(line)["port"])
+        return server
+
+    @classmethod
+    async def start_command(cls, command: str, *, timeout_s: float) -> "ServerProcess":
+        """Starts somebody else's server and waits until it accepts connections.
+
+        Args:
+            command: what to run, as in a shell but without one; `{port}` becomes a free port.
+            timeout_s: seconds until it must be up.
+
+        Raises:
+            EnvError: it cannot be run, ended, or was not up in time; with the end of what it said.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = [word.replace("{port}", str(port)) for word in shlex.split(command)]
+        pipe, where = asyncio.subprocess.PIPE, asyncio.subprocess.STDOUT
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", _WITH_PARENT, *words),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=where,
+            start_new_session=True,
+        )
+        server = cls(process, process.stdout)
+        server.port = port
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await _accepts(port):
+                    if process.returncode is not None:
+                        await server.kill()  # what it left behind; and wait for its last words
+                        status = describe_exit(process.returncode)
+                        raise EnvError(f"environment server {command!r} did not start ({status}){server.tail()}")
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            await server.kill()
+            raise EnvError(f"environment server {command!r} was not up in {timeout_s:g} s{server.tail()}") from None
+        except BaseException:
+            await server.kill()
+            raise
         return server
 
     async def wait(self) -> int:
@@ -94,7 +149,7 @@ class ServerProcess:
         await self.kill()
 
     def tail(self) -> str:
-        """The end of its stderr, to be appended to an error message."""
+        """The end of what it said, to be appended to an error message."""
         text = self._tail.decode(errors="replace").strip()
         return f"; it said:\n{text}" if text else ""
 
@@ -102,10 +157,19 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # ended already; macOS says the second
             os.killpg(self.pid, number)
 
-    async def _read_stderr(self) -> None:
-        assert self._process.stderr
-        while chunk := await self._process.stderr.read(4096):
+    async def _read(self, said: asyncio.StreamReader) -> None:
+        while chunk := await said.read(4096):
             self._tail = (self._tail + chunk)[-_TAIL_BYTES:]
+
+
+async def _accepts(port: int) -> bool:
+    """Whether something listens on the port of this machine."""
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 def describe_exit(status: int) -> str:

@@ -5,7 +5,7 @@ third: `EnvError`, no fault of the policy, so its episode is retried or masked a
 
 On the wire an environment speaks OpenEnv's WebSocket messages, JSON texts of the form `{"type": …, "data": {…}}`: one
 connection is one session is one environment, and every request is answered by exactly one reply, in order.
-`WireMapping` says under which names a server keeps the words that we need; its defaults are those of our own server.
+What a server calls its fields is its own matter: `wire.py` finds them.
 """
 
 import json
@@ -39,11 +39,12 @@ class RefusedError(EnvError):
 
     Attributes:
         code: one of the protocol's error codes, as the server sent it.
+        message: what the server said, with what its validation found.
     """
 
     def __init__(self, code: str, message: str):
         super().__init__(f"{code}: {message}")
-        self.code = code
+        self.code, self.message = code, message
 
 
 @dataclass(frozen=True)
@@ -98,30 +99,6 @@ class Environment(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class WireMapping:
-    """Where a server keeps our words. Observation fields may be dotted paths; an empty name: it has no such field."""
-
-    action_field: str = "text"
-    """Action field that takes the policy's response."""
-    action_constants: str = "{}"
-    """JSON mapping of further action fields, sent unchanged with every step."""
-    text_field: str = "text"
-    """Observation field shown to the policy; empty: the whole observation as JSON."""
-    won_field: str = "won"
-    """Observation field that says whether the task is solved; empty: done, not truncated and reward above zero."""
-    truncated_field: str = "truncated"
-    """Observation field that says whether a limit ended the episode; empty: never."""
-    terminated_field: str = "terminated"
-    """Observation field that says whether the task ended the episode; empty: done and not truncated."""
-    valid_field: str = "valid_action"
-    """Observation field that says whether the response was understood as an action; empty: always."""
-    admissible_field: str = "admissible"
-    """Observation field that lists the admissible actions, null where they are not sent; empty: none."""
-    info_field: str = "info"
-    """Observation field with a mapping of further facts; empty: none."""
-
-
 def encode_reset(task: Mapping[str, Any]) -> str:
     """The request that starts an episode of `task`; its keys become the reset keywords.
 
@@ -132,28 +109,6 @@ def encode_reset(task: Mapping[str, Any]) -> str:
         return json.dumps({"type": "reset", "data": dict(task)}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected a task as a mapping of plain JSON values, got {task!r:.200}: {error}") from None
-
-
-def step_encoder(mapping: WireMapping):
-    """Returns the function `text -> request` of a mapping, with what never changes prepared once.
-
-    Raises:
-        ValueError: `action_constants` is not a JSON mapping.
-    """
-    try:
-        constants = json.loads(mapping.action_constants)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}: {error}"
-        ) from None
-    if not isinstance(constants, dict):
-        raise ValueError(f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}")
-
-    def encode(text: str) -> str:
-        text = text.encode(errors="replace").decode()  # half a surrogate pair is a str, but not everybody's JSON
-        return json.dumps({"type": "step", "data": {**constants, mapping.action_field: text}})
-
-    return encode
 
 
 STATE_REQUEST = '{"type": "state"}'
@@ -210,64 +165,15 @@ def decode_data(raw: str | bytes, expected_type: str) -> Mapping[str, Any]:
     if not isinstance(data, dict):
         raise EnvError(f"rubbish: expected data as a mapping, got {raw[:200]!r}")
     if kind == "error":
-        raise RefusedError(str(data.get("code", "UNKNOWN")), str(data.get("message", "no message")))
+        raise RefusedError(str(data.get("code", "UNKNOWN")), _message(data))
     if kind != expected_type:
         raise EnvError(f"rubbish: expected a message of type {expected_type!r}, got {kind!r}")
     return data
 
 
-def _find(observation: Mapping[str, Any], path: str) -> Any:
-    value: Any = observation
-    for name in path.split("."):
-        if not isinstance(value, dict) or name not in value:
-            raise EnvError(f"rubbish: expected the observation field {path!r}, got fields {sorted(observation)}")
-        value = value[name]
-    return value
-
-
-def _flag(observation: Mapping[str, Any], path: str, default: bool) -> bool:
-    if not path:
-        return default
-    value = _find(observation, path)
-    if not isinstance(value, bool):
-        raise EnvError(f"rubbish: expected true or false in {path!r}, got {value!r:.100}")
-    return value
-
-
-def decode_result(raw: str | bytes, mapping: WireMapping) -> StepResult:
-    """Reads an observation message.
-
-    Args:
-        raw: the reply as received.
-        mapping: the names under which this server keeps our words.
-
-    Returns:
-        The result. `info["admissible"]` is there only if the server sent it.
-
-    Raises:
-        RefusedError: the server answered with an error.
-        EnvError: the reply is rubbish: not JSON, fields missing, a reward that is not finite, …
-    """
-    data = decode_data(raw, "observation")
-    observation, reward, done = data.get("observation"), data.get("reward"), data.get("done")
-    if not isinstance(observation, dict) or not isinstance(done, bool):
-        raise EnvError(f"rubbish: expected an observation mapping and a done flag, got {raw[:200]!r}")
-    reward = 0.0 if reward is None else reward
-    if not isinstance(reward, (int, float)) or not math.isfinite(reward):
-        raise EnvError(f"rubbish: expected a finite reward, got {reward!r:.100}")
-    text = _find(observation, mapping.text_field) if mapping.text_field else json.dumps(observation, ensure_ascii=False)
-    if not isinstance(text, str):
-        raise EnvError(f"rubbish: expected text in {mapping.text_field!r}, got {text!r:.100}")
-    truncated = done and _flag(observation, mapping.truncated_field, False)
-    terminated = done and _flag(observation, mapping.terminated_field, not truncated)
-    if done and not (terminated or truncated):
-        raise EnvError("rubbish: expected a done episode to be terminated or truncated, got neither")
-    info = _find(observation, mapping.info_field) if mapping.info_field else {}
-    if not isinstance(info, dict):
-        raise EnvError(f"rubbish: expected a mapping in {mapping.info_field!r}, got {info!r:.100}")
-    won = _flag(observation, mapping.won_field, terminated and reward > 0)
-    info = {**info, "won": won, "valid_action": _flag(observation, mapping.valid_field, True)}
-    admissible = _find(observation, mapping.admissible_field) if mapping.admissible_field else None
-    if admissible is not None:
-        info["admissible"] = admissible
-    return StepResult(text, float(reward), terminated, truncated, info)
+def _message(data: Mapping[str, Any]) -> str:
+    """An error's message. OpenEnv's own says only that something is invalid; what and where stands beside it."""
+    errors = data.get("errors")
+    found = [each for each in errors if isinstance(each, dict)] if isinstance(errors, list) else []
+    where = [f"{'.'.join(map(str, each.get('loc', ())))}: {each.get('msg', '')}" for each in found[:3]]
+    return "; ".join([str(data.get("message", "no message")), *where])

@@ -34,7 +34,7 @@ from websockets.http11 import Request, Response
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import Environment, encode_error
 from aem_jax.envs.session import Session
-from aem_jax.envs.table import ENVIRONMENTS, environment_spec, settings_from_json
+from aem_jax.envs.table import ENVIRONMENTS, EnvironmentSpec, environment_spec, settings_from_json
 
 logger = logging.getLogger("aem_jax.envs.server")  # not __name__, which is __main__ in a process of its own
 
@@ -142,16 +142,22 @@ STATE_SCHEMA = {
 }
 
 
-def _pages(name: str) -> Mapping[str, Any]:
+def _pages(name: str, description: str) -> Mapping[str, Any]:
     return {
         "/health": {"status": "healthy"},
-        "/metadata": {"name": name, "description": ENVIRONMENTS[name].description, "version": "1"},
+        "/metadata": {"name": name, "description": description, "version": "1"},
         "/schema": {"action": ACTION_SCHEMA, "observation": OBSERVATION_SCHEMA, "state": STATE_SCHEMA},
     }
 
 
-async def _run(name: str, make: Callable[[], Environment], config: ServerConfig, ready: Callable[[int], None]) -> None:
-    pages = _pages(name)
+async def _run(
+    name: str,
+    make: Callable[[], Environment],
+    spec: EnvironmentSpec,
+    config: ServerConfig,
+    ready: Callable[[int], None],
+) -> None:
+    pages = _pages(name, spec.description)
 
     def http(connection: ServerConnection, request: Request) -> Response | None:
         path = request.path.partition("?")[0]
@@ -171,8 +177,7 @@ async def _run(name: str, make: Callable[[], Environment], config: ServerConfig,
             NotImplementedError, RuntimeError
         ):  # no such thing on Windows, nor outside the main thread
             loop.add_signal_handler(number, stop.set)
-    blocking = environment_spec(name).blocking
-    server = _Server(make, config, blocking=blocking)
+    server = _Server(make, config, blocking=spec.blocking)
     # Compression costs more than it saves on texts this short; a ping without a deadline lets TCP find vanished clients
     # and never mistakes a busy one for dead.
     async with serve_websocket(
@@ -189,7 +194,7 @@ async def _run(name: str, make: Callable[[], Environment], config: ServerConfig,
         ready(next(iter(sockets.sockets)).getsockname()[1])
         await stop.wait()
         last_resort = _end_in(seconds=5)  # whatever an environment that hangs is doing
-    if not blocking:
+    if not spec.blocking:
         last_resort.cancel()  # else threads may be left, which Python waits for at its end
 
 
@@ -199,7 +204,7 @@ def serve(
     """Serves an environment until SIGTERM or SIGINT; to be a process's main work.
 
     Args:
-        name: an environment of `table.ENVIRONMENTS`.
+        name: an environment of `table.ENVIRONMENTS`, or the path of one (`table.environment_spec`).
         settings: its config's fields.
         config: where and how to serve.
         ready: called with the port when connections are accepted.
@@ -208,11 +213,12 @@ def serve(
         ValueError: unknown name or bad settings.
         OSError: the port is taken.
     """
-    make = environment_spec(name).factory(settings)
+    spec = environment_spec(name)
+    make = spec.factory(settings)
     make().close()  # what cannot be made should say so now, not at the first session
     if config.with_parent:
         _end_with_parent()
-    asyncio.run(_run(name, make, config, ready))
+    asyncio.run(_run(name, make, spec, config, ready))
 
 
 def _end_in(*, seconds: float) -> threading.Timer:
@@ -251,7 +257,7 @@ def _announcer() -> Callable[[int], None]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="aem_jax.envs.server", description="Serves an environment over WebSocket.")
-    parser.add_argument("environment", help=" | ".join(ENVIRONMENTS))
+    parser.add_argument("environment", help=" | ".join([*ENVIRONMENTS, "file.py:attribute", "module:attribute"]))
     parser.add_argument("--settings", default="{}", help="the environment's settings as a JSON mapping")
     parser.add_argument("--host", default=ServerConfig.host)
     parser.add_argument("--port", type=int, default=ServerConfig.port, help="0 takes a free one; it is printed as JSON")

@@ -1,10 +1,21 @@
-"""The environments that can be served, by name: the one literal table, and how JSON settings become a config."""
+"""The environments that can be served: the one literal table of names, paths to anybody's own, and how JSON settings
+become a config.
+
+An environment of yours needs no line here: `my_env.py:MyEnv` or `my_package.my_module:make` names what makes one.
+"""
 
 import dataclasses
 import difflib
+import importlib
+import importlib.util
+import inspect
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from aem_jax.envs.protocol import Environment
@@ -85,16 +96,69 @@ SITES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {"webshop": _webshop_s
 
 
 def environment_spec(name: str) -> EnvironmentSpec:
-    """Looks a name up.
+    """Looks a name up, or imports what a path names: `file.py:attribute` or `module:attribute`.
+
+    What it names is called with the settings as keywords, once for each session, and returns an `Environment`; a class
+    will do. Each session gets a thread.
 
     Raises:
-        ValueError: no such environment.
+        ValueError: no such environment, or nothing there that can make one.
     """
-    if name not in ENVIRONMENTS:
+    if name in ENVIRONMENTS:
+        return ENVIRONMENTS[name]
+    where, _, attribute = name.rpartition(":")
+    if not where or not attribute:
         raise ValueError(
-            f"expected an environment of {', '.join(ENVIRONMENTS)}, got {name!r}{_nearest(name, ENVIRONMENTS)}"
+            f"expected an environment of {', '.join(ENVIRONMENTS)}, or file.py:attribute, got {name!r}"
+            f"{_nearest(name, ENVIRONMENTS)}"
         )
-    return ENVIRONMENTS[name]
+    module = _imported(where)
+    make: Any = getattr(module, attribute, None)
+    if not callable(make):
+        found = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+        raise ValueError(
+            f"expected something in {where} that makes an environment, got {attribute!r}{_nearest(attribute, found)}"
+        )
+    description = (inspect.getdoc(make) or "").partition("\n")[0]
+    return EnvironmentSpec(partial(_own, name, make), blocking=True, description=description or name)
+
+
+def _own(name: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[[], Environment]:
+    """The factory of an environment that is not in the table."""
+    try:
+        inspect.signature(make).bind(**settings)
+    except TypeError as error:
+        raise ValueError(f"expected settings that {name} can be called with, got {dict(settings)}: {error}") from None
+
+    def checked() -> Environment:
+        env = make(**settings)
+        missing = [each for each in ("reset", "step", "close") if not callable(getattr(env, each, None))]
+        if missing:
+            raise ValueError(f"expected an environment with reset, step and close from {name}, got no {missing[0]}")
+        return env
+
+    return checked
+
+
+def _imported(where: str) -> ModuleType:
+    """A module by its name, or from its file.
+
+    Raises:
+        ValueError: there is none, or it cannot be imported.
+    """
+    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        if not Path(where).is_file():
+            raise ImportError(f"no such file in {Path.cwd()}")
+        spec = importlib.util.spec_from_file_location(f"environment_{Path(where).stem}", where)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"expected a Python file or module to import, got {where!r}: {error}") from None
 
 
 def config_from(cls: type[Config], settings: Mapping[str, Any]) -> Config:

@@ -31,10 +31,10 @@ def run(names: Sequence[str], config: ServeConfig) -> int:
     Raises:
         ConfigError: an unknown environment, bad settings, or a port that cannot be had.
     """
-    known = ", ".join(ENVIRONMENTS)
+    known = f"{', '.join(ENVIRONMENTS)}; or your own as file.py:attribute"
     if len(names) != 1:
         raise ConfigError(f"expected one environment to serve, of {known}, got {len(names)}")
-    if names[0] not in ENVIRONMENTS:
+    if names[0] not in ENVIRONMENTS and ":" not in names[0]:
         raise ConfigError(
             f"unknown environment {names[0]!r}{nearest(names[0], ENVIRONMENTS) or '; known are ' + known}"
         )

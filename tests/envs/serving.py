@@ -1,10 +1,13 @@
-"""Server processes for the tests of this folder."""
+"""Servers for the tests of this folder."""
 
 import contextlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+from websockets.sync.server import serve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -34,3 +37,21 @@ def run_server(name, *options, settings=None):
         command(name, *options, settings=settings), capture_output=True, cwd=REPOSITORY, text=True, timeout=60
     )
     return done.returncode, done.stderr
+
+
+@contextlib.contextmanager
+def foreign_server(reply):
+    """A server with words of its own; `reply` makes the raw answer to a message."""
+
+    def handler(connection):
+        for raw in connection:
+            answer = reply(json.loads(raw))
+            if answer is not None:
+                connection.send(answer)
+
+    with serve(handler, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"127.0.0.1:{server.socket.getsockname()[1]}"
+        finally:
+            server.shutdown()

@@ -74,6 +74,11 @@ def test_the_scripted_environment_conforms():
         assert check_server(subject) == []
 
 
+def test_a_server_with_one_session_is_examined_alone():
+    with served("echo", "--sessions", "1") as (url, _):
+        assert check_server(ServerSubject(websocket_url(url), TASKS, ACTIONS, sessions=1)) == []
+
+
 class Nondeterministic(EchoEnv):
     """Each environment counts on over its episodes."""
 

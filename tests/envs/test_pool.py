@@ -10,11 +10,11 @@ import time
 from concurrent.futures import Future
 
 import pytest
-from envs.serving import served
-from websockets.sync.server import serve
+from envs.serving import foreign_server, served
 
 from aem_jax.envs.pool import EnvPool, PoolConfig
-from aem_jax.envs.protocol import EnvError, RefusedError, WireMapping
+from aem_jax.envs.protocol import EnvError, RefusedError
+from aem_jax.envs.wire import WireMapping
 
 SMALL = PoolConfig(num_servers=2, sessions_per_server=2, first_pause_s=0.05)
 
@@ -230,24 +230,6 @@ def test_a_server_by_hand_that_comes_back_is_connected_to_again():
         stack.enter_context(served("echo", port=int(address.partition(":")[2])))
         assert future.result(20).observation == "say a"
         assert pool.reset(1, {"word": "b"}).result(20).observation == "say b"
-
-
-@contextlib.contextmanager
-def foreign_server(reply):
-    """A server with words of its own; `reply` makes the raw answer to a message."""
-
-    def handler(connection):
-        for raw in connection:
-            answer = reply(json.loads(raw))
-            if answer is not None:
-                connection.send(answer)
-
-    with serve(handler, "127.0.0.1", 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"127.0.0.1:{server.socket.getsockname()[1]}"
-        finally:
-            server.shutdown()
 
 
 def test_a_foreign_server_under_a_mapping():

@@ -19,13 +19,14 @@ from envs.serving import REPOSITORY, run_server, served
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from aem_jax.envs import protocol, server
+from aem_jax.envs import protocol, server, wire
 from aem_jax.envs.client import RemoteEnvironment, websocket_url
 from aem_jax.envs.echo import EchoEnv
-from aem_jax.envs.protocol import EnvError, RefusedError, StepResult, WireMapping
+from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
 from aem_jax.envs.server import ACTION_SCHEMA, OBSERVATION_SCHEMA, ServerConfig
 from aem_jax.envs.session import Session
-from aem_jax.envs.table import config_from, environment_spec, settings_from_json
+from aem_jax.envs.table import ENVIRONMENTS, config_from, environment_spec, settings_from_json
+from aem_jax.envs.wire import WireMapping
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,15 @@ def test_an_episode_message_by_message():
 def test_truncation_and_termination_are_told_apart_over_the_wire():
     session = Session(EchoEnv(), send_admissible=False)
     session.answer('{"type": "reset", "data": {"length": 1}}')
-    result = protocol.decode_result(session.answer('{"type": "step", "data": {"text": "x"}}') or "", WireMapping())
+    result = wire.decode_result(session.answer('{"type": "step", "data": {"text": "x"}}') or "", WireMapping())
     assert (result.terminated, result.truncated, result.info["won"]) == (False, True, False)
 
 
 def test_a_result_survives_the_wire():
     info = {"won": True, "valid_action": False, "score": 0.5, "admissible": ["a", "b"]}
     result = StepResult("ü€𝄞\ud800\x00", -0.1, True, False, info)
-    assert protocol.decode_result(protocol.encode_result(result, send_admissible=True), WireMapping()) == result
-    without = protocol.decode_result(protocol.encode_result(result, send_admissible=False), WireMapping())
+    assert wire.decode_result(protocol.encode_result(result, send_admissible=True), WireMapping()) == result
+    without = wire.decode_result(protocol.encode_result(result, send_admissible=False), WireMapping())
     assert without.info == {name: value for name, value in info.items() if name != "admissible"}
 
 
@@ -128,7 +129,7 @@ def test_the_environments_own_mistakes_are_execution_errors():
 )
 def test_rubbish_answers_are_env_errors(raw):
     with pytest.raises(EnvError, match="rubbish"):
-        protocol.decode_result(raw, WireMapping(won_field="", truncated_field="", terminated_field="", info_field=""))
+        wire.decode_result(raw, WireMapping(won_field="", truncated_field="", terminated_field="", info_field=""))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_every_field_of_an_answer_is_examined(change, said):
     for name, value in change.items():
         (data if name in data else data["observation"])[name] = value
     with pytest.raises(EnvError, match=said):
-        protocol.decode_result(json.dumps({"type": "observation", "data": data}), WireMapping())
+        wire.decode_result(json.dumps({"type": "observation", "data": data}), WireMapping())
 
 
 def test_a_foreign_servers_words_are_mapped():
@@ -163,13 +164,13 @@ def test_a_foreign_servers_words_are_mapped():
         admissible_field="",
         info_field="",
     )
-    request = json.loads(protocol.step_encoder(mapping)("ls"))
+    request = json.loads(wire.step_encoder(mapping)("ls"))
     assert request == {"type": "step", "data": {"session": "s", "timeout": 3, "command": "ls"}}
 
     def reply(cut, reward, done):
         observation = {"result": {"stdout": "a.py"}, "cut": cut, "more": [1]}
         raw = json.dumps({"type": "observation", "data": {"observation": observation, "reward": reward, "done": done}})
-        return protocol.decode_result(raw, mapping)
+        return wire.decode_result(raw, mapping)
 
     def info(won):
         return {"won": won, "valid_action": True}
@@ -177,7 +178,7 @@ def test_a_foreign_servers_words_are_mapped():
     assert reply(False, None, False) == StepResult("a.py", 0.0, info=info(False))
     assert reply(False, True, True) == StepResult("a.py", 1.0, terminated=True, info=info(True))
     assert reply(True, 1.0, True) == StepResult("a.py", 1.0, truncated=True, info=info(False))
-    whole = protocol.decode_result(
+    whole = wire.decode_result(
         '{"type": "observation", "data": {"observation": {"a": 1}, "reward": 0, "done": false}}',
         WireMapping("x", "{}", "", "", "", "", "", "", ""),
     )
@@ -187,7 +188,7 @@ def test_a_foreign_servers_words_are_mapped():
 def test_bad_action_constants_are_refused():
     for constants in ("{", "[]"):
         with pytest.raises(ValueError, match="expected action_constants as a JSON mapping"):
-            protocol.step_encoder(WireMapping(action_constants=constants))
+            wire.step_encoder(WireMapping(action_constants=constants))
 
 
 def test_a_task_that_is_no_json_is_refused():
@@ -275,7 +276,8 @@ def test_an_environment_that_cannot_be_made_later_is_a_factory_error():
 
     async def converse():
         ready = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(server._run("echo", make, ServerConfig(port=0), ready.set_result))
+        spec = environment_spec("echo")
+        task = asyncio.create_task(server._run("echo", make, spec, ServerConfig(port=0), ready.set_result))
         port = await ready
         replies = await asyncio.to_thread(lambda: [_one_reply(port), _one_reply(port)])
         task.cancel()
@@ -298,7 +300,8 @@ def _one_reply(port):
 def test_a_bad_command_line_is_one_line_of_error():
     assert run_server("ecko") == (
         2,
-        "error: expected an environment of alfworld, echo, echo-slow, scripted, got 'ecko'; did you mean 'echo'?\n",
+        f"error: expected an environment of {', '.join(ENVIRONMENTS)}, or file.py:attribute, got 'ecko'; "
+        "did you mean 'echo'?\n",
     )
     status, said = run_server("echo", settings={"lenght": 1})
     assert status == 2 and said.startswith("error: expected settings of EchoConfig") and said.count("\n") == 1

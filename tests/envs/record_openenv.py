@@ -1,0 +1,53 @@
+"""Records a conversation with somebody's OpenEnv server, for `test_openenv_recorded` to replay where OpenEnv is not.
+
+    python tests/envs/record_openenv.py ws://127.0.0.1:8000 FILE --server "echo_env, openenv-core 0.3.0" \
+        --wire '{"action_field": "message", …}' --task '{"seed": 1}' --say hello --say "[7]"
+
+The first line of FILE says what was asked for, each further one is a request and its answer, as they were sent. Asked
+are: the state (what a pool does first), a reset, the steps, a step that no server knows, the state again, and the end.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from aem_jax.envs import protocol
+from aem_jax.envs.client import websocket_url
+from aem_jax.envs.wire import WireMapping, step_encoder
+
+UNKNOWN_STEP = json.dumps({"type": "step", "data": {"no such field": "x"}})
+
+
+def requests(wire: WireMapping, task: dict, say: list[str]) -> list[str]:
+    """What is asked, in order."""
+    steps = [*map(step_encoder(wire), say), UNKNOWN_STEP]
+    return [protocol.STATE_REQUEST, protocol.encode_reset(task), *steps, protocol.STATE_REQUEST, protocol.CLOSE_REQUEST]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--server", required=True)
+    parser.add_argument("--wire", type=json.loads, default={})
+    parser.add_argument("--task", type=json.loads, default={})
+    parser.add_argument("--say", action="append", default=[])
+    options = parser.parse_args()
+    lines = [{name: getattr(options, name) for name in ("server", "wire", "task", "say")}]
+    with connect(websocket_url(options.url), proxy=None, open_timeout=60) as socket:
+        for request in requests(WireMapping(**options.wire), options.task, options.say):
+            socket.send(request)
+            try:
+                lines.append({"sent": request, "received": str(socket.recv(timeout=60))})
+            except ConnectionClosed:
+                lines.append({"sent": request, "received": None})
+    options.file.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Environments and servers that are not in this package: named by a path, or started by a command."""
+
+import os
+import signal
+import sys
+
+import pytest
+from envs.serving import REPOSITORY, run_server, served
+
+from aem_jax.envs.client import RemoteEnvironment
+from aem_jax.envs.pool import EnvPool, PoolConfig
+from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.table import environment_spec
+
+SOURCE = '''
+from dataclasses import dataclass
+from aem_jax.envs.protocol import StepResult
+
+
+@dataclass
+class Parrot:
+    """Says everything twice."""
+
+    between: str = " "
+
+    def reset(self, task):
+        return StepResult(task["word"], info={"won": False, "valid_action": True})
+
+    def step(self, action_text):
+        text = f"{action_text}{self.between}{action_text}"
+        return StepResult(text, 1.0, terminated=True, info={"won": True, "valid_action": True})
+
+    def close(self):
+        pass
+
+
+def mute():
+    return object()
+
+
+SILENT = None
+'''
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "parrot.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def test_a_file_of_yours_is_served(source):
+    with served(f"{source}:Parrot", settings={"between": "-"}) as (address, _):
+        env = RemoteEnvironment(address)
+        assert env.reset({"word": "hello"}).observation == "hello"
+        assert env.step("polly").observation == "polly-polly"
+        env.close()
+    assert environment_spec(f"{source}:Parrot").description == "Says everything twice."
+
+
+def test_a_module_of_yours_is_found(source, monkeypatch):
+    monkeypatch.syspath_prepend(str(source.parent))
+    env = environment_spec("parrot:Parrot").factory({})()
+    assert env.step("a").observation == "a a"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "why"),
+    [
+        (
+            "{source}:Parot",
+            {},
+            "that makes an environment, got 'Parot'; did you mean 'Parrot'",
+        ),
+        ("{source}:SILENT", {}, "that makes an environment, got 'SILENT'"),
+        (
+            "{source}:Parrot",
+            {"betwen": "-"},
+            "expected settings that .* can be called with, got {'betwen': '-'}",
+        ),
+        ("{source}:mute", {}, "expected an environment with reset, step and close from .*:mute, got no reset"),
+        ("nowhere.py:Parrot", {}, "expected a Python file or module to import, got 'nowhere.py': no such file in "),
+        ("no.such.module:Parrot", {}, "expected a Python file or module to import, got 'no.such.module'"),
+        (":Parrot", {}, "expected an environment of alfworld, .* or file.py:attribute, got ':Parrot'"),
+    ],
+)
+def test_what_cannot_be_an_environment_is_said_in_a_sentence(source, name, settings, why):
+    with pytest.raises(ValueError, match=why):
+        environment_spec(name.format(source=source)).factory(settings)()
+
+
+def test_a_server_says_so_too(source):
+    status, said = run_server(f"{source}:mute")
+    assert (status, said.count("\n")) == (2, 1) and said.startswith("error: expected an environment with reset")
+
+
+ECHO = f"{sys.executable} -m aem_jax.envs.server echo --sessions 1 --port {{port}}"
+
+
+def small(command, **changes):
+    return PoolConfig(command=command, num_servers=2, sessions_per_server=1, first_pause_s=0.05, **changes)
+
+
+def test_a_command_starts_a_server_for_each_session_and_again_when_it_dies(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    with EnvPool(small(ECHO), ("", {})) as pool:
+        assert pool.capacity == 2 and len(set(pool.server_pids)) == 2
+        for session, word in enumerate(("a", "b")):
+            assert pool.reset(session, {"word": word}).result(10).observation == f"say {word}"
+        dead = pool.server_pids[0]
+        os.kill(dead, signal.SIGKILL)
+        with pytest.raises(EnvError, match="killed by SIGKILL|ConnectionClosed"):
+            pool.step(0, "x").result(10)
+        assert pool.step(1, "b").result(10).info["won"]
+        assert pool.reset(0, {"word": "c"}).result(30).observation == "say c"
+        assert pool.stats().restarts == (1, 0)
+        alive = pool.server_pids
+        assert dead not in alive
+    for pid in alive:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "deadline_s", "why"),
+    [
+        ("no-such-program {port}", 60, r"program \{port\}' did not start \(exit status 1\); it said:\nno-such-program"),
+        ("sh -c 'echo broken; exit 3' {port}", 60, r"did not start \(exit status 3\); it said:\nbroken"),
+        ("sh -c 'sleep 600' {port}", 1, "was not up in 1 s"),
+    ],
+)
+def test_a_command_that_starts_no_server_says_why(command, deadline_s, why):
+    with pytest.raises(EnvError, match=why):
+        EnvPool(small(command, start_deadline_s=deadline_s), ("", {}))
+
+
+@pytest.mark.parametrize(("command", "urls"), [("serve", ()), ("serve {port}", ("a:1",))])
+def test_a_command_has_a_place_for_the_port_and_no_urls_beside_it(command, urls):
+    with pytest.raises(ValueError, match=r"expected command with \{port\} in it and no urls beside it"):
+        PoolConfig(urls, command)
