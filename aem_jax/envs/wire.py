@@ -1,7 +1,7 @@
 """Other people's words and ours: where a server keeps what we need, and how a response becomes its action.
 
 OpenEnv fixes the messages, not the fields of actions and observations: those are each environment's own. `WireMapping`
-names them. Its defaults are the fields of our own servers; the preset `openenv` makes all but the first two optional.
+names them. Its defaults are the fields of our own servers; the preset `openenv-tiny` makes most of them optional.
 
 A path is dotted, list indices included: `messages.-1.content`. Alternatives are separated by `|`: the first that is
 there and not null. A path that ends in `|` may also find nothing: `question|` is no text, `won|` the rule below.

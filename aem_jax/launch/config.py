@@ -86,6 +86,34 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
+class OpenEnvConfig:
+    """Any environment behind OpenEnv's messages: its tasks, and where they come from.
+
+    It runs on the servers of env.urls, on those that env.command starts, or on ours around serve.
+    """
+
+    serve: str = ""
+    """An environment of your own for our servers, as file.py:attribute or module:attribute."""
+    settings: str = "{}"
+    """What serve is called with: a JSON mapping of keywords."""
+    seeds: int = 1000
+    """Tasks to train on: the reset keyword seed from 0 to seeds - 1. Evaluation takes others."""
+    tasks: str = ""
+    """File of tasks to train on, in place of seeds: JSON lines, each a mapping of reset keywords."""
+    evaluation_tasks: str = ""
+    """The same for evaluation, which takes the first evaluation.size of them."""
+    reset: str = "{}"
+    """JSON mapping of reset keywords that all tasks have."""
+    actions: tuple[str, ...] = ()
+    """Responses among which a random agent chooses, where the environment lists no admissible ones: a baseline, and
+    what a tokenizer is trained on where there is no model.path."""
+
+    def __post_init__(self):
+        if not 1 <= self.seeds <= 10**9:
+            raise ValueError(f"expected seeds from 1 to 1000000000, got {self.seeds}")
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """The machine: what is set before the first computation."""
 
@@ -148,7 +176,7 @@ class RunConfig:
     """Presets to begin from, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
     seed: int = 0
     """Seed of everything random: weights, games, sampling."""
-    environment: Literal["alfworld", "webshop"] = "alfworld"
+    environment: Literal["alfworld", "webshop", "openenv"] = "alfworld"
     """What the agent learns."""
     env: PoolConfig = PoolConfig(num_servers=2, sessions_per_server=64)
     """Environment servers."""
@@ -162,6 +190,8 @@ class RunConfig:
     """Rules of a visit to the shop."""
     shop: ShopConfig = ShopConfig()
     """What the shop sells, and what its customers want."""
+    openenv: OpenEnvConfig = OpenEnvConfig()
+    """Tasks of other people's environments and of your own."""
     model: ModelChoice = ModelChoice()
     """The policy."""
     lora: LoraConfig = LoraConfig()
@@ -205,6 +235,11 @@ HARMLESS = (
 """Fields (or groups) that a resumed run may change: they decide where and how long, not what is computed."""
 
 
+HARMFUL = ("env.wire.", "env.command")
+"""Of these, what decides after all what is said and heard."""
+
+
 def is_harmless(name: str) -> bool:
     """Whether a resumed run may change the field of this dotted name."""
-    return name.startswith(tuple(each for each in HARMLESS if each.endswith("."))) or name in HARMLESS
+    groups = tuple(each for each in HARMLESS if each.endswith("."))
+    return (name.startswith(groups) or name in HARMLESS) and not name.startswith(HARMFUL)

@@ -35,21 +35,27 @@ class Domain:
 
 
 def texts(domain: Domain, episodes: int, max_turns: int) -> Iterator[str]:
-    """What the environment and its expert say in the first training tasks: a tokenizer learns from it.
+    """What the environment says in the first training tasks, and an agent in them: a tokenizer learns from it.
+
+    The agent is the expert; where there is none, the first of the baselines.
 
     Raises:
-        ValueError: the domain has no expert.
+        ValueError: the domain has no agent at all.
     """
-    if domain.demonstrator is None:
+    agent = domain.demonstrator or next(iter(domain.baselines.values()), None)
+    if agent is None:
         raise ValueError(
-            f"expected --model.path, whose tokenizer is used, with {domain.name}, got none; "
-            "a tokenizer is trained on what an expert says, and this environment has none"
+            f"expected --model.path, whose tokenizer is used, with {domain.name}, got none; a tokenizer is trained on "
+            "what is said in episodes, and nobody plays this environment (with openenv, --openenv.actions lets chance)"
         )
     env = domain.make_env()
-    for task in domain.training[:episodes]:
-        for exchange in play(env, task.payload, domain.demonstrator(task), max_turns):
-            yield exchange.observation
-            yield exchange.response
+    try:
+        for task in domain.training[:episodes]:
+            for exchange in play(env, task.payload, agent(task), max_turns):
+                yield exchange.observation
+                yield exchange.response
+    finally:
+        env.close()  # a session of a server, perhaps its only one
 
 
 class _Item(Protocol):

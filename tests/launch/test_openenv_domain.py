@@ -1,0 +1,140 @@
+"""What a run knows of an environment that is not this project's: tasks that are reset keywords, and no expert."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from envs.serving import REPOSITORY, served
+
+from aem_jax.launch import build, cli
+from aem_jax.launch.config import is_harmless
+from aem_jax.launch.domains import DOMAINS, texts
+from aem_jax.launch.options import apply, split
+from aem_jax.launch.preset import read_preset
+
+
+def domain(*words: str):
+    """The domain of a command line that names the preset `openenv-tiny`."""
+    _, options = split(words)
+    config = apply(read_preset("openenv-tiny"), options)
+    build.check(config)
+    return DOMAINS[config.environment](config)
+
+
+def payloads(tasks):
+    return [dict(task.payload) for task in tasks]
+
+
+def test_seeds_are_tasks_and_no_split_shares_any():
+    found = domain("--env.urls", "a:1", "--openenv.seeds", "3", "--openenv.reset", '{"size": 2}')
+    assert payloads(found.training) == [{"size": 2, "seed": seed} for seed in range(3)]
+    assert [task.id for task in found.training[1:]] == ["seed-1", "seed-2"]
+    valid, name = found.evaluation("valid", 2)
+    test, _ = found.evaluation("test", 2)
+    assert payloads(valid) == [{"size": 2, "seed": 10**9}, {"size": 2, "seed": 10**9 + 1}]
+    assert payloads(test)[0]["seed"] == 2 * 10**9
+    # the name stands for what is in the set
+    assert name.startswith("valid-2-") and name == found.evaluation("valid", 2)[1]
+    assert name != domain("--env.urls", "a:1").evaluation("valid", 2)[1]
+    with pytest.raises(ValueError, match="expected valid or test with openenv, got 'valid_seen'"):
+        found.evaluation("valid_seen", 2)
+
+
+def test_tasks_come_from_files(tmp_path: Path):
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text('{"level": 1}\n\n{"level": 2, "size": 9}\n')
+    test.write_text('{"level": 3}\n{"level": 4}\n')
+    words = ["--env.urls", "a:1", "--openenv.tasks", str(train), "--openenv.reset", '{"size": 5}']
+    found = domain(*words, "--openenv.evaluation-tasks", str(test))
+    assert payloads(found.training) == [{"size": 5, "level": 1}, {"size": 9, "level": 2}]
+    assert [task.id for task in found.training] == ["train-0", "train-1"]
+    assert payloads(found.evaluation("valid", 1)[0]) == [{"size": 5, "level": 3}]
+    assert len(domain(*words, "--evaluation.splits").training) == 2
+    with pytest.raises(ValueError, match=r"expected --openenv.evaluation-tasks with --openenv.tasks, got none"):
+        domain(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ([], "expected one of --env.urls, --env.command, --openenv.serve with openenv, got none"),
+        (["--env.urls", "a:1", "--openenv.serve", "b.py:C"], "got --env.urls and --openenv.serve"),
+        (["--env.urls", "a:1", "--openenv.reset", "["], "--openenv.reset: expected a JSON mapping"),
+        (["--env.urls", "a:1", "--openenv.settings", '{"a": 1}'], "expected --openenv.settings with --openenv.serve"),
+        (["--env.urls", "a:1", "--openenv.tasks", "none.jsonl"], "expected a file of tasks, got 'none.jsonl'"),
+        (["--env.urls", "a:1", "--warmstart.episodes", "5"], "--warmstart.episodes: expected 0 with openenv, got 5"),
+    ],
+)
+def test_what_is_missing_is_said(words, why):
+    with pytest.raises(ValueError) as error:
+        domain(*words)
+    assert why in str(error.value)
+
+
+def test_a_run_with_no_environment_is_one_line(tmp_path: Path, capsys):
+    assert cli.main(["--preset", "openenv-tiny", "--runs-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: expected one of --env.urls, --env.command, --openenv.serve")
+
+
+def test_what_is_said_and_heard_is_part_of_a_run():
+    assert is_harmless("env.urls") and is_harmless("env.num_servers")
+    assert not is_harmless("env.wire.text_field") and not is_harmless("env.command")
+    assert not is_harmless("openenv.seeds")
+
+
+ECHO = ["--openenv.reset", '{"word": "hi"}', "--openenv.actions", "ho", "hu"]
+
+
+def said(found) -> list[str]:
+    return list(texts(found, 3, 4))
+
+
+def test_chance_talks_to_a_server_so_that_there_is_a_tokenizer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    with served("echo", "--sessions", "1") as (address, _):
+        at_url = domain("--env.urls", address, *ECHO)
+        heard = said(at_url)
+        assert said(at_url) == heard  # chance is a seed, and the one session was given back
+    # three episodes of four turns, in which nobody says the word: what was heard, what was said, in turn
+    assert len(heard) == 24 and heard[::8] == ["say hi"] * 3 and set(heard[1::2]) == {"ho", "hu"}
+    assert heard[2] == f"1: {heard[1]}"
+    command = f"{sys.executable} -m aem_jax.envs.server echo --port {{port}}"
+    assert said(domain("--env.command", command, *ECHO)) == heard
+
+
+def test_an_environment_of_ones_own_needs_no_server_for_that(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text("from aem_jax.envs.echo import EchoConfig, EchoEnv\n\n\ndef make(length):\n"
+                    "    return EchoEnv(EchoConfig(length=length))\n")  # fmt: skip
+    found = domain("--openenv.serve", f"{file}:make", "--openenv.settings", '{"length": 2}', *ECHO)
+    assert (found.name, found.settings) == (f"{file}:make", {"length": 2})
+    agent = found.baselines["random"](found.training[0])
+    env = found.make_env()
+    assert env.reset({"word": "never"}).observation == "say never"
+    # the environment's own list of actions goes before the one that was given
+    assert agent(env.step("x")) in ("say", "never")
+    assert env.step("y").truncated
+
+
+def test_without_actions_nobody_plays():
+    found = domain("--env.urls", "a:1")
+    assert not found.baselines and found.demonstrator is None
+    with pytest.raises(ValueError, match=r"expected --model.path.* with openenv.*--openenv.actions"):
+        said(found)
+
+
+def test_one_session_servers_are_as_many_as_slots():
+    words = ["--env.command", "serve {port}", "--env.sessions-per-server", "1", "--rollout.num-slots", "4"]
+    assert domain(*words, "--env.num-servers", "4")
+    with pytest.raises(ValueError, match=r"--rollout.num-slots: expected at most 3"):
+        domain(*words, "--env.num-servers", "3")
+
+
+def test_the_mapping_is_reached_from_the_command_line():
+    _, options = split(["--env.wire.action-field", "answer", "--env.wire.invalid-codes", "A", "B"])
+    wire = apply(read_preset("openenv-tiny"), options).env.wire
+    assert (wire.action_field, wire.won_field, wire.invalid_codes) == ("answer", "won|", ("A", "B"))
+    assert json.loads(json.dumps(dataclasses.asdict(wire)))["invalid_codes"] == ["A", "B"]

@@ -1,0 +1,139 @@
+"""docs/environments.md, followed: its environment written down, checked, served, and made ready to train on."""
+
+import ast
+import dataclasses
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aem_jax.envs import conformance_wire
+from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
+from aem_jax.envs.alfworld.tasks import load_game
+from aem_jax.envs.pool import EnvPool
+from aem_jax.launch import build
+from aem_jax.launch.domains import DOMAINS, texts
+from aem_jax.launch.options import apply, split
+from aem_jax.launch.preset import read_preset
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGE = (REPOSITORY / "docs" / "environments.md").read_text(encoding="utf-8")
+LAUNCH = ["python", "-m", "aem_jax.launch"]
+
+
+def section(title: str) -> str:
+    return PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def blocks(title: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", section(title), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(block: str) -> list[list[str]]:
+    """The words of each command of a block; comments left out."""
+    lines = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", block, flags=re.MULTILINE)).splitlines()
+    return [shlex.split(line) for line in lines if line.strip()]
+
+
+def run_config(words: list[str]):
+    assert words[:3] == LAUNCH
+    _, options = split(words[3:])
+    (preset,) = options.pop("preset")
+    config = apply(read_preset(preset), options)
+    build.check(config)
+    return config
+
+
+@pytest.fixture
+def guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which the guide's file lies; the test stands in it."""
+    source, _ = blocks("Bring your own environment", "python")
+    (tmp_path / "guess.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.delitem(sys.modules, "guess", raising=False)
+    return tmp_path
+
+
+def test_the_environment_conforms(guess: Path):
+    _, check = blocks("Bring your own environment", "python")
+    scope: dict = {}
+    exec(compile(check, "check.py", "exec"), scope)
+    assert scope["problems"] == []
+    # and it plays: higher or lower leads to the number within as many guesses as bisection takes of ten
+    env, low, high = scope["Guess"](), 1, 10
+    result = env.reset({"seed": 1})
+    while not result.done:
+        said = (low + high) // 2
+        result = env.step(f"I say {said}")
+        low, high = (said + 1, high) if result.observation == "Higher." else (low, said - 1)
+    assert result.info["won"] and result.reward == 1.0
+
+
+def test_it_is_served_and_the_suite_passes(guess: Path, capsys: pytest.CaptureFixture):
+    serve, check = commands(blocks("Bring your own environment", "sh")[0])
+    assert serve[:4] == [*LAUNCH, "serve"] and check[:3] == ["python", "-m", "aem_jax.envs.conformance_wire"]
+    line = [sys.executable, *serve[1:], "--port", "0"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout
+            (port,) = re.findall(r":(\d+)$", process.stdout.readline().strip())
+            assert check[3] == "localhost:8765"
+            assert conformance_wire.main([f"localhost:{port}", *check[4:]]) == 0
+            assert capsys.readouterr().out == "0 problems\n"
+        finally:
+            process.send_signal(signal.SIGINT)
+
+
+def test_it_can_be_trained_on(guess: Path):
+    (words,) = commands(blocks("Bring your own environment", "sh")[1])
+    config = run_config(words)
+    domain = DOMAINS[config.environment](config)
+    said = list(texts(domain, 3, config.rollout.max_turns))
+    assert "Guess a number from 1 to 20." in said and set(said) & {"Higher.", "Lower.", "Yes!"}
+    assert set(said[1::2]) <= {"1", "5", "10", "15", "20"}
+    pool = dataclasses.replace(config.env, sessions_per_server=2)
+    with EnvPool(pool, (domain.name, domain.settings)) as pool:
+        first = [pool.reset(session, domain.training[0].payload).result(30) for session in range(2)]
+        assert [each.observation for each in first] == ["Guess a number from 1 to 20."] * 2
+        assert pool.step(0, "what?").result(30).info["valid_action"] is False
+
+
+def test_the_mappings_are_those_of_the_recordings():
+    (block,) = blocks("OpenEnv's servers", "sh")
+    names = re.findall(r"^# (\w+):", block, flags=re.MULTILINE)
+    folder = REPOSITORY / "tests" / "envs" / "openenv_recorded"
+    files = {path.stem.rpartition("-")[0]: path for path in folder.glob("*.jsonl")}
+    assert set(names) == set(files) and len(names) == len(commands(block))
+    for name, words in zip(names, commands(block)):
+        config = run_config(words)
+        DOMAINS[config.environment](config)
+        wire = json.loads(files[name].read_text(encoding="utf-8").splitlines()[0])["wire"]
+        for field, value in wire.items():
+            if field != "invalid_codes":  # the preset's; most were recorded without
+                assert getattr(config.env.wire, field) == value, (name, field)
+
+
+def test_every_field_of_a_mapping_is_explained():
+    from aem_jax.envs.wire import WireMapping
+
+    rows = re.findall(r"^\| (`.*?) \|", section("OpenEnv's servers"), flags=re.MULTILINE)
+    explained = {name.replace("-", "_") for row in rows for name in re.findall(r"`([\w-]+)`", row)}
+    # these three have the same meaning in every server, and the preset finds them where they are
+    unexplained = {"valid_field", "admissible_field", "info_field"}
+    assert explained == {each.name for each in dataclasses.fields(WireMapping)} - unexplained
+
+
+def test_their_clients_task_is_one_of_ours():
+    (block,) = blocks("Our servers for OpenEnv's clients", "python")
+    task = {"generate": ast.literal_eval(re.findall(r"generate=(\{.*?\})", block)[0])}
+    (text,) = re.findall(r'"text": "(.*?)"', block)
+    env = AlfworldEnv(AlfworldConfig(), load_game=load_game)
+    assert "Your task is to:" in env.reset(task).observation
+    assert env.step(text).info["valid_action"]
