@@ -50,6 +50,14 @@ def _alfworld(settings: Mapping[str, Any]) -> Callable[[], Environment]:
     return lambda: AlfworldEnv(config, load_game=load_game)
 
 
+def _swe_choices(settings: Mapping[str, Any]) -> Callable[[], Environment]:
+    from aem_jax.envs.swe.choices import ChoicesConfig, ChoicesEnv, make_failing
+
+    config = config_from(ChoicesConfig, settings)
+    failing = make_failing(config)  # one for all sessions of the process: it remembers verdicts
+    return lambda: ChoicesEnv(config, failing)
+
+
 def _shop_front(settings: Mapping[str, Any]):
     from aem_jax.envs.webshop.env import WebshopConfig, shop_front
     from aem_jax.envs.webshop.shop import ShopConfig, open_shop
@@ -92,6 +100,7 @@ ENVIRONMENTS: Mapping[str, EnvironmentSpec] = {
     "echo-slow": EnvironmentSpec(_echo, blocking=True, description="the same, a thread for each session"),
     "scripted": EnvironmentSpec(_scripted, blocking=True, description="episodes of scripted length and latency"),
     "swe": EnvironmentSpec(_swe, blocking=True, description="repository bugs to fix, in a sandbox (SWE-bench style)"),
+    "swe-choices": EnvironmentSpec(_swe_choices, blocking=True, description="fixing bugs by choosing among edits"),
     "webshop": EnvironmentSpec(_webshop, blocking=False, description="shopping by searching and clicking (WebShop)"),
 }
 

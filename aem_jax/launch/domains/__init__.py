@@ -5,9 +5,15 @@ from collections.abc import Callable, Mapping
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains.alfworld import alfworld
 from aem_jax.launch.domains.domain import Domain, texts
+from aem_jax.launch.domains.swe import swe, swe_choices
 from aem_jax.launch.domains.webshop import webshop
 
-DOMAINS: Mapping[str, Callable[[RunConfig], Domain]] = {"alfworld": alfworld, "webshop": webshop}
+DOMAINS: Mapping[str, Callable[[RunConfig], Domain]] = {
+    "alfworld": alfworld,
+    "swe": swe,
+    "swe-choices": swe_choices,
+    "webshop": webshop,
+}
 """Name of `RunConfig.environment` -> the environment as a run sees it."""
 
 __all__ = ["DOMAINS", "Domain", "texts"]
