@@ -14,6 +14,9 @@ from aem_jax.credit import AemConfig
 from aem_jax.envs.alfworld.env import AlfworldConfig
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.pool import PoolConfig
+from aem_jax.envs.swe.choices import ChoicesConfig
+from aem_jax.envs.swe.env import SweConfig
+from aem_jax.envs.swe.tasks import TasksConfig
 from aem_jax.envs.webshop.env import WebshopConfig
 from aem_jax.envs.webshop.shop import ShopConfig
 from aem_jax.evaluate import EvaluationConfig
@@ -176,7 +179,7 @@ class RunConfig:
     """Presets to begin from, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
     seed: int = 0
     """Seed of everything random: weights, games, sampling."""
-    environment: Literal["alfworld", "webshop", "openenv"] = "alfworld"
+    environment: Literal["alfworld", "webshop", "swe", "swe-choices", "openenv"] = "alfworld"
     """What the agent learns."""
     env: PoolConfig = PoolConfig(num_servers=2, sessions_per_server=64)
     """Environment servers."""
@@ -190,6 +193,12 @@ class RunConfig:
     """Rules of a visit to the shop."""
     shop: ShopConfig = ShopConfig()
     """What the shop sells, and what its customers want."""
+    bugs: TasksConfig = TasksConfig()
+    """Bug-fixing tasks."""
+    swe: SweConfig = SweConfig()
+    """Rules of an episode of bug-fixing with tools, and what its code may take."""
+    choices: ChoicesConfig = ChoicesConfig()
+    """Rules of an episode of choosing among edits."""
     openenv: OpenEnvConfig = OpenEnvConfig()
     """Tasks of other people's environments and of your own."""
     model: ModelChoice = ModelChoice()

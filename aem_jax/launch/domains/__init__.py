@@ -6,9 +6,16 @@ from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains.alfworld import alfworld
 from aem_jax.launch.domains.domain import Domain, texts
 from aem_jax.launch.domains.openenv import openenv
+from aem_jax.launch.domains.swe import swe, swe_choices
 from aem_jax.launch.domains.webshop import webshop
 
-DOMAINS: Mapping[str, Callable[[RunConfig], Domain]] = {"alfworld": alfworld, "webshop": webshop, "openenv": openenv}
+DOMAINS: Mapping[str, Callable[[RunConfig], Domain]] = {
+    "alfworld": alfworld,
+    "webshop": webshop,
+    "swe": swe,
+    "swe-choices": swe_choices,
+    "openenv": openenv,
+}
 """Name of `RunConfig.environment` -> the environment as a run sees it."""
 
 __all__ = ["DOMAINS", "Domain", "texts"]

@@ -1,0 +1,292 @@
+"""Small edits of Python source that a person might have made by mistake: one operator, bound, default or guard wrong.
+
+An edit replaces a stretch of the source text, not of its tree, so that everything around it stays as it was written:
+the fix is the diff back. Which edits break something, and what, is found by running tests (`survey.py`).
+"""
+
+import ast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True, order=True)
+class Edit:
+    """Replaces `source[start:end]`, which is `before`, by `after`.
+
+    Attributes:
+        start: first character.
+        end: one after the last.
+        before: what stands there.
+        after: what will.
+        kind: what sort of mistake it is.
+        function: qualified name of the function that it is in.
+    """
+
+    start: int
+    end: int
+    before: str
+    after: str
+    kind: str
+    function: str
+
+
+def apply(source: str, edits: Sequence[Edit]) -> str:
+    """The source with all edits made at once.
+
+    Raises:
+        ValueError: edits overlap, or one was made for another source.
+    """
+    ordered = sorted(edits)
+    if any(first.end > second.start for first, second in pairwise(ordered)):
+        raise ValueError("expected edits that do not overlap")
+    for edit in reversed(ordered):
+        if source[edit.start : edit.end] != edit.before:
+            raise ValueError(f"expected {edit.before!r} at {edit.start}, got {source[edit.start : edit.end]!r}")
+        source = source[: edit.start] + edit.after + source[edit.end :]
+    return source
+
+
+def edits(source: str) -> list[Edit]:
+    """All edits of a module's functions, by place.
+
+    Every one leaves a module that parses and differs from the source.
+
+    Raises:
+        SyntaxError: the source does not parse.
+    """
+    text = _Text(source)
+    tree = ast.parse(source)
+    found: dict[tuple[int, int, str], Edit] = {}
+    for function, name in _functions(tree):
+        for node in _nodes(function):
+            for kind, make in KINDS.items():
+                for target, after in make(node, text):
+                    start, end = text.span(target)
+                    if "\n" in source[start:end] and not isinstance(target, ast.stmt):
+                        continue  # a candidate must be readable on one line
+                    edit = Edit(start, end, source[start:end], after, kind, name)
+                    if after != edit.before and _parses(after):
+                        found.setdefault((start, end, after), edit)
+    return sorted(found.values())
+
+
+class _Text:
+    """Source text under syntax nodes."""
+
+    def __init__(self, source: str):
+        self._source = source
+        self._lines = source.splitlines(keepends=True)
+        self._begin = [0]
+        for line in self._lines:
+            self._begin.append(self._begin[-1] + len(line))
+
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        """First character of a node, and one after its last. Columns of `ast` count bytes."""
+        first = self._place(node.lineno, node.col_offset)  # pyright: ignore[reportAttributeAccessIssue]
+        last = self._place(node.end_lineno, node.end_col_offset)  # pyright: ignore[reportAttributeAccessIssue]
+        return first, last
+
+    def of(self, node: ast.AST) -> str:
+        """What stands there."""
+        start, end = self.span(node)
+        return self._source[start:end]
+
+    def _place(self, line: int, column: int) -> int:
+        return self._begin[line - 1] + len(self._lines[line - 1].encode()[:column].decode())
+
+
+Make = Callable[[ast.AST, _Text], Iterator[tuple[ast.AST, str]]]
+"""A node -> what to replace, and by what."""
+
+_COMPARISONS: Mapping[type, tuple[str, ...]] = {
+    ast.Lt: ("<=", ">"),
+    ast.LtE: ("<", ">="),
+    ast.Gt: (">=", "<"),
+    ast.GtE: (">", "<="),
+    ast.Eq: ("!=",),
+    ast.NotEq: ("==",),
+    ast.In: ("not in",),
+    ast.NotIn: ("in",),
+    ast.Is: ("is not",),
+    ast.IsNot: ("is",),
+}
+_SIGNS = {
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+    ast.In: "in",
+    ast.NotIn: "not in",
+    ast.Is: "is",
+    ast.IsNot: "is not",
+}
+_ARITHMETIC: Mapping[type, tuple[str, tuple[str, ...]]] = {
+    ast.Add: ("+", ("-",)),
+    ast.Sub: ("-", ("+",)),
+    ast.Mult: ("*", ("+",)),
+    ast.Div: ("/", ("//",)),
+    ast.FloorDiv: ("//", ("/", "%")),
+    ast.Mod: ("%", ("//",)),
+    ast.Pow: ("**", ("*",)),
+}
+_WORDS = {
+    "min": "max",
+    "max": "min",
+    "any": "all",
+    "all": "any",
+    "append": "extend",
+    "extend": "append",
+    "lower": "upper",
+    "upper": "lower",
+    "startswith": "endswith",
+    "endswith": "startswith",
+    "pop": "get",
+    "ljust": "rjust",
+    "isalnum": "isalpha",
+    "isdigit": "isalnum",
+    "rstrip": "lstrip",
+    "strip": "rstrip",
+    "islower": "isupper",
+    "isupper": "islower",
+    "isalpha": "isalnum",
+    "capitalize": "lower",
+    "popleft": "pop",
+}
+_COPIES = ("list", "dict", "set", "sorted", "reversed", "tuple", "abs")
+
+
+def _comparison(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
+    if isinstance(node, ast.Compare):
+        operands = [text.of(each) for each in (node.left, *node.comparators)]
+        signs = [_SIGNS[type(each)] for each in node.ops]
+        for i, sign in enumerate(node.ops):
+            for other in _COMPARISONS[type(sign)]:
+                changed = [*signs[:i], other, *signs[i + 1 :]]
+                yield node, operands[0] + "".join(f" {a} {b}" for a, b in zip(changed, operands[1:]))
+
+
+def _arithmetic(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
+    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        start, _ = text.span(node)
+        whole, left, right = text.of(node), text.span(node.left), text.span(node.right)
+        # what stands between the operands may hold parentheses, which stay
+        between = whole[left[1] - start : right[0] - start]
+        sign, others = _ARITHMETIC[type(node.op)]
+        for other in others:
+            if between.count(sign) == 1:
+                yield node, whole[: left[1] - start] + between.replace(sign, other) + whole[right[0] - start :]
+
+
+def _off_by_one(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
+    if isinstance(node, ast.Constant) and type(node.value) is int and text.of(node).isdigit():
+        yield node, str(node.value + 1)
+        if node.value > 0:
+            yield node, str(node.value - 1)
+
+
+def _boolean(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
+    if isinstance(node, ast.BoolOp):
+        word, other = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
+        for first, second in pairwise(node.values):
+            start, _ = text.span(node)
+            (_, left), (right, _), whole = text.span(first), text.span(second), text.of(node)
+            between = whole[left - start : right - start]
+            if between.count(f" {word} ") == 1:
+                changed = between.replace(f" {word} ", f" {other} ")
+                yield node, whole[: left - start] + changed + whole[right - start :]
+        if len(node.values) == 2:  # half of a condition forgotten
+            yield node, text.of(node.values[0])
+            yield node, text.of(node.values[1])
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield node, text.of(node.operand)
+    if isinstance(node, ast.Constant) and type(node.value) is bool:
+        yield node, str(not node.value)
+
+
+def _condition(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
+    if isinstance(node, (ast.If, ast.IfExp)) and not isinstance(node.test, (ast.Compare, ast.BoolOp, ast.UnaryOp)):
+        yield node.test, f"not {text.of(node.test)}"
+
+
+def _guard(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
+    """An early exit forgotten; or one of several statements."""
+    if (
+        isinstance(node, ast.If)
+        and not node.orelse
+        and isinstance(node.body[-1], (ast.Raise, ast.Return, ast.Continue))
+    ):
+        yield node, "pass"
+    if isinstance(node, (ast.AugAssign, ast.Delete)):
+        yield node, "pass"
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield node, "pass"
+    if isinstance(node, ast.Break):
+        yield node, "pass"
+
+
+def _arguments(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
+    if isinstance(node, ast.Call) and len(node.args) == 2 and not node.keywords:
+        first, second = (text.of(each) for each in node.args)
+        yield node, f"{text.of(node.func)}({second}, {first})"
+
+
+def _word(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
+    if isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Name) and node.func.id in _WORDS:
+            yield node.func, _WORDS[node.func.id]
+        if isinstance(node.func, ast.Attribute) and node.func.attr in _WORDS:
+            yield node.func, f"{text.of(node.func.value)}.{_WORDS[node.func.attr]}"
+
+
+def _copy(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
+    if not isinstance(node, ast.Call) or len(node.args) != 1 or isinstance(node.args[0], ast.GeneratorExp):
+        return
+    if isinstance(node.func, ast.Name) and node.func.id in _COPIES:
+        yield node, text.of(node.args[0])
+
+
+KINDS: Mapping[str, Make] = {
+    "comparison": _comparison,
+    "arithmetic": _arithmetic,
+    "off by one": _off_by_one,
+    "boolean": _boolean,
+    "condition": _condition,
+    "missing statement": _guard,
+    "swapped arguments": _arguments,
+    "other function": _word,
+    "missing copy": _copy,
+}
+"""What sort of mistake -> how it is made."""
+
+
+def _functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, str]]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node, node.name
+        if isinstance(node, ast.ClassDef):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    yield method, f"{node.name}.{method.name}"
+
+
+def _nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    """All nodes of defaults and body; of f-strings and error messages none, since tests seldom read them."""
+    todo: list[ast.AST] = [*function.args.defaults, *function.body]
+    while todo:
+        node = todo.pop(0)
+        if isinstance(node, (ast.JoinedStr, ast.Raise)):
+            continue
+        yield node
+        todo.extend(ast.iter_child_nodes(node))
+
+
+def _parses(after: str) -> bool:
+    """Whether a statement's or an expression's replacement is one. A starred argument, for one, is not."""
+    try:
+        ast.parse(after, mode="exec" if after == "pass" else "eval")
+    except SyntaxError:
+        return False
+    return True

@@ -1,0 +1,205 @@
+"""Generated tasks: which bugs there are, split and graded, and the instance of each, in SWE-bench's schema.
+
+A bug is one to three edits of a package's module, and the tests that they break (`catalogue.json`, found by
+`survey.py`). The task's repository has the edits in it and those tests taken out; the fix is the diff back, and the
+test patch puts the tests in again.
+"""
+
+import ast
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from aem_jax.envs.swe.generate.mutate import Edit, apply
+from aem_jax.envs.swe.generate.packages import Package, package
+from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
+from aem_jax.envs.swe.repos import commit_id, files_checkout
+from aem_jax.envs.swe.sandbox import Checkout
+
+SPLITS = ("train", "valid", "test")
+DIFFICULTIES = ("easy", "medium", "hard")
+_HELD_OUT = 3
+_CATALOGUE = Path(__file__).with_name("catalogue.json")
+_SEALED = Path(__file__).with_name("sealed_run.py")
+
+
+@dataclass(frozen=True)
+class Bug:
+    """Edits that break tests.
+
+    Attributes:
+        package: that is edited.
+        number: among the package's bugs.
+        edits: what is wrong, by place.
+        broken: test function -> what pytest says about it.
+    """
+
+    package: str
+    number: int
+    edits: tuple[Edit, ...]
+    broken: Mapping[str, str]
+
+    @property
+    def id(self) -> str:
+        """`<package>-<number>`."""
+        return f"{self.package}-{self.number}"
+
+    @property
+    def difficulty(self) -> str:
+        """By rule: `hard` are several edits; `easy` is one whose tests say in few words what is wrong, two at most."""
+        if len(self.edits) > 1:
+            return "hard"
+        return "easy" if len(self.broken) <= 2 else "medium"
+
+    @property
+    def split(self) -> str:
+        """`test`: a package held out; of the others one edit in five is `valid`, drawn by its hash, the rest `train`.
+
+        `mixed`, which is no split, are several edits of both, so that no split holds an edit of another.
+        """
+        if self.package in _held_out():
+            return "test"
+        keys = (f"{self.package}/{edit.start}-{edit.end}-{edit.after}" for edit in self.edits)
+        drawn = {"valid" if _hash(key) % 5 == 0 else "train" for key in keys}
+        return drawn.pop() if len(drawn) == 1 else "mixed"
+
+
+@cache
+def bugs() -> Sequence[Bug]:
+    """All bugs of the catalogue, by package and number.
+
+    Raises:
+        ValueError: the catalogue was made for another text of a package.
+    """
+    found = []
+    for name, entry in json.loads(_CATALOGUE.read_text(encoding="utf-8")).items():
+        if entry["digest"] != package(name).digest:
+            raise ValueError(
+                f"expected a catalogue of the present {name}, got an older one; "
+                "make it again with: python -m aem_jax.envs.swe.generate.survey"
+            )
+        for number, bug in enumerate(entry["bugs"]):
+            edits = tuple(Edit(**edit) for edit in bug["edits"])
+            found.append(Bug(name, number, edits, bug["broken"]))
+    return tuple(found)
+
+
+def bug(payload: Mapping[str, Any]) -> Bug:
+    """The bug of a payload `{"bug": "<package>-<number>"}`.
+
+    Raises:
+        ValueError: there is no such bug.
+    """
+    for each in bugs():
+        if each.id == payload.get("bug"):
+            return each
+    raise ValueError(f"expected a payload with 'bug', <package>-<number> of the catalogue, got {dict(payload)!r:.200}")
+
+
+@lru_cache(maxsize=512)
+def instance(bug_id: str) -> Instance:
+    """The instance of a bug, by its id."""
+    found = bug({"bug": bug_id})
+    whole = package(found.package)
+    before, after = base_files(found), whole.files(whole.source, _tests_without(whole, found))
+    base = commit_id(before)
+    patch = _diff(before, after)
+    test_patch = _diff(before, before | {whole.tests_path: whole.tests})
+    names = [f"{whole.tests_path}::{test}" for test in _test_names(whole.tests)]
+    broken = {f"{whole.tests_path}::{test}" for test in found.broken}
+    return Instance(
+        instance_id=f"aem_jax__{found.id}",
+        repo=f"aem_jax/{found.package}",
+        base_commit=base,
+        patch=patch,
+        test_patch=test_patch,
+        problem_statement=_statement(whole, found),
+        fail_to_pass=tuple(name for name in names if name in broken),
+        pass_to_pass=tuple(name for name in names if name not in broken),
+        version="1",
+        environment_setup_commit=base,
+        image="",
+        log_parser="parse_log_pytest",
+        eval_type="pass_and_fail",
+        eval_script=_script(base, whole.tests_path, test_patch),
+    )
+
+
+def base_files(found: Bug) -> dict[str, str]:
+    """The repository that the agent starts from: edits made, their tests taken out."""
+    whole = package(found.package)
+    return whole.files(apply(whole.source, found.edits), _tests_without(whole, found))
+
+
+def checkout(found: Bug) -> Checkout:
+    """Fills a folder with `base_files`."""
+    return files_checkout(base_files(found))
+
+
+@cache
+def _held_out() -> frozenset[str]:
+    names = json.loads(_CATALOGUE.read_text(encoding="utf-8"))
+    return frozenset(sorted(names, key=_hash)[:_HELD_OUT])
+
+
+def _hash(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
+def _test_names(tests: str) -> list[str]:
+    functions = (node for node in ast.parse(tests).body if isinstance(node, ast.FunctionDef))
+    return [node.name for node in functions if node.name.startswith("test_")]
+
+
+def _tests_without(whole: Package, found: Bug) -> str:
+    """The tests but for those that the bug breaks; an import that only they needed stays."""
+    tests = whole.tests
+    lines = tests.split("\n")
+    for node in reversed(ast.parse(tests).body):
+        if isinstance(node, ast.FunctionDef) and node.name in found.broken:
+            first = min([node.lineno, *(each.lineno for each in node.decorator_list)]) - 1
+            last = node.end_lineno or first
+            while last < len(lines) and not lines[last]:
+                last += 1
+            del lines[first:last]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _diff(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    text = ""
+    for path in sorted(before):
+        old, new = (files[path].splitlines(keepends=True) for files in (before, after))
+        text += "".join(difflib.unified_diff(old, new, f"a/{path}", f"b/{path}"))
+    return text
+
+
+def _statement(whole: Package, found: Bug) -> str:
+    """What a user would report: what should hold and does not. Never where the mistake is."""
+    broken = [test for test in _test_names(whole.tests) if test in found.broken]
+    titles = "\n".join(f"- {test.removeprefix('test_').replace('_', ' ')}" for test in broken)
+    text = f"`{whole.name}` does not do what it should. These no longer hold:\n\n{titles}\n"
+    if found.difficulty == "easy":
+        text += f"\nFor example:\n\n```\n{found.broken[broken[0]]}\n```\n"
+    if found.difficulty == "hard":
+        text += "\nThere may be more than one cause.\n"
+    return text
+
+
+def _script(base: str, tests_path: str, test_patch: str) -> str:
+    return f"""#!/bin/bash
+set -uxo pipefail
+cd /testbed
+git checkout {base} {tests_path}
+git apply -v - <<'EOF_TEST_PATCH'
+{test_patch}EOF_TEST_PATCH
+: '{START_MARKER}'
+python -I - {tests_path} <<'EOF_SEALED_RUN'
+{_SEALED.read_text(encoding="utf-8")}EOF_SEALED_RUN
+: '{END_MARKER}'
+git checkout {base} {tests_path}
+"""

@@ -1,0 +1,148 @@
+"""Where bug-fixing tasks come from: generated ones, or a file of SWE-bench instances; one interface for both.
+
+A task's payload is a small JSON mapping, `{"bug": "<package>-<number>"}`, or `{"instances": "<file>",
+"id": "<instance_id>", "repos": "<folder of mirrors>"}`; `whole_payload` makes of it the one that `SweEnv` reads.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from aem_jax.envs.swe.generate import tasks as generated
+from aem_jax.envs.swe.instance import Instance, read_instances, to_row
+from aem_jax.envs.swe.payload import load_task as payload_task
+from aem_jax.envs.swe.payload import make_payload
+from aem_jax.envs.swe.sandbox import Checkout
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """Which bug-fixing tasks a run has."""
+
+    train: str = ""
+    """File of SWE-bench instances (.jsonl, .json, .parquet) to train on; empty: generated tasks."""
+    evaluation: str = ""
+    """File of instances to evaluate on, whatever the split is called; empty: generated tasks."""
+    repos: str = ""
+    """Folder of git mirrors named <owner>__<name>; empty: repositories come out of the instances' images."""
+    difficulties: tuple[str, ...] = generated.DIFFICULTIES
+    """Difficulties of generated tasks: easy, medium, hard."""
+
+    def __post_init__(self) -> None:
+        wrong = set(self.difficulties) - set(generated.DIFFICULTIES)
+        if wrong or not self.difficulties:
+            raise ValueError(
+                f"expected difficulties among {', '.join(generated.DIFFICULTIES)}, got {list(self.difficulties)}"
+            )
+
+
+@dataclass(frozen=True)
+class BugTask:
+    """One task.
+
+    Attributes:
+        id: stable name, unique inside its source.
+        kind: difficulty of a generated task, repository of another.
+        payload: JSON mapping for `load_task`.
+    """
+
+    id: str
+    kind: str
+    payload: Mapping[str, Any]
+
+
+def load_task(payload: Mapping[str, Any]) -> tuple[Instance, Checkout]:
+    """Instance and checkout of a task's payload.
+
+    Raises:
+        ValueError: it names neither a generated bug nor an instance of a file.
+    """
+    return payload_task(whole_payload(payload))
+
+
+def whole_payload(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The payload that `SweEnv` reads: instance and repository themselves, in place of their names.
+
+    Raises:
+        ValueError: it names neither a generated bug nor an instance of a file.
+    """
+    if "bug" in payload:
+        found = generated.bug(payload)
+        return make_payload(generated.instance(found.id), files=generated.base_files(found))
+    if not isinstance(payload.get("instances"), str) or not isinstance(payload.get("id"), str):
+        raise ValueError(f"expected 'bug', or 'instances' and 'id', in the payload, got {sorted(payload)}")
+    by_id = _instances(payload["instances"])
+    if payload["id"] not in by_id:
+        raise ValueError(f"expected an instance of {payload['instances']}, got {payload['id']!r}")
+    return make_payload(by_id[payload["id"]], repos=payload.get("repos", ""))
+
+
+def training_tasks(config: TasksConfig, *, seed: int = 0) -> Sequence[BugTask]:
+    """The tasks to train on, in an order of which every prefix is a fair sample.
+
+    Raises:
+        ValueError: there are none.
+    """
+    tasks = _of_file(config.train, config.repos) if config.train else generated_tasks("train", config.difficulties)
+    random.Random(f"training order/{seed}").shuffle(tasks)
+    return tasks
+
+
+def eval_set(config: TasksConfig, split: str, size: int) -> tuple[Sequence[BugTask], str]:
+    """A fixed set of tasks, and a name that changes when anything in one of them changes.
+
+    Args:
+        config: which tasks.
+        split: of generated tasks `train`, `valid` (packages of training, other bugs) or `test` (other packages).
+        size: number of tasks; at most all there are.
+
+    Returns:
+        The tasks, spread over all there are, and `<split>-<size>-<first 6 hex digits of the SHA-256 over their rows>`.
+
+    Raises:
+        ValueError: no such split, or no task in it.
+    """
+    if size < 1:
+        raise ValueError(f"expected size >= 1, got {size}")
+    if config.evaluation:
+        tasks = _of_file(config.evaluation, config.repos)
+    else:
+        tasks = generated_tasks(split, config.difficulties)
+    count = min(size, len(tasks))
+    tasks = [tasks[i * len(tasks) // count] for i in range(count)]
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(json.dumps(to_row(load_task(task.payload)[0]), sort_keys=True).encode())
+    return tasks, f"{split}-{count}-{digest.hexdigest()[:6]}"
+
+
+def generated_tasks(split: str, difficulties: Sequence[str] = generated.DIFFICULTIES) -> list[BugTask]:
+    """Generated tasks of a split.
+
+    Raises:
+        ValueError: no such split, or no such task in it.
+    """
+    if split not in generated.SPLITS:
+        raise ValueError(f"expected split to be one of {', '.join(generated.SPLITS)}, got {split!r}")
+    bugs = [bug for bug in generated.bugs() if bug.split == split and bug.difficulty in difficulties]
+    if not bugs:
+        raise ValueError(f"expected {' or '.join(difficulties)} tasks in {split}, found none")
+    return [BugTask(bug.id, bug.difficulty, {"bug": bug.id}) for bug in bugs]
+
+
+def _of_file(path: str, repos: str) -> list[BugTask]:
+    # the path travels to servers that may run elsewhere
+    absolute = {"instances": str(Path(path).resolve())} | ({"repos": str(Path(repos).resolve())} if repos else {})
+    return [
+        BugTask(each.instance_id, each.repo, absolute | {"id": each.instance_id}) for each in _instances(path).values()
+    ]
+
+
+@lru_cache(maxsize=8)
+def _instances(path: str) -> Mapping[str, Instance]:
+    return {each.instance_id: each for each in read_instances(path)}

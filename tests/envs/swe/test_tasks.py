@@ -1,0 +1,48 @@
+import json
+
+import pytest
+from envs.swe.samples import CALC, calc
+
+from aem_jax.envs.swe.instance import to_row
+from aem_jax.envs.swe.repos import files_checkout
+from aem_jax.envs.swe.tasks import TasksConfig, eval_set, load_task, training_tasks
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A file of two instances, and a folder with a mirror of their repository."""
+    second = to_row(calc()) | {"instance_id": "own__calc-2"}
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in (to_row(calc()), second)))
+    mirror = tmp_path / "mirrors" / "own__calc"
+    mirror.mkdir(parents=True)
+    files_checkout(CALC)(calc(), mirror)
+    return tmp_path
+
+
+def test_instances_of_a_file_are_tasks(data, tmp_path):
+    config = TasksConfig(train=str(data / "data.jsonl"), repos=str(data / "mirrors"))
+    tasks = training_tasks(config)
+    assert sorted(task.id for task in tasks) == ["own__calc-1", "own__calc-2"]
+    assert {task.kind for task in tasks} == {"own/calc"}
+    payload = json.loads(json.dumps(next(task.payload for task in tasks if task.id == "own__calc-1")))
+    instance, checkout = load_task(payload)
+    assert instance == calc()
+    (tmp_path / "work").mkdir()
+    checkout(instance, tmp_path / "work")
+    assert (tmp_path / "work/calc.py").read_text() == CALC["calc.py"]
+
+
+def test_an_evaluation_set_of_a_file_is_named_by_its_rows(data):
+    config = TasksConfig(evaluation=str(data / "data.jsonl"), repos=str(data / "mirrors"))
+    tasks, name = eval_set(config, "verified", 100)
+    assert len(tasks) == 2 and name.startswith("verified-2-")
+    assert eval_set(config, "verified", 1)[1] != name
+
+
+def test_without_mirrors_the_repository_has_to_come_from_an_image(data, tmp_path):
+    task = training_tasks(TasksConfig(train=str(data / "data.jsonl")))[0]
+    instance, checkout = load_task(task.payload)
+    with pytest.raises(ValueError, match="comes from the instance's image"):
+        checkout(instance, tmp_path)
+    with pytest.raises(ValueError, match="expected an instance of"):
+        load_task({**task.payload, "id": "own__calc-3"})

@@ -1,0 +1,77 @@
+"""What a run knows of bug-fixing by choice: its tasks and agents."""
+
+import dataclasses
+import json
+
+import pytest
+from envs.swe.test_choices import by_source
+
+from aem_jax.envs.play import play
+from aem_jax.envs.swe.choices import ChoicesConfig, ChoicesEnv
+from aem_jax.envs.swe.payload import load_task
+from aem_jax.envs.swe.tasks import TasksConfig, training_tasks
+from aem_jax.envs.swe.tasks import load_task as load_named
+from aem_jax.launch.domains import Domain
+from aem_jax.launch.domains.swe import swe, swe_choices
+from aem_jax.launch.preset import read_preset
+
+CONFIG = read_preset("swe-tiny")
+
+
+@pytest.fixture(scope="module")
+def domain() -> Domain:
+    return swe_choices(CONFIG)
+
+
+def won(env: ChoicesEnv, task, act) -> bool:
+    return play(env, task.payload, act, CONFIG.choices.max_steps)[-1].result.info["won"]
+
+
+def test_training_and_evaluation_share_no_bug(domain: Domain):
+    training = {task.payload["bug"] for task in domain.training}
+    assert len(training) >= 80 and len(domain.training) == 100 * len(training)
+    for split in CONFIG.evaluation.splits:
+        tasks, name = domain.evaluation(split, 12)
+        assert len(tasks) == 12 and name.startswith(f"{split}-12-")
+        assert not {task.payload["bug"] for task in tasks} & training
+
+
+def test_who_looks_at_the_tests_solves_and_chance_does_not(domain: Domain):
+    env = ChoicesEnv(CONFIG.choices, by_source)
+    tasks = domain.training[:60]
+    rates = {
+        name: sum(won(env, task, make(task)) for task in tasks) / len(tasks) for name, make in domain.baselines.items()
+    }
+    assert rates["tester"] == 1.0
+    assert rates["random"] < 0.3
+    assert domain.demonstrator is not None
+    careless = sum(won(env, task, domain.demonstrator(task)) for task in tasks) / len(tasks)
+    assert 0.2 < careless < 0.8  # a pupil of this one has something to learn
+
+
+def test_the_tester_keeps_what_helps_where_there_are_several_bugs():
+    config = dataclasses.replace(
+        CONFIG, bugs=TasksConfig(difficulties=("hard",)), choices=ChoicesConfig(candidates=4, max_steps=20)
+    )
+    domain = swe_choices(config)
+
+    def failing(found, chosen) -> int:  # each bug that is left breaks two tests, each new mistake one more
+        wanted = {(edit.after, edit.before) for edit in found.edits}
+        right = sum((edit.before, edit.after) in wanted for edit in chosen)
+        return 2 * (len(found.edits) - right) + (len(chosen) - right)
+
+    env = ChoicesEnv(config.choices, failing)
+    tester = domain.baselines["tester"]
+    results = [play(env, task.payload, tester(task), 20)[-1].result.info["won"] for task in domain.training[:20]]
+    assert all(results)
+
+
+def test_tasks_for_tools_hold_all_that_a_server_needs():
+    config = read_preset("swe-qwen3-32b")
+    domain = swe(config)
+    named = training_tasks(config.bugs, seed=config.seed)[:3]
+    for task, name in zip(domain.training[:3], named):
+        instance, _ = load_task(json.loads(json.dumps(task.payload)))
+        assert instance == load_named(name.payload)[0] and task.id == name.id
+    tasks, _ = domain.evaluation("test", 2)
+    assert set(tasks[0].payload) == {"instance", "files"} and domain.demonstrator is None
