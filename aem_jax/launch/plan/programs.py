@@ -94,7 +94,7 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     layout = work.layout
     shape = (layout.num_microbatches, layout.rows, layout.row_length)
     packed = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=packed_sharding(mesh))
-    table = jax.ShapeDtypeStruct((layout.max_responses,), jnp.float32, sharding=replicated(mesh))
+    table: Any = jax.ShapeDtypeStruct((layout.max_responses,), jnp.float32, sharding=replicated(mesh))
 
     def update() -> jax.stages.Lowered:
         step: Any = make_update(trained, config.learner, mesh)
