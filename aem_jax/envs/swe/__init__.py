@@ -1,0 +1,1 @@
+"""Bug-fixing tasks in SWE-bench's schema: instances, checkouts, grading, and a source of tasks of our own."""

@@ -1,0 +1,205 @@
+"""One task in SWE-bench's schema (the columns of its release 5), typed, and read from JSONL or parquet.
+
+Release 5 added what grading needs, so that no table of repositories has to be kept beside the data: the image, the
+name of the log parser, the evaluation's type and its script. Rows of release 4 lack these and are refused.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START_MARKER = ">>>>> Start Test Output"
+END_MARKER = ">>>>> End Test Output"
+EVAL_TYPES = ("pass_and_fail", "fail_only")
+
+_TEXTS = (
+    *("instance_id", "repo", "base_commit", "patch", "test_patch", "problem_statement", "version"),
+    *("environment_setup_commit", "image", "log_parser", "eval_type", "eval_script"),
+)
+_LISTS = ("FAIL_TO_PASS", "PASS_TO_PASS")
+_OPTIONAL = ("hints_text", "created_at")
+_SINCE_5 = ("image", "log_parser", "eval_type", "eval_script")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A repository with a bug, the text that describes it, and how to tell whether it is gone.
+
+    Attributes:
+        instance_id: `<owner>__<name>-<number>`.
+        repo: `<owner>/<name>`.
+        base_commit: commit that the agent starts from.
+        patch: the fix ("gold"), a unified diff; never shown to the agent.
+        test_patch: the change to the tests that grades a fix; never shown to the agent.
+        problem_statement: what the agent is asked to do.
+        fail_to_pass: names of the tests that fail at base and pass with the fix.
+        pass_to_pass: names of the tests that pass before and after.
+        version: of the repository.
+        environment_setup_commit: commit that the image was installed at.
+        image: name of the container image; empty: none, the runtime's own Python serves.
+        log_parser: name of the function that reads test results out of a log.
+        eval_type: `pass_and_fail`, or `fail_only` (the log names failures alone; a test not named has passed).
+        eval_script: bash script that restores the tests, applies `test_patch` and runs them between two markers.
+        hints_text: the discussion of the issue.
+        created_at: date of the change.
+    """
+
+    instance_id: str
+    repo: str
+    base_commit: str
+    patch: str
+    test_patch: str
+    problem_statement: str
+    fail_to_pass: tuple[str, ...]
+    pass_to_pass: tuple[str, ...]
+    version: str
+    environment_setup_commit: str
+    image: str
+    log_parser: str
+    eval_type: str
+    eval_script: str
+    hints_text: str = ""
+    created_at: str = ""
+
+    def __post_init__(self) -> None:
+        if self.eval_type not in EVAL_TYPES:
+            raise ValueError(f"expected eval_type to be one of {', '.join(EVAL_TYPES)}, got {self.eval_type!r}")
+        if not self.fail_to_pass:
+            raise ValueError("expected at least one test in FAIL_TO_PASS, got none: nothing would tell a fix")
+        lines = self.eval_script.split("\n")
+        start, end = (next((i for i, line in enumerate(lines) if m in line), -1) for m in (START_MARKER, END_MARKER))
+        if not 0 <= start < end:
+            raise ValueError(
+                f"expected an eval_script with a line that prints {START_MARKER!r} and a later one that prints "
+                f"{END_MARKER!r}, got neither or one: no log of it could be graded"
+            )
+
+
+def from_row(row: Mapping[str, Any]) -> Instance:
+    """The instance of a row.
+
+    Args:
+        row: columns under their official names; FAIL_TO_PASS and PASS_TO_PASS as JSON lists or lists of names. Other
+            columns (a dataset may add `difficulty`, `image_assets`, …) are left alone.
+
+    Raises:
+        ValueError: columns are missing (a row of release 4 is told apart) or hold something else than they should.
+    """
+    missing = [name for name in (*_TEXTS, *_LISTS) if row.get(name) is None]
+    if set(missing) & set(_SINCE_5) and not set(missing) - set(_SINCE_5):
+        raise ValueError(
+            f"expected the columns of SWE-bench 5.x, got a row of 4.x without {', '.join(missing)}; "
+            "load the dataset again at its present revision (SWE-bench/SWE-bench_Verified and its siblings have these "
+            "columns since swebench 5.0) and save that as parquet or JSONL"
+        )
+    if missing:
+        raise ValueError(f"expected the columns of SWE-bench 5.x, {', '.join(missing)} missing; got {sorted(row)}")
+    texts = {name: _text(name, row[name]) for name in _TEXTS}
+    more = {name: _text(name, row.get(name) or "") for name in _OPTIONAL}
+    return Instance(**texts, **more, fail_to_pass=_names(row, _LISTS[0]), pass_to_pass=_names(row, _LISTS[1]))
+
+
+def to_row(instance: Instance) -> dict[str, str]:
+    """The row of an instance: the official columns, lists as JSON, as `swebench` reads them."""
+    row = {name: getattr(instance, name) for name in (*_TEXTS, *_OPTIONAL)}
+    lists = (instance.fail_to_pass, instance.pass_to_pass)
+    return row | {name: json.dumps(list(value)) for name, value in zip(_LISTS, lists)}
+
+
+def read_instances(path: str | Path) -> list[Instance]:
+    """The instances of a file, in its order.
+
+    Args:
+        path: `*.jsonl` (one JSON object a line; empty lines are skipped), `*.json` (a list) or `*.parquet` (needs
+            pyarrow).
+
+    Raises:
+        ValueError: another kind of file; a row that is no instance (with file and line); an id that comes twice; no
+            instance at all.
+        FileNotFoundError: no such file.
+        ModuleNotFoundError: a parquet file, and pyarrow is not installed.
+    """
+    path = Path(path)
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise ValueError(f"expected a file of {', '.join(readers)}, got {str(path)!r}")
+    found: dict[str, Instance] = {}
+    for place, row in readers[path.suffix](path):
+        try:
+            instance = from_row(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        if instance.instance_id in found:
+            raise ValueError(f"{place}: expected each instance_id once, got {instance.instance_id!r} again")
+        found[instance.instance_id] = instance
+    if not found:
+        raise ValueError(f"expected instances in {path}, got none")
+    return list(found.values())
+
+
+def _text(name: str, value: Any) -> str:
+    if hasattr(value, "isoformat"):  # created_at is a timestamp in some parquet files
+        return value.isoformat()
+    if not isinstance(value, str):
+        raise ValueError(f"expected text in {name}, got {value!r:.80}")
+    return value
+
+
+def _names(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
+    value = row[column]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"expected a JSON list of test names in {column}, got {value!r:.80}: {error}") from None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"expected a list of test names in {column}, got {value!r:.80}")
+    return tuple(value)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{place}: expected one JSON object a line, got {line.strip()[:60]!r}: {error}"
+                ) from None
+            yield place, _mapping(place, row)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected a JSON list of instances: {error}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a JSON list of instances, got {type(rows).__name__}")
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}, entry {number}"
+        yield place, _mapping(place, row)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if not path.exists():
+        raise FileNotFoundError(f"expected a parquet file, found no {path}")
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"reading {path} needs pyarrow: pip install pyarrow (or save the dataset as JSONL, which needs nothing)"
+        ) from None
+    for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1):
+        yield f"{path}, row {number}", row
+
+
+def _mapping(place: str, row: Any) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
+    return row

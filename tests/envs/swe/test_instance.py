@@ -1,0 +1,86 @@
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from envs.swe.samples import ROW
+
+from aem_jax.envs.swe.instance import Instance, from_row, read_instances, to_row
+
+
+def jsonl(path: Path, *rows) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_a_row_is_typed_and_comes_back_as_it_was():
+    instance = from_row(ROW)
+    assert instance.fail_to_pass == ("test_calc.py::test_even",)
+    assert instance.pass_to_pass == ("test_calc.py::test_odd", "test_calc.py::test_mean")
+    assert to_row(instance) == ROW
+    assert from_row(ROW | {"FAIL_TO_PASS": ["test_calc.py::test_even"], "difficulty": "<15 min"}) == instance
+
+
+def test_a_row_of_release_4_is_refused_with_what_it_lacks_and_where_to_get_it():
+    old = {name: value for name, value in ROW.items() if name not in ("image", "log_parser", "eval_type")}
+    with pytest.raises(ValueError, match=r"row of 4\.x without image, log_parser, eval_type; load the dataset again"):
+        from_row(old)
+    with pytest.raises(ValueError, match=r"columns of SWE-bench 5\.x, repo, image missing"):
+        from_row({name: value for name, value in ROW.items() if name not in ("repo", "image")})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"FAIL_TO_PASS": "[test"}, "expected a JSON list of test names in FAIL_TO_PASS, got '\\[test'"),
+        ({"PASS_TO_PASS": '{"a": 1}'}, "expected a list of test names in PASS_TO_PASS"),
+        ({"FAIL_TO_PASS": "[]"}, "at least one test in FAIL_TO_PASS"),
+        ({"patch": 3}, "expected text in patch, got 3"),
+        ({"eval_type": "both"}, "eval_type to be one of pass_and_fail, fail_only, got 'both'"),
+        ({"eval_script": "pytest"}, "eval_script with a line that prints"),
+    ],
+)
+def test_bad_columns_are_named_with_file_and_line(tmp_path, change, message):
+    path = jsonl(tmp_path / "data.jsonl", ROW, "", ROW | {"instance_id": "own__calc-2"} | change)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_instances(path)
+    assert f"{path}, line 3: " in str(raised.value)
+
+
+def test_files(tmp_path):
+    rows = [ROW, ROW | {"instance_id": "own__calc-2"}]
+    path = jsonl(tmp_path / "data.jsonl", *rows)
+    read = read_instances(path)
+    assert [each.instance_id for each in read] == ["own__calc-1", "own__calc-2"]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    assert read_instances(tmp_path / "data.json") == read
+    with pytest.raises(ValueError, match=r"line 2: expected one JSON object a line, got '\{half'"):
+        read_instances(jsonl(tmp_path / "half.jsonl", ROW, "{half"))
+    with pytest.raises(ValueError, match=r"line 2: expected each instance_id once"):
+        read_instances(jsonl(tmp_path / "twice.jsonl", ROW, ROW))
+    with pytest.raises(ValueError, match=r"expected instances in .*, got none"):
+        read_instances(jsonl(tmp_path / "none.jsonl", ""))
+    with pytest.raises(ValueError, match=r"expected a file of \.jsonl, \.json, \.parquet"):
+        read_instances(tmp_path / "data.csv")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install pyarrow"):
+        read_instances(tmp_path / "data.parquet")
+
+
+def test_parquet(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="reads parquet")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.Table.from_pylist([ROW]), tmp_path / "data.parquet")
+    assert read_instances(tmp_path / "data.parquet") == [from_row(ROW)]
+
+
+def test_instances_are_values():
+    assert dataclasses.replace(from_row(ROW), version="2") != from_row(ROW)
+    assert isinstance(hash(from_row(ROW)), int)
+    assert Instance.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
