@@ -1,1 +1,1 @@
-"""Bug-fixing tasks in SWE-bench's schema: instances, checkouts, grading, and a source of tasks of our own."""
+"""Software-engineering tasks in SWE-bench's schema: sandboxes for untrusted code, the agent's tools, tasks and grading."""
