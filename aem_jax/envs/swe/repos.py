@@ -13,13 +13,11 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from aem_jax.envs.swe.instance import Instance
-
-Checkout = Callable[[Instance, Path], None]
-"""Fills an empty folder with the instance's repository at its base commit."""
+from aem_jax.envs.swe.sandbox import Checkout
 
 _NAME, _EMAIL, _DATE = "base", "base@example.invalid", "946684800 +0000"
 _MESSAGE = "base\n"

@@ -1,0 +1,186 @@
+import dataclasses
+import json
+import sys
+
+import pytest
+from envs.swe.official import DECEIVING, RECORDED, official_log, official_verdict
+from envs.swe.samples import CALC, FORGED_CODE, GOLD, PATCHES, FakeRuntime, calc, diff
+
+from aem_jax.envs.swe.grading import Report, grade, judge, read_log
+from aem_jax.envs.swe.log_parsers import parse_pytest, parse_pytest_options, parse_pytest_v2, parser
+from aem_jax.envs.swe.repos import files_checkout
+from aem_jax.envs.swe.sandbox import Limits
+
+OFFICIAL = json.loads(RECORDED.read_text())["patches"]
+EVEN, MEAN = "tests/test_calc.py::test_median_even", "tests/test_calc.py::test_mean"
+
+
+def graded(tmp_path, patch: str | None, instance=None, **limits) -> Report:
+    limits = Limits(**{"seconds": 60.0, **limits})
+    report = grade(instance or calc(), patch, FakeRuntime(tmp_path), files_checkout(CALC), limits=limits)
+    assert list(tmp_path.iterdir()) == []  # its workspace is gone
+    return report
+
+
+def by_test(verdict: dict) -> tuple[dict, dict]:
+    """Official lists of successes and failures, as tests and whether they hold."""
+    status = verdict.get("tests_status", {})
+    kinds = [status.get(kind, {"success": [], "failure": []}) for kind in ("FAIL_TO_PASS", "PASS_TO_PASS")]
+    fail_to_pass, pass_to_pass = (
+        {n: n in kind["success"] for n in kind["success"] + kind["failure"]} for kind in kinds
+    )
+    return fail_to_pass, pass_to_pass
+
+
+def test_the_recorded_verdicts_are_those_to_be_expected():
+    resolved = {name for name, each in OFFICIAL.items() if each["verdict"]["resolved"]}
+    assert resolved == {"gold", "fuzzy", "gold, deletes the tests", DECEIVING}
+    assert set(OFFICIAL) == {*PATCHES, DECEIVING}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_logs_are_read_as_swebench_reads_them(name):
+    log, verdict = OFFICIAL[name]["log"], OFFICIAL[name]["verdict"]
+    statuses = read_log(log, parse_pytest)
+    assert (statuses is not None) == verdict["patch_successfully_applied"]
+    if statuses is not None:
+        report = judge(calc(), statuses)
+        assert report.resolved == verdict["resolved"]
+        assert (report.fail_to_pass, report.pass_to_pass) == by_test(verdict)
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_grading_agrees_with_swebench(tmp_path, name):
+    report = graded(tmp_path, PATCHES[name])
+    verdict = OFFICIAL[name]["verdict"]
+    assert report.resolved == verdict["resolved"]
+    if verdict["patch_successfully_applied"]:
+        assert report.applied
+        assert (report.fail_to_pass, report.pass_to_pass) == by_test(verdict)
+    else:
+        assert not any(report.fail_to_pass.values())
+    assert report.applied == (name not in ("none", "junk", "another file's"))
+
+
+def test_forged_markers_deceive_swebench_and_not_this(tmp_path):
+    assert OFFICIAL[DECEIVING]["verdict"]["resolved"]
+    report = graded(tmp_path, FORGED_CODE)
+    assert not report.resolved and report.applied
+    assert report.fail_to_pass == {EVEN: False} and report.pass_to_pass[MEAN]
+    assert "PASSED tests/test_calc.py::test_median_even" in report.log  # it did say so
+
+
+@pytest.mark.parametrize("name", [*PATCHES, DECEIVING])
+def test_swebench_today_says_the_same(tmp_path, name):
+    pytest.importorskip("swebench", reason="compares with swebench itself (extra: swe)")
+    patch = PATCHES.get(name, FORGED_CODE)
+    if patch is None:
+        pytest.skip("no patch: nothing runs")
+    live = official_verdict(calc(), patch, official_log(calc(), patch))
+    assert live["resolved"] == OFFICIAL[name]["verdict"]["resolved"]
+    report = graded(tmp_path, patch)
+    ours = official_verdict(calc(), patch, report.log)  # what it says about our log
+    assert ours["resolved"] == report.resolved
+    if ours["patch_successfully_applied"]:
+        assert by_test(ours) == (report.fail_to_pass, report.pass_to_pass)
+
+
+def test_a_patch_cannot_reach_into_git(tmp_path):
+    hook = "#!/bin/sh\ntrue > tests/test_calc.py\n"
+    report = graded(tmp_path, diff(CALC, CALC | {".git/hooks/post-checkout": hook}))
+    assert not report.applied and not report.resolved
+
+
+def test_files_of_the_test_patch_are_restored_whatever_stands_there(tmp_path):
+    # the test file is new, and the agent put a folder of its name there to keep it from being made
+    path = "tests/test_new.py"
+    patch = diff(CALC, CALC | {path: "def test_new():\n    from calc import median\n    assert median([1, 3]) == 2\n"})
+    script = calc().eval_script.replace(calc().test_patch, patch).replace("-p no:cacheprovider", path)
+    instance = dataclasses.replace(calc(), test_patch=patch, eval_script=script, fail_to_pass=(f"{path}::test_new",))
+    hindered = GOLD + diff(CALC, CALC | {f"{path}/x": "mine\n"})
+    assert graded(tmp_path, hindered, instance).resolved
+
+
+def test_tests_that_do_not_end_in_time_resolve_nothing(tmp_path):
+    patch = diff(CALC, CALC | {"calc.py": "import time\ntime.sleep(60)\n"})
+    report = graded(tmp_path, patch, seconds=1.0)
+    assert report.applied and not report.resolved and ">>>>> Tests Timed Out" in report.log
+
+
+def test_scripts_longer_than_an_argument_may_be(tmp_path):
+    # Linux allows 128 KiB for one argument of a command
+    instance = calc()
+    padded = instance.eval_script.replace("git status\n", "git status\n" + "# padding\n" * 20_000)
+    assert graded(tmp_path, GOLD, dataclasses.replace(instance, eval_script=padded)).resolved
+
+
+def test_skipped_and_expected_failures():
+    names = (EVEN, MEAN, "tests/test_calc.py::test_median_odd")
+
+    def resolved(*statuses: str, **changes) -> bool:
+        return judge(dataclasses.replace(calc(), **changes), dict(zip(names, statuses))).resolved
+
+    assert resolved("PASSED", "PASSED", "PASSED")
+    assert resolved("XFAIL", "SKIPPED", "XFAIL")
+    assert not resolved("SKIPPED", "PASSED", "PASSED")  # what must be fixed must run
+    assert not resolved("PASSED", "ERROR", "PASSED") and not resolved("PASSED", "FAILED", "PASSED")
+    assert not resolved("PASSED", "PASSED")  # a test that is not named did not pass …
+    assert resolved("PASSED", "PASSED", eval_type="fail_only")  # … unless only failures are named
+    assert not resolved("PASSED", "FAILED", eval_type="fail_only")
+
+
+def test_names_cut_off_inside_their_parameters():
+    instance = dataclasses.replace(calc(), fail_to_pass=("t.py::test_a[log(x",), pass_to_pass=())
+    assert judge(instance, {"t.py::test_a[log(x)]": "PASSED", "t.py::test_a[log(xy)]": "XFAIL"}).resolved
+    assert not judge(instance, {"t.py::test_a[log(x)]": "PASSED", "t.py::test_a[log(xy)]": "FAILED"}).resolved
+    assert not judge(instance, {"t.py::test_a": "PASSED"}).resolved
+
+
+LINES = """
+PASSED tests/test_a.py::test_one
+PASSED tests/test_a.py::test_path[/home/me/data/x.txt]
+PASSED tests/test_a.py::test_url[//host/x]
+FAILED tests/test_a.py::test_two[a b] - assert 1 == 2
+FAILED tests/test_a.py::test_one - later lines count
+SKIPPED [3] tests/test_a.py:7: no network
+XFAIL tests/test_a.py::test_three
+ERROR tests/test_b.py
+PASSED
+\x1b[32mPASSED\x1b[0m tests/test_a.py::\x1b[1mtest_colour\x1b[0m
+tests/test_a.py::test_old PASSED
+no result
+"""
+
+
+def test_parsers_by_hand():
+    common = {
+        "tests/test_a.py::test_one": "FAILED",
+        "tests/test_a.py::test_url[//host/x]": "PASSED",
+        "tests/test_a.py::test_three": "XFAIL",
+        "tests/test_b.py": "ERROR",
+    }
+    two = {"tests/test_a.py::test_two[a": "FAILED"}  # names end at the first space
+    assert parse_pytest(LINES) == common | two | {"tests/test_a.py::test_path[/home/me/data/x.txt]": "PASSED"}
+    assert parse_pytest_options(LINES) == common | two | {"tests/test_a.py::test_path[/x.txt]": "PASSED"}
+    assert parse_pytest_v2(LINES) == common | {
+        "tests/test_a.py::test_path[/home/me/data/x.txt]": "PASSED",
+        "tests/test_a.py::test_two[a b]": "FAILED",
+        "tests/test_a.py::test_colour": "PASSED",
+        "tests/test_a.py::test_old": "PASSED",
+    }
+
+
+def test_parsers_agree_with_swebench():
+    parsers = pytest.importorskip("swebench.harness.log_parsers", reason="compares with swebench itself (extra: swe)")
+    from aem_jax.envs.swe import log_parsers
+
+    for name, own in log_parsers._OWN.items():
+        for log in (LINES, LINES.replace("test_one", "test_MouseButton.LEFT"), *(e["log"] for e in OFFICIAL.values())):
+            assert own(log) == parsers.PARSER_REGISTRY[name](log, None), name
+
+
+def test_a_parser_that_is_not_here_says_what_to_install(monkeypatch):
+    for name in ("swebench", "swebench.harness.log_parsers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=r"'parse_log_django'.*pip install 'aem_jax\[swe\]'"):
+        parser(dataclasses.replace(calc(), log_parser="parse_log_django"))
