@@ -1,0 +1,257 @@
+"""Process 1 of a bubblewrap workspace: runs one command after another, and leaves nothing of any of them alive.
+
+This file is not imported where it runs: its text is given to the sandbox's own `python -I -S -c`, so it uses the
+standard library alone. It lives as long as its workspace and holds the workspace's mounts, and with them its files.
+
+Frames on the control socket, both ways: two big-endian u32 (lengths of a JSON header and of a payload), the header, the
+payload. A request may carry one descriptor, which becomes the command's standard input. When the other end of the
+socket is gone, this process ends, and the kernel ends all others of its namespace.
+
+It has the user id of the code it runs, so it defends itself: process 1 takes no signal from inside its namespace that
+it does not handle (it handles none), and as it is not dumpable nobody reads or writes its memory or its descriptors
+through /proc. The system call filter does the rest (no limits or priorities of other processes).
+"""
+
+import array
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+POLL_S = 0.02
+"""Seconds between two looks at the memory in use."""
+REAP_S = 10.0
+"""Seconds within which killed processes must be gone; else this process ends too."""
+MAX_FILES = 250_000
+"""Files and folders on one file system; each takes about 1 KiB of kernel memory."""
+SOCKET_MIB = 0.25
+"""Memory that a socket may hold unread, as it counts here."""
+VIRTUAL_FACTOR = 8
+"""Address space of all processes together, in multiples of the memory limit: bounds what shared mappings can hide."""
+PAGE_MIB = resource.getpagesize() / 2**20
+
+OUT_OF_TIME, OUT_OF_MEMORY, OUT_OF_PROCESSES, OUT_OF_FILES = "time", "memory", "processes", "files"
+
+
+class Cut:
+    """The first and the last bytes of a stream, however long it is."""
+
+    def __init__(self, limit: int):
+        self.head, self.tail, self.total = bytearray(), bytearray(), 0
+        self._head_limit, self._tail_limit = limit - limit // 2, limit // 2
+
+    def add(self, data: bytes) -> None:
+        """Takes the next bytes."""
+        self.total += len(data)
+        room = self._head_limit - len(self.head)
+        self.head += data[:room]
+        self.tail += data[room:]
+        del self.tail[: max(len(self.tail) - self._tail_limit, 0)]
+
+
+def receive(control: socket.socket) -> tuple[dict[str, Any], int] | None:
+    """The next request and the descriptor that came with it (-1: none); None when the other end is gone."""
+    data, ancillary, _, _ = control.recvmsg(8, socket.CMSG_LEN(4))
+    descriptors = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(content[: len(content) - len(content) % 4])
+    while data and len(data) < 8:
+        data += control.recv(8 - len(data))
+    if not data:
+        return None
+    length = struct.unpack("!II", data)[0]
+    header = b""
+    while len(header) < length:
+        more = control.recv(length - len(header))
+        if not more:
+            return None
+        header += more
+    return json.loads(header), (descriptors[0] if descriptors else -1)
+
+
+def send(control: socket.socket, header: Mapping[str, Any], payload: bytes = b"") -> None:
+    """Sends a reply."""
+    text = json.dumps(header).encode()
+    control.sendall(struct.pack("!II", len(text), len(payload)) + text + payload)
+
+
+def set_dumpable(value: bool) -> None:
+    """Whether processes of the same user may read and write this one's memory and descriptors."""
+    pr_set_dumpable = 4
+    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_dumpable, int(value), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "sandbox: prctl(PR_SET_DUMPABLE) failed")
+
+
+def start(request: Mapping[str, Any], stdin: int, output: int, errors: int) -> int:
+    """Forks the command; returns its process id. Everything that the child inherits is named here."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.setsid()
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.dup2(stdin if stdin >= 0 else os.open("/dev/null", os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
+        set_dumpable(True)  # its own files in /proc; the command's code does not run yet
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # short of memory, the kernel takes this first, not the training
+        for name, value in request["rlimits"].items():
+            hard = resource.getrlimit(getattr(resource, name))[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(getattr(resource, name), (value, value))
+        os.chdir(request["folder"])
+        os.execvp(request["argv"][0], request["argv"])
+    except BaseException as error:
+        os.write(2, f"sandbox: {error}\n".encode())
+    finally:
+        os._exit(126)
+
+
+def usage() -> tuple[float, float, int]:
+    """Memory in use in MiB, address space in MiB, and the number of processes, of all but this process."""
+    resident = virtual = count = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit() and name != "1":
+            try:
+                with open(f"/proc/{name}/statm") as file:
+                    fields = file.read(100).split()
+            except OSError:
+                continue  # ended meanwhile
+            virtual, resident, count = virtual + int(fields[0]), resident + int(fields[1]), count + 1
+    with open("/proc/net/sockstat") as file:
+        sockets = int(file.readline().split()[2])
+    return resident * PAGE_MIB + sockets * SOCKET_MIB, virtual * PAGE_MIB, count
+
+
+def exceeded(request: Mapping[str, Any]) -> str:
+    """Which limit the command is over; empty: none."""
+    resident, virtual, count = usage()
+    if resident > request["memory_mib"] or virtual > VIRTUAL_FACTOR * request["memory_mib"]:
+        return OUT_OF_MEMORY
+    if count > request["processes"]:
+        return OUT_OF_PROCESSES
+    for folder in request["file_systems"]:
+        status = os.statvfs(folder)
+        if status.f_files - status.f_ffree > MAX_FILES:
+            return OUT_OF_FILES
+    return ""
+
+
+def bury_orphans(child: int) -> None:
+    """Reaps what came to process 1 because its parent ended, up to the end of the command itself."""
+    while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != child:
+        os.waitpid(ended.si_pid, 0)
+
+
+def kill_all() -> None:
+    """Kills every other process of this namespace and waits until they are gone. Nobody outruns it: the kernel signals
+    all of them under one lock, and refuses the fork of a process that has been killed."""
+    deadline = time.monotonic() + REAP_S
+    while True:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        if time.monotonic() > deadline:
+            os._exit(1)  # something cannot die; the kernel takes the namespace down
+        time.sleep(0.001)
+
+
+def run(control: socket.socket, request: Mapping[str, Any], stdin: int) -> None:
+    """Runs one command and answers with what it came to."""
+    began = time.monotonic()
+    output_read, output_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    errors_read, errors_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    # the write ends are what the command gets, and programs expect them to wait
+    os.set_blocking(output_write, True)
+    os.set_blocking(errors_write, True)
+    streams = {output_read: Cut(request["output_bytes"]), errors_read: Cut(4096)}
+    child = start(request, stdin, output_write, errors_write if request["split"] else output_write)
+    for descriptor in (output_write, errors_write, stdin):
+        if descriptor >= 0:
+            os.close(descriptor)
+    ended = os.pidfd_open(child)
+    poll = select.poll()
+    for descriptor in (*streams, ended):
+        poll.register(descriptor, select.POLLIN)
+    poll.register(control, select.POLLIN)  # nothing is sent while a command runs: this is the end of the other side
+
+    def read(descriptor: int, most: int) -> bool:
+        """Takes what is there; False at the end of the stream or when nothing is there now."""
+        try:
+            data = os.read(descriptor, most)
+        except BlockingIOError:
+            return False
+        streams[descriptor].add(data)
+        return bool(data)
+
+    exit_status, over, next_look = None, "", began
+    while exit_status is None and not over:
+        now = time.monotonic()
+        if now >= began + request["seconds"]:
+            over = OUT_OF_TIME
+        elif now >= next_look:
+            over, next_look = exceeded(request), time.monotonic() + POLL_S
+        for descriptor, _ in poll.poll(max(1, 1000 * min(POLL_S, began + request["seconds"] - now))):
+            if descriptor == control.fileno():
+                os._exit(0)
+            elif descriptor == ended:
+                exit_status = os.waitpid(child, 0)[1]
+            elif not read(descriptor, 65536):
+                poll.unregister(descriptor)  # closed by the command, or it would be ready for ever
+        if exit_status is None:
+            bury_orphans(child)
+    kill_all()
+    for descriptor in streams:
+        while read(descriptor, 65536):
+            pass  # at most what the pipes held: nobody is left who writes
+        os.close(descriptor)
+    os.close(ended)
+    output, errors = streams[output_read], streams[errors_read]
+    code = None if exit_status is None or over else os.waitstatus_to_exitcode(exit_status)
+    header = {
+        "exit_code": code if code is None or code >= 0 else 128 - code,
+        "over": over,
+        "seconds": time.monotonic() - began,
+        "total": output.total,
+        "head": len(output.head),
+        "errors": (errors.head + errors.tail).decode(errors="replace"),
+    }
+    send(control, header, bytes(output.head + output.tail))
+
+
+def main() -> None:
+    """Serves the control socket whose descriptor is the first argument."""
+    inherited = {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, int(sys.argv[1])}
+    for descriptor in inherited:  # one of them, of the listing itself, is closed already
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    set_dumpable(False)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would let the sandbox send it
+    os.umask(0o022)
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+    send(control, {"ready": True})
+    null = os.open("/dev/null", os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    while (message := receive(control)) is not None:
+        run(control, *message)
+
+
+if __name__ == "__main__":
+    main()

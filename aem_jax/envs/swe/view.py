@@ -1,0 +1,176 @@
+"""What a bubblewrap workspace sees of the host: the system under /usr, an interpreter, and pytest. Nothing else."""
+
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aem_jax
+
+ENVIRONMENT = "/opt/venv"
+"""The virtual environment inside: the interpreter that runs this, with the chosen packages alone."""
+
+USER_ID = 1000
+SETTINGS: Mapping[str, str] = {
+    "PATH": f"{ENVIRONMENT}/bin:/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/tmp",
+    "USER": "agent",
+    "SHELL": "/bin/bash",
+    "LANG": "C.UTF-8",
+    "TERM": "dumb",
+    "PAGER": "cat",
+    "GIT_PAGER": "cat",
+    "GIT_TERMINAL_PROMPT": "0",
+    # whoever the agent commits as; no global configuration names one
+    **{
+        f"GIT_{who}_{what}": value
+        for who in ("AUTHOR", "COMMITTER")
+        for what, value in (("NAME", "agent"), ("EMAIL", "agent@localhost"))
+    },
+    "PYTHONDONTWRITEBYTECODE": "1",
+    # address space per thread, and threads, that a command does not need
+    "MALLOC_ARENA_MAX": "2",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+"""The whole environment of a command."""
+
+ETC: Mapping[str, str] = {
+    "/etc/passwd": f"agent:x:{USER_ID}:{USER_ID}:agent:/tmp:/bin/bash\nroot:x:0:0:root:/root:/bin/bash\n",
+    "/etc/group": f"agent:x:{USER_ID}:\nroot:x:0:\n",
+    "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
+    "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+}
+
+
+@dataclass(frozen=True)
+class Bind:
+    """A folder or file of the host, read-only inside.
+
+    Attributes:
+        root: a folder of the host.
+        part: what of it, relative; empty: all.
+        at: where it is seen.
+    """
+
+    root: Path
+    part: str
+    at: str
+
+    @property
+    def source(self) -> Path:
+        """Its path on the host."""
+        return self.root / self.part
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything that is made before the first command.
+
+    Attributes:
+        binds: of the host.
+        links: (what it points to, where it is).
+        files: path -> (content, mode).
+        hidden: folders under a bind that are empty inside.
+        python: the interpreter itself.
+    """
+
+    binds: tuple[Bind, ...]
+    links: tuple[tuple[str, str], ...]
+    files: Mapping[str, tuple[bytes, int]] = field(default_factory=dict)
+    hidden: tuple[str, ...] = ()
+    python: str = ""
+
+
+def host_view(packages: Iterable[str], read_only: Iterable[str] = (), hidden: Iterable[str] = ()) -> View:
+    """The host as a workspace sees it.
+
+    Args:
+        packages: distributions of the running interpreter that can be imported inside, with all that they need.
+        read_only: further files and folders of the host, at the same path inside.
+        hidden: folders that are not to be seen, though they lie under one that is.
+
+    Raises:
+        ValueError: a package is not installed, or a path is not there.
+    """
+    binds = [Bind(Path("/usr"), "", "/usr")]
+    links = []
+    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+        folder = Path("/") / name
+        if folder.is_symlink():
+            links.append((os.readlink(folder), str(folder)))
+        elif folder.is_dir():
+            binds.append(Bind(folder, "", str(folder)))
+    for name in ("ld.so.cache", "alternatives"):
+        if (Path("/etc") / name).exists():
+            binds.append(Bind(Path("/etc"), name, f"/etc/{name}"))
+    prefix = Path(sys.base_prefix).resolve()
+    if not prefix.is_relative_to("/usr"):
+        binds.append(Bind(prefix, "", str(prefix)))  # at its own path, which its libraries may name
+    for path in map(Path, read_only):
+        if not path.is_absolute() or not path.exists():
+            raise ValueError(f"expected absolute paths that are there in read_only, got {str(path)!r}")
+        root, part = (path, "") if path.is_dir() else (path.parent, path.name)
+        binds.append(Bind(root, part, str(path)))
+    library = f"{ENVIRONMENT}/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    binds += [Bind(root, part, f"{library}/{part}") for root, part in _files_of(packages)]
+    interpreter = Path(sys.base_prefix).resolve() / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    links += [(str(interpreter), f"{ENVIRONMENT}/bin/{name}") for name in ("python", "python3", interpreter.name)]
+    files = {path: (text.encode(), 0o644) for path, text in ETC.items()}
+    files[f"{ENVIRONMENT}/pyvenv.cfg"] = (
+        f"home = {interpreter.parent}\ninclude-system-site-packages = false\n".encode(),
+        0o644,
+    )
+    if "pytest" in packages:
+        script = f"#!{ENVIRONMENT}/bin/python\nimport sys\nimport pytest\nsys.exit(pytest.main())\n"
+        files[f"{ENVIRONMENT}/bin/pytest"] = (script.encode(), 0o755)
+    unseen = [*map(Path, hidden), *_own_folders()]
+    return View(
+        tuple(binds),
+        tuple(links),
+        files,
+        tuple(str(path) for path in unseen if _is_seen(path, binds)),
+        str(interpreter),
+    )
+
+
+def _own_folders() -> list[Path]:
+    """This package, which holds tasks with their solutions; and the project around it, where it is a checkout."""
+    package = Path(aem_jax.__file__).resolve().parent
+    return [package.parent if (package.parent / "pyproject.toml").exists() else package]
+
+
+def _is_seen(path: Path, binds: Iterable[Bind]) -> bool:
+    return path.is_dir() and any(path.is_relative_to(bind.source) and bind.at == str(bind.source) for bind in binds)
+
+
+def _files_of(packages: Iterable[str]) -> list[tuple[Path, str]]:
+    """The top-level files and folders of distributions and of what they need, as (site-packages, name)."""
+    found: dict[tuple[Path, str], None] = {}
+    seen: set[str] = set()
+    queue = [(name, True) for name in packages]
+    while queue:
+        name, asked_for = queue.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            if asked_for:
+                raise ValueError(
+                    f"expected the package {name!r} beside aem_jax, for the sandbox to show; "
+                    f"install it: {sys.executable} -m pip install {name}"
+                ) from None
+            continue  # needed on another platform or Python
+        root = Path(str(distribution.locate_file(""))).resolve()
+        tops = {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
+        found |= {(root, top): None for top in sorted(tops) if (root / top).exists()}
+        for requirement in distribution.requires or ():
+            needed = re.match(r"[\w.-]+", requirement)
+            if needed and "extra ==" not in requirement:
+                queue.append((needed[0].lower(), False))
+    return list(found)
