@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from aem_jax.envs.swe import pid1
 from aem_jax.envs.swe.archives import Archives
 from aem_jax.envs.swe.bubblewrap_start import as_descriptor, start_bubblewrap
-from aem_jax.envs.swe.sandbox import TESTBED, Checkout, Limits, Outcome, SandboxError, WorkspaceError
+from aem_jax.envs.swe.sandbox import TESTBED, Checkout, Limits, Outcome, SandboxError, WorkspaceError, plain, spliced
 from aem_jax.envs.swe.view import USER_ID, View, host_view
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ GRACE_S = pid1.REAP_S + 5.0
 UNPACK_S = 300.0
 FILE_S = 20.0
 """Seconds for unpacking a repository, and for reading or writing a file."""
-_LONGEST_ARGUMENT = 100_000
-"""Bytes; the kernel takes 128 KiB for one argument of a program."""
 DESCRIPTORS = 512
 """Open files of one process."""
 ADDRESS_SPACE_FACTOR = 4
@@ -135,20 +133,12 @@ class BubblewrapWorkspace:
     def run(self, command: str, *, limits: Limits | None = None, stdin: bytes = b"") -> Outcome:
         """See `sandbox.Workspace.run`."""
         limits = replace(limits or self._limits, disk_mib=self._limits.disk_mib)
-        command = _plain(command)
-        if len(command.encode()) > _LONGEST_ARGUMENT:
-            stdin = command.encode() + b"\0" + stdin
-            command = "IFS= read -r -d '' script; eval \"$script\""
+        command, stdin = spliced(command, stdin)
         with as_descriptor(stdin) as descriptor:
             header, output = self._call(["bash", "-c", command], limits, descriptor)
-        head, cut = output[: header["head"]], header["total"] - len(output)
-        text = head.decode(errors="replace") + output[header["head"] :].decode(errors="replace")
-        if cut > 0:
-            notice = f"\n[... {cut} bytes of output cut out here ...]\n"
-            text = head.decode(errors="replace") + notice + output[header["head"] :].decode(errors="replace")
         return Outcome(
             exit_code=header["exit_code"],
-            output=text,
+            output=pid1.joined(output[: header["head"]], output[header["head"] :], header["total"]),
             timed_out=header["over"] == pid1.OUT_OF_TIME,
             seconds=header["seconds"],
             notice=_notice(header["over"], limits),
@@ -158,7 +148,7 @@ class BubblewrapWorkspace:
         """See `sandbox.Workspace.read`."""
         most = self._limits.file_mib * 2**20
         limits = replace(self._limits, seconds=FILE_S, output_bytes=2 * most + 2)
-        header, data = self._call(["head", "-c", str(most + 1), "--", _plain(path)], limits, None, split=True)
+        header, data = self._call(["head", "-c", str(most + 1), "--", plain(path)], limits, None, split=True)
         self._expect_success(header, f"could not read {path!r:.200}", limits)
         if len(data) > most:
             raise WorkspaceError(f"expected a file of at most {self._limits.file_mib} MiB, got a larger one: {path!r}")
@@ -169,7 +159,7 @@ class BubblewrapWorkspace:
         script = 'mkdir -p -- "$(dirname -- "$1")" && cat > "$1"'
         limits = replace(self._limits, seconds=FILE_S)
         with as_descriptor(data) as descriptor:
-            header, _ = self._call(["bash", "-c", script, "write", _plain(path)], limits, descriptor, split=True)
+            header, _ = self._call(["bash", "-c", script, "write", plain(path)], limits, descriptor, split=True)
         self._expect_success(header, f"could not write {path!r:.200}", limits)
 
     def unpack(self, archive: int) -> None:
@@ -327,8 +317,3 @@ def _notice(over: str, limits: Limits) -> str:
         pid1.OUT_OF_FILES: f"killed: more than {pid1.MAX_FILES} files",
     }
     return words.get(over, over)
-
-
-def _plain(text: str) -> str:
-    """What can be an argument of a program: no NUL, no half of a surrogate pair."""
-    return text.replace("\0", "").encode(errors="replace").decode()

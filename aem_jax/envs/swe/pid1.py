@@ -57,6 +57,19 @@ class Cut:
         self.tail += data[room:]
         del self.tail[: max(len(self.tail) - self._tail_limit, 0)]
 
+    def text(self) -> str:
+        """What was kept, with a notice of what was not."""
+        return joined(bytes(self.head), bytes(self.tail), self.total)
+
+
+def joined(head: bytes, tail: bytes, total: int) -> str:
+    """The kept parts of a stream of `total` bytes as text; invalid UTF-8 becomes U+FFFD."""
+    cut = total - len(head) - len(tail)
+    if cut <= 0:
+        return (head + tail).decode(errors="replace")
+    notice = f"\n[... {cut} bytes of output cut out here ...]\n"
+    return head.decode(errors="replace") + notice + tail.decode(errors="replace")
+
 
 def receive(control: socket.socket) -> tuple[dict[str, Any], int] | None:
     """The next request and the descriptor that came with it (-1: none); None when the other end is gone."""

@@ -131,3 +131,20 @@ class Runtime(Protocol):
             SandboxError: it could not be opened.
         """
         ...
+
+
+LONGEST_ARGUMENT = 100_000
+"""Bytes; the kernel takes 128 KiB for one argument of a program."""
+
+
+def plain(text: str) -> str:
+    """What can be an argument of a program: no NUL, no half of a surrogate pair."""
+    return text.replace("\0", "").encode(errors="replace").decode()
+
+
+def spliced(script: str, stdin: bytes) -> tuple[str, bytes]:
+    """The script for `bash -c` and its standard input; a script too long for an argument goes through the latter."""
+    script = plain(script)
+    if len(script.encode()) <= LONGEST_ARGUMENT:
+        return script, stdin
+    return "IFS= read -r -d '' script; eval \"$script\"", script.encode() + b"\0" + stdin
