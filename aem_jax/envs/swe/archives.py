@@ -23,7 +23,7 @@ class Archives:
     """The latest checkouts as tar files, which have no name on the host and so need no clearing away."""
 
     def __init__(self):
-        self._files: dict[tuple[Instance, Checkout], IO[bytes]] = {}
+        self._entries: dict[tuple[Instance, Checkout], _Entry] = {}
         self._lock = threading.Lock()
         _sweep()
 
@@ -34,11 +34,21 @@ class Archives:
             SandboxError: the checkout could not be packed; what the checkout itself raises comes through.
         """
         with self._lock:
-            file = self._files.pop((instance, checkout), None) or _pack(lambda folder: checkout(instance, folder))
-            self._files[instance, checkout] = file
-            if len(self._files) > KEPT:
-                self._files.pop(next(iter(self._files))).close()
-            return os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY)  # with a position of its own
+            entry = self._entries.pop((instance, checkout), None) or _Entry()
+            self._entries[instance, checkout] = entry
+            if len(self._entries) > KEPT:
+                self._entries.pop(next(iter(self._entries)))
+        with entry.lock:  # one packs; whoever wants the same waits, and nobody else
+            entry.file = entry.file or _pack(lambda folder: checkout(instance, folder))
+            return os.open(f"/proc/self/fd/{entry.file.fileno()}", os.O_RDONLY)  # with a position of its own
+
+
+class _Entry:
+    """A tar file that may still be in the making; closed when nobody holds it any more."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.file: IO[bytes] | None = None
 
 
 def _pack(fill: Callable[[Path], None]) -> IO[bytes]:

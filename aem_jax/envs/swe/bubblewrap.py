@@ -47,6 +47,9 @@ FILE_S = 20.0
 """Seconds for unpacking a repository, and for reading or writing a file."""
 DESCRIPTORS = 512
 """Open files of one process."""
+FILES_PER_MIB = 256
+"""Files and folders on one file system, for each MiB of `disk_mib`; an empty one takes about 1 KiB of the kernel's
+memory, which the size of a file system does not count everywhere."""
 ADDRESS_SPACE_FACTOR = 4
 """Address space of one process in multiples of the memory limit; interpreters reserve more than they use."""
 
@@ -206,6 +209,7 @@ class BubblewrapWorkspace:
             "memory_mib": limits.memory_mib,
             "processes": limits.processes,
             "output_bytes": limits.output_bytes,
+            "files": FILES_PER_MIB * limits.disk_mib,
             "file_systems": ["/testbed", "/tmp", "/dev/shm"],
             "rlimits": _rlimits(limits),
         }
@@ -314,6 +318,6 @@ def _notice(over: str, limits: Limits) -> str:
         pid1.OUT_OF_TIME: f"killed: not done after {limits.seconds:g} s",
         pid1.OUT_OF_MEMORY: f"killed: more than {limits.memory_mib} MiB of memory",
         pid1.OUT_OF_PROCESSES: f"killed: more than {limits.processes} processes",
-        pid1.OUT_OF_FILES: f"killed: more than {pid1.MAX_FILES} files",
+        pid1.OUT_OF_FILES: f"killed: more than {FILES_PER_MIB * limits.disk_mib} files",
     }
     return words.get(over, over)

@@ -31,8 +31,6 @@ POLL_S = 0.02
 """Seconds between two looks at the memory in use."""
 REAP_S = 10.0
 """Seconds within which killed processes must be gone; else this process ends too."""
-MAX_FILES = 250_000
-"""Files and folders on one file system; each takes about 1 KiB of kernel memory."""
 SOCKET_MIB = 0.25
 """Memory that a socket may hold unread, as it counts here."""
 VIRTUAL_FACTOR = 8
@@ -73,7 +71,7 @@ def joined(head: bytes, tail: bytes, total: int) -> str:
 
 def receive(control: socket.socket) -> tuple[dict[str, Any], int] | None:
     """The next request and the descriptor that came with it (-1: none); None when the other end is gone."""
-    data, ancillary, _, _ = control.recvmsg(8, socket.CMSG_LEN(4))
+    data, ancillary, _, _ = control.recvmsg(8, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
     descriptors = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -147,18 +145,20 @@ def usage() -> tuple[float, float, int]:
     return resident * PAGE_MIB + sockets * SOCKET_MIB, virtual * PAGE_MIB, count
 
 
-def exceeded(request: Mapping[str, Any]) -> str:
+def exceeded(request: Mapping[str, Any], most_files: int) -> str:
     """Which limit the command is over; empty: none."""
     resident, virtual, count = usage()
     if resident > request["memory_mib"] or virtual > VIRTUAL_FACTOR * request["memory_mib"]:
         return OUT_OF_MEMORY
     if count > request["processes"]:
         return OUT_OF_PROCESSES
-    for folder in request["file_systems"]:
-        status = os.statvfs(folder)
-        if status.f_files - status.f_ffree > MAX_FILES:
-            return OUT_OF_FILES
-    return ""
+    return OUT_OF_FILES if files(request) > most_files else ""
+
+
+def files(request: Mapping[str, Any]) -> int:
+    """Files and folders on the fullest file system."""
+    status = [os.statvfs(folder) for folder in request["file_systems"]]
+    return max(s.f_files - s.f_ffree for s in status)
 
 
 def bury_orphans(child: int) -> None:
@@ -213,12 +213,13 @@ def run(control: socket.socket, request: Mapping[str, Any], stdin: int) -> None:
         return bool(data)
 
     exit_status, over, next_look = None, "", began
+    most_files = max(request["files"], files(request))  # what an earlier command left may still be cleared away
     while exit_status is None and not over:
         now = time.monotonic()
         if now >= began + request["seconds"]:
             over = OUT_OF_TIME
         elif now >= next_look:
-            over, next_look = exceeded(request), time.monotonic() + POLL_S
+            over, next_look = exceeded(request, most_files), time.monotonic() + POLL_S
         for descriptor, _ in poll.poll(max(1, 1000 * min(POLL_S, began + request["seconds"] - now))):
             if descriptor == control.fileno():
                 os._exit(0)

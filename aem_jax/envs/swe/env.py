@@ -1,0 +1,207 @@
+"""A software-engineering task as an `Environment`: tools in a sandbox, then the agent's patch is graded in another."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.swe.bubblewrap import BubblewrapConfig
+from aem_jax.envs.swe.containers import ContainerConfig
+from aem_jax.envs.swe.grading import Report, grade
+from aem_jax.envs.swe.instance import Instance
+from aem_jax.envs.swe.patches import model_patch, save_base
+from aem_jax.envs.swe.runtimes import choose_runtime
+from aem_jax.envs.swe.sandbox import Checkout, Limits, Runtime, Workspace, WorkspaceError
+from aem_jax.envs.swe.tools import DESCRIPTION, Tools
+
+PROMPT = """\
+You are working in a copy of the repository {repo} at /testbed. Solve this issue by changing the code:
+
+<issue>
+{issue}
+</issue>
+
+Hidden tests decide whether it is solved; changes to the tests do not count.
+
+{tools}"""
+
+Load = Callable[[Mapping[str, Any]], tuple[Instance, Checkout]]
+"""Reads a task's payload: the instance and where its repository comes from. ValueError: a payload that is none."""
+
+
+@dataclass(frozen=True)
+class SweConfig:
+    """Rules of an episode, and what its code may take."""
+
+    runtime: str = "auto"
+    """auto | bubblewrap | docker | podman: what untrusted code runs in."""
+    max_steps: int = 50
+    """Steps after which an episode is truncated; its patch is graded all the same."""
+    max_invalid: int = 0
+    """Responses without a call that can be understood, after which an episode is truncated; 0 sets no limit."""
+    command_s: float = 90.0
+    """Seconds of wall time that one command may take."""
+    grade_s: float = 300.0
+    """Seconds that the final tests may take."""
+    memory_mib: int = 2048
+    """Memory of a command's processes together, MiB."""
+    processes: int = 128
+    """Processes and threads of a command at once."""
+    file_mib: int = 256
+    """Largest file that may be written, MiB."""
+    disk_mib: int = 1024
+    """Work tree, /tmp and /dev/shm together, MiB; with bubblewrap this is memory."""
+    observation_bytes: int = 16384
+    """Longest answer of a tool, about; the middle of longer ones is cut out."""
+    log_bytes: int = 4 * 2**20
+    """Longest log of the final tests; the middle of longer ones is cut out."""
+    patch_bytes: int = 2**20
+    """Longest patch that is graded; an agent that changed more than that has solved nothing."""
+    reward_won: float = 1.0
+    """Reward of solving the task."""
+    reward_invalid: float = 0.0
+    """Reward of a response without a call that can be understood."""
+    partial: bool = False
+    """Whether an unsolved task earns the share of its failing tests that pass, where no passing test broke."""
+    bubblewrap: BubblewrapConfig = field(default_factory=BubblewrapConfig)
+    """What a sandbox of bubblewrap sees beside the system and the interpreter."""
+    container: ContainerConfig = field(default_factory=ContainerConfig)
+    """How containers of docker and podman are made."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "observation_bytes", "log_bytes", "patch_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.max_invalid < 0:
+            raise ValueError(f"expected max_invalid of at least 0 (no limit), got {self.max_invalid}")
+        _ = self.command_limits, self.grade_limits  # which check the rest
+
+    @property
+    def command_limits(self) -> Limits:
+        """Limits of one command of the agent."""
+        return Limits(
+            seconds=self.command_s,
+            memory_mib=self.memory_mib,
+            processes=self.processes,
+            file_mib=self.file_mib,
+            disk_mib=self.disk_mib,
+            output_bytes=self.observation_bytes,
+        )
+
+    @property
+    def grade_limits(self) -> Limits:
+        """Limits of the final tests."""
+        return replace(self.command_limits, seconds=self.grade_s, output_bytes=self.log_bytes)
+
+
+class SweEnv:
+    """One task at a time.
+
+    `StepResult.info` holds `won` and `valid_action`; at the end also `score` (1 solved; with `partial` the share),
+    `applied`, `fail_to_pass` and `pass_to_pass` (shares of tests as they should be), and `failure` (why there was
+    nothing to grade). The log of the hidden tests is nowhere in it.
+
+    Code that breaks its own sandbox ends its episode, unsolved; that is no error of the environment.
+
+    Args:
+        config: rules of an episode.
+        load: payload -> (instance, checkout).
+        runtime: what code runs in; the one that `config` names where not given.
+
+    Raises:
+        SandboxError: there is no sandbox that works.
+    """
+
+    def __init__(self, config: SweConfig, load: Load, runtime: Runtime | None = None):
+        self._config, self._load = config, load
+        self._runtime = runtime or choose_runtime(config.runtime, config.bubblewrap, config.container)
+        self._workspace: Workspace | None = None
+
+    def reset(self, task: Mapping[str, Any]) -> StepResult:
+        """Opens a workspace for a task.
+
+        Raises:
+            ValueError: a payload that `load` does not understand.
+            SandboxError: the workspace could not be opened.
+        """
+        self.close()
+        self._instance, self._checkout = self._load(task)
+        self._workspace = self._runtime.open(self._instance, self._checkout, limits=self._config.command_limits)
+        self._steps = self._invalid = 0
+        try:
+            self._base = save_base(self._workspace)
+        except BaseException:
+            self.close()
+            raise
+        self._tools = Tools(self._workspace, self._config.command_limits, self._config.observation_bytes)
+        prompt = PROMPT.format(repo=self._instance.repo, issue=self._instance.problem_statement, tools=DESCRIPTION)
+        return StepResult(prompt, info={"won": False, "valid_action": True})
+
+    def step(self, action_text: str) -> StepResult:
+        """Carries out the call in a response; grades after `finish`, or when a limit ends the episode.
+
+        Raises:
+            ValueError: no episode is running.
+            SandboxError: the sandbox for grading could not be opened.
+        """
+        if self._workspace is None:
+            raise ValueError("expected a running episode, got none; call reset first")
+        answer = self._tools.answer(action_text)
+        self._steps += 1
+        self._invalid += not answer.valid
+        reward = 0.0 if answer.valid else self._config.reward_invalid
+        limited = self._steps >= self._config.max_steps or 0 < self._config.max_invalid <= self._invalid
+        if not (answer.finished or limited):
+            return StepResult(answer.text, reward, info={"won": False, "valid_action": answer.valid})
+        graded = self._grade()
+        won = graded["won"]
+        if won:
+            reward = self._config.reward_won
+        elif self._config.partial:
+            reward += self._config.reward_won * graded["score"]
+        return StepResult(
+            answer.text,
+            reward,
+            terminated=answer.finished,
+            truncated=not answer.finished,
+            info={**graded, "valid_action": answer.valid},
+        )
+
+    def close(self) -> None:
+        """Ends the episode and everything that runs in it."""
+        workspace, self._workspace = self._workspace, None
+        if workspace is not None:
+            workspace.close()
+
+    def _grade(self) -> dict[str, Any]:
+        """Takes the patch, ends the workspace, and grades."""
+        assert self._workspace is not None
+        limits, failure, patch = self._config.grade_limits, "", None
+        try:
+            patch = model_patch(self._workspace, self._base, limits=limits, most_bytes=self._config.patch_bytes)
+        except WorkspaceError as error:
+            failure = str(error)
+        finally:
+            self.close()
+        if patch is None:
+            return {"won": False, "score": 0.0, "applied": False, "failure": failure}
+        report = grade(self._instance, patch, self._runtime, self._checkout, limits=limits)
+        fail_to_pass, pass_to_pass = _share(report.fail_to_pass), _share(report.pass_to_pass)
+        return {
+            "won": report.resolved,
+            "score": _score(report, self._config.partial),
+            "applied": report.applied,
+            "fail_to_pass": fail_to_pass,
+            "pass_to_pass": pass_to_pass,
+        }
+
+
+def _share(tests: Mapping[str, bool]) -> float:
+    return sum(tests.values()) / len(tests) if tests else 1.0
+
+
+def _score(report: Report, partial: bool) -> float:
+    """1 where resolved; else, with `partial`, the share of failing tests that now pass, if nothing broke."""
+    if report.resolved:
+        return 1.0
+    return _share(report.fail_to_pass) if partial and report.applied and all(report.pass_to_pass.values()) else 0.0

@@ -1,0 +1,290 @@
+"""The agent's tools: a shell, a file editor, a search, and the end. What they touch, they touch in the sandbox."""
+
+import posixpath
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from aem_jax.envs.swe.calls import EXAMPLE, Call, CallError, find_call
+from aem_jax.envs.swe.sandbox import TESTBED, Limits, Outcome, Workspace, WorkspaceError
+
+DESCRIPTION = f"""\
+You can use these tools. Write one call in each response, in exactly this form:
+
+{EXAMPLE}
+
+execute_bash: runs a bash command in {TESTBED}. Files stay, the current folder and variables do not. No network.
+  command: the command
+file_editor: views and edits text files.
+  command: view | create | str_replace | insert | undo_edit
+  path: the file, or for view also a folder
+  view_range: for view, first and last line, as [10, 40]; optional
+  file_text: for create, the new file's text
+  old_str, new_str: for str_replace, text that stands in the file exactly once, and what replaces it
+  insert_line, new_str: for insert, the line after which new_str is inserted (0: at the top)
+search: finds a text in the files of a folder.
+  search_term: the text, taken literally
+  path: a folder or file; optional, {TESTBED} where not given
+finish: ends the work; what the files then contain is graded.
+"""
+
+LARGEST_FILE = 2**20
+"""Bytes of a file that the editor opens."""
+SNIPPET_LINES = 4
+"""Lines shown before and after an edit."""
+LISTED = 200
+"""Entries of a folder, or matches of a search, that are shown."""
+REMEMBERED_EDITS, REMEMBERED_BYTES = 50, 16 * 2**20
+"""What `undo_edit` can take back: number and size of earlier versions, over all files."""
+
+
+class Answer(NamedTuple):
+    """What a tool says.
+
+    Attributes:
+        text: the observation.
+        valid: whether the call could be understood.
+        finished: whether the agent is done.
+    """
+
+    text: str
+    valid: bool = True
+    finished: bool = False
+
+
+class ToolError(Exception):
+    """A call that was understood could not be carried out; says why to the policy."""
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """A call's parameters, with errors that say what is missing."""
+
+    call: Call
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self.call.parameters.get(name, default)
+        if value is None:
+            given = ", ".join(self.call.parameters) or "none"
+            raise CallError(f"expected the parameter {name!r} for {self.call.name}, got {given}")
+        return value
+
+    def path(self, name: str, default: str | None = None) -> str:
+        """An absolute path inside; relative ones start at the repository."""
+        path = self.text(name, default).strip()
+        if not path or "\0" in path or len(path) > 4096:
+            raise CallError(f"expected a path in {name!r}, got {path!r:.100}")
+        return posixpath.normpath(posixpath.join(TESTBED, path))
+
+    def number(self, name: str) -> int:
+        value = self.text(name).strip()
+        if not re.fullmatch(r"-?[0-9]{1,9}", value):
+            raise CallError(f"expected a line number in {name!r}, got {value!r:.100}")
+        return int(value)
+
+
+class Tools:
+    """The tools of one episode.
+
+    Args:
+        workspace: what they work in.
+        limits: of one command.
+        observation_bytes: the longest answer, about; the middle of longer ones is cut out.
+    """
+
+    def __init__(self, workspace: Workspace, limits: Limits, observation_bytes: int = 16384):
+        self._workspace = workspace
+        self._limits = replace(limits, output_bytes=observation_bytes)
+        self._earlier: list[tuple[str, bytes | None]] = []
+        self._tools: Mapping[str, Callable[[_Parameters], Answer]] = {
+            "execute_bash": self._execute_bash,
+            "file_editor": self._file_editor,
+            "search": self._search,
+            "finish": lambda parameters: Answer("", finished=True),
+        }
+        self._edits: Mapping[str, Callable[[_Parameters, str], str]] = {
+            "view": self._view,
+            "create": self._create,
+            "str_replace": self._str_replace,
+            "insert": self._insert,
+            "undo_edit": self._undo_edit,
+        }
+
+    def answer(self, response: str) -> Answer:
+        """Carries out the call in a response."""
+        try:
+            call = find_call(response)
+            if call.name not in self._tools:
+                raise CallError(f"expected a tool of {', '.join(self._tools)}, got {call.name!r:.100}")
+            answer = self._tools[call.name](_Parameters(call))
+        except CallError as error:
+            return Answer(f"ERROR: {_shown(str(error))}", valid=False)
+        except (ToolError, WorkspaceError) as error:
+            return Answer(f"ERROR: {_shown(str(error))}")
+        if call.others:
+            note = f"[one call a response: only the last of {call.others + 1} was carried out]\n"
+            return answer._replace(text=note + answer.text)
+        return answer
+
+    def _execute_bash(self, parameters: _Parameters) -> Answer:
+        outcome = self._workspace.run(parameters.text("command"), limits=self._limits)
+        return Answer(_outcome_text(outcome))
+
+    def _search(self, parameters: _Parameters) -> Answer:
+        term, path = parameters.text("search_term"), parameters.path("path", TESTBED)
+        if not term.strip() or "\n" in term:
+            raise CallError(f"expected one line of text in 'search_term', got {term!r:.100}")
+        quoted = f"-e {shlex.quote(term)} -- {shlex.quote(path)}"
+        # grep's lines may be as long as files; `cut` keeps the answer readable
+        command = f"grep -rnIF --exclude-dir=.git --color=never {quoted} | cut -c1-300 | head -n {LISTED + 1}"
+        outcome = self._workspace.run(f"set -o pipefail; {command}", limits=self._limits)
+        if outcome.exit_code not in (0, 141):  # 141: head had enough and closed the pipe
+            if outcome.exit_code == 1 and not outcome.output:
+                return Answer(f"no match for {term!r:.100} in {path}")
+            raise ToolError(_outcome_text(outcome))
+        lines = outcome.output.splitlines()
+        more = f"\n[more than {LISTED} matches; search for something rarer]" if len(lines) > LISTED else ""
+        return Answer(_shown("\n".join(lines[:LISTED])) + more)
+
+    def _file_editor(self, parameters: _Parameters) -> Answer:
+        command = parameters.text("command").strip()
+        if command not in self._edits:
+            raise CallError(f"expected a command of {', '.join(self._edits)} for file_editor, got {command!r:.100}")
+        return Answer(self._edits[command](parameters, parameters.path("path")))
+
+    def _view(self, parameters: _Parameters, path: str) -> str:
+        kind, _ = self._kind(path)
+        if kind == "directory":
+            find = f"find {shlex.quote(path)} -mindepth 1 -maxdepth 2 -not -path '*/.*' -printf '%p%y\\n'"
+            outcome = self._workspace.run(f"{find} | sort | head -n {LISTED + 1}", limits=self._limits)
+            entries = [line[:-1] + ("/" if line.endswith("d") else "") for line in outcome.output.splitlines()]
+            more = "\n[more entries are not shown]" if len(entries) > LISTED else ""
+            return _shown("\n".join(entries[:LISTED]) or "the folder is empty") + more
+        lines = self._read(path).decode(errors="replace").split("\n")
+        first, last = 1, len(lines)
+        if "view_range" in parameters.call.parameters:
+            given = parameters.text("view_range")
+            numbers = re.fullmatch(r"\s*\[?\s*(\d{1,9})\s*,\s*(-1|\d{1,9})\s*\]?\s*", given)
+            if not numbers:
+                raise CallError(f"expected view_range as [first, last], got {given!r:.100}")
+            first, last = int(numbers[1]), int(numbers[2])
+            last = len(lines) if last == -1 else min(last, len(lines))
+            if not 1 <= first <= last:
+                raise CallError(f"expected view_range within the lines 1 to {len(lines)}, got {given!r:.100}")
+        return self._numbered(lines, first, last)
+
+    def _create(self, parameters: _Parameters, path: str) -> str:
+        text = parameters.text("file_text")
+        kind, _ = self._kind(path, missing="")
+        if kind == "directory":
+            raise ToolError(f"expected the path of a file, got the folder {path}")
+        before = self._read(path) if kind else None
+        self._write(path, text.encode(errors="replace"), before)
+        return f"{path} was {'overwritten' if kind else 'created'}"
+
+    def _str_replace(self, parameters: _Parameters, path: str) -> str:
+        old = parameters.text("old_str").encode(errors="replace")
+        new = parameters.text("new_str", "").encode(errors="replace")
+        if not old:
+            raise CallError("expected some text in 'old_str', got none")
+        data = self._read(path)
+        count = data.count(old)
+        if count == 0:
+            raise ToolError(f"old_str does not stand in {path}; it has to match exactly, white space included")
+        at = data.find(old)
+        if count > 1:
+            places = [data.count(b"\n", 0, match.start()) + 1 for match in re.finditer(re.escape(old), data)]
+            raise ToolError(
+                f"old_str stands {count} times in {path}, at lines {', '.join(map(str, places[:20]))}; "
+                "give more of its surroundings, so that it is unique"
+            )
+        self._write(path, data[:at] + new + data[at + len(old) :], data)
+        line = data.count(b"\n", 0, at) + 1
+        return self._edited(path, line, line + new.count(b"\n"))
+
+    def _insert(self, parameters: _Parameters, path: str) -> str:
+        line, new = parameters.number("insert_line"), parameters.text("new_str").encode(errors="replace")
+        data = self._read(path)
+        lines = data.split(b"\n")
+        count = len(lines) - (lines[-1] == b"")
+        if not 0 <= line <= count:
+            raise CallError(f"expected insert_line from 0 to {count}, got {line}")
+        self._write(path, b"\n".join([*lines[:line], new, *lines[line:]]), data)
+        return self._edited(path, line + 1, line + 1 + new.count(b"\n"))
+
+    def _undo_edit(self, parameters: _Parameters, path: str) -> str:
+        for index in range(len(self._earlier) - 1, -1, -1):
+            if self._earlier[index][0] == path:
+                data = self._earlier.pop(index)[1]
+                break
+        else:
+            raise ToolError(f"there is no edit of {path} to undo")
+        if data is None:
+            outcome = self._workspace.run(f"rm -f -- {shlex.quote(path)}", limits=self._limits)
+            if outcome.exit_code != 0:
+                raise ToolError(_outcome_text(outcome))
+            return f"{path} was removed again"
+        self._workspace.write(path, data)
+        return f"the last edit of {path} was undone"
+
+    def _kind(self, path: str, missing: str | None = None) -> tuple[str, int]:
+        """What a path is, symbolic links followed, and its size; `missing` (or an error) where it is nothing."""
+        command = f"stat --dereference --printf '%F\\n%s' -- {shlex.quote(path)}"
+        outcome = self._workspace.run(command, limits=self._limits)
+        kind, _, size = outcome.output.partition("\n")
+        if outcome.exit_code != 0 or not size.isdigit():
+            if missing is not None and not outcome.notice:
+                return missing, 0
+            raise ToolError(f"there is no {path}" if not outcome.notice else outcome.notice)
+        return kind, int(size)
+
+    def _read(self, path: str) -> bytes:
+        kind, size = self._kind(path)
+        if not kind.startswith("regular"):
+            raise ToolError(f"expected the path of a text file, got a {kind}: {path}")
+        if size > LARGEST_FILE:
+            raise ToolError(f"expected a file of at most {LARGEST_FILE} bytes, got {size}: {path}; use execute_bash")
+        return self._workspace.read(path)
+
+    def _write(self, path: str, data: bytes, before: bytes | None) -> None:
+        if len(data) > LARGEST_FILE:
+            raise ToolError(f"expected a file of at most {LARGEST_FILE} bytes, got {len(data)}: {path}")
+        self._workspace.write(path, data)
+        self._earlier.append((path, before))
+        sizes = [len(earlier or b"") for _, earlier in self._earlier]
+        while len(sizes) > REMEMBERED_EDITS or sum(sizes) > REMEMBERED_BYTES:
+            del sizes[0], self._earlier[0]
+
+    def _edited(self, path: str, first: int, last: int) -> str:
+        lines = self._workspace.read(path).decode(errors="replace").split("\n")
+        first, last = max(1, first - SNIPPET_LINES), min(len(lines), last + SNIPPET_LINES)
+        return f"{path} was edited:\n{self._numbered(lines, first, last)}"
+
+    def _numbered(self, lines: list[str], first: int, last: int) -> str:
+        """Lines with their numbers, as far as an answer may be long."""
+        text, room = [], self._limits.output_bytes
+        for number in range(first, last + 1):
+            line = f"{number:6}\t{_shown(lines[number - 1])}"
+            room -= len(line) + 1
+            if room < 0:
+                text += [line[: max(room + len(line), 0)], f"[cut at line {number} of {len(lines)}; use view_range]"]
+                break
+            text.append(line)
+        return "\n".join(text)
+
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _shown(text: str) -> str:
+    """Text as a policy (or a person, in a transcript) may see it: no terminal escapes, no invisible controls."""
+    return _INVISIBLE.sub("�", _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
+
+
+def _outcome_text(outcome: Outcome) -> str:
+    output = _shown(outcome.output).rstrip("\n")
+    end = outcome.notice or f"exit code {outcome.exit_code}"
+    return f"{output}\n[{end}]" if output else f"[{end}]"

@@ -1,0 +1,92 @@
+"""What the tests of sandboxes share: whether there is one here, a repository, and a look at the processes left."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from aem_jax.envs.swe import bubblewrap
+from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
+from aem_jax.envs.swe.repos import files_checkout
+from aem_jax.envs.swe.sandbox import Limits
+
+WHY_NOT = bubblewrap.probe()
+needs_bubblewrap = pytest.mark.skipif(bool(WHY_NOT), reason=f"bubblewrap does not work here: {WHY_NOT:.300}")
+
+QUICK = Limits(seconds=10, memory_mib=256, processes=32, file_mib=8, disk_mib=32, output_bytes=4096)
+
+FILES = {
+    "calc.py": "def mean(xs):\n    return sum(xs) / (len(xs) - 1)\n",
+    "test_calc.py": "import calc\n\n\ndef test_one():\n    assert calc.mean([0, 0]) == 0\n",
+}
+GOLD = """\
+diff --git a/calc.py b/calc.py
+--- a/calc.py
++++ b/calc.py
+@@ -1,2 +1,2 @@
+ def mean(xs):
+-    return sum(xs) / (len(xs) - 1)
++    return sum(xs) / len(xs)
+"""
+# The blank context line is spelled so that no editor takes its space away.
+TEST_PATCH = """\
+diff --git a/test_calc.py b/test_calc.py
+--- a/test_calc.py
++++ b/test_calc.py
+@@ -3,3 +3,7 @@
+\x20
+ def test_one():
+     assert calc.mean([0, 0]) == 0
++
++
++def test_mean():
++    assert calc.mean([1, 2, 3]) == 2
+"""
+EVAL_SCRIPT = f"""\
+#!/bin/bash
+set -uxo pipefail
+cd /testbed
+git apply -v - <<'EOF_114329324912'
+{TEST_PATCH}EOF_114329324912
+: '{START_MARKER}'
+python -m pytest -rA -p no:cacheprovider test_calc.py
+: '{END_MARKER}'
+"""
+
+INSTANCE = Instance(
+    instance_id="own__calc-1",
+    repo="own/calc",
+    base_commit="0" * 40,
+    patch=GOLD,
+    test_patch=TEST_PATCH,
+    problem_statement="mean() is wrong.",
+    fail_to_pass=("test_calc.py::test_mean",),
+    pass_to_pass=("test_calc.py::test_one",),
+    version="1.0",
+    environment_setup_commit="0" * 40,
+    image="",
+    log_parser="parse_log_pytest",
+    eval_type="pass_and_fail",
+    eval_script=EVAL_SCRIPT,
+)
+CHECKOUT = files_checkout(FILES)
+
+
+def sandboxed_processes() -> set[int]:
+    """Processes of this machine that descend from this process and run in a sandbox, or set one up."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name, _, rest = (folder / "stat").read_text().partition(" (")[2].rpartition(") ")
+        except OSError:
+            continue  # ended meanwhile
+        pid = int(folder.name)
+        parents[pid], names[pid] = int(rest.split()[1]), name
+    ours = set()
+    for pid in parents:
+        at = pid
+        while at in parents and at not in (0, os.getpid()):
+            at = parents[at]
+        if at == os.getpid() and pid != at:
+            ours.add(pid)
+    return {pid for pid in ours if "resource_tracker" not in names[pid]}
