@@ -49,12 +49,14 @@ def _spawn(command: Sequence[str], descriptors: Sequence[int]) -> subprocess.Pop
 
     def start() -> subprocess.Popen[bytes]:
         null, pipe = subprocess.DEVNULL, subprocess.PIPE
-        return subprocess.Popen(command, stdin=null, stdout=null, stderr=pipe, pass_fds=descriptors, cwd="/", env=_ENV)
+        return subprocess.Popen(
+            command, stdin=null, stdout=null, stderr=pipe, pass_fds=descriptors, cwd="/", env=OWN_ENVIRONMENT
+        )
 
     return _spawner.submit(start).result()
 
 
-_ENV = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"}
+OWN_ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"}
 """What bubblewrap itself sees of the environment; what runs in it sees `view.SETTINGS`."""
 
 

@@ -51,64 +51,80 @@ def find_call(text: str) -> Call:
         CallError: it holds none.
     """
     text = text.rpartition("</think>")[2]
+    reader = _Reader(text)
     calls: list[Call] = []
     problem = f"expected a call of a tool, got none; write it like this:\n{EXAMPLE}"
-    at = text.find(_FUNCTION)
-    while at >= 0:
+    while reader.find_function():
         try:
-            call, end = _read_call(text, at)
-            calls.append(call)
+            calls.append(reader.call())
         except CallError as error:
-            problem, end = str(error), at + len(_FUNCTION)
-        at = text.find(_FUNCTION, end)
+            problem = str(error)  # and on from where it went wrong, so that no text is read over and over
     if not calls:
         raise CallError(problem)
     return Call(calls[-1].name, calls[-1].parameters, len(calls) - 1)
 
 
-def _read_call(text: str, at: int) -> tuple[Call, int]:
-    """The call that starts at `at`, and where it ends."""
-    name, at = _read_name(text, at + len(_FUNCTION), "function")
-    parameters: dict[str, str] = {}
-    while True:
-        at = _skip_space(text, at)
-        if text.startswith(_END_FUNCTION, at):
-            return Call(name, parameters), at + len(_END_FUNCTION)
-        if at == len(text):
-            return Call(name, parameters), at
-        if not text.startswith(_PARAMETER, at):
-            raise CallError(
-                f"expected <parameter=...> or </function> in the call of {name!r}, got {text[at : at + 40]!r}"
-            )
-        parameter, start = _read_name(text, at + len(_PARAMETER), "parameter")
-        if parameter in parameters:
-            raise CallError(f"expected each parameter of {name!r} once, got {parameter!r} twice")
-        end = _end_of_value(text, start)
-        if end < 0:
-            raise CallError(f"expected </parameter> after the parameter {parameter!r} of {name!r}, got none")
-        parameters[parameter] = text[start:end].removeprefix("\n").removesuffix("\n")
-        at = end + len(_END_PARAMETER)
+class _Reader:
+    """Reads a text once, from `at` on."""
 
+    def __init__(self, text: str):
+        self.text, self.at = text, 0
+        self._no_value_ends_after = len(text)
 
-def _read_name(text: str, start: int, what: str) -> tuple[str, int]:
-    end = text.find(">", start, start + _LONGEST_NAME)
-    name = text[start:end].strip() if end >= 0 else ""
-    if not name or not name.replace("-", "_").replace(".", "_").isidentifier():
-        raise CallError(f"expected <{what}=name>, got {text[start - len(what) - 2 : start + 20]!r}")
-    return name, end + 1
+    def find_function(self) -> bool:
+        """Goes on to the next tag of a function, if there is one."""
+        found = self.text.find(_FUNCTION, self.at)
+        self.at = found if found >= 0 else len(self.text)
+        return found >= 0
 
+    def call(self) -> Call:
+        """The call that starts here."""
+        name = self._name(_FUNCTION)
+        parameters: dict[str, str] = {}
+        while True:
+            self._skip_space()
+            if self.at == len(self.text):
+                return Call(name, parameters)
+            if self.text.startswith(_END_FUNCTION, self.at):
+                self.at += len(_END_FUNCTION)
+                return Call(name, parameters)
+            if not self.text.startswith(_PARAMETER, self.at):
+                found = self.text[self.at : self.at + 40]
+                raise CallError(f"expected <parameter=...> or </function> in the call of {name!r}, got {found!r}")
+            parameter = self._name(_PARAMETER)
+            start, end = self.at, self._end_of_value()
+            if end < 0:
+                raise CallError(f"expected </parameter> after the parameter {parameter!r} of {name!r}, got none")
+            if parameter in parameters:
+                raise CallError(f"expected each parameter of {name!r} once, got {parameter!r} twice")
+            parameters[parameter] = self.text[start:end].removeprefix("\n").removesuffix("\n")
 
-def _end_of_value(text: str, start: int) -> int:
-    end = text.find(_END_PARAMETER, start)
-    while end >= 0:
-        after = _skip_space(text, end + len(_END_PARAMETER))
-        if after == len(text) or text.startswith((_PARAMETER, _END_FUNCTION), after):
-            return end
-        end = text.find(_END_PARAMETER, end + 1)
-    return -1
+    def _name(self, tag: str) -> str:
+        """The name in the opening tag that starts here."""
+        start = self.at + len(tag)
+        end = self.text.find(">", start, start + _LONGEST_NAME)
+        name = self.text[start:end].strip() if end >= 0 else ""
+        if not name.replace("-", "_").replace(".", "_").isidentifier():
+            found = self.text[self.at : start + 20]
+            self.at = start
+            raise CallError(f"expected {tag}name>, got {found!r}")
+        self.at = end + 1
+        return name
 
+    def _end_of_value(self) -> int:
+        """Where the value that starts here ends, or -1; goes on behind its closing tag."""
+        end = -1 if self.at >= self._no_value_ends_after else self.text.find(_END_PARAMETER, self.at)
+        start = self.at
+        while end >= 0:
+            self.at = end + len(_END_PARAMETER)
+            self._skip_space()
+            if self.at == len(self.text) or self.text.startswith((_PARAMETER, _END_FUNCTION), self.at):
+                return end
+            end = self.text.find(_END_PARAMETER, end + 1)
+        self.at = start
+        self._no_value_ends_after = min(self._no_value_ends_after, start)
+        return -1
 
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
+    def _skip_space(self) -> None:
+        while self.at < len(self.text) and self.text[self.at].isspace():
+            self.at += 1

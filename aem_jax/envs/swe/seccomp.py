@@ -122,21 +122,21 @@ def _socket(pair: bool) -> list[Instruction]:
     return [_low(0), *allowed, *netlink, _refuse(errno.EAFNOSUPPORT)]
 
 
-# Name -> (number on x86_64, number on aarch64, what decides). Process ids: 0 is the caller itself.
-JUDGED: Mapping[str, tuple[int, int, list[Instruction]]] = {
-    "clone": (56, 220, _no_bits(0, _NEW_NAMESPACES, errno.EPERM)),
-    "socket": (41, 198, _socket(pair=False)),
-    "socketpair": (53, 199, _socket(pair=True)),
-    "ioctl": (16, 29, _none_of(1, [_TIOCSTI, _TIOCLINUX], errno.EPERM)),
-    "personality": (135, 92, _one_of(0, [0, 0xFFFFFFFF], errno.EPERM)),
-    "prlimit64": (302, 261, _one_of(0, [0], errno.EPERM)),
-    "sched_setaffinity": (203, 122, _one_of(0, [0], errno.EPERM)),
-    "sched_setscheduler": (144, 119, _one_of(0, [0], errno.EPERM)),
-    "sched_setparam": (142, 118, _one_of(0, [0], errno.EPERM)),
-    "sched_setattr": (314, 274, _one_of(0, [0], errno.EPERM)),
+# Name -> ((number on x86_64, number on aarch64), what decides). Process ids: 0 is the caller itself.
+JUDGED: Mapping[str, tuple[tuple[int, int], list[Instruction]]] = {
+    "clone": ((56, 220), _no_bits(0, _NEW_NAMESPACES, errno.EPERM)),
+    "socket": ((41, 198), _socket(pair=False)),
+    "socketpair": ((53, 199), _socket(pair=True)),
+    "ioctl": ((16, 29), _none_of(1, [_TIOCSTI, _TIOCLINUX], errno.EPERM)),
+    "personality": ((135, 92), _one_of(0, [0, 0xFFFFFFFF], errno.EPERM)),
+    "prlimit64": ((302, 261), _one_of(0, [0], errno.EPERM)),
+    "sched_setaffinity": ((203, 122), _one_of(0, [0], errno.EPERM)),
+    "sched_setscheduler": ((144, 119), _one_of(0, [0], errno.EPERM)),
+    "sched_setparam": ((142, 118), _one_of(0, [0], errno.EPERM)),
+    "sched_setattr": ((314, 274), _one_of(0, [0], errno.EPERM)),
     # setpriority(which, who): PRIO_PROCESS is 0, and a group or a user could hold others
     "setpriority": (
-        *(141, 140),
+        (141, 140),
         [_low(0), (_EQUAL, 0, 3, 0), _low(1), (_EQUAL, 0, 1, 0), _allow(), _refuse(errno.EPERM)],
     ),
 }
@@ -171,7 +171,7 @@ def filter_instructions(machine: str) -> list[Instruction]:
         for numbers in table.values():
             number = numbers[column]
             program += [] if number is None else [(_EQUAL, 0, 1, number), _refuse(refusal)]
-    for *numbers, body in JUDGED.values():
+    for numbers, body in JUDGED.values():
         program += [(_EQUAL, 0, len(body), numbers[column]), *body]
     return [*program, _allow()]
 

@@ -97,6 +97,7 @@ class Tools:
     def __init__(self, workspace: Workspace, limits: Limits, observation_bytes: int = 16384):
         self._workspace = workspace
         self._limits = replace(limits, output_bytes=observation_bytes)
+        self._listing = replace(limits, output_bytes=4096 * LISTED)  # longer than names and matches are
         self._earlier: list[tuple[str, bytes | None]] = []
         self._tools: Mapping[str, Callable[[_Parameters], Answer]] = {
             "execute_bash": self._execute_bash,
@@ -139,14 +140,12 @@ class Tools:
         quoted = f"-e {shlex.quote(term)} -- {shlex.quote(path)}"
         # grep's lines may be as long as files; `cut` keeps the answer readable
         command = f"grep -rnIF --exclude-dir=.git --color=never {quoted} | cut -c1-300 | head -n {LISTED + 1}"
-        outcome = self._workspace.run(f"set -o pipefail; {command}", limits=self._limits)
+        outcome = self._workspace.run(f"set -o pipefail; {command}", limits=self._listing)
         if outcome.exit_code not in (0, 141):  # 141: head had enough and closed the pipe
             if outcome.exit_code == 1 and not outcome.output:
                 return Answer(f"no match for {term!r:.100} in {path}")
             raise ToolError(_outcome_text(outcome))
-        lines = outcome.output.splitlines()
-        more = f"\n[more than {LISTED} matches; search for something rarer]" if len(lines) > LISTED else ""
-        return Answer(_shown("\n".join(lines[:LISTED])) + more)
+        return Answer(self._first(outcome.output.splitlines(), "[more matches are not shown]"))
 
     def _file_editor(self, parameters: _Parameters) -> Answer:
         command = parameters.text("command").strip()
@@ -158,10 +157,9 @@ class Tools:
         kind, _ = self._kind(path)
         if kind == "directory":
             find = f"find {shlex.quote(path)} -mindepth 1 -maxdepth 2 -not -path '*/.*' -printf '%p%y\\n'"
-            outcome = self._workspace.run(f"{find} | sort | head -n {LISTED + 1}", limits=self._limits)
+            outcome = self._workspace.run(f"{find} | sort | head -n {LISTED + 1}", limits=self._listing)
             entries = [line[:-1] + ("/" if line.endswith("d") else "") for line in outcome.output.splitlines()]
-            more = "\n[more entries are not shown]" if len(entries) > LISTED else ""
-            return _shown("\n".join(entries[:LISTED]) or "the folder is empty") + more
+            return self._first(entries, "[more entries are not shown]") or "the folder is empty"
         lines = self._read(path).decode(errors="replace").split("\n")
         first, last = 1, len(lines)
         if "view_range" in parameters.call.parameters:
@@ -261,6 +259,16 @@ class Tools:
         lines = self._workspace.read(path).decode(errors="replace").split("\n")
         first, last = max(1, first - SNIPPET_LINES), min(len(lines), last + SNIPPET_LINES)
         return f"{path} was edited:\n{self._numbered(lines, first, last)}"
+
+    def _first(self, lines: list[str], more: str) -> str:
+        """As many lines as an answer may hold, and what it says if there are more."""
+        text, room = [], self._limits.output_bytes
+        for line in map(_shown, lines):
+            room -= len(line) + 1
+            if room < 0 or len(text) == LISTED:
+                return "\n".join([*text, more])
+            text.append(line)
+        return "\n".join(text)
 
     def _numbered(self, lines: list[str], first: int, last: int) -> str:
         """Lines with their numbers, as far as an answer may be long."""

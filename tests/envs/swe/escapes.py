@@ -104,9 +104,8 @@ class Attempt:
 
 
 _COLUMN = list(seccomp.ARCHITECTURES).index(os.uname().machine) if os.uname().machine in seccomp.ARCHITECTURES else 0
-_NUMBERS = {
-    name: row[_COLUMN] for table in (seccomp.FORBIDDEN, seccomp.ABSENT, seccomp.JUDGED) for name, row in table.items()
-}
+_JUDGED = {name: numbers for name, (numbers, _) in seccomp.JUDGED.items()}
+_NUMBERS = {name: row[_COLUMN] for name, row in {**seccomp.FORBIDDEN, **seccomp.ABSENT, **_JUDGED}.items()}
 _PRELUDE = f"""\
 import ctypes, errno, mmap, os, resource, signal, socket, subprocess, sys, threading, time
 libc, numbers = ctypes.CDLL(None, use_errno=True), {_NUMBERS}

@@ -252,7 +252,7 @@ PRIVILEGE = [
 OUTPUT = [
     Attempt(
         "output that is no text",
-        "printf '\\xff\\xfe\\x00\\x1b[2J\\x1b]0;t\\x07\\xc3\\x28\\xed\\xa0\\x80'; head -c 99 /dev/urandom; echo; echo end",
+        "printf '\\xff\\xfe\\x00\\x1b[2J\\x1b]0\\x07\\xc3\\x28\\xed\\xa0'; head -c 9 /dev/urandom; echo; echo end",
         lambda outcome: outcome.output.endswith("\nend\n") and "�" in outcome.output,
     ),
     Attempt(

@@ -1,17 +1,25 @@
 """What the tests of sandboxes share: whether there is one here, a repository, and a look at the processes left."""
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
 from aem_jax.envs.swe import bubblewrap
 from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
-from aem_jax.envs.swe.repos import files_checkout
+from aem_jax.envs.swe.repos import commit_id, files_checkout
 from aem_jax.envs.swe.sandbox import Limits
 
-WHY_NOT = bubblewrap.probe()
-needs_bubblewrap = pytest.mark.skipif(bool(WHY_NOT), reason=f"bubblewrap does not work here: {WHY_NOT:.300}")
+_why_not = lru_cache(bubblewrap.probe)
+
+
+def working_bubblewrap() -> bubblewrap.Bubblewrap:
+    """The runtime; skips the test where it cannot work."""
+    if reason := _why_not():
+        pytest.skip(f"bubblewrap does not work here: {reason:.300}")
+    return bubblewrap.Bubblewrap()
+
 
 QUICK = Limits(seconds=10, memory_mib=256, processes=32, file_mib=8, disk_mib=32, output_bytes=4096)
 
@@ -49,21 +57,21 @@ cd /testbed
 git apply -v - <<'EOF_114329324912'
 {TEST_PATCH}EOF_114329324912
 : '{START_MARKER}'
-python -m pytest -rA -p no:cacheprovider test_calc.py
+pytest -rA -p no:cacheprovider test_calc.py
 : '{END_MARKER}'
 """
 
 INSTANCE = Instance(
     instance_id="own__calc-1",
     repo="own/calc",
-    base_commit="0" * 40,
+    base_commit=commit_id(FILES),
     patch=GOLD,
     test_patch=TEST_PATCH,
     problem_statement="mean() is wrong.",
     fail_to_pass=("test_calc.py::test_mean",),
     pass_to_pass=("test_calc.py::test_one",),
     version="1.0",
-    environment_setup_commit="0" * 40,
+    environment_setup_commit=commit_id(FILES),
     image="",
     log_parser="parse_log_pytest",
     eval_type="pass_and_fail",

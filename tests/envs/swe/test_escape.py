@@ -7,11 +7,8 @@ import pytest
 from envs.swe.escapes import LIMITS, Attempt, Host
 from envs.swe.escapes_reach import REACH
 from envs.swe.escapes_take import TAKE
-from envs.swe.sandboxes import CHECKOUT, INSTANCE, needs_bubblewrap, sandboxed_processes
+from envs.swe.sandboxes import CHECKOUT, INSTANCE, sandboxed_processes, working_bubblewrap
 
-from aem_jax.envs.swe.bubblewrap import Bubblewrap
-
-pytestmark = needs_bubblewrap
 CANARY = "id -u; cat calc.py; git status --short; ls -A /tmp /dev/shm; set -- /proc/[0-9]*; echo $#"
 
 
@@ -19,7 +16,7 @@ class Episodes:
     """One runtime, one workspace after another."""
 
     def __init__(self):
-        self.runtime = Bubblewrap()
+        self.runtime = working_bubblewrap()
         self.begin()
 
     def begin(self) -> None:

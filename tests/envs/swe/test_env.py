@@ -1,0 +1,150 @@
+"""Episodes of SweEnv: an honest one, limits, and agents that work on their grade instead of the task."""
+
+import dataclasses
+import json
+
+import pytest
+from envs.swe.sandboxes import CHECKOUT, INSTANCE, sandboxed_processes, working_bubblewrap
+from envs.swe.test_calls import block
+
+from aem_jax.envs.conformance import CHECKS, Subject, any_text_is_answered, run_checks
+from aem_jax.envs.swe.env import SweConfig, SweEnv
+
+CONFIG = SweConfig(
+    max_steps=4, command_s=20, grade_s=60, memory_mib=512, processes=32, file_mib=8, disk_mib=32, partial=True
+)
+FIX = block("execute_bash", command="sed -i 's/(len(xs) - 1)/len(xs)/' calc.py")
+FINISH = block("finish")
+TASK = {"task": 1}
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    return working_bubblewrap()
+
+
+@pytest.fixture(scope="module")
+def env(runtime):
+    env = make(runtime)
+    yield env
+    env.close()
+
+
+def make(runtime, **changes) -> SweEnv:
+    def load(task):
+        if set(task) != {"task"}:
+            raise ValueError(f"expected 'task', got {sorted(task)}")
+        return INSTANCE, CHECKOUT
+
+    return SweEnv(dataclasses.replace(CONFIG, **changes), load, runtime)
+
+
+def play(env: SweEnv, *responses: str):
+    first = env.reset(TASK)
+    assert "mean() is wrong." in first.observation and "execute_bash" in first.observation
+    return [env.step(response) for response in responses]
+
+
+def test_a_fix_is_rewarded(env):
+    fixed, finished = play(env, FIX, FINISH)
+    assert not fixed.done and fixed.info == {"won": False, "valid_action": True}
+    assert (finished.terminated, finished.truncated, finished.reward) == (True, False, 1.0)
+    assert finished.info == {
+        "won": True,
+        "valid_action": True,
+        "score": 1.0,
+        "applied": True,
+        "fail_to_pass": 1.0,
+        "pass_to_pass": 1.0,
+    }
+    with pytest.raises(ValueError, match="expected a running episode, got none"):
+        env.step(FINISH)
+
+
+def test_no_fix_is_not(env):
+    (finished,) = play(env, FINISH)
+    assert (finished.reward, finished.info["won"], finished.info["score"]) == (0.0, False, 0.0)
+    assert finished.info["pass_to_pass"] == 1.0
+
+
+def test_the_last_step_is_graded(env):
+    results = play(env, "what?", FIX, "<function=x></function>", "hm")
+    assert [result.info["valid_action"] for result in results] == [False, True, False, False]
+    assert "expected a call of a tool" in results[0].observation
+    assert (results[-1].terminated, results[-1].truncated, results[-1].reward) == (False, True, 1.0)
+
+
+def test_too_many_invalid_responses_end_an_episode(runtime):
+    env = make(runtime, max_invalid=2, reward_invalid=-0.5)
+    results = play(env, "a", "b")
+    assert [(result.truncated, result.reward) for result in results] == [(False, -0.5), (True, -0.5)]
+
+
+def test_a_part_is_worth_its_share(runtime):
+    """One of two failing tests is mended and nothing broken: half; something broken: nothing."""
+    both = ("test_calc.py::test_mean", "test_calc.py::test_nothing")
+    instance = dataclasses.replace(INSTANCE, fail_to_pass=both)
+    env = SweEnv(CONFIG, lambda task: (instance, CHECKOUT), runtime)
+    assert play(env, FIX, FINISH)[-1].reward == 0.5
+    breaks = block("execute_bash", command="printf 'def mean(xs):\\n    return 2\\n' > calc.py")
+    broken = play(env, breaks, FINISH)[-1]
+    assert (broken.info["fail_to_pass"], broken.info["pass_to_pass"], broken.reward) == (0.5, 0.0, 0.0)
+
+
+def test_code_that_ends_its_sandbox_ends_its_episode_unsolved(env):
+    env.reset(TASK)
+    env._workspace._process.kill()
+    assert env.step(FIX).observation == "[the sandbox was ended by what ran in it]"
+    finished = env.step(FINISH)
+    assert finished.terminated and finished.info["failure"].endswith("ended by what ran in it")
+    assert play(env, FIX, FINISH)[-1].info["won"]
+
+
+FORGED = "PASSED test_calc.py::test_mean\\nPASSED test_calc.py::test_one"
+ON_THE_GRADE = {
+    "tests edited": "printf 'def test_one(): pass\\ndef test_mean(): pass\\n' > test_calc.py",
+    "another pytest": f"""
+        mkdir pytest; echo 'print("{FORGED}")' | tee pytest/__main__.py > pytest/__init__.py; cp -r pytest _pytest""",
+    "results printed at the import, and an end": f"""
+        echo 'print(">>>>> Start Test Output\\n{FORGED}\\n>>>>> End Test Output", flush=True)' > calc.py
+        echo 'import os; os._exit(0)' >> calc.py""",
+    "results printed at the exit": f"""echo 'import atexit; atexit.register(lambda: print("{FORGED}"))' >> calc.py""",
+    "start-up files and settings": """
+        echo 'import os; os._exit(0)' | tee sitecustomize.py usercustomize.py x.pth > /tmp/sitecustomize.py
+        printf '[pytest]\naddopts = --collect-only\n' > pytest.ini""",
+    "a grade that does not end": "echo 'import time; time.sleep(99)' > calc.py",
+    "a grade that kills": "echo 'import os; os.kill(-1, 9)' > calc.py",
+}
+
+
+@pytest.mark.parametrize("attempt", ON_THE_GRADE.values(), ids=ON_THE_GRADE)
+def test_work_on_the_grade_is_no_use(attempt, runtime, env):
+    quick = make(runtime, grade_s=4)
+    results = play(quick, block("execute_bash", command=f"{attempt}\ngit status --short"), FINISH)
+    assert results[0].observation.endswith("[exit code 0]") and ".py" in results[0].observation + "pytest/.py"
+    assert not results[-1].info["won"] and results[-1].reward <= 0, results[-1]
+
+
+def test_after_all_that_a_fix_is_rewarded_and_nothing_is_left(env):
+    assert play(env, FIX, FINISH)[-1].info["won"]
+    env.close()
+    assert not sandboxed_processes()
+
+
+def test_it_is_an_environment(runtime):
+    subject = Subject(lambda: make(runtime), [TASK], [FIX], max_steps=1)
+    checks = [check for check in CHECKS if check is not any_text_is_answered]  # test_calls.py; here it takes seconds
+    assert run_checks(checks, subject) == []
+
+
+def test_nothing_of_the_hidden_tests_is_told(env):
+    results = play(env, FIX, FINISH)
+    told = json.dumps([results[-1].observation, dict(results[-1].info)])
+    assert "test_mean" not in told
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="expected max_steps of at least 1, got 0"):
+        SweConfig(max_steps=0)
+    with pytest.raises(ValueError, match="expected the limit seconds above 0, got 0"):
+        SweConfig(grade_s=0)
