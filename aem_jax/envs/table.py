@@ -83,11 +83,26 @@ def _webshop_site(settings: Mapping[str, Any]):
     return make_site(_shop_front(settings)[0])
 
 
+def _swe(settings: Mapping[str, Any]) -> Callable[[], Environment]:
+    from aem_jax.envs.swe.env import SweConfig, SweEnv
+    from aem_jax.envs.swe.payload import load_task
+    from aem_jax.envs.swe.runtimes import choose_runtime
+    from aem_jax.envs.swe.sandbox import SandboxError
+
+    config = config_from(SweConfig, settings)
+    try:
+        runtime = choose_runtime(config.runtime, config.bubblewrap, config.container)  # one for all sessions
+    except SandboxError as error:
+        raise OSError(str(error)) from None  # which a server reports as what is missing on this machine
+    return lambda: SweEnv(config, load_task, runtime)
+
+
 ENVIRONMENTS: Mapping[str, EnvironmentSpec] = {
     "alfworld": EnvironmentSpec(_alfworld, blocking=False, description="household tasks in text (ALFWorld)"),
     "echo": EnvironmentSpec(_echo, blocking=False, description="repeats what it is told; for tests and benchmarks"),
     "echo-slow": EnvironmentSpec(_echo, blocking=True, description="the same, a thread for each session"),
     "scripted": EnvironmentSpec(_scripted, blocking=True, description="episodes of scripted length and latency"),
+    "swe": EnvironmentSpec(_swe, blocking=True, description="repository bugs to fix, in a sandbox (SWE-bench style)"),
     "webshop": EnvironmentSpec(_webshop, blocking=False, description="shopping by searching and clicking (WebShop)"),
 }
 

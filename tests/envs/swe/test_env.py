@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
-from envs.swe.sandboxes import CHECKOUT, INSTANCE, sandboxed_processes, working_bubblewrap
+from envs.swe.sandboxes import CHECKOUT, FILES, INSTANCE, sandboxed_processes, working_bubblewrap
 from envs.swe.test_calls import block
 
 from aem_jax.envs.conformance import CHECKS, Subject, any_text_is_answered, run_checks
+from aem_jax.envs.session import Session
 from aem_jax.envs.swe.env import SweConfig, SweEnv
+from aem_jax.envs.swe.payload import load_task, make_payload
+from aem_jax.envs.table import environment_spec
 
 CONFIG = SweConfig(
     max_steps=4, command_s=20, grade_s=60, memory_mib=512, processes=32, file_mib=8, disk_mib=32, partial=True
@@ -24,10 +28,15 @@ def runtime():
 
 
 @pytest.fixture(scope="module")
-def env(runtime):
-    env = make(runtime)
-    yield env
-    env.close()
+def shared_env(runtime):
+    return make(runtime)
+
+
+@pytest.fixture
+def env(shared_env):
+    """The same environment for all tests, each of which ends its episode."""
+    yield shared_env
+    shared_env.close()
 
 
 def make(runtime, **changes) -> SweEnv:
@@ -148,3 +157,29 @@ def test_bad_settings_are_refused():
         SweConfig(max_steps=0)
     with pytest.raises(ValueError, match="expected the limit seconds above 0, got 0"):
         SweConfig(grade_s=0)
+
+
+def test_payloads():
+    payload = json.loads(json.dumps(make_payload(INSTANCE, files=FILES)))
+    assert load_task(payload)[0] == INSTANCE
+    assert load_task(payload)[1] is load_task(dict(payload))[1]
+    with pytest.raises(ValueError, match="got keys \\['files', 'instance', 'repos'\\]"):
+        load_task({**payload, "repos": "/data"})
+    with pytest.raises(ValueError, match="expected a payload with 'instance'"):
+        load_task({})
+    with pytest.raises(ValueError, match="found no folder /no/such"):
+        load_task(make_payload(INSTANCE, repos="/no/such"))
+    instance, checkout = load_task(make_payload(INSTANCE))
+    with pytest.raises(ValueError, match="expected 'files' or 'repos' in the payload of 'own__calc-1'"):
+        checkout(instance, Path("/nowhere"))
+
+
+def test_a_session_of_a_server(runtime):
+    settings = {"disk_mib": 32, "bubblewrap": {"packages": ["pytest"]}}
+    session = Session(environment_spec("swe").factory(settings)(), send_admissible=False)
+    reset = json.dumps({"type": "reset", "data": make_payload(INSTANCE, files=FILES)})
+    assert "mean() is wrong." in json.loads(session.answer(reset) or "")["data"]["observation"]["text"]
+    reply = session.answer(json.dumps({"type": "step", "data": {"text": block("execute_bash", command="ls")}}))
+    assert json.loads(reply or "")["data"]["observation"]["text"] == "calc.py\ntest_calc.py\n[exit code 0]"
+    session.close()
+    assert not sandboxed_processes()
