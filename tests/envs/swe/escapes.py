@@ -12,7 +12,7 @@ import aem_jax
 from aem_jax.envs.swe import seccomp
 from aem_jax.envs.swe.sandbox import Limits, Outcome
 
-LIMITS = Limits(seconds=5, memory_mib=128, processes=24, file_mib=8, disk_mib=32, output_bytes=8192)
+LIMITS = Limits(seconds=60, memory_mib=128, processes=24, file_mib=8, disk_mib=32, output_bytes=8192)
 
 
 class Host:

@@ -1,11 +1,9 @@
 """Attempts to take more than there is to take, for longer: processes, memory, disk, output and time."""
 
-from dataclasses import replace
-
-from envs.swe.escapes import LIMITS, SHORT, Attempt, all_lines, fits, killed, prints
+from envs.swe.escapes import SHORT, Attempt, all_lines, fits, killed, prints
 
 RESOURCES = [
-    Attempt("a fork bomb", ":(){ :|:& };:\nsleep 9", killed("processes", "not done"), SHORT),
+    Attempt("a fork bomb", ":(){ :|:& };:\nsleep 50", killed("processes", "not done"), SHORT),
     Attempt(
         "a fork bomb, deaf to signals, whose parents go on in sessions of their own",
         """#python
@@ -65,7 +63,7 @@ RESOURCES = [
     ),
     Attempt(
         "memory of several processes",
-        "for i in 1 2 3 4; do python -c 'import time; x = bytearray(90 << 20); time.sleep(9)' & done; wait",
+        "for i in 1 2 3 4; do python -c 'import time; x = bytearray(90 << 20); time.sleep(50)' & done; wait",
         killed("memory"),
     ),
     Attempt(
@@ -76,8 +74,8 @@ RESOURCES = [
                 m = mmap.mmap(-1, 100 << 20)
                 for at in range(0, len(m), 4096): m[at] = 1
                 m.madvise(mmap.MADV_DONTNEED)
-                time.sleep(9)
-        time.sleep(9)
+                time.sleep(50)
+        time.sleep(50)
         """,
         killed("memory"),
     ),
@@ -93,8 +91,8 @@ RESOURCES = [
                         keep[-1].setblocking(False)
                         while True: keep[-1].send(bytes(65536))
                     except BlockingIOError: pass
-                    except OSError: time.sleep(9)
-        time.sleep(9)
+                    except OSError: time.sleep(50)
+        time.sleep(50)
         """,
         killed("memory"),
     ),
@@ -112,7 +110,6 @@ RESOURCES = [
         "output without end",
         "head -c 500M /dev/zero; echo end",
         lambda o: o.output.endswith("end\n") and "bytes of output cut out" in o.output and len(o.output) < 9000,
-        replace(LIMITS, seconds=30),
     ),
 ]
 
@@ -129,7 +126,7 @@ TIME = [
     Attempt(
         "a deadline, deaf to signals",
         "trap '' TERM INT HUP QUIT CHLD; while :; do sleep 1; done",
-        lambda outcome: outcome.timed_out and outcome.exit_code is None and outcome.seconds < 5,
+        lambda outcome: outcome.timed_out and outcome.exit_code is None and outcome.seconds < 10,
         SHORT,
     ),
     Attempt("holding the output open", "sleep 60 & disown; exec >&- 2>&-; sleep 0.1", lambda o: o.exit_code == 0),

@@ -39,7 +39,7 @@ def test_files_stay_and_nothing_else(workspace):
     assert workspace.run("cat calc.py").output == FILES["calc.py"]
     workspace.run("cd /tmp; export A=1; sleep 60 & echo kept > /testbed/kept")
     assert (
-        workspace.run("pwd; echo $A; cat /tmp/kept; jobs; set -- /proc/[0-9]*; echo $#").output
+        workspace.run("pwd; echo $A; cat /testbed/kept; jobs; set -- /proc/[0-9]*; echo $#").output
         == "/testbed\n\nkept\n2\n"
     )
 

@@ -15,7 +15,7 @@ from aem_jax.envs.swe.payload import load_task, make_payload
 from aem_jax.envs.table import environment_spec
 
 CONFIG = SweConfig(
-    max_steps=4, command_s=20, grade_s=60, memory_mib=512, processes=32, file_mib=8, disk_mib=32, partial=True
+    max_steps=4, command_s=60, grade_s=120, memory_mib=512, processes=32, file_mib=8, disk_mib=32, partial=True
 )
 FIX = block("execute_bash", command="sed -i 's/(len(xs) - 1)/len(xs)/' calc.py")
 FINISH = block("finish")
@@ -121,14 +121,14 @@ ON_THE_GRADE = {
     "start-up files and settings": """
         echo 'import os; os._exit(0)' | tee sitecustomize.py usercustomize.py x.pth > /tmp/sitecustomize.py
         printf '[pytest]\naddopts = --collect-only\n' > pytest.ini""",
-    "a grade that does not end": "echo 'import time; time.sleep(99)' > calc.py",
+    "a grade that does not end": "echo 'import time; time.sleep(999)' > calc.py",
     "a grade that kills": "echo 'import os; os.kill(-1, 9)' > calc.py",
 }
 
 
 @pytest.mark.parametrize("attempt", ON_THE_GRADE.values(), ids=ON_THE_GRADE)
 def test_work_on_the_grade_is_no_use(attempt, runtime, env):
-    quick = make(runtime, grade_s=4)
+    quick = make(runtime, grade_s=4 if "sleep" in attempt else 120)
     results = play(quick, block("execute_bash", command=f"{attempt}\ngit status --short"), FINISH)
     assert results[0].observation.endswith("[exit code 0]") and ".py" in results[0].observation + "pytest/.py"
     assert not results[-1].info["won"] and results[-1].reward <= 0, results[-1]
