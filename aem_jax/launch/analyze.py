@@ -157,7 +157,7 @@ def _analysis(stage: Stage, params: Any, options: AnalyzeConfig, groups: int) ->
 def _updated(stage: Stage, params: Any, batch: Batch, credit: Credit, sign: int, options: AnalyzeConfig) -> Any:
     """Parameters after one update on the responses of one sign of A·(α − 1), with their base advantages A."""
     learner = replace(
-        stage.config.learner,
+        build.learner(stage.config),
         learning_rate=stage.config.learner.learning_rate * options.step_size,
         schedule="constant",
         warmup_steps=0,

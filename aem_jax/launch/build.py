@@ -179,19 +179,30 @@ def batch_layout(config: RunConfig, trajectories: int, num_minibatches: int) -> 
     )
 
 
+def learner(config: RunConfig) -> LearnerConfig:
+    """The learner of reinforcement learning, with what depends on the episodes filled in."""
+    if config.learner.constant_length:
+        return config.learner
+    rollout = config.rollout
+    said = rollout.max_turns * rollout.response_tokens
+    return replace(
+        config.learner, constant_length=min(said, rollout.context_tokens) if rollout.context == "append" else said
+    )
+
+
 def warmstart_learner(config: RunConfig) -> LearnerConfig:
     """The learner of the warm start: a schedule of its own, the default optimizer, and the run's use of memory."""
-    settings, learner = config.warmstart, config.learner
+    settings, trained = config.warmstart, config.learner
     return LearnerConfig(
         learning_rate=settings.learning_rate,
         schedule="cosine",
         warmup_steps=settings.steps // 10,
         total_steps=settings.steps,
-        temperature=learner.temperature,
-        head_chunk=learner.head_chunk,
-        remat=learner.remat,
-        attention=learner.attention,
-        moments=learner.moments,
+        temperature=trained.temperature,
+        head_chunk=trained.head_chunk,
+        remat=trained.remat,
+        attention=trained.attention,
+        moments=trained.moments,
     )
 
 

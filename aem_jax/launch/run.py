@@ -279,7 +279,7 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
         credit=make_credit(
             response_advantages(config.algorithm), config.aem, num_groups, stage.mesh, value_targets(config.algorithm)
         ),
-        update=partial(make_update(stage.trained, config.learner, stage.mesh), frozen=stage.frozen),
+        update=partial(make_update(stage.trained, build.learner(config), stage.mesh), frozen=stage.frozen),
         reference=_reference(stage, checkpoints),
         finish=finish,
         stop=stage.stop.look,

@@ -59,8 +59,9 @@ class LearnerConfig:
     gradient then depends on the size of rewards."""
     aggregation: Literal["token-mean", "trajectory-mean", "response-mean", "constant"] = "token-mean"
     """Averaged over: all tokens alike, means of trajectories, means of responses, or sums over a constant length."""
-    constant_length: int = 1024
-    """Tokens that "constant" divides each trajectory's sum by, whatever its length."""
+    constant_length: int = 0
+    """Tokens that "constant" divides each trajectory's sum by, whatever its length; a run takes 0 for all that an
+    episode may say."""
 
     temperature: float = 1.0
     """Divides the logits; must equal the sampler's."""
@@ -77,7 +78,7 @@ class LearnerConfig:
     """How often the batch is gone through."""
 
     def __post_init__(self):
-        _positive(self, "learning_rate", "adam_eps", "max_grad_norm", "constant_length", "temperature", "head_chunk")
+        _positive(self, "learning_rate", "adam_eps", "max_grad_norm", "temperature", "head_chunk")
         _positive(self, "num_minibatches", "num_epochs", "value_learning_rate")
         if not 0 <= self.clip_low <= 1 or not self.clip_high >= 0:
             raise ValueError(f"expected clip_low in [0, 1] and clip_high ≥ 0, got {self.clip_low} and {self.clip_high}")
@@ -91,6 +92,7 @@ class LearnerConfig:
         if self.dual_clip and not self.dual_clip > 1:
             raise ValueError(f"expected dual_clip of 0 (off) or above 1, got {self.dual_clip}")
         for name in (
+            "constant_length",
             "warmup_steps",
             "total_steps",
             "weight_decay",

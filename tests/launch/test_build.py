@@ -35,6 +35,17 @@ def test_a_selection_rule_has_the_functions_of_its_names():
     assert rule.outcome is not None and (rule.outcome(long), rule.max_rounds) == (True, 10)
 
 
+def test_the_constant_length_is_what_an_episode_may_say():
+    preset = read_preset(DEFAULT)  # ten turns of 16 tokens, in a context of 384
+    assert build.learner(preset).constant_length == 160
+    short = apply(preset, split(["--rollout.context-tokens", "150"])[1])
+    assert build.learner(short).constant_length == 150
+    windowed = apply(short, split(["--rollout.context", "window"])[1])  # each turn has a context of its own
+    assert build.learner(windowed).constant_length == 160
+    given = apply(preset, split(["--learner.constant-length", "7"])[1])
+    assert build.learner(given) == given.learner and given.learner.constant_length == 7
+
+
 def test_a_model_is_a_known_size_with_changes():
     known = build.known_model("tiny")
     assert build.model_config(ModelChoice(), 512) == dataclasses.replace(known, vocab_size=512)

@@ -299,7 +299,7 @@ def test_cross_entropy_learns_a_deterministic_text():
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "constant"])
 def test_what_is_out_of_the_loss_might_as_well_not_be_there(aggregation):
-    config = dataclasses.replace(CONFIG, aggregation=aggregation)
+    config = dataclasses.replace(CONFIG, aggregation=aggregation, constant_length=20)
     trajectories = random_trajectories(3, 8, TOY.vocab_size)
     masked = [dataclasses.replace(each, in_loss=n % 3 > 0) for n, each in enumerate(trajectories)]
     with_all, without = collate(masked, LAYOUT), collate([each for each in masked if each.in_loss], LAYOUT)

@@ -97,7 +97,7 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     table: Any = jax.ShapeDtypeStruct((layout.max_responses,), jnp.float32, sharding=replicated(mesh))
 
     def update() -> jax.stages.Lowered:
-        step: Any = make_update(trained, config.learner, mesh)
+        step: Any = make_update(trained, build.learner(config), mesh)
         reference = packed if config.learner.kl_coefficient else None
         values = ValueTargets(table, table) if isinstance(trained, ValuePolicy) else None
         return step.lower(state, abstract_batch(layout, mesh), packed, reference, frozen, values)
