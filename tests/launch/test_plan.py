@@ -366,8 +366,10 @@ def test_what_does_not_fit_says_what_would(capsys):
 def test_presets_of_published_models_are_planned_without_their_files(preset: str):
     config = read_preset(preset)
     assert planned_model(config) == CONFIGS[preset.partition("-")[2]]
-    assert (config.rollout.groups_per_step, config.rollout.group_size) == (16, 8)
-    assert config.rollout.context == "window" and config.learner.kl_coefficient == 0.01
+    swe = preset.startswith("swe-")  # METHOD §6: 64 episodes a step and no KL there, 128 and 0.01 elsewhere
+    assert (config.rollout.groups_per_step, config.rollout.group_size) == (8 if swe else 16, 8)
+    assert config.rollout.context == ("append" if swe else "window")
+    assert config.learner.kl_coefficient == (0.0 if swe else 0.01)
 
 
 def test_published_models_by_name():

@@ -59,12 +59,15 @@ def hand_gradient(trajectories, per_response, params, config, reference=None):
     for n, each in enumerate(trajectories):
         before = None
         for k, turn in enumerate(each.turns):
-            weight = {
-                "token-mean": 1 / num_tokens,
-                "response-mean": 1 / (num_responses * lengths[n][k]),
-                "trajectory-mean": 1 / (len(trajectories) * sum(lengths[n])),
-                "constant": 1 / (len(trajectories) * config.constant_length),
-            }[config.aggregation]
+            weight = (
+                1
+                / {
+                    "token-mean": num_tokens,
+                    "response-mean": num_responses * lengths[n][k],
+                    "trajectory-mean": len(trajectories) * sum(lengths[n]),
+                    "constant": len(trajectories) * config.constant_length,
+                }[config.aggregation]
+            )
             before = turn.observation_ids[-1]
             for token, sampled in zip(turn.response_ids, turn.logprobs, strict=True):
                 h = np.tanh(embed[before])
