@@ -27,7 +27,8 @@ class Command(NamedTuple):
 
 
 def main(words: Sequence[str]) -> int:
-    """Runs a command line; returns the exit status: 0, 2 for a mistake in it, 130 or 143 when stopped."""
+    """Runs a command line; returns the exit status: 0, 2 for a mistake in it, 130 or 143 when stopped, 141 when its
+    output is no longer read."""
     try:
         if words and not words[0].startswith("-"):
             name, rest = words[0], words[1:]
@@ -37,6 +38,9 @@ def main(words: Sequence[str]) -> int:
             hint = nearest(name, COMMANDS) or f"; commands are {', '.join(COMMANDS)}"
             raise ConfigError(f"unknown command {name!r}{hint}")
         return COMMANDS[name].run(rest)
+    except BrokenPipeError:  # whoever read our output (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

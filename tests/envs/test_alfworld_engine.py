@@ -7,8 +7,9 @@ import pytest
 from envs import warehouse
 from envs.alfworld_variants import first_release
 
+from aem_jax.envs.actions import extract_action
 from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, display_names, start
-from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv, extract_action, load_game
+from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv, load_game
 from aem_jax.envs.alfworld.grammar import parse_expression, parse_grammar
 from aem_jax.envs.alfworld.pddl import And, Atom, Exists, Forall, Not, Or, parse_domain, parse_problem
 from aem_jax.envs.alfworld.query import parse_query

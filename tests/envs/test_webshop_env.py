@@ -9,12 +9,13 @@ import pytest
 from envs.serving import served
 from envs.webshop_golden import unpack
 
+from aem_jax.envs.actions import extract_action
 from aem_jax.envs.client import websocket_url
 from aem_jax.envs.conformance import Subject, check_environment
 from aem_jax.envs.conformance_wire import ServerSubject, check_server
 from aem_jax.envs.table import environment_spec
 from aem_jax.envs.webshop.catalog import Catalog
-from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, extract_action, shop_front
+from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
 from aem_jax.envs.webshop.generator.config import CATEGORIES, GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop

@@ -329,3 +329,9 @@ def test_a_config_of_another_version_says_which_file(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"sede": 1}')
     with pytest.raises(ConfigError, match=r"config\.json: unknown field 'sede'; did you mean 'seed'\?"):
         record.load(tmp_path)
+
+
+def test_help_may_be_left_unread():
+    command = f"{sys.executable} -m aem_jax.launch --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("usage") and "Traceback" not in done.stderr

@@ -1,16 +1,14 @@
 """ALFWorld as an `Environment`: what the policy said becomes a command, what happened becomes a reward."""
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from aem_jax.envs.actions import extract_action
 from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, start
 from aem_jax.envs.protocol import StepResult
-
-ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,6 @@ class AlfworldConfig:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if self.max_invalid < 0:
             raise ValueError(f"expected max_invalid of at least 0 (no limit), got {self.max_invalid}")
-
-
-def extract_action(text: str) -> str | None:
-    """The command inside the last `<action>…</action>` of a response, stripped; None without one.
-
-    The last, because a response that thinks aloud may quote actions before it takes one.
-    """
-    found = ACTION.findall(text)
-    return found[-1].strip() if found else None
 
 
 def load_game(payload: Mapping[str, Any]) -> Game:

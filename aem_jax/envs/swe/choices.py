@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from aem_jax.envs.actions import extract_action
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.swe.generate.mutate import Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import package
@@ -30,7 +30,6 @@ from aem_jax.envs.swe.grading import grade
 from aem_jax.envs.swe.runtimes import choose_runtime
 from aem_jax.envs.swe.sandbox import Limits, Runtime
 
-ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 ALL_PASS = "all pass"
 SEVERAL = "several causes"
 _SHOWN = 60
@@ -210,8 +209,7 @@ class ChoicesEnv:
         """
         if self._bug is None:
             raise ValueError("expected a running episode, got none; call reset first")
-        said = ACTION.findall(action_text)
-        action = " ".join(said[-1].split()) if said else ""
+        action = " ".join((extract_action(action_text) or "").split())
         valid = action in self._admissible()
         self._steps += 1
         self._invalid += not valid

@@ -1,11 +1,11 @@
 """WebShop as an `Environment`: what the policy said becomes a click or a search, a purchase becomes a reward."""
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from aem_jax.envs.actions import extract_action
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.webshop import taggers
 from aem_jax.envs.webshop.catalog import Catalog
@@ -13,7 +13,6 @@ from aem_jax.envs.webshop.engine import Shop, Visit
 from aem_jax.envs.webshop.goals import Goal, goal_from_json
 from aem_jax.envs.webshop.pages import PAGE_SIZE
 
-ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 WON = 1.0
 """The score of a perfect purchase."""
 
@@ -78,12 +77,6 @@ def shop_front(config: WebshopConfig, catalog: Catalog) -> Shop:
     logging.getLogger(__name__).info("shop %s: %d products, tagger %s", catalog.id, len(catalog), name)
     nouns, attributes, instruction = taggers.tagger(name), config.show_attributes, config.repeat_instruction
     return Shop(catalog, nouns, config.page_size, show_attributes=attributes, repeat_instruction=instruction)
-
-
-def extract_action(text: str) -> str | None:
-    """The last `<action>…</action>` of a response, stripped; None without one."""
-    found = ACTION.findall(text)
-    return found[-1].strip() if found else None
 
 
 def read_task(task: Mapping[str, Any], shop: str) -> Goal:

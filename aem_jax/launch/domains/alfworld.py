@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
+from aem_jax.envs.actions import as_action
 from aem_jax.envs.alfworld.engine import start
 from aem_jax.envs.alfworld.env import AlfworldEnv
 from aem_jax.envs.alfworld.experts import Oracle, Searcher, random_agent
@@ -36,13 +37,9 @@ def alfworld(config: RunConfig) -> Domain:
     )
 
 
-def _say(command: str) -> str:
-    return f"<action>{command}</action>"
-
-
 def _searcher(task: Task) -> Act:
     agent = Searcher(seed=None)
-    return lambda result: _say(agent.act(result.observation))
+    return lambda result: as_action(agent.act(result.observation))
 
 
 def _careless(wander: float, task: Task) -> Act:
@@ -56,7 +53,7 @@ def _careless(wander: float, task: Task) -> Act:
         places = [each for each in result.info["admissible"] if each.startswith("go to ")]
         if places and rng.random() < wander:
             said = rng.choice(places)
-        return _say(said)
+        return as_action(said)
 
     return act
 
@@ -69,11 +66,11 @@ def _oracle(task: Task) -> Act:
     def act(result: StepResult) -> str:
         command = agent.act(player)
         player.step(command)
-        return _say(command)
+        return as_action(command)
 
     return act
 
 
 def _random(task: Task) -> Act:
     rng = random.Random(f"random/{task.id}")
-    return lambda result: _say(random_agent(result.info["admissible"], rng))
+    return lambda result: as_action(random_agent(result.info["admissible"], rng))

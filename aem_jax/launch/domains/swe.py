@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
+from aem_jax.envs.actions import as_action
 from aem_jax.envs.play import Act
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesEnv, make_failing
@@ -77,10 +78,6 @@ def swe_choices(config: RunConfig) -> Domain:
     )
 
 
-def _say(action: str) -> str:
-    return f"<action>{action}</action>"
-
-
 def _tester(wander: float, task: Task) -> Act:
     """Tries one edit after the other, and keeps those after which fewer tests fail. With probability `wander` it
     finishes after an edit without having run the tests: a careless teacher."""
@@ -109,11 +106,11 @@ def _tester(wander: float, task: Task) -> Act:
     def act(result: StepResult) -> str:
         nonlocal last
         last = choose(result)
-        return _say(last)
+        return as_action(last)
 
     return act
 
 
 def _random(task: Task) -> Act:
     rng = random.Random(f"random/{task.id}")
-    return lambda result: _say(rng.choice(result.info["admissible"]))
+    return lambda result: as_action(rng.choice(result.info["admissible"]))

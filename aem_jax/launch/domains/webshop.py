@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
+from aem_jax.envs.actions import as_action
 from aem_jax.envs.play import Act
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.webshop import taggers
@@ -42,10 +43,6 @@ def webshop(config: RunConfig) -> Domain:
     )
 
 
-def _say(action: str) -> str:
-    return f"<action>{action}</action>"
-
-
 def _careless(wander: float, task: Task) -> Act:
     """A shopper that now and then clicks on something at random, but never buys by accident."""
     agent, rng = Shopper(), random.Random(f"careless/{task.id}")
@@ -57,16 +54,16 @@ def _careless(wander: float, task: Task) -> Act:
         if others and rng.random() < wander:
             action = f"click[{rng.choice(others)}]"
         agent.did(action)
-        return _say(action)
+        return as_action(action)
 
     return act
 
 
 def _oracle(task: Task) -> Act:
     agent = Oracle(goal_from_json(task.payload["goal"]))
-    return lambda result: _say(agent.act(result.info["admissible"]))
+    return lambda result: as_action(agent.act(result.info["admissible"]))
 
 
 def _random(task: Task) -> Act:
     rng = random.Random(f"random/{task.id}")
-    return lambda result: _say(random_agent(result.observation, result.info["admissible"], rng))
+    return lambda result: as_action(random_agent(result.observation, result.info["admissible"], rng))
