@@ -8,7 +8,7 @@ from aem_jax.envs.swe import check
 from aem_jax.envs.swe.generate import tasks as generated
 from aem_jax.envs.swe.generate.mutate import KINDS, Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import package, packages
-from aem_jax.envs.swe.generate.survey import broken_tests
+from aem_jax.envs.swe.generate.trial import broken_tests
 from aem_jax.envs.swe.grading import grade
 from aem_jax.envs.swe.instance import from_row, to_row
 from aem_jax.envs.swe.tasks import TasksConfig, eval_set, generated_tasks, load_task, training_tasks

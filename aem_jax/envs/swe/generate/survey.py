@@ -1,95 +1,27 @@
 """Finds out which edits break which tests, and writes `catalogue.json`: `python -m aem_jax.envs.swe.generate.survey`.
 
 Each edit is tried in a process of its own with limited time and memory, but in no sandbox: what runs is code of this
-repository, with one sign changed. It takes some minutes; afterwards tasks are made without running anything.
+repository, with one sign changed. It takes half a minute and comes out the same each time; afterwards tasks are made
+without running anything.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
 import random
-import resource
-import signal
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-import pytest  # here, so that forked processes find it loaded
-
 from aem_jax.envs.swe.generate.mutate import Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import Package, packages
+from aem_jax.envs.swe.generate.trial import broken_tests
 
 CATALOGUE = Path(__file__).with_name("catalogue.json")
 TRIED, KEPT, COMBINED = 40, 10, 3
 """Edits tried and bugs kept of each package, and how many combinations of them."""
 
-_CPU_SECONDS, _SECONDS = 1.5, 60  # an endless loop shall not cost much, nor a busy machine pass for one
 _SHARE = 0.4  # a bug that breaks more of the tests than this is none to look for
-
-
-def broken_tests(package: Package, source: str) -> Mapping[str, str] | None:
-    """Tests that fail with another source of the module, and what pytest says about each.
-
-    Returns:
-        Test function -> message; None where the tests did not come to an end.
-    """
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as folder:
-        for path, text in package.files(source, package.tests).items():
-            (Path(folder) / path).parent.mkdir(exist_ok=True)
-            (Path(folder) / path).write_text(text)
-        child = os.fork()
-        if child == 0:
-            try:
-                _run(folder, sender)
-            finally:
-                os._exit(0)
-        sender.close()
-        try:
-            return receiver.recv() if receiver.poll(_SECONDS) else None
-        except EOFError:
-            return None
-        finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-
-
-def _run(folder: str, sender) -> None:
-    """In the forked process: runs the tests of a folder and sends what failed."""
-    signal.setitimer(signal.ITIMER_VIRTUAL, _CPU_SECONDS)  # its signal ends the process
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
-    sys.dont_write_bytecode = True
-    found: dict[str, str] = {}
-
-    class Collect:
-        def pytest_runtest_logreport(self, report) -> None:
-            if report.failed:
-                found[report.nodeid.split("::")[-1]] = _message(report.longreprtext)
-
-    os.chdir(folder)
-    sys.path.insert(0, folder)
-    with open(os.devnull, "w") as quiet:
-        os.dup2(quiet.fileno(), 1)
-        os.dup2(quiet.fileno(), 2)
-    code = pytest.main(["-q", "-c", os.devnull, "--rootdir", folder, "-p", "no:cacheprovider"], plugins=[Collect()])
-    hungry = any("MemoryError" in message for message in found.values())
-    if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not hungry:
-        sender.send(found)
-    sender.close()
-
-
-def _message(text: str) -> str:
-    """What failed and how: the last statement that pytest marks, and its explanation."""
-    lines = text.split("\n")
-    marks = [i for i, line in enumerate(lines) if line.startswith(">")]
-    errors = [line[1:].strip() for line in lines if line.startswith("E ")]
-    first = lines[marks[0]][1:].strip() if marks else ""
-    return "\n".join([first, *(f"E  {each}" for each in errors[:3])])[:400]
 
 
 def survey(package: Package, seed: int = 0) -> list[dict]:
