@@ -86,9 +86,10 @@ def _webshop(settings: Mapping[str, Any]) -> Callable[[], Environment]:
 
 
 def _webshop_site(settings: Mapping[str, Any]):
+    from aem_jax.envs.webshop.shop import ShopConfig
     from aem_jax.envs.webshop.site import make_site
 
-    return make_site(_shop_front(settings)[0])
+    return make_site(_shop_front(settings)[0], config_from(ShopConfig, settings.get("shop", {})).held_out)
 
 
 def _swe(settings: Mapping[str, Any]) -> Callable[[], Environment]:

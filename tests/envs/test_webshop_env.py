@@ -18,6 +18,7 @@ from aem_jax.envs.webshop.catalog import Catalog
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
 from aem_jax.envs.webshop.generator.config import CATEGORIES, GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
+from aem_jax.envs.webshop.goals import goal_from_json
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 from aem_jax.envs.webshop.tasks import SPLITS, eval_set, goal_tasks, split_of, training_tasks
 
@@ -135,10 +136,22 @@ def test_splits_share_neither_products_nor_words(catalog: Catalog):
     for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
         for field in ("asin", "instruction"):
             assert not {goal[field] for goal in goals[one]} & {goal[field] for goal in goals[other]}
-    assert all(split_of(goal["asin"]) == split for split, found in goals.items() for goal in found)
+    assert all(split_of(goal_from_json(goal)) == split for split, found in goals.items() for goal in found)
     assert training_tasks(catalog, 0)[0] == training_tasks(catalog, 0)[0] != training_tasks(catalog, 1)[0]
     with pytest.raises(ValueError, match="one of test, valid, train"):
         goal_tasks(catalog, "valid_seen")
+
+
+def test_splits_may_share_products_and_no_goal(catalog: Catalog):
+    goals = {split: [task.payload["goal"] for task in goal_tasks(catalog, split, "goals")] for split in SPLITS}
+    assert 0.7 < len(goals["train"]) / sum(map(len, goals.values())) < 0.9
+    words = {split: {goal["instruction"] for goal in found} for split, found in goals.items()}
+    assert not words["train"] & (words["valid"] | words["test"]) and not words["valid"] & words["test"]
+    assert {goal["asin"] for goal in goals["valid"]} & {goal["asin"] for goal in goals["train"]}
+    valid, _ = eval_set(catalog, "valid", 99, "goals")
+    assert not set(training_tasks(catalog, 0, "goals").numbers) & set(valid.numbers)
+    with pytest.raises(ValueError, match="held_out of products, goals, got 'words'"):
+        ShopConfig(held_out="words")
 
 
 def test_an_evaluation_set_is_named_by_its_content(catalog: Catalog, cache: str):

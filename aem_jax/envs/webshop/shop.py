@@ -11,6 +11,7 @@ from aem_jax.envs.webshop.catalog import Catalog, ShopData, hash_of, open_catalo
 from aem_jax.envs.webshop.generator.config import GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.goals import GOAL_SOURCES
+from aem_jax.envs.webshop.tasks import HELD_OUT
 
 _GENERATOR = Path(__file__).with_name("generator")
 _SMALL = 1000
@@ -27,6 +28,8 @@ class ShopConfig:
     """Products to take of WebShop's files, from the first; 0 takes all. Up to 1000 the small files are preferred."""
     goals: str = "human"
     """human: instructions that people wrote; synthetic: a template, for every combination of options."""
+    held_out: str = "products"
+    """What is evaluated and never trained on: products, or only goals, of products that others want too."""
     seed: int = 233
     """Draws the prices of products that have a range, price limits, and the shop that is made."""
     cache: str = ""
@@ -39,6 +42,8 @@ class ShopConfig:
             raise ValueError(f"expected limit of at least 0 (all products), got {self.limit}")
         if self.goals not in GOAL_SOURCES:
             raise ValueError(f"expected goals of {', '.join(GOAL_SOURCES)}, got {self.goals!r}")
+        if self.held_out not in HELD_OUT:
+            raise ValueError(f"expected held_out of {', '.join(HELD_OUT)}, got {self.held_out!r}")
 
 
 def open_shop(config: ShopConfig) -> Catalog:

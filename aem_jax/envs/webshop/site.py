@@ -21,14 +21,15 @@ MAX_VISITS = 1000
 _SHOWN = 12
 
 
-def make_site(shop: Shop) -> Starlette:
+def make_site(shop: Shop, held_out: str = "products") -> Starlette:
     """The application.
 
     Args:
         shop: what visits share.
+        held_out: what the splits that it shows do not share, of `HELD_OUT`.
     """
     visits: OrderedDict[str, tuple[Visit, str]] = OrderedDict()
-    tasks: dict[str, GoalTasks] = {split: goal_tasks(shop.catalog, split) for split in SPLITS}
+    tasks: dict[str, GoalTasks] = {split: goal_tasks(shop.catalog, split, held_out) for split in SPLITS}
 
     async def start(request: Request) -> Response:
         split = request.query_params.get("split", "valid")

@@ -1,20 +1,26 @@
-"""Which goals are trained on and which are evaluated: splits that share no product, from one shop.
+"""Which goals are trained on and which are evaluated: splits that share no product, or only no goal, from one shop.
 
-A goal belongs to the split of the product that it was written for, and that is drawn from the product's id alone. So no
-product is wanted in two splits, whatever the seed, and a product keeps its split when a shop is restocked.
+What is held out is drawn from its own words alone, whatever the seed: a product or a goal keeps its split when a shop
+is restocked. Held-out products were never wanted in training; those of held-out goals may have been, by others.
 """
 
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 from aem_jax.envs.webshop.catalog import Catalog
+from aem_jax.envs.webshop.goals import Goal
 
+HELD_OUT: Mapping[str, Callable[[Goal], str]] = {
+    "products": lambda goal: goal.asin,
+    "goals": lambda goal: f"{goal.asin}/{goal.instruction}",
+}
+"""What no two splits share -> the words that a goal's split is drawn from."""
 SPLITS: Mapping[str, tuple[int, int]] = {"test": (0, 10), "valid": (10, 20), "train": (20, 100)}
-"""Split -> which of a hundred parts of all products it has."""
+"""Split -> which of a hundred parts of all products, or goals, it has."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +65,21 @@ class GoalTasks(Sequence[GoalTask]):
         return GoalTask(f"{self.split}-{number}", goal.category, {"goal": goal.to_json(), "shop": self._catalog.id})
 
 
-def split_of(asin: str) -> str:
-    """The split of the goals of a product."""
-    part = int.from_bytes(hashlib.sha256(f"webshop/{asin}".encode()).digest()[:8]) % 100
+def split_of(goal: Goal, held_out: str = "products") -> str:
+    """The split that a goal belongs to."""
+    part = int.from_bytes(hashlib.sha256(f"webshop/{HELD_OUT[held_out](goal)}".encode()).digest()[:8]) % 100
     return next(name for name, (low, high) in SPLITS.items() if low <= part < high)
 
 
-def goal_tasks(catalog: Catalog, split: str) -> GoalTasks:
+def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> GoalTasks:
     """All goals of a split, in the shop's order of goals, which is a shuffled one: any prefix is a fair sample.
 
     Left out are goals in the very words of one of an earlier split of `SPLITS`: two products may be alike.
+
+    Args:
+        catalog: the shop.
+        split: one of `SPLITS`.
+        held_out: one of `HELD_OUT`.
 
     Raises:
         ValueError: no such split, or no goal in it.
@@ -77,7 +88,7 @@ def goal_tasks(catalog: Catalog, split: str) -> GoalTasks:
         raise ValueError(f"expected split to be one of {', '.join(SPLITS)}, got {split!r}")
     names = list(SPLITS)
     place = names.index(split)
-    said = [(names.index(split_of(goal.asin)), goal.instruction) for goal in catalog.goals]
+    said = [(names.index(split_of(goal, held_out)), goal.instruction) for goal in catalog.goals]
     known = {instruction for at, instruction in said if at < place}
     numbers = [number for number, (at, instruction) in enumerate(said) if at == place and instruction not in known]
     if not numbers:
@@ -85,28 +96,29 @@ def goal_tasks(catalog: Catalog, split: str) -> GoalTasks:
     return GoalTasks(catalog, split, numbers)
 
 
-def training_tasks(catalog: Catalog, seed: int = 0) -> GoalTasks:
+def training_tasks(catalog: Catalog, seed: int = 0, held_out: str = "products") -> GoalTasks:
     """The goals to train on, in an order of this seed."""
-    tasks = goal_tasks(catalog, "train")
+    tasks = goal_tasks(catalog, "train", held_out)
     numbers = list(tasks.numbers)
     random.Random(f"training order/{seed}").shuffle(numbers)
     return GoalTasks(catalog, "train", numbers)
 
 
-def eval_set(catalog: Catalog, split: str, size: int) -> tuple[GoalTasks, str]:
+def eval_set(catalog: Catalog, split: str, size: int, held_out: str = "products") -> tuple[GoalTasks, str]:
     """A fixed set of goals, and a name that changes when anything in one of them or in the shop changes.
 
     Args:
         catalog: the shop.
         split: `valid` or `test`.
         size: number of goals; at most all there are.
+        held_out: one of `HELD_OUT`.
 
     Returns:
         The tasks, and `<split>-<size>-<first 6 hex digits of the SHA-256 over the goals and the shop's id>`.
     """
     if size < 1:
         raise ValueError(f"expected size >= 1, got {size}")
-    tasks = goal_tasks(catalog, split)[:size]
+    tasks = goal_tasks(catalog, split, held_out)[:size]
     digest = hashlib.sha256(catalog.id.encode())
     for task in tasks:
         digest.update(json.dumps(task.payload, sort_keys=True).encode())

@@ -10,7 +10,7 @@ from aem_jax.envs.play import Act
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.webshop import taggers
 from aem_jax.envs.webshop.env import WebshopEnv, shop_front
-from aem_jax.envs.webshop.experts import Oracle, Shopper, clickables, random_agent
+from aem_jax.envs.webshop.experts import Oracle, Shopper, clickables, random_agent, read_listings
 from aem_jax.envs.webshop.goals import goal_from_json
 from aem_jax.envs.webshop.shop import open_shop
 from aem_jax.envs.webshop.tasks import eval_set, training_tasks
@@ -29,13 +29,13 @@ def webshop(config: RunConfig) -> Domain:
     front = shop_front(rules, catalog)
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
-        tasks, name = eval_set(catalog, split, size)
+        tasks, name = eval_set(catalog, split, size, config.shop.held_out)
         return Tasks(tasks), name
 
     return Domain(
         name="webshop",
         settings={**dataclasses.asdict(rules), "shop": dataclasses.asdict(config.shop)},
-        training=Tasks(training_tasks(catalog, config.seed)),
+        training=Tasks(training_tasks(catalog, config.seed, config.shop.held_out)),
         evaluation=evaluation,
         make_env=lambda: WebshopEnv(front, rules),
         demonstrator=partial(_careless, config.warmstart.wander),
@@ -44,15 +44,16 @@ def webshop(config: RunConfig) -> Domain:
 
 
 def _careless(wander: float, task: Task) -> Act:
-    """A shopper that now and then clicks on something at random, but never buys by accident."""
+    """A shopper that now and then opens any product of a page, or buys an opened one as it is."""
     agent, rng = Shopper(), random.Random(f"careless/{task.id}")
 
     def act(result: StepResult) -> str:
         admissible = result.info["admissible"]
         action = agent.act(result.observation, admissible)
-        others = [each for each in clickables(admissible) if each not in ("search", "buy now")]
-        if others and rng.random() < wander:
-            action = f"click[{rng.choice(others)}]"
+        shown = [each.asin.lower() for each in read_listings(result.observation, admissible)]
+        hasty = shown or [each for each in clickables(admissible) if each == "buy now"]
+        if hasty and rng.random() < wander:
+            action = f"click[{rng.choice(hasty)}]"
         agent.did(action)
         return as_action(action)
 

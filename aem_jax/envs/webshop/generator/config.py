@@ -12,7 +12,7 @@ class GeneratorConfig:
     products: int = 1000
     """Products."""
     goals_per_product: int = 3
-    """Instructions written for each product."""
+    """Instructions written for each product, less those in the same words."""
     categories: tuple[str, ...] = CATEGORIES
     """Categories to sell, of beauty, fashion, garden, grocery and electronics."""
     kinds_per_category: int = 5

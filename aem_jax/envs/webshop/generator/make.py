@@ -50,7 +50,8 @@ def make_shop(config: GeneratorConfig, seed: int) -> ShopData:
             "instruction": f"Find me {', '.join(attributes[:3])} {kind.query}",
             "instruction_attributes": attributes[:3],
         }
-        instructions[asin] = [{"asin": asin, **wish} for wish in wishes]
+        different = {wish["instruction"]: wish for wish in wishes}
+        instructions[asin] = [{"asin": asin, **wish} for wish in different.values()]
     return ShopData(items, annotations, instructions)
 
 
