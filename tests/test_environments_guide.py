@@ -95,7 +95,7 @@ def test_it_can_be_trained_on(guess: Path):
     (words,) = commands(blocks("Bring your own environment", "sh")[1])
     config = run_config(words)
     domain = DOMAINS[config.environment](config)
-    said = list(texts(domain, 3, config.rollout.max_turns))
+    said = [text for episode in texts(domain, 3, config.rollout.max_turns) for text in episode]
     assert "Guess a number from 1 to 20." in said and set(said) & {"Higher.", "Lower.", "Yes!"}
     assert set(said[1::2]) <= {"1", "5", "10", "15", "20"}
     pool = dataclasses.replace(config.env, sessions_per_server=2)

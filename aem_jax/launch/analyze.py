@@ -198,7 +198,7 @@ class _Drawing:
         draws = -(-self.draws // shards) * shards
 
         def report(done: int) -> None:
-            stage.check_stop()
+            stage.stop.check()
             stage.report(phase, done, len(self.states), {})
 
         return draw_responses(sampler, params, self.states, self.key, draws, config.rollout, report)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from aem_jax.launch.overrides import ConfigError, nearest
+from aem_jax.launch.signals import StoppedError
 
 if TYPE_CHECKING:
     from aem_jax.launch.config import RunConfig
@@ -41,6 +42,8 @@ def main(words: Sequence[str]) -> int:
     except BrokenPipeError:  # whoever read our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except StoppedError as stopped:
+        return stopped.exit_status
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

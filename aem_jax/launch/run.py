@@ -24,7 +24,7 @@ from aem_jax.launch import base, begin, build, processes, record, runtime
 from aem_jax.launch.algorithm import response_advantages, value_targets
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
-from aem_jax.launch.stage import Stage, StoppedError, open_stage
+from aem_jax.launch.stage import Stage, open_stage
 from aem_jax.launch.summary import print_summary, sampled
 from aem_jax.learner import (
     TrainState,
@@ -57,22 +57,20 @@ def train(config: RunConfig) -> int:
 
     Raises:
         ConfigError: what is asked for cannot be done.
+        StoppedError: it was stopped outside of the training steps, and can go on.
     """
     folder = Path(config.runs_dir) / config.name
     with opened(config, folder, check_resumable=True) as (stage, checkpoints):
         is_first = stage.hosts.is_first
         if is_first:
             record.save(config, folder)
-        try:
-            stage = on_base(stage, checkpoints)
-            state = _start(stage, checkpoints)
-            if int(state.step) < config.train.num_steps:
-                state = _train(stage, state, checkpoints)
-            if int(state.step) < config.train.num_steps:
-                return stage.stop.exit_status
-            _evaluate(stage, state, "final", config.evaluation.splits, stop=stage.check_stop)
-        except StoppedError:
+        stage = on_base(stage, checkpoints)
+        state = _start(stage, checkpoints)
+        if int(state.step) < config.train.num_steps:
+            state = _train(stage, state, checkpoints)
+        if int(state.step) < config.train.num_steps:
             return stage.stop.exit_status
+        _evaluate(stage, state, "final", config.evaluation.splits, stop=stage.stop.check)
     if is_first:
         print_summary(read_lines(folder / EVALUATIONS), sampled(config.sampling.temperature))
         print(f"report: {write_report(folder)}", flush=True)
@@ -158,7 +156,7 @@ def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     if int(state.step) == 0:
         if config.evaluation.baselines:
             _baselines(stage)
-        _evaluate(stage, state, "warmstart", config.evaluation.splits, stop=stage.check_stop)
+        _evaluate(stage, state, "warmstart", config.evaluation.splits, stop=stage.stop.check)
     return state
 
 
@@ -205,7 +203,7 @@ def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
         drop_lines(lines, 0)
 
     def report(step: int, stats: Mapping[str, Any]) -> None:
-        stage.check_stop()
+        stage.stop.check()
         values = {f"learner/{name}": float(value) for name, value in jax.device_get(stats).items()}
         if is_first:
             append_line(lines, {"step": step, **values})
@@ -232,7 +230,7 @@ def _demonstrations(stage: Stage) -> list[Trajectory]:
         )
     env, found = stage.domain.make_env(), []
     for count, task in enumerate(stage.domain.training[: settings.episodes], start=1):
-        stage.check_stop()
+        stage.stop.check()
         act = stage.domain.demonstrator(task)
         episode = demonstrate(env, act, task, stage.chat, instruction=rollout.instruction, max_turns=rollout.max_turns)
         tokens = sum(len(turn.observation_ids) + len(turn.response_ids) for turn in episode.turns)
@@ -333,7 +331,7 @@ def _baselines(stage: Stage) -> None:
     config, lines, env = stage.config, stage.folder / EVALUATIONS, stage.domain.make_env()
     agents = [(split, name) for split in config.evaluation.splits for name in stage.domain.baselines]
     for count, (split, agent) in enumerate(agents, start=1):
-        stage.check_stop()
+        stage.stop.check()
         tasks, name = stage.domain.evaluation(split, config.evaluation.size)
         if not stage.hosts.is_first or _is_done(lines, agent, name, 0):
             continue

@@ -14,6 +14,18 @@ from collections.abc import Callable, Iterator
 EXIT_AT_ONCE = 130
 
 
+class StoppedError(Exception):
+    """Somebody asked the run to stop, outside of the training steps.
+
+    Attributes:
+        exit_status: of the process.
+    """
+
+    def __init__(self, exit_status: int):
+        super().__init__("the run was asked to stop")
+        self.exit_status = exit_status
+
+
 class StopRequest:
     """Whether the run has been asked to stop, and by which signal.
 
@@ -35,6 +47,15 @@ class StopRequest:
         """Whether the run is to stop. On several hosts all processes look at the same points, and see the same."""
         self._agreed = self._agreed or self._agree(self._number)
         return bool(self._agreed)
+
+    def check(self) -> None:
+        """Leaves the phase at hand if somebody asked for it; all processes call it at the same points.
+
+        Raises:
+            StoppedError: somebody did.
+        """
+        if self.look():
+            raise StoppedError(self.exit_status)
 
     @property
     def exit_status(self) -> int:

@@ -37,10 +37,6 @@ log = logging.getLogger(__name__)
 PURPOSES = ("init", "train", "evaluate")
 
 
-class StoppedError(Exception):
-    """Somebody asked the run to stop, outside of the training steps."""
-
-
 @dataclass(frozen=True)
 class Stage:
     """What the phases of a run share.
@@ -98,15 +94,6 @@ class Stage:
         """The run's PRNG key for one of `PURPOSES`."""
         return jax.random.split(jax.random.key(self.config.seed), len(PURPOSES))[PURPOSES.index(purpose)]
 
-    def check_stop(self) -> None:
-        """Leaves the phase at hand if somebody asked for it; all processes call it at the same points.
-
-        Raises:
-            StoppedError: somebody did.
-        """
-        if self.stop.look():
-            raise StoppedError
-
 
 def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) -> Stage:
     """Everything that the phases need, open for as long as `stack` is.
@@ -114,11 +101,12 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) 
     Raises:
         ValueError: parts of the config that do not go together.
         EnvError: environment servers cannot be started or reached.
+        StoppedError: somebody asked for it while a tokenizer was made.
     """
     stop = stack.enter_context(stop_on_signals(hosts.largest))
     report = stack.enter_context(open_progress()) if hosts.is_first else _unseen
     domain = DOMAINS[config.environment](config)
-    chat = _tokenizer(config, domain, folder / "tokenizer", hosts)
+    chat = _tokenizer(config, domain, folder / "tokenizer", hosts, report, stop)
     policy = build.make_policy(config, chat.vocab_size)
     mesh = open_mesh(config, policy.config, hosts)
     rows = build.microbatch_rows(config)
@@ -152,33 +140,43 @@ def _unseen(phase: str, done: int, total: int, metrics: Mapping[str, Any]) -> No
     """Progress of a process that nobody looks at."""
 
 
-def _tokenizer(config: RunConfig, domain: Domain, folder: Path, hosts: Hosts) -> ChatTokenizer:
-    """The run's tokenizer: the one that it has, or one that process 0 makes and the others read."""
+def _tokenizer(
+    config: RunConfig, domain: Domain, folder: Path, hosts: Hosts, report: Report, stop: StopRequest
+) -> ChatTokenizer:
+    """The run's tokenizer: the one that it has, or one that process 0 makes and all read."""
     appends, thinking = config.rollout.context == "append", config.tokenizer.thinking
     load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)  # noqa: E731
-    if not hosts.is_first:
-        hosts.wait()
-        return load(folder)
-    chat = load(folder) if folder.exists() else _make_tokenizer(config, domain, folder, load)
+    if hosts.is_first and not folder.exists():
+        _make_tokenizer(config, domain, folder, load, report, stop)
     hosts.wait()
-    return chat
+    if not folder.exists():  # process 0 was asked to stop before it had one
+        stop.check()
+    return load(folder)
 
 
 def _make_tokenizer(
-    config: RunConfig, domain: Domain, folder: Path, load: Callable[..., ChatTokenizer]
-) -> ChatTokenizer:
-    """The model's tokenizer, or that of the run to begin from, else one trained on what is said in episodes; saved."""
+    config: RunConfig,
+    domain: Domain,
+    folder: Path,
+    load: Callable[..., ChatTokenizer],
+    report: Report,
+    stop: StopRequest,
+) -> None:
+    """Saves the model's tokenizer, or that of the run to begin from, else one trained on what is said in episodes."""
     if config.model.path:
         template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
         chat = load(resolve(config.model.path), chat_template=template)
     elif config.warmstart.begin_from:
         chat = load(begin.tokenizer(config))
     else:
-        said = texts(domain, config.tokenizer.episodes, config.rollout.max_turns)
-        sizes = config.tokenizer
+        sizes, said = config.tokenizer, []
+        for count, episode in enumerate(texts(domain, sizes.episodes, config.rollout.max_turns), start=1):
+            said += episode
+            report("tokenizer", count, sizes.episodes, {})
+            if stop.requested:
+                return
         chat = ChatTokenizer.train(said, vocab_size=sizes.vocab_size, whole_words=sizes.whole_words)
     partial = folder.with_name(".tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     chat.save_pretrained(partial)
     partial.replace(folder)  # whole or not at all
-    return chat

@@ -72,7 +72,7 @@ def test_a_demonstrator_speaks_as_a_policy_should(domain: Domain):
 
 
 def test_a_tokenizer_is_given_what_both_sides_say(domain: Domain):
-    said = list(texts(domain, 4, TURNS))
+    said = [text for episode in texts(domain, 4, TURNS) for text in episode]
     assert any("Instruction:" in text for text in said) and any("<action>search[" in text for text in said)
 
 

@@ -293,7 +293,7 @@ def _rlimits(limits: Limits) -> dict[str, int]:
         "RLIMIT_AS": ADDRESS_SPACE_FACTOR * limits.memory_mib * mib,
         "RLIMIT_DATA": limits.memory_mib * mib,
         "RLIMIT_FSIZE": limits.file_mib * mib,
-        "RLIMIT_CPU": int(limits.seconds) + 2,
+        "RLIMIT_CPU": limits.cpu_seconds or int(limits.seconds) + 2,
         "RLIMIT_CORE": 0,
         "RLIMIT_NOFILE": DESCRIPTORS,
         "RLIMIT_MEMLOCK": 65536,

@@ -99,7 +99,7 @@ def candidates(bug_id: str, count: int, draw: int) -> tuple[Edit, ...]:
 
 def graded(runtime: Runtime, limits: Limits | None = None) -> Failing:
     """Counts failing tests by grading the edits as a patch."""
-    limits = limits or Limits(seconds=60.0, memory_mib=1024)
+    limits = limits or Limits(seconds=60.0, memory_mib=1024, cpu_seconds=5)  # tests take 0.3 s; some edits never end
 
     def failing(found: Bug, chosen: Sequence[Edit]) -> int:
         task = instance(found.id)

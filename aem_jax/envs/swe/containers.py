@@ -127,7 +127,10 @@ def run_arguments(container: str, image: str, limits: Limits, processors: float)
     arguments += ["--user", f"{USER_ID}:{USER_ID}", "--ipc", "private", "--workdir", TESTBED]
     arguments += ["--pids-limit", str(limits.processes + 4), "--memory", f"{memory}m", "--memory-swap", f"{memory}m"]
     arguments += ["--cpus", f"{processors:g}", "--oom-score-adj", "1000", "--shm-size", f"{eighth}m"]
-    for name, value in (("core", 0), ("nofile", 512), ("fsize", limits.file_mib * 2**20)):
+    bounds = {"core": 0, "nofile": 512, "fsize": limits.file_mib * 2**20}
+    if limits.cpu_seconds:
+        bounds["cpu"] = limits.cpu_seconds
+    for name, value in bounds.items():
         arguments += ["--ulimit", f"{name}={value}:{value}"]
     for folder, size in ((TESTBED, 6 * eighth), ("/tmp", eighth)):
         arguments += ["--tmpfs", f"{folder}:rw,exec,nosuid,nodev,mode=1777,size={size}m"]

@@ -41,9 +41,14 @@ class Limits:
     """All that the workspace holds: work tree, /tmp and /dev/shm, MiB."""
     output_bytes: int = 65536
     """Output that is kept; more is cut out of the middle while the command runs."""
+    cpu_seconds: int = 0
+    """Processor time of each process: ends an endless loop at the same point on a busy machine and on an idle one;
+    0: what `seconds` allows."""
 
     def __post_init__(self):
-        for name in (f.name for f in fields(self)):
+        if self.cpu_seconds < 0:
+            raise ValueError(f"expected the limit cpu_seconds of at least 0, got {self.cpu_seconds}")
+        for name in (f.name for f in fields(self) if f.name != "cpu_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected the limit {name} above 0, got {getattr(self, name)}")
         for name, least in (("memory_mib", 64), ("processes", 8), ("disk_mib", 16), ("output_bytes", 256)):

@@ -34,7 +34,7 @@ class Domain:
     baselines: Mapping[str, Callable[[Task], Act]]
 
 
-def texts(domain: Domain, episodes: int, max_turns: int) -> Iterator[str]:
+def texts(domain: Domain, episodes: int, max_turns: int) -> Iterator[list[str]]:
     """What the environment says in the first training tasks, and an agent in them: a tokenizer learns from it.
 
     The agent is the expert; where there is none, the first of the baselines.
@@ -51,9 +51,8 @@ def texts(domain: Domain, episodes: int, max_turns: int) -> Iterator[str]:
     env = domain.make_env()
     try:
         for task in domain.training[:episodes]:
-            for exchange in play(env, task.payload, agent(task), max_turns):
-                yield exchange.observation
-                yield exchange.response
+            exchanges = play(env, task.payload, agent(task), max_turns)
+            yield [text for each in exchanges for text in (each.observation, each.response)]
     finally:
         env.close()  # a session of a server, perhaps its only one
 

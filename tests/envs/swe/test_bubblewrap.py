@@ -83,6 +83,15 @@ def test_python_and_pytest_are_there(workspace):
     assert "No module named 'numpy'" in outcome.output
 
 
+def test_an_endless_loop_ends_by_its_own_processor_time(runtime):
+    workspace = runtime.open(INSTANCE, CHECKOUT, limits=replace(QUICK, cpu_seconds=1))
+    try:
+        assert workspace.run("python -c 'while True: pass'").exit_code == 128 + 9
+        assert workspace.run("sleep 1.2; echo there").output == "there\n"  # waiting is no processor time
+    finally:
+        workspace.close()
+
+
 def test_workspaces_do_not_see_each_other(runtime):
     with ThreadPoolExecutor(4) as pool:
         spaces = list(pool.map(lambda i: runtime.open(INSTANCE, CHECKOUT, limits=QUICK), range(4)))
@@ -280,6 +289,8 @@ def test_bad_configurations_are_refused():
         Limits(seconds=0)
     with pytest.raises(ValueError, match="expected the limit memory_mib of at least 64, got 1"):
         Limits(memory_mib=1)
+    with pytest.raises(ValueError, match="cpu_seconds of at least 0, got -1"):
+        Limits(cpu_seconds=-1)
 
 
 def test_without_isolation_nothing_runs(monkeypatch, tmp_path):

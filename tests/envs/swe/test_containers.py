@@ -8,8 +8,8 @@ import tarfile
 import pytest
 from envs.swe.sandboxes import CHECKOUT, INSTANCE, QUICK
 
-from aem_jax.envs.swe.containers import ContainerConfig, Containers, probe
-from aem_jax.envs.swe.sandbox import SandboxError, WorkspaceError
+from aem_jax.envs.swe.containers import ContainerConfig, Containers, probe, run_arguments
+from aem_jax.envs.swe.sandbox import Limits, SandboxError, WorkspaceError
 
 # Writes its arguments down. `exec` runs nothing but what is asked below; an image's /testbed has one file.
 ENGINE = f"""#!{sys.executable}
@@ -47,6 +47,11 @@ def engine(tmp_path):
 
 def calls(engine) -> list[list[str]]:
     return [json.loads(line) for line in (engine.parent / "log").read_text().splitlines()]
+
+
+def test_processor_time_is_bounded_where_it_is_asked():
+    asked = [run_arguments("name", "image", Limits(cpu_seconds=each), 2) for each in (0, 7)]
+    assert ["cpu=7:7" in words for words in asked] == [False, True]
 
 
 def test_a_container_of_an_instance_without_an_image(engine):
