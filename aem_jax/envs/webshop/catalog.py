@@ -61,7 +61,7 @@ class Catalog:
         self._asins = np.load(folder / "asins.npy", mmap_mode="r").view(np.ndarray)
         self._ranking: Ranking = load_ranking(folder)
         self._by_asin = np.load(folder / "by-asin.npy", mmap_mode="r").view(np.ndarray)
-        self.product: Callable[[int], Product] = lru_cache(maxsize=512)(self._read)
+        self.product: Callable[[int], Product] = lru_cache(maxsize=128)(self._read)
         """Number -> product."""
         self.search: Callable[[str], tuple[int, ...]] = lru_cache(maxsize=256)(self._search)
         """Query -> numbers of at most 50 products, best first."""
