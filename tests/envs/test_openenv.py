@@ -18,6 +18,8 @@ import pytest
 pytest.importorskip("openenv.core.generic_client", reason="OpenEnv (pip install openenv-core) is not installed")
 
 from envs.serving import served
+from envs.swe.sandboxes import working_bubblewrap
+from envs.swe.test_calls import block
 from openenv.core.generic_client import GenericEnvClient
 
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
@@ -25,6 +27,7 @@ from aem_jax.envs.alfworld.tasks import GeneratedTasks
 from aem_jax.envs.conformance_wire import ServerSubject, check_server
 from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.swe.tasks import generated_tasks, whole_payload
 from aem_jax.envs.table import environment_spec
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 from aem_jax.envs.webshop.tasks import goal_tasks
@@ -142,11 +145,18 @@ OURS = {
         lambda: goal_tasks(open_shop(ShopConfig()), "train")[0].payload,
         (*actions("search[red lamp]", "click[next >]", "click[back to search]", "click[nowhere]"), "gibberish"),
     ),
+    "swe": (
+        lambda: whole_payload(generated_tasks("train")[0].payload),
+        (block("execute_bash", command="ls; cat *.py | head -5"), "gibberish", block("finish")),
+    ),
+    "swe-choices": (lambda: generated_tasks("train")[0].payload, (*actions("run", "apply 1", "finish"),)),
 }
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_our_server_serves_their_client(name):
+    if name.startswith("swe"):
+        working_bubblewrap()
     task, said = OURS[name][0](), OURS[name][1]
     env = environment_spec(name).factory({})()
     with served(name) as (address, _), GenericEnvClient(base_url=f"http://{address}").sync() as client:

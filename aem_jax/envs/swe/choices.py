@@ -16,7 +16,7 @@ import random
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.swe.generate.mutate import Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import package
 from aem_jax.envs.swe.generate.tasks import Bug, bug, checkout, instance
-from aem_jax.envs.swe.grading import grade
+from aem_jax.envs.swe.grading import TIMED_OUT, grade
 from aem_jax.envs.swe.runtimes import choose_runtime
-from aem_jax.envs.swe.sandbox import Limits, Runtime
+from aem_jax.envs.swe.sandbox import Limits, Runtime, SandboxError
 
 ALL_PASS = "all pass"
 SEVERAL = "several causes"
@@ -98,12 +98,19 @@ def candidates(bug_id: str, count: int, draw: int) -> tuple[Edit, ...]:
 
 
 def graded(runtime: Runtime, limits: Limits | None = None) -> Failing:
-    """Counts failing tests by grading the edits as a patch."""
-    limits = limits or Limits(seconds=60.0, memory_mib=1024, cpu_seconds=5)  # tests take 0.3 s; some edits never end
+    """Counts failing tests by grading the edits as a patch.
+
+    Tests take 0.3 s, and edits that never end are ended by their processor time. So a deadline that passes says that
+    the machine is slow, and nothing of the edits: they are graded once more with ten times as long.
+    """
+    limits = limits or Limits(seconds=60.0, memory_mib=1024, cpu_seconds=5)
+    longer = replace(limits, seconds=10 * limits.seconds)
 
     def failing(found: Bug, chosen: Sequence[Edit]) -> int:
-        task = instance(found.id)
-        report = grade(task, _patch(found, chosen), runtime, checkout(found), limits=limits)
+        task, patch = instance(found.id), _patch(found, chosen)
+        report = grade(task, patch, runtime, checkout(found), limits=limits)
+        if TIMED_OUT in report.log:
+            report = grade(task, patch, runtime, checkout(found), limits=longer)
         wrong = [*report.fail_to_pass.values(), *report.pass_to_pass.values()].count(False)
         assert report.resolved == (wrong == 0)
         return wrong
@@ -114,8 +121,8 @@ def graded(runtime: Runtime, limits: Limits | None = None) -> Failing:
 def remembered(failing: Failing, folder: Path | None) -> Failing:
     """`failing`, asked once for each choice; verdicts lie in a folder that processes share, or in memory alone.
 
-    A verdict belongs to the texts that it was reached on: the base commit, the script and the patch. Threads wait for
-    one another: each sandbox takes memory, and a group of episodes asks the same.
+    A verdict belongs to the texts that it was reached on: the base commit, the script, the patch and the code that
+    grades. Threads wait for one another: each sandbox takes memory, and a group of episodes asks the same.
     """
     known: dict[str, int] = {}
     turn = threading.Lock()
@@ -124,7 +131,7 @@ def remembered(failing: Failing, folder: Path | None) -> Failing:
 
     def answer(found: Bug, chosen: Sequence[Edit]) -> int:
         task = instance(found.id)
-        text = json.dumps([task.base_commit, task.eval_script, _patch(found, chosen)])
+        text = json.dumps([_grader(), task.base_commit, task.eval_script, _patch(found, chosen)])
         key = hashlib.sha256(text.encode()).hexdigest()
         with turn:
             if key not in known:
@@ -132,6 +139,13 @@ def remembered(failing: Failing, folder: Path | None) -> Failing:
             return known[key]
 
     return answer
+
+
+@lru_cache(maxsize=1)
+def _grader() -> str:
+    """A hash of the code that reaches verdicts."""
+    parts = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("choices", "grading", "log_parsers"))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _kept(file: Path, ask: Callable[[], int]) -> int:
@@ -145,19 +159,16 @@ def _kept(file: Path, ask: Callable[[], int]) -> int:
 
 
 def make_failing(config: ChoicesConfig) -> Failing:
-    """What counts failing tests, by the rules of a config. The sandbox is chosen when it is first needed.
+    """What counts failing tests, by the rules of a config.
 
     Raises:
-        SandboxError: when first called: there is no sandbox that works.
+        OSError: there is no sandbox that works on this machine.
     """
-    chosen: list[Failing] = []
-
-    def failing(found: Bug, edits: Sequence[Edit]) -> int:
-        if not chosen:
-            chosen.append(graded(choose_runtime(config.runtime)))
-        return chosen[0](found, edits)
-
-    return remembered(failing, cache_folder(config.cache))
+    try:
+        runtime = choose_runtime(config.runtime)
+    except SandboxError as error:
+        raise OSError(str(error)) from None  # which servers and runs report as what is missing on this machine
+    return remembered(graded(runtime), cache_folder(config.cache))
 
 
 def cache_folder(setting: str) -> Path | None:

@@ -14,10 +14,14 @@ from typing import Any, overload
 from aem_jax.envs.webshop.catalog import Catalog
 from aem_jax.envs.webshop.goals import Goal
 
-HELD_OUT: Mapping[str, Callable[[Goal], str]] = {
-    "products": lambda goal: goal.asin,
-    "goals": lambda goal: f"{goal.asin}/{goal.instruction}",
-}
+
+def _wanted(goal: Goal) -> str:
+    """What a goal asks for, however it says it: neither the order of its words nor its price limit makes it another."""
+    options = goal.options.values() if isinstance(goal.options, Mapping) else goal.options
+    return json.dumps([goal.asin, sorted(goal.attributes), sorted(options)])
+
+
+HELD_OUT: Mapping[str, Callable[[Goal], str]] = {"products": lambda goal: goal.asin, "goals": _wanted}
 """What no two splits share -> the words that a goal's split is drawn from."""
 SPLITS: Mapping[str, tuple[int, int]] = {"test": (0, 10), "valid": (10, 20), "train": (20, 100)}
 """Split -> which of a hundred parts of all products, or goals, it has."""

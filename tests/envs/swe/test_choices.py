@@ -1,10 +1,22 @@
 import pytest
 from envs.swe.samples import FakeRuntime
 
-from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesConfig, ChoicesEnv, candidates, graded, remembered
+from aem_jax.envs.swe import choices
+from aem_jax.envs.swe.choices import (
+    ALL_PASS,
+    SEVERAL,
+    ChoicesConfig,
+    ChoicesEnv,
+    candidates,
+    graded,
+    make_failing,
+    remembered,
+)
 from aem_jax.envs.swe.generate.mutate import apply
 from aem_jax.envs.swe.generate.packages import package
 from aem_jax.envs.swe.generate.tasks import DIFFICULTIES, bug, bugs
+from aem_jax.envs.swe.grading import TIMED_OUT, Report
+from aem_jax.envs.swe.sandbox import Limits, SandboxError
 from aem_jax.envs.swe.tasks import generated_tasks
 
 EASY = generated_tasks("train", ["easy"])[0].payload
@@ -116,6 +128,29 @@ def test_verdicts_come_from_grading(tmp_path):
     failing = graded(FakeRuntime(tmp_path))
     assert failing(found, [chosen[right - 1]]) == 0
     assert failing(found, [chosen[wrong - 1]]) >= len(found.broken)
+
+
+def test_a_slow_machine_is_given_more_time_and_no_verdict(monkeypatch, tmp_path):
+    asked = []
+
+    def grade(*arguments, limits):
+        asked.append(limits.seconds)
+        late = Report(False, True, {"a": False}, {"b": False}, f"{TIMED_OUT} after {limits.seconds} s")
+        return late if len(asked) == 1 else Report(True, True, {"a": True}, {"b": True})
+
+    monkeypatch.setattr(choices, "grade", grade)
+    found = bug(EASY)
+    assert graded(FakeRuntime(tmp_path), Limits(seconds=3))(found, candidates(found.id, 4, 0)[:1]) == 0
+    assert asked == [3, 30]
+
+
+def test_without_a_sandbox_nothing_begins(monkeypatch):
+    def none(*_):
+        raise SandboxError("install bubblewrap")
+
+    monkeypatch.setattr(choices, "choose_runtime", none)
+    with pytest.raises(OSError, match="install bubblewrap"):
+        make_failing(ChoicesConfig())
 
 
 def test_bad_settings():
