@@ -1,5 +1,6 @@
 """What the phases of a run share, opened once: tokenizer, policy, mesh, environment servers, sampler, signals."""
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -114,6 +115,10 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) 
         raise ValueError(
             f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {rows}"
         )
+    if config.env.urls and config.environment != "openenv" and hosts.is_first:
+        # What those servers were started with cannot be asked; OpenEnv's protocol has no word for it.
+        expected = f"serve {domain.name} --settings '{json.dumps(dict(domain.settings))}'"
+        log.warning("servers of --env.urls keep the settings that they were started with; this run's are: %s", expected)
     servers = replace(config.env, urls=share_urls(hosts, config.env.urls))
     pool = stack.enter_context(EnvPool(servers, (domain.name, domain.settings)))
     sampler = Sampler(
