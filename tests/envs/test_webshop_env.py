@@ -16,6 +16,7 @@ from aem_jax.envs.conformance_wire import ServerSubject, check_server
 from aem_jax.envs.table import environment_spec
 from aem_jax.envs.webshop.catalog import Catalog
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
+from aem_jax.envs.webshop.fields import FIELDS
 from aem_jax.envs.webshop.generator.config import CATEGORIES, GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.goals import goal_from_json
@@ -127,6 +128,21 @@ def test_tasks_of_another_shop_are_refused(catalog: Catalog):
     ):
         with pytest.raises(ValueError, match=said):
             env(catalog).reset(bad)
+
+
+def test_products_are_found_by_their_fields(catalog: Catalog):
+    products = [catalog.product(number) for number in range(len(catalog))]
+    held = {
+        "category": lambda each: (each.category,),
+        "query": lambda each: (each.query,),
+        "attributes": lambda each: each.attributes,
+    }
+    assert set(held) == set(FIELDS)
+    for field, values in held.items():
+        for value in {*values(products[0]), *values(products[7]), *values(products[-1])}:
+            scanned = tuple(number for number, each in enumerate(products) if value in values(each))
+            assert scanned and catalog.where(field, value) == scanned
+        assert catalog.where(field, "") == catalog.where(field, "no such thing") == ()
 
 
 def test_splits_share_neither_products_nor_words(catalog: Catalog):

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from aem_jax.envs.webshop.fields import Fields, save_fields
 from aem_jax.envs.webshop.goals import Goal, draw_prices, goal_from_json, human_goals, in_order, synthetic_goals
 from aem_jax.envs.webshop.products import Product, product_from_json, read_products
 from aem_jax.envs.webshop.ranking import Ranking, build_ranking, load_ranking
 
-_DECIDES = ("analysis", "catalog", "goals", "products", "ranking", "stemmer")
+_DECIDES = ("analysis", "catalog", "fields", "goals", "products", "ranking", "stemmer")
 """Modules beside this one that decide what the files hold: changed ones make new folders."""
 SEARCH_LIMIT = 50
 """Most products that a search finds."""
@@ -65,7 +66,7 @@ class Catalog:
         """Number -> product."""
         self.search: Callable[[str], tuple[int, ...]] = lru_cache(maxsize=256)(self._search)
         """Query -> numbers of at most 50 products, best first."""
-        self.where: Callable[[str, str], tuple[int, ...]] = lru_cache(maxsize=64)(self._where)
+        self.where: Callable[[str, str], tuple[int, ...]] = Fields(folder)
         """(field, value) -> numbers of all products with that category, query or attribute, in the shop's order."""
 
     def __len__(self) -> int:
@@ -87,14 +88,6 @@ class Catalog:
 
     def _search(self, query: str) -> tuple[int, ...]:
         return tuple(self._ranking.search(query, SEARCH_LIMIT).tolist())
-
-    def _where(self, field: str, value: str) -> tuple[int, ...]:
-        found = []
-        for number in range(len(self)):
-            own = getattr(self._read(number), field)
-            if value == own or (isinstance(own, tuple) and value in own):
-                found.append(number)
-        return tuple(found)
 
 
 def open_catalog(folder: Path, sources: Mapping[str, Any], load: Callable[[], ShopData]) -> Catalog:
@@ -153,6 +146,7 @@ def _make(place: Path, data: ShopData, kind: str, seed: int) -> None:
         ranking = build_ranking(asins, (each.search_text() for each in products))
         ranking.save(draft)
         np.save(draft / "by-asin.npy", np.argsort(ranking.order))
+        save_fields(draft, products)
         (draft / "catalog.json").write_text(json.dumps({"id": digest.hexdigest()[:12], "sources": len(products)}))
         shutil.rmtree(place, ignore_errors=True)  # what a process that died here left behind
         os.rename(draft, place)
