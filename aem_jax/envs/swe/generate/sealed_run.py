@@ -1,54 +1,101 @@
-"""Runs pytest so that what tested code prints is never taken for a result. Part of each generated task's eval script.
+"""Runs pytest so that what tested code prints or patches is not taken for a result. Part of each task's eval script.
 
 Run as `python -I - <test file>… < this file`. Two processes: this one, which never loads tested code, starts pytest in
 another. Results come back through a pipe, each with a key that was drawn for this run; whatever the tests print comes
 out marked with `| `, and only lines that this process writes begin as pytest's summary does. It cannot be read or
 traced by the other (not dumpable), so nothing can be put into its output either.
 
-Two tests of its own run among the others: one that must pass and one that must fail. Code that makes every test pass,
-or ends pytest early, gives itself away by them, and then there are no results at all.
+The test file that runs is written anew for each run. Every test stands in it among copies that cannot pass where it
+does, since they claim the opposite or another value (`opposites`); test and copies have drawn names and stand in drawn
+order. Code that makes a test pass must thus know which of the three it is, and a run in which a copy passes together
+with its test has no results at all. Before that stands a simpler wall: the functions that pytest runs tests through
+are compared, after each test, with what they were before tested code was loaded.
 
 pytest runs isolated: no configuration of the repository's, no conftest.py, no plugin that is found by itself, no
 PYTHONPATH, no cache; byte code that lies beside the tests is used only where pytest itself finds it to be theirs.
 
-What it cannot keep out: the tests and the code that they test share a process, so code that looks for the key in that
-process's memory, and knows all this, can forge a result.
+What it cannot keep out: the tests and the code that they test share a process. Code that undoes that comparison, or
+finds the key in that process's memory, and can tell each test from its copies by their code, can forge a result.
 """
 
+import ast
+import contextlib
+import copy
 import ctypes
 import json
 import os
+import random
+import re
 import secrets
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 CHILD = """
 import json, os, sys
 
-def run():
+def run(dumps=json.dumps):
     key = sys.stdin.readline().strip()
     results = os.fdopen(int(sys.argv[1]), "w")
     import pytest
 
+    guarded = [module for name, module in sys.modules.items() if name.startswith(("_pytest.", "pluggy."))]
+    guarded = [module for module in guarded if module.__name__.rpartition(".")[2] in (
+        "python", "runner", "reports", "nodes", "main", "raises", "skipping", "fixtures", "unraisableexception",
+        "threadexception", "_execution", "_caller", "_manager", "_impl", "_result")]
+    guarded += [each for module in guarded for each in vars(module).values()
+                if isinstance(each, type) and each.__module__ == module.__name__]
+
+    def path(hooks):
+        seen = []
+        for each in guarded:
+            for value in vars(each).values():
+                value = getattr(value, "__func__", getattr(value, "fget", value))
+                if hasattr(value, "__code__"):
+                    seen += [value, value.__code__]
+        for hook in vars(hooks).values():
+            seen += [hook, *(impl.function for impl in hook.get_hookimpls())]
+        return seen
+
     def send(*what):
-        results.write(json.dumps([key, *what]) + chr(10))
+        results.write(dumps([key, *what]) + chr(10))
         results.flush()
 
     class Report:
+        def pytest_sessionstart(self, session):
+            self.hooks, self.same = session.config.hook, True
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_collection(self):
+            self.path = path(self.hooks)
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_sessionfinish(self):
+            self.check()
+        def check(self):
+            now = path(self.hooks)
+            self.same &= len(now) == len(self.path) and all(a is b for a, b in zip(now, self.path))
         def pytest_runtest_logreport(self, report):
+            if report.when == "teardown":
+                self.check()
             send(report.nodeid, report.when, report.outcome, hasattr(report, "wasxfail"))
         def pytest_collectreport(self, report):
             if report.failed:
                 send(report.nodeid, "collect", "failed", False)
 
     options = "-q -c /dev/null -p no:cacheprovider --noconftest --import-mode=importlib --continue-on-collection-errors"
-    here = ["--rootdir", os.getcwd(), "-o", "pythonpath=" + os.getcwd()]
-    code = pytest.main([*options.split(), *here, *sys.argv[2:]], plugins=[Report()])
-    send("", "end", int(code), False)
+    here = ["--rootdir", os.getcwd(), "-o", "pythonpath=" + os.getcwd(), "--tb=no"]
+    report = Report()
+    code = pytest.main([*options.split(), *here, *sys.argv[2:]], plugins=[report])
+    send("", "end" if report.same else "patched", int(code), False)
 
 run()
 """
+
+DRAW = random.SystemRandom()
+OPPOSITE = "opposite of"
+CONTRARY = {ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn}
+CONTRARY |= {after: before for before, after in CONTRARY.items()}
+OTHER_ERRORS = ("AttributeError", "BufferError", "EOFError", "ImportError", "NameError", "ReferenceError")
 
 
 def main(files: list[str]) -> int:
@@ -58,13 +105,125 @@ def main(files: list[str]) -> int:
         0 if all tests passed, 1 if one failed, 2 if the run is not to be believed.
     """
     ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: nobody reads this process or opens its files
-    key, name = secrets.token_hex(16), f"test_{secrets.token_hex(8)}"
-    own = os.path.join(os.path.dirname(files[0]), f"{name}.py")
-    with open(own, "w") as file:
-        file.write(f"def {name}_a():\n    assert 1 == 1\n\n\ndef {name}_b():\n    assert 1 == 2\n")
+    names: dict[str, str] = {}
+    copies: dict[str, list[str]] = {}
+    with contextlib.ExitStack() as after:
+        for file in map(Path, files):
+            text = file.read_text(encoding="utf-8")
+            after.callback(file.write_text, text, encoding="utf-8")
+            file.write_text(among_opposites(text, names, copies), encoding="utf-8")
+        key = secrets.token_hex(16)
+        outcomes, code = read(run(files, key, names), key)
+    found = {}
+    for test, status in outcomes.items():
+        file, _, name = test.partition("::")
+        name, bracket, parameters = name.partition("[")
+        if status == "PASSED":
+            others = [outcomes.get(f"{file}::{each}{bracket}{parameters}") for each in copies.get(name, ())]
+            if code == 1 and any(other != "FAILED" for other in others):
+                code = f"{names[name]} passed, its opposites {others}"
+        if name in copies or name not in names:
+            found[f"{file}::{names.get(name, name)}{bracket}{parameters}" if name else test] = status
+    if code != 1:  # opposites fail in every run
+        print(f"the run is not to be believed: {code}")
+        return 2
+    for test, status in found.items():
+        print(f"{status} {test}")
+    return int(any(status in ("FAILED", "ERROR") for status in found.values()))
+
+
+def among_opposites(text: str, names: dict[str, str], copies: dict[str, list[str]]) -> str:
+    """A test file in which each test stands among its opposites, all under drawn names, in drawn order.
+
+    Blocks keep the order of the tests: what one test leaves behind, the next finds as before.
+
+    Args:
+        text: the test file.
+        names: filled with drawn name -> what it is, to be read.
+        copies: filled with drawn name of a test -> those of its opposites.
+    """
+    tree = ast.parse(text)
+    body: list[ast.stmt] = []
+    for node in tree.body:
+        if not (isinstance(node, ast.FunctionDef) and node.name.startswith("test_")):
+            body.append(node)
+            continue
+        block = [node, *opposites(node)]
+        drawn = [f"test_{secrets.token_hex(8)}" for _ in block]
+        names |= dict.fromkeys(drawn, f"{OPPOSITE} {node.name}") | {drawn[0]: node.name}
+        copies[drawn[0]] = drawn[1:]
+        for each, name in zip(block, drawn, strict=True):
+            each.name = name
+        body += DRAW.sample(block, len(block))
+    tree.body = body
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def opposites(test: ast.FunctionDef) -> list[ast.FunctionDef]:
+    """Copies of a test that fail where it passes: one claim of each is negated, or has another value.
+
+    Where the test fails they may do either. They have its shape, and fail as it would: by an assertion about what the
+    tested code returned, or by the exception that it raised.
+    """
+    found: dict[str, ast.FunctionDef] = {}
+    for change in (negate, alter):
+        other = copy.deepcopy(test)
+        claims = [node for node in ast.walk(other) if isinstance(node, (ast.Assert, ast.With))]
+        if any(change(claim) for claim in DRAW.sample(claims, len(claims))):  # the first that can be changed
+            found[ast.unparse(other)] = other
+    return list(found.values())
+
+
+def negate(claim: ast.Assert | ast.With) -> bool:
+    """Changes a claim into its contrary, `a == b` into `a != b`; False where it cannot."""
+    if isinstance(claim, ast.With):
+        return alter(claim)
+    match claim.test:
+        case ast.UnaryOp(op=ast.Not()):
+            claim.test = claim.test.operand
+        case ast.Compare(ops=[op]) if type(op) in CONTRARY:
+            claim.test.ops = [CONTRARY[type(op)]()]
+        case _:
+            claim.test = ast.UnaryOp(ast.Not(), claim.test)
+    return True
+
+
+def alter(claim: ast.Assert | ast.With) -> bool:
+    """Changes a value that is expected, `a == 12` into `a == 17`, or the exception; False where there is none."""
+    match claim:
+        case ast.With(
+            items=[ast.withitem(context_expr=ast.Call(func=ast.Attribute(attr="raises"), args=[_]) as raises)]
+        ):
+            raises.args = [ast.Name(DRAW.choice(OTHER_ERRORS), ast.Load())]
+            return True
+        case ast.Assert(test=ast.Compare(ops=[ast.Eq()], comparators=[expected])):
+            try:
+                ast.literal_eval(expected)
+            except ValueError:
+                return False
+            values = [node for node in ast.walk(expected) if isinstance(node, ast.Constant) and node.value is not None]
+            if values:
+                value = DRAW.choice(values)
+                value.value = another(value.value)
+            return bool(values)
+    return False
+
+
+def another(value):
+    """Another value of a sort: a number a little off, a text with one more character."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        place = DRAW.randrange(len(value) + 1)
+        return value[:place] + DRAW.choice(value or "a") + value[place:]
+    return value + DRAW.choice([-3, -2, -1, 1, 2, 3, 4]) if isinstance(value, (int, float)) else None
+
+
+def run(files: list[str], key: str, names: dict[str, str]) -> list[bytes]:
+    """Runs pytest in a process of its own, prints what it says of the tests; returns what came through the pipe."""
     reader, writer = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-I", "-B", "-c", CHILD, str(writer), *files, own],
+        [sys.executable, "-I", "-B", "-c", CHILD, str(writer), *files],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -79,25 +238,18 @@ def main(files: list[str]) -> int:
     collect = threading.Thread(target=lambda: lines.extend(os.fdopen(reader, "rb")), daemon=True)
     collect.start()
     for line in process.stdout:
-        sys.stdout.write("| " + line.decode(errors="replace").rstrip("\n") + "\n")
+        text = re.sub("test_[0-9a-f]{16}", lambda name: names.get(name[0], name[0]), line.decode(errors="replace"))
+        if OPPOSITE not in text:
+            sys.stdout.write("| " + text.rstrip("\n") + "\n")
     process.wait()
     collect.join(timeout=5)
-    os.remove(own)
-    outcomes, code = read(lines, key)
-    base = own.replace(os.sep, "/")
-    passed, failed = (outcomes.pop(f"{base}::{name}_{letter}", None) for letter in "ab")
-    if (passed, failed, code) != ("PASSED", "FAILED", 1):
-        print(f"the run is not to be believed: own tests {passed} and {failed}, pytest ended with {code}")
-        return 2
-    for test, status in outcomes.items():
-        print(f"{status} {test}")
-    return int(any(status in ("FAILED", "ERROR") for status in outcomes.values()))
+    return lines
 
 
 def read(lines: list[bytes], key: str) -> tuple[dict[str, str], object]:
-    """Results that carry the key: test -> status, and pytest's exit code (None: it never came to its end)."""
+    """Results that carry the key: test -> status, and how it ended (None: pytest never came to its end)."""
     outcomes: dict[str, str] = {}
-    code = None
+    code: object = None
     for line in lines:
         try:
             said, test, when, outcome, expected = json.loads(line)
@@ -107,6 +259,8 @@ def read(lines: list[bytes], key: str) -> tuple[dict[str, str], object]:
             continue
         if when == "end":
             code = outcome
+        elif when == "patched":
+            code = "pytest was patched"
         elif outcome == "failed":
             outcomes[test] = "FAILED" if when == "call" else "ERROR"
         elif outcome == "skipped":
