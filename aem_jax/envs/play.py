@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aem_jax.envs.protocol import Environment, StepResult
+from aem_jax.envs.protocol import Environment, StepResult, checked_result
 
 Act = Callable[[StepResult], str]
 """What the environment said last -> the response's text."""
@@ -30,11 +30,14 @@ def play(env: Environment, task: Mapping[str, Any], act: Act, max_turns: int) ->
 
     Returns:
         The exchanges in order; the last one's result says how the episode ended.
+
+    Raises:
+        ValueError: the environment answered with something else than a `StepResult`.
     """
-    result = env.reset(task)
+    result = checked_result(env, "reset", env.reset(task))
     exchanges: list[Exchange] = []
     while len(exchanges) < max_turns and not (result.terminated or result.truncated):
         response = act(result)
-        observation, result = result.observation, env.step(response)
+        observation, result = result.observation, checked_result(env, "step", env.step(response))
         exchanges.append(Exchange(observation, response, result))
     return tuple(exchanges)

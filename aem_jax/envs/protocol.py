@@ -115,14 +115,37 @@ STATE_REQUEST = '{"type": "state"}'
 CLOSE_REQUEST = '{"type": "close"}'
 
 
+def checked_result(env: Environment, call: str, result: Any) -> StepResult:
+    """What an environment answered, if it is an answer.
+
+    Args:
+        env: the environment.
+        call: reset or step.
+        result: what came.
+
+    Raises:
+        ValueError: it is no `StepResult` with a text observation and a mapping as info.
+    """
+    if not isinstance(result, StepResult):
+        got = f"{type(result).__name__} {result!r:.200}"
+    elif not isinstance(result.observation, str):
+        got = f"{type(result.observation).__name__} {result.observation!r:.200} as observation"
+    elif not isinstance(result.info, Mapping):
+        got = f"{type(result.info).__name__} {result.info!r:.200} as info"
+    else:
+        return result
+    raise ValueError(
+        f"expected a StepResult with a text observation and a mapping as info from {type(env).__qualname__}.{call}, "
+        f"got {got}; return aem_jax.envs.protocol.StepResult(observation, reward, terminated, truncated, info)"
+    )
+
+
 def encode_result(result: StepResult, *, send_admissible: bool) -> str:
     """The reply that carries `result`, in our own server's observation fields.
 
     Raises:
-        ValueError: the environment returned something else than a `StepResult` of plain JSON values.
+        ValueError: the result holds something else than plain finite JSON values.
     """
-    if not isinstance(result, StepResult) or not isinstance(result.observation, str):
-        raise ValueError(f"expected a StepResult with a text observation from the environment, got {result!r:.200}")
     info = dict(result.info)
     observation = {
         "text": result.observation,

@@ -10,7 +10,7 @@ import uuid
 from typing import Any
 
 from aem_jax.envs import protocol
-from aem_jax.envs.protocol import Environment, encode_error, encode_result
+from aem_jax.envs.protocol import Environment, checked_result, encode_error, encode_result
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Session:
         task = dict(data)
         episode_id = task.pop("episode_id", None)  # the protocol's own keyword, no part of the task
         self._running = False
-        result = self._env.reset(task)
+        result = checked_result(self._env, "reset", self._env.reset(task))
         reply = encode_result(result, send_admissible=self._send_admissible)
         self._episode_id, self._step_count, self._running = str(episode_id or uuid.uuid4()), 0, not result.done
         return reply
@@ -79,7 +79,7 @@ class Session:
             raise _InvalidRequestError(f"expected the action field 'text' alone, got {sorted(data)}")
         if not self._running:
             raise _OrderError("expected a reset before this step: no episode is running")
-        result = self._env.step(data["text"])
+        result = checked_result(self._env, "step", self._env.step(data["text"]))
         reply = encode_result(result, send_admissible=self._send_admissible)
         self._step_count += 1
         self._running = not result.done

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -156,7 +157,10 @@ def _own(name: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Ca
         raise ValueError(f"expected settings that {name} can be called with, got {dict(settings)}: {error}") from None
 
     def checked() -> Environment:
-        env = make(**settings)
+        try:
+            env = make(**settings)
+        except Exception as error:
+            raise ValueError(f"expected an environment from {name}, got {_raised(error)}") from error
         missing = [each for each in ("reset", "step", "close") if not callable(getattr(env, each, None))]
         if missing:
             raise ValueError(f"expected an environment with reset, step and close from {name}, got no {missing[0]}")
@@ -184,6 +188,15 @@ def _imported(where: str) -> ModuleType:
         return module
     except (ImportError, SyntaxError) as error:
         raise ValueError(f"expected a Python file or module to import, got {where!r}: {error}") from None
+    except Exception as error:
+        raise ValueError(f"expected a Python file or module to import, got {where!r}: {_raised(error)}") from error
+
+
+def _raised(error: Exception) -> str:
+    """An error in somebody's code in one line: what it says, and where it came from."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}{': ' if said else ''}{said} (line {frame.lineno} of {frame.filename})"
 
 
 def config_from(cls: type[Config], settings: Mapping[str, Any]) -> Config:

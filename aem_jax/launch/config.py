@@ -104,7 +104,8 @@ class OpenEnvConfig:
     tasks: str = ""
     """File of tasks to train on, in place of seeds: JSON lines, each a mapping of reset keywords."""
     evaluation_tasks: str = ""
-    """The same for evaluation, which takes the first evaluation.size of them."""
+    """The same for evaluation, which takes the first evaluation.size of them: one set, named as the one split of
+    evaluation.splits. None of them may be trained on."""
     reset: str = "{}"
     """JSON mapping of reset keywords that all tasks have."""
     actions: tuple[str, ...] = ()

@@ -1,6 +1,8 @@
 """Environments and servers that are not in this package: named by a path, or started by a command."""
 
+import json
 import os
+import re
 import signal
 import sys
 
@@ -8,8 +10,10 @@ import pytest
 from envs.serving import REPOSITORY, run_server, served
 
 from aem_jax.envs.client import RemoteEnvironment
+from aem_jax.envs.play import play
 from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.session import Session
 from aem_jax.envs.table import environment_spec
 
 SOURCE = '''
@@ -38,6 +42,20 @@ def mute():
     return object()
 
 
+def boom():
+    raise RuntimeError("no display\\nhere")
+
+
+class Bad(Parrot):
+    def reset(self, task):
+        return task["word"]
+
+
+class Vague(Parrot):
+    def step(self, action_text):
+        return StepResult(b"bytes")
+
+
 SILENT = None
 '''
 
@@ -46,6 +64,7 @@ SILENT = None
 def source(tmp_path):
     path = tmp_path / "parrot.py"
     path.write_text(SOURCE)
+    (tmp_path / "parrot.py.late.py").write_text("{}['DISPLAY']\n")
     return path
 
 
@@ -79,6 +98,12 @@ def test_a_module_of_yours_is_found(source, monkeypatch):
             "expected settings that .* can be called with, got {'betwen': '-'}",
         ),
         ("{source}:mute", {}, "expected an environment with reset, step and close from .*:mute, got no reset"),
+        (
+            "{source}:boom",
+            {},
+            r"expected an environment from .*:boom, got RuntimeError: no display here \(line 28 of .*parrot.py\)",
+        ),
+        ("{source}.late.py:Parrot", {}, r"got '.*late.py': KeyError: 'DISPLAY' \(line 1 of .*late.py\)"),
         ("nowhere.py:Parrot", {}, "expected a Python file or module to import, got 'nowhere.py': no such file in "),
         ("no.such.module:Parrot", {}, "expected a Python file or module to import, got 'no.such.module'"),
         (":Parrot", {}, "expected an environment of alfworld, .* or file.py:attribute, got ':Parrot'"),
@@ -90,8 +115,34 @@ def test_what_cannot_be_an_environment_is_said_in_a_sentence(source, name, setti
 
 
 def test_a_server_says_so_too(source):
-    status, said = run_server(f"{source}:mute")
-    assert (status, said.count("\n")) == (2, 1) and said.startswith("error: expected an environment with reset")
+    status, said = run_server(f"{source}:boom")
+    assert (status, said.count("\n")) == (2, 1) and "RuntimeError: no display here (line 28 of" in said
+    with pytest.raises(ValueError) as error:
+        environment_spec(f"{source}:boom").factory({})()
+    assert isinstance(error.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (
+            "Bad",
+            r"as info from Bad.reset, got str 'hello'; return aem_jax.envs.protocol.StepResult\(observation, reward",
+        ),
+        ("Vague", "from Vague.step, got bytes b'bytes' as observation"),
+    ],
+)
+def test_an_answer_that_is_none_is_said(source, name, why):
+    env = environment_spec(f"{source}:{name}").factory({})()
+    with pytest.raises(ValueError, match=why):
+        play(env, {"word": "hello"}, lambda result: "polly", 2)
+    session = Session(env, send_admissible=False)
+    replies = [
+        session.answer(json.dumps({"type": kind, "data": data}))
+        for kind, data in (("reset", {"word": "hello"}), ("step", {"text": "polly"}))
+    ]
+    said = [json.loads(reply or "")["data"].get("message", "") for reply in replies]
+    assert re.search(why, said[name == "Vague"]), said
 
 
 ECHO = f"{sys.executable} -m aem_jax.envs.server echo --sessions 1 --port {{port}}"

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from envs.serving import served
-from envs.webshop_golden import unpack
+from envs.webshop_golden import item, unpack
 
 from aem_jax.envs.actions import extract_action
 from aem_jax.envs.client import websocket_url
@@ -17,9 +18,11 @@ from aem_jax.envs.table import environment_spec
 from aem_jax.envs.webshop.catalog import Catalog
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
 from aem_jax.envs.webshop.fields import FIELDS
+from aem_jax.envs.webshop.files import read_files
 from aem_jax.envs.webshop.generator.config import CATEGORIES, GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.goals import goal_from_json
+from aem_jax.envs.webshop.products import read_products
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 from aem_jax.envs.webshop.tasks import SPLITS, eval_set, goal_tasks, split_of, training_tasks
 
@@ -209,6 +212,51 @@ def test_the_index_is_made_once(cache: str, catalog: Catalog, monkeypatch):
     assert open_shop(ShopConfig(cache=cache, made=MADE)).id == catalog.id
 
 
+PRODUCT = item("A", "Lamp", "lamp", "Home")
+ANNOTATION = {"attributes": ["red"], "instruction": "Find a lamp", "instruction_attributes": ["red"]}
+SAID = {"instruction": "a lamp", "instruction_attributes": ["red"], "instruction_options": []}
+
+
+@pytest.mark.parametrize(
+    ("items", "annotations", "instructions", "why"),
+    [
+        (["a"], {}, {}, r"items_shuffle_1000.json[0]: expected mapping, got str 'a'"),
+        ([PRODUCT, {"asin": "B"}], {}, {}, "items_shuffle_1000.json[1]: expected an entry of WebShop's files, got one "
+         "without 'name': {'asin': 'B'}"),
+        ([PRODUCT | {"asin": 5}], {}, {}, "[0]: asin: expected text, got int 5"),
+        ([PRODUCT | {"query": None}], {}, {}, "[0]: query: expected text, got NoneType None"),
+        ([PRODUCT | {"small_description": [1]}], {}, {}, "[0]: small_description[0]: expected text, got int 1"),
+        ([PRODUCT | {"pricing": "$$"}], {}, {}, "[0]: expected prices such as '$5.00' or '$5.00$7.50', got '$$'"),
+        ([PRODUCT | {"images": "x.jpg"}], {}, {}, "[0]: images: expected list, got str 'x.jpg'"),
+        ([PRODUCT | {"customization_options": {"size": ["s"]}}], {}, {},
+         "[0]: customization_options['size'][0]: expected mapping, got str 's'"),
+        ([PRODUCT], {"A": []}, {}, "items_ins_v2_1000.json['A']: expected mapping, got list []"),
+        ([PRODUCT], {"A": ANNOTATION | {"attributes": "red"}}, {}, "['A']: attributes: expected list, got str 'red'"),
+        ([PRODUCT], {"A": ANNOTATION | {"instruction": 1}}, {}, "['A']: instruction: expected text, got int 1"),
+        ([PRODUCT], {}, {"A": SAID}, "items_human_ins.json['A']: expected list, got dict {'instruction'"),
+        ([PRODUCT], {}, {"A": [SAID, "b"]}, "items_human_ins.json['A'][1]: expected mapping, got str 'b'"),
+        ([PRODUCT], {}, {"A": [SAID | {"instruction_options": 1}]}, "[0]: instruction_options: expected list, got int"),
+    ],
+)  # fmt: skip
+def test_files_that_hold_something_else_are_named(tmp_path: Path, items, annotations, instructions, why):
+    names = ("items_shuffle_1000.json", "items_ins_v2_1000.json", "items_human_ins.json")
+    for name, content in zip(names, (items, annotations, instructions)):
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(why)):
+        open_shop(ShopConfig(data=str(tmp_path), cache=str(tmp_path / "cache")))
+
+
+def test_what_webshop_leaves_out_may_hold_anything(tmp_path: Path):
+    items = [PRODUCT | {"full_description": None, "pricing": None, "customization_options": {"size": None}}]
+    files = [tmp_path / name for name in ("items", "annotations", "instructions")]
+    quiet = {"instruction_attributes": None}
+    for file, content in zip(files, (items + [{"asin": "nan"}], {"A": quiet, "B": 1}, {"A": [quiet, SAID]})):
+        file.write_text(json.dumps(content))
+    data = read_files(files[0], files[1], files[2])
+    assert [each.asin for each in read_products(data.items, data.annotations)] == ["A"]
+    assert len(read_files(files[0], files[1], tmp_path / "none", limit=1).items) == 1
+
+
 def test_official_files(tmp_path: Path, cache: str):
     folder = unpack(tmp_path)
     catalog = open_shop(ShopConfig(data=str(folder), limit=200, cache=cache))
@@ -222,9 +270,6 @@ def test_official_files(tmp_path: Path, cache: str):
     (folder / "items_human_ins.json").unlink()
     with pytest.raises(ValueError, match="set shop.goals to synthetic"):
         open_shop(ShopConfig(data=str(folder), limit=10, cache=cache))
-    (folder / "items_shuffle_1000.json").write_text(json.dumps([{"asin": "A"}]))
-    with pytest.raises(ValueError, match="got one without 'small_description'"):
-        open_shop(ShopConfig(data=str(folder), goals="synthetic", cache=cache))
     (folder / "items_shuffle_1000.json").write_text("{")
     with pytest.raises(ValueError, match="expected JSON in"):
         open_shop(ShopConfig(data=str(folder), goals="synthetic", cache=cache))

@@ -49,7 +49,11 @@ def post(url: str, **fields: str) -> tuple[str, str]:
 
 def test_forms_do_what_an_agent_would_say(address: str):
     with urllib.request.urlopen(address, timeout=30) as reply:
-        assert "i want a red floor lamp" in reply.read().decode()
+        start = reply.read().decode()
+        assert "i want a red floor lamp" in start and "1 to 1 of 1" in start
+    for beyond in ("1", "100000", "9" * 5000):  # the last page
+        with urllib.request.urlopen(f"{address}/?from={beyond}", timeout=30) as reply:
+            assert reply.read().decode() == start
     visit, page = post(f"{address}/enter/valid/0")
     assert 'id="search_input"' in page
     _, page = post(visit, query="lamp[")  # a bracket is no action of its own

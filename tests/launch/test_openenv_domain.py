@@ -56,6 +56,22 @@ def test_tasks_come_from_files(tmp_path: Path):
         domain(*words)
 
 
+def test_what_is_trained_on_is_not_evaluated(tmp_path: Path):
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text('{"level": 1, "size": 5}\n{"level": 2}\n')
+    test.write_text('{"level": 3}\n{"level": 1}\n')  # with the common size the second is the first to train on
+    words = ["--env.urls", "a:1", "--openenv.reset", '{"size": 5}', "--openenv.evaluation-tasks", str(test)]
+    with pytest.raises(ValueError, match=r'got 1 in .*test.jsonl, {"level": 1, "size": 5} for one; take them out'):
+        domain(*words, "--openenv.tasks", str(train))
+    test.write_text('{"seed": 3}\n{"seed": 2, "size": 6}\n{"seed": "1"}\n{"seed": true}\n')
+    billion = ["--openenv.seeds", str(10**9)]
+    assert len(domain(*words, "--openenv.seeds", "3").evaluation("valid", 9)[0]) == 4  # seeds 0 to 2, of size 5
+    with pytest.raises(ValueError, match=r'got 1 in .*test.jsonl, {"seed": 3, "size": 5} for one'):
+        domain(*words, *billion)
+    with pytest.raises(ValueError, match=r"one set, got valid test; say --evaluation.splits test"):
+        domain(*words, "--openenv.seeds", "3", "--evaluation.splits", "valid", "test")
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
@@ -89,7 +105,7 @@ ECHO = ["--openenv.reset", '{"word": "hi"}', "--openenv.actions", "ho", "hu"]
 
 
 def said(found) -> list[str]:
-    return list(texts(found, 3, 4))
+    return [text for episode in texts(found, 3, 4) for text in episode]
 
 
 def test_chance_talks_to_a_server_so_that_there_is_a_tokenizer(monkeypatch: pytest.MonkeyPatch):

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
+from envs.swe.samples import calc
 from envs.swe.test_choices import by_source
 
 from aem_jax.envs.play import play
 from aem_jax.envs.swe.choices import ChoicesConfig, ChoicesEnv
+from aem_jax.envs.swe.instance import to_row
 from aem_jax.envs.swe.payload import load_task
 from aem_jax.envs.swe.tasks import TasksConfig, training_tasks
 from aem_jax.envs.swe.tasks import load_task as load_named
@@ -75,3 +78,19 @@ def test_tasks_for_tools_hold_all_that_a_server_needs():
         assert instance == load_named(name.payload)[0] and task.id == name.id
     tasks, _ = domain.evaluation("test", 2)
     assert set(tasks[0].payload) == {"instance", "files"} and domain.demonstrator is None
+
+
+def test_files_are_one_set_for_tools_and_none_for_choices(tmp_path: Path):
+    files = []
+    for number in (1, 2):
+        files.append(tmp_path / f"{number}.jsonl")
+        files[-1].write_text(json.dumps(to_row(calc()) | {"instance_id": f"own__calc-{number}"}))
+    bugs = TasksConfig(train=str(files[0]), evaluation=str(files[1]))
+    config = dataclasses.replace(read_preset("swe-qwen3-32b"), bugs=bugs)
+    tasks, name = swe(config).evaluation("test", 500)  # the preset's one split
+    assert [task.id for task in tasks] == ["own__calc-2"] and name.startswith("test-1-")
+    two = dataclasses.replace(config, evaluation=CONFIG.evaluation)
+    with pytest.raises(ValueError, match="--bugs.evaluation, whose file is one set, got valid test; say"):
+        swe(two)
+    with pytest.raises(ValueError, match="--bugs.train: expected none with swe-choices, .* swe-qwen3-32b takes files"):
+        swe_choices(dataclasses.replace(CONFIG, bugs=bugs))

@@ -19,15 +19,20 @@ from aem_jax.envs.swe.payload import load_task as payload_task
 from aem_jax.envs.swe.payload import make_payload
 from aem_jax.envs.swe.sandbox import Checkout
 
+GENERATED = "generated"
+"""In place of a file: generated tasks, beside a file of the others."""
+
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """Which bug-fixing tasks a run has."""
+    """Which bug-fixing tasks a run has: generated ones, or those of two files that share no instance."""
 
     train: str = ""
-    """File of SWE-bench instances (.jsonl, .json, .parquet) to train on; empty: generated tasks."""
+    """File of SWE-bench instances (.jsonl, .json, .parquet) to train on; generated, or empty without a file to evaluate
+    on: generated tasks."""
     evaluation: str = ""
-    """File of instances to evaluate on, whatever the split is called; empty: generated tasks."""
+    """File of instances to evaluate on: one set, named as the one split of evaluation.splits; generated, or empty
+    without a file to train on: generated tasks."""
     repos: str = ""
     """Folder of git mirrors named <owner>__<name>; empty: repositories come out of the instances' images."""
     difficulties: tuple[str, ...] = generated.DIFFICULTIES
@@ -82,13 +87,52 @@ def whole_payload(payload: Mapping[str, Any]) -> dict[str, Any]:
     return make_payload(by_id[payload["id"]], repos=payload.get("repos", ""))
 
 
+def check_sources(config: TasksConfig, splits: Sequence[str]) -> None:
+    """Looks whether training and evaluation go together.
+
+    Args:
+        config: which tasks.
+        splits: what will be evaluated.
+
+    Raises:
+        ValueError: a file for one of the two alone, so that the other would silently be generated; files that cannot be
+            read; files that share an instance.
+    """
+    if is_file(config.train) and not config.evaluation and splits:
+        raise ValueError(
+            "expected --bugs.evaluation with --bugs.train, got none; give a file, --evaluation.splits without a value "
+            f"to evaluate nothing, or --bugs.evaluation {GENERATED}"
+        )
+    if is_file(config.evaluation) and not config.train:
+        raise ValueError(
+            f"expected --bugs.train with --bugs.evaluation, got none; give a file, or --bugs.train {GENERATED}"
+        )
+    if not (is_file(config.train) and is_file(config.evaluation)):
+        return
+    trained = {task.id for task in _of_file("--bugs.train", config.train, config.repos)}
+    both = [task.id for task in _of_file("--bugs.evaluation", config.evaluation, config.repos) if task.id in trained]
+    if both:
+        raise ValueError(
+            f"--bugs.evaluation: expected no instance of --bugs.train, got {len(both)} ({', '.join(both[:3])}"
+            f"{', …' if len(both) > 3 else ''}); take them out of {config.train} or {config.evaluation}"
+        )
+
+
+def is_file(source: str) -> bool:
+    """Whether a config's source of tasks names a file."""
+    return source not in ("", GENERATED)
+
+
 def training_tasks(config: TasksConfig, *, seed: int = 0) -> Sequence[BugTask]:
     """The tasks to train on, in an order of which every prefix is a fair sample.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or they cannot be read.
     """
-    tasks = _of_file(config.train, config.repos) if config.train else generated_tasks("train", config.difficulties)
+    if is_file(config.train):
+        tasks = _of_file("--bugs.train", config.train, config.repos)
+    else:
+        tasks = generated_tasks("train", config.difficulties)
     random.Random(f"training order/{seed}").shuffle(tasks)
     return tasks
 
@@ -98,19 +142,20 @@ def eval_set(config: TasksConfig, split: str, size: int) -> tuple[Sequence[BugTa
 
     Args:
         config: which tasks.
-        split: of generated tasks `train`, `valid` (packages of training, other bugs) or `test` (other packages).
+        split: of generated tasks `train`, `valid` (packages of training, other bugs) or `test` (other packages); of a
+            file, which is one set, whatever it should be called.
         size: number of tasks; at most all there are.
 
     Returns:
         The tasks, spread over all there are, and `<split>-<size>-<first 6 hex digits of the SHA-256 over their rows>`.
 
     Raises:
-        ValueError: no such split, or no task in it.
+        ValueError: no such split, no task in it, or a file that cannot be read.
     """
     if size < 1:
         raise ValueError(f"expected size >= 1, got {size}")
-    if config.evaluation:
-        tasks = _of_file(config.evaluation, config.repos)
+    if is_file(config.evaluation):
+        tasks = _of_file("--bugs.evaluation", config.evaluation, config.repos)
     else:
         tasks = generated_tasks(split, config.difficulties)
     count = min(size, len(tasks))
@@ -135,12 +180,14 @@ def generated_tasks(split: str, difficulties: Sequence[str] = generated.DIFFICUL
     return [BugTask(bug.id, bug.difficulty, {"bug": bug.id}) for bug in bugs]
 
 
-def _of_file(path: str, repos: str) -> list[BugTask]:
+def _of_file(option: str, path: str, repos: str) -> list[BugTask]:
     # the path travels to servers that may run elsewhere
     absolute = {"instances": str(Path(path).resolve())} | ({"repos": str(Path(repos).resolve())} if repos else {})
-    return [
-        BugTask(each.instance_id, each.repo, absolute | {"id": each.instance_id}) for each in _instances(path).values()
-    ]
+    try:
+        found = _instances(absolute["instances"])
+    except (OSError, ValueError, ModuleNotFoundError) as error:  # pyarrow may not be installed
+        raise ValueError(f"{option}: expected a file of SWE-bench instances, got {path!r}: {error}") from error
+    return [BugTask(each.instance_id, each.repo, absolute | {"id": each.instance_id}) for each in found.values()]
 
 
 @lru_cache(maxsize=8)

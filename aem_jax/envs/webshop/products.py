@@ -66,43 +66,47 @@ def read_products(
     """Cleans products as WebShop does; leaves out those without a proper id, and later ones of an id seen before.
 
     Args:
-        items: entries of `items_shuffle*.json`.
+        items: entries of `items_shuffle*.json`; `files.read_files` checks them.
         annotations: `items_ins_v2*.json`, asin -> {attributes, …}.
 
     Raises:
-        ValueError: an entry lacks a field, or its price is none.
+        ValueError: a price is none.
     """
     seen = set()
     for item in items:
-        try:
-            asin = item["asin"]
-            if asin == "nan" or len(asin) > 10 or asin in seen:
-                continue
-            seen.add(asin)
-            bullets = item["small_description"]
-            prices = _prices(item.get("pricing") or "")
-            yield Product(
-                asin=asin,
-                title=item["name"],
-                category=item["category"],
-                query=item["query"].lower().strip(),
-                kind=item["product_category"],
-                description=item["full_description"] or "",
-                bullets=tuple(bullets) if isinstance(bullets, list) else (bullets or "",),
-                prices=prices,
-                price_tag=" to ".join(f"${price}" for price in prices),
-                options=_options(item.get("customization_options") or {}),
-                attributes=tuple(annotations.get(asin, {}).get("attributes", NO_ATTRIBUTES)),
-                image=item["images"][0] if item.get("images") else "",
-            )
-        except KeyError as missing:
-            raise ValueError(
-                f"expected a product of WebShop's files, got one without {missing}: {item!r:.200}"
-            ) from None
+        asin = item["asin"]
+        if not has_id(asin) or asin in seen:
+            continue
+        seen.add(asin)
+        bullets = item["small_description"]
+        prices = prices_of(item.get("pricing") or "")
+        yield Product(
+            asin=asin,
+            title=item["name"],
+            category=item["category"],
+            query=item["query"].lower().strip(),
+            kind=item["product_category"],
+            description=item["full_description"] or "",
+            bullets=tuple(bullets) if isinstance(bullets, list) else (bullets or "",),
+            prices=prices,
+            price_tag=" to ".join(f"${price}" for price in prices),
+            options=_options(item.get("customization_options") or {}),
+            attributes=tuple(annotations.get(asin, {}).get("attributes", NO_ATTRIBUTES)),
+            image=item["images"][0] if item.get("images") else "",
+        )
 
 
-def _prices(text: str) -> tuple[float, ...]:
-    """`$5.00$7.50` -> (5.0, 7.5); the shop knows a price or a range, and no more."""
+def has_id(asin: str) -> bool:
+    """Whether it is an id that WebShop sells a product under: at most ten characters, and not `nan`."""
+    return asin != "nan" and len(asin) <= 10
+
+
+def prices_of(text: str) -> tuple[float, ...]:
+    """`$5.00$7.50` -> (5.0, 7.5); the shop knows a price or a range, and no more.
+
+    Raises:
+        ValueError: there is a dollar sign and no number behind it.
+    """
     numbers = [re.sub(r"[^\d.]", "", part) for part in text.split("$")[1:]]
     try:
         return tuple(float(number) for number in numbers[:2]) or (NO_PRICE,)

@@ -1,13 +1,13 @@
 """Which shop: WebShop's own files, or one that we make; opened by every worker, indexed by the first."""
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aem_jax.envs.webshop.catalog import Catalog, ShopData, hash_of, open_catalog
+from aem_jax.envs.webshop.catalog import Catalog, hash_of, open_catalog
+from aem_jax.envs.webshop.files import read_files
 from aem_jax.envs.webshop.generator.config import GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.goals import GOAL_SOURCES
@@ -58,7 +58,8 @@ def open_shop(config: ShopConfig) -> Catalog:
         return open_catalog(_cache(config), sources, lambda: make_shop(config.made, config.seed))
     files = _files(config)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.exists()]
-    return open_catalog(_cache(config), sources | {"files": stats, "limit": config.limit}, lambda: _read(config, files))
+    sources |= {"files": stats, "limit": config.limit}
+    return open_catalog(_cache(config), sources, lambda: read_files(*files, config.limit))
 
 
 def _cache(config: ShopConfig) -> Path:
@@ -82,17 +83,3 @@ def _files(config: ShopConfig) -> tuple[Path, Path, Path]:
     if config.goals == "human" and not human.is_file():
         raise ValueError(f"expected WebShop's {human.name} in {folder}, found none; or set shop.goals to synthetic")
     return found[0], found[1], human
-
-
-def _read(config: ShopConfig, files: tuple[Path, Path, Path]) -> ShopData:
-    parts = []
-    for path, form in zip(files, (list, dict, dict)):
-        try:
-            part = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"expected JSON in {path}, got {error}") from None
-        if not isinstance(part, form):
-            raise ValueError(f"expected a JSON {'list' if form is list else 'mapping'} in {path}, got another value")
-        parts.append(part)
-    items, annotations, instructions = parts
-    return ShopData(items[: config.limit or None], annotations, instructions)

@@ -36,6 +36,7 @@ def make_site(shop: Shop, held_out: str = "products") -> Starlette:
         first = _number(request.query_params.get("from"))
         if split not in tasks:
             return _sorry(f"There is no split {split!r}.", 404)
+        first = min(first, (len(tasks[split]) - 1) // _SHOWN * _SHOWN)  # at the latest the last page
         goals = [shop.catalog.goals[number] for number in tasks[split].numbers[first : first + _SHOWN]]
         values = {"split": split, "splits": list(tasks), "first": first, "shown": _SHOWN, "total": len(tasks[split])}
         return HTMLResponse(render("start.html.j2", catalog=shop.catalog, goals=goals, **values))
@@ -82,7 +83,7 @@ def make_site(shop: Shop, held_out: str = "products") -> Starlette:
 
 
 def _number(text: str | None) -> int:
-    return int(text) if text and text.isascii() and text.isdigit() else 0
+    return int(text[:9]) if text and text.isascii() and text.isdigit() else 0
 
 
 def _sorry(text: str, status: int) -> Response:

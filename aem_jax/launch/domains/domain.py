@@ -57,6 +57,23 @@ def texts(domain: Domain, episodes: int, max_turns: int) -> Iterator[list[str]]:
         env.close()  # a session of a server, perhaps its only one
 
 
+def check_one_set(option: str, splits: Sequence[str]) -> None:
+    """Refuses to evaluate several splits where the tasks come from a file: under each name they would be the same.
+
+    Args:
+        option: what named the file.
+        splits: what will be evaluated.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if len(splits) > 1:
+        raise ValueError(
+            f"--evaluation.splits: expected one with {option}, whose file is one set, got {' '.join(splits)}; "
+            f"say --evaluation.splits {splits[-1]}"
+        )
+
+
 class _Item(Protocol):
     """What an environment's own task source holds."""
 

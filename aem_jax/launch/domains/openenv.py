@@ -20,7 +20,7 @@ from aem_jax.envs.pool_config import PoolConfig
 from aem_jax.envs.protocol import Environment, StepResult
 from aem_jax.envs.table import environment_spec
 from aem_jax.launch.config import RunConfig
-from aem_jax.launch.domains.domain import Domain
+from aem_jax.launch.domains.domain import Domain, check_one_set
 from aem_jax.trajectory import Task
 
 SEEDS: Mapping[str, int] = {"valid": 1_000_000_000, "test": 2_000_000_000}
@@ -31,7 +31,8 @@ def openenv(config: RunConfig) -> Domain:
     """An environment behind OpenEnv's messages.
 
     Raises:
-        ValueError: nothing says where the environment is, or its tasks cannot be read.
+        ValueError: nothing says where the environment is, its tasks cannot be read, or it would be evaluated on what it
+            is trained on.
     """
     asked = config.openenv
     sources = {"--env.urls": config.env.urls, "--env.command": config.env.command, "--openenv.serve": asked.serve}
@@ -56,9 +57,13 @@ def openenv(config: RunConfig) -> Domain:
             "give a file, or --evaluation.splits without a value to evaluate nothing"
         )
 
+    held_out = _held_out(asked.evaluation_tasks, common, training) if asked.evaluation_tasks else []
+    if held_out:
+        check_one_set("--openenv.evaluation-tasks", config.evaluation.splits)
+
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
-        if asked.evaluation_tasks:
-            tasks = _read(asked.evaluation_tasks, common)[:size]
+        if held_out:
+            tasks = held_out[:size]
         elif split in SEEDS:
             tasks = Seeds(range(SEEDS[split], SEEDS[split] + size), common)
         else:
@@ -97,6 +102,10 @@ class Seeds(Sequence[Task]):
         seed = self._seeds[item]
         return Task(f"seed-{seed}", "openenv", {**self._common, "seed": seed})
 
+    def of(self, seeds: Sequence[Any]) -> "Seeds":
+        """Those of the tasks whose seed is among `seeds`, which may hold anything."""
+        return Seeds([seed for seed in seeds if type(seed) is int and seed in self._seeds], self._common)
+
 
 def _mapping(text: str, name: str) -> dict[str, Any]:
     try:
@@ -118,6 +127,25 @@ def _read(file: str, common: Mapping[str, Any]) -> list[Task]:
         raise ValueError(f"expected at least one task in {file}, got none")
     tasks = [_mapping(line, f"line {number} of {file}") for number, line in enumerate(lines, start=1)]
     return [Task(f"{Path(file).stem}-{number}", "openenv", {**common, **task}) for number, task in enumerate(tasks)]
+
+
+def _held_out(file: str, common: Mapping[str, Any], training: Sequence[Task]) -> list[Task]:
+    """The tasks of a file, none of which is trained on."""
+    tasks = _read(file, common)
+    if isinstance(training, Seeds):  # there may be a billion
+        training = training.of([task.payload.get("seed") for task in tasks])
+    trained = {_json(task) for task in training}
+    both = [task for task in tasks if _json(task) in trained]
+    if both:
+        raise ValueError(
+            f"--openenv.evaluation-tasks: expected no task that is trained on, got {len(both)} in {file}, "
+            f"{_json(both[0])} for one; take them out, or out of --openenv.tasks or --openenv.seeds"
+        )
+    return tasks
+
+
+def _json(task: Task) -> str:
+    return json.dumps(dict(task.payload), sort_keys=True)
 
 
 class _OfPool:

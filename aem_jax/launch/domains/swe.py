@@ -11,16 +11,23 @@ from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesEnv, make_failing
 from aem_jax.envs.swe.env import SweEnv
 from aem_jax.envs.swe.payload import load_task
-from aem_jax.envs.swe.tasks import BugTask, eval_set, training_tasks, whole_payload
+from aem_jax.envs.swe.tasks import BugTask, check_sources, eval_set, is_file, training_tasks, whole_payload
 from aem_jax.launch.config import RunConfig
-from aem_jax.launch.domains.domain import Domain, Tasks
+from aem_jax.launch.domains.domain import Domain, Tasks, check_one_set
 from aem_jax.trajectory import Task
 
 _DRAWS = 100
 
 
 def swe(config: RunConfig) -> Domain:
-    """Repositories to work in with tools: generated tasks, or instances of SWE-bench in `config.bugs`."""
+    """Repositories to work in with tools: generated tasks, or instances of SWE-bench in `config.bugs`.
+
+    Raises:
+        ValueError: files that cannot be read, or that leave open what is evaluated.
+    """
+    check_sources(config.bugs, config.evaluation.splits)
+    if is_file(config.bugs.evaluation):
+        check_one_set("--bugs.evaluation", config.evaluation.splits)
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
         tasks, name = eval_set(config.bugs, split, size)
@@ -51,7 +58,17 @@ class _Whole(Tasks):
 
 
 def swe_choices(config: RunConfig) -> Domain:
-    """Generated tasks as choices among edits."""
+    """Generated tasks as choices among edits.
+
+    Raises:
+        ValueError: files of tasks, or no such tasks.
+    """
+    for option, source in {"--bugs.train": config.bugs.train, "--bugs.evaluation": config.bugs.evaluation}.items():
+        if is_file(source):
+            raise ValueError(
+                f"{option}: expected none with swe-choices, which has generated tasks only, got {source!r}; "
+                "--preset swe-qwen3-32b takes files"
+            )
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
         tasks, name = eval_set(config.bugs, split, size)

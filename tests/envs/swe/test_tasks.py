@@ -1,11 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 from envs.swe.samples import CALC, calc
 
 from aem_jax.envs.swe.instance import to_row
 from aem_jax.envs.swe.repos import files_checkout
-from aem_jax.envs.swe.tasks import TasksConfig, eval_set, load_task, training_tasks
+from aem_jax.envs.swe.tasks import TasksConfig, check_sources, eval_set, load_task, training_tasks
 
 
 @pytest.fixture
@@ -46,3 +47,33 @@ def test_without_mirrors_the_repository_has_to_come_from_an_image(data, tmp_path
         checkout(instance, tmp_path)
     with pytest.raises(ValueError, match="expected an instance of"):
         load_task({**task.payload, "id": "own__calc-3"})
+
+
+def test_training_and_evaluation_go_together(data, tmp_path):
+    two, third = str(data / "data.jsonl"), str(tmp_path / "third.jsonl")
+    Path(third).write_text(json.dumps(to_row(calc()) | {"instance_id": "own__calc-3"}))
+    for config in (
+        TasksConfig(),
+        TasksConfig(train=two, evaluation=third),
+        TasksConfig(train=two, evaluation="generated"),
+        TasksConfig(train="generated", evaluation=two),
+    ):
+        check_sources(config, ["test"])
+    check_sources(TasksConfig(train=two), [])  # nothing is evaluated
+    for config, why in (
+        (TasksConfig(train=two), "expected --bugs.evaluation with --bugs.train, got none"),
+        (
+            TasksConfig(evaluation=two),
+            "expected --bugs.train with --bugs.evaluation, got none; .* --bugs.train generated",
+        ),
+        (TasksConfig(train=two, evaluation=two), r"no instance of --bugs.train, got 2 \(own__calc-1, own__calc-2\)"),
+        (TasksConfig(train=two, evaluation="no.jsonl"), "--bugs.evaluation: expected a file of .*, got 'no.jsonl'"),
+        (
+            TasksConfig(train="no.csv", evaluation=two),
+            "--bugs.train: expected a file of .*, got 'no.csv': expected a file",
+        ),
+    ):
+        with pytest.raises(ValueError, match=why):
+            check_sources(config, ["test"])
+    assert len(eval_set(TasksConfig(two, "generated"), "valid", 5)[0]) == 5
+    assert training_tasks(TasksConfig("generated", two))[0].payload.keys() == {"bug"}
