@@ -82,15 +82,19 @@ CHECKOUT = files_checkout(FILES)
 
 
 def sandboxed_processes() -> set[int]:
-    """Processes of this machine that descend from this process and run in a sandbox, or set one up."""
-    parents, names = {}, {}
+    """Processes of this machine that descend from this process and run in a sandbox, or set one up.
+
+    Those of Python's multiprocessing, which other tests of this process leave behind (a fork server), are none.
+    """
+    parents, words = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            name, _, rest = (folder / "stat").read_text().partition(" (")[2].rpartition(") ")
+            rest = (folder / "stat").read_text().rpartition(") ")[2]
+            command = (folder / "cmdline").read_bytes()
         except OSError:
             continue  # ended meanwhile
         pid = int(folder.name)
-        parents[pid], names[pid] = int(rest.split()[1]), name
+        parents[pid], words[pid] = int(rest.split()[1]), command
     ours = set()
     for pid in parents:
         at = pid
@@ -98,4 +102,4 @@ def sandboxed_processes() -> set[int]:
             at = parents[at]
         if at == os.getpid() and pid != at:
             ours.add(pid)
-    return {pid for pid in ours if "resource_tracker" not in names[pid]}
+    return {pid for pid in ours if b"multiprocessing." not in words[pid]}
