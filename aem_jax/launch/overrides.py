@@ -101,7 +101,8 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
     except ValueError as error:
         # The config refuses the whole of it; the field is the one that it names, else the first that was set.
         names = [field.name for field in dataclasses.fields(config)]
-        named = next((name for name in names if name in str(error).replace(",", " ").split()), next(iter(own)))
+        # the first field that the message speaks of: a later word may be a value that is called as another field is
+        named = next((word for word in str(error).replace(",", " ").split() if word in names), next(iter(own)))
         raise ConfigError(f"{spell(prefix + named)}: {error}") from None
 
 

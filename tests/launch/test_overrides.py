@@ -140,3 +140,18 @@ def test_words_are_read_by_type(words: list[str], kind: object, value: object):
 def test_words_that_cannot_be_read(words: list[str], kind: object):
     with pytest.raises(ValueError, match="expected"):
         read(words, kind)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    goals: str = ""
+    held_out: str = "products"
+
+    def __post_init__(self):
+        if self.held_out not in ("products", "goals"):
+            raise ValueError(f"expected held_out of products, goals, got {self.held_out!r}")
+
+
+def test_an_error_is_of_the_field_that_it_names_first():
+    with pytest.raises(ConfigError, match=r"^--held_out: expected held_out of products, goals"):
+        override(Shelf(), {"held_out": "words"}, lambda name: f"--{name}")

@@ -151,7 +151,7 @@ def test_the_head_has_a_clip_and_a_learning_rate_of_its_own():
     params, update = with_head(VALUED_TOY), jax.jit(optimizer.update)
     for scale in (1.0, 1000.0):
         gradient = jax.tree.map(jnp.ones_like, params)
-        gradient["value"] = jax.tree.map(lambda leaf: scale * leaf, gradient["value"])  # noqa: B023
+        gradient["value"] = jax.tree.map(lambda leaf: scale * leaf, gradient["value"])  # noqa: B023 (called at once)
         found, _ = update(gradient, optimizer.init(params), params)
         # 2 · 12 · 8 weights and 8 + 1 of the head, each of norm 1; the schedule begins at half of 0.01 and of 0.03
         for part, clipped, rate in (("policy", 192**-0.5, 0.005), ("value", 1 / 3, 0.015)):

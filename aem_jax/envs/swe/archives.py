@@ -54,7 +54,7 @@ class _Entry:
 def _pack(fill: Callable[[Path], None]) -> IO[bytes]:
     """What `fill` puts into an empty folder, as a tar file that has no name any more."""
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-    archive = tempfile.TemporaryFile()  # noqa: SIM115
+    archive = tempfile.TemporaryFile()  # noqa: SIM115 (returned open)
     try:
         content = folder / "testbed"
         content.mkdir()
