@@ -99,10 +99,11 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
     except ConfigError:
         raise
     except ValueError as error:
-        # The config refuses the whole of it; the field is the one that it names, else the first that was set.
-        names = [field.name for field in dataclasses.fields(config)]
-        # the first field that the message speaks of: a later word may be a value that is called as another field is
-        named = next((word for word in str(error).replace(",", " ").split() if word in names), next(iter(own)))
+        # The config refuses the whole of it. The field is the first that it names of those that were set, else of all:
+        # a later word may be a value that is called as another field is.
+        said = str(error).replace(",", " ").split()
+        fields = [field.name for field in dataclasses.fields(config)]
+        named = next((word for group in (own, fields) for word in said if word in group), next(iter(own)))
         raise ConfigError(f"{spell(prefix + named)}: {error}") from None
 
 
