@@ -99,11 +99,11 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
     except ConfigError:
         raise
     except ValueError as error:
-        # The config refuses the whole of it. The field is the first that it names of those that were set, else of all:
-        # a later word may be a value that is called as another field is.
+        # The config refuses the whole of it. The field is one that it names: first those that were set, since a word may
+        # be a value that is called as another field is.
         said = str(error).replace(",", " ").split()
-        fields = [field.name for field in dataclasses.fields(config)]
-        named = next((word for group in (own, fields) for word in said if word in group), next(iter(own)))
+        spoken_of = [field.name for field in dataclasses.fields(config) if field.name in said]
+        named = next((name for name in spoken_of if name in own), next(iter(spoken_of), next(iter(own))))
         raise ConfigError(f"{spell(prefix + named)}: {error}") from None
 
 

@@ -152,6 +152,6 @@ class Shelf:
             raise ValueError(f"expected held_out of products, goals, got {self.held_out!r}")
 
 
-def test_an_error_is_of_the_field_that_it_names_first():
+def test_an_error_is_of_the_field_that_was_set():
     with pytest.raises(ConfigError, match=r"^--held_out: expected held_out of products, goals"):
         override(Shelf(), {"held_out": "words"}, lambda name: f"--{name}")
