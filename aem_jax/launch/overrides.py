@@ -99,8 +99,8 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
     except ConfigError:
         raise
     except ValueError as error:
-        # The config refuses the whole of it. The field is one that it names: first those that were set, since a word may
-        # be a value that is called as another field is.
+        # The config refuses the whole of it. The field is one that it names, before others one that was set: a word may
+        # also be a value that is called as another field is.
         said = str(error).replace(",", " ").split()
         spoken_of = [field.name for field in dataclasses.fields(config) if field.name in said]
         named = next((name for name in spoken_of if name in own), next(iter(spoken_of), next(iter(own))))

@@ -94,7 +94,7 @@ def test_the_last_of_an_option_given_twice_counts():
         (["--preset", "--seed", "1"], "--preset: expected one or more names, got nothing"),
         (
             ["--preset", "gspo", "--learner.importance-cap", "2"],
-            "--learner.ratio: expected importance_cap 0 with ratio response",
+            "--learner.importance-cap: expected importance_cap 0 with ratio response",
         ),
         (["--aem.strenght", "0"], "unknown field --aem.strenght; did you mean --aem.strength?"),
         (["--strength", "0"], "unknown field --strength; did you mean --aem.strength?"),
