@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 
 import pytest
@@ -186,8 +187,8 @@ WHY = {
     "ends pytest early": "believed: None",
     "makes every report say so": "believed: pytest was patched",
     "spares the tests of another file": "believed: pytest was patched",
-    "undoes the comparison of pytest's functions, too": "passed, its opposites ['PASSED'",
-    "returns what equals everything": "passed, its opposites ['",
+    "undoes the comparison of pytest's functions, too": r"passed, its opposites \[.*'PASSED'",
+    "returns what equals everything": r"passed, its opposites \[.*'PASSED'",
 }
 
 
@@ -204,7 +205,7 @@ def test_sealed_runs_are_not_deceived(tmp_path, name):
     report = grade(instance, patch, FakeRuntime(tmp_path), checkout, limits=check.LIMITS)
     assert report.applied and not report.resolved
     assert not any(report.fail_to_pass.values())
-    assert WHY.get(name, "") in report.log
+    assert re.search(WHY.get(name, ""), report.log)  # a search: the order of the opposites is drawn
 
 
 CLAIMS = """import pytest
