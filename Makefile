@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
 ARGS ?=
-# Test processes: two halve the time on two cores; each file stays in one of them.
+# Test processes: two halve the time on two cores; each file stays in one of them, in the order of tests/conftest.py.
 WORKERS ?= 2
 # One stamp per set of packages: a second call finds it and starts at once, a changed pin makes it stale.
 RUN_STAMP := $(VENV)/.installed-run
@@ -40,7 +40,7 @@ run: $(RUN_STAMP)
 	$(BIN)/python -m aem_jax.launch $(ARGS)
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

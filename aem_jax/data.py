@@ -30,7 +30,7 @@ def task_groups(tasks: Sequence[Task], num_groups: int, *, seed: int) -> Callabl
         raise ValueError("expected at least one task, got none; does the split have games?")
     if num_groups < 1:
         raise ValueError(f"expected num_groups ≥ 1, got {num_groups}")
-    source = grain.MapDataset.source(list(tasks))
+    source = grain.MapDataset.source(tasks)
 
     def tasks_of(step: int, round: int) -> list[Task]:
         if step < 0 or round < 0:

@@ -33,6 +33,12 @@ for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no process is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def golden() -> Path:
     """The folder of golden recordings beside the repository; the test is skipped where it is not there."""

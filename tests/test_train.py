@@ -115,6 +115,7 @@ def timeless(metrics: dict) -> dict:
     return {k: v for k, v in metrics.items() if not k.startswith(("time/", "throughput/", "compile/"))}
 
 
+@pytest.mark.slow
 def test_with_a_value_head_it_learns_what_to_expect_and_a_resumed_run_goes_on_alike():
     trained = ValuePolicy(POLICY)
     _, unbroken, _ = run(16, 1.0, trained=trained)
@@ -157,6 +158,7 @@ def test_rounds_are_played_until_enough_groups_differ_and_a_resumed_run_plays_th
     assert sum(h["compile/recompiles"] for h in unbroken) == 0
 
 
+@pytest.mark.slow
 def test_one_mesh_of_eight_devices_gives_the_same_losses():
     _, one, _ = run(2, 1.0)
     _, eight, _ = run(2, 1.0, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))

@@ -38,6 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch):
     ceilings.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"),
     [("sampler", 2), ("learner", 1), ("advantage", 2), ("envs", 2), ("load", 1), ("context", 3), ("rollout", 4)],

@@ -26,6 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.slow
 def test_warm_computations_fault_no_pages_in(user_environment):
     def faults(mode: str) -> int:
         command = [sys.executable, "-c", PROGRAM, mode]

@@ -32,6 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
+@pytest.mark.slow
 def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dict[str, str]):
     words = ["--preset", str(SMALL), "--runs-dir", str(tmp_path), "--name", "run", "--model.path", str(model)]
     words += ["--model.dtype", "float32", "--warmstart.episodes", "0", "--train.num-steps", "2"]

@@ -87,6 +87,7 @@ def test_only_the_adapter_changes_and_only_its_state_is_donated():
     assert all(jax.tree.leaves(jax.tree.map(lambda new, old: bool((new != old).all()), state.params, before)))
 
 
+@pytest.mark.slow
 def test_eight_devices_take_the_same_step_as_one():
     results = []
     for mesh in (ONE_DEVICE, make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):

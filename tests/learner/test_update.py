@@ -161,6 +161,7 @@ def test_parity_is_measured_before_any_step():
     assert stats["ratio_max"] > 1.5 * np.exp(-0.25)  # later steps did move
 
 
+@pytest.mark.slow
 def test_packing_and_microbatches_change_nothing():
     trajectories = random_trajectories(5, 10, TINY.config.vocab_size)
     config = dataclasses.replace(CONFIG, remat="dots", aggregation="trajectory-mean")

@@ -46,6 +46,7 @@ def same(found: list[Trajectory], expected: list[Trajectory]) -> None:
             np.testing.assert_allclose(x.entropies, y.entropies, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
