@@ -59,8 +59,11 @@ def _pack(fill: Callable[[Path], None]) -> IO[bytes]:
         content = folder / "testbed"
         content.mkdir()
         fill(content)
-        command = ["tar", "--create", "--file=-", "--directory", str(content), "."]
-        done = subprocess.run(command, stdout=archive, stderr=subprocess.PIPE)
+        # Not `.` itself: unpacked, it would have to take that folder's mode, and a container's /testbed is root's.
+        command = ["tar", "--create", "--file=-", "--directory", str(content)]
+        command += ["--null", "--verbatim-files-from", "--files-from=-"]
+        names = b"".join(b"./%s\0" % os.fsencode(name) for name in sorted(os.listdir(content)))
+        done = subprocess.run(command, input=names, stdout=archive, stderr=subprocess.PIPE)
         if done.returncode:
             raise SandboxError(f"the checkout could not be packed: {done.stderr.decode(errors='replace').strip()}")
         return archive

@@ -64,7 +64,8 @@ class ContainerConfig:
     """How containers are made."""
 
     image: str = ""
-    """Image of instances that name none; they get their repository from the checkout."""
+    """Image of instances that name none, with bash, git, patch, tar and what the tests need (pytest 7.2 or newer for
+    the generated ones); they get their repository from the checkout."""
     prelude: str = "if [ -f /opt/miniconda3/bin/activate ]; then source /opt/miniconda3/bin/activate testbed; fi"
     """Bash that runs before each command; the default enters the environment of SWE-bench's images."""
     processors: float = 2.0
@@ -95,9 +96,11 @@ class Containers:
         source = self._archives.open(instance, self._from_image if instance.image else checkout)
         try:
             container = f"aem-swe-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-            _engine([self._engine, *run_arguments(container, image, limits, self._config.processors)])
+            _engine([self._engine, *run_arguments(self.name, container, image, limits, self._config.processors)])
             workspace = ContainerWorkspace(self._engine, container, limits, self._config.prelude)
             try:
+                # an engine may give a mounted folder the mode, often 0755, of the image's folder beneath
+                _engine([self._engine, "exec", "--user", "0:0", container, "chmod", "1777", TESTBED, "/tmp"])
                 workspace.unpack(source)
                 if instance.image:
                     workspace.forget_history(instance.base_commit)
@@ -118,13 +121,14 @@ class Containers:
             _engine([self._engine, "rm", "--force", container])
 
 
-def run_arguments(container: str, image: str, limits: Limits, processors: float) -> list[str]:
+def run_arguments(engine: str, container: str, image: str, limits: Limits, processors: float) -> list[str]:
     """The engine's arguments that start a workspace's container, whose first process only sleeps."""
     eighth = limits.disk_mib // 8
     memory = limits.memory_mib + limits.disk_mib  # an engine counts file systems in memory as memory
     arguments = ["run", "--detach", "--rm", "--name", container, "--hostname", "sandbox"]
     arguments += ["--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--read-only"]
     arguments += ["--user", f"{USER_ID}:{USER_ID}", "--ipc", "private", "--workdir", TESTBED]
+    arguments += ["--stop-signal", "KILL"]  # the first process heeds no other, and the engine would wait ten seconds
     arguments += ["--pids-limit", str(limits.processes + 4), "--memory", f"{memory}m", "--memory-swap", f"{memory}m"]
     arguments += ["--cpus", f"{processors:g}", "--oom-score-adj", "1000", "--shm-size", f"{eighth}m"]
     bounds = {"core": 0, "nofile": 512, "fsize": limits.file_mib * 2**20}
@@ -132,8 +136,10 @@ def run_arguments(container: str, image: str, limits: Limits, processors: float)
         bounds["cpu"] = limits.cpu_seconds
     for name, value in bounds.items():
         arguments += ["--ulimit", f"{name}={value}:{value}"]
+    # podman would fill it with what the image has there: root's files, and the history of /testbed
+    empty = ",notmpcopyup" if engine == "podman" else ""
     for folder, size in ((TESTBED, 6 * eighth), ("/tmp", eighth)):
-        arguments += ["--tmpfs", f"{folder}:rw,exec,nosuid,nodev,mode=1777,size={size}m"]
+        arguments += ["--tmpfs", f"{folder}:rw,exec,nosuid,nodev,mode=1777,size={size}m{empty}"]
     for name, value in SETTINGS.items():
         arguments += ["--env", f"{name}={value}"]
     # a first process that the kernel asks nothing about its dead children, so that orphans leave no zombies
@@ -279,7 +285,12 @@ def _engine(command: Sequence[str]) -> str:
     with tempfile.TemporaryFile() as output:
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=ENGINE_S
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=ENGINE_S,
+                cwd=tempfile.gettempdir(),  # podman's monitor writes a file there when memory runs out
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SandboxError(f"{' '.join(command[:2])} failed: {error}") from None

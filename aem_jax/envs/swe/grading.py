@@ -152,9 +152,11 @@ def _holds(instance: Instance, statuses: Statuses, name: str, may_skip: bool) ->
 
 
 # The official chain, in its order. A failed attempt leaves parts behind, so each later one starts from a clean tree.
+# Of nothing, git says that it is no patch; the last of the chain, which an image may lack, then takes it.
 # `patch`, unlike git, would write into .git: it runs while that is elsewhere, and may not make one.
 _APPLY = r"""
 patch=$(mktemp) && kept=$(mktemp -d) && cat > "$patch" || exit 90
+[ -s "$patch" ] || exit 0
 with_patch() {
   mv .git "$kept/git" || return 91
   patch --batch --forward --fuzz=5 -p1 -i "$1"; code=$?

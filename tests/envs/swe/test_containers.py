@@ -1,4 +1,4 @@
-"""The command lines of docker and podman, by an executable that writes them down; no engine is needed (nor tried)."""
+"""The command lines of docker and podman, by an executable that writes them down; test_engines.py tries a real one."""
 
 import dataclasses
 import json
@@ -50,19 +50,32 @@ def calls(engine) -> list[list[str]]:
 
 
 def test_processor_time_is_bounded_where_it_is_asked():
-    asked = [run_arguments("name", "image", Limits(cpu_seconds=each), 2) for each in (0, 7)]
+    asked = [run_arguments("docker", "name", "image", Limits(cpu_seconds=each), 2) for each in (0, 7)]
     assert ["cpu=7:7" in words for words in asked] == [False, True]
+
+
+def test_podman_is_told_to_leave_the_images_files_where_they_are():
+    for engine, told in (("docker", 0), ("podman", 2)):  # docker does not, and knows no such option
+        assert " ".join(run_arguments(engine, "name", "image", QUICK, 2)).count(",notmpcopyup") == told
 
 
 def test_a_container_of_an_instance_without_an_image(engine):
     runtime = Containers("docker", ContainerConfig(image="python:3.11", prelude=""), str(engine))
     workspace = runtime.open(INSTANCE, CHECKOUT, limits=QUICK)
-    run, unpack, kill = calls(engine)
+    run, permit, unpack, kill = calls(engine)
     container = run[run.index("--name") + 1]
     words = " ".join(run)
     for expected in (
         *("--rm", "--network none", "--cap-drop ALL", "--security-opt no-new-privileges", "--read-only"),
-        *("--user 1000:1000", "--pids-limit 36", "--memory 288m", "--memory-swap 288m", "--shm-size 4m", "--cpus 2"),
+        *(
+            "--stop-signal KILL",
+            "--user 1000:1000",
+            "--pids-limit 36",
+            "--memory 288m",
+            "--memory-swap 288m",
+            "--shm-size 4m",
+            "--cpus 2",
+        ),
         *("--ulimit core=0:0", "--ulimit fsize=8388608:8388608", "--oom-score-adj 1000", "--ipc private"),
         "--tmpfs /testbed:rw,exec,nosuid,nodev,mode=1777,size=24m",
         "--tmpfs /tmp:rw,exec,nosuid,nodev,mode=1777,size=4m",
@@ -70,13 +83,14 @@ def test_a_container_of_an_instance_without_an_image(engine):
         assert f" {expected} " in words, expected
     assert run[-5:-2] == ["--entrypoint", "bash", "python:3.11"]
     assert not {"--privileged", "--volume", "-v", "--mount", "--device", "--cap-add"} & set(run)
+    assert permit == ["exec", "--user", "0:0", container, "chmod", "1777", "/testbed", "/tmp"]
     assert unpack[:3] == ["exec", "--interactive", container] and unpack[3] == "tar"
     with tarfile.open(engine.parent / "unpacked.tar") as archive:
         assert {"./calc.py", "./.git/HEAD"} <= set(archive.getnames())
     assert kill == ["exec", container, "bash", "-c", "kill -KILL -1"]
     workspace.close()
     workspace.close()
-    assert calls(engine)[3:] == [["rm", "--force", container]]
+    assert calls(engine)[4:] == [["rm", "--force", container]]
 
 
 def test_an_instance_with_an_image_brings_its_repository(engine):
@@ -89,7 +103,7 @@ def test_an_instance_with_an_image_brings_its_repository(engine):
     assert "swebench/x:latest" in run
     with tarfile.open(engine.parent / "unpacked.tar") as archive:
         assert "./from_image.py" in archive.getnames()
-    forget = calls(engine)[6]
+    forget = calls(engine)[7]
     assert "rm -rf .git" in forget[5] and forget[-1] == INSTANCE.base_commit
     runtime.open(instance, CHECKOUT, limits=QUICK).close()
     assert [call[0] for call in calls(engine)].count("create") == 1

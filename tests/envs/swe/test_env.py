@@ -103,6 +103,7 @@ def test_a_part_is_worth_its_share(runtime):
 def test_code_that_ends_its_sandbox_ends_its_episode_unsolved(env):
     env.reset(TASK)
     env._workspace._process.kill()
+    env._workspace._process.wait()  # by then what is in it has been killed, too
     assert env.step(FIX).observation == "[the sandbox was ended by what ran in it]"
     finished = env.step(FINISH)
     assert finished.terminated and finished.info["failure"].endswith("ended by what ran in it")

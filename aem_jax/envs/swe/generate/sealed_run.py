@@ -51,7 +51,7 @@ def run(dumps=json.dumps):
         seen = []
         for each in guarded:
             for value in vars(each).values():
-                value = getattr(value, "__func__", getattr(value, "fget", value))
+                value = getattr(value, "__func__", value.fget if isinstance(value, property) else value)
                 if hasattr(value, "__code__"):
                     seen += [value, value.__code__]
         for hook in vars(hooks).values():
@@ -64,7 +64,7 @@ def run(dumps=json.dumps):
 
     class Report:
         def pytest_sessionstart(self, session):
-            self.hooks, self.same = session.config.hook, True
+            self.hooks, self.same = session.config.pluginmanager.hook, True
         @pytest.hookimpl(tryfirst=True)
         def pytest_collection(self):
             self.path = path(self.hooks)
