@@ -23,6 +23,7 @@ from typing import Any
 
 from aem_jax.envs.actions import extract_action
 from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.swe.containers import ContainerConfig, Containers
 from aem_jax.envs.swe.generate.mutate import Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import package
 from aem_jax.envs.swe.generate.tasks import Bug, bug, checkout, instance
@@ -54,6 +55,8 @@ class ChoicesConfig:
     """Reward of a response that is no action."""
     runtime: str = "auto"
     """What grades: auto, bubblewrap, docker or podman."""
+    image: str = ""
+    """Image in which docker or podman grades, with bash, git, patch, tar, and a Python with pytest 7.2 or newer."""
     cache: str = "auto"
     """Folder in which verdicts are kept, since equal edits have equal verdicts; auto: $XDG_CACHE_HOME/aem_jax/swe;
     off: kept in memory alone."""
@@ -165,9 +168,14 @@ def make_failing(config: ChoicesConfig) -> Failing:
         OSError: there is no sandbox that works on this machine.
     """
     try:
-        runtime = choose_runtime(config.runtime)
+        runtime = choose_runtime(config.runtime, container=ContainerConfig(image=config.image))
     except SandboxError as error:
         raise OSError(str(error)) from None  # which servers and runs report as what is missing on this machine
+    if isinstance(runtime, Containers) and not config.image:
+        raise OSError(
+            f"expected an image for {runtime.name} to grade in, got none; set --choices.image to one with bash, git, "
+            "patch, tar, and a Python with pytest, or install bubblewrap, which needs no image"
+        )
     return remembered(graded(runtime), cache_folder(config.cache))
 
 

@@ -90,14 +90,17 @@ class Containers:
         image = instance.image or self._config.image
         if not image:
             raise SandboxError(
-                f"expected an image for {instance.instance_id!r}, which names none; set ContainerConfig.image, "
+                f"expected an image for {instance.instance_id!r}, which names none; name one "
+                "(ContainerConfig.image; --swe.container.image of a run, --image of the check), "
                 "or use bubblewrap, which needs none"
             )
         source = self._archives.open(instance, self._from_image if instance.image else checkout)
         try:
             container = f"aem-swe-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-            _engine([self._engine, *run_arguments(self.name, container, image, limits, self._config.processors)])
-            workspace = ContainerWorkspace(self._engine, container, limits, self._config.prelude)
+            started = _start(
+                [self._engine, *run_arguments(self.name, container, image, limits, self._config.processors)]
+            )
+            workspace = ContainerWorkspace(self._engine, container, started, limits, self._config.prelude)
             try:
                 # an engine may give a mounted folder the mode, often 0755, of the image's folder beneath
                 _engine([self._engine, "exec", "--user", "0:0", container, "chmod", "1777", TESTBED, "/tmp"])
@@ -122,10 +125,10 @@ class Containers:
 
 
 def run_arguments(engine: str, container: str, image: str, limits: Limits, processors: float) -> list[str]:
-    """The engine's arguments that start a workspace's container, whose first process only sleeps."""
+    """The engine's arguments that start a workspace's container, whose first process ends with its standard input."""
     eighth = limits.disk_mib // 8
     memory = limits.memory_mib + limits.disk_mib  # an engine counts file systems in memory as memory
-    arguments = ["run", "--detach", "--rm", "--name", container, "--hostname", "sandbox"]
+    arguments = ["run", "--interactive", "--rm", "--name", container, "--hostname", "sandbox"]
     arguments += ["--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--read-only"]
     arguments += ["--user", f"{USER_ID}:{USER_ID}", "--ipc", "private", "--workdir", TESTBED]
     arguments += ["--stop-signal", "KILL"]  # the first process heeds no other, and the engine would wait ten seconds
@@ -143,14 +146,19 @@ def run_arguments(engine: str, container: str, image: str, limits: Limits, proce
     for name, value in SETTINGS.items():
         arguments += ["--env", f"{name}={value}"]
     # a first process that the kernel asks nothing about its dead children, so that orphans leave no zombies
-    return [*arguments, "--entrypoint", "bash", image, "-c", "trap '' CHLD; exec sleep infinity"]
+    return [*arguments, "--entrypoint", "bash", image, "-c", "trap '' CHLD; echo started; exec cat > /dev/null"]
 
 
 class ContainerWorkspace:
-    """One running container; see `sandbox.Workspace` for the methods."""
+    """One running container; see `sandbox.Workspace` for the methods.
 
-    def __init__(self, engine: str, container: str, limits: Limits, prelude: str):
-        self._engine, self._container = engine, container
+    Args:
+        started: the engine's process that holds the container's standard input. When this program ends, however that
+            is, the input ends, and with it the container.
+    """
+
+    def __init__(self, engine: str, container: str, started: subprocess.Popen[bytes], limits: Limits, prelude: str):
+        self._engine, self._container, self._started = engine, container, started
         self._limits, self._prelude, self._ended = limits, prelude, ""
 
     def run(self, command: str, *, limits: Limits | None = None, stdin: bytes = b"") -> Outcome:
@@ -212,6 +220,7 @@ class ContainerWorkspace:
             self._ended = why
             with contextlib.suppress(SandboxError):  # `--rm` may have been quicker
                 _engine([self._engine, "rm", "--force", self._container])
+            _let_go(self._started)
 
     def _call(
         self, argv: Sequence[str], limits: Limits, stdin: int | None, *, split: bool = False
@@ -255,8 +264,8 @@ class ContainerWorkspace:
             self._end("the sandbox was ended by what ran in it")
 
 
-def _collect(streams: Mapping[IO[bytes], Cut], deadline: float) -> bool:
-    """Reads streams to their ends; False where the deadline came first."""
+def _collect(streams: Mapping[IO[bytes], Cut], deadline: float, *, first: bool = False) -> bool:
+    """Reads streams to their ends, or until the `first` thing comes; False where the deadline came first."""
     is_open = set(streams)
     while is_open:
         left = deadline - time.monotonic()
@@ -265,6 +274,8 @@ def _collect(streams: Mapping[IO[bytes], Cut], deadline: float) -> bool:
         for stream in select.select(list(is_open), [], [], left)[0]:
             data = os.read(stream.fileno(), 65536)
             streams[stream].add(data)
+            if first:
+                return True
             if not data:
                 is_open.discard(stream)
     return True
@@ -274,6 +285,44 @@ def _expect_success(outcome: Outcome, errors: bytes, what: str) -> None:
     if outcome.exit_code != 0:
         reason = outcome.notice or errors.decode(errors="replace").strip() or f"exit code {outcome.exit_code}"
         raise WorkspaceError(f"{what}: {reason:.500}")
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Has the engine run a container whose first process prints a line, and waits for it.
+
+    Raises:
+        SandboxError: it did not come, with the end of the engine's words.
+    """
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=errors, cwd=tempfile.gettempdir(), start_new_session=True
+            )
+        except OSError as error:
+            raise SandboxError(f"{' '.join(command[:2])} failed: {error}") from None
+        assert process.stdout
+        line = Cut(64)
+        in_time = _collect({process.stdout: line}, time.monotonic() + ENGINE_S, first=True)
+        if line.total:
+            return process
+        _let_go(process)
+        errors.seek(0)
+        reason = f"status {process.returncode}" if in_time else f"nothing within {ENGINE_S:g} s"
+        words = errors.read().decode(errors="replace")[-1000:].strip()
+        raise SandboxError(f"{' '.join(command[:2])} failed with {reason}: {words}")
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """Ends the standard input that a container lives by."""
+    for stream in (process.stdin, process.stdout):
+        assert stream
+        stream.close()
+    try:
+        process.wait(FILE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _engine(command: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from aem_jax.envs.swe.choices import (
     make_failing,
     remembered,
 )
+from aem_jax.envs.swe.containers import Containers
 from aem_jax.envs.swe.generate.mutate import apply
 from aem_jax.envs.swe.generate.packages import package
 from aem_jax.envs.swe.generate.tasks import DIFFICULTIES, bug, bugs
@@ -145,12 +146,19 @@ def test_a_slow_machine_is_given_more_time_and_no_verdict(monkeypatch, tmp_path)
 
 
 def test_without_a_sandbox_nothing_begins(monkeypatch):
-    def none(*_):
+    def none(*_, **__):
         raise SandboxError("install bubblewrap")
 
     monkeypatch.setattr(choices, "choose_runtime", none)
     with pytest.raises(OSError, match="install bubblewrap"):
         make_failing(ChoicesConfig())
+
+
+def test_containers_need_an_image(monkeypatch):
+    monkeypatch.setattr(choices, "choose_runtime", lambda name, container: Containers(name, container, "no-engine"))
+    with pytest.raises(OSError, match="expected an image for docker to grade in, got none; set --choices.image"):
+        make_failing(ChoicesConfig(runtime="docker"))
+    make_failing(ChoicesConfig(runtime="docker", image="python", cache="off"))
 
 
 def test_bad_settings():

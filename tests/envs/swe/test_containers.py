@@ -20,7 +20,9 @@ with open(os.path.dirname(sys.argv[0]) + "/log", "a") as log:
 words = " ".join(arguments)
 if os.path.exists(os.path.dirname(sys.argv[0]) + "/broken"):
     sys.exit("Cannot connect to the Docker daemon")
-if arguments[0] == "cp":
+if arguments[0] == "run":
+    print("started", flush=True); sys.stdin.read()
+elif arguments[0] == "cp":
     open(arguments[2] + "/from_image.py", "w").write("x = 1\\n")
 elif "tar --extract" in words:
     open(os.path.dirname(sys.argv[0]) + "/unpacked.tar", "wb").write(sys.stdin.buffer.read())

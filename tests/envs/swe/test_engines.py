@@ -6,8 +6,10 @@ AEM_JAX_TEST_ENGINE=podman AEM_JAX_TEST_IMAGE=localhost/debian-pytest make test 
 import dataclasses
 import os
 import subprocess
+import sys
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 from envs.swe.sandboxes import CHECKOUT, FILES, GOLD, INSTANCE
@@ -90,7 +92,7 @@ def test_the_repository_of_an_image_without_its_history(runtime, tmp_path):
     engine("create", "--name", name, IMAGE, "true")
     try:
         engine("cp", f"{tmp_path}/.", f"{name}:/testbed")
-        engine("commit", "--quiet", name, image)
+        engine("commit", name, image)
         instance = dataclasses.replace(INSTANCE, image=image)
         workspace = runtime.open(instance, files_checkout({}), limits=LIMITS)
         found = workspace.run(f"ls; git log --all --oneline | wc -l; git diff {instance.base_commit} && echo same")
@@ -101,6 +103,33 @@ def test_the_repository_of_an_image_without_its_history(runtime, tmp_path):
     finally:
         engine("rm", "--force", name)
         subprocess.run([ENGINE, "rmi", "--force", image], capture_output=True)
+
+
+ORPHAN = """
+import os, sys
+from envs.swe.sandboxes import CHECKOUT, INSTANCE
+from aem_jax.envs.swe.containers import ContainerConfig, Containers
+engine, image = sys.argv[1:]
+runtime = Containers("podman" if "podman" in engine else "docker", ContainerConfig(image=image), engine)
+workspace = runtime.open(INSTANCE, CHECKOUT)
+print(workspace._container, flush=True)
+workspace.run("sleep 1000")
+"""
+
+
+def test_a_container_does_not_outlive_a_server_that_is_killed():
+    here = os.pathsep.join(str(Path(__file__).parents[number]) for number in (2, 3))
+    environment = {**os.environ, "PYTHONPATH": here}
+    command = [sys.executable, "-c", ORPHAN, ENGINE, IMAGE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout
+        name = process.stdout.readline().strip()
+        assert name in engine("ps", "--format", "{{.Names}}")
+        process.kill()
+    deadline = time.monotonic() + 30
+    while name in engine("ps", "--all", "--format", "{{.Names}}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("difficulty", ["easy", "hard"])
