@@ -182,6 +182,12 @@ def test_advantage_stays_light():
     assert not loaded_after("aem_jax.advantage") & heavy
 
 
+def test_serving_stays_light():
+    """`serve` is one process of many on a host: what it loads stays as long as it serves."""
+    modules = ("aem_jax.launch.cli", "aem_jax.launch.options", "aem_jax.launch.serve")
+    assert not loaded_after(", ".join(modules)) & {"jax", "jaxlib", "numpy", "scipy", "transformers", "tyro", "rich"}
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "envs").rglob("*.py")), ids=module_name)
 def test_environments_load_no_jax(path: Path):
     """A server process that loads jax would take a gigabyte and a second each; not even an indirect import may."""

@@ -50,7 +50,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    from aem_jax.launch.options import apply, run_name
+    from aem_jax.launch.options import apply
+    from aem_jax.launch.record import run_name
 
     options = _options(words, "train")
     preset = _preset(options)
@@ -120,8 +121,8 @@ def _export(words: Sequence[str]) -> int:
 
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
     """The config of a run that is there: its own, not the preset as it may be by now, with the options in place."""
-    from aem_jax.launch.options import apply, run_name
-    from aem_jax.launch.record import load
+    from aem_jax.launch.options import apply
+    from aem_jax.launch.record import load, run_name
 
     asked = apply(_preset(options), options)
     folder = Path(asked.runs_dir) / run_name(asked, options)

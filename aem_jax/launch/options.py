@@ -1,19 +1,13 @@
-"""Words of a command line → options → configs, and the name that a run gets from what was changed."""
+"""Words of a command line → options → configs. No jax: `serve` starts and stays without it."""
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TypeVar
 
-from aem_jax.launch.config import RunConfig, is_harmless
 from aem_jax.launch.overrides import ConfigError, annotations, override, read, unknown
-from aem_jax.launch.preset import SEPARATOR
 
 Config = TypeVar("Config")
 Options = dict[str, list[str]]
-
-_LONGEST_NAME = 80
 
 
 def flag(name: str) -> str:
@@ -55,29 +49,3 @@ def apply(config: Config, options: Options) -> Config:
         except ValueError as error:
             raise ConfigError(f"{flag(name)}: {error}") from None
     return override(config, values, flag)
-
-
-def run_name(config: RunConfig, options: Mapping[str, Sequence[str]]) -> str:
-    """The name of a run: as given, else its presets' and each change that makes it another run.
-
-    `--aem.strength 0` of the preset alfworld-tiny is `alfworld-tiny-aem.strength-0`, so that it and the preset as it is
-    do not meet in one folder, and the same command finds the same run.
-
-    Raises:
-        ConfigError: a name that is no plain folder name.
-    """
-    if config.name:
-        if not re.fullmatch(r"[\w.+=-]+", config.name) or config.name.startswith("."):
-            raise ConfigError(
-                f"--name: expected letters, digits and -_.+=, got {config.name!r}; --runs-dir is its folder"
-            )
-        return config.name
-    changes = [
-        "-".join([name.replace("_", "-"), *words]) for name, words in sorted(options.items()) if not is_harmless(name)
-    ]
-    presets = [Path(each).name.removesuffix(".toml") for each in config.preset.split(SEPARATOR)]
-    name = re.sub(r"[^\w.+=-]+", "_", "-".join([*presets, *changes]))
-    if len(name) > _LONGEST_NAME:
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        name = f"{name[: _LONGEST_NAME - 9]}-{digest}"
-    return name

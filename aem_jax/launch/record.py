@@ -1,17 +1,48 @@
-"""The config of a run as it is kept beside its results, and what a resumed run may change of it."""
+"""The name of a run's folder, the config that is kept in it, and what a resumed run may change of it."""
 
 import dataclasses
+import hashlib
 import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from aem_jax.launch.config import RunConfig, is_harmless
 from aem_jax.launch.options import flag
 from aem_jax.launch.overrides import ConfigError, as_values, flatten, override
+from aem_jax.launch.preset import SEPARATOR
 from aem_jax.launch.processes import placeless
 from aem_jax.metrics import write_whole
 
 FILE = "config.json"
+_LONGEST_NAME = 80
+
+
+def run_name(config: RunConfig, options: Mapping[str, Sequence[str]]) -> str:
+    """The name of a run: as given, else its presets' and each change that makes it another run.
+
+    `--aem.strength 0` of the preset alfworld-tiny is `alfworld-tiny-aem.strength-0`, so that it and the preset as it is
+    do not meet in one folder, and the same command finds the same run.
+
+    Raises:
+        ConfigError: a name that is no plain folder name.
+    """
+    if config.name:
+        if not re.fullmatch(r"[\w.+=-]+", config.name) or config.name.startswith("."):
+            raise ConfigError(
+                f"--name: expected letters, digits and -_.+=, got {config.name!r}; --runs-dir is its folder"
+            )
+        return config.name
+    changes = [
+        "-".join([name.replace("_", "-"), *words]) for name, words in sorted(options.items()) if not is_harmless(name)
+    ]
+    presets = [Path(each).name.removesuffix(".toml") for each in config.preset.split(SEPARATOR)]
+    name = re.sub(r"[^\w.+=-]+", "_", "-".join([*presets, *changes]))
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: _LONGEST_NAME - 9]}-{digest}"
+    return name
 
 
 def save(config: RunConfig, folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from aem_jax.launch import cli, record
 from aem_jax.launch.config import RunConfig, is_harmless
-from aem_jax.launch.options import apply, run_name, split
+from aem_jax.launch.options import apply, split
 from aem_jax.launch.overrides import ConfigError, annotations, as_values
 from aem_jax.launch.preset import DEFAULT, algorithm_names, describe_preset, preset_names, read_preset
 
@@ -281,7 +281,7 @@ def test_nothing_is_left_of_an_algorithm_under_another():
 def test_a_change_that_matters_names_another_run():
     def name(*words: str) -> str:
         options = split(words)[1]
-        return run_name(apply(read_preset(DEFAULT), options), options)
+        return record.run_name(apply(read_preset(DEFAULT), options), options)
 
     assert name() == "alfworld-tiny"
     assert name("--train.num-steps", "3", "--env.num-servers", "4") == "alfworld-tiny"
