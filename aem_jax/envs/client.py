@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,21 @@ def websocket_url(url: str) -> str:
     return f"{schemes[scheme]}://{rest if rest.endswith('/ws') else rest + '/ws'}"
 
 
+def bearer(variable: str) -> Mapping[str, str]:
+    """Headers with the token that an environment variable holds, as hosted servers want it; none for no variable.
+
+    Raises:
+        ValueError: the variable is not set, or holds what cannot be a token.
+    """
+    if not variable:
+        return {}
+    token = os.environ.get(variable, "").strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        what = "something else" if token else "nothing"
+        raise ValueError(f"expected a token in the environment variable {variable}, found {what}; export {variable}=…")
+    return {"Authorization": f"Bearer {token}"}
+
+
 class Connection:
     """One open session. One request at a time; one that was not answered spoils the connection, so abort it then."""
 
@@ -39,12 +55,13 @@ class Connection:
         self._socket = socket
 
     @classmethod
-    async def open(cls, url: str, *, timeout_s: float) -> "Connection":
+    async def open(cls, url: str, *, timeout_s: float, headers: Mapping[str, str] | None = None) -> "Connection":
         """Connects; raises one of `CONNECTION_ERRORS`, or ValueError for a URL that is none."""
         try:
             # No compression, no pings: both cost more than they bring, and deadlines are the caller's.
             socket = await connect(
                 url,
+                additional_headers=headers,
                 compression=None,
                 ping_interval=None,
                 proxy=None,
@@ -87,18 +104,26 @@ class RemoteEnvironment:
         url: the server, in a form of `websocket_url`.
         mapping: where the server keeps our words; None suits our own servers.
         deadline_s: seconds that a call may take.
+        headers: sent when connecting; `bearer` makes those that carry a token.
 
     Raises:
         EnvError: at construction and in every call: no answer, in time, that makes sense.
     """
 
-    def __init__(self, url: str, mapping: WireMapping | None = None, deadline_s: float = 60.0):
+    def __init__(
+        self,
+        url: str,
+        mapping: WireMapping | None = None,
+        deadline_s: float = 60.0,
+        headers: Mapping[str, str] | None = None,
+    ):
         self._url, self._mapping, self._deadline_s = websocket_url(url), mapping or WireMapping(), deadline_s
         self._encode_step = step_encoder(self._mapping)
         self._held = contextlib.ExitStack()
         try:
             opening = connect_blocking(
                 self._url,
+                additional_headers=headers,
                 compression=None,
                 ping_interval=None,
                 proxy=None,

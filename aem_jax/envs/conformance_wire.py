@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from aem_jax.envs import protocol
-from aem_jax.envs.client import RemoteEnvironment, websocket_url
+from aem_jax.envs.client import RemoteEnvironment, bearer, websocket_url
 from aem_jax.envs.conformance import Problem, Subject, check_environment, expect, run_checks
 from aem_jax.envs.protocol import EnvError, RefusedError
 from aem_jax.envs.wire import WireMapping, step_encoder
@@ -38,6 +38,7 @@ class ServerSubject:
         sessions: its capacity, to be tried out; None where that is not wanted.
         guarded: whether it holds the order reset, step, …, done, and survives messages that are no mapping, as ours
             does; OpenEnv's own leaves the first to the environment and ends the session at the second.
+        headers: sent when connecting.
     """
 
     url: str
@@ -46,6 +47,7 @@ class ServerSubject:
     mapping: WireMapping = WireMapping()  # noqa: RUF009  (frozen)
     sessions: int | None = None
     guarded: bool = True
+    headers: Mapping[str, str] | None = None
 
 
 class _Talk:
@@ -95,7 +97,14 @@ class _Talk:
 
 @contextlib.contextmanager
 def _talk(subject: ServerSubject) -> Iterator[_Talk]:
-    with connect(subject.url, proxy=None, open_timeout=_TIMEOUT_S, max_size=protocol.MAX_MESSAGE_BYTES) as socket:
+    opening = connect(
+        subject.url,
+        additional_headers=subject.headers,
+        proxy=None,
+        open_timeout=_TIMEOUT_S,
+        max_size=protocol.MAX_MESSAGE_BYTES,
+    )
+    with opening as socket:
         yield _Talk(socket, subject)
 
 
@@ -226,7 +235,7 @@ def _with_room(subject: ServerSubject) -> RemoteEnvironment:
     """A session, for which an ended one may first have to be cleared away."""
     deadline = time.monotonic() + _CAPACITY_RETURNS_S
     while True:
-        env = RemoteEnvironment(subject.url, subject.mapping)
+        env = RemoteEnvironment(subject.url, subject.mapping, headers=subject.headers)
         try:
             env.state()
         except RefusedError as error:
@@ -247,17 +256,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--wire", type=json.loads, default={}, help="fields of WireMapping as JSON, for foreign servers"
     )
+    parser.add_argument("--token-variable", default="", help="environment variable with the token of a hosted server")
     parser.add_argument(
         "--unguarded", action="store_true", help="the server leaves the order of calls to its environment"
     )
     options = parser.parse_args(arguments)
     try:
         url, mapping = websocket_url(options.url), WireMapping(**options.wire)
-        RemoteEnvironment(url, mapping).close()
+        headers = bearer(options.token_variable)
+        RemoteEnvironment(url, mapping, headers=headers).close()
     except (ValueError, TypeError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    subject = ServerSubject(url, options.task, options.action, mapping, options.sessions, not options.unguarded)
+    subject = ServerSubject(
+        url, options.task, options.action, mapping, options.sessions, not options.unguarded, headers
+    )
     problems = check_server(subject)
     for problem in problems:
         print(problem)

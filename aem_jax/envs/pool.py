@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from aem_jax.envs import protocol
-from aem_jax.envs.client import websocket_url
+from aem_jax.envs.client import bearer, websocket_url
 from aem_jax.envs.pool_config import PoolConfig, PoolStats
 from aem_jax.envs.pool_session import Clock, PoolSession
 from aem_jax.envs.process import ServerProcess
@@ -39,7 +39,7 @@ class EnvPool:
             `config.command` say what serves.
 
     Raises:
-        ValueError: unknown environment or bad URL.
+        ValueError: unknown environment, bad URL, or no token where `config` names one.
         EnvError: a server cannot be started or reached, or has too few sessions; says why.
     """
 
@@ -47,6 +47,7 @@ class EnvPool:
         self._config = config
         self._encode_step = step_encoder(config.wire)
         urls = [websocket_url(url) for url in config.urls]
+        headers = bearer(config.token_variable)
         if config.command:
             launch = functools.partial(ServerProcess.start_command, config.command, timeout_s=config.start_deadline_s)
         else:
@@ -67,7 +68,7 @@ class EnvPool:
         count = config.sessions_per_server * len(self._servers)
         self._clock = Clock()
         self._sessions = [
-            PoolSession(i, self._servers[i % len(self._servers)], config, self._clock) for i in range(count)
+            PoolSession(i, self._servers[i % len(self._servers)], config, self._clock, headers) for i in range(count)
         ]
         self._under_way: dict[int, concurrent.futures.Future[StepResult]] = {}
         self._calls = self._failed_calls = 0

@@ -11,6 +11,9 @@ class PoolConfig:
 
     urls: tuple[str, ...] = ()
     """Servers to connect to (host:port or ws://…); empty: the pool starts its own."""
+    token_variable: str = ""
+    """Environment variable with a token for the servers of urls, sent as `Authorization: Bearer …`; the token itself is
+    written nowhere. Empty: none is sent."""
     command: str = ""
     """Command that starts one server, {port} in it, where the servers are not this package's: num_servers of them are
     started, watched and started again, as own ones. It must serve at 127.0.0.1:{port}, and end when it is killed."""
@@ -38,6 +41,8 @@ class PoolConfig:
             raise ValueError(
                 f"expected command with {{port}} in it and no urls beside it, got {self.command!r} and {self.urls}"
             )
+        if self.token_variable and not self.urls:
+            raise ValueError(f"expected urls beside token_variable, got {self.token_variable!r} alone")
         for name in ("num_servers", "sessions_per_server"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from aem_jax.envs import protocol
 from aem_jax.envs.client import CONNECTION_ERRORS, Connection, describe
@@ -47,10 +47,13 @@ class PoolSession:
         server: where it lives.
         config: the pool's.
         clock: the pool's.
+        headers: sent when connecting.
     """
 
-    def __init__(self, index: int, server: Supervisor, config: PoolConfig, clock: Clock):
-        self.index, self.server = index, server
+    def __init__(
+        self, index: int, server: Supervisor, config: PoolConfig, clock: Clock, headers: Mapping[str, str] | None = None
+    ):
+        self.index, self.server, self._headers = index, server, headers
         self._config, self._clock = config, clock
         self._connection: Connection | None = None  # None until it is (again) connected, and then
         self._failure = "it was never reset"  # says why
@@ -165,7 +168,9 @@ class PoolSession:
                 raise EnvError(f"{server} did not come back in time: {server.failure}")
             process = server.process
             try:
-                self._connection = await Connection.open(server.url, timeout_s=_CONNECT_TIMEOUT_S)
+                self._connection = await Connection.open(
+                    server.url, timeout_s=_CONNECT_TIMEOUT_S, headers=self._headers
+                )
                 server.failure = ""
             except CONNECTION_ERRORS as error:
                 server.failed(process, f"no connection: {describe(error)}")

@@ -40,8 +40,13 @@ def run_server(name, *options, settings=None):
 
 
 @contextlib.contextmanager
-def foreign_server(reply):
-    """A server with words of its own; `reply` makes the raw answer to a message."""
+def foreign_server(reply, token=""):
+    """A server with words of its own; `reply` makes the raw answer to a message. It may want a token."""
+
+    def admit(connection, request):
+        if token and request.headers.get("Authorization") != f"Bearer {token}":
+            return connection.respond(401, "a token is needed")
+        return None
 
     def handler(connection):
         for raw in connection:
@@ -49,7 +54,7 @@ def foreign_server(reply):
             if answer is not None:
                 connection.send(answer)
 
-    with serve(handler, "127.0.0.1", 0) as server:
+    with serve(handler, "127.0.0.1", 0, process_request=admit) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"127.0.0.1:{server.socket.getsockname()[1]}"

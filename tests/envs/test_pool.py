@@ -1,6 +1,7 @@
 """The pool's contract on good days, and what it says on bad ones. Servers that fail in use are in test_pool_chaos."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from concurrent.futures import Future
 import pytest
 from envs.serving import foreign_server, served
 
+from aem_jax.envs.client import RemoteEnvironment, bearer
 from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.envs.protocol import EnvError, RefusedError
 from aem_jax.envs.wire import WireMapping
@@ -102,6 +104,8 @@ def test_misuse_is_said_at_once():
 def test_bad_config_values(field, value):
     with pytest.raises(ValueError, match=f"expected {field} "):
         PoolConfig(**{field: value})
+    with pytest.raises(ValueError, match="expected urls beside token_variable, got 'TOKEN' alone"):
+        PoolConfig(token_variable="TOKEN")
 
 
 # Starting.
@@ -253,6 +257,29 @@ def test_a_foreign_server_under_a_mapping():
             assert (result.observation, result.reward, result.terminated) == ("hello", 0.5, True)
             assert result.info == {"won": True, "valid_action": True}
     assert heard[1:3] == [{"type": "reset", "data": {"seed": 3}}, {"type": "step", "data": {"message": "hello"}}]
+
+
+def test_a_server_that_wants_a_token(monkeypatch):
+    def reply(message):
+        data = {"observation": {"text": "welcome"}, "reward": None, "done": False}
+        answer = {"type": "state", "data": {}} if message["type"] == "state" else {"type": "observation", "data": data}
+        return json.dumps(answer)
+
+    mapping = WireMapping("message", "{}", "text", "", "", "", "", "", "")
+    monkeypatch.setenv("SERVER_TOKEN", " abc-123\n")
+    with foreign_server(reply, token="abc-123") as address:
+        config = PoolConfig((address,), "SERVER_TOKEN", sessions_per_server=2, restart_wait_s=1.0, wire=mapping)
+        with EnvPool(config, ("", {})) as pool:
+            assert pool.reset(1, {}).result(10).observation == "welcome"
+        remote = RemoteEnvironment(address, mapping, headers=bearer("SERVER_TOKEN"))
+        assert remote.reset({}).observation == "welcome"
+        remote.close()
+        with pytest.raises(EnvError, match="HTTP 401"):
+            EnvPool(dataclasses.replace(config, token_variable=""), ("", {}))
+        for value, found in (("", "nothing"), ("two words", "something else"), ("abc\r\nHost: x", "something else")):
+            monkeypatch.setenv("SERVER_TOKEN", value)
+            with pytest.raises(ValueError, match=f"expected a token in the .* SERVER_TOKEN, found {found}; export"):
+                EnvPool(config, ("", {}))
 
 
 @pytest.mark.parametrize("answer", ["rubbish", '{"type": "state", "data": {}}', None])

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aem_jax.envs.client import RemoteEnvironment
+from aem_jax.envs.client import RemoteEnvironment, bearer
 from aem_jax.envs.play import Act
 from aem_jax.envs.pool import EnvPool
 from aem_jax.envs.pool_config import PoolConfig
@@ -168,7 +168,7 @@ def _make_env(pool: PoolConfig, serve: str, settings: Mapping[str, Any]) -> Envi
     if serve:
         return environment_spec(serve).factory(settings)()
     if pool.urls:
-        return RemoteEnvironment(pool.urls[0], pool.wire, pool.reset_deadline_s)
+        return RemoteEnvironment(pool.urls[0], pool.wire, pool.reset_deadline_s, bearer(pool.token_variable))
     return _OfPool(EnvPool(dataclasses.replace(pool, num_servers=1, sessions_per_server=1), ("", {})))
 
 
