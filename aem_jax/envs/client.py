@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,10 +38,12 @@ def bearer(variable: str) -> Mapping[str, str]:
     """Headers with the token that an environment variable holds, as hosted servers want it; none for no variable.
 
     Raises:
-        ValueError: the variable is not set, or holds what cannot be a token.
+        ValueError: that is no variable's name, or it is not set, or holds what cannot be a token.
     """
     if not variable:
         return {}
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*", variable):  # not shown: it may be the token itself
+        raise ValueError("expected the name of an environment variable (capitals, digits, _) with a token, got another")
     token = os.environ.get(variable, "").strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         what = "something else" if token else "nothing"

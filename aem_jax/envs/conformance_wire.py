@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from websockets.exceptions import ConnectionClosed
@@ -47,7 +47,7 @@ class ServerSubject:
     mapping: WireMapping = WireMapping()  # noqa: RUF009  (frozen)
     sessions: int | None = None
     guarded: bool = True
-    headers: Mapping[str, str] | None = None
+    headers: Mapping[str, str] | None = field(default=None, repr=False)
 
 
 class _Talk:
@@ -208,7 +208,8 @@ def pages_are_there(subject: ServerSubject) -> None:
         ("metadata", {"name", "description"}),
         ("schema", {"action", "observation", "state"}),
     ):
-        with opener.open(f"{root}/{page}", timeout=_TIMEOUT_S) as response:
+        request = urllib.request.Request(f"{root}/{page}", headers=dict(subject.headers or {}))
+        with opener.open(request, timeout=_TIMEOUT_S) as response:
             content = json.load(response)
         expect(keys <= set(content), f"expected {sorted(keys)} in /{page}, got {content!r:.200}")
 

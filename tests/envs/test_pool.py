@@ -104,8 +104,13 @@ def test_misuse_is_said_at_once():
 def test_bad_config_values(field, value):
     with pytest.raises(ValueError, match=f"expected {field} "):
         PoolConfig(**{field: value})
-    with pytest.raises(ValueError, match="expected urls beside token_variable, got 'TOKEN' alone"):
+    with pytest.raises(ValueError, match="expected urls beside token_variable, got none"):
         PoolConfig(token_variable="TOKEN")
+    for url in ("my-space.hf.space", "ws://a:1", "http://localhost.evil.org"):
+        with pytest.raises(ValueError, match="expected urls of https:// or wss:// beside token_variable, got"):
+            PoolConfig((url,), "TOKEN")
+    for url in ("https://my-space.hf.space", "wss://a:1", "localhost:8000", "ws://127.0.0.1:1/ws"):
+        PoolConfig((url,), "TOKEN")
 
 
 # Starting.
@@ -276,6 +281,9 @@ def test_a_server_that_wants_a_token(monkeypatch):
         remote.close()
         with pytest.raises(EnvError, match="HTTP 401"):
             EnvPool(dataclasses.replace(config, token_variable=""), ("", {}))
+        with pytest.raises(ValueError, match="expected the name of an environment variable") as refused:
+            bearer("hf_abc")
+        assert "hf_abc" not in str(refused.value)
         for value, found in (("", "nothing"), ("two words", "something else"), ("abc\r\nHost: x", "something else")):
             monkeypatch.setenv("SERVER_TOKEN", value)
             with pytest.raises(ValueError, match=f"expected a token in the .* SERVER_TOKEN, found {found}; export"):

@@ -56,7 +56,7 @@ class ChoicesConfig:
     runtime: str = "auto"
     """What grades: auto, bubblewrap, docker or podman."""
     image: str = ""
-    """Image in which docker or podman grades, with bash, git, patch, tar, and a Python with pytest 7.2 or newer."""
+    """Image in which docker or podman grades, with bash, git, patch, tar, and a `python` with pytest 7.2 or newer."""
     cache: str = "auto"
     """Folder in which verdicts are kept, since equal edits have equal verdicts; auto: $XDG_CACHE_HOME/aem_jax/swe;
     off: kept in memory alone."""
@@ -114,6 +114,8 @@ def graded(runtime: Runtime, limits: Limits | None = None) -> Failing:
         report = grade(task, patch, runtime, checkout(found), limits=limits)
         if TIMED_OUT in report.log:
             report = grade(task, patch, runtime, checkout(found), limits=longer)
+        if not report.applied:  # edits of our own always apply
+            raise SandboxError(f"expected a patch of {found.id} to apply in the sandbox: {report.log[-500:]}")
         wrong = [*report.fail_to_pass.values(), *report.pass_to_pass.values()].count(False)
         assert report.resolved == (wrong == 0)
         return wrong
@@ -121,11 +123,12 @@ def graded(runtime: Runtime, limits: Limits | None = None) -> Failing:
     return failing
 
 
-def remembered(failing: Failing, folder: Path | None) -> Failing:
+def remembered(failing: Failing, folder: Path | None, where: str = "") -> Failing:
     """`failing`, asked once for each choice; verdicts lie in a folder that processes share, or in memory alone.
 
     A verdict belongs to the texts that it was reached on: the base commit, the script, the patch and the code that
-    grades. Threads wait for one another: each sandbox takes memory, and a group of episodes asks the same.
+    grades; and to `where` it was, since an image brings tools of its own. Threads wait for one another: each sandbox
+    takes memory, and a group of episodes asks the same.
     """
     known: dict[str, int] = {}
     turn = threading.Lock()
@@ -134,7 +137,7 @@ def remembered(failing: Failing, folder: Path | None) -> Failing:
 
     def answer(found: Bug, chosen: Sequence[Edit]) -> int:
         task = instance(found.id)
-        text = json.dumps([_grader(), task.base_commit, task.eval_script, _patch(found, chosen)])
+        text = json.dumps([_grader(), where, task.base_commit, task.eval_script, _patch(found, chosen)])
         key = hashlib.sha256(text.encode()).hexdigest()
         with turn:
             if key not in known:
@@ -174,9 +177,9 @@ def make_failing(config: ChoicesConfig) -> Failing:
     if isinstance(runtime, Containers) and not config.image:
         raise OSError(
             f"expected an image for {runtime.name} to grade in, got none; set --choices.image to one with bash, git, "
-            "patch, tar, and a Python with pytest, or install bubblewrap, which needs no image"
+            "patch, tar, and a `python` with pytest, or install bubblewrap, which needs no image"
         )
-    return remembered(graded(runtime), cache_folder(config.cache))
+    return remembered(graded(runtime), cache_folder(config.cache), f"{runtime.name} {config.image}".strip())
 
 
 def cache_folder(setting: str) -> Path | None:

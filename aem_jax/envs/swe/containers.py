@@ -42,6 +42,7 @@ git update-ref "refs/replace/$1" HEAD
 rm /tmp/tracked
 """
 
+_USER = f"{USER_ID}:{USER_ID}"
 ENGINE_S = 600.0
 """Seconds for the engine's own work; pulling an image may be part of it."""
 FILE_S = 20.0
@@ -97,9 +98,13 @@ class Containers:
         source = self._archives.open(instance, self._from_image if instance.image else checkout)
         try:
             container = f"aem-swe-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-            started = _start(
-                [self._engine, *run_arguments(self.name, container, image, limits, self._config.processors)]
-            )
+            command = [self._engine, *run_arguments(self.name, container, image, limits, self._config.processors)]
+            try:
+                started = _start(command)
+            except BaseException:  # it may have been made, though not started
+                with contextlib.suppress(SandboxError):
+                    _engine([self._engine, "rm", "--force", container])
+                raise
             workspace = ContainerWorkspace(self._engine, container, started, limits, self._config.prelude)
             try:
                 # an engine may give a mounted folder the mode, often 0755, of the image's folder beneath
@@ -130,7 +135,8 @@ def run_arguments(engine: str, container: str, image: str, limits: Limits, proce
     memory = limits.memory_mib + limits.disk_mib  # an engine counts file systems in memory as memory
     arguments = ["run", "--interactive", "--rm", "--name", container, "--hostname", "sandbox"]
     arguments += ["--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--read-only"]
-    arguments += ["--user", f"{USER_ID}:{USER_ID}", "--ipc", "private", "--workdir", TESTBED]
+    # the first process is root's (of no capabilities), so that commands neither write to its pipes nor trace it
+    arguments += ["--user", "0:0", "--ipc", "private", "--workdir", TESTBED]
     arguments += ["--stop-signal", "KILL"]  # the first process heeds no other, and the engine would wait ten seconds
     arguments += ["--pids-limit", str(limits.processes + 4), "--memory", f"{memory}m", "--memory-swap", f"{memory}m"]
     arguments += ["--cpus", f"{processors:g}", "--oom-score-adj", "1000", "--shm-size", f"{eighth}m"]
@@ -141,12 +147,14 @@ def run_arguments(engine: str, container: str, image: str, limits: Limits, proce
         arguments += ["--ulimit", f"{name}={value}:{value}"]
     # podman would fill it with what the image has there: root's files, and the history of /testbed
     empty = ",notmpcopyup" if engine == "podman" else ""
+    if engine == "podman":  # or it adds writable folders of no small size to what is read-only
+        arguments += ["--read-only-tmpfs=false"]
     for folder, size in ((TESTBED, 6 * eighth), ("/tmp", eighth)):
         arguments += ["--tmpfs", f"{folder}:rw,exec,nosuid,nodev,mode=1777,size={size}m{empty}"]
     for name, value in SETTINGS.items():
         arguments += ["--env", f"{name}={value}"]
     # a first process that the kernel asks nothing about its dead children, so that orphans leave no zombies
-    return [*arguments, "--entrypoint", "bash", image, "-c", "trap '' CHLD; echo started; exec cat > /dev/null"]
+    return [*arguments, "--entrypoint", "bash", image, "-c", "trap '' CHLD; echo started; exec cat > /dev/null 2>&1"]
 
 
 class ContainerWorkspace:
@@ -218,9 +226,11 @@ class ContainerWorkspace:
     def _end(self, why: str) -> None:
         if not self._ended:
             self._ended = why
-            with contextlib.suppress(SandboxError):  # `--rm` may have been quicker
-                _engine([self._engine, "rm", "--force", self._container])
-            _let_go(self._started)
+            try:
+                with contextlib.suppress(SandboxError):  # `--rm` may have been quicker
+                    _engine([self._engine, "rm", "--force", self._container])
+            finally:
+                _let_go(self._started)
 
     def _call(
         self, argv: Sequence[str], limits: Limits, stdin: int | None, *, split: bool = False
@@ -228,7 +238,7 @@ class ContainerWorkspace:
         """Runs a program in the container: what it came to, the bytes of its output, and its errors where split."""
         if self._ended:
             return Outcome(None, "", False, 0.0, self._ended), b"", b""
-        command = [self._engine, "exec", "--interactive", self._container, *argv]
+        command = [self._engine, "exec", "--interactive", "--user", _USER, self._container, *argv]
         began = time.monotonic()
         pipe = subprocess.PIPE
         errors_to = pipe if split else subprocess.STDOUT
@@ -254,13 +264,14 @@ class ContainerWorkspace:
 
     def _kill_rest(self) -> None:
         """Kills every process of the container but its first, which signals from inside do not reach."""
-        command = [self._engine, "exec", self._container, "bash", "-c", "kill -KILL -1"]
+        command = [self._engine, "exec", "--user", _USER, self._container, "bash", "-c", "kill -KILL -1"]
         try:
             done = subprocess.run(command, capture_output=True, timeout=FILE_S)
         except subprocess.TimeoutExpired:
             self._end("the sandbox was ended: what ran in it could not be killed")
             return
-        if done.returncode not in (0, 1):  # 1: there was nothing to kill
+        # 1: there was nothing to kill; but docker says the same of a container that is gone
+        if done.returncode not in (0, 1) or self._started.poll() is not None:
             self._end("the sandbox was ended by what ran in it")
 
 
@@ -303,7 +314,11 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
             raise SandboxError(f"{' '.join(command[:2])} failed: {error}") from None
         assert process.stdout
         line = Cut(64)
-        in_time = _collect({process.stdout: line}, time.monotonic() + ENGINE_S, first=True)
+        try:
+            in_time = _collect({process.stdout: line}, time.monotonic() + ENGINE_S, first=True)
+        except BaseException:
+            _let_go(process)
+            raise
         if line.total:
             return process
         _let_go(process)

@@ -71,7 +71,7 @@ def test_a_container_of_an_instance_without_an_image(engine):
         *("--rm", "--network none", "--cap-drop ALL", "--security-opt no-new-privileges", "--read-only"),
         *(
             "--stop-signal KILL",
-            "--user 1000:1000",
+            "--user 0:0",
             "--pids-limit 36",
             "--memory 288m",
             "--memory-swap 288m",
@@ -86,10 +86,10 @@ def test_a_container_of_an_instance_without_an_image(engine):
     assert run[-5:-2] == ["--entrypoint", "bash", "python:3.11"]
     assert not {"--privileged", "--volume", "-v", "--mount", "--device", "--cap-add"} & set(run)
     assert permit == ["exec", "--user", "0:0", container, "chmod", "1777", "/testbed", "/tmp"]
-    assert unpack[:3] == ["exec", "--interactive", container] and unpack[3] == "tar"
+    assert unpack[:5] == ["exec", "--interactive", "--user", "1000:1000", container] and unpack[5] == "tar"
     with tarfile.open(engine.parent / "unpacked.tar") as archive:
         assert {"./calc.py", "./.git/HEAD"} <= set(archive.getnames())
-    assert kill == ["exec", container, "bash", "-c", "kill -KILL -1"]
+    assert kill == ["exec", "--user", "1000:1000", container, "bash", "-c", "kill -KILL -1"]
     workspace.close()
     workspace.close()
     assert calls(engine)[4:] == [["rm", "--force", container]]
@@ -106,7 +106,7 @@ def test_an_instance_with_an_image_brings_its_repository(engine):
     with tarfile.open(engine.parent / "unpacked.tar") as archive:
         assert "./from_image.py" in archive.getnames()
     forget = calls(engine)[7]
-    assert "rm -rf .git" in forget[5] and forget[-1] == INSTANCE.base_commit
+    assert "rm -rf .git" in forget[7] and forget[-1] == INSTANCE.base_commit
     runtime.open(instance, CHECKOUT, limits=QUICK).close()
     assert [call[0] for call in calls(engine)].count("create") == 1
 
@@ -116,7 +116,7 @@ def test_commands_files_and_deadlines(engine):
     workspace = runtime.open(INSTANCE, CHECKOUT, limits=QUICK)
     outcome = workspace.run("echo")
     assert (outcome.exit_code, sorted(outcome.output.split()), outcome.timed_out) == (3, ["err", "out"], False)
-    assert calls(engine)[-2][3:] == ["bash", "-c", "prepare\necho"]
+    assert calls(engine)[-2][5:] == ["bash", "-c", "prepare\necho"]
     late = workspace.run("sleep 99", limits=dataclasses.replace(QUICK, seconds=4))
     assert (late.exit_code, late.timed_out) == (None, True) and late.output in ("", "begun\n")
     assert calls(engine)[-1][-1] == "kill -KILL -1"

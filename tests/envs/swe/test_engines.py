@@ -71,6 +71,9 @@ def test_limits_hold(workspace):
         "head -c 10000000 /dev/zero > large",
         "for i in 1 2 3 4 5; do head -c 8000000 /dev/zero > $i || exit 1; done",
         "touch /usr/x",
+        "touch /var/tmp/x",
+        "echo x > /proc/1/fd/2",
+        "echo x > /proc/1/fd/0",
         "python3 -c 'import socket; socket.create_connection((\"1.1.1.1\", 53), 5)'",
     ):
         assert workspace.run(attempt).exit_code not in (0, None), attempt
