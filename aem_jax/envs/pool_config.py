@@ -17,9 +17,6 @@ class PoolConfig:
 
     urls: tuple[str, ...] = ()
     """Servers to connect to (host:port or ws://…); empty: the pool starts its own."""
-    token_variable: str = ""
-    """Environment variable with a token for the servers of urls, sent as `Authorization: Bearer …`; the token itself is
-    written nowhere. Empty: none is sent."""
     command: str = ""
     """Command that starts one server, {port} in it, where the servers are not this package's: num_servers of them are
     started, watched and started again, as own ones. It must serve at 127.0.0.1:{port}, and end when it is killed."""
@@ -41,6 +38,9 @@ class PoolConfig:
     """Whether own servers send the admissible actions with every observation."""
     wire: WireMapping = field(default_factory=WireMapping)
     """Where the servers keep our words; the default suits own servers."""
+    token_variable: str = ""
+    """Environment variable with a token for the servers of urls, sent as `Authorization: Bearer …`; the token itself is
+    written nowhere. Empty: none is sent."""
 
     def __post_init__(self):
         if self.command and (self.urls or "{port}" not in self.command):

@@ -108,9 +108,9 @@ def test_bad_config_values(field, value):
         PoolConfig(token_variable="TOKEN")
     for url in ("my-space.hf.space", "ws://a:1", "http://localhost.evil.org"):
         with pytest.raises(ValueError, match="expected urls of https:// or wss:// beside token_variable, got"):
-            PoolConfig((url,), "TOKEN")
+            PoolConfig((url,), token_variable="TOKEN")
     for url in ("https://my-space.hf.space", "wss://a:1", "localhost:8000", "ws://127.0.0.1:1/ws"):
-        PoolConfig((url,), "TOKEN")
+        PoolConfig((url,), token_variable="TOKEN")
 
 
 # Starting.
@@ -273,7 +273,9 @@ def test_a_server_that_wants_a_token(monkeypatch):
     mapping = WireMapping("message", "{}", "text", "", "", "", "", "", "")
     monkeypatch.setenv("SERVER_TOKEN", " abc-123\n")
     with foreign_server(reply, token="abc-123") as address:
-        config = PoolConfig((address,), "SERVER_TOKEN", sessions_per_server=2, restart_wait_s=1.0, wire=mapping)
+        config = PoolConfig(
+            (address,), sessions_per_server=2, restart_wait_s=1.0, wire=mapping, token_variable="SERVER_TOKEN"
+        )
         with EnvPool(config, ("", {})) as pool:
             assert pool.reset(1, {}).result(10).observation == "welcome"
         remote = RemoteEnvironment(address, mapping, headers=bearer("SERVER_TOKEN"))
