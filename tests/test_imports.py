@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "aem_jax"
 
 LEVELS = {
-    0: {"advantage", "losses"},
+    0: {"advantage", "losses", "files"},
     1: {"trajectory", "sharding", "tokenizer", "models", "envs", "hosts"},
     2: {
         *("sampler", "rollout", "selection", "batch", "credit", "learner"),

@@ -1,0 +1,118 @@
+"""Text and JSON in files: UTF-8 whatever the locale, and errors of one line that name the file.
+
+Three facts that Python's own readers leave to the caller:
+`str.splitlines` cuts at U+2028, U+0085 and others, which JSON allows inside a string, so lines end at `\\n` alone;
+`json.loads` accepts NaN and Infinity, which are no JSON, so these are refused;
+JSON can name half of a surrogate pair (`"\\ud83d"`), which no encoding can write, so it becomes U+FFFD on entry.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def valid_text(text: str) -> str:
+    """The text with each surrogate that has no partner replaced by U+FFFD; halves that make a pair are joined."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def valid_json(value: Any) -> Any:
+    """A value that `json.loads` returned, with `valid_text` applied to every string and every key in it."""
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, list):
+        return [valid_json(item) for item in value]
+    if isinstance(value, dict):
+        return {valid_text(key): valid_json(item) for key, item in value.items()}
+    return value
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """The value of a JSON text, its strings valid.
+
+    Args:
+        text: UTF-8 if bytes; a byte order mark in front is left out.
+        source: where the text is from; begins the error.
+
+    Raises:
+        ValueError: it is no JSON, has NaN or Infinity in it, is not UTF-8, or is nested too deeply.
+    """
+    try:
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
+        value = json.loads(decoded, parse_constant=_refuse_constant)
+        # Only an escape can make half a pair: UTF-8 has none.
+        return valid_json(value) if "\\u" in decoded or isinstance(text, str) else value
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{source}: expected text in UTF-8, got byte {error.object[error.start]:#04x} at {error.start}"
+        ) from None
+    except json.JSONDecodeError as error:
+        got = "nothing" if not decoded.strip() else f"{error.msg} at line {error.lineno} column {error.colno}"
+        raise ValueError(f"{source}: expected JSON, got {got}") from None
+    except RecursionError:
+        raise ValueError(f"{source}: expected JSON, got values nested too deeply to read") from None
+    except ValueError as error:  # a constant, or an integer of thousands of digits
+        raise ValueError(f"{source}: {error}") from None
+
+
+def read_text(path: Path | str) -> str:
+    """A file's text, its line ends as they are; a byte order mark in front is left out.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected text in UTF-8, got byte {data[error.start]:#04x} at {error.start}"
+        ) from None
+
+
+def read_json(path: Path | str) -> Any:
+    """The value of a JSON file; `parse_json` says what is refused.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no JSON.
+    """
+    return parse_json(Path(path).read_bytes(), str(path))
+
+
+def read_json_lines(path: Path | str) -> Iterator[tuple[int, Any]]:
+    """The values of a JSON-lines file with their line numbers from 1; empty lines are skipped, CRLF is fine.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line holds no JSON; names file and line.
+    """
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield number, parse_json(line, f"{path} line {number}")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes a file as UTF-8, completely or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"expected JSON, got {name}, for which JSON has no word; write null or a finite number")
