@@ -23,6 +23,7 @@ from aem_jax.evaluate import EvaluationConfig
 from aem_jax.launch.algorithm import AlgorithmConfig
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.metrics import MetricsConfig
+from aem_jax.models.config import dtype_name
 from aem_jax.models.lora import LoraConfig
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sampler.draw import SamplingConfig
@@ -56,6 +57,10 @@ class ModelChoice:
     """Width of a head, if not the named one; even."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations and of weights as used, if not the named one; masters are float32 in any case."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,10 @@ def _parameters(stage: Stage) -> Any:
     if not stage.config.model.path:
         return stage.key("init")
     folder = resolve(stage.config.model.path)
-    return load_params(folder, stage.policy, mesh=stage.mesh, dtype="float32")
+    try:
+        return load_params(folder, stage.policy, mesh=stage.mesh, dtype="float32")
+    except ValueError as error:
+        raise ConfigError(f"--model.path: {error}") from error
 
 
 def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from aem_jax.models.config import dtype_name
+
 
 @dataclass(frozen=True)
 class LearnerConfig:
@@ -78,6 +80,7 @@ class LearnerConfig:
     """How often the batch is gone through."""
 
     def __post_init__(self):
+        object.__setattr__(self, "moments", dtype_name(self.moments, ("float32", "bfloat16", "int8"), "moments"))
         _positive(self, "learning_rate", "adam_eps", "max_grad_norm", "temperature", "head_chunk")
         _positive(self, "num_minibatches", "num_epochs", "value_learning_rate")
         if not 0 <= self.clip_low <= 1 or not self.clip_high >= 0:

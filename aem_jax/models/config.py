@@ -1,6 +1,42 @@
 """Sizes of a decoder, in the field's usual names, and the table of known ones."""
 
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+DTYPES = ("bfloat16", "float32")
+"""In which a decoder computes."""
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 100
+brief = _brief.repr
+"""A value for the line of an error: cut where it is long or deep."""
+
+
+def dtype_name(dtype: DTypeLike, accepted: Sequence[str] = DTYPES, field: str = "dtype") -> str:
+    """The name of a dtype: "bfloat16" of "bfloat16", `jnp.bfloat16` or `np.dtype("bfloat16")`.
+
+    Args:
+        dtype: as whoever uses JAX passes it, or one of the accepted names.
+        accepted: names.
+        field: begins the error.
+
+    Raises:
+        ValueError: none of the accepted ones.
+    """
+    if isinstance(dtype, str) and dtype in accepted:
+        return dtype
+    try:
+        name = jnp.dtype(dtype).name
+    except (TypeError, ValueError):
+        name = ""
+    if name not in accepted:
+        names = ", ".join(accepted[:-1]) + " or " + accepted[-1]
+        raise ValueError(f"expected {field} {names} (a name, a jax or a numpy dtype), got {brief(dtype)}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -15,6 +51,20 @@ class RopeScaling:
     """Those that turn at least so often stay as they are; in between the two are mixed."""
     original_context: int
     """Tokens of the original context."""
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1 or not 0 < self.low_freq_factor < self.high_freq_factor or self.original_context < 1:
+            raise ValueError(
+                f"expected a rope factor >= 1, 0 < low_freq_factor < high_freq_factor and an original context >= 1, "
+                f"got {self.factor}, {self.low_freq_factor}, {self.high_freq_factor} and {self.original_context}"
+            )
+
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    "max_positions",
+)
+"""Fields of `ModelConfig` that count something."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +93,13 @@ class ModelConfig:
     max_positions: int = 32_768
     """Tokens of the longest context that the weights were made for."""
     dtype: str = "float32"
-    """Dtype of activations and of the weights as used; masters are float32."""
+    """Dtype of activations and of the weights as used; masters are float32. A jax or numpy dtype becomes its name."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"expected num_heads divisible by num_kv_heads, got {self.num_heads} and {self.num_kv_heads}; "

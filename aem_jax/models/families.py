@@ -1,9 +1,18 @@
-"""Hugging Face's `config.json` and ours, both ways. The families differ by options of one decoder, listed here."""
+"""Hugging Face's `config.json` and ours, both ways. The families differ by options of one decoder, listed here.
 
-from collections.abc import Mapping
+The reader gives what the pinned transformers computes with, defaults included, or refuses the field by its name:
+nothing that changes the model is passed over. `tests/models/test_families.py` compares the two.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from aem_jax.models.config import ModelConfig, RopeScaling
+from jax.typing import DTypeLike
+
+from aem_jax.models.config import ModelConfig, RopeScaling, brief, dtype_name
+
+SAVED_DTYPES = ("bfloat16", "float32", "float16")
+"""In which weights are written."""
 
 
 class Family(NamedTuple):
@@ -14,18 +23,22 @@ class Family(NamedTuple):
         model_type: `model_type`.
         qkv_bias: option of `ModelConfig`.
         qk_norm: option of `ModelConfig`.
+        num_kv_heads: where a file has none; None is as many as query heads.
+        head_dim: where a file has none; None is hidden size / query heads.
     """
 
     architecture: str
     model_type: str
     qkv_bias: bool
     qk_norm: bool
+    num_kv_heads: int | None
+    head_dim: int | None
 
 
 FAMILIES = (
-    Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True, qk_norm=False),
-    Family("Qwen3ForCausalLM", "qwen3", qkv_bias=False, qk_norm=True),
-    Family("LlamaForCausalLM", "llama", qkv_bias=False, qk_norm=False),
+    Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True, qk_norm=False, num_kv_heads=32, head_dim=None),
+    Family("Qwen3ForCausalLM", "qwen3", qkv_bias=False, qk_norm=True, num_kv_heads=32, head_dim=128),
+    Family("LlamaForCausalLM", "llama", qkv_bias=False, qk_norm=False, num_kv_heads=None, head_dim=None),
 )
 
 _SIZES = {
@@ -35,12 +48,22 @@ _SIZES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "max_positions": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
 }
 """Ours -> theirs, always there."""
 
-_MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-"""Options that the decoder has one form of; absent means that form."""
+_ONE_FORM: Mapping[str, Sequence[Any]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0, 1, None),
+    "quantization_config": (None,),
+    "per_layer_config": (None,),
+    "text_config": (None,),
+    "transformers_weights": (None,),
+    "configuration_files": (None,),
+}
+"""Options that the decoder has one form of, and what means that form; a field that is absent means the first."""
 
 _LLAMA3 = {
     "factor": "factor",
@@ -49,8 +72,10 @@ _LLAMA3 = {
     "original_context": "original_max_position_embeddings",
 }
 
+_REQUIRED: Any = object()
 
-def config_from_hf(theirs: Mapping[str, Any], dtype: str = "bfloat16") -> ModelConfig:
+
+def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> ModelConfig:
     """Our config of a `config.json`.
 
     Args:
@@ -58,33 +83,41 @@ def config_from_hf(theirs: Mapping[str, Any], dtype: str = "bfloat16") -> ModelC
         dtype: of activations and of weights as used.
 
     Raises:
-        ValueError: a family or an option that the decoder does not have, or a field that is missing; names it.
+        ValueError: a family or an option that the decoder does not have, or a field that is missing or of another kind;
+            names it.
     """
+    if not isinstance(theirs, Mapping):
+        raise ValueError(f"expected an object, got {brief(theirs)}")
     family = _family(theirs)
-    for name, value in _MUST_BE.items():
-        if theirs.get(name, value) != value:
-            raise ValueError(f"expected {name} = {value!r}, got {theirs[name]!r}; the decoder has no other form")
-    if odd := {kind for kind in theirs.get("layer_types") or () if kind != "full_attention"}:
-        raise ValueError(f"expected layer_types of full_attention, got {sorted(odd)}; the decoder has no other form")
-    missing = [name for name in _SIZES.values() if name not in theirs]
-    if missing:
-        raise ValueError(f"expected {', '.join(missing)}, got {sorted(theirs)}")
-    sizes = {ours: theirs[name] for ours, name in _SIZES.items()}
-    theta, scaling = _rope(theirs)
+    theirs = {"num_key_value_heads": family.num_kv_heads, "head_dim": family.head_dim, **theirs}
+    for name, values in _ONE_FORM.items():
+        _one_of(theirs, name, values)
+    sizes = {ours: _take(theirs, name, _SIZE) for ours, name in _SIZES.items()}
+    hidden, heads = sizes["hidden_size"], sizes["num_heads"]
+    _take(theirs, "layer_types", _full_attention(sizes["num_layers"]), None)
+    if family.model_type == "llama" and hidden % heads:
+        raise ValueError(f"expected hidden_size divisible by num_attention_heads, got {hidden} and {heads}")
+    if family.head_dim and theirs["head_dim"] is None:
+        raise ValueError(f"expected head_dim to be {_SIZE.words}, got null (model_type {family.model_type})")
+    theta, scaling = _rope(theirs, sizes["max_positions"])
+    filled = {"num_key_value_heads": heads, "head_dim": hidden // heads} | {
+        name: value for name, value in theirs.items() if value is not None
+    }
     return ModelConfig(
         **sizes,
-        num_kv_heads=theirs.get("num_key_value_heads") or sizes["num_heads"],
-        head_dim=theirs.get("head_dim") or sizes["hidden_size"] // sizes["num_heads"],
+        num_kv_heads=_take(filled, "num_key_value_heads", _SIZE),
+        head_dim=_take(filled, "head_dim", _SIZE),
         rope_theta=theta,
         rope_scaling=scaling,
-        tied_head=bool(theirs.get("tie_word_embeddings", False)),
+        norm_eps=float(_take(theirs, "rms_norm_eps", _POSITIVE)),
+        tied_head=_take(theirs, "tie_word_embeddings", _FLAG, False),
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias,
-        dtype=dtype,
+        dtype=dtype_name(dtype),
     )
 
 
-def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
     """A `config.json` that transformers reads as the same model.
 
     Args:
@@ -106,13 +139,14 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **{name: getattr(config, ours) for ours, name in _SIZES.items()},
+        "rms_norm_eps": config.norm_eps,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
         "rope_parameters": rope,
         "tie_word_embeddings": config.tied_head,
-        "dtype": dtype,
+        "dtype": dtype_name(dtype, SAVED_DTYPES),
     }
 
 
@@ -121,24 +155,78 @@ def _names() -> str:
 
 
 def _family(theirs: Mapping[str, Any]) -> Family:
-    named = theirs.get("architectures") or ()
-    for family in FAMILIES:
-        if family.architecture in named or (not named and theirs.get("model_type") == family.model_type):
-            return family
-    got = list(named) or theirs.get("model_type")
-    raise ValueError(f"expected one of {_names()} in architectures, got {got}")
+    """The family of `model_type`, which is what transformers goes by; `architectures` must not name another one."""
+    architectures, kind = _take(theirs, "architectures", _STRINGS, None) or [], theirs.get("model_type")
+    if architectures or kind is not None:
+        for family in FAMILIES:
+            if kind in (None, family.model_type) and (not architectures or family.architecture in architectures):
+                return family
+    raise ValueError(
+        f"expected one of {_names()} in architectures and its model_type, got {brief(architectures)} and {brief(kind)}"
+    )
 
 
-def _rope(theirs: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    rope = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
-    theta = rope.get("rope_theta", theirs.get("rope_theta", 10_000.0))
+def _rope(theirs: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
+
+    As in transformers, `rope_scaling` replaces `rope_parameters`, and either's own `rope_theta` goes before the one
+    beside it.
+    """
+    objects = {name: _take(theirs, name, _OBJECT, None) for name in ("rope_scaling", "rope_parameters")}
+    source = "rope_scaling" if objects["rope_scaling"] else "rope_parameters"
+    rope = objects[source] or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"expected {source}.rope_type 'default' or 'llama3', got {brief(kind)}")
+    known = ["rope_type", "type", "rope_theta", "partial_rotary_factor"]
+    known += _LLAMA3.values() if kind == "llama3" else ()
+    if unknown := [name for name in rope if name not in known]:
+        raise ValueError(
+            f"expected {source} of rope_type {kind!r} to have {', '.join(known)} alone, got {brief(unknown)}"
+        )
+    _one_of(rope, "partial_rotary_factor", (1.0, 1))
+    theta = _take({"rope_theta": theirs.get("rope_theta", 10_000.0), **rope}, "rope_theta", _POSITIVE)
     if kind == "default":
         return float(theta), None
-    if kind != "llama3":
-        raise ValueError(f"expected rope_type 'default' or 'llama3', got {kind!r}")
-    missing = [name for name in _LLAMA3.values() if name not in rope]
-    if missing:
-        raise ValueError(f"expected {', '.join(missing)} with rope_type 'llama3', got {sorted(rope)}")
-    return float(theta), RopeScaling(**{ours: rope[name] for ours, name in _LLAMA3.items()})
+    name = "original_max_position_embeddings"  # transformers prefers the field beside the object to the one in it
+    context = _take(theirs if name in theirs else {name: max_positions, **rope}, name, _SIZE)
+    factors = (float(_take(rope, name, _POSITIVE)) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    return float(theta), RopeScaling(*factors, original_context=context)
+
+
+class _Kind(NamedTuple):
+    """What a value has to be: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+_SIZE = _Kind("a whole number from 1 to 2147483647", lambda x: type(x) is int and 0 < x < 2**31)
+_POSITIVE = _Kind("a number above 0", lambda x: type(x) in (int, float) and 0 < x < 1e38)
+_FLAG = _Kind("true or false", lambda x: type(x) is bool)
+_OBJECT = _Kind("an object or null", lambda x: x is None or isinstance(x, Mapping))
+_STRINGS = _Kind(
+    "a list of strings or null", lambda x: x is None or (isinstance(x, list) and all(type(each) is str for each in x))
+)
+
+
+def _full_attention(layers: int) -> _Kind:
+    is_full = lambda x: isinstance(x, list) and len(x) == layers and all(each == "full_attention" for each in x)  # noqa: E731
+    return _Kind(f"'full_attention' for each of {layers} layers", lambda x: x is None or is_full(x))
+
+
+def _take(fields: Mapping[str, Any], name: str, kind: _Kind, default: Any = _REQUIRED) -> Any:
+    """The value of a field, which is of that kind."""
+    value = fields.get(name, default)
+    if value is _REQUIRED:
+        raise ValueError(f"expected {name} to be {kind.words}, got no such field")
+    if not kind.holds(value):
+        raise ValueError(f"expected {name} to be {kind.words}, got {brief(value)}")
+    return value
+
+
+def _one_of(fields: Mapping[str, Any], name: str, values: Sequence[Any]) -> None:
+    """A field is absent, or has one of some values; true is not 1."""
+    value = fields.get(name, values[0])
+    if not any(type(value) is type(each) and value == each for each in values):
+        raise ValueError(f"expected {name} = {values[0]!r}, got {brief(value)}; the decoder has no other form")

@@ -12,14 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from aem_jax.models.config import ModelConfig
-from aem_jax.models.families import config_from_hf, config_to_hf
+from aem_jax.files import read_json
+from aem_jax.models.config import ModelConfig, dtype_name
+from aem_jax.models.families import SAVED_DTYPES, config_from_hf, config_to_hf
 from aem_jax.models.policy import Params, Policy
-from aem_jax.models.weights import load_params, save_params
+from aem_jax.models.weights import as_in_files, load_params, save_params
 from aem_jax.sharding import TRAIN, Rules
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 BESIDE = (
     "generation_config.json",
     "tokenizer.json",
@@ -63,20 +66,20 @@ class Pretrained:
         """float32 logits [B,T,V] of unpadded rows i32[B,T]."""
         return self._forward(self.params, jnp.asarray(tokens, jnp.int32))
 
-    def save_pretrained(self, folder: str | Path, *, dtype: str | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: DTypeLike | None = None) -> None:
         """Writes files that transformers loads as they are; see the function `save_pretrained`."""
         save_pretrained(folder, self.config, self.params, dtype=dtype, source=self.source)
 
 
 def from_pretrained(
-    path_or_repo: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat16", rules: Rules = TRAIN
+    path_or_repo: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike = "bfloat16", rules: Rules = TRAIN
 ) -> Pretrained:
     """A model in Hugging Face's files, each tensor read straight into its shards.
 
     Args:
         path_or_repo: folder with config.json and safetensors, or a name on the Hub, which is downloaded.
         mesh: where the parameters go; None is the default device.
-        dtype: "bfloat16" or "float32": of parameters and of activations.
+        dtype: bfloat16 or float32, as a name or as a jax or numpy dtype: of parameters and of activations.
         rules: which layout: `TRAIN` or `DECODE`.
 
     Raises:
@@ -88,23 +91,25 @@ def from_pretrained(
     return Pretrained(policy, load_params(folder, policy, mesh=mesh, dtype=dtype, rules=rules), folder)
 
 
-def read_config(folder: Path, dtype: str = "bfloat16") -> ModelConfig:
-    """The config of a folder.
+def read_config(folder: Path, dtype: DTypeLike = "bfloat16") -> ModelConfig:
+    """The config of a folder, compared with the weights in it where there are some; see `as_in_files`.
 
     Raises:
-        ValueError: no config.json, or one that the decoder cannot follow.
+        ValueError: no config.json, one that the decoder cannot follow, or weights that are not its own.
     """
-    if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"expected dtype 'bfloat16' or 'float32', got {dtype!r}")
+    dtype = dtype_name(dtype)
+    if (folder / ADAPTER).is_file():
+        raise ValueError(f"expected a whole model in {folder}, got an adapter ({ADAPTER}); merge it into its model")
     path = folder / CONFIG
     try:
-        theirs = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"expected a {CONFIG} in {folder}, got {error}") from error
+        theirs = read_json(path)
+    except OSError as error:
+        raise ValueError(f"expected a {CONFIG} in {folder}, got {error.strerror}") from error
     try:
-        return config_from_hf(theirs, dtype)
+        config = config_from_hf(theirs, dtype)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return as_in_files(folder, config)
 
 
 def resolve(path_or_repo: str | Path) -> Path:
@@ -113,7 +118,7 @@ def resolve(path_or_repo: str | Path) -> Path:
     Raises:
         ValueError: no such folder, and nothing of that name can be downloaded.
     """
-    folder = Path(path_or_repo).expanduser()
+    folder = Path(os.path.expanduser(path_or_repo))  # as it is where there is no such user
     if folder.is_dir():
         return folder
     name = str(path_or_repo)
@@ -145,7 +150,7 @@ def save_pretrained(
     config: ModelConfig,
     params: Params,
     *,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     source: Path | None = None,
     stop_ids: Sequence[int] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
@@ -156,20 +161,21 @@ def save_pretrained(
         folder: to write to; new or empty, for nothing is written over.
         config: of the model.
         params: parameters, on any mesh of this process.
-        dtype: to save in; None keeps the parameters'. A model that was read in its own dtype comes back bit by bit.
+        dtype: to save in, bfloat16, float32 or float16; None keeps the parameters'. A model that was read in its own
+            dtype comes back bit by bit.
         source: folder whose tokenizer and generation config are copied.
         stop_ids: ids that end a response, for the generation config where `source` has none.
         max_file_bytes: size at which a new file of weights begins.
 
     Raises:
-        ValueError: the folder holds something.
+        ValueError: the folder holds something, or weights are not finite in that dtype.
     """
+    saved = dtype_name(str(params["embed"].dtype) if dtype is None else dtype, SAVED_DTYPES)
     folder = Path(folder)
     check_free(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    saved = dtype or str(params["embed"].dtype)
     (partial / CONFIG).write_text(json.dumps(config_to_hf(config, saved), indent=2) + "\n")
     save_params(partial, config, params, dtype=dtype, max_file_bytes=max_file_bytes)
     for name in BESIDE:

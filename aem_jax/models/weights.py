@@ -4,10 +4,13 @@ The table `tensors` says where each of their tensors stands in ours; reading and
 """
 
 import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError, safe_open
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from aem_jax.models.config import ModelConfig
+from aem_jax.files import write_text
+from aem_jax.models.checkpoint_files import EMBED, FLOATS, HEAD, INDEX, SINGLE, Checkpoint
+from aem_jax.models.config import ModelConfig, dtype_name
 from aem_jax.models.policy import Params, Policy
 from aem_jax.sharding import TRAIN, Rules, shardings
 
 Array = jax.Array
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+log = logging.getLogger(__name__)
 
 
 class Tensor(NamedTuple):
@@ -68,12 +72,12 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     def plain(name: str, path: tuple[str, ...], *shape: int) -> Tensor:
         return Tensor(name, shape, path, (0,) * len(shape), shape, tuple(range(len(shape))), shape)
 
-    yield plain("model.embed_tokens.weight", ("embed",), v, d)
+    yield plain(EMBED, ("embed",), v, d)
     for layer in range(config.num_layers):
         yield from _layer_tensors(config, layer)
     yield plain("model.norm.weight", ("norm",), d)
     if not config.tied_head:
-        yield Tensor("lm_head.weight", (v, d), ("head",), (0, 0), (v, d), (1, 0), (d, v))
+        yield Tensor(HEAD, (v, d), ("head",), (0, 0), (v, d), (1, 0), (d, v))
 
 
 def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
@@ -101,35 +105,37 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
         yield one(f"{name}.weight", leaf, (size,), (0,), (size,), shape=(size,))
 
 
-class Checkpoint:
-    """The safetensors files of a folder, opened: names, shapes, and tensors one at a time.
+def as_in_files(folder: Path, config: ModelConfig) -> ModelConfig:
+    """The config of a folder's `config.json`, as the weights beside it have it; a folder without weights changes none.
+
+    As in transformers, a head that differs from the embedding is kept, whatever `tie_word_embeddings` says. Only the
+    files' headers are read, and both tables where a tied model has a head in its files.
 
     Raises:
-        ValueError: no weights in the folder, or files that are missing, cut short or no safetensors.
+        ValueError: the weights are not that config's, or their files are broken.
     """
-
-    def __init__(self, folder: Path, stack: ExitStack):
-        self.folder = folder
-        self._files: dict[str, Any] = {}
-        for file in _weight_files(folder):
-            try:
-                # Not mapped into memory: pages of a mapped file would count as this process's until all is read.
-                opened = stack.enter_context(safe_open(file, framework="np", backend="pread"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"expected safetensors in {file}, got {error}; is the download complete?") from error
-            self._files |= dict.fromkeys(opened.keys(), opened)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, by name."""
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        return self._files[name].get_tensor(name)
+    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+        return config
+    with ExitStack() as stack:
+        checkpoint = Checkpoint(folder, stack)
+        if unread := checkpoint.unread:
+            log.warning(
+                "%s: weights are read from %s alone, as transformers does; not read: %s",
+                *(folder, ", ".join(file.name for file in checkpoint.files), ", ".join(unread)),
+            )
+        if config.tied_head and checkpoint.has_own_head():
+            log.warning(
+                "%s: config.json has tie_word_embeddings true, but %s differs from %s in the weights; the head is kept "
+                "and not tied, as in transformers; set tie_word_embeddings to false",
+                *(folder, HEAD, EMBED),
+            )
+            config = replace(config, tied_head=False)
+        _check(checkpoint, config)
+    return config
 
 
 def load_params(
-    folder: Path, policy: Policy, *, mesh: Mesh | None, dtype: str | Params, rules: Rules = TRAIN
+    folder: Path, policy: Policy, *, mesh: Mesh | None, dtype: DTypeLike | Params, rules: Rules = TRAIN
 ) -> Params:
     """Parameters from a folder of safetensors.
 
@@ -138,29 +144,37 @@ def load_params(
 
     Args:
         folder: with `model.safetensors`, or several files and their index.
-        policy: of the config beside them.
+        policy: of the config beside them, as `as_in_files` has it.
         mesh: where to put them; None is the default device.
         dtype: of the parameters: one for all, or a tree of theirs (`Policy.dtypes`).
         rules: which layout.
 
     Raises:
-        ValueError: tensors that are missing, unknown or of another shape (each named, with both shapes); broken files.
+        ValueError: tensors that are missing, unknown, of another shape (each named, with both shapes) or no numbers;
+            a head of its own for a tied policy; broken files.
     """
-    where = None if mesh is None else shardings(mesh, policy.axes, rules, policy.shapes)
     with ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
-        _check(checkpoint, policy.config)
-        params = _zeros(policy, dtype, where)
+        names = _check(checkpoint, policy.config)
+        if policy.config.tied_head and checkpoint.has_own_head():
+            raise ValueError(f"expected a policy with tied_head False for {folder}, whose {HEAD} is its own, got True")
+        where = None if mesh is None else shardings(mesh, policy.axes, rules, policy.shapes)
+        params, finite = _zeros(policy, dtype, where), {}
         for tensor in tensors(policy.config):
-            block = tensor.to_ours(checkpoint.read(tensor.name))
+            block = tensor.to_ours(checkpoint.read(names.get(tensor.name, tensor.name)))
             holder, leaf = _holder(params, tensor.path), tensor.path[-1]
             sharding = None if where is None else _holder(where, tensor.path)[leaf]
             start = tuple(np.int32(at) for at in tensor.start)
-            holder[leaf] = _put_block(holder[leaf], _place(block, sharding), start, sharding=sharding)
+            holder[leaf], finite[tensor.name] = _put_block(
+                holder[leaf], _place(block, sharding), start, sharding=sharding
+            )
+    _check_finite(finite, f"the weights of {folder}")
     return params
 
 
-def save_params(folder: Path, config: ModelConfig, params: Params, *, dtype: str | None, max_file_bytes: int) -> None:
+def save_params(
+    folder: Path, config: ModelConfig, params: Params, *, dtype: DTypeLike | None, max_file_bytes: int
+) -> None:
     """Writes parameters as safetensors: one file, or several and their index.
 
     Args:
@@ -169,9 +183,13 @@ def save_params(folder: Path, config: ModelConfig, params: Params, *, dtype: str
         params: parameters, on any mesh of this process.
         dtype: to save in; None keeps the parameters'.
         max_file_bytes: size at which a new file begins.
+
+    Raises:
+        ValueError: weights that are not finite, in that dtype.
     """
     held: dict[str, np.ndarray] = {}
     written: list[list[str]] = []
+    finite: dict[str, Any] = {}
     total = 0
 
     def flush() -> None:
@@ -181,15 +199,17 @@ def save_params(folder: Path, config: ModelConfig, params: Params, *, dtype: str
 
     for tensor in tensors(config):
         leaf = _holder(params, tensor.path)[tensor.path[-1]]
-        block = np.asarray(_take_block(leaf, tuple(np.int32(at) for at in tensor.start), tensor.block))
-        found = tensor.to_theirs(block if dtype is None else block.astype(jnp.dtype(dtype)))
+        start, saved = tuple(np.int32(at) for at in tensor.start), jnp.dtype(leaf.dtype if dtype is None else dtype)
+        block, finite[tensor.name] = _take_block(leaf, start, tensor.block, saved)
+        found = tensor.to_theirs(np.asarray(block))
         if held and sum(each.nbytes for each in held.values()) + found.nbytes > max_file_bytes:
             flush()
         held[tensor.name] = found
         total += found.nbytes
     flush()
+    _check_finite(finite, f"weights to write to {folder}")
     if len(written) == 1:
-        os.replace(folder / "part-0.safetensors", folder / _SINGLE)
+        os.replace(folder / "part-0.safetensors", folder / SINGLE)
         return
     weight_map = {}
     for number, names in enumerate(written):
@@ -197,50 +217,47 @@ def save_params(folder: Path, config: ModelConfig, params: Params, *, dtype: str
         os.replace(folder / f"part-{number}.safetensors", folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _weight_files(folder: Path) -> Sequence[Path]:
-    index = folder / _INDEX
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"expected a weight_map in {index}, got {error!r}") from error
-    elif (folder / _SINGLE).exists():
-        names = [_SINGLE]
-    else:
-        raise ValueError(f"expected {_SINGLE} or {_INDEX} in {folder}, found neither; other formats are not read")
-    files = [folder / name for name in names]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise ValueError(f"expected the files that {_INDEX} names in {folder}, {', '.join(missing)} missing")
-    return files
-
-
-def _check(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    wanted = {tensor.name: tensor.shape for tensor in tensors(config)}
-    found = checkpoint.shapes()
-    problems = [f"{name} {list(shape)} is missing" for name, shape in wanted.items() if name not in found]
-    problems += [
-        f"{name} has shape {list(found[name])} instead of {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
+def _check(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, str]:
+    """Compares the files' headers with the config; returns the tensors that another one stands for."""
+    # As in transformers, where the head of a tied model is there alone, it is the embedding, too.
+    names = {EMBED: HEAD} if config.tied_head and EMBED not in checkpoint and HEAD in checkpoint else {}
     # A tied head is often saved beside the embedding, and old files hold the rotary frequencies.
-    spare = {"lm_head.weight"} if config.tied_head else set()
-    problems += [
-        f"{name} {list(found[name])} is not known"
-        for name in found
-        if name not in wanted and name not in spare and not name.endswith("rotary_emb.inv_freq")
-    ]
-    if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"expected the weights of {checkpoint.folder}'s config.json: {'; '.join(problems[:5])}{more}")
+    spare = {HEAD} if config.tied_head else set()
+    wanted = set()
+
+    def problems() -> Iterator[str]:
+        for tensor in tensors(config):  # one at a time: what a broken config says of layers may be any number
+            name = names.get(tensor.name, tensor.name)
+            wanted.add(name)
+            if name not in checkpoint:
+                hint = "; is the head tied (tie_word_embeddings)?" if name == HEAD else ""
+                yield f"{name} {list(tensor.shape)} is missing{hint}"
+            elif (shape := checkpoint.shape(name)) != tensor.shape:
+                yield f"{name} has shape {list(shape)} instead of {list(tensor.shape)}"
+            elif (kind := checkpoint.kind(name)) not in FLOATS:
+                yield f"{name} holds {kind} instead of one of {', '.join(FLOATS)}"
+        for name in checkpoint:
+            if name not in wanted and name not in spare and not name.endswith("rotary_emb.inv_freq"):
+                yield f"{name} {list(checkpoint.shape(name))} is not known"
+
+    if found := list(islice(problems(), 6)):
+        more = ", and more" if len(found) > 5 else ""
+        raise ValueError(f"expected the weights of {checkpoint.folder}'s config.json: {'; '.join(found[:5])}{more}")
+    return names
 
 
-def _zeros(policy: Policy, dtype: str | Params, where: Any) -> Params:
-    dtypes = jax.tree.map(lambda leaf: dtype, policy.shapes) if isinstance(dtype, str) else dtype
+def _check_finite(finite: Mapping[str, Array], what: str) -> None:
+    """Refuses weights of which one is NaN or infinite: every number that they give would be NaN."""
+    if broken := [name for name, is_finite in jax.device_get(finite).items() if not is_finite]:
+        more = f", and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ValueError(f"expected finite numbers in {what}, got NaN or infinity in {', '.join(broken[:3])}{more}")
+
+
+def _zeros(policy: Policy, dtype: DTypeLike | Params, where: Any) -> Params:
+    dtypes = dtype if isinstance(dtype, dict) else jax.tree.map(lambda leaf: dtype_name(dtype), policy.shapes)
 
     def make() -> Params:
         return jax.tree.map(lambda leaf, dtype: jnp.zeros(leaf.shape, dtype), policy.shapes, dtypes)
@@ -262,11 +279,18 @@ def _place(block: np.ndarray, sharding: NamedSharding | None) -> Array:
 
 
 @partial(jax.jit, static_argnames="sharding", donate_argnums=0)
-def _put_block(array: Array, block: Array, start: tuple[Array, ...], sharding: NamedSharding | None) -> Array:
-    array = jax.lax.dynamic_update_slice(array, block.astype(array.dtype), start)
-    return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+def _put_block(
+    array: Array, block: Array, start: tuple[Array, ...], sharding: NamedSharding | None
+) -> tuple[Array, Array]:
+    """The array with a block in its place, and whether the block is finite."""
+    block = block.astype(array.dtype)
+    array = jax.lax.dynamic_update_slice(array, block, start)
+    array = array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+    return array, jnp.all(jnp.isfinite(block))
 
 
-@partial(jax.jit, static_argnames="sizes")
-def _take_block(array: Array, start: tuple[Array, ...], sizes: tuple[int, ...]) -> Array:
-    return jax.lax.dynamic_slice(array, start, sizes)
+@partial(jax.jit, static_argnames=("sizes", "dtype"))
+def _take_block(array: Array, start: tuple[Array, ...], sizes: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
+    """A block of the array, and whether it is finite in that dtype."""
+    block = jax.lax.dynamic_slice(array, start, sizes).astype(dtype)
+    return block, jnp.all(jnp.isfinite(block))

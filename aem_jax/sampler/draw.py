@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from aem_jax.models.config import dtype_name
+
 Array = jax.Array
 
 Draw = Callable[[Array, Array], tuple[Array, Array, Array]]
@@ -40,6 +42,8 @@ class SamplingConfig:
             raise ValueError(f"expected top_k >= 0, got {self.top_k}; 0 keeps every token")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"expected 0 < top_p <= 1, got {self.top_p}; 1 keeps every token")
+        for name in ("weights", "cache"):
+            object.__setattr__(self, name, dtype_name(getattr(self, name), ("model", "int8"), name))
 
 
 def uniforms(prng: Array, indices: Array) -> Array:

@@ -11,6 +11,9 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from aem_jax.models.config import dtype_name
 
 RUNS = 7
 
@@ -45,13 +48,14 @@ ACCELERATOR = Sizes(2**31, 8192)
 
 
 @cache
-def ceilings(dtype: str, sizes: Sizes | None = None) -> Ceilings:
+def ceilings(dtype: DTypeLike, sizes: Sizes | None = None) -> Ceilings:
     """Measures the first device, once a process for each dtype.
 
     Args:
         dtype: of the matrix product, that in which the model computes.
         sizes: by default large enough for the kind of device.
     """
+    dtype = dtype_name(dtype, ("bfloat16", "float32", "float16"))
     sizes = sizes or SIZES.get(jax.devices()[0].platform, ACCELERATOR)
     # Onto itself and changed on the way: no memory is asked for, and no compiler can leave it out.
     copied = _fastest(jax.jit(lambda x: x + 1, donate_argnums=0), jnp.zeros(sizes.copied // 4, jnp.float32))

@@ -1,6 +1,7 @@
 """A run's sizes, as a plan needs them: what is computed at a time, and what lies in memory beside it."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def planned_model(config: RunConfig) -> ModelConfig:
         tiny = choice.name == "tiny"
         vocab = config.tokenizer.vocab_size if tiny else build.known_model(choice.name).vocab_size
         return build.model_config(choice, vocab)
-    folder = Path(choice.path).expanduser()
+    folder = Path(os.path.expanduser(choice.path))  # as it is where there is no such user
     try:
         if folder.is_dir():
             return read_config(folder, choice.dtype or "bfloat16")

@@ -1,0 +1,141 @@
+"""The files of a folder with weights: those that transformers reads, opened as safetensors.
+
+What cannot be read is refused in one line that names the file: other formats, files that are cut short, pointers of
+Git LFS in place of files.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from aem_jax.files import read_json
+from aem_jax.models.config import brief
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Kinds of numbers, as safetensors names them, that are weights."""
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_POINTER = b"version https://git-lfs"
+"""How the file begins that Git LFS leaves in place of one that it has not downloaded."""
+
+
+class Checkpoint:
+    """The safetensors files of a folder, opened: names, shapes, and tensors one at a time.
+
+    Attributes:
+        folder: of the files.
+        files: those that are read.
+
+    Raises:
+        ValueError: no weights in the folder, or files that are missing, cut short or no safetensors.
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack):
+        self.folder = folder
+        self.files = _weight_files(folder)
+        self._holders: dict[str, tuple[Path, Any]] = {}
+        for file in self.files:
+            try:
+                # Not mapped into memory: pages of a mapped file would count as this process's until all is read.
+                opened = stack.enter_context(safe_open(file, framework="np", backend="pread"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(_unreadable(file, error)) from error
+            for name in opened.keys():  # noqa: SIM118 (it cannot be iterated)
+                if name in self._holders:
+                    both = f"{self._holders[name][0].name} and {file.name}"
+                    raise ValueError(f"expected each tensor in one file of {folder}, got {name} in {both}")
+                self._holders[name] = (file, opened)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._holders
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._holders)
+
+    @property
+    def unread(self) -> list[str]:
+        """Names of other files with weights, or an index of them, in the folder."""
+        others = {*self.folder.glob("*.safetensors"), *self.folder.glob(INDEX)} - {*self.files}
+        is_single = self.folder / SINGLE in self.files
+        return sorted(file.name for file in others if is_single or file.name != INDEX)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, read from its file's header."""
+        return tuple(self._holders[name][1].get_slice(name).get_shape())
+
+    def kind(self, name: str) -> str:
+        """Of a tensor's numbers, as safetensors names it."""
+        return self._holders[name][1].get_slice(name).get_dtype()
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """One tensor, or some rows of it."""
+        file, opened = self._holders[name]
+        try:
+            return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(_unreadable(file, error)) from error
+
+    def has_own_head(self) -> bool:
+        """Whether there is a head that is not the embedding once more."""
+        if HEAD not in self or EMBED not in self:
+            return False
+        shape = self.shape(EMBED)
+        if shape != self.shape(HEAD) or len(shape) != 2 or {self.kind(EMBED), self.kind(HEAD)} - set(FLOATS):
+            return True
+        step = max(1, 2**24 // max(1, shape[1]))  # rows that are compared at a time
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            one, other = (self.read(name, rows).astype(np.float32) for name in (EMBED, HEAD))
+            if not np.array_equal(one, other):
+                return True
+        return False
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads: the single one if it is there, else those of the index."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return _indexed(folder)
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in _OTHER_FORMATS) if folder.is_dir() else ()
+    found = f"{', '.join(others[:3])}; other formats are not read, convert it to safetensors" if others else "neither"
+    raise ValueError(f"expected {SINGLE} or {INDEX} in {folder}, got {found}")
+
+
+def _indexed(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    try:
+        theirs = read_json(index)
+    except (ValueError, OSError) as error:
+        raise ValueError(_unreadable(index, error, "an index of weights")) from error
+    names = theirs.get("weight_map") if isinstance(theirs, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"expected a weight_map of tensors to files in {index}, got {brief(theirs)}")
+    names = sorted(set(names.values()))
+    try:
+        missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    except OSError as error:  # a name that no file can have
+        raise ValueError(f"expected names of files in {index}, got {error.strerror}") from error
+    if missing or not names:
+        some = ", ".join(brief(name) for name in missing[:3]) or "all"
+        raise ValueError(f"expected the files that {INDEX} names in {folder}, {some} missing")
+    return [folder / name for name in names]
+
+
+def _unreadable(file: Path, error: Exception, kind: str = "safetensors") -> str:
+    """What is wrong with a file that cannot be read, in one line."""
+    try:
+        with file.open("rb") as opened:
+            is_pointer = opened.read(len(_POINTER)) == _POINTER
+    except OSError:
+        is_pointer = False
+    if is_pointer:
+        return f"expected {kind} in {file}, got a Git LFS pointer: the file is not downloaded; run git lfs pull"
+    reason = " ".join(str(error).split())
+    return f"expected {kind} in {file}, got {reason[:300]}; is the download complete?"
