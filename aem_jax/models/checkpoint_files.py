@@ -20,7 +20,7 @@ SINGLE = "model.safetensors"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Kinds of numbers, as safetensors names them, that are weights."""
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _POINTER = b"version https://git-lfs"
 """How the file begins that Git LFS leaves in place of one that it has not downloaded."""
 

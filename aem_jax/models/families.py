@@ -109,7 +109,7 @@ def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> 
         head_dim=_take(filled, "head_dim", _SIZE),
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=float(_take(theirs, "rms_norm_eps", _POSITIVE)),
+        norm_eps=_take(theirs, "rms_norm_eps", _FRACTION),
         tied_head=_take(theirs, "tie_word_embeddings", _FLAG, False),
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias,
@@ -203,6 +203,7 @@ class _Kind(NamedTuple):
 
 _SIZE = _Kind("a whole number from 1 to 2147483647", lambda x: type(x) is int and 0 < x < 2**31)
 _POSITIVE = _Kind("a number above 0", lambda x: type(x) in (int, float) and 0 < x < 1e38)
+_FRACTION = _Kind("a fraction between 0 and 1", lambda x: type(x) is float and 0 < x < 1)
 _FLAG = _Kind("true or false", lambda x: type(x) is bool)
 _OBJECT = _Kind("an object or null", lambda x: x is None or isinstance(x, Mapping))
 _STRINGS = _Kind(

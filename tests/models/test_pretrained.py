@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,9 +14,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from aem_jax.models import Policy, RopeScaling, from_pretrained, save_pretrained
+from aem_jax.learner import LearnerConfig
+from aem_jax.models import ModelConfig, Policy, RopeScaling, from_pretrained, save_pretrained
+from aem_jax.models.config import dtype_name
 from aem_jax.models.families import config_from_hf, config_to_hf
-from aem_jax.models.weights import tensors
+from aem_jax.models.pretrained import read_config
+from aem_jax.models.weights import load_params, tensors
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sharding import MeshConfig, make_mesh
 
@@ -88,7 +92,7 @@ def test_several_files_and_an_index(tmp_path: Path):
     again = from_pretrained(tmp_path / "parts", dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     (tmp_path / "parts" / files[1]).unlink()
-    with pytest.raises(ValueError, match=rf"{files[1]} missing"):
+    with pytest.raises(ValueError, match=rf"'{files[1]}' missing"):
         from_pretrained(tmp_path / "parts")
 
 
@@ -142,35 +146,6 @@ def test_llama_3_stretches_its_positions():
     assert config.rope_scaling == RopeScaling(4.0, 1.0, 4.0, 32)
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"architectures": ["MixtralForCausalLM"]}, "expected one of Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCaus"),
-        ({"architectures": None, "model_type": "gpt2"}, "got gpt2"),
-        ({"use_sliding_window": True}, "expected use_sliding_window = False, got True"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, r"got \['sliding_attention'\]"),
-        ({"hidden_act": "gelu"}, "expected hidden_act = 'silu', got 'gelu'"),
-        ({"attention_bias": True}, "expected attention_bias = False"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'default' or 'llama3', got 'yarn'"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "expected low_freq_factor, high_freq_factor"),
-    ],
-)
-def test_what_the_decoder_cannot_do_is_refused(change: dict, complaint: str, tmp_path: Path):
-    theirs = json.loads((GOLDEN / "qwen2" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(theirs | change))
-    with pytest.raises(ValueError, match=complaint) as caught:
-        from_pretrained(tmp_path)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_a_missing_field_is_named(tmp_path: Path):
-    theirs = json.loads((GOLDEN / "qwen2" / "config.json").read_text())
-    del theirs["num_hidden_layers"]
-    (tmp_path / "config.json").write_text(json.dumps(theirs))
-    with pytest.raises(ValueError, match="expected num_hidden_layers"):
-        from_pretrained(tmp_path)
-
-
 @pytest.fixture
 def damaged(tmp_path: Path):
     """A copy of a checkpoint, and a function that changes its tensors."""
@@ -200,28 +175,205 @@ def test_tensors_that_do_not_fit_are_named_with_both_shapes(damaged):
     assert "model.layers.2.mlp.up_proj.weight [48, 32] is not known" in message
 
 
-def test_a_tied_head_saved_twice_and_rotary_tables_are_no_harm(tmp_path: Path):
-    shutil.copytree(GOLDEN / "llama-tied", tmp_path / "model")
-    held = load_file(tmp_path / "model" / "model.safetensors")
-    held["lm_head.weight"] = held["model.embed_tokens.weight"].copy()
-    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-    save_file(held, tmp_path / "model" / "model.safetensors")
-    from_pretrained(tmp_path / "model")
+def model_with(folder: Path, family: str, config: dict | None = None, **changed: np.ndarray | None) -> Path:
+    """A golden checkpoint with fields of its config and tensors changed (None: left out); "__" is a dot."""
+    shutil.copytree(GOLDEN / family, folder)
+    theirs = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(theirs | (config or {})))
+    held = load_file(folder / "model.safetensors")
+    held |= {name.replace("__", "."): tensor for name, tensor in changed.items() if tensor is not None}
+    kept = {name: tensor for name, tensor in held.items() if changed.get(name.replace(".", "__"), tensor) is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("aem_jax")]
+
+
+def test_a_head_of_its_own_is_kept_whatever_the_flag_says(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """As in transformers (`tie_weights`), which warns."""
+    recorded = outputs(GOLDEN / "llama")
+    folder = model_with(tmp_path / "model", "llama", {"tie_word_embeddings": True})
+    model = from_pretrained(folder, dtype="float32")
+    np.testing.assert_allclose(model.logits(recorded["tokens"]), recorded["logits"], atol=1e-4, rtol=0)
+    (said,) = warnings_of(caplog)
+    assert "tie_word_embeddings true, but lm_head.weight differs" in said and str(folder) in said
+    model.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    with pytest.raises(ValueError, match="expected a policy with tied_head False for .*, whose lm_head.weight is its"):
+        load_params(folder, Policy(replace(model.config, tied_head=True)), mesh=None, dtype="float32")
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_a_tied_head_that_is_saved_twice_or_alone_is_tied(only: bool, tmp_path: Path, caplog):
+    recorded, embed = outputs(GOLDEN / "llama-tied"), load_file(GOLDEN / "llama-tied" / "model.safetensors")
+    table = embed["model.embed_tokens.weight"].copy()
+    left = None if only else table
+    old = {"model__layers__0__self_attn__rotary_emb__inv_freq": np.ones(4, np.float32)}  # no harm either
+    folder = model_with(
+        tmp_path / "model", "llama-tied", lm_head__weight=table, model__embed_tokens__weight=left, **old
+    )
+    model = from_pretrained(folder, dtype="float32")
+    assert model.config.tied_head and not warnings_of(caplog)
+    np.testing.assert_allclose(model.logits(recorded["tokens"]), recorded["logits"], atol=1e-4, rtol=0)
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    model = from_pretrained(GOLDEN / "llama", dtype="float32")
+    newer = jax.tree.map(lambda leaf: leaf * 2, model.params)
+    save_pretrained(tmp_path / "model", model.config, model.params, max_file_bytes=30_000)
+    save_pretrained(tmp_path / "new", model.config, newer)
+    shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path / "model")
+    again = from_pretrained(tmp_path / "model", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, again.params, newer)
+    (said,) = warnings_of(caplog)
+    assert "read from model.safetensors alone" in said and "model.safetensors.index.json" in said
+    assert "model-00001-of-00004.safetensors" in said
+    (tmp_path / "model" / "model.safetensors.index.json").write_text("{")  # nobody reads it
+    jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path / "model", dtype="float32").params, newer)
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "complaint"),
+    [
+        ({}, {"lm_head__weight": None}, r"lm_head.weight \[64, 32\] is missing; is the head tied"),
+        (
+            {"tie_word_embeddings": True},
+            {"lm_head__weight": np.ones((64, 8), np.float32)},
+            r"has shape \[64, 8\] instead",
+        ),
+        ({}, {"model__norm__weight": np.ones(32, np.int32)}, "model.norm.weight holds I32 instead of one of F64, F32"),
+        ({}, {"model__norm__weight": np.full(32, np.nan, np.float32)}, "got NaN or infinity in model.norm.weight$"),
+        ({}, {"lm_head__weight": np.full((64, 32), np.inf, np.float16)}, "got NaN or infinity in lm_head.weight$"),
+        (
+            {"num_hidden_layers": 2**31 - 1, "layer_types": None},
+            {},
+            "model.layers.2.self_attn.q_proj.weight .* is missing; .*, and more$",
+        ),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(config, changed, complaint: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=complaint):
+        from_pretrained(model_with(tmp_path / "model", "qwen2", config, **changed), dtype="float32")
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path):
+    model = from_pretrained(GOLDEN / "qwen2", dtype="float32")
+    large = {**model.params, "norm": model.params["norm"] * 1e6}
+    with pytest.raises(ValueError, match="expected finite numbers in weights to write to .* in model.norm.weight"):
+        save_pretrained(tmp_path / "half", model.config, large, dtype=np.float16)
+    save_pretrained(tmp_path / "whole", model.config, large, dtype=jnp.bfloat16)
+    assert not (tmp_path / "half").exists()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
 def test_broken_files_are_named(damaged, tmp_path: Path):
     file = damaged(lambda held: None) / "model.safetensors"
     whole = file.read_bytes()
-    for content in (whole[: len(whole) // 2], whole[:4], b"\xff" * 64):
+    for content in (whole[: len(whole) // 2], whole[:4], b"\xff" * 64, b""):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"expected safetensors in .*model\.safetensors, got"):
+        with pytest.raises(ValueError, match=r"expected safetensors in .*model\.safetensors, got") as caught:
             from_pretrained(file.parent)
-    file.unlink()
-    with pytest.raises(ValueError, match=r"expected model\.safetensors or model\.safetensors\.index\.json in"):
+        assert "\n" not in str(caught.value)
+    file.write_text(POINTER)
+    with pytest.raises(ValueError, match=r"got a Git LFS pointer: the file is not downloaded; run git lfs pull"):
         from_pretrained(file.parent)
+    file.unlink()
+    with pytest.raises(
+        ValueError, match=r"expected model\.safetensors or model\.safetensors\.index\.json in .* neither"
+    ):
+        from_pretrained(file.parent)
+    file.with_name("pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(
+        ValueError, match="got pytorch_model.bin; other formats are not read, convert it to safetensors"
+    ):
+        from_pretrained(file.parent)
+    assert read_config(file.parent) == read_config(GOLDEN / "qwen3")  # planning needs no weights
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/no/where", "a/b/c"])
+@pytest.mark.parametrize(
+    ("index", "complaint"),
+    [
+        ("{", "expected an index of weights in .*index.json, got .*: expected JSON"),
+        (POINTER, "got a Git LFS pointer"),
+        ('{"weight_map": ["a"]}', "expected a weight_map of tensors to files"),
+        ("[]", "expected a weight_map of tensors to files"),
+        ('{"weight_map": {}}', "expected the files that .* names in .*, all missing"),
+        ('{"weight_map": {"a": "../one.safetensors"}}', "'../one.safetensors' missing"),
+        (
+            '{"weight_map": {"a": "' + "x" * 300 + '"}}',
+            "expected names of files in .*index.json, got File name too long",
+        ),
+        ('{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}', "in one.safetensors and two.safetensors"),
+    ],
+)
+def test_a_broken_index_is_named(index: str, complaint: str, damaged):
+    folder = damaged(lambda held: None)
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    shutil.copy(folder / "one.safetensors", folder / "two.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        from_pretrained(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "config.json: expected JSON, got nothing"),
+        (b"[1]", r"config.json: expected an object, got \[1\]"),
+        (b"null", "config.json: expected an object, got None"),
+        (b'{"rms_norm_eps": NaN}', "config.json: expected JSON, got NaN"),
+        ("{}".encode("utf-16"), "config.json: expected text in UTF-8"),
+        (b'{"model_type": "qwen2", "rope_scaling": [1]}', "config.json: expected "),
+        (None, "expected a config.json in .*, got No such file or directory"),
+    ],
+)
+def test_a_broken_config_is_named(content: bytes | None, complaint: str, tmp_path: Path):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_harm_and_an_adapter_is_no_model(tmp_path: Path):
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + (GOLDEN / "qwen3" / "config.json").read_bytes())
+    assert read_config(tmp_path) == read_config(GOLDEN / "qwen3")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"expected a whole model in .*, got an adapter \(adapter_config.json\)"):
+        from_pretrained(tmp_path)
+
+
+def test_a_dtype_is_a_name_or_what_jax_and_numpy_call_one(tmp_path: Path):
+    for dtype in (
+        "bfloat16",
+        jnp.bfloat16,
+        np.dtype("bfloat16"),
+        jnp.dtype(jnp.bfloat16),
+        jnp.zeros(1, "bfloat16").dtype,
+    ):
+        assert dtype_name(dtype) == "bfloat16" == read_config(GOLDEN / "qwen2", dtype).dtype
+    model = from_pretrained(GOLDEN / "qwen2", dtype=np.float32)
+    assert model.config.dtype == "float32" and model.params["embed"].dtype == jnp.float32
+    model.save_pretrained(tmp_path / "half", dtype=jnp.bfloat16)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert ModelConfig(64, 32, 48, 2, 4, 2, 8, dtype=jnp.bfloat16).dtype == "bfloat16"  # pyright: ignore[reportArgumentType]
+    assert SamplingConfig(cache=jnp.int8) == SamplingConfig(cache="int8")  # pyright: ignore[reportArgumentType]
+    assert LearnerConfig(moments=jnp.bfloat16).moments == "bfloat16"  # pyright: ignore[reportArgumentType]
+    for odd in ("bf16", None, float, jnp.float16, np.dtype("int8"), object()):
+        with pytest.raises(
+            ValueError, match=r"expected dtype bfloat16 or float32 \(a name, a jax or a numpy dtype\), got"
+        ):
+            from_pretrained(GOLDEN / "qwen2", dtype=odd)
+    with pytest.raises(ValueError, match="expected cache model or int8"):
+        SamplingConfig(cache="int4")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/no/where", "a/b/c", "~nobody-of-that-name/model"])
 def test_nothing_there_says_what_was_expected(name: str):
     with pytest.raises(ValueError, match="expected a folder, or a name on the Hub"):
         from_pretrained(name)
@@ -249,11 +401,11 @@ print(json.dumps({"extra": peak() - before - size, "size": size, "one": one}))
 
 
 @pytest.mark.slow
-def test_a_gibibyte_is_read_one_tensor_at_a_time(tmp_path: Path, user_environment: dict[str, str]):
-    """Beside the parameters themselves (here the host's memory is the device's), at most two tensors and 1 GiB."""
+def test_a_model_is_read_one_tensor_at_a_time(tmp_path: Path, user_environment: dict[str, str]):
+    """Beside the parameters themselves (here the host's memory is the device's), at most two tensors and 192 MiB."""
     theirs = json.loads((GOLDEN / "qwen3" / "config.json").read_text())
-    theirs |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 30, "vocab_size": 64_000}
-    theirs |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
+    theirs |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 30, "vocab_size": 32_000}
+    theirs |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64, "layer_types": None}
     (tmp_path / "config.json").write_text(json.dumps(theirs))
     held, weight_map = {}, {}
     for number, tensor in enumerate(tensors(config_from_hf(theirs))):
@@ -267,8 +419,8 @@ def test_a_gibibyte_is_read_one_tensor_at_a_time(tmp_path: Path, user_environmen
         [sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True, check=True, env=user_environment
     )
     found = json.loads(done.stdout)
-    largest = 64_000 * 1024 * 2
-    assert found["size"] > 2**30
-    assert found["extra"] <= 2 * largest + 2**30, found
+    largest = 32_000 * 512 * 2
+    assert found["size"] > 2**28
+    assert found["extra"] <= 2 * largest + 192 * 2**20, found
     names = [tensor.name for tensor in tensors(config_from_hf(theirs))]
     assert found["one"] == names.index("model.layers.29.mlp.down_proj.weight") % 256
