@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING
+from transformers_config import in_transformers
 
 from aem_jax.models import ModelConfig, RopeScaling
 from aem_jax.models.config import CONFIGS
@@ -80,38 +80,6 @@ UNREAD = {"sliding_window", "max_window_layers"}
 """Fields that mean something with use_sliding_window alone, which is refused."""
 LIKELY["rope_parameters"] = LIKELY["rope_scaling"]
 LIKELY |= {f"rope_parameters.{name}": LIKELY[name] for name in ("rope_theta", "partial_rotary_factor")}
-
-
-def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
-    """What transformers' decoder computes with; raises what it raises, or where the decoder has another form."""
-    config = CONFIG_MAPPING[theirs["model_type"]].from_dict(copy.deepcopy(theirs))
-    config.standardize_rope_params()  # once more, as the rotary embedding does when the fields beside it are set
-    rope = config.rope_parameters
-    assert rope["rope_type"] in ("default", "llama3") and rope.get("partial_rotary_factor", 1) == 1
-    assert set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    assert config.hidden_act in ("silu", "swish")
-    is_qwen2 = config.model_type == "qwen2"  # whose decoder reads neither
-    assert is_qwen2 or not (config.attention_bias or getattr(config, "mlp_bias", False))
-    scaling = None
-    if rope["rope_type"] == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = RopeScaling(*(rope[name] for name in names))
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_layers": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": scaling,
-        "max_positions": config.max_position_embeddings,
-        "norm_eps": config.rms_norm_eps,
-        "tied_head": config.tie_word_embeddings,
-        "qkv_bias": is_qwen2,
-        "qk_norm": config.model_type == "qwen3",
-    }
 
 
 def mutated(rng: random.Random) -> dict[str, Any]:
