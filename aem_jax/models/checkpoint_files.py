@@ -4,13 +4,14 @@ What cannot be read is refused in one line that names the file: other formats, f
 Git LFS in place of files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from aem_jax.files import read_json
 from aem_jax.models.config import brief
@@ -95,6 +96,18 @@ class Checkpoint:
             if not np.array_equal(one, other):
                 return True
         return False
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a file of safetensors as transformers does.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:  # what safetensors makes of a full disk, too
+        raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -98,8 +98,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not hasattr(value, "__index__") or value < 1:
+                raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
+            object.__setattr__(self, name, int(value))  # of numpy's, too, which JSON does not know
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"expected num_heads divisible by num_kv_heads, got {self.num_heads} and {self.num_kv_heads}; "

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from aem_jax.files import write_text
-from aem_jax.models.checkpoint_files import EMBED, FLOATS, HEAD, INDEX, SINGLE, Checkpoint
+from aem_jax.models.checkpoint_files import EMBED, FLOATS, HEAD, INDEX, SINGLE, Checkpoint, write_tensors
 from aem_jax.models.config import ModelConfig, dtype_name
 from aem_jax.models.policy import Params, Policy
 from aem_jax.sharding import TRAIN, Rules, shardings
@@ -186,6 +185,7 @@ def save_params(
 
     Raises:
         ValueError: weights that are not finite, in that dtype.
+        OSError: a file cannot be written.
     """
     held: dict[str, np.ndarray] = {}
     written: list[list[str]] = []
@@ -193,7 +193,7 @@ def save_params(
     total = 0
 
     def flush() -> None:
-        save_file(held, folder / f"part-{len(written)}.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / f"part-{len(written)}.safetensors", held)
         written.append(list(held))
         held.clear()
 

@@ -1,15 +1,20 @@
 """Training begins from a model in Hugging Face's files, through the normal command."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from aem_jax.launch import build, cli
-from aem_jax.launch.config import ModelChoice
+from aem_jax.launch import build, cli, run
+from aem_jax.launch.config import ModelChoice, RunConfig
 from aem_jax.launch.options import apply, split
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.preset import read_preset
@@ -64,6 +69,8 @@ def test_the_files_say_what_the_model_is(model: Path):
     config = build.model_config(ModelChoice(path=str(model), dtype="float32"), 400)
     assert (config.num_layers, config.qkv_bias, config.qk_norm, config.vocab_size) == (2, True, False, 512)
     assert build.model_config(ModelChoice(path=str(model)), 400).dtype == "bfloat16"
+    float32: Any = jnp.float32
+    assert build.model_config(ModelChoice(path=str(model), dtype=float32), 400) == config
     with pytest.raises(ValueError, match="expected a vocabulary of at least 513"):
         build.model_config(ModelChoice(path=str(model)), 513)
 
@@ -79,3 +86,16 @@ def test_sizes_beside_a_path_are_refused(model: Path):
     words = ["--model.path", str(model), "--model.num-layers", "3"]
     with pytest.raises(ConfigError, match="--model.num-layers: expected none with --model.path"):
         build.check(apply(read_preset("alfworld-tiny"), split(words)[1]))
+
+
+def test_weights_that_cannot_be_used_are_the_options_fault(model: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    held = load_file(folder / "model.safetensors")
+    save_file({**held, "model.norm.weight": held["model.norm.weight"] * float("nan")}, folder / "model.safetensors")
+    config = RunConfig(model=ModelChoice(path=str(folder)))
+    stage: Any = SimpleNamespace(policy=Policy(CONFIG), config=config, mesh=None)
+    with pytest.raises(ConfigError, match=r"--model.path: expected finite numbers in .*, got NaN .* model.norm.weight"):
+        run._parameters(stage)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="--model.path: expected model.safetensors or .*, got neither"):
+        run._parameters(stage)

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers_config import in_transformers
 
@@ -207,3 +208,19 @@ def test_what_is_written_is_read_by_transformers_as_the_same():
         assert (
             ModelConfig(**in_transformers(theirs), dtype=config.dtype) == config == config_from_hf(theirs, config.dtype)
         ), name
+
+
+@pytest.mark.parametrize("change", [{"num_kv_heads": 0}, {"hidden_size": -1}, {"num_layers": 2.0}, {"vocab_size": "8"}])
+def test_sizes_are_whole_numbers(change: dict):
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+    sizes |= {"num_kv_heads": 2, "head_dim": 8}
+    from_numpy: dict[str, Any] = {name: np.int64(size) for name, size in sizes.items()}
+    assert json.dumps(config_to_hf(ModelConfig(**from_numpy), "float32"))
+    with pytest.raises(ValueError, match=f"expected {next(iter(change))} to be a whole number of at least 1"):
+        ModelConfig(**(sizes | change))

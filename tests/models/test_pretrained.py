@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from aem_jax.models import ModelConfig, Policy, RopeScaling, from_pretrained, sa
 from aem_jax.models.config import dtype_name
 from aem_jax.models.families import config_from_hf, config_to_hf
 from aem_jax.models.pretrained import read_config
-from aem_jax.models.weights import load_params, tensors
+from aem_jax.models.weights import load_params, save_params, tensors
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sharding import MeshConfig, make_mesh
 
@@ -210,7 +211,7 @@ def test_a_tied_head_that_is_saved_twice_or_alone_is_tied(only: bool, tmp_path: 
     recorded, embed = outputs(GOLDEN / "llama-tied"), load_file(GOLDEN / "llama-tied" / "model.safetensors")
     table = embed["model.embed_tokens.weight"].copy()
     left = None if only else table
-    old = {"model__layers__0__self_attn__rotary_emb__inv_freq": np.ones(4, np.float32)}  # no harm either
+    old: Any = {"model__layers__0__self_attn__rotary_emb__inv_freq": np.ones(4, np.float32)}  # no harm either
     folder = model_with(
         tmp_path / "model", "llama-tied", lm_head__weight=table, model__embed_tokens__weight=left, **old
     )
@@ -265,6 +266,8 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path):
         save_pretrained(tmp_path / "half", model.config, large, dtype=np.float16)
     save_pretrained(tmp_path / "whole", model.config, large, dtype=jnp.bfloat16)
     assert not (tmp_path / "half").exists()
+    with pytest.raises(OSError, match=r"nowhere/part-0.safetensors cannot be written: "):
+        save_params(tmp_path / "nowhere", model.config, large, dtype=None, max_file_bytes=10**9)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -361,16 +364,19 @@ def test_a_dtype_is_a_name_or_what_jax_and_numpy_call_one(tmp_path: Path):
     assert model.config.dtype == "float32" and model.params["embed"].dtype == jnp.float32
     model.save_pretrained(tmp_path / "half", dtype=jnp.bfloat16)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert ModelConfig(64, 32, 48, 2, 4, 2, 8, dtype=jnp.bfloat16).dtype == "bfloat16"  # pyright: ignore[reportArgumentType]
-    assert SamplingConfig(cache=jnp.int8) == SamplingConfig(cache="int8")  # pyright: ignore[reportArgumentType]
-    assert LearnerConfig(moments=jnp.bfloat16).moments == "bfloat16"  # pyright: ignore[reportArgumentType]
-    for odd in ("bf16", None, float, jnp.float16, np.dtype("int8"), object()):
+    bfloat16: Any = jnp.bfloat16
+    int8: Any = jnp.int8
+    odd_ones: Any = ("bf16", None, float, jnp.float16, np.dtype("int8"), object())
+    assert ModelConfig(64, 32, 48, 2, 4, 2, 8, dtype=bfloat16).dtype == "bfloat16"
+    assert SamplingConfig(cache=int8) == SamplingConfig(cache="int8")
+    assert LearnerConfig(moments=bfloat16).moments == "bfloat16"
+    for odd in odd_ones:
         with pytest.raises(
             ValueError, match=r"expected dtype bfloat16 or float32 \(a name, a jax or a numpy dtype\), got"
         ):
             from_pretrained(GOLDEN / "qwen2", dtype=odd)
-    with pytest.raises(ValueError, match="expected cache model or int8"):
-        SamplingConfig(cache="int4")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="expected weights model or int8 .*, got .*bfloat16"):
+        SamplingConfig(weights=bfloat16)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/no/where", "a/b/c", "~nobody-of-that-name/model"])

@@ -151,7 +151,7 @@ def planned_model(config: RunConfig) -> ModelConfig:
     try:
         if folder.is_dir():
             return read_config(folder, choice.dtype or "bfloat16")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"--model.path: {error}") from None
     if found := published(choice.path):
         return found
