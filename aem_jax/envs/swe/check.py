@@ -1,75 +1,128 @@
-"""Checks generated tasks, each by really grading it: `python -m aem_jax.envs.swe.check`.
+"""Checks tasks, each by really grading it: `python -m aem_jax.envs.swe.check [FILE]`.
 
-The fix resolves the task. The empty patch does not: every test of FAIL_TO_PASS fails, every test of PASS_TO_PASS
-passes.
+The fix resolves the task, and the empty patch does not. A task for which this does not hold teaches nothing: its reward
+is the same whatever the agent does. Generated tasks are held to more: without the fix, every test of FAIL_TO_PASS fails
+and every test of PASS_TO_PASS passes.
 """
 
 import argparse
+import json
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from aem_jax.envs.swe.containers import ContainerConfig
-from aem_jax.envs.swe.grading import grade
+from aem_jax.envs.swe.grading import Report, grade
 from aem_jax.envs.swe.sandbox import Limits, Runtime, SandboxError
-from aem_jax.envs.swe.tasks import BugTask, generated_tasks, load_task
+from aem_jax.envs.swe.tasks import BugTask, file_tasks, generated_tasks, load_task
 
 LIMITS = Limits(seconds=60.0, memory_mib=1024)
+_SPLITS = ("train", "valid", "test")
 
 
 def problems(task: BugTask, runtime: Runtime, limits: Limits = LIMITS) -> list[str]:
-    """What is wrong with a task, in words; empty: nothing."""
-    instance, checkout = load_task(task.payload)
-    found = []
-    gold = grade(instance, instance.patch, runtime, checkout, limits=limits)
-    if not gold.resolved:
-        found.append(f"{task.id}: the fix does not resolve it: {gold.log[-800:]}")
-    empty = grade(instance, "", runtime, checkout, limits=limits)
+    """What is wrong with a generated task, in words; empty: nothing."""
+    gold, empty = _graded(task, runtime, limits)
+    found = [] if gold.resolved else [f"{task.id}: the fix does not resolve it: {gold.log[-800:]}"]
     passing = [name for name, passes in empty.fail_to_pass.items() if passes]
-    failing = [name for name, passes in empty.pass_to_pass.items() if not passes]
+    failing = _failing(empty.pass_to_pass)
     if empty.resolved or passing or failing:
         found.append(f"{task.id}: without a fix {passing} pass and {failing} fail: {empty.log[-800:]}")
     return found
+
+
+def file_problems(task: BugTask, runtime: Runtime, limits: Limits) -> list[str]:
+    """What keeps an instance of a file from teaching anything, in words; empty: nothing."""
+    try:
+        gold, empty = _graded(task, runtime, limits)
+    except (SandboxError, ValueError, OSError, ModuleNotFoundError) as error:
+        return [f"{task.id}: cannot be graded: {' '.join(str(error).split())}"]
+    found = []
+    if not gold.applied:
+        found.append(f"{task.id}: its own patch cannot be applied: {gold.log[-400:]}")
+    elif not gold.resolved:
+        failing = _failing({**gold.fail_to_pass, **gold.pass_to_pass})
+        found.append(f"{task.id}: its own patch does not solve it; {len(failing)} tests do not pass, {failing[:5]}")
+    if empty.resolved:
+        found.append(f"{task.id}: the empty patch solves it")
+    return found
+
+
+def _graded(task: BugTask, runtime: Runtime, limits: Limits) -> tuple[Report, Report]:
+    """The reports on a task's own patch and on the empty one."""
+    instance, checkout = load_task(task.payload)
+    gold, empty = (grade(instance, patch, runtime, checkout, limits=limits) for patch in (instance.patch, ""))
+    return gold, empty
+
+
+def _failing(tests: Mapping[str, bool]) -> list[str]:
+    return [name for name, passes in tests.items() if not passes]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Checks all tasks, or a sample; prints what is wrong and a summary.
 
     Returns:
-        0 if nothing is wrong, 1 if a task is, 2 if there is nothing to check it in.
+        0 if nothing is wrong, 1 if a task is, 2 if there is nothing to check, or nothing to check it in.
     """
-    parser = argparse.ArgumentParser(prog="python -m aem_jax.envs.swe.check", description="Checks generated tasks.")
-    parser.add_argument("--splits", nargs="+", default=["train", "valid", "test"])
+    parser = argparse.ArgumentParser(
+        prog="python -m aem_jax.envs.swe.check",
+        description="Grades each task with its own fix, which has to solve it, and with the empty patch.",
+    )
+    parser.add_argument("file", nargs="?", help="SWE-bench instances (.jsonl, .json, .parquet); none: generated tasks")
+    parser.add_argument("--repos", default="", help="with FILE: folder of git mirrors; empty: the instances' images")
+    parser.add_argument("--splits", nargs="+", default=_SPLITS, choices=_SPLITS, help="of generated tasks")
     parser.add_argument("--sample", type=int, default=0, help="check only so many tasks, drawn; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=2, help="tasks at a time")
+    parser.add_argument("--seconds", type=float, default=0, help="limit of one grading; 0: 60, with FILE 300")
+    parser.add_argument("--memory-mib", type=int, default=0, help="limit of one grading; 0: 1024, with FILE 4096")
     parser.add_argument("--runtime", default="auto", help="auto, bubblewrap, docker or podman")
-    parser.add_argument("--image", default="", help="image for docker and podman, which tasks do not bring")
+    parser.add_argument("--image", default="", help="image for docker and podman, for tasks that do not bring one")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else there")
     options = parser.parse_args(arguments)
     from aem_jax.envs.swe.runtimes import choose_runtime
 
-    tasks = [task for split in options.splits for task in generated_tasks(split)]
+    start = time.monotonic()
+    try:
+        tasks, check = _tasks(options)
+        runtime = choose_runtime(options.runtime, container=ContainerConfig(image=options.image))
+        found: dict[str, list[str]] = {}
+        with ThreadPoolExecutor(options.jobs) as pool:  # threads do: the work is done in sandboxes
+            for task, wrong in zip(tasks, pool.map(lambda task: check(task, runtime), tasks)):
+                found[task.id] = wrong
+                for line in wrong:
+                    print(line, flush=True, file=sys.stderr if options.json else sys.stdout)
+    except (SandboxError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    seconds, count = time.monotonic() - start, sum(map(len, found.values()))
+    if options.json:
+        print(json.dumps({"tasks": len(tasks), "problems": {id: wrong for id, wrong in found.items() if wrong}}))
+    else:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(task.kind for task in tasks).items()))
+        each = options.jobs * seconds / (2 * len(tasks))
+        print(f"{len(tasks)} tasks ({kinds}), {count} problems; {seconds:.0f} s, {each:.2f} s a grading")
+    return int(count > 0)
+
+
+def _tasks(options: argparse.Namespace) -> tuple[list[BugTask], Callable[[BugTask, Runtime], list[str]]]:
+    """The tasks that the options ask for, and how one is checked."""
+    defaults = Limits(seconds=300.0, memory_mib=4096) if options.file else LIMITS
+    seconds, memory = options.seconds or defaults.seconds, options.memory_mib or defaults.memory_mib
+    limits = Limits(seconds=seconds, memory_mib=memory)
+    if options.jobs < 1 or options.sample < 0:
+        raise ValueError(f"expected --jobs ≥ 1 and --sample ≥ 0, got {options.jobs} and {options.sample}")
+    if options.file:
+        tasks, check = file_tasks("FILE", options.file, options.repos), file_problems
+    else:
+        tasks, check = [task for split in options.splits for task in generated_tasks(split)], problems
     if options.sample:
         tasks = random.Random(options.seed).sample(tasks, min(options.sample, len(tasks)))
-    start, found = time.monotonic(), []
-    try:
-        runtime = choose_runtime(options.runtime, container=ContainerConfig(image=options.image))
-        with ThreadPoolExecutor(options.jobs) as pool:  # threads do: the work is done in sandboxes
-            for wrong in pool.map(lambda task: problems(task, runtime), tasks):
-                found += wrong
-                for line in wrong:
-                    print(line, flush=True)
-    except (SandboxError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    seconds = time.monotonic() - start
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(task.kind for task in tasks).items()))
-    each = options.jobs * seconds / (2 * len(tasks))
-    print(f"{len(tasks)} tasks ({kinds}), {len(found)} problems; {seconds:.0f} s, {each:.2f} s a grading")
-    return int(bool(found))
+    return tasks, lambda task, runtime: check(task, runtime, limits)
 
 
 if __name__ == "__main__":

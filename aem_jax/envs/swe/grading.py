@@ -18,11 +18,12 @@ import dataclasses
 import re
 import secrets
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
 from aem_jax.envs.swe.log_parsers import Statuses, parser
+from aem_jax.envs.swe.patches import patched_files
 from aem_jax.envs.swe.sandbox import Checkout, Limits, Runtime, Workspace
 
 APPLY_FAILED = ">>>>> Patch Apply Failed"
@@ -175,21 +176,30 @@ git apply --check --reverse "$patch"
 def _restore(instance: Instance) -> str:
     """Script that puts the files of the test patch back to the base commit, whatever the model's patch made of them."""
     base = shlex.quote(instance.base_commit)
-    lines = []
-    for path in _paths(instance.test_patch):
+    lines = ["export GIT_LITERAL_PATHSPECS=1"]  # a name with [ ] or * is no pattern
+    for path in dict.fromkeys([*_sources(instance.test_patch), *_paths(instance.test_patch)]):
         quoted = shlex.quote(path)
         lines.append(
             f"if git cat-file -e {base}:{quoted} 2>/dev/null; then git checkout --quiet {base} -- {quoted} || exit 1; "
             f"else rm -rf -- {quoted}; fi"
         )
-    return "\n".join(lines) or "true"
+    return "\n".join(lines)
 
 
 def _paths(patch: str) -> list[str]:
-    """Files that a unified diff names, in its order; none outside the repository."""
-    found = re.findall(r"^(?:--- a|\+\+\+ b)/(.+?)\t?$|^rename (?:from|to) (.+)$", patch, re.MULTILINE)
-    names = dict.fromkeys(first or second for first, second in found)
-    return [name for name in names if not name.startswith(("/", ".git/")) and ".." not in name.split("/")]
+    """Files that a patch changes, in its order, as `git diff --name-only` names them; none outside the repository."""
+    return _inside(patched_files(patch))
+
+
+def _sources(patch: str) -> list[str]:
+    """Files that a patch renames or copies, which have to be there for it to apply."""
+    return _inside(source for name, source in patched_files(patch).items() if source != name)
+
+
+def _inside(names: Iterable[str]) -> list[str]:
+    """The names that lie in the repository, and not among git's own data."""
+    parts = {name: name.split("/") for name in names}
+    return [name for name, part in parts.items() if part[0] != "" and not {"..", ".git"} & set(part)]
 
 
 def _evaluate(instance: Instance, workspace: Workspace) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aem_jax.files import parse_json, read_json, read_json_lines, valid_json
+
 START_MARKER = ">>>>> Start Test Output"
 END_MARKER = ">>>>> End Test Output"
 EVAL_TYPES = ("pass_and_fail", "fail_only")
@@ -151,38 +153,29 @@ def _names(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
     value = row[column]
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = parse_json(value, column)
+        except ValueError as error:
             raise ValueError(f"expected a JSON list of test names in {column}, got {value!r:.80}: {error}") from None
     if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"expected a list of test names in {column}, got {value!r:.80}")
+    for name in value:
+        if not name.strip() or "\n" in name:
+            raise ValueError(f"expected test names of one line in {column}, got {name!r:.80}, which no log can hold")
     return tuple(value)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{place}: expected one JSON object a line, got {line.strip()[:60]!r}: {error}"
-                ) from None
-            yield place, _mapping(place, row)
+    for number, row in read_json_lines(path):
+        place = f"{path} line {number}"
+        yield place, _mapping(place, row)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected a JSON list of instances: {error}") from None
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a JSON list of instances, got {type(rows).__name__}")
     for number, row in enumerate(rows, start=1):
-        place = f"{path}, entry {number}"
+        place = f"{path} entry {number}"
         yield place, _mapping(place, row)
 
 
@@ -195,8 +188,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise ModuleNotFoundError(
             f"reading {path} needs pyarrow: pip install pyarrow (or save the dataset as JSONL, which needs nothing)"
         ) from None
-    for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1):
-        yield f"{path}, row {number}", row
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except Exception as error:  # pyarrow has a family of its own
+        raise ValueError(f"{path}: expected a parquet file, got {str(error).splitlines()[0]}") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{path} row {number}", valid_json(row)
 
 
 def _mapping(place: str, row: Any) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ taken from `swebench` where that is installed. Held to the originals, line by li
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from aem_jax.envs.swe.instance import Instance, to_row
@@ -24,13 +24,20 @@ _CONTROL = dict.fromkeys(range(1, 32))
 def parser(instance: Instance) -> Callable[[str], Statuses]:
     """The function that reads the log of an instance.
 
+    Most of these parsers cut a test's name at white space, and published instances hold names that are cut so. Others
+    (SWE-rebench's, SWE-smith's) hold whole names, as `t.py::test[a b]`. Such a name is looked up in the log as it is.
+
     Raises:
         ValueError: nobody knows a parser of this name.
         ModuleNotFoundError: the parser is one of `swebench`'s, which is not installed.
     """
     name = instance.log_parser
     if name in _OWN:
-        return _OWN[name]
+        parse, spaced = (
+            _OWN[name],
+            {name for name in (*instance.fail_to_pass, *instance.pass_to_pass) if _has_space(name)},
+        )
+        return (lambda log: {**_whole_names(log, spaced), **parse(log)}) if spaced else parse
     try:
         from swebench.harness.log_parsers import PARSER_REGISTRY  # pyright: ignore[reportMissingImports]
         from swebench.harness.utils import make_test_spec  # pyright: ignore[reportMissingImports]
@@ -88,6 +95,21 @@ def parse_pytest_v2(log: str) -> Statuses:
 def parse_matplotlib(log: str) -> Statuses:
     """As `parse_pytest`, after mouse buttons that print differently between Python versions are made numbers."""
     return parse_pytest(log.replace("MouseButton.LEFT", "1").replace("MouseButton.RIGHT", "3"))
+
+
+def _has_space(name: str) -> bool:
+    return name.split() != [name]
+
+
+def _whole_names(log: str, names: Collection[str]) -> Statuses:
+    """Results of tests whose names hold white space. Of a failure, ` - ` and its message may follow the name."""
+    found = {}
+    for line in log.split("\n"):
+        line = _COLOUR.sub("", line).replace("\x1b", "") if "\x1b" in line else line
+        status, _, rest = line.removesuffix("\r").partition(" ")
+        if status in STATUSES:
+            found |= {name: status for name in names if rest == name or rest.startswith(f"{name} - ")}
+    return found
 
 
 def _summary(log: str) -> Iterator[tuple[str, str]]:

@@ -1,10 +1,13 @@
-"""What the agent changed, as a patch: the work tree against the repository as it was before the agent saw it.
+"""Patches: the one that the agent made, and the files that any patch names.
+
+The agent's patch is the work tree against the repository as it was before the agent saw it.
 
 The agent's own `.git` has no say: its hooks, configuration, attributes and index may run programs or hide changes, and
 its HEAD moves when the agent commits. So the repository's data are put aside before the first command and put back into
 an empty folder afterwards. All of it happens inside the sandbox; the host sees bytes, of bounded number.
 """
 
+import re
 from dataclasses import replace
 
 from aem_jax.envs.swe.sandbox import Limits, SandboxError, Workspace, WorkspaceError
@@ -68,3 +71,84 @@ def model_patch(workspace: Workspace, base: bytes, *, limits: Limits, most_bytes
     if not size.output.isdigit() or int(size.output) > most_bytes:
         raise WorkspaceError(f"expected a patch of at most {most_bytes} bytes, got {size.output:.20} bytes")
     return workspace.read("/tmp/base/patch").decode(errors="surrogateescape")
+
+
+_HUNK = re.compile(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@")
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_ESCAPE = re.compile(rb"\\([0-7]{3}|.)", re.DOTALL)
+_ESCAPED = {b"a": b"\a", b"b": b"\b", b"t": b"\t", b"n": b"\n", b"v": b"\v", b"f": b"\f", b"r": b"\r"}
+
+
+def patched_files(patch: str) -> dict[str, str]:
+    """Files that a patch changes, in its order, relative to the repository, each with the file that it is made from.
+
+    Read from every header that git writes: `---` and `+++`, and `diff --git`, `rename`, `copy` where binary, empty or
+    mode-only changes have nothing else. Names in double quotes are unquoted. The lines of a hunk are skipped by its
+    counts, so that a removed line that looks like a header is none. Line ends may be CRLF.
+
+    Args:
+        patch: a unified diff; one leading component of names (`a/`, `b/`) is stripped, as by `git apply`.
+
+    Returns:
+        File -> itself, or the one that it is renamed or copied from. A deleted file counts as changed. Bytes that are
+        not UTF-8 are surrogate escapes.
+    """
+    files: dict[str, str] = {}
+    before = after = ""
+    complete = False  # both names of the file have been read
+    old = new = 0  # lines that are left of the hunk
+
+    def close_file() -> None:
+        if before or after:
+            files[after or before] = before or after
+
+    for line in patch.split("\n"):
+        line = line.removesuffix("\r")
+        if old > 0 or new > 0:
+            old -= not line.startswith(("+", "\\"))
+            new -= not line.startswith(("-", "\\"))
+        elif hunk := _HUNK.match(line):
+            old, new = (int(count or 1) for count in hunk.groups())
+        elif line.startswith("diff --git "):
+            close_file()
+            before = after = _same_file(line.removeprefix("diff --git "))
+            complete = False
+        elif header := re.match(r"(---|\+\+\+) (.+)", line):
+            name = _unquoted(header[2].split("\t")[0])
+            name = "" if name == "/dev/null" else name.partition("/")[2]
+            if header[1] == "+++":
+                after, complete = name, True
+            else:
+                if complete:  # the next file of a patch without `diff --git`
+                    close_file()
+                before, complete = name, False
+        elif header := re.match(r"(?:rename|copy) (from|to) (.+)", line):
+            if header[1] == "from":
+                before = _unquoted(header[2])
+            else:
+                after = _unquoted(header[2])
+    close_file()
+    return files
+
+
+def _same_file(names: str) -> str:
+    """The file of a `diff --git` header that names the same one twice. Two names stand in other lines as well."""
+    if names.startswith('"'):
+        both = [_unquoted(quoted[0]).partition("/")[2] for quoted in _QUOTED.finditer(names)]
+    else:
+        half = len(names) // 2
+        both = [name.partition("/")[2] for name in (names[:half], names[half + 1 :])]
+    return both[0] if len(both) == 2 and both[0] == both[1] else ""
+
+
+def _unquoted(name: str) -> str:
+    """A file's name as git prints it, without the quotes and escapes of unusual ones."""
+    quoted = _QUOTED.fullmatch(name)
+    if not quoted:
+        return name
+    data = quoted[1].encode(errors="surrogateescape")
+    return _ESCAPE.sub(lambda found: _byte(found[1]), data).decode(errors="surrogateescape")
+
+
+def _byte(escape: bytes) -> bytes:
+    return bytes([int(escape, 8) & 0xFF]) if len(escape) == 3 else _ESCAPED.get(escape, escape)

@@ -109,8 +109,8 @@ def check_sources(config: TasksConfig, splits: Sequence[str]) -> None:
         )
     if not (is_file(config.train) and is_file(config.evaluation)):
         return
-    trained = {task.id for task in _of_file("--bugs.train", config.train, config.repos)}
-    both = [task.id for task in _of_file("--bugs.evaluation", config.evaluation, config.repos) if task.id in trained]
+    trained = {task.id for task in file_tasks("--bugs.train", config.train, config.repos)}
+    both = [task.id for task in file_tasks("--bugs.evaluation", config.evaluation, config.repos) if task.id in trained]
     if both:
         raise ValueError(
             f"--bugs.evaluation: expected no instance of --bugs.train, got {len(both)} ({', '.join(both[:3])}"
@@ -130,7 +130,7 @@ def training_tasks(config: TasksConfig, *, seed: int = 0) -> Sequence[BugTask]:
         ValueError: there are none, or they cannot be read.
     """
     if is_file(config.train):
-        tasks = _of_file("--bugs.train", config.train, config.repos)
+        tasks = file_tasks("--bugs.train", config.train, config.repos)
     else:
         tasks = generated_tasks("train", config.difficulties)
     random.Random(f"training order/{seed}").shuffle(tasks)
@@ -155,7 +155,7 @@ def eval_set(config: TasksConfig, split: str, size: int) -> tuple[Sequence[BugTa
     if size < 1:
         raise ValueError(f"expected size >= 1, got {size}")
     if is_file(config.evaluation):
-        tasks = _of_file("--bugs.evaluation", config.evaluation, config.repos)
+        tasks = file_tasks("--bugs.evaluation", config.evaluation, config.repos)
     else:
         tasks = generated_tasks(split, config.difficulties)
     count = min(size, len(tasks))
@@ -180,7 +180,17 @@ def generated_tasks(split: str, difficulties: Sequence[str] = generated.DIFFICUL
     return [BugTask(bug.id, bug.difficulty, {"bug": bug.id}) for bug in bugs]
 
 
-def _of_file(option: str, path: str, repos: str) -> list[BugTask]:
+def file_tasks(option: str, path: str, repos: str) -> list[BugTask]:
+    """The instances of a file as tasks.
+
+    Args:
+        option: what named the file; begins the error.
+        path: of the file.
+        repos: folder of git mirrors; empty: repositories come out of the instances' images.
+
+    Raises:
+        ValueError: it cannot be read, or holds no instances.
+    """
     # the path travels to servers that may run elsewhere
     absolute = {"instances": str(Path(path).resolve())} | ({"repos": str(Path(repos).resolve())} if repos else {})
     try:

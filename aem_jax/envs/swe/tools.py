@@ -145,7 +145,7 @@ class Tools:
             if outcome.exit_code == 1 and not outcome.output:
                 return Answer(f"no match for {term!r:.100} in {path}")
             raise ToolError(_outcome_text(outcome))
-        return Answer(self._first(outcome.output.splitlines(), "[more matches are not shown]"))
+        return Answer(self._first(_lines(outcome.output), "[more matches are not shown]"))
 
     def _file_editor(self, parameters: _Parameters) -> Answer:
         command = parameters.text("command").strip()
@@ -158,7 +158,7 @@ class Tools:
         if kind == "directory":
             find = f"find {shlex.quote(path)} -mindepth 1 -maxdepth 2 -not -path '*/.*' -printf '%p%y\\n'"
             outcome = self._workspace.run(f"{find} | sort | head -n {LISTED + 1}", limits=self._listing)
-            entries = [line[:-1] + ("/" if line.endswith("d") else "") for line in outcome.output.splitlines()]
+            entries = [line[:-1] + ("/" if line.endswith("d") else "") for line in _lines(outcome.output)]
             return self._first(entries, "[more entries are not shown]") or "the folder is empty"
         lines = self._read(path).decode(errors="replace").split("\n")
         first, last = 1, len(lines)
@@ -296,3 +296,8 @@ def _outcome_text(outcome: Outcome) -> str:
     output = _shown(outcome.output).rstrip("\n")
     end = outcome.notice or f"exit code {outcome.exit_code}"
     return f"{output}\n[{end}]" if output else f"[{end}]"
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as programs count them; `str.splitlines` would cut at U+2028 and others inside a line."""
+    return text.removesuffix("\n").split("\n") if text else []

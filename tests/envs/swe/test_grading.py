@@ -4,9 +4,10 @@ import sys
 
 import pytest
 from envs.swe.official import DECEIVING, RECORDED, official_log, official_verdict
-from envs.swe.samples import CALC, FORGED_CODE, GOLD, PATCHES, FakeRuntime, calc, diff
+from envs.swe.samples import CALC, FORGED_CODE, GOLD, PATCHES, ROW, FakeRuntime, calc, diff
 
 from aem_jax.envs.swe.grading import Report, grade, judge, read_log
+from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, from_row
 from aem_jax.envs.swe.log_parsers import parse_pytest, parse_pytest_options, parse_pytest_v2, parser
 from aem_jax.envs.swe.repos import files_checkout
 from aem_jax.envs.swe.sandbox import Limits
@@ -184,3 +185,47 @@ def test_a_parser_that_is_not_here_says_what_to_install(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=r"'parse_log_django'.*pip install 'aem_jax\[swe\]'"):
         parser(dataclasses.replace(calc(), log_parser="parse_log_django"))
+
+
+SPACED = ["t.py::x[a b]", "t.py::x[a - b]", "t.py::x[a  b]", "t.py::x[a] ", "t.py::x[\u2028]", "t.py::x[ü\xa0]"]
+
+
+def spaced(*names: str, log_parser: str, kind: str = "FAIL_TO_PASS"):
+    other = {"FAIL_TO_PASS": '["t.py::first"]', "PASS_TO_PASS": "[]"}
+    return from_row(ROW | other | {kind: json.dumps(names), "log_parser": log_parser})
+
+
+def of_lines(instance, *lines: str) -> Report:
+    log = "\n".join([START_MARKER, "PASSED t.py::first", *lines, END_MARKER, ">>>>> Test Exit Code: 0", ""])
+    return judge(instance, read_log(log, parser(instance)) or {})
+
+
+@pytest.mark.parametrize("log_parser", ["parse_log_pytest", "parse_log_pytest_v2", "parse_log_pytest_options"])
+@pytest.mark.parametrize("name", SPACED)
+def test_whole_names_with_white_space_are_found(name, log_parser):
+    instance = spaced(name, log_parser=log_parser)
+    assert of_lines(instance, f"PASSED {name}").resolved
+    assert of_lines(instance, f"PASSED {name}\r").resolved
+    assert not of_lines(instance, f"FAILED {name} - assert 1 - 2 == 3").resolved
+    assert not of_lines(instance, f"PASSED {name}", f"ERROR {name}").resolved  # the last line counts
+    assert not of_lines(instance).resolved
+
+
+def test_names_that_share_their_cut_are_told_apart():
+    instance = spaced("t.py::x[a b]", "t.py::x[a c]", log_parser="parse_log_pytest")
+    report = of_lines(instance, "FAILED t.py::x[a b] - no", "PASSED t.py::x[a c]")
+    assert report.fail_to_pass == {"t.py::x[a b]": False, "t.py::x[a c]": True} and not report.resolved
+    report = of_lines(instance, "PASSED t.py::x[a c]")
+    assert report.fail_to_pass == {"t.py::x[a b]": False, "t.py::x[a c]": True} and not report.resolved
+
+
+def test_names_that_are_cut_are_graded_as_swebench_grades_them():
+    instance = spaced("t.py::x[a", log_parser="parse_log_pytest")
+    assert parser(instance) is parse_pytest  # nothing added
+    assert of_lines(instance, "FAILED t.py::x[a b] - no", "PASSED t.py::x[a c]").resolved  # the last line counts
+
+
+def test_a_failure_whose_name_has_white_space_does_not_pass_where_only_failures_are_named():
+    instance = dataclasses.replace(spaced("t.py::x[a b]", log_parser="parse_log_pytest"), eval_type="fail_only")
+    assert of_lines(instance).resolved
+    assert not of_lines(instance, "FAILED t.py::x[a b] - no").resolved

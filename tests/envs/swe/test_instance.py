@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def test_a_row_of_release_4_is_refused_with_what_it_lacks_and_where_to_get_it():
     ("change", "message"),
     [
         ({"FAIL_TO_PASS": "[test"}, "expected a JSON list of test names in FAIL_TO_PASS, got '\\[test'"),
+        ({"FAIL_TO_PASS": '["t.py::x[1\\n2]"]'}, "test names of one line in FAIL_TO_PASS, got 't.py::x"),
+        ({"FAIL_TO_PASS": '[" "]'}, "test names of one line in FAIL_TO_PASS, got ' '"),
+        ({"FAIL_TO_PASS": '["a", NaN]'}, "FAIL_TO_PASS: expected JSON, got NaN"),
+        ({"hints_text": float("nan")}, "expected JSON, got NaN"),
         ({"PASS_TO_PASS": '{"a": 1}'}, "expected a list of test names in PASS_TO_PASS"),
         ({"FAIL_TO_PASS": "[]"}, "at least one test in FAIL_TO_PASS"),
         ({"patch": 3}, "expected text in patch, got 3"),
@@ -45,7 +50,7 @@ def test_bad_columns_are_named_with_file_and_line(tmp_path, change, message):
     path = jsonl(tmp_path / "data.jsonl", ROW, "", ROW | {"instance_id": "own__calc-2"} | change)
     with pytest.raises(ValueError, match=message) as raised:
         read_instances(path)
-    assert f"{path}, line 3: " in str(raised.value)
+    assert f"{path} line 3: " in str(raised.value)
 
 
 def test_files(tmp_path):
@@ -55,7 +60,7 @@ def test_files(tmp_path):
     assert [each.instance_id for each in read] == ["own__calc-1", "own__calc-2"]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     assert read_instances(tmp_path / "data.json") == read
-    with pytest.raises(ValueError, match=r"line 2: expected one JSON object a line, got '\{half'"):
+    with pytest.raises(ValueError, match=r"line 2: expected JSON, got Expecting property name"):
         read_instances(jsonl(tmp_path / "half.jsonl", ROW, "{half"))
     with pytest.raises(ValueError, match=r"line 2: expected each instance_id once"):
         read_instances(jsonl(tmp_path / "twice.jsonl", ROW, ROW))
@@ -84,3 +89,35 @@ def test_instances_are_values():
     assert dataclasses.replace(from_row(ROW), version="2") != from_row(ROW)
     assert isinstance(hash(from_row(ROW)), int)
     assert Instance.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\r"])
+def test_a_statement_may_hold_any_line_separator(tmp_path, mark):
+    row = ROW | {"problem_statement": f"one{mark}two"}
+    text = json.dumps(row, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_bytes(f"\ufeff{text}\r\n".encode())
+    (tmp_path / "a.json").write_bytes(f"[{text}]".encode("utf-8-sig"))
+    for name in ("a.jsonl", "a.json"):
+        assert [each.problem_statement for each in read_instances(tmp_path / name)] == [f"one{mark}two"]
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", ROW | {"problem_statement": "half \ud83d of it"})
+    assert read_instances(path)[0].problem_statement == "half \ufffd of it"
+
+
+def test_a_file_damaged_at_random_is_refused_in_one_line_or_read(tmp_path):
+    path = jsonl(tmp_path / "data.jsonl", *(ROW | {"instance_id": f"own__calc-{i}"} for i in range(3)))
+    good = path.read_bytes()
+    refusals = 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        at, end = sorted(rng.randrange(len(good) + 1) for _ in range(2))
+        bad = rng.choice([b"", b"\0", b"\xff", b"NaN", b"null", b"\n", b'"', b"{", bytes(end - at), rng.randbytes(8)])
+        path.write_bytes(rng.choice([good[:at], good[:at] + bad + good[end:], good[:at] + bad + good[at:]]))
+        try:
+            assert 1 <= len(read_instances(path)) <= 3
+        except ValueError as error:
+            refusals += 1
+            assert str(path) in str(error) and "\n" not in str(error), seed
+    assert refusals > 100
