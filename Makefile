@@ -1,6 +1,7 @@
 # Everything a fresh Debian or Ubuntu machine with python3, make and git needs:
 #   make run     set up .venv and train the default preset (alfworld-tiny)
 #   make test    set up .venv with the test tools and run the tests
+#   make test-newest    the same in .venv-newest: the newest Python that is found, the newest release of everything
 # Arguments go through ARGS:  make run ARGS="--seed 1"   make test ARGS="-k aem -x"
 
 SHELL := /bin/bash
@@ -14,12 +15,18 @@ WORKERS ?= 2
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 
+# Tests in an environment without constraints.txt; the quick part says what a new release breaks first.
+NEWEST := .venv-newest
+QUICK := tests/test_imports.py tests/test_versions.py tests/advantage tests/test_losses.py tests/sampler tests/learner \
+	tests/launch/test_run.py::test_a_run_leaves_what_it_should
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format types imports check install clean distclean
+.PHONY: help run test newest test-newest test-newest-quick lint format types imports check install clean distclean
 
 help:
-	@sed -n '2,4p' $(MAKEFILE_LIST) | sed 's/^# *//'
-	@echo "also: lint, format, types, imports, check (all of these), install, clean, distclean"
+	@sed -n '2,5p' $(MAKEFILE_LIST) | sed 's/^# *//'
+	@echo "also: test-newest-quick, lint, format, types, imports, check (all of these), install, clean, distclean"
 
 $(BIN)/python:
 	@PYTHON="$(PYTHON)" bash scripts/make_venv.sh $(VENV)
@@ -40,7 +47,22 @@ run: $(RUN_STAMP)
 	$(BIN)/python -m aem_jax.launch $(ARGS)
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+$(NEWEST)/bin/python:
+	@PYTHON="$(PYTHON)" bash scripts/make_venv.sh --newest $(NEWEST)
+
+newest: $(NEWEST)/bin/python
+	@echo "installing the newest releases into $(NEWEST)"
+	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[test]'
+	@$(NEWEST)/bin/python --version
+	@$(NEWEST)/bin/python -m pip freeze --exclude-editable | paste -s -d ' ' | fold -s -w 120
+
+test-newest: newest
+	$(NEWEST)/bin/python $(PYTEST) $(ARGS)
+
+test-newest-quick: newest
+	$(NEWEST)/bin/python $(PYTEST) $(QUICK) $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
@@ -60,7 +82,7 @@ check: lint types imports test
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .jax_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(NEWEST)/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) $(NEWEST) *.egg-info

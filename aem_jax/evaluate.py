@@ -1,5 +1,6 @@
 """Success on a fixed set of tasks, with its interval: of the policy, of a scripted expert, of chance."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -102,9 +103,9 @@ def _summary(name: str, split: str, outcomes: Sequence["_Outcome"], env_errors: 
         split=split,
         rate=rate([each.won for each in outcomes]),
         by_kind={kind: rate([each.won for each in outcomes if each.kind == kind]) for kind in kinds},
-        mean_score=sum(each.score for each in outcomes) / count,
+        mean_score=math.fsum(each.score for each in outcomes) / count,
         mean_turns=sum(each.turns for each in outcomes) / count,
-        mean_return=sum(each.total for each in outcomes) / count,
+        mean_return=math.fsum(each.total for each in outcomes) / count,
         env_errors=env_errors,
     )
 
@@ -145,5 +146,5 @@ def evaluate_agent(
     for task in tasks:
         exchanges = play(env, task.payload, make_act(task), max_turns)
         won, score = (exchanges[-1].result.won, exchanges[-1].result.score) if exchanges else (False, 0.0)
-        outcomes.append(_Outcome(task.kind, won, score, len(exchanges), sum(e.result.reward for e in exchanges)))
+        outcomes.append(_Outcome(task.kind, won, score, len(exchanges), math.fsum(e.result.reward for e in exchanges)))
     return _summary(name, split, outcomes, 0)

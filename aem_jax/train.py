@@ -13,7 +13,7 @@ from aem_jax.compilations import compilations
 from aem_jax.credit import Credit
 from aem_jax.learner import TrainState
 from aem_jax.rollout import RolloutStats
-from aem_jax.selection import Played
+from aem_jax.selection import Played, returned
 from aem_jax.trajectory import Ending, Trajectory
 
 Metrics = dict[str, Any]
@@ -122,7 +122,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], played: RolloutStats) ->
     }
     outcomes: dict[int, set[float]] = {}
     for t in whole:
-        outcomes.setdefault(t.group, set()).add(t.total_reward)
+        outcomes.setdefault(t.group, set()).add(returned(t))
     return {
         "rollout/success": mean([t.won for t in whole]),
         "rollout/score": mean([t.score for t in whole]),

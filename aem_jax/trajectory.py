@@ -1,5 +1,6 @@
 """Host types of a rollout: what was asked, what was said, how it ended. Plain numpy; ids as sampled are the truth."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -89,5 +90,5 @@ class Trajectory:
 
     @property
     def total_reward(self) -> float:
-        """Undiscounted sum of the turns' rewards."""
-        return float(sum(turn.reward for turn in self.turns))
+        """Undiscounted sum of the turns' rewards, rounded once: their order and the version of Python do not matter."""
+        return math.fsum(turn.reward for turn in self.turns)

@@ -53,7 +53,7 @@ def summary(folder: Path, run: Run) -> dict[str, Any] | None:
         "variant": run.variant,
         "seed": run.seed,
         "steps": last,
-        "seconds": round(sum(line["time/step"] for line in metrics)),
+        "seconds": round(math.fsum(line["time/step"] for line in metrics)),
         "evaluations": evaluations,
         "curves": {name: values for name, values in curves.items() if any(each is not None for each in values)},
     }
@@ -66,7 +66,7 @@ def binned(values: Sequence[float | None], bins: int = BINS) -> list[float | Non
     for index in range(bins):
         part = values[index * len(values) // bins : (index + 1) * len(values) // bins]
         known = [each for each in part if each is not None and math.isfinite(each)]
-        found.append(float(f"{sum(known) / len(known):.4g}") if known else None)
+        found.append(float(f"{math.fsum(known) / len(known):.4g}") if known else None)
     return found
 
 

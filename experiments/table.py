@@ -60,7 +60,7 @@ def part(metric: str, first: float, last: float) -> Callable[[Result], float]:
         values = result["curves"].get(metric, [])
         cut = values[round(first * len(values)) : max(round(last * len(values)), 1)]
         known = [each for each in cut if each is not None]
-        return sum(known) / len(known) if known else math.nan
+        return math.fsum(known) / len(known) if known else math.nan
 
     return mean
 
@@ -80,7 +80,7 @@ def interval(values: Sequence[float]) -> Interval:
     known = sorted(each for each in values if math.isfinite(each))
     if not known:
         return Interval(math.nan, math.nan, math.nan, 0)
-    mean = sum(known) / len(known)
+    mean = math.fsum(known) / len(known)
     if len(known) == 1:
         return Interval(mean, math.nan, math.nan, 1)
     from scipy.stats import bootstrap

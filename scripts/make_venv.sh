@@ -1,25 +1,44 @@
 #!/usr/bin/env bash
-# Make a virtual environment with pip in it, from whatever Python >= 3.11 the machine has.
+# Make a virtual environment with pip in it, from a Python >= 3.11 that the machine has.
 #   scripts/make_venv.sh .venv            PYTHON=/path/to/python scripts/make_venv.sh .venv
+#   scripts/make_venv.sh --newest .venv   the newest Python of PATH and of pyenv, from 3.12 to 3.14
+# Exits with 3 where there is no such Python.
 # Debian and Ubuntu split the standard library: without python3-venv there is no ensurepip. Then, in this order:
 # the system's pip fills the environment; apt installs python3-venv where that needs no password; or we say what to type.
 set -euo pipefail
 
-venv=${1:?usage: make_venv.sh FOLDER}
+oldest=3.11
+candidates="python3 python3.14 python3.13 python3.12 python3.11 python"
+if [ "${1:-}" = --newest ]; then
+    shift
+    oldest=3.12
+    candidates=
+    for version in 3.14 3.13 3.12; do
+        candidates+=" python$version $(echo "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python)"
+    done
+fi
+venv=${1:?usage: make_venv.sh [--newest] FOLDER}
 
-is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+# By running it: a shim of pyenv may stand for a Python that is not there.
+is_new_enough() { "$1" -c "import sys; sys.exit(sys.version_info < (3, ${oldest#3.}))" >/dev/null 2>&1; }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13 python}; do
+    local candidate first
+    for candidate in ${PYTHON:-$candidates}; do
         if command -v "$candidate" >/dev/null && is_new_enough "$candidate"; then
             command -v "$candidate"
             return
         fi
     done
-    echo "error: expected Python 3.11 or newer, got ${PYTHON:-python3}: $("${PYTHON:-python3}" --version 2>&1 | head -n 1 || true)" >&2
-    echo "       Install one (Debian 12+, Ubuntu 24.04+: apt install python3) or name it: make PYTHON=/path/to/python3.12 …" >&2
-    exit 1
+    first=${PYTHON:-python3}
+    if command -v "$first" >/dev/null; then
+        echo "error: expected Python $oldest or newer, got $first: $("$first" --version 2>&1 | head -n 1 || true)" >&2
+    else
+        echo "error: expected Python $oldest or newer, got $first, which is not a program" >&2
+    fi
+    echo "       Install one (Debian 12+, Ubuntu 24.04+: apt install python3; pyenv: pyenv install 3.13)" >&2
+    echo "       or name it: make PYTHON=/path/to/python3.13 …" >&2
+    exit 3
 }
 
 has_pip() { "$venv/bin/python" -m pip --version >/dev/null 2>&1; }

@@ -1,13 +1,18 @@
 """Row attention on GPUs: cuDNN's flash attention through jax, and the Triton kernel that ships with jax.
 
 Left out: cuDNN's own packed layout, which jax offers in a private function alone and which needs each row's segments
-counted; jax's Mosaic kernel, which has no segments and no causal backward pass.
+counted; jax's Mosaic kernel, which has no segments and no causal backward pass; tokamax, which jax 0.12 names in place
+of its Triton kernel, but which needs Python 3.12 and takes segments as a mask of T² numbers a row, as cuDNN does.
 """
+
+import warnings
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+TRITON_MODULE = "jax.experimental.pallas.ops.gpu.attention"
 
 TRITON_BLOCK = 128
 """Of its queries and keys, going forward; a row is a multiple of it."""
@@ -21,7 +26,9 @@ def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
 
 def triton_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interpret: bool = False) -> Array:
     """See `row_attention`. It knows no groups: keys and values are repeated for each query head."""
-    from jax.experimental.pallas.ops.gpu import attention as triton  # experimental: no other run should need it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # where a jax comes without it, `kernels.choose` says so
+        from jax.experimental.pallas.ops.gpu import attention as triton  # experimental: no other run should need it
 
     head_dim, shared = q.shape[-1], q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))

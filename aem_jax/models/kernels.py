@@ -4,6 +4,7 @@ The table below names the kernels and what each cannot do. A kernel is one devic
 `shard_map`, rows over data and fsdp, heads over tensor: none of them needs another's rows or heads.
 """
 
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from aem_jax.models.attention import RowAttention, row_attention
-from aem_jax.models.gpu_attention import TRITON_BLOCK, cudnn_attention, triton_attention
-from aem_jax.models.splash import BLOCKS, block_size, splash_attention
+from aem_jax.models.gpu_attention import TRITON_BLOCK, TRITON_MODULE, cudnn_attention, triton_attention
+from aem_jax.models.splash import BLOCKS, SPLASH_MODULE, block_size, splash_attention
 from aem_jax.sharding import TRAIN, partition
 
 log = logging.getLogger(__name__)
@@ -57,12 +58,14 @@ class Kernel(NamedTuple):
         platform: where it runs; empty for everywhere.
         refuses: why it cannot take this; empty if it can.
         backward: matrix products of going backward, in units of those of going forward: scores are computed anew.
+        module: the experimental module of jax that holds it, which a version of jax may not have; empty for none.
     """
 
     attend: RowAttention
     platform: str
     refuses: Callable[[Device, Sizes], str]
     backward: float = 2.5
+    module: str = ""
 
 
 def _splash_refuses(device: Device, sizes: Sizes) -> str:
@@ -100,9 +103,9 @@ def _not_half(sizes: Sizes) -> str:
 
 
 KERNELS: Mapping[str, Kernel] = {
-    "splash": Kernel(splash_attention, "tpu", _splash_refuses, backward=3.5),
+    "splash": Kernel(splash_attention, "tpu", _splash_refuses, backward=3.5, module=SPLASH_MODULE),
     "cudnn": Kernel(cudnn_attention, "gpu", _cudnn_refuses),
-    "triton": Kernel(triton_attention, "gpu", _triton_refuses, backward=3.5),
+    "triton": Kernel(triton_attention, "gpu", _triton_refuses, backward=3.5, module=TRITON_MODULE),
     "xla": Kernel(row_attention, "", lambda device, sizes: ""),
 }
 """Name -> kernel."""
@@ -111,26 +114,38 @@ PREFERRED: Mapping[str, str] = {"tpu": "splash", "gpu": "cudnn"}
 """Platform -> what `auto` takes there, if it takes the shapes; XLA elsewhere."""
 
 
-def choose(name: str, device: Device, sizes: Sizes) -> tuple[str, str]:
+def choose(name: str, device: Device, sizes: Sizes, kernels: Mapping[str, Kernel] = KERNELS) -> tuple[str, str]:
     """The kernel that will do it, and why it is not the one that was wanted (empty if it is).
 
     Args:
         name: of `KERNELS`, or auto.
         device: where.
         sizes: on one device.
+        kernels: the table.
 
     Raises:
-        ValueError: a kernel of another platform was asked for by name.
+        ValueError: a kernel of another platform was asked for by name, or one that this version of jax does not have.
     """
     wanted = PREFERRED.get(device.platform, "xla") if name == "auto" else name
-    kernel = KERNELS[wanted]
-    if kernel.platform not in ("", device.platform):
-        there = [each for each, one in KERNELS.items() if one.platform in ("", device.platform)]
-        raise ValueError(
-            f"--learner.attention: expected auto, {' or '.join(there)} on a {device.platform.upper()}, got {name}"
-        )
-    reason = kernel.refuses(device, sizes)
+    kernel = kernels[wanted]
+    missing = f"jax {jax.__version__} has no {kernel.module}" if not _has(kernel.module) else ""
+    here = kernel.platform in ("", device.platform)
+    if not here or (missing and name != "auto"):
+        there = [each for each, one in kernels.items() if one.platform in ("", device.platform) and _has(one.module)]
+        where = f"on a {device.platform.upper()}"
+        why = f"; {missing}" if here else ""
+        raise ValueError(f"--learner.attention: expected auto, {' or '.join(there)} {where}, got {name}{why}")
+    reason = missing or kernel.refuses(device, sizes)
     return ("xla", f"{wanted} attention: {reason}; XLA's blocks instead") if reason else (wanted, "")
+
+
+@cache
+def _has(module: str) -> bool:
+    """Whether an optional module of jax is installed; it is not imported."""
+    try:
+        return not module or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor are the packages around it
+        return False
 
 
 def device_of(mesh: Mesh) -> Device:
@@ -158,7 +173,7 @@ def make_row_attention(
         ValueError: a kernel of another platform was asked for by name.
     """
     device = device or device_of(mesh)
-    choose(name, device, Sizes(BLOCKS[0], 1, 1, 128, "bfloat16"))  # a name that cannot be is an error at once
+    choose(name, device, Sizes(BLOCKS[0], 1, 1, 128, "bfloat16"), kernels)  # a name that cannot be is an error at once
     rows = partition(("rows", "length", "heads", "head_dim"), TRAIN)
     keys = partition(("rows", "length", "kv_heads", "head_dim"), TRAIN)
     ids = partition(("rows", "length"), TRAIN)
@@ -166,7 +181,7 @@ def make_row_attention(
     def attend(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
         ways = mesh.shape["tensor"]
         local = Sizes(q.shape[1], q.shape[2] // ways, k.shape[2] // ways, q.shape[3], jnp.dtype(q.dtype).name)
-        chosen, reason = choose(name, device, local)
+        chosen, reason = choose(name, device, local, kernels)
         if reason:
             _say_once(reason)
         run = kernels[chosen].attend

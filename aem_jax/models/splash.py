@@ -16,6 +16,8 @@ Array = jax.Array
 BLOCKS = (512, 256, 128)
 """Queries, and keys, of a block: the largest that divides the row."""
 
+SPLASH_MODULE = "jax.experimental.pallas.ops.tpu.splash_attention"
+
 PASSES = {"fwd": 2, "dq": 3, "dkv": 4}
 """Kernel -> matrix products of scores' size in it: scores, values; scores, their gradient, queries'; and so on."""
 

@@ -1,6 +1,7 @@
 """The curves of a report. Each drawing function takes a run and axes, and says False when the run has nothing to
 show."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -134,7 +135,8 @@ def draw_time(run: Run, axes: Axes) -> bool:
     layers = [[found[name].get(step, 0.0) for step in steps] for name in phases]
     labels = [name.removeprefix("time/") for name in phases]
     if totals:
-        layers.append([max(0.0, totals[step] - sum(layer[i] for layer in layers)) for i, step in enumerate(steps)])
+        rest = [totals[step] - math.fsum(seconds) for step, seconds in zip(steps, zip(*layers), strict=True)]
+        layers.append([max(0.0, seconds) for seconds in rest])
         labels.append("rest")
     colours = [*CYCLE[: len(phases)], *[GREY] * (len(layers) - len(phases))]
     axes.stackplot(steps, layers, labels=labels, colors=colours, alpha=0.75, linewidth=0)

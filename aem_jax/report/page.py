@@ -125,7 +125,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         found.append(("steps", str(len(run.metrics))))
     _, seconds = run.series("time/step")
     if seconds:
-        found += [("training time", duration(sum(seconds))), ("a step", f"{statistics.median(seconds):.2f} s")]
+        found += [("training time", duration(math.fsum(seconds))), ("a step", f"{statistics.median(seconds):.2f} s")]
     _, speed = run.series("throughput/tokens_per_s")
     if speed:
         found.append(("tokens/s, median", f"{statistics.median(speed):,.0f}".replace(",", "\u202f")))
@@ -168,7 +168,7 @@ def episode(transcript: Mapping[str, Any]) -> dict[str, Any]:
         "ending": "solved" if won else {"terminated": "failed", "env_error": "environment error"}.get(ending, ending),
         "tone": "good" if won else "grey" if ending == "env_error" else "bad",
         "step": transcript.get("step"),
-        "total": sum(turn["reward"] for turn in turns if isinstance(turn.get("reward"), int | float)),
+        "total": math.fsum(turn["reward"] for turn in turns if isinstance(turn.get("reward"), int | float)),
         "turns": [
             {
                 **turn,

@@ -2,6 +2,7 @@
 dark."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -66,7 +67,7 @@ def inline_svg(figure: Figure, name: str) -> str:
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Trailing mean over at most `window` values: what one would have seen at that step."""
-    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+    return [math.fsum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
 def plot_smoothed(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, label: str) -> None:

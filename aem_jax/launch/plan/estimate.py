@@ -46,9 +46,9 @@ class Seconds:
 
 def estimate(costs: Costs, topology: Topology, coordinates: Coordinates = ()) -> Seconds:
     """Seconds of a program on one device."""
-    wire = sum(each.count * _wire_seconds(each, topology, coordinates) for each in costs.collectives)
+    wire = math.fsum(each.count * _wire_seconds(each, topology, coordinates) for each in costs.collectives)
     clock = topology.chip.clock
-    kernels = sum(
+    kernels = math.fsum(
         each.count * max(each.flops / topology.peak, each.bytes / topology.bandwidth) for each in costs.kernels
     )
     return Seconds(

@@ -105,7 +105,7 @@ def _programs(plan: Plan) -> Table:
     for name, cost in plan.costs.items():
         seconds, program, closed = plan.seconds[name], plan.programs.get(name), plan.closed_flops.get(name)
         unit = plan.units.get(name, 1.0)
-        sent = sum(each.count * each.bytes for each in cost.collectives if each.group > 1)
+        sent = math.fsum(each.count * each.bytes for each in cost.collectives if each.group > 1)
         table.add_row(
             _UNIT[name],
             f"{cost.flops / unit / 1e12:,.3f}",
@@ -150,7 +150,7 @@ def _end(plan: Plan) -> Iterable[str]:
         yield f"not known: {_LABEL[name]}, on which the compiler failed ({reason}); another version of libtpu may do"
     for name, cost in plan.costs.items():
         if known := [each for each in cost.kernels if each.known]:
-            flops = sum(each.count * each.flops for each in known) / plan.units.get(name, 1.0)
+            flops = math.fsum(each.count * each.flops for each in known) / plan.units.get(name, 1.0)
             names = ", ".join(sorted({each.name for each in known}))
             counted = f"{flops / 1e12:.3f} TFLOP of kernels, in closed form and timed at the peaks"
             yield f"in {_UNIT[name]}: {counted} ({names})"
