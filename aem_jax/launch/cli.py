@@ -51,7 +51,7 @@ def main(words: Sequence[str]) -> int:
 
 def _train(words: Sequence[str]) -> int:
     from aem_jax.launch.options import apply
-    from aem_jax.launch.record import run_name
+    from aem_jax.launch.record import absolute, run_name
 
     options = _options(words, "train")
     preset = _preset(options)
@@ -60,7 +60,7 @@ def _train(words: Sequence[str]) -> int:
     config = apply(preset, options)
     # The variable is read here and nowhere else, so that a run's folder says what its games were.
     data = config.alfworld_data or os.environ.get("ALFWORLD_DATA", "")
-    config = replace(config, name=run_name(config, options), alfworld_data=data)
+    config = absolute(replace(config, name=run_name(config, options), alfworld_data=data))
 
     from aem_jax.launch.build import check
 
@@ -122,11 +122,11 @@ def _export(words: Sequence[str]) -> int:
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
     """The config of a run that is there: its own, not the preset as it may be by now, with the options in place."""
     from aem_jax.launch.options import apply
-    from aem_jax.launch.record import load, run_name
+    from aem_jax.launch.record import absolute, load, run_name
 
     asked = apply(_preset(options), options)
     folder = Path(asked.runs_dir) / run_name(asked, options)
-    config = apply(load(folder), options)
+    config = absolute(apply(load(folder), options))
     return replace(config, name=folder.name, runs_dir=asked.runs_dir)
 
 

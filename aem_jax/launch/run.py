@@ -20,7 +20,7 @@ from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
 from aem_jax.envs.protocol import EnvError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
-from aem_jax.launch import base, begin, build, processes, record, runtime
+from aem_jax.launch import base, begin, build, inputs, processes, record, runtime
 from aem_jax.launch.algorithm import response_advantages, value_targets
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
@@ -60,10 +60,10 @@ def train(config: RunConfig) -> int:
         StoppedError: it was stopped outside of the training steps, and can go on.
     """
     folder = Path(config.runs_dir) / config.name
-    with opened(config, folder, check_resumable=True) as (stage, checkpoints):
+    with opened(config, folder, writes=True) as (stage, checkpoints):
         is_first = stage.hosts.is_first
         if is_first:
-            record.save(config, folder)
+            record.save(config, folder, begun=checkpoints.latest is not None)
         stage = on_base(stage, checkpoints)
         state = _start(stage, checkpoints)
         if int(state.step) < config.train.num_steps:
@@ -88,8 +88,6 @@ def evaluate(config: RunConfig) -> int:
     """
     folder = Path(config.runs_dir) / config.name
     with opened(config, folder) as (stage, checkpoints):
-        if checkpoints.latest is None:
-            raise ConfigError(f"no checkpoint in {folder}; train it first")
         stage = on_base(stage, checkpoints)
         state = restore(stage, checkpoints)
         params, records, is_first = stage.laid_out(state.params), [], stage.hosts.is_first
@@ -107,19 +105,31 @@ def evaluate(config: RunConfig) -> int:
 
 
 @contextmanager
-def opened(config: RunConfig, folder: Path, check_resumable: bool = False) -> Iterator[tuple[Stage, Checkpoints]]:
-    """The machine set up, checkpoints and stage opened; what cannot be had is a `ConfigError`."""
+def opened(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[tuple[Stage, Checkpoints]]:
+    """The machine set up, checkpoints and stage opened; what cannot be had is a `ConfigError`.
+
+    Args:
+        config: the run's.
+        folder: the run's.
+        writes: whether the run goes on. Else nothing in its folder is changed, and another process may write to it.
+    """
     with ExitStack() as stack:
         try:
             runtime.set_up(config.runtime)  # before anything computes, and checkpoints do
             hosts = stack.enter_context(processes.joined(config.runtime))
             processes.check_same(hosts, config)
-            if check_resumable and hosts.is_first and (folder / record.FILE).exists():
+            if writes and hosts.is_first and (folder / record.FILE).exists():
                 record.check_resumable(record.load(folder), config, folder)
-            # The folder next: whoever cannot write there should know before anything else is begun.
-            processes.check_shared(hosts, folder)
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint, hosts))
-            stage = open_stage(config, folder, stack, hosts)
+            if writes:  # The folder next: whoever cannot write there should know before anything else is begun.
+                processes.check_shared(hosts, folder)
+                checkpoints.claim()
+            begun = hosts.of_first(checkpoints.latest is not None)
+            if not (begun or writes):
+                raise ConfigError(f"no checkpoint in {folder}; train it first")
+            if begun and hosts.is_first:
+                inputs.check_sources(folder, config, "refuse" if writes else "warn")
+            stage = open_stage(config, folder, stack, hosts, begun)
         except (CheckpointError, EnvError, ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
         try:
@@ -144,7 +154,11 @@ def on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
         whole = dataclasses.replace(stage, policy=stage.policy.whole)
         source = _parameters(whole) if config.warmstart.episodes == 0 else _fit(whole, _demonstrations(whole)).params
         base.save(folder, stage.policy.whole, stage.mesh, source, stage.chat.stop_ids)
-    return stage.on(base.load(config, folder, stage.policy.whole, stage.mesh))
+    recorded = stage.hosts.of_first(inputs.load(folder).get(inputs.FROZEN) if stage.hosts.is_first else None)
+    frozen, found = base.load(config, folder, stage.policy.whole, stage.mesh, recorded)
+    if recorded is None and checkpoints.is_writer and stage.hosts.is_first:
+        inputs.write(folder, {**inputs.load(folder), inputs.FROZEN: found})
+    return stage.on(frozen)
 
 
 def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
