@@ -26,7 +26,7 @@ from aem_jax.hosts import ALONE, Hosts
 
 State = TypeVar("State")
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("aem_jax.checkpoint")
 
 SLACK = 64 * 2**20
 """Bytes that have to stay free beside a checkpoint, for everything else that a run writes."""
@@ -92,7 +92,6 @@ class Checkpoints:
         if self._hosts.is_first:
             self._lock = _locked(self.folder)
         try:
-            self._put_files_aside()
             self._manager = ocp.CheckpointManager(
                 LiteralPath(self.folder),
                 options=ocp.CheckpointManagerOptions(preservation_policy=_Kept(self)),
@@ -122,9 +121,9 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of all checkpoints as of now, in order, that which is being written included."""
+        """Steps of all checkpoints as of now, in order, that which is being written and damaged ones included."""
         try:
-            names = [each.name for each in os.scandir(self.folder) if each.is_dir()]
+            names = os.listdir(self.folder)
         except OSError:
             names = []
         return sorted({int(name) for name in names if _is_step(name)} | set(self._writing))
@@ -325,14 +324,6 @@ class Checkpoints:
         if failures and self._manager is not None:
             self._hosts.wait()
             self._manager.reload()
-
-    def _put_files_aside(self) -> None:
-        """Puts files aside where the folder of a step would be."""
-        if self._hosts.is_first:
-            for each in list(os.scandir(self.folder)):
-                if _is_step(each.name) and not each.is_dir():
-                    _log.warning("%s is no checkpoint and is put aside", each.path)
-                    self._put_aside(Path(each.path))
 
     def _put_aside(self, path: Path) -> None:
         aside = self.folder / ASIDE / path.name

@@ -6,6 +6,8 @@ is missing reads as zeros. So the checksums decide whether a checkpoint is what 
 
 import glob
 import json
+import logging
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -93,6 +95,7 @@ def read_state(folder: Path, step: int, abstract_state: State) -> State:
             were written.
     """
     record = read_record(folder, step)
+    _hush_abandoned_reads()
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         state = checkpointer.restore(_state_path(folder, step), args=ocp.args.StandardRestore(abstract_state))
     if record["checksums"] is not None:
@@ -125,8 +128,33 @@ def read_back(folder: Path, step: int, state: Any) -> None:
 def first_line(error: BaseException) -> str:
     """An error of the storage library, which may be pages long, as one line."""
     lines = str(error).strip().splitlines()
-    text = " ".join(lines[0].split()) if lines else type(error).__name__
+    text = " ".join(lines[0].partition("See full TensorStore")[0].split()) if lines else type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _hush_abandoned_reads() -> None:
+    """Keeps the reads of other arrays, which orbax abandons where one fails, from printing tracebacks of their own.
+
+    They end in the storage library's threads, or with the garbage collector, so no exception reaches a caller.
+    """
+    others = sys.unraisablehook
+    if getattr(others, "hushes_reads", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        is_closed_loop = str(unraisable.exc_value) == "Event loop is closed"
+        code = getattr(unraisable.object, "cr_code", None)
+        if not is_closed_loop and not (code and "orbax" in code.co_filename):
+            others(unraisable)
+
+    hook.hushes_reads = True  # pyright: ignore[reportFunctionMemberAccess]
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(_is_no_abandoned_read)
+
+
+def _is_no_abandoned_read(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "never retrieved" not in text or not ("orbax" in text or "OCDBT" in text)
 
 
 def _state_path(folder: Path, step: int) -> LiteralPath:

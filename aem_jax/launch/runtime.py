@@ -31,6 +31,7 @@ def set_up(config: RuntimeConfig) -> None:
     # By force: a library that is imported before has set a handler and a level of its own, and ours would be left out.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("aem_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: tracebacks of errors that are raised all the same
     if config.platform:
         jax.config.update("jax_platforms", config.platform)
     if config.cpu_devices:
