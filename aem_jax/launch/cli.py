@@ -44,6 +44,8 @@ def main(words: Sequence[str]) -> int:
         return 141
     except StoppedError as stopped:
         return stopped.exit_status
+    except KeyboardInterrupt:
+        return 130
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

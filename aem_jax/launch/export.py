@@ -9,6 +9,7 @@ from aem_jax.checkpoint import CheckpointError, Checkpoints
 from aem_jax.launch import base, build, inputs, record, runtime
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch.signals import undone_on_interrupt
 from aem_jax.learner import abstract_state, make_optimizer
 from aem_jax.models import LoraPolicy, policy_params, save_pretrained
 from aem_jax.models.peft import save_adapter
@@ -45,16 +46,18 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
         step, params = int(state.step), policy_params(trained, state.params)
         if adapter and isinstance(policy, LoraPolicy):
             stands_on = config.model.path or str((run / base.FOLDER).resolve())
-            save_adapter(folder, policy, params, base=stands_on)
+            with undone_on_interrupt():
+                save_adapter(folder, policy, params, base=stands_on)
         else:
             if isinstance(policy, LoraPolicy):
                 frozen, _ = base.load(config, run, policy.whole, mesh, inputs.load(run).get(inputs.FROZEN))
                 merged = jax.jit(policy.merge)(params, frozen["layers"])  # the numbers that were sampled with
                 params = {**frozen, "layers": {**frozen["layers"], **merged}}
             used = policy.config.dtype
-            save_pretrained(
-                folder, policy.config, params, dtype=used, source=run / inputs.TOKENIZER, stop_ids=chat.stop_ids
-            )
+            with undone_on_interrupt():
+                save_pretrained(
+                    folder, policy.config, params, dtype=used, source=run / inputs.TOKENIZER, stop_ids=chat.stop_ids
+                )
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     print(f"step {step} of {run} -> {folder}", flush=True)
