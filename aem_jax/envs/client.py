@@ -122,7 +122,9 @@ class RemoteEnvironment:
             )
             self._socket = self._held.enter_context(opening)
         except CONNECTION_ERRORS as error:
-            raise EnvError(f"expected an environment server at {without_password(self._url)}: {describe(error)}") from error
+            raise EnvError(
+                f"expected an environment server at {without_password(self._url)}: {describe(error)}"
+            ) from error
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
         """Starts an episode of `task`."""

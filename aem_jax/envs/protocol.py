@@ -103,6 +103,12 @@ class Environment(Protocol):
         ...
 
 
+def over_at_reset(result: StepResult) -> str:
+    """Why a task is left out whose reset has ended the episode: nobody can act in it."""
+    how = "terminated" if result.terminated else "truncated"
+    return f"the episode ended at its reset ({how}, {'won' if result.won else 'not won'}): there is nothing to act in"
+
+
 def encode_reset(task: Mapping[str, Any]) -> str:
     """The request that starts an episode of `task`; its keys become the reset keywords.
 

@@ -51,7 +51,8 @@ class ServerConfig:
     """Where and how to serve."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0, or :: for IPv6, for other machines. There is no authentication: keep it inside your network."""
+    """Address to listen on; for other machines 0.0.0.0, or :: for IPv6. There is no authentication: keep it inside your
+    network."""
     port: int = 8765
     """Port to listen on; 0 takes a free one."""
     sessions: int = 64
