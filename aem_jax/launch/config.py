@@ -193,6 +193,8 @@ class RunConfig:
     """Rules of a household episode."""
     alfworld_data: str = ""
     """Folder of ALFWorld's official data; empty: what $ALFWORLD_DATA names, else games are made."""
+    alfworld_skip_bad: bool = False
+    """Whether files of the official data that hold no game are left out; else the first of them ends the start."""
     games: GeneratorConfig = GeneratorConfig()
     """Household games to make; of official data its task types choose."""
     webshop: WebshopConfig = WebshopConfig()

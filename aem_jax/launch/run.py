@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from aem_jax.selection import play_rounds
 from aem_jax.train import Metrics, Parts, transcripts
 from aem_jax.train import train as train_steps
 from aem_jax.trajectory import Trajectory
-from aem_jax.warmstart import demonstrate, warmstart
+from aem_jax.warmstart import demonstrations, fitting, warmstart
 
 EVALUATIONS = "evaluations.jsonl"
 
@@ -134,7 +134,7 @@ def opened(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[tu
             raise ConfigError(str(error)) from error
         try:
             yield stage, checkpoints
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, EnvError, OSError) as error:
             raise ConfigError(f"the run was stopped: {error}; the same command resumes it") from error
 
 
@@ -245,16 +245,24 @@ def _demonstrations(stage: Stage) -> list[Trajectory]:
             f"expected --warmstart.episodes 0 with {stage.domain.name}, got {settings.episodes}; "
             "this environment has no expert to learn from"
         )
-    env, found = stage.domain.make_env(), []
-    for count, task in enumerate(stage.domain.training[: settings.episodes], start=1):
-        stage.stop.check()
-        act = stage.domain.demonstrator(task)
-        episode = demonstrate(env, act, task, stage.chat, instruction=rollout.instruction, max_turns=rollout.max_turns)
-        tokens = sum(len(turn.observation_ids) + len(turn.response_ids) for turn in episode.turns)
-        if tokens <= rollout.context_tokens and (episode.won or not settings.only_won):
+    tasks, found = stage.domain.training[: settings.episodes], []
+    with closing(stage.domain.make_env()) as env:
+        how = {"instruction": rollout.instruction, "max_turns": rollout.max_turns}
+        episodes = demonstrations(env, stage.domain.demonstrator, tasks, stage.chat, **how)
+        for count, episode in enumerate(episodes, start=1):
+            stage.stop.check()
             found.append(episode)
-        stage.report("demonstrations", count, settings.episodes, {})
-    return found
+            stage.report("demonstrations", count, settings.episodes, {})
+    # A task that broke in one process is left out in all: they learn from the same.
+    broken = set().union(*stage.hosts.gather_json([at for at, episode in enumerate(found) if episode is None]))
+    shown = [each for at, each in enumerate(found) if at not in broken and (each.won or not settings.only_won)]
+    learnt = fitting(shown, rollout.context_tokens)
+    if not learnt:
+        raise ConfigError(
+            f"--warmstart.episodes: expected demonstrations to learn from, got none; the expert won {len(shown)} of "
+            f"{len(found)} episodes, and none of them has a turn within rollout.context_tokens {rollout.context_tokens}"
+        )
+    return learnt
 
 
 def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainState:
@@ -345,17 +353,19 @@ def _evaluate(
 
 def _baselines(stage: Stage) -> None:
     """Plays the fixed sets with the scripted agents: in process 0, for no device is needed."""
-    config, lines, env = stage.config, stage.folder / EVALUATIONS, stage.domain.make_env()
+    config, lines, env = stage.config, stage.folder / EVALUATIONS, None
     agents = [(split, name) for split in config.evaluation.splits for name in stage.domain.baselines]
-    for count, (split, agent) in enumerate(agents, start=1):
-        stage.stop.check()
-        tasks, name = stage.domain.evaluation(split, config.evaluation.size)
-        if not stage.hosts.is_first or _is_done(lines, agent, name, 0):
-            continue
-        make_act, max_turns = stage.domain.baselines[agent], config.rollout.max_turns
-        found = evaluate_agent(env, make_act, tasks, max_turns=max_turns, name=name, split=split)
-        append_line(lines, found.record(0, agent))
-        stage.report("baselines", count, len(agents), {"rollout/success": found.rate.success})
+    with ExitStack() as stack:
+        for count, (split, agent) in enumerate(agents, start=1):
+            stage.stop.check()
+            tasks, name = stage.domain.evaluation(split, config.evaluation.size)
+            if not stage.hosts.is_first or _is_done(lines, agent, name, 0):
+                continue
+            make_act, max_turns = stage.domain.baselines[agent], config.rollout.max_turns
+            env = env or stack.enter_context(closing(stage.domain.make_env()))
+            found = evaluate_agent(env, make_act, tasks, max_turns=max_turns, name=name, split=split)
+            append_line(lines, found.record(0, agent))
+            stage.report("baselines", count, len(agents), {"rollout/success": found.rate.success})
 
 
 def _is_done(lines: Path, phase: str, name: str, step: int) -> bool:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,9 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts, 
     stop = stack.enter_context(stop_on_signals(hosts.largest))
     report = stack.enter_context(open_progress()) if hosts.is_first else _unseen
     domain = DOMAINS[config.environment](config)
+    domain = replace(domain, evaluation=cache(domain.evaluation))
+    for split in config.evaluation.splits:  # what cannot be read is said now, not after training
+        domain.evaluation(split, config.evaluation.size)
     chat = _tokenizer(config, domain, folder / inputs.TOKENIZER, hosts, report, stop, begun)
     policy = build.make_policy(config, chat.vocab_size, record.model_files(config, folder) if begun else None)
     mesh = open_mesh(config, policy.config, hosts)
