@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aem_jax.files import valid_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -171,7 +173,7 @@ class ChatTokenizer:
         # Whole words are cut out first: their letters would otherwise earn merges that no text will ever use.
         longest_first = sorted(whole_words, key=len, reverse=True)
         cut = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        turns = (("user\n", *cut.split(text), "assistant\n", "system\n") for text in texts)
+        turns = (("user\n", *cut.split(valid_text(text)), "assistant\n", "system\n") for text in texts)
         backend.train_from_iterator((piece for turn in turns for piece in turn), trainer)
         backend.add_tokens([AddedToken(word, special=False, normalized=False) for word in whole_words])
         tokenizer = PreTrainedTokenizerFast(
@@ -261,7 +263,8 @@ class ChatTokenizer:
 
     def _fence(self, text: str) -> str:
         """Fences control tokens in somebody's text; fences that stand there already are dropped."""
-        return self._control.sub(lambda m: f"{_FENCES[0]}{m[0]}{_FENCES[1]}" if m[0] not in _FENCES else "", text)
+        fence = lambda m: f"{_FENCES[0]}{m[0]}{_FENCES[1]}" if m[0] not in _FENCES else ""  # noqa: E731
+        return self._control.sub(fence, valid_text(text))
 
     def _encode_fenced(self, text: str) -> list[int]:
         pieces = _FENCED.split(text)  # text, control token, text, …

@@ -223,6 +223,16 @@ def test_an_environment_cannot_write_markup(tiny):
     assert [i for i in prompts[1] if i < 3] == [i for i in prompts[0] if i < 3]
 
 
+def test_half_of_a_surrogate_pair_is_replaced_wherever_text_enters(tiny):
+    half, whole = "half \ud83d of it", "half \ufffd of it"
+    assert tiny.encode(half) == tiny.encode(whole)
+    assert tiny.delta_ids(half) == tiny.delta_ids(whole)
+    assert tiny.prompt_ids([{"role": "user", "content": half}]) == tiny.prompt_ids([{"role": "user", "content": whole}])
+    assert ChatTokenizer.train([half] * 8, vocab_size=300).encode(whole) == ChatTokenizer.train(
+        [whole] * 8, vocab_size=300
+    ).encode(whole)
+
+
 def test_decode_leaves_control_tokens_out(tiny):
     assert tiny.decode([*tiny.encode("<action>look</action>"), *tiny.stop_ids]) == "<action>look</action>"
 
