@@ -1,5 +1,6 @@
 """`python -m aem_jax.launch`: see `cli.py`."""
 
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,11 @@ signal.signal(signal.SIGINT, _quit)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+# Printing never ends a run: what an output cannot encode (ASCII, Latin-1) is written as its escape.
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 from aem_jax.launch.cli import main  # noqa: E402
 

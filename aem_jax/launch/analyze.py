@@ -63,6 +63,8 @@ class AnalyzeConfig:
         for name, least in (("states", 2), ("draws", 2), ("groups", 0), ("step", -1)):
             if getattr(self, name) < least:
                 raise ValueError(f"expected {name} of at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32 - 1:
+            raise ValueError(f"expected seed from 0 to {2**32 - 2}, got {self.seed}")
         if self.step_size <= 0:
             raise ValueError(f"expected step_size > 0, got {self.step_size}")
 

@@ -184,7 +184,7 @@ class RunConfig:
     preset: str = ""
     """Presets to begin from, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
     seed: int = 0
-    """Seed of everything random: weights, games, sampling."""
+    """Seed of everything random, from 0 to 2³² - 1: weights, games, sampling."""
     environment: Literal["alfworld", "webshop", "swe", "swe-choices", "openenv"] = "alfworld"
     """What the agent learns."""
     env: PoolConfig = PoolConfig(num_servers=2, sessions_per_server=64)
@@ -243,6 +243,10 @@ class RunConfig:
     """Where numbers go."""
     runtime: RuntimeConfig = RuntimeConfig()
     """The machine."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # JAX's keys take 32 bits of it: two seeds beyond them may be the same run
+            raise ValueError(f"expected seed from 0 to {2**32 - 1}, got {self.seed}")
 
 
 HARMLESS = (

@@ -72,8 +72,9 @@ def train(config: RunConfig) -> int:
             return stage.stop.exit_status
         _evaluate(stage, state, "final", config.evaluation.splits, stop=stage.stop.check)
     if is_first:
+        report = write_report(folder)
         print_summary(read_lines(folder / EVALUATIONS), sampled(config.sampling.temperature))
-        print(f"report: {write_report(folder)}", flush=True)
+        print(f"report: {report}", flush=True)
     return 0
 
 

@@ -113,7 +113,7 @@ def open_catalog(folder: Path, sources: Mapping[str, Any], load: Callable[[], Sh
     if _damage(place) is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / f"{key}.lock", "w") as lock:
+            with open(folder / f"{key}.lock", "w", encoding="utf-8") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if (damage := _damage(place)) is not None:
                     if damage:

@@ -17,6 +17,7 @@ from aem_jax.envs.play import Act
 from aem_jax.envs.pool import EnvPool
 from aem_jax.envs.pool_config import PoolConfig
 from aem_jax.envs.protocol import StepResult
+from aem_jax.files import parse_json, read_json_lines
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains.domain import Domain, check_one_set
 from aem_jax.trajectory import Task
@@ -106,10 +107,7 @@ class Seeds(Sequence[Task]):
 
 
 def _mapping(text: str, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: expected a JSON mapping, got {text!r}: {error}") from None
+    found = parse_json(text, name)
     if not isinstance(found, dict):
         raise ValueError(f"{name}: expected a JSON mapping, got {text!r}")
     return found
@@ -117,13 +115,16 @@ def _mapping(text: str, name: str) -> dict[str, Any]:
 
 def _read(file: str, common: Mapping[str, Any]) -> list[Task]:
     """The tasks of a file of JSON lines, each with the common keywords where it does not say otherwise."""
+    tasks = []
     try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        for line, task in read_json_lines(file):
+            if not isinstance(task, dict):
+                raise ValueError(f"{file} line {line}: expected a JSON mapping of reset keywords, got {task!r:.100}")
+            tasks.append(task)
     except OSError as error:
         raise ValueError(f"expected a file of tasks, got {file!r}: {error}") from None
-    if not lines:
+    if not tasks:
         raise ValueError(f"expected at least one task in {file}, got none")
-    tasks = [_mapping(line, f"line {number} of {file}") for number, line in enumerate(lines, start=1)]
     return [Task(f"{Path(file).stem}-{number}", "openenv", {**common, **task}) for number, task in enumerate(tasks)]
 
 
