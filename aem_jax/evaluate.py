@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from aem_jax.envs.play import Act, play
-from aem_jax.envs.protocol import Environment
+from aem_jax.envs.play import Act, play, play_each
+from aem_jax.envs.protocol import EnvError, Environment
 from aem_jax.rollout import Rollout
 from aem_jax.trajectory import Ending, Task, Trajectory
 
@@ -122,9 +122,14 @@ def evaluate_policy(
         key: PRNG key; the same key gives the same episodes.
         name: the set's name.
         split: its split.
+
+    Raises:
+        EnvError: the environment broke all of them; with the first error.
     """
-    trajectories, _ = rollout(params, tasks, key, group_size=1)
+    trajectories, stats = rollout(params, tasks, key, group_size=1)
     whole = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
+    if trajectories and not whole:
+        raise EnvError(f"the environment broke every episode of {name}; the first error: {stats.first_error}")
     outcomes = [_Outcome(t.task.kind, t.won, t.score, len(t.turns), t.total_reward) for t in whole]
     return _summary(name, split, outcomes, len(trajectories) - len(whole)), trajectories
 
@@ -141,10 +146,15 @@ def evaluate_agent(
         max_turns: turns after which an episode counts as lost.
         name: the set's name.
         split: its split.
+
+    Raises:
+        EnvError: the environment broke all of them; with the first error.
     """
-    outcomes = []
-    for task in tasks:
-        exchanges = play(env, task.payload, make_act(task), max_turns)
+    outcomes, broken = [], 0
+    for task, exchanges in play_each(tasks, lambda task: play(env, task.payload, make_act(task), max_turns)):
+        if exchanges is None:
+            broken += 1
+            continue
         won, score = (exchanges[-1].result.won, exchanges[-1].result.score) if exchanges else (False, 0.0)
         outcomes.append(_Outcome(task.kind, won, score, len(exchanges), math.fsum(e.result.reward for e in exchanges)))
-    return _summary(name, split, outcomes, 0)
+    return _summary(name, split, outcomes, broken)

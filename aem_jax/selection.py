@@ -23,11 +23,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from aem_jax.envs.protocol import EnvError
 from aem_jax.rollout import RolloutStats
 from aem_jax.trajectory import Ending, Task, Trajectory
 
 Outcome = Callable[[Trajectory], float]
 """What is compared inside a group: its return, or whether it was won."""
+
+BROKEN_TASKS = 8
+"""Tasks of a step whose episodes must all break before it is the environment, and not these tasks, that is broken."""
 
 Length = Callable[[Trajectory], Sequence[int]]
 """Tokens that are held against a limit, for each turn."""
@@ -198,17 +202,28 @@ def play_rounds(
 
     Returns:
         At least one round's episodes. Where the rounds are over before there are `num_groups` groups, those that there
-        are.
+        are. Rounds in which the environment broke every episode do not count, and nothing of them is learnt.
+
+    Raises:
+        EnvError: it broke every episode, of `BROKEN_TASKS` tasks or more; with the first error.
     """
     everything: list[Trajectory] = []
-    stats, rounds, next_group = RolloutStats(), 0, 0
-    selected = select([], rule)
-    while rounds < rule.max_rounds and selected.groups < rule.num_groups:
+    stats, rounds, next_group, begin = RolloutStats(), 0, 0, 0
+    while True:
         given = tasks(step, rounds)
         found, more = rollout(params, given, jax.random.fold_in(key, 2**32 - rounds) if rounds else key)
         everything += [replace(t, group=next_group + t.group) for t in found]
         stats, rounds, next_group = stats + more, rounds + 1, next_group + len(given)
-        selected = select(everything, rule)
+        if all(t.ending is Ending.ENV_ERROR for t in everything):
+            if next_group >= BROKEN_TASKS:
+                raise EnvError(
+                    f"the environment broke every episode of step {step}; the first error: {stats.first_error}"
+                )
+            begin = len(everything)  # perhaps these tasks alone are broken: others are played in their place
+            continue
+        selected = select(everything[begin:], rule)
+        if rounds >= rule.max_rounds or selected.groups >= rule.num_groups:
+            break
     chosen = selected.trajectories
     learnt = [rule.penalise(t) for t in chosen] if rule.penalise else chosen
     taken = math.fsum(t.total_reward for t in learnt) - math.fsum(t.total_reward for t in chosen)

@@ -7,7 +7,9 @@ leaves alone what was already said. A template that does not is refused, with th
 policy another conversation than the one it had. Where every prompt is built anew (context `window`) any template goes.
 """
 
+import datetime
 import functools
+import json
 import os
 import re
 from array import array
@@ -15,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from aem_jax.files import read_text, valid_text, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +44,18 @@ _FENCED = re.compile(f"{_FENCES[0]}(.*?){_FENCES[1]}", re.DOTALL)
 
 _CACHED_DELTAS = 4096
 
+_TRUSTED = ("system", "assistant")
+"""Roles whose messages are the user's own instruction and the policy's responses, not the environment's words."""
+
+_CLOCK, _DAY_FILE = "strftime_now", "chat_template_day.txt"
+_DATED = (
+    "{% macro strftime_now(format) %}{% set found = namespace(text=format) %}"
+    "{% for directive, text in strftime_day.items() %}"
+    "{% set found.text = found.text.replace(directive, text) %}{% endfor %}{{ found.text }}{% endmacro +%}"
+)
+"""Stands before a template that asks for the date: a macro in place of transformers' own function, which reads the
+clock and which arguments of the rendering, being plain data, cannot replace."""
+
 
 @dataclass(frozen=True)
 class TurnMarkup:
@@ -61,21 +77,35 @@ class TurnMarkup:
 class ChatTokenizer:
     """A Hugging Face tokenizer, and the chat turns of its template as ids.
 
-    Control tokens (the tokenizer's special ones) in a message or an observation are words, not markup: they are encoded
-    as the characters they consist of, so that no environment can put words into the policy's mouth.
+    Control tokens in a message or an observation are words, not markup: they are encoded as the characters they consist
+    of, so that no environment can put words into the policy's mouth. The tokenizer's special tokens are control tokens
+    everywhere; its other added tokens are, if the chat template writes them (`<|User|>`, `<think>`), in what the
+    environment says, and stay tokens in responses and in the system message.
+
+    A template may write the date (`strftime_now`, as Llama 3.2's does). It is the day on which the tokenizer was first
+    loaded: `save_pretrained` keeps it, so that a run's prompts do not change at midnight.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, appends: bool = True, thinking: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        appends: bool = True,
+        thinking: bool = True,
+        day: datetime.date | None = None,
+    ) -> None:
         """Wraps a fast tokenizer that has a chat template.
 
         Args:
             tokenizer: of transformers, backed by the tokenizers library.
             appends: whether conversations will grow by `delta_ids`; without it the template may change what was said.
             thinking: what the template is told as `enable_thinking`; Qwen3's answers False with an empty thought.
+            day: the date that the template writes, where it writes one; today's where it is not given.
 
         Raises:
-            ValueError: if it is a slow one, has no chat template, has one that never closes a response with a control
-                token, or, with `appends`, one that does not keep what was already said.
+            ValueError: if it is a slow one, has no chat template, has one that cannot render a conversation or never
+                closes a response with a control token, or, with `appends`, one that does not keep what was already
+                said.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
@@ -84,10 +114,17 @@ class ChatTokenizer:
         if not tokenizer.chat_template:
             raise ValueError("expected a tokenizer with a chat template, got none; pass chat_template=CHATML")
         self._tokenizer, self._thinking = tokenizer, thinking
+        self._day = day or datetime.date.today()
+        self._template = tokenizer.get_chat_template()
+        self._dated: dict[str, dict[str, str]] = {}
+        if _CLOCK in self._template:
+            self._template, self._dated = _DATED + self._template, {"strftime_day": _directives(self._day)}
         self._backend, self._plain = _backends(tokenizer)
         added = self._backend.get_added_tokens_decoder().values()
         control = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, control)) + f"|[{_FENCES}]")
+        written = self._written()
+        markup = [token.content for token in added if not token.special and token.content in written]
+        self._control, self._markup_tokens = _any_of(control), _any_of([*control, *markup])
         self._stop_id = self._encode_fenced(_stop_token(self._render, control))[0]
         self._open_delta = functools.lru_cache(_CACHED_DELTAS)(self._encode_delta)
         self.markup = _turn_markup(self._render, control) if appends else None
@@ -114,12 +151,12 @@ class ChatTokenizer:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+        except Exception as error:  # tokenizers raises no narrower type, transformers many, for files that are damaged
+            reason = _first_line(error)
             raise ValueError(f"expected a tokenizer in Hugging Face's files, got {str(path)!r}: {reason}") from error
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        return cls(tokenizer, appends=appends, thinking=thinking)
+        return cls(tokenizer, appends=appends, thinking=thinking, day=_saved_day(Path(path)))
 
     @classmethod
     def train(
@@ -171,7 +208,7 @@ class ChatTokenizer:
         # Whole words are cut out first: their letters would otherwise earn merges that no text will ever use.
         longest_first = sorted(whole_words, key=len, reverse=True)
         cut = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        turns = (("user\n", *cut.split(text), "assistant\n", "system\n") for text in texts)
+        turns = (("user\n", *cut.split(valid_text(text)), "assistant\n", "system\n") for text in texts)
         backend.train_from_iterator((piece for turn in turns for piece in turn), trainer)
         backend.add_tokens([AddedToken(word, special=False, normalized=False) for word in whole_words])
         tokenizer = PreTrainedTokenizerFast(
@@ -185,8 +222,13 @@ class ChatTokenizer:
         return cls(tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and the chat template, as `AutoTokenizer` reads them."""
+        """Writes tokenizer.json, tokenizer_config.json and the chat template, as `AutoTokenizer` reads them.
+
+        If the template asks for the date, the day that this tokenizer gives it is kept in a file beside them.
+        """
         self._tokenizer.save_pretrained(str(folder))
+        if self._dated:
+            write_text(Path(folder) / _DAY_FILE, f"{self._day.isoformat()}\n")
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -205,8 +247,8 @@ class ChatTokenizer:
         return self._stop_id if pad is None else int(pad)  # type: ignore[arg-type]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: nothing is added, and control tokens in it are words. Never for text that was sampled."""
-        return self._encode_fenced(self._fence(text))
+        """Ids of plain text: nothing is added, and special tokens in it are words. Never for text that was sampled."""
+        return self._encode_fenced(self._fence(text, trusted=True))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, control tokens left out."""
@@ -223,7 +265,9 @@ class ChatTokenizer:
         """
         if not messages:
             raise ValueError("expected at least one message, got none")
-        fenced = [{"role": m["role"], "content": self._fence(m["content"])} for m in messages]
+        fenced = [
+            {"role": m["role"], "content": self._fence(m["content"], trusted=m["role"] in _TRUSTED)} for m in messages
+        ]
         return self._encode_fenced(self._render(fenced))
 
     def delta_ids(self, observation: str, *, closed: bool = True) -> list[int]:
@@ -244,24 +288,42 @@ class ChatTokenizer:
         if self.markup is None:
             raise ValueError("expected a tokenizer made with appends=True, got one for prompts that are built anew")
         text = observation.strip() if self.markup.strips else observation
-        return array("i", self._encode_fenced(self.markup.before + self._fence(text) + self.markup.after))
+        fenced = self._fence(text, trusted=False)
+        return array("i", self._encode_fenced(self.markup.before + fenced + self.markup.after))
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        from jinja2 import TemplateError
-
         conversation = [dict(message) for message in messages]
         try:
             text = self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking
+                conversation,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=self._thinking,
+                **self._dated,  # pyright: ignore[reportArgumentType]
             )
-        except TemplateError as error:
-            roles = [message["role"] for message in messages]
-            raise ValueError(f"expected messages that the chat template can render, got {roles}: {error}") from error
+        except Exception as error:  # a template is a program of its author's: it may raise anything
+            roles, name = [message["role"] for message in messages], self._tokenizer.name_or_path
+            refused = type(error).__name__ == "TemplateError"  # the template's own raise_exception
+            raise ValueError(
+                f"expected messages that the chat template{f' of {name}' if name else ''} can render, got {roles}: "
+                f"{'' if refused else f'{type(error).__name__}: '}{_first_line(error)}"
+            ) from error
         return str(text)
 
-    def _fence(self, text: str) -> str:
-        """Fences control tokens in somebody's text; fences that stand there already are dropped."""
-        return self._control.sub(lambda m: f"{_FENCES[0]}{m[0]}{_FENCES[1]}" if m[0] not in _FENCES else "", text)
+    def _written(self) -> str:
+        """What the chat template writes by itself: its text, and a conversation, for markup that is put together."""
+        return self._template + _conversation(self._render, "(task)", "(answer)", "(seen)")
+
+    def _fence(self, text: str, trusted: bool) -> str:
+        """Fences control tokens in somebody's text; fences that stand there already are dropped.
+
+        Args:
+            text: of a message.
+            trusted: whether it may hold the template's added tokens that are not special, as a response may.
+        """
+        fence = lambda m: f"{_FENCES[0]}{m[0]}{_FENCES[1]}" if m[0] not in _FENCES else ""  # noqa: E731
+        return (self._control if trusted else self._markup_tokens).sub(fence, valid_text(text))
 
     def _encode_fenced(self, text: str) -> list[int]:
         pieces = _FENCED.split(text)  # text, control token, text, …
@@ -296,16 +358,46 @@ def _quiet() -> None:
 
 
 def _backends(tokenizer: "PreTrainedTokenizerBase"):
-    """(the tokenizer's engine, a copy that reads control tokens as plain text); both without truncation or padding."""
+    """(the tokenizer's engine, a copy that reads added tokens as plain text); both without truncation or padding."""
     from tokenizers import Tokenizer
 
-    state = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
-    engine, plain = Tokenizer.from_str(state), Tokenizer.from_str(state)
-    for copy in (engine, plain):
-        copy.no_truncation()
-        copy.no_padding()
-    plain.encode_special_tokens = True
+    state = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    state["truncation"] = state["padding"] = None
+    engine = Tokenizer.from_str(json.dumps(state))
+    # A post-processor may name added tokens; nothing that is encoded here goes through it.
+    plain = Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
     return engine, plain
+
+
+def _directives(day: datetime.date) -> dict[str, str]:
+    """What each directive of strftime stands for at midnight of a day."""
+    midnight = datetime.datetime.combine(day, datetime.time())
+    return {f"%{each}": midnight.strftime(f"%{each}") for each in (*"aAbBcdeDFGHIjmMpSTuUVwWxXyYZ", "-d", "-m", "%")}
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Any of the tokens, the longest first, or a fence."""
+    return re.compile("|".join([*map(re.escape, sorted(tokens, key=len, reverse=True)), f"[{_FENCES}]"]))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _saved_day(folder: Path) -> datetime.date | None:
+    """The day that `save_pretrained` kept; None where it kept none.
+
+    Raises:
+        ValueError: the file holds no date.
+    """
+    path = folder / _DAY_FILE
+    if not path.is_file():
+        return None
+    text = read_text(path).strip()
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{path}: expected a date as 2026-01-31, got {text!r:.60}") from None
 
 
 def _conversation(render, *contents: str) -> str:

@@ -1,16 +1,19 @@
 """Supervised learning on an expert's demonstrations, so that reinforcement learning starts above zero."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from aem_jax.batch import BatchLayout, collate
-from aem_jax.envs.play import Act, play
+from aem_jax.envs.play import Act, play, play_each
 from aem_jax.envs.protocol import Environment
 from aem_jax.rollout.episode import first_messages
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -69,6 +72,55 @@ def demonstrate(env: Environment, act: Act, task: Task, chat: Any, *, instructio
     ending = Ending.TERMINATED if last is not None and last.terminated else Ending.TRUNCATED
     won, score = (last.won, last.score) if last is not None else (False, 0.0)
     return Trajectory(task, 0, 0, tuple(turns), ending, won, score=score)
+
+
+def demonstrations(
+    env: Environment,
+    make_act: Callable[[Task], Act],
+    tasks: Sequence[Task],
+    chat: Any,
+    *,
+    instruction: str,
+    max_turns: int,
+) -> Iterator[Trajectory | None]:
+    """An expert's episode of each task (`demonstrate`); None where the task broke its environment.
+
+    Raises:
+        EnvError: all tasks did; with the first error.
+    """
+    show = lambda task: demonstrate(  # noqa: E731
+        env, make_act(task), task, chat, instruction=instruction, max_turns=max_turns
+    )
+    return (episode for _, episode in play_each(tasks, show))
+
+
+def fitting(episodes: Sequence[Trajectory], limit: int) -> list[Trajectory]:
+    """The episodes of at most `limit` tokens; where there are none, of each the first turns that have no more."""
+    whole = [episode for episode in episodes if _num_tokens(episode.turns) <= limit]
+    if whole or not episodes:
+        return whole
+    log.warning(
+        "all %d demonstrations are longer than rollout.context_tokens = %d (the shortest has %d tokens), so only their "
+        "first turns are learnt from; raise rollout.context_tokens",
+        len(episodes),
+        limit,
+        min(_num_tokens(episode.turns) for episode in episodes),
+    )
+    cuts = (_first_turns(episode.turns, limit) for episode in episodes)
+    cut = [replace(each, turns=turns, ending=Ending.TRUNCATED) for each, turns in zip(episodes, cuts, strict=True)]
+    return [episode for episode in cut if episode.turns]
+
+
+def _num_tokens(turns: Sequence[Turn]) -> int:
+    return sum(len(turn.observation_ids) + len(turn.response_ids) for turn in turns)
+
+
+def _first_turns(turns: tuple[Turn, ...], limit: int) -> tuple[Turn, ...]:
+    """As many leading turns as have at most `limit` tokens."""
+    count = 0
+    while count < len(turns) and _num_tokens(turns[: count + 1]) <= limit:
+        count += 1
+    return turns[:count]
 
 
 def shuffled_batches(items: Sequence[Item], size: int, seed: int) -> Iterator[list[Item]]:

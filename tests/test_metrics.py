@@ -117,10 +117,21 @@ def test_appended_records_are_strict_json(tmp_path: Path):
     assert read_lines(path) == [{"success": None, "by_kind": {"cool": {"low": None, "count": 0}}, "rest": [1, 2.5]}]
 
 
-def test_read_lines_leaves_out_what_is_no_record(tmp_path: Path):
+def test_read_lines_leaves_out_what_is_no_record_and_names_what_no_kill_cut(tmp_path: Path, caplog):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"step": 1}\n[1, 2]\nnonsense\n\n{"step": 2}\n{"st')
     assert read_lines(path) == [{"step": 1}, {"step": 2}]
+    assert [each.message.partition(": expected")[0] for each in caplog.records] == [
+        f"left out: {path} line 2",
+        f"left out: {path} line 3",
+    ]
+
+
+def test_any_text_is_written_and_read_back_as_one_record(tmp_path: Path):
+    path = tmp_path / "lines.jsonl"
+    append_line(path, {"note": "a\u2028b\x85c\x1cd", "by_kind": {"half \ud83d": {"count": 1}}, "step": 1})
+    drop_lines(path, 2)
+    assert read_lines(path) == [{"note": "a\u2028b\x85c\x1cd", "by_kind": {"half \ufffd": {"count": 1}}, "step": 1}]
 
 
 def test_comparable_leaves_out_the_clock():

@@ -181,3 +181,15 @@ def test_headline_picture_of_runs_without_numbers(tmp_path: Path):
     assert plot_headline([tmp_path], tmp_path / "empty.png").stat().st_size > 5_000
     with pytest.raises(ValueError, match="expected at least one run"):
         plot_headline([], tmp_path / "none.png")
+
+
+def test_text_that_cannot_be_encoded_and_a_damaged_file_keep_no_run_from_its_report(tmp_path: Path, caplog):
+    folder = write_fake_run(tmp_path / "run", steps=2)
+    shown = json.loads((folder / "transcripts.json").read_text())
+    shown[0]["turns"][0]["observation"] = "half \ud83d of it"
+    (folder / "transcripts.json").write_text(json.dumps(shown))
+    assert "half \ufffd of it" in write_report(folder).read_text(encoding="utf-8")
+    assert not caplog.records
+    (folder / "transcripts.json").write_text(json.dumps(shown)[:-40])
+    assert "half" not in write_report(folder).read_text(encoding="utf-8")
+    assert caplog.messages[0].startswith(f"left out of the report: {folder / 'transcripts.json'}: expected JSON")

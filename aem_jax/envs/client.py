@@ -13,25 +13,12 @@ from websockets.protocol import State
 from websockets.sync.client import connect as connect_blocking
 
 from aem_jax.envs import protocol
-from aem_jax.envs.protocol import EnvError, StepResult, encode_reset
+from aem_jax.envs.address import websocket_url, without_password
+from aem_jax.envs.protocol import EnvError, StepResult, describe, encode_reset
 from aem_jax.envs.wire import WireMapping, decode_result, decode_step, step_encoder
 
 CONNECTION_ERRORS = (OSError, TimeoutError, InvalidHandshake, ConnectionClosed)
 """What opening or using a connection raises when the other side is not there or not well."""
-
-
-def websocket_url(url: str) -> str:
-    """The session endpoint of a server given as `host:port`, `http://…` or `ws://…`, with or without `/ws`.
-
-    Raises:
-        ValueError: another scheme, or none of these forms.
-    """
-    scheme, separator, rest = url.rpartition("://")
-    schemes = {"": "ws", "http": "ws", "ws": "ws", "https": "wss", "wss": "wss"}
-    if scheme not in schemes or (separator and not scheme) or not rest.partition("/")[0]:
-        raise ValueError(f"expected an environment server as host:port, http://… or ws://…, got {url!r}")
-    rest = rest.rstrip("/")
-    return f"{schemes[scheme]}://{rest if rest.endswith('/ws') else rest + '/ws'}"
 
 
 def bearer(variable: str) -> Mapping[str, str]:
@@ -72,7 +59,7 @@ class Connection:
                 max_size=protocol.MAX_MESSAGE_BYTES,
             )
         except InvalidURI as error:
-            raise ValueError(f"expected a WebSocket URL, got {url!r}: {error}") from None
+            raise ValueError(f"expected a WebSocket URL, got {without_password(url)!r}: {error}") from None
         return cls(socket)
 
     @property
@@ -135,7 +122,9 @@ class RemoteEnvironment:
             )
             self._socket = self._held.enter_context(opening)
         except CONNECTION_ERRORS as error:
-            raise EnvError(f"expected an environment server at {self._url}: {describe(error)}") from error
+            raise EnvError(
+                f"expected an environment server at {without_password(self._url)}: {describe(error)}"
+            ) from error
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
         """Starts an episode of `task`."""
@@ -162,9 +151,4 @@ class RemoteEnvironment:
             return self._socket.recv(timeout=self._deadline_s)
         except CONNECTION_ERRORS as error:
             self._held.close()  # a late reply must not be taken for the next one
-            raise EnvError(f"{self._url}: {describe(error)}") from error
-
-
-def describe(error: Exception) -> str:
-    """An exception in words, also where it has none of its own."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise EnvError(f"{without_password(self._url)}: {describe(error)}") from error

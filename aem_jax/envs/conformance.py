@@ -4,15 +4,12 @@ They ask what training relies on: results of the right types, the same episode f
 environments that do not feel each other, an answer to whatever a policy may say. Problems come back as sentences.
 """
 
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from aem_jax.envs.client import describe
-from aem_jax.envs.protocol import Environment, StepResult
+from aem_jax.envs.protocol import Environment, StepResult, checked_result, describe
 
 RUBBISH = (
     "",
@@ -61,28 +58,23 @@ class Subject:
             raise ValueError(f"expected a task and an action at least, got {len(self.tasks)} and {len(self.actions)}")
 
 
-def _examined(result: StepResult) -> StepResult:
-    """The result itself, if every part of it has the right type."""
-    expect(isinstance(result, StepResult), f"expected a StepResult, got {result!r:.100}")
-    expect(isinstance(result.observation, str), f"expected a text observation, got {result.observation!r:.100}")
-    number = isinstance(result.reward, (int, float)) and math.isfinite(result.reward)
-    expect(number, f"expected a finite reward, got {result.reward!r}")
-    flags = {"terminated": result.terminated, "truncated": result.truncated}
-    flags |= {name: result.info.get(name) for name in ("won", "valid_action")}
-    for name, flag in flags.items():
-        expect(isinstance(flag, bool), f"expected {name} to be true or false, got {flag!r}")
-    expect(not (result.terminated and result.truncated), "expected terminated or truncated, got both")
+def _answer(env: Environment, call: str, argument: Any) -> StepResult:
+    """The environment's answer as training reads it, if every part of it has the right type."""
+    result = getattr(env, call)(argument)
     try:
-        json.dumps(dict(result.info), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise Problem(f"expected JSON values in info, got {result.info!r:.200}: {error}") from None
+        result = checked_result(env, call, result)
+    except ValueError as error:
+        raise Problem(str(error)) from None
+    for name in ("won", "valid_action"):
+        expect(name in result.info, f"expected {name} in the info of a {call}, got {sorted(result.info)}")
+    expect(not (result.terminated and result.truncated), "expected terminated or truncated, got both")
     return result
 
 
 def _play(env: Environment, subject: Subject, task: Mapping[str, Any]) -> list[StepResult]:
-    results = [_examined(env.reset(task))]
+    results = [_answer(env, "reset", task)]
     while not results[-1].done and len(results) <= subject.max_steps:
-        results.append(_examined(env.step(subject.actions[(len(results) - 1) % len(subject.actions)])))
+        results.append(_answer(env, "step", subject.actions[(len(results) - 1) % len(subject.actions)]))
     return results
 
 
@@ -99,7 +91,7 @@ def reset_starts_an_episode(subject: Subject) -> None:
     """The first result is open, worth nothing, and says something."""
     with _made(subject) as env:
         for task in subject.tasks:
-            first = _examined(env.reset(task))
+            first = _answer(env, "reset", task)
             expect(not first.done, f"expected an open episode after the reset, got {first}")
             expect(first.reward == 0, f"expected no reward for a reset, got {first.reward}")
             expect(bool(first.observation.strip()), "expected an observation after the reset, got none")
@@ -138,10 +130,10 @@ def environments_do_not_feel_each_other(subject: Subject) -> None:
     task, other = subject.tasks[0], subject.tasks[-1]
     with _made(subject) as env, _made(subject) as neighbour:
         alone = _play(env, subject, task)
-        together = [_examined(env.reset(task))]
+        together = [_answer(env, "reset", task)]
         neighbour_done = neighbour.reset(other).done
         for index in range(len(alone) - 1):
-            together.append(env.step(subject.actions[index % len(subject.actions)]))
+            together.append(_answer(env, "step", subject.actions[index % len(subject.actions)]))
             if not neighbour_done:
                 neighbour_done = neighbour.step(subject.actions[-1 - index % len(subject.actions)]).done
         expect(alone == together, f"an episode beside another differs: {_difference(alone, together)}")
@@ -153,7 +145,7 @@ def any_text_is_answered(subject: Subject) -> None:
         for text in RUBBISH:
             env.reset(subject.tasks[0])
             try:
-                _examined(env.step(text))
+                _answer(env, "step", text)
             except Exception as error:
                 raise Problem(f"expected an answer to {text!r:.40}, got {describe(error)}") from None
 

@@ -17,7 +17,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from aem_jax.envs import protocol
-from aem_jax.envs.client import RemoteEnvironment, bearer, websocket_url
+from aem_jax.envs.address import websocket_url
+from aem_jax.envs.client import RemoteEnvironment, bearer
 from aem_jax.envs.conformance import Problem, Subject, check_environment, expect, run_checks
 from aem_jax.envs.protocol import EnvError, RefusedError
 from aem_jax.envs.wire import WireMapping, step_encoder

@@ -16,13 +16,14 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from aem_jax.envs import protocol
-from aem_jax.envs.client import bearer, websocket_url
+from aem_jax.envs.address import websocket_url
+from aem_jax.envs.client import bearer
 from aem_jax.envs.pool_config import PoolConfig, PoolStats
 from aem_jax.envs.pool_session import Clock, PoolSession
 from aem_jax.envs.process import ServerProcess
 from aem_jax.envs.protocol import EnvError, StepResult
 from aem_jax.envs.supervisor import Supervisor, Tasks
-from aem_jax.envs.table import environment_spec
+from aem_jax.envs.table import check_name
 from aem_jax.envs.wire import decode_step, step_encoder
 
 __all__ = ["EnvPool", "PoolConfig", "PoolStats"]
@@ -52,7 +53,7 @@ class EnvPool:
             launch = functools.partial(ServerProcess.start_command, config.command, timeout_s=config.start_deadline_s)
         else:
             if not urls:
-                environment_spec(make[0])
+                check_name(make[0])  # not imported: what an environment of yours loads is for its server to load
             launch = functools.partial(
                 ServerProcess.start,
                 *make,

@@ -1,14 +1,9 @@
 """What a pool of environment sessions is told, and what it tells."""
 
-import re
 from dataclasses import dataclass, field
 
+from aem_jax.envs.address import keeps_secrets, without_password
 from aem_jax.envs.wire import WireMapping
-
-
-def _keeps_secrets(url: str) -> bool:
-    """Whether a token may be sent there: encrypted, or not over a network."""
-    return bool(re.match(r"(https|wss)://|(\w+://)?(127\.\d+\.\d+\.\d+|localhost|\[::1\])([:/]|$)", url))
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,12 @@ class PoolConfig:
             )
         if self.token_variable and not self.urls:
             raise ValueError("expected urls beside token_variable, got none")
-        if self.token_variable and (url := next((each for each in self.urls if not _keeps_secrets(each)), "")):
+        if self.token_variable and (url := next((each for each in self.urls if not keeps_secrets(each)), "")):
+            url = without_password(url)
             raise ValueError(f"expected urls of https:// or wss:// beside token_variable, got {url!r}")
+        if self.token_variable and (url := next((each for each in self.urls if "@" in each), "")):
+            url = without_password(url)
+            raise ValueError(f"expected urls without a user beside token_variable, got {url!r}; one of them is sent")
         for name in ("num_servers", "sessions_per_server"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Mapping
 
 from aem_jax.envs import protocol
-from aem_jax.envs.client import CONNECTION_ERRORS, Connection, describe
+from aem_jax.envs.client import CONNECTION_ERRORS, Connection
 from aem_jax.envs.pool_config import PoolConfig
-from aem_jax.envs.protocol import EnvError, LostError, RefusedError, StepResult
+from aem_jax.envs.process import ServerProcess
+from aem_jax.envs.protocol import EnvError, LostError, RefusedError, StepResult, describe
 from aem_jax.envs.supervisor import Supervisor, pauses
 from aem_jax.envs.wire import WireMapping, decode_result
 
@@ -56,6 +57,7 @@ class PoolSession:
         self.index, self.server, self._headers = index, server, headers
         self._config, self._clock = config, clock
         self._connection: Connection | None = None  # None until it is (again) connected, and then
+        self._process: ServerProcess | None = None  # what it is connected to: its server's may be a later one by now
         self._failure = "it was never reset"  # says why
         self._lost = False  # and whether that was its server's failure
         self._expires = math.inf
@@ -88,11 +90,10 @@ class PoolSession:
                 be told from here: whoever kills a server or makes it talk rubbish does so to all of its sessions.
             EnvError: the server refused, or there was no episode.
         """
-        connection, server = self._connection, self.server
+        connection, process, server = self._connection, self._process, self.server
         if not connection:
             kind = LostError if self._lost else EnvError
             raise kind(f"session {self.index} has no episode, reset it: {self._failure}")
-        process = server.process
         self._expires = self._clock.now + deadline_s
         try:
             return decode(await connection.ask(request), self._config.wire)
@@ -141,7 +142,7 @@ class PoolSession:
             self._expires = math.inf
             failure = f"session {self.index} had no answer before its deadline"
             self.drop(f"{self.server}: {failure}")
-            self.server.failed(self.server.process, failure)
+            self.server.failed(self._process, failure)
 
     def drop(self, failure: str, *, lost: bool = False) -> None:
         """Cuts the connection, whatever is under way on it; `lost` says that the server failed, not this session."""
@@ -166,7 +167,7 @@ class PoolSession:
                 return
             if self._clock.now >= limit:
                 raise EnvError(f"{server} did not come back in time: {server.failure}")
-            process = server.process
+            process = self._process = server.process
             try:
                 self._connection = await Connection.open(
                     server.url, timeout_s=_CONNECT_TIMEOUT_S, headers=self._headers

@@ -10,9 +10,13 @@ What a server calls its fields is its own matter: `wire.py` finds them.
 
 import json
 import math
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from aem_jax.envs.plain import described, flag, number, plain
+from aem_jax.files import valid_json
 
 INVALID_JSON = "INVALID_JSON"
 UNKNOWN_TYPE = "UNKNOWN_TYPE"
@@ -56,8 +60,8 @@ class StepResult:
         reward: reward of the transition that led here; 0.0 after a reset.
         terminated: the task said that the episode is over (solved or failed).
         truncated: a limit ended the episode.
-        info: JSON-able facts; always `won: bool` and `valid_action: bool`; `score: float` in [0, 1] where the task has
-            a finer measure than won or not.
+        info: facts that JSON can hold once numpy's scalars and the like are converted (`plain`); always `won: bool` and
+            `valid_action: bool`; `score: float` in [0, 1] where the task has a finer measure than won or not.
     """
 
     observation: str
@@ -99,6 +103,12 @@ class Environment(Protocol):
         ...
 
 
+def over_at_reset(result: StepResult) -> str:
+    """Why a task is left out whose reset has ended the episode: nobody can act in it."""
+    how = "terminated" if result.terminated else "truncated"
+    return f"the episode ended at its reset ({how}, {'won' if result.won else 'not won'}): there is nothing to act in"
+
+
 def encode_reset(task: Mapping[str, Any]) -> str:
     """The request that starts an episode of `task`; its keys become the reset keywords.
 
@@ -116,7 +126,10 @@ CLOSE_REQUEST = '{"type": "close"}'
 
 
 def checked_result(env: Environment, call: str, result: Any) -> StepResult:
-    """What an environment answered, if it is an answer.
+    """What an environment answered, in plain values, if it is an answer.
+
+    Numbers of numpy, torch and jax count as the numbers that they are; in `info` all that JSON can hold is converted
+    (`plain.plain`), and NaN is null.
 
     Args:
         env: the environment.
@@ -124,34 +137,74 @@ def checked_result(env: Environment, call: str, result: Any) -> StepResult:
         result: what came.
 
     Raises:
-        ValueError: it is no `StepResult` with a text observation and a mapping as info.
+        ValueError: it is no `StepResult` with a text observation, a finite reward, true or false as flags, and a
+            mapping of what JSON can hold as info; names what is wrong.
     """
+    where = f"{type(env).__qualname__}.{call}"
     if not isinstance(result, StepResult):
-        got = f"{type(result).__name__} {result!r:.200}"
-    elif not isinstance(result.observation, str):
-        got = f"{type(result.observation).__name__} {result.observation!r:.200} as observation"
-    elif not isinstance(result.info, Mapping):
-        got = f"{type(result.info).__name__} {result.info!r:.200} as info"
-    else:
-        return result
-    raise ValueError(
-        f"expected a StepResult with a text observation and a mapping as info from {type(env).__qualname__}.{call}, "
+        raise _no_result(where, described(result))
+    if not isinstance(result.observation, str):
+        raise _no_result(where, f"{described(result.observation)} as observation")
+    if not isinstance(result.info, Mapping):
+        raise _no_result(where, f"{described(result.info)} as info")
+    reward = number(result.reward)
+    if reward is None:
+        raise ValueError(
+            f"expected a number, finite in float32, as reward from {where}, got {described(result.reward)}"
+        )
+    info = plain(result.info, f"{where}'s info")
+    for name, (read, what) in _FACTS.items():
+        if (value := info.pop(name, None)) is not None:
+            info[name] = _read(read, value, what, f"info[{name!r}] from {where}")
+    return StepResult(
+        plain(result.observation, "observation"),
+        reward,
+        _read(flag, result.terminated, "true or false", f"terminated from {where}"),
+        _read(flag, result.truncated, "true or false", f"truncated from {where}"),
+        info,
+    )
+
+
+def _no_result(where: str, got: str) -> ValueError:
+    return ValueError(
+        f"expected a StepResult with a text observation and a mapping as info from {where}, "
         f"got {got}; return aem_jax.envs.protocol.StepResult(observation, reward, terminated, truncated, info)"
     )
 
 
+def _read(read: Callable[[Any], Any], value: Any, what: str, name: str) -> Any:
+    found = read(value)
+    if found is None:
+        raise ValueError(f"expected {what} as {name}, got {described(value)}")
+    return found
+
+
+def _texts(value: Any) -> list[str] | None:
+    return value if isinstance(value, list) and all(isinstance(each, str) for each in value) else None
+
+
+_FACTS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
+    "won": (flag, "true or false"),
+    "valid_action": (flag, "true or false"),
+    "score": (number, "a finite number"),
+    "admissible": (_texts, "a list of texts"),
+}
+"""What training reads of `info`: each fact's reader, which gives None for what is none, and its type in words. One that
+is null is left out."""
+
+
 def encode_result(result: StepResult, *, send_admissible: bool) -> str:
-    """The reply that carries `result`, in our own server's observation fields.
+    """The reply that carries a `checked_result`, in our own server's observation fields.
 
     Raises:
-        ValueError: the result holds something else than plain finite JSON values.
+        ValueError: the result holds something else than plain finite JSON values, or is larger than a message may be.
     """
     info = dict(result.info)
     observation = {
         "text": result.observation,
         "won": bool(info.pop("won", False)),
-        "terminated": bool(result.terminated),
-        "truncated": bool(result.truncated),
+        "terminated": result.terminated,
+        "truncated": result.truncated,
         "valid_action": bool(info.pop("valid_action", True)),
         "admissible": None,
         "info": info,
@@ -159,13 +212,34 @@ def encode_result(result: StepResult, *, send_admissible: bool) -> str:
     admissible = info.pop("admissible", None)
     if send_admissible and admissible is not None:
         observation["admissible"] = list(admissible)
-    data = {"observation": observation, "reward": float(result.reward), "done": bool(result.done)}
+    data = {"observation": observation, "reward": result.reward, "done": result.done}
     try:
-        return json.dumps({"type": "observation", "data": data}, allow_nan=False)
+        reply = json.dumps({"type": "observation", "data": data}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"expected plain finite JSON values from the environment, got {data!r:.200}: {error}"
         ) from None
+    if len(reply) > MAX_MESSAGE_BYTES:
+        parts = {"the observation": result.observation} | {f"info[{name!r}]": value for name, value in info.items()}
+        sizes = {name: len(json.dumps(value)) for name, value in parts.items()}
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ValueError(
+            f"expected an answer of at most {MAX_MESSAGE_BYTES >> 20} MiB from the environment, got "
+            f"{len(reply) / 2**20:.1f} MiB, {sizes[largest] / 2**20:.1f} MiB of it in {largest}"
+        )
+    return reply
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line of at most some 2000 characters: its type, and its text where it has one."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}{': ' if text else ''}{text[:2000]}{'…' if len(text) > 2000 else ''}"
+
+
+def describe_raised(error: BaseException) -> str:
+    """An error of somebody's code in one line, with the place that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{describe(error)} (line {frame.lineno} of {frame.filename})"
 
 
 def encode_error(code: str, message: str, **details: Any) -> str:
@@ -182,6 +256,8 @@ def decode_data(raw: str | bytes, expected_type: str) -> Mapping[str, Any]:
     """
     try:
         message = json.loads(raw)
+        if b"\\u" in raw if isinstance(raw, bytes) else "\\u" in raw:  # else no text in it has half a surrogate pair
+            message = valid_json(message)
         kind, data = message["type"], message.get("data", {})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise EnvError(f"rubbish: expected a JSON message with type and data, got {raw[:200]!r}") from None

@@ -10,6 +10,11 @@ The calls of a non-blocking environment run in the event loop (a step takes less
 one gets one thread per session.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while modules load is as quiet as later
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import asyncio
 import contextlib
@@ -17,7 +22,7 @@ import ctypes
 import json
 import logging
 import os
-import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -32,11 +37,13 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from aem_jax.envs import protocol
-from aem_jax.envs.protocol import Environment, encode_error
+from aem_jax.envs.protocol import Environment, describe, encode_error
 from aem_jax.envs.session import Session
 from aem_jax.envs.table import ENVIRONMENTS, EnvironmentSpec, environment_spec, settings_from_json
 
 logger = logging.getLogger("aem_jax.envs.server")  # not __name__, which is __main__ in a process of its own
+
+_CLOSE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class ServerConfig:
     """Where and how to serve."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for other machines. There is no authentication: keep it inside your network."""
+    """Address to listen on; for other machines 0.0.0.0, or :: for IPv6. There is no authentication: keep it inside your
+    network."""
     port: int = 8765
     """Port to listen on; 0 takes a free one."""
     sessions: int = 64
@@ -87,13 +95,11 @@ class _Server:
 
     async def _converse(self, connection: ServerConnection, executor: ThreadPoolExecutor | None) -> None:
         loop = asyncio.get_running_loop()
-        try:
-            env = await loop.run_in_executor(executor, self._make) if executor else self._make()
-        except Exception as error:
-            logger.warning("the environment could not be made", exc_info=True)
-            await connection.send(encode_error(protocol.FACTORY_ERROR, f"{type(error).__name__}: {error}"))
+        made = await loop.run_in_executor(executor, self._made) if executor else self._made()
+        if isinstance(made, BaseException):
+            await connection.send(encode_error(protocol.FACTORY_ERROR, describe(made)))
             return
-        session = Session(env, send_admissible=self._config.send_admissible)
+        session = Session(made, send_admissible=self._config.send_admissible)
         try:
             async for raw in connection:
                 reply = await loop.run_in_executor(executor, session.answer, raw) if executor else session.answer(raw)
@@ -105,6 +111,14 @@ class _Server:
                 executor.submit(session.close)  # after what the session may still be doing
             else:
                 session.close()
+
+    def _made(self) -> Environment | BaseException:
+        """An environment, or why there is none. Not raised: an exit in a thread would end the server's event loop."""
+        try:
+            return self._make()
+        except BaseException as error:
+            logger.warning("the environment could not be made", exc_info=True)
+            return error
 
 
 def _boolean(description: str) -> dict[str, Any]:
@@ -182,7 +196,7 @@ async def _run(
     # and never mistakes a busy one for dead.
     async with serve_websocket(
         server.handle,
-        config.host,
+        config.host.strip("[]"),  # an IPv6 address, with brackets or without
         config.port,
         process_request=http,
         compression=None,
@@ -213,12 +227,24 @@ def serve(
         ValueError: unknown name or bad settings.
         OSError: the port is taken.
     """
+    if config.with_parent:
+        end_with_parent()
     spec = environment_spec(name)
     make = spec.factory(settings)
-    make().close()  # what cannot be made should say so now, not at the first session
-    if config.with_parent:
-        _end_with_parent()
-    asyncio.run(_run(name, make, spec, config, ready))
+    _close(make())  # what cannot be made should say so now, not at the first session
+    try:
+        asyncio.run(_run(name, make, spec, config, ready))
+    except socket.gaierror as error:
+        raise OSError(f"expected a host of this machine to listen on, got {config.host!r}: {error}") from None
+
+
+def _close(env: Environment) -> None:
+    """Closes an environment that was made to see whether it can be; one that takes long is left at it."""
+    closing = threading.Thread(target=Session(env, send_admissible=False).close, daemon=True)
+    closing.start()
+    closing.join(_CLOSE_S)
+    if closing.is_alive():
+        logger.warning("%s.close takes more than %g s; it is not waited for", type(env).__qualname__, _CLOSE_S)
 
 
 def _end_in(*, seconds: float) -> threading.Timer:
@@ -228,14 +254,18 @@ def _end_in(*, seconds: float) -> threading.Timer:
     return timer
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this process when stdin closes, and on Linux by the kernel's hand too (which reaches a stopped process)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
+    parent = os.dup(0)
+    with open(os.devnull, "rb") as nothing:  # an environment that reads or closes stdin must not touch the parent's end
+        os.dup2(nothing.fileno(), 0)
+
     def watch() -> None:
-        while os.read(0, 1024):
+        while os.read(parent, 1024):
             pass
         os._exit(0)
 
@@ -267,6 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--with-parent", action="store_true", help="end when the parent process ends")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
     try:
@@ -275,8 +306,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
         serve(options.environment, settings_from_json(options.settings), config, _announcer())
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while it was starting; later a signal ends it in order
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -10,7 +10,14 @@ import uuid
 from typing import Any
 
 from aem_jax.envs import protocol
-from aem_jax.envs.protocol import Environment, checked_result, encode_error, encode_result
+from aem_jax.envs.protocol import (
+    Environment,
+    checked_result,
+    describe,
+    describe_raised,
+    encode_error,
+    encode_result,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +56,18 @@ class Session:
             return encode_error(protocol.VALIDATION_ERROR, str(error))
         except _OrderError as error:
             return encode_error(protocol.EXECUTION_ERROR, str(error))
-        except (Exception, SystemExit) as error:  # an engine that exits must not take the other sessions along
+        except BaseException as error:  # an engine that exits must not take the other sessions along
             self._running = False
             logger.warning("the environment failed at a %s", kind, exc_info=True)
-            return encode_error(protocol.EXECUTION_ERROR, f"{type(error).__name__}: {error}")
+            # The house's errors are ValueErrors that say what is wrong; of others, the place helps.
+            said = describe(error) if isinstance(error, ValueError) else describe_raised(error)
+            return encode_error(protocol.EXECUTION_ERROR, said)
 
     def close(self) -> None:
         """Closes the environment; its errors are logged."""
         try:
             self._env.close()
-        except Exception:
+        except BaseException:
             logger.warning("the environment failed to close", exc_info=True)
 
     def _reset(self, data: Any) -> str:

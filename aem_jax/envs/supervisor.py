@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
+from aem_jax.envs.address import without_password
 from aem_jax.envs.process import ServerProcess, describe_exit
 from aem_jax.envs.protocol import EnvError
 
@@ -72,7 +73,7 @@ class Supervisor:
         self._tasks = Tasks()
 
     def __str__(self) -> str:
-        where = f"pid {self.process.pid}" if self.process else self._url
+        where = f"pid {self.process.pid}" if self.process else without_password(self._url)
         return f"environment server {self.index} ({where})"
 
     @property
@@ -95,12 +96,14 @@ class Supervisor:
         """Reports a failure. An own server is started again, unless `process`, which failed, was replaced meanwhile.
 
         Args:
-            process: `self.process` as it was when the call that failed began.
+            process: `self.process` as it was when the connection that failed was made.
             failure: what happened.
         """
+        if process is not None and process is not self.process:
+            return  # reported when it was replaced
         repeated = failure == self.failure and not process
         self.failure = failure
-        restart = process is not None and process is self.process and self.up.is_set()
+        restart = process is not None and self.up.is_set()
         if not repeated:
             self._on_failure(self, f"{self}: {failure}", restart)
         if restart:

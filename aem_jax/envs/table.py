@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import json
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from aem_jax.envs.protocol import Environment
+from aem_jax.envs.protocol import Environment, describe_raised
 
 Config = TypeVar("Config")
 
@@ -121,6 +120,20 @@ SITES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {"webshop": _webshop_s
 """Environments that a person can use in a browser: settings -> an ASGI application."""
 
 
+def check_name(name: str) -> None:
+    """Whether a name is in the table or has the form of a path; nothing is imported.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    where, _, attribute = name.rpartition(":")
+    if name not in ENVIRONMENTS and not (where and attribute):
+        raise ValueError(
+            f"expected an environment of {', '.join(ENVIRONMENTS)}, or file.py:attribute, got {name!r}"
+            f"{_nearest(name, ENVIRONMENTS)}"
+        )
+
+
 def environment_spec(name: str) -> EnvironmentSpec:
     """Looks a name up, or imports what a path names: `file.py:attribute` or `module:attribute`.
 
@@ -130,14 +143,10 @@ def environment_spec(name: str) -> EnvironmentSpec:
     Raises:
         ValueError: no such environment, or nothing there that can make one.
     """
+    check_name(name)
     if name in ENVIRONMENTS:
         return ENVIRONMENTS[name]
     where, _, attribute = name.rpartition(":")
-    if not where or not attribute:
-        raise ValueError(
-            f"expected an environment of {', '.join(ENVIRONMENTS)}, or file.py:attribute, got {name!r}"
-            f"{_nearest(name, ENVIRONMENTS)}"
-        )
     module = _imported(where)
     make: Any = getattr(module, attribute, None)
     if not callable(make):
@@ -159,8 +168,10 @@ def _own(name: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Ca
     def checked() -> Environment:
         try:
             env = make(**settings)
-        except Exception as error:
-            raise ValueError(f"expected an environment from {name}, got {_raised(error)}") from error
+        except KeyboardInterrupt:  # somebody's Ctrl-C
+            raise
+        except BaseException as error:  # some engines exit where a file or a display is missing
+            raise ValueError(f"expected an environment from {name}, got {describe_raised(error)}") from error
         missing = [each for each in ("reset", "step", "close") if not callable(getattr(env, each, None))]
         if missing:
             raise ValueError(f"expected an environment with reset, step and close from {name}, got no {missing[0]}")
@@ -188,15 +199,12 @@ def _imported(where: str) -> ModuleType:
         return module
     except (ImportError, SyntaxError) as error:
         raise ValueError(f"expected a Python file or module to import, got {where!r}: {error}") from None
-    except Exception as error:
-        raise ValueError(f"expected a Python file or module to import, got {where!r}: {_raised(error)}") from error
-
-
-def _raised(error: Exception) -> str:
-    """An error in somebody's code in one line: what it says, and where it came from."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}{': ' if said else ''}{said} (line {frame.lineno} of {frame.filename})"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ValueError(
+            f"expected a Python file or module to import, got {where!r}: {describe_raised(error)}"
+        ) from error
 
 
 def config_from(cls: type[Config], settings: Mapping[str, Any]) -> Config:

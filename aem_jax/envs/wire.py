@@ -8,12 +8,12 @@ there and not null. A path that ends in `|` may also find nothing: `question|` i
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from aem_jax.envs.plain import number
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult, decode_data
 
 
@@ -204,6 +204,7 @@ def _flag(observation: Mapping[str, Any], path: str, default: bool) -> bool:
 
 
 def _number(value: Any, what: str) -> float:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    found = number(value)
+    if found is None:
         raise EnvError(f"rubbish: expected {what}, got {value!r:.100}")
-    return float(value)
+    return found

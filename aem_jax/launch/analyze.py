@@ -63,6 +63,8 @@ class AnalyzeConfig:
         for name, least in (("states", 2), ("draws", 2), ("groups", 0), ("step", -1)):
             if getattr(self, name) < least:
                 raise ValueError(f"expected {name} of at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32 - 1:
+            raise ValueError(f"expected seed from 0 to {2**32 - 2}, got {self.seed}")
         if self.step_size <= 0:
             raise ValueError(f"expected step_size > 0, got {self.step_size}")
 
@@ -86,12 +88,13 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
     with context as (stage, checkpoints):
         if stage.hosts.count > 1:
             raise ConfigError("analyze runs in one process; start it without the others")
-        step = checkpoints.latest if options.step < 0 else options.step
-        if step is None or step not in checkpoints.steps:
+        step = None if options.step < 0 else options.step
+        if step is not None and step not in checkpoints.steps:
             there = ", ".join(map(str, checkpoints.steps)) or "none"
             raise ConfigError(f"--step: expected a checkpoint of {folder}, got {step}; there are {there}")
         stage = on_base(stage, checkpoints)
-        params = restore(stage, checkpoints, step).params
+        state = restore(stage, checkpoints, step)
+        step, params = int(state.step), state.params
         found = _analysis(stage, params, options, groups)
     found = {"run": config.name, "step": step, "options": dataclasses.asdict(options), **found}
     found["seconds"] = round(time.perf_counter() - began)

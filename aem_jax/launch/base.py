@@ -4,13 +4,14 @@ The latter are kept once, beside the checkpoints (which hold the adapter alone),
 adapter has its base there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from aem_jax.checkpoint.checksum import checksums, first_difference
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.models import Params, Policy, save_pretrained
@@ -32,16 +33,32 @@ def source(config: RunConfig, run: Path) -> Path:
     return resolve(config.model.path) if config.model.path else run / FOLDER
 
 
-def load(config: RunConfig, run: Path, policy: Policy, mesh: Mesh) -> Params:
-    """The frozen weights as they are used (`Policy.dtypes`), in the train layout: no float32 masters.
+def load(
+    config: RunConfig, run: Path, policy: Policy, mesh: Mesh, recorded: Mapping[str, str] | None
+) -> tuple[Params, dict[str, str]]:
+    """The frozen weights as they are used (`Policy.dtypes`), in the train layout, and their checksums.
+
+    Args:
+        config: the run's.
+        run: its folder.
+        policy: all of the decoder.
+        mesh: where they are to lie.
+        recorded: the checksums that the run keeps (`inputs.FROZEN`), if it does.
 
     Raises:
-        ConfigError: files that are missing or do not fit.
+        ConfigError: files that are missing, do not fit, or hold other numbers than those that the adapter stands on.
     """
     try:
-        return load_params(source(config, run), policy, mesh=mesh, dtype=policy.dtypes)
-    except ValueError as error:
+        params = load_params(source(config, run), policy, mesh=mesh, dtype=policy.dtypes)
+    except (ValueError, OSError) as error:
         raise ConfigError(f"the frozen weights of {run} cannot be read: {error}") from error
+    found = checksums(params)
+    if recorded is not None and (difference := first_difference(recorded, found)):
+        raise ConfigError(
+            f"the weights in {source(config, run)} have changed since {run} began to train its adapter beside them "
+            f"({difference}); put the old ones back"
+        )
+    return params, found
 
 
 def save(run: Path, policy: Policy, mesh: Mesh, source: Any, stop_ids: Sequence[int]) -> None:

@@ -43,7 +43,7 @@ def parameters(config: RunConfig, policy: Policy | LoraPolicy, vocab_size: int, 
     """
     run = Path(config.warmstart.begin_from)
     other = record.load(run)
-    trained = build.make_policy(other, vocab_size)
+    trained = build.make_policy(other, vocab_size, record.model_files(other, run))
     if isinstance(trained, LoraPolicy) or isinstance(policy, LoraPolicy) or trained.config != policy.config:
         raise ConfigError(
             f"--warmstart.begin-from: expected a run that trains all weights of {policy.config}, got {trained.config} "

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 from aem_jax.batch import BatchLayout
 from aem_jax.launch.algorithm import has_values
@@ -63,12 +64,13 @@ def selection_rule(config: RunConfig) -> Rule:
     )
 
 
-def model_config(choice: ModelChoice, vocab_size: int) -> ModelConfig:
+def model_config(choice: ModelChoice, vocab_size: int, files: Path | None = None) -> ModelConfig:
     """The sizes of the decoder.
 
     Args:
         choice: a model in files, or a known size and what is changed of it.
         vocab_size: of the tokenizer; for random weights rounded up to a multiple of 64, so that it divides over a mesh.
+        files: folder with the config of a model in files, if not the model's own folder.
 
     Raises:
         ConfigError: no such size, or sizes that do not go together.
@@ -76,7 +78,7 @@ def model_config(choice: ModelChoice, vocab_size: int) -> ModelConfig:
     """
     changes = {name: value for name, value in vars(choice).items() if name not in _NO_SIZES and value is not None}
     if choice.path:
-        config = read_config(resolve(choice.path), changes.pop("dtype", "bfloat16"))
+        config = read_config(files or resolve(choice.path), changes.pop("dtype", "bfloat16"))
         if vocab_size > config.vocab_size:
             raise ValueError(
                 f"--model.path: expected a vocabulary of at least {vocab_size} (the tokenizer's), "
@@ -91,14 +93,14 @@ def model_config(choice: ModelChoice, vocab_size: int) -> ModelConfig:
         raise ConfigError(f"--model: {error}") from None
 
 
-def make_policy(config: RunConfig, vocab_size: int) -> Policy | LoraPolicy:
-    """What is trained: all of a decoder, or adapters of one.
+def make_policy(config: RunConfig, vocab_size: int, files: Path | None = None) -> Policy | LoraPolicy:
+    """What is trained: all of a decoder, or adapters of one. `files` is as in `model_config`.
 
     Raises:
         ConfigError: as `model_config`.
         ValueError: as `model_config`, or a rank that the decoder's projections cannot have.
     """
-    whole = Policy(model_config(config.model, vocab_size))
+    whole = Policy(model_config(config.model, vocab_size, files))
     if not config.lora.rank:
         return whole
     policy = LoraPolicy(whole, config.lora)

@@ -44,6 +44,8 @@ def main(words: Sequence[str]) -> int:
         return 141
     except StoppedError as stopped:
         return stopped.exit_status
+    except KeyboardInterrupt:
+        return 130
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -51,7 +53,7 @@ def main(words: Sequence[str]) -> int:
 
 def _train(words: Sequence[str]) -> int:
     from aem_jax.launch.options import apply
-    from aem_jax.launch.record import run_name
+    from aem_jax.launch.record import absolute, run_name
 
     options = _options(words, "train")
     preset = _preset(options)
@@ -60,7 +62,7 @@ def _train(words: Sequence[str]) -> int:
     config = apply(preset, options)
     # The variable is read here and nowhere else, so that a run's folder says what its games were.
     data = config.alfworld_data or os.environ.get("ALFWORLD_DATA", "")
-    config = replace(config, name=run_name(config, options), alfworld_data=data)
+    config = absolute(replace(config, name=run_name(config, options), alfworld_data=data))
 
     from aem_jax.launch.build import check
 
@@ -122,11 +124,11 @@ def _export(words: Sequence[str]) -> int:
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
     """The config of a run that is there: its own, not the preset as it may be by now, with the options in place."""
     from aem_jax.launch.options import apply
-    from aem_jax.launch.record import load, run_name
+    from aem_jax.launch.record import absolute, load, run_name
 
     asked = apply(_preset(options), options)
     folder = Path(asked.runs_dir) / run_name(asked, options)
-    config = apply(load(folder), options)
+    config = absolute(apply(load(folder), options))
     return replace(config, name=folder.name, runs_dir=asked.runs_dir)
 
 
@@ -148,6 +150,24 @@ def _bench(words: Sequence[str]) -> int:
     if "help" in options:
         return _help(BenchConfig(), "bench [NAME …]", COMMANDS["bench"].help)
     return run(names, apply(BenchConfig(), options))
+
+
+def _doctor(words: Sequence[str]) -> int:
+    from aem_jax.launch.doctor import lacking, run
+
+    if lacking():
+        return 1
+
+    from aem_jax.launch.doctor.config import DoctorConfig
+    from aem_jax.launch.options import apply, split
+
+    names, options = split(words)
+    if "help" in options:
+        from aem_jax.launch.doctor import CHECKS
+
+        text = f"{COMMANDS['doctor'].help}\n\nNAMEs, all by default: {', '.join(CHECKS)}."
+        return _help(DoctorConfig(), "doctor [NAME …]", text)
+    return run(names, apply(DoctorConfig(), options))
 
 
 def _plan(words: Sequence[str]) -> int:
@@ -188,6 +208,7 @@ COMMANDS: Mapping[str, Command] = {
         "Writes a trained run's model in Hugging Face's files; --adapter True: a LoRA run's adapter, in PEFT's.",
     ),
     "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),
+    "doctor": Command(_doctor, "Says whether this machine trains correctly, and how fast; type it first on a new one."),
     "bench": Command(_bench, "Measures the parts on this machine; prints a table and one JSON line."),
     "plan": Command(_plan, "Says what a run takes on devices that need not be there: memory, FLOPs, time."),
     "presets": Command(_presets, "Lists the presets."),

@@ -184,7 +184,7 @@ class RunConfig:
     preset: str = ""
     """Presets to begin from, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
     seed: int = 0
-    """Seed of everything random: weights, games, sampling."""
+    """Seed of everything random, from 0 to 2³² - 1: weights, games, sampling."""
     environment: Literal["alfworld", "webshop", "swe", "swe-choices", "openenv"] = "alfworld"
     """What the agent learns."""
     env: PoolConfig = PoolConfig(num_servers=2, sessions_per_server=64)
@@ -193,6 +193,8 @@ class RunConfig:
     """Rules of a household episode."""
     alfworld_data: str = ""
     """Folder of ALFWorld's official data; empty: what $ALFWORLD_DATA names, else games are made."""
+    alfworld_skip_bad: bool = False
+    """Whether files of the official data that hold no game are left out; else the first of them ends the start."""
     games: GeneratorConfig = GeneratorConfig()
     """Household games to make; of official data its task types choose."""
     webshop: WebshopConfig = WebshopConfig()
@@ -241,6 +243,10 @@ class RunConfig:
     """Where numbers go."""
     runtime: RuntimeConfig = RuntimeConfig()
     """The machine."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # JAX's keys take 32 bits of it: two seeds beyond them may be the same run
+            raise ValueError(f"expected seed from 0 to {2**32 - 1}, got {self.seed}")
 
 
 HARMLESS = (

@@ -6,9 +6,10 @@ from pathlib import Path
 import jax
 
 from aem_jax.checkpoint import CheckpointError, Checkpoints
-from aem_jax.launch import base, build, runtime
+from aem_jax.launch import base, build, inputs, record, runtime
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch.signals import undone_on_interrupt
 from aem_jax.learner import abstract_state, make_optimizer
 from aem_jax.models import LoraPolicy, policy_params, save_pretrained
 from aem_jax.models.peft import save_adapter
@@ -32,28 +33,32 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
     try:
         check_free(folder)
         runtime.set_up(replace(config.runtime, distributed="off"))  # one process writes it
-        chat, mesh = ChatTokenizer.from_pretrained(run / "tokenizer", appends=False), make_mesh(config.mesh)
-        policy = build.make_policy(config, chat.vocab_size)
+        chat, mesh = ChatTokenizer.from_pretrained(run / inputs.TOKENIZER, appends=False), make_mesh(config.mesh)
+        policy = build.make_policy(config, chat.vocab_size, record.model_files(config, run))
         if adapter and not isinstance(policy, LoraPolicy):
             raise ConfigError(f"--adapter: {run} trained all weights, not an adapter (--lora.rank); leave it out")
         trained = build.trained_policy(config, policy)
         optimizer = make_optimizer(config.learner, trained.axes)
         with Checkpoints(run / "checkpoints", config.checkpoint) as checkpoints:
-            step = checkpoints.latest
-            if step is None:
+            if checkpoints.latest is None:
                 raise ConfigError(f"no checkpoint in {run}; train it first")
-            params = policy_params(trained, checkpoints.restore(abstract_state(trained, optimizer, mesh)).params)
+            state = checkpoints.restore(abstract_state(trained, optimizer, mesh))
+        step, params = int(state.step), policy_params(trained, state.params)
         if adapter and isinstance(policy, LoraPolicy):
             stands_on = config.model.path or str((run / base.FOLDER).resolve())
-            save_adapter(folder, policy, params, base=stands_on)
+            with undone_on_interrupt():
+                save_adapter(folder, policy, params, base=stands_on)
         else:
             if isinstance(policy, LoraPolicy):
-                frozen = base.load(config, run, policy.whole, mesh)
+                frozen, _ = base.load(config, run, policy.whole, mesh, inputs.load(run).get(inputs.FROZEN))
                 merged = jax.jit(policy.merge)(params, frozen["layers"])  # the numbers that were sampled with
                 params = {**frozen, "layers": {**frozen["layers"], **merged}}
             used = policy.config.dtype
-            save_pretrained(folder, policy.config, params, dtype=used, source=run / "tokenizer", stop_ids=chat.stop_ids)
+            with undone_on_interrupt():
+                save_pretrained(
+                    folder, policy.config, params, dtype=used, source=run / inputs.TOKENIZER, stop_ids=chat.stop_ids
+                )
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    print(f"step {step} of {run} -> {folder}")
+    print(f"step {step} of {run} -> {folder}", flush=True)
     return 0

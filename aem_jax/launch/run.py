@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
 from aem_jax.envs.protocol import EnvError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
-from aem_jax.launch import base, begin, build, processes, record, runtime
+from aem_jax.launch import base, begin, build, inputs, processes, record, runtime
 from aem_jax.launch.algorithm import response_advantages, value_targets
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError
@@ -44,7 +44,7 @@ from aem_jax.selection import play_rounds
 from aem_jax.train import Metrics, Parts, transcripts
 from aem_jax.train import train as train_steps
 from aem_jax.trajectory import Trajectory
-from aem_jax.warmstart import demonstrate, warmstart
+from aem_jax.warmstart import demonstrations, fitting, warmstart
 
 EVALUATIONS = "evaluations.jsonl"
 
@@ -60,10 +60,10 @@ def train(config: RunConfig) -> int:
         StoppedError: it was stopped outside of the training steps, and can go on.
     """
     folder = Path(config.runs_dir) / config.name
-    with opened(config, folder, check_resumable=True) as (stage, checkpoints):
+    with opened(config, folder, writes=True) as (stage, checkpoints):
         is_first = stage.hosts.is_first
         if is_first:
-            record.save(config, folder)
+            record.save(config, folder, begun=checkpoints.latest is not None)
         stage = on_base(stage, checkpoints)
         state = _start(stage, checkpoints)
         if int(state.step) < config.train.num_steps:
@@ -72,8 +72,9 @@ def train(config: RunConfig) -> int:
             return stage.stop.exit_status
         _evaluate(stage, state, "final", config.evaluation.splits, stop=stage.stop.check)
     if is_first:
+        report = write_report(folder)
         print_summary(read_lines(folder / EVALUATIONS), sampled(config.sampling.temperature))
-        print(f"report: {write_report(folder)}", flush=True)
+        print(f"report: {report}", flush=True)
     return 0
 
 
@@ -88,8 +89,6 @@ def evaluate(config: RunConfig) -> int:
     """
     folder = Path(config.runs_dir) / config.name
     with opened(config, folder) as (stage, checkpoints):
-        if checkpoints.latest is None:
-            raise ConfigError(f"no checkpoint in {folder}; train it first")
         stage = on_base(stage, checkpoints)
         state = restore(stage, checkpoints)
         params, records, is_first = stage.laid_out(state.params), [], stage.hosts.is_first
@@ -107,24 +106,36 @@ def evaluate(config: RunConfig) -> int:
 
 
 @contextmanager
-def opened(config: RunConfig, folder: Path, check_resumable: bool = False) -> Iterator[tuple[Stage, Checkpoints]]:
-    """The machine set up, checkpoints and stage opened; what cannot be had is a `ConfigError`."""
+def opened(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[tuple[Stage, Checkpoints]]:
+    """The machine set up, checkpoints and stage opened; what cannot be had is a `ConfigError`.
+
+    Args:
+        config: the run's.
+        folder: the run's.
+        writes: whether the run goes on. Else nothing in its folder is changed, and another process may write to it.
+    """
     with ExitStack() as stack:
         try:
             runtime.set_up(config.runtime)  # before anything computes, and checkpoints do
             hosts = stack.enter_context(processes.joined(config.runtime))
             processes.check_same(hosts, config)
-            if check_resumable and hosts.is_first and (folder / record.FILE).exists():
+            if writes and hosts.is_first and (folder / record.FILE).exists():
                 record.check_resumable(record.load(folder), config, folder)
-            # The folder next: whoever cannot write there should know before anything else is begun.
-            processes.check_shared(hosts, folder)
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint, hosts))
-            stage = open_stage(config, folder, stack, hosts)
+            if writes:  # The folder next: whoever cannot write there should know before anything else is begun.
+                processes.check_shared(hosts, folder)
+                checkpoints.claim()
+            begun = hosts.of_first(checkpoints.latest is not None)
+            if not (begun or writes):
+                raise ConfigError(f"no checkpoint in {folder}; train it first")
+            if begun and hosts.is_first:
+                inputs.check_sources(folder, config, "refuse" if writes else "warn")
+            stage = open_stage(config, folder, stack, hosts, begun)
         except (CheckpointError, EnvError, ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
         try:
             yield stage, checkpoints
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, EnvError, OSError) as error:
             raise ConfigError(f"the run was stopped: {error}; the same command resumes it") from error
 
 
@@ -144,7 +155,11 @@ def on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
         whole = dataclasses.replace(stage, policy=stage.policy.whole)
         source = _parameters(whole) if config.warmstart.episodes == 0 else _fit(whole, _demonstrations(whole)).params
         base.save(folder, stage.policy.whole, stage.mesh, source, stage.chat.stop_ids)
-    return stage.on(base.load(config, folder, stage.policy.whole, stage.mesh))
+    recorded = stage.hosts.of_first(inputs.load(folder).get(inputs.FROZEN) if stage.hosts.is_first else None)
+    frozen, found = base.load(config, folder, stage.policy.whole, stage.mesh, recorded)
+    if recorded is None and checkpoints.is_writer and stage.hosts.is_first:
+        inputs.write(folder, {**inputs.load(folder), inputs.FROZEN: found})
+    return stage.on(frozen)
 
 
 def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
@@ -231,16 +246,24 @@ def _demonstrations(stage: Stage) -> list[Trajectory]:
             f"expected --warmstart.episodes 0 with {stage.domain.name}, got {settings.episodes}; "
             "this environment has no expert to learn from"
         )
-    env, found = stage.domain.make_env(), []
-    for count, task in enumerate(stage.domain.training[: settings.episodes], start=1):
-        stage.stop.check()
-        act = stage.domain.demonstrator(task)
-        episode = demonstrate(env, act, task, stage.chat, instruction=rollout.instruction, max_turns=rollout.max_turns)
-        tokens = sum(len(turn.observation_ids) + len(turn.response_ids) for turn in episode.turns)
-        if tokens <= rollout.context_tokens and (episode.won or not settings.only_won):
+    tasks, found = stage.domain.training[: settings.episodes], []
+    with closing(stage.domain.make_env()) as env:
+        how = {"instruction": rollout.instruction, "max_turns": rollout.max_turns}
+        episodes = demonstrations(env, stage.domain.demonstrator, tasks, stage.chat, **how)
+        for count, episode in enumerate(episodes, start=1):
+            stage.stop.check()
             found.append(episode)
-        stage.report("demonstrations", count, settings.episodes, {})
-    return found
+            stage.report("demonstrations", count, settings.episodes, {})
+    # A task that broke in one process is left out in all: they learn from the same.
+    broken = set().union(*stage.hosts.gather_json([at for at, episode in enumerate(found) if episode is None]))
+    shown = [each for at, each in enumerate(found) if at not in broken and (each.won or not settings.only_won)]
+    learnt = fitting(shown, rollout.context_tokens)
+    if not learnt:
+        raise ConfigError(
+            f"--warmstart.episodes: expected demonstrations to learn from, got none; the expert won {len(shown)} of "
+            f"{len(found)} episodes, and none of them has a turn within rollout.context_tokens {rollout.context_tokens}"
+        )
+    return learnt
 
 
 def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainState:
@@ -331,17 +354,19 @@ def _evaluate(
 
 def _baselines(stage: Stage) -> None:
     """Plays the fixed sets with the scripted agents: in process 0, for no device is needed."""
-    config, lines, env = stage.config, stage.folder / EVALUATIONS, stage.domain.make_env()
+    config, lines, env = stage.config, stage.folder / EVALUATIONS, None
     agents = [(split, name) for split in config.evaluation.splits for name in stage.domain.baselines]
-    for count, (split, agent) in enumerate(agents, start=1):
-        stage.stop.check()
-        tasks, name = stage.domain.evaluation(split, config.evaluation.size)
-        if not stage.hosts.is_first or _is_done(lines, agent, name, 0):
-            continue
-        make_act, max_turns = stage.domain.baselines[agent], config.rollout.max_turns
-        found = evaluate_agent(env, make_act, tasks, max_turns=max_turns, name=name, split=split)
-        append_line(lines, found.record(0, agent))
-        stage.report("baselines", count, len(agents), {"rollout/success": found.rate.success})
+    with ExitStack() as stack:
+        for count, (split, agent) in enumerate(agents, start=1):
+            stage.stop.check()
+            tasks, name = stage.domain.evaluation(split, config.evaluation.size)
+            if not stage.hosts.is_first or _is_done(lines, agent, name, 0):
+                continue
+            make_act, max_turns = stage.domain.baselines[agent], config.rollout.max_turns
+            env = env or stack.enter_context(closing(stage.domain.make_env()))
+            found = evaluate_agent(env, make_act, tasks, max_turns=max_turns, name=name, split=split)
+            append_line(lines, found.record(0, agent))
+            stage.report("baselines", count, len(agents), {"rollout/success": found.rate.success})
 
 
 def _is_done(lines: Path, phase: str, name: str, step: int) -> bool:

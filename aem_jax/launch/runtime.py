@@ -20,7 +20,8 @@ def cache_folder(config: RuntimeConfig) -> Path | None:
 
 
 def set_up(config: RuntimeConfig) -> None:
-    """Applies the settings to jax and to logging. JAX's own environment variables win where they are set.
+    """Applies the settings to jax and to logging. Where JAX's own environment variables are set, they win,
+    but for JAX_ENABLE_X64, which a run turns off.
 
     Raises:
         ConfigError: the devices asked for are not there, the other processes of the run are not to be found, or the
@@ -31,6 +32,10 @@ def set_up(config: RuntimeConfig) -> None:
     # By force: a library that is imported before has set a handler and a level of its own, and ours would be left out.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("aem_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: tracebacks of errors that are raised all the same
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]  # 64-bit constants and other random numbers: another run
+        logging.getLogger(__name__).warning("a run computes in 32 bits: JAX_ENABLE_X64 is turned off for it")
+        jax.config.update("jax_enable_x64", False)
     if config.platform:
         jax.config.update("jax_platforms", config.platform)
     if config.cpu_devices:
@@ -55,8 +60,9 @@ def set_up(config: RuntimeConfig) -> None:
     initialize(config)
     try:
         jax.devices()
-    except RuntimeError as error:
-        raise ConfigError(f"--runtime.platform {config.platform or 'auto'}: {error}") from None
+    except (RuntimeError, AssertionError) as error:  # jax asserts where a plugin is there and its devices are not
+        reason = str(error) or "jax finds no such device"
+        raise ConfigError(f"--runtime.platform {config.platform or 'auto'}: {reason}") from None
 
 
 def versions() -> dict[str, str]:

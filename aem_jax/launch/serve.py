@@ -5,11 +5,13 @@
 
 import dataclasses
 import logging
+import signal
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aem_jax.envs.address import ALL_ADDRESSES, connectable
 from aem_jax.envs.server import ServerConfig, serve
 from aem_jax.envs.table import ENVIRONMENTS, SITES, settings_from_json
 from aem_jax.launch.overrides import ConfigError, nearest
@@ -51,21 +53,23 @@ def run(names: Sequence[str], config: ServeConfig) -> int:
             serve(names[0], settings, server, lambda port: _announce(names[0], server.host, port))
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
+    except KeyboardInterrupt:  # while it was starting; later Ctrl-C ends it in order
+        return 128 + signal.SIGINT
     return 0
 
 
 def _serve_site(name: str, settings: Mapping[str, Any], server: ServerConfig) -> None:
     import uvicorn
 
-    site = SITES[name](settings)
-    with socket.create_server((server.host, server.port)) as listening:
-        address = f"http://{server.host}:{listening.getsockname()[1]}/"
-        print(f"serving {name} as a web site on {address} (Ctrl-C to stop)", flush=True)
+    site, host = SITES[name](settings), server.host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, server.port), family=family) as listening:
+        address = connectable(host, listening.getsockname()[1])
+        print(f"serving {name} as a web site on http://{address}/ (Ctrl-C to stop)", flush=True)
         uvicorn.Server(uvicorn.Config(site, log_level="warning")).run(sockets=[listening])
 
 
 def _announce(name: str, host: str, port: int) -> None:
-    print(
-        f"serving {name} on ws://{host}:{port}/ws (Ctrl-C to stop); use it with --env.urls ws://{host}:{port}",
-        flush=True,
-    )
+    url = f"ws://{connectable(host, port)}"
+    where = "all addresses of this machine; " if host.strip("[]") in ALL_ADDRESSES else ""
+    print(f"serving {name} on {url}/ws ({where}Ctrl-C to stop); use it with --env.urls {url}", flush=True)

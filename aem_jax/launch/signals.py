@@ -72,6 +72,16 @@ class StopRequest:
 
 
 @contextlib.contextmanager
+def undone_on_interrupt() -> Iterator[None]:
+    """While the block runs, Ctrl-C raises KeyboardInterrupt, so that half-done work is undone. Main thread only."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def stop_on_signals(agree: Callable[[int], int] = lambda number: number) -> Iterator[StopRequest]:
     """While the block runs, SIGINT and SIGTERM set the request that it yields; `agree` is its. Main thread only."""
     request = StopRequest(agree)

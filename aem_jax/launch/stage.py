@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from aem_jax.batch import Batch
 from aem_jax.envs.pool import EnvPool
 from aem_jax.hosts import Hosts
-from aem_jax.launch import begin, build
+from aem_jax.launch import begin, build, inputs, record
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains import DOMAINS, Domain, texts
 from aem_jax.launch.mesh import open_mesh
@@ -96,8 +96,16 @@ class Stage:
         return jax.random.split(jax.random.key(self.config.seed), len(PURPOSES))[PURPOSES.index(purpose)]
 
 
-def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) -> Stage:
+def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts, begun: bool) -> Stage:
     """Everything that the phases need, open for as long as `stack` is.
+
+    Args:
+        config: the run's.
+        folder: the run's.
+        stack: closes what is opened.
+        hosts: the processes of the run.
+        begun: whether the run has a checkpoint. Then its tokenizer and the config of its model are in its folder, and
+            nothing there is changed.
 
     Raises:
         ValueError: parts of the config that do not go together.
@@ -107,8 +115,11 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts) 
     stop = stack.enter_context(stop_on_signals(hosts.largest))
     report = stack.enter_context(open_progress()) if hosts.is_first else _unseen
     domain = DOMAINS[config.environment](config)
-    chat = _tokenizer(config, domain, folder / "tokenizer", hosts, report, stop)
-    policy = build.make_policy(config, chat.vocab_size)
+    domain = replace(domain, evaluation=cache(domain.evaluation))
+    for split in config.evaluation.splits:  # what cannot be read is said now, not after training
+        domain.evaluation(split, config.evaluation.size)
+    chat = _tokenizer(config, domain, folder / inputs.TOKENIZER, hosts, report, stop, begun)
+    policy = build.make_policy(config, chat.vocab_size, record.model_files(config, folder) if begun else None)
     mesh = open_mesh(config, policy.config, hosts)
     rows = build.microbatch_rows(config)
     if rows % slot_shards(mesh):
@@ -146,12 +157,16 @@ def _unseen(phase: str, done: int, total: int, metrics: Mapping[str, Any]) -> No
 
 
 def _tokenizer(
-    config: RunConfig, domain: Domain, folder: Path, hosts: Hosts, report: Report, stop: StopRequest
+    config: RunConfig, domain: Domain, folder: Path, hosts: Hosts, report: Report, stop: StopRequest, begun: bool
 ) -> ChatTokenizer:
-    """The run's tokenizer: the one that it has, or one that process 0 makes and all read."""
+    """The run's tokenizer: the one that it has, or one that process 0 makes and all read.
+
+    A copy of another's is made anew until there is a checkpoint: the other may have changed since.
+    """
     appends, thinking = config.rollout.context == "append", config.tokenizer.thinking
     load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)  # noqa: E731
-    if hosts.is_first and not folder.exists():
+    is_copy = bool(config.model.path or config.warmstart.begin_from)
+    if hosts.is_first and not begun and (is_copy or not folder.exists()):
         _make_tokenizer(config, domain, folder, load, report, stop)
     hosts.wait()
     if not folder.exists():  # process 0 was asked to stop before it had one
@@ -184,4 +199,5 @@ def _make_tokenizer(
     partial = folder.with_name(".tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     chat.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)  # whole or not at all

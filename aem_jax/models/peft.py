@@ -6,16 +6,15 @@ of https://huggingface.co/docs/peft/developer_guides/checkpoint. `PeftModel.from
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from aem_jax.files import write_text
 from aem_jax.models.lora import Adapter, targets
 from aem_jax.models.policy import LoraPolicy
-from aem_jax.models.pretrained import check_free
+from aem_jax.models.pretrained import new_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -28,19 +27,15 @@ def save_adapter(folder: str | Path, policy: LoraPolicy, adapter: Adapter, *, ba
         folder: to write to; new or empty.
         policy: that the adapter is of.
         adapter: on any mesh of this process; saved in its own dtype, float32.
-        base: folder or name of the model that it stands on.
+        base: absolute path of the folder, or name on the Hub, of the model that it stands on; PEFT reads it from
+            wherever the adapter is loaded.
 
     Raises:
         ValueError: the folder holds something.
     """
-    folder = Path(folder)
-    check_free(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / CONFIG).write_text(json.dumps(_config(policy, base), indent=2) + "\n")
-    save_file(tensors(policy, adapter), partial / WEIGHTS, metadata={"format": "pt"})
-    os.replace(partial, folder)
+    with new_folder(Path(folder)) as partial:
+        write_text(partial / CONFIG, json.dumps(_config(policy, base), indent=2) + "\n")
+        save_file(tensors(policy, adapter), partial / WEIGHTS, metadata={"format": "pt"})
 
 
 def tensors(policy: LoraPolicy, adapter: Adapter) -> dict[str, np.ndarray]:

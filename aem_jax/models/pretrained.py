@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from safetensors import SafetensorError
 
-from aem_jax.files import read_json
+from aem_jax.files import read_json, write_text
 from aem_jax.models.config import ModelConfig, dtype_name
 from aem_jax.models.families import SAVED_DTYPES, config_from_hf, config_to_hf
 from aem_jax.models.policy import Params, Policy
@@ -23,8 +25,9 @@ from aem_jax.sharding import TRAIN, Rules
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
+GENERATION = "generation_config.json"
 BESIDE = (
-    "generation_config.json",
+    GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -35,6 +38,9 @@ BESIDE = (
     "tokenizer.model",
 )
 """Files that are not ours to change: copied from where the model came from."""
+_PARTIAL = ".partial"
+_NOTHING = (_PARTIAL, "lost+found")
+"""Names in a folder that is empty all the same: what a killed export left, and what file systems make themselves."""
 MAX_FILE_BYTES = 5 * 10**9
 """Where transformers, too, begins a new file."""
 
@@ -141,8 +147,44 @@ def check_free(folder: Path) -> None:
     Raises:
         ValueError: it is a file, or holds something.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        target = folder.expanduser().resolve()
+        names = [each.name for each in target.iterdir()] if target.exists() else []
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise ValueError(f"expected a new or empty folder to write a model to, got {folder}: {error}") from None
+    if any(name not in _NOTHING for name in names):
         raise ValueError(f"expected a new or empty folder to write a model to, got {folder}; choose another one")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when the block ends, or vanishes when it raises.
+
+    A link is followed. A folder that is there stays the same one, for it may be a mount point or somebody's working
+    folder: the files are written inside it, and moved to their places at the end, config files last.
+
+    Raises:
+        ValueError: the folder holds something.
+        OSError: it cannot be written.
+    """
+    check_free(folder)
+    target = folder.expanduser().resolve()
+    is_there = target.exists()
+    partial = target / _PARTIAL if is_there else target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if is_there:
+            for each in sorted(partial.iterdir(), key=lambda each: (each.name.endswith(CONFIG), each.name)):
+                os.replace(each, target / each.name)
+            partial.rmdir()
+        else:
+            os.replace(partial, target)
+    except SafetensorError as error:
+        raise OSError(f"cannot write to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_pretrained(
@@ -158,7 +200,7 @@ def save_pretrained(
     """Writes config.json, safetensors, and the tokenizer and generation config of `source`, whole or not at all.
 
     Args:
-        folder: to write to; new or empty, for nothing is written over.
+        folder: to write to; new or empty, for nothing is written over. A link to an empty folder and a mount point do.
         config: of the model.
         params: parameters, on any mesh of this process.
         dtype: to save in, bfloat16, float32 or float16; None keeps the parameters'. A model that was read in its own
@@ -171,17 +213,12 @@ def save_pretrained(
         ValueError: the folder holds something, or weights are not finite in that dtype.
     """
     saved = dtype_name(str(params["embed"].dtype) if dtype is None else dtype, SAVED_DTYPES)
-    folder = Path(folder)
-    check_free(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / CONFIG).write_text(json.dumps(config_to_hf(config, saved), indent=2) + "\n")
-    save_params(partial, config, params, dtype=dtype, max_file_bytes=max_file_bytes)
-    for name in BESIDE:
-        if source and (source / name).exists():
-            shutil.copyfile(source / name, partial / name)
-    if not (partial / "generation_config.json").exists():
-        generation = {"do_sample": True, "temperature": 1.0, **({"eos_token_id": list(stop_ids)} if stop_ids else {})}
-        (partial / "generation_config.json").write_text(json.dumps(generation) + "\n")
-    os.replace(partial, folder)
+    with new_folder(Path(folder)) as partial:
+        write_text(partial / CONFIG, json.dumps(config_to_hf(config, saved), indent=2) + "\n")
+        save_params(partial, config, params, dtype=dtype, max_file_bytes=max_file_bytes)
+        for name in BESIDE:
+            if source and (source / name).exists():
+                shutil.copyfile(source / name, partial / name)
+        if not (partial / GENERATION).exists():
+            stops = {"eos_token_id": list(stop_ids)} if stop_ids else {}
+            write_text(partial / GENERATION, json.dumps({"do_sample": True, "temperature": 1.0, **stops}) + "\n")

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from aem_jax.files import write_text
 from aem_jax.metrics import json_line
 from aem_jax.report.page import duration, number, percent
 from aem_jax.report.run import Run, read_run
@@ -54,7 +55,7 @@ def write_analysis(run_dir: Path, found: Mapping[str, Any], against: Path | None
         path of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "analysis.json").write_text(json.dumps(json.loads(json_line(found)), indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "analysis.json", json.dumps(json.loads(json_line(found)), indent=1, ensure_ascii=False) + "\n")
     runs = [read_run(run_dir), *([read_run(against)] if against else [])]
     figures = {"proxy": _proxy_figure, "drift": _drift_figure}
     svgs = {}

@@ -1,13 +1,16 @@
 """What a run left behind, read leniently: a missing file or field is empty, never an error, because a report of a run
 that broke is the one that is needed most."""
 
-import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aem_jax.files import read_json, valid_text
 from aem_jax.metrics import read_lines
+
+log = logging.getLogger(__name__)
 
 BEFORE, DURING, AFTER = "warmstart", "train", "final"
 """Phases of an evaluation of the policy; any other phase is a baseline, named by itself (expert, random)."""
@@ -106,7 +109,7 @@ def read_run(run_dir: Path | str) -> Run:
     config = _read_json(run_dir / "config.json")
     transcripts = _read_json(run_dir / "transcripts.json")
     return Run(
-        name=run_dir.resolve().name,
+        name=valid_text(run_dir.resolve().name),
         config=config if isinstance(config, dict) else {},
         metrics=_steps(run_dir / "metrics.jsonl"),
         evaluations=list(_evaluations(read_lines(run_dir / "evaluations.jsonl"))),
@@ -190,7 +193,11 @@ def _number_or_none(value: Any) -> float | None:
 
 
 def _read_json(path: Path) -> Any:
+    """The value of a file; None, with a warning, where it is damaged: a report shows what there is."""
     try:
-        return json.loads(path.read_text(errors="replace"))
-    except (OSError, json.JSONDecodeError):
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("left out of the report: %s", error)
         return None

@@ -17,6 +17,7 @@ class Answer:
     Attributes:
         error: why the call failed; None where it did not, and of a call that failed nothing else is set.
         lost: whether it failed with its server.
+        retry: whether a failed one may do better from its task again.
         reward: what the response earned.
         valid_action: whether the environment understood it.
         won: whether the task is solved.
@@ -30,6 +31,7 @@ class Answer:
 
     error: str | None = None
     lost: bool = False
+    retry: bool = True
     reward: float = 0.0
     valid_action: bool = True
     won: bool = False

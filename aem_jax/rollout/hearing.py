@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from aem_jax.envs.protocol import EnvError, LostError
+from aem_jax.envs.protocol import EnvError, LostError, over_at_reset
 from aem_jax.rollout.answer import Answer
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.episode import Chat, Episode, first_messages, windowed_ids
@@ -24,6 +24,8 @@ def listen(episode: Episode, config: RolloutConfig, chat: Chat) -> Answer:
         return Answer(str(error), isinstance(error, LostError))
     heard = partial(Answer, won=result.won, score=result.score, observation=result.observation)
     if not episode.said[0]:
+        if result.done:
+            return Answer(over_at_reset(result), retry=False)
         ids = chat.prompt_ids(first_messages(config.instruction, result.observation))
         return heard(ids=ids, ending=Ending.TRUNCATED if len(ids) > config.prompt_tokens else None)
     said = np.concatenate(episode.said[0]).tolist()

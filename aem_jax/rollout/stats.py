@@ -21,6 +21,7 @@ class RolloutStats:
         device_busy_s: seconds in which the device had a program to run, or was being handed one.
         environment_s: seconds in which nothing was left to do but to wait for environments.
         total_s: seconds in all.
+        first_error: the task that an environment failed at first, and how, in one line; empty where none did.
     """
 
     episodes: int = 0
@@ -32,10 +33,13 @@ class RolloutStats:
     device_busy_s: float = 0.0
     environment_s: float = 0.0
     total_s: float = 0.0
+    first_error: str = ""
 
     def __add__(self, other: "RolloutStats") -> "RolloutStats":
         """Those of two rollouts, one after the other."""
-        return RolloutStats(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+        names = [each.name for each in fields(self) if each.name != "first_error"]
+        added = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return RolloutStats(**added, first_error=self.first_error or other.first_error)
 
 
 class DeviceClock:

@@ -32,13 +32,14 @@ _POLL_S = 0.02
 
 @dataclass
 class Run:
-    """What one call of the rollout shares between its tables."""
+    """What one call of the rollout shares between its tables; `left_out` are tasks that nobody can act in."""
 
     params: Any
     queue: deque[Episode]
     done: list[Trajectory] = field(default_factory=list)
     stats: RolloutStats = field(default_factory=RolloutStats)
     clock: DeviceClock = field(default_factory=DeviceClock)
+    left_out: set[str] = field(default_factory=set)
 
 
 class Table:
@@ -131,13 +132,19 @@ class Table:
         episode.future = None
         if answer.error is not None:
             self.episodes[slot] = None
+            task, error = episode.task.id, " ".join(answer.error.split())
+            stats.first_error = stats.first_error or f"task {task}: {error}"
             charged = episode.is_suspect or not answer.lost
-            if not charged or episode.retries < config.max_retries:
-                log.warning("episode %s/%d begins again: %s", episode.task.id, episode.member, answer.error)
+            if answer.retry and (not charged or episode.retries < config.max_retries):
+                log.warning("episode %s/%d begins again: %s", task, episode.member, error)
                 stats.retries += 1
                 run.queue.appendleft(episode.again(charged=charged))
             else:
-                log.warning("episode %s/%d is masked: %s", episode.task.id, episode.member, answer.error)
+                if answer.retry:
+                    log.warning("episode %s/%d is masked: %s", task, episode.member, error)
+                elif task not in run.left_out:
+                    log.warning("task %s is left out: %s", task, error)
+                    run.left_out.add(task)
                 stats.env_errors += 1
                 run.done.append(episode.trajectory(Ending.ENV_ERROR, config.context))
             return

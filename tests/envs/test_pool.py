@@ -1,5 +1,6 @@
 """The pool's contract on good days, and what it says on bad ones. Servers that fail in use are in test_pool_chaos."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -9,14 +10,17 @@ import signal
 import threading
 import time
 from concurrent.futures import Future
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from envs.serving import foreign_server, served
 
-from aem_jax.envs.client import RemoteEnvironment, bearer
+from aem_jax.envs.client import Connection, RemoteEnvironment, bearer
 from aem_jax.envs.pool import EnvPool, PoolConfig
-from aem_jax.envs.protocol import EnvError, RefusedError
-from aem_jax.envs.wire import WireMapping
+from aem_jax.envs.pool_session import Clock, PoolSession
+from aem_jax.envs.protocol import EnvError, LostError, RefusedError
+from aem_jax.envs.supervisor import Supervisor
+from aem_jax.envs.wire import WireMapping, decode_step
 
 SMALL = PoolConfig(num_servers=2, sessions_per_server=2, first_pause_s=0.05)
 
@@ -111,6 +115,44 @@ def test_bad_config_values(field, value):
             PoolConfig((url,), token_variable="TOKEN")
     for url in ("https://my-space.hf.space", "wss://a:1", "localhost:8000", "ws://127.0.0.1:1/ws"):
         PoolConfig((url,), token_variable="TOKEN")
+
+
+def test_a_failure_is_blamed_on_the_process_that_was_connected_to(monkeypatch):
+    """A session that connected to a server just before that was replaced: its successor is not restarted for it."""
+
+    class Dead:
+        usable = True
+
+        async def ask(self, request):
+            raise ConnectionResetError
+
+        def abort(self):
+            pass
+
+    async def connect(*_, **__):
+        return Dead()
+
+    async def run():
+        server = Supervisor(0, "", AsyncMock(), 0.01, lambda *failure: failures.append(failure))
+        server.process = old
+        server.up.set()
+        session = PoolSession(0, server, PoolConfig(), Clock())
+        await session._connect(1.0)
+        server.process = new
+        with pytest.raises(LostError):
+            await session.ask("{}", 1.0, decode_step)
+        assert server.up.is_set() and server.process is new and not failures
+        await session._connect(1.0)
+        session._expires = 0.0
+        server.failed(old, "once more")
+        assert server.up.is_set() and not failures
+        session.end_if_expired()
+        assert not server.up.is_set() and len(failures) == 1  # this one is the new one's
+        await server._tasks.cancel()
+
+    failures, old, new = [], Mock(pid=1, port=1), Mock(pid=2, port=1)
+    monkeypatch.setattr(Connection, "open", connect)
+    asyncio.run(run())
 
 
 # Starting.

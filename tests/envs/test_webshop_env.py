@@ -271,7 +271,7 @@ def test_official_files(tmp_path: Path, cache: str):
     with pytest.raises(ValueError, match="set shop.goals to synthetic"):
         open_shop(ShopConfig(data=str(folder), limit=10, cache=cache))
     (folder / "items_shuffle_1000.json").write_text("{")
-    with pytest.raises(ValueError, match="expected JSON in"):
+    with pytest.raises(ValueError, match=r"items_shuffle_1000.json: expected JSON, got"):
         open_shop(ShopConfig(data=str(folder), goals="synthetic", cache=cache))
     (folder / "items_shuffle_1000.json").unlink()
     with pytest.raises(ValueError, match=r"items_shuffle_1000.json or items_shuffle.json in"):

@@ -39,18 +39,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dict[str, str]):
-    words = ["--preset", str(SMALL), "--runs-dir", str(tmp_path), "--name", "run", "--model.path", str(model)]
+    """By a relative path; exported from another working folder when the model has become another one."""
+    environment = {**user_environment, "PYTHONPATH": str(ROOT)}
+    shutil.copytree(model, tmp_path / "begin")
+    words = ["--preset", str(SMALL), "--runs-dir", str(tmp_path), "--name", "run", "--model.path", "begin"]
     words += ["--model.dtype", "float32", "--warmstart.episodes", "0", "--train.num-steps", "2"]
     words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", "--evaluation.size", "2"]
     sizes = [f"--model.{name}=None" for name in ("hidden-size", "intermediate-size", "num-layers", "num-heads")]
     sizes += ["--model.num-kv-heads=None", "--model.head-dim=None"]
     command = [sys.executable, "-m", "aem_jax.launch", *words, *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=user_environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in metrics] == [0, 1]
     assert all(record["parity/max"] < 1e-4 for record in metrics)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["path"] == str(model)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["path"] == str(tmp_path / "begin")
+    (tmp_path / "begin" / "config.json").write_text("{}")
 
     command = [sys.executable, "-m", "aem_jax.launch", "export", str(tmp_path / "out"), *words[:6]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=user_environment)

@@ -56,6 +56,30 @@ def test_tasks_come_from_files(tmp_path: Path):
         domain(*words)
 
 
+def test_task_files_are_cut_at_line_breaks_alone_and_their_text_can_be_encoded(tmp_path: Path):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text('{"text": "a\u2028b\u0085c"}\r\n\n{"text": "half \\ud83d"}', encoding="utf-8")
+    found = domain("--env.urls", "a:1", "--openenv.tasks", str(file), "--evaluation.splits")
+    assert payloads(found.training) == [{"text": "a\u2028b\u0085c"}, {"text": "half \ufffd"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"level": NaN}', "got NaN"),
+        ('{"level": [-Infinity]}', "got -Infinity"),
+        ("[1]", "expected a JSON mapping of reset keywords, got [1]"),
+        ('{"level": ', "expected JSON"),
+    ],
+)
+def test_a_line_that_is_no_task_is_named(tmp_path: Path, line: str, why: str):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text(f'{{"level": 1}}\n\n{line}\n')
+    with pytest.raises(ValueError) as error:
+        domain("--env.urls", "a:1", "--openenv.tasks", str(file), "--evaluation.splits")
+    assert str(error.value).startswith(f"{file} line 3: ") and why in str(error.value)
+
+
 def test_what_is_trained_on_is_not_evaluated(tmp_path: Path):
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     train.write_text('{"level": 1, "size": 5}\n{"level": 2}\n')
@@ -77,7 +101,9 @@ def test_what_is_trained_on_is_not_evaluated(tmp_path: Path):
     [
         ([], "expected one of --env.urls, --env.command, --openenv.serve with openenv, got none"),
         (["--env.urls", "a:1", "--openenv.serve", "b.py:C"], "got --env.urls and --openenv.serve"),
-        (["--env.urls", "a:1", "--openenv.reset", "["], "--openenv.reset: expected a JSON mapping"),
+        (["--env.urls", "a:1", "--openenv.reset", "["], "--openenv.reset: expected JSON, got "),
+        (["--env.urls", "a:1", "--openenv.reset", "[1]"], "--openenv.reset: expected a JSON mapping, got '[1]'"),
+        (["--env.urls", "a:1", "--openenv.reset", '{"level": NaN}'], "--openenv.reset: expected JSON, got NaN"),
         (["--env.urls", "a:1", "--openenv.settings", '{"a": 1}'], "expected --openenv.settings with --openenv.serve"),
         (["--env.urls", "a:1", "--openenv.tasks", "none.jsonl"], "expected a file of tasks, got 'none.jsonl'"),
         (["--env.urls", "a:1", "--warmstart.episodes", "5"], "--warmstart.episodes: expected 0 with openenv, got 5"),

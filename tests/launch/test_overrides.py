@@ -155,3 +155,12 @@ class Shelf:
 def test_an_error_is_of_the_field_that_was_set():
     with pytest.raises(ConfigError, match=r"^--held_out: expected held_out of products, goals"):
         override(Shelf(), {"held_out": "words"}, lambda name: f"--{name}")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 + 5, 2**64])
+def test_no_two_seeds_are_silently_the_same_run(seed: int):
+    from aem_jax.launch.config import RunConfig
+
+    with pytest.raises(ConfigError, match=f"seed'?: expected seed from 0 to 4294967295, got {seed}"):
+        override(RunConfig(), {"seed": seed})
+    assert override(RunConfig(), {"seed": 2**32 - 1}).seed == 2**32 - 1

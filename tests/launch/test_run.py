@@ -75,6 +75,9 @@ def test_a_run_leaves_what_it_should(whole: Path):
 def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path, user_environment):
     process = start(tmp_path, user_environment)
     until_steps(process, tmp_path / "small", 3)  # one more than the last checkpoint has
+    process.send_signal(signal.SIGSTOP)
+    said = finish(start(tmp_path, user_environment), status=2)  # the same command while the first still lives
+    assert f"expected no other process that writes to {tmp_path}" in said and f"got process {process.pid} on" in said
     process.send_signal(signal.SIGKILL)
     process.communicate()
     out = finish(start(tmp_path, user_environment))

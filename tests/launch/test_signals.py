@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.launch.signals import StopRequest
+from aem_jax.launch.signals import StopRequest, undone_on_interrupt
+from aem_jax.models.pretrained import new_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,6 +74,35 @@ def test_a_second_ctrl_c_quits_at_once_even_inside_a_long_call():
 def test_without_a_signal_nothing_is_asked_for():
     request = StopRequest()
     assert not request.requested and not request.look() and request.exit_status == 0
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "MODULE":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("aem_jax.launch", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["aem_jax.launch.cli", "aem_jax.launch.config", "jax._src.core", "aem_jax.launch.run"]
+)
+def test_ctrl_c_while_modules_load_is_quiet(module: str, tmp_path: Path, user_environment):
+    code = INTERRUPTED.replace("MODULE", module)
+    line = [sys.executable, "-c", code, "train", "--runs-dir", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=user_environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_while_a_model_is_written_takes_it_away(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt), undone_on_interrupt(), new_folder(tmp_path / "out") as partial:
+        (partial / "part").write_text("half")
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_handlers_are_put_back():

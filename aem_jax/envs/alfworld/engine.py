@@ -8,7 +8,6 @@ depends: its texts take every conditional effect for fired, and a fact that can 
 (`not_…`) when an action deletes it.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
@@ -21,6 +20,7 @@ from aem_jax.envs.alfworld.logic import Slots, predicates, solver
 from aem_jax.envs.alfworld.pddl import parse_domain, parse_problem
 from aem_jax.envs.alfworld.query import Entity, World
 from aem_jax.envs.alfworld.schema import Schema, compile_actions, unless_idle
+from aem_jax.files import read_json
 
 NOTHING_HAPPENS = "Nothing happens."
 START = "#intro#"
@@ -78,26 +78,48 @@ class Game:
             ValueError: not a game file.
         """
         path = Path(path)
-        data = read_json(path)
-        missing = [key for key in ("pddl_domain", "pddl_problem", "grammar") if not isinstance(data.get(key), str)]
-        if missing:
-            raise ValueError(f"expected a game file, got {path} without the texts {missing}")
+        data, kind = read_game(path), ""
         beside = (path.name.removesuffix(".tw-pddl") + ".traj_data.json", "traj_data.json")
-        facts = next((read_json(path.with_name(name)) for name in beside if path.with_name(name).exists()), {})
-        return Game(data["pddl_domain"], data["pddl_problem"], data["grammar"], str(facts.get("task_type", "")))
+        for name in filter(lambda name: path.with_name(name).exists(), beside):
+            kind = read_task_type(path.with_name(name))
+            break
+        try:
+            return Game(data["pddl_domain"], data["pddl_problem"], data["grammar"], kind)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            # The parsers name what they know to be unsupported. A damaged text can break them anywhere.
+            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"expected a game in {path}, got one that cannot be read: {said}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+def read_game(path: Path) -> dict[str, Any]:
+    """The content of a game file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a JSON object.
+        ValueError: it does not hold the texts of a game; names it.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected a JSON file, got {path}: {error}") from None
+    data = _read_object(path)
+    missing = [key for key in ("pddl_domain", "pddl_problem", "grammar") if not isinstance(data.get(key), str)]
+    if missing:
+        raise ValueError(f"expected a game file, got {path} without the texts {missing}")
+    return data
+
+
+def read_task_type(path: Path) -> str:
+    """The task type that a `traj_data.json` names.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it names none; names the file.
+    """
+    kind = _read_object(path).get("task_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"expected a text as task_type in {path}, got {kind!r:.80}")
+    return kind
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    data = read_json(path)
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object, got a {type(data).__name__} in {path}")
     return data

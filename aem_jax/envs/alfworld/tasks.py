@@ -6,6 +6,7 @@ A source is a sequence of `GameTask`. A task's payload is a small JSON mapping f
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
-from aem_jax.envs.alfworld.engine import Game
+from aem_jax.envs.alfworld.engine import Game, read_game, read_task_type
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig, config_from_json
 from aem_jax.envs.alfworld.generator.files import domain_text, game_data, grammar_text, problem_text
 from aem_jax.envs.alfworld.generator.games import SPLITS, HouseholdGame, distinct_indices, draw_game
+
+log = logging.getLogger(__name__)
 
 _OFFICIAL_FOLDER = "json_2.1.1"
 _GAME_FILE = "game.tw-pddl"
@@ -72,7 +75,9 @@ class GeneratedTasks(Sequence[GameTask]):
         return GameTask(f"{self.split}-{self.seed}-{index}", kind, {"generate": place | self.config.to_json()})
 
 
-def official_tasks(root: str | Path, split: str, task_types: Collection[str] = TASK_TYPES) -> list[GameTask]:
+def official_tasks(
+    root: str | Path, split: str, task_types: Collection[str] = TASK_TYPES, *, skip_bad: bool = False
+) -> list[GameTask]:
     """The official games of a split, in the order of their paths.
 
     Left out are those that ALFWorld itself leaves out: paths with `movable` or `Sliced` in them, and games that are
@@ -82,31 +87,64 @@ def official_tasks(root: str | Path, split: str, task_types: Collection[str] = T
         root: what `$ALFWORLD_DATA` names; the games lie under `json_2.1.1/<split>`.
         split: `train`, `valid_seen` or `valid_unseen`.
         task_types: task types to keep.
+        skip_bad: whether files that hold no game are left out, with a line in the log that counts them.
 
     Raises:
-        ValueError: no such folder, or no game in it.
+        ValueError: no such folder, no game in it, or a file that holds none; names the first.
     """
     if split not in SPLITS:
         raise ValueError(f"expected split to be one of {list(SPLITS)}, got {split!r}")
     folder = Path(root) / _OFFICIAL_FOLDER / split
     if not folder.is_dir():
         raise ValueError(f"expected ALFWorld's data in {folder}, found no such folder; set ALFWORLD_DATA to its parent")
-    tasks = []
+    tasks, bad, count = [], [], 0
     for path in sorted(folder.rglob(_GAME_FILE)):
         name = path.relative_to(folder).parent.as_posix()
-        trajectory = path.with_name("traj_data.json")
-        if "movable" in name or "Sliced" in name or not trajectory.exists():
+        if "movable" in name or "Sliced" in name:
             continue
-        kind = json.loads(trajectory.read_text())["task_type"]
-        if kind in task_types and json.loads(path.read_text()).get("solvable"):
+        count += 1
+        try:
+            kind, solvable = _kind_and_solvable(path)
+        except (ValueError, OSError) as error:
+            bad.append(str(error))
+            continue
+        if kind in task_types and solvable:
             tasks.append(GameTask(name, kind, {"game": str(path)}))
+    if bad and not skip_bad:
+        raise ValueError(
+            f"{bad[0]} ({len(bad)} of {count} games under {folder} cannot be read); mend them, or leave them out with "
+            "--alfworld-skip-bad"
+        )
+    if bad:
+        log.warning("%d of %d games under %s are left out, the first: %s", len(bad), count, folder, bad[0])
     if not tasks:
         raise ValueError(f"expected solvable games of {list(task_types)} under {folder}, found none")
     return tasks
 
 
+def _kind_and_solvable(path: Path) -> tuple[str, bool]:
+    """A game's task type, and whether it is known to be solvable.
+
+    Raises:
+        FileNotFoundError: there is no `traj_data.json` beside it.
+        ValueError: one of the two files holds something else; names it.
+    """
+    solvable, facts = read_game(path).get("solvable", False), path.with_name("traj_data.json")
+    if not isinstance(solvable, bool):
+        raise ValueError(f"expected true or false as solvable in {path}, got {solvable!r:.80}")
+    kind = read_task_type(facts)
+    if kind not in TASK_TYPES:
+        raise ValueError(f"expected a task_type of {', '.join(TASK_TYPES)} in {facts}, got {kind!r:.80}")
+    return kind, solvable
+
+
 def training_tasks(
-    config: GeneratorConfig, *, seed: int = 0, size: int = 100_000, data: str | Path | None = None
+    config: GeneratorConfig,
+    *,
+    seed: int = 0,
+    size: int = 100_000,
+    data: str | Path | None = None,
+    skip_bad: bool = False,
 ) -> Sequence[GameTask]:
     """The tasks to train on.
 
@@ -115,19 +153,26 @@ def training_tasks(
         seed: of generated games.
         size: number of generated games.
         data: folder of official data (`$ALFWORLD_DATA`); without it games are generated.
+        skip_bad: of official data, see `official_tasks`.
 
     Returns:
         The tasks, in an order of which every prefix is a fair sample.
     """
     if data is not None:
-        tasks = official_tasks(data, "train", config.task_types)
+        tasks = official_tasks(data, "train", config.task_types, skip_bad=skip_bad)
         random.Random("training order").shuffle(tasks)  # they come sorted by task type
         return tasks
     return GeneratedTasks(config, "train", seed, range(size))
 
 
 def eval_set(
-    config: GeneratorConfig, split: str, size: int, seed: int = 0, *, data: str | Path | None = None
+    config: GeneratorConfig,
+    split: str,
+    size: int,
+    seed: int = 0,
+    *,
+    data: str | Path | None = None,
+    skip_bad: bool = False,
 ) -> tuple[Sequence[GameTask], str]:
     """A fixed set of different games, and a name that changes when anything in one of them changes.
 
@@ -137,6 +182,7 @@ def eval_set(
         size: number of games; of official data at most all there are.
         seed: of generated games.
         data: folder of official data (`$ALFWORLD_DATA`); without it games are generated.
+        skip_bad: of official data, see `official_tasks`.
 
     Returns:
         The tasks, and `<split>-<size>-<first 6 hex digits of the SHA-256 over the games' contents>`.
@@ -145,7 +191,7 @@ def eval_set(
         raise ValueError(f"expected size >= 1, got {size}")
     digest = hashlib.sha256()
     if data is not None:
-        tasks: Sequence[GameTask] = _spread(official_tasks(data, split, config.task_types), size)
+        tasks: Sequence[GameTask] = _spread(official_tasks(data, split, config.task_types, skip_bad=skip_bad), size)
         for task in tasks:
             digest.update(Path(task.payload["game"]).read_bytes())
     else:

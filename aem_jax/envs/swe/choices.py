@@ -161,7 +161,7 @@ def _kept(file: Path, ask: Callable[[], int]) -> int:
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
             new.write(str(verdict))
         os.replace(new.name, file)
-    return int(file.read_text())
+    return int(file.read_text(encoding="utf-8"))
 
 
 def make_failing(config: ChoicesConfig) -> Failing:

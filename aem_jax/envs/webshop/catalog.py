@@ -6,6 +6,7 @@ A folder of them is made once, by the first process that needs it, and named by 
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -22,9 +23,15 @@ from aem_jax.envs.webshop.fields import Fields, save_fields
 from aem_jax.envs.webshop.goals import Goal, draw_prices, goal_from_json, human_goals, in_order, synthetic_goals
 from aem_jax.envs.webshop.products import Product, product_from_json, read_products
 from aem_jax.envs.webshop.ranking import Ranking, build_ranking, load_ranking
+from aem_jax.files import read_json, write_text
+
+log = logging.getLogger(__name__)
 
 _DECIDES = ("analysis", "catalog", "fields", "goals", "products", "ranking", "stemmer")
 """Modules beside this one that decide what the files hold: changed ones make new folders."""
+_FACTS = "catalog.json"
+"""File with the catalog's id, and size and hash of every other file; written last."""
+_READ_BYTES = 64 * 2**20
 SEARCH_LIMIT = 50
 """Most products that a search finds."""
 
@@ -54,8 +61,7 @@ class Catalog:
     """
 
     def __init__(self, folder: Path):
-        facts = json.loads((folder / "catalog.json").read_text())
-        self.id: str = facts["id"]
+        self.id: str = read_json(folder / _FACTS)["id"]
         self.prices: np.ndarray = np.load(folder / "prices.npy", mmap_mode="r").view(np.ndarray)
         self._products = _MappedLines(folder, "products")
         self.goals: Sequence[Goal] = _Goals(_MappedLines(folder, "goals"))
@@ -104,16 +110,40 @@ def open_catalog(folder: Path, sources: Mapping[str, Any], load: Callable[[], Sh
     code = hash_of(Path(__file__).with_name(f"{name}.py") for name in _DECIDES)
     key = hashlib.sha256(json.dumps([code, sources], sort_keys=True).encode()).hexdigest()[:16]
     place = folder / key
-    if not (place / "catalog.json").exists():
+    if _damage(place) is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / f"{key}.lock", "w") as lock:
+            with open(folder / f"{key}.lock", "w", encoding="utf-8") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not (place / "catalog.json").exists():
+                if (damage := _damage(place)) is not None:
+                    if damage:
+                        log.warning("the shop's index in %s is made again: %s", place, damage)
                     _make(place, load(), sources["goals"], sources["seed"])
         except OSError as error:
             raise ValueError(f"expected to write the shop's index to {folder}: {error}; set shop.cache") from None
     return Catalog(place)
+
+
+def _damage(place: Path) -> str | None:
+    """What is wrong with a catalog's files; empty where there are none, None where they are as they were written.
+
+    Small catalogs are read for this; of those above `_READ_BYTES` the sizes alone are compared.
+    """
+    path = place / _FACTS
+    if not path.exists():
+        return ""
+    try:
+        written = read_json(path)["files"]
+        for name, (size, _) in written.items():
+            file = place / name
+            if not file.is_file() or file.stat().st_size != size:
+                return f"expected {size} bytes in {name}, got {file.stat().st_size if file.is_file() else 'no file'}"
+        if sum(size for size, _ in written.values()) <= _READ_BYTES:
+            changed = next((name for name, (_, digest) in written.items() if hash_of([place / name]) != digest), None)
+            return None if changed is None else f"expected in {changed} what was written, got something else"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"expected a catalog's facts in {path}, got {type(error).__name__}: {error}"
+    return None
 
 
 def hash_of(files: Iterable[Path]) -> str:
@@ -147,7 +177,8 @@ def _make(place: Path, data: ShopData, kind: str, seed: int) -> None:
         ranking.save(draft)
         np.save(draft / "by-asin.npy", np.argsort(ranking.order))
         save_fields(draft, products)
-        (draft / "catalog.json").write_text(json.dumps({"id": digest.hexdigest()[:12], "sources": len(products)}))
+        files = {path.name: [path.stat().st_size, hash_of([path])] for path in sorted(draft.iterdir())}
+        write_text(draft / _FACTS, json.dumps({"id": digest.hexdigest()[:12], "files": files}))
         shutil.rmtree(place, ignore_errors=True)  # what a process that died here left behind
         os.rename(draft, place)
     finally:

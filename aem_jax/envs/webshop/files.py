@@ -3,13 +3,13 @@
 What a shop is made from is checked here, where the file and the place in it are known; other fields are left alone.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from aem_jax.envs.webshop.catalog import ShopData
 from aem_jax.envs.webshop.products import has_id, prices_of
+from aem_jax.files import read_json
 
 
 def read_files(items: Path, annotations: Path, instructions: Path, limit: int = 0) -> ShopData:
@@ -39,10 +39,7 @@ def read_files(items: Path, annotations: Path, instructions: Path, limit: int = 
 
 
 def _json(path: Path, form: type) -> Any:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got {error}") from None
+    found = read_json(path)
     if not isinstance(found, form):
         raise ValueError(f"expected a JSON {_FORMS[form]} in {path}, got {_named(found)}")
     return found
@@ -63,7 +60,7 @@ def _check_item(place: str, item: Any) -> None:
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
     if item.get("images"):
-        _field(place, item, "images", list)
+        _expect(f"{place}: images[0]", _field(place, item, "images", list)[0], str)
     options = _field(place, item, "customization_options", dict) if item.get("customization_options") else {}
     for name, values in options.items():
         where = f"{place}: customization_options[{name!r}]"

@@ -1,5 +1,6 @@
 """Products as the shop shows them, read from WebShop's files (`items_shuffle*.json`, `items_ins_v2*.json`)."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -105,11 +106,14 @@ def prices_of(text: str) -> tuple[float, ...]:
     """`$5.00$7.50` -> (5.0, 7.5); the shop knows a price or a range, and no more.
 
     Raises:
-        ValueError: there is a dollar sign and no number behind it.
+        ValueError: there is a dollar sign and no number behind it, or one beyond all floats.
     """
     numbers = [re.sub(r"[^\d.]", "", part) for part in text.split("$")[1:]]
     try:
-        return tuple(float(number) for number in numbers[:2]) or (NO_PRICE,)
+        prices = tuple(float(number) for number in numbers[:2]) or (NO_PRICE,)
+        if not all(map(math.isfinite, prices)):
+            raise ValueError
+        return prices
     except ValueError:
         raise ValueError(f"expected prices such as '$5.00' or '$5.00$7.50', got {text!r}") from None
 

@@ -19,17 +19,17 @@ from aem_jax.trajectory import Task
 
 def alfworld(config: RunConfig) -> Domain:
     """ALFWorld: games of our own, or the official ones in `config.alfworld_data`."""
-    data = config.alfworld_data or None
+    official = {"data": config.alfworld_data or None, "skip_bad": config.alfworld_skip_bad}
     make_env = lambda: AlfworldEnv(config.alfworld, load_game=load_game)  # noqa: E731
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
-        tasks, name = eval_set(config.games, split, size, data=data)
+        tasks, name = eval_set(config.games, split, size, **official)
         return Tasks(tasks), name
 
     return Domain(
         name="alfworld",
         settings=dataclasses.asdict(config.alfworld),
-        training=Tasks(training_tasks(config.games, seed=config.seed, data=data)),
+        training=Tasks(training_tasks(config.games, seed=config.seed, **official)),
         evaluation=evaluation,
         make_env=make_env,
         demonstrator=partial(_careless, config.warmstart.wander),

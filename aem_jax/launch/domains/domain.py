@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from aem_jax.envs.play import Act, play
+from aem_jax.envs.play import Act, play, play_each
 from aem_jax.envs.protocol import Environment
 from aem_jax.trajectory import Task
 
@@ -41,6 +41,7 @@ def texts(domain: Domain, episodes: int, max_turns: int) -> Iterator[list[str]]:
 
     Raises:
         ValueError: the domain has no agent at all.
+        EnvError: all these tasks broke their environment; where some do, they are left out.
     """
     agent = domain.demonstrator or next(iter(domain.baselines.values()), None)
     if agent is None:
@@ -50,9 +51,9 @@ def texts(domain: Domain, episodes: int, max_turns: int) -> Iterator[list[str]]:
         )
     env = domain.make_env()
     try:
-        for task in domain.training[:episodes]:
-            exchanges = play(env, task.payload, agent(task), max_turns)
-            yield [text for each in exchanges for text in (each.observation, each.response)]
+        play_one = lambda task: play(env, task.payload, agent(task), max_turns)  # noqa: E731
+        for _, exchanges in play_each(domain.training[:episodes], play_one):
+            yield [text for each in exchanges or () for text in (each.observation, each.response)]
     finally:
         env.close()  # a session of a server, perhaps its only one
 

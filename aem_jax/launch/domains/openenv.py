@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aem_jax.envs.client import RemoteEnvironment, bearer
 from aem_jax.envs.play import Act
 from aem_jax.envs.pool import EnvPool
 from aem_jax.envs.pool_config import PoolConfig
-from aem_jax.envs.protocol import Environment, StepResult
-from aem_jax.envs.table import environment_spec
+from aem_jax.envs.protocol import StepResult
+from aem_jax.files import parse_json, read_json_lines
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains.domain import Domain, check_one_set
 from aem_jax.trajectory import Task
@@ -76,7 +75,7 @@ def openenv(config: RunConfig) -> Domain:
         settings=settings,
         training=training,
         evaluation=evaluation,
-        make_env=partial(_make_env, config.env, asked.serve, settings),
+        make_env=partial(_OfPool, config.env, asked.serve, settings),
         demonstrator=None,
         baselines={"random": partial(_random, asked.actions)} if asked.actions else {},
     )
@@ -108,10 +107,7 @@ class Seeds(Sequence[Task]):
 
 
 def _mapping(text: str, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: expected a JSON mapping, got {text!r}: {error}") from None
+    found = parse_json(text, name)
     if not isinstance(found, dict):
         raise ValueError(f"{name}: expected a JSON mapping, got {text!r}")
     return found
@@ -119,13 +115,16 @@ def _mapping(text: str, name: str) -> dict[str, Any]:
 
 def _read(file: str, common: Mapping[str, Any]) -> list[Task]:
     """The tasks of a file of JSON lines, each with the common keywords where it does not say otherwise."""
+    tasks = []
     try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        for line, task in read_json_lines(file):
+            if not isinstance(task, dict):
+                raise ValueError(f"{file} line {line}: expected a JSON mapping of reset keywords, got {task!r:.100}")
+            tasks.append(task)
     except OSError as error:
         raise ValueError(f"expected a file of tasks, got {file!r}: {error}") from None
-    if not lines:
+    if not tasks:
         raise ValueError(f"expected at least one task in {file}, got none")
-    tasks = [_mapping(line, f"line {number} of {file}") for number, line in enumerate(lines, start=1)]
     return [Task(f"{Path(file).stem}-{number}", "openenv", {**common, **task}) for number, task in enumerate(tasks)]
 
 
@@ -149,10 +148,15 @@ def _json(task: Task) -> str:
 
 
 class _OfPool:
-    """The one session of a pool of its own, as a plain environment."""
+    """The one session of a pool of its own, as a plain environment.
 
-    def __init__(self, pool: EnvPool):
-        self._pool = pool
+    What serves the run serves here too, so an environment of yours that prints, exits or hangs does it in a process of
+    its own.
+    """
+
+    def __init__(self, pool: PoolConfig, serve: str, settings: Mapping[str, Any]):
+        one = {"num_servers": 1, "sessions_per_server": 1, "send_admissible": True}
+        self._pool = EnvPool(dataclasses.replace(pool, urls=pool.urls[:1], **one), (serve, settings))
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
         return self._pool.reset(0, task).result()
@@ -162,14 +166,6 @@ class _OfPool:
 
     def close(self) -> None:
         self._pool.close()
-
-
-def _make_env(pool: PoolConfig, serve: str, settings: Mapping[str, Any]) -> Environment:
-    if serve:
-        return environment_spec(serve).factory(settings)()
-    if pool.urls:
-        return RemoteEnvironment(pool.urls[0], pool.wire, pool.reset_deadline_s, bearer(pool.token_variable))
-    return _OfPool(EnvPool(dataclasses.replace(pool, num_servers=1, sessions_per_server=1), ("", {})))
 
 
 def _random(actions: Sequence[str], task: Task) -> Act:

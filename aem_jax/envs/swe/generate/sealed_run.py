@@ -37,7 +37,7 @@ import json, os, sys
 
 def run(dumps=json.dumps):
     key = sys.stdin.readline().strip()
-    results = os.fdopen(int(sys.argv[1]), "w")
+    results = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
     import pytest
 
     guarded = [module for name, module in sys.modules.items() if name.startswith(("_pytest.", "pluggy."))]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,10 +15,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from toys import ONE_DEVICE, Bigram
 
-from aem_jax.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
+from aem_jax.checkpoint import CheckpointConfig, CheckpointError, Checkpoints, lock
+from aem_jax.checkpoint import step as step_files
 from aem_jax.learner import LearnerConfig, abstract_state, init_state, make_optimizer, make_update
 from aem_jax.sharding import MeshConfig, make_mesh
 
@@ -129,7 +132,11 @@ def test_an_unreadable_checkpoint_is_put_aside_for_the_one_before(tmp_path, dama
         for step in (1, 2):
             checkpoints.save(step, state_of(step), extra={"step": step})
     damage(tmp_path / "2")
+    reader = Checkpoints(tmp_path)  # leaves it where it is
+    assert_equal(reader.restore(ABSTRACT), state_of(1))
+    assert reader.steps == [1, 2] and "checkpoint of step 2 cannot be read, step 1 is taken" in caplog.text
     with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.claim()
         with caplog.at_level(logging.WARNING, logger="aem_jax.checkpoint"):
             assert_equal(checkpoints.restore(ABSTRACT), state_of(1))
         assert "checkpoint of step 2 cannot be read and is put aside, step 1 is taken" in caplog.text
@@ -137,6 +144,128 @@ def test_an_unreadable_checkpoint_is_put_aside_for_the_one_before(tmp_path, dama
         checkpoints.save(2, state_of(3))
         assert_equal(checkpoints.restore(ABSTRACT), state_of(3))
     assert (tmp_path / "unreadable" / "2").is_dir()
+
+
+def replace_state(folder):
+    """Another step's arrays, which are whole in themselves."""
+    shutil.rmtree(folder / "2" / "state")
+    shutil.copytree(folder / "1" / "state", folder / "2" / "state")
+
+
+def rename_step(folder):
+    shutil.rmtree(folder / "2")
+    shutil.copytree(folder / "1", folder / "2")
+
+
+def change_record(folder):
+    path = folder / "2" / "extra" / "metadata"
+    path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (replace_state, r"an array is not what was written: .*: expected the checksum \w{8}, got \w{8}"),
+        (rename_step, "expected the record of step 2 as it was written"),
+        (change_record, "expected the record of step 2 as it was written"),
+    ],
+)
+def test_numbers_that_read_well_and_are_not_those_written_are_found(tmp_path, change, why, caplog):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state_of(step))
+    change(tmp_path)
+    assert_equal(Checkpoints(tmp_path).restore(ABSTRACT), state_of(1))
+    assert re.search(why, caplog.text)
+
+
+def test_checkpoints_from_before_checksums_are_read(tmp_path):
+    state = state_of(1)
+    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["score"])
+    with ocp.CheckpointManager(tmp_path, options=options, item_names=("state", "extra")) as manager:
+        beside = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave({"a": 1})}
+        manager.save(4, args=ocp.args.Composite(**beside), metrics={"score": 0.5})
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_first=False)) as checkpoints:
+        assert_equal(checkpoints.restore(ABSTRACT), state)
+        assert checkpoints.extra() == {"a": 1} and checkpoints.best == 4
+        checkpoints.save(5, state, score=0.25)
+        checkpoints.wait()
+        assert checkpoints.steps == [4, 5] and checkpoints.best == 4
+
+
+def test_whoever_reads_changes_nothing_and_finds_the_newest(tmp_path):
+    assert Checkpoints(tmp_path / "none").latest is None and not (tmp_path / "none").exists()
+    keep_one = CheckpointConfig(keep=1, keep_first=False)
+    with Checkpoints(tmp_path, keep_one) as writer:
+        writer.save(1, state_of(1))
+        reader = Checkpoints(tmp_path, keep_one)
+        assert reader.steps == [1]
+        writer.save(2, state_of(2))
+        writer.wait()
+        before = sorted(tmp_path.rglob("*"))
+        assert_equal(reader.restore(ABSTRACT), state_of(2))
+        assert sorted(tmp_path.rglob("*")) == before
+        with pytest.raises(CheckpointError, match="that of step 1: "):
+            reader.restore(ABSTRACT, step=1)
+
+
+def test_a_checkpoint_that_is_taken_away_while_it_is_read_is_no_loss(tmp_path, monkeypatch, caplog):
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_first=False)) as writer:
+        writer.save(1, state_of(1))
+        read = step_files.read_state
+
+        def read_late(folder, wanted, abstract):
+            if wanted == 1:  # between the list and the read
+                writer.save(2, state_of(2))
+                writer.wait()
+            return read(folder, wanted, abstract)
+
+        monkeypatch.setattr(step_files, "read_state", read_late)
+        assert_equal(Checkpoints(tmp_path).restore(ABSTRACT), state_of(2))
+    assert "cannot be read" not in caplog.text
+
+
+def test_one_process_at_a_time_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.2)
+    with Checkpoints(tmp_path) as first:
+        first.save(1, state_of(1))
+        second = Checkpoints(tmp_path)
+        with pytest.raises(
+            CheckpointError,
+            match=rf"expected no other process that writes to .*, got process {os.getpid()} on \S+ \(since",
+        ):
+            second.save(2, state_of(2))
+        assert second.steps == [1]
+        (tmp_path / ".lock").write_text('{"pid": 7, "host": "elsewhere", "since": "noon", "token": "x"}')
+        with pytest.raises(CheckpointError, match=r"process 7 on elsewhere \(since noon\) has taken over"):
+            first.save(2, state_of(2))
+    with Checkpoints(tmp_path) as second:
+        second.save(2, state_of(2))
+
+
+@pytest.mark.parametrize("name", ["[1]", "a*b?", "run[seed=1]", "{x}%20#"])
+def test_no_character_of_the_folder_is_a_pattern(tmp_path, name):
+    with Checkpoints(tmp_path / name) as checkpoints:
+        checkpoints.save(0, {"w": jnp.arange(4.0)})
+    whole = {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jnp.zeros(1).sharding)}
+    np.testing.assert_array_equal(Checkpoints(tmp_path / name).restore(whole)["w"], np.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    ("folder", "why"),
+    [("a\\b", "no backslash"), ("/gs/runs", "not under /gs"), (os.fsdecode(b"\xff"), "a path in UTF-8")],
+)
+def test_a_folder_that_the_library_takes_for_another_is_refused(tmp_path, folder, why):
+    with pytest.raises(CheckpointError, match=f"expected a folder for checkpoints with .*{why}.*choose another"):
+        Checkpoints(tmp_path / folder).claim()
+
+
+def test_a_save_that_cannot_be_read_back_shows_at_once(tmp_path, monkeypatch):
+    glob = step_files.LiteralPath.glob
+    monkeypatch.setattr(step_files.LiteralPath, "glob", lambda self, pattern: iter(()))  # as where a path is a pattern
+    with pytest.raises(CheckpointError, match="expected to read back what was written to .*choose another folder"):
+        Checkpoints(tmp_path).save(0, state_of(0))
+    monkeypatch.setattr(step_files.LiteralPath, "glob", glob)
 
 
 def test_nothing_to_restore_is_an_error_and_moves_nothing(tmp_path):
@@ -155,7 +284,7 @@ def test_nothing_to_restore_is_an_error_and_moves_nothing(tmp_path):
 def test_a_folder_that_cannot_be_written_shows_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"expected a folder to write checkpoints into, got .*; choose another"):
-        Checkpoints(tmp_path / "file" / "checkpoints")
+        Checkpoints(tmp_path / "file" / "checkpoints").claim()
 
 
 def test_too_little_space_shows_at_the_first_save(tmp_path, monkeypatch):
@@ -211,7 +340,7 @@ for step in range(1000):
 
 @pytest.mark.parametrize("delay", [0.0, 0.03])
 def test_kill_9_while_saving(tmp_path, delay, user_environment):
-    environment = {**user_environment, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {**user_environment, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
         assert process.stdout is not None

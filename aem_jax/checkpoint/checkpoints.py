@@ -1,0 +1,399 @@
+"""Checkpoints: written in the background, complete or absent, the last few and the best one kept. The work is orbax's.
+
+What is ours: a run that could not save, or could not read its save back, says so before it trains; a save that fails
+leaves the last good checkpoint and says which it is; a damaged checkpoint is left out for the one before it. Reading
+changes nothing in the folder, and works while a run writes to it. Whoever writes claims the folder first.
+"""
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from aem_jax.checkpoint import step as step_files
+from aem_jax.checkpoint.lock import FolderLock, LockedError
+from aem_jax.checkpoint.step import CheckpointError, LiteralPath, first_line
+from aem_jax.hosts import ALONE, Hosts
+
+State = TypeVar("State")
+
+_log = logging.getLogger("aem_jax.checkpoint")
+
+SLACK = 64 * 2**20
+"""Bytes that have to stay free beside a checkpoint, for everything else that a run writes."""
+LOCK = ".lock"
+"""In the folder: who writes to it."""
+ASIDE = "unreadable"
+"""In the folder: checkpoints that could not be read."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Which checkpoints are kept."""
+
+    keep: int = 3
+    """The last so many."""
+    keep_best: bool = True
+    """Also the one with the highest score."""
+    keep_first: bool = True
+    """Also that of step 0, which KL to the reference needs (but not with LoRA where that is the frozen weights)."""
+
+    def __post_init__(self):
+        if self.keep < 1:
+            raise ValueError(f"expected keep ≥ 1, got {self.keep}")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder, one subfolder a step.
+
+    Nothing in the folder changes before `claim`, or the first `save`. On several hosts each process writes what lies on
+    its devices: the folder is one that all of them see, and all of them call the same methods in the same order.
+    """
+
+    def __init__(self, folder: Path | str, config: CheckpointConfig = CheckpointConfig(), hosts: Hosts = ALONE):
+        self.folder = Path(folder).resolve()
+        self._config, self._hosts = config, hosts
+        self._fits = False
+        self._lock: FolderLock | None = None
+        self._manager: ocp.CheckpointManager | None = None
+        self._writing: dict[int, float | None] = {}  # step -> score of the checkpoint that is being written
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.close()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            _log.error("%s", failed)  # the first error is the one to show
+
+    def claim(self) -> None:
+        """Makes this the one writer of the folder until `close`; makes the folder.
+
+        Raises:
+            CheckpointError: another process writes to it, it cannot be written, or the processes of the run do not see
+                the same in it.
+        """
+        if self._manager is not None:
+            return
+        step_files.check_path(self.folder)
+        _probe(self.folder, self._hosts.index)
+        if self._hosts.is_first:
+            self._lock = _locked(self.folder)
+        try:
+            self._manager = ocp.CheckpointManager(
+                LiteralPath(self.folder),
+                options=ocp.CheckpointManagerOptions(preservation_policy=_Kept(self)),
+                item_names=(step_files.STATE, step_files.RECORD),
+            )
+            seen = self._hosts.gather_json(self.steps)
+            if any(steps != seen[0] for steps in seen):
+                raise CheckpointError(f"expected the same steps in {self.folder} from every process, got {seen}")
+        except BaseException:
+            self._let_go()
+            raise
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this has claimed the folder."""
+        return self._manager is not None
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the latest checkpoint, that which is being written included; None if there is none."""
+        return max(self.steps, default=None)
+
+    @property
+    def best(self) -> int | None:
+        """Step of the checkpoint with the highest score; None if none has one."""
+        return self._best(self.steps)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints as of now, in order, that which is being written and damaged ones included."""
+        try:
+            names = os.listdir(self.folder)
+        except OSError:
+            names = []
+        return sorted({int(name) for name in names if _is_step(name)} | set(self._writing))
+
+    def save(
+        self, step: int, state: Any, *, extra: Mapping[str, Any] | None = None, score: float | None = None
+    ) -> None:
+        """Writes a checkpoint in the background; the state may be donated as soon as this returns.
+
+        The first save of a run is waited for and read back in part, so that a folder which cannot hold the run shows
+        before it trains. A step that is there already is left as it is.
+
+        Args:
+            step: rollout steps done.
+            state: pytree of arrays.
+            extra: JSON mapping beside it: data-iterator state, PRNG key data, …
+            score: decides which checkpoint is the best, higher is better.
+
+        Raises:
+            CheckpointError: this save, or the one before that ran in the background, failed; or another process has
+                taken the folder over.
+        """
+        self.claim()
+        self.wait()
+        assert self._manager is not None
+        if step in self.steps:
+            return
+        if self._lock is not None:
+            try:
+                self._lock.check()
+            except LockedError as error:
+                raise CheckpointError(f"{error} has taken over {self.folder}, which this process wrote to") from None
+        if not self._fits:
+            self._take_away_half_written()  # by a run that was killed
+        self.check_space(state)
+        score = None if score is None or not math.isfinite(score) else float(score)
+        try:
+            saved = step_files.items(step, state, score, extra or {})
+            self._writing = {step: score}
+            self._manager.save(step, args=saved, force=True)
+        except Exception as error:
+            raise self._failed(error) from error
+        if not self._fits:
+            self.wait()
+            try:
+                step_files.read_back(self.folder, step, state)
+            except Exception as error:
+                raise CheckpointError(
+                    f"expected to read back what was written to {self.folder}, got {first_line(error)}; "
+                    "choose another folder"
+                ) from error
+            self._fits = True
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            CheckpointError: what was being written could not be.
+        """
+        if self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
+        self._writing = {}
+
+    def restore(self, abstract_state: State, step: int | None = None) -> State:
+        """The state of a step, or of the latest that can be read.
+
+        A checkpoint that cannot be read, or whose arrays are not those that were written, is left out with a warning,
+        and the one before it is taken. Whoever has claimed the folder moves it into `unreadable/`.
+
+        Args:
+            abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings: where every array goes on the mesh.
+            step: a step of `steps`; the latest by default.
+
+        Raises:
+            CheckpointError: there is none, or none can be read.
+        """
+        self.wait()
+        failures: dict[int, Exception] = {}
+        while True:
+            # Listed anew each time: a run that still writes takes old checkpoints away.
+            listed = self._hosts.of_first(self.steps if step is None else [step])
+            wanted = max((each for each in listed if each not in failures), default=None)
+            if wanted is None:
+                raise CheckpointError(_unreadable(self.folder, failures)) from next(iter(failures.values()), None)
+            state = None
+            try:
+                state = step_files.read_state(self.folder, wanted, abstract_state)
+            except Exception as error:
+                failures[wanted] = error
+            if not self._hosts.largest(wanted in failures):
+                self._leave_out(failures, wanted)
+                assert state is not None
+                return state
+            failures.setdefault(wanted, CheckpointError("another process cannot read it"))
+
+    def extra(self, step: int | None = None) -> dict[str, Any]:
+        """What was saved beside the state of a step, or of the latest.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        self.wait()
+        step = self.latest if step is None else step
+        if step is None:
+            raise CheckpointError(f"no checkpoint in {self.folder}")
+        try:
+            return step_files.read_record(self.folder, step)["extra"]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read what was saved beside step {step} in {self.folder}: {error}") from error
+
+    def close(self) -> None:
+        """Waits for what is being written and lets go of the folder.
+
+        Raises:
+            CheckpointError: what was being written could not be.
+        """
+        try:
+            self.wait()
+        finally:
+            self._let_go()
+
+    def check_space(self, state: Any) -> None:
+        """Looks whether a checkpoint fits; before the first one, whether all that ever lie side by side do.
+
+        Args:
+            state: pytree of arrays or shape structs.
+
+        Raises:
+            CheckpointError: it does not; says how much is missing.
+        """
+        if not self._hosts.is_first:
+            return  # one look at a shared folder is enough
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        copies = 1
+        if not self._fits:
+            copies = 1 + self._config.keep + self._config.keep_best + self._config.keep_first - len(self.steps)
+        needed, free = max(copies, 1) * size + SLACK, shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise CheckpointError(
+                f"expected {needed / 2**30:.2f} GiB free for {max(copies, 1)} checkpoints of {size / 2**30:.2f} GiB in "
+                f"{self.folder}, got {free / 2**30:.2f}; free some or keep fewer. {self._last_good()}"
+            )
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Which of the steps stay, as the config says."""
+        stay = set(sorted(steps)[-self._config.keep :])
+        best = self._best(steps) if self._config.keep_best else None
+        return stay | ({0} if self._config.keep_first else set()) | ({best} if best is not None else set())
+
+    def _best(self, steps: Sequence[int]) -> int | None:
+        scores = {step: self._score(step) for step in steps}
+        return max(
+            (pair for pair in scores.items() if pair[1] is not None), key=lambda pair: pair[::-1], default=[None]
+        )[0]
+
+    def _score(self, step: int) -> float | None:
+        if step in self._writing:
+            return self._writing[step]
+        try:
+            return step_files.read_record(self.folder, step)["score"]
+        except (OSError, ValueError):
+            return None  # what cannot be read is not the best
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        """Takes the half-written checkpoint away and says what is left."""
+        self._writing = {}
+        self._take_away_half_written()
+        if self._manager is not None:
+            self._manager.reload()
+        return CheckpointError(
+            f"cannot write a checkpoint into {self.folder}: {first_line(error)}. {self._last_good()}"
+        )
+
+    def _take_away_half_written(self) -> None:
+        if self._hosts.is_first:
+            for half in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
+
+    def _last_good(self) -> str:
+        good = self.steps
+        return f"The last good checkpoint is that of step {good[-1]}" if good else "There is no good checkpoint yet"
+
+    def _leave_out(self, failures: Mapping[int, Exception], taken: int) -> None:
+        """Says which checkpoints were left out for that of step `taken`; the folder's writer puts them aside."""
+        claimed = self._manager is not None
+        for step, error in failures.items() if self._hosts.is_first else ():
+            if not (self.folder / str(step)).exists():
+                continue  # the run that writes took it away while it was read
+            how = "cannot be read and is put aside" if claimed else "cannot be read"
+            _log.warning("checkpoint of step %d %s, step %d is taken: %s", step, how, taken, first_line(error))
+            if claimed:
+                self._put_aside(self.folder / str(step))
+        if failures and self._manager is not None:
+            self._hosts.wait()
+            self._manager.reload()
+
+    def _put_aside(self, path: Path) -> None:
+        aside = self.folder / ASIDE / path.name
+        aside.parent.mkdir(exist_ok=True)
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
+        path.rename(aside)
+
+    def _let_go(self) -> None:
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+class _Kept(checkpoint_managers.PreservationPolicy):
+    """Orbax's question which checkpoints stay, answered by `Checkpoints.kept`."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = self._checkpoints.kept([each.step for each in checkpoints])
+        return [each.step in kept for each in checkpoints]
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdigit() and str(int(name)) == name
+
+
+def _locked(folder: Path) -> FolderLock:
+    def waiting(holder: str) -> None:
+        _log.warning("%s wrote to %s; looking whether it still does", holder, folder)
+
+    try:
+        return FolderLock(folder / LOCK, waiting)
+    except LockedError as error:
+        raise CheckpointError(
+            f"expected no other process that writes to {folder}, got {error}; wait until it has ended, or stop it"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot lock {folder}: {error}") from error
+
+
+def _probe(folder: Path, process: int) -> None:
+    """Writes a file and takes it away again: permissions, read-only mounts and quotas show only so."""
+    probe = folder / f".probe-{process}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+    except OSError as error:
+        probe.unlink(missing_ok=True) if folder.is_dir() else None
+        raise CheckpointError(
+            f"expected a folder to write checkpoints into, got {folder}: {error.strerror}; choose another one"
+        ) from error
+
+
+def _unreadable(folder: Path, failures: Mapping[int, Exception]) -> str:
+    if not failures:
+        return f"no checkpoint in {folder}"
+    step, error = next(iter(failures.items()))
+    return (
+        f"no checkpoint in {folder} can be read into this state; that of step {step}: {first_line(error)}. "
+        "Has the model or the optimizer been changed since?"
+    )

@@ -1,0 +1,178 @@
+"""The folder of one checkpoint: arrays in `state`, and beside them a JSON record with the arrays' checksums.
+
+The storage library checks its own indices, but neither the arrays' bytes nor that all of them are there: an array that
+is missing reads as zeros. So the checksums decide whether a checkpoint is what was written.
+"""
+
+import glob
+import json
+import logging
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from aem_jax.checkpoint.checksum import checksums, first_difference
+from aem_jax.files import read_json
+
+State = TypeVar("State")
+
+STATE, RECORD = "state", "extra"
+"""Items of a checkpoint; the second is the JSON record."""
+_READ_BACK_BYTES = 2**26
+_CLOUD = ("gs", "s3", "az", "hf")
+"""First parts of paths that etils takes for buckets."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says why, and what is still good."""
+
+
+class LiteralPath(type(epath.Path("/"))):
+    """A path in which no character is a pattern: etils lists a folder by a glob that begins with the folder's path."""
+
+    def glob(self, pattern: str) -> Iterator["LiteralPath"]:
+        """The files of this folder that match."""
+        for found in glob.glob(f"{glob.escape(str(self))}/{pattern}"):
+            yield type(self)(found)
+
+
+def check_path(folder: Path) -> None:
+    """Refuses a folder that the storage library takes for another one.
+
+    Raises:
+        CheckpointError: the folder is such a one.
+    """
+    why = ""
+    if "\\" in str(folder):
+        why = "no backslash in its path"
+    elif folder.parts[1:2] and folder.parts[1] in _CLOUD:
+        why = f"a path that is not under /{folder.parts[1]}, which stands for a bucket"
+    elif any("\udc80" <= letter <= "\udcff" for letter in str(folder)):
+        why = "a path in UTF-8"
+    if why:
+        raise CheckpointError(f"expected a folder for checkpoints with {why}, got {str(folder)!r}; choose another one")
+
+
+def items(step: int, state: Any, score: float | None, extra: Mapping[str, Any]) -> Any:
+    """What is saved of a step."""
+    record = {"step": step, "score": score, "checksums": checksums(state), "extra": dict(extra)}
+    sealed = {**record, "seal": _seal(record)}
+    return ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(sealed)})
+
+
+def read_record(folder: Path, step: int) -> dict[str, Any]:
+    """What stands beside the state of a step: step, score, checksums and extra.
+
+    Checkpoints from before there were checksums hold `extra` alone, and the score in a file of its own.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not what was written.
+    """
+    path = folder / str(step) / RECORD / "metadata"
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON mapping, got {type(found).__name__}")
+    if "seal" not in found:
+        return {"step": step, "score": _old_score(folder / str(step)), "checksums": None, "extra": found}
+    record = {name: value for name, value in found.items() if name != "seal"}
+    if found["seal"] != _seal(record) or record.get("step") != step:
+        raise ValueError(f"{path}: expected the record of step {step} as it was written, got another")
+    return record
+
+
+def read_state(folder: Path, step: int, abstract_state: State) -> State:
+    """The state of a step.
+
+    Raises:
+        Exception: whatever a damaged checkpoint makes the library raise; ValueError for arrays that are not those that
+            were written.
+    """
+    record = read_record(folder, step)
+    _hush_abandoned_reads()
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        state = checkpointer.restore(_state_path(folder, step), args=ocp.args.StandardRestore(abstract_state))
+    if record["checksums"] is not None:
+        _verify(record["checksums"], checksums(state))
+    return state
+
+
+def read_back(folder: Path, step: int, state: Any) -> None:
+    """Reads the structure of what was just written, and one array: the largest of those that are read quickly.
+
+    Raises:
+        Exception: it cannot be read; ValueError if it is not what was written.
+    """
+    leaves, tree = jax.tree.flatten(state)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    chosen = max(range(len(leaves)), key=lambda i: (sizes[i] <= _READ_BACK_BYTES, sizes[i]))
+    wanted: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
+    how = [ocp.RestoreArgs() for _ in leaves]
+    wanted[chosen] = jax.ShapeDtypeStruct(leaves[chosen].shape, leaves[chosen].dtype)
+    how[chosen] = ocp.ArrayRestoreArgs(sharding=getattr(leaves[chosen], "sharding", None))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = checkpointer.restore(
+            _state_path(folder, step),
+            args=ocp.args.PyTreeRestore(tree.unflatten(wanted), restore_args=tree.unflatten(how)),
+        )
+    expected = list(read_record(folder, step)["checksums"].values())[chosen]
+    _verify({"": expected}, checksums(jax.tree.leaves(found)[chosen]))
+
+
+def first_line(error: BaseException) -> str:
+    """An error of the storage library, which may be pages long, as one line."""
+    lines = str(error).strip().splitlines()
+    text = " ".join(lines[0].partition("See full TensorStore")[0].split()) if lines else type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _hush_abandoned_reads() -> None:
+    """Keeps the reads of other arrays, which orbax abandons where one fails, from printing tracebacks of their own.
+
+    They end in the storage library's threads, or with the garbage collector, so no exception reaches a caller.
+    """
+    others = sys.unraisablehook
+    if getattr(others, "hushes_reads", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        is_closed_loop = str(unraisable.exc_value) == "Event loop is closed"
+        code = getattr(unraisable.object, "cr_code", None)
+        if not is_closed_loop and not (code and "orbax" in code.co_filename):
+            others(unraisable)
+
+    hook.hushes_reads = True  # pyright: ignore[reportFunctionMemberAccess]
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(_is_no_abandoned_read)
+
+
+def _is_no_abandoned_read(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "never retrieved" not in text or not ("orbax" in text or "OCDBT" in text)
+
+
+def _state_path(folder: Path, step: int) -> LiteralPath:
+    return LiteralPath(folder / str(step) / STATE)
+
+
+def _verify(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    if difference := first_difference(expected, found):
+        raise ValueError(f"an array is not what was written: {difference}")
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    """A checksum of the record itself."""
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
+
+
+def _old_score(folder: Path) -> float | None:
+    try:
+        return read_json(folder / "metrics" / "metrics").get("score")
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,75 @@
+"""Files damaged at random, by seeds: each gives the right result or one line, no traceback and no other numbers."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from damage import damage, put_back, snapshot
+
+from aem_jax.checkpoint import CheckpointError, Checkpoints
+
+SEEDS = 200
+STEPS = (1, 2)
+
+
+def state_of(step: int) -> dict:
+    rng = np.random.default_rng(step)
+    sizes = {"embed": (40, 16), "scale": (16,)}
+    leaves = {name: jax.numpy.asarray(rng.normal(size=shape), "float32") for name, shape in sizes.items()}
+    return {**leaves, "step": jax.numpy.int32(step)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two checkpoints."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    with Checkpoints(folder) as checkpoints:
+        for step in STEPS:
+            checkpoints.save(step, state_of(step), extra={"step": step}, score=step / 10)
+    return folder
+
+
+def test_a_damaged_checkpoint_is_the_one_before_or_itself(whole: Path, tmp_path: Path, capfd, caplog):
+    states = {step: state_of(step) for step in STEPS}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states[1])
+    found: Counter[int] = Counter()
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole, folder)
+    files = snapshot(folder)
+    for seed in range(SEEDS):
+        put_back(folder, files)
+        what = damage(folder, seed, lambda file: file.name != ".lock")
+        caplog.clear()
+        with Checkpoints(folder) as checkpoints:
+            if seed % 5 == 0:
+                checkpoints.claim()  # whoever writes puts aside what cannot be read
+            state = checkpoints.restore(abstract)
+            step = int(state["step"])
+            assert all(np.array_equal(state[name], value) for name, value in states[step].items()), what
+            assert checkpoints.extra(step) == {"step": step} and checkpoints.best in (step, max(STEPS)), what
+            assert seed % 5 or checkpoints.latest == step, what
+        lost = not list(folder.rglob("2"))  # all of it, so that nothing says that it was there
+        assert step == max(STEPS) or lost or "checkpoint of step 2 cannot be read" in caplog.text, what
+        assert "\n" not in caplog.text.strip(), what
+        found[step] += 1
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert found[1] >= SEEDS // 10 and found[2] >= SEEDS // 4, found  # both happen
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_damage_to_the_only_checkpoint_is_one_line(whole: Path, tmp_path: Path, seed: int):
+    shutil.copytree(whole, tmp_path / "damaged")
+    shutil.rmtree(tmp_path / "damaged" / "1")
+    damage(tmp_path / "damaged" / "2" / "state" / "ocdbt.process_0" / "d", seed)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(2))
+    with Checkpoints(tmp_path / "damaged") as checkpoints:
+        try:
+            state = checkpoints.restore(abstract)
+        except CheckpointError as error:
+            assert str(error).startswith("no checkpoint in ") and "\n" not in str(error)
+        else:
+            jax.tree.map(np.testing.assert_array_equal, state, state_of(2))
