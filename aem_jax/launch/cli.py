@@ -150,6 +150,24 @@ def _bench(words: Sequence[str]) -> int:
     return run(names, apply(BenchConfig(), options))
 
 
+def _doctor(words: Sequence[str]) -> int:
+    from aem_jax.launch.doctor import lacking, run
+
+    if lacking():
+        return 1
+
+    from aem_jax.launch.doctor.config import DoctorConfig
+    from aem_jax.launch.options import apply, split
+
+    names, options = split(words)
+    if "help" in options:
+        from aem_jax.launch.doctor import CHECKS
+
+        text = f"{COMMANDS['doctor'].help}\n\nNAMEs, all by default: {', '.join(CHECKS)}."
+        return _help(DoctorConfig(), "doctor [NAME …]", text)
+    return run(names, apply(DoctorConfig(), options))
+
+
 def _plan(words: Sequence[str]) -> int:
     from aem_jax.launch.options import apply
     from aem_jax.launch.plan import plan_config, run
@@ -188,6 +206,7 @@ COMMANDS: Mapping[str, Command] = {
         "Writes a trained run's model in Hugging Face's files; --adapter True: a LoRA run's adapter, in PEFT's.",
     ),
     "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),
+    "doctor": Command(_doctor, "Says whether this machine trains correctly, and how fast; type it first on a new one."),
     "bench": Command(_bench, "Measures the parts on this machine; prints a table and one JSON line."),
     "plan": Command(_plan, "Says what a run takes on devices that need not be there: memory, FLOPs, time."),
     "presets": Command(_presets, "Lists the presets."),

@@ -1,0 +1,67 @@
+"""Findings as a table that grows row by row, in plain ASCII where the stream takes nothing else."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from aem_jax.launch.doctor.config import DoctorConfig
+from aem_jax.launch.doctor.finding import Finding
+
+MARKS = {True: "✓", False: "✗", None: "–"}
+STYLES = {True: "green", False: "bold red", None: "dim"}
+ASCII = str.maketrans({"✓": "+", "✗": "x", "–": "-", "→": "->", "×": "x", "·": "*", "…": "...", "≥": ">=", "≤": "<="})
+WIDTH = 140
+"""Columns where the stream is no terminal."""
+
+
+class Page:
+    """Writes to one stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._encoding = (getattr(stream, "encoding", None) or "utf-8").lower()
+        self._is_unicode = self._encoding.replace("-", "").replace("_", "").startswith("utf")
+        is_terminal = stream.isatty()
+        self._console = Console(file=stream, width=None if is_terminal else WIDTH, highlight=False)
+
+    def head(self, config: DoctorConfig) -> None:
+        """What is looked at."""
+        self._print(f"aem_jax doctor: a decoder of {config.model}'s shape with random weights")
+
+    def at_work(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """On a terminal, which check is under way."""
+        if not self._console.is_terminal:
+            return contextlib.nullcontext()
+        return self._console.status(f"checking {name}", spinner="dots" if self._is_unicode else "line")
+
+    def show(self, found: Finding) -> None:
+        """One row, and below it what to do."""
+        row = Table.grid(padding=(0, 1))
+        row.add_column(width=1)
+        row.add_column(width=20)
+        row.add_column(width=7, justify="right")
+        row.add_column(overflow="fold")
+        style = STYLES[found.ok]
+        row.add_row(self._text(MARKS[found.ok], style), found.name, f"{found.seconds:.1f} s", self._text(found.text))
+        if found.advice:
+            row.add_row("", "", "", self._text(f"→ {found.advice}", "yellow" if found.ok is False else "dim"))
+        self._console.print(row)
+
+    def foot(self, found: Sequence[Finding], seconds: float, of: int) -> None:
+        """How many are well."""
+        count = {ok: sum(each.ok is ok for each in found) for ok in MARKS}
+        cut = "" if len(found) == of else f"; stopped after {len(found)} of {of} checks"
+        wrong = [each.name for each in found if each.ok is False]
+        end = f": {', '.join(wrong)}" if wrong else ""
+        self._print(f"{count[True]} ✓, {count[False]} ✗, {count[None]} – in {seconds:.0f} s{cut}{end}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(self._text(text))
+
+    def _text(self, text: str, style: str = "") -> Text:
+        if not self._is_unicode:
+            text = text.translate(ASCII).encode(self._encoding, "replace").decode(self._encoding)
+        return Text(text, style)

@@ -1,0 +1,223 @@
+"""Whole training steps on a small scale: the same on all devices, without compiling again, and with servers that die."""
+
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from aem_jax.compilations import compilations
+from aem_jax.envs.pool import EnvPool, PoolConfig
+from aem_jax.envs.protocol import StepResult
+from aem_jax.launch.doctor.config import DoctorConfig
+from aem_jax.launch.doctor.episodes import make_sampler, packed, play, random_params, server_settings
+from aem_jax.launch.doctor.finding import Finding, judge
+from aem_jax.launch.doctor.parity import full_precision, one_device
+from aem_jax.learner import LearnerConfig, TrainState, init_state, make_optimizer, make_update
+from aem_jax.models import CONFIGS, ModelConfig, Policy
+from aem_jax.rollout.seats import Pool
+from aem_jax.sampler import SamplingConfig
+from aem_jax.sampler.layout import make_reshard
+from aem_jax.sharding import MeshConfig, make_mesh
+from aem_jax.trajectory import Ending, Trajectory
+
+LEARNER = LearnerConfig(learning_rate=1e-3, adam_eps=1e-3, attention="xla")
+"""A large adam_eps: Adam divides by a gradient's size, which would blow up the rounding of one that is nearly 0."""
+SAME = 1e-4
+"""Relative gap of loss and gradient's norm, and absolute gap of a parameter, between meshes."""
+SESSIONS = 32
+STEPS_BEFORE_THE_KILL = 20
+
+MESH_ADVICE = (
+    "devices disagree on one step: set --mesh.tensor 1, then --mesh.fsdp 1 --mesh.data -1, to see which axis it is; test "
+    "the links (nccl-tests; NCCL_P2P_DISABLE=1, NCCL_DEBUG=INFO), and train on one device (CUDA_VISIBLE_DEVICES=0) till then"
+)
+COMPILE_ADVICE = (
+    "something compiles in every step, which costs seconds to minutes each time: JAX_LOG_COMPILES=1 names it; take the "
+    "versions of constraints.txt"
+)
+SERVER_ADVICE = (
+    "environment servers are processes on 127.0.0.1: see the errors above, and allow new processes (ulimit -u), open "
+    "files (ulimit -n 4096) and connections to 127.0.0.1 (no_proxy=127.0.0.1)"
+)
+
+
+class Stepped(NamedTuple):
+    """What a training step came to."""
+
+    trajectories: list[Trajectory]
+    stats: Mapping[str, float]
+    state: TrainState
+
+
+class Trainer:
+    """A policy in training on a mesh: `step` plays episodes and learns from them.
+
+    Args:
+        model: of the policy.
+        mesh: where.
+        slots: episodes of a step.
+        rows: of a microbatch.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, slots: int, rows: int = 8) -> None:
+        self._policy, self._mesh, self._slots, self._rows = Policy(model), mesh, slots, rows
+        self._sampler = make_sampler(self._policy, SamplingConfig(), slots, mesh)
+        self._reshard = make_reshard(self._policy, mesh)
+        self._update = make_update(self._policy, LEARNER, mesh)
+        copied = jax.tree.map(lambda leaf: leaf + 0, random_params(self._policy, mesh))  # the state's are donated
+        self.state = init_state(self._policy, make_optimizer(LEARNER, self._policy.axes), mesh, copied)
+
+    def play(self, seed: int, pool: Pool | None = None) -> tuple[list[Trajectory], Any]:
+        """Trajectories and statistics of a rollout."""
+        return play(self._sampler, self._reshard(self.state.params), self._slots, seed=seed, pool=pool)
+
+    def step(self, seed: int) -> Stepped:
+        """One training step; every response of even length is good, every other bad."""
+        trajectories, _ = self.play(seed)
+        batch = packed(trajectories, self._slots, self._mesh, self._rows)
+        ids = np.asarray(batch.response_ids)
+        sign = np.where(np.asarray(batch.response_tokens) % 2, -1.0, 1.0).astype(np.float32)
+        self.state, stats = self._update(self.state, batch, np.where(ids >= 0, sign[np.maximum(ids, 0)], 0.0))
+        return Stepped(trajectories, {name: float(value) for name, value in stats.items()}, self.state)
+
+
+def mesh(config: DoctorConfig) -> Finding:
+    """One step on the first device and on all of them."""
+    count = jax.device_count()
+    if count == 1:
+        simulated = "; --runtime.cpu-devices 4 tries it on simulated ones" if jax.default_backend() == "cpu" else ""
+        return Finding(None, f"one device{simulated}")
+    model = config.shallow("float32")
+    whole = every_device(model)
+    slots = 4 * math.lcm(2, count)
+    with full_precision():
+        alone, together = (Trainer(model, each, slots, rows=slots).step(0) for each in (one_device(), whole))
+    tokens, others = (_tokens(each.trajectories) for each in (alone, together))
+    differ = sum(one != other for one, other in zip(tokens, others))
+    facts: dict[str, Any] = {"tokens": len(tokens), "differ": differ}
+    for name in ("loss", "grad_norm"):
+        one, other = alone.stats[name], together.stats[name]
+        facts[name] = abs(one - other) / max(abs(one), 1e-3)
+    facts["parameters"] = max(
+        float(np.max(np.abs(np.asarray(one) - np.asarray(other))))
+        for one, other in zip(jax.tree.leaves(alone.state.params), jax.tree.leaves(together.state.params), strict=True)
+    )
+    faults = [f"{differ} of {len(tokens)} sampled tokens differ"] if differ or len(tokens) != len(others) else []
+    faults += [
+        f"{name} differs by {facts[name]:.1e}"
+        for name in ("loss", "grad_norm", "parameters")
+        if not facts[name] <= SAME
+    ]
+    ways = " x ".join(f"{axis} {size}" for axis, size in whole.shape.items())
+    text = (
+        f"a step on 1 and on {count} devices ({ways}): {len(tokens)} tokens, parameters {facts['parameters']:.1e} apart"
+    )
+    return judge(faults, text, MESH_ADVICE, facts)
+
+
+def every_device(model: ModelConfig) -> Mesh:
+    """All devices, over as many axes as their number and the model's sizes allow."""
+    count = jax.device_count()
+    divides = all(size % 2 == 0 for size in (count, model.num_kv_heads, model.intermediate_size, model.vocab_size))
+    tensor = 2 if divides else 1
+    fsdp = math.gcd(count // tensor, model.hidden_size)
+    data = count // tensor // fsdp
+    if data == 1 and fsdp % 2 == 0 and fsdp > 2:
+        data, fsdp = 2, fsdp // 2
+    return make_mesh(MeshConfig(data, fsdp, tensor))
+
+
+def recompiles(config: DoctorConfig) -> Finding:
+    """Programs compiled in the second and third of three steps."""
+    trainer = _tiny()
+    counts = []
+    for seed in range(3):
+        before = compilations()
+        trainer.step(seed)
+        counts.append(compilations() - before)
+    again = sum(counts[1:])
+    faults = ["expected none"] if again else []
+    facts = {"first_step": counts[0], "later_steps": again}
+    text = f"{again} programs compiled in the second and third of three training steps"
+    return judge(faults, text, COMPILE_ADVICE, facts)
+
+
+def servers(config: DoctorConfig) -> Finding:
+    """Two environment servers with 32 sessions; one is killed while they play."""
+    trainer, start = _tiny(), time.perf_counter()
+    each = PoolConfig(num_servers=2, sessions_per_server=SESSIONS // 2, start_deadline_s=30.0, first_pause_s=0.05)
+    with _quiet("aem_jax"), EnvPool(each, server_settings()) as pool:
+        started = time.perf_counter() - start
+        calm, _ = trainer.play(0, pool)
+        killing = KilledOnce(pool, STEPS_BEFORE_THE_KILL)
+        found, stats = trainer.play(0, killing)
+        restarts, errors = sum(pool.stats().restarts), pool.stats().errors
+    lost = SESSIONS - sum(one.ending is not Ending.ENV_ERROR for one in found)
+    differ = sum(one != other for one, other in zip(map(_tokens, zip(calm)), map(_tokens, zip(found))))
+    facts = {"start_s": started, "restarts": restarts, "retries": stats.retries, "lost": lost, "errors": list(errors)}
+    faults = []
+    if not killing.killed:
+        faults.append("no server could be killed")
+    elif not restarts:
+        faults.append("the killed server did not come back")
+    elif not stats.retries:
+        faults.append("no episode was played again")
+    if lost:
+        faults.append(f"{lost} of {SESSIONS} episodes lost: {errors[-1] if errors else 'no error said'}")
+    if differ > lost:
+        faults.append(f"{differ} episodes differ from those of the undisturbed round")
+    text = f"2 servers up in {started:.1f} s, {SESSIONS} sessions; one killed: {stats.retries} episodes begun again, {lost} lost"
+    return judge(faults, text, SERVER_ADVICE, facts)
+
+
+class KilledOnce:
+    """A pool one server of which is killed at a step.
+
+    Args:
+        pool: the pool.
+        at: the number of the step, from 1.
+    """
+
+    def __init__(self, pool: EnvPool, at: int) -> None:
+        self._pool, self._at, self._steps = pool, at, 0
+        self.capacity, self.server_of, self.reset = pool.capacity, pool.server_of, pool.reset
+        self.killed = False
+
+    def step(self, session: int, text: str) -> Future[StepResult]:
+        """See `EnvPool.step`."""
+        self._steps += 1
+        if self._steps == self._at:
+            os.kill(self._pool.server_pids[0], signal.SIGKILL)
+            self.killed = True
+        return self._pool.step(session, text)
+
+
+def _tiny() -> Trainer:
+    # What these checks ask does not depend on the model's widths.
+    return Trainer(replace(CONFIGS["tiny"], num_layers=2), one_device(), SESSIONS)
+
+
+def _tokens(trajectories: Sequence[Trajectory]) -> list[int]:
+    return [int(token) for each in trajectories for turn in each.turns for token in turn.response_ids]
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """What is broken on purpose is no news."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
