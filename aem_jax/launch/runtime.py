@@ -55,8 +55,9 @@ def set_up(config: RuntimeConfig) -> None:
     initialize(config)
     try:
         jax.devices()
-    except RuntimeError as error:
-        raise ConfigError(f"--runtime.platform {config.platform or 'auto'}: {error}") from None
+    except (RuntimeError, AssertionError) as error:  # jax asserts where a plugin is there and its devices are not
+        reason = str(error) or "jax finds no such device"
+        raise ConfigError(f"--runtime.platform {config.platform or 'auto'}: {reason}") from None
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from aem_jax.envs.scripted import ScriptedConfig
 from aem_jax.launch.config import RuntimeConfig
+from aem_jax.learner.config import LearnerConfig
 from aem_jax.rollout.config import RolloutConfig
 
 Mode = Literal["lockstep", "continuous"]
@@ -65,6 +66,10 @@ class BenchConfig:
     """Repetitions after the warm-up."""
     compare: str = ""
     """File with the JSON line of an earlier run, to show ratios to."""
+    trace: str = ""
+    """Folder for a profile of one more call of each program (sampler, learner); its longest operations are printed."""
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    """The update (learner): its attention, what it computes again."""
     rollout: RolloutConfig = field(default_factory=_small_rollout)
     """The rollout's slots, turns and budgets (rollout)."""
     scripted: ScriptedConfig = field(default_factory=ScriptedConfig)

@@ -1,28 +1,34 @@
 """One update of the policy: forward, backward and AdamW over full rows, half of whose tokens were sampled."""
 
+import sys
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.launch.bench import BenchConfig
 from aem_jax.launch.bench.ceilings import ceilings
 from aem_jax.launch.bench.measure import Measurement, summarise, timed
 from aem_jax.launch.bench.roofline import read, roofline
+from aem_jax.launch.bench.trace import profile
 from aem_jax.launch.build import known_model
-from aem_jax.launch.plan.analytic import head_parameters, token_flops
+from aem_jax.launch.config import BatchConfig, RunConfig
+from aem_jax.launch.plan.analytic import head_parameters, memory, token_flops
 from aem_jax.launch.plan.costs import costs
+from aem_jax.launch.plan.workload import workload
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
-from aem_jax.models import Policy
-from aem_jax.sharding import MeshConfig, make_mesh
+from aem_jax.models import ModelConfig, Policy
+from aem_jax.rollout.config import RolloutConfig
+from aem_jax.sharding import AXES, MeshConfig, make_mesh
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
 
 
 def run(config: BenchConfig) -> list[Measurement]:
     """Tokens a second, heard and said alike."""
     rows, length = config.slots, config.row_length
-    policy, mesh, learner = Policy(known_model(config.model)), make_mesh(MeshConfig()), LearnerConfig()
+    policy, mesh, learner = Policy(known_model(config.model)), make_mesh(MeshConfig()), config.learner
     state = init_state(policy, make_optimizer(learner, policy.axes), mesh, jax.random.key(0))
     layout = BatchLayout(1, rows, length, rows, rows)
     batch = place(collate([_episode(n, length, policy.config.vocab_size) for n in range(rows)], layout), mesh)
@@ -37,13 +43,46 @@ def run(config: BenchConfig) -> list[Measurement]:
         jax.block_until_ready((state, stats))
 
     seconds = timed(step, repeats=config.repeats)
+    if config.trace:
+        print(profile(step, config.trace, "learner-update"), file=sys.stderr, flush=True)
     model, work = policy.config, rows * length
     # Tokens that were only heard need no head, and the learner computes none for them.
     unsaid = work - int(np.sum(batch.response_tokens))
     useful = token_flops(model, length) * work - 6.0 * head_parameters(model) * unsaid
     line = roofline(costs(read(update)), ceilings(model.dtype), useful=useful / jax.device_count())
     shape = f"{config.model}, {rows} rows × {length}"
-    return [summarise("learner", "update", shape, "tokens/s", work, seconds, roofline=line)]
+    usual = LearnerConfig()
+    for name in ("remat", "attention"):
+        if getattr(learner, name) != getattr(usual, name):
+            shape += f", {name} {getattr(learner, name)}"
+    facts = _memory(update, model, config, mesh)
+    return [summarise("learner", "update", shape, "tokens/s", work, seconds, roofline=line, facts=facts)]
+
+
+def _memory(update: jax.stages.Compiled, model: ModelConfig, config: BenchConfig, mesh: Mesh) -> dict[str, float]:
+    """GiB of a device: what the compiled update takes, and what `plan` estimates of the same parts."""
+    found: Any = update.memory_analysis()
+    taken = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    work = workload(_as_run(config), model=model)
+    planned = memory(work, MeshConfig(*(mesh.shape[axis] for axis in AXES)))
+    parts = planned.parameters + planned.optimizer + planned.gradients + planned.working
+    return {"memory_gib": (taken + found.temp_size_in_bytes) / 2**30, "planned_gib": parts / 2**30}
+
+
+def _as_run(config: BenchConfig) -> RunConfig:
+    """A run whose microbatches are this batch."""
+    half = max(config.row_length // 2, 1)
+    rollout = RolloutConfig(
+        groups_per_step=config.slots,
+        group_size=1,
+        num_slots=config.slots,
+        max_turns=1,
+        response_tokens=half,
+        context_tokens=2 * half,
+        prompt_tokens=half,
+    )
+    batch = BatchConfig(rows=config.slots, row_length=config.row_length)
+    return RunConfig(rollout=rollout, batch=batch, learner=config.learner)
 
 
 def _episode(seed: int, length: int, vocab_size: int) -> Trajectory:

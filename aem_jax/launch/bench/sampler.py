@@ -1,5 +1,6 @@
 """Decoding with the slot sampler: every slot says `new_tokens` tokens after a prompt that is in the cache."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from aem_jax.launch.bench import BenchConfig
 from aem_jax.launch.bench.ceilings import ceilings
 from aem_jax.launch.bench.measure import Measurement, summarise, timed
 from aem_jax.launch.bench.roofline import read, roofline
+from aem_jax.launch.bench.trace import profile
 from aem_jax.launch.build import known_model
 from aem_jax.launch.plan.costs import costs
 from aem_jax.models import Policy
@@ -46,6 +48,8 @@ def run(config: BenchConfig) -> list[Measurement]:
         what: str, shape: str, each: int, call: Callable[[], None], program: Callable[..., Any]
     ) -> Measurement:
         seconds = timed(call, repeats=config.repeats)
+        if config.trace:
+            print(profile(call, config.trace, f"sampler-{what}"), file=sys.stderr, flush=True)
         cost = costs(
             read(program(params, sampler.abstract(slots), each).compile()), each
         )  # decoding is a loop over its tokens

@@ -24,7 +24,6 @@ from aem_jax.launch.overrides import ConfigError, nearest
 
 if TYPE_CHECKING:
     from aem_jax.launch.doctor.config import DoctorConfig
-    from aem_jax.launch.doctor.page import Page
 
 CHECKS: Mapping[str, str] = {
     "versions": "machine:versions",
@@ -152,7 +151,7 @@ def _set_up(config: "DoctorConfig") -> tuple["DoctorConfig", Finding | None]:
         if config.runtime.platform or "--runtime.platform" not in str(error):
             raise
         advice = "reinstall jax with the driver's CUDA (pip install 'aem_jax[cuda]'), or set JAX_PLATFORMS=cpu"
-        trouble = Finding(False, f"{first_line(error)}; what follows is the CPU's", advice, name="devices")
+        trouble = Finding(False, f"{str(error).splitlines()[0]}; all else is done on the CPU", advice, name="devices")
         jax.config.update("jax_platforms", "cpu")
     default = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
     return replace(config, model=config.model or default), trouble

@@ -1,11 +1,11 @@
 """Findings as a table that grows row by row, in plain ASCII where the stream takes nothing else."""
 
 import contextlib
+import textwrap
 from collections.abc import Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from aem_jax.launch.doctor.config import DoctorConfig
@@ -14,6 +14,8 @@ from aem_jax.launch.doctor.finding import Finding
 MARKS = {True: "✓", False: "✗", None: "–"}
 STYLES = {True: "green", False: "bold red", None: "dim"}
 ASCII = str.maketrans({"✓": "+", "✗": "x", "–": "-", "→": "->", "×": "x", "·": "*", "…": "...", "≥": ">=", "≤": "<="})
+NAME = 20
+"""Columns of a check's name."""
 WIDTH = 140
 """Columns where the stream is no terminal."""
 
@@ -39,16 +41,11 @@ class Page:
 
     def show(self, found: Finding) -> None:
         """One row, and below it what to do."""
-        row = Table.grid(padding=(0, 1))
-        row.add_column(width=1)
-        row.add_column(width=20)
-        row.add_column(width=7, justify="right")
-        row.add_column(overflow="fold")
-        style = STYLES[found.ok]
-        row.add_row(self._text(MARKS[found.ok], style), found.name, f"{found.seconds:.1f} s", self._text(found.text))
+        mark = self._plain(MARKS[found.ok])
+        self._console.print(Text(mark, STYLES[found.ok]), Text(f"{found.name:{NAME}} {found.seconds:6.1f} s"), end=" ")
+        self._hang(found.text, "", at_row=True)
         if found.advice:
-            row.add_row("", "", "", self._text(f"→ {found.advice}", "yellow" if found.ok is False else "dim"))
-        self._console.print(row)
+            self._hang(f"→ {found.advice}", "yellow" if found.ok is False else "dim", at_row=False)
 
     def foot(self, found: Sequence[Finding], seconds: float, of: int) -> None:
         """How many are well."""
@@ -59,9 +56,19 @@ class Page:
         self._print(f"{count[True]} ✓, {count[False]} ✗, {count[None]} – in {seconds:.0f} s{cut}{end}")
 
     def _print(self, text: str) -> None:
-        self._console.print(self._text(text))
+        self._console.print(Text(self._plain(text)))
 
-    def _text(self, text: str, style: str = "") -> Text:
-        if not self._is_unicode:
-            text = text.translate(ASCII).encode(self._encoding, "replace").decode(self._encoding)
-        return Text(text, style)
+    def _hang(self, text: str, style: str, *, at_row: bool) -> None:
+        """Wraps a text into the last column."""
+        indent = " " * (NAME + 12)
+        lines = textwrap.wrap(self._plain(text), max(self._console.width - len(indent) - 1, 20)) or [""]
+        for number, line in enumerate(lines):
+            first = at_row and number == 0
+            self._console.print(
+                Text(("" if first else indent) + line, style), no_wrap=True, overflow="ignore", crop=False
+            )
+
+    def _plain(self, text: str) -> str:
+        if self._is_unicode:
+            return text
+        return text.translate(ASCII).encode(self._encoding, "replace").decode(self._encoding)

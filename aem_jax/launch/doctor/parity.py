@@ -1,14 +1,14 @@
 """Sampler = learner: the log-probability of every sampled token, as recorded and as the learner computes it.
 
-Episodes are played by the rollout (KV cache, chunks, several turns) and packed into the learner's rows. In float32, with
-matrix products at full precision, both must agree to rounding, whatever the way of sampling:
+Episodes are played by the rollout (KV cache, chunks, several turns) and packed into the learner's rows. In float32, at
+full precision, both must agree to rounding, whatever the way of sampling:
 
     int8 weights      the learner has the same weights, decoded: W = codes · scales
     int8 cache        has no counterpart in the learner, so its gap is that of 8 bits, and only bounded
     LoRA              the learner has frozen weights and adapter apart, the sampler the same, or both merged
 
-In bfloat16 both round, each in its own order. What that may cost is measured by the learner alone: its log-probabilities
-in bfloat16 against its own in float32. The sampler may be `BFLOAT16_FACTOR` times as far away as that.
+In bfloat16 both round, each in its own order. What that may cost is measured by the learner alone, in bfloat16 against
+itself in float32: the sampler may be `BFLOAT16_FACTOR` times as far away.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class Sampled(NamedTuple):
 
     batch: Batch
     learner: Policy | LoraPolicy
-    params: Params
+    params: Any
 
 
 @cache
@@ -109,7 +109,7 @@ def int8_cache(config: DoctorConfig) -> Finding:
     with full_precision():
         found = gap(sample(config.shallow("float32"), cache="int8"), "xla")
     mean, largest = INT8_CACHE
-    return _judge(found, mean, largest, "what 8 bits cost: ")
+    return _judge(found, mean, largest, "8 bits keep ")
 
 
 def bfloat16(config: DoctorConfig) -> Finding:
@@ -228,7 +228,8 @@ def _judge(found: Gap, mean: float, largest: float, before: str = "", after: str
         faults.append("nothing was sampled")
     if not (found.mean <= mean and found.largest <= largest):  # NaN is no good, either
         faults.append(f"expected a gap of at most {mean:.1e} on average and {largest:.1e} for one token")
-    text = f"{before}mean gap {found.mean:.1e}, largest {found.largest:.1e} nats over {found.tokens} tokens{after}"
+    gaps = f"mean {found.mean:.1e}, largest {found.largest:.1e} nats"
+    text = f"{before}sampler and learner apart by {gaps} over {found.tokens} tokens{after}"
     facts = {"mean_nats": found.mean, "largest_nats": found.largest, "tokens": found.tokens}
     return judge(faults, text, ADVICE, {**facts, "most_mean_nats": mean, "most_largest_nats": largest})
 

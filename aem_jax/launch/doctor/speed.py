@@ -1,5 +1,6 @@
 """How fast this machine is, by the benchmarks of `bench`: slow is no fault, a number that cannot be is."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from aem_jax.launch.bench.config import BenchConfig
 from aem_jax.launch.bench.measure import Measurement
 from aem_jax.launch.bench.page import number
 from aem_jax.launch.doctor.config import DoctorConfig
+from aem_jax.launch.doctor.episodes import random_params
 from aem_jax.launch.doctor.finding import Finding
 from aem_jax.launch.plan.devices import GPUS, Chip
 
@@ -42,24 +44,29 @@ def data_sheet(kind: str) -> Chip | None:
 
 def decode(config: DoctorConfig) -> Finding:
     """Prompt tokens and sampled tokens a second, on one device."""
+    random_params.cache_clear()  # the checks before are done with them
     if lacking := _lacking(config, 6, 1):  # masters, while the weights are made, and these
         return lacking
-    extended, decoded = bench_sampler.run(_bench(config))
+    extended, decoded = bench_sampler.run(_bench(config, 64, 512))
     return _finding([decoded, extended])
 
 
 def learn(config: DoctorConfig) -> Finding:
     """Learned tokens a second, on all devices."""
+    random_params.cache_clear()
     if lacking := _lacking(config, STATE_BYTES, jax.device_count()):
         return lacking
-    return _finding(bench_learner.run(_bench(config)))
+    return _finding(bench_learner.run(_bench(config, 8 * jax.device_count(), 512)))
 
 
-def _bench(config: DoctorConfig) -> BenchConfig:
+def _bench(config: DoctorConfig, rows: int, tokens: int) -> BenchConfig:
+    """Shapes: rows (or slots) a device on an accelerator and tokens of each; a fraction of that on a CPU."""
     if jax.default_backend() == "cpu":
-        return BenchConfig(model=config.model, slots=8, prompt_tokens=128, new_tokens=32, row_length=256, repeats=3)
-    slots = 64 * jax.device_count() // max(jax.device_count(), 1)
-    return BenchConfig(model=config.model, slots=slots, prompt_tokens=256, new_tokens=64, row_length=512, repeats=3)
+        rows, tokens = math.lcm(8, jax.device_count()), tokens // 4
+    new = max(tokens // 4, 1)
+    return BenchConfig(
+        model=config.model, slots=rows, prompt_tokens=tokens, new_tokens=new, row_length=2 * tokens, repeats=3
+    )
 
 
 def _lacking(config: DoctorConfig, width: int, devices: int) -> Finding | None:

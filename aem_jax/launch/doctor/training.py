@@ -1,4 +1,4 @@
-"""Whole training steps on a small scale: the same on all devices, without compiling again, and with servers that die."""
+"""Whole training steps on a small scale: the same on all devices, without compiling again, with servers that die."""
 
 import logging
 import math
@@ -38,8 +38,8 @@ SESSIONS = 32
 STEPS_BEFORE_THE_KILL = 20
 
 MESH_ADVICE = (
-    "devices disagree on one step: set --mesh.tensor 1, then --mesh.fsdp 1 --mesh.data -1, to see which axis it is; test "
-    "the links (nccl-tests; NCCL_P2P_DISABLE=1, NCCL_DEBUG=INFO), and train on one device (CUDA_VISIBLE_DEVICES=0) till then"
+    "devices disagree on one step: train on one (CUDA_VISIBLE_DEVICES=0) until it passes. Test the links (nccl-tests; "
+    "NCCL_P2P_DISABLE=1 leaves one kind out), unset XLA_FLAGS, take the versions of constraints.txt"
 )
 COMPILE_ADVICE = (
     "something compiles in every step, which costs seconds to minutes each time: JAX_LOG_COMPILES=1 names it; take the "
@@ -176,7 +176,8 @@ def servers(config: DoctorConfig) -> Finding:
         faults.append(f"{lost} of {SESSIONS} episodes lost: {errors[-1] if errors else 'no error said'}")
     if differ > lost:
         faults.append(f"{differ} episodes differ from those of the undisturbed round")
-    text = f"2 servers up in {started:.1f} s, {SESSIONS} sessions; one killed: {stats.retries} episodes begun again, {lost} lost"
+    after = f"{stats.retries} episodes retried, {lost} lost"
+    text = f"2 servers up in {started:.1f} s, {SESSIONS} sessions; one killed: {after}"
     return judge(faults, text, SERVER_ADVICE, facts)
 
 

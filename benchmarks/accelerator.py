@@ -1,0 +1,122 @@
+"""The benchmarks of `accelerator.sh`, many to a process: starting one takes longer than most of them.
+
+    python -m benchmarks.accelerator decode|learner|trace
+
+Each run of `bench` prints its JSON line when it is done; one that fails prints a line with its error, and the next goes
+on. TINY=1 in the environment takes sizes that a CPU can try.
+"""
+
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from aem_jax.launch.cli import main as launch
+from aem_jax.models import decoder
+
+TINY = os.environ.get("TINY", "") not in ("", "0")
+SMALL, LARGE = ("tiny", "tiny") if TINY else ("qwen2.5-0.5b", "qwen2.5-1.5b")
+SLOTS = (2, 4) if TINY else (64, 16, 128)
+CONTEXTS = (16, 32) if TINY else (1024, 256)
+NEW_TOKENS = 4 if TINY else 64
+ROWS, ROW_LENGTH = (2, 64) if TINY else (4, 2048)
+REPEATS = 2 if TINY else 3
+WRITTEN_OUT = 64
+"""Layers up to which a program has them written out, where that is tried instead of the scan."""
+
+
+class Run(NamedTuple):
+    """One call of `bench`.
+
+    Attributes:
+        words: of its command line.
+        written_out: whether layers are written out, however many there are.
+    """
+
+    words: tuple[str, ...]
+    written_out: bool = False
+
+
+def decode_runs() -> list[Run]:
+    """What is worth most first: a part that is cut off has that."""
+    runs = [_decode(LARGE, SLOTS[0], CONTEXTS[0]), _decode(LARGE, SLOTS[0], CONTEXTS[0], written_out=True)]
+    runs += [_decode(SMALL, slots, context) for context in CONTEXTS for slots in SLOTS]
+    runs += [_decode(LARGE, slots, context) for context in CONTEXTS for slots in SLOTS if (slots, context) != _FIRST]
+    return runs
+
+
+_FIRST = (SLOTS[0], CONTEXTS[0])
+
+
+def _decode(model: str, slots: int, context: int, *, written_out: bool = False) -> Run:
+    sizes = {"--model": model, "--slots": slots, "--prompt-tokens": context, "--new-tokens": NEW_TOKENS}
+    return Run(("bench", "sampler", *_words(sizes)), written_out)
+
+
+def learner_runs() -> list[Run]:
+    """The same."""
+    ways = [("cudnn", "layers"), ("xla", "layers"), ("cudnn", "none"), ("triton", "layers"), ("xla", "none")]
+    runs = [_learn(LARGE, *ways[0]), *(_learn(SMALL, *way) for way in ways), *(_learn(LARGE, *way) for way in ways[1:])]
+    return list(dict.fromkeys(runs))
+
+
+def _learn(model: str, attention: str, remat: str) -> Run:
+    sizes = {"--model": model, "--slots": ROWS, "--row-length": ROW_LENGTH}
+    return Run(
+        ("bench", "learner", *_words(sizes), "--learner.attention", attention, "--learner.remat", remat),
+    )
+
+
+def trace_runs() -> list[Run]:
+    """One decode and one update with a profile, whose longest operations go to standard error."""
+    folder = ("--trace", tempfile.mkdtemp(prefix="trace-"))
+    decode, learn = _decode(LARGE, *_FIRST), _learn(SMALL, "auto", "layers")
+    return [each._replace(words=(*each.words, *folder)) for each in (decode, learn)]
+
+
+def _words(sizes: dict[str, object]) -> list[str]:
+    return [str(word) for pair in {**sizes, "--repeats": REPEATS}.items() for word in pair]
+
+
+PARTS = {"decode": decode_runs, "learner": learner_runs, "trace": trace_runs}
+
+
+def run_all(runs: Sequence[Run]) -> int:
+    """Does them in order; how many failed."""
+    failed = 0
+    for run in runs:
+        gc.collect()  # the arrays of the one before
+        before, start, error = decoder.FEW_LAYERS, time.perf_counter(), ""
+        decoder.FEW_LAYERS = WRITTEN_OUT if run.written_out else before
+        note = " (layers written out)" if run.written_out else ""
+        print(f"== {' '.join(run.words)}{note}", file=sys.stderr, flush=True)
+        try:
+            status = launch(run.words)
+            error = f"exit status {status}" if status else ""
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+        finally:
+            decoder.FEW_LAYERS = before
+        line = {"kind": "run", "words": run.words, "written_out": run.written_out, "error": error}
+        print(json.dumps({**line, "seconds": time.perf_counter() - start}), flush=True)
+        failed += bool(error)
+        if error:
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+    return failed
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs one part; 0 if one of its runs succeeded, 2 for a part that there is not."""
+    if len(words) != 1 or words[0] not in PARTS:
+        print(f"error: expected one of {', '.join(PARTS)}, got {' '.join(words) or 'nothing'}", file=sys.stderr)
+        return 2
+    runs = PARTS[words[0]]()
+    return int(run_all(runs) == len(runs))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

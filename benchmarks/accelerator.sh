@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# What is worth knowing in the first minutes on an accelerator: is it correct, how fast is it, what takes the time.
+# Under eight minutes on one GPU. Everything is written as it comes, so a run that is cut off leaves what it had.
+#
+#   bash benchmarks/accelerator.sh                 writes into ./accelerator-out, or into $OUT
+#   TINY=1 bash benchmarks/accelerator.sh          tries the same on a CPU, with tiny sizes
+#
+# PYTHON names the interpreter (.venv/bin/python if there is one, else python3). Packages that it lacks may lie in a
+# folder on PYTHONPATH. LIMIT is the number of seconds for all of it.
+#
+#   doctor.json doctor.txt    what `doctor` found, and its table
+#   bench.jsonl bench.txt     decode and learner: a JSON line for each, and their tables
+#   trace.txt                 the longest operations of a decode and an update, and the gaps between operations
+#   run.txt metrics.jsonl     20 steps of alfworld-tiny
+#   parts.txt                 what each part's exit status was, and how long it took
+set -u
+cd "$(dirname "$0")/.." || exit 2
+ROOT=$PWD
+OUT=${OUT:-$ROOT/accelerator-out}
+mkdir -p "$OUT" || exit 2
+OUT=$(cd "$OUT" && pwd)
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ -x .venv/bin/python ] && PYTHON=$ROOT/.venv/bin/python
+fi
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONIOENCODING=utf-8
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}
+export TINY=${TINY:-}
+export TMPDIR=$WORK
+case $TINY in
+    '' | 0) LIMIT=${LIMIT:-470} RUN=() SHAPE=() ;;
+    *) LIMIT=${LIMIT:-1800} SHAPE=(--model tiny)
+        RUN=(--warmstart.episodes 60 --warmstart.steps 4 --rollout.groups-per-step 2 --rollout.num-slots 16 --evaluation.size 8) ;;
+esac
+
+# part NAME SECONDS OUTPUT ERRORS COMMAND...: appends to both files; ends after SECONDS, or when LIMIT is reached.
+part() {
+    local name=$1 seconds=$2 output=$OUT/$3 errors=$OUT/$4 start=$SECONDS left=$((LIMIT - SECONDS)) status
+    shift 4
+    if [ "$left" -lt 5 ]; then
+        echo "$name: left out, no time" | tee -a "$OUT/parts.txt"
+        return
+    fi
+    [ "$seconds" -gt "$left" ] && seconds=$left
+    [ -n "$TINY" ] && seconds=$left
+    timeout -k 5 "$seconds" "$@" >>"$output" 2>>"$errors"
+    status=$?
+    echo "$name: exit status $status after $((SECONDS - start)) s$([ $status = 124 ] && echo ' (cut off)')" | tee -a "$OUT/parts.txt"
+}
+
+for file in doctor.json doctor.txt bench.jsonl bench.txt trace.txt run.txt metrics.jsonl parts.txt; do
+    : >"$OUT/$file"
+done
+{ date -u; uname -srm; nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader; } >>"$OUT/parts.txt" 2>/dev/null
+
+part doctor 170 doctor.json doctor.txt "$PYTHON" -m aem_jax.launch doctor --json --runs-dir "$WORK/runs" "${SHAPE[@]}"
+part decode 90 bench.jsonl bench.txt "$PYTHON" -m benchmarks.accelerator decode
+part learner 90 bench.jsonl bench.txt "$PYTHON" -m benchmarks.accelerator learner
+part trace 45 bench.jsonl trace.txt "$PYTHON" -m benchmarks.accelerator trace
+part run 90 run.txt run.txt "$PYTHON" -m aem_jax.launch --preset alfworld-tiny --train.num-steps 20 --evaluation.every 20 \
+    --warmstart.episodes 500 --warmstart.steps 50 --evaluation.size 32 --runs-dir "$WORK/runs" --name run "${RUN[@]}"
+cp "$WORK/runs/run/metrics.jsonl" "$OUT/metrics.jsonl" 2>/dev/null
+echo "all: $SECONDS s; results in $OUT" | tee -a "$OUT/parts.txt"
+grep -q '^doctor: exit status 0 ' "$OUT/parts.txt"
