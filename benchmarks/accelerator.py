@@ -45,8 +45,8 @@ def decode_runs() -> list[Run]:
     """What is worth most first: a part that is cut off has that."""
     runs = [_decode(LARGE, SLOTS[0], CONTEXTS[0]), _decode(LARGE, SLOTS[0], CONTEXTS[0], written_out=True)]
     runs += [_decode(SMALL, slots, context) for context in CONTEXTS for slots in SLOTS]
-    runs += [_decode(LARGE, slots, context) for context in CONTEXTS for slots in SLOTS if (slots, context) != _FIRST]
-    return runs
+    runs += [_decode(LARGE, slots, context) for context in CONTEXTS for slots in SLOTS]
+    return list(dict.fromkeys(runs))
 
 
 _FIRST = (SLOTS[0], CONTEXTS[0])

@@ -31,7 +31,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}
 export TINY=${TINY:-}
 export TMPDIR=$WORK
 case $TINY in
-    '' | 0) LIMIT=${LIMIT:-470} RUN=() SHAPE=() ;;
+    '' | 0) LIMIT=${LIMIT:-475} RUN=() SHAPE=() ;;
     *) LIMIT=${LIMIT:-1800} SHAPE=(--model tiny)
         RUN=(--warmstart.episodes 60 --warmstart.steps 4 --rollout.groups-per-step 2 --rollout.num-slots 16 --evaluation.size 8) ;;
 esac
@@ -46,7 +46,7 @@ part() {
     fi
     [ "$seconds" -gt "$left" ] && seconds=$left
     [ -n "$TINY" ] && seconds=$left
-    timeout -k 5 "$seconds" "$@" >>"$output" 2>>"$errors"
+    timeout -k 10 "$seconds" "$@" >>"$output" 2>>"$errors"
     status=$?
     echo "$name: exit status $status after $((SECONDS - start)) s$([ $status = 124 ] && echo ' (cut off)')" | tee -a "$OUT/parts.txt"
 }
@@ -56,11 +56,11 @@ for file in doctor.json doctor.txt bench.jsonl bench.txt trace.txt run.txt metri
 done
 { date -u; uname -srm; nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader; } >>"$OUT/parts.txt" 2>/dev/null
 
-part doctor 170 doctor.json doctor.txt "$PYTHON" -m aem_jax.launch doctor --json --runs-dir "$WORK/runs" "${SHAPE[@]}"
-part decode 90 bench.jsonl bench.txt "$PYTHON" -m benchmarks.accelerator decode
-part learner 90 bench.jsonl bench.txt "$PYTHON" -m benchmarks.accelerator learner
-part trace 45 bench.jsonl trace.txt "$PYTHON" -m benchmarks.accelerator trace
-part run 90 run.txt run.txt "$PYTHON" -m aem_jax.launch --preset alfworld-tiny --train.num-steps 20 --evaluation.every 20 \
+part doctor 190 doctor.json doctor.txt "$PYTHON" -m aem_jax.launch doctor --json --runs-dir "$WORK/runs" "${SHAPE[@]}"
+part decode 85 bench.jsonl bench.txt "$PYTHON" -m benchmarks.accelerator decode
+part learner 85 bench.jsonl bench.txt "$PYTHON" -m benchmarks.accelerator learner
+part trace 40 bench.jsonl trace.txt "$PYTHON" -m benchmarks.accelerator trace
+part run 75 run.txt run.txt "$PYTHON" -m aem_jax.launch --preset alfworld-tiny --train.num-steps 20 --evaluation.every 20 \
     --warmstart.episodes 500 --warmstart.steps 50 --evaluation.size 32 --runs-dir "$WORK/runs" --name run "${RUN[@]}"
 cp "$WORK/runs/run/metrics.jsonl" "$OUT/metrics.jsonl" 2>/dev/null
 echo "all: $SECONDS s; results in $OUT" | tee -a "$OUT/parts.txt"

@@ -1,11 +1,16 @@
 """The page of benchmarks is what its files say; the driver of peers divides the right numbers and names who failed."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from aem_jax.launch.bench.config import BenchConfig
+from aem_jax.launch.options import apply, split
+from aem_jax.models import decoder
+from benchmarks import accelerator
 from benchmarks.make_docs import FOLDER, PAGE, bench_table, load, peers_table, read, render, where
 from benchmarks.peers import COMPARISONS, Comparison, PeerError, Program, compare, main, parse_peer, versions_of
 
@@ -150,3 +155,32 @@ def test_a_run_of_bench_fits_the_page(tmp_path, monkeypatch, capsys):
     assert result["commands"] == {"aem_jax": command}
     page = render([*load(FOLDER / "results"), result])
     assert "## Against the roofline" in page and command in page and "advantage: GRPO + AEM" in page
+
+
+def test_a_run_that_fails_is_a_line_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatch, capsys):
+    seen: list[tuple[str, int]] = []
+
+    def launch(words):
+        seen.append((words[-1], decoder.FEW_LAYERS))
+        if words[-1] == "raises":
+            raise RuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nallocations")
+        return 2 if words[-1] == "refused" else 0
+
+    monkeypatch.setattr(accelerator, "launch", launch)
+    usual = decoder.FEW_LAYERS
+    runs = [accelerator.Run(("bench", "raises"), True), accelerator.Run(("bench", "refused")), accelerator.Run(("ok",))]
+    assert accelerator.run_all(runs) == 2 and usual == decoder.FEW_LAYERS
+    assert seen == [("raises", accelerator.WRITTEN_OUT), ("refused", usual), ("ok", usual)]
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["error"] for line in lines] == ["RuntimeError: RESOURCE_EXHAUSTED: 9 GiB", "exit status 2", ""]
+    assert accelerator.main(["nothing"]) == 2
+
+
+@pytest.mark.parametrize("part", ["decode", "learner", "trace"])
+def test_what_the_accelerator_is_asked_can_be_asked(part: str, monkeypatch: pytest.MonkeyPatch):
+    """Every option is one of `bench`, and what is worth most comes first."""
+    runs = accelerator.PARTS[part]()
+    assert len(set(runs)) == len(runs)
+    for run in runs:
+        names, options = split(run.words[1:])
+        assert set(names) <= {"sampler", "learner"} and apply(BenchConfig(), options).model.startswith("qwen2.5-")

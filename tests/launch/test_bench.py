@@ -1,6 +1,9 @@
 """Benchmarks measure what they say and end in one JSON line. Their numbers are nobody's test."""
 
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +16,7 @@ from aem_jax.launch.bench.compare import differences, ratios, read_earlier
 from aem_jax.launch.bench.counted import CountedSampler
 from aem_jax.launch.bench.measure import summarise, timed
 from aem_jax.launch.bench.roofline import read, roofline
+from aem_jax.launch.bench.trace import as_text, profile, read_profile
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.plan.costs import Costs, costs
 from aem_jax.models import CONFIGS, ModelConfig, Policy
@@ -56,6 +60,8 @@ def test_a_benchmark_ends_in_one_json_line(name: str, count: int, capsys):
         assert name in ("envs", "load") or each["roofline"]["bytes"] > 0
     if name == "learner":
         assert found["results"][0]["roofline"]["mfu"] > 0
+        facts = found["results"][0]["facts"]
+        assert 0.2 < facts["memory_gib"] / facts["planned_gib"] < 5
     if name == "rollout":
         lockstep, continuous = (found["results"][i] for i in (0, 2))
         assert (lockstep["what"], continuous["what"]) == ("episodes, lockstep", "episodes, continuous")
@@ -68,6 +74,56 @@ def test_a_benchmark_ends_in_one_json_line(name: str, count: int, capsys):
 def test_an_unknown_mode_is_refused(capsys):
     assert cli.main(["bench", "rollout", *SMALL, "--modes", "lockstop"]) == 2
     assert "--modes: expected one of lockstep, continuous, got 'lockstop'" in capsys.readouterr().err
+
+
+def test_a_device_without_the_attention_is_one_line(capsys):
+    assert cli.main(["bench", "learner", *SMALL, "--learner.attention", "cudnn"]) == 2
+    assert "--learner.attention: expected auto, xla on a CPU, got cudnn" in capsys.readouterr().err
+
+
+Rows = Sequence[tuple[str, float, float, dict[str, str]]]
+
+
+def plane(name: str, lines: Mapping[str, Rows]) -> SimpleNamespace:
+    """As the profiler's data have it; nanoseconds."""
+    events = lambda rows: [SimpleNamespace(name=n, start_ns=s, end_ns=e, stats=t.items()) for n, s, e, t in rows]  # noqa: E731
+    return SimpleNamespace(name=name, lines=[SimpleNamespace(name=line, events=events(lines[line])) for line in lines])
+
+
+def test_a_profile_counts_an_operation_without_those_inside_it():
+    rows: Rows = [("while", 0, 100, {}), ("dot", 10, 40, {}), ("add", 40, 60, {}), ("dot", 150, 200, {})]
+    step: Rows = [("step", 0, 500, {})]
+    gpu = plane("/device:GPU:0", {"Steps": step, "Stream #7": rows, "Stream #8": [("copy", 50, 70, {})]})
+    host = plane("/host:CPU", {"python": step, "xla": [("call", 0, 9, {}), ("Op", 5, 8, {"hlo_op": "fusion.1"})]})
+    found = read_profile(SimpleNamespace(planes=[host, gpu]))
+    assert [(each.name, round(1e9 * each.seconds), each.count) for each in found.operations] == [
+        ("dot", 80, 2),
+        ("while", 50, 1),
+        ("add", 20, 1),
+        ("copy", 20, 1),
+    ]
+    assert (round(1e9 * found.busy), round(1e9 * found.span)) == (150, 200)
+    lines = as_text("decode", found).splitlines()
+    assert (
+        "none ran in 25.0% of it; 5 runs of 4 operations" in lines[0] and "47.1%" in lines[1] and "2 x  dot" in lines[1]
+    )
+    alone = read_profile(SimpleNamespace(planes=[host, plane("/device:GPU:0", Steps=[("step", 0, 1, {})])]))
+    assert [each.name for each in alone.operations] == ["fusion.1"]
+    with pytest.raises(ValueError, match="expected operations"):
+        read_profile(SimpleNamespace(planes=[]))
+
+
+def test_a_call_is_profiled(tmp_path: Path):
+    function = jax.jit(lambda x: x @ x)
+    x = np.ones((64, 64), np.float32)
+    function(x)
+    text = profile(lambda: function(x).block_until_ready(), str(tmp_path), "product")
+    assert text.startswith("product: ") and " ms from first to last operation" in text, text
+    assert "no profile (RuntimeError: gone)" in profile(lambda: raise_(RuntimeError("gone\nfar")), str(tmp_path), "x")
+
+
+def raise_(error: Exception) -> None:
+    raise error
 
 
 def test_a_rate_is_work_over_the_median_second(monkeypatch: pytest.MonkeyPatch):

@@ -7,17 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aem_jax.launch.doctor.attention import packed_rows, plain_attention
 from aem_jax.models.attention import blocked_attention, longest_segment
 from aem_jax.models.gpu_attention import triton_attention
 from aem_jax.models.splash import splash_attention
-
-
-def masked_attention(q, k, v, segment_ids):
-    """jax's own, with the whole mask."""
-    length = q.shape[1]
-    causal = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
-    mask = causal[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
 
 @pytest.mark.parametrize(("length", "block"), [(5, 64), (64, 64), (150, 64), (150, 128)])
@@ -36,20 +29,10 @@ def test_blocks_change_nothing(length, block):
 
     for found, expected in zip(
         jax.tree.leaves(loss(partial(blocked_attention, block=block))),
-        jax.tree.leaves(loss(masked_attention)),
+        jax.tree.leaves(loss(plain_attention)),
         strict=True,
     ):
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
-
-
-def packed(length: int, heads: int, kv_heads: int, head_dim: int):
-    """Rows of several segments, of one, and of padding at the end."""
-    keys = jax.random.split(jax.random.key(length), 3)
-    shapes = ((heads, keys[0]), (kv_heads, keys[1]), (kv_heads, keys[2]))
-    q, k, v = (jax.random.normal(key, (2, length, count, head_dim)) for count, key in shapes)
-    cuts = np.searchsorted([length // 5, length // 2, length - 30], np.arange(length), side="right")
-    segments = np.stack([np.where(cuts == 3, 0, cuts + 1), np.ones(length)])
-    return q, k, v, jnp.asarray(segments, jnp.int32)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +45,7 @@ def packed(length: int, heads: int, kv_heads: int, head_dim: int):
 )
 def test_a_kernel_is_the_masked_softmax(attend, length: int, heads: int, kv_heads: int):
     """Values and gradients, against jax's own attention with the whole mask and against XLA's blocks."""
-    q, k, v, segments = packed(length, heads, kv_heads, 64)
+    q, k, v, segments = packed_rows(length, heads, kv_heads, 64)
 
     def loss(attention):
         return jax.jit(
@@ -70,7 +53,7 @@ def test_a_kernel_is_the_masked_softmax(attend, length: int, heads: int, kv_head
         )(q, k, v)
 
     found = loss(attend)
-    for oracle in (masked_attention, partial(blocked_attention, block=128)):
+    for oracle in (plain_attention, partial(blocked_attention, block=128)):
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(loss(oracle)), strict=True):
             np.testing.assert_allclose(one, other, atol=5e-5, rtol=5e-5)
 
@@ -88,7 +71,7 @@ def test_short_segments_are_not_looked_beyond(more: int):
         total = lambda q, k, v: jnp.sum(jnp.where((segments > 0)[..., None, None], jnp.sin(attention(q, k, v)), 0.0))  # noqa: E731
         return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
 
-    expected = gradients(lambda q, k, v: masked_attention(q, k, v, segments))
+    expected = gradients(lambda q, k, v: plain_attention(q, k, v, segments))
     attention = partial(blocked_attention, segment_ids=segments, block=4)
     for ours, theirs in zip(gradients(attention), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)

@@ -15,18 +15,24 @@ from aem_jax.launch.bench.roofline import read, roofline
 from aem_jax.launch.bench.trace import profile
 from aem_jax.launch.build import known_model
 from aem_jax.launch.config import BatchConfig, RunConfig
+from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.plan.analytic import head_parameters, memory, token_flops
 from aem_jax.launch.plan.costs import costs
 from aem_jax.launch.plan.workload import workload
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
 from aem_jax.models import ModelConfig, Policy
+from aem_jax.models.kernels import Sizes, choose, device_of
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sharding import AXES, MeshConfig, make_mesh
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
 
 
 def run(config: BenchConfig) -> list[Measurement]:
-    """Tokens a second, heard and said alike."""
+    """Tokens a second, heard and said alike; memory of a device, and what `plan` estimates of it.
+
+    Raises:
+        ConfigError: an attention that this device does not have.
+    """
     rows, length = config.slots, config.row_length
     policy, mesh, learner = Policy(known_model(config.model)), make_mesh(MeshConfig()), config.learner
     state = init_state(policy, make_optimizer(learner, policy.axes), mesh, jax.random.key(0))
@@ -34,6 +40,10 @@ def run(config: BenchConfig) -> list[Measurement]:
     batch = place(collate([_episode(n, length, policy.config.vocab_size) for n in range(rows)], layout), mesh)
     advantages = jax.device_put(np.where(np.asarray(batch.response_ids) >= 0, 1.0, 0.0).astype(np.float32))
 
+    try:
+        choose(learner.attention, device_of(mesh), Sizes(length, 1, 1, 128, "bfloat16"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     jitted: Any = make_update(policy, learner, mesh)
     update = jitted.lower(state, batch, advantages, None).compile()
 

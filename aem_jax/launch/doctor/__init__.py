@@ -9,12 +9,13 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,7 @@ def run(names: Sequence[str], config: "DoctorConfig") -> int:
 
     page = Page(sys.stderr if config.json else sys.stdout)
     found: list[Finding] = []
+    work = _Worker()
     start = time.perf_counter()
     stopped = 0
     try:
@@ -98,7 +100,7 @@ def run(names: Sequence[str], config: "DoctorConfig") -> int:
             page.head(config)
             for name in chosen:
                 with page.at_work(name), _stdout_for_json_alone(config.json):
-                    one = trouble if trouble and name == trouble.name else examine(name, config)
+                    one = trouble if trouble and name == trouble.name else work(lambda name=name: examine(name, config))
                 found.append(one)
                 page.show(one)
     except _StoppedError as error:
@@ -119,6 +121,10 @@ def run(names: Sequence[str], config: "DoctorConfig") -> int:
             "results": [asdict(each) for each in found],
         }
         print(json.dumps(_plain(document)), flush=True)
+    if work.is_busy:  # stopped amid a compilation, which nothing ends but the end of the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stopped)
     return stopped or (0 if is_well else 1)
 
 
@@ -155,6 +161,36 @@ def _set_up(config: "DoctorConfig") -> tuple["DoctorConfig", Finding | None]:
         jax.config.update("jax_platforms", "cpu")
     default = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
     return replace(config, model=config.model or default), trouble
+
+
+class _Worker:
+    """Calls in a thread of their own. The main one only waits, so that a signal need not wait for a compilation."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is still under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def __call__(self, call: Callable[[], Finding]) -> Finding:
+        """What the call returns or raises."""
+        done: list[Finding] = []
+        failed: list[BaseException] = []
+
+        def do() -> None:
+            try:
+                done.append(call())
+            except BaseException as error:
+                failed.append(error)
+
+        self._thread = threading.Thread(target=do, name="check", daemon=True)
+        self._thread.start()
+        self._thread.join()
+        if failed:
+            raise failed[0]
+        return done[0]
 
 
 class _StoppedError(BaseException):

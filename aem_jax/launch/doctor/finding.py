@@ -34,6 +34,9 @@ def judge(faults: list[str], text: str, advice: str, facts: Mapping[str, Any]) -
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    """An error in one line: its first, and its last where the first announces it."""
+    lines = str(error).strip().splitlines() or [""]
+    text = (
+        f"{lines[0].strip()} {lines[-1].strip()}" if lines[0].rstrip().endswith(":") and lines[1:] else lines[0].strip()
+    )
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -127,7 +127,8 @@ def bfloat16(config: DoctorConfig) -> Finding:
 
 def greedy(config: DoctorConfig) -> Finding:
     """At temperature 0 every token is the argmax of one pass without a cache."""
-    policy, mesh = Policy(config.shallow("float32")), one_device()
+    # With a tied head random weights say the last token again and again, whatever they attend to.
+    policy, mesh = Policy(replace(config.shallow("float32"), tied_head=False)), one_device()
     with full_precision():
         params = random_params(policy, mesh)
         reshard = make_reshard(policy, mesh)

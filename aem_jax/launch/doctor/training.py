@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from aem_jax.compilations import compilations
 from aem_jax.envs.pool import EnvPool, PoolConfig
-from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.protocol import EnvError, StepResult
 from aem_jax.launch.doctor.config import DoctorConfig
 from aem_jax.launch.doctor.episodes import make_sampler, packed, play, random_params, server_settings
-from aem_jax.launch.doctor.finding import Finding, judge
+from aem_jax.launch.doctor.finding import Finding, first_line, judge
 from aem_jax.launch.doctor.parity import full_precision, one_device
-from aem_jax.learner import LearnerConfig, TrainState, init_state, make_optimizer, make_update
+from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
 from aem_jax.models import CONFIGS, ModelConfig, Policy
 from aem_jax.rollout.seats import Pool
 from aem_jax.sampler import SamplingConfig
@@ -52,11 +52,11 @@ SERVER_ADVICE = (
 
 
 class Stepped(NamedTuple):
-    """What a training step came to."""
+    """What a training step came to; parameters are on the host."""
 
     trajectories: list[Trajectory]
     stats: Mapping[str, float]
-    state: TrainState
+    params: Any
 
 
 class Trainer:
@@ -88,7 +88,8 @@ class Trainer:
         ids = np.asarray(batch.response_ids)
         sign = np.where(np.asarray(batch.response_tokens) % 2, -1.0, 1.0).astype(np.float32)
         self.state, stats = self._update(self.state, batch, np.where(ids >= 0, sign[np.maximum(ids, 0)], 0.0))
-        return Stepped(trajectories, {name: float(value) for name, value in stats.items()}, self.state)
+        params = jax.tree.map(np.asarray, self.state.params)
+        return Stepped(trajectories, {name: float(value) for name, value in stats.items()}, params)
 
 
 def mesh(config: DoctorConfig) -> Finding:
@@ -102,26 +103,23 @@ def mesh(config: DoctorConfig) -> Finding:
     slots = 4 * math.lcm(2, count)
     with full_precision():
         alone, together = (Trainer(model, each, slots, rows=slots).step(0) for each in (one_device(), whole))
-    tokens, others = (_tokens(each.trajectories) for each in (alone, together))
-    differ = sum(one != other for one, other in zip(tokens, others))
+    ways = " x ".join(f"{axis} {size}" for axis, size in whole.shape.items())
+    return compare(alone, together, f"a step on 1 and on {count} devices ({ways})")
+
+
+def compare(one: Stepped, other: Stepped, what: str) -> Finding:
+    """Whether two steps from the same parameters and tasks are the same: tokens, loss, gradient, new parameters."""
+    tokens, others = _tokens(one.trajectories), _tokens(other.trajectories)
+    differ = sum(pair[0] != pair[1] for pair in zip(tokens, others)) + abs(len(tokens) - len(others))
     facts: dict[str, Any] = {"tokens": len(tokens), "differ": differ}
     for name in ("loss", "grad_norm"):
-        one, other = alone.stats[name], together.stats[name]
-        facts[name] = abs(one - other) / max(abs(one), 1e-3)
-    facts["parameters"] = max(
-        float(np.max(np.abs(np.asarray(one) - np.asarray(other))))
-        for one, other in zip(jax.tree.leaves(alone.state.params), jax.tree.leaves(together.state.params), strict=True)
-    )
-    faults = [f"{differ} of {len(tokens)} sampled tokens differ"] if differ or len(tokens) != len(others) else []
-    faults += [
-        f"{name} differs by {facts[name]:.1e}"
-        for name in ("loss", "grad_norm", "parameters")
-        if not facts[name] <= SAME
-    ]
-    ways = " x ".join(f"{axis} {size}" for axis, size in whole.shape.items())
-    text = (
-        f"a step on 1 and on {count} devices ({ways}): {len(tokens)} tokens, parameters {facts['parameters']:.1e} apart"
-    )
+        facts[name] = abs(one.stats[name] - other.stats[name]) / max(abs(one.stats[name]), 1e-3)
+    pairs = zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True)
+    facts["parameters"] = float(np.max([np.max(np.abs(left - right)) for left, right in pairs]))
+    faults = [f"{differ} of {len(tokens)} sampled tokens differ"] if differ else []
+    apart = [name for name in ("loss", "grad_norm", "parameters") if not facts[name] <= SAME]
+    faults += [f"{name} differs by {facts[name]:.1e}" for name in apart]
+    text = f"{what}: {len(tokens)} tokens, parameters at most {facts['parameters']:.1e} apart"
     return judge(faults, text, MESH_ADVICE, facts)
 
 
@@ -154,16 +152,21 @@ def recompiles(config: DoctorConfig) -> Finding:
 
 def servers(config: DoctorConfig) -> Finding:
     """Two environment servers with 32 sessions; one is killed while they play."""
-    trainer, start = _tiny(), time.perf_counter()
-    each = PoolConfig(num_servers=2, sessions_per_server=SESSIONS // 2, start_deadline_s=30.0, first_pause_s=0.05)
-    with _quiet("aem_jax"), EnvPool(each, server_settings()) as pool:
-        started = time.perf_counter() - start
+    start = time.perf_counter()
+    settings = PoolConfig(num_servers=2, sessions_per_server=SESSIONS // 2, start_deadline_s=30.0, first_pause_s=0.05)
+    try:
+        opened = EnvPool(settings, server_settings())
+    except EnvError as error:
+        return Finding(False, first_line(error), SERVER_ADVICE)
+    started = time.perf_counter() - start
+    with _quiet("aem_jax"), opened as pool:
+        trainer = _tiny()
         calm, _ = trainer.play(0, pool)
         killing = KilledOnce(pool, STEPS_BEFORE_THE_KILL)
         found, stats = trainer.play(0, killing)
         restarts, errors = sum(pool.stats().restarts), pool.stats().errors
     lost = SESSIONS - sum(one.ending is not Ending.ENV_ERROR for one in found)
-    differ = sum(one != other for one, other in zip(map(_tokens, zip(calm)), map(_tokens, zip(found))))
+    differ = sum(_tokens([one]) != _tokens([other]) for one, other in zip(calm, found))
     facts = {"start_s": started, "restarts": restarts, "retries": stats.retries, "lost": lost, "errors": list(errors)}
     faults = []
     if not killing.killed:
@@ -171,11 +174,11 @@ def servers(config: DoctorConfig) -> Finding:
     elif not restarts:
         faults.append("the killed server did not come back")
     elif not stats.retries:
-        faults.append("no episode was played again")
+        faults.append("no episode was retried")
     if lost:
-        faults.append(f"{lost} of {SESSIONS} episodes lost: {errors[-1] if errors else 'no error said'}")
+        faults.append(f"{lost} of {SESSIONS} episodes lost, the last error: {errors[-1] if errors else 'none'}")
     if differ > lost:
-        faults.append(f"{differ} episodes differ from those of the undisturbed round")
+        faults.append(f"{differ - lost} episodes differ from those of the undisturbed round")
     after = f"{stats.retries} episodes retried, {lost} lost"
     text = f"2 servers up in {started:.1f} s, {SESSIONS} sessions; one killed: {after}"
     return judge(faults, text, SERVER_ADVICE, facts)
