@@ -107,7 +107,7 @@ def test_a_profile_counts_an_operation_without_those_inside_it():
     assert (
         "none ran in 25.0% of it; 5 runs of 4 operations" in lines[0] and "47.1%" in lines[1] and "2 x  dot" in lines[1]
     )
-    alone = read_profile(SimpleNamespace(planes=[host, plane("/device:GPU:0", Steps=[("step", 0, 1, {})])]))
+    alone = read_profile(SimpleNamespace(planes=[host, plane("/device:GPU:0", {"Steps": step})]))
     assert [each.name for each in alone.operations] == ["fusion.1"]
     with pytest.raises(ValueError, match="expected operations"):
         read_profile(SimpleNamespace(planes=[]))

@@ -320,7 +320,7 @@ def test_a_server_that_does_not_start_is_a_fault(monkeypatch: pytest.MonkeyPatch
 def test_a_whole_step_is_played_and_learnt_without_compiling_again():
     """The real trainer: what `mesh`, `recompiles` and `servers` run."""
     with parity.full_precision():
-        trainer = training.Trainer(CONFIG.shape, parity.one_device(), parity.SLOTS)
+        trainer = training.Trainer(CONFIG.shape, parity.one_device(), episodes.SLOTS)
         first = trainer.step(0)
         before = compilations()
         second = trainer.step(1)
@@ -403,7 +403,7 @@ def test_rates_and_their_shares(monkeypatch: pytest.MonkeyPatch):
     full = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**20})
     monkeypatch.setattr(jax, "local_devices", lambda: [full])
     lacking = speed.decode(DoctorConfig(model="qwen2.5-7b"))
-    assert lacking.ok is None and "qwen2.5-7b takes 43 GiB a device of 0" in lacking.text
+    assert lacking.ok is None and "qwen2.5-7b takes 43 GiB of each device" in lacking.text
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from aem_jax.batch import Batch
 from aem_jax.launch.doctor.config import DoctorConfig
-from aem_jax.launch.doctor.episodes import make_sampler, packed, play, random_params
+from aem_jax.launch.doctor.episodes import SLOTS, make_sampler, packed, play, random_params
 from aem_jax.launch.doctor.finding import Finding, judge
 from aem_jax.learner import LearnerConfig, make_token_logprobs
 from aem_jax.models import LoraConfig, LoraPolicy, ModelConfig, Params, Policy
@@ -34,7 +34,6 @@ from aem_jax.sampler import SamplingConfig
 from aem_jax.sampler.layout import make_lora_reshard, make_reshard
 from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
 
-SLOTS = 8
 RANK = 4
 EXACT = 1e-4
 """Nats: the largest gap of one token in float32. Rounding costs 1e-6 to 1e-5, whatever the width."""
@@ -136,9 +135,9 @@ def greedy(config: DoctorConfig) -> Finding:
         trajectories, _ = play(sampler, reshard(params), SLOTS)
         batch = packed(trajectories, SLOTS, mesh)
         behind = jax.jit(lambda *arrays: _behind_the_best(policy, *arrays))
-        rows = [np.asarray(getattr(batch, name)[0]) for name in ("tokens", "positions", "segment_ids", "response_ids")]
-        found = np.asarray(behind(params, *rows))
-    count = int(np.sum(rows[3] >= 0))
+        parts = [np.asarray(getattr(batch, name)) for name in ("tokens", "positions", "segment_ids", "response_ids")]
+        found = np.asarray([behind(params, *rows) for rows in zip(*parts, strict=True)])
+    count = int(np.sum(parts[3] >= 0))
     wrong = int(np.sum(found > TIE))
     faults = [f"{wrong} of {count} tokens are not the argmax"] if wrong else []
     if not count:
@@ -168,12 +167,12 @@ def sample(
 def sample_lora(model: ModelConfig, *, merge: bool) -> Sampled:
     """Plays episodes with an adapter in the midst of training."""
     whole, mesh = Policy(model), one_device()
+    learner = LoraPolicy(whole, LoraConfig(rank=RANK, merge=False))  # its programs are the same for both
     policy = LoraPolicy(whole, LoraConfig(rank=RANK, merge=merge))
     with full_precision(model.dtype):
-        frozen, adapter = random_params(whole, mesh), random_params(policy, mesh, seed=1)
+        frozen, adapter = random_params(whole, mesh), random_params(learner, mesh, seed=1)
         sampled = make_lora_reshard(policy, mesh)(adapter, frozen)
         trajectories, _ = play(make_sampler(policy.sampled, SamplingConfig(), SLOTS, mesh), sampled, SLOTS)
-    learner = LoraPolicy(whole, LoraConfig(rank=RANK, merge=False))  # one program for both ways of sampling
     return Sampled(packed(trajectories, SLOTS, mesh), learner, (adapter, frozen))
 
 

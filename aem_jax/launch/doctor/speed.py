@@ -12,7 +12,7 @@ from aem_jax.launch.bench.config import BenchConfig
 from aem_jax.launch.bench.measure import Measurement
 from aem_jax.launch.bench.page import number
 from aem_jax.launch.doctor.config import DoctorConfig
-from aem_jax.launch.doctor.episodes import random_params
+from aem_jax.launch.doctor.episodes import fits, random_params
 from aem_jax.launch.doctor.finding import Finding
 from aem_jax.launch.plan.devices import GPUS, Chip
 
@@ -44,7 +44,6 @@ def data_sheet(kind: str) -> Chip | None:
 
 def decode(config: DoctorConfig) -> Finding:
     """Prompt tokens and sampled tokens a second, on one device."""
-    random_params.cache_clear()  # the checks before are done with them
     if lacking := _lacking(config, 6, 1):  # masters, while the weights are made, and these
         return lacking
     extended, decoded = bench_sampler.run(_bench(config, 64, 512))
@@ -53,7 +52,6 @@ def decode(config: DoctorConfig) -> Finding:
 
 def learn(config: DoctorConfig) -> Finding:
     """Learned tokens a second, on all devices."""
-    random_params.cache_clear()
     if lacking := _lacking(config, STATE_BYTES, jax.device_count()):
         return lacking
     return _finding(bench_learner.run(_bench(config, 8 * jax.device_count(), 512)))
@@ -71,12 +69,15 @@ def _bench(config: DoctorConfig, rows: int, tokens: int) -> BenchConfig:
 
 def _lacking(config: DoctorConfig, width: int, devices: int) -> Finding | None:
     """Why the model is not measured here, if it does not fit."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    need = width * config.shape.num_parameters / devices
-    if limit is None or need < 0.8 * limit:
+    random_params.cache_clear()  # the checks before are done with them
+    if fits(config.shape, width, devices):
         return None
-    text = f"{config.model} takes {need / 2**30:.0f} GiB a device of {limit / 2**30:.0f}"
-    return Finding(None, text, "measure a smaller --model; `plan` says on what this one fits")
+    need = width * config.shape.num_parameters / devices / 2**30
+    return Finding(
+        None,
+        f"{config.model} takes {need:.0f} GiB of each device, more than there is",
+        "measure a smaller --model; `plan` says on what this one fits",
+    )
 
 
 def _finding(found: list[Measurement]) -> Finding:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +18,11 @@ from aem_jax.compilations import compilations
 from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.envs.protocol import EnvError, StepResult
 from aem_jax.launch.doctor.config import DoctorConfig
-from aem_jax.launch.doctor.episodes import make_sampler, packed, play, random_params, server_settings
+from aem_jax.launch.doctor.episodes import SLOTS, fits, make_sampler, packed, play, random_params, server_settings
 from aem_jax.launch.doctor.finding import Finding, first_line, judge
 from aem_jax.launch.doctor.parity import full_precision, one_device
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
-from aem_jax.models import CONFIGS, ModelConfig, Policy
+from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout.seats import Pool
 from aem_jax.sampler import SamplingConfig
 from aem_jax.sampler.layout import make_reshard
@@ -34,7 +33,8 @@ LEARNER = LearnerConfig(learning_rate=1e-3, adam_eps=1e-3, attention="xla")
 """A large adam_eps: Adam divides by a gradient's size, which would blow up the rounding of one that is nearly 0."""
 SAME = 1e-4
 """Relative gap of loss and gradient's norm, and absolute gap of a parameter, between meshes."""
-SESSIONS = 32
+STATE_BYTES = 24
+"""Of a parameter in float32, while one device learns: master, both means, gradient, and the weights sampled from."""
 STEPS_BEFORE_THE_KILL = 20
 
 MESH_ADVICE = (
@@ -99,6 +99,8 @@ def mesh(config: DoctorConfig) -> Finding:
         simulated = "; --runtime.cpu-devices 4 tries it on simulated ones" if jax.default_backend() == "cpu" else ""
         return Finding(None, f"one device{simulated}")
     model = config.shallow("float32")
+    if not fits(model, STATE_BYTES):
+        model = _tiny_model()
     whole = every_device(model)
     slots = 4 * math.lcm(2, count)
     with full_precision():
@@ -141,7 +143,8 @@ def recompiles(config: DoctorConfig) -> Finding:
     counts = []
     for seed in range(3):
         before = compilations()
-        trainer.step(seed)
+        with full_precision():
+            trainer.step(seed)
         counts.append(compilations() - before)
     again = sum(counts[1:])
     faults = ["expected none"] if again else []
@@ -153,19 +156,19 @@ def recompiles(config: DoctorConfig) -> Finding:
 def servers(config: DoctorConfig) -> Finding:
     """Two environment servers with 32 sessions; one is killed while they play."""
     start = time.perf_counter()
-    settings = PoolConfig(num_servers=2, sessions_per_server=SESSIONS // 2, start_deadline_s=30.0, first_pause_s=0.05)
+    settings = PoolConfig(num_servers=2, sessions_per_server=SLOTS // 2, start_deadline_s=30.0, first_pause_s=0.05)
     try:
         opened = EnvPool(settings, server_settings())
     except EnvError as error:
         return Finding(False, first_line(error), SERVER_ADVICE)
     started = time.perf_counter() - start
-    with _quiet("aem_jax"), opened as pool:
+    with _quiet("aem_jax"), full_precision(), opened as pool:
         trainer = _tiny()
         calm, _ = trainer.play(0, pool)
         killing = KilledOnce(pool, STEPS_BEFORE_THE_KILL)
         found, stats = trainer.play(0, killing)
         restarts, errors = sum(pool.stats().restarts), pool.stats().errors
-    lost = SESSIONS - sum(one.ending is not Ending.ENV_ERROR for one in found)
+    lost = SLOTS - sum(one.ending is not Ending.ENV_ERROR for one in found)
     differ = sum(_tokens([one]) != _tokens([other]) for one, other in zip(calm, found))
     facts = {"start_s": started, "restarts": restarts, "retries": stats.retries, "lost": lost, "errors": list(errors)}
     faults = []
@@ -176,11 +179,11 @@ def servers(config: DoctorConfig) -> Finding:
     elif not stats.retries:
         faults.append("no episode was retried")
     if lost:
-        faults.append(f"{lost} of {SESSIONS} episodes lost, the last error: {errors[-1] if errors else 'none'}")
+        faults.append(f"{lost} of {SLOTS} episodes lost, the last error: {errors[-1] if errors else 'none'}")
     if differ > lost:
         faults.append(f"{differ - lost} episodes differ from those of the undisturbed round")
     after = f"{stats.retries} episodes retried, {lost} lost"
-    text = f"2 servers up in {started:.1f} s, {SESSIONS} sessions; one killed: {after}"
+    text = f"2 servers up in {started:.1f} s, {SLOTS} sessions; one killed: {after}"
     return judge(faults, text, SERVER_ADVICE, facts)
 
 
@@ -207,8 +210,13 @@ class KilledOnce:
 
 
 def _tiny() -> Trainer:
-    # What these checks ask does not depend on the model's widths.
-    return Trainer(replace(CONFIGS["tiny"], num_layers=2), one_device(), SESSIONS)
+    # What these checks ask does not depend on the model's widths. Full precision: where tiny is the model, its sampler
+    # is that of parity-float32.
+    return Trainer(_tiny_model(), one_device(), SLOTS)
+
+
+def _tiny_model() -> ModelConfig:
+    return DoctorConfig(model="tiny").shallow("float32")
 
 
 def _tokens(trajectories: Sequence[Trajectory]) -> list[int]:
