@@ -217,7 +217,7 @@ def serve(
     make = spec.factory(settings)
     make().close()  # what cannot be made should say so now, not at the first session
     if config.with_parent:
-        _end_with_parent()
+        end_with_parent()
     asyncio.run(_run(name, make, spec, config, ready))
 
 
@@ -228,7 +228,7 @@ def _end_in(*, seconds: float) -> threading.Timer:
     return timer
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this process when stdin closes, and on Linux by the kernel's hand too (which reaches a stopped process)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

@@ -5,8 +5,8 @@ import io
 import json
 import os
 import stat
-import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +21,11 @@ from aem_jax.compilations import compilations
 from aem_jax.envs.protocol import EnvError
 from aem_jax.launch import cli, doctor
 from aem_jax.launch.bench.measure import summarise
-from aem_jax.launch.doctor import attention, episodes, machine, parity, speed, training
+from aem_jax.launch.doctor import attention, child, episodes, machine, parent, parity, speed, training
 from aem_jax.launch.doctor.config import DoctorConfig
 from aem_jax.launch.doctor.finding import Finding
 from aem_jax.launch.doctor.page import Page
+from aem_jax.launch.overrides import ConfigError
 from aem_jax.models import CONFIGS, ModelConfig
 from aem_jax.models.attention import row_attention
 from aem_jax.models.kernels import KERNELS
@@ -37,7 +38,8 @@ WELL = Finding(True, "all is well")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch):
-    """A model that compiles quickly; the same in all tests, which share its programs."""
+    """A model that compiles quickly; the same in all tests, which share its programs, and this process."""
+    monkeypatch.setattr(parent, "findings", child.examine_all)
     monkeypatch.setitem(CONFIGS, "tiny", ModelConfig(64, 16, 32, 1, 2, 1, 8, qkv_bias=True))
 
 
@@ -67,7 +69,6 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def fail(error: BaseException) -> Callable[[DoctorConfig], Finding]:
     def check(config: DoctorConfig) -> Finding:
-        print("a library's chatter")
         raise error
 
     return check
@@ -95,7 +96,7 @@ def test_what_raises_is_a_fault_and_the_next_goes_on(stubbed, capsys):
     stubbed(greedy=fail(RuntimeError(lines)), mesh=lambda config: Finding(None, "one device"))
     assert run("--json") == 1
     out, err = capsys.readouterr()
-    found = json.loads(out)  # one document, whatever a check prints
+    found = json.loads(out)
     assert (found["ok"], found["complete"], found["model"]) == (False, True, "tiny")
     by_name = {each["name"]: each for each in found["results"]}
     assert list(by_name) == list(doctor.CHECKS)
@@ -139,7 +140,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_had(stubbed, error: BaseException,
 
 def test_a_platform_that_fails_is_a_fault_and_the_cpu_goes_on(stubbed, monkeypatch: pytest.MonkeyPatch, capsys):
     def broken(config: Any) -> None:
-        raise doctor.ConfigError("--runtime.platform auto: no cuBLAS\nsecond line")
+        raise ConfigError("--runtime.platform auto: no cuBLAS\nsecond line")
 
     stubbed()
     monkeypatch.setattr("aem_jax.launch.runtime.set_up", broken)
@@ -162,11 +163,84 @@ def test_a_stream_that_takes_ascii_gets_ascii(encoding: str):
     assert max(map(len, lines)) < 140 and "-> raise it -> 4" in lines[-2]
 
 
-def test_numbers_that_are_not_finite_make_json_all_the_same(stubbed, capsys):
-    stubbed(greedy=lambda config: Finding(False, "NaN", "stop", {"gap": float("nan"), "all": (np.float32(1), jnp.inf)}))
-    assert run("greedy", "--json") == 1
-    (found,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["results"]
-    assert found["facts"] == {"gap": "nan", "all": ["1.0", "inf"]}
+def test_numbers_that_are_not_finite_make_json_all_the_same():
+    found = Finding(False, "NaN", "stop", {"gap": float("nan"), "all": (np.float32(1), jnp.inf)})
+    line = json.loads(child.as_line(found), parse_constant=pytest.fail)
+    assert Finding(**line).facts == {"gap": "nan", "all": ["1.0", "inf"]}
+
+
+# The process of its own. Each script is a child with one check replaced.
+
+CHILD = """
+import os, signal, sys, time
+from aem_jax.launch.doctor import child, machine
+{replaced}
+sys.exit(child.main(sys.argv[1:]))
+"""
+
+
+def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: str) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(CHILD.format(replaced=replaced))
+    monkeypatch.setattr(parent, "CHILD", (sys.executable, str(script)))
+    monkeypatch.setattr(parent, "findings", FINDINGS)
+
+
+FINDINGS = parent.findings
+
+
+def test_a_check_that_takes_its_process_along_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """It crashes, or hangs; the next is done in another process. What a library prints is not taken for a finding."""
+    hanging = tmp_path / "hanging"
+    crash = "machine.memory = lambda config: (print('chatter', flush=True), os.abort())"
+    hang = f"machine.disk = lambda config: (open({str(hanging)!r}, 'w').close(), time.sleep(600))"
+    children(tmp_path, monkeypatch, f"{crash}\n{hang}")
+
+    class Timer(threading.Thread):
+        """Rings when the check hangs, however long that takes here."""
+
+        def __init__(self, seconds: float, ring: Callable[[], None]) -> None:
+            super().__init__(daemon=True)
+            self._ring, self._is_over = ring, threading.Event()
+
+        def run(self) -> None:
+            while not hanging.exists():
+                if self._is_over.wait(0.05):
+                    return
+            hanging.unlink()
+            self._ring()
+
+        def cancel(self) -> None:
+            self._is_over.set()
+
+    monkeypatch.setattr(parent.threading, "Timer", Timer)
+    assert run("versions", "memory", "disk", "sandbox-podman", "--json") == 1
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)["results"]}
+    assert [each["ok"] for each in found.values()] == [True, False, False, None]
+    assert found["memory"]["text"] == "the process crashed (SIGABRT)" and "doctor memory" in found["memory"]["advice"]
+    assert found["disk"]["text"] == "the process said nothing for 300 s"
+
+
+def test_a_signal_does_not_wait_for_a_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A run that is told to stop amid a check writes what it has, and leaves no process behind."""
+    noted = tmp_path / "pid"
+    hangs = f"open({str(noted)!r}, 'w').write(str(os.getpid())), os.kill(os.getppid(), signal.SIGTERM), time.sleep(60)"
+    children(tmp_path, monkeypatch, f"machine.memory = lambda config: ({hangs})")
+    assert run("versions", "memory", "--json") == 143
+    out, err = capsys.readouterr()
+    assert [each["name"] for each in json.loads(out)["results"]] == ["versions"] and "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(noted.read_text()), 0)
+
+
+def test_a_platform_that_is_not_there_is_a_mistake_in_the_command(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(parent, "findings", FINDINGS)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert run("versions", "--runtime.platform", "cuda") == 2
+    (line,) = [
+        each for each in capsys.readouterr().err.splitlines() if each.startswith("error: --runtime.platform cuda")
+    ]
+    assert line
 
 
 # Numbers: sampler, learner, kernels.
@@ -417,21 +491,3 @@ def test_rates_and_their_shares(monkeypatch: pytest.MonkeyPatch):
 )
 def test_the_data_sheet_of_a_card(kind: str, name: str | None):
     assert speed.data_sheet(kind) is (speed.GPUS[name] if name else None)
-
-
-def test_a_signal_does_not_wait_for_a_compilation(tmp_path: Path):
-    """A process that is told to stop amid a check writes what it has, and ends."""
-    program = tmp_path / "stopped.py"
-    program.write_text(
-        "import os, signal, sys, time\n"
-        "from aem_jax.launch import cli\n"
-        "from aem_jax.launch.doctor import machine\n"
-        "def hang(config):\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    while True: time.sleep(1)\n"
-        "machine.memory = hang\n"
-        "sys.exit(cli.main(['doctor', 'versions', 'memory', '--json']))\n"
-    )
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
-    assert [each["name"] for each in json.loads(done.stdout)["results"]] == ["versions"]

@@ -8,7 +8,6 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from aem_jax.launch.doctor.config import DoctorConfig
 from aem_jax.launch.doctor.finding import Finding
 
 MARKS = {True: "✓", False: "✗", None: "–"}
@@ -29,9 +28,9 @@ class Page:
         is_terminal = stream.isatty()
         self._console = Console(file=stream, width=None if is_terminal else WIDTH, highlight=False)
 
-    def head(self, config: DoctorConfig) -> None:
+    def head(self, model: str) -> None:
         """What is looked at."""
-        self._print(f"aem_jax doctor: a decoder of {config.model}'s shape with random weights")
+        self._print(f"aem_jax doctor: a decoder of {model}'s shape with random weights")
 
     def at_work(self, name: str) -> contextlib.AbstractContextManager[Any]:
         """On a terminal, which check is under way."""
