@@ -1,12 +1,15 @@
 """A doctor that finds what is broken on purpose, says what to do about it, and goes on to the next check."""
 
+import contextlib
 import importlib
 import io
 import json
 import os
+import signal
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,14 +226,27 @@ def test_a_check_that_takes_its_process_along_is_a_fault(tmp_path: Path, monkeyp
 
 def test_a_signal_does_not_wait_for_a_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """A run that is told to stop amid a check writes what it has, and leaves no process behind."""
-    noted = tmp_path / "pid"
-    hangs = f"open({str(noted)!r}, 'w').write(str(os.getpid())), os.kill(os.getppid(), signal.SIGTERM), time.sleep(60)"
+    noted, stops = tmp_path / "pid", threading.Event()
+    hangs = f"open({str(noted)!r}, 'w').write(str(os.getpid()) + '.'), time.sleep(600)"
     children(tmp_path, monkeypatch, f"machine.memory = lambda config: ({hangs})")
+
+    def stop() -> None:
+        while not noted.exists() or not noted.read_text().endswith("."):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def at_work(page: Page, name: str) -> contextlib.nullcontext:
+        if name == "memory" and not stops.is_set():  # all before it has been read
+            stops.set()
+            threading.Thread(target=stop, daemon=True).start()
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(Page, "at_work", at_work)
     assert run("versions", "memory", "--json") == 143
     out, err = capsys.readouterr()
     assert [each["name"] for each in json.loads(out)["results"]] == ["versions"] and "Traceback" not in err
     with pytest.raises(ProcessLookupError):
-        os.kill(int(noted.read_text()), 0)
+        os.kill(int(noted.read_text()[:-1]), 0)
 
 
 def test_a_platform_that_is_not_there_is_a_mistake_in_the_command(monkeypatch: pytest.MonkeyPatch, capsys):

@@ -17,7 +17,7 @@ from aem_jax.launch.doctor.config import DoctorConfig
 from aem_jax.launch.doctor.finding import Finding, judge
 from aem_jax.launch.doctor.parity import full_precision, one_device
 from aem_jax.models.attention import RowAttention
-from aem_jax.models.kernels import KERNELS, Sizes, device_of, make_row_attention
+from aem_jax.models.kernels import KERNELS, Sizes, choose, device_of, make_row_attention
 
 Array = jax.Array
 
@@ -41,15 +41,19 @@ XLA_ADVICE = (
 def check(name: str, config: DoctorConfig) -> Finding:
     """One kernel of `KERNELS`."""
     mesh, model = one_device(), config.shape
-    device, kernel = device_of(mesh), KERNELS[name]
-    if kernel.platform not in ("", device.platform):
-        return Finding(None, f"a kernel of {kernel.platform.upper()}s")
+    device, platform = device_of(mesh), KERNELS[name].platform
+    if platform not in ("", device.platform):
+        return Finding(None, f"a kernel of {platform.upper()}s")
     facts: dict[str, Any] = {}
     faults, texts = [], []
     for length in LENGTHS.get(device.platform, ACCELERATOR_LENGTHS):
         sizes = Sizes(length, model.num_heads, model.num_kv_heads, model.head_dim, model.dtype)
-        if reason := kernel.refuses(device, sizes):
-            return Finding(None, f"not for this model and device: {reason}")
+        try:
+            chosen, reason = choose(name, device, sizes)
+        except ValueError as error:  # this version of jax does not have it
+            return Finding(None, str(error))
+        if chosen != name:
+            return Finding(None, reason)
         inputs = packed_rows(length, model.num_heads, model.num_kv_heads, model.head_dim, model.dtype)
         with full_precision(model.dtype):
             found = gaps(make_row_attention(name, mesh), *inputs)

@@ -80,7 +80,7 @@ def _set_up(config: DoctorConfig) -> tuple[DoctorConfig, Finding | None]:
     except ConfigError as error:
         if config.runtime.platform or "--runtime.platform" not in str(error):
             raise
-        advice = "reinstall jax with the driver's CUDA (pip install 'aem_jax[cuda]'), or set JAX_PLATFORMS=cpu"
+        advice = "install jax for the driver's CUDA (aem_jax[cuda12] or aem_jax[cuda13]), or set JAX_PLATFORMS=cpu"
         trouble = Finding(False, f"{str(error).splitlines()[0]}; all else is done on the CPU", advice, name="devices")
         jax.config.update("jax_platforms", "cpu")
     default = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
