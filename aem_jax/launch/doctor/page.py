@@ -19,6 +19,12 @@ WIDTH = 140
 """Columns where the stream is no terminal."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read our output has left: the command line answers that, as for any other output."""
+        raise  # noqa: PLE0704 (rich calls this while it handles the error)
+
+
 class Page:
     """Writes to one stream."""
 
@@ -26,7 +32,7 @@ class Page:
         self._encoding = (getattr(stream, "encoding", None) or "utf-8").lower()
         self._is_unicode = self._encoding.replace("-", "").replace("_", "").startswith("utf")
         is_terminal = stream.isatty()
-        self._console = Console(file=stream, width=None if is_terminal else WIDTH, highlight=False)
+        self._console = _Console(file=stream, width=None if is_terminal else WIDTH, highlight=False)
 
     def head(self, model: str) -> None:
         """What is looked at."""
