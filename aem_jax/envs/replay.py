@@ -7,7 +7,6 @@ Prints both sides of every mismatch, then `steps N, mismatches M`; exits 1 if th
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from aem_jax.envs.alfworld.engine import Game, start
 from aem_jax.envs.webshop.engine import Shop, Visit
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 from aem_jax.envs.webshop.taggers import recorded as recorded_tagger
+from aem_jax.files import read_json_lines
 
 Step = tuple[str, Mapping[str, Any], Mapping[str, Any]]
 """(where in the transcripts, what was recorded, what our engine says)."""
@@ -96,20 +96,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--transcripts: expected a file, got {options.transcripts}")
     steps = mismatches = 0
     try:
-        episodes = [json.loads(line) for line in options.transcripts.read_text(encoding="utf-8").splitlines() if line]
+        episodes = [
+            _episode(options.transcripts, number, each) for number, each in read_json_lines(options.transcripts)
+        ]
         for where, recorded, ours in REPLAYS[options.environment](options.data, episodes):
             steps += 1
             if recorded != ours:
                 mismatches += 1
                 print(_difference(where, recorded, ours))
-    except json.JSONDecodeError as error:
-        parser.error(f"--transcripts: expected JSON lines, got {error}")
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         parser.error(f"--transcripts: expected episodes of {options.environment}, got one without {error}")
-    except (FileNotFoundError, IndexError, ValueError) as error:
-        parser.error(str(error))
+    except (OSError, IndexError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
     print(f"steps {steps}, mismatches {mismatches}")
     return 1 if mismatches or not steps else 0
+
+
+def _episode(file: Path, number: int, episode: Any) -> Mapping[str, Any]:
+    if not isinstance(episode, dict) or not isinstance(episode.get("steps"), list):
+        raise ValueError(
+            f"--transcripts: expected episodes with a list 'steps', got {episode!r:.80} in {file} line {number}"
+        )
+    return episode
 
 
 def _difference(where: str, recorded: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

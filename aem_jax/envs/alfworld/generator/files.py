@@ -38,12 +38,12 @@ _GOALS = {
 @lru_cache(maxsize=1)
 def domain_text() -> str:
     """The PDDL domain that all games share."""
-    return Path(__file__).with_name("domain.pddl").read_text()
+    return Path(__file__).with_name("domain.pddl").read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=1)
 def _grammar_template() -> str:
-    return Path(__file__).with_name("grammar.twl2").read_text()
+    return Path(__file__).with_name("grammar.twl2").read_text(encoding="utf-8")
 
 
 def grammar_text(game: HouseholdGame) -> str:
