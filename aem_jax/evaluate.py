@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from aem_jax.envs.play import Act, play, play_each
-from aem_jax.envs.protocol import EnvError, Environment
-from aem_jax.rollout import Rollout
+from aem_jax.envs.protocol import Environment
+from aem_jax.rollout import Rollout, check_some_whole
 from aem_jax.trajectory import Ending, Task, Trajectory
 
 
@@ -127,9 +127,8 @@ def evaluate_policy(
         EnvError: the environment broke all of them; with the first error.
     """
     trajectories, stats = rollout(params, tasks, key, group_size=1)
+    check_some_whole(trajectories, stats, name)
     whole = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
-    if trajectories and not whole:
-        raise EnvError(f"the environment broke every episode of {name}; the first error: {stats.first_error}")
     outcomes = [_Outcome(t.task.kind, t.won, t.score, len(t.turns), t.total_reward) for t in whole]
     return _summary(name, split, outcomes, len(trajectories) - len(whole)), trajectories
 

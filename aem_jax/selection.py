@@ -23,8 +23,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from aem_jax.envs.protocol import EnvError
-from aem_jax.rollout import RolloutStats
+from aem_jax.rollout.stats import RolloutStats, all_broken, check_some_whole
 from aem_jax.trajectory import Ending, Task, Trajectory
 
 Outcome = Callable[[Trajectory], float]
@@ -214,11 +213,9 @@ def play_rounds(
         found, more = rollout(params, given, jax.random.fold_in(key, 2**32 - rounds) if rounds else key)
         everything += [replace(t, group=next_group + t.group) for t in found]
         stats, rounds, next_group = stats + more, rounds + 1, next_group + len(given)
-        if all(t.ending is Ending.ENV_ERROR for t in everything):
-            if next_group >= BROKEN_TASKS:
-                raise EnvError(
-                    f"the environment broke every episode of step {step}; the first error: {stats.first_error}"
-                )
+        if next_group >= BROKEN_TASKS:
+            check_some_whole(everything, stats, f"step {step}")
+        if all_broken(everything):
             begin = len(everything)  # perhaps these tasks alone are broken: others are played in their place
             continue
         selected = select(everything[begin:], rule)

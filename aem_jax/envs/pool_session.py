@@ -4,6 +4,8 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping
 
+from websockets.exceptions import ConnectionClosed
+
 from aem_jax.envs import protocol
 from aem_jax.envs.client import CONNECTION_ERRORS, Connection
 from aem_jax.envs.pool_config import PoolConfig
@@ -14,6 +16,7 @@ from aem_jax.envs.wire import WireMapping, decode_result
 
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_S = 5.0
+_EXIT_S = 0.1
 _ROOM = (
     "; set --env.sessions-per-server to what one server has room for (1 for many of OpenEnv's), and have as many "
     "servers as that takes: --env.urls, or --env.num-servers where --env.command starts them"
@@ -102,6 +105,10 @@ class PoolSession:
             server.note(f"session {self.index}: {self._failure}")
             raise
         except (EnvError, *CONNECTION_ERRORS) as error:
+            if process and isinstance(error, ConnectionClosed):
+                await asyncio.sleep(
+                    _EXIT_S
+                )  # if the server has ended, its exit status says more, and comes in a moment
             if self._connection is connection:  # else somebody dropped it, and knows why
                 failure = str(error) if isinstance(error, EnvError) else describe(error)
                 self.drop(f"{server}: {failure}")

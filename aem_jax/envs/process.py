@@ -76,8 +76,9 @@ class ServerProcess:
         assert process.stdout
         server = cls(process, process.stderr)
         try:
-            line = await asyncio.wait_for(process.stdout.readline(), timeout_s)
-            if not line:
+            async with asyncio.timeout(timeout_s):
+                port = await _announced(process.stdout)
+            if port is None:
                 status = await asyncio.wait_for(process.wait(), timeout_s)
                 await server.kill()  # what it left behind; and wait for its last words
                 raise EnvError(f"environment server {name!r} did not start ({describe_exit(status)}){server.tail()}")
@@ -87,7 +88,7 @@ class ServerProcess:
         except BaseException:
             await server.kill()
             raise
-        server.port = int(json.loads(line)["port"])
+        server.port = port
         return server
 
     @classmethod
@@ -160,6 +161,14 @@ class ServerProcess:
     async def _read(self, said: asyncio.StreamReader) -> None:
         while chunk := await said.read(4096):
             self._tail = (self._tail + chunk)[-_TAIL_BYTES:]
+
+
+async def _announced(lines: asyncio.StreamReader) -> int | None:
+    """The port in the first line that has one; None if there is none. A site's start-up code may print before it."""
+    async for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            return int(json.loads(line)["port"])
+    return None
 
 
 async def _accepts(port: int) -> bool:

@@ -96,18 +96,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--transcripts: expected a file, got {options.transcripts}")
     steps = mismatches = 0
     try:
-        episodes = [episode for _, episode in read_json_lines(options.transcripts)]
+        episodes = [
+            _episode(options.transcripts, number, each) for number, each in read_json_lines(options.transcripts)
+        ]
         for where, recorded, ours in REPLAYS[options.environment](options.data, episodes):
             steps += 1
             if recorded != ours:
                 mismatches += 1
                 print(_difference(where, recorded, ours))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         parser.error(f"--transcripts: expected episodes of {options.environment}, got one without {error}")
-    except (FileNotFoundError, IndexError, ValueError) as error:
-        parser.error(str(error))
+    except (OSError, IndexError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
     print(f"steps {steps}, mismatches {mismatches}")
     return 1 if mismatches or not steps else 0
+
+
+def _episode(file: Path, number: int, episode: Any) -> Mapping[str, Any]:
+    if not isinstance(episode, dict) or not isinstance(episode.get("steps"), list):
+        raise ValueError(
+            f"--transcripts: expected episodes with a list 'steps', got {episode!r:.80} in {file} line {number}"
+        )
+    return episode
 
 
 def _difference(where: str, recorded: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from aem_jax.envs.protocol import Environment, describe_raised
+from aem_jax.files import parse_json
 
 Config = TypeVar("Config")
 
@@ -234,9 +234,9 @@ def settings_from_json(text: str) -> dict[str, Any]:
         ValueError: not a JSON mapping.
     """
     try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected settings as a JSON mapping, got {text!r}: {error}") from None
+        settings = parse_json(text, "settings")
+    except ValueError as error:
+        raise ValueError(f"expected settings as a JSON mapping, got {text!r:.200}: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"expected settings as a JSON mapping, got {text!r}")
     return settings

@@ -15,6 +15,7 @@ from typing import Any
 
 from aem_jax.envs.plain import number
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult, decode_data
+from aem_jax.files import parse_json, valid_text
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def step_encoder(mapping: WireMapping) -> Callable[[str], str]:
         ValueError: `action_constants` is not a JSON mapping, or has a text where `action_field` goes deeper.
     """
     try:
-        constants = json.loads(mapping.action_constants)
-    except json.JSONDecodeError as error:
+        constants = parse_json(mapping.action_constants, "action_constants")
+    except ValueError as error:
         raise ValueError(
             f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}: {error}"
         ) from None
@@ -89,8 +90,8 @@ def step_encoder(mapping: WireMapping) -> Callable[[str], str]:
     def encode(text: str) -> str:
         if pattern:
             *_, text = text, *(match[1] for match in pattern.finditer(text) if match[1] is not None)
-        text = text.encode(errors="replace").decode()  # half a surrogate pair is a str, but not everybody's JSON
-        return json.dumps({"type": "step", "data": _with(constants, outer, last, text)})
+        # Half a surrogate pair is a str, but not everybody's JSON.
+        return json.dumps({"type": "step", "data": _with(constants, outer, last, valid_text(text))})
 
     return encode
 

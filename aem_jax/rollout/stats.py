@@ -1,10 +1,14 @@
 """What a rollout counted, and how long the device had something to do."""
 
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import jax
+
+from aem_jax.envs.protocol import EnvError
+from aem_jax.trajectory import Ending, Trajectory
 
 
 @dataclass
@@ -40,6 +44,23 @@ class RolloutStats:
         names = [each.name for each in fields(self) if each.name != "first_error"]
         added = {name: getattr(self, name) + getattr(other, name) for name in names}
         return RolloutStats(**added, first_error=self.first_error or other.first_error)
+
+
+def all_broken(trajectories: Iterable[Trajectory]) -> bool:
+    """Whether the environment broke every one of them."""
+    return all(each.ending is Ending.ENV_ERROR for each in trajectories)
+
+
+def check_some_whole(trajectories: Iterable[Trajectory], stats: RolloutStats, where: str) -> None:
+    """Ends what cannot go on where an environment breaks every episode: a fault of all is none of the tasks'.
+
+    All processes hold the same trajectories, so all of them end, or none.
+
+    Raises:
+        EnvError: it did; with the first error.
+    """
+    if all_broken(trajectories):
+        raise EnvError(f"the environment broke every episode of {where}; the first error: {stats.first_error}")
 
 
 class DeviceClock:

@@ -10,6 +10,7 @@ depends: its texts take every conditional effect for fired, and a fact that can 
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Game:
 
     def __init__(self, domain_text: str, problem_text: str, grammar_text: str, task_type: str = ""):
         self.task_type = task_type
+        self.source = ""
+        """The file that it is from, for errors."""
         self.domain = domain = parse_domain(domain_text)
         self.grammar = parse_grammar(grammar_text)
         problem = parse_problem(problem_text, domain)
@@ -83,12 +86,28 @@ class Game:
         for name in filter(lambda name: path.with_name(name).exists(), beside):
             kind = read_task_type(path.with_name(name))
             break
-        try:
-            return Game(data["pddl_domain"], data["pddl_problem"], data["grammar"], kind)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            # The parsers name what they know to be unsupported. A damaged text can break them anywhere.
-            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"expected a game in {path}, got one that cannot be read: {said}") from error
+        with damage_named(str(path)):
+            game = Game(data["pddl_domain"], data["pddl_problem"], data["grammar"], kind)
+        game.source = str(path)
+        return game
+
+
+@contextmanager
+def damage_named(source: str) -> Iterator[None]:
+    """Errors of a game's texts with the file that they are from.
+
+    Parsers and grammar say what they know to be unsupported; a damaged text can break them anywhere, even in use.
+
+    Raises:
+        ValueError: the block failed; names `source`, if there is one.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if not source:
+            raise
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected a game in {source}, got one that cannot be played: {said}") from error
 
 
 def read_game(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from aem_jax.envs.actions import extract_action
-from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, start
+from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, damage_named, start
 from aem_jax.envs.protocol import StepResult
 
 
@@ -73,9 +73,13 @@ class AlfworldEnv:
         Raises:
             ValueError: a payload that `load_game` does not understand.
         """
-        self._player, self._steps, self._invalid = start(self._load(task)), 0, 0
+        game = self._load(task)
+        with damage_named(game.source):
+            self._player, self._steps, self._invalid = start(game), 0, 0
         self._limit = task.get("generate", {}).get("max_steps", self._config.max_steps)
-        return StepResult(self._player.observation, info=self._info(self._player, valid=True))
+        # A game whose goal holds from the start is over: it is left out, not played.
+        info = self._info(self._player, valid=True)
+        return StepResult(self._player.observation, terminated=self._player.won, info=info)
 
     def step(self, action_text: str) -> StepResult:
         """Answers a response; without an admissible command inside action tags, `Nothing happens.`
@@ -88,7 +92,8 @@ class AlfworldEnv:
             raise ValueError("expected a running episode, got none; call reset first")
         self._steps += 1
         command = extract_action(action_text)
-        observation = NOTHING_HAPPENS if command is None else player.step(command)
+        with damage_named(player.game.source):
+            observation = NOTHING_HAPPENS if command is None else player.step(command)
         valid = command is not None and player.acted
         self._invalid += not valid
         reward = self._config.reward_step if valid else self._config.reward_invalid

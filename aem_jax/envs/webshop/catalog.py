@@ -61,7 +61,8 @@ class Catalog:
     """
 
     def __init__(self, folder: Path):
-        self.id: str = read_json(folder / _FACTS)["id"]
+        self._folder = folder
+        self.id: str = read_json(folder / _FACTS)["facts"]["id"]
         self.prices: np.ndarray = np.load(folder / "prices.npy", mmap_mode="r").view(np.ndarray)
         self._products = _MappedLines(folder, "products")
         self.goals: Sequence[Goal] = _Goals(_MappedLines(folder, "goals"))
@@ -90,7 +91,13 @@ class Catalog:
         return int(self._by_asin[at])
 
     def _read(self, number: int) -> Product:
-        return product_from_json(json.loads(self._products[number]))
+        try:
+            return product_from_json(json.loads(self._products[number]))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # one of the large ones, damaged
+            raise ValueError(
+                f"expected product {number} in {self._folder}, got {type(error).__name__}: {error}; remove the folder, "
+                "and it is made again"
+            ) from None
 
     def _search(self, query: str) -> tuple[int, ...]:
         return tuple(self._ranking.search(query, SEARCH_LIMIT).tolist())
@@ -133,7 +140,10 @@ def _damage(place: Path) -> str | None:
     if not path.exists():
         return ""
     try:
-        written = read_json(path)["files"]
+        found = read_json(path)
+        if found["hash"] != _hash_of_facts(found["facts"]):
+            return f"expected in {_FACTS} what was written, got something else"
+        written = found["facts"]["files"]
         for name, (size, _) in written.items():
             file = place / name
             if not file.is_file() or file.stat().st_size != size:
@@ -146,11 +156,16 @@ def _damage(place: Path) -> str | None:
     return None
 
 
+def _hash_of_facts(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def hash_of(files: Iterable[Path]) -> str:
     """SHA-256 over what the files hold, one after the other, as hex digits."""
     digest = hashlib.sha256()
     for path in files:
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
@@ -178,7 +193,8 @@ def _make(place: Path, data: ShopData, kind: str, seed: int) -> None:
         np.save(draft / "by-asin.npy", np.argsort(ranking.order))
         save_fields(draft, products)
         files = {path.name: [path.stat().st_size, hash_of([path])] for path in sorted(draft.iterdir())}
-        write_text(draft / _FACTS, json.dumps({"id": digest.hexdigest()[:12], "files": files}))
+        facts = {"id": digest.hexdigest()[:12], "files": files}
+        write_text(draft / _FACTS, json.dumps({"facts": facts, "hash": _hash_of_facts(facts)}))
         shutil.rmtree(place, ignore_errors=True)  # what a process that died here left behind
         os.rename(draft, place)
     finally:

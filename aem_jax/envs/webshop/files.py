@@ -35,6 +35,8 @@ def read_files(items: Path, annotations: Path, instructions: Path, limit: int = 
         place = f"{instructions}[{asin!r}]"
         for number, each in enumerate(_expect(place, said.get(asin, []), list)):
             _check_instruction(f"{place}[{number}]", each)
+    if not any(has_id(item["asin"]) for item in products):
+        raise ValueError(f"expected products to sell in {items}, got none with an id of at most ten characters")
     return ShopData(products, notes, said)
 
 
