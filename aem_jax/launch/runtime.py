@@ -33,7 +33,8 @@ def set_up(config: RuntimeConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("aem_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: tracebacks of errors that are raised all the same
-    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]  # 64-bit constants and other random numbers: another run
+    # 64-bit constants and other random numbers would make another run.
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         logging.getLogger(__name__).warning("a run computes in 32 bits: JAX_ENABLE_X64 is turned off for it")
         jax.config.update("jax_enable_x64", False)
     if config.platform:
