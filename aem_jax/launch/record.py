@@ -18,7 +18,7 @@ from aem_jax.launch.options import flag
 from aem_jax.launch.overrides import ConfigError, as_values, flatten, override
 from aem_jax.launch.preset import SEPARATOR
 from aem_jax.launch.processes import placeless
-from aem_jax.models.pretrained import CONFIG, read_config, resolve
+from aem_jax.models.pretrained import CONFIG, resolve
 
 FILE = "config.json"
 _PATHS = (
@@ -94,11 +94,9 @@ def save(config: RunConfig, folder: Path, begun: bool = False) -> None:
             inputs.write(folder, {name: value for name, value in known.items() if name != FILE})
             write_text(folder / FILE, text)
         if config.model.path and not (begun and copy.exists()):
-            source = resolve(config.model.path)
-            # Weights decide whether the head is tied, whatever the file says; the copy has no weights beside it.
-            theirs = read_json(source / CONFIG) | {"tie_word_embeddings": read_config(source).tied_head}
+            theirs = read_text(resolve(config.model.path) / CONFIG)
             copy.parent.mkdir(exist_ok=True)
-            write_text(copy, json.dumps(theirs, indent=2) + "\n")
+            write_text(copy, theirs)
         inputs.write(folder, {**inputs.identify(folder, config), **{k: v for k, v in known.items() if k != FILE}})
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error

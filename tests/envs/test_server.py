@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from envs.serving import REPOSITORY, run_server, served
@@ -86,7 +86,8 @@ def test_truncation_and_termination_are_told_apart_over_the_wire():
 def test_a_result_survives_the_wire():
     info = {"won": True, "valid_action": False, "score": 0.5, "admissible": ["a", "b"]}
     result = StepResult("ü€𝄞\ud800\x00", -0.1, True, False, info)
-    assert wire.decode_result(protocol.encode_result(result, send_admissible=True), WireMapping()) == result
+    arrived = wire.decode_result(protocol.encode_result(result, send_admissible=True), WireMapping())
+    assert arrived == replace(result, observation="ü€𝄞\ufffd\x00")  # half a surrogate pair is no text
     without = wire.decode_result(protocol.encode_result(result, send_admissible=False), WireMapping())
     assert without.info == {name: value for name, value in info.items() if name != "admissible"}
 
@@ -102,7 +103,11 @@ def test_the_environments_own_mistakes_are_execution_errors():
             raise OSError("cannot")
 
     session = Session(Bad(), send_admissible=False)
-    for text, said in (("exit", "SystemExit: 3"), ("nan", "expected plain finite"), ("type", "expected a StepResult")):
+    for text, said in (
+        ("exit", "SystemExit: 3"),
+        ("nan", "expected a number, finite"),
+        ("type", "expected a StepResult"),
+    ):
         session.answer('{"type": "reset"}')
         reply = ask(session, {"type": "step", "data": {"text": text}})
         assert reply["data"]["code"] == "EXECUTION_ERROR" and said in reply["data"]["message"]
