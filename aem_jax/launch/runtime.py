@@ -37,6 +37,10 @@ def set_up(config: RuntimeConfig) -> None:
     if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         logging.getLogger(__name__).warning("a run computes in 32 bits: JAX_ENABLE_X64 is turned off for it")
         jax.config.update("jax_enable_x64", False)
+    # Means over nothing are NaN on purpose and masked afterwards.
+    if jax.config.jax_debug_nans:  # pyright: ignore[reportAttributeAccessIssue]
+        logging.getLogger(__name__).warning("a run masks NaN itself: JAX_DEBUG_NANS is turned off for it")
+        jax.config.update("jax_debug_nans", False)
     if config.platform:
         jax.config.update("jax_platforms", config.platform)
     if config.cpu_devices:
