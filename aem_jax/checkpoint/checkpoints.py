@@ -121,11 +121,17 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of all checkpoints as of now, in order, that which is being written and damaged ones included."""
+        """Steps of all checkpoints as of now, in order, that which is being written and damaged ones included.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
+        """
         try:
             names = os.listdir(self.folder)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             names = []
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.folder}: {error.strerror}") from error
         return sorted({int(name) for name in names if _is_step(name)} | set(self._writing))
 
     def save(

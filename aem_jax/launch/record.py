@@ -56,7 +56,14 @@ def run_name(config: RunConfig, options: Mapping[str, Sequence[str]]) -> str:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """The config with each path absolute, so that it names the same file from every working folder."""
+    """The config with each path absolute, so that it names the same file from every working folder.
+
+    Raises:
+        ConfigError: an address where a path should be; it would become a folder of that name.
+    """
+    for name, value in as_values(config).items():
+        if name in (*_PATHS, "runs_dir") and "://" in value:
+            raise ConfigError(f"{flag(name)}: expected a path, got {value}; mount the storage, or copy it")
     return override(
         config, {name: _absolute(name, value) for name, value in as_values(config).items() if name in _PATHS}
     )

@@ -136,7 +136,8 @@ def opened(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[tu
         try:
             yield stage, checkpoints
         except (CheckpointError, EnvError, OSError) as error:
-            raise ConfigError(f"the run was stopped: {error}; the same command resumes it") from error
+            stopped = f"the run was stopped: {error}; the same command resumes it"
+            raise ConfigError(stopped if writes else str(error)) from error
 
 
 def on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:

@@ -193,6 +193,12 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch):
     assert kept() == RunConfig() and record.absolute(kept("--model.path", "m")) == kept("--model.path", "m")
 
 
+@pytest.mark.parametrize("name", ["runs-dir", "model.path", "openenv.tasks"])
+def test_an_address_is_no_path(name: str):
+    with pytest.raises(ConfigError, match=f"--{name}: expected a path, got gs://bucket/x; mount the storage"):
+        record.absolute(apply(RunConfig(), split([f"--{name}", "gs://bucket/x"])[1]))
+
+
 def test_a_relative_path_of_before_is_the_same_absolute(run: Path, monkeypatch):
     monkeypatch.chdir(run)
     before = RunConfig(model=ModelChoice(path="m"), alfworld_data="data")
