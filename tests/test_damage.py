@@ -1,5 +1,6 @@
 """Files damaged at random, by seeds: each gives the right result or one line, no traceback and no other numbers."""
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 from damage import damage, put_back, snapshot
 
 from aem_jax.checkpoint import CheckpointError, Checkpoints
+from aem_jax.launch import record
+from aem_jax.launch.config import ModelChoice, RunConfig
+from aem_jax.launch.overrides import ConfigError
 
 SEEDS = 200
 STEPS = (1, 2)
@@ -74,3 +78,27 @@ def test_damage_to_the_only_checkpoint_is_one_line(whole: Path, tmp_path: Path, 
             assert str(error).startswith("no checkpoint in ") and "\n" not in str(error)
         else:
             jax.tree.map(np.testing.assert_array_equal, state, state_of(2))
+
+
+def test_a_damaged_record_of_a_run_is_one_line_or_the_same_run(tmp_path: Path):
+    """`config.json`, `inputs.json`, tokenizer and the model's config, as every command reads them."""
+    run, model = tmp_path / "run", tmp_path / "model"
+    for folder in (run / "tokenizer", model):
+        folder.mkdir(parents=True)
+    (run / "tokenizer" / "tokenizer.json").write_text(json.dumps({"vocab": {str(i): i for i in range(50)}}))
+    (model / "config.json").write_text(json.dumps({"rope_theta": 10000.0, "hidden_size": 64}))
+    config = RunConfig(model=ModelChoice(path=str(model)))
+    record.save(config, run)
+    files, refused = snapshot(run), 0
+    for seed in range(SEEDS):
+        put_back(run, files)
+        what = damage(run, seed)
+        try:
+            found = record.load(run)
+        except ConfigError as error:
+            assert "\n" not in str(error) and str(run) in str(error), what
+            refused += 1
+        else:
+            own = [file for file in files if file.name != "inputs.json"]
+            assert found == config and all(file.read_bytes() == files[file] for file in own), what
+    assert refused > SEEDS // 2

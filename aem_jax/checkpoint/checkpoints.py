@@ -341,12 +341,14 @@ class Checkpoints:
         path.rename(aside)
 
     def _let_go(self) -> None:
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        manager, held = self._manager, self._lock
+        self._manager = self._lock = None
+        try:
+            if manager is not None:
+                manager.close()
+        finally:
+            if held is not None:
+                held.release()
 
 
 class _Kept(checkpoint_managers.PreservationPolicy):

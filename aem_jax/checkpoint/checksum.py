@@ -7,6 +7,8 @@ always changes the sum; several do but for a chance of 2⁻³². Addition of int
 the same on every mesh, and no device gathers what lies on another. It is no protection against forgery.
 """
 
+import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+
+SEAL = "seal"
+"""Name of a JSON record's checksum in the record."""
 
 
 def checksums(tree: Any) -> dict[str, str]:
@@ -34,6 +39,21 @@ def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> s
         if expected.get(name) != found.get(name):
             return f"{name}: expected the checksum {expected.get(name)}, got {found.get(name)}"
     return None
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON record with a checksum of itself."""
+    return {**record, SEAL: _seal(record)}
+
+
+def unsealed(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record that `sealed` was given; None if this is not it."""
+    record = {name: value for name, value in found.items() if name != SEAL}
+    return record if found.get(SEAL) == _seal(record) else None
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 @jax.jit

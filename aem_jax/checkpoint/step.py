@@ -5,10 +5,8 @@ is missing reads as zeros. So the checksums decide whether a checkpoint is what 
 """
 
 import glob
-import json
 import logging
 import sys
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from aem_jax.checkpoint.checksum import checksums, first_difference
+from aem_jax.checkpoint.checksum import SEAL, checksums, first_difference, sealed, unsealed
 from aem_jax.files import read_json
 
 State = TypeVar("State")
@@ -62,8 +60,7 @@ def check_path(folder: Path) -> None:
 def items(step: int, state: Any, score: float | None, extra: Mapping[str, Any]) -> Any:
     """What is saved of a step."""
     record = {"step": step, "score": score, "checksums": checksums(state), "extra": dict(extra)}
-    sealed = {**record, "seal": _seal(record)}
-    return ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(sealed)})
+    return ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(sealed(record))})
 
 
 def read_record(folder: Path, step: int) -> dict[str, Any]:
@@ -79,10 +76,10 @@ def read_record(folder: Path, step: int) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON mapping, got {type(found).__name__}")
-    if "seal" not in found:
+    if SEAL not in found:
         return {"step": step, "score": _old_score(folder / str(step)), "checksums": None, "extra": found}
-    record = {name: value for name, value in found.items() if name != "seal"}
-    if found["seal"] != _seal(record) or record.get("step") != step:
+    record = unsealed(found)
+    if record is None or record.get("step") != step:
         raise ValueError(f"{path}: expected the record of step {step} as it was written, got another")
     return record
 
@@ -164,11 +161,6 @@ def _state_path(folder: Path, step: int) -> LiteralPath:
 def _verify(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
     if difference := first_difference(expected, found):
         raise ValueError(f"an array is not what was written: {difference}")
-
-
-def _seal(record: Mapping[str, Any]) -> str:
-    """A checksum of the record itself."""
-    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def _old_score(folder: Path) -> float | None:

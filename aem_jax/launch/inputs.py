@@ -10,11 +10,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+from aem_jax.checkpoint.checksum import sealed, unsealed
 from aem_jax.envs.swe.tasks import is_file
 from aem_jax.files import read_json, write_text
 from aem_jax.launch.config import RunConfig
@@ -52,24 +53,28 @@ def load(run: Path) -> Inputs:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{error}; put a copy of {FILE} back, or delete it to go on without the check") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected a JSON mapping, got {type(found).__name__}; put a copy of it back")
-    return found
+    inputs = unsealed(found) if isinstance(found, dict) else None
+    if inputs is None:
+        raise ConfigError(
+            f"{path}: expected the record as it was written, got another content; "
+            "put a copy of it back, or delete it to go on without the check"
+        )
+    return inputs
 
 
-def identify(run: Path, config: RunConfig) -> Inputs:
-    """Digests of a run's inputs as they are now.
+def identify(run: Path, config: RunConfig, known: Collection[str] = ()) -> Inputs:
+    """Digests of a run's inputs as they are now, but for those of the names that are known.
 
     Raises:
         ConfigError: a file cannot be read.
     """
-    own = {name: digest(run / name, [run / name]) for name in _own(run)}
-    return {**{name: digest(*named) for name, named in sources(config).items()}, **own}
+    files = {**sources(config), **{name: (run / name, [run / name]) for name in _own(run)}}
+    return {name: digest(*named) for name, named in files.items() if name not in known}
 
 
 def write(run: Path, inputs: Mapping[str, Any]) -> None:
     """Writes the record, completely or not at all."""
-    write_text(run / FILE, json.dumps(inputs, indent=2) + "\n")
+    write_text(run / FILE, json.dumps(sealed(inputs), indent=2) + "\n")
 
 
 def check_own(run: Path) -> None:

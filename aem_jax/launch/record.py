@@ -104,7 +104,8 @@ def save(config: RunConfig, folder: Path, begun: bool = False) -> None:
             theirs = read_text(resolve(config.model.path) / CONFIG)
             copy.parent.mkdir(exist_ok=True)
             write_text(copy, theirs)
-        inputs.write(folder, {**inputs.identify(folder, config), **{k: v for k, v in known.items() if k != FILE}})
+        known.pop(FILE, None)
+        inputs.write(folder, {**known, **inputs.identify(folder, config, known)})
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
 
@@ -131,12 +132,15 @@ def load(folder: Path) -> RunConfig:
         values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON mapping, got {type(values).__name__}")
-        inputs.check_own(folder)
-        return override(RunConfig(), flatten(values))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"no run in {folder}; train it first, or choose another with --name and --runs-dir") from None
     except (ValueError, OSError) as error:
         raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    inputs.check_own(folder)
+    try:
+        return override(RunConfig(), flatten(values))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def check_resumable(saved: RunConfig, config: RunConfig, folder: Path) -> None:

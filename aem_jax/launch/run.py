@@ -130,6 +130,8 @@ def opened(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[tu
                 raise ConfigError(f"no checkpoint in {folder}; train it first")
             if begun and hosts.is_first:
                 inputs.check_sources(folder, config, "refuse" if writes else "warn")
+            elif writes and hosts.is_first:
+                (folder / inputs.FILE).unlink(missing_ok=True)  # of a try that ended before anything was decided
             stage = open_stage(config, folder, stack, hosts, begun)
         except (CheckpointError, EnvError, ValueError, OSError) as error:
             raise ConfigError(str(error)) from error

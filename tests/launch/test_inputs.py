@@ -1,6 +1,5 @@
 """What decides a run stands in the run: changed inputs are named, moved ones are the same, old runs go on."""
 
-import json
 import logging
 import os
 from dataclasses import replace
@@ -159,7 +158,7 @@ def test_frozen_weights_are_known_by_their_numbers(run: Path, tmp_path: Path):
     config = RunConfig(model=ModelChoice(path=str(tmp_path / "model")), lora=LoraConfig(rank=2))
     _, found = base.load(config, run, policy, mesh, None)
     inputs.write(run, {inputs.FROZEN: found})
-    assert json.loads((run / inputs.FILE).read_text())[inputs.FROZEN] == found
+    assert inputs.load(run)[inputs.FROZEN] == found
     assert found == checksums(jax.tree.map(lambda x, dtype: x.astype(dtype), params, policy.dtypes))
     moved = replace(config, model=ModelChoice(path=str(tmp_path / "moved")))
     save_pretrained(tmp_path / "moved", TINY, params, max_file_bytes=1000)  # the same numbers in other files
