@@ -1,6 +1,7 @@
 """Files damaged at random, by seeds: each gives the right result or one line, no traceback and no other numbers."""
 
 import json
+import logging
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -36,7 +37,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_damaged_checkpoint_is_the_one_before_or_itself(whole: Path, tmp_path: Path, capfd, caplog):
+def test_a_damaged_checkpoint_is_the_one_before_or_itself(whole: Path, tmp_path: Path, capfd, caplog, monkeypatch):
+    # The stream of a handler that another test installed may be closed.
+    monkeypatch.setattr(logging.root, "handlers", [caplog.handler])
     states = {step: state_of(step) for step in STEPS}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states[1])
     found: Counter[int] = Counter()
