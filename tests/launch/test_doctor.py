@@ -224,7 +224,10 @@ def test_a_check_that_takes_its_process_along_is_a_fault(tmp_path: Path, monkeyp
     assert found["disk"]["text"] == "the process said nothing for 300 s"
 
 
-def test_a_signal_does_not_wait_for_a_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_does_not_wait_for_a_compilation(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
     """A run that is told to stop amid a check writes what it has, and leaves no process behind."""
     noted, stops = tmp_path / "pid", threading.Event()
     hangs = f"open({str(noted)!r}, 'w').write(str(os.getpid()) + '.'), time.sleep(600)"
@@ -233,7 +236,7 @@ def test_a_signal_does_not_wait_for_a_compilation(tmp_path: Path, monkeypatch: p
     def stop() -> None:
         while not noted.exists() or not noted.read_text().endswith("."):
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     def at_work(page: Page, name: str) -> contextlib.nullcontext:
         if name == "memory" and not stops.is_set():  # all before it has been read
@@ -242,7 +245,11 @@ def test_a_signal_does_not_wait_for_a_compilation(tmp_path: Path, monkeypatch: p
         return contextlib.nullcontext()
 
     monkeypatch.setattr(Page, "at_work", at_work)
-    assert run("versions", "memory", "--json") == 143
+    before = signal.signal(signal.SIGINT, lambda *_: pytest.fail("the entry point's handler ends the process at once"))
+    try:
+        assert run("versions", "memory", "--json") == status
+    finally:
+        signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
     assert [each["name"] for each in json.loads(out)["results"]] == ["versions"] and "Traceback" not in err
     with pytest.raises(ProcessLookupError):

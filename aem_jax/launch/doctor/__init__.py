@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from aem_jax.launch.doctor.finding import Finding
 from aem_jax.launch.overrides import ConfigError, nearest
+from aem_jax.launch.signals import undone_on_interrupt
 
 if TYPE_CHECKING:
     from aem_jax.launch.doctor.config import DoctorConfig
@@ -85,7 +86,11 @@ def run(names: Sequence[str], config: "DoctorConfig") -> int:
     page = Page(sys.stderr if config.json else sys.stdout)
     model, found, stopped, start = config.model, list[Finding](), 0, time.perf_counter()
     try:
-        with _stopped_by_sigterm(), contextlib.closing(parent.findings(chosen, config)) as checks:
+        with (
+            undone_on_interrupt(),
+            _stopped_by_sigterm(),
+            contextlib.closing(parent.findings(chosen, config)) as checks,
+        ):
             while len(found) < len(chosen):
                 with page.at_work(chosen[len(found)]):
                     one = next(checks)
