@@ -6,15 +6,21 @@ and every test of PASS_TO_PASS passes.
 """
 
 import argparse
+import io
 import json
 import random
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
+from aem_jax.envs.swe.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.containers import ContainerConfig
+from aem_jax.envs.swe.env import SweConfig
 from aem_jax.envs.swe.grading import Report, grade
 from aem_jax.envs.swe.sandbox import Limits, Runtime, SandboxError
 from aem_jax.envs.swe.tasks import BugTask, file_tasks, generated_tasks, load_task
@@ -38,7 +44,7 @@ def file_problems(task: BugTask, runtime: Runtime, limits: Limits) -> list[str]:
     """What keeps an instance of a file from teaching anything, in words; empty: nothing."""
     try:
         gold, empty = _graded(task, runtime, limits)
-    except (SandboxError, ValueError, OSError, ModuleNotFoundError) as error:
+    except (SandboxError, ValueError, OSError, subprocess.SubprocessError, ModuleNotFoundError) as error:
         return [f"{task.id}: cannot be graded: {' '.join(str(error).split())}"]
     found = []
     if not gold.applied:
@@ -78,10 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, default=0, help="check only so many tasks, drawn; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=2, help="tasks at a time")
-    parser.add_argument("--seconds", type=float, default=0, help="limit of one grading; 0: 60, with FILE 300")
-    parser.add_argument("--memory-mib", type=int, default=0, help="limit of one grading; 0: 1024, with FILE 4096")
+    parser.add_argument(
+        "--seconds", type=float, default=0, help="limit of one grading; 0: 60, with FILE as in training"
+    )
+    parser.add_argument("--memory-mib", type=int, default=0, help="likewise; 0: 1024, with FILE as in training")
     parser.add_argument("--runtime", default="auto", help="auto, bubblewrap, docker or podman")
     parser.add_argument("--image", default="", help="image for docker and podman, for tasks that do not bring one")
+    container, bubblewrap = ContainerConfig(), BubblewrapConfig()
+    parser.add_argument("--prelude", default=container.prelude, help="bash that docker and podman run before commands")
+    parser.add_argument("--packages", nargs="*", default=bubblewrap.packages, help="what bubblewrap lets tests import")
+    parser.add_argument("--read-only", nargs="*", default=(), help="further paths of this machine, for bubblewrap")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else there")
     options = parser.parse_args(arguments)
     from aem_jax.envs.swe.runtimes import choose_runtime
@@ -89,7 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     try:
         tasks, check = _tasks(options)
-        runtime = choose_runtime(options.runtime, container=ContainerConfig(image=options.image))
+        runtime = choose_runtime(
+            options.runtime,
+            BubblewrapConfig(packages=tuple(options.packages), read_only=tuple(options.read_only)),
+            ContainerConfig(image=options.image, prelude=options.prelude),
+        )
         found: dict[str, list[str]] = {}
         with ThreadPoolExecutor(options.jobs) as pool:  # threads do: the work is done in sandboxes
             for task, wrong in zip(tasks, pool.map(lambda task: check(task, runtime), tasks)):
@@ -111,11 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tasks(options: argparse.Namespace) -> tuple[list[BugTask], Callable[[BugTask, Runtime], list[str]]]:
     """The tasks that the options ask for, and how one is checked."""
-    defaults = Limits(seconds=300.0, memory_mib=4096) if options.file else LIMITS
+    defaults = SweConfig().grade_limits if options.file else LIMITS
     seconds, memory = options.seconds or defaults.seconds, options.memory_mib or defaults.memory_mib
-    limits = Limits(seconds=seconds, memory_mib=memory)
+    limits = replace(defaults, seconds=seconds, memory_mib=memory)
     if options.jobs < 1 or options.sample < 0:
         raise ValueError(f"expected --jobs ≥ 1 and --sample ≥ 0, got {options.jobs} and {options.sample}")
+    if options.repos and not Path(options.repos).is_dir():
+        raise ValueError(f"expected a folder of git mirrors in --repos, got {options.repos!r}")
     if options.file:
         tasks, check = file_tasks("FILE", options.file, options.repos), file_problems
     else:
@@ -126,4 +144,7 @@ def _tasks(options: argparse.Namespace) -> tuple[list[BugTask], Callable[[BugTas
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of tests need not be ASCII
     sys.exit(main())

@@ -150,18 +150,27 @@ def remembered(failing: Failing, folder: Path | None, where: str = "") -> Failin
 @lru_cache(maxsize=1)
 def _grader() -> str:
     """A hash of the code that reaches verdicts."""
-    parts = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("choices", "grading", "log_parsers"))
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+    names = ("choices", "grading", "instance", "log_parsers", "patches")
+    return hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)).hexdigest()
 
 
 def _kept(file: Path, ask: Callable[[], int]) -> int:
-    """What a file holds, or what it then does. It is written whole: another process may read it at any time."""
-    if not file.exists():
-        verdict = ask()
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-            new.write(str(verdict))
-        os.replace(new.name, file)
-    return int(file.read_text(encoding="utf-8"))
+    """The verdict that a file holds; where there is none, or no number in it, asks for it and writes it.
+
+    The file is written completely or not at all, since another process may read it at any time. A machine that fails
+    can still leave it empty.
+    """
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError:
+        text = b""
+    if text.isdigit():
+        return int(text)
+    verdict = ask()
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as new:
+        new.write(str(verdict))
+    os.replace(new.name, file)
+    return verdict
 
 
 def make_failing(config: ChoicesConfig) -> Failing:

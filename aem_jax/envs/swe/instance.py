@@ -191,7 +191,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow has a family of its own
-        raise ValueError(f"{path}: expected a parquet file, got {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{path}: expected a parquet file, got {' '.join(str(error).split()) or type(error).__name__:.300}"
+        ) from None
     for number, row in enumerate(rows, start=1):
         yield f"{path} row {number}", valid_json(row)
 

@@ -24,8 +24,9 @@ _CONTROL = dict.fromkeys(range(1, 32))
 def parser(instance: Instance) -> Callable[[str], Statuses]:
     """The function that reads the log of an instance.
 
-    Most of these parsers cut a test's name at white space, and published instances hold names that are cut so. Others
-    (SWE-rebench's, SWE-smith's) hold whole names, as `t.py::test[a b]`. Such a name is looked up in the log as it is.
+    Most of these parsers change a test's name: they cut it at white space, or shorten a path in it. Published instances
+    hold names that are changed so. Others (SWE-rebench's, SWE-smith's) hold whole names, as `t.py::test[a b]`, which
+    the parser never returns. Such a name is looked up in the log as it is.
 
     Raises:
         ValueError: nobody knows a parser of this name.
@@ -33,11 +34,9 @@ def parser(instance: Instance) -> Callable[[str], Statuses]:
     """
     name = instance.log_parser
     if name in _OWN:
-        parse, spaced = (
-            _OWN[name],
-            {name for name in (*instance.fail_to_pass, *instance.pass_to_pass) if _has_space(name)},
-        )
-        return (lambda log: {**_whole_names(log, spaced), **parse(log)}) if spaced else parse
+        parse, names = _OWN[name], {*instance.fail_to_pass, *instance.pass_to_pass}
+        whole = _changed(parse, names)
+        return (lambda log: {**parse(log), **_whole_names(log, whole)}) if whole else parse
     try:
         from swebench.harness.log_parsers import PARSER_REGISTRY  # pyright: ignore[reportMissingImports]
         from swebench.harness.utils import make_test_spec  # pyright: ignore[reportMissingImports]
@@ -97,18 +96,41 @@ def parse_matplotlib(log: str) -> Statuses:
     return parse_pytest(log.replace("MouseButton.LEFT", "1").replace("MouseButton.RIGHT", "3"))
 
 
-def _has_space(name: str) -> bool:
-    return name.split() != [name]
+def _changed(parse: Callable[[str], Statuses], names: Collection[str]) -> set[str]:
+    """The names that a parser changes, in a line of success or of failure.
+
+    A name that a changed one becomes (`t[a b]` of `t[a  b]`) is among them, since the parser confuses the two. A name
+    that is cut inside its parameters (`t[a`) is not: no line of a log holds it.
+    """
+    changed, become = set(), set()
+    for name in names:
+        read = [parse(line) for line in (f"PASSED {name}", f"FAILED {name} - reason")]
+        if not all(name in statuses for statuses in read):
+            changed.add(name)
+            become.update(key for key in read[0] if key.count("[") <= key.count("]"))
+    return changed | (become & set(names))
 
 
 def _whole_names(log: str, names: Collection[str]) -> Statuses:
-    """Results of tests whose names hold white space. Of a failure, ` - ` and its message may follow the name."""
+    """Results of tests under their whole names; the last line about a test counts.
+
+    Behind a name, ` - ` and a reason may follow, except where the test has passed. Of several names that a line could
+    begin with, the longest is meant. White space at the ends of a name is not significant.
+    """
+    wanted: dict[str, list[str]] = {}
+    for name in names:
+        wanted.setdefault(name.strip(), []).append(name)
     found = {}
     for line in log.split("\n"):
         line = _COLOUR.sub("", line).replace("\x1b", "") if "\x1b" in line else line
-        status, _, rest = line.removesuffix("\r").partition(" ")
-        if status in STATUSES:
-            found |= {name: status for name in names if rest == name or rest.startswith(f"{name} - ")}
+        status, _, rest = line.partition(" ")
+        if status not in STATUSES:
+            continue
+        ends = [] if status == "PASSED" else [reason.start() for reason in re.finditer("(?= - )", rest)]
+        for end in (len(rest), *reversed(ends)):
+            if (name := rest[:end].strip()) in wanted:
+                found |= dict.fromkeys(wanted[name], status)
+                break
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from aem_jax.envs.swe.instance import Instance, from_row, to_row
 from aem_jax.envs.swe.repos import files_checkout, mirror_checkout
 from aem_jax.envs.swe.sandbox import Checkout
+from aem_jax.files import parse_json
 
 
 def make_payload(instance: Instance, *, files: Mapping[str, str] | None = None, repos: str = "") -> dict[str, Any]:
@@ -42,7 +43,7 @@ def load_task(payload: Mapping[str, Any]) -> tuple[Instance, Checkout]:
 @lru_cache(maxsize=64)
 def _load(row: str, where: str) -> tuple[Instance, Checkout]:
     """Equal payloads get the same objects, so that a group's attempts share what is made of them."""
-    instance, place = from_row(json.loads(row)), json.loads(where)
+    instance, place = from_row(parse_json(row, "instance")), parse_json(where, "payload")
     if "files" in place:
         return instance, files_checkout(place["files"])
     if "repos" in place:
@@ -52,6 +53,7 @@ def _load(row: str, where: str) -> tuple[Instance, Checkout]:
 
 def _no_checkout(instance: Instance, folder: Path) -> None:
     raise ValueError(
-        f"expected 'files' or 'repos' in the payload of {instance.instance_id!r}, got neither; without them the "
+        f"expected 'files' or 'repos' in the payload of {instance.instance_id!r}, got neither (a run's --bugs.repos "
+        "or the check's --repos gives a folder of git mirrors); without them the "
         "repository comes from the instance's image, for which the runtime has to be docker or podman"
     )

@@ -150,6 +150,12 @@ def _git(folder: Path, *arguments: str, environment: Mapping[str, str] | None = 
         variables |= {f"GIT_{role}_NAME": _NAME, f"GIT_{role}_EMAIL": _EMAIL, f"GIT_{role}_DATE": _DATE}
     command = ["git", "-c", "safe.directory=*", "-c", "core.hooksPath=/dev/null", "-C", str(folder), *arguments]
     done = subprocess.run(
-        command, env=variables | dict(environment or {}), capture_output=True, text=True, timeout=_TIMEOUT, check=True
+        command,
+        env=variables | dict(environment or {}),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",  # names of files are bytes
+        timeout=_TIMEOUT,
+        check=True,
     )
     return done.stdout

@@ -6,8 +6,9 @@ import subprocess
 import pytest
 from envs.swe.samples import CALC, FakeRuntime, calc
 
-from aem_jax.envs.swe import runtimes
+from aem_jax.envs.swe import repos, runtimes
 from aem_jax.envs.swe.check import main
+from aem_jax.envs.swe.env import SweConfig
 from aem_jax.envs.swe.instance import to_row
 
 
@@ -55,6 +56,22 @@ def test_instances_that_teach_nothing_are_named(tmp_path, monkeypatch, capsys, m
         assert text in report["problems"][name][0] and f"{name}: {text}" in captured.err
 
 
+def test_git_that_does_not_answer_is_said_and_the_others_are_checked(tmp_path, monkeypatch, capsys, mirror):
+    def stuck(*_, **__):
+        raise subprocess.TimeoutExpired(["git", "read-tree"], 300)
+
+    monkeypatch.setattr(repos, "_git", stuck)
+    assert check(tmp_path, monkeypatch, mirror, {}) == 1
+    assert "own__calc-0: cannot be graded: Command '['git', 'read-tree']' timed out" in capsys.readouterr().out
+
+
+def test_grading_has_the_limits_of_training(tmp_path, monkeypatch, mirror):
+    used = []
+    monkeypatch.setattr("aem_jax.envs.swe.check.file_problems", lambda task, runtime, limits: used.append(limits) or [])
+    assert check(tmp_path, monkeypatch, mirror, {}) == 0
+    assert used == [SweConfig().grade_limits]
+
+
 def test_a_good_file_is_a_success(tmp_path, monkeypatch, capsys, mirror):
     assert check(tmp_path, monkeypatch, mirror, {}) == 0
     assert capsys.readouterr().out.startswith("1 tasks (1 own/calc), 0 problems; ")
@@ -67,6 +84,9 @@ def test_a_good_file_is_a_success(tmp_path, monkeypatch, capsys, mirror):
         (["bad.txt"], "expected a file of .jsonl, .json, .parquet"),
         (["bad.jsonl"], "bad.jsonl line 1: expected JSON"),
         (["--jobs", "0"], "expected --jobs ≥ 1"),
+        (["good.jsonl", "--repos", "none"], "expected a folder of git mirrors in --repos, got 'none'"),
+        (["--memory-mib", "1"], "memory_mib of at least 64"),
+        (["--runtime", "bubblewrap", "--packages", "no-such-package"], "the package 'no-such-package'"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):

@@ -119,6 +119,12 @@ def test_verdicts_are_asked_for_once(tmp_path):
     assert again(found, one) == 1
     assert len(asked) == 2 and len(list((tmp_path / "kept").iterdir())) == 2
     assert remembered(failing, None)(found, one) == 1 and len(asked) == 3
+    for damage in (b"", b"\0", b"1\n2", b"-1"):  # as a machine that failed may leave them
+        for verdict in (tmp_path / "kept").iterdir():
+            verdict.write_bytes(damage)
+        again = remembered(failing, tmp_path / "kept")
+        assert [again(found, each) for each in ([], one)] == [0, 1]
+    assert len(asked) == 11 and {each.read_bytes() for each in (tmp_path / "kept").iterdir()} == {b"0", b"1"}
 
 
 def test_verdicts_come_from_grading(tmp_path):

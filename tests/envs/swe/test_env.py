@@ -160,10 +160,16 @@ def test_bad_settings_are_refused():
         SweConfig(grade_s=0)
 
 
-def test_payloads():
+def test_payloads(tmp_path):
     payload = json.loads(json.dumps(make_payload(INSTANCE, files=FILES)))
     assert load_task(payload)[0] == INSTANCE
     assert load_task(payload)[1] is load_task(dict(payload))[1]
+    half = make_payload(
+        dataclasses.replace(INSTANCE, problem_statement="half \ud83d of it"), files=FILES | {"a.txt": "\udcff"}
+    )
+    assert load_task(half)[0].problem_statement == "half \ufffd of it"
+    load_task(half)[1](INSTANCE, tmp_path)
+    assert (tmp_path / "a.txt").read_text() == "\ufffd"
     with pytest.raises(ValueError, match="got keys \\['files', 'instance', 'repos'\\]"):
         load_task({**payload, "repos": "/data"})
     with pytest.raises(ValueError, match="expected a payload with 'instance'"):

@@ -219,6 +219,39 @@ def test_names_that_share_their_cut_are_told_apart():
     assert report.fail_to_pass == {"t.py::x[a b]": False, "t.py::x[a c]": True} and not report.resolved
 
 
+@pytest.mark.parametrize(
+    ("log_parser", "name"),
+    [
+        ("parse_log_pytest_options", "t.py::x[/home/me/data.txt]"),  # shortened to /data.txt
+        ("parse_log_matplotlib", "t.py::x[MouseButton.LEFT]"),  # made a number
+        ("parse_log_pytest_v2", "t.py::x[\x7f[0m]"),  # taken for a colour
+        ("parse_log_pytest", "tests/my files/t.py::x[a b] "),  # a log's line may have lost the end
+    ],
+)
+def test_whole_names_that_the_parser_changes_are_found(log_parser, name):
+    instance = spaced(name, log_parser=log_parser)
+    assert of_lines(instance, f"PASSED {name.strip()}").resolved
+    assert not of_lines(instance, f"PASSED {name.strip()}", f"ERROR {name.strip()} - no").resolved
+    assert not of_lines(instance).resolved
+
+
+@pytest.mark.parametrize(
+    ("log_parser", "names"),
+    [
+        ("parse_log_pytest_v2", ("t.py::x[a b]", "t.py::x[a  b]")),
+        ("parse_log_pytest_options", ("t.py::x[/b]", "t.py::x[/a/b]")),
+        ("parse_log_pytest", ("t.py::x[[c d] - e]", "t.py::x[[c d] - e] - f]")),
+    ],
+)
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("order", [1, -1])
+def test_names_that_the_parser_confuses_are_told_apart(log_parser, names, failing, order):
+    instance = spaced(*names, log_parser=log_parser)
+    lines = [f"FAILED {name} - no" if i == failing else f"PASSED {name}" for i, name in enumerate(names)]
+    report = of_lines(instance, *lines[::order])
+    assert list(report.fail_to_pass.values()) == [failing != 0, failing != 1] and not report.resolved
+
+
 def test_names_that_are_cut_are_graded_as_swebench_grades_them():
     instance = spaced("t.py::x[a", log_parser="parse_log_pytest")
     assert parser(instance) is parse_pytest  # nothing added

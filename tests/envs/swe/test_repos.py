@@ -5,6 +5,7 @@ import subprocess
 import pytest
 from envs.swe.samples import ROW
 
+from aem_jax.envs.swe import repos
 from aem_jax.envs.swe.instance import from_row
 from aem_jax.envs.swe.repos import commit_id, files_checkout, mirror_checkout
 
@@ -118,3 +119,10 @@ def test_files_make_a_commit_whose_id_is_known_beforehand(tmp_path):
 def test_files_stay_inside(path):
     with pytest.raises(ValueError, match="relative paths inside the repository"):
         files_checkout({path: ""})
+
+
+def test_what_git_says_need_not_be_utf_8(tmp_path):
+    git(tmp_path, "init", "--quiet")
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        repos._git(tmp_path, "rev-parse", b"no-\xff".decode(errors="surrogateescape"))
+    assert "no-\ufffd" in raised.value.stderr
