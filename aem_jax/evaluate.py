@@ -9,7 +9,7 @@ import jax
 
 from aem_jax.envs.play import Act, play, play_each
 from aem_jax.envs.protocol import Environment
-from aem_jax.rollout import Rollout, check_some_whole
+from aem_jax.rollout import Rollout, check_some_played
 from aem_jax.trajectory import Ending, Task, Trajectory
 
 
@@ -124,10 +124,10 @@ def evaluate_policy(
         split: its split.
 
     Raises:
-        EnvError: the environment broke all of them; with the first error.
+        EnvError: none could be played; with the first error.
     """
     trajectories, stats = rollout(params, tasks, key, group_size=1)
-    check_some_whole(trajectories, stats, name)
+    check_some_played(trajectories, stats, name)
     whole = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
     outcomes = [_Outcome(t.task.kind, t.won, t.score, len(t.turns), t.total_reward) for t in whole]
     return _summary(name, split, outcomes, len(trajectories) - len(whole)), trajectories

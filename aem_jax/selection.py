@@ -23,14 +23,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from aem_jax.rollout.stats import RolloutStats, all_broken, check_some_whole
+from aem_jax.rollout.stats import RolloutStats, check_some_played, none_played
 from aem_jax.trajectory import Ending, Task, Trajectory
 
 Outcome = Callable[[Trajectory], float]
 """What is compared inside a group: its return, or whether it was won."""
 
 BROKEN_TASKS = 8
-"""Tasks of a step whose episodes must all break before it is the environment, and not these tasks, that is broken."""
+"""Tasks of a step that must all fail before the fault is taken for the environment's, not these tasks'."""
 
 Length = Callable[[Trajectory], Sequence[int]]
 """Tokens that are held against a limit, for each turn."""
@@ -201,10 +201,10 @@ def play_rounds(
 
     Returns:
         At least one round's episodes. Where the rounds are over before there are `num_groups` groups, those that there
-        are. Rounds in which the environment broke every episode do not count, and nothing of them is learnt.
+        are. Leading rounds in which no episode could be played do not count, and nothing of them is learnt.
 
     Raises:
-        EnvError: it broke every episode, of `BROKEN_TASKS` tasks or more; with the first error.
+        EnvError: no episode of `BROKEN_TASKS` tasks or more could be played; with the first error.
     """
     everything: list[Trajectory] = []
     stats, rounds, next_group, begin = RolloutStats(), 0, 0, 0
@@ -214,8 +214,8 @@ def play_rounds(
         everything += [replace(t, group=next_group + t.group) for t in found]
         stats, rounds, next_group = stats + more, rounds + 1, next_group + len(given)
         if next_group >= BROKEN_TASKS:
-            check_some_whole(everything, stats, f"step {step}")
-        if all_broken(everything):
+            check_some_played(everything, stats, f"step {step}")
+        if none_played(everything):
             begin = len(everything)  # perhaps these tasks alone are broken: others are played in their place
             continue
         selected = select(everything[begin:], rule)

@@ -2,12 +2,14 @@
 
 import math
 
+import jax
 import pytest
 
 from aem_jax.envs.echo import EchoEnv
-from aem_jax.envs.protocol import StepResult
-from aem_jax.evaluate import evaluate_agent, rate
-from aem_jax.trajectory import Task
+from aem_jax.envs.protocol import EnvError, StepResult
+from aem_jax.evaluate import evaluate_agent, evaluate_policy, rate
+from aem_jax.rollout import RolloutStats
+from aem_jax.trajectory import Ending, Task, Trajectory
 
 
 def test_wilson_interval_by_hand():
@@ -62,3 +64,30 @@ def test_the_tasks_own_score_is_that_of_the_last_step():
     found = evaluate_agent(Graded(), lambda task: lambda result: "x", tasks, max_turns=3, name="set", split="test")
     assert (found.mean_score, found.rate.success) == (0.25, 0.0)
     assert found.record(0, "expert")["mean_score"] == 0.25
+
+
+@pytest.mark.parametrize("error", [KeyError, SystemExit])
+def test_a_task_that_breaks_is_left_out_and_all_that_do_are_said(error):
+    class Fragile(EchoEnv):
+        def reset(self, task):
+            if task["level"] > 1:
+                raise error("no such level")
+            return super().reset(task)
+
+    tasks = [Task(f"t{level}", "k", {"word": "hi", "level": level}) for level in (0, 1, 2)]
+    how = {"max_turns": 3, "name": "set", "split": "test"}
+    found = evaluate_agent(Fragile(), lambda task: lambda result: "hi", tasks, **how)
+    assert (found.rate.count, found.rate.success, found.env_errors) == (2, 1.0, 1)
+    with pytest.raises(EnvError, match="every task broke its environment, t2 first: .*no such level"):
+        evaluate_agent(Fragile(), lambda task: lambda result: "hi", tasks[2:], **how)
+
+
+def test_an_evaluation_of_which_nothing_was_played_is_none():
+    def rollout(endings):
+        trajectories = [Trajectory(Task("t", "k", {}), i, 0, (), ending, False) for i, ending in enumerate(endings)]
+        return lambda *_, **__: (trajectories, RolloutStats(first_error="task t: no display"))
+
+    how = {"params": None, "tasks": [], "key": jax.random.key(0), "name": "valid-2-ab", "split": "valid"}
+    for endings in ([Ending.ENV_ERROR] * 2, [Ending.ENV_ERROR, Ending.TRUNCATED]):  # the second: no prompt that fits
+        with pytest.raises(EnvError, match="no episode of valid-2-ab could be played; the first error: task t: no dis"):
+            evaluate_policy(rollout(endings), **how)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from aem_jax.envs.protocol import EnvError
 from aem_jax.rollout import RolloutStats
 from aem_jax.selection import (
     Rule,
@@ -130,7 +131,8 @@ class Rounds:
     def __call__(self, params, tasks, key):
         self.keys.append(tuple(jax.random.key_data(key).tolist()))
         trajectories = groups(*self.rounds[len(self.keys) - 1])
-        return trajectories, RolloutStats(episodes=len(trajectories), sampled_tokens=10, total_s=0.5)
+        error = f"task {len(self.keys) - 1}: no display" if "e" in "".join(self.rounds[len(self.keys) - 1]) else ""
+        return trajectories, RolloutStats(len(trajectories), sampled_tokens=10, total_s=0.5, first_error=error)
 
 
 def test_rounds_go_on_until_there_is_enough():
@@ -162,6 +164,26 @@ def test_round_0_has_the_steps_key_and_no_round_that_of_an_episode():
     assert rollout.keys[0] == tuple(jax.random.key_data(key).tolist())
     of_episodes = {tuple(each) for each in jax.random.key_data(jax.random.split(key, 1024)).tolist()}
     assert len(set(rollout.keys)) == 10 and not of_episodes & set(rollout.keys)
+
+
+@pytest.mark.parametrize("outcome", [None, returned])
+def test_where_no_episode_of_a_round_could_be_played_others_are_in_its_place(outcome):
+    rollout = Rounds(("1e0e", "0e0e"), ("0e1t", "1t0t"), ("1t0t", "1t0t"))
+    played = play_rounds(rollout, rollout.tasks, Rule(1, outcome=outcome), None, 7, jax.random.key(3))
+    assert rollout.asked == [(7, 0), (7, 1)]  # a round in which some could be played is no fault of all
+    assert [(t.group, t.total_reward) for t in played.trajectories] == (
+        [(0, 0), (0, 1)] if not outcome else [(0, 1), (0, 0)]
+    )
+    assert len(played.everything) == 8
+
+
+def test_where_no_episode_of_many_tasks_could_be_played_the_first_error_ends_it():
+    """Of 3 tasks a round: after the third round there are more than `BROKEN_TASKS`, of 8 at once after the first."""
+    for size, rounds in ((3, 3), (8, 1)):
+        rollout = Rounds(*[("0e0e",) * size] * 9)
+        with pytest.raises(EnvError, match="no episode of step 7 could be played; the first error: task 0: no display"):
+            play_rounds(rollout, rollout.tasks, Rule(size), None, 7, jax.random.key(3))
+        assert len(rollout.asked) == rounds
 
 
 def test_the_overlong_penalty_by_hand():

@@ -30,7 +30,7 @@ from aem_jax.launch.stage import Stage
 from aem_jax.learner import init_state, make_optimizer, make_update
 from aem_jax.models import policy_params
 from aem_jax.report.analysis import print_analysis, write_analysis
-from aem_jax.rollout import check_some_whole
+from aem_jax.rollout import check_some_played
 from aem_jax.sampler import Sampler
 from aem_jax.trajectory import Ending
 
@@ -116,7 +116,7 @@ def _analysis(stage: Stage, params: Any, options: AnalyzeConfig, groups: int) ->
     tasks = [stage.domain.training[int(index)] for index in picked]
     stage.report("play", 0, groups * config.rollout.group_size, {})
     trajectories, stats = stage.rollout(decode, tasks, play)
-    check_some_whole(trajectories, stats, "the analysis")
+    check_some_played(trajectories, stats, "the analysis")
     whole = [each for each in trajectories if each.ending is not Ending.ENV_ERROR]
     layout = build.batch_layout(config, len(trajectories), 1)
     batch = place(collate(trajectories, layout), stage.mesh)

@@ -2,6 +2,6 @@
 
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.engine import Rollout
-from aem_jax.rollout.stats import RolloutStats, check_some_whole
+from aem_jax.rollout.stats import RolloutStats, check_some_played
 
-__all__ = ["Rollout", "RolloutConfig", "RolloutStats", "check_some_whole"]
+__all__ = ["Rollout", "RolloutConfig", "RolloutStats", "check_some_played"]

@@ -77,13 +77,12 @@ def record(episode: Episode, answer: Answer, config: RolloutConfig, stats: Rollo
         episode.turns.append(turn)
         episode.ids.extend(ids.tolist())
     elif answer.ending is not None:
-        log.warning(
-            "task %s is left out: expected a first prompt of at most rollout.prompt_tokens = %d tokens, got %d;"
-            " raise rollout.prompt_tokens",
-            episode.task.id,
-            config.prompt_tokens,
-            len(answer.ids),
+        why = (
+            f"expected a first prompt of at most rollout.prompt_tokens = {config.prompt_tokens} tokens, got "
+            f"{len(answer.ids)}; raise rollout.prompt_tokens"
         )
+        log.warning("task %s is left out: %s", episode.task.id, why)
+        stats.first_error = stats.first_error or f"task {episode.task.id}: {why}"
         stats.overlong_prompts += 1
     if answer.ending is None:
         ids = list(answer.ids)

@@ -25,7 +25,7 @@ class RolloutStats:
         device_busy_s: seconds in which the device had a program to run, or was being handed one.
         environment_s: seconds in which nothing was left to do but to wait for environments.
         total_s: seconds in all.
-        first_error: the task that an environment failed at first, and how, in one line; empty where none did.
+        first_error: the first task that could not be played, and why, in one line; empty where all could.
     """
 
     episodes: int = 0
@@ -46,21 +46,21 @@ class RolloutStats:
         return RolloutStats(**added, first_error=self.first_error or other.first_error)
 
 
-def all_broken(trajectories: Iterable[Trajectory]) -> bool:
-    """Whether the environment broke every one of them."""
-    return all(each.ending is Ending.ENV_ERROR for each in trajectories)
+def none_played(trajectories: Iterable[Trajectory]) -> bool:
+    """Whether no episode had a turn that counts: the environment broke it, or its first prompt was too long."""
+    return all(each.ending is Ending.ENV_ERROR or not each.turns for each in trajectories)
 
 
-def check_some_whole(trajectories: Iterable[Trajectory], stats: RolloutStats, where: str) -> None:
-    """Ends what cannot go on where an environment breaks every episode: a fault of all is none of the tasks'.
+def check_some_played(trajectories: Iterable[Trajectory], stats: RolloutStats, where: str) -> None:
+    """Ends what cannot go on: a fault of every episode is not the tasks'.
 
     All processes hold the same trajectories, so all of them end, or none.
 
     Raises:
-        EnvError: it did; with the first error.
+        EnvError: no episode was played; with the first error.
     """
-    if all_broken(trajectories):
-        raise EnvError(f"the environment broke every episode of {where}; the first error: {stats.first_error}")
+    if none_played(trajectories):
+        raise EnvError(f"no episode of {where} could be played; the first error: {stats.first_error}")
 
 
 class DeviceClock:

@@ -1,16 +1,19 @@
 """Task sources: generated games and official data behind one interface, and the command that writes games."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from aem_jax.envs.alfworld.engine import start
+from aem_jax.envs.alfworld.engine import Game, start
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
@@ -75,6 +78,63 @@ def test_official_source_skips_what_alfworld_skips(tmp_path: Path):
         official_tasks(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match="found none"):
         official_tasks(tmp_path, "train", TASK_TYPES[:0])
+
+
+BAD = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "an empty object": lambda text: "{}",
+    "a list": lambda text: "[]",
+    "another generator's": lambda text: json.dumps({"domain": "", "problem": "", "solvable": True}),
+    "solvable in words": lambda text: json.dumps(json.loads(text) | {"solvable": "yes"}),
+    "not UTF-8": lambda text: b"\xff\xfe" + text.encode("utf-16-le"),
+}
+
+
+@pytest.fixture(scope="module")
+def games(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_games(GenerateConfig(out=folder, train=3, valid_seen=1, valid_unseen=0, games=TINY))
+    return folder
+
+
+@pytest.mark.parametrize("damage", [*BAD, "no traj_data.json", "a broken traj_data.json", "another task_type"])
+def test_a_bad_file_among_the_good_is_named_or_left_out(games: Path, tmp_path: Path, caplog, damage: str):
+    shutil.copytree(games, tmp_path, dirs_exist_ok=True)
+    bad, good, other = sorted((tmp_path / "json_2.1.1/train").rglob("game.tw-pddl"))
+    facts = bad.with_name("traj_data.json")
+    if damage == "no traj_data.json":
+        facts.unlink()
+    elif damage == "a broken traj_data.json":
+        facts.write_text("{")
+    elif damage == "another task_type":
+        facts.write_text('{"task_type": "pick_and_fly"}')
+    else:
+        content = BAD[damage](bad.read_text())
+        bad.write_bytes(content if isinstance(content, bytes) else content.encode())
+    named = facts if damage.endswith(("traj_data.json", "task_type")) else bad
+    for source in (
+        lambda **how: training_tasks(TINY, data=tmp_path, **how),
+        partial(official_tasks, tmp_path, "train"),
+    ):
+        with pytest.raises(ValueError) as error:
+            source()
+        said = str(error.value)
+        assert str(named) in said and "1 of 3 games" in said and "--alfworld-skip-bad" in said and "\n" not in said
+        caplog.clear()
+        assert {task.payload["game"] for task in source(skip_bad=True)} == {str(good), str(other)}
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line.startswith("1 of 3 games under") and str(named) in line
+    assert len(eval_set(TINY, "valid_seen", 1, data=tmp_path)[0]) == 1  # a bad file of another split is no matter
+
+
+def test_a_game_that_is_won_from_the_start_is_over_at_its_reset(games: Path):
+    task = official_tasks(games, "train")[0]
+    data = json.loads(Path(task.payload["game"]).read_text())
+    problem = re.sub(r"\(:goal.*", "(:goal (and)))", data["pddl_problem"], flags=re.DOTALL)
+    game = Game(data["pddl_domain"], problem, data["grammar"])
+    first = AlfworldEnv(load_game=lambda payload: game).reset(task.payload)
+    assert first.terminated and first.won
 
 
 def test_command_line(tmp_path: Path):

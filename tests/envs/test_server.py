@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from aem_jax.envs import protocol, server, wire
-from aem_jax.envs.client import RemoteEnvironment, websocket_url
+from aem_jax.envs.client import RemoteEnvironment
 from aem_jax.envs.echo import EchoEnv
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
 from aem_jax.envs.server import ACTION_SCHEMA, OBSERVATION_SCHEMA, ServerConfig
@@ -97,6 +97,8 @@ def test_the_environments_own_mistakes_are_execution_errors():
         def step(self, action_text):
             if action_text == "exit":
                 sys.exit(3)
+            if action_text == "interrupt":
+                raise KeyboardInterrupt("not Ctrl-C,\nand not in one line")
             return {"nan": StepResult("x", float("nan")), "type": "x", "raise": 1 / 1}[action_text]
 
         def close(self):
@@ -104,7 +106,8 @@ def test_the_environments_own_mistakes_are_execution_errors():
 
     session = Session(Bad(), send_admissible=False)
     for text, said in (
-        ("exit", "SystemExit: 3"),
+        ("exit", "SystemExit: 3 (line "),
+        ("interrupt", "KeyboardInterrupt: not Ctrl-C, and not in one line (line "),
         ("nan", "expected a number, finite"),
         ("type", "expected a StepResult"),
     ):
@@ -142,6 +145,8 @@ def test_rubbish_answers_are_env_errors(raw):
     [
         ({"reward": float("nan")}, "finite reward"),
         ({"reward": "1"}, "finite reward"),
+        ({"reward": 10**400}, "finite reward"),
+        ({"reward": 1e39}, "finite reward"),
         ({"done": "yes"}, "done flag"),
         ({"done": None}, "done flag"),
         ({"won": 1}, "'won'"),
@@ -200,26 +205,6 @@ def test_a_task_that_is_no_json_is_refused():
     for task in ({"x": object()}, {"x": float("nan")}):
         with pytest.raises(ValueError, match="expected a task as a mapping of plain JSON"):
             protocol.encode_reset(task)
-
-
-@pytest.mark.parametrize(
-    ("url", "full"),
-    [
-        ("localhost:8765", "ws://localhost:8765/ws"),
-        ("http://h:1/", "ws://h:1/ws"),
-        ("https://h", "wss://h/ws"),
-        ("ws://h:1/ws", "ws://h:1/ws"),
-        ("wss://h/env/ws/", "wss://h/env/ws"),
-    ],
-)
-def test_server_addresses(url, full):
-    assert websocket_url(url) == full
-
-
-@pytest.mark.parametrize("url", ["", "ftp://h", "://h", "ws://", "/ws"])
-def test_bad_server_addresses(url):
-    with pytest.raises(ValueError, match="expected an environment server as"):
-        websocket_url(url)
 
 
 # Names and settings.
@@ -318,6 +303,61 @@ def test_a_taken_port_is_said():
     with served("echo") as (address, _):
         status, said = run_server("echo", "--port", address.partition(":")[2])
         assert status == 2 and "error: " in said and "address already in use" in said and said.count("\n") == 1
+
+
+UNRULY = """
+import sys, threading, time
+from aem_jax.envs.echo import EchoEnv
+
+print("hello from import")
+
+class Unruly(EchoEnv):
+    def step(self, action_text):
+        if action_text == "read":
+            return super().step(repr(sys.stdin.readline()))
+        return super().step(action_text)
+
+    def close(self):
+        if threading.current_thread() is threading.main_thread():
+            raise SystemExit
+        time.sleep(600)
+"""
+
+
+def test_an_environment_that_reads_stdin_or_never_closes_harms_no_server(tmp_path):
+    """What the parent's end of stdin is for is the server's alone; a close that takes long is not waited for."""
+    (tmp_path / "env.py").write_text(UNRULY)
+    arguments = ["-c", "from aem_jax.envs import server; server._CLOSE_S = 0.2; import sys; sys.exit(server.main())"]
+    command = [sys.executable, *arguments, f"{tmp_path}/env.py:Unruly", "--port", "0", "--with-parent"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, **pipes) as process:
+        assert process.stdin and process.stdout and process.stderr
+        env = RemoteEnvironment(f"127.0.0.1:{json.loads(process.stdout.readline())['port']}")
+        env.reset({})
+        assert env.step("read").observation == "1: ''"
+        env.close()
+        process.stdin.close()  # as at the parent's end
+        assert process.wait(10) == 0
+        said = process.stderr.read()
+        assert "hello from import" in said and "Unruly.close takes more than 0.2 s" in said
+
+
+SLOW_START = "import os, time\nos.write(2, b'importing\\n')\ntime.sleep(600)\n"
+
+
+@pytest.mark.parametrize("module", ["aem_jax.envs.server", "aem_jax.launch serve"])
+def test_ctrl_c_while_a_server_starts_is_quiet(tmp_path, module):
+    (tmp_path / "slow.py").write_text(SLOW_START)
+    command = [sys.executable, "-m", *module.split(), f"{tmp_path}/slow.py:Env"]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        while process.stderr.readline() != "importing\n":
+            pass
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

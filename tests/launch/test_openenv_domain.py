@@ -127,7 +127,7 @@ def test_what_is_said_and_heard_is_part_of_a_run():
     assert not is_harmless("openenv.seeds")
 
 
-ECHO = ["--openenv.reset", '{"word": "hi"}', "--openenv.actions", "ho", "hu"]
+ECHO = ["--openenv.reset", '{"word": "hi"}', "--openenv.actions", "ho", "hu", "--env.first-pause-s", "0.05"]
 
 
 def said(found) -> list[str]:
@@ -147,18 +147,38 @@ def test_chance_talks_to_a_server_so_that_there_is_a_tokenizer(monkeypatch: pyte
     assert said(domain("--env.command", command, *ECHO)) == heard
 
 
-def test_an_environment_of_ones_own_needs_no_server_for_that(tmp_path: Path):
+MINE = """
+import os
+from aem_jax.envs.echo import EchoConfig, EchoEnv
+
+print("pygame says hello")
+
+
+class Mine(EchoEnv):
+    def reset(self, task):
+        if task["seed"] == 1:
+            os._exit(3)
+        return super().reset(task)
+
+
+def make(length):
+    return Mine(EchoConfig(length=length))
+"""
+
+
+def test_an_environment_of_ones_own_is_played_in_a_process_of_its_own(tmp_path: Path, capfd, caplog):
+    """It prints at its import, and one of its tasks ends its process: that task is left out."""
     file = tmp_path / "mine.py"
-    file.write_text("from aem_jax.envs.echo import EchoConfig, EchoEnv\n\n\ndef make(length):\n"
-                    "    return EchoEnv(EchoConfig(length=length))\n")  # fmt: skip
+    file.write_text(MINE)
     found = domain("--openenv.serve", f"{file}:make", "--openenv.settings", '{"length": 2}', *ECHO)
     assert (found.name, found.settings) == (f"{file}:make", {"length": 2})
-    agent = found.baselines["random"](found.training[0])
-    env = found.make_env()
-    assert env.reset({"word": "never"}).observation == "say never"
+    heard = said(found)
+    assert heard[::4] == ["say hi"] * 2
     # the environment's own list of actions goes before the one that was given
-    assert agent(env.step("x")) in ("say", "never")
-    assert env.step("y").truncated
+    assert set(heard[1::2]) <= {"say", "hi"}
+    (line,) = [each.getMessage() for each in caplog.records if "left out" in each.getMessage()]
+    assert line.startswith("task seed-1 is left out: ") and "exit status 3" in line
+    assert "pygame" not in capfd.readouterr().out
 
 
 def test_without_actions_nobody_plays():

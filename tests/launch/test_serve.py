@@ -9,24 +9,38 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.launch import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_server_started_by_hand_serves_a_pool():
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", r"127\.0\.0\.1"), ("::", r"\[::1\]")])
+def test_a_server_started_by_hand_serves_a_pool_at_the_address_that_it_prints(host, shown):
+    if host == "::" and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
     command = [sys.executable, "-m", "aem_jax.launch", "serve", "echo", "--port", "0", "--settings", '{"length": 2}']
+    command += ["--host", host]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT) as process:
         try:
             assert process.stdout
             line = process.stdout.readline()
-            found = re.search(r"--env\.urls (ws://127\.0\.0\.1:\d+)$", line.strip())
+            found = re.search(rf"--env\.urls (ws://{shown}:\d+)$", line.strip())
             assert found, line
             url = found[1]
             with urllib.request.urlopen(url.replace("ws", "http") + "/metadata", timeout=10) as page:
                 assert json.load(page)["name"] == "echo"
-            with EnvPool(PoolConfig(urls=(url,), sessions_per_server=2), ("", {})) as pool:
+            with EnvPool(PoolConfig(urls=(f"{url}/?who=test",), sessions_per_server=2), ("", {})) as pool:
                 pool.reset(0, {}).result()
                 assert not pool.step(0, "a").result().done
                 assert pool.step(0, "b").result().truncated

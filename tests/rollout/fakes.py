@@ -34,12 +34,13 @@ class ByteChat:
 
 
 class CountdownEnv:
-    """Ends after `turns` turns; answers with as many letters as the response had; wins when the last one was even."""
+    """Ends after `turns` turns (0: at its reset, won); answers with as many letters as the response had; wins when the
+    last one was even."""
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
         self.left = int(task["turns"])
         first = task.get("first", "start" + "x" * (int(task["turns"]) % 3))
-        return StepResult(first, info={"won": False, "valid_action": True})
+        return StepResult(first, terminated=not self.left, info={"won": not self.left, "valid_action": True})
 
     def step(self, text: str) -> StepResult:
         self.left -= 1

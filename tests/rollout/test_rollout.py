@@ -118,7 +118,7 @@ def test_a_broken_environment_costs_nothing_but_time(sampler, params):
     """Calls 5, 20 and 21 fail: those episodes begin again and say the same; all others never notice."""
     expected, _ = play(sampler, params)
     found, stats = play(sampler, params, broken=lambda _, call: call in (5, 20, 21))
-    assert stats.retries == 3 and stats.env_errors == 0
+    assert stats.retries == 3 and stats.env_errors == 0 and stats.first_error.endswith(": broken on purpose")
     assert sampled(found) == sampled(expected)
     assert sum(t.retries for t in found) == 3
 
@@ -154,6 +154,19 @@ def test_a_first_prompt_that_is_too_long_ends_its_episodes_and_no_others(sampler
     assert stats.overlong_prompts == 4 and stats.retries == stats.env_errors == 0
     assert [(t.ending, t.turns) for t in found[4:8]] == [(Ending.TRUNCATED, ())] * 4
     assert sampled(found[:4] + found[8:]) == sampled(expected[:4] + expected[8:])
+
+
+def test_a_task_that_is_over_at_its_reset_is_left_out_at_once(sampler, params, caplog):
+    """No retry, one line for its whole group, and the other groups say what they would have said."""
+    over = replace(TASKS[1], id="solved", payload={"turns": 0})
+    expected, _ = play(sampler, params)
+    found, stats = play(sampler, params, tasks=[TASKS[0], over, TASKS[2]])
+    assert (stats.retries, stats.env_errors) == (0, 4)
+    assert [(t.ending, t.turns) for t in found[4:8]] == [(Ending.ENV_ERROR, ())] * 4
+    assert sampled(found[:4] + found[8:]) == sampled(expected[:4] + expected[8:])
+    (line,) = [each.getMessage() for each in caplog.records if "solved" in each.getMessage()]
+    assert line.startswith("task solved is left out: the episode ended at its reset (terminated, won)")
+    assert stats.first_error.startswith("task solved: the episode ended at its reset")
 
 
 def test_windowed_context_rebuilds_each_prompt(sampler, params):

@@ -1,0 +1,137 @@
+"""Damaged files of ALFWorld and WebShop: each is named in one line, or what is read of it can be played.
+
+Files are cut, spans of them lost, doubled or overwritten, values replaced: at random, from seeds.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from aem_jax.envs.actions import as_action
+from aem_jax.envs.alfworld.env import AlfworldEnv
+from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
+from aem_jax.envs.alfworld.generator.config import TINY
+from aem_jax.envs.alfworld.tasks import official_tasks
+from aem_jax.envs.protocol import checked_result
+from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
+from aem_jax.envs.webshop.generator.config import GeneratorConfig
+from aem_jax.envs.webshop.generator.make import make_shop
+from aem_jax.envs.webshop.shop import ShopConfig, open_shop
+from aem_jax.envs.webshop.tasks import SPLITS, goal_tasks
+
+SEEDS = 200
+WEBSHOP = WebshopConfig(tagger="small")
+VALUES = (None, 7, 1e308, [], {}, "", "x", "$", "$9" + "9" * 400, "((", "half \ud83d", True, [None])
+
+
+def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
+    at, length = rng.randrange(len(data)), rng.choice([1, 3, 20, 400])
+    junk = rng.randbytes(rng.choice([1, 3, 20]))
+    return rng.choice(
+        [
+            data[:at],
+            data[:at] + data[at + length :],
+            data[:at] + junk + data[at + length :],
+            data[:at] + 2 * data[at : at + length] + data[at + length :],
+            rng.choice([b"", b"{}", b"[]", b"null", b"\0" * 9, data.decode().encode("utf-16")]),
+        ]
+    )
+
+
+def damaged_json(data: bytes, rng: random.Random) -> bytes:
+    """A value somewhere in it lost, replaced, or damaged as a text."""
+    whole = value = json.loads(data)
+    while True:
+        key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+        inner = value[key]
+        if not isinstance(inner, (dict, list)) or not inner or rng.random() < 0.2:
+            break
+        value = inner
+    if isinstance(inner, str) and len(inner) > 20 and rng.random() < 0.7:
+        value[key] = damaged_bytes(inner.encode(), rng).decode(errors="replace")
+    elif rng.random() < 0.2:
+        del value[key]
+    else:
+        value[key] = rng.choice(VALUES)
+    return json.dumps(whole).encode()
+
+
+def play(env, task, actions, rng: random.Random) -> None:
+    """A few steps, of these actions or of admissible ones where None; every answer must be one."""
+    result = checked_result(env, "reset", env.reset(json.loads(json.dumps(task, allow_nan=False))))
+    for action in actions:
+        if result.done:
+            return
+        admissible = [each for each in result.info["admissible"] if "…" not in each]
+        result = checked_result(env, "step", env.step(as_action(action or rng.choice([*admissible, "look"]))))
+
+
+def check_each(files: list[Path], play_all) -> None:
+    """Damages one file after the other, and plays what can be read. Nothing but a ValueError that names the file may
+    come of it; and neither all nor no damage is found."""
+    whole, found = {file: file.read_bytes() for file in files}, 0
+    for seed in range(SEEDS):
+        rng = random.Random(seed)
+        file = rng.choice(files)
+        file.write_bytes(rng.choice([damaged_bytes, damaged_json, damaged_json])(whole[file], rng))
+        try:
+            play_all(rng)
+        except ValueError as error:
+            found += 1
+            assert str(file) in str(error) and "\n" not in str(error), (seed, str(error))
+        file.write_bytes(whole[file])
+    assert SEEDS / 10 < found < SEEDS
+
+
+def test_game_files(tmp_path: Path):
+    """Of two games; the other is whole, so there is always something to play."""
+    write_games(GenerateConfig(out=tmp_path, train=2, valid_seen=0, valid_unseen=0, games=TINY))
+    game, _ = sorted(tmp_path.rglob("game.tw-pddl"))
+    walkthrough = json.loads(game.read_bytes())["walkthrough"]
+
+    def play_all(rng: random.Random) -> None:
+        for task in official_tasks(tmp_path, "train"):
+            play(AlfworldEnv(), task.payload, [None, None, *walkthrough], rng)
+
+    check_each([game, game.with_name("traj_data.json")], play_all)
+
+
+def test_shop_files(tmp_path: Path):
+    data = make_shop(GeneratorConfig(products=8), 1)
+    contents = {"items_shuffle": data.items, "items_ins_v2": data.annotations, "items_human_ins": data.instructions}
+    files = [tmp_path / f"{name}{'' if 'human' in name else '_1000'}.json" for name in contents]
+    for file, content in zip(files, contents.values(), strict=True):
+        file.write_text(json.dumps(content))
+
+    def play_all(rng: random.Random) -> None:
+        source = ShopConfig(str(tmp_path), goals=rng.choice(["human", "synthetic"]), cache=str(tmp_path / "cache"))
+        catalog = open_shop(source)
+        front = shop_front(WEBSHOP, catalog)
+        for split in SPLITS:
+            try:
+                tasks = goal_tasks(catalog, split)[:1]
+            except ValueError as error:
+                assert "expected goals of split" in str(error)  # so few products: some split may have none
+                continue
+            for task in tasks:
+                query = f"search[{task.payload['goal']['query']}]"
+                play(WebshopEnv(front, WEBSHOP), task.payload, [query, None, None, None, "click[buy now]"], rng)
+
+    check_each(files, play_all)
+
+
+def test_a_catalog_that_was_damaged_on_disk_is_made_again(tmp_path: Path, caplog):
+    source = ShopConfig(cache=str(tmp_path), made=GeneratorConfig(products=8))
+    catalog = open_shop(source)
+    (place,) = (each for each in tmp_path.iterdir() if each.is_dir())
+    sold, wanted = [catalog.product(number) for number in range(8)], list(catalog.goals)
+    files = sorted(place.iterdir())
+    whole = {file: file.read_bytes() for file in files}
+    for seed in range(SEEDS // 4):
+        rng = random.Random(seed)
+        file = files[seed % len(files)]
+        file.write_bytes(damaged_bytes(whole[file], rng) if file.suffix != ".npy" else whole[file][: rng.randrange(99)])
+        found = open_shop(source)
+        assert (found.id, [found.product(number) for number in range(8)]) == (catalog.id, sold)
+        assert list(found.goals) == wanted and {each: each.read_bytes() for each in files} == whole
+    assert all("is made again: expected" in record.getMessage() for record in caplog.records)

@@ -1,0 +1,38 @@
+"""Episodes played in this process: one that breaks costs none of the others; where all do, that is said."""
+
+import pytest
+
+from aem_jax.envs.echo import EchoEnv
+from aem_jax.envs.play import play, play_each
+from aem_jax.envs.protocol import EnvError
+from aem_jax.trajectory import Task
+
+TASKS = [Task(f"t{n}", "k", {"n": n}) for n in range(4)]
+
+
+def broken_at(*numbers, error=KeyError):
+    def play_one(task):
+        if task.payload["n"] in numbers:
+            raise error(f"no\nlevel {task.id}")
+        return task.payload["n"]
+
+    return play_one
+
+
+@pytest.mark.parametrize("error", [KeyError, SystemExit, RecursionError, EnvError])
+def test_a_task_that_breaks_is_left_out_with_one_line(caplog, error):
+    assert [found for _, found in play_each(TASKS, broken_at(0, 2, error=error))] == [None, 1, None, 3]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2 and lines[1].startswith("task t2 is left out: ") and "no" in lines[1]
+    assert "\n" not in "".join(lines)
+
+
+def test_where_all_break_the_first_error_ends_it():
+    with pytest.raises(EnvError, match=r"every task broke its environment, t0 first: KeyError: 'no\\nlevel t0'"):
+        list(play_each(TASKS, broken_at(0, 1, 2, 3)))
+    assert list(play_each([], broken_at())) == []
+
+
+def test_an_episode_that_is_over_at_its_reset_is_none():
+    with pytest.raises(EnvError, match=r"ended at its reset \(truncated, not won\)"):
+        play(EchoEnv(), {"length": 0}, lambda result: "x", 3)
