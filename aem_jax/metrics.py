@@ -6,6 +6,7 @@ what depends on it stands under `time/` and `throughput/`, and `comparable` leav
 """
 
 import json
+import logging
 import math
 import os
 from collections import deque
@@ -17,6 +18,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+
+from aem_jax.files import parse_json, valid_text, write_text
+
+log = logging.getLogger(__name__)
 
 CLOCK = ("time/", "throughput/")
 """Prefixes of the metrics that depend on the clock: two equal runs differ in these and in no others."""
@@ -66,18 +71,28 @@ def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_lines(path: Path | str) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file in order. A missing file is empty; a line cut short by a kill is left out."""
+    """The records of a JSON-lines file in order. A missing file is empty; a line cut short by a kill is left out.
+
+    A kill leaves a line without its end, at the end of the file or, after an append, in front of a record.
+    Any line that is no record is left out, with a warning that names it unless it is the last.
+    """
     path = Path(path)
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+    lines = path.read_bytes().split(b"\n")  # at \n alone: JSON strings may hold U+2028
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
             continue
-        if isinstance(record, dict):
-            records.append(record)
+        try:
+            record = parse_json(line, f"{path} line {number}")
+            if not isinstance(record, dict):
+                raise ValueError(f"{path} line {number}: expected a JSON mapping, got {type(record).__name__}")
+        except ValueError as error:
+            if number < len(lines):
+                log.warning("left out: %s", error)
+            continue
+        records.append(record)
     return records
 
 
@@ -91,17 +106,9 @@ def append_line(path: Path | str, record: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path | str, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def json_line(record: Mapping[str, Any]) -> str:
     """A record as JSON, which has no word for a number that is not finite: it becomes null."""
-    return json.dumps(_finite(record), allow_nan=False, ensure_ascii=False)
+    return valid_text(json.dumps(_finite(record), allow_nan=False, ensure_ascii=False))
 
 
 def _finite(value: Any) -> Any:
@@ -118,12 +125,7 @@ def drop_lines(path: Path | str, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_lines(path) if record.get("step", -1) < step]
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, "".join(json_line(record) + "\n" for record in kept))
 
 
 class MetricsWriter:

@@ -8,13 +8,17 @@ policy another conversation than the one it had. Where every prompt is built ane
 """
 
 import functools
+import json
 import os
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from aem_jax.files import valid_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +41,12 @@ _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_en
 # Two private-use characters fence a control token that stands in somebody's text, from rendering to encoding.
 _FENCES = "\ue0f0\ue0f1"
 _FENCED = re.compile(f"{_FENCES[0]}(.*?){_FENCES[1]}", re.DOTALL)
+_NO_FENCES = str.maketrans("", "", _FENCES)
+
+_STARTED = "aem_jax_started"
+"""Key in tokenizer_config.json: the time that a template is given as now."""
+
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 
 _CACHED_DELTAS = 4096
 
@@ -61,8 +71,13 @@ class TurnMarkup:
 class ChatTokenizer:
     """A Hugging Face tokenizer, and the chat turns of its template as ids.
 
-    Control tokens (the tokenizer's special ones) in a message or an observation are words, not markup: they are encoded
-    as the characters they consist of, so that no environment can put words into the policy's mouth.
+    Markup in a message or an observation is text: it is encoded as the characters it consists of, so that no
+    environment can put words into the policy's mouth. Markup is every special token and every added token that the
+    template writes. In the policy's own responses only special tokens are: it may write `<think>` or a tool call.
+    Added tokens that the template never writes (`<action>` of the tokenizers trained here) stay tokens everywhere.
+
+    A template that asks for the time (`strftime_now`) gets the time at which the tokenizer was first wrapped. It is
+    saved with the tokenizer, so the prompts of a run do not depend on the day. Half of a surrogate pair becomes U+FFFD.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, appends: bool = True, thinking: bool = True) -> None:
@@ -74,8 +89,8 @@ class ChatTokenizer:
             thinking: what the template is told as `enable_thinking`; Qwen3's answers False with an empty thought.
 
         Raises:
-            ValueError: if it is a slow one, has no chat template, has one that never closes a response with a control
-                token, or, with `appends`, one that does not keep what was already said.
+            ValueError: if it is a slow one, has no chat template, has one that fails, draws random values or never
+                closes a response with a control token, or, with `appends`, one that changes what was already said.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
@@ -84,10 +99,13 @@ class ChatTokenizer:
         if not tokenizer.chat_template:
             raise ValueError("expected a tokenizer with a chat template, got none; pass chat_template=CHATML")
         self._tokenizer, self._thinking = tokenizer, thinking
-        self._backend, self._plain = _backends(tokenizer)
-        added = self._backend.get_added_tokens_decoder().values()
+        self._started = _started(tokenizer)
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()  # type: ignore[attr-defined]
         control = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, control)) + f"|[{_FENCES}]")
+        written = self._template_text()
+        markup = {token.content for token in added if token.special or token.content in written}
+        self._markup, self._control = _any_of(markup), _any_of(control)
+        self._backend, self._plain = _backends(tokenizer, markup)
         self._stop_id = self._encode_fenced(_stop_token(self._render, control))[0]
         self._open_delta = functools.lru_cache(_CACHED_DELTAS)(self._encode_delta)
         self.markup = _turn_markup(self._render, control) if appends else None
@@ -114,7 +132,7 @@ class ChatTokenizer:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the tokenizers library raises Exception itself for a damaged file
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"expected a tokenizer in Hugging Face's files, got {str(path)!r}: {reason}") from error
         if chat_template is not None:
@@ -171,7 +189,7 @@ class ChatTokenizer:
         # Whole words are cut out first: their letters would otherwise earn merges that no text will ever use.
         longest_first = sorted(whole_words, key=len, reverse=True)
         cut = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        turns = (("user\n", *cut.split(text), "assistant\n", "system\n") for text in texts)
+        turns = (("user\n", *cut.split(valid_text(text)), "assistant\n", "system\n") for text in texts)
         backend.train_from_iterator((piece for turn in turns for piece in turn), trainer)
         backend.add_tokens([AddedToken(word, special=False, normalized=False) for word in whole_words])
         tokenizer = PreTrainedTokenizerFast(
@@ -205,8 +223,8 @@ class ChatTokenizer:
         return self._stop_id if pad is None else int(pad)  # type: ignore[arg-type]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: nothing is added, and control tokens in it are words. Never for text that was sampled."""
-        return self._encode_fenced(self._fence(text))
+        """Ids of a response in text, as an expert gives it: special tokens in it are text. Never for sampled text."""
+        return self._encode_fenced(_fence(text, self._control))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, control tokens left out."""
@@ -223,7 +241,10 @@ class ChatTokenizer:
         """
         if not messages:
             raise ValueError("expected at least one message, got none")
-        fenced = [{"role": m["role"], "content": self._fence(m["content"])} for m in messages]
+        markup = {"assistant": self._control}  # what the policy wrote itself may hold its own markers
+        fenced = [
+            {"role": m["role"], "content": _fence(m["content"], markup.get(m["role"], self._markup))} for m in messages
+        ]
         return self._encode_fenced(self._render(fenced))
 
     def delta_ids(self, observation: str, *, closed: bool = True) -> list[int]:
@@ -244,24 +265,47 @@ class ChatTokenizer:
         if self.markup is None:
             raise ValueError("expected a tokenizer made with appends=True, got one for prompts that are built anew")
         text = observation.strip() if self.markup.strips else observation
-        return array("i", self._encode_fenced(self.markup.before + self._fence(text) + self.markup.after))
+        return array("i", self._encode_fenced(self.markup.before + _fence(text, self._markup) + self.markup.after))
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        from jinja2 import TemplateError
-
         conversation = [dict(message) for message in messages]
         try:
             text = self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking
+                conversation,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=self._thinking,
+                strftime_now=self._started.strftime,
             )
-        except TemplateError as error:
-            roles = [message["role"] for message in messages]
-            raise ValueError(f"expected messages that the chat template can render, got {roles}: {error}") from error
+        except Exception as error:  # a template is a program and may raise anything
+            reason = " ".join(str(error).split())
+            if type(error).__name__ == "TemplateError":  # the template's own `raise_exception`
+                roles = [message["role"] for message in messages]
+                raise ValueError(
+                    f"expected messages that the chat template can render, got {roles}: {reason}"
+                ) from error
+            raise ValueError(
+                f"expected a chat template that renders a conversation, got {type(error).__name__}: {reason}; "
+                "mend the tokenizer's chat template, or pass another, e.g. CHATML for the Qwen family"
+            ) from error
         return str(text)
 
-    def _fence(self, text: str) -> str:
-        """Fences control tokens in somebody's text; fences that stand there already are dropped."""
-        return self._control.sub(lambda m: f"{_FENCES[0]}{m[0]}{_FENCES[1]}" if m[0] not in _FENCES else "", text)
+    def _template_text(self) -> str:
+        """The template's source, and what it writes in a conversation: a marker may be composed of pieces.
+
+        Raises:
+            ValueError: it draws random values, or fails.
+        """
+        template = self._tokenizer.chat_template
+        source = template if isinstance(template, str) else json.dumps(template, ensure_ascii=False, default=str)
+        drawn = _RANDOM.search(source)
+        if drawn:
+            raise ValueError(
+                f"expected a chat template that always writes the same, got one with {drawn[0]!r}; mend it"
+            )
+        return (
+            source + _conversation(self._render, "(task)") + _conversation(self._render, "(task)", "(answer)", "(seen)")
+        )
 
     def _encode_fenced(self, text: str) -> list[int]:
         pieces = _FENCED.split(text)  # text, control token, text, …
@@ -295,12 +339,46 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _backends(tokenizer: "PreTrainedTokenizerBase"):
-    """(the tokenizer's engine, a copy that reads control tokens as plain text); both without truncation or padding."""
+def _started(tokenizer: "PreTrainedTokenizerBase") -> datetime:
+    """The time that the template is given as now: the saved one, else this moment, which is then saved with it.
+
+    Raises:
+        ValueError: the saved one is no time.
+    """
+    saved = tokenizer.init_kwargs.setdefault(_STARTED, datetime.now().isoformat(timespec="seconds"))
+    try:
+        return datetime.fromisoformat(saved)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"expected an ISO time as {_STARTED} in tokenizer_config.json, got {saved!r}; take it out"
+        ) from None
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of the tokens, longer ones first; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def _fence(text: str, markup: re.Pattern[str]) -> str:
+    """Fences markup in somebody's text. Fences in it go first: without them its pieces may form a token."""
+    return markup.sub(lambda m: f"{_FENCES[0]}{m[0]}{_FENCES[1]}", valid_text(text).translate(_NO_FENCES))
+
+
+def _backends(tokenizer: "PreTrainedTokenizerBase", markup: set[str]):
+    """(the tokenizer's engine, a copy that reads markup as plain text); both without truncation or padding.
+
+    Markup is matched as it is written: a normalizer must not make it of other characters.
+    """
     from tokenizers import Tokenizer
 
-    state = tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
-    engine, plain = Tokenizer.from_str(state), Tokenizer.from_str(state)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    for token in state["added_tokens"]:
+        if token["content"] in markup:
+            token["normalized"] = False
+    engine = Tokenizer.from_str(json.dumps(state))
+    for token in state["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in markup
+    plain = Tokenizer.from_str(json.dumps(state))
     for copy in (engine, plain):
         copy.no_truncation()
         copy.no_padding()

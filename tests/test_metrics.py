@@ -16,7 +16,6 @@ from aem_jax.metrics import (
     drop_lines,
     flatten,
     read_lines,
-    write_whole,
 )
 
 QUIET = MetricsConfig(tensorboard=False)
@@ -90,13 +89,6 @@ def test_what_could_not_be_written_comes_up_later(tmp_path: Path):
     writer.write(1, {"loss": 1.0})
     with pytest.raises(FileNotFoundError):
         writer.close()
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path):
-    write_whole(tmp_path / "a.json", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(tmp_path / "a.json", "new \ud800")
-    assert (tmp_path / "a.json").read_text() == "old"
 
 
 def test_drop_lines_keeps_what_has_no_step(tmp_path: Path):

@@ -184,7 +184,7 @@ class RunConfig:
     preset: str = ""
     """Presets to begin from, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
     seed: int = 0
-    """Seed of everything random: weights, games, sampling."""
+    """Seed of everything random: weights, games, sampling; from 0 to 2^32 - 1."""
     environment: Literal["alfworld", "webshop", "swe", "swe-choices", "openenv"] = "alfworld"
     """What the agent learns."""
     env: PoolConfig = PoolConfig(num_servers=2, sessions_per_server=64)
@@ -241,6 +241,10 @@ class RunConfig:
     """Where numbers go."""
     runtime: RuntimeConfig = RuntimeConfig()
     """The machine."""
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:  # a key holds 32 bits: two larger seeds may be one
+            raise ValueError(f"expected seed from 0 to {2**32 - 1}, got {self.seed}")
 
 
 HARMLESS = (

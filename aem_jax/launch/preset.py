@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from aem_jax.files import read_text
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.overrides import ConfigError, flatten, nearest, override
 
@@ -30,7 +31,7 @@ def algorithm_names() -> list[str]:
 
 def describe_preset(name: str) -> str:
     """The comment that a packaged preset begins with, in one line."""
-    lines = _packaged(name).read_text().splitlines()
+    lines = _packaged(name).read_text(encoding="utf-8").splitlines()
     end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return " ".join(line.lstrip("# ") for line in lines[:end]).partition(". ")[0].rstrip(".")
 
@@ -69,8 +70,10 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
             raise ConfigError(f"unknown preset {name!r}{nearest(name, names) or '; ' + _known()}")
         source, path = f"{name}.toml", _packaged(name)
     try:
-        return source, flatten(tomllib.loads(path.read_text()))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        return source, flatten(tomllib.loads(read_text(path)))
+    except RecursionError:
+        raise ConfigError(f"{source}: expected TOML, got values nested too deeply to read") from None
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{source}: {error}") from None
 
 

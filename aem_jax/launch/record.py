@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from aem_jax.files import read_json, write_text
 from aem_jax.launch.config import RunConfig, is_harmless
 from aem_jax.launch.options import flag
 from aem_jax.launch.overrides import ConfigError, as_values, flatten, override
 from aem_jax.launch.preset import SEPARATOR
 from aem_jax.launch.processes import placeless
-from aem_jax.metrics import write_whole
 
 FILE = "config.json"
 _LONGEST_NAME = 80
@@ -49,7 +49,7 @@ def save(config: RunConfig, folder: Path) -> None:
     """Writes `config.json`, whole or not at all; which process of how many wrote it is left out."""
     config = replace(config, runtime=placeless(config.runtime))
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_text(folder / FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def load(folder: Path) -> RunConfig:
@@ -60,11 +60,14 @@ def load(folder: Path) -> RunConfig:
     """
     path = folder / FILE
     try:
-        return override(RunConfig(), flatten(json.loads(path.read_text())))
+        saved = read_json(path)
+        if not isinstance(saved, dict):
+            raise ValueError(f"expected a JSON mapping, got {type(saved).__name__}")
+        return override(RunConfig(), flatten(saved))
     except FileNotFoundError:
         raise ConfigError(f"no run in {folder}; train it first, or choose another with --name and --runs-dir") from None
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def check_resumable(saved: RunConfig, config: RunConfig, folder: Path) -> None:

@@ -20,6 +20,7 @@ from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
 from aem_jax.envs.protocol import EnvError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
+from aem_jax.files import valid_json, write_text
 from aem_jax.launch import base, begin, build, processes, record, runtime
 from aem_jax.launch.algorithm import response_advantages, value_targets
 from aem_jax.launch.config import RunConfig
@@ -35,7 +36,7 @@ from aem_jax.learner import (
     make_token_logprobs,
     make_update,
 )
-from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, read_lines, write_whole
+from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, read_lines
 from aem_jax.models import LoraPolicy, ValuePolicy, policy_params
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
@@ -72,8 +73,9 @@ def train(config: RunConfig) -> int:
             return stage.stop.exit_status
         _evaluate(stage, state, "final", config.evaluation.splits, stop=stage.stop.check)
     if is_first:
+        report = write_report(folder)  # before anything is printed: nobody may be reading
         print_summary(read_lines(folder / EVALUATIONS), sampled(config.sampling.temperature))
-        print(f"report: {write_report(folder)}", flush=True)
+        print(f"report: {report}", flush=True)
     return 0
 
 
@@ -268,7 +270,7 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
         if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
             if writer:
                 shown = transcripts(trajectories, credit, step)
-                writer.later(lambda: write_whole(folder / "transcripts.json", json.dumps(shown)))
+                writer.later(lambda: write_text(folder / "transcripts.json", json.dumps(valid_json(shown))))
                 writer.wait()  # a checkpoint never stands beside fewer lines than it has steps
             checkpoints.save(done, state, score=score)
 

@@ -19,6 +19,37 @@ def cache_folder(config: RuntimeConfig) -> Path | None:
     return Path(config.compilation_cache).expanduser()
 
 
+FIXED = {
+    "jax_enable_x64": False,
+    "jax_debug_nans": False,
+    "jax_debug_infs": False,
+    "jax_disable_jit": False,
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+}
+"""Settings of jax that change a run's numbers or break its programs. They are the same whatever the environment says."""
+
+
+def fix_settings() -> None:
+    """Puts `FIXED` in place, with a warning for each that the environment has set otherwise."""
+    import jax
+
+    for name, value in FIXED.items():
+        found = getattr(jax.config, name, value)
+        if found != value:
+            logging.getLogger(__name__).warning(
+                "%s=%s has no effect on a run, which uses %s", name.upper(), found, value
+            )
+            jax.config.update(name, value)
+    precision = jax.config.jax_default_matmul_precision
+    if precision is not None:
+        logging.getLogger(__name__).warning(
+            "JAX_DEFAULT_MATMUL_PRECISION=%s changes the numbers of this run", precision
+        )
+
+
 def set_up(config: RuntimeConfig) -> None:
     """Applies the settings to jax and to logging. JAX's own environment variables win where they are set.
 
@@ -31,6 +62,7 @@ def set_up(config: RuntimeConfig) -> None:
     # By force: a library that is imported before has set a handler and a level of its own, and ours would be left out.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("aem_jax").setLevel(logging.INFO)
+    fix_settings()
     if config.platform:
         jax.config.update("jax_platforms", config.platform)
     if config.cpu_devices:

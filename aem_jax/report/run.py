@@ -1,12 +1,12 @@
 """What a run left behind, read leniently: a missing file or field is empty, never an error, because a report of a run
 that broke is the one that is needed most."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aem_jax.files import read_json
 from aem_jax.metrics import read_lines
 
 BEFORE, DURING, AFTER = "warmstart", "train", "final"
@@ -191,6 +191,6 @@ def _number_or_none(value: Any) -> float | None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(errors="replace"))
-    except (OSError, json.JSONDecodeError):
+        return read_json(path)
+    except (OSError, ValueError):
         return None

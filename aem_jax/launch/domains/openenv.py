@@ -19,6 +19,7 @@ from aem_jax.envs.pool import EnvPool
 from aem_jax.envs.pool_config import PoolConfig
 from aem_jax.envs.protocol import Environment, StepResult
 from aem_jax.envs.table import environment_spec
+from aem_jax.files import parse_json, read_json_lines
 from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains.domain import Domain, check_one_set
 from aem_jax.trajectory import Task
@@ -109,9 +110,11 @@ class Seeds(Sequence[Task]):
 
 def _mapping(text: str, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: expected a JSON mapping, got {text!r}: {error}") from None
+        found = parse_json(text, name)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: expected a JSON mapping, got {text!r:.200}: {str(error).removeprefix(f'{name}: ')}"
+        ) from None
     if not isinstance(found, dict):
         raise ValueError(f"{name}: expected a JSON mapping, got {text!r}")
     return found
@@ -120,12 +123,15 @@ def _mapping(text: str, name: str) -> dict[str, Any]:
 def _read(file: str, common: Mapping[str, Any]) -> list[Task]:
     """The tasks of a file of JSON lines, each with the common keywords where it does not say otherwise."""
     try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = list(read_json_lines(file))
     except OSError as error:
         raise ValueError(f"expected a file of tasks, got {file!r}: {error}") from None
-    if not lines:
+    if not rows:
         raise ValueError(f"expected at least one task in {file}, got none")
-    tasks = [_mapping(line, f"line {number} of {file}") for number, line in enumerate(lines, start=1)]
+    wrong = next(((number, row) for number, row in rows if not isinstance(row, dict)), None)
+    if wrong:
+        raise ValueError(f"{file} line {wrong[0]}: expected a JSON mapping, got {wrong[1]!r:.200}")
+    tasks = [row for _, row in rows]
     return [Task(f"{Path(file).stem}-{number}", "openenv", {**common, **task}) for number, task in enumerate(tasks)]
 
 
