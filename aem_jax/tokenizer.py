@@ -276,6 +276,7 @@ class ChatTokenizer:
                 add_generation_prompt=True,
                 enable_thinking=self._thinking,
                 strftime_now=self._started.strftime,
+                sanitize_control_tokens=False,  # fenced by us; it would also turn the function into text
             )
         except Exception as error:  # a template is a program and may raise anything
             reason = " ".join(str(error).split())

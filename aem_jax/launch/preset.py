@@ -70,7 +70,8 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
             raise ConfigError(f"unknown preset {name!r}{nearest(name, names) or '; ' + _known()}")
         source, path = f"{name}.toml", _packaged(name)
     try:
-        return source, flatten(tomllib.loads(read_text(path)))
+        text = read_text(path) if isinstance(path, Path) else path.read_text(encoding="utf-8")
+        return source, flatten(tomllib.loads(text))
     except RecursionError:
         raise ConfigError(f"{source}: expected TOML, got values nested too deeply to read") from None
     except (ValueError, OSError) as error:
