@@ -268,16 +268,20 @@ class ChatTokenizer:
         return array("i", self._encode_fenced(self.markup.before + _fence(text, self._markup) + self.markup.after))
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        conversation = [dict(message) for message in messages]
+        # `apply_chat_template` passes no functions on, and a clock is one.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        values = {
+            **self._tokenizer.special_tokens_map,
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            "enable_thinking": self._thinking,
+            "strftime_now": self._started.strftime,
+        }
         try:
-            text = self._tokenizer.apply_chat_template(
-                conversation,
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=self._thinking,
-                strftime_now=self._started.strftime,
-                sanitize_control_tokens=False,  # fenced by us; it would also turn the function into text
-            )
+            text = _compile_jinja_template(self._tokenizer.get_chat_template()).render(values)
         except Exception as error:  # a template is a program and may raise anything
             reason = " ".join(str(error).split())
             if type(error).__name__ == "TemplateError":  # the template's own `raise_exception`
@@ -289,7 +293,7 @@ class ChatTokenizer:
                 f"expected a chat template that renders a conversation, got {type(error).__name__}: {reason}; "
                 "mend the tokenizer's chat template, or pass another, e.g. CHATML for the Qwen family"
             ) from error
-        return str(text)
+        return text
 
     def _template_text(self) -> str:
         """The template's source, and what it writes in a conversation: a marker may be composed of pieces.

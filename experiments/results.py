@@ -9,11 +9,11 @@ curves                metric -> means over consecutive bins of steps, at most `B
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aem_jax.files import read_json_lines, write_text
 from aem_jax.launch import record
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.metrics import read_lines
@@ -82,9 +82,7 @@ def write_results(grid: Grid, folder: Path, results: Path) -> Path:
     lines = [line for run in runs if (line := summary(folder / run.name, run)) is not None]
     path = results / f"{grid.name}.jsonl"
     results.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
     return path
 
 
@@ -95,11 +93,7 @@ def read_results(path: Path) -> list[Result]:
         ValueError: a line that is none.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            result = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"expected JSON in line {number} of {path.name}, got {error}") from None
+    for number, result in read_json_lines(path):
         wanted = ("variant", "seed", "steps", "seconds", "evaluations", "curves")
         if missing := [name for name in wanted if name not in result]:
             raise ValueError(f"expected {', '.join(missing)} in line {number} of {path.name}, got none")

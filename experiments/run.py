@@ -83,7 +83,7 @@ def run_one(grid: Grid, run: Run, workers: Workers, logs: Path) -> bool:
     cores, variables = workers.places.get()
     began = time.monotonic()
     try:
-        with (logs / f"{run.name}.txt").open("a") as log:
+        with (logs / f"{run.name}.txt").open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "aem_jax.launch", *grid.words(run)],
                 stdout=log,

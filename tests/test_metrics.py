@@ -166,3 +166,16 @@ def test_lines_are_plain_json(tmp_path: Path):
     with MetricsWriter(tmp_path, QUIET) as writer:
         writer.write(0, {"a": float("nan")})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "a": None}
+
+
+def test_lines_end_at_line_feeds_alone_and_a_broken_one_in_the_middle_is_named(tmp_path: Path, caplog):
+    path = tmp_path / "lines.jsonl"
+    record = {"text": "a\u2028b\u0085c \ufffd"}
+    append_line(path, {"text": "a\u2028b\u0085c \ud83d"})
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"cut": \n')
+    append_line(path, record)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"killed": ')
+    assert read_lines(path) == [record, record]
+    assert [each for each in caplog.messages if "line 2" in each] == caplog.messages

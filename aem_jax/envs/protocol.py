@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from aem_jax.files import valid_text
+
 INVALID_JSON = "INVALID_JSON"
 UNKNOWN_TYPE = "UNKNOWN_TYPE"
 VALIDATION_ERROR = "VALIDATION_ERROR"
@@ -65,6 +67,10 @@ class StepResult:
     terminated: bool = False
     truncated: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if isinstance(self.observation, str):  # half a surrogate pair would end the run later, wherever it is encoded
+            object.__setattr__(self, "observation", valid_text(self.observation))
 
     @property
     def done(self) -> bool:

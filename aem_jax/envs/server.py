@@ -244,7 +244,7 @@ def _end_with_parent() -> None:
 
 def _announcer() -> Callable[[int], None]:
     """Keeps stdout for one line, the port, and sends whatever engines print to stderr."""
-    stdout = os.fdopen(os.dup(1), "w")
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
     def announce(port: int) -> None:

@@ -182,7 +182,7 @@ def check_shared(hosts: Hosts, folder: Path) -> None:
     probe = folder / f".shared-{hosts.of_first(os.urandom(8).hex())}"
     if hosts.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
+        probe.write_text("", encoding="utf-8")
     hosts.wait()
     deadline = time.monotonic() + _SHARED_WAIT_S
     while not (seen := probe.exists()) and time.monotonic() < deadline:

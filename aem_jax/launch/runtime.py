@@ -29,25 +29,22 @@ FIXED = {
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
 }
-"""Settings of jax that change a run's numbers or break its programs. They are the same whatever the environment says."""
+"""Settings of jax that change a run's numbers or break its programs: the same whatever the environment says."""
 
 
 def fix_settings() -> None:
     """Puts `FIXED` in place, with a warning for each that the environment has set otherwise."""
     import jax
 
+    log = logging.getLogger(__name__)
     for name, value in FIXED.items():
         found = getattr(jax.config, name, value)
         if found != value:
-            logging.getLogger(__name__).warning(
-                "%s=%s has no effect on a run, which uses %s", name.upper(), found, value
-            )
+            log.warning("%s=%s has no effect on a run, which uses %s", name.upper(), found, value)
             jax.config.update(name, value)
-    precision = jax.config.jax_default_matmul_precision
+    precision = getattr(jax.config, "jax_default_matmul_precision", None)
     if precision is not None:
-        logging.getLogger(__name__).warning(
-            "JAX_DEFAULT_MATMUL_PRECISION=%s changes the numbers of this run", precision
-        )
+        log.warning("JAX_DEFAULT_MATMUL_PRECISION=%s changes the numbers of this run", precision)
 
 
 def set_up(config: RuntimeConfig) -> None:

@@ -38,7 +38,7 @@ def save_adapter(folder: str | Path, policy: LoraPolicy, adapter: Adapter, *, ba
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / CONFIG).write_text(json.dumps(_config(policy, base), indent=2) + "\n")
+    (partial / CONFIG).write_text(json.dumps(_config(policy, base), indent=2) + "\n", encoding="utf-8")
     save_file(tensors(policy, adapter), partial / WEIGHTS, metadata={"format": "pt"})
     os.replace(partial, folder)
 

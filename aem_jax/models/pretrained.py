@@ -176,12 +176,12 @@ def save_pretrained(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / CONFIG).write_text(json.dumps(config_to_hf(config, saved), indent=2) + "\n")
+    (partial / CONFIG).write_text(json.dumps(config_to_hf(config, saved), indent=2) + "\n", encoding="utf-8")
     save_params(partial, config, params, dtype=dtype, max_file_bytes=max_file_bytes)
     for name in BESIDE:
         if source and (source / name).exists():
             shutil.copyfile(source / name, partial / name)
     if not (partial / "generation_config.json").exists():
         generation = {"do_sample": True, "temperature": 1.0, **({"eos_token_id": list(stop_ids)} if stop_ids else {})}
-        (partial / "generation_config.json").write_text(json.dumps(generation) + "\n")
+        (partial / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
     os.replace(partial, folder)

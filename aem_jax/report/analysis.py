@@ -54,7 +54,9 @@ def write_analysis(run_dir: Path, found: Mapping[str, Any], against: Path | None
         path of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "analysis.json").write_text(json.dumps(json.loads(json_line(found)), indent=1, ensure_ascii=False) + "\n")
+    (folder / "analysis.json").write_text(
+        json.dumps(json.loads(json_line(found)), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     runs = [read_run(run_dir), *([read_run(against)] if against else [])]
     figures = {"proxy": _proxy_figure, "drift": _drift_figure}
     svgs = {}

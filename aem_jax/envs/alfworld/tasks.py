@@ -97,8 +97,8 @@ def official_tasks(root: str | Path, split: str, task_types: Collection[str] = T
         trajectory = path.with_name("traj_data.json")
         if "movable" in name or "Sliced" in name or not trajectory.exists():
             continue
-        kind = json.loads(trajectory.read_text())["task_type"]
-        if kind in task_types and json.loads(path.read_text()).get("solvable"):
+        kind = json.loads(trajectory.read_text(encoding="utf-8"))["task_type"]
+        if kind in task_types and json.loads(path.read_text(encoding="utf-8")).get("solvable"):
             tasks.append(GameTask(name, kind, {"game": str(path)}))
     if not tasks:
         raise ValueError(f"expected solvable games of {list(task_types)} under {folder}, found none")

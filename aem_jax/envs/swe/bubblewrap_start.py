@@ -79,7 +79,14 @@ def start_bubblewrap(
     contents = {path: descriptor_of(data) for path, (data, _) in view.files.items()}
     binds = [(os.path.join(staged.get(bind.root, str(bind.root)), bind.part), bind.at) for bind in view.binds]
     command = bubblewrap_arguments(view, limits, binds, contents, seccomp)
-    command += [f"{view.python}", "-I", "-S", "-c", Path(pid1.__file__).read_text(), str(control.fileno())]
+    command += [
+        f"{view.python}",
+        "-I",
+        "-S",
+        "-c",
+        Path(pid1.__file__).read_text(encoding="utf-8"),
+        str(control.fileno()),
+    ]
     if staged:
         user = str(1_900_000_000 + (os.getpid() * 16 + next(_users) % 16) % 100_000_000)
         command = [

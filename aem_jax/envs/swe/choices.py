@@ -158,10 +158,10 @@ def _kept(file: Path, ask: Callable[[], int]) -> int:
     """What a file holds, or what it then does. It is written whole: another process may read it at any time."""
     if not file.exists():
         verdict = ask()
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as new:
             new.write(str(verdict))
         os.replace(new.name, file)
-    return int(file.read_text())
+    return int(file.read_text(encoding="utf-8"))
 
 
 def make_failing(config: ChoicesConfig) -> Failing:

@@ -54,7 +54,7 @@ class Catalog:
     """
 
     def __init__(self, folder: Path):
-        facts = json.loads((folder / "catalog.json").read_text())
+        facts = json.loads((folder / "catalog.json").read_text(encoding="utf-8"))
         self.id: str = facts["id"]
         self.prices: np.ndarray = np.load(folder / "prices.npy", mmap_mode="r").view(np.ndarray)
         self._products = _MappedLines(folder, "products")
@@ -107,7 +107,7 @@ def open_catalog(folder: Path, sources: Mapping[str, Any], load: Callable[[], Sh
     if not (place / "catalog.json").exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / f"{key}.lock", "w") as lock:
+            with open(folder / f"{key}.lock", "w", encoding="utf-8") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not (place / "catalog.json").exists():
                     _make(place, load(), sources["goals"], sources["seed"])
@@ -147,7 +147,9 @@ def _make(place: Path, data: ShopData, kind: str, seed: int) -> None:
         ranking.save(draft)
         np.save(draft / "by-asin.npy", np.argsort(ranking.order))
         save_fields(draft, products)
-        (draft / "catalog.json").write_text(json.dumps({"id": digest.hexdigest()[:12], "sources": len(products)}))
+        (draft / "catalog.json").write_text(
+            json.dumps({"id": digest.hexdigest()[:12], "sources": len(products)}), encoding="utf-8"
+        )
         shutil.rmtree(place, ignore_errors=True)  # what a process that died here left behind
         os.rename(draft, place)
     finally:

@@ -80,7 +80,7 @@ class Ranking:
         ends = np.cumsum([0, *(len(term) for term in self.vocabulary)], dtype=np.int64)
         np.save(folder / "ranking-terms.npy", np.frombuffer(b"".join(self.vocabulary), np.uint8))
         np.save(folder / "ranking-ends.npy", ends)
-        (folder / "ranking.json").write_text(json.dumps({"counted": self.counted}))
+        (folder / "ranking.json").write_text(json.dumps({"counted": self.counted}), encoding="utf-8")
 
     def _postings(self, term: str) -> tuple[np.ndarray, np.ndarray] | None:
         key = term.encode()
@@ -108,7 +108,7 @@ def load_ranking(folder: Path) -> Ranking:
     """Maps the arrays that `save` wrote, read-only."""
     arrays = {name: np.load(folder / f"ranking-{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS}
     text, ends = (np.load(folder / f"ranking-{name}.npy", mmap_mode="r").view(np.ndarray) for name in ("terms", "ends"))
-    counted = json.loads((folder / "ranking.json").read_text())["counted"]
+    counted = json.loads((folder / "ranking.json").read_text(encoding="utf-8"))["counted"]
     return Ranking(_MappedTerms(text, ends), **arrays, counted=counted)
 
 

@@ -38,12 +38,12 @@ _GOALS = {
 @lru_cache(maxsize=1)
 def domain_text() -> str:
     """The PDDL domain that all games share."""
-    return Path(__file__).with_name("domain.pddl").read_text()
+    return Path(__file__).with_name("domain.pddl").read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=1)
 def _grammar_template() -> str:
-    return Path(__file__).with_name("grammar.twl2").read_text()
+    return Path(__file__).with_name("grammar.twl2").read_text(encoding="utf-8")
 
 
 def grammar_text(game: HouseholdGame) -> str:
@@ -135,8 +135,8 @@ def write_game(game: HouseholdGame, root: Path, split: str, trial: str, walkthro
     folder = root / "json_2.1.1" / split / name / trial
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "game.tw-pddl"
-    path.write_text(json.dumps(game_data(game) | {"walkthrough": walkthrough}))
-    (folder / "traj_data.json").write_text(json.dumps(trajectory_data(game, trial)))
+    path.write_text(json.dumps(game_data(game) | {"walkthrough": walkthrough}), encoding="utf-8")
+    (folder / "traj_data.json").write_text(json.dumps(trajectory_data(game, trial)), encoding="utf-8")
     return path
 
 

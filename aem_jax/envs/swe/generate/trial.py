@@ -35,7 +35,7 @@ def broken_tests(package: Package, source: str) -> Mapping[str, str] | None:
     with tempfile.TemporaryDirectory() as folder:
         for path, text in package.files(source, package.tests).items():
             (Path(folder) / path).parent.mkdir(exist_ok=True)
-            (Path(folder) / path).write_text(text)
+            (Path(folder) / path).write_text(text, encoding="utf-8")
         child = _CLEAN.Process(target=_run, args=(folder, sender))
         child.start()
         sender.close()
@@ -63,7 +63,7 @@ def _run(folder: str, sender) -> None:
 
     os.chdir(folder)
     sys.path.insert(0, folder)
-    with open(os.devnull, "w") as quiet:
+    with open(os.devnull, "w", encoding="utf-8") as quiet:
         os.dup2(quiet.fileno(), 1)
         os.dup2(quiet.fileno(), 2)
     code = pytest.main(["-q", "-c", os.devnull, "--rootdir", folder, "-p", "no:cacheprovider"], plugins=[Collect()])
