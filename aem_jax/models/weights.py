@@ -217,7 +217,7 @@ def save_params(
         os.replace(folder / f"part-{number}.safetensors", folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _check(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, str]:
