@@ -15,6 +15,7 @@ import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,12 @@ _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_en
 # Two private-use characters fence a control token that stands in somebody's text, from rendering to encoding.
 _FENCES = "\ue0f0\ue0f1"
 _FENCED = re.compile(f"{_FENCES[0]}(.*?){_FENCES[1]}", re.DOTALL)
+_NO_FENCES = str.maketrans("", "", _FENCES)
+
+_STARTED = "aem_jax_started"
+"""Key in tokenizer_config.json: the time that a template is given as now."""
+
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 
 _CACHED_DELTAS = 4096
 

@@ -16,7 +16,6 @@ from aem_jax.metrics import (
     drop_lines,
     flatten,
     read_lines,
-    write_whole,
 )
 
 QUIET = MetricsConfig(tensorboard=False)
@@ -90,13 +89,6 @@ def test_what_could_not_be_written_comes_up_later(tmp_path: Path):
     writer.write(1, {"loss": 1.0})
     with pytest.raises(FileNotFoundError):
         writer.close()
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path):
-    write_whole(tmp_path / "a.json", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(tmp_path / "a.json", "new \ud800")
-    assert (tmp_path / "a.json").read_text() == "old"
 
 
 def test_drop_lines_keeps_what_has_no_step(tmp_path: Path):
@@ -185,3 +177,16 @@ def test_lines_are_plain_json(tmp_path: Path):
     with MetricsWriter(tmp_path, QUIET) as writer:
         writer.write(0, {"a": float("nan")})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "a": None}
+
+
+def test_lines_end_at_line_feeds_alone_and_a_broken_one_in_the_middle_is_named(tmp_path: Path, caplog):
+    path = tmp_path / "lines.jsonl"
+    record = {"text": "a\u2028b\u0085c \ufffd"}
+    append_line(path, {"text": "a\u2028b\u0085c \ud83d"})
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"cut": \n')
+    append_line(path, record)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"killed": ')
+    assert read_lines(path) == [record, record]
+    assert [each for each in caplog.messages if "line 2" in each] == caplog.messages

@@ -70,6 +70,10 @@ class StepResult:
     truncated: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self):
+        if isinstance(self.observation, str):  # half a surrogate pair would end the run later, wherever it is encoded
+            object.__setattr__(self, "observation", valid_text(self.observation))
+
     @property
     def done(self) -> bool:
         """Whether the episode is over, for whichever reason."""

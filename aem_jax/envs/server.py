@@ -274,7 +274,7 @@ def end_with_parent() -> None:
 
 def _announcer() -> Callable[[int], None]:
     """Keeps stdout for one line, the port, and sends whatever engines print to stderr."""
-    stdout = os.fdopen(os.dup(1), "w")
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
     def announce(port: int) -> None:

@@ -35,7 +35,7 @@ from aem_jax.learner import (
     make_token_logprobs,
     make_update,
 )
-from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, read_lines, write_whole
+from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, read_lines
 from aem_jax.models import LoraPolicy, ValuePolicy, policy_params
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
@@ -294,7 +294,7 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
         if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
             if writer:
                 shown = transcripts(trajectories, credit, step)
-                writer.later(lambda: write_whole(folder / "transcripts.json", json.dumps(shown)))
+                writer.later(lambda: write_text(folder / "transcripts.json", json.dumps(valid_json(shown))))
                 writer.wait()  # a checkpoint never stands beside fewer lines than it has steps
             checkpoints.save(done, state, score=score)
 

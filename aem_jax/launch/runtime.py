@@ -19,6 +19,34 @@ def cache_folder(config: RuntimeConfig) -> Path | None:
     return Path(config.compilation_cache).expanduser()
 
 
+FIXED = {
+    "jax_enable_x64": False,
+    "jax_debug_nans": False,
+    "jax_debug_infs": False,
+    "jax_disable_jit": False,
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+}
+"""Settings of jax that change a run's numbers or break its programs: the same whatever the environment says."""
+
+
+def fix_settings() -> None:
+    """Puts `FIXED` in place, with a warning for each that the environment has set otherwise."""
+    import jax
+
+    log = logging.getLogger(__name__)
+    for name, value in FIXED.items():
+        found = getattr(jax.config, name, value)
+        if found != value:
+            log.warning("%s=%s has no effect on a run, which uses %s", name.upper(), found, value)
+            jax.config.update(name, value)
+    precision = getattr(jax.config, "jax_default_matmul_precision", None)
+    if precision is not None:
+        log.warning("JAX_DEFAULT_MATMUL_PRECISION=%s changes the numbers of this run", precision)
+
+
 def set_up(config: RuntimeConfig) -> None:
     """Applies the settings to jax and to logging. Where JAX's own environment variables are set, they win,
     but for JAX_ENABLE_X64, which a run turns off.

@@ -78,3 +78,15 @@ except ConfigError as error:
 """
     result = run(code, environment)
     assert result.stdout.startswith("--runtime.platform tpux: "), result.stderr
+
+
+def test_settings_that_change_numbers_are_the_same_whatever_the_environment_says(user_environment):
+    code = (
+        "import aem_jax.launch.runtime as r, jax; r.fix_settings(); "
+        "print([getattr(jax.config, name) == value for name, value in r.FIXED.items()], jax.numpy.ones(2).dtype)"
+    )
+    odd = {"JAX_ENABLE_X64": "1", "JAX_DEBUG_NANS": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=user_environment | odd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "False" not in done.stdout and "float32" in done.stdout
+    assert all(name in done.stderr for name in odd)

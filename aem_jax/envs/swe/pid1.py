@@ -115,7 +115,7 @@ def start(request: Mapping[str, Any], stdin: int, output: int, errors: int) -> i
         os.dup2(output, 1)
         os.dup2(errors, 2)
         set_dumpable(True)  # its own files in /proc; the command's code does not run yet
-        with open("/proc/self/oom_score_adj", "w") as file:
+        with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
             file.write("1000")  # short of memory, the kernel takes this first, not the training
         for name, value in request["rlimits"].items():
             hard = resource.getrlimit(getattr(resource, name))[1]
@@ -135,12 +135,12 @@ def usage() -> tuple[float, float, int]:
     for name in os.listdir("/proc"):
         if name.isdigit() and name != "1":
             try:
-                with open(f"/proc/{name}/statm") as file:
+                with open(f"/proc/{name}/statm", encoding="utf-8") as file:
                     fields = file.read(100).split()
             except OSError:
                 continue  # ended meanwhile
             virtual, resident, count = virtual + int(fields[0]), resident + int(fields[1]), count + 1
-    with open("/proc/net/sockstat") as file:
+    with open("/proc/net/sockstat", encoding="utf-8") as file:
         sockets = int(file.readline().split()[2])
     return resident * PAGE_MIB + sockets * SOCKET_MIB, virtual * PAGE_MIB, count
 
