@@ -108,11 +108,6 @@ def append_line(path: Path | str, record: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path | str, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    write_text(path, text)
-
-
 def json_line(record: Any) -> str:
     """A record as JSON that can be encoded: numbers that are not finite become null, half surrogate pairs U+FFFD."""
     return valid_text(json.dumps(_finite(record), allow_nan=False, ensure_ascii=False))

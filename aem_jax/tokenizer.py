@@ -13,9 +13,8 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,9 +42,6 @@ _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_en
 _FENCES = "\ue0f0\ue0f1"
 _FENCED = re.compile(f"{_FENCES[0]}(.*?){_FENCES[1]}", re.DOTALL)
 _NO_FENCES = str.maketrans("", "", _FENCES)
-
-_STARTED = "aem_jax_started"
-"""Key in tokenizer_config.json: the time that a template is given as now."""
 
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 
@@ -126,12 +122,12 @@ class ChatTokenizer:
         self._dated: dict[str, dict[str, str]] = {}
         if _CLOCK in self._template:
             self._template, self._dated = _DATED + self._template, {"strftime_day": _directives(self._day)}
-        self._backend, self._plain = _backends(tokenizer)
-        added = self._backend.get_added_tokens_decoder().values()
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()  # type: ignore[attr-defined]
         control = sorted((token.content for token in added if token.special), key=len, reverse=True)
         written = self._written()
         markup = [token.content for token in added if not token.special and token.content in written]
         self._control, self._markup_tokens = _any_of(control), _any_of([*control, *markup])
+        self._backend, self._plain = _backends(tokenizer, {*control, *markup})
         self._stop_id = self._encode_fenced(_stop_token(self._render, control))[0]
         self._open_delta = functools.lru_cache(_CACHED_DELTAS)(self._encode_delta)
         self.markup = _turn_markup(self._render, control) if appends else None
@@ -319,7 +315,15 @@ class ChatTokenizer:
         return str(text)
 
     def _written(self) -> str:
-        """What the chat template writes by itself: its text, and a conversation, for markup that is put together."""
+        """What the chat template writes by itself: its text, and a conversation, for markup that is put together.
+
+        Raises:
+            ValueError: it draws random values, or fails.
+        """
+        if drawn := _RANDOM.search(self._template):
+            raise ValueError(
+                f"expected a chat template that always writes the same, got one with {drawn[0]!r}; mend it"
+            )
         return self._template + _conversation(self._render, "(task)", "(answer)", "(seen)")
 
     def _fence(self, text: str, trusted: bool) -> str:
@@ -329,8 +333,11 @@ class ChatTokenizer:
             text: of a message.
             trusted: whether it may hold the template's added tokens that are not special, as a response may.
         """
-        fence = lambda m: f"{_FENCES[0]}{m[0]}{_FENCES[1]}" if m[0] not in _FENCES else ""  # noqa: E731
-        return (self._control if trusted else self._markup_tokens).sub(fence, valid_text(text))
+        # Fences go first: without them, the pieces beside one may form a token.
+        text = valid_text(text).translate(_NO_FENCES)
+        return (self._control if trusted else self._markup_tokens).sub(
+            lambda m: f"{_FENCES[0]}{m[0]}{_FENCES[1]}", text
+        )
 
     def _encode_fenced(self, text: str) -> list[int]:
         pieces = _FENCED.split(text)  # text, control token, text, …
@@ -364,11 +371,16 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _backends(tokenizer: "PreTrainedTokenizerBase"):
-    """(the tokenizer's engine, a copy that reads added tokens as plain text); both without truncation or padding."""
+def _backends(tokenizer: "PreTrainedTokenizerBase", markup: Collection[str]):
+    """(the tokenizer's engine, a copy that reads added tokens as plain text); both without truncation or padding.
+
+    Markup is matched as it is written, so that a normalizer cannot make it of other characters.
+    """
     from tokenizers import Tokenizer
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    for token in state["added_tokens"]:
+        token["normalized"] = token["normalized"] and token["content"] not in markup
     state["truncation"] = state["padding"] = None
     engine = Tokenizer.from_str(json.dumps(state))
     # A post-processor may name added tokens; nothing that is encoded here goes through it.
@@ -383,8 +395,8 @@ def _directives(day: datetime.date) -> dict[str, str]:
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Any of the tokens, the longest first, or a fence."""
-    return re.compile("|".join([*map(re.escape, sorted(tokens, key=len, reverse=True)), f"[{_FENCES}]"]))
+    """Any of the tokens, the longest first; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def _first_line(error: Exception) -> str:

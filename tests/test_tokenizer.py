@@ -368,7 +368,7 @@ TURNS_THAT_ARE_NOT_SPECIAL = (
 )
 
 
-def with_markers(tiny: ChatTokenizer, folder, **how: bool) -> ChatTokenizer:
+def with_markers(tiny: ChatTokenizer, folder) -> ChatTokenizer:
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
@@ -377,7 +377,7 @@ def with_markers(tiny: ChatTokenizer, folder, **how: bool) -> ChatTokenizer:
     markers = ("<|User|>", "<|Assistant|>", "<think>")
     theirs.add_tokens([AddedToken(marker, special=False, normalized=True) for marker in markers])
     theirs.chat_template = TURNS_THAT_ARE_NOT_SPECIAL
-    return ChatTokenizer(theirs, **how)
+    return ChatTokenizer(theirs)
 
 
 @pytest.mark.parametrize("evil", ["<|Assistant|>", "<|User|>", "<|Assi\ue0f0stant|>", "<|im_\ue0f1end|>"])
@@ -399,23 +399,6 @@ def test_half_a_surrogate_pair_is_replaced(tiny):
     assert tiny.delta_ids("half \ud83d of it") == tiny.delta_ids("half \ufffd of it")
     assert tiny.encode("\ud83d\ude00") == tiny.encode("\U0001f600")
     ChatTokenizer.train(["half \ud83d of it"] * 4, vocab_size=300)
-
-
-def test_a_template_keeps_the_day_of_the_start(tiny, tmp_path):
-    dated = "{{ strftime_now('%d %b %Y') + '\n' }}" + CHATML
-    first = with_template(tiny, tmp_path / "a", dated)
-    file = tmp_path / "a" / "tokenizer_config.json"
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    assert saved["aem_jax_started"]
-    file.write_text(json.dumps({**saved, "aem_jax_started": "2025-03-01T12:00:00"}), encoding="utf-8")
-    for _ in range(2):  # saved again, it stays
-        again = ChatTokenizer.from_pretrained(tmp_path / "a", chat_template=dated)
-        assert again.decode(again.prompt_ids([{"role": "user", "content": "Hi."}])).startswith("01 Mar 2025")
-        again.save_pretrained(tmp_path / "a")
-    assert first.prompt_ids([{"role": "user", "content": "Hi."}])
-    file.write_text(json.dumps({**saved, "aem_jax_started": "soon"}), encoding="utf-8")
-    with pytest.raises(ValueError, match="expected an ISO time as aem_jax_started"):
-        ChatTokenizer.from_pretrained(tmp_path / "a")
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,6 @@ def _refresh(file: int, released: threading.Event) -> None:
 def _machine() -> str:
     """Names the running kernel, whose `flock` is certain: containers of a machine share it, a restart changes it."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return socket.gethostname()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from aem_jax.envs.plain import described, flag, number, plain
-from aem_jax.files import valid_json
+from aem_jax.files import valid_json, valid_text
 
 INVALID_JSON = "INVALID_JSON"
 UNKNOWN_TYPE = "UNKNOWN_TYPE"

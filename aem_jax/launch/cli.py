@@ -4,7 +4,6 @@ Precedence: a component's defaults < preset < command line. Reading is our own (
 errors of one line); `--help` is tyro's, from the docstrings of the configs. Nothing heavy loads before it is needed.
 """
 
-import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,9 +31,6 @@ class Command(NamedTuple):
 def main(words: Sequence[str]) -> int:
     """Runs a command line; returns the exit status: 0, 2 for a mistake in it, 130 or 143 when stopped, 141 when its
     output is no longer read."""
-    for stream in (sys.stdout, sys.stderr):  # printing never ends a run: what an encoding lacks is escaped
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     words = [valid_text(word) for word in words]
     try:
         if words and not words[0].startswith("-"):

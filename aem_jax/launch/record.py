@@ -18,7 +18,7 @@ from aem_jax.launch.options import flag
 from aem_jax.launch.overrides import ConfigError, as_values, flatten, override
 from aem_jax.launch.preset import SEPARATOR
 from aem_jax.launch.processes import placeless
-from aem_jax.models.pretrained import CONFIG, resolve
+from aem_jax.models.pretrained import CONFIG, config_text, resolve
 
 FILE = "config.json"
 _PATHS = (
@@ -101,7 +101,7 @@ def save(config: RunConfig, folder: Path, begun: bool = False) -> None:
             inputs.write(folder, {name: value for name, value in known.items() if name != FILE})
             write_text(folder / FILE, text)
         if config.model.path and not (begun and copy.exists()):
-            theirs = read_text(resolve(config.model.path) / CONFIG)
+            theirs = config_text(resolve(config.model.path))
             copy.parent.mkdir(exist_ok=True)
             write_text(copy, theirs)
         known.pop(FILE, None)

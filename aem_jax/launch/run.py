@@ -4,7 +4,6 @@ Whatever of it a resumed run already has is left out, so the same command goes o
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -20,6 +19,7 @@ from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
 from aem_jax.envs.protocol import EnvError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
+from aem_jax.files import write_text
 from aem_jax.launch import base, begin, build, inputs, processes, record, runtime
 from aem_jax.launch.algorithm import response_advantages, value_targets
 from aem_jax.launch.config import RunConfig
@@ -294,7 +294,7 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
         if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
             if writer:
                 shown = transcripts(trajectories, credit, step)
-                writer.later(lambda: write_text(folder / "transcripts.json", json.dumps(valid_json(shown))))
+                writer.later(lambda: write_text(folder / "transcripts.json", json_line(shown)))
                 writer.wait()  # a checkpoint never stands beside fewer lines than it has steps
             checkpoints.save(done, state, score=score)
 

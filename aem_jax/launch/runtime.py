@@ -49,7 +49,7 @@ def fix_settings() -> None:
 
 def set_up(config: RuntimeConfig) -> None:
     """Applies the settings to jax and to logging. Where JAX's own environment variables are set, they win,
-    but for JAX_ENABLE_X64, which a run turns off.
+    but for those of `FIXED`.
 
     Raises:
         ConfigError: the devices asked for are not there, the other processes of the run are not to be found, or the
@@ -61,14 +61,7 @@ def set_up(config: RuntimeConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("aem_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: tracebacks of errors that are raised all the same
-    # 64-bit constants and other random numbers would make another run.
-    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        logging.getLogger(__name__).warning("a run computes in 32 bits: JAX_ENABLE_X64 is turned off for it")
-        jax.config.update("jax_enable_x64", False)
-    # Means over nothing are NaN on purpose and masked afterwards.
-    if jax.config.jax_debug_nans:  # pyright: ignore[reportAttributeAccessIssue]
-        logging.getLogger(__name__).warning("a run masks NaN itself: JAX_DEBUG_NANS is turned off for it")
-        jax.config.update("jax_debug_nans", False)
+    fix_settings()
     if config.platform:
         jax.config.update("jax_platforms", config.platform)
     if config.cpu_devices:

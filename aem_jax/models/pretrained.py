@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors import SafetensorError
 
-from aem_jax.files import read_json, write_text
+from aem_jax.files import read_json, read_text, write_text
 from aem_jax.models.config import ModelConfig, dtype_name
 from aem_jax.models.families import SAVED_DTYPES, config_from_hf, config_to_hf
 from aem_jax.models.policy import Params, Policy
@@ -116,6 +116,19 @@ def read_config(folder: Path, dtype: DTypeLike = "bfloat16") -> ModelConfig:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return as_in_files(folder, config)
+
+
+def config_text(folder: Path) -> str:
+    """The text of a folder's config.json, to be read without the weights: it ties the head only if they do.
+
+    Raises:
+        ValueError: as `read_config`.
+        OSError: it cannot be read.
+    """
+    theirs = read_json(folder / CONFIG)
+    if isinstance(theirs, dict) and theirs.get("tie_word_embeddings") is True and not read_config(folder).tied_head:
+        return json.dumps(theirs | {"tie_word_embeddings": False}, indent=2) + "\n"
+    return read_text(folder / CONFIG)
 
 
 def resolve(path_or_repo: str | Path) -> Path:

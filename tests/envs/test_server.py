@@ -329,8 +329,8 @@ def test_an_environment_that_reads_stdin_or_never_closes_harms_no_server(tmp_pat
     (tmp_path / "env.py").write_text(UNRULY)
     arguments = ["-c", "from aem_jax.envs import server; server._CLOSE_S = 0.2; import sys; sys.exit(server.main())"]
     command = [sys.executable, *arguments, f"{tmp_path}/env.py:Unruly", "--port", "0", "--with-parent"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=REPOSITORY, text=True, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdin and process.stdout and process.stderr
         env = RemoteEnvironment(f"127.0.0.1:{json.loads(process.stdout.readline())['port']}")
         env.reset({})

@@ -1,5 +1,6 @@
 """What decides a run stands in the run: changed inputs are named, moved ones are the same, old runs go on."""
 
+import json
 import logging
 import os
 from dataclasses import replace
@@ -15,6 +16,7 @@ from aem_jax.launch.options import apply, split
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.models import ModelConfig, Policy, save_pretrained
 from aem_jax.models.lora import LoraConfig
+from aem_jax.models.pretrained import read_config
 from aem_jax.sharding import MeshConfig, make_mesh
 
 TINY = ModelConfig(64, 8, 8, 1, 1, 1, 8)
@@ -135,6 +137,15 @@ def test_the_model_s_config_is_the_run_s_from_its_first_checkpoint_on(run: Path,
     theirs.parent.rmdir()
     assert record.model_files(config, run) == run / "model"
     record.save(config, run, begun=True)
+
+
+def test_the_copy_of_the_config_ties_the_head_only_if_the_weights_do(run: Path, tmp_path: Path):
+    untied = replace(TINY, tied_head=False)
+    save_pretrained(tmp_path / "model", untied, Policy(untied).init(jax.random.key(0)))
+    theirs = tmp_path / "model" / "config.json"
+    theirs.write_text(json.dumps(json.loads(theirs.read_text()) | {"tie_word_embeddings": True}))
+    record.save(RunConfig(model=ModelChoice(path=str(theirs.parent))), run)
+    assert not read_config(run / "model", TINY.dtype).tied_head
 
 
 def test_a_run_from_before_the_record_goes_on_and_gets_one(run: Path):
