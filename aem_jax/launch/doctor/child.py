@@ -7,7 +7,6 @@ import importlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 import traceback
@@ -90,8 +89,6 @@ def _set_up(config: DoctorConfig) -> tuple[DoctorConfig, Finding | None]:
 def main(words: Sequence[str]) -> int:
     """Does the checks named after the config; 0, or 2 for a mistake in it."""
     end_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to answer, who ends this process
-        signal.signal(number, signal.SIG_IGN)
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:

@@ -1,11 +1,13 @@
 """Waits for the process that does the checks; where it crashes or hangs, that is a finding, and another goes on."""
 
 import json
+import os
+import select
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Generator, Iterator, Sequence
+from time import monotonic
 from typing import Any
 
 from aem_jax.launch.doctor.config import DoctorConfig
@@ -15,6 +17,7 @@ from aem_jax.launch.overrides import ConfigError, as_values
 CHILD = (sys.executable, "-m", "aem_jax.launch.doctor.child")
 LIMIT_S = 300.0
 """Seconds after which a check counts as hanging."""
+WAIT_S = 0.5
 
 
 def findings(names: Sequence[str], config: DoctorConfig) -> Generator[str | Finding, None, None]:
@@ -48,25 +51,30 @@ class _Child:
 
     def __init__(self, config: DoctorConfig, names: Sequence[str]) -> None:
         command = [*CHILD, json.dumps(as_values(config)), *names]
-        # Its standard input is how it sees that this process is there; it ends with it.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # In a session of its own, Ctrl-C does not reach it. By its standard input it sees that this process is there.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+        )
         self._hangs = self._is_ending = False
 
     def items(self) -> Iterator[dict[str, Any]]:
-        """What it says, until it ends; one that says nothing for too long is killed."""
+        """What it says, until it ends, or says nothing for too long."""
         assert self._process.stdout
+        said, rest, deadline = self._process.stdout.fileno(), b"", monotonic() + LIMIT_S
         while True:
-            timer = threading.Timer(LIMIT_S, self._kill)
-            timer.daemon = True
-            timer.start()
-            try:
-                line = self._process.stdout.readline()
-            finally:
-                timer.cancel()
-            if not line.endswith("\n"):  # nothing, or what a crash left of a line
+            # A short wait: Python answers a signal that comes just before one when that one is over.
+            if not select.select([said], [], [], WAIT_S)[0]:
+                if monotonic() > deadline:
+                    self._hangs = True
+                    return
+                continue
+            data = os.read(said, 2**16)
+            if not data:  # what a crash left of a line is lost
                 self._is_ending = True
                 return
-            yield json.loads(line)
+            *lines, rest = (rest + data).split(b"\n")
+            yield from map(json.loads, lines)
+            deadline = monotonic() + LIMIT_S
 
     def end(self) -> str:
         """Ends it, if it does not end by itself; says how it did."""
@@ -81,10 +89,6 @@ class _Child:
         if self._hangs:
             return f"said nothing for {LIMIT_S:.0f} s"
         return f"crashed ({signal.Signals(-status).name})" if status < 0 else f"ended with status {status}"
-
-    def _kill(self) -> None:
-        self._hangs = True
-        self._process.kill()
 
 
 def _crashed(name: str, how: str) -> Finding:
