@@ -19,6 +19,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# A closed descriptor (`>&-`) would become that of the next file that is opened, and receive what is printed.
+for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
 # Printing never ends a run: what an output cannot encode (ASCII, Latin-1) is written as its escape.
 for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):

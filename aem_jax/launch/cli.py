@@ -4,6 +4,7 @@ Precedence: a component's defaults < preset < command line. Reading is our own (
 errors of one line); `--help` is tyro's, from the docstrings of the configs. Nothing heavy loads before it is needed.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +32,9 @@ class Command(NamedTuple):
 def main(words: Sequence[str]) -> int:
     """Runs a command line; returns the exit status: 0, 2 for a mistake in it, 130 or 143 when stopped, 141 when its
     output is no longer read."""
-    words = [valid_text(word) for word in words]
     try:
+        if broken := next((word for word in words if valid_text(word) != word), None):
+            raise ConfigError(f"expected words in UTF-8, got {broken!a}; rename the file or folder that it names")
         if words and not words[0].startswith("-"):
             name, rest = words[0], words[1:]
         else:
@@ -44,6 +46,12 @@ def main(words: Sequence[str]) -> int:
     except BrokenPipeError:  # whoever read our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be printed cannot be
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except StoppedError as stopped:
         return stopped.exit_status
     except KeyboardInterrupt:

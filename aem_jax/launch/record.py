@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aem_jax.envs.swe.tasks import GENERATED
-from aem_jax.files import read_json, read_text, write_text
+from aem_jax.files import read_json, read_text, valid_text, write_text
 from aem_jax.launch import inputs
 from aem_jax.launch.config import RunConfig, is_harmless
 from aem_jax.launch.options import flag
@@ -59,14 +59,18 @@ def absolute(config: RunConfig) -> RunConfig:
     """The config with each path absolute, so that it names the same file from every working folder.
 
     Raises:
-        ConfigError: an address where a path should be; it would become a folder of that name.
+        ConfigError: an address where a path should be, which would become a folder of that name; or a path that is not
+            UTF-8, which the run's config.json cannot hold.
     """
-    for name, value in as_values(config).items():
-        if name in (*_PATHS, "runs_dir") and "://" in value:
+    paths = {name: value for name, value in as_values(config).items() if name in (*_PATHS, "runs_dir")}
+    for name, value in paths.items():
+        if "://" in value:
             raise ConfigError(f"{flag(name)}: expected a path, got {value}; mount the storage, or copy it")
-    return override(
-        config, {name: _absolute(name, value) for name, value in as_values(config).items() if name in _PATHS}
-    )
+    found = {name: _absolute(name, value) for name, value in paths.items() if name != "runs_dir"}
+    for name, path in found.items():
+        if valid_text(path) != path:
+            raise ConfigError(f"{flag(name)}: expected a path in UTF-8, got {path!a}; rename the folder")
+    return override(config, found)
 
 
 def _absolute(name: str, value: str) -> str:

@@ -123,6 +123,8 @@ def test_the_last_of_an_option_given_twice_counts():
         (["analyze"], "expected one run's folder, got 0"),
         (["analyze", "runs/x", "--draw", "9"], "did you mean --draws?"),
         (["analyze", "runs/x", "--draws", "1"], "--draws: expected draws of at least 2, got 1"),
+        (["--runs-dir", "a\udcff"], "expected words in UTF-8, got 'a\\udcff'"),
+        (["--model.path", "a\udcff"], "expected words in UTF-8, got 'a\\udcff'"),
         (["--warmstart.begin-from", "x", "--lora.rank", "2"], "--warmstart.begin-from: expected none with"),
     ],
 )
@@ -331,7 +333,15 @@ def test_a_config_of_another_version_says_which_file(tmp_path: Path):
         record.load(tmp_path)
 
 
-def test_help_may_be_left_unread():
-    command = f"{sys.executable} -m aem_jax.launch --help | head -n 1"
+@pytest.mark.parametrize(("where", "status"), [("| head -n 1", 0), (">&-", 0), (">&- 2>&- <&-", 0), (">/dev/full", 2)])
+def test_help_may_be_left_unread_or_have_nowhere_to_go(where: str, status: int):
+    command = f"{sys.executable} -m aem_jax.launch --help {where}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.startswith("usage") and "Traceback" not in done.stderr
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert done.stdout.startswith("usage") == ("|" in where)
+
+
+def test_a_closed_output_is_not_the_next_file_that_is_opened():
+    code = "import sys, aem_jax.launch.__main__; print(open(sys.executable).fileno(), file=sys.stderr)"
+    done = subprocess.run(f"{sys.executable} -c '{code}' >&-", shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert int(done.stderr) > 2
