@@ -98,13 +98,18 @@ def games(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("damage", [*BAD, "no traj_data.json", "a broken traj_data.json", "another task_type"])
+@pytest.mark.parametrize(
+    "damage", [*BAD, "a dangling link", "no traj_data.json", "a broken traj_data.json", "another task_type"]
+)
 def test_a_bad_file_among_the_good_is_named_or_left_out(games: Path, tmp_path: Path, caplog, damage: str):
     shutil.copytree(games, tmp_path, dirs_exist_ok=True)
     bad, good, other = sorted((tmp_path / "json_2.1.1/train").rglob("game.tw-pddl"))
     facts = bad.with_name("traj_data.json")
     if damage == "no traj_data.json":
         facts.unlink()
+    elif damage == "a dangling link":
+        bad.unlink()
+        bad.symlink_to("nowhere")
     elif damage == "a broken traj_data.json":
         facts.write_text("{")
     elif damage == "another task_type":

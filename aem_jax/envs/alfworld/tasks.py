@@ -7,12 +7,13 @@ A source is a sequence of `GameTask`. A task's payload is a small JSON mapping f
 import hashlib
 import json
 import logging
+import os
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 from aem_jax.envs.alfworld.engine import Game, read_game, read_task_type
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
@@ -98,7 +99,7 @@ def official_tasks(
     if not folder.is_dir():
         raise ValueError(f"expected ALFWorld's data in {folder}, found no such folder; set ALFWORLD_DATA to its parent")
     tasks, bad, count = [], [], 0
-    for path in sorted(folder.rglob(_GAME_FILE)):
+    for path in sorted(_game_files(folder)):
         name = path.relative_to(folder).parent.as_posix()
         if "movable" in name or "Sliced" in name:
             continue
@@ -120,6 +121,21 @@ def official_tasks(
     if not tasks:
         raise ValueError(f"expected solvable games of {list(task_types)} under {folder}, found none")
     return tasks
+
+
+def _game_files(folder: Path) -> Iterator[Path]:
+    """The games under a folder, links that lead nowhere included, which `Path.rglob` leaves out.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        if _GAME_FILE in files or _GAME_FILE in folders:
+            yield Path(parent, _GAME_FILE)
 
 
 def _kind_and_solvable(path: Path) -> tuple[str, bool]:
