@@ -77,6 +77,8 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     print(json.dumps({"out": str(config.out), "games": counts}))
     return 0
 

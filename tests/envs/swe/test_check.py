@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 from envs.swe.samples import CALC, FakeRuntime, calc
@@ -95,3 +96,14 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
     assert main(words) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
+
+
+@pytest.mark.parametrize(("raises", "status"), [("KeyboardInterrupt", 130), ("BrokenPipeError", 141)])
+def test_ctrl_c_and_head_end_it_quietly(raises, status):
+    code = (
+        "import runpy, sys, aem_jax.envs.swe.tasks as tasks; sys.argv = ['check']\n"
+        f"def stop(*_): raise {raises}\n"
+        "tasks.generated_tasks = stop; runpy.run_module('aem_jax.envs.swe.check', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
