@@ -119,6 +119,8 @@ class ChatTokenizer:
         self._tokenizer, self._thinking = tokenizer, thinking
         self._day = day or datetime.date.today()
         self._template = tokenizer.get_chat_template()
+        if not isinstance(self._template, str):
+            raise ValueError(f"expected a chat template as a text, got {self._template!r:.80}")
         self._dated: dict[str, dict[str, str]] = {}
         if _CLOCK in self._template:
             self._template, self._dated = _DATED + self._template, {"strftime_day": _directives(self._day)}
@@ -312,7 +314,7 @@ class ChatTokenizer:
                 f"expected messages that the chat template{f' of {name}' if name else ''} can render, got {roles}: "
                 f"{'' if refused else f'{type(error).__name__}: '}{_first_line(error)}"
             ) from error
-        return str(text)
+        return valid_text(str(text))
 
     def _written(self) -> str:
         """What the chat template writes by itself: its text, and a conversation, for markup that is put together.

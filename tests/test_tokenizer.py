@@ -317,6 +317,16 @@ def test_damaged_files_are_one_error(tiny, tmp_path, file, text):
     assert "\n" not in str(error.value)
 
 
+def test_a_template_that_is_no_text_is_refused(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": 7}'
+    )
+    with pytest.raises(ValueError, match="expected a chat template as a text, got 7"):
+        ChatTokenizer.from_pretrained(tmp_path)
+
+
 def test_half_of_a_surrogate_pair_is_replaced_wherever_text_enters(tiny):
     half, whole = "half \ud83d of it", "half \ufffd of it"
     assert tiny.encode(half) == tiny.encode(whole)
@@ -395,7 +405,9 @@ def test_a_policy_may_write_its_own_markers(tiny, tmp_path):
     assert chat._backend.token_to_id("<think>") in chat.encode("<think>Hm.")
 
 
-def test_half_a_surrogate_pair_is_replaced(tiny):
+def test_half_a_surrogate_pair_is_replaced(tiny, tmp_path):
+    written = with_template(tiny, tmp_path, "{{ 'half \\ud83d of it' }}" + CHATML)
+    assert "half \ufffd of it" in written.decode(written.prompt_ids([{"role": "user", "content": "Hello."}]))
     assert tiny.delta_ids("half \ud83d of it") == tiny.delta_ids("half \ufffd of it")
     assert tiny.encode("\ud83d\ude00") == tiny.encode("\U0001f600")
     ChatTokenizer.train(["half \ud83d of it"] * 4, vocab_size=300)
