@@ -118,6 +118,8 @@ def _export(words: Sequence[str]) -> int:
         return _help(_preset({}), "export FOLDER", COMMANDS["export"].help)
     if len(names) != 1:
         raise ConfigError(f"expected one folder to write to, got {len(names)}; export FOLDER --name RUN")
+    if not names[0] or "://" in names[0]:  # as a path, these would be the working folder, and a folder of that name
+        raise ConfigError(f"expected the path of a folder to write to, got {names[0]!r}")
     from aem_jax.launch.overrides import read
 
     try:

@@ -120,6 +120,8 @@ def test_the_last_of_an_option_given_twice_counts():
         (["presets", "x"], "expected nothing after presets"),
         (["evaluate", "--name", "never-trained"], "no run in runs/never-trained"),
         (["analyze", "runs/never-trained"], "no run in runs/never-trained"),
+        (["export", "s3://bucket/model"], "expected the path of a folder to write to, got 's3://bucket/model'"),
+        (["export", ""], "expected the path of a folder to write to, got ''"),
         (["analyze"], "expected one run's folder, got 0"),
         (["analyze", "runs/x", "--draw", "9"], "did you mean --draws?"),
         (["analyze", "runs/x", "--draws", "1"], "--draws: expected draws of at least 2, got 1"),
