@@ -91,6 +91,8 @@ class Checkpoints:
         _probe(self.folder, self._hosts.index)
         if self._hosts.is_first:
             self._lock = _locked(self.folder)
+            if not self.steps:
+                step_files.mark(self.folder)
         try:
             self._manager = ocp.CheckpointManager(
                 LiteralPath(self.folder),
@@ -167,7 +169,7 @@ class Checkpoints:
         self.check_space(state)
         score = None if score is None or not math.isfinite(score) else float(score)
         try:
-            saved = step_files.items(step, state, score, extra or {})
+            saved = step_files.items(self.folder, step, state, score, extra or {})
             self._writing = {step: score}
             self._manager.save(step, args=saved, force=True)
         except Exception as error:

@@ -7,6 +7,7 @@ is missing reads as zeros. So the checksums decide whether a checkpoint is what 
 import glob
 import logging
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +17,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from aem_jax.checkpoint.checksum import SEAL, checksums, first_difference, sealed, unsealed
-from aem_jax.files import read_json
+from aem_jax.files import read_json, write_text
 
 State = TypeVar("State")
 
 STATE, RECORD = "state", "extra"
 """Items of a checkpoint; the second is the JSON record."""
+_RUN = ".run"
+"""In the folder of all checkpoints: its identity."""
 _READ_BACK_BYTES = 2**26
 _CLOUD = ("gs", "s3", "az", "hf")
 """First parts of paths that etils takes for buckets."""
@@ -57,9 +60,24 @@ def check_path(folder: Path) -> None:
         raise CheckpointError(f"expected a folder for checkpoints with {why}, got {str(folder)!r}; choose another one")
 
 
-def items(step: int, state: Any, score: float | None, extra: Mapping[str, Any]) -> Any:
+def mark(folder: Path) -> None:
+    """Gives a folder without checkpoints an identity, which each of its checkpoints repeats."""
+    if not (folder / _RUN).exists():
+        write_text(folder / _RUN, f"{uuid.uuid4().hex}\n")
+
+
+def identity(folder: Path) -> str | None:
+    """What `mark` wrote; None for a folder from before there were identities."""
+    try:
+        return (folder / _RUN).read_bytes().decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
+def items(folder: Path, step: int, state: Any, score: float | None, extra: Mapping[str, Any]) -> Any:
     """What is saved of a step."""
     record = {"step": step, "score": score, "checksums": checksums(state), "extra": dict(extra)}
+    record |= {"run": identity(folder)}
     return ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(sealed(record))})
 
 
@@ -92,6 +110,9 @@ def read_state(folder: Path, step: int, abstract_state: State) -> State:
             were written.
     """
     record = read_record(folder, step)
+    ours, theirs = identity(folder), record.get("run")
+    if ours and theirs and ours != theirs:
+        raise ValueError(f"expected a checkpoint of this run in {folder / str(step)}, got one of another")
     _hush_abandoned_reads()
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         state = checkpointer.restore(_state_path(folder, step), args=ocp.args.StandardRestore(abstract_state))

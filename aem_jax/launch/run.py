@@ -128,6 +128,11 @@ def opened(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[tu
             begun = hosts.of_first(checkpoints.latest is not None)
             if not (begun or writes):
                 raise ConfigError(f"no checkpoint in {folder}; train it first")
+            if begun and hosts.is_first and not (folder / record.FILE).exists():
+                raise ConfigError(
+                    f"expected the {record.FILE} that {folder} was begun with beside its checkpoints, got none; "
+                    "put a copy back, or give another --name to begin a new run"
+                )
             if begun and hosts.is_first:
                 inputs.check_sources(folder, config, "refuse" if writes else "warn")
             elif writes and hosts.is_first:

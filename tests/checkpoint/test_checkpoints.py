@@ -179,6 +179,19 @@ def test_numbers_that_read_well_and_are_not_those_written_are_found(tmp_path, ch
     assert re.search(why, caplog.text)
 
 
+def test_a_checkpoint_of_another_run_is_left_out(tmp_path, caplog):
+    for name, seed in (("ours", 1), ("theirs", 2)):
+        with Checkpoints(tmp_path / name) as checkpoints:
+            for step in (1, 2):
+                checkpoints.save(step, state_of(seed))
+    shutil.rmtree(tmp_path / "ours/2")
+    shutil.copytree(tmp_path / "theirs/2", tmp_path / "ours/2")
+    assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(1))
+    assert "expected a checkpoint of this run" in caplog.text
+    (tmp_path / "ours" / ".run").unlink()  # as in a folder of an earlier version
+    assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(2))
+
+
 def test_checkpoints_from_before_checksums_are_read(tmp_path):
     state = state_of(1)
     options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["score"])
