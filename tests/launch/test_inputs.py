@@ -14,6 +14,7 @@ from aem_jax.launch import base, inputs, record
 from aem_jax.launch.config import ModelChoice, OpenEnvConfig, RunConfig
 from aem_jax.launch.options import apply, split
 from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch.run import opened
 from aem_jax.models import ModelConfig, Policy, save_pretrained
 from aem_jax.models.lora import LoraConfig
 from aem_jax.models.pretrained import read_config
@@ -215,3 +216,13 @@ def test_a_relative_path_of_before_is_the_same_absolute(run: Path, monkeypatch):
     record.check_resumable(before, record.absolute(before), run)
     with pytest.raises(ConfigError, match="was begun with --model.path"):
         record.check_resumable(before, replace(before, model=ModelChoice(path="/elsewhere/m")), run)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_checkpoints_without_the_config_that_they_were_made_with_are_refused(tmp_path: Path, monkeypatch, writes: bool):
+    monkeypatch.setattr("aem_jax.launch.runtime.set_up", lambda config: None)
+    (tmp_path / "checkpoints/1").mkdir(parents=True)
+    refused = pytest.raises(ConfigError, match=r"expected the config.json that .* was begun with .*, got none")
+    with refused, opened(RunConfig(), tmp_path, writes=writes):
+        raise AssertionError("opened")
+    assert not (tmp_path / "inputs.json").exists()
