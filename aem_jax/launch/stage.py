@@ -25,7 +25,7 @@ from aem_jax.launch.progress import Report, open_progress
 from aem_jax.launch.signals import StopRequest, stop_on_signals
 from aem_jax.learner import make_response_values
 from aem_jax.models import LoraPolicy, Policy, ValuePolicy, policy_params
-from aem_jax.models.pretrained import resolve
+from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.rollout import Rollout
 from aem_jax.rollout.caches import check_caches
 from aem_jax.sampler import Sampler
@@ -185,7 +185,12 @@ def _make_tokenizer(
     """Saves the model's tokenizer, or that of the run to begin from, else one trained on what is said in episodes."""
     if config.model.path:
         template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
-        chat = load(resolve(config.model.path), chat_template=template)
+        model = resolve(config.model.path)
+        try:
+            chat = load(model, chat_template=template)
+        except ValueError:
+            read_config(model)  # transformers' tokenizers read it, too, and do not name what is wrong in it
+            raise
     elif config.warmstart.begin_from:
         chat = load(begin.tokenizer(config))
     else:

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from aem_jax.launch import build, cli, run
+from aem_jax.launch import build, cli, run, stage
 from aem_jax.launch.config import ModelChoice, RunConfig
 from aem_jax.launch.options import apply, split
 from aem_jax.launch.overrides import ConfigError
 from aem_jax.launch.preset import read_preset
 from aem_jax.metrics import read_lines
 from aem_jax.models import ModelConfig, Policy, from_pretrained, save_pretrained
+from aem_jax.models.families import config_to_hf
 from aem_jax.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,3 +104,14 @@ def test_weights_that_cannot_be_used_are_the_options_fault(model: Path, tmp_path
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="--model.path: expected model.safetensors or .*, got neither"):
         run._parameters(stage)
+
+
+def test_a_config_that_the_tokenizer_cannot_read_is_named_itself(tmp_path: Path):
+    config = config_to_hf(CONFIG, "float32") | {"num_hidden_layers": "two"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = RunConfig(model=ModelChoice(path=str(tmp_path)))
+    anything: Any = None
+    with pytest.raises(ValueError, match=r"config.json: expected num_hidden_layers"):
+        stage._make_tokenizer(
+            asked, anything, tmp_path / "tokenizer", ChatTokenizer.from_pretrained, anything, anything
+        )
