@@ -4,6 +4,7 @@ The profiler's file holds planes (a device each, and the host's), these hold lin
 count; on a CPU they run in the host's threads, between much else, so there the shares are those of the threads' time.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,9 @@ def profile(call: Callable[[], Any], folder: str, what: str) -> str:
         with jax.profiler.trace(str(where)):
             call()
         newest = max(where.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-        return as_text(what, read_profile(jax.profiler.ProfileData.from_file(str(newest))))
+        # jaxlib 0.12 makes a type that is deprecated on the first read, and aborts the process where that is an error.
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            return as_text(what, read_profile(jax.profiler.ProfileData.from_file(str(newest))))
     except Exception as error:
         return f"{what}: no profile ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
 
