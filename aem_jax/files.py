@@ -2,11 +2,12 @@
 
 Three facts that Python's own readers leave to the caller:
 `str.splitlines` cuts at U+2028, U+0085 and others, which JSON allows inside a string, so lines end at `\\n` alone;
-`json.loads` accepts NaN and Infinity, which are no JSON, so these are refused;
+`json.loads` accepts NaN and Infinity, which are no JSON, and makes infinity of 1e999, so these are refused;
 JSON can name half of a surrogate pair (`"\\ud83d"`), which no encoding can write, so it becomes U+FFFD on entry.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,11 +44,12 @@ def parse_json(text: str | bytes, source: str) -> Any:
         source: where the text is from; begins the error.
 
     Raises:
-        ValueError: it is no JSON, has NaN or Infinity in it, is not UTF-8, or is nested too deeply.
+        ValueError: it is no JSON, has NaN, Infinity or a number beyond all floats in it, is not UTF-8, or is nested too
+            deeply.
     """
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
-        value = json.loads(decoded, parse_constant=_refuse_constant)
+        value = json.loads(decoded, parse_constant=_refuse_constant, parse_float=_finite)
         # Only an escape can make half a pair: UTF-8 has none.
         return valid_json(value) if "\\u" in decoded or isinstance(text, str) else value
     except UnicodeDecodeError as error:
@@ -116,3 +118,10 @@ def write_text(path: Path | str, text: str) -> None:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"expected JSON, got {name}, for which JSON has no word; write null or a finite number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"expected numbers that a float can hold, got {text:.40}")
+    return number

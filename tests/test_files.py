@@ -36,6 +36,7 @@ def test_strings_and_keys_of_parsed_json_can_be_encoded():
         ("{", "line 1 column 2"),
         ('{"a": NaN}', "got NaN"),
         ("[-Infinity]", "got -Infinity"),
+        ("[-1e999]", "expected numbers that a float can hold, got -1e999"),
         (b"\xff", "expected text in UTF-8, got byte 0xff at 0"),
         ("[" * 100_000, "nested too deeply"),
         ("9" * 5000, "digits"),
