@@ -178,8 +178,8 @@ def test_where_no_episode_of_a_round_could_be_played_others_are_in_its_place(out
 
 
 def test_where_no_episode_of_many_tasks_could_be_played_the_first_error_ends_it():
-    """Of 3 tasks a round: after the third round there are more than `BROKEN_TASKS`, of 8 at once after the first."""
-    for size, rounds in ((3, 3), (8, 1)):
+    """Of 10 tasks a round: after the third round there are more than `BROKEN_TASKS`, of 24 at once after the first."""
+    for size, rounds in ((10, 3), (24, 1)):
         rollout = Rounds(*[("0e0e",) * size] * 9)
         with pytest.raises(EnvError, match="no episode of step 7 could be played; the first error: task 0: no display"):
             play_rounds(rollout, rollout.tasks, Rule(size), None, 7, jax.random.key(3))
