@@ -30,8 +30,8 @@ Outcome = Callable[[Trajectory], float]
 """What is compared inside a group: its return, or whether it was won."""
 
 BROKEN_TASKS = 24
-"""Tasks of a step that must all fail before the fault is taken for the environment's, not these tasks'. Where half of all
-tasks are void, 24 of them in a row are as rare as 1 step in 16 million."""
+"""Tasks of a step that must all fail before the fault is taken for the environment's, not these tasks'. Where half of
+all tasks are void, 24 of them in a row are as rare as 1 step in 16 million."""
 
 Length = Callable[[Trajectory], Sequence[int]]
 """Tokens that are held against a limit, for each turn."""
