@@ -5,6 +5,7 @@ is missing reads as zeros. So the checksums decide whether a checkpoint is what 
 """
 
 import glob
+import json
 import logging
 import sys
 import uuid
@@ -62,16 +63,18 @@ def check_path(folder: Path) -> None:
 
 def mark(folder: Path) -> None:
     """Gives a folder without checkpoints an identity, which each of its checkpoints repeats."""
-    if not (folder / _RUN).exists():
-        write_text(folder / _RUN, f"{uuid.uuid4().hex}\n")
+    if identity(folder) is None and not (folder / _RUN).is_dir():
+        write_text(folder / _RUN, json.dumps(sealed({"run": uuid.uuid4().hex})) + "\n")
 
 
 def identity(folder: Path) -> str | None:
-    """What `mark` wrote; None for a folder from before there were identities."""
+    """What `mark` wrote; None where it cannot be read as it was written, so that its damage costs no checkpoint."""
     try:
-        return (folder / _RUN).read_bytes().decode(errors="replace").strip()
-    except FileNotFoundError:
+        found = read_json(folder / _RUN)
+    except (OSError, ValueError):
         return None
+    record = unsealed(found) if isinstance(found, dict) else None
+    return None if record is None else record.get("run")
 
 
 def items(folder: Path, step: int, state: Any, score: float | None, extra: Mapping[str, Any]) -> Any:
@@ -84,7 +87,8 @@ def items(folder: Path, step: int, state: Any, score: float | None, extra: Mappi
 def read_record(folder: Path, step: int) -> dict[str, Any]:
     """What stands beside the state of a step: step, score, checksums and extra.
 
-    Checkpoints from before there were checksums hold `extra` alone, and the score in a file of its own.
+    Checkpoints from before there were checksums hold `extra` alone, and the score in a file of its own; their folder
+    has no identity.
 
     Raises:
         OSError: it cannot be read.
@@ -94,7 +98,7 @@ def read_record(folder: Path, step: int) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON mapping, got {type(found).__name__}")
-    if SEAL not in found:
+    if SEAL not in found and identity(folder) is None:
         return {"step": step, "score": _old_score(folder / str(step)), "checksums": None, "extra": found}
     record = unsealed(found)
     if record is None or record.get("step") != step:

@@ -162,9 +162,15 @@ def change_record(folder):
     path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
 
 
+def other_json(folder):
+    """JSON without a seal, as the records of earlier versions are."""
+    (folder / "2" / "extra" / "metadata").write_text('{"item_handlers": {}}')
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        (other_json, "expected the record of step 2 as it was written"),
         (replace_state, r"an array is not what was written: .*: expected the checksum \w{8}, got \w{8}"),
         (rename_step, "expected the record of step 2 as it was written"),
         (change_record, "expected the record of step 2 as it was written"),
@@ -188,7 +194,12 @@ def test_a_checkpoint_of_another_run_is_left_out(tmp_path, caplog):
     shutil.copytree(tmp_path / "theirs/2", tmp_path / "ours/2")
     assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(1))
     assert "expected a checkpoint of this run" in caplog.text
-    (tmp_path / "ours" / ".run").unlink()  # as in a folder of an earlier version
+    identity = tmp_path / "ours" / ".run"
+    letters = bytearray(identity.read_bytes())
+    letters[12] ^= 1
+    identity.write_bytes(letters)  # damage to this file must not cost the run its checkpoints
+    assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(2))
+    identity.unlink()  # as in a folder of an earlier version
     assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(2))
 
 
