@@ -26,6 +26,19 @@ Array: TypeAlias = Any
 
 
 @dataclass(frozen=True)
+class BatchConfig:
+    """Rows that the learner computes at a time."""
+
+    rows: int = 8
+    """Rows of a microbatch; a multiple of mesh.data × mesh.fsdp."""
+    tokens_per_microbatch: int = 0
+    """Tokens of a microbatch, in place of rows: as many rows as they fill, in multiples of mesh.data × mesh.fsdp where
+    these are given; 0 takes rows."""
+    row_length: int = 0
+    """Tokens of a row, into which episodes are packed; 0 takes rollout.context_tokens."""
+
+
+@dataclass(frozen=True)
 class BatchLayout:
     """The static sizes of a batch."""
 

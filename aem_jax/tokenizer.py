@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from aem_jax.files import read_text, valid_text, write_text
 
@@ -58,6 +58,23 @@ _DATED = (
 )
 """Stands before a template that asks for the date: a macro in place of transformers' own function, which reads the
 clock and which arguments of the rendering, being plain data, cannot replace."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer: that of --model.path, else one that is trained for the run."""
+
+    chat_template: Literal["own", "chatml"] = "own"
+    """With --model.path: the model's own chat template, or plain ChatML. Qwen3's own drops earlier thoughts, so it goes
+    with rollout.context window only."""
+    thinking: bool = True
+    """What the chat template is told as enable_thinking; with False, Qwen3 answers without a thought."""
+    vocab_size: int = 1024
+    """Most entries of the vocabulary: bytes, control tokens and what the environment's text earns."""
+    whole_words: tuple[str, ...] = ("<action>", "</action>")
+    """Strings that are one token each in a tokenizer that is trained, wherever they stand."""
+    episodes: int = 200
+    """Expert episodes whose text it is trained on."""
 
 
 @dataclass(frozen=True)

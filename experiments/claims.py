@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aem_jax.launch.overrides import ConfigError
+from aem_jax.errors import ConfigError
 from experiments.grid import Grid, Run, read_grid
 from experiments.results import RESULTS
 from experiments.run import is_done

@@ -26,11 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aem_jax.launch.build import check
-from aem_jax.launch.config import RunConfig
-from aem_jax.launch.options import flag
-from aem_jax.launch.overrides import ConfigError, flatten, override
-from aem_jax.launch.preset import read_preset
+from aem_jax.config.components import check
+from aem_jax.config.options import flag
+from aem_jax.config.overrides import flatten, override
+from aem_jax.config.presets import read_preset
+from aem_jax.config.run import RunConfig
+from aem_jax.errors import ConfigError
 
 START = "start"
 """Name of the variant that the others begin from."""

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aem_jax.config import saved
+from aem_jax.errors import ConfigError
 from aem_jax.files import read_json_lines, write_text
-from aem_jax.launch import record
-from aem_jax.launch.overrides import ConfigError
 from aem_jax.metrics import read_lines
 from experiments.grid import START, Grid, Run
 
@@ -35,7 +35,7 @@ Result = Mapping[str, Any]
 def summary(folder: Path, run: Run) -> dict[str, Any] | None:
     """The line of one run; None while it is not done."""
     try:
-        config = record.load(folder)
+        config = saved.load(folder)
     except ConfigError:
         return None
     metrics, last = read_lines(folder / "metrics.jsonl"), config.train.num_steps

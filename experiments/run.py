@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
-from aem_jax.launch import record
-from aem_jax.launch.config import RunConfig
-from aem_jax.launch.overrides import ConfigError
+from aem_jax.config import saved
+from aem_jax.config.run import RunConfig
+from aem_jax.errors import ConfigError
 from aem_jax.metrics import read_lines
 from experiments.grid import Grid, Run, read_grid
 from experiments.results import RESULTS, write_results
@@ -60,9 +60,9 @@ def is_done(config: RunConfig) -> bool:
         ConfigError: another run lies in its folder.
     """
     folder = Path(config.runs_dir) / config.name
-    if not (folder / record.FILE).exists():
+    if not (folder / saved.FILE).exists():
         return False
-    record.check_resumable(record.load(folder), config, folder)
+    saved.check_resumable(saved.load(folder), config, folder)
     last = config.train.num_steps
     final = {each["split"] for each in read_lines(folder / "evaluations.jsonl") if _is_final(each, last)}
     return (folder / "report.html").exists() and final >= set(config.evaluation.splits)

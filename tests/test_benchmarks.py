@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.launch.bench.config import BenchConfig
-from aem_jax.launch.options import apply, split
+from aem_jax.bench.config import BenchConfig
+from aem_jax.config.options import apply, split
 from aem_jax.models import decoder
 from benchmarks import accelerator
 from benchmarks.make_docs import FOLDER, PAGE, bench_table, load, peers_table, read, render, where
@@ -141,10 +141,10 @@ def test_the_generator_says_whether_the_page_is_up_to_date():
 
 
 def test_a_run_of_bench_fits_the_page(tmp_path, monkeypatch, capsys):
+    from aem_jax.bench.ceilings import Sizes, ceilings
     from aem_jax.launch import cli
-    from aem_jax.launch.bench.ceilings import Sizes, ceilings
 
-    monkeypatch.setattr("aem_jax.launch.bench.ceilings.SIZES", {"cpu": Sizes(2**20, 64)})
+    monkeypatch.setattr("aem_jax.bench.ceilings.SIZES", {"cpu": Sizes(2**20, 64)})
     ceilings.cache_clear()
     small = ["--trajectories", "8", "--turns", "2", "--repeats", "2", "--runtime.compilation-cache", "off"]
     assert cli.main(["bench", "advantage", *small]) == 0

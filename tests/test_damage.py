@@ -12,9 +12,10 @@ import pytest
 from damage import damage, put_back, snapshot
 
 from aem_jax.checkpoint import CheckpointError, Checkpoints
-from aem_jax.launch import record
-from aem_jax.launch.config import ModelChoice, RunConfig
-from aem_jax.launch.overrides import ConfigError
+from aem_jax.config import saved
+from aem_jax.config.run import RunConfig
+from aem_jax.errors import ConfigError
+from aem_jax.models.config import ModelChoice
 
 SEEDS = 200
 STEPS = (1, 2)
@@ -91,13 +92,13 @@ def test_a_damaged_record_of_a_run_is_one_line_or_the_same_run(tmp_path: Path):
     (run / "tokenizer" / "tokenizer.json").write_text(json.dumps({"vocab": {str(i): i for i in range(50)}}))
     (model / "config.json").write_text(json.dumps({"rope_theta": 10000.0, "hidden_size": 64}))
     config = RunConfig(model=ModelChoice(path=str(model)))
-    record.save(config, run)
+    saved.save(config, run)
     files, refused = snapshot(run), 0
     for seed in range(SEEDS):
         put_back(run, files)
         what = damage(run, seed)
         try:
-            found = record.load(run)
+            found = saved.load(run)
         except ConfigError as error:
             assert "\n" not in str(error) and str(run) in str(error), what
             refused += 1

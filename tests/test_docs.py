@@ -31,7 +31,7 @@ def test_code_is_where_the_page_says(page: Path):
 
 def test_an_estimator_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch):
     """The walk-through of docs/algorithms.md, done: function and line put where it says, then its own test."""
-    from aem_jax.launch.overrides import override
+    from aem_jax.config.overrides import override
 
     page = (REPOSITORY / "docs" / "algorithms.md").read_text().partition("## Adding an estimator")[2]
     function, line, check = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
@@ -51,8 +51,8 @@ def test_an_estimator_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_estimator_and_preset_is_in_the_table():
-    from aem_jax.launch.algorithm import ESTIMATORS
-    from aem_jax.launch.preset import algorithm_names, read_preset
+    from aem_jax.config.algorithms import ESTIMATORS
+    from aem_jax.config.presets import algorithm_names, read_preset
 
     rows = [line.split("|") for line in (REPOSITORY / "docs" / "algorithms.md").read_text().splitlines() if "|" in line]
     documented = {row[5].strip(" `") for row in rows if len(row) == 7}

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from aem_jax.config import components
+from aem_jax.config.options import apply, split
+from aem_jax.config.presets import read_preset
 from aem_jax.envs import conformance_wire
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.tasks import load_game
 from aem_jax.envs.pool import EnvPool
-from aem_jax.launch import build
 from aem_jax.launch.domains import DOMAINS, texts
-from aem_jax.launch.options import apply, split
-from aem_jax.launch.preset import read_preset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = (REPOSITORY / "docs" / "environments.md").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def run_config(words: list[str]):
     _, options = split(words[3:])
     (preset,) = options.pop("preset")
     config = apply(read_preset(preset), options)
-    build.check(config)
+    components.check(config)
     return config
 
 

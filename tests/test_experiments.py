@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.launch.overrides import ConfigError
+from aem_jax.errors import ConfigError
 from aem_jax.metrics import read_lines
 from experiments.claims import main as claims_main
 from experiments.claims import without_points

@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from aem_jax.checkpoint import step as step_files
 from aem_jax.checkpoint.lock import FolderLock, LockedError
 from aem_jax.checkpoint.step import CheckpointError, LiteralPath, first_line
-from aem_jax.hosts import ALONE, Hosts
+from aem_jax.distributed import ALONE, Hosts
 
 State = TypeVar("State")
 

@@ -21,10 +21,10 @@ from aem_jax.analysis.claims import SIGNS, choose, circumstances, drift, proxy, 
 from aem_jax.analysis.draws import Draws, draw_responses
 from aem_jax.analysis.states import State, states_of
 from aem_jax.batch import Batch, collate, place
+from aem_jax.config import components, saved
+from aem_jax.config.algorithms import response_advantages
 from aem_jax.credit import AemConfig, Credit, make_credit
-from aem_jax.launch import build, record
-from aem_jax.launch.algorithm import response_advantages
-from aem_jax.launch.overrides import ConfigError
+from aem_jax.errors import ConfigError
 from aem_jax.launch.run import on_base, opened, restore
 from aem_jax.launch.stage import Stage
 from aem_jax.learner import init_state, make_optimizer, make_update
@@ -79,10 +79,10 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
     Raises:
         ConfigError: no such run, no such checkpoint, or no response that α has changed.
     """
-    saved = record.load(folder)
+    recorded = saved.load(folder)
     if options.against:
-        record.load(Path(options.against))
-    config = replace(saved, name=folder.resolve().name, runs_dir=str(folder.resolve().parent))
+        saved.load(Path(options.against))
+    config = replace(recorded, name=folder.resolve().name, runs_dir=str(folder.resolve().parent))
     groups = options.groups or config.rollout.groups_per_step
     began = time.perf_counter()
     context: AbstractContextManager[Any] = opened(config, folder)
@@ -118,7 +118,7 @@ def _analysis(stage: Stage, params: Any, options: AnalyzeConfig, groups: int) ->
     trajectories, stats = stage.rollout(decode, tasks, play)
     check_some_played(trajectories, stats, "the analysis")
     whole = [each for each in trajectories if each.ending is not Ending.ENV_ERROR]
-    layout = build.batch_layout(config, len(trajectories), 1)
+    layout = components.batch_layout(config, len(trajectories), 1)
     batch = place(collate(trajectories, layout), stage.mesh)
     # α as the paper has it, also for a run without it or with an ablation of it: that is what is asked about.
     aem = AemConfig(min_range=config.aem.min_range if options.min_range < 0 else options.min_range)
@@ -162,7 +162,7 @@ def _analysis(stage: Stage, params: Any, options: AnalyzeConfig, groups: int) ->
 def _updated(stage: Stage, params: Any, batch: Batch, credit: Credit, sign: int, options: AnalyzeConfig) -> Any:
     """Parameters after one update on the responses of one sign of A·(α − 1), with their base advantages A."""
     learner = replace(
-        build.learner(stage.config),
+        components.learner(stage.config),
         learning_rate=stage.config.learner.learning_rate * options.step_size,
         schedule="constant",
         warmup_steps=0,
@@ -191,7 +191,7 @@ class _Drawing:
     def __call__(self, phase: str, params: Any) -> Draws:
         stage, config = self.stage, self.stage.config
         sampler = Sampler(
-            build.sampled_policy(config, stage.policy),
+            components.sampled_policy(config, stage.policy),
             config.sampling,
             stage.chat.stop_ids,
             capacity=config.rollout.context_tokens,

@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from aem_jax.config.overrides import nearest
+from aem_jax.distributed.signals import StoppedError
+from aem_jax.errors import ConfigError
 from aem_jax.files import valid_text
-from aem_jax.launch.overrides import ConfigError, nearest
-from aem_jax.launch.signals import StoppedError
 
 if TYPE_CHECKING:
-    from aem_jax.launch.config import RunConfig
+    from aem_jax.config.run import RunConfig
 
 PROGRAM = "python -m aem_jax.launch"
 
@@ -62,8 +63,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    from aem_jax.launch.options import apply
-    from aem_jax.launch.record import absolute, run_name
+    from aem_jax.config.options import apply
+    from aem_jax.config.saved import absolute, run_name
 
     options = _options(words, "train")
     preset = _preset(options)
@@ -74,7 +75,7 @@ def _train(words: Sequence[str]) -> int:
     data = config.alfworld_data or os.environ.get("ALFWORLD_DATA", "")
     config = absolute(replace(config, name=run_name(config, options), alfworld_data=data))
 
-    from aem_jax.launch.build import check
+    from aem_jax.config.components import check
 
     check(config)
 
@@ -89,7 +90,7 @@ def _evaluate(words: Sequence[str]) -> int:
         return _help(_preset(options), "evaluate", COMMANDS["evaluate"].help)
     config = _trained(options)
 
-    from aem_jax.launch.build import check
+    from aem_jax.config.components import check
 
     check(config)
 
@@ -99,8 +100,8 @@ def _evaluate(words: Sequence[str]) -> int:
 
 
 def _analyze(words: Sequence[str]) -> int:
+    from aem_jax.config.options import apply, split
     from aem_jax.launch.analyze import AnalyzeConfig, analyze
-    from aem_jax.launch.options import apply, split
 
     names, options = split(words)
     if "help" in options:
@@ -111,7 +112,7 @@ def _analyze(words: Sequence[str]) -> int:
 
 
 def _export(words: Sequence[str]) -> int:
-    from aem_jax.launch.options import split
+    from aem_jax.config.options import split
 
     names, options = split(words)
     if "help" in options:
@@ -120,7 +121,7 @@ def _export(words: Sequence[str]) -> int:
         raise ConfigError(f"expected one folder to write to, got {len(names)}; export FOLDER --name RUN")
     if not names[0] or "://" in names[0]:  # as a path, these would be the working folder, and a folder of that name
         raise ConfigError(f"expected the path of a folder to write to, got {names[0]!r}")
-    from aem_jax.launch.overrides import read
+    from aem_jax.config.overrides import read
 
     try:
         adapter = read(options.pop("adapter", ["false"]), bool)
@@ -135,8 +136,8 @@ def _export(words: Sequence[str]) -> int:
 
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
     """The config of a run that is there: its own, not the preset as it may be by now, with the options in place."""
-    from aem_jax.launch.options import apply
-    from aem_jax.launch.record import absolute, load, run_name
+    from aem_jax.config.options import apply
+    from aem_jax.config.saved import absolute, load, run_name
 
     asked = apply(_preset(options), options)
     folder = Path(asked.runs_dir) / run_name(asked, options)
@@ -145,7 +146,7 @@ def _trained(options: dict[str, list[str]]) -> "RunConfig":
 
 
 def _serve(words: Sequence[str]) -> int:
-    from aem_jax.launch.options import apply, split
+    from aem_jax.config.options import apply, split
     from aem_jax.launch.serve import ServeConfig, run
 
     names, options = split(words)
@@ -155,8 +156,9 @@ def _serve(words: Sequence[str]) -> int:
 
 
 def _bench(words: Sequence[str]) -> int:
-    from aem_jax.launch.bench import BenchConfig, run
-    from aem_jax.launch.options import apply, split
+    from aem_jax.bench.command import run
+    from aem_jax.bench.config import BenchConfig
+    from aem_jax.config.options import apply, split
 
     names, options = split(words)
     if "help" in options:
@@ -165,17 +167,17 @@ def _bench(words: Sequence[str]) -> int:
 
 
 def _doctor(words: Sequence[str]) -> int:
-    from aem_jax.launch.doctor import lacking, run
+    from aem_jax.doctor.command import lacking, run
 
     if lacking():
         return 1
 
-    from aem_jax.launch.doctor.config import DoctorConfig
-    from aem_jax.launch.options import apply, split
+    from aem_jax.config.options import apply, split
+    from aem_jax.doctor.config import DoctorConfig
 
     names, options = split(words)
     if "help" in options:
-        from aem_jax.launch.doctor import CHECKS
+        from aem_jax.doctor.finding import CHECKS
 
         text = f"{COMMANDS['doctor'].help}\n\nNAMEs, all by default: {', '.join(CHECKS)}."
         return _help(DoctorConfig(), "doctor [NAME …]", text)
@@ -183,8 +185,9 @@ def _doctor(words: Sequence[str]) -> int:
 
 
 def _plan(words: Sequence[str]) -> int:
-    from aem_jax.launch.options import apply
-    from aem_jax.launch.plan import plan_config, run
+    from aem_jax.config.options import apply
+    from aem_jax.plan.command import run
+    from aem_jax.plan.config import plan_config
 
     options = _options(words, "plan")
     config = plan_config(_preset(options))
@@ -194,7 +197,7 @@ def _plan(words: Sequence[str]) -> int:
 
 
 def _presets(words: Sequence[str]) -> int:
-    from aem_jax.launch.preset import algorithm_names, describe_preset, preset_names
+    from aem_jax.config.presets import algorithm_names, describe_preset, preset_names
 
     if words:
         raise ConfigError(f"expected nothing after presets, got {' '.join(words)!r}")
@@ -238,7 +241,7 @@ def _overview() -> str:
 
 
 def _options(words: Sequence[str], command: str) -> dict[str, list[str]]:
-    from aem_jax.launch.options import split
+    from aem_jax.config.options import split
 
     positional, options = split(words)
     if positional:
@@ -248,7 +251,7 @@ def _options(words: Sequence[str], command: str) -> dict[str, list[str]]:
 
 def _preset(options: dict[str, list[str]]) -> "RunConfig":
     """What the presets say that the options name, or the default one; takes that option out."""
-    from aem_jax.launch.preset import read_preset
+    from aem_jax.config.presets import read_preset
 
     names = options.pop("preset", None)
     if names == []:

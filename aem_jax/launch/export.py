@@ -6,10 +6,12 @@ from pathlib import Path
 import jax
 
 from aem_jax.checkpoint import CheckpointError, Checkpoints
-from aem_jax.launch import base, build, inputs, record, runtime
-from aem_jax.launch.config import RunConfig
-from aem_jax.launch.overrides import ConfigError
-from aem_jax.launch.signals import undone_on_interrupt
+from aem_jax.config import components, inputs, saved
+from aem_jax.config.run import RunConfig
+from aem_jax.distributed import runtime
+from aem_jax.distributed.signals import undone_on_interrupt
+from aem_jax.errors import ConfigError
+from aem_jax.launch import frozen_weights
 from aem_jax.learner import abstract_state, make_optimizer
 from aem_jax.models import LoraPolicy, policy_params, save_pretrained
 from aem_jax.models.peft import save_adapter
@@ -34,10 +36,10 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
         check_free(folder)
         runtime.set_up(replace(config.runtime, distributed="off"))  # one process writes it
         chat, mesh = ChatTokenizer.from_pretrained(run / inputs.TOKENIZER, appends=False), make_mesh(config.mesh)
-        policy = build.make_policy(config, chat.vocab_size, record.model_files(config, run))
+        policy = components.make_policy(config, chat.vocab_size, saved.model_files(config, run))
         if adapter and not isinstance(policy, LoraPolicy):
             raise ConfigError(f"--adapter: {run} trained all weights, not an adapter (--lora.rank); leave it out")
-        trained = build.trained_policy(config, policy)
+        trained = components.trained_policy(config, policy)
         optimizer = make_optimizer(config.learner, trained.axes)
         with Checkpoints(run / "checkpoints", config.checkpoint) as checkpoints:
             if checkpoints.latest is None:
@@ -45,12 +47,12 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
             state = checkpoints.restore(abstract_state(trained, optimizer, mesh))
         step, params = int(state.step), policy_params(trained, state.params)
         if adapter and isinstance(policy, LoraPolicy):
-            stands_on = config.model.path or str((run / base.FOLDER).resolve())
+            stands_on = config.model.path or str((run / frozen_weights.FOLDER).resolve())
             with undone_on_interrupt():
                 save_adapter(folder, policy, params, base=stands_on)
         else:
             if isinstance(policy, LoraPolicy):
-                frozen, _ = base.load(config, run, policy.whole, mesh, inputs.load(run).get(inputs.FROZEN))
+                frozen, _ = frozen_weights.load(config, run, policy.whole, mesh, inputs.load(run).get(inputs.FROZEN))
                 merged = jax.jit(policy.merge)(params, frozen["layers"])  # the numbers that were sampled with
                 params = {**frozen, "layers": {**frozen["layers"], **merged}}
             used = policy.config.dtype

@@ -6,11 +6,11 @@ import math
 import jax
 from jax.sharding import Mesh
 
-from aem_jax.hosts import ALONE, Hosts
-from aem_jax.launch.config import RunConfig
-from aem_jax.launch.plan.analytic import demand
-from aem_jax.launch.plan.workload import workload
+from aem_jax.config.run import RunConfig
+from aem_jax.distributed import ALONE, Hosts
 from aem_jax.models import ModelConfig
+from aem_jax.plan.analytic import demand
+from aem_jax.plan.workload import workload
 from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh
 
 log = logging.getLogger(__name__)

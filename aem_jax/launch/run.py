@@ -15,15 +15,19 @@ import jax
 
 from aem_jax.batch import collate, place
 from aem_jax.checkpoint import CheckpointError, Checkpoints
+from aem_jax.config import components, inputs, saved
+from aem_jax.config.algorithms import response_advantages, value_targets
+from aem_jax.config.options import flag
+from aem_jax.config.overrides import as_values
+from aem_jax.config.run import RunConfig
 from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
+from aem_jax.distributed import join, runtime
 from aem_jax.envs.protocol import EnvError
+from aem_jax.errors import ConfigError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
 from aem_jax.files import write_text
-from aem_jax.launch import base, begin, build, inputs, processes, record, runtime
-from aem_jax.launch.algorithm import response_advantages, value_targets
-from aem_jax.launch.config import RunConfig
-from aem_jax.launch.overrides import ConfigError
+from aem_jax.launch import frozen_weights, init_from
 from aem_jax.launch.stage import Stage, open_stage
 from aem_jax.launch.summary import print_summary, sampled
 from aem_jax.learner import (
@@ -63,7 +67,7 @@ def train(config: RunConfig) -> int:
     with opened(config, folder, writes=True) as (stage, checkpoints):
         is_first = stage.hosts.is_first
         if is_first:
-            record.save(config, folder, begun=checkpoints.latest is not None)
+            saved.save(config, folder, begun=checkpoints.latest is not None)
         stage = on_base(stage, checkpoints)
         state = _start(stage, checkpoints)
         if int(state.step) < config.train.num_steps:
@@ -117,20 +121,20 @@ def opened(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[tu
     with ExitStack() as stack:
         try:
             runtime.set_up(config.runtime)  # before anything computes, and checkpoints do
-            hosts = stack.enter_context(processes.joined(config.runtime))
-            processes.check_same(hosts, config)
-            if writes and hosts.is_first and (folder / record.FILE).exists():
-                record.check_resumable(record.load(folder), config, folder)
+            hosts = stack.enter_context(join.joined(config.runtime))
+            join.check_same(hosts, _identity(config))
+            if writes and hosts.is_first and (folder / saved.FILE).exists():
+                saved.check_resumable(saved.load(folder), config, folder)
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint, hosts))
             if writes:  # The folder next: whoever cannot write there should know before anything else is begun.
-                processes.check_shared(hosts, folder)
+                join.check_shared(hosts, folder)
                 checkpoints.claim()
             begun = hosts.of_first(checkpoints.latest is not None)
             if not (begun or writes):
                 raise ConfigError(f"no checkpoint in {folder}; train it first")
-            if begun and hosts.is_first and not (folder / record.FILE).exists():
+            if begun and hosts.is_first and not (folder / saved.FILE).exists():
                 raise ConfigError(
-                    f"expected the {record.FILE} that {folder} was begun with beside its checkpoints, got none; "
+                    f"expected the {saved.FILE} that {folder} was begun with beside its checkpoints, got none; "
                     "put a copy back, or give another --name to begin a new run"
                 )
             if begun and hosts.is_first:
@@ -147,24 +151,32 @@ def opened(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[tu
             raise ConfigError(stopped if writes else str(error)) from error
 
 
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What all processes of a run have in common: versions and settings."""
+    own = {name: value for name, value in runtime.versions().items() if name not in ("cpus", "devices")}
+    return own | {flag(name): value for name, value in as_values(config).items()}
+
+
 def on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
     """The stage with the frozen weights of its adapter, which are made first if need be; without LoRA, as it is."""
     config, folder = stage.config, stage.folder
     if not config.lora.rank:
         return stage
-    if build.warm_start_makes_base(config) and not base.is_there(folder):
+    if components.warm_start_makes_base(config) and not frozen_weights.is_there(folder):
         if stage.hosts.count > 1:
             raise ConfigError(
                 "--lora.rank: expected --model.path (frozen weights in files) where several processes run, got none; "
                 "train with one process first, export the run, and give that folder"
             )
         if checkpoints.latest is not None:
-            raise ConfigError(f"expected the frozen weights of this LoRA run in {folder / base.FOLDER}, got none")
+            raise ConfigError(
+                f"expected the frozen weights of this LoRA run in {folder / frozen_weights.FOLDER}, got none"
+            )
         whole = dataclasses.replace(stage, policy=stage.policy.whole)
         source = _parameters(whole) if config.warmstart.episodes == 0 else _fit(whole, _demonstrations(whole)).params
-        base.save(folder, stage.policy.whole, stage.mesh, source, stage.chat.stop_ids)
+        frozen_weights.save(folder, stage.policy.whole, stage.mesh, source, stage.chat.stop_ids)
     recorded = stage.hosts.of_first(inputs.load(folder).get(inputs.FROZEN) if stage.hosts.is_first else None)
-    frozen, found = base.load(config, folder, stage.policy.whole, stage.mesh, recorded)
+    frozen, found = frozen_weights.load(config, folder, stage.policy.whole, stage.mesh, recorded)
     if recorded is None and checkpoints.is_writer and stage.hosts.is_first:
         inputs.write(folder, {**inputs.load(folder), inputs.FROZEN: found})
     return stage.on(frozen)
@@ -196,7 +208,7 @@ def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     optimizer = make_optimizer(config.learner, trained.axes)
     checkpoints.check_space(abstract_state(trained, optimizer, stage.mesh))
     begins = bool(config.warmstart.begin_from)
-    fits = config.warmstart.episodes > 0 and not begins and not build.warm_start_makes_base(config)
+    fits = config.warmstart.episodes > 0 and not begins and not components.warm_start_makes_base(config)
     source = _fit(stage, _demonstrations(stage)).params if fits else _parameters(stage)
     if isinstance(trained, ValuePolicy) and not isinstance(source, jax.Array):  # a key makes all of it
         source = jax.jit(trained.attach)(source)
@@ -210,7 +222,7 @@ def _parameters(stage: Stage) -> Any:
     if isinstance(stage.policy, LoraPolicy):
         return jax.random.fold_in(stage.key("init"), 1)  # the key itself is that of random weights
     if stage.config.warmstart.begin_from:
-        return begin.parameters(stage.config, stage.policy, stage.chat.vocab_size, stage.mesh)
+        return init_from.parameters(stage.config, stage.policy, stage.chat.vocab_size, stage.mesh)
     if not stage.config.model.path:
         return stage.key("init")
     folder = resolve(stage.config.model.path)
@@ -222,7 +234,7 @@ def _parameters(stage: Stage) -> Any:
 
 def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
     config, settings = stage.config, stage.config.warmstart
-    learner = build.warmstart_learner(config)
+    learner = components.warmstart_learner(config)
     optimizer = make_optimizer(learner, stage.policy.axes)
     lines, is_first = stage.folder / "warmstart.jsonl", stage.hosts.is_first
     if is_first:
@@ -240,7 +252,7 @@ def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
         demonstrations,
         update=partial(make_supervised_update(stage.policy, learner, stage.mesh), frozen=stage.frozen),
         place=lambda batch: place(batch, stage.mesh),
-        layout=build.batch_layout(config, settings.batch_episodes, 1),
+        layout=components.batch_layout(config, settings.batch_episodes, 1),
         config=settings,
         seed=config.seed,
         report=report,
@@ -277,7 +289,7 @@ def _demonstrations(stage: Stage) -> list[Trajectory]:
 def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainState:
     config, folder, start = stage.config, stage.folder, int(state.step)
     num_steps, num_groups = config.train.num_steps, config.rollout.groups_per_step
-    layout = build.batch_layout(config, num_groups * config.rollout.group_size, config.learner.num_minibatches)
+    layout = components.batch_layout(config, num_groups * config.rollout.group_size, config.learner.num_minibatches)
     tasks = task_groups(stage.domain.training, config.selection.tasks_per_round(num_groups), seed=config.seed)
     is_first = stage.hosts.is_first
     settings = dataclasses.asdict(config)
@@ -305,13 +317,13 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
 
     parts = Parts(
         warm_up=stage.rollout.warm_up,
-        play=partial(play_rounds, stage.rollout, tasks, build.selection_rule(config)),
+        play=partial(play_rounds, stage.rollout, tasks, components.selection_rule(config)),
         reshard=stage.laid_out,
         collate=lambda found, step: place(collate(found, layout, seed=(config.seed, step)), stage.mesh),
         credit=make_credit(
             response_advantages(config.algorithm), config.aem, num_groups, stage.mesh, value_targets(config.algorithm)
         ),
-        update=partial(make_update(stage.trained, build.learner(config), stage.mesh), frozen=stage.frozen),
+        update=partial(make_update(stage.trained, components.learner(config), stage.mesh), frozen=stage.frozen),
         reference=_reference(stage, checkpoints),
         finish=finish,
         stop=stage.stop.look,
@@ -328,7 +340,7 @@ def _reference(stage: Stage, checkpoints: Checkpoints):
     """batch -> logprobs of the policy as it was before reinforcement learning; None where no KL is asked for."""
     if not stage.config.learner.kl_coefficient:
         return None
-    if build.reference_is_base(stage.config):
+    if components.reference_is_base(stage.config):
         policy, params = stage.policy.whole, stage.frozen
     else:
         params = policy_params(stage.trained, restore(stage, checkpoints, step=0).params)

@@ -14,15 +14,16 @@ import jax
 from jax.sharding import Mesh
 
 from aem_jax.batch import Batch
+from aem_jax.config import components, inputs, saved
+from aem_jax.config.run import RunConfig
+from aem_jax.distributed import Hosts
+from aem_jax.distributed.join import share_urls
+from aem_jax.distributed.signals import StopRequest, stop_on_signals
 from aem_jax.envs.pool import EnvPool
-from aem_jax.hosts import Hosts
-from aem_jax.launch import begin, build, inputs, record
-from aem_jax.launch.config import RunConfig
+from aem_jax.launch import init_from
 from aem_jax.launch.domains import DOMAINS, Domain, texts
 from aem_jax.launch.mesh import open_mesh
-from aem_jax.launch.processes import share_urls
 from aem_jax.launch.progress import Report, open_progress
-from aem_jax.launch.signals import StopRequest, stop_on_signals
 from aem_jax.learner import make_response_values
 from aem_jax.models import LoraPolicy, Policy, ValuePolicy, policy_params
 from aem_jax.models.pretrained import read_config, resolve
@@ -77,7 +78,7 @@ class Stage:
     @property
     def trained(self) -> Policy | LoraPolicy | ValuePolicy:
         """What reinforcement learning trains: `policy`, and a value head where the algorithm asks for one."""
-        return build.trained_policy(self.config, self.policy)
+        return components.trained_policy(self.config, self.policy)
 
     def laid_out(self, params: Any) -> Any:
         """What is sampled from, of the parameters of `trained`, in the decode layout."""
@@ -119,9 +120,9 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts, 
     for split in config.evaluation.splits:  # what cannot be read is said now, not after training
         domain.evaluation(split, config.evaluation.size)
     chat = _tokenizer(config, domain, folder / inputs.TOKENIZER, hosts, report, stop, begun)
-    policy = build.make_policy(config, chat.vocab_size, record.model_files(config, folder) if begun else None)
+    policy = components.make_policy(config, chat.vocab_size, saved.model_files(config, folder) if begun else None)
     mesh = open_mesh(config, policy.config, hosts)
-    rows = build.microbatch_rows(config)
+    rows = components.microbatch_rows(config)
     if rows % slot_shards(mesh):
         raise ValueError(
             f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {rows}"
@@ -133,7 +134,7 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts, 
     servers = replace(config.env, urls=share_urls(hosts, config.env.urls))
     pool = stack.enter_context(EnvPool(servers, (domain.name, domain.settings)))
     sampler = Sampler(
-        build.sampled_policy(config, policy),
+        components.sampled_policy(config, policy),
         config.sampling,
         chat.stop_ids,
         capacity=config.rollout.context_tokens,
@@ -192,7 +193,7 @@ def _make_tokenizer(
             read_config(model)  # transformers' tokenizers read it, too, and do not name what is wrong in it
             raise
     elif config.warmstart.begin_from:
-        chat = load(begin.tokenizer(config))
+        chat = load(init_from.tokenizer(config))
     else:
         sizes, said = config.tokenizer, []
         for count, episode in enumerate(texts(domain, sizes.episodes, config.rollout.max_turns), start=1):

@@ -3,6 +3,7 @@
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -171,3 +172,33 @@ def published(repository: str) -> ModelConfig | None:
     """The known size that a model on the Hub has, by its name: Qwen/Qwen2.5-7B-Instruct -> that of qwen2.5-7b."""
     name = repository.rpartition("/")[2].lower().removesuffix("-instruct").removeprefix("meta-")
     return CONFIGS.get(name) if "/" in repository else None
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which decoder: one in Hugging Face's files, or a known size with random weights, any of its sizes changed."""
+
+    path: str = ""
+    """Folder of a model in Hugging Face's files, or its name on the Hub: where training begins, tokenizer included.
+    Families: Qwen2.5, Qwen3, Llama 3. Empty: random weights of the size below."""
+    name: str = "tiny"
+    """Known size: tiny, qwen2.5-0.5b, -1.5b, -3b, -7b, -14b or -32b, qwen3-0.6b, -1.7b, -4b, -8b, -14b or -32b,
+    llama-3.2-1b or -3b, llama-3.1-8b or -70b."""
+    hidden_size: int | None = None
+    """Width of the residual stream, if not the named one."""
+    intermediate_size: int | None = None
+    """Width inside the MLP, if not the named one."""
+    num_layers: int | None = None
+    """Layers, if not the named number."""
+    num_heads: int | None = None
+    """Query heads, if not the named number."""
+    num_kv_heads: int | None = None
+    """Key/value heads, if not the named number; must divide num_heads."""
+    head_dim: int | None = None
+    """Width of a head, if not the named one; even."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of activations and of weights as used, if not the named one; masters are float32 in any case."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", dtype_name(self.dtype))

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aem_jax.hosts import Hosts
+from aem_jax.distributed import Hosts
 from aem_jax.rollout.episode import Episode
 from aem_jax.trajectory import Ending
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aem_jax.hosts import ALONE, Hosts
+from aem_jax.distributed import ALONE, Hosts
 from aem_jax.rollout import continuous, lockstep
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.episode import Chat, Episode

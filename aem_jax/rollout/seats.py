@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from aem_jax.distributed import Hosts
 from aem_jax.envs.protocol import StepResult
-from aem_jax.hosts import Hosts
 
 
 class Pool(Protocol):

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from aem_jax.config.presets import DEFAULT, read_preset
 from aem_jax.envs.alfworld.generator.files import game_data
 from aem_jax.envs.alfworld.tasks import generated_game
 from aem_jax.envs.play import play
 from aem_jax.evaluate import evaluate_agent
 from aem_jax.launch.domains import Domain, texts
 from aem_jax.launch.domains.alfworld import alfworld
-from aem_jax.launch.preset import DEFAULT, read_preset
 
 CONFIG = read_preset(DEFAULT)
 TURNS = CONFIG.rollout.max_turns

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.launch import cli, record
-from aem_jax.launch.config import RunConfig, is_harmless
-from aem_jax.launch.options import apply, split
-from aem_jax.launch.overrides import ConfigError, annotations, as_values
-from aem_jax.launch.preset import DEFAULT, algorithm_names, describe_preset, preset_names, read_preset
+from aem_jax.config import saved
+from aem_jax.config.options import apply, split
+from aem_jax.config.overrides import annotations, as_values
+from aem_jax.config.presets import DEFAULT, algorithm_names, describe_preset, preset_names, read_preset
+from aem_jax.config.run import RunConfig, is_harmless
+from aem_jax.errors import ConfigError
+from aem_jax.launch import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -285,7 +287,7 @@ def test_nothing_is_left_of_an_algorithm_under_another():
 def test_a_change_that_matters_names_another_run():
     def name(*words: str) -> str:
         options = split(words)[1]
-        return record.run_name(apply(read_preset(DEFAULT), options), options)
+        return saved.run_name(apply(read_preset(DEFAULT), options), options)
 
     assert name() == "alfworld-tiny"
     assert name("--train.num-steps", "3", "--env.num-servers", "4") == "alfworld-tiny"
@@ -298,21 +300,21 @@ def test_a_change_that_matters_names_another_run():
 
 def test_the_resolved_config_is_saved_and_read_back_exactly(tmp_path: Path):
     config = apply(read_preset(DEFAULT), split(["--env.urls", "ws://a:1", "--model.num-layers", "3"])[1])
-    record.save(config, tmp_path / "run")
-    assert record.load(tmp_path / "run") == config
+    saved.save(config, tmp_path / "run")
+    assert saved.load(tmp_path / "run") == config
 
 
 def test_a_resumed_run_may_change_what_is_harmless(tmp_path: Path):
-    saved = read_preset(DEFAULT)
-    longer = apply(saved, split(["--train.num-steps", "999", "--env.num-servers", "2", "--runtime.platform", "cpu"])[1])
-    record.check_resumable(saved, longer, tmp_path)
+    begun = read_preset(DEFAULT)
+    longer = apply(begun, split(["--train.num-steps", "999", "--env.num-servers", "2", "--runtime.platform", "cpu"])[1])
+    saved.check_resumable(begun, longer, tmp_path)
     with pytest.raises(ConfigError, match=r"begun with --seed 0, got 5 \(and --aem\.strength\)") as caught:
-        record.check_resumable(saved, apply(saved, split(["--aem.strength", "0", "--seed", "5"])[1]), tmp_path)
+        saved.check_resumable(begun, apply(begun, split(["--aem.strength", "0", "--seed", "5"])[1]), tmp_path)
     assert "another --name" in str(caught.value)
 
 
 def test_harmless_fields_exist():
-    from aem_jax.launch.config import HARMLESS
+    from aem_jax.config.run import HARMLESS
 
     names = list(annotations(RunConfig))
     for each in HARMLESS:
@@ -322,7 +324,7 @@ def test_harmless_fields_exist():
 
 def test_evaluate_begins_from_the_run_s_own_config(trained, tmp_path: Path):
     config = apply(read_preset(DEFAULT), split(["--rollout.group-size", "4"])[1])
-    record.save(config, tmp_path / "mine")
+    saved.save(config, tmp_path / "mine")
     assert cli.main(["evaluate", "--name", "mine", "--runs-dir", str(tmp_path), "--sampling.temperature", "0"]) == 0
     (asked,) = trained
     assert asked.rollout.group_size == 4 and asked.sampling.temperature == 0.0
@@ -332,7 +334,7 @@ def test_evaluate_begins_from_the_run_s_own_config(trained, tmp_path: Path):
 def test_a_config_of_another_version_says_which_file(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"sede": 1}')
     with pytest.raises(ConfigError, match=r"config\.json: unknown field 'sede'; did you mean 'seed'\?"):
-        record.load(tmp_path)
+        saved.load(tmp_path)
 
 
 @pytest.mark.parametrize(("where", "status"), [("| head -n 1", 0), (">&-", 0), (">&- 2>&- <&-", 0), (">/dev/full", 2)])

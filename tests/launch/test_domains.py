@@ -5,8 +5,8 @@ import typing
 
 import pytest
 
+from aem_jax.config.run import RunConfig
 from aem_jax.envs.table import ENVIRONMENTS
-from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains import DOMAINS, texts
 from aem_jax.launch.domains.alfworld import alfworld
 

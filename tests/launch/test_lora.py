@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from aem_jax.launch import build, cli
-from aem_jax.launch.options import apply, split
-from aem_jax.launch.overrides import ConfigError
-from aem_jax.launch.preset import read_preset
+from aem_jax.config import components
+from aem_jax.config.options import apply, split
+from aem_jax.config.presets import read_preset
+from aem_jax.errors import ConfigError
+from aem_jax.launch import cli
 from aem_jax.metrics import comparable, read_lines
 from aem_jax.models import ModelConfig, Policy, from_pretrained, save_pretrained
 from aem_jax.tokenizer import ChatTokenizer
@@ -157,9 +158,9 @@ def test_a_reference_is_kept_where_it_is_not_the_frozen_weights():
     words = ["--checkpoint.keep-first", "False", "--learner.kl-coefficient", "0.1"]
     config = apply(read_preset(str(SMALL)), split(words)[1])
     lora = apply(config, split(["--lora.rank", "4"])[1])
-    build.check(lora)  # random weights: the warm start makes the base
+    components.check(lora)  # random weights: the warm start makes the base
     files = split(["--model.path", "/a/model", *(f"--model.{name}=None" for name in ("hidden-size", "num-layers"))])[1]
-    assert build.reference_is_base(apply(lora, files | {"warmstart.episodes": ["0"]}))
-    assert not build.reference_is_base(apply(lora, files))
+    assert components.reference_is_base(apply(lora, files | {"warmstart.episodes": ["0"]}))
+    assert not components.reference_is_base(apply(lora, files))
     with pytest.raises(ConfigError, match="--checkpoint.keep-first"):
-        build.check(config)
+        components.check(config)

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from aem_jax.launch import build, cli, run, stage
-from aem_jax.launch.config import ModelChoice, RunConfig
-from aem_jax.launch.options import apply, split
-from aem_jax.launch.overrides import ConfigError
-from aem_jax.launch.preset import read_preset
+from aem_jax.config import components
+from aem_jax.config.options import apply, split
+from aem_jax.config.presets import read_preset
+from aem_jax.config.run import RunConfig
+from aem_jax.errors import ConfigError
+from aem_jax.launch import cli, run, stage
 from aem_jax.metrics import read_lines
 from aem_jax.models import ModelConfig, Policy, from_pretrained, save_pretrained
+from aem_jax.models.config import ModelChoice
 from aem_jax.models.families import config_to_hf
 from aem_jax.tokenizer import ChatTokenizer
 
@@ -71,13 +73,13 @@ def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dic
 
 
 def test_the_files_say_what_the_model_is(model: Path):
-    config = build.model_config(ModelChoice(path=str(model), dtype="float32"), 400)
+    config = components.model_config(ModelChoice(path=str(model), dtype="float32"), 400)
     assert (config.num_layers, config.qkv_bias, config.qk_norm, config.vocab_size) == (2, True, False, 512)
-    assert build.model_config(ModelChoice(path=str(model)), 400).dtype == "bfloat16"
+    assert components.model_config(ModelChoice(path=str(model)), 400).dtype == "bfloat16"
     float32: Any = jnp.float32
-    assert build.model_config(ModelChoice(path=str(model), dtype=float32), 400) == config
+    assert components.model_config(ModelChoice(path=str(model), dtype=float32), 400) == config
     with pytest.raises(ValueError, match="expected a vocabulary of at least 513"):
-        build.model_config(ModelChoice(path=str(model)), 513)
+        components.model_config(ModelChoice(path=str(model)), 513)
 
 
 def test_export_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -90,7 +92,7 @@ def test_export_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_sizes_beside_a_path_are_refused(model: Path):
     words = ["--model.path", str(model), "--model.num-layers", "3"]
     with pytest.raises(ConfigError, match="--model.num-layers: expected none with --model.path"):
-        build.check(apply(read_preset("alfworld-tiny"), split(words)[1]))
+        components.check(apply(read_preset("alfworld-tiny"), split(words)[1]))
 
 
 def test_weights_that_cannot_be_used_are_the_options_fault(model: Path, tmp_path: Path):

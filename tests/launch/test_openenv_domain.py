@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 from envs.serving import REPOSITORY, served
 
-from aem_jax.launch import build, cli
-from aem_jax.launch.config import is_harmless
+from aem_jax.config import components
+from aem_jax.config.options import apply, split
+from aem_jax.config.presets import read_preset
+from aem_jax.config.run import is_harmless
+from aem_jax.launch import cli
 from aem_jax.launch.domains import DOMAINS, texts
-from aem_jax.launch.options import apply, split
-from aem_jax.launch.preset import read_preset
 
 
 def domain(*words: str):
     """The domain of a command line that names the preset `openenv-tiny`."""
     _, options = split(words)
     config = apply(read_preset("openenv-tiny"), options)
-    build.check(config)
+    components.check(config)
     return DOMAINS[config.environment](config)
 
 

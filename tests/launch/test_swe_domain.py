@@ -8,6 +8,7 @@ import pytest
 from envs.swe.samples import calc
 from envs.swe.test_choices import by_source
 
+from aem_jax.config.presets import read_preset
 from aem_jax.envs.play import play
 from aem_jax.envs.swe.choices import ChoicesConfig, ChoicesEnv
 from aem_jax.envs.swe.instance import to_row
@@ -16,7 +17,6 @@ from aem_jax.envs.swe.tasks import TasksConfig, training_tasks
 from aem_jax.envs.swe.tasks import load_task as load_named
 from aem_jax.launch.domains import Domain
 from aem_jax.launch.domains.swe import swe, swe_choices
-from aem_jax.launch.preset import read_preset
 
 CONFIG = read_preset("swe-tiny")
 

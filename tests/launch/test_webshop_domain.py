@@ -5,16 +5,16 @@ import random
 
 import pytest
 
+from aem_jax.config.presets import read_preset
+from aem_jax.config.run import RunConfig
 from aem_jax.envs.play import play
 from aem_jax.envs.webshop.env import WebshopConfig
 from aem_jax.envs.webshop.experts import Shopper, random_agent, read, read_item, read_listings
 from aem_jax.envs.webshop.generator.config import GeneratorConfig
 from aem_jax.envs.webshop.shop import ShopConfig
 from aem_jax.evaluate import evaluate_agent
-from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains import Domain, texts
 from aem_jax.launch.domains.webshop import webshop
-from aem_jax.launch.preset import read_preset
 from aem_jax.warmstart import WarmstartConfig
 
 TURNS = 15

@@ -12,12 +12,12 @@ from toys import Bigram, random_trajectories
 
 from aem_jax.advantage import token_statistics
 from aem_jax.batch import BatchLayout, collate
-from aem_jax.launch.plan.costs import costs
-from aem_jax.launch.plan.hlo import parse
 from aem_jax.learner import LearnerConfig, Rows, row_statistics
 from aem_jax.learner.forward import REMAT, Computation, row_loss
 from aem_jax.learner.objective import Measures, Tokens, policy_objective
 from aem_jax.models import ModelConfig, Policy
+from aem_jax.plan.costs import costs
+from aem_jax.plan.hlo import parse
 
 TINY = Policy(ModelConfig(37, 16, 32, 2, 4, 2, 8, rope_theta=10_000.0))
 PARAMS = TINY.init(jax.random.key(0))

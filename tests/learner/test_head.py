@@ -9,9 +9,9 @@ import pytest
 from toys import ONE_DEVICE, Bigram, random_trajectories
 
 from aem_jax.batch import BatchLayout, collate, place
-from aem_jax.launch.plan.hlo import Instruction, Module, parse
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_token_logprobs, make_update
 from aem_jax.learner.head import HeadLayout
+from aem_jax.plan.hlo import Instruction, Module, parse
 from aem_jax.sharding import MeshConfig, make_mesh
 
 TOY = Bigram(vocab_size=24, width=16)

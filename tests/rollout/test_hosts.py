@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from aem_jax.hosts import Hosts
+from aem_jax.distributed import Hosts
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.rollout.seats import Seats

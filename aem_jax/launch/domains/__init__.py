@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from aem_jax.launch.config import RunConfig
+from aem_jax.config.run import RunConfig
 from aem_jax.launch.domains.alfworld import alfworld
 from aem_jax.launch.domains.domain import Domain, texts
 from aem_jax.launch.domains.openenv import openenv

@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
+from aem_jax.config.run import RunConfig
 from aem_jax.envs.actions import as_action
 from aem_jax.envs.alfworld.engine import start
 from aem_jax.envs.alfworld.env import AlfworldEnv
@@ -12,7 +13,6 @@ from aem_jax.envs.alfworld.experts import Oracle, Searcher, random_agent
 from aem_jax.envs.alfworld.tasks import eval_set, load_game, training_tasks
 from aem_jax.envs.play import Act
 from aem_jax.envs.protocol import StepResult
-from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains.domain import Domain, Tasks
 from aem_jax.trajectory import Task
 

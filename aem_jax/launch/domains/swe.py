@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
+from aem_jax.config.run import RunConfig
 from aem_jax.envs.actions import as_action
 from aem_jax.envs.play import Act
 from aem_jax.envs.protocol import StepResult
@@ -12,7 +13,6 @@ from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesEnv, make_failing
 from aem_jax.envs.swe.env import SweEnv
 from aem_jax.envs.swe.payload import load_task
 from aem_jax.envs.swe.tasks import BugTask, check_sources, eval_set, is_file, training_tasks, whole_payload
-from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains.domain import Domain, Tasks, check_one_set
 from aem_jax.trajectory import Task
 

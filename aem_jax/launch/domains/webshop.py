@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
+from aem_jax.config.run import RunConfig
 from aem_jax.envs.actions import as_action
 from aem_jax.envs.play import Act
 from aem_jax.envs.protocol import StepResult
@@ -14,7 +15,6 @@ from aem_jax.envs.webshop.experts import Oracle, Shopper, clickables, random_age
 from aem_jax.envs.webshop.goals import goal_from_json
 from aem_jax.envs.webshop.shop import open_shop
 from aem_jax.envs.webshop.tasks import eval_set, training_tasks
-from aem_jax.launch.config import RunConfig
 from aem_jax.launch.domains.domain import Domain, Tasks
 from aem_jax.trajectory import Task
 

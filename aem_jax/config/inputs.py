@@ -1,0 +1,186 @@
+"""What decides a run and lies in files: identified when the run begins, and compared whenever it is read or resumed.
+
+`inputs.json` holds one digest for each setting that names files of tasks or of an environment's code, one for each of
+the run's own files that decide what is computed, and, with LoRA, checksums of the frozen weights as they are used
+(numbers, not files: a model may be moved or saved anew). A run from before this record has none, and gets one when it
+goes on.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from aem_jax.checkpoint.checksum import sealed, unsealed
+from aem_jax.config.options import flag
+from aem_jax.config.run import RunConfig
+from aem_jax.envs.swe.tasks import is_file
+from aem_jax.errors import ConfigError
+from aem_jax.files import read_json, write_text
+
+FILE = "inputs.json"
+"""In the folder of the run."""
+FROZEN = "frozen weights"
+"""Name of the checksums of a LoRA run's frozen weights."""
+MODEL = "model"
+"""Folder in that of the run: `config.json` of the model that --model.path names, as it was."""
+TOKENIZER = "tokenizer"
+"""Folder in that of the run."""
+CODE = "openenv.serve"
+"""The setting whose file is code: its digest says that something changed, not that results do."""
+
+WHOLE_BYTES = 2**30
+"""Largest file that is hashed whole; of a larger one `_BLOCKS` blocks are."""
+_BLOCKS, _BLOCK_BYTES = 64, 2**20
+
+Inputs = dict[str, Any]
+
+
+def load(run: Path) -> Inputs:
+    """What a run keeps of its inputs; nothing where it has no record.
+
+    Raises:
+        ConfigError: the record cannot be read.
+    """
+    path = run / FILE
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{error}; put a copy of {FILE} back, or delete it to go on without the check") from None
+    inputs = unsealed(found) if isinstance(found, dict) else None
+    if inputs is None:
+        raise ConfigError(
+            f"{path}: expected the record as it was written, got another content; "
+            "put a copy of it back, or delete it to go on without the check"
+        )
+    return inputs
+
+
+def identify(run: Path, config: RunConfig, known: Collection[str] = ()) -> Inputs:
+    """Digests of a run's inputs as they are now, but for those of the names that are known.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    files = {**sources(config), **{name: (run / name, [run / name]) for name in _own(run)}}
+    return {name: digest(*named) for name, named in files.items() if name not in known}
+
+
+def write(run: Path, inputs: Mapping[str, Any]) -> None:
+    """Writes the record, completely or not at all."""
+    write_text(run / FILE, json.dumps(sealed(inputs), indent=2) + "\n")
+
+
+def check_own(run: Path) -> None:
+    """Whether the run's own files are those that it wrote: config, tokenizer, the model's config.
+
+    Raises:
+        ConfigError: one of them is not.
+    """
+    for name, recorded in load(run).items():
+        if name.startswith((f"{TOKENIZER}/", f"{MODEL}/", "config.json")):
+            found = digest(run / name, [run / name]) if (run / name).is_file() else None
+            if found != recorded:
+                got = "none" if found is None else "another content"
+                raise ConfigError(f"{run / name}: expected the file as the run wrote it, got {got}; put a copy back")
+
+
+def check_sources(run: Path, config: RunConfig, action: Literal["refuse", "warn"]) -> None:
+    """Whether the files that the settings name are those with which the run began.
+
+    Raises:
+        ConfigError: one of them is not, and that is to be refused.
+    """
+    known = load(run)
+    for name, (root, files) in sources(config).items():
+        if name not in known or known[name] == digest(root, files):
+            continue
+        changed = f"{flag(name)}: expected {root} as it was when {run} began, got another content"
+        if name == CODE or action == "warn":
+            logging.getLogger(__name__).warning("%s; what follows is computed with the new one", changed)
+        else:
+            raise ConfigError(
+                f"{changed}; put the old one back to resume the run, or give another --name to begin a new one"
+            )
+
+
+def is_same(run: Path, config: RunConfig, name: str) -> bool:
+    """Whether what a setting names now is what the run began with, wherever it lies."""
+    known = load(run)
+    if name == "model.path":
+        return FROZEN in known  # the numbers are compared when they are read
+    return name in known and name in (found := sources(config)) and known[name] == digest(*found[name])
+
+
+def sources(config: RunConfig) -> dict[str, tuple[Path, list[Path]]]:
+    """Files of tasks and of code, by the setting that names them: (what it names, its files)."""
+    named: dict[str, str] = {}
+    if config.environment == "openenv":
+        serve = config.openenv.serve.rpartition(":")[0]
+        named = {
+            "openenv.tasks": config.openenv.tasks,
+            "openenv.evaluation_tasks": config.openenv.evaluation_tasks,
+            CODE: serve if serve.endswith(".py") else "",
+        }
+    elif config.environment == "swe":
+        named = {f"bugs.{name}": value for name, value in vars(config.bugs).items() if name in ("train", "evaluation")}
+        named = {name: value for name, value in named.items() if is_file(value)}
+    elif config.environment == "alfworld":
+        named = {"alfworld_data": config.alfworld_data}
+    elif config.environment == "webshop":
+        named = {"shop.data": config.shop.data}
+    found = {}
+    for name, value in named.items():
+        if value:
+            root = Path(value).expanduser()
+            found[name] = (root, sorted(_files(root)) if root.is_dir() else [root])
+    return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Of a folder of data, the files that are tasks: ALFWorld's games, WebShop's products and goals."""
+    yield from folder.glob("items_*.json")
+    for games in folder.glob("json_*"):
+        for name in ("game.tw-pddl", "traj_data.json"):
+            yield from games.rglob(name)
+
+
+def _own(run: Path) -> list[str]:
+    folders = [run / TOKENIZER, run / MODEL]
+    return [
+        "config.json",
+        *(f"{folder.name}/{each.name}" for folder in folders if folder.is_dir() for each in sorted(folder.iterdir())),
+    ]
+
+
+def digest(root: Path, files: Sequence[Path]) -> str:
+    """sha256 of the names, below `root`, and contents of files.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    try:
+        with ThreadPoolExecutor(8) as threads:  # a network's file system answers several at a time
+            contents = list(threads.map(_content, files))
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
+    names = [os.path.relpath(each, root) for each in files]
+    return hashlib.sha256(json.dumps(list(zip(names, contents, strict=True))).encode()).hexdigest()
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= WHOLE_BYTES:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.sha256(str(size).encode())
+        for block in range(_BLOCKS):
+            file.seek((size - _BLOCK_BYTES) * block // (_BLOCKS - 1))
+            found.update(file.read(_BLOCK_BYTES))
+        return found.hexdigest()

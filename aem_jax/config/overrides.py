@@ -1,0 +1,185 @@
+"""Plain values onto nested frozen dataclasses, by dotted name: how presets, saved configs and the command line get in.
+
+Every mistake is a `ConfigError` of one line that says what was expected, what came, and the nearest right name.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from aem_jax.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def nearest(name: str, names: Iterable[str], spell: Callable[[str], str] = repr) -> str:
+    """`; did you mean …?` for the closest of `names`, whole or by their last part; nothing when none is close."""
+    names = list(names)
+    matches = difflib.get_close_matches(name, names, n=1)
+    if not matches:
+        last = {each.rpartition(".")[2]: each for each in reversed(names)}
+        matches = [last[each] for each in difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1)]
+    return f"; did you mean {spell(matches[0])}?" if matches else ""
+
+
+def annotations(cls: type) -> dict[str, Any]:
+    """The fields of a dataclass and of those inside it, dotted, with their types, in order."""
+    kinds = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            kinds |= {f"{name}.{inner}": each for inner, each in annotations(kind).items()}
+        else:
+            kinds[name] = kind
+    return kinds
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings → one level, keys joined by dots."""
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def as_values(config: Any) -> dict[str, Any]:
+    """A config's fields by dotted name; the inverse of `override` on a config of the same class."""
+    return flatten(dataclasses.asdict(config))
+
+
+def override(config: Config, values: Mapping[str, Any], spell: Callable[[str], str] = repr) -> Config:
+    """A copy of `config` with `values` in place.
+
+    Args:
+        config: a frozen dataclass, possibly of others.
+        values: plain JSON or TOML values by dotted name.
+        spell: how a field is written where the values come from, for messages.
+
+    Raises:
+        ConfigError: a name that is no field, a value of another type, or one that the config itself refuses.
+    """
+    kinds = annotations(type(config))
+    checked = {}
+    for name, value in values.items():
+        if name not in kinds:
+            raise ConfigError(unknown(name, kinds, spell))
+        try:
+            checked[name] = conform(value, kinds[name])
+        except ValueError as error:
+            raise ConfigError(f"{spell(name)}: {error}") from None
+    return _replace(config, checked, "", spell)
+
+
+def unknown(name: str, names: Iterable[str], spell: Callable[[str], str]) -> str:
+    """What to say of a name that is no field."""
+    names = list(names)
+    inside = [each for each in names if each.startswith(f"{name}.")]
+    if inside:
+        return f"{spell(name)} is a group of fields; set one of them, as in {spell(inside[0])}"
+    return f"unknown field {spell(name)}{nearest(name, names, spell)}"
+
+
+def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callable[[str], str]) -> Any:
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(head, {})[rest] = value
+        else:
+            own[head] = value
+    for head, group in inner.items():
+        own[head] = _replace(getattr(config, head), group, f"{prefix}{head}.", spell)
+    try:
+        return dataclasses.replace(config, **own)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        # The config refuses the whole of it. The field is one that it names, before others one that was set: a word may
+        # also be a value that is called as another field is.
+        said = str(error).replace(",", " ").split()
+        spoken_of = [field.name for field in dataclasses.fields(config) if field.name in said]
+        named = next((name for name in spoken_of if name in own), next(iter(spoken_of), next(iter(own))))
+        raise ConfigError(f"{spell(prefix + named)}: {error}") from None
+
+
+def conform(value: Any, kind: Any) -> Any:
+    """`value` as the annotated type: an int will do for a float, a list for a tuple, and nothing else is converted.
+
+    Raises:
+        ValueError: it is of another type, or none of the choices.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if any(type(value) is type(each) and value == each for each in arguments):
+            return value
+        raise ValueError(f"expected {describe(kind)}, got {value!r}{nearest(str(value), map(str, arguments))}")
+    if origin in (typing.Union, types.UnionType):
+        for each in arguments:
+            try:
+                return conform(value, each)
+            except ValueError:
+                continue
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        inner = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
+        if len(inner) == len(value):
+            return tuple(conform(each, its) for each, its in zip(value, inner))
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"expected {describe(kind)}, got {value!r}")
+
+
+def describe(kind: Any) -> str:
+    """A type in words."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(each) for each in arguments)
+    if origin is tuple:
+        each = describe(arguments[0])
+        return f"a list, each {each}" if arguments[1:] == (...,) else f"{len(arguments)} values, each {each}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
+    return words.get(kind, str(kind))
+
+
+def read(words: Sequence[str], kind: Any) -> Any:
+    """The value of a field from the words that follow it on a command line; a bare flag is `True`.
+
+    Raises:
+        ValueError: too many or too few words, or one that cannot be read.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        inner = [arguments[0]] * len(words) if arguments[1:] == (...,) else arguments
+        # of another length: whatever they are, `conform` says what was expected
+        values = [read([word], its) for word, its in zip(words, inner)] if len(inner) == len(words) else list(words)
+        return conform(values, kind)
+    if origin in (typing.Union, types.UnionType):
+        for each in arguments:
+            try:
+                return read(words, each)
+            except ValueError:
+                continue
+        raise ValueError(f"expected {describe(kind)}, got {' '.join(words)!r}")
+    if kind is bool and not words:
+        return True
+    if len(words) != 1:
+        raise ValueError(f"expected {describe(kind)}, got {' '.join(words) or 'nothing'!r}")
+    word = words[0]
+    if origin is Literal:
+        return conform(next((each for each in arguments if str(each) == word), word), kind)
+    if kind is type(None) and word.lower() == "none":
+        return None
+    if kind is bool and word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    if kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            raise ValueError(f"expected {describe(kind)}, got {word!r}") from None
+    return conform(word, kind)

@@ -1,0 +1,130 @@
+"""What a run can be told: the components' own configs, composed. Nothing below the rim imports this.
+
+A choice is a name here and a function everywhere else; the tables that turn one into the other stand in `algorithm.py`
+(advantages) and `build.py` (the rest).
+"""
+
+# ruff: noqa: RUF009 (the configs that stand as defaults are frozen)
+
+from dataclasses import dataclass
+from typing import Literal
+
+from aem_jax.batch import BatchConfig
+from aem_jax.checkpoint import CheckpointConfig
+from aem_jax.config.algorithms import AlgorithmConfig
+from aem_jax.credit import AemConfig
+from aem_jax.distributed.config import RuntimeConfig
+from aem_jax.envs.alfworld.env import AlfworldConfig
+from aem_jax.envs.alfworld.generator.config import GeneratorConfig
+from aem_jax.envs.openenv.config import OpenEnvConfig
+from aem_jax.envs.pool import PoolConfig
+from aem_jax.envs.swe.choices import ChoicesConfig
+from aem_jax.envs.swe.env import SweConfig
+from aem_jax.envs.swe.tasks import TasksConfig
+from aem_jax.envs.webshop.env import WebshopConfig
+from aem_jax.envs.webshop.shop import ShopConfig
+from aem_jax.evaluate import EvaluationConfig
+from aem_jax.learner.config import LearnerConfig
+from aem_jax.metrics import MetricsConfig
+from aem_jax.models.config import ModelChoice
+from aem_jax.models.lora import LoraConfig
+from aem_jax.rollout.config import RolloutConfig
+from aem_jax.sampler.draw import SamplingConfig
+from aem_jax.selection import SelectionConfig
+from aem_jax.sharding import MeshConfig
+from aem_jax.tokenizer import TokenizerConfig
+from aem_jax.train import TrainConfig
+from aem_jax.warmstart import WarmstartConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    name: str = ""
+    """Folder of the run in runs_dir; empty: the preset's name and what you changed of it. The same command resumes."""
+    runs_dir: str = "runs"
+    """Folder of all runs."""
+    preset: str = ""
+    """Presets to begin from, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
+    seed: int = 0
+    """Seed of everything random, from 0 to 2³² - 1: weights, games, sampling."""
+    environment: Literal["alfworld", "webshop", "swe", "swe-choices", "openenv"] = "alfworld"
+    """What the agent learns."""
+    env: PoolConfig = PoolConfig(num_servers=2, sessions_per_server=64)
+    """Environment servers."""
+    alfworld: AlfworldConfig = AlfworldConfig()
+    """Rules of a household episode."""
+    alfworld_data: str = ""
+    """Folder of ALFWorld's official data; empty: what $ALFWORLD_DATA names, else games are made."""
+    alfworld_skip_bad: bool = False
+    """Whether files of the official data that hold no game are left out; else the first of them ends the start."""
+    games: GeneratorConfig = GeneratorConfig()
+    """Household games to make; of official data its task types choose."""
+    webshop: WebshopConfig = WebshopConfig()
+    """Rules of a visit to the shop."""
+    shop: ShopConfig = ShopConfig()
+    """What the shop sells, and what its customers want."""
+    bugs: TasksConfig = TasksConfig()
+    """Bug-fixing tasks."""
+    swe: SweConfig = SweConfig()
+    """Rules of an episode of bug-fixing with tools, and what its code may take."""
+    choices: ChoicesConfig = ChoicesConfig()
+    """Rules of an episode of choosing among edits."""
+    openenv: OpenEnvConfig = OpenEnvConfig()
+    """Tasks of other people's environments and of your own."""
+    model: ModelChoice = ModelChoice()
+    """The policy."""
+    lora: LoraConfig = LoraConfig()
+    """Training adapters instead of all weights."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    mesh: MeshConfig = MeshConfig()
+    """The device mesh."""
+    warmstart: WarmstartConfig = WarmstartConfig()
+    """Learning from demonstrations, before reinforcement learning."""
+    train: TrainConfig = TrainConfig()
+    """Length of the training, and what is kept."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How tokens are drawn while training."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How episodes are played."""
+    selection: SelectionConfig = SelectionConfig()
+    """Which episodes are learnt from."""
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    """Base advantages."""
+    aem: AemConfig = AemConfig()
+    """Adaptive Entropy Modulation."""
+    batch: BatchConfig = BatchConfig()
+    """Sizes of a batch."""
+    learner: LearnerConfig = LearnerConfig()
+    """The update."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Fixed evaluation sets."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    metrics: MetricsConfig = MetricsConfig()
+    """Where numbers go."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """The machine."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # JAX's keys take 32 bits of it: two seeds beyond them may be the same run
+            raise ValueError(f"expected seed from 0 to {2**32 - 1}, got {self.seed}")
+
+
+HARMLESS = (
+    *("name", "runs_dir", "preset", "rollout.prompt_tokens", "rollout.cache_gib"),
+    *("train.", "evaluation.", "checkpoint.", "env.", "metrics.", "runtime."),
+)
+"""Fields (or groups) that a resumed run may change: they decide where and how long, not what is computed."""
+
+
+HARMFUL = ("env.wire.", "env.command")
+"""Of these, what decides after all what is said and heard."""
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a resumed run may change the field of this dotted name."""
+    groups = tuple(each for each in HARMLESS if each.endswith("."))
+    return (name.startswith(groups) or name in HARMLESS) and not name.startswith(HARMFUL)

@@ -1,0 +1,5 @@
+"""Several processes as one run: joining, control channel, failures, signals; and the machine of each process."""
+
+from aem_jax.distributed.process_group import ALONE, Hosts
+
+__all__ = ["ALONE", "Hosts"]

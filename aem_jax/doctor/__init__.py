@@ -1,0 +1,1 @@
+"""Whether this machine trains correctly, and how fast."""

@@ -1,0 +1,111 @@
+"""Each attention kernel of the device against a plain softmax over the whole mask, forward and backward.
+
+Grouped queries; one row of several segments and padding, and one that a single segment fills. The plain one computes in
+float32 at full precision, from the same (rounded) inputs. A token's gap is the norm of its error over its own norm, or
+over the mean norm of all tokens where its own is less: the worst token counts.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aem_jax.doctor.config import DoctorConfig
+from aem_jax.doctor.finding import Finding, judge
+from aem_jax.doctor.parity import full_precision, one_device
+from aem_jax.models.attention import RowAttention
+from aem_jax.models.kernels import KERNELS, Sizes, choose, device_of, make_row_attention
+
+Array = jax.Array
+
+LENGTHS: Mapping[str, tuple[int, ...]] = {"cpu": (128, 384)}
+ACCELERATOR_LENGTHS = (512, 2048)
+ROWS = 2
+MOST: Mapping[str, float] = {"float32": 0.01, "bfloat16": 0.05}
+"""Dtype -> largest gap of a token. bfloat16 costs 0.003 to 0.01, float32 1e-6 and 0.001 where a kernel rounds its
+factors to fewer bits; a wrong mask costs a token as a whole."""
+NAMES = ("out", "d_q", "d_k", "d_v")
+
+ADVICE = (
+    "this kernel's numbers are wrong here: train with --learner.attention xla, or take the versions of constraints.txt"
+)
+XLA_ADVICE = (
+    "XLA's own products are wrong here: unset XLA_FLAGS, take the versions of constraints.txt, and look for memory "
+    "errors of the device (nvidia-smi -q -d ECC)"
+)
+
+
+def check(name: str, config: DoctorConfig) -> Finding:
+    """One kernel of `KERNELS`."""
+    mesh, model = one_device(), config.shape
+    device, platform = device_of(mesh), KERNELS[name].platform
+    if platform not in ("", device.platform):
+        return Finding(None, f"a kernel of {platform.upper()}s")
+    facts: dict[str, Any] = {}
+    faults, texts = [], []
+    for length in LENGTHS.get(device.platform, ACCELERATOR_LENGTHS):
+        sizes = Sizes(length, model.num_heads, model.num_kv_heads, model.head_dim, model.dtype)
+        try:
+            chosen, reason = choose(name, device, sizes)
+        except ValueError as error:  # this version of jax does not have it
+            return Finding(None, str(error))
+        if chosen != name:
+            return Finding(None, reason)
+        inputs = packed_rows(length, model.num_heads, model.num_kv_heads, model.head_dim, model.dtype)
+        with full_precision(model.dtype):
+            found = gaps(make_row_attention(name, mesh), *inputs)
+        facts[str(length)] = found
+        worst = max(found, key=lambda part: found[part] if np.isfinite(found[part]) else np.inf)
+        texts.append(f"{worst} {found[worst]:.1e} at T {length}")
+        if not all(each <= MOST[model.dtype] for each in found.values()):
+            faults = [f"expected gaps of at most {MOST[model.dtype]:g} from a plain softmax"]
+    text = f"{model.num_heads} heads on {model.num_kv_heads}, {model.dtype}: largest gaps {', '.join(texts)}"
+    return judge(faults, text, XLA_ADVICE if name == "xla" else ADVICE, facts)
+
+
+xla, splash, cudnn, triton = (partial(check, name) for name in ("xla", "splash", "cudnn", "triton"))
+
+
+def plain_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+    """jax's own, with the whole mask; see `models.attention.row_attention`."""
+    length = q.shape[1]
+    causal = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
+    mask = causal[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="xla")
+
+
+def packed_rows(
+    length: int, heads: int, kv_heads: int, head_dim: int, dtype: str = "float32"
+) -> tuple[Array, Array, Array, Array]:
+    """q, k, v and segment ids of two rows: several segments and padding at the end, and one segment."""
+    keys = jax.random.split(jax.random.key(length), 3)
+    shapes = ((heads, keys[0]), (kv_heads, keys[1]), (kv_heads, keys[2]))
+    q, k, v = (jax.random.normal(key, (ROWS, length, count, head_dim)).astype(dtype) for count, key in shapes)
+    cuts = np.searchsorted([length // 5, length // 2, length - 30], np.arange(length), side="right")
+    segments = np.stack([np.where(cuts == 3, 0, cuts + 1), np.ones(length)])
+    return q, k, v, jnp.asarray(segments, jnp.int32)
+
+
+def gaps(attend: RowAttention, q: Array, k: Array, v: Array, segment_ids: Array) -> dict[str, float]:
+    """The largest gap of a token in each of `NAMES`; NaN where a number is."""
+    weights = jax.random.normal(jax.random.key(0), q.shape) * (segment_ids > 0)[..., None, None]
+
+    def both(attend: RowAttention, q: Array, k: Array, v: Array) -> tuple[Array, ...]:
+        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, segment_ids), q, k, v)
+        return out * (segment_ids > 0)[..., None, None], *back(weights.astype(out.dtype))
+
+    found = jax.jit(partial(both, attend))(q, k, v)
+    with jax.default_matmul_precision("highest"):
+        exact = (each.astype(jnp.float32) for each in (q, k, v))
+        wanted = jax.jit(partial(both, plain_attention))(*exact)
+        return {name: float(_gap(*pair)) for name, *pair in zip(NAMES, found, wanted, strict=True)}
+
+
+@jax.jit
+def _gap(found: Array, wanted: Array) -> Array:
+    norm: Callable[[Array], Array] = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=(2, 3)))  # noqa: E731
+    own = norm(wanted)
+    return jnp.max(norm(found.astype(jnp.float32) - wanted) / jnp.maximum(own, jnp.mean(own)))

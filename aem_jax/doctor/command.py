@@ -1,0 +1,115 @@
+"""`doctor [NAME …]`: whether this machine trains correctly, and how fast. The first thing to type on a new machine.
+
+Each check is a function of the config that returns a `Finding`. It stands alone: one that raises is a fault, and the
+next goes on. All are done in another process (`child.py`), so that one that crashes or hangs is a fault like any other.
+Findings are printed as they come: a run that is cut off leaves what it had. Numbers come from what training itself runs
+(rollout, sampler, learner, pool) and from `bench`, with random weights.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import date
+from typing import TYPE_CHECKING
+
+from aem_jax.config.overrides import nearest
+from aem_jax.distributed.signals import undone_on_interrupt
+from aem_jax.doctor.finding import CHECKS, Finding
+from aem_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aem_jax.doctor.config import DoctorConfig
+
+
+def lacking() -> bool:
+    """Says which packages are missing, if some are: without them nothing else can be looked at."""
+    from aem_jax.doctor.machine import missing_packages
+
+    found = missing_packages()
+    if found:
+        print(f"x {found.name}: {found.text}\n  -> {found.advice}", file=sys.stderr)
+    return found is not None
+
+
+def run(names: Sequence[str], config: "DoctorConfig") -> int:
+    """Does the checks named (all of them by default); returns the exit status.
+
+    Returns:
+        0 if nothing is wrong, 1 if something is, 130 or 143 if it was stopped.
+
+    Raises:
+        ConfigError: an unknown check or model, or a platform that is not there.
+    """
+    for name in names:
+        if name not in CHECKS:
+            raise ConfigError(f"unknown check {name!r}{nearest(name, CHECKS) or '; known are ' + ', '.join(CHECKS)}")
+    chosen = [name for name in CHECKS if name in names] if names else list(CHECKS)
+
+    from aem_jax.config.components import known_model
+    from aem_jax.doctor import parent
+    from aem_jax.doctor.page import Page
+
+    if config.model:
+        known_model(config.model)
+    page = Page(sys.stderr if config.json else sys.stdout)
+    model, found, stopped, start = config.model, list[Finding](), 0, time.perf_counter()
+    try:
+        with (
+            undone_on_interrupt(),
+            _stopped_by_sigterm(),
+            contextlib.closing(parent.findings(chosen, config)) as checks,
+        ):
+            while len(found) < len(chosen):
+                with page.at_work(chosen[len(found)]):
+                    one = next(checks)
+                if isinstance(one, str):
+                    model = one
+                    page.head(model)
+                else:
+                    found.append(one)
+                    page.show(one)
+    except _StoppedError:
+        stopped = 143
+    except KeyboardInterrupt:
+        stopped = 130
+    seconds = time.perf_counter() - start
+    page.foot(found, seconds, len(chosen))
+    is_well = not any(each.ok is False for each in found)
+    if config.json:
+        document = {
+            "kind": "doctor",
+            "date": date.today().isoformat(),
+            "model": model,
+            "ok": is_well,
+            "complete": len(found) == len(chosen),
+            "seconds": seconds,
+            "results": [asdict(each) for each in found],
+        }
+        print(json.dumps(document), flush=True)
+    return stopped or (0 if is_well else 1)
+
+
+class _StoppedError(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM (`timeout`, a scheduler) raises, so that what was found is still written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _StoppedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

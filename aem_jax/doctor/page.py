@@ -1,0 +1,79 @@
+"""Findings as a table that grows row by row, in plain ASCII where the stream takes nothing else."""
+
+import contextlib
+import textwrap
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from aem_jax.doctor.finding import Finding
+
+MARKS = {True: "✓", False: "✗", None: "–"}
+STYLES = {True: "green", False: "bold red", None: "dim"}
+ASCII = str.maketrans({"✓": "+", "✗": "x", "–": "-", "→": "->", "×": "x", "·": "*", "…": "...", "≥": ">=", "≤": "<="})
+NAME = 20
+"""Columns of a check's name."""
+WIDTH = 140
+"""Columns where the stream is no terminal."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read our output has left: the command line answers that, as for any other output."""
+        raise  # noqa: PLE0704 (rich calls this while it handles the error)
+
+
+class Page:
+    """Writes to one stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._encoding = (getattr(stream, "encoding", None) or "utf-8").lower()
+        self._is_unicode = self._encoding.replace("-", "").replace("_", "").startswith("utf")
+        is_terminal = stream.isatty()
+        self._console = _Console(file=stream, width=None if is_terminal else WIDTH, highlight=False)
+
+    def head(self, model: str) -> None:
+        """What is looked at."""
+        self._print(f"aem_jax doctor: a decoder of {model}'s shape with random weights")
+
+    def at_work(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """On a terminal, which check is under way."""
+        if not self._console.is_terminal:
+            return contextlib.nullcontext()
+        return self._console.status(f"checking {name}", spinner="dots" if self._is_unicode else "line")
+
+    def show(self, found: Finding) -> None:
+        """One row, and below it what to do."""
+        mark = self._plain(MARKS[found.ok])
+        self._console.print(Text(mark, STYLES[found.ok]), Text(f"{found.name:{NAME}} {found.seconds:6.1f} s"), end=" ")
+        self._hang(found.text, "", at_row=True)
+        if found.advice:
+            self._hang(f"→ {found.advice}", "yellow" if found.ok is False else "dim", at_row=False)
+
+    def foot(self, found: Sequence[Finding], seconds: float, of: int) -> None:
+        """How many are well."""
+        count = {ok: sum(each.ok is ok for each in found) for ok in MARKS}
+        cut = "" if len(found) == of else f"; stopped after {len(found)} of {of} checks"
+        wrong = [each.name for each in found if each.ok is False]
+        end = f": {', '.join(wrong)}" if wrong else ""
+        self._print(f"{count[True]} ✓, {count[False]} ✗, {count[None]} – in {seconds:.0f} s{cut}{end}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(Text(self._plain(text)))
+
+    def _hang(self, text: str, style: str, *, at_row: bool) -> None:
+        """Wraps a text into the last column."""
+        indent = " " * (NAME + 12)
+        lines = textwrap.wrap(self._plain(text), max(self._console.width - len(indent) - 1, 20)) or [""]
+        for number, line in enumerate(lines):
+            first = at_row and number == 0
+            self._console.print(
+                Text(("" if first else indent) + line, style), no_wrap=True, overflow="ignore", crop=False
+            )
+
+    def _plain(self, text: str) -> str:
+        if self._is_unicode:
+            return text
+        return text.translate(ASCII).encode(self._encoding, "replace").decode(self._encoding)

@@ -1,0 +1,1 @@
+"""Other people's environments, and your own, behind OpenEnv's messages."""

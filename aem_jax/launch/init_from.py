@@ -1,0 +1,62 @@
+"""Beginning where another run began: its tokenizer, and its parameters before reinforcement learning.
+
+So variants of one setting can be compared in pairs: what is the same before the first step need not be learnt, nor
+differ, twice.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from aem_jax.checkpoint import Checkpoints
+from aem_jax.config import components, saved
+from aem_jax.config.run import RunConfig
+from aem_jax.errors import ConfigError
+from aem_jax.learner import abstract_state, make_optimizer
+from aem_jax.models import LoraPolicy, Params, Policy, policy_params
+
+
+def tokenizer(config: RunConfig) -> Path:
+    """The folder of the tokenizer of the run that `config` begins from.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path(config.warmstart.begin_from) / "tokenizer"
+    if not folder.exists():
+        raise ConfigError(f"--warmstart.begin-from: expected a run's folder with a tokenizer, got none in {folder}")
+    return folder
+
+
+def parameters(config: RunConfig, policy: Policy | LoraPolicy, vocab_size: int, mesh: Mesh) -> Params:
+    """float32 parameters of the run that `config` begins from, at its step 0, in the train layout; no value head's.
+
+    Args:
+        config: the run that begins.
+        policy: what it trains.
+        vocab_size: of the tokenizer.
+        mesh: where the parameters are to lie.
+
+    Raises:
+        ConfigError: there is no such run, it trains another model, or it has not kept step 0.
+    """
+    run = Path(config.warmstart.begin_from)
+    other = saved.load(run)
+    trained = components.make_policy(other, vocab_size, saved.model_files(other, run))
+    if isinstance(trained, LoraPolicy) or isinstance(policy, LoraPolicy) or trained.config != policy.config:
+        raise ConfigError(
+            f"--warmstart.begin-from: expected a run that trains all weights of {policy.config}, got {trained.config} "
+            f"in {run}; give the same --model and --tokenizer"
+        )
+    # The optimizer's state lies beside the parameters and is read with them; it is of the other run's learner.
+    valued = components.trained_policy(other, trained)
+    state = abstract_state(valued, make_optimizer(other.learner, valued.axes), mesh)
+    with Checkpoints(run / "checkpoints", other.checkpoint) as checkpoints:
+        if 0 not in checkpoints.steps:
+            raise ConfigError(
+                f"--warmstart.begin-from: expected a checkpoint of step 0 in {run}, got steps {checkpoints.steps}; "
+                "train it with --checkpoint.keep-first True"
+            )
+        restored: Any = checkpoints.restore(state, step=0)
+    return policy_params(valued, restored.params)

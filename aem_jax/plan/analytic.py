@@ -1,0 +1,203 @@
+"""Closed forms: FLOPs, bytes and collectives of a step from its sizes alone.
+
+They check what is read out of compiled programs, stand in for them where there is no compiler (GPUs, from here), and
+choose the mesh. N counts the parameters of matrix products: all but the embedding of an untied head, norms and biases.
+"""
+
+from dataclasses import dataclass
+
+from aem_jax.models import ModelConfig
+from aem_jax.models.attention import BLOCK
+from aem_jax.models.kernels import KERNELS
+from aem_jax.plan.costs import Collective, Costs
+from aem_jax.plan.workload import Workload
+from aem_jax.sharding import MeshConfig, MeshDemand
+
+MASTER, GRADIENT = 4, 8
+"""Bytes of a trained parameter: float32 master; the sum of gradients and the next one to add."""
+
+
+def layer_parameters(model: ModelConfig) -> int:
+    """Parameters of all layers' matrix products."""
+    heads = 2 * model.num_heads + 2 * model.num_kv_heads
+    return model.num_layers * model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size)
+
+
+def head_parameters(model: ModelConfig) -> int:
+    """Parameters of the head's product."""
+    return model.vocab_size * model.hidden_size
+
+
+def attention_flops(model: ModelConfig, tokens: float) -> float:
+    """FLOPs of one token's attention to `tokens` others, forward: 4·L·H·Dh·tokens."""
+    return 4.0 * model.num_layers * model.num_heads * model.head_dim * tokens
+
+
+def useful_flops(work: Workload) -> float:
+    """FLOPs that learning one token takes, recomputation left out: 6·N + 6·L·H·Dh·T. What MFU counts.
+
+    A token attends to half of its row on average, as if no row held more than one segment. Frozen weights have no
+    gradient: 4·N.
+    """
+    return token_flops(work.model, work.layout.row_length, 4.0 if work.lora.rank else 6.0)
+
+
+def token_flops(model: ModelConfig, row_length: int, of_matrices: float = 6.0) -> float:
+    """The same from the model and its rows; a parameter of a matrix product takes `of_matrices` FLOPs."""
+    matrices = layer_parameters(model) + head_parameters(model)
+    return of_matrices * matrices + 3.0 * attention_flops(model, row_length / 2)
+
+
+def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> float:
+    """FLOPs of learning one token as it is done: attention by blocks of queries, and what is computed twice.
+
+    The scores of attention always are, everything inside layers if remat says so; a sequence's ratio takes its head, or
+    its whole forward pass, once more.
+
+    Args:
+        work: the run's sizes.
+        block: queries that look at their keys together.
+        kernel: of `models.kernels`, which says what attention's backward pass computes anew.
+    """
+    length = work.layout.row_length
+    ends = [min(start + block, length) for start in range(0, length, block)]
+    seen = sum((end - start) * end for start, end in zip(range(0, length, block), ends)) / length
+    matrices, attention = 2.0 * layer_parameters(work.model), attention_flops(work.model, seen)
+    # a layer's last product is nothing's input going back, so it is not computed again
+    last = 2.0 * work.model.num_layers * work.model.hidden_size * work.model.intermediate_size
+    again = {"none": 0.0, "layers": matrices - last + attention, "dots": attention}[work.remat]
+    head = 2.0 * head_parameters(work.model)
+    backward = KERNELS[kernel].backward
+    if kernel == "xla" and work.remat != "none":
+        backward -= 0.5  # where a layer is computed again its scores are there when they are needed
+    ratio = {"token": 0.0, "response": head, "trajectory": matrices + attention + head}[work.ratio]
+    whole = 3.0 * matrices + (1.0 + backward) * attention + again + 3.0 * head + ratio
+    return whole - (matrices + head) * (work.lora.rank > 0)  # frozen weights have no gradient
+
+
+def decode_flops(work: Workload) -> float:
+    """FLOPs of decoding one token over a full window: 2·N + 4·L·H·Dh·(window + chunk)."""
+    matrices = layer_parameters(work.model) + head_parameters(work.model)
+    return 2.0 * matrices + attention_flops(work.model, work.capacity + work.decode_chunk)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, by what they hold.
+
+    Attributes:
+        parameters: float32 masters of what is trained.
+        frozen: weights beside an adapter, in the learner's layout.
+        optimizer: Adam's means.
+        reference: the reference policy, if there is one.
+        gradients: float32, while learning.
+        weights: as sampled from, where they are no others' buffers; they stay while the learner works.
+        cache: keys and values of all slots and prompts.
+        working: activations while learning (an estimate).
+    """
+
+    parameters: float
+    frozen: float
+    optimizer: float
+    reference: float
+    gradients: float
+    weights: float
+    cache: float
+    working: float
+
+    @property
+    def resident(self) -> float:
+        """What lies there all the time."""
+        return self.parameters + self.frozen + self.optimizer + self.reference + self.weights + self.cache
+
+    @property
+    def total(self) -> float:
+        """The most at one time: while learning."""
+        return self.resident + self.gradients + self.working
+
+
+def memory(work: Workload, mesh: MeshConfig) -> Memory:
+    """Bytes of each device on a mesh whose sizes are all given."""
+    model, devices = work.model, mesh.data * mesh.fsdp * mesh.tensor
+    split, count, trained = mesh.fsdp * mesh.tensor, model.num_parameters, work.trained
+    width, lora = 2 if model.dtype == "bfloat16" else 4, work.lora.rank > 0
+    copied = count
+    if lora and mesh.fsdp == 1:  # frozen weights lie alike for learning and sampling
+        copied = layer_parameters(model) if work.lora.merge else 0
+    saved = (width - 1) * layer_parameters(model) if work.int8 else 0  # scales are a thousandth
+    return Memory(
+        parameters=MASTER * trained / split,
+        frozen=width * count * lora / split,
+        optimizer=work.moments * trained / split,
+        reference=MASTER * work.reference * trained / split,
+        gradients=GRADIENT * trained / split,
+        weights=(width * copied - saved) / mesh.tensor,
+        cache=work.token_bytes * work.cached_tokens / devices,
+        working=_working(work, mesh.tensor, width) / (mesh.data * mesh.fsdp),
+    )
+
+
+def _working(work: Workload, tensor: int, width: int) -> float:
+    """Activations of one microbatch: what layers keep, one layer while it is computed again, a chunk's logits."""
+    model, tokens = work.model, work.microbatch_tokens
+    heads, inner = model.num_heads / tensor * model.head_dim, model.intermediate_size / tensor
+    block = min(BLOCK, work.layout.row_length)
+    scores = work.layout.rows * block * model.num_heads / tensor * work.layout.row_length * (4 + width)
+    layer = tokens * width * (6 * model.hidden_size + 4 * inner + 6 * heads)
+    products = tokens * width * (2 * model.hidden_size + 2 * inner + 2 * heads)
+    kept = {"layers": tokens * model.hidden_size * width, "dots": products, "none": layer}[work.remat]
+    logits = 3 * 4 * work.layout.rows * work.head_chunk * model.vocab_size / tensor
+    return model.num_layers * kept + 2 * scores + layer + logits
+
+
+def demand(work: Workload) -> MeshDemand:
+    """What a mesh for this has to carry."""
+    one = memory(work, MeshConfig(1, 1, 1))
+    model = work.model
+    return MeshDemand(
+        state=one.parameters + one.frozen + one.optimizer + one.reference + one.gradients,
+        weights=one.weights,
+        slots_bytes=one.cache + one.working,
+        rows=work.layout.rows,
+        slots=work.slots,
+        embed=model.hidden_size,
+        split=(model.num_kv_heads, model.intermediate_size, model.vocab_size),
+    )
+
+
+def learn_costs(work: Workload, mesh: MeshConfig, flops: float) -> Costs:
+    """Costs on one device of one optimizer step of `work.rounds` full microbatches; `flops` are of a token."""
+    model, width = work.model, 2
+    replicas, tensor = mesh.data * mesh.fsdp, mesh.tensor
+    tokens = work.microbatch_tokens / replicas
+    count, trained, split = model.num_parameters, work.trained, mesh.fsdp * tensor
+    passes = 2 if work.remat == "none" else 3
+    found = Costs(
+        flops=work.rounds * flops * tokens / tensor,
+        bytes=work.rounds * (passes * width * count / tensor + 12 * trained / split) + 32 * trained / split,
+    )
+    activation, layers = tokens * model.hidden_size * width, model.num_layers
+    for kind, size, group, times in (
+        ("all-gather", width * count / tensor, mesh.fsdp, passes),
+        ("reduce-scatter", width * trained / tensor, mesh.fsdp, 1),
+        ("all-reduce", width * trained / split, mesh.data, 1),
+        ("all-reduce", activation, tensor, 2 * passes * layers),
+    ):
+        if group > 1:
+            found.collectives.append(Collective(kind, size, group, (), work.rounds * times))
+    return found
+
+
+def decode_costs(work: Workload, mesh: MeshConfig) -> Costs:
+    """Costs on one device of one token in each slot, over a full window."""
+    model, width = work.model, 2
+    slots, tensor = work.slots / (mesh.data * mesh.fsdp), mesh.tensor
+    layers = (1 if work.int8 else width) * layer_parameters(model)
+    weights = (layers + width * head_parameters(model)) / tensor
+    cached = slots * work.token_bytes / tensor * work.capacity
+    found = Costs(flops=slots * decode_flops(work) / tensor, bytes=weights + cached)
+    if tensor > 1:
+        reductions = slots * model.hidden_size * width
+        found.collectives.append(Collective("all-reduce", reductions, tensor, (), 2.0 * model.num_layers))
+        found.collectives.append(Collective("all-gather", 4.0 * slots * model.vocab_size, tensor, (), 1.0))
+    return found

@@ -1,0 +1,165 @@
+"""A plan as tables."""
+
+import math
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from aem_jax.plan.devices import GIB
+from aem_jax.plan.make import Plan
+
+_LABEL = {
+    "update": "learning (update)",
+    "reshard": "resharding",
+    "extend": "hearing (extend)",
+    "decode": "sampling (decode)",
+}
+
+_UNIT = {
+    "update": "learning, a microbatch",
+    "reshard": "resharding",
+    "extend": "hearing, a chunk",
+    "decode": "sampling, a token a slot",
+}
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Prints a plan for people, on standard output by default."""
+    console = console or Console(width=120)
+    say = lambda text="": console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    for line in _head(plan):
+        say(line)
+    for table in (_memory(plan), _phases(plan), _programs(plan), _collectives(plan), _rates(plan)):
+        if table.row_count:
+            console.print(table)
+    for line in _end(plan):
+        say(line)
+
+
+def _head(plan: Plan) -> Iterable[str]:
+    topology, mesh, work, model = plan.topology, plan.mesh, plan.work, plan.work.model
+    yield (
+        f"{model.num_parameters / 1e6:,.0f} million parameters on {topology.name}: {topology.num_devices} devices of "
+        f"{topology.memory / GIB:.1f} GiB, {topology.peak / 1e12:,.1f} TFLOP/s, {topology.bandwidth / 1e12:.2f} TB/s"
+    )
+    yield (
+        f"mesh, {'chosen' if plan.chosen else 'as given'}: data {mesh.data} × fsdp {mesh.fsdp} × tensor {mesh.tensor}; "
+        f"masters in {mesh.fsdp * mesh.tensor} parts, weights as sampled from in {mesh.tensor}, "
+        f"rows and slots in {mesh.data * mesh.fsdp}"
+    )
+    layout = work.layout
+    yield (
+        f"update: {layout.rows} rows × {layout.row_length} tokens a microbatch, remat {work.remat}; "
+        f"sampling: {work.slots} slots × {work.capacity} tokens"
+        + (f" in each of {work.cohorts} cohorts" if work.cohorts > 1 else "")
+    )
+    if plan.analytic:
+        why = "GPUs are not compiled for without one" if plan.topology.kind == "gpu" else "as asked"
+        yield f"ANALYTIC ({why}): closed forms, no program was compiled; times are bounds, not predictions"
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table("what lies on a device", "GiB", title="memory, closed form")
+    for name, size in vars(plan.memory).items():
+        if size:
+            label = {
+                "parameters": "masters",
+                "frozen": "frozen weights",
+                "weights": "weights as sampled from",
+                "working": "activations (estimate)",
+            }.get(name, name)
+            table.add_row(label, f"{size / GIB:.2f}")
+    table.columns[1].justify = "right"
+    return table
+
+
+def _phases(plan: Plan) -> Table:
+    columns = ("while", "arguments", "outputs", "temporaries", "beside it", "together", "of", "fits")
+    table = Table(*columns, title="memory, GiB")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    gib = lambda size: f"{size / GIB:.2f}"  # noqa: E731
+    for name, size in plan.phases.items():
+        program = plan.programs.get(name)
+        fits = "no" if name in plan.too_large else "yes"
+        if program is None:
+            cells = ["", "", "", "", gib(size)]
+        elif program.too_large:
+            cells = ["", "", "", "", program.too_large]
+        else:
+            parts = (program.arguments, program.outputs, program.temporaries, size - program.total, size)
+            cells = [gib(part) for part in parts]
+        table.add_row(_LABEL[name], *cells, gib(plan.topology.memory), fits)
+    return table
+
+
+def _programs(plan: Plan) -> Table:
+    columns = ("work of a device", "TFLOP", "of closed form", "GB moved", "GB sent")
+    times = ("compute", "memory", "wire", "compiler", "compiled in")
+    table = Table(
+        *columns, *times, title="in ms: at its peaks, and (compiler) as the compiler estimates all but the wire"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, cost in plan.costs.items():
+        seconds, program, closed = plan.seconds[name], plan.programs.get(name), plan.closed_flops.get(name)
+        unit = plan.units.get(name, 1.0)
+        sent = math.fsum(each.count * each.bytes for each in cost.collectives if each.group > 1)
+        table.add_row(
+            _UNIT[name],
+            f"{cost.flops / unit / 1e12:,.3f}",
+            f"{cost.flops / closed:.0%}" if closed and program else "",
+            f"{cost.bytes / unit / 1e9:,.2f}",
+            f"{sent / unit / 1e9:,.2f}",
+            *(f"{value / unit * 1e3:,.2f}" for value in (seconds.compute, seconds.memory, seconds.wire)),
+            f"{seconds.compiler / unit * 1e3:,.2f}" if seconds.compiler else "",
+            f"{program.compiled_in:.0f} s" if program else "",
+        )
+    return table
+
+
+def _collectives(plan: Plan) -> Table:
+    table = Table("collectives of a device", "kind", "over", "times", "MB each", "GB", title="collectives")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, cost in plan.costs.items():
+        unit, sums = plan.units.get(name, 1.0), dict[tuple[str, int], list[float]]()
+        for each in cost.collectives:
+            entry = sums.setdefault((each.kind, each.group), [0.0, 0.0])
+            entry[0] += each.count / unit
+            entry[1] += each.count * each.bytes / unit
+        for (kind, group), (count, size) in sorted(sums.items(), key=lambda item: -item[1][1]):
+            if group > 1 and count:
+                sizes = (f"{size / count / 1e6:,.3f}", f"{size / 1e9:,.3f}")
+                table.add_row(_UNIT[name], kind, f"{group} devices", f"{count:,.1f}", *sizes)
+    return table
+
+
+def _rates(plan: Plan) -> Table:
+    title = "predicted, all devices together: nothing overlapped – roofline"
+    table = Table("", "tokens/s", "MFU", "bound by", title=title)
+    for name, rate in plan.rates.items():
+        span = f"{rate.slowest:,.0f} – {rate.fastest:,.0f}"
+        table.add_row(_LABEL[name], span, f"{rate.slowest_mfu:.1%} – {rate.fastest_mfu:.1%}", plan.seconds[name].bound)
+    return table
+
+
+def _end(plan: Plan) -> Iterable[str]:
+    for name, reason in plan.broken.items():
+        yield f"not known: {_LABEL[name]}, on which the compiler failed ({reason}); another version of libtpu may do"
+    for name, cost in plan.costs.items():
+        if known := [each for each in cost.kernels if each.known]:
+            flops = math.fsum(each.count * each.flops for each in known) / plan.units.get(name, 1.0)
+            names = ", ".join(sorted({each.name for each in known}))
+            counted = f"{flops / 1e12:.3f} TFLOP of kernels, in closed form and timed at the peaks"
+            yield f"in {_UNIT[name]}: {counted} ({names})"
+        if strange := sorted({each.name for each in cost.kernels if not each.known}):
+            yield f"not counted in {_UNIT[name]}: FLOPs of the kernels {', '.join(strange)}"
+    if not plan.too_large:
+        fullest = max(plan.phases.values(), default=math.nan)
+        yield f"fits: {fullest / GIB:.1f} of {plan.topology.memory / GIB:.1f} GiB at the fullest"
+        return
+    yield f"does not fit: {', '.join(_LABEL[name] for name in plan.too_large)}. What would help, most first:"
+    for line in plan.advice:
+        yield f"  {line}"

@@ -1,0 +1,149 @@
+"""The programs of a training step, compiled from shapes: nothing is allocated, and no device need be there."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from aem_jax.advantage import ValueTargets
+from aem_jax.batch import abstract_batch, packed_sharding
+from aem_jax.config import components
+from aem_jax.config.run import RunConfig
+from aem_jax.learner import abstract_state, make_optimizer, make_update
+from aem_jax.models import LoraPolicy, Policy, ValuePolicy, policy_params
+from aem_jax.plan.costs import Costs, costs
+from aem_jax.plan.hlo import parse
+from aem_jax.plan.workload import Workload
+from aem_jax.sampler import Sampler
+from aem_jax.sampler.layout import make_reshard
+from aem_jax.sharding import TRAIN, decode_formats, replicated, shardings
+
+PROGRAMS = ("update", "reshard", "extend", "decode")
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program, on one device.
+
+    Attributes:
+        name: one of `PROGRAMS`.
+        arguments: bytes that it is given.
+        outputs: bytes that it returns in memory of their own (what it is given to reuse left out).
+        temporaries: bytes beside these, at most.
+        compiled_in: seconds.
+        costs: of one call.
+        too_large: what the compiler said if it does not fit, and
+        broken: if it failed for another reason; then all else is 0.
+    """
+
+    name: str
+    arguments: float
+    outputs: float
+    temporaries: float
+    compiled_in: float
+    costs: Costs
+    too_large: str = ""
+    broken: str = ""
+
+    @property
+    def total(self) -> float:
+        """Bytes while it runs."""
+        return self.arguments + self.outputs + self.temporaries
+
+
+def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[Program]:
+    """Compiles the programs named, each as it is asked for.
+
+    Args:
+        config: the run's.
+        work: its sizes.
+        mesh: over the target's devices.
+        names: of `PROGRAMS`.
+
+    Raises:
+        ValueError: sizes that do not divide over the mesh.
+    """
+    lowered = _lowerings(config, work, mesh)
+    for name in (name for name in names if name in lowered):
+        # A loop of unknown length is the update's, over microbatches, or the decoder's, over tokens.
+        rounds = {"update": work.rounds, "decode": work.decode_chunk}.get(name, 1)
+        yield _compile(name, lowered[name], rounds)
+
+
+def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """Of each program. With adapters there is no one program that reshards, but several small ones: it is left out."""
+    whole = Policy(work.model)
+    policy = LoraPolicy(whole, work.lora) if work.lora.rank else whole
+    trained = components.trained_policy(config, policy)
+    state = abstract_state(trained, make_optimizer(config.learner, trained.axes), mesh)
+    adapted = isinstance(policy, LoraPolicy)
+    frozen = _place(whole, shardings(mesh, whole.axes, TRAIN, whole.shapes)) if adapted else None
+    int8 = config.sampling.weights == "int8"
+    sampled = whole.in_int8 if int8 else whole
+    params: Any = _place(sampled, decode_formats(mesh, sampled.axes, sampled.shapes))
+    if adapted and not work.lora.merge:
+        params = (_place(policy, decode_formats(mesh, policy.axes, policy.shapes), work.model.dtype), params)
+    sampler = Sampler(
+        components.sampled_policy(config, policy),
+        config.sampling,
+        [0],
+        capacity=work.capacity,
+        slack=work.slack,
+        mesh=mesh,
+    )
+    layout = work.layout
+    shape = (layout.num_microbatches, layout.rows, layout.row_length)
+    packed = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=packed_sharding(mesh))
+    table: Any = jax.ShapeDtypeStruct((layout.max_responses,), jnp.float32, sharding=replicated(mesh))
+
+    def update() -> jax.stages.Lowered:
+        step: Any = make_update(trained, components.learner(config), mesh)
+        reference = packed if config.learner.kl_coefficient else None
+        values = ValueTargets(table, table) if isinstance(trained, ValuePolicy) else None
+        return step.lower(state, abstract_batch(layout, mesh), packed, reference, frozen, values)
+
+    def reshard() -> jax.stages.Lowered:
+        program: Any = make_reshard(whole, mesh, int8=int8)
+        return program.lower(policy_params(trained, state.params))
+
+    return {
+        "update": update,
+        **({} if adapted else {"reshard": reshard}),
+        "extend": lambda: sampler.lower_extend(params, sampler.abstract(work.slots), work.extend_chunk),
+        "decode": lambda: sampler.lower_decode(params, sampler.abstract(work.slots), work.decode_chunk),
+    }
+
+
+def _place(policy: Policy | LoraPolicy, where: Any, dtype: str = "") -> Any:
+    """Shapes of a policy's parameters as they are used, and where they lie."""
+    shapes = policy.shapes
+    dtypes = policy.dtypes if isinstance(policy, Policy) else jax.tree.map(lambda _: jnp.dtype(dtype), shapes)
+    struct = lambda leaf, kind, place: jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)  # noqa: E731
+    return jax.tree.map(struct, shapes, dtypes, where)
+
+
+def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) -> Program:
+    start = time.perf_counter()
+    try:
+        compiled = lower().compile()
+        text = compiled.as_text() or ""  # a libtpu newer than jax may write what this jax cannot read
+    except jax.errors.JaxRuntimeError as error:
+        seconds, reason = time.perf_counter() - start, _reason(str(error))
+        why = {"too_large": reason} if "RESOURCE_EXHAUSTED" in str(error) else {"broken": reason}
+        return Program(name, 0, 0, 0, seconds, Costs(), **why)
+    seconds = time.perf_counter() - start
+    memory, found = compiled.memory_analysis(), costs(parse(text), rounds)
+    if memory is None:
+        raise ValueError(f"expected the compiler to say how much memory {name} takes, got nothing")
+    own = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+    return Program(name, memory.argument_size_in_bytes, own, memory.temp_size_in_bytes, seconds, found)
+
+
+def _reason(message: str) -> str:
+    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+    return f"it takes {found[1]} of {found[2]}" if found else message.strip().partition("\n")[0][:200]

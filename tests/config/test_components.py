@@ -1,0 +1,153 @@
+"""Names become functions, numbers become sizes, and contradictions are found before anything starts."""
+
+import dataclasses
+import typing
+
+import numpy as np
+import pytest
+
+from aem_jax.batch import BatchConfig
+from aem_jax.config import components
+from aem_jax.config.options import apply, split
+from aem_jax.config.presets import DEFAULT, algorithm_names, preset_names, read_preset
+from aem_jax.config.run import RunConfig
+from aem_jax.errors import ConfigError
+from aem_jax.models.config import ModelChoice
+from aem_jax.selection import Rule, SelectionConfig
+from aem_jax.sharding import MeshConfig
+from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+
+def test_every_name_of_a_selection_has_a_function():
+    kinds = typing.get_type_hints(SelectionConfig)
+    assert set(typing.get_args(kinds["outcome"])) == set(components.OUTCOMES)
+    assert set(typing.get_args(kinds["overlong_of"])) == set(components.LENGTHS)
+    assert set(typing.get_args(kinds["truncated"])) == set(components.TRUNCATED)
+
+
+def test_a_selection_rule_has_the_functions_of_its_names():
+    assert components.selection_rule(RunConfig()) == Rule(RunConfig().rollout.groups_per_step)
+    words = ["--selection.reject-equal", "True", "--selection.outcome", "won", "--selection.max-rounds", "10"]
+    words += ["--selection.overlong-penalty", "1", "--selection.overlong-buffer", "8"]
+    rule = components.selection_rule(apply(read_preset(DEFAULT), split(words)[1]))
+    # the preset's responses may have 16 tokens; one of 12 is half-way into the buffer of 8
+    turn = Turn(np.ones(3), np.ones(12), np.zeros(12), np.zeros(12), 2.0, True)
+    long = Trajectory(Task("t", "look", {}), 0, 0, (turn,), Ending.TERMINATED, won=True)
+    assert rule.penalise is not None and rule.penalise(long).total_reward == 1.5
+    assert rule.outcome is not None and (rule.outcome(long), rule.max_rounds) == (True, 10)
+
+
+def test_the_constant_length_is_what_an_episode_may_say():
+    preset = read_preset(DEFAULT)  # ten turns of 16 tokens, in a context of 384
+    assert components.learner(preset).constant_length == 160
+    short = apply(preset, split(["--rollout.context-tokens", "150"])[1])
+    assert components.learner(short).constant_length == 150
+    windowed = apply(short, split(["--rollout.context", "window"])[1])  # each turn has a context of its own
+    assert components.learner(windowed).constant_length == 160
+    given = apply(preset, split(["--learner.constant-length", "7"])[1])
+    assert components.learner(given) == given.learner and given.learner.constant_length == 7
+
+
+def test_a_model_is_a_known_size_with_changes():
+    known = components.known_model("tiny")
+    assert components.model_config(ModelChoice(), 512) == dataclasses.replace(known, vocab_size=512)
+    changed = components.model_config(ModelChoice(num_layers=2, dtype="bfloat16"), 701)
+    assert (changed.num_layers, changed.dtype, changed.hidden_size) == (2, "bfloat16", known.hidden_size)
+    assert changed.vocab_size == 704  # the next multiple of 64
+    with pytest.raises(ConfigError, match="--model: expected num_heads divisible"):
+        components.model_config(ModelChoice(num_heads=3, num_kv_heads=2), 512)
+
+
+@pytest.mark.parametrize("context", ["append", "window"])
+def test_a_batch_layout_holds_the_worst_case(context: str):
+    config = RunConfig(batch=BatchConfig(rows=4))
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_turns=3, context=context))
+    layout = components.batch_layout(config, 10, 2)
+    segments = 10 if context == "append" else 30
+    # two minibatches whose last microbatches are both nearly empty
+    for first in range(segments + 1):
+        used = -(-first // layout.rows) + -(-(segments - first) // layout.rows)
+        assert used <= layout.num_microbatches
+    assert (layout.max_responses, layout.max_trajectories, layout.num_minibatches) == (30, 10, 2)
+    assert layout.row_length == config.rollout.context_tokens
+
+
+def test_rows_follow_from_a_budget_of_tokens():
+    words = ["--batch.tokens-per-microbatch", "8000", "--batch.row-length", "700"]
+    config = apply(read_preset(DEFAULT), split(words)[1])
+    assert components.batch_layout(config, 64, 1).rows == 11  # 11 x 700 = 7700
+    assert components.batch_layout(config, 64, 1).num_microbatches == 6
+    split_up = dataclasses.replace(config, mesh=MeshConfig(2, 2, 1))
+    assert components.microbatch_rows(split_up) == 8
+    too_few = dataclasses.replace(split_up, batch=BatchConfig(tokens_per_microbatch=2799, row_length=700))
+    with pytest.raises(ConfigError, match="tokens-per-microbatch: expected at least 2800 .* got 2799"):
+        components.check(too_few)
+
+
+def test_the_warm_start_has_its_own_schedule():
+    config = apply(RunConfig(), split(["--warmstart.steps", "50", "--learner.kl-coefficient", "0.1"])[1])
+    learner = components.warmstart_learner(config)
+    assert (learner.total_steps, learner.warmup_steps, learner.kl_coefficient) == (50, 5, 0.0)
+    assert learner.learning_rate == config.warmstart.learning_rate
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_hold_together(name: str):
+    for names in ((name,), *((name, algorithm) for algorithm in algorithm_names())):
+        components.check(read_preset(*names))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rollout.num-slots", "128", "--env.sessions-per-server", "4"], "--rollout.num-slots: expected at most"),
+        (["--sampling.temperature", "0.7"], "--learner.temperature: expected 0.7 with --sampling.temperature 0.7, got"),
+        (["--sampling.temperature", "0", "--learner.temperature", "0.5"], "--learner.temperature: expected 1.0 with"),
+        (["--batch.row-length", "8"], "--batch.row-length: expected at least"),
+        (
+            ["--sampling.weights", "int8", "--lora.rank", "4", "--lora.merge", "False"],
+            "--sampling.weights: expected lora.merge with int8 weights, got False",
+        ),
+        (
+            ["--selection.reject-equal", "True", "--rollout.group-size", "1"],
+            "--selection.reject-equal: expected --rollout.group-size of at least 2, got 1",
+        ),
+        (
+            ["--selection.overlong-penalty", "1", "--selection.overlong-buffer", "17"],
+            "--selection.overlong-buffer: expected at most --rollout.response-tokens = 16, got 17",
+        ),
+        (
+            [
+                *("--selection.overlong-penalty", "1", "--selection.overlong-buffer", "17"),
+                *("--selection.overlong-of", "episode", "--rollout.context", "window"),
+            ],
+            "--selection.overlong-of: expected response with --rollout.context window, got episode",
+        ),
+        (["--model.name", "tinny"], "did you mean 'tiny'?"),
+        (["--metrics.wandb-project", "x"], "wandb is not installed"),
+    ],
+)
+def test_contradictions_name_their_fields(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(components, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        components.check(apply(read_preset(DEFAULT), split(words)[1]))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["weights", "cache"])
+def test_a_sampler_in_int8_is_corrected_for_or_not(name: str):
+    """One rule for both: the weight may be left out, its gap is measured anyhow."""
+    words = [f"--sampling.{name}", "int8"]
+    for more in ([], ["--learner.importance-cap", "2"]):
+        components.check(apply(read_preset(DEFAULT), split([*words, *more])[1]))
+
+
+def test_an_adapter_apart_can_be_sampled_from_with_a_cache_in_int8():
+    words = ["--sampling.cache", "int8", "--lora.rank", "4", "--lora.merge", "False"]
+    components.check(apply(read_preset(DEFAULT), split(words)[1]))
+
+
+def test_kl_needs_its_reference_kept():
+    config = apply(RunConfig(), split(["--learner.kl-coefficient", "0.1", "--checkpoint.keep-first", "False"])[1])
+    with pytest.raises(ConfigError, match="--checkpoint.keep-first: expected True with --learner.kl-coefficient"):
+        components.check(config)

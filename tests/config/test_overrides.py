@@ -1,0 +1,167 @@
+"""Values onto configs: what is taken, what is refused, and how a refusal reads."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from aem_jax.config.overrides import annotations, as_values, flatten, nearest, override, read
+from aem_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 4
+    rate: float = 0.5
+    kinds: tuple[str, ...] = ("a",)
+    span: tuple[int, int] | None = None
+    mode: Literal["fast", "slow"] = "fast"
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"expected size >= 1, got {self.size}")
+        if self.mode == "slow" and self.rate > 1:
+            raise ValueError(f"expected rate <= 1 when slow, got {self.rate}")
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str = "x"
+    on: bool = True
+    inner: Inner = Inner()
+
+
+def test_fields_have_dotted_names():
+    assert list(annotations(Outer)) == [
+        "name", "on", "inner.size", "inner.rate", "inner.kinds", "inner.span", "inner.mode",
+    ]  # fmt: skip
+
+
+def test_values_land_where_they_belong_and_nothing_else_changes():
+    made = override(Outer(), {"inner.size": 7, "inner.kinds": ["b", "c"], "inner.span": [1, 2], "on": False})
+    assert made == Outer(on=False, inner=Inner(size=7, kinds=("b", "c"), span=(1, 2)))
+    assert Outer() == Outer(inner=Inner())
+
+
+def test_fields_that_depend_on_each_other_are_set_together():
+    """Each alone would be refused: slow at rate 2, or, from a slow one, rate 2."""
+    start = Outer(inner=Inner(rate=2.0))
+    assert override(start, {"inner.mode": "slow", "inner.rate": 1}).inner.rate == 1.0
+
+
+def test_as_values_is_the_inverse():
+    config = Outer(name="y", inner=Inner(span=(3, 4), mode="slow"))
+    assert override(Outer(), as_values(config)) == config
+
+
+def test_an_int_will_do_for_a_float_and_nothing_else_is_converted():
+    assert isinstance(override(Outer(), {"inner.rate": 1}).inner.rate, float)
+    for name, value in {
+        "inner.size": 1.0,
+        "inner.rate": "1",
+        "on": 1,
+        "name": 3,
+        "inner.size ": 1,
+        "inner.span": [1],
+    }.items():
+        with pytest.raises(ConfigError):
+            override(Outer(), {name: value})
+    with pytest.raises(ConfigError, match="expected a whole number, got True"):
+        override(Outer(), {"inner.size": True})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"inner.sise": 1}, "unknown field 'inner.sise'; did you mean 'inner.size'?"),
+        ({"size": 1}, "unknown field 'size'; did you mean 'inner.size'?"),
+        ({"zzz": 1}, "unknown field 'zzz'"),
+        ({"inner": 1}, "'inner' is a group of fields; set one of them, as in 'inner.size'"),
+        ({"inner.mode": "fats"}, "'inner.mode': expected one of fast, slow, got 'fats'; did you mean 'fast'?"),
+        ({"inner.size": 0}, "'inner.size': expected size >= 1, got 0"),
+        ({"inner.mode": "slow", "inner.rate": 2.0}, "'inner.rate': expected rate <= 1 when slow, got 2.0"),
+        ({"inner.kinds": ["a", 3]}, "'inner.kinds': expected a text, got 3"),
+    ],
+)
+def test_refusals_name_the_field(values: dict, message: str):
+    with pytest.raises(ConfigError) as caught:
+        override(Outer(), values)
+    assert str(caught.value) == message
+
+
+def test_flatten_joins_names():
+    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": 3}) == {"a.b.c": 1, "a.d": [2], "e": 3}
+
+
+def test_nearest_prefers_the_whole_name_then_its_last_part():
+    names = ["aem.strength", "learner.learning_rate"]
+    assert "aem.strength" in nearest("aem.strenth", names)
+    assert "learner.learning_rate" in nearest("learning_rat", names)
+    assert nearest("qqqq", names) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "value"),
+    [
+        (["3"], int, 3),
+        (["-3"], int, -3),
+        (["1e-4"], float, 1e-4),
+        (["2"], float, 2.0),
+        (["true"], bool, True),
+        (["False"], bool, False),
+        ([], bool, True),
+        (["a b"], str, "a b"),
+        ([], tuple[str, ...], ()),
+        (["1", "2"], tuple[int, ...], (1, 2)),
+        (["1", "2"], tuple[int, int] | None, (1, 2)),
+        (["none"], tuple[int, int] | None, None),
+        (["None"], int | None, None),
+        (["7"], int | None, 7),
+        (["slow"], Literal["fast", "slow"], "slow"),
+        (["1"], Literal[0, 1], 1),
+        (["bfloat16"], Literal["float32", "bfloat16"] | None, "bfloat16"),
+    ],
+)
+def test_words_are_read_by_type(words: list[str], kind: object, value: object):
+    assert read(words, kind) == value and type(read(words, kind)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["x"], int),
+        (["1.5"], int),
+        ([], int),
+        (["1", "2"], int),
+        (["yes"], bool),
+        (["1"], tuple[int, int]),
+        (["fats"], Literal["fast"]),
+    ],
+)
+def test_words_that_cannot_be_read(words: list[str], kind: object):
+    with pytest.raises(ValueError, match="expected"):
+        read(words, kind)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    goals: str = ""
+    held_out: str = "products"
+
+    def __post_init__(self):
+        if self.held_out not in ("products", "goals"):
+            raise ValueError(f"expected held_out of products, goals, got {self.held_out!r}")
+
+
+def test_an_error_is_of_the_field_that_was_set():
+    with pytest.raises(ConfigError, match=r"^--held_out: expected held_out of products, goals"):
+        override(Shelf(), {"held_out": "words"}, lambda name: f"--{name}")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 + 5, 2**64])
+def test_no_two_seeds_are_silently_the_same_run(seed: int):
+    from aem_jax.config.run import RunConfig
+
+    with pytest.raises(ConfigError, match=f"seed'?: expected seed from 0 to 4294967295, got {seed}"):
+        override(RunConfig(), {"seed": seed})
+    assert override(RunConfig(), {"seed": 2**32 - 1}).seed == 2**32 - 1

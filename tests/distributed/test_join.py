@@ -1,0 +1,100 @@
+"""When several processes are one run, and what they must have in common."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from aem_jax.config.run import RunConfig
+from aem_jax.distributed import ALONE, Hosts, join
+from aem_jax.distributed.config import RuntimeConfig
+from aem_jax.errors import ConfigError
+from aem_jax.launch.run import _identity
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[01-02]", "SLURM_NTASKS": "16", "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "3",
+}  # fmt: skip
+
+
+def pair() -> list[Hosts]:
+    """What two threads see of one another, as if they were processes."""
+    said, barrier = [b"", b""], threading.Barrier(2, timeout=60)
+
+    def gather(index: int, data: bytes) -> list[bytes]:
+        said[index] = data
+        barrier.wait()
+        heard = list(said)
+        barrier.wait()
+        return heard
+
+    return [Hosts(index, 2, lambda data, index=index: gather(index, data)) for index in (0, 1)]
+
+
+def both(function, arguments) -> list:
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(function, hosts, argument) for hosts, argument in zip(pair(), arguments, strict=True)]
+        return [each.exception() or each.result() for each in found]
+
+
+def test_a_process_is_alone_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch):
+    assert join.announced() == join.expected(RuntimeConfig()) == 1
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert join.announced() == join.expected(RuntimeConfig()) == 16
+    assert join.expected(RuntimeConfig(distributed="off")) == 1
+    assert join.expected(RuntimeConfig(distributed="mpi4py")) is None
+    explicit = RuntimeConfig(coordinator="a:1", num_processes=2, process_id=0)
+    assert join.expected(explicit) == 2
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # an interactive shell
+    assert join.expected(RuntimeConfig()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"num_processes": 2}, "say HOST:PORT of process 0"),
+        ({"coordinator": "host"}, "expected coordinator HOST:PORT"),
+        ({"coordinator": "host:1", "num_processes": 2}, "process_id from 0 to num_processes - 1"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "got 2 and 2"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 0, "distributed": "mpi4py"}, "auto or on beside"),
+        ({"silence_s": 1.0}, "silence_s of at least 5"),
+    ],
+)
+def test_flags_that_say_half_are_refused(settings: dict, complaint: str):
+    with pytest.raises(ValueError, match=complaint):
+        RuntimeConfig(**settings)
+
+
+def test_a_record_says_nothing_of_the_process_that_wrote_it():
+    explicit = RuntimeConfig(coordinator="a:1", num_processes=2, process_id=1, cpu_devices=4)
+    assert join.placeless(explicit) == RuntimeConfig(cpu_devices=4)
+
+
+def test_settings_that_differ_are_named_with_both_values():
+    config = RunConfig()
+    runtimes = [replace(config.runtime, coordinator="a:1", num_processes=2, process_id=index) for index in (0, 1)]
+    assert both(join.check_same, [_identity(replace(config, runtime=each)) for each in runtimes]) == [None, None]
+    for error in both(join.check_same, [_identity(config), _identity(replace(config, seed=3))]):
+        assert isinstance(error, ConfigError)
+        assert str(error).startswith(
+            "--seed: expected the same in all processes, got 0 in process 0 and 3 in process 1"
+        )
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(join, "_SHARED_WAIT_S", 0.5)
+    assert both(join.check_shared, [tmp_path / "a", tmp_path / "a"]) == [None, None]
+    assert not list((tmp_path / "a").iterdir())
+    for error in both(join.check_shared, [tmp_path / "a", tmp_path / "b"]):
+        assert isinstance(error, ConfigError) and "process 1 does not see what process 0 writes" in str(error)
+
+
+def test_servers_elsewhere_are_dealt_to_the_processes():
+    share = lambda index, count, urls: join.share_urls(Hosts(index, count, lambda data: [data]), urls)  # noqa: E731
+    assert join.share_urls(ALONE, ("a", "b")) == ("a", "b")
+    assert [share(index, 2, ("a", "b", "c")) for index in (0, 1)] == [("a", "c"), ("b",)]
+    assert [share(index, 3, ("a", "b")) for index in (0, 1, 2)] == [("a",), ("b",), ("a",)]
+    assert share(1, 2, ()) == ()

@@ -1,0 +1,92 @@
+"""The machine is set up before the first computation, or says why it cannot be."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aem_jax.distributed.config import RuntimeConfig
+from aem_jax.distributed.runtime import cache_folder, set_up, versions
+from aem_jax.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_cache_lies_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(RuntimeConfig()) == tmp_path / "aem_jax" / "xla"
+    assert cache_folder(RuntimeConfig(compilation_cache="/x/y")) == Path("/x/y")
+    assert cache_folder(RuntimeConfig(compilation_cache="off")) is None
+
+
+def test_a_cache_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--runtime\.compilation-cache"):
+        set_up(RuntimeConfig(compilation_cache=str(tmp_path / "file" / "cache")))
+
+
+def test_versions_say_what_a_number_depends_on():
+    found = versions()
+    assert set(found) == {"aem_jax", "jax", "jaxlib", "python", "devices", "cpus"} and all(found.values())
+
+
+def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_what_we_say_is_seen_whatever_a_library_set_up_before(user_environment):
+    done = run(
+        "import logging; logging.basicConfig(level=logging.WARNING, format='not ours %(message)s')\n"
+        "from aem_jax.config.run import RuntimeConfig\n"
+        "from aem_jax.distributed.runtime import set_up\n"
+        "set_up(RuntimeConfig(compilation_cache='off'))\n"
+        "for name in ('aem_jax.launch.stage', 'grain'): logging.getLogger(name).info('hello')\n"
+        "logging.getLogger('grain').warning('mind')",
+        user_environment,
+    )
+    assert done.stderr.splitlines()[-2:] == ["INFO aem_jax.launch.stage: hello", "WARNING grain: mind"], done.stderr
+
+
+def test_simulated_devices_and_a_cache_that_fills(user_environment, tmp_path: Path):
+    environment = {k: v for k, v in user_environment.items() if not k.startswith("JAX_")}
+    code = f"""
+from aem_jax.distributed.config import RuntimeConfig
+from aem_jax.distributed.runtime import set_up
+set_up(RuntimeConfig(cpu_devices=3, platform="cpu", compilation_cache={str(tmp_path / "xla")!r}))
+import jax, jax.numpy as jnp
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).block_until_ready()
+print(jax.device_count())
+"""
+    result = run(code, environment)
+    assert result.stdout == "3\n", result.stderr
+    assert list((tmp_path / "xla").iterdir())
+
+
+def test_a_platform_that_is_not_there_is_one_error(user_environment):
+    environment = {k: v for k, v in user_environment.items() if not k.startswith("JAX_")}
+    code = """
+from aem_jax.distributed.config import RuntimeConfig
+from aem_jax.errors import ConfigError
+from aem_jax.distributed.runtime import set_up
+try:
+    set_up(RuntimeConfig(platform="tpux", compilation_cache="off"))
+except ConfigError as error:
+    print(error)
+"""
+    result = run(code, environment)
+    assert result.stdout.startswith("--runtime.platform tpux: "), result.stderr
+
+
+def test_settings_that_change_numbers_are_the_same_whatever_the_environment_says(user_environment):
+    code = (
+        "import aem_jax.distributed.runtime as r, jax; r.fix_settings(); "
+        "print([getattr(jax.config, name) == value for name, value in r.FIXED.items()], jax.numpy.ones(2).dtype)"
+    )
+    odd = {"JAX_ENABLE_X64": "1", "JAX_DEBUG_NANS": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=user_environment | odd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "False" not in done.stdout and "float32" in done.stdout
+    assert all(name in done.stderr for name in odd)

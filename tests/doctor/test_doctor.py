@@ -1,0 +1,509 @@
+"""A doctor that finds what is broken on purpose, says what to do about it, and goes on to the next check."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aem_jax.bench.measure import summarise
+from aem_jax.compilations import compilations
+from aem_jax.doctor import attention, child, command, episodes, machine, parent, parity, speed, training
+from aem_jax.doctor.config import DoctorConfig
+from aem_jax.doctor.finding import CHECKS, Finding
+from aem_jax.doctor.page import Page
+from aem_jax.envs.protocol import EnvError
+from aem_jax.errors import ConfigError
+from aem_jax.launch import cli
+from aem_jax.models import CONFIGS, ModelConfig
+from aem_jax.models.attention import row_attention
+from aem_jax.models.kernels import KERNELS
+from aem_jax.rollout.stats import RolloutStats
+from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+
+CONFIG = DoctorConfig(model="tiny")
+WELL = Finding(True, "all is well")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch):
+    """A model that compiles quickly; the same in all tests, which share its programs, and this process."""
+    monkeypatch.setattr(parent, "findings", child.examine_all)
+    monkeypatch.setitem(CONFIGS, "tiny", ModelConfig(64, 16, 32, 1, 2, 1, 8, qkv_bias=True))
+
+
+@pytest.fixture
+def own_programs():
+    """None of those that other tests compiled, and none for them."""
+    caches = (episodes.random_params, episodes.make_sampler, parity._learner)
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+@pytest.fixture
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replaces all checks by ones that find nothing wrong, and those named by what is given."""
+
+    def stub(**others: Callable[[DoctorConfig], Finding]) -> None:
+        for name, target in CHECKS.items():
+            module, _, function = target.partition(":")
+            check = others.get(name.replace("-", "_"), lambda config: WELL)
+            monkeypatch.setattr(f"aem_jax.doctor.{module}.{function}", check)
+
+    return stub
+
+
+def fail(error: BaseException) -> Callable[[DoctorConfig], Finding]:
+    def check(config: DoctorConfig) -> Finding:
+        raise error
+
+    return check
+
+
+def run(*words: str) -> int:
+    return cli.main(["doctor", *words, "--runtime.compilation-cache", "off"])
+
+
+# The table, its exit status, its two forms.
+
+
+def test_the_table_names_functions_and_every_kernel():
+    for target in CHECKS.values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(f"aem_jax.doctor.{module}"), function))
+    assert [name for name in CHECKS if name.startswith("attention-")] == [
+        f"attention-{name}" for name in ("xla", "splash", "cudnn", "triton")
+    ]
+    assert {f"attention-{name}" for name in KERNELS} <= set(CHECKS)
+
+
+def test_what_raises_is_a_fault_and_the_next_goes_on(stubbed, capsys):
+    lines = "no such gpu\nframe 1\nframe 2"
+    stubbed(greedy=fail(RuntimeError(lines)), mesh=lambda config: Finding(None, "one device"))
+    assert run("--json") == 1
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["ok"], found["complete"], found["model"]) == (False, True, "tiny")
+    by_name = {each["name"]: each for each in found["results"]}
+    assert list(by_name) == list(CHECKS)
+    assert by_name["greedy"]["text"] == "RuntimeError: no such gpu" and "doctor greedy" in by_name["greedy"]["advice"]
+    assert "Traceback" in by_name["greedy"]["facts"]["traceback"]
+    assert all(each["ok"] for name, each in by_name.items() if name not in ("greedy", "mesh"))
+    assert "✗ greedy" in err and "✓ learner" in err and "– mesh" in err and "→ alone" in err
+    assert err.splitlines()[-1].startswith(f"{len(by_name) - 2} ✓, 1 ✗, 1 –") and err.rstrip().endswith(": greedy")
+
+
+def test_nothing_wrong_is_0_and_names_choose(stubbed, capsys):
+    stubbed(greedy=fail(AssertionError("not asked for")))
+    assert run("learner", "versions") == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[1] for line in out.splitlines()[1:-1]] == ["versions", "learner"] and not err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["greddy"], "unknown check 'greddy'; did you mean 'greedy'?"),
+        (["--model", "qwen2.5-0.6b"], "unknown size 'qwen2.5-0.6b'; did you mean"),
+        (["--jsn"], "unknown field --jsn; did you mean --json?"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, capsys):
+    assert run(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (command._StoppedError(), 143)])
+def test_a_run_that_is_cut_off_leaves_what_it_had(stubbed, error: BaseException, status: int, capsys):
+    stubbed(memory=fail(error))
+    assert run("--json") == status
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [each["name"] for each in found["results"]] == ["versions", "devices"] and not found["complete"]
+    assert "Traceback" not in err and "stopped after 2 of" in err
+
+
+def test_a_platform_that_fails_is_a_fault_and_the_cpu_goes_on(stubbed, monkeypatch: pytest.MonkeyPatch, capsys):
+    def broken(config: Any) -> None:
+        raise ConfigError("--runtime.platform auto: no cuBLAS\nsecond line")
+
+    stubbed()
+    monkeypatch.setattr("aem_jax.distributed.runtime.set_up", broken)
+    assert run("versions", "devices", "greedy") == 1
+    out = capsys.readouterr().out
+    assert "✗ devices" in out and "no cuBLAS; all else is done on the CPU" in out and "✓ greedy" in out
+    assert run("devices", "--runtime.platform", "cuda") == 2  # by name: a mistake in the command
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_stream_that_takes_ascii_gets_ascii(encoding: str):
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding=encoding, write_through=True) as stream:
+        page = Page(stream)
+        for ok in (True, False, None):
+            page.show(Finding(ok, "8 rows × 256 → α " * 20, advice="raise it → 4", name="learner", seconds=1.0))
+        page.foot([WELL], 1.0, 1)
+        lines = raw.getvalue().decode("ascii").splitlines()
+    assert [line[0] for line in lines if line[0] != " "] == ["+", "x", "-", "1"]
+    assert max(map(len, lines)) < 140 and "-> raise it -> 4" in lines[-2]
+
+
+def test_numbers_that_are_not_finite_make_json_all_the_same():
+    found = Finding(False, "NaN", "stop", {"gap": float("nan"), "all": (np.float32(1), jnp.inf)})
+    line = json.loads(child.as_line(found), parse_constant=pytest.fail)
+    assert Finding(**line).facts == {"gap": "nan", "all": ["1.0", "inf"]}
+
+
+# The process of its own. Each script is a child with one check replaced.
+
+CHILD = """
+import os, signal, sys, time
+from aem_jax.doctor import child, machine
+{replaced}
+sys.exit(child.main(sys.argv[1:]))
+"""
+
+
+def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: str) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(CHILD.format(replaced=replaced))
+    monkeypatch.setattr(parent, "CHILD", (sys.executable, str(script)))
+    monkeypatch.setattr(parent, "findings", FINDINGS)
+
+
+FINDINGS = parent.findings
+
+
+def test_a_check_that_takes_its_process_along_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """It crashes, or hangs; the next is done in another process. What a library prints is not taken for a finding."""
+    hanging = tmp_path / "hanging"
+    crash = "machine.memory = lambda config: (print('chatter', flush=True), os.abort())"
+    hang = f"machine.disk = lambda config: (os.symlink(str(os.getpid()), {str(hanging)!r}), time.sleep(600))"
+    children(tmp_path, monkeypatch, f"{crash}\n{hang}")
+    now = 0.0
+
+    def clock() -> float:
+        """Stands still, but for the time in which that process hangs: there each look is later than any limit."""
+        nonlocal now
+        if hanging.is_symlink():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(os.readlink(hanging)), 0)
+                now += 1e6
+        return now
+
+    monkeypatch.setattr(parent, "monotonic", clock)
+    assert run("versions", "memory", "disk", "sandbox-podman", "--json") == 1
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)["results"]}
+    assert [each["ok"] for each in found.values()] == [True, False, False, None]
+    assert found["memory"]["text"] == "the process crashed (SIGABRT)" and "doctor memory" in found["memory"]["advice"]
+    assert found["disk"]["text"] == "the process said nothing for 300 s"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_does_not_wait_for_a_compilation(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """A run that is told to stop amid a check writes what it has, and leaves no process behind."""
+    noted, stops = tmp_path / "pid", threading.Event()
+    hangs = f"open({str(noted)!r}, 'w').write(str(os.getpid()) + '.'), time.sleep(600)"
+    children(tmp_path, monkeypatch, f"machine.memory = lambda config: ({hangs})")
+
+    def stop() -> None:
+        while not noted.exists() or not noted.read_text().endswith("."):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    def at_work(page: Page, name: str) -> contextlib.nullcontext:
+        if name == "memory" and not stops.is_set():  # all before it has been read
+            stops.set()
+            threading.Thread(target=stop, daemon=True).start()
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(Page, "at_work", at_work)
+    before = signal.signal(signal.SIGINT, lambda *_: pytest.fail("the entry point's handler ends the process at once"))
+    try:
+        assert run("versions", "memory", "--json") == status
+    finally:
+        signal.signal(signal.SIGINT, before)
+    out, err = capsys.readouterr()
+    assert [each["name"] for each in json.loads(out)["results"]] == ["versions"] and "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(noted.read_text()[:-1]), 0)
+
+
+def test_a_platform_that_is_not_there_is_a_mistake_in_the_command(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(parent, "findings", FINDINGS)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert run("versions", "--runtime.platform", "cuda") == 2
+    (line,) = [
+        each for each in capsys.readouterr().err.splitlines() if each.startswith("error: --runtime.platform cuda")
+    ]
+    assert line
+
+
+# Numbers: sampler, learner, kernels.
+
+
+def test_a_sampler_that_agrees_and_a_learner_with_another_parameter():
+    sampled = parity.sample(CONFIG.shallow("float32"))
+    found = parity._exact(sampled)
+    assert found.ok and found.facts["tokens"] > 100, found
+    for name in ("qkv_bias", "attention_norm", "down"):
+        layers = sampled.params["layers"]
+        other = {**sampled.params, "layers": {**layers, name: layers[name] + 0.05}}
+        wrong = parity._exact(sampled._replace(params=other))
+        assert wrong.ok is False and "expected a gap of at most" in wrong.text and "XLA_FLAGS" in wrong.advice, name
+    nan = jax.tree.map(lambda leaf: leaf * jnp.nan, sampled.params)
+    assert parity._exact(sampled._replace(params=nan)).ok is False
+
+
+def test_a_sampler_that_forgets_its_cache_is_found(own_programs: None, monkeypatch: pytest.MonkeyPatch, capsys):
+    from aem_jax.models import decoder
+
+    whole = decoder.chunk_attention
+    forgets = lambda q, k, v, cached, *rest: whole(q, k, v, jnp.maximum(cached - 1, 0), *rest)  # noqa: E731
+    monkeypatch.setattr(decoder, "chunk_attention", forgets)
+    assert run("greedy") == 1
+    out = capsys.readouterr().out
+    assert "✗ greedy" in out and "tokens are not the argmax" in out and "would learn from wrong ratios" in out
+
+
+@pytest.mark.parametrize("check", [parity.int8_weights, parity.lora_merged])
+def test_other_ways_of_sampling_agree(check):
+    found = check(CONFIG)
+    assert found.ok and found.facts["tokens"] > 100, found
+
+
+def blind(q, k, v, segment_ids):
+    """Right, but for looking into other segments of the row."""
+    return row_attention(q, k, v, jnp.ones_like(segment_ids))
+
+
+def deaf(q, k, v, segment_ids):
+    """Right going forward, and without a gradient for the keys."""
+    return row_attention(q, jax.lax.stop_gradient(k), v, segment_ids)
+
+
+@pytest.mark.parametrize(("broken", "what"), [(None, ""), (blind, "out"), (deaf, "d_k")])
+def test_a_kernel_broken_on_purpose(broken, what: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(attention, "LENGTHS", {"cpu": (64,)})
+    if broken:
+        monkeypatch.setitem(KERNELS, "xla", KERNELS["xla"]._replace(attend=broken))  # pyright: ignore
+    assert run("attention-xla", "attention-cudnn") == (1 if broken else 0)
+    out = capsys.readouterr().out
+    assert "– attention-cudnn" in out and "a kernel of GPUs" in out
+    found = attention.xla(CONFIG)
+    if broken:
+        assert "✗ attention-xla" in out and "expected gaps of at most" in out and "memory errors" in out
+        assert found.facts["64"][what] > 0.1, found
+    else:
+        assert "✓ attention-xla" in out and max(found.facts["64"].values()) < 1e-5
+
+
+# Training steps: devices, programs, servers.
+
+
+def trajectory(number: int, ending: Ending, tokens: tuple[int, ...] = (3, 4)) -> Trajectory:
+    ids, zeros = np.asarray(tokens, np.int32), np.zeros(len(tokens), np.float32)
+    turn = Turn(ids, ids, zeros, zeros, 0.0, True)
+    return Trajectory(Task(str(number), "scripted", {}), number, 0, (turn,), ending, False)
+
+
+def test_steps_that_differ_are_told_apart():
+    played = [trajectory(n, Ending.TERMINATED) for n in range(3)]
+    one = training.Stepped(played, {"loss": 0.5, "grad_norm": 2.0}, {"w": np.ones(3)})
+    assert training.compare(one, one, "twice").ok
+    others = {
+        "1 of 6 sampled tokens differ": one._replace(
+            trajectories=[trajectory(0, Ending.TERMINATED, (3, 5)), *played[1:]]
+        ),
+        "2 of 6 sampled tokens differ": one._replace(trajectories=played[:2]),
+        "loss differs": one._replace(stats={"loss": 0.6, "grad_norm": 2.0}),
+        "grad_norm differs": one._replace(stats={"loss": 0.5, "grad_norm": float("nan")}),
+        "parameters differs": one._replace(params={"w": np.asarray([1.0, 1.0, 1.1])}),
+    }
+    for text, other in others.items():
+        found = training.compare(one, other, "twice")
+        assert found.ok is False and text in found.text and "CUDA_VISIBLE_DEVICES=0" in found.advice
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(2, (1, 1, 2)), (6, (3, 1, 2)), (8, (2, 2, 2)), (3, (3, 1, 1))])
+def test_all_devices_are_used(count: int, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    monkeypatch.setattr(training, "make_mesh", lambda config: config)
+    found: Any = training.every_device(ModelConfig(64, 32, 64, 1, 4, 2, 8))
+    assert (found.data, found.fsdp, found.tensor) == sizes
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_programs_compiled_in_later_steps_are_counted(again: bool, monkeypatch: pytest.MonkeyPatch):
+    def step(seed: int) -> None:
+        size = 3 + (seed if again else 0)
+        jax.jit(lambda x: x + seed)(jnp.zeros(size)) if again or seed == 0 else None
+
+    monkeypatch.setattr(training, "_tiny", lambda: SimpleNamespace(step=step))
+    found = training.recompiles(CONFIG)
+    assert found.ok is not again and (not again or "JAX_LOG_COMPILES" in found.advice)
+
+
+class Player:
+    """Plays without a model: all sessions at once, and those again whose server died, unless it gives up."""
+
+    def __init__(self, gives_up: bool) -> None:
+        self._gives_up = gives_up
+
+    def play(self, seed: int, pool: Any) -> tuple[list[Trajectory], RolloutStats]:
+        sessions, lost = range(pool.capacity), set()
+        self._reset(pool, sessions)
+        for _ in range(2):
+            for session in sessions:
+                try:
+                    pool.step(session, "go").result()
+                except EnvError:
+                    lost.add(session)
+        if not self._gives_up:
+            self._reset(pool, lost)
+        endings = [Ending.ENV_ERROR if self._gives_up and each in lost else Ending.TERMINATED for each in sessions]
+        retries = 0 if self._gives_up else len(lost)
+        return [trajectory(*each) for each in enumerate(endings)], RolloutStats(retries=retries)
+
+    def _reset(self, pool: Any, sessions: Iterable[int]) -> None:
+        for session in sessions:
+            pool.reset(session, {"seed": session}).result()
+
+
+def test_a_server_is_killed_and_no_episode_lost(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "_tiny", lambda: Player(gives_up=False))
+    found = training.servers(CONFIG)
+    assert found.ok and found.facts["restarts"] == 1 and found.facts["retries"] >= 1, found
+    monkeypatch.setattr(training, "_tiny", lambda: Player(gives_up=True))
+    found = training.servers(CONFIG)
+    assert found.ok is False and "of 32 episodes lost, the last error: environment server 0" in found.text
+    assert "ulimit" in found.advice
+
+
+def test_a_server_that_does_not_start_is_a_fault(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(training, "server_settings", lambda: ("scripted", {"min_turns": 9, "max_turns": 1}))
+    assert run("servers") == 1
+    out = capsys.readouterr().out
+    assert "✗ servers" in out and "it said: error: expected 1 <=" in out and "ulimit" in out, out
+
+
+def test_a_whole_step_is_played_and_learnt_without_compiling_again():
+    """The real trainer: what `mesh`, `recompiles` and `servers` run."""
+    with parity.full_precision():
+        trainer = training.Trainer(CONFIG.shape, parity.one_device(), episodes.SLOTS)
+        first = trainer.step(0)
+        before = compilations()
+        second = trainer.step(1)
+    assert compilations() == before
+    assert first.stats["parity_max"] < 1e-4 and second.stats["parity_max"] < 1e-4
+    assert training.compare(first, second, "two steps").ok is False  # something happens in them
+
+
+# The machine.
+
+
+def test_packages(monkeypatch: pytest.MonkeyPatch, capsys):
+    found = machine.versions(CONFIG)
+    assert found.ok and f"jax {jax.__version__}" in found.text and machine.missing_packages() is None
+    installed = machine._version
+    monkeypatch.setattr(
+        machine.importlib.metadata, "requires", lambda name: ["numpy>=99", "wandb>=1; extra == 'wandb'"]
+    )
+    found = machine.versions(CONFIG)
+    assert found.ok is False and "expected numpy>=99, got" in found.text and "wandb" not in found.text
+    plugin = SimpleNamespace(name="jax-cuda13-plugin")
+    monkeypatch.setattr(machine.importlib.metadata, "distributions", lambda: [plugin])
+    monkeypatch.setattr(machine, "_version", lambda name: "0.1" if name == plugin.name else installed(name))
+    assert "jax-cuda13-plugin 0.1 beside jaxlib" in machine.versions(CONFIG).text
+    monkeypatch.setattr(machine, "_version", lambda name: "" if name == "rich" else installed(name))
+    assert run() == 1
+    assert capsys.readouterr().err.startswith("x versions: not installed: rich\n  -> pip install")
+
+
+@pytest.mark.parametrize(
+    ("driver", "platforms", "ok", "text"),
+    [
+        ("580.159.04", "", False, "pip install 'aem_jax[cuda13]'"),
+        ("535.54.03", "", False, "pip install 'aem_jax[cuda12]'"),
+        ("580.159.04", "cpu", True, "left alone, since the platform is set to cpu"),
+    ],
+)
+def test_a_card_that_jax_does_not_use(driver, platforms, ok, text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!{sys.executable}\nprint('NVIDIA H100 80GB HBM3, {driver}, 81559')\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    found = machine.devices(CONFIG)
+    assert found.ok is ok and text in found.text + found.advice and "H100" in found.text
+
+
+def test_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert machine.memory(CONFIG).ok
+    total, free = machine.host_memory()
+    assert 2**28 < free <= total
+    monkeypatch.setattr(machine, "host_memory", lambda: (2**33, 2**20))
+    assert machine.memory(CONFIG).ok is False
+    config = DoctorConfig(model="tiny", runs_dir=str(tmp_path / "not yet" / "there"))
+    assert machine.disk(config).ok and not list(tmp_path.iterdir())  # nothing is left behind
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    found = machine.disk(config)
+    assert found.ok is False and "two checkpoints of tiny" in found.text
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in machine.disk(DoctorConfig(model="tiny", runs_dir=str(tmp_path / "file"))).text
+
+
+def test_no_sandbox_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for check, name in ((machine.bubblewrap, "bwrap"), (machine.docker, "docker"), (machine.podman, "podman")):
+        found = check(CONFIG)
+        assert found.ok is None and f"there is no `{name}` on the PATH" in found.text and "SWE" in found.advice
+    monkeypatch.setattr("aem_jax.envs.swe.containers.probe", lambda engine: "")
+    assert machine.docker(CONFIG).ok
+
+
+# Speed.
+
+
+def test_rates_and_their_shares(monkeypatch: pytest.MonkeyPatch):
+    rates = [summarise("sampler", what, "8 slots", "tokens/s", 1000, [0.5, 0.5]) for what in ("extend", "decode")]
+    monkeypatch.setattr(speed.bench_sampler, "run", lambda config: rates)
+    found = speed.decode(CONFIG)
+    assert found.ok and found.text == "decode 2,000 tokens/s; extend 2,000 tokens/s (8 slots)"
+    full = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**20})
+    monkeypatch.setattr(jax, "local_devices", lambda: [full])
+    lacking = speed.decode(DoctorConfig(model="qwen2.5-7b"))
+    assert lacking.ok is None and "qwen2.5-7b takes 43 GiB of each device" in lacking.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("cpu", None),
+    ],
+)
+def test_the_data_sheet_of_a_card(kind: str, name: str | None):
+    assert speed.data_sheet(kind) is (speed.GPUS[name] if name else None)

@@ -1,0 +1,449 @@
+"""Plans: what is read out of compiled programs agrees with closed forms, and what cannot work says what would."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from aem_jax.batch import BatchConfig
+from aem_jax.config.algorithms import AlgorithmConfig
+from aem_jax.config.presets import preset_names, read_preset
+from aem_jax.config.run import RunConfig
+from aem_jax.errors import ConfigError
+from aem_jax.launch import cli
+from aem_jax.learner import LearnerConfig
+from aem_jax.models import CONFIGS, LoraPolicy, Policy
+from aem_jax.models.config import ModelChoice, published
+from aem_jax.models.lora import LoraConfig
+from aem_jax.plan.analytic import demand, learn_flops, memory, useful_flops
+from aem_jax.plan.config import PlanConfig, plan_config
+from aem_jax.plan.costs import Collective, Costs, costs
+from aem_jax.plan.devices import GIB, GPUS, TPUS, parse_topology
+from aem_jax.plan.estimate import estimate
+from aem_jax.plan.hlo import parse
+from aem_jax.plan.make import make_plan
+from aem_jax.plan.workload import planned_model, workload
+from aem_jax.rollout.config import RolloutConfig
+from aem_jax.sampler import Sampler
+from aem_jax.sharding import MeshConfig, MeshDemand, choose_mesh, make_mesh
+
+HLO = """\
+HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0})->f32[8,16]{1,0}}
+
+%fused (p0: f32[4,8,16], p1: s32[]) -> f32[8,16] {
+  %p0 = f32[4,8,16]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %slice = f32[1,8,16]{2,1,0} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,8,16}
+  ROOT %out = f32[8,16]{1,0} bitcast(%slice)
+}
+
+%body (state: (s32[], f32[8,16], f32[4,8,16])) -> (s32[], f32[8,16], f32[4,8,16]) {
+  %state = (s32[], f32[8,16]{1,0:T(8,128)}, /*index=2*/f32[4,8,16]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[8,16]{1,0:T(8,128)} get-tuple-element(%state), index=1
+  %stack = f32[4,8,16]{2,1,0} get-tuple-element(%state), index=2
+  %layer = f32[8,16]{1,0} fusion(%stack, %i), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %gathered = f32[16,16]{1,0} all-gather(%layer), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %product = f32[8,16]{1,0} dot(%x, %gathered), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %sum = f32[8,16]{1,0} all-reduce(%product), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %next = (s32[], f32[8,16]{1,0}, f32[4,8,16]{2,1,0}) tuple(%i, %sum, %stack)
+}
+
+%condition (state.1: (s32[], f32[8,16], f32[4,8,16])) -> pred[] {
+  %state.1 = (s32[], f32[8,16]{1,0}, f32[4,8,16]{2,1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %limit = s32[]{:T(128)} constant(4)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (x.1: f32[8,16], w: f32[4,8,16]) -> f32[8,16] {
+  %x.1 = f32[8,16]{1,0} parameter(0)
+  %w = f32[4,8,16]{2,1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8,16]{1,0}, f32[4,8,16]{2,1,0}) tuple(%zero, %x.1, %w)
+  %loop = (s32[], f32[8,16]{1,0}, f32[4,8,16]{2,1,0}) while(%start), condition=%condition, body=%body
+  %send = f32[8,16]{1,0} collective-permute(%x.1), source_target_pairs={{0,1},{1,0}}
+  ROOT %result = f32[8,16]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    # 4 rounds of an 8x16 by 16x16 product: 4 * 2*8*16*16; a permute outside
+    found = costs(parse(HLO))
+    assert found.flops == 4 * 2 * 8 * 16 * 16
+    assert found.cycles == 4 * 100 and found.unknown_loops == 0
+    assert found.collectives == [
+        Collective("all-gather", 2 * 8 * 16 * 4, 2, (0, 4), 4.0),  # [2,4] transposed: 0 beside 4
+        Collective("all-reduce", 8 * 16 * 4, 4, (0, 1, 2, 3), 4.0),
+        Collective("collective-permute", 8 * 16 * 4, 2, (0, 1), 1.0),
+    ]
+    # a round: slice read and written (2), gathered (1 + 2), product (1 + 2 + 1), sum (1 + 1); then the permute (1 + 1)
+    # and the four bytes of each round's index
+    assert found.bytes == (4 * (2 + 3 + 4 + 2) + 2) * 8 * 16 * 4 + 4 * 4
+
+
+def test_a_slice_in_a_fusion_within_a_fusion_is_still_all_that_is_read():
+    inner = """\
+%inner (q0: f32[4,8,16], q1: s32[]) -> f32[8,16] {
+  %q0 = f32[4,8,16]{2,1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %slice = f32[1,8,16]{2,1,0} dynamic-slice(%q0, %q1), dynamic_slice_sizes={1,8,16}
+  ROOT %taken = f32[8,16]{1,0} bitcast(%slice)
+}
+
+"""
+    slice_start, slice_end = HLO.index("  %slice = "), HLO.index("  ROOT %out")
+    call = "  %slice = f32[8,16]{1,0} fusion(%p0, %p1), kind=kLoop, calls=%inner\n"
+    nested = HLO[:slice_start] + call + HLO[slice_end:]
+    module = parse(nested.replace("%fused (", inner + "%fused (", 1))
+    assert "inner" in module.computations
+    assert costs(module).bytes == costs(parse(HLO)).bytes
+
+
+def test_an_unrolled_loop_counts_by_more_than_one():
+    unrolled = HLO.replace(
+        "  ROOT %next = (s32[], f32[8,16]{1,0}, f32[4,8,16]{2,1,0}) tuple(%i, %sum, %stack)",
+        "  %two = s32[] constant(2)\n  %more = s32[] add(%i, %two)\n"
+        "  ROOT %next = (s32[], f32[8,16]{1,0}, f32[4,8,16]{2,1,0}) tuple(%more, %sum, %stack)",
+    )
+    assert costs(parse(unrolled)).flops == costs(parse(HLO)).flops / 2
+
+
+def test_a_product_that_a_gpu_leaves_to_cublas_counts_as_one():
+    numbers = '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[]'
+    product = "%product = f32[8,16]{1,0} dot(%x, %gathered), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    call = '%call = (f32[8,16]{1,0}, s8[4194304]{0}) custom-call(%x, %gathered), custom_call_target="__cublas$gemm", '
+    call += 'backend_config={"gemm_backend_config":{"beta":0,"dot_dimension_numbers":{' + numbers + "}}}\n"
+    call += "  %product = f32[8,16]{1,0} get-tuple-element(%call), index=0"
+    assert product in HLO
+    assert costs(parse(HLO.replace(product, call))) == costs(parse(HLO))  # its workspace is not written to memory
+
+
+def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
+    unknown = HLO.replace("%limit = s32[]{:T(128)} constant(4)", "%limit = s32[] get-tuple-element(%state.1), index=0")
+    found = costs(parse(unknown.replace("%zero = s32[] constant(0)", "%zero = s32[] parameter(2)")), rounds=7)
+    assert found.flops == 7 * 2 * 8 * 16 * 16 and found.unknown_loops == 1
+
+
+def test_a_batched_product_written_as_a_convolution_counts_what_meets():
+    # dot_general of [2,8,2048,...] on a TPU: batch dimensions as dilated windows; 2*8 products of 64x32 by 32x64
+    line = (
+        "%c = f32[2,8,64,64]{3,2,1,0} convolution(%a, %b), window={size=2x8 stride=1x7 lhs_dilate=2x8}, "
+        "dim_labels=01bf_01oi->01bf"
+    )
+    text = "\n".join(
+        [
+            "ENTRY %main (a: f32[2,8,64,32], b: f32[2,8,64,32]) -> f32[2,8,64,64] {",
+            "  %a = f32[2,8,64,32]{3,2,1,0} parameter(0)",
+            "  %b = f32[2,8,64,32]{3,2,1,0} parameter(1)",
+            f"  ROOT {line}",
+            "}",
+        ]
+    )
+    assert costs(parse(text)).flops == 2 * 8 * 2 * 64 * 64 * 32
+
+
+@pytest.mark.parametrize(
+    ("groups", "members"),
+    [
+        ("replica_groups={{3,1},{2,0}}", (3, 1)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,2,2]T(2,0,1)", (0, 2)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+    ],
+)
+def test_groups_are_read_in_all_their_spellings(groups: str, members: tuple[int, ...]):
+    text = HLO.replace("replica_groups={{0,1,2,3},{4,5,6,7}}", groups)
+    found = next(each for each in costs(parse(text)).collectives if each.kind == "all-reduce")
+    assert (found.members, found.group) == (members, len(members))
+
+
+def test_costs_of_a_compiled_scan_are_those_of_all_its_rounds():
+    """What XLA's own analysis gets wrong: it counts the scan's body once."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+
+    def step(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+    x = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=place("fsdp", None))
+    weights = jax.ShapeDtypeStruct((6, 64, 64), jnp.float32, sharding=place(None, None, "tensor"))
+    compiled = jax.jit(step).lower(x, weights).compile()
+    found = costs(parse(compiled.as_text() or ""))
+    assert found.flops == 6 * 2 * 32 * 64 * 64 / 8
+    assert {each.kind for each in found.collectives} == {"all-gather"} and found.unknown_loops == 0
+    assert sum(each.count for each in found.collectives) == 6
+
+
+SMALL = RunConfig(
+    model=ModelChoice(name="tiny", hidden_size=64, num_layers=9),  # scanned when sampling, too
+    rollout=RolloutConfig(
+        groups_per_step=2, group_size=4, num_slots=8, max_turns=2, response_tokens=8, context_tokens=64,
+        prompt_tokens=32, decode_chunk=8, extend_buckets=(16,), windows=(),
+    ),
+    batch=BatchConfig(rows=4),
+    learner=LearnerConfig(remat="layers", kl_coefficient=0.01),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_plan():
+    """Compiled for four simulated devices; the slow part of this file."""
+    config = replace(plan_config(SMALL), mesh=MeshConfig(1, 2, 2), programs=("update", "reshard", "decode"))
+    return make_plan(config, parse_topology("cpu:4"), by_hand=True)
+
+
+def test_compiled_flops_agree_with_the_closed_form(small_plan):
+    """On a CPU attention leaves out blocks behind the query, here none; rounding of heads and norms is not counted."""
+    for name in ("update", "decode"):
+        assert small_plan.costs[name].flops == pytest.approx(small_plan.closed_flops[name], rel=0.05), name
+    assert small_plan.costs["update"].unknown_loops == 1 and small_plan.costs["decode"].unknown_loops == 1
+    assert small_plan.costs["reshard"].flops == 0
+
+
+def test_resharding_gathers_over_fsdp_and_sampling_gathers_no_weights(small_plan):
+    kinds = {(each.kind, each.group) for each in small_plan.costs["reshard"].collectives}
+    assert kinds == {("all-gather", 2)}
+    matrix = 64 * 384 * 4 / 2  # the smallest of a layer's matrices in its tensor part, bytes
+    gathers = [each for each in small_plan.costs["decode"].collectives if each.kind == "all-gather"]
+    assert all(each.bytes < matrix for each in gathers)
+
+
+def test_memory_of_a_plan_is_the_compilers(small_plan):
+    count, program = small_plan.work.model.num_parameters, small_plan.programs["update"]
+    assert program.arguments > 12 * count / 4 and program.temporaries > 4 * count / 4
+    beside = small_plan.phases["update"] - program.total
+    assert beside == pytest.approx(small_plan.memory.reference + small_plan.memory.weights + small_plan.memory.cache)
+    assert small_plan.fits and not small_plan.advice
+    rate = small_plan.rates["update"]
+    assert 0 < rate.slowest <= rate.fastest and rate.slowest_mfu <= rate.fastest_mfu
+    json.dumps(small_plan.as_values())
+
+
+def test_closed_forms_by_hand():
+    work = workload(SMALL)
+    model = work.model
+    # a layer: q, k, v, o (4 + 2*2 + 4 heads of 32) and three of the MLP, all 64 wide; the head 1024 x 64
+    layer = 64 * ((4 + 2 + 2 + 4) * 32 + 3 * 384)
+    attention = 4 * 9 * 4 * 32 * 64
+    assert useful_flops(work) == 6 * (9 * layer + model.vocab_size * 64) + 3 * attention / 2
+    forward, head = 2 * 9 * layer + attention, 6 * model.vocab_size * 64
+    down = 2 * 9 * 64 * 384  # the last product of a layer is not computed again
+    assert learn_flops(work) == 4 * forward + head - down
+    assert learn_flops(replace(work, remat="none")) == 3 * forward + attention / 2 + head
+    # in blocks of 16 of 64 queries the mean query is shown 40 keys
+    assert learn_flops(replace(work, ratio="response")) == learn_flops(work) + head / 3
+    assert learn_flops(replace(work, ratio="trajectory")) == learn_flops(work) + forward + head / 3
+    assert learn_flops(work, 16) == 4 * (forward - attention * 24 / 64) + head - down
+    found = memory(work, MeshConfig(1, 2, 2))
+    count = model.num_parameters
+    assert (found.parameters, found.optimizer, found.weights) == (count, 2 * count, 2 * count)
+    assert (found.gradients, found.frozen) == (2 * count, 0)
+    # 8 slots of 64 + 16 places and 2 rows of prompts of 32 + 16, keys and values of 2 heads of 32 in 9 layers
+    assert found.cache == 2 * 9 * 2 * 32 * 4 * (8 * 80 + 2 * 48) / 4
+
+
+def test_a_value_head_is_trained_beside_either():
+    valued = replace(SMALL, algorithm=AlgorithmConfig("gae"))
+    adapted = replace(valued, lora=LoraConfig(rank=4))
+    for config in (valued, adapted):
+        work, plain = workload(config), workload(replace(config, algorithm=AlgorithmConfig()))
+        assert work.trained == plain.trained + work.model.hidden_size + 1  # w and b
+
+
+def test_adapters_leave_the_weights_as_they_are_used():
+    config = replace(SMALL, lora=LoraConfig(rank=4), learner=replace(SMALL.learner, moments="int8"))
+    work = workload(config)
+    count, adapter = work.model.num_parameters, LoraPolicy(Policy(work.model), work.lora)
+    assert work.trained == sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes))
+    found = memory(work, MeshConfig(1, 1, 1))
+    assert (found.frozen, found.reference) == (4 * count, 0)  # float32 is what this model is used in
+    assert (found.parameters, found.optimizer) == (4 * work.trained, 3 * work.trained)
+    beside = replace(work, lora=replace(work.lora, merge=False))
+    assert memory(beside, MeshConfig(1, 1, 1)).weights == 0  # the frozen ones are sampled from
+    assert memory(beside, MeshConfig(1, 2, 1)).weights == 4 * count  # they lie otherwise while learning
+
+
+def test_weights_in_int8_take_a_byte_of_each_of_the_layers_matrices():
+    config = replace(SMALL, sampling=replace(SMALL.sampling, weights="int8"))
+    work, plain = workload(config), workload(SMALL)
+    layers, mesh = 9 * 64 * ((4 + 2 + 2 + 4) * 32 + 3 * 384), MeshConfig(1, 2, 2)
+    assert memory(plain, mesh).weights - memory(work, mesh).weights == 3 * layers / 2  # float32 is this model's dtype
+    # the arrays themselves: codes and, in a model so narrow a thirtieth beside them, a scale for each output
+    shapes, dtypes = Policy(work.model).in_int8.shapes, Policy(work.model).in_int8.dtypes
+    total = sum(jax.tree.leaves(jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, shapes, dtypes)))
+    assert memory(work, MeshConfig(1, 1, 1)).weights == pytest.approx(total, rel=0.04)
+
+
+def test_a_cache_in_int8_takes_a_byte_of_each_number_and_a_scale_of_each_head():
+    config = replace(SMALL, sampling=replace(SMALL.sampling, cache="int8"))
+    work, mesh = workload(config), MeshConfig(1, 2, 2)
+    # 9 layers, 2 key heads of 32 numbers, keys and values: 32 codes and a float32, where there were 32 float32
+    assert (work.token_bytes, workload(SMALL).token_bytes) == (2 * 9 * 2 * 36, 2 * 9 * 2 * 128)
+    assert memory(work, mesh).cache == work.token_bytes * work.cached_tokens / 4
+    sampler = Sampler(Policy(work.model), config.sampling, [0], capacity=work.capacity, slack=work.slack)
+    state, prompts = sampler.abstract(work.slots), sampler.abstract(work.prompt_rows, work.prompt_tokens)
+    assert memory(work, MeshConfig(1, 1, 1)).cache == work.cohorts * state.cache_bytes + prompts.cache_bytes
+
+
+def test_seven_billion_parameters_with_adapters_fit_one_card(capsys):
+    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--lora.rank", "32", "--topology", "gpu:h100:1"]
+    assert cli.main([*words, "--batch.rows", "1"]) == 0
+    assert "frozen weights" in capsys.readouterr().out
+    assert cli.main(["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:1"]) == 1
+    assert "--lora.rank 16" in capsys.readouterr().out
+
+
+def test_seconds_are_bytes_over_bandwidth():
+    v5p = parse_topology("v5p:4x4x8")
+    ring = [Collective("all-gather", 4e9, 4, (0, 1, 2, 3), 10.0)]
+    line = tuple((x, 0, 0) for x in range(4))
+    found = estimate(Costs(flops=459e12, bytes=2.765e12, cycles=1.75e9, collectives=ring), v5p, line)
+    assert (found.compute, found.memory, found.compiler) == (1.0, 1.0, 1.0)
+    assert found.wire == pytest.approx(10 * 0.75 * 4e9 / 180e9)  # both links of one axis
+    assert found.roofline == 1.0 and found.serial == pytest.approx(1 + found.wire)
+    plane = tuple((x, y, 0) for x in range(2) for y in range(2))
+    assert estimate(Costs(collectives=ring), v5p, plane).wire == pytest.approx(found.wire / 2)  # two axes
+
+
+def test_topologies():
+    v5p, v7, h100 = (parse_topology(name) for name in ("v5p:4x4x8", "tpu7x:2x2x2", "gpu:h100:16"))
+    assert (v5p.num_chips, v5p.num_devices, v5p.kind) == (128, 128, "tpu")
+    assert (v7.num_chips, v7.num_devices, v7.memory) == (8, 16, 96 * GIB)
+    assert h100.wire((8,)) == 450e9 and h100.wire((16,)) == 50e9
+    assert parse_topology("v5e:4x4").wire((4, 1)) == 45e9 and parse_topology("v5e:16x16").wire((4, 1)) == 90e9
+    for chip in (*TPUS.values(), *GPUS.values()):
+        assert 1e13 < chip.peak < 1e16 and 16e9 <= chip.memory < 300e9 and 5e11 < chip.bandwidth < 1e13
+        assert 100 < chip.peak / chip.bandwidth < 600  # FLOPs a byte: all of them are far from balanced
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("v5q:4x4", "unknown device 'v5q'; did you mean 'v5"),
+        ("v5p:4x4", "expected v5p: and 3 sizes, as v5p:2x2x2"),
+        ("v6e:4x0", "expected v6e: and 2 sizes"),
+        ("gpu:h10:8", "unknown GPU 'h10'; did you mean 'h100'?"),
+        ("gpu:h100", "expected a number of devices"),
+        ("cpu:x", "expected a number of devices at the end of 'cpu:x', got 'x'"),
+    ],
+)
+def test_a_topology_that_is_none_is_one_line(name: str, complaint: str, capsys):
+    with pytest.raises(ConfigError, match=complaint.replace("?", r"\?")):
+        parse_topology(name)
+    assert cli.main(["plan", "--topology", name]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_gpus_are_estimated_and_say_so(capsys):
+    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:8"]
+    assert cli.main(words) == 0
+    told = capsys.readouterr().out
+    assert "ANALYTIC (GPUs are not compiled for without one)" in told and "fits:" in told
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["analytic"] and found["fits"] and found["programs"] == {} and found["parameters"] == 7_615_616_512
+    assert found["mesh"]["data"] * found["mesh"]["fsdp"] * found["mesh"]["tensor"] == 8
+
+
+def test_what_does_not_fit_says_what_would(capsys):
+    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--model.name", "qwen3-32b", "--topology", "gpu:h100:8"]
+    assert cli.main([*words, "--learner.remat", "none"]) == 1
+    told = capsys.readouterr().out
+    assert "does not fit: learning (update)" in told
+    assert "--learner.remat layers (saves about" in told and "--batch.rows" in told and "chips instead of 8" in told
+
+
+@pytest.mark.parametrize("preset", [name for name in preset_names() if not name.endswith("-tiny")])
+def test_presets_of_published_models_are_planned_without_their_files(preset: str):
+    config = read_preset(preset)
+    assert planned_model(config) == CONFIGS[preset.partition("-")[2]]
+    swe = preset.startswith("swe-")  # METHOD §6: 64 episodes a step and no KL there, 128 and 0.01 elsewhere
+    assert (config.rollout.groups_per_step, config.rollout.group_size) == (8 if swe else 16, 8)
+    assert config.rollout.context == ("append" if swe else "window")
+    assert config.learner.kl_coefficient == (0.0 if swe else 0.01)
+
+
+def test_published_models_by_name():
+    assert published("Qwen/Qwen2.5-7B-Instruct") is CONFIGS["qwen2.5-7b"]
+    assert published("meta-llama/Llama-3.2-1B-Instruct") is CONFIGS["llama-3.2-1b"]
+    assert published("meta-llama/Meta-Llama-3.1-8B") is CONFIGS["llama-3.1-8b"]
+    assert published("qwen3-8b") is None and published("someone/else") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--programs", "updat"], "expected programs to be compiled, got 'updat'; did you mean 'update'?"),
+        (["--mesh.fsdp", "3", "--topology", "gpu:h100:8"], "expected data x fsdp x tensor = 8 devices"),
+        (["--mesh.fsdp", "8", "--batch.rows", "4", "--topology", "gpu:h100:8"], "expected a multiple of mesh.data"),
+        (["--model.path", "someone/else", "--topology", "gpu:h100:8"], "give its sizes with --model.name"),
+        (["--topology", "gpu:h100:7"], "make rows and slots multiples of 7"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], complaint: str, capsys):
+    assert cli.main(["plan", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and complaint in line
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    words = ["plan", "--preset", "alfworld-qwen2.5-1.5b", "--topology", "v5p:2x2x4"]
+    assert cli.main(words) == 2
+    assert "pip install 'aem_jax[plan]'" in capsys.readouterr().err
+    assert cli.main([*words, "--analytic"]) == 0
+    assert "ANALYTIC (as asked)" in capsys.readouterr().out
+
+
+def test_help_is_there(capsys):
+    assert cli.main(["plan", "--help"]) == 0
+    assert "--topology" in capsys.readouterr().out
+
+
+def test_the_mesh_is_the_least_tensor_that_fits_then_wide_shards():
+    free = MeshDemand(state=1e9, weights=1e8, slots_bytes=1e9, rows=256, slots=256, embed=1536, split=(2, 8960))
+    assert choose_mesh(free, 8, 1e11) == MeshConfig(1, 8, 1)
+    assert choose_mesh(free, 256, 1e11) == MeshConfig(32, 8, 1)  # 1536 / 16 = 96 would be padded to 128
+    assert choose_mesh(replace(free, state=2e11), 32, 1e10) == MeshConfig(1, 32, 1)  # narrow shards, but it fits
+    assert choose_mesh(replace(free, weights=1.5e11), 4, 1e11) == MeshConfig(1, 2, 2)  # weights must be halved
+    assert choose_mesh(replace(free, rows=4), 8, 1e11) == MeshConfig(1, 4, 2)  # no more replicas than rows
+    hopeless = choose_mesh(replace(free, state=1e14), 8, 1e11)
+    assert hopeless.fsdp * hopeless.tensor == 8  # the least memory; that it does not fit is for the plan to say
+    with pytest.raises(ValueError, match="make rows and slots multiples of 4"):
+        choose_mesh(replace(free, rows=2), 8, 1e11)
+
+
+def test_the_demand_of_a_run_is_what_lies_on_one_device():
+    work = workload(SMALL)
+    asked, whole = demand(work), memory(work, MeshConfig(1, 1, 1))
+    assert asked.state + asked.weights + asked.slots_bytes == pytest.approx(whole.total)
+    assert asked.split == (2, 384, work.model.vocab_size)
+
+
+@pytest.mark.slow
+def test_a_tpu_program_is_compiled_without_a_tpu(tmp_path):
+    pytest.importorskip("libtpu")
+    words = ["--topology", "v5e:2x2", "--batch.rows", "4", "--programs", "decode", "--json"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-m", "aem_jax.launch", "plan", *words]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert not found["analytic"] and found["fits"]
+    assert found["costs"]["decode"]["flops"] == pytest.approx(found["closed_flops"]["decode"], rel=0.1)
+    assert found["seconds"]["decode"]["compiler"] > 0
+
+
+def test_plan_config_is_the_run_and_the_target():
+    config = plan_config(SMALL)
+    assert isinstance(config, PlanConfig) and config.rollout == SMALL.rollout

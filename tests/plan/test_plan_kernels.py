@@ -1,0 +1,101 @@
+"""Kernels in compiled programs: what XLA counts as nothing is counted in closed form, or named."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from aem_jax.config.presets import read_preset
+from aem_jax.launch import cli
+from aem_jax.plan.analytic import attention_flops, learn_flops
+from aem_jax.plan.config import PlanConfig, plan_config
+from aem_jax.plan.costs import costs
+from aem_jax.plan.devices import parse_topology
+from aem_jax.plan.estimate import estimate
+from aem_jax.plan.hlo import parse
+from aem_jax.plan.make import make_plan
+from aem_jax.plan.page import print_plan
+from aem_jax.plan.workload import workload
+
+# As libtpu prints a kernel: with line breaks inside the instruction.
+KERNEL = """\
+  %splash.2 = (f32[4,512,128]{2,1,0}, bf16[4,12,1024,128]{3,2,1,0}) custom-call(%mask, %q, %k), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q_dq\\": 512}"
+}}, metadata={op_name="jit(update)/while/body/shard_map/splash_mha_dq_segmented_no_residuals/pallas_call"}
+"""
+PROGRAM = f"""\
+ENTRY %main (mask: s8[1,2,2], q: bf16[4,12,1024,128], k: bf16[4,2,1024,128]) -> bf16[4,12,1024,128] {{
+  %mask = s8[1,2,2]{{2,1,0}} parameter(0)
+  %q = bf16[4,12,1024,128]{{3,2,1,0}} parameter(1)
+  %k = bf16[4,2,1024,128]{{3,2,1,0}} parameter(2)
+  %twice = bf16[4,12,1024,128]{{3,2,1,0}} fusion(%q), calls=%none, backend_config={{"estimated_cycles":"175"}}
+{KERNEL}
+  %other = bf16[8]{{0}} custom-call(%mask), custom_call_target="tpu_custom_call", metadata={{op_name="a/b/pallas_call"}}
+  %hint = bf16[8]{{0}} custom-call(%mask), custom_call_target="Sharding"
+  ROOT %out = bf16[4,12,1024,128]{{3,2,1,0}} get-tuple-element(%splash.2), index=1
+}}
+"""
+
+
+def test_a_known_kernel_is_counted_an_unknown_one_named():
+    found = costs(parse(PROGRAM))
+    # 4 rows, 12 heads of 128, three products of 2 FLOPs, 3 of the 4 pairs of blocks of 512
+    flops = 4 * 12 * 128 * 3 * 2 * 3 * 512**2
+    assert found.flops == flops
+    known, other = found.kernels
+    assert (known.name, known.flops, known.known) == ("splash_mha_dq_segmented_no_residuals", flops, True)
+    numbers = 4 * 1024 * 128
+    assert known.bytes == 2 * numbers * (12 + 12 + 2) + 4 * 4 * 512 * 128 + 4
+    assert (other.name, other.flops, other.known) == ("b", 0, False)
+    # beside what the compiler estimates, a kernel takes what the peaks say
+    v5p = parse_topology("v5p:2x2x1")
+    assert flops / v5p.peak > known.bytes / v5p.bandwidth
+    seconds = estimate(found, v5p).compiler
+    assert seconds == pytest.approx(175 / v5p.chip.clock + flops / v5p.peak + other.bytes / v5p.bandwidth)
+
+
+def test_a_single_row_has_no_dimension_of_its_own():
+    assert PROGRAM.count("[4,12,1024,128]")
+    one = PROGRAM.replace("[4,12,1024,128]{3,2,1,0}", "[12,1024,128]{2,1,0}")
+    assert costs(parse(one)).flops == costs(parse(PROGRAM)).flops / 4
+
+
+def test_the_closed_form_is_that_of_the_attention_that_the_target_takes():
+    """Splash goes backward with seven products where XLA's blocks take five, one of which a layer that is computed
+    again has made already; forward has two of them."""
+    config = plan_config(read_preset("alfworld-qwen2.5-1.5b"))
+    work = workload(config)
+    length = work.layout.row_length
+    blocks = length // 512
+    assert length % 512 == 0
+    attention = attention_flops(work.model, (blocks + 1) / 2 * 512)
+    assert learn_flops(work, kernel="splash") - learn_flops(work) == pytest.approx((7 - 4) / 2 * attention)
+    topology = parse_topology("v5p:2x2x1")
+    tokens = work.microbatch_tokens * work.rounds / topology.num_devices
+    for name, kernel in (("auto", "splash"), ("xla", "xla")):
+        plan = make_plan(_with(config, name), topology, by_hand=False)
+        assert plan.closed_flops["update"] == pytest.approx(learn_flops(work, kernel=kernel) * tokens)
+        assert plan.costs["update"].flops == pytest.approx(plan.closed_flops["update"])
+
+
+def _with(config: PlanConfig, attention: str) -> PlanConfig:
+    learner = replace(config.learner, attention=attention)  # pyright: ignore[reportArgumentType]
+    return replace(config, analytic=True, learner=learner)
+
+
+def test_the_page_says_what_is_counted_how():
+    config = plan_config(read_preset("alfworld-qwen2.5-1.5b"))
+    plan = make_plan(_with(config, "auto"), parse_topology("v5p:2x2x1"), by_hand=False)
+    plan.costs["update"] = costs(parse(PROGRAM))
+    text = io.StringIO()
+    print_plan(plan, Console(file=text, width=200))
+    assert "in closed form and timed at the peaks (splash_mha_dq_segmented_no_residuals)" in text.getvalue()
+    assert "not counted in learning, a microbatch: FLOPs of the kernels b" in text.getvalue()
+
+
+def test_a_kernel_of_another_device_is_one_line(capsys):
+    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:8", "--learner.attention", "splash"]
+    assert cli.main(words) == 2
+    assert "--learner.attention: expected auto, cudnn or triton or xla on a GPU, got splash" in capsys.readouterr().err
