@@ -24,7 +24,7 @@ from aem_jax.advantage import grpo, of_returns, over_trajectories
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.bench.chat import ByteChat
 from aem_jax.credit import AemConfig, Credit, make_credit
-from aem_jax.envs.pool import EnvPool, PoolConfig
+from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.learner import LearnerConfig, TrainState, init_state, make_optimizer, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig

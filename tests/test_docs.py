@@ -36,7 +36,7 @@ def test_an_estimator_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch):
     page = (REPOSITORY / "docs" / "algorithms.md").read_text().partition("## Adding an estimator")[2]
     function, line, check = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     assert line.count("\n") == 1
-    source = (REPOSITORY / "aem_jax" / "launch" / "algorithm.py").read_text()
+    source = (REPOSITORY / "aem_jax" / "config" / "algorithms.py").read_text()
     table = re.search(r"^ESTIMATORS: .* = \{\n", source, re.MULTILINE)
     assert table
     source = source[: table.start()] + function + table[0] + line + source[table.end() :]

@@ -15,10 +15,10 @@ import pytest
 from aem_jax.config import components
 from aem_jax.config.options import apply, split
 from aem_jax.config.presets import read_preset
-from aem_jax.envs import conformance_wire
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.tasks import load_game
-from aem_jax.envs.pool import EnvPool
+from aem_jax.envs.serving.pool import EnvPool
+from aem_jax.envs.testing import conformance_wire
 from aem_jax.launch.domains import DOMAINS, texts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -78,7 +78,7 @@ def test_the_environment_conforms(guess: Path):
 
 def test_it_is_served_and_the_suite_passes(guess: Path, capsys: pytest.CaptureFixture):
     serve, check = commands(blocks("Bring your own environment", "sh")[0])
-    assert serve[:4] == [*LAUNCH, "serve"] and check[:3] == ["python", "-m", "aem_jax.envs.conformance_wire"]
+    assert serve[:4] == [*LAUNCH, "serve"] and check[:3] == ["python", "-m", "aem_jax.envs.testing.conformance_wire"]
     line = [sys.executable, *serve[1:], "--port", "0"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
@@ -121,7 +121,7 @@ def test_the_mappings_are_those_of_the_recordings():
 
 
 def test_every_field_of_a_mapping_is_explained():
-    from aem_jax.envs.wire import WireMapping
+    from aem_jax.envs.serving.field_mapping import WireMapping
 
     rows = re.findall(r"^\| (`.*?) \|", section("OpenEnv's servers"), flags=re.MULTILINE)
     explained = {name.replace("-", "_") for row in rows for name in re.findall(r"`([\w-]+)`", row)}

@@ -38,7 +38,7 @@ def module_name(path: Path) -> str:
 
 
 def room_of(module: str) -> str | None:
-    """`aem_jax.envs.pool` -> `envs`; None for the package itself."""
+    """`aem_jax.envs.serving.pool` -> `envs`; None for the package itself."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else None
 
@@ -161,7 +161,7 @@ def test_modules_have_no_import_cycle():
         ("aem_jax.losses", "from aem_jax.advantage import aem", "jax alone"),
         ("aem_jax.models.decoder", "from aem_jax.sharding import axes", None),
         ("aem_jax.sharding", "from aem_jax import models", "ignore each other"),
-        ("aem_jax.envs.pool", "def f():\n    import jax", "no JAX"),
+        ("aem_jax.envs.serving.pool", "def f():\n    import jax", "no JAX"),
         ("aem_jax.envs.pool", "from ..trajectory import Task", "ignore each other"),
         ("aem_jax.models.decoder", "from transformers import AutoTokenizer", "only tokenizer"),
         ("aem_jax.rollout", "from aem_jax import train", "downward"),

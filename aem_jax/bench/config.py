@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from aem_jax.distributed.config import RuntimeConfig
-from aem_jax.envs.scripted import ScriptedConfig
+from aem_jax.envs.testing.scripted import ScriptedConfig
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.rollout.config import RolloutConfig
 

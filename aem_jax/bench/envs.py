@@ -5,7 +5,7 @@ from typing import Any
 
 from aem_jax.bench.config import BenchConfig
 from aem_jax.bench.measure import Measurement, summarise, timed
-from aem_jax.envs.pool import EnvPool, PoolConfig
+from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 
 ROUNDS = 50
 """Steps of each session in one repetition."""

@@ -20,8 +20,8 @@ import numpy as np
 
 from aem_jax.bench.config import BenchConfig
 from aem_jax.bench.measure import Measurement, summarise
-from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.envs.protocol import EnvError, StepResult
+from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 
 EPISODE = 50
 """Steps of an episode, after which a session is reset."""

@@ -1,6 +1,6 @@
 """Whole episodes: the rollout's engine and its environment servers, on scripted episodes of long-tailed length.
 
-Episode lengths, latencies and observations are scripted (`aem_jax.envs.scripted`), response lengths come from a set of
+Episode lengths, latencies and observations are scripted (`envs.testing.scripted`), response lengths come from a set of
 stop ids that random weights hit by chance (`ByteChat`). All modes of the engine play the same episodes with the same
 keys, in turn, in one process.
 """
@@ -24,7 +24,7 @@ from aem_jax.bench.measure import Measurement, summarise
 from aem_jax.bench.roofline import roofline
 from aem_jax.compilations import compilations
 from aem_jax.config.components import known_model
-from aem_jax.envs.pool import EnvPool, PoolConfig
+from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.errors import ConfigError
 from aem_jax.models import Policy
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats

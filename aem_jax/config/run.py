@@ -17,7 +17,7 @@ from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.envs.alfworld.env import AlfworldConfig
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.openenv.config import OpenEnvConfig
-from aem_jax.envs.pool import PoolConfig
+from aem_jax.envs.serving.pool import PoolConfig
 from aem_jax.envs.swe.choices import ChoicesConfig
 from aem_jax.envs.swe.env import SweConfig
 from aem_jax.envs.swe.tasks import TasksConfig

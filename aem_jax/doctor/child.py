@@ -17,7 +17,7 @@ from typing import Any
 from aem_jax.config.overrides import override
 from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.finding import CHECKS, Finding, first_line
-from aem_jax.envs.server import end_with_parent
+from aem_jax.envs.serving.server import end_with_parent
 from aem_jax.errors import ConfigError
 
 ON_CPU, ON_ACCELERATOR = "tiny", "qwen2.5-0.5b"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from aem_jax.batch import Batch, BatchLayout, collate, place
 from aem_jax.bench.chat import ByteChat
 from aem_jax.envs.protocol import StepResult
-from aem_jax.envs.scripted import ScriptedConfig, ScriptedEnv
+from aem_jax.envs.testing.scripted import ScriptedConfig, ScriptedEnv
 from aem_jax.models import LoraPolicy, ModelConfig, Params, Policy
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.rollout.seats import Pool

@@ -194,7 +194,7 @@ def disk(config: "DoctorConfig") -> Finding:
 
 def bubblewrap(config: "DoctorConfig") -> Finding:
     """Whether SWE tasks can run in bubblewrap."""
-    from aem_jax.envs.swe.bubblewrap import probe
+    from aem_jax.envs.swe.sandbox.bubblewrap import probe
 
     return _sandbox(probe(), "apt install bubblewrap; it needs user namespaces (docs/swe.md)")
 
@@ -210,7 +210,7 @@ def podman(config: "DoctorConfig") -> Finding:
 
 
 def _containers(engine: str) -> Finding:
-    from aem_jax.envs.swe.containers import probe
+    from aem_jax.envs.swe.sandbox.containers import probe
 
     return _sandbox(probe(engine), f"start a {engine} that this user may use")
 

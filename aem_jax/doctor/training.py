@@ -19,8 +19,8 @@ from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.episodes import SLOTS, fits, make_sampler, packed, play, random_params, server_settings
 from aem_jax.doctor.finding import Finding, first_line, judge
 from aem_jax.doctor.parity import full_precision, one_device
-from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.envs.protocol import EnvError, StepResult
+from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout.seats import Pool

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from aem_jax.envs.plain import described, flag, number, plain
+from aem_jax.envs.serving.plain import described, flag, number, plain
 from aem_jax.files import valid_json, valid_text
 
 INVALID_JSON = "INVALID_JSON"

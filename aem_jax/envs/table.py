@@ -40,14 +40,14 @@ class EnvironmentSpec:
 
 
 def _echo(settings: Mapping[str, Any]) -> Callable[[], Environment]:
-    from aem_jax.envs.echo import EchoConfig, EchoEnv
+    from aem_jax.envs.testing.echo import EchoConfig, EchoEnv
 
     config = config_from(EchoConfig, settings)
     return lambda: EchoEnv(config)
 
 
 def _scripted(settings: Mapping[str, Any]) -> Callable[[], Environment]:
-    from aem_jax.envs.scripted import ScriptedConfig, ScriptedEnv
+    from aem_jax.envs.testing.scripted import ScriptedConfig, ScriptedEnv
 
     config = config_from(ScriptedConfig, settings)
     return lambda: ScriptedEnv(config)
@@ -95,8 +95,8 @@ def _webshop_site(settings: Mapping[str, Any]):
 def _swe(settings: Mapping[str, Any]) -> Callable[[], Environment]:
     from aem_jax.envs.swe.env import SweConfig, SweEnv
     from aem_jax.envs.swe.payload import load_task
-    from aem_jax.envs.swe.runtimes import choose_runtime
-    from aem_jax.envs.swe.sandbox import SandboxError
+    from aem_jax.envs.swe.sandbox.choose import choose_runtime
+    from aem_jax.envs.swe.sandbox.workspace import SandboxError
 
     config = config_from(SweConfig, settings)
     try:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aem_jax.config.overrides import nearest
-from aem_jax.envs.address import ALL_ADDRESSES, connectable
-from aem_jax.envs.server import ServerConfig, serve
+from aem_jax.envs.serving.address import ALL_ADDRESSES, connectable
+from aem_jax.envs.serving.server import ServerConfig, serve
 from aem_jax.envs.table import ENVIRONMENTS, SITES, settings_from_json
 from aem_jax.errors import ConfigError
 

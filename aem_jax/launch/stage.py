@@ -19,7 +19,7 @@ from aem_jax.config.run import RunConfig
 from aem_jax.distributed import Hosts
 from aem_jax.distributed.join import share_urls
 from aem_jax.distributed.signals import StopRequest, stop_on_signals
-from aem_jax.envs.pool import EnvPool
+from aem_jax.envs.serving.pool import EnvPool
 from aem_jax.launch import init_from
 from aem_jax.launch.domains import DOMAINS, Domain, texts
 from aem_jax.launch.mesh import open_mesh

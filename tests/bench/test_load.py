@@ -5,9 +5,9 @@ from concurrent.futures import Future
 import pytest
 
 from aem_jax.bench.load import EPISODE, put_under_load
-from aem_jax.envs.echo import EchoEnv
-from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.serving.pool import EnvPool, PoolConfig
+from aem_jax.envs.testing.echo import EchoEnv
 
 
 def test_many_sessions_of_one_server_each_hear_their_own():

@@ -478,7 +478,7 @@ def test_no_sandbox_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for check, name in ((machine.bubblewrap, "bwrap"), (machine.docker, "docker"), (machine.podman, "podman")):
         found = check(CONFIG)
         assert found.ok is None and f"there is no `{name}` on the PATH" in found.text and "SWE" in found.advice
-    monkeypatch.setattr("aem_jax.envs.swe.containers.probe", lambda engine: "")
+    monkeypatch.setattr("aem_jax.envs.swe.sandbox.containers.probe", lambda engine: "")
     assert machine.docker(CONFIG).ok
 
 

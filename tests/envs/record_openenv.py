@@ -16,8 +16,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from aem_jax.envs import protocol
-from aem_jax.envs.client import websocket_url
-from aem_jax.envs.wire import WireMapping, step_encoder
+from aem_jax.envs.serving.client import websocket_url
+from aem_jax.envs.serving.field_mapping import WireMapping, step_encoder
 
 UNKNOWN_STEP = json.dumps({"type": "step", "data": {"no such field": "x"}})
 

@@ -20,7 +20,7 @@ from envs.alfworld_variants import first_release
 
 from aem_jax.envs.alfworld.engine import Game, start
 from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
-from aem_jax.envs.replay import ALFWORLD_FIELDS
+from aem_jax.envs.testing.replay import ALFWORLD_FIELDS
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parents[2] / "shared" / "alfworld"

@@ -17,21 +17,21 @@ import pytest
 
 pytest.importorskip("openenv.core.generic_client", reason="OpenEnv (pip install openenv-core) is not installed")
 
-from envs.serving import served
+from envs.servers import served
 from envs.swe.sandboxes import working_bubblewrap
 from envs.swe.test_calls import block
 from openenv.core.generic_client import GenericEnvClient
 
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.alfworld.tasks import GeneratedTasks
-from aem_jax.envs.conformance_wire import ServerSubject, check_server
-from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.serving.field_mapping import WireMapping
+from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.envs.swe.tasks import generated_tasks, whole_payload
 from aem_jax.envs.table import environment_spec
+from aem_jax.envs.testing.conformance_wire import ServerSubject, check_server
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 from aem_jax.envs.webshop.tasks import goal_tasks
-from aem_jax.envs.wire import WireMapping
 
 BARE = WireMapping(
     won_field="", truncated_field="", terminated_field="", valid_field="", admissible_field="", info_field=""

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from envs.record_openenv import UNKNOWN_STEP, requests
-from envs.serving import foreign_server
+from envs.servers import foreign_server
 
-from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.envs.protocol import RefusedError, StepResult
+from aem_jax.envs.serving.field_mapping import WireMapping, decode_step
+from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.envs.table import config_from
-from aem_jax.envs.wire import WireMapping, decode_step
 
 FOLDER = Path(__file__).with_name("openenv_recorded")
 FILES = sorted(FOLDER.glob("*.jsonl"))

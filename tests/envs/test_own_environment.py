@@ -7,13 +7,13 @@ import signal
 import sys
 
 import pytest
-from envs.serving import REPOSITORY, run_server, served
+from envs.servers import REPOSITORY, run_server, served
 
-from aem_jax.envs.client import RemoteEnvironment
 from aem_jax.envs.play import play
-from aem_jax.envs.pool import EnvPool, PoolConfig
 from aem_jax.envs.protocol import EnvError
-from aem_jax.envs.session import Session
+from aem_jax.envs.serving.client import RemoteEnvironment
+from aem_jax.envs.serving.pool import EnvPool, PoolConfig
+from aem_jax.envs.serving.session import Session
 from aem_jax.envs.table import environment_spec
 
 SOURCE = '''
@@ -145,7 +145,7 @@ def test_an_answer_that_is_none_is_said(source, name, why):
     assert re.search(why, said[name == "Vague"]), said
 
 
-ECHO = f"{sys.executable} -m aem_jax.envs.server echo --sessions 1 --port {{port}}"
+ECHO = f"{sys.executable} -m aem_jax.envs.serving.server echo --sessions 1 --port {{port}}"
 
 
 def small(command, **changes):

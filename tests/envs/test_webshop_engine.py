@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from envs.webshop_golden import three_products, unpack
 
-from aem_jax.envs import replay
+from aem_jax.envs.testing import replay
 from aem_jax.envs.webshop import taggers
 from aem_jax.envs.webshop.engine import Shop, Visit
 from aem_jax.envs.webshop.goals import Goal, goal_from_json

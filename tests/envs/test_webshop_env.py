@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from envs.serving import served
+from envs.servers import served
 from envs.webshop_golden import item, unpack
 
 from aem_jax.envs.actions import extract_action
-from aem_jax.envs.client import websocket_url
-from aem_jax.envs.conformance import Subject, check_environment
-from aem_jax.envs.conformance_wire import ServerSubject, check_server
+from aem_jax.envs.serving.client import websocket_url
 from aem_jax.envs.table import environment_spec
+from aem_jax.envs.testing.conformance import Subject, check_environment
+from aem_jax.envs.testing.conformance_wire import ServerSubject, check_server
 from aem_jax.envs.webshop.catalog import Catalog
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
 from aem_jax.envs.webshop.fields import FIELDS

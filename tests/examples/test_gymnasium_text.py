@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("gymnasium", reason="gymnasium (pip install gymnasium) is not installed")
 
-from aem_jax.envs.conformance import Subject, check_environment
+from aem_jax.envs.testing.conformance import Subject, check_environment
 from examples.gymnasium_text import blackjack, frozen_lake
 
 

@@ -7,7 +7,7 @@ from aem_jax.launch import cli
 
 ENV = """
 from pathlib import Path
-from aem_jax.envs.echo import EchoEnv
+from aem_jax.envs.testing.echo import EchoEnv
 
 HERE = Path(__file__).parent
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from envs.serving import REPOSITORY, served
+from envs.servers import REPOSITORY, served
 
 from aem_jax.config import components
 from aem_jax.config.options import apply, split
@@ -144,13 +144,13 @@ def test_chance_talks_to_a_server_so_that_there_is_a_tokenizer(monkeypatch: pyte
     # three episodes of four turns, in which nobody says the word: what was heard, what was said, in turn
     assert len(heard) == 24 and heard[::8] == ["say hi"] * 3 and set(heard[1::2]) == {"ho", "hu"}
     assert heard[2] == f"1: {heard[1]}"
-    command = f"{sys.executable} -m aem_jax.envs.server echo --port {{port}}"
+    command = f"{sys.executable} -m aem_jax.envs.serving.server echo --port {{port}}"
     assert said(domain("--env.command", command, *ECHO)) == heard
 
 
 MINE = """
 import os
-from aem_jax.envs.echo import EchoConfig, EchoEnv
+from aem_jax.envs.testing.echo import EchoConfig, EchoEnv
 
 print("pygame says hello")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.envs.pool import EnvPool, PoolConfig
+from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.launch import cli
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from aem_jax.envs.pool import EnvPool, PoolConfig
+from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig

@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from aem_jax.envs.swe.bubblewrap import BubblewrapConfig
-from aem_jax.envs.swe.containers import ContainerConfig
 from aem_jax.envs.swe.env import SweConfig
 from aem_jax.envs.swe.grading import Report, grade
-from aem_jax.envs.swe.sandbox import Limits, Runtime, SandboxError
+from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
+from aem_jax.envs.swe.sandbox.containers import ContainerConfig
+from aem_jax.envs.swe.sandbox.workspace import Limits, Runtime, SandboxError
 from aem_jax.envs.swe.tasks import BugTask, file_tasks, generated_tasks, load_task
 
 LIMITS = Limits(seconds=60.0, memory_mib=1024)
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--read-only", nargs="*", default=(), help="further paths of this machine, for bubblewrap")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else there")
     options = parser.parse_args(arguments)
-    from aem_jax.envs.swe.runtimes import choose_runtime
+    from aem_jax.envs.swe.sandbox.choose import choose_runtime
 
     start = time.monotonic()
     try:

@@ -23,13 +23,13 @@ from typing import Any
 
 from aem_jax.envs.actions import extract_action
 from aem_jax.envs.protocol import StepResult
-from aem_jax.envs.swe.containers import ContainerConfig, Containers
 from aem_jax.envs.swe.generate.mutate import Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import package
 from aem_jax.envs.swe.generate.tasks import Bug, bug, checkout, instance
 from aem_jax.envs.swe.grading import TIMED_OUT, grade
-from aem_jax.envs.swe.runtimes import choose_runtime
-from aem_jax.envs.swe.sandbox import Limits, Runtime, SandboxError
+from aem_jax.envs.swe.sandbox.choose import choose_runtime
+from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers
+from aem_jax.envs.swe.sandbox.workspace import Limits, Runtime, SandboxError
 
 ALL_PASS = "all pass"
 SEVERAL = "several causes"

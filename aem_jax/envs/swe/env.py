@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aem_jax.envs.protocol import StepResult
-from aem_jax.envs.swe.bubblewrap import BubblewrapConfig
-from aem_jax.envs.swe.containers import ContainerConfig
 from aem_jax.envs.swe.grading import Report, grade
 from aem_jax.envs.swe.instance import Instance
 from aem_jax.envs.swe.patches import model_patch, save_base
-from aem_jax.envs.swe.runtimes import choose_runtime
-from aem_jax.envs.swe.sandbox import Checkout, Limits, Runtime, Workspace, WorkspaceError
+from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
+from aem_jax.envs.swe.sandbox.choose import choose_runtime
+from aem_jax.envs.swe.sandbox.containers import ContainerConfig
+from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Runtime, Workspace, WorkspaceError
 from aem_jax.envs.swe.tools import DESCRIPTION, Tools
 
 PROMPT = """\

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
 from aem_jax.envs.swe.log_parsers import Statuses, parser
 from aem_jax.envs.swe.patches import patched_files
-from aem_jax.envs.swe.sandbox import Checkout, Limits, Runtime, Workspace
+from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Runtime, Workspace
 
 APPLY_FAILED = ">>>>> Patch Apply Failed"
 TIMED_OUT = ">>>>> Tests Timed Out"

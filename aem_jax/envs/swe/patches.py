@@ -10,7 +10,7 @@ an empty folder afterwards. All of it happens inside the sandbox; the host sees 
 import re
 from dataclasses import replace
 
-from aem_jax.envs.swe.sandbox import Limits, SandboxError, Workspace, WorkspaceError
+from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError, Workspace, WorkspaceError
 
 _SAVE = "tar --create --file=/tmp/.base.tar .git"
 

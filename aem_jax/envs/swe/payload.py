@@ -13,7 +13,7 @@ from typing import Any
 
 from aem_jax.envs.swe.instance import Instance, from_row, to_row
 from aem_jax.envs.swe.repos import files_checkout, mirror_checkout
-from aem_jax.envs.swe.sandbox import Checkout
+from aem_jax.envs.swe.sandbox.workspace import Checkout
 from aem_jax.files import parse_json
 
 

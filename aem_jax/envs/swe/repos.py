@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from aem_jax.envs.swe.instance import Instance
-from aem_jax.envs.swe.sandbox import Checkout
+from aem_jax.envs.swe.sandbox.workspace import Checkout
 
 _NAME, _EMAIL, _DATE = "base", "base@example.invalid", "946684800 +0000"
 _MESSAGE = "base\n"

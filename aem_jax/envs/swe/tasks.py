@@ -17,7 +17,7 @@ from aem_jax.envs.swe.generate import tasks as generated
 from aem_jax.envs.swe.instance import Instance, read_instances, to_row
 from aem_jax.envs.swe.payload import load_task as payload_task
 from aem_jax.envs.swe.payload import make_payload
-from aem_jax.envs.swe.sandbox import Checkout
+from aem_jax.envs.swe.sandbox.workspace import Checkout
 
 GENERATED = "generated"
 """In place of a file: generated tasks, beside a file of the others."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from aem_jax.envs.swe.calls import EXAMPLE, Call, CallError, find_call
-from aem_jax.envs.swe.sandbox import TESTBED, Limits, Outcome, Workspace, WorkspaceError
+from aem_jax.envs.swe.sandbox.workspace import TESTBED, Limits, Outcome, Workspace, WorkspaceError
 
 DESCRIPTION = f"""\
 You can use these tools. Write one call in each response, in exactly this form:

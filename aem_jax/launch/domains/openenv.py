@@ -15,9 +15,9 @@ from typing import Any
 
 from aem_jax.config.run import RunConfig
 from aem_jax.envs.play import Act
-from aem_jax.envs.pool import EnvPool
-from aem_jax.envs.pool_config import PoolConfig
 from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.serving.config import PoolConfig
+from aem_jax.envs.serving.pool import EnvPool
 from aem_jax.files import parse_json, read_json_lines
 from aem_jax.launch.domains.domain import Domain, check_one_set
 from aem_jax.trajectory import Task

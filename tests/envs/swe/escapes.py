@@ -9,8 +9,8 @@ from pathlib import Path
 from textwrap import dedent
 
 import aem_jax
-from aem_jax.envs.swe import seccomp
-from aem_jax.envs.swe.sandbox import Limits, Outcome
+from aem_jax.envs.swe.sandbox import seccomp
+from aem_jax.envs.swe.sandbox.workspace import Limits, Outcome
 
 LIMITS = Limits(seconds=60, memory_mib=128, processes=24, file_mib=8, disk_mib=32, output_bytes=8192)
 

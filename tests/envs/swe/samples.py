@@ -13,7 +13,7 @@ from pathlib import Path
 
 from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
 from aem_jax.envs.swe.repos import commit_id
-from aem_jax.envs.swe.sandbox import Checkout, Limits, Outcome
+from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Outcome
 
 ROW = {
     "instance_id": "own__calc-1",

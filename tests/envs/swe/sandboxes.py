@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.envs.swe import bubblewrap
 from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
 from aem_jax.envs.swe.repos import commit_id, files_checkout
-from aem_jax.envs.swe.sandbox import Limits
+from aem_jax.envs.swe.sandbox import bubblewrap
+from aem_jax.envs.swe.sandbox.workspace import Limits
 
 _why_not = lru_cache(bubblewrap.probe)
 

@@ -7,10 +7,11 @@ import sys
 import pytest
 from envs.swe.samples import CALC, FakeRuntime, calc
 
-from aem_jax.envs.swe import repos, runtimes
+from aem_jax.envs.swe import repos
 from aem_jax.envs.swe.check import main
 from aem_jax.envs.swe.env import SweConfig
 from aem_jax.envs.swe.instance import to_row
+from aem_jax.envs.swe.sandbox import choose
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def mirror(tmp_path_factory):
 def check(tmp_path, monkeypatch, mirror, *changes, more=()):
     folder, row = mirror
     (tmp_path / "work").mkdir()
-    monkeypatch.setattr(runtimes, "choose_runtime", lambda *_, **__: FakeRuntime(tmp_path / "work"))
+    monkeypatch.setattr(choose, "choose_runtime", lambda *_, **__: FakeRuntime(tmp_path / "work"))
     rows = [row | {"instance_id": f"own__calc-{i}"} | change for i, change in enumerate(changes)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     return main([str(tmp_path / "data.jsonl"), "--repos", str(folder), *more])

@@ -12,12 +12,12 @@ from aem_jax.envs.swe.choices import (
     make_failing,
     remembered,
 )
-from aem_jax.envs.swe.containers import Containers
 from aem_jax.envs.swe.generate.mutate import apply
 from aem_jax.envs.swe.generate.packages import package
 from aem_jax.envs.swe.generate.tasks import DIFFICULTIES, bug, bugs
 from aem_jax.envs.swe.grading import TIMED_OUT, Report
-from aem_jax.envs.swe.sandbox import Limits, SandboxError
+from aem_jax.envs.swe.sandbox.containers import Containers
+from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError
 from aem_jax.envs.swe.tasks import generated_tasks
 
 EASY = generated_tasks("train", ["easy"])[0].payload

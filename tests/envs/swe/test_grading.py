@@ -10,7 +10,7 @@ from aem_jax.envs.swe.grading import Report, grade, judge, read_log
 from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, from_row
 from aem_jax.envs.swe.log_parsers import parse_pytest, parse_pytest_options, parse_pytest_v2, parser
 from aem_jax.envs.swe.repos import files_checkout
-from aem_jax.envs.swe.sandbox import Limits
+from aem_jax.envs.swe.sandbox.workspace import Limits
 
 OFFICIAL = json.loads(RECORDED.read_text())["patches"]
 EVEN, MEAN = "tests/test_calc.py::test_median_even", "tests/test_calc.py::test_mean"

@@ -6,7 +6,7 @@ from envs.swe.sandboxes import CHECKOUT, FILES, INSTANCE, QUICK, working_bubblew
 from envs.swe.test_calls import block
 
 from aem_jax.envs.swe.patches import model_patch, save_base
-from aem_jax.envs.swe.sandbox import WorkspaceError
+from aem_jax.envs.swe.sandbox.workspace import WorkspaceError
 from aem_jax.envs.swe.tools import LARGEST_FILE, Tools
 
 TEXT = "one\ntwo\nthree\ntwo\n"

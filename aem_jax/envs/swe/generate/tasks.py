@@ -19,7 +19,7 @@ from aem_jax.envs.swe.generate.mutate import Edit, apply
 from aem_jax.envs.swe.generate.packages import Package, package
 from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
 from aem_jax.envs.swe.repos import commit_id, files_checkout
-from aem_jax.envs.swe.sandbox import Checkout
+from aem_jax.envs.swe.sandbox.workspace import Checkout
 
 SPLITS = ("train", "valid", "test")
 DIFFICULTIES = ("easy", "medium", "hard")

@@ -1,0 +1,75 @@
+"""What a pool of environment sessions is told, and what it tells."""
+
+from dataclasses import dataclass, field
+
+from aem_jax.envs.serving.address import keeps_secrets, without_password
+from aem_jax.envs.serving.field_mapping import WireMapping
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Where the environments run and how long anything may take."""
+
+    urls: tuple[str, ...] = ()
+    """Servers to connect to (host:port or ws://…); empty: the pool starts its own."""
+    command: str = ""
+    """Command that starts one server, {port} in it, where the servers are not this package's: num_servers of them are
+    started, watched and started again, as own ones. It must serve at 127.0.0.1:{port}, and end when it is killed."""
+    num_servers: int = 2
+    """Own server processes; a failure costs the sessions of one."""
+    sessions_per_server: int = 32
+    """Sessions on each server, own or foreign."""
+    reset_deadline_s: float = 60.0
+    """Seconds that a reset may take."""
+    step_deadline_s: float = 30.0
+    """Seconds that a step may take."""
+    start_deadline_s: float = 60.0
+    """Seconds until an own server must be up."""
+    restart_wait_s: float = 60.0
+    """Seconds that a reset waits for a failed server to come back before it fails itself."""
+    first_pause_s: float = 0.25
+    """Pause between the first two tries to start or reach a server; doubles up to 10 s."""
+    send_admissible: bool = False
+    """Whether own servers send the admissible actions with every observation."""
+    wire: WireMapping = field(default_factory=WireMapping)
+    """Where the servers keep our words; the default suits own servers."""
+    token_variable: str = ""
+    """Environment variable with a token for the servers of urls, sent as `Authorization: Bearer …`; the token itself is
+    written nowhere. Empty: none is sent."""
+
+    def __post_init__(self):
+        if self.command and (self.urls or "{port}" not in self.command):
+            raise ValueError(
+                f"expected command with {{port}} in it and no urls beside it, got {self.command!r} and {self.urls}"
+            )
+        if self.token_variable and not self.urls:
+            raise ValueError("expected urls beside token_variable, got none")
+        if self.token_variable and (url := next((each for each in self.urls if not keeps_secrets(each)), "")):
+            url = without_password(url)
+            raise ValueError(f"expected urls of https:// or wss:// beside token_variable, got {url!r}")
+        if self.token_variable and (url := next((each for each in self.urls if "@" in each), "")):
+            url = without_password(url)
+            raise ValueError(f"expected urls without a user beside token_variable, got {url!r}; one of them is sent")
+        for name in ("num_servers", "sessions_per_server"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        for name in ("reset_deadline_s", "step_deadline_s", "start_deadline_s", "restart_wait_s", "first_pause_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"expected {name} above 0 seconds, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """What happened so far.
+
+    Attributes:
+        calls: resets and steps begun.
+        failed_calls: those that raised `EnvError`.
+        restarts: how often each own server was started again.
+        errors: the latest 100 failures, oldest first.
+    """
+
+    calls: int
+    failed_calls: int
+    restarts: tuple[int, ...]
+    errors: tuple[str, ...]

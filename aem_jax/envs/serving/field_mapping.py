@@ -1,0 +1,211 @@
+"""Other people's words and ours: where a server keeps what we need, and how a response becomes its action.
+
+OpenEnv fixes the messages, not the fields of actions and observations: those are each environment's own. `WireMapping`
+names them. Its defaults are the fields of our own servers; the preset `openenv-tiny` makes most of them optional.
+
+A path is dotted, list indices included: `messages.-1.content`. Alternatives are separated by `|`: the first that is
+there and not null. A path that ends in `|` may also find nothing: `question|` is no text, `won|` the rule below.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aem_jax.envs.protocol import EnvError, RefusedError, StepResult, decode_data
+from aem_jax.envs.serving.plain import number
+from aem_jax.files import parse_json, valid_text
+
+
+@dataclass(frozen=True)
+class WireMapping:
+    """Where a server keeps our words. An empty name: it has no such field."""
+
+    action_field: str = "text"
+    """Action field that takes the policy's response; dotted: a field inside a field."""
+    action_constants: str = "{}"
+    """JSON mapping of further action fields, sent unchanged with every step."""
+    text_field: str = "text"
+    """Observation field shown to the policy; empty: the whole observation as JSON."""
+    won_field: str = "won"
+    """Observation field that says whether the task is solved; empty: terminated and reward above won_above."""
+    truncated_field: str = "truncated"
+    """Observation field that says whether a limit ended the episode; empty: never."""
+    terminated_field: str = "terminated"
+    """Observation field that says whether the task ended the episode; empty: done and not truncated."""
+    valid_field: str = "valid_action"
+    """Observation field that says whether the response was understood as an action; empty: always."""
+    admissible_field: str = "admissible"
+    """Observation field that lists the admissible actions, null where they are not sent; empty: none."""
+    info_field: str = "info"
+    """Observation field with a mapping of further facts; empty: none."""
+    score_field: str = ""
+    """Observation field with the task's own score, 0 to 1, null where there is none yet; empty: none."""
+    won_above: float = 0.0
+    """Last reward above which a terminated episode is won, where no won_field says so."""
+    action_pattern: str = ""
+    """Regular expression: the first group of its last match in the response is sent; without a match, or empty, the
+    whole response."""
+    invalid_codes: tuple[str, ...] = ()
+    """Error codes with which the server refuses what the policy said: the episode goes on after an invalid action,
+    whose observation is the server's message. Any other error ends the episode as the environment's fault."""
+
+    def __post_init__(self):
+        try:
+            groups = re.compile(self.action_pattern).groups
+        except re.error as error:
+            raise ValueError(
+                f"expected action_pattern as a regular expression, got {self.action_pattern!r}: {error}"
+            ) from None
+        if self.action_pattern and not groups:
+            raise ValueError(f"expected action_pattern with a group (…), got {self.action_pattern!r}")
+
+
+def step_encoder(mapping: WireMapping) -> Callable[[str], str]:
+    """Returns the function `text -> request` of a mapping, with what never changes prepared once.
+
+    Raises:
+        ValueError: `action_constants` is not a JSON mapping, or has a text where `action_field` goes deeper.
+    """
+    try:
+        constants = parse_json(mapping.action_constants, "action_constants")
+    except ValueError as error:
+        raise ValueError(
+            f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}: {error}"
+        ) from None
+    if not isinstance(constants, dict):
+        raise ValueError(f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}")
+    *outer, last = mapping.action_field.split(".")
+    inner = constants
+    for name in outer:
+        inner = inner.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ValueError(
+                f"expected action_constants with a mapping in {name!r}, for action_field {mapping.action_field!r}, "
+                f"got {mapping.action_constants!r}"
+            )
+    pattern = re.compile(mapping.action_pattern) if mapping.action_pattern else None
+
+    def encode(text: str) -> str:
+        if pattern:
+            *_, text = text, *(match[1] for match in pattern.finditer(text) if match[1] is not None)
+        # Half a surrogate pair is a str, but not everybody's JSON.
+        return json.dumps({"type": "step", "data": _with(constants, outer, last, valid_text(text))})
+
+    return encode
+
+
+def _with(mapping: dict[str, Any], outer: list[str], last: str, value: str) -> dict[str, Any]:
+    """A copy of nested mappings with one more value inside."""
+    if not outer:
+        return {**mapping, last: value}
+    return {**mapping, outer[0]: _with(mapping[outer[0]], outer[1:], last, value)}
+
+
+def decode_result(raw: str | bytes, mapping: WireMapping) -> StepResult:
+    """Reads an observation message.
+
+    Args:
+        raw: the reply as received.
+        mapping: the names under which this server keeps our words.
+
+    Returns:
+        The result. `info["admissible"]` and `info["score"]` are there only if the server sent them.
+
+    Raises:
+        RefusedError: the server answered with an error.
+        EnvError: the reply is rubbish: not JSON, fields missing, a reward that is not finite, …
+    """
+    data = decode_data(raw, "observation")
+    observation, reward, done = data.get("observation"), data.get("reward"), data.get("done")
+    if not isinstance(observation, dict) or not isinstance(done, bool):
+        raise EnvError(f"rubbish: expected an observation mapping and a done flag, got {raw[:200]!r}")
+    reward = _number(0.0 if reward is None else reward, "a finite reward")
+    truncated = done and _flag(observation, mapping.truncated_field, False)
+    terminated = done and _flag(observation, mapping.terminated_field, not truncated)
+    if done and not (terminated or truncated):
+        raise EnvError("rubbish: expected a done episode to be terminated or truncated, got neither")
+    info = _find(observation, mapping.info_field) if mapping.info_field else {}
+    if info is None and _optional(mapping.info_field):
+        info = {}
+    if not isinstance(info, dict):
+        raise EnvError(f"rubbish: expected a mapping in {mapping.info_field!r}, got {info!r:.100}")
+    won = _flag(observation, mapping.won_field, terminated and reward > mapping.won_above)
+    info = {**info, "won": won, "valid_action": _flag(observation, mapping.valid_field, True)}
+    admissible = _find(observation, mapping.admissible_field) if mapping.admissible_field else None
+    if admissible is not None:
+        info["admissible"] = admissible
+    score = _find(observation, mapping.score_field) if mapping.score_field else None
+    if score is not None:
+        info["score"] = _number(score, f"a finite score in {mapping.score_field!r}")
+    return StepResult(_text(observation, mapping.text_field), reward, terminated, truncated, info)
+
+
+def decode_step(raw: str | bytes, mapping: WireMapping) -> StepResult:
+    """Reads the answer to a step: as `decode_result`, but for errors among `mapping.invalid_codes`, which are the
+    policy's doing: an invalid action that changed nothing."""
+    try:
+        return decode_result(raw, mapping)
+    except RefusedError as error:
+        if error.code not in mapping.invalid_codes:
+            raise
+        return StepResult(error.message, info={"won": False, "valid_action": False})
+
+
+def _optional(path: str) -> bool:
+    return path.endswith("|")
+
+
+def _find(observation: Mapping[str, Any], path: str) -> Any:
+    """The first of the path's alternatives that is there and not null; None where null, or nothing, will do."""
+    found = _optional(path)
+    for each in filter(None, path.split("|")):
+        there, value = _look(observation, each)
+        if there and value is not None:
+            return value
+        found |= there
+    if not found:
+        raise EnvError(f"rubbish: expected the observation field {path!r}, got fields {sorted(observation)}")
+    return None
+
+
+def _look(value: Any, path: str) -> tuple[bool, Any]:
+    """(whether there is something at the path, and what)."""
+    for name in path.split("."):
+        if isinstance(value, dict) and name in value:
+            value = value[name]
+        elif isinstance(value, list) and re.fullmatch(r"-?\d+", name) and -len(value) <= int(name) < len(value):
+            value = value[int(name)]
+        else:
+            return False, None
+    return True, value
+
+
+def _text(observation: Mapping[str, Any], path: str) -> str:
+    if not path:
+        return json.dumps(observation, ensure_ascii=False)
+    text = _find(observation, path)
+    if text is None:
+        if _optional(path):
+            return ""
+        raise EnvError(f"rubbish: expected text in {path!r}, got null; {path + '|'!r} takes null for no text")
+    if not isinstance(text, str):
+        raise EnvError(f"rubbish: expected text in {path!r}, got {text!r:.100}")
+    return text
+
+
+def _flag(observation: Mapping[str, Any], path: str, default: bool) -> bool:
+    value = _find(observation, path) if path else None
+    if value is None and (not path or _optional(path)):
+        return default
+    if not isinstance(value, bool):
+        raise EnvError(f"rubbish: expected true or false in {path!r}, got {value!r:.100}")
+    return value
+
+
+def _number(value: Any, what: str) -> float:
+    found = number(value)
+    if found is None:
+        raise EnvError(f"rubbish: expected {what}, got {value!r:.100}")
+    return found

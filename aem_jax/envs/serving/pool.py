@@ -1,0 +1,213 @@
+"""Many environment sessions behind one object with futures; servers that die, hang or talk rubbish are put right.
+
+A background thread runs an asyncio loop. Every call has a deadline, counted while this process is awake: when it is
+stopped, suspended or compiling with the interpreter held, the servers are not blamed. A failure costs the episodes on
+the server concerned (their calls raise `EnvError`) and nothing else: an own server is killed and started again at once,
+a foreign one is connected to again with growing pauses, and the next `reset` waits for that.
+"""
+
+import asyncio
+import concurrent.futures
+import functools
+import logging
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any
+
+from aem_jax.envs import protocol
+from aem_jax.envs.protocol import EnvError, StepResult
+from aem_jax.envs.serving.address import websocket_url
+from aem_jax.envs.serving.client import bearer
+from aem_jax.envs.serving.config import PoolConfig, PoolStats
+from aem_jax.envs.serving.field_mapping import decode_step, step_encoder
+from aem_jax.envs.serving.pool_session import Clock, PoolSession
+from aem_jax.envs.serving.process import ServerProcess
+from aem_jax.envs.serving.supervisor import Supervisor, Tasks
+from aem_jax.envs.table import check_name
+
+__all__ = ["EnvPool", "PoolConfig", "PoolStats"]
+
+logger = logging.getLogger(__name__)
+
+
+class EnvPool:
+    """Environment sessions 0 … capacity − 1, each with at most one call under way.
+
+    Args:
+        config: where the environments run and how long anything may take.
+        make: name and settings of the environment that own servers serve; not looked at where `config.urls` or
+            `config.command` say what serves.
+
+    Raises:
+        ValueError: unknown environment, bad URL, or no token where `config` names one.
+        EnvError: a server cannot be started or reached, or has too few sessions; says why.
+    """
+
+    def __init__(self, config: PoolConfig, make: tuple[str, Mapping[str, Any]]):
+        self._config = config
+        self._encode_step = step_encoder(config.wire)
+        urls = [websocket_url(url) for url in config.urls]
+        headers = bearer(config.token_variable)
+        if config.command:
+            launch = functools.partial(ServerProcess.start_command, config.command, timeout_s=config.start_deadline_s)
+        else:
+            if not urls:
+                check_name(make[0])  # not imported: what an environment of yours loads is for its server to load
+            launch = functools.partial(
+                ServerProcess.start,
+                *make,
+                sessions=config.sessions_per_server,
+                send_admissible=config.send_admissible,
+                timeout_s=config.start_deadline_s,
+            )
+        self._servers = [
+            Supervisor(index, url, launch, config.first_pause_s, self._on_failure)
+            for index, url in enumerate(urls or [""] * config.num_servers)
+        ]
+        # Neighbouring sessions (one group's episodes, often) sit on different servers, so that a failure is spread.
+        count = config.sessions_per_server * len(self._servers)
+        self._clock = Clock()
+        self._sessions = [
+            PoolSession(i, self._servers[i % len(self._servers)], config, self._clock, headers) for i in range(count)
+        ]
+        self._under_way: dict[int, concurrent.futures.Future[StepResult]] = {}
+        self._calls = self._failed_calls = 0
+        self._errors: deque[str] = deque(maxlen=100)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._tasks = Tasks()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="env-pool", daemon=True)
+        self._thread.start()
+        self._opening = asyncio.run_coroutine_threadsafe(self._open(), self._loop)
+        try:
+            self._opening.result()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def capacity(self) -> int:
+        """Number of sessions."""
+        return len(self._sessions)
+
+    @property
+    def server_pids(self) -> tuple[int, ...]:
+        """Process ids of the own servers as of now; foreign ones have none."""
+        return tuple(server.process.pid for server in self._servers if server.process)
+
+    def server_of(self, session: int) -> int:
+        """Index of the server that a session lives on."""
+        return self._sessions[session].server.index
+
+    def reset(self, session: int, payload: Mapping[str, Any]) -> concurrent.futures.Future[StepResult]:
+        """Starts an episode of the task `payload`; waits for the server's restart where one is under way.
+
+        Returns:
+            A future that gives the first observation or raises `EnvError`. It cannot be cancelled; it has a deadline.
+
+        Raises:
+            ValueError: a payload that is not JSON, no such session, a call of it still under way, or a closed pool.
+        """
+        request = protocol.encode_reset(payload)
+        return self._submit(session, lambda found: found.reset(request))
+
+    def step(self, session: int, text: str) -> concurrent.futures.Future[StepResult]:
+        """Gives the policy's response to an episode; futures and errors as in `reset`."""
+        request = self._encode_step(text)
+        return self._submit(session, lambda found: found.ask(request, self._config.step_deadline_s, decode_step))
+
+    def stats(self) -> PoolStats:
+        """Counters and the latest errors, for metrics."""
+        restarts = tuple(server.restarts for server in self._servers)
+        return PoolStats(self._calls, self._failed_calls, restarts, tuple(self._errors))
+
+    def close(self) -> None:
+        """Ends own servers and all sessions; calls under way raise `EnvError`. Calling it twice is harmless."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._opening.cancel()  # where it was interrupted
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> "EnvPool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _submit(
+        self, index: int, call: Callable[[PoolSession], Awaitable[StepResult]]
+    ) -> concurrent.futures.Future[StepResult]:
+        if not 0 <= index < self.capacity:
+            raise ValueError(f"expected a session from 0 to {self.capacity - 1}, got {index}")
+        session = self._sessions[index]
+        future: concurrent.futures.Future[StepResult] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            if self._closed:
+                raise ValueError("expected an open pool, got a closed one")
+            if index in self._under_way and not self._under_way[index].done():
+                raise ValueError(f"expected one call at a time on session {index}, got one more while one is under way")
+            self._under_way[index] = future
+            self._calls += 1
+            self._loop.call_soon_threadsafe(lambda: self._tasks.spawn(self._answer(session, call, future)))
+        return future
+
+    # Everything below runs in the loop's thread.
+
+    async def _answer(
+        self,
+        session: PoolSession,
+        call: Callable[[PoolSession], Awaitable[StepResult]],
+        future: concurrent.futures.Future[StepResult],
+    ) -> None:
+        try:
+            result = await call(session)
+        except Exception as error:
+            self._failed_calls += 1
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def _on_failure(self, server: Supervisor, failure: str, lost: bool) -> None:
+        logger.warning("%s", failure)
+        self._errors.append(failure)
+        for session in self._sessions:
+            if lost and session.server is server:
+                session.drop(failure, lost=True)
+
+    async def _open(self) -> None:
+        self._tasks.spawn(self._keep_deadlines())
+        await _all(server.start() for server in self._servers)
+        await _all(session.probe() for session in self._sessions)
+
+    async def _keep_deadlines(self) -> None:
+        while True:
+            await self._clock.advance()
+            for session in self._sessions:
+                session.end_if_expired()
+
+    async def _shut(self) -> None:
+        await self._tasks.cancel()
+        for index, future in self._under_way.items():
+            if not future.done():
+                future.set_exception(EnvError("the pool was closed"))
+                self._sessions[index].drop("the pool was closed")
+        await asyncio.gather(*(session.close() for session in self._sessions))
+        await asyncio.gather(*(server.stop() for server in self._servers))
+        if rest := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(rest, timeout=2.0)  # a start that was interrupted puts its process away
+
+
+async def _all(awaitables: Iterable[Awaitable[None]]) -> None:
+    """Awaits all, and raises the first failure when the others have ended too: nothing is left half started."""
+    results = await asyncio.gather(*awaitables, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

@@ -1,0 +1,185 @@
+"""One session of a pool, in the event loop: connected when needed, asked with a deadline, dropped when it fails."""
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping
+
+from websockets.exceptions import ConnectionClosed
+
+from aem_jax.envs import protocol
+from aem_jax.envs.protocol import EnvError, LostError, RefusedError, StepResult, describe
+from aem_jax.envs.serving.client import CONNECTION_ERRORS, Connection
+from aem_jax.envs.serving.config import PoolConfig
+from aem_jax.envs.serving.field_mapping import WireMapping, decode_result
+from aem_jax.envs.serving.process import ServerProcess
+from aem_jax.envs.serving.supervisor import Supervisor, pauses
+
+_CONNECT_TIMEOUT_S = 10.0
+_PROBE_S = 5.0
+_EXIT_S = 0.1
+_ROOM = (
+    "; set --env.sessions-per-server to what one server has room for (1 for many of OpenEnv's), and have as many "
+    "servers as that takes: --env.urls, or --env.num-servers where --env.command starts them"
+)
+
+
+class Clock:
+    """Seconds that this process was awake. A stop, a suspension or a long hold of the interpreter counts two ticks.
+
+    Attributes:
+        now: seconds so far; all deadlines are in these.
+    """
+
+    tick_s = 0.1
+
+    def __init__(self):
+        self.now = 0.0
+
+    async def advance(self) -> None:
+        """Waits for the next tick."""
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        await asyncio.sleep(self.tick_s)
+        self.now += min(loop.time() - begin, 2 * self.tick_s)
+
+
+class PoolSession:
+    """One session.
+
+    Args:
+        index: its number in the pool.
+        server: where it lives.
+        config: the pool's.
+        clock: the pool's.
+        headers: sent when connecting.
+    """
+
+    def __init__(
+        self, index: int, server: Supervisor, config: PoolConfig, clock: Clock, headers: Mapping[str, str] | None = None
+    ):
+        self.index, self.server, self._headers = index, server, headers
+        self._config, self._clock = config, clock
+        self._connection: Connection | None = None  # None until it is (again) connected, and then
+        self._process: ServerProcess | None = None  # what it is connected to: its server's may be a later one by now
+        self._failure = "it was never reset"  # says why
+        self._lost = False  # and whether that was its server's failure
+        self._expires = math.inf
+
+    async def reset(self, request: str) -> StepResult:
+        """Starts an episode, on a connection that may first have to be made.
+
+        Raises:
+            EnvError: the server did not come back, or failed at this.
+        """
+        limit = self._clock.now + self._config.restart_wait_s
+        for pause in pauses(self._config.first_pause_s):
+            await self._connect(limit)
+            try:
+                return await self.ask(request, self._config.reset_deadline_s, decode_result)
+            except RefusedError as error:
+                # A session that was just cut may still be counted by its server; it is over in a moment.
+                if error.code != protocol.CAPACITY_REACHED or self._clock.now + pause > limit:
+                    raise
+            await asyncio.sleep(pause)
+        raise AssertionError("pauses never end")
+
+    async def ask(
+        self, request: str, deadline_s: float, decode: Callable[[str | bytes, WireMapping], StepResult]
+    ) -> StepResult:
+        """Sends a request that the server answers with an observation, and reads that.
+
+        Raises:
+            LostError: the server failed, before or during this call; it is being put right. What made it fail cannot
+                be told from here: whoever kills a server or makes it talk rubbish does so to all of its sessions.
+            EnvError: the server refused, or there was no episode.
+        """
+        connection, process, server = self._connection, self._process, self.server
+        if not connection:
+            kind = LostError if self._lost else EnvError
+            raise kind(f"session {self.index} has no episode, reset it: {self._failure}")
+        self._expires = self._clock.now + deadline_s
+        try:
+            return decode(await connection.ask(request), self._config.wire)
+        except RefusedError as error:
+            self.drop(f"{server} refused: {error}")  # the next reset gets a fresh environment
+            server.note(f"session {self.index}: {self._failure}")
+            raise
+        except (EnvError, *CONNECTION_ERRORS) as error:
+            if process and isinstance(error, ConnectionClosed):
+                await asyncio.sleep(
+                    _EXIT_S
+                )  # if the server has ended, its exit status says more, and comes in a moment
+            if self._connection is connection:  # else somebody dropped it, and knows why
+                failure = str(error) if isinstance(error, EnvError) else describe(error)
+                self.drop(f"{server}: {failure}")
+                server.failed(process, failure)
+            raise LostError(f"session {self.index}: {self._failure}") from None
+        finally:
+            self._expires = math.inf
+
+    async def probe(self) -> None:
+        """Connects, and sees that the server has room.
+
+        Raises:
+            EnvError: it is not there, or has none.
+        """
+        limit = self._clock.now + _PROBE_S
+        for pause in pauses(self._config.first_pause_s):
+            await self._connect(limit)
+            assert self._connection
+            try:
+                async with asyncio.timeout(self._config.reset_deadline_s):
+                    protocol.decode_data(await self._connection.ask(protocol.STATE_REQUEST), "state")
+                return
+            except RefusedError as error:
+                if error.code == protocol.EXECUTION_ERROR:
+                    return  # it has a session for us, and no state to tell before the first reset
+                failure = f"{error}{_ROOM if error.code == protocol.CAPACITY_REACHED else ''}"
+            except (EnvError, *CONNECTION_ERRORS) as error:
+                failure = describe(error)
+            self.drop(failure)
+            if self._clock.now + pause > limit:
+                count = self._config.sessions_per_server
+                raise EnvError(f"expected {count} sessions on {self.server}; session {self.index} got {failure}")
+            await asyncio.sleep(pause)
+
+    def end_if_expired(self) -> None:
+        """Fails the call under way if its time is over."""
+        if self._expires <= self._clock.now:
+            self._expires = math.inf
+            failure = f"session {self.index} had no answer before its deadline"
+            self.drop(f"{self.server}: {failure}")
+            self.server.failed(self._process, failure)
+
+    def drop(self, failure: str, *, lost: bool = False) -> None:
+        """Cuts the connection, whatever is under way on it; `lost` says that the server failed, not this session."""
+        if self._connection:
+            self._connection.abort()
+            self._connection = None
+            self._failure, self._lost = failure, lost
+
+    async def close(self) -> None:
+        """Takes leave of the server."""
+        if self._connection:
+            await self._connection.close()
+
+    async def _connect(self, limit: float) -> None:
+        server = self.server
+        if self._connection and not self._connection.usable:
+            self.drop(f"{server} closed the connection")
+        for pause in pauses(self._config.first_pause_s):
+            while not server.up.is_set() and self._clock.now < limit:
+                await asyncio.sleep(self._clock.tick_s / 2)
+            if self._connection:
+                return
+            if self._clock.now >= limit:
+                raise EnvError(f"{server} did not come back in time: {server.failure}")
+            process = self._process = server.process
+            try:
+                self._connection = await Connection.open(
+                    server.url, timeout_s=_CONNECT_TIMEOUT_S, headers=self._headers
+                )
+                server.failure = ""
+            except CONNECTION_ERRORS as error:
+                server.failed(process, f"no connection: {describe(error)}")
+                await asyncio.sleep(min(pause, max(limit - self._clock.now, 0.0)))

@@ -1,0 +1,319 @@
+"""Serves an environment over OpenEnv's WebSocket messages.
+
+    python -m aem_jax.envs.serving.server alfworld --port 8765 --settings '{"max_steps": 30}'
+
+`ws://host:port/ws`: one connection is one session and one environment, made when it opens and closed when it ends.
+Also GET /health, /metadata and /schema. OpenEnv's own server is FastAPI with 115 packages behind it; this one needs
+`websockets` alone, and answers every request in order with exactly one message.
+
+The calls of a non-blocking environment run in the event loop (a step takes less than a thread switch costs); a blocking
+one gets one thread per session.
+"""
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while modules load is as quiet as later
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as serve_websocket
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+from aem_jax.envs import protocol
+from aem_jax.envs.protocol import Environment, describe, encode_error
+from aem_jax.envs.serving.session import Session
+from aem_jax.envs.table import ENVIRONMENTS, EnvironmentSpec, environment_spec, settings_from_json
+
+logger = logging.getLogger("aem_jax.envs.serving.server")  # not __name__, which is __main__ in a process of its own
+
+_CLOSE_S = 3.0
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where and how to serve."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; for other machines 0.0.0.0, or :: for IPv6. There is no authentication: keep it inside your
+    network."""
+    port: int = 8765
+    """Port to listen on; 0 takes a free one."""
+    sessions: int = 64
+    """Most sessions at once; further ones are answered CAPACITY_REACHED."""
+    send_admissible: bool = False
+    """Whether observations carry the list of admissible actions (long, and the policy does not need it)."""
+    with_parent: bool = False
+    """Whether to end when the process that started this one ends, however it does. For pools."""
+
+    def __post_init__(self):
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"expected a port from 0 to 65535, got {self.port}")
+        if self.sessions < 1:
+            raise ValueError(f"expected at least one session, got {self.sessions}")
+
+
+class _Server:
+    """The sessions of one server."""
+
+    def __init__(self, make: Callable[[], Environment], config: ServerConfig, *, blocking: bool):
+        self._make, self._config, self._blocking = make, config, blocking
+        self._active = 0
+
+    async def handle(self, connection: ServerConnection) -> None:
+        if self._active >= self._config.sessions:
+            details = {"active_sessions": self._active, "max_sessions": self._config.sessions}
+            message = f"Server at capacity: {self._active}/{self._config.sessions} sessions active"
+            await connection.send(encode_error(protocol.CAPACITY_REACHED, message, **details))
+            return
+        self._active += 1
+        executor = ThreadPoolExecutor(1) if self._blocking else None
+        try:
+            await self._converse(connection, executor)
+        except ConnectionClosed:
+            pass  # the client went away; its environment is closed already
+        finally:
+            self._active -= 1
+            if executor:
+                executor.shutdown(wait=False)
+
+    async def _converse(self, connection: ServerConnection, executor: ThreadPoolExecutor | None) -> None:
+        loop = asyncio.get_running_loop()
+        made = await loop.run_in_executor(executor, self._made) if executor else self._made()
+        if isinstance(made, BaseException):
+            await connection.send(encode_error(protocol.FACTORY_ERROR, describe(made)))
+            return
+        session = Session(made, send_admissible=self._config.send_admissible)
+        try:
+            async for raw in connection:
+                reply = await loop.run_in_executor(executor, session.answer, raw) if executor else session.answer(raw)
+                if reply is None:
+                    return
+                await connection.send(reply)
+        finally:
+            if executor:
+                executor.submit(session.close)  # after what the session may still be doing
+            else:
+                session.close()
+
+    def _made(self) -> Environment | BaseException:
+        """An environment, or why there is none. Not raised: an exit in a thread would end the server's event loop."""
+        try:
+            return self._make()
+        except BaseException as error:
+            logger.warning("the environment could not be made", exc_info=True)
+            return error
+
+
+def _boolean(description: str) -> dict[str, Any]:
+    return {"type": "boolean", "description": description}
+
+
+ACTION_SCHEMA = {
+    "title": "Action",
+    "type": "object",
+    "properties": {
+        "text": {"type": "string", "description": "the policy's whole response"},
+        "metadata": {"type": "object"},
+    },
+    "required": ["text"],
+    "additionalProperties": False,
+}
+OBSERVATION_SCHEMA = {
+    "title": "Observation",
+    "type": "object",
+    "properties": {
+        "text": {"type": "string", "description": "shown to the policy"},
+        "won": _boolean("the task is solved"),
+        "terminated": _boolean("the task ended the episode"),
+        "truncated": _boolean("a limit ended the episode"),
+        "valid_action": _boolean("the response was understood as an action"),
+        "admissible": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
+        "info": {"type": "object", "description": "further facts of the environment"},
+    },
+    "required": ["text", "won", "terminated", "truncated", "valid_action", "admissible", "info"],
+}
+STATE_SCHEMA = {
+    "title": "State",
+    "type": "object",
+    "properties": {"episode_id": {"type": ["string", "null"]}, "step_count": {"type": "integer", "minimum": 0}},
+}
+
+
+def _pages(name: str, description: str) -> Mapping[str, Any]:
+    return {
+        "/health": {"status": "healthy"},
+        "/metadata": {"name": name, "description": description, "version": "1"},
+        "/schema": {"action": ACTION_SCHEMA, "observation": OBSERVATION_SCHEMA, "state": STATE_SCHEMA},
+    }
+
+
+async def _run(
+    name: str,
+    make: Callable[[], Environment],
+    spec: EnvironmentSpec,
+    config: ServerConfig,
+    ready: Callable[[int], None],
+) -> None:
+    pages = _pages(name, spec.description)
+
+    def http(connection: ServerConnection, request: Request) -> Response | None:
+        path = request.path.partition("?")[0]
+        if path == "/ws":
+            return None
+        if path not in pages:
+            return connection.respond(HTTPStatus.NOT_FOUND, f"expected /ws, {', '.join(pages)}\n")
+        response = connection.respond(HTTPStatus.OK, json.dumps(pages[path]))
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = "application/json"
+        return response
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(
+            NotImplementedError, RuntimeError
+        ):  # no such thing on Windows, nor outside the main thread
+            loop.add_signal_handler(number, stop.set)
+    server = _Server(make, config, blocking=spec.blocking)
+    # Compression costs more than it saves on texts this short; a ping without a deadline lets TCP find vanished clients
+    # and never mistakes a busy one for dead.
+    async with serve_websocket(
+        server.handle,
+        config.host.strip("[]"),  # an IPv6 address, with brackets or without
+        config.port,
+        process_request=http,
+        compression=None,
+        ping_interval=60,
+        ping_timeout=None,
+        close_timeout=2,
+        max_size=protocol.MAX_MESSAGE_BYTES,
+    ) as sockets:
+        ready(next(iter(sockets.sockets)).getsockname()[1])
+        await stop.wait()
+        last_resort = _end_in(seconds=5)  # whatever an environment that hangs is doing
+    if not spec.blocking:
+        last_resort.cancel()  # else threads may be left, which Python waits for at its end
+
+
+def serve(
+    name: str, settings: Mapping[str, Any], config: ServerConfig, ready: Callable[[int], None] = lambda port: None
+) -> None:
+    """Serves an environment until SIGTERM or SIGINT; to be a process's main work.
+
+    Args:
+        name: an environment of `table.ENVIRONMENTS`, or the path of one (`table.environment_spec`).
+        settings: its config's fields.
+        config: where and how to serve.
+        ready: called with the port when connections are accepted.
+
+    Raises:
+        ValueError: unknown name or bad settings.
+        OSError: the port is taken.
+    """
+    if config.with_parent:
+        end_with_parent()
+    spec = environment_spec(name)
+    make = spec.factory(settings)
+    _close(make())  # what cannot be made should say so now, not at the first session
+    try:
+        asyncio.run(_run(name, make, spec, config, ready))
+    except socket.gaierror as error:
+        raise OSError(f"expected a host of this machine to listen on, got {config.host!r}: {error}") from None
+
+
+def _close(env: Environment) -> None:
+    """Closes an environment that was made to see whether it can be; one that takes long is left at it."""
+    closing = threading.Thread(target=Session(env, send_admissible=False).close, daemon=True)
+    closing.start()
+    closing.join(_CLOSE_S)
+    if closing.is_alive():
+        logger.warning("%s.close takes more than %g s; it is not waited for", type(env).__qualname__, _CLOSE_S)
+
+
+def _end_in(*, seconds: float) -> threading.Timer:
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def end_with_parent() -> None:
+    """Ends this process when stdin closes, and on Linux by the kernel's hand too (which reaches a stopped process)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    parent = os.dup(0)
+    with open(os.devnull, "rb") as nothing:  # an environment that reads or closes stdin must not touch the parent's end
+        os.dup2(nothing.fileno(), 0)
+
+    def watch() -> None:
+        while os.read(parent, 1024):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _announcer() -> Callable[[int], None]:
+    """Keeps stdout for one line, the port, and sends whatever engines print to stderr."""
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def announce(port: int) -> None:
+        with stdout:
+            print(json.dumps({"port": port}), file=stdout)
+
+    return announce
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="aem_jax.envs.serving.server", description="Serves an environment over WebSocket."
+    )
+    parser.add_argument("environment", help=" | ".join([*ENVIRONMENTS, "file.py:attribute", "module:attribute"]))
+    parser.add_argument("--settings", default="{}", help="the environment's settings as a JSON mapping")
+    parser.add_argument("--host", default=ServerConfig.host)
+    parser.add_argument("--port", type=int, default=ServerConfig.port, help="0 takes a free one; it is printed as JSON")
+    parser.add_argument("--sessions", type=int, default=ServerConfig.sessions, help="most sessions at once")
+    parser.add_argument(
+        "--send-admissible", action="store_true", help="send the admissible actions with every observation"
+    )
+    parser.add_argument("--with-parent", action="store_true", help="end when the parent process ends")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    try:
+        config = ServerConfig(
+            options.host, options.port, options.sessions, options.send_admissible, options.with_parent
+        )
+        serve(options.environment, settings_from_json(options.settings), config, _announcer())
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # while it was starting; later a signal ends it in order
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

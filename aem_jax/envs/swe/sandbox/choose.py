@@ -1,0 +1,54 @@
+"""Chooses what untrusted code runs in, and refuses to run it in nothing."""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+from aem_jax.envs.swe.sandbox import bubblewrap, containers
+from aem_jax.envs.swe.sandbox.bubblewrap import Bubblewrap, BubblewrapConfig
+from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers
+from aem_jax.envs.swe.sandbox.workspace import Runtime, SandboxError
+
+ADVICE = (
+    "Untrusted code is not run without isolation. Install bubblewrap (`apt install bubblewrap`, `dnf install "
+    "bubblewrap`), which needs user namespaces (`sysctl kernel.unprivileged_userns_clone=1`, on Ubuntu 24.04 also "
+    "`sysctl kernel.apparmor_restrict_unprivileged_userns=0`, or start as root), or start a docker or podman that this "
+    "user may use"
+)
+
+_PROBES: Mapping[str, Callable[[BubblewrapConfig], str]] = {
+    "bubblewrap": bubblewrap.probe,
+    "docker": lambda config: containers.probe("docker"),
+    "podman": lambda config: containers.probe("podman"),
+}
+"""In the order in which they are tried."""
+
+# what was found stays true for the life of a process, and asking costs a sandbox
+_why_not = lru_cache(maxsize=64)(lambda name, config: _PROBES[name](config))
+
+
+def choose_runtime(
+    name: str = "auto",
+    bubblewrap: BubblewrapConfig | None = None,
+    container: ContainerConfig | None = None,
+) -> Runtime:
+    """The runtime of a name, or the first that works.
+
+    Args:
+        name: `auto`, `bubblewrap`, `docker` or `podman`.
+        bubblewrap: what a sandbox of bubblewrap sees.
+        container: how containers are made.
+
+    Raises:
+        ValueError: another name.
+        SandboxError: it does not work here, or none does: why, and what to install.
+    """
+    if name != "auto" and name not in _PROBES:
+        raise ValueError(f"expected a runtime of auto, {', '.join(_PROBES)}, got {name!r}")
+    bubblewrap, container = bubblewrap or BubblewrapConfig(), container or ContainerConfig()
+    reasons = []
+    for candidate in _PROBES if name == "auto" else (name,):
+        reason = _why_not(candidate, bubblewrap)
+        if not reason:
+            return Bubblewrap(bubblewrap) if candidate == "bubblewrap" else Containers(candidate, container)
+        reasons.append(f"{candidate}: {reason}")
+    raise SandboxError(f"expected a sandbox for untrusted code, found none that works ({'; '.join(reasons)}). {ADVICE}")

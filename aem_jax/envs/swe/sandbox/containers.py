@@ -1,0 +1,385 @@
+"""Workspaces in containers of docker or podman, from the image that an instance names.
+
+The container has no network, no capabilities, a read-only root and a user that owns nothing in it; the repository is
+copied from the image's `/testbed` into a file system in memory of bounded size, since an image's layer has no bound.
+A container is one workspace: its memory, process and file-size limits are fixed when it is opened, and a command's own
+limits are its time and its output. After each command all processes but the container's first are killed; where even
+that fails, the container is removed.
+"""
+
+import contextlib
+import os
+import select
+import shutil
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from aem_jax.envs.swe.sandbox.archives import Archives
+from aem_jax.envs.swe.sandbox.init_process import Cut
+from aem_jax.envs.swe.sandbox.launcher import as_descriptor
+from aem_jax.envs.swe.sandbox.mounts import USER_ID
+from aem_jax.envs.swe.sandbox.workspace import (
+    TESTBED,
+    Checkout,
+    Limits,
+    Outcome,
+    SandboxError,
+    WorkspaceError,
+    plain,
+    spliced,
+)
+
+if TYPE_CHECKING:
+    from aem_jax.envs.swe.instance import Instance
+
+# What was tracked stays tracked, also where .gitignore names it by now.
+_FORGET = """
+set -e
+cd /testbed
+git ls-files -z > /tmp/tracked
+rm -rf .git
+git init --quiet .
+git add --force --pathspec-from-file=/tmp/tracked --pathspec-file-nul
+git -c user.name=base -c user.email=base@example.invalid commit --quiet --message=base
+git update-ref "refs/replace/$1" HEAD
+rm /tmp/tracked
+"""
+
+_USER = f"{USER_ID}:{USER_ID}"
+ENGINE_S = 600.0
+"""Seconds for the engine's own work; pulling an image may be part of it."""
+FILE_S = 20.0
+"""Seconds for reading or writing a file, and for killing what a command left."""
+SETTINGS: Mapping[str, str] = {
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "PAGER": "cat",
+    "GIT_PAGER": "cat",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    # /testbed belongs to root, as every tmpfs of a container
+    "GIT_CONFIG_COUNT": "1",
+    "GIT_CONFIG_KEY_0": "safe.directory",
+    "GIT_CONFIG_VALUE_0": "*",
+}
+
+
+@dataclass(frozen=True)
+class ContainerConfig:
+    """How containers are made."""
+
+    image: str = ""
+    """Image of instances that name none, with bash, git, patch, tar and what the tests need (pytest 7.2 or newer for
+    the generated ones); they get their repository from the checkout."""
+    prelude: str = "if [ -f /opt/miniconda3/bin/activate ]; then source /opt/miniconda3/bin/activate testbed; fi"
+    """Bash that runs before each command; the default enters the environment of SWE-bench's images."""
+    processors: float = 2.0
+    """Processors that a container may keep busy."""
+
+
+class Containers:
+    """The runtime; `engine` is the name or path of docker or podman."""
+
+    def __init__(self, name: str, config: ContainerConfig = ContainerConfig(), engine: str = ""):
+        self.name = name
+        self._config, self._engine = config, engine or name
+        self._archives = Archives()
+
+    def open(self, instance: "Instance", checkout: Checkout, *, limits: Limits | None = None) -> "ContainerWorkspace":
+        """See `sandbox.Runtime.open`; the checkout is asked where the instance names no image.
+
+        Raises:
+            SandboxError: there is no image for the instance, or the engine failed.
+        """
+        limits = limits or Limits()
+        image = instance.image or self._config.image
+        if not image:
+            raise SandboxError(
+                f"expected an image for {instance.instance_id!r}, which names none; name one "
+                "(ContainerConfig.image; --swe.container.image of a run, --image of the check), "
+                "or use bubblewrap, which needs none"
+            )
+        source = self._archives.open(instance, self._from_image if instance.image else checkout)
+        try:
+            container = f"aem-swe-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+            command = [self._engine, *run_arguments(self.name, container, image, limits, self._config.processors)]
+            try:
+                started = _start(command)
+            except BaseException:  # it may have been made, though not started
+                with contextlib.suppress(SandboxError):
+                    _engine([self._engine, "rm", "--force", container])
+                raise
+            workspace = ContainerWorkspace(self._engine, container, started, limits, self._config.prelude)
+            try:
+                # an engine may give a mounted folder the mode, often 0755, of the image's folder beneath
+                _engine([self._engine, "exec", "--user", "0:0", container, "chmod", "1777", TESTBED, "/tmp"])
+                workspace.unpack(source)
+                if instance.image:
+                    workspace.forget_history(instance.base_commit)
+            except BaseException:
+                workspace.close()
+                raise
+            return workspace
+        finally:
+            os.close(source)
+
+    def _from_image(self, instance: "Instance", folder: Path) -> None:
+        """A checkout: the image's own `/testbed`. Its container is made, never started."""
+        container = f"aem-swe-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        _engine([self._engine, "create", "--network", "none", "--name", container, instance.image, "true"])
+        try:
+            _engine([self._engine, "cp", f"{container}:{TESTBED}/.", str(folder)])
+        finally:
+            _engine([self._engine, "rm", "--force", container])
+
+
+def run_arguments(engine: str, container: str, image: str, limits: Limits, processors: float) -> list[str]:
+    """The engine's arguments that start a workspace's container, whose first process ends with its standard input."""
+    eighth = limits.disk_mib // 8
+    memory = limits.memory_mib + limits.disk_mib  # an engine counts file systems in memory as memory
+    arguments = ["run", "--interactive", "--rm", "--name", container, "--hostname", "sandbox"]
+    arguments += ["--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--read-only"]
+    # the first process is root's (of no capabilities), so that commands neither write to its pipes nor trace it
+    arguments += ["--user", "0:0", "--ipc", "private", "--workdir", TESTBED]
+    arguments += ["--stop-signal", "KILL"]  # the first process heeds no other, and the engine would wait ten seconds
+    arguments += ["--pids-limit", str(limits.processes + 4), "--memory", f"{memory}m", "--memory-swap", f"{memory}m"]
+    arguments += ["--cpus", f"{processors:g}", "--oom-score-adj", "1000", "--shm-size", f"{eighth}m"]
+    bounds = {"core": 0, "nofile": 512, "fsize": limits.file_mib * 2**20}
+    if limits.cpu_seconds:
+        bounds["cpu"] = limits.cpu_seconds
+    for name, value in bounds.items():
+        arguments += ["--ulimit", f"{name}={value}:{value}"]
+    # podman would fill it with what the image has there: root's files, and the history of /testbed
+    empty = ",notmpcopyup" if engine == "podman" else ""
+    if engine == "podman":  # or it adds writable folders of no small size to what is read-only
+        arguments += ["--read-only-tmpfs=false"]
+    for folder, size in ((TESTBED, 6 * eighth), ("/tmp", eighth)):
+        arguments += ["--tmpfs", f"{folder}:rw,exec,nosuid,nodev,mode=1777,size={size}m{empty}"]
+    for name, value in SETTINGS.items():
+        arguments += ["--env", f"{name}={value}"]
+    # a first process that the kernel asks nothing about its dead children, so that orphans leave no zombies
+    return [*arguments, "--entrypoint", "bash", image, "-c", "trap '' CHLD; echo started; exec cat > /dev/null 2>&1"]
+
+
+class ContainerWorkspace:
+    """One running container; see `sandbox.Workspace` for the methods.
+
+    Args:
+        started: the engine's process that holds the container's standard input. When this program ends, however that
+            is, the input ends, and with it the container.
+    """
+
+    def __init__(self, engine: str, container: str, started: subprocess.Popen[bytes], limits: Limits, prelude: str):
+        self._engine, self._container, self._started = engine, container, started
+        self._limits, self._prelude, self._ended = limits, prelude, ""
+
+    def run(self, command: str, *, limits: Limits | None = None, stdin: bytes = b"") -> Outcome:
+        """See `sandbox.Workspace.run`."""
+        limits = limits or self._limits
+        script, stdin = spliced(f"{self._prelude}\n{command}" if self._prelude else command, stdin)
+        with as_descriptor(stdin) as descriptor:
+            outcome, _, _ = self._call(["bash", "-c", script], limits, descriptor)
+        return outcome
+
+    def read(self, path: str) -> bytes:
+        """See `sandbox.Workspace.read`."""
+        most = self._limits.file_mib * 2**20
+        limits = replace(self._limits, seconds=FILE_S, output_bytes=2 * most + 2)
+        outcome, data, errors = self._call(["head", "-c", str(most + 1), "--", plain(path)], limits, None, split=True)
+        _expect_success(outcome, errors, f"could not read {path!r:.200}")
+        if len(data) > most:
+            raise WorkspaceError(f"expected a file of at most {self._limits.file_mib} MiB, got a larger one: {path!r}")
+        return data
+
+    def write(self, path: str, data: bytes) -> None:
+        """See `sandbox.Workspace.write`."""
+        script = 'mkdir -p -- "$(dirname -- "$1")" && cat > "$1"'
+        with as_descriptor(data) as descriptor:
+            argv = ["bash", "-c", script, "write", plain(path)]
+            outcome, _, errors = self._call(argv, replace(self._limits, seconds=FILE_S), descriptor, split=True)
+        _expect_success(outcome, errors, f"could not write {path!r:.200}")
+
+    def unpack(self, archive: int) -> None:
+        """Fills `/testbed` from a tar file, given by its descriptor.
+
+        Raises:
+            SandboxError: it does not fit, or is no tar file.
+        """
+        command = ["tar", "--extract", "--file=-", "--no-same-owner", "--directory", TESTBED]
+        outcome, _, errors = self._call(command, replace(self._limits, seconds=ENGINE_S), archive, split=True)
+        try:
+            _expect_success(outcome, errors, "could not unpack the repository (is disk_mib large enough?)")
+        except WorkspaceError as error:
+            raise SandboxError(str(error)) from None
+
+    def forget_history(self, base_commit: str) -> None:
+        """Makes the image's repository one commit, which also answers to the old one's name: history may hold the fix.
+
+        Raises:
+            SandboxError: git failed.
+        """
+        outcome, _, errors = self._call(["bash", "-c", _FORGET, "forget", base_commit], self._limits, None, split=True)
+        if outcome.exit_code != 0:
+            words = outcome.notice or errors.decode(errors="replace")
+            raise SandboxError(f"the image's history could not be removed: {words:.500}")
+
+    def close(self) -> None:
+        """See `sandbox.Workspace.close`."""
+        self._end("closed")
+
+    def _end(self, why: str) -> None:
+        if not self._ended:
+            self._ended = why
+            try:
+                with contextlib.suppress(SandboxError):  # `--rm` may have been quicker
+                    _engine([self._engine, "rm", "--force", self._container])
+            finally:
+                _let_go(self._started)
+
+    def _call(
+        self, argv: Sequence[str], limits: Limits, stdin: int | None, *, split: bool = False
+    ) -> tuple[Outcome, bytes, bytes]:
+        """Runs a program in the container: what it came to, the bytes of its output, and its errors where split."""
+        if self._ended:
+            return Outcome(None, "", False, 0.0, self._ended), b"", b""
+        command = [self._engine, "exec", "--interactive", "--user", _USER, self._container, *argv]
+        began = time.monotonic()
+        pipe = subprocess.PIPE
+        errors_to = pipe if split else subprocess.STDOUT
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=pipe, stderr=errors_to
+        )
+        assert process.stdout
+        streams = {process.stdout: Cut(limits.output_bytes)}
+        if process.stderr:
+            streams[process.stderr] = Cut(4096)
+        with process:
+            in_time = _collect(streams, began + limits.seconds)
+            if not in_time:
+                process.kill()
+            status = process.wait()
+        self._kill_rest()
+        output = streams[process.stdout]
+        notice = "" if in_time else f"killed: not done after {limits.seconds:g} s"
+        code = status if in_time else None
+        outcome = Outcome(code, output.text(), not in_time, time.monotonic() - began, notice or self._ended)
+        errors = streams[process.stderr] if process.stderr else Cut(0)
+        return outcome, bytes(output.head + output.tail), bytes(errors.head + errors.tail)
+
+    def _kill_rest(self) -> None:
+        """Kills every process of the container but its first, which signals from inside do not reach."""
+        command = [self._engine, "exec", "--user", _USER, self._container, "bash", "-c", "kill -KILL -1"]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=FILE_S)
+        except subprocess.TimeoutExpired:
+            self._end("the sandbox was ended: what ran in it could not be killed")
+            return
+        # 1: there was nothing to kill; but docker says the same of a container that is gone
+        if done.returncode not in (0, 1) or self._started.poll() is not None:
+            self._end("the sandbox was ended by what ran in it")
+
+
+def _collect(streams: Mapping[IO[bytes], Cut], deadline: float, *, first: bool = False) -> bool:
+    """Reads streams to their ends, or until the `first` thing comes; False where the deadline came first."""
+    is_open = set(streams)
+    while is_open:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        for stream in select.select(list(is_open), [], [], left)[0]:
+            data = os.read(stream.fileno(), 65536)
+            streams[stream].add(data)
+            if first:
+                return True
+            if not data:
+                is_open.discard(stream)
+    return True
+
+
+def _expect_success(outcome: Outcome, errors: bytes, what: str) -> None:
+    if outcome.exit_code != 0:
+        reason = outcome.notice or errors.decode(errors="replace").strip() or f"exit code {outcome.exit_code}"
+        raise WorkspaceError(f"{what}: {reason:.500}")
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Has the engine run a container whose first process prints a line, and waits for it.
+
+    Raises:
+        SandboxError: it did not come, with the end of the engine's words.
+    """
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=errors, cwd=tempfile.gettempdir(), start_new_session=True
+            )
+        except OSError as error:
+            raise SandboxError(f"{' '.join(command[:2])} failed: {error}") from None
+        assert process.stdout
+        line = Cut(64)
+        try:
+            in_time = _collect({process.stdout: line}, time.monotonic() + ENGINE_S, first=True)
+        except BaseException:
+            _let_go(process)
+            raise
+        if line.total:
+            return process
+        _let_go(process)
+        errors.seek(0)
+        reason = f"status {process.returncode}" if in_time else f"nothing within {ENGINE_S:g} s"
+        words = errors.read().decode(errors="replace")[-1000:].strip()
+        raise SandboxError(f"{' '.join(command[:2])} failed with {reason}: {words}")
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """Ends the standard input that a container lives by."""
+    for stream in (process.stdin, process.stdout):
+        assert stream
+        stream.close()
+    try:
+        process.wait(FILE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _engine(command: Sequence[str]) -> str:
+    """Has the engine do something; returns what it printed.
+
+    Raises:
+        SandboxError: it failed, with the end of its words.
+    """
+    with tempfile.TemporaryFile() as output:
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=ENGINE_S,
+                cwd=tempfile.gettempdir(),  # podman's monitor writes a file there when memory runs out
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise SandboxError(f"{' '.join(command[:2])} failed: {error}") from None
+        output.seek(0)
+        words = output.read().decode(errors="replace")
+    if done.returncode:
+        raise SandboxError(f"{' '.join(command[:2])} failed with status {done.returncode}: {words[-1000:].strip()}")
+    return words
+
+
+def probe(engine: str) -> str:
+    """Asks an engine whether it is there; returns why not, or nothing."""
+    if shutil.which(engine) is None:
+        return f"there is no `{engine}` on the PATH"
+    try:
+        done = subprocess.run([engine, "info"], capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"`{engine} info` failed: {error}"
+    return "" if done.returncode == 0 else f"`{engine} info` failed: {done.stderr.decode(errors='replace').strip()}"

@@ -1,0 +1,146 @@
+"""Starts one bubblewrap: its command line, what it is given, and how root is given up before it."""
+
+import contextlib
+import fcntl
+import itertools
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from aem_jax.envs.swe.sandbox import init_process
+from aem_jax.envs.swe.sandbox.mounts import SETTINGS, USER_ID, View
+from aem_jax.envs.swe.sandbox.seccomp import filter_program
+from aem_jax.envs.swe.sandbox.workspace import TESTBED, Limits
+
+# Runs as root, in a mount namespace of its own: makes folders reachable, then gives root up.
+_STAGING = """
+set -e
+stage=$1; user=$2; shift 2
+mount -t tmpfs -o mode=0755,size=1m,nosuid,nodev stage "$stage"
+i=0
+while [ "$1" != -- ]; do
+    mkdir "$stage/$i"; mount --bind "$1" "$stage/$i"; i=$((i + 1)); shift
+done
+shift
+exec setpriv --reuid "$user" --regid "$user" --clear-groups --bounding-set=-all --inh-caps=-all "$@"
+"""
+
+
+_spawner: ThreadPoolExecutor | None = None
+
+
+def _forget_spawner() -> None:
+    global _spawner
+    _spawner = None
+
+
+os.register_at_fork(after_in_child=_forget_spawner)
+_users = itertools.count()
+
+
+def _spawn(command: Sequence[str], descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Starts a process from a thread that lives as long as this process: `--die-with-parent` means the thread."""
+    global _spawner
+    _spawner = _spawner or ThreadPoolExecutor(1, thread_name_prefix="bubblewrap")
+
+    def start() -> subprocess.Popen[bytes]:
+        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        return subprocess.Popen(
+            command, stdin=null, stdout=null, stderr=pipe, pass_fds=descriptors, cwd="/", env=OWN_ENVIRONMENT
+        )
+
+    return _spawner.submit(start).result()
+
+
+OWN_ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"}
+"""What bubblewrap itself sees of the environment; what runs in it sees `mounts.SETTINGS`."""
+
+
+def start_bubblewrap(
+    view: View, limits: Limits, control: socket.socket, stack: contextlib.ExitStack
+) -> subprocess.Popen[bytes]:
+    """Starts bubblewrap with process 1 inside."""
+    staged: dict[Path, str] = {}
+    stage = next((folder for folder in ("/mnt", "/media", "/srv", "/opt") if os.path.isdir(folder)), "/mnt")
+    if os.geteuid() == 0:
+        roots = dict.fromkeys(
+            b.root for b in view.binds if not b.root.is_relative_to("/usr") and b.root != Path("/etc")
+        )
+        staged = {root: f"{stage}/{i}" for i, root in enumerate(roots)}
+
+    def descriptor_of(data: bytes) -> int:
+        return stack.enter_context(as_descriptor(data))
+
+    seccomp = descriptor_of(filter_program(platform.machine()))
+    contents = {path: descriptor_of(data) for path, (data, _) in view.files.items()}
+    binds = [(os.path.join(staged.get(bind.root, str(bind.root)), bind.part), bind.at) for bind in view.binds]
+    command = bubblewrap_arguments(view, limits, binds, contents, seccomp)
+    command += [
+        f"{view.python}",
+        "-I",
+        "-S",
+        "-c",
+        Path(init_process.__file__).read_text(encoding="utf-8"),
+        str(control.fileno()),
+    ]
+    if staged:
+        user = str(1_900_000_000 + (os.getpid() * 16 + next(_users) % 16) % 100_000_000)
+        command = [
+            *("unshare", "--mount", "--propagation", "private", "--", "sh", "-c", _STAGING, "sh", stage, user),
+            *(str(root) for root in staged),
+            "--",
+            *command,
+        ]
+    return _spawn(command, [control.fileno(), seccomp, *contents.values()])
+
+
+def bubblewrap_arguments(
+    view: View, limits: Limits, binds: Sequence[tuple[str, str]], contents: Mapping[str, int], seccomp: int
+) -> list[str]:
+    """The command line, up to the program to run.
+
+    Args:
+        view: what is seen.
+        limits: for `disk_mib`.
+        binds: (path on the host, path inside), read-only.
+        contents: path inside -> descriptor with the file's content.
+        seccomp: descriptor with the filter.
+    """
+    eighth = limits.disk_mib * 2**20 // 8
+    arguments = ["bwrap", "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+    arguments += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
+    arguments += ["--uid", str(USER_ID), "--gid", str(USER_ID), "--hostname", "sandbox", "--clearenv"]
+    for name, value in SETTINGS.items():
+        arguments += ["--setenv", name, value]
+    arguments += ["--size", str(eighth), "--perms", "1777", "--tmpfs", "/tmp"]  # before what may be bound under it
+    for source, at in binds:
+        arguments += ["--ro-bind", source, at]
+    for target, at in view.links:
+        arguments += ["--symlink", target, at]
+    for at, descriptor in contents.items():
+        arguments += ["--perms", f"{view.files[at][1]:04o}", "--file", str(descriptor), at]
+    for folder in view.hidden:
+        arguments += ["--size", "4096", "--perms", "0555", "--tmpfs", folder, "--remount-ro", folder]
+    arguments += ["--proc", "/proc", "--dev", "/dev"]
+    arguments += ["--size", str(eighth), "--perms", "1777", "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
+    arguments += ["--size", str(6 * eighth), "--perms", "0755", "--tmpfs", TESTBED]
+    # bubblewrap's own root and /dev are file systems in memory without a size: nobody may write there
+    return [*arguments, "--remount-ro", "/", "--chdir", TESTBED, "--seccomp", str(seccomp), "--"]
+
+
+@contextlib.contextmanager
+def as_descriptor(data: bytes) -> Iterator[int]:
+    """A descriptor to read the bytes from. They cannot be changed by who gets it: it is memory of this process."""
+    descriptor = os.memfd_create("data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, 0x1 | 0x2 | 0x4 | 0x8)  # no more seals, shrinking, growing, writing
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)

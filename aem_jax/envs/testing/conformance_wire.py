@@ -1,0 +1,286 @@
+"""Checks that any environment server can be put through: those of its environment, and those of the wire.
+
+python -m aem_jax.envs.testing.conformance_wire localhost:8765 --task '{"word": "hi"}' --action try --action hi
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from aem_jax.envs import protocol
+from aem_jax.envs.protocol import EnvError, RefusedError
+from aem_jax.envs.serving.address import websocket_url
+from aem_jax.envs.serving.client import RemoteEnvironment, bearer
+from aem_jax.envs.serving.field_mapping import WireMapping, step_encoder
+from aem_jax.envs.testing.conformance import Problem, Subject, check_environment, expect, run_checks
+
+_TIMEOUT_S = 30.0
+_CAPACITY_RETURNS_S = 5.0
+
+
+@dataclass(frozen=True)
+class ServerSubject:
+    """A server under test.
+
+    Attributes:
+        url: its session endpoint.
+        tasks: some tasks, at least one.
+        actions: responses to give in turn.
+        mapping: where it keeps our words.
+        sessions: its capacity, to be tried out; None where that is not wanted.
+        guarded: whether it holds the order reset, step, …, done, and survives messages that are no mapping, as ours
+            does; OpenEnv's own leaves the first to the environment and ends the session at the second.
+        headers: sent when connecting.
+    """
+
+    url: str
+    tasks: Sequence[Mapping[str, Any]]
+    actions: Sequence[str]
+    mapping: WireMapping = WireMapping()  # noqa: RUF009  (frozen)
+    sessions: int | None = None
+    guarded: bool = True
+    headers: Mapping[str, str] | None = field(default=None, repr=False)
+
+
+class _Talk:
+    """Raw messages on one connection."""
+
+    def __init__(self, socket: ClientConnection, subject: ServerSubject):
+        self._socket, self._subject = socket, subject
+        self._encode_step = step_encoder(subject.mapping)
+
+    def ask(self, request: str | bytes) -> dict[str, Any]:
+        with contextlib.suppress(ConnectionClosed):  # a server that has no room says so and hangs up
+            self._socket.send(request)
+        reply = self._socket.recv(timeout=_TIMEOUT_S)
+        try:
+            message = json.loads(reply)
+        except ValueError:
+            raise Problem(f"expected JSON in answer to {request!r:.80}, got {reply!r:.80}") from None
+        expect(isinstance(message, dict), f"expected a mapping in answer to {request!r:.80}, got {reply!r:.80}")
+        expect(isinstance(message.get("data"), dict), f"expected data in answer to {request!r:.80}, got {reply!r:.80}")
+        return message
+
+    def ask_for(self, kind: str, request: str | bytes) -> dict[str, Any]:
+        message = self.ask(request)
+        expect(message.get("type") == kind, f"expected {kind!r} in answer to {request!r:.80}, got {message!r:.300}")
+        return message["data"]
+
+    def reset(self, **keywords: Any) -> dict[str, Any]:
+        return self.ask_for("observation", protocol.encode_reset({**self._subject.tasks[0], **keywords}))
+
+    def step(self, index: int = 0) -> dict[str, Any]:
+        actions = self._subject.actions
+        return self.ask_for("observation", self._encode_step(actions[index % len(actions)]))
+
+    def is_refused(self, code: str, request: str | bytes) -> None:
+        data = self.ask_for("error", request)
+        expect(data.get("code") == code, f"expected the code {code} in answer to {request!r:.80}, got {data!r:.200}")
+        expect(isinstance(data.get("message"), str), f"expected a message beside the code, got {data!r:.200}")
+
+    def closes(self, request: str) -> None:
+        self._socket.send(request)
+        try:
+            reply = self._socket.recv(timeout=_TIMEOUT_S)
+        except ConnectionClosed:
+            return
+        raise Problem(f"expected the connection to end after {request}, got {reply!r:.80}")
+
+
+@contextlib.contextmanager
+def _talk(subject: ServerSubject) -> Iterator[_Talk]:
+    opening = connect(
+        subject.url,
+        additional_headers=subject.headers,
+        proxy=None,
+        open_timeout=_TIMEOUT_S,
+        max_size=protocol.MAX_MESSAGE_BYTES,
+    )
+    with opening as socket:
+        yield _Talk(socket, subject)
+
+
+def observations_have_the_protocols_form(subject: ServerSubject) -> None:
+    """Observation, reward and done, and nothing else but metadata."""
+    with _talk(subject) as talk:
+        for data in (talk.reset(), talk.step()):
+            fields = set(data) - {"metadata"}  # OpenEnv's newer servers repeat it here
+            expect(fields == {"observation", "reward", "done"}, f"expected observation, reward, done, got {data}")
+            expect(isinstance(data["observation"], dict), f"expected an observation mapping, got {data}")
+            expect(isinstance(data["done"], bool), f"expected done to be true or false, got {data}")
+            expect(data["reward"] is None or isinstance(data["reward"], (int, float)), f"expected a reward, got {data}")
+
+
+def state_counts_the_steps(subject: ServerSubject) -> None:
+    """And names the episode as the reset did."""
+    with _talk(subject) as talk:
+        talk.reset(episode_id="conformance-1")
+        expected = {"episode_id": "conformance-1", "step_count": 0}
+        state = talk.ask_for("state", protocol.STATE_REQUEST)
+        expect(expected.items() <= state.items(), f"expected the state {expected}, got {state}")
+        talk.step()
+        state = talk.ask_for("state", protocol.STATE_REQUEST)
+        expect(state.get("step_count") == 1, f"expected a step_count of 1, got {state}")
+
+
+def bad_messages_are_refused_and_do_no_harm(subject: ServerSubject) -> None:
+    """Each with its code; the episode goes on as if nothing had been said."""
+    with _talk(subject) as talk:
+        talk.reset()
+        for request, code in (
+            ("no JSON", protocol.INVALID_JSON),
+            ("", protocol.INVALID_JSON),
+            ('{"type": "reset"', protocol.INVALID_JSON),
+            ('{"type": "dance"}', protocol.UNKNOWN_TYPE),
+            ('{"data": {}}', protocol.UNKNOWN_TYPE),
+            ('{"type": "step"}', protocol.VALIDATION_ERROR),
+            ('{"type": "step", "data": 7}', protocol.VALIDATION_ERROR),
+            ('{"type": "step", "data": {"no such field": "x"}}', protocol.VALIDATION_ERROR),
+            ('{"type": "reset", "data": []}', protocol.VALIDATION_ERROR),
+            ('{"type": "reset", "data": {}, "more": 1}', protocol.VALIDATION_ERROR),
+            ('{"type": "state", "data": {}}', protocol.VALIDATION_ERROR),
+        ):
+            talk.is_refused(code, request)
+        if subject.guarded:
+            for request in ("[]", "7", "null", '"reset"', b'{"type": "state"}'):
+                talk.is_refused(protocol.VALIDATION_ERROR, request)
+        talk.step()
+
+
+def order_is_held(subject: ServerSubject) -> None:
+    """No step before a reset, none after the end."""
+    if not subject.guarded:
+        return
+    step = step_encoder(subject.mapping)(subject.actions[0])
+    with _talk(subject) as talk:
+        talk.is_refused(protocol.EXECUTION_ERROR, step)
+        data, index = talk.reset(), 0
+        while not data["done"] and index < 100:
+            data, index = talk.step(index), index + 1
+        if data["done"]:
+            talk.is_refused(protocol.EXECUTION_ERROR, step)
+            talk.reset()
+
+
+def close_ends_the_session(subject: ServerSubject) -> None:
+    """With and without an episode."""
+    with _talk(subject) as talk:
+        talk.closes(protocol.CLOSE_REQUEST)
+    with _talk(subject) as talk:
+        talk.reset()
+        talk.closes(protocol.CLOSE_REQUEST)
+
+
+def capacity_is_said_and_comes_back(subject: ServerSubject) -> None:
+    """One session too many is refused with CAPACITY_REACHED; a session that ended makes room."""
+    if subject.sessions is None:
+        return
+    with contextlib.ExitStack() as stack:
+        for index in range(subject.sessions):
+            reply = stack.enter_context(_talk(subject)).ask(protocol.STATE_REQUEST)
+            expect(reply["type"] == "state", f"expected room for session {index}, got {reply}")
+        with _talk(subject) as talk:
+            talk.is_refused(protocol.CAPACITY_REACHED, protocol.STATE_REQUEST)
+    deadline = time.monotonic() + _CAPACITY_RETURNS_S
+    while True:
+        with _talk(subject) as talk:
+            reply = talk.ask(protocol.STATE_REQUEST)
+        if reply["type"] == "state":
+            return
+        expect(time.monotonic() < deadline, f"expected room when sessions ended, got {reply}")
+        time.sleep(0.05)
+
+
+def pages_are_there(subject: ServerSubject) -> None:
+    """/health, /metadata and /schema."""
+    root = subject.url.replace("ws", "http", 1).removesuffix("/ws")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for page, keys in (
+        ("health", {"status"}),
+        ("metadata", {"name", "description"}),
+        ("schema", {"action", "observation", "state"}),
+    ):
+        request = urllib.request.Request(f"{root}/{page}", headers=dict(subject.headers or {}))
+        with opener.open(request, timeout=_TIMEOUT_S) as response:
+            content = json.load(response)
+        expect(keys <= set(content), f"expected {sorted(keys)} in /{page}, got {content!r:.200}")
+
+
+CHECKS: tuple[Callable[[ServerSubject], None], ...] = (
+    observations_have_the_protocols_form,
+    state_counts_the_steps,
+    bad_messages_are_refused_and_do_no_harm,
+    order_is_held,
+    close_ends_the_session,
+    capacity_is_said_and_comes_back,
+    pages_are_there,
+)
+
+
+def check_server(subject: ServerSubject) -> list[str]:
+    """Puts a server through the checks of an environment and through all `CHECKS`; returns the problems."""
+    make = lambda: _with_room(subject)  # noqa: E731
+    environment = Subject(make, subject.tasks, subject.actions, alone=subject.sessions == 1)
+    return check_environment(environment) + run_checks(CHECKS, subject)
+
+
+def _with_room(subject: ServerSubject) -> RemoteEnvironment:
+    """A session, for which an ended one may first have to be cleared away."""
+    deadline = time.monotonic() + _CAPACITY_RETURNS_S
+    while True:
+        env = RemoteEnvironment(subject.url, subject.mapping, headers=subject.headers)
+        try:
+            env.state()
+        except RefusedError as error:
+            if error.code == protocol.CAPACITY_REACHED and time.monotonic() < deadline:
+                env.close()
+                time.sleep(0.05)
+                continue  # else it has a session for us, and no state to tell before the first reset
+        return env
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; prints the problems and returns 1 if there are any."""
+    parser = argparse.ArgumentParser(
+        prog="aem_jax.envs.testing.conformance_wire", description="Checks an environment server."
+    )
+    parser.add_argument("url")
+    parser.add_argument("--task", type=json.loads, action="append", required=True, help="a task as JSON; repeatable")
+    parser.add_argument("--action", action="append", required=True, help="a response; repeatable, given in turn")
+    parser.add_argument("--sessions", type=int, help="the server's capacity, to be tried out")
+    parser.add_argument(
+        "--wire", type=json.loads, default={}, help="fields of WireMapping as JSON, for foreign servers"
+    )
+    parser.add_argument("--token-variable", default="", help="environment variable with the token of a hosted server")
+    parser.add_argument(
+        "--unguarded", action="store_true", help="the server leaves the order of calls to its environment"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        url, mapping = websocket_url(options.url), WireMapping(**options.wire)
+        headers = bearer(options.token_variable)
+        RemoteEnvironment(url, mapping, headers=headers).close()
+    except (ValueError, TypeError, EnvError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    subject = ServerSubject(
+        url, options.task, options.action, mapping, options.sessions, not options.unguarded, headers
+    )
+    problems = check_server(subject)
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problems")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
