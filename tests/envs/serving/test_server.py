@@ -330,8 +330,8 @@ class Unruly(EchoEnv):
 def test_an_environment_that_reads_stdin_or_never_closes_harms_no_server(tmp_path):
     """What the parent's end of stdin is for is the server's alone; a close that takes long is not waited for."""
     (tmp_path / "env.py").write_text(UNRULY)
-    arguments = ["-c", "from aem_jax.envs.serving import server; server._CLOSE_S = 0.2; import sys; sys.exit(server.main())"]
-    command = [sys.executable, *arguments, f"{tmp_path}/env.py:Unruly", "--port", "0", "--with-parent"]
+    script = "import sys; from aem_jax.envs.serving import server; server._CLOSE_S = 0.2; sys.exit(server.main())"
+    command = [sys.executable, "-c", script, f"{tmp_path}/env.py:Unruly", "--port", "0", "--with-parent"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=REPOSITORY, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdin and process.stdout and process.stderr
