@@ -20,8 +20,9 @@ SETTINGS = {
     "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".jax_cache" / "tests"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    # most of a test's time is compiling, and half of that LLVM's optimizer; HLO, which tests read, is the same without
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    # Most of a test's time is compiling: half of it LLVM's optimizer, half of the rest the MLIR passes of the emitters
+    # of fused loops, in whose place the older ones write LLVM at once. HLO, which tests read, is the same without both.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
     # nothing is downloaded while testing
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
