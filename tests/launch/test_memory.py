@@ -14,13 +14,13 @@ import jax, jax.numpy as jnp
 from aem_jax.launch.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-f = jax.jit(lambda x: jnp.sum(jnp.sin(x[:, None] * x[None]) @ jnp.cos(x[:, None] + x[None])))
-x = jnp.arange(2048.0)
+f = jax.jit(lambda x, y: jnp.sum(jnp.sin(x[:, None] * y[None]) @ jnp.cos(y[:, None] + x[None])))
+x, y = jnp.arange(64.0), jnp.arange(65536.0)
 for _ in range(30):  # it takes some calls until the heap has its size
-    f(x).block_until_ready()
+    f(x, y).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
-    f(x).block_until_ready()
+    f(x, y).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
