@@ -4,6 +4,8 @@ They must be set before jax is imported, which is why they stand at the top of t
 """
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, so that no process is left with one of them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def strict() -> Iterator[None]:
+    """A command that a test runs in this process sets jax up as for a user; the tests after it are as strict again."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.config.update("jax_numpy_rank_promotion", os.environ["JAX_NUMPY_RANK_PROMOTION"])
 
 
 @pytest.fixture

@@ -42,23 +42,16 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     return out
 
 
-def export(folder: Path, runs: Path, environment: dict[str, str], *words: str, status: int = 0) -> str:
-    line = [sys.executable, "-m", "aem_jax.launch", "export", str(folder), "--preset", str(SMALL)]
-    done = subprocess.run(
-        [*line, "--runs-dir", str(runs), "--name", "run", *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
+def export(folder: Path, runs: Path, *words: str) -> None:
+    assert (
+        cli.main(["export", str(folder), "--preset", str(SMALL), "--runs-dir", str(runs), "--name", "run", *words]) == 0
     )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stderr
 
 
-def check_export(run: Path, base: Path, out: Path, environment: dict[str, str], scale: float) -> None:
+def check_export(run: Path, base: Path, out: Path, scale: float) -> None:
     """The merged model is the base plus what PEFT's files say, to the last bit of float32 but one."""
-    export(out / "merged", run.parent, environment)
-    export(out / "adapter", run.parent, environment, "--adapter", "True")
+    export(out / "merged", run.parent)
+    export(out / "adapter", run.parent, "--adapter", "True")
     merged, adapter = from_pretrained(out / "merged", dtype="float32"), out / "adapter"
     wanted = load_file(base / "model.safetensors")
     pairs = load_file(adapter / "adapter_model.safetensors")
@@ -107,10 +100,10 @@ def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment
     # the reference is the model as it came: at first the policy itself, up to rounding, then no longer
     assert abs(steps[0]["learner/kl_reference"]) < 1e-10 < steps[1]["learner/kl_reference"]
     assert not (tmp_path / "run" / "base").exists()
-    check_export(tmp_path / "run", model, tmp_path / "out", environment, scale=2.0)
+    check_export(tmp_path / "run", model, tmp_path / "out", scale=2.0)
 
 
-def test_on_a_warm_start_of_all_weights(whole: Path, tmp_path: Path, environment):
+def test_on_a_warm_start_of_all_weights(whole: Path, tmp_path: Path):
     steps = read_lines(whole / "metrics.jsonl")
     assert [record["step"] for record in steps] == list(range(NUM_STEPS))
     for record in steps:
@@ -123,7 +116,7 @@ def test_on_a_warm_start_of_all_weights(whole: Path, tmp_path: Path, environment
     )
     assert base > 50_000  # the weights, once; a checkpoint holds the adapter and its moments alone
     assert adapter < 3 * base
-    check_export(whole, whole / "base", tmp_path / "out", environment, scale=8.0)
+    check_export(whole, whole / "base", tmp_path / "out", scale=8.0)
 
 
 def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path, environment):

@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dict[str, str]):
+def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dict[str, str], capsys):
     """By a relative path; exported from another working folder when the model has become another one."""
     environment = {**user_environment, "PYTHONPATH": str(ROOT)}
     shutil.copytree(model, tmp_path / "begin")
@@ -57,11 +57,10 @@ def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dic
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["path"] == str(tmp_path / "begin")
     (tmp_path / "begin" / "config.json").write_text("{}")
 
-    command = [sys.executable, "-m", "aem_jax.launch", "export", str(tmp_path / "out"), *words[:6]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=user_environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=user_environment)
-    assert again.returncode == 2 and "expected a new or empty folder to write a model to" in again.stderr
+    export = ["export", str(tmp_path / "out"), *words[:6]]
+    assert cli.main(export) == 0
+    assert cli.main(export) == 2
+    assert "expected a new or empty folder to write a model to" in capsys.readouterr().err
     before, after = (from_pretrained(folder, dtype="float32") for folder in (model, tmp_path / "out"))
     assert after.config == before.config
     changes = jax.tree.map(lambda a, b: float(abs(a - b).max()), before.params, after.params)
