@@ -46,6 +46,7 @@ def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dic
     words = ["--preset", str(SMALL), "--runs-dir", str(tmp_path), "--name", "run", "--model.path", "begin"]
     words += ["--model.dtype", "float32", "--warmstart.episodes", "0", "--train.num-steps", "2"]
     words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", "--evaluation.size", "2"]
+    words += ["--evaluation.baselines", "false", "--evaluation.every", "0", "--metrics.tensorboard", "false"]
     sizes = [f"--model.{name}=None" for name in ("hidden-size", "intermediate-size", "num-layers", "num-heads")]
     sizes += ["--model.num-kv-heads=None", "--model.head-dim=None"]
     command = [sys.executable, "-m", "aem_jax.launch", *words, *sizes]
