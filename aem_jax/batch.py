@@ -182,7 +182,7 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
     if jax.process_count() == 1:
         return jax.device_put(batch, where)
     # device_put would first send every array to every host, to see whether they are equal
-    one = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])  # noqa: E731
+    one = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     return jax.tree.map(one, batch, where)
 
 

@@ -161,7 +161,7 @@ def select(trajectories: Sequence[Trajectory], rule: Rule) -> Selected:
     groups: dict[int, list[Trajectory]] = {}
     for each in trajectories:
         groups.setdefault(each.group, []).append(each)
-    treat = lambda t: rule.truncated(t) if t.ending is Ending.TRUNCATED else t  # noqa: E731
+    treat = lambda t: rule.truncated(t) if t.ending is Ending.TRUNCATED else t
     kept = {group: [t for t in map(treat, members) if t is not None] for group, members in sorted(groups.items())}
     taught = [group for group, members in kept.items() if rule.outcome is None or _differ(members, rule.outcome)]
     chosen = taught[: rule.num_groups]
@@ -287,6 +287,6 @@ def soft_overlong(trajectory: Trajectory, *, length: Length, limit: int, buffer:
     """
     if not 1 <= buffer <= limit:
         raise ValueError(f"expected a buffer of 1 to {limit} tokens (the limit), got {buffer}")
-    share = lambda n: min(max((n - (limit - buffer)) / buffer, 0.0), 1.0)  # noqa: E731
+    share = lambda n: min(max((n - (limit - buffer)) / buffer, 0.0), 1.0)
     turns = zip(trajectory.turns, length(trajectory), strict=True)
     return replace(trajectory, turns=tuple(replace(turn, reward=turn.reward - penalty * share(n)) for turn, n in turns))

@@ -115,7 +115,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], played: RolloutStats) ->
     """Success, return and the like, over the episodes that the environment did not break."""
     whole = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
     turns = [turn for t in whole for turn in t.turns]
-    mean = lambda values: float(np.mean(values)) if len(values) else float("nan")  # noqa: E731
+    mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
     by_kind = {
         f"rollout/success/{kind}": mean([t.won for t in whole if t.task.kind == kind])
         for kind in sorted({t.task.kind for t in whole})

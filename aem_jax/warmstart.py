@@ -88,9 +88,7 @@ def demonstrations(
     Raises:
         EnvError: all tasks did; with the first error.
     """
-    show = lambda task: demonstrate(  # noqa: E731
-        env, make_act(task), task, chat, instruction=instruction, max_turns=max_turns
-    )
+    show = lambda task: demonstrate(env, make_act(task), task, chat, instruction=instruction, max_turns=max_turns)
     return (episode for _, episode in play_each(tasks, show))
 
 

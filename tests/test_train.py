@@ -152,7 +152,7 @@ def test_rounds_are_played_until_enough_groups_differ_and_a_resumed_run_plays_th
         assert np.isfinite(h["rollout/success"])  # of all that was played, chosen or not
     assert rest[0]["selection/groups"] == 0
     _, unbroken, _ = run(4, 1.0, rule=rule, tasks=drawn)
-    same = lambda a, b: a == b or (np.isnan(a) and np.isnan(b))  # noqa: E731
+    same = lambda a, b: a == b or (np.isnan(a) and np.isnan(b))
     for a, b in zip(map(timeless, unbroken), map(timeless, whole + rest), strict=True):
         assert a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
     assert sum(h["compile/recompiles"] for h in unbroken) == 0

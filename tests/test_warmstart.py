@@ -33,7 +33,7 @@ def test_a_demonstration_that_runs_out_is_truncated():
 
 def test_a_task_that_breaks_shows_nothing_and_the_others_lose_nothing():
     tasks = [Task(f"t{n}", "echo", {"word": "yes", "fault": {"kind": "raise"} if n == 1 else None}) for n in range(3)]
-    show = lambda tasks: list(  # noqa: E731
+    show = lambda tasks: list(
         demonstrations(EchoEnv(), lambda task: lambda result: "yes", tasks, ByteChat(), instruction="", max_turns=3)
     )
     found = show(tasks)

@@ -76,7 +76,7 @@ def _backwards(
     """Â of each response, from the last turn of all trajectories to the first."""
     inside = (trajectory >= 0) & (trajectory < num_trajectories)
     last = jnp.max(turn, where=inside, initial=-1)
-    total = lambda x, rows: jax.ops.segment_sum(jnp.where(rows, x, 0.0), trajectory, num_trajectories)  # noqa: E731
+    total = lambda x, rows: jax.ops.segment_sum(jnp.where(rows, x, 0.0), trajectory, num_trajectories)
 
     def one_turn(count: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         value_after, advantage_after, found = carry

@@ -182,7 +182,7 @@ def reinforce_plus_plus_baseline(
         ValueError: on wrong shapes or dtypes, or numbers out of range.
     """
     groups, to_go = _to_go(experience, num_groups, gamma)
-    part = lambda weigh: jnp.where(groups >= 0, weigh(experience), 0.0)  # noqa: E731
+    part = lambda weigh: jnp.where(groups >= 0, weigh(experience), 0.0)
     return whiten(centred(to_go, part(centre_by), groups, num_groups), part(whiten_by), ddof=ddof, eps=eps)
 
 

@@ -87,7 +87,7 @@ def whose_entropy(draws: Draws) -> dict[str, Any]:
         states.
     """
     mean_entropy = draws.predictable / np.maximum(draws.tokens, 1)
-    centre = lambda values: values - values.mean(axis=1, keepdims=True)  # noqa: E731
+    centre = lambda values: values - values.mean(axis=1, keepdims=True)
     own, relative = centre(mean_entropy), centre(draws.surprisal)
     moments = ((own * relative).mean(axis=1), (own**2).mean(axis=1), (relative**2).mean(axis=1))
     return {

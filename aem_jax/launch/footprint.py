@@ -28,9 +28,9 @@ def weight_bytes(policy: Policy | LoraPolicy, optimizer: optax.GradientTransform
     """
     state, whole = abstract_state(policy, optimizer, mesh), policy.whole
     train, decode = (shardings(mesh, whole.axes, rules, whole.shapes) for rules in (TRAIN, DECODE))
-    size = lambda shaped, place, dtype: math.prod(place.shard_shape(shaped.shape)) * dtype.itemsize  # noqa: E731
-    total = lambda tree: sum(size(leaf, leaf.sharding, leaf.dtype) for leaf in jax.tree.leaves(tree))  # noqa: E731
-    weights = lambda where: jax.tree.map(size, whole.shapes, where, whole.dtypes)  # noqa: E731
+    size = lambda shaped, place, dtype: math.prod(place.shard_shape(shaped.shape)) * dtype.itemsize
+    total = lambda tree: sum(size(leaf, leaf.sharding, leaf.dtype) for leaf in jax.tree.leaves(tree))
+    weights = lambda where: jax.tree.map(size, whole.shapes, where, whole.dtypes)
 
     copied, frozen, beside = weights(decode), 0, 0
     if isinstance(policy, LoraPolicy):

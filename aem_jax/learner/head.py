@@ -134,7 +134,7 @@ def _head_loss_forward(objective, temperature, chunk, layout, head, hidden, targ
         logits = _logits(x, weights, temperature)
         found = token_statistics(logits, target)
         logprobs, entropies = (jnp.where(tokens.mask, each, 0.0) for each in found)
-        part = lambda logprobs: objective(logprobs, entropies, tokens)  # noqa: E731
+        part = lambda logprobs: objective(logprobs, entropies, tokens)
         (loss, measures), slope = jax.value_and_grad(part, has_aux=True)(logprobs)
         normaliser = jnp.take_along_axis(logits, target[..., None], axis=-1) - found[0][..., None]
         is_target = jax.nn.one_hot(target, logits.shape[-1], dtype=jnp.bool_)
@@ -188,7 +188,7 @@ def _add(total: Measures, part: Measures) -> Measures:
 
 def _over_parts(parts: Measures) -> Measures:
     """Of [shards] to []."""
-    total = lambda each: jnp.sum(each, axis=0)  # noqa: E731
+    total = lambda each: jnp.sum(each, axis=0)
     return Measures(jax.tree.map(total, parts.sums), jax.tree.map(lambda each: jnp.max(each, axis=0), parts.maxima))
 
 

@@ -102,8 +102,8 @@ def policy_objective(config: LearnerConfig) -> Objective:
 
     def objective(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Measures]:
         mask = tokens.mask
-        total = lambda x: jnp.sum(x, where=mask)  # noqa: E731
-        top = lambda x: jnp.max(x, where=mask, initial=0.0)  # noqa: E731
+        total = lambda x: jnp.sum(x, where=mask)
+        top = lambda x: jnp.max(x, where=mask, initial=0.0)
         before = jax.lax.stop_gradient(logprobs) if tokens.before is None else tokens.before
         old = before if cap else tokens.logprobs
         if tokens.sequence is None:

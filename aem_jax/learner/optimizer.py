@@ -75,5 +75,5 @@ def num_updates(opt_state: Any) -> jax.Array:
 
 def _leaves(*names: str, axes: Any) -> Any:
     """Which parameters have one of these logical axes."""
-    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+    is_axes = lambda node: isinstance(node, tuple)
     return jax.tree.map(lambda found: bool({*names} & {*found}), axes, is_leaf=is_axes)

@@ -241,7 +241,7 @@ def _make_step(
             gradient = jax.tree.map(jnp.add, total[0], gradient)
             return constrain(gradient), total[1] + loss, Measures(sums, maxima, means)
 
-        constrain = lambda tree: jax.lax.with_sharding_constraint(tree, param_shardings)  # noqa: E731
+        constrain = lambda tree: jax.lax.with_sharding_constraint(tree, param_shardings)
         _, measures = jax.eval_shape(part, params, jnp.int32(0))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (params, jnp.float32(0), measures))
         zeros = (constrain(zeros[0]), *zeros[1:])
@@ -273,7 +273,7 @@ def _make_step(
             norm = optax.tree_utils.tree_norm(gradient)
             good = (count > 0) & jnp.isfinite(norm)
             updates, next_opt_state = optimizer.update(gradient, opt_state, params)
-            keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+            keep = lambda new, old: jnp.where(good, new, old)
             stats = {
                 **measures.sums,
                 **measures.maxima,
@@ -297,7 +297,7 @@ def _make_step(
 def _summary(stats: Stats, num_epochs: int) -> Stats:
     """Of [optimizer steps] sums over tokens to the step's means, maxima and last values."""
     count = stats["tokens"]
-    mean = lambda sums, counts: jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1.0)  # noqa: E731
+    mean = lambda sums, counts: jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1.0)
     found = {name: mean(value, count) for name, value in stats.items()}
     found |= {
         "tokens": jnp.sum(count) / num_epochs,

@@ -147,7 +147,7 @@ def test_right_values_leave_nothing_to_be_surprised_by():
 def test_explained_variance_golden():
     # R = 0, 2, 4 (variance 8/3; the last row does not count)
     returns, valid = np.array([0.0, 2.0, 4.0, 99.0]), np.array([True, True, True, False])
-    score = lambda *values: float(explained_variance(np.array([*values, NAN]), returns, valid))  # noqa: E731
+    score = lambda *values: float(explained_variance(np.array([*values, NAN]), returns, valid))
     assert score(0.0, 2.0, 4.0) == 1.0 and score(5.0, 7.0, 9.0) == 1.0  # a constant error is the mean's, not variance
     assert score(3.0, 3.0, 3.0) == 0.0
     assert score(4.0, 2.0, 0.0) == pytest.approx(-3.0)  # R − V = −4, 0, 4: 32/3

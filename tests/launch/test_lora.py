@@ -137,7 +137,7 @@ def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Pat
     process.communicate()
     before = (run / "base" / "model.safetensors").read_bytes()
     finish(start(tmp_path, environment, "--name", "run", "--lora.rank", "4"))
-    numbers = lambda folder: [comparable(record) for record in read_lines(folder / "metrics.jsonl")]  # noqa: E731
+    numbers = lambda folder: [comparable(record) for record in read_lines(folder / "metrics.jsonl")]
     assert numbers(run) == numbers(whole)
     assert before == (run / "base" / "model.safetensors").read_bytes()
 

@@ -108,7 +108,7 @@ def test_what_is_kept_of_a_layer_is_what_the_option_says():
 
     def flops(remat: str) -> float:
         how = Computation(temperature=1.0, head_chunk=48, remat=REMAT[remat])
-        loss = lambda params: row_loss(policy, params, rows, tokens_of(rows), weighted, how)[0]  # noqa: E731
+        loss = lambda params: row_loss(policy, params, rows, tokens_of(rows), weighted, how)[0]
         return costs(parse(jax.jit(jax.grad(loss)).lower(policy.shapes).compile().as_text() or "")).flops
 
     none, dots, layers = (flops(remat) for remat in ("none", "dots", "layers"))
@@ -154,7 +154,7 @@ def test_the_head_of_a_large_vocabulary_takes_less_than_two_gibibytes():
     """
     policy, config = Bigram(151_936, 1536), LearnerConfig()
     how = Computation(config.temperature, config.head_chunk)
-    struct: Any = lambda dtype: jax.ShapeDtypeStruct((8, 4096), dtype)  # noqa: E731
+    struct: Any = lambda dtype: jax.ShapeDtypeStruct((8, 4096), dtype)
     rows, numbers = Rows(*(struct(jnp.int32),) * 4), struct(jnp.float32)
     tokens = Tokens(struct(jnp.bool_), numbers, numbers, numbers, None)
 
@@ -180,7 +180,7 @@ def test_chunks_without_a_sampled_token_are_skipped():
 
     batch = collate(random_trajectories(4, 2, policy.vocab_size), LAYOUT)
     params, rows = policy.init(jax.random.key(0)), rows_of(batch)
-    loss = lambda params: row_loss(policy, params, rows, tokens_of(rows), counted, Computation(1.0, 6))[0]  # noqa: E731
+    loss = lambda params: row_loss(policy, params, rows, tokens_of(rows), counted, Computation(1.0, 6))[0]
     jax.jit(jax.grad(loss))(params)
     jax.effects_barrier()
     sampled = (batch.response_ids[0] >= 0).sum(-1).max()

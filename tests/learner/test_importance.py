@@ -20,7 +20,7 @@ CONFIG = LearnerConfig(learning_rate=0.01, max_grad_norm=1e9, head_chunk=7)
 def expected_gradient(config: LearnerConfig, logits: np.ndarray, sampler: np.ndarray, advantages: np.ndarray):
     """d/dlogits of the mean loss over tokens of `sampler`, exactly: every token is there, weighted by its odds."""
     with jax.enable_x64(True):
-        wide = lambda x: jnp.asarray(x, jnp.float64)[None]  # noqa: E731
+        wide = lambda x: jnp.asarray(x, jnp.float64)[None]
         mask = jnp.ones((1, len(logits)), bool)
         tokens = Tokens(mask, wide(sampler), wide(np.log(sampler)), wide(advantages), None)
 

@@ -88,7 +88,7 @@ def test_a_regression_is_solved_as_by_float32(kind):
     random = np.random.default_rng(1)
     x = jnp.asarray(random.standard_normal((128, 16)), jnp.float32)
     y = x @ jnp.asarray(random.standard_normal((16, 8)), jnp.float32)
-    loss = lambda params: jnp.mean(jnp.square(x @ params["w"] - y))  # noqa: E731
+    loss = lambda params: jnp.mean(jnp.square(x @ params["w"] - y))
 
     def fit(moments):
         opt = optimizer(moments)

@@ -174,7 +174,7 @@ def test_costs_of_a_compiled_scan_are_those_of_all_its_rounds():
     def step(x, weights):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
-    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
     x = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=place("fsdp", None))
     weights = jax.ShapeDtypeStruct((6, 64, 64), jnp.float32, sharding=place(None, None, "tensor"))
     compiled = jax.jit(step).lower(x, weights).compile()
