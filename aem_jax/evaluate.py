@@ -45,7 +45,7 @@ class Evaluation:
         set: name of the set, with its hash.
         split: the split that it is drawn from.
         rate: success over all tasks that the environment did not break.
-        by_kind: success by task type.
+        by_task_type: success by task type.
         mean_score: the task's own score an episode, in [0, 1]; the success where it has none.
         mean_turns: turns an episode.
         mean_return: undiscounted return an episode.
@@ -55,7 +55,7 @@ class Evaluation:
     set: str
     split: str
     rate: Rate
-    by_kind: dict[str, Rate]
+    by_task_type: dict[str, Rate]
     mean_score: float
     mean_turns: float
     mean_return: float
@@ -64,45 +64,45 @@ class Evaluation:
     def record(self, step: int, phase: str) -> dict[str, Any]:
         """One line of `evaluations.jsonl`."""
         means = {name: getattr(self, name) for name in ("mean_score", "mean_turns", "mean_return")}
-        by_kind = {kind: asdict(rate) for kind, rate in self.by_kind.items()}
+        by_task_type = {task_type: asdict(rate) for task_type, rate in self.by_task_type.items()}
         return {
             "step": step,
             "phase": phase,
             "set": self.set,
             "split": self.split,
             **asdict(self.rate),
-            "by_kind": by_kind,
+            "by_task_type": by_task_type,
             **means,
             "env_errors": self.env_errors,
         }
 
 
 class _Outcome(NamedTuple):
-    kind: str
-    won: bool
+    task_type: str
+    success: bool
     score: float
     turns: int
     total: float
 
 
-def rate(wins: Sequence[bool]) -> Rate:
-    """Share of wins with its 95 % Wilson interval; of nothing, (nan, 0, 1)."""
-    if not wins:
+def rate(successes: Sequence[bool]) -> Rate:
+    """Share of successes with its 95 % Wilson interval; (nan, 0, 1) without episodes."""
+    if not successes:
         return Rate(float("nan"), 0.0, 1.0, 0)
     from scipy.stats import binomtest  # half a second, which --help need not take
 
-    interval = binomtest(sum(wins), len(wins)).proportion_ci(0.95, method="wilson")
-    return Rate(sum(wins) / len(wins), float(interval.low), float(interval.high), len(wins))
+    interval = binomtest(sum(successes), len(successes)).proportion_ci(0.95, method="wilson")
+    return Rate(sum(successes) / len(successes), float(interval.low), float(interval.high), len(successes))
 
 
 def _summary(name: str, split: str, outcomes: Sequence["_Outcome"], env_errors: int) -> Evaluation:
-    kinds = sorted({each.kind for each in outcomes})
+    task_types = sorted({each.task_type for each in outcomes})
     count = max(len(outcomes), 1)
     return Evaluation(
         set=name,
         split=split,
-        rate=rate([each.won for each in outcomes]),
-        by_kind={kind: rate([each.won for each in outcomes if each.kind == kind]) for kind in kinds},
+        rate=rate([each.success for each in outcomes]),
+        by_task_type={name: rate([each.success for each in outcomes if each.task_type == name]) for name in task_types},
         mean_score=math.fsum(each.score for each in outcomes) / count,
         mean_turns=sum(each.turns for each in outcomes) / count,
         mean_return=math.fsum(each.total for each in outcomes) / count,
@@ -129,7 +129,7 @@ def evaluate_policy(
     trajectories, stats = rollout(params, tasks, key, group_size=1)
     check_some_played(trajectories, stats, name)
     whole = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
-    outcomes = [_Outcome(t.task.kind, t.won, t.score, len(t.turns), t.total_reward) for t in whole]
+    outcomes = [_Outcome(t.task.task_type, t.success, t.score, len(t.turns), t.total_reward) for t in whole]
     return _summary(name, split, outcomes, len(trajectories) - len(whole)), trajectories
 
 
@@ -154,6 +154,8 @@ def evaluate_agent(
         if exchanges is None:
             broken += 1
             continue
-        won, score = (exchanges[-1].result.won, exchanges[-1].result.score) if exchanges else (False, 0.0)
-        outcomes.append(_Outcome(task.kind, won, score, len(exchanges), math.fsum(e.result.reward for e in exchanges)))
+        success, score = (exchanges[-1].result.won, exchanges[-1].result.score) if exchanges else (False, 0.0)
+        outcomes.append(
+            _Outcome(task.task_type, success, score, len(exchanges), math.fsum(e.result.reward for e in exchanges))
+        )
     return _summary(name, split, outcomes, broken)

@@ -11,7 +11,7 @@ Round r of step s plays tasks and draws samples that follow from s and r alone, 
 trajectories, which are the same in all processes. So there is no state: a resumed run chooses what an unbroken one
 chooses. A batch that is not full has fewer filled rows, not another shape.
 
-Left out: filling up with rejected groups when the rounds are over. Their advantages are 0, but they would count in the
+Left out: filling up with filtered groups when the rounds are over. Their advantages are 0, but they would count in the
 loss's means and in its KL.
 """
 
@@ -27,7 +27,7 @@ from aem_jax.rollout.stats import RolloutStats, check_some_played, none_played
 from aem_jax.trajectory import Ending, Task, Trajectory
 
 Outcome = Callable[[Trajectory], float]
-"""What is compared inside a group: its return, or whether it was won."""
+"""What is compared inside a group: its return, or its success."""
 
 BROKEN_TASKS = 24
 """Tasks of a step that must all fail before the fault is taken for the environment's, not these tasks'. Where half of
@@ -41,14 +41,14 @@ Length = Callable[[Trajectory], Sequence[int]]
 class SelectionConfig:
     """Which of the episodes played a step learns from; by default from all."""
 
-    reject_equal: bool = False
+    filter_equal_outcomes: bool = False
     """Leave out groups whose episodes all had the same outcome: they have no advantage to learn from."""
-    outcome: Literal["return", "won"] = "return"
+    outcome: Literal["return", "success"] = "return"
     """What must differ inside a group: the environment's return, or whether the task was solved."""
     oversample: float = 1.0
-    """With reject_equal: tasks played in each round, as a multiple of rollout.groups_per_step (GRPO++: 2)."""
+    """With filter_equal_outcomes: tasks played in each round, as a multiple of rollout.groups_per_step (GRPO++: 2)."""
     max_rounds: int = 1
-    """With reject_equal: most rounds of a step (DAPO: 10). A round more is played while there are fewer than
+    """With filter_equal_outcomes: most rounds of a step (DAPO: 10). A round more is played while there are fewer than
     rollout.groups_per_step groups to learn from; after the last the step goes on with those that there are."""
     truncated: Literal["learn", "mask", "drop"] = "learn"
     """Compact filtering, of episodes that ended at a limit (turns, tokens). mask (GRPO++): out of the loss and of AEM's
@@ -68,10 +68,11 @@ class SelectionConfig:
                 f"expected selection.oversample >= 1 and selection.max_rounds >= 1, got {self.oversample} and "
                 f"{self.max_rounds}"
             )
-        if not self.reject_equal and (self.oversample > 1 or self.max_rounds > 1):
+        if not self.filter_equal_outcomes and (self.oversample > 1 or self.max_rounds > 1):
             raise ValueError(
-                f"expected selection.reject_equal with selection.oversample {self.oversample} and selection.max_rounds "
-                f"{self.max_rounds}, got False; without it what is played beyond groups_per_step would be thrown away"
+                f"expected selection.filter_equal_outcomes with selection.oversample {self.oversample} and "
+                f"selection.max_rounds {self.max_rounds}, got False; without it the groups beyond groups_per_step would be "
+                "thrown away"
             )
         if self.overlong_penalty < 0 or (self.overlong_penalty > 0) != (self.overlong_buffer > 0):
             raise ValueError(
@@ -115,14 +116,14 @@ class Selected:
     Attributes:
         trajectories: in the order they came in; groups are numbered from 0, without gaps.
         groups: how many these are of.
-        rejected: groups with equal outcomes.
+        filtered: groups with equal outcomes, left out.
         surplus: groups beyond `num_groups`.
         masked: episodes of the groups chosen that are out of the loss, broken ones not counted.
     """
 
     trajectories: list[Trajectory]
     groups: int
-    rejected: int
+    filtered: int
     surplus: int
     masked: int
 
@@ -168,7 +169,7 @@ def select(trajectories: Sequence[Trajectory], rule: Rule) -> Selected:
     return Selected(
         trajectories=[replace(t, group=number) for number, group in enumerate(chosen) for t in kept[group]],
         groups=len(chosen),
-        rejected=len(kept) - len(taught),
+        filtered=len(kept) - len(taught),
         surplus=len(taught) - len(chosen),
         masked=sum(len(groups[group]) - sum(t.in_loss for t in kept[group]) for group in chosen),
     )
@@ -228,7 +229,7 @@ def play_rounds(
     metrics = {
         "selection/rounds": rounds,
         "selection/groups": selected.groups,
-        "selection/rejected_groups": selected.rejected,
+        "selection/filtered_groups": selected.filtered,
         "selection/surplus_groups": selected.surplus,
         "selection/masked_truncated": selected.masked,
         "selection/overlong_penalty": taken / max(len(chosen), 1),
@@ -242,12 +243,12 @@ def returned(trajectory: Trajectory) -> float:
     return float(np.float32(trajectory.total_reward))
 
 
-def won(trajectory: Trajectory) -> float:
+def succeeded(trajectory: Trajectory) -> float:
     """Whether the task was solved, as an outcome."""
-    return float(trajectory.won)
+    return float(trajectory.success)
 
 
-def out_of_loss(trajectory: Trajectory) -> Trajectory:
+def mask_loss(trajectory: Trajectory) -> Trajectory:
     """The episode for the statistics of its group alone."""
     return replace(trajectory, in_loss=False)
 

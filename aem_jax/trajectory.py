@@ -26,12 +26,12 @@ class Task:
 
     Attributes:
         id: stable name, unique inside its split.
-        kind: task type, for metrics by type.
+        task_type: for metrics by task type.
         payload: JSON mapping that the environment server understands.
     """
 
     id: str
-    kind: str
+    task_type: str
     payload: Mapping[str, Any]
 
 
@@ -70,9 +70,9 @@ class Trajectory:
         member: index inside the group.
         turns: in order.
         ending: how it ended.
-        won: whether the task was solved.
+        success: whether the task was solved.
         retries: how often the episode was begun again after an environment error.
-        score: the task's own score in [0, 1]; as `won` where it has none.
+        score: the task's own score in [0, 1]; 1 or 0, as `success`, where it has none.
         context: "append" (turns share one growing sequence) or "window" (each turn's prompt stands alone).
         in_loss: whether its tokens are learnt from; else it counts in the statistics of its group alone.
     """
@@ -82,7 +82,7 @@ class Trajectory:
     member: int
     turns: tuple[Turn, ...]
     ending: Ending
-    won: bool
+    success: bool
     retries: int = 0
     context: str = "append"
     score: float = 0.0

@@ -33,8 +33,8 @@ class WarmstartConfig:
     wander: float = 0.0
     """Share of turns in which the demonstrator does something careless instead of what it should (goes somewhere at
     random, buys without looking, finishes untested): its pupil has something left to learn from reward."""
-    only_won: bool = True
-    """Leave out episodes that the expert lost."""
+    only_successful: bool = True
+    """Leave out episodes in which the expert failed."""
     begin_from: str = ""
     """Folder of another run, in place of demonstrations: training begins with its parameters at step 0 and with its
     tokenizer. Model and tokenizer settings must be the same; no LoRA."""
@@ -70,8 +70,8 @@ def demonstrate(env: Environment, act: Act, task: Task, chat: Any, *, instructio
         )
     last = exchanges[-1].result if exchanges else None
     ending = Ending.TERMINATED if last is not None and last.terminated else Ending.TRUNCATED
-    won, score = (last.won, last.score) if last is not None else (False, 0.0)
-    return Trajectory(task, 0, 0, tuple(turns), ending, won, score=score)
+    success, score = (last.won, last.score) if last is not None else (False, 0.0)
+    return Trajectory(task, 0, 0, tuple(turns), ending, success, score=score)
 
 
 def demonstrations(
@@ -125,7 +125,7 @@ def shuffled_batches(items: Sequence[Item], size: int, seed: int) -> Iterator[li
     """Batches of `size` without end: each pass over the items in a new order, which seed and pass alone decide."""
     if not items:
         raise ValueError(
-            "expected at least one demonstration, got none; the expert won no episode, or warmstart.episodes is 0"
+            "expected at least one demonstration, got none; the expert solved no task, or warmstart.episodes is 0"
         )
     order: list[int] = []
     epoch = 0

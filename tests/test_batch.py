@@ -28,7 +28,7 @@ def turn(observation, response, reward=0.0):
 
 
 def trajectory(*turns, group=0, ending=Ending.TERMINATED, context="append"):
-    return Trajectory(TASK, group, 0, tuple(turns), ending, won=False, context=context)
+    return Trajectory(TASK, group, 0, tuple(turns), ending, success=False, context=context)
 
 
 def random_trajectories(seed, count, context="append"):

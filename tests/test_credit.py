@@ -55,7 +55,7 @@ def by_hand(trajectories: list[Trajectory], strength: float) -> dict[tuple[int, 
 def test_token_advantages_are_alpha_times_base(strength, context):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     trajectories = [
-        Trajectory(t.task, t.group, t.member, t.turns, t.ending, t.won, context=context)
+        Trajectory(t.task, t.group, t.member, t.turns, t.ending, t.success, context=context)
         for t in episodes(np.random.default_rng(0))
     ]
     batch = collate(trajectories, LAYOUT)

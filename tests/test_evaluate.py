@@ -25,7 +25,7 @@ def test_extremes_stay_inside_zero_and_one():
     assert math.isnan(rate([]).success) and (rate([]).low, rate([]).high) == (0.0, 1.0)
 
 
-def test_an_agent_is_counted_by_kind():
+def test_an_agent_is_counted_by_task_type():
     """The agent says the word in its second turn; tasks of one step end before that."""
     tasks = [
         Task(f"t{i}", kind, {"word": "yes", "length": length})
@@ -37,13 +37,13 @@ def test_an_agent_is_counted_by_kind():
         return lambda result: next(said)
 
     found = evaluate_agent(EchoEnv(), make_act, tasks, max_turns=9, name="set", split="valid_seen")
-    assert (found.by_kind["short"].success, found.by_kind["long"].success) == (0.0, 1.0)
+    assert (found.by_task_type["short"].success, found.by_task_type["long"].success) == (0.0, 1.0)
     assert (
         found.rate.count == 3 and found.mean_turns == pytest.approx(5 / 3) and found.mean_return == pytest.approx(2 / 3)
     )
     assert found.mean_score == found.rate.success  # the environment has no finer score
     record = found.record(7, "expert")
-    assert (record["step"], record["phase"], record["by_kind"]["long"]["count"]) == (7, "expert", 2)
+    assert (record["step"], record["phase"], record["by_task_type"]["long"]["count"]) == (7, "expert", 2)
 
 
 def test_the_tasks_own_score_is_that_of_the_last_step():

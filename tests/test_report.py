@@ -100,7 +100,11 @@ def test_an_empty_run_says_so(tmp_path: Path):
 def test_a_broken_run_is_still_reported(tmp_path: Path):
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "learner/loss": null, "time/rollout": 1.5}\n{"step": 1, "entr')
-    lines = [{"step": 3, "success": None}, {"success": 0.5}, {"split": "s", "success": 0.25, "by_kind": {"a": None}}]
+    lines = [
+        {"step": 3, "success": None},
+        {"success": 0.5},
+        {"split": "s", "success": 0.25, "by_task_type": {"a": None}},
+    ]
     (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
     turns = [{}, {"observation": "x", "entropy": None, "alpha": "?", "reward": None}, "not a turn"]
     (tmp_path / "transcripts.json").write_text(json.dumps([{"turns": turns}, "not an episode", {"turns": None}]))
@@ -134,7 +138,7 @@ def test_bar_stands_where_its_numbers_are(run_dir: Path):
 
 def test_tints_follow_the_numbers():
     turns = [{"entropy": e, "alpha": a, "advantage": v} for e, a, v in ((0.1, 0.5, -3.0), (0.4, 1.0, 0.0), (0.7, 2, 1))]
-    low, middle, high = episode({"turns": turns, "won": True})["turns"]
+    low, middle, high = episode({"turns": turns, "success": True})["turns"]
     strength = [int(re.findall(r"(\d+)%", turn["entropy_tint"])[0]) for turn in (low, middle, high)]
     assert strength == [8, 34, 60]  # 8 + 52 × (0, ½, 1)
     assert "--orange) 34%" in low["alpha_tint"] and "--blue) 60%" in high["alpha_tint"]

@@ -111,7 +111,7 @@ def policy_objective(config: LearnerConfig) -> Objective:
         else:
             token = sequence_policy_loss(logprobs, tokens.sequence, tokens.advantages, **bounds)
         loss = token.loss
-        sums = {"clip_share": total(token.clipped), "ratio_mean": total(token.ratio)}
+        sums = {"clip_fraction": total(token.clipped), "ratio_mean": total(token.ratio)}
         if tokens.reference is not None:
             kl = k3(logprobs, tokens.reference)
             loss = loss + config.kl_coefficient * kl

@@ -50,9 +50,9 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> C
         value head learns from, are given exactly if the policy has one.
         stats, f32[] each; means over tokens, of all optimizer steps unless said otherwise:
             loss, grad_norm (of all that is trained, before the clip), learning_rate (of the last optimizer step);
-            clip_share (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
+            clip_fraction (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
             kl_sampler, kl_reference (k3 estimates, nats; the latter only with a reference), entropy (nats);
-            value_loss (without its coefficient), value_clip_share: means over responses, with a value head alone;
+            value_loss (without its coefficient), value_clip_fraction: means over responses, with a value head alone;
             importance_mean, importance_capped (share of tokens at the cap), with importance_cap alone;
             parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats;
             tokens (sampled, of the batch), skipped (optimizer steps left out: no token, or a gradient not finite).

@@ -51,7 +51,7 @@ def value_objective(config: LearnerConfig) -> ValueObjective:
         each = clipped_value_loss(found, tokens.values, tokens.returns, clip=config.value_clip)
         total = lambda x: jnp.sum(tokens.weights * x, where=tokens.weights > 0)
         loss = total(each.loss)
-        means = {"value_loss": loss, "value_clip_share": total(each.clipped.astype(loss.dtype))}
+        means = {"value_loss": loss, "value_clip_fraction": total(each.clipped.astype(loss.dtype))}
         return config.value_coefficient * loss, measures._replace(means=jax.lax.stop_gradient(means))
 
     return objective

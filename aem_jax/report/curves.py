@@ -69,7 +69,7 @@ def draw_success(run: Run, axes: Axes) -> bool:
     return drawn
 
 
-def draw_kinds(run: Run, axes: Axes) -> bool:
+def draw_task_types(run: Run, axes: Axes) -> bool:
     """Success of the training episodes of each task type, smoothed twice as much: each type has few episodes a step."""
     names = run.names("rollout/success/")
     for name, colour in zip(names, CYCLE * (1 + len(names) // len(CYCLE)), strict=False):
@@ -161,7 +161,7 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
         draw_lines(("entropy/response", PURPLE, "response"), ("entropy/token", ORANGE, "token")),
     ),
     ("α by sign of advantage", "α > 1 makes a response weigh more, α < 1 less; the mean of a group is 1.", draw_alpha),
-    ("Success by task type", "Training episodes, trailing mean.", draw_kinds),
+    ("Success by task type", "Training episodes, trailing mean.", draw_task_types),
     ("Return", "Mean of an episode's rewards.", draw_lines(("rollout/return", BLUE, "return"))),
     (
         "Valid actions",
@@ -183,7 +183,7 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
         "Update",
         "Share of tokens clipped, and divergence (nats) from the sampler and, where it is held, the reference.",
         draw_lines(
-            ("learner/clip_share", ORANGE, "clip share"),
+            ("learner/clip_fraction", ORANGE, "clip fraction"),
             ("learner/kl_sampler", BLUE, "KL to sampler"),
             ("learner/kl_reference", PURPLE, "KL to reference"),
         ),

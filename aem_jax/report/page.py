@@ -13,6 +13,9 @@ from aem_jax.report.run import Evaluation, Run, Score, flat_config, read_run
 
 NUM_TRANSCRIPTS = 10
 
+FAILURES = {"terminated": "failed", "env_error": "environment error"}
+"""Ending of an episode without success → its label on the page; other endings are shown as they are."""
+
 
 def write_report(run_dir: Path | str) -> Path:
     """Writes `report.html` into a run's folder from what the run left there.
@@ -80,7 +83,7 @@ def headline(run: Run, split: str) -> dict[str, Any]:
     before, after, baselines = run.before(split), run.after(split), run.baselines(split)
     columns = [(label, found) for label, found in (("warm start", before), ("after", after)) if found]
     columns += [(evaluation.phase, evaluation) for evaluation in baselines]
-    kinds = dict.fromkeys(kind for _, evaluation in columns for kind in evaluation.by_kind)
+    task_types = dict.fromkeys(task_type for _, evaluation in columns for task_type in evaluation.by_task_type)
     last = after or before or baselines[0]
     return {
         "split": split,
@@ -91,15 +94,15 @@ def headline(run: Run, split: str) -> dict[str, Any]:
         "apart": bool(before and after and after.score.low > before.score.high),
         "baselines": baselines,
         "columns": columns,
-        "kinds": [kind_row(kind, [evaluation for _, evaluation in columns]) for kind in kinds],
+        "task_types": [task_type_row(task_type, [evaluation for _, evaluation in columns]) for task_type in task_types],
         "bars": [bar(label, evaluation) for label, evaluation in columns],
     }
 
 
-def kind_row(kind: str, evaluations: Sequence[Evaluation]) -> tuple[str, int, list[Score | None]]:
+def task_type_row(task_type: str, evaluations: Sequence[Evaluation]) -> tuple[str, int, list[Score | None]]:
     """A task type, the number of its tasks in the set, and its score in each evaluation that has one."""
-    scores = [evaluation.by_kind.get(kind) for evaluation in evaluations]
-    return kind.replace("_", " "), max(score.count for score in scores if score), scores
+    scores = [evaluation.by_task_type.get(task_type) for evaluation in evaluations]
+    return task_type.replace("_", " "), max(score.count for score in scores if score), scores
 
 
 def bar(label: str, evaluation: Evaluation) -> dict[str, Any]:
@@ -160,13 +163,13 @@ def episode(transcript: Mapping[str, Any]) -> dict[str, Any]:
     entropies = [turn["entropy"] for turn in turns if isinstance(turn.get("entropy"), int | float)]
     low, high = min(entropies, default=0.0), max(entropies, default=0.0)
     ending = str(transcript.get("ending", "")).lower()
-    won = bool(transcript.get("won"))
+    success = bool(transcript.get("success"))
     return {
         "task_id": transcript.get("task_id", "?"),
-        "kind": str(transcript.get("kind", "")).replace("_", " "),
-        "won": won,
-        "ending": "solved" if won else {"terminated": "failed", "env_error": "environment error"}.get(ending, ending),
-        "tone": "good" if won else "grey" if ending == "env_error" else "bad",
+        "task_type": str(transcript.get("task_type", "")).replace("_", " "),
+        "success": success,
+        "ending": "solved" if success else FAILURES.get(ending, ending),
+        "tone": "good" if success else "grey" if ending == "env_error" else "bad",
         "step": transcript.get("step"),
         "total": math.fsum(turn["reward"] for turn in turns if isinstance(turn.get("reward"), int | float)),
         "turns": [

@@ -35,7 +35,7 @@ class Evaluation:
     split: str
     set_name: str
     score: Score
-    by_kind: dict[str, Score]
+    by_task_type: dict[str, Score]
     mean_turns: float | None
     mean_return: float | None
     mean_score: float | None = None
@@ -156,15 +156,19 @@ def _evaluations(records: Sequence[Mapping[str, Any]]) -> Iterator[Evaluation]:
         score = _score(record)
         if score is None:
             continue
-        kinds = record.get("by_kind")
-        scores = {kind: _score(value) for kind, value in kinds.items()} if isinstance(kinds, dict) else {}
+        task_types = record.get("by_task_type")
+        scores = (
+            {task_type: _score(value) for task_type, value in task_types.items()}
+            if isinstance(task_types, dict)
+            else {}
+        )
         yield Evaluation(
             step=int(record["step"]) if _is_number(record.get("step")) else 0,
             phase=str(record.get("phase", DURING)),
             split=str(record.get("split", "evaluation")),
             set_name=str(record.get("set", "")),
             score=score,
-            by_kind={kind: value for kind, value in scores.items() if value is not None},
+            by_task_type={task_type: value for task_type, value in scores.items() if value is not None},
             mean_turns=_number_or_none(record.get("mean_turns")),
             mean_return=_number_or_none(record.get("mean_return")),
             mean_score=_number_or_none(record.get("mean_score")),

@@ -72,7 +72,7 @@ def test_a_cap_out_of_reach_is_the_ratio_without_a_clip():
     plain, _, _ = stepped(dataclasses.replace(CONFIG, clip_low=1.0, clip_high=1e6))
     for one, other in zip(jax.tree.leaves(weighted.params), jax.tree.leaves(plain.params), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    assert stats["ratio_mean"] == pytest.approx(1) and stats["clip_share"] == 0 == stats["importance_capped"]
+    assert stats["ratio_mean"] == pytest.approx(1) and stats["clip_fraction"] == 0 == stats["importance_capped"]
     assert stats["importance_mean"] == pytest.approx(np.exp(gap).mean(), rel=1e-5)
     assert stats["parity_max"] == pytest.approx(np.abs(gap).max(), rel=1e-5)
 

@@ -108,7 +108,7 @@ def test_gradient_equals_the_hand_written_one(aggregation, context):
     flat = np.concatenate([each.ravel() for each in gradient.values()])
     np.testing.assert_allclose(stats["grad_norm"], np.linalg.norm(flat), rtol=1e-5)
     assert stats["tokens"] == batch.response_tokens.sum() and stats["skipped"] == 0
-    assert 0 < stats["clip_share"] < 1 < stats["ratio_max"]
+    assert 0 < stats["clip_fraction"] < 1 < stats["ratio_max"]
 
 
 def test_kl_to_the_reference_is_in_the_gradient():
