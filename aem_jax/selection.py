@@ -71,7 +71,7 @@ class SelectionConfig:
         if not self.filter_equal_outcomes and (self.oversample > 1 or self.max_rounds > 1):
             raise ValueError(
                 f"expected selection.filter_equal_outcomes with selection.oversample {self.oversample} and "
-                f"selection.max_rounds {self.max_rounds}, got False; without it the groups beyond groups_per_step would be "
+                f"selection.max_rounds {self.max_rounds}, got False; without it groups beyond groups_per_step would be "
                 "thrown away"
             )
         if self.overlong_penalty < 0 or (self.overlong_penalty > 0) != (self.overlong_buffer > 0):

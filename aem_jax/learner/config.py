@@ -26,7 +26,7 @@ class LearnerConfig:
     """AdamW: added to the root of the mean of squared gradients."""
     weight_decay: float = 0.0
     """AdamW: decoupled decay of matrices (norm scales are left alone)."""
-    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    moments: Literal["float32", "bfloat16"] = "float32"
     """AdamW: how both means are kept between steps: float32, bfloat16, or int8 (gradients' mean in bfloat16, that of
     their squares in 8 bits with a scale for each row). A parameter and its means take 12, 8 or 7 bytes."""
     max_grad_norm: float = 1.0
@@ -80,7 +80,7 @@ class LearnerConfig:
     """How often the batch is gone through."""
 
     def __post_init__(self):
-        object.__setattr__(self, "moments", dtype_name(self.moments, ("float32", "bfloat16", "int8"), "moments"))
+        object.__setattr__(self, "moments", dtype_name(self.moments, ("float32", "bfloat16"), "moments"))
         _positive(self, "learning_rate", "adam_eps", "max_grad_norm", "temperature", "head_chunk")
         _positive(self, "num_minibatches", "num_epochs", "value_learning_rate")
         if not 0 <= self.clip_low <= 1 or not self.clip_high >= 0:
