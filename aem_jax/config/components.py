@@ -21,8 +21,8 @@ from aem_jax.selection import (
     Length,
     Outcome,
     Rule,
-    as_it_is,
     episode_lengths,
+    keep,
     mask_loss,
     response_lengths,
     returned,
@@ -37,7 +37,7 @@ _NO_SIZES = ("name", "path")
 OUTCOMES: Mapping[str, Outcome] = {"return": returned, "success": succeeded}
 
 TRUNCATED: Mapping[str, Callable[[Trajectory], Trajectory | None]] = {
-    "learn": as_it_is,
+    "learn": keep,
     "mask": mask_loss,
     "drop": lambda t: None,
 }
