@@ -1,4 +1,4 @@
-"""What one step's responses earned, as a table: what estimators see that look at more than returns."""
+"""One step's experience as tables: the input of estimators that use more than returns."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -23,11 +23,11 @@ Array: TypeAlias = Any
 
 
 class Experience(NamedTuple):
-    """N trajectories and their R responses. Both tables may be longer than what is used of them.
+    """N trajectories and their R responses. Both tables may have unused rows.
 
-    A row that takes no part has no influence on the advantages of any other, but for the reward of an empty response
-    (`response_valid` False) of a trajectory that does: it was earned, so earlier responses may be credited with it.
-    Rows of padding have reward 0; their trajectory is then anything.
+    A row that takes no part does not influence the advantages of other rows, with one exception: the reward of an empty
+    response (`response_valid` False) in a valid trajectory is credited to earlier responses. Padding has reward 0 and
+    an arbitrary trajectory.
     """
 
     returns: Array
@@ -41,7 +41,7 @@ class Experience(NamedTuple):
     response_turn: Array
     """int[R], its turn, from 0."""
     response_rewards: Array
-    """float[R], the reward that it earned."""
+    """float[R], its reward."""
     response_tokens: Array
     """int[R], its length in tokens."""
     response_anchor: Array
@@ -49,8 +49,8 @@ class Experience(NamedTuple):
     response_valid: Array
     """bool[R], which responses take part, if their trajectory does."""
     response_values: Array | None = None
-    """float[R], what the policy expected of the state that a response was given in, in units of reward; NaN where there
-    is no value. None for estimators that ask for none."""
+    """float[R], value of the state before the response, in units of reward; NaN where there is no value. None for
+    estimators that need none."""
 
 
 ResponseAdvantages = Callable[[Experience, int], jax.Array]
@@ -64,8 +64,8 @@ def of_returns(scope: Scope, estimator: Estimator) -> ResponseAdvantages:
         A = scope(estimator, returns, …)
 
     Args:
-        scope: `over_trajectories` or `over_turns`: what the estimator's rows are.
-        estimator: `grpo`, `dr_grpo`, `rloo`, a partial of them, or one of yours.
+        scope: `over_trajectories` or `over_turns`.
+        estimator: `grpo`, `dr_grpo`, `rloo`, a partial of them, or your own.
 
     Returns:
         A function of an `Experience`.
