@@ -175,8 +175,8 @@ def trajectory_log_ratios(
     Args, Returns and Raises as `response_log_ratios`.
     """
     tokens, lengths, trajectory = _table(response_tokens, response_trajectory, num_trajectories)
-    spoken = jnp.where(tokens > 0, _floats(sums=sums)[0], 0.0)
-    total = jax.ops.segment_sum(spoken, trajectory, num_trajectories)
+    used = jnp.where(tokens > 0, _floats(sums=sums)[0], 0.0)
+    total = jax.ops.segment_sum(used, trajectory, num_trajectories)
     return jnp.where(tokens > 0, (total / jnp.maximum(lengths, 1.0))[trajectory], 0.0)
 
 

@@ -104,7 +104,7 @@ def read_evaluation(record: Mapping[str, Any]) -> Evaluation | None:
         set=str(record.get("set", "")),
         split=str(record.get("split", "evaluation")),
         rate=rate,
-        by_task_type={task_type: found for task_type, found in rates.items() if found is not None},
+        by_task_type={task_type: value for task_type, value in rates.items() if value is not None},
         mean_score=_number_or_none(record.get("mean_score")),
         mean_turns=_number_or_none(record.get("mean_turns")),
         mean_return=_number_or_none(record.get("mean_return")),

@@ -1,4 +1,4 @@
-"""The report shows what a run left behind, survives what it did not, and needs nothing beside it."""
+"""The report shows the files of a run, does without missing ones, and is self-contained."""
 
 import json
 import re

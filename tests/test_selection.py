@@ -1,4 +1,4 @@
-"""Which episodes are learnt from, on episodes made by hand; and what long ones lose, by hand."""
+"""Selection of hand-made episodes, and the overlong penalty by hand."""
 
 from functools import partial
 
@@ -26,9 +26,9 @@ from aem_jax.trajectory import Ending, Task, Trajectory, Turn
 ENDINGS = {"t": Ending.TERMINATED, "c": Ending.TRUNCATED, "e": Ending.ENV_ERROR}
 
 
-def turn(heard: int, said: int, reward: float) -> Turn:
-    blank = np.zeros(said, np.float32)
-    return Turn(np.ones(heard, np.int32), np.ones(said, np.int32), blank, blank, reward, True)
+def turn(observed: int, sampled: int, reward: float) -> Turn:
+    zeros = np.zeros(sampled, np.float32)
+    return Turn(np.ones(observed, np.int32), np.ones(sampled, np.int32), zeros, zeros, reward, True)
 
 
 def episode(group: int, member: int, reward: float, ending: str = "t") -> Trajectory:
@@ -195,7 +195,7 @@ def test_the_overlong_penalty_by_hand():
     # from 10 - 4 = 6 tokens on a quarter of 2 for each token, 2 from 10 on
     assert [t.reward for t in shaped.turns] == [1, 1, 0.5, 0, -0.5, -1, -1]
     assert [len(t.response_ids) for t in shaped.turns] == lengths and shaped.success
-    # the episode: 7 turns of 3 heard, and 52 said: 73 of 80 tokens, 3 into a buffer of 10; its last turn pays
+    # the episode: 7 turns of 3 observed tokens, and 52 sampled, are 73 of 80, 3 into a buffer of 10; its last turn pays
     shaped = soft_overlong(long, length=episode_lengths, limit=80, buffer=10, penalty=2.0)
     np.testing.assert_allclose([t.reward for t in shaped.turns], [1] * 6 + [1 - 2 * 0.3])
     empty = Trajectory(Task("t", "look", {}), 0, 0, (), Ending.TRUNCATED, success=False)

@@ -1,4 +1,4 @@
-"""Demonstrations are what a policy would have heard and said; batches are a function of seed and pass."""
+"""Demonstrations have the ids of a policy's episodes; batches are a function of seed and pass."""
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ from .rollout.fakes import STOP, ByteChat
 
 
 def test_a_demonstration_is_the_conversation():
-    chat, said = ByteChat(), iter(["no", "yes"])
+    chat, actions = ByteChat(), iter(["no", "yes"])
     task = Task("t", "echo", {"word": "yes", "length": 5})
-    found = demonstrate(EchoEnv(), lambda result: next(said), task, chat, instruction="be brief", max_turns=5)
+    found = demonstrate(EchoEnv(), lambda result: next(actions), task, chat, instruction="be brief", max_turns=5)
     assert found.success and found.ending is Ending.TERMINATED
     first, second = found.turns
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "say yes"}]

@@ -72,8 +72,11 @@ def of_returns(scope: Scope, estimator: Estimator) -> ResponseAdvantages:
     """
 
     def advantages(experience: Experience, num_groups: int) -> jax.Array:
-        spoken = jnp.where(mask_array("response_valid", experience.response_valid), experience.response_trajectory, -1)
-        return scope(estimator, experience.returns, experience.group_ids, num_groups, spoken, valid=experience.valid)
+        response_valid = mask_array("response_valid", experience.response_valid)
+        trajectory = jnp.where(response_valid, experience.response_trajectory, -1)
+        return scope(
+            estimator, experience.returns, experience.group_ids, num_groups, trajectory, valid=experience.valid
+        )
 
     return advantages
 
@@ -89,7 +92,7 @@ def response_groups(experience: Experience, num_groups: int) -> jax.Array:
     returns, rewards = (real_array(name, getattr(experience, name)) for name in ("returns", "response_rewards"))
     one_axis("returns", returns)
     one_axis("response_rewards", rewards)
-    valid, spoken = (mask_array(name, getattr(experience, name)) for name in ("valid", "response_valid"))
+    valid, response_valid = (mask_array(name, getattr(experience, name)) for name in ("valid", "response_valid"))
     trajectory = id_array("response_trajectory", experience.response_trajectory, returns.shape[0])
     anchors = id_array("response_anchor", experience.response_anchor, rewards.shape[0])
     turns, tokens = (jnp.asarray(getattr(experience, name)) for name in ("response_turn", "response_tokens"))
@@ -100,7 +103,7 @@ def response_groups(experience: Experience, num_groups: int) -> jax.Array:
         response_turn=turns,
         response_tokens=tokens,
         response_anchor=anchors,
-        response_valid=spoken,
+        response_valid=response_valid,
     )
     taking_part = jnp.where(members(group_ids, num_groups, valid), group_ids, -1)
-    return jnp.where(spoken, take(taking_part, trajectory, -1), -1)
+    return jnp.where(response_valid, take(taking_part, trajectory, -1), -1)

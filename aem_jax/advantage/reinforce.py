@@ -32,9 +32,9 @@ def by_token(experience: Experience) -> jax.Array:
 
 def by_trajectory(experience: Experience) -> jax.Array:
     """Every trajectory counts once, its responses share: w_r = 1 / (responses of r's trajectory)."""
-    spoken = mask_array("response_valid", experience.response_valid)
+    response_valid = mask_array("response_valid", experience.response_valid)
     trajectory = jnp.asarray(experience.response_trajectory)
-    counts = jax.ops.segment_sum(spoken.astype(jnp.float32), trajectory, jnp.shape(experience.returns)[0])
+    counts = jax.ops.segment_sum(response_valid.astype(jnp.float32), trajectory, jnp.shape(experience.returns)[0])
     return 1.0 / jnp.maximum(take(counts, trajectory, 1.0), 1.0)
 
 

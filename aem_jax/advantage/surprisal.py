@@ -64,9 +64,9 @@ def response_entropy(token_entropy: ArrayLike, response_ids: ArrayLike, num_resp
     response_ids = id_array("response_ids", response_ids, num_responses)
     same_shape(token_entropy=token_entropy, response_ids=response_ids)
     ids = response_ids.reshape(-1)
-    spoken = ids >= 0
+    in_response = ids >= 0
     # Values outside responses are arbitrary, even NaN, and must not reach a sum.
-    entropies = jnp.where(spoken, token_entropy.reshape(-1), 0.0)
+    entropies = jnp.where(in_response, token_entropy.reshape(-1), 0.0)
     total = jax.ops.segment_sum(entropies, ids, num_responses)
-    count = jax.ops.segment_sum(spoken.astype(entropies.dtype), ids, num_responses)
+    count = jax.ops.segment_sum(in_response.astype(entropies.dtype), ids, num_responses)
     return jnp.where(count > 0, total / jnp.maximum(count, 1.0), jnp.nan)

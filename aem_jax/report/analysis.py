@@ -100,7 +100,7 @@ def print_analysis(results: Mapping[str, Any], stream: TextIO | None = None) -> 
     table.add_row("flat groups", percent(played["flat_groups"]), "–")
     table.add_row("span of a group's entropies, nats: quartiles", f"{low:.2f}, {middle:.2f}, {high:.2f}", "–")
     table.add_row("responses with an advantage", percent(played["nonzero_share"]), "–")
-    tokens = ", ".join(f"{each:.0f}" for each in played["tokens"])
+    tokens = ", ".join(f"{count:.0f}" for count in played["tokens"])
     table.add_row("tokens of a response: 5 %, median, 95 %", tokens, "–")
     table.add_row("turns of an episode", f"{played['turns']:.1f}", "–")
     Console(file=stream, soft_wrap=True).print(table)
@@ -130,10 +130,10 @@ def _png_and_svg(draw: Any, size: tuple[float, float], path: Path) -> str:
 def _proxy_figure(figure: Figure, results: Mapping[str, Any]) -> None:
     axes: Axes = figure.subplots()
     points = results["proxy"]["points"]
-    x, y = [each["alpha"] - 1 for each in points], [each["relative"] for each in points]
-    axes.errorbar(x, y, yerr=[each["error"] for each in points], fmt="none", ecolor=GREY, alpha=0.5, elinewidth=0.8)
-    agree = [a * b < 0 for a, b in zip(x, y, strict=True)]
-    axes.scatter(x, y, s=16, c=[BLUE if each else ORANGE for each in agree], zorder=3, linewidths=0)
+    x, y = [point["alpha"] - 1 for point in points], [point["relative"] for point in points]
+    axes.errorbar(x, y, yerr=[point["error"] for point in points], fmt="none", ecolor=GREY, alpha=0.5, elinewidth=0.8)
+    opposed = [a * b < 0 for a, b in zip(x, y, strict=True)]
+    axes.scatter(x, y, s=16, c=[BLUE if sign else ORANGE for sign in opposed], zorder=3, linewidths=0)
     _cross(axes)
     axes.set_xlabel("α − 1")
     axes.set_ylabel("S(a|s) − H_resp(s), nats")
@@ -143,8 +143,8 @@ def _drift_figure(figure: Figure, results: Mapping[str, Any]) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (name, colour) in zip(panels, (("positive", RED), ("negative", GREEN)), strict=True):
         points = results["drift"][name]["points"]
-        x, y = [each["predicted"] for each in points], [each["measured"] for each in points]
-        errors = [each["error"] for each in points]
+        x, y = [point["predicted"] for point in points], [point["measured"] for point in points]
+        errors = [point["error"] for point in points]
         axes.errorbar(x, y, yerr=errors, fmt="o", ms=3.5, color=colour, ecolor=GREY, elinewidth=0.8)
         _cross(axes)
         axes.set_title(f"A·(α − 1) {name}")

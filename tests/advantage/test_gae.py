@@ -68,7 +68,7 @@ def random_experience(seed: int) -> Experience:
         for column in zip(*rows, strict=True)
     )
     used = np.arange(count) < len(rows)
-    spoken = used & (rng.random(count) > 0.1)
+    has_tokens = used & (rng.random(count) > 0.1)
     rewards = np.where(used, rng.normal(size=count), 0.0).astype(np.float32)
     return Experience(
         returns=np.bincount(trajectory, rewards, 8).astype(np.float32),
@@ -77,10 +77,10 @@ def random_experience(seed: int) -> Experience:
         response_trajectory=trajectory,
         response_turn=turn,
         response_rewards=rewards,
-        response_tokens=np.where(spoken, rng.integers(1, 9, count), 0).astype(np.int32),
+        response_tokens=np.where(has_tokens, rng.integers(1, 9, count), 0).astype(np.int32),
         response_anchor=np.where(used, np.arange(count), -1).astype(np.int32),
-        response_valid=spoken,
-        response_values=np.where(spoken, rng.normal(size=count), NAN).astype(np.float32),
+        response_valid=has_tokens,
+        response_values=np.where(has_tokens, rng.normal(size=count), NAN).astype(np.float32),
     )
 
 

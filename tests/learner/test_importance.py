@@ -1,4 +1,4 @@
-"""A sampler whose policy is not the learner's: what the truncated importance weight makes good, and what it leaves."""
+"""A sampler whose policy differs from the learner's: the truncated importance weight, and its bias."""
 
 import dataclasses
 

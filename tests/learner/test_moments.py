@@ -1,4 +1,4 @@
-"""Moments in bfloat16: how near they come to float32, what they take, and their shardings."""
+"""Moments in bfloat16: their error against float32, their bytes and their shardings."""
 
 import dataclasses
 from typing import Any
