@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from aem_jax.checkpoint import step as step_files
 from aem_jax.checkpoint.lock import FolderLock, LockedError
 from aem_jax.checkpoint.step import CheckpointError, LiteralPath, first_line
-from aem_jax.distributed import ALONE, Hosts
+from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
 
 State = TypeVar("State")
 
@@ -59,9 +59,14 @@ class Checkpoints:
     its devices: the folder is one that all of them see, and all of them call the same methods in the same order.
     """
 
-    def __init__(self, folder: Path | str, config: CheckpointConfig = CheckpointConfig(), hosts: Hosts = ALONE):
+    def __init__(
+        self,
+        folder: Path | str,
+        config: CheckpointConfig = CheckpointConfig(),
+        processes: ProcessGroup = SINGLE_PROCESS,
+    ):
         self.folder = Path(folder).resolve()
-        self._config, self._hosts = config, hosts
+        self._config, self._processes = config, processes
         self._fits = False
         self._lock: FolderLock | None = None
         self._manager: ocp.CheckpointManager | None = None
@@ -88,8 +93,8 @@ class Checkpoints:
         if self._manager is not None:
             return
         step_files.check_path(self.folder)
-        _probe(self.folder, self._hosts.index)
-        if self._hosts.is_first:
+        _probe(self.folder, self._processes.index)
+        if self._processes.is_first:
             self._lock = _locked(self.folder)
             if not self.steps:
                 step_files.mark(self.folder)
@@ -99,7 +104,7 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(preservation_policy=_Kept(self)),
                 item_names=(step_files.STATE, step_files.RECORD),
             )
-            seen = self._hosts.gather_json(self.steps)
+            seen = self._processes.gather_json(self.steps)
             if any(steps != seen[0] for steps in seen):
                 raise CheckpointError(f"expected the same steps in {self.folder} from every process, got {seen}")
         except BaseException:
@@ -217,7 +222,7 @@ class Checkpoints:
         failures: dict[int, Exception] = {}
         while True:
             # Listed anew each time: a run that still writes takes old checkpoints away.
-            listed = self._hosts.of_first(self.steps if step is None else [step])
+            listed = self._processes.broadcast(self.steps if step is None else [step])
             wanted = max((each for each in listed if each not in failures), default=None)
             if wanted is None:
                 raise CheckpointError(_unreadable(self.folder, failures)) from next(iter(failures.values()), None)
@@ -226,7 +231,7 @@ class Checkpoints:
                 state = step_files.read_state(self.folder, wanted, abstract_state)
             except Exception as error:
                 failures[wanted] = error
-            if not self._hosts.largest(wanted in failures):
+            if not self._processes.max(wanted in failures):
                 self._leave_out(failures, wanted)
                 assert state is not None
                 return state
@@ -267,7 +272,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it does not; says how much is missing.
         """
-        if not self._hosts.is_first:
+        if not self._processes.is_first:
             return  # one look at a shared folder is enough
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         copies = 1
@@ -311,7 +316,7 @@ class Checkpoints:
         )
 
     def _take_away_half_written(self) -> None:
-        if self._hosts.is_first:
+        if self._processes.is_first:
             for half in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
 
@@ -322,7 +327,7 @@ class Checkpoints:
     def _leave_out(self, failures: Mapping[int, Exception], taken: int) -> None:
         """Says which checkpoints were left out for that of step `taken`; the folder's writer puts them aside."""
         claimed = self._manager is not None
-        for step, error in failures.items() if self._hosts.is_first else ():
+        for step, error in failures.items() if self._processes.is_first else ():
             if not (self.folder / str(step)).exists():
                 continue  # the run that writes took it away while it was read
             how = "cannot be read and is put aside" if claimed else "cannot be read"
@@ -330,7 +335,7 @@ class Checkpoints:
             if claimed:
                 self._put_aside(self.folder / str(step))
         if failures and self._manager is not None:
-            self._hosts.wait()
+            self._processes.barrier()
             self._manager.reload()
 
     def _put_aside(self, path: Path) -> None:

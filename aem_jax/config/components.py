@@ -10,7 +10,7 @@ from aem_jax.batch import BatchLayout
 from aem_jax.config.algorithms import has_values
 from aem_jax.config.overrides import nearest
 from aem_jax.config.run import RunConfig
-from aem_jax.distributed.join import expected
+from aem_jax.distributed.join import expected_count
 from aem_jax.errors import ConfigError
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy, ValuePolicy
@@ -232,7 +232,7 @@ def check(config: RunConfig) -> None:
     servers = len(config.env.urls) or config.env.num_servers
     sessions = servers * config.env.sessions_per_server
     # On several hosts each process plays its share of the slots with servers of its own: the rollout looks.
-    if sessions < config.rollout.num_slots and expected(config.runtime) == 1:
+    if sessions < config.rollout.num_slots and expected_count(config.runtime) == 1:
         raise ConfigError(
             f"--rollout.num-slots: expected at most {sessions} (servers × --env.sessions-per-server), "
             f"got {config.rollout.num_slots}; raise --env.sessions-per-server or --env.num-servers"

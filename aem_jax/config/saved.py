@@ -15,7 +15,7 @@ from aem_jax.config.options import flag
 from aem_jax.config.overrides import as_values, flatten, override
 from aem_jax.config.presets import SEPARATOR
 from aem_jax.config.run import RunConfig, is_harmless
-from aem_jax.distributed.join import placeless
+from aem_jax.distributed.join import without_process
 from aem_jax.envs.swe.tasks import GENERATED
 from aem_jax.errors import ConfigError
 from aem_jax.files import read_json, read_text, valid_text, write_text
@@ -96,7 +96,7 @@ def save(config: RunConfig, folder: Path, begun: bool = False) -> None:
     Raises:
         ConfigError: a file that decides the run cannot be read.
     """
-    config = replace(config, runtime=placeless(config.runtime))
+    config = replace(config, runtime=without_process(config.runtime))
     folder.mkdir(parents=True, exist_ok=True)
     text, copy = json.dumps(dataclasses.asdict(config), indent=2) + "\n", folder / inputs.MODEL / CONFIG
     try:

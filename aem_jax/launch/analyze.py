@@ -87,7 +87,7 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
     began = time.perf_counter()
     context: AbstractContextManager[Any] = opened(config, folder)
     with context as (stage, checkpoints):
-        if stage.hosts.count > 1:
+        if stage.processes.count > 1:
             raise ConfigError("analyze runs in one process; start it without the others")
         step = None if options.step < 0 else options.step
         if step is not None and step not in checkpoints.steps:

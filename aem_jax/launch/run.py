@@ -65,7 +65,7 @@ def train(config: RunConfig) -> int:
     """
     folder = Path(config.runs_dir) / config.name
     with opened(config, folder, writes=True) as (stage, checkpoints):
-        is_first = stage.hosts.is_first
+        is_first = stage.processes.is_first
         if is_first:
             saved.save(config, folder, begun=checkpoints.latest is not None)
         stage = on_base(stage, checkpoints)
@@ -95,7 +95,7 @@ def evaluate(config: RunConfig) -> int:
     with opened(config, folder) as (stage, checkpoints):
         stage = on_base(stage, checkpoints)
         state = restore(stage, checkpoints)
-        params, records, is_first = stage.laid_out(state.params), [], stage.hosts.is_first
+        params, records, is_first = stage.laid_out(state.params), [], stage.processes.is_first
         for split in config.evaluation.splits:
             tasks, name = stage.domain.evaluation(split, config.evaluation.size)
             found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
@@ -121,27 +121,27 @@ def opened(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[tu
     with ExitStack() as stack:
         try:
             runtime.set_up(config.runtime)  # before anything computes, and checkpoints do
-            hosts = stack.enter_context(join.joined(config.runtime))
-            join.check_same(hosts, _identity(config))
-            if writes and hosts.is_first and (folder / saved.FILE).exists():
+            processes = stack.enter_context(join.open_process_group(config.runtime))
+            join.check_same(processes, _identity(config))
+            if writes and processes.is_first and (folder / saved.FILE).exists():
                 saved.check_resumable(saved.load(folder), config, folder)
-            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint, hosts))
+            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint, processes))
             if writes:  # The folder next: whoever cannot write there should know before anything else is begun.
-                join.check_shared(hosts, folder)
+                join.check_shared(processes, folder)
                 checkpoints.claim()
-            begun = hosts.of_first(checkpoints.latest is not None)
+            begun = processes.broadcast(checkpoints.latest is not None)
             if not (begun or writes):
                 raise ConfigError(f"no checkpoint in {folder}; train it first")
-            if begun and hosts.is_first and not (folder / saved.FILE).exists():
+            if begun and processes.is_first and not (folder / saved.FILE).exists():
                 raise ConfigError(
                     f"expected the {saved.FILE} that {folder} was begun with beside its checkpoints, got none; "
                     "put a copy back, or give another --name to begin a new run"
                 )
-            if begun and hosts.is_first:
+            if begun and processes.is_first:
                 inputs.check_sources(folder, config, "refuse" if writes else "warn")
-            elif writes and hosts.is_first:
+            elif writes and processes.is_first:
                 (folder / inputs.FILE).unlink(missing_ok=True)  # of a try that ended before anything was decided
-            stage = open_stage(config, folder, stack, hosts, begun)
+            stage = open_stage(config, folder, stack, processes, begun)
         except (CheckpointError, EnvError, ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
         try:
@@ -163,7 +163,7 @@ def on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
     if not config.lora.rank:
         return stage
     if components.warm_start_makes_base(config) and not frozen_weights.is_there(folder):
-        if stage.hosts.count > 1:
+        if stage.processes.count > 1:
             raise ConfigError(
                 "--lora.rank: expected --model.path (frozen weights in files) where several processes run, got none; "
                 "train with one process first, export the run, and give that folder"
@@ -175,9 +175,9 @@ def on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
         whole = dataclasses.replace(stage, policy=stage.policy.whole)
         source = _parameters(whole) if config.warmstart.episodes == 0 else _fit(whole, _demonstrations(whole)).params
         frozen_weights.save(folder, stage.policy.whole, stage.mesh, source, stage.chat.stop_ids)
-    recorded = stage.hosts.of_first(inputs.load(folder).get(inputs.FROZEN) if stage.hosts.is_first else None)
+    recorded = stage.processes.broadcast(inputs.load(folder).get(inputs.FROZEN) if stage.processes.is_first else None)
     frozen, found = frozen_weights.load(config, folder, stage.policy.whole, stage.mesh, recorded)
-    if recorded is None and checkpoints.is_writer and stage.hosts.is_first:
+    if recorded is None and checkpoints.is_writer and stage.processes.is_first:
         inputs.write(folder, {**inputs.load(folder), inputs.FROZEN: found})
     return stage.on(frozen)
 
@@ -186,7 +186,7 @@ def _start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     """The state to train from: the latest checkpoint's, else a warm start's, which is saved and evaluated."""
     config = stage.config
     state = _warm_start(stage, checkpoints) if checkpoints.latest is None else restore(stage, checkpoints)
-    if stage.hosts.is_first:
+    if stage.processes.is_first:
         drop_lines(stage.folder / EVALUATIONS, int(state.step) + 1)
     if int(state.step) == 0:
         if config.evaluation.baselines:
@@ -236,7 +236,7 @@ def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
     config, settings = stage.config, stage.config.warmstart
     learner = components.warmstart_learner(config)
     optimizer = make_optimizer(learner, stage.policy.axes)
-    lines, is_first = stage.folder / "warmstart.jsonl", stage.hosts.is_first
+    lines, is_first = stage.folder / "warmstart.jsonl", stage.processes.is_first
     if is_first:
         drop_lines(lines, 0)
 
@@ -275,7 +275,7 @@ def _demonstrations(stage: Stage) -> list[Trajectory]:
             found.append(episode)
             stage.report("demonstrations", count, settings.episodes, {})
     # A task that broke in one process is left out in all: they learn from the same.
-    broken = set().union(*stage.hosts.gather_json([at for at, episode in enumerate(found) if episode is None]))
+    broken = set().union(*stage.processes.gather_json([at for at, episode in enumerate(found) if episode is None]))
     shown = [each for at, each in enumerate(found) if at not in broken and (each.won or not settings.only_won)]
     learnt = fitting(shown, rollout.context_tokens)
     if not learnt:
@@ -291,7 +291,7 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
     num_steps, num_groups = config.train.num_steps, config.rollout.groups_per_step
     layout = components.batch_layout(config, num_groups * config.rollout.group_size, config.learner.num_minibatches)
     tasks = task_groups(stage.domain.training, config.selection.tasks_per_round(num_groups), seed=config.seed)
-    is_first = stage.hosts.is_first
+    is_first = stage.processes.is_first
     settings = dataclasses.asdict(config)
     writer = MetricsWriter(folder, config.metrics, start_step=start, run_config=settings) if is_first else None
 
@@ -360,11 +360,11 @@ def _evaluate(
     params = success = None
     for count, split in enumerate(splits, start=1):
         tasks, name = stage.domain.evaluation(split, stage.config.evaluation.size)
-        if stage.hosts.of_first(_is_done(lines, phase, name, step)):
+        if stage.processes.broadcast(_is_done(lines, phase, name, step)):
             continue
         params = stage.laid_out(state.params) if params is None else params
         found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
-        if stage.hosts.is_first:
+        if stage.processes.is_first:
             append_line(lines, found.record(step, phase))
         success = found.rate.success if found.rate.count else None
         stage.report(f"evaluate ({phase})", count, len(splits), {"rollout/success": found.rate.success})
@@ -380,7 +380,7 @@ def _baselines(stage: Stage) -> None:
         for count, (split, agent) in enumerate(agents, start=1):
             stage.stop.check()
             tasks, name = stage.domain.evaluation(split, config.evaluation.size)
-            if not stage.hosts.is_first or _is_done(lines, agent, name, 0):
+            if not stage.processes.is_first or _is_done(lines, agent, name, 0):
                 continue
             make_act, max_turns = stage.domain.baselines[agent], config.rollout.max_turns
             env = env or stack.enter_context(closing(stage.domain.make_env()))

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from aem_jax.batch import Batch
 from aem_jax.config import components, inputs, saved
 from aem_jax.config.run import RunConfig
-from aem_jax.distributed import Hosts
-from aem_jax.distributed.join import share_urls
+from aem_jax.distributed import ProcessGroup
+from aem_jax.distributed.join import shard_urls
 from aem_jax.distributed.signals import StopRequest, stop_on_signals
 from aem_jax.envs.serving.pool import EnvPool
 from aem_jax.launch import init_from
@@ -54,7 +54,7 @@ class Stage:
         reshard: the policy's parameters -> decode layout.
         report: shows progress.
         stop: whether somebody asked the run to stop.
-        hosts: the processes of the run.
+        processes: the processes of the run.
         frozen: with LoRA, the weights beside the adapter, in the train layout (`on`); else None.
     """
 
@@ -68,7 +68,7 @@ class Stage:
     reshard: Callable[..., Any]
     report: Report
     stop: StopRequest
-    hosts: Hosts
+    processes: ProcessGroup
     frozen: Any = None
 
     def on(self, frozen: Any) -> "Stage":
@@ -97,14 +97,14 @@ class Stage:
         return jax.random.split(jax.random.key(self.config.seed), len(PURPOSES))[PURPOSES.index(purpose)]
 
 
-def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts, begun: bool) -> Stage:
+def open_stage(config: RunConfig, folder: Path, stack: ExitStack, processes: ProcessGroup, begun: bool) -> Stage:
     """Everything that the phases need, open for as long as `stack` is.
 
     Args:
         config: the run's.
         folder: the run's.
         stack: closes what is opened.
-        hosts: the processes of the run.
+        processes: the processes of the run.
         begun: whether the run has a checkpoint. Then its tokenizer and the config of its model are in its folder, and
             nothing there is changed.
 
@@ -113,25 +113,25 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts, 
         EnvError: environment servers cannot be started or reached.
         StoppedError: somebody asked for it while a tokenizer was made.
     """
-    stop = stack.enter_context(stop_on_signals(hosts.largest))
-    report = stack.enter_context(open_progress()) if hosts.is_first else _unseen
+    stop = stack.enter_context(stop_on_signals(processes.max))
+    report = stack.enter_context(open_progress()) if processes.is_first else _unseen
     domain = DOMAINS[config.environment](config)
     domain = replace(domain, evaluation=cache(domain.evaluation))
     for split in config.evaluation.splits:  # what cannot be read is said now, not after training
         domain.evaluation(split, config.evaluation.size)
-    chat = _tokenizer(config, domain, folder / inputs.TOKENIZER, hosts, report, stop, begun)
+    chat = _tokenizer(config, domain, folder / inputs.TOKENIZER, processes, report, stop, begun)
     policy = components.make_policy(config, chat.vocab_size, saved.model_files(config, folder) if begun else None)
-    mesh = open_mesh(config, policy.config, hosts)
+    mesh = open_mesh(config, policy.config, processes)
     rows = components.microbatch_rows(config)
     if rows % slot_shards(mesh):
         raise ValueError(
             f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {rows}"
         )
-    if config.env.urls and config.environment != "openenv" and hosts.is_first:
+    if config.env.urls and config.environment != "openenv" and processes.is_first:
         # What those servers were started with cannot be asked; OpenEnv's protocol has no word for it.
         expected = f"serve {domain.name} --settings '{json.dumps(dict(domain.settings))}'"
         log.warning("servers of --env.urls keep the settings that they were started with; this run's are: %s", expected)
-    servers = replace(config.env, urls=share_urls(hosts, config.env.urls))
+    servers = replace(config.env, urls=shard_urls(processes, config.env.urls))
     pool = stack.enter_context(EnvPool(servers, (domain.name, domain.settings)))
     sampler = Sampler(
         components.sampled_policy(config, policy),
@@ -144,13 +144,13 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts, 
     )
     device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     caches = check_caches(sampler, config.rollout, device_bytes)
-    if hosts.is_first:
+    if processes.is_first:
         log.info(caches)
-    rollout = Rollout(sampler, chat, pool, config.rollout, hosts)
+    rollout = Rollout(sampler, chat, pool, config.rollout, processes)
     int8 = config.sampling.weights == "int8"
     adapted = isinstance(policy, LoraPolicy)
     reshard = make_lora_reshard(policy, mesh, int8=int8) if adapted else make_reshard(policy, mesh, int8=int8)
-    return Stage(config, folder, domain, chat, policy, mesh, rollout, reshard, report, stop, hosts)
+    return Stage(config, folder, domain, chat, policy, mesh, rollout, reshard, report, stop, processes)
 
 
 def _unseen(phase: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
@@ -158,7 +158,13 @@ def _unseen(phase: str, done: int, total: int, metrics: Mapping[str, Any]) -> No
 
 
 def _tokenizer(
-    config: RunConfig, domain: Domain, folder: Path, hosts: Hosts, report: Report, stop: StopRequest, begun: bool
+    config: RunConfig,
+    domain: Domain,
+    folder: Path,
+    processes: ProcessGroup,
+    report: Report,
+    stop: StopRequest,
+    begun: bool,
 ) -> ChatTokenizer:
     """The run's tokenizer: the one that it has, or one that process 0 makes and all read.
 
@@ -167,9 +173,9 @@ def _tokenizer(
     appends, thinking = config.rollout.context == "append", config.tokenizer.thinking
     load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)  # noqa: E731
     is_copy = bool(config.model.path or config.warmstart.begin_from)
-    if hosts.is_first and not begun and (is_copy or not folder.exists()):
+    if processes.is_first and not begun and (is_copy or not folder.exists()):
         _make_tokenizer(config, domain, folder, load, report, stop)
-    hosts.wait()
+    processes.barrier()
     if not folder.exists():  # process 0 was asked to stop before it had one
         stop.check()
     return load(folder)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from aem_jax.advantage import grpo, of_returns, over_trajectories
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.credit import AemConfig, make_credit
-from aem_jax.distributed import ALONE, Hosts
+from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
 from aem_jax.envs.protocol import StepResult
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
 from aem_jax.models import ModelConfig, Policy
@@ -57,12 +57,14 @@ class VowelEnv:
         pass
 
 
-def two_steps(mesh: Mesh, hosts: Hosts = ALONE, broken: Callable = lambda *_: False) -> dict[str, Any]:
+def two_steps(
+    mesh: Mesh, processes: ProcessGroup = SINGLE_PROCESS, broken: Callable = lambda *_: False
+) -> dict[str, Any]:
     """The metrics and the trajectories of two steps. Episodes outnumber slots, so that these are refilled; steps play
     a second round when some group's endings are all won or all lost."""
     config = LearnerConfig(learning_rate=3e-3)
     sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=32, slack=ROLLOUT.slack, mesh=mesh)
-    pool = LocalPool(ROLLOUT.num_slots // hosts.count, VowelEnv, broken)
+    pool = LocalPool(ROLLOUT.num_slots // processes.count, VowelEnv, broken)
     history, episodes = [], []
 
     def finish(state, step, metrics, trajectories, credit):
@@ -71,7 +73,7 @@ def two_steps(mesh: Mesh, hosts: Hosts = ALONE, broken: Callable = lambda *_: Fa
             turns = [[turn.observation, turn.response, turn.response_ids.tolist(), turn.reward] for turn in t.turns]
             episodes.append([t.task.id, t.group, t.member, t.ending.value, turns])
 
-    rollout = Rollout(sampler, ByteChat(), pool, ROLLOUT, hosts)
+    rollout = Rollout(sampler, ByteChat(), pool, ROLLOUT, processes)
     tasks = [Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]
     parts = Parts(
         warm_up=rollout.warm_up,
@@ -92,19 +94,19 @@ def two_steps(mesh: Mesh, hosts: Hosts = ALONE, broken: Callable = lambda *_: Fa
 def main(index: int, count: int, coordinator: str, out: Path) -> None:
     """One process of a run."""
     from aem_jax.distributed.config import RuntimeConfig
-    from aem_jax.distributed.join import joined
+    from aem_jax.distributed.join import open_process_group
     from aem_jax.distributed.runtime import set_up
 
     runtime = RuntimeConfig(
         platform="cpu", cpu_devices=8 // count, coordinator=coordinator, num_processes=count, process_id=index
     )
     set_up(runtime)
-    with joined(runtime) as hosts:
+    with open_process_group(runtime) as processes:
         # process 1's calls 4 and 9 fail: what was lost begins again, and nothing else changes
-        split = two_steps(make_mesh(MeshConfig()), hosts, lambda _, call: index == 1 and call in (4, 9))
+        split = two_steps(make_mesh(MeshConfig()), processes, lambda _, call: index == 1 and call in (4, 9))
         # heads on a tensor axis that goes from one process to the other
         mixed = np.reshape(jax.devices(), (count, -1)).T.ravel().tolist()
-        across = two_steps(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), mixed), hosts)
+        across = two_steps(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), mixed), processes)
     out.write_text(json.dumps({"split": split, "across": across}))
 
 
