@@ -35,7 +35,7 @@ class WarmstartConfig:
     random, buys without looking, finishes untested): its pupil has something left to learn from reward."""
     only_won: bool = True
     """Leave out episodes that the expert lost."""
-    begin_from: str = ""
+    init_from: str = ""
     """Folder of another run, in place of demonstrations: training begins with its parameters at step 0 and with its
     tokenizer. Model and tokenizer settings must be the same; no LoRA."""
 

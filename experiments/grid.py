@@ -110,7 +110,7 @@ class Grid:
         for start in self.starts(folder):
             for variant in self.variants:
                 if start.seed in variant.seeds:
-                    begin = {"warmstart.begin_from": str(folder / start.name)}
+                    begin = {"warmstart.init_from": str(folder / start.name)}
                     options = self._options(folder, variant.name, start.seed, {**variant.options, **begin})
                     found.append(Run(variant.name, start.seed, options))
         return found

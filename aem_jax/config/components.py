@@ -123,14 +123,14 @@ def sampled_policy(config: RunConfig, policy: Policy | LoraPolicy) -> Policy | L
     return policy.whole.in_int8 if config.sampling.weights == "int8" else policy.sampled
 
 
-def warm_start_makes_base(config: RunConfig) -> bool:
+def warm_start_makes_frozen_weights(config: RunConfig) -> bool:
     """Whether the warm start trains all weights, on which reinforcement learning then trains adapters."""
     return bool(config.lora.rank) and not config.model.path
 
 
-def reference_is_base(config: RunConfig) -> bool:
+def reference_is_frozen_weights(config: RunConfig) -> bool:
     """Whether the policy before reinforcement learning is that of the frozen weights alone."""
-    return bool(config.lora.rank) and (warm_start_makes_base(config) or not config.warmstart.episodes)
+    return bool(config.lora.rank) and (warm_start_makes_frozen_weights(config) or not config.warmstart.episodes)
 
 
 def known_model(name: str) -> ModelConfig:
@@ -224,10 +224,10 @@ def check(config: RunConfig) -> None:
             f"--model.{sizes[0].replace('_', '-')}: expected none with --model.path, whose files say the sizes, "
             f"got {choice[sizes[0]]}"
         )
-    if config.warmstart.begin_from and (config.model.path or config.lora.rank):
+    if config.warmstart.init_from and (config.model.path or config.lora.rank):
         raise ConfigError(
-            "--warmstart.begin-from: expected none with --model.path or --lora.rank, "
-            f"got {config.warmstart.begin_from}; a run that trains all weights begins where another such run began"
+            "--warmstart.init-from: expected none with --model.path or --lora.rank, "
+            f"got {config.warmstart.init_from}; a run that trains all weights begins where another such run began"
         )
     servers = len(config.env.urls) or config.env.num_servers
     sessions = servers * config.env.sessions_per_server
@@ -245,7 +245,7 @@ def check(config: RunConfig) -> None:
         )
     if config.sampling.weights == "int8" and config.lora.rank and not config.lora.merge:
         raise ConfigError(f"--sampling.weights: {INT8_MERGES}")
-    if config.learner.kl_coefficient and not config.checkpoint.keep_first and not reference_is_base(config):
+    if config.learner.kl_coefficient and not config.checkpoint.keep_first and not reference_is_frozen_weights(config):
         raise ConfigError(
             "--checkpoint.keep-first: expected True with --learner.kl-coefficient above 0, got False;"
             " the reference policy is that of step 0, and a resumed run reads it from there"

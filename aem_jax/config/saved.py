@@ -14,7 +14,7 @@ from aem_jax.config import inputs
 from aem_jax.config.options import flag
 from aem_jax.config.overrides import as_values, flatten, override
 from aem_jax.config.presets import SEPARATOR
-from aem_jax.config.run import RunConfig, is_harmless
+from aem_jax.config.run import RunConfig, may_change
 from aem_jax.distributed.join import without_process
 from aem_jax.envs.swe.tasks import GENERATED
 from aem_jax.errors import ConfigError
@@ -23,7 +23,7 @@ from aem_jax.models.pretrained import CONFIG, config_text, resolve
 
 FILE = "config.json"
 _PATHS = (
-    *("model.path", "warmstart.begin_from", "alfworld_data", "shop.data", "bugs.train", "bugs.evaluation"),
+    *("model.path", "warmstart.init_from", "alfworld_data", "shop.data", "bugs.train", "bugs.evaluation"),
     *("bugs.repos", "openenv.tasks", "openenv.evaluation_tasks", inputs.CODE),
 )
 """Settings that name files or folders."""
@@ -46,7 +46,7 @@ def run_name(config: RunConfig, options: Mapping[str, Sequence[str]]) -> str:
             )
         return config.name
     changes = [
-        "-".join([name.replace("_", "-"), *words]) for name, words in sorted(options.items()) if not is_harmless(name)
+        "-".join([name.replace("_", "-"), *words]) for name, words in sorted(options.items()) if not may_change(name)
     ]
     presets = [Path(each).name.removesuffix(".toml") for each in config.preset.split(SEPARATOR)]
     name = re.sub(r"[^\w.+=-]+", "_", "-".join([*presets, *changes]))
@@ -158,7 +158,7 @@ def check_resumable(saved: RunConfig, config: RunConfig, folder: Path) -> None:
     changed = [
         name
         for name in after
-        if before[name] != after[name] and not is_harmless(name) and not _is_moved(name, before[name], config, folder)
+        if before[name] != after[name] and not may_change(name) and not _is_moved(name, before[name], config, folder)
     ]
     if changed:
         name = changed[0]

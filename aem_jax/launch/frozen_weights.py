@@ -19,7 +19,7 @@ from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
 from aem_jax.sharding import TRAIN, shardings
 
-FOLDER = "base"
+FOLDER = "frozen_weights"
 """In the folder of the run."""
 
 

@@ -23,9 +23,9 @@ def tokenizer(config: RunConfig) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    folder = Path(config.warmstart.begin_from) / "tokenizer"
+    folder = Path(config.warmstart.init_from) / "tokenizer"
     if not folder.exists():
-        raise ConfigError(f"--warmstart.begin-from: expected a run's folder with a tokenizer, got none in {folder}")
+        raise ConfigError(f"--warmstart.init-from: expected a run's folder with a tokenizer, got none in {folder}")
     return folder
 
 
@@ -41,12 +41,12 @@ def parameters(config: RunConfig, policy: Policy | LoraPolicy, vocab_size: int, 
     Raises:
         ConfigError: there is no such run, it trains another model, or it has not kept step 0.
     """
-    run = Path(config.warmstart.begin_from)
+    run = Path(config.warmstart.init_from)
     other = saved.load(run)
     trained = components.make_policy(other, vocab_size, saved.model_files(other, run))
     if isinstance(trained, LoraPolicy) or isinstance(policy, LoraPolicy) or trained.config != policy.config:
         raise ConfigError(
-            f"--warmstart.begin-from: expected a run that trains all weights of {policy.config}, got {trained.config} "
+            f"--warmstart.init-from: expected a run that trains all weights of {policy.config}, got {trained.config} "
             f"in {run}; give the same --model and --tokenizer"
         )
     # The optimizer's state lies beside the parameters and is read with them; it is of the other run's learner.
@@ -55,7 +55,7 @@ def parameters(config: RunConfig, policy: Policy | LoraPolicy, vocab_size: int, 
     with Checkpoints(run / "checkpoints", other.checkpoint) as checkpoints:
         if 0 not in checkpoints.steps:
             raise ConfigError(
-                f"--warmstart.begin-from: expected a checkpoint of step 0 in {run}, got steps {checkpoints.steps}; "
+                f"--warmstart.init-from: expected a checkpoint of step 0 in {run}, got steps {checkpoints.steps}; "
                 "train it with --checkpoint.keep-first True"
             )
         restored: Any = checkpoints.restore(state, step=0)

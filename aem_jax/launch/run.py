@@ -162,7 +162,7 @@ def on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
     config, folder = stage.config, stage.folder
     if not config.lora.rank:
         return stage
-    if components.warm_start_makes_base(config) and not frozen_weights.is_there(folder):
+    if components.warm_start_makes_frozen_weights(config) and not frozen_weights.is_there(folder):
         if stage.processes.count > 1:
             raise ConfigError(
                 "--lora.rank: expected --model.path (frozen weights in files) where several processes run, got none; "
@@ -207,8 +207,8 @@ def _warm_start(stage: Stage, checkpoints: Checkpoints) -> TrainState:
     config, trained = stage.config, stage.trained
     optimizer = make_optimizer(config.learner, trained.axes)
     checkpoints.check_space(abstract_state(trained, optimizer, stage.mesh))
-    begins = bool(config.warmstart.begin_from)
-    fits = config.warmstart.episodes > 0 and not begins and not components.warm_start_makes_base(config)
+    begins = bool(config.warmstart.init_from)
+    fits = config.warmstart.episodes > 0 and not begins and not components.warm_start_makes_frozen_weights(config)
     source = _fit(stage, _demonstrations(stage)).params if fits else _parameters(stage)
     if isinstance(trained, ValuePolicy) and not isinstance(source, jax.Array):  # a key makes all of it
         source = jax.jit(trained.attach)(source)
@@ -221,7 +221,7 @@ def _parameters(stage: Stage) -> Any:
     """What training begins from: float32 parameters of another run or the model's files, or a key for random ones."""
     if isinstance(stage.policy, LoraPolicy):
         return jax.random.fold_in(stage.key("init"), 1)  # the key itself is that of random weights
-    if stage.config.warmstart.begin_from:
+    if stage.config.warmstart.init_from:
         return init_from.parameters(stage.config, stage.policy, stage.chat.vocab_size, stage.mesh)
     if not stage.config.model.path:
         return stage.key("init")
@@ -340,7 +340,7 @@ def _reference(stage: Stage, checkpoints: Checkpoints):
     """batch -> logprobs of the policy as it was before reinforcement learning; None where no KL is asked for."""
     if not stage.config.learner.kl_coefficient:
         return None
-    if components.reference_is_base(stage.config):
+    if components.reference_is_frozen_weights(stage.config):
         policy, params = stage.policy.whole, stage.frozen
     else:
         params = policy_params(stage.trained, restore(stage, checkpoints, step=0).params)

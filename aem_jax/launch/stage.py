@@ -172,7 +172,7 @@ def _tokenizer(
     """
     appends, thinking = config.rollout.context == "append", config.tokenizer.thinking
     load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)  # noqa: E731
-    is_copy = bool(config.model.path or config.warmstart.begin_from)
+    is_copy = bool(config.model.path or config.warmstart.init_from)
     if processes.is_first and not begun and (is_copy or not folder.exists()):
         _make_tokenizer(config, domain, folder, load, report, stop)
     processes.barrier()
@@ -198,7 +198,7 @@ def _make_tokenizer(
         except ValueError:
             read_config(model)  # transformers' tokenizers read it, too, and do not name what is wrong in it
             raise
-    elif config.warmstart.begin_from:
+    elif config.warmstart.init_from:
         chat = load(init_from.tokenizer(config))
     else:
         sizes, said = config.tokenizer, []

@@ -202,7 +202,7 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch):
     assert kept("--bugs.train", "generated", "--bugs.evaluation", "a").bugs.train == "generated"
     assert kept("--openenv.serve", "env.py:Env").openenv.serve == f"{tmp_path}/env.py:Env"
     assert kept("--openenv.serve", "pkg.module:Env").openenv.serve == "pkg.module:Env"
-    for name in ("alfworld-data", "shop.data", "openenv.tasks", "warmstart.begin-from", "bugs.repos"):
+    for name in ("alfworld-data", "shop.data", "openenv.tasks", "warmstart.init-from", "bugs.repos"):
         assert f"'{tmp_path}{os.sep}x'" in str(kept(f"--{name}", "x")), name
     assert kept() == RunConfig() and saved.absolute(kept("--model.path", "m")) == kept("--model.path", "m")
 

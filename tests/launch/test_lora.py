@@ -107,7 +107,7 @@ def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment
     assert all(record["parity/max"] < 1e-4 for record in steps)
     # the reference is the model as it came: at first the policy itself, up to rounding, then no longer
     assert abs(steps[0]["learner/kl_reference"]) < 1e-10 < steps[1]["learner/kl_reference"]
-    assert not (tmp_path / "run" / "base").exists()
+    assert not (tmp_path / "run" / "frozen_weights").exists()
     check_export(tmp_path / "run", model, tmp_path / "out", environment, scale=2.0)
 
 
@@ -120,11 +120,11 @@ def test_on_a_warm_start_of_all_weights(whole: Path, tmp_path: Path, environment
     assert len(read_lines(whole / "warmstart.jsonl")) == 4
     adapter, base = (
         sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        for folder in (whole / "checkpoints" / "4", whole / "base")
+        for folder in (whole / "checkpoints" / "4", whole / "frozen_weights")
     )
     assert base > 50_000  # the weights, once; a checkpoint holds the adapter and its moments alone
     assert adapter < 3 * base
-    check_export(whole, whole / "base", tmp_path / "out", environment, scale=8.0)
+    check_export(whole, whole / "frozen_weights", tmp_path / "out", environment, scale=8.0)
 
 
 def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path, environment):
@@ -135,11 +135,11 @@ def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Pat
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before = (run / "base" / "model.safetensors").read_bytes()
+    before = (run / "frozen_weights" / "model.safetensors").read_bytes()
     finish(start(tmp_path, environment, "--name", "run", "--lora.rank", "4"))
     numbers = lambda folder: [comparable(record) for record in read_lines(folder / "metrics.jsonl")]  # noqa: E731
     assert numbers(run) == numbers(whole)
-    assert before == (run / "base" / "model.safetensors").read_bytes()
+    assert before == (run / "frozen_weights" / "model.safetensors").read_bytes()
 
 
 def test_what_cannot_be_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -160,7 +160,7 @@ def test_a_reference_is_kept_where_it_is_not_the_frozen_weights():
     lora = apply(config, split(["--lora.rank", "4"])[1])
     components.check(lora)  # random weights: the warm start makes the base
     files = split(["--model.path", "/a/model", *(f"--model.{name}=None" for name in ("hidden-size", "num-layers"))])[1]
-    assert components.reference_is_base(apply(lora, files | {"warmstart.episodes": ["0"]}))
-    assert not components.reference_is_base(apply(lora, files))
+    assert components.reference_is_frozen_weights(apply(lora, files | {"warmstart.episodes": ["0"]}))
+    assert not components.reference_is_frozen_weights(apply(lora, files))
     with pytest.raises(ConfigError, match="--checkpoint.keep-first"):
         components.check(config)
