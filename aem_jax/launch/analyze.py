@@ -7,8 +7,8 @@ and draws are taken from is then one and the same.
 
 import dataclasses
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from aem_jax.config import components, saved
 from aem_jax.config.algorithms import response_advantages
 from aem_jax.credit import AemConfig, Credit, make_credit
 from aem_jax.errors import ConfigError
-from aem_jax.launch.run import on_base, opened, restore
-from aem_jax.launch.stage import Stage
+from aem_jax.launch.context import RunContext, open_run
+from aem_jax.launch.initial import load_frozen_weights
+from aem_jax.launch.training import values_function
 from aem_jax.learner import init_state, make_optimizer, make_update
-from aem_jax.models import policy_params
+from aem_jax.models import Params, policy_params
 from aem_jax.report.analysis import print_analysis, write_analysis
 from aem_jax.rollout import check_some_played
 from aem_jax.sampler import Sampler
@@ -85,18 +86,17 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
     config = replace(recorded, name=folder.resolve().name, runs_dir=str(folder.resolve().parent))
     groups = options.groups or config.rollout.groups_per_step
     began = time.perf_counter()
-    context: AbstractContextManager[Any] = opened(config, folder)
-    with context as (stage, checkpoints):
-        if stage.processes.count > 1:
+    with open_run(config, folder) as run:
+        if run.processes.count > 1:
             raise ConfigError("analyze runs in one process; start it without the others")
         step = None if options.step < 0 else options.step
-        if step is not None and step not in checkpoints.steps:
-            there = ", ".join(map(str, checkpoints.steps)) or "none"
+        if step is not None and step not in run.checkpoints.steps:
+            there = ", ".join(map(str, run.checkpoints.steps)) or "none"
             raise ConfigError(f"--step: expected a checkpoint of {folder}, got {step}; there are {there}")
-        stage = on_base(stage, checkpoints)
-        state = restore(stage, checkpoints, step)
-        step, params = int(state.step), state.params
-        found = _analysis(stage, params, options, groups)
+        frozen = load_frozen_weights(run)
+        state = run.restore(step)
+        step = int(state.step)
+        found = _analysis(run, state.params, frozen, options, groups)
     found = {"run": config.name, "step": step, "options": dataclasses.asdict(options), **found}
     found["seconds"] = round(time.perf_counter() - began)
     page = write_analysis(folder, found, Path(options.against) if options.against else None, folder / FOLDER)
@@ -105,24 +105,27 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
     return 0
 
 
-def _analysis(stage: Stage, params: Any, options: AnalyzeConfig, groups: int) -> dict[str, Any]:
+def _analysis(
+    run: RunContext, params: Any, frozen: Params | None, options: AnalyzeConfig, groups: int
+) -> dict[str, Any]:
     """Plays, draws, updates and draws again."""
-    config, key = stage.config, jax.random.fold_in(stage.key("evaluate"), options.seed + 1)
+    config, key = run.config, jax.random.fold_in(run.key("evaluate"), options.seed + 1)
     play, draw = jax.random.split(key)
-    values = stage.make_values()
-    trained, params = params, policy_params(stage.trained, params)
-    decode = stage.reshard(params)
-    picked = np.random.default_rng(options.seed).integers(len(stage.domain.training), size=groups)
-    tasks = [stage.domain.training[int(index)] for index in picked]
-    stage.report("play", 0, groups * config.rollout.group_size, {})
-    trajectories, stats = stage.rollout(decode, tasks, play)
+    values = values_function(run, frozen)
+    trained, params = params, policy_params(run.trained, params)
+    reshard = run.reshard if frozen is None else partial(run.reshard, frozen=frozen)
+    decode = reshard(params)
+    picked = np.random.default_rng(options.seed).integers(len(run.suite.training), size=groups)
+    tasks = [run.suite.training[int(index)] for index in picked]
+    run.report("play", 0, groups * config.rollout.group_size, {})
+    trajectories, stats = run.rollout(decode, tasks, play)
     check_some_played(trajectories, stats, "the analysis")
     whole = [each for each in trajectories if each.ending is not Ending.ENV_ERROR]
     layout = components.batch_layout(config, len(trajectories), 1)
-    batch = place(collate(trajectories, layout), stage.mesh)
+    batch = place(collate(trajectories, layout), run.mesh)
     # α as the paper has it, also for a run without it or with an ablation of it: that is what is asked about.
     aem = AemConfig(min_range=config.aem.min_range if options.min_range < 0 else options.min_range)
-    credit, statistics = make_credit(response_advantages(config.algorithm), aem, groups, stage.mesh)(
+    credit, statistics = make_credit(response_advantages(config.algorithm), aem, groups, run.mesh)(
         batch, values=values(trained, batch) if values else None
     )
     base, alpha, entropies = (np.asarray(x, np.float64) for x in (credit.base, credit.coefficients, credit.entropies))
@@ -148,22 +151,24 @@ def _analysis(stage: Stage, params: Any, options: AnalyzeConfig, groups: int) ->
     states = [every[index] for index in chosen]
     own_alpha, own_base = alpha[numbers[chosen]], base[numbers[chosen]]
 
-    drawing = _Drawing(stage, states, draw, options.draws)
+    drawing = _Drawing(run, states, draw, options.draws)
     before = drawing("draw", decode)
     found: dict[str, Any] = {"rollout": played, "proxy": proxy(states, own_alpha, before), "drift": {}}
     found["entropy"] = whose_entropy(before)
     for name, sign in SIGNS.items():
-        updated = _updated(stage, params, batch, credit, sign, options)
-        after = drawing(f"draw after an update ({name})", stage.reshard(updated))
+        updated = _updated(run, params, frozen, batch, credit, sign, options)
+        after = drawing(f"draw after an update ({name})", reshard(updated))
         found["drift"][name] = drift(states, own_alpha, own_base, before, after, sign)
     return found
 
 
-def _updated(stage: Stage, params: Any, batch: Batch, credit: Credit, sign: int, options: AnalyzeConfig) -> Any:
+def _updated(
+    run: RunContext, params: Any, frozen: Params | None, batch: Batch, credit: Credit, sign: int, options: AnalyzeConfig
+) -> Any:
     """Parameters after one update on the responses of one sign of A·(α − 1), with their base advantages A."""
     learner = replace(
-        components.learner(stage.config),
-        learning_rate=stage.config.learner.learning_rate * options.step_size,
+        components.learner(run.config),
+        learning_rate=run.config.learner.learning_rate * options.step_size,
         schedule="constant",
         warmup_steps=0,
         weight_decay=0.0,
@@ -171,11 +176,11 @@ def _updated(stage: Stage, params: Any, batch: Batch, credit: Credit, sign: int,
         num_minibatches=1,
         num_epochs=1,
     )
-    optimizer = make_optimizer(learner, stage.policy.axes)
-    state = init_state(stage.policy, optimizer, stage.mesh, jax.tree.map(jnp.copy, params))
+    optimizer = make_optimizer(learner, run.policy.axes)
+    state = init_state(run.policy, optimizer, run.mesh, jax.tree.map(jnp.copy, params))
     kept = jnp.where(jnp.sign(credit.base * (credit.coefficients - 1)) == sign, credit.base, 0.0)
     advantages = token_advantages(kept, jnp.asarray(batch.response_ids))
-    state, _ = make_update(stage.policy, learner, stage.mesh)(state, batch, advantages, frozen=stage.frozen)
+    state, _ = make_update(run.policy, learner, run.mesh)(state, batch, advantages, frozen=frozen)
     return state.params
 
 
@@ -183,27 +188,27 @@ def _updated(stage: Stage, params: Any, batch: Batch, credit: Credit, sign: int,
 class _Drawing:
     """Draws responses to the same states with the same random numbers, whatever the parameters."""
 
-    stage: Stage
+    run: RunContext
     states: list[State]
     key: jax.Array
     draws: int
 
     def __call__(self, phase: str, params: Any) -> Draws:
-        stage, config = self.stage, self.stage.config
+        run, config = self.run, self.run.config
         sampler = Sampler(
-            components.sampled_policy(config, stage.policy),
+            components.sampled_policy(config, run.policy),
             config.sampling,
-            stage.chat.stop_ids,
+            run.chat.stop_ids,
             capacity=config.rollout.context_tokens,
             slack=config.rollout.slack,
             windows=config.rollout.windows,
-            mesh=stage.mesh,
+            mesh=run.mesh,
         )
         shards = sampler.slot_shards
         draws = -(-self.draws // shards) * shards
 
         def report(done: int) -> None:
-            stage.stop.check()
-            stage.report(phase, done, len(self.states), {})
+            run.stop.check()
+            run.report(phase, done, len(self.states), {})
 
         return draw_responses(sampler, params, self.states, self.key, draws, config.rollout, report)

@@ -79,7 +79,7 @@ def _train(words: Sequence[str]) -> int:
 
     check(config)
 
-    from aem_jax.launch.run import train
+    from aem_jax.launch.training import train
 
     return train(config)
 
@@ -94,7 +94,7 @@ def _evaluate(words: Sequence[str]) -> int:
 
     check(config)
 
-    from aem_jax.launch.run import evaluate
+    from aem_jax.launch.evaluation import evaluate
 
     return evaluate(config)
 

@@ -16,7 +16,7 @@ from aem_jax.config.run import RunConfig
 from aem_jax.envs.openenv.config import OpenEnvConfig
 from aem_jax.errors import ConfigError
 from aem_jax.launch import frozen_weights
-from aem_jax.launch.run import opened
+from aem_jax.launch.context import open_run
 from aem_jax.models import ModelConfig, Policy, save_pretrained
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.lora import LoraConfig
@@ -226,6 +226,6 @@ def test_checkpoints_without_the_config_that_they_were_made_with_are_refused(tmp
     monkeypatch.setattr("aem_jax.distributed.runtime.set_up", lambda config: None)
     (tmp_path / "checkpoints/1").mkdir(parents=True)
     refused = pytest.raises(ConfigError, match=r"expected the config.json that .* was begun with .*, got none")
-    with refused, opened(RunConfig(), tmp_path, writes=writes):
+    with refused, open_run(RunConfig(), tmp_path, writes=writes):
         raise AssertionError("opened")
     assert not (tmp_path / "inputs.json").exists()

@@ -11,7 +11,7 @@ from aem_jax.config.run import RunConfig
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup, join
 from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.errors import ConfigError
-from aem_jax.launch.run import _identity
+from aem_jax.launch.context import _identity
 
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[01-02]", "SLURM_NTASKS": "16", "SLURM_PROCID": "3",

@@ -6,7 +6,6 @@ As a script: `two_steps.py INDEX COUNT COORDINATOR OUT` is one process of such a
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aem_jax.advantage import grpo, of_returns, over_trajectories
-from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.batch import BatchLayout
 from aem_jax.credit import AemConfig, make_credit
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
 from aem_jax.envs.protocol import StepResult
@@ -24,9 +23,9 @@ from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.layout import make_reshard
-from aem_jax.selection import Rule, play_rounds, won
+from aem_jax.selection import Rule, won
 from aem_jax.sharding import MeshConfig, make_mesh
-from aem_jax.train import Parts, train
+from aem_jax.train import train
 from aem_jax.trajectory import Task
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
@@ -67,7 +66,7 @@ def two_steps(
     pool = LocalPool(ROLLOUT.num_slots // processes.count, VowelEnv, broken)
     history, episodes = [], []
 
-    def finish(state, step, metrics, trajectories, credit):
+    def on_step(state, step, metrics, trajectories, credit):
         history.append({name: float(value) for name, value in metrics.items()})
         for t in trajectories:
             turns = [[turn.observation, turn.response, turn.response_ids.tolist(), turn.reward] for turn in t.turns]
@@ -75,19 +74,21 @@ def two_steps(
 
     rollout = Rollout(sampler, ByteChat(), pool, ROLLOUT, processes)
     tasks = [Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]
-    parts = Parts(
-        warm_up=rollout.warm_up,
-        play=partial(play_rounds, rollout, lambda step, round: tasks, Rule(len(tasks), max_rounds=2, outcome=won)),
+    train(
+        init_state(POLICY, make_optimizer(config, POLICY.axes), mesh, jax.random.key(0)),
+        rollout=rollout,
+        tasks=lambda step, round: tasks,
+        rule=Rule(len(tasks), max_rounds=2, outcome=won),
+        layout=LAYOUT,
+        mesh=mesh,
         reshard=make_reshard(POLICY, mesh),
-        collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
         credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(), 4, mesh),
         update=make_update(POLICY, config, mesh),
-        reference=None,
-        finish=finish,
-        stop=lambda: False,
+        key=jax.random.key(1),
+        seed=0,
+        num_steps=2,
+        on_step=on_step,
     )
-    state = init_state(POLICY, make_optimizer(config, POLICY.axes), mesh, jax.random.key(0))
-    train(state, parts, jax.random.key(1), 2)
     return {"history": history, "episodes": episodes}
 
 

@@ -25,7 +25,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     stand_in = types.SimpleNamespace(
         train=lambda config: seen.append(config) or 0, evaluate=lambda config: seen.append(config) or 0
     )
-    monkeypatch.setitem(sys.modules, "aem_jax.launch.run", stand_in)  # pyright: ignore[reportArgumentType]
+    for module in ("training", "evaluation"):
+        monkeypatch.setitem(sys.modules, f"aem_jax.launch.{module}", stand_in)  # pyright: ignore[reportArgumentType]
     return seen
 
 

@@ -1,18 +1,56 @@
 """What fits: bytes of weights on each device, by shapes alone."""
 
-import jax
-import pytest
+import math
 
-from aem_jax.launch.footprint import weight_bytes
-from aem_jax.learner import LearnerConfig, make_optimizer
+import jax
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from aem_jax.learner import LearnerConfig, abstract_state, make_optimizer
 from aem_jax.models import LoraConfig, LoraPolicy, ModelConfig, Policy
-from aem_jax.sharding import MeshConfig, make_mesh
+from aem_jax.sharding import DECODE, TRAIN, MeshConfig, make_mesh, shardings
 
 GB = 10**9
 QWEN_7B = ModelConfig(  # Qwen2.5-7B
     152_064, 3584, 18_944, 28, 28, 4, 128, tied_head=False, qk_norm=False, qkv_bias=True, dtype="bfloat16"
 )
 WHOLE = Policy(QWEN_7B)
+
+
+def weight_bytes(policy: Policy | LoraPolicy, optimizer: optax.GradientTransformation, mesh: Mesh) -> dict[str, int]:
+    """Bytes on each device.
+
+    Args:
+        policy: what is trained.
+        optimizer: from `make_optimizer`.
+        mesh: the mesh.
+
+    Returns:
+        frozen (weights beside an adapter), trained (float32 masters), optimizer, gradients (the sum over microbatches
+        and the next one to add), decode (what is laid out for sampling and shares no buffer with the frozen ones).
+    """
+    state, whole = abstract_state(policy, optimizer, mesh), policy.whole
+    train, decode = (shardings(mesh, whole.axes, rules, whole.shapes) for rules in (TRAIN, DECODE))
+    size = lambda shaped, place, dtype: math.prod(place.shard_shape(shaped.shape)) * dtype.itemsize  # noqa: E731
+    total = lambda tree: sum(size(leaf, leaf.sharding, leaf.dtype) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    weights = lambda where: jax.tree.map(size, whole.shapes, where, whole.dtypes)  # noqa: E731
+
+    copied, frozen, beside = weights(decode), 0, 0
+    if isinstance(policy, LoraPolicy):
+        frozen = sum(jax.tree.leaves(weights(train)))
+        shared = jax.tree.map(lambda a, b, shape: a.is_equivalent_to(b, shape.ndim), train, decode, whole.shapes)
+        if policy.lora.merge:
+            shared["layers"] |= dict.fromkeys(policy.merged_leaves, False)
+        copied = jax.tree.map(lambda count, is_shared: 0 if is_shared else count, copied, shared)
+        beside = 0 if policy.lora.merge else total(state.params) // 2
+    return {
+        "frozen": frozen,
+        "trained": total(state.params),
+        "optimizer": total(state.opt_state),
+        "gradients": 2 * total(state.params),
+        "decode": sum(jax.tree.leaves(copied)) + beside,
+    }
 
 
 def bytes_of(policy, fsdp=1, tensor=1, **learner):
