@@ -39,14 +39,14 @@ from aem_jax.warmstart import WarmstartConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     name: str = ""
-    """Folder of the run in runs_dir; empty: the preset's name and what you changed of it. The same command resumes."""
+    """Folder of the run in runs_dir; empty: the presets' names and your changes. The same command resumes the run."""
     runs_dir: str = "runs"
     """Folder of all runs."""
     preset: str = ""
-    """Presets to begin from, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
+    """Presets, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
     seed: int = 0
     """Seed of everything random, from 0 to 2³² - 1: weights, games, sampling."""
     environment: Literal["alfworld", "webshop", "swe", "swe-choices", "openenv"] = "alfworld"

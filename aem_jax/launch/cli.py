@@ -63,7 +63,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    from aem_jax.config.options import apply
+    from aem_jax.config.overrides import apply
     from aem_jax.config.saved import absolute, run_name
 
     options = _options(words, "train")
@@ -75,7 +75,7 @@ def _train(words: Sequence[str]) -> int:
     data = config.alfworld_data or os.environ.get("ALFWORLD_DATA", "")
     config = absolute(replace(config, name=run_name(config, options), alfworld_data=data))
 
-    from aem_jax.config.components import check
+    from aem_jax.config.validate import check
 
     check(config)
 
@@ -90,7 +90,7 @@ def _evaluate(words: Sequence[str]) -> int:
         return _help(_preset(options), "evaluate", COMMANDS["evaluate"].help)
     config = _trained(options)
 
-    from aem_jax.config.components import check
+    from aem_jax.config.validate import check
 
     check(config)
 
@@ -100,7 +100,7 @@ def _evaluate(words: Sequence[str]) -> int:
 
 
 def _analyze(words: Sequence[str]) -> int:
-    from aem_jax.config.options import apply, split
+    from aem_jax.config.overrides import apply, split
     from aem_jax.launch.analyze import AnalyzeConfig, analyze
 
     names, options = split(words)
@@ -112,7 +112,7 @@ def _analyze(words: Sequence[str]) -> int:
 
 
 def _export(words: Sequence[str]) -> int:
-    from aem_jax.config.options import split
+    from aem_jax.config.overrides import split
 
     names, options = split(words)
     if "help" in options:
@@ -136,7 +136,7 @@ def _export(words: Sequence[str]) -> int:
 
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
     """The config of a run that is there: its own, not the preset as it may be by now, with the options in place."""
-    from aem_jax.config.options import apply
+    from aem_jax.config.overrides import apply
     from aem_jax.config.saved import absolute, load, run_name
 
     asked = apply(_preset(options), options)
@@ -146,7 +146,7 @@ def _trained(options: dict[str, list[str]]) -> "RunConfig":
 
 
 def _serve(words: Sequence[str]) -> int:
-    from aem_jax.config.options import apply, split
+    from aem_jax.config.overrides import apply, split
     from aem_jax.launch.serve import ServeConfig, run
 
     names, options = split(words)
@@ -158,7 +158,7 @@ def _serve(words: Sequence[str]) -> int:
 def _bench(words: Sequence[str]) -> int:
     from aem_jax.bench.command import run
     from aem_jax.bench.config import BenchConfig
-    from aem_jax.config.options import apply, split
+    from aem_jax.config.overrides import apply, split
 
     names, options = split(words)
     if "help" in options:
@@ -172,7 +172,7 @@ def _doctor(words: Sequence[str]) -> int:
     if lacking():
         return 1
 
-    from aem_jax.config.options import apply, split
+    from aem_jax.config.overrides import apply, split
     from aem_jax.doctor.config import DoctorConfig
 
     names, options = split(words)
@@ -185,7 +185,7 @@ def _doctor(words: Sequence[str]) -> int:
 
 
 def _plan(words: Sequence[str]) -> int:
-    from aem_jax.config.options import apply
+    from aem_jax.config.overrides import apply
     from aem_jax.plan.command import run
     from aem_jax.plan.config import plan_config
 
@@ -241,7 +241,7 @@ def _overview() -> str:
 
 
 def _options(words: Sequence[str], command: str) -> dict[str, list[str]]:
-    from aem_jax.config.options import split
+    from aem_jax.config.overrides import split
 
     positional, options = split(words)
     if positional:

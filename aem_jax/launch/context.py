@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 
 from aem_jax.checkpoint import CheckpointError, Checkpoints
 from aem_jax.config import components, inputs, saved
-from aem_jax.config.options import flag
-from aem_jax.config.overrides import as_values
+from aem_jax.config.overrides import as_values, flag
 from aem_jax.config.run import RunConfig
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup, join, runtime
 from aem_jax.distributed.signals import StopRequest, stop_on_signals

@@ -11,7 +11,7 @@ import pytest
 
 from aem_jax.checkpoint.checksum import checksums
 from aem_jax.config import inputs, saved
-from aem_jax.config.options import apply, split
+from aem_jax.config.overrides import apply, split
 from aem_jax.config.run import RunConfig
 from aem_jax.envs.openenv.config import OpenEnvConfig
 from aem_jax.errors import ConfigError

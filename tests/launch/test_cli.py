@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from aem_jax.config import saved
-from aem_jax.config.options import apply, split
-from aem_jax.config.overrides import annotations, as_values
+from aem_jax.config.overrides import annotations, apply, as_values, split
 from aem_jax.config.presets import DEFAULT, algorithm_names, describe_preset, preset_names, read_preset
 from aem_jax.config.run import RunConfig, may_change
 from aem_jax.errors import ConfigError

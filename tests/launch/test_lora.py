@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from aem_jax.config import components
-from aem_jax.config.options import apply, split
+from aem_jax.config import components, validate
+from aem_jax.config.overrides import apply, split
 from aem_jax.config.presets import read_preset
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
@@ -158,9 +158,9 @@ def test_a_reference_is_kept_where_it_is_not_the_frozen_weights():
     words = ["--checkpoint.keep-first", "False", "--learner.kl-coefficient", "0.1"]
     config = apply(read_preset(str(SMALL)), split(words)[1])
     lora = apply(config, split(["--lora.rank", "4"])[1])
-    components.check(lora)  # random weights: the warm start makes the base
+    validate.check(lora)  # random weights: the warm start makes the base
     files = split(["--model.path", "/a/model", *(f"--model.{name}=None" for name in ("hidden-size", "num-layers"))])[1]
     assert components.reference_is_frozen_weights(apply(lora, files | {"warmstart.episodes": ["0"]}))
     assert not components.reference_is_frozen_weights(apply(lora, files))
     with pytest.raises(ConfigError, match="--checkpoint.keep-first"):
-        components.check(config)
+        validate.check(config)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from aem_jax.config import components
-from aem_jax.config.options import apply, split
+from aem_jax.config import components, validate
+from aem_jax.config.overrides import apply, split
 from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
@@ -92,7 +92,7 @@ def test_export_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_sizes_beside_a_path_are_refused(model: Path):
     words = ["--model.path", str(model), "--model.num-layers", "3"]
     with pytest.raises(ConfigError, match="--model.num-layers: expected none with --model.path"):
-        components.check(apply(read_preset("alfworld-tiny"), split(words)[1]))
+        validate.check(apply(read_preset("alfworld-tiny"), split(words)[1]))
 
 
 def test_weights_that_cannot_be_used_are_the_options_fault(model: Path, tmp_path: Path):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from envs.servers import REPOSITORY, served
 
-from aem_jax.config import components
-from aem_jax.config.options import apply, split
+from aem_jax.config import validate
+from aem_jax.config.overrides import apply, split
 from aem_jax.config.presets import read_preset
 from aem_jax.config.run import may_change
 from aem_jax.launch import cli
@@ -20,7 +20,7 @@ def domain(*words: str):
     """The domain of a command line that names the preset `openenv-tiny`."""
     _, options = split(words)
     config = apply(read_preset("openenv-tiny"), options)
-    components.check(config)
+    validate.check(config)
     return DOMAINS[config.environment](config)
 
 
