@@ -36,8 +36,8 @@ class WarmstartConfig:
     only_won: bool = True
     """Leave out episodes that the expert lost."""
     init_from: str = ""
-    """Folder of another run, in place of demonstrations: training begins with its parameters at step 0 and with its
-    tokenizer. Model and tokenizer settings must be the same; no LoRA."""
+    """Folder of another run to start from in place of demonstrations: its parameters at step 0 and its tokenizer. Model
+    and tokenizer settings must be equal; not with LoRA."""
 
 
 def demonstrate(env: Environment, act: Act, task: Task, chat: Any, *, instruction: str, max_turns: int) -> Trajectory:
