@@ -35,9 +35,9 @@ class WarmstartConfig:
     random, buys without looking, finishes untested): its pupil has something left to learn from reward."""
     only_successful: bool = True
     """Use successful demonstrations only."""
-    begin_from: str = ""
-    """Folder of another run, in place of demonstrations: training begins with its parameters at step 0 and with its
-    tokenizer. Model and tokenizer settings must be the same; no LoRA."""
+    init_from: str = ""
+    """Folder of another run to start from in place of demonstrations: its parameters at step 0 and its tokenizer. Model
+    and tokenizer settings must be equal; not with LoRA."""
 
 
 def demonstrate(env: Environment, act: Act, task: Task, chat: Any, *, instruction: str, max_turns: int) -> Trajectory:

@@ -14,14 +14,13 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 
 import jax
 import numpy as np
 
 from aem_jax.advantage import grpo, of_returns, over_trajectories
-from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.batch import BatchLayout
 from aem_jax.bench.chat import ByteChat
 from aem_jax.credit import AemConfig, Credit, make_credit
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
@@ -30,9 +29,9 @@ from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.layout import make_reshard
-from aem_jax.selection import Rule, play_rounds
+from aem_jax.selection import Rule
 from aem_jax.sharding import MeshConfig, make_mesh
-from aem_jax.train import Metrics, Parts, train
+from aem_jax.train import Metrics, train
 from aem_jax.trajectory import Task, Trajectory
 
 MODEL = ModelConfig(260, 64, 128, 2, 4, 2, 16, rope_theta=10_000.0)
@@ -90,7 +89,7 @@ def measure(num_steps: int) -> dict[str, float]:
     marks: list[float] = []
     history: list[Metrics] = []
 
-    def finish(
+    def on_step(
         state: TrainState, step: int, metrics: Metrics, trajectories: Sequence[Trajectory], credit: Credit
     ) -> None:
         marks.append(time.perf_counter())
@@ -98,20 +97,24 @@ def measure(num_steps: int) -> dict[str, float]:
 
     with EnvPool(PoolConfig(num_servers=1, sessions_per_server=ROLLOUT.num_slots), ("scripted", WORLD)) as pool:
         rollout = Rollout(sampler, chat, pool, ROLLOUT)
-        parts = Parts(
-            warm_up=rollout.warm_up,
-            play=partial(play_rounds, rollout, _tasks, Rule(PROMPTS)),
-            reshard=make_reshard(policy, mesh),
-            collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
-            credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(), PROMPTS, mesh),
-            update=make_update(policy, learner, mesh),
-            reference=None,
-            finish=finish,
-            stop=lambda: False,
-        )
         state = init_state(policy, make_optimizer(learner, policy.axes), mesh, jax.random.key(0))
+        reshard, update = make_reshard(policy, mesh), make_update(policy, learner, mesh)
         start = time.perf_counter()
-        train(state, parts, jax.random.key(1), num_steps)
+        train(
+            state,
+            rollout=rollout,
+            tasks=_tasks,
+            rule=Rule(PROMPTS),
+            layout=LAYOUT,
+            mesh=mesh,
+            reshard=reshard,
+            credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(), PROMPTS, mesh),
+            update=update,
+            key=jax.random.key(1),
+            seed=0,
+            num_steps=num_steps,
+            on_step=on_step,
+        )
         total = time.perf_counter() - start
     half = num_steps // 2
     warm = history[half:]

@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aem_jax.config.components import check
-from aem_jax.config.options import flag
-from aem_jax.config.overrides import flatten, override
+from aem_jax.config.overrides import flag, flatten, override
 from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
+from aem_jax.config.validate import check
 from aem_jax.errors import ConfigError
 
 START = "start"
@@ -110,7 +109,7 @@ class Grid:
         for start in self.starts(folder):
             for variant in self.variants:
                 if start.seed in variant.seeds:
-                    begin = {"warmstart.begin_from": str(folder / start.name)}
+                    begin = {"warmstart.init_from": str(folder / start.name)}
                     options = self._options(folder, variant.name, start.seed, {**variant.options, **begin})
                     found.append(Run(variant.name, start.seed, options))
         return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aem_jax.bench.config import BenchConfig
-from aem_jax.config.options import apply, split
+from aem_jax.config.overrides import apply, split
 from aem_jax.models import decoder
 from benchmarks import accelerator
 from benchmarks.make_docs import FOLDER, PAGE, bench_table, load, peers_table, read, render, where

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.config import components
-from aem_jax.config.options import apply, split
+from aem_jax.config import validate
+from aem_jax.config.overrides import apply, split
 from aem_jax.config.presets import read_preset
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.tasks import load_game
@@ -45,7 +45,7 @@ def run_config(words: list[str]):
     _, options = split(words[3:])
     (preset,) = options.pop("preset")
     config = apply(read_preset(preset), options)
-    components.check(config)
+    validate.check(config)
     return config
 
 

@@ -90,7 +90,7 @@ def test_every_run_of_a_committed_grid_can_be_begun(path: Path):
     assert len({config.name for config in configs}) == len(configs)
     # all that the variants of a seed share is the same: they begin from one run
     for config in configs:
-        begin = config.warmstart.begin_from
+        begin = config.warmstart.init_from
         assert begin == ("" if config.name.startswith(START) else f"runs/{START}-seed{config.seed}")
 
 
@@ -101,7 +101,7 @@ def test_options_become_the_words_of_a_command(mini: Path):
     assert start.options["train.num_steps"] == 0 and start.options["warmstart.steps"] == 2
     words = " ".join(grid.words(base))
     assert words.startswith(f"--preset {SMALL} --runs-dir r --name grpo-seed0 --seed 0 --train.num-steps 1")
-    assert words.endswith("--aem.strength 0.0 --warmstart.begin-from r/start-seed0")
+    assert words.endswith("--aem.strength 0.0 --warmstart.init-from r/start-seed0")
     assert grid.config(base).aem.strength == 0 and grid.config(aem).aem.strength == 1
 
 

@@ -200,7 +200,7 @@ def test_advantage_stays_light():
 
 def test_serving_stays_light():
     """`serve` is one process of many on a host: what it loads stays as long as it serves."""
-    modules = ("aem_jax.launch.cli", "aem_jax.config.options", "aem_jax.launch.serve")
+    modules = ("aem_jax.launch.cli", "aem_jax.config.overrides", "aem_jax.launch.serve")
     assert not loaded_after(", ".join(modules)) & {"jax", "jaxlib", "numpy", "scipy", "transformers", "tyro", "rich"}
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from aem_jax.advantage import gae, grpo, of_returns, over_trajectories, value_returns
-from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.batch import BatchLayout
 from aem_jax.credit import AemConfig, Credit, make_credit
 from aem_jax.envs.protocol import StepResult
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_response_values, make_update
@@ -19,9 +18,9 @@ from aem_jax.models import ModelConfig, Policy, ValuePolicy, policy_params
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.layout import make_reshard
-from aem_jax.selection import Rule, play_rounds
+from aem_jax.selection import Rule
 from aem_jax.sharding import MeshConfig, make_mesh
-from aem_jax.train import Parts, rollout_metrics, train, transcripts
+from aem_jax.train import rollout_metrics, train, transcripts
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
 
 from .rollout.fakes import STOP, VOCAB, ByteChat, LocalPool
@@ -68,25 +67,27 @@ def run(steps: int, strength: float, mesh=None, *, rule=EVERY, tasks=tasks, firs
     estimate, reshard = gae if valued else of_returns(over_trajectories, grpo), make_reshard(POLICY, mesh)
     history, found = [], []
 
-    def finish(state, step, metrics, trajectories, credit):
+    def on_step(state, step, metrics, trajectories, credit):
         history.append({name: float(value) for name, value in metrics.items()})
         found[:] = transcripts(trajectories, credit, step)
 
     rollout = Rollout(sampler, ByteChat(), LocalPool(32, VowelEnv), ROLLOUT)
-    parts = Parts(
-        warm_up=rollout.warm_up,
-        play=partial(play_rounds, rollout, tasks, rule),
+    state = train(
+        first or init_state(trained, make_optimizer(config, trained.axes), mesh, jax.random.key(0)),
+        rollout=rollout,
+        tasks=tasks,
+        rule=rule,
+        layout=LAYOUT,
+        mesh=mesh,
         reshard=lambda params: reshard(policy_params(trained, params)),
-        collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
         credit=make_credit(estimate, AemConfig(strength), 4, mesh, value_returns if valued else None),
         update=update,
-        reference=None,
-        finish=finish,
-        stop=lambda: False,
         values=make_response_values(trained, config, mesh) if valued else None,
+        key=jax.random.key(1),
+        seed=0,
+        num_steps=steps,
+        on_step=on_step,
     )
-    state = first or init_state(trained, make_optimizer(config, trained.axes), mesh, jax.random.key(0))
-    state = train(state, parts, jax.random.key(1), steps)
     return state, history, found
 
 

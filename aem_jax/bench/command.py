@@ -15,8 +15,7 @@ from datetime import date
 from typing import TYPE_CHECKING
 
 from aem_jax.bench.config import BenchConfig
-from aem_jax.config.options import flag
-from aem_jax.config.overrides import as_values, nearest
+from aem_jax.config.overrides import as_values, flag, nearest
 from aem_jax.errors import ConfigError
 
 if TYPE_CHECKING:

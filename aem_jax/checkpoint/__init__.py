@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is saved, by whom, and whether it is still what was saved."""
+"""Checkpoints of a run: saving, restoring, checksums, and a lock on their folder."""
 
 from aem_jax.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from aem_jax.checkpoint.step import CheckpointError

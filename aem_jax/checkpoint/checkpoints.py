@@ -1,8 +1,8 @@
-"""Checkpoints: written in the background, complete or absent, the last few and the best one kept. The work is orbax's.
+"""Checkpoints: written by orbax in the background, complete or absent; the last few and the best one are kept.
 
-What is ours: a run that could not save, or could not read its save back, says so before it trains; a save that fails
-leaves the last good checkpoint and says which it is; a damaged checkpoint is left out for the one before it. Reading
-changes nothing in the folder, and works while a run writes to it. Whoever writes claims the folder first.
+This module adds what orbax leaves open. A run that cannot save, or cannot read its save back, stops before it trains. A
+save that fails leaves the last good checkpoint, and the error names it. A damaged checkpoint is skipped for the one
+before it. Reading changes nothing in the folder, and works while a run writes to it. A writer claims the folder first.
 """
 
 import logging
@@ -22,30 +22,30 @@ from orbax.checkpoint import checkpoint_managers
 from aem_jax.checkpoint import step as step_files
 from aem_jax.checkpoint.lock import FolderLock, LockedError
 from aem_jax.checkpoint.step import CheckpointError, LiteralPath, first_line
-from aem_jax.distributed import ALONE, Hosts
+from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
 
 State = TypeVar("State")
 
 _log = logging.getLogger("aem_jax.checkpoint")
 
 SLACK = 64 * 2**20
-"""Bytes that have to stay free beside a checkpoint, for everything else that a run writes."""
+"""Bytes that stay free beside a checkpoint, for the other files of a run."""
 LOCK = ".lock"
-"""In the folder: who writes to it."""
+"""File in the folder that names its writer."""
 ASIDE = "unreadable"
-"""In the folder: checkpoints that could not be read."""
+"""Folder in it for checkpoints that could not be read."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Which checkpoints are kept."""
+    """The checkpoints to keep."""
 
     keep: int = 3
-    """The last so many."""
+    """Number of latest checkpoints."""
     keep_best: bool = True
-    """Also the one with the highest score."""
+    """Also the checkpoint with the highest score."""
     keep_first: bool = True
-    """Also that of step 0, which KL to the reference needs (but not with LoRA where that is the frozen weights)."""
+    """Also the checkpoint of step 0, the KL reference (with LoRA, the frozen weights may be it instead)."""
 
     def __post_init__(self):
         if self.keep < 1:
@@ -53,19 +53,24 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder, one subfolder a step.
+    """The checkpoints of one run, in one folder, with one subfolder a step.
 
-    Nothing in the folder changes before `claim`, or the first `save`. On several hosts each process writes what lies on
-    its devices: the folder is one that all of them see, and all of them call the same methods in the same order.
+    Nothing in the folder changes before `claim` or the first `save`. With several processes, each writes the shards on
+    its own devices into a folder that all of them see, and all of them call the same methods in the same order.
     """
 
-    def __init__(self, folder: Path | str, config: CheckpointConfig = CheckpointConfig(), hosts: Hosts = ALONE):
+    def __init__(
+        self,
+        folder: Path | str,
+        config: CheckpointConfig = CheckpointConfig(),
+        processes: ProcessGroup = SINGLE_PROCESS,
+    ):
         self.folder = Path(folder).resolve()
-        self._config, self._hosts = config, hosts
+        self._config, self._processes = config, processes
         self._fits = False
         self._lock: FolderLock | None = None
         self._manager: ocp.CheckpointManager | None = None
-        self._writing: dict[int, float | None] = {}  # step -> score of the checkpoint that is being written
+        self._writing: dict[int, float | None] = {}  # step -> score of the checkpoint in progress
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -76,20 +81,20 @@ class Checkpoints:
         except CheckpointError as failed:
             if error is None:
                 raise
-            _log.error("%s", failed)  # the first error is the one to show
+            _log.error("%s", failed)  # the first error is the one to raise
 
     def claim(self) -> None:
-        """Makes this the one writer of the folder until `close`; makes the folder.
+        """Makes this the only writer of the folder until `close`, and creates the folder.
 
         Raises:
-            CheckpointError: another process writes to it, it cannot be written, or the processes of the run do not see
-                the same in it.
+            CheckpointError: another process writes to it, it cannot be written, or the processes of the run see
+                different steps in it.
         """
         if self._manager is not None:
             return
         step_files.check_path(self.folder)
-        _probe(self.folder, self._hosts.index)
-        if self._hosts.is_first:
+        _probe(self.folder, self._processes.index)
+        if self._processes.is_first:
             self._lock = _locked(self.folder)
             if not self.steps:
                 step_files.mark(self.folder)
@@ -99,11 +104,11 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(preservation_policy=_Kept(self)),
                 item_names=(step_files.STATE, step_files.RECORD),
             )
-            seen = self._hosts.gather_json(self.steps)
+            seen = self._processes.gather_json(self.steps)
             if any(steps != seen[0] for steps in seen):
                 raise CheckpointError(f"expected the same steps in {self.folder} from every process, got {seen}")
         except BaseException:
-            self._let_go()
+            self._release()
             raise
 
     @property
@@ -113,17 +118,17 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the latest checkpoint, that which is being written included; None if there is none."""
+        """Step of the latest checkpoint, one in progress included; None if there is none."""
         return max(self.steps, default=None)
 
     @property
     def best(self) -> int | None:
-        """Step of the checkpoint with the highest score; None if none has one."""
+        """Step of the checkpoint with the highest score; None if none has a score."""
         return self._best(self.steps)
 
     @property
     def steps(self) -> list[int]:
-        """Steps of all checkpoints as of now, in order, that which is being written and damaged ones included.
+        """Current steps of all checkpoints, in order, including damaged ones and one in progress.
 
         Raises:
             CheckpointError: the folder cannot be read.
@@ -141,18 +146,18 @@ class Checkpoints:
     ) -> None:
         """Writes a checkpoint in the background; the state may be donated as soon as this returns.
 
-        The first save of a run is waited for and read back in part, so that a folder which cannot hold the run shows
-        before it trains. A step that is there already is left as it is.
+        The first save of a run is completed and read back in part, so that an unusable folder shows before the run
+        trains. A step that already has a checkpoint is skipped.
 
         Args:
-            step: rollout steps done.
+            step: training steps done.
             state: pytree of arrays.
-            extra: JSON mapping beside it: data-iterator state, PRNG key data, …
-            score: decides which checkpoint is the best, higher is better.
+            extra: a JSON mapping that is saved beside it.
+            score: of the checkpoint; the highest is the best.
 
         Raises:
-            CheckpointError: this save, or the one before that ran in the background, failed; or another process has
-                taken the folder over.
+            CheckpointError: this save, or the previous one in the background, failed; or another process has taken over
+                the folder.
         """
         self.claim()
         self.wait()
@@ -165,7 +170,7 @@ class Checkpoints:
             except LockedError as error:
                 raise CheckpointError(f"{error} has taken over {self.folder}, which this process wrote to") from None
         if not self._fits:
-            self._take_away_half_written()  # by a run that was killed
+            self._remove_partial()  # left by a run that was killed
         self.check_space(state)
         score = None if score is None or not math.isfinite(score) else float(score)
         try:
@@ -186,10 +191,10 @@ class Checkpoints:
             self._fits = True
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Waits until no checkpoint is in progress.
 
         Raises:
-            CheckpointError: what was being written could not be.
+            CheckpointError: a checkpoint could not be written.
         """
         if self._manager is None:
             return
@@ -203,11 +208,11 @@ class Checkpoints:
     def restore(self, abstract_state: State, step: int | None = None) -> State:
         """The state of a step, or of the latest that can be read.
 
-        A checkpoint that cannot be read, or whose arrays are not those that were written, is left out with a warning,
-        and the one before it is taken. Whoever has claimed the folder moves it into `unreadable/`.
+        A checkpoint that cannot be read, or whose arrays differ from what was written, is skipped with a warning, and
+        the one before it is read. If this is the folder's writer, the damaged one moves into `unreadable/`.
 
         Args:
-            abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings: where every array goes on the mesh.
+            abstract_state: pytree of `jax.ShapeDtypeStruct` with the shardings to restore into.
             step: a step of `steps`; the latest by default.
 
         Raises:
@@ -216,9 +221,9 @@ class Checkpoints:
         self.wait()
         failures: dict[int, Exception] = {}
         while True:
-            # Listed anew each time: a run that still writes takes old checkpoints away.
-            listed = self._hosts.of_first(self.steps if step is None else [step])
-            wanted = max((each for each in listed if each not in failures), default=None)
+            # Listed again each time, because a run that still writes deletes old checkpoints.
+            listed = self._processes.broadcast(self.steps if step is None else [step])
+            wanted = max(set(listed) - failures.keys(), default=None)
             if wanted is None:
                 raise CheckpointError(_unreadable(self.folder, failures)) from next(iter(failures.values()), None)
             state = None
@@ -226,14 +231,14 @@ class Checkpoints:
                 state = step_files.read_state(self.folder, wanted, abstract_state)
             except Exception as error:
                 failures[wanted] = error
-            if not self._hosts.largest(wanted in failures):
-                self._leave_out(failures, wanted)
+            if not self._processes.max(wanted in failures):
+                self._skip(failures, wanted)
                 assert state is not None
                 return state
             failures.setdefault(wanted, CheckpointError("another process cannot read it"))
 
     def extra(self, step: int | None = None) -> dict[str, Any]:
-        """What was saved beside the state of a step, or of the latest.
+        """The mapping saved beside the state of a step, or of the latest.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -248,27 +253,27 @@ class Checkpoints:
             raise CheckpointError(f"cannot read what was saved beside step {step} in {self.folder}: {error}") from error
 
     def close(self) -> None:
-        """Waits for what is being written and lets go of the folder.
+        """Completes the checkpoint in progress and releases the folder.
 
         Raises:
-            CheckpointError: what was being written could not be.
+            CheckpointError: it could not be written.
         """
         try:
             self.wait()
         finally:
-            self._let_go()
+            self._release()
 
     def check_space(self, state: Any) -> None:
-        """Looks whether a checkpoint fits; before the first one, whether all that ever lie side by side do.
+        """Checks that the disk has space for a checkpoint; before the first one, for all that are kept at a time.
 
         Args:
             state: pytree of arrays or shape structs.
 
         Raises:
-            CheckpointError: it does not; says how much is missing.
+            CheckpointError: too little space; the message says how much is needed.
         """
-        if not self._hosts.is_first:
-            return  # one look at a shared folder is enough
+        if not self._processes.is_first:
+            return  # the folder is shared
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         copies = 1
         if not self._fits:
@@ -281,10 +286,10 @@ class Checkpoints:
             )
 
     def kept(self, steps: Sequence[int]) -> set[int]:
-        """Which of the steps stay, as the config says."""
-        stay = set(sorted(steps)[-self._config.keep :])
+        """The steps among these that the config keeps."""
+        latest = set(sorted(steps)[-self._config.keep :])
         best = self._best(steps) if self._config.keep_best else None
-        return stay | ({0} if self._config.keep_first else set()) | ({best} if best is not None else set())
+        return latest | ({0} if self._config.keep_first else set()) | ({best} if best is not None else set())
 
     def _best(self, steps: Sequence[int]) -> int | None:
         scores = {step: self._score(step) for step in steps}
@@ -298,39 +303,39 @@ class Checkpoints:
         try:
             return step_files.read_record(self.folder, step)["score"]
         except (OSError, ValueError):
-            return None  # what cannot be read is not the best
+            return None  # an unreadable checkpoint is not the best
 
     def _failed(self, error: Exception) -> CheckpointError:
-        """Takes the half-written checkpoint away and says what is left."""
+        """Removes the partial checkpoint, and returns an error that names the last good one."""
         self._writing = {}
-        self._take_away_half_written()
+        self._remove_partial()
         if self._manager is not None:
             self._manager.reload()
         return CheckpointError(
             f"cannot write a checkpoint into {self.folder}: {first_line(error)}. {self._last_good()}"
         )
 
-    def _take_away_half_written(self) -> None:
-        if self._hosts.is_first:
-            for half in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(half, ignore_errors=True)
+    def _remove_partial(self) -> None:
+        if self._processes.is_first:
+            for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _last_good(self) -> str:
         good = self.steps
         return f"The last good checkpoint is that of step {good[-1]}" if good else "There is no good checkpoint yet"
 
-    def _leave_out(self, failures: Mapping[int, Exception], taken: int) -> None:
-        """Says which checkpoints were left out for that of step `taken`; the folder's writer puts them aside."""
+    def _skip(self, failures: Mapping[int, Exception], taken: int) -> None:
+        """Warns of the checkpoints that were skipped for that of step `taken`; the writer moves them aside."""
         claimed = self._manager is not None
-        for step, error in failures.items() if self._hosts.is_first else ():
+        for step, error in failures.items() if self._processes.is_first else ():
             if not (self.folder / str(step)).exists():
-                continue  # the run that writes took it away while it was read
+                continue  # the run that writes deleted it while it was read
             how = "cannot be read and is put aside" if claimed else "cannot be read"
             _log.warning("checkpoint of step %d %s, step %d is taken: %s", step, how, taken, first_line(error))
             if claimed:
                 self._put_aside(self.folder / str(step))
         if failures and self._manager is not None:
-            self._hosts.wait()
+            self._processes.barrier()
             self._manager.reload()
 
     def _put_aside(self, path: Path) -> None:
@@ -342,7 +347,7 @@ class Checkpoints:
             aside.unlink(missing_ok=True)
         path.rename(aside)
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         manager, held = self._manager, self._lock
         self._manager = self._lock = None
         try:
@@ -354,14 +359,14 @@ class Checkpoints:
 
 
 class _Kept(checkpoint_managers.PreservationPolicy):
-    """Orbax's question which checkpoints stay, answered by `Checkpoints.kept`."""
+    """Orbax's policy of which checkpoints to keep, from `Checkpoints.kept`."""
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        kept = self._checkpoints.kept([each.step for each in checkpoints])
-        return [each.step in kept for each in checkpoints]
+        kept = self._checkpoints.kept([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 def _is_step(name: str) -> bool:
@@ -383,7 +388,7 @@ def _locked(folder: Path) -> FolderLock:
 
 
 def _probe(folder: Path, process: int) -> None:
-    """Writes a file and takes it away again: permissions, read-only mounts and quotas show only so."""
+    """Writes and deletes a file, the only test of permissions, read-only mounts and quotas."""
     probe = folder / f".probe-{process}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Checksums of arrays: what was written and what was read back are compared number by number, to the last bit.
+"""Checksums of arrays, which compare what was read with what was written, to the last bit.
 
     checksum(x) = Σ_i mix(word_i ⊕ mix(i)) mod 2³²
 
-with word_i the bits of element i (elements of 8 bytes are two words) and mix a bijection of 32 bits. One changed word
-always changes the sum; several do but for a chance of 2⁻³². Addition of integers is exact in any order, so the sum is
-the same on every mesh, and no device gathers what lies on another. It is no protection against forgery.
+word_i is the bits of element i (elements of 8 bytes are two words), and mix a bijection of 32 bits. One changed word
+always changes the sum; several changed words leave it equal with probability 2⁻³². Integer addition is exact in any
+order, so the sum is the same on every mesh, and no array is gathered. It does not protect against forgery.
 """
 
 import json
@@ -19,25 +19,25 @@ import numpy as np
 Array = jax.Array
 
 SEAL = "seal"
-"""Name of a JSON record's checksum in the record."""
+"""Key of a JSON record's checksum in the record."""
 
 
 def checksums(tree: Any) -> dict[str, str]:
     """The checksum of every leaf, by its path in the tree, as 8 hexadecimal digits.
 
     Args:
-        tree: pytree of arrays, on any mesh; on several hosts all processes call it.
+        tree: pytree of arrays, on any mesh. Collective.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
-    return {jax.tree_util.keystr(path): f"{int(each):08x}" for (path, _), each in zip(leaves, sums, strict=True)}
+    return {jax.tree_util.keystr(path): f"{int(value):08x}" for (path, _), value in zip(leaves, sums, strict=True)}
 
 
-def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
-    """The first leaf that differs, in words; None if all are equal."""
-    for name in {**expected, **found}:
-        if expected.get(name) != found.get(name):
-            return f"{name}: expected the checksum {expected.get(name)}, got {found.get(name)}"
+def first_difference(expected: Mapping[str, str], actual: Mapping[str, str]) -> str | None:
+    """A description of the first leaf that differs; None if all are equal."""
+    for name in {**expected, **actual}:
+        if expected.get(name) != actual.get(name):
+            return f"{name}: expected the checksum {expected.get(name)}, got {actual.get(name)}"
     return None
 
 
@@ -46,10 +46,10 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, SEAL: _seal(record)}
 
 
-def unsealed(found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record that `sealed` was given; None if this is not it."""
-    record = {name: value for name, value in found.items() if name != SEAL}
-    return record if found.get(SEAL) == _seal(record) else None
+def unsealed(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record in what `sealed` returned; None if the content was changed since."""
+    record = {name: value for name, value in content.items() if name != SEAL}
+    return record if content.get(SEAL) == _seal(record) else None
 
 
 def _seal(record: Mapping[str, Any]) -> str:

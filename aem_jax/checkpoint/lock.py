@@ -1,9 +1,9 @@
-"""A folder that one process at a time writes to: who holds it is known, and a crash leaves it free.
+"""A lock that lets one process at a time write to a folder. It names its holder, and a crash releases it.
 
-The kernel's lock on a file (`flock`) decides between processes of one machine and is released when its holder ends,
-however it ends. On a shared file system it may hold between machines, between the processes of one machine alone, or
-not exist. So the holder also refreshes the file's modification time, and a process of another machine watches the file
-for `PATIENCE_S` before it takes a lock that seems free: clocks are not compared, only whether the time moves.
+The kernel's lock on a file (`flock`) decides between processes of one machine, and is released when its holder ends in
+any way. On a shared file system it may work between machines, only between the processes of one machine, or not at all.
+So the holder also refreshes the file's modification time. A process of another machine watches the file for
+`PATIENCE_S` before it takes a lock that seems free. Clocks are not compared; only a change of the time counts.
 """
 
 import errno
@@ -22,25 +22,25 @@ from aem_jax.files import parse_json
 REFRESH_S = 5.0
 """Seconds between two refreshes of the modification time."""
 PATIENCE_S = 25.0
-"""Seconds without a refresh after which the holder on another machine counts as gone."""
+"""Seconds without a refresh after which a holder on another machine counts as gone."""
 SETTLE_S = 2.0
-"""Where there is no kernel's lock: seconds after which the last of several simultaneous writers holds the file."""
+"""Without a kernel lock: seconds after which the last of several simultaneous writers holds the file."""
 
 _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 class LockedError(RuntimeError):
-    """Another process holds the lock, or took it over; the message says which, and since when."""
+    """Another process holds the lock, or has taken it over; the message names it, and since when."""
 
 
 class FolderLock:
-    """The lock of a folder, held from its making until `release`.
+    """The lock of a folder, held from construction until `release`.
 
-    The lock's file stays behind, empty: to delete it would let two processes hold locks of two files of one name.
+    The lock's file stays, empty: deleting it would let two processes hold locks of two files with the same name.
 
     Args:
         path: the lock's file; its folder exists.
-        waiting: called with the holder's description before a holder on another machine is watched.
+        waiting: called with the holder's description before this process watches a holder on another machine.
 
     Raises:
         LockedError: another process holds it.
@@ -78,25 +78,25 @@ class FolderLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Whether this process still holds the lock.
+        """Checks that this process still holds the lock.
 
         Raises:
-            LockedError: another process took it over, since this one stood still for too long.
+            LockedError: another process has taken it over, because this one was stopped for too long.
         """
         holder = self._holder()
         if holder.get("token") != self._own["token"]:
             raise LockedError(describe(holder))
 
     def release(self) -> None:
-        """Lets go of the folder."""
+        """Releases the lock."""
         self._released.set()
         self._thread.join()
         if self._holder().get("token") == self._own["token"]:
             self._write("")
-        os.close(self._file)  # with it goes the kernel's lock
+        os.close(self._file)  # releases the kernel lock
 
     def _acquire(self) -> bool:
-        """Takes the kernel's lock; returns False where there is none."""
+        """Takes the kernel lock; returns False where the file system has none."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -106,12 +106,12 @@ class FolderLock:
         return True
 
     def _holder(self) -> dict[str, Any]:
-        """What the file says of its holder; nothing if it says nothing."""
+        """The record of the holder in the file; empty where there is none."""
         try:
-            found = parse_json(self._path.read_bytes(), str(self._path))
+            holder = parse_json(self._path.read_bytes(), str(self._path))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return holder if isinstance(holder, dict) else {}
 
     def _write(self, text: str) -> None:
         os.ftruncate(self._file, 0)
@@ -119,7 +119,7 @@ class FolderLock:
         os.fsync(self._file)
 
     def _is_refreshed(self) -> bool:
-        """Whether the file changes while it is watched."""
+        """Whether the file changes within `PATIENCE_S`."""
         first, deadline = self._seen(), time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             time.sleep(min(0.5, PATIENCE_S / 10))
@@ -128,13 +128,13 @@ class FolderLock:
         return False
 
     def _seen(self) -> tuple[int, bytes]:
-        """Modification time and content; a file that is opened anew is asked for at the server of a network."""
+        """Modification time and content. Opening the file anew makes a network file system ask its server."""
         with self._path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns, file.read()
 
 
 def describe(holder: dict[str, Any]) -> str:
-    """The holder of a lock in words."""
+    """Describes the holder of a lock."""
     if not holder:
         return "another process"
     return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"
@@ -145,11 +145,11 @@ def _refresh(file: int, released: threading.Event) -> None:
         try:
             os.utime(file)
         except OSError:
-            continue  # a server of the network that is away may come back
+            continue  # an unreachable file server may come back
 
 
 def _machine() -> str:
-    """Names the running kernel, whose `flock` is certain: containers of a machine share it, a restart changes it."""
+    """Identifies the running kernel, within which `flock` is reliable: containers share it, a reboot changes it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

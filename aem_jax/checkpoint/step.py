@@ -1,7 +1,7 @@
-"""The folder of one checkpoint: arrays in `state`, and beside them a JSON record with the arrays' checksums.
+"""The folder of one checkpoint: arrays in `state`, and a JSON record with their checksums.
 
-The storage library checks its own indices, but neither the arrays' bytes nor that all of them are there: an array that
-is missing reads as zeros. So the checksums decide whether a checkpoint is what was written.
+The storage library checks its indices, but not the bytes of arrays, and a missing array reads as zeros. So the
+checksums decide whether a checkpoint is intact.
 """
 
 import glob
@@ -23,32 +23,32 @@ from aem_jax.files import read_json, write_text
 State = TypeVar("State")
 
 STATE, RECORD = "state", "extra"
-"""Items of a checkpoint; the second is the JSON record."""
+"""Names of the items of a checkpoint; the second is the JSON record."""
 _RUN = ".run"
-"""In the folder of all checkpoints: its identity."""
+"""File in the folder of all checkpoints that holds its identity."""
 _READ_BACK_BYTES = 2**26
 _CLOUD = ("gs", "s3", "az", "hf")
-"""First parts of paths that etils takes for buckets."""
+"""First parts of paths that etils treats as buckets."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message says why, and what is still good."""
+    """A checkpoint cannot be written or read; the message says why, and which one is still good."""
 
 
 class LiteralPath(type(epath.Path("/"))):
-    """A path in which no character is a pattern: etils lists a folder by a glob that begins with the folder's path."""
+    """A path without glob patterns: etils lists a folder with a glob that starts with the folder's path."""
 
     def glob(self, pattern: str) -> Iterator["LiteralPath"]:
         """The files of this folder that match."""
-        for found in glob.glob(f"{glob.escape(str(self))}/{pattern}"):
-            yield type(self)(found)
+        for path in glob.glob(f"{glob.escape(str(self))}/{pattern}"):
+            yield type(self)(path)
 
 
 def check_path(folder: Path) -> None:
-    """Refuses a folder that the storage library takes for another one.
+    """Refuses a path that the storage library would read as another one.
 
     Raises:
-        CheckpointError: the folder is such a one.
+        CheckpointError: the folder has such a path.
     """
     why = ""
     if "\\" in str(folder):
@@ -62,45 +62,45 @@ def check_path(folder: Path) -> None:
 
 
 def mark(folder: Path) -> None:
-    """Gives a folder without checkpoints an identity, which each of its checkpoints repeats."""
+    """Gives a folder without checkpoints an identity, which is recorded in each of its checkpoints."""
     if identity(folder) is None and not (folder / _RUN).is_dir():
         write_text(folder / _RUN, json.dumps(sealed({"run": uuid.uuid4().hex})) + "\n")
 
 
 def identity(folder: Path) -> str | None:
-    """What `mark` wrote; None where it cannot be read as it was written, so that its damage costs no checkpoint."""
+    """The identity from `mark`; None where its file is damaged, which then costs no checkpoint."""
     try:
-        found = read_json(folder / _RUN)
+        content = read_json(folder / _RUN)
     except (OSError, ValueError):
         return None
-    record = unsealed(found) if isinstance(found, dict) else None
+    record = unsealed(content) if isinstance(content, dict) else None
     return None if record is None else record.get("run")
 
 
 def items(folder: Path, step: int, state: Any, score: float | None, extra: Mapping[str, Any]) -> Any:
-    """What is saved of a step."""
+    """The items to save of a step."""
     record = {"step": step, "score": score, "checksums": checksums(state), "extra": dict(extra)}
     record |= {"run": identity(folder)}
     return ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(sealed(record))})
 
 
 def read_record(folder: Path, step: int) -> dict[str, Any]:
-    """What stands beside the state of a step: step, score, checksums and extra.
+    """The record beside the state of a step: step, score, checksums and extra.
 
-    Checkpoints from before there were checksums hold `extra` alone, and the score in a file of its own; their folder
-    has no identity.
+    Checkpoints from before checksums hold `extra` alone and the score in another file, and their folder has no
+    identity.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not what was written.
+        ValueError: it is damaged.
     """
     path = folder / str(step) / RECORD / "metadata"
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON mapping, got {type(found).__name__}")
-    if SEAL not in found and identity(folder) is None:
-        return {"step": step, "score": _old_score(folder / str(step)), "checksums": None, "extra": found}
-    record = unsealed(found)
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON mapping, got {type(content).__name__}")
+    if SEAL not in content and identity(folder) is None:
+        return {"step": step, "score": _old_score(folder / str(step)), "checksums": None, "extra": content}
+    record = unsealed(content)
     if record is None or record.get("step") != step:
         raise ValueError(f"{path}: expected the record of step {step} as it was written, got another")
     return record
@@ -110,8 +110,8 @@ def read_state(folder: Path, step: int, abstract_state: State) -> State:
     """The state of a step.
 
     Raises:
-        Exception: whatever a damaged checkpoint makes the library raise; ValueError for arrays that are not those that
-            were written.
+        Exception: whatever the library raises on a damaged checkpoint; ValueError for arrays that differ from what was
+            written.
     """
     record = read_record(folder, step)
     ours, theirs = identity(folder), record.get("run")
@@ -126,38 +126,38 @@ def read_state(folder: Path, step: int, abstract_state: State) -> State:
 
 
 def read_back(folder: Path, step: int, state: Any) -> None:
-    """Reads the structure of what was just written, and one array: the largest of those that are read quickly.
+    """Reads back the structure of a new checkpoint and one array: the largest that reads quickly.
 
     Raises:
-        Exception: it cannot be read; ValueError if it is not what was written.
+        Exception: it cannot be read; ValueError if it differs from what was written.
     """
     leaves, tree = jax.tree.flatten(state)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
     chosen = max(range(len(leaves)), key=lambda i: (sizes[i] <= _READ_BACK_BYTES, sizes[i]))
     wanted: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
-    how = [ocp.RestoreArgs() for _ in leaves]
+    restore_args = [ocp.RestoreArgs() for _ in leaves]
     wanted[chosen] = jax.ShapeDtypeStruct(leaves[chosen].shape, leaves[chosen].dtype)
-    how[chosen] = ocp.ArrayRestoreArgs(sharding=getattr(leaves[chosen], "sharding", None))
+    restore_args[chosen] = ocp.ArrayRestoreArgs(sharding=getattr(leaves[chosen], "sharding", None))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found = checkpointer.restore(
+        restored = checkpointer.restore(
             _state_path(folder, step),
-            args=ocp.args.PyTreeRestore(tree.unflatten(wanted), restore_args=tree.unflatten(how)),
+            args=ocp.args.PyTreeRestore(tree.unflatten(wanted), restore_args=tree.unflatten(restore_args)),
         )
     expected = list(read_record(folder, step)["checksums"].values())[chosen]
-    _verify({"": expected}, checksums(jax.tree.leaves(found)[chosen]))
+    _verify({"": expected}, checksums(jax.tree.leaves(restored)[chosen]))
 
 
 def first_line(error: BaseException) -> str:
-    """An error of the storage library, which may be pages long, as one line."""
+    """An error of the storage library, which may have many lines, as one line."""
     lines = str(error).strip().splitlines()
     text = " ".join(lines[0].partition("See full TensorStore")[0].split()) if lines else type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _hush_abandoned_reads() -> None:
-    """Keeps the reads of other arrays, which orbax abandons where one fails, from printing tracebacks of their own.
+    """Suppresses the tracebacks of reads that orbax abandons when the read of another array fails.
 
-    They end in the storage library's threads, or with the garbage collector, so no exception reaches a caller.
+    They end in the storage library's threads or in the garbage collector, where no caller can catch them.
     """
     others = sys.unraisablehook
     if getattr(others, "hushes_reads", False):
@@ -183,8 +183,8 @@ def _state_path(folder: Path, step: int) -> LiteralPath:
     return LiteralPath(folder / str(step) / STATE)
 
 
-def _verify(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
-    if difference := first_difference(expected, found):
+def _verify(expected: Mapping[str, str], actual: Mapping[str, str]) -> None:
+    if difference := first_difference(expected, actual):
         raise ValueError(f"an array is not what was written: {difference}")
 
 

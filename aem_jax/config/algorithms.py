@@ -1,4 +1,4 @@
-"""How returns become advantages, by name. A new estimator is a pure function and one line in `ESTIMATORS`."""
+"""Advantage estimators by name. A new estimator is a pure function and one line in `ESTIMATORS`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,12 +42,12 @@ ESTIMATORS: Mapping[str, Callable[["AlgorithmConfig"], ResponseAdvantages]] = {
     ),
     "gae": lambda config: partial(gae, gae_lambda=config.gae_lambda, **_whitened(config)),
 }
-"""Name → the base advantage of each response, from an `Experience`."""
+"""Name → a function from an `Experience` to the base advantage of each response."""
 
 VALUED: Mapping[str, Callable[["AlgorithmConfig"], ResponseAdvantages]] = {
     "gae": lambda config: partial(value_returns, gamma=config.gamma, gae_lambda=config.gae_lambda),
 }
-"""Name of an estimator that asks for values → the returns that they are fitted to. Such a run trains a value head."""
+"""Name of an estimator with a value head → the returns that its values are fitted to."""
 
 SCOPES: Mapping[str, Scope] = {"trajectories": over_trajectories, "turns": over_turns}
 CENTRED = {"trajectories": by_trajectory, "turns": by_response}
@@ -60,32 +60,32 @@ SCALES: Mapping[str, Callable[["AlgorithmConfig"], Estimator]] = {
 if TYPE_CHECKING:
     EstimatorName = str
 else:
-    EstimatorName = Literal[tuple(ESTIMATORS)]  # so that help and messages know a name as soon as the table does
+    EstimatorName = Literal[tuple(ESTIMATORS)]  # help and messages list the names of the table
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """How returns become advantages."""
+    """The advantage estimator."""
 
     estimator: EstimatorName = "grpo"
     """Base advantage: grpo (centred and scaled in the group), dr_grpo (centred), rloo (against the others' mean),
     reinforce++ (rewards to go, whitened over the batch), reinforce++-baseline (centred in the group first), gigpo (grpo
-    plus that of each turn among those that met the same observation), gae (PPO: against a value head's values, whitened
-    over the batch). docs/algorithms.md has the equations."""
+    plus the advantage of each turn among turns with the same observation), gae (PPO: against a value head's values,
+    whitened over the batch). docs/algorithms.md has the equations."""
     scope: Literal["trajectories", "turns"] = "trajectories"
-    """What a group's statistics are taken over: its trajectories, or its turns (long episodes then weigh more)."""
+    """Elements of a group's statistics: its trajectories, or its turns (long episodes then weigh more)."""
     ddof: Literal[0, 1] = 0
-    """Where there is a standard deviation: 0 for the population's, 1 for the sample's."""
+    """Delta degrees of freedom of standard deviations: 0 for the population's, 1 for the sample's."""
     eps: float = 1e-6
-    """Added to the standard deviation, in units of reward; groups of close returns then count less."""
+    """Added to the standard deviation, in units of reward, so that groups of close returns count less."""
     gamma: float = 1.0
-    """reinforce++, gigpo, gae: what a reward counts for a turn earlier. GiGPO's paper has 0.95, as the preset gigpo."""
+    """reinforce++, gigpo, gae: discount of a reward per turn. GiGPO's paper and the preset gigpo have 0.95."""
     gae_lambda: float = 1.0
-    """gae: what a turn's surprise counts for a turn earlier, beside gamma; 1 trusts rewards alone, 0 the next value."""
+    """gae: discount of a temporal-difference error per turn, beside gamma; 1: rewards alone, 0: the next value."""
     whiten: Literal["tokens", "responses"] = "tokens"
-    """reinforce++, gae: what counts once in the batch's mean and standard deviation."""
+    """reinforce++, gae: elements of the batch's mean and standard deviation."""
     step_weight: float = 1.0
-    """gigpo: weight of the turn's advantage beside the episode's."""
+    """gigpo: weight of a turn's advantage relative to the episode's."""
     scale: Literal["std", "none"] = "std"
     """gigpo: divide both advantages by their groups' standard deviations, or only centre them."""
 
@@ -108,7 +108,7 @@ def has_values(config: AlgorithmConfig) -> bool:
 
 
 def value_targets(config: AlgorithmConfig) -> ResponseAdvantages | None:
-    """What a value head is to learn of each response; None where there is none."""
+    """The returns that a value head is fitted to; None without a value head."""
     return VALUED[config.estimator](config) if has_values(config) else None
 
 

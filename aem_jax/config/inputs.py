@@ -1,9 +1,9 @@
-"""What decides a run and lies in files: identified when the run begins, and compared whenever it is read or resumed.
+"""The files that decide a run: digests are recorded when the run begins, and compared when it is read or resumed.
 
-`inputs.json` holds one digest for each setting that names files of tasks or of an environment's code, one for each of
-the run's own files that decide what is computed, and, with LoRA, checksums of the frozen weights as they are used
-(numbers, not files: a model may be moved or saved anew). A run from before this record has none, and gets one when it
-goes on.
+`inputs.json` holds a digest for each setting that names files of tasks or of an environment's code, one for each of the
+run's own files that decide what is computed, and, with LoRA, checksums of the frozen weights as they are used. The last
+are of numbers, not of files, because a model may be moved or saved again. A run without this file gets one when it is
+resumed.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aem_jax.checkpoint.checksum import sealed, unsealed
-from aem_jax.config.options import flag
+from aem_jax.config.overrides import flag
 from aem_jax.config.run import RunConfig
 from aem_jax.envs.swe.tasks import is_file
 from aem_jax.errors import ConfigError
@@ -25,35 +25,35 @@ from aem_jax.files import read_json, write_text
 FILE = "inputs.json"
 """In the folder of the run."""
 FROZEN = "frozen weights"
-"""Name of the checksums of a LoRA run's frozen weights."""
+"""Key of the checksums of a LoRA run's frozen weights."""
 MODEL = "model"
-"""Folder in that of the run: `config.json` of the model that --model.path names, as it was."""
+"""Folder in that of the run: a copy of the `config.json` of --model.path."""
 TOKENIZER = "tokenizer"
 """Folder in that of the run."""
 CODE = "openenv.serve"
-"""The setting whose file is code: its digest says that something changed, not that results do."""
+"""The setting whose file is code: a change of it may, but need not, change results."""
 
 WHOLE_BYTES = 2**30
-"""Largest file that is hashed whole; of a larger one `_BLOCKS` blocks are."""
+"""Largest file that is hashed completely; of a larger one `_BLOCKS` blocks are hashed."""
 _BLOCKS, _BLOCK_BYTES = 64, 2**20
 
 Inputs = dict[str, Any]
 
 
 def load(run: Path) -> Inputs:
-    """What a run keeps of its inputs; nothing where it has no record.
+    """A run's record of its inputs; empty where it has none.
 
     Raises:
         ConfigError: the record cannot be read.
     """
     path = run / FILE
     try:
-        found = read_json(path)
+        record = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{error}; put a copy of {FILE} back, or delete it to go on without the check") from None
-    inputs = unsealed(found) if isinstance(found, dict) else None
+    inputs = unsealed(record) if isinstance(record, dict) else None
     if inputs is None:
         raise ConfigError(
             f"{path}: expected the record as it was written, got another content; "
@@ -63,7 +63,7 @@ def load(run: Path) -> Inputs:
 
 
 def identify(run: Path, config: RunConfig, known: Collection[str] = ()) -> Inputs:
-    """Digests of a run's inputs as they are now, but for those of the names that are known.
+    """Digests of a run's inputs as they are now, without those that are `known`.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -73,29 +73,29 @@ def identify(run: Path, config: RunConfig, known: Collection[str] = ()) -> Input
 
 
 def write(run: Path, inputs: Mapping[str, Any]) -> None:
-    """Writes the record, completely or not at all."""
+    """Writes the record atomically."""
     write_text(run / FILE, json.dumps(sealed(inputs), indent=2) + "\n")
 
 
 def check_own(run: Path) -> None:
-    """Whether the run's own files are those that it wrote: config, tokenizer, the model's config.
+    """Checks that the run's config, tokenizer and model config are as the run wrote them.
 
     Raises:
-        ConfigError: one of them is not.
+        ConfigError: one of them has changed.
     """
     for name, recorded in load(run).items():
         if name.startswith((f"{TOKENIZER}/", f"{MODEL}/", "config.json")):
-            found = digest(run / name, [run / name]) if (run / name).is_file() else None
-            if found != recorded:
-                got = "none" if found is None else "another content"
+            current = digest(run / name, [run / name]) if (run / name).is_file() else None
+            if current != recorded:
+                got = "none" if current is None else "another content"
                 raise ConfigError(f"{run / name}: expected the file as the run wrote it, got {got}; put a copy back")
 
 
 def check_sources(run: Path, config: RunConfig, action: Literal["refuse", "warn"]) -> None:
-    """Whether the files that the settings name are those with which the run began.
+    """Checks that the files named by settings are those with which the run began.
 
     Raises:
-        ConfigError: one of them is not, and that is to be refused.
+        ConfigError: one of them has changed, and `action` is to refuse that.
     """
     known = load(run)
     for name, (root, files) in sources(config).items():
@@ -103,7 +103,7 @@ def check_sources(run: Path, config: RunConfig, action: Literal["refuse", "warn"
             continue
         changed = f"{flag(name)}: expected {root} as it was when {run} began, got another content"
         if name == CODE or action == "warn":
-            logging.getLogger(__name__).warning("%s; what follows is computed with the new one", changed)
+            logging.getLogger(__name__).warning("%s; results from here on are computed with the new one", changed)
         else:
             raise ConfigError(
                 f"{changed}; put the old one back to resume the run, or give another --name to begin a new one"
@@ -111,15 +111,15 @@ def check_sources(run: Path, config: RunConfig, action: Literal["refuse", "warn"
 
 
 def is_same(run: Path, config: RunConfig, name: str) -> bool:
-    """Whether what a setting names now is what the run began with, wherever it lies."""
+    """Whether the files that a setting names now have the content with which the run began."""
     known = load(run)
     if name == "model.path":
-        return FROZEN in known  # the numbers are compared when they are read
-    return name in known and name in (found := sources(config)) and known[name] == digest(*found[name])
+        return FROZEN in known  # their checksums are compared when they are read
+    return name in known and name in (named := sources(config)) and known[name] == digest(*named[name])
 
 
 def sources(config: RunConfig) -> dict[str, tuple[Path, list[Path]]]:
-    """Files of tasks and of code, by the setting that names them: (what it names, its files)."""
+    """Files of tasks and of code, by the setting that names them: (the file or folder that it names, its files)."""
     named: dict[str, str] = {}
     if config.environment == "openenv":
         serve = config.openenv.serve.rpartition(":")[0]
@@ -135,16 +135,16 @@ def sources(config: RunConfig) -> dict[str, tuple[Path, list[Path]]]:
         named = {"alfworld_data": config.alfworld_data}
     elif config.environment == "webshop":
         named = {"shop.data": config.shop.data}
-    found = {}
+    files = {}
     for name, value in named.items():
         if value:
             root = Path(value).expanduser()
-            found[name] = (root, sorted(_files(root)) if root.is_dir() else [root])
-    return found
+            files[name] = (root, sorted(_files(root)) if root.is_dir() else [root])
+    return files
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Of a folder of data, the files that are tasks: ALFWorld's games, WebShop's products and goals."""
+    """The files of tasks in a folder of data: ALFWorld's games, WebShop's products and goals."""
     yield from folder.glob("items_*.json")
     for games in folder.glob("json_*"):
         for name in ("game.tw-pddl", "traj_data.json"):
@@ -155,22 +155,22 @@ def _own(run: Path) -> list[str]:
     folders = [run / TOKENIZER, run / MODEL]
     return [
         "config.json",
-        *(f"{folder.name}/{each.name}" for folder in folders if folder.is_dir() for each in sorted(folder.iterdir())),
+        *(f"{folder.name}/{file.name}" for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())),
     ]
 
 
 def digest(root: Path, files: Sequence[Path]) -> str:
-    """sha256 of the names, below `root`, and contents of files.
+    """sha256 of the names (relative to `root`) and contents of files.
 
     Raises:
         ConfigError: one of them cannot be read.
     """
     try:
-        with ThreadPoolExecutor(8) as threads:  # a network's file system answers several at a time
+        with ThreadPoolExecutor(8) as threads:  # a network file system answers several requests at a time
             contents = list(threads.map(_content, files))
     except OSError as error:
         raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
-    names = [os.path.relpath(each, root) for each in files]
+    names = [os.path.relpath(file, root) for file in files]
     return hashlib.sha256(json.dumps(list(zip(names, contents, strict=True))).encode()).hexdigest()
 
 
@@ -179,8 +179,8 @@ def _content(path: Path) -> str:
         size = os.fstat(file.fileno()).st_size
         if size <= WHOLE_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        found = hashlib.sha256(str(size).encode())
+        blocks = hashlib.sha256(str(size).encode())
         for block in range(_BLOCKS):
             file.seek((size - _BLOCK_BYTES) * block // (_BLOCKS - 1))
-            found.update(file.read(_BLOCK_BYTES))
-        return found.hexdigest()
+            blocks.update(file.read(_BLOCK_BYTES))
+        return blocks.hexdigest()

@@ -1,10 +1,12 @@
-"""Plain values onto nested frozen dataclasses, by dotted name: how presets, saved configs and the command line get in.
+"""Overrides of nested frozen dataclasses by dotted name, from presets, saved configs and the command line.
 
-Every mistake is a `ConfigError` of one line that says what was expected, what came, and the nearest right name.
+Every mistake is a `ConfigError` of one line with the expected value, the given one, and the nearest known name. No JAX:
+`serve` starts and stays without it.
 """
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,31 +15,33 @@ from typing import Any, Literal, TypeVar
 from aem_jax.errors import ConfigError
 
 Config = TypeVar("Config")
+Options = dict[str, list[str]]
+"""The words after each option of a command line, by the name of its field."""
 
 
 def nearest(name: str, names: Iterable[str], spell: Callable[[str], str] = repr) -> str:
-    """`; did you mean …?` for the closest of `names`, whole or by their last part; nothing when none is close."""
+    """`; did you mean …?` for the closest of `names`, by the full name or by its last part; empty if none is close."""
     names = list(names)
     matches = difflib.get_close_matches(name, names, n=1)
     if not matches:
-        last = {each.rpartition(".")[2]: each for each in reversed(names)}
-        matches = [last[each] for each in difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1)]
+        by_last = {full.rpartition(".")[2]: full for full in reversed(names)}
+        matches = [by_last[last] for last in difflib.get_close_matches(name.rpartition(".")[2], list(by_last), n=1)]
     return f"; did you mean {spell(matches[0])}?" if matches else ""
 
 
 def annotations(cls: type) -> dict[str, Any]:
-    """The fields of a dataclass and of those inside it, dotted, with their types, in order."""
+    """Types of the fields of a dataclass and of the dataclasses in it, by dotted name, in order."""
     kinds = {}
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            kinds |= {f"{name}.{inner}": each for inner, each in annotations(kind).items()}
+            kinds |= {f"{name}.{field}": its_kind for field, its_kind in annotations(kind).items()}
         else:
             kinds[name] = kind
     return kinds
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings → one level, keys joined by dots."""
+    """Flattens nested mappings; keys are joined by dots."""
     flat = {}
     for name, value in values.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -45,7 +49,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_values(config: Any) -> dict[str, Any]:
-    """A config's fields by dotted name; the inverse of `override` on a config of the same class."""
+    """A config's values by dotted name; `override` restores them on a config of the same class."""
     return flatten(dataclasses.asdict(config))
 
 
@@ -55,10 +59,10 @@ def override(config: Config, values: Mapping[str, Any], spell: Callable[[str], s
     Args:
         config: a frozen dataclass, possibly of others.
         values: plain JSON or TOML values by dotted name.
-        spell: how a field is written where the values come from, for messages.
+        spell: writes a field's name as the user of these values does, for messages.
 
     Raises:
-        ConfigError: a name that is no field, a value of another type, or one that the config itself refuses.
+        ConfigError: an unknown field, a value of another type, or one that the config itself refuses.
     """
     kinds = annotations(type(config))
     checked = {}
@@ -73,11 +77,11 @@ def override(config: Config, values: Mapping[str, Any], spell: Callable[[str], s
 
 
 def unknown(name: str, names: Iterable[str], spell: Callable[[str], str]) -> str:
-    """What to say of a name that is no field."""
+    """The message about an unknown field."""
     names = list(names)
-    inside = [each for each in names if each.startswith(f"{name}.")]
-    if inside:
-        return f"{spell(name)} is a group of fields; set one of them, as in {spell(inside[0])}"
+    members = [field for field in names if field.startswith(f"{name}.")]
+    if members:
+        return f"{spell(name)} is a group of fields; set one of them, as in {spell(members[0])}"
     return f"unknown field {spell(name)}{nearest(name, names, spell)}"
 
 
@@ -97,35 +101,35 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
     except ConfigError:
         raise
     except ValueError as error:
-        # The config refuses the whole of it. The field is one that it names, before others one that was set: a word may
-        # also be a value that is called as another field is.
-        said = str(error).replace(",", " ").split()
-        spoken_of = [field.name for field in dataclasses.fields(config) if field.name in said]
-        named = next((name for name in spoken_of if name in own), next(iter(spoken_of), next(iter(own))))
+        # The message does not say which field is wrong. It is one that the message names, preferably one that was set:
+        # a word of the message may also be a value with the name of another field.
+        message = str(error).replace(",", " ").split()
+        mentioned = [field.name for field in dataclasses.fields(config) if field.name in message]
+        named = next((name for name in mentioned if name in own), next(iter(mentioned), next(iter(own))))
         raise ConfigError(f"{spell(prefix + named)}: {error}") from None
 
 
 def conform(value: Any, kind: Any) -> Any:
-    """`value` as the annotated type: an int will do for a float, a list for a tuple, and nothing else is converted.
+    """`value` as the annotated type. An int becomes a float, and a list a tuple; nothing else is converted.
 
     Raises:
-        ValueError: it is of another type, or none of the choices.
+        ValueError: another type, or none of the choices.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        if any(type(value) is type(each) and value == each for each in arguments):
+        if any(type(value) is type(choice) and value == choice for choice in arguments):
             return value
         raise ValueError(f"expected {describe(kind)}, got {value!r}{nearest(str(value), map(str, arguments))}")
     if origin in (typing.Union, types.UnionType):
-        for each in arguments:
+        for alternative in arguments:
             try:
-                return conform(value, each)
+                return conform(value, alternative)
             except ValueError:
                 continue
     elif origin is tuple and isinstance(value, (list, tuple)):
         inner = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
         if len(inner) == len(value):
-            return tuple(conform(each, its) for each, its in zip(value, inner))
+            return tuple(conform(item, its_kind) for item, its_kind in zip(value, inner))
     elif kind is float and type(value) is int:
         return float(value)
     elif type(value) is kind:
@@ -139,16 +143,16 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(each) for each in arguments)
+        return " or ".join(map(describe, arguments))
     if origin is tuple:
-        each = describe(arguments[0])
-        return f"a list, each {each}" if arguments[1:] == (...,) else f"{len(arguments)} values, each {each}"
+        item = describe(arguments[0])
+        return f"a list, each {item}" if arguments[1:] == (...,) else f"{len(arguments)} values, each {item}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
     return words.get(kind, str(kind))
 
 
 def read(words: Sequence[str], kind: Any) -> Any:
-    """The value of a field from the words that follow it on a command line; a bare flag is `True`.
+    """The value of a field from the words that follow its option; an option without a word is `True`.
 
     Raises:
         ValueError: too many or too few words, or one that cannot be read.
@@ -156,13 +160,13 @@ def read(words: Sequence[str], kind: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         inner = [arguments[0]] * len(words) if arguments[1:] == (...,) else arguments
-        # of another length: whatever they are, `conform` says what was expected
-        values = [read([word], its) for word, its in zip(words, inner)] if len(inner) == len(words) else list(words)
+        # with another number of words, `conform` raises the message
+        values = [read([word], kind) for word, kind in zip(words, inner)] if len(inner) == len(words) else list(words)
         return conform(values, kind)
     if origin in (typing.Union, types.UnionType):
-        for each in arguments:
+        for alternative in arguments:
             try:
-                return read(words, each)
+                return read(words, alternative)
             except ValueError:
                 continue
         raise ValueError(f"expected {describe(kind)}, got {' '.join(words)!r}")
@@ -172,7 +176,7 @@ def read(words: Sequence[str], kind: Any) -> Any:
         raise ValueError(f"expected {describe(kind)}, got {' '.join(words) or 'nothing'!r}")
     word = words[0]
     if origin is Literal:
-        return conform(next((each for each in arguments if str(each) == word), word), kind)
+        return conform(next((choice for choice in arguments if str(choice) == word), word), kind)
     if kind is type(None) and word.lower() == "none":
         return None
     if kind is bool and word.lower() in ("true", "false"):
@@ -183,3 +187,44 @@ def read(words: Sequence[str], kind: Any) -> Any:
         except ValueError:
             raise ValueError(f"expected {describe(kind)}, got {word!r}") from None
     return conform(word, kind)
+
+
+def flag(name: str) -> str:
+    """A field as an option of the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def split(words: Sequence[str]) -> tuple[list[str], Options]:
+    """(words before the first option, the words of each option). The last of two equal options counts."""
+    positional: list[str] = []
+    options: Options = {}
+    current = positional
+    for word in words:
+        if re.match(r"--[A-Za-z]", word):
+            name, equals, value = word[2:].partition("=")
+            current = options[name.replace("-", "_")] = [value] if equals else []
+        elif re.match(r"-[A-Za-z]", word) and word != "-h":
+            raise ConfigError(f"unknown option {word!r}; options are written --{word.lstrip('-')}")
+        elif word == "-h":
+            options["help"] = []
+        else:
+            current.append(word)
+    return positional, options
+
+
+def apply(config: Config, options: Options) -> Config:
+    """A copy of `config` with the options' values in place.
+
+    Raises:
+        ConfigError: an unknown option, or a value that cannot be read or is refused.
+    """
+    kinds = annotations(type(config))
+    values = {}
+    for name, words in options.items():
+        if name not in kinds:
+            raise ConfigError(unknown(name, kinds, flag))
+        try:
+            values[name] = read(words, kinds[name])
+        except ValueError as error:
+            raise ConfigError(f"{flag(name)}: {error}") from None
+    return override(config, values, flag)

@@ -1,6 +1,6 @@
-"""Presets: TOML files in the package, or anybody's own. Several make one config: later ones override earlier ones.
+"""Presets: TOML files of the package or of the user. Several make one config; later ones override earlier ones.
 
-An algorithm (`preset_files/algorithms`) says what it is and nothing of the rest, so it goes with any environment.
+A preset of `preset_files/algorithms` sets an algorithm alone, so it combines with any environment.
 """
 
 import tomllib
@@ -21,31 +21,31 @@ _FOLDER = files("aem_jax.config") / "preset_files"
 
 
 def preset_names() -> list[str]:
-    """The presets of the package that are whole runs."""
+    """Names of the package's presets of whole runs."""
     return _names(_FOLDER)
 
 
 def algorithm_names() -> list[str]:
-    """The presets of the package that are algorithms."""
+    """Names of the package's presets of algorithms."""
     return _names(_FOLDER / "algorithms")
 
 
 def describe_preset(name: str) -> str:
-    """The comment that a packaged preset begins with, in one line."""
+    """The first sentence of the comment at the top of a packaged preset."""
     lines = _packaged(name).read_text(encoding="utf-8").splitlines()
     end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return " ".join(line.lstrip("# ") for line in lines[:end]).partition(". ")[0].rstrip(".")
 
 
 def read_preset(*names: str) -> RunConfig:
-    """The run config of presets: the defaults with the files' values in place, one file after the other.
+    """The config of presets: the defaults, overridden by one file after the other.
 
     Args:
-        names: each one of `preset_names()` or `algorithm_names()`, or the path of a TOML file (with a slash, or ending
-            in .toml). Where all are algorithms, the default preset comes first.
+        names: each of `preset_names()` or `algorithm_names()`, or the path of a TOML file (with a slash, or ending in
+            .toml). If all are algorithms, the default preset comes first.
 
     Raises:
-        ConfigError: no such preset, or a file that is no TOML or sets what is no field.
+        ConfigError: an unknown preset, a file that is not TOML, or an unknown field in it.
     """
     if all(name in algorithm_names() for name in names):
         names = (DEFAULT, *names)
@@ -60,7 +60,7 @@ def read_preset(*names: str) -> RunConfig:
 
 
 def _read(name: str) -> tuple[str, dict[str, Any]]:
-    """(file's name, its values by dotted name)."""
+    """(the file's name, its values by dotted name)."""
     if "/" in name or name.endswith(".toml"):
         source, path = name, Path(name)
         if not path.is_file():
@@ -71,7 +71,7 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
             raise ConfigError(f"unknown preset {name!r}{nearest(name, names) or '; ' + _known()}")
         source, path = f"{name}.toml", _packaged(name)
     try:
-        # TOML ends lines at \n or \r\n alone; a byte order mark, which editors of Windows write, is no TOML.
+        # As bytes: TOML ends lines at \n or \r\n alone. Windows editors write a byte order mark, which TOML lacks.
         text = path.read_bytes().decode("utf-8-sig")
         return source, flatten(valid_json(tomllib.loads(text)))
     except (ValueError, OSError, RecursionError) as error:
@@ -83,7 +83,7 @@ def _packaged(name: str):
 
 
 def _names(folder) -> list[str]:
-    return sorted(each.name.removesuffix(".toml") for each in folder.iterdir() if each.name.endswith(".toml"))
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 
 def _known() -> str:

@@ -1,7 +1,7 @@
-"""What a run can be told: the components' own configs, composed. Nothing below the rim imports this.
+"""The settings of a run: the components' own configs, composed. Only `config/` and the entry points import this.
 
-A choice is a name here and a function everywhere else; the tables that turn one into the other stand in `algorithm.py`
-(advantages) and `build.py` (the rest).
+A choice is a name here and a function everywhere else. The tables that map names to functions are in `algorithms.py`
+(advantages) and `components.py` (the rest).
 """
 
 # ruff: noqa: RUF009 (the configs that stand as defaults are frozen)
@@ -39,14 +39,14 @@ from aem_jax.warmstart import WarmstartConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     name: str = ""
-    """Folder of the run in runs_dir; empty: the preset's name and what you changed of it. The same command resumes."""
+    """Folder of the run in runs_dir; empty: the presets' names and your changes. The same command resumes the run."""
     runs_dir: str = "runs"
     """Folder of all runs."""
     preset: str = ""
-    """Presets to begin from, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
+    """Presets, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
     seed: int = 0
     """Seed of everything random, from 0 to 2³² - 1: weights, games, sampling."""
     environment: Literal["alfworld", "webshop", "swe", "swe-choices", "openenv"] = "alfworld"
@@ -113,18 +113,18 @@ class RunConfig:
             raise ValueError(f"expected seed from 0 to {2**32 - 1}, got {self.seed}")
 
 
-HARMLESS = (
+MAY_CHANGE = (
     *("name", "runs_dir", "preset", "rollout.prompt_tokens", "rollout.cache_gib"),
     *("train.", "evaluation.", "checkpoint.", "env.", "metrics.", "runtime."),
 )
-"""Fields (or groups) that a resumed run may change: they decide where and how long, not what is computed."""
+"""Fields, or groups of fields, that a resumed run may change: they do not decide what is computed."""
 
 
-HARMFUL = ("env.wire.", "env.command")
-"""Of these, what decides after all what is said and heard."""
+MUST_MATCH = ("env.wire.", "env.command")
+"""Exceptions among them, which decide what environments receive and answer."""
 
 
-def is_harmless(name: str) -> bool:
+def may_change(name: str) -> bool:
     """Whether a resumed run may change the field of this dotted name."""
-    groups = tuple(each for each in HARMLESS if each.endswith("."))
-    return (name.startswith(groups) or name in HARMLESS) and not name.startswith(HARMFUL)
+    groups = tuple(entry for entry in MAY_CHANGE if entry.endswith("."))
+    return (name.startswith(groups) or name in MAY_CHANGE) and not name.startswith(MUST_MATCH)

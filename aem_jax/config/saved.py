@@ -1,4 +1,4 @@
-"""The name of a run's folder, the config that is kept in it, and what a resumed run may change of it."""
+"""The name of a run's folder, the config in it, and the settings that a resumed run may change."""
 
 import dataclasses
 import hashlib
@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from aem_jax.config import inputs
-from aem_jax.config.options import flag
-from aem_jax.config.overrides import as_values, flatten, override
+from aem_jax.config.overrides import as_values, flag, flatten, override
 from aem_jax.config.presets import SEPARATOR
-from aem_jax.config.run import RunConfig, is_harmless
-from aem_jax.distributed.join import placeless
+from aem_jax.config.run import RunConfig, may_change
+from aem_jax.distributed.join import without_process
 from aem_jax.envs.swe.tasks import GENERATED
 from aem_jax.errors import ConfigError
 from aem_jax.files import read_json, read_text, valid_text, write_text
@@ -23,7 +22,7 @@ from aem_jax.models.pretrained import CONFIG, config_text, resolve
 
 FILE = "config.json"
 _PATHS = (
-    *("model.path", "warmstart.begin_from", "alfworld_data", "shop.data", "bugs.train", "bugs.evaluation"),
+    *("model.path", "warmstart.init_from", "alfworld_data", "shop.data", "bugs.train", "bugs.evaluation"),
     *("bugs.repos", "openenv.tasks", "openenv.evaluation_tasks", inputs.CODE),
 )
 """Settings that name files or folders."""
@@ -31,13 +30,13 @@ _LONGEST_NAME = 80
 
 
 def run_name(config: RunConfig, options: Mapping[str, Sequence[str]]) -> str:
-    """The name of a run: as given, else its presets' and each change that makes it another run.
+    """The name of a run: --name, else its presets and each option that makes it another run.
 
-    `--aem.strength 0` of the preset alfworld-tiny is `alfworld-tiny-aem.strength-0`, so that it and the preset as it is
-    do not meet in one folder, and the same command finds the same run.
+    The preset alfworld-tiny with `--aem.strength 0` is `alfworld-tiny-aem.strength-0`. So it does not share a folder
+    with the preset alone, and the same command finds the same run.
 
     Raises:
-        ConfigError: a name that is no plain folder name.
+        ConfigError: a name that is not a plain folder name.
     """
     if config.name:
         if not re.fullmatch(r"[\w.+=-]+", config.name) or config.name.startswith("."):
@@ -46,9 +45,9 @@ def run_name(config: RunConfig, options: Mapping[str, Sequence[str]]) -> str:
             )
         return config.name
     changes = [
-        "-".join([name.replace("_", "-"), *words]) for name, words in sorted(options.items()) if not is_harmless(name)
+        "-".join([name.replace("_", "-"), *words]) for name, words in sorted(options.items()) if not may_change(name)
     ]
-    presets = [Path(each).name.removesuffix(".toml") for each in config.preset.split(SEPARATOR)]
+    presets = [Path(preset).name.removesuffix(".toml") for preset in config.preset.split(SEPARATOR)]
     name = re.sub(r"[^\w.+=-]+", "_", "-".join([*presets, *changes]))
     if len(name) > _LONGEST_NAME:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -57,21 +56,21 @@ def run_name(config: RunConfig, options: Mapping[str, Sequence[str]]) -> str:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """The config with each path absolute, so that it names the same file from every working folder.
+    """The config with absolute paths, which name the same files from every working folder.
 
     Raises:
-        ConfigError: an address where a path should be, which would become a folder of that name; or a path that is not
+        ConfigError: an address instead of a path, which would become a folder of that name; or a path that is not
             UTF-8, which the run's config.json cannot hold.
     """
     paths = {name: value for name, value in as_values(config).items() if name in (*_PATHS, "runs_dir")}
     for name, value in paths.items():
         if "://" in value:
             raise ConfigError(f"{flag(name)}: expected a path, got {value}; mount the storage, or copy it")
-    found = {name: _absolute(name, value) for name, value in paths.items() if name != "runs_dir"}
-    for name, path in found.items():
+    absolutes = {name: _absolute(name, value) for name, value in paths.items() if name != "runs_dir"}
+    for name, path in absolutes.items():
         if valid_text(path) != path:
             raise ConfigError(f"{flag(name)}: expected a path in UTF-8, got {path!a}; rename the folder")
-    return override(config, found)
+    return override(config, absolutes)
 
 
 def _absolute(name: str, value: str) -> str:
@@ -86,29 +85,29 @@ def _absolute(name: str, value: str) -> str:
 
 
 def save(config: RunConfig, folder: Path, begun: bool = False) -> None:
-    """Writes what decides a run into its folder: `config.json`, the model's own config, digests of its inputs.
+    """Writes `config.json`, the model's own config, and digests of the run's inputs into its folder.
 
     Args:
-        config: the run's; which process of how many wrote it is left out.
+        config: the run's; the settings that identify this process are left out.
         folder: the run's.
-        begun: whether there is a checkpoint, so that what is recorded is decided.
+        begun: whether the run has a checkpoint; then the records of its inputs stay as they are.
 
     Raises:
-        ConfigError: a file that decides the run cannot be read.
+        ConfigError: an input of the run cannot be read.
     """
-    config = replace(config, runtime=placeless(config.runtime))
+    config = replace(config, runtime=without_process(config.runtime))
     folder.mkdir(parents=True, exist_ok=True)
     text, copy = json.dumps(dataclasses.asdict(config), indent=2) + "\n", folder / inputs.MODEL / CONFIG
     try:
         known = inputs.load(folder) if begun else {}
         if not ((folder / FILE).exists() and read_text(folder / FILE) == text):
-            # A run killed between these lines has no digest of its config, rather than a wrong one.
+            # A run killed between these two writes has no digest of its config, rather than a wrong one.
             inputs.write(folder, {name: value for name, value in known.items() if name != FILE})
             write_text(folder / FILE, text)
         if config.model.path and not (begun and copy.exists()):
-            theirs = config_text(resolve(config.model.path))
+            model_config = config_text(resolve(config.model.path))
             copy.parent.mkdir(exist_ok=True)
-            write_text(copy, theirs)
+            write_text(copy, model_config)
         known.pop(FILE, None)
         inputs.write(folder, {**known, **inputs.identify(folder, config, known)})
     except (ValueError, OSError) as error:
@@ -116,10 +115,10 @@ def save(config: RunConfig, folder: Path, begun: bool = False) -> None:
 
 
 def model_files(config: RunConfig, folder: Path) -> Path | None:
-    """The folder with the config of the model that a run began from: the run's own; None without --model.path.
+    """The folder with the config of the model that a run started from, usually the run's own; None without one.
 
     Raises:
-        ValueError: an older run without one, whose model is gone.
+        ValueError: the run has no copy, and the model's files are gone.
     """
     if (folder / inputs.MODEL / CONFIG).exists():
         return folder / inputs.MODEL
@@ -127,10 +126,10 @@ def model_files(config: RunConfig, folder: Path) -> Path | None:
 
 
 def load(folder: Path) -> RunConfig:
-    """Reads `config.json` back, exactly as it was saved.
+    """Reads a run's `config.json`.
 
     Raises:
-        ConfigError: there is none, it is not of this version, or one of the run's own files is not what it wrote.
+        ConfigError: no such file, one of another version, or a file of the run that was changed since.
     """
     path = folder / FILE
     try:
@@ -149,16 +148,16 @@ def load(folder: Path) -> RunConfig:
 
 
 def check_resumable(saved: RunConfig, config: RunConfig, folder: Path) -> None:
-    """Whether a run begun with `saved` may go on with `config`.
+    """Checks that a run begun with `saved` may be resumed with `config`.
 
     Raises:
-        ConfigError: a field that decides what is computed has changed; it is named.
+        ConfigError: a field that decides what is computed has changed; the message names it.
     """
-    before, after = (as_values(absolute(each)) for each in (saved, config))
+    before, after = (as_values(absolute(version)) for version in (saved, config))
     changed = [
         name
         for name in after
-        if before[name] != after[name] and not is_harmless(name) and not _is_moved(name, before[name], config, folder)
+        if before[name] != after[name] and not may_change(name) and not _is_moved(name, before[name], config, folder)
     ]
     if changed:
         name = changed[0]
@@ -170,7 +169,7 @@ def check_resumable(saved: RunConfig, config: RunConfig, folder: Path) -> None:
 
 
 def _is_moved(name: str, before: Any, config: RunConfig, folder: Path) -> bool:
-    """Whether a setting names the same thing by another path."""
+    """Whether a setting names the same files by another path."""
     after = as_values(config)[name]
     return (
         name in _PATHS

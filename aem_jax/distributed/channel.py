@@ -1,9 +1,10 @@
-"""A line between the processes of a run: small messages to all, and word of who has left.
+"""The control channel between the processes of a run: small collective messages, and detection of failed processes.
 
-A star: process 0 holds a connection to each of the others and passes on what they say. JAX has collectives, but those
-move arrays of one shape, compile, and hang or abort when a process is gone; its coordination service knows that one is
-gone after a while, and then ends the process without a word that a person could use. A connection that closes is
-noticed at once, and one that falls silent after `silence_s`; then `on_loss` hears who it was and why.
+The topology is a star: process 0 holds a connection to each other process and relays messages. JAX's collectives do not
+fit here: they move arrays of one shape, compile, and hang or abort when a process is gone. JAX's coordination service
+detects a lost process late, and then ends this one without a message that names it. The channel detects a closed
+connection at once, and a silent one after `heartbeat_timeout_s`; it then calls `on_failure` with the process and the
+reason.
 """
 
 import contextlib
@@ -23,44 +24,45 @@ from dataclasses import dataclass
 log = logging.getLogger(__name__)
 
 _HEADER = struct.Struct("!cQ")
-_DATA, _BEAT, _LEFT, _DONE = b"D", b"B", b"L", b"E"
+_DATA, _HEARTBEAT, _FAILED, _DONE = b"D", b"B", b"L", b"E"
 _WELCOME = b"W"
 _TICK_S = 1.0
 _HELLO_BYTES = 4096
 
 
-class LeftError(RuntimeError):
-    """Another process of the run has left."""
+class PeerDisconnectedError(RuntimeError):
+    """Another process of the run is gone."""
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Who left, and why.
+class PeerFailure:
+    """A process that is gone, and the reason.
 
     Attributes:
-        process: which one.
+        process: its index.
         host: the name of its host.
-        why: in words.
-        told: whether it said so itself, which gives the others a moment to come upon the same error.
+        reason: as a clause for a message.
+        reported: whether the process reported the failure itself. The other processes then wait a moment, because they
+            often meet the same error.
     """
 
     process: int
     host: str
-    why: str
-    told: bool = False
+    reason: str
+    reported: bool = False
 
     def __str__(self) -> str:
-        return f"process {self.process} (on {self.host}) left: {self.why}"
+        return f"process {self.process} (on {self.host}) left: {self.reason}"
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where process 0 listens; small enough to be handed around before there is a line.
+    """Where process 0 listens; small enough to be broadcast before the channel is open.
 
     Attributes:
-        hosts: names and numbers of its host, to be tried in order.
-        port: as the kernel picked it.
-        token: proves that who calls belongs to the run.
+        hosts: names and IP addresses of its host, to be tried in order.
+        port: chosen by the kernel.
+        token: proves that a caller belongs to the run.
     """
 
     hosts: tuple[str, ...]
@@ -69,10 +71,10 @@ class Address:
 
 
 def listen(hosts: Sequence[str]) -> tuple[socket.socket, Address]:
-    """Opens process 0's end.
+    """Opens process 0's listening socket.
 
     Args:
-        hosts: under which names the others may find it; those that this host has for itself are added.
+        hosts: names under which the other processes may reach this host; its own names are added.
     """
     if socket.has_dualstack_ipv6():
         server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
@@ -83,10 +85,10 @@ def listen(hosts: Sequence[str]) -> tuple[socket.socket, Address]:
 
 
 def accept(server: socket.socket, address: Address, count: int, timeout_s: float) -> dict[int, "Peer"]:
-    """Waits until all other processes have called.
+    """Waits until all other processes have connected.
 
     Raises:
-        TimeoutError: some did not; they are named.
+        TimeoutError: some have not; the message names them.
     """
     peers: dict[int, Peer] = {}
     deadline = time.monotonic() + timeout_s
@@ -100,7 +102,7 @@ def accept(server: socket.socket, address: Address, count: int, timeout_s: float
                 f"expected a call from each of {count} processes on port {address.port} within {timeout_s:g} s, "
                 f"got none of {missing}; is a port between the hosts closed?"
             ) from None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a stranger, or one that gave up
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a stranger, or a caller that gave up
             connection.settimeout(10.0)
             hello = json.loads(_receive_hello(connection))
             if hmac.compare_digest(str(hello["token"]), address.token) and 0 < hello["process"] < count:
@@ -113,7 +115,7 @@ def accept(server: socket.socket, address: Address, count: int, timeout_s: float
 
 
 def call(address: Address, process: int, timeout_s: float) -> dict[int, "Peer"]:
-    """Calls process 0.
+    """Connects to process 0.
 
     Raises:
         TimeoutError: it cannot be reached under any of its names.
@@ -127,7 +129,7 @@ def call(address: Address, process: int, timeout_s: float) -> dict[int, "Peer"]:
                 connection.sendall(hello.encode() + b"\n")
                 if connection.recv(1) == _WELCOME:
                     return {0: Peer(0, host, connection)}
-                failures[host] = "somebody else answers"
+                failures[host] = "another program answers"
             except OSError as error:
                 failures[host] = str(error)
         time.sleep(0.5)
@@ -139,7 +141,7 @@ def call(address: Address, process: int, timeout_s: float) -> dict[int, "Peer"]:
 
 
 class Peer:
-    """A connection to another process; frames in, frames out."""
+    """A connection to another process that carries frames: a kind and its data."""
 
     def __init__(self, process: int, host: str, connection: socket.socket):
         self.process, self.host = process, host
@@ -152,36 +154,36 @@ class Peer:
         self._poll.register(connection, select.POLLIN)
 
     def send(self, kind: bytes, data: bytes = b"", *, wait_s: float = -1) -> None:
-        """Sends a frame, unless others take longer than `wait_s` to be sent before it."""
+        """Sends a frame; drops it when the connection stays busy with other frames for `wait_s` (-1: never)."""
         if self._sending.acquire(timeout=wait_s):
             try:
                 self._connection.sendall(_HEADER.pack(kind, len(data)) + data)
             finally:
                 self._sending.release()
 
-    def receive(self, silence_s: float) -> tuple[bytes, bytes]:
+    def receive(self, heartbeat_timeout_s: float) -> tuple[bytes, bytes]:
         """The next frame.
 
         Raises:
-            ConnectionError: the connection closed, or nothing came for `silence_s` (of which a time in which this
-                process was itself stopped counts one second).
+            ConnectionError: the connection closed, or nothing arrived for `heartbeat_timeout_s`. A pause of this
+                process itself (SIGSTOP, a suspended machine) counts as one second.
         """
-        kind, size = _HEADER.unpack(self._exactly(_HEADER.size, silence_s))
-        return kind, self._exactly(size, silence_s)
+        kind, size = _HEADER.unpack(self._exactly(_HEADER.size, heartbeat_timeout_s))
+        return kind, self._exactly(size, heartbeat_timeout_s)
 
     def close(self) -> None:
-        """Closes the connection; whoever reads from it wakes up."""
+        """Closes the connection and wakes its reader."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
-    def _exactly(self, size: int, silence_s: float) -> bytes:
+    def _exactly(self, size: int, heartbeat_timeout_s: float) -> bytes:
         parts, silent = [], 0.0
         while size:
             if not self._poll.poll(_TICK_S * 1000):
                 silent += _TICK_S
-                if silent >= silence_s:
-                    raise ConnectionError(f"nothing was heard of it for {silence_s:g} s")
+                if silent >= heartbeat_timeout_s:
+                    raise ConnectionError(f"nothing was received from it for {heartbeat_timeout_s:g} s")
                 continue
             part = self._connection.recv(min(size, 1 << 20))
             if not part:
@@ -192,145 +194,155 @@ class Peer:
         return b"".join(parts)
 
 
-class Line:
-    """This process's end of the line.
+class ControlChannel:
+    """This process's end of the control channel.
 
     Args:
         index: this process.
         peers: from `accept` or `call`.
-        silence_s: after so much silence a process counts as gone.
-        on_loss: called once, in a thread of the line's, when another process has left before its time.
+        heartbeat_timeout_s: a process that sends nothing for so long counts as gone.
+        on_failure: called once, in a thread of the channel, when another process is gone before `close`.
     """
 
-    def __init__(self, index: int, peers: dict[int, Peer], silence_s: float, on_loss: Callable[[Loss], None]):
+    def __init__(
+        self,
+        index: int,
+        peers: dict[int, Peer],
+        heartbeat_timeout_s: float,
+        on_failure: Callable[[PeerFailure], None],
+    ):
         self._index, self._peers = index, peers
-        self._silence_s, self._on_loss = silence_s, on_loss
-        self._lost: Loss | None = None
-        self._loss_known, self._closed = threading.Event(), threading.Event()
+        self._heartbeat_timeout_s, self._on_failure = heartbeat_timeout_s, on_failure
+        self._failure: PeerFailure | None = None
+        self._has_failure, self._closed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         for peer in peers.values():
-            threading.Thread(target=self._read, args=(peer,), name=f"line-{peer.process}", daemon=True).start()
-        threading.Thread(target=self._beat, name="line-beat", daemon=True).start()
+            threading.Thread(target=self._read, args=(peer,), name=f"channel-{peer.process}", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, name="channel-heartbeat", daemon=True).start()
 
     def gather(self, data: bytes) -> list[bytes]:
-        """What each process said; see `Hosts.gather`.
+        """The bytes of every process, in order; see `ProcessGroup.gather`.
 
         Raises:
-            LeftError: another process has left.
+            PeerDisconnectedError: another process is gone.
         """
         if self._index:
             self._send(self._peers[0], _DATA, data)
             return _unpack(self._next(self._peers[0]))
-        said = [data, *(self._next(self._peers[process]) for process in sorted(self._peers))]
-        packed = _pack(said)
+        messages = [data, *(self._next(self._peers[process]) for process in sorted(self._peers))]
+        packed = _pack(messages)
         for peer in self._peers.values():
             self._send(peer, _DATA, packed)
-        return said
+        return messages
 
-    def loss(self, timeout_s: float) -> Loss | None:
-        """Who left, if somebody did; waits for the word a while."""
-        self._loss_known.wait(timeout_s)
-        return self._lost
+    def failure(self, timeout_s: float) -> PeerFailure | None:
+        """The first failure of another process; waits up to `timeout_s` for one to be detected."""
+        self._has_failure.wait(timeout_s)
+        return self._failure
 
-    def leave(self) -> None:
-        """Ends this end when all processes are through; from here on, one that closes its connection is no loss."""
+    def close(self) -> None:
+        """Closes the channel when all processes are done; a connection that closes later is no failure. Collective."""
         self.gather(b"")
         for peer in self._peers.values():
             self._send(peer, _DONE)
         for peer in self._peers.values():
-            while not peer.done and self._lost is None:
+            while not peer.done and self._failure is None:
                 time.sleep(0.01)
-        self._close()
+        self._disconnect()
 
-    def fail(self, why: str) -> None:
-        """Tells the others that this process has to leave, and closes."""
-        loss = json.dumps({"process": self._index, "host": socket.gethostname(), "why": why, "told": True}).encode()
+    def abort(self, reason: str) -> None:
+        """Reports to the other processes that this one fails, and closes the channel."""
+        failure = PeerFailure(self._index, socket.gethostname(), reason, reported=True)
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
-                peer.send(_LEFT, loss, wait_s=2 * _TICK_S)
-        self._close()
+                peer.send(_FAILED, _encode(failure), wait_s=2 * _TICK_S)
+        self._disconnect()
 
     def _send(self, peer: Peer, kind: bytes, data: bytes = b"") -> None:
         try:
             peer.send(kind, data)
         except OSError as error:
-            self._loss_known.wait(2 * _TICK_S)  # who reads from it knows more, in a moment
-            raise LeftError(str(self._lost or error)) from error
+            self._has_failure.wait(2 * _TICK_S)  # the reading thread finds the reason in a moment
+            raise PeerDisconnectedError(str(self._failure or error)) from error
 
     def _next(self, peer: Peer) -> bytes:
-        found = peer.inbox.get()
-        if found is None:
-            raise LeftError(str(self._lost))
-        return found
+        data = peer.inbox.get()
+        if data is None:
+            raise PeerDisconnectedError(str(self._failure))
+        return data
 
     def _read(self, peer: Peer) -> None:
         try:
             while True:
-                kind, data = peer.receive(self._silence_s)
+                kind, data = peer.receive(self._heartbeat_timeout_s)
                 if kind == _DATA:
                     peer.inbox.put(data)
                 elif kind == _DONE:
                     peer.done = True
-                elif kind == _LEFT:
-                    self._lose(Loss(**json.loads(data)))
+                elif kind == _FAILED:
+                    self._record(PeerFailure(**json.loads(data)))
         except (OSError, ValueError) as error:
             if not peer.done and not self._closed.is_set():
-                self._lose(Loss(peer.process, peer.host, str(error)))
+                self._record(PeerFailure(peer.process, peer.host, str(error)))
 
-    def _lose(self, loss: Loss) -> None:
+    def _record(self, failure: PeerFailure) -> None:
+        """Keeps the first failure, wakes the waiting calls, and relays it to the other processes."""
         with self._lock:
-            if self._lost is not None or self._closed.is_set():
+            if self._failure is not None or self._closed.is_set():
                 return
-            self._lost = loss
-        word = json.dumps(vars(loss)).encode()
+            self._failure = failure
         for peer in self._peers.values():
             peer.inbox.put(None)
-            if self._index == 0 and peer.process != loss.process:
+            if self._index == 0 and peer.process != failure.process:
                 with contextlib.suppress(OSError):
-                    peer.send(_LEFT, word, wait_s=2 * _TICK_S)
-        self._loss_known.set()
-        self._on_loss(loss)
+                    peer.send(_FAILED, _encode(failure), wait_s=2 * _TICK_S)
+        self._has_failure.set()
+        self._on_failure(failure)
 
-    def _beat(self) -> None:
-        while not self._closed.wait(min(self._silence_s / 5, 5.0)):
+    def _send_heartbeats(self) -> None:
+        while not self._closed.wait(min(self._heartbeat_timeout_s / 5, 5.0)):
             for peer in self._peers.values():
                 with contextlib.suppress(OSError):
-                    peer.send(_BEAT, wait_s=0)  # what is being sent is a sign of life, too
+                    peer.send(_HEARTBEAT, wait_s=0)  # a frame that is being sent serves as a heartbeat
 
-    def _close(self) -> None:
+    def _disconnect(self) -> None:
         self._closed.set()
         for peer in self._peers.values():
             peer.close()
 
 
 def _receive_hello(connection: socket.socket) -> bytes:
-    found = b""
-    while not found.endswith(b"\n") and len(found) < _HELLO_BYTES:
+    hello = b""
+    while not hello.endswith(b"\n") and len(hello) < _HELLO_BYTES:
         part = connection.recv(_HELLO_BYTES)
         if not part:
             break
-        found += part
-    return found
+        hello += part
+    return hello
 
 
 def _own_names() -> list[str]:
-    """Under what names this host may be reached from outside."""
+    """The addresses and names of this host."""
     names = []
     for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((target, 9))  # sends nothing; the kernel says from which address it would
+            probe.connect((target, 9))  # sends nothing; the kernel only picks the source address
             names.append(probe.getsockname()[0])
     return [*names, socket.gethostname(), "localhost"]
 
 
-def _pack(said: Sequence[bytes]) -> bytes:
-    return b"".join(struct.pack("!Q", len(each)) + each for each in said)
+def _encode(failure: PeerFailure) -> bytes:
+    return json.dumps(vars(failure)).encode()
+
+
+def _pack(messages: Sequence[bytes]) -> bytes:
+    return b"".join(struct.pack("!Q", len(data)) + data for data in messages)
 
 
 def _unpack(packed: bytes) -> list[bytes]:
-    said, at = [], 0
+    messages, at = [], 0
     while at < len(packed):
         (size,) = struct.unpack_from("!Q", packed, at)
-        said.append(packed[at + 8 : at + 8 + size])
+        messages.append(packed[at + 8 : at + 8 + size])
         at += 8 + size
-    return said
+    return messages

@@ -6,41 +6,41 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """The machine: what is set before the first computation."""
+    """The machine: settings that apply before the first computation."""
 
     compilation_cache: str = "auto"
-    """Folder in which compiled programs are kept between runs; auto: $XDG_CACHE_HOME/aem_jax/xla; off: none."""
+    """Folder that keeps compiled programs between runs. auto: $XDG_CACHE_HOME/aem_jax/xla; off: none."""
     platform: str = ""
-    """Where to compute: cpu, cuda or tpu; empty: the best that there is."""
+    """Platform to compute on: cpu, cuda or tpu; empty: the best available one."""
     cpu_devices: int = 0
-    """Simulated devices on a CPU, to try a mesh without one; 0 leaves it to JAX."""
+    """Number of simulated devices on a CPU, to try a mesh on one machine; 0: JAX's default."""
     distributed: Literal["auto", "on", "off", "mpi4py"] = "auto"
     """Several processes as one run. auto: where SLURM, Open MPI, a TPU pod or a Kubernetes job started several, or
-    coordinator is given; on: as JAX finds them, wherever that is; mpi4py: as any MPI says; off: this process alone."""
+    coordinator is given; on: as JAX detects them; mpi4py: as mpi4py reports them; off: this process alone."""
     coordinator: str = ""
-    """HOST:PORT of process 0, where processes are started by hand; the port is any free one of that host."""
+    """HOST:PORT of process 0, for processes that are started by hand; any free port of that host."""
     num_processes: int = 0
-    """With coordinator: how many processes there are."""
+    """With coordinator: number of processes."""
     process_id: int = -1
-    """With coordinator: which one this is, from 0."""
+    """With coordinator: index of this process, from 0."""
     connect_timeout_s: float = 300.0
-    """Seconds that processes wait for one another at the start."""
-    silence_s: float = 45.0
-    """Seconds after which a process that says nothing counts as gone; one that is killed is missed at once."""
+    """Seconds that the processes wait for one another at the start."""
+    heartbeat_timeout_s: float = 45.0
+    """Seconds without a heartbeat after which a process counts as gone; a killed process is detected at once."""
 
     def __post_init__(self):
         if self.cpu_devices < 0:
             raise ValueError(f"expected cpu_devices >= 0, got {self.cpu_devices}")
-        if self.connect_timeout_s <= 0 or self.silence_s < 5:
+        if self.connect_timeout_s <= 0 or self.heartbeat_timeout_s < 5:
             raise ValueError(
-                "expected connect_timeout_s above 0 and silence_s of at least 5, "
-                f"got {self.connect_timeout_s} and {self.silence_s}"
+                "expected connect_timeout_s above 0 and heartbeat_timeout_s of at least 5, "
+                f"got {self.connect_timeout_s} and {self.heartbeat_timeout_s}"
             )
         if not self.coordinator:
             if self.num_processes or self.process_id != -1:
                 raise ValueError(
                     f"expected coordinator with num_processes {self.num_processes} and process_id {self.process_id}, "
-                    "got none; say HOST:PORT of process 0"
+                    "got none; give HOST:PORT of process 0"
                 )
             return
         if self.distributed == "mpi4py" or not self.coordinator.rpartition(":")[2].isdigit():

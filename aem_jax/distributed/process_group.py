@@ -1,7 +1,7 @@
-"""What a process knows of the others: how many there are, which one it is, and how to tell them something.
+"""The processes of a run as one of them sees them: its index, their number, and small collectives over JSON.
 
-Every method that speaks to the others is collective: all processes call it, in the same order, and all return the same.
-Alone, nothing is sent and nothing is encoded.
+All processes call a collective, in the same order, and all get the same result. A single process sends and encodes
+nothing.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Hosts:
-    """The processes of a run, as one of them sees them.
+class ProcessGroup:
+    """The processes of a run.
 
     Attributes:
         index: this process, from 0.
-        count: how many there are.
-        gather: what this process says -> what each of them said, in order. Collective.
+        count: number of processes.
+        gather: this process's bytes -> the bytes of every process, in order. Collective.
     """
 
     index: int
@@ -26,33 +26,33 @@ class Hosts:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one process that writes files and speaks to people."""
+        """Whether this process writes the run's files and prints."""
         return self.index == 0
 
     def gather_json(self, value: Any) -> list[Any]:
-        """What each process says, of what JSON can hold."""
+        """Every process's value, in order; values are what JSON can hold. Collective."""
         if self.count == 1:
             return [value]
-        return [json.loads(each) for each in self.gather(json.dumps(value).encode())]
+        return [json.loads(data) for data in self.gather(json.dumps(value).encode())]
 
-    def largest(self, value: int) -> int:
-        """The largest of all processes' values."""
+    def max(self, value: int) -> int:
+        """The largest of the processes' values. Collective."""
         return max(self.gather_json(value))
 
-    def of_first(self, value: Any) -> Any:
-        """What process 0 says; the others' values are not looked at."""
+    def broadcast(self, value: Any) -> Any:
+        """Process 0's value; the others' values are ignored. Collective."""
         return self.gather_json(value if self.is_first else None)[0]
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Waits until all processes are here. Collective."""
         if self.count > 1:
             self.gather(b"")
 
-    def share(self, size: int, index: int | None = None) -> range:
-        """Which of `size` things are this process's (or that of `index`): runs of neighbours, as even as can be."""
+    def shard(self, size: int, index: int | None = None) -> range:
+        """This process's (or process `index`'s) part of `size` items: contiguous, and as even as possible."""
         index = self.index if index is None else index
         return range(-(-index * size // self.count), -(-(index + 1) * size // self.count))
 
 
-ALONE = Hosts(0, 1, lambda data: [data])
+SINGLE_PROCESS = ProcessGroup(0, 1, lambda data: [data])
 """A run of one process."""

@@ -1,17 +1,19 @@
-"""The machine, set up before the first computation: platform, simulated devices, compiled programs kept, quiet logs."""
+"""Set-up of the machine before the first computation: platform, devices, compilation cache, memory, logging."""
 
+import ctypes
 import logging
 import os
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.distributed.join import initialize
-from aem_jax.distributed.memory import computes_on_cpu, keep_freed_memory
 from aem_jax.errors import ConfigError
 
 
 def cache_folder(config: RuntimeConfig) -> Path | None:
-    """Where compiled programs are kept; None for nowhere."""
+    """The folder that keeps compiled programs; None for none."""
     if config.compilation_cache == "off":
         return None
     if config.compilation_cache == "auto":
@@ -29,18 +31,18 @@ FIXED = {
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
 }
-"""Settings of jax that change a run's numbers or break its programs: the same whatever the environment says."""
+"""JAX settings that change a run's numbers or break its programs. The environment does not override them."""
 
 
 def fix_settings() -> None:
-    """Puts `FIXED` in place, with a warning for each that the environment has set otherwise."""
+    """Applies `FIXED`, and warns of each setting that the environment has changed."""
     import jax
 
     log = logging.getLogger(__name__)
     for name, value in FIXED.items():
-        found = getattr(jax.config, name, value)
-        if found != value:
-            log.warning("%s=%s has no effect on a run, which uses %s", name.upper(), found, value)
+        current = getattr(jax.config, name, value)
+        if current != value:
+            log.warning("%s=%s has no effect on a run, which uses %s", name.upper(), current, value)
             jax.config.update(name, value)
     precision = getattr(jax.config, "jax_default_matmul_precision", None)
     if precision is not None:
@@ -48,19 +50,18 @@ def fix_settings() -> None:
 
 
 def set_up(config: RuntimeConfig) -> None:
-    """Applies the settings to jax and to logging. Where JAX's own environment variables are set, they win,
-    but for those of `FIXED`.
+    """Applies the settings to JAX and to logging. JAX's own environment variables win, but for those of `FIXED`.
 
     Raises:
-        ConfigError: the devices asked for are not there, the other processes of the run are not to be found, or the
-            cache's folder cannot be written.
+        ConfigError: the devices are missing, the other processes of the run cannot be found, or the folder of the
+            compilation cache cannot be written.
     """
     import jax
 
-    # By force: a library that is imported before has set a handler and a level of its own, and ours would be left out.
+    # force: an earlier import may have configured logging already.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("aem_jax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: tracebacks of errors that are raised all the same
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs tracebacks of errors that it also raises
     fix_settings()
     if config.platform:
         jax.config.update("jax_platforms", config.platform)
@@ -78,7 +79,7 @@ def set_up(config: RuntimeConfig) -> None:
             logging.getLogger(__name__).warning("compiled programs are not kept: %s", error)
         else:
             jax.config.update("jax_compilation_cache_dir", str(folder))
-            # jax's defaults keep what took a second to compile; on a CPU many small programs add up
+            # JAX keeps only programs that took a second to compile by default; a CPU run has many smaller ones
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     if computes_on_cpu(config.platform):
@@ -86,13 +87,13 @@ def set_up(config: RuntimeConfig) -> None:
     initialize(config)
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # jax asserts where a plugin is there and its devices are not
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where a plugin is installed without its devices
         reason = str(error) or "jax finds no such device"
         raise ConfigError(f"--runtime.platform {config.platform or 'auto'}: {reason}") from None
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on: our version, jax's, Python's, and the devices."""
+    """What a result depends on: the versions of this package, JAX and Python, and the devices."""
     import platform
 
     import jax
@@ -109,3 +110,37 @@ def versions() -> dict[str, str]:
         "devices": f"{jax.device_count()} x {device.device_kind}",
         "cpus": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     }
+
+
+# Memory. XLA allocates its temporary buffers anew at every call, and a pass of the learner takes hundreds of megabytes.
+# glibc maps blocks of that size each time, and the kernel then zeroes every page again: a quarter of a pass on two
+# cores. This does not matter where buffers live on an accelerator, or with another C library.
+
+# Names and numbers of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_MALLOC_SETTINGS = (
+    (_M_MMAP_MAX, 0),  # large blocks come from the heap, too
+    (_M_ARENA_MAX, 1),  # and from one heap: those of other threads are small, and fall back to mapping
+    (_M_TRIM_THRESHOLD, 2**31 - 1),  # the heap never shrinks
+    (_M_TOP_PAD, 64 * 2**20),  # it grows in large steps
+)
+
+
+def keep_freed_memory() -> bool:
+    """Makes the C library keep freed memory, for threads that start later. Call it before JAX's first computation.
+
+    The process then keeps its largest size until it ends.
+
+    Returns:
+        Whether the C library has these settings.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in _MALLOC_SETTINGS)
+
+
+def computes_on_cpu(platform: str | None) -> bool:
+    """Whether JAX will compute on the CPU, as far as is known before it looks for devices (and starts threads)."""
+    platform = platform or os.environ.get("JAX_PLATFORMS", "")
+    if platform:
+        return platform == "cpu"
+    return not entry_points(group="jax_plugins") and not find_spec("jax_plugins") and not find_spec("libtpu")

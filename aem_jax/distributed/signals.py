@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: the first asks a run to stop after the step at hand, a second Ctrl-C ends the process at once.
+"""Ctrl-C and SIGTERM: the first asks a run to stop after the current step, a second Ctrl-C ends the process at once.
 
-A Python signal handler waits until the interpreter has the main thread back, which during a long compilation can take a
-minute. So the signals are also read from a wake-up pipe, which the C handler fills at once, by a thread of our own.
+A Python signal handler runs only when the main thread returns to the interpreter, which can take a minute during a long
+compilation. So a thread also reads the signals from a wake-up pipe, which the C handler fills at once.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ EXIT_AT_ONCE = 130
 
 
 class StoppedError(Exception):
-    """Somebody asked the run to stop, outside of the training steps.
+    """The run was asked to stop outside of the training steps.
 
     Attributes:
         exit_status: of the process.
@@ -30,7 +30,7 @@ class StopRequest:
     """Whether the run has been asked to stop, and by which signal.
 
     Args:
-        agree: a number of this process -> the largest of all processes'; a signal to one of them stops all.
+        agree: this process's signal number -> the maximum over all processes, so that a signal to one stops all.
     """
 
     def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
@@ -40,30 +40,30 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """True from the first signal to this process on."""
+        """Whether this process has received a signal."""
         return self._event.is_set()
 
     def look(self) -> bool:
-        """Whether the run is to stop. On several hosts all processes look at the same points, and see the same."""
+        """Whether the run has to stop. Collective: all processes call it at the same points and get the same answer."""
         self._agreed = self._agreed or self._agree(self._number)
         return bool(self._agreed)
 
     def check(self) -> None:
-        """Leaves the phase at hand if somebody asked for it; all processes call it at the same points.
+        """Stops the current phase if a process was asked to. Collective.
 
         Raises:
-            StoppedError: somebody did.
+            StoppedError: a process was asked to stop.
         """
         if self.look():
             raise StoppedError(self.exit_status)
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal (130 for Ctrl-C, 143 for SIGTERM), as shells count; 0 when nobody had asked at a look."""
+        """128 + the signal, as in shells: 130 for Ctrl-C, 143 for SIGTERM; 0 if no `look` has seen a signal."""
         return 128 + self._agreed if self._agreed else 0
 
     def signalled(self, number: int) -> bool:
-        """Notes a signal; returns whether the process should end at once."""
+        """Records a signal; returns whether the process has to end at once."""
         if self.requested:
             return number == signal.SIGINT
         self._number = number
@@ -73,7 +73,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def undone_on_interrupt() -> Iterator[None]:
-    """While the block runs, Ctrl-C raises KeyboardInterrupt, so that half-done work is undone. Main thread only."""
+    """Raises KeyboardInterrupt on Ctrl-C while the block runs, so that its cleanup runs. Main thread only."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -83,12 +83,12 @@ def undone_on_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_on_signals(agree: Callable[[int], int] = lambda number: number) -> Iterator[StopRequest]:
-    """While the block runs, SIGINT and SIGTERM set the request that it yields; `agree` is its. Main thread only."""
+    """Yields a request that SIGINT and SIGTERM set while the block runs; see its `agree`. Main thread only."""
     request = StopRequest(agree)
     numbers = (signal.SIGINT, signal.SIGTERM)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # Handlers that do nothing but be there: the wake-up pipe speaks only for signals that Python handles.
+    # Empty handlers: the wake-up pipe receives only signals that Python handles.
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(reader, request), name="signals", daemon=True)

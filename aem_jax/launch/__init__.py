@@ -1,1 +1,1 @@
-"""The rim: command line, run config, presets, serve, bench. Names turn into functions here and nowhere below."""
+"""The commands of `python -m aem_jax.launch`: train, evaluate, analyze, export, serve, and the rest."""

@@ -1,7 +1,8 @@
 """The command line: `python -m aem_jax.launch [command] [--field value …]`.
 
-Precedence: a component's defaults < preset < command line. Reading is our own (one mechanism for TOML, JSON and words,
-errors of one line); `--help` is tyro's, from the docstrings of the configs. Nothing heavy loads before it is needed.
+Precedence: a component's defaults < preset < command line. `config/overrides.py` reads the words (as it reads TOML and
+JSON, with errors of one line); tyro prints `--help` from the docstrings of the configs. Heavy imports stand inside the
+commands that need them.
 """
 
 import errno
@@ -24,15 +25,15 @@ PROGRAM = "python -m aem_jax.launch"
 
 
 class Command(NamedTuple):
-    """What a command does, and the line of help on it."""
+    """A command and its line of help."""
 
     run: Callable[[Sequence[str]], int]
     help: str
 
 
 def main(words: Sequence[str]) -> int:
-    """Runs a command line; returns the exit status: 0, 2 for a mistake in it, 130 or 143 when stopped, 141 when its
-    output is no longer read."""
+    """Runs a command line; returns the exit status: 0, 2 for a mistake in it, 130 or 143 when stopped by a signal, 141
+    when the reader of its output is gone."""
     try:
         if broken := next((word for word in words if valid_text(word) != word), None):
             raise ConfigError(f"expected words in UTF-8, got {broken!a}; rename the file or folder that it names")
@@ -44,13 +45,13 @@ def main(words: Sequence[str]) -> int:
             hint = nearest(name, COMMANDS) or f"; commands are {', '.join(COMMANDS)}"
             raise ConfigError(f"unknown command {name!r}{hint}")
         return COMMANDS[name].run(rest)
-    except BrokenPipeError:  # whoever read our output (head, less) has left
+    except BrokenPipeError:  # the reader of the output (head, less) is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be printed cannot be
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be printed
         print(f"error: {error}", file=sys.stderr)
         return 2
     except StoppedError as stopped:
@@ -63,7 +64,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    from aem_jax.config.options import apply
+    from aem_jax.config.overrides import apply
     from aem_jax.config.saved import absolute, run_name
 
     options = _options(words, "train")
@@ -71,15 +72,15 @@ def _train(words: Sequence[str]) -> int:
     if "help" in options:
         return _help(preset, "train", f"{COMMANDS['train'].help}\n\n{_overview()}")
     config = apply(preset, options)
-    # The variable is read here and nowhere else, so that a run's folder says what its games were.
+    # The variable is read only here, so that the run's config records the folder of its games.
     data = config.alfworld_data or os.environ.get("ALFWORLD_DATA", "")
     config = absolute(replace(config, name=run_name(config, options), alfworld_data=data))
 
-    from aem_jax.config.components import check
+    from aem_jax.config.validate import check
 
     check(config)
 
-    from aem_jax.launch.run import train
+    from aem_jax.launch.training import train
 
     return train(config)
 
@@ -90,17 +91,17 @@ def _evaluate(words: Sequence[str]) -> int:
         return _help(_preset(options), "evaluate", COMMANDS["evaluate"].help)
     config = _trained(options)
 
-    from aem_jax.config.components import check
+    from aem_jax.config.validate import check
 
     check(config)
 
-    from aem_jax.launch.run import evaluate
+    from aem_jax.launch.evaluation import evaluate
 
     return evaluate(config)
 
 
 def _analyze(words: Sequence[str]) -> int:
-    from aem_jax.config.options import apply, split
+    from aem_jax.config.overrides import apply, split
     from aem_jax.launch.analyze import AnalyzeConfig, analyze
 
     names, options = split(words)
@@ -112,14 +113,14 @@ def _analyze(words: Sequence[str]) -> int:
 
 
 def _export(words: Sequence[str]) -> int:
-    from aem_jax.config.options import split
+    from aem_jax.config.overrides import split
 
     names, options = split(words)
     if "help" in options:
         return _help(_preset({}), "export FOLDER", COMMANDS["export"].help)
     if len(names) != 1:
         raise ConfigError(f"expected one folder to write to, got {len(names)}; export FOLDER --name RUN")
-    if not names[0] or "://" in names[0]:  # as a path, these would be the working folder, and a folder of that name
+    if not names[0] or "://" in names[0]:  # paths of the working folder, and of a folder with that name
         raise ConfigError(f"expected the path of a folder to write to, got {names[0]!r}")
     from aem_jax.config.overrides import read
 
@@ -135,8 +136,8 @@ def _export(words: Sequence[str]) -> int:
 
 
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
-    """The config of a run that is there: its own, not the preset as it may be by now, with the options in place."""
-    from aem_jax.config.options import apply
+    """The config of an existing run: the saved one with the options in place, because the preset may have changed."""
+    from aem_jax.config.overrides import apply
     from aem_jax.config.saved import absolute, load, run_name
 
     asked = apply(_preset(options), options)
@@ -146,7 +147,7 @@ def _trained(options: dict[str, list[str]]) -> "RunConfig":
 
 
 def _serve(words: Sequence[str]) -> int:
-    from aem_jax.config.options import apply, split
+    from aem_jax.config.overrides import apply, split
     from aem_jax.launch.serve import ServeConfig, run
 
     names, options = split(words)
@@ -158,7 +159,7 @@ def _serve(words: Sequence[str]) -> int:
 def _bench(words: Sequence[str]) -> int:
     from aem_jax.bench.command import run
     from aem_jax.bench.config import BenchConfig
-    from aem_jax.config.options import apply, split
+    from aem_jax.config.overrides import apply, split
 
     names, options = split(words)
     if "help" in options:
@@ -172,7 +173,7 @@ def _doctor(words: Sequence[str]) -> int:
     if lacking():
         return 1
 
-    from aem_jax.config.options import apply, split
+    from aem_jax.config.overrides import apply, split
     from aem_jax.doctor.config import DoctorConfig
 
     names, options = split(words)
@@ -185,7 +186,7 @@ def _doctor(words: Sequence[str]) -> int:
 
 
 def _plan(words: Sequence[str]) -> int:
-    from aem_jax.config.options import apply
+    from aem_jax.config.overrides import apply
     from aem_jax.plan.command import run
     from aem_jax.plan.config import plan_config
 
@@ -203,29 +204,29 @@ def _presets(words: Sequence[str]) -> int:
         raise ConfigError(f"expected nothing after presets, got {' '.join(words)!r}")
     for name in preset_names():
         print(f"{name:22} {describe_preset(name)}")
-    print("\nalgorithms, each to go with one of these (--preset alfworld-tiny gspo):")
+    print("\nalgorithms, to combine with one of these (--preset alfworld-tiny gspo):")
     for name in algorithm_names():
         print(f"{name:22} {describe_preset(name)}")
     return 0
 
 
 COMMANDS: Mapping[str, Command] = {
-    "train": Command(
-        _train, "Trains a policy, or goes on where the same command stopped; what is done without a command."
-    ),
+    "train": Command(_train, "Trains a policy, or resumes where the same command stopped; the default command."),
     "evaluate": Command(_evaluate, "Evaluates a trained run on its fixed evaluation sets."),
     "analyze": Command(
         _analyze,
-        "Puts the paper's claims to the test on a trained run: surprisal, drift, dynamics; writes RUN/analysis.",
+        "Tests the paper's claims on a trained run: surprisal, drift, dynamics; writes RUN/analysis.",
     ),
     "export": Command(
         _export,
-        "Writes a trained run's model in Hugging Face's files; --adapter True: a LoRA run's adapter, in PEFT's.",
+        "Writes a trained run's model as Hugging Face files; --adapter True: a LoRA run's adapter, as PEFT files.",
     ),
     "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),
-    "doctor": Command(_doctor, "Says whether this machine trains correctly, and how fast; type it first on a new one."),
-    "bench": Command(_bench, "Measures the parts on this machine; prints a table and one JSON line."),
-    "plan": Command(_plan, "Says what a run takes on devices that need not be there: memory, FLOPs, time."),
+    "doctor": Command(
+        _doctor, "Checks whether this machine trains correctly, and how fast; run it first on a new machine."
+    ),
+    "bench": Command(_bench, "Measures the components on this machine; prints a table and one JSON line."),
+    "plan": Command(_plan, "Estimates the memory, FLOPs and time of a run on devices that need not be there."),
     "presets": Command(_presets, "Lists the presets."),
 }
 
@@ -233,15 +234,15 @@ COMMANDS: Mapping[str, Command] = {
 def _overview() -> str:
     rows = [f"  {name:9} {command.help}" for name, command in COMMANDS.items()]
     stopping = (
-        "Ctrl-C or SIGTERM lets the step at hand end, saves, and exits with 130 or 143; the same command resumes. "
-        "A second Ctrl-C quits at once."
+        "Ctrl-C or SIGTERM finishes the current step, saves, and exits with 130 or 143; the same command resumes the "
+        "run. A second Ctrl-C quits at once."
     )
-    defaults = "The defaults below are those of the preset chosen."
+    defaults = "The defaults below are those of the chosen preset."
     return "\n".join(["commands (each has its own --help):", *rows, "", stopping, "", defaults])
 
 
 def _options(words: Sequence[str], command: str) -> dict[str, list[str]]:
-    from aem_jax.config.options import split
+    from aem_jax.config.overrides import split
 
     positional, options = split(words)
     if positional:
@@ -250,7 +251,7 @@ def _options(words: Sequence[str], command: str) -> dict[str, list[str]]:
 
 
 def _preset(options: dict[str, list[str]]) -> "RunConfig":
-    """What the presets say that the options name, or the default one; takes that option out."""
+    """The config of the presets that the options name, or of the default one; removes that option."""
     from aem_jax.config.presets import read_preset
 
     names = options.pop("preset", None)

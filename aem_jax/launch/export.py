@@ -1,4 +1,4 @@
-"""`export FOLDER`: a run's latest checkpoint as a model in Hugging Face's files, tokenizer included; or its adapter."""
+"""`export FOLDER`: writes a run's latest checkpoint as a Hugging Face model with its tokenizer, or as an adapter."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,15 +26,15 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
     Args:
         config: the run's own.
         folder: to write to; new or empty.
-        adapter: write what a LoRA run trained, in PEFT's files; else its adapter is merged into the weights.
+        adapter: write a LoRA run's adapter, in PEFT's files; otherwise it is merged into the weights.
 
     Raises:
-        ConfigError: the run has no checkpoint, or no adapter, or the folder is not free.
+        ConfigError: the run has no checkpoint or no adapter, or the folder is not empty.
     """
     run = Path(config.runs_dir) / config.name
     try:
         check_free(folder)
-        runtime.set_up(replace(config.runtime, distributed="off"))  # one process writes it
+        runtime.set_up(replace(config.runtime, distributed="off"))  # one process writes the files
         chat, mesh = ChatTokenizer.from_pretrained(run / inputs.TOKENIZER, appends=False), make_mesh(config.mesh)
         policy = components.make_policy(config, chat.vocab_size, saved.model_files(config, run))
         if adapter and not isinstance(policy, LoraPolicy):
@@ -47,13 +47,13 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
             state = checkpoints.restore(abstract_state(trained, optimizer, mesh))
         step, params = int(state.step), policy_params(trained, state.params)
         if adapter and isinstance(policy, LoraPolicy):
-            stands_on = config.model.path or str((run / frozen_weights.FOLDER).resolve())
+            base = config.model.path or str((run / frozen_weights.FOLDER).resolve())
             with undone_on_interrupt():
-                save_adapter(folder, policy, params, base=stands_on)
+                save_adapter(folder, policy, params, base=base)
         else:
             if isinstance(policy, LoraPolicy):
                 frozen, _ = frozen_weights.load(config, run, policy.whole, mesh, inputs.load(run).get(inputs.FROZEN))
-                merged = jax.jit(policy.merge)(params, frozen["layers"])  # the numbers that were sampled with
+                merged = jax.jit(policy.merge)(params, frozen["layers"])  # the merged weights that were sampled with
                 params = {**frozen, "layers": {**frozen["layers"], **merged}}
             used = policy.config.dtype
             with undone_on_interrupt():

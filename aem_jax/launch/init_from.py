@@ -1,7 +1,6 @@
-"""Beginning where another run began: its tokenizer, and its parameters before reinforcement learning.
+"""Starting from another run: its tokenizer, and its parameters before reinforcement learning.
 
-So variants of one setting can be compared in pairs: what is the same before the first step need not be learnt, nor
-differ, twice.
+Variants that share a start can be compared in pairs, and the warm start is trained once.
 """
 
 from pathlib import Path
@@ -18,44 +17,44 @@ from aem_jax.models import LoraPolicy, Params, Policy, policy_params
 
 
 def tokenizer(config: RunConfig) -> Path:
-    """The folder of the tokenizer of the run that `config` begins from.
+    """The folder of the tokenizer of the run that `config` starts from.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no such folder.
     """
-    folder = Path(config.warmstart.begin_from) / "tokenizer"
+    folder = Path(config.warmstart.init_from) / "tokenizer"
     if not folder.exists():
-        raise ConfigError(f"--warmstart.begin-from: expected a run's folder with a tokenizer, got none in {folder}")
+        raise ConfigError(f"--warmstart.init-from: expected a run's folder with a tokenizer, got none in {folder}")
     return folder
 
 
 def parameters(config: RunConfig, policy: Policy | LoraPolicy, vocab_size: int, mesh: Mesh) -> Params:
-    """float32 parameters of the run that `config` begins from, at its step 0, in the train layout; no value head's.
+    """float32 parameters at step 0 of the run that `config` starts from, in the train layout, without a value head.
 
     Args:
-        config: the run that begins.
-        policy: what it trains.
+        config: of the new run.
+        policy: that the new run trains.
         vocab_size: of the tokenizer.
-        mesh: where the parameters are to lie.
+        mesh: to place the parameters on.
 
     Raises:
-        ConfigError: there is no such run, it trains another model, or it has not kept step 0.
+        ConfigError: no such run, one that trains another model, or one without a checkpoint of step 0.
     """
-    run = Path(config.warmstart.begin_from)
+    run = Path(config.warmstart.init_from)
     other = saved.load(run)
     trained = components.make_policy(other, vocab_size, saved.model_files(other, run))
     if isinstance(trained, LoraPolicy) or isinstance(policy, LoraPolicy) or trained.config != policy.config:
         raise ConfigError(
-            f"--warmstart.begin-from: expected a run that trains all weights of {policy.config}, got {trained.config} "
+            f"--warmstart.init-from: expected a run that trains all weights of {policy.config}, got {trained.config} "
             f"in {run}; give the same --model and --tokenizer"
         )
-    # The optimizer's state lies beside the parameters and is read with them; it is of the other run's learner.
+    # The checkpoint holds the optimizer's state, too, in the form of the other run's learner.
     valued = components.trained_policy(other, trained)
     state = abstract_state(valued, make_optimizer(other.learner, valued.axes), mesh)
     with Checkpoints(run / "checkpoints", other.checkpoint) as checkpoints:
         if 0 not in checkpoints.steps:
             raise ConfigError(
-                f"--warmstart.begin-from: expected a checkpoint of step 0 in {run}, got steps {checkpoints.steps}; "
+                f"--warmstart.init-from: expected a checkpoint of step 0 in {run}, got steps {checkpoints.steps}; "
                 "train it with --checkpoint.keep-first True"
             )
         restored: Any = checkpoints.restore(state, step=0)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line in a terminal, plain lines anywhere else."""
+"""Progress of a run: a live bar in a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -20,18 +20,18 @@ SHOWN = (
     ("grad norm", "learner/grad_norm", "{:.2f}"),
     ("parity", "parity/max", "{:.0e}"),
 )
-"""Label, metric and format of what is shown, in this order, as far as the metrics have it."""
+"""Label, metric and format of the numbers to show, in this order; missing metrics are left out."""
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextmanager
 def open_progress(stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> Iterator[Report]:
-    """Progress of a run: phase, step, success, entropy, time left.
+    """Opens the progress of a run: phase, step, success, entropy, time left.
 
     Args:
-        stream: where to write; standard output where it is not given. A terminal gets a live bar, anything else lines.
-        clock: seconds from anywhere.
+        stream: to write to; standard output by default. A terminal gets a live bar, anything else lines.
+        clock: seconds since any fixed time.
 
     Yields:
         The function to call after each unit of work.
@@ -54,7 +54,7 @@ def open_progress(stream: TextIO | None = None, clock: Callable[[], float] = tim
 
 
 def live_progress(bars: Progress, clock: Callable[[], float]) -> Report:
-    """One bar a phase; the bar of a finished phase stays, with its last numbers."""
+    """One bar a phase; a finished phase keeps its bar and last numbers."""
     tasks: dict[str, Any] = {}
     time_left = left_timer(clock)
 
@@ -71,7 +71,7 @@ def live_progress(bars: Progress, clock: Callable[[], float]) -> Report:
 
 
 def plain_progress(stream: TextIO, clock: Callable[[], float]) -> Report:
-    """A line at the first and last unit of each phase, and every few seconds between."""
+    """A line at the first and last unit of each phase, and every few seconds in between."""
     time_left = left_timer(clock)
     last: tuple[str, float] | None = None
 
@@ -89,8 +89,7 @@ def plain_progress(stream: TextIO, clock: Callable[[], float]) -> Report:
 
 
 def left_timer(clock: Callable[[], float]) -> Callable[[str, int, int], str]:
-    """Time left of a phase from the pace since its first report: a resumed phase does not count what was done
-    before."""
+    """Time left of a phase, from the pace since its first report, so that a resumed phase is estimated correctly."""
     first: dict[str, tuple[int, float]] = {}
 
     def left(phase: str, done: int, total: int) -> str:
@@ -110,6 +109,6 @@ def clock_time(seconds: float) -> str:
 
 
 def shown(metrics: Mapping[str, Any]) -> str:
-    """The few metrics that tell how it goes, as text."""
-    found = [(label, metrics.get(name), form) for label, name, form in SHOWN]
-    return "  ".join(f"{label} {form.format(float(value))}" for label, value, form in found if value is not None)
+    """The metrics of `SHOWN`, as text."""
+    values = [(label, metrics.get(name), form) for label, name, form in SHOWN]
+    return "  ".join(f"{label} {form.format(float(value))}" for label, value, form in values if value is not None)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aem_jax.distributed import Hosts
+from aem_jax.distributed import ProcessGroup
 from aem_jax.rollout.episode import Episode
 from aem_jax.trajectory import Ending
 
@@ -43,7 +43,7 @@ class Answer:
     ids: Sequence[int] = ()
 
 
-def exchange(hosts: Hosts, own: Mapping[int, Answer], cohort: Sequence[Episode | None]) -> Mapping[int, Answer]:
+def exchange(hosts: ProcessGroup, own: Mapping[int, Answer], cohort: Sequence[Episode | None]) -> Mapping[int, Answer]:
     """The answers to all slots of a cohort, from those to each process's own. Collective.
 
     Everything that a rollout decides follows from these answers and from what the devices said, which is the same

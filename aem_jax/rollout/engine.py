@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aem_jax.distributed import ALONE, Hosts
+from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
 from aem_jax.rollout import continuous, lockstep
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.episode import Chat, Episode
@@ -38,7 +38,9 @@ class Rollout:
         ValueError: the pool has fewer sessions than there are slots.
     """
 
-    def __init__(self, sampler: Sampler, chat: Chat, pool: Pool, config: RolloutConfig, hosts: Hosts = ALONE) -> None:
+    def __init__(
+        self, sampler: Sampler, chat: Chat, pool: Pool, config: RolloutConfig, hosts: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
         self._sampler, self.config = sampler, config
         seats = Seats(pool, hosts, config.num_slots, config.num_cohorts)
         size = config.num_slots // config.num_cohorts

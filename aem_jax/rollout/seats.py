@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from aem_jax.distributed import Hosts
+from aem_jax.distributed import ProcessGroup
 from aem_jax.envs.protocol import StepResult
 
 
@@ -42,9 +42,9 @@ class Seats:
         ValueError: the pool has fewer sessions than this process has slots.
     """
 
-    def __init__(self, pool: Pool, hosts: Hosts, num_slots: int, num_cohorts: int) -> None:
+    def __init__(self, pool: Pool, hosts: ProcessGroup, num_slots: int, num_cohorts: int) -> None:
         self._pool, size = pool, num_slots // num_cohorts
-        own = hosts.share(size)
+        own = hosts.shard(size)
         if pool.capacity < num_cohorts * len(own):
             where = "" if hosts.count == 1 else f" of process {hosts.index}"
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from aem_jax.distributed import Hosts
+from aem_jax.distributed import ProcessGroup
 from aem_jax.rollout.answer import Answer, exchange
 from aem_jax.rollout.calls import Call, Cost, extending_cost, plan_calls
 from aem_jax.rollout.compute import compute
@@ -62,7 +62,7 @@ class Table:
         sampler: Sampler,
         chat: Chat,
         seats: Seats,
-        hosts: Hosts,
+        hosts: ProcessGroup,
         config: RolloutConfig,
         prompts: Prompts,
         first_slot: int,

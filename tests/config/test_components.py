@@ -8,8 +8,8 @@ import pytest
 
 from aem_jax.batch import BatchConfig
 from aem_jax.config import components
-from aem_jax.config.options import apply, split
-from aem_jax.config.presets import DEFAULT, algorithm_names, preset_names, read_preset
+from aem_jax.config.overrides import apply, split
+from aem_jax.config.presets import DEFAULT, read_preset
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.models.config import ModelChoice
@@ -88,7 +88,7 @@ def test_rows_follow_from_a_budget_of_tokens():
     assert components.microbatch_rows(split_up) == 8
     too_few = dataclasses.replace(split_up, batch=BatchConfig(tokens_per_microbatch=2799, row_length=700))
     with pytest.raises(ConfigError, match="tokens-per-microbatch: expected at least 2800 .* got 2799"):
-        components.check(too_few)
+        components.microbatch_rows(too_few)
 
 
 def test_the_warm_start_has_its_own_schedule():
@@ -96,65 +96,3 @@ def test_the_warm_start_has_its_own_schedule():
     learner = components.warmstart_learner(config)
     assert (learner.total_steps, learner.warmup_steps, learner.kl_coefficient) == (50, 5, 0.0)
     assert learner.learning_rate == config.warmstart.learning_rate
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_presets_hold_together(name: str):
-    for names in ((name,), *((name, algorithm) for algorithm in algorithm_names())):
-        components.check(read_preset(*names))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--rollout.num-slots", "128", "--env.sessions-per-server", "4"], "--rollout.num-slots: expected at most"),
-        (["--sampling.temperature", "0.7"], "--learner.temperature: expected 0.7 with --sampling.temperature 0.7, got"),
-        (["--sampling.temperature", "0", "--learner.temperature", "0.5"], "--learner.temperature: expected 1.0 with"),
-        (["--batch.row-length", "8"], "--batch.row-length: expected at least"),
-        (
-            ["--sampling.weights", "int8", "--lora.rank", "4", "--lora.merge", "False"],
-            "--sampling.weights: expected lora.merge with int8 weights, got False",
-        ),
-        (
-            ["--selection.filter-equal-outcomes", "True", "--rollout.group-size", "1"],
-            "--selection.filter-equal-outcomes: expected --rollout.group-size of at least 2, got 1",
-        ),
-        (
-            ["--selection.overlong-penalty", "1", "--selection.overlong-buffer", "17"],
-            "--selection.overlong-buffer: expected at most --rollout.response-tokens = 16, got 17",
-        ),
-        (
-            [
-                *("--selection.overlong-penalty", "1", "--selection.overlong-buffer", "17"),
-                *("--selection.overlong-of", "episode", "--rollout.context", "window"),
-            ],
-            "--selection.overlong-of: expected response with --rollout.context window, got episode",
-        ),
-        (["--model.name", "tinny"], "did you mean 'tiny'?"),
-        (["--metrics.wandb-project", "x"], "wandb is not installed"),
-    ],
-)
-def test_contradictions_name_their_fields(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(components, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError) as caught:
-        components.check(apply(read_preset(DEFAULT), split(words)[1]))
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["weights", "cache"])
-def test_a_sampler_in_int8_is_corrected_for_or_not(name: str):
-    """One rule for both: the weight may be left out, its gap is measured anyhow."""
-    words = [f"--sampling.{name}", "int8"]
-    for more in ([], ["--learner.importance-cap", "2"]):
-        components.check(apply(read_preset(DEFAULT), split([*words, *more])[1]))
-
-
-def test_an_adapter_apart_can_be_sampled_from_with_a_cache_in_int8():
-    words = ["--sampling.cache", "int8", "--lora.rank", "4", "--lora.merge", "False"]
-    components.check(apply(read_preset(DEFAULT), split(words)[1]))
-
-
-def test_kl_needs_its_reference_kept():
-    config = apply(RunConfig(), split(["--learner.kl-coefficient", "0.1", "--checkpoint.keep-first", "False"])[1])
-    with pytest.raises(ConfigError, match="--checkpoint.keep-first: expected True with --learner.kl-coefficient"):
-        components.check(config)

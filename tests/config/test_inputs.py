@@ -11,12 +11,12 @@ import pytest
 
 from aem_jax.checkpoint.checksum import checksums
 from aem_jax.config import inputs, saved
-from aem_jax.config.options import apply, split
+from aem_jax.config.overrides import apply, split
 from aem_jax.config.run import RunConfig
 from aem_jax.envs.openenv.config import OpenEnvConfig
 from aem_jax.errors import ConfigError
 from aem_jax.launch import frozen_weights
-from aem_jax.launch.run import opened
+from aem_jax.launch.context import open_run
 from aem_jax.models import ModelConfig, Policy, save_pretrained
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.lora import LoraConfig
@@ -202,7 +202,7 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch):
     assert kept("--bugs.train", "generated", "--bugs.evaluation", "a").bugs.train == "generated"
     assert kept("--openenv.serve", "env.py:Env").openenv.serve == f"{tmp_path}/env.py:Env"
     assert kept("--openenv.serve", "pkg.module:Env").openenv.serve == "pkg.module:Env"
-    for name in ("alfworld-data", "shop.data", "openenv.tasks", "warmstart.begin-from", "bugs.repos"):
+    for name in ("alfworld-data", "shop.data", "openenv.tasks", "warmstart.init-from", "bugs.repos"):
         assert f"'{tmp_path}{os.sep}x'" in str(kept(f"--{name}", "x")), name
     assert kept() == RunConfig() and saved.absolute(kept("--model.path", "m")) == kept("--model.path", "m")
 
@@ -226,6 +226,6 @@ def test_checkpoints_without_the_config_that_they_were_made_with_are_refused(tmp
     monkeypatch.setattr("aem_jax.distributed.runtime.set_up", lambda config: None)
     (tmp_path / "checkpoints/1").mkdir(parents=True)
     refused = pytest.raises(ConfigError, match=r"expected the config.json that .* was begun with .*, got none")
-    with refused, opened(RunConfig(), tmp_path, writes=writes):
+    with refused, open_run(RunConfig(), tmp_path, writes=writes):
         raise AssertionError("opened")
     assert not (tmp_path / "inputs.json").exists()

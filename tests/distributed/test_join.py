@@ -1,4 +1,4 @@
-"""When several processes are one run, and what they must have in common."""
+"""How the processes of a run are detected, and the settings that they must share."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from aem_jax.config.run import RunConfig
-from aem_jax.distributed import ALONE, Hosts, join
+from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup, join
 from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.errors import ConfigError
-from aem_jax.launch.run import _identity
+from aem_jax.launch.context import _identity
 
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[01-02]", "SLURM_NTASKS": "16", "SLURM_PROCID": "3",
@@ -19,48 +19,48 @@ SLURM = {
 }  # fmt: skip
 
 
-def pair() -> list[Hosts]:
-    """What two threads see of one another, as if they were processes."""
-    said, barrier = [b"", b""], threading.Barrier(2, timeout=60)
+def pair() -> list[ProcessGroup]:
+    """The groups of two threads that stand for processes."""
+    sent, barrier = [b"", b""], threading.Barrier(2, timeout=60)
 
     def gather(index: int, data: bytes) -> list[bytes]:
-        said[index] = data
+        sent[index] = data
         barrier.wait()
-        heard = list(said)
+        received = list(sent)
         barrier.wait()
-        return heard
+        return received
 
-    return [Hosts(index, 2, lambda data, index=index: gather(index, data)) for index in (0, 1)]
+    return [ProcessGroup(index, 2, lambda data, index=index: gather(index, data)) for index in (0, 1)]
 
 
 def both(function, arguments) -> list:
     with ThreadPoolExecutor(2) as threads:
-        found = [threads.submit(function, hosts, argument) for hosts, argument in zip(pair(), arguments, strict=True)]
-        return [each.exception() or each.result() for each in found]
+        calls = [threads.submit(function, *pairs) for pairs in zip(pair(), arguments, strict=True)]
+        return [call.exception() or call.result() for call in calls]
 
 
 def test_a_process_is_alone_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch):
-    assert join.announced() == join.expected(RuntimeConfig()) == 1
+    assert join.detected_count() == join.expected_count(RuntimeConfig()) == 1
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert join.announced() == join.expected(RuntimeConfig()) == 16
-    assert join.expected(RuntimeConfig(distributed="off")) == 1
-    assert join.expected(RuntimeConfig(distributed="mpi4py")) is None
+    assert join.detected_count() == join.expected_count(RuntimeConfig()) == 16
+    assert join.expected_count(RuntimeConfig(distributed="off")) == 1
+    assert join.expected_count(RuntimeConfig(distributed="mpi4py")) is None
     explicit = RuntimeConfig(coordinator="a:1", num_processes=2, process_id=0)
-    assert join.expected(explicit) == 2
+    assert join.expected_count(explicit) == 2
     monkeypatch.setenv("SLURM_NTASKS", "1")  # an interactive shell
-    assert join.expected(RuntimeConfig()) == 1
+    assert join.expected_count(RuntimeConfig()) == 1
 
 
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"num_processes": 2}, "say HOST:PORT of process 0"),
+        ({"num_processes": 2}, "give HOST:PORT of process 0"),
         ({"coordinator": "host"}, "expected coordinator HOST:PORT"),
         ({"coordinator": "host:1", "num_processes": 2}, "process_id from 0 to num_processes - 1"),
         ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "got 2 and 2"),
         ({"coordinator": "host:1", "num_processes": 2, "process_id": 0, "distributed": "mpi4py"}, "auto or on beside"),
-        ({"silence_s": 1.0}, "silence_s of at least 5"),
+        ({"heartbeat_timeout_s": 1.0}, "heartbeat_timeout_s of at least 5"),
     ],
 )
 def test_flags_that_say_half_are_refused(settings: dict, complaint: str):
@@ -70,7 +70,7 @@ def test_flags_that_say_half_are_refused(settings: dict, complaint: str):
 
 def test_a_record_says_nothing_of_the_process_that_wrote_it():
     explicit = RuntimeConfig(coordinator="a:1", num_processes=2, process_id=1, cpu_devices=4)
-    assert join.placeless(explicit) == RuntimeConfig(cpu_devices=4)
+    assert join.without_process(explicit) == RuntimeConfig(cpu_devices=4)
 
 
 def test_settings_that_differ_are_named_with_both_values():
@@ -93,8 +93,8 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_servers_elsewhere_are_dealt_to_the_processes():
-    share = lambda index, count, urls: join.share_urls(Hosts(index, count, lambda data: [data]), urls)
-    assert join.share_urls(ALONE, ("a", "b")) == ("a", "b")
+    share = lambda index, count, urls: join.shard_urls(ProcessGroup(index, count, lambda data: [data]), urls)
+    assert join.shard_urls(SINGLE_PROCESS, ("a", "b")) == ("a", "b")
     assert [share(index, 2, ("a", "b", "c")) for index in (0, 1)] == [("a", "c"), ("b",)]
     assert [share(index, 3, ("a", "b")) for index in (0, 1, 2)] == [("a",), ("b",), ("a",)]
     assert share(1, 2, ()) == ()

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from aem_jax.distributed.memory import computes_on_cpu
+from aem_jax.distributed.runtime import computes_on_cpu
 
 PROGRAM = """
 import resource, sys
 import jax, jax.numpy as jnp
-from aem_jax.distributed.memory import keep_freed_memory
+from aem_jax.distributed.runtime import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 f = jax.jit(lambda x, y: jnp.sum(jnp.sin(x[:, None] * y[None]) @ jnp.cos(y[:, None] + x[None])))

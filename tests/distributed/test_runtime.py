@@ -42,11 +42,11 @@ def test_what_we_say_is_seen_whatever_a_library_set_up_before(user_environment):
         "from aem_jax.config.run import RuntimeConfig\n"
         "from aem_jax.distributed.runtime import set_up\n"
         "set_up(RuntimeConfig(compilation_cache='off'))\n"
-        "for name in ('aem_jax.launch.stage', 'grain'): logging.getLogger(name).info('hello')\n"
+        "for name in ('aem_jax.launch.context', 'grain'): logging.getLogger(name).info('hello')\n"
         "logging.getLogger('grain').warning('mind')",
         user_environment,
     )
-    assert done.stderr.splitlines()[-2:] == ["INFO aem_jax.launch.stage: hello", "WARNING grain: mind"], done.stderr
+    assert done.stderr.splitlines()[-2:] == ["INFO aem_jax.launch.context: hello", "WARNING grain: mind"], done.stderr
 
 
 def test_simulated_devices_and_a_cache_that_fills(user_environment, tmp_path: Path):

@@ -87,7 +87,9 @@ runpy.run_module("aem_jax.launch", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize("module", ["aem_jax.launch.cli", "aem_jax.config.run", "jax._src.core", "aem_jax.launch.run"])
+@pytest.mark.parametrize(
+    "module", ["aem_jax.launch.cli", "aem_jax.config.run", "jax._src.core", "aem_jax.launch.training"]
+)
 def test_ctrl_c_while_modules_load_is_quiet(module: str, tmp_path: Path, user_environment):
     code = INTERRUPTED.replace("MODULE", module)
     line = [sys.executable, "-c", code, "train", "--runs-dir", str(tmp_path)]

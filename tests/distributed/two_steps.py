@@ -6,7 +6,6 @@ As a script: `two_steps.py INDEX COUNT COORDINATOR OUT` is one process of such a
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aem_jax.advantage import grpo, of_returns, over_trajectories
-from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.batch import BatchLayout
 from aem_jax.credit import AemConfig, make_credit
-from aem_jax.distributed import ALONE, Hosts
+from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
 from aem_jax.envs.protocol import StepResult
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.layout import make_reshard
-from aem_jax.selection import Rule, play_rounds, succeeded
+from aem_jax.selection import Rule, succeeded
 from aem_jax.sharding import MeshConfig, make_mesh
-from aem_jax.train import Parts, train
+from aem_jax.train import train
 from aem_jax.trajectory import Task
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
@@ -57,55 +56,58 @@ class VowelEnv:
         pass
 
 
-def two_steps(mesh: Mesh, hosts: Hosts = ALONE, broken: Callable = lambda *_: False) -> dict[str, Any]:
+def two_steps(
+    mesh: Mesh, processes: ProcessGroup = SINGLE_PROCESS, broken: Callable = lambda *_: False
+) -> dict[str, Any]:
     """The metrics and the trajectories of two steps. Episodes outnumber slots, so that these are refilled; steps play
     a second round when some group's endings are all won or all lost."""
     config = LearnerConfig(learning_rate=3e-3)
     sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=32, slack=ROLLOUT.slack, mesh=mesh)
-    pool = LocalPool(ROLLOUT.num_slots // hosts.count, VowelEnv, broken)
+    pool = LocalPool(ROLLOUT.num_slots // processes.count, VowelEnv, broken)
     history, episodes = [], []
 
-    def finish(state, step, metrics, trajectories, credit):
+    def on_step(state, step, metrics, trajectories, credit):
         history.append({name: float(value) for name, value in metrics.items()})
         for t in trajectories:
             turns = [[turn.observation, turn.response, turn.response_ids.tolist(), turn.reward] for turn in t.turns]
             episodes.append([t.task.id, t.group, t.member, t.ending.value, turns])
 
-    rollout = Rollout(sampler, ByteChat(), pool, ROLLOUT, hosts)
+    rollout = Rollout(sampler, ByteChat(), pool, ROLLOUT, processes)
     tasks = [Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]
-    rule = Rule(len(tasks), max_rounds=2, outcome=succeeded)
-    parts = Parts(
-        warm_up=rollout.warm_up,
-        play=partial(play_rounds, rollout, lambda step, round: tasks, rule),
+    train(
+        init_state(POLICY, make_optimizer(config, POLICY.axes), mesh, jax.random.key(0)),
+        rollout=rollout,
+        tasks=lambda step, round: tasks,
+        rule=Rule(len(tasks), max_rounds=2, outcome=succeeded),
+        layout=LAYOUT,
+        mesh=mesh,
         reshard=make_reshard(POLICY, mesh),
-        collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
         credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(), 4, mesh),
         update=make_update(POLICY, config, mesh),
-        reference=None,
-        finish=finish,
-        stop=lambda: False,
+        key=jax.random.key(1),
+        seed=0,
+        num_steps=2,
+        on_step=on_step,
     )
-    state = init_state(POLICY, make_optimizer(config, POLICY.axes), mesh, jax.random.key(0))
-    train(state, parts, jax.random.key(1), 2)
     return {"history": history, "episodes": episodes}
 
 
 def main(index: int, count: int, coordinator: str, out: Path) -> None:
     """One process of a run."""
     from aem_jax.distributed.config import RuntimeConfig
-    from aem_jax.distributed.join import joined
+    from aem_jax.distributed.join import open_process_group
     from aem_jax.distributed.runtime import set_up
 
     runtime = RuntimeConfig(
         platform="cpu", cpu_devices=8 // count, coordinator=coordinator, num_processes=count, process_id=index
     )
     set_up(runtime)
-    with joined(runtime) as hosts:
+    with open_process_group(runtime) as processes:
         # process 1's calls 4 and 9 fail: what was lost begins again, and nothing else changes
-        split = two_steps(make_mesh(MeshConfig()), hosts, lambda _, call: index == 1 and call in (4, 9))
+        split = two_steps(make_mesh(MeshConfig()), processes, lambda _, call: index == 1 and call in (4, 9))
         # heads on a tensor axis that goes from one process to the other
         mixed = np.reshape(jax.devices(), (count, -1)).T.ravel().tolist()
-        across = two_steps(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), mixed), hosts)
+        across = two_steps(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), mixed), processes)
     out.write_text(json.dumps({"split": split, "across": across}))
 
 

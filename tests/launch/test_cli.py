@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from aem_jax.config import saved
-from aem_jax.config.options import apply, split
-from aem_jax.config.overrides import annotations, as_values
+from aem_jax.config.overrides import annotations, apply, as_values, split
 from aem_jax.config.presets import DEFAULT, algorithm_names, describe_preset, preset_names, read_preset
-from aem_jax.config.run import RunConfig, is_harmless
+from aem_jax.config.run import RunConfig, may_change
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
 
@@ -25,7 +24,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     stand_in = types.SimpleNamespace(
         train=lambda config: seen.append(config) or 0, evaluate=lambda config: seen.append(config) or 0
     )
-    monkeypatch.setitem(sys.modules, "aem_jax.launch.run", stand_in)  # pyright: ignore[reportArgumentType]
+    for module in ("training", "evaluation"):
+        monkeypatch.setitem(sys.modules, f"aem_jax.launch.{module}", stand_in)  # pyright: ignore[reportArgumentType]
     return seen
 
 
@@ -129,7 +129,7 @@ def test_the_last_of_an_option_given_twice_counts():
         (["analyze", "runs/x", "--draws", "1"], "--draws: expected draws of at least 2, got 1"),
         (["--runs-dir", "a\udcff"], "expected words in UTF-8, got 'a\\udcff'"),
         (["--model.path", "a\udcff"], "expected words in UTF-8, got 'a\\udcff'"),
-        (["--warmstart.begin-from", "x", "--lora.rank", "2"], "--warmstart.begin-from: expected none with"),
+        (["--warmstart.init-from", "x", "--lora.rank", "2"], "--warmstart.init-from: expected none with"),
     ],
 )
 def test_mistakes_get_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
@@ -314,12 +314,12 @@ def test_a_resumed_run_may_change_what_is_harmless(tmp_path: Path):
 
 
 def test_harmless_fields_exist():
-    from aem_jax.config.run import HARMLESS
+    from aem_jax.config.run import MAY_CHANGE
 
     names = list(annotations(RunConfig))
-    for each in HARMLESS:
+    for each in MAY_CHANGE:
         assert any(name == each or (each.endswith(".") and name.startswith(each)) for name in names), each
-    assert not is_harmless("seed") and not is_harmless("aem.strength")
+    assert not may_change("seed") and not may_change("aem.strength")
 
 
 def test_evaluate_begins_from_the_run_s_own_config(trained, tmp_path: Path):

@@ -22,7 +22,7 @@ SMALL = read_preset(str(Path(__file__).with_name("small.toml")))
 
 
 def beginning(run: Path) -> RunConfig:
-    return replace(SMALL, warmstart=WarmstartConfig(begin_from=str(run)))
+    return replace(SMALL, warmstart=WarmstartConfig(init_from=str(run)))
 
 
 def parameters(config: RunConfig):

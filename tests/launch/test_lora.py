@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from aem_jax.config import components
-from aem_jax.config.options import apply, split
+from aem_jax.config import components, validate
+from aem_jax.config.overrides import apply, split
 from aem_jax.config.presets import read_preset
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
@@ -94,7 +94,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, environment) -> tuple[Path
         count = len(read_lines(run / "metrics.jsonl"))
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before, base = numbers(run), (run / "base" / "model.safetensors").read_bytes()
+    before, base = numbers(run), (run / "frozen_weights" / "model.safetensors").read_bytes()
     finish(start(folder, environment, *words, "--train.num-steps", str(count + 1)))
     return run, before, base
 
@@ -120,7 +120,7 @@ def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment
     assert all(record["parity/max"] < 1e-4 for record in steps)
     # the reference is the model as it came: at first the policy itself, up to rounding, then no longer
     assert abs(steps[0]["learner/kl_reference"]) < 1e-10 < steps[1]["learner/kl_reference"]
-    assert not (tmp_path / "run" / "base").exists()
+    assert not (tmp_path / "run" / "frozen_weights").exists()
     check_export(tmp_path / "run", model, tmp_path / "out", scale=2.0)
 
 
@@ -134,17 +134,17 @@ def test_on_a_warm_start_of_all_weights(resumed: tuple[Path, list[dict], bytes],
     assert len(read_lines(run / "warmstart.jsonl")) == 4
     adapter, base = (
         sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        for folder in (run / "checkpoints" / str(len(steps)), run / "base")
+        for folder in (run / "checkpoints" / str(len(steps)), run / "frozen_weights")
     )
     assert base > 50_000  # the weights, once; a checkpoint holds the adapter and its moments alone
     assert adapter < 3 * base
-    check_export(run, run / "base", tmp_path / "out", scale=8.0)
+    check_export(run, run / "frozen_weights", tmp_path / "out", scale=8.0)
 
 
 def test_killed_and_resumed_it_gives_the_same_numbers(resumed: tuple[Path, list[dict], bytes]):
     run, before, base = resumed
     assert numbers(run)[: len(before)] == before  # the steps that were lost give the same numbers again
-    assert (run / "base" / "model.safetensors").read_bytes() == base
+    assert (run / "frozen_weights" / "model.safetensors").read_bytes() == base
 
 
 def test_what_cannot_be_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -164,9 +164,9 @@ def test_a_reference_is_kept_where_it_is_not_the_frozen_weights():
     words = ["--checkpoint.keep-first", "False", "--learner.kl-coefficient", "0.1"]
     config = apply(read_preset(str(SMALL)), split(words)[1])
     lora = apply(config, split(["--lora.rank", "4"])[1])
-    components.check(lora)  # random weights: the warm start makes the base
+    validate.check(lora)  # random weights: the warm start makes the base
     files = split(["--model.path", "/a/model", *(f"--model.{name}=None" for name in ("hidden-size", "num-layers"))])[1]
-    assert components.reference_is_base(apply(lora, files | {"warmstart.episodes": ["0"]}))
-    assert not components.reference_is_base(apply(lora, files))
+    assert components.reference_is_frozen_weights(apply(lora, files | {"warmstart.episodes": ["0"]}))
+    assert not components.reference_is_frozen_weights(apply(lora, files))
     with pytest.raises(ConfigError, match="--checkpoint.keep-first"):
-        components.check(config)
+        validate.check(config)

@@ -8,7 +8,7 @@ import pytest
 from aem_jax.config.components import model_config
 from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
-from aem_jax.launch.mesh import open_mesh
+from aem_jax.launch.context import open_mesh
 from aem_jax.sharding import MeshConfig
 
 TINY = read_preset("alfworld-tiny")

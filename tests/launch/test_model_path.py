@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from aem_jax.config import components
-from aem_jax.config.options import apply, split
+from aem_jax.config import components, validate
+from aem_jax.config.overrides import apply, split
 from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
-from aem_jax.launch import cli, run, stage
+from aem_jax.launch import cli, context, initial
 from aem_jax.metrics import read_lines
 from aem_jax.models import ModelConfig, Policy, from_pretrained, save_pretrained
 from aem_jax.models.config import ModelChoice
@@ -92,7 +92,7 @@ def test_export_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_sizes_beside_a_path_are_refused(model: Path):
     words = ["--model.path", str(model), "--model.num-layers", "3"]
     with pytest.raises(ConfigError, match="--model.num-layers: expected none with --model.path"):
-        components.check(apply(read_preset("alfworld-tiny"), split(words)[1]))
+        validate.check(apply(read_preset("alfworld-tiny"), split(words)[1]))
 
 
 def test_weights_that_cannot_be_used_are_the_options_fault(model: Path, tmp_path: Path):
@@ -100,12 +100,12 @@ def test_weights_that_cannot_be_used_are_the_options_fault(model: Path, tmp_path
     held = load_file(folder / "model.safetensors")
     save_file({**held, "model.norm.weight": held["model.norm.weight"] * float("nan")}, folder / "model.safetensors")
     config = RunConfig(model=ModelChoice(path=str(folder)))
-    stage: Any = SimpleNamespace(policy=Policy(CONFIG), config=config, mesh=None)
+    run: Any = SimpleNamespace(config=config, mesh=None)
     with pytest.raises(ConfigError, match=r"--model.path: expected finite numbers in .*, got NaN .* model.norm.weight"):
-        run._parameters(stage)
+        initial.initial_parameters(run, Policy(CONFIG))
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="--model.path: expected model.safetensors or .*, got neither"):
-        run._parameters(stage)
+        initial.initial_parameters(run, Policy(CONFIG))
 
 
 def test_a_config_that_the_tokenizer_cannot_read_is_named_itself(tmp_path: Path):
@@ -114,6 +114,6 @@ def test_a_config_that_the_tokenizer_cannot_read_is_named_itself(tmp_path: Path)
     asked = RunConfig(model=ModelChoice(path=str(tmp_path)))
     anything: Any = None
     with pytest.raises(ValueError, match=r"config.json: expected num_hidden_layers"):
-        stage._make_tokenizer(
+        context.make_tokenizer(
             asked, anything, tmp_path / "tokenizer", ChatTokenizer.from_pretrained, anything, anything
         )

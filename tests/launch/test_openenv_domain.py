@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from envs.servers import REPOSITORY, served
 
-from aem_jax.config import components
-from aem_jax.config.options import apply, split
+from aem_jax.config import validate
+from aem_jax.config.overrides import apply, split
 from aem_jax.config.presets import read_preset
-from aem_jax.config.run import is_harmless
+from aem_jax.config.run import may_change
 from aem_jax.launch import cli
 from aem_jax.launch.domains import DOMAINS, texts
 
@@ -20,7 +20,7 @@ def domain(*words: str):
     """The domain of a command line that names the preset `openenv-tiny`."""
     _, options = split(words)
     config = apply(read_preset("openenv-tiny"), options)
-    components.check(config)
+    validate.check(config)
     return DOMAINS[config.environment](config)
 
 
@@ -123,9 +123,9 @@ def test_a_run_with_no_environment_is_one_line(tmp_path: Path, capsys):
 
 
 def test_what_is_said_and_heard_is_part_of_a_run():
-    assert is_harmless("env.urls") and is_harmless("env.num_servers")
-    assert not is_harmless("env.wire.text_field") and not is_harmless("env.command")
-    assert not is_harmless("openenv.seeds")
+    assert may_change("env.urls") and may_change("env.num_servers")
+    assert not may_change("env.wire.text_field") and not may_change("env.command")
+    assert not may_change("openenv.seeds")
 
 
 ECHO = ["--openenv.reset", '{"word": "hi"}', "--openenv.actions", "ho", "hu", "--env.first-pause-s", "0.05"]

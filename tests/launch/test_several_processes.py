@@ -9,7 +9,7 @@ import pytest
 
 from aem_jax.metrics import comparable, read_lines
 
-from ..hosts.processes import finish, free_port, start
+from ..distributed.processes import finish, free_port, start
 
 SMALL = Path(__file__).with_name("small.toml")
 SHORT = (

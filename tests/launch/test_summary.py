@@ -2,7 +2,7 @@
 
 import io
 
-from aem_jax.launch.summary import print_summary, sampled
+from aem_jax.launch.evaluation import print_summary, sampled
 
 
 def record(phase: str, step: int, success: float) -> dict:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from aem_jax.distributed import Hosts
+from aem_jax.distributed import ProcessGroup
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.rollout.seats import Seats
@@ -48,7 +48,7 @@ class Recorded:
         return call
 
 
-def processes(count: int) -> list[Hosts]:
+def process_groups(count: int) -> list[ProcessGroup]:
     """What `count` processes see of each other, in threads of one."""
     said: list[bytes] = [b""] * count
     barrier = threading.Barrier(count, timeout=60)
@@ -60,7 +60,7 @@ def processes(count: int) -> list[Hosts]:
         barrier.wait()
         return heard
 
-    return [Hosts(i, count, lambda data, i=i: gather(i, data)) for i in range(count)]
+    return [ProcessGroup(i, count, lambda data, i=i: gather(i, data)) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +83,15 @@ def play(
 ):
     """(trajectories, stats, calls to the sampler) of each of `count` processes."""
 
-    def one(hosts: Hosts):
+    def one(processes: ProcessGroup):
         recorded = Recorded(sampler)
-        own = LocalPool(6 if count == 1 else 4, broken=lambda session, call: broken(hosts.index, session, call))
-        own = pool(hosts.index) if pool else own
-        rollout = Rollout(recorded, ByteChat(), own, config, hosts)  # pyright: ignore[reportArgumentType]
+        own = LocalPool(6 if count == 1 else 4, broken=lambda session, call: broken(processes.index, session, call))
+        own = pool(processes.index) if pool else own
+        rollout = Rollout(recorded, ByteChat(), own, config, processes)  # pyright: ignore[reportArgumentType]
         return *rollout(params, TASKS, jax.random.key(7)), recorded.calls
 
     with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(one, processes(count)))
+        return list(threads.map(one, process_groups(count)))
 
 
 def episodes(trajectories) -> list:
@@ -134,10 +134,10 @@ def test_a_session_that_stays_broken_masks_the_same_episodes_everywhere(sampler,
 
 def test_each_process_needs_sessions_for_its_own_slots_only():
     with ThreadPoolExecutor(2) as threads:
-        seats = list(threads.map(lambda hosts: Seats(LocalPool(6), hosts, 12, 2), processes(2)))
+        seats = list(threads.map(lambda processes: Seats(LocalPool(6), processes, 12, 2), process_groups(2)))
     assert [slot for slot in range(12) if seats[1].is_ours(slot)] == [3, 4, 5, 9, 10, 11]
     assert [seats[0].server_of(slot) for slot in (0, 3, 6, 9)] == [(0, 0), (1, 0), (0, 3), (1, 3)]
-    lonely = Hosts(1, 2, lambda data: [data, data])
+    lonely = ProcessGroup(1, 2, lambda data: [data, data])
     with pytest.raises(ValueError, match="each of 6 slots of process 1, got 5; raise the pool's sessions"):
         Seats(LocalPool(5), lonely, 12, 2)
 
@@ -155,11 +155,11 @@ def test_continuous_processes_agree_on_who_has_answered(sampler, params):
 def test_processes_that_no_longer_play_the_same_are_told(sampler, params):
     tasks = [TASKS, list(reversed(TASKS))]  # as if they had drawn different ones
 
-    def one(hosts: Hosts):
-        rollout = Rollout(sampler, ByteChat(), LocalPool(4), CONFIG, hosts)
-        return rollout(params, tasks[hosts.index], jax.random.key(7 + hosts.index))
+    def one(processes: ProcessGroup):
+        rollout = Rollout(sampler, ByteChat(), LocalPool(4), CONFIG, processes)
+        return rollout(params, tasks[processes.index], jax.random.key(7 + processes.index))
 
     with ThreadPoolExecutor(2) as threads:
-        for each in [threads.submit(one, hosts) for hosts in processes(2)]:
+        for each in [threads.submit(one, processes) for processes in process_groups(2)]:
             with pytest.raises(RuntimeError, match="no longer play the same episodes"):
                 each.result()

@@ -38,7 +38,7 @@ def openenv(config: RunConfig) -> Domain:
     given = [name for name, value in sources.items() if value]
     if len(given) != 1:
         raise ValueError(f"expected one of {', '.join(sources)} with openenv, got {' and '.join(given) or 'none'}")
-    if config.warmstart.episodes and not config.warmstart.begin_from:
+    if config.warmstart.episodes and not config.warmstart.init_from:
         raise ValueError(
             f"--warmstart.episodes: expected 0 with openenv, got {config.warmstart.episodes}; nobody is known who "
             "could demonstrate these tasks"

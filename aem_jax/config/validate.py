@@ -1,0 +1,84 @@
+"""Settings that contradict each other."""
+
+from importlib.util import find_spec
+
+from aem_jax.config import components
+from aem_jax.config.run import RunConfig
+from aem_jax.distributed.join import expected_count
+from aem_jax.errors import ConfigError
+from aem_jax.sampler.layout import INT8_MERGES
+
+
+def check(config: RunConfig) -> None:
+    """Refuses settings that contradict each other, before anything starts.
+
+    Raises:
+        ConfigError: two settings that contradict each other; the message names both.
+    """
+    components.known_model(config.model.name)
+    choice = vars(config.model)
+    sizes = [name for name in choice if name not in (*components.NO_SIZES, "dtype") and choice[name] is not None]
+    if config.model.path and sizes:
+        raise ConfigError(
+            f"--model.{sizes[0].replace('_', '-')}: expected none with --model.path, whose files give the sizes, "
+            f"got {choice[sizes[0]]}"
+        )
+    if config.warmstart.init_from and (config.model.path or config.lora.rank):
+        raise ConfigError(
+            "--warmstart.init-from: expected none with --model.path or --lora.rank, "
+            f"got {config.warmstart.init_from}; only a run that trains all weights can start from another such run"
+        )
+    servers = len(config.env.urls) or config.env.num_servers
+    sessions = servers * config.env.sessions_per_server
+    # With several processes, each plays its own slots with its own servers; the rollout checks them.
+    if sessions < config.rollout.num_slots and expected_count(config.runtime) == 1:
+        raise ConfigError(
+            f"--rollout.num-slots: expected at most {sessions} (servers × --env.sessions-per-server), "
+            f"got {config.rollout.num_slots}; raise --env.sessions-per-server or --env.num-servers"
+        )
+    sampled = config.sampling.temperature or 1.0  # greedy sampling records log-probabilities at temperature 1
+    if config.learner.temperature != sampled:
+        raise ConfigError(
+            f"--learner.temperature: expected {sampled} with --sampling.temperature {config.sampling.temperature}, "
+            f"got {config.learner.temperature}; the learner must see the distribution that was sampled"
+        )
+    if config.sampling.weights == "int8" and config.lora.rank and not config.lora.merge:
+        raise ConfigError(f"--sampling.weights: {INT8_MERGES}")
+    if (
+        config.learner.kl_coefficient
+        and not config.checkpoint.keep_first
+        and not components.reference_is_frozen_weights(config)
+    ):
+        raise ConfigError(
+            "--checkpoint.keep-first: expected True with --learner.kl-coefficient above 0, got False;"
+            " the reference policy is that of step 0, and a resumed run reads it from there"
+        )
+    _check_selection(config)
+    components.microbatch_rows(config)
+    if components.row_length(config) < config.rollout.context_tokens:
+        raise ConfigError(
+            f"--batch.row-length: expected at least --rollout.context-tokens = {config.rollout.context_tokens}, "
+            f"got {components.row_length(config)}"
+        )
+    if config.metrics.wandb_project and find_spec("wandb") is None:
+        raise ConfigError("--metrics.wandb-project: wandb is not installed; pip install 'aem_jax[wandb]'")
+
+
+def _check_selection(config: RunConfig) -> None:
+    selection, rollout = config.selection, config.rollout
+    if selection.filter_equal_outcomes and rollout.group_size == 1:
+        raise ConfigError(
+            "--selection.filter-equal-outcomes: expected --rollout.group-size of at least 2, got 1; the outcomes of a "
+            "group of one are always equal"
+        )
+    limit = components.LENGTHS[selection.overlong_of][1]
+    if selection.overlong_buffer > getattr(rollout, limit):
+        raise ConfigError(
+            f"--selection.overlong-buffer: expected at most --rollout.{limit.replace('_', '-')} = "
+            f"{getattr(rollout, limit)}, got {selection.overlong_buffer}"
+        )
+    if selection.overlong_penalty and selection.overlong_of == "episode" and rollout.context == "window":
+        raise ConfigError(
+            "--selection.overlong-of: expected response with --rollout.context window, got episode; "
+            "a window's prompt is rebuilt at each turn, so no episode is too long"
+        )

@@ -1,0 +1,300 @@
+"""What the phases of a run share, opened once: processes, checkpoints, tokenizer, policy, mesh, environment servers."""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from aem_jax.checkpoint import CheckpointError, Checkpoints
+from aem_jax.config import components, inputs, saved
+from aem_jax.config.overrides import as_values, flag
+from aem_jax.config.run import RunConfig
+from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup, join, runtime
+from aem_jax.distributed.signals import StopRequest, stop_on_signals
+from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.serving.pool import EnvPool
+from aem_jax.errors import ConfigError
+from aem_jax.launch import init_from
+from aem_jax.launch.domains import DOMAINS, Domain, texts
+from aem_jax.launch.progress import Report, open_progress
+from aem_jax.learner import TrainState, abstract_state, make_optimizer
+from aem_jax.models import LoraPolicy, ModelConfig, Params, Policy, ValuePolicy, policy_params
+from aem_jax.models.pretrained import read_config, resolve
+from aem_jax.plan.analytic import demand
+from aem_jax.plan.workload import workload
+from aem_jax.rollout import Rollout
+from aem_jax.rollout.caches import check_caches
+from aem_jax.sampler import Sampler
+from aem_jax.sampler.layout import make_lora_reshard, make_reshard
+from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, slot_shards
+from aem_jax.tokenizer import CHATML, ChatTokenizer
+
+log = logging.getLogger(__name__)
+
+PURPOSES = ("init", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What the phases of a run share.
+
+    Attributes:
+        config: the run's.
+        folder: the run's.
+        processes: of the run.
+        checkpoints: of the run.
+        stop: whether a signal has asked the run to stop.
+        report: shows progress.
+        suite: the environment with its tasks, evaluation sets and scripted agents.
+        chat: the tokenizer.
+        policy: the decoder, or adapters of it.
+        mesh: the device mesh.
+        rollout: plays episodes.
+        reshard: (the policy's parameters[, the frozen weights]) -> the sampled parameters, in the decode layout.
+    """
+
+    config: RunConfig
+    folder: Path
+    processes: ProcessGroup
+    checkpoints: Checkpoints
+    stop: StopRequest
+    report: Report
+    suite: Domain
+    chat: ChatTokenizer
+    policy: Policy | LoraPolicy
+    mesh: Mesh
+    rollout: Rollout
+    reshard: Callable[..., Any]
+
+    @property
+    def trained(self) -> Policy | LoraPolicy | ValuePolicy:
+        """What reinforcement learning trains: `policy`, with a value head if the algorithm has one."""
+        return components.trained_policy(self.config, self.policy)
+
+    def sampled_params(self, params: Params, frozen: Params | None) -> Any:
+        """The parameters to sample with, in the decode layout.
+
+        Args:
+            params: of `trained`.
+            frozen: the weights beside a LoRA adapter; None without LoRA.
+        """
+        own = policy_params(self.trained, params)
+        return self.reshard(own) if frozen is None else self.reshard(own, frozen)
+
+    def restore(self, step: int | None = None) -> TrainState:
+        """The state of a step, or of the latest checkpoint that can be read. Collective."""
+        optimizer = make_optimizer(self.config.learner, self.trained.axes)
+        return self.checkpoints.restore(abstract_state(self.trained, optimizer, self.mesh), step)
+
+    def key(self, purpose: str) -> jax.Array:
+        """The run's PRNG key for one of `PURPOSES`."""
+        return jax.random.split(jax.random.key(self.config.seed), len(PURPOSES))[PURPOSES.index(purpose)]
+
+
+@contextmanager
+def open_run(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[RunContext]:
+    """Sets up the machine and opens a run; what fails is a `ConfigError`.
+
+    Args:
+        config: the run's.
+        folder: the run's.
+        writes: whether the run goes on. Otherwise nothing in its folder changes, and another process may write to it.
+    """
+    with ExitStack() as stack:
+        try:
+            run = _open(config, folder, writes, stack)
+        except (CheckpointError, EnvError, ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error
+        try:
+            yield run
+        except (CheckpointError, EnvError, OSError) as error:
+            stopped = f"the run was stopped: {error}; the same command resumes it"
+            raise ConfigError(stopped if writes else str(error)) from error
+
+
+def _open(config: RunConfig, folder: Path, writes: bool, stack: ExitStack) -> RunContext:
+    """Opens everything for as long as `stack` is open, in the order in which mistakes are cheapest to find."""
+    runtime.set_up(config.runtime)  # before anything computes, as checkpoints do
+    processes = stack.enter_context(join.open_process_group(config.runtime))
+    join.check_same(processes, _identity(config))
+    checkpoints, has_checkpoint = _open_folder(config, folder, writes, processes, stack)
+    stop = stack.enter_context(stop_on_signals(processes.max))
+    report = stack.enter_context(open_progress()) if processes.is_first else _no_report
+    suite = DOMAINS[config.environment](config)
+    suite = replace(suite, evaluation=cache(suite.evaluation))
+    for split in config.evaluation.splits:  # an unreadable set is an error now, not after training
+        suite.evaluation(split, config.evaluation.size)
+    chat = _tokenizer(config, suite, folder / inputs.TOKENIZER, processes, report, stop, has_checkpoint)
+    model_files = saved.model_files(config, folder) if has_checkpoint else None
+    policy = components.make_policy(config, chat.vocab_size, model_files)
+    mesh = open_mesh(config, policy.config, processes)
+    rollout = _open_rollout(config, suite, chat, policy, mesh, processes, stack)
+    make = make_lora_reshard if isinstance(policy, LoraPolicy) else make_reshard
+    reshard: Callable[..., Any] = make(policy, mesh, int8=config.sampling.weights == "int8")  # pyright: ignore[reportArgumentType]
+    return RunContext(config, folder, processes, checkpoints, stop, report, suite, chat, policy, mesh, rollout, reshard)
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """The versions and settings that all processes of a run have in common."""
+    own = {name: value for name, value in runtime.versions().items() if name not in ("cpus", "devices")}
+    return own | {flag(name): value for name, value in as_values(config).items()}
+
+
+def _open_folder(
+    config: RunConfig, folder: Path, writes: bool, processes: ProcessGroup, stack: ExitStack
+) -> tuple[Checkpoints, bool]:
+    """(the run's checkpoints, whether there is one), after a check that the folder belongs to this config."""
+    if writes and processes.is_first and (folder / saved.FILE).exists():
+        saved.check_resumable(saved.load(folder), config, folder)
+    checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint, processes))
+    if writes:  # a folder that cannot be written is an error before anything else starts
+        join.check_shared(processes, folder)
+        checkpoints.claim()
+    has_checkpoint = processes.broadcast(checkpoints.latest is not None)
+    if not (has_checkpoint or writes):
+        raise ConfigError(f"no checkpoint in {folder}; train it first")
+    if has_checkpoint and processes.is_first and not (folder / saved.FILE).exists():
+        raise ConfigError(
+            f"expected the {saved.FILE} that {folder} was begun with beside its checkpoints, got none; "
+            "put a copy back, or give another --name to begin a new run"
+        )
+    if has_checkpoint and processes.is_first:
+        inputs.check_sources(folder, config, "refuse" if writes else "warn")
+    elif writes and processes.is_first:
+        (folder / inputs.FILE).unlink(missing_ok=True)  # left by an attempt that ended before its first checkpoint
+    return checkpoints, has_checkpoint
+
+
+def _no_report(phase: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
+    """Progress of a process that prints nothing."""
+
+
+def _tokenizer(
+    config: RunConfig,
+    suite: Domain,
+    folder: Path,
+    processes: ProcessGroup,
+    report: Report,
+    stop: StopRequest,
+    has_checkpoint: bool,
+) -> ChatTokenizer:
+    """The run's tokenizer, from its folder; process 0 makes it first where there is none.
+
+    A copy of another tokenizer is made anew until the run has a checkpoint, because the original may have changed.
+    """
+    appends, thinking = config.rollout.context == "append", config.tokenizer.thinking
+    load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)
+    is_copy = bool(config.model.path or config.warmstart.init_from)
+    if processes.is_first and not has_checkpoint and (is_copy or not folder.exists()):
+        make_tokenizer(config, suite, folder, load, report, stop)
+    processes.barrier()
+    if not folder.exists():  # process 0 was asked to stop before the tokenizer was trained
+        stop.check()
+    return load(folder)
+
+
+def make_tokenizer(
+    config: RunConfig,
+    suite: Domain,
+    folder: Path,
+    load: Callable[..., ChatTokenizer],
+    report: Report,
+    stop: StopRequest,
+) -> None:
+    """Saves the tokenizer of the model or of the run to start from, else one trained on texts of the environment."""
+    if config.model.path:
+        template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
+        model = resolve(config.model.path)
+        try:
+            chat = load(model, chat_template=template)
+        except ValueError:
+            read_config(model)  # transformers' tokenizers read this file, too, but do not name what is wrong in it
+            raise
+    elif config.warmstart.init_from:
+        chat = load(init_from.tokenizer(config))
+    else:
+        sizes, corpus = config.tokenizer, []
+        for count, episode in enumerate(texts(suite, sizes.episodes, config.rollout.max_turns), start=1):
+            corpus += episode
+            report("tokenizer", count, sizes.episodes, {})
+            if stop.requested:
+                return
+        chat = ChatTokenizer.train(corpus, vocab_size=sizes.vocab_size, whole_words=sizes.whole_words)
+    partial = folder.with_name(".tokenizer.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    chat.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)  # complete, or absent
+
+
+def open_mesh(config: RunConfig, model: ModelConfig, processes: ProcessGroup = SINGLE_PROCESS) -> Mesh:
+    """The run's mesh over all devices; with the default `config.mesh`, `choose_mesh` chooses its sizes. Collective.
+
+    Args:
+        config: the run's.
+        model: sizes of its decoder.
+        processes: of the run; all choose by the smallest device memory of any of them.
+
+    Raises:
+        ValueError: sizes whose product is not the number of devices, or that do not divide rows and slots.
+    """
+    devices = jax.devices()
+    if config.mesh != MeshConfig() or len(devices) == 1:
+        return make_mesh(config.mesh)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)  # a CPU reports none
+    memory = min(processes.gather_json(limit))
+    chosen = choose_mesh(demand(workload(config, model=model)), len(devices), memory)
+    if processes.is_first:
+        log.info(
+            "mesh of %d devices: data %d x fsdp %d x tensor %d (chosen; --mesh.* sets it)",
+            len(devices),
+            chosen.data,
+            chosen.fsdp,
+            chosen.tensor,
+        )
+    return make_mesh(chosen)
+
+
+def _open_rollout(
+    config: RunConfig,
+    suite: Domain,
+    chat: ChatTokenizer,
+    policy: Policy | LoraPolicy,
+    mesh: Mesh,
+    processes: ProcessGroup,
+    stack: ExitStack,
+) -> Rollout:
+    rows = components.microbatch_rows(config)
+    if rows % slot_shards(mesh):
+        raise ValueError(
+            f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {rows}"
+        )
+    if config.env.urls and config.environment != "openenv" and processes.is_first:
+        # OpenEnv's protocol has no message that asks a server for its settings.
+        expected = f"serve {suite.name} --settings '{json.dumps(dict(suite.settings))}'"
+        log.warning("servers of --env.urls keep the settings that they were started with; this run's are: %s", expected)
+    servers = replace(config.env, urls=join.shard_urls(processes, config.env.urls))
+    pool = stack.enter_context(EnvPool(servers, (suite.name, suite.settings)))
+    sampler = Sampler(
+        components.sampled_policy(config, policy),
+        config.sampling,
+        chat.stop_ids,
+        capacity=config.rollout.context_tokens,
+        slack=config.rollout.slack,
+        windows=config.rollout.windows,
+        mesh=mesh,
+    )
+    device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    caches = check_caches(sampler, config.rollout, device_bytes)
+    if processes.is_first:
+        log.info(caches)
+    return Rollout(sampler, chat, pool, config.rollout, processes)

@@ -1,0 +1,149 @@
+"""The state that training starts from: a checkpoint, another run, a model's files, or a warm start.
+
+A LoRA run without --model.path first trains all weights on demonstrations; these then are its frozen weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import jax
+
+from aem_jax.batch import place
+from aem_jax.config import components, inputs
+from aem_jax.errors import ConfigError
+from aem_jax.launch import frozen_weights, init_from
+from aem_jax.launch.context import RunContext
+from aem_jax.learner import TrainState, abstract_state, init_state, make_optimizer, make_supervised_update
+from aem_jax.metrics import append_line, drop_lines
+from aem_jax.models import LoraPolicy, Params, Policy, ValuePolicy
+from aem_jax.models.pretrained import resolve
+from aem_jax.models.weights import load_params
+from aem_jax.trajectory import Trajectory
+from aem_jax.warmstart import demonstrations, fitting, warmstart
+
+
+def load_frozen_weights(run: RunContext) -> Params | None:
+    """The weights beside a LoRA run's adapter, in the train layout; None without LoRA. Makes them if they are missing.
+
+    Raises:
+        ConfigError: they are missing and cannot be made, or are not those that the adapter was trained with.
+    """
+    config, folder, policy, is_first = run.config, run.folder, run.policy, run.processes.is_first
+    if not isinstance(policy, LoraPolicy):
+        return None
+    if components.warm_start_makes_frozen_weights(config) and not frozen_weights.is_there(folder):
+        _make_frozen_weights(run, policy.whole)
+    recorded = run.processes.broadcast(inputs.load(folder).get(inputs.FROZEN) if is_first else None)
+    frozen, sums = frozen_weights.load(config, folder, policy.whole, run.mesh, recorded)
+    if recorded is None and run.checkpoints.is_writer and is_first:
+        inputs.write(folder, {**inputs.load(folder), inputs.FROZEN: sums})
+    return frozen
+
+
+def _make_frozen_weights(run: RunContext, policy: Policy) -> None:
+    if run.processes.count > 1:
+        raise ConfigError(
+            "--lora.rank: expected --model.path (frozen weights in files) where several processes run, got none; "
+            "train with one process first, export the run, and give that folder"
+        )
+    if run.checkpoints.latest is not None:
+        raise ConfigError(
+            f"expected the frozen weights of this LoRA run in {run.folder / frozen_weights.FOLDER}, got none"
+        )
+    source = _fitted(run, policy, None) if run.config.warmstart.episodes else initial_parameters(run, policy)
+    frozen_weights.save(run.folder, policy, run.mesh, source, run.chat.stop_ids)
+
+
+def initial_state(run: RunContext, frozen: Params | None) -> TrainState:
+    """The state at step 0, which is saved: initial parameters, fitted to demonstrations if there are to be any."""
+    config, trained = run.config, run.trained
+    optimizer = make_optimizer(config.learner, trained.axes)
+    run.checkpoints.check_space(abstract_state(trained, optimizer, run.mesh))
+    is_fitted = config.warmstart.init_from or components.warm_start_makes_frozen_weights(config)
+    fits = config.warmstart.episodes and not is_fitted
+    source = _fitted(run, run.policy, frozen) if fits else initial_parameters(run, run.policy)
+    if isinstance(trained, ValuePolicy) and not isinstance(source, jax.Array):  # a key makes all of it
+        source = jax.jit(trained.attach)(source)
+    state = init_state(trained, optimizer, run.mesh, source)
+    run.checkpoints.save(0, state)
+    return state
+
+
+def initial_parameters(run: RunContext, policy: Policy | LoraPolicy) -> Any:
+    """float32 parameters of another run or of the model's files; else a PRNG key, for random ones.
+
+    Raises:
+        ConfigError: the other run or the files cannot be used.
+    """
+    config = run.config
+    if isinstance(policy, LoraPolicy):
+        return jax.random.fold_in(run.key("init"), 1)  # the key itself makes the frozen weights
+    if config.warmstart.init_from:
+        return init_from.parameters(config, policy, run.chat.vocab_size, run.mesh)
+    if not config.model.path:
+        return run.key("init")
+    try:
+        return load_params(resolve(config.model.path), policy, mesh=run.mesh, dtype="float32")
+    except ValueError as error:
+        raise ConfigError(f"--model.path: {error}") from error
+
+
+def _fitted(run: RunContext, policy: Policy | LoraPolicy, frozen: Params | None) -> Params:
+    """Parameters of `policy` after supervised learning on the run's demonstrations."""
+    config, settings = run.config, run.config.warmstart
+    episodes = _demonstrations(run)
+    learner = components.warmstart_learner(config)
+    lines, is_first = run.folder / "warmstart.jsonl", run.processes.is_first
+    if is_first:
+        drop_lines(lines, 0)
+
+    def report(step: int, stats: Mapping[str, Any]) -> None:
+        run.stop.check()
+        values = {f"learner/{name}": float(value) for name, value in jax.device_get(stats).items()}
+        if is_first:
+            append_line(lines, {"step": step, **values})
+        run.report("warm start", step + 1, settings.steps, values)
+
+    source = initial_parameters(run, policy)
+    state = warmstart(
+        init_state(policy, make_optimizer(learner, policy.axes), run.mesh, source),
+        episodes,
+        update=partial(make_supervised_update(policy, learner, run.mesh), frozen=frozen),
+        place=lambda batch: place(batch, run.mesh),
+        layout=components.batch_layout(config, settings.batch_episodes, 1),
+        config=settings,
+        seed=config.seed,
+        report=report,
+    )
+    return state.params
+
+
+def _demonstrations(run: RunContext) -> Sequence[Trajectory]:
+    rollout, settings = run.config.rollout, run.config.warmstart
+    if run.suite.demonstrator is None:
+        raise ValueError(
+            f"expected --warmstart.episodes 0 with {run.suite.name}, got {settings.episodes}; "
+            "this environment has no expert to learn from"
+        )
+    tasks, episodes = run.suite.training[: settings.episodes], []
+    with closing(run.suite.make_env()) as env:
+        limits = {"instruction": rollout.instruction, "max_turns": rollout.max_turns}
+        for episode in demonstrations(env, run.suite.demonstrator, tasks, run.chat, **limits):
+            run.stop.check()
+            episodes.append(episode)
+            run.report("demonstrations", len(episodes), settings.episodes, {})
+    # All processes learn from the same episodes: a task that broke in one of them is left out in all.
+    own = [number for number, episode in enumerate(episodes) if episode is None]
+    broken = set().union(*run.processes.gather_json(own))
+    intact = [episode for number, episode in enumerate(episodes) if number not in broken]
+    shown = [episode for episode in intact if episode.success or not settings.only_successful]
+    learnt = fitting(shown, rollout.context_tokens)
+    if not learnt:
+        raise ConfigError(
+            f"--warmstart.episodes: expected demonstrations to learn from, got none; the expert solved {len(shown)} of "
+            f"{len(episodes)} episodes, and none of them has a turn within rollout.context_tokens "
+            f"{rollout.context_tokens}"
+        )
+    return learnt

@@ -1,0 +1,162 @@
+"""A run from its config: warm start, evaluation, training, evaluation, report.
+
+Finished phases are skipped, so rerunning the command resumes the run.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from aem_jax.batch import Batch
+from aem_jax.config import components, saved
+from aem_jax.config.algorithms import response_advantages, value_targets
+from aem_jax.config.run import RunConfig
+from aem_jax.credit import Credit, make_credit
+from aem_jax.data import task_groups
+from aem_jax.files import write_text
+from aem_jax.launch import evaluation
+from aem_jax.launch.context import RunContext, open_run
+from aem_jax.launch.initial import initial_state, load_frozen_weights
+from aem_jax.learner import TrainState, make_response_values, make_token_logprobs, make_update
+from aem_jax.metrics import MetricsWriter, drop_lines, json_line, read_lines
+from aem_jax.models import LoraPolicy, Params, ValuePolicy, policy_params
+from aem_jax.report import write_report
+from aem_jax.train import Metrics, transcripts
+from aem_jax.train import train as train_steps
+from aem_jax.trajectory import Trajectory
+
+
+def train(config: RunConfig) -> int:
+    """Trains, or resumes where the run was stopped.
+
+    Returns:
+        The exit status: 0 when the run is done, 130 or 143 when it was stopped and can be resumed.
+
+    Raises:
+        ConfigError: the config cannot be run.
+        StoppedError: the run was stopped outside of the training steps, and can be resumed.
+    """
+    folder = Path(config.runs_dir) / config.name
+    with open_run(config, folder, writes=True) as run:
+        is_first = run.processes.is_first
+        if is_first:
+            saved.save(config, folder, begun=run.checkpoints.latest is not None)
+        frozen = load_frozen_weights(run)
+        state = _start(run, frozen)
+        if int(state.step) < config.train.num_steps:
+            state = _train(run, state, frozen)
+        if int(state.step) < config.train.num_steps:
+            return run.stop.exit_status
+        _evaluate(run, state, frozen, "final", stop=run.stop.check)
+    if is_first:
+        report = write_report(folder)
+        records = read_lines(folder / evaluation.FILE)
+        evaluation.print_summary(records, evaluation.sampled(config.sampling.temperature))
+        print(f"report: {report}", flush=True)
+    return 0
+
+
+def _start(run: RunContext, frozen: Params | None) -> TrainState:
+    """The latest checkpoint's state, else an initial one. At step 0 it is evaluated, and so are the baselines."""
+    state = initial_state(run, frozen) if run.checkpoints.latest is None else run.restore()
+    if run.processes.is_first:
+        drop_lines(run.folder / evaluation.FILE, int(state.step) + 1)
+    if int(state.step) == 0:
+        if run.config.evaluation.baselines:
+            evaluation.play_baselines(run)
+        _evaluate(run, state, frozen, "warmstart", stop=run.stop.check)
+    return state
+
+
+def _train(run: RunContext, state: TrainState, frozen: Params | None) -> TrainState:
+    config, folder, trained, mesh = run.config, run.folder, run.trained, run.mesh
+    num_steps, num_groups = config.train.num_steps, config.rollout.groups_per_step
+    num_episodes = num_groups * config.rollout.group_size
+    settings = dataclasses.asdict(config)
+    is_first, start = run.processes.is_first, int(state.step)
+    writer = MetricsWriter(folder, config.metrics, start_step=start, run_config=settings) if is_first else None
+
+    def on_step(
+        state: TrainState, step: int, metrics: Metrics, trajectories: Sequence[Trajectory], credit: Credit
+    ) -> None:
+        done = step + 1
+        if writer:
+            writer.write(step, metrics)
+        run.report("train", done, num_steps, metrics)
+        score = None
+        if config.evaluation.every and (done % config.evaluation.every == 0 or done == num_steps):
+            # Evaluated before it is saved, because its score decides whether it is the best checkpoint.
+            phase = "final" if done == num_steps else "train"
+            score = _evaluate(run, state, frozen, phase, config.evaluation.splits[:1])
+        stopping = run.stop.look()
+        if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
+            if writer:
+                shown = transcripts(trajectories, credit, step)
+                writer.later(lambda: write_text(folder / "transcripts.json", json_line(shown)))
+                writer.wait()  # the metrics of a checkpoint's steps are on disk before the checkpoint
+            run.checkpoints.save(done, state, score=score)
+
+    with writer or nullcontext():
+        state = train_steps(
+            state,
+            rollout=run.rollout,
+            tasks=task_groups(run.suite.training, config.selection.tasks_per_round(num_groups), seed=config.seed),
+            rule=components.selection_rule(config),
+            layout=components.batch_layout(config, num_episodes, config.learner.num_minibatches),
+            mesh=mesh,
+            reshard=partial(run.sampled_params, frozen=frozen),
+            credit=make_credit(
+                response_advantages(config.algorithm), config.aem, num_groups, mesh, value_targets(config.algorithm)
+            ),
+            update=partial(make_update(trained, components.learner(config), mesh), frozen=frozen),
+            reference=_reference(run, frozen),
+            values=values_function(run, frozen),
+            key=run.key("train"),
+            seed=config.seed,
+            num_steps=num_steps,
+            on_step=on_step,
+            should_stop=run.stop.look,
+        )
+    if run.stop.look() and run.checkpoints.latest != int(state.step):
+        run.checkpoints.save(int(state.step), state)  # the signal came after `on_step` had looked
+    return state
+
+
+def _evaluate(
+    run: RunContext,
+    state: TrainState,
+    frozen: Params | None,
+    phase: str,
+    splits: Sequence[str] | None = None,
+    stop: Callable[[], None] = lambda: None,
+) -> float | None:
+    splits = run.config.evaluation.splits if splits is None else splits
+    return evaluation.evaluate_splits(run, state.params, frozen, int(state.step), phase, splits, stop)
+
+
+def values_function(run: RunContext, frozen: Params | None) -> Callable[[Any, Batch], jax.Array] | None:
+    """(parameters of `run.trained`, batch) -> values of its responses, f32[R]; None without a value head."""
+    trained = run.trained
+    if not isinstance(trained, ValuePolicy):
+        return None
+    values = make_response_values(trained, run.config.learner, run.mesh)
+    return lambda params, batch: values(params if frozen is None else (params, frozen), batch)
+
+
+def _reference(run: RunContext, frozen: Params | None) -> Callable[[Batch], jax.Array] | None:
+    """batch -> log-probabilities of the policy before reinforcement learning; None without a KL penalty."""
+    config, policy = run.config, run.policy
+    if not config.learner.kl_coefficient:
+        return None
+    if isinstance(policy, LoraPolicy) and components.reference_is_frozen_weights(config):
+        policy, params = policy.whole, frozen
+    else:
+        own = policy_params(run.trained, run.restore(step=0).params)
+        params = own if frozen is None else (own, frozen)
+    token_logprobs = make_token_logprobs(policy, config.learner, run.mesh)
+    return lambda batch: token_logprobs(params, batch)
