@@ -96,7 +96,7 @@ def train(state: TrainState, parts: Parts, key: jax.Array, num_steps: int) -> Tr
             **credit_stats,
             **learner_metrics(learner_stats),
             "compile/recompiles": 0 if step == first else compilations() - compiled,
-            "throughput/tokens_per_s": (played.sampled_tokens + played.heard_tokens) / (end - start),
+            "throughput/tokens_per_s": (played.sampled_tokens + played.prefill_tokens) / (end - start),
             "throughput/episodes_per_s": played.episodes / played.total_s,
             "time/rollout": rolled_out - start,
             "time/rollout_device": played.device_busy_s,

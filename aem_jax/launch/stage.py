@@ -27,8 +27,7 @@ from aem_jax.launch.progress import Report, open_progress
 from aem_jax.learner import make_response_values
 from aem_jax.models import LoraPolicy, Policy, ValuePolicy, policy_params
 from aem_jax.models.pretrained import read_config, resolve
-from aem_jax.rollout import Rollout
-from aem_jax.rollout.caches import check_caches
+from aem_jax.rollout import Rollout, check_cache_memory
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.layout import make_lora_reshard, make_reshard
 from aem_jax.sharding import slot_shards
@@ -143,7 +142,7 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts, 
         mesh=mesh,
     )
     device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    caches = check_caches(sampler, config.rollout, device_bytes)
+    caches = check_cache_memory(sampler, config.rollout, device_bytes)
     if hosts.is_first:
         log.info(caches)
     rollout = Rollout(sampler, chat, pool, config.rollout, hosts)

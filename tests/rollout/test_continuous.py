@@ -92,7 +92,7 @@ def test_a_prompt_is_computed_once_however_late_its_group_begins(sampler, params
     expected, wanted = play(sampler, params, CONFIG, LocalPool(12), tasks)
     found, stats = play(sampler, params, CONTINUOUS, LatePool(12, seed), tasks)
     same(found, expected)
-    assert stats.heard_tokens == wanted.heard_tokens
+    assert stats.prefill_tokens == wanted.prefill_tokens
 
 
 class OneAtATime(LatePool):

@@ -9,7 +9,7 @@ import pytest
 from aem_jax.compilations import compilations
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
-from aem_jax.rollout.episode import windowed_ids
+from aem_jax.rollout.context import windowed_prompt
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.trajectory import Ending, Task, Trajectory
 
@@ -192,15 +192,15 @@ def test_windowed_context_rebuilds_each_prompt(sampler, params):
             )
 
 
-def test_a_window_may_drop_earlier_thoughts():
+def test_a_window_may_drop_earlier_thinking():
     said = ["<think>\nup\n</think>\n\ngo", "down</think>\nstay", "<think>too long, it was cut"]
     turns = [("seen", text) for text in said]
     chat = Messages()
-    for thoughts, shown in ((True, said), (False, ["go", "stay", said[2]])):
-        windowed_ids(chat, [], turns, "end", "", 3, thoughts=thoughts)
+    for thinking, shown in ((True, said), (False, ["go", "stay", said[2]])):
+        windowed_prompt(chat, [], turns, "end", "", 3, thinking=thinking)
         assert [m["content"] for m in chat.messages if m["role"] == "assistant"] == shown
     with pytest.raises(ValueError, match="set rollout.context to 'window'"):
-        replace(CONFIG, thoughts="drop")
+        replace(CONFIG, thinking="drop")
 
 
 class Messages(ByteChat):

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aem_jax.rollout.calls import decoding_cost, extending_cost, plan_calls
-from aem_jax.rollout.compute import cut
+from aem_jax.rollout.batching import cut_into_buckets, decode_cost, plan_calls, prefill_cost
 
 WINDOWS, SIZES, NUM_SLOTS = (8, 32, 128), (1, 2, 4), 8
 
@@ -48,17 +47,17 @@ contexts = st.dictionaries(st.integers(0, NUM_SLOTS - 1), st.integers(1, WINDOWS
 
 @given(contexts, st.sampled_from([0.0, 3.0, 1e6]))
 def test_every_slot_is_in_one_call_whose_window_covers_it(contexts, weights):
-    calls = plan(contexts, decoding_cost(weights, 1.0, NUM_SLOTS, 4))
-    assert sorted(itertools.chain(*(call.meant for call in calls))) == sorted(contexts)
+    calls = plan(contexts, decode_cost(weights, 1.0, NUM_SLOTS, 4))
+    assert sorted(itertools.chain(*(call.targets for call in calls))) == sorted(contexts)
     for call in calls:
-        assert call.window == cover(max(contexts[slot] for slot in call.meant))
-        assert call.slots is None or set(call.meant) <= set(call.slots)
+        assert call.window == cover(max(contexts[slot] for slot in call.targets))
+        assert call.slots is None or set(call.targets) <= set(call.slots)
 
 
 @given(contexts, st.sampled_from([0.0, 40.0, 400.0]))
 def test_no_cut_by_length_is_cheaper(contexts, weights):
-    cost = decoding_cost(weights, 1.0, NUM_SLOTS, 4)
-    found = price([call.meant for call in plan(contexts, cost)], contexts, cost)
+    cost = decode_cost(weights, 1.0, NUM_SLOTS, 4)
+    found = price([call.targets for call in plan(contexts, cost)], contexts, cost)
     by_window = [[s for s in contexts if cover(contexts[s]) == window] for window in WINDOWS]
     for parts in cuts([slots for slots in by_window if slots]):
         assert found <= price(parts, contexts, cost)
@@ -67,20 +66,20 @@ def test_no_cut_by_length_is_cheaper(contexts, weights):
 def test_golden_calls():
     """Six short slots and one long: apart they read 8·8 + 1·128 positions a step, together 8·128."""
     contexts = {**dict.fromkeys(range(6), 5), 6: 100}
-    calls = plan(contexts, decoding_cost(0.0, 1.0, NUM_SLOTS, 4))
-    assert [(call.meant, None if call.slots is None else call.slots.tolist(), call.window) for call in calls] == [
+    calls = plan(contexts, decode_cost(0.0, 1.0, NUM_SLOTS, 4))
+    assert [(call.targets, None if call.slots is None else call.slots.tolist(), call.window) for call in calls] == [
         ((0, 1, 2, 3, 4, 5), None, 8),
         ((6,), [6], 128),
     ]
     # Reading the weights once more is worth 8·128 − 8·8 − 128 = 832 positions, less two copies of 128 in four steps.
-    assert len(plan(contexts, decoding_cost(767.0, 1.0, NUM_SLOTS, 4))) == 2
-    assert len(plan(contexts, decoding_cost(769.0, 1.0, NUM_SLOTS, 4))) == 1
+    assert len(plan(contexts, decode_cost(767.0, 1.0, NUM_SLOTS, 4))) == 2
+    assert len(plan(contexts, decode_cost(769.0, 1.0, NUM_SLOTS, 4))) == 1
 
 
 def test_extending_splits_only_where_no_more_slots_are_computed():
-    assert len(plan({0: 5, 1: 5, 2: 5, 3: 5, 4: 100}, extending_cost)) == 2  # 4 + 1 slots, not all 8
-    assert len(plan({0: 5, 1: 5, 2: 5, 3: 100}, extending_cost)) == 1  # 4 + 1 slots, not 4
-    assert len(plan({0: 5, 1: 100}, extending_cost)) == 2  # 1 + 1 slots, as 2, and less of the cache
+    assert len(plan({0: 5, 1: 5, 2: 5, 3: 5, 4: 100}, prefill_cost)) == 2  # 4 + 1 slots, not all 8
+    assert len(plan({0: 5, 1: 5, 2: 5, 3: 100}, prefill_cost)) == 1  # 4 + 1 slots, not 4
+    assert len(plan({0: 5, 1: 100}, prefill_cost)) == 2  # 1 + 1 slots, as 2, and less of the cache
 
 
 @pytest.mark.parametrize(
@@ -96,14 +95,14 @@ def test_extending_splits_only_where_no_more_slots_are_computed():
     ],
 )
 def test_golden_cuts(length, buckets, expected):
-    assert cut(length, buckets) == expected
+    assert cut_into_buckets(length, buckets) == expected
 
 
 @given(st.data(), st.sets(st.integers(1, 24), min_size=1, max_size=3))
 def test_no_other_cut_is_cheaper(data, buckets):
     length = data.draw(st.integers(1, 2 * max(buckets) - 1))
     buckets, price = tuple(sorted(buckets)), lambda each: sum(each) + 16 * len(each)
-    found = cut(length, buckets)
+    found = cut_into_buckets(length, buckets)
     assert sum(found) >= length and set(found) <= set(buckets)
     for count in range(1, 5):
         for other in itertools.combinations_with_replacement(buckets, count):

@@ -15,7 +15,7 @@ import pytest
 from aem_jax.distributed import Hosts
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
-from aem_jax.rollout.seats import Seats
+from aem_jax.rollout.batching import SlotSessions
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.trajectory import Task
 
@@ -134,12 +134,12 @@ def test_a_session_that_stays_broken_masks_the_same_episodes_everywhere(sampler,
 
 def test_each_process_needs_sessions_for_its_own_slots_only():
     with ThreadPoolExecutor(2) as threads:
-        seats = list(threads.map(lambda hosts: Seats(LocalPool(6), hosts, 12, 2), processes(2)))
-    assert [slot for slot in range(12) if seats[1].is_ours(slot)] == [3, 4, 5, 9, 10, 11]
-    assert [seats[0].server_of(slot) for slot in (0, 3, 6, 9)] == [(0, 0), (1, 0), (0, 3), (1, 3)]
+        sessions = list(threads.map(lambda hosts: SlotSessions(LocalPool(6), hosts, 12, 2), processes(2)))
+    assert [slot for slot in range(12) if sessions[1].is_local(slot)] == [3, 4, 5, 9, 10, 11]
+    assert [sessions[0].server_of(slot) for slot in (0, 3, 6, 9)] == [(0, 0), (1, 0), (0, 3), (1, 3)]
     lonely = Hosts(1, 2, lambda data: [data, data])
     with pytest.raises(ValueError, match="each of 6 slots of process 1, got 5; raise the pool's sessions"):
-        Seats(LocalPool(5), lonely, 12, 2)
+        SlotSessions(LocalPool(5), lonely, 12, 2)
 
 
 def test_continuous_processes_agree_on_who_has_answered(sampler, params):
