@@ -120,7 +120,7 @@ HARMLESS = (
 """Fields (or groups) that a resumed run may change: they decide where and how long, not what is computed."""
 
 
-HARMFUL = ("env.wire.", "env.command")
+HARMFUL = ("env.field_mapping.", "env.command")
 """Of these, what decides after all what is said and heard."""
 
 

@@ -15,7 +15,7 @@ from websockets.sync.client import connect as connect_blocking
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, StepResult, describe, encode_reset
 from aem_jax.envs.serving.address import websocket_url, without_password
-from aem_jax.envs.serving.field_mapping import WireMapping, decode_result, decode_step, step_encoder
+from aem_jax.envs.serving.field_mapping import FieldMapping, decode_result, decode_step, step_encoder
 
 CONNECTION_ERRORS = (OSError, TimeoutError, InvalidHandshake, ConnectionClosed)
 """What opening or using a connection raises when the other side is not there or not well."""
@@ -103,11 +103,11 @@ class RemoteEnvironment:
     def __init__(
         self,
         url: str,
-        mapping: WireMapping | None = None,
+        mapping: FieldMapping | None = None,
         deadline_s: float = 60.0,
         headers: Mapping[str, str] | None = None,
     ):
-        self._url, self._mapping, self._deadline_s = websocket_url(url), mapping or WireMapping(), deadline_s
+        self._url, self._mapping, self._deadline_s = websocket_url(url), mapping or FieldMapping(), deadline_s
         self._encode_step = step_encoder(self._mapping)
         self._held = contextlib.ExitStack()
         try:

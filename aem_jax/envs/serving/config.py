@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from aem_jax.envs.serving.address import keeps_secrets, without_password
-from aem_jax.envs.serving.field_mapping import WireMapping
+from aem_jax.envs.serving.field_mapping import FieldMapping
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PoolConfig:
     """Pause between the first two tries to start or reach a server; doubles up to 10 s."""
     send_admissible: bool = False
     """Whether own servers send the admissible actions with every observation."""
-    wire: WireMapping = field(default_factory=WireMapping)
+    field_mapping: FieldMapping = field(default_factory=FieldMapping)
     """Where the servers keep our words; the default suits own servers."""
     token_variable: str = ""
     """Environment variable with a token for the servers of urls, sent as `Authorization: Bearer …`; the token itself is

@@ -1,6 +1,6 @@
 """Other people's words and ours: where a server keeps what we need, and how a response becomes its action.
 
-OpenEnv fixes the messages, not the fields of actions and observations: those are each environment's own. `WireMapping`
+OpenEnv fixes the messages, not the fields of actions and observations: those are each environment's own. `FieldMapping`
 names them. Its defaults are the fields of our own servers; the preset `openenv-tiny` makes most of them optional.
 
 A path is dotted, list indices included: `messages.-1.content`. Alternatives are separated by `|`: the first that is
@@ -19,7 +19,7 @@ from aem_jax.files import parse_json, valid_text
 
 
 @dataclass(frozen=True)
-class WireMapping:
+class FieldMapping:
     """Where a server keeps our words. An empty name: it has no such field."""
 
     action_field: str = "text"
@@ -62,7 +62,7 @@ class WireMapping:
             raise ValueError(f"expected action_pattern with a group (…), got {self.action_pattern!r}")
 
 
-def step_encoder(mapping: WireMapping) -> Callable[[str], str]:
+def step_encoder(mapping: FieldMapping) -> Callable[[str], str]:
     """Returns the function `text -> request` of a mapping, with what never changes prepared once.
 
     Raises:
@@ -103,7 +103,7 @@ def _with(mapping: dict[str, Any], outer: list[str], last: str, value: str) -> d
     return {**mapping, outer[0]: _with(mapping[outer[0]], outer[1:], last, value)}
 
 
-def decode_result(raw: str | bytes, mapping: WireMapping) -> StepResult:
+def decode_result(raw: str | bytes, mapping: FieldMapping) -> StepResult:
     """Reads an observation message.
 
     Args:
@@ -142,7 +142,7 @@ def decode_result(raw: str | bytes, mapping: WireMapping) -> StepResult:
     return StepResult(_text(observation, mapping.text_field), reward, terminated, truncated, info)
 
 
-def decode_step(raw: str | bytes, mapping: WireMapping) -> StepResult:
+def decode_step(raw: str | bytes, mapping: FieldMapping) -> StepResult:
     """Reads the answer to a step: as `decode_result`, but for errors among `mapping.invalid_codes`, which are the
     policy's doing: an invalid action that changed nothing."""
     try:

@@ -46,7 +46,7 @@ class EnvPool:
 
     def __init__(self, config: PoolConfig, make: tuple[str, Mapping[str, Any]]):
         self._config = config
-        self._encode_step = step_encoder(config.wire)
+        self._encode_step = step_encoder(config.field_mapping)
         urls = [websocket_url(url) for url in config.urls]
         headers = bearer(config.token_variable)
         if config.command:

@@ -10,7 +10,7 @@ from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, LostError, RefusedError, StepResult, describe
 from aem_jax.envs.serving.client import CONNECTION_ERRORS, Connection
 from aem_jax.envs.serving.config import PoolConfig
-from aem_jax.envs.serving.field_mapping import WireMapping, decode_result
+from aem_jax.envs.serving.field_mapping import FieldMapping, decode_result
 from aem_jax.envs.serving.process import ServerProcess
 from aem_jax.envs.serving.supervisor import Supervisor, pauses
 
@@ -84,7 +84,7 @@ class PoolSession:
         raise AssertionError("pauses never end")
 
     async def ask(
-        self, request: str, deadline_s: float, decode: Callable[[str | bytes, WireMapping], StepResult]
+        self, request: str, deadline_s: float, decode: Callable[[str | bytes, FieldMapping], StepResult]
     ) -> StepResult:
         """Sends a request that the server answers with an observation, and reads that.
 
@@ -99,7 +99,7 @@ class PoolSession:
             raise kind(f"session {self.index} has no episode, reset it: {self._failure}")
         self._expires = self._clock.now + deadline_s
         try:
-            return decode(await connection.ask(request), self._config.wire)
+            return decode(await connection.ask(request), self._config.field_mapping)
         except RefusedError as error:
             self.drop(f"{server} refused: {error}")  # the next reset gets a fresh environment
             server.note(f"session {self.index}: {self._failure}")
