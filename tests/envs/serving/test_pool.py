@@ -140,7 +140,7 @@ def test_a_failure_is_blamed_on_the_process_that_was_connected_to(monkeypatch):
         await session._connect(1.0)
         server.process = new
         with pytest.raises(LostError):
-            await session.ask("{}", 1.0, decode_step)
+            await session.call("{}", 1.0, decode_step)
         assert server.up.is_set() and server.process is new and not failures
         await session._connect(1.0)
         session._expires = 0.0
@@ -166,7 +166,7 @@ def test_an_unknown_environment():
 def test_a_server_that_cannot_start_is_quoted():
     with pytest.raises(EnvError) as caught:
         EnvPool(SMALL, ("echo", {"lenght": 3}))
-    assert "environment server 'echo' did not start (exit status 2); it said:" in str(caught.value)
+    assert "environment server 'echo' did not start (exit status 2); output:" in str(caught.value)
     assert "'lenght'; did you mean 'length'?" in str(caught.value)
 
 
