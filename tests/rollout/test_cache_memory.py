@@ -1,4 +1,4 @@
-"""KV caches' bytes before they are allocated, against those that are; and how many slots would fit."""
+"""Bytes of the KV caches before allocation, against those allocated; and the number of slots that fit."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def make_sampler(mesh=None):
 
 
 @pytest.mark.parametrize("config", [None, MeshConfig(data=2, fsdp=1, tensor=2)])
-def test_bytes_are_those_that_are_allocated(config):
+def test_bytes_are_those_allocated(config):
     mesh = config and make_mesh(config, jax.devices()[:4])
     sampler = make_sampler(mesh)
     states = [sampler.init(8), sampler.init(8), PromptCache(sampler, CONFIG, 8)._state]
@@ -38,7 +38,7 @@ def test_bytes_are_those_that_are_allocated(config):
     assert cache_bytes(sampler, CONFIG, 16) == sum(map(one, jax.tree.leaves(states)))
 
 
-def test_too_many_slots_are_refused_and_those_that_fit_are_named():
+def test_too_many_slots_are_refused_with_the_number_that_fits():
     sampler = make_sampler()
     fits = dataclasses.replace(CONFIG, cache_gib=cache_bytes(sampler, CONFIG, 10) / GIB)
     with pytest.raises(
