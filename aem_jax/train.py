@@ -106,7 +106,7 @@ def train(
 def timings(played: RolloutStats, start: float, rolled_out: float, end: float) -> Metrics:
     """Seconds and rates of one step, from its clock readings."""
     return {
-        "throughput/tokens_per_s": (played.sampled_tokens + played.heard_tokens) / (end - start),
+        "throughput/tokens_per_s": (played.sampled_tokens + played.prefill_tokens) / (end - start),
         "throughput/episodes_per_s": played.episodes / played.total_s,
         "time/rollout": rolled_out - start,
         "time/rollout_device": played.device_busy_s,

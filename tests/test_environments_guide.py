@@ -114,20 +114,20 @@ def test_the_mappings_are_those_of_the_recordings():
     for name, words in zip(names, commands(block)):
         config = run_config(words)
         DOMAINS[config.environment](config)
-        wire = json.loads(files[name].read_text(encoding="utf-8").splitlines()[0])["wire"]
-        for field, value in wire.items():
+        mapping = json.loads(files[name].read_text(encoding="utf-8").splitlines()[0])["field_mapping"]
+        for field, value in mapping.items():
             if field != "invalid_codes":  # the preset's; most were recorded without
-                assert getattr(config.env.wire, field) == value, (name, field)
+                assert getattr(config.env.field_mapping, field) == value, (name, field)
 
 
 def test_every_field_of_a_mapping_is_explained():
-    from aem_jax.envs.serving.field_mapping import WireMapping
+    from aem_jax.envs.serving.field_mapping import FieldMapping
 
     rows = re.findall(r"^\| (`.*?) \|", section("OpenEnv's servers"), flags=re.MULTILINE)
     explained = {name.replace("-", "_") for row in rows for name in re.findall(r"`([\w-]+)`", row)}
     # these three have the same meaning in every server, and the preset finds them where they are
     unexplained = {"valid_field", "admissible_field", "info_field"}
-    assert explained == {each.name for each in dataclasses.fields(WireMapping)} - unexplained
+    assert explained == {each.name for each in dataclasses.fields(FieldMapping)} - unexplained
 
 
 def test_their_clients_task_is_one_of_ours():

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from aem_jax.analysis.states import State
-from aem_jax.rollout.compute import compute
+from aem_jax.rollout.batching import prefill
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sampler import Sampler
 
@@ -59,7 +59,7 @@ def draw_responses(
         prompts = sampler.rewind(prompts, np.zeros(sampler.slot_shards, np.int32))
         window = sampler.cover(len(state.context))
         ids = {0: state.context.tolist()}
-        prompts = compute(sampler, params, prompts, ids, config.extend_buckets, window=window)
+        prompts = prefill(sampler, params, prompts, ids, config.extend_buckets, window=window)
         slots = sampler.fork(slots, prompts, source, prng[i], window=window)
         left = np.full(draws, state.budget, np.int32)
         while left.any():

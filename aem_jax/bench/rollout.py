@@ -129,7 +129,7 @@ def _report(config: BenchConfig, mode: Mode, player: _Player) -> list[Measuremen
         "waited_for_environments_s": middle(lambda each: each.environment_s),
         "recompiles": player.compiled,
         "env_errors": sum(each.env_errors for each in stats),
-        "heard_tokens": float(stats[-1].heard_tokens),
+        "prefill_tokens": float(stats[-1].prefill_tokens),
         "turns_mean": float(np.mean(turns)),
         "turns_max": max(turns),
         "response_tokens_mean": float(np.mean(responses)),

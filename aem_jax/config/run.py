@@ -120,7 +120,7 @@ MAY_CHANGE = (
 """Fields, or groups of fields, that a resumed run may change: they do not decide what is computed."""
 
 
-MUST_MATCH = ("env.wire.", "env.command")
+MUST_MATCH = ("env.field_mapping.", "env.command")
 """Exceptions among them, which decide what environments receive and answer."""
 
 

@@ -5,7 +5,7 @@ third: `EnvError`, no fault of the policy, so its episode is retried or masked a
 
 On the wire an environment speaks OpenEnv's WebSocket messages, JSON texts of the form `{"type": …, "data": {…}}`: one
 connection is one session is one environment, and every request is answered by exactly one reply, in order.
-What a server calls its fields is its own matter: `wire.py` finds them.
+Names of fields are each server's own: `serving/field_mapping.py` finds them.
 """
 
 import json

@@ -11,19 +11,19 @@ class RolloutConfig:
     groups_per_step: int = 16
     """Tasks of a training step."""
     group_size: int = 8
-    """Episodes of each task: the rollout group that advantages and AEM's coefficient are normalised in."""
+    """Episodes of each task: the rollout group over which advantages and AEM's coefficient are normalised."""
     num_slots: int = 128
-    """Episodes that live at once: rows of the KV cache. Episodes beyond these wait for a free slot."""
+    """Episodes in progress at once: rows of the KV cache. Further episodes wait for a free slot."""
     cache_gib: float = 0.0
-    """Most memory of a device that KV caches may take, in GiB; 0: all that it has. More slots than fit are refused."""
+    """Most memory of a device that KV caches may take, in GiB; 0: all. More slots than fit are refused."""
     mode: Literal["lockstep", "continuous"] = "lockstep"
-    """lockstep: a cohort's episodes take their turns together, and the same seed gives the same run to the last bit.
-    continuous: whoever has something to say decodes, so the device need not wait for slow environments."""
+    """lockstep: a cohort's episodes take their turns together; the same seed gives the same run, bit by bit.
+    continuous: each response is decoded as soon as possible, so the device need not wait for slow environments."""
     num_cohorts: int = 1
-    """lockstep: sets that the slots are divided into; while the environments of one step, another decodes."""
+    """lockstep: groups that the slots are divided into; while one waits for its environments, another decodes."""
     slot_shares: tuple[int, ...] = (4,)
-    """continuous: calls are compiled for all slots, and for a 4th (an 8th, ...) of them; each takes the least that
-    holds those with something to do. Every share more is as many programs more to compile."""
+    """continuous: calls are compiled for all slots, and for 1/4 (1/8, …) of them; a call takes the smallest size that
+    holds its slots. Each extra size compiles another full set of programs."""
     max_turns: int = 50
     """Turns after which an episode is truncated."""
     response_tokens: int = 512
@@ -31,24 +31,25 @@ class RolloutConfig:
     context_tokens: int = 8192
     """Most tokens of one episode (append) or of one prompt and response (window): capacity of a slot."""
     prompt_tokens: int = 2048
-    """Most tokens of a first prompt: capacity of a row in which a group's prompt is computed."""
+    """Most tokens of a first prompt: capacity of a row in which a group's prompt is prefilled."""
     decode_chunk: int = 64
     """Tokens decoded by one call; the chunk ends early when every slot has finished."""
     extend_buckets: tuple[int, ...] = (64, 256, 1024)
-    """Chunk lengths for observations: the longest that is heard at a time is cut into them, with the least to spare."""
+    """Chunk lengths for prefill. The longest of the observations that share a call is cut into them, with the least
+    padding."""
     windows: tuple[int, ...] = (1024, 2048, 4096)
     """Context lengths that attention is compiled for, below context_tokens."""
     context: str = "append"
-    """append: one growing sequence an episode. window: each prompt holds the first observation and the last turns."""
+    """append: one growing sequence per episode. window: each prompt holds the first observation and the last turns."""
     window_turns: int = 2
-    """Turns that a windowed prompt looks back on."""
-    thoughts: str = "keep"
-    """Earlier responses in a windowed prompt: keep them whole, or drop all up to their last </think>."""
+    """Recent turns in a windowed prompt."""
+    thinking: str = "keep"
+    """Thinking of earlier responses in a windowed prompt: keep it, or drop all up to the last </think>."""
     instruction: str = ""
-    """System message; empty means none."""
+    """System message; empty: none."""
     max_retries: int = 2
-    """How often an episode is begun again after an environment error, before it is masked. One that is lost because
-    its server failed is begun again twice beyond that."""
+    """Further attempts at an episode after an environment error, before it is masked. An episode that is lost because
+    its server failed gets two more."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -88,16 +89,16 @@ class RolloutConfig:
             )
         if self.context not in ("append", "window"):
             raise ValueError(f"expected rollout.context 'append' or 'window', got {self.context!r}")
-        if self.thoughts not in ("keep", "drop"):
-            raise ValueError(f"expected rollout.thoughts 'keep' or 'drop', got {self.thoughts!r}")
-        if self.thoughts == "drop" and self.context == "append":
+        if self.thinking not in ("keep", "drop"):
+            raise ValueError(f"expected rollout.thinking 'keep' or 'drop', got {self.thinking!r}")
+        if self.thinking == "drop" and self.context == "append":
             raise ValueError(
-                "expected rollout.thoughts 'keep' with rollout.context 'append', whose cache holds all that was said, "
+                "expected rollout.thinking 'keep' with rollout.context 'append', whose cache keeps responses whole, "
                 "got 'drop'; set rollout.context to 'window'"
             )
 
     def slot_sizes(self, shards: int) -> tuple[int, ...]:
-        """Numbers of slots, below all, that calls are made on; multiples of `shards`."""
+        """Numbers of slots, below all, that a call may be made on; multiples of `shards`."""
         if self.mode == "lockstep":
             return ()
         sizes = {max(self.num_slots // share // shards, 1) * shards for share in self.slot_shares}

@@ -1,104 +1,123 @@
-"""Continuous batching over turns: whoever has something to say decodes, whoever has heard something joins them.
+"""Continuous batching over turns: responses are decoded as soon as their observations are prefilled.
 
-Each round takes the answers that are here, computes them, and calls the next chunk for all slots that speak; then it
-reads the chunk before it. So the device always has a program waiting, and the host reads, tokenises and talks to
-environments meanwhile. Of a slot in a chunk that was not read yet the host does not know whether it still speaks:
-it gets the budget `GO_ON`, and says nothing if its response has ended.
+Each round collects the replies that are there, prefills them, and calls the next chunk for all slots with a response
+to decode; then it reads the chunk before. So the device always has a program waiting, while the host reads, tokenises
+and calls environments. Whether a response continues is unknown until its last chunk is read: its next call has the
+budget `GO_ON`, which decodes nothing if the response has ended.
 
-Slots of very different length decode in calls of their own (`calls`). Who decodes with whom depends on timing, hence
-the shapes of calls, hence the last bits of logprobs: the same seed samples the same tokens unless two of them are as
-likely as each other to the last bits.
+Slots of very different length decode in separate calls (`batching.plan_calls`). Which slots decode together depends on
+timing, hence also the shapes of calls and the last bits of logprobs: the same key samples the same tokens, unless two
+candidates for a token are equally likely to the last bits.
 """
 
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from aem_jax.rollout.calls import Call, decoding_cost
+from aem_jax.rollout.batching import Call, decode_cost
 from aem_jax.rollout.config import RolloutConfig
-from aem_jax.rollout.episode import Episode
-from aem_jax.rollout.table import Run, Table
+from aem_jax.rollout.episode import Attempt, Episode
+from aem_jax.rollout.slots import Job, SlotGroup
 from aem_jax.sampler import GO_ON, Decoded, Sampler
+
+
+class _Row(NamedTuple):
+    """A row of a chunk: its slot, and the response (attempt and turn) that it belongs to."""
+
+    row: int
+    slot: int
+    attempt: Attempt
+    turn: int
+
+    def episode(self, group: SlotGroup) -> Episode | None:
+        """The slot's episode, if it is still at the response that the row belongs to."""
+        episode = group.episodes[self.slot]
+        same = episode is not None and episode.attempt is self.attempt and len(episode.turns) == self.turn
+        return episode if same else None
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A call that was made and not read.
+    """A decode call that was made and not read.
 
     Attributes:
-        decoded: what was said, perhaps not yet there.
-        rows: of each row, the slot, who speaks, and in which turn.
+        decoded: its output, perhaps not computed yet.
+        rows: its rows with a response.
     """
 
     decoded: Decoded
-    rows: list[tuple[int, int, Episode, int]]
+    rows: list[_Row]
 
 
-def converse(run: Run, table: Table, sampler: Sampler, config: RolloutConfig) -> None:
-    """Plays the queue to its end."""
-    unread: deque[list[_Chunk]] = deque()
-    state, num_slots = table.state, len(table.episodes)
+def run(job: Job, group: SlotGroup, sampler: Sampler, config: RolloutConfig) -> None:
+    """Plays all queued episodes."""
+    unread: deque[list[_Chunk]] = deque()  # rounds of calls, the oldest first
+    state, num_slots = group.state, len(group.episodes)
     # A tensor axis splits weights and cache alike, so it is left out.
-    cost = decoding_cost(
-        weights=_num_bytes(run.params),
+    cost = decode_cost(
+        weights=_num_bytes(job.params),
         token=state.cache_bytes / (num_slots * state.places),
         num_slots=num_slots // sampler.slot_shards,
         steps=config.decode_chunk,
     )
     while True:
-        table.seat(run, [table])
-        if not any(table.episodes):
+        group.assign(job, [group])
+        if not any(group.episodes):
             return
-        idle = not unread and not any(episode.budget for _, episode in table.seated())
-        table.hear(run, everybody=False, patient=idle)
-        table.compute(run)
-        # Calls that were not read may cover a whole budget: then nothing is left to be said.
-        speaking = {slot: e for slot, e in table.seated() if e.budget > e.unread * config.decode_chunk}
-        if speaking:
-            # What was not read yet may be as long as its chunks.
-            contexts = {
-                slot: len(e.ids) + e.said_count + min(e.unread * config.decode_chunk, e.budget)
-                for slot, e in speaking.items()
-            }
-            calls = table.plan(contexts, cost)
-            unread.append([_call(run, table, sampler, config.decode_chunk, speaking, call) for call in calls])
-        while len(unread) > bool(speaking):
+        idle = not unread and not any(episode.budget for _, episode in group.active())
+        group.collect(job, wait_all=False, block=idle)
+        group.prefill(job)
+        # Tokens that calls not yet read may add; where they cover the budget, no further call is needed.
+        ahead = {slot: calls * config.decode_chunk for slot, calls in _in_flight(group, unread).items()}
+        decoding = {slot: e for slot, e in group.active() if e.budget > ahead.get(slot, 0)}
+        if decoding:
+            contexts = {slot: e.num_tokens + min(ahead.get(slot, 0), e.budget) for slot, e in decoding.items()}
+            calls = group.plan_calls(contexts, cost)
+            budgets = {slot: GO_ON if slot in ahead else episode.budget for slot, episode in decoding.items()}
+            unread.append([_decode(job, group, sampler, config.decode_chunk, budgets, call) for call in calls])
+        while len(unread) > bool(decoding):
             for chunk in unread.popleft():
-                _read(run, table, chunk)
+                _read(job, group, chunk)
 
 
 def _num_bytes(tree: Any) -> float:
     return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
 
 
-def _call(run: Run, table: Table, sampler: Sampler, chunk: int, speaking: Mapping[int, Episode], call: Call) -> _Chunk:
-    """Calls the next chunk of some of those who speak, as far as the host knows."""
-    places = range(len(table.episodes)) if call.slots is None else call.slots.tolist()
-    meant = set(call.meant)
-    budgets, rows = np.zeros(len(places), np.int32), []
-    for row, slot in enumerate(places):
-        if slot in meant:
-            episode = speaking[slot]
-            budgets[row] = GO_ON if episode.unread else episode.budget
-            rows.append((row, slot, episode, len(episode.turns)))
-            episode.unread += 1
-    run.clock.called()
-    table.state, decoded = sampler.decode(run.params, table.state, budgets, chunk, call.slots, window=call.window)
-    run.clock.watch(decoded.counts)
+def _in_flight(group: SlotGroup, unread: Iterable[list[_Chunk]]) -> Counter[int]:
+    """Number of calls, made and not read, for the current response of each slot."""
+    rows = (row for chunks in unread for chunk in chunks for row in chunk.rows)
+    return Counter(row.slot for row in rows if row.episode(group) is not None)
+
+
+def _decode(job: Job, group: SlotGroup, sampler: Sampler, chunk: int, budgets: Mapping[int, int], call: Call) -> _Chunk:
+    """Calls the next chunk of the call's targets."""
+    row_slots = range(len(group.episodes)) if call.slots is None else call.slots.tolist()
+    targets = set(call.targets)
+    row_budgets, rows = np.zeros(len(row_slots), np.int32), []
+    for row, slot in enumerate(row_slots):
+        episode = group.episodes[slot]
+        if slot in targets and episode is not None:
+            row_budgets[row] = budgets[slot]
+            rows.append(_Row(row, slot, episode.attempt, len(episode.turns)))
+    job.clock.before_call()
+    group.state, decoded = sampler.decode(job.params, group.state, row_budgets, chunk, call.slots, window=call.window)
+    job.clock.after_call(decoded.counts)
     return _Chunk(decoded, rows)
 
 
-def _read(run: Run, table: Table, chunk: _Chunk) -> None:
-    """Waits for a chunk; responses that ended in it go to their environments."""
-    out = jax.device_get(chunk.decoded)
-    for row, slot, episode, turn in chunk.rows:
-        # Else the response had ended in the chunk before; by now the next one may be under way.
-        if episode.budget and turn == len(episode.turns):
-            episode.unread -= 1
-            table.said(run, slot, row, out)
-            if not episode.budget:
-                table.send(slot)
+def _read(job: Job, group: SlotGroup, chunk: _Chunk) -> None:
+    """Waits for a chunk; submits the responses that ended in it."""
+    on_host = jax.device_get(chunk.decoded)
+    for row in chunk.rows:
+        episode = row.episode(group)
+        if episode is None or not episode.budget:
+            continue  # the response ended in an earlier chunk
+        group.append_sampled(job, row.slot, row.row, on_host)
+        episode = group.episodes[row.slot]
+        if episode is not None and not episode.budget:
+            group.submit(row.slot)

@@ -1,57 +1,39 @@
-"""One episode's side of the conversation: what it has heard and said, as ids and as text."""
+"""One episode of a rollout: its state in a slot, the environment's reply, and how the one changes with the other.
+
+States are frozen; every change is a method of `Episode`. An episode repeats this cycle until it ends:
+
+    environment's reply → apply_reply → prefilled → append_sampled, until the budget is 0 → environment's reply → …
+"""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
+from aem_jax.envs.protocol import EnvError, LostError, StepResult, over_at_reset
+from aem_jax.rollout.config import RolloutConfig
+from aem_jax.rollout.context import Chat, appended_prompt, first_messages, windowed_prompt
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
 
-_SUSPICIOUS_LOSSES = 2
+_QUARANTINE_LOSSES = 2
+
+Sampled = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Ids i32[n], logprobs f32[n] and entropies f32[n] of some sampled tokens."""
 
 
-class Chat(Protocol):
-    """What a rollout needs of a tokenizer."""
-
-    @property
-    def stop_ids(self) -> Sequence[int]:
-        """Ids that end a response."""
-        ...
-
-    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Ids of a conversation, up to where the next response begins."""
-        ...
-
-    def delta_ids(self, observation: str, *, closed: bool = True) -> list[int]:
-        """Ids between a response and the next: closing it if it was cut, then the observation's turn."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
-        ...
-
-
-@dataclass(eq=False)
-class Episode:
-    """An episode while it is alive (mutable; becomes a frozen `Trajectory` at its end).
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One attempt at an episode, as the queue holds it.
 
     Attributes:
-        task: what is to be done.
+        task: the task.
         group: index of its rollout group in this step.
         member: index in the group.
         prng: u32[2], the episode's key data.
-        retries: how often it was begun again after a failure of its own, or as a suspect.
-        losses: how often it was begun again because its server failed.
-        turns: finished turns.
-        ids: every id that its slot holds.
-        pending: ids heard and not yet computed.
-        keep: leading ids of the slot that `pending` continues.
-        heard: ids and text of the observation being answered.
-        budget: tokens that the response under way may still have; 0 while nothing is to be said.
-        unread: calls that decode this response and were not read yet.
-        future: the environment's answer being awaited.
+        retries: earlier attempts that failed by themselves, or in quarantine.
+        server_losses: earlier attempts that were lost because their server failed.
     """
 
     task: Task
@@ -59,96 +41,205 @@ class Episode:
     member: int
     prng: np.ndarray
     retries: int = 0
-    losses: int = 0
-    turns: list[Turn] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    pending: list[int] = field(default_factory=list)
+    server_losses: int = 0
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether its servers failed so often that it may be the cause. A server plays quarantined episodes one at a
+        time: so a task that kills its server is found, and episodes that were lost with it are not blamed."""
+        return self.server_losses >= _QUARANTINE_LOSSES
+
+    def retry(self, *, count_retry: bool) -> "Attempt":
+        """The next attempt at the same episode; the failed one counts as a retry, or else as a server loss."""
+        if count_retry:
+            return replace(self, retries=self.retries + 1)
+        return replace(self, server_losses=self.server_losses + 1)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the model reads before a response.
+
+    Attributes:
+        text: the environment's text.
+        keep: leading ids of the slot that stay.
+        prefill_tokens: ids that are appended to these.
+    """
+
+    text: str
+    keep: int
+    prefill_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EnvReply:
+    """The outcome of an environment call, and all that the rollout needs to go on. It can be sent as JSON.
+
+    Attributes:
+        error: why the call failed; None if it did not. For a failed call only `lost` and `retryable` are set besides.
+        lost: whether the call failed with its server.
+        retryable: whether another attempt at a failed episode may succeed.
+        reward: reward of the response.
+        valid_action: whether the environment understood the response.
+        success: whether the task is solved.
+        score: the task's own score.
+        response: text of the response.
+        observation: text of the observation.
+        ending: how the episode ended; None while it goes on.
+        keep: leading ids of the slot that stay.
+        prefill_tokens: ids that the model reads next, behind those.
+    """
+
+    error: str | None = None
+    lost: bool = False
+    retryable: bool = True
+    reward: float = 0.0
+    valid_action: bool = True
+    success: bool = False
+    score: float = 0.0
+    response: str = ""
+    observation: str = ""
+    ending: Ending | None = None
     keep: int = 0
-    heard: tuple[list[int], str] = ((), "")  # pyright: ignore[reportAssignmentType]
-    said: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = field(default_factory=lambda: ([], [], []))
+    prefill_tokens: Sequence[int] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """The state of an episode in a slot.
+
+    Attributes:
+        attempt: the attempt that is played.
+        turns: finished turns.
+        cached_ids: ids that the slot holds, without the response being sampled.
+        observation: the observation to respond to; None until the environment is reset.
+        needs_prefill: whether the observation's ids are not in the slot yet.
+        response: the response being sampled, in chunks.
+        budget: tokens that the response may still have; 0 while none is being sampled.
+    """
+
+    attempt: Attempt
+    turns: tuple[Turn, ...] = ()
+    cached_ids: tuple[int, ...] = ()
+    observation: Observation | None = None
+    needs_prefill: bool = False
+    response: tuple[Sampled, ...] = ()
     budget: int = 0
-    unread: int = 0
-    future: Future[Any] | None = None
 
     @property
-    def is_suspect(self) -> bool:
-        """Whether its servers failed so often that it may be what kills them. On one server, suspects play one by one;
-        so a task that kills its server is found, and the episodes that were lost with it are not taken for it."""
-        return self.losses >= _SUSPICIOUS_LOSSES
-
-    def again(self, *, charged: bool) -> "Episode":
-        """The same episode, from its task; `charged` to its retries, or counted as a loss."""
-        retries, losses = (self.retries + 1, self.losses) if charged else (self.retries, self.losses + 1)
-        return Episode(self.task, self.group, self.member, self.prng, retries, losses)
+    def num_tokens(self) -> int:
+        """Tokens of the slot, the response being sampled included."""
+        return len(self.cached_ids) + sum(len(ids) for ids, *_ in self.response)
 
     @property
-    def said_count(self) -> int:
-        """Tokens of the response so far."""
-        return sum(len(part) for part in self.said[0])
+    def response_ids(self) -> list[int]:
+        """Ids of the response being sampled."""
+        return np.concatenate([ids for ids, *_ in self.response]).tolist()
 
-    def take_response(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, logprobs and entropies of the response that has ended; clears them."""
-        ids, logprobs, entropies = (np.concatenate(parts) for parts in self.said)
-        self.said = ([], [], [])
-        return ids, logprobs, entropies
+    def apply_reply(self, reply: EnvReply, context: str) -> "Episode":
+        """Finishes the turn that was replied to, and sets the next observation unless the episode ended.
 
-    def trajectory(self, ending: Ending, context: str, won: bool = False, score: float = 0.0) -> Trajectory:
-        """The finished record."""
+        Args:
+            reply: a reply without an error.
+            context: `rollout.context`.
+        """
+        episode = self._finish_turn(reply, context) if self.response else self
+        if reply.ending is not None:
+            return episode
+        observation = Observation(reply.observation, reply.keep, tuple(reply.prefill_tokens))
+        return replace(episode, observation=observation, needs_prefill=True)
+
+    def _finish_turn(self, reply: EnvReply, context: str) -> "Episode":
+        assert self.observation is not None
+        ids, logprobs, entropies = (np.concatenate(chunks) for chunks in zip(*self.response, strict=True))
+        turn = Turn(
+            np.asarray(self.observation.prefill_tokens if context == "append" else self.cached_ids, np.int32),
+            ids,
+            logprobs,
+            entropies,
+            reply.reward,
+            reply.valid_action,
+            self.observation.text,
+            reply.response,
+        )
+        cached_ids = (*self.cached_ids, *ids.tolist())
+        return replace(self, turns=(*self.turns, turn), cached_ids=cached_ids, response=())
+
+    def prefilled(self, config: RolloutConfig) -> "Episode":
+        """The slot holds the observation: the response may begin."""
+        assert self.observation is not None
+        cached_ids = (*self.cached_ids[: self.observation.keep], *self.observation.prefill_tokens)
+        budget = min(config.response_tokens, config.context_tokens - len(cached_ids))
+        return replace(self, cached_ids=cached_ids, needs_prefill=False, budget=budget)
+
+    def append_sampled(self, sampled: Sampled, *, finished: bool) -> "Episode":
+        """Appends tokens to the response; `finished` says that the last one ends it."""
+        budget = 0 if finished else self.budget - len(sampled[0])
+        return replace(self, response=(*self.response, sampled), budget=budget)
+
+    def trajectory(self, ending: Ending, context: str, success: bool = False, score: float = 0.0) -> Trajectory:
+        """The finished episode."""
+        attempt = self.attempt
         return Trajectory(
-            self.task,
-            self.group,
-            self.member,
-            tuple(self.turns),
+            attempt.task,
+            attempt.group,
+            attempt.member,
+            self.turns,
             ending,
-            won,
-            retries=self.retries + self.losses,
+            success,
+            retries=attempt.retries + attempt.server_losses,
             context=context,
             score=score,
         )
 
 
-def first_messages(instruction: str, observation: str) -> list[dict[str, str]]:
-    """The conversation before the first response."""
-    system = [{"role": "system", "content": instruction}] if instruction else []
-    return [*system, {"role": "user", "content": observation}]
-
-
-def without_thoughts(response: str) -> str:
-    """What follows the last `</think>` of a response, as Qwen3's chat template shows earlier responses."""
-    return response.rpartition("</think>")[2].lstrip("\n")
-
-
-def windowed_ids(
-    chat: Chat,
-    held: Sequence[int],
-    turns: Sequence[tuple[str, str]],
-    observation: str,
-    instruction: str,
-    count: int,
-    *,
-    thoughts: bool = True,
-) -> tuple[int, list[int]]:
-    """Window: first observation, last `count` turns, observation.
+def observe(episode: Episode, call: Future[StepResult], config: RolloutConfig, chat: Chat) -> EnvReply:
+    """Waits for an environment call of an episode, and derives how the episode goes on.
 
     Args:
+        episode: the episode, whose response is complete.
+        call: the call that was made for it.
+        config: settings.
         chat: the tokenizer.
-        held: ids that the slot holds.
-        turns: observation and response of each turn so far.
-        observation: what was heard now.
-        instruction: system message.
-        count: turns that the prompt looks back on.
-        thoughts: whether earlier responses are shown with what was thought.
 
-    Returns:
-        ids kept (the common prefix) and new ids.
+    Raises:
+        ValueError: the chat template makes no ids of an observation.
     """
-    messages = first_messages(instruction, turns[0][0])
-    recent = turns[-count:] if count else []
-    for place, (heard, said) in enumerate(recent):
-        if place or len(recent) < len(turns):
-            messages.append({"role": "user", "content": heard})
-        messages.append({"role": "assistant", "content": said if thoughts else without_thoughts(said)})
-    ids = chat.prompt_ids([*messages, {"role": "user", "content": observation}])
-    limit = min(len(ids) - 1, len(held))
-    keep = next((i for i in range(limit) if ids[i] != held[i]), limit)
-    return keep, ids[keep:]
+    try:
+        result = call.result()
+    except EnvError as error:
+        return EnvReply(str(error), isinstance(error, LostError))
+    reply = partial(EnvReply, success=result.won, score=result.score, observation=result.observation)
+    if episode.observation is None:
+        if result.done:
+            return EnvReply(over_at_reset(result), retryable=False)
+        ids = chat.prompt_ids(first_messages(config.instruction, result.observation))
+        return reply(prefill_tokens=ids, ending=Ending.TRUNCATED if len(ids) > config.prompt_tokens else None)
+    response_ids = episode.response_ids
+    response = chat.decode(response_ids)
+    valid_action = bool(result.info.get("valid_action", True))
+    reply = partial(reply, reward=float(result.reward), valid_action=valid_action, response=response)
+    if result.terminated:
+        return reply(ending=Ending.TERMINATED)
+    if result.truncated or len(episode.turns) + 1 >= config.max_turns:
+        return reply(ending=Ending.TRUNCATED)
+    if config.context == "append":
+        keep, ids = appended_prompt(chat, len(episode.cached_ids), response_ids, result.observation)
+    else:
+        turns = [(turn.observation, turn.response) for turn in episode.turns]
+        keep, ids = windowed_prompt(
+            chat,
+            [*episode.cached_ids, *response_ids],
+            [*turns, (episode.observation.text, response)],
+            result.observation,
+            config.instruction,
+            config.window_turns,
+            thinking=config.thinking == "keep",
+        )
+    if not ids:
+        raise ValueError(
+            f"expected the chat template to make ids of an observation, got none of {result.observation!r}; "
+            "a response could not begin"
+        )
+    full = keep + len(ids) >= config.context_tokens
+    return reply(keep=keep, prefill_tokens=ids, ending=Ending.TRUNCATED if full else None)

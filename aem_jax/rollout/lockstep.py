@@ -1,7 +1,7 @@
-"""Turn by turn: a cohort hears all its environments, computes, and decodes until every response has ended.
+"""Turn by turn: a cohort collects all its environments' replies, prefills, and decodes until every response has ended.
 
-While one cohort waits for its environments, the next has the device. Who decodes with whom never depends on timing,
-so a run is a function of its seed, to the last bit.
+While one cohort waits for its environments, the next one uses the device. Which slots decode together never depends on
+timing, so a rollout is a function of its key, bit by bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,41 +10,43 @@ import jax
 import numpy as np
 
 from aem_jax.rollout.config import RolloutConfig
-from aem_jax.rollout.table import Run, Table
+from aem_jax.rollout.slots import Job, SlotGroup
 from aem_jax.sampler import Sampler
 
 
-def converse(run: Run, tables: Sequence[Table], sampler: Sampler, config: RolloutConfig) -> None:
-    """Plays the queue to its end, each table a cohort."""
-    talks = [_talk(run, table, tables, sampler, config) for table in tables]
-    while talks:
-        talks = [talk for talk in talks if next(talk, "over") != "over"]
+def run(job: Job, groups: Sequence[SlotGroup], sampler: Sampler, config: RolloutConfig) -> None:
+    """Plays all queued episodes; each group of slots is a cohort."""
+    cohorts = [_run_cohort(job, group, groups, sampler, config) for group in groups]
+    while cohorts:
+        cohorts = [cohort for cohort in cohorts if next(cohort, "over") != "over"]
 
 
-def _talk(run: Run, table: Table, tables: Sequence[Table], sampler: Sampler, config: RolloutConfig) -> Iterator[str]:
-    """One cohort's conversation; yields whenever it waits for its environments."""
+def _run_cohort(
+    job: Job, group: SlotGroup, groups: Sequence[SlotGroup], sampler: Sampler, config: RolloutConfig
+) -> Iterator[str]:
+    """Plays one cohort; yields whenever it waits for its environments."""
     while True:
-        table.seat(run, tables)
-        if not any(table.episodes):
+        group.assign(job, groups)
+        if not any(group.episodes):
             return
         yield "waiting"
-        table.hear(run, everybody=True)
-        table.compute(run)
-        _speak(run, table, sampler, config.decode_chunk)
-        for slot, _ in table.seated():
-            table.send(slot)
+        group.collect(job, wait_all=True)
+        group.prefill(job)
+        _decode_responses(job, group, sampler, config.decode_chunk)
+        for slot, _ in group.active():
+            group.submit(slot)
 
 
-def _speak(run: Run, table: Table, sampler: Sampler, chunk: int) -> None:
+def _decode_responses(job: Job, group: SlotGroup, sampler: Sampler, chunk: int) -> None:
     """Decodes until every response has ended by a stop id or its budget."""
-    while speaking := {slot: episode for slot, episode in table.seated() if episode.budget}:
-        budgets = np.zeros(len(table.episodes), np.int32)
-        for slot, episode in speaking.items():
+    while decoding := {slot: episode for slot, episode in group.active() if episode.budget}:
+        budgets = np.zeros(len(group.episodes), np.int32)
+        for slot, episode in decoding.items():
             budgets[slot] = episode.budget
-        window = sampler.cover(max(len(episode.ids) + episode.said_count for episode in speaking.values()))
-        run.clock.called()
-        table.state, decoded = sampler.decode(run.params, table.state, budgets, chunk, window=window)
-        run.clock.watch(decoded.counts)
-        out = jax.device_get(decoded)
-        for slot in speaking:
-            table.said(run, slot, slot, out)
+        window = sampler.cover(max(episode.num_tokens for episode in decoding.values()))
+        job.clock.before_call()
+        group.state, decoded = sampler.decode(job.params, group.state, budgets, chunk, window=window)
+        job.clock.after_call(decoded.counts)
+        on_host = jax.device_get(decoded)
+        for slot in decoding:
+            group.append_sampled(job, slot, slot, on_host)

@@ -1,4 +1,4 @@
-"""What a rollout counted, and how long the device had something to do."""
+"""Counts and seconds of a rollout."""
 
 import time
 from collections.abc import Iterable
@@ -16,21 +16,21 @@ class RolloutStats:
     """Counts and seconds of one rollout.
 
     Attributes:
-        episodes: that ended.
-        sampled_tokens: said.
-        heard_tokens: computed, not said: prompts once for each group.
-        retries: episodes begun again.
+        episodes: episodes that ended.
+        sampled_tokens: tokens of responses.
+        prefill_tokens: tokens of prompts and observations; a first prompt counts once for its group.
+        retries: further attempts at episodes.
         env_errors: episodes masked.
-        overlong_prompts: episodes left out.
-        device_busy_s: seconds in which the device had a program to run, or was being handed one.
-        environment_s: seconds in which nothing was left to do but to wait for environments.
+        overlong_prompts: episodes whose first prompt was too long.
+        device_busy_s: seconds in which the device ran a program, or was being handed one.
+        environment_s: seconds in which the host only waited for environments.
         total_s: seconds in all.
-        first_error: the first task that could not be played, and why, in one line; empty where all could.
+        first_error: the first task that could not be played, and why, in one line; empty if all could.
     """
 
     episodes: int = 0
     sampled_tokens: int = 0
-    heard_tokens: int = 0
+    prefill_tokens: int = 0
     retries: int = 0
     env_errors: int = 0
     overlong_prompts: int = 0
@@ -40,19 +40,19 @@ class RolloutStats:
     first_error: str = ""
 
     def __add__(self, other: "RolloutStats") -> "RolloutStats":
-        """Those of two rollouts, one after the other."""
-        names = [each.name for each in fields(self) if each.name != "first_error"]
-        added = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return RolloutStats(**added, first_error=self.first_error or other.first_error)
+        """The sums over two rollouts, one after the other."""
+        names = [field.name for field in fields(self) if field.name != "first_error"]
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return RolloutStats(**sums, first_error=self.first_error or other.first_error)
 
 
 def none_played(trajectories: Iterable[Trajectory]) -> bool:
-    """Whether no episode had a turn that counts: the environment broke it, or its first prompt was too long."""
-    return all(each.ending is Ending.ENV_ERROR or not each.turns for each in trajectories)
+    """Whether no episode has a turn that counts: the environment broke it, or its first prompt was too long."""
+    return all(trajectory.ending is Ending.ENV_ERROR or not trajectory.turns for trajectory in trajectories)
 
 
 def check_some_played(trajectories: Iterable[Trajectory], stats: RolloutStats, where: str) -> None:
-    """Ends what cannot go on: a fault of every episode is not the tasks'.
+    """Ends a run in which every episode failed: the fault is not the tasks'.
 
     All processes hold the same trajectories, so all of them end, or none.
 
@@ -64,29 +64,31 @@ def check_some_played(trajectories: Iterable[Trajectory], stats: RolloutStats, w
 
 
 class DeviceClock:
-    """Adds up the time in which the device had a program to run, as seen from the host: programs run one after the
-    other, so one is busy from when it was called, or the one before it ended, to when it ends."""
+    """Measures the time in which the device had a program to run, from the host.
+
+    Programs run one after the other; so a program is busy from its call, or the end of the one before, to its end.
+    """
 
     def __init__(self) -> None:
-        self._busy, self._last, self._since = 0.0, 0.0, None
+        self._busy, self._last_end, self._called = 0.0, 0.0, None
         self._watcher = ThreadPoolExecutor(1, "device-clock")
 
-    def called(self) -> None:
-        """A program is about to be called."""
-        self._since = self._since or time.perf_counter()
+    def before_call(self) -> None:
+        """Marks the time of a call; until `after_call`, further marks change nothing."""
+        self._called = self._called or time.perf_counter()
 
-    def watch(self, output: jax.Array) -> None:
-        """An output of the last program called, one that is not donated to the next."""
-        since, self._since = self._since or time.perf_counter(), None
-        self._watcher.submit(self._wait, since, output)
+    def after_call(self, output: jax.Array) -> None:
+        """Watches a program by an output, one that is not donated to the next program."""
+        called, self._called = self._called or time.perf_counter(), None
+        self._watcher.submit(self._wait, called, output)
 
     def stop(self) -> float:
-        """Seconds busy, when all programs watched have ended."""
+        """Waits for all watched programs; returns the seconds busy."""
         self._watcher.shutdown()
         return self._busy
 
-    def _wait(self, since: float, output: jax.Array) -> None:
+    def _wait(self, called: float, output: jax.Array) -> None:
         output.block_until_ready()
         now = time.perf_counter()
-        self._busy += now - max(since, self._last)
-        self._last = now
+        self._busy += now - max(called, self._last_end)
+        self._last_end = now

@@ -404,7 +404,7 @@ def test_a_server_that_does_not_start_is_a_fault(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(training, "server_settings", lambda: ("scripted", {"min_turns": 9, "max_turns": 1}))
     assert run("servers") == 1
     out = capsys.readouterr().out
-    assert "✗ servers" in out and "it said: error: expected 1 <=" in out and "ulimit" in out, out
+    assert "✗ servers" in out and "output: error: expected 1 <=" in out and "ulimit" in out, out
 
 
 def test_a_whole_step_is_played_and_learnt_without_compiling_again():

@@ -1,7 +1,7 @@
 """Records a conversation with somebody's OpenEnv server, for `test_openenv_recorded` to replay where OpenEnv is not.
 
     python tests/envs/record_openenv.py ws://127.0.0.1:8000 FILE --server "echo_env, openenv-core 0.3.0" \
-        --wire '{"action_field": "message", …}' --task '{"seed": 1}' --say hello --say "[7]"
+        --field-mapping '{"action_field": "message", …}' --task '{"seed": 1}' --say hello --say "[7]"
 
 The first line of FILE says what was asked for, each further one is a request and its answer, as they were sent. Asked
 are: the state (what a pool does first), a reset, the steps, a step that no server knows, the state again, and the end.
@@ -17,14 +17,14 @@ from websockets.sync.client import connect
 
 from aem_jax.envs import protocol
 from aem_jax.envs.serving.client import websocket_url
-from aem_jax.envs.serving.field_mapping import WireMapping, step_encoder
+from aem_jax.envs.serving.field_mapping import FieldMapping, step_encoder
 
 UNKNOWN_STEP = json.dumps({"type": "step", "data": {"no such field": "x"}})
 
 
-def requests(wire: WireMapping, task: dict, say: list[str]) -> list[str]:
+def requests(mapping: FieldMapping, task: dict, say: list[str]) -> list[str]:
     """What is asked, in order."""
-    steps = [*map(step_encoder(wire), say), UNKNOWN_STEP]
+    steps = [*map(step_encoder(mapping), say), UNKNOWN_STEP]
     return [protocol.STATE_REQUEST, protocol.encode_reset(task), *steps, protocol.STATE_REQUEST, protocol.CLOSE_REQUEST]
 
 
@@ -33,13 +33,13 @@ def main() -> int:
     parser.add_argument("url")
     parser.add_argument("file", type=Path)
     parser.add_argument("--server", required=True)
-    parser.add_argument("--wire", type=json.loads, default={})
+    parser.add_argument("--field-mapping", type=json.loads, default={})
     parser.add_argument("--task", type=json.loads, default={})
     parser.add_argument("--say", action="append", default=[])
     options = parser.parse_args()
-    lines = [{name: getattr(options, name) for name in ("server", "wire", "task", "say")}]
+    lines = [{name: getattr(options, name) for name in ("server", "field_mapping", "task", "say")}]
     with connect(websocket_url(options.url), proxy=None, open_timeout=60) as socket:
-        for request in requests(WireMapping(**options.wire), options.task, options.say):
+        for request in requests(FieldMapping(**options.field_mapping), options.task, options.say):
             socket.send(request)
             try:
                 lines.append({"sent": request, "received": str(socket.recv(timeout=60))})

@@ -25,7 +25,7 @@ from openenv.core.generic_client import GenericEnvClient
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.alfworld.tasks import GeneratedTasks
 from aem_jax.envs.protocol import EnvError
-from aem_jax.envs.serving.field_mapping import WireMapping
+from aem_jax.envs.serving.field_mapping import FieldMapping
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.envs.swe.tasks import generated_tasks, whole_payload
 from aem_jax.envs.table import environment_spec
@@ -33,7 +33,7 @@ from aem_jax.envs.testing.conformance_wire import ServerSubject, check_server
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 from aem_jax.envs.webshop.tasks import goal_tasks
 
-BARE = WireMapping(
+BARE = FieldMapping(
     won_field="", truncated_field="", terminated_field="", valid_field="", admissible_field="", info_field=""
 )
 COMMAND = replace(BARE, action_field="command", text_field="output", truncated_field="out_of_steps")
@@ -48,21 +48,21 @@ def command(name, sessions):
 
 
 @contextlib.contextmanager
-def playing(command, wire, *, servers, sessions):
+def playing(command, mapping, *, servers, sessions):
     """A pool on servers that the command starts."""
     config = PoolConfig(
-        command=command, num_servers=servers, sessions_per_server=sessions, wire=wire, start_deadline_s=180
+        command=command, num_servers=servers, sessions_per_server=sessions, field_mapping=mapping, start_deadline_s=180
     )
     with EnvPool(config, ("", {})) as pool:
         yield pool
 
 
-def conforms(pool, wire, tasks, actions, *, sessions):
+def conforms(pool, mapping, tasks, actions, *, sessions):
     """Whether the pool's first server passes our suite; its sessions are given back before."""
     url = pool._servers[0].url
     for session in pool._sessions:
         session.drop("the suite needs the room")
-    return check_server(ServerSubject(url, tasks, actions, wire, sessions, guarded=False))
+    return check_server(ServerSubject(url, tasks, actions, mapping, sessions, guarded=False))
 
 
 def test_their_server_serves_our_pool():

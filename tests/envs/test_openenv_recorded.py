@@ -9,7 +9,7 @@ from envs.record_openenv import UNKNOWN_STEP, requests
 from envs.servers import foreign_server
 
 from aem_jax.envs.protocol import RefusedError, StepResult
-from aem_jax.envs.serving.field_mapping import WireMapping, decode_step
+from aem_jax.envs.serving.field_mapping import FieldMapping, decode_step
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.envs.table import config_from
 
@@ -58,7 +58,7 @@ EXPECTED["textarena_env-0.10.0"][-1] = ("no", 1 - 4 / 19, True, OPEN)  # there t
 def recorded(path: Path):
     """(what was asked for, the mapping, [(request, answer)])."""
     head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return head, config_from(WireMapping, head["wire"]), [(line["sent"], line["received"]) for line in lines]
+    return head, config_from(FieldMapping, head["field_mapping"]), [(line["sent"], line["received"]) for line in lines]
 
 
 def test_every_recording_has_been_read_by_a_person():
@@ -67,8 +67,8 @@ def test_every_recording_has_been_read_by_a_person():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_recorded_server_is_played(path: Path):
-    head, wire, said = recorded(path)
-    assert requests(wire, head["task"], head["say"]) == [sent for sent, _ in said]
+    head, mapping, said = recorded(path)
+    assert requests(mapping, head["task"], head["say"]) == [sent for sent, _ in said]
     # The server that answers as recorded, to those very requests: the pool's own, then, are those that OpenEnv took.
     heard, answers = [], iter(said)
 
@@ -80,7 +80,7 @@ def test_a_recorded_server_is_played(path: Path):
         return received
 
     with foreign_server(reply) as address:
-        config = PoolConfig(urls=(address,), sessions_per_server=1, wire=wire)
+        config = PoolConfig(urls=(address,), sessions_per_server=1, field_mapping=mapping)
         with EnvPool(config, ("", {})) as pool:
             results = [pool.reset(0, head["task"]).result(10)]
             results += [pool.step(0, text).result(10) for text in head["say"]]
@@ -94,17 +94,17 @@ def test_a_recorded_server_is_played(path: Path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_step_that_a_recorded_server_does_not_know(path: Path):
-    _, wire, said = recorded(path)
+    _, mapping, said = recorded(path)
     answer = dict(said)[UNKNOWN_STEP]
     # what is wrong stands beside OpenEnv's message, not in it
     why = r"Invalid message; \w+: Field required; no such field: Extra inputs are not permitted"
-    if wire.invalid_codes:
-        result = decode_step(answer, wire)
+    if mapping.invalid_codes:
+        result = decode_step(answer, mapping)
         assert result == StepResult(result.observation, info={"won": False, "valid_action": False})
         assert re.fullmatch(why, result.observation)
     else:
         with pytest.raises(RefusedError, match=f"VALIDATION_ERROR: {why}"):
-            decode_step(answer, wire)
+            decode_step(answer, mapping)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

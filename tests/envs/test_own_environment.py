@@ -175,8 +175,8 @@ def test_a_command_starts_a_server_for_each_session_and_again_when_it_dies(monke
 @pytest.mark.parametrize(
     ("command", "deadline_s", "why"),
     [
-        ("no-such-program {port}", 60, r"program \{port\}' did not start \(exit status 1\); it said:\nno-such-program"),
-        ("sh -c 'echo broken; exit 3' {port}", 60, r"did not start \(exit status 3\); it said:\nbroken"),
+        ("no-such-program {port}", 60, r"program \{port\}' did not start \(exit status 1\); output:\nno-such-program"),
+        ("sh -c 'echo broken; exit 3' {port}", 60, r"did not start \(exit status 3\); output:\nbroken"),
         ("sh -c 'sleep 600' {port}", 1, "was not up in 1 s"),
     ],
 )

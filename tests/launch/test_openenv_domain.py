@@ -124,7 +124,7 @@ def test_a_run_with_no_environment_is_one_line(tmp_path: Path, capsys):
 
 def test_what_is_said_and_heard_is_part_of_a_run():
     assert may_change("env.urls") and may_change("env.num_servers")
-    assert not may_change("env.wire.text_field") and not may_change("env.command")
+    assert not may_change("env.field_mapping.text_field") and not may_change("env.command")
     assert not may_change("openenv.seeds")
 
 
@@ -197,7 +197,7 @@ def test_one_session_servers_are_as_many_as_slots():
 
 
 def test_the_mapping_is_reached_from_the_command_line():
-    _, options = split(["--env.wire.action-field", "answer", "--env.wire.invalid-codes", "A", "B"])
-    wire = apply(read_preset("openenv-tiny"), options).env.wire
-    assert (wire.action_field, wire.won_field, wire.invalid_codes) == ("answer", "won|", ("A", "B"))
-    assert json.loads(json.dumps(dataclasses.asdict(wire)))["invalid_codes"] == ["A", "B"]
+    _, options = split(["--env.field-mapping.action-field", "answer", "--env.field-mapping.invalid-codes", "A", "B"])
+    mapping = apply(read_preset("openenv-tiny"), options).env.field_mapping
+    assert (mapping.action_field, mapping.won_field, mapping.invalid_codes) == ("answer", "won|", ("A", "B"))
+    assert json.loads(json.dumps(dataclasses.asdict(mapping)))["invalid_codes"] == ["A", "B"]

@@ -34,6 +34,7 @@ def domain(config: RunConfig) -> Domain:
 def success(domain: Domain, make_act, turns: int = TURNS):
     tasks, name = domain.evaluation("valid", 40)
     found = evaluate_agent(domain.make_env(), make_act, tasks, max_turns=turns, name=name, split="valid")
+    assert found.mean_score is not None
     return found.rate.success, found.mean_score
 
 

@@ -1,4 +1,4 @@
-"""A chat of bytes and a pool in this process: deterministic, instant, and breakable on demand."""
+"""A chat of bytes and a pool in this process: deterministic, instant, and broken on demand."""
 
 import random
 import threading
@@ -34,8 +34,8 @@ class ByteChat:
 
 
 class CountdownEnv:
-    """Ends after `turns` turns (0: at its reset, won); answers with as many letters as the response had; wins when the
-    last one was even."""
+    """Ends after `turns` turns (0: at its reset, won). Observations grow with the response's length; the episode is won
+    if the last response has an even length."""
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
         self.left = int(task["turns"])
@@ -84,7 +84,7 @@ class LocalPool:
 
 
 class LatePool(LocalPool):
-    """Answers after up to 20 ms, so that they come in another order than they were asked for."""
+    """Replies after up to 20 ms, so that replies come out of order."""
 
     def __init__(self, capacity: int, seed: int, **kwargs):
         super().__init__(capacity, **kwargs)

@@ -1,5 +1,5 @@
-"""Real servers are killed, frozen and made to answer rubbish during a rollout: the step completes, affected episodes
-begin again, and every token is the one that an undisturbed rollout samples.
+"""Real servers are killed, frozen and made to send malformed replies during a rollout: the step completes, affected
+episodes are retried, and every token is the one that an undisturbed rollout samples.
 """
 
 import os
@@ -43,12 +43,12 @@ def tasks(fault_of=lambda word: None) -> list[Task]:
     return [Task(w, "echo", {"word": w, "length": 4, **({"fault": faults[w]} if faults[w] else {})}) for w in WORDS]
 
 
-def said(trajectories):
+def sampled(trajectories):
     return [[turn.response_ids.tolist() for turn in t.turns] for t in trajectories]
 
 
 class Disturbed:
-    """A pool that does something to its servers at the n-th step."""
+    """A pool that disturbs its servers at the n-th step."""
 
     def __init__(self, pool: EnvPool, at: int, disturb):
         self._pool, self._at, self._disturb, self.steps = pool, at, disturb, 0
@@ -89,7 +89,7 @@ def test_servers_killed_or_frozen(play, undisturbed, disturb):
         trajectories, stats = play(Disturbed(pool, 11, disturb), tasks())
         assert sum(pool.stats().restarts) >= 1
     assert stats.retries >= 1 and stats.env_errors == 0
-    assert said(trajectories) == said(undisturbed)
+    assert sampled(trajectories) == sampled(undisturbed)
     for found, expected in zip(trajectories, undisturbed, strict=True):
         assert (found.ending, found.success) == (expected.ending, expected.success)
         assert found.total_reward == expected.total_reward
@@ -98,14 +98,14 @@ def test_servers_killed_or_frozen(play, undisturbed, disturb):
 
 
 @pytest.mark.parametrize("kind", ["rubbish", "broken", "exit"])
-def test_servers_that_talk_rubbish(play, undisturbed, kind, tmp_path):
+def test_servers_with_malformed_replies(play, undisturbed, kind, tmp_path):
     def fault(word):
         return {"kind": kind, "step": 2, "once": str(tmp_path / kind)} if word == "cde" else None
 
     with EnvPool(POOL, ("echo", {})) as pool:
         trajectories, stats = play(pool, tasks(fault))
     assert stats.retries >= 1 and stats.env_errors == 0
-    assert said(trajectories) == said(undisturbed)
+    assert sampled(trajectories) == sampled(undisturbed)
 
 
 def test_a_task_that_always_breaks_is_masked_and_costs_nobody_else(play, undisturbed):
@@ -116,11 +116,11 @@ def test_a_task_that_always_breaks_is_masked_and_costs_nobody_else(play, undistu
     assert [t.ending is Ending.ENV_ERROR for t in trajectories] == [t.task.id == "fg" for t in trajectories]
     assert stats.env_errors == 2 and stats.retries == 2 * CONFIG.max_retries
     rest = [i for i, t in enumerate(trajectories) if t.task.id != "fg"]
-    assert [said(trajectories)[i] for i in rest] == [said(undisturbed)[i] for i in rest]
+    assert [sampled(trajectories)[i] for i in rest] == [sampled(undisturbed)[i] for i in rest]
 
 
 @pytest.mark.parametrize(("kind", "step_deadline_s"), [("exit", 3.0), ("hang", 0.5), ("rubbish", 3.0)])
-def test_a_task_that_always_takes_its_server_with_it_is_found(play, undisturbed, kind, step_deadline_s):
+def test_a_task_that_always_kills_its_server_is_found(play, undisturbed, kind, step_deadline_s):
     """Both episodes of a group kill their server whenever they are played: they alone are masked in the end."""
     pool_config = replace(POOL, step_deadline_s=step_deadline_s)
     with EnvPool(pool_config, ("echo", {})) as pool:
@@ -129,7 +129,7 @@ def test_a_task_that_always_takes_its_server_with_it_is_found(play, undisturbed,
     assert [t.ending is Ending.ENV_ERROR for t in trajectories] == [t.task.id == "fg" for t in trajectories]
     assert stats.env_errors == 2
     rest = [i for i, t in enumerate(trajectories) if t.task.id != "fg"]
-    assert [said(trajectories)[i] for i in rest] == [said(undisturbed)[i] for i in rest]
+    assert [sampled(trajectories)[i] for i in rest] == [sampled(undisturbed)[i] for i in rest]
 
 
 def test_no_retry_when_none_is_wanted(play):

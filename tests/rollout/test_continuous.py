@@ -1,4 +1,4 @@
-"""Continuous batching says what lock-step says, whenever answers come; and it calls before it reads."""
+"""Continuous mode samples what lockstep mode samples, whenever replies come; and it calls before it reads."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -57,7 +57,7 @@ def same(found: list[Trajectory], expected: list[Trajectory]) -> None:
         {"max_turns": 2, "slot_shares": ()},
     ],
 )
-def test_continuous_says_what_lockstep_says(sampler, params, change):
+def test_continuous_samples_what_lockstep_samples(sampler, params, change):
     expected, wanted = play(sampler, params, replace(CONFIG, **(change | {"slot_shares": ()})), LocalPool(12))
     for seed in (0, 1):
         found, stats = play(sampler, params, replace(CONTINUOUS, **change), LatePool(12, seed))
@@ -71,7 +71,7 @@ def test_environments_that_break_cost_nothing_but_time(sampler, params):
     found, stats = play(sampler, params, CONTINUOUS, LatePool(12, 0, broken=lambda _, call: call in (5, 20, 21)))
     same(found, expected)
     assert stats.retries == 3 and stats.env_errors == 0
-    # Who gets a broken session depends on timing; so all are.
+    # Which episode gets a broken session depends on timing; so all sessions are broken.
     found, stats = play(sampler, params, CONTINUOUS, LatePool(12, 0, broken=lambda *_: True))
     assert [t.ending for t in found] == [Ending.ENV_ERROR] * 12
     assert (stats.env_errors, stats.retries) == (12, 12 * CONTINUOUS.max_retries)
@@ -86,17 +86,17 @@ def test_more_first_prompts_than_rows_for_them(sampler, params):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_prompt_is_computed_once_however_late_its_group_begins(sampler, params, seed):
-    """Slots begin one by one, groups in turns: the rows of prompts are taken from nobody while others are empty."""
+def test_a_prompt_is_prefilled_once_however_late_its_group_starts(sampler, params, seed):
+    """Slots start one by one, groups in turns: no prompt is evicted while a row is empty."""
     tasks = [replace(t, payload={**t.payload, "first": "abc" * (n + 1)}) for n, t in enumerate(TASKS)]
     expected, wanted = play(sampler, params, CONFIG, LocalPool(12), tasks)
     found, stats = play(sampler, params, CONTINUOUS, LatePool(12, seed), tasks)
     same(found, expected)
-    assert stats.heard_tokens == wanted.heard_tokens
+    assert stats.prefill_tokens == wanted.prefill_tokens
 
 
 class OneAtATime(LatePool):
-    """Refuses a call to a session that has not answered the last one, as servers do."""
+    """Refuses a call to a session whose last one is pending, as servers do."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -108,7 +108,7 @@ class OneAtATime(LatePool):
         return self._out[session]
 
 
-def test_a_rollout_that_was_broken_off_can_be_made_again(sampler, params):
+def test_an_interrupted_rollout_can_be_repeated(sampler, params):
     class Breaks(ByteChat):
         calls = 0
 
@@ -126,7 +126,7 @@ def test_a_rollout_that_was_broken_off_can_be_made_again(sampler, params):
 
 
 class Watched:
-    """A sampler that notes its calls, and when what they decoded is read."""
+    """A sampler that records its decode calls."""
 
     def __init__(self, sampler: Sampler):
         self._sampler, self.events = sampler, []

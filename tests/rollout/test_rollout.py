@@ -1,4 +1,4 @@
-"""The conversation: token-exact, indifferent to slots and cohorts, and unharmed by environments that break."""
+"""Rollouts are token-exact, independent of slots and cohorts, and unharmed by environments that break."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ import pytest
 from aem_jax.compilations import compilations
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
-from aem_jax.rollout.episode import windowed_ids
+from aem_jax.rollout.context import windowed_prompt
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.trajectory import Ending, Task, Trajectory
 
@@ -52,7 +52,7 @@ def sampled(trajectories: list[Trajectory]) -> list[list[list[int]]]:
     return [[turn.response_ids.tolist() for turn in t.turns] for t in trajectories]
 
 
-def test_every_token_is_the_one_the_policy_would_say(sampler, params):
+def test_every_token_has_the_policys_logprob(sampler, params):
     """Logprobs and entropies of all responses equal those of one plain pass over the whole episode."""
     trajectories, stats = play(sampler, params)
     assert [(t.group, t.member) for t in trajectories] == [(g, m) for g in range(3) for m in range(4)]
@@ -76,7 +76,7 @@ def test_every_token_is_the_one_the_policy_would_say(sampler, params):
     )
 
 
-def test_what_is_heard_is_the_template_of_what_was_said(sampler, params):
+def test_observation_ids_are_those_of_the_chat_template(sampler, params):
     trajectories, _ = play(sampler, params)
     chat = ByteChat()
     for t in trajectories:
@@ -115,7 +115,7 @@ def test_members_of_a_group_differ_and_keys_decide(sampler, params):
 
 
 def test_a_broken_environment_costs_nothing_but_time(sampler, params):
-    """Calls 5, 20 and 21 fail: those episodes begin again and say the same; all others never notice."""
+    """Calls 5, 20 and 21 fail: those episodes are retried and sample the same; the others are not affected."""
     expected, _ = play(sampler, params)
     found, stats = play(sampler, params, broken=lambda _, call: call in (5, 20, 21))
     assert stats.retries == 3 and stats.env_errors == 0 and stats.first_error.endswith(": broken on purpose")
@@ -128,11 +128,11 @@ def test_an_environment_that_stays_broken_is_masked(sampler, params):
     found, stats = play(sampler, params, replace(CONFIG, num_slots=12), broken=lambda session, _: session == 5)
     errors = [t for t in found if t.ending is Ending.ENV_ERROR]
     assert stats.env_errors == len(errors) >= 1 and not any(t.success for t in errors)
-    whole = {
+    unbroken = {
         (t.group, t.member): s for t, s in zip(found, sampled(found), strict=True) if t.ending is not Ending.ENV_ERROR
     }
-    for t, said in zip(expected, sampled(expected), strict=True):
-        assert whole.get((t.group, t.member), said) == said
+    for t, responses in zip(expected, sampled(expected), strict=True):
+        assert unbroken.get((t.group, t.member), responses) == responses
     assert len(found) == 12
 
 
@@ -157,7 +157,7 @@ def test_a_first_prompt_that_is_too_long_ends_its_episodes_and_no_others(sampler
 
 
 def test_a_task_that_is_over_at_its_reset_is_left_out_at_once(sampler, params, caplog):
-    """No retry, one line for its whole group, and the other groups say what they would have said."""
+    """No retry, one log line for the group, and the other groups sample the same."""
     over = replace(TASKS[1], id="solved", payload={"turns": 0})
     expected, _ = play(sampler, params)
     found, stats = play(sampler, params, tasks=[TASKS[0], over, TASKS[2]])
@@ -192,19 +192,19 @@ def test_windowed_context_rebuilds_each_prompt(sampler, params):
             )
 
 
-def test_a_window_may_drop_earlier_thoughts():
-    said = ["<think>\nup\n</think>\n\ngo", "down</think>\nstay", "<think>too long, it was cut"]
-    turns = [("seen", text) for text in said]
+def test_a_window_may_drop_earlier_thinking():
+    responses = ["<think>\nup\n</think>\n\ngo", "down</think>\nstay", "<think>too long, it was cut"]
+    turns = [("seen", text) for text in responses]
     chat = Messages()
-    for thoughts, shown in ((True, said), (False, ["go", "stay", said[2]])):
-        windowed_ids(chat, [], turns, "end", "", 3, thoughts=thoughts)
+    for thinking, shown in ((True, responses), (False, ["go", "stay", responses[2]])):
+        windowed_prompt(chat, [], turns, "end", "", 3, thinking=thinking)
         assert [m["content"] for m in chat.messages if m["role"] == "assistant"] == shown
     with pytest.raises(ValueError, match="set rollout.context to 'window'"):
-        replace(CONFIG, thoughts="drop")
+        replace(CONFIG, thinking="drop")
 
 
 class Messages(ByteChat):
-    """Keeps the last conversation that it was asked for."""
+    """Records the last conversation that it tokenises."""
 
     def prompt_ids(self, messages):
         self.messages = messages

@@ -1,1 +1,1 @@
-"""Environment servers and the pool of sessions that a rollout talks to. The wire is OpenEnv's WebSocket messages."""
+"""Environment servers, and the pool of sessions that a rollout calls. The protocol is OpenEnv's WebSocket messages."""

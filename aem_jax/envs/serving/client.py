@@ -1,4 +1,4 @@
-"""One session on an environment server: an asyncio connection (the pool is made of them) and a blocking environment."""
+"""One session on an environment server: an asyncio connection, which the pool uses, and a blocking environment."""
 
 import asyncio
 import contextlib
@@ -15,17 +15,17 @@ from websockets.sync.client import connect as connect_blocking
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, StepResult, describe, encode_reset
 from aem_jax.envs.serving.address import websocket_url, without_password
-from aem_jax.envs.serving.field_mapping import WireMapping, decode_result, decode_step, step_encoder
+from aem_jax.envs.serving.field_mapping import FieldMapping, decode_result, decode_step, step_encoder
 
 CONNECTION_ERRORS = (OSError, TimeoutError, InvalidHandshake, ConnectionClosed)
-"""What opening or using a connection raises when the other side is not there or not well."""
+"""Errors of opening or using a connection to a server that is down or failing."""
 
 
 def bearer(variable: str) -> Mapping[str, str]:
-    """Headers with the token that an environment variable holds, as hosted servers want it; none for no variable.
+    """Headers with the token that an environment variable holds, as hosted servers expect it; none for no variable.
 
     Raises:
-        ValueError: that is no variable's name, or it is not set, or holds what cannot be a token.
+        ValueError: the name is not a variable's, or the variable is not set or does not hold a token.
     """
     if not variable:
         return {}
@@ -39,16 +39,17 @@ def bearer(variable: str) -> Mapping[str, str]:
 
 
 class Connection:
-    """One open session. One request at a time; one that was not answered spoils the connection, so abort it then."""
+    """One open session, with one request at a time. Abort it after a request without a reply: a late reply would be
+    taken for the next one."""
 
     def __init__(self, socket: ClientConnection):
         self._socket = socket
 
     @classmethod
     async def open(cls, url: str, *, timeout_s: float, headers: Mapping[str, str] | None = None) -> "Connection":
-        """Connects; raises one of `CONNECTION_ERRORS`, or ValueError for a URL that is none."""
+        """Connects. Raises one of `CONNECTION_ERRORS`, or ValueError for an invalid URL."""
         try:
-            # No compression, no pings: both cost more than they bring, and deadlines are the caller's.
+            # No compression and no pings: both cost more than they gain, and the caller sets deadlines.
             socket = await connect(
                 url,
                 additional_headers=headers,
@@ -64,17 +65,17 @@ class Connection:
 
     @property
     def usable(self) -> bool:
-        """Whether the connection is open, as far as this side knows."""
+        """Whether this side considers the connection open."""
         return self._socket.state is State.OPEN
 
-    async def ask(self, request: str) -> str | bytes:
+    async def call(self, request: str) -> str | bytes:
         """Sends one request and waits for its reply."""
-        with contextlib.suppress(ConnectionClosed):  # a server that has no room says so, hangs up, and is to be heard
+        with contextlib.suppress(ConnectionClosed):  # a full server sends its reason and closes: read it
             await self._socket.send(request)
         return await self._socket.recv()
 
     async def close(self) -> None:
-        """Takes leave: the protocol's close message, then the socket's."""
+        """Closes the session: sends the protocol's close message, then closes the socket."""
         try:
             async with asyncio.timeout(1.0):
                 await self._socket.send(protocol.CLOSE_REQUEST)
@@ -83,31 +84,31 @@ class Connection:
             self.abort()
 
     def abort(self) -> None:
-        """Cuts the connection now; whoever waits for a reply gets ConnectionClosed."""
+        """Cuts the connection at once; a pending call raises ConnectionClosed."""
         self._socket.transport.abort()
 
 
 class RemoteEnvironment:
-    """An environment behind a server, as a plain blocking `Environment`: for notebooks and tests; training uses a pool.
+    """An environment on a server, as a blocking `Environment`. For notebooks and tests; training uses a pool.
 
     Args:
         url: the server, in a form of `websocket_url`.
-        mapping: where the server keeps our words; None suits our own servers.
+        mapping: names of the server's fields; None suits our own servers.
         deadline_s: seconds that a call may take.
-        headers: sent when connecting; `bearer` makes those that carry a token.
+        headers: sent when connecting; `bearer` makes headers with a token.
 
     Raises:
-        EnvError: at construction and in every call: no answer, in time, that makes sense.
+        EnvError: no valid reply before the deadline; at construction and in every call.
     """
 
     def __init__(
         self,
         url: str,
-        mapping: WireMapping | None = None,
+        mapping: FieldMapping | None = None,
         deadline_s: float = 60.0,
         headers: Mapping[str, str] | None = None,
     ):
-        self._url, self._mapping, self._deadline_s = websocket_url(url), mapping or WireMapping(), deadline_s
+        self._url, self._mapping, self._deadline_s = websocket_url(url), mapping or FieldMapping(), deadline_s
         self._encode_step = step_encoder(self._mapping)
         self._held = contextlib.ExitStack()
         try:
@@ -128,27 +129,27 @@ class RemoteEnvironment:
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
         """Starts an episode of `task`."""
-        return decode_result(self._ask(encode_reset(task)), self._mapping)
+        return decode_result(self._call(encode_reset(task)), self._mapping)
 
     def step(self, action_text: str) -> StepResult:
-        """Answers the policy's whole response text."""
-        return decode_step(self._ask(self._encode_step(action_text)), self._mapping)
+        """Takes a step with the policy's whole response text."""
+        return decode_step(self._call(self._encode_step(action_text)), self._mapping)
 
     def state(self) -> Mapping[str, Any]:
-        """The server's account of the session: at least `episode_id` and `step_count`."""
-        return protocol.decode_data(self._ask(protocol.STATE_REQUEST), "state")
+        """The session's state on the server: at least `episode_id` and `step_count`."""
+        return protocol.decode_data(self._call(protocol.STATE_REQUEST), "state")
 
     def close(self) -> None:
         """Ends the session; calling it twice is harmless."""
-        with contextlib.suppress(*CONNECTION_ERRORS):  # gone already
+        with contextlib.suppress(*CONNECTION_ERRORS):  # already closed
             self._socket.send(protocol.CLOSE_REQUEST)
         self._held.close()
 
-    def _ask(self, request: str) -> str | bytes:
+    def _call(self, request: str) -> str | bytes:
         try:
-            with contextlib.suppress(ConnectionClosed):  # what it said before it hung up is to be heard
+            with contextlib.suppress(ConnectionClosed):  # read what it sent before it closed
                 self._socket.send(request)
             return self._socket.recv(timeout=self._deadline_s)
         except CONNECTION_ERRORS as error:
-            self._held.close()  # a late reply must not be taken for the next one
+            self._held.close()  # a late reply must not be taken for the next one's
             raise EnvError(f"{without_password(self._url)}: {describe(error)}") from error

@@ -1,41 +1,41 @@
-"""What a pool of environment sessions is told, and what it tells."""
+"""Settings and statistics of a pool of environment sessions."""
 
 from dataclasses import dataclass, field
 
 from aem_jax.envs.serving.address import keeps_secrets, without_password
-from aem_jax.envs.serving.field_mapping import WireMapping
+from aem_jax.envs.serving.field_mapping import FieldMapping
 
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """Where the environments run and how long anything may take."""
+    """Where the environments run, and their deadlines."""
 
     urls: tuple[str, ...] = ()
     """Servers to connect to (host:port or ws://…); empty: the pool starts its own."""
     command: str = ""
-    """Command that starts one server, {port} in it, where the servers are not this package's: num_servers of them are
-    started, watched and started again, as own ones. It must serve at 127.0.0.1:{port}, and end when it is killed."""
+    """Command that starts one server that is not this package's, with {port} in it. The pool starts, watches and
+    restarts num_servers of them. Each must serve at 127.0.0.1:{port}, and end when it is killed."""
     num_servers: int = 2
-    """Own server processes; a failure costs the sessions of one."""
+    """Server processes that the pool starts; a failure costs the sessions of one."""
     sessions_per_server: int = 32
-    """Sessions on each server, own or foreign."""
+    """Sessions on each server."""
     reset_deadline_s: float = 60.0
     """Seconds that a reset may take."""
     step_deadline_s: float = 30.0
     """Seconds that a step may take."""
     start_deadline_s: float = 60.0
-    """Seconds until an own server must be up."""
+    """Seconds until a server that the pool starts must be up."""
     restart_wait_s: float = 60.0
-    """Seconds that a reset waits for a failed server to come back before it fails itself."""
+    """Seconds that a reset waits for the restart of a failed server before it fails."""
     first_pause_s: float = 0.25
-    """Pause between the first two tries to start or reach a server; doubles up to 10 s."""
+    """Pause between the first two attempts to start or reach a server; doubles up to 10 s."""
     send_admissible: bool = False
-    """Whether own servers send the admissible actions with every observation."""
-    wire: WireMapping = field(default_factory=WireMapping)
-    """Where the servers keep our words; the default suits own servers."""
+    """Whether this package's servers send the admissible actions with every observation."""
+    field_mapping: FieldMapping = field(default_factory=FieldMapping)
+    """Names of the servers' fields; the default suits this package's servers."""
     token_variable: str = ""
-    """Environment variable with a token for the servers of urls, sent as `Authorization: Bearer …`; the token itself is
-    written nowhere. Empty: none is sent."""
+    """Environment variable with a token for the servers of urls, sent as `Authorization: Bearer …`. The token itself
+    is written nowhere. Empty: none is sent."""
 
     def __post_init__(self):
         if self.command and (self.urls or "{port}" not in self.command):
@@ -60,12 +60,12 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class PoolStats:
-    """What happened so far.
+    """Counts since the pool was opened.
 
     Attributes:
-        calls: resets and steps begun.
-        failed_calls: those that raised `EnvError`.
-        restarts: how often each own server was started again.
+        calls: resets and steps started.
+        failed_calls: calls that raised `EnvError`.
+        restarts: restarts of each server that the pool started.
         errors: the latest 100 failures, oldest first.
     """
 

@@ -1,10 +1,11 @@
-"""Other people's words and ours: where a server keeps what we need, and how a response becomes its action.
+"""Maps the fields of a server's messages to ours, and a response to the server's action.
 
-OpenEnv fixes the messages, not the fields of actions and observations: those are each environment's own. `WireMapping`
-names them. Its defaults are the fields of our own servers; the preset `openenv-tiny` makes most of them optional.
+OpenEnv fixes the messages, but each environment names the fields of its actions and observations. `FieldMapping` holds
+these names. By default they are the fields of this package's servers; the preset `openenv-tiny` makes most optional.
 
-A path is dotted, list indices included: `messages.-1.content`. Alternatives are separated by `|`: the first that is
-there and not null. A path that ends in `|` may also find nothing: `question|` is no text, `won|` the rule below.
+A path is dotted, list indices included: `messages.-1.content`. `|` separates alternatives; the first that exists and is
+not null counts. A path that ends in `|` is optional: without `question|` the text is empty, without `won|` the rule of
+the empty name applies.
 """
 
 import json
@@ -19,8 +20,8 @@ from aem_jax.files import parse_json, valid_text
 
 
 @dataclass(frozen=True)
-class WireMapping:
-    """Where a server keeps our words. An empty name: it has no such field."""
+class FieldMapping:
+    """Names of a server's fields. An empty name: the server has no such field."""
 
     action_field: str = "text"
     """Action field that takes the policy's response; dotted: a field inside a field."""
@@ -29,13 +30,13 @@ class WireMapping:
     text_field: str = "text"
     """Observation field shown to the policy; empty: the whole observation as JSON."""
     won_field: str = "won"
-    """Observation field that says whether the task is solved; empty: terminated and reward above won_above."""
+    """Observation field: whether the task is solved; empty: terminated and reward above won_above."""
     truncated_field: str = "truncated"
-    """Observation field that says whether a limit ended the episode; empty: never."""
+    """Observation field: whether a limit ended the episode; empty: never."""
     terminated_field: str = "terminated"
-    """Observation field that says whether the task ended the episode; empty: done and not truncated."""
+    """Observation field: whether the task ended the episode; empty: done and not truncated."""
     valid_field: str = "valid_action"
-    """Observation field that says whether the response was understood as an action; empty: always."""
+    """Observation field: whether the response was understood as an action; empty: always."""
     admissible_field: str = "admissible"
     """Observation field that lists the admissible actions, null where they are not sent; empty: none."""
     info_field: str = "info"
@@ -43,13 +44,13 @@ class WireMapping:
     score_field: str = ""
     """Observation field with the task's own score, 0 to 1, null where there is none yet; empty: none."""
     won_above: float = 0.0
-    """Last reward above which a terminated episode is won, where no won_field says so."""
+    """Last reward above which a terminated episode is won, if there is no won_field."""
     action_pattern: str = ""
     """Regular expression: the first group of its last match in the response is sent; without a match, or empty, the
     whole response."""
     invalid_codes: tuple[str, ...] = ()
-    """Error codes with which the server refuses what the policy said: the episode goes on after an invalid action,
-    whose observation is the server's message. Any other error ends the episode as the environment's fault."""
+    """Error codes of responses that the server refuses. They count as invalid actions: the observation is the server's
+    message, and the episode goes on. Any other error ends the episode as an environment error."""
 
     def __post_init__(self):
         try:
@@ -62,11 +63,11 @@ class WireMapping:
             raise ValueError(f"expected action_pattern with a group (…), got {self.action_pattern!r}")
 
 
-def step_encoder(mapping: WireMapping) -> Callable[[str], str]:
-    """Returns the function `text -> request` of a mapping, with what never changes prepared once.
+def step_encoder(mapping: FieldMapping) -> Callable[[str], str]:
+    """Returns the function `text -> request` of a mapping.
 
     Raises:
-        ValueError: `action_constants` is not a JSON mapping, or has a text where `action_field` goes deeper.
+        ValueError: `action_constants` is not a JSON mapping, or has no mapping where `action_field` goes deeper.
     """
     try:
         constants = parse_json(mapping.action_constants, "action_constants")
@@ -90,7 +91,7 @@ def step_encoder(mapping: WireMapping) -> Callable[[str], str]:
     def encode(text: str) -> str:
         if pattern:
             *_, text = text, *(match[1] for match in pattern.finditer(text) if match[1] is not None)
-        # Half a surrogate pair is a str, but not everybody's JSON.
+        # Python's str may hold half a surrogate pair; other JSON readers refuse it.
         return json.dumps({"type": "step", "data": _with(constants, outer, last, valid_text(text))})
 
     return encode
@@ -103,19 +104,19 @@ def _with(mapping: dict[str, Any], outer: list[str], last: str, value: str) -> d
     return {**mapping, outer[0]: _with(mapping[outer[0]], outer[1:], last, value)}
 
 
-def decode_result(raw: str | bytes, mapping: WireMapping) -> StepResult:
+def decode_result(raw: str | bytes, mapping: FieldMapping) -> StepResult:
     """Reads an observation message.
 
     Args:
         raw: the reply as received.
-        mapping: the names under which this server keeps our words.
+        mapping: names of the server's fields.
 
     Returns:
-        The result. `info["admissible"]` and `info["score"]` are there only if the server sent them.
+        The result. `info["admissible"]` and `info["score"]` exist only if the server sent them.
 
     Raises:
         RefusedError: the server answered with an error.
-        EnvError: the reply is rubbish: not JSON, fields missing, a reward that is not finite, …
+        EnvError: the reply is malformed: not JSON, fields missing, a reward that is not finite, …
     """
     data = decode_data(raw, "observation")
     observation, reward, done = data.get("observation"), data.get("reward"), data.get("done")
@@ -142,9 +143,9 @@ def decode_result(raw: str | bytes, mapping: WireMapping) -> StepResult:
     return StepResult(_text(observation, mapping.text_field), reward, terminated, truncated, info)
 
 
-def decode_step(raw: str | bytes, mapping: WireMapping) -> StepResult:
-    """Reads the answer to a step: as `decode_result`, but for errors among `mapping.invalid_codes`, which are the
-    policy's doing: an invalid action that changed nothing."""
+def decode_step(raw: str | bytes, mapping: FieldMapping) -> StepResult:
+    """Reads the reply to a step: as `decode_result`, but an error among `mapping.invalid_codes` is an invalid action
+    that changed nothing."""
     try:
         return decode_result(raw, mapping)
     except RefusedError as error:
@@ -158,20 +159,20 @@ def _optional(path: str) -> bool:
 
 
 def _find(observation: Mapping[str, Any], path: str) -> Any:
-    """The first of the path's alternatives that is there and not null; None where null, or nothing, will do."""
-    found = _optional(path)
-    for each in filter(None, path.split("|")):
-        there, value = _look(observation, each)
-        if there and value is not None:
+    """The first of the path's alternatives that exists and is not null; None where null, or no field, will do."""
+    accepted = _optional(path)
+    for alternative in filter(None, path.split("|")):
+        exists, value = _look_up(observation, alternative)
+        if exists and value is not None:
             return value
-        found |= there
-    if not found:
+        accepted |= exists
+    if not accepted:
         raise EnvError(f"rubbish: expected the observation field {path!r}, got fields {sorted(observation)}")
     return None
 
 
-def _look(value: Any, path: str) -> tuple[bool, Any]:
-    """(whether there is something at the path, and what)."""
+def _look_up(value: Any, path: str) -> tuple[bool, Any]:
+    """Whether the path exists, and its value."""
     for name in path.split("."):
         if isinstance(value, dict) and name in value:
             value = value[name]
@@ -205,7 +206,7 @@ def _flag(observation: Mapping[str, Any], path: str, default: bool) -> bool:
 
 
 def _number(value: Any, what: str) -> float:
-    found = number(value)
-    if found is None:
+    finite = number(value)
+    if finite is None:
         raise EnvError(f"rubbish: expected {what}, got {value!r:.100}")
-    return found
+    return finite

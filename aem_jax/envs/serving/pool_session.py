@@ -1,4 +1,4 @@
-"""One session of a pool, in the event loop: connected when needed, asked with a deadline, dropped when it fails."""
+"""One session of a pool, in the event loop: connected on demand, called with a deadline, dropped when it fails."""
 
 import asyncio
 import math
@@ -10,7 +10,7 @@ from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, LostError, RefusedError, StepResult, describe
 from aem_jax.envs.serving.client import CONNECTION_ERRORS, Connection
 from aem_jax.envs.serving.config import PoolConfig
-from aem_jax.envs.serving.field_mapping import WireMapping, decode_result
+from aem_jax.envs.serving.field_mapping import FieldMapping, decode_result
 from aem_jax.envs.serving.process import ServerProcess
 from aem_jax.envs.serving.supervisor import Supervisor, pauses
 
@@ -24,10 +24,11 @@ _ROOM = (
 
 
 class Clock:
-    """Seconds that this process was awake. A stop, a suspension or a long hold of the interpreter counts two ticks.
+    """Seconds in which this process was awake. A stop, a suspension or a long hold of the interpreter lock counts as
+    two ticks.
 
     Attributes:
-        now: seconds so far; all deadlines are in these.
+        now: seconds so far; deadlines are times of this clock.
     """
 
     tick_s = 0.1
@@ -47,10 +48,10 @@ class PoolSession:
     """One session.
 
     Args:
-        index: its number in the pool.
-        server: where it lives.
-        config: the pool's.
-        clock: the pool's.
+        index: the session's number in the pool.
+        server: the session's server.
+        config: the pool's settings.
+        clock: the pool's clock.
         headers: sent when connecting.
     """
 
@@ -59,38 +60,38 @@ class PoolSession:
     ):
         self.index, self.server, self._headers = index, server, headers
         self._config, self._clock = config, clock
-        self._connection: Connection | None = None  # None until it is (again) connected, and then
-        self._process: ServerProcess | None = None  # what it is connected to: its server's may be a later one by now
-        self._failure = "it was never reset"  # says why
-        self._lost = False  # and whether that was its server's failure
+        self._connection: Connection | None = None
+        self._process: ServerProcess | None = None  # that of the connection; the server may have restarted since
+        self._failure = "it was never reset"  # why there is no connection
+        self._lost = False  # whether the server failed, not this session
         self._expires = math.inf
 
     async def reset(self, request: str) -> StepResult:
-        """Starts an episode, on a connection that may first have to be made.
+        """Starts an episode; connects first if necessary.
 
         Raises:
-            EnvError: the server did not come back, or failed at this.
+            EnvError: the server did not come back in time, or failed.
         """
         limit = self._clock.now + self._config.restart_wait_s
         for pause in pauses(self._config.first_pause_s):
             await self._connect(limit)
             try:
-                return await self.ask(request, self._config.reset_deadline_s, decode_result)
+                return await self.call(request, self._config.reset_deadline_s, decode_result)
             except RefusedError as error:
-                # A session that was just cut may still be counted by its server; it is over in a moment.
+                # The server may still count a session that was just cut, for a moment.
                 if error.code != protocol.CAPACITY_REACHED or self._clock.now + pause > limit:
                     raise
             await asyncio.sleep(pause)
         raise AssertionError("pauses never end")
 
-    async def ask(
-        self, request: str, deadline_s: float, decode: Callable[[str | bytes, WireMapping], StepResult]
+    async def call(
+        self, request: str, deadline_s: float, decode: Callable[[str | bytes, FieldMapping], StepResult]
     ) -> StepResult:
-        """Sends a request that the server answers with an observation, and reads that.
+        """Sends a request, and reads the observation that the server replies with.
 
         Raises:
-            LostError: the server failed, before or during this call; it is being put right. What made it fail cannot
-                be told from here: whoever kills a server or makes it talk rubbish does so to all of its sessions.
+            LostError: the server failed, before or during this call, and is being restarted. The cause is unknown here:
+                a failing server takes all of its sessions with it.
             EnvError: the server refused, or there was no episode.
         """
         connection, process, server = self._connection, self._process, self.server
@@ -99,17 +100,15 @@ class PoolSession:
             raise kind(f"session {self.index} has no episode, reset it: {self._failure}")
         self._expires = self._clock.now + deadline_s
         try:
-            return decode(await connection.ask(request), self._config.wire)
+            return decode(await connection.call(request), self._config.field_mapping)
         except RefusedError as error:
             self.drop(f"{server} refused: {error}")  # the next reset gets a fresh environment
             server.note(f"session {self.index}: {self._failure}")
             raise
         except (EnvError, *CONNECTION_ERRORS) as error:
             if process and isinstance(error, ConnectionClosed):
-                await asyncio.sleep(
-                    _EXIT_S
-                )  # if the server has ended, its exit status says more, and comes in a moment
-            if self._connection is connection:  # else somebody dropped it, and knows why
+                await asyncio.sleep(_EXIT_S)  # if the server has ended, its exit status is known soon and says more
+            if self._connection is connection:  # else it was dropped with its reason
                 failure = str(error) if isinstance(error, EnvError) else describe(error)
                 self.drop(f"{server}: {failure}")
                 server.failed(process, failure)
@@ -118,10 +117,10 @@ class PoolSession:
             self._expires = math.inf
 
     async def probe(self) -> None:
-        """Connects, and sees that the server has room.
+        """Connects, and checks that the server has room for the session.
 
         Raises:
-            EnvError: it is not there, or has none.
+            EnvError: the server is not reachable, or full.
         """
         limit = self._clock.now + _PROBE_S
         for pause in pauses(self._config.first_pause_s):
@@ -129,11 +128,11 @@ class PoolSession:
             assert self._connection
             try:
                 async with asyncio.timeout(self._config.reset_deadline_s):
-                    protocol.decode_data(await self._connection.ask(protocol.STATE_REQUEST), "state")
+                    protocol.decode_data(await self._connection.call(protocol.STATE_REQUEST), "state")
                 return
             except RefusedError as error:
                 if error.code == protocol.EXECUTION_ERROR:
-                    return  # it has a session for us, and no state to tell before the first reset
+                    return  # there is room, and no state before the first reset
                 failure = f"{error}{_ROOM if error.code == protocol.CAPACITY_REACHED else ''}"
             except (EnvError, *CONNECTION_ERRORS) as error:
                 failure = describe(error)
@@ -144,7 +143,7 @@ class PoolSession:
             await asyncio.sleep(pause)
 
     def end_if_expired(self) -> None:
-        """Fails the call under way if its time is over."""
+        """Fails the pending call if its deadline has passed."""
         if self._expires <= self._clock.now:
             self._expires = math.inf
             failure = f"session {self.index} had no answer before its deadline"
@@ -152,14 +151,14 @@ class PoolSession:
             self.server.failed(self._process, failure)
 
     def drop(self, failure: str, *, lost: bool = False) -> None:
-        """Cuts the connection, whatever is under way on it; `lost` says that the server failed, not this session."""
+        """Cuts the connection, and fails its pending call; `lost` means that the server failed, not this session."""
         if self._connection:
             self._connection.abort()
             self._connection = None
             self._failure, self._lost = failure, lost
 
     async def close(self) -> None:
-        """Takes leave of the server."""
+        """Closes the session on the server."""
         if self._connection:
             await self._connection.close()
 

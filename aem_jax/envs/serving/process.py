@@ -1,4 +1,4 @@
-"""An environment server as a child process: started on a free port, heard when it fails, gone when its parent is."""
+"""An environment server as a child process: on a free port, with its last output kept, and ended with its parent."""
 
 import asyncio
 import contextlib
@@ -26,22 +26,22 @@ try:
 except OSError as error:
     sys.exit(f"{sys.argv[1]}: {error}")
 """
-"""Becomes the command given, which on Linux the kernel kills (9) when its parent ends (PR_SET_PDEATHSIG, 1)."""
+"""Replaces itself by the given command, which Linux kills (9) when its parent ends (PR_SET_PDEATHSIG, 1)."""
 
 
 class ServerProcess:
-    """One running server; made by `start`.
+    """One running server; made by `start` or `start_command`.
 
     Attributes:
-        pid: its process id, and that of its process group.
-        port: where it listens, on localhost.
+        pid: process id, and id of the process group.
+        port: port on localhost.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, said: asyncio.StreamReader | None):
-        assert said
+    def __init__(self, process: asyncio.subprocess.Process, output: asyncio.StreamReader | None):
+        assert output
         self._process = process
         self._tail = b""
-        self._reader = asyncio.ensure_future(self._read(said))
+        self._reader = asyncio.ensure_future(self._read(output))
         self.pid = process.pid
         self.port = 0
 
@@ -51,18 +51,19 @@ class ServerProcess:
     ) -> "ServerProcess":
         """Starts a server and waits until it accepts connections.
 
-        It is a fresh interpreter, no fork (this process may hold an accelerator), in a session of its own (Ctrl-C is
-        for the training to answer), and the kernel picks the port, so that two pools cannot clash.
+        The server is a fresh interpreter and no fork, since this process may hold an accelerator. It has its own
+        process session, so that Ctrl-C reaches the training alone. The kernel picks the port, so that pools cannot
+        clash.
 
         Args:
             name: an environment of the table, or the path of one.
-            settings: its settings.
+            settings: settings of the environment.
             sessions: most sessions at once.
             send_admissible: whether observations carry the admissible actions.
-            timeout_s: seconds until it must be up.
+            timeout_s: seconds until the server must be up.
 
         Raises:
-            EnvError: it ended or was not up in time; with the end of its stderr.
+            EnvError: the server ended, or was not up in time; with the end of its stderr.
         """
         command = [sys.executable, "-m", "aem_jax.envs.serving.server", name, "--settings", json.dumps(dict(settings))]
         command += ["--port", "0", "--sessions", str(sessions), "--with-parent"]
@@ -80,7 +81,7 @@ class ServerProcess:
                 port = await _announced(process.stdout)
             if port is None:
                 status = await asyncio.wait_for(process.wait(), timeout_s)
-                await server.kill()  # what it left behind; and wait for its last words
+                await server.kill()  # ends what it left behind, and waits for its last output
                 raise EnvError(f"environment server {name!r} did not start ({describe_exit(status)}){server.tail()}")
         except TimeoutError:
             await server.kill()
@@ -93,14 +94,14 @@ class ServerProcess:
 
     @classmethod
     async def start_command(cls, command: str, *, timeout_s: float) -> "ServerProcess":
-        """Starts somebody else's server and waits until it accepts connections.
+        """Starts a server that is not this package's, and waits until it accepts connections.
 
         Args:
-            command: what to run, as in a shell but without one; `{port}` becomes a free port.
-            timeout_s: seconds until it must be up.
+            command: words as in a shell, but no shell runs them; `{port}` becomes a free port.
+            timeout_s: seconds until the server must be up.
 
         Raises:
-            EnvError: it cannot be run, ended, or was not up in time; with the end of what it said.
+            EnvError: the command cannot be run, ended, or was not up in time; with the end of its output.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -120,7 +121,7 @@ class ServerProcess:
             async with asyncio.timeout(timeout_s):
                 while not await _accepts(port):
                     if process.returncode is not None:
-                        await server.kill()  # what it left behind; and wait for its last words
+                        await server.kill()  # ends what it left behind, and waits for its last output
                         status = describe_exit(process.returncode)
                         raise EnvError(f"environment server {command!r} did not start ({status}){server.tail()}")
                     await asyncio.sleep(0.05)
@@ -133,38 +134,38 @@ class ServerProcess:
         return server
 
     async def wait(self) -> int:
-        """Waits until the process has ended; returns its exit status (negative: the signal)."""
+        """Waits for the end of the process; returns its exit status (negative: the signal)."""
         return await self._process.wait()
 
     async def kill(self) -> None:
-        """Kills the process, stopped or not, with all that it started, and waits."""
+        """Kills the process group, stopped or not, and waits."""
         self._signal_group(signal.SIGKILL)
         await self._process.wait()
         await asyncio.wait([self._reader], timeout=1.0)
 
     async def stop(self, timeout_s: float) -> None:
-        """Asks the process to end, and kills what is left of it after that."""
+        """Terminates the process, and kills what is left of its group."""
         self._signal_group(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), timeout_s)
         await self.kill()
 
     def tail(self) -> str:
-        """The end of what it said, to be appended to an error message."""
+        """The end of its output, to be appended to an error message."""
         text = self._tail.decode(errors="replace").strip()
-        return f"; it said:\n{text}" if text else ""
+        return f"; output:\n{text}" if text else ""
 
     def _signal_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # ended already; macOS says the second
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended; macOS raises the second
             os.killpg(self.pid, number)
 
-    async def _read(self, said: asyncio.StreamReader) -> None:
-        while chunk := await said.read(4096):
+    async def _read(self, output: asyncio.StreamReader) -> None:
+        while chunk := await output.read(4096):
             self._tail = (self._tail + chunk)[-_TAIL_BYTES:]
 
 
 async def _announced(lines: asyncio.StreamReader) -> int | None:
-    """The port in the first line that has one; None if there is none. A site's start-up code may print before it."""
+    """The port in the first line that has one; None without one. Start-up code of the machine may print other lines."""
     async for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             return int(json.loads(line)["port"])

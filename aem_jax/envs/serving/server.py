@@ -3,16 +3,16 @@
     python -m aem_jax.envs.serving.server alfworld --port 8765 --settings '{"max_steps": 30}'
 
 `ws://host:port/ws`: one connection is one session and one environment, made when it opens and closed when it ends.
-Also GET /health, /metadata and /schema. OpenEnv's own server is FastAPI with 115 packages behind it; this one needs
-`websockets` alone, and answers every request in order with exactly one message.
+The server also answers GET /health, /metadata and /schema. OpenEnv's own server is FastAPI with 115 packages behind it;
+this one needs `websockets` alone. It answers every request with exactly one message, in order.
 
-The calls of a non-blocking environment run in the event loop (a step takes less than a thread switch costs); a blocking
-one gets one thread per session.
+A non-blocking environment runs in the event loop, since its step takes less time than a thread switch; a blocking one
+has one thread per session.
 """
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while modules load is as quiet as later
+if __name__ == "__main__":  # Ctrl-C prints no traceback while modules load
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -51,16 +51,16 @@ class ServerConfig:
     """Where and how to serve."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; for other machines 0.0.0.0, or :: for IPv6. There is no authentication: keep it inside your
-    network."""
+    """Address to listen on; 0.0.0.0, or :: for IPv6, accepts other machines. There is no authentication: keep it inside
+    your network."""
     port: int = 8765
     """Port to listen on; 0 takes a free one."""
     sessions: int = 64
-    """Most sessions at once; further ones are answered CAPACITY_REACHED."""
+    """Most sessions at once; further ones get the error CAPACITY_REACHED."""
     send_admissible: bool = False
-    """Whether observations carry the list of admissible actions (long, and the policy does not need it)."""
+    """Whether observations carry the list of admissible actions; it is long, and the policy does not need it."""
     with_parent: bool = False
-    """Whether to end when the process that started this one ends, however it does. For pools."""
+    """Whether to end with the process that started this one. For pools."""
 
     def __post_init__(self):
         if not 0 <= self.port <= 65535:
@@ -85,21 +85,22 @@ class _Server:
         self._active += 1
         executor = ThreadPoolExecutor(1) if self._blocking else None
         try:
-            await self._converse(connection, executor)
+            await self._serve_session(connection, executor)
         except ConnectionClosed:
-            pass  # the client went away; its environment is closed already
+            pass  # the client has gone, and its environment is closed
         finally:
             self._active -= 1
             if executor:
                 executor.shutdown(wait=False)
 
-    async def _converse(self, connection: ServerConnection, executor: ThreadPoolExecutor | None) -> None:
+    async def _serve_session(self, connection: ServerConnection, executor: ThreadPoolExecutor | None) -> None:
         loop = asyncio.get_running_loop()
-        made = await loop.run_in_executor(executor, self._made) if executor else self._made()
-        if isinstance(made, BaseException):
-            await connection.send(encode_error(protocol.FACTORY_ERROR, describe(made)))
+        make = self._make_environment
+        env = await loop.run_in_executor(executor, make) if executor else make()
+        if isinstance(env, BaseException):
+            await connection.send(encode_error(protocol.FACTORY_ERROR, describe(env)))
             return
-        session = Session(made, send_admissible=self._config.send_admissible)
+        session = Session(env, send_admissible=self._config.send_admissible)
         try:
             async for raw in connection:
                 reply = await loop.run_in_executor(executor, session.answer, raw) if executor else session.answer(raw)
@@ -108,12 +109,12 @@ class _Server:
                 await connection.send(reply)
         finally:
             if executor:
-                executor.submit(session.close)  # after what the session may still be doing
+                executor.submit(session.close)  # after the request that may still run
             else:
                 session.close()
 
-    def _made(self) -> Environment | BaseException:
-        """An environment, or why there is none. Not raised: an exit in a thread would end the server's event loop."""
+    def _make_environment(self) -> Environment | BaseException:
+        """An environment, or the error. It is not raised: an exit in a thread would end the server's event loop."""
         try:
             return self._make()
         except BaseException as error:
@@ -187,13 +188,11 @@ async def _run(
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(
-            NotImplementedError, RuntimeError
-        ):  # no such thing on Windows, nor outside the main thread
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # on Windows; outside the main thread
             loop.add_signal_handler(number, stop.set)
     server = _Server(make, config, blocking=spec.blocking)
-    # Compression costs more than it saves on texts this short; a ping without a deadline lets TCP find vanished clients
-    # and never mistakes a busy one for dead.
+    # Compression costs more than it saves on texts this short. A ping without a deadline lets TCP find vanished
+    # clients, and never takes a busy client for a dead one.
     async with serve_websocket(
         server.handle,
         config.host.strip("[]"),  # an IPv6 address, with brackets or without
@@ -207,21 +206,21 @@ async def _run(
     ) as sockets:
         ready(next(iter(sockets.sockets)).getsockname()[1])
         await stop.wait()
-        last_resort = _end_in(seconds=5)  # whatever an environment that hangs is doing
+        last_resort = _end_in(seconds=5)  # even if an environment hangs
     if not spec.blocking:
-        last_resort.cancel()  # else threads may be left, which Python waits for at its end
+        last_resort.cancel()  # a blocking environment may leave threads, which Python waits for
 
 
 def serve(
     name: str, settings: Mapping[str, Any], config: ServerConfig, ready: Callable[[int], None] = lambda port: None
 ) -> None:
-    """Serves an environment until SIGTERM or SIGINT; to be a process's main work.
+    """Serves an environment until SIGTERM or SIGINT. Blocks; it is the main work of a process.
 
     Args:
         name: an environment of `table.ENVIRONMENTS`, or the path of one (`table.environment_spec`).
-        settings: its config's fields.
+        settings: fields of its config.
         config: where and how to serve.
-        ready: called with the port when connections are accepted.
+        ready: called with the port once connections are accepted.
 
     Raises:
         ValueError: unknown name or bad settings.
@@ -231,7 +230,7 @@ def serve(
         end_with_parent()
     spec = environment_spec(name)
     make = spec.factory(settings)
-    _close(make())  # what cannot be made should say so now, not at the first session
+    _close(make())  # so that an environment that cannot be made fails now, not at the first session
     try:
         asyncio.run(_run(name, make, spec, config, ready))
     except socket.gaierror as error:
@@ -239,7 +238,7 @@ def serve(
 
 
 def _close(env: Environment) -> None:
-    """Closes an environment that was made to see whether it can be; one that takes long is left at it."""
+    """Closes an environment in a thread, and waits for it, but not long."""
     closing = threading.Thread(target=Session(env, send_admissible=False).close, daemon=True)
     closing.start()
     closing.join(_CLOSE_S)
@@ -255,13 +254,13 @@ def _end_in(*, seconds: float) -> threading.Timer:
 
 
 def end_with_parent() -> None:
-    """Ends this process when stdin closes, and on Linux by the kernel's hand too (which reaches a stopped process)."""
+    """Ends this process when stdin closes. On Linux the kernel kills it too, which reaches a stopped process."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
     parent = os.dup(0)
-    with open(os.devnull, "rb") as nothing:  # an environment that reads or closes stdin must not touch the parent's end
+    with open(os.devnull, "rb") as nothing:  # an environment that reads or closes stdin must not disturb the watch
         os.dup2(nothing.fileno(), 0)
 
     def watch() -> None:
@@ -273,7 +272,7 @@ def end_with_parent() -> None:
 
 
 def _announcer() -> Callable[[int], None]:
-    """Keeps stdout for one line, the port, and sends whatever engines print to stderr."""
+    """Reserves stdout for one line, the port; the output of engines goes to stderr."""
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -310,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # while it was starting; later a signal ends it in order
+    except KeyboardInterrupt:  # during the start; later a signal handler ends the server in order
         return 128 + signal.SIGINT
     return 0
 

@@ -1,7 +1,8 @@
-"""One session of a server: an environment, and the order in which it may be asked. Texts in, texts out; no sockets.
+"""One session of a server: an environment, and the order of its requests. Texts in, texts out; no sockets.
 
-Two differences from OpenEnv's own server, both kinder: a message that is no mapping, or binary, is a VALIDATION_ERROR
-and not the end of the session; and the session holds the order reset, step, …, done, so that no environment has to.
+Two differences from OpenEnv's own server, both more lenient: a message that is binary, or not a mapping, is a
+VALIDATION_ERROR and does not end the session; and the session enforces the order reset, step, …, done, so environments
+need not.
 """
 
 import json
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """One connection's environment, and the order in which it may be asked. Answers one request at a time."""
+    """The environment of one connection, and the order of its requests. Answers one request at a time."""
 
     def __init__(self, env: Environment, *, send_admissible: bool):
         self._env = env
@@ -33,7 +34,7 @@ class Session:
         self._running = False
 
     def answer(self, raw: str | bytes) -> str | None:
-        """The reply to a request; None when the client closes the session. Raises nothing."""
+        """Returns the reply to a request; None when the client closes the session. Raises nothing."""
         try:
             message = json.loads(raw)
         except (ValueError, RecursionError) as error:
@@ -56,12 +57,12 @@ class Session:
             return encode_error(protocol.VALIDATION_ERROR, str(error))
         except _OrderError as error:
             return encode_error(protocol.EXECUTION_ERROR, str(error))
-        except BaseException as error:  # an engine that exits must not take the other sessions along
+        except BaseException as error:  # an engine that exits must not end the other sessions
             self._running = False
             logger.warning("the environment failed at a %s", kind, exc_info=True)
-            # The house's errors are ValueErrors that say what is wrong; of others, the place helps.
-            said = describe(error) if isinstance(error, ValueError) else describe_raised(error)
-            return encode_error(protocol.EXECUTION_ERROR, said)
+            # This package's errors are ValueErrors that say what is wrong; for others, the line helps.
+            description = describe(error) if isinstance(error, ValueError) else describe_raised(error)
+            return encode_error(protocol.EXECUTION_ERROR, description)
 
     def close(self) -> None:
         """Closes the environment; its errors are logged."""
@@ -74,7 +75,7 @@ class Session:
         if not isinstance(data, dict):
             raise _InvalidRequestError(f"expected reset data as a mapping, got {data!r:.100}")
         task = dict(data)
-        episode_id = task.pop("episode_id", None)  # the protocol's own keyword, no part of the task
+        episode_id = task.pop("episode_id", None)  # a keyword of the protocol, not part of the task
         self._running = False
         result = checked_result(self._env, "reset", self._env.reset(task))
         reply = encode_result(result, send_admissible=self._send_admissible)
@@ -96,8 +97,8 @@ class Session:
 
 
 class _InvalidRequestError(Exception):
-    """The request does not have the protocol's form."""
+    """The request does not follow the protocol."""
 
 
 class _OrderError(Exception):
-    """A step came when no episode was running."""
+    """A step without a running episode."""

@@ -1,4 +1,4 @@
-"""Keeps one environment server up: starts it, notices its end, starts it again. Foreign ones it only names."""
+"""Keeps one environment server up: starts it, watches it, restarts it. A server given by URL is only described."""
 
 import asyncio
 import itertools
@@ -16,24 +16,24 @@ _LARGEST_PAUSE_S = 10.0
 
 
 def pauses(first_s: float) -> Iterator[float]:
-    """Seconds to wait between tries: doubling, up to ten, for ever."""
+    """Endless seconds to wait between attempts: doubling, up to ten."""
     return (min(first_s * 2**i, _LARGEST_PAUSE_S) for i in itertools.count())
 
 
-class Tasks:
-    """Tasks that run beside their creator. The event loop itself holds tasks weakly, so somebody must hold them."""
+class BackgroundTasks:
+    """Holds asyncio tasks until they end: the event loop itself keeps only weak references."""
 
     def __init__(self):
         self._tasks: set[asyncio.Task] = set()
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Begins a task."""
+        """Starts a task."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def cancel(self) -> None:
-        """Ends them all, and waits until they have ended."""
+        """Cancels all tasks, and waits for their end."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -41,19 +41,19 @@ class Tasks:
 
 
 class Supervisor:
-    """One server.
+    """Supervises one server.
 
     Args:
-        index: its number in the pool.
-        url: where a foreign server listens; empty for an own one.
-        launch: starts the process of an own server, or raises EnvError.
+        index: the server's number in the pool.
+        url: address of a server that others run; empty for a server that the pool runs.
+        launch: starts the process of a server that the pool runs, or raises EnvError.
         first_pause_s: pause after a failed start.
-        on_failure: called with a description when the server fails; `lost` says whether its sessions are lost with it.
+        on_failure: called with a description when the server fails, and with whether its sessions are lost.
 
     Attributes:
-        up: set while connections make sense: always, for a foreign server.
-        restarts: how often it was started again.
-        failure: what went wrong last.
+        up: set while connecting makes sense: always, for a server that others run.
+        restarts: number of restarts.
+        failure: the last failure.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Supervisor:
         self.restarts = 0
         self.failure = ""
         self._url, self._launch, self._first_pause_s, self._on_failure = url, launch, first_pause_s, on_failure
-        self._tasks = Tasks()
+        self._tasks = BackgroundTasks()
 
     def __str__(self) -> str:
         where = f"pid {self.process.pid}" if self.process else without_password(self._url)
@@ -78,14 +78,14 @@ class Supervisor:
 
     @property
     def url(self) -> str:
-        """Its session endpoint as of now."""
+        """The current session endpoint."""
         return self._url or (f"ws://127.0.0.1:{self.process.port}/ws" if self.process else "")
 
     async def start(self) -> None:
-        """Starts an own server, and watches it from then on.
+        """Starts and watches the process, if the pool runs the server.
 
         Raises:
-            EnvError: it does not start.
+            EnvError: the process does not start.
         """
         if not self._url:
             self.process = await self._launch()
@@ -93,11 +93,11 @@ class Supervisor:
         self.up.set()
 
     def failed(self, process: ServerProcess | None, failure: str) -> None:
-        """Reports a failure. An own server is started again, unless `process`, which failed, was replaced meanwhile.
+        """Reports a failure, and restarts a server that the pool runs.
 
         Args:
-            process: `self.process` as it was when the connection that failed was made.
-            failure: what happened.
+            process: the process of the connection that failed; a process that was replaced since is ignored.
+            failure: description.
         """
         if process is not None and process is not self.process:
             return  # reported when it was replaced
@@ -111,11 +111,11 @@ class Supervisor:
             self._tasks.spawn(self._restart())
 
     def note(self, failure: str) -> None:
-        """Reports a failure that costs no more than the call it happened to."""
+        """Reports a failure that costs only its call."""
         self._on_failure(self, failure, False)
 
     async def stop(self) -> None:
-        """Ends the process and everything that would start it again."""
+        """Ends the process, and its supervision."""
         self.up.clear()
         await self._tasks.cancel()
         if self.process:
@@ -123,7 +123,7 @@ class Supervisor:
 
     async def _watch(self, process: ServerProcess) -> None:
         status = await process.wait()
-        await asyncio.sleep(0.02)  # its last words may still be on their way
+        await asyncio.sleep(0.02)  # its last output may still arrive
         self.failed(process, f"{describe_exit(status)}{process.tail()}")
 
     async def _restart(self) -> None:

@@ -20,7 +20,7 @@ from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, RefusedError
 from aem_jax.envs.serving.address import websocket_url
 from aem_jax.envs.serving.client import RemoteEnvironment, bearer
-from aem_jax.envs.serving.field_mapping import WireMapping, step_encoder
+from aem_jax.envs.serving.field_mapping import FieldMapping, step_encoder
 from aem_jax.envs.testing.conformance import Problem, Subject, check_environment, expect, run_checks
 
 _TIMEOUT_S = 30.0
@@ -45,7 +45,7 @@ class ServerSubject:
     url: str
     tasks: Sequence[Mapping[str, Any]]
     actions: Sequence[str]
-    mapping: WireMapping = WireMapping()  # noqa: RUF009  (frozen)
+    mapping: FieldMapping = FieldMapping()  # noqa: RUF009  (frozen)
     sessions: int | None = None
     guarded: bool = True
     headers: Mapping[str, str] | None = field(default=None, repr=False)
@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--action", action="append", required=True, help="a response; repeatable, given in turn")
     parser.add_argument("--sessions", type=int, help="the server's capacity, to be tried out")
     parser.add_argument(
-        "--wire", type=json.loads, default={}, help="fields of WireMapping as JSON, for foreign servers"
+        "--field-mapping", type=json.loads, default={}, help="fields of FieldMapping as JSON, for foreign servers"
     )
     parser.add_argument("--token-variable", default="", help="environment variable with the token of a hosted server")
     parser.add_argument(
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        url, mapping = websocket_url(options.url), WireMapping(**options.wire)
+        url, mapping = websocket_url(options.url), FieldMapping(**options.field_mapping)
         headers = bearer(options.token_variable)
         RemoteEnvironment(url, mapping, headers=headers).close()
     except (ValueError, TypeError, EnvError) as error:

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult, encode_error
-from aem_jax.envs.serving.field_mapping import WireMapping, decode_result, decode_step, step_encoder
+from aem_jax.envs.serving.field_mapping import FieldMapping, decode_result, decode_step, step_encoder
 
-BARE = WireMapping(
+BARE = FieldMapping(
     won_field="", truncated_field="", terminated_field="", valid_field="", admissible_field="", info_field=""
 )
 
@@ -17,7 +17,7 @@ def said(observation, reward=0.0, done=False):
     return json.dumps({"type": "observation", "data": {"observation": observation, "reward": reward, "done": done}})
 
 
-def sent(mapping: WireMapping, text: str):
+def sent(mapping: FieldMapping, text: str):
     message = json.loads(step_encoder(mapping)(text))
     assert message["type"] == "step"
     return message["data"]
@@ -28,13 +28,13 @@ def text_of(path, observation):
 
 
 def test_an_action_inside_an_action():
-    mapping = WireMapping("arguments.message", '{"tool_name": "echo", "arguments": {"times": 2}}')
+    mapping = FieldMapping("arguments.message", '{"tool_name": "echo", "arguments": {"times": 2}}')
     encode = step_encoder(mapping)
     for text in ("a", "b"):  # the first leaves nothing behind
         assert json.loads(encode(text))["data"] == {"tool_name": "echo", "arguments": {"times": 2, "message": text}}
-    assert sent(WireMapping("a.b.c"), "x") == {"a": {"b": {"c": "x"}}}
+    assert sent(FieldMapping("a.b.c"), "x") == {"a": {"b": {"c": "x"}}}
     with pytest.raises(ValueError, match="expected action_constants with a mapping in 'arguments'"):
-        step_encoder(WireMapping("arguments.message", '{"arguments": 3}'))
+        step_encoder(FieldMapping("arguments.message", '{"arguments": 3}'))
 
 
 @pytest.mark.parametrize(
@@ -47,14 +47,14 @@ def test_an_action_inside_an_action():
     ],
 )
 def test_what_of_a_response_is_sent(response, action):
-    assert sent(WireMapping("answer", action_pattern="<answer>(.*?)</answer>"), response) == {"answer": action}
+    assert sent(FieldMapping("answer", action_pattern="<answer>(.*?)</answer>"), response) == {"answer": action}
 
 
 def test_a_pattern_needs_a_group():
     with pytest.raises(ValueError, match=r"expected action_pattern with a group \(…\), got 'go'"):
-        WireMapping(action_pattern="go")
+        FieldMapping(action_pattern="go")
     with pytest.raises(ValueError, match="expected action_pattern as a regular expression, got '\\('"):
-        WireMapping(action_pattern="(")
+        FieldMapping(action_pattern="(")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_path_that_finds_nothing_says_so(path, why):
 
 
 def test_what_may_be_missing_has_a_default():
-    optional = WireMapping(
+    optional = FieldMapping(
         "text", "{}", "text", "won|", "truncated|", "terminated|", "valid_action|", "admissible|", "info|"
     )
     won = {"won": True, "valid_action": True}
@@ -129,13 +129,13 @@ def test_a_score_is_the_tasks_own():
 
 def test_what_the_server_refuses_is_an_invalid_action_if_that_is_asked_for():
     refused = encode_error("VALIDATION_ERROR", "Invalid message", errors=[{"loc": ["move", 0], "msg": "not a move"}])
-    mapping = WireMapping(invalid_codes=("VALIDATION_ERROR",))
+    mapping = FieldMapping(invalid_codes=("VALIDATION_ERROR",))
     assert decode_step(refused, mapping) == StepResult(
         "Invalid message; move.0: not a move", info={"won": False, "valid_action": False}
     )
     with pytest.raises(RefusedError):  # a reset is not the policy's
         decode_result(refused, mapping)
-    for answer, its in ((refused, WireMapping()), (encode_error("EXECUTION_ERROR", "broke"), mapping)):
+    for answer, its in ((refused, FieldMapping()), (encode_error("EXECUTION_ERROR", "broke"), mapping)):
         with pytest.raises(RefusedError):
             decode_step(answer, its)
 
@@ -143,5 +143,5 @@ def test_what_the_server_refuses_is_an_invalid_action_if_that_is_asked_for():
 def test_an_error_without_details_is_only_its_message():
     for errors in (None, 7, [], ["x"], [{}]):
         with pytest.raises(RefusedError) as error:
-            decode_result(encode_error("SESSION_ERROR", "no", errors=errors), WireMapping())
+            decode_result(encode_error("SESSION_ERROR", "no", errors=errors), FieldMapping())
         assert error.value.message.startswith("no")

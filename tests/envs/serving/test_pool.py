@@ -17,7 +17,7 @@ from envs.servers import foreign_server, served
 
 from aem_jax.envs.protocol import EnvError, LostError, RefusedError
 from aem_jax.envs.serving.client import Connection, RemoteEnvironment, bearer
-from aem_jax.envs.serving.field_mapping import WireMapping, decode_step
+from aem_jax.envs.serving.field_mapping import FieldMapping, decode_step
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.envs.serving.pool_session import Clock, PoolSession
 from aem_jax.envs.serving.supervisor import Supervisor
@@ -123,7 +123,7 @@ def test_a_failure_is_blamed_on_the_process_that_was_connected_to(monkeypatch):
     class Dead:
         usable = True
 
-        async def ask(self, request):
+        async def call(self, request):
             raise ConnectionResetError
 
         def abort(self):
@@ -140,7 +140,7 @@ def test_a_failure_is_blamed_on_the_process_that_was_connected_to(monkeypatch):
         await session._connect(1.0)
         server.process = new
         with pytest.raises(LostError):
-            await session.ask("{}", 1.0, decode_step)
+            await session.call("{}", 1.0, decode_step)
         assert server.up.is_set() and server.process is new and not failures
         await session._connect(1.0)
         session._expires = 0.0
@@ -166,7 +166,7 @@ def test_an_unknown_environment():
 def test_a_server_that_cannot_start_is_quoted():
     with pytest.raises(EnvError) as caught:
         EnvPool(SMALL, ("echo", {"lenght": 3}))
-    assert "environment server 'echo' did not start (exit status 2); it said:" in str(caught.value)
+    assert "environment server 'echo' did not start (exit status 2); output:" in str(caught.value)
     assert "'lenght'; did you mean 'length'?" in str(caught.value)
 
 
@@ -295,9 +295,9 @@ def test_a_foreign_server_under_a_mapping():
         data = {"observation": observation, "reward": 0.5 if done else None, "done": done}
         return json.dumps({"type": "observation", "data": data})
 
-    mapping = WireMapping("message", "{}", "echoed_message", "", "", "", "", "", "")
+    mapping = FieldMapping("message", "{}", "echoed_message", "", "", "", "", "", "")
     with foreign_server(reply) as address:
-        config = PoolConfig(urls=(address,), sessions_per_server=1, wire=mapping)
+        config = PoolConfig(urls=(address,), sessions_per_server=1, field_mapping=mapping)
         with EnvPool(config, ("", {})) as pool:
             assert pool.reset(0, {"seed": 3}).result(10).observation == "ready"
             result = pool.step(0, "hello").result(10)
@@ -312,11 +312,11 @@ def test_a_server_that_wants_a_token(monkeypatch):
         answer = {"type": "state", "data": {}} if message["type"] == "state" else {"type": "observation", "data": data}
         return json.dumps(answer)
 
-    mapping = WireMapping("message", "{}", "text", "", "", "", "", "", "")
+    mapping = FieldMapping("message", "{}", "text", "", "", "", "", "", "")
     monkeypatch.setenv("SERVER_TOKEN", " abc-123\n")
     with foreign_server(reply, token="abc-123") as address:
         config = PoolConfig(
-            (address,), sessions_per_server=2, restart_wait_s=1.0, wire=mapping, token_variable="SERVER_TOKEN"
+            (address,), sessions_per_server=2, restart_wait_s=1.0, field_mapping=mapping, token_variable="SERVER_TOKEN"
         )
         with EnvPool(config, ("", {})) as pool:
             assert pool.reset(1, {}).result(10).observation == "welcome"

@@ -23,7 +23,7 @@ from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
 from aem_jax.envs.serving import field_mapping, server
 from aem_jax.envs.serving.client import RemoteEnvironment
-from aem_jax.envs.serving.field_mapping import WireMapping
+from aem_jax.envs.serving.field_mapping import FieldMapping
 from aem_jax.envs.serving.server import ACTION_SCHEMA, OBSERVATION_SCHEMA, ServerConfig
 from aem_jax.envs.serving.session import Session
 from aem_jax.envs.table import ENVIRONMENTS, config_from, environment_spec, settings_from_json
@@ -80,16 +80,18 @@ def test_an_episode_message_by_message():
 def test_truncation_and_termination_are_told_apart_over_the_wire():
     session = Session(EchoEnv(), send_admissible=False)
     session.answer('{"type": "reset", "data": {"length": 1}}')
-    result = field_mapping.decode_result(session.answer('{"type": "step", "data": {"text": "x"}}') or "", WireMapping())
+    result = field_mapping.decode_result(
+        session.answer('{"type": "step", "data": {"text": "x"}}') or "", FieldMapping()
+    )
     assert (result.terminated, result.truncated, result.info["won"]) == (False, True, False)
 
 
 def test_a_result_survives_the_wire():
     info = {"won": True, "valid_action": False, "score": 0.5, "admissible": ["a", "b"]}
     result = StepResult("ü€𝄞\ud800\x00", -0.1, True, False, info)
-    arrived = field_mapping.decode_result(protocol.encode_result(result, send_admissible=True), WireMapping())
+    arrived = field_mapping.decode_result(protocol.encode_result(result, send_admissible=True), FieldMapping())
     assert arrived == replace(result, observation="ü€𝄞\ufffd\x00")  # half a surrogate pair is no text
-    without = field_mapping.decode_result(protocol.encode_result(result, send_admissible=False), WireMapping())
+    without = field_mapping.decode_result(protocol.encode_result(result, send_admissible=False), FieldMapping())
     assert without.info == {name: value for name, value in info.items() if name != "admissible"}
 
 
@@ -139,7 +141,7 @@ def test_the_environments_own_mistakes_are_execution_errors():
 def test_rubbish_answers_are_env_errors(raw):
     with pytest.raises(EnvError, match="rubbish"):
         field_mapping.decode_result(
-            raw, WireMapping(won_field="", truncated_field="", terminated_field="", info_field="")
+            raw, FieldMapping(won_field="", truncated_field="", terminated_field="", info_field="")
         )
 
 
@@ -162,11 +164,11 @@ def test_every_field_of_an_answer_is_examined(change, said):
     for name, value in change.items():
         (data if name in data else data["observation"])[name] = value
     with pytest.raises(EnvError, match=said):
-        field_mapping.decode_result(json.dumps({"type": "observation", "data": data}), WireMapping())
+        field_mapping.decode_result(json.dumps({"type": "observation", "data": data}), FieldMapping())
 
 
 def test_a_foreign_servers_words_are_mapped():
-    mapping = WireMapping(
+    mapping = FieldMapping(
         action_field="command",
         action_constants='{"session": "s", "timeout": 3}',
         text_field="result.stdout",
@@ -193,7 +195,7 @@ def test_a_foreign_servers_words_are_mapped():
     assert reply(True, 1.0, True) == StepResult("a.py", 1.0, truncated=True, info=info(False))
     whole = field_mapping.decode_result(
         '{"type": "observation", "data": {"observation": {"a": 1}, "reward": 0, "done": false}}',
-        WireMapping("x", "{}", "", "", "", "", "", "", ""),
+        FieldMapping("x", "{}", "", "", "", "", "", "", ""),
     )
     assert whole.observation == '{"a": 1}'
 
@@ -201,7 +203,7 @@ def test_a_foreign_servers_words_are_mapped():
 def test_bad_action_constants_are_refused():
     for constants in ("{", "[]"):
         with pytest.raises(ValueError, match="expected action_constants as a JSON mapping"):
-            field_mapping.step_encoder(WireMapping(action_constants=constants))
+            field_mapping.step_encoder(FieldMapping(action_constants=constants))
 
 
 def test_a_task_that_is_no_json_is_refused():

@@ -1,6 +1,6 @@
 """Several processes play one rollout, each its own slots: all end with the same trajectories, those of one process.
 
-Threads stand for processes here; what has to be lock-step are the calls to the sampler, which are recorded.
+Threads stand for processes here. All must make the same calls to the sampler, which are recorded.
 """
 
 import threading
@@ -15,7 +15,7 @@ import pytest
 from aem_jax.distributed import ProcessGroup
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
-from aem_jax.rollout.seats import Seats
+from aem_jax.rollout.batching import SlotSessions
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.trajectory import Task
 
@@ -30,35 +30,35 @@ TASKS = [Task(f"t{n}", "countdown", {"turns": n}) for n in (2, 5, 3)]
 
 
 class Recorded:
-    """A sampler that notes which programs are called, with which static arguments."""
+    """A sampler that records which programs are called, with which static arguments."""
 
     def __init__(self, sampler: Sampler):
         self._sampler, self.calls = sampler, []
 
     def __getattr__(self, name: str):
-        found = getattr(self._sampler, name)
+        attribute = getattr(self._sampler, name)
         if name not in ("extend", "decode", "fork", "rewind"):
-            return found
+            return attribute
 
         def call(*arguments, **named):
             shapes = [np.shape(each) for each in arguments if isinstance(each, np.ndarray)]
             self.calls.append((name, shapes, *(each for each in arguments if isinstance(each, int)), named))
-            return found(*arguments, **named)
+            return attribute(*arguments, **named)
 
         return call
 
 
 def process_groups(count: int) -> list[ProcessGroup]:
     """What `count` processes see of each other, in threads of one."""
-    said: list[bytes] = [b""] * count
+    sent: list[bytes] = [b""] * count
     barrier = threading.Barrier(count, timeout=60)
 
     def gather(index: int, data: bytes) -> list[bytes]:
-        said[index] = data
+        sent[index] = data
         barrier.wait()
-        heard = list(said)
+        gathered = list(sent)
         barrier.wait()
-        return heard
+        return gathered
 
     return [ProcessGroup(i, count, lambda data, i=i: gather(i, data)) for i in range(count)]
 
@@ -117,12 +117,12 @@ def test_all_processes_make_the_calls_that_one_would_make(sampler, params, count
         assert stats.sampled_tokens == sum(len(turn.response_ids) for t in found for turn in t.turns)
 
 
-def test_a_broken_environment_of_one_process_is_begun_again_by_all(sampler, params):
+def test_a_broken_environment_of_one_process_is_retried_by_all(sampler, params):
     [(expected, *_)] = play(sampler, params, 1)
     runs = play(sampler, params, 2, broken=lambda process, _, call: process == 1 and call in (3, 9, 10))
     for found, stats, calls in runs:
-        said = [[turn.response_ids.tolist() for turn in t.turns] for t in found]
-        assert said == [[turn.response_ids.tolist() for turn in t.turns] for t in expected]
+        sampled = [[turn.response_ids.tolist() for turn in t.turns] for t in found]
+        assert sampled == [[turn.response_ids.tolist() for turn in t.turns] for t in expected]
         assert stats.retries == 3 and calls == runs[0][2]
 
 
@@ -134,25 +134,25 @@ def test_a_session_that_stays_broken_masks_the_same_episodes_everywhere(sampler,
 
 def test_each_process_needs_sessions_for_its_own_slots_only():
     with ThreadPoolExecutor(2) as threads:
-        seats = list(threads.map(lambda processes: Seats(LocalPool(6), processes, 12, 2), process_groups(2)))
-    assert [slot for slot in range(12) if seats[1].is_ours(slot)] == [3, 4, 5, 9, 10, 11]
-    assert [seats[0].server_of(slot) for slot in (0, 3, 6, 9)] == [(0, 0), (1, 0), (0, 3), (1, 3)]
+        sessions = list(threads.map(lambda processes: SlotSessions(LocalPool(6), processes, 12, 2), process_groups(2)))
+    assert [slot for slot in range(12) if sessions[1].is_local(slot)] == [3, 4, 5, 9, 10, 11]
+    assert [sessions[0].server_of(slot) for slot in (0, 3, 6, 9)] == [(0, 0), (1, 0), (0, 3), (1, 3)]
     lonely = ProcessGroup(1, 2, lambda data: [data, data])
     with pytest.raises(ValueError, match="each of 6 slots of process 1, got 5; raise the pool's sessions"):
-        Seats(LocalPool(5), lonely, 12, 2)
+        SlotSessions(LocalPool(5), lonely, 12, 2)
 
 
-def test_continuous_processes_agree_on_who_has_answered(sampler, params):
-    """Answers come when they come, to each process its own: still all make the same calls."""
+def test_continuous_processes_agree_on_the_replies(sampler, params):
+    """Replies come at different times to each process; still all make the same calls."""
     config = replace(CONFIG, mode="continuous", num_cohorts=1, slot_shares=(3,))
     [(expected, *_)] = play(sampler, params, 1)
     runs = play(sampler, params, 2, config, pool=lambda process: LatePool(4, process))
     assert runs[0][2] == runs[1][2] and episodes(runs[0][0]) == episodes(runs[1][0])
-    said = [[turn.response_ids.tolist() for turn in t.turns] for t in runs[0][0]]
-    assert said == [[turn.response_ids.tolist() for turn in t.turns] for t in expected]
+    sampled = [[turn.response_ids.tolist() for turn in t.turns] for t in runs[0][0]]
+    assert sampled == [[turn.response_ids.tolist() for turn in t.turns] for t in expected]
 
 
-def test_processes_that_no_longer_play_the_same_are_told(sampler, params):
+def test_processes_that_play_different_episodes_are_refused(sampler, params):
     tasks = [TASKS, list(reversed(TASKS))]  # as if they had drawn different ones
 
     def one(processes: ProcessGroup):

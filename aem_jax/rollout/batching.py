@@ -1,0 +1,232 @@
+"""How slots are batched: which process plays which slot, which slots share a call, and how prompts fill its buckets.
+
+A call attends over one window, that of its longest slot, for all its slots. Several calls, each on slots of about one
+length, read less of the cache. But each of them reads the weights, and a call on some of the slots copies their windows
+once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, Protocol
+
+import numpy as np
+
+from aem_jax.distributed import ProcessGroup
+from aem_jax.envs.protocol import StepResult
+from aem_jax.sampler import Sampler, SamplerState
+
+_CALL_COST = 16
+"""Fixed cost of a prefill call (its launch, and reading the weights), in tokens of a slot."""
+
+
+class Pool(Protocol):
+    """Environment sessions; a failed call raises `EnvError` in its future."""
+
+    @property
+    def capacity(self) -> int:
+        """Number of sessions."""
+        ...
+
+    def server_of(self, session: int) -> int:
+        """The server of a session. Sessions of one server are lost together."""
+        ...
+
+    def reset(self, session: int, payload: Mapping[str, Any]) -> Future[StepResult]:
+        """Starts an episode in a session."""
+        ...
+
+    def step(self, session: int, text: str) -> Future[StepResult]:
+        """Sends a response."""
+        ...
+
+
+class SlotSessions:
+    """Environment sessions of the slots 0 … N−1. Each process plays a contiguous range of each cohort's slots.
+
+    Args:
+        pool: this process's sessions, one for each slot that it plays.
+        processes: the processes of the run.
+        num_slots: N.
+        num_cohorts: cohorts of equal size; slot s belongs to cohort s // size.
+
+    Raises:
+        ValueError: the pool has fewer sessions than this process has slots.
+    """
+
+    def __init__(self, pool: Pool, processes: ProcessGroup, num_slots: int, num_cohorts: int) -> None:
+        self._pool, size = pool, num_slots // num_cohorts
+        own = processes.shard(size)
+        if pool.capacity < num_cohorts * len(own):
+            where = "" if processes.count == 1 else f" of process {processes.index}"
+            raise ValueError(
+                f"expected an environment session for each of {num_cohorts * len(own)} slots{where}, "
+                f"got {pool.capacity}; raise the pool's sessions or lower rollout.num_slots"
+            )
+        self._sessions = {
+            cohort * size + slot: cohort * len(own) + index
+            for cohort in range(num_cohorts)
+            for index, slot in enumerate(own)
+        }
+        self._servers: dict[int, tuple[int, int]] = {}
+        local = [[slot, pool.server_of(session)] for slot, session in self._sessions.items()]
+        for process, servers in enumerate(processes.gather_json(local)):
+            self._servers |= {slot: (process, server) for slot, server in servers}
+
+    def is_local(self, slot: int) -> bool:
+        """Whether this process plays a slot."""
+        return slot in self._sessions
+
+    def server_of(self, slot: int) -> tuple[int, int]:
+        """(process, server) of a slot's session."""
+        return self._servers[slot]
+
+    def reset(self, slot: int, payload: Mapping[str, Any]) -> Future[StepResult] | None:
+        """Starts an episode; None where another process plays the slot."""
+        return self._pool.reset(self._sessions[slot], payload) if slot in self._sessions else None
+
+    def step(self, slot: int, text: str) -> Future[StepResult]:
+        """Sends a response in a local slot."""
+        return self._pool.step(self._sessions[slot], text)
+
+
+Cost = Callable[[int, int], tuple[float, ...]]
+"""(slots on each device, window) -> cost of a call. Costs add up element by element, and compare lexicographically."""
+
+
+def decode_cost(weights: float, token: float, num_slots: int, steps: int) -> Cost:
+    """Bytes read by a decode call, which is bound by memory.
+
+    Args:
+        weights: bytes of the parameters, read in every step.
+        token: bytes of the cache of one slot's token.
+        num_slots: slots of the state, on each device.
+        steps: decode steps of a call.
+    """
+
+    def cost(slots: int, window: int) -> tuple[float, ...]:
+        cached = slots * window * token
+        return (steps * (weights + cached) + (2 * cached if slots < num_slots else 0.0),)
+
+    return cost
+
+
+def prefill_cost(slots: int, window: int) -> tuple[float, ...]:
+    """Slots of a prefill call, padding included, since it is bound by arithmetic; then positions of the cache."""
+    return float(slots), float(slots * window)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call on some slots.
+
+    Attributes:
+        targets: slots that the call is for.
+        slots: i32[n], the slots that the call computes: the targets, padded by `Sampler.place`; None means all.
+        window: covers the longest target.
+    """
+
+    targets: tuple[int, ...]
+    slots: np.ndarray | None
+    window: int
+
+
+def plan_calls(
+    contexts: Mapping[int, int],
+    num_slots: int,
+    shards: int,
+    window_for: Callable[[int], int],
+    pad_slots: Callable[[Sequence[int]], np.ndarray | None],
+    cost: Cost,
+) -> list[Call]:
+    """The cheapest calls, of all partitions of the slots, sorted by window, into contiguous parts.
+
+    Args:
+        contexts: slot -> tokens that the window has to cover; not empty.
+        num_slots: slots of the state.
+        shards: devices that the slots are split over.
+        window_for: tokens -> the window that covers them.
+        pad_slots: slots -> the slots that a call on them computes; None means all.
+        cost: cost of a call.
+
+    Returns:
+        Calls by rising window; every slot is a target of one. Ties go to the fewest calls.
+    """
+    window_of = lambda slot: window_for(contexts[slot])
+    by_window = [(window, list(slots)) for window, slots in groupby(sorted(contexts, key=window_of), key=window_of)]
+    num_borders = len(by_window) - 1
+
+    def partition(borders: int) -> tuple[tuple[float, ...], list[Call]]:
+        """The cost and the calls where bit i of `borders` separates windows i and i + 1."""
+        calls, costs, targets = [], [], list[int]()
+        for index, (window, slots) in enumerate(by_window):
+            targets = targets + slots
+            if index == num_borders or borders >> index & 1:
+                padded = pad_slots(targets)
+                calls.append(Call(tuple(targets), padded, window))
+                costs.append(cost((num_slots if padded is None else len(padded)) // shards, window))
+                targets = []
+        return tuple(map(sum, zip(*costs, strict=True))), calls
+
+    fewest_first = sorted(range(2**num_borders), key=int.bit_count)
+    return min(map(partition, fewest_first), key=lambda plan: plan[0])[1]
+
+
+def cut_into_buckets(length: int, buckets: tuple[int, ...]) -> tuple[int, ...]:
+    """The buckets (ascending), repeated where needed, that hold `length` tokens at the least Σ (bucket + 16).
+
+    Returns:
+        Buckets, largest first. A length beyond twice the largest bucket is cut into largest buckets first, which need
+        not be the optimum.
+    """
+    largest = buckets[-1]
+    leading = max(length // largest - 1, 0)
+    return (largest,) * leading + _optimal_cuts(buckets)[length - leading * largest]
+
+
+@lru_cache
+def _optimal_cuts(buckets: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The optimal buckets of every length below twice the largest bucket."""
+    costs, cuts = [0], [()]
+    for length in range(1, 2 * buckets[-1]):
+        options = [(bucket + _CALL_COST + costs[max(length - bucket, 0)], bucket) for bucket in buckets]
+        cost, bucket = min(options)
+        costs.append(cost)
+        cuts.append(tuple(sorted((bucket, *cuts[max(length - bucket, 0)]), reverse=True)))
+    return cuts
+
+
+def prefill(
+    sampler: Sampler,
+    params: Any,
+    state: SamplerState,
+    ids: Mapping[int, Sequence[int]],
+    buckets: Sequence[int],
+    *,
+    window: int,
+    sizes: Sequence[int] = (),
+) -> SamplerState:
+    """Appends ids to slots, in bucketed calls.
+
+    Args:
+        sampler: the jitted sampler.
+        params: decode-layout parameters.
+        state: the slots; donated.
+        ids: slot -> ids to append.
+        buckets: chunk lengths, see `cut_into_buckets`.
+        window: covers the longest slot, appended ids included.
+        sizes: numbers of slots, below all, that a call may be made on.
+    """
+    done, num_slots = 0, state.lengths.shape[0]
+    for bucket in cut_into_buckets(max(map(len, ids.values())), tuple(sorted(buckets))):
+        padded = sampler.place([slot for slot in ids if len(ids[slot]) > done], num_slots, sizes)
+        row_slots = range(num_slots) if padded is None else padded.tolist()
+        tokens, counts = np.zeros((len(row_slots), bucket), np.int32), np.zeros(len(row_slots), np.int32)
+        for row, slot in enumerate(row_slots):
+            part = ids.get(slot, ())[done : done + bucket]
+            tokens[row, : len(part)], counts[row] = part, len(part)
+        state = sampler.extend(params, state, tokens, counts, padded, window=window)
+        done += bucket
+    return state

@@ -1,0 +1,154 @@
+"""Episodes ↔ slots ↔ environments. The only room that sees both text and tokens.
+
+With several processes, each holds the whole rollout and plays its own slots with environments. Replies are gathered
+before anything follows from them, so all processes make the same calls.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
+from aem_jax.rollout import continuous, lockstep
+from aem_jax.rollout.batching import Pool, SlotSessions
+from aem_jax.rollout.config import RolloutConfig
+from aem_jax.rollout.context import Chat
+from aem_jax.rollout.episode import Attempt
+from aem_jax.rollout.prompt_cache import PromptCache, prompt_rows
+from aem_jax.rollout.slots import Job, SlotGroup
+from aem_jax.rollout.stats import RolloutStats
+from aem_jax.sampler import Sampler
+from aem_jax.trajectory import Task, Trajectory
+
+GIB = 2**30
+
+
+class Rollout:
+    """Plays groups of episodes. Its KV caches are allocated once and live across steps.
+
+    Args:
+        sampler: the jitted sampler.
+        chat: the tokenizer.
+        pool: environment sessions, one for each slot that this process plays.
+        config: settings.
+        processes: the processes of the run; each has a rollout like this one, and calls it with the same arguments.
+
+    Raises:
+        ValueError: the pool has fewer sessions than there are slots.
+    """
+
+    def __init__(
+        self, sampler: Sampler, chat: Chat, pool: Pool, config: RolloutConfig, processes: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
+        self._sampler, self.config = sampler, config
+        sessions = SlotSessions(pool, processes, config.num_slots, config.num_cohorts)
+        size = config.num_slots // config.num_cohorts
+        sizes = config.slot_sizes(sampler.slot_shards)
+        self._prompts = PromptCache(sampler, config, size)
+        self._groups = [
+            SlotGroup(sampler, chat, sessions, processes, config, self._prompts, first, size, sizes)
+            for first in range(0, config.num_slots, size)
+        ]
+
+    def warm_up(self, params: Any) -> None:
+        """Compiles every program that a rollout can call; afterwards nothing compiles."""
+        config, sampler, group = self.config, self._sampler, self._groups[0]
+        num_slots = len(group.episodes)
+        group.state = self._prompts.warm_up(params, group.state)
+        for size in (*group.sizes, num_slots):
+            slots = None if size == num_slots else sampler.place([], num_slots, [size])
+            zeros = np.zeros(size, np.int32)
+            for window in sampler.windows:
+                for bucket in config.extend_buckets:
+                    tokens = np.zeros((size, bucket), np.int32)
+                    group.state = sampler.extend(params, group.state, tokens, zeros, slots, window=window)
+                group.state, _ = sampler.decode(params, group.state, zeros, config.decode_chunk, slots, window=window)
+        group.state = sampler.rewind(group.state, np.zeros(num_slots, np.int32))
+
+    def __call__(
+        self, params: Any, tasks: Sequence[Task], key: jax.Array, *, group_size: int | None = None
+    ) -> tuple[list[Trajectory], RolloutStats]:
+        """Plays `group_size` episodes of each task.
+
+        Args:
+            params: decode-layout parameters.
+            tasks: one rollout group each.
+            key: PRNG key; episode j of group i samples with split i * group_size + j of it, whatever its slot.
+            group_size: the configured one by default.
+
+        Returns:
+            Trajectories ordered by group and member, and the rollout's counts.
+        """
+        start = time.perf_counter()
+        size = group_size or self.config.group_size
+        prng = np.asarray(jax.random.key_data(jax.random.split(key, len(tasks) * size)))
+        attempts = [Attempt(task, i, j, prng[i * size + j]) for i, task in enumerate(tasks) for j in range(size)]
+        job = Job(params, deque(attempts))
+        self._prompts.clear()
+        for group in self._groups:
+            group.reset()
+        try:
+            if self.config.mode == "continuous":
+                continuous.run(job, self._groups[0], self._sampler, self.config)
+            else:
+                lockstep.run(job, self._groups, self._sampler, self.config)
+        finally:
+            job.stats.device_busy_s = job.clock.stop()
+        job.stats.total_s = time.perf_counter() - start
+        job.stats.episodes = len(job.finished)
+        return sorted(job.finished, key=lambda t: (t.group, t.member)), job.stats
+
+
+def cache_bytes(sampler: Sampler, config: RolloutConfig, num_slots: int) -> int:
+    """Bytes of a rollout's KV caches on each device: all slots, and the rows for first prompts.
+
+    Args:
+        sampler: the sampler of the rollout.
+        config: cohorts, group size and lengths.
+        num_slots: replaces the configured number; a multiple of the cohorts and of the sampler's `slot_shards`.
+    """
+    size = num_slots // config.num_cohorts
+    rows = prompt_rows(size, config, sampler.slot_shards)
+    states = [sampler.abstract(size)] * config.num_cohorts + [sampler.abstract(rows, config.prompt_tokens)]
+    return sum(map(_device_bytes, jax.tree.leaves(states)))
+
+
+def check_cache_memory(sampler: Sampler, config: RolloutConfig, device_bytes: int | None) -> str:
+    """Checks that the KV caches of a rollout fit, before any is allocated.
+
+    Args:
+        sampler: the sampler of the rollout.
+        config: settings; `cache_gib` is the budget, if it is set.
+        device_bytes: memory of a device; None if it is unknown.
+
+    Returns:
+        A sentence that states the caches' size.
+
+    Raises:
+        ValueError: the caches do not fit; names the number of slots that would.
+    """
+    limit = config.cache_gib * GIB or device_bytes or math.inf
+    needed = cache_bytes(sampler, config, config.num_slots)
+    if needed > limit:
+        step = config.num_cohorts * sampler.slot_shards
+        fits = [n for n in range(step, config.num_slots, step) if cache_bytes(sampler, config, n) <= limit]
+        most = f"at most {fits[-1]}" if fits else f"none: even {step} do not fit, lower rollout.context_tokens"
+        whose = "rollout.cache_gib" if config.cache_gib else "the device's memory"
+        raise ValueError(
+            f"--rollout.num-slots: expected {most} with KV caches of {limit / GIB:.4g} GiB on a device ({whose}), got "
+            f"{config.num_slots}, which take {needed / GIB:.4g} GiB"
+        )
+    return (
+        f"KV caches take {needed / GIB:.4g} GiB of each device: {config.num_slots} slots of {sampler.capacity} tokens, "
+        f"and first prompts of {config.prompt_tokens}"
+    )
+
+
+def _device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize

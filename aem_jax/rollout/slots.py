@@ -1,0 +1,307 @@
+"""Episodes assigned to the slots of one sampler state. Scheduling lives in `lockstep.py` and `continuous.py`."""
+
+import logging
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from aem_jax.distributed import ProcessGroup
+from aem_jax.envs.protocol import StepResult
+from aem_jax.rollout.batching import Call, Cost, SlotSessions, plan_calls, prefill, prefill_cost
+from aem_jax.rollout.config import RolloutConfig
+from aem_jax.rollout.context import Chat
+from aem_jax.rollout.episode import Attempt, EnvReply, Episode, observe
+from aem_jax.rollout.prompt_cache import PromptCache
+from aem_jax.rollout.stats import DeviceClock, RolloutStats
+from aem_jax.sampler import Decoded, Sampler
+from aem_jax.trajectory import Ending, Trajectory
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.02
+"""How long a process waits for its own environments before it gathers the other processes' replies."""
+
+
+@dataclass
+class Job:
+    """One call of the rollout, shared between its slot groups (mutable).
+
+    Attributes:
+        params: decode-layout parameters.
+        queue: attempts that wait for a slot.
+        finished: episodes that ended.
+        stats: counts and seconds.
+        clock: time in which the device had a program to run.
+        skipped_tasks: ids of tasks that were over at their reset, each logged once.
+    """
+
+    params: Any
+    queue: deque[Attempt]
+    finished: list[Trajectory] = field(default_factory=list)
+    stats: RolloutStats = field(default_factory=RolloutStats)
+    clock: DeviceClock = field(default_factory=DeviceClock)
+    skipped_tasks: set[str] = field(default_factory=set)
+
+
+class SlotGroup:
+    """Some slots, their episodes, their environment calls and their KV caches.
+
+    Args:
+        sampler: the jitted sampler.
+        chat: the tokenizer.
+        sessions: environment sessions of all slots.
+        processes: the processes of the run.
+        config: settings.
+        prompts: prefills first prompts; shared between groups.
+        first_slot: number of the first slot, over all groups.
+        num_slots: number of slots.
+        sizes: numbers of slots, below all of them, that a call may be made on.
+
+    Attributes:
+        state: the sampler's state of the slots.
+        episodes: the episode in each slot; None where the slot is free.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        chat: Chat,
+        sessions: SlotSessions,
+        processes: ProcessGroup,
+        config: RolloutConfig,
+        prompts: PromptCache,
+        first_slot: int,
+        num_slots: int,
+        sizes: Sequence[int] = (),
+    ) -> None:
+        self._sampler, self._chat, self._sessions, self._processes = sampler, chat, sessions, processes
+        self._config, self._prompts, self._first, self.sizes = config, prompts, first_slot, sizes
+        self.state = sampler.init(num_slots)
+        self.episodes: list[Episode | None] = [None] * num_slots
+        self._calls: dict[int, Future[StepResult]] = {}  # of this process's slots
+
+    def reset(self) -> None:
+        """Frees all slots, after waiting for environment calls left over from an interrupted rollout."""
+        wait(self._calls.values())
+        self._calls = {}
+        self.episodes = [None] * len(self.episodes)
+
+    def active(self) -> Iterable[tuple[int, Episode]]:
+        """Slots that are taken, with their episodes."""
+        return ((slot, episode) for slot, episode in enumerate(self.episodes) if episode is not None)
+
+    def assign(self, job: Job, groups: Sequence["SlotGroup"]) -> None:
+        """Assigns queued episodes to free slots, and resets their environments."""
+        for slot, episode in enumerate(self.episodes):
+            if episode is None and (attempt := self._next_attempt(job, self._first + slot, groups)):
+                self.episodes[slot] = Episode(attempt)
+                if call := self._sessions.reset(self._first + slot, attempt.task.payload):
+                    self._calls[slot] = call
+
+    def _next_attempt(self, job: Job, slot: int, groups: Sequence["SlotGroup"]) -> Attempt | None:
+        """Takes the first attempt from the queue that may start in a slot: a server plays one quarantined at a time."""
+        server = self._sessions.server_of(slot)
+        for index, attempt in enumerate(job.queue):
+            if not (attempt.quarantined and any(group._plays_quarantined(server) for group in groups)):
+                del job.queue[index]
+                return attempt
+        return None
+
+    def _plays_quarantined(self, server: tuple[int, int]) -> bool:
+        return any(
+            episode.attempt.quarantined and self._sessions.server_of(self._first + slot) == server
+            for slot, episode in self.active()
+        )
+
+    def collect(self, job: Job, *, wait_all: bool, block: bool = True) -> None:
+        """Collects environments' replies; episodes that end free their slots.
+
+        Args:
+            job: the call of the rollout.
+            wait_all: wait for all pending calls; else collect those that are done.
+            block: if none is done, wait for the first (with several processes: for a moment).
+        """
+        start = time.perf_counter()
+        calls = self._calls
+        if not wait_all:
+            if block and calls:
+                timeout = None if self._processes.count == 1 else _POLL_S
+                wait(calls.values(), timeout=timeout, return_when=FIRST_COMPLETED)
+            calls = {slot: call for slot, call in calls.items() if call.done()}
+        own = {slot: self._observe(slot, call) for slot, call in sorted(calls.items())}
+        for slot, reply in sorted(all_gather_replies(self._processes, own, self.episodes).items()):
+            self._apply(job, slot, reply)
+        if wait_all or block:
+            job.stats.environment_s += time.perf_counter() - start
+
+    def _observe(self, slot: int, call: Future[StepResult]) -> EnvReply:
+        episode = self.episodes[slot]
+        assert episode is not None
+        return observe(episode, call, self._config, self._chat)
+
+    def _apply(self, job: Job, slot: int, reply: EnvReply) -> None:
+        """Changes a slot's episode by a reply; an episode that ends, or failed, frees the slot."""
+        episode, config = self.episodes[slot], self._config
+        assert episode is not None
+        self._calls.pop(slot, None)
+        if reply.error is not None:
+            self.episodes[slot] = None
+            self._retry_or_mask(job, episode, reply)
+            return
+        if reply.ending is not None and episode.observation is None:
+            why = (
+                f"expected a first prompt of at most rollout.prompt_tokens = {config.prompt_tokens} tokens, got "
+                f"{len(reply.prefill_tokens)}; raise rollout.prompt_tokens"
+            )
+            task = episode.attempt.task.id
+            log.warning("task %s is left out: %s", task, why)
+            job.stats.first_error = job.stats.first_error or f"task {task}: {why}"
+            job.stats.overlong_prompts += 1
+        episode = episode.apply_reply(reply, config.context)
+        if reply.ending is None:
+            self.episodes[slot] = episode
+        else:
+            self.episodes[slot] = None
+            job.finished.append(episode.trajectory(reply.ending, config.context, reply.success, reply.score))
+
+    def _retry_or_mask(self, job: Job, episode: Episode, reply: EnvReply) -> None:
+        """Queues another attempt at a failed episode, or ends it as an environment error."""
+        attempt, stats = episode.attempt, job.stats
+        task, error = attempt.task.id, " ".join((reply.error or "").split())
+        stats.first_error = stats.first_error or f"task {task}: {error}"
+        count_retry = attempt.quarantined or not reply.lost
+        if reply.retryable and (not count_retry or attempt.retries < self._config.max_retries):
+            log.warning("episode %s/%d is retried: %s", task, attempt.member, error)
+            stats.retries += 1
+            job.queue.appendleft(attempt.retry(count_retry=count_retry))
+            return
+        if reply.retryable:
+            log.warning("episode %s/%d is masked: %s", task, attempt.member, error)
+        elif task not in job.skipped_tasks:
+            log.warning("task %s is left out: %s", task, error)
+            job.skipped_tasks.add(task)
+        stats.env_errors += 1
+        job.finished.append(episode.trajectory(Ending.ENV_ERROR, self._config.context))
+
+    def prefill(self, job: Job) -> None:
+        """Prefills new observations; the responses to them may then be sampled."""
+        pending = [(slot, episode) for slot, episode in self.active() if episode.needs_prefill]
+        if not pending:
+            return
+        job.clock.before_call()
+        first = [(slot, _tokens(episode), episode.attempt.prng) for slot, episode in pending if not episode.cached_ids]
+        self.state = self._prompts.fork(job.params, self.state, first, job.stats)
+        self._append(job, {slot: episode for slot, episode in pending if episode.cached_ids})
+        for slot, episode in pending:
+            self.episodes[slot] = episode.prefilled(self._config)
+
+    def _append(self, job: Job, pending: Mapping[int, Episode]) -> None:
+        """Prefills the observations of running episodes behind the ids that their slots keep."""
+        if not pending:
+            return
+        keep = np.full(len(self.episodes), self._sampler.capacity, np.int32)
+        ids, contexts = {}, {}
+        for slot, episode in pending.items():
+            assert episode.observation is not None
+            if episode.observation.keep < len(episode.cached_ids):
+                keep[slot] = episode.observation.keep
+            ids[slot] = _tokens(episode)
+            contexts[slot] = episode.observation.keep + len(ids[slot])
+        if (keep < self._sampler.capacity).any():
+            self.state = self._sampler.rewind(self.state, keep)
+        for call in self.plan_calls(contexts, prefill_cost):
+            self.state = prefill(
+                self._sampler,
+                job.params,
+                self.state,
+                {slot: ids[slot] for slot in call.targets},
+                self._config.extend_buckets,
+                window=call.window,
+                sizes=self.sizes,
+            )
+        job.stats.prefill_tokens += sum(map(len, ids.values()))
+
+    def plan_calls(self, contexts: Mapping[int, int], cost: Cost) -> list[Call]:
+        """Which slots share a call (`batching.plan_calls`); in lockstep mode all do."""
+        num_slots, sampler = len(self.episodes), self._sampler
+        pad_slots = partial(sampler.place, num_slots=num_slots, sizes=self.sizes)
+        return plan_calls(contexts, num_slots, sampler.slot_shards, sampler.cover, pad_slots, cost)
+
+    def append_sampled(self, job: Job, slot: int, row: int, decoded: Decoded) -> None:
+        """Appends row `row` of a decoded chunk to a slot's response; the budget becomes 0 when the response ends."""
+        episode, count = self.episodes[slot], int(decoded.counts[row])
+        assert episode is not None
+        tokens, logprobs, entropies = (
+            np.asarray(values[row, :count]) for values in (decoded.tokens, decoded.logprobs, decoded.entropies)
+        )
+        finished = bool(decoded.finished[row])
+        self.episodes[slot] = episode.append_sampled((tokens, logprobs, entropies), finished=finished)
+        job.stats.sampled_tokens += count
+
+    def submit(self, slot: int) -> None:
+        """Sends a complete response to its environment, if this process plays the slot."""
+        episode = self.episodes[slot]
+        if episode is not None and self._sessions.is_local(self._first + slot):
+            text = self._chat.decode(episode.response_ids)
+            self._calls[slot] = self._sessions.step(self._first + slot, text)
+
+
+def _tokens(episode: Episode) -> tuple[int, ...]:
+    """Ids of an observation that is to be prefilled."""
+    assert episode.observation is not None
+    return episode.observation.prefill_tokens
+
+
+def all_gather_replies(
+    processes: ProcessGroup, own: Mapping[int, EnvReply], episodes: Sequence[Episode | None]
+) -> Mapping[int, EnvReply]:
+    """Gathers the replies to the slots of all processes. Collective.
+
+    Everything that a rollout decides follows from these replies and from the sampled tokens, which are the same in all
+    processes; so all processes make the same calls.
+
+    Args:
+        processes: the processes of the run.
+        own: slot -> reply, of this process's slots.
+        episodes: episodes of all slots.
+
+    Raises:
+        RuntimeError: the processes hold different episodes, and would make different calls.
+    """
+    if processes.count == 1:
+        return own
+    replies = {slot: {**vars(reply), "ending": reply.ending and reply.ending.value} for slot, reply in own.items()}
+    gathered = processes.gather_json({"episodes": _checksum(episodes), "replies": replies})
+    for index, message in enumerate(gathered):
+        if message["episodes"] != gathered[0]["episodes"]:
+            raise RuntimeError(
+                f"process {index} and process 0 no longer play the same episodes; have all the same code, packages "
+                "and devices?"
+            )
+    return {
+        int(slot): EnvReply(**{**fields, "ending": fields["ending"] and Ending(fields["ending"])})
+        for message in gathered
+        for slot, fields in message["replies"].items()
+    }
+
+
+def _checksum(episodes: Iterable[Episode | None]) -> int:
+    """CRC-32 of which episode each slot holds, and of what it has sampled."""
+    total = 0
+    for episode in episodes:
+        if episode is None:
+            identity = (-1,)
+        else:
+            attempt = episode.attempt
+            identity = (attempt.group, attempt.member, attempt.retries, len(episode.cached_ids))
+        total = zlib.crc32(repr(identity).encode(), total)
+        for ids, *_ in () if episode is None else episode.response:
+            total = zlib.crc32(ids.tobytes(), total)
+    return total
