@@ -7,7 +7,10 @@ blocks. Read as reStructuredText, an indented block would be a quotation, and `|
 import re
 from typing import Any
 
+from jax.typing import ArrayLike, DTypeLike
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import GoogleDocstring
+from sphinx.util.typing import stringify_annotation
 
 SECTION = re.compile(r"^(Args|Arguments|Returns|Raises|Yields|Attributes|Example|Examples|Note|Notes):\s*$")
 
@@ -53,11 +56,26 @@ def _before_napoleon(app: Sphinx, what: str, name: str, obj: Any, options: Any, 
 
 
 def _after_napoleon(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    if what in ATTRIBUTES:
-        lines[:] = _held.pop(name, lines)
+    if what in ATTRIBUTES and name in _held:
+        lines[:] = GoogleDocstring(_held.pop(name), app.config, app, "method", name, obj, options).lines()
+
+
+ALIASES = {
+    stringify_annotation(alias, mode): name
+    for name, alias in {"ArrayLike": ArrayLike, "DTypeLike": DTypeLike}.items()
+    for mode in ("smart", "fully-qualified-except-typing")
+}
+"""Types that jax has a name for, as Sphinx writes them out."""
+
+
+def _short(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
+    for text, alias in ALIASES.items():
+        signature = signature.replace(text, alias) if signature else signature
+    return signature, returns
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", _before_napoleon, priority=100)
     app.connect("autodoc-process-docstring", _after_napoleon, priority=900)
+    app.connect("autodoc-process-signature", _short)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
