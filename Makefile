@@ -86,6 +86,7 @@ format: $(DEV_STAMP)
 
 types: $(DEV_STAMP)
 	$(BIN)/pyright
+	$(BIN)/python scripts/type_completeness.py
 
 imports: $(DEV_STAMP)
 	$(BIN)/python -m pytest -q tests/test_imports.py

@@ -26,7 +26,12 @@ extensions = [
 
 html_theme = "sphinx_book_theme"
 html_title = "aem_jax"
-html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False, "navbar_persistent": []}
+html_theme_options = {
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],
+}
 html_show_sphinx = False
 smartquotes = False  # `--option` stays as it is written
 toc_object_entries_show_parents = "hide"
@@ -51,7 +56,8 @@ napoleon_use_rtype = False
 default_role = "code"
 
 # Types of other packages have pages elsewhere, which a build without a network cannot look up.
+_OTHERS = "ArrayLike|DTypeLike|jax|jaxlib|jnp|numpy|np|flax|nnx|optax|collections|enum|typing|pathlib"
 nitpick_ignore_regex = [
     (r"py:.*", r"aem_jax\.(models|sampler)\.\w+\.\w+"),  # of these two, the names in `__all__` have pages
-    (r"py:.*", r"(ArrayLike|DTypeLike|jax|jaxlib|jnp|numpy|np|flax|nnx|optax|collections|enum|typing|pathlib|tokenizers|transformers)(\..*)?"),
+    (r"py:.*", rf"({_OTHERS})(\..*)?"),
 ]

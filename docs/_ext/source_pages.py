@@ -1,7 +1,7 @@
 """Links from a page to a file of the repository lead to a page that shows the file.
 
-Pages link to files as they lie in the repository (`../aem_jax/batch.py`), so that the links work where the repository is
-browsed. The site gets a page for each file that is linked to; a link whose label names a function or class leads to its line.
+Pages link to files as they lie in the repository (`../aem_jax/batch.py`), so that links work where the repository is
+browsed. The site gets a page for each linked file; a link whose label names a function or class leads to its line.
 """
 
 import html

@@ -51,7 +51,7 @@ class WireMapping:
     """Error codes with which the server refuses what the policy said: the episode goes on after an invalid action,
     whose observation is the server's message. Any other error ends the episode as the environment's fault."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             groups = re.compile(self.action_pattern).groups
         except re.error as error:
