@@ -1,5 +1,7 @@
 """The pages say what is so: links and options exist, code that a link names is in that file, and code blocks run."""
 
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -76,15 +78,13 @@ def test_every_page_is_in_the_table_of_contents():
     assert listed == set(DOCS.rglob("*.md")) - {DOCS / "index.md"}
 
 
-def test_every_public_function_has_a_docstring():
+def test_every_public_function_and_class_has_a_docstring():
     """The reference is made of them; it leaves out what has none."""
-    import importlib
-
     for room in ("advantage", "losses", "models", "sampler"):
         module = importlib.import_module(f"aem_jax.{room}")
         for name in module.__all__:
             member = getattr(module, name)
-            if callable(member):
+            if inspect.isfunction(member) or inspect.isclass(member):
                 assert member.__doc__, f"{room}.{name}"
 
 
