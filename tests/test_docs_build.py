@@ -1,5 +1,6 @@
 """What the documentation site makes of a docstring; skipped where Sphinx (the extra `docs`) is not installed."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -7,8 +8,7 @@ import pytest
 
 pytest.importorskip("sphinx")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs" / "_ext"))
-
-from docstrings import convert
+convert = importlib.import_module("docstrings").convert
 
 
 def test_an_equation_becomes_a_preformatted_block():
