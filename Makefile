@@ -1,6 +1,7 @@
 # Everything a fresh Debian or Ubuntu machine with python3, make and git needs:
 #   make run     set up .venv and train the default preset (alfworld-tiny)
 #   make test    set up .venv with the test tools and run the tests
+#   make docs    set up .venv with Sphinx and build the documentation into build/docs
 #   make test-newest    the same in .venv-newest: the newest Python that is found, the newest release of everything
 # Arguments go through ARGS:  make run ARGS="--seed 1"   make test ARGS="-k aem -x"
 
@@ -14,6 +15,7 @@ WORKERS ?= 2
 # One stamp per set of packages: a second call finds it and starts at once, a changed pin makes it stale.
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
+DOCS_STAMP := $(VENV)/.installed-docs
 
 # Tests in an environment without constraints.txt; the quick part says what a new release breaks first.
 NEWEST := .venv-newest
@@ -21,11 +23,11 @@ QUICK := tests/test_imports.py tests/test_versions.py tests/advantage tests/test
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run test newest test-newest test-newest-quick lint format types imports check install clean distclean
+.PHONY: help run test docs newest test-newest test-newest-quick lint format types imports check install clean distclean
 
 help:
-	@sed -n '2,5p' $(MAKEFILE_LIST) | sed 's/^# *//'
-	@echo "also: test-newest-quick, lint, format, types, imports, check (all of these), install, clean, distclean"
+	@sed -n '2,6p' $(MAKEFILE_LIST) | sed 's/^# *//'
+	@echo "also: test-newest-quick, lint, format, types, imports, check (lint, types, imports, test), install, clean, distclean"
 
 $(BIN)/python:
 	@PYTHON="$(PYTHON)" bash scripts/make_venv.sh $(VENV)
@@ -40,6 +42,11 @@ $(DEV_STAMP): $(RUN_STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(DOCS_STAMP): $(RUN_STAMP)
+	@echo "installing Sphinx into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
 install: $(DEV_STAMP)
 
 run: $(RUN_STAMP)
@@ -47,6 +54,11 @@ run: $(RUN_STAMP)
 
 test: $(DEV_STAMP)
 	$(BIN)/python $(PYTEST) $(ARGS)
+
+# -n -W: a link or a reference that leads nowhere is an error. -E: every page is read again, so none is stale.
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m sphinx -n -W --keep-going -E -q -b html docs build/docs $(ARGS)
+	@echo "open build/docs/index.html"
 
 $(NEWEST)/bin/python:
 	@PYTHON="$(PYTHON)" bash scripts/make_venv.sh --newest $(NEWEST)
@@ -74,6 +86,7 @@ format: $(DEV_STAMP)
 
 types: $(DEV_STAMP)
 	$(BIN)/pyright
+	$(BIN)/python scripts/type_completeness.py
 
 imports: $(DEV_STAMP)
 	$(BIN)/python -m pytest -q tests/test_imports.py

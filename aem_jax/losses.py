@@ -19,6 +19,26 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+__all__ = [
+    "MAX_LOG_RATIO",
+    "Aggregation",
+    "SequenceRatio",
+    "TokenLoss",
+    "ValueLoss",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "constant_length",
+    "k1",
+    "k3",
+    "response_log_ratios",
+    "response_mean",
+    "sequence_policy_loss",
+    "token_mean",
+    "trajectory_log_ratios",
+    "trajectory_mean",
+    "truncated_importance",
+]
+
 MAX_LOG_RATIO = 20.0
 """Log-ratios are cut here, in nats: e^20 has no meaning as a ratio, but e^89 is infinite, and 0 · inf poisons a sum."""
 

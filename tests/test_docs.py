@@ -1,15 +1,25 @@
-"""The pages say what is so: what they link to is there, and the code that a link names is in that file."""
+"""The pages say what is so: links and options exist, code that a link names is in that file, and code blocks run."""
 
+import importlib
+import inspect
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from command_lines import commands, unknown_options
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCS = REPOSITORY / "docs"
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -29,11 +39,60 @@ def test_code_is_where_the_page_says(page: Path):
             assert re.search(defined, source, re.MULTILINE), f"{page.name}: no {name} in {target}"
 
 
+def test_readme_is_short():
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.name)
+def test_the_code_of_a_tutorial_runs(page: Path, user_environment: dict[str, str]):
+    """All blocks of a page, one after the other, in a process of its own."""
+    code = "\n".join(blocks(page, "python"))
+    assert code
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env=user_environment
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_readers_of_command_lines_see_mistakes():
+    launch = "python -m aem_jax.launch"
+    page = f"`{launch} plan --topolgy v5p:2x2x4`, or\n    {launch} --seed 1 \\\n        --aem.strenth 0 # off"
+    assert [unknown_options(words) for words in commands(page)] == [["--topolgy"], ["--aem.strenth"]]
+    assert (
+        unknown_options(["trian"]) == ["trian"] and unknown_options(["--preset", "webshop-tiny", "--seed", "1"]) == []
+    )
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page.read_text())], ids=lambda page: page.name)
+def test_commands_have_the_options_that_the_page_gives_them(page: Path):
+    unknown = {" ".join(words): unknown_options(words) for words in commands(page.read_text())}
+    assert not any(unknown.values()), unknown
+
+
+def test_every_page_is_in_the_table_of_contents():
+    listed = set()
+    for page in [DOCS / "index.md", DOCS / "api" / "index.md"]:
+        for tree in re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+            names = [line for line in tree.splitlines() if line and not line.startswith(":")]
+            listed |= {(page.parent / f"{name}.md").resolve() for name in names}
+    assert listed == set(DOCS.rglob("*.md")) - {DOCS / "index.md"}
+
+
+def test_every_public_function_and_class_has_a_docstring():
+    """The reference is made of them; it leaves out what has none."""
+    for room in ("advantage", "losses", "models", "sampler"):
+        module = importlib.import_module(f"aem_jax.{room}")
+        for name in module.__all__:
+            member = getattr(module, name)
+            if inspect.isfunction(member) or inspect.isclass(member):
+                assert member.__doc__, f"{room}.{name}"
+
+
 def test_an_estimator_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch):
     """The walk-through of docs/algorithms.md, done: function and line put where it says, then its own test."""
     from aem_jax.config.overrides import override
 
-    page = (REPOSITORY / "docs" / "algorithms.md").read_text().partition("## Adding an estimator")[2]
+    page = (DOCS / "algorithms.md").read_text().partition("## Adding an estimator")[2]
     function, line, check = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     assert line.count("\n") == 1
     source = (REPOSITORY / "aem_jax" / "config" / "algorithms.py").read_text()

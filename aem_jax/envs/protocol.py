@@ -48,7 +48,8 @@ class RefusedError(EnvError):
 
     def __init__(self, code: str, message: str):
         super().__init__(f"{code}: {message}")
-        self.code, self.message = code, message
+        self.code: str = code
+        self.message: str = message
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class StepResult:
     truncated: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.observation, str):  # half a surrogate pair would end the run later, wherever it is encoded
             object.__setattr__(self, "observation", valid_text(self.observation))
 

@@ -31,8 +31,7 @@ from aem_jax.models import LoraPolicy, ModelConfig, Params, Policy, ValuePolicy,
 from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.plan.analytic import demand
 from aem_jax.plan.workload import workload
-from aem_jax.rollout import Rollout
-from aem_jax.rollout.caches import check_caches
+from aem_jax.rollout import Rollout, check_cache_memory
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.layout import make_lora_reshard, make_reshard
 from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, slot_shards
@@ -294,7 +293,7 @@ def _open_rollout(
         mesh=mesh,
     )
     device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    caches = check_caches(sampler, config.rollout, device_bytes)
+    caches = check_cache_memory(sampler, config.rollout, device_bytes)
     if processes.is_first:
         log.info(caches)
     return Rollout(sampler, chat, pool, config.rollout, processes)

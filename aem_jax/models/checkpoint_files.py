@@ -39,7 +39,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, stack: ExitStack):
         self.folder = folder
-        self.files = _weight_files(folder)
+        self.files: list[Path] = _weight_files(folder)
         self._holders: dict[str, tuple[Path, Any]] = {}
         for file in self.files:
             try:

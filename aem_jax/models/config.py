@@ -1,9 +1,9 @@
 """Sizes of a decoder, in the field's usual names, and the table of known ones."""
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -13,7 +13,7 @@ DTYPES = ("bfloat16", "float32")
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 100
-brief = _brief.repr
+brief: Callable[[Any], str] = _brief.repr
 """A value for the line of an error: cut where it is long or deep."""
 
 

@@ -162,27 +162,27 @@ class Block(nnx.Module):
             config.intermediate_size,
         )
 
-        def normal(*shape: int, fan_in: int, scale: float = 1.0) -> nnx.Param:
+        def normal(*shape: int, fan_in: int, scale: float = 1.0) -> nnx.Param[Array]:
             value = jax.random.normal(rngs.params(), (layers, *shape), jnp.float32)
             return nnx.Param(value * (scale * fan_in**-0.5))
 
         residual = (2 * layers) ** -0.5  # keeps the residual stream's variance flat in depth at the start
-        self.qkv = normal(d, kv, h // kv + 2, dh, fan_in=d)
-        self.o = normal(h, dh, d, fan_in=h * dh, scale=residual)
-        self.gate_up = normal(d, 2, f, fan_in=d)
-        self.down = normal(f, d, fan_in=f, scale=residual)
+        self.qkv: nnx.Param[Array] = normal(d, kv, h // kv + 2, dh, fan_in=d)
+        self.o: nnx.Param[Array] = normal(h, dh, d, fan_in=h * dh, scale=residual)
+        self.gate_up: nnx.Param[Array] = normal(d, 2, f, fan_in=d)
+        self.down: nnx.Param[Array] = normal(f, d, fan_in=f, scale=residual)
         if config.qkv_bias:
-            self.qkv_bias = nnx.Param(jnp.zeros((layers, kv, h // kv + 2, dh)))
+            self.qkv_bias: nnx.Param[Array] = nnx.Param(jnp.zeros((layers, kv, h // kv + 2, dh)))
         if config.qk_norm:
-            self.q_norm = nnx.Param(jnp.ones((layers, dh)))
-            self.k_norm = nnx.Param(jnp.ones((layers, dh)))
-        self.attention_norm = nnx.Param(jnp.ones((layers, d)))
-        self.mlp_norm = nnx.Param(jnp.ones((layers, d)))
+            self.q_norm: nnx.Param[Array] = nnx.Param(jnp.ones((layers, dh)))
+            self.k_norm: nnx.Param[Array] = nnx.Param(jnp.ones((layers, dh)))
+        self.attention_norm: nnx.Param[Array] = nnx.Param(jnp.ones((layers, d)))
+        self.mlp_norm: nnx.Param[Array] = nnx.Param(jnp.ones((layers, d)))
         for name in INPUTS if int8 else ():
             codes, scales = quantize(getattr(self, name)[...], INPUTS[name])
             setattr(self, name, nnx.Param(codes))
             setattr(self, scale_of(name), nnx.Param(scales))
-        self.adapters = Adapters(config, lora) if lora else None
+        self.adapters: Adapters | None = Adapters(config, lora) if lora else None
         self.config = config
         self.int8 = int8
 
@@ -236,11 +236,11 @@ class Decoder(nnx.Module):
         self, config: ModelConfig, *, lora: LoraConfig | None = None, int8: bool = False, rngs: nnx.Rngs
     ) -> None:
         d, v = config.hidden_size, config.vocab_size
-        self.embed = nnx.Param(jax.random.normal(rngs.params(), (v, d), jnp.float32) * d**-0.5)
-        self.layers = Block(config, lora=lora, int8=int8, rngs=rngs)
-        self.norm = nnx.Param(jnp.ones((d,)))
+        self.embed: nnx.Param[Array] = nnx.Param(jax.random.normal(rngs.params(), (v, d), jnp.float32) * d**-0.5)
+        self.layers: Block = Block(config, lora=lora, int8=int8, rngs=rngs)
+        self.norm: nnx.Param[Array] = nnx.Param(jnp.ones((d,)))
         if not config.tied_head:
-            self.head = nnx.Param(jax.random.normal(rngs.params(), (d, v), jnp.float32) * d**-0.5)
+            self.head: nnx.Param[Array] = nnx.Param(jax.random.normal(rngs.params(), (d, v), jnp.float32) * d**-0.5)
         self.config = config
 
     def _embed(self, tokens: Array) -> Array:

@@ -20,7 +20,7 @@ from aem_jax.models.gpu_attention import TRITON_BLOCK, TRITON_MODULE, cudnn_atte
 from aem_jax.models.splash import BLOCKS, SPLASH_MODULE, block_size, splash_attention
 from aem_jax.sharding import TRAIN, partition
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 Array = jax.Array
 

@@ -175,8 +175,8 @@ class LowRank(nnx.Module):
     """A and B of one projection: of all layers, stacked, or of one."""
 
     def __init__(self, a: Array, b: Array) -> None:
-        self.a = nnx.Param(a)
-        self.b = nnx.Param(b)
+        self.a: nnx.Param[Array] = nnx.Param(a)
+        self.b: nnx.Param[Array] = nnx.Param(b)
 
 
 class Adapters(nnx.Module):
@@ -185,7 +185,7 @@ class Adapters(nnx.Module):
     def __init__(self, config: ModelConfig, lora: LoraConfig) -> None:
         for name, pair in init_adapter(config, lora, jax.random.key(0)).items():
             setattr(self, name, LowRank(**pair))
-        self.scale = lora.scale
+        self.scale: float = lora.scale
 
     def add(self, name: str, x: Array, y: Array) -> Array:
         """y + s · (x A) B, in the dtype of x.

@@ -28,7 +28,7 @@ from aem_jax.sharding import TRAIN, Rules, shardings
 
 Array = jax.Array
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class Tensor(NamedTuple):

@@ -57,7 +57,7 @@ class Sampler:
         self.policy = policy
         self.capacity = capacity
         self.slack = slack
-        self.windows = tuple(sorted({w for w in windows if w < capacity} | {capacity}))
+        self.windows: tuple[int, ...] = tuple(sorted({w for w in windows if w < capacity} | {capacity}))
         self._mesh = mesh
         self._int8 = sampling.cache == "int8"
         self._axes = state_axes(int8=self._int8)

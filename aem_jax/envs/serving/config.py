@@ -37,7 +37,7 @@ class PoolConfig:
     """Environment variable with a token for the servers of urls, sent as `Authorization: Bearer …`. The token itself
     is written nowhere. Empty: none is sent."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.command and (self.urls or "{port}" not in self.command):
             raise ValueError(
                 f"expected command with {{port}} in it and no urls beside it, got {self.command!r} and {self.urls}"

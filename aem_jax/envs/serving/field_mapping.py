@@ -52,7 +52,7 @@ class FieldMapping:
     """Error codes of responses that the server refuses. They count as invalid actions: the observation is the server's
     message, and the episode goes on. Any other error ends the episode as an environment error."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             groups = re.compile(self.action_pattern).groups
         except re.error as error:

@@ -62,7 +62,7 @@ class ServerConfig:
     with_parent: bool = False
     """Whether to end with the process that started this one. For pools."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"expected a port from 0 to 65535, got {self.port}")
         if self.sessions < 1:

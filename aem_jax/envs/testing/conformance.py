@@ -53,7 +53,7 @@ class Subject:
     max_steps: int = 100
     alone: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.tasks or not self.actions:
             raise ValueError(f"expected a task and an action at least, got {len(self.tasks)} and {len(self.actions)}")
 

@@ -35,7 +35,7 @@ class ScriptedConfig:
     seed: int = 0
     """Makes other episodes of the same tasks."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.min_turns <= self.max_turns:
             raise ValueError(f"expected 1 <= min_turns <= max_turns, got {self.min_turns} and {self.max_turns}")
         if self.prompt_chars < 1 or self.observation_chars < 1:

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# One run on a Cloud TPU slice of several hosts, without Kubernetes. In this order:
+#   deploy/tpu_vm.sh create  my-slice us-east5-a v5p-32 v2-alpha-tpuv5
+#   deploy/tpu_vm.sh install my-slice us-east5-a
+#   deploy/tpu_vm.sh mount   my-slice us-east5-a 10.0.0.2:/runs       # an NFS share (Filestore): all hosts see one folder
+#   deploy/tpu_vm.sh train   my-slice us-east5-a --preset alfworld-qwen2.5-1.5b
+#   deploy/tpu_vm.sh delete  my-slice us-east5-a
+# `train` again resumes the run. From the root of the repository; needs gcloud, signed in.
+set -euo pipefail
+
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+[ $# -ge 3 ] || usage
+action=$1 name=$2 zone=$3
+shift 3
+
+on_all_hosts() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
+
+case $action in
+    create)
+        [ $# = 2 ] || usage
+        gcloud compute tpus tpu-vm create "$name" --zone="$zone" --accelerator-type="$1" --version="$2"
+        ;;
+    install)
+        # Committed files alone. Images of TPU VMs are Ubuntu 22.04, whose own Python is older than 3.11.
+        git archive --format=tar.gz --output=/tmp/aem_jax.tar.gz HEAD
+        gcloud compute tpus tpu-vm scp /tmp/aem_jax.tar.gz "$name:" --zone="$zone" --worker=all
+        on_all_hosts 'set -e
+            sudo apt-get update -qq && sudo apt-get install -y -qq python3.11 python3.11-venv nfs-common
+            mkdir -p aem_jax && tar -xzf aem_jax.tar.gz -C aem_jax && cd aem_jax
+            PYTHON=python3.11 bash scripts/make_venv.sh .venv
+            .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[tpu]"'
+        ;;
+    mount)
+        [ $# = 1 ] || usage
+        on_all_hosts "sudo mkdir -p /runs && sudo mount -t nfs $1 /runs && sudo chmod 1777 /runs"
+        ;;
+    train)
+        arguments=$(printf ' %q' "$@")
+        on_all_hosts "cd aem_jax && .venv/bin/python -m aem_jax.launch --runs-dir /runs$arguments"
+        ;;
+    delete)
+        gcloud compute tpus tpu-vm delete "$name" --zone="$zone"
+        ;;
+    *) usage ;;
+esac

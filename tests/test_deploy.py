@@ -1,0 +1,154 @@
+"""deploy/: scripts that parse, requeue and pass on their words; manifests with the fields that their readers need."""
+
+import json
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from command_lines import commands, unknown_options
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEPLOY = REPOSITORY / "deploy"
+SCRIPTS = [DEPLOY / "slurm.sbatch", DEPLOY / "tpu_vm.sh"]
+DOCKERFILES = sorted(DEPLOY.glob("Dockerfile.*"))
+HOW_TO = {
+    "slurm.sbatch": "slurm.md",
+    "tpu_vm.sh": "tpu_vm.md",
+    "gke_jobset.yaml": "gke.md",
+    "skypilot.yaml": "skypilot.md",
+    "Dockerfile.cuda": "container.md",
+    "Dockerfile.tpu": "container.md",
+}
+
+
+def fake(folder: Path, name: str, body: str) -> None:
+    """A program that stands for one of another system, on a PATH of the test."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+def run(script: Path, *words: str, programs: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = f"{programs}:/usr/bin:/bin"
+    return subprocess.run(
+        ["bash", str(script), *words], capture_output=True, text=True, cwd=REPOSITORY, env={"PATH": path, **environment}
+    )
+
+
+def test_every_file_has_its_page():
+    assert {path.name for path in DEPLOY.iterdir()} == set(HOW_TO)
+    for name, page in HOW_TO.items():
+        assert f"(../../deploy/{name})" in (REPOSITORY / "docs" / "howto" / page).read_text(), (name, page)
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
+def test_options_of_the_package_are_there(path: Path):
+    for words in commands(path.read_text()):
+        assert unknown_options(words) == [], words
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(path: Path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_slurm_has_a_task_for_each_gpu():
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", (DEPLOY / "slurm.sbatch").read_text(), re.MULTILINE))
+    assert directives["ntasks-per-node"] == directives["gpus-per-node"]
+    assert re.fullmatch(r"TERM@\d+", directives["signal"]) and "requeue" in directives
+    text = (DEPLOY / "slurm.sbatch").read_text()
+    last = max(match.start() for match in re.finditer(r"^#SBATCH", text, re.MULTILINE))
+    assert not re.search(r"^[^#\n]", text[:last], re.MULTILINE), "SLURM reads directives up to the first command"
+
+
+@pytest.mark.parametrize(("status", "again"), [(0, False), (2, False), (75, True), (130, False), (143, True)])
+def test_slurm_requeues_what_can_go_on(tmp_path: Path, status: int, again: bool):
+    fake(tmp_path / "bin", "srun", f'echo "srun $*"; exit {status}')
+    fake(tmp_path / "bin", "scontrol", 'echo "scontrol $*"')
+    job = {"SLURM_SUBMIT_DIR": "/home/me", "SLURM_JOB_ID": "7"}
+    result = run(DEPLOY / "slurm.sbatch", "--seed", "1", programs=tmp_path / "bin", **job)
+    assert result.returncode == status
+    assert ("scontrol requeue 7" in result.stdout) == again
+    assert "/home/me/.venv/bin/python -m aem_jax.launch --runs-dir /home/me/runs --seed 1" in result.stdout
+
+
+def test_tpu_vm_runs_the_same_command_on_all_hosts(tmp_path: Path):
+    fake(tmp_path / "bin", "gcloud", 'printf "%s\\n" "$@"')
+    script, words = DEPLOY / "tpu_vm.sh", ["--preset", "alfworld-tiny", "--name", "two words"]
+    result = run(script, "train", "my-slice", "us-east5-a", *words, programs=tmp_path / "bin")
+    assert result.returncode == 0, result.stderr
+    *target, command = result.stdout.splitlines()
+    assert target == ["compute", "tpus", "tpu-vm", "ssh", "my-slice", "--zone=us-east5-a", "--worker=all"]
+    assert command.endswith(r"-m aem_jax.launch --runs-dir /runs --preset alfworld-tiny --name two\ words")
+    create = run(script, "create", "my-slice", "us-east5-a", "v5p-32", "v2-alpha-tpuv5", programs=tmp_path / "bin")
+    assert create.stdout.splitlines()[3:] == [
+        *("create", "my-slice", "--zone=us-east5-a", "--accelerator-type=v5p-32", "--version=v2-alpha-tpuv5")
+    ]
+    for mistake in ([], ["train", "my-slice"], ["dance", "my-slice", "us-east5-a"], ["create", "a", "b"]):
+        assert run(script, *mistake, programs=tmp_path / "bin").returncode == 2
+
+
+def test_jobset_is_one_pod_a_host():
+    manifest = yaml.safe_load((DEPLOY / "gke_jobset.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert re.fullmatch(r"[a-z0-9-]+", manifest["metadata"]["name"])
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (group,) = manifest["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    chips = 1
+    for size in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
+        chips *= int(size)
+    hosts = chips // container["resources"]["limits"]["google.com/tpu"]
+    assert job["parallelism"] == job["completions"] == hosts and job["completionMode"] == "Indexed"
+    # A pod that fails ends the job, and the job set starts all of them again.
+    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never" and group["replicas"] == 1
+    assert [mount["name"] for mount in container["volumeMounts"]] == [volume["name"] for volume in pod["volumes"]]
+    assert container["command"] == ["python", "-m", "aem_jax.launch"]
+    arguments = container["args"]
+    assert all(isinstance(word, str) for word in arguments) and unknown_options(arguments) == []
+    assert arguments[arguments.index("--runs-dir") + 1] == container["volumeMounts"][0]["mountPath"]
+    assert "--name" in arguments
+
+
+def test_skypilot_has_the_fields_of_a_task():
+    task = yaml.safe_load((DEPLOY / "skypilot.yaml").read_text())
+    assert set(task) == {"name", "resources", "num_nodes", "workdir", "envs", "setup", "run"}
+    assert re.fullmatch(r"\w+:\d+", task["resources"]["accelerators"]) and task["num_nodes"] == 1
+    for name in ("setup", "run"):
+        subprocess.run(["bash", "-n"], input=task[name], text=True, check=True)
+    used = set(re.findall(r"\$(\w+)", task["run"]))
+    assert used == set(task["envs"])
+    assert len(commands(task["run"])) == 2
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_dockerfiles_copy_what_is_there_and_install_an_extra(path: Path):
+    text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE)
+    lines = [line for line in re.sub(r"\\\n\s*", " ", text).splitlines() if line.strip()]
+    steps = [line.split(maxsplit=1) for line in lines]
+    known = {"FROM", "RUN", "WORKDIR", "COPY", "USER", "ENV", "VOLUME", "ENTRYPOINT", "CMD"}
+    assert {name for name, _ in steps} <= known and steps[0][0] == "FROM"
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    python = re.fullmatch(r"python:(\d\.\d+)-slim-\w+", steps[0][1])
+    assert python and f"Programming Language :: Python :: {python[1]}" in project["classifiers"]
+
+    copied = [source for name, words in steps if name == "COPY" for source in words.split()[:-1]]
+    let_through = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    assert all((REPOSITORY / source).exists() and f"!{source}" in let_through for source in copied)
+    (install,) = [words for name, words in steps if name == "RUN" and "pip install" in words]
+    (extra,) = re.findall(r"'\.\[(\w+)\]'", install)
+    assert extra in project["optional-dependencies"] and "--constraint constraints.txt" in install
+    for name, words in steps:
+        if name == "RUN":
+            subprocess.run(["bash", "-n"], input=words, text=True, check=True)
+
+    last = dict(steps)  # of each instruction
+    assert last["USER"] != "root"
+    assert json.loads(last["ENTRYPOINT"]) == ["python", "-m", "aem_jax.launch"]
+    assert unknown_options(json.loads(last["CMD"])) == []
+    assert json.loads(last["VOLUME"])[0] == json.loads(last["CMD"])[-1] == "/runs"
