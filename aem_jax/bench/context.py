@@ -36,7 +36,7 @@ def _measure(
 ) -> Measurement:
     slots, new = config.slots, config.context_chunk
     sampler = Sampler(policy, SamplingConfig(), [NEVER], capacity=capacity + new, slack=new, windows=windows)
-    state, window = sampler.init(slots), sampler.cover(context)
+    state, window = sampler.init(slots), sampler.window_for(context)
     budgets, lengths = jnp.full(slots, new, jnp.int32), jnp.full(slots, context, jnp.int32)
 
     def decode() -> None:

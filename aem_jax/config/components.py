@@ -16,7 +16,7 @@ from aem_jax.learner.config import LearnerConfig
 from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy, ValuePolicy
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.pretrained import read_config, resolve
-from aem_jax.sampler.layout import INT8_MERGES
+from aem_jax.sampler.reshard import INT8_MERGES
 from aem_jax.selection import (
     Length,
     Outcome,
@@ -102,10 +102,10 @@ def make_policy(config: RunConfig, vocab_size: int, files: Path | None = None) -
         ConfigError: as `model_config`.
         ValueError: as `model_config`, or a rank that the decoder's projections cannot have.
     """
-    whole = Policy(model_config(config.model, vocab_size, files))
+    base = Policy(model_config(config.model, vocab_size, files))
     if not config.lora.rank:
-        return whole
-    policy = LoraPolicy(whole, config.lora)
+        return base
+    policy = LoraPolicy(base, config.lora)
     try:
         policy.axes  # noqa: B018
     except ValueError as error:
@@ -120,7 +120,7 @@ def trained_policy(config: RunConfig, policy: Policy | LoraPolicy) -> Policy | L
 
 def sampled_policy(config: RunConfig, policy: Policy | LoraPolicy) -> Policy | LoraPolicy:
     """The policy that takes the parameters as `reshard` lays them out."""
-    return policy.whole.in_int8 if config.sampling.weights == "int8" else policy.sampled
+    return policy.base.quantized if config.sampling.weights == "int8" else policy.sampled
 
 
 def warm_start_makes_base(config: RunConfig) -> bool:

@@ -26,16 +26,16 @@ def weight_bytes(policy: Policy | LoraPolicy, optimizer: optax.GradientTransform
         frozen (weights beside an adapter), trained (float32 masters), optimizer, gradients (the sum over microbatches
         and the next one to add), decode (what is laid out for sampling and shares no buffer with the frozen ones).
     """
-    state, whole = abstract_state(policy, optimizer, mesh), policy.whole
-    train, decode = (shardings(mesh, whole.axes, rules, whole.shapes) for rules in (TRAIN, DECODE))
+    state, base = abstract_state(policy, optimizer, mesh), policy.base
+    train, decode = (shardings(mesh, base.axes, rules, base.shapes) for rules in (TRAIN, DECODE))
     size = lambda shaped, place, dtype: math.prod(place.shard_shape(shaped.shape)) * dtype.itemsize  # noqa: E731
     total = lambda tree: sum(size(leaf, leaf.sharding, leaf.dtype) for leaf in jax.tree.leaves(tree))  # noqa: E731
-    weights = lambda where: jax.tree.map(size, whole.shapes, where, whole.dtypes)  # noqa: E731
+    weights = lambda where: jax.tree.map(size, base.shapes, where, base.dtypes)  # noqa: E731
 
     copied, frozen, beside = weights(decode), 0, 0
     if isinstance(policy, LoraPolicy):
         frozen = sum(jax.tree.leaves(weights(train)))
-        shared = jax.tree.map(lambda a, b, shape: a.is_equivalent_to(b, shape.ndim), train, decode, whole.shapes)
+        shared = jax.tree.map(lambda a, b, shape: a.is_equivalent_to(b, shape.ndim), train, decode, base.shapes)
         if policy.lora.merge:
             shared["layers"] |= dict.fromkeys(policy.merged_leaves, False)
         copied = jax.tree.map(lambda count, is_shared: 0 if is_shared else count, copied, shared)

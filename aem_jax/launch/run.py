@@ -172,11 +172,11 @@ def on_base(stage: Stage, checkpoints: Checkpoints) -> Stage:
             raise ConfigError(
                 f"expected the frozen weights of this LoRA run in {folder / frozen_weights.FOLDER}, got none"
             )
-        whole = dataclasses.replace(stage, policy=stage.policy.whole)
+        whole = dataclasses.replace(stage, policy=stage.policy.base)
         source = _parameters(whole) if config.warmstart.episodes == 0 else _fit(whole, _demonstrations(whole)).params
-        frozen_weights.save(folder, stage.policy.whole, stage.mesh, source, stage.chat.stop_ids)
+        frozen_weights.save(folder, stage.policy.base, stage.mesh, source, stage.chat.stop_ids)
     recorded = stage.hosts.of_first(inputs.load(folder).get(inputs.FROZEN) if stage.hosts.is_first else None)
-    frozen, found = frozen_weights.load(config, folder, stage.policy.whole, stage.mesh, recorded)
+    frozen, found = frozen_weights.load(config, folder, stage.policy.base, stage.mesh, recorded)
     if recorded is None and checkpoints.is_writer and stage.hosts.is_first:
         inputs.write(folder, {**inputs.load(folder), inputs.FROZEN: found})
     return stage.on(frozen)
@@ -341,7 +341,7 @@ def _reference(stage: Stage, checkpoints: Checkpoints):
     if not stage.config.learner.kl_coefficient:
         return None
     if components.reference_is_base(stage.config):
-        policy, params = stage.policy.whole, stage.frozen
+        policy, params = stage.policy.base, stage.frozen
     else:
         params = policy_params(stage.trained, restore(stage, checkpoints, step=0).params)
         policy, params = stage.policy, params if stage.frozen is None else (params, stage.frozen)

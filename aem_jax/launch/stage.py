@@ -30,7 +30,7 @@ from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.rollout import Rollout
 from aem_jax.rollout.caches import check_caches
 from aem_jax.sampler import Sampler
-from aem_jax.sampler.layout import make_lora_reshard, make_reshard
+from aem_jax.sampler.reshard import make_lora_reshard, make_reshard
 from aem_jax.sharding import slot_shards
 from aem_jax.tokenizer import CHATML, ChatTokenizer
 

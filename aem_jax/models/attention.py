@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aem_jax.models.cache import Cached, factors
+from aem_jax.models.kv_cache import KVArray, factors
 
 Array = jax.Array
 
@@ -150,7 +150,7 @@ _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def chunk_attention(
-    q: Array, cache_k: Cached, cache_v: Cached, cached: Array, chunk_k: Array, chunk_v: Array, index: Array
+    q: Array, cache_k: KVArray, cache_v: KVArray, cached: Array, chunk_k: Array, chunk_v: Array, index: Array
 ) -> Array:
     """Attention of C new tokens to what is cached and to their chunk, one softmax over both.
 

@@ -15,10 +15,10 @@ from safetensors.numpy import save_file
 
 from aem_jax.files import read_json
 from aem_jax.models.config import brief
+from aem_jax.models.parameters import EMBED, HEAD
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Kinds of numbers, as safetensors names them, that are weights."""
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")

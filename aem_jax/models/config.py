@@ -8,6 +8,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from aem_jax.models.parameters import parameter_table
+
 DTYPES = ("bfloat16", "float32")
 """In which a decoder computes."""
 
@@ -114,12 +116,7 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Parameters, the embedding counted once when the head is tied."""
-        heads = self.num_heads + 2 * self.num_kv_heads
-        attention = self.hidden_size * self.head_dim * (self.num_heads + heads)
-        attention += 2 * self.head_dim * self.qk_norm + heads * self.head_dim * self.qkv_bias
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        tables = self.vocab_size * self.hidden_size * (1 if self.tied_head else 2)
-        return self.num_layers * layer + tables + self.hidden_size
+        return sum(row.size for row in parameter_table(self))
 
 
 def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv: int, head_dim: int, vocab: int) -> ModelConfig:

@@ -5,7 +5,7 @@ beside a KV cache (sampling). The cache is read-only inside `extend`; the chunk'
 caller, who merges them once per chunk. So a decode step copies no cache, whatever its size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aem_jax.models.attention import RowAttention, chunk_attention, row_attention
-from aem_jax.models.cache import LENGTH, Cached, first_places
 from aem_jax.models.config import ModelConfig, RopeScaling
-from aem_jax.models.int8 import INPUTS, quantize, scale_of
-from aem_jax.models.lora import Adapters, LoraConfig
+from aem_jax.models.int8 import scale_of
+from aem_jax.models.kv_cache import LENGTH, KVArray, first_places
+from aem_jax.models.lora import Adapter, Adapters, LoraConfig
 
 Array = jax.Array
 
@@ -136,7 +136,7 @@ rotate.defvjp(
 )
 
 
-def _alone(name: str, x: Array, y: Array) -> Array:
+def _without_adapter(name: str, x: Array, y: Array) -> Array:
     """What a projection makes of x, without an adapter: y."""
     return y
 
@@ -151,75 +151,57 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, lora: LoraConfig | None = None, int8: bool = False, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Array],
+        *,
+        int8: bool = False,
+        adapter: Adapter | None = None,
+        lora: LoraConfig | None = None,
     ) -> None:
-        layers, d, h, kv, dh, f = (
-            config.num_layers,
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.intermediate_size,
-        )
-
-        def normal(*shape: int, fan_in: int, scale: float = 1.0) -> nnx.Param:
-            value = jax.random.normal(rngs.params(), (layers, *shape), jnp.float32)
-            return nnx.Param(value * (scale * fan_in**-0.5))
-
-        residual = (2 * layers) ** -0.5  # keeps the residual stream's variance flat in depth at the start
-        self.qkv = normal(d, kv, h // kv + 2, dh, fan_in=d)
-        self.o = normal(h, dh, d, fan_in=h * dh, scale=residual)
-        self.gate_up = normal(d, 2, f, fan_in=d)
-        self.down = normal(f, d, fan_in=f, scale=residual)
-        if config.qkv_bias:
-            self.qkv_bias = nnx.Param(jnp.zeros((layers, kv, h // kv + 2, dh)))
-        if config.qk_norm:
-            self.q_norm = nnx.Param(jnp.ones((layers, dh)))
-            self.k_norm = nnx.Param(jnp.ones((layers, dh)))
-        self.attention_norm = nnx.Param(jnp.ones((layers, d)))
-        self.mlp_norm = nnx.Param(jnp.ones((layers, d)))
-        for name in INPUTS if int8 else ():
-            codes, scales = quantize(getattr(self, name)[...], INPUTS[name])
-            setattr(self, name, nnx.Param(codes))
-            setattr(self, scale_of(name), nnx.Param(scales))
-        self.adapters = Adapters(config, lora) if lora else None
+        for name, array in weights.items():
+            setattr(self, name, nnx.Param(array))
+        self.adapters = Adapters(adapter, lora) if adapter and lora else None
         self.config = config
         self.int8 = int8
 
+    def _weight(self, name: str) -> Array:
+        return getattr(self, name)[...]
+
     def _project(self, equation: str, name: str, x: Array) -> Array:
         """x [B,T,*inputs] times one layer's matrix [*inputs,*outputs]."""
-        weights = getattr(self, name)[...].astype(x.dtype)
+        weights = self._weight(name).astype(x.dtype)
         if not self.int8:
             return project(equation, x, weights)
         y = jnp.einsum(equation, x, weights, preferred_element_type=jnp.float32)
-        return (y * getattr(self, scale_of(name))[...][None, None]).astype(x.dtype)
+        return (y * self._weight(scale_of(name))[None, None]).astype(x.dtype)
 
-    def heads(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+    def project_qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Rotated queries [B,T,H,Dh], keys and values [B,T,KV,Dh] of x [B,T,D]."""
         config, eps = self.config, self.config.norm_eps
-        x = rms_norm(x, self.attention_norm[...], eps)
+        x = rms_norm(x, self._weight("attention_norm"), eps)
         groups = self._project("btd,dkgh->btkgh", "qkv", x)
         if config.qkv_bias:
-            groups = groups + self.qkv_bias[...].astype(x.dtype)[None, None]
+            groups = groups + self._weight("qkv_bias").astype(x.dtype)[None, None]
         queries = groups.shape[-2] - 2
         parts = jnp.split(groups, (queries, queries + 1), axis=-2)
-        add = self.adapters.add if self.adapters else _alone
+        add = self.adapters.add if self.adapters else _without_adapter
         parts = [add(name, x, part) for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True)]
         q, k, v = (part.reshape(*x.shape[:2], -1, part.shape[-1]) for part in parts)
         if config.qk_norm:
-            q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
+            q, k = rms_norm(q, self._weight("q_norm"), eps), rms_norm(k, self._weight("k_norm"), eps)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def finish(self, x: Array, attended: Array, *, apart: bool = False) -> Array:
+    def output_and_mlp(self, x: Array, attended: Array, *, split_gate_up: bool = False) -> Array:
         """Output projection, then the MLP, each with its residual.
 
-        `apart` makes its two inputs two products: one more to start, but going back nothing has to be joined.
+        `split_gate_up` makes its two inputs two products: one more to start, but going back nothing has to be joined.
         """
-        add = self.adapters.add if self.adapters else _alone
+        add = self.adapters.add if self.adapters else _without_adapter
         x = x + add("o_proj", attended, self._project("bthk,hkd->btd", "o", attended))
-        y: Any = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        if apart and not self.int8:
-            halves = jnp.split(self.gate_up[...].astype(y.dtype), 2, axis=-2)
+        y: Any = rms_norm(x, self._weight("mlp_norm"), self.config.norm_eps)
+        if split_gate_up and not self.int8:
+            halves = jnp.split(self._weight("gate_up").astype(y.dtype), 2, axis=-2)
             parts = [project("btd,dgf->btgf", y, half) for half in halves]
         else:
             parts = jnp.split(self._project("btd,dgf->btgf", "gate_up", y), 2, axis=-2)
@@ -233,14 +215,19 @@ class Decoder(nnx.Module):
     """Embedding, stacked blocks, final norm, head."""
 
     def __init__(
-        self, config: ModelConfig, *, lora: LoraConfig | None = None, int8: bool = False, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Any],
+        *,
+        int8: bool = False,
+        adapter: Adapter | None = None,
+        lora: LoraConfig | None = None,
     ) -> None:
-        d, v = config.hidden_size, config.vocab_size
-        self.embed = nnx.Param(jax.random.normal(rngs.params(), (v, d), jnp.float32) * d**-0.5)
-        self.layers = Block(config, lora=lora, int8=int8, rngs=rngs)
-        self.norm = nnx.Param(jnp.ones((d,)))
+        self.embed = nnx.Param(params["embed"])
+        self.layers = Block(config, params["layers"], int8=int8, adapter=adapter, lora=lora)
+        self.norm = nnx.Param(params["norm"])
         if not config.tied_head:
-            self.head = nnx.Param(jax.random.normal(rngs.params(), (d, v), jnp.float32) * d**-0.5)
+            self.head = nnx.Param(params["head"])
         self.config = config
 
     def _embed(self, tokens: Array) -> Array:
@@ -274,14 +261,14 @@ class Decoder(nnx.Module):
 
         def layer(x: Array, state: Any) -> tuple[Array, None]:
             block = nnx.merge(graphdef, state)
-            q, k, v = block.heads(x, cos, sin)
-            return constrain(block.finish(x, attention(q, k, v, segment_ids), apart=True)), None
+            q, k, v = block.project_qkv(x, cos, sin)
+            return constrain(block.output_and_mlp(x, attention(q, k, v, segment_ids), split_gate_up=True)), None
 
         body = layer if remat is None else jax.checkpoint(layer, policy=remat)
         x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), stacked)
         return rms_norm(x, self.norm[...], config.norm_eps)
 
-    def beside(self, keys: Cached, values: Cached, window: int) -> PerLayer:
+    def with_cache(self, keys: KVArray, values: KVArray, window: int) -> PerLayer:
         """Each layer's weights beside the first `window` positions of its cache: what `extend` reads.
 
         Args:
@@ -314,7 +301,7 @@ class Decoder(nnx.Module):
         """Hidden states of C new tokens a slot, beside a cache and the chunk's own earlier tokens.
 
         Args:
-            layers: from `beside`.
+            layers: from `with_cache`.
             tokens: i32[S,C].
             positions: i32[S,C].
             cached: i32[S], how many positions of the cache are filled.
@@ -331,11 +318,11 @@ class Decoder(nnx.Module):
         def layer(x: Array, scanned: tuple[Any, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
             (weights, cache_k, cache_v), (chunk_k, chunk_v) = scanned
             block = nnx.merge(graphdef, weights)
-            q, k, v = block.heads(x, cos, sin)
+            q, k, v = block.project_qkv(x, cos, sin)
             chunk_k = jax.lax.dynamic_update_slice(chunk_k, jnp.transpose(k, (0, 2, 3, 1)), (0, 0, 0, index))
             chunk_v = jax.lax.dynamic_update_slice(chunk_v, jnp.swapaxes(v, 1, 2), (0, 0, index, 0))
             attended = chunk_attention(q, cache_k, cache_v, cached, chunk_k, chunk_v, index)
-            return block.finish(x, attended), (chunk_k, chunk_v)
+            return block.output_and_mlp(x, attended), (chunk_k, chunk_v)
 
         x = self._embed(tokens)
         if isinstance(layers, list):

@@ -9,6 +9,7 @@ are one matrix here: so any of them can be left out, and an adapter is PEFT's ow
 Left out: dropout (a policy gradient needs the probabilities that were sampled), biases, adapters of embedding and head.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aem_jax.models.config import ModelConfig
+from aem_jax.models.parameters import Parameter, Part, parameter_table
 
 Array = jax.Array
 Adapter = dict[str, dict[str, Any]]
@@ -64,39 +66,40 @@ class Projection(NamedTuple):
     """One of Hugging Face's projections, and where it lies.
 
     Attributes:
-        leaf: our array [L, *inputs, ..., outputs[-1]] that holds it.
+        parameter: the stacked array [L, *inputs, ..., outputs[-1]] that holds it.
         first: where it begins along the last axis but one of that array; None if it is all of it.
         inputs: sizes of the axes that it reads.
         outputs: sizes of the axes that it writes, as they lie in the array.
         input_axes: their logical names.
         output_axes: their logical names.
+        tensor: Hugging Face's tensor of it; {layer} stands for the layer's number.
     """
 
-    leaf: str
+    parameter: str
     first: int | None
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    input_axes: tuple[str, ...]
+    input_axes: tuple[str | None, ...]
     output_axes: tuple[str | None, ...]
+    tensor: str
 
 
 def projections(config: ModelConfig) -> dict[str, Projection]:
-    """All that can have an adapter, by name."""
-    d, f, dh = config.hidden_size, config.intermediate_size, config.head_dim
-    h, kv = config.num_heads, config.num_kv_heads
-    r = h // kv
-    split: tuple[str | None, ...] = ("kv_heads", None, "head_dim")
-    qkv = lambda first, count: Projection("qkv", first, (d,), (kv, count, dh), ("embed",), split)  # noqa: E731
-    half = lambda first: Projection("gate_up", first, (d,), (1, f), ("embed",), (None, "mlp"))  # noqa: E731
-    return {
-        "q_proj": qkv(0, r),
-        "k_proj": qkv(r, 1),
-        "v_proj": qkv(r + 1, 1),
-        "o_proj": Projection("o", None, (h, dh), (d,), ("heads", "head_dim"), ("embed",)),
-        "gate_proj": half(0),
-        "up_proj": half(1),
-        "down_proj": Projection("down", None, (f,), (d,), ("mlp",), ("embed",)),
-    }
+    """All that can have an adapter, by name, in the order of the parameter table."""
+    return {part.module: _projection(row, part) for row in parameter_table(config) if row.lora for part in row.parts}
+
+
+def _projection(row: Parameter, part: Part) -> Projection:
+    shape, axes, n = row.part_shape(part), row.axes[1:], row.num_inputs
+    return Projection(
+        parameter=row.name,
+        first=None if part.rows is None else part.rows.start,
+        inputs=shape[:n],
+        outputs=shape[n:],
+        input_axes=axes[:n],
+        output_axes=axes[n:],
+        tensor=part.name,
+    )
 
 
 def targets(config: ModelConfig, lora: LoraConfig) -> dict[str, Projection]:
@@ -108,7 +111,7 @@ def targets(config: ModelConfig, lora: LoraConfig) -> dict[str, Projection]:
     chosen = {name: p for name, p in projections(config).items() if {"all", name} & set(lora.targets)}
     if lora.rank < 1:
         raise ValueError(f"expected a rank of at least 1, got {lora.rank}; 0 is full fine-tuning, without an adapter")
-    sides = {name: (_size(p.inputs), _size(p.outputs)) for name, p in chosen.items()}
+    sides = {name: (math.prod(p.inputs), math.prod(p.outputs)) for name, p in chosen.items()}
     name, tightest = min(sides.items(), key=lambda item: min(item[1]))
     if lora.rank > min(tightest):
         raise ValueError(
@@ -131,7 +134,7 @@ def init_adapter(config: ModelConfig, lora: LoraConfig, key: Array) -> Adapter:
     keys = dict(zip(projections(config), jax.random.split(key, len(projections(config))), strict=True))
 
     def pair(name: str, p: Projection) -> dict[str, Array]:
-        bound = _size(p.inputs) ** -0.5
+        bound = math.prod(p.inputs) ** -0.5
         a = jax.random.uniform(keys[name], (config.num_layers, *p.inputs, lora.rank), jnp.float32, -bound, bound)
         return {"a": a, "b": jnp.zeros((config.num_layers, lora.rank, *p.outputs), jnp.float32)}
 
@@ -158,9 +161,9 @@ def merge(config: ModelConfig, lora: LoraConfig, adapter: Adapter, weights: Mapp
         for name, p in chosen.items():
             delta = lora.scale * jnp.tensordot(pairs[name]["a"], pairs[name]["b"], axes=1, precision="highest")
             if p.first is not None:  # a part of its array
-                after = sums[p.leaf].shape[-2] - p.first - p.outputs[-2]
+                after = sums[p.parameter].shape[-2] - p.first - p.outputs[-2]
                 delta = jnp.pad(delta, [(0, 0)] * (delta.ndim - 2) + [(p.first, after), (0, 0)])
-            sums[p.leaf] = sums[p.leaf] + delta
+            sums[p.parameter] = sums[p.parameter] + delta
         return {leaf: sums[leaf].astype(weight.dtype) for leaf, weight in found.items()}
 
     return jax.lax.map(one, (adapter, dict(weights)))
@@ -168,7 +171,7 @@ def merge(config: ModelConfig, lora: LoraConfig, adapter: Adapter, weights: Mapp
 
 def merged_leaves(config: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
     """Stacked arrays that an adapter changes."""
-    return tuple(dict.fromkeys(p.leaf for p in targets(config, lora).values()))
+    return tuple(dict.fromkeys(p.parameter for p in targets(config, lora).values()))
 
 
 class LowRank(nnx.Module):
@@ -180,10 +183,10 @@ class LowRank(nnx.Module):
 
 
 class Adapters(nnx.Module):
-    """What stands beside a block's projections, by their names."""
+    """The adapters of a block's projections, by their names."""
 
-    def __init__(self, config: ModelConfig, lora: LoraConfig) -> None:
-        for name, pair in init_adapter(config, lora, jax.random.key(0)).items():
+    def __init__(self, adapter: Adapter, lora: LoraConfig) -> None:
+        for name, pair in adapter.items():
             setattr(self, name, LowRank(**pair))
         self.scale = lora.scale
 
@@ -201,10 +204,3 @@ class Adapters(nnx.Module):
         a, b = pair.a[...].astype(x.dtype), pair.b[...].astype(x.dtype)
         low = jnp.tensordot(x, a, axes=a.ndim - 1) * jnp.asarray(self.scale, x.dtype)
         return y + jnp.tensordot(low, b, axes=1)
-
-
-def _size(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

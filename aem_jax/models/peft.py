@@ -40,15 +40,14 @@ def save_adapter(folder: str | Path, policy: LoraPolicy, adapter: Adapter, *, ba
 
 def tensors(policy: LoraPolicy, adapter: Adapter) -> dict[str, np.ndarray]:
     """PEFT's tensors by their names."""
-    found = {}
-    for name in targets(policy.config, policy.lora):
-        module = f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
-        a, b = (np.asarray(adapter[name][each]) for each in ("a", "b"))
+    rank, matrices = policy.lora.rank, {}
+    for name, projection in targets(policy.config, policy.lora).items():
+        a, b = (np.asarray(adapter[name][side]) for side in ("a", "b"))
         for layer in range(policy.config.num_layers):
-            prefix = f"base_model.model.model.layers.{layer}.{module}"
-            found[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, policy.lora.rank).T)
-            found[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(policy.lora.rank, -1).T)
-    return found
+            module = projection.tensor.format(layer=layer).removesuffix(".weight")
+            matrices[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, rank).T)
+            matrices[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(rank, -1).T)
+    return matrices
 
 
 def _config(policy: LoraPolicy, base: str) -> dict[str, object]:

@@ -1,16 +1,17 @@
 """Weights in Hugging Face's safetensors, tensor by tensor into their shards and back out.
 
-The table `tensors` says where each of their tensors stands in ours; reading and writing go through it and nothing else.
+`tensors` derives from the parameter table which block of our arrays each tensor is; reading and writing both use it.
 """
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from aem_jax.files import write_text
-from aem_jax.models.checkpoint_files import EMBED, FLOATS, HEAD, INDEX, SINGLE, Checkpoint, write_tensors
+from aem_jax.models.checkpoint_files import FLOATS, INDEX, SINGLE, Checkpoint, write_tensors
 from aem_jax.models.config import ModelConfig, dtype_name
+from aem_jax.models.parameters import EMBED, HEAD, Parameter, Part, parameter_table
 from aem_jax.models.policy import Params, Policy
 from aem_jax.sharding import TRAIN, Rules, shardings
 
@@ -65,43 +67,29 @@ class Tensor(NamedTuple):
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
-    """All tensors of a model, in the order of its layers."""
-    v, d = config.vocab_size, config.hidden_size
-
-    def plain(name: str, path: tuple[str, ...], *shape: int) -> Tensor:
-        return Tensor(name, shape, path, (0,) * len(shape), shape, tuple(range(len(shape))), shape)
-
-    yield plain(EMBED, ("embed",), v, d)
-    for layer in range(config.num_layers):
-        yield from _layer_tensors(config, layer)
-    yield plain("model.norm.weight", ("norm",), d)
-    if not config.tied_head:
-        yield Tensor(HEAD, (v, d), ("head",), (0, 0), (v, d), (1, 0), (d, v))
+    """All tensors of a model, layer by layer; one at a time, since a broken config may have any number of layers."""
+    for stacked, rows in groupby(parameter_table(config), lambda row: row.stacked):
+        parts = [(row, part) for row in rows for part in row.parts]
+        for layer in range(config.num_layers if stacked else 1):
+            yield from (_tensor(row, part, layer) for row, part in parts)
 
 
-def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
-    d, f = config.hidden_size, config.intermediate_size
-    kv, r, dh = config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
-    h = kv * r
-
-    def one(name: str, leaf: str, view, order, block, *start: int, shape: tuple[int, ...]) -> Tensor:
-        begin = (layer, *start, *(0,) * (len(block) - len(start)))
-        return Tensor(f"model.layers.{layer}.{name}", shape, ("layers", leaf), begin, view, order, (1, *block))
-
-    for name, count, first in (("q", r, 0), ("k", 1, r), ("v", 1, r + 1)):
-        head, rows, split = f"self_attn.{name}_proj", kv * count * dh, (kv, count, dh)
-        yield one(f"{head}.weight", "qkv", (*split, d), (3, 0, 1, 2), (d, *split), 0, 0, first, shape=(rows, d))
-        if config.qkv_bias:
-            yield one(f"{head}.bias", "qkv_bias", split, (0, 1, 2), split, 0, first, shape=(rows,))
-    yield one("self_attn.o_proj.weight", "o", (d, h, dh), (1, 2, 0), (h, dh, d), shape=(d, h * dh))
-    for first, name in enumerate(("gate", "up")):
-        yield one(f"mlp.{name}_proj.weight", "gate_up", (f, d), (1, 0), (d, 1, f), 0, first, shape=(f, d))
-    yield one("mlp.down_proj.weight", "down", (d, f), (1, 0), (f, d), shape=(d, f))
-    norms = {"input_layernorm": ("attention_norm", d), "post_attention_layernorm": ("mlp_norm", d)}
-    if config.qk_norm:
-        norms |= {"self_attn.q_norm": ("q_norm", dh), "self_attn.k_norm": ("k_norm", dh)}
-    for name, (leaf, size) in norms.items():
-        yield one(f"{name}.weight", leaf, (size,), (0,), (size,), shape=(size,))
+def _tensor(row: Parameter, part: Part, layer: int) -> Tensor:
+    shape = row.part_shape(part)  # [*inputs, *outputs] here, [outputs, inputs] there
+    inputs, outputs = shape[: row.num_inputs], shape[row.num_inputs :]
+    flat = tuple(math.prod(side) for side in (outputs, inputs) if side)
+    start = [0] * len(shape)
+    if part.rows is not None:
+        start[-2] = part.rows.start
+    return Tensor(
+        name=part.name.format(layer=layer),
+        shape=flat if inputs or part.rows else shape,
+        path=("layers", row.name) if row.stacked else (row.name,),
+        start=(layer, *start) if row.stacked else tuple(start),
+        view=(*outputs, *inputs),
+        order=(*range(len(outputs), len(shape)), *range(len(outputs))),
+        block=(1, *shape) if row.stacked else shape,
+    )
 
 
 def as_in_files(folder: Path, config: ModelConfig) -> ModelConfig:

@@ -57,7 +57,7 @@ def compute(
     """
     done, num_slots = 0, state.lengths.shape[0]
     for bucket in cut(max(map(len, ids.values())), tuple(sorted(buckets))):
-        slots = sampler.place([slot for slot in ids if len(ids[slot]) > done], num_slots, sizes)
+        slots = sampler.pad_slots([slot for slot in ids if len(ids[slot]) > done], num_slots, sizes)
         places = range(num_slots) if slots is None else slots.tolist()
         tokens, counts = np.zeros((len(places), bucket), np.int32), np.zeros(len(places), np.int32)
         for row, slot in enumerate(places):

@@ -3,7 +3,7 @@
 Each round takes the answers that are here, computes them, and calls the next chunk for all slots that speak; then it
 reads the chunk before it. So the device always has a program waiting, and the host reads, tokenises and talks to
 environments meanwhile. Of a slot in a chunk that was not read yet the host does not know whether it still speaks:
-it gets the budget `GO_ON`, and says nothing if its response has ended.
+it gets the budget `CONTINUE`, and says nothing if its response has ended.
 
 Slots of very different length decode in calls of their own (`calls`). Who decodes with whom depends on timing, hence
 the shapes of calls, hence the last bits of logprobs: the same seed samples the same tokens unless two of them are as
@@ -22,7 +22,7 @@ from aem_jax.rollout.calls import Call, decoding_cost
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.episode import Episode
 from aem_jax.rollout.table import Run, Table
-from aem_jax.sampler import GO_ON, Decoded, Sampler
+from aem_jax.sampler import CONTINUE, Decoded, Sampler
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def converse(run: Run, table: Table, sampler: Sampler, config: RolloutConfig) ->
     # A tensor axis splits weights and cache alike, so it is left out.
     cost = decoding_cost(
         weights=_num_bytes(run.params),
-        token=state.cache_bytes / (num_slots * state.places),
+        token=state.cache_bytes / (num_slots * state.length),
         num_slots=num_slots // sampler.slot_shards,
         steps=config.decode_chunk,
     )
@@ -83,7 +83,7 @@ def _call(run: Run, table: Table, sampler: Sampler, chunk: int, speaking: Mappin
     for row, slot in enumerate(places):
         if slot in meant:
             episode = speaking[slot]
-            budgets[row] = GO_ON if episode.unread else episode.budget
+            budgets[row] = CONTINUE if episode.unread else episode.budget
             rows.append((row, slot, episode, len(episode.turns)))
             episode.unread += 1
     run.clock.called()

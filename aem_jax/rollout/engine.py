@@ -55,7 +55,7 @@ class Rollout:
         num_slots = len(table.episodes)
         table.state = self._prompts.warm_up(params, table.state)
         for size in (*table.sizes, num_slots):
-            slots = None if size == num_slots else sampler.place([], num_slots, [size])
+            slots = None if size == num_slots else sampler.pad_slots([], num_slots, [size])
             nothing = np.zeros(size, np.int32)
             for window in sampler.windows:
                 for bucket in c.extend_buckets:

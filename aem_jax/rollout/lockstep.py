@@ -41,7 +41,7 @@ def _speak(run: Run, table: Table, sampler: Sampler, chunk: int) -> None:
         budgets = np.zeros(len(table.episodes), np.int32)
         for slot, episode in speaking.items():
             budgets[slot] = episode.budget
-        window = sampler.cover(max(len(episode.ids) + episode.said_count for episode in speaking.values()))
+        window = sampler.window_for(max(len(episode.ids) + episode.said_count for episode in speaking.values()))
         run.clock.called()
         table.state, decoded = sampler.decode(run.params, table.state, budgets, chunk, window=window)
         run.clock.watch(decoded.counts)

@@ -45,7 +45,7 @@ class Prompts:
         """Compiles all that is called here; `state` are the slots that prompts are forked to."""
         zeros, c = np.zeros(self.num_rows, np.int32), self._config
         for size in (*self._sizes, self.num_rows):
-            rows = None if size == self.num_rows else self._sampler.place([], self.num_rows, [size])
+            rows = None if size == self.num_rows else self._sampler.pad_slots([], self.num_rows, [size])
             for bucket in c.extend_buckets:
                 tokens = np.zeros((size, bucket), np.int32)
                 self._state = self._sampler.extend(

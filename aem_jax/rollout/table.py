@@ -196,8 +196,8 @@ class Table:
     def plan(self, contexts: Mapping[int, int], cost: Cost) -> list[Call]:
         """Which slots share a call; in lock-step all do."""
         num_slots, sampler = len(self.episodes), self._sampler
-        place = partial(sampler.place, num_slots=num_slots, sizes=self.sizes)
-        return plan_calls(contexts, num_slots, sampler.slot_shards, sampler.cover, place, cost)
+        place = partial(sampler.pad_slots, num_slots=num_slots, sizes=self.sizes)
+        return plan_calls(contexts, num_slots, sampler.slot_shards, sampler.window_for, place, cost)
 
     def said(self, run: Run, slot: int, row: int, out: Decoded) -> None:
         """Notes what a slot said in row `row` of a chunk; its budget is 0 when that ends its response."""

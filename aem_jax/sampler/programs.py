@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from aem_jax.models import LoraPolicy, Params, Policy
-from aem_jax.models.cache import Cached
-from aem_jax.sampler.draw import Draw, uniforms
-from aem_jax.sampler.state import SamplerState, cache_axes, copy_rows, merge, state_axes, take
+from aem_jax.models.kv_cache import KVArray
+from aem_jax.sampler.sampling import SampleToken, uniforms
+from aem_jax.sampler.state import SamplerState, append_chunk, cache_axes, copy_rows, gather_slots, state_axes
 from aem_jax.sharding import DECODE, partition
 
 Array = jax.Array
 
-GO_ON = -1
+CONTINUE = -1
 """A budget: what was left of it."""
 
 
@@ -50,26 +50,32 @@ class Programs:
 
     Args:
         policy: the decoder.
-        draw: picks tokens.
+        sample_token: draws a token from each row of logits.
         stop_ids: ids that end a response.
         mesh: over which slots are split, or None.
         int8: whether keys and values are cached in 8 bits.
     """
 
     def __init__(
-        self, policy: Policy | LoraPolicy, draw: Draw, stop_ids: Sequence[int], mesh: Mesh | None, *, int8: bool
+        self,
+        policy: Policy | LoraPolicy,
+        sample_token: SampleToken,
+        stop_ids: Sequence[int],
+        mesh: Mesh | None,
+        *,
+        int8: bool,
     ) -> None:
-        self._policy, self._draw, self._mesh = policy, draw, mesh
+        self._policy, self._sample_token, self._mesh = policy, sample_token, mesh
         self._state_axes, self._cache_axes = state_axes(int8=int8), cache_axes(int8=int8)
         self._stop_ids = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
 
     def extend(
         self, params: Params, state: SamplerState, tokens: Array, counts: Array, slots: Array | None, *, window: int
     ) -> SamplerState:
-        decoder, part = self._policy.bind(params), self._take(state, slots, window)
+        decoder, part = self._policy.bind(params), self._gather_slots(state, slots, window)
         count, places = tokens.shape
         hidden, chunk = decoder.extend(
-            decoder.beside(part.keys, part.values, window),
+            decoder.with_cache(part.keys, part.values, window),
             tokens,
             part.lengths[:, None] + jnp.arange(places)[None],
             part.lengths,
@@ -78,17 +84,17 @@ class Programs:
         )
         last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
         last = jnp.where((counts > 0)[:, None], last, part.hidden)
-        return self._merge(state, slots, decoder.stacked_chunk(chunk), last, counts, counts * 0, part.remaining)
+        return self._append_chunk(state, slots, decoder.stacked_chunk(chunk), last, counts, counts * 0, part.remaining)
 
     def decode(
         self, params: Params, state: SamplerState, budgets: Array, slots: Array | None, *, num_tokens: int, window: int
     ) -> tuple[SamplerState, Decoded]:
-        part, count = self._take(state, slots, window), budgets.shape[0]
-        left = jnp.where(budgets == GO_ON, part.remaining, budgets)
+        part, count = self._gather_slots(state, slots, window), budgets.shape[0]
+        left = jnp.where(budgets == CONTINUE, part.remaining, budgets)
         remaining, budgets = jnp.where(budgets == 0, part.remaining, left), jnp.minimum(left, num_tokens)
         # All that does not depend on what is said is done before the loop, whose every step is one token a slot.
         decoder = self._policy.bind(params)
-        layers, head = decoder.beside(part.keys, part.values, window), decoder.head_weights()
+        layers, head = decoder.with_cache(part.keys, part.values, window), decoder.head_weights()
         random = uniforms(part.prng, part.sampled[:, None] + jnp.arange(num_tokens)[None])
         out = Decoded(
             tokens=jnp.zeros((count, num_tokens), jnp.int32),
@@ -108,7 +114,7 @@ class Programs:
             index, hidden, chunk, out = carry
             active = speaking(out)
             logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
-            tokens, logprobs, entropies = self._draw(
+            tokens, logprobs, entropies = self._sample_token(
                 logits, jax.lax.dynamic_index_in_dim(random, index, keepdims=False)
             )
             put = lambda rows, new: rows.at[:, index].set(jnp.where(active, new, 0))  # noqa: E731
@@ -127,7 +133,7 @@ class Programs:
         _, hidden, chunk, out = jax.lax.while_loop(going, step, carry)
         remaining = jnp.where(out.finished, 0, remaining - out.counts)
         chunk = decoder.stacked_chunk(chunk)
-        return self._merge(state, slots, chunk, hidden, out.counts, out.counts, remaining), out
+        return self._append_chunk(state, slots, chunk, hidden, out.counts, out.counts, remaining), out
 
     def fork(self, state: SamplerState, prompts: SamplerState, source: Array, prng: Array, window: int) -> SamplerState:
         starts, row = source >= 0, jnp.maximum(source, 0)
@@ -150,14 +156,14 @@ class Programs:
         specs = lambda axes: jax.tree.map(lambda each: partition(each, DECODE), axes, is_leaf=names)  # noqa: E731
         return jax.shard_map(function, mesh=self._mesh, in_specs=specs(in_axes), out_specs=specs(out_axes))
 
-    def _take(self, state: SamplerState, slots: Array | None, window: int) -> SamplerState:
+    def _gather_slots(self, state: SamplerState, slots: Array | None, window: int) -> SamplerState:
         """The slots meant, as a state of their own."""
         if slots is None:
             return state
         axes = (self._state_axes, ("slots",))
-        return self._over_slots(partial(take, window=window), axes, axes[0])(state, slots)
+        return self._over_slots(partial(gather_slots, window=window), axes, axes[0])(state, slots)
 
-    def _merge(
+    def _append_chunk(
         self,
         state: SamplerState,
         slots: Array | None,
@@ -167,13 +173,13 @@ class Programs:
         sampled: Array,
         remaining: Array,
     ) -> SamplerState:
-        """The state with a chunk behind its cache; see `merge`."""
+        """The state with a chunk behind its cache; see `append_chunk`."""
         chosen = () if slots is None else (slots,)
         axes = (self._state_axes, cache_axes(int8=False), ("slots", None), *[("slots",)] * (3 + len(chosen)))
-        merge_slots = self._over_slots(merge, axes, self._state_axes)
-        return merge_slots(state, chunk, hidden, counts, sampled, remaining, *chosen)
+        append = self._over_slots(append_chunk, axes, self._state_axes)
+        return append(state, chunk, hidden, counts, sampled, remaining, *chosen)
 
-    def _copy_rows(self, window: int) -> Callable[..., tuple[Cached, Cached]]:
+    def _copy_rows(self, window: int) -> Callable[..., tuple[KVArray, KVArray]]:
         cache = self._cache_axes
         whole = jax.tree.map(lambda name: None if name == "slots" else name, cache)
         return self._over_slots(partial(copy_rows, window=window), (*cache, *whole, ("slots",)), cache)

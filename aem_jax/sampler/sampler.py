@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aem_jax.models import LoraPolicy, Params, Policy
-from aem_jax.models.cache import Coded
-from aem_jax.sampler.draw import SamplingConfig, make_draw
+from aem_jax.models.kv_cache import QuantizedArray
 from aem_jax.sampler.programs import Decoded, Programs
+from aem_jax.sampler.sampling import SamplingConfig, make_sample_token
 from aem_jax.sampler.state import SamplerState, rewind, state_axes
 from aem_jax.sharding import DECODE, replicated, shardings, slot_shards
 
@@ -61,7 +61,7 @@ class Sampler:
         self._mesh = mesh
         self._int8 = sampling.cache == "int8"
         self._axes = state_axes(int8=self._int8)
-        programs = Programs(policy, make_draw(sampling), stop_ids, mesh, int8=self._int8)
+        programs = Programs(policy, make_sample_token(sampling), stop_ids, mesh, int8=self._int8)
         # What a state is placed by on its way in, it keeps on its way out; what was said is whole on every device, for
         # every host.
         placed = None if mesh is None else shardings(mesh, self._axes, DECODE)
@@ -98,7 +98,7 @@ class Sampler:
         keys, values = (*shape, c.head_dim, length), (*shape, length, c.head_dim)
         empty = lambda like: jnp.zeros(like, c.dtype)  # noqa: E731
         if self._int8:
-            empty = lambda like: Coded(jnp.zeros(like, jnp.int8), jnp.zeros((*shape, length)))  # noqa: E731
+            empty = lambda like: QuantizedArray(jnp.zeros(like, jnp.int8), jnp.zeros((*shape, length)))  # noqa: E731
         return SamplerState(
             keys=empty(keys),
             values=empty(values),
@@ -143,7 +143,7 @@ class Sampler:
         whole = None if self._mesh is None else replicated(self._mesh)
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
 
-    def cover(self, length: int) -> int:
+    def window_for(self, length: int) -> int:
         """The smallest window that holds `length` cached tokens."""
         for window in self.windows:
             if length <= window:
@@ -167,7 +167,7 @@ class Sampler:
             state: the slots.
             tokens: i32[n,C], left-aligned.
             counts: i32[n], 0 leaves a slot as it is.
-            slots: i32[n], the slots meant, see `place`; None means all in order. What is computed grows with n.
+            slots: i32[n], the slots meant, see `pad_slots`; None means all in order. What is computed grows with n.
             window: static; covers the longest cached length of the slots that are extended.
         """
         self._check_chunk(tokens.shape[1])
@@ -190,18 +190,18 @@ class Sampler:
         Args:
             params: decode-layout parameters.
             state: the slots; those that decode must have been extended at least once.
-            budgets: i32[n], most tokens of the response; 0 leaves a slot as it is. `GO_ON` takes what the calls before
-                left of their budget, which is nothing once the response has ended: so a response can go on before
-                the host knows whether it has to.
+            budgets: i32[n], most tokens of the response; 0 leaves a slot as it is. `CONTINUE` is what is left
+                of the response's budget, and 0 once it has ended: a response can go on before the host knows whether
+                it has to.
             num_tokens: static chunk length G.
-            slots: i32[n], the slots meant, see `place`; None means all in order. What is computed grows with n.
+            slots: i32[n], the slots meant, see `pad_slots`; None means all in order. What is computed grows with n.
             window: static; covers the longest cached length of the slots that decode.
         """
         self._check_chunk(num_tokens)
         on_shards = self._on_shards(state, slots)
         return self._decode(params, state, budgets, on_shards, num_tokens=num_tokens, window=self._check_window(window))
 
-    def place(self, slots: Sequence[int], num_slots: int, sizes: Sequence[int]) -> np.ndarray | None:
+    def pad_slots(self, slots: Sequence[int], num_slots: int, sizes: Sequence[int]) -> np.ndarray | None:
         """Where to put slots in a call on a part of them.
 
         Every device computes the same number of slots, all of them its own; so the slots of a call are dealt to the
@@ -247,7 +247,7 @@ class Sampler:
             prng: u32[S,2], key data of the episodes that begin.
             window: static; covers the longest prompt.
         """
-        window = min(self._check_window(window), prompts.places)
+        window = min(self._check_window(window), prompts.length)
         return self._fork(state, prompts, source, prng, window=window)
 
     def rewind(self, state: SamplerState, keep: HostArray) -> SamplerState:
@@ -259,12 +259,12 @@ class Sampler:
         """
         return self._rewind(state, keep)
 
-    def _check_chunk(self, places: int) -> None:
-        if places > self.slack:
-            raise ValueError(f"expected chunks of at most {self.slack} tokens (the slack), got {places}; raise slack")
+    def _check_chunk(self, length: int) -> None:
+        if length > self.slack:
+            raise ValueError(f"expected chunks of at most {self.slack} tokens (the slack), got {length}; raise slack")
 
     def _check_window(self, window: int | None) -> int:
-        return self.capacity if window is None else self.cover(window) and window
+        return self.capacity if window is None else self.window_for(window) and window
 
     def _on_shards(self, state: SamplerState, slots: np.ndarray | None) -> np.ndarray | None:
         """Slots as their own device counts them."""

@@ -1,4 +1,4 @@
-"""What slots remember, and the ways to change it that need no model: fork, merge, rewind. All in place."""
+"""What slots remember, and the ways to change it that need no model: fork, append, rewind. All in place."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aem_jax.models.cache import LENGTH, Cached, Coded, encode, first_places
+from aem_jax.models.kv_cache import LENGTH, KVArray, QuantizedArray, encode, first_places
 
 Array = jax.Array
 
@@ -35,8 +35,8 @@ class SamplerState:
         remaining: i32[S], tokens that the response under way may still have; 0 once it has ended.
     """
 
-    keys: Cached
-    values: Cached
+    keys: KVArray
+    values: KVArray
     lengths: Array
     hidden: Array
     prng: Array
@@ -44,7 +44,7 @@ class SamplerState:
     remaining: Array
 
     @property
-    def places(self) -> int:
+    def length(self) -> int:
         """T, positions of a slot's cache."""
         return jax.tree.leaves(self.keys)[0].shape[-1]
 
@@ -62,7 +62,7 @@ _SCALE_AXES = ("layers", "slots", "kv_heads", "length")
 def cache_axes(*, int8: bool) -> tuple[Any, Any]:
     """Logical axes of keys and values."""
     chunk = (KEY_AXES, VALUE_AXES)
-    return (Coded(KEY_AXES, _SCALE_AXES), Coded(VALUE_AXES, _SCALE_AXES)) if int8 else chunk  # pyright: ignore
+    return (QuantizedArray(KEY_AXES, _SCALE_AXES), QuantizedArray(VALUE_AXES, _SCALE_AXES)) if int8 else chunk  # pyright: ignore
 
 
 def state_axes(*, int8: bool) -> SamplerState:
@@ -72,7 +72,7 @@ def state_axes(*, int8: bool) -> SamplerState:
     return SamplerState(*cache_axes(int8=int8), of_slots, rows, rows, of_slots, of_slots)
 
 
-def take(state: SamplerState, slots: Array, window: int) -> SamplerState:
+def gather_slots(state: SamplerState, slots: Array, window: int) -> SamplerState:
     """Some slots, `slots` i32[n], with the first `window` positions of their caches: [L,n,KV,Dh,W] and [L,n,KV,W,Dh].
 
     A loop over slots of plain copies; a gather goes number by number on some backends.
@@ -84,7 +84,7 @@ def take(state: SamplerState, slots: Array, window: int) -> SamplerState:
         shape[axis] = window
         return jnp.zeros_like(x, shape=shape)
 
-    def put(i: Array, taken: tuple[Cached, Cached]) -> tuple[Cached, Cached]:
+    def put(i: Array, taken: tuple[KVArray, KVArray]) -> tuple[KVArray, KVArray]:
         # Of the cache itself only: a slice taken before the loop would be a copy of it.
         def copy(to: Array, x: Array) -> Array:
             row = jax.lax.dynamic_slice(x, _start(x, slots[i]), (to.shape[0], 1, *to.shape[2:]))
@@ -97,7 +97,7 @@ def take(state: SamplerState, slots: Array, window: int) -> SamplerState:
     return SamplerState(keys, values, *(leaf[slots] for leaf in rest))
 
 
-def merge(
+def append_chunk(
     state: SamplerState,
     chunk: tuple[Array, Array],
     hidden: Array,
@@ -124,9 +124,9 @@ def merge(
     """
 
     write = jax.lax.dynamic_update_slice
-    codes = isinstance(state.keys, Coded)
+    codes = isinstance(state.keys, QuantizedArray)
 
-    def put(i: Array, cache: tuple[Cached, Cached, Array]) -> tuple[Cached, Cached, Array]:
+    def put(i: Array, cache: tuple[KVArray, KVArray, Array]) -> tuple[KVArray, KVArray, Array]:
         # The barrier hides from libtpu 0.0.42 (that of jax 0.10) that the loop copies slot by slot: it takes the chunk
         # for the whole cache then, and fails.
         row = lambda x, axis: jax.lax.optimization_barrier(jax.lax.dynamic_index_in_dim(x, i, axis))  # noqa: E731
@@ -160,12 +160,12 @@ def merge(
 
 
 def copy_rows(
-    keys: Cached, values: Cached, from_keys: Cached, from_values: Cached, source: Array, window: int
-) -> tuple[Cached, Cached]:
+    keys: KVArray, values: KVArray, from_keys: KVArray, from_values: KVArray, source: Array, window: int
+) -> tuple[KVArray, KVArray]:
     """Makes the first `window` positions of slot s a copy of row `source[s]`; -1 leaves the slot as it is. In place."""
     begun = jnp.argsort(source < 0, stable=True)  # the slots that begin, first
 
-    def put(i: Array, cache: tuple[Cached, Cached]) -> tuple[Cached, Cached]:
+    def put(i: Array, cache: tuple[KVArray, KVArray]) -> tuple[KVArray, KVArray]:
         slot = begun[i]
         row = source[slot]
 
@@ -178,7 +178,7 @@ def copy_rows(
     return jax.lax.fori_loop(0, jnp.sum(source >= 0), put, (keys, values))
 
 
-def _over_length(function: Callable[..., Array], *caches: tuple[Cached, Cached]) -> tuple[Cached, Cached]:
+def _over_length(function: Callable[..., Array], *caches: tuple[KVArray, KVArray]) -> tuple[KVArray, KVArray]:
     """`function(array, ..., axis)` of all that keys and values are made of; `axis` is that of positions."""
     of = lambda part, axis: jax.tree.map(partial(function, axis=axis), *(cache[part] for cache in caches))  # noqa: E731
     return of(0, LENGTH[0]), of(1, LENGTH[1])

@@ -279,7 +279,7 @@ def test_weights_in_int8_take_a_byte_of_each_of_the_layers_matrices():
     layers, mesh = 9 * 64 * ((4 + 2 + 2 + 4) * 32 + 3 * 384), MeshConfig(1, 2, 2)
     assert memory(plain, mesh).weights - memory(work, mesh).weights == 3 * layers / 2  # float32 is this model's dtype
     # the arrays themselves: codes and, in a model so narrow a thirtieth beside them, a scale for each output
-    shapes, dtypes = Policy(work.model).in_int8.shapes, Policy(work.model).in_int8.dtypes
+    shapes, dtypes = Policy(work.model).quantized.shapes, Policy(work.model).quantized.dtypes
     total = sum(jax.tree.leaves(jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, shapes, dtypes)))
     assert memory(work, MeshConfig(1, 1, 1)).weights == pytest.approx(total, rel=0.04)
 

@@ -11,7 +11,7 @@ from conversation import begin, cacheless, hear, play, script, token_gaps
 from small_policies import GROUPED_TIED, numpy_params, numpy_tokens
 
 from aem_jax.models import Policy
-from aem_jax.models.cache import Coded, encode
+from aem_jax.models.kv_cache import QuantizedArray, encode
 from aem_jax.sampler import Sampler, SamplerState, SamplingConfig
 
 POLICY, PARAMS = Policy(GROUPED_TIED), numpy_params(GROUPED_TIED)
@@ -22,7 +22,7 @@ SAMPLER = make(SamplingConfig(1.0, cache="int8"))
 
 def cache_of(state: SamplerState, slot: int, length: int) -> list[np.ndarray]:
     """Codes and scales of a slot's first tokens."""
-    assert isinstance(state.keys, Coded) and isinstance(state.values, Coded)
+    assert isinstance(state.keys, QuantizedArray) and isinstance(state.values, QuantizedArray)
     keys, values = ([np.asarray(leaf[:, slot]) for leaf in part] for part in (state.keys, state.values))
     return [keys[0][..., :length], keys[1][..., :length], values[0][..., :length, :], values[1][..., :length]]
 
@@ -105,4 +105,4 @@ def test_bytes(dtype: str):
     tokens = 2 * 3 * 2 * 2 * (96 + 16)
     assert make(SamplingConfig(cache="int8")).abstract(2).cache_bytes == tokens * (16 + 4)
     assert make(SamplingConfig()).abstract(2).cache_bytes == tokens * 16 * jnp.dtype(dtype).itemsize
-    assert make(SamplingConfig()).abstract(2).places == 112
+    assert make(SamplingConfig()).abstract(2).length == 112

@@ -12,7 +12,7 @@ from small_policies import DEEP, GROUPED_TIED, MULTI_UNTIED, numpy_params, numpy
 
 from aem_jax.models import Policy
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.sampler.layout import make_reshard
+from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sharding import MeshConfig, make_mesh
 
 POLICY = Policy(GROUPED_TIED)
@@ -237,9 +237,9 @@ def test_rewind_forgets():
 def test_windows():
     s = sampler()
     assert s.windows == (32, 64, 96)
-    assert [s.cover(length) for length in (0, 32, 33, 64, 65, 96)] == [32, 32, 64, 64, 96, 96]
+    assert [s.window_for(length) for length in (0, 32, 33, 64, 65, 96)] == [32, 32, 64, 64, 96, 96]
     with pytest.raises(ValueError, match="at most 96 tokens a slot, got 97"):
-        s.cover(97)
+        s.window_for(97)
 
 
 def test_bad_arguments_are_refused():

@@ -9,7 +9,7 @@ from conversation import Episode, begin, play, script
 from small_policies import numpy_params
 
 from aem_jax.models import ModelConfig, Policy
-from aem_jax.sampler import GO_ON, Sampler, SamplingConfig
+from aem_jax.sampler import CONTINUE, Sampler, SamplingConfig
 from aem_jax.sharding import DECODE, MeshConfig, make_mesh, shardings
 
 CONFIG = ModelConfig(64, 48, 80, 3, 4, 2, 16)
@@ -27,7 +27,7 @@ def play_in_parts(sampler: Sampler, params, episodes: dict[int, Episode], size: 
         order = rng.permutation(list(episodes)).tolist()
         groups = [order[at : at + 3] for at in range(0, len(order), 3)]
         for group in groups:
-            places = sampler.place(group, SLOTS, [size])
+            places = sampler.pad_slots(group, SLOTS, [size])
             assert places is not None and set(group) <= set(places.tolist()) and len(set(places.tolist())) == size
             tokens, counts = np.full((size, 16), 7, np.int32), np.zeros(size, np.int32)
             for row, slot in enumerate(places.tolist()):
@@ -38,9 +38,9 @@ def play_in_parts(sampler: Sampler, params, episodes: dict[int, Episode], size: 
         chunks = []
         for call in range(4):  # 4 × 4 tokens cover a budget of 12, with a call to spare
             for group in groups:
-                places = sampler.place(group, SLOTS, [size])
+                places = sampler.pad_slots(group, SLOTS, [size])
                 assert places is not None
-                budgets = [(GO_ON if call else budget[slot]) if slot in group else 0 for slot in places.tolist()]
+                budgets = [(CONTINUE if call else budget[slot]) if slot in group else 0 for slot in places.tolist()]
                 state, out = sampler.decode(params, state, np.asarray(budgets, np.int32), 4, places, window=64)
                 chunks.append(({slot: row for row, slot in enumerate(places.tolist()) if slot in group}, out))
         for slot, episode in episodes.items():
@@ -77,7 +77,7 @@ def test_what_is_left_of_a_budget_is_kept():
     left = np.asarray(state.remaining)
     assert left[2] == 0 and left[1] == 0 and left[0] in (5, 0)
     before = np.asarray(state.lengths)
-    state, out = sampler.decode(params, state, np.asarray([GO_ON, GO_ON, 0], np.int32), 16)
+    state, out = sampler.decode(params, state, np.asarray([CONTINUE, CONTINUE, 0], np.int32), 16)
     assert int(out.counts[0]) <= left[0] and out.counts.tolist()[1:] == [0, 0]
     np.testing.assert_array_equal(state.lengths, before + out.counts)
     assert state.remaining.tolist() == [0, 0, 0]
@@ -86,7 +86,7 @@ def test_what_is_left_of_a_budget_is_kept():
 def test_parts_are_dealt_to_the_devices_that_own_them():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     sampler = Sampler(POLICY, SamplingConfig(1.0), (5,), capacity=64, slack=16, mesh=mesh)
-    places = sampler.place([0, 1, 15], SLOTS, [4, 8])
+    places = sampler.pad_slots([0, 1, 15], SLOTS, [4, 8])
     assert places is not None and places.shape == (8,)  # two of them are one device's, so each computes two
     assert (places.reshape(4, 2) // 4 == np.arange(4)[:, None]).all() and {0, 1, 15} <= set(places.tolist())
-    assert sampler.place([0, 1, 2, 15], SLOTS, [4, 8]) is None
+    assert sampler.pad_slots([0, 1, 2, 15], SLOTS, [4, 8]) is None

@@ -12,7 +12,7 @@ from aem_jax.models.config import dtype_name
 
 Array = jax.Array
 
-Draw = Callable[[Array, Array], tuple[Array, Array, Array]]
+SampleToken = Callable[[Array, Array], tuple[Array, Array, Array]]
 """(logits f32[S,V], uniforms f32[S,2]) -> tokens i32[S], logprobs f32[S], entropies f32[S]."""
 
 _BLOCK = 64
@@ -81,7 +81,7 @@ def categorical(weights: Array, uniforms: Array) -> Array:
     return block * _BLOCK + inside
 
 
-def make_draw(config: SamplingConfig) -> Draw:
+def make_sample_token(config: SamplingConfig) -> SampleToken:
     """Builds the drawing function.
 
     Logprobs and entropies are those of `softmax(logits / temperature)` *before* top-k and top-p: that is the
@@ -90,7 +90,7 @@ def make_draw(config: SamplingConfig) -> Draw:
     """
     greedy = config.temperature == 0.0
 
-    def draw(logits: Array, uniforms: Array) -> tuple[Array, Array, Array]:
+    def sample_token(logits: Array, uniforms: Array) -> tuple[Array, Array, Array]:
         logits = logits if greedy else logits / config.temperature
         shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(shifted)
@@ -104,7 +104,7 @@ def make_draw(config: SamplingConfig) -> Draw:
         logprobs = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
         return tokens.astype(jnp.int32), logprobs, entropies
 
-    return draw
+    return sample_token
 
 
 def _keep(weights: Array, total: Array, config: SamplingConfig) -> Array:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aem_jax.models.attention import chunk_attention
-from aem_jax.models.cache import Coded, encode
+from aem_jax.models.kv_cache import QuantizedArray, encode
 
 
 def test_rounding_by_hand():
@@ -53,7 +53,7 @@ def test_attention_is_that_to_the_rounded_numbers(dtype: str, tolerance: float):
     k, v = (encode(draw(slots, kv_heads, window, head_dim) * size.astype(np.float32), 3) for _ in range(2))
     found = chunk_attention(
         q,
-        Coded(jnp.swapaxes(k.codes, 2, 3), k.scales),
+        QuantizedArray(jnp.swapaxes(k.codes, 2, 3), k.scales),
         v,
         jnp.asarray(cached),
         jnp.swapaxes(chunk[0], 2, 3),

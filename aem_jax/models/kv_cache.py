@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 Array = jax.Array
 
 
-class Coded(NamedTuple):
+class QuantizedArray(NamedTuple):
     """Keys or values in 8 bits.
 
     Attributes:
@@ -28,29 +28,29 @@ class Coded(NamedTuple):
     scales: Array
 
 
-Cached = Array | Coded
+KVArray = Array | QuantizedArray
 """Keys or values: in the model's dtype, or in 8 bits."""
 
 LENGTH = (-1, 3)
 """Which dimension of stacked keys [L,S,KV,Dh,T] and of stacked values [L,S,KV,T,Dh] is T; it is their scales', too."""
 
 
-def first_places(cached: Cached, count: int, axis: int) -> Cached:
+def first_places(cached: KVArray, count: int, axis: int) -> KVArray:
     """The first `count` places, or all if there are fewer; `axis` of `LENGTH`."""
     return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, min(count, x.shape[axis]), axis=axis), cached)
 
 
-def encode(x: Array, axis: int) -> Coded:
+def encode(x: Array, axis: int) -> QuantizedArray:
     """Codes and scales of x, whose dimension `axis` is head_dim: |x − q s| <= s / 2. Zeros have scale 1."""
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=axis)
     # A product: XLA makes one of `largest / 127` in some programs alone, and the last bits of scales would differ.
     scales = jnp.where(largest > 0, largest * (1 / 127), 1.0)
-    return Coded(jnp.round(x / jnp.expand_dims(scales, axis)).astype(jnp.int8), scales)
+    return QuantizedArray(jnp.round(x / jnp.expand_dims(scales, axis)).astype(jnp.int8), scales)
 
 
-def factors(cached: Cached, dtype: DTypeLike) -> tuple[Array, Array | None]:
+def factors(cached: KVArray, dtype: DTypeLike) -> tuple[Array, Array | None]:
     """What a product reads, in `dtype`, and the scale [..., 1, T] of each of its T places; None: it needs none."""
-    if isinstance(cached, Coded):
+    if isinstance(cached, QuantizedArray):
         return cached.codes.astype(dtype), cached.scales[..., None, :]
     return cached, None
