@@ -49,7 +49,7 @@ def _measure(
     seconds = timed(decode, repeats=config.repeats)
     facts = {
         "recompiles": float(sampler.compilations - before),
-        "cache_mb": state.cache_bytes / 1e6,
+        "cache_mb": state.cache.num_bytes / 1e6,
         "ms_a_token": 1e3 * median(seconds) / new,
     }
     program = sampler.lower_decode(params, sampler.abstract(slots), new, window=window).compile()

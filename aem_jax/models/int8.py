@@ -7,6 +7,7 @@ biases and norms keep the model's dtype: an error of the head would go straight 
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,27 @@ from aem_jax.models.config import ModelConfig
 from aem_jax.models.parameters import Parameter, parameter_table
 
 Array = jax.Array
+
+
+class QuantizedArray(NamedTuple):
+    """An array in int8.
+
+    Attributes:
+        codes: int8, of the array's shape.
+        scales: f32, without the dimensions that share a scale.
+    """
+
+    codes: Array
+    scales: Array
+
+
+def quantize(x: Array, axes: int | tuple[int, ...]) -> QuantizedArray:
+    """Codes and scales of x, one scale over `axes` (not negative): |x − q s| <= s / 2. Zeros have scale 1."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=axes)
+    # A product: XLA makes one of `largest / 127` in some programs alone, and the last bits of scales would differ.
+    scales = jnp.where(largest > 0, largest * (1 / 127), 1.0)
+    return QuantizedArray(jnp.round(x / jnp.expand_dims(scales, axes)).astype(jnp.int8), scales)
 
 
 def scale_of(name: str) -> str:
@@ -35,30 +57,12 @@ def quantized_table(config: ModelConfig) -> tuple[Parameter, ...]:
     return (*(codes.get(row.name, row) for row in parameter_table(config)), *scales)
 
 
-def quantize(weights: Array, num_inputs: int) -> tuple[Array, Array]:
-    """Codes and scales of stacked weights; a column of zeros has scale 1.
-
-    Args:
-        weights: [L, *inputs, *outputs].
-        num_inputs: how many dimensions the product sums over.
-
-    Returns:
-        Codes int8[L, *inputs, *outputs] and scales f32[L, *outputs].
-    """
-    weights = weights.astype(jnp.float32)
-    summed = tuple(range(1, 1 + num_inputs))
-    largest = jnp.max(jnp.abs(weights), axis=summed)
-    # A product: XLA makes one of `largest / 127` in some programs alone, and the last bits of scales would differ.
-    scales = jnp.where(largest > 0, largest * (1 / 127), 1.0)
-    return jnp.round(weights / jnp.expand_dims(scales, summed)).astype(jnp.int8), scales
-
-
 def quantize_layers(config: ModelConfig, layers: Mapping[str, Array]) -> dict[str, Array]:
     """Stacked layers, or some of their arrays, with codes and scales in place of each matrix."""
     quantized = dict(layers)
     for name, row in quantized_matrices(config).items():
         if name in layers:
-            quantized[name], quantized[scale_of(name)] = quantize(layers[name], row.num_inputs)
+            quantized[name], quantized[scale_of(name)] = quantize(layers[name], tuple(row.input_axes))
     return quantized
 
 

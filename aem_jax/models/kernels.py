@@ -1,7 +1,7 @@
-"""Which attention packed rows have: the device's own kernel where it takes the shapes, else XLA's blocks.
+"""Chooses the attention of packed rows: the device's own kernel if it takes the shapes, else XLA's blocks.
 
-The table below names the kernels and what each cannot do. A kernel is one device's affair, so on a mesh it runs inside
-`shard_map`, rows over data and fsdp, heads over tensor: none of them needs another's rows or heads.
+The table below lists the kernels and the limits of each. A kernel runs on one device, so on a mesh it runs inside
+`shard_map`, rows over data and fsdp, heads over tensor: no device needs the rows or heads of another.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Device:
-    """What kernels want to know of a device.
+    """The properties of a device that kernels depend on.
 
     Attributes:
         platform: cpu, gpu or tpu.
@@ -41,7 +41,7 @@ class Device:
 
 
 class Sizes(NamedTuple):
-    """One device's share of what attends."""
+    """Sizes of one device's share of the rows and heads."""
 
     length: int
     heads: int
@@ -51,14 +51,14 @@ class Sizes(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A way to attend.
+    """An implementation of row attention.
 
     Attributes:
         attend: on one device.
         platform: where it runs; empty for everywhere.
-        refuses: why it cannot take this; empty if it can.
-        backward: matrix products of going backward, in units of those of going forward: scores are computed anew.
-        module: the experimental module of jax that holds it, which a version of jax may not have; empty for none.
+        refuses: the reason why it does not take a device and sizes; empty if it does.
+        backward: matrix products of the backward pass, in units of the forward pass; scores are recomputed.
+        module: the experimental module of jax that it is in, which some versions of jax lack; empty for none.
     """
 
     attend: RowAttention
@@ -111,7 +111,7 @@ KERNELS: Mapping[str, Kernel] = {
 """Name -> kernel."""
 
 PREFERRED: Mapping[str, str] = {"tpu": "splash", "gpu": "cudnn"}
-"""Platform -> what `auto` takes there, if it takes the shapes; XLA elsewhere."""
+"""Platform -> the kernel of `auto`, if it takes the shapes; XLA elsewhere."""
 
 
 def choose(name: str, device: Device, sizes: Sizes, kernels: Mapping[str, Kernel] = KERNELS) -> tuple[str, str]:

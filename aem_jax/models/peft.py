@@ -21,17 +21,17 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(folder: str | Path, policy: LoraPolicy, adapter: Adapter, *, base: str) -> None:
-    """Writes an adapter, whole or not at all.
+    """Writes an adapter atomically.
 
     Args:
         folder: to write to; new or empty.
-        policy: that the adapter is of.
+        policy: of the adapter.
         adapter: on any mesh of this process; saved in its own dtype, float32.
-        base: absolute path of the folder, or name on the Hub, of the model that it stands on; PEFT reads it from
-            wherever the adapter is loaded.
+        base: absolute path of the folder, or name on the Hub, of the base model; PEFT reads it on the machine where the
+            adapter is loaded.
 
     Raises:
-        ValueError: the folder holds something.
+        ValueError: the folder is not empty.
     """
     with new_folder(Path(folder)) as partial:
         write_text(partial / CONFIG, json.dumps(_config(policy, base), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""A policy: a decoder's structure, apart from its parameters, so that parameters travel as a plain pytree."""
+"""A policy: pure functions over a decoder's parameters, which are a plain pytree."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Policy:
-    """Pure functions over a parameter tree; hashable, so it can be closed over by jitted functions.
+    """Pure functions over a parameter tree. Hashable, so jitted functions can close over it.
 
-    With `int8` the parameters are those to sample from in 8 bits: see `models.int8`, `quantized` and `quantize`.
+    With `int8` the parameters are those of `quantize`: codes and scales to sample from; see `models.int8`.
     """
 
     config: ModelConfig
@@ -31,21 +31,21 @@ class Policy:
 
     @property
     def base(self) -> "Policy":
-        """The policy that all weights together belong to: this one."""
+        """The policy of all weights: this one."""
         return self
 
     @property
     def sampled(self) -> "Policy":
-        """The policy that takes the parameters as they are laid out for sampling: this one."""
+        """The policy of the parameters to sample from: this one."""
         return self
 
     @property
     def quantized(self) -> "Policy":
-        """The policy that takes `quantize`'s parameters."""
+        """The policy of the parameters that `quantize` returns."""
         return Policy(self.config, int8=True)
 
     def quantize(self, params: Params) -> Params:
-        """These parameters for `quantized`: matrices of layers as codes with scales, the rest as it is used."""
+        """Parameters of `quantized`: matrices of layers as codes and scales, all else in the dtype of its use."""
         codes = {**params, "layers": quantize_layers(self.config, params["layers"])}
         return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), codes, self.quantized.dtypes)
 
@@ -66,7 +66,7 @@ class Policy:
 
     @property
     def dtypes(self) -> Params:
-        """In which each parameter is used: norms and scales of codes in float32, all else in the config's or int8."""
+        """Dtype in which each parameter is used: float32 for norms and scales, int8 for codes, else the config's."""
         return as_tree(self._table, lambda row: jnp.dtype(row.dtype))
 
     def init(self, key: Array) -> Params:
@@ -75,7 +75,7 @@ class Policy:
         return Policy(self.config).quantize(params) if self.int8 else params
 
     def bind(self, params: Params) -> Decoder:
-        """The decoder with these parameters; cheap, meant to be called under jit."""
+        """The decoder with these parameters; cheap, to be called under jit."""
         return Decoder(self.config, params, int8=self.int8)
 
     def hidden(
@@ -96,21 +96,21 @@ class Policy:
         return self.bind(params).logits(hidden)
 
     def head(self, params: Params) -> Array:
-        """The head [D, V] as kept."""
+        """The head [D, V], in the dtype of its parameter."""
         return params["embed"].T if self.config.tied_head else params["head"]
 
     def forward(self, params: Params, tokens: Array) -> Array:
-        """float32 logits [B,T,V] of unpadded rows i32[B,T]: the plain, cache-less pass."""
+        """float32 logits [B,T,V] of unpadded rows i32[B,T], without a cache."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return self.logits(params, self.hidden(params, tokens, positions, jnp.ones_like(tokens)))
 
 
 @dataclass(frozen=True)
 class LoraPolicy:
-    """A policy of which only an adapter is trained: the same functions, whose `params` are (adapter, frozen weights).
+    """A policy of which only an adapter is trained: the same functions, of `params` (adapter, frozen weights).
 
-    `axes`, `shapes` and `init` are those of the adapter, in float32; `base` is the policy that the frozen weights, and
-    the merged ones, belong to.
+    `axes`, `shapes` and `init` are those of the adapter, in float32. `base` is the policy of the frozen weights, and of
+    merged ones.
     """
 
     base: Policy
@@ -123,7 +123,7 @@ class LoraPolicy:
 
     @property
     def sampled(self) -> "Policy | LoraPolicy":
-        """The policy that takes the parameters as they are laid out for sampling: merged, or the pair."""
+        """The policy of the parameters to sample from: merged weights, or the pair."""
         return self.base if self.lora.merge else self
 
     @property
@@ -131,7 +131,7 @@ class LoraPolicy:
         """Logical axes of the adapter.
 
         Raises:
-            ValueError: a rank that a projection cannot have.
+            ValueError: the rank exceeds a side of a projection.
         """
         return adapter_axes(self.config, self.lora)
 
@@ -142,19 +142,19 @@ class LoraPolicy:
 
     @property
     def merged_leaves(self) -> tuple[str, ...]:
-        """Stacked weights, inside "layers", that the adapter changes."""
+        """Names in "layers" of the stacked weights that the adapter changes."""
         return merged_leaves(self.config, self.lora)
 
     def init(self, key: Array) -> Adapter:
-        """A float32 adapter that adds nothing yet."""
+        """A float32 adapter without effect (B = 0)."""
         return init_adapter(self.config, self.lora, key)
 
     def merge(self, adapter: Adapter, layers: Params) -> Params:
-        """The `merged_leaves` of the stacked weights with the adapter in them; see `lora.merge`."""
+        """The `merged_leaves` of the stacked weights, with the adapter merged; see `lora.merge`."""
         return merge(self.config, self.lora, adapter, {name: layers[name] for name in self.merged_leaves})
 
     def bind(self, params: Any) -> Decoder:
-        """The decoder with frozen weights and the adapter beside them; cheap, meant to be called under jit."""
+        """The decoder with frozen weights and an adapter; cheap, to be called under jit."""
         adapter, frozen = params
         return Decoder(self.config, frozen, adapter=adapter, lora=self.lora)
 

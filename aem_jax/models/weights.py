@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's safetensors, tensor by tensor into their shards and back out.
+"""Reads Hugging Face's safetensors, tensor by tensor, into their shards, and writes them.
 
 `tensors` derives from the parameter table which block of our arrays each tensor is; reading and writing both use it.
 """
@@ -34,17 +34,17 @@ log = logging.getLogger(__name__)
 
 
 class Tensor(NamedTuple):
-    """One of their tensors, and the block of one of our arrays that holds it.
+    """A Hugging Face tensor, and the block of one of our arrays that it fills.
 
         block = tensor.reshape(view).transpose(order).reshape(shape of the block)
 
     Attributes:
-        name: theirs.
-        shape: theirs.
+        name: of the tensor.
+        shape: of the tensor.
         path: keys of our array in the parameter tree.
-        start: where the block begins in our array.
-        view: their axes, taken apart.
-        order: permutation of those, as ours lie.
+        start: of the block in our array.
+        view: the tensor's shape with its axes split.
+        order: permutation of the split axes to the order of our array.
         block: shape of the block.
     """
 
@@ -57,13 +57,13 @@ class Tensor(NamedTuple):
     block: tuple[int, ...]
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The block of a tensor of theirs."""
+        """The block of our array, from a tensor."""
         return tensor.reshape(self.view).transpose(self.order).reshape(self.block)
 
     def to_theirs(self, block: np.ndarray) -> np.ndarray:
-        """The tensor of a block of ours."""
-        apart = block.reshape([self.view[axis] for axis in self.order])
-        return np.ascontiguousarray(apart.transpose(np.argsort(self.order)).reshape(self.shape))
+        """The tensor, from a block of our array."""
+        split = block.reshape([self.view[axis] for axis in self.order])
+        return np.ascontiguousarray(split.transpose(np.argsort(self.order)).reshape(self.shape))
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
@@ -93,13 +93,13 @@ def _tensor(row: Parameter, part: Part, layer: int) -> Tensor:
 
 
 def as_in_files(folder: Path, config: ModelConfig) -> ModelConfig:
-    """The config of a folder's `config.json`, as the weights beside it have it; a folder without weights changes none.
+    """A config with `tied_head` corrected to the weights of the folder, if it has weights.
 
-    As in transformers, a head that differs from the embedding is kept, whatever `tie_word_embeddings` says. Only the
-    files' headers are read, and both tables where a tied model has a head in its files.
+    As in transformers, a head that differs from the embedding is kept, whatever `tie_word_embeddings` is. Only the
+    files' headers are read, and for a tied model with a head in its files, embedding and head.
 
     Raises:
-        ValueError: the weights are not that config's, or their files are broken.
+        ValueError: the weights do not fit the config, or their files are broken.
     """
     if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
         return config
@@ -126,19 +126,19 @@ def load_params(
 ) -> Params:
     """Parameters from a folder of safetensors.
 
-    The host holds one tensor at a time, twice at most: each goes to the devices in its shards and is put there into the
-    array that it is part of.
+    The host holds one tensor at a time, with at most one copy. Each goes to the devices in its shards and is written
+    there into its array.
 
     Args:
         folder: with `model.safetensors`, or several files and their index.
-        policy: of the config beside them, as `as_in_files` has it.
-        mesh: where to put them; None is the default device.
-        dtype: of the parameters: one for all, or a tree of theirs (`Policy.dtypes`).
-        rules: which layout.
+        policy: of the folder's config, from `as_in_files`.
+        mesh: devices of the parameters; None is the default device.
+        dtype: of the parameters: one for all, or a tree (`Policy.dtypes`).
+        rules: the layout.
 
     Raises:
-        ValueError: tensors that are missing, unknown, of another shape (each named, with both shapes) or no numbers;
-            a head of its own for a tied policy; broken files.
+        ValueError: tensors that are missing, unknown, of another shape (each named, with both shapes) or not finite;
+            an own head for a tied policy; broken files.
     """
     with ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
@@ -168,8 +168,8 @@ def save_params(
         folder: exists.
         config: of the model.
         params: parameters, on any mesh of this process.
-        dtype: to save in; None keeps the parameters'.
-        max_file_bytes: size at which a new file begins.
+        dtype: of the files; None keeps that of the parameters.
+        max_file_bytes: size at which a new file starts.
 
     Raises:
         ValueError: weights that are not finite, in that dtype.
@@ -189,11 +189,11 @@ def save_params(
         leaf = _holder(params, tensor.path)[tensor.path[-1]]
         start, saved = tuple(np.int32(at) for at in tensor.start), jnp.dtype(leaf.dtype if dtype is None else dtype)
         block, finite[tensor.name] = _take_block(leaf, start, tensor.block, saved)
-        found = tensor.to_theirs(np.asarray(block))
-        if held and sum(each.nbytes for each in held.values()) + found.nbytes > max_file_bytes:
+        values = tensor.to_theirs(np.asarray(block))
+        if held and sum(array.nbytes for array in held.values()) + values.nbytes > max_file_bytes:
             flush()
-        held[tensor.name] = found
-        total += found.nbytes
+        held[tensor.name] = values
+        total += values.nbytes
     flush()
     _check_finite(finite, f"weights to write to {folder}")
     if len(written) == 1:
@@ -209,15 +209,15 @@ def save_params(
 
 
 def _check(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, str]:
-    """Compares the files' headers with the config; returns the tensors that another one stands for."""
-    # As in transformers, where the head of a tied model is there alone, it is the embedding, too.
+    """Compares the files' headers with the config; returns tensors that are stored under another name."""
+    # As in transformers, a tied model whose files have only the head takes it as the embedding.
     names = {EMBED: HEAD} if config.tied_head and EMBED not in checkpoint and HEAD in checkpoint else {}
-    # A tied head is often saved beside the embedding, and old files hold the rotary frequencies.
+    # Files of tied models often have the head, too, and old files have the rotary frequencies.
     spare = {HEAD} if config.tied_head else set()
     wanted = set()
 
     def problems() -> Iterator[str]:
-        for tensor in tensors(config):  # one at a time: what a broken config says of layers may be any number
+        for tensor in tensors(config):  # lazily: a broken config may have any number of layers
             name = names.get(tensor.name, tensor.name)
             wanted.add(name)
             if name not in checkpoint:
@@ -231,14 +231,14 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, str]:
             if name not in wanted and name not in spare and not name.endswith("rotary_emb.inv_freq"):
                 yield f"{name} {list(checkpoint.shape(name))} is not known"
 
-    if found := list(islice(problems(), 6)):
-        more = ", and more" if len(found) > 5 else ""
-        raise ValueError(f"expected the weights of {checkpoint.folder}'s config.json: {'; '.join(found[:5])}{more}")
+    if errors := list(islice(problems(), 6)):
+        more = ", and more" if len(errors) > 5 else ""
+        raise ValueError(f"expected the weights of {checkpoint.folder}'s config.json: {'; '.join(errors[:5])}{more}")
     return names
 
 
 def _check_finite(finite: Mapping[str, Array], what: str) -> None:
-    """Refuses weights of which one is NaN or infinite: every number that they give would be NaN."""
+    """Refuses NaN and infinity, which would make every output NaN."""
     if broken := [name for name, is_finite in jax.device_get(finite).items() if not is_finite]:
         more = f", and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise ValueError(f"expected finite numbers in {what}, got NaN or infinity in {', '.join(broken[:3])}{more}")
@@ -260,7 +260,7 @@ def _holder(tree: Any, path: Sequence[str]) -> dict[str, Any]:
 
 
 def _place(block: np.ndarray, sharding: NamedSharding | None) -> Array:
-    """On the devices, each of which gets its part and no more."""
+    """A block on the devices; each gets only its shard."""
     if sharding is None:
         return jnp.asarray(block)
     return jax.make_array_from_callback(block.shape, sharding, lambda index: np.ascontiguousarray(block[index]))
@@ -270,7 +270,7 @@ def _place(block: np.ndarray, sharding: NamedSharding | None) -> Array:
 def _put_block(
     array: Array, block: Array, start: tuple[Array, ...], sharding: NamedSharding | None
 ) -> tuple[Array, Array]:
-    """The array with a block in its place, and whether the block is finite."""
+    """The array with a block written at `start`, and whether the block is finite."""
     block = block.astype(array.dtype)
     array = jax.lax.dynamic_update_slice(array, block, start)
     array = array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)

@@ -45,7 +45,7 @@ def converse(run: Run, table: Table, sampler: Sampler, config: RolloutConfig) ->
     # A tensor axis splits weights and cache alike, so it is left out.
     cost = decoding_cost(
         weights=_num_bytes(run.params),
-        token=state.cache_bytes / (num_slots * state.length),
+        token=state.cache.token_bytes,
         num_slots=num_slots // sampler.slot_shards,
         steps=config.decode_chunk,
     )

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from aem_jax.models import LoraPolicy, Params, Policy
-from aem_jax.models.kv_cache import KVArray
+from aem_jax.models import LoraPolicy, Params, Policy, kv_cache
+from aem_jax.models.kv_cache import KVCache, KVChunk
 from aem_jax.sampler.sampling import SampleToken, uniforms
-from aem_jax.sampler.state import SamplerState, append_chunk, cache_axes, copy_rows, gather_slots, state_axes
+from aem_jax.sampler.state import SamplerState, append_chunk, gather_slots, state_axes
 from aem_jax.sharding import DECODE, partition
 
 Array = jax.Array
@@ -66,20 +66,20 @@ class Programs:
         int8: bool,
     ) -> None:
         self._policy, self._sample_token, self._mesh = policy, sample_token, mesh
-        self._state_axes, self._cache_axes = state_axes(int8=int8), cache_axes(int8=int8)
+        self._state_axes = state_axes(int8=int8)
         self._stop_ids = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
 
     def extend(
         self, params: Params, state: SamplerState, tokens: Array, counts: Array, slots: Array | None, *, window: int
     ) -> SamplerState:
         decoder, part = self._policy.bind(params), self._gather_slots(state, slots, window)
-        count, places = tokens.shape
+        count, length = tokens.shape
         hidden, chunk = decoder.extend(
-            decoder.with_cache(part.keys, part.values, window),
+            decoder.with_cache(part.cache, window),
             tokens,
-            part.lengths[:, None] + jnp.arange(places)[None],
+            part.lengths[:, None] + jnp.arange(length)[None],
             part.lengths,
-            decoder.empty_chunk(count, places),
+            decoder.empty_chunk(count, length),
             jnp.int32(0),
         )
         last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -94,7 +94,7 @@ class Programs:
         remaining, budgets = jnp.where(budgets == 0, part.remaining, left), jnp.minimum(left, num_tokens)
         # All that does not depend on what is said is done before the loop, whose every step is one token a slot.
         decoder = self._policy.bind(params)
-        layers, head = decoder.with_cache(part.keys, part.values, window), decoder.head_weights()
+        layers, head = decoder.with_cache(part.cache, window), decoder.head_weights()
         random = uniforms(part.prng, part.sampled[:, None] + jnp.arange(num_tokens)[None])
         out = Decoded(
             tokens=jnp.zeros((count, num_tokens), jnp.int32),
@@ -137,10 +137,8 @@ class Programs:
 
     def fork(self, state: SamplerState, prompts: SamplerState, source: Array, prng: Array, window: int) -> SamplerState:
         starts, row = source >= 0, jnp.maximum(source, 0)
-        keys, values = self._copy_rows(window)(state.keys, state.values, prompts.keys, prompts.values, source)
         return SamplerState(
-            keys=keys,
-            values=values,
+            cache=self._copy_rows(window)(state.cache, prompts.cache, source),
             lengths=jnp.where(starts, prompts.lengths[row], state.lengths),
             hidden=jnp.where(starts[:, None], prompts.hidden[row], state.hidden),
             prng=jnp.where(starts[:, None], prng, state.prng),
@@ -167,7 +165,7 @@ class Programs:
         self,
         state: SamplerState,
         slots: Array | None,
-        chunk: tuple[Array, Array],
+        chunk: KVChunk,
         hidden: Array,
         counts: Array,
         sampled: Array,
@@ -175,11 +173,12 @@ class Programs:
     ) -> SamplerState:
         """The state with a chunk behind its cache; see `append_chunk`."""
         chosen = () if slots is None else (slots,)
-        axes = (self._state_axes, cache_axes(int8=False), ("slots", None), *[("slots",)] * (3 + len(chosen)))
+        axes = (self._state_axes, kv_cache.chunk_axes(), ("slots", None), *[("slots",)] * (3 + len(chosen)))
         append = self._over_slots(append_chunk, axes, self._state_axes)
         return append(state, chunk, hidden, counts, sampled, remaining, *chosen)
 
-    def _copy_rows(self, window: int) -> Callable[..., tuple[KVArray, KVArray]]:
-        cache = self._cache_axes
-        whole = jax.tree.map(lambda name: None if name == "slots" else name, cache)
-        return self._over_slots(partial(copy_rows, window=window), (*cache, *whole, ("slots",)), cache)
+    def _copy_rows(self, window: int) -> Callable[[KVCache, KVCache, Array], KVCache]:
+        cache = self._state_axes.cache
+        on_every_device = jax.tree.map(lambda name: None if name == "slots" else name, cache)
+        copy = partial(kv_cache.copy_rows, length=window)
+        return self._over_slots(copy, (cache, on_every_device, ("slots",)), cache)

@@ -17,10 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aem_jax.models import LoraPolicy, Params, Policy
-from aem_jax.models.kv_cache import QuantizedArray
 from aem_jax.sampler.programs import Decoded, Programs
 from aem_jax.sampler.sampling import SamplingConfig, make_sample_token
-from aem_jax.sampler.state import SamplerState, rewind, state_axes
+from aem_jax.sampler.state import SamplerState, init_state, rewind, state_axes
 from aem_jax.sharding import DECODE, replicated, shardings, slot_shards
 
 Array = jax.Array
@@ -93,21 +92,7 @@ class Sampler:
         return self._init(slots, capacity)
 
     def _init_impl(self, slots: int, capacity: int) -> SamplerState:
-        c = self.policy.config
-        shape, length = (c.num_layers, slots, c.num_kv_heads), capacity + self.slack
-        keys, values = (*shape, c.head_dim, length), (*shape, length, c.head_dim)
-        empty = lambda like: jnp.zeros(like, c.dtype)  # noqa: E731
-        if self._int8:
-            empty = lambda like: QuantizedArray(jnp.zeros(like, jnp.int8), jnp.zeros((*shape, length)))  # noqa: E731
-        return SamplerState(
-            keys=empty(keys),
-            values=empty(values),
-            lengths=jnp.zeros(slots, jnp.int32),
-            hidden=jnp.zeros((slots, c.hidden_size), c.dtype),
-            prng=jnp.zeros((slots, 2), jnp.uint32),
-            sampled=jnp.zeros(slots, jnp.int32),
-            remaining=jnp.zeros(slots, jnp.int32),
-        )
+        return init_state(self.policy.config, slots, capacity + self.slack, int8=self._int8)
 
     def abstract(self, slots: int, capacity: int | None = None) -> SamplerState:
         """Shapes, dtypes and shardings of what `init` returns, without its numbers.
@@ -247,7 +232,7 @@ class Sampler:
             prng: u32[S,2], key data of the episodes that begin.
             window: static; covers the longest prompt.
         """
-        window = min(self._check_window(window), prompts.length)
+        window = min(self._check_window(window), prompts.cache.length)
         return self._fork(state, prompts, source, prng, window=window)
 
     def rewind(self, state: SamplerState, keep: HostArray) -> SamplerState:

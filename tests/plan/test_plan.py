@@ -292,7 +292,7 @@ def test_a_cache_in_int8_takes_a_byte_of_each_number_and_a_scale_of_each_head():
     assert memory(work, mesh).cache == work.token_bytes * work.cached_tokens / 4
     sampler = Sampler(Policy(work.model), config.sampling, [0], capacity=work.capacity, slack=work.slack)
     state, prompts = sampler.abstract(work.slots), sampler.abstract(work.prompt_rows, work.prompt_tokens)
-    assert memory(work, MeshConfig(1, 1, 1)).cache == work.cohorts * state.cache_bytes + prompts.cache_bytes
+    assert memory(work, MeshConfig(1, 1, 1)).cache == work.cohorts * state.cache.num_bytes + prompts.cache.num_bytes
 
 
 def test_seven_billion_parameters_with_adapters_fit_one_card(capsys):

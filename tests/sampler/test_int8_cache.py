@@ -11,7 +11,7 @@ from conversation import begin, cacheless, hear, play, script, token_gaps
 from small_policies import GROUPED_TIED, numpy_params, numpy_tokens
 
 from aem_jax.models import Policy
-from aem_jax.models.kv_cache import QuantizedArray, encode
+from aem_jax.models.int8 import QuantizedArray, quantize
 from aem_jax.sampler import Sampler, SamplerState, SamplingConfig
 
 POLICY, PARAMS = Policy(GROUPED_TIED), numpy_params(GROUPED_TIED)
@@ -22,8 +22,8 @@ SAMPLER = make(SamplingConfig(1.0, cache="int8"))
 
 def cache_of(state: SamplerState, slot: int, length: int) -> list[np.ndarray]:
     """Codes and scales of a slot's first tokens."""
-    assert isinstance(state.keys, QuantizedArray) and isinstance(state.values, QuantizedArray)
-    keys, values = ([np.asarray(leaf[:, slot]) for leaf in part] for part in (state.keys, state.values))
+    assert isinstance(state.cache.keys, QuantizedArray) and isinstance(state.cache.values, QuantizedArray)
+    keys, values = ([np.asarray(leaf[:, slot]) for leaf in part] for part in (state.cache.keys, state.cache.values))
     return [keys[0][..., :length], keys[1][..., :length], values[0][..., :length, :], values[1][..., :length]]
 
 
@@ -38,8 +38,8 @@ def test_a_chunk_is_exact_until_it_is_merged_and_quantised_once():
     states = [hear(s, PARAMS, begin(s, s.init(4), episode), {1: ids}, 16) for s in (SAMPLER, EXACT)]
     found, wanted = states
     np.testing.assert_allclose(POLICY.logits(PARAMS, found.hidden[1]), cacheless(POLICY, PARAMS, ids)[-1], atol=1e-5)
-    assert isinstance(wanted.keys, jax.Array) and isinstance(wanted.values, jax.Array)
-    coded = [*encode(wanted.keys[:, 1, ..., :13], 2), *encode(wanted.values[:, 1, :, :13], 3)]
+    assert isinstance(wanted.cache.keys, jax.Array) and isinstance(wanted.cache.values, jax.Array)
+    coded = [*quantize(wanted.cache.keys[:, 1, ..., :13], 2), *quantize(wanted.cache.values[:, 1, :, :13], 3)]
     for one, other in zip(cache_of(found, 1, 13), coded, strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float32), other, rtol=1e-5, atol=one.dtype == np.int8)
     before = cache_of(found, 1, 13)
@@ -103,6 +103,6 @@ def test_bytes(dtype: str):
     config = replace(GROUPED_TIED, dtype=dtype)
     make = partial(Sampler, Policy(config), stop_ids=(5,), capacity=96, slack=16)
     tokens = 2 * 3 * 2 * 2 * (96 + 16)
-    assert make(SamplingConfig(cache="int8")).abstract(2).cache_bytes == tokens * (16 + 4)
-    assert make(SamplingConfig()).abstract(2).cache_bytes == tokens * 16 * jnp.dtype(dtype).itemsize
-    assert make(SamplingConfig()).abstract(2).length == 112
+    assert make(SamplingConfig(cache="int8")).abstract(2).cache.num_bytes == tokens * (16 + 4)
+    assert make(SamplingConfig()).abstract(2).cache.num_bytes == tokens * 16 * jnp.dtype(dtype).itemsize
+    assert make(SamplingConfig()).abstract(2).cache.length == 112

@@ -7,12 +7,14 @@ from functools import partial
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conversation import play, script
 from small_policies import numpy_params
 
 from aem_jax.models import ModelConfig, Policy
+from aem_jax.models.kv_cache import KVChunk
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.programs import Programs
 from aem_jax.sampler.reshard import make_reshard
@@ -39,7 +41,7 @@ def test_eight_devices_say_the_same(sizes: tuple[int, int, int], cache: Literal[
     episodes = {slot: script(POLICY, slot) for slot in range(6)}
     state = sampler.init(8)
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    for leaf in jax.tree.leaves((state.keys, state.values)):
+    for leaf in jax.tree.leaves(state.cache):
         assert leaf.addressable_shards[0].data.size * 8 == leaf.size
     state = play(sampler, placed, episodes, slots=8, state=state)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == where  # and so the next call finds the program it knows
@@ -62,7 +64,7 @@ def test_a_chunk_of_all_slots_is_merged_on_two_devices_without_a_scatter():
     keys, values = rng.normal(size=(*shape, CONFIG.head_dim, chunk)), rng.normal(size=(*shape, chunk, CONFIG.head_dim))
     hidden = rng.normal(size=(slots, CONFIG.hidden_size))
     counts, sampled, remaining = np.asarray([[2, 0, 1, 2], [1, 0, 0, 2], [7, 0, 3, 2]], np.int32)
-    arguments = (None, (np.float32(keys), np.float32(values)), np.float32(hidden), counts, sampled, remaining)
+    arguments = (None, KVChunk(jnp.float32(keys), jnp.float32(values)), np.float32(hidden), counts, sampled, remaining)
     make = partial(Sampler, POLICY, SamplingConfig(), (5,), capacity=16, slack=4)
     state = replace(make().init(slots), lengths=np.asarray([0, 3, 5, 1], np.int32))
     merged = []
