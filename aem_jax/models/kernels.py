@@ -131,7 +131,7 @@ def choose(name: str, device: Device, sizes: Sizes, kernels: Mapping[str, Kernel
     missing = f"jax {jax.__version__} has no {kernel.module}" if not _has(kernel.module) else ""
     here = kernel.platform in ("", device.platform)
     if not here or (missing and name != "auto"):
-        there = [each for each, one in kernels.items() if one.platform in ("", device.platform) and _has(one.module)]
+        there = [known for known, row in kernels.items() if row.platform in ("", device.platform) and _has(row.module)]
         where = f"on a {device.platform.upper()}"
         why = f"; {missing}" if here else ""
         raise ValueError(f"--learner.attention: expected auto, {' or '.join(there)} {where}, got {name}{why}")
@@ -144,36 +144,36 @@ def _has(module: str) -> bool:
     """Whether an optional module of jax is installed; it is not imported."""
     try:
         return not module or importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # nor are the packages around it
+    except ModuleNotFoundError:  # its parent packages are missing, too
         return False
 
 
 def device_of(mesh: Mesh) -> Device:
-    """What the mesh is made of; its devices need not be there (`launch plan`)."""
-    one: Any = mesh.devices.flat[0]
-    version = str(getattr(getattr(one, "client", None), "platform_version", ""))
-    is_cuda = one.platform == "gpu" and "cuda" in version.lower()
-    return Device(one.platform, is_cuda, float(one.compute_capability) if is_cuda else 0.0)
+    """The device of a mesh, which may be abstract (`launch plan`)."""
+    first: Any = mesh.devices.flat[0]
+    version = str(getattr(getattr(first, "client", None), "platform_version", ""))
+    is_cuda = first.platform == "gpu" and "cuda" in version.lower()
+    return Device(first.platform, is_cuda, float(first.compute_capability) if is_cuda else 0.0)
 
 
 def make_row_attention(
     name: str, mesh: Mesh, device: Device | None = None, kernels: Mapping[str, Kernel] = KERNELS
 ) -> RowAttention:
-    """Attention of packed rows that lie on a mesh as the learner's do.
+    """Attention of packed rows in the learner's layout on a mesh.
 
-    Which kernel runs is settled while a program is traced, by its shapes; a fallback is logged once.
+    The kernel is chosen by shapes while a program is traced; a fallback is logged once.
 
     Args:
         name: of `KERNELS`, or auto.
         mesh: the mesh.
-        device: what it is made of, if not what its devices say.
+        device: of the mesh; by default that of its first device.
         kernels: the table.
 
     Raises:
         ValueError: a kernel of another platform was asked for by name.
     """
     device = device or device_of(mesh)
-    choose(name, device, Sizes(BLOCKS[0], 1, 1, 128, "bfloat16"), kernels)  # a name that cannot be is an error at once
+    choose(name, device, Sizes(BLOCKS[0], 1, 1, 128, "bfloat16"), kernels)  # an impossible name fails early
     rows = partition(("rows", "length", "heads", "head_dim"), TRAIN)
     keys = partition(("rows", "length", "kv_heads", "head_dim"), TRAIN)
     ids = partition(("rows", "length"), TRAIN)
@@ -183,11 +183,11 @@ def make_row_attention(
         local = Sizes(q.shape[1], q.shape[2] // ways, k.shape[2] // ways, q.shape[3], jnp.dtype(q.dtype).name)
         chosen, reason = choose(name, device, local, kernels)
         if reason:
-            _say_once(reason)
+            _warn_once(reason)
         run = kernels[chosen].attend
-        if chosen == "xla":  # the partitioner splits it as it is
+        if chosen == "xla":  # the partitioner splits it
             return run(q, k, v, segment_ids)
-        # What a kernel gives back says of no mesh axis that it varies over it.
+        # The outputs of a kernel do not declare the mesh axes over which they vary.
         return jax.shard_map(
             partial(run), mesh=mesh, in_specs=(rows, keys, keys, ids), out_specs=rows, check_vma=False
         )(q, k, v, segment_ids)
@@ -196,5 +196,5 @@ def make_row_attention(
 
 
 @cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     log.warning(reason)

@@ -1,4 +1,4 @@
-"""The slot sampler: jitted functions over a `SamplerState`, whose KV cache lives as long as its episodes do."""
+"""The slot sampler: jitted functions over a `SamplerState`, whose KV cache keeps each episode's tokens."""
 
 from aem_jax.sampler.programs import CONTINUE, Decoded
 from aem_jax.sampler.sampler import Sampler

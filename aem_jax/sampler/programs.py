@@ -1,4 +1,4 @@
-"""What the sampler compiles: traced functions of a policy, a way to draw, and a mesh whose devices own their slots."""
+"""The functions that the sampler compiles, for a policy, a sampling function and a mesh that splits the slots."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from aem_jax.sharding import DECODE, partition
 Array = jax.Array
 
 CONTINUE = -1
-"""A budget: what was left of it."""
+"""As a budget: the rest of the response's budget."""
 
 
 @partial(
@@ -28,13 +28,13 @@ CONTINUE = -1
 )
 @dataclass(frozen=True)
 class Decoded:
-    """What one `decode` said.
+    """The tokens of one `decode` call.
 
     Attributes:
         tokens: i32[S,G].
         logprobs: f32[S,G], nats.
         entropies: f32[S,G], nats.
-        counts: i32[S], how many of the G are this slot's.
+        counts: i32[S], how many of the G tokens the slot sampled.
         finished: bool[S], whether the slot's last token was a stop id.
     """
 
@@ -46,14 +46,14 @@ class Decoded:
 
 
 class Programs:
-    """The functions behind a `Sampler`'s, not yet compiled; it says what their arguments are.
+    """The functions of a `Sampler` before compilation; see there for their arguments.
 
     Args:
         policy: the decoder.
         sample_token: draws a token from each row of logits.
         stop_ids: ids that end a response.
-        mesh: over which slots are split, or None.
-        int8: whether keys and values are cached in 8 bits.
+        mesh: splits the slots; None for one device.
+        int8: whether the KV cache is in int8.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Programs:
         part, count = self._gather_slots(state, slots, window), budgets.shape[0]
         left = jnp.where(budgets == CONTINUE, part.remaining, budgets)
         remaining, budgets = jnp.where(budgets == 0, part.remaining, left), jnp.minimum(left, num_tokens)
-        # All that does not depend on what is said is done before the loop, whose every step is one token a slot.
+        # All that does not depend on sampled tokens is computed before the loop over tokens.
         decoder = self._policy.bind(params)
         layers, head = decoder.with_cache(part.cache, window), decoder.head_weights()
         random = uniforms(part.prng, part.sampled[:, None] + jnp.arange(num_tokens)[None])
@@ -104,15 +104,15 @@ class Programs:
             finished=jnp.zeros(count, bool),
         )
 
-        def speaking(out: Decoded) -> Array:
+        def is_active(out: Decoded) -> Array:
             return ~out.finished & (out.counts < budgets)
 
-        def going(carry: tuple[Array, Array, Any, Decoded]) -> Array:
-            return jnp.any(speaking(carry[3]))
+        def any_active(carry: tuple[Array, Array, Any, Decoded]) -> Array:
+            return jnp.any(is_active(carry[3]))
 
         def step(carry: tuple[Array, Array, Any, Decoded]) -> tuple[Array, Array, Any, Decoded]:
             index, hidden, chunk, out = carry
-            active = speaking(out)
+            active = is_active(out)
             logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
             tokens, logprobs, entropies = self._sample_token(
                 logits, jax.lax.dynamic_index_in_dim(random, index, keepdims=False)
@@ -130,7 +130,7 @@ class Programs:
             return index + 1, jnp.where(active[:, None], new[:, 0], hidden), chunk, out
 
         carry = (jnp.int32(0), part.hidden, decoder.empty_chunk(count, num_tokens), out)
-        _, hidden, chunk, out = jax.lax.while_loop(going, step, carry)
+        _, hidden, chunk, out = jax.lax.while_loop(any_active, step, carry)
         remaining = jnp.where(out.finished, 0, remaining - out.counts)
         chunk = decoder.stacked_chunk(chunk)
         return self._append_chunk(state, slots, chunk, hidden, out.counts, out.counts, remaining), out
@@ -150,12 +150,12 @@ class Programs:
         """Runs `function` on each device's own slots; its loop over slots then stays on the device."""
         if self._mesh is None:
             return function
-        names = lambda axes: isinstance(axes, tuple) and all(each is None or isinstance(each, str) for each in axes)  # noqa: E731
-        specs = lambda axes: jax.tree.map(lambda each: partition(each, DECODE), axes, is_leaf=names)  # noqa: E731
+        names = lambda axes: isinstance(axes, tuple) and all(name is None or isinstance(name, str) for name in axes)  # noqa: E731
+        specs = lambda axes: jax.tree.map(lambda leaf: partition(leaf, DECODE), axes, is_leaf=names)  # noqa: E731
         return jax.shard_map(function, mesh=self._mesh, in_specs=specs(in_axes), out_specs=specs(out_axes))
 
     def _gather_slots(self, state: SamplerState, slots: Array | None, window: int) -> SamplerState:
-        """The slots meant, as a state of their own."""
+        """A state of the given slots; None means all."""
         if slots is None:
             return state
         axes = (self._state_axes, ("slots",))
@@ -171,7 +171,7 @@ class Programs:
         sampled: Array,
         remaining: Array,
     ) -> SamplerState:
-        """The state with a chunk behind its cache; see `append_chunk`."""
+        """`append_chunk` on each device's slots."""
         chosen = () if slots is None else (slots,)
         axes = (self._state_axes, kv_cache.chunk_axes(), ("slots", None), *[("slots",)] * (3 + len(chosen)))
         append = self._over_slots(append_chunk, axes, self._state_axes)

@@ -1,4 +1,4 @@
-"""From the learner's layout to the sampler's: one jitted reshard a step, no second engine, no weight sync."""
+"""Reshards parameters from the learner's layout to the sampler's, once a step: no second engine, no weight sync."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +17,10 @@ INT8_MERGES = (
 
 
 def make_reshard(policy: Policy, mesh: Mesh, *, int8: bool = False) -> Callable[[Params], Params]:
-    """Builds `reshard(params) -> params`: the policy's dtype, decode layout. A decode step then gathers no weights.
+    """Builds `reshard(params) -> params`: the dtypes of use, in the decode layout, so that decoding gathers no weights.
 
-    Scales of norms stay float32, in which the learner uses them too. With `int8` the parameters are those of
-    `policy.quantized`, made from the masters: each device quantises its part, and codes are what is gathered.
+    With `int8` the parameters are those of `policy.quantized`, made from the masters: each device quantises its shard,
+    and the codes are gathered.
     """
     shapes = policy.shapes
     sampled = policy.quantized if int8 else policy
@@ -28,8 +28,8 @@ def make_reshard(policy: Policy, mesh: Mesh, *, int8: bool = False) -> Callable[
     def cast(params: Params) -> Params:
         if not int8:
             return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, policy.dtypes)
-        found = policy.quantize(params)
-        return jax.lax.with_sharding_constraint(found, shardings(mesh, sampled.axes, TRAIN))
+        codes = policy.quantize(params)
+        return jax.lax.with_sharding_constraint(codes, shardings(mesh, sampled.axes, TRAIN))
 
     return jax.jit(
         cast,
@@ -39,12 +39,12 @@ def make_reshard(policy: Policy, mesh: Mesh, *, int8: bool = False) -> Callable[
 
 
 def make_lora_reshard(policy: LoraPolicy, mesh: Mesh, *, int8: bool = False) -> Callable[[Params, Params], Any]:
-    """Builds `reshard(adapter, frozen) -> params` in the decode layout, for a policy of which an adapter is trained.
+    """Builds `reshard(adapter, frozen) -> params` in the decode layout, for a policy that trains an adapter.
 
-    With `lora.merge`, params are those of `policy.base`, the adapter's projections made anew and rounded to the dtype
-    of the frozen ones; else they are the pair that `policy` itself takes. What the adapter does not change and lies
-    alike for learning and sampling is not copied: those are the frozen weights' own buffers. With `int8` all matrices
-    of layers are copied, in codes.
+    With `lora.merge`, params are those of `policy.base`, with merged projections in the dtype of the frozen ones; else
+    they are the pair that `policy` takes. Frozen weights that the adapter does not change, and that have the same
+    layout for learning and sampling, are not copied: params share their buffers. With `int8` all matrices of layers
+    are copied, as codes.
 
     Raises:
         ValueError: int8 without `lora.merge`.
@@ -80,11 +80,11 @@ def make_lora_reshard(policy: LoraPolicy, mesh: Mesh, *, int8: bool = False) -> 
 
     def reshard(adapter: Params, frozen: Params) -> Params:
         merged = merge(adapter, changed(frozen["layers"]))
-        kept = lambda tree: {  # noqa: E731
+        unchanged = lambda tree: {  # noqa: E731
             **tree,
             "layers": {name: leaf for name, leaf in tree["layers"].items() if name not in merged},
         }
-        rest = jax.device_put(kept(frozen), kept(decode))
+        rest = jax.device_put(unchanged(frozen), unchanged(decode))
         return {**rest, "layers": {**rest["layers"], **merged}}
 
     return reshard

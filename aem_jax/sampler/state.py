@@ -1,4 +1,4 @@
-"""What slots remember, and the changes to it that need no model: gather, append, rewind."""
+"""The state of the sampler's slots, and the functions over it that need no model: gather, append, rewind."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ Array = jax.Array
 )
 @dataclass(frozen=True)
 class SamplerState:
-    """What S slots remember.
+    """The state of S slots.
 
     Attributes:
         cache: keys and values of each slot's tokens.
@@ -28,7 +28,7 @@ class SamplerState:
         hidden: [S,D], final hidden state at the last token.
         prng: u32[S,2], the episode's key data.
         sampled: i32[S], tokens sampled by the episode so far.
-        remaining: i32[S], tokens that the response under way may still have; 0 once it has ended.
+        remaining: i32[S], tokens left in the budget of the current response; 0 once it has ended.
     """
 
     cache: KVCache
@@ -52,7 +52,7 @@ def init_state(config: ModelConfig, slots: int, length: int, *, int8: bool) -> S
 
 
 def state_axes(*, int8: bool) -> SamplerState:
-    """Logical axes of every part of a state."""
+    """Logical axes of a state's arrays, in its structure."""
     of_slots: Any = ("slots",)
     rows: Any = ("slots", None)
     return SamplerState(kv_cache.cache_axes(int8=int8), of_slots, rows, rows, of_slots, of_slots)
@@ -97,5 +97,5 @@ def append_chunk(
 
 
 def rewind(state: SamplerState, keep: Array) -> SamplerState:
-    """Forgets all but the first `keep[s]` i32[S] tokens of each slot."""
+    """Truncates each slot to its first `keep[s]` i32[S] tokens."""
     return replace(state, lengths=jnp.minimum(state.lengths, keep))
