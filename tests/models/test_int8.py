@@ -1,4 +1,4 @@
-"""Weights in 8 bits: rounding by hand, products as of the rounded weights, and what the policy loses by it."""
+"""int8 weights: rounding by hand, products of the rounded weights, and the change of the policy."""
 
 import jax
 import jax.numpy as jnp

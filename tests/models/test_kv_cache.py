@@ -1,4 +1,4 @@
-"""A cache in 8 bits: rounding by hand, its bound, and attention as of the rounded numbers."""
+"""An int8 KV cache: rounding by hand, its error bound, and attention over the rounded numbers."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Adapters: nothing at the start, the same beside the weights as merged into them, and PEFT's in their files."""
+"""Adapters: no effect at the start, equal outputs merged or not, and PEFT's files."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What XLA made of the sampler: nothing compiles again, the state is donated for real, the loop copies no cache."""
+"""The sampler's compiled programs: no recompilation, the state is donated, the decode loop copies no cache."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Drawing one token: its distribution, its logprob, the entropy."""
+"""Sampling one token: its distribution, its logprob, the entropy."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Slots over a mesh of 8 simulated devices say what they say on one."""
+"""Slots over a mesh of 8 simulated devices sample the same as on one."""
 
 import math
 import re
@@ -46,7 +46,7 @@ def test_eight_devices_say_the_same(sizes: tuple[int, int, int], cache: Literal[
     state = play(sampler, placed, episodes, slots=8, state=state)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == where  # and so the next call finds the program it knows
     for slot in wanted:
-        assert [row.tolist() for row in episodes[slot].spoken] == [row.tolist() for row in wanted[slot].spoken]
+        assert [row.tolist() for row in episodes[slot].responses] == [row.tolist() for row in wanted[slot].responses]
         for one, other in zip(episodes[slot].logprobs, wanted[slot].logprobs, strict=True):
             # In 8 bits a sum in another order may be the next code.
             np.testing.assert_allclose(one, other, atol=1e-5 if cache == "model" else 1e-2)
@@ -122,4 +122,4 @@ def test_eight_devices_in_int8_say_what_one_says():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     play(make(mesh=mesh), make_reshard(POLICY, mesh, int8=True)(params), found, slots=8)
     for slot in wanted:
-        assert [row.tolist() for row in found[slot].spoken] == [row.tolist() for row in wanted[slot].spoken]
+        assert [row.tolist() for row in found[slot].responses] == [row.tolist() for row in wanted[slot].responses]
