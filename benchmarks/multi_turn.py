@@ -28,7 +28,7 @@ from aem_jax.learner import LearnerConfig, TrainState, init_state, make_optimize
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.sampler.layout import make_reshard
+from aem_jax.sampler.reshard import make_reshard
 from aem_jax.selection import Rule
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import Metrics, train

@@ -1,4 +1,4 @@
-"""Plays scripted conversations on a sampler, one episode a slot, and checks them against the cache-less pass."""
+"""Plays scripted episodes on a sampler, one a slot, and compares them with a pass without a cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ from aem_jax.sampler import Sampler, SamplerState
 
 @dataclass
 class Episode:
-    """What one episode heard (each turn's ids), and what it said."""
+    """One episode: the observation (ids) and the response of each turn."""
 
     key: int
-    heard: list[np.ndarray]
+    observations: list[np.ndarray]
     budget: int = 12
-    spoken: list[np.ndarray] = field(default_factory=list)
+    responses: list[np.ndarray] = field(default_factory=list)
     logprobs: list[np.ndarray] = field(default_factory=list)
     entropies: list[np.ndarray] = field(default_factory=list)
 
@@ -31,12 +31,12 @@ class Episode:
 
 
 def script(policy: Policy, key: int, lengths: Sequence[int] = (9, 4, 6), budget: int = 12) -> Episode:
-    """An episode that hears random ids of these lengths, one entry a turn."""
+    """An episode whose observations are random ids of these lengths, one entry a turn."""
     return Episode(key, [numpy_tokens(policy.config, (n,), 100 * key + i) for i, n in enumerate(lengths)], budget)
 
 
-def begin(sampler: Sampler, state: SamplerState, episodes: dict[int, Episode]) -> SamplerState:
-    """Gives the slots their episodes' keys, with nothing heard yet."""
+def start_episodes(sampler: Sampler, state: SamplerState, episodes: dict[int, Episode]) -> SamplerState:
+    """Gives the slots their episodes' keys; their caches are empty."""
     slots = len(state.lengths)
     source, prng = np.full(slots, -1, np.int32), np.zeros((slots, 2), np.uint32)
     for slot, episode in episodes.items():
@@ -44,7 +44,7 @@ def begin(sampler: Sampler, state: SamplerState, episodes: dict[int, Episode]) -
     return sampler.fork(state, sampler.init(slots), jnp.asarray(source), jnp.asarray(prng))
 
 
-def hear(
+def extend_slots(
     sampler: Sampler,
     params: Params,
     state: SamplerState,
@@ -63,7 +63,7 @@ def hear(
     return state
 
 
-def speak(
+def decode_responses(
     sampler: Sampler,
     params: Params,
     state: SamplerState,
@@ -74,7 +74,7 @@ def speak(
     """Decodes one response in each slot, `chunk` tokens at a time, until its stop id or budget."""
     slots = len(state.lengths)
     left = {slot: episode.budget for slot, episode in episodes.items()}
-    said = {slot: ([], [], []) for slot in episodes}
+    sampled = {slot: ([], [], []) for slot in episodes}
     while any(left.values()):
         budgets = np.zeros(slots, np.int32)
         for slot, count in left.items():
@@ -82,12 +82,12 @@ def speak(
         state, out = sampler.decode(params, state, jnp.asarray(budgets), chunk, window=window)
         for slot in [slot for slot, count in left.items() if count]:
             count = int(out.counts[slot])
-            for kept, new in zip(said[slot], (out.tokens, out.logprobs, out.entropies), strict=True):
+            for kept, new in zip(sampled[slot], (out.tokens, out.logprobs, out.entropies), strict=True):
                 kept.append(np.asarray(new[slot, :count]))
             left[slot] = 0 if out.finished[slot] else left[slot] - count
-    for slot, parts in said.items():
+    for slot, parts in sampled.items():
         episode = episodes[slot]
-        for kept, new in zip((episode.spoken, episode.logprobs, episode.entropies), parts, strict=True):
+        for kept, new in zip((episode.responses, episode.logprobs, episode.entropies), parts, strict=True):
             kept.append(np.concatenate(new))
     return state
 
@@ -103,12 +103,12 @@ def play(
     state: SamplerState | None = None,
 ) -> SamplerState:
     """Plays every turn of the episodes, keyed by slot, with chunks of (extend, decode) tokens."""
-    state = begin(sampler, sampler.init(slots) if state is None else state, episodes)
-    for turn in range(max(len(episode.heard) for episode in episodes.values())):
-        talking = {slot: episode for slot, episode in episodes.items() if turn < len(episode.heard)}
-        heard = {slot: episode.heard[turn] for slot, episode in talking.items()}
-        state = hear(sampler, params, state, heard, chunks[0], window)
-        state = speak(sampler, params, state, talking, chunks[1], window)
+    state = start_episodes(sampler, sampler.init(slots) if state is None else state, episodes)
+    for turn in range(max(len(episode.observations) for episode in episodes.values())):
+        active = {slot: episode for slot, episode in episodes.items() if turn < len(episode.observations)}
+        observations = {slot: episode.observations[turn] for slot, episode in active.items()}
+        state = extend_slots(sampler, params, state, observations, chunks[0], window)
+        state = decode_responses(sampler, params, state, active, chunks[1], window)
     return state
 
 
@@ -126,19 +126,19 @@ def cacheless(policy: Policy, params: Params, ids: Sequence[int] | np.ndarray) -
 
 def token_gaps(policy: Policy, params: Params, episode: Episode, temperature: float = 1.0) -> np.ndarray:
     """Each sampled token's logprob and entropy less those of one cache-less pass over the episode, [tokens, 2]."""
-    ids = np.concatenate([part for pair in zip(episode.heard, episode.spoken, strict=True) for part in pair])
+    ids = np.concatenate([part for pair in zip(episode.observations, episode.responses, strict=True) for part in pair])
     logits = cacheless(policy, params, ids).astype(np.float64) / temperature
     table = logits - logits.max(1, keepdims=True)
     table -= np.log(np.exp(table).sum(1, keepdims=True))
     gaps, at = [], 0
-    for heard, spoken, logprobs, entropies in zip(
-        episode.heard, episode.spoken, episode.logprobs, episode.entropies, strict=True
+    for observation, response, logprobs, entropies in zip(
+        episode.observations, episode.responses, episode.logprobs, episode.entropies, strict=True
     ):
-        at += len(heard)
-        rows = table[at - 1 : at - 1 + len(spoken)]  # the state at t - 1 predicts token t
-        own = rows[np.arange(len(spoken)), spoken], -(np.exp(rows) * rows).sum(1)
+        at += len(observation)
+        rows = table[at - 1 : at - 1 + len(response)]  # the state at t - 1 predicts token t
+        own = rows[np.arange(len(response)), response], -(np.exp(rows) * rows).sum(1)
         gaps.append(np.stack([logprobs - own[0], entropies - own[1]], axis=1))
-        at += len(spoken)
+        at += len(response)
     return np.concatenate(gaps)
 
 

@@ -57,13 +57,13 @@ def draw_responses(
     source = np.zeros(draws, np.int32)
     for i, state in enumerate(states):
         prompts = sampler.rewind(prompts, np.zeros(sampler.slot_shards, np.int32))
-        window = sampler.cover(len(state.context))
+        window = sampler.window_for(len(state.context))
         ids = {0: state.context.tolist()}
         prompts = prefill(sampler, params, prompts, ids, config.extend_buckets, window=window)
         slots = sampler.fork(slots, prompts, source, prng[i], window=window)
         left = np.full(draws, state.budget, np.int32)
         while left.any():
-            window = sampler.cover(len(state.context) + int(found.tokens[i].max()))
+            window = sampler.window_for(len(state.context) + int(found.tokens[i].max()))
             slots, out = sampler.decode(params, slots, left, config.decode_chunk, window=window)
             out = jax.device_get(out)
             sampled = np.arange(out.tokens.shape[1]) < out.counts[:, None]

@@ -36,7 +36,7 @@ def _measure(
 ) -> Measurement:
     slots, new = config.slots, config.context_chunk
     sampler = Sampler(policy, SamplingConfig(), [NEVER], capacity=capacity + new, slack=new, windows=windows)
-    state, window = sampler.init(slots), sampler.cover(context)
+    state, window = sampler.init(slots), sampler.window_for(context)
     budgets, lengths = jnp.full(slots, new, jnp.int32), jnp.full(slots, context, jnp.int32)
 
     def decode() -> None:
@@ -49,7 +49,7 @@ def _measure(
     seconds = timed(decode, repeats=config.repeats)
     facts = {
         "recompiles": float(sampler.compilations - before),
-        "cache_mb": state.cache_bytes / 1e6,
+        "cache_mb": state.cache.num_bytes / 1e6,
         "ms_a_token": 1e3 * median(seconds) / new,
     }
     program = sampler.lower_decode(params, sampler.abstract(slots), new, window=window).compile()

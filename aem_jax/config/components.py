@@ -99,10 +99,10 @@ def make_policy(config: RunConfig, vocab_size: int, files: Path | None = None) -
         ConfigError: as `model_config`.
         ValueError: as `model_config`, or a rank that the decoder's projections cannot have.
     """
-    whole = Policy(model_config(config.model, vocab_size, files))
+    base = Policy(model_config(config.model, vocab_size, files))
     if not config.lora.rank:
-        return whole
-    policy = LoraPolicy(whole, config.lora)
+        return base
+    policy = LoraPolicy(base, config.lora)
     try:
         policy.axes  # noqa: B018
     except ValueError as error:
@@ -117,7 +117,7 @@ def trained_policy(config: RunConfig, policy: Policy | LoraPolicy) -> Policy | L
 
 def sampled_policy(config: RunConfig, policy: Policy | LoraPolicy) -> Policy | LoraPolicy:
     """The policy that samples with the parameters that `reshard` returns."""
-    return policy.whole.in_int8 if config.sampling.weights == "int8" else policy.sampled
+    return policy.base.quantized if config.sampling.weights == "int8" else policy.sampled
 
 
 def warm_start_makes_frozen_weights(config: RunConfig) -> bool:

@@ -29,7 +29,7 @@ from aem_jax.metrics import MetricsConfig
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.lora import LoraConfig
 from aem_jax.rollout.config import RolloutConfig
-from aem_jax.sampler.draw import SamplingConfig
+from aem_jax.sampler.sampling import SamplingConfig
 from aem_jax.selection import SelectionConfig
 from aem_jax.sharding import MeshConfig
 from aem_jax.tokenizer import TokenizerConfig

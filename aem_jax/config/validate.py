@@ -6,7 +6,7 @@ from aem_jax.config import components
 from aem_jax.config.run import RunConfig
 from aem_jax.distributed.join import expected_count
 from aem_jax.errors import ConfigError
-from aem_jax.sampler.layout import INT8_MERGES
+from aem_jax.sampler.reshard import INT8_MERGES
 
 
 def check(config: RunConfig) -> None:

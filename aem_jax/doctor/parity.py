@@ -29,9 +29,9 @@ from aem_jax.doctor.finding import Finding, judge
 from aem_jax.learner import LearnerConfig, make_token_logprobs
 from aem_jax.models import LoraConfig, LoraPolicy, ModelConfig, Params, Policy
 from aem_jax.models.decoder import FEW_LAYERS
-from aem_jax.models.int8 import INPUTS, scale_of
+from aem_jax.models.int8 import quantized_matrices, scale_of
 from aem_jax.sampler import SamplingConfig
-from aem_jax.sampler.layout import make_lora_reshard, make_reshard
+from aem_jax.sampler.reshard import make_lora_reshard, make_reshard
 from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
 
 RANK = 4
@@ -158,7 +158,7 @@ def sample(
         params = random_params(_masters(model), mesh)
         sampled = make_reshard(policy, mesh, int8=int8)(params)
         sampler = make_sampler(
-            policy.in_int8 if int8 else policy, SamplingConfig(weights=weights, cache=cache), SLOTS, mesh
+            policy.quantized if int8 else policy, SamplingConfig(weights=weights, cache=cache), SLOTS, mesh
         )
         trajectories, _ = play(sampler, sampled, SLOTS)
     return Sampled(packed(trajectories, SLOTS, mesh), policy, decoded(policy, sampled) if int8 else params)
@@ -192,8 +192,8 @@ def decoded(policy: Policy, params: Params) -> Params:
 
     def decode(params: Params) -> Params:
         layers = dict(params["layers"])
-        for name, inputs in INPUTS.items():
-            scales = jnp.expand_dims(layers.pop(scale_of(name)), range(1, 1 + inputs))
+        for name, row in quantized_matrices(policy.config).items():
+            scales = jnp.expand_dims(layers.pop(scale_of(name)), row.input_axes)
             layers[name] = layers[name].astype(jnp.float32) * scales
         return {**params, "layers": layers}
 

@@ -25,7 +25,7 @@ from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_upda
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout.batching import Pool
 from aem_jax.sampler import SamplingConfig
-from aem_jax.sampler.layout import make_reshard
+from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.trajectory import Ending, Trajectory
 

@@ -33,7 +33,7 @@ from aem_jax.plan.analytic import demand
 from aem_jax.plan.workload import workload
 from aem_jax.rollout import Rollout, check_cache_memory
 from aem_jax.sampler import Sampler
-from aem_jax.sampler.layout import make_lora_reshard, make_reshard
+from aem_jax.sampler.reshard import make_lora_reshard, make_reshard
 from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, slot_shards
 from aem_jax.tokenizer import CHATML, ChatTokenizer
 

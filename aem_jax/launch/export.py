@@ -52,7 +52,7 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
                 save_adapter(folder, policy, params, base=base)
         else:
             if isinstance(policy, LoraPolicy):
-                frozen, _ = frozen_weights.load(config, run, policy.whole, mesh, inputs.load(run).get(inputs.FROZEN))
+                frozen, _ = frozen_weights.load(config, run, policy.base, mesh, inputs.load(run).get(inputs.FROZEN))
                 merged = jax.jit(policy.merge)(params, frozen["layers"])  # the merged weights that were sampled with
                 params = {**frozen, "layers": {**frozen["layers"], **merged}}
             used = policy.config.dtype

@@ -34,9 +34,9 @@ def load_frozen_weights(run: RunContext) -> Params | None:
     if not isinstance(policy, LoraPolicy):
         return None
     if components.warm_start_makes_frozen_weights(config) and not frozen_weights.is_there(folder):
-        _make_frozen_weights(run, policy.whole)
+        _make_frozen_weights(run, policy.base)
     recorded = run.processes.broadcast(inputs.load(folder).get(inputs.FROZEN) if is_first else None)
-    frozen, sums = frozen_weights.load(config, folder, policy.whole, run.mesh, recorded)
+    frozen, sums = frozen_weights.load(config, folder, policy.base, run.mesh, recorded)
     if recorded is None and run.checkpoints.is_writer and is_first:
         inputs.write(folder, {**inputs.load(folder), inputs.FROZEN: sums})
     return frozen

@@ -154,7 +154,7 @@ def _reference(run: RunContext, frozen: Params | None) -> Callable[[Batch], jax.
     if not config.learner.kl_coefficient:
         return None
     if isinstance(policy, LoraPolicy) and components.reference_is_frozen_weights(config):
-        policy, params = policy.whole, frozen
+        policy, params = policy.base, frozen
     else:
         own = policy_params(run.trained, run.restore(step=0).params)
         params = own if frozen is None else (own, frozen)

@@ -1,4 +1,4 @@
-"""Decoder families in Flax NNX. Parameters are plain pytrees; `Policy` holds the structure and the pure functions."""
+"""Decoder families in Flax NNX. Parameters are plain pytrees; a `Policy` has the pure functions over them."""
 
 from aem_jax.models.config import CONFIGS, ModelConfig, RopeScaling
 from aem_jax.models.lora import LoraConfig

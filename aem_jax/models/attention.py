@@ -1,7 +1,7 @@
-"""The two attentions of a decoder: over packed rows, and of a chunk beside a cache. Softmax in float32.
+"""The two attentions of a decoder: over packed rows, and of a chunk of new tokens with a KV cache. Softmax in float32.
 
-The gradient of the first is written out: weights come back from the scores and one number a query, log Σ exp, in one
-pass, and its products are in the dtype of queries and keys, where autodiff would take them in float32.
+Row attention has its own backward pass. It recomputes the weights from the scores and one number a query, log Σ exp,
+and takes its products in the dtype of queries and keys, where autodiff would take them in float32.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aem_jax.models.cache import Cached, factors
+from aem_jax.models.kv_cache import KVCache, KVChunk, factors
 
 Array = jax.Array
 
@@ -20,23 +20,24 @@ RowAttention = Callable[[Array, Array, Array, Array], Array]
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) gives numbers, not NaN
 CPU_BLOCK, BLOCK = 64, 512
-"""Queries that look at their keys together. On two x86 cores 64 and 128 are alike and 256 slower; accelerators want
-large products, and a block's scores have to fit beside everything else."""
+"""Queries of a block. On two x86 cores 64 and 128 are equally fast and 256 is slower. Accelerators want large products,
+and the scores of a block have to fit into memory."""
 PARTS = (3, 1)
-"""Of a row's length: how far back queries look, whichever is the least that no segment outgrows. Each is compiled."""
+"""Queries look back over one of these parts of a row, a third or all of it: the smallest that holds the longest
+segment. Each is compiled."""
 
 
 def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     """Causal attention inside segments.
 
-    Its cost follows the segments, not the row: where all are short, queries look back over a part of the row
-    (`PARTS`). `collate` packs the longest first, so only the first microbatches look further.
+    Its cost follows the segments, not the row: where all segments are short, queries look back over a part of the row
+    (`PARTS`). `collate` packs the longest segments first, so only the first microbatches look further.
 
     Args:
         q: [B,T,H,Dh].
         k: [B,T,KV,Dh].
         v: [B,T,KV,Dh].
-        segment_ids: i32[B,T]; a segment's tokens lie side by side.
+        segment_ids: i32[B,T]; the tokens of a segment are contiguous.
 
     Returns:
         [B,T,H,Dh]; any finite numbers in padding (id 0).
@@ -46,10 +47,10 @@ def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
 
 
 def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, block: int) -> Array:
-    """The same in blocks of queries, none of which looks at keys behind it; going backward, weights are computed anew.
+    """Row attention in blocks of queries, each over the keys up to its end; the backward pass recomputes the weights.
 
-    The [T,T] weights never exist together, which is what a long row costs; blocks halve their number, too. Query heads
-    that share a key head are folded into its rows, so that each block is one matrix product.
+    The [T,T] weights never exist at once, and blocks halve their number. Query heads that share a key head are folded
+    into its rows, so that each block is one matrix product.
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -60,11 +61,11 @@ def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, block
 
 
 def longest_segment(segment_ids: Array) -> Array:
-    """i32[]: tokens of the longest segment of i32[B,T], that of padding (id 0) left out."""
-    places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    """i32[]: tokens of the longest segment of i32[B,T], without padding (id 0)."""
+    positions = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    starts = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
-    return jnp.max(jnp.where(segment_ids > 0, places - starts + 1, 1))
+    starts = jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
+    return jnp.max(jnp.where(segment_ids > 0, positions - starts + 1, 1))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -116,7 +117,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _switch(looking_back: Any, block: int, longest: Array, *arrays: Array) -> Any:
-    """`looking_back(reach, *arrays)` with the least reach that no segment outgrows."""
+    """`looking_back(reach, *arrays)` with the smallest reach that holds the longest segment."""
     length = arrays[0].shape[2]
     reaches = sorted({min(-(-length // (part * block)) * block, length) for part in PARTS})
     which = sum(jnp.asarray(longest > reach, jnp.int32) for reach in reaches[:-1])
@@ -124,12 +125,12 @@ def _switch(looking_back: Any, block: int, longest: Array, *arrays: Array) -> An
 
 
 def _spans(length: int, block: int, reach: int) -> list[tuple[int, int, int]]:
-    """(first key, first query, end of both) of each block."""
+    """(first key, first query, end of both) for each block."""
     return [(max(0, start - reach), start, min(start + block, length)) for start in range(0, length, block)]
 
 
 def _scores(q: Array, k: Array, segment_ids: Array, first: int, start: int, end: int) -> Array:
-    """f32[B,KV,Q·H/KV,S] of a block's queries and the keys that it sees."""
+    """f32[B,KV,Q·H/KV,S]: scores of a block's queries with the keys that it attends to."""
     causal = jnp.arange(start, end)[:, None] >= jnp.arange(first, end)[None, :]
     mask = causal[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
     scores = _product("bkqd,bksd->bkqs", _fold(q[:, :, start:end]), k[:, :, first:end]) * q.shape[-1] ** -0.5
@@ -149,43 +150,37 @@ def _unfold(x: Array, q: Array) -> Array:
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def chunk_attention(
-    q: Array, cache_k: Cached, cache_v: Cached, cached: Array, chunk_k: Array, chunk_v: Array, index: Array
-) -> Array:
-    """Attention of C new tokens to what is cached and to their chunk, one softmax over both.
-
-    Keys lie with their positions last, so that both products read the cache in the order in which it lies.
+def chunk_attention(q: Array, cache: KVCache, lengths: Array, chunk: KVChunk, index: Array) -> Array:
+    """Attention of C new tokens to cached ones and to their chunk, one softmax over both.
 
     Args:
-        q: [S,C,H,Dh]; token c stands at place `index + c` of the chunk.
-        cache_k: [S,KV,Dh,W], or in 8 bits.
-        cache_v: [S,KV,W,Dh], or in 8 bits.
-        cached: i32[S], filled positions of the cache.
-        chunk_k: [S,KV,Dh,G].
-        chunk_v: [S,KV,G,Dh].
+        q: [S,C,H,Dh]; token c stands at position `index + c` of the chunk.
+        cache: of one layer, [S,KV,Dh,W] and [S,KV,W,Dh], or in int8.
+        lengths: i32[S], cached tokens of each slot.
+        chunk: of one layer, [S,KV,Dh,G] and [S,KV,G,Dh]; filled up to `index + C`.
         index: i32 scalar.
 
     Returns:
         [S,C,H,Dh].
     """
     slots, count, heads, head_dim = q.shape
-    (old_k, scale_k), (old_v, scale_v) = factors(cache_k, q.dtype), factors(cache_v, q.dtype)
-    kv_heads, window, places = old_v.shape[1], old_v.shape[2], chunk_v.shape[2]
+    (old_k, scale_k), (old_v, scale_v) = factors(cache.keys, q.dtype), factors(cache.values, q.dtype)
+    kv_heads, window = old_v.shape[1], old_v.shape[2]
     shared = heads // kv_heads
     q = q.reshape(slots, count, kv_heads, shared, head_dim)
     q = jnp.swapaxes(q, 1, 2).reshape(slots, kv_heads, count * shared, head_dim)  # one product a key head
     product = partial(jnp.matmul, preferred_element_type=jnp.float32)
-    place = index + jnp.repeat(jnp.arange(count), shared)
-    is_cached = (jnp.arange(window)[None] < cached[:, None])[:, None, None]
-    is_earlier = (jnp.arange(places)[None] <= place[:, None])[None, None]
+    position = index + jnp.repeat(jnp.arange(count), shared)
+    is_cached = (jnp.arange(window)[None] < lengths[:, None])[:, None, None]
+    is_earlier = (jnp.arange(chunk.length)[None] <= position[:, None])[None, None]
     old = product(q, old_k) if scale_k is None else product(q, old_k) * scale_k
     old = jnp.where(is_cached, old, _MASKED)
-    new = jnp.where(is_earlier, product(q, chunk_k), _MASKED)
+    new = jnp.where(is_earlier, product(q, chunk.keys), _MASKED)
     top = jnp.maximum(jnp.max(old, -1, keepdims=True), jnp.max(new, -1, keepdims=True))
     scale = head_dim**-0.5
     old, new = jnp.exp((old - top) * scale), jnp.exp((new - top) * scale)
     total = jnp.sum(old, -1, keepdims=True) + jnp.sum(new, -1, keepdims=True)
     old = old if scale_v is None else old * scale_v
-    out = product(old.astype(q.dtype), old_v) + product(new.astype(q.dtype), chunk_v)
+    out = product(old.astype(q.dtype), old_v) + product(new.astype(q.dtype), chunk.values)
     out = (out / total).astype(q.dtype).reshape(slots, kv_heads, count, shared, head_dim)
     return jnp.swapaxes(out, 1, 2).reshape(slots, count, heads, head_dim)

@@ -1,7 +1,6 @@
-"""The files of a folder with weights: those that transformers reads, opened as safetensors.
+"""The weight files of a folder: those that transformers reads, opened as safetensors.
 
-What cannot be read is refused in one line that names the file: other formats, files that are cut short, pointers of
-Git LFS in place of files.
+Other formats, truncated files and Git LFS pointers are refused in one line that names the file.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,15 +14,15 @@ from safetensors.numpy import save_file
 
 from aem_jax.files import read_json
 from aem_jax.models.config import brief
+from aem_jax.models.parameters import EMBED, HEAD
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Kinds of numbers, as safetensors names them, that are weights."""
+"""Dtypes of weights, in the names of safetensors."""
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _POINTER = b"version https://git-lfs"
-"""How the file begins that Git LFS leaves in place of one that it has not downloaded."""
+"""First bytes of a Git LFS pointer, the stand-in for a file that is not downloaded."""
 
 
 class Checkpoint:
@@ -31,10 +30,10 @@ class Checkpoint:
 
     Attributes:
         folder: of the files.
-        files: those that are read.
+        files: the files that are read.
 
     Raises:
-        ValueError: no weights in the folder, or files that are missing, cut short or no safetensors.
+        ValueError: no weights in the folder, or files that are missing, truncated or not safetensors.
     """
 
     def __init__(self, folder: Path, stack: ExitStack):
@@ -43,7 +42,7 @@ class Checkpoint:
         self._holders: dict[str, tuple[Path, Any]] = {}
         for file in self.files:
             try:
-                # Not mapped into memory: pages of a mapped file would count as this process's until all is read.
+                # Not mapped: pages of a mapped file would count as this process's memory until all of it is read.
                 opened = stack.enter_context(safe_open(file, framework="np", backend="pread"))
             except (SafetensorError, OSError) as error:
                 raise ValueError(_unreadable(file, error)) from error
@@ -61,17 +60,17 @@ class Checkpoint:
 
     @property
     def unread(self) -> list[str]:
-        """Names of other files with weights, or an index of them, in the folder."""
+        """Names of the folder's other weight files and index, which are not read."""
         others = {*self.folder.glob("*.safetensors"), *self.folder.glob(INDEX)} - {*self.files}
         is_single = self.folder / SINGLE in self.files
         return sorted(file.name for file in others if is_single or file.name != INDEX)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, read from its file's header."""
+        """Shape of a tensor, from its file's header."""
         return tuple(self._holders[name][1].get_slice(name).get_shape())
 
     def kind(self, name: str) -> str:
-        """Of a tensor's numbers, as safetensors names it."""
+        """Dtype of a tensor, in the names of safetensors."""
         return self._holders[name][1].get_slice(name).get_dtype()
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
@@ -83,13 +82,13 @@ class Checkpoint:
             raise ValueError(_unreadable(file, error)) from error
 
     def has_own_head(self) -> bool:
-        """Whether there is a head that is not the embedding once more."""
+        """Whether the files have a head that differs from the embedding."""
         if HEAD not in self or EMBED not in self:
             return False
         shape = self.shape(EMBED)
         if shape != self.shape(HEAD) or len(shape) != 2 or {self.kind(EMBED), self.kind(HEAD)} - set(FLOATS):
             return True
-        step = max(1, 2**24 // max(1, shape[1]))  # rows that are compared at a time
+        step = max(1, 2**24 // max(1, shape[1]))  # rows compared at a time
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
             one, other = (self.read(name, rows).astype(np.float32) for name in (EMBED, HEAD))
@@ -99,26 +98,26 @@ class Checkpoint:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a file of safetensors as transformers does.
+    """Writes a safetensors file as transformers does.
 
     Raises:
         OSError: it cannot be written.
     """
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
-    except SafetensorError as error:  # what safetensors makes of a full disk, too
+    except SafetensorError as error:  # also raised for a full disk
         raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads: the single one if it is there, else those of the index."""
+    """The files that transformers reads: the single file if there is one, else those of the index."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _indexed(folder)
     others = sorted(file.name for file in folder.iterdir() if file.suffix in _OTHER_FORMATS) if folder.is_dir() else ()
-    found = f"{', '.join(others[:3])}; other formats are not read, convert it to safetensors" if others else "neither"
-    raise ValueError(f"expected {SINGLE} or {INDEX} in {folder}, got {found}")
+    present = f"{', '.join(others[:3])}; other formats are not read, convert it to safetensors" if others else "neither"
+    raise ValueError(f"expected {SINGLE} or {INDEX} in {folder}, got {present}")
 
 
 def _indexed(folder: Path) -> list[Path]:
@@ -142,7 +141,7 @@ def _indexed(folder: Path) -> list[Path]:
 
 
 def _unreadable(file: Path, error: Exception, kind: str = "safetensors") -> str:
-    """What is wrong with a file that cannot be read, in one line."""
+    """The error for a file that cannot be read, in one line."""
     try:
         with file.open("rb") as opened:
             is_pointer = opened.read(len(_POINTER)) == _POINTER

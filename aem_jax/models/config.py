@@ -8,25 +8,27 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from aem_jax.models.parameters import parameter_table
+
 DTYPES = ("bfloat16", "float32")
-"""In which a decoder computes."""
+"""Dtypes of activations."""
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 100
 brief: Callable[[Any], str] = _brief.repr
-"""A value for the line of an error: cut where it is long or deep."""
+"""Repr of a value for an error message, shortened where it is long or deep."""
 
 
 def dtype_name(dtype: DTypeLike, accepted: Sequence[str] = DTYPES, field: str = "dtype") -> str:
     """The name of a dtype: "bfloat16" of "bfloat16", `jnp.bfloat16` or `np.dtype("bfloat16")`.
 
     Args:
-        dtype: as whoever uses JAX passes it, or one of the accepted names.
+        dtype: a jax or numpy dtype, or an accepted name.
         accepted: names.
-        field: begins the error.
+        field: named in the error.
 
     Raises:
-        ValueError: none of the accepted ones.
+        ValueError: a dtype that is not accepted.
     """
     if isinstance(dtype, str) and dtype in accepted:
         return dtype
@@ -42,14 +44,14 @@ def dtype_name(dtype: DTypeLike, accepted: Sequence[str] = DTYPES, field: str = 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of rotary positions beyond the context of pretraining: slow frequencies are divided."""
+    """Llama 3's scaling of rotary positions beyond the context of pretraining: low frequencies are divided."""
 
     factor: float
-    """What the slow ones are divided by."""
+    """Divisor of low frequencies."""
     low_freq_factor: float
-    """Those that turn at most so often in the original context are slow."""
+    """Frequencies with at most this many turns in the original context are low."""
     high_freq_factor: float
-    """Those that turn at least so often stay as they are; in between the two are mixed."""
+    """Frequencies with at least this many turns are not divided; between the two bounds both are mixed."""
     original_context: int
     """Tokens of the original context."""
 
@@ -65,14 +67,14 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     "max_positions",
 )
-"""Fields of `ModelConfig` that count something."""
+"""Fields of `ModelConfig` that are counts."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the form that Qwen2.5, Qwen3 and Llama 3 share: grouped queries, rotary positions, SwiGLU, RMS norm.
+    """A decoder as in Qwen2.5, Qwen3 and Llama 3: grouped queries, rotary positions, SwiGLU, RMS norm.
 
-    What tells the families apart are the options below: `qk_norm` (Qwen3), `qkv_bias` (Qwen2.5), neither (Llama).
+    The families differ in two options: `qk_norm` (Qwen3), `qkv_bias` (Qwen2.5), neither (Llama).
     """
 
     vocab_size: int
@@ -86,13 +88,13 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tied_head: bool = True
     qk_norm: bool = True
-    """Whether queries and keys are normed head by head."""
+    """Whether the queries and keys of each head are normalised."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias."""
     rope_scaling: RopeScaling | None = None
-    """How rotary positions are stretched, if they are."""
+    """Scaling of rotary positions; None for none."""
     max_positions: int = 32_768
-    """Tokens of the longest context that the weights were made for."""
+    """Longest context that the weights were trained for, in tokens."""
     dtype: str = "float32"
     """Dtype of activations and of the weights as used; masters are float32. A jax or numpy dtype becomes its name."""
 
@@ -102,7 +104,7 @@ class ModelConfig:
             value = getattr(self, name)
             if not hasattr(value, "__index__") or value < 1:
                 raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
-            object.__setattr__(self, name, int(value))  # of numpy's, too, which JSON does not know
+            object.__setattr__(self, name, int(value))  # JSON does not know the integers of numpy
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"expected num_heads divisible by num_kv_heads, got {self.num_heads} and {self.num_kv_heads}; "
@@ -114,16 +116,11 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Parameters, the embedding counted once when the head is tied."""
-        heads = self.num_heads + 2 * self.num_kv_heads
-        attention = self.hidden_size * self.head_dim * (self.num_heads + heads)
-        attention += 2 * self.head_dim * self.qk_norm + heads * self.head_dim * self.qkv_bias
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        tables = self.vocab_size * self.hidden_size * (1 if self.tied_head else 2)
-        return self.num_layers * layer + tables + self.hidden_size
+        return sum(row.size for row in parameter_table(self))
 
 
 def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv: int, head_dim: int, vocab: int) -> ModelConfig:
-    tied = vocab == 151_936  # from 7B on the head is a matrix of its own, and the vocabulary is padded further
+    tied = vocab == 151_936  # from 7B on the head is untied, and the vocabulary is padded further
     options = {"tied_head": tied, "qk_norm": False, "qkv_bias": True, "dtype": "bfloat16"}
     return ModelConfig(vocab, hidden, intermediate, layers, heads, kv, head_dim, **options)
 
@@ -164,40 +161,40 @@ CONFIGS: dict[str, ModelConfig] = {
     "llama-3.1-8b": _llama3(4096, 14336, 32, 32, 128, 8.0),
     "llama-3.1-70b": _llama3(8192, 28672, 80, 64, 128, 8.0),
 }
-"""Known sizes by name; those of the published models of that name (of Qwen2.5 and Llama 3 the instruct ones).
-`tiny`'s vocabulary is replaced by that of the tokenizer trained for the run."""
+"""Known sizes by name: those of the published models (for Qwen2.5 and Llama 3 the instruct models). The vocabulary of
+`tiny` is replaced by that of the tokenizer trained for the run."""
 
 
 def published(repository: str) -> ModelConfig | None:
-    """The known size that a model on the Hub has, by its name: Qwen/Qwen2.5-7B-Instruct -> that of qwen2.5-7b."""
+    """The known size of a model on the Hub, by its name: Qwen/Qwen2.5-7B-Instruct has that of qwen2.5-7b."""
     name = repository.rpartition("/")[2].lower().removesuffix("-instruct").removeprefix("meta-")
     return CONFIGS.get(name) if "/" in repository else None
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which decoder: one in Hugging Face's files, or a known size with random weights, any of its sizes changed."""
+    """Which decoder: a model in Hugging Face's files, or random weights of a known size, with any size overridden."""
 
     path: str = ""
-    """Folder of a model in Hugging Face's files, or its name on the Hub: where training begins, tokenizer included.
+    """Folder of a model in Hugging Face's files, or its name on the Hub, to start training from, with its tokenizer.
     Families: Qwen2.5, Qwen3, Llama 3. Empty: random weights of the size below."""
     name: str = "tiny"
     """Known size: tiny, qwen2.5-0.5b, -1.5b, -3b, -7b, -14b or -32b, qwen3-0.6b, -1.7b, -4b, -8b, -14b or -32b,
     llama-3.2-1b or -3b, llama-3.1-8b or -70b."""
     hidden_size: int | None = None
-    """Width of the residual stream, if not the named one."""
+    """Width of the residual stream; None is that of the named size, here and below."""
     intermediate_size: int | None = None
-    """Width inside the MLP, if not the named one."""
+    """Width of the MLP's hidden layer."""
     num_layers: int | None = None
-    """Layers, if not the named number."""
+    """Number of layers."""
     num_heads: int | None = None
-    """Query heads, if not the named number."""
+    """Query heads."""
     num_kv_heads: int | None = None
-    """Key/value heads, if not the named number; must divide num_heads."""
+    """Key/value heads; must divide num_heads."""
     head_dim: int | None = None
-    """Width of a head, if not the named one; even."""
+    """Width of a head; even."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of activations and of weights as used, if not the named one; masters are float32 in any case."""
+    """Dtype of activations and of weights as used; masters are always float32."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None:

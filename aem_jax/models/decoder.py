@@ -1,11 +1,11 @@
 """The decoder in Flax NNX. Layers are stacked and scanned, so that compile time does not grow with depth.
 
-Two ways through the same weights: `hidden` sees whole packed rows (learning), `extend` sees a chunk of new tokens
-beside a KV cache (sampling). The cache is read-only inside `extend`; the chunk's keys and values come back to the
-caller, who merges them once per chunk. So a decode step copies no cache, whatever its size.
+Two passes use the same weights: `hidden` takes packed rows (learning), `extend` takes a chunk of new tokens with a KV
+cache (sampling). `extend` only reads the cache and returns the keys and values of the chunk, which the caller appends
+once per chunk. So a decode step copies no cache, whatever its size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,25 +14,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from aem_jax.models import kv_cache
 from aem_jax.models.attention import RowAttention, chunk_attention, row_attention
-from aem_jax.models.cache import LENGTH, Cached, first_places
 from aem_jax.models.config import ModelConfig, RopeScaling
-from aem_jax.models.int8 import INPUTS, quantize, scale_of
-from aem_jax.models.lora import Adapters, LoraConfig
+from aem_jax.models.int8 import scale_of
+from aem_jax.models.kv_cache import KVCache, KVChunk
+from aem_jax.models.lora import Adapter, Adapters, LoraConfig
 
 Array = jax.Array
 
 
 FEW_LAYERS = 8
-"""A decoder with at most so many layers samples with its layers written out. A scan would copy each layer's weights and
-cache out of the stacks at every token, which on a CPU costs as much as using them; the slices of written-out layers are
-taken once a chunk. Deeper ones are scanned, so that programs stay small."""
+"""Decoders of at most this many layers sample with unrolled layers. A scan copies each layer's weights and cache out of
+the stacks at every token, which on a CPU costs as much as using them; unrolled layers are sliced once a chunk. Deeper
+decoders are scanned, so that programs stay small."""
 
 Constrain = Callable[[Array], Array]
-"""Gives back its argument, with a sharding laid down."""
+"""Returns its argument with a sharding constraint."""
 
 PerLayer = Any
-"""Either one tree for each layer in a list (few layers), or one tree with a leading axis of layers (many)."""
+"""A list with one tree for each layer (few layers), or one tree with a leading axis of layers (many)."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -65,14 +66,14 @@ def _wide(scale: Array, x: Array) -> Array:
 
 
 PRODUCT = "product"
-"""What the products with weights are called, for policies of what `jax.checkpoint` keeps."""
+"""Name of the products with weights, for the policies of `jax.checkpoint`."""
 
 
 def project(spec: str, x: Array, weights: Array) -> Array:
-    """`einsum(spec, x, weights)`, weights used once in it.
+    """`einsum(spec, x, weights)`.
 
-    Going back, x is what is turned round to give the weights' gradient. Autodiff turns the cotangent round, which is
-    often wider, and computes it a second time to do so.
+    The backward pass transposes x for the weight gradient. Autodiff would transpose the usually wider cotangent, and
+    compute it twice.
     """
     return checkpoint_name(_project(spec, x, weights), PRODUCT)
 
@@ -111,7 +112,7 @@ swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 def rotary_tables(
     positions: Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Array, Array]:
-    """cos and sin [..., head_dim/2] of the rotary angles `position * theta^(-2i/head_dim)`, stretched if asked for."""
+    """cos and sin [..., head_dim/2] of the rotary angles `position * theta^(-2i/head_dim)`, with optional scaling."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling:
         turns = scaling.original_context * frequencies / (2 * jnp.pi)
@@ -124,7 +125,7 @@ def rotary_tables(
 
 @jax.custom_vjp
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the pairs (x[i], x[i + head_dim/2]) of x [..., heads, head_dim] by the angles of its position."""
+    """Rotates the pairs (x[i], x[i + head_dim/2]) of x [..., heads, head_dim] by the angles of its position."""
     cos, sin = cos[..., None, :], sin[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -132,94 +133,75 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 rotate.defvjp(
     lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)),
-    lambda angles, cotangent: (rotate(cotangent, angles[0], -angles[1]), None, None),  # turned back
+    lambda angles, cotangent: (rotate(cotangent, angles[0], -angles[1]), None, None),  # the inverse rotation
 )
 
 
-def _alone(name: str, x: Array, y: Array) -> Array:
-    """What a projection makes of x, without an adapter: y."""
+def _without_adapter(name: str, x: Array, y: Array) -> Array:
+    """y: the output of a projection of x that has no adapter."""
     return y
 
 
 class Block(nnx.Module):
-    """All layers' weights, stacked on a leading axis; the methods see one layer's slice.
+    """The weights of all layers, stacked on a leading axis; the methods see one layer's slice.
 
-    What reads the same input is one matrix, hence one product: `qkv` [D,KV,H/KV+2,Dh] holds for each key head its
-    queries, its key and its value (so tensor parallelism splits it between groups), `gate_up` [D,2,F] both halves of
-    the MLP's input. With `lora`, adapters stand beside the projections; with `int8`, matrices are codes, their scales
-    beside them.
+    `parameters.py` lists the weights. With `adapter` the projections have adapters; with `int8` matrices are codes, and
+    `scale_of(name)` names the scales of each.
     """
 
     def __init__(
-        self, config: ModelConfig, *, lora: LoraConfig | None = None, int8: bool = False, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Array],
+        *,
+        int8: bool = False,
+        adapter: Adapter | None = None,
+        lora: LoraConfig | None = None,
     ) -> None:
-        layers, d, h, kv, dh, f = (
-            config.num_layers,
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.intermediate_size,
-        )
-
-        def normal(*shape: int, fan_in: int, scale: float = 1.0) -> nnx.Param[Array]:
-            value = jax.random.normal(rngs.params(), (layers, *shape), jnp.float32)
-            return nnx.Param(value * (scale * fan_in**-0.5))
-
-        residual = (2 * layers) ** -0.5  # keeps the residual stream's variance flat in depth at the start
-        self.qkv: nnx.Param[Array] = normal(d, kv, h // kv + 2, dh, fan_in=d)
-        self.o: nnx.Param[Array] = normal(h, dh, d, fan_in=h * dh, scale=residual)
-        self.gate_up: nnx.Param[Array] = normal(d, 2, f, fan_in=d)
-        self.down: nnx.Param[Array] = normal(f, d, fan_in=f, scale=residual)
-        if config.qkv_bias:
-            self.qkv_bias: nnx.Param[Array] = nnx.Param(jnp.zeros((layers, kv, h // kv + 2, dh)))
-        if config.qk_norm:
-            self.q_norm: nnx.Param[Array] = nnx.Param(jnp.ones((layers, dh)))
-            self.k_norm: nnx.Param[Array] = nnx.Param(jnp.ones((layers, dh)))
-        self.attention_norm: nnx.Param[Array] = nnx.Param(jnp.ones((layers, d)))
-        self.mlp_norm: nnx.Param[Array] = nnx.Param(jnp.ones((layers, d)))
-        for name in INPUTS if int8 else ():
-            codes, scales = quantize(getattr(self, name)[...], INPUTS[name])
-            setattr(self, name, nnx.Param(codes))
-            setattr(self, scale_of(name), nnx.Param(scales))
-        self.adapters: Adapters | None = Adapters(config, lora) if lora else None
+        for name, array in weights.items():
+            setattr(self, name, nnx.Param(array))
+        self.adapters = Adapters(adapter, lora) if adapter and lora else None
         self.config = config
         self.int8 = int8
 
+    def _weight(self, name: str) -> Array:
+        return getattr(self, name)[...]
+
     def _project(self, equation: str, name: str, x: Array) -> Array:
         """x [B,T,*inputs] times one layer's matrix [*inputs,*outputs]."""
-        weights = getattr(self, name)[...].astype(x.dtype)
+        weights = self._weight(name).astype(x.dtype)
         if not self.int8:
             return project(equation, x, weights)
         y = jnp.einsum(equation, x, weights, preferred_element_type=jnp.float32)
-        return (y * getattr(self, scale_of(name))[...][None, None]).astype(x.dtype)
+        return (y * self._weight(scale_of(name))[None, None]).astype(x.dtype)
 
-    def heads(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+    def project_qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Rotated queries [B,T,H,Dh], keys and values [B,T,KV,Dh] of x [B,T,D]."""
         config, eps = self.config, self.config.norm_eps
-        x = rms_norm(x, self.attention_norm[...], eps)
+        x = rms_norm(x, self._weight("attention_norm"), eps)
         groups = self._project("btd,dkgh->btkgh", "qkv", x)
         if config.qkv_bias:
-            groups = groups + self.qkv_bias[...].astype(x.dtype)[None, None]
+            groups = groups + self._weight("qkv_bias").astype(x.dtype)[None, None]
         queries = groups.shape[-2] - 2
         parts = jnp.split(groups, (queries, queries + 1), axis=-2)
-        add = self.adapters.add if self.adapters else _alone
+        add = self.adapters.add if self.adapters else _without_adapter
         parts = [add(name, x, part) for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True)]
         q, k, v = (part.reshape(*x.shape[:2], -1, part.shape[-1]) for part in parts)
         if config.qk_norm:
-            q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
+            q, k = rms_norm(q, self._weight("q_norm"), eps), rms_norm(k, self._weight("k_norm"), eps)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def finish(self, x: Array, attended: Array, *, apart: bool = False) -> Array:
+    def output_and_mlp(self, x: Array, attended: Array, *, split_gate_up: bool = False) -> Array:
         """Output projection, then the MLP, each with its residual.
 
-        `apart` makes its two inputs two products: one more to start, but going back nothing has to be joined.
+        `split_gate_up` computes gate and up as two products: one more to start, but the backward pass concatenates
+        nothing.
         """
-        add = self.adapters.add if self.adapters else _alone
+        add = self.adapters.add if self.adapters else _without_adapter
         x = x + add("o_proj", attended, self._project("bthk,hkd->btd", "o", attended))
-        y: Any = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        if apart and not self.int8:
-            halves = jnp.split(self.gate_up[...].astype(y.dtype), 2, axis=-2)
+        y: Any = rms_norm(x, self._weight("mlp_norm"), self.config.norm_eps)
+        if split_gate_up and not self.int8:
+            halves = jnp.split(self._weight("gate_up").astype(y.dtype), 2, axis=-2)
             parts = [project("btd,dgf->btgf", y, half) for half in halves]
         else:
             parts = jnp.split(self._project("btd,dgf->btgf", "gate_up", y), 2, axis=-2)
@@ -233,14 +215,19 @@ class Decoder(nnx.Module):
     """Embedding, stacked blocks, final norm, head."""
 
     def __init__(
-        self, config: ModelConfig, *, lora: LoraConfig | None = None, int8: bool = False, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Any],
+        *,
+        int8: bool = False,
+        adapter: Adapter | None = None,
+        lora: LoraConfig | None = None,
     ) -> None:
-        d, v = config.hidden_size, config.vocab_size
-        self.embed: nnx.Param[Array] = nnx.Param(jax.random.normal(rngs.params(), (v, d), jnp.float32) * d**-0.5)
-        self.layers: Block = Block(config, lora=lora, int8=int8, rngs=rngs)
-        self.norm: nnx.Param[Array] = nnx.Param(jnp.ones((d,)))
+        self.embed = nnx.Param(params["embed"])
+        self.layers = Block(config, params["layers"], int8=int8, adapter=adapter, lora=lora)
+        self.norm = nnx.Param(params["norm"])
         if not config.tied_head:
-            self.head: nnx.Param[Array] = nnx.Param(jax.random.normal(rngs.params(), (d, v), jnp.float32) * d**-0.5)
+            self.head = nnx.Param(params["head"])
         self.config = config
 
     def _embed(self, tokens: Array) -> Array:
@@ -260,10 +247,10 @@ class Decoder(nnx.Module):
         Args:
             tokens: i32[B,T].
             positions: i32[B,T], position inside its segment.
-            segment_ids: i32[B,T], 0 for padding; a token attends to earlier tokens of its own segment.
+            segment_ids: i32[B,T], 0 for padding; a token attends to its segment up to itself.
             remat: a `jax.checkpoint_policies` policy, or None to keep every activation.
-            constrain: says where the residual stream [B,T,D] lies; None leaves it to the partitioner.
-            attention: of the rows; `kernels.make_row_attention` makes that of a device.
+            constrain: constrains the sharding of the residual stream [B,T,D]; None leaves it to the partitioner.
+            attention: of the rows; `kernels.make_row_attention` makes a device's.
 
         Returns:
             [B,T,D] after the final norm.
@@ -274,52 +261,37 @@ class Decoder(nnx.Module):
 
         def layer(x: Array, state: Any) -> tuple[Array, None]:
             block = nnx.merge(graphdef, state)
-            q, k, v = block.heads(x, cos, sin)
-            return constrain(block.finish(x, attention(q, k, v, segment_ids), apart=True)), None
+            q, k, v = block.project_qkv(x, cos, sin)
+            return constrain(block.output_and_mlp(x, attention(q, k, v, segment_ids), split_gate_up=True)), None
 
         body = layer if remat is None else jax.checkpoint(layer, policy=remat)
         x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), stacked)
         return rms_norm(x, self.norm[...], config.norm_eps)
 
-    def beside(self, keys: Cached, values: Cached, window: int) -> PerLayer:
-        """Each layer's weights beside the first `window` positions of its cache: what `extend` reads.
+    def with_cache(self, cache: KVCache, window: int) -> PerLayer:
+        """Each layer's weights and the first `window` (static) positions of its cache: what `extend` reads."""
+        return self._per_layer((nnx.state(self.layers), kv_cache.window(cache, window)))
 
-        Args:
-            keys: [L,S,KV,Dh,T], or in 8 bits.
-            values: [L,S,KV,T,Dh], or in 8 bits.
-            window: static, positions to attend over.
-        """
-        weights = nnx.state(self.layers)
-        return self._per_layer(
-            (weights, first_places(keys, window, LENGTH[0]), first_places(values, window, LENGTH[1]))
-        )
+    def empty_chunk(self, slots: int, length: int) -> PerLayer:
+        """A chunk of `length` tokens in which nothing is written yet."""
+        return self._per_layer(kv_cache.init_chunk(self.config, slots, length))
 
-    def empty_chunk(self, slots: int, places: int) -> PerLayer:
-        """Keys and values of a chunk of `places` tokens in which nothing is written yet."""
-        c = self.config
-        shape = (c.num_layers, slots, c.num_kv_heads)
-        keys, values = (
-            jnp.zeros((*shape, c.head_dim, places), c.dtype),
-            jnp.zeros((*shape, places, c.head_dim), c.dtype),
-        )
-        return self._per_layer((keys, values))
-
-    def stacked_chunk(self, chunk: PerLayer) -> tuple[Array, Array]:
-        """Keys [L,S,KV,Dh,G] and values [L,S,KV,G,Dh] of a chunk."""
+    def stacked_chunk(self, chunk: PerLayer) -> KVChunk:
+        """A chunk as `kv_cache.append` takes it."""
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunk) if isinstance(chunk, list) else chunk
 
     def extend(
-        self, layers: PerLayer, tokens: Array, positions: Array, cached: Array, chunk: PerLayer, index: Array
+        self, layers: PerLayer, tokens: Array, positions: Array, lengths: Array, chunk: PerLayer, index: Array
     ) -> tuple[Array, PerLayer]:
-        """Hidden states of C new tokens a slot, beside a cache and the chunk's own earlier tokens.
+        """Hidden states of C new tokens a slot, which attend to the cache and to earlier tokens of the chunk.
 
         Args:
-            layers: from `beside`.
+            layers: from `with_cache`.
             tokens: i32[S,C].
             positions: i32[S,C].
-            cached: i32[S], how many positions of the cache are filled.
-            chunk: keys and values of this chunk, filled up to `index`; from `empty_chunk` or the step before.
-            index: i32 scalar, where the C tokens go in the chunk.
+            lengths: i32[S], cached tokens of each slot.
+            chunk: keys and values of this chunk, filled up to `index`; from `empty_chunk` or the previous step.
+            index: i32 scalar, position of the C tokens in the chunk.
 
         Returns:
             hidden [S,C,D] after the final norm, and the chunk with the new tokens' keys and values.
@@ -328,14 +300,13 @@ class Decoder(nnx.Module):
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef = nnx.graphdef(self.layers)
 
-        def layer(x: Array, scanned: tuple[Any, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
-            (weights, cache_k, cache_v), (chunk_k, chunk_v) = scanned
+        def layer(x: Array, scanned: tuple[tuple[Any, KVCache], KVChunk]) -> tuple[Array, KVChunk]:
+            (weights, cache), chunk = scanned
             block = nnx.merge(graphdef, weights)
-            q, k, v = block.heads(x, cos, sin)
-            chunk_k = jax.lax.dynamic_update_slice(chunk_k, jnp.transpose(k, (0, 2, 3, 1)), (0, 0, 0, index))
-            chunk_v = jax.lax.dynamic_update_slice(chunk_v, jnp.swapaxes(v, 1, 2), (0, 0, index, 0))
-            attended = chunk_attention(q, cache_k, cache_v, cached, chunk_k, chunk_v, index)
-            return block.finish(x, attended), (chunk_k, chunk_v)
+            q, k, v = block.project_qkv(x, cos, sin)
+            chunk = kv_cache.write_tokens(chunk, k, v, index)
+            attended = chunk_attention(q, cache, lengths, chunk, index)
+            return block.output_and_mlp(x, attended), chunk
 
         x = self._embed(tokens)
         if isinstance(layers, list):
@@ -360,5 +331,5 @@ class Decoder(nnx.Module):
         return head.astype(self.config.dtype)
 
     def logits(self, hidden: Array) -> Array:
-        """float32 logits [..., V] of hidden states [..., D]; not rounded to the activations' dtype on the way."""
+        """float32 logits [..., V] of hidden states [..., D], without rounding to the activations' dtype in between."""
         return jnp.matmul(hidden, self.head_weights(), preferred_element_type=jnp.float32)

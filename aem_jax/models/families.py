@@ -1,7 +1,7 @@
-"""Hugging Face's `config.json` and ours, both ways. The families differ by options of one decoder, listed here.
+"""`ModelConfig` from Hugging Face's `config.json`, and back. The families are options of one decoder, listed here.
 
-The reader gives what the pinned transformers computes with, defaults included, or refuses the field by its name:
-nothing that changes the model is passed over. `tests/models/test_families.py` compares the two.
+The reader follows the pinned transformers, defaults included, or refuses a field by its name: it ignores nothing that
+changes the model. `tests/models/test_families.py` compares the two.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,19 +12,19 @@ from jax.typing import DTypeLike
 from aem_jax.models.config import ModelConfig, RopeScaling, brief, dtype_name
 
 SAVED_DTYPES = ("bfloat16", "float32", "float16")
-"""In which weights are written."""
+"""Dtypes of saved weights."""
 
 
 class Family(NamedTuple):
-    """What tells one family from another.
+    """The differences between families.
 
     Attributes:
         architecture: entry of `architectures`.
         model_type: `model_type`.
         qkv_bias: option of `ModelConfig`.
         qk_norm: option of `ModelConfig`.
-        num_kv_heads: where a file has none; None is as many as query heads.
-        head_dim: where a file has none; None is hidden size / query heads.
+        num_kv_heads: default for a file without it; None is the number of query heads.
+        head_dim: default for a file without it; None is hidden size / query heads.
     """
 
     architecture: str
@@ -49,7 +49,7 @@ _SIZES = {
     "num_heads": "num_attention_heads",
     "max_positions": "max_position_embeddings",
 }
-"""Ours -> theirs, always there."""
+"""Field of `ModelConfig` -> required field of `config.json`."""
 
 _ONE_FORM: Mapping[str, Sequence[Any]] = {
     "hidden_act": ("silu", "swish"),
@@ -63,7 +63,7 @@ _ONE_FORM: Mapping[str, Sequence[Any]] = {
     "transformers_weights": (None,),
     "configuration_files": (None,),
 }
-"""Options that the decoder has one form of, and what means that form; a field that is absent means the first."""
+"""Options of which the decoder has one form, and their accepted values; an absent field means the first."""
 
 _LLAMA3 = {
     "factor": "factor",
@@ -76,15 +76,15 @@ _REQUIRED: Any = object()
 
 
 def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> ModelConfig:
-    """Our config of a `config.json`.
+    """The `ModelConfig` of a `config.json`.
 
     Args:
         theirs: its content, as transformers 4 or 5 writes it.
         dtype: of activations and of weights as used.
 
     Raises:
-        ValueError: a family or an option that the decoder does not have, or a field that is missing or of another kind;
-            names it.
+        ValueError: a family or an option that the decoder does not have, or a field that is missing or of another type;
+            the error names it.
     """
     if not isinstance(theirs, Mapping):
         raise ValueError(f"expected an object, got {brief(theirs)}")
@@ -121,14 +121,14 @@ def config_to_hf(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
     """A `config.json` that transformers reads as the same model.
 
     Args:
-        config: ours.
+        config: of the model.
         dtype: of the saved weights.
 
     Raises:
-        ValueError: options that no family has together.
+        ValueError: no family combines these options.
     """
     options = (config.qkv_bias, config.qk_norm)
-    family = next((each for each in FAMILIES if (each.qkv_bias, each.qk_norm) == options), None)
+    family = next((known for known in FAMILIES if (known.qkv_bias, known.qk_norm) == options), None)
     if family is None:
         raise ValueError(f"expected qkv_bias or qk_norm, got both; families are {_names()}")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -155,7 +155,7 @@ def _names() -> str:
 
 
 def _family(theirs: Mapping[str, Any]) -> Family:
-    """The family of `model_type`, which is what transformers goes by; `architectures` must not name another one."""
+    """The family of `model_type`, as in transformers; `architectures` must not name another one."""
     architectures, kind = _take(theirs, "architectures", _STRINGS, None) or [], theirs.get("model_type")
     if architectures or kind is not None:
         for family in FAMILIES:
@@ -169,8 +169,8 @@ def _family(theirs: Mapping[str, Any]) -> Family:
 def _rope(theirs: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """(theta, scaling), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
 
-    As in transformers, `rope_scaling` replaces `rope_parameters`, and either's own `rope_theta` goes before the one
-    beside it.
+    As in transformers, `rope_scaling` replaces `rope_parameters`, and a `rope_theta` inside either object takes
+    precedence over the one outside.
     """
     objects = {name: _take(theirs, name, _OBJECT, None) for name in ("rope_scaling", "rope_parameters")}
     source = "rope_scaling" if objects["rope_scaling"] else "rope_parameters"
@@ -188,14 +188,14 @@ def _rope(theirs: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
     theta = _take({"rope_theta": theirs.get("rope_theta", 10_000.0), **rope}, "rope_theta", _POSITIVE)
     if kind == "default":
         return float(theta), None
-    name = "original_max_position_embeddings"  # transformers prefers the field beside the object to the one in it
+    name = "original_max_position_embeddings"  # in transformers the field outside the object takes precedence
     context = _take(theirs if name in theirs else {name: max_positions, **rope}, name, _SIZE)
     factors = (float(_take(rope, name, _POSITIVE)) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     return float(theta), RopeScaling(*factors, original_context=context)
 
 
 class _Kind(NamedTuple):
-    """What a value has to be: in words, and as a test."""
+    """The required type of a value: in words, and as a test."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -207,17 +207,17 @@ _FRACTION = _Kind("a fraction between 0 and 1", lambda x: type(x) is float and 0
 _FLAG = _Kind("true or false", lambda x: type(x) is bool)
 _OBJECT = _Kind("an object or null", lambda x: x is None or isinstance(x, Mapping))
 _STRINGS = _Kind(
-    "a list of strings or null", lambda x: x is None or (isinstance(x, list) and all(type(each) is str for each in x))
+    "a list of strings or null", lambda x: x is None or (isinstance(x, list) and all(type(item) is str for item in x))
 )
 
 
 def _full_attention(layers: int) -> _Kind:
-    is_full = lambda x: isinstance(x, list) and len(x) == layers and all(each == "full_attention" for each in x)
+    is_full = lambda x: isinstance(x, list) and len(x) == layers and all(layer == "full_attention" for layer in x)
     return _Kind(f"'full_attention' for each of {layers} layers", lambda x: x is None or is_full(x))
 
 
 def _take(fields: Mapping[str, Any], name: str, kind: _Kind, default: Any = _REQUIRED) -> Any:
-    """The value of a field, which is of that kind."""
+    """The value of a field, checked."""
     value = fields.get(name, default)
     if value is _REQUIRED:
         raise ValueError(f"expected {name} to be {kind.words}, got no such field")
@@ -227,7 +227,7 @@ def _take(fields: Mapping[str, Any], name: str, kind: _Kind, default: Any = _REQ
 
 
 def _one_of(fields: Mapping[str, Any], name: str, values: Sequence[Any]) -> None:
-    """A field is absent, or has one of some values; true is not 1."""
+    """Checks that a field is absent or has one of some values; true is not 1."""
     value = fields.get(name, values[0])
-    if not any(type(value) is type(each) and value == each for each in values):
+    if not any(type(value) is type(accepted) and value == accepted for accepted in values):
         raise ValueError(f"expected {name} = {values[0]!r}, got {brief(value)}; the decoder has no other form")

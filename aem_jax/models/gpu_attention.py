@@ -1,8 +1,8 @@
 """Row attention on GPUs: cuDNN's flash attention through jax, and the Triton kernel that ships with jax.
 
-Left out: cuDNN's own packed layout, which jax offers in a private function alone and which needs each row's segments
-counted; jax's Mosaic kernel, which has no segments and no causal backward pass; tokamax, which jax 0.12 names in place
-of its Triton kernel, but which needs Python 3.12 and takes segments as a mask of T² numbers a row, as cuDNN does.
+Left out: cuDNN's packed layout, which jax offers only in a private function, and which needs the number of segments of
+each row; jax's Mosaic kernel, which has no segments and no causal backward pass; tokamax, which jax 0.12 recommends
+instead of its Triton kernel, but which needs Python 3.12 and takes segments as a mask of T² numbers a row, like cuDNN.
 """
 
 import warnings
@@ -15,7 +15,7 @@ Array = jax.Array
 TRITON_MODULE = "jax.experimental.pallas.ops.gpu.attention"
 
 TRITON_BLOCK = 128
-"""Of its queries and keys, going forward; a row is a multiple of it."""
+"""Block of queries and keys in the forward pass; a row's length is a multiple of it."""
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
@@ -25,9 +25,9 @@ def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
 
 
 def triton_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interpret: bool = False) -> Array:
-    """See `row_attention`. It knows no groups: keys and values are repeated for each query head."""
+    """See `row_attention`. The kernel has no grouped queries: keys and values are repeated for each query head."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # where a jax comes without it, `kernels.choose` says so
+        warnings.simplefilter("ignore", DeprecationWarning)  # `kernels.choose` reports a jax without it
         from jax.experimental.pallas.ops.gpu import attention as triton  # experimental: no other run should need it
 
     head_dim, shared = q.shape[-1], q.shape[2] // k.shape[2]

@@ -1,46 +1,70 @@
-"""Weights to sample from in 8 bits: a decode step reads every weight once, and that is what it waits for.
+"""Weights to sample from in int8. A decode step reads every weight once, and that is what bounds its time.
 
     W ≈ q · s,  q = round(W / s) in −127 … 127,  s = max |W| over a column / 127,  x W ≈ (x q) · s
 
-A column is what makes one number of the output, so the scale comes after the product, which reads int8 alone. Embedding
-and head, biases and norms stay as they are: the head's error would go straight into the probabilities.
+A column makes one number of the output, so the scale comes after the product, which reads int8 alone. Embedding, head,
+biases and norms keep the model's dtype: an error of the head would go straight into the probabilities.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from aem_jax.models.config import ModelConfig
+from aem_jax.models.parameters import Parameter, parameter_table
+
 Array = jax.Array
 
-INPUTS: Mapping[str, int] = {"qkv": 1, "o": 2, "gate_up": 1, "down": 1}
-"""Stacked matrix [L, *inputs, *outputs] -> how many axes its product sums over."""
+
+class QuantizedArray(NamedTuple):
+    """An array in int8.
+
+    Attributes:
+        codes: int8, of the array's shape.
+        scales: f32, without the dimensions that share a scale.
+    """
+
+    codes: Array
+    scales: Array
+
+
+def quantize(x: Array, axes: int | tuple[int, ...]) -> QuantizedArray:
+    """Codes and scales of x, one scale over `axes` (not negative): |x − q s| <= s / 2. Zeros have scale 1."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=axes)
+    # A product: XLA makes one of `largest / 127` in some programs alone, and the last bits of scales would differ.
+    scales = jnp.where(largest > 0, largest * (1 / 127), 1.0)
+    return QuantizedArray(jnp.round(x / jnp.expand_dims(scales, axes)).astype(jnp.int8), scales)
 
 
 def scale_of(name: str) -> str:
-    """What the scales of a matrix are called, beside it."""
+    """Name of the scales of a matrix; they stand beside it in the parameter tree."""
     return f"{name}_scale"
 
 
-def quantize(weights: Array, inputs: int) -> tuple[Array, Array]:
-    """Codes int8[L, *inputs, *outputs] and scales f32[L, *outputs] of weights; a column of zeros has scale 1."""
-    weights = weights.astype(jnp.float32)
-    summed = tuple(range(1, 1 + inputs))
-    largest = jnp.max(jnp.abs(weights), axis=summed)
-    # A product: XLA makes one of `largest / 127` in some programs alone, and the last bits of scales would differ.
-    scales = jnp.where(largest > 0, largest * (1 / 127), 1.0)
-    return jnp.round(weights / jnp.expand_dims(scales, summed)).astype(jnp.int8), scales
+def quantized_matrices(config: ModelConfig) -> dict[str, Parameter]:
+    """The matrices that have int8 codes, by name."""
+    return {row.name: row for row in parameter_table(config) if row.int8}
 
 
-def quantize_layers(layers: Mapping[str, Array]) -> dict[str, Array]:
-    """Stacked layers with every matrix among them in codes, its scales beside it."""
-    found = dict(layers)
-    for name in (name for name in INPUTS if name in layers):
-        found[name], found[scale_of(name)] = quantize(layers[name], INPUTS[name])
-    return found
+def quantized_table(config: ModelConfig) -> tuple[Parameter, ...]:
+    """The parameter table of a decoder in int8: codes in place of matrices, and a row for the scales of each."""
+    matrices = quantized_matrices(config).values()
+    codes = {row.name: row._replace(dtype="int8") for row in matrices}
+    scales = (Parameter(scale_of(row.name), _outputs(row), ()) for row in matrices)
+    return (*(codes.get(row.name, row) for row in parameter_table(config)), *scales)
 
 
-def layer_axes(axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, tuple[str | None, ...]]:
-    """Logical axes of `quantize_layers(layers)` from those of layers: a scale lies as its matrix's outputs."""
-    scales = {scale_of(name): (axes[name][0], *axes[name][1 + INPUTS[name] :]) for name in INPUTS if name in axes}
-    return {**axes, **scales}
+def quantize_layers(config: ModelConfig, layers: Mapping[str, Array]) -> dict[str, Array]:
+    """Stacked layers, or some of their arrays, with codes and scales in place of each matrix."""
+    quantized = dict(layers)
+    for name, row in quantized_matrices(config).items():
+        if name in layers:
+            quantized[name], quantized[scale_of(name)] = quantize(layers[name], tuple(row.input_axes))
+    return quantized
+
+
+def _outputs(row: Parameter) -> dict[str | None, int]:
+    return {name: size for axis, (name, size) in enumerate(row.dims.items()) if axis not in row.input_axes}

@@ -1,7 +1,7 @@
-"""Which attention packed rows have: the device's own kernel where it takes the shapes, else XLA's blocks.
+"""Chooses the attention of packed rows: the device's own kernel if it takes the shapes, else XLA's blocks.
 
-The table below names the kernels and what each cannot do. A kernel is one device's affair, so on a mesh it runs inside
-`shard_map`, rows over data and fsdp, heads over tensor: none of them needs another's rows or heads.
+The table below lists the kernels and the limits of each. A kernel runs on one device, so on a mesh it runs inside
+`shard_map`, rows over data and fsdp, heads over tensor: no device needs the rows or heads of another.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Device:
-    """What kernels want to know of a device.
+    """The properties of a device that kernels depend on.
 
     Attributes:
         platform: cpu, gpu or tpu.
@@ -41,7 +41,7 @@ class Device:
 
 
 class Sizes(NamedTuple):
-    """One device's share of what attends."""
+    """Sizes of one device's share of the rows and heads."""
 
     length: int
     heads: int
@@ -51,14 +51,14 @@ class Sizes(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A way to attend.
+    """An implementation of row attention.
 
     Attributes:
         attend: on one device.
         platform: where it runs; empty for everywhere.
-        refuses: why it cannot take this; empty if it can.
-        backward: matrix products of going backward, in units of those of going forward: scores are computed anew.
-        module: the experimental module of jax that holds it, which a version of jax may not have; empty for none.
+        refuses: the reason why it does not take a device and sizes; empty if it does.
+        backward: matrix products of the backward pass, in units of the forward pass; scores are recomputed.
+        module: the experimental module of jax that it is in, which some versions of jax lack; empty for none.
     """
 
     attend: RowAttention
@@ -111,7 +111,7 @@ KERNELS: Mapping[str, Kernel] = {
 """Name -> kernel."""
 
 PREFERRED: Mapping[str, str] = {"tpu": "splash", "gpu": "cudnn"}
-"""Platform -> what `auto` takes there, if it takes the shapes; XLA elsewhere."""
+"""Platform -> the kernel of `auto`, if it takes the shapes; XLA elsewhere."""
 
 
 def choose(name: str, device: Device, sizes: Sizes, kernels: Mapping[str, Kernel] = KERNELS) -> tuple[str, str]:
@@ -131,7 +131,7 @@ def choose(name: str, device: Device, sizes: Sizes, kernels: Mapping[str, Kernel
     missing = f"jax {jax.__version__} has no {kernel.module}" if not _has(kernel.module) else ""
     here = kernel.platform in ("", device.platform)
     if not here or (missing and name != "auto"):
-        there = [each for each, one in kernels.items() if one.platform in ("", device.platform) and _has(one.module)]
+        there = [known for known, row in kernels.items() if row.platform in ("", device.platform) and _has(row.module)]
         where = f"on a {device.platform.upper()}"
         why = f"; {missing}" if here else ""
         raise ValueError(f"--learner.attention: expected auto, {' or '.join(there)} {where}, got {name}{why}")
@@ -144,36 +144,36 @@ def _has(module: str) -> bool:
     """Whether an optional module of jax is installed; it is not imported."""
     try:
         return not module or importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # nor are the packages around it
+    except ModuleNotFoundError:  # its parent packages are missing, too
         return False
 
 
 def device_of(mesh: Mesh) -> Device:
-    """What the mesh is made of; its devices need not be there (`launch plan`)."""
-    one: Any = mesh.devices.flat[0]
-    version = str(getattr(getattr(one, "client", None), "platform_version", ""))
-    is_cuda = one.platform == "gpu" and "cuda" in version.lower()
-    return Device(one.platform, is_cuda, float(one.compute_capability) if is_cuda else 0.0)
+    """The device of a mesh, which may be abstract (`launch plan`)."""
+    first: Any = mesh.devices.flat[0]
+    version = str(getattr(getattr(first, "client", None), "platform_version", ""))
+    is_cuda = first.platform == "gpu" and "cuda" in version.lower()
+    return Device(first.platform, is_cuda, float(first.compute_capability) if is_cuda else 0.0)
 
 
 def make_row_attention(
     name: str, mesh: Mesh, device: Device | None = None, kernels: Mapping[str, Kernel] = KERNELS
 ) -> RowAttention:
-    """Attention of packed rows that lie on a mesh as the learner's do.
+    """Attention of packed rows in the learner's layout on a mesh.
 
-    Which kernel runs is settled while a program is traced, by its shapes; a fallback is logged once.
+    The kernel is chosen by shapes while a program is traced; a fallback is logged once.
 
     Args:
         name: of `KERNELS`, or auto.
         mesh: the mesh.
-        device: what it is made of, if not what its devices say.
+        device: of the mesh; by default that of its first device.
         kernels: the table.
 
     Raises:
         ValueError: a kernel of another platform was asked for by name.
     """
     device = device or device_of(mesh)
-    choose(name, device, Sizes(BLOCKS[0], 1, 1, 128, "bfloat16"), kernels)  # a name that cannot be is an error at once
+    choose(name, device, Sizes(BLOCKS[0], 1, 1, 128, "bfloat16"), kernels)  # an impossible name fails early
     rows = partition(("rows", "length", "heads", "head_dim"), TRAIN)
     keys = partition(("rows", "length", "kv_heads", "head_dim"), TRAIN)
     ids = partition(("rows", "length"), TRAIN)
@@ -183,11 +183,11 @@ def make_row_attention(
         local = Sizes(q.shape[1], q.shape[2] // ways, k.shape[2] // ways, q.shape[3], jnp.dtype(q.dtype).name)
         chosen, reason = choose(name, device, local, kernels)
         if reason:
-            _say_once(reason)
+            _warn_once(reason)
         run = kernels[chosen].attend
-        if chosen == "xla":  # the partitioner splits it as it is
+        if chosen == "xla":  # the partitioner splits it
             return run(q, k, v, segment_ids)
-        # What a kernel gives back says of no mesh axis that it varies over it.
+        # The outputs of a kernel do not declare the mesh axes over which they vary.
         return jax.shard_map(
             partial(run), mesh=mesh, in_specs=(rows, keys, keys, ids), out_specs=rows, check_vma=False
         )(q, k, v, segment_ids)
@@ -196,5 +196,5 @@ def make_row_attention(
 
 
 @cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     log.warning(reason)

@@ -1,14 +1,15 @@
-"""LoRA: low-rank adapters beside frozen projections (Hu et al. 2021, arXiv:2106.09685).
+"""LoRA: low-rank adapters of frozen projections (Hu et al. 2021, arXiv:2106.09685).
 
     y = x W + s · (x A) B,  s = alpha / rank;  W_eff = W + s · A B
 
-A is drawn as PEFT draws it, uniform in ±1/√inputs, and B begins at zero, so that an adapter begins as nothing. Each of
-Hugging Face's projections has a pair of its own, although queries, keys and values (and both halves of the MLP's input)
-are one matrix here: so any of them can be left out, and an adapter is PEFT's own but for the order of its axes.
+A is drawn as in PEFT, uniform in ±1/√inputs, and B starts at zero, so that an adapter starts without effect. Each of
+Hugging Face's projections has its own pair, although Q, K and V (and gate and up) are fused here. So any of them can be
+left out, and an adapter is that of PEFT but for the order of its axes.
 
 Left out: dropout (a policy gradient needs the probabilities that were sampled), biases, adapters of embedding and head.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aem_jax.models.config import ModelConfig
+from aem_jax.models.parameters import Parameter, Part, parameter_table
 
 Array = jax.Array
 Adapter = dict[str, dict[str, Any]]
@@ -28,24 +30,24 @@ Target = Literal["all", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Training small adapters beside frozen weights, instead of the weights.
+    """Training of low-rank adapters; the weights are frozen.
 
-    With --model.path the weights are those of its files; warm start and reinforcement learning both train the adapter.
-    Random weights have nothing worth adapting to: there the warm start trains all of them, what comes of it is frozen
-    and kept in the run's folder (`base/`, in Hugging Face's files), and reinforcement learning trains the adapter.
+    With --model.path the weights are those of its files, and warm start and reinforcement learning both train the
+    adapter. Without it the warm start trains all weights, and the result is frozen and kept in the run's folder
+    (`base/`, in Hugging Face's files); reinforcement learning trains the adapter.
     A learning rate about ten times that of full fine-tuning is usual.
     """
 
     rank: int = 0
     """Rank of the adapters; 0 trains all weights."""
     alpha: float = 32.0
-    """What the adapters add is scaled by alpha / rank."""
+    """The output of an adapter is scaled by alpha / rank."""
     targets: tuple[Target, ...] = ("all",)
-    """Projections that have one: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all."""
+    """Projections with an adapter: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all."""
     merge: bool = True
-    """Sample from a copy of the weights with the adapters in it, made anew each step; False: from the frozen weights
-    with the adapters beside them, two small products more for each projection, but no second copy where frozen weights
-    lie alike for learning and sampling (one device, or --mesh.fsdp 1)."""
+    """Sample from a copy of the weights with merged adapters, made each step. False: sample from the frozen weights and
+    the adapters, with two more small products for each projection, but no second copy where learning and sampling have
+    the same layout of frozen weights (one device, or --mesh.fsdp 1)."""
 
     def __post_init__(self) -> None:
         if self.rank < 0 or not self.alpha > 0:
@@ -61,54 +63,55 @@ class LoraConfig:
 
 
 class Projection(NamedTuple):
-    """One of Hugging Face's projections, and where it lies.
+    """One of Hugging Face's projections, and the part of a parameter that it is.
 
     Attributes:
-        leaf: our array [L, *inputs, ..., outputs[-1]] that holds it.
-        first: where it begins along the last axis but one of that array; None if it is all of it.
-        inputs: sizes of the axes that it reads.
-        outputs: sizes of the axes that it writes, as they lie in the array.
-        input_axes: their logical names.
-        output_axes: their logical names.
+        parameter: the stacked array [L, *inputs, ..., outputs[-1]] that holds it.
+        first: its start on the last axis but one of that array; None if it is all of it.
+        inputs: sizes of its input dimensions.
+        outputs: sizes of its output dimensions, in the order of the array.
+        input_axes: logical names of the inputs.
+        output_axes: logical names of the outputs.
+        tensor: Hugging Face's tensor of it; {layer} stands for the layer's number.
     """
 
-    leaf: str
+    parameter: str
     first: int | None
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    input_axes: tuple[str, ...]
+    input_axes: tuple[str | None, ...]
     output_axes: tuple[str | None, ...]
+    tensor: str
 
 
 def projections(config: ModelConfig) -> dict[str, Projection]:
-    """All that can have an adapter, by name."""
-    d, f, dh = config.hidden_size, config.intermediate_size, config.head_dim
-    h, kv = config.num_heads, config.num_kv_heads
-    r = h // kv
-    split: tuple[str | None, ...] = ("kv_heads", None, "head_dim")
-    qkv = lambda first, count: Projection("qkv", first, (d,), (kv, count, dh), ("embed",), split)
-    half = lambda first: Projection("gate_up", first, (d,), (1, f), ("embed",), (None, "mlp"))
-    return {
-        "q_proj": qkv(0, r),
-        "k_proj": qkv(r, 1),
-        "v_proj": qkv(r + 1, 1),
-        "o_proj": Projection("o", None, (h, dh), (d,), ("heads", "head_dim"), ("embed",)),
-        "gate_proj": half(0),
-        "up_proj": half(1),
-        "down_proj": Projection("down", None, (f,), (d,), ("mlp",), ("embed",)),
-    }
+    """All projections that can have an adapter, by name, in the order of the parameter table."""
+    return {part.module: _projection(row, part) for row in parameter_table(config) if row.lora for part in row.parts}
+
+
+def _projection(row: Parameter, part: Part) -> Projection:
+    shape, axes, n = row.part_shape(part), row.axes[1:], row.num_inputs
+    return Projection(
+        parameter=row.name,
+        first=None if part.rows is None else part.rows.start,
+        inputs=shape[:n],
+        outputs=shape[n:],
+        input_axes=axes[:n],
+        output_axes=axes[n:],
+        tensor=part.name,
+    )
 
 
 def targets(config: ModelConfig, lora: LoraConfig) -> dict[str, Projection]:
     """The projections that have an adapter, in the order of `projections`.
 
     Raises:
-        ValueError: the rank is 0, or above what a projection can have.
+        ValueError: the rank is 0, or exceeds a side of a projection.
     """
     chosen = {name: p for name, p in projections(config).items() if {"all", name} & set(lora.targets)}
     if lora.rank < 1:
         raise ValueError(f"expected a rank of at least 1, got {lora.rank}; 0 is full fine-tuning, without an adapter")
-    sides = {name: (_size(p.inputs), _size(p.outputs)) for name, p in chosen.items()}
+    sides = {name: (math.prod(p.inputs), math.prod(p.outputs)) for name, p in chosen.items()}
     name, tightest = min(sides.items(), key=lambda item: min(item[1]))
     if lora.rank > min(tightest):
         raise ValueError(
@@ -127,11 +130,11 @@ def adapter_axes(config: ModelConfig, lora: LoraConfig) -> Adapter:
 
 
 def init_adapter(config: ModelConfig, lora: LoraConfig, key: Array) -> Adapter:
-    """A float32 adapter that adds nothing yet; a projection's A does not depend on which others have one."""
+    """A float32 adapter without effect (B = 0). The A of a projection does not depend on which others have one."""
     keys = dict(zip(projections(config), jax.random.split(key, len(projections(config))), strict=True))
 
     def pair(name: str, p: Projection) -> dict[str, Array]:
-        bound = _size(p.inputs) ** -0.5
+        bound = math.prod(p.inputs) ** -0.5
         a = jax.random.uniform(keys[name], (config.num_layers, *p.inputs, lora.rank), jnp.float32, -bound, bound)
         return {"a": a, "b": jnp.zeros((config.num_layers, lora.rank, *p.outputs), jnp.float32)}
 
@@ -139,13 +142,13 @@ def init_adapter(config: ModelConfig, lora: LoraConfig, key: Array) -> Adapter:
 
 
 def merge(config: ModelConfig, lora: LoraConfig, adapter: Adapter, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """W + s · A B, rounded once, layer by layer: no product of all layers exists at a time.
+    """W + s · A B, rounded once. Layer by layer, so that the products of all layers never exist at once.
 
     Args:
         config: of the model.
         lora: of the adapter.
         adapter: float32.
-        weights: the stacked arrays that hold its projections, by name (`merged_leaves`), in any dtype.
+        weights: the stacked arrays of its projections, by name (`merged_leaves`), in any dtype.
 
     Returns:
         As weights.
@@ -153,22 +156,22 @@ def merge(config: ModelConfig, lora: LoraConfig, adapter: Adapter, weights: Mapp
     chosen = targets(config, lora)
 
     def one(layer: tuple[Adapter, dict[str, Array]]) -> dict[str, Array]:
-        pairs, found = layer
-        sums = {leaf: weight.astype(jnp.float32) for leaf, weight in found.items()}
+        pairs, layer_weights = layer
+        sums = {leaf: weight.astype(jnp.float32) for leaf, weight in layer_weights.items()}
         for name, p in chosen.items():
             delta = lora.scale * jnp.tensordot(pairs[name]["a"], pairs[name]["b"], axes=1, precision="highest")
             if p.first is not None:  # a part of its array
-                after = sums[p.leaf].shape[-2] - p.first - p.outputs[-2]
+                after = sums[p.parameter].shape[-2] - p.first - p.outputs[-2]
                 delta = jnp.pad(delta, [(0, 0)] * (delta.ndim - 2) + [(p.first, after), (0, 0)])
-            sums[p.leaf] = sums[p.leaf] + delta
-        return {leaf: sums[leaf].astype(weight.dtype) for leaf, weight in found.items()}
+            sums[p.parameter] = sums[p.parameter] + delta
+        return {leaf: sums[leaf].astype(weight.dtype) for leaf, weight in layer_weights.items()}
 
     return jax.lax.map(one, (adapter, dict(weights)))
 
 
 def merged_leaves(config: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
-    """Stacked arrays that an adapter changes."""
-    return tuple(dict.fromkeys(p.leaf for p in targets(config, lora).values()))
+    """Names of the stacked arrays that an adapter changes."""
+    return tuple(dict.fromkeys(p.parameter for p in targets(config, lora).values()))
 
 
 class LowRank(nnx.Module):
@@ -180,10 +183,10 @@ class LowRank(nnx.Module):
 
 
 class Adapters(nnx.Module):
-    """What stands beside a block's projections, by their names."""
+    """The adapters of a block's projections, by their names."""
 
-    def __init__(self, config: ModelConfig, lora: LoraConfig) -> None:
-        for name, pair in init_adapter(config, lora, jax.random.key(0)).items():
+    def __init__(self, adapter: Adapter, lora: LoraConfig) -> None:
+        for name, pair in adapter.items():
             setattr(self, name, LowRank(**pair))
         self.scale: float = lora.scale
 
@@ -191,9 +194,9 @@ class Adapters(nnx.Module):
         """y + s · (x A) B, in the dtype of x.
 
         Args:
-            name: of the projection; without an adapter, y is left as it is.
-            x: [..., *inputs], what the projection reads.
-            y: [..., *outputs], what the frozen one makes of it.
+            name: of the projection; without an adapter, y is returned.
+            x: [..., *inputs], its input.
+            y: [..., *outputs], its output without the adapter.
         """
         pair = getattr(self, name, None)
         if pair is None:
@@ -201,10 +204,3 @@ class Adapters(nnx.Module):
         a, b = pair.a[...].astype(x.dtype), pair.b[...].astype(x.dtype)
         low = jnp.tensordot(x, a, axes=a.ndim - 1) * jnp.asarray(self.scale, x.dtype)
         return y + jnp.tensordot(low, b, axes=1)
-
-
-def _size(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

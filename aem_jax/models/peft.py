@@ -21,17 +21,17 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(folder: str | Path, policy: LoraPolicy, adapter: Adapter, *, base: str) -> None:
-    """Writes an adapter, whole or not at all.
+    """Writes an adapter atomically.
 
     Args:
         folder: to write to; new or empty.
-        policy: that the adapter is of.
+        policy: of the adapter.
         adapter: on any mesh of this process; saved in its own dtype, float32.
-        base: absolute path of the folder, or name on the Hub, of the model that it stands on; PEFT reads it from
-            wherever the adapter is loaded.
+        base: absolute path of the folder, or name on the Hub, of the base model; PEFT reads it on the machine where the
+            adapter is loaded.
 
     Raises:
-        ValueError: the folder holds something.
+        ValueError: the folder is not empty.
     """
     with new_folder(Path(folder)) as partial:
         write_text(partial / CONFIG, json.dumps(_config(policy, base), indent=2) + "\n")
@@ -40,15 +40,14 @@ def save_adapter(folder: str | Path, policy: LoraPolicy, adapter: Adapter, *, ba
 
 def tensors(policy: LoraPolicy, adapter: Adapter) -> dict[str, np.ndarray]:
     """PEFT's tensors by their names."""
-    found = {}
-    for name in targets(policy.config, policy.lora):
-        module = f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
-        a, b = (np.asarray(adapter[name][each]) for each in ("a", "b"))
+    rank, matrices = policy.lora.rank, {}
+    for name, projection in targets(policy.config, policy.lora).items():
+        a, b = (np.asarray(adapter[name][side]) for side in ("a", "b"))
         for layer in range(policy.config.num_layers):
-            prefix = f"base_model.model.model.layers.{layer}.{module}"
-            found[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, policy.lora.rank).T)
-            found[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(policy.lora.rank, -1).T)
-    return found
+            module = projection.tensor.format(layer=layer).removesuffix(".weight")
+            matrices[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, rank).T)
+            matrices[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(rank, -1).T)
+    return matrices
 
 
 def _config(policy: LoraPolicy, base: str) -> dict[str, object]:

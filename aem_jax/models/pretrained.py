@@ -1,4 +1,4 @@
-"""A model in Hugging Face's files as a policy, and back: `from_pretrained`, `save_pretrained`."""
+"""Reads and writes models in Hugging Face's files: `from_pretrained`, `save_pretrained`."""
 
 import json
 import os
@@ -37,12 +37,12 @@ BESIDE = (
     "merges.txt",
     "tokenizer.model",
 )
-"""Files that are not ours to change: copied from where the model came from."""
+"""Files that are copied unchanged from the model's source."""
 _PARTIAL = ".partial"
 _NOTHING = (_PARTIAL, "lost+found")
-"""Names in a folder that is empty all the same: what a killed export left, and what file systems make themselves."""
+"""Names that an empty folder may have: the rest of a killed export, and a file system's own folder."""
 MAX_FILE_BYTES = 5 * 10**9
-"""Where transformers, too, begins a new file."""
+"""Size at which a new file starts, as in transformers."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Pretrained:
     Attributes:
         policy: the pure functions.
         params: the parameters.
-        source: folder of the files that they came from, if any.
+        source: folder of the files that they were read from, if any.
     """
 
     policy: Policy
@@ -73,23 +73,23 @@ class Pretrained:
         return self._forward(self.params, jnp.asarray(tokens, jnp.int32))
 
     def save_pretrained(self, folder: str | Path, *, dtype: DTypeLike | None = None) -> None:
-        """Writes files that transformers loads as they are; see the function `save_pretrained`."""
+        """Writes files that transformers loads; see the function `save_pretrained`."""
         save_pretrained(folder, self.config, self.params, dtype=dtype, source=self.source)
 
 
 def from_pretrained(
     path_or_repo: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike = "bfloat16", rules: Rules = TRAIN
 ) -> Pretrained:
-    """A model in Hugging Face's files, each tensor read straight into its shards.
+    """Reads a model in Hugging Face's files, each tensor directly into its shards.
 
     Args:
         path_or_repo: folder with config.json and safetensors, or a name on the Hub, which is downloaded.
-        mesh: where the parameters go; None is the default device.
+        mesh: devices of the parameters; None is the default device.
         dtype: bfloat16 or float32, as a name or as a jax or numpy dtype: of parameters and of activations.
-        rules: which layout: `TRAIN` or `DECODE`.
+        rules: the layout, `TRAIN` or `DECODE`.
 
     Raises:
-        ValueError: nothing there, a family or option that the decoder does not have, or weights that do not fit.
+        ValueError: no model there, a family or option that the decoder does not have, or weights that do not fit.
     """
     folder = resolve(path_or_repo)
     config = read_config(folder, dtype)
@@ -98,10 +98,10 @@ def from_pretrained(
 
 
 def read_config(folder: Path, dtype: DTypeLike = "bfloat16") -> ModelConfig:
-    """The config of a folder, compared with the weights in it where there are some; see `as_in_files`.
+    """The config of a folder, checked against its weights if it has some; see `as_in_files`.
 
     Raises:
-        ValueError: no config.json, one that the decoder cannot follow, or weights that are not its own.
+        ValueError: no config.json, options that the decoder does not have, or weights that do not fit.
     """
     dtype = dtype_name(dtype)
     if (folder / ADAPTER).is_file():
@@ -119,7 +119,7 @@ def read_config(folder: Path, dtype: DTypeLike = "bfloat16") -> ModelConfig:
 
 
 def config_text(folder: Path) -> str:
-    """The text of a folder's config.json, to be read without the weights: it ties the head only if they do.
+    """The text of a folder's config.json, with `tie_word_embeddings` corrected to its weights.
 
     Raises:
         ValueError: as `read_config`.
@@ -132,12 +132,12 @@ def config_text(folder: Path) -> str:
 
 
 def resolve(path_or_repo: str | Path) -> Path:
-    """The folder of a model: as it is, or downloaded from the Hub.
+    """The folder of a model, downloaded from the Hub if it is a name there.
 
     Raises:
-        ValueError: no such folder, and nothing of that name can be downloaded.
+        ValueError: no such folder, and no such model to download.
     """
-    folder = Path(os.path.expanduser(path_or_repo))  # as it is where there is no such user
+    folder = Path(os.path.expanduser(path_or_repo))  # unchanged if there is no such user
     if folder.is_dir():
         return folder
     name = str(path_or_repo)
@@ -155,14 +155,14 @@ def resolve(path_or_repo: str | Path) -> Path:
 
 
 def check_free(folder: Path) -> None:
-    """Looks whether a model can be written to a folder.
+    """Checks that a model can be written to a folder.
 
     Raises:
-        ValueError: it is a file, or holds something.
+        ValueError: it is a file, or not empty.
     """
     try:
         target = folder.expanduser().resolve()
-        names = [each.name for each in target.iterdir()] if target.exists() else []
+        names = [entry.name for entry in target.iterdir()] if target.exists() else []
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise ValueError(f"expected a new or empty folder to write a model to, got {folder}: {error}") from None
     if any(name not in _NOTHING for name in names):
@@ -171,13 +171,13 @@ def check_free(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` when the block ends, or vanishes when it raises.
+    """A folder to write into, which becomes `folder` when the block ends, and is removed when the block raises.
 
-    A link is followed. A folder that is there stays the same one, for it may be a mount point or somebody's working
-    folder: the files are written inside it, and moved to their places at the end, config files last.
+    A link is followed. An existing folder is kept, since it may be a mount point or a working directory: the files are
+    written to a folder inside it and moved at the end, config files last.
 
     Raises:
-        ValueError: the folder holds something.
+        ValueError: the folder is not empty.
         OSError: it cannot be written.
     """
     check_free(folder)
@@ -189,8 +189,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         if is_there:
-            for each in sorted(partial.iterdir(), key=lambda each: (each.name.endswith(CONFIG), each.name)):
-                os.replace(each, target / each.name)
+            for file in sorted(partial.iterdir(), key=lambda file: (file.name.endswith(CONFIG), file.name)):
+                os.replace(file, target / file.name)
             partial.rmdir()
         else:
             os.replace(partial, target)
@@ -210,20 +210,20 @@ def save_pretrained(
     stop_ids: Sequence[int] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes config.json, safetensors, and the tokenizer and generation config of `source`, whole or not at all.
+    """Writes config.json, safetensors, and the tokenizer and generation config of `source`, atomically.
 
     Args:
-        folder: to write to; new or empty, for nothing is written over. A link to an empty folder and a mount point do.
+        folder: to write to; new or empty. It may be a link or a mount point.
         config: of the model.
         params: parameters, on any mesh of this process.
-        dtype: to save in, bfloat16, float32 or float16; None keeps the parameters'. A model that was read in its own
-            dtype comes back bit by bit.
+        dtype: of the files, bfloat16, float32 or float16; None keeps that of the parameters. A model that was read in
+            its own dtype is written bit by bit.
         source: folder whose tokenizer and generation config are copied.
-        stop_ids: ids that end a response, for the generation config where `source` has none.
-        max_file_bytes: size at which a new file of weights begins.
+        stop_ids: ids that end a response, for the generation config if `source` has none.
+        max_file_bytes: size at which a new file of weights starts.
 
     Raises:
-        ValueError: the folder holds something, or weights are not finite in that dtype.
+        ValueError: the folder is not empty, or weights are not finite in that dtype.
     """
     saved = dtype_name(str(params["embed"].dtype) if dtype is None else dtype, SAVED_DTYPES)
     with new_folder(Path(folder)) as partial:

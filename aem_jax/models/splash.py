@@ -1,9 +1,9 @@
 """Row attention on TPUs: the splash kernel that ships with jax, forward and backward.
 
-Scores live in the chip's fast memory, block by block; blocks behind the queries are never visited, and segments are
-masked inside a block. Going backward it takes two kernels, one for queries' gradients and one for keys' and values',
-which compute the scores anew each; the fused one would save a fifth of the products, but keeps a copy of the queries'
-gradient for every block of keys, rounded to the inputs' dtype.
+Scores stay in the chip's fast memory, block by block. Blocks of keys after the queries are not visited, and segments
+are masked inside a block. The backward pass has two kernels, one for the gradient of queries and one for those of keys
+and values; each recomputes the scores. The fused kernel would save a fifth of the products, but keeps a copy of the
+queries' gradient for every block of keys, rounded to the inputs' dtype.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 Array = jax.Array
 
 BLOCKS = (512, 256, 128)
-"""Queries, and keys, of a block: the largest that divides the row."""
+"""Queries, and keys, of a block: the largest of these that divides the row."""
 
 SPLASH_MODULE = "jax.experimental.pallas.ops.tpu.splash_attention"
 
 PASSES = {"fwd": 2, "dq": 3, "dkv": 4}
-"""Kernel -> matrix products of scores' size in it: scores, values; scores, their gradient, queries'; and so on."""
+"""Kernel -> its matrix products of the size of the scores."""
 
 
 def block_size(length: int) -> int:
@@ -35,9 +35,9 @@ def splash_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interp
         k: [B,T,KV,Dh].
         v: [B,T,KV,Dh].
         segment_ids: i32[B,T].
-        interpret: computes as the kernel would, without a TPU; slowly.
+        interpret: emulates the kernel without a TPU, slowly.
     """
-    # Here, not above: an experimental module, which no run without a TPU should need.
+    # Imported here: no run without a TPU needs this experimental module.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -63,7 +63,7 @@ def splash_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interp
 
 
 def splash_flops(phase: str, length: int, heads: float, head_dim: int) -> float:
-    """FLOPs of one of its kernels for one row: 2·H·Dh for each pair of a query and a key in blocks that it visits.
+    """FLOPs of one of its kernels for one row: 2·H·Dh for each pair of a query and a key in the visited blocks.
 
     Args:
         phase: of `PASSES`.

@@ -1,11 +1,11 @@
-"""A value head on a policy: what is expected of a state, read off the hidden state that the first token is drawn from.
+"""A value head on a policy: the value of a state, from the hidden state that predicts the first token of a response.
 
-    V = w · h / √D + b,  w = 0 and b = 0 at first
+    V = w · h / √D + b,  initially w = 0 and b = 0
 
-h is the decoder's last hidden state [D], after the final norm: h / √D is of length 1, whatever the model. The head is a
-leaf of its own beside the policy's parameters, float32: nothing of it is sampled from, exported, or frozen.
+h is the decoder's last hidden state [D], after the final norm, so that h / √D has about length 1 for any model. The
+head is a float32 leaf beside the policy's parameters. It is not sampled from, exported or frozen.
 
-Left out: a critic with a decoder of its own, which doubles what learning takes.
+Left out: a critic with its own decoder, which doubles the memory and time of learning.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class ValuePolicy:
-    """A policy that is trained with a value head: the same functions, of {"policy": …, "value": {"w", "b"}}.
+    """A policy with a value head: the same functions, of {"policy": …, "value": {"w", "b"}}.
 
-    Where `policy` takes a pair (adapter, frozen weights), so do the functions here, with the head beside the adapter.
+    Where `policy` takes a pair (adapter, frozen weights), these functions do too; the head is in the first.
     """
 
     policy: Policy | LoraPolicy
@@ -35,7 +35,7 @@ class ValuePolicy:
         return {"policy": self.policy.axes, "value": {"w": (None, "value"), "b": ("value",)}}
 
     def init(self, key: Array) -> Params:
-        """The policy's own parameters from a PRNG key, and a head that says 0."""
+        """The policy's own parameters from a PRNG key, and a head whose values are 0."""
         return self.attach(self.policy.init(key))
 
     def attach(self, params: Params) -> Params:
@@ -69,7 +69,7 @@ class ValuePolicy:
 
 
 def policy_params(policy: Any, params: Params) -> Params:
-    """What of a policy's trained parameters is sampled from and exported: all but a value head."""
+    """The trained parameters that are sampled from and exported: all but a value head."""
     return params["policy"] if isinstance(policy, ValuePolicy) else params
 
 

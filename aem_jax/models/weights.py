@@ -1,16 +1,17 @@
-"""Weights in Hugging Face's safetensors, tensor by tensor into their shards and back out.
+"""Reads Hugging Face's safetensors, tensor by tensor, into their shards, and writes them.
 
-The table `tensors` says where each of their tensors stands in ours; reading and writing go through it and nothing else.
+`tensors` derives from the parameter table which block of our arrays each tensor is; reading and writing both use it.
 """
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from aem_jax.files import write_text
-from aem_jax.models.checkpoint_files import EMBED, FLOATS, HEAD, INDEX, SINGLE, Checkpoint, write_tensors
+from aem_jax.models.checkpoint_files import FLOATS, INDEX, SINGLE, Checkpoint, write_tensors
 from aem_jax.models.config import ModelConfig, dtype_name
+from aem_jax.models.parameters import EMBED, HEAD, Parameter, Part, parameter_table
 from aem_jax.models.policy import Params, Policy
 from aem_jax.sharding import TRAIN, Rules, shardings
 
@@ -32,17 +34,17 @@ log: logging.Logger = logging.getLogger(__name__)
 
 
 class Tensor(NamedTuple):
-    """One of their tensors, and the block of one of our arrays that holds it.
+    """A Hugging Face tensor, and the block of one of our arrays that it fills.
 
         block = tensor.reshape(view).transpose(order).reshape(shape of the block)
 
     Attributes:
-        name: theirs.
-        shape: theirs.
+        name: of the tensor.
+        shape: of the tensor.
         path: keys of our array in the parameter tree.
-        start: where the block begins in our array.
-        view: their axes, taken apart.
-        order: permutation of those, as ours lie.
+        start: of the block in our array.
+        view: the tensor's shape with its axes split.
+        order: permutation of the split axes to the order of our array.
         block: shape of the block.
     """
 
@@ -55,63 +57,49 @@ class Tensor(NamedTuple):
     block: tuple[int, ...]
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The block of a tensor of theirs."""
+        """The block of our array, from a tensor."""
         return tensor.reshape(self.view).transpose(self.order).reshape(self.block)
 
     def to_theirs(self, block: np.ndarray) -> np.ndarray:
-        """The tensor of a block of ours."""
-        apart = block.reshape([self.view[axis] for axis in self.order])
-        return np.ascontiguousarray(apart.transpose(np.argsort(self.order)).reshape(self.shape))
+        """The tensor, from a block of our array."""
+        split = block.reshape([self.view[axis] for axis in self.order])
+        return np.ascontiguousarray(split.transpose(np.argsort(self.order)).reshape(self.shape))
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
-    """All tensors of a model, in the order of its layers."""
-    v, d = config.vocab_size, config.hidden_size
-
-    def plain(name: str, path: tuple[str, ...], *shape: int) -> Tensor:
-        return Tensor(name, shape, path, (0,) * len(shape), shape, tuple(range(len(shape))), shape)
-
-    yield plain(EMBED, ("embed",), v, d)
-    for layer in range(config.num_layers):
-        yield from _layer_tensors(config, layer)
-    yield plain("model.norm.weight", ("norm",), d)
-    if not config.tied_head:
-        yield Tensor(HEAD, (v, d), ("head",), (0, 0), (v, d), (1, 0), (d, v))
+    """All tensors of a model, layer by layer; one at a time, since a broken config may have any number of layers."""
+    for stacked, rows in groupby(parameter_table(config), lambda row: row.stacked):
+        parts = [(row, part) for row in rows for part in row.parts]
+        for layer in range(config.num_layers if stacked else 1):
+            yield from (_tensor(row, part, layer) for row, part in parts)
 
 
-def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
-    d, f = config.hidden_size, config.intermediate_size
-    kv, r, dh = config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
-    h = kv * r
-
-    def one(name: str, leaf: str, view, order, block, *start: int, shape: tuple[int, ...]) -> Tensor:
-        begin = (layer, *start, *(0,) * (len(block) - len(start)))
-        return Tensor(f"model.layers.{layer}.{name}", shape, ("layers", leaf), begin, view, order, (1, *block))
-
-    for name, count, first in (("q", r, 0), ("k", 1, r), ("v", 1, r + 1)):
-        head, rows, split = f"self_attn.{name}_proj", kv * count * dh, (kv, count, dh)
-        yield one(f"{head}.weight", "qkv", (*split, d), (3, 0, 1, 2), (d, *split), 0, 0, first, shape=(rows, d))
-        if config.qkv_bias:
-            yield one(f"{head}.bias", "qkv_bias", split, (0, 1, 2), split, 0, first, shape=(rows,))
-    yield one("self_attn.o_proj.weight", "o", (d, h, dh), (1, 2, 0), (h, dh, d), shape=(d, h * dh))
-    for first, name in enumerate(("gate", "up")):
-        yield one(f"mlp.{name}_proj.weight", "gate_up", (f, d), (1, 0), (d, 1, f), 0, first, shape=(f, d))
-    yield one("mlp.down_proj.weight", "down", (d, f), (1, 0), (f, d), shape=(d, f))
-    norms = {"input_layernorm": ("attention_norm", d), "post_attention_layernorm": ("mlp_norm", d)}
-    if config.qk_norm:
-        norms |= {"self_attn.q_norm": ("q_norm", dh), "self_attn.k_norm": ("k_norm", dh)}
-    for name, (leaf, size) in norms.items():
-        yield one(f"{name}.weight", leaf, (size,), (0,), (size,), shape=(size,))
+def _tensor(row: Parameter, part: Part, layer: int) -> Tensor:
+    shape = row.part_shape(part)  # [*inputs, *outputs] here, [outputs, inputs] there
+    inputs, outputs = shape[: row.num_inputs], shape[row.num_inputs :]
+    flat = tuple(math.prod(side) for side in (outputs, inputs) if side)
+    start = [0] * len(shape)
+    if part.rows is not None:
+        start[-2] = part.rows.start
+    return Tensor(
+        name=part.name.format(layer=layer),
+        shape=flat if inputs or part.rows else shape,
+        path=("layers", row.name) if row.stacked else (row.name,),
+        start=(layer, *start) if row.stacked else tuple(start),
+        view=(*outputs, *inputs),
+        order=(*range(len(outputs), len(shape)), *range(len(outputs))),
+        block=(1, *shape) if row.stacked else shape,
+    )
 
 
 def as_in_files(folder: Path, config: ModelConfig) -> ModelConfig:
-    """The config of a folder's `config.json`, as the weights beside it have it; a folder without weights changes none.
+    """A config with `tied_head` corrected to the weights of the folder, if it has weights.
 
-    As in transformers, a head that differs from the embedding is kept, whatever `tie_word_embeddings` says. Only the
-    files' headers are read, and both tables where a tied model has a head in its files.
+    As in transformers, a head that differs from the embedding is kept, whatever `tie_word_embeddings` is. Only the
+    files' headers are read, and for a tied model with a head in its files, embedding and head.
 
     Raises:
-        ValueError: the weights are not that config's, or their files are broken.
+        ValueError: the weights do not fit the config, or their files are broken.
     """
     if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
         return config
@@ -138,19 +126,19 @@ def load_params(
 ) -> Params:
     """Parameters from a folder of safetensors.
 
-    The host holds one tensor at a time, twice at most: each goes to the devices in its shards and is put there into the
-    array that it is part of.
+    The host holds one tensor at a time, with at most one copy. Each goes to the devices in its shards and is written
+    there into its array.
 
     Args:
         folder: with `model.safetensors`, or several files and their index.
-        policy: of the config beside them, as `as_in_files` has it.
-        mesh: where to put them; None is the default device.
-        dtype: of the parameters: one for all, or a tree of theirs (`Policy.dtypes`).
-        rules: which layout.
+        policy: of the folder's config, from `as_in_files`.
+        mesh: devices of the parameters; None is the default device.
+        dtype: of the parameters: one for all, or a tree (`Policy.dtypes`).
+        rules: the layout.
 
     Raises:
-        ValueError: tensors that are missing, unknown, of another shape (each named, with both shapes) or no numbers;
-            a head of its own for a tied policy; broken files.
+        ValueError: tensors that are missing, unknown, of another shape (each named, with both shapes) or not finite;
+            an own head for a tied policy; broken files.
     """
     with ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
@@ -180,8 +168,8 @@ def save_params(
         folder: exists.
         config: of the model.
         params: parameters, on any mesh of this process.
-        dtype: to save in; None keeps the parameters'.
-        max_file_bytes: size at which a new file begins.
+        dtype: of the files; None keeps that of the parameters.
+        max_file_bytes: size at which a new file starts.
 
     Raises:
         ValueError: weights that are not finite, in that dtype.
@@ -201,11 +189,11 @@ def save_params(
         leaf = _holder(params, tensor.path)[tensor.path[-1]]
         start, saved = tuple(np.int32(at) for at in tensor.start), jnp.dtype(leaf.dtype if dtype is None else dtype)
         block, finite[tensor.name] = _take_block(leaf, start, tensor.block, saved)
-        found = tensor.to_theirs(np.asarray(block))
-        if held and sum(each.nbytes for each in held.values()) + found.nbytes > max_file_bytes:
+        values = tensor.to_theirs(np.asarray(block))
+        if held and sum(array.nbytes for array in held.values()) + values.nbytes > max_file_bytes:
             flush()
-        held[tensor.name] = found
-        total += found.nbytes
+        held[tensor.name] = values
+        total += values.nbytes
     flush()
     _check_finite(finite, f"weights to write to {folder}")
     if len(written) == 1:
@@ -221,15 +209,15 @@ def save_params(
 
 
 def _check(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, str]:
-    """Compares the files' headers with the config; returns the tensors that another one stands for."""
-    # As in transformers, where the head of a tied model is there alone, it is the embedding, too.
+    """Compares the files' headers with the config; returns tensors that are stored under another name."""
+    # As in transformers, a tied model whose files have only the head takes it as the embedding.
     names = {EMBED: HEAD} if config.tied_head and EMBED not in checkpoint and HEAD in checkpoint else {}
-    # A tied head is often saved beside the embedding, and old files hold the rotary frequencies.
+    # Files of tied models often have the head, too, and old files have the rotary frequencies.
     spare = {HEAD} if config.tied_head else set()
     wanted = set()
 
     def problems() -> Iterator[str]:
-        for tensor in tensors(config):  # one at a time: what a broken config says of layers may be any number
+        for tensor in tensors(config):  # lazily: a broken config may have any number of layers
             name = names.get(tensor.name, tensor.name)
             wanted.add(name)
             if name not in checkpoint:
@@ -243,14 +231,14 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, str]:
             if name not in wanted and name not in spare and not name.endswith("rotary_emb.inv_freq"):
                 yield f"{name} {list(checkpoint.shape(name))} is not known"
 
-    if found := list(islice(problems(), 6)):
-        more = ", and more" if len(found) > 5 else ""
-        raise ValueError(f"expected the weights of {checkpoint.folder}'s config.json: {'; '.join(found[:5])}{more}")
+    if errors := list(islice(problems(), 6)):
+        more = ", and more" if len(errors) > 5 else ""
+        raise ValueError(f"expected the weights of {checkpoint.folder}'s config.json: {'; '.join(errors[:5])}{more}")
     return names
 
 
 def _check_finite(finite: Mapping[str, Array], what: str) -> None:
-    """Refuses weights of which one is NaN or infinite: every number that they give would be NaN."""
+    """Refuses NaN and infinity, which would make every output NaN."""
     if broken := [name for name, is_finite in jax.device_get(finite).items() if not is_finite]:
         more = f", and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise ValueError(f"expected finite numbers in {what}, got NaN or infinity in {', '.join(broken[:3])}{more}")
@@ -272,7 +260,7 @@ def _holder(tree: Any, path: Sequence[str]) -> dict[str, Any]:
 
 
 def _place(block: np.ndarray, sharding: NamedSharding | None) -> Array:
-    """On the devices, each of which gets its part and no more."""
+    """A block on the devices; each gets only its shard."""
     if sharding is None:
         return jnp.asarray(block)
     return jax.make_array_from_callback(block.shape, sharding, lambda index: np.ascontiguousarray(block[index]))
@@ -282,7 +270,7 @@ def _place(block: np.ndarray, sharding: NamedSharding | None) -> Array:
 def _put_block(
     array: Array, block: Array, start: tuple[Array, ...], sharding: NamedSharding | None
 ) -> tuple[Array, Array]:
-    """The array with a block in its place, and whether the block is finite."""
+    """The array with a block written at `start`, and whether the block is finite."""
     block = block.astype(array.dtype)
     array = jax.lax.dynamic_update_slice(array, block, start)
     array = array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)

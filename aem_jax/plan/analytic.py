@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from aem_jax.models import ModelConfig
 from aem_jax.models.attention import BLOCK
 from aem_jax.models.kernels import KERNELS
+from aem_jax.models.parameters import layer_matrices
 from aem_jax.plan.costs import Collective, Costs
 from aem_jax.plan.workload import Workload
 from aem_jax.sharding import MeshConfig, MeshDemand
@@ -19,8 +20,7 @@ MASTER, GRADIENT = 4, 8
 
 def layer_parameters(model: ModelConfig) -> int:
     """Parameters of all layers' matrix products."""
-    heads = 2 * model.num_heads + 2 * model.num_kv_heads
-    return model.num_layers * model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size)
+    return sum(row.size for row in layer_matrices(model))
 
 
 def head_parameters(model: ModelConfig) -> int:

@@ -20,7 +20,7 @@ from aem_jax.plan.costs import Costs, costs
 from aem_jax.plan.hlo import parse
 from aem_jax.plan.workload import Workload
 from aem_jax.sampler import Sampler
-from aem_jax.sampler.layout import make_reshard
+from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sharding import TRAIN, decode_formats, replicated, shardings
 
 PROGRAMS = ("update", "reshard", "extend", "decode")
@@ -77,14 +77,14 @@ def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple
 
 def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
     """Of each program. With adapters there is no one program that reshards, but several small ones: it is left out."""
-    whole = Policy(work.model)
-    policy = LoraPolicy(whole, work.lora) if work.lora.rank else whole
+    base = Policy(work.model)
+    policy = LoraPolicy(base, work.lora) if work.lora.rank else base
     trained = components.trained_policy(config, policy)
     state = abstract_state(trained, make_optimizer(config.learner, trained.axes), mesh)
     adapted = isinstance(policy, LoraPolicy)
-    frozen = _place(whole, shardings(mesh, whole.axes, TRAIN, whole.shapes)) if adapted else None
+    frozen = _place(base, shardings(mesh, base.axes, TRAIN, base.shapes)) if adapted else None
     int8 = config.sampling.weights == "int8"
-    sampled = whole.in_int8 if int8 else whole
+    sampled = base.quantized if int8 else base
     params: Any = _place(sampled, decode_formats(mesh, sampled.axes, sampled.shapes))
     if adapted and not work.lora.merge:
         params = (_place(policy, decode_formats(mesh, policy.axes, policy.shapes), work.model.dtype), params)
@@ -108,7 +108,7 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
         return step.lower(state, abstract_batch(layout, mesh), packed, reference, frozen, values)
 
     def reshard() -> jax.stages.Lowered:
-        program: Any = make_reshard(whole, mesh, int8=int8)
+        program: Any = make_reshard(base, mesh, int8=int8)
         return program.lower(policy_params(trained, state.params))
 
     return {

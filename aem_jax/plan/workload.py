@@ -3,7 +3,10 @@
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import jax
 
 from aem_jax.batch import BatchLayout
 from aem_jax.config import components
@@ -12,6 +15,7 @@ from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.models import ModelConfig
 from aem_jax.models.config import published
+from aem_jax.models.kv_cache import init_cache
 from aem_jax.models.lora import LoraConfig, targets
 from aem_jax.models.pretrained import read_config
 
@@ -93,10 +97,8 @@ class Workload:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that a token takes in a cache: its keys and values, in 8 bits with a float32 scale for each head."""
-        model = self.model
-        of_a_head = model.head_dim + 4 if self.int8_cache else model.head_dim * (2 if model.dtype == "bfloat16" else 4)
-        return 2 * model.num_layers * model.num_kv_heads * of_a_head
+        """Bytes that a token takes in a cache."""
+        return jax.eval_shape(partial(init_cache, self.model, 1, 1, int8=self.int8_cache)).token_bytes
 
 
 def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | None = None) -> Workload:

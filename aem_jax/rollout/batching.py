@@ -221,7 +221,7 @@ def prefill(
     """
     done, num_slots = 0, state.lengths.shape[0]
     for bucket in cut_into_buckets(max(map(len, ids.values())), tuple(sorted(buckets))):
-        padded = sampler.place([slot for slot in ids if len(ids[slot]) > done], num_slots, sizes)
+        padded = sampler.pad_slots([slot for slot in ids if len(ids[slot]) > done], num_slots, sizes)
         row_slots = range(num_slots) if padded is None else padded.tolist()
         tokens, counts = np.zeros((len(row_slots), bucket), np.int32), np.zeros(len(row_slots), np.int32)
         for row, slot in enumerate(row_slots):

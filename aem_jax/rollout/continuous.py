@@ -3,7 +3,7 @@
 Each round collects the replies that are there, prefills them, and calls the next chunk for all slots with a response
 to decode; then it reads the chunk before. So the device always has a program waiting, while the host reads, tokenises
 and calls environments. Whether a response continues is unknown until its last chunk is read: its next call has the
-budget `GO_ON`, which decodes nothing if the response has ended.
+budget `CONTINUE`, which decodes nothing if the response has ended.
 
 Slots of very different length decode in separate calls (`batching.plan_calls`). Which slots decode together depends on
 timing, hence also the shapes of calls and the last bits of logprobs: the same key samples the same tokens, unless two
@@ -22,7 +22,7 @@ from aem_jax.rollout.batching import Call, decode_cost
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.episode import Attempt, Episode
 from aem_jax.rollout.slots import Job, SlotGroup
-from aem_jax.sampler import GO_ON, Decoded, Sampler
+from aem_jax.sampler import CONTINUE, Decoded, Sampler
 
 
 class _Row(NamedTuple):
@@ -60,7 +60,7 @@ def run(job: Job, group: SlotGroup, sampler: Sampler, config: RolloutConfig) -> 
     # A tensor axis splits weights and cache alike, so it is left out.
     cost = decode_cost(
         weights=_num_bytes(job.params),
-        token=state.cache_bytes / (num_slots * state.places),
+        token=state.cache.token_bytes,
         num_slots=num_slots // sampler.slot_shards,
         steps=config.decode_chunk,
     )
@@ -77,7 +77,7 @@ def run(job: Job, group: SlotGroup, sampler: Sampler, config: RolloutConfig) -> 
         if decoding:
             contexts = {slot: e.num_tokens + min(ahead.get(slot, 0), e.budget) for slot, e in decoding.items()}
             calls = group.plan_calls(contexts, cost)
-            budgets = {slot: GO_ON if slot in ahead else episode.budget for slot, episode in decoding.items()}
+            budgets = {slot: CONTINUE if slot in ahead else episode.budget for slot, episode in decoding.items()}
             unread.append([_decode(job, group, sampler, config.decode_chunk, budgets, call) for call in calls])
         while len(unread) > bool(decoding):
             for chunk in unread.popleft():

@@ -43,7 +43,7 @@ def _decode_responses(job: Job, group: SlotGroup, sampler: Sampler, chunk: int) 
         budgets = np.zeros(len(group.episodes), np.int32)
         for slot, episode in decoding.items():
             budgets[slot] = episode.budget
-        window = sampler.cover(max(episode.num_tokens for episode in decoding.values()))
+        window = sampler.window_for(max(episode.num_tokens for episode in decoding.values()))
         job.clock.before_call()
         group.state, decoded = sampler.decode(job.params, group.state, budgets, chunk, window=window)
         job.clock.after_call(decoded.counts)

@@ -45,7 +45,7 @@ class PromptCache:
         """Compiles all programs that the cache calls; `state` holds the slots that prompts are forked to."""
         zeros, config = np.zeros(self.num_rows, np.int32), self._config
         for size in (*self._sizes, self.num_rows):
-            rows = None if size == self.num_rows else self._sampler.place([], self.num_rows, [size])
+            rows = None if size == self.num_rows else self._sampler.pad_slots([], self.num_rows, [size])
             for bucket in config.extend_buckets:
                 tokens = np.zeros((size, bucket), np.int32)
                 self._state = self._sampler.extend(

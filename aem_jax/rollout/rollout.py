@@ -61,7 +61,7 @@ class Rollout:
         num_slots = len(group.episodes)
         group.state = self._prompts.warm_up(params, group.state)
         for size in (*group.sizes, num_slots):
-            slots = None if size == num_slots else sampler.place([], num_slots, [size])
+            slots = None if size == num_slots else sampler.pad_slots([], num_slots, [size])
             zeros = np.zeros(size, np.int32)
             for window in sampler.windows:
                 for bucket in config.extend_buckets:

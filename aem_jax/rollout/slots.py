@@ -231,8 +231,8 @@ class SlotGroup:
     def plan_calls(self, contexts: Mapping[int, int], cost: Cost) -> list[Call]:
         """Which slots share a call (`batching.plan_calls`); in lockstep mode all do."""
         num_slots, sampler = len(self.episodes), self._sampler
-        pad_slots = partial(sampler.place, num_slots=num_slots, sizes=self.sizes)
-        return plan_calls(contexts, num_slots, sampler.slot_shards, sampler.cover, pad_slots, cost)
+        pad_slots = partial(sampler.pad_slots, num_slots=num_slots, sizes=self.sizes)
+        return plan_calls(contexts, num_slots, sampler.slot_shards, sampler.window_for, pad_slots, cost)
 
     def append_sampled(self, job: Job, slot: int, row: int, decoded: Decoded) -> None:
         """Appends row `row` of a decoded chunk to a slot's response; the budget becomes 0 when the response ends."""

@@ -1,8 +1,8 @@
-"""The slot sampler: jitted functions over a `SamplerState`, whose KV cache lives as long as its episodes do."""
+"""The slot sampler: jitted functions over a `SamplerState`, whose KV cache keeps each episode's tokens."""
 
-from aem_jax.sampler.draw import Draw, SamplingConfig, make_draw
-from aem_jax.sampler.programs import GO_ON, Decoded
+from aem_jax.sampler.programs import CONTINUE, Decoded
 from aem_jax.sampler.sampler import Sampler
+from aem_jax.sampler.sampling import SampleToken, SamplingConfig, make_sample_token
 from aem_jax.sampler.state import SamplerState
 
-__all__ = ["GO_ON", "Decoded", "Draw", "Sampler", "SamplerState", "SamplingConfig", "make_draw"]
+__all__ = ["CONTINUE", "Decoded", "SampleToken", "Sampler", "SamplerState", "SamplingConfig", "make_sample_token"]

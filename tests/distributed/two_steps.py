@@ -22,7 +22,7 @@ from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_upda
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.sampler.layout import make_reshard
+from aem_jax.sampler.reshard import make_reshard
 from aem_jax.selection import Rule, succeeded
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import train

@@ -278,8 +278,8 @@ def test_a_sampler_that_agrees_and_a_learner_with_another_parameter():
 def test_a_sampler_that_forgets_its_cache_is_found(own_programs: None, monkeypatch: pytest.MonkeyPatch, capsys):
     from aem_jax.models import decoder
 
-    whole = decoder.chunk_attention
-    forgets = lambda q, k, v, cached, *rest: whole(q, k, v, jnp.maximum(cached - 1, 0), *rest)
+    attend = decoder.chunk_attention
+    forgets = lambda q, cache, lengths, *rest: attend(q, cache, jnp.maximum(lengths - 1, 0), *rest)
     monkeypatch.setattr(decoder, "chunk_attention", forgets)
     assert run("greedy") == 1
     out = capsys.readouterr().out

@@ -21,7 +21,7 @@ from aem_jax.learner import (
 )
 from aem_jax.models import LoraConfig, LoraPolicy, ModelConfig, Policy
 from aem_jax.models.lora import projections
-from aem_jax.sampler.layout import make_lora_reshard
+from aem_jax.sampler.reshard import make_lora_reshard
 from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
 
 WHOLE = Policy(ModelConfig(32, 16, 32, 2, 4, 2, 8, rope_theta=10_000.0))
@@ -69,7 +69,7 @@ def test_the_gradient_is_that_of_the_weights_projected():
     dw, found = full.opt_state[1][0].mu["layers"], state.opt_state[1][0].mu
     for name, p in projections(WHOLE.config).items():
         for layer in range(WHOLE.config.num_layers):
-            whole = dw[p.leaf][layer]
+            whole = dw[p.parameter][layer]
             part = whole if p.first is None else whole[..., p.first : p.first + p.outputs[-2], :]
             part = np.asarray(part).reshape(np.prod(p.inputs), -1)
             a, b = np.asarray(adapter[name]["a"][layer]), np.asarray(adapter[name]["b"][layer])

@@ -1,4 +1,4 @@
-"""Weights in 8 bits: rounding by hand, products as of the rounded weights, and what the policy loses by it."""
+"""int8 weights: rounding by hand, products of the rounded weights, and the change of the policy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,11 @@ import pytest
 from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, numpy_params, numpy_tokens
 
 from aem_jax.models import ModelConfig, Policy
-from aem_jax.models.int8 import INPUTS, quantize, scale_of
+from aem_jax.models.int8 import quantize, scale_of
 
 BIASED = ModelConfig(**{**vars(GROUPED_TIED), "qk_norm": False, "qkv_bias": True})
 CONFIGS = [GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, BIASED]
+INPUTS = {"qkv": 1, "o": 2, "gate_up": 1, "down": 1}
 
 
 def test_rounding_by_hand():
@@ -33,7 +34,7 @@ def dequantized(params):
 def test_products_are_those_of_the_rounded_weights(config: ModelConfig):
     policy, params = Policy(config), numpy_params(config)
     codes = policy.quantize(params)
-    expected = jax.tree.map(lambda leaf, dtype: (leaf.shape, dtype), policy.in_int8.shapes, policy.in_int8.dtypes)
+    expected = jax.tree.map(lambda leaf, dtype: (leaf.shape, dtype), policy.quantized.shapes, policy.quantized.dtypes)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), codes) == expected
     rounded = dequantized(codes)
     for name, inputs in INPUTS.items():
@@ -41,7 +42,7 @@ def test_products_are_those_of_the_rounded_weights(config: ModelConfig):
         half = jnp.expand_dims(codes["layers"][scale_of(name)] / 2, range(1, 1 + inputs))
         assert jnp.all(error <= half * (1 + 1e-5))
     tokens = jnp.asarray(numpy_tokens(config, (2, 12)))
-    found, wanted = policy.in_int8.forward(codes, tokens), policy.forward(rounded, tokens)
+    found, wanted = policy.quantized.forward(codes, tokens), policy.forward(rounded, tokens)
     np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
@@ -49,6 +50,6 @@ def test_what_the_policy_loses():
     """Logits of order one: log-probabilities move by hundredths of a nat, and no more."""
     policy, params = Policy(GROUPED_TIED), numpy_params(GROUPED_TIED)
     tokens = jnp.asarray(numpy_tokens(GROUPED_TIED, (8, 24)))
-    ours, theirs = policy.forward(params, tokens), policy.in_int8.forward(policy.quantize(params), tokens)
+    ours, theirs = policy.forward(params, tokens), policy.quantized.forward(policy.quantize(params), tokens)
     gap = jnp.abs(jax.nn.log_softmax(ours) - jax.nn.log_softmax(theirs))
     assert 1e-4 < jnp.mean(gap) < 0.05 and jnp.max(gap) < 0.5

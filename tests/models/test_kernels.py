@@ -73,7 +73,7 @@ def test_on_a_mesh_each_device_attends_to_its_rows_and_heads(caplog: pytest.LogC
     attend = make_row_attention("auto", mesh, TPU, {**KERNELS, "splash": kernel})
     policy = Policy(ModelConfig(**{**vars(GROUPED_TIED), "head_dim": 64}))
     params = numpy_params(policy.config)
-    kernels._say_once.cache_clear()
+    kernels._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for length in (128, 100):
             tokens = jnp.asarray(numpy_tokens(policy.config, (4, length)))

@@ -1,4 +1,4 @@
-"""Adapters: nothing at the start, the same beside the weights as merged into them, and PEFT's in their files."""
+"""Adapters: no effect at the start, equal outputs merged or not, and PEFT's files."""
 
 import json
 from dataclasses import replace
@@ -47,19 +47,19 @@ def logits(policy: Any, params: Any) -> Any:
     [(GROUPED_TIED, 1e-5), (BIASED, 1e-5), (ONE_KV_UNTIED, 1e-5), (DEEP, 5e-5)],  # nine layers add up more rounding
 )
 def test_beside_the_weights_or_in_them(config, tolerance):
-    whole, policy, frozen = Policy(config), LoraPolicy(Policy(config), LORA), numpy_params(config)
+    base, policy, frozen = Policy(config), LoraPolicy(Policy(config), LORA), numpy_params(config)
     nothing, adapter = policy.init(jax.random.key(1)), adapter_of(policy)
-    wanted = logits(whole, frozen)
+    wanted = logits(base, frozen)
     jax.tree.map(np.testing.assert_array_equal, merged(policy, nothing, frozen), frozen)  # so its logits are, too
     np.testing.assert_allclose(logits(policy, (nothing, frozen)), wanted, rtol=0, atol=tolerance)
     found = logits(policy, (adapter, frozen))
-    np.testing.assert_allclose(found, logits(whole, merged(policy, adapter, frozen)), atol=tolerance)
+    np.testing.assert_allclose(found, logits(base, merged(policy, adapter, frozen)), atol=tolerance)
     assert jnp.max(jnp.abs(found - wanted)) > 0.1
 
 
 def test_at_the_start_the_logits_are_the_bases_to_the_last_bit():
     policy, frozen = LoraPolicy(Policy(GROUPED_TIED), LORA), numpy_params(GROUPED_TIED)
-    wanted = logits(policy.whole, frozen)
+    wanted = logits(policy.base, frozen)
     np.testing.assert_array_equal(logits(policy, (policy.init(jax.random.key(1)), frozen)), wanted)
 
 
@@ -76,9 +76,9 @@ def test_some_projections_alone(chosen):
     rest = {n: pair if n in chosen else {**pair, "b": 0 * pair["b"]} for n, pair in adapter.items()}
     found = logits(some, (part, frozen))
     np.testing.assert_allclose(found, logits(every, (rest, frozen)), atol=1e-5)
-    np.testing.assert_allclose(found, logits(some.whole, merged(some, part, frozen)), atol=1e-5)
+    np.testing.assert_allclose(found, logits(some.base, merged(some, part, frozen)), atol=1e-5)
     changed = {name for name in frozen["layers"] if name in some.merged_leaves}
-    assert changed == {projections(config)[name].leaf for name in chosen}
+    assert changed == {projections(config)[name].parameter for name in chosen}
 
 
 def test_an_adapter_begins_as_pefts():
@@ -142,7 +142,7 @@ def test_peft_reads_them(tmp_path: Path):
 def test_merged_weights_keep_their_dtype_and_are_rounded_once():
     policy = LoraPolicy(Policy(replace(GROUPED_TIED, dtype="bfloat16")), LORA)
     frozen, adapter = numpy_params(GROUPED_TIED), adapter_of(policy)
-    half = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), frozen, policy.whole.dtypes)
+    half = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), frozen, policy.base.dtypes)
     found = policy.merge(adapter, half["layers"])
     wanted = policy.merge(adapter, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half["layers"]))
     for name, leaf in found.items():

@@ -309,7 +309,7 @@ def test_the_numbers_are_those_of_the_arrays():
     state = abstract_state(policy, make_optimizer(LearnerConfig(), policy.axes), mesh)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     assert size(state.params) == merged.parameters and size(state.opt_state) == merged.optimizer + 8  # two counters
-    kept = jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, policy.whole.shapes, policy.whole.dtypes)
+    kept = jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, policy.base.shapes, policy.base.dtypes)
     assert sum(jax.tree.leaves(kept)) == pytest.approx(merged.frozen, rel=1e-3)  # norms are float32
 
 
@@ -335,7 +335,7 @@ def test_weights_in_int8_take_a_byte_of_each_of_the_layers_matrices():
     layers, mesh = 9 * 64 * ((4 + 2 + 2 + 4) * 32 + 3 * 384), MeshConfig(1, 2, 2)
     assert memory(plain, mesh).weights - memory(work, mesh).weights == 3 * layers / 2  # float32 is this model's dtype
     # the arrays themselves: codes and, in a model so narrow a thirtieth beside them, a scale for each output
-    shapes, dtypes = Policy(work.model).in_int8.shapes, Policy(work.model).in_int8.dtypes
+    shapes, dtypes = Policy(work.model).quantized.shapes, Policy(work.model).quantized.dtypes
     total = sum(jax.tree.leaves(jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, shapes, dtypes)))
     assert memory(work, MeshConfig(1, 1, 1)).weights == pytest.approx(total, rel=0.04)
 
@@ -348,7 +348,7 @@ def test_a_cache_in_int8_takes_a_byte_of_each_number_and_a_scale_of_each_head():
     assert memory(work, mesh).cache == work.token_bytes * work.cached_tokens / 4
     sampler = Sampler(Policy(work.model), config.sampling, [0], capacity=work.capacity, slack=work.slack)
     state, prompts = sampler.abstract(work.slots), sampler.abstract(work.prompt_rows, work.prompt_tokens)
-    assert memory(work, MeshConfig(1, 1, 1)).cache == work.cohorts * state.cache_bytes + prompts.cache_bytes
+    assert memory(work, MeshConfig(1, 1, 1)).cache == work.cohorts * state.cache.num_bytes + prompts.cache.num_bytes
 
 
 def test_seven_billion_parameters_with_adapters_fit_one_card(capsys):

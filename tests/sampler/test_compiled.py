@@ -1,4 +1,4 @@
-"""What XLA made of the sampler: nothing compiles again, the state is donated for real, the loop copies no cache."""
+"""The sampler's compiled programs: no recompilation, the state is donated, the decode loop copies no cache."""
 
 import math
 import re
@@ -73,9 +73,9 @@ def test_donated_state_is_gone(cache):
     sampler = make(cache)
     state = sampler.init(SLOTS)
     after = sampler.extend(PARAMS, state, jnp.ones((SLOTS, 4), jnp.int32), jnp.full(SLOTS, 4, jnp.int32))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.keys, state.values)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
     sampler.decode(PARAMS, after, jnp.full(SLOTS, 2, jnp.int32), CHUNK)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((after.keys, after.values)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(after.cache))
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -84,7 +84,7 @@ def test_cache_is_aliased_not_copied(cache):
     # Codes are a quarter of float32: four times the capacity, so that a copy of them would still be what one sees.
     capacity = CAPACITY if cache == "model" else 4 * CAPACITY
     sampler = Sampler(POLICY, SamplingConfig(1.0, cache=cache), (5,), capacity=capacity, slack=SLACK, windows=(32,))
-    cached = sampler.abstract(SLOTS).cache_bytes
+    cached = sampler.abstract(SLOTS).cache.num_bytes
     for make_program in (decode_program, extend_program, fork_program):
         memory = make_program(sampler, window=32).memory_analysis()
         assert memory is not None

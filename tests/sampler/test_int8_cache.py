@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conversation import begin, cacheless, hear, play, script, token_gaps
+from conversation import cacheless, extend_slots, play, script, start_episodes, token_gaps
 from small_policies import GROUPED_TIED, numpy_params, numpy_tokens
 
 from aem_jax.models import Policy
-from aem_jax.models.cache import Coded, encode
+from aem_jax.models.int8 import QuantizedArray, quantize
 from aem_jax.sampler import Sampler, SamplerState, SamplingConfig
 
 POLICY, PARAMS = Policy(GROUPED_TIED), numpy_params(GROUPED_TIED)
@@ -22,8 +22,8 @@ SAMPLER = make(SamplingConfig(1.0, cache="int8"))
 
 def cache_of(state: SamplerState, slot: int, length: int) -> list[np.ndarray]:
     """Codes and scales of a slot's first tokens."""
-    assert isinstance(state.keys, Coded) and isinstance(state.values, Coded)
-    keys, values = ([np.asarray(leaf[:, slot]) for leaf in part] for part in (state.keys, state.values))
+    assert isinstance(state.cache.keys, QuantizedArray) and isinstance(state.cache.values, QuantizedArray)
+    keys, values = ([np.asarray(leaf[:, slot]) for leaf in part] for part in (state.cache.keys, state.cache.values))
     return [keys[0][..., :length], keys[1][..., :length], values[0][..., :length, :], values[1][..., :length]]
 
 
@@ -35,15 +35,15 @@ def same(first: list[np.ndarray], second: list[np.ndarray]) -> None:
 def test_a_chunk_is_exact_until_it_is_merged_and_quantised_once():
     ids = numpy_tokens(GROUPED_TIED, (13,))
     episode = {1: script(POLICY, 0)}
-    states = [hear(s, PARAMS, begin(s, s.init(4), episode), {1: ids}, 16) for s in (SAMPLER, EXACT)]
+    states = [extend_slots(s, PARAMS, start_episodes(s, s.init(4), episode), {1: ids}, 16) for s in (SAMPLER, EXACT)]
     found, wanted = states
     np.testing.assert_allclose(POLICY.logits(PARAMS, found.hidden[1]), cacheless(POLICY, PARAMS, ids)[-1], atol=1e-5)
-    assert isinstance(wanted.keys, jax.Array) and isinstance(wanted.values, jax.Array)
-    coded = [*encode(wanted.keys[:, 1, ..., :13], 2), *encode(wanted.values[:, 1, :, :13], 3)]
+    assert isinstance(wanted.cache.keys, jax.Array) and isinstance(wanted.cache.values, jax.Array)
+    coded = [*quantize(wanted.cache.keys[:, 1, ..., :13], 2), *quantize(wanted.cache.values[:, 1, :, :13], 3)]
     for one, other in zip(cache_of(found, 1, 13), coded, strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float32), other, rtol=1e-5, atol=one.dtype == np.int8)
     before = cache_of(found, 1, 13)
-    found = hear(SAMPLER, PARAMS, found, {1: ids[:4]}, 16)
+    found = extend_slots(SAMPLER, PARAMS, found, {1: ids[:4]}, 16)
     same(cache_of(found, 1, 13), before)  # no second rounding
     moved = POLICY.logits(PARAMS, found.hidden[1]) - cacheless(POLICY, PARAMS, np.concatenate([ids, ids[:4]]))[-1]
     assert 1e-5 < np.abs(moved).max() < 0.2  # what was merged is read as it was rounded
@@ -58,7 +58,9 @@ def test_the_parity_gap_is_small_and_is_there():
 
 
 def test_a_fork_copies_codes_and_scales():
-    prompts = hear(SAMPLER, PARAMS, SAMPLER.init(2, 32), {0: numpy_tokens(GROUPED_TIED, (8,)), 1: np.arange(5)}, 16)
+    prompts = extend_slots(
+        SAMPLER, PARAMS, SAMPLER.init(2, 32), {0: numpy_tokens(GROUPED_TIED, (8,)), 1: np.arange(5)}, 16
+    )
     wanted = [cache_of(prompts, row, length) for row, length in ((0, 8), (1, 5))]
     state = SAMPLER.fork(SAMPLER.init(4), prompts, np.array([1, -1, 0, 1]), np.zeros((4, 2), np.uint32))
     assert state.lengths.tolist() == [5, 0, 8, 5]
@@ -69,11 +71,11 @@ def test_a_fork_copies_codes_and_scales():
 
 def test_rewound_slots_go_on_from_what_they_kept():
     ids = numpy_tokens(GROUPED_TIED, (20,))
-    fresh = lambda: begin(SAMPLER, SAMPLER.init(4), {0: script(POLICY, 0)})
-    state = hear(SAMPLER, PARAMS, fresh(), {0: ids[:10]}, 16)
-    state = hear(SAMPLER, PARAMS, state, {0: ids[:7]}, 16)
-    state = hear(SAMPLER, PARAMS, SAMPLER.rewind(state, np.array([10, 96, 96, 96])), {0: ids[10:]}, 16)
-    wanted = hear(SAMPLER, PARAMS, hear(SAMPLER, PARAMS, fresh(), {0: ids[:10]}, 16), {0: ids[10:]}, 16)
+    fresh = lambda: start_episodes(SAMPLER, SAMPLER.init(4), {0: script(POLICY, 0)})
+    state = extend_slots(SAMPLER, PARAMS, fresh(), {0: ids[:10]}, 16)
+    state = extend_slots(SAMPLER, PARAMS, state, {0: ids[:7]}, 16)
+    state = extend_slots(SAMPLER, PARAMS, SAMPLER.rewind(state, np.array([10, 96, 96, 96])), {0: ids[10:]}, 16)
+    wanted = extend_slots(SAMPLER, PARAMS, extend_slots(SAMPLER, PARAMS, fresh(), {0: ids[:10]}, 16), {0: ids[10:]}, 16)
     same(cache_of(state, 0, 20), cache_of(wanted, 0, 20))
     np.testing.assert_array_equal(state.hidden[0], wanted.hidden[0])
 
@@ -81,8 +83,8 @@ def test_rewound_slots_go_on_from_what_they_kept():
 def test_a_part_of_the_slots_says_what_all_would():
     """Decoding some slots, in an order of their own: theirs as in a call on all, the others' codes untouched."""
     ids = {slot: numpy_tokens(GROUPED_TIED, (6 + slot,), slot) for slot in range(4)}
-    fresh = lambda: hear(
-        SAMPLER, PARAMS, begin(SAMPLER, SAMPLER.init(4), {slot: script(POLICY, slot) for slot in ids}), ids, 16
+    fresh = lambda: extend_slots(
+        SAMPLER, PARAMS, start_episodes(SAMPLER, SAMPLER.init(4), {slot: script(POLICY, slot) for slot in ids}), ids, 16
     )
     whole, said = SAMPLER.decode(PARAMS, fresh(), np.array([8, 0, 0, 8]), 16)
     state = fresh()
@@ -103,6 +105,6 @@ def test_bytes(dtype: str):
     config = replace(GROUPED_TIED, dtype=dtype)
     make = partial(Sampler, Policy(config), stop_ids=(5,), capacity=96, slack=16)
     tokens = 2 * 3 * 2 * 2 * (96 + 16)
-    assert make(SamplingConfig(cache="int8")).abstract(2).cache_bytes == tokens * (16 + 4)
-    assert make(SamplingConfig()).abstract(2).cache_bytes == tokens * 16 * jnp.dtype(dtype).itemsize
-    assert make(SamplingConfig()).abstract(2).places == 112
+    assert make(SamplingConfig(cache="int8")).abstract(2).cache.num_bytes == tokens * (16 + 4)
+    assert make(SamplingConfig()).abstract(2).cache.num_bytes == tokens * 16 * jnp.dtype(dtype).itemsize
+    assert make(SamplingConfig()).abstract(2).cache.length == 112

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aem_jax.sampler import SamplingConfig
-from aem_jax.sampler.draw import _keep
+from aem_jax.sampler.sampling import _keep
 
 
 def kept_by_sorting(weights: np.ndarray, top_k: int, top_p: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What an episode says depends on its key and its tokens alone, and is what the cache-less pass would say."""
+"""An episode's samples depend on its key and tokens alone, and agree with a pass without a cache."""
 
 from dataclasses import replace
 from functools import cache
@@ -7,12 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conversation import Episode, begin, cacheless, cacheless_gap, hear, play, script, speak, token_gaps
+from conversation import (
+    Episode,
+    cacheless,
+    cacheless_gap,
+    decode_responses,
+    extend_slots,
+    play,
+    script,
+    start_episodes,
+    token_gaps,
+)
 from small_policies import DEEP, GROUPED_TIED, MULTI_UNTIED, numpy_params, numpy_tokens
 
 from aem_jax.models import Policy
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.sampler.layout import make_reshard
+from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sharding import MeshConfig, make_mesh
 
 POLICY = Policy(GROUPED_TIED)
@@ -26,13 +36,13 @@ def sampler(temperature: float = 1.0, capacity: int = 96, slack: int = 16) -> Sa
     return Sampler(POLICY, SamplingConfig(temperature), STOPS, capacity=capacity, slack=slack, windows=(32, 64))
 
 
-def said(episode: Episode) -> list[list[int]]:
-    return [row.tolist() for row in episode.spoken]
+def token_lists(episode: Episode) -> list[list[int]]:
+    return [row.tolist() for row in episode.responses]
 
 
 def same(first: Episode, second: Episode) -> None:
     """Same tokens; the same numbers but for the rounding of another shape."""
-    assert said(first) == said(second)
+    assert token_lists(first) == token_lists(second)
     for one, other in ((first.logprobs, second.logprobs), (first.entropies, second.entropies)):
         np.testing.assert_allclose(np.concatenate(one), np.concatenate(other), atol=TIGHT)
 
@@ -50,11 +60,11 @@ def test_greedy_equals_the_cacheless_forward(config):
     episodes = {slot: script(policy, slot, (6 + slot,), budget=14) for slot in range(3)}
     play(greedy, params, episodes, slots=3)
     for episode in episodes.values():
-        ids = episode.heard[0].tolist()
-        for token in episode.spoken[0]:
+        ids = episode.observations[0].tolist()
+        for token in episode.responses[0]:
             assert int(np.argmax(cacheless(policy, params, ids)[-1])) == token
             ids.append(int(token))
-        assert len(episode.spoken[0]) == 14 or ids[-1] == 5
+        assert len(episode.responses[0]) == 14 or ids[-1] == 5
 
 
 @pytest.mark.parametrize("config", [GROUPED_TIED, DEEP])
@@ -68,7 +78,7 @@ def test_several_turns_have_the_logprobs_and_entropies_of_one_cacheless_pass(con
         # and the median by 1e-6; a wrong position or mask moves them by 1e-2 and more.
         gaps = np.abs(token_gaps(policy, params, episode))
         assert np.median(gaps) < TIGHT / 4 and np.max(gaps) < 4 * TIGHT
-    assert sum(len(row) for episode in episodes.values() for row in episode.spoken) > 60  # long enough to mean much
+    assert sum(len(row) for episode in episodes.values() for row in episode.responses) > 60  # long enough to mean much
 
 
 def test_bfloat16_sampler_and_learner_agree():
@@ -100,9 +110,9 @@ def test_extend_in_pieces_equals_in_one():
     ids = numpy_tokens(GROUPED_TIED, (13,))
     states = []
     for pieces in ([13], [4, 4, 4, 1], [1, 12], [5, 8]):
-        state, at = begin(sampler(), sampler().init(2), {1: script(POLICY, 0)}), 0
+        state, at = start_episodes(sampler(), sampler().init(2), {1: script(POLICY, 0)}), 0
         for piece in pieces:
-            state = hear(sampler(), PARAMS, state, {1: ids[at : at + piece]}, 13)
+            state = extend_slots(sampler(), PARAMS, state, {1: ids[at : at + piece]}, 13)
             at += piece
         states.append(state)
     logits = [POLICY.logits(PARAMS, state.hidden[1]) for state in states]
@@ -114,8 +124,8 @@ def test_extend_in_pieces_equals_in_one():
 
 def test_slot_and_neighbours_change_nothing():
     wanted = {key: alone(key) for key in (1, 2, 3)}
-    for places in ({0: 3, 1: 1, 2: 2}, {4: 1, 2: 2, 0: 3}, {5: 2}):
-        episodes = {slot: script(POLICY, key) for slot, key in places.items()}
+    for keys in ({0: 3, 1: 1, 2: 2}, {4: 1, 2: 2, 0: 3}, {5: 2}):
+        episodes = {slot: script(POLICY, key) for slot, key in keys.items()}
         play(sampler(), PARAMS, episodes, slots=6)
         for episode in episodes.values():
             same(episode, wanted[episode.key])
@@ -130,7 +140,7 @@ def test_chunks_and_windows_change_nothing(chunks: tuple[int, int], window: int 
 
 
 def test_a_slot_is_as_good_as_new():
-    """The second episode of a slot says what it would have said in a fresh one, whatever the first left behind."""
+    """The second episode of a slot samples the same as in an empty slot."""
     state = play(sampler(), PARAMS, {0: script(POLICY, 8, (16, 9)), 1: script(POLICY, 9)}, slots=2)
     again = {0: script(POLICY, 2)}
     play(sampler(), PARAMS, again, slots=2, state=state)
@@ -138,15 +148,15 @@ def test_a_slot_is_as_good_as_new():
 
 
 def test_forked_prompts_equal_own_prompts():
-    """Two prompts computed once in a small state of their own, forked to five slots in two goes."""
+    """Two prompts, prefilled once in a small state of their own, forked to five slots in two calls."""
     s = sampler()
     prompts = s.init(2, capacity=24)
     heads = {0: numpy_tokens(GROUPED_TIED, (17,), 1), 1: numpy_tokens(GROUPED_TIED, (9,), 2)}
-    prompts = hear(s, PARAMS, prompts, heads, 8, window=24)
+    prompts = extend_slots(s, PARAMS, prompts, heads, 8, window=24)
     episodes = {
         slot: Episode(20 + slot, [heads[slot % 2], numpy_tokens(GROUPED_TIED, (5,), slot)]) for slot in range(5)
     }
-    own = {slot: Episode(e.key, e.heard) for slot, e in episodes.items()}
+    own = {slot: Episode(e.key, e.observations) for slot, e in episodes.items()}
     play(s, PARAMS, own, slots=5)
 
     state = s.init(5)
@@ -155,22 +165,23 @@ def test_forked_prompts_equal_own_prompts():
         for slot in goes:
             source[slot], prng[slot] = slot % 2, episodes[slot].prng
         state = s.fork(state, prompts, jnp.asarray(source), jnp.asarray(prng), window=24)
-        state = speak(s, PARAMS, state, {slot: episodes[slot] for slot in goes}, 16)
-    state = hear(s, PARAMS, state, {slot: episode.heard[1] for slot, episode in episodes.items()}, 16)
-    speak(s, PARAMS, state, episodes, 16)
+        state = decode_responses(s, PARAMS, state, {slot: episodes[slot] for slot in goes}, 16)
+    state = extend_slots(s, PARAMS, state, {slot: episode.observations[1] for slot, episode in episodes.items()}, 16)
+    decode_responses(s, PARAMS, state, episodes, 16)
     for slot in range(5):
         same(episodes[slot], own[slot])
-    assert len({tuple(episodes[slot].spoken[0]) for slot in (0, 2, 4)}) == 3  # one prompt, three keys, three responses
+    # one prompt, three keys, three responses
+    assert len({tuple(episodes[slot].responses[0]) for slot in (0, 2, 4)}) == 3
 
 
 def test_stop_ids_end_a_response():
-    """Every response ends at its first stop id, which is part of it, or at its budget."""
+    """Every response ends with its first stop id, or at its budget."""
     episodes = {slot: script(POLICY, slot, (5,), budget=40) for slot in range(12)}
     play(sampler(), PARAMS, episodes, slots=12)
-    ends = [episode.spoken[0][-1] in STOPS for episode in episodes.values()]
+    ends = [episode.responses[0][-1] in STOPS for episode in episodes.values()]
     assert 3 < sum(ends) < 12 or all(ends)
     for episode in episodes.values():
-        row = episode.spoken[0]
+        row = episode.responses[0]
         assert not set(row[:-1].tolist()) & set(STOPS)
         assert row[-1] in STOPS or len(row) == 40
 
@@ -178,8 +189,8 @@ def test_stop_ids_end_a_response():
 def test_budgets_and_bookkeeping():
     s = sampler()
     episodes = {slot: script(POLICY, slot, (4 + slot,)) for slot in range(4)}
-    state = begin(s, s.init(5), episodes)
-    state = hear(s, PARAMS, state, {slot: e.heard[0] for slot, e in episodes.items()}, 8)
+    state = start_episodes(s, s.init(5), episodes)
+    state = extend_slots(s, PARAMS, state, {slot: e.observations[0] for slot, e in episodes.items()}, 8)
     before = jax.tree.map(np.asarray, state)
     budgets = jnp.asarray([0, 1, 3, 50, 0])
     state, out = s.decode(PARAMS, state, budgets, 6)
@@ -196,26 +207,26 @@ def test_budgets_and_bookkeeping():
 
 
 def test_idle_slots_are_untouched():
-    """A slot with count 0 or budget 0 goes on as if nothing had happened around it, even at its very last place."""
+    """A slot with count 0 or budget 0 does not change, even at its very last position."""
     s = sampler(capacity=32)
     full, quiet, busy = script(POLICY, 1, (31, 1), budget=1), script(POLICY, 2), script(POLICY, 3)
-    quiet.heard, wanted = quiet.heard[:1], Episode(2, quiet.heard[:1])
+    quiet.observations, wanted = quiet.observations[:1], Episode(2, quiet.observations[:1])
     play(s, PARAMS, {0: wanted}, slots=1)
-    state = begin(s, s.init(3), {0: full, 1: quiet, 2: busy})
-    state = hear(s, PARAMS, state, {0: full.heard[0], 1: quiet.heard[0]}, 16)
+    state = start_episodes(s, s.init(3), {0: full, 1: quiet, 2: busy})
+    state = extend_slots(s, PARAMS, state, {0: full.observations[0], 1: quiet.observations[0]}, 16)
     for _ in range(2):
-        state = hear(s, PARAMS, state, {2: busy.heard[0]}, 16)
+        state = extend_slots(s, PARAMS, state, {2: busy.observations[0]}, 16)
         state, out = s.decode(PARAMS, state, jnp.asarray([0, 0, 3]), 16)
         assert out.counts.tolist()[:2] == [0, 0] and not np.any(out.finished[:2])
-    state = speak(s, PARAMS, state, {0: full, 1: quiet}, 16)
+    state = decode_responses(s, PARAMS, state, {0: full, 1: quiet}, 16)
     same(quiet, wanted)
-    full.heard = full.heard[:1]
+    full.observations = full.observations[:1]
     assert max(cacheless_gap(POLICY, PARAMS, full)) < TIGHT
 
 
 def test_nothing_to_say_costs_nothing_and_changes_nothing():
     s = sampler()
-    state = hear(s, PARAMS, s.init(2), {0: numpy_tokens(GROUPED_TIED, (4,))}, 8)
+    state = extend_slots(s, PARAMS, s.init(2), {0: numpy_tokens(GROUPED_TIED, (4,))}, 8)
     hidden = np.asarray(state.hidden)
     state, out = s.decode(PARAMS, state, jnp.zeros(2, jnp.int32), 4)
     assert out.counts.tolist() == [0, 0] and state.lengths.tolist() == [4, 0]
@@ -223,13 +234,13 @@ def test_nothing_to_say_costs_nothing_and_changes_nothing():
 
 
 def test_rewind_forgets():
-    """Rewound and heard anew, a slot stands where it would have stood."""
+    """A rewound slot that is extended again equals one that never had the forgotten tokens."""
     s = sampler()
     ids, other = numpy_tokens(GROUPED_TIED, (12,), 1), numpy_tokens(GROUPED_TIED, (6,), 2)
-    state = hear(s, PARAMS, s.init(2), {0: ids, 1: ids}, 16)
+    state = extend_slots(s, PARAMS, s.init(2), {0: ids, 1: ids}, 16)
     state = s.rewind(state, jnp.asarray([5, 99]))
     assert state.lengths.tolist() == [5, 12]
-    state = hear(s, PARAMS, state, {0: other}, 16)
+    state = extend_slots(s, PARAMS, state, {0: other}, 16)
     wanted = cacheless(POLICY, PARAMS, np.concatenate([ids[:5], other]))[-1]
     np.testing.assert_allclose(POLICY.logits(PARAMS, state.hidden[0]), wanted, atol=1e-5)
 
@@ -237,9 +248,9 @@ def test_rewind_forgets():
 def test_windows():
     s = sampler()
     assert s.windows == (32, 64, 96)
-    assert [s.cover(length) for length in (0, 32, 33, 64, 65, 96)] == [32, 32, 64, 64, 96, 96]
+    assert [s.window_for(length) for length in (0, 32, 33, 64, 65, 96)] == [32, 32, 64, 64, 96, 96]
     with pytest.raises(ValueError, match="at most 96 tokens a slot, got 97"):
-        s.cover(97)
+        s.window_for(97)
 
 
 def test_bad_arguments_are_refused():

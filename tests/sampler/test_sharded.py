@@ -1,4 +1,4 @@
-"""Slots over a mesh of 8 simulated devices say what they say on one."""
+"""Slots over a mesh of 8 simulated devices sample the same as on one."""
 
 import math
 import re
@@ -7,16 +7,18 @@ from functools import partial
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conversation import play, script
 from small_policies import numpy_params
 
 from aem_jax.models import ModelConfig, Policy
+from aem_jax.models.kv_cache import KVChunk
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.sampler.draw import make_draw
-from aem_jax.sampler.layout import make_reshard
 from aem_jax.sampler.programs import Programs
+from aem_jax.sampler.reshard import make_reshard
+from aem_jax.sampler.sampling import make_sample_token
 from aem_jax.sharding import DECODE, TRAIN, MeshConfig, make_mesh, shardings
 
 CONFIG = ModelConfig(64, 48, 80, 3, 4, 2, 16)  # every split dimension divides by 2
@@ -39,12 +41,12 @@ def test_eight_devices_say_the_same(sizes: tuple[int, int, int], cache: Literal[
     episodes = {slot: script(POLICY, slot) for slot in range(6)}
     state = sampler.init(8)
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    for leaf in jax.tree.leaves((state.keys, state.values)):
+    for leaf in jax.tree.leaves(state.cache):
         assert leaf.addressable_shards[0].data.size * 8 == leaf.size
     state = play(sampler, placed, episodes, slots=8, state=state)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == where  # and so the next call finds the program it knows
     for slot in wanted:
-        assert [row.tolist() for row in episodes[slot].spoken] == [row.tolist() for row in wanted[slot].spoken]
+        assert [row.tolist() for row in episodes[slot].responses] == [row.tolist() for row in wanted[slot].responses]
         for one, other in zip(episodes[slot].logprobs, wanted[slot].logprobs, strict=True):
             # In 8 bits a sum in another order may be the next code.
             np.testing.assert_allclose(one, other, atol=1e-5 if cache == "model" else 1e-2)
@@ -62,12 +64,12 @@ def test_a_chunk_of_all_slots_is_merged_on_two_devices_without_a_scatter():
     keys, values = rng.normal(size=(*shape, CONFIG.head_dim, chunk)), rng.normal(size=(*shape, chunk, CONFIG.head_dim))
     hidden = rng.normal(size=(slots, CONFIG.hidden_size))
     counts, sampled, remaining = np.asarray([[2, 0, 1, 2], [1, 0, 0, 2], [7, 0, 3, 2]], np.int32)
-    arguments = (None, (np.float32(keys), np.float32(values)), np.float32(hidden), counts, sampled, remaining)
+    arguments = (None, KVChunk(jnp.float32(keys), jnp.float32(values)), np.float32(hidden), counts, sampled, remaining)
     make = partial(Sampler, POLICY, SamplingConfig(), (5,), capacity=16, slack=4)
     state = replace(make().init(slots), lengths=np.asarray([0, 3, 5, 1], np.int32))
     merged = []
     for mesh in (None, make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])):
-        program = jax.jit(Programs(POLICY, make_draw(SamplingConfig()), (5,), mesh, int8=False)._merge)
+        program = jax.jit(Programs(POLICY, make_sample_token(SamplingConfig()), (5,), mesh, int8=False)._append_chunk)
         assert "scatter" not in program.lower(state, *arguments).as_text()
         merged.append(program(state, *arguments))
     jax.tree.map(np.testing.assert_array_equal, *merged)
@@ -80,7 +82,7 @@ def test_a_decode_step_gathers_no_weights(int8: bool):
     """In the compiled program: what devices hand each other is activations of their slots, never a weight."""
     policy = Policy(ModelConfig(512, 64, 192, 2, 4, 2, 24))
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    sampled = policy.in_int8 if int8 else policy
+    sampled = policy.quantized if int8 else policy
     sampler = Sampler(sampled, SamplingConfig(), (5,), capacity=96, slack=16, mesh=mesh)
     params, state = make_reshard(policy, mesh, int8=int8)(numpy_params(policy.config)), sampler.init(8)
     program = sampler._decode.lower(params, state, np.zeros(8, np.int32), None, num_tokens=8, window=96).compile()
@@ -104,7 +106,7 @@ def test_codes_are_made_where_the_masters_lie():
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, other)
     where = jax.tree.map(lambda leaf: leaf.sharding, found)
-    assert where == shardings(mesh, POLICY.in_int8.axes, DECODE)
+    assert where == shardings(mesh, POLICY.quantized.axes, DECODE)
     text = reshard.lower(masters).compile().as_text() or ""  # pyright: ignore[reportFunctionMemberAccess]
     gathered = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]* all-gather(?:-start)?\(", text)
     assert {"s8"} <= {dtype for dtype, _ in gathered}
@@ -113,11 +115,11 @@ def test_codes_are_made_where_the_masters_lie():
 
 
 def test_eight_devices_in_int8_say_what_one_says():
-    params, sampled = numpy_params(CONFIG), POLICY.in_int8
+    params, sampled = numpy_params(CONFIG), POLICY.quantized
     make = partial(Sampler, sampled, SamplingConfig(1.0), (5,), capacity=64, slack=16, windows=(32,))
     wanted, found = ({slot: script(sampled, slot) for slot in range(4)} for _ in range(2))
     play(make(), POLICY.quantize(params), wanted, slots=8)
     mesh = make_mesh(MeshConfig(2, 2, 2))
     play(make(mesh=mesh), make_reshard(POLICY, mesh, int8=True)(params), found, slots=8)
     for slot in wanted:
-        assert [row.tolist() for row in found[slot].spoken] == [row.tolist() for row in wanted[slot].spoken]
+        assert [row.tolist() for row in found[slot].responses] == [row.tolist() for row in wanted[slot].responses]

@@ -1,15 +1,15 @@
-"""Calls on a part of the slots, and responses that go on before the host knows whether they have ended."""
+"""Calls on some slots, and responses that continue before the host knows whether they have ended."""
 
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
-from conversation import Episode, begin, play, script
+from conversation import Episode, play, script, start_episodes
 from small_policies import numpy_params
 
 from aem_jax.models import ModelConfig, Policy
-from aem_jax.sampler import GO_ON, Sampler, SamplingConfig
+from aem_jax.sampler import CONTINUE, Sampler, SamplingConfig
 from aem_jax.sharding import DECODE, MeshConfig, make_mesh, shardings
 
 CONFIG = ModelConfig(64, 48, 80, 3, 4, 2, 16)
@@ -19,33 +19,33 @@ NAMES = ("tokens", "logprobs", "entropies")
 
 
 def play_in_parts(sampler: Sampler, params, episodes: dict[int, Episode], size: int, seed: int) -> None:
-    """Each turn: the slots hear in groups drawn at random, then all of them decode in groups, chunk by chunk, with
-    budgets that the device keeps; what they said is read at the end of the turn."""
-    rng, state = np.random.default_rng(seed), begin(sampler, sampler.init(SLOTS), episodes)
+    """Each turn: slots are extended in random groups, then decode in groups, chunk by chunk, with budgets that the
+    device keeps; their tokens are read at the end of the turn."""
+    rng, state = np.random.default_rng(seed), start_episodes(sampler, sampler.init(SLOTS), episodes)
     budget = {slot: episode.budget for slot, episode in episodes.items()}
     for turn in range(3):
         order = rng.permutation(list(episodes)).tolist()
         groups = [order[at : at + 3] for at in range(0, len(order), 3)]
         for group in groups:
-            places = sampler.place(group, SLOTS, [size])
-            assert places is not None and set(group) <= set(places.tolist()) and len(set(places.tolist())) == size
+            padded = sampler.pad_slots(group, SLOTS, [size])
+            assert padded is not None and set(group) <= set(padded.tolist()) and len(set(padded.tolist())) == size
             tokens, counts = np.full((size, 16), 7, np.int32), np.zeros(size, np.int32)
-            for row, slot in enumerate(places.tolist()):
+            for row, slot in enumerate(padded.tolist()):
                 if slot in group:
-                    heard = episodes[slot].heard[turn]
-                    tokens[row, : len(heard)], counts[row] = heard, len(heard)
-            state = sampler.extend(params, state, tokens, counts, places, window=64)
+                    observation = episodes[slot].observations[turn]
+                    tokens[row, : len(observation)], counts[row] = observation, len(observation)
+            state = sampler.extend(params, state, tokens, counts, padded, window=64)
         chunks = []
         for call in range(4):  # 4 × 4 tokens cover a budget of 12, with a call to spare
             for group in groups:
-                places = sampler.place(group, SLOTS, [size])
-                assert places is not None
-                budgets = [(GO_ON if call else budget[slot]) if slot in group else 0 for slot in places.tolist()]
-                state, out = sampler.decode(params, state, np.asarray(budgets, np.int32), 4, places, window=64)
-                chunks.append(({slot: row for row, slot in enumerate(places.tolist()) if slot in group}, out))
+                padded = sampler.pad_slots(group, SLOTS, [size])
+                assert padded is not None
+                budgets = [(CONTINUE if call else budget[slot]) if slot in group else 0 for slot in padded.tolist()]
+                state, out = sampler.decode(params, state, np.asarray(budgets, np.int32), 4, padded, window=64)
+                chunks.append(({slot: row for row, slot in enumerate(padded.tolist()) if slot in group}, out))
         for slot, episode in episodes.items():
             parts = [(out, rows[slot], int(out.counts[rows[slot]])) for rows, out in chunks if slot in rows]
-            for kept, name in zip((episode.spoken, episode.logprobs, episode.entropies), NAMES, strict=True):
+            for kept, name in zip((episode.responses, episode.logprobs, episode.entropies), NAMES, strict=True):
                 kept.append(np.concatenate([np.asarray(getattr(out, name))[row, :count] for out, row, count in parts]))
 
 
@@ -64,7 +64,7 @@ def test_parts_of_the_slots_say_what_all_would(sizes: tuple[int, int, int] | Non
     found = {slot: script(POLICY, slot) for slot in range(10)}
     play_in_parts(sampler, placed, found, size=12, seed=3)
     for slot, episode in wanted.items():
-        assert [row.tolist() for row in found[slot].spoken] == [row.tolist() for row in episode.spoken]
+        assert [row.tolist() for row in found[slot].responses] == [row.tolist() for row in episode.responses]
         for name in ("logprobs", "entropies"):
             ours, theirs = np.concatenate(getattr(found[slot], name)), np.concatenate(getattr(episode, name))
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -77,7 +77,7 @@ def test_what_is_left_of_a_budget_is_kept():
     left = np.asarray(state.remaining)
     assert left[2] == 0 and left[1] == 0 and left[0] in (5, 0)
     before = np.asarray(state.lengths)
-    state, out = sampler.decode(params, state, np.asarray([GO_ON, GO_ON, 0], np.int32), 16)
+    state, out = sampler.decode(params, state, np.asarray([CONTINUE, CONTINUE, 0], np.int32), 16)
     assert int(out.counts[0]) <= left[0] and out.counts.tolist()[1:] == [0, 0]
     np.testing.assert_array_equal(state.lengths, before + out.counts)
     assert state.remaining.tolist() == [0, 0, 0]
@@ -86,7 +86,7 @@ def test_what_is_left_of_a_budget_is_kept():
 def test_parts_are_dealt_to_the_devices_that_own_them():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     sampler = Sampler(POLICY, SamplingConfig(1.0), (5,), capacity=64, slack=16, mesh=mesh)
-    places = sampler.place([0, 1, 15], SLOTS, [4, 8])
-    assert places is not None and places.shape == (8,)  # two of them are one device's, so each computes two
-    assert (places.reshape(4, 2) // 4 == np.arange(4)[:, None]).all() and {0, 1, 15} <= set(places.tolist())
-    assert sampler.place([0, 1, 2, 15], SLOTS, [4, 8]) is None
+    padded = sampler.pad_slots([0, 1, 15], SLOTS, [4, 8])
+    assert padded is not None and padded.shape == (8,)  # two of them are one device's, so each computes two
+    assert (padded.reshape(4, 2) // 4 == np.arange(4)[:, None]).all() and {0, 1, 15} <= set(padded.tolist())
+    assert sampler.pad_slots([0, 1, 2, 15], SLOTS, [4, 8]) is None

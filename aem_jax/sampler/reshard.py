@@ -1,4 +1,4 @@
-"""From the learner's layout to the sampler's: one jitted reshard a step, no second engine, no weight sync."""
+"""Reshards parameters from the learner's layout to the sampler's, once a step: no second engine, no weight sync."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from aem_jax.models import LoraPolicy, Params, Policy
-from aem_jax.models.int8 import INPUTS, layer_axes, quantize_layers
+from aem_jax.models.int8 import quantize_layers, quantized_matrices, scale_of
 from aem_jax.sharding import TRAIN, decode_formats, shardings
 
 INT8_MERGES = (
@@ -17,19 +17,19 @@ INT8_MERGES = (
 
 
 def make_reshard(policy: Policy, mesh: Mesh, *, int8: bool = False) -> Callable[[Params], Params]:
-    """Builds `reshard(params) -> params`: the policy's dtype, decode layout. A decode step then gathers no weights.
+    """Builds `reshard(params) -> params`: the dtypes of use, in the decode layout, so that decoding gathers no weights.
 
-    Scales of norms stay float32, in which the learner uses them too. With `int8` the parameters are those of
-    `policy.in_int8`, made from the masters: each device quantises its part, and codes are what is gathered.
+    With `int8` the parameters are those of `policy.quantized`, made from the masters: each device quantises its shard,
+    and the codes are gathered.
     """
     shapes = policy.shapes
-    sampled = policy.in_int8 if int8 else policy
+    sampled = policy.quantized if int8 else policy
 
     def cast(params: Params) -> Params:
         if not int8:
             return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, policy.dtypes)
-        found = policy.quantize(params)
-        return jax.lax.with_sharding_constraint(found, shardings(mesh, sampled.axes, TRAIN))
+        codes = policy.quantize(params)
+        return jax.lax.with_sharding_constraint(codes, shardings(mesh, sampled.axes, TRAIN))
 
     return jax.jit(
         cast,
@@ -39,18 +39,18 @@ def make_reshard(policy: Policy, mesh: Mesh, *, int8: bool = False) -> Callable[
 
 
 def make_lora_reshard(policy: LoraPolicy, mesh: Mesh, *, int8: bool = False) -> Callable[[Params, Params], Any]:
-    """Builds `reshard(adapter, frozen) -> params` in the decode layout, for a policy of which an adapter is trained.
+    """Builds `reshard(adapter, frozen) -> params` in the decode layout, for a policy that trains an adapter.
 
-    With `lora.merge`, params are those of `policy.whole`, the adapter's projections made anew and rounded to the dtype
-    of the frozen ones; else they are the pair that `policy` itself takes. What the adapter does not change and lies
-    alike for learning and sampling is not copied: those are the frozen weights' own buffers. With `int8` all matrices
-    of layers are copied, in codes.
+    With `lora.merge`, params are those of `policy.base`, with merged projections in the dtype of the frozen ones; else
+    they are the pair that `policy` takes. Frozen weights that the adapter does not change, and that have the same
+    layout for learning and sampling, are not copied: params share their buffers. With `int8` all matrices of layers
+    are copied, as codes.
 
     Raises:
         ValueError: int8 without `lora.merge`.
     """
-    lora, whole = policy.lora, policy.whole
-    train, decode = shardings(mesh, whole.axes, TRAIN, whole.shapes), decode_formats(mesh, whole.axes, whole.shapes)
+    lora, base = policy.lora, policy.base
+    train, decode = shardings(mesh, base.axes, TRAIN, base.shapes), decode_formats(mesh, base.axes, base.shapes)
     adapter = shardings(mesh, policy.axes, TRAIN, policy.shapes)
     if int8 and not lora.merge:
         raise ValueError(INT8_MERGES)
@@ -63,15 +63,15 @@ def make_lora_reshard(policy: LoraPolicy, mesh: Mesh, *, int8: bool = False) -> 
         )
         return lambda adapter, frozen: (cast(adapter), jax.device_put(frozen, decode))
 
-    leaves = tuple(INPUTS) if int8 else policy.merged_leaves
-    changed = lambda layers: {name: layers[name] for name in leaves}
+    names = tuple(quantized_matrices(policy.config)) if int8 else policy.merged_leaves
+    changed = lambda layers: {name: layers[name] for name in names}
+    code_axes = {name: base.quantized.axes["layers"][name] for name in (*names, *map(scale_of, names))} if int8 else {}
 
     def quantized(adapter: Params, layers: Params) -> Params:
-        found = quantize_layers({**layers, **policy.merge(adapter, layers)})
-        axes = layer_axes(changed(whole.axes["layers"]))
-        return jax.lax.with_sharding_constraint(found, shardings(mesh, axes, TRAIN))
+        codes = quantize_layers(policy.config, {**layers, **policy.merge(adapter, layers)})
+        return jax.lax.with_sharding_constraint(codes, shardings(mesh, code_axes, TRAIN))
 
-    placed = decode_formats(mesh, layer_axes(changed(whole.axes["layers"]))) if int8 else changed(decode["layers"])
+    placed = decode_formats(mesh, code_axes) if int8 else changed(decode["layers"])
     merge = jax.jit(
         quantized if int8 else policy.merge,
         in_shardings=(adapter, changed(train["layers"])),
@@ -80,11 +80,11 @@ def make_lora_reshard(policy: LoraPolicy, mesh: Mesh, *, int8: bool = False) -> 
 
     def reshard(adapter: Params, frozen: Params) -> Params:
         merged = merge(adapter, changed(frozen["layers"]))
-        kept = lambda tree: {
+        unchanged = lambda tree: {
             **tree,
             "layers": {name: leaf for name, leaf in tree["layers"].items() if name not in merged},
         }
-        rest = jax.device_put(kept(frozen), kept(decode))
+        rest = jax.device_put(unchanged(frozen), unchanged(decode))
         return {**rest, "layers": {**rest["layers"], **merged}}
 
     return reshard

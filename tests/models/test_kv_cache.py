@@ -1,4 +1,4 @@
-"""A cache in 8 bits: rounding by hand, its bound, and attention as of the rounded numbers."""
+"""An int8 KV cache: rounding by hand, its error bound, and attention over the rounded numbers."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aem_jax.models.attention import chunk_attention
-from aem_jax.models.cache import Coded, encode
+from aem_jax.models.int8 import QuantizedArray, quantize
+from aem_jax.models.kv_cache import KVCache, KVChunk
 
 
 def test_rounding_by_hand():
     # Two tokens of two numbers: 1.27 is the largest, so its scale is 0.01; a token of zeros has scale 1.
-    codes, scales = encode(jnp.array([[1.27, -0.018], [0.0, 0.0]]), 1)
+    codes, scales = quantize(jnp.array([[1.27, -0.018], [0.0, 0.0]]), 1)
     np.testing.assert_allclose(scales, [0.01, 1.0], rtol=1e-6)
     np.testing.assert_array_equal(codes, [[127, -2], [0, 0]])
     assert codes.dtype == jnp.int8 and scales.dtype == jnp.float32
@@ -22,7 +23,7 @@ def test_rounding_by_hand():
 @given(seed=st.integers(0, 999), power=st.integers(-30, 30), axis=st.sampled_from([1, 2]))
 def test_the_error_is_at_most_half_a_scale(seed: int, power: int, axis: int):
     x = np.random.RandomState(seed).standard_normal((3, 8, 8)).astype(np.float32) * np.float32(2.0) ** power
-    codes, scales = (np.asarray(each, np.float64) for each in encode(jnp.asarray(x), axis))
+    codes, scales = (np.asarray(each, np.float64) for each in quantize(jnp.asarray(x), axis))
     scales = np.expand_dims(scales, axis)
     assert np.abs(codes).max() == 127
     assert (np.abs(x - codes * scales) <= scales / 2 * (1 + 1e-4)).all()
@@ -50,14 +51,12 @@ def test_attention_is_that_to_the_rounded_numbers(dtype: str, tolerance: float):
     # Tokens of very different size, each with its own scale; what lies past the length is large, and not read.
     size = 2.0 ** random.randint(-3, 3, (slots, kv_heads, window, 1))
     size = np.where(np.arange(window)[:, None] < cached[:, None, None, None], size, 1e6)
-    k, v = (encode(draw(slots, kv_heads, window, head_dim) * size.astype(np.float32), 3) for _ in range(2))
+    k, v = (quantize(draw(slots, kv_heads, window, head_dim) * size.astype(np.float32), 3) for _ in range(2))
     found = chunk_attention(
         q,
-        Coded(jnp.swapaxes(k.codes, 2, 3), k.scales),
-        v,
+        KVCache(QuantizedArray(jnp.swapaxes(k.codes, 2, 3), k.scales), v),
         jnp.asarray(cached),
-        jnp.swapaxes(chunk[0], 2, 3),
-        chunk[1],
+        KVChunk(jnp.swapaxes(chunk[0], 2, 3), chunk[1]),
         jnp.int32(index),
     )
     rounded = [np.asarray(each.codes, np.float64) * np.asarray(each.scales, np.float64)[..., None] for each in (k, v)]

@@ -1,4 +1,4 @@
-"""Drawing one token: its distribution, its logprob, the entropy."""
+"""Sampling one token: its distribution, its logprob, the entropy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from aem_jax.sampler import SamplingConfig, make_draw
-from aem_jax.sampler.draw import uniforms
+from aem_jax.sampler import SamplingConfig, make_sample_token
+from aem_jax.sampler.sampling import uniforms
 
 DRAWS = 60_000
 
@@ -18,7 +18,7 @@ def randoms(count: int, seed: int = 0) -> jax.Array:
 
 def draw_many(config: SamplingConfig, logits: np.ndarray, count: int = DRAWS, seed: int = 0) -> np.ndarray:
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    return np.asarray(jax.jit(make_draw(config))(rows, randoms(count, seed))[0])
+    return np.asarray(jax.jit(make_sample_token(config))(rows, randoms(count, seed))[0])
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_a_tiny_top_p_is_greedy():
 @pytest.mark.parametrize("config", [SamplingConfig(0.7), SamplingConfig(1.3, top_k=5), SamplingConfig(0.5, top_p=0.5)])
 def test_logprobs_and_entropies_are_those_of_the_whole_softmax_at_the_temperature(config: SamplingConfig):
     logits = np.random.RandomState(4).standard_normal((50, 130)).astype(np.float32) * 3
-    tokens, logprobs, entropies = make_draw(config)(jnp.asarray(logits), randoms(50))
+    tokens, logprobs, entropies = make_sample_token(config)(jnp.asarray(logits), randoms(50))
     wide = logits.astype(np.float64) / config.temperature
     table = wide - wide.max(1, keepdims=True)
     table -= np.log(np.exp(table).sum(1, keepdims=True))
@@ -104,7 +104,7 @@ def test_logprobs_and_entropies_are_those_of_the_whole_softmax_at_the_temperatur
 
 def test_greedy_reports_the_distribution_at_temperature_one():
     """Logits ln 3 and ln 1: p = 3/4, 1/4; logprob ln(3/4); entropy ln 4 - 3/4 ln 3."""
-    token, logprob, entropy = make_draw(SamplingConfig(0.0))(jnp.log(jnp.asarray([[1.0, 3.0]])), randoms(1))
+    token, logprob, entropy = make_sample_token(SamplingConfig(0.0))(jnp.log(jnp.asarray([[1.0, 3.0]])), randoms(1))
     assert int(token[0]) == 1
     assert float(logprob[0]) == pytest.approx(np.log(0.75), abs=1e-6)
     assert float(entropy[0]) == pytest.approx(np.log(4) - 0.75 * np.log(3), abs=1e-6)
@@ -114,7 +114,7 @@ def test_extreme_logits_stay_finite():
     """A peak of e^200 over the rest: certain, entropy 0; masked logits of -1e30 are never drawn."""
     logits = jnp.stack([jnp.zeros(70).at[3].set(200.0), jnp.full(70, -1e30).at[69].set(0.0)])
     for seed in range(20):
-        tokens, logprobs, entropies = make_draw(SamplingConfig(1.0))(logits, randoms(2, seed))
+        tokens, logprobs, entropies = make_sample_token(SamplingConfig(1.0))(logits, randoms(2, seed))
         assert tokens.tolist() == [3, 69]
         np.testing.assert_allclose(logprobs, 0, atol=1e-6)
         np.testing.assert_allclose(entropies, 0, atol=1e-6)
@@ -122,10 +122,10 @@ def test_extreme_logits_stay_finite():
 
 def test_a_row_is_drawn_by_its_own_numbers():
     logits = jnp.asarray(np.random.RandomState(5).standard_normal((6, 100)), jnp.float32)
-    draw = make_draw(SamplingConfig(1.0))
-    tokens = draw(logits, randoms(6))[0]
+    sample_token = make_sample_token(SamplingConfig(1.0))
+    tokens = sample_token(logits, randoms(6))[0]
     order = jnp.asarray([3, 0, 5, 1, 2, 4])
-    np.testing.assert_array_equal(draw(logits[order], randoms(6)[order])[0], tokens[order])
+    np.testing.assert_array_equal(sample_token(logits[order], randoms(6)[order])[0], tokens[order])
 
 
 def test_random_numbers_belong_to_key_and_token():

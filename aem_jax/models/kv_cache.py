@@ -1,0 +1,231 @@
+"""The KV cache of the sampler: the one module, beside `attention.chunk_attention`, that knows its layout.
+
+Each slot is a row of contiguous positions, allocated once. The functions here read and write rows in place; another
+layout (pages, for example) changes this module and that attention.
+
+In int8 a token has one scale for each layer and KV head. It is quantised once, by itself, when it is appended. Both
+products of attention read codes: a scale stands outside of the first, and goes into the weights of the second, scores
+(query · q) s, sums Σ (w s) · q. bfloat16 holds the codes exactly.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from aem_jax.models.config import ModelConfig
+from aem_jax.models.int8 import QuantizedArray, quantize
+
+Array = jax.Array
+
+KVArray = Array | QuantizedArray
+"""Keys or values: in the model's dtype, or int8 codes with their scales."""
+
+KEY_AXES = ("layers", "slots", "kv_heads", "head_dim", "length")
+VALUE_AXES = ("layers", "slots", "kv_heads", "length", "head_dim")
+_SCALE_AXES = ("layers", "slots", "kv_heads", "length")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of S slots with T positions each; of all layers, or of one (then without L).
+
+    Attributes:
+        keys: [L,S,KV,Dh,T], rotated. T is last, so that both products of attention read memory in order.
+        values: [L,S,KV,T,Dh].
+    """
+
+    keys: KVArray
+    values: KVArray
+
+    @property
+    def length(self) -> int:
+        """T, positions of a slot."""
+        return jax.tree.leaves(self.keys)[0].shape[-1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots, over all devices."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one position of one slot, all layers."""
+        return self.num_bytes // (jax.tree.leaves(self.keys)[0].shape[1] * self.length)
+
+
+class KVChunk(NamedTuple):
+    """Keys and values of G new tokens of each slot, before they are appended to a cache; of all layers, or of one.
+
+    Attributes:
+        keys: [L,S,KV,Dh,G], in the model's dtype.
+        values: [L,S,KV,G,Dh].
+    """
+
+    keys: Array
+    values: Array
+
+    @property
+    def length(self) -> int:
+        """G, positions of a slot."""
+        return self.keys.shape[-1]
+
+
+def init_cache(config: ModelConfig, slots: int, length: int, *, int8: bool = False) -> KVCache:
+    """Zeros for `slots` slots of `length` positions."""
+    chunk = init_chunk(config, slots, length)
+    if not int8:
+        return KVCache(*chunk)
+    scales = (config.num_layers, slots, config.num_kv_heads, length)
+    return KVCache(*(QuantizedArray(jnp.zeros_like(x, jnp.int8), jnp.zeros(scales)) for x in chunk))
+
+
+def init_chunk(config: ModelConfig, slots: int, length: int) -> KVChunk:
+    """A chunk of `length` tokens in which nothing is written yet."""
+    shape = (config.num_layers, slots, config.num_kv_heads)
+    keys, values = (*shape, config.head_dim, length), (*shape, length, config.head_dim)
+    return KVChunk(jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype))
+
+
+def cache_axes(*, int8: bool) -> KVCache:
+    """Logical axes of a cache's arrays, in its structure."""
+    sides: Any = chunk_axes()
+    return KVCache(*(QuantizedArray(axes, _SCALE_AXES) for axes in sides) if int8 else sides)  # pyright: ignore
+
+
+def chunk_axes() -> KVChunk:
+    """Logical axes of a chunk's arrays, in its structure."""
+    sides: Any = (KEY_AXES, VALUE_AXES)
+    return KVChunk(*sides)
+
+
+def window(cache: KVCache, length: int) -> KVCache:
+    """The first `length` positions of every slot, or all if there are fewer."""
+    return _over_length(lambda x, axis: jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis), cache)
+
+
+def gather(cache: KVCache, slots: Array, length: int) -> KVCache:
+    """The first `length` positions of some slots, `slots` i32[n].
+
+    A loop of plain copies, one for each slot: a gather moves single numbers on some backends.
+    """
+
+    def empty(x: Array, axis: int) -> Array:
+        shape = [x.shape[0], slots.shape[0], *x.shape[2:]]
+        shape[axis] = length
+        return jnp.zeros_like(x, shape=shape)
+
+    def copy_slot(i: Array, gathered: KVCache) -> KVCache:
+        # From the cache itself: a slice taken before the loop would be a copy of it.
+        def copy(to: Array, x: Array) -> Array:
+            row = jax.lax.dynamic_slice(x, _start(x, slots[i]), (to.shape[0], 1, *to.shape[2:]))
+            return jax.lax.dynamic_update_slice(to, row, _start(to, i))
+
+        return jax.tree.map(copy, gathered, cache)
+
+    return jax.lax.fori_loop(0, slots.shape[0], copy_slot, _over_length(empty, cache))
+
+
+def append(
+    cache: KVCache, chunk: KVChunk, lengths: Array, hidden: Array, last: Array, slots: Array | None = None
+) -> tuple[KVCache, Array]:
+    """Writes chunks of G tokens behind the cached tokens, in place; an int8 cache quantises them.
+
+    A loop over slots runs in place, where a scatter copies the cache. Last hidden states are written in the same loop,
+    so that it waits for the last layer. Were it free to start before that layer has read its cache, XLA would copy it.
+
+    Args:
+        cache: of S slots.
+        chunk: of n slots, G positions.
+        lengths: i32[S], cached tokens of each slot.
+        hidden: [S,D].
+        last: [n,D], replaces the rows of `hidden`.
+        slots: i32[n], all different: the slots of the chunk; None means all, in order.
+
+    Returns:
+        The cache, and `hidden`.
+    """
+    is_int8 = isinstance(cache.keys, QuantizedArray)
+
+    def append_slot(i: Array, carry: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
+        # The barrier hides from libtpu 0.0.42 (that of jax 0.10) that the loop copies slot by slot: it takes the chunk
+        # for all of the cache then, and fails.
+        row = lambda x, axis: jax.lax.optimization_barrier(jax.lax.dynamic_index_in_dim(x, i, axis))
+        slot = i if slots is None else slots[i]
+        position = lengths[slot]
+
+        def write(x: Array, new: Array, axis: int) -> Array:
+            return jax.lax.dynamic_update_slice(x, new, _start(x, slot, axis, position))
+
+        # Quantised slot by slot: a chunk may be large, and exists only once.
+        keys, values = row(chunk.keys, 1), row(chunk.values, 1)
+        if is_int8:
+            keys = quantize(keys, KEY_AXES.index("head_dim"))
+            values = quantize(values, VALUE_AXES.index("head_dim"))
+        cache, hidden = carry
+        hidden = jax.lax.dynamic_update_slice(hidden, row(last, 0), (slot, 0))
+        return _over_length(write, cache, KVCache(keys, values)), hidden
+
+    return jax.lax.fori_loop(0, last.shape[0], append_slot, (cache, hidden))
+
+
+def copy_rows(cache: KVCache, source: KVCache, rows: Array, length: int) -> KVCache:
+    """Copies the first `length` positions of row `rows[s]` of `source` to slot s, in place; -1 leaves the slot."""
+    begun = jnp.argsort(rows < 0, stable=True)  # the slots that are copied to, first
+
+    def copy_row(i: Array, cache: KVCache) -> KVCache:
+        slot = begun[i]
+        row = rows[slot]
+
+        def copy(to: Array, x: Array, axis: int) -> Array:
+            first = jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
+            return jax.lax.dynamic_update_slice(to, jax.lax.dynamic_index_in_dim(first, row, axis=1), _start(to, slot))
+
+        return _over_length(copy, cache, source)
+
+    return jax.lax.fori_loop(0, jnp.sum(rows >= 0), copy_row, cache)
+
+
+def write_tokens(chunk: KVChunk, k: Array, v: Array, index: Array) -> KVChunk:
+    """One layer's chunk with C tokens written at position `index`.
+
+    Args:
+        chunk: of one layer, [S,KV,Dh,G] and [S,KV,G,Dh].
+        k: [S,C,KV,Dh], rotated.
+        v: [S,C,KV,Dh].
+        index: i32 scalar.
+    """
+    keys = jax.lax.dynamic_update_slice(chunk.keys, jnp.transpose(k, (0, 2, 3, 1)), (0, 0, 0, index))
+    values = jax.lax.dynamic_update_slice(chunk.values, jnp.swapaxes(v, 1, 2), (0, 0, index, 0))
+    return KVChunk(keys, values)
+
+
+def factors(array: KVArray, dtype: DTypeLike) -> tuple[Array, Array | None]:
+    """The operand of a product in `dtype`, and the scale [..., 1, T] of each of its positions, if it has scales."""
+    if isinstance(array, QuantizedArray):
+        return array.codes.astype(dtype), array.scales[..., None, :]
+    return array, None
+
+
+def _over_length(function: Callable[..., Array], *caches: KVCache) -> KVCache:
+    """`function(array, ..., axis)` of all arrays of stacked caches; `axis` is that of positions."""
+    axes = cache_axes(int8=isinstance(caches[0].keys, QuantizedArray))
+    return jax.tree.map(
+        lambda names, *arrays: function(*arrays, axis=names.index("length")), axes, *caches, is_leaf=_is_names
+    )
+
+
+def _is_names(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(name, str) for name in node)
+
+
+def _start(x: Array, slot: Array, axis: int = 0, position: Array | int = 0) -> list[Array | int]:
+    """Where a slot's part of x begins, at a position of dimension `axis`."""
+    start: list[Array | int] = [0] * x.ndim
+    start[axis], start[1] = position, slot
+    return start
