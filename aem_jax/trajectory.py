@@ -1,12 +1,12 @@
 """Host types of a rollout: what was asked, what was said, how it ended. Plain numpy; ids as sampled are the truth."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import numpy as np
+
+from aem_jax.envs.protocol import Task
 
 
 class Ending(Enum):
@@ -18,21 +18,6 @@ class Ending(Enum):
     """A limit (turns, tokens) was hit."""
     ENV_ERROR = "env_error"
     """The environment broke: masked from loss and group statistics, never counted as failure."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One thing to do.
-
-    Attributes:
-        id: stable name, unique inside its split.
-        kind: task type, for metrics by type.
-        payload: JSON mapping that the environment server understands.
-    """
-
-    id: str
-    kind: str
-    payload: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ class WarmstartConfig:
     """Demonstrations of one step."""
     learning_rate: float = 1e-3
     """Peak learning rate; rises over the first tenth, then falls along half a cosine."""
-    wander: float = 0.0
-    """Share of turns in which the demonstrator does something careless instead of what it should (goes somewhere at
-    random, buys without looking, finishes untested): its pupil has something left to learn from reward."""
+    expert_noise: float = 0.0
+    """Share of turns in which the demonstrator errs on purpose (goes to a random place, buys without comparing,
+    finishes untested), so that the policy has something left to learn from reward."""
     only_won: bool = True
     """Leave out episodes that the expert lost."""
     begin_from: str = ""

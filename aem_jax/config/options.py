@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import TypeVar
 
-from aem_jax.config.overrides import annotations, override, read, unknown
+from aem_jax.config.overrides import annotations, choose, override, read, unions, unknown
 from aem_jax.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -40,11 +40,12 @@ def apply(config: Config, options: Options) -> Config:
     Raises:
         ConfigError: an option that is no field, or a value that cannot be read or is refused.
     """
-    kinds = annotations(type(config))
+    config = choose(config, {name: " ".join(options[name]) for name in unions(type(config)) if name in options}, flag)
+    kinds = annotations(config)
     values = {}
     for name, words in options.items():
         if name not in kinds:
-            raise ConfigError(unknown(name, kinds, flag))
+            raise ConfigError(unknown(name, config, flag))
         try:
             values[name] = read(words, kinds[name])
         except ValueError as error:

@@ -25,14 +25,52 @@ def nearest(name: str, names: Iterable[str], spell: Callable[[str], str] = repr)
     return f"; did you mean {spell(matches[0])}?" if matches else ""
 
 
-def annotations(cls: type) -> dict[str, Any]:
-    """The fields of a dataclass and of those inside it, dotted, with their types, in order."""
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Marks a field that holds one of several configs (a tagged union): `environment: Annotated[Any, OneOf(…)]`.
+
+    By dotted name the field's value is the name of the choice, and the choice's settings stand beside it under that
+    name: `environment = "alfworld"` and `alfworld.max_steps`. Only fields of the outermost config may be marked.
+
+    Attributes:
+        names: of the choices.
+        default: name -> the choice's default config.
+        name_of: config -> its name.
+    """
+
+    names: Sequence[str]
+    default: Callable[[str], Any]
+    name_of: Callable[[Any], str]
+
+    def key(self, config: Any) -> str:
+        """The name under which the settings of a choice stand."""
+        return _key(self.name_of(config))
+
+
+def _key(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def unions(cls: type) -> dict[str, OneOf]:
+    """The marked fields of a config's class."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    marks = {name: getattr(kind, "__metadata__", ()) for name, kind in hints.items()}
+    return {name: mark[0] for name, mark in marks.items() if mark and isinstance(mark[0], OneOf)}
+
+
+def annotations(config: Any) -> dict[str, Any]:
+    """The fields of a config and of those inside it, dotted, with their types, in order."""
+    hints, chosen = typing.get_type_hints(type(config)), unions(type(config))
     kinds = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            kinds |= {f"{name}.{inner}": each for inner, each in annotations(kind).items()}
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in chosen:
+            kinds[name] = Literal[tuple(chosen[name].names)]
+            name = chosen[name].key(value)
+        if dataclasses.is_dataclass(value):
+            kinds |= {f"{name}.{inner}": kind for inner, kind in annotations(value).items()}
         else:
-            kinds[name] = kind
+            kinds[name] = hints[name]
     return kinds
 
 
@@ -44,9 +82,37 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def nested_values(config: Any) -> dict[str, Any]:
+    """A config as nested mappings, which JSON can hold: `dataclasses.asdict` with the choices of unions by name."""
+    chosen, values = unions(type(config)), {}
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in chosen:
+            values[name] = chosen[name].name_of(value)
+            name = chosen[name].key(value)
+        values[name] = nested_values(value) if dataclasses.is_dataclass(value) else value
+    return values
+
+
 def as_values(config: Any) -> dict[str, Any]:
     """A config's fields by dotted name; the inverse of `override` on a config of the same class."""
-    return flatten(dataclasses.asdict(config))
+    return flatten(nested_values(config))
+
+
+def choose(config: Config, values: Mapping[str, Any], spell: Callable[[str], str] = repr) -> Config:
+    """A copy of `config` with the choices of its unions that `values` names; a choice that it has keeps its settings.
+
+    Raises:
+        ConfigError: no such choice.
+    """
+    for name, union in unions(type(config)).items():
+        if name in values and values[name] != union.name_of(getattr(config, name)):
+            try:
+                choice = conform(values[name], Literal[tuple(union.names)])
+            except ValueError as error:
+                raise ConfigError(f"{spell(name)}: {error}") from None
+            config = dataclasses.replace(config, **{name: union.default(choice)})  # pyright: ignore[reportArgumentType]
+    return config
 
 
 def override(config: Config, values: Mapping[str, Any], spell: Callable[[str], str] = repr) -> Config:
@@ -60,11 +126,14 @@ def override(config: Config, values: Mapping[str, Any], spell: Callable[[str], s
     Raises:
         ConfigError: a name that is no field, a value of another type, or one that the config itself refuses.
     """
-    kinds = annotations(type(config))
+    config = choose(config, values, spell)
+    kinds, chosen = annotations(config), unions(type(config))
     checked = {}
     for name, value in values.items():
         if name not in kinds:
-            raise ConfigError(unknown(name, kinds, spell))
+            raise ConfigError(unknown(name, config, spell))
+        if name in chosen:
+            continue
         try:
             checked[name] = conform(value, kinds[name])
         except ValueError as error:
@@ -72,10 +141,18 @@ def override(config: Config, values: Mapping[str, Any], spell: Callable[[str], s
     return _replace(config, checked, "", spell)
 
 
-def unknown(name: str, names: Iterable[str], spell: Callable[[str], str]) -> str:
-    """What to say of a name that is no field."""
-    names = list(names)
-    inside = [each for each in names if each.startswith(f"{name}.")]
+def unknown(name: str, config: Any, spell: Callable[[str], str]) -> str:
+    """The message for a name that is no field of `config`."""
+    names, head = list(annotations(config)), name.partition(".")[0]
+    for field, union in unions(type(config)).items():
+        others = {_key(choice): choice for choice in union.names}
+        current = union.name_of(getattr(config, field))
+        if others.get(head, current) != current:
+            return (
+                f"{spell(name)} is a setting of {field} {others[head]}, and {spell(field)} is {current} here; "
+                f"set {spell(field)} to {others[head]}, or leave it out"
+            )
+    inside = [field for field in names if field.startswith(f"{name}.")]
     if inside:
         return f"{spell(name)} is a group of fields; set one of them, as in {spell(inside[0])}"
     return f"unknown field {spell(name)}{nearest(name, names, spell)}"
@@ -90,8 +167,10 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
             inner.setdefault(head, {})[rest] = value
         else:
             own[head] = value
+    fields = {union.key(getattr(config, name)): name for name, union in unions(type(config)).items()}
     for head, group in inner.items():
-        own[head] = _replace(getattr(config, head), group, f"{prefix}{head}.", spell)
+        field = fields.get(head, head)
+        own[field] = _replace(getattr(config, field), group, f"{prefix}{head}.", spell)
     try:
         return dataclasses.replace(config, **own)
     except ConfigError:
@@ -99,9 +178,9 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
     except ValueError as error:
         # The config refuses the whole of it. The field is one that it names, before others one that was set: a word may
         # also be a value that is called as another field is.
-        said = str(error).replace(",", " ").split()
-        spoken_of = [field.name for field in dataclasses.fields(config) if field.name in said]
-        named = next((name for name in spoken_of if name in own), next(iter(spoken_of), next(iter(own))))
+        words = str(error).replace(",", " ").split()
+        mentioned = [field.name for field in dataclasses.fields(config) if field.name in words]
+        named = next((name for name in mentioned if name in own), next(iter(mentioned), next(iter(own))))
         raise ConfigError(f"{spell(prefix + named)}: {error}") from None
 
 

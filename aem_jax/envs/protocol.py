@@ -52,6 +52,21 @@ class RefusedError(EnvError):
 
 
 @dataclass(frozen=True)
+class Task:
+    """One thing to do.
+
+    Attributes:
+        id: stable name, unique inside its split.
+        kind: task type, for metrics by type.
+        payload: JSON mapping that the environment server understands: the argument of `Environment.reset`.
+    """
+
+    id: str
+    kind: str
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One answer of an environment.
 

@@ -112,8 +112,8 @@ def _analysis(stage: Stage, params: Any, options: AnalyzeConfig, groups: int) ->
     values = stage.make_values()
     trained, params = params, policy_params(stage.trained, params)
     decode = stage.reshard(params)
-    picked = np.random.default_rng(options.seed).integers(len(stage.domain.training), size=groups)
-    tasks = [stage.domain.training[int(index)] for index in picked]
+    picked = np.random.default_rng(options.seed).integers(len(stage.suite.training), size=groups)
+    tasks = [stage.suite.training[int(index)] for index in picked]
     stage.report("play", 0, groups * config.rollout.group_size, {})
     trajectories, stats = stage.rollout(decode, tasks, play)
     check_some_played(trajectories, stats, "the analysis")

@@ -4,13 +4,14 @@ Precedence: a component's defaults < preset < command line. Reading is our own (
 errors of one line); `--help` is tyro's, from the docstrings of the configs. Nothing heavy loads before it is needed.
 """
 
+import dataclasses
 import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from aem_jax.config.overrides import nearest
 from aem_jax.distributed.signals import StoppedError
@@ -64,16 +65,17 @@ def main(words: Sequence[str]) -> int:
 
 def _train(words: Sequence[str]) -> int:
     from aem_jax.config.options import apply
-    from aem_jax.config.saved import absolute, run_name
 
     options = _options(words, "train")
     preset = _preset(options)
     if "help" in options:
-        return _help(preset, "train", f"{COMMANDS['train'].help}\n\n{_overview()}")
+        return _help(_chosen(preset, options), "train", f"{COMMANDS['train'].help}\n\n{_overview()}")
+
+    from aem_jax.config.environments import from_environ
+    from aem_jax.config.saved import absolute, run_name
+
     config = apply(preset, options)
-    # The variable is read here and nowhere else, so that a run's folder says what its games were.
-    data = config.alfworld_data or os.environ.get("ALFWORLD_DATA", "")
-    config = absolute(replace(config, name=run_name(config, options), alfworld_data=data))
+    config = absolute(from_environ(replace(config, name=run_name(config, options))))
 
     from aem_jax.config.components import check
 
@@ -87,7 +89,7 @@ def _train(words: Sequence[str]) -> int:
 def _evaluate(words: Sequence[str]) -> int:
     options = _options(words, "evaluate")
     if "help" in options:
-        return _help(_preset(options), "evaluate", COMMANDS["evaluate"].help)
+        return _help(_chosen(_preset(options), options), "evaluate", COMMANDS["evaluate"].help)
     config = _trained(options)
 
     from aem_jax.config.components import check
@@ -116,7 +118,7 @@ def _export(words: Sequence[str]) -> int:
 
     names, options = split(words)
     if "help" in options:
-        return _help(_preset({}), "export FOLDER", COMMANDS["export"].help)
+        return _help(_chosen(_preset({}), options), "export FOLDER", COMMANDS["export"].help)
     if len(names) != 1:
         raise ConfigError(f"expected one folder to write to, got {len(names)}; export FOLDER --name RUN")
     if not names[0] or "://" in names[0]:  # as a path, these would be the working folder, and a folder of that name
@@ -192,7 +194,7 @@ def _plan(words: Sequence[str]) -> int:
     options = _options(words, "plan")
     config = plan_config(_preset(options))
     if "help" in options:
-        return _help(config, "plan", COMMANDS["plan"].help)
+        return _help(_chosen(config, options), "plan", COMMANDS["plan"].help)
     return run(apply(config, options), options)
 
 
@@ -259,9 +261,17 @@ def _preset(options: dict[str, list[str]]) -> "RunConfig":
     return read_preset(*names or ())
 
 
-def _help(default: object, usage: str, description: str) -> int:
+def _chosen(config: Any, options: dict[str, list[str]]) -> Any:
+    """`config` with the environment that the options name: its settings are those that help lists."""
+    from aem_jax.config.options import apply
+
+    return apply(config, {"environment": options["environment"]} if "environment" in options else {})
+
+
+def _help(default: Any, usage: str, description: str) -> int:
     import tyro
 
+    default = _shown(default)
     try:
         tyro.cli(
             type(default),
@@ -274,3 +284,19 @@ def _help(default: object, usage: str, description: str) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
+
+
+def _shown(config: Any) -> Any:
+    """`config` with each of its unions as two fields: the name of the choice, and the choice's settings."""
+    from aem_jax.config.overrides import unions
+
+    values, added = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}, []
+    for name, union in unions(type(config)).items():
+        choice = values[name]
+        values |= {name: union.name_of(choice), union.key(choice): choice}
+        added += [(name, Literal[tuple(union.names)], values[name]), (union.key(choice), type(choice), choice)]
+    if not added:
+        return config
+    fields = [(name, kind, dataclasses.field(default=value)) for name, kind, value in added]
+    shown = dataclasses.make_dataclass(type(config).__name__, fields, bases=(type(config),), frozen=True)
+    return shown(**values)

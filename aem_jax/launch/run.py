@@ -18,7 +18,7 @@ from aem_jax.checkpoint import CheckpointError, Checkpoints
 from aem_jax.config import components, inputs, saved
 from aem_jax.config.algorithms import response_advantages, value_targets
 from aem_jax.config.options import flag
-from aem_jax.config.overrides import as_values
+from aem_jax.config.overrides import as_values, nested_values
 from aem_jax.config.run import RunConfig
 from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
@@ -97,7 +97,7 @@ def evaluate(config: RunConfig) -> int:
         state = restore(stage, checkpoints)
         params, records, is_first = stage.laid_out(state.params), [], stage.hosts.is_first
         for split in config.evaluation.splits:
-            tasks, name = stage.domain.evaluation(split, config.evaluation.size)
+            tasks, name = stage.suite.evaluation(split, config.evaluation.size)
             found, _ = evaluate_policy(stage.rollout, params, tasks, stage.key("evaluate"), name=name, split=split)
             records.append(found.record(int(state.step), "evaluate"))
             if is_first:
@@ -261,15 +261,15 @@ def _fit(stage: Stage, demonstrations: Sequence[Trajectory]) -> TrainState:
 
 def _demonstrations(stage: Stage) -> list[Trajectory]:
     rollout, settings = stage.config.rollout, stage.config.warmstart
-    if stage.domain.demonstrator is None:
+    if stage.suite.demonstrator is None:
         raise ValueError(
-            f"expected --warmstart.episodes 0 with {stage.domain.name}, got {settings.episodes}; "
+            f"expected --warmstart.episodes 0 with {stage.suite.name}, got {settings.episodes}; "
             "this environment has no expert to learn from"
         )
-    tasks, found = stage.domain.training[: settings.episodes], []
-    with closing(stage.domain.make_env()) as env:
+    tasks, found = stage.suite.training[: settings.episodes], []
+    with closing(stage.suite.make_env()) as env:
         how = {"instruction": rollout.instruction, "max_turns": rollout.max_turns}
-        episodes = demonstrations(env, stage.domain.demonstrator, tasks, stage.chat, **how)
+        episodes = demonstrations(env, stage.suite.demonstrator, tasks, stage.chat, **how)
         for count, episode in enumerate(episodes, start=1):
             stage.stop.check()
             found.append(episode)
@@ -290,9 +290,9 @@ def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> TrainSt
     config, folder, start = stage.config, stage.folder, int(state.step)
     num_steps, num_groups = config.train.num_steps, config.rollout.groups_per_step
     layout = components.batch_layout(config, num_groups * config.rollout.group_size, config.learner.num_minibatches)
-    tasks = task_groups(stage.domain.training, config.selection.tasks_per_round(num_groups), seed=config.seed)
+    tasks = task_groups(stage.suite.training, config.selection.tasks_per_round(num_groups), seed=config.seed)
     is_first = stage.hosts.is_first
-    settings = dataclasses.asdict(config)
+    settings = nested_values(config)
     writer = MetricsWriter(folder, config.metrics, start_step=start, run_config=settings) if is_first else None
 
     def finish(
@@ -359,7 +359,7 @@ def _evaluate(
     step, lines = int(state.step), stage.folder / EVALUATIONS
     params = success = None
     for count, split in enumerate(splits, start=1):
-        tasks, name = stage.domain.evaluation(split, stage.config.evaluation.size)
+        tasks, name = stage.suite.evaluation(split, stage.config.evaluation.size)
         if stage.hosts.of_first(_is_done(lines, phase, name, step)):
             continue
         params = stage.laid_out(state.params) if params is None else params
@@ -375,15 +375,15 @@ def _evaluate(
 def _baselines(stage: Stage) -> None:
     """Plays the fixed sets with the scripted agents: in process 0, for no device is needed."""
     config, lines, env = stage.config, stage.folder / EVALUATIONS, None
-    agents = [(split, name) for split in config.evaluation.splits for name in stage.domain.baselines]
+    agents = [(split, name) for split in config.evaluation.splits for name in stage.suite.baselines]
     with ExitStack() as stack:
         for count, (split, agent) in enumerate(agents, start=1):
             stage.stop.check()
-            tasks, name = stage.domain.evaluation(split, config.evaluation.size)
+            tasks, name = stage.suite.evaluation(split, config.evaluation.size)
             if not stage.hosts.is_first or _is_done(lines, agent, name, 0):
                 continue
-            make_act, max_turns = stage.domain.baselines[agent], config.rollout.max_turns
-            env = env or stack.enter_context(closing(stage.domain.make_env()))
+            make_act, max_turns = stage.suite.baselines[agent], config.rollout.max_turns
+            env = env or stack.enter_context(closing(stage.suite.make_env()))
             found = evaluate_agent(env, make_act, tasks, max_turns=max_turns, name=name, split=split)
             append_line(lines, found.record(0, agent))
             stage.report("baselines", count, len(agents), {"rollout/success": found.rate.success})

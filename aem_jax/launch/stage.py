@@ -15,13 +15,14 @@ from jax.sharding import Mesh
 
 from aem_jax.batch import Batch
 from aem_jax.config import components, inputs, saved
+from aem_jax.config.environments import task_suite
 from aem_jax.config.run import RunConfig
 from aem_jax.distributed import Hosts
 from aem_jax.distributed.join import share_urls
 from aem_jax.distributed.signals import StopRequest, stop_on_signals
 from aem_jax.envs.serving.pool import EnvPool
+from aem_jax.envs.suite import TaskSuite, tokenizer_corpus
 from aem_jax.launch import init_from
-from aem_jax.launch.domains import DOMAINS, Domain, texts
 from aem_jax.launch.mesh import open_mesh
 from aem_jax.launch.progress import Report, open_progress
 from aem_jax.learner import make_response_values
@@ -46,7 +47,7 @@ class Stage:
     Attributes:
         config: the run's.
         folder: the run's.
-        domain: the environment and what there is to do in it.
+        suite: the environment and what there is to do in it.
         chat: the tokenizer.
         policy: the decoder, or adapters of it.
         mesh: the device mesh.
@@ -60,7 +61,7 @@ class Stage:
 
     config: RunConfig
     folder: Path
-    domain: Domain
+    suite: TaskSuite
     chat: ChatTokenizer
     policy: Policy | LoraPolicy
     mesh: Mesh
@@ -115,11 +116,11 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts, 
     """
     stop = stack.enter_context(stop_on_signals(hosts.largest))
     report = stack.enter_context(open_progress()) if hosts.is_first else _unseen
-    domain = DOMAINS[config.environment](config)
-    domain = replace(domain, evaluation=cache(domain.evaluation))
+    suite = task_suite(config)
+    suite = replace(suite, evaluation=cache(suite.evaluation))
     for split in config.evaluation.splits:  # what cannot be read is said now, not after training
-        domain.evaluation(split, config.evaluation.size)
-    chat = _tokenizer(config, domain, folder / inputs.TOKENIZER, hosts, report, stop, begun)
+        suite.evaluation(split, config.evaluation.size)
+    chat = _tokenizer(config, suite, folder / inputs.TOKENIZER, hosts, report, stop, begun)
     policy = components.make_policy(config, chat.vocab_size, saved.model_files(config, folder) if begun else None)
     mesh = open_mesh(config, policy.config, hosts)
     rows = components.microbatch_rows(config)
@@ -127,12 +128,12 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts, 
         raise ValueError(
             f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {rows}"
         )
-    if config.env.urls and config.environment != "openenv" and hosts.is_first:
+    if config.env.urls and config.environment.NAME != "openenv" and hosts.is_first:
         # What those servers were started with cannot be asked; OpenEnv's protocol has no word for it.
-        expected = f"serve {domain.name} --settings '{json.dumps(dict(domain.settings))}'"
+        expected = f"serve {suite.name} --settings '{json.dumps(dict(suite.settings))}'"
         log.warning("servers of --env.urls keep the settings that they were started with; this run's are: %s", expected)
     servers = replace(config.env, urls=share_urls(hosts, config.env.urls))
-    pool = stack.enter_context(EnvPool(servers, (domain.name, domain.settings)))
+    pool = stack.enter_context(EnvPool(servers, (suite.name, suite.settings)))
     sampler = Sampler(
         components.sampled_policy(config, policy),
         config.sampling,
@@ -150,7 +151,7 @@ def open_stage(config: RunConfig, folder: Path, stack: ExitStack, hosts: Hosts, 
     int8 = config.sampling.weights == "int8"
     adapted = isinstance(policy, LoraPolicy)
     reshard = make_lora_reshard(policy, mesh, int8=int8) if adapted else make_reshard(policy, mesh, int8=int8)
-    return Stage(config, folder, domain, chat, policy, mesh, rollout, reshard, report, stop, hosts)
+    return Stage(config, folder, suite, chat, policy, mesh, rollout, reshard, report, stop, hosts)
 
 
 def _unseen(phase: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
@@ -158,7 +159,7 @@ def _unseen(phase: str, done: int, total: int, metrics: Mapping[str, Any]) -> No
 
 
 def _tokenizer(
-    config: RunConfig, domain: Domain, folder: Path, hosts: Hosts, report: Report, stop: StopRequest, begun: bool
+    config: RunConfig, suite: TaskSuite, folder: Path, hosts: Hosts, report: Report, stop: StopRequest, begun: bool
 ) -> ChatTokenizer:
     """The run's tokenizer: the one that it has, or one that process 0 makes and all read.
 
@@ -168,7 +169,7 @@ def _tokenizer(
     load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)  # noqa: E731
     is_copy = bool(config.model.path or config.warmstart.begin_from)
     if hosts.is_first and not begun and (is_copy or not folder.exists()):
-        _make_tokenizer(config, domain, folder, load, report, stop)
+        _make_tokenizer(config, suite, folder, load, report, stop)
     hosts.wait()
     if not folder.exists():  # process 0 was asked to stop before it had one
         stop.check()
@@ -177,7 +178,7 @@ def _tokenizer(
 
 def _make_tokenizer(
     config: RunConfig,
-    domain: Domain,
+    suite: TaskSuite,
     folder: Path,
     load: Callable[..., ChatTokenizer],
     report: Report,
@@ -196,7 +197,7 @@ def _make_tokenizer(
         chat = load(init_from.tokenizer(config))
     else:
         sizes, said = config.tokenizer, []
-        for count, episode in enumerate(texts(domain, sizes.episodes, config.rollout.max_turns), start=1):
+        for count, episode in enumerate(tokenizer_corpus(suite, sizes.episodes, config.rollout.max_turns), start=1):
             said += episode
             report("tokenizer", count, sizes.episodes, {})
             if stop.requested:

@@ -32,7 +32,7 @@ class Outer:
 
 
 def test_fields_have_dotted_names():
-    assert list(annotations(Outer)) == [
+    assert list(annotations(Outer())) == [
         "name", "on", "inner.size", "inner.rate", "inner.kinds", "inner.span", "inner.mode",
     ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from envs.servers import foreign_server
 from aem_jax.envs.protocol import RefusedError, StepResult
 from aem_jax.envs.serving.field_mapping import WireMapping, decode_step
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
-from aem_jax.envs.table import config_from
+from aem_jax.envs.settings import config_from
 
 FOLDER = Path(__file__).with_name("openenv_recorded")
 FILES = sorted(FOLDER.glob("*.jsonl"))

@@ -12,6 +12,7 @@ from aem_jax.config.options import apply, split
 from aem_jax.config.overrides import annotations, as_values
 from aem_jax.config.presets import DEFAULT, algorithm_names, describe_preset, preset_names, read_preset
 from aem_jax.config.run import RunConfig, is_harmless
+from aem_jax.envs.registry import TRAINED, default_config
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
 
@@ -43,8 +44,8 @@ def test_no_arguments_train_the_default_preset(trained):
 def test_the_folder_of_official_data_is_part_of_the_config(trained, monkeypatch: pytest.MonkeyPatch):
     """The variable is resolved once, so that a resumed run cannot silently change its games."""
     monkeypatch.setenv("ALFWORLD_DATA", "/data/alfworld")
-    assert cli.main([]) == cli.main(["--alfworld-data", "/mine"]) == 0
-    assert [config.alfworld_data for config in trained] == ["/data/alfworld", "/mine"]
+    assert cli.main([]) == cli.main(["--alfworld.data", "/mine"]) == 0
+    assert [as_values(config)["alfworld.data"] for config in trained] == ["/data/alfworld", "/mine"]
     assert trained[0].name == DEFAULT
 
 
@@ -65,9 +66,9 @@ def test_every_field_can_be_given_on_the_command_line():
     config = read_preset(DEFAULT)
     options = {}
     for name, value in as_values(config).items():
-        words = [str(each) for each in value] if isinstance(value, tuple) else [str(value)]
+        words = [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
         options[name] = words
-    assert set(options) == set(annotations(RunConfig))
+    assert set(options) == set(annotations(RunConfig()))
     assert apply(RunConfig(), options) == config
 
 
@@ -167,7 +168,7 @@ def test_a_process_ends_with_status_2_and_no_traceback():
 def test_help_explains_every_field_with_the_preset_s_defaults(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in annotations(RunConfig):
+    for name in annotations(RunConfig()):
         assert f"--{name.replace('_', '-')}" in text
     assert "(default: alfworld-tiny)" in " ".join(text.replace("│", " ").split())
     for command in cli.COMMANDS:
@@ -217,6 +218,7 @@ def undocumented(cls: type, prefix: str = "") -> list[str]:
 
 def test_no_field_is_without_an_explanation():
     assert undocumented(RunConfig) == []
+    assert [name for choice in TRAINED for name in undocumented(type(default_config(choice)))] == []
 
 
 def test_help_loads_nothing_that_takes_seconds():
@@ -294,8 +296,12 @@ def test_a_change_that_matters_names_another_run():
     assert name("--aem.strength", "0") == "alfworld-tiny-aem.strength-0"
     assert name("--seed", "1", "--aem.strength", "0") == name("--aem.strength", "0", "--seed", "1")
     assert name("--aem.strength", "0", "--name", "plain") == "plain"
-    long = name("--games.task-types", "pick_and_place_simple", "look_at_obj_in_light", "pick_two_obj_and_place")
-    assert len(long) <= 80 and long != name("--games.task-types", "pick_and_place_simple", "look_at_obj_in_light")
+    long = name(
+        "--alfworld.games.task-types", "pick_and_place_simple", "look_at_obj_in_light", "pick_two_obj_and_place"
+    )
+    assert len(long) <= 80 and long != name(
+        "--alfworld.games.task-types", "pick_and_place_simple", "look_at_obj_in_light"
+    )
 
 
 def test_the_resolved_config_is_saved_and_read_back_exactly(tmp_path: Path):
@@ -316,7 +322,7 @@ def test_a_resumed_run_may_change_what_is_harmless(tmp_path: Path):
 def test_harmless_fields_exist():
     from aem_jax.config.run import HARMLESS
 
-    names = list(annotations(RunConfig))
+    names = list(annotations(RunConfig()))
     for each in HARMLESS:
         assert any(name == each or (each.endswith(".") and name.startswith(each)) for name in names), each
     assert not is_harmless("seed") and not is_harmless("aem.strength")

@@ -1,6 +1,6 @@
-"""Where ALFWorld's tasks come from: games of our own, made in memory, or the official data; one interface for both.
+"""ALFWorld's tasks: generated games, made in memory, or the official data; one interface for both.
 
-A source is a sequence of `GameTask`. A task's payload is a small JSON mapping from which any server rebuilds the game:
+A task's payload is a small JSON mapping from which any server rebuilds the game:
 `{"generate": {"seed": 0, "split": "train", "index": 7, …settings…}}` or `{"game": "<path of a game.tw-pddl>"}`.
 """
 
@@ -10,7 +10,6 @@ import logging
 import os
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, overload
@@ -20,6 +19,7 @@ from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig, config_from_json
 from aem_jax.envs.alfworld.generator.files import domain_text, game_data, grammar_text, problem_text
 from aem_jax.envs.alfworld.generator.games import SPLITS, HouseholdGame, distinct_indices, draw_game
+from aem_jax.envs.protocol import Task
 
 log = logging.getLogger(__name__)
 
@@ -27,22 +27,7 @@ _OFFICIAL_FOLDER = "json_2.1.1"
 _GAME_FILE = "game.tw-pddl"
 
 
-@dataclass(frozen=True)
-class GameTask:
-    """One game to play.
-
-    Attributes:
-        id: stable name, unique inside its source.
-        kind: task type.
-        payload: JSON mapping for `load_game`.
-    """
-
-    id: str
-    kind: str
-    payload: Mapping[str, Any]
-
-
-class GeneratedTasks(Sequence[GameTask]):
+class GeneratedTasks(Sequence[Task]):
     """Tasks of our own: item `i` is game number `indices[i]` of (settings, seed, split). Games are made when loaded.
 
     Args:
@@ -64,21 +49,21 @@ class GeneratedTasks(Sequence[GameTask]):
         return len(self.indices)
 
     @overload
-    def __getitem__(self, item: int) -> GameTask: ...
+    def __getitem__(self, item: int) -> Task: ...
     @overload
     def __getitem__(self, item: slice) -> "GeneratedTasks": ...
-    def __getitem__(self, item: int | slice) -> "GameTask | GeneratedTasks":
+    def __getitem__(self, item: int | slice) -> "Task | GeneratedTasks":
         if isinstance(item, slice):
             return GeneratedTasks(self.config, self.split, self.seed, self.indices[item])
         index = self.indices[item]
         place = {"seed": self.seed, "split": self.split, "index": index}
         kind = self.config.task_types[index % len(self.config.task_types)]
-        return GameTask(f"{self.split}-{self.seed}-{index}", kind, {"generate": place | self.config.to_json()})
+        return Task(f"{self.split}-{self.seed}-{index}", kind, {"generate": place | self.config.to_json()})
 
 
 def official_tasks(
     root: str | Path, split: str, task_types: Collection[str] = TASK_TYPES, *, skip_bad: bool = False
-) -> list[GameTask]:
+) -> list[Task]:
     """The official games of a split, in the order of their paths.
 
     Left out are those that ALFWorld itself leaves out: paths with `movable` or `Sliced` in them, and games that are
@@ -110,11 +95,11 @@ def official_tasks(
             bad.append(str(error))
             continue
         if kind in task_types and solvable:
-            tasks.append(GameTask(name, kind, {"game": str(path)}))
+            tasks.append(Task(name, kind, {"game": str(path)}))
     if bad and not skip_bad:
         raise ValueError(
             f"{bad[0]} ({len(bad)} of {count} games under {folder} cannot be read); mend them, or leave them out with "
-            "--alfworld-skip-bad"
+            "--alfworld.skip-bad"
         )
     if bad:
         log.warning("%d of %d games under %s are left out, the first: %s", len(bad), count, folder, bad[0])
@@ -161,7 +146,7 @@ def training_tasks(
     size: int = 100_000,
     data: str | Path | None = None,
     skip_bad: bool = False,
-) -> Sequence[GameTask]:
+) -> Sequence[Task]:
     """The tasks to train on.
 
     Args:
@@ -189,7 +174,7 @@ def eval_set(
     *,
     data: str | Path | None = None,
     skip_bad: bool = False,
-) -> tuple[Sequence[GameTask], str]:
+) -> tuple[Sequence[Task], str]:
     """A fixed set of different games, and a name that changes when anything in one of them changes.
 
     Args:
@@ -207,7 +192,7 @@ def eval_set(
         raise ValueError(f"expected size >= 1, got {size}")
     digest = hashlib.sha256()
     if data is not None:
-        tasks: Sequence[GameTask] = _spread(official_tasks(data, split, config.task_types, skip_bad=skip_bad), size)
+        tasks: Sequence[Task] = _spread(official_tasks(data, split, config.task_types, skip_bad=skip_bad), size)
         for task in tasks:
             digest.update(Path(task.payload["game"]).read_bytes())
     else:
@@ -251,7 +236,7 @@ def _load_game(payload_json: str) -> Game:
     return Game(domain_text(), problem_text(game), grammar_text(game), task_type=game.task_type)
 
 
-def _spread(tasks: Sequence[GameTask], size: int) -> list[GameTask]:
+def _spread(tasks: Sequence[Task], size: int) -> list[Task]:
     """`size` tasks, evenly over the whole list, which is sorted by task type."""
     count = min(size, len(tasks))
     return [tasks[i * len(tasks) // count] for i in range(count)]

@@ -19,18 +19,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from aem_jax.envs.protocol import Task
 from aem_jax.envs.swe.env import SweConfig
 from aem_jax.envs.swe.grading import Report, grade
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig
 from aem_jax.envs.swe.sandbox.workspace import Limits, Runtime, SandboxError
-from aem_jax.envs.swe.tasks import BugTask, file_tasks, generated_tasks, load_task
+from aem_jax.envs.swe.tasks import file_tasks, generated_tasks, load_task
 
 LIMITS = Limits(seconds=60.0, memory_mib=1024)
 _SPLITS = ("train", "valid", "test")
 
 
-def problems(task: BugTask, runtime: Runtime, limits: Limits = LIMITS) -> list[str]:
+def problems(task: Task, runtime: Runtime, limits: Limits = LIMITS) -> list[str]:
     """What is wrong with a generated task, in words; empty: nothing."""
     gold, empty = _graded(task, runtime, limits)
     found = [] if gold.resolved else [f"{task.id}: the fix does not resolve it: {gold.log[-800:]}"]
@@ -41,7 +42,7 @@ def problems(task: BugTask, runtime: Runtime, limits: Limits = LIMITS) -> list[s
     return found
 
 
-def file_problems(task: BugTask, runtime: Runtime, limits: Limits) -> list[str]:
+def file_problems(task: Task, runtime: Runtime, limits: Limits) -> list[str]:
     """What keeps an instance of a file from teaching anything, in words; empty: nothing."""
     try:
         gold, empty = _graded(task, runtime, limits)
@@ -58,7 +59,7 @@ def file_problems(task: BugTask, runtime: Runtime, limits: Limits) -> list[str]:
     return found
 
 
-def _graded(task: BugTask, runtime: Runtime, limits: Limits) -> tuple[Report, Report]:
+def _graded(task: Task, runtime: Runtime, limits: Limits) -> tuple[Report, Report]:
     """The reports on a task's own patch and on the empty one."""
     instance, checkout = load_task(task.payload)
     gold, empty = (grade(instance, patch, runtime, checkout, limits=limits) for patch in (instance.patch, ""))
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(count > 0)
 
 
-def _tasks(options: argparse.Namespace) -> tuple[list[BugTask], Callable[[BugTask, Runtime], list[str]]]:
+def _tasks(options: argparse.Namespace) -> tuple[list[Task], Callable[[Task, Runtime], list[str]]]:
     """The tasks that the options ask for, and how one is checked."""
     defaults = SweConfig().grade_limits if options.file else LIMITS
     seconds, memory = options.seconds or defaults.seconds, options.memory_mib or defaults.memory_mib

@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from aem_jax.envs.actions import extract_action
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.swe.generate.mutate import Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import package
-from aem_jax.envs.swe.generate.tasks import Bug, bug, checkout, instance
+from aem_jax.envs.swe.generate.tasks import DIFFICULTIES, Bug, bug, check_difficulties, checkout, instance
 from aem_jax.envs.swe.grading import TIMED_OUT, grade
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers
@@ -41,8 +41,12 @@ Failing = Callable[[Bug, Sequence[Edit]], int]
 
 @dataclass(frozen=True)
 class ChoicesConfig:
-    """Rules of an episode of choosing edits."""
+    """Bug-fixing as a choice among edits: the tasks, and the rules of an episode."""
 
+    NAME: ClassVar[str] = "swe-choices"
+
+    difficulties: tuple[str, ...] = DIFFICULTIES
+    """Difficulties of the tasks: easy, medium, hard."""
     candidates: int = 4
     """Edits to choose from, the fix among them."""
     max_steps: int = 12
@@ -62,6 +66,7 @@ class ChoicesConfig:
     off: kept in memory alone."""
 
     def __post_init__(self) -> None:
+        check_difficulties(self.difficulties)
         if self.candidates < 2 or self.max_steps < 1:
             raise ValueError(
                 "expected candidates of at least 2 and max_steps of at least 1, "
@@ -185,8 +190,8 @@ def make_failing(config: ChoicesConfig) -> Failing:
         raise OSError(str(error)) from None  # which servers and runs report as what is missing on this machine
     if isinstance(runtime, Containers) and not config.image:
         raise OSError(
-            f"expected an image for {runtime.name} to grade in, got none; set --choices.image to one with bash, git, "
-            "patch, tar, and a `python` with pytest, or install bubblewrap, which needs no image"
+            f"expected an image for {runtime.name} to grade in, got none; set --swe-choices.image to one with bash, "
+            "git, patch, tar, and a `python` with pytest, or install bubblewrap, which needs no image"
         )
     return remembered(graded(runtime), cache_folder(config.cache), f"{runtime.name} {config.image}".strip())
 

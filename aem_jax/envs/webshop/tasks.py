@@ -8,9 +8,9 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, overload
+from typing import overload
 
+from aem_jax.envs.protocol import Task
 from aem_jax.envs.webshop.catalog import Catalog
 from aem_jax.envs.webshop.goals import Goal
 
@@ -27,22 +27,7 @@ SPLITS: Mapping[str, tuple[int, int]] = {"test": (0, 10), "valid": (10, 20), "tr
 """Split -> which of a hundred parts of all products, or goals, it has."""
 
 
-@dataclass(frozen=True)
-class GoalTask:
-    """One goal to shop for.
-
-    Attributes:
-        id: stable name, unique inside its source.
-        kind: the category of the product wanted.
-        payload: JSON mapping for the environment.
-    """
-
-    id: str
-    kind: str
-    payload: Mapping[str, Any]
-
-
-class GoalTasks(Sequence[GoalTask]):
+class GoalTasks(Sequence[Task]):
     """Goals of a catalog as tasks; read when looked at.
 
     Args:
@@ -58,15 +43,15 @@ class GoalTasks(Sequence[GoalTask]):
         return len(self.numbers)
 
     @overload
-    def __getitem__(self, item: int) -> GoalTask: ...
+    def __getitem__(self, item: int) -> Task: ...
     @overload
     def __getitem__(self, item: slice) -> "GoalTasks": ...
-    def __getitem__(self, item: int | slice) -> "GoalTask | GoalTasks":
+    def __getitem__(self, item: int | slice) -> "Task | GoalTasks":
         if isinstance(item, slice):
             return GoalTasks(self._catalog, self.split, self.numbers[item])
         number = self.numbers[item]
         goal = self._catalog.goals[number]
-        return GoalTask(f"{self.split}-{number}", goal.category, {"goal": goal.to_json(), "shop": self._catalog.id})
+        return Task(f"{self.split}-{number}", goal.category, {"goal": goal.to_json(), "shop": self._catalog.id})
 
 
 def split_of(goal: Goal, held_out: str = "products") -> str:

@@ -21,12 +21,13 @@ from websockets.sync.client import connect
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
+from aem_jax.envs.registry import SERVED, environment_spec
 from aem_jax.envs.serving import field_mapping, server
 from aem_jax.envs.serving.client import RemoteEnvironment
 from aem_jax.envs.serving.field_mapping import WireMapping
 from aem_jax.envs.serving.server import ACTION_SCHEMA, OBSERVATION_SCHEMA, ServerConfig
 from aem_jax.envs.serving.session import Session
-from aem_jax.envs.table import ENVIRONMENTS, config_from, environment_spec, settings_from_json
+from aem_jax.envs.settings import config_from, settings_from_json
 from aem_jax.envs.testing.echo import EchoEnv
 
 
@@ -293,7 +294,7 @@ def _one_reply(port):
 def test_a_bad_command_line_is_one_line_of_error():
     assert run_server("ecko") == (
         2,
-        f"error: expected an environment of {', '.join(ENVIRONMENTS)}, or file.py:attribute, got 'ecko'; "
+        f"error: expected an environment of {', '.join(SERVED)}, or file.py:attribute, got 'ecko'; "
         "did you mean 'echo'?\n",
     )
     status, said = run_server("echo", settings={"lenght": 1})

@@ -28,6 +28,12 @@ _CATALOGUE = Path(__file__).with_name("catalogue.json")
 _SEALED = Path(__file__).with_name("sealed_run.py")
 
 
+def check_difficulties(difficulties: Sequence[str]) -> None:
+    """Refuses what is no difficulty, and an empty choice."""
+    if not difficulties or not set(difficulties) <= set(DIFFICULTIES):
+        raise ValueError(f"expected difficulties among {', '.join(DIFFICULTIES)}, got {list(difficulties)}")
+
+
 @dataclass(frozen=True)
 class Bug:
     """Edits that break tests.
