@@ -7,6 +7,7 @@ import sys
 import pytest
 from envs.servers import REPOSITORY
 
+from aem_jax import envs
 from aem_jax.config.environments import task_suite
 from aem_jax.config.run import RunConfig
 from aem_jax.envs.registry import ENVIRONMENTS, SERVED, TRAINED, default_config, registered
@@ -43,6 +44,14 @@ def test_an_environment_loads_no_other():
         assert {module.split(".")[2] for module in loaded if module.startswith("aem_jax.envs.")} & set(
             rooms.values()
         ) == {rooms[name]}
+
+
+def test_the_package_exports_what_an_environment_is_written_with():
+    for name in envs.__all__:
+        assert getattr(envs, name).__module__.startswith("aem_jax.envs.")
+    assert set(envs.__all__) <= set(dir(envs))
+    with pytest.raises(AttributeError, match="no attribute 'Enviroment'"):
+        envs.Enviroment  # pyright: ignore[reportAttributeAccessIssue]  # noqa: B018
 
 
 def test_without_an_agent_there_is_nothing_to_train_a_tokenizer_on():

@@ -106,6 +106,17 @@ def test_the_last_of_an_option_given_twice_counts():
             "unknown field --learner.learning-rat; did you mean --learner.learning-rate?",
         ),
         (["--aem", "0"], "--aem is a group of fields"),
+        (["--environment", "alfwrold"], "expected one of alfworld, webshop, swe, swe-choices, openenv, got 'alfwrold'"),
+        (["--environment", "echo"], "--environment: expected one of alfworld, webshop, swe, swe-choices, openenv"),
+        (
+            ["--webshop.mode", "text"],
+            "--webshop.mode is a setting of environment webshop, and --environment is alfworld here; "
+            "set --environment to webshop, or leave it out",
+        ),
+        (["--alfworld.reward-own", "1"], "unknown field --alfworld.reward-own; did you mean --alfworld.reward-won?"),
+        (["--games.things", "2", "3"], "unknown field --games.things; did you mean --alfworld.games.things?"),
+        (["serve", "openenv"], "unknown environment 'openenv'"),
+        (["serve", "echo", "--html", "True"], "--html: expected an environment with a web site, of webshop, got echo"),
         (["--aem.strength", "much"], "--aem.strength: expected a number, got 'much'"),
         (["--aem.strength", "-1"], "--aem.strength: expected"),
         (["--seed"], "--seed: expected a whole number, got 'nothing'"),
@@ -173,6 +184,17 @@ def test_help_explains_every_field_with_the_preset_s_defaults(capsys):
     assert "(default: alfworld-tiny)" in " ".join(text.replace("│", " ").split())
     for command in cli.COMMANDS:
         assert command in text
+
+
+def test_help_lists_the_settings_of_the_chosen_environment_alone(capsys):
+    for words, name in ([], "alfworld"), (["--environment", "swe-choices"], "swe-choices"):
+        assert cli.main([*words, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert [other for other in TRAINED if f"--{other}." in text] == [name]
+        assert all(other in text for other in TRAINED)
+    assert cli.main(["plan", "--preset", "webshop-tiny", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--webshop.shop.made.products" in text and "--alfworld." not in text and "--topology" in text
 
 
 @pytest.mark.parametrize(
@@ -317,6 +339,8 @@ def test_a_resumed_run_may_change_what_is_harmless(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"begun with --seed 0, got 5 \(and --aem\.strength\)") as caught:
         saved.check_resumable(begun, apply(begun, split(["--aem.strength", "0", "--seed", "5"])[1]), tmp_path)
     assert "another --name" in str(caught.value)
+    with pytest.raises(ConfigError, match="begun with --environment alfworld, got webshop; give the same values"):
+        saved.check_resumable(begun, apply(begun, split(["--environment", "webshop"])[1]), tmp_path)
 
 
 def test_harmless_fields_exist():
@@ -339,7 +363,7 @@ def test_evaluate_begins_from_the_run_s_own_config(trained, tmp_path: Path):
 
 def test_a_config_of_another_version_says_which_file(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"sede": 1}')
-    with pytest.raises(ConfigError, match=r"config\.json: unknown field 'sede'; did you mean 'seed'\?"):
+    with pytest.raises(ConfigError, match=r"config\.json: unknown field 'sede'; did you mean 'seed'\?; .*version"):
         saved.load(tmp_path)
 
 

@@ -1,8 +1,8 @@
 """Generated tasks: which bugs there are, split and graded, and the instance of each, in SWE-bench's schema.
 
-A bug is one to three edits of a package's module, and the tests that they break (`catalogue.json`, found by
-`survey.py`). The task's repository has the edits in it and those tests taken out; the fix is the diff back, and the
-test patch puts the tests in again.
+A bug is one to three edits of a package's module, and the tests that they break (`catalogue.json`, written by
+`scripts/survey_bugs.py`). The task's repository has the edits in it and those tests taken out; the fix is the diff
+back, and the test patch puts the tests in again.
 """
 
 import ast
@@ -87,7 +87,7 @@ def bugs() -> Sequence[Bug]:
         if entry["digest"] != package(name).digest:
             raise ValueError(
                 f"expected a catalogue of the present {name}, got an older one; "
-                "make it again with: python -m aem_jax.envs.swe.generate.survey"
+                "make it again with: python scripts/survey_bugs.py"
             )
         for number, bug in enumerate(entry["bugs"]):
             edits = tuple(Edit(**edit) for edit in bug["edits"])
