@@ -28,10 +28,10 @@ from typing import Any
 
 from aem_jax.config.components import check
 from aem_jax.config.options import flag
-from aem_jax.config.overrides import flatten, override
 from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import flatten, override
 
 START = "start"
 """Name of the variant that the others begin from."""

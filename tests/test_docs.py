@@ -31,7 +31,7 @@ def test_code_is_where_the_page_says(page: Path):
 
 def test_an_estimator_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch):
     """The walk-through of docs/algorithms.md, done: function and line put where it says, then its own test."""
-    from aem_jax.config.overrides import override
+    from aem_jax.overrides import override
 
     page = (REPOSITORY / "docs" / "algorithms.md").read_text().partition("## Adding an estimator")[2]
     function, line, check = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "aem_jax"
 
 LEVELS = {
-    0: {"advantage", "losses", "files", "errors"},
+    0: {"advantage", "losses", "files", "errors", "overrides"},
     1: {"sharding", "tokenizer", "models", "envs", "distributed"},
     2: {
         *("sampler", "rollout", "selection", "batch", "credit", "learner"),
@@ -22,7 +22,7 @@ LEVELS = {
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
-SAME_LEVEL = {("models", "sharding")}
+SAME_LEVEL = {("models", "sharding"), ("overrides", "errors")}
 """Rooms of levels 0 and 1 ignore each other, but for these; from level 2 on the import graph must only be acyclic."""
 
 JAX_ALONE = {"advantage", "losses"}

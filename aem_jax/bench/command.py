@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from aem_jax.bench.config import BenchConfig
 from aem_jax.config.options import flag
-from aem_jax.config.overrides import as_values, nearest
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import as_values, nearest
 
 if TYPE_CHECKING:
     from aem_jax.bench.measure import Measurement

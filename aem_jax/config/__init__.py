@@ -1,1 +1,1 @@
-"""What a run can be told: settings, presets, overrides, and the functions that names stand for."""
+"""Settings of a run: the composed config, presets, and the functions that names stand for."""

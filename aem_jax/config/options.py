@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import TypeVar
 
-from aem_jax.config.overrides import annotations, choose, override, read, unions, unknown
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import annotations, choose, override, read, unions, unknown
 
 Config = TypeVar("Config")
 Options = dict[str, list[str]]

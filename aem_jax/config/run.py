@@ -13,7 +13,6 @@ from typing import Annotated
 from aem_jax.batch import BatchConfig
 from aem_jax.checkpoint import CheckpointConfig
 from aem_jax.config.algorithms import AlgorithmConfig
-from aem_jax.config.overrides import OneOf
 from aem_jax.credit import AemConfig
 from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.envs.registry import TRAINED, default_config
@@ -24,6 +23,7 @@ from aem_jax.learner.config import LearnerConfig
 from aem_jax.metrics import MetricsConfig
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.lora import LoraConfig
+from aem_jax.overrides import OneOf
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sampler.draw import SamplingConfig
 from aem_jax.selection import SelectionConfig

@@ -12,13 +12,13 @@ from typing import Any
 from aem_jax.config import inputs
 from aem_jax.config.environments import path_settings
 from aem_jax.config.options import flag
-from aem_jax.config.overrides import as_values, flatten, nested_values, override
 from aem_jax.config.presets import SEPARATOR
 from aem_jax.config.run import RunConfig, is_harmless
 from aem_jax.distributed.join import placeless
 from aem_jax.errors import ConfigError
 from aem_jax.files import read_json, read_text, valid_text, write_text
 from aem_jax.models.pretrained import CONFIG, config_text, resolve
+from aem_jax.overrides import as_values, flatten, nested_values, override
 
 FILE = "config.json"
 _PATHS = ("model.path", "warmstart.begin_from")

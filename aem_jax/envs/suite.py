@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 from aem_jax.envs.play import Act, play, play_each
 from aem_jax.envs.protocol import Environment, Task
 from aem_jax.envs.serving.config import PoolConfig
-from aem_jax.envs.settings import config_from
+from aem_jax.overrides import flatten, override
 
 Files = tuple[Path, Sequence[Path]]
 """A folder or file that a setting names, and the files below it whose contents matter."""
@@ -96,7 +96,12 @@ class EnvironmentSpec:
         Raises:
             ValueError: settings that the environment does not have, or values that it refuses.
         """
-        return settings if self.config is None else config_from(self.config, settings)
+        if self.config is None:
+            return settings
+        try:
+            return override(self.config(), flatten(settings))
+        except ValueError as error:
+            raise ValueError(f"expected settings of {self.config.__name__}: {error}") from None
 
     def factory(self, settings: Mapping[str, Any]) -> Callable[[], Environment]:
         """A factory of environments with these JSON settings.

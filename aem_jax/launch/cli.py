@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from aem_jax.config.overrides import nearest
 from aem_jax.distributed.signals import StoppedError
 from aem_jax.errors import ConfigError
 from aem_jax.files import valid_text
+from aem_jax.overrides import nearest
 
 if TYPE_CHECKING:
     from aem_jax.config.run import RunConfig
@@ -123,7 +123,7 @@ def _export(words: Sequence[str]) -> int:
         raise ConfigError(f"expected one folder to write to, got {len(names)}; export FOLDER --name RUN")
     if not names[0] or "://" in names[0]:  # as a path, these would be the working folder, and a folder of that name
         raise ConfigError(f"expected the path of a folder to write to, got {names[0]!r}")
-    from aem_jax.config.overrides import read
+    from aem_jax.overrides import read
 
     try:
         adapter = read(options.pop("adapter", ["false"]), bool)
@@ -288,7 +288,7 @@ def _help(default: Any, usage: str, description: str) -> int:
 
 def _shown(config: Any) -> Any:
     """`config` with each of its unions as two fields: the name of the choice, and the choice's settings."""
-    from aem_jax.config.overrides import unions
+    from aem_jax.overrides import unions
 
     values, added = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}, []
     for name, union in unions(type(config)).items():

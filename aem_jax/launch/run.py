@@ -18,7 +18,6 @@ from aem_jax.checkpoint import CheckpointError, Checkpoints
 from aem_jax.config import components, inputs, saved
 from aem_jax.config.algorithms import response_advantages, value_targets
 from aem_jax.config.options import flag
-from aem_jax.config.overrides import as_values, nested_values
 from aem_jax.config.run import RunConfig
 from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
@@ -43,6 +42,7 @@ from aem_jax.metrics import MetricsWriter, append_line, drop_lines, json_line, r
 from aem_jax.models import LoraPolicy, ValuePolicy, policy_params
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
+from aem_jax.overrides import as_values, nested_values
 from aem_jax.report import write_report
 from aem_jax.selection import play_rounds
 from aem_jax.train import Metrics, Parts, transcripts

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aem_jax.config.overrides import nearest
-from aem_jax.envs.registry import SERVED, environment_spec
+from aem_jax.envs.registry import SERVED, environment_spec, settings_from_json
 from aem_jax.envs.serving.address import ALL_ADDRESSES, connectable
 from aem_jax.envs.serving.server import ServerConfig, serve
-from aem_jax.envs.settings import settings_from_json
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import nearest
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import pytest
 from aem_jax.checkpoint.checksum import checksums
 from aem_jax.config import inputs, saved
 from aem_jax.config.options import apply, split
-from aem_jax.config.overrides import override
 from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
 from aem_jax.envs.alfworld.env import AlfworldConfig
@@ -27,6 +26,7 @@ from aem_jax.models import ModelConfig, Policy, save_pretrained
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.lora import LoraConfig
 from aem_jax.models.pretrained import read_config
+from aem_jax.overrides import override
 from aem_jax.sharding import MeshConfig, make_mesh
 
 TINY = ModelConfig(64, 8, 8, 1, 1, 1, 8)

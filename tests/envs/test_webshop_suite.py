@@ -6,7 +6,6 @@ import random
 import pytest
 
 from aem_jax.config.environments import task_suite
-from aem_jax.config.overrides import override
 from aem_jax.config.presets import read_preset
 from aem_jax.envs.play import play
 from aem_jax.envs.suite import SuiteOptions, TaskSuite, tokenizer_corpus
@@ -16,6 +15,7 @@ from aem_jax.envs.webshop.generator.config import GeneratorConfig
 from aem_jax.envs.webshop.shop import ShopConfig
 from aem_jax.envs.webshop.suite import task_suite as webshop
 from aem_jax.evaluate import evaluate_agent
+from aem_jax.overrides import override
 
 TURNS = 15
 

@@ -9,12 +9,12 @@ import pytest
 
 from aem_jax.config import saved
 from aem_jax.config.options import apply, split
-from aem_jax.config.overrides import annotations, as_values
 from aem_jax.config.presets import DEFAULT, algorithm_names, describe_preset, preset_names, read_preset
 from aem_jax.config.run import RunConfig, is_harmless
 from aem_jax.envs.registry import TRAINED, default_config
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
+from aem_jax.overrides import annotations, as_values
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,10 +16,11 @@ from typing import Any, NoReturn, overload
 
 from aem_jax.envs.alfworld.engine import Game, read_game, read_task_type
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
-from aem_jax.envs.alfworld.generator.config import GeneratorConfig, config_from_json
+from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.alfworld.generator.files import domain_text, game_data, grammar_text, problem_text
 from aem_jax.envs.alfworld.generator.games import SPLITS, HouseholdGame, distinct_indices, draw_game
 from aem_jax.envs.protocol import Task
+from aem_jax.overrides import override
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ def generated_game(payload: Mapping[str, Any]) -> HouseholdGame:
     if missing:
         raise ValueError(f"expected seed, split and index in the payload's 'generate', {missing} missing")
     seed, split, index = (settings.pop(name) for name in ("seed", "split", "index"))
-    return draw_game(config_from_json(settings), seed, split, index)
+    return draw_game(override(GeneratorConfig(), settings), seed, split, index)
 
 
 def load_game(payload: Mapping[str, Any]) -> Game:

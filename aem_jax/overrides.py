@@ -1,4 +1,4 @@
-"""Plain values onto nested frozen dataclasses, by dotted name: how presets, saved configs and the command line get in.
+"""Plain values onto nested frozen dataclasses, by dotted name: for presets, saved configs, the command line, and JSON.
 
 Every mistake is a `ConfigError` of one line that says what was expected, what came, and the nearest right name.
 """
@@ -8,11 +8,15 @@ import difflib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 from aem_jax.errors import ConfigError
 
 Config = TypeVar("Config")
+
+_FEW = 20
+"""Most fields that a message lists."""
 
 
 def nearest(name: str, names: Iterable[str], spell: Callable[[str], str] = repr) -> str:
@@ -20,8 +24,8 @@ def nearest(name: str, names: Iterable[str], spell: Callable[[str], str] = repr)
     names = list(names)
     matches = difflib.get_close_matches(name, names, n=1)
     if not matches:
-        last = {each.rpartition(".")[2]: each for each in reversed(names)}
-        matches = [last[each] for each in difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1)]
+        last = {known.rpartition(".")[2]: known for known in reversed(names)}
+        matches = [last[part] for part in difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1)]
     return f"; did you mean {spell(matches[0])}?" if matches else ""
 
 
@@ -53,14 +57,18 @@ def _key(name: str) -> str:
 
 def unions(cls: type) -> dict[str, OneOf]:
     """The marked fields of a config's class."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    marks = {name: getattr(kind, "__metadata__", ()) for name, kind in hints.items()}
+    marks = {name: getattr(kind, "__metadata__", ()) for name, kind in _hints(cls).items()}
     return {name: mark[0] for name, mark in marks.items() if mark and isinstance(mark[0], OneOf)}
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def annotations(config: Any) -> dict[str, Any]:
     """The fields of a config and of those inside it, dotted, with their types, in order."""
-    hints, chosen = typing.get_type_hints(type(config)), unions(type(config))
+    hints, chosen = _hints(type(config)), unions(type(config))
     kinds = {}
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
@@ -155,7 +163,10 @@ def unknown(name: str, config: Any, spell: Callable[[str], str]) -> str:
     inside = [field for field in names if field.startswith(f"{name}.")]
     if inside:
         return f"{spell(name)} is a group of fields; set one of them, as in {spell(inside[0])}"
-    return f"unknown field {spell(name)}{nearest(name, names, spell)}"
+    hint = nearest(name, names, spell)
+    if not hint and len(names) <= _FEW:
+        hint = f"; there are {', '.join(map(spell, names))}"
+    return f"unknown field {spell(name)}{hint}"
 
 
 def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callable[[str], str]) -> Any:
@@ -192,19 +203,19 @@ def conform(value: Any, kind: Any) -> Any:
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        if any(type(value) is type(each) and value == each for each in arguments):
+        if any(type(value) is type(choice) and value == choice for choice in arguments):
             return value
         raise ValueError(f"expected {describe(kind)}, got {value!r}{nearest(str(value), map(str, arguments))}")
     if origin in (typing.Union, types.UnionType):
-        for each in arguments:
+        for alternative in arguments:
             try:
-                return conform(value, each)
+                return conform(value, alternative)
             except ValueError:
                 continue
     elif origin is tuple and isinstance(value, (list, tuple)):
         inner = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
         if len(inner) == len(value):
-            return tuple(conform(each, its) for each, its in zip(value, inner))
+            return tuple(conform(item, its) for item, its in zip(value, inner))
     elif kind is float and type(value) is int:
         return float(value)
     elif type(value) is kind:
@@ -218,10 +229,10 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(each) for each in arguments)
+        return " or ".join(map(describe, arguments))
     if origin is tuple:
-        each = describe(arguments[0])
-        return f"a list, each {each}" if arguments[1:] == (...,) else f"{len(arguments)} values, each {each}"
+        item = describe(arguments[0])
+        return f"a list, each {item}" if arguments[1:] == (...,) else f"{len(arguments)} values, each {item}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
     return words.get(kind, str(kind))
 
@@ -239,9 +250,9 @@ def read(words: Sequence[str], kind: Any) -> Any:
         values = [read([word], its) for word, its in zip(words, inner)] if len(inner) == len(words) else list(words)
         return conform(values, kind)
     if origin in (typing.Union, types.UnionType):
-        for each in arguments:
+        for alternative in arguments:
             try:
-                return read(words, each)
+                return read(words, alternative)
             except ValueError:
                 continue
         raise ValueError(f"expected {describe(kind)}, got {' '.join(words)!r}")
@@ -251,7 +262,7 @@ def read(words: Sequence[str], kind: Any) -> Any:
         raise ValueError(f"expected {describe(kind)}, got {' '.join(words) or 'nothing'!r}")
     word = words[0]
     if origin is Literal:
-        return conform(next((each for each in arguments if str(each) == word), word), kind)
+        return conform(next((choice for choice in arguments if str(choice) == word), word), kind)
     if kind is type(None) and word.lower() == "none":
         return None
     if kind is bool and word.lower() in ("true", "false"):
