@@ -54,16 +54,16 @@ def survey(package: Package, seed: int = 0) -> list[dict]:
     return bugs
 
 
-def _varied(found: Sequence[Edit], rng: random.Random) -> list[Edit]:
+def _varied(candidates: Sequence[Edit], rng: random.Random) -> list[Edit]:
     """The edits in a drawn order that takes the kinds in turn."""
     by_kind: dict[str, list[Edit]] = {}
-    for edit in found:
+    for edit in candidates:
         by_kind.setdefault(edit.kind, []).append(edit)
     ordered = []
     for kind in sorted(by_kind):
         rng.shuffle(by_kind[kind])
         ordered += [(place / len(by_kind[kind]) ** 0.5, kind, edit) for place, edit in enumerate(by_kind[kind])]
-    return [edit for _, _, edit in sorted(ordered, key=lambda each: each[:2])]
+    return [edit for _, _, edit in sorted(ordered, key=lambda item: item[:2])]
 
 
 def _searchable(package: Package, broken: Mapping[str, str]) -> bool:

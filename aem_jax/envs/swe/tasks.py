@@ -59,8 +59,8 @@ def whole_payload(payload: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: it names neither a generated bug nor an instance of a file.
     """
     if "bug" in payload:
-        found = generated.bug(payload)
-        return make_payload(generated.instance(found.id), files=generated.base_files(found))
+        bug = generated.bug(payload)
+        return make_payload(generated.instance(bug.id), files=generated.base_files(bug))
     if not isinstance(payload.get("instances"), str) or not isinstance(payload.get("id"), str):
         raise ValueError(f"expected 'bug', or 'instances' and 'id', in the payload, got {sorted(payload)}")
     by_id = _instances(payload["instances"])
@@ -70,11 +70,11 @@ def whole_payload(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sources(config: TasksConfig, splits: Sequence[str]) -> None:
-    """Looks whether training and evaluation go together.
+    """Refuses sources of training and evaluation tasks that contradict each other.
 
     Args:
         config: which tasks.
-        splits: what will be evaluated.
+        splits: evaluation splits of the run.
 
     Raises:
         ValueError: a file for one of the two alone, so that the other would silently be generated; files that cannot be
@@ -179,12 +179,12 @@ def file_tasks(option: str, path: str, repos: str) -> list[Task]:
     # the path travels to servers that may run elsewhere
     absolute = {"instances": str(Path(path).resolve())} | ({"repos": str(Path(repos).resolve())} if repos else {})
     try:
-        found = _instances(absolute["instances"])
+        instances = _instances(absolute["instances"])
     except (OSError, ValueError, ModuleNotFoundError) as error:  # pyarrow may not be installed
         raise ValueError(f"{option}: expected a file of SWE-bench instances, got {path!r}: {error}") from error
-    return [Task(each.instance_id, each.repo, absolute | {"id": each.instance_id}) for each in found.values()]
+    return [Task(one.instance_id, one.repo, absolute | {"id": one.instance_id}) for one in instances.values()]
 
 
 @lru_cache(maxsize=8)
 def _instances(path: str) -> Mapping[str, Instance]:
-    return {each.instance_id: each for each in read_instances(path)}
+    return {instance.instance_id: instance for instance in read_instances(path)}

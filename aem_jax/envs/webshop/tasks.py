@@ -1,7 +1,7 @@
-"""Which goals are trained on and which are evaluated: splits that share no product, or only no goal, from one shop.
+"""Training and evaluation goals of one shop: splits that share no product, or share no goal.
 
-What is held out is drawn from its own words alone, whatever the seed: a product or a goal keeps its split when a shop
-is restocked. Held-out products were never wanted in training; those of held-out goals may have been, by others.
+The split of a product or goal is a hash of its own words, independent of the seed, so it stays the same when the shop
+is restocked. With splits by product, no training goal wants a held-out product. With splits by goal, one may.
 """
 
 import hashlib
@@ -16,19 +16,19 @@ from aem_jax.envs.webshop.goals import Goal
 
 
 def _wanted(goal: Goal) -> str:
-    """What a goal asks for, however it says it: neither the order of its words nor its price limit makes it another."""
+    """The content of a goal, without the order of its words and its price limit."""
     options = goal.options.values() if isinstance(goal.options, Mapping) else goal.options
     return json.dumps([goal.asin, sorted(goal.attributes), sorted(options)])
 
 
 HELD_OUT: Mapping[str, Callable[[Goal], str]] = {"products": lambda goal: goal.asin, "goals": _wanted}
-"""What no two splits share -> the words that a goal's split is drawn from."""
+"""Unit that no two splits share -> the text whose hash decides a goal's split."""
 SPLITS: Mapping[str, tuple[int, int]] = {"test": (0, 10), "valid": (10, 20), "train": (20, 100)}
 """Split -> which of a hundred parts of all products, or goals, it has."""
 
 
 class GoalTasks(Sequence[Task]):
-    """Goals of a catalog as tasks; read when looked at.
+    """Goals of a catalog as tasks, read on access.
 
     Args:
         catalog: the shop.
@@ -61,9 +61,9 @@ def split_of(goal: Goal, held_out: str = "products") -> str:
 
 
 def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> GoalTasks:
-    """All goals of a split, in the shop's order of goals, which is a shuffled one: any prefix is a fair sample.
+    """All goals of a split, in the shop's order of goals, which is shuffled: any prefix is a fair sample.
 
-    Left out are goals in the very words of one of an earlier split of `SPLITS`: two products may be alike.
+    Goals with the same words as a goal of an earlier split of `SPLITS` are left out: two products may be alike.
 
     Args:
         catalog: the shop.
@@ -77,9 +77,9 @@ def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> Goal
         raise ValueError(f"expected split to be one of {', '.join(SPLITS)}, got {split!r}")
     names = list(SPLITS)
     place = names.index(split)
-    said = [(names.index(split_of(goal, held_out)), goal.instruction) for goal in catalog.goals]
-    known = {instruction for at, instruction in said if at < place}
-    numbers = [number for number, (at, instruction) in enumerate(said) if at == place and instruction not in known]
+    goals = [(names.index(split_of(goal, held_out)), goal.instruction) for goal in catalog.goals]
+    known = {instruction for at, instruction in goals if at < place}
+    numbers = [number for number, (at, instruction) in enumerate(goals) if at == place and instruction not in known]
     if not numbers:
         raise ValueError(f"expected goals of split {split} in shop {catalog.id}, found none among {len(catalog.goals)}")
     return GoalTasks(catalog, split, numbers)
