@@ -136,9 +136,10 @@ def compare(old_file: Path, new_file: Path, renamed: dict[str, str]) -> int:
             for key in sorted({*was, *now}):
                 if was.get(key, "absent") != now.get(key, "absent"):
                     differences.append(f"{name} step {step} {key}: {was.get(key, 'absent')} → {now.get(key, 'absent')}")
-        if before["files"] != after["files"]:
+        if with_new_names(before["files"], renamed) != after["files"]:
             differences.append(f"{name}: other transcripts")
-        if before["arrays"] != after["arrays"]:
+        both = before["arrays"].keys() & after["arrays"].keys()  # what evaluates more often saves more often
+        if "10" not in both or any(before["arrays"][step] != after["arrays"][step] for step in both):
             differences.append(f"{name}: other arrays in its checkpoints")
     for words, was, now in zip(PLANS, old["plans"], new["plans"], strict=True):
         if was != now:
@@ -151,6 +152,12 @@ def compare(old_file: Path, new_file: Path, renamed: dict[str, str]) -> int:
     differences += [f"message new: {each}" for each in sorted(now - was)]
     print("\n".join(differences) or "equal")
     return 1 if differences else 0
+
+
+def with_new_names(value: Any, renamed: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {renamed.get(name, name): with_new_names(item, renamed) for name, item in value.items()}
+    return [with_new_names(item, renamed) for item in value] if isinstance(value, list) else value
 
 
 def first_difference(was: Any, now: Any, path: str = "") -> str:

@@ -21,24 +21,24 @@ from aem_jax.selection import (
     Length,
     Outcome,
     Rule,
-    as_it_is,
     episode_lengths,
-    out_of_loss,
+    keep,
+    mask_loss,
     response_lengths,
     returned,
     soft_overlong,
-    won,
+    succeeded,
 )
 from aem_jax.trajectory import Trajectory
 
 _NO_SIZES = ("name", "path")
 """Fields of `ModelChoice` that are no sizes."""
 
-OUTCOMES: Mapping[str, Outcome] = {"return": returned, "won": won}
+OUTCOMES: Mapping[str, Outcome] = {"return": returned, "success": succeeded}
 
 TRUNCATED: Mapping[str, Callable[[Trajectory], Trajectory | None]] = {
-    "learn": as_it_is,
-    "mask": out_of_loss,
+    "learn": keep,
+    "mask": mask_loss,
     "drop": lambda t: None,
 }
 """What becomes of an episode that ended at a limit."""
@@ -58,7 +58,7 @@ def selection_rule(config: RunConfig) -> Rule:
     return Rule(
         num_groups=config.rollout.groups_per_step,
         max_rounds=chosen.max_rounds,
-        outcome=OUTCOMES[chosen.outcome] if chosen.reject_equal else None,
+        outcome=OUTCOMES[chosen.outcome] if chosen.filter_equal_outcomes else None,
         truncated=TRUNCATED[chosen.truncated],
         penalise=partial(soft_overlong, length=length, penalty=chosen.overlong_penalty, **sizes)
         if chosen.overlong_penalty
@@ -263,10 +263,10 @@ def check(config: RunConfig) -> None:
 
 def _check_selection(config: RunConfig) -> None:
     chosen, rollout = config.selection, config.rollout
-    if chosen.reject_equal and rollout.group_size == 1:
+    if chosen.filter_equal_outcomes and rollout.group_size == 1:
         raise ConfigError(
-            "--selection.reject-equal: expected --rollout.group-size of at least 2, got 1; the outcomes of a group of "
-            "one are always equal"
+            "--selection.filter-equal-outcomes: expected --rollout.group-size of at least 2, got 1; the outcomes "
+            "of a group of one are always equal"
         )
     limit = LENGTHS[chosen.overlong_of][1]
     if chosen.overlong_buffer > getattr(rollout, limit):

@@ -53,16 +53,16 @@ class RefusedError(EnvError):
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do.
+    """A task of an environment.
 
     Attributes:
-        id: stable name, unique inside its split.
-        kind: task type, for metrics by type.
-        payload: JSON mapping that the environment server understands: the argument of `Environment.reset`.
+        id: stable name, unique in its split.
+        task_type: label for metrics by task type.
+        payload: JSON mapping for the environment's reset.
     """
 
     id: str
-    kind: str
+    task_type: str
     payload: Mapping[str, Any]
 
 

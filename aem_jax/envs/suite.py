@@ -130,7 +130,7 @@ def tokenizer_corpus(suite: TaskSuite, episodes: int, max_turns: int) -> Iterato
         )
     env = suite.make_env()
     try:
-        play_one = lambda task: play(env, task.payload, agent(task), max_turns)  # noqa: E731
+        play_one = lambda task: play(env, task.payload, agent(task), max_turns)
         for _, exchanges in play_each(suite.training[:episodes], play_one):
             yield [text for exchange in exchanges or () for text in (exchange.observation, exchange.response)]
     finally:

@@ -135,7 +135,7 @@ def _analysis(stage: Stage, params: Any, options: AnalyzeConfig, groups: int) ->
     )
     played = {
         "episodes": len(whole),
-        "success": float(np.mean([each.won for each in whole])) if whole else None,
+        "success": float(np.mean([each.success for each in whole])) if whole else None,
         "positive_share": float(statistics["advantage/positive_share"]),
         "nonzero_share": float(statistics["advantage/nonzero_share"]),
         **around,

@@ -276,11 +276,13 @@ def _demonstrations(stage: Stage) -> list[Trajectory]:
             stage.report("demonstrations", count, settings.episodes, {})
     # A task that broke in one process is left out in all: they learn from the same.
     broken = set().union(*stage.hosts.gather_json([at for at, episode in enumerate(found) if episode is None]))
-    shown = [each for at, each in enumerate(found) if at not in broken and (each.won or not settings.only_won)]
+    shown = [
+        each for at, each in enumerate(found) if at not in broken and (each.success or not settings.only_successful)
+    ]
     learnt = fitting(shown, rollout.context_tokens)
     if not learnt:
         raise ConfigError(
-            f"--warmstart.episodes: expected demonstrations to learn from, got none; the expert won {len(shown)} of "
+            f"--warmstart.episodes: expected demonstrations to learn from, got none; the expert solved {len(shown)} of "
             f"{len(found)} episodes, and none of them has a turn within rollout.context_tokens {rollout.context_tokens}"
         )
     return learnt

@@ -166,7 +166,7 @@ def _tokenizer(
     A copy of another's is made anew until there is a checkpoint: the other may have changed since.
     """
     appends, thinking = config.rollout.context == "append", config.tokenizer.thinking
-    load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)  # noqa: E731
+    load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)
     is_copy = bool(config.model.path or config.warmstart.begin_from)
     if hosts.is_first and not begun and (is_copy or not folder.exists()):
         _make_tokenizer(config, suite, folder, load, report, stop)

@@ -24,7 +24,7 @@ from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.layout import make_reshard
-from aem_jax.selection import Rule, play_rounds, won
+from aem_jax.selection import Rule, play_rounds, succeeded
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import Parts, train
 from aem_jax.trajectory import Task
@@ -73,9 +73,10 @@ def two_steps(mesh: Mesh, hosts: Hosts = ALONE, broken: Callable = lambda *_: Fa
 
     rollout = Rollout(sampler, ByteChat(), pool, ROLLOUT, hosts)
     tasks = [Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]
+    rule = Rule(len(tasks), max_rounds=2, outcome=succeeded)
     parts = Parts(
         warm_up=rollout.warm_up,
-        play=partial(play_rounds, rollout, lambda step, round: tasks, Rule(len(tasks), max_rounds=2, outcome=won)),
+        play=partial(play_rounds, rollout, lambda step, round: tasks, rule),
         reshard=make_reshard(POLICY, mesh),
         collate=lambda found, step: place(collate(found, LAYOUT, seed=step), mesh),
         credit=make_credit(of_returns(over_trajectories, grpo), AemConfig(), 4, mesh),

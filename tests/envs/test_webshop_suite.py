@@ -51,7 +51,7 @@ def test_servers_are_told_the_shop_and_the_tagger(suite: TaskSuite, config: Webs
     assert suite.settings["tagger"] in ("spacy", "small")  # auto is resolved where the run is
     assert suite.settings["shop"]["made"]["products"] == 300
     assert suite.training[0].payload["shop"] == suite.evaluation("test", 1)[0][0].payload["shop"]
-    assert {task.kind for task in suite.training[:100]} == set(config.shop.made.categories)
+    assert {task.task_type for task in suite.training[:100]} == set(config.shop.made.categories)
 
 
 def test_the_tiny_shop_can_be_won_in_its_turns(config: WebshopConfig):

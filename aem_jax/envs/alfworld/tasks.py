@@ -58,8 +58,8 @@ class GeneratedTasks(Sequence[Task]):
             return GeneratedTasks(self.config, self.split, self.seed, self.indices[item])
         index = self.indices[item]
         place = {"seed": self.seed, "split": self.split, "index": index}
-        kind = self.config.task_types[index % len(self.config.task_types)]
-        return Task(f"{self.split}-{self.seed}-{index}", kind, {"generate": place | self.config.to_json()})
+        task_type = self.config.task_types[index % len(self.config.task_types)]
+        return Task(f"{self.split}-{self.seed}-{index}", task_type, {"generate": place | self.config.to_json()})
 
 
 def official_tasks(
@@ -91,12 +91,12 @@ def official_tasks(
             continue
         count += 1
         try:
-            kind, solvable = _kind_and_solvable(path)
+            task_type, solvable = _type_and_solvable(path)
         except (ValueError, OSError) as error:
             bad.append(str(error))
             continue
-        if kind in task_types and solvable:
-            tasks.append(Task(name, kind, {"game": str(path)}))
+        if task_type in task_types and solvable:
+            tasks.append(Task(name, task_type, {"game": str(path)}))
     if bad and not skip_bad:
         raise ValueError(
             f"{bad[0]} ({len(bad)} of {count} games under {folder} cannot be read); mend them, or leave them out with "
@@ -124,7 +124,7 @@ def _game_files(folder: Path) -> Iterator[Path]:
             yield Path(parent, _GAME_FILE)
 
 
-def _kind_and_solvable(path: Path) -> tuple[str, bool]:
+def _type_and_solvable(path: Path) -> tuple[str, bool]:
     """A game's task type, and whether it is known to be solvable.
 
     Raises:
@@ -134,10 +134,10 @@ def _kind_and_solvable(path: Path) -> tuple[str, bool]:
     solvable, facts = read_game(path).get("solvable", False), path.with_name("traj_data.json")
     if not isinstance(solvable, bool):
         raise ValueError(f"expected true or false as solvable in {path}, got {solvable!r:.80}")
-    kind = read_task_type(facts)
-    if kind not in TASK_TYPES:
-        raise ValueError(f"expected a task_type of {', '.join(TASK_TYPES)} in {facts}, got {kind!r:.80}")
-    return kind, solvable
+    task_type = read_task_type(facts)
+    if task_type not in TASK_TYPES:
+        raise ValueError(f"expected a task_type of {', '.join(TASK_TYPES)} in {facts}, got {task_type!r:.80}")
+    return task_type, solvable
 
 
 def training_tasks(

@@ -122,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             json.dumps({"tasks": len(tasks), "problems": {id: wrong for id, wrong in wrong_by_task.items() if wrong}})
         )
     else:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(task.kind for task in tasks).items()))
+        kinds = ", ".join(
+            f"{count} {kind}" for kind, count in sorted(Counter(task.task_type for task in tasks).items())
+        )
         mean = options.jobs * seconds / (2 * len(tasks))
         print(f"{len(tasks)} tasks ({kinds}), {count} problems; {seconds:.0f} s, {mean:.2f} s a grading")
     return int(count > 0)

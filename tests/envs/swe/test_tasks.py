@@ -24,7 +24,7 @@ def test_instances_of_a_file_are_tasks(data, tmp_path):
     config = TasksConfig(train=str(data / "data.jsonl"), repos=str(data / "mirrors"))
     tasks = training_tasks(config)
     assert sorted(task.id for task in tasks) == ["own__calc-1", "own__calc-2"]
-    assert {task.kind for task in tasks} == {"own/calc"}
+    assert {task.task_type for task in tasks} == {"own/calc"}
     payload = json.loads(json.dumps(next(task.payload for task in tasks if task.id == "own__calc-1")))
     instance, checkout = load_task(payload)
     assert instance == calc()
