@@ -34,6 +34,7 @@ def suite(config: WebshopConfig) -> TaskSuite:
 def success(suite: TaskSuite, make_act, turns: int = TURNS):
     tasks, name = suite.evaluation("valid", 40)
     found = evaluate_agent(suite.make_env(), make_act, tasks, max_turns=turns, name=name, split="valid")
+    assert found.mean_score is not None
     return found.rate.success, found.mean_score
 
 
