@@ -1,12 +1,12 @@
-"""Host types of a rollout: tasks, turns, trajectories. Plain numpy; sampled ids are never tokenized again."""
+"""Host types of a rollout: turns, trajectories. Plain numpy; sampled ids are never tokenized again."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import numpy as np
+
+from aem_jax.envs.protocol import Task
 
 
 class Ending(Enum):
@@ -18,21 +18,6 @@ class Ending(Enum):
     """A limit (turns, tokens) was reached."""
     ENV_ERROR = "env_error"
     """The environment broke: masked from the loss and group statistics, and not counted as a failure."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task of an environment.
-
-    Attributes:
-        id: stable name, unique in its split.
-        task_type: label for metrics by task type.
-        payload: JSON mapping for the environment's reset.
-    """
-
-    id: str
-    task_type: str
-    payload: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

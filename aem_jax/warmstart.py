@@ -30,9 +30,9 @@ class WarmstartConfig:
     """Demonstrations in the batch of one step."""
     learning_rate: float = 1e-3
     """Peak learning rate; linear warm-up over the first tenth, then cosine decay."""
-    wander: float = 0.0
-    """Share of turns in which the demonstrator does something careless instead of what it should (goes somewhere at
-    random, buys without looking, finishes untested): its pupil has something left to learn from reward."""
+    expert_noise: float = 0.0
+    """Share of turns in which the demonstrator errs on purpose (goes to a random place, buys without comparing,
+    finishes untested), so that the policy has something left to learn from reward."""
     only_successful: bool = True
     """Use successful demonstrations only."""
     init_from: str = ""

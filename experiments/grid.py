@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aem_jax.config.overrides import flag, flatten, override
 from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
 from aem_jax.config.validate import check
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import flag, flatten, override
 
 START = "start"
 """Name of the variant that the others begin from."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from aem_jax.bench.config import BenchConfig
-from aem_jax.config.overrides import apply, split
 from aem_jax.models import decoder
+from aem_jax.overrides import apply, split
 from benchmarks import accelerator
 from benchmarks.make_docs import FOLDER, PAGE, bench_table, load, peers_table, read, render, where
 from benchmarks.peers import COMPARISONS, Comparison, PeerError, Program, compare, main, parse_peer, versions_of

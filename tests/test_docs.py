@@ -90,7 +90,7 @@ def test_every_public_function_and_class_has_a_docstring():
 
 def test_an_estimator_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch):
     """The walk-through of docs/algorithms.md, done: function and line put where it says, then its own test."""
-    from aem_jax.config.overrides import override
+    from aem_jax.overrides import override
 
     page = (DOCS / "algorithms.md").read_text().partition("## Adding an estimator")[2]
     function, line, check = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from aem_jax.config import validate
-from aem_jax.config.overrides import apply, split
+from aem_jax.config.environments import task_suite
 from aem_jax.config.presets import read_preset
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.tasks import load_game
 from aem_jax.envs.serving.pool import EnvPool
+from aem_jax.envs.suite import tokenizer_corpus
 from aem_jax.envs.testing import conformance_wire
-from aem_jax.launch.domains import DOMAINS, texts
+from aem_jax.overrides import apply, split
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = (REPOSITORY / "docs" / "environments.md").read_text(encoding="utf-8")
@@ -94,13 +95,13 @@ def test_it_is_served_and_the_suite_passes(guess: Path, capsys: pytest.CaptureFi
 def test_it_can_be_trained_on(guess: Path):
     (words,) = commands(blocks("Bring your own environment", "sh")[1])
     config = run_config(words)
-    domain = DOMAINS[config.environment](config)
-    said = [text for episode in texts(domain, 3, config.rollout.max_turns) for text in episode]
+    suite = task_suite(config)
+    said = [text for episode in tokenizer_corpus(suite, 3, config.rollout.max_turns) for text in episode]
     assert "Guess a number from 1 to 20." in said and set(said) & {"Higher.", "Lower.", "Yes!"}
     assert set(said[1::2]) <= {"1", "5", "10", "15", "20"}
     pool = dataclasses.replace(config.env, sessions_per_server=2)
-    with EnvPool(pool, (domain.name, domain.settings)) as pool:
-        first = [pool.reset(session, domain.training[0].payload).result(30) for session in range(2)]
+    with EnvPool(pool, (suite.name, suite.settings)) as pool:
+        first = [pool.reset(session, suite.training[0].payload).result(30) for session in range(2)]
         assert [each.observation for each in first] == ["Guess a number from 1 to 20."] * 2
         assert pool.step(0, "what?").result(30).info["valid_action"] is False
 
@@ -113,7 +114,7 @@ def test_the_mappings_are_those_of_the_recordings():
     assert set(names) == set(files) and len(names) == len(commands(block))
     for name, words in zip(names, commands(block)):
         config = run_config(words)
-        DOMAINS[config.environment](config)
+        task_suite(config)
         mapping = json.loads(files[name].read_text(encoding="utf-8").splitlines()[0])["field_mapping"]
         for field, value in mapping.items():
             if field != "invalid_codes":  # the preset's; most were recorded without

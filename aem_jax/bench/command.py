@@ -15,8 +15,8 @@ from datetime import date
 from typing import TYPE_CHECKING
 
 from aem_jax.bench.config import BenchConfig
-from aem_jax.config.overrides import as_values, flag, nearest
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import as_values, flag, nearest
 
 if TYPE_CHECKING:
     from aem_jax.bench.measure import Measurement

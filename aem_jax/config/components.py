@@ -7,13 +7,13 @@ from pathlib import Path
 
 from aem_jax.batch import BatchLayout
 from aem_jax.config.algorithms import has_values
-from aem_jax.config.overrides import nearest
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy, ValuePolicy
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.pretrained import read_config, resolve
+from aem_jax.overrides import nearest
 from aem_jax.selection import (
     Length,
     Outcome,

@@ -10,17 +10,17 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from aem_jax.checkpoint.checksum import sealed, unsealed
-from aem_jax.config.overrides import flag
+from aem_jax.config.environments import input_files
 from aem_jax.config.run import RunConfig
-from aem_jax.envs.swe.tasks import is_file
 from aem_jax.errors import ConfigError
 from aem_jax.files import read_json, write_text
+from aem_jax.overrides import flag
 
 FILE = "inputs.json"
 """In the folder of the run."""
@@ -68,7 +68,7 @@ def identify(run: Path, config: RunConfig, known: Collection[str] = ()) -> Input
     Raises:
         ConfigError: a file cannot be read.
     """
-    files = {**sources(config), **{name: (run / name, [run / name]) for name in _own(run)}}
+    files = {**input_files(config), **{name: (run / name, [run / name]) for name in _own(run)}}
     return {name: digest(*named) for name, named in files.items() if name not in known}
 
 
@@ -98,7 +98,7 @@ def check_sources(run: Path, config: RunConfig, action: Literal["refuse", "warn"
         ConfigError: one of them has changed, and `action` is to refuse that.
     """
     known = load(run)
-    for name, (root, files) in sources(config).items():
+    for name, (root, files) in input_files(config).items():
         if name not in known or known[name] == digest(root, files):
             continue
         changed = f"{flag(name)}: expected {root} as it was when {run} began, got another content"
@@ -114,41 +114,8 @@ def is_same(run: Path, config: RunConfig, name: str) -> bool:
     """Whether the files that a setting names now have the content with which the run began."""
     known = load(run)
     if name == "model.path":
-        return FROZEN in known  # their checksums are compared when they are read
-    return name in known and name in (named := sources(config)) and known[name] == digest(*named[name])
-
-
-def sources(config: RunConfig) -> dict[str, tuple[Path, list[Path]]]:
-    """Files of tasks and of code, by the setting that names them: (the file or folder that it names, its files)."""
-    named: dict[str, str] = {}
-    if config.environment == "openenv":
-        serve = config.openenv.serve.rpartition(":")[0]
-        named = {
-            "openenv.tasks": config.openenv.tasks,
-            "openenv.evaluation_tasks": config.openenv.evaluation_tasks,
-            CODE: serve if serve.endswith(".py") else "",
-        }
-    elif config.environment == "swe":
-        named = {f"bugs.{name}": value for name, value in vars(config.bugs).items() if name in ("train", "evaluation")}
-        named = {name: value for name, value in named.items() if is_file(value)}
-    elif config.environment == "alfworld":
-        named = {"alfworld_data": config.alfworld_data}
-    elif config.environment == "webshop":
-        named = {"shop.data": config.shop.data}
-    files = {}
-    for name, value in named.items():
-        if value:
-            root = Path(value).expanduser()
-            files[name] = (root, sorted(_files(root)) if root.is_dir() else [root])
-    return files
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """The files of tasks in a folder of data: ALFWorld's games, WebShop's products and goals."""
-    yield from folder.glob("items_*.json")
-    for games in folder.glob("json_*"):
-        for name in ("game.tw-pddl", "traj_data.json"):
-            yield from games.rglob(name)
+        return FROZEN in known  # the numbers are compared when they are read
+    return name in known and name in (named := input_files(config)) and known[name] == digest(*named[name])
 
 
 def _own(run: Path) -> list[str]:

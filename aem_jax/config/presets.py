@@ -8,10 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from aem_jax.config.overrides import flatten, nearest, override
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.files import valid_json
+from aem_jax.overrides import flatten, nearest, override
 
 DEFAULT = "alfworld-tiny"
 SEPARATOR = " + "

@@ -6,28 +6,24 @@ A choice is a name here and a function everywhere else. The tables that map name
 
 # ruff: noqa: RUF009 (the configs that stand as defaults are frozen)
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated
 
 from aem_jax.batch import BatchConfig
 from aem_jax.checkpoint import CheckpointConfig
 from aem_jax.config.algorithms import AlgorithmConfig
 from aem_jax.credit import AemConfig
 from aem_jax.distributed.config import RuntimeConfig
-from aem_jax.envs.alfworld.env import AlfworldConfig
-from aem_jax.envs.alfworld.generator.config import GeneratorConfig
-from aem_jax.envs.openenv.config import OpenEnvConfig
-from aem_jax.envs.serving.pool import PoolConfig
-from aem_jax.envs.swe.choices import ChoicesConfig
-from aem_jax.envs.swe.env import SweConfig
-from aem_jax.envs.swe.tasks import TasksConfig
-from aem_jax.envs.webshop.env import WebshopConfig
-from aem_jax.envs.webshop.shop import ShopConfig
+from aem_jax.envs.registry import TRAINED, default_config
+from aem_jax.envs.serving.config import PoolConfig
+from aem_jax.envs.suite import EnvironmentConfig
 from aem_jax.evaluate import EvaluationConfig
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.metrics import MetricsConfig
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.lora import LoraConfig
+from aem_jax.overrides import OneOf
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sampler.sampling import SamplingConfig
 from aem_jax.selection import SelectionConfig
@@ -35,6 +31,9 @@ from aem_jax.sharding import MeshConfig
 from aem_jax.tokenizer import TokenizerConfig
 from aem_jax.train import TrainConfig
 from aem_jax.warmstart import WarmstartConfig
+
+ENVIRONMENT = OneOf(TRAINED, default_config, lambda config: config.NAME)
+"""The environments of the registry: each brings its own settings."""
 
 
 @dataclass(frozen=True)
@@ -49,30 +48,10 @@ class RunConfig:
     """Presets, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
     seed: int = 0
     """Seed of everything random, from 0 to 2³² - 1: weights, games, sampling."""
-    environment: Literal["alfworld", "webshop", "swe", "swe-choices", "openenv"] = "alfworld"
-    """What the agent learns."""
+    environment: Annotated[EnvironmentConfig, ENVIRONMENT] = field(default_factory=partial(default_config, "alfworld"))
+    """What the agent learns. The settings of the others are listed by --environment NAME --help."""
     env: PoolConfig = PoolConfig(num_servers=2, sessions_per_server=64)
     """Environment servers."""
-    alfworld: AlfworldConfig = AlfworldConfig()
-    """Rules of a household episode."""
-    alfworld_data: str = ""
-    """Folder of ALFWorld's official data; empty: what $ALFWORLD_DATA names, else games are made."""
-    alfworld_skip_bad: bool = False
-    """Whether files of the official data that hold no game are left out; else the first of them ends the start."""
-    games: GeneratorConfig = GeneratorConfig()
-    """Household games to make; of official data its task types choose."""
-    webshop: WebshopConfig = WebshopConfig()
-    """Rules of a visit to the shop."""
-    shop: ShopConfig = ShopConfig()
-    """What the shop sells, and what its customers want."""
-    bugs: TasksConfig = TasksConfig()
-    """Bug-fixing tasks."""
-    swe: SweConfig = SweConfig()
-    """Rules of an episode of bug-fixing with tools, and what its code may take."""
-    choices: ChoicesConfig = ChoicesConfig()
-    """Rules of an episode of choosing among edits."""
-    openenv: OpenEnvConfig = OpenEnvConfig()
-    """Tasks of other people's environments and of your own."""
     model: ModelChoice = ModelChoice()
     """The policy."""
     lora: LoraConfig = LoraConfig()

@@ -1,6 +1,5 @@
 """The name of a run's folder, the config in it, and the settings that a resumed run may change."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -11,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from aem_jax.config import inputs
-from aem_jax.config.overrides import as_values, flag, flatten, override
+from aem_jax.config.environments import path_settings
 from aem_jax.config.presets import SEPARATOR
 from aem_jax.config.run import RunConfig, may_change
 from aem_jax.distributed.join import without_process
-from aem_jax.envs.swe.tasks import GENERATED
 from aem_jax.errors import ConfigError
 from aem_jax.files import read_json, read_text, valid_text, write_text
 from aem_jax.models.pretrained import CONFIG, config_text, resolve
+from aem_jax.overrides import as_values, flag, flatten, nested_values, override
 
 FILE = "config.json"
-_PATHS = (
-    *("model.path", "warmstart.init_from", "alfworld_data", "shop.data", "bugs.train", "bugs.evaluation"),
-    *("bugs.repos", "openenv.tasks", "openenv.evaluation_tasks", inputs.CODE),
-)
-"""Settings that name files or folders."""
+_PATHS = ("model.path", "warmstart.init_from")
+"""Settings that name files or folders, beside those of the environment."""
 _LONGEST_NAME = 80
 
 
@@ -62,7 +58,8 @@ def absolute(config: RunConfig) -> RunConfig:
         ConfigError: an address instead of a path, which would become a folder of that name; or a path that is not
             UTF-8, which the run's config.json cannot hold.
     """
-    paths = {name: value for name, value in as_values(config).items() if name in (*_PATHS, "runs_dir")}
+    names = {*_PATHS, *path_settings(config), "runs_dir"}
+    paths = {name: value for name, value in as_values(config).items() if name in names}
     for name, value in paths.items():
         if "://" in value:
             raise ConfigError(f"{flag(name)}: expected a path, got {value}; mount the storage, or copy it")
@@ -77,7 +74,7 @@ def _absolute(name: str, value: str) -> str:
     if name == inputs.CODE:  # file.py:attribute, or module:attribute
         file, _, attribute = value.rpartition(":")
         return f"{os.path.abspath(os.path.expanduser(file))}:{attribute}" if file.endswith(".py") else value
-    if value in ("", GENERATED):
+    if not value:
         return value
     path = os.path.abspath(os.path.expanduser(value))
     is_hub_name = name == "model.path" and value.count("/") == 1 and not value.startswith((".", "/", "~"))
@@ -97,7 +94,7 @@ def save(config: RunConfig, folder: Path, begun: bool = False) -> None:
     """
     config = replace(config, runtime=without_process(config.runtime))
     folder.mkdir(parents=True, exist_ok=True)
-    text, copy = json.dumps(dataclasses.asdict(config), indent=2) + "\n", folder / inputs.MODEL / CONFIG
+    text, copy = json.dumps(nested_values(config), indent=2) + "\n", folder / inputs.MODEL / CONFIG
     try:
         known = inputs.load(folder) if begun else {}
         if not ((folder / FILE).exists() and read_text(folder / FILE) == text):
@@ -144,7 +141,7 @@ def load(folder: Path) -> RunConfig:
     try:
         return override(RunConfig(), flatten(values))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}; is the run of another version of aem_jax?") from None
 
 
 def check_resumable(saved: RunConfig, config: RunConfig, folder: Path) -> None:
@@ -157,7 +154,10 @@ def check_resumable(saved: RunConfig, config: RunConfig, folder: Path) -> None:
     changed = [
         name
         for name in after
-        if before[name] != after[name] and not may_change(name) and not _is_moved(name, before[name], config, folder)
+        if name in before  # else it belongs to another environment, whose change is listed itself
+        and before[name] != after[name]
+        and not may_change(name)
+        and not _is_moved(name, before[name], config, folder)
     ]
     if changed:
         name = changed[0]
@@ -172,7 +172,7 @@ def _is_moved(name: str, before: Any, config: RunConfig, folder: Path) -> bool:
     """Whether a setting names the same files by another path."""
     after = as_values(config)[name]
     return (
-        name in _PATHS
+        name in {*_PATHS, *path_settings(config)}
         and bool(before and after)
         and (os.path.abspath(after) == before or inputs.is_same(folder, config, name))
     )

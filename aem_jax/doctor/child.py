@@ -14,11 +14,11 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from aem_jax.config.overrides import override
 from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.finding import CHECKS, Finding, first_line
 from aem_jax.envs.serving.server import end_with_parent
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import override
 
 ON_CPU, ON_ACCELERATOR = "tiny", "qwen2.5-0.5b"
 """The model where none is named."""

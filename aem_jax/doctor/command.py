@@ -17,10 +17,10 @@ from dataclasses import asdict
 from datetime import date
 from typing import TYPE_CHECKING
 
-from aem_jax.config.overrides import nearest
 from aem_jax.distributed.signals import undone_on_interrupt
 from aem_jax.doctor.finding import CHECKS, Finding
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import nearest
 
 if TYPE_CHECKING:
     from aem_jax.doctor.config import DoctorConfig

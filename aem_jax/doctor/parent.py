@@ -10,10 +10,10 @@ from collections.abc import Generator, Iterator, Sequence
 from time import monotonic
 from typing import Any
 
-from aem_jax.config.overrides import as_values
 from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.finding import Finding
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import as_values
 
 CHILD = (sys.executable, "-m", "aem_jax.doctor.child")
 LIMIT_S = 300.0

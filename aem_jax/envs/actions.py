@@ -1,4 +1,4 @@
-"""How our environments are told what to do: `<action>…</action>` inside a response."""
+"""The action format of our environments: `<action>…</action>` inside a response."""
 
 import re
 
@@ -10,10 +10,10 @@ def extract_action(text: str) -> str | None:
 
     The last, because a response that thinks aloud may quote actions before it takes one.
     """
-    found = _ACTION.findall(text)
-    return found[-1].strip() if found else None
+    actions = _ACTION.findall(text)
+    return actions[-1].strip() if actions else None
 
 
 def as_action(command: str) -> str:
-    """A response that is nothing but the command."""
+    """A response that holds the command alone."""
     return f"<action>{command}</action>"

@@ -1,21 +1,21 @@
-"""Episodes played by a function of text: scripted experts, random baselines, a person at a keyboard."""
+"""Episodes played by a function of text: a scripted expert, a random baseline, or a person."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from aem_jax.envs.protocol import EnvError, Environment, StepResult, checked_result, describe, over_at_reset
+from aem_jax.envs.protocol import EnvError, Environment, StepResult, Task, checked_result, describe, over_at_reset
 
 log = logging.getLogger(__name__)
 
 Act = Callable[[StepResult], str]
-"""What the environment said last -> the response's text."""
+"""The environment's latest result -> the text of the response."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One observation, the response to it, and what the environment made of it."""
+    """One observation, the response to it, and the result of the step."""
 
     observation: str
     response: str
@@ -28,14 +28,14 @@ def play(env: Environment, task: Mapping[str, Any], act: Act, max_turns: int) ->
     Args:
         env: the environment.
         task: the task's payload.
-        act: answers an observation; made anew for each episode if it remembers.
-        max_turns: turns after which the episode is left.
+        act: answers an observation. If it has a memory, make a new one for each episode.
+        max_turns: turns after which the episode is abandoned.
 
     Returns:
-        The exchanges in order; the last one's result says how the episode ended.
+        The exchanges in order; the result of the last one tells how the episode ended.
 
     Raises:
-        ValueError: the environment answered with something else than a `StepResult`.
+        ValueError: the environment returned something else than a `StepResult`.
         EnvError: its reset has ended the episode.
     """
     result = checked_result(env, "reset", env.reset(task))
@@ -49,34 +49,27 @@ def play(env: Environment, task: Mapping[str, Any], act: Act, max_turns: int) ->
     return tuple(exchanges)
 
 
-class _Named(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=_Named)
 Outcome = TypeVar("Outcome")
 
 
-def play_each(tasks: Iterable[Item], play_one: Callable[[Item], Outcome]) -> Iterator[tuple[Item, Outcome | None]]:
-    """What came of each task; None, and a line in the log, where its environment broke. Others lose nothing by it.
+def play_each(tasks: Iterable[Task], play_one: Callable[[Task], Outcome]) -> Iterator[tuple[Task, Outcome | None]]:
+    """Plays tasks in order. A task that breaks its environment has the outcome None and a line in the log.
 
     Args:
-        tasks: what is played, in order.
-        play_one: plays one; whatever it raises, an exit included, is that task's.
+        tasks: to play.
+        play_one: plays one; any exception, an exit included, is this task's alone.
 
     Raises:
-        EnvError: all tasks broke; with the first one's error.
+        EnvError: all tasks broke; it carries the first error.
     """
     first, some = None, False
     for task in tasks:
         try:
             outcome = play_one(task)
         except (Exception, SystemExit) as error:
-            said = str(error) if isinstance(error, EnvError) else describe(error)
-            said = " ".join(said.split())
-            log.warning("task %s is left out: %s", task.id, said)
-            first = first or f"every task broke its environment, {task.id} first: {said}"
+            reason = " ".join((str(error) if isinstance(error, EnvError) else describe(error)).split())
+            log.warning("task %s is left out: %s", task.id, reason)
+            first = first or f"every task broke its environment, {task.id} first: {reason}"
             yield task, None
         else:
             some = True

@@ -1,11 +1,11 @@
-"""What every environment does, in this process or behind a socket, and the messages that carry it.
+"""The environment protocol: `Environment`, `StepResult`, `Task`, and the messages that carry them.
 
-Termination and truncation are different things (the task ended; a limit was hit), and an environment that broke is a
-third: `EnvError`, no fault of the policy, so its episode is retried or masked and never counted as a failure.
+An episode ends in one of three ways. It is terminated (the task ended), truncated (a limit was hit), or broken
+(`EnvError`): then it is retried or masked, and never counted as a failure of the policy.
 
-On the wire an environment speaks OpenEnv's WebSocket messages, JSON texts of the form `{"type": …, "data": {…}}`: one
-connection is one session is one environment, and every request is answered by exactly one reply, in order.
-Names of fields are each server's own: `serving/field_mapping.py` finds them.
+Servers speak OpenEnv's WebSocket messages, JSON texts of the form `{"type": …, "data": {…}}`. One connection is one
+session with one environment, and every request gets exactly one reply, in order. Servers name their fields
+differently: `serving/field_mapping.py` reads them.
 """
 
 import json
@@ -31,19 +31,19 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 
 
 class EnvError(RuntimeError):
-    """The environment (not the policy) failed: it died, missed its deadline or answered rubbish."""
+    """The environment (not the policy) failed: it died, missed its deadline or sent an invalid reply."""
 
 
 class LostError(EnvError):
-    """The episode was lost with its server, which failed at something that need not have been this episode's doing."""
+    """The episode was lost with its server. Another episode of that server may have caused the failure."""
 
 
 class RefusedError(EnvError):
-    """The server itself answered with an error: it is alive, this one request failed.
+    """The server replied with an error: it is alive, and this one request failed.
 
     Attributes:
         code: one of the protocol's error codes, as the server sent it.
-        message: what the server said, with what its validation found.
+        message: the server's message, with the findings of its validation.
     """
 
     def __init__(self, code: str, message: str):
@@ -53,16 +53,31 @@ class RefusedError(EnvError):
 
 
 @dataclass(frozen=True)
+class Task:
+    """A task of an environment.
+
+    Attributes:
+        id: stable name, unique in its split.
+        task_type: label for metrics by task type.
+        payload: JSON mapping for the environment's reset.
+    """
+
+    id: str
+    task_type: str
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """One answer of an environment.
+    """The result of a reset or a step.
 
     Attributes:
         observation: text shown to the policy.
         reward: reward of the transition that led here; 0.0 after a reset.
-        terminated: the task said that the episode is over (solved or failed).
+        terminated: the task ended the episode (solved or failed).
         truncated: a limit ended the episode.
-        info: facts that JSON can hold once numpy's scalars and the like are converted (`plain`); always `won: bool` and
-            `valid_action: bool`; `score: float` in [0, 1] where the task has a finer measure than won or not.
+        info: facts that JSON can hold, after conversion of numpy's scalars and the like (`plain`). It always has
+            `won: bool` and `valid_action: bool`, and `score: float` in [0, 1] where the task measures more than won.
     """
 
     observation: str
@@ -93,23 +108,23 @@ class StepResult:
 
 
 class Environment(Protocol):
-    """One episode at a time: `reset` starts one from a task, `step` answers one response of the policy."""
+    """Plays one episode at a time: `reset` starts it from a task, `step` answers a response of the policy."""
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
         """Starts an episode of `task` (a JSON mapping; its keys are the environment's own)."""
         ...
 
     def step(self, action_text: str) -> StepResult:
-        """Answers the policy's whole response text."""
+        """Answers the whole text of the policy's response."""
         ...
 
     def close(self) -> None:
-        """Frees what the environment holds; calling it twice is harmless."""
+        """Frees resources. A second call does nothing."""
         ...
 
 
 def over_at_reset(result: StepResult) -> str:
-    """Why a task is left out whose reset has ended the episode: nobody can act in it."""
+    """The reason to leave out a task whose reset ends the episode: no action is possible in it."""
     how = "terminated" if result.terminated else "truncated"
     return f"the episode ended at its reset ({how}, {'won' if result.won else 'not won'}): there is nothing to act in"
 
@@ -131,19 +146,19 @@ CLOSE_REQUEST = '{"type": "close"}'
 
 
 def checked_result(env: Environment, call: str, result: Any) -> StepResult:
-    """What an environment answered, in plain values, if it is an answer.
+    """Validates the result of an environment, and converts it to plain values.
 
-    Numbers of numpy, torch and jax count as the numbers that they are; in `info` all that JSON can hold is converted
-    (`plain.plain`), and NaN is null.
+    Numbers of numpy, torch and jax become Python numbers. In `info`, values are converted to what JSON can hold
+    (`plain.plain`), and NaN becomes null.
 
     Args:
         env: the environment.
         call: reset or step.
-        result: what came.
+        result: the returned object.
 
     Raises:
         ValueError: it is no `StepResult` with a text observation, a finite reward, true or false as flags, and a
-            mapping of what JSON can hold as info; names what is wrong.
+            mapping of JSON values as info; the message names the wrong part.
     """
     where = f"{type(env).__qualname__}.{call}"
     if not isinstance(result, StepResult):
@@ -178,14 +193,14 @@ def _no_result(where: str, got: str) -> ValueError:
 
 
 def _read(read: Callable[[Any], Any], value: Any, what: str, name: str) -> Any:
-    found = read(value)
-    if found is None:
+    converted = read(value)
+    if converted is None:
         raise ValueError(f"expected {what} as {name}, got {described(value)}")
-    return found
+    return converted
 
 
 def _texts(value: Any) -> list[str] | None:
-    return value if isinstance(value, list) and all(isinstance(each, str) for each in value) else None
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
 
 
 _FACTS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
@@ -194,15 +209,15 @@ _FACTS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "score": (number, "a finite number"),
     "admissible": (_texts, "a list of texts"),
 }
-"""What training reads of `info`: each fact's reader, which gives None for what is none, and its type in words. One that
-is null is left out."""
+"""Facts of `info` that training reads: the converter, which returns None for a value of another type, and the type in
+words. A fact that is null is left out."""
 
 
 def encode_result(result: StepResult, *, send_admissible: bool) -> str:
-    """The reply that carries a `checked_result`, in our own server's observation fields.
+    """The reply that carries a `checked_result`, in the observation fields of our servers.
 
     Raises:
-        ValueError: the result holds something else than plain finite JSON values, or is larger than a message may be.
+        ValueError: the result holds other values than finite JSON, or exceeds the size of a message.
     """
     info = dict(result.info)
     observation = {
@@ -236,19 +251,19 @@ def encode_result(result: StepResult, *, send_admissible: bool) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line of at most some 2000 characters: its type, and its text where it has one."""
+    """An error in one line of at most about 2000 characters: its type, and its text if any."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}{': ' if text else ''}{text[:2000]}{'…' if len(text) > 2000 else ''}"
 
 
 def describe_raised(error: BaseException) -> str:
-    """An error of somebody's code in one line, with the place that raised it."""
+    """An error of a user's code in one line, with the place that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{describe(error)} (line {frame.lineno} of {frame.filename})"
 
 
 def encode_error(code: str, message: str, **details: Any) -> str:
-    """The reply that says why a request failed."""
+    """The reply to a request that failed, with the reason."""
     return json.dumps({"type": "error", "data": {"message": message, "code": code, **details}})
 
 
@@ -276,8 +291,8 @@ def decode_data(raw: str | bytes, expected_type: str) -> Mapping[str, Any]:
 
 
 def _message(data: Mapping[str, Any]) -> str:
-    """An error's message. OpenEnv's own says only that something is invalid; what and where stands beside it."""
+    """An error's message, followed by the findings of OpenEnv's validation, which stand in a field of their own."""
     errors = data.get("errors")
-    found = [each for each in errors if isinstance(each, dict)] if isinstance(errors, list) else []
-    where = [f"{'.'.join(map(str, each.get('loc', ())))}: {each.get('msg', '')}" for each in found[:3]]
+    findings = [entry for entry in errors if isinstance(entry, dict)] if isinstance(errors, list) else []
+    where = [f"{'.'.join(map(str, entry.get('loc', ())))}: {entry.get('msg', '')}" for entry in findings[:3]]
     return "; ".join([str(data.get("message", "no message")), *where])

@@ -1,22 +1,23 @@
 """The command line: `python -m aem_jax.launch [command] [--field value …]`.
 
-Precedence: a component's defaults < preset < command line. `config/overrides.py` reads the words (as it reads TOML and
+Precedence: a component's defaults < preset < command line. `overrides.py` reads the words (as it reads TOML and
 JSON, with errors of one line); tyro prints `--help` from the docstrings of the configs. Heavy imports stand inside the
 commands that need them.
 """
 
+import dataclasses
 import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from aem_jax.config.overrides import nearest
 from aem_jax.distributed.signals import StoppedError
 from aem_jax.errors import ConfigError
 from aem_jax.files import valid_text
+from aem_jax.overrides import nearest
 
 if TYPE_CHECKING:
     from aem_jax.config.run import RunConfig
@@ -64,17 +65,18 @@ def main(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    from aem_jax.config.overrides import apply
-    from aem_jax.config.saved import absolute, run_name
+    from aem_jax.overrides import apply
 
     options = _options(words, "train")
     preset = _preset(options)
     if "help" in options:
-        return _help(preset, "train", f"{COMMANDS['train'].help}\n\n{_overview()}")
+        return _help(_chosen(preset, options), "train", f"{COMMANDS['train'].help}\n\n{_overview()}")
+
+    from aem_jax.config.environments import from_environ
+    from aem_jax.config.saved import absolute, run_name
+
     config = apply(preset, options)
-    # The variable is read only here, so that the run's config records the folder of its games.
-    data = config.alfworld_data or os.environ.get("ALFWORLD_DATA", "")
-    config = absolute(replace(config, name=run_name(config, options), alfworld_data=data))
+    config = absolute(from_environ(replace(config, name=run_name(config, options))))
 
     from aem_jax.config.validate import check
 
@@ -88,7 +90,7 @@ def _train(words: Sequence[str]) -> int:
 def _evaluate(words: Sequence[str]) -> int:
     options = _options(words, "evaluate")
     if "help" in options:
-        return _help(_preset(options), "evaluate", COMMANDS["evaluate"].help)
+        return _help(_chosen(_preset(options), options), "evaluate", COMMANDS["evaluate"].help)
     config = _trained(options)
 
     from aem_jax.config.validate import check
@@ -101,8 +103,8 @@ def _evaluate(words: Sequence[str]) -> int:
 
 
 def _analyze(words: Sequence[str]) -> int:
-    from aem_jax.config.overrides import apply, split
     from aem_jax.launch.analyze import AnalyzeConfig, analyze
+    from aem_jax.overrides import apply, split
 
     names, options = split(words)
     if "help" in options:
@@ -113,16 +115,16 @@ def _analyze(words: Sequence[str]) -> int:
 
 
 def _export(words: Sequence[str]) -> int:
-    from aem_jax.config.overrides import split
+    from aem_jax.overrides import split
 
     names, options = split(words)
     if "help" in options:
-        return _help(_preset({}), "export FOLDER", COMMANDS["export"].help)
+        return _help(_chosen(_preset({}), options), "export FOLDER", COMMANDS["export"].help)
     if len(names) != 1:
         raise ConfigError(f"expected one folder to write to, got {len(names)}; export FOLDER --name RUN")
     if not names[0] or "://" in names[0]:  # paths of the working folder, and of a folder with that name
         raise ConfigError(f"expected the path of a folder to write to, got {names[0]!r}")
-    from aem_jax.config.overrides import read
+    from aem_jax.overrides import read
 
     try:
         adapter = read(options.pop("adapter", ["false"]), bool)
@@ -137,8 +139,8 @@ def _export(words: Sequence[str]) -> int:
 
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
     """The config of an existing run: the saved one with the options in place, because the preset may have changed."""
-    from aem_jax.config.overrides import apply
     from aem_jax.config.saved import absolute, load, run_name
+    from aem_jax.overrides import apply
 
     asked = apply(_preset(options), options)
     folder = Path(asked.runs_dir) / run_name(asked, options)
@@ -147,8 +149,8 @@ def _trained(options: dict[str, list[str]]) -> "RunConfig":
 
 
 def _serve(words: Sequence[str]) -> int:
-    from aem_jax.config.overrides import apply, split
     from aem_jax.launch.serve import ServeConfig, run
+    from aem_jax.overrides import apply, split
 
     names, options = split(words)
     if "help" in options:
@@ -159,7 +161,7 @@ def _serve(words: Sequence[str]) -> int:
 def _bench(words: Sequence[str]) -> int:
     from aem_jax.bench.command import run
     from aem_jax.bench.config import BenchConfig
-    from aem_jax.config.overrides import apply, split
+    from aem_jax.overrides import apply, split
 
     names, options = split(words)
     if "help" in options:
@@ -173,8 +175,8 @@ def _doctor(words: Sequence[str]) -> int:
     if lacking():
         return 1
 
-    from aem_jax.config.overrides import apply, split
     from aem_jax.doctor.config import DoctorConfig
+    from aem_jax.overrides import apply, split
 
     names, options = split(words)
     if "help" in options:
@@ -186,14 +188,14 @@ def _doctor(words: Sequence[str]) -> int:
 
 
 def _plan(words: Sequence[str]) -> int:
-    from aem_jax.config.overrides import apply
+    from aem_jax.overrides import apply
     from aem_jax.plan.command import run
     from aem_jax.plan.config import plan_config
 
     options = _options(words, "plan")
     config = plan_config(_preset(options))
     if "help" in options:
-        return _help(config, "plan", COMMANDS["plan"].help)
+        return _help(_chosen(config, options), "plan", COMMANDS["plan"].help)
     return run(apply(config, options), options)
 
 
@@ -242,7 +244,7 @@ def _overview() -> str:
 
 
 def _options(words: Sequence[str], command: str) -> dict[str, list[str]]:
-    from aem_jax.config.overrides import split
+    from aem_jax.overrides import split
 
     positional, options = split(words)
     if positional:
@@ -260,9 +262,17 @@ def _preset(options: dict[str, list[str]]) -> "RunConfig":
     return read_preset(*names or ())
 
 
-def _help(default: object, usage: str, description: str) -> int:
+def _chosen(config: Any, options: dict[str, list[str]]) -> Any:
+    """`config` with the environment that the options name: its settings are those that help lists."""
+    from aem_jax.overrides import apply
+
+    return apply(config, {"environment": options["environment"]} if "environment" in options else {})
+
+
+def _help(default: Any, usage: str, description: str) -> int:
     import tyro
 
+    default = _shown(default)
     try:
         tyro.cli(
             type(default),
@@ -275,3 +285,19 @@ def _help(default: object, usage: str, description: str) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
+
+
+def _shown(config: Any) -> Any:
+    """`config` with each of its unions as two fields: the name of the choice, and the choice's settings."""
+    from aem_jax.overrides import unions
+
+    values, added = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}, []
+    for name, union in unions(type(config)).items():
+        choice = values[name]
+        values |= {name: union.name_of(choice), union.key(choice): choice}
+        added += [(name, Literal[tuple(union.names)], values[name]), (union.key(choice), type(choice), choice)]
+    if not added:
+        return config
+    fields = [(name, kind, dataclasses.field(default=value)) for name, kind, value in added]
+    shown = dataclasses.make_dataclass(type(config).__name__, fields, bases=(type(config),), frozen=True)
+    return shown(**values)

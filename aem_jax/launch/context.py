@@ -16,19 +16,20 @@ from jax.sharding import Mesh
 
 from aem_jax.checkpoint import CheckpointError, Checkpoints
 from aem_jax.config import components, inputs, saved
-from aem_jax.config.overrides import as_values, flag
+from aem_jax.config.environments import task_suite
 from aem_jax.config.run import RunConfig
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup, join, runtime
 from aem_jax.distributed.signals import StopRequest, stop_on_signals
 from aem_jax.envs.protocol import EnvError
 from aem_jax.envs.serving.pool import EnvPool
+from aem_jax.envs.suite import TaskSuite, tokenizer_corpus
 from aem_jax.errors import ConfigError
 from aem_jax.launch import init_from
-from aem_jax.launch.domains import DOMAINS, Domain, texts
 from aem_jax.launch.progress import Report, open_progress
 from aem_jax.learner import TrainState, abstract_state, make_optimizer
 from aem_jax.models import LoraPolicy, ModelConfig, Params, Policy, ValuePolicy, policy_params
 from aem_jax.models.pretrained import read_config, resolve
+from aem_jax.overrides import as_values, flag
 from aem_jax.plan.analytic import demand
 from aem_jax.plan.workload import workload
 from aem_jax.rollout import Rollout, check_cache_memory
@@ -67,7 +68,7 @@ class RunContext:
     checkpoints: Checkpoints
     stop: StopRequest
     report: Report
-    suite: Domain
+    suite: TaskSuite
     chat: ChatTokenizer
     policy: Policy | LoraPolicy
     mesh: Mesh
@@ -128,7 +129,7 @@ def _open(config: RunConfig, folder: Path, writes: bool, stack: ExitStack) -> Ru
     checkpoints, has_checkpoint = _open_folder(config, folder, writes, processes, stack)
     stop = stack.enter_context(stop_on_signals(processes.max))
     report = stack.enter_context(open_progress()) if processes.is_first else _no_report
-    suite = DOMAINS[config.environment](config)
+    suite = task_suite(config)
     suite = replace(suite, evaluation=cache(suite.evaluation))
     for split in config.evaluation.splits:  # an unreadable set is an error now, not after training
         suite.evaluation(split, config.evaluation.size)
@@ -179,7 +180,7 @@ def _no_report(phase: str, done: int, total: int, metrics: Mapping[str, Any]) ->
 
 def _tokenizer(
     config: RunConfig,
-    suite: Domain,
+    suite: TaskSuite,
     folder: Path,
     processes: ProcessGroup,
     report: Report,
@@ -203,7 +204,7 @@ def _tokenizer(
 
 def make_tokenizer(
     config: RunConfig,
-    suite: Domain,
+    suite: TaskSuite,
     folder: Path,
     load: Callable[..., ChatTokenizer],
     report: Report,
@@ -222,7 +223,7 @@ def make_tokenizer(
         chat = load(init_from.tokenizer(config))
     else:
         sizes, corpus = config.tokenizer, []
-        for count, episode in enumerate(texts(suite, sizes.episodes, config.rollout.max_turns), start=1):
+        for count, episode in enumerate(tokenizer_corpus(suite, sizes.episodes, config.rollout.max_turns), start=1):
             corpus += episode
             report("tokenizer", count, sizes.episodes, {})
             if stop.requested:
@@ -265,7 +266,7 @@ def open_mesh(config: RunConfig, model: ModelConfig, processes: ProcessGroup = S
 
 def _open_rollout(
     config: RunConfig,
-    suite: Domain,
+    suite: TaskSuite,
     chat: ChatTokenizer,
     policy: Policy | LoraPolicy,
     mesh: Mesh,
@@ -277,7 +278,7 @@ def _open_rollout(
         raise ValueError(
             f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {rows}"
         )
-    if config.env.urls and config.environment != "openenv" and processes.is_first:
+    if config.env.urls and config.environment.NAME != "openenv" and processes.is_first:
         # OpenEnv's protocol has no message that asks a server for its settings.
         expected = f"serve {suite.name} --settings '{json.dumps(dict(suite.settings))}'"
         log.warning("servers of --env.urls keep the settings that they were started with; this run's are: %s", expected)

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aem_jax.config.overrides import nearest
+from aem_jax.envs.registry import SERVED, environment_spec, settings_from_json
 from aem_jax.envs.serving.address import ALL_ADDRESSES, connectable
 from aem_jax.envs.serving.server import ServerConfig, serve
-from aem_jax.envs.table import ENVIRONMENTS, SITES, settings_from_json
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import nearest
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,13 @@ def run(names: Sequence[str], config: ServeConfig) -> int:
     Raises:
         ConfigError: an unknown environment, bad settings, or a port that cannot be had.
     """
-    known = f"{', '.join(ENVIRONMENTS)}; or your own as file.py:attribute"
+    known = f"{', '.join(SERVED)}; or your own as file.py:attribute"
     if len(names) != 1:
         raise ConfigError(f"expected one environment to serve, of {known}, got {len(names)}")
-    if names[0] not in ENVIRONMENTS and ":" not in names[0]:
-        raise ConfigError(
-            f"unknown environment {names[0]!r}{nearest(names[0], ENVIRONMENTS) or '; known are ' + known}"
-        )
+    if names[0] not in SERVED and ":" not in names[0]:
+        raise ConfigError(f"unknown environment {names[0]!r}{nearest(names[0], SERVED) or '; known are ' + known}")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
-    if config.html and names[0] not in SITES:
-        raise ConfigError(f"--html: expected an environment with a web site, of {', '.join(SITES)}, got {names[0]}")
     server = ServerConfig(**{each.name: getattr(config, each.name) for each in dataclasses.fields(ServerConfig)})
     try:
         settings = settings_from_json(config.settings)
@@ -62,7 +58,11 @@ def run(names: Sequence[str], config: ServeConfig) -> int:
 def _serve_site(name: str, settings: Mapping[str, Any], server: ServerConfig) -> None:
     import uvicorn
 
-    site, host = SITES[name](settings), server.host.strip("[]")
+    spec = environment_spec(name)
+    if spec.site is None:
+        known = [served for served in SERVED if environment_spec(served).site]
+        raise ValueError(f"--html: expected an environment with a web site, of {', '.join(known)}, got {name}")
+    site, host = spec.site(spec.configured(settings)), server.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, server.port), family=family) as listening:
         address = connectable(host, listening.getsockname()[1])

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from aem_jax.config.overrides import nearest
 from aem_jax.config.run import RunConfig
+from aem_jax.overrides import nearest
 
 PROGRAMS = ("update", "reshard", "extend", "decode")
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from aem_jax.config.overrides import nearest
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import nearest
 
 GIB = 2**30
 

@@ -11,7 +11,7 @@ import pytest
 from aem_jax.config import saved
 from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
-from aem_jax.launch.domains.openenv import _read
+from aem_jax.envs.openenv.suite import _read
 
 SEEDS = 200
 PIECES = (

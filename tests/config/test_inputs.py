@@ -11,9 +11,13 @@ import pytest
 
 from aem_jax.checkpoint.checksum import checksums
 from aem_jax.config import inputs, saved
-from aem_jax.config.overrides import apply, split
+from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
-from aem_jax.envs.openenv.config import OpenEnvConfig
+from aem_jax.envs.alfworld.env import AlfworldConfig
+from aem_jax.envs.openenv.suite import OpenEnvConfig
+from aem_jax.envs.registry import TRAINED
+from aem_jax.envs.swe.env import SweConfig
+from aem_jax.envs.swe.tasks import TasksConfig
 from aem_jax.errors import ConfigError
 from aem_jax.launch import frozen_weights
 from aem_jax.launch.context import open_run
@@ -21,6 +25,7 @@ from aem_jax.models import ModelConfig, Policy, save_pretrained
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.lora import LoraConfig
 from aem_jax.models.pretrained import read_config
+from aem_jax.overrides import apply, override, split
 from aem_jax.sharding import MeshConfig, make_mesh
 
 TINY = ModelConfig(64, 8, 8, 1, 1, 1, 8)
@@ -33,7 +38,7 @@ def openenv(folder: Path) -> RunConfig:
     (folder / "env.py").write_text("class Env: pass\n")
     tasks, held_out = (str(folder / f"{name}.jsonl") for name in ("tasks", "held-out"))
     asked = OpenEnvConfig(serve=f"{folder}/env.py:Env", tasks=tasks, evaluation_tasks=held_out)
-    return RunConfig(environment="openenv", openenv=asked)
+    return RunConfig(environment=asked)
 
 
 @pytest.fixture
@@ -72,9 +77,9 @@ def test_a_file_that_moved_is_the_same_and_another_is_not(run: Path):
     moved, other = run.parent / "moved.jsonl", run.parent / "other.jsonl"
     (run.parent / "tasks.jsonl").rename(moved)
     other.write_text('{"seed": 3}\n')
-    saved.check_resumable(config, replace(config, openenv=replace(config.openenv, tasks=str(moved))), run)
+    saved.check_resumable(config, override(config, {"openenv.tasks": str(moved)}), run)
     with pytest.raises(ConfigError, match=r"was begun with --openenv.tasks .*tasks.jsonl, got .*other.jsonl"):
-        saved.check_resumable(config, replace(config, openenv=replace(config.openenv, tasks=str(other))), run)
+        saved.check_resumable(config, override(config, {"openenv.tasks": str(other)}), run)
 
 
 def test_folders_of_data_are_known_by_their_tasks(tmp_path: Path, run: Path):
@@ -84,18 +89,18 @@ def test_folders_of_data_are_known_by_their_tasks(tmp_path: Path, run: Path):
         game.mkdir(parents=True)
         for name in ("game.tw-pddl", "traj_data.json", "picture.png"):
             (game / name).write_text(game.name)
-    config = RunConfig(environment="alfworld", alfworld_data=str(data))
+    config = RunConfig(environment=AlfworldConfig(data=str(data)))
     saved.save(config, run)
     (games[3] / "picture.png").write_text("another")
     inputs.check_sources(run, config, "refuse")
     data.rename(tmp_path / "moved")
-    moved = replace(config, alfworld_data=str(tmp_path / "moved"))
-    assert inputs.is_same(run, moved, "alfworld_data")
+    moved = override(config, {"alfworld.data": str(tmp_path / "moved")})
+    assert inputs.is_same(run, moved, "alfworld.data")
     game = tmp_path / "moved" / "json_2.1.1" / "train" / "game-7"
     (game / "traj_data.json").write_text("game-8")
-    assert not inputs.is_same(run, moved, "alfworld_data")
+    assert not inputs.is_same(run, moved, "alfworld.data")
     (game / "traj_data.json").unlink()
-    assert not inputs.is_same(run, moved, "alfworld_data")
+    assert not inputs.is_same(run, moved, "alfworld.data")
 
 
 def test_large_files_are_known_by_size_begin_end_and_blocks_between(tmp_path: Path, monkeypatch):
@@ -193,16 +198,19 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch):
     (tmp_path / "org" / "here").mkdir(parents=True)
 
     def kept(*words: str) -> RunConfig:
-        return saved.absolute(apply(RunConfig(), split(words)[1]))
+        environment = words[0].removeprefix("--").partition(".")[0] if words else ""
+        chosen = ["--environment", environment] if environment in TRAINED else []
+        return saved.absolute(apply(RunConfig(), split([*words, *chosen])[1]))
 
     assert kept("--model.path", "m").model.path == str(tmp_path / "m")
     assert kept("--model.path", "org/here").model.path == str(tmp_path / "org" / "here")
     assert kept("--model.path", "org/hub").model.path == "org/hub"
     assert kept("--model.path", "~/m").model.path == "/home/me/m"
-    assert kept("--bugs.train", "generated", "--bugs.evaluation", "a").bugs.train == "generated"
-    assert kept("--openenv.serve", "env.py:Env").openenv.serve == f"{tmp_path}/env.py:Env"
-    assert kept("--openenv.serve", "pkg.module:Env").openenv.serve == "pkg.module:Env"
-    for name in ("alfworld-data", "shop.data", "openenv.tasks", "warmstart.init-from", "bugs.repos"):
+    named = kept("--swe.tasks.train", "generated", "--swe.tasks.evaluation", "a").environment
+    assert named == SweConfig(tasks=TasksConfig(train="generated", evaluation=f"{tmp_path}/a"))
+    assert kept("--openenv.serve", "env.py:Env").environment == OpenEnvConfig(serve=f"{tmp_path}/env.py:Env")
+    assert kept("--openenv.serve", "pkg.module:Env").environment == OpenEnvConfig(serve="pkg.module:Env")
+    for name in ("alfworld.data", "webshop.shop.data", "openenv.tasks", "warmstart.init-from", "swe.tasks.repos"):
         assert f"'{tmp_path}{os.sep}x'" in str(kept(f"--{name}", "x")), name
     assert kept() == RunConfig() and saved.absolute(kept("--model.path", "m")) == kept("--model.path", "m")
 
@@ -210,12 +218,12 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch):
 @pytest.mark.parametrize("name", ["runs-dir", "model.path", "openenv.tasks"])
 def test_an_address_is_no_path(name: str):
     with pytest.raises(ConfigError, match=f"--{name}: expected a path, got gs://bucket/x; mount the storage"):
-        saved.absolute(apply(RunConfig(), split([f"--{name}", "gs://bucket/x"])[1]))
+        saved.absolute(apply(read_preset("openenv-tiny"), split([f"--{name}", "gs://bucket/x"])[1]))
 
 
 def test_a_relative_path_of_before_is_the_same_absolute(run: Path, monkeypatch):
     monkeypatch.chdir(run)
-    before = RunConfig(model=ModelChoice(path="m"), alfworld_data="data")
+    before = RunConfig(model=ModelChoice(path="m"), environment=AlfworldConfig(data="data"))
     saved.check_resumable(before, saved.absolute(before), run)
     with pytest.raises(ConfigError, match="was begun with --model.path"):
         saved.check_resumable(before, replace(before, model=ModelChoice(path="/elsewhere/m")), run)

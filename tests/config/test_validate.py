@@ -3,10 +3,10 @@
 import pytest
 
 from aem_jax.config import validate
-from aem_jax.config.overrides import apply, split
 from aem_jax.config.presets import DEFAULT, algorithm_names, preset_names, read_preset
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import apply, split
 
 
 @pytest.mark.parametrize("name", preset_names())

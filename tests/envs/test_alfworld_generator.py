@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from aem_jax.envs.alfworld.engine import Game, start
 from aem_jax.envs.alfworld.experts import Oracle
 from aem_jax.envs.alfworld.generator.catalog import ROOM_KINDS, ROOMS, TASK_TYPES, THINGS
-from aem_jax.envs.alfworld.generator.config import TINY, GeneratorConfig, config_from_json
+from aem_jax.envs.alfworld.generator.config import TINY, GeneratorConfig
 from aem_jax.envs.alfworld.generator.files import domain_text, grammar_text, problem_text
 from aem_jax.envs.alfworld.generator.floors import floor_plans, split_floors
 from aem_jax.envs.alfworld.generator.games import SPLITS, HouseholdGame, draw_game
 from aem_jax.envs.alfworld.tasks import eval_set, generated_game, load_game
+from aem_jax.overrides import override
 
 OFFICIAL = GeneratorConfig()
 
@@ -178,12 +179,12 @@ def test_rooms_of_official_size():
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        config_from_json(settings)
+        override(GeneratorConfig(), settings)
 
 
 def test_settings_survive_json():
     for config in (OFFICIAL, TINY):
-        assert config_from_json(json.loads(json.dumps(config.to_json()))) == config
+        assert override(GeneratorConfig(), json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_bad_requests_are_refused():

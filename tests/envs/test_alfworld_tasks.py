@@ -52,7 +52,7 @@ def test_written_games_are_official_data(tmp_path: Path):
     counts = write_games(GenerateConfig(out=tmp_path, train=12, valid_seen=6, valid_unseen=6, games=TINY))
     assert counts == {"train": 12, "valid_seen": 6, "valid_unseen": 6}
     tasks = official_tasks(tmp_path, "train")
-    assert Counter(task.kind for task in tasks) == Counter(dict.fromkeys(TASK_TYPES, 2))
+    assert Counter(task.task_type for task in tasks) == Counter(dict.fromkeys(TASK_TYPES, 2))
     for task in tasks:
         data = json.loads(Path(task.payload["game"]).read_text())
         player = start(load_game(task.payload))
@@ -64,7 +64,7 @@ def test_written_games_are_official_data(tmp_path: Path):
     assert training == [t.id for t in training_tasks(TINY, data=tmp_path)]
     chosen, name = eval_set(TINY, "valid_unseen", 4, data=tmp_path)
     assert len(chosen) == 4 and name.startswith("valid_unseen-4-")
-    assert {task.kind for task in official_tasks(tmp_path, "train", TASK_TYPES[:1])} == {TASK_TYPES[0]}
+    assert {task.task_type for task in official_tasks(tmp_path, "train", TASK_TYPES[:1])} == {TASK_TYPES[0]}
 
 
 def test_official_source_skips_what_alfworld_skips(tmp_path: Path):
@@ -125,7 +125,7 @@ def test_a_bad_file_among_the_good_is_named_or_left_out(games: Path, tmp_path: P
         with pytest.raises(ValueError) as error:
             source()
         said = str(error.value)
-        assert str(named) in said and "1 of 3 games" in said and "--alfworld-skip-bad" in said and "\n" not in said
+        assert str(named) in said and "1 of 3 games" in said and "--alfworld.skip-bad" in said and "\n" not in said
         caplog.clear()
         assert {task.payload["game"] for task in source(skip_bad=True)} == {str(good), str(other)}
         (line,) = [record.getMessage() for record in caplog.records]

@@ -25,10 +25,10 @@ from openenv.core.generic_client import GenericEnvClient
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.alfworld.tasks import GeneratedTasks
 from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.registry import environment_spec
 from aem_jax.envs.serving.field_mapping import FieldMapping
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.envs.swe.tasks import generated_tasks, whole_payload
-from aem_jax.envs.table import environment_spec
 from aem_jax.envs.testing.conformance_wire import ServerSubject, check_server
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 from aem_jax.envs.webshop.tasks import goal_tasks

@@ -11,7 +11,7 @@ from envs.servers import foreign_server
 from aem_jax.envs.protocol import RefusedError, StepResult
 from aem_jax.envs.serving.field_mapping import FieldMapping, decode_step
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
-from aem_jax.envs.table import config_from
+from aem_jax.overrides import override
 
 FOLDER = Path(__file__).with_name("openenv_recorded")
 FILES = sorted(FOLDER.glob("*.jsonl"))
@@ -58,7 +58,7 @@ EXPECTED["textarena_env-0.10.0"][-1] = ("no", 1 - 4 / 19, True, OPEN)  # there t
 def recorded(path: Path):
     """(what was asked for, the mapping, [(request, answer)])."""
     head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return head, config_from(FieldMapping, head["field_mapping"]), [(line["sent"], line["received"]) for line in lines]
+    return head, override(FieldMapping(), head["field_mapping"]), [(line["sent"], line["received"]) for line in lines]
 
 
 def test_every_recording_has_been_read_by_a_person():

@@ -11,10 +11,10 @@ from envs.servers import REPOSITORY, run_server, served
 
 from aem_jax.envs.play import play
 from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.registry import environment_spec
 from aem_jax.envs.serving.client import RemoteEnvironment
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.envs.serving.session import Session
-from aem_jax.envs.table import environment_spec
 
 SOURCE = '''
 from dataclasses import dataclass

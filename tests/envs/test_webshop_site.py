@@ -13,7 +13,7 @@ import uvicorn
 from envs.browser import CHROMIUM, chromium
 from envs.webshop_golden import three_products
 
-from aem_jax.envs.table import SITES
+from aem_jax.envs.registry import SERVED, registered
 from aem_jax.envs.webshop import tasks
 from aem_jax.envs.webshop.engine import Shop, Visit
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv
@@ -108,4 +108,4 @@ def test_an_agent_may_read_html(shop: Shop):
     first = env.reset({"goal": goal.to_json()})
     assert first.observation == render_page(Visit(shop, goal)) and "&lt;" not in first.observation
     assert 'value="click[LAMP2]"' in env.step("<action>search[lamp]</action>").observation
-    assert set(SITES) == {"webshop"}
+    assert [name for name in SERVED if registered(name).site] == ["webshop"]

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from aem_jax.config import saved
-from aem_jax.config.overrides import annotations, apply, as_values, split
 from aem_jax.config.presets import DEFAULT, algorithm_names, describe_preset, preset_names, read_preset
 from aem_jax.config.run import RunConfig, may_change
+from aem_jax.envs.registry import TRAINED, default_config
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
+from aem_jax.overrides import annotations, apply, as_values, split
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,8 +44,8 @@ def test_no_arguments_train_the_default_preset(trained):
 def test_the_folder_of_official_data_is_part_of_the_config(trained, monkeypatch: pytest.MonkeyPatch):
     """The variable is resolved once, so that a resumed run cannot silently change its games."""
     monkeypatch.setenv("ALFWORLD_DATA", "/data/alfworld")
-    assert cli.main([]) == cli.main(["--alfworld-data", "/mine"]) == 0
-    assert [config.alfworld_data for config in trained] == ["/data/alfworld", "/mine"]
+    assert cli.main([]) == cli.main(["--alfworld.data", "/mine"]) == 0
+    assert [as_values(config)["alfworld.data"] for config in trained] == ["/data/alfworld", "/mine"]
     assert trained[0].name == DEFAULT
 
 
@@ -65,9 +66,9 @@ def test_every_field_can_be_given_on_the_command_line():
     config = read_preset(DEFAULT)
     options = {}
     for name, value in as_values(config).items():
-        words = [str(each) for each in value] if isinstance(value, tuple) else [str(value)]
+        words = [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
         options[name] = words
-    assert set(options) == set(annotations(RunConfig))
+    assert set(options) == set(annotations(RunConfig()))
     assert apply(RunConfig(), options) == config
 
 
@@ -105,6 +106,17 @@ def test_the_last_of_an_option_given_twice_counts():
             "unknown field --learner.learning-rat; did you mean --learner.learning-rate?",
         ),
         (["--aem", "0"], "--aem is a group of fields"),
+        (["--environment", "alfwrold"], "expected one of alfworld, webshop, swe, swe-choices, openenv, got 'alfwrold'"),
+        (["--environment", "echo"], "--environment: expected one of alfworld, webshop, swe, swe-choices, openenv"),
+        (
+            ["--webshop.mode", "text"],
+            "--webshop.mode is a setting of environment webshop, and --environment is alfworld here; "
+            "set --environment to webshop, or leave it out",
+        ),
+        (["--alfworld.reward-own", "1"], "unknown field --alfworld.reward-own; did you mean --alfworld.reward-won?"),
+        (["--games.things", "2", "3"], "unknown field --games.things; did you mean --alfworld.games.things?"),
+        (["serve", "openenv"], "unknown environment 'openenv'"),
+        (["serve", "echo", "--html", "True"], "--html: expected an environment with a web site, of webshop, got echo"),
         (["--aem.strength", "much"], "--aem.strength: expected a number, got 'much'"),
         (["--aem.strength", "-1"], "--aem.strength: expected"),
         (["--seed"], "--seed: expected a whole number, got 'nothing'"),
@@ -167,11 +179,22 @@ def test_a_process_ends_with_status_2_and_no_traceback():
 def test_help_explains_every_field_with_the_preset_s_defaults(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in annotations(RunConfig):
+    for name in annotations(RunConfig()):
         assert f"--{name.replace('_', '-')}" in text
     assert "(default: alfworld-tiny)" in " ".join(text.replace("│", " ").split())
     for command in cli.COMMANDS:
         assert command in text
+
+
+def test_help_lists_the_settings_of_the_chosen_environment_alone(capsys):
+    for words, name in ([], "alfworld"), (["--environment", "swe-choices"], "swe-choices"):
+        assert cli.main([*words, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert [other for other in TRAINED if f"--{other}." in text] == [name]
+        assert all(other in text for other in TRAINED)
+    assert cli.main(["plan", "--preset", "webshop-tiny", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--webshop.shop.made.products" in text and "--alfworld." not in text and "--topology" in text
 
 
 @pytest.mark.parametrize(
@@ -217,6 +240,7 @@ def undocumented(cls: type, prefix: str = "") -> list[str]:
 
 def test_no_field_is_without_an_explanation():
     assert undocumented(RunConfig) == []
+    assert [name for choice in TRAINED for name in undocumented(type(default_config(choice)))] == []
 
 
 def test_help_loads_nothing_that_takes_seconds():
@@ -294,8 +318,12 @@ def test_a_change_that_matters_names_another_run():
     assert name("--aem.strength", "0") == "alfworld-tiny-aem.strength-0"
     assert name("--seed", "1", "--aem.strength", "0") == name("--aem.strength", "0", "--seed", "1")
     assert name("--aem.strength", "0", "--name", "plain") == "plain"
-    long = name("--games.task-types", "pick_and_place_simple", "look_at_obj_in_light", "pick_two_obj_and_place")
-    assert len(long) <= 80 and long != name("--games.task-types", "pick_and_place_simple", "look_at_obj_in_light")
+    long = name(
+        "--alfworld.games.task-types", "pick_and_place_simple", "look_at_obj_in_light", "pick_two_obj_and_place"
+    )
+    assert len(long) <= 80 and long != name(
+        "--alfworld.games.task-types", "pick_and_place_simple", "look_at_obj_in_light"
+    )
 
 
 def test_the_resolved_config_is_saved_and_read_back_exactly(tmp_path: Path):
@@ -311,12 +339,14 @@ def test_a_resumed_run_may_change_what_is_harmless(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"begun with --seed 0, got 5 \(and --aem\.strength\)") as caught:
         saved.check_resumable(begun, apply(begun, split(["--aem.strength", "0", "--seed", "5"])[1]), tmp_path)
     assert "another --name" in str(caught.value)
+    with pytest.raises(ConfigError, match="begun with --environment alfworld, got webshop; give the same values"):
+        saved.check_resumable(begun, apply(begun, split(["--environment", "webshop"])[1]), tmp_path)
 
 
 def test_harmless_fields_exist():
     from aem_jax.config.run import MAY_CHANGE
 
-    names = list(annotations(RunConfig))
+    names = list(annotations(RunConfig()))
     for each in MAY_CHANGE:
         assert any(name == each or (each.endswith(".") and name.startswith(each)) for name in names), each
     assert not may_change("seed") and not may_change("aem.strength")
@@ -333,7 +363,7 @@ def test_evaluate_begins_from_the_run_s_own_config(trained, tmp_path: Path):
 
 def test_a_config_of_another_version_says_which_file(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"sede": 1}')
-    with pytest.raises(ConfigError, match=r"config\.json: unknown field 'sede'; did you mean 'seed'\?"):
+    with pytest.raises(ConfigError, match=r"config\.json: unknown field 'sede'; did you mean 'seed'\?; .*version"):
         saved.load(tmp_path)
 
 

@@ -14,12 +14,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from aem_jax.config import components, validate
-from aem_jax.config.overrides import apply, split
 from aem_jax.config.presets import read_preset
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
 from aem_jax.metrics import comparable, read_lines
 from aem_jax.models import ModelConfig, Policy, from_pretrained, save_pretrained
+from aem_jax.overrides import apply, split
 from aem_jax.tokenizer import ChatTokenizer
 
 pytestmark = pytest.mark.slow

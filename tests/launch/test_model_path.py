@@ -14,7 +14,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from aem_jax.config import components, validate
-from aem_jax.config.overrides import apply, split
 from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
@@ -23,6 +22,7 @@ from aem_jax.metrics import read_lines
 from aem_jax.models import ModelConfig, Policy, from_pretrained, save_pretrained
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.families import config_to_hf
+from aem_jax.overrides import apply, split
 from aem_jax.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,19 +1,22 @@
-"""ALFWorld as an `Environment`: what the policy said becomes a command, what happened becomes a reward."""
+"""ALFWorld as an `Environment`: a response becomes a command, and its outcome a reward."""
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from aem_jax.envs.actions import extract_action
 from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, damage_named, start
+from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.protocol import StepResult
 
 
 @dataclass(frozen=True)
 class AlfworldConfig:
-    """Rules of an episode."""
+    """Household games, and the rules of an episode."""
+
+    NAME: ClassVar[str] = "alfworld"
 
     max_steps: int = 50
     """Steps after which an unsolved episode is truncated; a generated game brings its own limit."""
@@ -27,6 +30,12 @@ class AlfworldConfig:
     """Invalid actions after which an unsolved episode is truncated; 0 sets no limit."""
     cached_games: int = 64
     """How many parsed games an environment keeps (a group plays one game many times)."""
+    data: str = ""
+    """Folder of ALFWorld's official data; empty: the folder that $ALFWORLD_DATA names, else games are generated."""
+    skip_bad: bool = False
+    """Whether to leave out files of the official data that hold no game; else the first of them ends the start."""
+    games: GeneratorConfig = GeneratorConfig()  # noqa: RUF009 (frozen)
+    """Games to generate; of official data its task types choose."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "cached_games"):

@@ -29,7 +29,7 @@ def decide(goal: Goal, known: Knowledge) -> str | None:
         lamps = known.places_of(goal.place)
         if not lamps:
             return _look_for(goal.place, known, goal)
-        lamp, place = min(lamps, key=lambda found: found[1] != known.here)
+        lamp, place = min(lamps, key=lambda item: item[1] != known.here)
         return f"use {lamp}" if known.here == place else f"go to {place}"
     if goal.treatment and known.held not in known.treated:
         station = _nearest(goal.station, known)
@@ -39,15 +39,15 @@ def decide(goal: Goal, known: Knowledge) -> str | None:
 
 def _fetch(goal: Goal, known: Knowledge) -> str | None:
     destination = None if goal.light else _destination(goal, known)
-    found = [
+    candidates = [
         (thing, place)
         for thing, place in known.places_of(goal.target)
         # What already lies where it should stays there, unless it still lacks its treatment.
         if place != destination or (goal.treatment and thing not in known.treated)
     ]
-    if not found:
+    if not candidates:
         return _look_for(goal.target, known, goal)
-    thing, place = min(found, key=lambda item: (item[1] != known.here, item[1] in known.closed))
+    thing, place = min(candidates, key=lambda item: (item[1] != known.here, item[1] in known.closed))
     return _reach(place, known) or f"take {thing} from {place}"
 
 

@@ -1,6 +1,6 @@
-"""Where ALFWorld's tasks come from: games of our own, made in memory, or the official data; one interface for both.
+"""ALFWorld's tasks: generated games, made in memory, or the official data; one interface for both.
 
-A source is a sequence of `GameTask`. A task's payload is a small JSON mapping from which any server rebuilds the game:
+A task's payload is a small JSON mapping from which any server rebuilds the game:
 `{"generate": {"seed": 0, "split": "train", "index": 7, …settings…}}` or `{"game": "<path of a game.tw-pddl>"}`.
 """
 
@@ -10,16 +10,17 @@ import logging
 import os
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, overload
 
 from aem_jax.envs.alfworld.engine import Game, read_game, read_task_type
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
-from aem_jax.envs.alfworld.generator.config import GeneratorConfig, config_from_json
+from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.alfworld.generator.files import domain_text, game_data, grammar_text, problem_text
 from aem_jax.envs.alfworld.generator.games import SPLITS, HouseholdGame, distinct_indices, draw_game
+from aem_jax.envs.protocol import Task
+from aem_jax.overrides import override
 
 log = logging.getLogger(__name__)
 
@@ -27,22 +28,7 @@ _OFFICIAL_FOLDER = "json_2.1.1"
 _GAME_FILE = "game.tw-pddl"
 
 
-@dataclass(frozen=True)
-class GameTask:
-    """One game to play.
-
-    Attributes:
-        id: stable name, unique inside its source.
-        kind: task type.
-        payload: JSON mapping for `load_game`.
-    """
-
-    id: str
-    kind: str
-    payload: Mapping[str, Any]
-
-
-class GeneratedTasks(Sequence[GameTask]):
+class GeneratedTasks(Sequence[Task]):
     """Tasks of our own: item `i` is game number `indices[i]` of (settings, seed, split). Games are made when loaded.
 
     Args:
@@ -64,21 +50,21 @@ class GeneratedTasks(Sequence[GameTask]):
         return len(self.indices)
 
     @overload
-    def __getitem__(self, item: int) -> GameTask: ...
+    def __getitem__(self, item: int) -> Task: ...
     @overload
     def __getitem__(self, item: slice) -> "GeneratedTasks": ...
-    def __getitem__(self, item: int | slice) -> "GameTask | GeneratedTasks":
+    def __getitem__(self, item: int | slice) -> "Task | GeneratedTasks":
         if isinstance(item, slice):
             return GeneratedTasks(self.config, self.split, self.seed, self.indices[item])
         index = self.indices[item]
         place = {"seed": self.seed, "split": self.split, "index": index}
-        kind = self.config.task_types[index % len(self.config.task_types)]
-        return GameTask(f"{self.split}-{self.seed}-{index}", kind, {"generate": place | self.config.to_json()})
+        task_type = self.config.task_types[index % len(self.config.task_types)]
+        return Task(f"{self.split}-{self.seed}-{index}", task_type, {"generate": place | self.config.to_json()})
 
 
 def official_tasks(
     root: str | Path, split: str, task_types: Collection[str] = TASK_TYPES, *, skip_bad: bool = False
-) -> list[GameTask]:
+) -> list[Task]:
     """The official games of a split, in the order of their paths.
 
     Left out are those that ALFWorld itself leaves out: paths with `movable` or `Sliced` in them, and games that are
@@ -105,16 +91,16 @@ def official_tasks(
             continue
         count += 1
         try:
-            kind, solvable = _kind_and_solvable(path)
+            task_type, solvable = _type_and_solvable(path)
         except (ValueError, OSError) as error:
             bad.append(str(error))
             continue
-        if kind in task_types and solvable:
-            tasks.append(GameTask(name, kind, {"game": str(path)}))
+        if task_type in task_types and solvable:
+            tasks.append(Task(name, task_type, {"game": str(path)}))
     if bad and not skip_bad:
         raise ValueError(
             f"{bad[0]} ({len(bad)} of {count} games under {folder} cannot be read); mend them, or leave them out with "
-            "--alfworld-skip-bad"
+            "--alfworld.skip-bad"
         )
     if bad:
         log.warning("%d of %d games under %s are left out, the first: %s", len(bad), count, folder, bad[0])
@@ -138,7 +124,7 @@ def _game_files(folder: Path) -> Iterator[Path]:
             yield Path(parent, _GAME_FILE)
 
 
-def _kind_and_solvable(path: Path) -> tuple[str, bool]:
+def _type_and_solvable(path: Path) -> tuple[str, bool]:
     """A game's task type, and whether it is known to be solvable.
 
     Raises:
@@ -148,10 +134,10 @@ def _kind_and_solvable(path: Path) -> tuple[str, bool]:
     solvable, facts = read_game(path).get("solvable", False), path.with_name("traj_data.json")
     if not isinstance(solvable, bool):
         raise ValueError(f"expected true or false as solvable in {path}, got {solvable!r:.80}")
-    kind = read_task_type(facts)
-    if kind not in TASK_TYPES:
-        raise ValueError(f"expected a task_type of {', '.join(TASK_TYPES)} in {facts}, got {kind!r:.80}")
-    return kind, solvable
+    task_type = read_task_type(facts)
+    if task_type not in TASK_TYPES:
+        raise ValueError(f"expected a task_type of {', '.join(TASK_TYPES)} in {facts}, got {task_type!r:.80}")
+    return task_type, solvable
 
 
 def training_tasks(
@@ -161,7 +147,7 @@ def training_tasks(
     size: int = 100_000,
     data: str | Path | None = None,
     skip_bad: bool = False,
-) -> Sequence[GameTask]:
+) -> Sequence[Task]:
     """The tasks to train on.
 
     Args:
@@ -189,7 +175,7 @@ def eval_set(
     *,
     data: str | Path | None = None,
     skip_bad: bool = False,
-) -> tuple[Sequence[GameTask], str]:
+) -> tuple[Sequence[Task], str]:
     """A fixed set of different games, and a name that changes when anything in one of them changes.
 
     Args:
@@ -207,7 +193,7 @@ def eval_set(
         raise ValueError(f"expected size >= 1, got {size}")
     digest = hashlib.sha256()
     if data is not None:
-        tasks: Sequence[GameTask] = _spread(official_tasks(data, split, config.task_types, skip_bad=skip_bad), size)
+        tasks: Sequence[Task] = _spread(official_tasks(data, split, config.task_types, skip_bad=skip_bad), size)
         for task in tasks:
             digest.update(Path(task.payload["game"]).read_bytes())
     else:
@@ -228,7 +214,7 @@ def generated_game(payload: Mapping[str, Any]) -> HouseholdGame:
     if missing:
         raise ValueError(f"expected seed, split and index in the payload's 'generate', {missing} missing")
     seed, split, index = (settings.pop(name) for name in ("seed", "split", "index"))
-    return draw_game(config_from_json(settings), seed, split, index)
+    return draw_game(override(GeneratorConfig(), settings), seed, split, index)
 
 
 def load_game(payload: Mapping[str, Any]) -> Game:
@@ -251,7 +237,7 @@ def _load_game(payload_json: str) -> Game:
     return Game(domain_text(), problem_text(game), grammar_text(game), task_type=game.task_type)
 
 
-def _spread(tasks: Sequence[GameTask], size: int) -> list[GameTask]:
+def _spread(tasks: Sequence[Task], size: int) -> list[Task]:
     """`size` tasks, evenly over the whole list, which is sorted by task type."""
     count = min(size, len(tasks))
     return [tasks[i * len(tasks) // count] for i in range(count)]

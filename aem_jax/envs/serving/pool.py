@@ -17,6 +17,7 @@ from typing import Any
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, StepResult
+from aem_jax.envs.registry import check_name
 from aem_jax.envs.serving.address import websocket_url
 from aem_jax.envs.serving.client import bearer
 from aem_jax.envs.serving.config import PoolConfig, PoolStats
@@ -24,7 +25,6 @@ from aem_jax.envs.serving.field_mapping import decode_step, step_encoder
 from aem_jax.envs.serving.pool_session import Clock, PoolSession
 from aem_jax.envs.serving.process import ServerProcess
 from aem_jax.envs.serving.supervisor import BackgroundTasks, Supervisor
-from aem_jax.envs.table import check_name
 
 __all__ = ["EnvPool", "PoolConfig", "PoolStats"]
 

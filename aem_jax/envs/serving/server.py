@@ -38,8 +38,9 @@ from websockets.http11 import Request, Response
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import Environment, describe, encode_error
+from aem_jax.envs.registry import SERVED, environment_spec, settings_from_json
 from aem_jax.envs.serving.session import Session
-from aem_jax.envs.table import ENVIRONMENTS, EnvironmentSpec, environment_spec, settings_from_json
+from aem_jax.envs.suite import EnvironmentSpec
 
 logger = logging.getLogger("aem_jax.envs.serving.server")  # not __name__, which is __main__ in a process of its own
 
@@ -217,8 +218,8 @@ def serve(
     """Serves an environment until SIGTERM or SIGINT. Blocks; it is the main work of a process.
 
     Args:
-        name: an environment of `table.ENVIRONMENTS`, or the path of one (`table.environment_spec`).
-        settings: fields of its config.
+        name: an environment of `registry.SERVED`, or the path of one (`registry.environment_spec`).
+        settings: its config's fields.
         config: where and how to serve.
         ready: called with the port once connections are accepted.
 
@@ -288,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="aem_jax.envs.serving.server", description="Serves an environment over WebSocket."
     )
-    parser.add_argument("environment", help=" | ".join([*ENVIRONMENTS, "file.py:attribute", "module:attribute"]))
+    parser.add_argument("environment", help=" | ".join([*SERVED, "file.py:attribute", "module:attribute"]))
     parser.add_argument("--settings", default="{}", help="the environment's settings as a JSON mapping")
     parser.add_argument("--host", default=ServerConfig.host)
     parser.add_argument("--port", type=int, default=ServerConfig.port, help="0 takes a free one; it is printed as JSON")

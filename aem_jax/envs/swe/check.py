@@ -1,8 +1,7 @@
-"""Checks tasks, each by really grading it: `python -m aem_jax.envs.swe.check [FILE]`.
+"""Checks tasks by grading them: `python -m aem_jax.envs.swe.check [FILE]`.
 
-The fix resolves the task, and the empty patch does not. A task for which this does not hold teaches nothing: its reward
-is the same whatever the agent does. Generated tasks are held to more: without the fix, every test of FAIL_TO_PASS fails
-and every test of PASS_TO_PASS passes.
+The fix must resolve the task, and the empty patch must not; otherwise its reward does not depend on the agent. For
+generated tasks, every test of FAIL_TO_PASS must fail and every test of PASS_TO_PASS must pass without the fix.
 """
 
 import argparse
@@ -19,46 +18,47 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from aem_jax.envs.protocol import Task
 from aem_jax.envs.swe.env import SweConfig
 from aem_jax.envs.swe.grading import Report, grade
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig
 from aem_jax.envs.swe.sandbox.workspace import Limits, Runtime, SandboxError
-from aem_jax.envs.swe.tasks import BugTask, file_tasks, generated_tasks, load_task
+from aem_jax.envs.swe.tasks import file_tasks, generated_tasks, load_task
 
 LIMITS = Limits(seconds=60.0, memory_mib=1024)
 _SPLITS = ("train", "valid", "test")
 
 
-def problems(task: BugTask, runtime: Runtime, limits: Limits = LIMITS) -> list[str]:
-    """What is wrong with a generated task, in words; empty: nothing."""
+def problems(task: Task, runtime: Runtime, limits: Limits = LIMITS) -> list[str]:
+    """Problems of a generated task, in words."""
     gold, empty = _graded(task, runtime, limits)
-    found = [] if gold.resolved else [f"{task.id}: the fix does not resolve it: {gold.log[-800:]}"]
+    reasons = [] if gold.resolved else [f"{task.id}: the fix does not resolve it: {gold.log[-800:]}"]
     passing = [name for name, passes in empty.fail_to_pass.items() if passes]
     failing = _failing(empty.pass_to_pass)
     if empty.resolved or passing or failing:
-        found.append(f"{task.id}: without a fix {passing} pass and {failing} fail: {empty.log[-800:]}")
-    return found
+        reasons.append(f"{task.id}: without a fix {passing} pass and {failing} fail: {empty.log[-800:]}")
+    return reasons
 
 
-def file_problems(task: BugTask, runtime: Runtime, limits: Limits) -> list[str]:
-    """What keeps an instance of a file from teaching anything, in words; empty: nothing."""
+def file_problems(task: Task, runtime: Runtime, limits: Limits) -> list[str]:
+    """Problems of an instance of a file, in words: reasons why its reward would not depend on the agent."""
     try:
         gold, empty = _graded(task, runtime, limits)
     except (SandboxError, ValueError, OSError, subprocess.SubprocessError, ModuleNotFoundError) as error:
         return [f"{task.id}: cannot be graded: {' '.join(str(error).split())}"]
-    found = []
+    reasons = []
     if not gold.applied:
-        found.append(f"{task.id}: its own patch cannot be applied: {gold.log[-400:]}")
+        reasons.append(f"{task.id}: its own patch cannot be applied: {gold.log[-400:]}")
     elif not gold.resolved:
         failing = _failing({**gold.fail_to_pass, **gold.pass_to_pass})
-        found.append(f"{task.id}: its own patch does not solve it; {len(failing)} tests do not pass, {failing[:5]}")
+        reasons.append(f"{task.id}: its own patch does not solve it; {len(failing)} tests do not pass, {failing[:5]}")
     if empty.resolved:
-        found.append(f"{task.id}: the empty patch solves it")
-    return found
+        reasons.append(f"{task.id}: the empty patch solves it")
+    return reasons
 
 
-def _graded(task: BugTask, runtime: Runtime, limits: Limits) -> tuple[Report, Report]:
+def _graded(task: Task, runtime: Runtime, limits: Limits) -> tuple[Report, Report]:
     """The reports on a task's own patch and on the empty one."""
     instance, checkout = load_task(task.payload)
     gold, empty = (grade(instance, patch, runtime, checkout, limits=limits) for patch in (instance.patch, ""))
@@ -70,10 +70,10 @@ def _failing(tests: Mapping[str, bool]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Checks all tasks, or a sample; prints what is wrong and a summary.
+    """Checks all tasks, or a sample; prints problems and a summary.
 
     Returns:
-        0 if nothing is wrong, 1 if a task is, 2 if there is nothing to check, or nothing to check it in.
+        0 without problems, 1 with some, 2 if there are no tasks or no sandbox.
     """
     parser = argparse.ArgumentParser(
         prog="python -m aem_jax.envs.swe.check",
@@ -107,26 +107,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             BubblewrapConfig(packages=tuple(options.packages), read_only=tuple(options.read_only)),
             ContainerConfig(image=options.image, prelude=options.prelude),
         )
-        found: dict[str, list[str]] = {}
+        wrong_by_task: dict[str, list[str]] = {}
         with ThreadPoolExecutor(options.jobs) as pool:  # threads do: the work is done in sandboxes
             for task, wrong in zip(tasks, pool.map(lambda task: check(task, runtime), tasks)):
-                found[task.id] = wrong
+                wrong_by_task[task.id] = wrong
                 for line in wrong:
                     print(line, flush=True, file=sys.stderr if options.json else sys.stdout)
     except (SandboxError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    seconds, count = time.monotonic() - start, sum(map(len, found.values()))
+    seconds, count = time.monotonic() - start, sum(map(len, wrong_by_task.values()))
     if options.json:
-        print(json.dumps({"tasks": len(tasks), "problems": {id: wrong for id, wrong in found.items() if wrong}}))
+        print(
+            json.dumps({"tasks": len(tasks), "problems": {id: wrong for id, wrong in wrong_by_task.items() if wrong}})
+        )
     else:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(task.kind for task in tasks).items()))
-        each = options.jobs * seconds / (2 * len(tasks))
-        print(f"{len(tasks)} tasks ({kinds}), {count} problems; {seconds:.0f} s, {each:.2f} s a grading")
+        kinds = ", ".join(
+            f"{count} {kind}" for kind, count in sorted(Counter(task.task_type for task in tasks).items())
+        )
+        mean = options.jobs * seconds / (2 * len(tasks))
+        print(f"{len(tasks)} tasks ({kinds}), {count} problems; {seconds:.0f} s, {mean:.2f} s a grading")
     return int(count > 0)
 
 
-def _tasks(options: argparse.Namespace) -> tuple[list[BugTask], Callable[[BugTask, Runtime], list[str]]]:
+def _tasks(options: argparse.Namespace) -> tuple[list[Task], Callable[[Task, Runtime], list[str]]]:
     """The tasks that the options ask for, and how one is checked."""
     defaults = SweConfig().grade_limits if options.file else LIMITS
     seconds, memory = options.seconds or defaults.seconds, options.memory_mib or defaults.memory_mib

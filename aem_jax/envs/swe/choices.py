@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from aem_jax.envs.actions import extract_action
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.swe.generate.mutate import Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import package
-from aem_jax.envs.swe.generate.tasks import Bug, bug, checkout, instance
+from aem_jax.envs.swe.generate.tasks import DIFFICULTIES, Bug, bug, check_difficulties, checkout, instance
 from aem_jax.envs.swe.grading import TIMED_OUT, grade
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers
@@ -41,8 +41,12 @@ Failing = Callable[[Bug, Sequence[Edit]], int]
 
 @dataclass(frozen=True)
 class ChoicesConfig:
-    """Rules of an episode of choosing edits."""
+    """Bug-fixing as a choice among edits: the tasks, and the rules of an episode."""
 
+    NAME: ClassVar[str] = "swe-choices"
+
+    difficulties: tuple[str, ...] = DIFFICULTIES
+    """Difficulties of the tasks: easy, medium, hard."""
     candidates: int = 4
     """Edits to choose from, the fix among them."""
     max_steps: int = 12
@@ -62,6 +66,7 @@ class ChoicesConfig:
     off: kept in memory alone."""
 
     def __post_init__(self) -> None:
+        check_difficulties(self.difficulties)
         if self.candidates < 2 or self.max_steps < 1:
             raise ValueError(
                 "expected candidates of at least 2 and max_steps of at least 1, "
@@ -78,15 +83,15 @@ def candidates(bug_id: str, count: int, draw: int) -> tuple[Edit, ...]:
     The first mistake is in a function of the bug where there is one. Which they are is drawn by the bug's id, in which
     order they stand by `draw` too, so that places tell nothing.
     """
-    found = bug({"bug": bug_id})
+    case = bug({"bug": bug_id})
     rng = random.Random(f"candidates/{bug_id}")
     gold, shift = [], 0
-    for edit in found.edits:
+    for edit in case.edits:
         start = edit.start + shift
         gold.append(Edit(start, start + len(edit.after), edit.after, edit.before, edit.kind, edit.function))
         shift += len(edit.after) - len(edit.before)
     spans = {(edit.start, edit.end) for edit in gold}
-    others = [edit for edit in edits(_source(found)) if (edit.start, edit.end) not in spans]
+    others = [edit for edit in edits(_source(case)) if (edit.start, edit.end) not in spans]
     rng.shuffle(others)
     near = {edit.function for edit in gold}
     others.sort(key=lambda edit: edit.function not in near)
@@ -109,13 +114,13 @@ def graded(runtime: Runtime, limits: Limits | None = None) -> Failing:
     limits = limits or Limits(seconds=60.0, memory_mib=1024, cpu_seconds=5)
     longer = replace(limits, seconds=10 * limits.seconds)
 
-    def failing(found: Bug, chosen: Sequence[Edit]) -> int:
-        task, patch = instance(found.id), _patch(found, chosen)
-        report = grade(task, patch, runtime, checkout(found), limits=limits)
+    def failing(case: Bug, chosen: Sequence[Edit]) -> int:
+        task, patch = instance(case.id), _patch(case, chosen)
+        report = grade(task, patch, runtime, checkout(case), limits=limits)
         if TIMED_OUT in report.log:
-            report = grade(task, patch, runtime, checkout(found), limits=longer)
+            report = grade(task, patch, runtime, checkout(case), limits=longer)
         if not report.applied:  # edits of our own always apply
-            raise SandboxError(f"expected a patch of {found.id} to apply in the sandbox: {report.log[-500:]}")
+            raise SandboxError(f"expected a patch of {case.id} to apply in the sandbox: {report.log[-500:]}")
         wrong = [*report.fail_to_pass.values(), *report.pass_to_pass.values()].count(False)
         assert report.resolved == (wrong == 0)
         return wrong
@@ -135,13 +140,13 @@ def remembered(failing: Failing, folder: Path | None, where: str = "") -> Failin
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
 
-    def answer(found: Bug, chosen: Sequence[Edit]) -> int:
-        task = instance(found.id)
-        text = json.dumps([_grader(), where, task.base_commit, task.eval_script, _patch(found, chosen)])
+    def answer(case: Bug, chosen: Sequence[Edit]) -> int:
+        task = instance(case.id)
+        text = json.dumps([_grader(), where, task.base_commit, task.eval_script, _patch(case, chosen)])
         key = hashlib.sha256(text.encode()).hexdigest()
         with turn:
             if key not in known:
-                known[key] = _kept(folder / key, lambda: failing(found, chosen)) if folder else failing(found, chosen)
+                known[key] = _kept(folder / key, lambda: failing(case, chosen)) if folder else failing(case, chosen)
             return known[key]
 
     return answer
@@ -185,8 +190,8 @@ def make_failing(config: ChoicesConfig) -> Failing:
         raise OSError(str(error)) from None  # which servers and runs report as what is missing on this machine
     if isinstance(runtime, Containers) and not config.image:
         raise OSError(
-            f"expected an image for {runtime.name} to grade in, got none; set --choices.image to one with bash, git, "
-            "patch, tar, and a `python` with pytest, or install bubblewrap, which needs no image"
+            f"expected an image for {runtime.name} to grade in, got none; set --swe-choices.image to one with bash, "
+            "git, patch, tar, and a `python` with pytest, or install bubblewrap, which needs no image"
         )
     return remembered(graded(runtime), cache_folder(config.cache), f"{runtime.name} {config.image}".strip())
 
@@ -290,12 +295,12 @@ class ChoicesEnv:
         return {"won": won, "valid_action": valid, "admissible": self._admissible()}
 
 
-def _source(found: Bug) -> str:
-    return apply(package(found.package).source, found.edits)
+def _source(case: Bug) -> str:
+    return apply(package(case.package).source, case.edits)
 
 
-def _patch(found: Bug, chosen: Sequence[Edit]) -> str:
-    path, before = package(found.package).module_path, _source(found)
+def _patch(case: Bug, chosen: Sequence[Edit]) -> str:
+    path, before = package(case.package).module_path, _source(case)
     old, new = (text.splitlines(keepends=True) for text in (before, apply(before, chosen)))
     return "".join(difflib.unified_diff(old, new, f"a/{path}", f"b/{path}"))
 

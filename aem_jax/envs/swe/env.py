@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.swe.grading import Report, grade
@@ -12,6 +12,7 @@ from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig
 from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Runtime, Workspace, WorkspaceError
+from aem_jax.envs.swe.tasks import TasksConfig
 from aem_jax.envs.swe.tools import DESCRIPTION, Tools
 
 PROMPT = """\
@@ -31,8 +32,12 @@ Load = Callable[[Mapping[str, Any]], tuple[Instance, Checkout]]
 
 @dataclass(frozen=True)
 class SweConfig:
-    """Rules of an episode, and what its code may take."""
+    """Bug-fixing with tools: the tasks, the rules of an episode, and limits of the code that it runs."""
 
+    NAME: ClassVar[str] = "swe"
+
+    tasks: TasksConfig = TasksConfig()  # noqa: RUF009 (frozen)
+    """Bug-fixing tasks."""
     runtime: str = "auto"
     """auto | bubblewrap | docker | podman: what untrusted code runs in."""
     max_steps: int = 50

@@ -53,7 +53,7 @@ def _load(row: str, where: str) -> tuple[Instance, Checkout]:
 
 def _no_checkout(instance: Instance, folder: Path) -> None:
     raise ValueError(
-        f"expected 'files' or 'repos' in the payload of {instance.instance_id!r}, got neither (a run's --bugs.repos "
-        "or the check's --repos gives a folder of git mirrors); without them the "
+        f"expected 'files' or 'repos' in the payload of {instance.instance_id!r}, got neither (a run's "
+        "--swe.tasks.repos or the check's --repos gives a folder of git mirrors); without them the "
         "repository comes from the instance's image, for which the runtime has to be docker or podman"
     )

@@ -1,4 +1,4 @@
-"""Where bug-fixing tasks come from: generated ones, or a file of SWE-bench instances; one interface for both.
+"""Bug-fixing tasks: generated ones, or a file of SWE-bench instances; one interface for both.
 
 A task's payload is a small JSON mapping, `{"bug": "<package>-<number>"}`, or `{"instances": "<file>",
 "id": "<instance_id>", "repos": "<folder of mirrors>"}`; `whole_payload` makes of it the one that `SweEnv` reads.
@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from aem_jax.envs.protocol import Task
 from aem_jax.envs.swe.generate import tasks as generated
 from aem_jax.envs.swe.instance import Instance, read_instances, to_row
 from aem_jax.envs.swe.payload import load_task as payload_task
@@ -39,26 +40,7 @@ class TasksConfig:
     """Difficulties of generated tasks: easy, medium, hard."""
 
     def __post_init__(self) -> None:
-        wrong = set(self.difficulties) - set(generated.DIFFICULTIES)
-        if wrong or not self.difficulties:
-            raise ValueError(
-                f"expected difficulties among {', '.join(generated.DIFFICULTIES)}, got {list(self.difficulties)}"
-            )
-
-
-@dataclass(frozen=True)
-class BugTask:
-    """One task.
-
-    Attributes:
-        id: stable name, unique inside its source.
-        kind: difficulty of a generated task, repository of another.
-        payload: JSON mapping for `load_task`.
-    """
-
-    id: str
-    kind: str
-    payload: Mapping[str, Any]
+        generated.check_difficulties(self.difficulties)
 
 
 def load_task(payload: Mapping[str, Any]) -> tuple[Instance, Checkout]:
@@ -77,8 +59,8 @@ def whole_payload(payload: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: it names neither a generated bug nor an instance of a file.
     """
     if "bug" in payload:
-        found = generated.bug(payload)
-        return make_payload(generated.instance(found.id), files=generated.base_files(found))
+        bug = generated.bug(payload)
+        return make_payload(generated.instance(bug.id), files=generated.base_files(bug))
     if not isinstance(payload.get("instances"), str) or not isinstance(payload.get("id"), str):
         raise ValueError(f"expected 'bug', or 'instances' and 'id', in the payload, got {sorted(payload)}")
     by_id = _instances(payload["instances"])
@@ -88,11 +70,11 @@ def whole_payload(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sources(config: TasksConfig, splits: Sequence[str]) -> None:
-    """Looks whether training and evaluation go together.
+    """Refuses sources of training and evaluation tasks that contradict each other.
 
     Args:
         config: which tasks.
-        splits: what will be evaluated.
+        splits: evaluation splits of the run.
 
     Raises:
         ValueError: a file for one of the two alone, so that the other would silently be generated; files that cannot be
@@ -100,20 +82,23 @@ def check_sources(config: TasksConfig, splits: Sequence[str]) -> None:
     """
     if is_file(config.train) and not config.evaluation and splits:
         raise ValueError(
-            "expected --bugs.evaluation with --bugs.train, got none; give a file, --evaluation.splits without a value "
-            f"to evaluate nothing, or --bugs.evaluation {GENERATED}"
+            "expected --swe.tasks.evaluation with --swe.tasks.train, got none; give a file, --evaluation.splits "
+            f"without a value to evaluate nothing, or --swe.tasks.evaluation {GENERATED}"
         )
     if is_file(config.evaluation) and not config.train:
         raise ValueError(
-            f"expected --bugs.train with --bugs.evaluation, got none; give a file, or --bugs.train {GENERATED}"
+            "expected --swe.tasks.train with --swe.tasks.evaluation, got none; give a file, or "
+            f"--swe.tasks.train {GENERATED}"
         )
     if not (is_file(config.train) and is_file(config.evaluation)):
         return
-    trained = {task.id for task in file_tasks("--bugs.train", config.train, config.repos)}
-    both = [task.id for task in file_tasks("--bugs.evaluation", config.evaluation, config.repos) if task.id in trained]
+    trained = {task.id for task in file_tasks("--swe.tasks.train", config.train, config.repos)}
+    both = [
+        task.id for task in file_tasks("--swe.tasks.evaluation", config.evaluation, config.repos) if task.id in trained
+    ]
     if both:
         raise ValueError(
-            f"--bugs.evaluation: expected no instance of --bugs.train, got {len(both)} ({', '.join(both[:3])}"
+            f"--swe.tasks.evaluation: expected no instance of --swe.tasks.train, got {len(both)} ({', '.join(both[:3])}"
             f"{', …' if len(both) > 3 else ''}); take them out of {config.train} or {config.evaluation}"
         )
 
@@ -123,21 +108,21 @@ def is_file(source: str) -> bool:
     return source not in ("", GENERATED)
 
 
-def training_tasks(config: TasksConfig, *, seed: int = 0) -> Sequence[BugTask]:
+def training_tasks(config: TasksConfig, *, seed: int = 0) -> Sequence[Task]:
     """The tasks to train on, in an order of which every prefix is a fair sample.
 
     Raises:
         ValueError: there are none, or they cannot be read.
     """
     if is_file(config.train):
-        tasks = file_tasks("--bugs.train", config.train, config.repos)
+        tasks = file_tasks("--swe.tasks.train", config.train, config.repos)
     else:
         tasks = generated_tasks("train", config.difficulties)
     random.Random(f"training order/{seed}").shuffle(tasks)
     return tasks
 
 
-def eval_set(config: TasksConfig, split: str, size: int) -> tuple[Sequence[BugTask], str]:
+def eval_set(config: TasksConfig, split: str, size: int) -> tuple[Sequence[Task], str]:
     """A fixed set of tasks, and a name that changes when anything in one of them changes.
 
     Args:
@@ -155,7 +140,7 @@ def eval_set(config: TasksConfig, split: str, size: int) -> tuple[Sequence[BugTa
     if size < 1:
         raise ValueError(f"expected size >= 1, got {size}")
     if is_file(config.evaluation):
-        tasks = file_tasks("--bugs.evaluation", config.evaluation, config.repos)
+        tasks = file_tasks("--swe.tasks.evaluation", config.evaluation, config.repos)
     else:
         tasks = generated_tasks(split, config.difficulties)
     count = min(size, len(tasks))
@@ -166,7 +151,7 @@ def eval_set(config: TasksConfig, split: str, size: int) -> tuple[Sequence[BugTa
     return tasks, f"{split}-{count}-{digest.hexdigest()[:6]}"
 
 
-def generated_tasks(split: str, difficulties: Sequence[str] = generated.DIFFICULTIES) -> list[BugTask]:
+def generated_tasks(split: str, difficulties: Sequence[str] = generated.DIFFICULTIES) -> list[Task]:
     """Generated tasks of a split.
 
     Raises:
@@ -177,10 +162,10 @@ def generated_tasks(split: str, difficulties: Sequence[str] = generated.DIFFICUL
     bugs = [bug for bug in generated.bugs() if bug.split == split and bug.difficulty in difficulties]
     if not bugs:
         raise ValueError(f"expected {' or '.join(difficulties)} tasks in {split}, found none")
-    return [BugTask(bug.id, bug.difficulty, {"bug": bug.id}) for bug in bugs]
+    return [Task(bug.id, bug.difficulty, {"bug": bug.id}) for bug in bugs]
 
 
-def file_tasks(option: str, path: str, repos: str) -> list[BugTask]:
+def file_tasks(option: str, path: str, repos: str) -> list[Task]:
     """The instances of a file as tasks.
 
     Args:
@@ -194,12 +179,12 @@ def file_tasks(option: str, path: str, repos: str) -> list[BugTask]:
     # the path travels to servers that may run elsewhere
     absolute = {"instances": str(Path(path).resolve())} | ({"repos": str(Path(repos).resolve())} if repos else {})
     try:
-        found = _instances(absolute["instances"])
+        instances = _instances(absolute["instances"])
     except (OSError, ValueError, ModuleNotFoundError) as error:  # pyarrow may not be installed
         raise ValueError(f"{option}: expected a file of SWE-bench instances, got {path!r}: {error}") from error
-    return [BugTask(each.instance_id, each.repo, absolute | {"id": each.instance_id}) for each in found.values()]
+    return [Task(one.instance_id, one.repo, absolute | {"id": one.instance_id}) for one in instances.values()]
 
 
 @lru_cache(maxsize=8)
 def _instances(path: str) -> Mapping[str, Instance]:
-    return {each.instance_id: each for each in read_instances(path)}
+    return {instance.instance_id: instance for instance in read_instances(path)}

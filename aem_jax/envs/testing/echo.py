@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.suite import EnvironmentSpec
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,11 @@ class EchoEnv:
             except FileExistsError:
                 return
         FAULTS[fault["kind"]]()
+
+
+def _make(config: EchoConfig) -> Callable[[], EchoEnv]:
+    return lambda: EchoEnv(config)
+
+
+ECHO = EnvironmentSpec(_make, "repeats every response; for tests and benchmarks", config=EchoConfig, blocking=False)
+ECHO_SLOW = EnvironmentSpec(_make, "the same, a thread for each session", config=EchoConfig)

@@ -11,11 +11,12 @@ episodes arrive spread. The last turn wins if the response has an even number of
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.suite import EnvironmentSpec
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,10 @@ class ScriptedEnv:
         """Nothing is held."""
 
 
+def _make(config: ScriptedConfig) -> Callable[[], ScriptedEnv]:
+    return lambda: ScriptedEnv(config)
+
+
 def _random(config: ScriptedConfig, task: Mapping[str, Any], what: str) -> random.Random:
     # Of bytes: the same in every process, and half a surrogate pair has none of its own.
     return random.Random(f"{config.seed} {task['seed']} {what}".encode(errors="replace"))
@@ -99,3 +104,6 @@ def _random(config: ScriptedConfig, task: Mapping[str, Any], what: str) -> rando
 
 def _letters(draw: random.Random, count: int) -> str:
     return "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=count))
+
+
+SCRIPTED = EnvironmentSpec(_make, "episodes of scripted length and latency", config=ScriptedConfig)

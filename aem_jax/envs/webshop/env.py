@@ -1,9 +1,9 @@
-"""WebShop as an `Environment`: what the policy said becomes a click or a search, a purchase becomes a reward."""
+"""WebShop as an `Environment`: a response becomes a click or a search, and a purchase a reward."""
 
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from aem_jax.envs.actions import extract_action
 from aem_jax.envs.protocol import StepResult
@@ -12,6 +12,7 @@ from aem_jax.envs.webshop.catalog import Catalog
 from aem_jax.envs.webshop.engine import Shop, Visit
 from aem_jax.envs.webshop.goals import Goal, goal_from_json
 from aem_jax.envs.webshop.pages import PAGE_SIZE
+from aem_jax.envs.webshop.shop import ShopConfig
 
 WON = 1.0
 """The score of a perfect purchase."""
@@ -19,7 +20,9 @@ WON = 1.0
 
 @dataclass(frozen=True)
 class WebshopConfig:
-    """Rules of an episode, and how its pages are shown."""
+    """The shop, the rules of an episode, and how its pages are shown."""
+
+    NAME: ClassVar[str] = "webshop"
 
     mode: Literal["text", "text_rich", "html", "url"] = "text_rich"
     """How a page is shown: its texts joined by [SEP]; a line each with buttons marked; HTML of our own; its address."""
@@ -43,6 +46,8 @@ class WebshopConfig:
     """Reward of a response whose action is missing or cannot be done."""
     max_invalid: int = 0
     """Invalid actions after which an episode without a purchase is truncated; 0 sets no limit."""
+    shop: ShopConfig = ShopConfig()  # noqa: RUF009 (frozen)
+    """What the shop sells, and what its customers want."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "page_size"):

@@ -47,16 +47,16 @@ def read(observation: str) -> list[str]:
     """The texts on a page, in order, from its `text` or its `text_rich` form."""
     if " [SEP] " in observation:
         return observation.split(" [SEP] ")
-    found = []
+    texts = []
     for line in observation.split("\n"):
         marked = _MARKUP.match(line)
-        found.append(marked[1] if marked else line.strip())
-    return [text for text in found if text]
+        texts.append(marked[1] if marked else line.strip())
+    return [text for text in texts if text]
 
 
 def clickables(admissible: Sequence[str]) -> list[str]:
     """What can be clicked, of what can be done."""
-    return [each[len("click[") : -1] for each in admissible if each.startswith("click[")]
+    return [action[len("click[") : -1] for action in admissible if action.startswith("click[")]
 
 
 def read_listings(observation: str, admissible: Sequence[str]) -> list[Listing]:
@@ -90,7 +90,7 @@ class Shopper:
         self._wish = ""
         self._wanted: frozenset[str] = frozenset()
         self._limit = float("inf")
-        self._found: dict[str, float] = {}  # asin -> how much of what is wanted it has
+        self._matches: dict[str, float] = {}  # asin -> how much of what is wanted it has
         self._settled = False  # whether all candidates were opened
         self._asin = ""
         self._chosen: dict[str, str] = {}
@@ -118,7 +118,7 @@ class Shopper:
     def did(self, action: str) -> None:
         """What was done on the page that `act` saw last, by its advice or not."""
         name = action.partition("[")[2][:-1]
-        opened = [each.asin for each in self._listings if each.asin.lower() == name]
+        opened = [listing.asin for listing in self._listings if listing.asin.lower() == name]
         if opened:
             self._asin, self._chosen = opened[0], {}
         self._chosen |= {option: name for option, values in self._options.items() if name in values}
@@ -133,20 +133,20 @@ class Shopper:
         return f"search[{self._wish}]"
 
     def _at_results(self) -> str:
-        affordable = [each for each in self._listings if each.cost <= self._limit] or self._listings
-        ranked = sorted(affordable, key=lambda each: -self._share(each.title))[:CANDIDATES]
-        unseen = [each.asin for each in ranked if each.asin not in self._found]
+        affordable = [listing for listing in self._listings if listing.cost <= self._limit] or self._listings
+        ranked = sorted(affordable, key=lambda listing: -self._share(listing.title))[:CANDIDATES]
+        unseen = [listing.asin for listing in ranked if listing.asin not in self._matches]
         self._settled = not unseen
-        best = max(ranked, key=lambda each: self._found.get(each.asin, -1.0)).asin
+        best = max(ranked, key=lambda listing: self._matches.get(listing.asin, -1.0)).asin
         return f"click[{(unseen[0] if unseen else best).lower()}]"
 
     def _at_item(self, item: Item) -> str:
         self._options = item.options
         wanted = {name: value for name, values in item.options.items() if (value := self._named(values))}
         share = self._share(" ".join([item.title, *item.options, *wanted.values()]))
-        self._found[self._asin] = share
-        known = self._settled or len(self._found) >= CANDIDATES
-        if share < 1 and not (known and share >= max(self._found.values())):
+        self._matches[self._asin] = share
+        known = self._settled or len(self._matches) >= CANDIDATES
+        if share < 1 and not (known and share >= max(self._matches.values())):
             return "click[< prev]"
         missing = [value for name, value in wanted.items() if self._chosen.get(name) != value]
         return f"click[{missing[0] if missing else 'buy now'}]"
@@ -157,8 +157,8 @@ class Shopper:
 
     def _named(self, values: Sequence[str]) -> str | None:
         """The value that the instruction names, the longest of several."""
-        said = [value for value in values if re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", self._wish)]
-        return max(said, key=len, default=None)
+        named = [value for value in values if re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", self._wish)]
+        return max(named, key=len, default=None)
 
 
 class Oracle:

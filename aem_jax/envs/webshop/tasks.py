@@ -1,49 +1,34 @@
-"""Which goals are trained on and which are evaluated: splits that share no product, or only no goal, from one shop.
+"""Training and evaluation goals of one shop: splits that share no product, or share no goal.
 
-What is held out is drawn from its own words alone, whatever the seed: a product or a goal keeps its split when a shop
-is restocked. Held-out products were never wanted in training; those of held-out goals may have been, by others.
+The split of a product or goal is a hash of its own words, independent of the seed, so it stays the same when the shop
+is restocked. With splits by product, no training goal wants a held-out product. With splits by goal, one may.
 """
 
 import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, overload
+from typing import overload
 
+from aem_jax.envs.protocol import Task
 from aem_jax.envs.webshop.catalog import Catalog
 from aem_jax.envs.webshop.goals import Goal
 
 
 def _wanted(goal: Goal) -> str:
-    """What a goal asks for, however it says it: neither the order of its words nor its price limit makes it another."""
+    """The content of a goal, without the order of its words and its price limit."""
     options = goal.options.values() if isinstance(goal.options, Mapping) else goal.options
     return json.dumps([goal.asin, sorted(goal.attributes), sorted(options)])
 
 
 HELD_OUT: Mapping[str, Callable[[Goal], str]] = {"products": lambda goal: goal.asin, "goals": _wanted}
-"""What no two splits share -> the words that a goal's split is drawn from."""
+"""Unit that no two splits share -> the text whose hash decides a goal's split."""
 SPLITS: Mapping[str, tuple[int, int]] = {"test": (0, 10), "valid": (10, 20), "train": (20, 100)}
 """Split -> which of a hundred parts of all products, or goals, it has."""
 
 
-@dataclass(frozen=True)
-class GoalTask:
-    """One goal to shop for.
-
-    Attributes:
-        id: stable name, unique inside its source.
-        kind: the category of the product wanted.
-        payload: JSON mapping for the environment.
-    """
-
-    id: str
-    kind: str
-    payload: Mapping[str, Any]
-
-
-class GoalTasks(Sequence[GoalTask]):
-    """Goals of a catalog as tasks; read when looked at.
+class GoalTasks(Sequence[Task]):
+    """Goals of a catalog as tasks, read on access.
 
     Args:
         catalog: the shop.
@@ -58,15 +43,15 @@ class GoalTasks(Sequence[GoalTask]):
         return len(self.numbers)
 
     @overload
-    def __getitem__(self, item: int) -> GoalTask: ...
+    def __getitem__(self, item: int) -> Task: ...
     @overload
     def __getitem__(self, item: slice) -> "GoalTasks": ...
-    def __getitem__(self, item: int | slice) -> "GoalTask | GoalTasks":
+    def __getitem__(self, item: int | slice) -> "Task | GoalTasks":
         if isinstance(item, slice):
             return GoalTasks(self._catalog, self.split, self.numbers[item])
         number = self.numbers[item]
         goal = self._catalog.goals[number]
-        return GoalTask(f"{self.split}-{number}", goal.category, {"goal": goal.to_json(), "shop": self._catalog.id})
+        return Task(f"{self.split}-{number}", goal.category, {"goal": goal.to_json(), "shop": self._catalog.id})
 
 
 def split_of(goal: Goal, held_out: str = "products") -> str:
@@ -76,9 +61,9 @@ def split_of(goal: Goal, held_out: str = "products") -> str:
 
 
 def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> GoalTasks:
-    """All goals of a split, in the shop's order of goals, which is a shuffled one: any prefix is a fair sample.
+    """All goals of a split, in the shop's order of goals, which is shuffled: any prefix is a fair sample.
 
-    Left out are goals in the very words of one of an earlier split of `SPLITS`: two products may be alike.
+    Goals with the same words as a goal of an earlier split of `SPLITS` are left out: two products may be alike.
 
     Args:
         catalog: the shop.
@@ -92,9 +77,9 @@ def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> Goal
         raise ValueError(f"expected split to be one of {', '.join(SPLITS)}, got {split!r}")
     names = list(SPLITS)
     place = names.index(split)
-    said = [(names.index(split_of(goal, held_out)), goal.instruction) for goal in catalog.goals]
-    known = {instruction for at, instruction in said if at < place}
-    numbers = [number for number, (at, instruction) in enumerate(said) if at == place and instruction not in known]
+    goals = [(names.index(split_of(goal, held_out)), goal.instruction) for goal in catalog.goals]
+    known = {instruction for at, instruction in goals if at < place}
+    numbers = [number for number, (at, instruction) in enumerate(goals) if at == place and instruction not in known]
     if not numbers:
         raise ValueError(f"expected goals of split {split} in shop {catalog.id}, found none among {len(catalog.goals)}")
     return GoalTasks(catalog, split, numbers)

@@ -21,12 +21,13 @@ from websockets.sync.client import connect
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
+from aem_jax.envs.registry import SERVED, environment_spec, settings_from_json
 from aem_jax.envs.serving import field_mapping, server
 from aem_jax.envs.serving.client import RemoteEnvironment
 from aem_jax.envs.serving.field_mapping import FieldMapping
 from aem_jax.envs.serving.server import ACTION_SCHEMA, OBSERVATION_SCHEMA, ServerConfig
 from aem_jax.envs.serving.session import Session
-from aem_jax.envs.table import ENVIRONMENTS, config_from, environment_spec, settings_from_json
+from aem_jax.envs.suite import EnvironmentSpec
 from aem_jax.envs.testing.echo import EchoEnv
 
 
@@ -230,7 +231,8 @@ def test_names_and_settings_are_checked_with_the_nearest_named():
 
 
 def test_settings_become_nested_configs_and_tuples():
-    mapping = config_from(_Outer, {"inner": {"urls": ["a", "b"]}})
+    spec = EnvironmentSpec(lambda config: EchoEnv, "for this test", config=_Outer)
+    mapping = spec.configured({"inner": {"urls": ["a", "b"]}})
     assert mapping == _Outer(_Inner(("a", "b")))
 
 
@@ -295,7 +297,7 @@ def _one_reply(port):
 def test_a_bad_command_line_is_one_line_of_error():
     assert run_server("ecko") == (
         2,
-        f"error: expected an environment of {', '.join(ENVIRONMENTS)}, or file.py:attribute, got 'ecko'; "
+        f"error: expected an environment of {', '.join(SERVED)}, or file.py:attribute, got 'ecko'; "
         "did you mean 'echo'?\n",
     )
     status, said = run_server("echo", settings={"lenght": 1})

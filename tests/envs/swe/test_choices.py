@@ -162,7 +162,7 @@ def test_without_a_sandbox_nothing_begins(monkeypatch):
 
 def test_containers_need_an_image(monkeypatch):
     monkeypatch.setattr(choices, "choose_runtime", lambda name, container: Containers(name, container, "no-engine"))
-    with pytest.raises(OSError, match="expected an image for docker to grade in, got none; set --choices.image"):
+    with pytest.raises(OSError, match="expected an image for docker to grade in, got none; set --swe-choices.image"):
         make_failing(ChoicesConfig(runtime="docker"))
     make_failing(ChoicesConfig(runtime="docker", image="python", cache="off"))
 

@@ -8,10 +8,10 @@ import pytest
 from envs.swe.sandboxes import CHECKOUT, FILES, INSTANCE, sandboxed_processes, working_bubblewrap
 from envs.swe.test_calls import block
 
+from aem_jax.envs.registry import environment_spec
 from aem_jax.envs.serving.session import Session
 from aem_jax.envs.swe.env import SweConfig, SweEnv
 from aem_jax.envs.swe.payload import load_task, make_payload
-from aem_jax.envs.table import environment_spec
 from aem_jax.envs.testing.conformance import CHECKS, Subject, any_text_is_answered, run_checks
 
 CONFIG = SweConfig(

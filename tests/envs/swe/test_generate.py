@@ -267,7 +267,7 @@ def test_sets_are_fixed_and_named_by_what_is_in_them():
     assert eval_set(config, "valid", 8) == (tasks, name)
     assert name.startswith("valid-8-") and name != eval_set(config, "test", 8)[1]
     assert len(eval_set(config, "valid", 10_000)[0]) == len(generated_tasks("valid"))
-    assert {task.kind for task in eval_set(TasksConfig(difficulties=("hard",)), "test", 3)[0]} == {"hard"}
+    assert {task.task_type for task in eval_set(TasksConfig(difficulties=("hard",)), "test", 3)[0]} == {"hard"}
     ids = [task.id for task in training_tasks(config, seed=1)]
     assert ids == [task.id for task in training_tasks(config, seed=1)] != [t.id for t in training_tasks(config, seed=2)]
     assert sorted(ids) == sorted(task.id for task in generated_tasks("train"))

@@ -24,7 +24,7 @@ def test_instances_of_a_file_are_tasks(data, tmp_path):
     config = TasksConfig(train=str(data / "data.jsonl"), repos=str(data / "mirrors"))
     tasks = training_tasks(config)
     assert sorted(task.id for task in tasks) == ["own__calc-1", "own__calc-2"]
-    assert {task.kind for task in tasks} == {"own/calc"}
+    assert {task.task_type for task in tasks} == {"own/calc"}
     payload = json.loads(json.dumps(next(task.payload for task in tasks if task.id == "own__calc-1")))
     instance, checkout = load_task(payload)
     assert instance == calc()
@@ -61,16 +61,22 @@ def test_training_and_evaluation_go_together(data, tmp_path):
         check_sources(config, ["test"])
     check_sources(TasksConfig(train=two), [])  # nothing is evaluated
     for config, why in (
-        (TasksConfig(train=two), "expected --bugs.evaluation with --bugs.train, got none"),
+        (TasksConfig(train=two), "expected --swe.tasks.evaluation with --swe.tasks.train, got none"),
         (
             TasksConfig(evaluation=two),
-            "expected --bugs.train with --bugs.evaluation, got none; .* --bugs.train generated",
+            "expected --swe.tasks.train with --swe.tasks.evaluation, got none; .* --swe.tasks.train generated",
         ),
-        (TasksConfig(train=two, evaluation=two), r"no instance of --bugs.train, got 2 \(own__calc-1, own__calc-2\)"),
-        (TasksConfig(train=two, evaluation="no.jsonl"), "--bugs.evaluation: expected a file of .*, got 'no.jsonl'"),
+        (
+            TasksConfig(train=two, evaluation=two),
+            r"no instance of --swe.tasks.train, got 2 \(own__calc-1, own__calc-2\)",
+        ),
+        (
+            TasksConfig(train=two, evaluation="no.jsonl"),
+            "--swe.tasks.evaluation: expected a file of .*, got 'no.jsonl'",
+        ),
         (
             TasksConfig(train="no.csv", evaluation=two),
-            "--bugs.train: expected a file of .*, got 'no.csv': expected a file",
+            "--swe.tasks.train: expected a file of .*, got 'no.csv': expected a file",
         ),
     ):
         with pytest.raises(ValueError, match=why):

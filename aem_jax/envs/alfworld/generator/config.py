@@ -1,7 +1,6 @@
 """Settings of the generator of household games."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from aem_jax.envs.alfworld.generator.catalog import ROOM_KINDS, ROOMS, TASK_TYPES
@@ -56,19 +55,6 @@ class GeneratorConfig:
     def to_json(self) -> dict[str, Any]:
         """The settings as a JSON mapping."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-
-def config_from_json(settings: Mapping[str, Any]) -> GeneratorConfig:
-    """The settings that a JSON mapping describes; fields left out keep their defaults.
-
-    Raises:
-        ValueError: a field does not exist or has a value out of bounds.
-    """
-    known = [field.name for field in fields(GeneratorConfig)]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(f"expected settings among {known}, got {unknown}; drop them")
-    return GeneratorConfig(**settings)
 
 
 def _check_names(field: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:

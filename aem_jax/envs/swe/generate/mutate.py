@@ -1,7 +1,7 @@
 """Small edits of Python source that a person might have made by mistake: one operator, bound, default or guard wrong.
 
 An edit replaces a stretch of the source text, not of its tree, so that everything around it stays as it was written:
-the fix is the diff back. Which edits break something, and what, is found by running tests (`survey.py`).
+the fix is the diff back. Which edits break something, and what, is found by running tests (`scripts/survey_bugs.py`).
 """
 
 import ast

@@ -1,8 +1,8 @@
 """Generated tasks: which bugs there are, split and graded, and the instance of each, in SWE-bench's schema.
 
-A bug is one to three edits of a package's module, and the tests that they break (`catalogue.json`, found by
-`survey.py`). The task's repository has the edits in it and those tests taken out; the fix is the diff back, and the
-test patch puts the tests in again.
+A bug is one to three edits of a package's module, and the tests that they break (`catalogue.json`, written by
+`scripts/survey_bugs.py`). The task's repository has the edits in it and those tests taken out; the fix is the diff
+back, and the test patch puts the tests in again.
 """
 
 import ast
@@ -26,6 +26,12 @@ DIFFICULTIES = ("easy", "medium", "hard")
 _HELD_OUT = 3
 _CATALOGUE = Path(__file__).with_name("catalogue.json")
 _SEALED = Path(__file__).with_name("sealed_run.py")
+
+
+def check_difficulties(difficulties: Sequence[str]) -> None:
+    """Refuses what is no difficulty, and an empty choice."""
+    if not difficulties or not set(difficulties) <= set(DIFFICULTIES):
+        raise ValueError(f"expected difficulties among {', '.join(DIFFICULTIES)}, got {list(difficulties)}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def bugs() -> Sequence[Bug]:
         if entry["digest"] != package(name).digest:
             raise ValueError(
                 f"expected a catalogue of the present {name}, got an older one; "
-                "make it again with: python -m aem_jax.envs.swe.generate.survey"
+                "make it again with: python scripts/survey_bugs.py"
             )
         for number, bug in enumerate(entry["bugs"]):
             edits = tuple(Edit(**edit) for edit in bug["edits"])

@@ -1,8 +1,8 @@
-"""Finds out which edits break which tests, and writes `catalogue.json`: `python -m aem_jax.envs.swe.generate.survey`.
+"""Finds out which edits break which tests, and writes the catalogue of bugs: `python scripts/survey_bugs.py`.
 
-Each edit is tried in a process of its own with limited time and memory, but in no sandbox: what runs is code of this
-repository, with one sign changed. It takes half a minute and comes out the same each time; afterwards tasks are made
-without running anything.
+For maintainers, after a package of `aem_jax/envs/swe/generate/code` was changed. Each edit is tried in a process of its
+own with limited time and memory, but in no sandbox: it is code of this repository with one sign changed. The survey
+takes half a minute and gives the same catalogue each time; tasks are then made from the catalogue without running code.
 """
 
 import argparse
@@ -13,11 +13,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import aem_jax.envs.swe.generate
 from aem_jax.envs.swe.generate.mutate import Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import Package, packages
 from aem_jax.envs.swe.generate.trial import broken_tests
 
-CATALOGUE = Path(__file__).with_name("catalogue.json")
+CATALOGUE = Path(aem_jax.envs.swe.generate.__file__).with_name("catalogue.json")
 TRIED, KEPT, COMBINED = 40, 10, 3
 """Edits tried and bugs kept of each package, and how many combinations of them."""
 
@@ -53,16 +54,16 @@ def survey(package: Package, seed: int = 0) -> list[dict]:
     return bugs
 
 
-def _varied(found: Sequence[Edit], rng: random.Random) -> list[Edit]:
+def _varied(candidates: Sequence[Edit], rng: random.Random) -> list[Edit]:
     """The edits in a drawn order that takes the kinds in turn."""
     by_kind: dict[str, list[Edit]] = {}
-    for edit in found:
+    for edit in candidates:
         by_kind.setdefault(edit.kind, []).append(edit)
     ordered = []
     for kind in sorted(by_kind):
         rng.shuffle(by_kind[kind])
         ordered += [(place / len(by_kind[kind]) ** 0.5, kind, edit) for place, edit in enumerate(by_kind[kind])]
-    return [edit for _, _, edit in sorted(ordered, key=lambda each: each[:2])]
+    return [edit for _, _, edit in sorted(ordered, key=lambda item: item[:2])]
 
 
 def _searchable(package: Package, broken: Mapping[str, str]) -> bool:
@@ -89,7 +90,7 @@ def checked_survey(package: Package) -> list[dict]:
 
 def main() -> None:
     """Writes the catalogue of all packages."""
-    parser = argparse.ArgumentParser(prog="python -m aem_jax.envs.swe.generate.survey", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=2, help="packages at a time")
     catalogue = {}
     with ProcessPoolExecutor(parser.parse_args().jobs) as pool:

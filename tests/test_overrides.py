@@ -1,12 +1,12 @@
 """Values onto configs: what is taken, what is refused, and how a refusal reads."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from aem_jax.config.overrides import annotations, as_values, flatten, nearest, override, read
 from aem_jax.errors import ConfigError
+from aem_jax.overrides import OneOf, annotations, as_values, flatten, nearest, nested_values, override, read
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Outer:
 
 
 def test_fields_have_dotted_names():
-    assert list(annotations(Outer)) == [
+    assert list(annotations(Outer())) == [
         "name", "on", "inner.size", "inner.rate", "inner.kinds", "inner.span", "inner.mode",
     ]  # fmt: skip
 
@@ -75,7 +75,7 @@ def test_an_int_will_do_for_a_float_and_nothing_else_is_converted():
     [
         ({"inner.sise": 1}, "unknown field 'inner.sise'; did you mean 'inner.size'?"),
         ({"size": 1}, "unknown field 'size'; did you mean 'inner.size'?"),
-        ({"zzz": 1}, "unknown field 'zzz'"),
+        ({"zzz": 1}, "unknown field 'zzz'; there are " + ", ".join(map(repr, annotations(Outer())))),
         ({"inner": 1}, "'inner' is a group of fields; set one of them, as in 'inner.size'"),
         ({"inner.mode": "fats"}, "'inner.mode': expected one of fast, slow, got 'fats'; did you mean 'fast'?"),
         ({"inner.size": 0}, "'inner.size': expected size >= 1, got 0"),
@@ -86,6 +86,61 @@ def test_an_int_will_do_for_a_float_and_nothing_else_is_converted():
 def test_refusals_name_the_field(values: dict, message: str):
     with pytest.raises(ConfigError) as caught:
         override(Outer(), values)
+    assert str(caught.value) == message
+
+
+@dataclass(frozen=True)
+class Square:
+    side: int = 1
+
+
+@dataclass(frozen=True)
+class BigCircle:
+    radius: float = 2.0
+    inner: Inner = Inner()
+
+
+SHAPES = {"square": Square, "big-circle": BigCircle}
+NAMES = {cls: name for name, cls in SHAPES.items()}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    shape: Annotated[Any, OneOf(tuple(SHAPES), lambda name: SHAPES[name](), lambda config: NAMES[type(config)])] = (
+        Square()
+    )
+    name: str = "x"
+
+
+def test_a_union_has_the_settings_of_its_choice_under_that_name():
+    circle = override(Drawing(), {"shape": "big-circle", "big_circle.radius": 3, "name": "y"})
+    assert circle == Drawing(BigCircle(3.0), "y")
+    assert list(annotations(circle))[:3] == ["shape", "big_circle.radius", "big_circle.inner.size"]
+    assert list(annotations(Drawing())) == ["shape", "square.side", "name"]
+    assert nested_values(Drawing()) == {"shape": "square", "square": {"side": 1}, "name": "x"}
+    assert override(Drawing(), as_values(circle)) == circle
+    assert override(circle, {"shape": "big-circle", "name": "z"}).shape == circle.shape  # the same choice keeps its own
+    assert override(circle, {"shape": "square"}) == Drawing(Square(), "y")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shape": "sqare"}, "'shape': expected one of square, big-circle, got 'sqare'; did you mean 'square'?"),
+        (
+            {"big_circle.radius": 1.0},
+            "'big_circle.radius' is a setting of shape big-circle, and 'shape' is square here; "
+            "set 'shape' to big-circle, or leave it out",
+        ),
+        ({"square.sides": 1}, "unknown field 'square.sides'; did you mean 'square.side'?"),
+        ({"square": 1}, "'square' is a group of fields; set one of them, as in 'square.side'"),
+        ({"square.side": "1"}, "'square.side': expected a whole number, got '1'"),
+        ({"shape": "big-circle", "big_circle.inner.size": 0}, "'big_circle.inner.size': expected size >= 1, got 0"),
+    ],
+)
+def test_refusals_of_a_union_name_the_choice(values: dict, message: str):
+    with pytest.raises(ConfigError) as caught:
+        override(Drawing(), values)
     assert str(caught.value) == message
 
 

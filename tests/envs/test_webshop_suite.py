@@ -5,75 +5,75 @@ import random
 
 import pytest
 
+from aem_jax.config.environments import task_suite
 from aem_jax.config.presets import read_preset
-from aem_jax.config.run import RunConfig
 from aem_jax.envs.play import play
+from aem_jax.envs.suite import SuiteOptions, TaskSuite, tokenizer_corpus
 from aem_jax.envs.webshop.env import WebshopConfig
 from aem_jax.envs.webshop.experts import Shopper, random_agent, read, read_item, read_listings
 from aem_jax.envs.webshop.generator.config import GeneratorConfig
 from aem_jax.envs.webshop.shop import ShopConfig
+from aem_jax.envs.webshop.suite import task_suite as webshop
 from aem_jax.evaluate import evaluate_agent
-from aem_jax.launch.domains import Domain, texts
-from aem_jax.launch.domains.webshop import webshop
-from aem_jax.warmstart import WarmstartConfig
+from aem_jax.overrides import override
 
 TURNS = 15
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> RunConfig:
+def config(tmp_path_factory) -> WebshopConfig:
     shop = ShopConfig(cache=str(tmp_path_factory.mktemp("cache")), made=GeneratorConfig(products=300))
-    return RunConfig(environment="webshop", shop=shop, warmstart=WarmstartConfig(wander=0.4))
+    return WebshopConfig(shop=shop)
 
 
 @pytest.fixture(scope="module")
-def domain(config: RunConfig) -> Domain:
-    return webshop(config)
+def suite(config: WebshopConfig) -> TaskSuite:
+    return webshop(config, SuiteOptions(expert_noise=0.4))
 
 
-def success(domain: Domain, make_act, turns: int = TURNS):
-    tasks, name = domain.evaluation("valid", 40)
-    found = evaluate_agent(domain.make_env(), make_act, tasks, max_turns=turns, name=name, split="valid")
+def success(suite: TaskSuite, make_act, turns: int = TURNS):
+    tasks, name = suite.evaluation("valid", 40)
+    found = evaluate_agent(suite.make_env(), make_act, tasks, max_turns=turns, name=name, split="valid")
     assert found.mean_score is not None
     return found.rate.success, found.mean_score
 
 
 @pytest.mark.parametrize("mode", ["text", "text_rich"])
-def test_experts_win_and_chance_does_not(config: RunConfig, mode: str):
-    domain = webshop(dataclasses.replace(config, webshop=dataclasses.replace(WebshopConfig(), mode=mode)))
-    assert success(domain, domain.baselines["oracle"]) == (1.0, 1.0)
-    won, score = success(domain, domain.baselines["shopper"])
+def test_experts_win_and_chance_does_not(config: WebshopConfig, mode: str):
+    suite = webshop(dataclasses.replace(config, mode=mode), SuiteOptions())
+    assert success(suite, suite.baselines["oracle"]) == (1.0, 1.0)
+    won, score = success(suite, suite.baselines["shopper"])
     assert won >= 0.6 and score >= 0.85
-    won, score = success(domain, domain.baselines["random"])
+    won, score = success(suite, suite.baselines["random"])
     assert won <= 0.1 and 0 < score < 0.3
 
 
-def test_servers_are_told_the_shop_and_the_tagger(domain: Domain, config: RunConfig):
-    assert domain.settings["tagger"] in ("spacy", "small")  # auto is resolved where the run is
-    assert domain.settings["shop"]["made"]["products"] == 300
-    assert domain.training[0].payload["shop"] == domain.evaluation("test", 1)[0][0].payload["shop"]
-    assert {task.task_type for task in domain.training[:100]} == set(config.shop.made.categories)
+def test_servers_are_told_the_shop_and_the_tagger(suite: TaskSuite, config: WebshopConfig):
+    assert suite.settings["tagger"] in ("spacy", "small")  # auto is resolved where the run is
+    assert suite.settings["shop"]["made"]["products"] == 300
+    assert suite.training[0].payload["shop"] == suite.evaluation("test", 1)[0][0].payload["shop"]
+    assert {task.task_type for task in suite.training[:100]} == set(config.shop.made.categories)
 
 
-def test_the_tiny_shop_can_be_won_in_its_turns(config: RunConfig):
+def test_the_tiny_shop_can_be_won_in_its_turns(config: WebshopConfig):
     tiny = read_preset("webshop-tiny")
-    domain = webshop(dataclasses.replace(tiny, shop=dataclasses.replace(tiny.shop, cache=config.shop.cache)))
-    assert success(domain, domain.baselines["shopper"], tiny.rollout.max_turns)[0] >= 0.95
-    careless = success(domain, domain.demonstrator, tiny.rollout.max_turns)[0]
+    suite = task_suite(override(tiny, {"webshop.shop.cache": config.shop.cache}))
+    assert success(suite, suite.baselines["shopper"], tiny.rollout.max_turns)[0] >= 0.95
+    careless = success(suite, suite.demonstrator, tiny.rollout.max_turns)[0]
     assert 0.3 < careless < 0.8
-    assert success(domain, domain.baselines["random"], tiny.rollout.max_turns)[0] <= 0.05
+    assert success(suite, suite.baselines["random"], tiny.rollout.max_turns)[0] <= 0.05
 
 
-def test_a_demonstrator_speaks_as_a_policy_should(domain: Domain):
-    assert domain.demonstrator
-    for task in domain.training[:10]:
-        for exchange in play(domain.make_env(), task.payload, domain.demonstrator(task), TURNS):
+def test_a_demonstrator_speaks_as_a_policy_should(suite: TaskSuite):
+    assert suite.demonstrator
+    for task in suite.training[:10]:
+        for exchange in play(suite.make_env(), task.payload, suite.demonstrator(task), TURNS):
             assert exchange.response.startswith("<action>") and exchange.response.endswith("</action>")
             assert exchange.result.info["valid_action"]
 
 
-def test_a_tokenizer_is_given_what_both_sides_say(domain: Domain):
-    said = [text for episode in texts(domain, 4, TURNS) for text in episode]
+def test_a_tokenizer_is_given_what_both_sides_say(suite: TaskSuite):
+    said = [text for episode in tokenizer_corpus(suite, 4, TURNS) for text in episode]
     assert any("Instruction:" in text for text in said) and any("<action>search[" in text for text in said)
 
 

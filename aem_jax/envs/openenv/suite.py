@@ -1,7 +1,7 @@
-"""Other people's environments, and your own: tasks are reset keywords, and nobody knows how to solve them.
+"""Other people's environments, and your own: tasks are reset keywords, and there is no expert.
 
-The environments run on servers that are there (`--env.urls`), on servers that a command starts (`--env.command`), or on
-our own servers around an environment of yours (`--openenv.serve my_env.py:MyEnv`).
+The environments run on servers that are already up (`--env.urls`), on servers that a command starts (`--env.command`),
+or on our own servers around an environment of yours (`--openenv.serve my_env.py:MyEnv`).
 """
 
 import dataclasses
@@ -9,56 +9,83 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
-from aem_jax.config.run import RunConfig
 from aem_jax.envs.play import Act
-from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.serving.config import PoolConfig
 from aem_jax.envs.serving.pool import EnvPool
+from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, check_one_set
 from aem_jax.files import parse_json, read_json_lines
-from aem_jax.launch.domains.domain import Domain, check_one_set
-from aem_jax.trajectory import Task
 
 SEEDS: Mapping[str, int] = {"valid": 1_000_000_000, "test": 2_000_000_000}
 """Split -> its first seed; training's are below all of them, and all fit 32 bits."""
 
 
-def openenv(config: RunConfig) -> Domain:
+@dataclass(frozen=True)
+class OpenEnvConfig:
+    """Any environment behind OpenEnv's messages: its tasks, and where they come from.
+
+    It runs on the servers of env.urls, on those that env.command starts, or on ours around serve.
+    """
+
+    NAME: ClassVar[str] = "openenv"
+
+    serve: str = ""
+    """An environment of your own for our servers, as file.py:attribute or module:attribute."""
+    settings: str = "{}"
+    """Keywords for serve, which is called with them: a JSON mapping."""
+    seeds: int = 1000
+    """Tasks to train on: the reset keyword seed from 0 to seeds - 1. Evaluation takes others."""
+    tasks: str = ""
+    """File of tasks to train on, in place of seeds: JSON lines, each a mapping of reset keywords."""
+    evaluation_tasks: str = ""
+    """The same for evaluation, which takes the first evaluation.size of them: one set, named as the one split of
+    evaluation.splits. None of them may be trained on."""
+    reset: str = "{}"
+    """JSON mapping of reset keywords that all tasks have."""
+    actions: tuple[str, ...] = ()
+    """Responses of a random agent, where the environment lists no admissible ones: it is a baseline, and a tokenizer is
+    trained on its episodes where there is no model.path."""
+
+    def __post_init__(self):
+        if not 1 <= self.seeds <= 10**9:
+            raise ValueError(f"expected seeds from 1 to 1000000000, got {self.seeds}")
+
+
+def task_suite(config: OpenEnvConfig, options: SuiteOptions) -> TaskSuite:
     """An environment behind OpenEnv's messages.
 
     Raises:
-        ValueError: nothing says where the environment is, its tasks cannot be read, or it would be evaluated on what it
-            is trained on.
+        ValueError: no setting names the environment, its tasks cannot be read, or evaluation tasks are trained on.
     """
-    asked = config.openenv
-    sources = {"--env.urls": config.env.urls, "--env.command": config.env.command, "--openenv.serve": asked.serve}
+    sources = {
+        "--env.urls": options.pool.urls,
+        "--env.command": options.pool.command,
+        "--openenv.serve": config.serve,
+    }
     given = [name for name, value in sources.items() if value]
     if len(given) != 1:
         raise ValueError(f"expected one of {', '.join(sources)} with openenv, got {' and '.join(given) or 'none'}")
-    if config.warmstart.episodes and not config.warmstart.init_from:
-        raise ValueError(
-            f"--warmstart.episodes: expected 0 with openenv, got {config.warmstart.episodes}; nobody is known who "
-            "could demonstrate these tasks"
-        )
-    common, settings = _mapping(asked.reset, "--openenv.reset"), _mapping(asked.settings, "--openenv.settings")
-    if settings and not asked.serve:
+    common, settings = _mapping(config.reset, "--openenv.reset"), _mapping(config.settings, "--openenv.settings")
+    if settings and not config.serve:
         raise ValueError(f"expected --openenv.settings with --openenv.serve alone, got {settings} with {given[0]}")
-    if asked.tasks:
-        training = _read(asked.tasks, common)
+    if config.tasks:
+        training = _read(config.tasks, common)
     else:
-        training = Seeds(range(asked.seeds), common)
-    if asked.tasks and config.evaluation.splits and not asked.evaluation_tasks:
+        training = Seeds(range(config.seeds), common)
+    if config.tasks and options.splits and not config.evaluation_tasks:
         raise ValueError(
             "expected --openenv.evaluation-tasks with --openenv.tasks, got none; "
             "give a file, or --evaluation.splits without a value to evaluate nothing"
         )
 
-    held_out = _held_out(asked.evaluation_tasks, common, training) if asked.evaluation_tasks else []
+    held_out = _held_out(config.evaluation_tasks, common, training) if config.evaluation_tasks else []
     if held_out:
-        check_one_set("--openenv.evaluation-tasks", config.evaluation.splits)
+        check_one_set("--openenv.evaluation-tasks", options.splits)
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
         if held_out:
@@ -70,14 +97,13 @@ def openenv(config: RunConfig) -> Domain:
         digest = hashlib.sha256(json.dumps([dict(task.payload) for task in tasks], sort_keys=True).encode())
         return tasks, f"{split}-{len(tasks)}-{digest.hexdigest()[:6]}"
 
-    return Domain(
-        name=asked.serve or "openenv",
+    return TaskSuite(
+        name=config.serve or config.NAME,
         settings=settings,
         training=training,
         evaluation=evaluation,
-        make_env=partial(_OfPool, config.env, asked.serve, settings),
-        demonstrator=None,
-        baselines={"random": partial(_random, asked.actions)} if asked.actions else {},
+        make_env=partial(_OnePoolSession, options.pool, config.serve, settings),
+        baselines={"random": partial(_random, config.actions)} if config.actions else {},
     )
 
 
@@ -107,10 +133,10 @@ class Seeds(Sequence[Task]):
 
 
 def _mapping(text: str, name: str) -> dict[str, Any]:
-    found = parse_json(text, name)
-    if not isinstance(found, dict):
+    mapping = parse_json(text, name)
+    if not isinstance(mapping, dict):
         raise ValueError(f"{name}: expected a JSON mapping, got {text!r}")
-    return found
+    return mapping
 
 
 def _read(file: str, common: Mapping[str, Any]) -> list[Task]:
@@ -147,11 +173,10 @@ def _json(task: Task) -> str:
     return json.dumps(dict(task.payload), sort_keys=True)
 
 
-class _OfPool:
+class _OnePoolSession:
     """The one session of a pool of its own, as a plain environment.
 
-    What serves the run serves here too, so an environment of yours that prints, exits or hangs does it in a process of
-    its own.
+    It uses servers as the run does, so an environment that prints, exits or hangs does so in another process.
     """
 
     def __init__(self, pool: PoolConfig, serve: str, settings: Mapping[str, Any]):
@@ -171,3 +196,32 @@ class _OfPool:
 def _random(actions: Sequence[str], task: Task) -> Act:
     rng = random.Random(f"random/{task.id}")
     return lambda result: rng.choice(result.info.get("admissible") or actions)
+
+
+def _paths(config: OpenEnvConfig) -> tuple[str, ...]:
+    return ("tasks", "evaluation_tasks", "serve")
+
+
+def _inputs(config: OpenEnvConfig) -> Mapping[str, Files]:
+    code = config.serve.rpartition(":")[0]
+    named = {
+        "tasks": config.tasks,
+        "evaluation_tasks": config.evaluation_tasks,
+        "serve": code if code.endswith(".py") else "",
+    }
+    paths = {name: Path(value).expanduser() for name, value in named.items() if value}
+    return {name: (path, [path]) for name, path in paths.items()}
+
+
+def _not_served(settings: Any) -> NoReturn:
+    raise ValueError("expected an environment to serve, got openenv, which names the servers of others")
+
+
+OPENENV = EnvironmentSpec(
+    _not_served,
+    "other people's environments, and your own, behind OpenEnv's messages",
+    config=OpenEnvConfig,
+    suite=task_suite,
+    paths=_paths,
+    inputs=_inputs,
+)

@@ -1,4 +1,4 @@
-"""Overrides of nested frozen dataclasses by dotted name, from presets, saved configs and the command line.
+"""Plain values onto nested frozen dataclasses, by dotted name: for presets, saved configs, the command line, and JSON.
 
 Every mistake is a `ConfigError` of one line with the expected value, the given one, and the nearest known name. No JAX:
 `serve` starts and stays without it.
@@ -10,6 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 from aem_jax.errors import ConfigError
@@ -18,25 +19,70 @@ Config = TypeVar("Config")
 Options = dict[str, list[str]]
 """The words after each option of a command line, by the name of its field."""
 
+_FEW = 20
+"""Most fields that a message lists."""
+
 
 def nearest(name: str, names: Iterable[str], spell: Callable[[str], str] = repr) -> str:
     """`; did you mean …?` for the closest of `names`, by the full name or by its last part; empty if none is close."""
     names = list(names)
     matches = difflib.get_close_matches(name, names, n=1)
     if not matches:
-        by_last = {full.rpartition(".")[2]: full for full in reversed(names)}
-        matches = [by_last[last] for last in difflib.get_close_matches(name.rpartition(".")[2], list(by_last), n=1)]
+        last = {known.rpartition(".")[2]: known for known in reversed(names)}
+        matches = [last[part] for part in difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1)]
     return f"; did you mean {spell(matches[0])}?" if matches else ""
 
 
-def annotations(cls: type) -> dict[str, Any]:
-    """Types of the fields of a dataclass and of the dataclasses in it, by dotted name, in order."""
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Marks a field that holds one of several configs (a tagged union): `environment: Annotated[Any, OneOf(…)]`.
+
+    By dotted name the field's value is the name of the choice, and the choice's settings stand beside it under that
+    name: `environment = "alfworld"` and `alfworld.max_steps`. Only fields of the outermost config may be marked.
+
+    Attributes:
+        names: of the choices.
+        default: name -> the choice's default config.
+        name_of: config -> its name.
+    """
+
+    names: Sequence[str]
+    default: Callable[[str], Any]
+    name_of: Callable[[Any], str]
+
+    def key(self, config: Any) -> str:
+        """The name under which the settings of a choice stand."""
+        return _key(self.name_of(config))
+
+
+def _key(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def unions(cls: type) -> dict[str, OneOf]:
+    """The marked fields of a config's class."""
+    marks = {name: getattr(kind, "__metadata__", ()) for name, kind in _hints(cls).items()}
+    return {name: mark[0] for name, mark in marks.items() if mark and isinstance(mark[0], OneOf)}
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def annotations(config: Any) -> dict[str, Any]:
+    """The fields of a config and of those inside it, dotted, with their types, in order."""
+    hints, chosen = _hints(type(config)), unions(type(config))
     kinds = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            kinds |= {f"{name}.{field}": its_kind for field, its_kind in annotations(kind).items()}
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in chosen:
+            kinds[name] = Literal[tuple(chosen[name].names)]
+            name = chosen[name].key(value)
+        if dataclasses.is_dataclass(value):
+            kinds |= {f"{name}.{inner}": kind for inner, kind in annotations(value).items()}
         else:
-            kinds[name] = kind
+            kinds[name] = hints[name]
     return kinds
 
 
@@ -48,9 +94,37 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def nested_values(config: Any) -> dict[str, Any]:
+    """A config as nested mappings, which JSON can hold: `dataclasses.asdict` with the choices of unions by name."""
+    chosen, values = unions(type(config)), {}
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in chosen:
+            values[name] = chosen[name].name_of(value)
+            name = chosen[name].key(value)
+        values[name] = nested_values(value) if dataclasses.is_dataclass(value) else value
+    return values
+
+
 def as_values(config: Any) -> dict[str, Any]:
-    """A config's values by dotted name; `override` restores them on a config of the same class."""
-    return flatten(dataclasses.asdict(config))
+    """A config's fields by dotted name; the inverse of `override` on a config of the same class."""
+    return flatten(nested_values(config))
+
+
+def choose(config: Config, values: Mapping[str, Any], spell: Callable[[str], str] = repr) -> Config:
+    """A copy of `config` with the choices of its unions that `values` names; a choice that it has keeps its settings.
+
+    Raises:
+        ConfigError: no such choice.
+    """
+    for name, union in unions(type(config)).items():
+        if name in values and values[name] != union.name_of(getattr(config, name)):
+            try:
+                choice = conform(values[name], Literal[tuple(union.names)])
+            except ValueError as error:
+                raise ConfigError(f"{spell(name)}: {error}") from None
+            config = dataclasses.replace(config, **{name: union.default(choice)})  # pyright: ignore[reportArgumentType]
+    return config
 
 
 def override(config: Config, values: Mapping[str, Any], spell: Callable[[str], str] = repr) -> Config:
@@ -64,11 +138,14 @@ def override(config: Config, values: Mapping[str, Any], spell: Callable[[str], s
     Raises:
         ConfigError: an unknown field, a value of another type, or one that the config itself refuses.
     """
-    kinds = annotations(type(config))
+    config = choose(config, values, spell)
+    kinds, chosen = annotations(config), unions(type(config))
     checked = {}
     for name, value in values.items():
         if name not in kinds:
-            raise ConfigError(unknown(name, kinds, spell))
+            raise ConfigError(unknown(name, config, spell))
+        if name in chosen:
+            continue
         try:
             checked[name] = conform(value, kinds[name])
         except ValueError as error:
@@ -76,13 +153,24 @@ def override(config: Config, values: Mapping[str, Any], spell: Callable[[str], s
     return _replace(config, checked, "", spell)
 
 
-def unknown(name: str, names: Iterable[str], spell: Callable[[str], str]) -> str:
-    """The message about an unknown field."""
-    names = list(names)
-    members = [field for field in names if field.startswith(f"{name}.")]
-    if members:
-        return f"{spell(name)} is a group of fields; set one of them, as in {spell(members[0])}"
-    return f"unknown field {spell(name)}{nearest(name, names, spell)}"
+def unknown(name: str, config: Any, spell: Callable[[str], str]) -> str:
+    """The message for a name that is no field of `config`."""
+    names, head = list(annotations(config)), name.partition(".")[0]
+    for field, union in unions(type(config)).items():
+        others = {_key(choice): choice for choice in union.names}
+        current = union.name_of(getattr(config, field))
+        if others.get(head, current) != current:
+            return (
+                f"{spell(name)} is a setting of {field} {others[head]}, and {spell(field)} is {current} here; "
+                f"set {spell(field)} to {others[head]}, or leave it out"
+            )
+    inside = [field for field in names if field.startswith(f"{name}.")]
+    if inside:
+        return f"{spell(name)} is a group of fields; set one of them, as in {spell(inside[0])}"
+    hint = nearest(name, names, spell)
+    if not hint and len(names) <= _FEW:
+        hint = f"; there are {', '.join(map(spell, names))}"
+    return f"unknown field {spell(name)}{hint}"
 
 
 def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callable[[str], str]) -> Any:
@@ -94,17 +182,19 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
             inner.setdefault(head, {})[rest] = value
         else:
             own[head] = value
+    fields = {union.key(getattr(config, name)): name for name, union in unions(type(config)).items()}
     for head, group in inner.items():
-        own[head] = _replace(getattr(config, head), group, f"{prefix}{head}.", spell)
+        field = fields.get(head, head)
+        own[field] = _replace(getattr(config, field), group, f"{prefix}{head}.", spell)
     try:
         return dataclasses.replace(config, **own)
     except ConfigError:
         raise
     except ValueError as error:
-        # The message does not say which field is wrong. It is one that the message names, preferably one that was set:
-        # a word of the message may also be a value with the name of another field.
-        message = str(error).replace(",", " ").split()
-        mentioned = [field.name for field in dataclasses.fields(config) if field.name in message]
+        # The config refuses the whole of it. The field is one that it names, before others one that was set: a word may
+        # also be a value that is called as another field is.
+        words = str(error).replace(",", " ").split()
+        mentioned = [field.name for field in dataclasses.fields(config) if field.name in words]
         named = next((name for name in mentioned if name in own), next(iter(mentioned), next(iter(own))))
         raise ConfigError(f"{spell(prefix + named)}: {error}") from None
 
@@ -129,7 +219,7 @@ def conform(value: Any, kind: Any) -> Any:
     elif origin is tuple and isinstance(value, (list, tuple)):
         inner = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
         if len(inner) == len(value):
-            return tuple(conform(item, its_kind) for item, its_kind in zip(value, inner))
+            return tuple(conform(item, its) for item, its in zip(value, inner))
     elif kind is float and type(value) is int:
         return float(value)
     elif type(value) is kind:
@@ -218,11 +308,12 @@ def apply(config: Config, options: Options) -> Config:
     Raises:
         ConfigError: an unknown option, or a value that cannot be read or is refused.
     """
-    kinds = annotations(type(config))
+    config = choose(config, {name: " ".join(options[name]) for name in unions(type(config)) if name in options}, flag)
+    kinds = annotations(config)
     values = {}
     for name, words in options.items():
         if name not in kinds:
-            raise ConfigError(unknown(name, kinds, flag))
+            raise ConfigError(unknown(name, config, flag))
         try:
             values[name] = read(words, kinds[name])
         except ValueError as error:

@@ -9,19 +9,20 @@ import pytest
 from envs.servers import REPOSITORY, served
 
 from aem_jax.config import validate
-from aem_jax.config.overrides import apply, split
+from aem_jax.config.environments import task_suite
 from aem_jax.config.presets import read_preset
 from aem_jax.config.run import may_change
+from aem_jax.envs.suite import tokenizer_corpus
 from aem_jax.launch import cli
-from aem_jax.launch.domains import DOMAINS, texts
+from aem_jax.overrides import apply, split
 
 
-def domain(*words: str):
-    """The domain of a command line that names the preset `openenv-tiny`."""
+def suite(*words: str):
+    """The task suite of a command line that names the preset `openenv-tiny`."""
     _, options = split(words)
     config = apply(read_preset("openenv-tiny"), options)
     validate.check(config)
-    return DOMAINS[config.environment](config)
+    return task_suite(config)
 
 
 def payloads(tasks):
@@ -29,7 +30,7 @@ def payloads(tasks):
 
 
 def test_seeds_are_tasks_and_no_split_shares_any():
-    found = domain("--env.urls", "a:1", "--openenv.seeds", "3", "--openenv.reset", '{"size": 2}')
+    found = suite("--env.urls", "a:1", "--openenv.seeds", "3", "--openenv.reset", '{"size": 2}')
     assert payloads(found.training) == [{"size": 2, "seed": seed} for seed in range(3)]
     assert [task.id for task in found.training[1:]] == ["seed-1", "seed-2"]
     valid, name = found.evaluation("valid", 2)
@@ -38,7 +39,7 @@ def test_seeds_are_tasks_and_no_split_shares_any():
     assert payloads(test)[0]["seed"] == 2 * 10**9
     # the name stands for what is in the set
     assert name.startswith("valid-2-") and name == found.evaluation("valid", 2)[1]
-    assert name != domain("--env.urls", "a:1").evaluation("valid", 2)[1]
+    assert name != suite("--env.urls", "a:1").evaluation("valid", 2)[1]
     with pytest.raises(ValueError, match="expected valid or test with openenv, got 'valid_seen'"):
         found.evaluation("valid_seen", 2)
 
@@ -48,19 +49,19 @@ def test_tasks_come_from_files(tmp_path: Path):
     train.write_text('{"level": 1}\n\n{"level": 2, "size": 9}\n')
     test.write_text('{"level": 3}\n{"level": 4}\n')
     words = ["--env.urls", "a:1", "--openenv.tasks", str(train), "--openenv.reset", '{"size": 5}']
-    found = domain(*words, "--openenv.evaluation-tasks", str(test))
+    found = suite(*words, "--openenv.evaluation-tasks", str(test))
     assert payloads(found.training) == [{"size": 5, "level": 1}, {"size": 9, "level": 2}]
     assert [task.id for task in found.training] == ["train-0", "train-1"]
     assert payloads(found.evaluation("valid", 1)[0]) == [{"size": 5, "level": 3}]
-    assert len(domain(*words, "--evaluation.splits").training) == 2
+    assert len(suite(*words, "--evaluation.splits").training) == 2
     with pytest.raises(ValueError, match=r"expected --openenv.evaluation-tasks with --openenv.tasks, got none"):
-        domain(*words)
+        suite(*words)
 
 
 def test_task_files_are_cut_at_line_breaks_alone_and_their_text_can_be_encoded(tmp_path: Path):
     file = tmp_path / "tasks.jsonl"
     file.write_text('{"text": "a\u2028b\u0085c"}\r\n\n{"text": "half \\ud83d"}', encoding="utf-8")
-    found = domain("--env.urls", "a:1", "--openenv.tasks", str(file), "--evaluation.splits")
+    found = suite("--env.urls", "a:1", "--openenv.tasks", str(file), "--evaluation.splits")
     assert payloads(found.training) == [{"text": "a\u2028b\u0085c"}, {"text": "half \ufffd"}]
 
 
@@ -77,7 +78,7 @@ def test_a_line_that_is_no_task_is_named(tmp_path: Path, line: str, why: str):
     file = tmp_path / "tasks.jsonl"
     file.write_text(f'{{"level": 1}}\n\n{line}\n')
     with pytest.raises(ValueError) as error:
-        domain("--env.urls", "a:1", "--openenv.tasks", str(file), "--evaluation.splits")
+        suite("--env.urls", "a:1", "--openenv.tasks", str(file), "--evaluation.splits")
     assert str(error.value).startswith(f"{file} line 3: ") and why in str(error.value)
 
 
@@ -87,14 +88,14 @@ def test_what_is_trained_on_is_not_evaluated(tmp_path: Path):
     test.write_text('{"level": 3}\n{"level": 1}\n')  # with the common size the second is the first to train on
     words = ["--env.urls", "a:1", "--openenv.reset", '{"size": 5}', "--openenv.evaluation-tasks", str(test)]
     with pytest.raises(ValueError, match=r'got 1 in .*test.jsonl, {"level": 1, "size": 5} for one; take them out'):
-        domain(*words, "--openenv.tasks", str(train))
+        suite(*words, "--openenv.tasks", str(train))
     test.write_text('{"seed": 3}\n{"seed": 2, "size": 6}\n{"seed": "1"}\n{"seed": true}\n')
     billion = ["--openenv.seeds", str(10**9)]
-    assert len(domain(*words, "--openenv.seeds", "3").evaluation("valid", 9)[0]) == 4  # seeds 0 to 2, of size 5
+    assert len(suite(*words, "--openenv.seeds", "3").evaluation("valid", 9)[0]) == 4  # seeds 0 to 2, of size 5
     with pytest.raises(ValueError, match=r'got 1 in .*test.jsonl, {"seed": 3, "size": 5} for one'):
-        domain(*words, *billion)
+        suite(*words, *billion)
     with pytest.raises(ValueError, match=r"one set, got valid test; say --evaluation.splits test"):
-        domain(*words, "--openenv.seeds", "3", "--evaluation.splits", "valid", "test")
+        suite(*words, "--openenv.seeds", "3", "--evaluation.splits", "valid", "test")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_what_is_trained_on_is_not_evaluated(tmp_path: Path):
 )
 def test_what_is_missing_is_said(words, why):
     with pytest.raises(ValueError) as error:
-        domain(*words)
+        suite(*words)
     assert why in str(error.value)
 
 
@@ -132,20 +133,20 @@ ECHO = ["--openenv.reset", '{"word": "hi"}', "--openenv.actions", "ho", "hu", "-
 
 
 def said(found) -> list[str]:
-    return [text for episode in texts(found, 3, 4) for text in episode]
+    return [text for episode in tokenizer_corpus(found, 3, 4) for text in episode]
 
 
 def test_chance_talks_to_a_server_so_that_there_is_a_tokenizer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     with served("echo", "--sessions", "1") as (address, _):
-        at_url = domain("--env.urls", address, *ECHO)
+        at_url = suite("--env.urls", address, *ECHO)
         heard = said(at_url)
         assert said(at_url) == heard  # chance is a seed, and the one session was given back
     # three episodes of four turns, in which nobody says the word: what was heard, what was said, in turn
     assert len(heard) == 24 and heard[::8] == ["say hi"] * 3 and set(heard[1::2]) == {"ho", "hu"}
     assert heard[2] == f"1: {heard[1]}"
     command = f"{sys.executable} -m aem_jax.envs.serving.server echo --port {{port}}"
-    assert said(domain("--env.command", command, *ECHO)) == heard
+    assert said(suite("--env.command", command, *ECHO)) == heard
 
 
 MINE = """
@@ -171,7 +172,7 @@ def test_an_environment_of_ones_own_is_played_in_a_process_of_its_own(tmp_path: 
     """It prints at its import, and one of its tasks ends its process: that task is left out."""
     file = tmp_path / "mine.py"
     file.write_text(MINE)
-    found = domain("--openenv.serve", f"{file}:make", "--openenv.settings", '{"length": 2}', *ECHO)
+    found = suite("--openenv.serve", f"{file}:make", "--openenv.settings", '{"length": 2}', *ECHO)
     assert (found.name, found.settings) == (f"{file}:make", {"length": 2})
     heard = said(found)
     assert heard[::4] == ["say hi"] * 2
@@ -183,7 +184,7 @@ def test_an_environment_of_ones_own_is_played_in_a_process_of_its_own(tmp_path: 
 
 
 def test_without_actions_nobody_plays():
-    found = domain("--env.urls", "a:1")
+    found = suite("--env.urls", "a:1")
     assert not found.baselines and found.demonstrator is None
     with pytest.raises(ValueError, match=r"expected --model.path.* with openenv.*--openenv.actions"):
         said(found)
@@ -191,9 +192,9 @@ def test_without_actions_nobody_plays():
 
 def test_one_session_servers_are_as_many_as_slots():
     words = ["--env.command", "serve {port}", "--env.sessions-per-server", "1", "--rollout.num-slots", "4"]
-    assert domain(*words, "--env.num-servers", "4")
+    assert suite(*words, "--env.num-servers", "4")
     with pytest.raises(ValueError, match=r"--rollout.num-slots: expected at most 3"):
-        domain(*words, "--env.num-servers", "3")
+        suite(*words, "--env.num-servers", "3")
 
 
 def test_the_mapping_is_reached_from_the_command_line():

@@ -1,0 +1,105 @@
+"""ALFWorld for runs and servers: tasks, evaluation sets, the demonstrator and the baselines."""
+
+import dataclasses
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from aem_jax.envs.actions import as_action
+from aem_jax.envs.alfworld.engine import start
+from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
+from aem_jax.envs.alfworld.experts import Oracle, Searcher, random_agent
+from aem_jax.envs.alfworld.tasks import eval_set, load_game, training_tasks
+from aem_jax.envs.play import Act
+from aem_jax.envs.protocol import StepResult, Task
+from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite
+
+
+def task_suite(config: AlfworldConfig, options: SuiteOptions) -> TaskSuite:
+    """Generated games, or the official ones in `config.data`."""
+    official = {"data": config.data or None, "skip_bad": config.skip_bad}
+
+    def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
+        return eval_set(config.games, split, size, **official)
+
+    return TaskSuite(
+        name=config.NAME,
+        settings=dataclasses.asdict(config),
+        training=training_tasks(config.games, seed=options.seed, **official),
+        evaluation=evaluation,
+        make_env=make(config),
+        demonstrator=partial(_noisy_searcher, options.expert_noise),
+        baselines={"oracle": _oracle, "searcher": _searcher, "random": _random},
+    )
+
+
+def make(config: AlfworldConfig) -> Callable[[], AlfworldEnv]:
+    """A factory of environments that play generated and official games."""
+    return lambda: AlfworldEnv(config, load_game=load_game)
+
+
+def _searcher(task: Task) -> Act:
+    agent = Searcher(seed=None)
+    return lambda result: as_action(agent.act(result.observation))
+
+
+def _noisy_searcher(noise: float, task: Task) -> Act:
+    """A searcher that in a share `noise` of its turns goes to a random place, and continues from there."""
+    agent, rng, command = Searcher(seed=None), random.Random(f"careless/{task.id}"), None
+
+    def act(result: StepResult) -> str:
+        nonlocal command
+        agent.observe(result.observation, command)
+        command = agent.command()
+        places = [action for action in result.info["admissible"] if action.startswith("go to ")]
+        if places and rng.random() < noise:
+            command = rng.choice(places)
+        return as_action(command)
+
+    return act
+
+
+def _oracle(task: Task) -> Act:
+    """Plays the same game in an engine of its own, because it acts from facts that the environment does not send."""
+    player = start(load_game(task.payload))
+    agent = Oracle(player.observation)
+
+    def act(result: StepResult) -> str:
+        command = agent.act(player)
+        player.step(command)
+        return as_action(command)
+
+    return act
+
+
+def _random(task: Task) -> Act:
+    rng = random.Random(f"random/{task.id}")
+    return lambda result: as_action(random_agent(result.info["admissible"], rng))
+
+
+def _inputs(config: AlfworldConfig) -> Mapping[str, Files]:
+    if not config.data:
+        return {}
+    root = Path(config.data).expanduser()
+    names = ("game.tw-pddl", "traj_data.json")
+    files = [path for games in root.glob("json_*") for name in names for path in games.rglob(name)]
+    return {"data": (root, sorted(files) if root.is_dir() else [root])}
+
+
+def _from_environ(config: AlfworldConfig) -> AlfworldConfig:
+    """The variable is read here and nowhere else, so that a run's folder records which games it had."""
+    return dataclasses.replace(config, data=config.data or os.environ.get("ALFWORLD_DATA", ""))
+
+
+ALFWORLD = EnvironmentSpec(
+    make,
+    "household tasks in text (ALFWorld)",
+    config=AlfworldConfig,
+    blocking=False,
+    suite=task_suite,
+    paths=lambda config: ("data",),
+    inputs=_inputs,
+    from_environ=_from_environ,
+)

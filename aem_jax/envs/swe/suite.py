@@ -1,0 +1,173 @@
+"""Bug-fixing for runs and servers: with tools, for a language model; by choosing among edits, for a small policy."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from aem_jax.envs.actions import as_action
+from aem_jax.envs.play import Act
+from aem_jax.envs.protocol import StepResult, Task
+from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, check_one_set
+from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesConfig, ChoicesEnv, make_failing
+from aem_jax.envs.swe.env import SweConfig, SweEnv
+from aem_jax.envs.swe.payload import load_task
+from aem_jax.envs.swe.sandbox.choose import choose_runtime
+from aem_jax.envs.swe.sandbox.workspace import SandboxError
+from aem_jax.envs.swe.tasks import TasksConfig, check_sources, eval_set, is_file, training_tasks, whole_payload
+
+_DRAWS = 100
+
+
+def swe(config: SweConfig, options: SuiteOptions) -> TaskSuite:
+    """Repositories to work in with tools: generated tasks, or instances of SWE-bench in files.
+
+    Raises:
+        ValueError: files that cannot be read, or that leave open what is evaluated.
+    """
+    check_sources(config.tasks, options.splits)
+    if is_file(config.tasks.evaluation):
+        check_one_set("--swe.tasks.evaluation", options.splits)
+
+    def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
+        tasks, name = eval_set(config.tasks, split, size)
+        return _WholeTasks(tasks), name
+
+    return TaskSuite(
+        name=config.NAME,
+        settings=dataclasses.asdict(config),
+        training=_WholeTasks(training_tasks(config.tasks, seed=options.seed)),
+        evaluation=evaluation,
+        make_env=lambda: SweEnv(config, load_task),
+    )
+
+
+def make_swe(config: SweConfig) -> Callable[[], SweEnv]:
+    """A factory of environments that share one runtime.
+
+    Raises:
+        OSError: there is no sandbox that works on this machine.
+    """
+    try:
+        runtime = choose_runtime(config.runtime, config.bubblewrap, config.container)
+    except SandboxError as error:
+        raise OSError(str(error)) from None  # which a server reports as missing on this machine
+    return lambda: SweEnv(config, load_task, runtime)
+
+
+class _WholeTasks(Sequence[Task]):
+    """Tasks whose payloads hold all that a server needs, built on access.
+
+    A server may run on a machine that has neither the files nor the same catalogue.
+    """
+
+    def __init__(self, tasks: Sequence[Task]):
+        self._tasks = tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, item):
+        if isinstance(item, slice):
+            return _WholeTasks(self._tasks[item])
+        task = self._tasks[item]
+        return dataclasses.replace(task, payload=whole_payload(task.payload))
+
+
+def swe_choices(config: ChoicesConfig, options: SuiteOptions) -> TaskSuite:
+    """Generated tasks as choices among edits."""
+    tasks = TasksConfig(difficulties=config.difficulties)
+    named = training_tasks(tasks, seed=options.seed)
+    # Each bug comes many times, its edits in another order.
+    drawn = [
+        dataclasses.replace(task, id=f"{task.id}/{draw}", payload={**task.payload, "draw": draw})
+        for draw in range(_DRAWS)
+        for task in named
+    ]
+    return TaskSuite(
+        name=config.NAME,
+        settings=dataclasses.asdict(config),
+        training=drawn,
+        evaluation=partial(eval_set, tasks),
+        make_env=lambda: make_choices(config)(),
+        demonstrator=partial(_tester, options.expert_noise),
+        baselines={"tester": partial(_tester, 0.0), "random": _random},
+    )
+
+
+def make_choices(config: ChoicesConfig) -> Callable[[], ChoicesEnv]:
+    """A factory of environments that share their verdicts.
+
+    Raises:
+        OSError: there is no sandbox that works on this machine.
+    """
+    failing = make_failing(config)
+    return lambda: ChoicesEnv(config, failing)
+
+
+def _tester(noise: float, task: Task) -> Act:
+    """Tries one edit after the other, and keeps those after which fewer tests fail. With probability `noise` it
+    finishes after an edit without having run the tests."""
+    rng, last, tried, fewest = random.Random(f"tester/{task.id}"), "", 0, 1
+
+    def choose(result: StepResult) -> str:
+        nonlocal tried, fewest
+        text, admissible = result.observation, result.info["admissible"]
+        if not last and SEVERAL in text:
+            return "run"
+        if last.startswith("apply"):
+            return "finish" if rng.random() < noise else "run"
+        if last == "run":
+            failing = 0 if text == ALL_PASS else int(text.split()[0])
+            if failing == 0:
+                return "finish"
+            if tried and failing >= fewest:
+                return "undo"
+            fewest = failing
+        following = [edit for edit in admissible if edit.startswith("apply") and int(edit.split()[1]) > tried]
+        if not following:
+            return "finish"
+        tried = int(following[0].split()[1])
+        return following[0]
+
+    def act(result: StepResult) -> str:
+        nonlocal last
+        last = choose(result)
+        return as_action(last)
+
+    return act
+
+
+def _random(task: Task) -> Act:
+    rng = random.Random(f"random/{task.id}")
+    return lambda result: as_action(rng.choice(result.info["admissible"]))
+
+
+def _paths(config: SweConfig) -> list[str]:
+    tasks = config.tasks
+    files = {"tasks.train": tasks.train, "tasks.evaluation": tasks.evaluation}
+    return [*(name for name, source in files.items() if is_file(source)), "tasks.repos"]
+
+
+def _inputs(config: SweConfig) -> Mapping[str, Files]:
+    files = {"tasks.train": config.tasks.train, "tasks.evaluation": config.tasks.evaluation}
+    return {name: _file(source) for name, source in files.items() if is_file(source)}
+
+
+def _file(source: str) -> Files:
+    path = Path(source).expanduser()
+    return path, [path]
+
+
+SWE = EnvironmentSpec(
+    make_swe,
+    "repository bugs to fix, in a sandbox (SWE-bench style)",
+    config=SweConfig,
+    suite=swe,
+    paths=_paths,
+    inputs=_inputs,
+)
+SWE_CHOICES = EnvironmentSpec(
+    make_choices, "fixing bugs by choosing among edits", config=ChoicesConfig, suite=swe_choices
+)

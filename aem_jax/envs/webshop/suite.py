@@ -1,0 +1,101 @@
+"""WebShop for runs and servers: goals, evaluation sets, the demonstrator and the baselines."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from aem_jax.envs.actions import as_action
+from aem_jax.envs.play import Act
+from aem_jax.envs.protocol import StepResult, Task
+from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite
+from aem_jax.envs.webshop import taggers
+from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
+from aem_jax.envs.webshop.experts import Oracle, Shopper, clickables, random_agent, read_listings
+from aem_jax.envs.webshop.goals import goal_from_json
+from aem_jax.envs.webshop.shop import open_shop
+from aem_jax.envs.webshop.tasks import eval_set, training_tasks
+
+
+def task_suite(config: WebshopConfig, options: SuiteOptions) -> TaskSuite:
+    """A generated shop, or the official files in `config.shop.data`.
+
+    The servers' settings name the tagger that `auto` is on this machine, so rewards do not depend on where they run.
+    """
+    config = dataclasses.replace(config, tagger=taggers.resolve(config.tagger))
+    catalog = open_shop(config.shop)  # built here, once, before servers look for it
+    front = shop_front(config, catalog)
+
+    def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
+        return eval_set(catalog, split, size, config.shop.held_out)
+
+    return TaskSuite(
+        name=config.NAME,
+        settings=dataclasses.asdict(config),
+        training=training_tasks(catalog, options.seed, config.shop.held_out),
+        evaluation=evaluation,
+        make_env=lambda: WebshopEnv(front, config),
+        demonstrator=partial(_noisy_shopper, options.expert_noise),
+        baselines={"oracle": _oracle, "shopper": partial(_noisy_shopper, 0.0), "random": _random},
+    )
+
+
+def make(config: WebshopConfig) -> Callable[[], WebshopEnv]:
+    """A factory of environments that share one shop."""
+    front = shop_front(config, open_shop(config.shop))
+    return lambda: WebshopEnv(front, config)
+
+
+def make_site(config: WebshopConfig) -> Any:
+    """The shop as a web site."""
+    from aem_jax.envs.webshop import site  # starlette and jinja2, which no environment needs
+
+    return site.make_site(shop_front(config, open_shop(config.shop)), config.shop.held_out)
+
+
+def _noisy_shopper(noise: float, task: Task) -> Act:
+    """A shopper that in a share `noise` of its turns opens a random product, or buys the opened one as it is."""
+    agent, rng = Shopper(), random.Random(f"careless/{task.id}")
+
+    def act(result: StepResult) -> str:
+        admissible = result.info["admissible"]
+        action = agent.act(result.observation, admissible)
+        products = [listing.asin.lower() for listing in read_listings(result.observation, admissible)]
+        hasty = products or [name for name in clickables(admissible) if name == "buy now"]
+        if hasty and rng.random() < noise:
+            action = f"click[{rng.choice(hasty)}]"
+        agent.did(action)
+        return as_action(action)
+
+    return act
+
+
+def _oracle(task: Task) -> Act:
+    agent = Oracle(goal_from_json(task.payload["goal"]))
+    return lambda result: as_action(agent.act(result.info["admissible"]))
+
+
+def _random(task: Task) -> Act:
+    rng = random.Random(f"random/{task.id}")
+    return lambda result: as_action(random_agent(result.observation, result.info["admissible"], rng))
+
+
+def _inputs(config: WebshopConfig) -> Mapping[str, Files]:
+    if not config.shop.data:
+        return {}
+    root = Path(config.shop.data).expanduser()
+    return {"shop.data": (root, sorted(root.glob("items_*.json")) if root.is_dir() else [root])}
+
+
+WEBSHOP = EnvironmentSpec(
+    make,
+    "shopping by searching and clicking (WebShop)",
+    config=WebshopConfig,
+    blocking=False,
+    suite=task_suite,
+    site=make_site,
+    paths=lambda config: ("shop.data",),
+    inputs=_inputs,
+)

@@ -1,0 +1,60 @@
+"""The table of environments, as the command line and the servers know them."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from envs.servers import REPOSITORY
+
+from aem_jax import envs
+from aem_jax.config.environments import task_suite
+from aem_jax.config.run import RunConfig
+from aem_jax.envs.registry import ENVIRONMENTS, SERVED, TRAINED, default_config, registered
+from aem_jax.envs.suite import tokenizer_corpus
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_each_line_is_true(name: str):
+    spec = registered(name)
+    assert spec.description and spec.config is not None
+    assert (spec.suite is not None) == (name in TRAINED)
+    if name in TRAINED:
+        assert default_config(name) == spec.config()
+        paths = set(spec.paths(spec.config()))
+        assert paths <= {field.name for field in dataclasses.fields(spec.config)} or any("." in path for path in paths)
+
+
+def test_openenv_alone_is_served_by_others():
+    assert set(TRAINED) - set(SERVED) == {"openenv"}
+
+
+def test_no_environment_has_the_name_of_another_setting():
+    """Its settings stand beside the run's, under its name."""
+    assert not {name.replace("-", "_") for name in TRAINED} & {field.name for field in dataclasses.fields(RunConfig)}
+
+
+def test_an_environment_loads_no_other():
+    """A run or a server pays for the one that it was told to."""
+    rooms = {name: ENVIRONMENTS[name].where.split(".")[2] for name in TRAINED}
+    for name in TRAINED:
+        code = f"import sys; from aem_jax.envs.registry import registered; registered({name!r}); print(*sys.modules)"
+        command = [sys.executable, "-c", code]
+        loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout.split()
+        assert {module.split(".")[2] for module in loaded if module.startswith("aem_jax.envs.")} & set(
+            rooms.values()
+        ) == {rooms[name]}
+
+
+def test_the_package_exports_what_an_environment_is_written_with():
+    for name in envs.__all__:
+        assert getattr(envs, name).__module__.startswith("aem_jax.envs.")
+    assert set(envs.__all__) <= set(dir(envs))
+    with pytest.raises(AttributeError, match="no attribute 'Enviroment'"):
+        envs.Enviroment  # pyright: ignore[reportAttributeAccessIssue]  # noqa: B018
+
+
+def test_without_an_agent_there_is_nothing_to_train_a_tokenizer_on():
+    suite = dataclasses.replace(task_suite(RunConfig()), demonstrator=None, baselines={})
+    with pytest.raises(ValueError, match=r"expected --model.path.* with alfworld"):
+        next(tokenizer_corpus(suite, 1, 1))
