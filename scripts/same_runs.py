@@ -138,7 +138,8 @@ def compare(old_file: Path, new_file: Path, renamed: dict[str, str]) -> int:
                     differences.append(f"{name} step {step} {key}: {was.get(key, 'absent')} → {now.get(key, 'absent')}")
         if before["files"] != after["files"]:
             differences.append(f"{name}: other transcripts")
-        if before["arrays"] != after["arrays"]:
+        both = before["arrays"].keys() & after["arrays"].keys()  # what evaluates more often saves more often
+        if "10" not in both or any(before["arrays"][step] != after["arrays"][step] for step in both):
             differences.append(f"{name}: other arrays in its checkpoints")
     for words, was, now in zip(PLANS, old["plans"], new["plans"], strict=True):
         if was != now:

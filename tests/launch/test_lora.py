@@ -27,7 +27,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Path(__file__).with_name("small.toml")
 CONFIG = ModelConfig(512, 32, 48, 2, 4, 2, 8, qk_norm=False, qkv_bias=True, max_positions=512)  # of Qwen2.5's form
-NUM_STEPS = 4
+SHORT = ("--evaluation.baselines", "false", "--evaluation.every", "0", "--evaluation.size", "2")
+SHORT += ("--metrics.tensorboard", "false")
 
 
 def start(folder: Path, environment: dict[str, str], *words: str, command: str = "train") -> subprocess.Popen[str]:
@@ -43,23 +44,16 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     return out
 
 
-def export(folder: Path, runs: Path, environment: dict[str, str], *words: str, status: int = 0) -> str:
-    line = [sys.executable, "-m", "aem_jax.launch", "export", str(folder), "--preset", str(SMALL)]
-    done = subprocess.run(
-        [*line, "--runs-dir", str(runs), "--name", "run", *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
+def export(folder: Path, runs: Path, *words: str) -> None:
+    assert (
+        cli.main(["export", str(folder), "--preset", str(SMALL), "--runs-dir", str(runs), "--name", "run", *words]) == 0
     )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stderr
 
 
-def check_export(run: Path, base: Path, out: Path, environment: dict[str, str], scale: float) -> None:
+def check_export(run: Path, base: Path, out: Path, scale: float) -> None:
     """The merged model is the base plus what PEFT's files say, to the last bit of float32 but one."""
-    export(out / "merged", run.parent, environment)
-    export(out / "adapter", run.parent, environment, "--adapter", "True")
+    export(out / "merged", run.parent)
+    export(out / "adapter", run.parent, "--adapter", "True")
     merged, adapter = from_pretrained(out / "merged", dtype="float32"), out / "adapter"
     wanted = load_file(base / "model.safetensors")
     pairs = load_file(adapter / "adapter_model.safetensors")
@@ -83,11 +77,30 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, environment) -> Path:
-    """A run on random weights that was left alone."""
+def resumed(tmp_path_factory: pytest.TempPathFactory, environment) -> tuple[Path, list[dict], bytes]:
+    """A run on random weights that was killed and gone on with; its numbers and its frozen weights when it was killed,
+    at least two steps behind a checkpoint of some steps."""
     folder = tmp_path_factory.mktemp("runs")
-    finish(start(folder, environment, "--name", "run", "--lora.rank", "4"))
-    return folder / "run"
+    run, words = folder / "run", ("--name", "run", "--lora.rank", "4", *SHORT)
+    process, count = start(folder, environment, *words, "--train.num-steps", "1000"), 0
+    while count < 6 or count < 2 + max(
+        int(each.name) for each in (run / "checkpoints").iterdir() if each.name.isdigit()
+    ):
+        process.send_signal(signal.SIGCONT)
+        while len(read_lines(run / "metrics.jsonl")) <= max(count, 5):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)
+        count = len(read_lines(run / "metrics.jsonl"))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before, base = numbers(run), (run / "frozen_weights" / "model.safetensors").read_bytes()
+    finish(start(folder, environment, *words, "--train.num-steps", str(count + 1)))
+    return run, before, base
+
+
+def numbers(run: Path) -> list[dict]:
+    return [comparable(record) for record in read_lines(run / "metrics.jsonl")]
 
 
 def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment):
@@ -96,7 +109,7 @@ def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment
     model = tmp_path / "model"
     save_pretrained(model, CONFIG, Policy(CONFIG).init(jax.random.key(0)), source=tmp_path / "tokenizer")
     words = ["--name", "run", "--model.path", str(model), "--model.dtype", "float32", "--train.num-steps", "2"]
-    words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", "--evaluation.size", "2"]
+    words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", *SHORT]
     sizes = ("hidden-size", "intermediate-size", "num-layers", "num-heads", "num-kv-heads", "head-dim")
     words += [f"--model.{name}=None" for name in sizes]
     words += ["--warmstart.episodes", "0", "--checkpoint.keep-first", "False", "--learner.moments", "int8"]
@@ -108,38 +121,30 @@ def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment
     # the reference is the model as it came: at first the policy itself, up to rounding, then no longer
     assert abs(steps[0]["learner/kl_reference"]) < 1e-10 < steps[1]["learner/kl_reference"]
     assert not (tmp_path / "run" / "frozen_weights").exists()
-    check_export(tmp_path / "run", model, tmp_path / "out", environment, scale=2.0)
+    check_export(tmp_path / "run", model, tmp_path / "out", scale=2.0)
 
 
-def test_on_a_warm_start_of_all_weights(whole: Path, tmp_path: Path, environment):
-    steps = read_lines(whole / "metrics.jsonl")
-    assert [record["step"] for record in steps] == list(range(NUM_STEPS))
+def test_on_a_warm_start_of_all_weights(resumed: tuple[Path, list[dict], bytes], tmp_path: Path):
+    run, before, _ = resumed
+    steps = read_lines(run / "metrics.jsonl")
+    assert [record["step"] for record in steps] == list(range(len(before) + 1))
     for record in steps:
         assert record["parity/max"] <= 1e-4 and record["compile/recompiles"] == 0
     assert steps[0]["learner/kl_reference"] == pytest.approx(0, abs=1e-5)
-    assert len(read_lines(whole / "warmstart.jsonl")) == 4
+    assert len(read_lines(run / "warmstart.jsonl")) == 4
     adapter, base = (
         sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        for folder in (whole / "checkpoints" / "4", whole / "frozen_weights")
+        for folder in (run / "checkpoints" / str(len(steps)), run / "frozen_weights")
     )
     assert base > 50_000  # the weights, once; a checkpoint holds the adapter and its moments alone
     assert adapter < 3 * base
-    check_export(whole, whole / "frozen_weights", tmp_path / "out", environment, scale=8.0)
+    check_export(run, run / "frozen_weights", tmp_path / "out", scale=8.0)
 
 
-def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path, environment):
-    process = start(tmp_path, environment, "--name", "run", "--lora.rank", "4")
-    run = tmp_path / "run"
-    while len(read_lines(run / "metrics.jsonl")) < 3:  # one more than the last checkpoint has
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = (run / "frozen_weights" / "model.safetensors").read_bytes()
-    finish(start(tmp_path, environment, "--name", "run", "--lora.rank", "4"))
-    numbers = lambda folder: [comparable(record) for record in read_lines(folder / "metrics.jsonl")]  # noqa: E731
-    assert numbers(run) == numbers(whole)
-    assert before == (run / "frozen_weights" / "model.safetensors").read_bytes()
+def test_killed_and_resumed_it_gives_the_same_numbers(resumed: tuple[Path, list[dict], bytes]):
+    run, before, base = resumed
+    assert numbers(run)[: len(before)] == before  # the steps that were lost give the same numbers again
+    assert (run / "frozen_weights" / "model.safetensors").read_bytes() == base
 
 
 def test_what_cannot_be_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -148,7 +153,8 @@ def test_what_cannot_be_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main([*words, "--lora.rank", "-1"]) == 2
     assert cli.main([*words, "--lora.rank", "4", "--lora.alpha", "0"]) == 2
     assert cli.main([*words, "--lora.rank", "40"]) == 2
-    names, rank, alpha, most = capsys.readouterr().err.splitlines()[:4]
+    said = capsys.readouterr().err.splitlines()
+    names, rank, alpha, most = [line for line in said if line.startswith("error: ")]
     assert "--lora.targets" in names and "expected one of all, q_proj" in names and "got 'w_proj'" in names
     assert "--lora.rank: expected rank >= 0" in rank and "alpha > 0" in alpha
     assert "--lora.rank: expected rank of at most 16, the smaller side of k_proj [32, 16], got 40" in most

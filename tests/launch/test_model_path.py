@@ -41,13 +41,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dict[str, str]):
+def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dict[str, str], capsys):
     """By a relative path; exported from another working folder when the model has become another one."""
     environment = {**user_environment, "PYTHONPATH": str(ROOT)}
     shutil.copytree(model, tmp_path / "begin")
     words = ["--preset", str(SMALL), "--runs-dir", str(tmp_path), "--name", "run", "--model.path", "begin"]
     words += ["--model.dtype", "float32", "--warmstart.episodes", "0", "--train.num-steps", "2"]
     words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", "--evaluation.size", "2"]
+    words += ["--evaluation.baselines", "false", "--evaluation.every", "0", "--metrics.tensorboard", "false"]
     sizes = [f"--model.{name}=None" for name in ("hidden-size", "intermediate-size", "num-layers", "num-heads")]
     sizes += ["--model.num-kv-heads=None", "--model.head-dim=None"]
     command = [sys.executable, "-m", "aem_jax.launch", *words, *sizes]
@@ -59,11 +60,10 @@ def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dic
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["path"] == str(tmp_path / "begin")
     (tmp_path / "begin" / "config.json").write_text("{}")
 
-    command = [sys.executable, "-m", "aem_jax.launch", "export", str(tmp_path / "out"), *words[:6]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=user_environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=user_environment)
-    assert again.returncode == 2 and "expected a new or empty folder to write a model to" in again.stderr
+    export = ["export", str(tmp_path / "out"), *words[:6]]
+    assert cli.main(export) == 0
+    assert cli.main(export) == 2
+    assert "expected a new or empty folder to write a model to" in capsys.readouterr().err
     before, after = (from_pretrained(folder, dtype="float32") for folder in (model, tmp_path / "out"))
     assert after.config == before.config
     changes = jax.tree.map(lambda a, b: float(abs(a - b).max()), before.params, after.params)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Path(__file__).with_name("small.toml")
-NUM_STEPS = 4
+NUM_STEPS = 8
 
 
 def start(folder: Path, environment: dict[str, str], *words: str, command: str = "train") -> subprocess.Popen[str]:
@@ -59,7 +59,7 @@ def test_a_run_leaves_what_it_should(whole: Path):
     for name in ("config.json", "metrics.jsonl", "evaluations.jsonl", "transcripts.json", "report.html"):
         assert (whole / name).stat().st_size > 0, name
     assert list((whole / "tensorboard").glob("events*")) and (whole / "tokenizer" / "tokenizer.json").exists()
-    assert {"0", "2", "4"} <= {each.name for each in (whole / "checkpoints").iterdir()}
+    assert {"0", "4", "8"} <= {each.name for each in (whole / "checkpoints").iterdir()}
     steps = read_lines(whole / "metrics.jsonl")
     assert [record["step"] for record in steps] == list(range(NUM_STEPS))
     for record in steps:
@@ -69,35 +69,40 @@ def test_a_run_leaves_what_it_should(whole: Path):
     assert steps[0]["learner/kl_reference"] == pytest.approx(0, abs=1e-5)
     phases = [(each["phase"], each["step"]) for each in read_lines(whole / "evaluations.jsonl")]
     baselines = [(name, 0) for name in ("oracle", "searcher", "random")]
-    assert phases == [*baselines, ("warmstart", 0), ("train", 2), ("final", NUM_STEPS)]
+    assert phases == [*baselines, ("warmstart", 0), ("train", 4), ("final", NUM_STEPS)]
 
 
-def test_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path, user_environment):
-    process = start(tmp_path, user_environment)
-    until_steps(process, tmp_path / "small", 3)  # one more than the last checkpoint has
-    process.send_signal(signal.SIGSTOP)
-    said = finish(start(tmp_path, user_environment), status=2)  # the same command while the first still lives
-    assert f"expected no other process that writes to {tmp_path}" in said and f"got process {process.pid} on" in said
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    out = finish(start(tmp_path, user_environment))
-    assert "warm start" not in out
-    assert numbers(tmp_path / "small") == numbers(whole)
-    ours, theirs = (read_lines(run / "evaluations.jsonl") for run in (tmp_path / "small", whole))
-    assert ours == theirs
+def saved(run: Path) -> set[int]:
+    return {int(each.name) for each in (run / "checkpoints").iterdir() if each.name.isdigit()}
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(whole: Path, tmp_path: Path, user_environment):
+def test_stopped_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path, user_environment):
+    """SIGTERM saves; the same command goes on, is killed with a step that no checkpoint has, and goes on again."""
     run = tmp_path / "small"
     process = start(tmp_path, user_environment, "--train.save-every", "1000")
     until_steps(process, run, 1)
     process.send_signal(signal.SIGTERM)
     finish(process, status=143)
     done = len(read_lines(run / "metrics.jsonl"))
-    assert done < NUM_STEPS and str(done) in {each.name for each in (run / "checkpoints").iterdir()}
+    assert done < NUM_STEPS and done in saved(run)
+
+    process, count = start(tmp_path, user_environment), 0
+    while count <= max(saved(run)):
+        process.send_signal(signal.SIGCONT)
+        until_steps(process, run, max(done, count) + 1)
+        process.send_signal(signal.SIGSTOP)
+        count = len(read_lines(run / "metrics.jsonl"))
+    said = finish(start(tmp_path, user_environment), status=2)  # the same command while the first still lives
+    assert f"expected no other process that writes to {tmp_path}" in said and f"got process {process.pid} on" in said
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
     said = finish(start(tmp_path, user_environment))
-    assert numbers(run) == numbers(whole)
+    assert "warm start" not in said
     assert "KV caches take" in said  # before anything is allocated
+    assert numbers(run) == numbers(whole)
+    ours, theirs = (read_lines(each / "evaluations.jsonl") for each in (run, whole))
+    assert ours == theirs
 
 
 def test_it_is_evaluated_again_by_name_and_prints_json(whole: Path, user_environment):
