@@ -1,13 +1,13 @@
-"""Trajectories → fixed-shape arrays. The only room that knows a row's layout.
+"""Trajectories → fixed-shape arrays. No other module depends on the layout of a row.
 
-A *segment* is a run of ids that see each other: a whole trajectory in the "append" context (prompt, response,
-observation, response, …), one turn in the "window" context. Segments are packed first-fit-decreasing into rows of one
-length; rows are cut into microbatches, microbatches into minibatches. Shapes never change, only `minibatch_ends` does,
-so nothing recompiles and unused microbatches cost nothing. Responses and trajectories are numbered in the order that
-they came in, whatever the packing, so estimators see the same tables in both contexts.
+A *segment* is a sequence of ids that attend to each other: a whole trajectory in the "append" context (prompt,
+response, observation, response, …), one turn in the "window" context. Segments are packed first-fit-decreasing into
+rows of one length; rows are grouped into microbatches, microbatches into minibatches. Shapes are fixed and only
+`minibatch_ends` varies, so nothing recompiles and unused microbatches cost nothing. Responses and trajectories are
+numbered in the order of the input, whatever the packing, so estimators see the same tables in both contexts.
 
 Left out: padding to several row lengths (packing makes one enough) and splitting a long trajectory over rows (it would
-cut attention). Nothing is ever dropped in silence: what does not fit is an error that names the number to raise.
+cut attention). Nothing is dropped silently: a batch that does not fit raises an error that names the size to raise.
 """
 
 from collections.abc import Sequence
@@ -22,20 +22,20 @@ from aem_jax.sharding import TRAIN, partition, replicated, slot_shards
 from aem_jax.trajectory import Ending, Trajectory, Turn
 
 Array: TypeAlias = Any
-"""np.ndarray as `collate` makes it, jax.Array once it lies on the mesh."""
+"""np.ndarray from `collate`, jax.Array on the mesh."""
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Rows that the learner computes at a time."""
+    """Sizes of a microbatch: the rows that the learner computes at a time."""
 
     rows: int = 8
     """Rows of a microbatch; a multiple of mesh.data × mesh.fsdp."""
     tokens_per_microbatch: int = 0
-    """Tokens of a microbatch, in place of rows: as many rows as they fill, in multiples of mesh.data × mesh.fsdp where
-    these are given; 0 takes rows."""
+    """Tokens of a microbatch, instead of rows: the number of rows follows, rounded to multiples of mesh.data ×
+    mesh.fsdp where these are given; 0 uses rows."""
     row_length: int = 0
-    """Tokens of a row, into which episodes are packed; 0 takes rollout.context_tokens."""
+    """Tokens of a row; episodes are packed into rows. 0 uses rollout.context_tokens."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class BatchLayout:
     """The static sizes of a batch."""
 
     num_microbatches: int
-    """M: most microbatches of one step. "append" never needs more than max_trajectories / rows + num_minibatches."""
+    """M: most microbatches in a step. "append" never needs more than max_trajectories / rows + num_minibatches."""
     rows: int
     """b: rows in one microbatch; a multiple of the mesh's data × fsdp."""
     row_length: int
-    """T: ids in one row; no segment may be longer."""
+    """T: tokens in one row; no segment may be longer."""
     max_responses: int
-    """R: most responses of one step."""
+    """R: most responses in a step."""
     max_trajectories: int
-    """N: most trajectories of one step."""
+    """N: most trajectories in a step."""
     num_minibatches: int = 1
-    """K: optimizer steps made from one batch; trajectories are dealt to them evenly."""
+    """K: number of minibatches, one optimizer step each; trajectories are spread evenly over them."""
 
     def __post_init__(self):
         for name, size in vars(self).items():
@@ -82,15 +82,15 @@ class Batch:
         response_trajectory: i32[R], the trajectory that a response belongs to.
         response_turn: i32[R], its turn, from 0.
         response_tokens: i32[R], its length in tokens.
-        response_rewards: f32[R], the reward that it earned.
-        response_anchor: i32[R], the first response of its rollout group that answered the same observation, by text;
-            -1 in padding. What was observed, not the prompt: the same in both contexts. A turn without text is alone.
+        response_rewards: f32[R], its reward.
+        response_anchor: i32[R], the first response of its rollout group to the same observation text; -1 in padding.
+            Observations are compared, not prompts, so it is the same in both contexts. An empty text equals no other.
         response_valid: bool[R], whether the row of the table is used, by a response with at least one token.
         returns: f32[N], undiscounted sum of rewards.
         group_ids: i32[N], rollout group.
         valid: bool[N], whether the row of the table is used, by a trajectory that the environment did not break.
         truncated: bool[N], whether a limit ended it.
-        trajectory_minibatch: i32[N], the minibatch that it was dealt to; -1 where nothing of it is packed.
+        trajectory_minibatch: i32[N], its minibatch; -1 where it is not packed.
         minibatch_ends: i32[K], minibatch j owns microbatches minibatch_ends[j - 1] … minibatch_ends[j] - 1.
     """
 
@@ -137,40 +137,40 @@ _TABLES = {
     "trajectory_minibatch": ("trajectory", np.int32),
     "minibatch_ends": ("minibatch", np.int32),
 }
-"""What a row of each table stands for, and its dtype."""
+"""Table → what a row stands for, and the dtype."""
 
 
 def packed_sharding(mesh: Mesh) -> NamedSharding:
-    """Where arrays [M, b, T] lie: rows over the mesh's data and fsdp axes."""
+    """Sharding of arrays [M, b, T]: rows over the mesh's data and fsdp axes."""
     return NamedSharding(mesh, partition((None, "rows", "length"), TRAIN))
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
-    """Where each field lies: rows split, tables on every device."""
-    packed, whole = packed_sharding(mesh), replicated(mesh)
-    return Batch(**{each.name: packed if each.name in PACKED else whole for each in fields(Batch)})
+    """Sharding of each field: rows split, tables replicated."""
+    packed, everywhere = packed_sharding(mesh), replicated(mesh)
+    return Batch(**{field.name: packed if field.name in PACKED else everywhere for field in fields(Batch)})
 
 
 def abstract_batch(layout: BatchLayout, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of what `place` gives, without its numbers: to compile for in advance."""
+    """Shapes, dtypes and shardings of a batch on the mesh, without its values: to compile for in advance."""
     packed = (layout.num_microbatches, layout.rows, layout.row_length)
     rows = {
         "response": layout.max_responses,
         "trajectory": layout.max_trajectories,
         "minibatch": layout.num_minibatches,
     }
-    where = batch_shardings(mesh)
+    shardings = batch_shardings(mesh)
 
     def struct(name: str) -> jax.ShapeDtypeStruct:
         table, dtype = _TABLES.get(name, ("", np.float32 if name in _FLOATS else np.int32))
         shape = packed if name in PACKED else (rows[table],)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(where, name))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(shardings, name))
 
-    return Batch(**{each.name: struct(each.name) for each in fields(Batch)})
+    return Batch(**{field.name: struct(field.name) for field in fields(Batch)})
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on the mesh. On several hosts each of them holds the same batch and gives its devices their rows.
+    """Moves a batch to the mesh. Every process holds the whole batch and gives its devices their rows.
 
     Raises:
         ValueError: the rows of a microbatch do not divide over the mesh.
@@ -178,12 +178,12 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
     rows, ways = np.shape(batch.tokens)[1], slot_shards(mesh)
     if rows % ways:
         raise ValueError(f"expected BatchLayout.rows divisible by data × fsdp = {ways}, got {rows}")
-    where = batch_shardings(mesh)
+    shardings = batch_shardings(mesh)
     if jax.process_count() == 1:
-        return jax.device_put(batch, where)
-    # device_put would first send every array to every host, to see whether they are equal
-    one = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])  # noqa: E731
-    return jax.tree.map(one, batch, where)
+        return jax.device_put(batch, shardings)
+    # device_put would first send every array to every process, to check that they are equal
+    shard = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.tree.map(shard, batch, shardings)
 
 
 class _Segment(NamedTuple):
@@ -194,29 +194,29 @@ class _Segment(NamedTuple):
 
 
 def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: int | Sequence[int] = 0) -> Batch:
-    """Pack trajectories into rows and tables.
+    """Packs trajectories into rows and tables.
 
-    Trajectories that ended in `env_error` keep their row in the table (valid = False) and are not packed: no token of
-    theirs is computed. Nor are those that are not `in_loss`, but they and their responses stay valid in the tables, for
-    statistics of their group. With none left `num_microbatches` is 0.
+    Trajectories that ended in `env_error` keep their row in the table (valid = False) but are not packed, so none of
+    their tokens is computed. Trajectories that are not `in_loss` are not packed either, but they and their responses
+    stay valid in the tables, for the statistics of their group. If nothing is packed, `num_microbatches` is 0.
 
     Args:
         trajectories: in any order and of either context; their order numbers the tables.
         layout: static sizes.
-        seed: deals trajectories to minibatches; no effect when there is one minibatch.
+        seed: of the assignment of trajectories to minibatches.
 
     Returns:
-        A batch of numpy arrays, the same for the same arguments.
+        A batch of numpy arrays, determined by the arguments.
 
     Raises:
-        ValueError: something does not fit (the message says which size to raise), or a turn is malformed.
+        ValueError: the batch does not fit (the message names the size to raise), or a turn is malformed.
     """
     N, R, K = layout.max_trajectories, layout.max_responses, layout.num_minibatches
     if len(trajectories) > N:
         raise ValueError(
             f"expected at most {N} trajectories, got {len(trajectories)}; raise BatchLayout.max_trajectories"
         )
-    num_responses = sum(len(each.turns) for each in trajectories if each.ending is not Ending.ENV_ERROR)
+    num_responses = sum(len(t.turns) for t in trajectories if t.ending is not Ending.ENV_ERROR)
     if num_responses > R:
         raise ValueError(f"expected at most {R} responses, got {num_responses}; raise BatchLayout.max_responses")
 
@@ -232,10 +232,10 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
         "group_ids": np.zeros(N, np.int32),
         "valid": np.zeros(N, bool),
         "truncated": np.zeros(N, bool),
-        "trajectory_minibatch": _deal(trajectories, N, K, seed),
+        "trajectory_minibatch": _minibatches(trajectories, N, K, seed),
     }
     segments: list[list[_Segment]] = [[] for _ in range(K)]
-    first_to_answer: dict[tuple[int, str], int] = {}
+    first_response: dict[tuple[int, str], int] = {}
     next_response = 0
     for n, trajectory in enumerate(trajectories):
         table["returns"][n] = trajectory.total_reward
@@ -250,14 +250,15 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
             responses["response_turn"][r] = k
             responses["response_tokens"][r] = len(turn.response_ids)
             responses["response_rewards"][r] = turn.reward
-            seen = first_to_answer.setdefault((trajectory.group, turn.observation), r)
-            responses["response_anchor"][r] = seen if turn.observation else r
+            anchor = first_response.setdefault((trajectory.group, turn.observation), r)
+            responses["response_anchor"][r] = anchor if turn.observation else r
         if trajectory.in_loss:
             segments[table["trajectory_minibatch"][n]] += _segments(trajectory, n, next_response, layout.row_length)
         next_response += len(trajectory.turns)
 
-    rows = [_first_fit_decreasing([len(each.tokens) for each in part], layout.row_length) for part in segments]
-    ends = np.cumsum([-(-len(part) // layout.rows) for part in rows])
+    lengths = [[len(segment.tokens) for segment in minibatch] for minibatch in segments]
+    rows = [_first_fit_decreasing(minibatch, layout.row_length) for minibatch in lengths]
+    ends = np.cumsum([-(-len(minibatch) // layout.rows) for minibatch in rows])
     if ends[-1] > layout.num_microbatches:
         raise ValueError(
             f"expected at most {layout.num_microbatches} microbatches, got {ends[-1]} (rows of {layout.row_length}, "
@@ -273,16 +274,16 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
     )
 
 
-def _deal(trajectories: Sequence[Trajectory], N: int, K: int, seed: int | Sequence[int]) -> np.ndarray:
-    """Shuffled trajectories to minibatches in turn, so that their counts differ by at most one."""
-    dealt = np.full(N, -1, np.int32)
-    packed = [n for n, each in enumerate(trajectories) if each.in_loss and each.ending is not Ending.ENV_ERROR]
-    dealt[np.random.default_rng(seed).permutation(np.array(packed, np.int64))] = np.arange(len(packed)) % K
-    return dealt
+def _minibatches(trajectories: Sequence[Trajectory], N: int, K: int, seed: int | Sequence[int]) -> np.ndarray:
+    """The minibatch of each trajectory: shuffled and assigned in turn, so that counts differ by at most one."""
+    minibatch = np.full(N, -1, np.int32)
+    packed = [n for n, t in enumerate(trajectories) if t.in_loss and t.ending is not Ending.ENV_ERROR]
+    minibatch[np.random.default_rng(seed).permutation(np.array(packed, np.int64))] = np.arange(len(packed)) % K
+    return minibatch
 
 
 def _segments(trajectory: Trajectory, n: int, first_response: int, row_length: int) -> list[_Segment]:
-    """The trajectory's segments, each cut after its last response token: nothing later is ever predicted."""
+    """The trajectory's segments, each cut after its last response token: later tokens are never predicted."""
     if trajectory.context not in ("append", "window"):
         raise ValueError(f'expected context "append" or "window", got {trajectory.context!r} in trajectory {n}')
     parts = [_turn_segment(turn, n, k, first_response + k) for k, turn in enumerate(trajectory.turns)]
@@ -305,18 +306,18 @@ def _segments(trajectory: Trajectory, n: int, first_response: int, row_length: i
 
 
 def _turn_segment(turn: Turn, n: int, k: int, response: int) -> _Segment:
-    seen, sampled = len(turn.observation_ids), len(turn.response_ids)
+    observed, sampled = len(turn.observation_ids), len(turn.response_ids)
     if not len(turn.logprobs) == len(turn.entropies) == sampled:
         raise ValueError(
             f"expected a logprob and an entropy for each of {sampled} sampled ids, got {len(turn.logprobs)} and "
             f"{len(turn.entropies)} in turn {k} of trajectory {n}"
         )
-    blank = np.zeros(seen, np.float32)
+    zeros = np.zeros(observed, np.float32)
     return _Segment(
         tokens=np.concatenate([turn.observation_ids, turn.response_ids]).astype(np.int32),
-        response_ids=np.concatenate([np.full(seen, -1), np.full(sampled, response)]).astype(np.int32),
-        logprobs=np.concatenate([blank, turn.logprobs]).astype(np.float32),
-        entropies=np.concatenate([blank, turn.entropies]).astype(np.float32),
+        response_ids=np.concatenate([np.full(observed, -1), np.full(sampled, response)]).astype(np.int32),
+        logprobs=np.concatenate([zeros, turn.logprobs]).astype(np.float32),
+        entropies=np.concatenate([zeros, turn.entropies]).astype(np.float32),
     )
 
 
@@ -349,11 +350,11 @@ def _fill(
         "logprobs": np.zeros(shape, np.float32),
         "entropies": np.zeros(shape, np.float32),
     }
-    for part, part_rows, start in zip(segments, rows, starts, strict=True):
-        for row, members in enumerate(part_rows, start=int(start) * layout.rows):
+    for minibatch, minibatch_rows, start in zip(segments, rows, starts, strict=True):
+        for row, members in enumerate(minibatch_rows, start=int(start) * layout.rows):
             offset = 0
             for number, member in enumerate(members, start=1):
-                segment = part[member]
+                segment = minibatch[member]
                 span = slice(offset, offset + len(segment.tokens))
                 for name, column in segment._asdict().items():
                     arrays[name][row, span] = column

@@ -1,4 +1,4 @@
-"""Counts compilations, so that "nothing compiles after warm-up" is a number in every step's metrics."""
+"""Counts compilations, so that every step's metrics show whether anything compiled after warm-up."""
 
 import jax
 
@@ -15,5 +15,5 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compilations() -> int:
-    """Programs compiled (or fetched from the persistent cache) by this process since this module was imported."""
+    """Number of programs that this process compiled, or loaded from the persistent cache, since the import."""
     return _count

@@ -1,4 +1,4 @@
-"""A batch's returns and entropies -> one advantage a token: base estimator, times AEM's coefficient."""
+"""Credit assignment: a batch's returns and entropies → an advantage for each token, base estimator times AEM's α."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,17 +27,17 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class AemConfig:
-    """AEM's coefficient: alpha = exp(-strength * H) / its mean over the group, H the entropy scaled to 0..1."""
+    """AEM's coefficient: alpha = exp(-strength * H) / its mean over the group, H the entropy normalised to 0..1."""
 
     strength: float = 1.0
-    """How strongly uncertain responses are weighed down (the paper's lambda); 0 gives the base algorithm."""
+    """Strength of the down-weighting of uncertain responses (the paper's lambda); 0 gives the base algorithm."""
     min_range: float = 0.1
-    """A group whose response entropies span less (nats) keeps alpha = 1."""
+    """Minimum range of a group's response entropies, nats; groups below it keep alpha = 1."""
     scope: Literal["group", "trajectory", "batch"] = "group"
-    """What alpha is normalised over: a rollout group, or (the paper's ablations) a trajectory, or the whole batch."""
+    """Scope of alpha's normalisation: a rollout group, or (the paper's ablations) a trajectory or the whole batch."""
     variant: Literal["aem", "reversed", "shuffled"] = "aem"
-    """aem; or, the paper's ablations: reversed, where uncertain responses weigh more (-strength), and shuffled, where
-    the alphas of a scope are dealt to its responses at random."""
+    """aem, or one of the paper's ablations: reversed (-strength: uncertain responses weigh more), or shuffled (the
+    alphas of a scope are permuted among its responses)."""
 
     def __post_init__(self) -> None:
         if self.strength < 0 or self.min_range < 0:
@@ -47,14 +47,14 @@ class AemConfig:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Credit:
-    """Who earned what.
+    """Advantages of a batch.
 
     Attributes:
         tokens: f32[M,b,T], scaled advantage of each sampled token, 0 elsewhere.
         base: f32[R], base advantage of each response.
         coefficients: f32[R], alpha.
         entropies: f32[R], mean token entropy of each response, nats.
-        values: what a value head learns from; None without one. AEM has no part in it.
+        values: targets of the value head, not scaled by alpha; None without one.
     """
 
     tokens: Array
@@ -65,7 +65,7 @@ class Credit:
 
 
 def experience(batch: Batch, values: Array | None = None) -> Experience:
-    """What estimators see of a batch: its tables, whatever the packing, and the values f32[R] of its responses."""
+    """The estimators' view of a batch: its tables, whatever the packing, and its responses' values f32[R]."""
     tables = {name: getattr(batch, name) for name in Experience._fields if name != "response_values"}
     return Experience(**tables, response_values=values)
 
@@ -79,19 +79,19 @@ def make_credit(
 ) -> Callable[..., tuple[Credit, dict[str, Any]]]:
     """Builds `credit(batch, key=None, values=None) -> (Credit, statistics)`, jitted.
 
-    The PRNG key is for the variant "shuffled"; `values` f32[R] are given exactly if there is a value head.
+    The variant "shuffled" needs the PRNG key. `values` f32[R] are given exactly if there is a value head.
 
     Args:
         estimate: base advantages of responses, e.g. `of_returns(over_trajectories, grpo)`.
         aem: the coefficient's settings.
         num_groups: rollout groups of a step, static.
-        mesh: the mesh that the batch lies on.
-        returns: what the value head is to learn, e.g. `value_returns`; None without one.
+        mesh: the mesh of the batch.
+        returns: the value head's regression targets, e.g. `value_returns`; None without one.
     """
-    whole = replicated(mesh)
-    placed = Credit(packed_sharding(mesh), whole, whole, whole, whole)  # pyright: ignore[reportArgumentType]
+    everywhere = replicated(mesh)
+    shardings: Any = Credit(packed_sharding(mesh), *(everywhere,) * 4)  # pyright: ignore[reportArgumentType]
 
-    @partial(jax.jit, out_shardings=(placed, whole))
+    @partial(jax.jit, out_shardings=(shardings, everywhere))
     def credit(batch: Batch, key: Array | None = None, values: Array | None = None) -> tuple[Credit, dict[str, Any]]:
         table = experience(batch, values)
         base = estimate(table, num_groups)
@@ -99,36 +99,36 @@ def make_credit(
         flat = ids.reshape(-1, ids.shape[-1])
         entropies = response_entropy(jnp.asarray(batch.entropies).reshape(flat.shape), flat, base.shape[0])
         scope, count = SCOPES[aem.scope](batch, num_groups)
-        # Responses outside the loss have no tokens here, hence no entropy.
+        # Responses that are not in the loss have no packed tokens, so their entropy is NaN.
         kwargs = {"min_range": aem.min_range, "valid": batch.response_valid & ~jnp.isnan(entropies)}
         strength, shuffles = VARIANTS[aem.variant]
         alpha = aem_coefficients(entropies, scope, count, strength=strength * aem.strength, **kwargs)
         if shuffles:
             if key is None:
                 raise ValueError("expected a PRNG key for aem.variant shuffled, got none; call credit(batch, key)")
-            dealt = jnp.where(kwargs["valid"], scope, count)
-            alpha = shuffled(alpha, dealt, jax.random.fold_in(key, _SHUFFLE))
+            valid_scope = jnp.where(kwargs["valid"], scope, count)
+            alpha = shuffled(alpha, valid_scope, jax.random.fold_in(key, _SHUFFLE))
         tokens = token_advantages(alpha * base, flat).reshape(ids.shape)
-        found = coefficient_statistics(alpha, base, entropies, scope, count, **kwargs)
+        alphas = coefficient_statistics(alpha, base, entropies, scope, count, **kwargs)
         statistics = {
             "entropy/response": jnp.mean(entropies, where=kwargs["valid"]),
-            "entropy/token": jnp.sum(jnp.asarray(batch.entropies)) / jnp.sum(ids >= 0),  # none of no token
-            "aem/alpha_positive": found.mean_positive,
-            "aem/alpha_negative": found.mean_negative,
-            "aem/alpha_min": found.minimum,
-            "aem/alpha_max": found.maximum,
-            "aem/flat_groups": found.unmodulated_groups,
+            "entropy/token": jnp.sum(jnp.asarray(batch.entropies)) / jnp.sum(ids >= 0),  # NaN without tokens
+            "aem/alpha_positive": alphas.mean_positive,
+            "aem/alpha_negative": alphas.mean_negative,
+            "aem/alpha_min": alphas.minimum,
+            "aem/alpha_max": alphas.maximum,
+            "aem/flat_groups": alphas.unmodulated_groups,
             "advantage/positive_share": jnp.mean((base > 0).astype(jnp.float32), where=kwargs["valid"]),
             "advantage/nonzero_share": jnp.mean((base != 0).astype(jnp.float32), where=kwargs["valid"]),
         }
         if values is None or returns is None:
             return Credit(tokens, base, alpha, entropies), statistics
         targets = ValueTargets(values, returns(table, num_groups))
-        spoken = ~jnp.isnan(values)
+        packed = ~jnp.isnan(values)
         statistics |= {
-            "value/mean": jnp.mean(values, where=spoken),
-            "value/return": jnp.mean(targets.returns, where=spoken),
-            "value/explained_variance": explained_variance(*targets, valid=spoken),
+            "value/mean": jnp.mean(values, where=packed),
+            "value/return": jnp.mean(targets.returns, where=packed),
+            "value/explained_variance": explained_variance(*targets, valid=packed),
         }
         return Credit(tokens, base, alpha, entropies, targets), statistics
 
@@ -136,7 +136,7 @@ def make_credit(
 
 
 def shuffled(values: Array, ids: Array, key: Array) -> Array:
-    """Deals the values of responses with the same id among these at random.
+    """Permutes the values of responses with the same id at random.
 
     Args:
         values: f32[R].
@@ -144,15 +144,15 @@ def shuffled(values: Array, ids: Array, key: Array) -> Array:
         key: PRNG key.
 
     Returns:
-        f32[R]; of each id the same values as before.
+        f32[R]; each id has the same values as before.
     """
-    places = jnp.argsort(ids, stable=True)
-    dealt = jnp.lexsort((jax.random.uniform(key, ids.shape), ids))
-    return values.at[places].set(values[dealt])
+    targets = jnp.argsort(ids, stable=True)
+    sources = jnp.lexsort((jax.random.uniform(key, ids.shape), ids))
+    return values.at[targets].set(values[sources])
 
 
 Scope = Callable[[Batch, int], tuple[Array, int]]
-"""(batch, num_groups) -> what each response's alpha is normalised in, i32[R], and how many of these there are."""
+"""(batch, num_groups) -> the id of each response's scope, i32[R], and the number of scopes."""
 
 
 def _group(batch: Batch, num_groups: int) -> tuple[Array, int]:
@@ -169,6 +169,6 @@ def _batch(batch: Batch, num_groups: int) -> tuple[Array, int]:
 
 SCOPES: Mapping[str, Scope] = {"group": _group, "trajectory": _trajectory, "batch": _batch}
 VARIANTS: Mapping[str, tuple[float, bool]] = {"aem": (1.0, False), "reversed": (-1.0, False), "shuffled": (1.0, True)}
-"""What strength is multiplied by, and whether coefficients are shuffled afterwards."""
+"""Name → (factor of strength, whether coefficients are shuffled afterwards)."""
 _SHUFFLE = 0x5AFF1E
-"""Folded into a step's key: no episode has this number, so none shares its randomness with the shuffle."""
+"""Folded into a step's key; no episode has this number, so the shuffle's randomness is its own."""

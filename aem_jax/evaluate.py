@@ -1,8 +1,8 @@
-"""Success on a fixed set of tasks, with its interval: of the policy, of a scripted expert, of chance."""
+"""Success on a fixed set of tasks, with its interval: of the policy, or of a scripted agent."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -10,108 +10,61 @@ import jax
 
 from aem_jax.envs.play import Act, play, play_each
 from aem_jax.envs.protocol import Environment
+from aem_jax.metrics import Evaluation, Rate
 from aem_jax.rollout import Rollout, check_some_played
 from aem_jax.trajectory import Ending, Task, Trajectory
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is evaluated and when."""
+    """Evaluation sets, and when they are played."""
 
     size: int = 128
     """Tasks of each fixed evaluation set."""
     splits: tuple[str, ...] = ("valid_seen", "valid_unseen")
-    """Splits evaluated before and after training."""
+    """Splits to evaluate before and after training."""
     every: int = 0
-    """Steps between evaluations of the first split during training; 0 means only before and after."""
+    """Steps between evaluations of the first split during training; 0: only before and after."""
     baselines: bool = True
-    """Also play the scripted experts and a random agent."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share of successes with its 95 % interval (Wilson)."""
-
-    success: float
-    low: float
-    high: float
-    count: int
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an agent reached on one set.
-
-    Attributes:
-        set: name of the set, with its hash.
-        split: the split that it is drawn from.
-        rate: success over all tasks that the environment did not break.
-        by_kind: success by task type.
-        mean_score: the task's own score an episode, in [0, 1]; the success where it has none.
-        mean_turns: turns an episode.
-        mean_return: undiscounted return an episode.
-        env_errors: episodes left out because their environment broke.
-    """
-
-    set: str
-    split: str
-    rate: Rate
-    by_kind: dict[str, Rate]
-    mean_score: float
-    mean_turns: float
-    mean_return: float
-    env_errors: int = 0
-
-    def record(self, step: int, phase: str) -> dict[str, Any]:
-        """One line of `evaluations.jsonl`."""
-        means = {name: getattr(self, name) for name in ("mean_score", "mean_turns", "mean_return")}
-        by_kind = {kind: asdict(rate) for kind, rate in self.by_kind.items()}
-        return {
-            "step": step,
-            "phase": phase,
-            "set": self.set,
-            "split": self.split,
-            **asdict(self.rate),
-            "by_kind": by_kind,
-            **means,
-            "env_errors": self.env_errors,
-        }
+    """Also evaluate the scripted experts and a random agent."""
 
 
 class _Outcome(NamedTuple):
-    kind: str
-    won: bool
+    task_type: str
+    success: bool
     score: float
     turns: int
     total: float
 
 
-def rate(wins: Sequence[bool]) -> Rate:
-    """Share of wins with its 95 % interval, of Wilson's score test; of nothing, (nan, 0, 1).
+def rate(successes: Sequence[bool]) -> Rate:
+    """Share of successes with its 95 % interval, of Wilson's score test; without episodes, (nan, 0, 1).
 
         (k + z²/2 ± z √(k (n − k) / n + z²/4)) / (n + z²),    z = Φ⁻¹(0.975)
 
-    Written out: scipy.stats has it, and takes half a second to import.
+    Written out, because importing scipy.stats takes half a second.
     """
-    if not wins:
+    if not successes:
         return Rate(float("nan"), 0.0, 1.0, 0)
-    count, won, z = len(wins), sum(wins), NormalDist().inv_cdf(0.975)
-    centre, half = won + z**2 / 2, z * math.sqrt(won * (count - won) / count + z**2 / 4)
-    low, high = ((centre + sign * half) / (count + z**2) for sign in (-1, 1))
-    return Rate(won / count, max(low, 0.0), min(high, 1.0), count)
+    n, k, z = len(successes), sum(successes), NormalDist().inv_cdf(0.975)
+    centre, half = k + z**2 / 2, z * math.sqrt(k * (n - k) / n + z**2 / 4)
+    low, high = ((centre + sign * half) / (n + z**2) for sign in (-1, 1))
+    return Rate(k / n, max(low, 0.0), min(high, 1.0), n)
 
 
-def _summary(name: str, split: str, outcomes: Sequence["_Outcome"], env_errors: int) -> Evaluation:
-    kinds = sorted({each.kind for each in outcomes})
+def _summary(name: str, split: str, outcomes: Sequence[_Outcome], env_errors: int) -> Evaluation:
+    by_task_type = {task_type: [] for task_type in sorted({outcome.task_type for outcome in outcomes})}
+    for outcome in outcomes:
+        by_task_type[outcome.task_type].append(outcome.success)
     count = max(len(outcomes), 1)
     return Evaluation(
         set=name,
         split=split,
-        rate=rate([each.won for each in outcomes]),
-        by_kind={kind: rate([each.won for each in outcomes if each.kind == kind]) for kind in kinds},
-        mean_score=math.fsum(each.score for each in outcomes) / count,
-        mean_turns=sum(each.turns for each in outcomes) / count,
-        mean_return=math.fsum(each.total for each in outcomes) / count,
+        rate=rate([outcome.success for outcome in outcomes]),
+        by_task_type={task_type: rate(successes) for task_type, successes in by_task_type.items()},
+        mean_score=math.fsum(outcome.score for outcome in outcomes) / count,
+        mean_turns=sum(outcome.turns for outcome in outcomes) / count,
+        mean_return=math.fsum(outcome.total for outcome in outcomes) / count,
         env_errors=env_errors,
     )
 
@@ -119,10 +72,10 @@ def _summary(name: str, split: str, outcomes: Sequence["_Outcome"], env_errors: 
 def evaluate_policy(
     rollout: Rollout, params: Any, tasks: Sequence[Task], key: jax.Array, *, name: str, split: str
 ) -> tuple[Evaluation, list[Trajectory]]:
-    """Plays each task once with the policy, sampled as the rollout samples.
+    """Plays each task once with the policy, at the rollout's sampling parameters.
 
     Args:
-        rollout: the engine.
+        rollout: the rollout.
         params: decode-layout parameters.
         tasks: the fixed set.
         key: PRNG key; the same key gives the same episodes.
@@ -130,13 +83,13 @@ def evaluate_policy(
         split: its split.
 
     Raises:
-        EnvError: none could be played; with the first error.
+        EnvError: the environment broke all episodes; with the first error.
     """
     trajectories, stats = rollout(params, tasks, key, group_size=1)
     check_some_played(trajectories, stats, name)
-    whole = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
-    outcomes = [_Outcome(t.task.kind, t.won, t.score, len(t.turns), t.total_reward) for t in whole]
-    return _summary(name, split, outcomes, len(trajectories) - len(whole)), trajectories
+    unbroken = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
+    outcomes = [_Outcome(t.task.task_type, t.success, t.score, len(t.turns), t.total_reward) for t in unbroken]
+    return _summary(name, split, outcomes, len(trajectories) - len(unbroken)), trajectories
 
 
 def evaluate_agent(
@@ -146,20 +99,22 @@ def evaluate_agent(
 
     Args:
         env: the environment.
-        make_act: a fresh agent for a task.
+        make_act: a new agent for each task.
         tasks: the fixed set.
-        max_turns: turns after which an episode counts as lost.
+        max_turns: turns after which an episode counts as failed.
         name: the set's name.
         split: its split.
 
     Raises:
-        EnvError: the environment broke all of them; with the first error.
+        EnvError: the environment broke all episodes; with the first error.
     """
     outcomes, broken = [], 0
     for task, exchanges in play_each(tasks, lambda task: play(env, task.payload, make_act(task), max_turns)):
         if exchanges is None:
             broken += 1
             continue
-        won, score = (exchanges[-1].result.won, exchanges[-1].result.score) if exchanges else (False, 0.0)
-        outcomes.append(_Outcome(task.kind, won, score, len(exchanges), math.fsum(e.result.reward for e in exchanges)))
+        success, score = (exchanges[-1].result.won, exchanges[-1].result.score) if exchanges else (False, 0.0)
+        outcomes.append(
+            _Outcome(task.task_type, success, score, len(exchanges), math.fsum(e.result.reward for e in exchanges))
+        )
     return _summary(name, split, outcomes, broken)

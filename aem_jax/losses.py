@@ -1,14 +1,14 @@
-"""Policy losses as pure functions of one token's numbers, and how tokens add up. Imports jax alone.
+"""Policy losses as pure functions of one token's numbers, and their aggregation over tokens. Imports jax alone.
 
 A loss is `Σ_t w_t · ℓ_t` over the tokens of a minibatch. The weights are fixed before any gradient is taken, from a
-small table of responses, so the sum comes out the same however tokens are packed into rows and rows into microbatches:
-no mean is ever taken over what happens to lie in one array. An aggregation is a function from that table to weights.
+small table of responses, so the sum does not depend on how tokens are packed into rows and rows into microbatches: no
+mean is taken over the tokens of one array. An aggregation is a function from that table to weights.
 
-The ratio of a whole sequence (GSPO) is no token's own number, but one per sequence is all that it takes: log-ratios are
-summed per response, a table again, before any loss is computed.
+The ratio of a whole sequence (GSPO) depends on all its tokens. Log-ratios are summed for each response, in a table
+again, before any loss is computed.
 
-Left out: an entropy bonus (AEM moves entropy through the advantages), and means over masked arrays. A value head's loss
-is a state's, not a token's, and adds up the same way.
+Left out: an entropy bonus (AEM changes entropy through the advantages), and means over masked arrays. A value head's
+loss is a sum over states instead of tokens, aggregated the same way.
 """
 
 import functools
@@ -31,7 +31,7 @@ class TokenLoss(NamedTuple):
     ratio: jax.Array
     """float, ρ_t = π(a_t) / π_old(a_t)."""
     clipped: jax.Array
-    """bool, whether the clip decides, so that no gradient flows."""
+    """bool, whether the clip is active, so that no gradient flows."""
 
 
 def clipped_policy_loss(
@@ -48,8 +48,8 @@ def clipped_policy_loss(
         ρ_t = exp(logp_t − logp_t^old)
         ℓ_t = −min( ρ_t A_t,  clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t )
 
-    With a dual clip c (arXiv 1912.09729), ℓ_t = min(ℓ_t above, −c A_t) where A_t < 0: a bad token that became much
-    likelier would otherwise weigh as much as it likes. Gradients flow through `logprobs` alone.
+    With a dual clip c (arXiv 1912.09729), ℓ_t = min(ℓ_t above, −c A_t) where A_t < 0: otherwise the loss of a bad token
+    that became much likelier is unbounded. Gradients flow through `logprobs` alone.
 
     Args:
         logprobs: float[...], of the sampled tokens under the policy being trained, nats.
@@ -168,27 +168,27 @@ def response_log_ratios(
 def trajectory_log_ratios(
     sums: ArrayLike, response_tokens: ArrayLike, response_trajectory: ArrayLike, num_trajectories: int
 ) -> jax.Array:
-    """The sequence is all that the policy said in a trajectory.
+    """The sequence is all responses of a trajectory.
 
         log s_r = Σ_{t of all responses of r's trajectory} (logp_t − logp_t^old) / Σ_{r' of it} n_r'
 
     Args, Returns and Raises as `response_log_ratios`.
     """
     tokens, lengths, trajectory = _table(response_tokens, response_trajectory, num_trajectories)
-    spoken = jnp.where(tokens > 0, _floats(sums=sums)[0], 0.0)
-    total = jax.ops.segment_sum(spoken, trajectory, num_trajectories)
+    used = jnp.where(tokens > 0, _floats(sums=sums)[0], 0.0)
+    total = jax.ops.segment_sum(used, trajectory, num_trajectories)
     return jnp.where(tokens > 0, (total / jnp.maximum(lengths, 1.0))[trajectory], 0.0)
 
 
 def truncated_importance(logprobs: ArrayLike, sampled_logprobs: ArrayLike, cap: float) -> jax.Array:
-    """What a token counts for when it was sampled from another policy than the one that learns, without gradient.
+    """Truncated importance weight of tokens that another policy sampled, without gradient.
 
         w_t = min( exp(logp_t − logp_t^sampled), cap )
 
-    Over tokens of the sampler μ the mean of w ∇ℓ is then that over tokens of the learner π, but for π(a) > cap · μ(a),
-    which counts no more than cap: that bounds the variance. Truncated importance sampling (Ionides 2008), token by
-    token, for a sampler whose numbers differ from the learner's: Yao et al. 2025, "Your efficient RL framework secretly
-    brings you off-policy RL training".
+    The mean of w ∇ℓ over tokens of the sampler μ is that over tokens of the learner π, except where π(a) > cap · μ(a):
+    there the weight is capped, which bounds the variance. Truncated importance sampling (Ionides 2008), token by token,
+    for a sampler whose numbers differ from the learner's: Yao et al. 2025, "Your efficient RL framework secretly brings
+    you off-policy RL training".
 
     Args:
         logprobs: float[...], of the sampled tokens under the learner's policy *before* the update, nats.
@@ -213,15 +213,15 @@ class ValueLoss(NamedTuple):
     loss: jax.Array
     """float, ℓ, to be minimised, in units of reward squared."""
     clipped: jax.Array
-    """bool, whether the clip decides, so that no gradient flows."""
+    """bool, whether the clip is active, so that no gradient flows."""
 
 
 def clipped_value_loss(values: ArrayLike, old_values: ArrayLike, returns: ArrayLike, *, clip: float) -> ValueLoss:
-    """PPO's value loss: a value may come nearer to its return than it was by `clip`, then it stays (arXiv 1707.06347).
+    """PPO's value loss: no gradient once a value has moved by `clip` towards its return (arXiv 1707.06347).
 
         ℓ = ½ max( (V − R)²,  (V_old + clip(V − V_old, −ε, ε) − R)² )
 
-    As published implementations have it; the paper has the square alone. Gradients flow through `values` alone.
+    As in published implementations; the paper has the square alone. Gradients flow through `values` alone.
 
     Args:
         values: float[...], V, in units of reward.
@@ -247,7 +247,7 @@ def clipped_value_loss(values: ArrayLike, old_values: ArrayLike, returns: ArrayL
 
 
 def k1(logprobs: ArrayLike, reference_logprobs: ArrayLike) -> jax.Array:
-    """KL(π ‖ π_ref) by one sample: unbiased, of either sign. As a measure; its gradient is not the KL's.
+    """KL(π ‖ π_ref) by one sample: unbiased, of either sign. A statistic only: its gradient is not the KL's.
 
         k1_t = logp_t − logp_t^ref
 

@@ -1,8 +1,10 @@
-"""Numbers of a run: JSON lines for programs, TensorBoard events and, if wanted, Weights & Biases for people.
+"""Numbers of a run: JSON lines for programs, TensorBoard events and, optionally, Weights & Biases for people.
 
-`metrics.jsonl` is the record that counts: one line per step, complete or absent. A run resumed at step s drops its
-lines from s on before it goes on, so that its file equals that of a run which was never stopped, but for the clock:
-what depends on it stands under `time/` and `throughput/`, and `comparable` leaves that out.
+`metrics.jsonl` is the authoritative record: one line a step, complete or absent. A run resumed at step s first drops
+the lines from s on, so its file equals that of an uninterrupted run, but for the metrics that depend on the clock. They
+are named `time/…` and `throughput/…`; `comparable` removes them.
+
+`evaluations.jsonl` has a line for each `Evaluation`, written by `record` and read by `read_evaluation`.
 """
 
 import json
@@ -12,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,28 +26,125 @@ from aem_jax.files import parse_json, valid_text, write_text
 log = logging.getLogger(__name__)
 
 CLOCK = ("time/", "throughput/")
-"""Prefixes of the metrics that depend on the clock: two equal runs differ in these and in no others."""
+"""Prefixes of the metrics that depend on the clock; all others are equal in two equal runs."""
 
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Where the numbers of a run go. `metrics.jsonl` is always written."""
+    """Where metrics are written, besides `metrics.jsonl`."""
 
     tensorboard: bool = True
-    """Write TensorBoard events into the run's `tensorboard/`."""
+    """Write TensorBoard events to the run's `tensorboard/`."""
     wandb_project: str = ""
-    """Weights & Biases project to log to; empty for none. Needs the extra `wandb`."""
+    """Weights & Biases project; empty for none. Needs the extra `wandb`."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of successes in [0, 1] with its 95 % interval (Wilson), and the number of episodes."""
+
+    success: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One pass of an agent over a fixed set of tasks.
+
+    Attributes:
+        set: name of the set, with its hash.
+        split: the split that the set is drawn from.
+        rate: success over all tasks, without those that the environment broke.
+        by_task_type: success by task type.
+        mean_score: mean of the task's own score, in [0, 1]; the success where it has none.
+        mean_turns: mean number of turns of an episode.
+        mean_return: mean undiscounted return of an episode.
+        env_errors: number of episodes left out because the environment broke.
+        step: training step, in an evaluation that was read from a record.
+        phase: phase of the run, or name of the agent, in an evaluation that was read from a record.
+    """
+
+    set: str
+    split: str
+    rate: Rate
+    by_task_type: Mapping[str, Rate]
+    mean_score: float | None
+    mean_turns: float | None
+    mean_return: float | None
+    env_errors: int = 0
+    step: int = 0
+    phase: str = ""
+
+    def record(self, step: int, phase: str) -> dict[str, Any]:
+        """One line of `evaluations.jsonl`."""
+        return {
+            "step": step,
+            "phase": phase,
+            "set": self.set,
+            "split": self.split,
+            **asdict(self.rate),
+            "by_task_type": {task_type: asdict(rate) for task_type, rate in self.by_task_type.items()},
+            "mean_score": self.mean_score,
+            "mean_turns": self.mean_turns,
+            "mean_return": self.mean_return,
+            "env_errors": self.env_errors,
+        }
+
+
+def read_evaluation(record: Mapping[str, Any]) -> Evaluation | None:
+    """The evaluation of a line of `evaluations.jsonl`; missing fields have defaults. None without a success."""
+    rate = _read_rate(record)
+    if rate is None:
+        return None
+    by_task_type = record.get("by_task_type")
+    rates = {name: _read_rate(value) for name, value in by_task_type.items()} if isinstance(by_task_type, dict) else {}
+    return Evaluation(
+        set=str(record.get("set", "")),
+        split=str(record.get("split", "evaluation")),
+        rate=rate,
+        by_task_type={task_type: value for task_type, value in rates.items() if value is not None},
+        mean_score=_number_or_none(record.get("mean_score")),
+        mean_turns=_number_or_none(record.get("mean_turns")),
+        mean_return=_number_or_none(record.get("mean_return")),
+        env_errors=int(_number_or_none(record.get("env_errors")) or 0),
+        step=int(_number_or_none(record.get("step")) or 0),
+        phase=str(record.get("phase", "train")),
+    )
+
+
+def _read_rate(record: Any) -> Rate | None:
+    if not isinstance(record, dict) or not is_number(record.get("success")):
+        return None
+    success = float(record["success"])
+    low, high = (_number_or_none(record.get(name)) for name in ("low", "high"))
+    return Rate(
+        success=success,
+        low=success if low is None else min(low, success),
+        high=success if high is None else max(high, success),
+        count=int(_number_or_none(record.get("count")) or 0),
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a number, NaN excluded."""
+    return isinstance(value, int | float) and value == value
+
+
+def _number_or_none(value: Any) -> float | None:
+    return float(value) if is_number(value) else None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float | int | None]:
-    """Nested mappings of scalars → one level, keys joined by `/`, plain Python numbers.
+    """Nested mappings of scalars → one level of plain Python numbers, keys joined by `/`.
 
     Args:
         values: scalars (Python, numpy or jax) or mappings of them, to any depth.
-        prefix: what all keys begin with.
+        prefix: of all keys.
 
     Returns:
-        numbers by name, in the order given; a number that is not finite is None, for which JSON has a word.
+        Numbers by name, in the input's order. A number that is not finite is None, since JSON has no such numbers.
 
     Raises:
         ValueError: a leaf is not one number.
@@ -58,28 +157,28 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float | in
             continue
         array = np.asarray(value)
         if array.size != 1 or (array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16"):
-            found = f"{array.dtype} of shape {array.shape}" if array.size != 1 else repr(value)
-            raise ValueError(f"expected one number under {key!r}, got {found}; reduce or drop it before it is written")
+            got = f"{array.dtype} of shape {array.shape}" if array.size != 1 else repr(value)
+            raise ValueError(f"expected one number under {key!r}, got {got}; reduce or drop it before it is written")
         number = array.reshape(()).item()
         flat[key] = number if math.isfinite(number) else None
     return flat
 
 
 def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of `metrics.jsonl` without what depends on the clock: equal for equal runs."""
+    """A line of `metrics.jsonl` without the metrics that depend on the clock: equal for equal runs."""
     return {name: value for name, value in record.items() if not name.startswith(CLOCK)}
 
 
 def read_lines(path: Path | str) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file in order. A missing file is empty.
+    """The records of a JSON-lines file in order; a missing file has none.
 
-    A last line that a kill cut short is left out. So is any other line that is no record, with a warning: a run and its
-    report do not end for it.
+    A last line that a kill cut short is skipped. Any other damaged line is skipped with a warning, so that it ends
+    neither the run nor its report.
     """
     path = Path(path)
     if not path.exists():
         return []
-    # An unfinished last line may be whole but for its line break.
+    # The unfinished last line may be complete but for its line break.
     *lines, unfinished = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate([*lines, unfinished], start=1):
@@ -99,7 +198,7 @@ def read_lines(path: Path | str) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path | str, record: Mapping[str, Any]) -> None:
-    """Appends one record as one line in one write: a reader, or a run that comes back, sees all of it or none."""
+    """Appends one record as one line in one write, so that a reader or a resumed run sees all of it or none."""
     line = json_line(record) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -109,7 +208,7 @@ def append_line(path: Path | str, record: Mapping[str, Any]) -> None:
 
 
 def json_line(record: Any) -> str:
-    """A record as JSON that can be encoded: numbers that are not finite become null, half surrogate pairs U+FFFD."""
+    """A record as valid JSON: numbers that are not finite become null, lone surrogates U+FFFD."""
     return valid_text(json.dumps(_finite(record), allow_nan=False, ensure_ascii=False))
 
 
@@ -122,7 +221,7 @@ def _finite(value: Any) -> Any:
 
 
 def drop_lines(path: Path | str, step: int) -> None:
-    """Drops the records of `step` and later ones, and any line cut short, from a JSON-lines file. Atomic."""
+    """Drops the records from `step` on, and damaged lines, from a JSON-lines file; atomic."""
     path = Path(path)
     if not path.exists():
         return
@@ -131,16 +230,16 @@ def drop_lines(path: Path | str, step: int) -> None:
 
 
 class MetricsWriter:
-    """Writes one line of numbers per step to everything that the config names. A context manager.
+    """Writes the metrics of each step to all destinations of the config. A context manager.
 
-    Writing is done in a thread of its own, in order, so that no step waits for a disk or a service. An error in it
-    comes up at the next call.
+    A thread of its own writes, in order, so that no step waits for a disk or a service. An error of that thread is
+    raised by the next call.
 
     Args:
-        run_dir: the run's folder, made if it is not there.
-        config: where the numbers go.
-        start_step: first step that this process will write; what an earlier process wrote from there on is dropped.
-        run_config: the run's settings, shown beside the curves where the place has room for them.
+        run_dir: the run's folder; created if it does not exist.
+        config: the destinations.
+        start_step: first step that this process writes; lines of an earlier process from there on are dropped.
+        run_config: the run's settings, for Weights & Biases.
 
     Raises:
         ValueError: `wandb_project` is set and wandb is not installed.
@@ -164,23 +263,23 @@ class MetricsWriter:
         self._unfinished: deque[Future[None]] = deque()
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, float | int | None]:
-        """Writes the numbers of one step; returns them as they will stand in the file."""
+        """Writes the metrics of one step; returns the line of the file."""
         record = {"step": int(step), **flatten(values)}
         self.later(lambda: self._write(step, record))
         return record
 
     def later(self, work: Callable[[], None]) -> None:
-        """Does work behind what is being written.
+        """Queues work for the writing thread.
 
         Raises:
-            OSError: what was to be written before could not be; so with other errors of earlier work.
+            OSError: an earlier write failed; other errors of earlier work likewise.
         """
         while self._unfinished and self._unfinished[0].done():
             self._unfinished.popleft().result()
         self._unfinished.append(self._thread.submit(work))
 
     def wait(self) -> None:
-        """Until all is written; raises as `later`."""
+        """Waits until everything queued is written; raises as `later`."""
         while self._unfinished:
             self._unfinished.popleft().result()
 
@@ -195,7 +294,7 @@ class MetricsWriter:
             self._wandb.log(dict(record), step=step)
 
     def close(self) -> None:
-        """Waits for what is being written, and closes what is open; raises as `later`."""
+        """Waits as `wait`, then closes all destinations; raises as `later`."""
         try:
             self.wait()
         finally:
@@ -218,7 +317,7 @@ class MetricsWriter:
 
 
 def _open_tensorboard(folder: Path, start_step: int) -> Any:
-    from tensorboardX import SummaryWriter  # 0.5 s of protobuf, for those who want it
+    from tensorboardX import SummaryWriter  # takes 0.5 s, so it is imported only where it is used
 
     return SummaryWriter(str(folder), purge_step=start_step or None)
 

@@ -1,18 +1,18 @@
-"""Which of the episodes played a step learns from, and what is taken off the return of long ones.
+"""Selection of the episodes that a step learns from, and the overlong penalty on their rewards.
 
-    play round 0, 1, ... until num_groups groups teach something, or max_rounds are played
+    play round 0, 1, ... until num_groups groups have a learning signal, or max_rounds are played
     learn from the first num_groups of them, in the order they were played
 
-A group whose outcomes are all equal has advantages of 0 in every group-relative estimator: it costs an update and
-teaches nothing. DAPO (arXiv 2503.14476, §3.2) leaves it out and plays more; GRPO++ (DeepSWE) plays more tasks than it
-needs in the one round that it has. Both are a number of rounds and a number of tasks in each.
+A group whose outcomes are all equal has advantages of 0 in every group-relative estimator, so it costs an update
+without any signal. DAPO (arXiv 2503.14476, §3.2) filters such groups and plays more; GRPO++ (DeepSWE) plays more tasks
+than it needs in its one round. Both are a number of rounds and a number of tasks in each.
 
-Round r of step s plays tasks and draws samples that follow from s and r alone, and what is decided follows from
-trajectories, which are the same in all processes. So there is no state: a resumed run chooses what an unbroken one
-chooses. A batch that is not full has fewer filled rows, not another shape.
+Selection has no state. The tasks and samples of round r of step s depend on s and r alone, and the choice depends on
+the trajectories alone, which are equal in all processes; so a resumed run chooses what an uninterrupted one chooses. A
+batch with fewer groups has fewer filled rows, not another shape.
 
-Left out: filling up with rejected groups when the rounds are over. Their advantages are 0, but they would count in the
-loss's means and in its KL.
+Left out: filling the batch with filtered groups after the last round. Their advantages are 0, but they would count in
+the loss's means and in its KL.
 """
 
 import math
@@ -27,40 +27,40 @@ from aem_jax.rollout.stats import RolloutStats, check_some_played, none_played
 from aem_jax.trajectory import Ending, Task, Trajectory
 
 Outcome = Callable[[Trajectory], float]
-"""What is compared inside a group: its return, or whether it was won."""
+"""The number compared inside a group: an episode's return, or its success."""
 
 BROKEN_TASKS = 24
-"""Tasks of a step that must all fail before the fault is taken for the environment's, not these tasks'. Where half of
-all tasks are void, 24 of them in a row are as rare as 1 step in 16 million."""
+"""Number of a step's tasks that must all break before the run stops with an environment error. Where half of all tasks
+are broken, 24 in a row happen in 1 step of 16 million."""
 
 Length = Callable[[Trajectory], Sequence[int]]
-"""Tokens that are held against a limit, for each turn."""
+"""Tokens that the overlong penalty compares with its limit, for each turn."""
 
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Which of the episodes played a step learns from; by default from all."""
+    """Selection of the episodes that a step learns from; by default all."""
 
-    reject_equal: bool = False
-    """Leave out groups whose episodes all had the same outcome: they have no advantage to learn from."""
-    outcome: Literal["return", "won"] = "return"
-    """What must differ inside a group: the environment's return, or whether the task was solved."""
+    filter_equal_outcomes: bool = False
+    """Filter groups whose episodes all have the same outcome: their group-relative advantages are 0."""
+    outcome: Literal["return", "success"] = "return"
+    """The outcome that must differ inside a group: the environment's return, or success."""
     oversample: float = 1.0
-    """With reject_equal: tasks played in each round, as a multiple of rollout.groups_per_step (GRPO++: 2)."""
+    """filter_equal_outcomes: tasks played in each round, as a multiple of rollout.groups_per_step (GRPO++: 2)."""
     max_rounds: int = 1
-    """With reject_equal: most rounds of a step (DAPO: 10). A round more is played while there are fewer than
-    rollout.groups_per_step groups to learn from; after the last the step goes on with those that there are."""
+    """filter_equal_outcomes: maximum number of rounds in a step (DAPO: 10). Rounds are played until
+    rollout.groups_per_step groups are left; after the last round the step learns from fewer."""
     truncated: Literal["learn", "mask", "drop"] = "learn"
-    """Compact filtering, of episodes that ended at a limit (turns, tokens). mask (GRPO++): out of the loss and of AEM's
-    groups, but their returns count in their group's statistics. drop: out of these too, as if they had not been played;
-    not where running out of turns is how a task is lost: what is left of a group then has equal outcomes."""
+    """Compact filtering of episodes that ended at a limit (turns, tokens). mask (GRPO++): not in the loss and in AEM's
+    groups, but in their group's return statistics. drop: not in these either. Do not use drop where failed tasks end at
+    the turn limit: the rest of a group then has equal outcomes."""
     overlong_penalty: float = 0.0
-    """Soft overlong penalty: what a response (or an episode) at its limit loses, in units of reward; 0: off."""
+    """Soft overlong penalty: reward taken off a response (or an episode) at its limit; 0 disables."""
     overlong_buffer: int = 0
-    """Tokens before the limit over which the penalty rises from 0, along a line."""
+    """Soft overlong penalty: tokens before the limit over which it rises linearly from 0."""
     overlong_of: Literal["response", "episode"] = "response"
-    """What is too long: a response, of rollout.response_tokens, or with rollout.context append all that an episode said
-    and heard, of rollout.context_tokens."""
+    """Soft overlong penalty: the length that counts, a response's against rollout.response_tokens, or (rollout.context
+    append) all tokens of an episode against rollout.context_tokens."""
 
     def __post_init__(self) -> None:
         if not self.oversample >= 1 or self.max_rounds < 1:
@@ -68,10 +68,11 @@ class SelectionConfig:
                 f"expected selection.oversample >= 1 and selection.max_rounds >= 1, got {self.oversample} and "
                 f"{self.max_rounds}"
             )
-        if not self.reject_equal and (self.oversample > 1 or self.max_rounds > 1):
+        if not self.filter_equal_outcomes and (self.oversample > 1 or self.max_rounds > 1):
             raise ValueError(
-                f"expected selection.reject_equal with selection.oversample {self.oversample} and selection.max_rounds "
-                f"{self.max_rounds}, got False; without it what is played beyond groups_per_step would be thrown away"
+                f"expected selection.filter_equal_outcomes with selection.oversample {self.oversample} and "
+                f"selection.max_rounds {self.max_rounds}, got False; without it groups beyond groups_per_step would be "
+                "thrown away"
             )
         if self.overlong_penalty < 0 or (self.overlong_penalty > 0) != (self.overlong_buffer > 0):
             raise ValueError(
@@ -80,49 +81,49 @@ class SelectionConfig:
             )
 
     def tasks_per_round(self, num_groups: int) -> int:
-        """Tasks that are played in each round to learn from `num_groups`."""
+        """Tasks played in each round to learn from `num_groups`."""
         return math.ceil(self.oversample * num_groups)
 
 
-def as_it_is(trajectory: Trajectory) -> Trajectory:
-    """The episode itself: truncated or not, it is learnt from."""
+def keep(trajectory: Trajectory) -> Trajectory:
+    """The episode, unchanged."""
     return trajectory
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is chosen, as functions.
+    """`SelectionConfig` as functions.
 
     Attributes:
-        num_groups: groups to learn from, at most.
-        max_rounds: rounds to play, at most.
-        outcome: what must differ inside a group; None takes every group.
-        truncated: what becomes of an episode that ended at a limit; None leaves it out.
-        penalise: what becomes of an episode that is learnt from; None leaves it as it is.
+        num_groups: maximum number of groups to learn from.
+        max_rounds: maximum number of rounds to play.
+        outcome: the outcome that must differ inside a group; None keeps every group.
+        truncated: maps an episode that ended at a limit; one mapped to None is left out.
+        penalise: maps an episode that is learnt from; None for no penalty.
     """
 
     num_groups: int
     max_rounds: int = 1
     outcome: Outcome | None = None
-    truncated: Callable[[Trajectory], Trajectory | None] = as_it_is
+    truncated: Callable[[Trajectory], Trajectory | None] = keep
     penalise: Callable[[Trajectory], Trajectory] | None = None
 
 
 @dataclass(frozen=True)
 class Selected:
-    """What is learnt from.
+    """The selected episodes, and counts.
 
     Attributes:
-        trajectories: in the order they came in; groups are numbered from 0, without gaps.
-        groups: how many these are of.
-        rejected: groups with equal outcomes.
-        surplus: groups beyond `num_groups`.
-        masked: episodes of the groups chosen that are out of the loss, broken ones not counted.
+        trajectories: in the order of the input; groups are numbered from 0, without gaps.
+        groups: number of selected groups.
+        filtered: groups with equal outcomes, left out.
+        surplus: groups beyond `num_groups`, left out.
+        masked: episodes of the selected groups that are not in the loss, without broken ones.
     """
 
     trajectories: list[Trajectory]
     groups: int
-    rejected: int
+    filtered: int
     surplus: int
     masked: int
 
@@ -132,10 +133,10 @@ class Played:
     """A step's episodes.
 
     Attributes:
-        trajectories: to learn from.
-        everything: all that was played; a group has a number of its own, whatever its round.
+        trajectories: the selected ones, after the penalty.
+        everything: all of them; groups are numbered over all rounds.
         stats: the rounds' counts and seconds, added up.
-        metrics: what was chosen, by name.
+        metrics: `selection/…`.
     """
 
     trajectories: list[Trajectory]
@@ -145,38 +146,38 @@ class Played:
 
 
 def select(trajectories: Sequence[Trajectory], rule: Rule) -> Selected:
-    """The first groups that teach something, renumbered.
+    """The first groups with a learning signal, renumbered.
 
-    A group does when two of its episodes differ in outcome, and one is in the loss. Episodes broken by their
-    environment (`ENV_ERROR`) make no difference, nor do truncated ones that are left out: no advantage comes of them.
-    Broken episodes stay in their group, as `collate` wants them: it masks them.
+    A group has a signal if two of its episodes differ in outcome and one of them is in the loss. Episodes broken by
+    their environment (`ENV_ERROR`) and truncated ones that are left out do not count, since they have no advantage.
+    Broken episodes stay in their group; `collate` masks them.
 
     Args:
-        trajectories: groups in any numbering, which also is their order.
-        rule: what is chosen.
+        trajectories: episodes; the numbers of their groups give the groups' order.
+        rule: the selection.
 
     Returns:
-        What is learnt from, not yet penalised. There may be fewer than `num_groups` groups, or none.
+        The selected episodes before the penalty; fewer than `num_groups` groups, or none, where there are no more.
     """
     groups: dict[int, list[Trajectory]] = {}
-    for each in trajectories:
-        groups.setdefault(each.group, []).append(each)
-    treat = lambda t: rule.truncated(t) if t.ending is Ending.TRUNCATED else t  # noqa: E731
-    kept = {group: [t for t in map(treat, members) if t is not None] for group, members in sorted(groups.items())}
-    taught = [group for group, members in kept.items() if rule.outcome is None or _differ(members, rule.outcome)]
-    chosen = taught[: rule.num_groups]
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.group, []).append(trajectory)
+    compact = lambda t: rule.truncated(t) if t.ending is Ending.TRUNCATED else t
+    kept = {group: [t for t in map(compact, members) if t is not None] for group, members in sorted(groups.items())}
+    mixed = [group for group, members in kept.items() if rule.outcome is None or _differ(members, rule.outcome)]
+    chosen = mixed[: rule.num_groups]
     return Selected(
         trajectories=[replace(t, group=number) for number, group in enumerate(chosen) for t in kept[group]],
         groups=len(chosen),
-        rejected=len(kept) - len(taught),
-        surplus=len(taught) - len(chosen),
+        filtered=len(kept) - len(mixed),
+        surplus=len(mixed) - len(chosen),
         masked=sum(len(groups[group]) - sum(t.in_loss for t in kept[group]) for group in chosen),
     )
 
 
 def _differ(members: Sequence[Trajectory], outcome: Outcome) -> bool:
-    whole = [t for t in members if t.ending is not Ending.ENV_ERROR]
-    return len(set(map(outcome, whole))) > 1 and any(t.in_loss for t in whole)
+    unbroken = [t for t in members if t.ending is not Ending.ENV_ERROR]
+    return len(set(map(outcome, unbroken))) > 1 and any(t.in_loss for t in unbroken)
 
 
 def play_rounds(
@@ -187,106 +188,106 @@ def play_rounds(
     step: int,
     key: jax.Array,
 ) -> Played:
-    """Plays a step's episodes and chooses from them.
+    """Plays a step's rounds and selects from their episodes.
 
-    Round 0 samples with `key`, round r with `fold_in(key, 2^32 − r)`: counted from the top, because the keys of round
-    0's episodes are what folding in 0, 1, ... would give.
+    Round 0 samples with `key`, round r with `fold_in(key, 2^32 − r)`: the keys of round 0's episodes are already
+    fold_in(key, 0), fold_in(key, 1), ….
 
     Args:
         rollout: (params, tasks, key) -> (trajectories, stats).
-        tasks: (step, round) -> what is played.
-        rule: what is chosen.
+        tasks: (step, round) -> the round's tasks.
+        rule: the selection.
         params: decode-layout parameters.
         step: training step.
         key: its PRNG key.
 
     Returns:
-        At least one round's episodes. Where the rounds are over before there are `num_groups` groups, those that there
-        are. Leading rounds in which no episode could be played do not count, and nothing of them is learnt.
+        At least one round's episodes; fewer than `num_groups` groups where `max_rounds` had no more. Leading rounds in
+        which the environment broke all episodes are played again with other tasks, and are not learnt from.
 
     Raises:
-        EnvError: no episode of `BROKEN_TASKS` tasks or more could be played; with the first error.
+        EnvError: the environment broke all episodes of `BROKEN_TASKS` tasks or more; with the first error.
     """
     everything: list[Trajectory] = []
     stats, rounds, next_group, begin = RolloutStats(), 0, 0, 0
     while True:
-        given = tasks(step, rounds)
-        found, more = rollout(params, given, jax.random.fold_in(key, 2**32 - rounds) if rounds else key)
-        everything += [replace(t, group=next_group + t.group) for t in found]
-        stats, rounds, next_group = stats + more, rounds + 1, next_group + len(given)
+        round_tasks, round_key = tasks(step, rounds), jax.random.fold_in(key, 2**32 - rounds) if rounds else key
+        trajectories, round_stats = rollout(params, round_tasks, round_key)
+        everything += [replace(t, group=next_group + t.group) for t in trajectories]
+        stats, rounds, next_group = stats + round_stats, rounds + 1, next_group + len(round_tasks)
         if next_group >= BROKEN_TASKS:
             check_some_played(everything, stats, f"step {step}")
         if none_played(everything):
-            begin = len(everything)  # perhaps these tasks alone are broken: others are played in their place
+            begin = len(everything)  # these tasks may be the broken ones: play others in their place
             continue
         selected = select(everything[begin:], rule)
         if rounds >= rule.max_rounds or selected.groups >= rule.num_groups:
             break
     chosen = selected.trajectories
-    learnt = [rule.penalise(t) for t in chosen] if rule.penalise else chosen
-    taken = math.fsum(t.total_reward for t in learnt) - math.fsum(t.total_reward for t in chosen)
+    penalised = [rule.penalise(t) for t in chosen] if rule.penalise else chosen
+    penalty = math.fsum(t.total_reward for t in penalised) - math.fsum(t.total_reward for t in chosen)
     metrics = {
         "selection/rounds": rounds,
         "selection/groups": selected.groups,
-        "selection/rejected_groups": selected.rejected,
+        "selection/filtered_groups": selected.filtered,
         "selection/surplus_groups": selected.surplus,
         "selection/masked_truncated": selected.masked,
-        "selection/overlong_penalty": taken / max(len(chosen), 1),
+        "selection/overlong_penalty": penalty / max(len(chosen), 1),
     }
-    return Played(learnt, everything, stats, metrics)
+    return Played(penalised, everything, stats, metrics)
 
 
 def returned(trajectory: Trajectory) -> float:
-    """The environment's return as an outcome: in float32, as advantages see it. In float64, 0.1 + 0.2
-    and 0.3 would be two outcomes."""
+    """The environment's return as an outcome, in float32 as the estimators have it. In float64, 0.1 + 0.2 and 0.3 would
+    be two outcomes."""
     return float(np.float32(trajectory.total_reward))
 
 
-def won(trajectory: Trajectory) -> float:
-    """Whether the task was solved, as an outcome."""
-    return float(trajectory.won)
+def succeeded(trajectory: Trajectory) -> float:
+    """Success as an outcome."""
+    return float(trajectory.success)
 
 
-def out_of_loss(trajectory: Trajectory) -> Trajectory:
-    """The episode for the statistics of its group alone."""
+def mask_loss(trajectory: Trajectory) -> Trajectory:
+    """The episode without its tokens in the loss; its return stays in the statistics of its group."""
     return replace(trajectory, in_loss=False)
 
 
 def response_lengths(trajectory: Trajectory) -> list[int]:
-    """Sampled tokens of each response: what `rollout.response_tokens` limits."""
+    """Sampled tokens of each response, limited by `rollout.response_tokens`."""
     return [len(turn.response_ids) for turn in trajectory.turns]
 
 
 def episode_lengths(trajectory: Trajectory) -> list[int]:
-    """All tokens of an episode, heard and said, at its last turn, and 0 before: what `rollout.context_tokens` limits in
-    the append context."""
+    """All tokens of an episode at its last turn, 0 at earlier ones; limited by `rollout.context_tokens` in the append
+    context."""
     total = sum(len(turn.observation_ids) + len(turn.response_ids) for turn in trajectory.turns)
     return [0] * (len(trajectory.turns) - 1) + [total] * bool(trajectory.turns)
 
 
 def soft_overlong(trajectory: Trajectory, *, length: Length, limit: int, buffer: int, penalty: float) -> Trajectory:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), on the reward of each turn.
+    """DAPO's soft overlong penalty (arXiv 2503.14476, equation 13), on the reward of each turn.
 
         r'_k = r_k − penalty · clip( (n_k − (limit − buffer)) / buffer, 0, 1 )
 
-    n_k is the turn's length, so an episode's return loses the sum over its turns. DAPO has one response an episode,
-    penalty 1, limit 20480 and buffer 4096. A response cut at its budget has n_k = limit and loses all of `penalty`.
+    n_k is the turn's length; an episode's return loses the sum over its turns. DAPO has one response an episode,
+    penalty 1, limit 20480 and buffer 4096. A response cut at its budget has n_k = limit and loses the full penalty.
 
     Args:
         trajectory: an episode.
         length: n_k of each turn, in tokens: `response_lengths` or `episode_lengths`.
-        limit: tokens at which all of `penalty` is lost.
-        buffer: tokens before that over which it rises, in [1, limit].
+        limit: tokens at which the penalty is full.
+        buffer: tokens before the limit over which it rises, in [1, limit].
         penalty: in units of reward.
 
     Returns:
-        The same episode with other rewards.
+        The episode with reduced rewards.
 
     Raises:
         ValueError: buffer outside [1, limit].
     """
     if not 1 <= buffer <= limit:
         raise ValueError(f"expected a buffer of 1 to {limit} tokens (the limit), got {buffer}")
-    share = lambda n: min(max((n - (limit - buffer)) / buffer, 0.0), 1.0)  # noqa: E731
+    share = lambda n: min(max((n - (limit - buffer)) / buffer, 0.0), 1.0)
     turns = zip(trajectory.turns, length(trajectory), strict=True)
     return replace(trajectory, turns=tuple(replace(turn, reward=turn.reward - penalty * share(n)) for turn, n in turns))

@@ -110,7 +110,7 @@ def timings(played: RolloutStats, start: float, rolled_out: float, end: float) -
         "throughput/episodes_per_s": played.episodes / played.total_s,
         "time/rollout": rolled_out - start,
         "time/rollout_device": played.device_busy_s,
-        "throughput/device_busy_share": played.device_busy_s / played.total_s,
+        "throughput/device_utilization": played.device_busy_s / played.total_s,
         "time/rollout_environment": played.environment_s,
         "time/update": end - rolled_out,
         "time/step": end - start,
@@ -121,19 +121,19 @@ def rollout_metrics(trajectories: Sequence[Trajectory], played: RolloutStats) ->
     """Statistics of the episodes, without those that their environment broke."""
     intact = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
     turns = [turn for t in intact for turn in t.turns]
-    mean = lambda values: float(np.mean(values)) if len(values) else float("nan")  # noqa: E731
-    by_kind = {
-        f"rollout/success/{kind}": mean([t.won for t in intact if t.task.kind == kind])
-        for kind in sorted({t.task.kind for t in intact})
+    mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
+    by_task_type = {
+        f"rollout/success/{task_type}": mean([t.success for t in intact if t.task.task_type == task_type])
+        for task_type in sorted({t.task.task_type for t in intact})
     }
     outcomes: dict[int, set[float]] = {}
     for t in intact:
         outcomes.setdefault(t.group, set()).add(returned(t))
     return {
-        "rollout/success": mean([t.won for t in intact]),
+        "rollout/success": mean([t.success for t in intact]),
         "rollout/score": mean([t.score for t in intact]),
         "rollout/return": mean([t.total_reward for t in intact]),
-        **by_kind,
+        **by_task_type,
         "rollout/valid_action": mean([turn.valid_action for turn in turns]),
         "rollout/turns": mean([len(t.turns) for t in intact]),
         "rollout/response_tokens": mean([len(turn.response_ids) for turn in turns]),
@@ -153,21 +153,21 @@ def learner_metrics(stats: Metrics) -> Metrics:
 
 
 def transcripts(trajectories: Sequence[Trajectory], credit: Credit, step: int, count: int = 10) -> list[dict[str, Any]]:
-    """Up to `count` episodes for people to read, won and lost alternating, with the credit of each turn."""
+    """Up to `count` episodes for people to read, successful and failed alternating, with the credit of each turn."""
     base, alpha = (np.asarray(x) for x in jax.device_get((credit.base, credit.coefficients)))
     starts, first = [], 0
     for t in trajectories:
         starts.append(first)
         first += 0 if t.ending is Ending.ENV_ERROR else len(t.turns)
     intact = [(t, at) for t, at in zip(trajectories, starts, strict=True) if t.ending is not Ending.ENV_ERROR]
-    won, lost = ([pair for pair in intact if pair[0].won is value] for value in (True, False))
-    mixed = [pair for pairs in zip(won, lost, strict=False) for pair in pairs]
-    chosen = [*mixed, *won[len(mixed) // 2 :], *lost[len(mixed) // 2 :]][:count]
+    successful, failed = ([pair for pair in intact if pair[0].success is value] for value in (True, False))
+    mixed = [pair for pairs in zip(successful, failed, strict=False) for pair in pairs]
+    chosen = [*mixed, *successful[len(mixed) // 2 :], *failed[len(mixed) // 2 :]][:count]
     return [
         {
             "task_id": t.task.id,
-            "kind": t.task.kind,
-            "won": t.won,
+            "task_type": t.task.task_type,
+            "success": t.success,
             "score": t.score,
             "ending": t.ending.value,
             "step": step,

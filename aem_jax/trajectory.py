@@ -1,4 +1,4 @@
-"""Host types of a rollout: what was asked, what was said, how it ended. Plain numpy; ids as sampled are the truth."""
+"""Host types of a rollout: tasks, turns, trajectories. Plain numpy; sampled ids are never tokenized again."""
 
 import math
 from collections.abc import Mapping
@@ -10,28 +10,28 @@ import numpy as np
 
 
 class Ending(Enum):
-    """How an episode ended. Three words, never one."""
+    """How an episode ended."""
 
     TERMINATED = "terminated"
-    """The task said so."""
+    """The environment reached a terminal state."""
     TRUNCATED = "truncated"
-    """A limit (turns, tokens) was hit."""
+    """A limit (turns, tokens) was reached."""
     ENV_ERROR = "env_error"
-    """The environment broke: masked from loss and group statistics, never counted as failure."""
+    """The environment broke: masked from the loss and group statistics, and not counted as a failure."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do.
+    """A task of an environment.
 
     Attributes:
-        id: stable name, unique inside its split.
-        kind: task type, for metrics by type.
-        payload: JSON mapping that the environment server understands.
+        id: stable name, unique in its split.
+        task_type: label for metrics by task type.
+        payload: JSON mapping for the environment's reset.
     """
 
     id: str
-    kind: str
+    task_type: str
     payload: Mapping[str, Any]
 
 
@@ -40,11 +40,11 @@ class Turn:
     """One observation and the response to it.
 
     Attributes:
-        observation_ids: i32[n], the ids that the model saw since the previous response, chat markup included.
-        response_ids: i32[m], the ids that it sampled, stop id included.
+        observation_ids: i32[n], the ids appended since the previous response, chat markup included.
+        response_ids: i32[m], the sampled ids, stop id included.
         logprobs: f32[m], log-probability of each sampled id at the sampling temperature, nats.
-        entropies: f32[m], entropy of the distribution that each id was drawn from, nats.
-        reward: reward that the response earned.
+        entropies: f32[m], entropy of the distribution that each id was sampled from, nats.
+        reward: reward of the response.
         valid_action: whether the environment understood the response as an action.
         observation: text of the observation.
         response: text of the response.
@@ -65,16 +65,16 @@ class Trajectory:
     """One episode.
 
     Attributes:
-        task: what was to be done.
-        group: index of its rollout group inside the step.
-        member: index inside the group.
+        task: its task.
+        group: index of its rollout group in the step.
+        member: index in the group.
         turns: in order.
         ending: how it ended.
-        won: whether the task was solved.
-        retries: how often the episode was begun again after an environment error.
-        score: the task's own score in [0, 1]; as `won` where it has none.
-        context: "append" (turns share one growing sequence) or "window" (each turn's prompt stands alone).
-        in_loss: whether its tokens are learnt from; else it counts in the statistics of its group alone.
+        success: whether the task was solved.
+        retries: number of restarts after an environment error.
+        score: the task's own score in [0, 1]; 1 or 0, as `success`, where it has none.
+        context: "append" (turns share one growing sequence) or "window" (each turn has a prompt of its own).
+        in_loss: whether its tokens are in the loss; otherwise it only counts in the statistics of its group.
     """
 
     task: Task
@@ -82,7 +82,7 @@ class Trajectory:
     member: int
     turns: tuple[Turn, ...]
     ending: Ending
-    won: bool
+    success: bool
     retries: int = 0
     context: str = "append"
     score: float = 0.0
@@ -90,5 +90,5 @@ class Trajectory:
 
     @property
     def total_reward(self) -> float:
-        """Undiscounted sum of the turns' rewards, rounded once: their order and the version of Python do not matter."""
+        """Undiscounted sum of the turns' rewards, rounded once, so that it does not depend on the version of Python."""
         return math.fsum(turn.reward for turn in self.turns)

@@ -1,4 +1,4 @@
-"""Supervised learning on an expert's demonstrations, so that reinforcement learning starts above zero."""
+"""Warm start: supervised learning on an expert's demonstrations, before reinforcement learning."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -20,58 +20,57 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class WarmstartConfig:
-    """How much is learnt from demonstrations."""
+    """The warm start: demonstrations and optimizer steps."""
 
     episodes: int = 0
-    """Demonstrations; 0 leaves the warm start out."""
+    """Number of demonstrations; 0 disables the warm start."""
     steps: int = 200
-    """Optimizer steps over them."""
+    """Optimizer steps."""
     batch_episodes: int = 64
-    """Demonstrations of one step."""
+    """Demonstrations in the batch of one step."""
     learning_rate: float = 1e-3
-    """Peak learning rate; rises over the first tenth, then falls along half a cosine."""
+    """Peak learning rate; linear warm-up over the first tenth, then cosine decay."""
     wander: float = 0.0
     """Share of turns in which the demonstrator does something careless instead of what it should (goes somewhere at
     random, buys without looking, finishes untested): its pupil has something left to learn from reward."""
-    only_won: bool = True
-    """Leave out episodes that the expert lost."""
+    only_successful: bool = True
+    """Use successful demonstrations only."""
     init_from: str = ""
     """Folder of another run to start from in place of demonstrations: its parameters at step 0 and its tokenizer. Model
     and tokenizer settings must be equal; not with LoRA."""
 
 
 def demonstrate(env: Environment, act: Act, task: Task, chat: Any, *, instruction: str, max_turns: int) -> Trajectory:
-    """One expert episode as a trajectory in the append context: the ids that a policy would have heard and said.
+    """One expert episode as a trajectory in the append context, with the ids of a policy's episode.
 
-    Logprobs and entropies are zero: nobody sampled these responses.
+    Logprobs and entropies are zero, since the responses were not sampled.
     """
     exchanges = play(env, task.payload, act, max_turns)
     turns: list[Turn] = []
     stop = np.asarray([chat.stop_ids[0]], np.int32)
     for exchange in exchanges:
         if turns:
-            heard = chat.delta_ids(exchange.observation, closed=True)
+            observation_ids = chat.delta_ids(exchange.observation, closed=True)
         else:
-            heard = chat.prompt_ids(first_messages(instruction, exchange.observation))
-        said = np.concatenate([np.asarray(chat.encode(exchange.response), np.int32), stop])
-        blank = np.zeros(len(said), np.float32)
-        valid = bool(exchange.result.info.get("valid_action", True))
+            observation_ids = chat.prompt_ids(first_messages(instruction, exchange.observation))
+        response_ids = np.concatenate([np.asarray(chat.encode(exchange.response), np.int32), stop])
+        zeros = np.zeros(len(response_ids), np.float32)
         turns.append(
             Turn(
-                np.asarray(heard, np.int32),
-                said,
-                blank,
-                blank,
-                exchange.result.reward,
-                valid,
-                exchange.observation,
-                exchange.response,
+                observation_ids=np.asarray(observation_ids, np.int32),
+                response_ids=response_ids,
+                logprobs=zeros,
+                entropies=zeros,
+                reward=exchange.result.reward,
+                valid_action=bool(exchange.result.info.get("valid_action", True)),
+                observation=exchange.observation,
+                response=exchange.response,
             )
         )
     last = exchanges[-1].result if exchanges else None
     ending = Ending.TERMINATED if last is not None and last.terminated else Ending.TRUNCATED
-    won, score = (last.won, last.score) if last is not None else (False, 0.0)
-    return Trajectory(task, 0, 0, tuple(turns), ending, won, score=score)
+    success, score = (last.won, last.score) if last is not None else (False, 0.0)
+    return Trajectory(task, 0, 0, tuple(turns), ending, success, score=score)
 
 
 def demonstrations(
@@ -83,22 +82,20 @@ def demonstrations(
     instruction: str,
     max_turns: int,
 ) -> Iterator[Trajectory | None]:
-    """An expert's episode of each task (`demonstrate`); None where the task broke its environment.
+    """An expert's episode of each task (`demonstrate`); None where the environment broke.
 
     Raises:
-        EnvError: all tasks did; with the first error.
+        EnvError: the environment broke in all tasks; with the first error.
     """
-    show = lambda task: demonstrate(  # noqa: E731
-        env, make_act(task), task, chat, instruction=instruction, max_turns=max_turns
-    )
-    return (episode for _, episode in play_each(tasks, show))
+    play_task = lambda task: demonstrate(env, make_act(task), task, chat, instruction=instruction, max_turns=max_turns)
+    return (episode for _, episode in play_each(tasks, play_task))
 
 
 def fitting(episodes: Sequence[Trajectory], limit: int) -> list[Trajectory]:
-    """The episodes of at most `limit` tokens; where there are none, of each the first turns that have no more."""
-    whole = [episode for episode in episodes if _num_tokens(episode.turns) <= limit]
-    if whole or not episodes:
-        return whole
+    """The episodes of at most `limit` tokens; where there are none, the leading turns of each within the limit."""
+    short = [episode for episode in episodes if _num_tokens(episode.turns) <= limit]
+    if short or not episodes:
+        return short
     log.warning(
         "all %d demonstrations are longer than rollout.context_tokens = %d (the shortest has %d tokens), so only their "
         "first turns are learnt from; raise rollout.context_tokens",
@@ -106,8 +103,7 @@ def fitting(episodes: Sequence[Trajectory], limit: int) -> list[Trajectory]:
         limit,
         min(_num_tokens(episode.turns) for episode in episodes),
     )
-    cuts = (_first_turns(episode.turns, limit) for episode in episodes)
-    cut = [replace(each, turns=turns, ending=Ending.TRUNCATED) for each, turns in zip(episodes, cuts, strict=True)]
+    cut = [replace(e, turns=_first_turns(e.turns, limit), ending=Ending.TRUNCATED) for e in episodes]
     return [episode for episode in cut if episode.turns]
 
 
@@ -124,10 +120,10 @@ def _first_turns(turns: tuple[Turn, ...], limit: int) -> tuple[Turn, ...]:
 
 
 def shuffled_batches(items: Sequence[Item], size: int, seed: int) -> Iterator[list[Item]]:
-    """Batches of `size` without end: each pass over the items in a new order, which seed and pass alone decide."""
+    """Infinite batches of `size`: each pass is a permutation of the items that depends on seed and pass alone."""
     if not items:
         raise ValueError(
-            "expected at least one demonstration, got none; the expert won no episode, or warmstart.episodes is 0"
+            "expected at least one demonstration, got none; the expert solved no task, or warmstart.episodes is 0"
         )
     order: list[int] = []
     epoch = 0
@@ -155,18 +151,18 @@ def warmstart(
     Args:
         state: the learner's state; donated.
         demonstrations: expert episodes.
-        update: supervised update, `(state, batch) -> (state, stats)`.
-        place: puts a batch on the mesh.
+        update: supervised update, `(state, batch) -> (state, metrics)`.
+        place: moves a batch to the mesh.
         layout: sizes of a batch of `config.batch_episodes` episodes.
-        config: how long.
-        seed: order of the demonstrations.
-        report: called with (step, stats) after each step.
+        config: steps and batch size.
+        seed: of the order of the demonstrations.
+        report: called with (step, metrics) after each step.
 
     Returns:
         The fitted state.
     """
     batches = shuffled_batches(demonstrations, config.batch_episodes, seed)
     for step in range(config.steps):
-        state, stats = update(state, place(collate(next(batches), layout)))
-        report(step, stats)
+        state, metrics = update(state, place(collate(next(batches), layout)))
+        report(step, metrics)
     return state

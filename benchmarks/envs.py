@@ -37,7 +37,7 @@ def measure_alfworld(folder: Path, seconds: float, seed: int = 0) -> dict[str, f
         raise ValueError(f"expected *.tw-pddl files, got none in {folder}")
     rng, games, resets = random.Random(seed), [], []
     for data in texts:
-        parse = lambda data=data: Game(data["pddl_domain"], data["pddl_problem"], data["grammar"])  # noqa: E731
+        parse = lambda data=data: Game(data["pddl_domain"], data["pddl_problem"], data["grammar"])
         parse()
         began = time.process_time()
         games.append(parse())

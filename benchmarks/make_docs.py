@@ -190,7 +190,7 @@ def _share(roofline: Mapping[str, Any] | None) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    row = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
+    row = lambda cells: f"| {' | '.join(cells)} |"
     return "\n".join([row(header), "|---" * len(header) + "|", *map(row, rows)])
 
 

@@ -118,7 +118,7 @@ def measure(num_steps: int) -> dict[str, float]:
         total = time.perf_counter() - start
     half = num_steps // 2
     warm = history[half:]
-    mean = lambda name: float(np.mean([each[name] for each in warm]))  # noqa: E731
+    mean = lambda name: float(np.mean([each[name] for each in warm]))
     return {
         "wall_s": round(total, 2),
         "warm_episodes_per_s": round(len(warm) * EPISODES / (marks[-1] - marks[half - 1]), 3),

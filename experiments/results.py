@@ -24,7 +24,7 @@ BINS = 30
 METRICS = (
     *("rollout/success", "rollout/turns", "rollout/valid_action", "rollout/mixed_groups", "rollout/response_tokens"),
     *("entropy/response", "aem/alpha_positive", "aem/alpha_negative", "aem/alpha_min", "aem/alpha_max"),
-    *("aem/flat_groups", "advantage/positive_share", "advantage/nonzero_share", "learner/clip_share"),
+    *("aem/flat_groups", "advantage/positive_share", "advantage/nonzero_share", "learner/clip_fraction"),
     *("learner/grad_norm", "parity/max"),
 )
 """Kept as curves; those that a run does not have are left out."""

@@ -237,7 +237,7 @@ def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[tuple[Grid, lis
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    row = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
+    row = lambda cells: f"| {' | '.join(cells)} |"
     return "\n".join([row(header), "|---" * len(header) + "|", *map(row, rows)])
 
 

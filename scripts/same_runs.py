@@ -136,7 +136,7 @@ def compare(old_file: Path, new_file: Path, renamed: dict[str, str]) -> int:
             for key in sorted({*was, *now}):
                 if was.get(key, "absent") != now.get(key, "absent"):
                     differences.append(f"{name} step {step} {key}: {was.get(key, 'absent')} → {now.get(key, 'absent')}")
-        if before["files"] != after["files"]:
+        if with_new_names(before["files"], renamed) != after["files"]:
             differences.append(f"{name}: other transcripts")
         both = before["arrays"].keys() & after["arrays"].keys()  # what evaluates more often saves more often
         if "10" not in both or any(before["arrays"][step] != after["arrays"][step] for step in both):
@@ -152,6 +152,12 @@ def compare(old_file: Path, new_file: Path, renamed: dict[str, str]) -> int:
     differences += [f"message new: {each}" for each in sorted(now - was)]
     print("\n".join(differences) or "equal")
     return 1 if differences else 0
+
+
+def with_new_names(value: Any, renamed: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {renamed.get(name, name): with_new_names(item, renamed) for name, item in value.items()}
+    return [with_new_names(item, renamed) for item in value] if isinstance(value, list) else value
 
 
 def first_difference(was: Any, now: Any, path: str = "") -> str:

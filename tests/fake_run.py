@@ -36,7 +36,7 @@ def evaluation(step: int, phase: str, split: str, success: float, rng: random.Ra
         "set": {"valid_seen": "9f2c41d8", "valid_unseen": "07be93aa"}[split],
         "split": split,
         **score(sum(wins.values()), each * len(KINDS)),
-        "by_kind": {kind: score(won, each) for kind, won in wins.items()},
+        "by_task_type": {kind: score(won, each) for kind, won in wins.items()},
         "mean_turns": 14 - 6 * success,
         "mean_return": 10 * success - 0.4,
     }
@@ -78,8 +78,8 @@ def transcript(index: int, rng: random.Random) -> dict:
     ending = "env_error" if index == 7 else "terminated" if won else "truncated"
     return {
         "task_id": f"valid_seen/{index:03d}",
-        "kind": kind,
-        "won": won,
+        "task_type": kind,
+        "success": won,
         "ending": ending,
         "step": 80,
         "turns": turns,
@@ -128,7 +128,7 @@ def write_fake_run(folder: Path, steps: int = 80, seed: int = 0) -> Path:
                 "aem/alpha_min": 0.55 + rng.gauss(0, 0.02),
                 "aem/alpha_max": 1.6 + rng.gauss(0, 0.05),
                 "aem/flat_groups": 0.02 + 0.1 * progress,
-                "learner/clip_share": 0.01 + abs(rng.gauss(0, 0.005)),
+                "learner/clip_fraction": 0.01 + abs(rng.gauss(0, 0.005)),
                 "learner/ratio_mean": 1.0,
                 "learner/kl_sampler": 0.004 + abs(rng.gauss(0, 0.001)),
                 "learner/grad_norm": 0.6 + abs(rng.gauss(0, 0.2)),

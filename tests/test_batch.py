@@ -28,7 +28,7 @@ def turn(observation, response, reward=0.0):
 
 
 def trajectory(*turns, group=0, ending=Ending.TERMINATED, context="append"):
-    return Trajectory(TASK, group, 0, tuple(turns), ending, won=False, context=context)
+    return Trajectory(TASK, group, 0, tuple(turns), ending, success=False, context=context)
 
 
 def random_trajectories(seed, count, context="append"):
@@ -125,15 +125,15 @@ def test_tables_of_a_hand_made_step():
 
 
 def test_anchors_are_the_first_to_answer_an_observation_in_their_group():
-    def said(*texts, group, ending=Ending.TERMINATED):
+    def episode(*texts, group, ending=Ending.TERMINATED):
         turns = [dataclasses.replace(turn([1], [2]), observation=text) for text in texts]
         return trajectory(*turns, group=group, ending=ending)
 
     steps = [
-        said("hall", "kitchen", "hall", group=0),  # responses 0, 1, 2
-        said("hall", "hall", group=0, ending=Ending.ENV_ERROR),  # in no table
-        said("kitchen", "", "", group=0),  # 3, 4, 5
-        said("kitchen", "hall", group=1),  # 6, 7: another group's rooms are others
+        episode("hall", "kitchen", "hall", group=0),  # responses 0, 1, 2
+        episode("hall", "hall", group=0, ending=Ending.ENV_ERROR),  # in no table
+        episode("kitchen", "", "", group=0),  # 3, 4, 5
+        episode("kitchen", "hall", group=1),  # 6, 7: another group's rooms are others
     ]
     batch = collate(steps, LAYOUT)
     np.testing.assert_array_equal(batch.response_anchor[:9], [0, 1, 0, 1, 4, 5, 6, 7, -1])

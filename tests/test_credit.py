@@ -55,7 +55,7 @@ def by_hand(trajectories: list[Trajectory], strength: float) -> dict[tuple[int, 
 def test_token_advantages_are_alpha_times_base(strength, context):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     trajectories = [
-        Trajectory(t.task, t.group, t.member, t.turns, t.ending, t.won, context=context)
+        Trajectory(t.task, t.group, t.member, t.turns, t.ending, t.success, context=context)
         for t in episodes(np.random.default_rng(0))
     ]
     batch = collate(trajectories, LAYOUT)
@@ -99,8 +99,8 @@ def test_an_episode_out_of_the_loss_counts_in_its_groups_statistics_alone():
     others = collate([t for t in masked if t.in_loss], LAYOUT)
     without, _ = jax.device_get(credit(place(others, mesh)))
     of_masked = np.array([t.member == 2 for t in trajectories])[batch.response_trajectory] & batch.response_valid
-    spoken = batch.response_valid & ~of_masked
-    np.testing.assert_allclose(found.coefficients[spoken], without.coefficients[others.response_valid], rtol=1e-6)
+    valid = batch.response_valid & ~of_masked
+    np.testing.assert_allclose(found.coefficients[valid], without.coefficients[others.response_valid], rtol=1e-6)
     assert of_masked.any() and np.all(found.coefficients[of_masked] == 1)
     # none of their tokens is in a row, and no minibatch is theirs
     assert not np.isin(np.nonzero(of_masked)[0], np.asarray(batch.response_ids)).any()
@@ -116,7 +116,7 @@ def alphas(trajectories: list[Trajectory], config: AemConfig, key: jax.Array | N
     return np.asarray(credit.coefficients)[batch.response_valid]
 
 
-def said(group: int, member: int, *entropies: float) -> Trajectory:
+def episode(group: int, member: int, *entropies: float) -> Trajectory:
     """An episode of responses of one token each, with these entropies."""
     ids, one = np.arange(3, dtype=np.int32), np.zeros(1, np.float32)
     turns = [Turn(ids, ids[:1], one, np.full(1, e, np.float32), 1.0, True) for e in entropies]
@@ -139,19 +139,19 @@ E, G = np.exp(-1.0), np.exp(-0.5)
     ],
 )
 def test_alpha_is_normalised_over_its_scope(scope, expected):
-    trajectories = [said(0, 0, 0.0, 1.0), said(0, 1, 0.5), said(1, 0, 1.0, 2.0)]
+    trajectories = [episode(0, 0, 0.0, 1.0), episode(0, 1, 0.5), episode(1, 0, 1.0, 2.0)]
     np.testing.assert_allclose(alphas(trajectories, AemConfig(scope=scope)), expected, rtol=1e-5)
 
 
 def test_reversed_weighs_the_uncertain_up():
     # exp(+H~) is 1, e, sqrt(e)
-    found = alphas([said(0, 0, 0.0, 1.0), said(0, 1, 0.5)], AemConfig(variant="reversed"))
+    found = alphas([episode(0, 0, 0.0, 1.0), episode(0, 1, 0.5)], AemConfig(variant="reversed"))
     np.testing.assert_allclose(found, np.array([1, 1 / E, 1 / G]) / np.mean([1, 1 / E, 1 / G]), rtol=1e-5)
 
 
 def test_shuffled_deals_the_alphas_of_a_group_among_its_responses():
     rng = np.random.default_rng(0)
-    trajectories = [said(g, m, *rng.uniform(0, 2, 3)) for g in range(3) for m in range(4)]
+    trajectories = [episode(g, m, *rng.uniform(0, 2, 3)) for g in range(3) for m in range(4)]
     config = AemConfig(variant="shuffled")
     with pytest.raises(ValueError, match="expected a PRNG key"):
         alphas(trajectories, config)

@@ -25,7 +25,7 @@ def test_extremes_stay_inside_zero_and_one():
     assert math.isnan(rate([]).success) and (rate([]).low, rate([]).high) == (0.0, 1.0)
 
 
-def test_an_agent_is_counted_by_kind():
+def test_an_agent_is_counted_by_task_type():
     """The agent says the word in its second turn; tasks of one step end before that."""
     tasks = [
         Task(f"t{i}", kind, {"word": "yes", "length": length})
@@ -33,17 +33,17 @@ def test_an_agent_is_counted_by_kind():
     ]
 
     def make_act(task):
-        said = iter(["no", "yes"])
-        return lambda result: next(said)
+        actions = iter(["no", "yes"])
+        return lambda result: next(actions)
 
     found = evaluate_agent(EchoEnv(), make_act, tasks, max_turns=9, name="set", split="valid_seen")
-    assert (found.by_kind["short"].success, found.by_kind["long"].success) == (0.0, 1.0)
+    assert (found.by_task_type["short"].success, found.by_task_type["long"].success) == (0.0, 1.0)
     assert (
         found.rate.count == 3 and found.mean_turns == pytest.approx(5 / 3) and found.mean_return == pytest.approx(2 / 3)
     )
     assert found.mean_score == found.rate.success  # the environment has no finer score
     record = found.record(7, "expert")
-    assert (record["step"], record["phase"], record["by_kind"]["long"]["count"]) == (7, "expert", 2)
+    assert (record["step"], record["phase"], record["by_task_type"]["long"]["count"]) == (7, "expert", 2)
 
 
 def test_the_tasks_own_score_is_that_of_the_last_step():
@@ -75,11 +75,11 @@ def test_a_task_that_breaks_is_left_out_and_all_that_do_are_said(error):
             return super().reset(task)
 
     tasks = [Task(f"t{level}", "k", {"word": "hi", "level": level}) for level in (0, 1, 2)]
-    how = {"max_turns": 3, "name": "set", "split": "test"}
-    found = evaluate_agent(Fragile(), lambda task: lambda result: "hi", tasks, **how)
+    settings = {"max_turns": 3, "name": "set", "split": "test"}
+    found = evaluate_agent(Fragile(), lambda task: lambda result: "hi", tasks, **settings)
     assert (found.rate.count, found.rate.success, found.env_errors) == (2, 1.0, 1)
     with pytest.raises(EnvError, match="every task broke its environment, t2 first: .*no such level"):
-        evaluate_agent(Fragile(), lambda task: lambda result: "hi", tasks[2:], **how)
+        evaluate_agent(Fragile(), lambda task: lambda result: "hi", tasks[2:], **settings)
 
 
 def test_an_evaluation_of_which_nothing_was_played_is_none():
@@ -87,7 +87,7 @@ def test_an_evaluation_of_which_nothing_was_played_is_none():
         trajectories = [Trajectory(Task("t", "k", {}), i, 0, (), ending, False) for i, ending in enumerate(endings)]
         return lambda *_, **__: (trajectories, RolloutStats(first_error="task t: no display"))
 
-    how = {"params": None, "tasks": [], "key": jax.random.key(0), "name": "valid-2-ab", "split": "valid"}
+    settings = {"params": None, "tasks": [], "key": jax.random.key(0), "name": "valid-2-ab", "split": "valid"}
     for endings in ([Ending.ENV_ERROR] * 2, [Ending.ENV_ERROR, Ending.TRUNCATED]):  # the second: no prompt that fits
         with pytest.raises(EnvError, match="no episode of valid-2-ab could be played; the first error: task t: no dis"):
-            evaluate_policy(rollout(endings), **how)  # type: ignore[arg-type]
+            evaluate_policy(rollout(endings), **settings)  # type: ignore[arg-type]

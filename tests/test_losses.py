@@ -245,11 +245,11 @@ def test_weights_golden(aggregation, expected):
 
 def by_definition(losses, trajectory, name):
     """The aggregations as one would write them down: means of means over lists. `losses`: one list a response."""
-    spoken = [index for index, tokens in enumerate(losses) if len(tokens)]
-    episodes = {t: np.concatenate([losses[i] for i in spoken if trajectory[i] == t]) for t in trajectory[spoken]}
+    used = [index for index, tokens in enumerate(losses) if len(tokens)]
+    episodes = {t: np.concatenate([losses[i] for i in used if trajectory[i] == t]) for t in trajectory[used]}
     return {
-        "token_mean": lambda: np.mean(np.concatenate([losses[i] for i in spoken])),
-        "response_mean": lambda: np.mean([np.mean(losses[i]) for i in spoken]),
+        "token_mean": lambda: np.mean(np.concatenate([losses[i] for i in used])),
+        "response_mean": lambda: np.mean([np.mean(losses[i]) for i in used]),
         "trajectory_mean": lambda: np.mean([np.mean(tokens) for tokens in episodes.values()]),
         "constant_length": lambda: np.mean([np.sum(tokens) / 7 for tokens in episodes.values()]),
     }[name]()

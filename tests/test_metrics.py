@@ -104,9 +104,11 @@ def test_drop_lines_keeps_what_has_no_step(tmp_path: Path):
 def test_appended_records_are_strict_json(tmp_path: Path):
     path = tmp_path / "lines.jsonl"
     append_line(
-        path, {"success": float("nan"), "by_kind": {"cool": {"low": float("inf"), "count": 0}}, "rest": (1, 2.5)}
+        path, {"success": float("nan"), "by_task_type": {"cool": {"low": float("inf"), "count": 0}}, "rest": (1, 2.5)}
     )
-    assert read_lines(path) == [{"success": None, "by_kind": {"cool": {"low": None, "count": 0}}, "rest": [1, 2.5]}]
+    assert read_lines(path) == [
+        {"success": None, "by_task_type": {"cool": {"low": None, "count": 0}}, "rest": [1, 2.5]}
+    ]
 
 
 def test_read_lines_leaves_out_what_is_no_record_and_names_what_no_kill_cut(tmp_path: Path, caplog):
@@ -121,9 +123,11 @@ def test_read_lines_leaves_out_what_is_no_record_and_names_what_no_kill_cut(tmp_
 
 def test_any_text_is_written_and_read_back_as_one_record(tmp_path: Path):
     path = tmp_path / "lines.jsonl"
-    append_line(path, {"note": "a\u2028b\x85c\x1cd", "by_kind": {"half \ud83d": {"count": 1}}, "step": 1})
+    append_line(path, {"note": "a\u2028b\x85c\x1cd", "by_task_type": {"half \ud83d": {"count": 1}}, "step": 1})
     drop_lines(path, 2)
-    assert read_lines(path) == [{"note": "a\u2028b\x85c\x1cd", "by_kind": {"half \ufffd": {"count": 1}}, "step": 1}]
+    assert read_lines(path) == [
+        {"note": "a\u2028b\x85c\x1cd", "by_task_type": {"half \ufffd": {"count": 1}}, "step": 1}
+    ]
 
 
 def test_comparable_leaves_out_the_clock():

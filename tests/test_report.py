@@ -1,4 +1,4 @@
-"""The report shows what a run left behind, survives what it did not, and needs nothing beside it."""
+"""The report shows the files of a run, does without missing ones, and is self-contained."""
 
 import json
 import re
@@ -8,10 +8,11 @@ from xml.etree import ElementTree
 import pytest
 from fake_run import write_fake_run
 
+from aem_jax.metrics import Evaluation, Rate
 from aem_jax.report import plot_headline, write_report
 from aem_jax.report.curves import CURVES
 from aem_jax.report.page import bar, duration, episode, headline, percent, spread
-from aem_jax.report.run import Score, baseline_lines, flat_config, read_run
+from aem_jax.report.run import baseline_lines, flat_config, read_run
 from aem_jax.report.style import smooth
 
 
@@ -42,9 +43,9 @@ def test_page_shows_the_headline_of_each_split(run_dir: Path, page: str):
     for split in run.splits():
         before, after = run.before(split), run.after(split)
         assert before is not None and after is not None and after.phase == "final"
-        assert percent(before.score.success) in page and percent(after.score.success) in page
+        assert percent(before.rate.success) in page and percent(after.rate.success) in page
         assert [baseline.phase for baseline in run.baselines(split)] == ["expert", "random"]
-        assert page.count(f"<code>{after.set_name}</code>") == 1
+        assert page.count(f"<code>{after.set}</code>") == 1
     assert "pick clean then place in recep" in page
 
 
@@ -100,7 +101,11 @@ def test_an_empty_run_says_so(tmp_path: Path):
 def test_a_broken_run_is_still_reported(tmp_path: Path):
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "learner/loss": null, "time/rollout": 1.5}\n{"step": 1, "entr')
-    lines = [{"step": 3, "success": None}, {"success": 0.5}, {"split": "s", "success": 0.25, "by_kind": {"a": None}}]
+    lines = [
+        {"step": 3, "success": None},
+        {"success": 0.5},
+        {"split": "s", "success": 0.25, "by_task_type": {"a": None}},
+    ]
     (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
     turns = [{}, {"observation": "x", "entropy": None, "alpha": "?", "reward": None}, "not a turn"]
     (tmp_path / "transcripts.json").write_text(json.dumps([{"turns": turns}, "not an episode", {"turns": None}]))
@@ -125,16 +130,15 @@ def test_after_is_the_last_evaluation_of_a_run_that_goes_on(tmp_path: Path):
         assert found["gain"] == (None if gain is None else pytest.approx(gain)) and found["apart"] is apart
 
 
-def test_bar_stands_where_its_numbers_are(run_dir: Path):
-    evaluation = read_run(run_dir).evaluated("valid_seen", "expert")[0]
-    score = Score(success=0.5, low=0.4, high=0.65, count=8)
-    drawn = bar("after", type(evaluation)(0, "final", "valid_seen", "", score, {}, None, None))
+def test_bar_stands_where_its_numbers_are():
+    rate = Rate(success=0.5, low=0.4, high=0.65, count=8)
+    drawn = bar("after", Evaluation("", "valid_seen", rate, {}, None, None, None))
     assert (drawn["width"], drawn["low"], drawn["span"], drawn["tone"]) == (50, 40, pytest.approx(25), "after")
 
 
 def test_tints_follow_the_numbers():
     turns = [{"entropy": e, "alpha": a, "advantage": v} for e, a, v in ((0.1, 0.5, -3.0), (0.4, 1.0, 0.0), (0.7, 2, 1))]
-    low, middle, high = episode({"turns": turns, "won": True})["turns"]
+    low, middle, high = episode({"turns": turns, "success": True})["turns"]
     strength = [int(re.findall(r"(\d+)%", turn["entropy_tint"])[0]) for turn in (low, middle, high)]
     assert strength == [8, 34, 60]  # 8 + 52 × (0, ½, 1)
     assert "--orange) 34%" in low["alpha_tint"] and "--blue) 60%" in high["alpha_tint"]

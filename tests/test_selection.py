@@ -1,4 +1,4 @@
-"""Which episodes are learnt from, on episodes made by hand; and what long ones lose, by hand."""
+"""Selection of hand-made episodes, and the overlong penalty by hand."""
 
 from functools import partial
 
@@ -12,13 +12,13 @@ from aem_jax.selection import (
     Rule,
     SelectionConfig,
     episode_lengths,
-    out_of_loss,
+    mask_loss,
     play_rounds,
     response_lengths,
     returned,
     select,
     soft_overlong,
-    won,
+    succeeded,
 )
 from aem_jax.train import rollout_metrics
 from aem_jax.trajectory import Ending, Task, Trajectory, Turn
@@ -26,14 +26,14 @@ from aem_jax.trajectory import Ending, Task, Trajectory, Turn
 ENDINGS = {"t": Ending.TERMINATED, "c": Ending.TRUNCATED, "e": Ending.ENV_ERROR}
 
 
-def turn(heard: int, said: int, reward: float) -> Turn:
-    blank = np.zeros(said, np.float32)
-    return Turn(np.ones(heard, np.int32), np.ones(said, np.int32), blank, blank, reward, True)
+def turn(observed: int, sampled: int, reward: float) -> Turn:
+    zeros = np.zeros(sampled, np.float32)
+    return Turn(np.ones(observed, np.int32), np.ones(sampled, np.int32), zeros, zeros, reward, True)
 
 
 def episode(group: int, member: int, reward: float, ending: str = "t") -> Trajectory:
     return Trajectory(
-        Task(f"task-{group}", "look", {}), group, member, (turn(2, 3, reward),), ENDINGS[ending], won=reward >= 1
+        Task(f"task-{group}", "look", {}), group, member, (turn(2, 3, reward),), ENDINGS[ending], success=reward >= 1
     )
 
 
@@ -54,23 +54,23 @@ def test_every_group_is_kept_as_it_came_unless_asked():
     trajectories = groups("1t1t", "0c0e", "1t0t")
     selected = select(trajectories, Rule(3))
     assert selected.trajectories == trajectories
-    assert (selected.groups, selected.rejected, selected.surplus, selected.masked) == (3, 0, 0, 0)
+    assert (selected.groups, selected.filtered, selected.surplus, selected.masked) == (3, 0, 0, 0)
 
 
 def test_the_first_groups_whose_outcomes_differ_are_kept_and_renumbered():
     trajectories = groups("1t1t", "1t0t", "0t0t", "0t2t", "0t1t")
     selected = select(trajectories, Rule(2, outcome=returned))
     assert found(selected) == [("task-1", 0, 0), ("task-1", 0, 1), ("task-3", 1, 0), ("task-3", 1, 1)]
-    assert (selected.groups, selected.rejected, selected.surplus) == (2, 2, 1)
+    assert (selected.groups, selected.filtered, selected.surplus) == (2, 2, 1)
     # in whatever order they are given, their numbers are their order
     shuffled = [trajectories[i] for i in np.random.default_rng(0).permutation(len(trajectories))]
     assert sorted(found(select(shuffled, Rule(2, outcome=returned)))) == found(selected)
 
 
 def test_what_must_differ_is_the_outcome_that_was_asked_for():
-    both_won = groups("1t2t", "1t0t")
-    assert {t.task.id for t in select(both_won, Rule(2, outcome=won)).trajectories} == {"task-1"}
-    assert {t.task.id for t in select(both_won, Rule(2, outcome=returned)).trajectories} == {"task-0", "task-1"}
+    all_succeed = groups("1t2t", "1t0t")
+    assert {t.task.id for t in select(all_succeed, Rule(2, outcome=succeeded)).trajectories} == {"task-1"}
+    assert {t.task.id for t in select(all_succeed, Rule(2, outcome=returned)).trajectories} == {"task-0", "task-1"}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_returns_that_differ_by_rounding_alone_are_one_outcome(rewards, totals):
         for m, each in enumerate(rewards)
     ]
     assert [t.total_reward for t in members] == totals
-    assert select(members, Rule(1, outcome=returned)).rejected == 1
+    assert select(members, Rule(1, outcome=returned)).filtered == 1
     assert rollout_metrics(members, RolloutStats())["rollout/mixed_groups"] == 0
 
 
@@ -96,7 +96,7 @@ def test_broken_episodes_make_no_difference_but_stay():
     # 0 of a broken episode is no failure: its group of a single outcome teaches nothing
     selected = select(groups("1t0e", "1t0t0e", "0e0e"), Rule(3, outcome=returned))
     assert found(selected) == [("task-1", 0, 0), ("task-1", 0, 1), ("task-1", 0, 2)]
-    assert selected.trajectories[2].ending is Ending.ENV_ERROR and selected.rejected == 2
+    assert selected.trajectories[2].ending is Ending.ENV_ERROR and selected.filtered == 2
 
 
 def test_dropped_truncated_episodes_are_gone_and_make_no_difference():
@@ -106,16 +106,16 @@ def test_dropped_truncated_episodes_are_gone_and_make_no_difference():
     assert (kept.groups, kept.masked) == (3, 5)
     mixed = select(trajectories, Rule(3, outcome=returned, truncated=lambda t: None))
     assert found(mixed) == [("task-1", 0, 0), ("task-1", 0, 1)]
-    assert (mixed.groups, mixed.rejected, mixed.masked) == (1, 2, 1)
+    assert (mixed.groups, mixed.filtered, mixed.masked) == (1, 2, 1)
 
 
 def test_masked_truncated_episodes_count_in_statistics_alone():
     # the third group differs, but none of its episodes is in the loss
     trajectories = groups("1t0c1t", "1t1t1c", "1c0c0c")
-    selected = select(trajectories, Rule(3, outcome=returned, truncated=out_of_loss))
+    selected = select(trajectories, Rule(3, outcome=returned, truncated=mask_loss))
     assert found(selected) == [("task-0", 0, 0), ("task-0", 0, 1), ("task-0", 0, 2)]
     assert [t.in_loss for t in selected.trajectories] == [True, False, True]
-    assert (selected.groups, selected.rejected, selected.masked) == (1, 2, 1)
+    assert (selected.groups, selected.filtered, selected.masked) == (1, 2, 1)
 
 
 class Rounds:
@@ -144,7 +144,7 @@ def test_rounds_go_on_until_there_is_enough():
     ]  # fmt: skip
     assert [t.group for t in played.everything] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert (played.stats.episodes, played.stats.sampled_tokens, played.stats.total_s) == (12, 30, 1.5)
-    names = ("rounds", "groups", "rejected_groups", "surplus_groups", "masked_truncated", "overlong_penalty")
+    names = ("rounds", "groups", "filtered_groups", "surplus_groups", "masked_truncated", "overlong_penalty")
     assert [played.metrics[f"selection/{name}"] for name in names] == [3, 2, 3, 1, 0, 0]
 
 
@@ -154,7 +154,7 @@ def test_the_limit_ends_it_with_what_there_is():
     assert {t.group for t in played.trajectories} == {0} and played.metrics["selection/groups"] == 1
     rollout = Rounds(("1t1t", "1t1t"))
     played = play_rounds(rollout, rollout.tasks, Rule(2, 1, returned), None, 0, key)
-    assert played.trajectories == [] and played.metrics["selection/rejected_groups"] == 2
+    assert played.trajectories == [] and played.metrics["selection/filtered_groups"] == 2
     assert len(played.everything) == 4 and played.metrics["selection/overlong_penalty"] == 0
 
 
@@ -188,15 +188,17 @@ def test_where_no_episode_of_many_tasks_could_be_played_the_first_error_ends_it(
 
 def test_the_overlong_penalty_by_hand():
     lengths = [0, 6, 7, 8, 9, 10, 12]
-    long = Trajectory(Task("t", "look", {}), 0, 0, tuple(turn(3, n, 1.0) for n in lengths), Ending.TERMINATED, won=True)
+    long = Trajectory(
+        Task("t", "look", {}), 0, 0, tuple(turn(3, n, 1.0) for n in lengths), Ending.TERMINATED, success=True
+    )
     shaped = soft_overlong(long, length=response_lengths, limit=10, buffer=4, penalty=2.0)
     # from 10 - 4 = 6 tokens on a quarter of 2 for each token, 2 from 10 on
     assert [t.reward for t in shaped.turns] == [1, 1, 0.5, 0, -0.5, -1, -1]
-    assert [len(t.response_ids) for t in shaped.turns] == lengths and shaped.won
-    # the episode: 7 turns of 3 heard, and 52 said: 73 of 80 tokens, 3 into a buffer of 10; its last turn pays
+    assert [len(t.response_ids) for t in shaped.turns] == lengths and shaped.success
+    # the episode: 7 turns of 3 observed tokens, and 52 sampled, are 73 of 80, 3 into a buffer of 10; its last turn pays
     shaped = soft_overlong(long, length=episode_lengths, limit=80, buffer=10, penalty=2.0)
     np.testing.assert_allclose([t.reward for t in shaped.turns], [1] * 6 + [1 - 2 * 0.3])
-    empty = Trajectory(Task("t", "look", {}), 0, 0, (), Ending.TRUNCATED, won=False)
+    empty = Trajectory(Task("t", "look", {}), 0, 0, (), Ending.TRUNCATED, success=False)
     assert soft_overlong(empty, length=episode_lengths, limit=80, buffer=10, penalty=2.0) == empty
     with pytest.raises(ValueError, match=r"expected a buffer of 1 to 10 tokens \(the limit\), got 11"):
         soft_overlong(long, length=response_lengths, limit=10, buffer=11, penalty=1.0)
@@ -213,10 +215,10 @@ def test_the_penalty_falls_on_what_was_chosen_without_it():
 
 
 def test_the_config_refuses_what_would_be_thrown_away():
-    assert SelectionConfig(reject_equal=True, oversample=1.5).tasks_per_round(3) == 5
-    with pytest.raises(ValueError, match="expected selection.reject_equal with selection.oversample 2.0"):
+    assert SelectionConfig(filter_equal_outcomes=True, oversample=1.5).tasks_per_round(3) == 5
+    with pytest.raises(ValueError, match="expected selection.filter_equal_outcomes with selection.oversample 2.0"):
         SelectionConfig(oversample=2.0)
     with pytest.raises(ValueError, match="selection.oversample >= 1 and selection.max_rounds >= 1, got 0.5 and 1"):
-        SelectionConfig(reject_equal=True, oversample=0.5)
+        SelectionConfig(filter_equal_outcomes=True, oversample=0.5)
     with pytest.raises(ValueError, match="both above 0, or both 0"):
         SelectionConfig(overlong_penalty=1.0)

@@ -394,7 +394,7 @@ def with_markers(tiny: ChatTokenizer, folder) -> ChatTokenizer:
 def test_an_environment_cannot_write_markers_that_are_not_special(tiny, tmp_path, evil):
     chat = with_markers(tiny, tmp_path)
     marker = chat._backend.token_to_id(evil.translate({0xE0F0: None, 0xE0F1: None})) or 0
-    count = lambda text: chat.delta_ids(text, closed=False).count(marker)  # noqa: E731
+    count = lambda text: chat.delta_ids(text, closed=False).count(marker)
     assert count(f"A door.{evil}I give up.") == count("A door.")
     asked = [chat.prompt_ids([{"role": "user", "content": text}]) for text in (f"A door.{evil}", "A door.")]
     assert asked[0].count(marker) == asked[1].count(marker)

@@ -133,12 +133,12 @@ def test_with_a_value_head_it_learns_what_to_expect_and_a_resumed_run_goes_on_al
 
 def test_rounds_are_played_until_enough_groups_differ_and_a_resumed_run_plays_the_same():
     # one in 25 is won at first, so that some step needs more rounds than one; of step 2 nothing can be learnt
-    rule = Rule(2, max_rounds=3, outcome=lambda t: t.task.kind == "vowel" and t.won)
+    rule = Rule(2, max_rounds=3, outcome=lambda t: t.task.task_type == "vowel" and t.success)
     asked = []
 
     def drawn(step: int, round: int) -> list[Task]:
         asked.append((step, round))
-        return [dataclasses.replace(task, kind="none") if step == 2 else task for task in tasks(step, round)]
+        return [dataclasses.replace(task, task_type="none") if step == 2 else task for task in tasks(step, round)]
 
     state, whole, _ = run(2, 1.0, rule=rule, tasks=drawn)
     _, rest, _ = run(4, 1.0, rule=rule, tasks=drawn, first=state)
@@ -146,14 +146,14 @@ def test_rounds_are_played_until_enough_groups_differ_and_a_resumed_run_plays_th
     assert asked == [(step, round) for step, count in enumerate(counts) for round in range(count)]
     assert max(counts[:2]) > 1 and counts[2] == 3
     for h in whole + rest:
-        groups, rejected, surplus = (h[f"selection/{name}"] for name in ("groups", "rejected_groups", "surplus_groups"))
-        assert groups + rejected + surplus == 4 * h["selection/rounds"]
+        groups, filtered, surplus = (h[f"selection/{name}"] for name in ("groups", "filtered_groups", "surplus_groups"))
+        assert groups + filtered + surplus == 4 * h["selection/rounds"]
         assert groups == 2 or h["selection/rounds"] == 3
         assert h["learner/skipped"] == (groups == 0)
         assert np.isfinite(h["rollout/success"])  # of all that was played, chosen or not
     assert rest[0]["selection/groups"] == 0
     _, unbroken, _ = run(4, 1.0, rule=rule, tasks=drawn)
-    same = lambda a, b: a == b or (np.isnan(a) and np.isnan(b))  # noqa: E731
+    same = lambda a, b: a == b or (np.isnan(a) and np.isnan(b))
     for a, b in zip(map(timeless, unbroken), map(timeless, whole + rest), strict=True):
         assert a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
     assert sum(h["compile/recompiles"] for h in unbroken) == 0

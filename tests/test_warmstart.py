@@ -1,4 +1,4 @@
-"""Demonstrations are what a policy would have heard and said; batches are a function of seed and pass."""
+"""Demonstrations have the ids of a policy's episodes; batches are a function of seed and pass."""
 
 import numpy as np
 import pytest
@@ -12,10 +12,10 @@ from .rollout.fakes import STOP, ByteChat
 
 
 def test_a_demonstration_is_the_conversation():
-    chat, said = ByteChat(), iter(["no", "yes"])
+    chat, actions = ByteChat(), iter(["no", "yes"])
     task = Task("t", "echo", {"word": "yes", "length": 5})
-    found = demonstrate(EchoEnv(), lambda result: next(said), task, chat, instruction="be brief", max_turns=5)
-    assert found.won and found.ending is Ending.TERMINATED
+    found = demonstrate(EchoEnv(), lambda result: next(actions), task, chat, instruction="be brief", max_turns=5)
+    assert found.success and found.ending is Ending.TERMINATED
     first, second = found.turns
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "say yes"}]
     assert first.observation_ids.tolist() == chat.prompt_ids(messages)
@@ -28,16 +28,16 @@ def test_a_demonstration_is_the_conversation():
 def test_a_demonstration_that_runs_out_is_truncated():
     task = Task("t", "echo", {"word": "yes", "length": 50})
     found = demonstrate(EchoEnv(), lambda result: "no", task, ByteChat(), instruction="", max_turns=3)
-    assert (len(found.turns), found.ending, found.won) == (3, Ending.TRUNCATED, False)
+    assert (len(found.turns), found.ending, found.success) == (3, Ending.TRUNCATED, False)
 
 
 def test_a_task_that_breaks_shows_nothing_and_the_others_lose_nothing():
     tasks = [Task(f"t{n}", "echo", {"word": "yes", "fault": {"kind": "raise"} if n == 1 else None}) for n in range(3)]
-    show = lambda tasks: list(  # noqa: E731
+    show = lambda tasks: list(
         demonstrations(EchoEnv(), lambda task: lambda result: "yes", tasks, ByteChat(), instruction="", max_turns=3)
     )
     found = show(tasks)
-    assert [episode and episode.won for episode in found] == [True, None, True]
+    assert [episode and episode.success for episode in found] == [True, None, True]
     with pytest.raises(EnvError, match="every task broke its environment, t1 first: RuntimeError: scripted fault"):
         show(tasks[1:2])
 
@@ -45,12 +45,12 @@ def test_a_task_that_breaks_shows_nothing_and_the_others_lose_nothing():
 def test_demonstrations_that_are_too_long_are_cut_only_where_none_fits(caplog):
     def episode(*sizes):
         turns = tuple(Turn(np.ones(n, int), np.ones(1, int), np.zeros(1), np.zeros(1), 0.0, True) for n in sizes)
-        return Trajectory(Task("t", "k", {}), 0, 0, turns, Ending.TERMINATED, won=True)
+        return Trajectory(Task("t", "k", {}), 0, 0, turns, Ending.TERMINATED, success=True)
 
     short, long, longest = episode(3, 2), episode(3, 9), episode(10, 2)
     assert fitting([long, short, longest], 8) == [short] and not caplog.records
     (cut,) = fitting([long, longest], 8)  # of the last not even the first turn fits
-    assert (cut.turns, cut.ending, cut.won) == (long.turns[:1], Ending.TRUNCATED, True)
+    assert (cut.turns, cut.ending, cut.success) == (long.turns[:1], Ending.TRUNCATED, True)
     assert "all 2 demonstrations are longer than rollout.context_tokens = 8 (the shortest has 14" in caplog.text
     assert fitting([], 8) == []
 

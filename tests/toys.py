@@ -53,7 +53,7 @@ def random_trajectory(rng, vocab_size, group=0, context="append", max_turns=3):
                 valid_action=True,
             )
         )
-    return Trajectory(TASK, group, 0, tuple(turns), Ending.TERMINATED, won=False, context=context)
+    return Trajectory(TASK, group, 0, tuple(turns), Ending.TERMINATED, success=False, context=context)
 
 
 def random_trajectories(seed, count, vocab_size, context="append"):

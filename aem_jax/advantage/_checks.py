@@ -1,7 +1,7 @@
-"""Checks of what callers pass in, and the two gathers that know what id -1 means.
+"""Checks of arguments, and the two gathers that handle id -1.
 
-Shapes and dtypes are static, so they are checked under trace as well; values are checked only where they are already
-known (never inside `jit`), so that nothing here costs anything in a compiled step.
+Shapes and dtypes are static, so they are checked under trace, too. Values are checked only where they are concrete
+(never inside `jit`), so the checks cost nothing in a compiled step.
 """
 
 import operator
@@ -21,7 +21,7 @@ def float_array(name: str, values: ArrayLike) -> jax.Array:
 
 
 def real_array(name: str, values: ArrayLike) -> jax.Array:
-    """As `float_array`, but whole numbers are welcome: returns often are."""
+    """As `float_array`, but integers are accepted, since returns often are."""
     array = jnp.asarray(values)
     if jnp.issubdtype(array.dtype, jnp.integer):
         return array.astype(jnp.float32)

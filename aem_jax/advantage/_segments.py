@@ -1,5 +1,5 @@
-"""Means and deviations of segments, exact where all values are equal: a rounding error left in x − μ would be blown up
-by 1 / (σ + eps) to an advantage."""
+"""Means and deviations of segments, exact where all values are equal: 1 / (σ + eps) would amplify a rounding error in
+x − μ to an advantage."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from aem_jax.advantage._checks import take
 
 
 def centred(values: jax.Array, weights: jax.Array, ids: jax.Array, num_segments: int) -> jax.Array:
-    """x − Σ w x / Σ w over its segment, [N]; 0 where the weight is 0 or the id is none of a segment."""
+    """x − Σ w x / Σ w over its segment, [N]; 0 where the weight is 0 or the id is out of range."""
     inside = (ids >= 0) & (ids < num_segments) & (weights > 0)
-    # Measured from the segment's lowest value, equal values are exact zeros.
+    # Relative to the segment's lowest value, equal values are exact zeros.
     low = jax.ops.segment_min(jnp.where(inside, values, jnp.inf), ids, num_segments)
     above = jnp.where(inside, values - take(low, ids, 0.0), 0.0)
     total = jax.ops.segment_sum(weights * above, ids, num_segments)
@@ -23,5 +23,5 @@ def over_deviation(deviations: jax.Array, variance: jax.Array, eps: float) -> ja
     """(x − μ) / (σ + eps), `variance` being σ² of each row or of all."""
     # The root of a variance of 0 has an infinite slope; the inner 1 keeps it out of gradients.
     sigma = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
-    # With eps = 0 equal values would be 0/0; their advantage is 0 whatever stands below.
+    # With eps = 0 equal values would be 0/0; their advantage is 0 for any denominator.
     return deviations / jnp.where(sigma + eps > 0, sigma + eps, 1.0)

@@ -44,8 +44,8 @@ def aem_coefficients(
             not valid; `response_entropy` gives NaN for a response without tokens.
         group_ids: int[R], rollout group of each response, in any order; -1 for none.
         num_groups: number of groups, static. Groups may be empty.
-        strength: λ, no unit. 0 turns the modulation off, < 0 turns it round (the paper's ablation).
-        min_range: nats; groups of a smaller range of H̄ are left alone.
+        strength: λ, no unit. 0 disables the modulation, < 0 reverses it (the paper's ablation).
+        min_range: nats; groups with a smaller range of H̄ keep α = 1.
         valid: bool[R], which responses take part; all by default.
 
     Returns:
@@ -57,7 +57,7 @@ def aem_coefficients(
     not_negative("min_range", min_range)
     entropy, group_ids, num_groups, valid = _check_groups(response_entropy, group_ids, num_groups, valid)
     low, spread = _group_range(entropy, group_ids, num_groups, valid)
-    # A spread of 0 gets here only if min_range is 0; every H̃ is then 0 and α = 1 of itself.
+    # A spread of 0 is modulated only if min_range is 0; every H̃ is then 0, which gives α = 1.
     scale = jnp.where(spread > 0, spread, 1.0)
     relative = jnp.where(valid, (entropy - take(low, group_ids, 0.0)) / take(scale, group_ids, 1.0), 0.0)
     weight = jnp.where(valid, jnp.exp(-jnp.asarray(strength, entropy.dtype) * relative), 0.0)
@@ -131,7 +131,7 @@ def aem_scale(
 
 
 class CoefficientStatistics(NamedTuple):
-    """What to watch of α in one step; scalars, NaN where no response qualifies."""
+    """Statistics of α in one step; scalars, NaN where no response qualifies."""
 
     mean_positive: jax.Array
     """Mean α of responses with advantage > 0."""
@@ -194,7 +194,7 @@ def _nan_if(condition: jax.Array, value: jax.Array) -> jax.Array:
 def _check_groups(
     entropy: ArrayLike, group_ids: ArrayLike, num_groups: int, valid: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, int, jax.Array]:
-    """(entropy, group_ids, num_groups, valid) as checked arrays; valid leaves out what has no group or no entropy."""
+    """(entropy, group_ids, num_groups, valid) as checked arrays; valid excludes responses without group or entropy."""
     num_groups = static_count("num_groups", num_groups)
     entropy = float_array("response_entropy", entropy)
     group_ids = id_array("group_ids", group_ids, num_groups)

@@ -1,8 +1,8 @@
-"""Base advantages from returns and groups, and the two scopes their statistics can be taken over. METHOD §5.
+"""Base advantages from returns and groups, and the two scopes of their statistics. METHOD §5.
 
-An estimator sees *rows*, each with a return and a group, and knows nothing of what a row is. Scope is what the caller
-makes a row: `over_trajectories` gives it one row a trajectory, `over_turns` one row a response, so that long episodes
-weigh more in their group's mean. A choice of estimator and scope is thus two functions:
+An estimator takes *rows*, each with a return and a group. The scope decides what a row is: `over_trajectories` has one
+row for each trajectory, `over_turns` one for each response, so that long episodes weigh more in their group's mean. A
+choice of estimator and scope is thus two functions:
 
     over_turns(functools.partial(grpo, ddof=1), returns, group_ids, num_groups, response_trajectory)
 """
@@ -27,7 +27,7 @@ from aem_jax.advantage._segments import centred, over_deviation
 
 
 class Estimator(Protocol):
-    """What `grpo`, `dr_grpo`, `rloo` and partials of them have in common."""
+    """The signature of `grpo`, `dr_grpo`, `rloo` and partials of them."""
 
     def __call__(
         self, returns: ArrayLike, group_ids: ArrayLike, num_groups: int, *, valid: ArrayLike | None = None
@@ -37,7 +37,7 @@ class Estimator(Protocol):
 
 
 class Scope(Protocol):
-    """What `over_trajectories` and `over_turns` have in common."""
+    """The signature of `over_trajectories` and `over_turns`."""
 
     def __call__(
         self,
@@ -144,12 +144,12 @@ def over_trajectories(
     *,
     valid: ArrayLike | None = None,
 ) -> jax.Array:
-    """Trajectory scope: every trajectory counts once in its group's statistics, however many turns it took.
+    """Trajectory scope: every trajectory counts once in its group's statistics, whatever its number of turns.
 
         A_r = estimator(R)[trajectory of r]
 
     Args:
-        estimator: what turns rows of returns into advantages, e.g. `grpo` or `functools.partial(grpo, ddof=1)`.
+        estimator: rows of returns → advantages, e.g. `grpo` or `functools.partial(grpo, ddof=1)`.
         returns: float[N], return of each trajectory.
         group_ids: int[N], group of each trajectory; -1 for none.
         num_groups: number of groups, static.
@@ -180,7 +180,7 @@ def over_turns(
         A = estimator(R[trajectory of each response])
 
     Args:
-        estimator: what turns rows of returns into advantages; the common stack of this scope uses ddof = 1.
+        estimator: rows of returns → advantages; common implementations of this scope use ddof = 1.
         returns: float[N], return of each trajectory.
         group_ids: int[N], group of each trajectory; -1 for none.
         num_groups: number of groups, static.

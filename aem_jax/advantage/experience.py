@@ -1,4 +1,4 @@
-"""What one step's responses earned, as a table: what estimators see that look at more than returns."""
+"""One step's experience as tables: the input of estimators that use more than returns."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -23,11 +23,11 @@ Array: TypeAlias = Any
 
 
 class Experience(NamedTuple):
-    """N trajectories and their R responses. Both tables may be longer than what is used of them.
+    """N trajectories and their R responses. Both tables may have unused rows.
 
-    A row that takes no part has no influence on the advantages of any other, but for the reward of an empty response
-    (`response_valid` False) of a trajectory that does: it was earned, so earlier responses may be credited with it.
-    Rows of padding have reward 0; their trajectory is then anything.
+    A row that takes no part does not influence the advantages of other rows, with one exception: the reward of an empty
+    response (`response_valid` False) in a valid trajectory is credited to earlier responses. Padding has reward 0 and
+    an arbitrary trajectory.
     """
 
     returns: Array
@@ -41,7 +41,7 @@ class Experience(NamedTuple):
     response_turn: Array
     """int[R], its turn, from 0."""
     response_rewards: Array
-    """float[R], the reward that it earned."""
+    """float[R], its reward."""
     response_tokens: Array
     """int[R], its length in tokens."""
     response_anchor: Array
@@ -49,8 +49,8 @@ class Experience(NamedTuple):
     response_valid: Array
     """bool[R], which responses take part, if their trajectory does."""
     response_values: Array | None = None
-    """float[R], what the policy expected of the state that a response was given in, in units of reward; NaN where there
-    is no value. None for estimators that ask for none."""
+    """float[R], value of the state before the response, in units of reward; NaN where there is no value. None for
+    estimators that need none."""
 
 
 ResponseAdvantages = Callable[[Experience, int], jax.Array]
@@ -64,16 +64,19 @@ def of_returns(scope: Scope, estimator: Estimator) -> ResponseAdvantages:
         A = scope(estimator, returns, …)
 
     Args:
-        scope: `over_trajectories` or `over_turns`: what the estimator's rows are.
-        estimator: `grpo`, `dr_grpo`, `rloo`, a partial of them, or one of yours.
+        scope: `over_trajectories` or `over_turns`.
+        estimator: `grpo`, `dr_grpo`, `rloo`, a partial of them, or your own.
 
     Returns:
         A function of an `Experience`.
     """
 
     def advantages(experience: Experience, num_groups: int) -> jax.Array:
-        spoken = jnp.where(mask_array("response_valid", experience.response_valid), experience.response_trajectory, -1)
-        return scope(estimator, experience.returns, experience.group_ids, num_groups, spoken, valid=experience.valid)
+        response_valid = mask_array("response_valid", experience.response_valid)
+        trajectory = jnp.where(response_valid, experience.response_trajectory, -1)
+        return scope(
+            estimator, experience.returns, experience.group_ids, num_groups, trajectory, valid=experience.valid
+        )
 
     return advantages
 
@@ -89,7 +92,7 @@ def response_groups(experience: Experience, num_groups: int) -> jax.Array:
     returns, rewards = (real_array(name, getattr(experience, name)) for name in ("returns", "response_rewards"))
     one_axis("returns", returns)
     one_axis("response_rewards", rewards)
-    valid, spoken = (mask_array(name, getattr(experience, name)) for name in ("valid", "response_valid"))
+    valid, response_valid = (mask_array(name, getattr(experience, name)) for name in ("valid", "response_valid"))
     trajectory = id_array("response_trajectory", experience.response_trajectory, returns.shape[0])
     anchors = id_array("response_anchor", experience.response_anchor, rewards.shape[0])
     turns, tokens = (jnp.asarray(getattr(experience, name)) for name in ("response_turn", "response_tokens"))
@@ -100,7 +103,7 @@ def response_groups(experience: Experience, num_groups: int) -> jax.Array:
         response_turn=turns,
         response_tokens=tokens,
         response_anchor=anchors,
-        response_valid=spoken,
+        response_valid=response_valid,
     )
     taking_part = jnp.where(members(group_ids, num_groups, valid), group_ids, -1)
-    return jnp.where(spoken, take(taking_part, trajectory, -1), -1)
+    return jnp.where(response_valid, take(taking_part, trajectory, -1), -1)

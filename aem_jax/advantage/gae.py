@@ -1,10 +1,10 @@
-"""PPO's advantages: a value for each response, and what was earned against it. arXiv 1506.02438; METHOD §5.
+"""PPO's advantages: rewards against the values of responses' states. arXiv 1506.02438; METHOD §5.
 
-An action is a response, so a value is that of the state in which a response was given, V_k for the k-th of a
-trajectory, and time runs over responses, not over tokens: what the environment pays, it pays for a response.
+An action is a response, so V_k is the value of the state before the k-th response of a trajectory, and time runs over
+responses, not over tokens: rewards belong to responses.
 
-Behind the last response there is no state, V = 0, whether the task ended there or a limit did: an episode's limit is
-part of what the policy is judged by, and the state behind it was never seen.
+After the last response V = 0, for terminated and for truncated episodes: the limit is part of the task, and the state
+after it was never observed.
 """
 
 from functools import partial
@@ -20,12 +20,12 @@ from aem_jax.advantage.reinforce import Weighing, by_token, whiten
 
 
 class ValueTargets(NamedTuple):
-    """What a value head learns from."""
+    """Targets of a value head."""
 
     values: jax.Array
-    """float[R], V as it was when advantages were made, in units of reward; NaN where there is none."""
+    """float[R], V before the update, in units of reward; NaN where there is none."""
     returns: jax.Array
-    """float[R], what it should have been, in units of reward; 0 where there is none."""
+    """float[R], the regression target of V, in units of reward; 0 where there is none."""
 
 
 def gae_advantages(
@@ -33,17 +33,16 @@ def gae_advantages(
 ) -> jax.Array:
     """Generalised advantage estimation over the responses of each trajectory (arXiv 1506.02438).
 
-        δ_k = r_k + γ V_{k+1} − V_k        Â_k = Σ_l (γλ)^l δ_{k+l}        V = 0 behind the last response
+        δ_k = r_k + γ V_{k+1} − V_k        Â_k = Σ_l (γλ)^l δ_{k+l}        V = 0 after the last response
 
-    A response without a value (NaN: it has no token, so it has no state in the batch) is passed through: with
-    V_k = r_k + γ V_{k+1} its δ_k is 0, and what it earned is credited to earlier responses. With γ = λ = 1,
-    Â_k = Σ_{l ≥ k} r_l − V_k.
+    A response without a value (NaN: it has no token, so no state in the batch) is skipped: with V_k = r_k + γ V_{k+1}
+    its δ_k is 0, and its reward is credited to earlier responses. With γ = λ = 1, Â_k = Σ_{l ≥ k} r_l − V_k.
 
     Args:
         experience: one step's, with `response_values`.
-        num_groups: number of rollout groups, static; groups say nothing but which trajectories take part.
+        num_groups: number of rollout groups, static; groups only decide which trajectories take part.
         gamma: γ, in [0, 1]; it discounts responses, not tokens.
-        gae_lambda: λ, in [0, 1]: 0 trusts the next value alone, 1 the rewards alone.
+        gae_lambda: λ, in [0, 1]: 0 uses the next value alone, 1 the rewards alone.
 
     Returns:
         float[R], in units of reward; 0 for responses that take no part or have no value.
@@ -58,8 +57,8 @@ def gae_advantages(
     rewards = jnp.asarray(experience.response_rewards).astype(values.dtype)
     trajectory, turn = (jnp.asarray(x) for x in (experience.response_trajectory, experience.response_turn))
     count = jnp.shape(experience.returns)[0]
-    found = _backwards(rewards, values, known, trajectory, turn, count, gamma, gae_lambda)
-    return jnp.where(known, found, 0.0)
+    advantages = _backwards(rewards, values, known, trajectory, turn, count, gamma, gae_lambda)
+    return jnp.where(known, advantages, 0.0)
 
 
 @partial(jax.jit, static_argnums=5)  # a loop outside jit would be compiled at every call
@@ -76,17 +75,17 @@ def _backwards(
     """Â of each response, from the last turn of all trajectories to the first."""
     inside = (trajectory >= 0) & (trajectory < num_trajectories)
     last = jnp.max(turn, where=inside, initial=-1)
-    total = lambda x, rows: jax.ops.segment_sum(jnp.where(rows, x, 0.0), trajectory, num_trajectories)  # noqa: E731
+    total = lambda x, rows: jax.ops.segment_sum(jnp.where(rows, x, 0.0), trajectory, num_trajectories)
 
     def one_turn(count: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        value_after, advantage_after, found = carry
+        value_after, advantage_after, advantages = carry
         now = inside & (turn == last - count)
         reward, has_value = total(rewards, now), total(jnp.ones_like(rewards), now & known) > 0
         # Rows of padding share a trajectory and a turn with true ones; they have no reward and no value.
         ahead = reward + gamma * value_after
         value = jnp.where(has_value, total(values, now & known), ahead)
         advantage = (ahead - value) + gamma * gae_lambda * advantage_after
-        return value, advantage, jnp.where(now, take(advantage, trajectory, 0.0), found)
+        return value, advantage, jnp.where(now, take(advantage, trajectory, 0.0), advantages)
 
     start = (jnp.zeros(num_trajectories, rewards.dtype),) * 2
     return jax.lax.fori_loop(0, last + 1, one_turn, (*start, jnp.zeros_like(rewards)))[2]
@@ -111,7 +110,7 @@ def gae(
         num_groups: number of rollout groups, static.
         gamma: γ of `gae_advantages`.
         gae_lambda: λ of `gae_advantages`.
-        whiten_by: what counts once in μ and σ: `by_token` (as published implementations have it) or `by_response`.
+        whiten_by: the unit of μ and σ: `by_token` (as in published implementations) or `by_response`.
         ddof: of σ.
         eps: added to σ, in units of reward.
 
@@ -127,7 +126,7 @@ def gae(
 
 
 def value_returns(experience: Experience, num_groups: int, *, gamma: float = 1.0, gae_lambda: float = 1.0) -> jax.Array:
-    """What values are fitted to, the λ-return; it is neither whitened nor scaled by AEM.
+    """The regression targets of values, λ-returns; neither whitened nor scaled by AEM.
 
         R_k = Â_k + V_k
 
@@ -138,7 +137,7 @@ def value_returns(experience: Experience, num_groups: int, *, gamma: float = 1.0
 
 
 def explained_variance(values: ArrayLike, returns: ArrayLike, valid: ArrayLike) -> jax.Array:
-    """How much of the returns' variance the values account for.
+    """Share of the returns' variance that the values explain.
 
         1 − Var(R − V) / Var(R)
 

@@ -1,4 +1,4 @@
-"""GiGPO: a group inside the group, of turns that met the same state. arXiv 2505.10978; METHOD §5."""
+"""GiGPO: groups inside the rollout group, of turns in the same state. arXiv 2505.10978; METHOD §5."""
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,17 @@ def gigpo(
     gamma: float = 0.95,
     weight: float = 1.0,
 ) -> jax.Array:
-    """GiGPO: the episode's advantage, and that of the step among all steps taken from the same state.
+    """GiGPO: the episode's advantage, plus the step's advantage among all steps from the same state.
 
         A = A_E + w · A_S
         A_E = estimator(returns)                          among trajectories of one rollout group
         A_S = estimator(G), G_r = Σ_k γ^k r_{turn + k}    among responses of one group to one anchor observation
 
-    A state that was met once says nothing of what was done there: A_S = 0. A trajectory that comes back to a state is
-    in that state's group as often as it came.
+    A state that was visited once has A_S = 0. A trajectory that returns to a state is in that state's group once for
+    each visit.
 
     Args:
-        experience: one step's; `response_anchor` says which responses answered the same observation.
+        experience: one step's; `response_anchor` is equal for responses to the same observation.
         num_groups: number of rollout groups, static.
         scope: of A_E: `over_trajectories` or `over_turns`.
         estimator: `grpo` divides by the standard deviation, `dr_grpo` only centres; of both parts.

@@ -1,8 +1,8 @@
 """REINFORCE++ and its baseline form: rewards to go, whitened over the whole batch. arXiv 2501.03262; METHOD §5.
 
-Where others group by task, these normalise over the batch: no group is stretched because its returns are close. What
-counts as one value of the batch differs in the wild, so it is an argument: every response (`by_response`), or every
-token with the value of its response (`by_token`, as the published implementations have it).
+Other estimators normalise by task group; these normalise over the batch, so that a group with close returns is not
+amplified. Implementations differ in the unit of the batch's mean, so it is an argument: every response (`by_response`),
+or every token with the value of its response (`by_token`, as in the published implementations).
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from aem_jax.advantage._segments import centred, over_deviation
 from aem_jax.advantage.experience import Experience, response_groups
 
 Weighing = Callable[[Experience], jax.Array]
-"""experience -> float[R], how often a response counts in a mean."""
+"""experience -> float[R], the weight of each response in a mean."""
 
 
 def by_response(experience: Experience) -> jax.Array:
@@ -32,21 +32,21 @@ def by_token(experience: Experience) -> jax.Array:
 
 def by_trajectory(experience: Experience) -> jax.Array:
     """Every trajectory counts once, its responses share: w_r = 1 / (responses of r's trajectory)."""
-    spoken = mask_array("response_valid", experience.response_valid)
+    response_valid = mask_array("response_valid", experience.response_valid)
     trajectory = jnp.asarray(experience.response_trajectory)
-    counts = jax.ops.segment_sum(spoken.astype(jnp.float32), trajectory, jnp.shape(experience.returns)[0])
+    counts = jax.ops.segment_sum(response_valid.astype(jnp.float32), trajectory, jnp.shape(experience.returns)[0])
     return 1.0 / jnp.maximum(take(counts, trajectory, 1.0), 1.0)
 
 
 def rewards_to_go(
     rewards: ArrayLike, trajectory: ArrayLike, turn: ArrayLike, num_trajectories: int, *, gamma: float
 ) -> jax.Array:
-    """What was earned from each response on, later turns discounted.
+    """Discounted sum of rewards from each response on.
 
         G_r = Σ_{r' of the same trajectory, turn_r' ≥ turn_r} γ^(turn_r' − turn_r) · reward_r'
 
-    Computed from the last turn to the first, one turn of all trajectories at a time, so that trajectories that end
-    alike have returns that are equal to the last bit (a group of equal returns must have no advantage).
+    Computed from the last turn to the first, one turn of all trajectories at a time, so that equal endings give bitwise
+    equal returns (a group of equal returns must have no advantage).
 
     Args:
         rewards: float[R].
@@ -78,17 +78,17 @@ def _discounted(
     last = jnp.max(turn, where=inside, initial=-1)
 
     def one_turn(count: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        running, found = carry
+        running, to_go = carry
         now = inside & (turn == last - count)
         running = jax.ops.segment_sum(jnp.where(now, rewards, 0.0), trajectory, num_trajectories) + gamma * running
-        return running, jnp.where(now, take(running, trajectory, 0.0), found)
+        return running, jnp.where(now, take(running, trajectory, 0.0), to_go)
 
     start = jnp.zeros(num_trajectories, rewards.dtype), jnp.zeros_like(rewards)
     return jax.lax.fori_loop(0, last + 1, one_turn, start)[1]
 
 
 def whiten(values: ArrayLike, weights: ArrayLike, *, ddof: int = 0, eps: float = 1e-6) -> jax.Array:
-    """Values of mean 0 and standard deviation 1, each counted as often as its weight says.
+    """Values of weighted mean 0 and weighted standard deviation 1.
 
         A_r = (x_r − μ) / (σ + eps)    μ = Σ w x / Σ w    σ² = Σ w (x − μ)² / (Σ w − ddof)
 
@@ -97,7 +97,7 @@ def whiten(values: ArrayLike, weights: ArrayLike, *, ddof: int = 0, eps: float =
     Args:
         values: float[R].
         weights: float[R], >= 0; a row of weight 0 takes no part.
-        ddof: 0 for the population's standard deviation, 1 for the sample's, of which weights are then counts.
+        ddof: 0 for the population's standard deviation, 1 for the sample's, with weights as counts.
         eps: added to σ, in units of the values.
 
     Returns:
@@ -130,13 +130,13 @@ def reinforce_plus_plus(
 
         A_r = (G_r − μ_batch) / (σ_batch + eps)
 
-    Its KL penalty is no part of the reward here; the loss has one (`k3`).
+    The KL penalty is in the loss (`k3`), not in the reward.
 
     Args:
         experience: one step's.
         num_groups: number of rollout groups, static.
         gamma: γ of `rewards_to_go`; it discounts turns, not tokens.
-        whiten_by: what counts once in μ and σ: `by_token` or `by_response`.
+        whiten_by: the unit of μ and σ: `by_token` or `by_response`.
         ddof: of σ.
         eps: added to σ.
 
@@ -171,7 +171,7 @@ def reinforce_plus_plus_baseline(
         num_groups: number of rollout groups, static.
         gamma: γ of `rewards_to_go`; it discounts turns, not tokens.
         centre_by: scope of μ_group: `by_trajectory` (each counts once) or `by_response` (long episodes weigh more).
-        whiten_by: what counts once in μ and σ of the batch: `by_token` or `by_response`.
+        whiten_by: the unit of the batch's μ and σ: `by_token` or `by_response`.
         ddof: of σ.
         eps: added to σ.
 
@@ -182,7 +182,7 @@ def reinforce_plus_plus_baseline(
         ValueError: on wrong shapes or dtypes, or numbers out of range.
     """
     groups, to_go = _to_go(experience, num_groups, gamma)
-    part = lambda weigh: jnp.where(groups >= 0, weigh(experience), 0.0)  # noqa: E731
+    part = lambda weigh: jnp.where(groups >= 0, weigh(experience), 0.0)
     return whiten(centred(to_go, part(centre_by), groups, num_groups), part(whiten_by), ddof=ddof, eps=eps)
 
 

@@ -1,4 +1,4 @@
-"""How surprising a policy's words are: per token from logits, per response as a mean. METHOD §1 and §3."""
+"""Surprisal and entropy: of tokens from logits, and of responses as means over tokens. METHOD §1 and §3."""
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +8,16 @@ from aem_jax.advantage._checks import float_array, id_array, same_shape, static_
 
 
 def token_statistics(logits: ArrayLike, tokens: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each token, and the entropy of the distribution that it was drawn from.
+    """Log-probability of each token, and the entropy of the distribution that it was sampled from.
 
         log π(v) = z_v − logsumexp(z)        logprob = log π(token)        H = −Σ_v π(v) log π(v)
 
     A logit of −inf (a token ruled out by top-k or top-p) adds nothing to the entropy. Divide the logits by the sampling
-    temperature first: this function does not know it. Differentiable in `logits`.
+    temperature first. Differentiable in `logits`.
 
     Args:
-        logits: float[..., V], unnormalised; lower precisions than float32 are raised to it first.
-        tokens: int[...], ids in [0, V); the caller's to guarantee.
+        logits: float[..., V], unnormalised; lower precisions are cast to float32.
+        tokens: int[...], ids in [0, V); not checked.
 
     Returns:
         (logprobs, entropies), both float32[...] (float64 for float64 logits), in nats. Entropies are >= 0.
@@ -64,9 +64,9 @@ def response_entropy(token_entropy: ArrayLike, response_ids: ArrayLike, num_resp
     response_ids = id_array("response_ids", response_ids, num_responses)
     same_shape(token_entropy=token_entropy, response_ids=response_ids)
     ids = response_ids.reshape(-1)
-    spoken = ids >= 0
-    # Outside responses anything may stand, NaN too: it must not reach a sum.
-    entropies = jnp.where(spoken, token_entropy.reshape(-1), 0.0)
+    in_response = ids >= 0
+    # Values outside responses are arbitrary, even NaN, and must not reach a sum.
+    entropies = jnp.where(in_response, token_entropy.reshape(-1), 0.0)
     total = jax.ops.segment_sum(entropies, ids, num_responses)
-    count = jax.ops.segment_sum(spoken.astype(entropies.dtype), ids, num_responses)
+    count = jax.ops.segment_sum(in_response.astype(entropies.dtype), ids, num_responses)
     return jnp.where(count > 0, total / jnp.maximum(count, 1.0), jnp.nan)

@@ -1,1 +1,1 @@
-"""The method's claims put to the test on a policy: what α stands for, and where entropy goes."""
+"""Tests of the method's claims on a policy: α as a proxy of surprisal, and the drift of response entropy."""

@@ -1,4 +1,4 @@
-"""The paper's claims as numbers: is α − 1 a proxy of relative surprisal, and does A·(α − 1) say where entropy goes?"""
+"""The paper's claims, measured: α − 1 is a proxy of relative surprisal; A·(α − 1) predicts the drift of entropy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,16 +21,16 @@ from aem_jax.analysis.estimates import (
 from aem_jax.analysis.states import State
 
 SIGNS = {"positive": 1, "negative": -1}
-"""Of A·(α − 1): the responses that an update is restricted to."""
+"""Sign of A·(α − 1) that an update's responses have."""
 
 
 def choose(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Indices of at most `count` responses, in order: at random, those with the largest weight class first.
+    """Indices of at most `count` responses, in order: a random choice that prefers larger weights.
 
     Args:
-        weights: int[R]; a response with a higher one is taken before any with a lower one, and 0 is never taken.
-        count: how many.
-        seed: of the order inside a class.
+        weights: int[R]; responses of higher weight are taken first, responses of weight 0 never.
+        count: maximum number of responses.
+        seed: of the order of equal weights.
     """
     shuffled = np.random.default_rng(seed).permutation(len(weights))
     ordered = shuffled[np.argsort(-weights[shuffled], kind="stable")]
@@ -42,26 +42,26 @@ def proxy(states: Sequence[State], alpha: np.ndarray, draws: Draws) -> dict[str,
 
     Args:
         states: N states.
-        alpha: f[N], of the responses taken in them, over their rollout groups.
-        draws: responses drawn in them.
+        alpha: f[N], of their responses, normalised over rollout groups.
+        draws: responses sampled in the states.
 
     Returns:
         `pearson` and `opposed` of α − 1 and S − H_resp (unsurprising ↔ α > 1, so r is negative where the claim holds);
-        `pearson_predictable`, the same with Σ_t H_t in place of S, which the sampling of the response's own tokens
-        does not blur; `points`, one a state.
+        `pearson_predictable`, the same with Σ_t H_t in place of S, without the sampling noise of the response's own
+        tokens; `points`, one for each state.
     """
-    surprisal = np.array([each.surprisal for each in states])
-    predictable = np.array([each.predictable for each in states])
+    surprisal = np.array([state.surprisal for state in states])
+    predictable = np.array([state.predictable for state in states])
     relative, errors = relative_surprisal(surprisal, draws.surprisal)
-    steady, _ = relative_surprisal(predictable, draws.predictable)
-    moved = alpha - 1
-    signs = np.sign(moved) * np.sign(relative)
+    relative_predictable, _ = relative_surprisal(predictable, draws.predictable)
+    centred = alpha - 1
+    signs = np.sign(centred) * np.sign(relative)
     return {
         "states": len(states),
         "draws": draws.surprisal.shape[1],
-        "pearson": _plain(with_interval(pearson, moved, relative)),
-        "pearson_predictable": _plain(with_interval(pearson, moved, steady)),
-        "opposed": _plain(with_interval(opposed, moved, relative)),
+        "pearson": _plain(with_interval(pearson, centred, relative)),
+        "pearson_predictable": _plain(with_interval(pearson, centred, relative_predictable)),
+        "opposed": _plain(with_interval(opposed, centred, relative)),
         "opposed_count": int((signs < 0).sum()),
         "decided_count": int((signs != 0).sum()),
         "points": [
@@ -72,22 +72,23 @@ def proxy(states: Sequence[State], alpha: np.ndarray, draws: Draws) -> dict[str,
 
 
 def whose_entropy(draws: Draws) -> dict[str, Any]:
-    """Whether a response's entropy is its own or its state's: the second thing to look at where α is no proxy.
+    """Whether mean entropy H̄ varies between the responses to one state, or between states; a diagnostic of the proxy.
 
-    α compares the H̄ of responses in different states, S − H_resp responses to one state. H̄ can tell the two apart only
-    as far as it varies with what is said: of a response of one uncertain token H̄ is known before that token is drawn,
-    so over responses to one state it is constant, and over states S − H_resp averages to 0 whatever H̄ is.
+    α compares H̄ over responses in different states; S − H_resp compares responses to one state. H̄ is informative about
+    S − H_resp only as far as it varies with the response. If a response has one uncertain token, H̄ is fixed by the
+    state before that token is sampled: it is constant over the responses to that state, while over states S − H_resp
+    averages to 0 for any H̄.
 
     Args:
         draws: responses to each of N states.
 
     Returns:
-        `between`: share of the variance of H̄ over all draws that lies between states; `inside`: correlation of H̄ and
+        `between`: share of the variance of H̄ over all draws that is between states; `inside`: correlation of H̄ and
         S − H_resp over responses to the same state (positive where the proxy can work). Each with its interval over
         states.
     """
     mean_entropy = draws.predictable / np.maximum(draws.tokens, 1)
-    centre = lambda values: values - values.mean(axis=1, keepdims=True)  # noqa: E731
+    centre = lambda values: values - values.mean(axis=1, keepdims=True)
     own, relative = centre(mean_entropy), centre(draws.surprisal)
     moments = ((own * relative).mean(axis=1), (own**2).mean(axis=1), (relative**2).mean(axis=1))
     return {
@@ -99,26 +100,27 @@ def whose_entropy(draws: Draws) -> dict[str, Any]:
 def drift(
     states: Sequence[State], alpha: np.ndarray, advantages: np.ndarray, before: Draws, after: Draws, sign: int
 ) -> dict[str, Any]:
-    """Predicted against measured change of response entropy, by an update on the responses of one sign of A·(α − 1).
+    """Predicted and measured change of response entropy by an update on responses with one sign of A·(α − 1).
 
-    Predicted is A·(S − H_resp) of each response that the update was made on, up to the size of the step (METHOD §2);
-    measured is the change of mean Σ_t H_t over draws, with the same random numbers before and after.
+    The prediction is A·(S − H_resp) of each response in the update, up to the size of the step (METHOD §2). The
+    measurement is the change of mean Σ_t H_t over draws, with the same random numbers before and after.
 
     Args:
         states: N states.
         alpha: f[N].
         advantages: f[N], base advantages.
         before: draws before the update.
-        after: draws after it, with the same keys.
+        after: draws after the update, with the same keys.
         sign: 1 or −1.
 
     Returns:
-        `predicted` (mean over the update's own states; its sign is the claim), `measured` (mean over all states) and
+        `predicted` (mean over the update's own states; the claim is its sign), `measured` (mean over all states) and
         `measured_own` (over its own), in nats with intervals over states; `error`, the median standard error of one
-        state's measured change; `pearson` of predicted and measured over its own states; `points`, one an own state.
+        state's measured change; `pearson` of predicted and measured over its own states; `points`, one for each of its
+        own states.
     """
     own = np.sign(advantages * (alpha - 1)) == sign
-    relative, _ = relative_surprisal(np.array([each.surprisal for each in states]), before.surprisal)
+    relative, _ = relative_surprisal(np.array([state.surprisal for state in states]), before.surprisal)
     expected = predicted_drift(advantages, relative)
     changes = after.predictable - before.predictable
     change, errors = changes.mean(axis=1), standard_error(changes)
@@ -139,17 +141,17 @@ def drift(
 def circumstances(
     states: Sequence[State], alpha: np.ndarray, entropies: np.ndarray, groups: np.ndarray, min_range: float
 ) -> dict[str, Any]:
-    """What α had to work with: the first things to look at where AEM does nothing.
+    """Statistics of α's inputs; the first thing to check where AEM has no effect.
 
     Args:
-        states: all of a rollout.
+        states: all states of a rollout.
         alpha: f[N], of their responses.
         entropies: f[N], H̄ of their responses, nats.
         groups: i[N], their rollout groups.
-        min_range: nats; groups whose entropies span less are flat.
+        min_range: nats; groups whose entropies have a smaller range are flat.
     """
     spans = np.array([np.ptp(entropies[groups == g]) for g in np.unique(groups)])
-    lengths = np.array([each.tokens for each in states])
+    lengths = np.array([state.tokens for state in states])
     return {
         "responses": len(states),
         "groups": len(spans),
@@ -162,12 +164,12 @@ def circumstances(
 
 
 def _numbers(states: Sequence[State]) -> list[int]:
-    return sorted({each.trajectory for each in states})
+    return sorted({state.trajectory for state in states})
 
 
 def _mean(values: np.ndarray) -> dict[str, float] | None:
     return _plain(with_interval(mean, values)) if len(values) else None
 
 
-def _plain(found: Estimate) -> dict[str, float]:
-    return {name: float(value) for name, value in found._asdict().items()}
+def _plain(estimate: Estimate) -> dict[str, float]:
+    return {name: float(value) for name, value in estimate._asdict().items()}

@@ -1,4 +1,4 @@
-"""Many responses to the same state, from the policy as it samples: `Sampler`, its keys, its budgets."""
+"""Many sampled responses to the same state, by the rollout's own sampler, with its keys and token budgets."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ class Draws(NamedTuple):
 
     Attributes:
         surprisal: f64[N, D], −log π(a|s), nats.
-        predictable: f64[N, D], Σ_t H_t over the response's tokens, nats. Its mean estimates H_resp(s) too,
-            with less noise than that of the surprisal: it leaves out what the tokens' own sampling adds.
-        tokens: i64[N, D], lengths.
+        predictable: f64[N, D], Σ_t H_t over the response's tokens, nats. Its mean also estimates H_resp(s), with less
+            noise than the mean surprisal, since it has no sampling noise of the tokens themselves.
+        tokens: i64[N, D], lengths in tokens.
     """
 
     surprisal: np.ndarray
@@ -36,10 +36,10 @@ def draw_responses(
     config: RolloutConfig,
     report: Callable[[int], None] = lambda done: None,
 ) -> Draws:
-    """Draws responses to states.
+    """Samples D responses to each state.
 
-    Draw d of state i has the key fold_in(fold_in(key, i), d) whatever the parameters: with the same key, two policies
-    draw with the same random numbers, and their difference is not lost in the noise of either.
+    Draw d of state i has the key fold_in(fold_in(key, i), d), so two policies with the same key use the same random
+    numbers, and the noise of their difference is small.
 
     Args:
         sampler: the jitted sampler.
@@ -48,10 +48,7 @@ def draw_responses(
         key: PRNG key.
         draws: D, a multiple of the sampler's `slot_shards`.
         config: chunks and buckets.
-        report: called with the number of states done.
-
-    Returns:
-        The draws.
+        report: called with the number of finished states.
     """
     prompts, slots = sampler.init(sampler.slot_shards), sampler.init(draws)
     keys = jax.vmap(lambda i: jax.vmap(lambda d: jax.random.fold_in(jax.random.fold_in(key, i), d))(np.arange(draws)))
@@ -69,9 +66,9 @@ def draw_responses(
             window = sampler.cover(len(state.context) + int(found.tokens[i].max()))
             slots, out = sampler.decode(params, slots, left, config.decode_chunk, window=window)
             out = jax.device_get(out)
-            said = np.arange(out.tokens.shape[1]) < out.counts[:, None]
-            found.surprisal[i] -= np.where(said, out.logprobs, 0).sum(axis=1, dtype=np.float64)
-            found.predictable[i] += np.where(said, out.entropies, 0).sum(axis=1, dtype=np.float64)
+            sampled = np.arange(out.tokens.shape[1]) < out.counts[:, None]
+            found.surprisal[i] -= np.where(sampled, out.logprobs, 0).sum(axis=1, dtype=np.float64)
+            found.predictable[i] += np.where(sampled, out.entropies, 0).sum(axis=1, dtype=np.float64)
             found.tokens[i] += out.counts
             left = np.where(out.finished, 0, left - out.counts).astype(np.int32)
         report(i + 1)

@@ -1,4 +1,4 @@
-"""Numbers of the analyses from samples: surprisal and its expectation, drift, correlation. METHOD §2, §3."""
+"""Estimators of the analyses: relative surprisal, drift, correlation, bootstrap intervals. METHOD §2, §3."""
 
 import math
 import warnings
@@ -11,7 +11,7 @@ RESAMPLES = 5_000
 
 
 class Estimate(NamedTuple):
-    """A number with its 95 % interval, or its standard error."""
+    """A number with its 95 % interval."""
 
     value: float
     low: float
@@ -19,13 +19,13 @@ class Estimate(NamedTuple):
 
 
 def relative_surprisal(surprisal: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much more surprising each response is than the policy's responses are on average.
+    """Surprisal of each response relative to the policy's mean response.
 
         S(a|s) − H_resp(s),   H_resp(s) ≈ mean over D draws of S(a_d|s)
 
     Args:
-        surprisal: f[N], S(a|s) of the response taken in each state, nats.
-        drawn: f[N, D], S of responses drawn in the same states, nats; D > 1.
+        surprisal: f[N], S(a|s) of the rollout's response in each state, nats.
+        drawn: f[N, D], S of responses sampled in the same states, nats; D > 1.
 
     Returns:
         (f[N] relative surprisal, f[N] its standard error), nats.
@@ -44,17 +44,17 @@ def predicted_drift(advantages: np.ndarray, relative: np.ndarray) -> np.ndarray:
         dH_resp/dη = A(a,s) · (S(a|s) − H_resp(s))
 
     Args:
-        advantages: f[N], A of the responses that are updated on.
+        advantages: f[N], A of the responses in the update.
         relative: f[N], S − H_resp, nats.
 
     Returns:
-        f[N], nats for one unit of step; 0 where A is 0.
+        f[N], nats for a step of size one; 0 where A is 0.
     """
     return advantages * relative
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Pearson's r over the last axis; NaN where one of them does not vary."""
+    """Pearson's r over the last axis; NaN where x or y is constant."""
     x, y = x - x.mean(axis=-1, keepdims=True), y - y.mean(axis=-1, keepdims=True)
     spread = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -62,21 +62,21 @@ def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def opposed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Share of pairs whose signs are opposite; pairs in which one is 0 are no evidence, and left out."""
+    """Share of pairs with opposite signs, without pairs that contain a 0."""
     sign = np.sign(x) * np.sign(y)
     decided = (sign != 0).sum(axis=-1)
     return np.where(decided > 0, (sign < 0).sum(axis=-1) / np.maximum(decided, 1), np.nan)
 
 
 def share_between(means: np.ndarray, variances: np.ndarray) -> np.ndarray:
-    """Share of a quantity's variance that lies between states: Var(means) / (Var(means) + mean of variances inside).
+    """Share of a quantity's variance that is between states: Var(means) / (Var(means) + mean of variances inside).
 
     Args:
-        means: f[..., N], mean of each state.
-        variances: f[..., N], variance inside each state.
+        means: f[..., N], mean in each state.
+        variances: f[..., N], variance in each state.
 
     Returns:
-        f[...], in [0, 1]; NaN where nothing varies.
+        f[...], in [0, 1]; NaN where the quantity is constant.
     """
     between, inside = means.var(axis=-1), variances.mean(axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -84,12 +84,12 @@ def share_between(means: np.ndarray, variances: np.ndarray) -> np.ndarray:
 
 
 def pooled_correlation(covariances: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Correlation inside states, pooled: Σ cov / √(Σ var₁ · Σ var₂), over the last axis; NaN where one never varies.
+    """Correlation inside states, pooled: Σ cov / √(Σ var₁ · Σ var₂), over the last axis; NaN for a constant quantity.
 
     Args:
-        covariances: f[..., N], of two quantities inside each state.
-        first: f[..., N], variance of the one inside each state.
-        second: f[..., N], variance of the other.
+        covariances: f[..., N], of two quantities in each state.
+        first: f[..., N], variance of the first in each state.
+        second: f[..., N], variance of the second.
     """
     spread = np.sqrt(first.sum(axis=-1) * second.sum(axis=-1))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -101,17 +101,17 @@ def with_interval(statistic: Callable[..., np.ndarray], *samples: np.ndarray, se
 
     Args:
         statistic: (f[..., N], …) -> f[...], over the last axis.
-        samples: f[N] each, N ≥ 2; of fewer there is no interval.
+        samples: f[N] each; the interval needs N ≥ 2.
         seed: of the resamples.
     """
     value = float(statistic(*samples))
     if len(samples[0]) < 2 or not math.isfinite(value):
         return Estimate(value, math.nan, math.nan)
-    from scipy.stats import bootstrap  # half a second, which --help need not take
+    from scipy.stats import bootstrap  # takes half a second, so it is imported only where it is used
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of samples that are all alike
-        found = bootstrap(
+        warnings.simplefilter("ignore")  # about constant samples
+        interval = bootstrap(
             samples,
             lambda *parts, axis=-1: statistic(*parts),
             paired=True,
@@ -120,7 +120,7 @@ def with_interval(statistic: Callable[..., np.ndarray], *samples: np.ndarray, se
             method="percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
-    return Estimate(value, float(found.low), float(found.high))
+    return Estimate(value, float(interval.low), float(interval.high))
 
 
 def mean(x: np.ndarray) -> np.ndarray:

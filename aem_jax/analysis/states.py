@@ -1,4 +1,4 @@
-"""States of trajectories: what the policy had before it when it said a response, and what became of that response."""
+"""States of trajectories: the context of each response, and the response's statistics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from aem_jax.trajectory import Ending, Trajectory
 
 @dataclass(frozen=True)
 class State:
-    """One turn.
+    """The state before a response, and the response.
 
     Attributes:
-        response: its number in the batch, as `collate` counts.
+        response: number of the response in the batch (`collate`).
         trajectory: number of its trajectory.
         turn: from 0.
         group: its rollout group.
-        context: i32[n], all ids that the response was said after.
-        tokens: length of the response.
-        budget: most tokens that it could have had.
+        context: i32[n], all ids before the response.
+        tokens: length of the response in tokens.
+        budget: token budget of the response.
         surprisal: S(a|s) of the response, nats.
-        predictable: Σ_t H_t over its tokens, nats: what of S is not sampling noise (METHOD §3).
-        said: text of the response.
+        predictable: Σ_t H_t over its tokens, nats: S without sampling noise (METHOD §3).
+        text: text of the response.
     """
 
     response: int
@@ -34,29 +34,29 @@ class State:
     budget: int
     surprisal: float
     predictable: float
-    said: str
+    text: str
 
 
 def states_of(trajectories: Sequence[Trajectory], response_tokens: int, context_tokens: int) -> list[State]:
-    """All turns with a response, in the order in which `collate` numbers responses.
+    """The states of all turns with a response, in the order of `collate`'s numbers of responses.
 
     Args:
-        trajectories: as played.
-        response_tokens: most tokens of a response.
-        context_tokens: most tokens of an episode (append), or of a prompt and its response (window).
+        trajectories: episodes of a rollout.
+        response_tokens: token budget of a response.
+        context_tokens: token budget of an episode (append), or of a prompt and its response (window).
     """
-    found, number = [], 0
+    states, number = [], 0
     for n, trajectory in enumerate(trajectories):
         if trajectory.ending is Ending.ENV_ERROR:
             continue
-        heard: list[np.ndarray] = []
+        before: list[np.ndarray] = []
         for k, turn in enumerate(trajectory.turns):
             if trajectory.context == "window":
-                heard = []
-            heard.append(turn.observation_ids)
-            context = np.concatenate(heard).astype(np.int32)
+                before = []
+            before.append(turn.observation_ids)
+            context = np.concatenate(before).astype(np.int32)
             if len(turn.response_ids):
-                found.append(
+                states.append(
                     State(
                         response=number,
                         trajectory=n,
@@ -67,9 +67,9 @@ def states_of(trajectories: Sequence[Trajectory], response_tokens: int, context_
                         budget=min(response_tokens, context_tokens - len(context)),
                         surprisal=float(-np.sum(turn.logprobs, dtype=np.float64)),
                         predictable=float(np.sum(turn.entropies, dtype=np.float64)),
-                        said=turn.response,
+                        text=turn.response,
                     )
                 )
-            heard.append(turn.response_ids)
+            before.append(turn.response_ids)
             number += 1
-    return found
+    return states

@@ -60,7 +60,7 @@ def read_earlier(path: str) -> Mapping[str, Any]:
 
 def ratios(now: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[Ratio]:
     """What both runs measured, in this run's order."""
-    key = lambda result: (result["name"], result["what"], result["unit"])  # noqa: E731
+    key = lambda result: (result["name"], result["what"], result["unit"])
     then = {key(result): result for result in earlier["results"]}
     return [
         Ratio(

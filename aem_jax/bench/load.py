@@ -141,7 +141,7 @@ def run(config: BenchConfig) -> list[Measurement]:
     server = PoolConfig(num_servers=1, sessions_per_server=config.sessions)
     with EnvPool(server, ("echo", {})) as pool:
         put_under_load(pool, config.sessions, max(config.load_steps // 10, config.sessions))  # to warm up
-        memory = lambda: resident_mib(pool.server_pids[0])  # noqa: E731
+        memory = lambda: resident_mib(pool.server_pids[0])
         begin, own_begin = memory(), resident_mib("self")
         rounds = [put_under_load(pool, config.sessions, config.load_steps, memory) for _ in range(config.repeats)]
     latency = np.concatenate([each.latency_ms for each in rounds])

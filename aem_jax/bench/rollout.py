@@ -122,7 +122,7 @@ def _report(config: BenchConfig, mode: Mode, player: _Player) -> list[Measuremen
     settings, stats, last = _settings(config.rollout, mode), player.stats, player.last
     turns = [len(each.turns) for each in last]
     responses = [len(turn.response_ids) for each in last for turn in each.turns]
-    middle = lambda value: median(map(value, stats))  # noqa: E731
+    middle = lambda value: median(map(value, stats))
     facts = {
         **player.facts,
         "device_busy": middle(lambda each: each.device_busy_s / each.total_s),

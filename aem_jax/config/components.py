@@ -18,24 +18,24 @@ from aem_jax.selection import (
     Length,
     Outcome,
     Rule,
-    as_it_is,
     episode_lengths,
-    out_of_loss,
+    keep,
+    mask_loss,
     response_lengths,
     returned,
     soft_overlong,
-    won,
+    succeeded,
 )
 from aem_jax.trajectory import Trajectory
 
 NO_SIZES = ("name", "path")
 """Fields of `ModelChoice` that are no sizes."""
 
-OUTCOMES: Mapping[str, Outcome] = {"return": returned, "won": won}
+OUTCOMES: Mapping[str, Outcome] = {"return": returned, "success": succeeded}
 
 TRUNCATED: Mapping[str, Callable[[Trajectory], Trajectory | None]] = {
-    "learn": as_it_is,
-    "mask": out_of_loss,
+    "learn": keep,
+    "mask": mask_loss,
     "drop": lambda t: None,
 }
 """Treatment of an episode that ended at a limit."""
@@ -55,7 +55,7 @@ def selection_rule(config: RunConfig) -> Rule:
     return Rule(
         num_groups=config.rollout.groups_per_step,
         max_rounds=selection.max_rounds,
-        outcome=OUTCOMES[selection.outcome] if selection.reject_equal else None,
+        outcome=OUTCOMES[selection.outcome] if selection.filter_equal_outcomes else None,
         truncated=TRUNCATED[selection.truncated],
         penalise=partial(soft_overlong, length=length, penalty=selection.overlong_penalty, **sizes)
         if selection.overlong_penalty

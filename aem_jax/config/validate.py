@@ -66,10 +66,10 @@ def check(config: RunConfig) -> None:
 
 def _check_selection(config: RunConfig) -> None:
     selection, rollout = config.selection, config.rollout
-    if selection.reject_equal and rollout.group_size == 1:
+    if selection.filter_equal_outcomes and rollout.group_size == 1:
         raise ConfigError(
-            "--selection.reject-equal: expected --rollout.group-size of at least 2, got 1; the outcomes of a group of "
-            "one are always equal"
+            "--selection.filter-equal-outcomes: expected --rollout.group-size of at least 2, got 1; the outcomes of a "
+            "group of one are always equal"
         )
     limit = components.LENGTHS[selection.overlong_of][1]
     if selection.overlong_buffer > getattr(rollout, limit):

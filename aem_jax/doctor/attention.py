@@ -106,6 +106,6 @@ def gaps(attend: RowAttention, q: Array, k: Array, v: Array, segment_ids: Array)
 
 @jax.jit
 def _gap(found: Array, wanted: Array) -> Array:
-    norm: Callable[[Array], Array] = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=(2, 3)))  # noqa: E731
+    norm: Callable[[Array], Array] = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=(2, 3)))
     own = norm(wanted)
     return jnp.max(norm(found.astype(jnp.float32) - wanted) / jnp.maximum(own, jnp.mean(own)))

@@ -142,7 +142,7 @@ def _analysis(
     )
     played = {
         "episodes": len(intact),
-        "success": float(np.mean([t.won for t in intact])) if intact else None,
+        "success": float(np.mean([t.success for t in intact])) if intact else None,
         "positive_share": float(statistics["advantage/positive_share"]),
         "nonzero_share": float(statistics["advantage/nonzero_share"]),
         **around,

@@ -192,7 +192,7 @@ def _tokenizer(
     A copy of another tokenizer is made anew until the run has a checkpoint, because the original may have changed.
     """
     appends, thinking = config.rollout.context == "append", config.tokenizer.thinking
-    load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)  # noqa: E731
+    load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)
     is_copy = bool(config.model.path or config.warmstart.init_from)
     if processes.is_first and not has_checkpoint and (is_copy or not folder.exists()):
         make_tokenizer(config, suite, folder, load, report, stop)

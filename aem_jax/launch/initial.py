@@ -138,11 +138,11 @@ def _demonstrations(run: RunContext) -> Sequence[Trajectory]:
     own = [number for number, episode in enumerate(episodes) if episode is None]
     broken = set().union(*run.processes.gather_json(own))
     intact = [episode for number, episode in enumerate(episodes) if number not in broken]
-    shown = [episode for episode in intact if episode.won or not settings.only_won]
+    shown = [episode for episode in intact if episode.success or not settings.only_successful]
     learnt = fitting(shown, rollout.context_tokens)
     if not learnt:
         raise ConfigError(
-            f"--warmstart.episodes: expected demonstrations to learn from, got none; the expert won {len(shown)} of "
+            f"--warmstart.episodes: expected demonstrations to learn from, got none; the expert solved {len(shown)} of "
             f"{len(episodes)} episodes, and none of them has a turn within rollout.context_tokens "
             f"{rollout.context_tokens}"
         )

@@ -1,9 +1,9 @@
-"""Learning: state, optimizer, and the jitted update of a policy on one batch of trajectories.
+"""The learner: state, optimizer, and the jitted update of a policy on one batch of trajectories.
 
 optimizer = make_optimizer(config, policy.axes)
 state = init_state(policy, optimizer, mesh, key)
 update = make_update(policy, config, mesh)
-state, stats = update(state, place(collate(trajectories, layout), mesh), advantages)
+state, metrics = update(state, place(collate(trajectories, layout), mesh), advantages)
 """
 
 from aem_jax.learner.config import LearnerConfig

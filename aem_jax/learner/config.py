@@ -1,4 +1,4 @@
-"""What the learner can be told."""
+"""The learner's settings."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,79 +8,79 @@ from aem_jax.models.config import dtype_name
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """One update: the optimizer, the policy loss, and how much is computed at a time."""
+    """Settings of an update: the optimizer, the losses, and sizes of the computation."""
 
     learning_rate: float = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up: stay, or fall to 0 at total_steps along a line or half a cosine."""
+    """After warm-up: constant, or decay to 0 at total_steps, linearly or along half a cosine."""
     warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises from 0."""
+    """Optimizer steps over which the learning rate rises linearly."""
     total_steps: int = 0
-    """Optimizer steps (rollout steps × epochs × minibatches) at which a falling schedule reaches 0."""
+    """Optimizer steps (rollout steps × epochs × minibatches) at which a decaying schedule reaches 0."""
     beta1: float = 0.9
-    """AdamW: decay of the mean of gradients."""
+    """AdamW: decay rate of the first moment."""
     beta2: float = 0.95
-    """AdamW: decay of the mean of squared gradients."""
+    """AdamW: decay rate of the second moment."""
     adam_eps: float = 1e-8
-    """AdamW: added to the root of the mean of squared gradients."""
+    """AdamW: added to the root of the second moment."""
     weight_decay: float = 0.0
-    """AdamW: decoupled decay of matrices (norm scales are left alone)."""
-    moments: Literal["float32", "bfloat16", "int8"] = "float32"
-    """AdamW: how both means are kept between steps: float32, bfloat16, or int8 (gradients' mean in bfloat16, that of
-    their squares in 8 bits with a scale for each row). A parameter and its means take 12, 8 or 7 bytes."""
+    """AdamW: decoupled weight decay of matrices; norm scales and biases do not decay."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """AdamW: dtype in which both moments are stored. A parameter and its moments take 12 bytes in float32, 8 in
+    bfloat16, in which second moments are rounded stochastically."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Gradients are clipped to this global norm."""
 
     ratio: Literal["token", "response", "trajectory"] = "token"
-    """What is compared with the policy that sampled, and clipped: each token, or (GSPO) the geometric mean over a
-    response or over all that a trajectory says. response computes the head of sampled tokens once more, trajectory
-    takes one more forward pass for each optimizer step."""
+    """The unit of the clipped probability ratio: a token, or (GSPO) a response or a trajectory, with the geometric mean
+    over its tokens. response computes the head of sampled tokens once more; trajectory costs one more forward pass for
+    each optimizer step."""
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float = 0.0
-    """What is bad counts at most this many times, however likely it became (PPO's dual clip; 3 is usual); 0: off."""
+    """PPO's dual clip: bound on the ratio for negative advantages; 3 is usual, 0 disables."""
     importance_cap: float = 0.0
-    """Corrects for a sampler whose policy differs from the learner's (--sampling.weights int8, --sampling.cache int8):
-    each token's loss is weighted by min(learner's probability / sampler's, cap), 2 is usual, and the clipped ratio is
-    then to the learner's own policy before the update. With several optimizer steps a batch that takes another forward
-    pass. 0: off."""
+    """Truncated importance sampling, for a sampler whose policy differs from the learner's (--sampling.weights int8,
+    --sampling.cache int8): each token's loss is weighted by min(learner's probability / sampler's, cap), and the
+    clipped ratio is to the learner's own policy before the update. With several optimizer steps a batch it costs
+    another forward pass. 2 is usual, 0 disables."""
     kl_coefficient: float = 0.0
-    """Weight of the KL to the reference policy (k3 estimator); 0 holds no reference at all."""
+    """Weight of the KL to the reference policy (k3 estimator); 0 keeps no reference policy in memory."""
     value_coefficient: float = 0.5
-    """With a value head (algorithm.estimator gae): weight of its loss."""
+    """Value head (algorithm.estimator gae): weight of its loss."""
     value_clip: float = 0.5
-    """With a value head: what a value may move at most between the optimizer steps of one batch, in units of reward;
-    further its loss is flat. 0: off. With one optimizer step a batch it changes nothing."""
+    """Value head: PPO's clip on the change of a value between the optimizer steps of one batch, in units of reward. No
+    effect with one optimizer step a batch; 0 disables."""
     value_learning_rate: float = 5e-3
-    """With a value head: its peak learning rate, on the policy's schedule."""
+    """Value head: its peak learning rate, on the policy's schedule."""
     value_gradient: Literal["head", "all"] = "head"
-    """With a value head: what learns from its loss: the head alone, or the policy's weights beneath it as well, whose
-    gradient then depends on the size of rewards."""
+    """Value head: parameters that its loss trains: the head alone, or the policy's weights, too, whose gradient then
+    depends on the size of rewards."""
     aggregation: Literal["token-mean", "trajectory-mean", "response-mean", "constant"] = "token-mean"
-    """Averaged over: all tokens alike, means of trajectories, means of responses, or sums over a constant length."""
+    """The mean that the loss is: over tokens, trajectories or responses, or sums divided by a constant length."""
     constant_length: int = 0
-    """Tokens that "constant" divides each trajectory's sum by, whatever its length; a run takes 0 for all that an
-    episode may say."""
+    """aggregation constant: tokens that divide each trajectory's sum; 0 takes the token budget of an episode's
+    responses."""
 
     temperature: float = 1.0
-    """Divides the logits; must equal the sampler's."""
+    """Divides the logits; must equal the sampler's temperature."""
     head_chunk: int = 128
     """Positions of each row whose logits exist at one time."""
     remat: Literal["none", "layers", "dots"] = "none"
-    """What the backward pass computes again: nothing, everything inside a layer, or all but its matrix products."""
+    """Rematerialisation in the backward pass: nothing, whole layers, or everything but matrix products."""
     attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
-    """Attention over rows: auto takes splash on TPUs, cudnn on GPUs, xla elsewhere and where a kernel cannot take the
-    shapes (which is logged once); triton (GPUs) is taken by name alone."""
+    """Attention kernel: auto selects splash on TPUs, cudnn on GPUs, and xla elsewhere or where a kernel does not
+    support the shapes (logged once). auto never selects triton (GPUs)."""
     num_minibatches: int = 1
-    """Optimizer steps made from one batch, each on its own share of the trajectories."""
+    """Optimizer steps for each batch and epoch, each on its own share of the trajectories."""
     num_epochs: int = 1
-    """How often the batch is gone through."""
+    """Passes over each batch."""
 
     def __post_init__(self):
-        object.__setattr__(self, "moments", dtype_name(self.moments, ("float32", "bfloat16", "int8"), "moments"))
+        object.__setattr__(self, "moments", dtype_name(self.moments, ("float32", "bfloat16"), "moments"))
         _positive(self, "learning_rate", "adam_eps", "max_grad_norm", "temperature", "head_chunk")
         _positive(self, "num_minibatches", "num_epochs", "value_learning_rate")
         if not 0 <= self.clip_low <= 1 or not self.clip_high >= 0:
@@ -89,8 +89,8 @@ class LearnerConfig:
             raise ValueError(f"expected importance_cap of 0 (off) or at least 1, got {self.importance_cap}")
         if self.importance_cap and self.ratio != "token":
             raise ValueError(
-                f"expected importance_cap 0 with ratio {self.ratio}, got {self.importance_cap}: the cap weights tokens "
-                "one by one, and a sequence has one ratio for all; take ratio token, or do without the cap"
+                f"expected importance_cap 0 with ratio {self.ratio}, got {self.importance_cap}: the cap weights single "
+                "tokens, and a sequence has one ratio; set ratio to token, or importance_cap to 0"
             )
         if self.dual_clip and not self.dual_clip > 1:
             raise ValueError(f"expected dual_clip of 0 (off) or above 1, got {self.dual_clip}")

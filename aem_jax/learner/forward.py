@@ -1,28 +1,33 @@
-"""What a policy says of packed rows: log-probabilities and entropies of their tokens, and a loss of these.
+"""One forward pass over packed rows: log-probabilities and entropies of sampled tokens, a loss of them, and values.
 
-Only sampled tokens need logits, and most tokens of an agent's row are observations; so the positions that predict a
-sampled token are moved to the front of their row, and chunks of positions with none of them are skipped. With a
-vocabulary of 150k and one token in five sampled, that is four fifths of the head's cost.
+Only sampled tokens need logits, and most tokens of an agent's row are observations. So the positions that predict a
+sampled token are moved to the front of their row, and chunks of positions without one are skipped. With a vocabulary of
+150k and one token in five sampled, that is four fifths of the head's cost.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
+from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.head import HeadLayout, head_loss, head_statistics
-from aem_jax.learner.objective import Measures, Objective, Tokens
+from aem_jax.learner.objective import Objective, Stats, Tokens
 from aem_jax.learner.state import Params, TrainablePolicy
 from aem_jax.learner.value import ValueObjective, ValueTokens
 from aem_jax.models import ValuePolicy
 from aem_jax.models.attention import RowAttention, row_attention
 from aem_jax.models.decoder import PRODUCT
+from aem_jax.models.kernels import make_row_attention
+from aem_jax.sharding import TRAIN, partition, slot_shards
 
 REMAT: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
     "layers": jax.checkpoint_policies.nothing_saveable,
-    # By name: the products say their own gradients, and policies of operations don't look into those.
+    # By name: the matrix products define their own gradients, which policies of operations do not look into.
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 """Name → what `jax.checkpoint` keeps of a layer; None keeps everything."""
@@ -37,16 +42,17 @@ class Rows(NamedTuple):
     response_ids: jax.Array
 
 
-class Computation(NamedTuple):
-    """How much is computed at a time, and where.
+@dataclass(frozen=True)
+class ForwardConfig:
+    """Settings of a forward pass; by default on one device.
 
     Attributes:
         temperature: the sampler's; divides the logits.
         head_chunk: positions of each row whose logits exist at one time.
-        remat: what to keep of each layer for the backward pass (`REMAT`).
-        constrain: says where hidden states [b, T, D] lie on the mesh.
-        attention: of the rows.
-        head: where the head and its gradient lie on the mesh while its logits are taken.
+        remat: what each layer keeps for the backward pass (`REMAT`).
+        constrain: sharding constraint on hidden states [b, T, D].
+        attention: attention over rows.
+        head: shardings of the head and of its gradient.
     """
 
     temperature: float
@@ -54,13 +60,38 @@ class Computation(NamedTuple):
     remat: Callable[..., Any] | None = None
     constrain: Callable[[jax.Array], jax.Array] | None = None
     attention: RowAttention = row_attention
-    head: HeadLayout = HeadLayout()
+    head: HeadLayout = HeadLayout()  # noqa: RUF009  (immutable)
+
+
+def forward_config(config: LearnerConfig, mesh: Mesh) -> ForwardConfig:
+    """The settings of the learner's forward passes on a mesh."""
+
+    # Rows stay split over data and fsdp. Left to itself, the partitioner takes the sharding of the embedding's weights,
+    # and sums activations over fsdp in every layer instead of gathering the layer's weights.
+    def constrained_to(*axes: str | None) -> Callable[[jax.Array], jax.Array]:
+        sharding = NamedSharding(mesh, partition(axes, TRAIN))
+        return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+    return ForwardConfig(
+        temperature=config.temperature,
+        head_chunk=config.head_chunk,
+        remat=REMAT[config.remat],
+        constrain=constrained_to("rows", "length", None),
+        attention=make_row_attention(config.attention, mesh),
+        head=HeadLayout(
+            shards=slot_shards(mesh),
+            gathered=constrained_to(None, "vocab"),
+            per_shard=constrained_to("rows"),
+            per_shard_head=constrained_to("rows", None, "vocab"),
+            gradient=constrained_to("embed", "vocab"),
+        ),
+    )
 
 
 def row_statistics(
-    policy: TrainablePolicy, params: Params, rows: Rows, how: Computation
+    policy: TrainablePolicy, params: Params, rows: Rows, config: ForwardConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of every sampled token, and the entropy of the distribution that it was drawn from.
+    """Log-probability of every sampled token, and the entropy of the distribution that it was sampled from.
 
         logits_t = head(hidden_{t-1}) / temperature
 
@@ -68,17 +99,17 @@ def row_statistics(
         policy: the policy.
         params: its parameters.
         rows: packed rows; a segment never begins with a sampled token.
-        how: how it is computed.
+        config: settings of the forward pass.
 
     Returns:
-        (logprobs, entropies) f32[b, T], nats, 0 outside responses. For numbers alone: a gradient takes `row_loss`.
+        (logprobs, entropies) f32[b, T], nats, 0 outside responses. Not differentiable; `row_loss` is.
     """
-    front = _Front(rows)
-    hidden = _hidden(policy, params, rows, front, how)
-    settings = {"temperature": how.temperature, "chunk": how.head_chunk, "layout": how.head}
-    targets, active = front(rows.tokens), front(rows.response_ids >= 0)
+    order = _SampledFirst(rows)
+    hidden = _hidden(policy, params, rows, order, config)
+    settings = {"temperature": config.temperature, "chunk": config.head_chunk, "layout": config.head}
+    targets, active = order.of_tokens(rows.tokens), order.of_tokens(rows.response_ids >= 0)
     logprobs, entropies = head_statistics(policy.head(params), hidden, targets, active, **settings)
-    return front.back(logprobs), front.back(entropies)
+    return order.undo(logprobs), order.undo(entropies)
 
 
 def row_loss(
@@ -87,10 +118,10 @@ def row_loss(
     rows: Rows,
     tokens: Tokens,
     objective: Objective,
-    how: Computation,
+    config: ForwardConfig,
     sequence: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
     value: tuple[ValueObjective, ValueTokens] | None = None,
-) -> tuple[jax.Array, Measures]:
+) -> tuple[jax.Array, Stats]:
     """A loss of the sampled tokens' log-probabilities, differentiable in the parameters.
 
         L = objective(logprobs, entropies, tokens),   logprobs and entropies as of `row_statistics`
@@ -99,67 +130,70 @@ def row_loss(
         policy: the policy.
         params: its parameters.
         rows: packed rows; a segment never begins with a sampled token.
-        tokens: what the loss knows of each token, [b, T]; mask is False outside responses.
-        objective: a sum over tokens, of which each looks at its own numbers alone.
-        how: how it is computed.
-        sequence: (logprobs, logprobs as sampled, response ids), [b, T] each in one order of its own, -> f32[b, T], what
-            `tokens.sequence` is to be. It takes the head of all sampled tokens, without gradient, before the loss.
-        value: a loss of the values of these states, which is added, and what it knows of each token; the policy has a
-            value head then.
+        tokens: the loss's inputs for each token, [b, T]; mask is False outside responses.
+        objective: a sum over tokens; each term depends on the numbers of its own token alone.
+        config: settings of the forward pass.
+        sequence: (logprobs, logprobs as sampled, response ids), [b, T] each, in an order of their own -> f32[b, T], the
+            log-ratios for `tokens.sequence`. It costs the head of all sampled tokens once more, without gradient.
+        value: the value loss to add, and its inputs for each token; the policy then has a value head.
 
     Returns:
-        (loss f32[], measures); no gradient flows through the measures.
+        (loss f32[], stats); no gradient flows through the stats.
     """
-    front = _Front(rows)
-    hidden = _hidden(policy, params, rows, front, how)
-    head, targets, tokens = policy.head(params), front(rows.tokens), jax.tree.map(front, tokens)
+    order = _SampledFirst(rows)
+    hidden = _hidden(policy, params, rows, order, config)
+    head, targets, tokens = policy.head(params), order.of_tokens(rows.tokens), jax.tree.map(order.of_tokens, tokens)
     if sequence is not None:
-        settings = {"temperature": how.temperature, "chunk": how.head_chunk, "layout": how.head}
+        settings = {"temperature": config.temperature, "chunk": config.head_chunk, "layout": config.head}
         constants = jax.lax.stop_gradient(head), jax.lax.stop_gradient(hidden)
         logprobs, _ = head_statistics(*constants, targets, tokens.mask, **settings)
-        tokens = tokens._replace(sequence=sequence(logprobs, tokens.logprobs, front(rows.response_ids)))
-    found: Any = head_loss(objective, how.temperature, how.head_chunk, how.head, head, hidden, targets, tokens)
+        tokens = tokens._replace(sequence=sequence(logprobs, tokens.logprobs, order.of_tokens(rows.response_ids)))
+    settings = config.temperature, config.head_chunk, config.head
+    policy_loss: tuple[jax.Array, Stats] = head_loss(objective, *settings, head, hidden, targets, tokens)
     if value is None:
-        return found
+        return policy_loss
     assert isinstance(policy, ValuePolicy)
-    (of_tokens, measures), (of_values, at) = found, value
-    of_states, measures = of_values(policy, params, hidden, ValueTokens(*map(front, at)), measures)
-    return of_tokens + of_states, measures
+    (loss, stats), (value_objective, value_tokens) = policy_loss, value
+    value_tokens = ValueTokens(*map(order.of_tokens, value_tokens))
+    value_loss, stats = value_objective(policy, params, hidden, value_tokens, stats)
+    return loss + value_loss, stats
 
 
-def row_values(policy: ValuePolicy, params: Params, rows: Rows, how: Computation) -> jax.Array:
-    """Values of the states behind every position, f32[b, T], in units of reward; of padding anything."""
-    return policy.values(params, policy.hidden(params, *rows[:3], None, how.constrain, how.attention))
+def row_values(policy: ValuePolicy, params: Params, rows: Rows, config: ForwardConfig) -> jax.Array:
+    """Value of the state after each position, f32[b, T], in units of reward; undefined in padding."""
+    return policy.values(params, policy.hidden(params, *rows[:3], None, config.constrain, config.attention))
 
 
-def _hidden(policy: TrainablePolicy, params: Params, rows: Rows, front: "_Front", how: Computation) -> jax.Array:
+def _hidden(
+    policy: TrainablePolicy, params: Params, rows: Rows, order: "_SampledFirst", config: ForwardConfig
+) -> jax.Array:
     """[b, T, D], the positions that predict a sampled token first."""
-    hidden = front.hidden(policy.hidden(params, *rows[:3], how.remat, how.constrain, how.attention))
-    return hidden if how.constrain is None else how.constrain(hidden)
+    hidden = order.of_positions(policy.hidden(params, *rows[:3], config.remat, config.constrain, config.attention))
+    return hidden if config.constrain is None else config.constrain(hidden)
 
 
-class _Front:
-    """Positions in another order: those that predict a sampled token first, in each row.
+class _SampledFirst:
+    """A permutation of each row's positions: those that predict a sampled token come first.
 
-    Position t predicts token t + 1. Nothing wraps round: token 0 of a row is never a sampled one.
+    Position t predicts token t + 1. The roll never wraps a sampled token, since token 0 of a row is not sampled.
     """
 
     def __init__(self, rows: Rows):
         predicts = jnp.roll(rows.response_ids, -1, axis=1) >= 0
         self._order = jnp.argsort(~predicts, axis=1, stable=True)
-        self._place = jnp.argsort(self._order, axis=1)
+        self._inverse = jnp.argsort(self._order, axis=1)
 
-    def hidden(self, x: jax.Array) -> jax.Array:
+    def of_positions(self, x: jax.Array) -> jax.Array:
         """[b, T, …] of positions, in the new order."""
-        return _permute(x, self._order, self._place)
+        return _permute(x, self._order, self._inverse)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, T] of tokens, each at the position that predicts it."""
+    def of_tokens(self, x: jax.Array) -> jax.Array:
+        """[b, T] of tokens, each at the position that predicts it, in the new order."""
         return jnp.take_along_axis(jnp.roll(x, -1, axis=1), self._order, axis=1)
 
-    def back(self, x: jax.Array) -> jax.Array:
-        """The inverse."""
-        return jnp.roll(jnp.take_along_axis(x, self._place, axis=1), 1, axis=1)
+    def undo(self, x: jax.Array) -> jax.Array:
+        """The inverse of `of_tokens`."""
+        return jnp.roll(jnp.take_along_axis(x, self._inverse, axis=1), 1, axis=1)
 
 
 @jax.custom_vjp

@@ -1,16 +1,16 @@
-"""The head and all that needs its logits, in chunks of positions: the logits of all tokens never exist together.
+"""The head in chunks of positions, so that the logits of all tokens never exist together.
 
-A loss that looks at one token's log-probability at a time has the gradient, in that token's logits,
+A loss whose terms depend on one token's log-probability each has this gradient in that token's logits z:
 
     dL/dz = dL/dlogp · (onehot(token) − softmax(z)) / temperature
 
-which is known as soon as z is: so a chunk's gradients are taken while its logits are there. Going back through the
-chunks later would compute every one of them a second time.
+The gradient is known as soon as z is, so the forward pass computes a chunk's gradients while its logits exist. A
+backward pass over the chunks would compute all logits a second time.
 
-On several devices the chunks' loop moves nothing over data and fsdp: the head is gathered before it, each device adds
-up the loss, the measures and the head's gradient of its own rows, and what they found is summed after it. (What a
-vocabulary split over tensor takes, a few numbers a token, stays inside.) Left to itself the partitioner gathers the
-head and sums its gradient in every chunk.
+On several devices the loop over chunks communicates nothing over data and fsdp. The head is gathered before the loop,
+each shard of rows accumulates its loss, its stats and its part of the head's gradient, and the shards are summed after
+the loop. (Where the vocabulary is split over tensor, a few numbers a token are reduced inside the loop.) Left to
+itself, the partitioner gathers the head and sums its gradient in every chunk.
 """
 
 from collections.abc import Callable
@@ -21,31 +21,31 @@ import jax
 import jax.numpy as jnp
 
 from aem_jax.advantage import token_statistics
-from aem_jax.learner.objective import Measures, Objective, Tokens
+from aem_jax.learner.objective import Objective, Stats, Tokens
 
 Array = jax.Array
 
 
-def _as_is(x: Array) -> Array:
+def _unconstrained(x: Array) -> Array:
     return x
 
 
 class HeadLayout(NamedTuple):
-    """Where the head, its gradient and sums over rows lie while the loop over chunks runs; by default on one device.
+    """Sharding constraints for the loop over chunks; by default one device.
 
     Attributes:
-        shards: into how many parts the rows are split, each on devices of its own; it divides their number.
-        whole: says that every device has all of the head [D, V], but for a split of V.
-        apart: says of an array [shards, …] of one number for each part that it lies with that part's rows.
-        apart_head: the same of the parts' gradients of the head [shards, D, V].
-        gradient: says where the head's gradient [D, V] lies at last.
+        shards: number of parts that the rows are split into, each on devices of its own; it divides the rows.
+        gathered: for the head [D, V]: on every device, but for a split of V.
+        per_shard: for arrays [shards, …] of one number a shard: each with the rows of its shard.
+        per_shard_head: for the shards' gradients of the head [shards, D, V]: likewise.
+        gradient: for the head's final gradient [D, V].
     """
 
     shards: int = 1
-    whole: Callable[[Array], Array] = _as_is
-    apart: Callable[[Array], Array] = _as_is
-    apart_head: Callable[[Array], Array] = _as_is
-    gradient: Callable[[Array], Array] = _as_is
+    gathered: Callable[[Array], Array] = _unconstrained
+    per_shard: Callable[[Array], Array] = _unconstrained
+    per_shard_head: Callable[[Array], Array] = _unconstrained
+    gradient: Callable[[Array], Array] = _unconstrained
 
 
 def head_statistics(
@@ -61,22 +61,22 @@ def head_statistics(
     """Log-probabilities and entropies of targets.
 
     Args:
-        head: [D, V], in any dtype; used in that of `hidden`.
+        head: [D, V], in any dtype; cast to that of `hidden`.
         hidden: [b, T, D].
         targets: i32[b, T], in [0, V).
-        active: bool[b, T], where they are wanted. Chunks without one cost nothing.
+        active: bool[b, T], the positions to compute. Chunks without one cost nothing.
         temperature: divides the logits.
         chunk: positions of each row whose logits exist at one time.
-        layout: where things lie on the mesh.
+        layout: sharding constraints.
 
     Returns:
-        (logprobs, entropies) f32[b, T], nats, 0 where not active. No gradient is meant to flow through them.
+        (logprobs, entropies) f32[b, T], nats, 0 where not active. Not for differentiation.
     """
-    weights = layout.whole(head.astype(hidden.dtype))
+    weights = layout.gathered(head.astype(hidden.dtype))
 
     def compute(x: Array, target: Array, mask: Array) -> tuple[Array, Array]:
-        found = token_statistics(_logits(x, weights, temperature), target)
-        return jnp.where(mask, found[0], 0.0), jnp.where(mask, found[1], 0.0)
+        logprobs, entropies = token_statistics(_logits(x, weights, temperature), target)
+        return jnp.where(mask, logprobs, 0.0), jnp.where(mask, entropies, 0.0)
 
     def skip(x: Array, target: Array, mask: Array) -> tuple[Array, Array]:
         return jnp.zeros(mask.shape, jnp.float32), jnp.zeros(mask.shape, jnp.float32)
@@ -85,7 +85,7 @@ def head_statistics(
         return None, jax.lax.cond(xs[0], compute, skip, *xs[1])
 
     parts = _split((hidden, targets, active), chunk)
-    _, parts = jax.lax.scan(one, None, (_anything(parts[2]), parts))
+    _, parts = jax.lax.scan(one, None, (_any_active(parts[2]), parts))
     logprobs, entropies = (_join(part, targets.shape[1]) for part in parts)
     return logprobs, entropies
 
@@ -100,23 +100,23 @@ def head_loss(
     hidden: Array,
     targets: Array,
     tokens: Tokens,
-) -> tuple[Array, Measures]:
-    """A loss of the targets' log-probabilities, and what is measured beside it.
+) -> tuple[Array, Stats]:
+    """A loss of the targets' log-probabilities, and its stats.
 
-    Its gradient flows into `head` and `hidden`, computed together with the loss; none flows through the measures.
+    The gradients in `head` and `hidden` are computed together with the loss; none flows through the stats.
 
     Args:
-        objective: the loss, a sum over tokens of which each looks at its own numbers alone.
+        objective: the loss, a sum over tokens; each term depends on the numbers of its own token alone.
         temperature: divides the logits.
         chunk: positions of each row whose logits exist at one time.
-        layout: where things lie on the mesh.
-        head: [D, V], in any dtype; used in that of `hidden`.
+        layout: sharding constraints.
+        head: [D, V], in any dtype; cast to that of `hidden`.
         hidden: [b, T, D].
         targets: i32[b, T], in [0, V).
         tokens: [b, T] each; chunks without a token in `tokens.mask` cost nothing.
 
     Returns:
-        (loss f32[], measures).
+        (loss f32[], stats).
     """
     settings = {"temperature": temperature, "chunk": chunk}
     logprobs, entropies = head_statistics(head, hidden, targets, tokens.mask, **settings, layout=layout)
@@ -125,24 +125,26 @@ def head_loss(
 
 def _head_loss_forward(objective, temperature, chunk, layout, head, hidden, targets, tokens):
     targets, tokens = jax.tree.map(lambda leaf: leaf.value, (targets, tokens), is_leaf=_is_primal)
-    learns = head.perturbed  # a frozen head has no gradient, and should not cost one
+    trains_head = head.perturbed  # a frozen head has no gradient, and should not cost one
     head, hidden = head.value, hidden.value
-    weights = layout.whole(head.astype(hidden.dtype))
+    weights = layout.gathered(head.astype(hidden.dtype))
 
-    @jax.vmap  # over the parts of the rows
+    @jax.vmap  # over shards of rows
     def compute(total: Any, x: Array, target: Array, tokens: Tokens) -> tuple[Any, Array]:
         logits = _logits(x, weights, temperature)
-        found = token_statistics(logits, target)
-        logprobs, entropies = (jnp.where(tokens.mask, each, 0.0) for each in found)
-        part = lambda logprobs: objective(logprobs, entropies, tokens)  # noqa: E731
-        (loss, measures), slope = jax.value_and_grad(part, has_aux=True)(logprobs)
-        normaliser = jnp.take_along_axis(logits, target[..., None], axis=-1) - found[0][..., None]
+        statistics = token_statistics(logits, target)
+        logprobs, entropies = (jnp.where(tokens.mask, x, 0.0) for x in statistics)
+        chunk_loss = lambda logprobs: objective(logprobs, entropies, tokens)
+        (loss, stats), slope = jax.value_and_grad(chunk_loss, has_aux=True)(logprobs)
+        normaliser = jnp.take_along_axis(logits, target[..., None], axis=-1) - statistics[0][..., None]
         is_target = jax.nn.one_hot(target, logits.shape[-1], dtype=jnp.bool_)
-        back = (slope / temperature)[..., None] * (is_target - jnp.exp(logits - normaliser))
-        back = jnp.where(tokens.mask[..., None], back, 0.0).astype(x.dtype)
-        d_head = total[2] + jnp.einsum("btd,btv->dv", x, back, preferred_element_type=jnp.float32) if learns else None
-        d_hidden = jnp.einsum("btv,dv->btd", back, weights)
-        return (total[0] + loss, _add(total[1], measures), d_head), d_hidden
+        d_logits = (slope / temperature)[..., None] * (is_target - jnp.exp(logits - normaliser))
+        d_logits = jnp.where(tokens.mask[..., None], d_logits, 0.0).astype(x.dtype)
+        d_head = None
+        if trains_head:
+            d_head = total[2] + jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
+        d_hidden = jnp.einsum("btv,dv->btd", d_logits, weights)
+        return (total[0] + loss, _add(total[1], stats), d_head), d_hidden
 
     def skip(total: Any, x: Array, target: Array, tokens: Tokens) -> tuple[Any, Array]:
         return total, jnp.zeros_like(x)
@@ -154,13 +156,13 @@ def _head_loss_forward(objective, temperature, chunk, layout, head, hidden, targ
     chunks = _split((hidden, targets, tokens), chunk)
     parts = jax.tree.map(lambda x: x.reshape(len(x), shards, -1, *x.shape[2:]), chunks)
     shapes = jax.eval_shape(objective, *(jnp.zeros(()),) * 2, jax.tree.map(lambda x: x[0, 0, 0], chunks[2]))
-    zeros = jax.tree.map(lambda leaf: layout.apart(jnp.zeros((shards, *leaf.shape), leaf.dtype)), shapes)
-    d_head = layout.apart_head(jnp.zeros((shards, *head.shape), jnp.float32)) if learns else None
-    total, d_hidden = jax.lax.scan(one, (*zeros, d_head), (_anything(chunks[2].mask), parts))
-    loss, measures = jnp.sum(total[0]), _over_parts(total[1])
-    d_head = layout.gradient(jnp.sum(total[2], axis=0)) if learns else None
+    zeros = jax.tree.map(lambda leaf: layout.per_shard(jnp.zeros((shards, *leaf.shape), leaf.dtype)), shapes)
+    d_head = layout.per_shard_head(jnp.zeros((shards, *head.shape), jnp.float32)) if trains_head else None
+    total, d_hidden = jax.lax.scan(one, (*zeros, d_head), (_any_active(chunks[2].mask), parts))
+    loss, stats = jnp.sum(total[0]), _over_shards(total[1])
+    d_head = layout.gradient(jnp.sum(total[2], axis=0)) if trains_head else None
     d_hidden = _join(d_hidden.reshape(chunks[0].shape), targets.shape[1])
-    return (loss, measures), (d_head, d_hidden, jnp.zeros((), head.dtype))
+    return (loss, stats), (d_head, d_hidden, jnp.zeros((), head.dtype))
 
 
 def _head_loss_backward(objective, temperature, chunk, layout, residuals, cotangents):
@@ -182,23 +184,23 @@ def _logits(hidden: Array, weights: Array, temperature: float) -> Array:
     return jnp.matmul(hidden, weights, preferred_element_type=jnp.float32) / temperature
 
 
-def _add(total: Measures, part: Measures) -> Measures:
-    return Measures(jax.tree.map(jnp.add, total.sums, part.sums), jax.tree.map(jnp.maximum, total.maxima, part.maxima))
+def _add(total: Stats, chunk: Stats) -> Stats:
+    return Stats(jax.tree.map(jnp.add, total.sums, chunk.sums), jax.tree.map(jnp.maximum, total.maxima, chunk.maxima))
 
 
-def _over_parts(parts: Measures) -> Measures:
-    """Of [shards] to []."""
-    total = lambda each: jnp.sum(each, axis=0)  # noqa: E731
-    return Measures(jax.tree.map(total, parts.sums), jax.tree.map(lambda each: jnp.max(each, axis=0), parts.maxima))
+def _over_shards(stats: Stats) -> Stats:
+    """[shards] → []."""
+    total, largest = (lambda x: jnp.sum(x, axis=0)), (lambda x: jnp.max(x, axis=0))
+    return Stats(jax.tree.map(total, stats.sums), jax.tree.map(largest, stats.maxima))
 
 
-def _anything(mask: Array) -> Array:
-    """bool[chunks] of [chunks, b, c]: asked before the loop, since the answer is found over all devices."""
+def _any_active(mask: Array) -> Array:
+    """bool[chunks] of [chunks, b, c]: computed before the loop, because it is a reduction over all devices."""
     return jnp.any(mask, axis=(1, 2))
 
 
 def _split(arrays: Any, chunk: int) -> Any:
-    """[b, T, …] to [T / chunk, b, chunk, …], filled up with zeros."""
+    """[b, T, …] → [T / chunk, b, chunk, …], padded with zeros."""
 
     def one(x: Array) -> Array:
         rows, length = x.shape[:2]

@@ -1,7 +1,7 @@
-"""What a microbatch's tokens are worth: the policy's loss, the supervised loss, and what is measured beside them.
+"""Losses of one microbatch's tokens, policy and supervised, with their stats.
 
-Losses are sums with weights that were fixed for the whole minibatch, so microbatches add up exactly: however the tokens
-are packed and cut, the gradient is that of one big batch.
+A loss is a sum with weights that are fixed for the whole minibatch, so microbatches add up exactly: the gradient does
+not depend on how tokens are packed into rows and rows into microbatches.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,17 +25,17 @@ from aem_jax.losses import (
 
 
 class Tokens(NamedTuple):
-    """One microbatch as a loss sees it, [b, T] each.
+    """A loss's inputs for one microbatch, [b, T] each.
 
     Attributes:
-        mask: bool, sampled tokens that count.
-        weights: f32, share of each token in the minibatch's loss; 0 outside mask.
+        mask: bool, sampled tokens in the loss.
+        weights: f32, weight of each token in the minibatch's loss; 0 outside mask.
         logprobs: f32, as sampled, nats.
         advantages: f32; None for supervised learning.
         reference: f32, log-probability under the reference policy, nats; None without one.
-        before: f32, log-probability under the learner's policy before the update, nats; None where that is the present
-            one, or nobody asks.
-        sequence: f32, log-ratio of the sequence that the token stands in, nats; None where each has its own.
+        old_logprobs: f32, log-probability under the learner's policy before the update, nats; None where that is the
+            current policy, or where the objective does not use it.
+        sequence: f32, log-ratio of the token's sequence, nats; None where each token has a ratio of its own.
     """
 
     mask: jax.Array
@@ -43,17 +43,17 @@ class Tokens(NamedTuple):
     logprobs: jax.Array
     advantages: Any
     reference: Any
-    before: Any = None
+    old_logprobs: Any = None
     sequence: Any = None
 
 
-class Measures(NamedTuple):
-    """What is measured beside a loss.
+class Stats(NamedTuple):
+    """Statistics of one microbatch, computed beside its loss.
 
     Attributes:
         sums: over tokens; they add up over microbatches.
         maxima: over tokens.
-        means: parts of means over responses, with weights that add up to 1 over the minibatch; they add up as well.
+        means: contributions to means over responses, with weights that sum to 1 over the minibatch; they add up, too.
     """
 
     sums: dict[str, jax.Array]
@@ -61,8 +61,8 @@ class Measures(NamedTuple):
     means: Mapping[str, jax.Array] = {}
 
 
-Objective = Callable[[jax.Array, jax.Array, Tokens], tuple[jax.Array, Measures]]
-"""(logprobs f32[b, T], entropies f32[b, T], tokens) -> (this microbatch's part of the loss, measures)."""
+Objective = Callable[[jax.Array, jax.Array, Tokens], tuple[jax.Array, Stats]]
+"""(logprobs f32[b, T], entropies f32[b, T], tokens) -> (this microbatch's part of the loss, stats)."""
 
 
 AGGREGATIONS: Mapping[str, Callable[[LearnerConfig], Aggregation]] = {
@@ -71,53 +71,53 @@ AGGREGATIONS: Mapping[str, Callable[[LearnerConfig], Aggregation]] = {
     "trajectory-mean": lambda config: trajectory_mean,
     "constant": lambda config: constant_length(config.constant_length),
 }
-"""Name → how tokens add up to a loss."""
+"""`LearnerConfig.aggregation` → weights of tokens in the loss."""
 
 
 def supervised_objective() -> Objective:
     """Cross-entropy: L = −Σ_t w_t · logp_t."""
 
-    def objective(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Measures]:
+    def objective(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
         sums = {"entropy": jnp.sum(entropies, where=tokens.mask)}
-        return -jnp.sum(tokens.weights * logprobs, where=tokens.mask), Measures(sums, {})
+        return -jnp.sum(tokens.weights * logprobs, where=tokens.mask), Stats(sums, {})
 
     return objective
 
 
 def policy_objective(config: LearnerConfig) -> Objective:
-    """Clipped ratio, and the KL to the reference if there is one.
+    """Clipped surrogate, plus the KL to the reference policy where there is one.
 
     ρ_t = exp(logp_t − logp_t as sampled), or the ratio of the token's sequence (`sequence_policy_loss`)
     L = Σ_t w_t · [ −min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t) + β · k3_t ]
 
-    With an importance cap c the two things that the ratio does are told apart: it compares with the learner's own
-    policy before the update, which it may not leave by more than the clip, and what the sampler's policy was is made
-    good by a weight. (A weight *beside* the ratio above would count the sampler's gap twice.)
+    With an importance cap c the two roles of the ratio are separated. The clipped ratio is to the learner's own policy
+    before the update; a truncated importance weight corrects for the sampler's policy. (With the weight beside the
+    ratio above, the gap between learner and sampler would count twice.)
 
-    ρ_t = exp(logp_t − logp_t before)
-    L = Σ_t w_t · min(exp(logp_t before − logp_t as sampled), c) · [ … ]
+    ρ_t = exp(logp_t − logp_t^old)
+    L = Σ_t w_t · min(exp(logp_t^old − logp_t as sampled), c) · [ … ]
     """
     cap = config.importance_cap
     bounds = {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip}
 
-    def objective(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Measures]:
+    def objective(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
         mask = tokens.mask
-        total = lambda x: jnp.sum(x, where=mask)  # noqa: E731
-        top = lambda x: jnp.max(x, where=mask, initial=0.0)  # noqa: E731
-        before = jax.lax.stop_gradient(logprobs) if tokens.before is None else tokens.before
-        old = before if cap else tokens.logprobs
+        total = lambda x: jnp.sum(x, where=mask)
+        top = lambda x: jnp.max(x, where=mask, initial=0.0)
+        old_logprobs = jax.lax.stop_gradient(logprobs) if tokens.old_logprobs is None else tokens.old_logprobs
         if tokens.sequence is None:
-            token = clipped_policy_loss(logprobs, old, tokens.advantages, **bounds)
+            denominator = old_logprobs if cap else tokens.logprobs
+            token = clipped_policy_loss(logprobs, denominator, tokens.advantages, **bounds)
         else:
             token = sequence_policy_loss(logprobs, tokens.sequence, tokens.advantages, **bounds)
         loss = token.loss
-        sums = {"clip_share": total(token.clipped), "ratio_mean": total(token.ratio)}
+        sums = {"clip_fraction": total(token.clipped), "ratio_mean": total(token.ratio)}
         if tokens.reference is not None:
             kl = k3(logprobs, tokens.reference)
             loss = loss + config.kl_coefficient * kl
             sums["kl_reference"] = total(kl)
         if cap:
-            importance = truncated_importance(before, tokens.logprobs, cap)
+            importance = truncated_importance(old_logprobs, tokens.logprobs, cap)
             loss = loss * importance
             sums["importance_mean"] = total(importance)
             sums["importance_capped"] = total(importance >= cap)
@@ -128,6 +128,6 @@ def policy_objective(config: LearnerConfig) -> Objective:
             "parity_mean": total(gap),
         }
         loss = jnp.sum(tokens.weights * loss, where=mask)
-        return loss, Measures(sums, {"ratio_max": top(token.ratio), "parity_max": top(gap)})
+        return loss, Stats(sums, {"ratio_max": top(token.ratio), "parity_max": top(gap)})
 
     return objective

@@ -1,4 +1,4 @@
-"""What training changes: parameters, optimizer state, step."""
+"""The training state: parameters, optimizer state, step."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from aem_jax.sharding import TRAIN, replicated, shardings
 
@@ -14,9 +14,9 @@ Params = Any
 
 
 class TrainablePolicy(Protocol):
-    """What the learner needs of a policy; `aem_jax.models.Policy` is one; so are `LoraPolicy`, `ValuePolicy`.
+    """The learner's interface to a policy: `Policy`, `LoraPolicy` and `ValuePolicy` of `aem_jax.models` implement it.
 
-    Where only part of the weights is trained, `axes` and `init` are of that part, and `hidden` and `head` take the
+    Where part of the weights is frozen, `axes` and `init` cover the trained part, and `hidden` and `head` take the
     pair (trained, frozen) as their parameters.
     """
 
@@ -32,21 +32,21 @@ class TrainablePolicy(Protocol):
     def hidden(
         self, params: Params, tokens, positions, segment_ids, remat=None, constrain=None, attention: Any = ...
     ) -> jax.Array:
-        """[B, T, D] of packed rows i32[B, T]; `constrain` says where the residual stream lies, `attention` attends."""
+        """[B, T, D] of packed rows i32[B, T]; `constrain` is the residual stream's sharding, `attention` the kernel."""
         ...
 
     def head(self, params: Params) -> jax.Array:
-        """[D, V], as kept: hidden states times these, in the dtype of the hidden states, are logits."""
+        """[D, V], as stored: logits are hidden states times the head, cast to the dtype of the hidden states."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that an update reads and writes.
+    """The state that an update reads and writes.
 
     Attributes:
-        params: float32 masters of what is trained. Frozen weights are no part of the state: nothing changes them.
+        params: float32 master copy of the trained parameters. Frozen weights are not part of the state.
         opt_state: optax state.
         step: i32[], rollout steps done (each is num_epochs × num_minibatches optimizer steps).
     """
@@ -57,46 +57,38 @@ class TrainState:
 
 
 def abstract_state(policy: TrainablePolicy, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without its numbers: what a restore fills.
+    """Shapes, dtypes and shardings of the state, without its values: the target of a restore.
 
-    The optimizer's per-parameter arrays lie as their parameters do (along a dimension of which they hold one number a
-    row, whole); everything else is on every device.
+    The optimizer's per-parameter arrays are sharded as their parameters; everything else is replicated.
 
     Raises:
         ValueError: a parameter's dimension does not divide over the mesh.
     """
     params = jax.eval_shape(policy.init, jax.random.key(0))
     opt_state = jax.eval_shape(optimizer.init, params)
-    where = shardings(mesh, policy.axes, TRAIN, params)
-    whole = replicated(mesh)
-    opt_where = optax.tree_utils.tree_map_params(
-        optimizer, _beside, opt_state, params, where, transform_non_params=lambda _: whole
+    params_sharding = shardings(mesh, policy.axes, TRAIN, params)
+    everywhere = replicated(mesh)
+    opt_sharding = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, sharding: sharding, opt_state, params_sharding, transform_non_params=lambda _: everywhere
     )
     shapes = TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        TrainState(where, opt_where, whole),
+        TrainState(params_sharding, opt_sharding, everywhere),
     )
-
-
-def _beside(leaf: Any, param: Any, place: NamedSharding) -> NamedSharding:
-    """The sharding of an optimizer's array: its parameter's, without the axes of which it holds one number."""
-    spec = (*place.spec, *(None,) * (len(param.shape) - len(place.spec)))
-    kept = [axis if size == whole else None for axis, size, whole in zip(spec, leaf.shape, param.shape, strict=True)]
-    return place if leaf.shape == param.shape else NamedSharding(place.mesh, PartitionSpec(*kept))
 
 
 def init_state(
     policy: TrainablePolicy, optimizer: optax.GradientTransformation, mesh: Mesh, source: jax.Array | Params
 ) -> TrainState:
-    """A state at step 0, born where it belongs on the mesh: no device ever holds all of it.
+    """A state at step 0, created in its sharding: no device ever holds all of it.
 
     Args:
         policy: the policy.
         optimizer: from `make_optimizer`.
         mesh: the mesh.
-        source: a PRNG key, for random parameters, or parameters, which are donated: no device holds them twice.
+        source: a PRNG key for random parameters, or parameters, which are donated.
     """
     is_key = isinstance(source, jax.Array) and jnp.issubdtype(source.dtype, jax.dtypes.prng_key)
 
@@ -104,5 +96,5 @@ def init_state(
         params = policy.init(source) if is_key else source
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh))
-    return jax.jit(create, out_shardings=where, donate_argnums=() if is_key else 0)(source)
+    out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh))
+    return jax.jit(create, out_shardings=out_shardings, donate_argnums=() if is_key else 0)(source)

@@ -4,69 +4,73 @@
         gradient = Σ over the minibatch's microbatches (a loop of dynamic length: shapes and program never change)
         clip, AdamW
 
-The policy's update and the supervised one differ by the objective alone. There is no old-policy pass: `batch.logprobs`
-are those of the sampler, and `parity_max` measures in every step that the learner agrees with them. Where it is known
-not to (int8 weights, `importance_cap`), the first optimizer step has the old policy at hand; only further ones make a
-pass for it. The ratio of whole sequences is measured before the loss that needs it: see `sequence.py`.
+The policy's update and the supervised one differ in the objective alone. There is no old-policy pass: `batch.logprobs`
+are the sampler's, and `parity_max` checks in every step that the learner agrees with them. Where it cannot agree (int8
+weights, `importance_cap`), the first optimizer step computes the old policy's log-probabilities anyway; only further
+steps need a pass for them. The ratio of whole sequences is computed before the loss that uses it: see `sequence.py`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from aem_jax.advantage import ValueTargets, token_advantages
 from aem_jax.batch import Batch, batch_shardings, packed_sharding
 from aem_jax.learner.config import LearnerConfig
-from aem_jax.learner.forward import REMAT, Computation, Rows, row_loss, row_statistics, row_values
-from aem_jax.learner.head import HeadLayout
-from aem_jax.learner.objective import AGGREGATIONS, Measures, Objective, Tokens, policy_objective, supervised_objective
+from aem_jax.learner.forward import ForwardConfig, Rows, forward_config, row_loss, row_statistics, row_values
+from aem_jax.learner.objective import AGGREGATIONS, Objective, Stats, Tokens, policy_objective, supervised_objective
 from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
 from aem_jax.learner.sequence import LEVELS, Level, response_sums
 from aem_jax.learner.state import Params, TrainablePolicy, TrainState, abstract_state
 from aem_jax.learner.value import ValueTokens, add_values, first_tokens, value_objective
+from aem_jax.losses import Aggregation
 from aem_jax.models import ValuePolicy
-from aem_jax.models.kernels import make_row_attention
-from aem_jax.sharding import TRAIN, partition, replicated, slot_shards
+from aem_jax.sharding import replicated
 
-Stats = dict[str, jax.Array]
+Array = jax.Array
+Metrics = dict[str, Array]
 
 
-def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> Callable[..., tuple[TrainState, Stats]]:
+def make_update(
+    policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The policy's update, jitted.
 
     Args:
         policy: the policy.
         config: optimizer, loss and sizes.
-        mesh: the mesh that state and batch lie on.
+        mesh: the mesh of state and batch.
 
     Returns:
-        update(state, batch, advantages, reference=None, frozen=None, values=None) -> (state, stats). `state` is
-        donated: the old one is gone. `advantages` are f32[M, b, T]; so are `reference`, the reference policy's logprobs
-        (`make_token_logprobs`), which are given exactly if kl_coefficient > 0. `frozen` are the weights that the policy
-        has beside those it trains, in the train layout; they are read, never changed, and not donated. `values`, what a
-        value head learns from, are given exactly if the policy has one.
-        stats, f32[] each; means over tokens, of all optimizer steps unless said otherwise:
-            loss, grad_norm (of all that is trained, before the clip), learning_rate (of the last optimizer step);
-            clip_share (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
+        update(state, batch, advantages, reference=None, frozen=None, values=None) -> (state, metrics). `state` is
+        donated. `advantages` are f32[M, b, T]. `reference` are the reference policy's logprobs, f32[M, b, T]
+        (`make_token_logprobs`), given exactly if kl_coefficient > 0. `frozen` are the policy's frozen weights in the
+        train layout, not donated. `values` are the value head's targets, given exactly if the policy has one.
+        metrics, f32[] each; means over tokens, of all optimizer steps unless said otherwise:
+            loss, grad_norm (of all trained parameters, before the clip), learning_rate (of the last optimizer step);
+            clip_fraction (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
             kl_sampler, kl_reference (k3 estimates, nats; the latter only with a reference), entropy (nats);
-            value_loss (without its coefficient), value_clip_share: means over responses, with a value head alone;
+            value_loss (without its coefficient), value_clip_fraction: means over responses, with a value head alone;
             importance_mean, importance_capped (share of tokens at the cap), with importance_cap alone;
             parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats;
-            tokens (sampled, of the batch), skipped (optimizer steps left out: no token, or a gradient not finite).
+            tokens (sampled, of the batch), skipped (optimizer steps without tokens or with a gradient not finite).
     """
-    step = _make_step(policy, config, mesh, policy_objective(config), LEVELS[config.ratio])
+    program = make_program(policy, config, mesh, policy_objective(config), LEVELS[config.ratio])
 
     def update(
         state: TrainState,
         batch: Batch,
-        advantages: jax.Array,
-        reference: jax.Array | None = None,
+        advantages: Array,
+        reference: Array | None = None,
         frozen: Params | None = None,
         values: ValueTargets | None = None,
-    ) -> tuple[TrainState, Stats]:
+    ) -> tuple[TrainState, Metrics]:
         if (reference is None) == (config.kl_coefficient > 0):
             raise ValueError(
                 f"expected reference logprobs exactly when kl_coefficient > 0, got kl_coefficient = "
@@ -77,237 +81,340 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> C
                 f"expected values exactly when the policy has a value head, got {type(policy).__name__} and "
                 f"{'no values' if values is None else 'values'}"
             )
-        return step(state, batch, advantages, reference, frozen, values)
+        return update_step(program, state, Inputs(batch, advantages, reference, frozen, values))
 
-    return _jit(update, policy, config, mesh)
+    return _jit(update, program)
 
 
 def make_supervised_update(
     policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh
-) -> Callable[..., tuple[TrainState, Stats]]:
-    """Cross-entropy on response tokens, jitted; everything else as in `make_update`.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Cross-entropy on response tokens, jitted; otherwise as `make_update`.
 
     Returns:
-        update(state, batch, frozen=None) -> (state, stats) with loss, grad_norm, learning_rate, entropy, tokens and
+        update(state, batch, frozen=None) -> (state, metrics) with loss, grad_norm, learning_rate, entropy, tokens and
         skipped.
     """
-    step = _make_step(policy, config, mesh, supervised_objective())
+    program = make_program(policy, config, mesh, supervised_objective())
 
-    def update(state: TrainState, batch: Batch, frozen: Params | None = None) -> tuple[TrainState, Stats]:
-        return step(state, batch, None, None, frozen)
+    def update(state: TrainState, batch: Batch, frozen: Params | None = None) -> tuple[TrainState, Metrics]:
+        return update_step(program, state, Inputs(batch, frozen=frozen))
 
-    return _jit(update, policy, config, mesh)
+    return _jit(update, program)
 
 
-def make_token_logprobs(
-    policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh
-) -> Callable[[Params, Batch], jax.Array]:
+def make_token_logprobs(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> Callable[[Params, Batch], Array]:
     """token_logprobs(params, batch) -> f32[M, b, T], jitted, 0 outside responses: the reference policy's pass."""
+    forward = forward_config(config, mesh)
 
-    def token_logprobs(params: Params, batch: Batch) -> jax.Array:
+    def logprobs(params: Params, batch: Batch) -> Array:
         batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
-        return _token_logprobs(policy, config, mesh, params, batch)
+        return token_logprobs(policy, forward, params, batch)
 
-    return jax.jit(token_logprobs, out_shardings=packed_sharding(mesh))
+    return jax.jit(logprobs, out_shardings=packed_sharding(mesh))
 
 
-def make_response_values(
-    policy: ValuePolicy, config: LearnerConfig, mesh: Mesh
-) -> Callable[[Params, Batch], jax.Array]:
-    """response_values(params, batch) -> f32[R], jitted, in units of reward; NaN where nothing of a response is packed.
+def make_response_values(policy: ValuePolicy, config: LearnerConfig, mesh: Mesh) -> Callable[[Params, Batch], Array]:
+    """response_values(params, batch) -> f32[R], jitted, in units of reward; NaN for responses that are not packed.
 
-    The value of a response is that of the position which predicts its first token: of all that was said before.
+    The value of a response is the value at the position that predicts its first token: of the state before it.
     """
+    forward = forward_config(config, mesh)
 
-    def response_values(params: Params, batch: Batch) -> jax.Array:
+    def response_values(params: Params, batch: Batch) -> Array:
         batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
 
-        def one(m: jax.Array, found: jax.Array) -> jax.Array:
-            rows = _rows(batch, m)
-            return add_values(found, row_values(policy, params, rows, _computation(config, mesh)), rows.response_ids)
+        def add_microbatch(m: Array, table: Array) -> Array:
+            rows = rows_of(batch, m)
+            return add_values(table, row_values(policy, params, rows, forward), rows.response_ids)
 
-        return jax.lax.fori_loop(0, batch.num_microbatches, one, jnp.full(batch.response_valid.shape, jnp.nan))
+        return jax.lax.fori_loop(
+            0, batch.num_microbatches, add_microbatch, jnp.full(batch.response_valid.shape, jnp.nan)
+        )
 
     return jax.jit(response_values, out_shardings=replicated(mesh))
 
 
-def _token_logprobs(policy, config: LearnerConfig, mesh: Mesh, params: Params, batch: Batch) -> jax.Array:
-    """f32[M, b, T], nats; 0 outside responses."""
+@dataclass(frozen=True)
+class Program:
+    """The static part of an update.
 
-    def one(m: jax.Array, found: jax.Array) -> jax.Array:
-        logprobs, _ = row_statistics(policy, params, _rows(batch, m), _computation(config, mesh))
-        return found.at[m].set(logprobs)
+    Attributes:
+        policy: the policy.
+        config: optimizer, loss and sizes.
+        mesh: the mesh of state and batch.
+        forward: settings of the forward passes.
+        objective: the loss of a microbatch's tokens.
+        sequence: the unit of the ratio; None where every token has its own.
+        aggregate: weights of tokens in the loss.
+        optimizer: gradient → parameter update.
+        state: shardings of the state.
+    """
 
-    empty = jnp.zeros(jnp.shape(batch.tokens), jnp.float32)
-    return jax.lax.fori_loop(0, batch.num_microbatches, one, empty)
+    policy: TrainablePolicy
+    config: LearnerConfig
+    mesh: Mesh
+    forward: ForwardConfig
+    objective: Objective
+    sequence: Level | None
+    aggregate: Aggregation
+    optimizer: optax.GradientTransformation
+    state: TrainState
 
 
-def _jit(update, policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh):
-    abstract = abstract_state(policy, make_optimizer(config, policy.axes), mesh)
-    state = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(update, out_shardings=(state, replicated(mesh)), donate_argnums=0)
+def make_program(
+    policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objective: Objective, sequence: Level | None = None
+) -> Program:
+    """The static part of an update with this objective."""
+    optimizer = make_optimizer(config, policy.axes)
+    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh))
+    aggregate = AGGREGATIONS[config.aggregation](config)
+    return Program(policy, config, mesh, forward_config(config, mesh), objective, sequence, aggregate, optimizer, state)
 
 
-def _computation(config: LearnerConfig, mesh: Mesh) -> Computation:
-    # Rows stay split over data and fsdp: left to itself the partitioner takes the weights' split of the embedding, and
-    # sums activations over fsdp in every layer instead of gathering the layer's weights.
-    def lies(*axes: str | None) -> Callable[[jax.Array], jax.Array]:
-        sharding = NamedSharding(mesh, partition(axes, TRAIN))
-        return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+class Inputs(NamedTuple):
+    """The arrays that an update reads, the same in all its optimizer steps.
 
-    return Computation(
-        temperature=config.temperature,
-        head_chunk=config.head_chunk,
-        remat=REMAT[config.remat],
-        constrain=lies("rows", "length", None),
-        attention=make_row_attention(config.attention, mesh),
-        head=HeadLayout(
-            shards=slot_shards(mesh),
-            whole=lies(None, "vocab"),
-            apart=lies("rows"),
-            apart_head=lies("rows", None, "vocab"),
-            gradient=lies("embed", "vocab"),
-        ),
+    Attributes:
+        batch: the batch.
+        advantages: f32[M, b, T]; None for supervised learning.
+        reference: f32[M, b, T], logprobs of the reference policy, nats; None without one.
+        frozen: the policy's frozen weights; None without any.
+        values: targets of the value head; None without one.
+        old_logprobs: f32[M, b, T], logprobs of the policy before the update, nats; None where no loss needs them.
+    """
+
+    batch: Batch
+    advantages: Array | None = None
+    reference: Array | None = None
+    frozen: Params | None = None
+    values: ValueTargets | None = None
+    old_logprobs: Array | None = None
+
+
+class Minibatch(NamedTuple):
+    """One minibatch, as tables of the batch's responses.
+
+    Attributes:
+        response_tokens: i32[R], length of each response; 0 outside the minibatch.
+        weights: f32[R], weight of each token of a response in the loss.
+        value_weights: f32[R], weight of each response in the value loss.
+        start: i32[], its first microbatch.
+        end: i32[], one after its last.
+        log_ratios: f32[R], log-ratio of each response's sequence, nats; None where no pass of its own computes it.
+    """
+
+    response_tokens: Array
+    weights: Array
+    value_weights: Array
+    start: Array
+    end: Array
+    log_ratios: Array | None = None
+
+
+class Gradient(NamedTuple):
+    """Sums over a minibatch's microbatches, or over some of them.
+
+    Attributes:
+        gradient: of the trained parameters, float32, in their shardings.
+        loss: f32[].
+        stats: see `Stats`.
+    """
+
+    gradient: Params
+    loss: Array
+    stats: Stats
+
+
+def update_step(program: Program, state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
+    """All optimizer steps on one batch, in one scan; see `make_update`."""
+    config, num_minibatches = program.config, inputs.batch.minibatch_ends.shape[0]
+    if num_minibatches != config.num_minibatches:
+        raise ValueError(
+            f"expected a batch of {config.num_minibatches} minibatches (LearnerConfig.num_minibatches), got "
+            f"{num_minibatches}; set BatchLayout.num_minibatches to the same number"
+        )
+    batch = jax.lax.with_sharding_constraint(inputs.batch, batch_shardings(program.mesh))
+    inputs = inputs._replace(batch=batch)
+    if inputs.advantages is not None and config.importance_cap and config.num_epochs * num_minibatches > 1:
+        params = with_frozen(state.params, inputs.frozen)
+        inputs = inputs._replace(old_logprobs=token_logprobs(program.policy, program.forward, params, batch))
+    steps = jnp.arange(config.num_epochs * num_minibatches)
+    step = partial(optimizer_step, program, inputs)
+    (params, opt_state), metrics = jax.lax.scan(step, (state.params, state.opt_state), steps)
+    return TrainState(params, opt_state, state.step + 1), summarize(metrics, config.num_epochs)
+
+
+def optimizer_step(
+    program: Program, inputs: Inputs, state: tuple[Params, Any], index: Array
+) -> tuple[tuple[Params, Any], Metrics]:
+    """One optimizer step on minibatch `index` modulo their number; left out where its gradient is not finite.
+
+    Returns:
+        ((params, opt_state), metrics), where means over tokens are still sums.
+    """
+    params, opt_state = state
+    minibatch = index % inputs.batch.minibatch_ends.shape[0]
+    (gradient, loss, stats), count = minibatch_gradient(program, params, inputs, minibatch)
+    norm = optax.tree_utils.tree_norm(gradient)
+    good = (count > 0) & jnp.isfinite(norm)
+    updates, next_opt_state = program.optimizer.update(gradient, opt_state, params)
+    keep = lambda new, old: jnp.where(good, new, old)
+    metrics = {
+        **stats.sums,
+        **stats.maxima,
+        **{name: value * count for name, value in stats.means.items()},
+        "loss": loss * count,
+        "grad_norm": norm * count,
+        "tokens": count,
+        "skipped": (~good).astype(jnp.float32),
+        "learning_rate": make_schedule(program.config)(num_updates(opt_state)),
+    }
+    params = jax.tree.map(keep, optax.apply_updates(params, updates), params)
+    return (params, jax.tree.map(keep, next_opt_state, opt_state)), metrics
+
+
+def minibatch_gradient(program: Program, params: Params, inputs: Inputs, index: Array) -> tuple[Gradient, Array]:
+    """Gradient of one minibatch, and its number of sampled tokens, f32[]."""
+    minibatch = minibatch_of(program, inputs.batch, index)
+    if program.sequence is not None and not program.sequence.in_one_row:
+        minibatch = minibatch._replace(log_ratios=sequence_log_ratios(program, params, inputs, minibatch))
+    loss = partial(microbatch_loss, program, inputs, minibatch)
+    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, program.state.params)
+
+    def accumulate(m: Array, total: Gradient) -> Gradient:
+        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(params, m)
+        sums = jax.tree.map(jnp.add, total.stats.sums, stats.sums)
+        means = jax.tree.map(jnp.add, total.stats.means, stats.means)
+        maxima = jax.tree.map(jnp.maximum, total.stats.maxima, stats.maxima)
+        gradient = jax.tree.map(jnp.add, total.gradient, gradient)
+        return Gradient(constrain(gradient), total.loss + value, Stats(sums, maxima, means))
+
+    _, stats = jax.eval_shape(loss, params, jnp.int32(0))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), Gradient(params, jnp.float32(0), stats))
+    zeros = zeros._replace(gradient=constrain(zeros.gradient))
+    total = jax.lax.fori_loop(minibatch.start, minibatch.end, accumulate, zeros)
+    return total, jnp.sum(minibatch.response_tokens).astype(jnp.float32)
+
+
+def minibatch_of(program: Program, batch: Batch, index: Array) -> Minibatch:
+    """Minibatch `index` of a batch: its tokens' weights follow from its responses' lengths alone."""
+    inside = batch.response_valid & (batch.trajectory_minibatch[batch.response_trajectory] == index)
+    tokens = jnp.where(inside, batch.response_tokens, 0)
+    weights = program.aggregate(tokens, batch.response_trajectory, batch.valid.shape[0])
+    value_weights = (tokens > 0) / jnp.maximum(jnp.sum(tokens > 0), 1)
+    ends = batch.minibatch_ends
+    return Minibatch(tokens, weights, value_weights, jnp.where(index > 0, ends[index - 1], 0), ends[index])
+
+
+def sequence_log_ratios(program: Program, params: Params, inputs: Inputs, minibatch: Minibatch) -> Array:
+    """Log-ratio of each response's sequence, f32[R], nats, by a forward pass over the minibatch."""
+    batch = inputs.batch
+    assert program.sequence is not None
+
+    def add_sums(m: Array, sums: Array) -> Array:
+        rows = rows_of(batch, m)
+        logprobs, _ = row_statistics(program.policy, with_frozen(params, inputs.frozen), rows, program.forward)
+        return sums + response_sums(logprobs, microbatch(batch.logprobs, m), rows.response_ids, sums.shape[0])
+
+    zeros = jnp.zeros(minibatch.weights.shape)
+    sums = jax.lax.fori_loop(minibatch.start, minibatch.end, add_sums, zeros)
+    table = minibatch.response_tokens, batch.response_trajectory, batch.valid.shape[0]
+    return program.sequence.log_ratios(sums, *table)
+
+
+def microbatch_loss(
+    program: Program, inputs: Inputs, minibatch: Minibatch, params: Params, m: Array
+) -> tuple[Array, Stats]:
+    """Microbatch m's part of its minibatch's loss, and its stats."""
+    batch = inputs.batch
+    rows = rows_of(batch, m)
+    optional = lambda packed: None if packed is None else microbatch(packed, m)
+    weights = to_tokens(minibatch.weights, rows.response_ids)
+    tokens = Tokens(
+        mask=weights > 0,
+        weights=weights,
+        logprobs=microbatch(batch.logprobs, m),
+        advantages=optional(inputs.advantages),
+        reference=optional(inputs.reference),
+        old_logprobs=optional(inputs.old_logprobs),
+        sequence=None if minibatch.log_ratios is None else to_tokens(minibatch.log_ratios, rows.response_ids),
+    )
+
+    def row_log_ratios(logprobs: Array, sampled: Array, response_ids: Array) -> Array:
+        """Log-ratio of each token's sequence, from the sequence's own row."""
+        assert program.sequence is not None
+        table = minibatch.response_tokens, batch.response_trajectory, batch.valid.shape[0]
+        sums = response_sums(logprobs, sampled, response_ids, minibatch.response_tokens.shape[0])
+        return to_tokens(program.sequence.log_ratios(sums, *table), response_ids)
+
+    value = None
+    if inputs.values is not None:
+        tables = minibatch.value_weights, *inputs.values
+        value_weights, *targets = (to_tokens(table, rows.response_ids) for table in tables)
+        value_tokens = ValueTokens(value_weights * first_tokens(rows.response_ids), *targets)
+        value = value_objective(program.config), value_tokens
+    return row_loss(
+        program.policy,
+        with_frozen(params, inputs.frozen),
+        rows,
+        tokens,
+        program.objective,
+        program.forward,
+        row_log_ratios if program.sequence is not None and program.sequence.in_one_row else None,
+        value,
     )
 
 
-def _rows(batch: Batch, m: jax.Array) -> Rows:
-    return Rows(*(_at(getattr(batch, name), m) for name in Rows._fields))
+def token_logprobs(policy: TrainablePolicy, forward: ForwardConfig, params: Params, batch: Batch) -> Array:
+    """Log-probabilities of all sampled tokens of a batch, f32[M, b, T], nats; 0 outside responses."""
+
+    def set_microbatch(m: Array, table: Array) -> Array:
+        logprobs, _ = row_statistics(policy, params, rows_of(batch, m), forward)
+        return table.at[m].set(logprobs)
+
+    zeros = jnp.zeros(jnp.shape(batch.tokens), jnp.float32)
+    return jax.lax.fori_loop(0, batch.num_microbatches, set_microbatch, zeros)
 
 
-def _at(packed: jax.Array, m: jax.Array) -> jax.Array:
+def summarize(metrics: Metrics, num_epochs: int) -> Metrics:
+    """[optimizer steps] sums over tokens → the update's means, maxima and last values."""
+    count = metrics["tokens"]
+    mean = lambda sums, counts: jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1.0)
+    summary = {name: mean(value, count) for name, value in metrics.items()}
+    summary |= {
+        "tokens": jnp.sum(count) / num_epochs,
+        "skipped": jnp.sum(metrics["skipped"]),
+        "learning_rate": metrics["learning_rate"][-1],
+    }
+    if "parity_mean" in metrics:
+        summary |= {
+            "ratio_max": jnp.max(metrics["ratio_max"]),
+            "parity_max": metrics["parity_max"][0],
+            "parity_mean": mean(metrics["parity_mean"][:1], count[:1]),
+        }
+    return summary
+
+
+def with_frozen(params: Params, frozen: Params | None) -> Params:
+    """The parameters that a policy's functions take."""
+    return params if frozen is None else (params, frozen)
+
+
+def rows_of(batch: Batch, m: Array) -> Rows:
+    """The rows of microbatch m."""
+    return Rows(*(microbatch(getattr(batch, name), m) for name in Rows._fields))
+
+
+def microbatch(packed: Array, m: Array) -> Array:
+    """[M, b, T] → [b, T], that of microbatch m."""
     return jax.lax.dynamic_index_in_dim(packed, m, keepdims=False)
 
 
-def _make_step(
-    policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objective: Objective, level: Level | None = None
-):
-    """(state, batch, advantages, reference, frozen, values) -> (state, stats), to be jitted."""
-    aggregate = AGGREGATIONS[config.aggregation](config)
-    optimizer = make_optimizer(config, policy.axes)
-    schedule = make_schedule(config)
-    param_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh).params)
-
-    def minibatch_gradient(params, batch: Batch, advantages, reference, before, frozen, values, minibatch):
-        """(gradient, loss, Measures) of one minibatch, and its number of tokens."""
-        inside = batch.response_valid & (batch.trajectory_minibatch[batch.response_trajectory] == minibatch)
-        response_tokens = jnp.where(inside, batch.response_tokens, 0)
-        table = response_tokens, batch.response_trajectory, batch.valid.shape[0]
-        weights = aggregate(*table)
-        shares = (response_tokens > 0) / jnp.maximum(jnp.sum(response_tokens > 0), 1)  # of each response's value
-        ends = batch.minibatch_ends
-        start, end = jnp.where(minibatch > 0, ends[minibatch - 1], 0), ends[minibatch]
-
-        def log_ratios(logprobs, sampled, response_ids):
-            """log s of each token's sequence, from the sequence's own rows."""
-            assert level is not None
-            sums = response_sums(logprobs, sampled, response_ids, response_tokens.shape[0])
-            return token_advantages(level.log_ratios(sums, *table), response_ids)  # a gather again
-
-        def add_sums(m, sums):
-            rows, whole = _rows(batch, m), params if frozen is None else (params, frozen)
-            logprobs, _ = row_statistics(policy, whole, rows, _computation(config, mesh))
-            return sums + response_sums(logprobs, _at(batch.logprobs, m), rows.response_ids, sums.shape[0])
-
-        found = None  # log s of each response's sequence, where it takes a pass of its own
-        if level is not None and not level.in_one_row:
-            found = level.log_ratios(jax.lax.fori_loop(start, end, add_sums, jnp.zeros(weights.shape)), *table)
-
-        def part(params, m):
-            rows = _rows(batch, m)
-            token_weights = token_advantages(weights, rows.response_ids)  # the same gather: 0 outside responses
-            tokens = Tokens(
-                mask=token_weights > 0,
-                weights=token_weights,
-                logprobs=_at(batch.logprobs, m),
-                advantages=None if advantages is None else _at(advantages, m),
-                reference=None if reference is None else _at(reference, m),
-                before=None if before is None else _at(before, m),
-                sequence=None if found is None else token_advantages(found, rows.response_ids),
-            )
-            whole = params if frozen is None else (params, frozen)
-            sequence = log_ratios if level is not None and level.in_one_row else None
-            value = None
-            if values is not None:
-                at = [token_advantages(each, rows.response_ids) for each in (shares, *values)]
-                value = value_objective(config), ValueTokens(at[0] * first_tokens(rows.response_ids), *at[1:])
-            return row_loss(policy, whole, rows, tokens, objective, _computation(config, mesh), sequence, value)
-
-        def accumulate(m, total):
-            (loss, measures), gradient = jax.value_and_grad(part, has_aux=True)(params, m)
-            sums = jax.tree.map(jnp.add, total[2].sums, measures.sums)
-            means = jax.tree.map(jnp.add, total[2].means, measures.means)
-            maxima = jax.tree.map(jnp.maximum, total[2].maxima, measures.maxima)
-            gradient = jax.tree.map(jnp.add, total[0], gradient)
-            return constrain(gradient), total[1] + loss, Measures(sums, maxima, means)
-
-        constrain = lambda tree: jax.lax.with_sharding_constraint(tree, param_shardings)  # noqa: E731
-        _, measures = jax.eval_shape(part, params, jnp.int32(0))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (params, jnp.float32(0), measures))
-        zeros = (constrain(zeros[0]), *zeros[1:])
-        total = jax.lax.fori_loop(start, end, accumulate, zeros)
-        return *total, jnp.sum(response_tokens).astype(jnp.float32)
-
-    def step(
-        state: TrainState, batch: Batch, advantages, reference, frozen, values: ValueTargets | None = None
-    ) -> tuple[TrainState, Stats]:
-        num_minibatches = batch.minibatch_ends.shape[0]
-        if num_minibatches != config.num_minibatches:
-            raise ValueError(
-                f"expected a batch of {config.num_minibatches} minibatches (LearnerConfig.num_minibatches), got "
-                f"{num_minibatches}; set BatchLayout.num_minibatches to the same number"
-            )
-
-        batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
-
-        before = None
-        if advantages is not None and config.importance_cap and config.num_epochs * num_minibatches > 1:
-            whole = state.params if frozen is None else (state.params, frozen)
-            before = _token_logprobs(policy, config, mesh, whole, batch)
-
-        def optimizer_step(carry, index):
-            params, opt_state = carry
-            minibatch = index % num_minibatches
-            found = minibatch_gradient(params, batch, advantages, reference, before, frozen, values, minibatch)
-            gradient, loss, measures, count = found
-            norm = optax.tree_utils.tree_norm(gradient)
-            good = (count > 0) & jnp.isfinite(norm)
-            updates, next_opt_state = optimizer.update(gradient, opt_state, params)
-            keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
-            stats = {
-                **measures.sums,
-                **measures.maxima,
-                **{name: value * count for name, value in measures.means.items()},
-                "loss": loss * count,
-                "grad_norm": norm * count,
-                "tokens": count,
-                "skipped": (~good).astype(jnp.float32),
-                "learning_rate": schedule(num_updates(opt_state)),
-            }
-            params = jax.tree.map(keep, optax.apply_updates(params, updates), params)
-            return (params, jax.tree.map(keep, next_opt_state, opt_state)), stats
-
-        steps = jnp.arange(config.num_epochs * num_minibatches)
-        (params, opt_state), stats = jax.lax.scan(optimizer_step, (state.params, state.opt_state), steps)
-        return TrainState(params, opt_state, state.step + 1), _summary(stats, config.num_epochs)
-
-    return step
+def to_tokens(per_response: Array, response_ids: Array) -> Array:
+    """f32[R] → f32[b, T]: each token has the number of its response, 0 outside responses."""
+    return token_advantages(per_response, response_ids)
 
 
-def _summary(stats: Stats, num_epochs: int) -> Stats:
-    """Of [optimizer steps] sums over tokens to the step's means, maxima and last values."""
-    count = stats["tokens"]
-    mean = lambda sums, counts: jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1.0)  # noqa: E731
-    found = {name: mean(value, count) for name, value in stats.items()}
-    found |= {
-        "tokens": jnp.sum(count) / num_epochs,
-        "skipped": jnp.sum(stats["skipped"]),
-        "learning_rate": stats["learning_rate"][-1],
-    }
-    if "parity_mean" in stats:
-        found |= {
-            "ratio_max": jnp.max(stats["ratio_max"]),
-            "parity_max": stats["parity_max"][0],
-            "parity_mean": mean(stats["parity_mean"][:1], count[:1]),
-        }
-    return found
+def _jit(update: Callable[..., tuple[TrainState, Metrics]], program: Program):
+    return jax.jit(update, out_shardings=(program.state, replicated(program.mesh)), donate_argnums=0)

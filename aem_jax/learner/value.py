@@ -1,9 +1,9 @@
-"""The value head's loss: one state a response, at the position that its first token is predicted from.
+"""The value head's loss: one state for each response, at the position that predicts the response's first token.
 
-    L_V = Σ_r w ℓ(V_r, V_r before, R_r),  w = 1 / responses of the minibatch
+    L_V = Σ_r w ℓ(V_r, V_r^old, R_r),  w = 1 / responses of the minibatch
 
-Like the policy's it is a sum with weights fixed beforehand, so packing and microbatches change nothing. Values come out
-of the hidden states that the policy's loss has anyway.
+Like the policy's loss it is a sum with weights fixed beforehand, so it does not depend on packing and microbatches.
+Values are computed from the hidden states of the policy's loss.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from aem_jax.learner.config import LearnerConfig
-from aem_jax.learner.objective import Measures
+from aem_jax.learner.objective import Stats
 from aem_jax.learner.state import Params
 from aem_jax.losses import clipped_value_loss
 from aem_jax.models import ValuePolicy
 
 
 class ValueTokens(NamedTuple):
-    """One microbatch as the value loss sees it, f32[b, T] each, at the first token of each response.
+    """The value loss's inputs for one microbatch, f32[b, T] each, at the first token of each response.
 
     Attributes:
-        weights: share of each response in the minibatch's loss; 0 elsewhere, where nothing else is looked at.
+        weights: weight of each response in the minibatch's loss; 0 elsewhere, where the other fields are ignored.
         values: V before the first optimizer step, in units of reward.
         returns: R, in units of reward.
     """
@@ -33,32 +33,35 @@ class ValueTokens(NamedTuple):
     returns: jax.Array
 
 
-ValueObjective = Callable[[ValuePolicy, Params, jax.Array, ValueTokens, Measures], tuple[jax.Array, Measures]]
-"""(policy, params, hidden [b, T, D] of the positions that predict the tokens, tokens, measures of the policy's loss) ->
-(this microbatch's part of the loss, measures with those of values)."""
+ValueObjective = Callable[[ValuePolicy, Params, jax.Array, ValueTokens, Stats], tuple[jax.Array, Stats]]
+"""(policy, params, hidden [b, T, D] of the positions that predict the tokens, tokens, stats of the policy's loss) ->
+(this microbatch's part of the loss, stats with those of values)."""
 
-SEEN: Mapping[str, Callable[[jax.Array], jax.Array]] = {"head": jax.lax.stop_gradient, "all": lambda hidden: hidden}
-"""`LearnerConfig.value_gradient` → hidden states as the value head sees them."""
+VALUE_INPUT: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "head": jax.lax.stop_gradient,
+    "all": lambda hidden: hidden,
+}
+"""`LearnerConfig.value_gradient` → the value head's input, from hidden states."""
 
 
 def value_objective(config: LearnerConfig) -> ValueObjective:
     """c · Σ_r w ℓ, ℓ of `clipped_value_loss`."""
 
     def objective(
-        policy: ValuePolicy, params: Params, hidden: jax.Array, tokens: ValueTokens, measures: Measures
-    ) -> tuple[jax.Array, Measures]:
-        found = policy.values(params, SEEN[config.value_gradient](hidden))
-        each = clipped_value_loss(found, tokens.values, tokens.returns, clip=config.value_clip)
-        total = lambda x: jnp.sum(tokens.weights * x, where=tokens.weights > 0)  # noqa: E731
-        loss = total(each.loss)
-        means = {"value_loss": loss, "value_clip_share": total(each.clipped.astype(loss.dtype))}
-        return config.value_coefficient * loss, measures._replace(means=jax.lax.stop_gradient(means))
+        policy: ValuePolicy, params: Params, hidden: jax.Array, tokens: ValueTokens, stats: Stats
+    ) -> tuple[jax.Array, Stats]:
+        values = policy.values(params, VALUE_INPUT[config.value_gradient](hidden))
+        losses = clipped_value_loss(values, tokens.values, tokens.returns, clip=config.value_clip)
+        total = lambda x: jnp.sum(tokens.weights * x, where=tokens.weights > 0)
+        loss = total(losses.loss)
+        means = {"value_loss": loss, "value_clip_fraction": total(losses.clipped.astype(loss.dtype))}
+        return config.value_coefficient * loss, stats._replace(means=jax.lax.stop_gradient(means))
 
     return objective
 
 
 def first_tokens(response_ids: jax.Array) -> jax.Array:
-    """bool[b, T], where a response begins; the value of its state is that of the position before.
+    """bool[b, T], the first token of each response; the position before it holds the value of its state.
 
     Args:
         response_ids: i32[b, T]; -1 outside responses. A row never begins with a sampled token.
@@ -66,17 +69,17 @@ def first_tokens(response_ids: jax.Array) -> jax.Array:
     return (response_ids >= 0) & (response_ids != jnp.roll(response_ids, 1, axis=1))
 
 
-def add_values(found: jax.Array, values: jax.Array, response_ids: jax.Array) -> jax.Array:
-    """Puts the values of a microbatch's responses into the table.
+def add_values(table: jax.Array, values: jax.Array, response_ids: jax.Array) -> jax.Array:
+    """Writes the values of a microbatch's responses into the table of responses.
 
     Args:
-        found: f32[R].
+        table: f32[R].
         values: f32[b, T], of positions.
         response_ids: i32[b, T]; -1 outside responses.
 
     Returns:
-        f32[R], with those of responses that lie elsewhere as they were.
+        f32[R]; responses of other microbatches are unchanged.
     """
     first = first_tokens(response_ids)
-    places = jnp.where(first, response_ids, found.shape[0])  # outside the table: dropped
-    return found.at[places].set(jnp.roll(values, 1, axis=1), mode="drop")
+    rows = jnp.where(first, response_ids, table.shape[0])  # outside the table: dropped
+    return table.at[rows].set(jnp.roll(values, 1, axis=1), mode="drop")

@@ -212,7 +212,7 @@ _STRINGS = _Kind(
 
 
 def _full_attention(layers: int) -> _Kind:
-    is_full = lambda x: isinstance(x, list) and len(x) == layers and all(each == "full_attention" for each in x)  # noqa: E731
+    is_full = lambda x: isinstance(x, list) and len(x) == layers and all(each == "full_attention" for each in x)
     return _Kind(f"'full_attention' for each of {layers} layers", lambda x: x is None or is_full(x))
 
 

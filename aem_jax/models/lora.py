@@ -86,8 +86,8 @@ def projections(config: ModelConfig) -> dict[str, Projection]:
     h, kv = config.num_heads, config.num_kv_heads
     r = h // kv
     split: tuple[str | None, ...] = ("kv_heads", None, "head_dim")
-    qkv = lambda first, count: Projection("qkv", first, (d,), (kv, count, dh), ("embed",), split)  # noqa: E731
-    half = lambda first: Projection("gate_up", first, (d,), (1, f), ("embed",), (None, "mlp"))  # noqa: E731
+    qkv = lambda first, count: Projection("qkv", first, (d,), (kv, count, dh), ("embed",), split)
+    half = lambda first: Projection("gate_up", first, (d,), (1, f), ("embed",), (None, "mlp"))
     return {
         "q_proj": qkv(0, r),
         "k_proj": qkv(r, 1),

@@ -89,7 +89,7 @@ class Policy:
     def dtypes(self) -> Params:
         """In which each parameter is used: scales of norms in float32, all else in the config's; int8 with scales."""
         used = jnp.dtype(self.config.dtype)
-        is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+        is_axes = lambda node: isinstance(node, tuple)
         found = jax.tree.map(lambda axes: jnp.dtype("float32") if "norm" in axes else used, self.axes, is_leaf=is_axes)
         if self.int8:
             found["layers"] |= dict.fromkeys(INPUTS, jnp.dtype("int8"))

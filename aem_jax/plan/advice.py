@@ -47,8 +47,8 @@ def _ways(config: RunConfig, mesh: MeshConfig) -> Iterator[tuple[str, RunConfig,
     learner, batch, rollout = config.learner, config.batch, config.rollout
     if learner.remat != "layers":
         yield "--learner.remat layers", replace(config, learner=replace(learner, remat="layers")), mesh
-    if learner.moments != "int8":
-        yield "--learner.moments int8", replace(config, learner=replace(learner, moments="int8")), mesh
+    if learner.moments != "bfloat16":
+        yield "--learner.moments bfloat16", replace(config, learner=replace(learner, moments="bfloat16")), mesh
     if not config.lora.rank:
         adapters = replace(config, lora=replace(config.lora, rank=16))
         yield "--lora.rank 16 (adapters alone are trained)", adapters, mesh

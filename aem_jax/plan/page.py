@@ -27,7 +27,7 @@ _UNIT = {
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Prints a plan for people, on standard output by default."""
     console = console or Console(width=120)
-    say = lambda text="": console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    say = lambda text="": console.print(text, highlight=False, markup=False, soft_wrap=True)
     for line in _head(plan):
         say(line)
     for table in (_memory(plan), _phases(plan), _programs(plan), _collectives(plan), _rates(plan)):
@@ -79,7 +79,7 @@ def _phases(plan: Plan) -> Table:
     table = Table(*columns, title="memory, GiB")
     for column in table.columns[1:]:
         column.justify = "right"
-    gib = lambda size: f"{size / GIB:.2f}"  # noqa: E731
+    gib = lambda size: f"{size / GIB:.2f}"
     for name, size in plan.phases.items():
         program = plan.programs.get(name)
         fits = "no" if name in plan.too_large else "yes"

@@ -123,7 +123,7 @@ def _place(policy: Policy | LoraPolicy, where: Any, dtype: str = "") -> Any:
     """Shapes of a policy's parameters as they are used, and where they lie."""
     shapes = policy.shapes
     dtypes = policy.dtypes if isinstance(policy, Policy) else jax.tree.map(lambda _: jnp.dtype(dtype), shapes)
-    struct = lambda leaf, kind, place: jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)  # noqa: E731
+    struct = lambda leaf, kind, place: jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)
     return jax.tree.map(struct, shapes, dtypes, where)
 
 

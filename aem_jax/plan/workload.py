@@ -15,7 +15,7 @@ from aem_jax.models.config import published
 from aem_jax.models.lora import LoraConfig, targets
 from aem_jax.models.pretrained import read_config
 
-MOMENTS = {"float32": 8, "bfloat16": 4, "int8": 3}
+MOMENTS = {"float32": 8, "bfloat16": 4}
 """`LearnerConfig.moments` -> bytes of both moments of a parameter."""
 
 

@@ -1,5 +1,4 @@
-"""Pages and pictures of a run, made from the files that it leaves behind. Nothing here touches a run that is going
-on."""
+"""Reports and figures of a run, from its files. They only read a run's files, also while it is going on."""
 
 from aem_jax.report.headline import plot_headline
 from aem_jax.report.page import write_report

@@ -1,4 +1,4 @@
-"""What `analyze` found, as files: numbers, pictures, one page, and a table for the terminal."""
+"""Results of `analyze` as files: numbers, figures, one page, and a table for the terminal."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from aem_jax.report.style import (
 )
 
 PAPER = {"pearson": 0.63, "opposed": 55 / 64}
-"""arXiv 2605.00425: |r| of α − 1 and relative surprisal, and the share of states in which their signs are opposed."""
+"""arXiv 2605.00425: |r| of α − 1 and relative surprisal, and the share of states with opposed signs."""
 
 DYNAMICS: Sequence[tuple[str, str, bool]] = (
     ("entropy/response", "Response entropy, nats", False),
@@ -42,78 +42,79 @@ DYNAMICS: Sequence[tuple[str, str, bool]] = (
 """(metric, title, whether it is a share)."""
 
 
-def write_analysis(run_dir: Path, found: Mapping[str, Any], against: Path | None, folder: Path) -> Path:
+def write_analysis(run_dir: Path, results: Mapping[str, Any], against: Path | None, folder: Path) -> Path:
     """Writes analysis.json, PNGs and analysis.html.
 
     Args:
         run_dir: the run that was analysed.
-        found: what was found, as `aem_jax.launch.analyze` puts it together.
-        against: another run, whose curves are laid beside.
-        folder: to write to; made if need be.
+        results: the numbers of `aem_jax.launch.analyze`.
+        against: another run, to compare curves with.
+        folder: output folder; created if it does not exist.
 
     Returns:
-        path of the page.
+        Path of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "analysis.json", json.dumps(json.loads(json_line(found)), indent=1, ensure_ascii=False) + "\n")
+    numbers = json.dumps(json.loads(json_line(results)), indent=1, ensure_ascii=False)
+    write_text(folder / "analysis.json", numbers + "\n")
     runs = [read_run(run_dir), *([read_run(against)] if against else [])]
     figures = {"proxy": _proxy_figure, "drift": _drift_figure}
     svgs = {}
     for name, draw in figures.items():
-        svgs[name] = _both(lambda figure, draw=draw: draw(figure, found), (6.0, 3.6), folder / f"{name}.png")
-    svgs["dynamics"] = _both(lambda figure: _dynamics_figure(figure, runs), (11.6, 5.6), folder / "dynamics.png")
+        svgs[name] = _png_and_svg(lambda figure, draw=draw: draw(figure, results), (6.0, 3.6), folder / f"{name}.png")
+    svgs["dynamics"] = _png_and_svg(lambda figure: _dynamics_figure(figure, runs), (11.6, 5.6), folder / "dynamics.png")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("aem_jax.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": percent, "number": number, "estimate": estimate}
     page = environment.get_template("analysis.html.j2").render(
-        found=found, svgs=svgs, paper=PAPER, runs=runs, took=duration(found["seconds"])
+        results=results, svgs=svgs, paper=PAPER, runs=runs, took=duration(results["seconds"])
     )
     path = folder / "analysis.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def print_analysis(found: Mapping[str, Any], stream: TextIO | None = None) -> None:
+def print_analysis(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """The numbers as a table.
 
     Args:
-        found: as in `write_analysis`.
-        stream: where to; standard output where it is not given.
+        results: as in `write_analysis`.
+        stream: output; by default standard output.
     """
-    proxy, played = found["proxy"], found["rollout"]
-    table = Table("claim", "here (95 % interval)", "paper", title=f"{found['run']}, step {found['step']}")
+    proxy, played = results["proxy"], results["rollout"]
+    table = Table("claim", "here (95 % interval)", "paper", title=f"{results['run']}, step {results['step']}")
     table.add_row("proxy: r of α − 1 and S − H_resp", estimate(proxy["pearson"]), f"|r| {PAPER['pearson']}")
     table.add_row("   … of α − 1 and the predictable part", estimate(proxy["pearson_predictable"]), "–")
     counts = f"{proxy['opposed_count']} of {proxy['decided_count']}"
     table.add_row("   signs opposed", f"{counts}, {estimate(proxy['opposed'])}", "55 of 64")
-    table.add_row("entropy H̄: share of variance between states", estimate(found["entropy"]["between"]), "–")
-    table.add_row("   r of H̄ and S − H_resp inside states", estimate(found["entropy"]["inside"]), "–")
+    table.add_row("entropy H̄: share of variance between states", estimate(results["entropy"]["between"]), "–")
+    table.add_row("   r of H̄ and S − H_resp inside states", estimate(results["entropy"]["inside"]), "–")
     for name, claim in (("positive", "falls"), ("negative", "rises")):
-        each = found["drift"][name]
-        table.add_row(f"drift, A·(α − 1) {name}: predicted, per step unit", estimate(each["predicted"]), claim)
-        table.add_row("   measured over its own states, nats", estimate(each["measured_own"], 5), claim)
-        table.add_row("   measured over all states, nats", estimate(each["measured"], 5), claim)
-        table.add_row("   r of predicted and measured", estimate(each["pearson"]), "–")
+        drift = results["drift"][name]
+        table.add_row(f"drift, A·(α − 1) {name}: predicted, per step unit", estimate(drift["predicted"]), claim)
+        table.add_row("   measured over its own states, nats", estimate(drift["measured_own"], 5), claim)
+        table.add_row("   measured over all states, nats", estimate(drift["measured"], 5), claim)
+        table.add_row("   r of predicted and measured", estimate(drift["pearson"]), "–")
     low, middle, high = played["entropy_span"]
     table.add_row("flat groups", percent(played["flat_groups"]), "–")
     table.add_row("span of a group's entropies, nats: quartiles", f"{low:.2f}, {middle:.2f}, {high:.2f}", "–")
     table.add_row("responses with an advantage", percent(played["nonzero_share"]), "–")
-    tokens = ", ".join(f"{each:.0f}" for each in played["tokens"])
+    tokens = ", ".join(f"{count:.0f}" for count in played["tokens"])
     table.add_row("tokens of a response: 5 %, median, 95 %", tokens, "–")
     table.add_row("turns of an episode", f"{played['turns']:.1f}", "–")
     Console(file=stream, soft_wrap=True).print(table)
 
 
-def estimate(found: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """`−0.41 (−0.60 to −0.17)`; a dash for what there is none of."""
-    if not found:
+def estimate(value: Mapping[str, Any] | None, digits: int = 2) -> str:
+    """`−0.41 (−0.60 to −0.17)`; a dash without an estimate."""
+    if not value:
         return "–"
-    return f"{number(found['value'], digits)} ({number(found['low'], digits)} to {number(found['high'], digits)})"
+    return f"{number(value['value'], digits)} ({number(value['low'], digits)} to {number(value['high'], digits)})"
 
 
-def _both(draw: Any, size: tuple[float, float], path: Path) -> str:
-    """A figure as a PNG file and, with the page's ink, as SVG."""
+def _png_and_svg(draw: Any, size: tuple[float, float], path: Path) -> str:
+    """A figure as a PNG file and, in the page's text colour, as SVG."""
     svg = ""
     for ink in ("#2a303c", INK):
         with figure_style(ink):
@@ -126,24 +127,24 @@ def _both(draw: Any, size: tuple[float, float], path: Path) -> str:
     return svg
 
 
-def _proxy_figure(figure: Figure, found: Mapping[str, Any]) -> None:
+def _proxy_figure(figure: Figure, results: Mapping[str, Any]) -> None:
     axes: Axes = figure.subplots()
-    points = found["proxy"]["points"]
-    x, y = [each["alpha"] - 1 for each in points], [each["relative"] for each in points]
-    axes.errorbar(x, y, yerr=[each["error"] for each in points], fmt="none", ecolor=GREY, alpha=0.5, elinewidth=0.8)
-    agree = [a * b < 0 for a, b in zip(x, y, strict=True)]
-    axes.scatter(x, y, s=16, c=[BLUE if each else ORANGE for each in agree], zorder=3, linewidths=0)
+    points = results["proxy"]["points"]
+    x, y = [point["alpha"] - 1 for point in points], [point["relative"] for point in points]
+    axes.errorbar(x, y, yerr=[point["error"] for point in points], fmt="none", ecolor=GREY, alpha=0.5, elinewidth=0.8)
+    opposed = [a * b < 0 for a, b in zip(x, y, strict=True)]
+    axes.scatter(x, y, s=16, c=[BLUE if sign else ORANGE for sign in opposed], zorder=3, linewidths=0)
     _cross(axes)
     axes.set_xlabel("α − 1")
     axes.set_ylabel("S(a|s) − H_resp(s), nats")
 
 
-def _drift_figure(figure: Figure, found: Mapping[str, Any]) -> None:
+def _drift_figure(figure: Figure, results: Mapping[str, Any]) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (name, colour) in zip(panels, (("positive", RED), ("negative", GREEN)), strict=True):
-        points = found["drift"][name]["points"]
-        x, y = [each["predicted"] for each in points], [each["measured"] for each in points]
-        errors = [each["error"] for each in points]
+        points = results["drift"][name]["points"]
+        x, y = [point["predicted"] for point in points], [point["measured"] for point in points]
+        errors = [point["error"] for point in points]
         axes.errorbar(x, y, yerr=errors, fmt="o", ms=3.5, color=colour, ecolor=GREY, elinewidth=0.8)
         _cross(axes)
         axes.set_title(f"A·(α − 1) {name}")

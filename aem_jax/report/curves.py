@@ -1,5 +1,4 @@
-"""The curves of a report. Each drawing function takes a run and axes, and says False when the run has nothing to
-show."""
+"""The curves of a report. A drawing function takes a run and axes, and returns whether the run had data for it."""
 
 import math
 from collections.abc import Callable
@@ -37,20 +36,20 @@ class Curve:
 
 
 def draw_success(run: Run, axes: Axes) -> bool:
-    """Success while training, evaluations with their 95 % intervals, baselines as lines."""
+    """Success in training, evaluations with their 95 % intervals, and baselines as lines."""
     steps, values = run.series("rollout/success")
     if steps:
         plot_smoothed(axes, steps, values, GREY, "training episodes")
     drawn = bool(steps)
     for split, colour, marker in zip(run.splits(), CYCLE, "osD^v<>p", strict=False):
-        found = run.evaluated(split, BEFORE, DURING, AFTER)
-        if found:
+        evaluations = run.evaluated(split, BEFORE, DURING, AFTER)
+        if evaluations:
             drawn = True
-            scores = [evaluation.score for evaluation in found]
-            errors = [[s.success - s.low for s in scores], [s.high - s.success for s in scores]]
+            rates = [evaluation.rate for evaluation in evaluations]
+            errors = [[r.success - r.low for r in rates], [r.high - r.success for r in rates]]
             axes.errorbar(
-                [evaluation.step for evaluation in found],
-                [score.success for score in scores],
+                [evaluation.step for evaluation in evaluations],
+                [rate.success for rate in rates],
                 yerr=errors,
                 color=colour,
                 marker=marker,
@@ -69,8 +68,8 @@ def draw_success(run: Run, axes: Axes) -> bool:
     return drawn
 
 
-def draw_kinds(run: Run, axes: Axes) -> bool:
-    """Success of the training episodes of each task type, smoothed twice as much: each type has few episodes a step."""
+def draw_task_types(run: Run, axes: Axes) -> bool:
+    """Success in training by task type, smoothed twice as much, since each type has few episodes a step."""
     names = run.names("rollout/success/")
     for name, colour in zip(names, CYCLE * (1 + len(names) // len(CYCLE)), strict=False):
         steps, values = run.series(name)
@@ -81,7 +80,7 @@ def draw_kinds(run: Run, axes: Axes) -> bool:
 
 
 def draw_alpha(run: Run, axes: Axes) -> bool:
-    """α of the responses with positive and with negative advantage, and the range of all."""
+    """Mean α of responses with positive and with negative advantage, and the range of α."""
     steps, low = run.series("aem/alpha_min")
     _, high = run.series("aem/alpha_max")
     if steps and len(low) == len(high):
@@ -124,15 +123,15 @@ def draw_lines(*lines: tuple[str, str, str], log: bool = False, percent: bool = 
 
 
 def draw_time(run: Run, axes: Axes) -> bool:
-    """Seconds of each step by phase, stacked; what no phase claims is the rest. `time/a_b` is a part of `time/a`."""
+    """Seconds of each step by phase, stacked, and the rest of the step. `time/a_b` is a part of `time/a`."""
     totals = {record["step"]: record["time/step"] for record in run.metrics if record.get("time/step") is not None}
     named = [name for name in run.names("time/") if name != "time/step"]
-    phases = [name for name in named if not any(name.startswith(f"{whole}_") for whole in named)]
+    phases = [name for name in named if not any(name.startswith(f"{other}_") for other in named)]
     steps = sorted(totals) or sorted({step for name in phases for step in run.series(name)[0]})
     if not steps or not phases:
         return False
-    found = {name: dict(zip(*run.series(name), strict=True)) for name in phases}
-    layers = [[found[name].get(step, 0.0) for step in steps] for name in phases]
+    seconds_of = {name: dict(zip(*run.series(name), strict=True)) for name in phases}
+    layers = [[seconds_of[name].get(step, 0.0) for step in steps] for name in phases]
     labels = [name.removeprefix("time/") for name in phases]
     if totals:
         rest = [totals[step] - math.fsum(seconds) for step, seconds in zip(steps, zip(*layers), strict=True)]
@@ -145,7 +144,7 @@ def draw_time(run: Run, axes: Axes) -> bool:
 
 
 def draw_warmstart(run: Run, axes: Axes) -> bool:
-    """Loss of supervised learning, over steps of its own."""
+    """Loss of the warm start, over its own steps."""
     steps, values = series(run.warmstart, "learner/loss")
     if steps:
         plot_smoothed(axes, steps, values, PURPLE, "loss")
@@ -161,7 +160,7 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
         draw_lines(("entropy/response", PURPLE, "response"), ("entropy/token", ORANGE, "token")),
     ),
     ("α by sign of advantage", "α > 1 makes a response weigh more, α < 1 less; the mean of a group is 1.", draw_alpha),
-    ("Success by task type", "Training episodes, trailing mean.", draw_kinds),
+    ("Success by task type", "Training episodes, trailing mean.", draw_task_types),
     ("Return", "Mean of an episode's rewards.", draw_lines(("rollout/return", BLUE, "return"))),
     (
         "Valid actions",
@@ -171,7 +170,7 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
     ("Turns", "Mean number of turns of an episode.", draw_lines(("rollout/turns", ORANGE, "turns"))),
     (
         "Groups",
-        "Mixed: attempts differ in return, so there is something to learn. Flat: entropies within 0.1 nats, so α is 1.",
+        "Mixed: returns differ, so there is a learning signal. Flat: entropies within 0.1 nats, so α is 1.",
         draw_lines(("rollout/mixed_groups", BLUE, "mixed"), ("aem/flat_groups", GREY, "flat"), percent=True),
     ),
     (
@@ -183,7 +182,7 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
         "Update",
         "Share of tokens clipped, and divergence (nats) from the sampler and, where it is held, the reference.",
         draw_lines(
-            ("learner/clip_share", ORANGE, "clip share"),
+            ("learner/clip_fraction", ORANGE, "clip fraction"),
             ("learner/kl_sampler", BLUE, "KL to sampler"),
             ("learner/kl_reference", PURPLE, "KL to reference"),
         ),
@@ -200,7 +199,7 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
 
 
 def draw_curves(run: Run) -> list[Curve]:
-    """All curves that the run has numbers for, in the page's order."""
+    """All curves that the run has data for, in the page's order."""
     curves = []
     for index, (title, note, draw) in enumerate(CURVES):
         with figure_style(INK):

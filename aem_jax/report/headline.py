@@ -1,4 +1,4 @@
-"""The one picture of a result: success, entropy and α over training, runs and seeds laid over one another."""
+"""The figure of a result: success, entropy and α over training, for one or several runs and seeds."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ def plot_headline(run_dirs: Runs, out_png: Path | str, *, split: str | None = No
 
     Args:
         run_dirs: folders of the seeds of one setting, or label → folders for several settings.
-        out_png: where the picture goes; its folder is made.
-        split: evaluation split to show; the first that the runs evaluated where it is not given.
+        out_png: path of the figure; its folder is created.
+        split: evaluation split to show; by default the first that the runs evaluated.
 
     Returns:
-        path of the picture.
+        Path of the figure.
 
     Raises:
         ValueError: no folder was given, or one does not exist.
@@ -64,17 +64,17 @@ def plot_headline(run_dirs: Runs, out_png: Path | str, *, split: str | None = No
 
 
 def _has_alpha(group: Sequence[Run]) -> bool:
-    """Whether α moved: with strength 0 it is 1 throughout."""
+    """Whether α ever differs from 1; with strength 0 it does not."""
     return any(value != 1.0 for run in group for value in run.series("aem/alpha_positive")[1])
 
 
 def _over_runs(
     curves: Sequence[tuple[Sequence[int], Sequence[float]]],
 ) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Steps that every curve has, with mean, lowest and highest value there."""
-    found = [dict(zip(steps, values, strict=True)) for steps, values in curves if steps]
-    steps = sorted(set.intersection(*(set(curve) for curve in found))) if found else []
-    columns = [[curve[step] for curve in found] for step in steps]
+    """Steps common to all curves, with the mean, lowest and highest value at each."""
+    values_at = [dict(zip(steps, values, strict=True)) for steps, values in curves if steps]
+    steps = sorted(set.intersection(*(set(curve) for curve in values_at))) if values_at else []
+    columns = [[curve[step] for curve in values_at] for step in steps]
     return steps, [statistics.fmean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
 
 
@@ -83,7 +83,7 @@ def _draw_success(axes: Axes, group: Sequence[Run], split: str, colour: str, lab
     if len(group) > 1:
         name = f"{name}, mean and range of {len(group)} seeds"
     evaluated = [run.evaluated(split, BEFORE, DURING, AFTER) for run in group]
-    points = [([e.step for e in found], [e.score.success for e in found]) for found in evaluated]
+    points = [([e.step for e in evaluations], [e.rate.success for e in evaluations]) for evaluations in evaluated]
     if training:
         for run in group:
             steps, values = run.series("rollout/success")
@@ -92,9 +92,9 @@ def _draw_success(axes: Axes, group: Sequence[Run], split: str, colour: str, lab
                 steps, smoothed, color=GREY, alpha=0.6, linewidth=1, label="training" if run is group[0] else None
             )
     if len(group) == 1:
-        scores = [evaluation.score for evaluation in evaluated[0]]
-        errors = [[s.success - s.low for s in scores], [s.high - s.success for s in scores]]
-        if scores:
+        rates = [evaluation.rate for evaluation in evaluated[0]]
+        errors = [[r.success - r.low for r in rates], [r.high - r.success for r in rates]]
+        if rates:
             axes.errorbar(
                 *points[0], yerr=errors, color=colour, marker="o", markersize=5, capsize=3, label=name, zorder=4
             )
@@ -105,8 +105,8 @@ def _draw_success(axes: Axes, group: Sequence[Run], split: str, colour: str, lab
 
 
 def _draw_metric(axes: Axes, group: Sequence[Run], metric: str, colour: str, label: str) -> None:
-    found = [run.series(metric) for run in group]
-    curves = [(steps, smooth(values, max(1, len(values) // 20))) for steps, values in found]
+    series = [run.series(metric) for run in group]
+    curves = [(steps, smooth(values, max(1, len(values) // 20))) for steps, values in series]
     steps, mean, low, high = _over_runs(curves)
     axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.plot(steps, mean, color=colour, label=label or None)

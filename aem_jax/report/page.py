@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs nothing beside it: no script, no font, no picture from elsewhere."""
+"""The report of a run: one self-contained HTML file, without scripts, fonts or pictures from elsewhere."""
 
 import math
 import statistics
@@ -8,23 +8,26 @@ from typing import Any
 
 import jinja2
 
+from aem_jax.metrics import Evaluation, Rate
 from aem_jax.report.curves import draw_curves
-from aem_jax.report.run import Evaluation, Run, Score, flat_config, read_run
+from aem_jax.report.run import Run, flat_config, read_run
 
 NUM_TRANSCRIPTS = 10
 
+FAILURES = {"terminated": "failed", "env_error": "environment error"}
+"""Ending of an episode without success → its label on the page; other endings are shown as they are."""
+
 
 def write_report(run_dir: Path | str) -> Path:
-    """Writes `report.html` into a run's folder from what the run left there.
+    """Writes `report.html` into a run's folder from the files in it.
 
-    Reads config.json, metrics.jsonl, evaluations.jsonl and transcripts.json; whatever is missing is left out of the
-    page.
+    Reads config.json, metrics.jsonl, evaluations.jsonl and transcripts.json; the page leaves out what is missing.
 
     Args:
         run_dir: folder of the run.
 
     Returns:
-        path of the page.
+        Path of the page.
 
     Raises:
         ValueError: the folder does not exist.
@@ -55,87 +58,88 @@ def render(run: Run) -> str:
 
 
 def percent(value: float) -> str:
-    """0.714 → `71.4 %`; whole per cents without the point."""
+    """0.714 → `71.4 %`; whole percentages without the point."""
     text = f"{100 * value:.1f}".removesuffix(".0")
     return f"{text}\u202f%"
 
 
 def number(value: Any, digits: int = 2) -> str:
-    """A number for people; what is none, a dash. Minus is a minus."""
+    """A number for people, with a typographic minus; a dash for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "–"
     return f"{value:.{digits}f}".replace("-", "−")
 
 
 def config_chips(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The few settings that a reader looks for first: the run's own, and those of the method."""
+    """The settings that a reader looks for first: the run's own and AEM's."""
     flat = flat_config(config)
-    own = [(name, value) for name, value in flat.items() if "." not in name or name.startswith("aem.")]
-    own = [(name, value) for name, value in own if name not in ("name", "runs_dir")]
-    return [(name, value) for name, value in own if value not in (None, "", [], {})][:14]
+    chosen = [(name, value) for name, value in flat.items() if "." not in name or name.startswith("aem.")]
+    chosen = [(name, value) for name, value in chosen if name not in ("name", "runs_dir")]
+    return [(name, value) for name, value in chosen if value not in (None, "", [], {})][:14]
 
 
 def headline(run: Run, split: str) -> dict[str, Any]:
     """Before and after on one split, with baselines and task types."""
     before, after, baselines = run.before(split), run.after(split), run.baselines(split)
-    columns = [(label, found) for label, found in (("warm start", before), ("after", after)) if found]
+    labelled = (("warm start", before), ("after", after))
+    columns = [(label, evaluation) for label, evaluation in labelled if evaluation]
     columns += [(evaluation.phase, evaluation) for evaluation in baselines]
-    kinds = dict.fromkeys(kind for _, evaluation in columns for kind in evaluation.by_kind)
+    task_types = dict.fromkeys(task_type for _, evaluation in columns for task_type in evaluation.by_task_type)
     last = after or before or baselines[0]
     return {
         "split": split,
-        "set": last.set_name,
+        "set": last.set,
         "before": before,
         "after": after,
-        "gain": after.score.success - before.score.success if before and after else None,
-        "apart": bool(before and after and after.score.low > before.score.high),
+        "gain": after.rate.success - before.rate.success if before and after else None,
+        "apart": bool(before and after and after.rate.low > before.rate.high),
         "baselines": baselines,
         "columns": columns,
-        "kinds": [kind_row(kind, [evaluation for _, evaluation in columns]) for kind in kinds],
+        "task_types": [task_type_row(task_type, [evaluation for _, evaluation in columns]) for task_type in task_types],
         "bars": [bar(label, evaluation) for label, evaluation in columns],
     }
 
 
-def kind_row(kind: str, evaluations: Sequence[Evaluation]) -> tuple[str, int, list[Score | None]]:
-    """A task type, the number of its tasks in the set, and its score in each evaluation that has one."""
-    scores = [evaluation.by_kind.get(kind) for evaluation in evaluations]
-    return kind.replace("_", " "), max(score.count for score in scores if score), scores
+def task_type_row(task_type: str, evaluations: Sequence[Evaluation]) -> tuple[str, int, list[Rate | None]]:
+    """A task type, the number of its tasks in the set, and its rate in each evaluation; None without such tasks."""
+    rates = [evaluation.by_task_type.get(task_type) for evaluation in evaluations]
+    return task_type.replace("_", " "), max(rate.count for rate in rates if rate), rates
 
 
 def bar(label: str, evaluation: Evaluation) -> dict[str, Any]:
-    """One horizontal bar with its interval, in per cent of the full width."""
-    score: Score = evaluation.score
+    """One horizontal bar with its interval, in percent of the full width."""
+    rate = evaluation.rate
     return {
         "label": label,
-        "score": score,
-        "width": 100 * score.success,
-        "low": 100 * score.low,
-        "span": 100 * (score.high - score.low),
+        "rate": rate,
+        "width": 100 * rate.success,
+        "low": 100 * rate.low,
+        "span": 100 * (rate.high - rate.low),
         "turns": evaluation.mean_turns,
-        # the task's own score, where it says more than the success
-        "mean_score": None if evaluation.mean_score == score.success else evaluation.mean_score,
+        # the task's own score, where it differs from the success
+        "mean_score": None if evaluation.mean_score == rate.success else evaluation.mean_score,
         "tone": {"after": "after", "warm start": "before"}.get(label, "baseline"),
     }
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """The run in a few numbers: how long, how fast, how exact."""
-    found: list[tuple[str, str]] = []
+    """Duration, speed and parity of the run, as (name, value)."""
+    rows: list[tuple[str, str]] = []
     if run.metrics:
-        found.append(("steps", str(len(run.metrics))))
+        rows.append(("steps", str(len(run.metrics))))
     _, seconds = run.series("time/step")
     if seconds:
-        found += [("training time", duration(math.fsum(seconds))), ("a step", f"{statistics.median(seconds):.2f} s")]
+        rows += [("training time", duration(math.fsum(seconds))), ("a step", f"{statistics.median(seconds):.2f} s")]
     _, speed = run.series("throughput/tokens_per_s")
     if speed:
-        found.append(("tokens/s, median", f"{statistics.median(speed):,.0f}".replace(",", "\u202f")))
+        rows.append(("tokens/s, median", f"{statistics.median(speed):,.0f}".replace(",", "\u202f")))
     _, gaps = run.series("parity/max")
     if gaps:
-        found.append(("largest parity gap", f"{max(gaps):.1e}".replace("e-0", "e-").replace("-", "−")))
+        rows.append(("largest parity gap", f"{max(gaps):.1e}".replace("e-0", "e-").replace("-", "−")))
     _, recompiles = run.series("compile/recompiles")
     if recompiles:
-        found.append(("recompiles", f"{max(recompiles):.0f}"))
-    return found
+        rows.append(("recompiles", f"{max(recompiles):.0f}"))
+    return rows
 
 
 def duration(seconds: float) -> str:
@@ -148,25 +152,25 @@ def duration(seconds: float) -> str:
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of the items, evenly over all of them."""
+    """At most `count` of the items, evenly spaced."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def episode(transcript: Mapping[str, Any]) -> dict[str, Any]:
-    """A transcript with the colours of its numbers."""
+    """A transcript with the colours of its cells."""
     turns = [turn for turn in transcript.get("turns") or [] if isinstance(turn, dict)]
     entropies = [turn["entropy"] for turn in turns if isinstance(turn.get("entropy"), int | float)]
     low, high = min(entropies, default=0.0), max(entropies, default=0.0)
     ending = str(transcript.get("ending", "")).lower()
-    won = bool(transcript.get("won"))
+    success = bool(transcript.get("success"))
     return {
         "task_id": transcript.get("task_id", "?"),
-        "kind": str(transcript.get("kind", "")).replace("_", " "),
-        "won": won,
-        "ending": "solved" if won else {"terminated": "failed", "env_error": "environment error"}.get(ending, ending),
-        "tone": "good" if won else "grey" if ending == "env_error" else "bad",
+        "task_type": str(transcript.get("task_type", "")).replace("_", " "),
+        "success": success,
+        "ending": "solved" if success else FAILURES.get(ending, ending),
+        "tone": "good" if success else "grey" if ending == "env_error" else "bad",
         "step": transcript.get("step"),
         "total": math.fsum(turn["reward"] for turn in turns if isinstance(turn.get("reward"), int | float)),
         "turns": [
@@ -182,17 +186,17 @@ def episode(transcript: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def share(value: Any, low: float, high: float) -> float:
-    """Where a value lies between two others, in [0, 1]."""
+    """Position of a value between low and high, in [0, 1]; 0 where there is none."""
     return (value - low) / (high - low) if isinstance(value, int | float) and high > low else 0.0
 
 
 def signed_tint(value: Any, centre: float, scale: float, up: str, down: str) -> str:
-    """One colour above the centre and another below, full at `scale` away from it."""
+    """One colour above the centre and another below it, full at a distance of `scale`."""
     if not isinstance(value, int | float) or not math.isfinite(value) or round(value - centre, 2) == 0:
         return tint("grey", 0.0)
     return tint(up if value > centre else down, min(1.0, abs(value - centre) / scale))
 
 
 def tint(colour: str, strength: float) -> str:
-    """CSS of a cell: the named colour of the page, as strong as said."""
+    """CSS of a cell: a named colour of the page at a strength in [0, 1]."""
     return f"background: color-mix(in srgb, var(--{colour}) {round(8 + 52 * strength)}%, transparent)"

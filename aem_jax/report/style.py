@@ -1,5 +1,4 @@
-"""How the figures look: one palette, and SVG that takes the page's text colour, so that it reads on light and on
-dark."""
+"""Style of the figures: one palette, and SVG in the page's text colour, for light and dark pages."""
 
 import io
 import math
@@ -16,11 +15,11 @@ BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#3a78c9", "#e08a2c", "#2c9c6a", "#8a63
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, "#4aa8b8", "#b5893c", "#c76aa5")
 
 INK = "#010203"
-"""Stands for the page's text colour inside an SVG; no other colour is the same."""
+"""Placeholder of the page's text colour inside an SVG; no other colour equals it."""
 
 SETTINGS = {
     "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",  # ships with matplotlib; in a page, CSS puts the page's font in its place
+    "font.family": "DejaVu Sans",  # ships with matplotlib; in a page, CSS replaces it by the page's font
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -50,9 +49,9 @@ def figure_style(ink: str) -> AbstractContextManager[None]:
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """A figure as an `<svg>` element that scales with its column and takes its text colour from the page.
+    """A figure as an `<svg>` element that scales with its column and has the page's text colour.
 
-    `name` keeps the ids inside it apart from those of the page's other figures.
+    `name` makes the ids inside it unique on the page.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
@@ -66,12 +65,12 @@ def inline_svg(figure: Figure, name: str) -> str:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean over at most `window` values: what one would have seen at that step."""
+    """Trailing mean over at most `window` values."""
     return [math.fsum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
 def plot_smoothed(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, label: str) -> None:
-    """A series as a trailing mean over a twentieth of its length, with the raw values faintly behind."""
+    """A series as a trailing mean over a twentieth of its length, with the raw values faint behind it."""
     window = max(1, len(values) // 20)
     if window > 1:
         axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
@@ -79,6 +78,6 @@ def plot_smoothed(axes: Axes, steps: Sequence[int], values: Sequence[float], col
 
 
 def percent_axis(axes: Axes) -> None:
-    """Share in [0, 1] on y, written in per cent."""
+    """A y axis of shares in [0, 1], labelled in percent."""
     axes.set_ylim(-0.02, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])

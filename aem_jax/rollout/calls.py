@@ -73,7 +73,7 @@ def plan_calls(
     Returns:
         Calls by rising window; every slot is in one. Of plans that cost the same, one with the fewest.
     """
-    window = lambda slot: cover(contexts[slot])  # noqa: E731
+    window = lambda slot: cover(contexts[slot])
     classes = [(each, list(slots)) for each, slots in groupby(sorted(contexts, key=window), key=window)]
     borders = len(classes) - 1
 

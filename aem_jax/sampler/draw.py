@@ -56,7 +56,7 @@ def uniforms(prng: Array, indices: Array) -> Array:
     Returns:
         f32[G,S,2] in [0, 1).
     """
-    one = lambda key, index: jax.random.uniform(jax.random.fold_in(key, index), (2,))  # noqa: E731
+    one = lambda key, index: jax.random.uniform(jax.random.fold_in(key, index), (2,))
     return jax.vmap(jax.vmap(one), in_axes=(None, 1))(jax.random.wrap_key_data(prng), indices)
 
 
@@ -134,7 +134,7 @@ def _edge(weights: Array, limit: Array, dtype: DTypeLike) -> Array:
 
     Floats ≥ 0 are ordered as their bits are, so 31 halvings of the bits find t exactly: it is one of the weights, or 0.
     """
-    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
+    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
     is_count = jnp.issubdtype(dtype, jnp.integer)
 
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:

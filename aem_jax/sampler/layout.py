@@ -64,7 +64,7 @@ def make_lora_reshard(policy: LoraPolicy, mesh: Mesh, *, int8: bool = False) -> 
         return lambda adapter, frozen: (cast(adapter), jax.device_put(frozen, decode))
 
     leaves = tuple(INPUTS) if int8 else policy.merged_leaves
-    changed = lambda layers: {name: layers[name] for name in leaves}  # noqa: E731
+    changed = lambda layers: {name: layers[name] for name in leaves}
 
     def quantized(adapter: Params, layers: Params) -> Params:
         found = quantize_layers({**layers, **policy.merge(adapter, layers)})
@@ -80,7 +80,7 @@ def make_lora_reshard(policy: LoraPolicy, mesh: Mesh, *, int8: bool = False) -> 
 
     def reshard(adapter: Params, frozen: Params) -> Params:
         merged = merge(adapter, changed(frozen["layers"]))
-        kept = lambda tree: {  # noqa: E731
+        kept = lambda tree: {
             **tree,
             "layers": {name: leaf for name, leaf in tree["layers"].items() if name not in merged},
         }

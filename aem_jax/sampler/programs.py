@@ -111,7 +111,7 @@ class Programs:
             tokens, logprobs, entropies = self._draw(
                 logits, jax.lax.dynamic_index_in_dim(random, index, keepdims=False)
             )
-            put = lambda rows, new: rows.at[:, index].set(jnp.where(active, new, 0))  # noqa: E731
+            put = lambda rows, new: rows.at[:, index].set(jnp.where(active, new, 0))
             out = Decoded(
                 tokens=put(out.tokens, tokens),
                 logprobs=put(out.logprobs, logprobs),
@@ -146,8 +146,8 @@ class Programs:
         """Runs `function` on each device's own slots; its loop over slots then stays on the device."""
         if self._mesh is None:
             return function
-        names = lambda axes: isinstance(axes, tuple) and all(each is None or isinstance(each, str) for each in axes)  # noqa: E731
-        specs = lambda axes: jax.tree.map(lambda each: partition(each, DECODE), axes, is_leaf=names)  # noqa: E731
+        names = lambda axes: isinstance(axes, tuple) and all(each is None or isinstance(each, str) for each in axes)
+        specs = lambda axes: jax.tree.map(lambda each: partition(each, DECODE), axes, is_leaf=names)
         return jax.shard_map(function, mesh=self._mesh, in_specs=specs(in_axes), out_specs=specs(out_axes))
 
     def _take(self, state: SamplerState, slots: Array | None, window: int) -> SamplerState:

@@ -96,9 +96,9 @@ class Sampler:
         c = self.policy.config
         shape, length = (c.num_layers, slots, c.num_kv_heads), capacity + self.slack
         keys, values = (*shape, c.head_dim, length), (*shape, length, c.head_dim)
-        empty = lambda like: jnp.zeros(like, c.dtype)  # noqa: E731
+        empty = lambda like: jnp.zeros(like, c.dtype)
         if self._int8:
-            empty = lambda like: Coded(jnp.zeros(like, jnp.int8), jnp.zeros((*shape, length)))  # noqa: E731
+            empty = lambda like: Coded(jnp.zeros(like, jnp.int8), jnp.zeros((*shape, length)))
         return SamplerState(
             keys=empty(keys),
             values=empty(values),
@@ -119,7 +119,7 @@ class Sampler:
         if self._mesh is None:
             return shapes
         where = shardings(self._mesh, self._axes, DECODE, shapes)
-        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return jax.tree.map(place, shapes, where)
 
     def lower_extend(

@@ -129,7 +129,7 @@ def merge(
     def put(i: Array, cache: tuple[Cached, Cached, Array]) -> tuple[Cached, Cached, Array]:
         # The barrier hides from libtpu 0.0.42 (that of jax 0.10) that the loop copies slot by slot: it takes the chunk
         # for the whole cache then, and fails.
-        row = lambda x, axis: jax.lax.optimization_barrier(jax.lax.dynamic_index_in_dim(x, i, axis))  # noqa: E731
+        row = lambda x, axis: jax.lax.optimization_barrier(jax.lax.dynamic_index_in_dim(x, i, axis))
         slot = i if slots is None else slots[i]
         at = state.lengths[slot]
 
@@ -180,7 +180,7 @@ def copy_rows(
 
 def _over_length(function: Callable[..., Array], *caches: tuple[Cached, Cached]) -> tuple[Cached, Cached]:
     """`function(array, ..., axis)` of all that keys and values are made of; `axis` is that of positions."""
-    of = lambda part, axis: jax.tree.map(partial(function, axis=axis), *(cache[part] for cache in caches))  # noqa: E731
+    of = lambda part, axis: jax.tree.map(partial(function, axis=axis), *(cache[part] for cache in caches))
     return of(0, LENGTH[0]), of(1, LENGTH[1])
 
 

@@ -58,7 +58,7 @@ def test_one_response_groups_all_masked_groups_and_empty_groups():
 
 
 def test_empty_response_takes_no_part():
-    # Responses 0 and 2 speak, response 1 never does; without it H̄ = 1, 2 and α = 1.4621172, 0.5378828.
+    # Responses 0 and 2 have tokens, response 1 has none; without it H̄ = 1, 2 and α = 1.4621172, 0.5378828.
     entropy = response_entropy(jnp.array([[0.5, 1.5, 2.0, 7.0]]), jnp.array([[0, 0, 2, -1]]), 3)
     alpha = aem_coefficients(entropy, jnp.array([0, 0, 0]), 1)
     np.testing.assert_allclose(alpha, [1.4621172, 1.0, 0.5378828], rtol=1e-6)

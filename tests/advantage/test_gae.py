@@ -68,7 +68,7 @@ def random_experience(seed: int) -> Experience:
         for column in zip(*rows, strict=True)
     )
     used = np.arange(count) < len(rows)
-    spoken = used & (rng.random(count) > 0.1)
+    has_tokens = used & (rng.random(count) > 0.1)
     rewards = np.where(used, rng.normal(size=count), 0.0).astype(np.float32)
     return Experience(
         returns=np.bincount(trajectory, rewards, 8).astype(np.float32),
@@ -77,10 +77,10 @@ def random_experience(seed: int) -> Experience:
         response_trajectory=trajectory,
         response_turn=turn,
         response_rewards=rewards,
-        response_tokens=np.where(spoken, rng.integers(1, 9, count), 0).astype(np.int32),
+        response_tokens=np.where(has_tokens, rng.integers(1, 9, count), 0).astype(np.int32),
         response_anchor=np.where(used, np.arange(count), -1).astype(np.int32),
-        response_valid=spoken,
-        response_values=np.where(spoken, rng.normal(size=count), NAN).astype(np.float32),
+        response_valid=has_tokens,
+        response_values=np.where(has_tokens, rng.normal(size=count), NAN).astype(np.float32),
     )
 
 
@@ -147,7 +147,7 @@ def test_right_values_leave_nothing_to_be_surprised_by():
 def test_explained_variance_golden():
     # R = 0, 2, 4 (variance 8/3; the last row does not count)
     returns, valid = np.array([0.0, 2.0, 4.0, 99.0]), np.array([True, True, True, False])
-    score = lambda *values: float(explained_variance(np.array([*values, NAN]), returns, valid))  # noqa: E731
+    score = lambda *values: float(explained_variance(np.array([*values, NAN]), returns, valid))
     assert score(0.0, 2.0, 4.0) == 1.0 and score(5.0, 7.0, 9.0) == 1.0  # a constant error is the mean's, not variance
     assert score(3.0, 3.0, 3.0) == 0.0
     assert score(4.0, 2.0, 0.0) == pytest.approx(-3.0)  # R − V = −4, 0, 4: 32/3

@@ -79,8 +79,8 @@ def random_experience(seed: int, terminal: bool = False) -> Experience:
     rows = [(n, k) for n in range(6) for k in range(turns[n])]
     rows = [rows[i] for i in rng.permutation(len(rows))]
     trajectory, turn = (np.resize([*column, *[0] * 26], 26).astype(np.int32) for column in zip(*rows, strict=True))
-    count, spoken = 26, np.arange(26) < len(rows)
-    rewards = np.where(spoken, rng.normal(size=count), 0.0).astype(np.float32)
+    count, used = 26, np.arange(26) < len(rows)
+    rewards = np.where(used, rng.normal(size=count), 0.0).astype(np.float32)
     if terminal:
         rewards = np.where(turn == turns[trajectory] - 1, rewards, 0.0).astype(np.float32)
     returns = np.bincount(trajectory, rewards, 6).astype(np.float32)
@@ -91,9 +91,9 @@ def random_experience(seed: int, terminal: bool = False) -> Experience:
         response_trajectory=trajectory,
         response_turn=turn,
         response_rewards=rewards,
-        response_tokens=np.where(spoken, rng.integers(1, 9, count), 0).astype(np.int32),
+        response_tokens=np.where(used, rng.integers(1, 9, count), 0).astype(np.int32),
         response_anchor=np.arange(count, dtype=np.int32),
-        response_valid=spoken,
+        response_valid=used,
     )
 
 
@@ -136,8 +136,8 @@ def test_against_loops_in_float64(seed, baseline):
 @pytest.mark.parametrize(("scope", "centre_by"), [(over_trajectories, by_trajectory), (over_turns, by_response)])
 def test_baseline_of_outcomes_is_dr_grpo_whitened(scope, centre_by):
     e = random_experience(7, terminal=True)
-    spoken = np.where(e.response_valid, e.response_trajectory, -1)
-    centred = scope(dr_grpo, e.returns, e.group_ids, 2, spoken, valid=e.valid)
+    trajectory = np.where(e.response_valid, e.response_trajectory, -1)
+    centred = scope(dr_grpo, e.returns, e.group_ids, 2, trajectory, valid=e.valid)
     part = e.response_valid & e.valid[e.response_trajectory]
     expected = whiten(centred, np.where(part, e.response_tokens, 0))
     found = reinforce_plus_plus_baseline(e, 2, centre_by=centre_by)

@@ -95,7 +95,7 @@ def test_whose_entropy_by_hand():
     found = whose_entropy(drawn)
     assert found["between"]["value"] == pytest.approx(4 / 4.5)
     assert found["inside"]["value"] == pytest.approx(2 / np.sqrt(5))
-    # a response of one uncertain token: its entropy is known before it is said
+    # a response of one uncertain token: its entropy is known before it is sampled
     one = Draws(np.array([[0.1, 2.3], [0.7, 0.7]]), np.array([[0.3, 0.3], [0.7, 0.7]]), np.ones((2, 2), int))
     assert whose_entropy(one)["between"]["value"] == 1.0 and np.isnan(whose_entropy(one)["inside"]["value"])
 
@@ -124,9 +124,9 @@ def test_choice_takes_the_heavier_class_first_and_never_weight_zero():
     assert {0, 3, 6} < set(four) and four == sorted(four)
 
 
-def turn(seen: list[int], said: list[int]) -> Turn:
-    logprobs = -0.5 * np.ones(len(said), np.float32)
-    return Turn(np.array(seen), np.array(said), logprobs, 0.25 - logprobs, 0.0, True, "", "x")
+def turn(observation_ids: list[int], response_ids: list[int]) -> Turn:
+    logprobs = -0.5 * np.ones(len(response_ids), np.float32)
+    return Turn(np.array(observation_ids), np.array(response_ids), logprobs, 0.25 - logprobs, 0.0, True, "", "x")
 
 
 @pytest.mark.parametrize("context", ["append", "window"])

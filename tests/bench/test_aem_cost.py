@@ -33,7 +33,7 @@ def test_aem_is_at_most_a_thousandth_of_a_step_of_the_large_preset():
     work = workload(read_preset("alfworld-qwen2.5-1.5b"))
     layout = work.layout
     shape = (layout.num_microbatches * layout.rows, layout.row_length)
-    struct = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype)  # noqa: E731
+    struct = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype)
     responses = layout.max_responses
     assert responses == 128 * 50
     tables = struct(jnp.float32, responses), struct(jnp.int32, responses), struct(jnp.bool_, responses)

@@ -86,7 +86,7 @@ Rows = Sequence[tuple[str, float, float, dict[str, str]]]
 
 def plane(name: str, lines: Mapping[str, Rows]) -> SimpleNamespace:
     """As the profiler's data have it; nanoseconds."""
-    events = lambda rows: [SimpleNamespace(name=n, start_ns=s, end_ns=e, stats=t.items()) for n, s, e, t in rows]  # noqa: E731
+    events = lambda rows: [SimpleNamespace(name=n, start_ns=s, end_ns=e, stats=t.items()) for n, s, e, t in rows]
     return SimpleNamespace(name=name, lines=[SimpleNamespace(name=line, events=events(lines[line])) for line in lines])
 
 

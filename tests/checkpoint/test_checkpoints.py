@@ -330,7 +330,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(tmp_path, monkeypa
 
 
 def test_a_write_that_fails_in_the_background_leaves_the_last_good_checkpoint(tmp_path):
-    big = lambda seed: {"x": jax.random.normal(jax.random.key(seed), (500_000,))}  # noqa: E731
+    big = lambda seed: {"x": jax.random.normal(jax.random.key(seed), (500_000,))}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), big(0))
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_first=False))
     checkpoints.save(1, big(1))

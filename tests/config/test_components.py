@@ -27,12 +27,19 @@ def test_every_name_of_a_selection_has_a_function():
 
 def test_a_selection_rule_has_the_functions_of_its_names():
     assert components.selection_rule(RunConfig()) == Rule(RunConfig().rollout.groups_per_step)
-    words = ["--selection.reject-equal", "True", "--selection.outcome", "won", "--selection.max-rounds", "10"]
+    words = [
+        "--selection.filter-equal-outcomes",
+        "True",
+        "--selection.outcome",
+        "success",
+        "--selection.max-rounds",
+        "10",
+    ]
     words += ["--selection.overlong-penalty", "1", "--selection.overlong-buffer", "8"]
     rule = components.selection_rule(apply(read_preset(DEFAULT), split(words)[1]))
     # the preset's responses may have 16 tokens; one of 12 is half-way into the buffer of 8
     turn = Turn(np.ones(3), np.ones(12), np.zeros(12), np.zeros(12), 2.0, True)
-    long = Trajectory(Task("t", "look", {}), 0, 0, (turn,), Ending.TERMINATED, won=True)
+    long = Trajectory(Task("t", "look", {}), 0, 0, (turn,), Ending.TERMINATED, success=True)
     assert rule.penalise is not None and rule.penalise(long).total_reward == 1.5
     assert rule.outcome is not None and (rule.outcome(long), rule.max_rounds) == (True, 10)
 

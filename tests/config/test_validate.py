@@ -27,8 +27,8 @@ def test_presets_hold_together(name: str):
             "--sampling.weights: expected lora.merge with int8 weights, got False",
         ),
         (
-            ["--selection.reject-equal", "True", "--rollout.group-size", "1"],
-            "--selection.reject-equal: expected --rollout.group-size of at least 2, got 1",
+            ["--selection.filter-equal-outcomes", "True", "--rollout.group-size", "1"],
+            "--selection.filter-equal-outcomes: expected --rollout.group-size of at least 2, got 1",
         ),
         (
             ["--selection.overlong-penalty", "1", "--selection.overlong-buffer", "17"],

@@ -93,7 +93,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_servers_elsewhere_are_dealt_to_the_processes():
-    share = lambda index, count, urls: join.shard_urls(ProcessGroup(index, count, lambda data: [data]), urls)  # noqa: E731
+    share = lambda index, count, urls: join.shard_urls(ProcessGroup(index, count, lambda data: [data]), urls)
     assert join.shard_urls(SINGLE_PROCESS, ("a", "b")) == ("a", "b")
     assert [share(index, 2, ("a", "b", "c")) for index in (0, 1)] == [("a", "c"), ("b",)]
     assert [share(index, 3, ("a", "b")) for index in (0, 1, 2)] == [("a",), ("b",), ("a",)]

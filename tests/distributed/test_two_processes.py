@@ -13,7 +13,7 @@ from .two_steps import two_steps
 pytestmark = pytest.mark.slow
 
 NAMES = ("learner/loss", "learner/grad_norm", "entropy/response", "aem/alpha_max", "parity/max", "rollout/return")
-CHOSEN = ("selection/rounds", "selection/groups", "selection/rejected_groups")
+CHOSEN = ("selection/rounds", "selection/groups", "selection/filtered_groups")
 
 
 def test_two_steps_give_the_losses_and_trajectories_of_one_process(tmp_path: Path, user_environment):

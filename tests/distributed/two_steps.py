@@ -23,7 +23,7 @@ from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.layout import make_reshard
-from aem_jax.selection import Rule, won
+from aem_jax.selection import Rule, succeeded
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import train
 from aem_jax.trajectory import Task
@@ -78,7 +78,7 @@ def two_steps(
         init_state(POLICY, make_optimizer(config, POLICY.axes), mesh, jax.random.key(0)),
         rollout=rollout,
         tasks=lambda step, round: tasks,
-        rule=Rule(len(tasks), max_rounds=2, outcome=won),
+        rule=Rule(len(tasks), max_rounds=2, outcome=succeeded),
         layout=LAYOUT,
         mesh=mesh,
         reshard=make_reshard(POLICY, mesh),

@@ -279,7 +279,7 @@ def test_a_sampler_that_forgets_its_cache_is_found(own_programs: None, monkeypat
     from aem_jax.models import decoder
 
     whole = decoder.chunk_attention
-    forgets = lambda q, k, v, cached, *rest: whole(q, k, v, jnp.maximum(cached - 1, 0), *rest)  # noqa: E731
+    forgets = lambda q, k, v, cached, *rest: whole(q, k, v, jnp.maximum(cached - 1, 0), *rest)
     monkeypatch.setattr(decoder, "chunk_attention", forgets)
     assert run("greedy") == 1
     out = capsys.readouterr().out

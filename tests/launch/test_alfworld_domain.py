@@ -34,7 +34,7 @@ def test_training_and_evaluation_share_no_game(domain: Domain):
         assert len(tasks) == 64 and name.startswith(f"{split}-64-")
         assert len(rooms(tasks)) == 64
         assert not rooms(tasks) & training
-        assert {task.kind for task in tasks} == set(CONFIG.games.task_types)
+        assert {task.task_type for task in tasks} == set(CONFIG.games.task_types)
 
 
 def test_an_evaluation_set_is_the_same_for_every_seed():

@@ -278,7 +278,7 @@ def test_nothing_is_left_of_an_algorithm_under_another():
             over = read_preset(DEFAULT, other, name)
             for field in ("ratio", "clip_low", "clip_high", "dual_clip", "aggregation"):
                 assert getattr(alone.learner, field) == getattr(over.learner, field), (name, other, field)
-            for field in ("reject_equal", "oversample", "max_rounds", "truncated"):
+            for field in ("filter_equal_outcomes", "oversample", "max_rounds", "truncated"):
                 assert getattr(alone.selection, field) == getattr(over.selection, field), (name, other, field)
             for field in {"estimator"} | ESTIMATORS_READ[alone.algorithm.estimator]:
                 assert getattr(alone.algorithm, field) == getattr(over.algorithm, field), (name, other, field)

@@ -112,7 +112,7 @@ def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment
     words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", *SHORT]
     sizes = ("hidden-size", "intermediate-size", "num-layers", "num-heads", "num-kv-heads", "head-dim")
     words += [f"--model.{name}=None" for name in sizes]
-    words += ["--warmstart.episodes", "0", "--checkpoint.keep-first", "False", "--learner.moments", "int8"]
+    words += ["--warmstart.episodes", "0", "--checkpoint.keep-first", "False", "--learner.moments", "bfloat16"]
     words += ["--lora.rank", "4", "--lora.alpha", "8", "--lora.targets", "q_proj", "v_proj", "down_proj"]
     finish(start(tmp_path, environment, *words, "--lora.merge", "False"))
     steps = read_lines(tmp_path / "run" / "metrics.jsonl")

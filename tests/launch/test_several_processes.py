@@ -15,7 +15,7 @@ SMALL = Path(__file__).with_name("small.toml")
 SHORT = (
     *("--evaluation.baselines", "false", "--evaluation.every", "0", "--evaluation.size", "4"),
     *("--warmstart.episodes", "8", "--warmstart.steps", "2", "--rollout.max-turns", "2"),
-    *("--warmstart.only-won", "false", "--tokenizer.episodes", "8"),
+    *("--warmstart.only-successful", "false", "--tokenizer.episodes", "8"),
     *("--env.sessions-per-server", "4", "--train.save-every", "1", "--metrics.tensorboard", "false"),
 )
 

@@ -51,7 +51,7 @@ def test_servers_are_told_the_shop_and_the_tagger(domain: Domain, config: RunCon
     assert domain.settings["tagger"] in ("spacy", "small")  # auto is resolved where the run is
     assert domain.settings["shop"]["made"]["products"] == 300
     assert domain.training[0].payload["shop"] == domain.evaluation("test", 1)[0][0].payload["shop"]
-    assert {task.kind for task in domain.training[:100]} == set(config.shop.made.categories)
+    assert {task.task_type for task in domain.training[:100]} == set(config.shop.made.categories)
 
 
 def test_the_tiny_shop_can_be_won_in_its_turns(config: RunConfig):

@@ -13,8 +13,8 @@ from toys import Bigram, random_trajectories
 from aem_jax.advantage import token_statistics
 from aem_jax.batch import BatchLayout, collate
 from aem_jax.learner import LearnerConfig, Rows, row_statistics
-from aem_jax.learner.forward import REMAT, Computation, row_loss
-from aem_jax.learner.objective import Measures, Tokens, policy_objective
+from aem_jax.learner.forward import REMAT, ForwardConfig, row_loss
+from aem_jax.learner.objective import Stats, Tokens, policy_objective
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.plan.costs import costs
 from aem_jax.plan.hlo import parse
@@ -57,7 +57,7 @@ def test_packed_rows_give_the_numbers_of_lone_sequences(context, head_chunk):
     trajectories = random_trajectories(0, 9, TINY.config.vocab_size, context)
     batch = collate(trajectories, LAYOUT)
     assert (batch.segment_ids > 1).any()
-    compute = partial(row_statistics, TINY, how=Computation(temperature=0.7, head_chunk=head_chunk))
+    compute = partial(row_statistics, TINY, config=ForwardConfig(temperature=0.7, head_chunk=head_chunk))
     found = jax.jit(compute)(PARAMS, rows_of(batch))
     ids = batch.response_ids[0]
     for response, wanted in slow_statistics(trajectories).items():
@@ -70,7 +70,7 @@ def test_packed_rows_give_the_numbers_of_lone_sequences(context, head_chunk):
 def weighted(logprobs, entropies, tokens):
     """An objective that is not linear, so that its slope is another for each token."""
     total = jnp.sum(tokens.weights * jnp.sin(logprobs), where=tokens.mask)
-    return total, Measures({"entropy": jnp.sum(entropies, where=tokens.mask)}, {"top": jnp.max(entropies)})
+    return total, Stats({"entropy": jnp.sum(entropies, where=tokens.mask)}, {"top": jnp.max(entropies)})
 
 
 def tokens_of(rows):
@@ -83,21 +83,21 @@ def tokens_of(rows):
 def test_gradient_equals_that_of_whole_logits(remat):
     batch = collate(random_trajectories(1, 9, TINY.config.vocab_size), LAYOUT)
     rows = rows_of(batch)
-    tokens, how = tokens_of(rows), Computation(temperature=1.3, head_chunk=7, remat=REMAT[remat])
+    tokens, config = tokens_of(rows), ForwardConfig(temperature=1.3, head_chunk=7, remat=REMAT[remat])
 
     def chunked(params):
-        return row_loss(TINY, params, rows, tokens, weighted, how)
+        return row_loss(TINY, params, rows, tokens, weighted, config)
 
     def whole(params):
         logits = TINY.logits(params, TINY.hidden(params, rows.tokens, rows.positions, rows.segment_ids)) / 1.3
         found = token_statistics(logits[:, :-1], rows.tokens[:, 1:])
         return weighted(*found, jax.tree.map(lambda x: x[:, 1:], tokens))
 
-    (loss, measures), ours = jax.jit(jax.value_and_grad(chunked, has_aux=True))(PARAMS)
-    (expected, expected_measures), wanted = jax.jit(jax.value_and_grad(whole, has_aux=True))(PARAMS)
+    (loss, stats), ours = jax.jit(jax.value_and_grad(chunked, has_aux=True))(PARAMS)
+    (expected, expected_stats), wanted = jax.jit(jax.value_and_grad(whole, has_aux=True))(PARAMS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, wanted)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    np.testing.assert_allclose(measures.sums["entropy"], expected_measures.sums["entropy"], rtol=1e-5)
+    np.testing.assert_allclose(stats.sums["entropy"], expected_stats.sums["entropy"], rtol=1e-5)
     np.testing.assert_allclose(jax.jit(chunked)(PARAMS)[0], expected, rtol=1e-5)  # without a gradient, too
 
 
@@ -107,8 +107,8 @@ def test_what_is_kept_of_a_layer_is_what_the_option_says():
     rows = rows_of(collate(random_trajectories(1, 9, 37), LAYOUT))
 
     def flops(remat: str) -> float:
-        how = Computation(temperature=1.0, head_chunk=48, remat=REMAT[remat])
-        loss = lambda params: row_loss(policy, params, rows, tokens_of(rows), weighted, how)[0]  # noqa: E731
+        config = ForwardConfig(temperature=1.0, head_chunk=48, remat=REMAT[remat])
+        loss = lambda params: row_loss(policy, params, rows, tokens_of(rows), weighted, config)[0]
         return costs(parse(jax.jit(jax.grad(loss)).lower(policy.shapes).compile().as_text() or "")).flops
 
     none, dots, layers = (flops(remat) for remat in ("none", "dots", "layers"))
@@ -124,8 +124,8 @@ def test_no_gradient_through_measures():
     rows = rows_of(collate(random_trajectories(2, 3, TINY.config.vocab_size), LAYOUT))
 
     def entropy(params):
-        how = Computation(temperature=1.0, head_chunk=7)
-        return row_loss(TINY, params, rows, tokens_of(rows), weighted, how)[1].sums["entropy"]
+        config = ForwardConfig(temperature=1.0, head_chunk=7)
+        return row_loss(TINY, params, rows, tokens_of(rows), weighted, config)[1].sums["entropy"]
 
     value, gradient = jax.jit(jax.value_and_grad(entropy))(PARAMS)
     assert value > 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradient))
@@ -135,7 +135,7 @@ def test_logits_of_all_tokens_never_exist():
     rows = rows_of(collate(random_trajectories(3, 9, TINY.config.vocab_size), LAYOUT))
 
     def loss(params, chunk):
-        return row_loss(TINY, params, rows, tokens_of(rows), weighted, Computation(1.0, chunk))[0]
+        return row_loss(TINY, params, rows, tokens_of(rows), weighted, ForwardConfig(1.0, chunk))[0]
 
     def largest_with_vocabulary(chunk):
         text = jax.jit(jax.grad(loss), static_argnums=1).lower(PARAMS, chunk).compile().as_text() or ""
@@ -153,13 +153,13 @@ def test_the_head_of_a_large_vocabulary_takes_less_than_two_gibibytes():
     takes 0.87 GiB of it and the logits of 128 positions a row 0.58.
     """
     policy, config = Bigram(151_936, 1536), LearnerConfig()
-    how = Computation(config.temperature, config.head_chunk)
-    struct: Any = lambda dtype: jax.ShapeDtypeStruct((8, 4096), dtype)  # noqa: E731
+    forward = ForwardConfig(config.temperature, config.head_chunk)
+    struct: Any = lambda dtype: jax.ShapeDtypeStruct((8, 4096), dtype)
     rows, numbers = Rows(*(struct(jnp.int32),) * 4), struct(jnp.float32)
     tokens = Tokens(struct(jnp.bool_), numbers, numbers, numbers, None)
 
     def loss(params, rows, tokens):
-        return row_loss(policy, params, rows, tokens, policy_objective(config), how)[0]
+        return row_loss(policy, params, rows, tokens, policy_objective(config), forward)[0]
 
     def without(params, rows, tokens):
         return jnp.sum(policy.hidden(params, *rows[:3]))
@@ -180,7 +180,7 @@ def test_chunks_without_a_sampled_token_are_skipped():
 
     batch = collate(random_trajectories(4, 2, policy.vocab_size), LAYOUT)
     params, rows = policy.init(jax.random.key(0)), rows_of(batch)
-    loss = lambda params: row_loss(policy, params, rows, tokens_of(rows), counted, Computation(1.0, 6))[0]  # noqa: E731
+    loss = lambda params: row_loss(policy, params, rows, tokens_of(rows), counted, ForwardConfig(1.0, 6))[0]
     jax.jit(jax.grad(loss))(params)
     jax.effects_barrier()
     sampled = (batch.response_ids[0] >= 0).sum(-1).max()

@@ -75,7 +75,7 @@ def test_a_vocabulary_that_is_split_costs_a_few_numbers_a_token():
 
 def test_left_to_itself_the_partitioner_moves_the_head_in_every_chunk(monkeypatch):
     """What the layout is for, and that these tests would see it missing."""
-    monkeypatch.setattr("aem_jax.learner.update.HeadLayout", lambda **_: HeadLayout())
+    monkeypatch.setattr("aem_jax.learner.forward.HeadLayout", lambda **_: HeadLayout())
     inside, _ = collectives(compiled("update", make_mesh(MeshConfig(1, 8, 1), jax.devices()[:8])))
     assert [dims[-2:] for dims in sizes(inside)].count((16, 24)) == 2  # the head gathered, its gradient reduced
 

@@ -1,4 +1,4 @@
-"""A sampler whose policy is not the learner's: what the truncated importance weight makes good, and what it leaves."""
+"""A sampler whose policy differs from the learner's: the truncated importance weight, and its bias."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ CONFIG = LearnerConfig(learning_rate=0.01, max_grad_norm=1e9, head_chunk=7)
 def expected_gradient(config: LearnerConfig, logits: np.ndarray, sampler: np.ndarray, advantages: np.ndarray):
     """d/dlogits of the mean loss over tokens of `sampler`, exactly: every token is there, weighted by its odds."""
     with jax.enable_x64(True):
-        wide = lambda x: jnp.asarray(x, jnp.float64)[None]  # noqa: E731
+        wide = lambda x: jnp.asarray(x, jnp.float64)[None]
         mask = jnp.ones((1, len(logits)), bool)
         tokens = Tokens(mask, wide(sampler), wide(np.log(sampler)), wide(advantages), None)
 
@@ -72,7 +72,7 @@ def test_a_cap_out_of_reach_is_the_ratio_without_a_clip():
     plain, _, _ = stepped(dataclasses.replace(CONFIG, clip_low=1.0, clip_high=1e6))
     for one, other in zip(jax.tree.leaves(weighted.params), jax.tree.leaves(plain.params), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    assert stats["ratio_mean"] == pytest.approx(1) and stats["clip_share"] == 0 == stats["importance_capped"]
+    assert stats["ratio_mean"] == pytest.approx(1) and stats["clip_fraction"] == 0 == stats["importance_capped"]
     assert stats["importance_mean"] == pytest.approx(np.exp(gap).mean(), rel=1e-5)
     assert stats["parity_max"] == pytest.approx(np.abs(gap).max(), rel=1e-5)
 

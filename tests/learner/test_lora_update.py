@@ -112,7 +112,7 @@ def test_what_the_adapter_leaves_alone_is_not_copied_on_one_device(merge):
     adapter = init_state(policy, make_optimizer(CONFIG, policy.axes), ONE_DEVICE, jax.random.key(2)).params
     params = make_lora_reshard(policy, ONE_DEVICE)(adapter, frozen)
     weights = params if merge else params[1]
-    at = lambda tree: jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), tree)  # noqa: E731
+    at = lambda tree: jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), tree)
     same = jax.tree.map(lambda one, other: one == other, at(weights), at(frozen))
     moved = {name for name, is_same in same["layers"].items() if not is_same}
     assert moved == ({"qkv", "gate_up"} if merge else set()) and same["embed"] and same["norm"]

@@ -99,7 +99,7 @@ def test_the_gradient_is_that_of_the_paper_s_loss(level, context):
         found = np.asarray(state.opt_state[1][0].mu[name]) / (1 - config.beta1)
         np.testing.assert_allclose(found, slope, rtol=1e-4, atol=1e-6, err_msg=name)
     np.testing.assert_allclose(stats["loss"], loss, rtol=1e-5)
-    assert 0 < stats["clip_share"] < 1
+    assert 0 < stats["clip_fraction"] < 1
 
 
 def test_a_response_of_one_token_is_that_token():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,8 @@ from aem_jax.learner import (
     make_update,
     num_updates,
 )
+from aem_jax.learner.objective import supervised_objective
+from aem_jax.learner.update import make_program, minibatch_of, summarize
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.sharding import MeshConfig, make_mesh
 
@@ -108,7 +112,7 @@ def test_gradient_equals_the_hand_written_one(aggregation, context):
     flat = np.concatenate([each.ravel() for each in gradient.values()])
     np.testing.assert_allclose(stats["grad_norm"], np.linalg.norm(flat), rtol=1e-5)
     assert stats["tokens"] == batch.response_tokens.sum() and stats["skipped"] == 0
-    assert 0 < stats["clip_share"] < 1 < stats["ratio_max"]
+    assert 0 < stats["clip_fraction"] < 1 < stats["ratio_max"]
 
 
 def test_kl_to_the_reference_is_in_the_gradient():
@@ -318,3 +322,42 @@ def test_what_is_out_of_the_loss_might_as_well_not_be_there(aggregation):
         state, stats = make_update(TOY, config, ONE_DEVICE)(new_state(TOY, config), batch, advantages)
         of_rows[len(of_rows)] = (gradient_of(state, config), stats["loss"], stats["tokens"])
     assert_trees_close(*of_rows.values(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_minibatch_by_hand():
+    """Trajectories 0 and 1 are in minibatch 0, trajectory 2, whose response is not valid, in minibatch 1."""
+    batch: Any = SimpleNamespace(
+        response_trajectory=jnp.asarray([0, 1, 1, 2]),
+        response_tokens=jnp.asarray([3, 1, 4, 5]),
+        response_valid=jnp.asarray([True, True, True, False]),
+        trajectory_minibatch=jnp.asarray([0, 0, 1]),
+        valid=jnp.ones(3, bool),
+        minibatch_ends=jnp.asarray([2, 3]),
+    )
+    config = dataclasses.replace(CONFIG, aggregation="response-mean")
+    program = make_program(TOY, config, ONE_DEVICE, supervised_objective())
+    first, second = (minibatch_of(program, batch, jnp.int32(index)) for index in (0, 1))
+    assert first.response_tokens.tolist() == [3, 1, 4, 0] and (first.start, first.end) == (0, 2)
+    # three responses: 1 / (3 n)
+    np.testing.assert_allclose(first.weights, [1 / 9, 1 / 3, 1 / 12, 0])
+    np.testing.assert_allclose(first.value_weights, [1 / 3, 1 / 3, 1 / 3, 0])
+    # its only response is not valid: nothing is in the loss, and nothing is divided by 0
+    assert second.response_tokens.tolist() == [0] * 4 and (second.start, second.end) == (2, 3)
+    assert not second.weights.any() and not second.value_weights.any()
+
+
+def test_an_update_is_summarized_over_its_optimizer_steps():
+    """Two epochs of one minibatch, of 2 and 2 tokens; sums over tokens become means, parity is the first step's."""
+    metrics = {
+        "loss": [2.0, 4.0],
+        "tokens": [2.0, 2.0],
+        "skipped": [0.0, 1.0],
+        "learning_rate": [0.1, 0.2],
+        "ratio_max": [1.0, 3.0],
+        "parity_max": [0.5, 9.0],
+        "parity_mean": [0.5, 9.0],
+    }
+    found = summarize({name: jnp.asarray(values) for name, values in metrics.items()}, num_epochs=2)
+    expected = {"loss": 1.5, "tokens": 2.0, "skipped": 1.0, "learning_rate": 0.2}
+    expected |= {"ratio_max": 3.0, "parity_max": 0.5, "parity_mean": 0.25}
+    assert {name: pytest.approx(value) for name, value in expected.items()} == {k: float(v) for k, v in found.items()}

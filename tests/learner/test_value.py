@@ -111,7 +111,7 @@ def test_gradients_equal_the_hand_written_ones():
         both, wanted = gradient_of(state, config), gradient_of(plain, config)
         wanted["embed"] = wanted["embed"] + (gradient == "all") * of_embed
         assert_trees_close(both, {"policy": wanted, "value": of_head}, rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose([stats["value_loss"], stats["value_clip_share"]], [loss, clipped], rtol=1e-5)
+        np.testing.assert_allclose([stats["value_loss"], stats["value_clip_fraction"]], [loss, clipped], rtol=1e-5)
         np.testing.assert_allclose(stats["loss"], alone["loss"] + 0.7 * loss, rtol=1e-5)
         if gradient == "head":  # then the policy learns what it learns without a value head
             assert_trees_close(state.params["policy"], plain.params, rtol=1e-6)
@@ -137,7 +137,7 @@ def test_packing_and_devices_change_nothing_over_several_steps():
         np.testing.assert_array_equal(np.isnan(values), out | ~batch.response_valid)
         targets = ValueTargets(values, targets.returns)
         state, stats = stepped(VALUED_TOY, config, mesh, placed, (batch, advantages, targets))
-        assert stats["skipped"] == 0 and stats["value_clip_share"] > 0.1  # a step moves a value by about 0.03
+        assert stats["skipped"] == 0 and stats["value_clip_fraction"] > 0.1  # a step moves a value by about 0.03
         found.append(jax.device_get((state.params, values, stats["value_loss"], stats["grad_norm"])))
     assert_trees_close(*found, rtol=2e-5, atol=2e-5)
     assert np.abs(found[1][0]["value"]["w"] - params["value"]["w"]).max() > 0.02

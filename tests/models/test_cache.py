@@ -45,7 +45,7 @@ def oracle(q, k, v, cached, chunk_k, chunk_v, index):
 def test_attention_is_that_to_the_rounded_numbers(dtype: str, tolerance: float):
     slots, count, heads, kv_heads, head_dim, window, places, index = 3, 2, 6, 2, 8, 12, 5, 3
     random, cached = np.random.RandomState(0), np.array([12, 0, 7])
-    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), dtype)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), dtype)
     q, chunk = draw(slots, count, heads, head_dim), [draw(slots, kv_heads, places, head_dim) for _ in range(2)]
     # Tokens of very different size, each with its own scale; what lies past the length is large, and not read.
     size = 2.0 ** random.randint(-3, 3, (slots, kv_heads, window, 1))
@@ -61,7 +61,7 @@ def test_attention_is_that_to_the_rounded_numbers(dtype: str, tolerance: float):
         jnp.int32(index),
     )
     rounded = [np.asarray(each.codes, np.float64) * np.asarray(each.scales, np.float64)[..., None] for each in (k, v)]
-    wide = lambda x: np.asarray(x.astype(jnp.float32), np.float64)  # noqa: E731
+    wide = lambda x: np.asarray(x.astype(jnp.float32), np.float64)
     wanted = oracle(wide(q), rounded[0], rounded[1], cached, wide(chunk[0]), wide(chunk[1]), index)
     assert found.dtype == dtype
     np.testing.assert_allclose(wide(found), wanted, atol=tolerance * 4, rtol=tolerance)

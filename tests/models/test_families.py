@@ -191,7 +191,7 @@ def test_what_the_decoder_cannot_do_is_refused(change: dict, complaint: str):
 
 
 def test_absent_fields_mean_what_they_mean_in_transformers():
-    without = lambda theirs, *names: {name: value for name, value in theirs.items() if name not in names}  # noqa: E731
+    without = lambda theirs, *names: {name: value for name, value in theirs.items() if name not in names}
     wide = FILES["qwen3"] | {"num_attention_heads": 32}
     ours = config_from_hf(without(wide, "head_dim", "num_key_value_heads"), "float32")
     assert (ours.head_dim, ours.num_kv_heads) == (128, 32)  # Qwen3's own, not those of its other sizes

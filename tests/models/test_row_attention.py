@@ -68,7 +68,7 @@ def test_short_segments_are_not_looked_beyond(more: int):
     assert longest_segment(segments) == 12 + more
 
     def gradients(attention):
-        total = lambda q, k, v: jnp.sum(jnp.where((segments > 0)[..., None, None], jnp.sin(attention(q, k, v)), 0.0))  # noqa: E731
+        total = lambda q, k, v: jnp.sum(jnp.where((segments > 0)[..., None, None], jnp.sin(attention(q, k, v)), 0.0))
         return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
 
     expected = gradients(lambda q, k, v: plain_attention(q, k, v, segments))

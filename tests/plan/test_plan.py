@@ -18,8 +18,8 @@ from aem_jax.config.presets import preset_names, read_preset
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
-from aem_jax.learner import LearnerConfig
-from aem_jax.models import CONFIGS, LoraPolicy, Policy
+from aem_jax.learner import LearnerConfig, abstract_state, make_optimizer
+from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy
 from aem_jax.models.config import ModelChoice, published
 from aem_jax.models.lora import LoraConfig
 from aem_jax.plan.analytic import demand, learn_flops, memory, useful_flops
@@ -174,7 +174,7 @@ def test_costs_of_a_compiled_scan_are_those_of_all_its_rounds():
     def step(x, weights):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
-    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
     x = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=place("fsdp", None))
     weights = jax.ShapeDtypeStruct((6, 64, 64), jnp.float32, sharding=place(None, None, "tensor"))
     compiled = jax.jit(step).lower(x, weights).compile()
@@ -261,16 +261,72 @@ def test_a_value_head_is_trained_beside_either():
 
 
 def test_adapters_leave_the_weights_as_they_are_used():
-    config = replace(SMALL, lora=LoraConfig(rank=4), learner=replace(SMALL.learner, moments="int8"))
+    config = replace(SMALL, lora=LoraConfig(rank=4), learner=replace(SMALL.learner, moments="bfloat16"))
     work = workload(config)
     count, adapter = work.model.num_parameters, LoraPolicy(Policy(work.model), work.lora)
     assert work.trained == sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes))
     found = memory(work, MeshConfig(1, 1, 1))
     assert (found.frozen, found.reference) == (4 * count, 0)  # float32 is what this model is used in
-    assert (found.parameters, found.optimizer) == (4 * work.trained, 3 * work.trained)
+    assert (found.parameters, found.optimizer) == (4 * work.trained, 4 * work.trained)
     beside = replace(work, lora=replace(work.lora, merge=False))
     assert memory(beside, MeshConfig(1, 1, 1)).weights == 0  # the frozen ones are sampled from
     assert memory(beside, MeshConfig(1, 2, 1)).weights == 4 * count  # they lie otherwise while learning
+
+
+QWEN_7B = ModelConfig(  # Qwen2.5-7B
+    152_064, 3584, 18_944, 28, 28, 4, 128, tied_head=False, qk_norm=False, qkv_bias=True, dtype="bfloat16"
+)
+GB = 10**9
+
+
+def memory_of_7b(lora=LoraConfig(), mesh=MeshConfig(1, 1, 1), **learner):  # noqa: B008
+    config = replace(RunConfig(), lora=lora, learner=LearnerConfig(**learner))
+    return memory(workload(config, model=QWEN_7B), mesh)
+
+
+def weight_bytes(found):
+    return found.parameters + found.optimizer + found.gradients + found.frozen + found.weights
+
+
+def test_weights_of_a_7b_policy_with_adapters_fit_one_card_of_80_gb():
+    assert QWEN_7B.num_parameters == 7_615_616_512
+    merged = memory_of_7b(LoraConfig(rank=32))
+    assert merged.frozen == 2 * QWEN_7B.num_parameters  # bfloat16, once; no masters
+    # 2 x 32 numbers for each side of each projection: PEFT counts 80,740,352 as well
+    assert merged.parameters == 4 * 80_740_352 and merged.optimizer == 2 * merged.parameters
+    # merged projections; embedding, head and norms are the frozen ones' own buffers
+    tables = 2 * 152_064 * 3584
+    assert merged.weights == pytest.approx(2 * (QWEN_7B.num_parameters - tables), rel=1e-3)
+    assert weight_bytes(merged) < 32 * GB  # which leaves 48 GB for the cache and activations
+    apart = memory_of_7b(LoraConfig(rank=32, merge=False))
+    assert apart.weights == 0 and weight_bytes(apart) + 2 * 80_740_352 < 18 * GB  # with the adapter in bfloat16
+
+
+def test_the_numbers_are_those_of_the_arrays():
+    """Of the state of a 7B policy with adapters: its shapes and dtypes, nothing is allocated."""
+    mesh, lora = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), LoraConfig(rank=32)
+    policy, merged = LoraPolicy(Policy(QWEN_7B), lora), memory_of_7b(lora)
+    state = abstract_state(policy, make_optimizer(LearnerConfig(), policy.axes), mesh)
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    assert size(state.params) == merged.parameters and size(state.opt_state) == merged.optimizer + 8  # two counters
+    kept = jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, policy.whole.shapes, policy.whole.dtypes)
+    assert sum(jax.tree.leaves(kept)) == pytest.approx(merged.frozen, rel=1e-3)  # norms are float32
+
+
+def test_all_weights_of_a_7b_policy_do_not_fit_one_card_of_80_gb():
+    whole = memory_of_7b(moments="bfloat16")
+    assert whole.frozen == 0 and whole.parameters == 4 * QWEN_7B.num_parameters
+    assert whole.weights == 2 * QWEN_7B.num_parameters
+    assert weight_bytes(whole) > 100 * GB
+
+
+def test_frozen_weights_that_are_split_for_learning_are_gathered_for_sampling():
+    lora = LoraConfig(rank=32, merge=False)
+    whole, split = memory_of_7b(lora), memory_of_7b(lora, MeshConfig(1, 4, 1))
+    assert split.frozen < 0.26 * whole.frozen
+    assert split.weights > 0.99 * whole.frozen
+    tensor = memory_of_7b(lora, MeshConfig(1, 1, 4))
+    assert tensor.weights < 0.02 * whole.frozen  # split alike for both: nothing is copied
 
 
 def test_weights_in_int8_take_a_byte_of_each_of_the_layers_matrices():

@@ -34,7 +34,7 @@ def test_bytes_are_those_that_are_allocated(config):
     mesh = config and make_mesh(config, jax.devices()[:4])
     sampler = make_sampler(mesh)
     states = [sampler.init(8), sampler.init(8), Prompts(sampler, CONFIG, 8)._state]
-    one = lambda leaf: leaf.addressable_shards[0].data.nbytes  # noqa: E731
+    one = lambda leaf: leaf.addressable_shards[0].data.nbytes
     assert cache_bytes(sampler, CONFIG, 16) == sum(map(one, jax.tree.leaves(states)))
 
 

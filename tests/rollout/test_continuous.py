@@ -37,8 +37,8 @@ def play(sampler, params, config: RolloutConfig, pool: LocalPool, tasks=TASKS) -
 def same(found: list[Trajectory], expected: list[Trajectory]) -> None:
     assert sampled(found) == sampled(expected)
     for one, other in zip(found, expected, strict=True):
-        assert (one.group, one.member, one.ending, one.won, one.total_reward) == (
-            other.group, other.member, other.ending, other.won, other.total_reward,
+        assert (one.group, one.member, one.ending, one.success, one.total_reward) == (
+            other.group, other.member, other.ending, other.success, other.total_reward,
         )  # fmt: skip
         for x, y in zip(one.turns, other.turns, strict=True):
             assert x.observation_ids.tolist() == y.observation_ids.tolist()

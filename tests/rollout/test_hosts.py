@@ -97,7 +97,7 @@ def play(
 def episodes(trajectories) -> list:
     """All that a learner sees of trajectories."""
     return [
-        (t.group, t.member, t.ending, t.won, t.total_reward)
+        (t.group, t.member, t.ending, t.success, t.total_reward)
         + tuple((turn.observation_ids.tolist(), turn.response_ids.tolist(), turn.logprobs.tolist()) for turn in t.turns)
         for t in trajectories
     ]

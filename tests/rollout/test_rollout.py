@@ -72,7 +72,7 @@ def test_every_token_is_the_one_the_policy_would_say(sampler, params):
     assert {len(t.turns) for t in trajectories[4:8]} == {5}
     assert all(t.ending is Ending.TERMINATED for t in trajectories)
     assert all(
-        t.total_reward == pytest.approx(0.1 * (len(t.turns) - 1) + (1.0 if t.won else 0.1)) for t in trajectories
+        t.total_reward == pytest.approx(0.1 * (len(t.turns) - 1) + (1.0 if t.success else 0.1)) for t in trajectories
     )
 
 
@@ -127,7 +127,7 @@ def test_an_environment_that_stays_broken_is_masked(sampler, params):
     expected, _ = play(sampler, params)
     found, stats = play(sampler, params, replace(CONFIG, num_slots=12), broken=lambda session, _: session == 5)
     errors = [t for t in found if t.ending is Ending.ENV_ERROR]
-    assert stats.env_errors == len(errors) >= 1 and not any(t.won for t in errors)
+    assert stats.env_errors == len(errors) >= 1 and not any(t.success for t in errors)
     whole = {
         (t.group, t.member): s for t, s in zip(found, sampled(found), strict=True) if t.ending is not Ending.ENV_ERROR
     }

@@ -69,7 +69,7 @@ def test_a_fork_copies_codes_and_scales():
 
 def test_rewound_slots_go_on_from_what_they_kept():
     ids = numpy_tokens(GROUPED_TIED, (20,))
-    fresh = lambda: begin(SAMPLER, SAMPLER.init(4), {0: script(POLICY, 0)})  # noqa: E731
+    fresh = lambda: begin(SAMPLER, SAMPLER.init(4), {0: script(POLICY, 0)})
     state = hear(SAMPLER, PARAMS, fresh(), {0: ids[:10]}, 16)
     state = hear(SAMPLER, PARAMS, state, {0: ids[:7]}, 16)
     state = hear(SAMPLER, PARAMS, SAMPLER.rewind(state, np.array([10, 96, 96, 96])), {0: ids[10:]}, 16)
@@ -81,7 +81,7 @@ def test_rewound_slots_go_on_from_what_they_kept():
 def test_a_part_of_the_slots_says_what_all_would():
     """Decoding some slots, in an order of their own: theirs as in a call on all, the others' codes untouched."""
     ids = {slot: numpy_tokens(GROUPED_TIED, (6 + slot,), slot) for slot in range(4)}
-    fresh = lambda: hear(  # noqa: E731
+    fresh = lambda: hear(
         SAMPLER, PARAMS, begin(SAMPLER, SAMPLER.init(4), {slot: script(POLICY, slot) for slot in ids}), ids, 16
     )
     whole, said = SAMPLER.decode(PARAMS, fresh(), np.array([8, 0, 0, 8]), 16)

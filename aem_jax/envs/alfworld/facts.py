@@ -89,10 +89,10 @@ class Match:
         if self.bound:
             index = facts.index(self.predicate, tuple(at for at, _ in self.bound))
             key = itemgetter(*(slot for _, slot in self.bound))
-            select = lambda b: index.get(key(b), ())  # noqa: E731
+            select = lambda b: index.get(key(b), ())
         else:
             rows = facts.rows(self.predicate)
-            select = lambda b: rows  # noqa: E731
+            select = lambda b: rows
 
         def run(b: list[str]) -> bool:
             for args in select(b):

@@ -228,7 +228,7 @@ CHECKS: tuple[Callable[[ServerSubject], None], ...] = (
 
 def check_server(subject: ServerSubject) -> list[str]:
     """Puts a server through the checks of an environment and through all `CHECKS`; returns the problems."""
-    make = lambda: _with_room(subject)  # noqa: E731
+    make = lambda: _with_room(subject)
     environment = Subject(make, subject.tasks, subject.actions, alone=subject.sessions == 1)
     return check_environment(environment) + run_checks(CHECKS, subject)
 

@@ -135,7 +135,7 @@ def build_ranking(ids: Sequence[str], texts: Iterable[str]) -> Ranking:
         raise ValueError(f"expected a text for each of {len(ids)} documents, got {len(lengths)}")
     vocabulary = sorted(postings, key=str.encode)
     offsets = np.cumsum([0, *(len(postings[term][0]) for term in vocabulary)], dtype=np.int64)
-    join = lambda part, dtype: np.asarray([x for term in vocabulary for x in postings[term][part]], dtype)  # noqa: E731
+    join = lambda part, dtype: np.asarray([x for term in vocabulary for x in postings[term][part]], dtype)
     counted = sum(length > 0 for length in lengths)
     average = np.float32(sum(lengths) / max(counted, 1))
     kept = np.asarray([_in_one_byte(length) for length in lengths], np.float32)

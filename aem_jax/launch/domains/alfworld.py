@@ -20,7 +20,7 @@ from aem_jax.trajectory import Task
 def alfworld(config: RunConfig) -> Domain:
     """ALFWorld: games of our own, or the official ones in `config.alfworld_data`."""
     official = {"data": config.alfworld_data or None, "skip_bad": config.alfworld_skip_bad}
-    make_env = lambda: AlfworldEnv(config.alfworld, load_game=load_game)  # noqa: E731
+    make_env = lambda: AlfworldEnv(config.alfworld, load_game=load_game)
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
         tasks, name = eval_set(config.games, split, size, **official)

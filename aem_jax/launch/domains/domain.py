@@ -51,7 +51,7 @@ def texts(domain: Domain, episodes: int, max_turns: int) -> Iterator[list[str]]:
         )
     env = domain.make_env()
     try:
-        play_one = lambda task: play(env, task.payload, agent(task), max_turns)  # noqa: E731
+        play_one = lambda task: play(env, task.payload, agent(task), max_turns)
         for _, exchanges in play_each(domain.training[:episodes], play_one):
             yield [text for each in exchanges or () for text in (each.observation, each.response)]
     finally:

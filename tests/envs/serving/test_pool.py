@@ -266,7 +266,7 @@ def test_own_servers_started_by_hand():
 
 
 def test_a_server_by_hand_that_comes_back_is_connected_to_again():
-    config_of = lambda address: PoolConfig(urls=(address,), sessions_per_server=2, first_pause_s=0.05)  # noqa: E731
+    config_of = lambda address: PoolConfig(urls=(address,), sessions_per_server=2, first_pause_s=0.05)
     with contextlib.ExitStack() as stack:
         address, process = stack.enter_context(served("echo"))
         pool = stack.enter_context(EnvPool(config_of(address), ("", {})))
