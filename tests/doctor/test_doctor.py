@@ -60,6 +60,8 @@ def own_programs():
 @pytest.fixture
 def stubbed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replaces all checks by ones that find nothing wrong, and those named by what is given."""
+    # As users run it: a process with the tests' own setting is warned that a run does not take it.
+    jax.config.update("jax_numpy_rank_promotion", "allow")
 
     def stub(**others: Callable[[DoctorConfig], Finding]) -> None:
         for name, target in CHECKS.items():
