@@ -62,7 +62,7 @@ def _noisy_searcher(noise: float, task: Task) -> Act:
 
 
 def _oracle(task: Task) -> Act:
-    """Makes an oracle. It plays the game in its own engine, because the environment does not send the engine's facts."""
+    """Makes an oracle. It plays the game in its own engine, because the environment does not send its facts."""
     player = start(load_game(task.payload))
     agent = Oracle(player.observation)
 
