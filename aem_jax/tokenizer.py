@@ -1,5 +1,5 @@
 """Conversion between text and ids, and chat turns as id *deltas*. Only this module imports transformers and tokenizers,
-and it imports them lazily, because their import is slow.
+and imports them lazily, because their import is slow.
 
 A conversation grows at its end: prompt, response, delta, response, delta, … Sampled ids are never changed, and only
 observations are tokenised. The markup between two responses is derived from the chat template: conversations are
@@ -334,7 +334,7 @@ class ChatTokenizer:
         return valid_text(str(text))
 
     def _written(self) -> str:
-        """Returns the template's text and a rendered conversation, which also contains markup that is composed of parts.
+        """Returns the template's text and a rendered conversation, which also contains markup composed from parts.
 
         Raises:
             ValueError: the template draws random values, or fails.
