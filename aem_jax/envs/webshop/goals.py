@@ -87,8 +87,8 @@ def human_goals(
     """Makes goals from human-written instructions.
 
     Args:
-        products: in the shop's order.
-        prices: of each product.
+        products: products, in the shop's order.
+        prices: price of each product.
         instructions: `items_human_ins.json`, asin -> [{instruction, instruction_attributes, instruction_options}].
         rng: draws price limits.
     """
@@ -112,8 +112,8 @@ def synthetic_goals(
     """Makes goals from a template, for each annotated product and every combination of its options.
 
     Args:
-        products: in the shop's order.
-        prices: of each product.
+        products: products, in the shop's order.
+        prices: price of each product.
         annotations: `items_ins_v2*.json`, asin -> {instruction, instruction_attributes, …}.
         rng: draws price limits.
     """
