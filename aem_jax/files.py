@@ -1,9 +1,9 @@
-"""Text and JSON in files: UTF-8 whatever the locale, and errors of one line that name the file.
+"""Text and JSON in files: UTF-8 in every locale, and one-line errors that name the file.
 
-Three facts that Python's own readers leave to the caller:
-`str.splitlines` cuts at U+2028, U+0085 and others, which JSON allows inside a string, so lines end at `\\n` alone;
-`json.loads` accepts NaN and Infinity, which are no JSON, and makes infinity of 1e999, so these are refused;
-JSON can name half of a surrogate pair (`"\\ud83d"`), which no encoding can write, so it becomes U+FFFD on entry.
+This module handles three cases that Python's own readers leave to the caller.
+`str.splitlines` splits at U+2028, U+0085 and others, which JSON allows inside a string. Here, lines end only at `\\n`.
+`json.loads` accepts NaN and Infinity, which are not JSON, and reads 1e999 as infinity. Here, these are refused.
+JSON can contain half of a surrogate pair (`"\\ud83d"`), which no encoding can write. Here, it becomes U+FFFD.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 
 def valid_text(text: str) -> str:
-    """The text with each surrogate that has no partner replaced by U+FFFD; halves that make a pair are joined."""
+    """Replaces each unpaired surrogate of a text by U+FFFD, and joins halves that form a pair."""
     if text.isascii():
         return text
     try:
@@ -26,7 +26,7 @@ def valid_text(text: str) -> str:
 
 
 def valid_json(value: Any) -> Any:
-    """A value that `json.loads` returned, with `valid_text` applied to every string and every key in it."""
+    """Applies `valid_text` to every string and every key in a value that `json.loads` returned."""
     if isinstance(value, str):
         return valid_text(value)
     if isinstance(value, list):
@@ -37,20 +37,20 @@ def valid_json(value: Any) -> Any:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """The value of a JSON text, its strings valid.
+    """Parses a JSON text. All strings in the value are valid texts.
 
     Args:
-        text: UTF-8 if bytes; a byte order mark in front is left out.
-        source: where the text is from; begins the error.
+        text: JSON text; bytes are decoded as UTF-8. A leading byte order mark is removed.
+        source: source of the text; the error message begins with it.
 
     Raises:
-        ValueError: it is no JSON, has NaN, Infinity or a number beyond all floats in it, is not UTF-8, or is nested too
-            deeply.
+        ValueError: the text is not JSON, contains NaN, Infinity or a number beyond the range of floats, is not UTF-8,
+            or is nested too deeply.
     """
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
         value = json.loads(decoded, parse_constant=_refuse_constant, parse_float=_finite)
-        # Only an escape can make half a pair: UTF-8 has none.
+        # Only an escape can produce half a pair; UTF-8 cannot.
         return valid_json(value) if "\\u" in decoded or isinstance(text, str) else value
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -66,11 +66,11 @@ def parse_json(text: str | bytes, source: str) -> Any:
 
 
 def read_text(path: Path | str) -> str:
-    """A file's text, its line ends as they are; a byte order mark in front is left out.
+    """Reads a file's text and keeps its line ends. A leading byte order mark is removed.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not UTF-8.
+        OSError: the file cannot be read.
+        ValueError: the file is not UTF-8.
     """
     data = Path(path).read_bytes()
     try:
@@ -82,21 +82,21 @@ def read_text(path: Path | str) -> str:
 
 
 def read_json(path: Path | str) -> Any:
-    """The value of a JSON file; `parse_json` says what is refused.
+    """Reads the value of a JSON file, with the rules of `parse_json`.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it holds no JSON.
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON.
     """
     return parse_json(Path(path).read_bytes(), str(path))
 
 
 def read_json_lines(path: Path | str) -> Iterator[tuple[int, Any]]:
-    """The values of a JSON-lines file with their line numbers from 1; empty lines are skipped, CRLF is fine.
+    """Yields the values of a JSON-lines file with their line numbers from 1. Empty lines are skipped; CRLF is accepted.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: a line holds no JSON; names file and line.
+        OSError: the file cannot be read.
+        ValueError: a line is not JSON; the message names file and line.
     """
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):

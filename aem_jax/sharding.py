@@ -1,8 +1,8 @@
 """One mesh, two layouts.
 
-Every array dimension has a logical name; the two tables below say which mesh axes carry it while *learning* (float32
-masters spread over fsdp x tensor) and while *sampling* (weights whole on every data replica, split over tensor alone,
-so that a decode step gathers no weights). Nothing else in the project names a mesh axis.
+Every array dimension has a logical name. Two tables map these names to mesh axes: one for *learning* (float32 masters
+are split over fsdp x tensor) and one for *sampling* (weights are split only over tensor and replicated otherwise, so
+that a decode step gathers no weights). No other module of the project names a mesh axis.
 """
 
 import math
@@ -34,39 +34,39 @@ _SHARED: Rules = {
     "value": None,
 }
 TRAIN: Rules = {**_SHARED, "embed": "fsdp"}
-"""Learning: each weight split over fsdp along its embedding dimension and over tensor along the other."""
+"""Learning: each weight is split over fsdp along its embedding dimension and over tensor along the other."""
 DECODE: Rules = {**_SHARED, "embed": None}
 """Sampling: no weight is split over data or fsdp."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Shape of the device mesh. One entry may be -1: it takes the devices that the others leave. If none is set, a run
-    on several devices chooses them from the model, the slots and rows, and the devices' memory."""
+    """Shape of the device mesh. One size may be -1 and takes all remaining devices. If no size is set, a run on several
+    devices chooses them from the model, the slots and rows, and the memory of the devices."""
 
     data: int = 1
-    """Replicas of the parameters; rows and slots are split over them."""
+    """Number of replicas of the parameters. Rows and slots are split over them."""
     fsdp: int = -1
-    """Ways in which the float32 masters and optimizer state are split; rows and slots are split over these too."""
+    """Number of shards of the float32 masters and the optimizer state. Rows and slots are split over these too."""
     tensor: int = 1
-    """Ways in which heads, MLP and vocabulary are split."""
+    """Number of shards of heads, MLP and vocabulary."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Builds the one mesh (axes data, fsdp, tensor) over `devices` (all of them by default).
+    """Builds the mesh (axes data, fsdp, tensor) over `devices` (default: all devices).
 
     Raises:
         ValueError: the sizes don't multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(config, len(devices))
-    # An axis may be a part of one of the torus's: 8 × 8 over 4 × 4 × 4 chips.
+    # A mesh axis may use a part of a physical axis of the torus: 8 × 8 over 4 × 4 × 4 chips.
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) over so many devices, a -1 filled in.
+    """Returns (data, fsdp, tensor) for a number of devices, with -1 resolved.
 
     Raises:
         ValueError: the sizes don't multiply to the number of devices.
@@ -87,14 +87,14 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class MeshDemand:
-    """What a mesh has to carry, and what its sizes have to divide.
+    """Memory demand on a mesh, and the sizes that its axes must divide.
 
     Attributes:
         state: bytes split over fsdp × tensor: masters, optimizer state, gradients.
-        weights: bytes split over tensor alone: the weights as sampled from.
-        slots_bytes: bytes split over all axes: caches, and what rows need while they are computed.
-        rows: rows of a microbatch, and
-        slots: slots that decode at once: data × fsdp must divide both.
+        weights: bytes split only over tensor: the weights for sampling.
+        slots_bytes: bytes split over all axes: caches, and temporary memory of rows.
+        rows: rows of a microbatch; data × fsdp must divide them.
+        slots: slots that decode at once; data × fsdp must divide them.
         embed: size that fsdp must divide.
         split: sizes that tensor must divide: key/value heads, MLP, vocabulary.
     """
@@ -109,25 +109,26 @@ class MeshDemand:
 
 
 MEMORY_SHARE = 0.9
-"""Share of a device's memory that a mesh is chosen for; the rest is the runtime's, and what an estimate misses."""
+"""Fraction of a device's memory that a mesh may fill. The rest is for the runtime and for errors of the estimate."""
 
 _LEAST_SHARD = 128
-"""Fewer numbers of the embedding dimension a device, and accelerators' registers are filled up with padding."""
+"""Minimum shard of the embedding dimension. Below it, accelerators pad their registers."""
 
 
 def choose_mesh(demand: MeshDemand, devices: int, memory: float) -> MeshConfig:
-    """The mesh for so many devices: the least tensor parallelism that fits, since it costs a reduction at every layer.
+    """Chooses the mesh for a number of devices.
 
-    Of the rest fsdp takes what it can in shards that stay wide enough, or else what it must to fit; data takes what is
-    left. If nothing fits, the mesh that needs the least memory comes back: it is for the caller to say so.
+    Tensor parallelism is the smallest that fits, because it costs a reduction in every layer. Of the remaining devices,
+    fsdp takes as many as possible while its shards stay wide enough, otherwise as few as necessary to fit. data takes
+    the rest. If no mesh fits, the mesh with the smallest memory demand is returned, and the caller must report it.
 
     Args:
-        demand: what it has to carry.
-        devices: how many there are.
-        memory: bytes of each.
+        demand: memory demand and sizes.
+        devices: number of devices.
+        memory: bytes per device.
 
     Raises:
-        ValueError: no mesh of so many devices divides rows and slots; says what would.
+        ValueError: no mesh with this number of devices divides rows and slots; the message names sizes that work.
     """
     candidates = []
     for tensor in (ways for ways in range(1, devices + 1) if devices % ways == 0):
@@ -138,7 +139,7 @@ def choose_mesh(demand: MeshDemand, devices: int, memory: float) -> MeshConfig:
             need = demand.state / (fsdp * tensor) + demand.weights / tensor + demand.slots_bytes / devices
             misfit = 0.0 if need <= MEMORY_SHARE * memory else need
             narrow = demand.embed // fsdp < _LEAST_SHARD and fsdp > 1
-            # Wide shards before narrow ones; among the wide the most ways, among the narrow the fewest.
+            # Wide shards come before narrow ones. Among wide shards, more are better; among narrow ones, fewer.
             order = (misfit, tensor, narrow, fsdp if narrow else -fsdp)
             candidates.append((order, MeshConfig(replicas // fsdp, fsdp, tensor)))
     if not candidates:
@@ -152,7 +153,7 @@ def choose_mesh(demand: MeshDemand, devices: int, memory: float) -> MeshConfig:
 
 
 def partition(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
-    """The mesh axes of an array whose dimensions have the logical names `axes`."""
+    """Returns the mesh axes of an array whose dimensions have the logical names `axes`."""
     return PartitionSpec(*(rules[axis] if axis is not None else None for axis in axes))
 
 
@@ -166,7 +167,7 @@ def shardings(mesh: Mesh, axes: Any, rules: Rules, shapes: Any = None) -> Any:
         shapes: matching tree of arrays or shape structs; when given, divisibility is checked.
 
     Raises:
-        ValueError: a dimension isn't divisible by the mesh axes that carry it; says which.
+        ValueError: a dimension is not divisible by the size of its mesh axes; the message names the dimension.
     """
 
     def leaf(names: tuple[str | None, ...], shaped: Any = None) -> NamedSharding:
@@ -196,16 +197,17 @@ _TPU_ORDERS: Mapping[tuple[str | None, ...], tuple[int, ...]] = {
     ("layers", "embed", "kv_heads", None, "head_dim"): (0, 2, 3, 1, 4),
     ("layers", "embed", None, "mlp"): (0, 2, 1, 3),
 }
-"""In which order, outermost first, the dimensions of some weights lie in a TPU's memory while sampling. Its products
-want tiles of the summed and the last dimension; handed anything else, every decoded chunk begins with a copy of these
-weights, the most of a model, and keeps it to its end."""
+"""Order, outermost first, of the dimensions of some weights in a TPU's memory while sampling. A TPU's matrix products
+need tiles of the contracted and the last dimension. With another order, every decoded chunk starts with a copy of these
+weights, which are most of the model, and keeps the copy until the chunk ends."""
 
 
 def decode_formats(mesh: Mesh, axes: Any, shapes: Any = None) -> Any:
-    """Where and how weights lie while sampling: `shardings` by `DECODE`, and on TPUs in the order of their products.
+    """Returns sharding and memory layout of the weights for sampling: `shardings` with `DECODE`, and on TPUs the
+    dimension order that their matrix products need.
 
     Raises:
-        ValueError: as `shardings`.
+        ValueError: as in `shardings`.
     """
     where = shardings(mesh, axes, DECODE, shapes)
     if mesh.devices.flat[0].platform != "tpu":
@@ -219,10 +221,10 @@ def decode_formats(mesh: Mesh, axes: Any, shapes: Any = None) -> Any:
 
 
 def slot_shards(mesh: Mesh) -> int:
-    """Into how many parts slots and rows are split."""
+    """Returns the number of parts that slots and rows are split into."""
     return math.prod(mesh.shape[axis] for axis in _SHARED["slots"] or ())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

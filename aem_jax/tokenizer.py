@@ -1,10 +1,11 @@
-"""Text ↔ ids, and chat turns as id *deltas*. The only importer of transformers and tokenizers, lazily: they are slow.
+"""Conversion between text and ids, and chat turns as id *deltas*. Only this module imports transformers and tokenizers,
+and imports them lazily, because their import is slow.
 
-A conversation grows at its end: prompt, response, delta, response, delta, … Ids that were sampled stay as they are, and
-only what the environment says is ever tokenised. What stands between two responses is read off the chat template
-itself, by comparing conversations rendered with and without one more turn, so it holds for any family whose template
-leaves alone what was already said. A template that does not is refused, with the reason: training on it would show the
-policy another conversation than the one it had. Where every prompt is built anew (context `window`) any template goes.
+A conversation grows at its end: prompt, response, delta, response, delta, … Sampled ids are never changed, and only
+observations are tokenised. The markup between two responses is derived from the chat template: conversations are
+rendered with and without one more turn, and compared. This works for every model family whose template keeps earlier
+turns unchanged. Any other template is refused, with the reason: the policy would be trained on a conversation that
+differs from the sampled one. If every prompt is built from scratch (context `window`), any template is accepted.
 """
 
 import datetime
@@ -29,16 +30,16 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""Chat template of the tokenizers trained here, and the remedy for Qwen3's own, which drops earlier thoughts."""
+"""Chat template of the tokenizers trained here. It also replaces Qwen3's own template, which drops earlier thoughts."""
 
 WORDS = r"(?:system|user|assistant)\n| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""Units that byte-pair merges stay inside of: a word, a number or punctuation, each with the space before it. A thing
-is then called by the same tokens wherever it stands (` drawer`, ` 1`), so that naming it again is copying. The heads of
-turns are units too, for every turn pays for them."""
+"""Units that byte-pair merges do not cross: a word, a number or punctuation, each with the space before it. An object
+name then has the same tokens at every position (` drawer`, ` 1`), so the policy can repeat it by copying. The headers
+of turns are units too, because they occur in every turn."""
 
 _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-# Two private-use characters fence a control token that stands in somebody's text, from rendering to encoding.
+# Two private-use characters fence a control token inside the text of a message, from rendering to encoding.
 _FENCES = "\ue0f0\ue0f1"
 _FENCED = re.compile(f"{_FENCES[0]}(.*?){_FENCES[1]}", re.DOTALL)
 _NO_FENCES = str.maketrans("", "", _FENCES)
@@ -48,7 +49,7 @@ _RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 _CACHED_DELTAS = 4096
 
 _TRUSTED = ("system", "assistant")
-"""Roles whose messages are the user's own instruction and the policy's responses, not the environment's words."""
+"""Roles of the user's own instruction and of the policy's responses. Other messages come from the environment."""
 
 _CLOCK, _DAY_FILE = "strftime_now", "chat_template_day.txt"
 _DATED = (
@@ -56,33 +57,33 @@ _DATED = (
     "{% for directive, text in strftime_day.items() %}"
     "{% set found.text = found.text.replace(directive, text) %}{% endfor %}{{ found.text }}{% endmacro +%}"
 )
-"""Stands before a template that asks for the date: a macro in place of transformers' own function, which reads the
-clock and which arguments of the rendering, being plain data, cannot replace."""
+"""Macro that is prepended to a template that uses the date. It replaces transformers' own function, which reads the
+clock. Rendering arguments are plain data, so they cannot replace that function."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer: that of --model.path, else one that is trained for the run."""
+    """The tokenizer: the one in --model.path, or one that is trained for the run."""
 
     chat_template: Literal["own", "chatml"] = "own"
-    """With --model.path: the model's own chat template, or plain ChatML. Qwen3's own drops earlier thoughts, so it goes
-    with rollout.context window only."""
+    """With --model.path: the model's own chat template, or plain ChatML. Qwen3's own template drops earlier thoughts,
+    so it requires rollout.context window."""
     thinking: bool = True
-    """What the chat template is told as enable_thinking; with False, Qwen3 answers without a thought."""
+    """Value of enable_thinking for the chat template. With False, Qwen3 responds without a thought."""
     vocab_size: int = 1024
-    """Most entries of the vocabulary: bytes, control tokens and what the environment's text earns."""
+    """Maximum size of a trained vocabulary: bytes, control tokens, and merges learned from the environment's text."""
     whole_words: tuple[str, ...] = ("<action>", "</action>")
-    """Strings that are one token each in a tokenizer that is trained, wherever they stand."""
+    """Strings that are always one token each in a trained tokenizer."""
     episodes: int = 200
-    """Expert episodes whose text it is trained on."""
+    """Number of expert episodes whose text the tokenizer is trained on."""
 
 
 @dataclass(frozen=True)
 class TurnMarkup:
-    """What a chat template writes between two responses.
+    """The markup that a chat template writes between two responses.
 
     Attributes:
-        before: text between a response and the observation that answers it; begins with the stop token.
+        before: text between a response and the next observation; begins with the stop token.
         after: text between the observation and the next response.
         stop: text of the token that closes a response.
         strips: whether the template strips white space from the ends of observations.
@@ -95,15 +96,15 @@ class TurnMarkup:
 
 
 class ChatTokenizer:
-    """A Hugging Face tokenizer, and the chat turns of its template as ids.
+    """A Hugging Face tokenizer that also encodes the chat turns of its template.
 
-    Control tokens in a message or an observation are words, not markup: they are encoded as the characters they consist
-    of, so that no environment can put words into the policy's mouth. The tokenizer's special tokens are control tokens
-    everywhere; its other added tokens are, if the chat template writes them (`<|User|>`, `<think>`), in what the
-    environment says, and stay tokens in responses and in the system message.
+    Control tokens in a message or an observation are plain text, not markup. They are encoded character by character,
+    so that an environment cannot forge a response of the policy. The tokenizer's special tokens are control tokens
+    everywhere. Other added tokens that the chat template writes (`<|User|>`, `<think>`) are control tokens in messages
+    of the environment, and stay tokens in responses and in the system message.
 
-    A template may write the date (`strftime_now`, as Llama 3.2's does). It is the day on which the tokenizer was first
-    loaded: `save_pretrained` keeps it, so that a run's prompts do not change at midnight.
+    A template may write the date (`strftime_now`, as in Llama 3.2). The date is the day on which the tokenizer was
+    first loaded. `save_pretrained` saves it, so that a run's prompts do not change at midnight.
     """
 
     def __init__(
@@ -117,15 +118,14 @@ class ChatTokenizer:
         """Wraps a fast tokenizer that has a chat template.
 
         Args:
-            tokenizer: of transformers, backed by the tokenizers library.
-            appends: whether conversations will grow by `delta_ids`; without it the template may change what was said.
-            thinking: what the template is told as `enable_thinking`; Qwen3's answers False with an empty thought.
-            day: the date that the template writes, where it writes one; today's where it is not given.
+            tokenizer: a tokenizer of transformers, backed by the tokenizers library.
+            appends: whether conversations grow by `delta_ids`. If not, the template may change earlier turns.
+            thinking: value of `enable_thinking` for the template. With False, Qwen3's template adds an empty thought.
+            day: the date for a template that writes one; None: today.
 
         Raises:
-            ValueError: if it is a slow one, has no chat template, has one that cannot render a conversation or never
-                closes a response with a control token, or, with `appends`, one that does not keep what was already
-                said.
+            ValueError: the tokenizer is slow or has no chat template, or the template cannot render a conversation,
+                never closes a response with a control token, or, with `appends`, changes earlier turns.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
@@ -157,7 +157,7 @@ class ChatTokenizer:
     def from_pretrained(
         cls, path: str | Path, *, chat_template: str | None = None, appends: bool = True, thinking: bool = True
     ) -> "ChatTokenizer":
-        """Loads a tokenizer in Hugging Face's files.
+        """Loads a tokenizer from Hugging Face's files.
 
         Args:
             path: folder, or a name on the Hub.
@@ -166,14 +166,14 @@ class ChatTokenizer:
             thinking: see the constructor.
 
         Raises:
-            ValueError: if there is no tokenizer, or as the constructor.
+            ValueError: no tokenizer is found, or the constructor refuses it.
         """
         _quiet()
         from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except Exception as error:  # tokenizers raises no narrower type, transformers many, for files that are damaged
+        except Exception as error:  # damaged files: tokenizers raises plain Exception, transformers many types
             reason = _first_line(error)
             raise ValueError(f"expected a tokenizer in Hugging Face's files, got {str(path)!r}: {reason}") from error
         if chat_template is not None:
@@ -191,16 +191,16 @@ class ChatTokenizer:
     ) -> "ChatTokenizer":
         """Trains a small byte-level BPE on an environment's text, with Qwen's control tokens and template.
 
-        Any text can be encoded: bytes never seen are in the vocabulary. The same texts give the same tokenizer.
+        Any text can be encoded, because the vocabulary contains all bytes. The same texts give the same tokenizer.
 
         Args:
-            texts: what the environment and its experts say.
-            vocab_size: upper bound; 256 bytes, 3 control tokens and `whole_words` included. Few texts give fewer.
-            pattern: regular expression of the units that merges stay inside of.
-            whole_words: strings that are one token each, wherever they stand.
+            texts: observations of the environment and responses of its experts.
+            vocab_size: upper bound; includes 256 bytes, 3 control tokens and `whole_words`. Few texts give fewer.
+            pattern: regular expression of the units that merges do not cross.
+            whole_words: strings that are always one token each.
 
         Raises:
-            ValueError: if vocab_size leaves no room for the bytes, or `texts` is one string.
+            ValueError: vocab_size leaves no room for the bytes, or `texts` is one string.
         """
         if isinstance(texts, str):
             raise ValueError("expected an iterable of texts, got one string; pass [text]")
@@ -227,7 +227,7 @@ class ChatTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        # Whole words are cut out first: their letters would otherwise earn merges that no text will ever use.
+        # Whole words are removed first. Otherwise their letters would produce merges that no text uses.
         longest_first = sorted(whole_words, key=len, reverse=True)
         cut = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         turns = (("user\n", *cut.split(valid_text(text)), "assistant\n", "system\n") for text in texts)
@@ -246,7 +246,7 @@ class ChatTokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat template, as `AutoTokenizer` reads them.
 
-        If the template asks for the date, the day that this tokenizer gives it is kept in a file beside them.
+        If the template writes the date, this tokenizer's day is saved in another file of the folder.
         """
         self._tokenizer.save_pretrained(str(folder))
         if self._dated:
@@ -254,36 +254,36 @@ class ChatTokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id; an embedding needs at least as many rows."""
+        """One more than the largest id. An embedding needs at least this many rows."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The id with which the template closes a response. Any other end-of-text id does not close a turn."""
+        """The id with which the template closes a response. No other end-of-text id closes a turn."""
         return (self._stop_id,)
 
     @property
     def pad_id(self) -> int:
-        """An id to fill up rows with: the pad token, or the stop id of tokenizers that have none."""
+        """The id for padding: the pad token, or the stop id if the tokenizer has no pad token."""
         pad = self._tokenizer.pad_token_id
         return self._stop_id if pad is None else int(pad)  # type: ignore[arg-type]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: nothing is added, and special tokens in it are words. Never for text that was sampled."""
+        """Encodes plain text. Nothing is added, and special tokens in it are plain text. Not for sampled text."""
         return self._encode_fenced(self._fence(text, trusted=True))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, control tokens left out."""
+        """Decodes ids to text, without control tokens."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation up to where the next response begins.
+        """Encodes a conversation up to the start of the next response.
 
         Args:
-            messages: each with `role` and `content`, as the template expects them.
+            messages: messages with `role` and `content`, as the template expects them.
 
         Raises:
-            ValueError: if there are no messages, or the template refuses them.
+            ValueError: there are no messages, or the template refuses them.
         """
         if not messages:
             raise ValueError("expected at least one message, got none")
@@ -293,20 +293,20 @@ class ChatTokenizer:
         return self._encode_fenced(self._render(fenced))
 
     def delta_ids(self, observation: str, *, closed: bool = True) -> list[int]:
-        """Ids between a response and the next: the observation as a turn, with the markup around it.
+        """Returns the ids between two responses: the observation as a turn, with the markup around it.
 
         Args:
-            observation: what the environment answered.
-            closed: whether the response ended with the stop id. If it was cut, the delta closes it first.
+            observation: the environment's text after the first response.
+            closed: whether the response ended with the stop id. If it was truncated, the delta first closes it.
 
         Raises:
-            ValueError: if the tokenizer was made for conversations that do not grow (`appends=False`).
+            ValueError: the tokenizer was made for conversations that do not grow (`appends=False`).
         """
         delta = self._open_delta(observation).tolist()
         return delta[1:] if closed else delta
 
     def _encode_delta(self, observation: str) -> "array[int]":
-        """The delta that begins with the stop id. An array holds 4 bytes an id, so that many can be remembered."""
+        """Encodes the delta, which begins with the stop id. An array takes 4 bytes per id, so many can be cached."""
         if self.markup is None:
             raise ValueError("expected a tokenizer made with appends=True, got one for prompts that are built anew")
         text = observation.strip() if self.markup.strips else observation
@@ -324,7 +324,7 @@ class ChatTokenizer:
                 enable_thinking=self._thinking,
                 **self._dated,  # pyright: ignore[reportArgumentType]
             )
-        except Exception as error:  # a template is a program of its author's: it may raise anything
+        except Exception as error:  # a template is a program, and may raise any exception
             roles, name = [message["role"] for message in messages], self._tokenizer.name_or_path
             refused = type(error).__name__ == "TemplateError"  # the template's own raise_exception
             raise ValueError(
@@ -334,10 +334,10 @@ class ChatTokenizer:
         return valid_text(str(text))
 
     def _written(self) -> str:
-        """What the chat template writes by itself: its text, and a conversation, for markup that is put together.
+        """Returns the template's text and a rendered conversation, which also contains markup composed from parts.
 
         Raises:
-            ValueError: it draws random values, or fails.
+            ValueError: the template draws random values, or fails.
         """
         if drawn := _RANDOM.search(self._template):
             raise ValueError(
@@ -346,13 +346,13 @@ class ChatTokenizer:
         return self._template + _conversation(self._render, "(task)", "(answer)", "(seen)")
 
     def _fence(self, text: str, trusted: bool) -> str:
-        """Fences control tokens in somebody's text; fences that stand there already are dropped.
+        """Fences control tokens in the text of a message, and removes fences that it already contains.
 
         Args:
-            text: of a message.
-            trusted: whether it may hold the template's added tokens that are not special, as a response may.
+            text: text of a message.
+            trusted: whether the text may contain added tokens of the template that are not special, as a response may.
         """
-        # Fences go first: without them, the pieces beside one may form a token.
+        # Existing fences are removed first, because the pieces around one may form a token.
         text = valid_text(text).translate(_NO_FENCES)
         return (self._control if trusted else self._markup_tokens).sub(
             lambda m: f"{_FENCES[0]}{m[0]}{_FENCES[1]}", text
@@ -368,7 +368,7 @@ class ChatTokenizer:
         return ids
 
     def _check_ids(self) -> None:
-        """Ids built turn by turn must be those of the whole conversation, not only the text."""
+        """Verifies that ids built turn by turn equal the ids of the whole conversation, not only its text."""
         answer, observations = "look around", ("A room.", "You see nothing.", "Bye.")
         messages = [{"role": "user", "content": observations[0]}]
         ids = self.prompt_ids(messages)
@@ -385,15 +385,15 @@ class ChatTokenizer:
 
 
 def _quiet() -> None:
-    """Silences two warnings: that PyTorch is missing (as it should be), and that threads do not survive a fork."""
+    """Silences two warnings: PyTorch is missing (which is intended), and threads do not survive a fork."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _backends(tokenizer: "PreTrainedTokenizerBase", markup: Collection[str]):
-    """(the tokenizer's engine, a copy that reads added tokens as plain text); both without truncation or padding.
+    """Returns (the tokenizer's backend, a copy that reads added tokens as plain text), without truncation or padding.
 
-    Markup is matched as it is written, so that a normalizer cannot make it of other characters.
+    Markup is matched before normalization, so that a normalizer cannot produce it from other characters.
     """
     from tokenizers import Tokenizer
 
@@ -402,19 +402,19 @@ def _backends(tokenizer: "PreTrainedTokenizerBase", markup: Collection[str]):
         token["normalized"] = token["normalized"] and token["content"] not in markup
     state["truncation"] = state["padding"] = None
     engine = Tokenizer.from_str(json.dumps(state))
-    # A post-processor may name added tokens; nothing that is encoded here goes through it.
+    # A post-processor may refer to added tokens. This module's encoding does not use it.
     plain = Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
     return engine, plain
 
 
 def _directives(day: datetime.date) -> dict[str, str]:
-    """What each directive of strftime stands for at midnight of a day."""
+    """Maps each directive of strftime to its text at midnight of a day."""
     midnight = datetime.datetime.combine(day, datetime.time())
     return {f"%{each}": midnight.strftime(f"%{each}") for each in (*"aAbBcdeDFGHIjmMpSTuUVwWxXyYZ", "-d", "-m", "%")}
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Any of the tokens, the longest first; nothing where there are none."""
+    """Returns a pattern that matches any of the tokens, longest first. Without tokens it matches nothing."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
@@ -423,10 +423,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _saved_day(folder: Path) -> datetime.date | None:
-    """The day that `save_pretrained` kept; None where it kept none.
+    """Returns the day that `save_pretrained` saved; None if it saved none.
 
     Raises:
-        ValueError: the file holds no date.
+        ValueError: the file does not contain a date.
     """
     path = folder / _DAY_FILE
     if not path.is_file():
@@ -439,15 +439,15 @@ def _saved_day(folder: Path) -> datetime.date | None:
 
 
 def _conversation(render, *contents: str) -> str:
-    """The text of a conversation between user and assistant by turns."""
+    """Renders a conversation in which user and assistant alternate."""
     return render([{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)])
 
 
 def _stop_token(render, control: Sequence[str]) -> str:
-    """The control token with which a template closes a response.
+    """Returns the control token with which a template closes a response.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the template closes a response without a control token.
     """
     after = _conversation(render, "(task)", "(answer)", "(seen)").partition("(answer)")[2]
     stop = next((token for token in control if after.startswith(token)), None)
@@ -460,19 +460,19 @@ def _stop_token(render, control: Sequence[str]) -> str:
 
 
 def _turn_markup(render, control: Sequence[str]) -> TurnMarkup:
-    """Reads off the template what it writes between two responses.
+    """Derives the markup between two responses from the template.
 
     Args:
         render: messages -> text, generation prompt included.
         control: texts of the control tokens, longest first.
 
     Raises:
-        ValueError: if a further turn changes anything that stood there before.
+        ValueError: another turn changes earlier text.
     """
     conversation = functools.partial(_conversation, render)
 
     def check(said: str, whole: str, what: str) -> str:
-        """What `whole` adds to `said`."""
+        """Returns the text that `whole` adds to `said`."""
         if whole.startswith(said):
             return whole[len(said) :]
         at = next((i for i, (a, b) in enumerate(zip(said, whole)) if a != b), min(len(said), len(whole)))

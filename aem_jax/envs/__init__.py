@@ -1,8 +1,8 @@
-"""Environments: the protocol, servers and their pool, and the environments themselves. No JAX in here.
+"""Environments: the protocol, servers and their pool, and the environments themselves. This package does not use JAX.
 
-To write an environment: `reset` and `step` of `Environment` return a `StepResult`; `check_environment` finds what
-training would stumble over; `serve` serves it. To train on it by name: a `TaskSuite`, an `EnvironmentSpec`, and a line
-in `registry.py`.
+To write an environment, implement `reset` and `step` of `Environment`; both return a `StepResult`. `check_environment`
+finds problems that would disturb training. `serve` serves the environment. To train on it by name, add a `TaskSuite`,
+an `EnvironmentSpec`, and a line in `registry.py`.
 """
 
 import importlib
@@ -38,7 +38,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name when it is asked for: a server process, which imports from this package, loads nothing more."""
+    """Imports a name on first access, so that a server process loads only the modules it needs."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -6,14 +6,14 @@ _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 
 
 def extract_action(text: str) -> str | None:
-    """The command inside the last `<action>…</action>` of a response, stripped; None without one.
+    """Returns the command in the last `<action>…</action>` of a response, stripped; None if there is none.
 
-    The last, because a response that thinks aloud may quote actions before it takes one.
+    The last one counts, because the reasoning in a response may quote other actions first.
     """
     actions = _ACTION.findall(text)
     return actions[-1].strip() if actions else None
 
 
 def as_action(command: str) -> str:
-    """A response that holds the command alone."""
+    """Returns a response that contains only the command."""
     return f"<action>{command}</action>"

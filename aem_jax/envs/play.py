@@ -10,7 +10,7 @@ from aem_jax.envs.protocol import EnvError, Environment, StepResult, Task, check
 log = logging.getLogger(__name__)
 
 Act = Callable[[StepResult], str]
-"""The environment's latest result -> the text of the response."""
+"""Agent function: the environment's latest result -> the text of the response."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,20 @@ class Exchange:
 
 
 def play(env: Environment, task: Mapping[str, Any], act: Act, max_turns: int) -> tuple[Exchange, ...]:
-    """Plays one episode to its end, or for at most `max_turns`.
+    """Plays one episode to its end, or for at most `max_turns` turns.
 
     Args:
         env: the environment.
         task: the task's payload.
-        act: answers an observation. If it has a memory, make a new one for each episode.
-        max_turns: turns after which the episode is abandoned.
+        act: the agent. If it has state, make a new one for each episode.
+        max_turns: number of turns after which the episode is abandoned.
 
     Returns:
-        The exchanges in order; the result of the last one tells how the episode ended.
+        The exchanges in order. The result of the last one contains how the episode ended.
 
     Raises:
-        ValueError: the environment returned something else than a `StepResult`.
-        EnvError: its reset has ended the episode.
+        ValueError: the environment returned an object that is not a `StepResult`.
+        EnvError: the reset ended the episode.
     """
     result = checked_result(env, "reset", env.reset(task))
     if result.done:
@@ -56,11 +56,11 @@ def play_each(tasks: Iterable[Task], play_one: Callable[[Task], Outcome]) -> Ite
     """Plays tasks in order. A task that breaks its environment has the outcome None and a line in the log.
 
     Args:
-        tasks: to play.
-        play_one: plays one; any exception, an exit included, is this task's alone.
+        tasks: tasks to play.
+        play_one: plays one task. Any exception, including an exit, affects only this task.
 
     Raises:
-        EnvError: all tasks broke; it carries the first error.
+        EnvError: all tasks failed; the message contains the first error.
     """
     first, some = None, False
     for task in tasks:

@@ -1,11 +1,11 @@
 """The environment protocol: `Environment`, `StepResult`, `Task`, and the messages that carry them.
 
-An episode ends in one of three ways. It is terminated (the task ended), truncated (a limit was hit), or broken
-(`EnvError`): then it is retried or masked, and never counted as a failure of the policy.
+An episode ends in one of three ways: it is terminated (the task ended), truncated (a limit was reached), or broken
+(`EnvError`). A broken episode is retried or masked, and never counts as a failure of the policy.
 
-Servers speak OpenEnv's WebSocket messages, JSON texts of the form `{"type": …, "data": {…}}`. One connection is one
-session with one environment, and every request gets exactly one reply, in order. Servers name their fields
-differently: `serving/field_mapping.py` reads them.
+Servers use OpenEnv's WebSocket messages, JSON texts of the form `{"type": …, "data": {…}}`. One connection is one
+session with one environment, and every request gets exactly one reply, in order. Field names differ between servers;
+`serving/field_mapping.py` maps them.
 """
 
 import json
@@ -39,11 +39,11 @@ class LostError(EnvError):
 
 
 class RefusedError(EnvError):
-    """The server replied with an error: it is alive, and this one request failed.
+    """The server replied with an error. The server is alive, and only this request failed.
 
     Attributes:
         code: one of the protocol's error codes, as the server sent it.
-        message: the server's message, with the findings of its validation.
+        message: the server's message, with its validation errors.
     """
 
     def __init__(self, code: str, message: str):
@@ -76,8 +76,8 @@ class StepResult:
         reward: reward of the transition that led here; 0.0 after a reset.
         terminated: the task ended the episode (solved or failed).
         truncated: a limit ended the episode.
-        info: facts that JSON can hold, after conversion of numpy's scalars and the like (`plain`). It always has
-            `won: bool` and `valid_action: bool`, and `score: float` in [0, 1] where the task measures more than won.
+        info: JSON-compatible facts; scalars of numpy and similar libraries are converted (`plain`). It always has
+            `won: bool` and `valid_action: bool`. It has `score: float` in [0, 1] if the task has a finer measure.
     """
 
     observation: str
@@ -87,12 +87,12 @@ class StepResult:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.observation, str):  # half a surrogate pair would end the run later, wherever it is encoded
+        if isinstance(self.observation, str):  # half a surrogate pair would fail later, when it is encoded
             object.__setattr__(self, "observation", valid_text(self.observation))
 
     @property
     def done(self) -> bool:
-        """Whether the episode is over, for whichever reason."""
+        """Whether the episode is over, for any reason."""
         return self.terminated or self.truncated
 
     @property
@@ -102,20 +102,20 @@ class StepResult:
 
     @property
     def score(self) -> float:
-        """The task's own score; 1 or 0, as won, where it has none."""
+        """The task's own score. A task without one has the score 1 if it is won, else 0."""
         score = self.info.get("score")
         return float(score) if isinstance(score, (int, float)) and math.isfinite(score) else float(self.won)
 
 
 class Environment(Protocol):
-    """Plays one episode at a time: `reset` starts it from a task, `step` answers a response of the policy."""
+    """Plays one episode at a time: `reset` starts it from a task, `step` executes a response of the policy."""
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
-        """Starts an episode of `task` (a JSON mapping; its keys are the environment's own)."""
+        """Starts an episode of `task`, a JSON mapping whose keys the environment defines."""
         ...
 
     def step(self, action_text: str) -> StepResult:
-        """Answers the whole text of the policy's response."""
+        """Executes a response of the policy, given as its full text."""
         ...
 
     def close(self) -> None:
@@ -124,13 +124,13 @@ class Environment(Protocol):
 
 
 def over_at_reset(result: StepResult) -> str:
-    """The reason to leave out a task whose reset ends the episode: no action is possible in it."""
+    """Returns the reason to skip a task whose reset ends the episode: no action is possible in it."""
     how = "terminated" if result.terminated else "truncated"
     return f"the episode ended at its reset ({how}, {'won' if result.won else 'not won'}): there is nothing to act in"
 
 
 def encode_reset(task: Mapping[str, Any]) -> str:
-    """The request that starts an episode of `task`; its keys become the reset keywords.
+    """Encodes the request that starts an episode of `task`. Its keys become the reset keywords.
 
     Raises:
         ValueError: the task is not JSON.
@@ -148,7 +148,7 @@ CLOSE_REQUEST = '{"type": "close"}'
 def checked_result(env: Environment, call: str, result: Any) -> StepResult:
     """Validates the result of an environment, and converts it to plain values.
 
-    Numbers of numpy, torch and jax become Python numbers. In `info`, values are converted to what JSON can hold
+    Numbers of numpy, torch and jax become Python numbers. Values in `info` are converted to JSON values
     (`plain.plain`), and NaN becomes null.
 
     Args:
@@ -157,8 +157,8 @@ def checked_result(env: Environment, call: str, result: Any) -> StepResult:
         result: the returned object.
 
     Raises:
-        ValueError: it is no `StepResult` with a text observation, a finite reward, true or false as flags, and a
-            mapping of JSON values as info; the message names the wrong part.
+        ValueError: the object is not a `StepResult` with a text observation, a finite reward, true or false as flags,
+            and a mapping of JSON values as info; the message names the wrong part.
     """
     where = f"{type(env).__qualname__}.{call}"
     if not isinstance(result, StepResult):
@@ -209,15 +209,15 @@ _FACTS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "score": (number, "a finite number"),
     "admissible": (_texts, "a list of texts"),
 }
-"""Facts of `info` that training reads: the converter, which returns None for a value of another type, and the type in
-words. A fact that is null is left out."""
+"""Facts of `info` that training reads -> (converter, name of the type for errors). The converter returns None for a
+value of another type. Null facts are omitted."""
 
 
 def encode_result(result: StepResult, *, send_admissible: bool) -> str:
-    """The reply that carries a `checked_result`, in the observation fields of our servers.
+    """Encodes a `checked_result` as a reply, in the observation fields of our servers.
 
     Raises:
-        ValueError: the result holds other values than finite JSON, or exceeds the size of a message.
+        ValueError: the result contains values that are not finite JSON, or exceeds the maximum message size.
     """
     info = dict(result.info)
     observation = {
@@ -251,32 +251,32 @@ def encode_result(result: StepResult, *, send_admissible: bool) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line of at most about 2000 characters: its type, and its text if any."""
+    """Formats an error in one line of at most about 2000 characters: its type, and its text if it has one."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}{': ' if text else ''}{text[:2000]}{'…' if len(text) > 2000 else ''}"
 
 
 def describe_raised(error: BaseException) -> str:
-    """An error of a user's code in one line, with the place that raised it."""
+    """Formats an error of a user's code in one line, with the file and line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{describe(error)} (line {frame.lineno} of {frame.filename})"
 
 
 def encode_error(code: str, message: str, **details: Any) -> str:
-    """The reply to a request that failed, with the reason."""
+    """Encodes the reply to a failed request, with the reason."""
     return json.dumps({"type": "error", "data": {"message": message, "code": code, **details}})
 
 
 def decode_data(raw: str | bytes, expected_type: str) -> Mapping[str, Any]:
-    """The `data` of a reply of the expected type.
+    """Returns the `data` of a reply of the expected type.
 
     Raises:
-        RefusedError: the server answered with an error.
-        EnvError: the reply is rubbish.
+        RefusedError: the server replied with an error.
+        EnvError: the reply is invalid.
     """
     try:
         message = json.loads(raw)
-        if b"\\u" in raw if isinstance(raw, bytes) else "\\u" in raw:  # else no text in it has half a surrogate pair
+        if b"\\u" in raw if isinstance(raw, bytes) else "\\u" in raw:  # else no text has half a surrogate pair
             message = valid_json(message)
         kind, data = message["type"], message.get("data", {})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -291,7 +291,7 @@ def decode_data(raw: str | bytes, expected_type: str) -> Mapping[str, Any]:
 
 
 def _message(data: Mapping[str, Any]) -> str:
-    """An error's message, followed by the findings of OpenEnv's validation, which stand in a field of their own."""
+    """Returns an error's message, followed by OpenEnv's validation errors, which are in a separate field."""
     errors = data.get("errors")
     findings = [entry for entry in errors if isinstance(entry, dict)] if isinstance(errors, list) else []
     where = [f"{'.'.join(map(str, entry.get('loc', ())))}: {entry.get('msg', '')}" for entry in findings[:3]]

@@ -1,7 +1,8 @@
-"""The environments by name: one line each, and nothing is imported before it is asked for.
+"""The registry of environments: one line each. Modules are imported on first use.
 
-An environment of yours needs no line here: `my_env.py:MyEnv` or `my_package.my_module:make` names what makes one. It
-needs one to be a value of `--environment`: a folder beside this file whose `suite.py` holds an `EnvironmentSpec`.
+A user-written environment needs no line here: `my_env.py:MyEnv` or `my_package.my_module:make` names its class or
+factory. As a value of `--environment`, it needs a line here and a folder next to this file, whose `suite.py` contains
+an `EnvironmentSpec`.
 """
 
 import importlib
@@ -21,14 +22,14 @@ from aem_jax.overrides import nearest
 
 
 class Entry(NamedTuple):
-    """Where an environment is, and what it is for."""
+    """The location of an environment, and its uses."""
 
     where: str
     """module:attribute of its `EnvironmentSpec`."""
     served: bool = True
-    """Whether our servers serve it by this name."""
+    """Whether our servers serve it under this name."""
     trained: bool = True
-    """Whether runs train on it: it has a `suite`."""
+    """Whether runs can train on it, that is, whether it has a `suite`."""
 
 
 ENVIRONMENTS: Mapping[str, Entry] = {
@@ -43,30 +44,30 @@ ENVIRONMENTS: Mapping[str, Entry] = {
 }
 
 SERVED = tuple(name for name, entry in ENVIRONMENTS.items() if entry.served)
-"""Names that `serve` takes."""
+"""Names that `serve` accepts."""
 TRAINED = tuple(name for name, entry in ENVIRONMENTS.items() if entry.trained)
-"""Names that `--environment` takes."""
+"""Names that `--environment` accepts."""
 
 
 @cache
 def registered(name: str) -> EnvironmentSpec:
-    """Imports an environment of the registry."""
+    """Imports an environment from the registry."""
     module, _, attribute = ENVIRONMENTS[name].where.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def default_config(name: str) -> EnvironmentConfig:
-    """The default settings of an environment of `TRAINED`."""
+    """Returns the default settings of an environment in `TRAINED`."""
     config = registered(name).config
     assert config is not None and name == config.NAME, f"expected a config with NAME {name!r}, got {config}"
     return config()
 
 
 def check_name(name: str) -> None:
-    """Whether our servers know a name, or it has the form of a path; nothing is imported.
+    """Verifies that a name is in `SERVED` or has the form of a path. Nothing is imported.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the name is neither.
     """
     where, _, attribute = name.rpartition(":")
     if name not in SERVED and not (where and attribute):
@@ -76,13 +77,13 @@ def check_name(name: str) -> None:
 
 
 def environment_spec(name: str) -> EnvironmentSpec:
-    """The environment of a name of `SERVED`, or of a path: `file.py:attribute` or `module:attribute`.
+    """Returns the environment for a name in `SERVED`, or for a path: `file.py:attribute` or `module:attribute`.
 
-    What a path names is called with the settings as keywords, once for each session, and returns an `Environment`; a
-    class will do. Each session gets a thread.
+    A path names a class or another callable that returns an `Environment`. It is called with the settings as keyword
+    arguments, once per session. Each session gets a thread.
 
     Raises:
-        ValueError: no such environment, or nothing there that can make one.
+        ValueError: the environment does not exist, or the attribute is not a callable.
     """
     check_name(name)
     if name in SERVED:
@@ -100,10 +101,10 @@ def environment_spec(name: str) -> EnvironmentSpec:
 
 
 def settings_from_json(text: str) -> dict[str, Any]:
-    """Reads an environment's settings from a command line.
+    """Parses an environment's settings from a command line.
 
     Raises:
-        ValueError: not a JSON mapping.
+        ValueError: the text is not a JSON mapping.
     """
     try:
         settings = parse_json(text, "settings")
@@ -115,7 +116,7 @@ def settings_from_json(text: str) -> dict[str, Any]:
 
 
 def _own(name: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[[], Environment]:
-    """The factory of an environment that is named by its path."""
+    """Returns the factory of an environment that is given by its path."""
     try:
         inspect.signature(make).bind(**settings)
     except TypeError as error:
@@ -124,9 +125,9 @@ def _own(name: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Ca
     def checked() -> Environment:
         try:
             env = make(**settings)
-        except KeyboardInterrupt:  # somebody's Ctrl-C
+        except KeyboardInterrupt:  # Ctrl-C
             raise
-        except BaseException as error:  # some engines exit where a file or a display is missing
+        except BaseException as error:  # some engines exit if a file or a display is missing
             raise ValueError(f"expected an environment from {name}, got {describe_raised(error)}") from error
         missing = [method for method in ("reset", "step", "close") if not callable(getattr(env, method, None))]
         if missing:
@@ -137,10 +138,10 @@ def _own(name: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Ca
 
 
 def _imported(where: str) -> ModuleType:
-    """A module by its name, or from its file.
+    """Imports a module by name, or from its file.
 
     Raises:
-        ValueError: there is none, or it cannot be imported.
+        ValueError: the module does not exist or cannot be imported.
     """
     try:
         if not where.endswith(".py"):
@@ -150,7 +151,7 @@ def _imported(where: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"environment_{Path(where).stem}", where)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
+        sys.modules[spec.name] = module  # dataclasses look up their module here
         spec.loader.exec_module(module)
         return module
     except (ImportError, SyntaxError) as error:

@@ -1,5 +1,5 @@
-"""What a run needs of an environment: its tasks, evaluation sets and agents (`TaskSuite`), and the one object by which
-`registry.py` finds all that belongs to it (`EnvironmentSpec`)."""
+"""An environment's tasks, evaluation sets and agents for a run (`TaskSuite`), and the object that `registry.py` uses to
+find all parts of an environment (`EnvironmentSpec`)."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,22 +12,23 @@ from aem_jax.envs.serving.config import PoolConfig
 from aem_jax.overrides import flatten, override
 
 Files = tuple[Path, Sequence[Path]]
-"""A folder or file that a setting names, and the files below it whose contents matter."""
+"""A folder or file that a setting names, and the files in it whose contents matter."""
 
 
 @dataclass(frozen=True)
 class TaskSuite:
-    """An environment as a run sees it.
+    """The parts of an environment that a run uses.
 
     Attributes:
-        name: what the run's own servers serve: a name of the registry, or the path of somebody's own environment.
+        name: the environment that the run's own servers serve: a name in the registry, or the path of a user-written
+            environment.
         settings: JSON settings of the servers' environments.
-        training: tasks to train on.
+        training: training tasks.
         evaluation: (split, size) -> a fixed set of tasks, and its name.
         make_env: makes an environment in this process.
-        demonstrator: makes an expert for a task. It acts from the observations alone, so a policy can learn from it.
+        demonstrator: makes an expert for a task. The expert uses only the observations, so a policy can learn from it.
             None: there is no expert, and no warm start.
-        baselines: agents to compare with, by name; each call makes one for a task.
+        baselines: factories of agents to compare with, by name. Each call makes an agent for a task.
     """
 
     name: str
@@ -41,12 +42,12 @@ class TaskSuite:
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """Settings of a run that its task suite depends on, beside the environment's own.
+    """Settings of a run that its task suite depends on, in addition to the environment's own settings.
 
     Attributes:
-        seed: orders or draws the training tasks.
+        seed: seed for the order or the generation of the training tasks.
         splits: evaluation splits of the run.
-        expert_noise: share of turns in which the demonstrator errs on purpose.
+        expert_noise: fraction of turns in which the demonstrator makes a deliberate error.
         pool: the run's environment servers.
     """
 
@@ -57,7 +58,7 @@ class SuiteOptions:
 
 
 class EnvironmentConfig(Protocol):
-    """Settings of an environment: a frozen dataclass that knows the environment's name."""
+    """Settings of an environment: a frozen dataclass with the environment's name."""
 
     NAME: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -65,18 +66,19 @@ class EnvironmentConfig(Protocol):
 
 @dataclass(frozen=True)
 class EnvironmentSpec:
-    """All that belongs to an environment.
+    """All parts of an environment.
 
     Attributes:
-        make: settings -> factory of environments. Called once in each server process; what sessions share is made here.
-        config: class of the settings; None: `make` takes the JSON mapping as it is.
-        blocking: whether calls take long or wait, so that each session gets a thread. Else they run in the server's
-            event loop, which is faster.
+        make: settings -> factory of environments. Called once per server process. It creates the data that sessions
+            share.
+        config: class of the settings; None: `make` takes the JSON mapping unchanged.
+        blocking: whether calls take long or wait, so that each session gets a thread. Otherwise they run in the
+            server's event loop, which is faster.
         description: one line.
-        suite: what a run needs; None: the environment is served, not trained on.
+        suite: builds the task suite of a run; None: the environment is served but not trained on.
         site: settings -> an ASGI application, for a person with a browser.
-        paths: config -> names of the settings that hold paths, which a run stores as absolute paths.
-        inputs: config -> files by the setting that names them, of those that decide what a run computes.
+        paths: config -> names of the settings that are paths. A run stores them as absolute paths.
+        inputs: config -> input files that the results of a run depend on, by the setting that names them.
         from_environ: completes the settings of a new run from environment variables.
     """
 
@@ -91,10 +93,10 @@ class EnvironmentSpec:
     from_environ: Callable[[Any], Any] = lambda config: config
 
     def configured(self, settings: Mapping[str, Any]) -> Any:
-        """The config of these JSON settings; the settings themselves where there is no config.
+        """Returns the config for JSON settings, or the settings themselves if the environment has no config class.
 
         Raises:
-            ValueError: settings that the environment does not have, or values that it refuses.
+            ValueError: a setting does not exist, or its value is refused.
         """
         if self.config is None:
             return settings
@@ -104,23 +106,24 @@ class EnvironmentSpec:
             raise ValueError(f"expected settings of {self.config.__name__}: {error}") from None
 
     def factory(self, settings: Mapping[str, Any]) -> Callable[[], Environment]:
-        """A factory of environments with these JSON settings.
+        """Returns a factory of environments with these JSON settings.
 
         Raises:
-            ValueError: settings that the environment does not have, or values that it refuses.
+            ValueError: a setting does not exist, or its value is refused.
             OSError: this machine lacks something that the environment needs.
         """
         return self.make(self.configured(settings))
 
 
 def tokenizer_corpus(suite: TaskSuite, episodes: int, max_turns: int) -> Iterator[list[str]]:
-    """Texts to train a tokenizer on: observations and responses of the first training tasks, a list for each episode.
+    """Yields texts to train a tokenizer on: observations and responses of the first training tasks, a list per episode.
 
-    The demonstrator plays; where there is none, the first of the baselines.
+    The demonstrator plays the episodes. Without a demonstrator, the first baseline plays them. Tasks that break their
+    environment are skipped.
 
     Raises:
-        ValueError: the suite has no agent at all.
-        EnvError: all these tasks broke their environment; where some do, they are left out.
+        ValueError: the suite has no agent.
+        EnvError: all these tasks broke their environment.
     """
     agent = suite.demonstrator or next(iter(suite.baselines.values()), None)
     if agent is None:
@@ -134,18 +137,18 @@ def tokenizer_corpus(suite: TaskSuite, episodes: int, max_turns: int) -> Iterato
         for _, exchanges in play_each(suite.training[:episodes], play_one):
             yield [text for exchange in exchanges or () for text in (exchange.observation, exchange.response)]
     finally:
-        env.close()  # a session of a server, perhaps its only one
+        env.close()  # it may hold the only session of a server
 
 
 def check_one_set(option: str, splits: Sequence[str]) -> None:
-    """Refuses to evaluate several splits where the tasks come from a file: under each name they would be the same.
+    """Refuses several evaluation splits if the tasks come from a file, because every split would be the same set.
 
     Args:
         option: the option that names the file.
         splits: evaluation splits of the run.
 
     Raises:
-        ValueError: there are several.
+        ValueError: there is more than one split.
     """
     if len(splits) > 1:
         raise ValueError(

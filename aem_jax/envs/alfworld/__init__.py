@@ -1,1 +1,1 @@
-"""ALFWorld without TextWorld: an engine that plays a game file by the file's own domain, problem and grammar."""
+"""ALFWorld without TextWorld: an engine that plays a game file from the domain, problem and grammar inside it."""

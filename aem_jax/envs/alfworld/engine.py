@@ -1,11 +1,12 @@
-"""A game and its players.
+"""Games and their players.
 
-`Game` is what a file says: reusable, never written. `Player` is one episode: its facts, what it may do, what it saw.
-After a step, only the action schemas that read a predicate which just changed are asked again what is applicable.
+`Game` is the parsed content of a game file. Episodes share it and never write to it. `Player` is one episode: its
+facts, its admissible commands and its latest observation. After a step, only the action schemas that read a changed
+predicate are searched again for applicable actions.
 
-Texts and commands are those of the stock engine, but for two of its habits, on which no text of the recorded games
-depends: its texts take every conditional effect for fired, and a fact that can never become true is not told as false
-(`not_…`) when an action deletes it.
+Texts and commands match the stock engine, except for two of its habits. No text of the recorded games depends on them.
+The stock engine's texts assume that every conditional effect fires. When an action deletes a fact that can never become
+true, the stock engine does not record the fact as false (`not_…`).
 """
 
 from collections import Counter
@@ -26,7 +27,7 @@ from aem_jax.files import read_json
 NOTHING_HAPPENS = "Nothing happens."
 START = "#intro#"
 HANDFUL = 2
-"""A predicate with at most so many facts at the start is taken to have few throughout."""
+"""A predicate with at most this many facts at the start is assumed to have few facts throughout the game."""
 
 
 class Game:
@@ -36,16 +37,16 @@ class Game:
         domain_text: PDDL domain.
         problem_text: PDDL problem.
         grammar_text: TWL2 grammar; it must define `#intro#` and give every action of the domain a template.
-        task_type: name of the task's family, for metrics; the rules of the game do not need it.
+        task_type: name of the task type, for metrics; the rules of the game do not use it.
 
     Raises:
-        ValueError: a text that is malformed or uses a construct that is not supported, named.
+        ValueError: a text is malformed or uses an unsupported construct; the message names it.
     """
 
     def __init__(self, domain_text: str, problem_text: str, grammar_text: str, task_type: str = ""):
         self.task_type = task_type
         self.source = ""
-        """The file that it is from, for errors."""
+        """Path of the game file, for error messages."""
         self.domain = domain = parse_domain(domain_text)
         self.grammar = parse_grammar(grammar_text)
         problem = parse_problem(problem_text, domain)
@@ -74,11 +75,11 @@ class Game:
 
     @staticmethod
     def load(path: str | Path) -> "Game":
-        """Reads a `.tw-pddl` file; the task type comes from the `traj_data.json` beside it, if there is one.
+        """Reads a `.tw-pddl` file. The task type comes from `traj_data.json` in the same folder, if that file exists.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a game file.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not a game file.
         """
         path = Path(path)
         data, kind = read_game(path), ""
@@ -94,12 +95,13 @@ class Game:
 
 @contextmanager
 def damage_named(source: str) -> Iterator[None]:
-    """Errors of a game's texts with the file that they are from.
+    """Adds the name of the game file to errors that the game's texts cause.
 
-    Parsers and grammar say what they know to be unsupported; a damaged text can break them anywhere, even in use.
+    The parsers report unsupported constructs themselves. A damaged text can cause an error anywhere, even during an
+    episode.
 
     Raises:
-        ValueError: the block failed; names `source`, if there is one.
+        ValueError: the block failed; the message names `source`. If `source` is empty, the original error is raised.
     """
     try:
         yield
@@ -111,11 +113,11 @@ def damage_named(source: str) -> Iterator[None]:
 
 
 def read_game(path: Path) -> dict[str, Any]:
-    """The content of a game file.
+    """Reads the content of a game file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it does not hold the texts of a game; names it.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file lacks the texts of a game; the message names the file.
     """
     data = _read_object(path)
     missing = [key for key in ("pddl_domain", "pddl_problem", "grammar") if not isinstance(data.get(key), str)]
@@ -125,11 +127,11 @@ def read_game(path: Path) -> dict[str, Any]:
 
 
 def read_task_type(path: Path) -> str:
-    """The task type that a `traj_data.json` names.
+    """Reads the task type from a `traj_data.json`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it names none; names the file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file contains no task type; the message names the file.
     """
     kind = _read_object(path).get("task_type")
     if not isinstance(kind, str):
@@ -145,10 +147,10 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def display_names(ids: Iterable[str]) -> dict[str, str]:
-    """Names that players see: `drawer_bar__plus_01_dot_13…` -> `drawer 4`.
+    """Maps object ids to the names that players see: `drawer_bar__plus_01_dot_13…` -> `drawer 4`.
 
-    Objects are numbered within their class, the first in the order of ids getting the highest number. An id without
-    coordinates has no number, and (as in the stock engine) its name ends with a space.
+    Objects are numbered within their class. The first id in sorted order gets the highest number. The name of an id
+    without coordinates has no number and, as in the stock engine, ends with a space.
     """
     marks = (("_bar_", "|"), ("_minus_", "-"), ("_plus_", "+"), ("_dot_", "."), ("_comma_", ","))
     classes = {}
@@ -167,7 +169,7 @@ def display_names(ids: Iterable[str]) -> dict[str, str]:
 
 
 class _Commands:
-    """Command texts of one action schema, remembered by the parameters that they depend on."""
+    """Command texts of one action schema, cached by the parameters that they depend on."""
 
     def __init__(self, game: Game, schema: Schema):
         if schema.action.name not in game.grammar.actions:
@@ -178,7 +180,7 @@ class _Commands:
         self._parameters = schema.parameters
         reads = text_reads(self._template)
         self.reads: frozenset[str] | None = None if reads is None else schema.reads | (reads[1] & game.domain.fluents)
-        """Predicates that decide which commands there are; None if any may."""
+        """Predicates that the set of commands depends on; None if it may depend on any predicate."""
         self._known: dict[Any, str] | None = {}
         if reads is None or reads[1] & game.domain.fluents:
             self._known = None
@@ -187,7 +189,7 @@ class _Commands:
         self._key = itemgetter(*used) if used else lambda b: None
 
     def write(self, b: list[str], world: World) -> str:
-        """The command for parameters that stand first in `b`."""
+        """Returns the command for the parameters at the start of `b`."""
         if self._known is None:
             return self._derive(b, world)
         key = self._key(b)
@@ -229,14 +231,14 @@ class Player:
 
     @property
     def admissible(self) -> list[str]:
-        """Commands that would do something now, sorted."""
+        """Commands that have an effect in the current state, sorted."""
         if self._admissible is None:
             self._admissible = sorted(set().union(*self._tables))
         return self._admissible
 
     @property
     def done(self) -> bool:
-        """Whether the game is over: it is when it is won."""
+        """Whether the game is over. A game ends when it is won."""
         return self.won
 
     @property
@@ -246,12 +248,12 @@ class Player:
 
     @property
     def facts(self) -> Iterator[tuple[str, Args]]:
-        """Everything true now as (predicate, names as the player sees them); order is arbitrary."""
+        """All facts that hold now, as (predicate, display names of the arguments), in arbitrary order."""
         names = {id_: entity.name.strip() for id_, entity in self.game.entities.items()}
         return ((p, tuple(names[a] for a in args)) for p, args in self._facts if not p.startswith("not_"))
 
     def step(self, command: str) -> str:
-        """Does a command if it is admissible, letter for letter; else nothing happens. Returns the observation."""
+        """Executes a command and returns the observation. A command that is not exactly admissible does nothing."""
         command = command.strip()
         for at, table in enumerate(self._tables):
             args = table.get(command)
@@ -293,13 +295,13 @@ def start(game: Game) -> Player:
 
 
 def _finder(schema: Schema, commands: _Commands, world: World, table: dict[str, Args]):
-    """A function that fills `table` with the commands of a schema that are applicable now."""
+    """Returns a function that fills `table` with the commands of a schema that are applicable now."""
     count, b, write = len(schema.parameters), schema.blank.copy(), commands.write
 
     def found(b: list[str]) -> bool:
         command, args = write(b, world), tuple(b[:count])
         known = table.get(command)
-        if known is None or args < known:  # several ways to do the same thing: the first in the order of names
+        if known is None or args < known:  # several arguments give one command: keep the first in name order
             table[command] = args
         return False
 

@@ -19,7 +19,7 @@ class AlfworldConfig:
     NAME: ClassVar[str] = "alfworld"
 
     max_steps: int = 50
-    """Steps after which an unsolved episode is truncated; a generated game brings its own limit."""
+    """Steps after which an unsolved episode is truncated; a generated game has its own limit."""
     reward_won: float = 10.0
     """Reward of the step that solves the task."""
     reward_step: float = 0.0
@@ -29,13 +29,13 @@ class AlfworldConfig:
     max_invalid: int = 0
     """Invalid actions after which an unsolved episode is truncated; 0 sets no limit."""
     cached_games: int = 64
-    """How many parsed games an environment keeps (a group plays one game many times)."""
+    """Number of parsed games that an environment caches (a group plays one game many times)."""
     data: str = ""
-    """Folder of ALFWorld's official data; empty: the folder that $ALFWORLD_DATA names, else games are generated."""
+    """Folder of ALFWorld's official data. If empty, the folder in $ALFWORLD_DATA; without both, games are generated."""
     skip_bad: bool = False
-    """Whether to leave out files of the official data that hold no game; else the first of them ends the start."""
+    """Whether to skip files of the official data that contain no game. By default the first such file is an error."""
     games: GeneratorConfig = GeneratorConfig()  # noqa: RUF009 (frozen)
-    """Games to generate; of official data its task types choose."""
+    """Games to generate. With official data, only its task types are used: they select the games."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "cached_games"):
@@ -49,8 +49,8 @@ def load_game(payload: Mapping[str, Any]) -> Game:
     """Reads the game of a payload `{"game": path}`.
 
     Raises:
-        ValueError: the payload names no game, or the file is not one.
-        FileNotFoundError: no such file.
+        ValueError: the payload names no game, or the file is not a game file.
+        FileNotFoundError: the file does not exist.
     """
     path = payload.get("game")
     if not isinstance(path, str) or not path:
@@ -59,13 +59,13 @@ def load_game(payload: Mapping[str, Any]) -> Game:
 
 
 class AlfworldEnv:
-    """One ALFWorld episode at a time.
+    """An environment that plays one ALFWorld episode at a time.
 
-    `StepResult.info` holds `won`, `valid_action`, `admissible` (sorted), `score` and `task_type`.
+    `StepResult.info` contains `won`, `valid_action`, `admissible` (sorted), `score` and `task_type`.
 
     Args:
         config: rules of an episode.
-        load_game: payload -> game; lets tasks be made in memory instead of read from files.
+        load_game: payload -> game. It can make games in memory instead of reading them from files.
     """
 
     def __init__(
@@ -77,21 +77,21 @@ class AlfworldEnv:
         self._steps = self._limit = self._invalid = 0
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
-        """Starts an episode of a payload.
+        """Starts an episode of the game in a payload.
 
         Raises:
-            ValueError: a payload that `load_game` does not understand.
+            ValueError: `load_game` refuses the payload.
         """
         game = self._load(task)
         with damage_named(game.source):
             self._player, self._steps, self._invalid = start(game), 0, 0
         self._limit = task.get("generate", {}).get("max_steps", self._config.max_steps)
-        # A game whose goal holds from the start is over: it is left out, not played.
+        # A game whose goal holds from the start is already over. It is skipped, not played.
         info = self._info(self._player, valid=True)
         return StepResult(self._player.observation, terminated=self._player.won, info=info)
 
     def step(self, action_text: str) -> StepResult:
-        """Answers a response; without an admissible command inside action tags, `Nothing happens.`
+        """Executes the command in a response. Without an admissible command in action tags: `Nothing happens.`
 
         Raises:
             ValueError: no episode is running.
@@ -115,7 +115,7 @@ class AlfworldEnv:
         )
 
     def _limited(self) -> bool:
-        """Whether a limit ends the episode."""
+        """Whether the episode has reached a limit."""
         return self._steps >= self._limit or 0 < self._config.max_invalid <= self._invalid
 
     def close(self) -> None:
@@ -133,6 +133,6 @@ class AlfworldEnv:
 
 
 def _remembering(load: Callable[[Mapping[str, Any]], Game], size: int) -> Callable[[Mapping[str, Any]], Game]:
-    """`load`, keeping the latest `size` games; payloads are compared as JSON."""
+    """Wraps `load` with a cache of the latest `size` games. Payloads are compared as JSON."""
     cached = lru_cache(maxsize=size)(lambda text: load(json.loads(text)))
     return lambda payload: cached(json.dumps(payload, sort_keys=True))

@@ -1,9 +1,9 @@
-"""Scripted experts: one way of acting, two sources of knowledge.
+"""Scripted experts: one decision rule with two sources of knowledge.
 
-`decide` gives the next command for a goal from what is known of the room. The `Oracle` reads all of it out of the
-engine's facts: its success proves that a game can be solved, and it bounds what any agent can reach. The `Searcher`
-knows what the text has shown so far, looks through receptacles in a sensible order and remembers what it saw: a policy
-can learn from its demonstrations, because every command follows from words that the policy has read too.
+`decide` computes the next command for a goal from the knowledge of the room. The `Oracle` takes this knowledge from the
+engine's facts. Its success proves that a game can be solved, and it is an upper bound for every agent. The `Searcher`
+uses only the text that the game has shown so far. It searches receptacles in a sensible order and remembers their
+contents. A policy can learn from its demonstrations, because the policy reads the same text.
 """
 
 import random
@@ -15,11 +15,11 @@ from aem_jax.envs.alfworld.knowledge import Knowledge, known_from_facts, names_i
 
 
 def decide(goal: Goal, known: Knowledge) -> str | None:
-    """The next command towards `goal`, in the newer grammar (`move … to …`); None when nothing is left to try.
+    """Returns the next command towards `goal`, in the newer grammar (`move … to …`); None if nothing is left to try.
 
     Args:
         goal: the task.
-        known: what is known of the room; when it lacks something, the command looks further.
+        known: the knowledge of the room. If something is missing, the command continues the search.
     """
     if known.held is not None and class_of(known.held) != goal.target:
         return _put_away(known.held, known)
@@ -42,7 +42,7 @@ def _fetch(goal: Goal, known: Knowledge) -> str | None:
     candidates = [
         (thing, place)
         for thing, place in known.places_of(goal.target)
-        # What already lies where it should stays there, unless it still lacks its treatment.
+        # An object that is already at its destination stays there, unless it still needs its treatment.
         if place != destination or (goal.treatment and thing not in known.treated)
     ]
     if not candidates:
@@ -61,7 +61,7 @@ def _look_for(wanted: str, known: Knowledge, goal: Goal) -> str | None:
 
 
 def _put_away(thing: str, known: Knowledge) -> str | None:
-    """Puts down something that is not asked for: here if it fits, else where such things usually are."""
+    """Puts down an object that is not a target: here if it fits, else where such objects usually are."""
     places = search_order(class_of(thing), known.receptacles)
     for place in ([known.here] if known.here else []) + places:
         if f"move {thing} to {place}" not in known.refused:
@@ -80,7 +80,7 @@ def _reach(place: str, known: Knowledge) -> str | None:
 
 
 def _destination(goal: Goal, known: Knowledge) -> str:
-    """The receptacle to fill: the one that already holds most targets, for two have to end in the same one."""
+    """Returns the receptacle to fill: the one with the most targets, because two targets must end in the same one."""
     options = [r for r in known.receptacles if class_of(r) == goal.place]
     if not options:
         raise ValueError(f"expected a {goal.place} in the room, got {known.receptacles}")
@@ -100,17 +100,17 @@ def _nearest(kind: str, known: Knowledge) -> str:
 
 
 class Oracle:
-    """Acts from the engine's facts: it knows where everything is.
+    """An expert that reads the engine's facts, so it has the position of every object.
 
     Args:
-        task: the game's first observation, or any text with the task sentence in it.
+        task: the game's first observation, or any text that contains the task sentence.
     """
 
     def __init__(self, task: str):
         self.goal = parse_goal(task)
 
     def act(self, player: Any) -> str:
-        """The next command in the game that `player` plays.
+        """Returns the next command in the game that `player` plays.
 
         Args:
             player: a started game, with `facts` and `admissible`.
@@ -122,10 +122,10 @@ class Oracle:
 
 
 class Searcher:
-    """Acts from what the text has shown: the room's list of receptacles, the task, and every answer since.
+    """An expert that uses only the text: the list of receptacles, the task, and every observation since.
 
     Args:
-        seed: draws the order among equally good places to look; without one it is the alphabet's, the same each time.
+        seed: seed of the order among equally good places to search; None: alphabetical order.
     """
 
     def __init__(self, seed: int | None = None):
@@ -136,17 +136,17 @@ class Searcher:
         self._newer_grammar = True
 
     def act(self, observation: str, admissible: Sequence[str] = ()) -> str:
-        """Reads an observation, the first of which holds the task, and answers with the next command.
+        """Reads an observation and returns the next command. The first observation must contain the task.
 
         Args:
             observation: text of the environment.
-            admissible: admissible commands if they were shown; they settle which words the game uses for putting.
+            admissible: admissible commands, if they are available. They decide the grammar of the `move` command.
         """
         self.observe(observation)
         return self.command(admissible)
 
     def observe(self, observation: str, command: str | None = None) -> None:
-        """Reads an observation; `command` is what led to it if somebody else chose it."""
+        """Reads an observation. `command` is the command before it, if this expert did not choose that command."""
         self._last = command or self._last
         if "Your task is to:" in observation:
             self._begin(observation)
@@ -156,10 +156,10 @@ class Searcher:
             read_answer(observation, self._last, self._goal_now(), self._known)
 
     def command(self, admissible: Sequence[str] = ()) -> str:
-        """The next command, from what has been read so far."""
+        """Returns the next command, based on all observations so far."""
         goal = self._goal_now()
         command = decide(goal, self._known)
-        if command is None:  # it was overlooked or moved: look everywhere again
+        if command is None:  # the object was missed or has moved: search every receptacle again
             self._known.contents.clear()
             self._known.refused.clear()
             command = decide(goal, self._known) or "look"
@@ -178,7 +178,7 @@ class Searcher:
     def _refuse(self) -> None:
         self._known.refused.add(self._last)
         if self._last.startswith("move "):
-            self._newer_grammar = False  # older games say `put … in/on …`
+            self._newer_grammar = False  # older games use `put … in/on …`
         elif self._last.startswith("put "):
             thing, place = self._last.removeprefix("put ").split(" in/on ", 1)
             self._known.refused.add(f"move {thing} to {place}")
@@ -192,17 +192,17 @@ class Searcher:
 
 
 def random_agent(admissible: Sequence[str], rng: random.Random) -> str:
-    """Any admissible command, all equally likely."""
+    """Draws an admissible command uniformly."""
     return rng.choice(list(admissible))
 
 
 def in_grammar(command: str, admissible: Sequence[str] = (), newer: bool = True) -> str:
-    """`command` in the words of the game at hand: `move X to Y`, or `put X in/on Y` in older ones.
+    """Translates `command` to the grammar of the current game: `move X to Y`, or `put X in/on Y` in older games.
 
     Args:
         command: a command of the newer grammar.
-        admissible: admissible commands, which settle it if one of the two is among them.
-        newer: what to say when they do not.
+        admissible: admissible commands. If they contain one of the two forms, that form is used.
+        newer: whether to use the newer form otherwise.
     """
     if not command.startswith("move "):
         return command

@@ -1,8 +1,9 @@
 """Facts with indexes, and searches over them.
 
-A search is a chain of steps: match an atom against an index, check a bound one, compare, test a nested condition, or
-run through a type. A chain is data (made once per domain, by `logic`); `link` turns it into nested closures over one
-player's facts. Bindings live in a flat list, one slot per variable or constant.
+A search is a chain of steps. A step matches an atom against an index, checks a bound atom, compares two bindings, tests
+a nested condition, or iterates over the objects of a type. A chain is data; `logic` makes it once per domain. `link`
+turns a chain into nested closures over one player's facts. Bindings are stored in a flat list, with one slot per
+variable or constant.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,15 +14,15 @@ from aem_jax.envs.alfworld.pddl import ROOT_TYPE
 
 Args = tuple[str, ...]
 Run = Callable[[list[str]], bool]
-"""Runs the rest of a chain on the bindings; True stops the search."""
+"""Function that runs the rest of a chain on the bindings; it returns True to stop the search."""
 Extensions = Mapping[str, frozenset[str]]
-"""Type -> objects of it, subtypes included."""
+"""Type -> its objects, subtypes included."""
 
 
 class Facts:
-    """Sets of argument tuples by predicate, with indexes by bound positions that are built when first asked for.
+    """Sets of argument tuples by predicate, with indexes by bound positions that are built on first use.
 
-    Predicates outside `fluents` are looked up in `base`, which is shared by all players of a game and never written.
+    Predicates that no action changes are looked up in `base`. All players of a game share `base` and never write to it.
     """
 
     def __init__(self, rows: Mapping[str, Iterable[Args]], base: "Facts | None" = None):
@@ -30,13 +31,13 @@ class Facts:
         self._base = base
 
     def rows(self, predicate: str) -> set[Args]:
-        """All facts of a predicate (a live set)."""
+        """Returns all facts of a predicate (a live set)."""
         if self._base is not None and predicate not in self._rows:
             return self._base.rows(predicate)
         return self._rows.setdefault(predicate, set())
 
     def index(self, predicate: str, positions: tuple[int, ...]) -> dict:
-        """Facts by their arguments at `positions`: a name for one position, else a tuple of names (live)."""
+        """Returns the live index of facts by their arguments at `positions`: a name for one position, else a tuple."""
         if self._base is not None and predicate not in self._rows:
             return self._base.index(predicate, positions)
         indexes = self._indexes.setdefault(predicate, {})
@@ -76,13 +77,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Match:
-    """Binds the free arguments of an atom to those of every fact that agrees with the bound ones."""
+    """Binds the free arguments of an atom to those of every fact that matches the bound arguments."""
 
     predicate: str
     bound: tuple[tuple[int, int], ...]
-    """(position, slot) pairs that are known."""
+    """(position, slot) pairs of bound arguments."""
     free: tuple[tuple[int, int, str], ...]
-    """(position, slot, type) triples to bind."""
+    """(position, slot, type) triples of arguments to bind."""
 
     def link(self, facts: Facts, types: Extensions, then: Run) -> Run:
         free = [(at, slot, None if kind == ROOT_TYPE else types.get(kind, frozenset())) for at, slot, kind in self.free]
@@ -111,7 +112,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Check:
-    """Goes on if a fully bound atom is (not) a fact."""
+    """Continues if a fully bound atom is a fact (or, unless `wanted`, is not)."""
 
     predicate: str
     slots: tuple[int, ...]
@@ -127,7 +128,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Compare:
-    """Goes on if two bindings are (not) the same object."""
+    """Continues if two bindings are the same object (or, unless `wanted`, are not)."""
 
     slots: tuple[int, int]
     wanted: bool
@@ -139,7 +140,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Test:
-    """Goes on if one (or, unless `wanted`, none) of the alternatives has a solution."""
+    """Continues if one (or, unless `wanted`, none) of the alternatives has a solution."""
 
     alternatives: tuple[tuple["Step", ...], ...]
     wanted: bool
@@ -176,7 +177,7 @@ Step = Match | Check | Compare | Test | Each
 
 
 def link(steps: Iterable[Step], facts: Facts, types: Extensions, then: Run) -> Run:
-    """Closes a chain of steps over one set of facts; `then` is called at every solution."""
+    """Builds closures for a chain of steps over one set of facts. They call `then` at every solution."""
     for step in reversed(tuple(steps)):
         then = step.link(facts, types, then)
     return then

@@ -1,4 +1,4 @@
-"""Writes games of our own as files in ALFWorld's layout, each with a walkthrough that was played: `--out DIR`."""
+"""Writes generated games as files in ALFWorld's layout, each with a verified walkthrough: `--out DIR`."""
 
 import json
 import sys
@@ -22,29 +22,29 @@ class GenerateConfig:
     """Write household games that any ALFWorld player can play."""
 
     out: Path
-    """Folder to write to; afterwards `ALFWORLD_DATA=<out>` makes it the task source."""
+    """Output folder. Set `ALFWORLD_DATA=<out>` to use it as the source of tasks."""
 
     train: int = 60
-    """Games of the training split."""
+    """Number of games of the training split."""
 
     valid_seen: int = 12
-    """Games on the training floor plans, none of them a training game."""
+    """Number of games on the training floor plans. None of them is a training game."""
 
     valid_unseen: int = 12
-    """Games on floor plans that training never sees."""
+    """Number of games on floor plans that are not in the training split."""
 
     seed: int = 0
     """Other seeds give other games."""
 
     games: GeneratorConfig = field(default_factory=GeneratorConfig)
-    """What the games look like."""
+    """Settings of the game generator."""
 
 
 def walkthrough(game: HouseholdGame) -> list[str]:
-    """Commands that solve the game, found by playing it with the oracle.
+    """Returns commands that solve the game. The oracle plays the game to find them.
 
     Raises:
-        ValueError: the oracle does not solve it.
+        ValueError: the oracle does not solve the game.
     """
     player = start(Game(domain_text(), problem_text(game), grammar_text(game), task_type=game.task_type))
     oracle = Oracle(player.observation)
@@ -58,7 +58,7 @@ def walkthrough(game: HouseholdGame) -> list[str]:
 
 
 def write_games(config: GenerateConfig) -> dict[str, int]:
-    """Writes all games of `config` and returns how many went to each split."""
+    """Writes all games of `config` and returns the number of games per split."""
     counts: Counter[str] = Counter()
     sizes = {"train": config.train, "valid_seen": config.valid_seen, "valid_unseen": config.valid_unseen}
     for split, size in sizes.items():
@@ -70,7 +70,7 @@ def write_games(config: GenerateConfig) -> dict[str, int]:
 
 
 def main() -> int:
-    """The command line."""
+    """Runs the command line."""
     config = tyro.cli(GenerateConfig, prog="python -m aem_jax.envs.alfworld.generate", description=__doc__)
     try:
         counts = write_games(config)

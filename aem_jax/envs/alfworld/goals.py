@@ -1,4 +1,4 @@
-"""What a task sentence asks for, and the common sense that a search begins with."""
+"""Goals that are parsed from task sentences, and the order in which a search visits receptacles."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -26,14 +26,14 @@ _CLOSED = frozenset(name.lower() for name in OPENABLE)
 
 @dataclass(frozen=True)
 class Goal:
-    """What a task asks for.
+    """The goal of a task.
 
     Attributes:
         task_type: one of the six task types.
-        target: class of the objects asked for, in lower case.
-        place: receptacle class where they have to end, or the lamp's class for the light task.
+        target: class of the target objects, in lower case.
+        place: class of the receptacle that the targets must end in; for the light task, class of the lamp.
         treatment: "clean", "heat", "cool" or "".
-        station: receptacle class that gives the treatment, or "".
+        station: class of the receptacle that gives the treatment, or "".
     """
 
     task_type: str
@@ -44,20 +44,20 @@ class Goal:
 
     @property
     def light(self) -> bool:
-        """Whether the target has to be looked at under a lamp."""
+        """Whether the task is to look at the target under a lamp."""
         return self.task_type == "look_at_obj_in_light"
 
     @property
     def count(self) -> int:
-        """How many targets have to end at the place."""
+        """Number of targets that must end at the place."""
         return 2 if self.task_type == "pick_two_obj_and_place" else 1
 
 
 def parse_goal(text: str) -> Goal:
-    """Reads the task out of a game's first observation.
+    """Parses the goal from a game's first observation.
 
     Raises:
-        ValueError: no task sentence of the six types in it.
+        ValueError: the text contains no task sentence of the six types.
     """
     found = re.search(r"Your task is to: (.+?)\.?\s*$", text, re.MULTILINE)
     sentence = found[1] if found else text.strip()
@@ -84,16 +84,16 @@ def number_of(name: str) -> int:
 def search_order(
     wanted: str, receptacles: Iterable[str], *, unlikely: str = "", taste: Mapping[str, float] | None = None
 ) -> list[str]:
-    """Receptacles in the order in which a sensible person looks for `wanted`.
+    """Sorts receptacles in the order in which a sensible person looks for `wanted`.
 
-    Places that usually hold such things come first, among them those that stand open, then by class and number. Of an
-    unknown class everything is likely.
+    Places that usually contain such objects come first. Among them, receptacles that cannot be closed come first. Class
+    and number decide ties. For an unknown class of objects, every place is equally likely.
 
     Args:
         wanted: object class in lower case.
         receptacles: names such as `cabinet 12`.
-        unlikely: a receptacle class to leave for last: what has to be brought to the sofa is hardly on the sofa.
-        taste: receptacle class -> rank among equally good ones; the alphabet if not given.
+        unlikely: a receptacle class to visit late: an object to bring to the sofa is probably not on the sofa.
+        taste: receptacle class -> rank among equally good classes; alphabetical order if not given.
     """
     likely = _PLACES.get(wanted)
 

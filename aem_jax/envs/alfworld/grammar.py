@@ -1,13 +1,13 @@
-"""TextWorld's TWL2 grammar: command templates and feedback, as written inside a game file.
+"""TextWorld's TWL2 grammar: the command templates and the feedback inside a game file.
 
 A document is a sequence of blocks `grammar :: (JSON in triple quotes);` and of
 `action name { template :: "…"; feedback :: "…"; grammar :: … }`. The JSON maps a symbol to rules
 `{"condition": query, "rhs": text}`; the first rule whose condition has a match is used.
-In a text: `#symbol#` derives a symbol, `{expression}` evaluates one over entities, `{x | query}` repeats x for every
-match of the query, and `[{x | query}]` joins the repetitions by the grammar's own list symbols.
+In a text, `#symbol#` derives a symbol and `{expression}` evaluates an expression over entities. `{x | query}` repeats x
+for every match of the query. `[{x | query}]` joins the repetitions with the grammar's own list symbols.
 
-As in the stock engine, and visible in its output: white space that opens a text is dropped, a text ends silently where
-it stops making sense, and a later definition of a symbol replaces an earlier one.
+Three rules follow the stock engine, because they show in its output. Leading white space of a text is dropped. A text
+ends silently at the first place that cannot be parsed. A later definition of a symbol replaces an earlier one.
 """
 
 import ast
@@ -22,14 +22,14 @@ from aem_jax.envs.alfworld.query import Entity, Placeholder, Query, World, parse
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A world and the variables bound so far."""
+    """A world and the variables that are bound so far."""
 
     grammar: "Grammar"
     world: World
     bindings: Mapping[Placeholder, str]
 
     def entity(self, name: str) -> Entity:
-        """The object that a variable stands for; the latest binding of a name counts."""
+        """Returns the object that a variable is bound to. The latest binding of a name counts."""
         found = None
         for (variable, _), value in self.bindings.items():
             if variable == name:
@@ -39,7 +39,7 @@ class Context:
         return self.world.entities[found]
 
     def matches(self, query: Query) -> Iterator["Context"]:
-        """Contexts for every match of the query, in the order of the facts' names."""
+        """Yields a context for every match of the query, in the order of the facts."""
         for bindings in solve(query, self.world, self.bindings):
             yield Context(self.grammar, self.world, bindings)
 
@@ -49,7 +49,7 @@ Emit = Callable[[Context], str]
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to write a symbol, if `condition` has a match (an empty one always does)."""
+    """A rule of a symbol. It applies if `condition` has a match; an empty condition always has."""
 
     condition: Query
     parts: tuple[Emit, ...]
@@ -57,7 +57,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Template:
-    """How an action is asked for and answered, both as texts of the grammar."""
+    """Command and feedback of an action, both as texts of the grammar."""
 
     command: str
     feedback: str
@@ -65,22 +65,22 @@ class Template:
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """A parsed document: rules by symbol, templates by (lowercase) action name."""
+    """A parsed document: rules by symbol, templates by action name in lower case."""
 
     rules: Mapping[str, tuple[Rule, ...]]
     actions: Mapping[str, Template]
 
     def derive(self, text: str, world: World, bindings: Mapping[Placeholder, str]) -> str:
-        """Writes a text out.
+        """Expands a text.
 
         Raises:
-            ValueError: an unknown symbol or variable, or a symbol none of whose conditions match.
+            ValueError: a symbol or a variable is unknown, or no rule of a symbol applies.
         """
         context = Context(self, world, bindings)
         return "".join([emit(context) for emit in parse_text(text)])
 
     def derive_symbol(self, symbol: str, context: Context) -> str:
-        """Writes a symbol out by its first rule that applies."""
+        """Expands a symbol with its first rule that applies."""
         if symbol not in self.rules:
             raise ValueError(f"expected a symbol that the grammar defines, got '#{symbol}#'; add a rule for it")
         for rule in self.rules[symbol]:
@@ -95,10 +95,10 @@ _TOKEN = re.compile(
 
 
 def parse_grammar(document: str) -> Grammar:
-    """Reads a TWL2 document.
+    """Parses a TWL2 document.
 
     Raises:
-        ValueError: malformed text, broken JSON in a block, or an unknown field, named.
+        ValueError: the text is malformed, a block is not JSON, or a field is unknown; the message names it.
     """
     tokens, position = [], 0
     while position < len(document):
@@ -144,7 +144,7 @@ def _value(stream: Iterator[tuple[str, str]], group: str) -> str:
 
 @lru_cache(maxsize=512)
 def _block(text: str) -> dict[str, tuple[Rule, ...]]:
-    """The rules of one block. Cached: games of a release differ in one block, the one that states the task."""
+    """Parses the rules of one block. Cached, because games of a release differ only in the block of the task."""
     lines = [line for line in text.split("\n") if not line.lstrip().startswith("#")]
     try:
         symbols = json.loads("\n".join(lines))
@@ -170,7 +170,7 @@ _TEXT = re.compile(
 
 @lru_cache(maxsize=8192)
 def parse_text(text: str) -> tuple[Emit, ...]:
-    """Compiles a text to the pieces that write it."""
+    """Compiles a text to a tuple of functions, each of which writes one piece of it."""
     pieces, position = [], _opening(text)
     while found := _TEXT.match(text, position):
         position = found.end()
@@ -185,7 +185,7 @@ def parse_text(text: str) -> tuple[Emit, ...]:
 
 
 def _opening(text: str) -> int:
-    """Where a text begins, after white space and `//` comments."""
+    """Returns the position where a text begins, after white space and `//` comments."""
     found = re.match(r"(?:\s+|//[^\n]*)*", text)
     return found.end() if found else 0
 
@@ -222,7 +222,7 @@ def parse_expression(source: str) -> Callable[[Context], object]:
     """Compiles an expression over entities: names, attributes, strings, `+`, `and`, `or`, `not`, `… if … else …`.
 
     Raises:
-        ValueError: anything else; expressions come from data files and run no code of their own.
+        ValueError: the expression contains anything else. Expressions come from data files and must not run code.
     """
     try:
         return _evaluator(ast.parse(source.strip(), mode="eval").body)
@@ -254,7 +254,7 @@ def _evaluator(node: ast.expr) -> Callable[[Context], object]:
 
 
 def _first(parts: list[Callable[[Context], object]], stop: bool, context: Context) -> object:
-    """Python's `or` (stop at the first true value) and `and` (at the first false one)."""
+    """Evaluates Python's `or` (stops at the first true value) or `and` (stops at the first false value)."""
     value = None
     for part in parts:
         value = part(context)
@@ -265,7 +265,7 @@ def _first(parts: list[Callable[[Context], object]], stop: bool, context: Contex
 
 @lru_cache(maxsize=1024)
 def text_reads(text: str) -> tuple[frozenset[str], frozenset[str]] | None:
-    """What a text depends on: (names of variables, predicates); None if it derives symbols and so may read anything."""
+    """Returns the variables and predicates that a text reads; None if it derives symbols and so may read anything."""
     names, predicates, position = set(), set(), _opening(text)
     while found := _TEXT.match(text, position):
         position = found.end()

@@ -1,4 +1,4 @@
-"""What is known of a room, and its two sources: the text that an agent has been shown, and the engine's facts."""
+"""An agent's knowledge of a room, and its two sources: the text of the game, and the engine's facts."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,17 +9,17 @@ from aem_jax.envs.alfworld.goals import Goal, class_of, number_of
 
 @dataclass
 class Knowledge:
-    """What is known of a room.
+    """Knowledge of a room.
 
     Attributes:
         receptacles: all receptacle names.
-        contents: receptacle -> objects known to be in or on it; receptacles never looked into are missing.
+        contents: receptacle -> objects known to be in or on it; receptacles whose content is unknown are missing.
         closed: receptacles known to be closed.
         here: the receptacle that the agent stands at, if any.
         held: the object in the agent's hand, if any.
-        treated: objects that have had the goal's treatment.
-        refused: commands that changed nothing.
-        taste: receptacle class -> rank among equally good places to look.
+        treated: objects that have received the goal's treatment.
+        refused: commands that had no effect.
+        taste: receptacle class -> rank among equally good places to search.
     """
 
     receptacles: list[str] = field(default_factory=list)
@@ -32,17 +32,17 @@ class Knowledge:
     taste: dict[str, float] = field(default_factory=dict)
 
     def places_of(self, wanted: str) -> list[tuple[str, str]]:
-        """(object, receptacle) of every known object of a class."""
+        """Returns (object, receptacle) of every known object of a class."""
         return [(o, r) for r, objects in self.contents.items() for o in objects if class_of(o) == wanted]
 
 
 def names_in(text: str) -> list[str]:
-    """Instances that a text lists: `a mug 1, and a cup 2` -> [`mug 1`, `cup 2`]."""
+    """Extracts the objects that a text lists: `a mug 1, and a cup 2` -> [`mug 1`, `cup 2`]."""
     return re.findall(r"\ba (\w+ \d+)", text)
 
 
 def read_answer(observation: str, command: str, goal: Goal, known: Knowledge) -> None:
-    """Adds what an observation says to what is known. Both grammars use the same sentences here."""
+    """Updates the knowledge from an observation. Both grammars use the same sentences here."""
     if arrived := re.match(r"You arrive at (.+?)\.", observation):  # older games name the place `loc 12`
         known.here = command.removeprefix("go to ") if command.startswith("go to ") else arrived[1]
     for place in re.findall(r"The (\w+ \d+) is closed\.", observation):
@@ -64,12 +64,12 @@ def read_answer(observation: str, command: str, goal: Goal, known: Knowledge) ->
     if treated := re.match(r"You (clean|heat|cool) the (.+?) using the (.+?)\.", observation):
         if treated[1] == goal.treatment:
             known.treated.add(treated[2])
-        elif {treated[1], goal.treatment} == {"heat", "cool"}:  # the one undoes the other
+        elif {treated[1], goal.treatment} == {"heat", "cool"}:  # each undoes the other
             known.treated.discard(treated[2])
 
 
 def known_from_facts(goal: Goal, facts: Iterable[tuple[str, Sequence[str]]]) -> Knowledge:
-    """All there is to know, from (predicate, names of its arguments) pairs in lower case."""
+    """Builds complete knowledge of a room from pairs (predicate, names of its arguments) in lower case."""
     known = Knowledge()
     openable, opened, agent_at = set(), set(), ""
     standing: dict[str, str] = {}

@@ -1,8 +1,9 @@
-"""Conditions planned as chains of search steps.
+"""Conditions compiled to chains of search steps.
 
-A condition becomes alternatives (it is split at an `or` only where the `or` must bind variables), and each alternative
-a chain. The order of a chain is greedy: fewest expected rows first, from which predicates hold only a handful of facts
-at the start. The order changes speed, never results.
+A condition is split into alternatives, and each alternative becomes a chain. The split happens at an `or` only if the
+`or` must bind variables. The order of a chain is greedy: the step with the fewest expected rows comes first. The
+estimate depends on which predicates have only a handful of facts at the start. The order changes the speed, never the
+results.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,11 +15,11 @@ from aem_jax.envs.alfworld.pddl import And, Atom, Exists, Forall, Formula, Not, 
 
 @dataclass(eq=False)
 class Slots:
-    """Where variables and constants live in the list of bindings, and every variable's type."""
+    """Positions of variables and constants in the list of bindings, and the type of every variable."""
 
     names: dict[str, int] = field(default_factory=dict)
     blank: list[str] = field(default_factory=list)
-    """Bindings before any variable is bound: constants in their places."""
+    """Bindings before any variable is bound. Only the slots of constants are filled."""
     kinds: dict[int, str] = field(default_factory=dict)
     constants: dict[str, int] = field(default_factory=dict)
 
@@ -36,7 +37,7 @@ class Slots:
         return len(self.blank) - 1
 
     def inside(self, variables: Variables) -> "Slots":
-        """The scope of a quantifier: its variables hide outer ones of the same name; the list is shared."""
+        """Returns the scope of a quantifier. Its variables hide outer ones of the same name. The list is shared."""
         scope = Slots(dict(self.names), self.blank, self.kinds, self.constants)
         for name, kind in variables:
             scope.names[name] = self._new("")
@@ -48,7 +49,7 @@ Part = tuple[Formula, Slots]
 
 
 def negate(formula: Formula) -> Formula:
-    """The negation, pushed down to the atoms."""
+    """Returns the negation, pushed down to the atoms."""
     match formula:
         case Atom():
             return Not(formula)
@@ -65,7 +66,7 @@ def negate(formula: Formula) -> Formula:
 
 
 def alternatives(formula: Formula, slots: Slots, bound: frozenset[int]) -> list[list[Part]]:
-    """Conjunctions whose union is the formula; none keeps an `or` that would have to bind a variable."""
+    """Returns conjunctions whose union is the formula. None of them contains an `or` that must bind a variable."""
     done, todo = [], [[(formula, slots)]]
     while todo:
         parts = _flatten(todo.pop(0))
@@ -87,8 +88,8 @@ def chain(
     Args:
         parts: a conjunction from `alternatives`.
         kinds: the type of every variable's slot.
-        wanted: slots that the chain must bind, mentioned in `parts` or not.
-        bound: slots already bound (constants aside).
+        wanted: slots that the chain must bind, even if they are not in `parts`.
+        bound: slots of variables that are already bound.
         small: predicates with only a handful of facts.
     """
     steps, bound, rest = [], set(bound), list(parts)
@@ -110,7 +111,7 @@ def chain(
 
 
 def solver(formula: Formula, slots: Slots, bound: Iterable[int], wanted: Iterable[int], small: frozenset[str]):
-    """All alternatives of a formula as chains that bind `wanted`: a tuple of step tuples."""
+    """Compiles all alternatives of a formula to chains that bind `wanted`. Returns a tuple of step tuples."""
     known = frozenset(bound)
     return tuple(chain(parts, slots.kinds, wanted, known, small) for parts in alternatives(formula, slots, known))
 
@@ -120,7 +121,7 @@ def _binds(formula: Formula) -> bool:
 
 
 def _flatten(parts: list[Part]) -> list[Part]:
-    """Opens conjunctions and existential quantifiers (their variables become slots of the chain)."""
+    """Flattens conjunctions and existential quantifiers, whose variables become slots of the chain."""
     flat = []
     for part, scope in parts:
         match part:
@@ -136,7 +137,7 @@ def _flatten(parts: list[Part]) -> list[Part]:
 
 
 def _slots_of(formula: Formula, scope: Slots) -> set[int]:
-    """Slots of the free variables."""
+    """Returns the slots of the free variables."""
     match formula:
         case Atom(_, args):
             return {i for i in map(scope.__getitem__, args) if i in scope.kinds}
@@ -150,7 +151,7 @@ def _slots_of(formula: Formula, scope: Slots) -> set[int]:
 
 
 def _expected(atom: Atom, scope: Slots, bound: set[int], small: frozenset[str]) -> float:
-    """A guess at how many facts agree with the bound arguments; -1 for a plain check."""
+    """Estimates the number of facts that match the bound arguments; -1 if all arguments are bound."""
     args = [scope[name] for name in atom.args]
     free = {i for i in args if i in scope.kinds and i not in bound}
     if not free:
@@ -166,7 +167,7 @@ def _match(atom: Atom, scope: Slots, bound: set[int]) -> list[Step]:
     free = {i: (at, i, scope.kinds[i]) for at, i in reversed(list(enumerate(args))) if (at, i) not in known}
     bound.update(free)
     steps: list[Step] = [Match(atom.predicate, known, tuple(free.values()))]
-    if len(free) + len(known) < len(args):  # one variable twice: bound at its first place, compared by the whole atom
+    if len(free) + len(known) < len(args):  # a variable occurs twice: bind it at its first place, then check the atom
         steps.append(Check(atom.predicate, tuple(args), True))
     return steps
 
@@ -188,7 +189,7 @@ def _test(formula: Formula, scope: Slots, bound: frozenset[int], small: frozense
 
 
 def predicates(formula: Formula) -> frozenset[str]:
-    """Names of the predicates that a condition reads."""
+    """Returns the names of the predicates that a condition reads."""
     match formula:
         case Atom(predicate, _) | Not(Atom(predicate, _)):
             return frozenset((predicate,))

@@ -1,10 +1,10 @@
-"""PDDL as ALFWorld's files use it: text to domains and problems, conditions kept as small trees.
+"""Parser for the part of PDDL that ALFWorld's files use. Conditions are stored as small trees.
 
-Names are lowercased and comments dropped, as the planner behind the stock engine does. A type that nobody declares is
-an empty type, not an error: the shipped domain says `(?l - location, ?r - receptacle)`, whose first type is read as
-`location,`, and that is why only held objects can be examined there.
-Left out: derived predicates, numeric conditions and durative actions (a ValueError names them). `increase` is read and
-ignored: costs steer planners, they change no state.
+Names are lowercased and comments are dropped, as in the planner of the stock engine. An undeclared type is an empty
+type, not an error. The shipped domain contains `(?l - location, ?r - receptacle)`. Its first type is parsed as
+`location,`, so only held objects can be examined there.
+Derived predicates, numeric conditions and durative actions are not supported; a ValueError names them. `increase` is
+parsed and ignored, because costs guide planners and do not change the state.
 """
 
 import re
@@ -19,7 +19,7 @@ Variables = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Atom:
-    """`(predicate args…)`; an argument that starts with `?` is a variable, anything else names an object."""
+    """`(predicate args…)`. An argument that starts with `?` is a variable; any other argument names an object."""
 
     predicate: str
     args: tuple[str, ...]
@@ -27,7 +27,7 @@ class Atom:
 
 @dataclass(frozen=True)
 class Not:
-    """Negation; after parsing it stands directly above an atom."""
+    """Negation. After parsing, its operand is always an atom."""
 
     atom: Atom
 
@@ -68,7 +68,7 @@ TRUE = And(())
 
 @dataclass(frozen=True)
 class Effect:
-    """One atom set true (`adds`) or false, for each binding of `variables` that meets `condition` before the action."""
+    """Sets an atom true (`adds`) or false, for each binding of `variables` that meets `condition` before the action."""
 
     variables: Variables
     condition: Formula
@@ -91,10 +91,10 @@ class Domain:
     """A parsed domain.
 
     Attributes:
-        types: type -> parent, in declared order; the root's parent is "".
+        types: type -> parent, in the order of declaration; the root's parent is "".
         constants: object -> type.
-        actions: schemas in the file's order.
-        fluents: predicates that some effect changes.
+        actions: action schemas, in the order of the file.
+        fluents: predicates that at least one effect changes.
     """
 
     types: dict[str, str]
@@ -103,7 +103,7 @@ class Domain:
     fluents: frozenset[str]
 
     def ancestors(self, type_name: str) -> Iterator[str]:
-        """The type itself, then its parents up to the root."""
+        """Yields the type itself, then its ancestors up to the root."""
         while type_name:
             yield type_name
             type_name = self.types.get(type_name, "")
@@ -120,10 +120,10 @@ class Problem:
 
 @lru_cache(maxsize=16)
 def parse_domain(text: str) -> Domain:
-    """Reads a PDDL domain. Cached by text: all games of a data release share one domain.
+    """Parses a PDDL domain. Cached by text, because all games of a data release share one domain.
 
     Raises:
-        ValueError: malformed text or a construct that is not supported, named.
+        ValueError: the text is malformed or uses an unsupported construct; the message names it.
     """
     types, constants, actions = {ROOT_TYPE: ""}, {}, []
     for section in _definition(text, "domain"):
@@ -141,10 +141,10 @@ def parse_domain(text: str) -> Domain:
 
 
 def parse_problem(text: str, domain: Domain) -> Problem:
-    """Reads a PDDL problem of `domain`.
+    """Parses a PDDL problem of `domain`.
 
     Raises:
-        ValueError: malformed text, a missing section, or a construct that is not supported, named.
+        ValueError: the text is malformed, lacks a section, or uses an unsupported construct; the message names it.
     """
     objects, facts, goal = dict(domain.constants), {}, None
     for section in _definition(text, "problem"):
@@ -153,7 +153,7 @@ def parse_problem(text: str, domain: Domain) -> Problem:
             objects |= dict(_typed(section[1:]))
         elif head == ":init":
             for predicate, *args in section[1:]:
-                if predicate == "=":  # function values (distances, costs) are no facts
+                if predicate == "=":  # function values (distances, costs) are not facts
                     continue
                 facts.setdefault(predicate, set()).add(tuple(args))
         elif head == ":goal":
@@ -170,10 +170,10 @@ def parse_problem(text: str, domain: Domain) -> Problem:
 
 
 def formula(tree: list, negated: bool = False) -> Formula:
-    """Builds the condition of a nested list, negations pushed down to the atoms.
+    """Builds a condition from a nested list, with negations pushed down to the atoms.
 
     Raises:
-        ValueError: a tag that is not a condition.
+        ValueError: a tag is not a condition.
     """
     if not tree:
         return TRUE
@@ -243,7 +243,7 @@ def _typed(tokens: list) -> Variables:
 
 
 def _definition(text: str, kind: str) -> list:
-    """The sections of `(define (kind name) …)`."""
+    """Returns the sections of `(define (kind name) …)`."""
     root = current = []
     stack = []
     for token in re.findall(r"[()]|[^\s()?][^\s()?]*|\?[^\s()?]*", re.sub(r";[^\n]*", "", text).lower()):

@@ -1,7 +1,7 @@
-"""The world that texts are about, and the conjunctive queries by which they ask about it.
+"""The world that texts describe, and conjunctive queries over its facts.
 
-As in the stock engine, and visible in its lists: rows come in the order of their types, then of the ids of their
-arguments, and different variables of a query are different objects.
+Two rules follow the stock engine, because they show in its lists. Rows are sorted by the types of their arguments, then
+by the ids of the arguments. Different variables of a query are bound to different objects.
 """
 
 import re
@@ -19,7 +19,7 @@ Query = tuple[tuple[str, tuple[Placeholder, ...]], ...]
 
 @dataclass(frozen=True)
 class Entity:
-    """What an expression can say about an object: `{o.indefinite} {o.name}`."""
+    """An object with the attributes that an expression can read: `{o.indefinite} {o.name}`."""
 
     id: str
     type: str
@@ -38,18 +38,18 @@ class Entity:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What texts are about: the facts of one player and the objects of its game."""
+    """The facts of one player and the objects of its game."""
 
     facts: Facts
     entities: Mapping[str, Entity]
     types: Extensions
     ranks: Mapping[str, tuple[int, int]]
-    """Object -> (depth, place) of its type: rows of a query come by type first, then by the ids of their arguments."""
+    """Object -> (depth, position) of its type. Rows of a query are sorted by type, then by ids of their arguments."""
 
 
 @lru_cache(maxsize=4096)
 def parse_query(text: str) -> Query:
-    """`p(a:t, b:u) & q(a:t)` -> ((p, ((a, t), (b, u))), (q, ((a, t),))); an empty text is an empty query."""
+    """Parses `p(a:t, b:u) & q(a:t)` to ((p, ((a, t), (b, u))), (q, ((a, t),))). An empty text is an empty query."""
     query = []
     for part in text.split("&") if text.strip() else ():
         found = re.fullmatch(r"\s*(!?[\w/]+)\s*\(([^()]*)\)\s*", part)
@@ -61,10 +61,10 @@ def parse_query(text: str) -> Query:
 
 
 def solve(query: Query, world: World, bindings: Mapping[Placeholder, str]) -> Iterator[Mapping[Placeholder, str]]:
-    """All ways to extend `bindings` so that every atom of the query is a fact, in the order of the facts.
+    """Yields every extension of `bindings` for which every atom of the query is a fact, in the order of the facts.
 
     Raises:
-        ValueError: a placeholder of a type that the domain does not have.
+        ValueError: a placeholder has a type that the domain does not declare.
     """
     if not query:
         yield bindings
@@ -103,7 +103,7 @@ def solve(query: Query, world: World, bindings: Mapping[Placeholder, str]) -> It
 
 
 def _ordered(rows, ranks: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
-    """Rows sorted by the types of their arguments (shallow first), then by name."""
+    """Sorts rows by the types of their arguments (shallow types first), then by name."""
     ordered = sorted(rows)
     if len({tuple([ranks[name] for name in args]) for args in ordered}) > 1:
         ordered.sort(key=lambda args: (sum(ranks[name][0] for name in args), [ranks[name][1] for name in args]))

@@ -1,8 +1,8 @@
-"""Action schemas compiled: how their parameters are found, what they change, and when they would change nothing.
+"""Compiled action schemas: the search for their parameters, their effects, and a test for actions without effect.
 
-An applicable action all of whose effects already stand in its own precondition (as going to where one is) is no action,
-as in the planner behind the stock engine. Only the precondition's literals count, not the current facts: cleaning what
-is already clean is an action.
+As in the planner of the stock engine, an applicable action is dropped if its own precondition already contains all its
+effects. An example is to go to the current place. Only the literals of the precondition count, not the current facts:
+to clean a clean object is an action.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from aem_jax.envs.alfworld.query import Placeholder
 Change = tuple[str, Args]
 """A fact: (predicate, arguments)."""
 Idle = tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
-"""For every effect, the ways in which it stands in the precondition: pairs of slots that must hold the same object."""
+"""For every effect, the precondition's literals that may equal it, as pairs of slots that must hold the same object."""
 Apply = Callable[[Args], tuple[list[Change], list[Change]]]
-"""Arguments of an action -> (facts it makes false, facts it makes true), before either is done."""
+"""Arguments of an action -> (facts to make false, facts to make true). The call itself changes no fact."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +27,13 @@ class Schema:
     """A compiled action schema.
 
     Attributes:
-        action: what it was compiled from.
-        parameters: (name without question mark, type), as the grammar's queries call them; their slots come first.
-        blank: bindings before a search: constants in place.
-        chains: for every alternative of the precondition, its steps and when they find nothing to do (None: never).
+        action: the parsed action.
+        parameters: (name without question mark, type), as in the grammar's queries; their slots come first.
+        blank: bindings before a search, with the constants filled in.
+        chains: for every alternative of the precondition, its steps and the test for bindings without effect (None: no
+            binding is skipped).
         reads: predicates of the precondition.
-        effects: (effect, slots of its atom, chains that bind its own variables; none if it is unconditional).
+        effects: (effect, slots of its atom, chains that bind its own variables).
     """
 
     action: Action
@@ -43,7 +44,7 @@ class Schema:
     effects: tuple[tuple[Effect, tuple[int, ...], tuple[tuple[Step, ...], ...]], ...]
 
     def link_effects(self, facts: Facts, types: Extensions) -> Apply:
-        """Closes the effects over one player's facts."""
+        """Builds the closures of the effects over one player's facts."""
         blank, count = self.blank, len(self.parameters)
         linked = []
         removed: list[Change] = []
@@ -65,7 +66,7 @@ class Schema:
 
 
 def unless_idle(idle: Idle | None, then: Run) -> Run:
-    """`then`, but for bindings with which every effect already stands in the precondition."""
+    """Wraps `then` to skip bindings for which the precondition already contains every effect."""
     if idle is None:
         return then
     if len(idle) == 1 and len(idle[0]) == 1 and len(idle[0][0]) == 1:
@@ -76,11 +77,11 @@ def unless_idle(idle: Idle | None, then: Run) -> Run:
 
 @lru_cache(maxsize=64)
 def compile_actions(domain_text: str, small: frozenset[str]) -> tuple[Schema, ...]:
-    """Compiles the actions of a domain, which all games of a data release share.
+    """Compiles the actions of a domain. Cached, because all games of a data release share one domain.
 
     Args:
         domain_text: the PDDL domain.
-        small: predicates with a handful of facts at the start (they lead the search).
+        small: predicates with a handful of facts at the start; the search begins with them.
     """
     return tuple(_compile(action, small) for action in parse_domain(domain_text).actions)
 
@@ -113,7 +114,7 @@ def _idle(effects: tuple[Effect, ...], parts: list[Part], scope: Slots) -> Idle 
             return None
         predicate, slots = _key(effect.atom, scope)
         same = [known for positive, known in stands if positive is effect.adds]
-        same += [] if effect.adds else added  # what an action adds, it does not delete
+        same += [] if effect.adds else added  # an action does not delete a fact that it adds
         pairs = [zip(slots, other, strict=True) for p, other in same if p == predicate]
         ways.append(tuple({tuple(sorted({(min(i, j), max(i, j)) for i, j in pair if i != j})) for pair in pairs}))
     return tuple(sorted(set(ways))) if all(ways) else None

@@ -1,4 +1,4 @@
-"""ALFWorld for runs and servers: tasks, evaluation sets, the demonstrator and the baselines."""
+"""The ALFWorld task suite for runs and servers: tasks, evaluation sets, the demonstrator and the baselines."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite
 
 
 def task_suite(config: AlfworldConfig, options: SuiteOptions) -> TaskSuite:
-    """Generated games, or the official ones in `config.data`."""
+    """Builds the task suite from generated games, or from the official games in `config.data`."""
     official = {"data": config.data or None, "skip_bad": config.skip_bad}
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
@@ -36,7 +36,7 @@ def task_suite(config: AlfworldConfig, options: SuiteOptions) -> TaskSuite:
 
 
 def make(config: AlfworldConfig) -> Callable[[], AlfworldEnv]:
-    """A factory of environments that play generated and official games."""
+    """Returns a factory of environments that play generated and official games."""
     return lambda: AlfworldEnv(config, load_game=load_game)
 
 
@@ -46,7 +46,7 @@ def _searcher(task: Task) -> Act:
 
 
 def _noisy_searcher(noise: float, task: Task) -> Act:
-    """A searcher that in a share `noise` of its turns goes to a random place, and continues from there."""
+    """Makes a searcher that goes to a random place in a fraction `noise` of its turns and continues from there."""
     agent, rng, command = Searcher(seed=None), random.Random(f"careless/{task.id}"), None
 
     def act(result: StepResult) -> str:
@@ -62,7 +62,7 @@ def _noisy_searcher(noise: float, task: Task) -> Act:
 
 
 def _oracle(task: Task) -> Act:
-    """Plays the same game in an engine of its own, because it acts from facts that the environment does not send."""
+    """Makes an oracle. It plays the game in its own engine, because the environment does not send its facts."""
     player = start(load_game(task.payload))
     agent = Oracle(player.observation)
 
@@ -89,7 +89,7 @@ def _inputs(config: AlfworldConfig) -> Mapping[str, Files]:
 
 
 def _from_environ(config: AlfworldConfig) -> AlfworldConfig:
-    """The variable is read here and nowhere else, so that a run's folder records which games it had."""
+    """Reads ALFWORLD_DATA. No other code reads the variable, so the run's folder records the games of the run."""
     return dataclasses.replace(config, data=config.data or os.environ.get("ALFWORLD_DATA", ""))
 
 

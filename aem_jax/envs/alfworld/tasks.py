@@ -1,6 +1,6 @@
-"""ALFWorld's tasks: generated games, made in memory, or the official data; one interface for both.
+"""ALFWorld's tasks: one interface for generated games, which are made in memory, and for the official data.
 
-A task's payload is a small JSON mapping from which any server rebuilds the game:
+The payload of a task is a small JSON mapping. Any server can rebuild the game from it:
 `{"generate": {"seed": 0, "split": "train", "index": 7, …settings…}}` or `{"game": "<path of a game.tw-pddl>"}`.
 """
 
@@ -29,7 +29,7 @@ _GAME_FILE = "game.tw-pddl"
 
 
 class GeneratedTasks(Sequence[Task]):
-    """Tasks of our own: item `i` is game number `indices[i]` of (settings, seed, split). Games are made when loaded.
+    """Tasks of generated games. Item `i` is game number `indices[i]` of (settings, seed, split), generated on load.
 
     Args:
         config: settings of the generator.
@@ -65,19 +65,19 @@ class GeneratedTasks(Sequence[Task]):
 def official_tasks(
     root: str | Path, split: str, task_types: Collection[str] = TASK_TYPES, *, skip_bad: bool = False
 ) -> list[Task]:
-    """The official games of a split, in the order of their paths.
+    """Returns the official games of a split, sorted by path.
 
-    Left out are those that ALFWorld itself leaves out: paths with `movable` or `Sliced` in them, and games that are
-    not known to be solvable.
+    As in ALFWorld itself, two kinds of games are skipped: those with `movable` or `Sliced` in their path, and those
+    that are not known to be solvable.
 
     Args:
-        root: what `$ALFWORLD_DATA` names; the games lie under `json_2.1.1/<split>`.
+        root: the folder that `$ALFWORLD_DATA` names; the games are in `json_2.1.1/<split>`.
         split: `train`, `valid_seen` or `valid_unseen`.
         task_types: task types to keep.
-        skip_bad: whether files that hold no game are left out, with a line in the log that counts them.
+        skip_bad: whether to skip files that contain no game, with a line in the log that counts them.
 
     Raises:
-        ValueError: no such folder, no game in it, or a file that holds none; names the first.
+        ValueError: the folder does not exist or contains no game, or a file contains none; the message names the first.
     """
     if split not in SPLITS:
         raise ValueError(f"expected split to be one of {list(SPLITS)}, got {split!r}")
@@ -110,7 +110,7 @@ def official_tasks(
 
 
 def _game_files(folder: Path) -> Iterator[Path]:
-    """The games under a folder, links that lead nowhere included, which `Path.rglob` leaves out.
+    """Yields the game files below a folder. Broken links are included; `Path.rglob` would skip them.
 
     Raises:
         OSError: a folder cannot be read.
@@ -125,11 +125,11 @@ def _game_files(folder: Path) -> Iterator[Path]:
 
 
 def _type_and_solvable(path: Path) -> tuple[str, bool]:
-    """A game's task type, and whether it is known to be solvable.
+    """Returns a game's task type, and whether the game is known to be solvable.
 
     Raises:
-        FileNotFoundError: there is no `traj_data.json` beside it.
-        ValueError: one of the two files holds something else; names it.
+        FileNotFoundError: the folder of the game has no `traj_data.json`.
+        ValueError: one of the two files has unexpected content; the message names it.
     """
     solvable, facts = read_game(path).get("solvable", False), path.with_name("traj_data.json")
     if not isinstance(solvable, bool):
@@ -148,21 +148,21 @@ def training_tasks(
     data: str | Path | None = None,
     skip_bad: bool = False,
 ) -> Sequence[Task]:
-    """The tasks to train on.
+    """Returns the training tasks.
 
     Args:
-        config: settings of the generator; of official data its task types choose.
-        seed: of generated games.
+        config: settings of the generator. With official data, only its task types are used: they select the games.
+        seed: seed of generated games.
         size: number of generated games.
-        data: folder of official data (`$ALFWORLD_DATA`); without it games are generated.
-        skip_bad: of official data, see `official_tasks`.
+        data: folder of official data (`$ALFWORLD_DATA`); without it, games are generated.
+        skip_bad: for official data, see `official_tasks`.
 
     Returns:
-        The tasks, in an order of which every prefix is a fair sample.
+        The tasks. Every prefix of them is a fair sample.
     """
     if data is not None:
         tasks = official_tasks(data, "train", config.task_types, skip_bad=skip_bad)
-        random.Random("training order").shuffle(tasks)  # they come sorted by task type
+        random.Random("training order").shuffle(tasks)  # they are sorted by task type
         return tasks
     return GeneratedTasks(config, "train", seed, range(size))
 
@@ -176,15 +176,15 @@ def eval_set(
     data: str | Path | None = None,
     skip_bad: bool = False,
 ) -> tuple[Sequence[Task], str]:
-    """A fixed set of different games, and a name that changes when anything in one of them changes.
+    """Returns a fixed set of distinct games, and a name that changes when the content of any of them changes.
 
     Args:
-        config: settings of the generator; of official data its task types choose.
-        split: `valid_seen` (floor plans of training, other games) or `valid_unseen` (floor plans never trained on).
-        size: number of games; of official data at most all there are.
-        seed: of generated games.
-        data: folder of official data (`$ALFWORLD_DATA`); without it games are generated.
-        skip_bad: of official data, see `official_tasks`.
+        config: settings of the generator. With official data, only its task types are used: they select the games.
+        split: `valid_seen` (training floor plans, other games) or `valid_unseen` (floor plans that are not trained on).
+        size: number of games. With official data, the set has at most all games of the split.
+        seed: seed of generated games.
+        data: folder of official data (`$ALFWORLD_DATA`); without it, games are generated.
+        skip_bad: for official data, see `official_tasks`.
 
     Returns:
         The tasks, and `<split>-<size>-<first 6 hex digits of the SHA-256 over the games' contents>`.
@@ -204,7 +204,7 @@ def eval_set(
 
 
 def generated_game(payload: Mapping[str, Any]) -> HouseholdGame:
-    """The game that a `{"generate": …}` payload describes.
+    """Generates the game of a `{"generate": …}` payload.
 
     Raises:
         ValueError: fields are missing, unknown or out of bounds.
@@ -218,7 +218,7 @@ def generated_game(payload: Mapping[str, Any]) -> HouseholdGame:
 
 
 def load_game(payload: Mapping[str, Any]) -> Game:
-    """The game of a task's payload, made in memory or read from its file; the latest games are kept.
+    """Generates the game of a task's payload in memory, or reads it from its file. The latest games are cached.
 
     Raises:
         ValueError: the payload names neither a game file nor a game to generate.
@@ -238,6 +238,6 @@ def _load_game(payload_json: str) -> Game:
 
 
 def _spread(tasks: Sequence[Task], size: int) -> list[Task]:
-    """`size` tasks, evenly over the whole list, which is sorted by task type."""
+    """Selects `size` tasks, evenly spaced over the list, which is sorted by task type."""
     count = min(size, len(tasks))
     return [tasks[i * len(tasks) // count] for i in range(count)]

@@ -1,1 +1,1 @@
-"""Other people's environments, and your own, behind OpenEnv's messages."""
+"""External and user-written environments that speak OpenEnv's messages."""

@@ -1,7 +1,7 @@
-"""Other people's environments, and your own: tasks are reset keywords, and there is no expert.
+"""The task suite of external and user-written environments. Tasks are reset keywords, and there is no expert.
 
-The environments run on servers that are already up (`--env.urls`), on servers that a command starts (`--env.command`),
-or on our own servers around an environment of yours (`--openenv.serve my_env.py:MyEnv`).
+The environments run on servers that already run (`--env.urls`), on servers that a command starts (`--env.command`), or
+on aem_jax's own servers with a user-written environment (`--openenv.serve my_env.py:MyEnv`).
 """
 
 import dataclasses
@@ -22,34 +22,35 @@ from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, 
 from aem_jax.files import parse_json, read_json_lines
 
 SEEDS: Mapping[str, int] = {"valid": 1_000_000_000, "test": 2_000_000_000}
-"""Split -> its first seed; training's are below all of them, and all fit 32 bits."""
+"""Split -> its first seed. Training seeds are below all of them, and all seeds fit 32 bits."""
 
 
 @dataclass(frozen=True)
 class OpenEnvConfig:
-    """Any environment behind OpenEnv's messages: its tasks, and where they come from.
+    """Any environment that speaks OpenEnv's messages, and the source of its tasks.
 
-    It runs on the servers of env.urls, on those that env.command starts, or on ours around serve.
+    The environment runs on the servers of env.urls, on servers that env.command starts, or, with serve, on our own
+    servers.
     """
 
     NAME: ClassVar[str] = "openenv"
 
     serve: str = ""
-    """An environment of your own for our servers, as file.py:attribute or module:attribute."""
+    """User-written environment that our servers run, as file.py:attribute or module:attribute."""
     settings: str = "{}"
-    """Keywords for serve, which is called with them: a JSON mapping."""
+    """Keyword arguments of serve: a JSON mapping."""
     seeds: int = 1000
-    """Tasks to train on: the reset keyword seed from 0 to seeds - 1. Evaluation takes others."""
+    """Number of training tasks. They use the reset keyword seed from 0 to seeds - 1; evaluation uses other seeds."""
     tasks: str = ""
-    """File of tasks to train on, in place of seeds: JSON lines, each a mapping of reset keywords."""
+    """File of training tasks, instead of seeds: JSON lines, each a mapping of reset keywords."""
     evaluation_tasks: str = ""
-    """The same for evaluation, which takes the first evaluation.size of them: one set, named as the one split of
-    evaluation.splits. None of them may be trained on."""
+    """File of evaluation tasks in the same format. Evaluation uses the first evaluation.size of them as one set, under
+    the name of the only split in evaluation.splits. No training task may be among them."""
     reset: str = "{}"
-    """JSON mapping of reset keywords that all tasks have."""
+    """JSON mapping of reset keywords that all tasks share."""
     actions: tuple[str, ...] = ()
-    """Responses of a random agent, where the environment lists no admissible ones: it is a baseline, and a tokenizer is
-    trained on its episodes where there is no model.path."""
+    """Responses of a random agent, for environments that list no admissible ones. The agent is a baseline. Without
+    model.path, the tokenizer is trained on its episodes."""
 
     def __post_init__(self):
         if not 1 <= self.seeds <= 10**9:
@@ -57,10 +58,11 @@ class OpenEnvConfig:
 
 
 def task_suite(config: OpenEnvConfig, options: SuiteOptions) -> TaskSuite:
-    """An environment behind OpenEnv's messages.
+    """Builds the task suite of an environment that speaks OpenEnv's messages.
 
     Raises:
-        ValueError: no setting names the environment, its tasks cannot be read, or evaluation tasks are trained on.
+        ValueError: not exactly one setting names the environment, its tasks cannot be read, or an evaluation task is
+            also a training task.
     """
     sources = {
         "--env.urls": options.pool.urls,
@@ -108,11 +110,11 @@ def task_suite(config: OpenEnvConfig, options: SuiteOptions) -> TaskSuite:
 
 
 class Seeds(Sequence[Task]):
-    """Tasks that differ in the reset keyword `seed`, made when they are looked at.
+    """Tasks that differ in the reset keyword `seed`. They are made on access.
 
     Args:
-        seeds: one for each task.
-        common: the other keywords.
+        seeds: one seed per task.
+        common: the other reset keywords.
     """
 
     def __init__(self, seeds: Sequence[int], common: Mapping[str, Any]):
@@ -128,7 +130,7 @@ class Seeds(Sequence[Task]):
         return Task(f"seed-{seed}", "openenv", {**self._common, "seed": seed})
 
     def of(self, seeds: Sequence[Any]) -> "Seeds":
-        """Those of the tasks whose seed is among `seeds`, which may hold anything."""
+        """Returns the tasks whose seed is in `seeds`. Values in `seeds` that are not integers are ignored."""
         return Seeds([seed for seed in seeds if type(seed) is int and seed in self._seeds], self._common)
 
 
@@ -140,7 +142,7 @@ def _mapping(text: str, name: str) -> dict[str, Any]:
 
 
 def _read(file: str, common: Mapping[str, Any]) -> list[Task]:
-    """The tasks of a file of JSON lines, each with the common keywords where it does not say otherwise."""
+    """Reads tasks from a file of JSON lines. Each task also gets the common keywords that it does not override."""
     tasks = []
     try:
         for line, task in read_json_lines(file):
@@ -155,9 +157,9 @@ def _read(file: str, common: Mapping[str, Any]) -> list[Task]:
 
 
 def _held_out(file: str, common: Mapping[str, Any], training: Sequence[Task]) -> list[Task]:
-    """The tasks of a file, none of which is trained on."""
+    """Reads the evaluation tasks of a file, and verifies that none of them is a training task."""
     tasks = _read(file, common)
-    if isinstance(training, Seeds):  # there may be a billion
+    if isinstance(training, Seeds):  # it may have a billion tasks
         training = training.of([task.payload.get("seed") for task in tasks])
     trained = {_json(task) for task in training}
     both = [task for task in tasks if _json(task) in trained]
@@ -174,7 +176,7 @@ def _json(task: Task) -> str:
 
 
 class _OnePoolSession:
-    """The one session of a pool of its own, as a plain environment.
+    """A plain environment on top of its own pool with a single session.
 
     It uses servers as the run does, so an environment that prints, exits or hangs does so in another process.
     """

@@ -1,21 +1,21 @@
-"""Addresses of environment servers: as people write them, as clients connect to them, as servers print them."""
+"""Addresses of environment servers, in the forms that users write, clients connect to, and servers print."""
 
 import ipaddress
 import re
 from urllib.parse import urlsplit
 
 ALL_ADDRESSES = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Host that means all addresses of a machine -> the one to connect to from the machine itself."""
+"""Host that stands for all addresses of a machine -> host to connect to from the same machine."""
 _SCHEMES = {"http": "ws", "ws": "ws", "https": "wss", "wss": "wss"}
 
 
 def websocket_url(url: str) -> str:
-    """The session endpoint of a server given as `host:port`, `http://…` or `ws://…`, with or without `/ws`.
+    """Returns the session endpoint of a server given as `host:port`, `http://…` or `ws://…`, with or without `/ws`.
 
-    An IPv6 address stands in brackets, `[::1]:8765`. A path, a query and a user are kept.
+    An IPv6 address must be in brackets: `[::1]:8765`. A path, a query and a user are kept.
 
     Raises:
-        ValueError: another scheme, or none of these forms.
+        ValueError: the scheme is unknown, or the address has none of these forms.
     """
     given = url.strip()
     with_scheme = given if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given) else f"ws://{given}"
@@ -38,23 +38,23 @@ def websocket_url(url: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """The address for messages: what stands before an @ may be a password."""
+    """Returns the address without the part before an @, which may contain a password. For messages."""
     return re.sub(r"(^|//)[^/?#]*@", r"\1…@", url)
 
 
 def keeps_secrets(url: str) -> bool:
-    """Whether a token may be sent there: encrypted, or not over a network."""
+    """Whether a token may be sent to this address: the connection is encrypted, or stays on this machine."""
     parts = urlsplit(websocket_url(url))
     if parts.scheme == "wss" or parts.hostname == "localhost":
         return True
     try:
         return ipaddress.ip_address(parts.hostname or "").is_loopback
-    except ValueError:  # a name
+    except ValueError:  # a host name
         return False
 
 
 def connectable(host: str, port: int) -> str:
-    """`host:port` to connect to, on this machine, for a server that listens on `host`."""
+    """Returns the `host:port` for connections from this machine to a server that listens on `host`."""
     host = host.strip("[]")
     host = ALL_ADDRESSES.get(host, host)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

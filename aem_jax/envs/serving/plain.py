@@ -1,7 +1,8 @@
-"""Values of other libraries as plain JSON values: what an environment may put into its answers.
+"""Converts values of other libraries to plain JSON values, for the replies of an environment.
 
-Environments compute with numpy, torch or jax, whose scalars `json` refuses although they are numbers. They count as the
-values that they hold. What has no such value (an object, bytes, a complex number) is an error that names its key.
+Environments compute with numpy, torch or jax. The `json` module refuses the scalars of these libraries, so they are
+converted to Python numbers. A value without a JSON equivalent (an object, bytes, a complex number) is an error that
+names its key.
 """
 
 import datetime
@@ -25,11 +26,11 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 
 class _ForeignError(Exception):
-    """A value without a plain one.
+    """A value has no plain equivalent.
 
     Attributes:
         value: the value.
-        path: keys and indices that lead to it, the innermost first.
+        path: keys and indices of the value, innermost first.
     """
 
     def __init__(self, value: Any):
@@ -37,17 +38,18 @@ class _ForeignError(Exception):
 
 
 def plain(value: Any, name: str) -> Any:
-    """The value as None, booleans, numbers, valid texts, lists, and mappings with text keys.
+    """Converts a value to None, booleans, numbers, valid texts, lists, and mappings with text keys.
 
-    Scalars and arrays (all that has `tolist`), decimals and enums count as the values that they hold; paths, dates and
-    UUIDs are texts, tuples and sets lists. NaN and infinity, for which JSON has no word, are None.
+    Scalars and arrays (any object with `tolist`), decimals and enums become the values that they contain. Paths, dates
+    and UUIDs become texts; tuples and sets become lists. NaN and infinity become None, because JSON cannot express
+    them.
 
     Args:
-        value: anything.
-        name: how it is called, for the error.
+        value: any value.
+        name: name of the value, for the error.
 
     Raises:
-        ValueError: a value in it has no plain one; names it.
+        ValueError: a value in it has no plain equivalent; the message names it.
     """
     try:
         return _plain(value)
@@ -63,19 +65,19 @@ def plain(value: Any, name: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """The value as a float where it is a number that is finite in float32, which rewards are learnt in; else None."""
+    """Returns a number as a float if it is finite in float32, the dtype of rewards; else None."""
     value = _held(value)
     if not isinstance(value, _NUMBERS):
         return None
     try:
         found = float(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer beyond the range of floats
         return None
     return found if abs(found) <= _FLOAT32_MAX else None  # NaN compares as false
 
 
 def flag(value: Any) -> bool | None:
-    """The value as a boolean where it is one, or the number 0 or 1; else None."""
+    """Returns a boolean, or the number 0 or 1, as a boolean; None for any other value."""
     value = _held(value)
     if isinstance(value, bool):
         return value
@@ -83,12 +85,12 @@ def flag(value: Any) -> bool | None:
 
 
 def described(value: Any) -> str:
-    """A value's type and the beginning of its text, in one line."""
+    """Returns a value's type and the beginning of its text, in one line."""
     return f"{type(value).__name__} {' '.join(_SHORT.repr(value).split())}"
 
 
 def _held(value: Any) -> Any:
-    """What a scalar or an array of numpy, torch or jax holds, an enum stands for; all else as it is."""
+    """Returns the Python value of an enum, or of a scalar or array of numpy, torch or jax; other values unchanged."""
     if isinstance(value, Enum):
         return value.value
     return value.tolist() if hasattr(value, "tolist") and not isinstance(value, _NUMBERS) else value
@@ -113,7 +115,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {_key(key): item for key, item in zip(value, _each(value.items()), strict=True)}
     if isinstance(value, Set):
-        return sorted(_each(enumerate(value)), key=repr)  # in an order that does not depend on the process
+        return sorted(_each(enumerate(value)), key=repr)  # the order must not depend on the process
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return list(_each(enumerate(value)))
     if isinstance(value, (datetime.date, datetime.time)):
@@ -134,7 +136,7 @@ def _each(items: Iterable[tuple[Any, Any]]) -> Iterator[Any]:
 
 
 def _key(key: Any) -> str:
-    """A key of a mapping as a text; numbers become those that `json` writes."""
+    """Converts a key of a mapping to a text. Numbers are written as `json` writes them."""
     found = _plain(key)
     if isinstance(found, (dict, list)):
         raise _ForeignError(key)

@@ -1,1 +1,1 @@
-"""WebShop in pure Python: the shop, its search engine and its reward, step for step those of the original."""
+"""WebShop in pure Python: the shop, its search engine and its reward, matching the original step by step."""

@@ -1,7 +1,9 @@
-"""Text to search terms as Lucene's English analyzer makes them: words, possessives, lower case, stop words, stems.
+"""Conversion of text to search terms, as in Lucene's English analyzer.
 
-Words are cut by Unicode's word boundaries (UAX #29), written with the Word_Break properties that `regex` knows. Two of
-the annex's rules are left out, quotes inside Hebrew words and emoji joined to one sign: no product text needs them.
+The steps are: words, possessives, lower case, stop words, stems.
+Words are split at Unicode's word boundaries (UAX #29), expressed with the Word_Break properties of the package `regex`.
+Two rules of the annex are omitted, because no product text needs them: quotes inside Hebrew words, and emoji that are
+joined to one sign.
 """
 
 import regex
@@ -14,7 +16,7 @@ _STOP_WORDS_TEXT = (
 )
 STOP_WORDS = frozenset(_STOP_WORDS_TEXT.split())
 MAX_WORD = 255
-"""Longer words are cut into pieces of this many characters."""
+"""Longer words are split into pieces of this many characters."""
 
 _X = r"[\p{WB=Format}\p{WB=Extend}\p{WB=ZWJ}]*+"
 _LETTER = rf"(?:[\p{{WB=ALetter}}\p{{WB=Hebrew_Letter}}]{_X})"
@@ -36,7 +38,7 @@ _POSSESSIVE = ("'s", "’s", "＇s", "'S", "’S", "＇S")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, as they stand in it.
+    """Splits a text into its words, unchanged.
 
     >>> words("Men's T-Shirt, 2.5 oz (pack of 12)")
     ["Men's", 'T', 'Shirt', '2.5', 'oz', 'pack', 'of', '12']
@@ -48,7 +50,7 @@ def words(text: str) -> list[str]:
 
 
 def terms(text: str) -> list[str]:
-    """The search terms of a text, in order.
+    """Returns the search terms of a text, in order.
 
     >>> terms("The men's running shoes")
     ['men', 'run', 'shoe']

@@ -1,6 +1,6 @@
-"""A shop's products, search index and goals as files that are mapped: one copy for all workers of a host.
+"""A shop's products, search index and goals as memory-mapped files: one copy for all workers of a host.
 
-A folder of them is made once, by the first process that needs it, and named by a hash of what it was made from.
+The first process that needs a catalog creates its folder. The folder's name is a hash of the sources.
 """
 
 import fcntl
@@ -28,17 +28,17 @@ from aem_jax.files import read_json, write_text
 log = logging.getLogger(__name__)
 
 _DECIDES = ("analysis", "catalog", "fields", "goals", "products", "ranking", "stemmer")
-"""Modules beside this one that decide what the files hold: changed ones make new folders."""
+"""Modules of this package that determine the content of the files. A change in one of them gives a new folder."""
 _FACTS = "catalog.json"
-"""File with the catalog's id, and size and hash of every other file; written last."""
+"""File with the catalog's id, and the size and hash of every other file. It is written last."""
 _READ_BYTES = 64 * 2**20
 SEARCH_LIMIT = 50
-"""Most products that a search finds."""
+"""Maximum number of products that a search returns."""
 
 
 @dataclass(frozen=True)
 class ShopData:
-    """What a shop is made of, in the words of WebShop's own files.
+    """The source data of a shop, in the format of WebShop's own files.
 
     Attributes:
         items: `items_shuffle*.json`.
@@ -52,12 +52,12 @@ class ShopData:
 
 
 class Catalog:
-    """A shop to look things up in; what it returns is read from its files and not kept, but for the latest products.
+    """Read access to a shop's files. Only the latest products and searches are cached in memory.
 
     Attributes:
         id: 12 hex digits of a hash over products, prices and goals.
         prices: float64 [D], dollars.
-        goals: all of them, in their order.
+        goals: all goals, in the order of the original's numbers.
     """
 
     def __init__(self, folder: Path):
@@ -72,7 +72,7 @@ class Catalog:
         self.product: Callable[[int], Product] = lru_cache(maxsize=128)(self._read)
         """Number -> product."""
         self.search: Callable[[str], tuple[int, ...]] = lru_cache(maxsize=256)(self._search)
-        """Query -> numbers of at most 50 products, best first."""
+        """Query -> numbers of at most `SEARCH_LIMIT` products, best first."""
         self.where: Callable[[str, str], tuple[int, ...]] = Fields(folder)
         """(field, value) -> numbers of all products with that category, query or attribute, in the shop's order."""
 
@@ -80,10 +80,10 @@ class Catalog:
         return len(self._products)
 
     def find(self, asin: str) -> int:
-        """The number of a product.
+        """Returns the number of a product.
 
         Raises:
-            ValueError: the shop has no such product.
+            ValueError: the shop does not have this product.
         """
         at = int(np.searchsorted(self._asins, asin, sorter=self._by_asin))
         if at == len(self) or self._asins[self._by_asin[at]] != asin:
@@ -93,7 +93,7 @@ class Catalog:
     def _read(self, number: int) -> Product:
         try:
             return product_from_json(json.loads(self._products[number]))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:  # one of the large ones, damaged
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # a damaged large catalog
             raise ValueError(
                 f"expected product {number} in {self._folder}, got {type(error).__name__}: {error}; remove the folder, "
                 "and it is made again"
@@ -104,15 +104,15 @@ class Catalog:
 
 
 def open_catalog(folder: Path, sources: Mapping[str, Any], load: Callable[[], ShopData]) -> Catalog:
-    """The catalog made from `sources`, made first if no process has done so yet; others wait for the one that does.
+    """Opens the catalog for `sources`. The first process builds it, and other processes wait for that one.
 
     Args:
-        folder: where catalogs are kept, each in a folder of its own.
-        sources: what decides the catalog, plain JSON: `goals` (human or synthetic), `seed`, and whatever `load` reads.
-        load: reads or makes the data; called only if the catalog is not there.
+        folder: parent folder of the catalogs.
+        sources: plain JSON that determines the catalog: `goals` (human or synthetic), `seed`, and the inputs of `load`.
+        load: reads or generates the data; called only if the catalog does not exist or is damaged.
 
     Raises:
-        ValueError: the folder cannot be written, or the data is not WebShop's.
+        ValueError: the folder cannot be written, or the data is not in WebShop's format.
     """
     code = hash_of(Path(__file__).with_name(f"{name}.py") for name in _DECIDES)
     key = hashlib.sha256(json.dumps([code, sources], sort_keys=True).encode()).hexdigest()[:16]
@@ -132,9 +132,9 @@ def open_catalog(folder: Path, sources: Mapping[str, Any], load: Callable[[], Sh
 
 
 def _damage(place: Path) -> str | None:
-    """What is wrong with a catalog's files; empty where there are none, None where they are as they were written.
+    """Describes the damage of a catalog's files. Empty: the files do not exist. None: the files are intact.
 
-    Small catalogs are read for this; of those above `_READ_BYTES` the sizes alone are compared.
+    Catalogs up to `_READ_BYTES` are checked by hash. For larger ones, only the file sizes are compared.
     """
     path = place / _FACTS
     if not path.exists():
@@ -161,7 +161,7 @@ def _hash_of_facts(facts: Any) -> str:
 
 
 def hash_of(files: Iterable[Path]) -> str:
-    """SHA-256 over what the files hold, one after the other, as hex digits."""
+    """Returns the SHA-256 over the concatenated content of the files, as hex digits."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -195,7 +195,7 @@ def _make(place: Path, data: ShopData, kind: str, seed: int) -> None:
         files = {path.name: [path.stat().st_size, hash_of([path])] for path in sorted(draft.iterdir())}
         facts = {"id": digest.hexdigest()[:12], "files": files}
         write_text(draft / _FACTS, json.dumps({"facts": facts, "hash": _hash_of_facts(facts)}))
-        shutil.rmtree(place, ignore_errors=True)  # what a process that died here left behind
+        shutil.rmtree(place, ignore_errors=True)  # leftovers of a process that died here
         os.rename(draft, place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -213,7 +213,7 @@ def _write_lines(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], dig
 
 
 class _MappedLines(Sequence[bytes]):
-    """The lines of a file, mapped."""
+    """The lines of a memory-mapped file."""
 
     def __init__(self, folder: Path, name: str):
         path = folder / f"{name}.jsonl"

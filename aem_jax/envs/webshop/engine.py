@@ -1,7 +1,8 @@
-"""A visit to the shop: from a goal over searches and clicks to a purchase, page for page as the original goes.
+"""A visit to the shop: searches and clicks from a goal to a purchase. Every page matches the original.
 
-What looks like a quirk is the original's: its pages are told apart by words in their address, in which search words
-stand too, so a search for `item_page` makes `< Prev` on a result go to the results.
+The engine also reproduces the original's quirks. The original identifies a page by words in its address, and the
+address contains the search words too. After a search for `item_page`, `< Prev` on a result therefore goes to the
+results.
 """
 
 import json
@@ -24,14 +25,14 @@ _SITE = "http://127.0.0.1:3000"
 
 @dataclass(frozen=True)
 class Shop:
-    """What visits share.
+    """Data that visits share.
 
     Attributes:
         catalog: products and search.
         nouns: the tagger of the reward.
-        page_size: products on a page of results.
+        page_size: number of products on a page of results.
         show_attributes: whether items have a page that lists their attributes.
-        repeat_instruction: whether all pages show the instruction, or the search page alone.
+        repeat_instruction: whether all pages show the instruction, or only the search page.
     """
 
     catalog: Catalog
@@ -42,7 +43,7 @@ class Shop:
 
 
 def parse_action(text: str) -> tuple[str, str] | None:
-    """`name[argument]` -> (name, argument in lower case); None for anything else.
+    """Parses `name[argument]` to (name, argument in lower case); None for any other text.
 
     >>> parse_action("search[Red Shoes]")
     ('search', 'red shoes')
@@ -52,18 +53,18 @@ def parse_action(text: str) -> tuple[str, str] | None:
 
 
 class Visit:
-    """One customer in the shop.
+    """One visit of a customer to the shop.
 
     Attributes:
-        goal: what is wanted.
-        page: what is seen now.
-        score: of the purchase, once there is one.
-        acted: whether the last action did something.
+        goal: the customer's goal.
+        page: the current page.
+        score: score of the purchase; None before a purchase.
+        acted: whether the last action was valid.
 
     Args:
-        shop: what visits share.
-        goal: what is wanted.
-        session: name of the visit, which stands in addresses and decides what `search[<r>]` finds.
+        shop: data that visits share.
+        goal: the customer's goal.
+        session: name of the visit. It is part of the addresses, and the seed of `search[<r>]`.
     """
 
     def __init__(self, shop: Shop, goal: Goal, session: str = "0"):
@@ -76,12 +77,12 @@ class Visit:
 
     @property
     def done(self) -> bool:
-        """Whether something was bought."""
+        """Whether the customer has bought a product."""
         return self.score is not None
 
     @property
     def reward(self) -> float:
-        """The purchase's worth, 0 before."""
+        """Reward of the purchase; 0 before a purchase."""
         return self.score.reward if self.score else 0.0
 
     @property
@@ -101,21 +102,21 @@ class Visit:
 
     @property
     def query(self) -> str:
-        """What was searched for last."""
+        """The latest search query."""
         return " ".join(self._keywords)
 
     @property
     def chosen(self) -> Mapping[str, str]:
-        """Options chosen for the item at hand, name -> value."""
+        """Options chosen for the current item, name -> value."""
         return dict(self._options)
 
     @property
     def bought(self) -> str | None:
-        """The asin of the product bought, once there is one."""
+        """The asin of the bought product; None before a purchase."""
         return self._shop.catalog.product(self._item).asin if self.done and self._item is not None else None
 
     def step(self, action: str) -> None:
-        """Does what `search[…]` or `click[…]` says; anything else changes nothing.
+        """Executes `search[…]` or `click[…]`. Any other text changes nothing.
 
         Raises:
             ValueError: the visit is over.
@@ -148,7 +149,7 @@ class Visit:
         self.page = pages.results_page(self._said, url, shown, number, len(self._found))
 
     def _find(self, keywords: list[str]) -> tuple[int, ...]:
-        """Products for search words, of which the first may ask for another kind of search."""
+        """Finds products for search words. The first word may select another kind of search."""
         catalog, rest = self._shop.catalog, " ".join(keywords[1:]).strip()
         match keywords[0]:
             case "<r>":
@@ -179,7 +180,7 @@ class Visit:
             self._open_item(name)
 
     def _open_item(self, name: str) -> None:
-        """The item page after a click on a product, on an option, or on `< Prev` of one of its sub-pages."""
+        """Opens the item page after a click on a product, on an option, or on `< Prev` of a sub-page."""
         catalog = self._shop.catalog
         for kind, text in self.page.pieces:
             if kind is Kind.PRODUCT and text.lower() == name:
@@ -188,7 +189,7 @@ class Visit:
         assert self._item is not None
         product = catalog.product(self._item)
         if (Kind.OPTION, name) in self.page.pieces:
-            # a value that two options have belongs to the last of them
+            # if several options have the same value, the last of them gets it
             option = [each for each, values in product.options.items() if name in values][-1]
             self._options[option] = name
         url = f"{self._item_url('item_page', product.asin)}/{json.dumps(self._options)}"

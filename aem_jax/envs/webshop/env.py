@@ -1,4 +1,4 @@
-"""WebShop as an `Environment`: a response becomes a click or a search, and a purchase a reward."""
+"""WebShop as an `Environment`: a response becomes a click or a search, and a purchase becomes a reward."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from aem_jax.envs.webshop.pages import PAGE_SIZE
 from aem_jax.envs.webshop.shop import ShopConfig
 
 WON = 1.0
-"""The score of a perfect purchase."""
+"""Score of a perfect purchase."""
 
 
 @dataclass(frozen=True)
@@ -25,29 +25,30 @@ class WebshopConfig:
     NAME: ClassVar[str] = "webshop"
 
     mode: Literal["text", "text_rich", "html", "url"] = "text_rich"
-    """How a page is shown: its texts joined by [SEP]; a line each with buttons marked; HTML of our own; its address."""
+    """Format of observations. text: the page's texts joined by [SEP]; text_rich: one text a line, with marked buttons;
+    html: aem_jax's own HTML; url: only the address of the page."""
     repeat_instruction: bool = True
-    """Whether every page repeats the instruction, as WebShop's do, or the search page alone has it: shorter, where an
-    agent keeps what it has read."""
+    """Whether every page repeats the instruction, as in WebShop. If not, only the search page shows it, and prompts are
+    shorter for an agent that keeps its context."""
     page_size: int = PAGE_SIZE
-    """Products on a page of results; WebShop has 10."""
+    """Number of products on a page of results; WebShop has 10."""
     show_attributes: bool = False
     """Whether items have a page that lists their attributes."""
     tagger: str = "auto"
-    """Which words of a title are nouns, for the reward: spacy (WebShop's own, en_core_web_sm), small (a rule of thumb),
-    recorded (of golden recordings); auto: spacy where it is installed, else small."""
+    """Tagger that finds the nouns of a title, for the reward. spacy: WebShop's own (en_core_web_sm); small: simple
+    rules; recorded: the tagger of the golden recordings; auto: spacy if it is installed, else small."""
     max_steps: int = 15
     """Steps after which an episode without a purchase is truncated."""
     reward: Literal["success", "score"] = "success"
-    """What a purchase is worth: reward_won if its score is 1 and else nothing, or reward_won times its score."""
+    """Reward of a purchase. success: reward_won if its score is 1, else 0; score: reward_won times its score."""
     reward_won: float = 10.0
     """Reward of a perfect purchase."""
     reward_invalid: float = -0.1
-    """Reward of a response whose action is missing or cannot be done."""
+    """Reward of a response whose action is missing or not possible."""
     max_invalid: int = 0
     """Invalid actions after which an episode without a purchase is truncated; 0 sets no limit."""
     shop: ShopConfig = ShopConfig()  # noqa: RUF009 (frozen)
-    """What the shop sells, and what its customers want."""
+    """The shop's products, and the goals of its customers."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "page_size"):
@@ -62,7 +63,7 @@ class WebshopConfig:
 
 
 def _html(visit: Visit) -> str:
-    from aem_jax.envs.webshop.html import render_page  # jinja2 takes memory that other modes need not spend
+    from aem_jax.envs.webshop.html import render_page  # jinja2 takes memory that other modes do not need
 
     return render_page(visit)
 
@@ -73,11 +74,11 @@ OBSERVATIONS: Mapping[str, Callable[[Visit], str]] = {
     "html": _html,
     "url": lambda visit: visit.page.url,
 }
-"""Mode -> what an agent reads of a visit."""
+"""Mode -> function that renders a visit as an observation."""
 
 
 def shop_front(config: WebshopConfig, catalog: Catalog) -> Shop:
-    """What the visits of one process share; says which tagger the rewards depend on."""
+    """Returns the data that the visits of one process share. Logs the tagger, because rewards depend on it."""
     name = taggers.resolve(config.tagger)
     logging.getLogger(__name__).info("shop %s: %d products, tagger %s", catalog.id, len(catalog), name)
     nouns, attributes, instruction = taggers.tagger(name), config.show_attributes, config.repeat_instruction
@@ -85,10 +86,10 @@ def shop_front(config: WebshopConfig, catalog: Catalog) -> Shop:
 
 
 def read_task(task: Mapping[str, Any], shop: str) -> Goal:
-    """The goal of a payload `{"goal": {…}, "shop": id}`.
+    """Reads the goal from a payload `{"goal": {…}, "shop": id}`.
 
     Raises:
-        ValueError: there is none, or it belongs to another shop.
+        ValueError: the payload has no goal, or belongs to another shop.
     """
     if not isinstance(task.get("goal"), Mapping):
         raise ValueError(f"expected a payload with 'goal', a mapping, got keys {sorted(task)}")
@@ -100,10 +101,10 @@ def read_task(task: Mapping[str, Any], shop: str) -> Goal:
 
 
 class WebshopEnv:
-    """One visit at a time.
+    """An environment that plays one visit at a time.
 
-    `StepResult.info` holds `won` (a score of 1), `valid_action`, `score` (0 to 1), `admissible` (what can be done:
-    `click[…]`, and `search[…]` on any page), `bought` (an asin or None).
+    `StepResult.info` contains `won` (a score of 1), `valid_action`, `score` (0 to 1), `admissible` (possible actions:
+    `click[…]`, and `search[…]` on any page), and `bought` (an asin or None).
 
     Args:
         shop: shared by the environments of a process, see `shop_front`.
@@ -117,17 +118,17 @@ class WebshopEnv:
         self._steps = self._invalid = 0
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
-        """Starts an episode of a payload; see `read_task`.
+        """Starts an episode from a payload; see `read_task`.
 
         Raises:
-            ValueError: a payload that is none, or of another shop.
+            ValueError: the payload is invalid or belongs to another shop.
         """
         goal = read_task(task, self._shop.catalog.id)
         self._visit, self._steps, self._invalid = Visit(self._shop, goal), 0, 0
         return self._result(self._visit, 0.0, valid=True)
 
     def step(self, action_text: str) -> StepResult:
-        """Answers a response; without an action inside action tags that can be done, the page stays as it is.
+        """Executes the action in a response. Without a possible action in action tags, the page does not change.
 
         Raises:
             ValueError: no episode is running.

@@ -1,8 +1,8 @@
-"""Scripted customers: one that reads what an agent is shown, one that knows the product, one that clicks at random.
+"""Scripted customers: one uses only the observations, one uses the goal, and one acts at random.
 
-The `Shopper` turns the instruction into a query, looks at what was found, opens what fits best, chooses the options
-that the instruction names and buys: a policy can learn from it, for every action follows from words that it has read
-too. The `Oracle` is told the goal itself; its success proves that a goal can be won.
+The `Shopper` turns the instruction into a query, reads the results, opens the products that match best, chooses the
+options that the instruction names, and buys. A policy can learn from it, because the policy reads the same text. The
+`Oracle` receives the goal itself. Its success proves that a goal can be won.
 """
 
 import random
@@ -14,7 +14,7 @@ from aem_jax.envs.webshop.analysis import terms
 from aem_jax.envs.webshop.goals import Goal
 
 CANDIDATES = 3
-"""Products that the shopper opens before it takes the best of them."""
+"""Number of products that the shopper opens before it chooses the best of them."""
 
 _PRICE = re.compile(r",? and price lower than ([\d.]+) dollars")
 _MARKUP = re.compile(r"^\s*\[(?:clicked )?button\] (.*) \[(?:clicked )?button_\]$")
@@ -28,7 +28,7 @@ _FILLERS = frozenset(
 
 @dataclass(frozen=True)
 class Listing:
-    """A product as the results show it."""
+    """A product on a page of results."""
 
     asin: str
     title: str
@@ -37,14 +37,14 @@ class Listing:
 
 @dataclass(frozen=True)
 class Item:
-    """A product as its own page shows it."""
+    """A product on its own page."""
 
     title: str
     options: dict[str, tuple[str, ...]]
 
 
 def read(observation: str) -> list[str]:
-    """The texts on a page, in order, from its `text` or its `text_rich` form."""
+    """Extracts the texts of a page, in order, from its `text` or its `text_rich` form."""
     if " [SEP] " in observation:
         return observation.split(" [SEP] ")
     texts = []
@@ -55,12 +55,12 @@ def read(observation: str) -> list[str]:
 
 
 def clickables(admissible: Sequence[str]) -> list[str]:
-    """What can be clicked, of what can be done."""
+    """Returns the arguments of the `click[…]` actions among the admissible actions."""
     return [action[len("click[") : -1] for action in admissible if action.startswith("click[")]
 
 
 def read_listings(observation: str, admissible: Sequence[str]) -> list[Listing]:
-    """The products on a page of results, in their order."""
+    """Parses the products on a page of results, in order."""
     names, texts = set(clickables(admissible)), read(observation)
     return [
         Listing(text, title, float(price.split()[0].lstrip("$")))
@@ -70,7 +70,7 @@ def read_listings(observation: str, admissible: Sequence[str]) -> list[Listing]:
 
 
 def read_item(observation: str, admissible: Sequence[str]) -> Item:
-    """The title and the options on a product's page."""
+    """Parses the title and the options on a product's page."""
     names, texts = set(clickables(admissible)), read(observation)
     at = next(i for i, text in enumerate(texts) if text.startswith("Price: "))
     options: dict[str, list[str]] = {}
@@ -84,25 +84,25 @@ def read_item(observation: str, admissible: Sequence[str]) -> Item:
 
 
 class Shopper:
-    """Shops from what the pages have shown: `act` says what to do, `did` is told what was done."""
+    """An expert that uses only the observations: `act` returns the next action, `did` records the executed action."""
 
     def __init__(self) -> None:
         self._wish = ""
         self._wanted: frozenset[str] = frozenset()
         self._limit = float("inf")
-        self._matches: dict[str, float] = {}  # asin -> how much of what is wanted it has
-        self._settled = False  # whether all candidates were opened
+        self._matches: dict[str, float] = {}  # asin -> fraction of the wanted terms that it matches
+        self._settled = False  # whether all candidates have been opened
         self._asin = ""
         self._chosen: dict[str, str] = {}
         self._listings: Sequence[Listing] = ()
         self._options: Mapping[str, Sequence[str]] = {}
 
     def act(self, observation: str, admissible: Sequence[str]) -> str:
-        """What to do next, as `search[…]` or `click[…]`.
+        """Returns the next action, as `search[…]` or `click[…]`.
 
         Args:
-            observation: the page, as `text` or `text_rich`; the first one holds the instruction.
-            admissible: what can be done on it.
+            observation: the page, as `text` or `text_rich`. The first one must contain the instruction.
+            admissible: the possible actions on the page.
         """
         names = clickables(admissible)
         self._listings, self._options = (), {}
@@ -113,10 +113,10 @@ class Shopper:
         self._listings = read_listings(observation, admissible)
         if self._listings:
             return self._at_results()
-        return "click[< prev]" if "< prev" in names else "click[back to search]"  # lost, or nothing was found
+        return "click[< prev]" if "< prev" in names else "click[back to search]"  # an unexpected page, or no result
 
     def did(self, action: str) -> None:
-        """What was done on the page that `act` saw last, by its advice or not."""
+        """Records the action on the latest page of `act`. It may differ from the action that `act` returned."""
         name = action.partition("[")[2][:-1]
         opened = [listing.asin for listing in self._listings if listing.asin.lower() == name]
         if opened:
@@ -152,17 +152,17 @@ class Shopper:
         return f"click[{missing[0] if missing else 'buy now'}]"
 
     def _share(self, text: str) -> float:
-        """How much of what is wanted a text speaks of."""
+        """Returns the fraction of the wanted terms that a text contains."""
         return len(self._wanted & set(terms(text))) / max(len(self._wanted), 1)
 
     def _named(self, values: Sequence[str]) -> str | None:
-        """The value that the instruction names, the longest of several."""
+        """Returns the value that the instruction names; the longest one if it names several, None if it names none."""
         named = [value for value in values if re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", self._wish)]
         return max(named, key=len, default=None)
 
 
 class Oracle:
-    """Buys the very product that a goal was written for.
+    """An expert that buys the product that a goal was written for.
 
     Args:
         goal: the goal.
@@ -174,7 +174,7 @@ class Oracle:
         self._options = list(options)
 
     def act(self, admissible: Sequence[str]) -> str:
-        """The next action."""
+        """Returns the next action."""
         names = clickables(admissible)
         if "search" in names:
             return f"search[{self._goal.title}]"
@@ -188,7 +188,7 @@ class Oracle:
 
 
 def random_agent(observation: str, admissible: Sequence[str], rng: random.Random) -> str:
-    """Anything that can be done, all equally likely; it searches for two words that it sees."""
+    """Draws a possible action uniformly. A search uses two random words of the page."""
     choice = rng.choice(list(admissible))
     words = [word for text in read(observation) for word in text.split()]
     return choice if choice.startswith("click[") else f"search[{' '.join(rng.choices(words, k=2))}]"

@@ -1,4 +1,4 @@
-"""Which products have a category, a query or an attribute: looked up in mapped files, not by reading every product."""
+"""Memory-mapped index from categories, queries and attributes to products, which avoids reading every product."""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ FIELDS = ("category", "query", "attributes")
 
 
 def save_fields(folder: Path, products: Iterable[Product]) -> None:
-    """Writes the index of a shop's products, given in the shop's order."""
+    """Writes the index of a shop's products, which must be in the shop's order."""
     found: dict[int, list[int]] = {}
     for number, product in enumerate(products):
         for field in FIELDS:
@@ -26,7 +26,7 @@ def save_fields(folder: Path, products: Iterable[Product]) -> None:
 
 
 class Fields:
-    """What `save_fields` wrote, mapped."""
+    """The memory-mapped index that `save_fields` wrote."""
 
     def __init__(self, folder: Path):
         self._keys, self._ends, self._numbers = (
@@ -35,7 +35,7 @@ class Fields:
         )
 
     def __call__(self, field: str, value: str) -> tuple[int, ...]:
-        """Numbers of all products with that value of one of `FIELDS`, in the shop's order."""
+        """Returns the numbers of all products with a value in one of `FIELDS`, in the shop's order."""
         key = np.uint64(_key(field, value))
         at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key:
@@ -44,5 +44,5 @@ class Fields:
 
 
 def _key(field: str, value: str) -> int:
-    """64 bits of a hash: in a shop of a million values, two are alike in one of thirty million shops."""
+    """Returns 64 bits of a hash. Of thirty million shops with a million values each, about one has a collision."""
     return int.from_bytes(hashlib.sha256(f"{field}/{value}".encode(errors="surrogatepass")).digest()[:8])

@@ -1,6 +1,7 @@
-"""WebShop's files (`items_shuffle*.json`, `items_ins_v2*.json`, `items_human_ins.json`), read and looked through.
+"""Reads and checks WebShop's files (`items_shuffle*.json`, `items_ins_v2*.json`, `items_human_ins.json`).
 
-What a shop is made from is checked here, where the file and the place in it are known; other fields are left alone.
+The fields that a shop is built from are checked here, so that errors can name the file and the position. Other fields
+are not checked.
 """
 
 from collections.abc import Mapping
@@ -13,16 +14,16 @@ from aem_jax.files import read_json
 
 
 def read_files(items: Path, annotations: Path, instructions: Path, limit: int = 0) -> ShopData:
-    """What the files hold.
+    """Reads the files.
 
     Args:
-        items: list of products.
-        annotations: asin -> {attributes, instruction, instruction_attributes}.
-        instructions: asin -> [{instruction, instruction_attributes, instruction_options}]; need not exist.
-        limit: products to take, from the first; 0 takes all.
+        items: file with a list of products.
+        annotations: file with asin -> {attributes, instruction, instruction_attributes}.
+        instructions: file with asin -> [{instruction, instruction_attributes, instruction_options}]; optional.
+        limit: number of products to use, from the first; 0 uses all.
 
     Raises:
-        ValueError: a file holds something else; names it and the place.
+        ValueError: a file has unexpected content; the message names the file and the position.
     """
     products = _json(items, list)[: limit or None]
     notes = _json(annotations, dict)
@@ -49,7 +50,7 @@ def _json(path: Path, form: type) -> Any:
 
 def _check_item(place: str, item: Any) -> None:
     if not has_id(_field(place, item, "asin", str)):
-        return  # no product: it is left out, whatever else it holds
+        return  # without a valid id, the product is skipped and not checked
     for name in ("name", "category", "query", "product_category"):
         _field(place, item, name, str)
     _field(place, item, "full_description", str, type(None))
@@ -80,7 +81,7 @@ def _check_annotation(place: str, note: Any) -> None:
 
 def _check_instruction(place: str, said: Any) -> None:
     if not _field(place, said, "instruction_attributes", list, type(None)):
-        return  # it asks for nothing: no goal
+        return  # no attributes: it gives no goal
     _field(place, said, "instruction", str)
     for name in ("instruction_attributes", "instruction_options"):
         _texts(f"{place}: {name}", _field(place, said, name, list))

@@ -1,8 +1,9 @@
-"""What a customer wants: WebShop's goals, drawn from annotated products by the original's recipe, but from a seed.
+"""The goals of WebShop's customers, drawn from annotated products with the original's method, but from a seed.
 
-The original draws the price of a product that has a range of prices, and each goal's price limit, from Python's global
-random state before it seeds it, so two runs of one experiment have different goals. Here one seeded stream draws them,
-in the original's order: from 233 it gives the goals that the original gives when it is started with that seed.
+The original draws prices of products with a price range, and the price limits of goals, from Python's global random
+state before it seeds that state. Two runs of one experiment therefore have different goals. Here, one seeded stream
+draws them in the original's order. With seed 233, the goals equal those of the original when it is started with that
+seed.
 """
 
 import itertools
@@ -16,23 +17,23 @@ from aem_jax.envs.webshop.products import Product
 PRICE_LIMITS = tuple(10.0 * i for i in range(1, 100))
 NO_LIMIT = 1_000_000.0
 ORDER_SEED = 233
-"""The original shuffles its goals from this seed, whatever else is random."""
+"""Seed with which the original shuffles its goals, independent of all other randomness."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What to buy.
+    """A customer's goal.
 
     Attributes:
-        asin: the product that it was written for; others may do as well.
+        asin: the product that the goal was written for; other products may satisfy it too.
         category: that product's category.
         query: that product's query.
         title: that product's title.
-        kind: that product's place in the shop's tree.
-        instruction: what the customer says.
-        attributes: what the purchase should have.
+        kind: that product's path in the shop's category tree.
+        instruction: the customer's instruction.
+        attributes: required attributes of the purchase.
         options: option values to choose, or name -> value in synthetic goals.
-        price_limit: dollars that it may cost.
+        price_limit: maximum price in dollars.
     """
 
     asin: str
@@ -51,7 +52,7 @@ class Goal:
 
 
 def goal_from_json(fields: Mapping[str, Any]) -> Goal:
-    """The inverse of `Goal.to_json`.
+    """Makes a goal from a JSON mapping; the inverse of `Goal.to_json`.
 
     Raises:
         ValueError: a field is missing, unknown or of a wrong type.
@@ -69,7 +70,7 @@ def goal_from_json(fields: Mapping[str, Any]) -> Goal:
 
 
 def draw_prices(products: Sequence[Product], rng: random.Random) -> list[float]:
-    """What each product costs when it is bought, in dollars: its price, or one drawn from its range."""
+    """Returns the price of each product at purchase, in dollars: its price, or a draw from its price range."""
     drawn = []
     for product in products:
         first, *more = product.prices
@@ -83,11 +84,11 @@ def human_goals(
     instructions: Mapping[str, Sequence[Mapping[str, Any]]],
     rng: random.Random,
 ) -> list[Goal]:
-    """Goals as people wrote them.
+    """Makes goals from human-written instructions.
 
     Args:
-        products: in the shop's order.
-        prices: of each product.
+        products: products, in the shop's order.
+        prices: price of each product.
         instructions: `items_human_ins.json`, asin -> [{instruction, instruction_attributes, instruction_options}].
         rng: draws price limits.
     """
@@ -108,11 +109,11 @@ def synthetic_goals(
     annotations: Mapping[str, Mapping[str, Any]],
     rng: random.Random,
 ) -> list[Goal]:
-    """Goals by template: for each annotated product every combination of its options.
+    """Makes goals from a template, for each annotated product and every combination of its options.
 
     Args:
-        products: in the shop's order.
-        prices: of each product.
+        products: products, in the shop's order.
+        prices: price of each product.
         annotations: `items_ins_v2*.json`, asin -> {instruction, instruction_attributes, …}.
         rng: draws price limits.
     """
@@ -132,18 +133,18 @@ def synthetic_goals(
 
 
 GOAL_SOURCES: Mapping[str, Callable[..., list[Goal]]] = {"human": human_goals, "synthetic": synthetic_goals}
-"""Name -> how goals are made; `human` reads `items_human_ins.json`, `synthetic` `items_ins_v2*.json`."""
+"""Name -> function that makes goals; `human` reads `items_human_ins.json`, `synthetic` reads `items_ins_v2*.json`."""
 
 
 def in_order(goals: Iterable[Goal]) -> list[Goal]:
-    """The goals in the order in which the original numbers them."""
+    """Sorts goals in the order in which the original numbers them."""
     goals = list(goals)
     random.Random(ORDER_SEED).shuffle(goals)
     return goals
 
 
 def _price_limit(price: float, rng: random.Random) -> tuple[float, str]:
-    """A limit a little above the price, and how it is said."""
+    """Draws a limit slightly above the price. Returns it with its text for the instruction."""
     above = [limit for limit in PRICE_LIMITS if limit > price][:4]
     if len(above) < 2:
         return NO_LIMIT, ""

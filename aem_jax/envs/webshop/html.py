@@ -1,6 +1,6 @@
-"""The shop's pages as HTML of our own, for a person in a browser, or for an agent that reads HTML.
+"""The shop's pages as aem_jax's own HTML, for a person in a browser, or for an agent that reads HTML.
 
-They need nothing from elsewhere: products have a drawn tile where WebShop has a picture.
+The pages load no external files. A product has a drawn tile in place of WebShop's picture.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ _FOLDER = Path(__file__).with_name("templates")
 
 @cache
 def templates() -> jinja2.Environment:
-    """The templates, with what they all use."""
+    """Returns the template environment, with the values that all templates use."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -27,21 +27,21 @@ def templates() -> jinja2.Environment:
 
 
 def render_page(visit: Visit, address: str = "", following: str = "") -> str:
-    """The page that a visit is at; its buttons post to an address what an agent would say.
+    """Renders the current page of a visit. Its buttons post an agent's action to an address.
 
     Args:
         visit: the visit.
-        address: where buttons post to; empty: the page's own address.
-        following: `split/number` of the customer after this one, whom the receipt offers to serve.
+        address: address that buttons post to; empty: the page's own address.
+        following: `split/number` of the next customer, which the receipt offers.
     """
     return render("visit.html.j2", visit=visit, page=visit.page, address=address, following=following)
 
 
 def render(name: str, **values: Any) -> str:
-    """One of the templates, filled in."""
+    """Renders a template with values."""
     return templates().get_template(name).render(values)
 
 
 def hue(text: str) -> int:
-    """A colour for a product's tile, degrees from 0 to 359, the same for the same text."""
+    """Returns the hue of a product's tile, in degrees from 0 to 359. The same text gives the same hue."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:2]) % 360

@@ -1,7 +1,7 @@
-"""The shop's pages, as a list of what stands on them, and the two texts in which an agent reads them.
+"""The shop's pages as lists of pieces, and their two text formats for agents.
 
-A page holds the same pieces of text in the same order as WebShop's HTML. `plain` joins them with ` [SEP] `; `rich` puts
-each on a line of its own and marks what can be clicked and what has been.
+A page contains the same pieces of text in the same order as WebShop's HTML. `plain` joins them with ` [SEP] `. `rich`
+puts each piece on its own line, and marks buttons and clicked buttons.
 """
 
 import json
@@ -19,7 +19,7 @@ _ESCAPED = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&'"}  # as Flask wri
 
 
 class Kind(Enum):
-    """What a piece of a page is."""
+    """Kind of a piece of a page."""
 
     TEXT = 0
     BUTTON = 1
@@ -35,13 +35,13 @@ class Page:
     """One page.
 
     Attributes:
-        pieces: kind and text of what stands on it, in order.
-        url: its address; holds search words and chosen options, as WebShop's does.
-        has_search_bar: whether something can be typed.
+        pieces: kind and text of each piece, in order.
+        url: address of the page; contains search words and chosen options, as in WebShop.
+        has_search_bar: whether the page has a search bar.
         name: `search`, `results`, `item`, `done`, or a sub-page's name.
-        products: the products that it shows.
-        number: of a page of results, from 1.
-        total: products that the search found.
+        products: the products on the page.
+        number: number of a page of results, from 1.
+        total: number of products that the search found.
     """
 
     pieces: tuple[Piece, ...]
@@ -54,7 +54,7 @@ class Page:
 
     @property
     def clickables(self) -> list[str]:
-        """What can be clicked: buttons in lower case, then products in lower case, then options; each once."""
+        """Texts that can be clicked: buttons in lower case, then products in lower case, then options; each once."""
         buttons = [text.lower() for kind, text in self.pieces if kind is Kind.BUTTON]
         products = [text.lower() for kind, text in self.pieces if kind is Kind.PRODUCT]
         options = [text for kind, text in self.pieces if kind is Kind.OPTION]
@@ -62,12 +62,12 @@ class Page:
 
 
 def plain(page: Page) -> str:
-    """The page in WebShop's `text` mode."""
+    """Renders the page in WebShop's `text` mode."""
     return " [SEP] ".join(text.strip() for _, text in page.pieces)
 
 
 def rich(page: Page, seen: Collection[str]) -> str:
-    """The page in WebShop's `text_rich` mode.
+    """Renders the page in WebShop's `text_rich` mode.
 
     Args:
         page: the page.
@@ -78,7 +78,7 @@ def rich(page: Page, seen: Collection[str]) -> str:
         if kind is Kind.BUTTON:
             lines.append(f"[button] {text} [button_]\n")
         elif kind is Kind.OPTION:
-            chosen = f'"{text}"' in page.url  # so a quoted search word marks an option, too
+            chosen = f'"{text}"' in page.url  # a quoted search word marks an option, too
             lines.append(
                 f"  [clicked button] {text} [clicked button_]\n" if chosen else f"  [button] {text} [button_]\n"
             )
@@ -93,13 +93,13 @@ def rich(page: Page, seen: Collection[str]) -> str:
 
 
 def search_page(instruction: str, url: str) -> Page:
-    """Where an episode starts."""
+    """Makes the page on which an episode starts."""
     texts = _texts("WebShop", "Instruction: ", instruction)
     return Page((*texts, (Kind.BUTTON, "Search")), url, has_search_bar=True, name="search")
 
 
 def results_page(instruction: str | None, url: str, products: Sequence[Product], number: int, total: int) -> Page:
-    """One page of what a search found; page numbers begin at 1 and go on past the last product."""
+    """Makes one page of search results. Page numbers begin at 1 and may continue past the last product."""
     turns = [PREVIOUS, NEXT] if number > 1 else [NEXT]
     pieces = [*_head(instruction, BACK), *_texts(f"Page {number} (Total results: {total})"), *_buttons(*turns)]
     for product in products:
@@ -108,7 +108,7 @@ def results_page(instruction: str | None, url: str, products: Sequence[Product],
 
 
 def item_page(instruction: str | None, url: str, product: Product, *, show_attributes: bool = False) -> Page:
-    """A product with its options."""
+    """Makes the page of a product with its options."""
     pieces = _head(instruction, BACK, PREVIOUS)
     for name, values in product.options.items():
         pieces += [*_texts(name), *((Kind.OPTION, value) for _, value in _texts(*values))]
@@ -118,7 +118,7 @@ def item_page(instruction: str | None, url: str, product: Product, *, show_attri
 
 
 def sub_page(instruction: str | None, url: str, product: Product, name: str) -> Page:
-    """More about a product: its description, features, reviews (of which there are none) or attributes."""
+    """Makes a page with a product's description, features, reviews (always empty) or attributes."""
     pieces = _head(instruction, BACK, PREVIOUS)
     if name == "Description":
         pieces += _texts(product.description)
@@ -130,7 +130,7 @@ def sub_page(instruction: str | None, url: str, product: Product, name: str) -> 
 
 
 def done_page(url: str, product: Product, chosen: Mapping[str, str], reward: float) -> Page:
-    """The receipt. The original fills most of it with None, and so does this."""
+    """Makes the receipt. As in the original, most of its fields are None."""
     options = json.dumps(dict(sorted(chosen.items()))).translate(_ESCAPED)
     receipt = ["asin", product.asin, "options", options, "attrs", "None", "category", "None", "query", "None"]
     target = ["asin", "options", "attrs", "price upper", "instuction text", "category", "product category", "query"]
@@ -149,7 +149,7 @@ def done_page(url: str, product: Product, chosen: Mapping[str, str], reward: flo
 
 
 def _head(instruction: str | None, *buttons: str) -> list[Piece]:
-    """The top of every page but the search page; without an instruction it is not shown."""
+    """Makes the top of every page except the search page. Without an instruction, it has only the buttons."""
     said = [] if instruction is None else _texts("Instruction:", instruction)
     return [*said, *_buttons(*buttons)]
 
@@ -159,7 +159,10 @@ def _buttons(*names: str) -> list[Piece]:
 
 
 def _texts(*texts: str) -> list[Piece]:
-    """Pieces of plain text. A parser of HTML sees no empty ones, shrinks blank ones, and blank lines are left out."""
+    """Makes pieces of plain text. As in an HTML parser, empty texts are dropped and blank texts shrink to one space.
+
+    Blank texts that contain a line break are dropped too.
+    """
     pieces = []
     for text in texts:
         if not text.strip(_HTML_SPACES):

@@ -1,4 +1,4 @@
-"""Products as the shop shows them, read from WebShop's files (`items_shuffle*.json`, `items_ins_v2*.json`)."""
+"""The shop's products, read from WebShop's files (`items_shuffle*.json`, `items_ins_v2*.json`)."""
 
 import math
 import re
@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 NO_PRICE = 100.0
-"""What a product without a price costs."""
+"""Price in dollars of a product without a price."""
 NO_ATTRIBUTES = ("DUMMY_ATTR",)
-"""Attributes of a product that nobody annotated, as WebShop has them."""
+"""Attributes of a product without annotation, as in WebShop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,17 +17,17 @@ class Product:
     """One product.
 
     Attributes:
-        asin: its id, at most ten characters.
-        title: what it is called.
-        category: one of WebShop's five, such as `beauty`.
-        query: what one would search for to find its kind, lower case.
-        kind: its place in the shop's tree, `a › b › c`.
+        asin: id of the product, at most ten characters.
+        title: title of the product.
+        category: one of WebShop's five categories, such as `beauty`.
+        query: a search query for this kind of product, in lower case.
+        kind: path in the shop's category tree, `a › b › c`.
         description: full description.
         bullets: features, one line each.
-        prices: dollars; one, or the least and the most.
-        price_tag: as shown, `$5.0` or `$5.0 to $7.5`.
-        options: option name -> its values, in the order in which they are shown; lower case.
-        attributes: what it is annotated with; a goal's attributes are matched against these.
+        prices: dollars; one price, or the lowest and the highest.
+        price_tag: displayed price, `$5.0` or `$5.0 to $7.5`.
+        options: option name -> its values, in the order of display, in lower case.
+        attributes: annotated attributes; a goal's attributes are matched against them.
         image: address of a picture; the shop never loads it.
     """
 
@@ -45,7 +45,7 @@ class Product:
     image: str
 
     def search_text(self) -> str:
-        """What the search engine reads of it: title, description, first feature and options, in lower case."""
+        """Returns the text for the search engine: title, description, first feature and options, in lower case."""
         options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in self.options.items())
         return " ".join([self.title, self.description, self.bullets[0] if self.bullets else "", options]).lower()
 
@@ -55,7 +55,7 @@ class Product:
 
 
 def product_from_json(fields: Mapping[str, Any]) -> Product:
-    """The inverse of `Product.to_json`."""
+    """Makes a product from a JSON mapping; the inverse of `Product.to_json`."""
     options = {name: tuple(values) for name, values in fields["options"].items()}
     lists = {name: tuple(fields[name]) for name in ("bullets", "prices", "attributes")}
     return Product(**{**fields, "options": options, **lists})
@@ -64,14 +64,14 @@ def product_from_json(fields: Mapping[str, Any]) -> Product:
 def read_products(
     items: Iterable[Mapping[str, Any]], annotations: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[Product]:
-    """Cleans products as WebShop does; leaves out those without a proper id, and later ones of an id seen before.
+    """Cleans products as WebShop does. Products without a valid id, and repetitions of an id, are skipped.
 
     Args:
         items: entries of `items_shuffle*.json`; `files.read_files` checks them.
         annotations: `items_ins_v2*.json`, asin -> {attributes, …}.
 
     Raises:
-        ValueError: a price is none.
+        ValueError: a price is invalid.
     """
     seen = set()
     for item in items:
@@ -98,15 +98,15 @@ def read_products(
 
 
 def has_id(asin: str) -> bool:
-    """Whether it is an id that WebShop sells a product under: at most ten characters, and not `nan`."""
+    """Whether WebShop accepts the id of a product: it has at most ten characters, and is not `nan`."""
     return asin != "nan" and len(asin) <= 10
 
 
 def prices_of(text: str) -> tuple[float, ...]:
-    """`$5.00$7.50` -> (5.0, 7.5); the shop knows a price or a range, and no more.
+    """Parses `$5.00$7.50` to (5.0, 7.5). The result is one price or a range; further prices are ignored.
 
     Raises:
-        ValueError: there is a dollar sign and no number behind it, or one beyond all floats.
+        ValueError: a dollar sign is not followed by a number, or a number is beyond the range of floats.
     """
     numbers = [re.sub(r"[^\d.]", "", part) for part in text.split("$")[1:]]
     try:

@@ -1,12 +1,12 @@
-"""BM25 as Lucene computes it: arrays that can be mapped from files, and the order of the documents that match.
+"""BM25 with Lucene's arithmetic: arrays that can be mapped from files, and the ranking of matching documents.
 
     score(d) = Σ_t qtf_t · idf_t · (1 − 1 / (1 + tf_{t,d} · norm_d))
     idf_t    = log(1 + (N − df_t + ½) / (df_t + ½))
     norm_d   = 1 / (k1 · (1 − b + b · length_d / average length))
 
-Lucene keeps a document's length in one byte, multiplies in float32 and sums in float64; ties go by document id. Parity
-to the last bit matters because a page shows ten documents, and near-equal products differ in it. k1 = 0.9 and b = 0.4
-are Anserini's.
+Lucene stores a document's length in one byte, multiplies in float32 and sums in float64. The document id decides ties.
+Parity to the last bit matters, because a page shows ten documents, and the scores of similar products may differ only
+in the last bit. k1 = 0.9 and b = 0.4 are Anserini's values.
 """
 
 import json
@@ -30,13 +30,13 @@ class Ranking:
     """An index over D documents with V terms and P postings.
 
     Attributes:
-        vocabulary: the terms, sorted; V of them.
-        offsets: int64 [V + 1], where each term's postings begin.
-        documents: int32 [P], document numbers, rising within a term.
-        frequencies: float32 [P], how often the term stands in that document.
+        vocabulary: the V terms, sorted.
+        offsets: int64 [V + 1], start of each term's postings.
+        documents: int32 [P], document numbers, increasing within a term.
+        frequencies: float32 [P], frequency of the term in that document.
         norms: float32 [D], `norm_d` of the module's equation.
         order: int32 [D], rank of each document's id; decides ties.
-        counted: documents with a term at least, Lucene's N.
+        counted: number of documents with at least one term, Lucene's N.
     """
 
     vocabulary: Sequence[bytes]
@@ -48,11 +48,11 @@ class Ranking:
     counted: int
 
     def search(self, query: str, limit: int = 50) -> np.ndarray:
-        """Numbers of the documents that match best, i32 [≤ limit], best first.
+        """Returns the numbers of the best matching documents, i32 [≤ limit], best first.
 
         Args:
-            query: free text; without a term of the vocabulary nothing is found.
-            limit: most documents.
+            query: free text. Without a term of the vocabulary, the result is empty.
+            limit: maximum number of documents.
         """
         scores = np.zeros(len(self.norms), np.float64)
         hit = np.zeros(len(self.norms), np.bool_)
@@ -68,13 +68,13 @@ class Ranking:
         matching = np.flatnonzero(hit)
         rounded = scores[matching].astype(np.float32)
         if len(matching) > limit:
-            good = rounded >= np.partition(rounded, -limit)[-limit]  # more than `limit` where the last ones tie
+            good = rounded >= np.partition(rounded, -limit)[-limit]  # more than `limit` if the last ones tie
             matching, rounded = matching[good], rounded[good]
         best = np.lexsort((self.order[matching], -rounded))[:limit]
         return matching[best].astype(np.int32)
 
     def save(self, folder: Path) -> None:
-        """Writes the arrays to a folder that exists."""
+        """Writes the arrays to an existing folder."""
         for name in _ARRAYS:
             np.save(folder / f"ranking-{name}.npy", getattr(self, name))
         ends = np.cumsum([0, *(len(term) for term in self.vocabulary)], dtype=np.int64)
@@ -92,7 +92,7 @@ class Ranking:
 
 
 class _MappedTerms(Sequence[bytes]):
-    """Sorted terms in one mapped array of bytes: a million of them cost a worker no memory of its own."""
+    """Sorted terms in one memory-mapped array of bytes, so that workers share the memory of a million terms."""
 
     def __init__(self, text: np.ndarray, ends: np.ndarray):
         self._text, self._ends = text, ends
@@ -113,14 +113,14 @@ def load_ranking(folder: Path) -> Ranking:
 
 
 def build_ranking(ids: Sequence[str], texts: Iterable[str]) -> Ranking:
-    """Indexes documents.
+    """Builds the index of documents.
 
     Args:
-        ids: the documents' ids, D of them, which decide ties.
+        ids: the ids of the D documents, which decide ties.
         texts: their texts, in the same order.
 
     Raises:
-        ValueError: not one text for each id.
+        ValueError: the number of texts differs from the number of ids.
     """
     postings: dict[str, tuple[list[int], list[int]]] = {}
     lengths = []
@@ -154,9 +154,9 @@ def build_ranking(ids: Sequence[str], texts: Iterable[str]) -> Ranking:
 
 
 def _in_one_byte(length: int) -> int:
-    """The length that is left of `length` after Lucene stored it in one byte: exact below 40, then four leading bits.
+    """Rounds a length as Lucene does when it stores the length in one byte: exact below 40, then four leading bits.
 
-    With 3-bit mantissas after an implicit one, and the 24 smallest lengths stored as they are.
+    The mantissa has 3 bits after an implicit one. The 24 smallest lengths are stored exactly.
     """
     if length < 24:
         return length

@@ -1,4 +1,4 @@
-"""What a purchase is worth, from 0 to 1: WebShop's reward.
+"""WebShop's reward of a purchase, from 0 to 1.
 
 reward = r_type · (attributes matched + options matched + [price ≤ limit]) / (attributes + options + 1)
 """
@@ -24,21 +24,21 @@ _COLOURS_TEXT = (
     "tiger turquoise violet walnut wheat white wine yellow"
 )
 COLOURS = tuple(_COLOURS_TEXT.split())
-"""The first of these that an option contains stands for the whole option. WebShop's own list (MIT licence)."""
+"""WebShop's own list of colours (MIT licence). The first one that an option contains replaces the whole option."""
 
-_LATIN_1 = dict.fromkeys(range(128, 256))  # dropped before words are compared; other letters stay
+_LATIN_1 = dict.fromkeys(range(128, 256))  # dropped before words are compared; other letters are kept
 
 
 @dataclass(frozen=True)
 class Score:
-    """A purchase's reward and what it is made of.
+    """The reward of a purchase, and its parts.
 
     Attributes:
         reward: 0 to 1.
         type: r_type, one of 0, 0.1, 0.5 and 1.
-        attributes: how many of the goal's attributes it has.
-        options: how many of the goal's options were chosen.
-        affordable: whether it costs no more than the limit.
+        attributes: number of the goal's attributes that the product has.
+        options: number of the goal's options that were chosen.
+        affordable: whether the price is at most the limit.
     """
 
     reward: float
@@ -52,10 +52,10 @@ def score(product: Product, price: float, chosen: Iterable[str], goal: Goal, nou
     """Scores a purchase.
 
     Args:
-        product: what was bought.
-        price: what it cost, dollars.
-        chosen: values of the options chosen.
-        goal: what was wanted.
+        product: the bought product.
+        price: its price, in dollars.
+        chosen: values of the chosen options.
+        goal: the customer's goal.
         nouns: the tagger.
     """
     kind = type_match(product, goal, nouns)
@@ -67,10 +67,11 @@ def score(product: Product, price: float, chosen: Iterable[str], goal: Goal, nou
 
 
 def type_match(product: Product, goal: Goal, nouns: Tagger) -> float:
-    """r_type: 1 for the right kind of thing, 0.5 or 0.1 for a doubtful one, 0 for another.
+    """Returns r_type: 1 for the right kind of product, 0.5 or 0.1 for a doubtful kind, 0 for another kind.
 
-    The kind is right with the same query, with two parts of the shop's tree in common, or with more than a fifth of the
-    goal's nouns in the title. Fewer than a tenth of them make it 0.1, none at all 0, whatever the rest says.
+    The kind is right if the queries are equal, if the category paths share two parts, or if the title contains more
+    than a fifth of the goal's nouns. If the title contains less than a tenth of the nouns, r_type is 0.1; if it
+    contains none, r_type is 0. These two cases take precedence.
     """
     wanted = nouns(goal.title)
     common = set(nouns(product.title)) & set(wanted)
@@ -85,7 +86,7 @@ def type_match(product: Product, goal: Goal, nouns: Tagger) -> float:
 
 
 def has_attribute(product: Product, wanted: str) -> bool:
-    """Whether an attribute of the product is much like the one wanted, or its texts contain it."""
+    """Whether an attribute of the product is similar to the wanted one, or the product's texts contain it."""
     return (
         any(alike(own, wanted) for own in product.attributes)
         or wanted in product.title.lower()
@@ -95,9 +96,9 @@ def has_attribute(product: Product, wanted: str) -> bool:
 
 
 def matched_options(chosen: Iterable[str], wanted: Iterable[str] | Mapping[str, str]) -> int:
-    """How many of the options wanted were chosen, colours compared by their plain names.
+    """Counts the wanted options that were chosen. Colours are compared by their plain names.
 
-    Synthetic goals name options as `name -> value`; the original compares both at once, and so does this.
+    Synthetic goals contain options as `name -> value`. As in the original, name and value are compared together.
     """
     pairs = wanted.items() if isinstance(wanted, Mapping) else wanted
     own = [plain_colour(each) for each in chosen]
@@ -105,16 +106,16 @@ def matched_options(chosen: Iterable[str], wanted: Iterable[str] | Mapping[str, 
 
 
 def plain_colour(option: str | tuple[str, str]) -> str:
-    """The colour that an option's text contains, of several the alphabet's first; else the text itself.
+    """Returns the colour in an option's text, the alphabetically first of several; without a colour, the text itself.
 
-    `navy blue` -> `blue`. Of a (name, value) pair only a whole name or value counts as a colour.
+    `navy blue` -> `blue`. In a (name, value) pair, only a complete name or value counts as a colour.
     """
     return next((colour for colour in COLOURS if colour in option), str(option))
 
 
 @lru_cache(maxsize=4096)
 def alike(one: str, other: str) -> bool:
-    """Whether their words, order and repetition aside, agree by more than 85 of 100 (`token_set_ratio`, rounded)."""
+    """Whether two texts have a rounded `token_set_ratio` above 85 of 100. It ignores order and repetition of words."""
     return round(token_set_ratio(_plain(one), _plain(other))) > 85
 
 

@@ -1,4 +1,4 @@
-"""Which shop: WebShop's own files, or one that we make; opened by every worker, indexed by the first."""
+"""Opens the shop: WebShop's own files, or a generated shop. The first worker builds the index; all workers use it."""
 
 import dataclasses
 import os
@@ -15,27 +15,30 @@ from aem_jax.envs.webshop.tasks import HELD_OUT
 
 _GENERATOR = Path(__file__).with_name("generator")
 _SMALL = 1000
-"""Products of the original's small files."""
+"""Number of products in the original's small files."""
 
 
 @dataclass(frozen=True)
 class ShopConfig:
-    """What the shop sells and what its customers want."""
+    """The shop's products and the goals of its customers."""
 
     data: str = ""
-    """Folder of WebShop's files, items_shuffle*.json, items_ins_v2*.json, items_human_ins.json; empty: one is made."""
+    """Folder of WebShop's files: items_shuffle*.json, items_ins_v2*.json, items_human_ins.json. If empty, a shop is
+    generated."""
     limit: int = 1000
-    """Products to take of WebShop's files, from the first; 0 takes all. Up to 1000 the small files are preferred."""
+    """Number of products to use from WebShop's files, from the first; 0 uses all. Up to 1000, the small files are
+    preferred."""
     goals: str = "human"
     """human: instructions that people wrote; synthetic: a template, for every combination of options."""
     held_out: str = "products"
-    """What is evaluated and never trained on: products, or only goals, of products that others want too."""
+    """Unit that evaluation does not share with training. products: no training goal wants an evaluation product; goals:
+    only the goals differ, and training goals may want the same products."""
     seed: int = 233
-    """Draws the prices of products that have a range, price limits, and the shop that is made."""
+    """Seed for the prices of products with a price range, for price limits, and for the generated shop."""
     cache: str = ""
     """Folder for the index, which all workers of a host share; empty: $XDG_CACHE_HOME/aem_jax/webshop."""
     made: GeneratorConfig = GeneratorConfig()  # noqa: RUF009 (frozen)
-    """The shop to make, without data."""
+    """Settings of the generated shop, which is used if data is empty."""
 
     def __post_init__(self) -> None:
         if self.limit < 0:
@@ -47,10 +50,10 @@ class ShopConfig:
 
 
 def open_shop(config: ShopConfig) -> Catalog:
-    """The catalog of a shop, made first if no process of this host has made it.
+    """Opens the catalog of a shop, and builds it if no process of this host has built it.
 
     Raises:
-        ValueError: the files are not there, or not WebShop's, or the cache cannot be written.
+        ValueError: the files do not exist, are not WebShop's, or the cache cannot be written.
     """
     sources: dict[str, Any] = {"goals": config.goals, "seed": config.seed}
     if not config.data:
@@ -69,7 +72,7 @@ def _cache(config: ShopConfig) -> Path:
 
 
 def _files(config: ShopConfig) -> tuple[Path, Path, Path]:
-    """Paths of items, annotations and instructions; the last need not exist for synthetic goals."""
+    """Returns the paths of items, annotations and instructions. For synthetic goals, the last file may be missing."""
     folder = Path(config.data).expanduser()
     sizes = ("_1000", "") if 0 < config.limit <= _SMALL else ("", "_1000")
     found = []

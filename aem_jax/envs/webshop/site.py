@@ -1,6 +1,6 @@
-"""The shop as a web site, to be used as a person would: `python -m aem_jax.launch serve webshop --html`.
+"""The shop as a web site for people: `python -m aem_jax.launch serve webshop --html`.
 
-Every button posts what an agent would say, `search[…]` or `click[…]`, and the engine answers; the pages show its state.
+Every button posts an agent's action, `search[…]` or `click[…]`. The engine executes it, and the pages show its state.
 """
 
 import secrets
@@ -17,16 +17,16 @@ from aem_jax.envs.webshop.html import render, render_page
 from aem_jax.envs.webshop.tasks import SPLITS, GoalTasks, goal_tasks
 
 MAX_VISITS = 1000
-"""Visits that are kept; older ones are forgotten."""
+"""Maximum number of visits that are kept. The oldest ones are dropped."""
 _SHOWN = 12
 
 
 def make_site(shop: Shop, held_out: str = "products") -> Starlette:
-    """The application.
+    """Makes the ASGI application.
 
     Args:
-        shop: what visits share.
-        held_out: what the splits that it shows do not share, of `HELD_OUT`.
+        shop: data that visits share.
+        held_out: unit that the displayed splits do not share, one of `HELD_OUT`.
     """
     visits: OrderedDict[str, tuple[Visit, str]] = OrderedDict()
     tasks: dict[str, GoalTasks] = {split: goal_tasks(shop.catalog, split, held_out) for split in SPLITS}
@@ -36,7 +36,7 @@ def make_site(shop: Shop, held_out: str = "products") -> Starlette:
         first = _number(request.query_params.get("from"))
         if split not in tasks:
             return _sorry(f"There is no split {split!r}.", 404)
-        first = min(first, (len(tasks[split]) - 1) // _SHOWN * _SHOWN)  # at the latest the last page
+        first = min(first, (len(tasks[split]) - 1) // _SHOWN * _SHOWN)  # no later than the last page
         goals = [shop.catalog.goals[number] for number in tasks[split].numbers[first : first + _SHOWN]]
         values = {"split": split, "splits": list(tasks), "first": first, "shown": _SHOWN, "total": len(tasks[split])}
         return HTMLResponse(render("start.html.j2", catalog=shop.catalog, goals=goals, **values))
@@ -68,7 +68,7 @@ def make_site(shop: Shop, held_out: str = "products") -> Starlette:
         form = dict(parse_qsl((await request.body()).decode(errors="replace")))
         action, query = form.get("action", ""), form.get("query", "")
         if not found[0].done:
-            # brackets would part the words from the action
+            # brackets would split the words from the action
             found[0].step(action or f"search[{query.replace('[', ' ').replace(']', ' ').strip()}]")
         return RedirectResponse(f"/visit/{request.path_params['visit']}", 303)
 

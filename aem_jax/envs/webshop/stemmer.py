@@ -1,7 +1,7 @@
-"""Porter's stemmer (1980) with the two departures that its author made later, bli → ble and logi → log, as in Lucene.
+"""Porter's stemmer (1980) with the author's two later changes, bli → ble and logi → log, as in Lucene.
 
-The stemmers on package indexes implement the algorithm as first published, or Snowball's later ones; a search index
-needs the very stems that Lucene's has. Words are lower case.
+Stemmers on package indexes implement the algorithm as first published, or Snowball's later algorithms. The search index
+needs exactly the stems of Lucene. Words must be in lower case.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _STEP_4 = (
 
 @lru_cache(maxsize=20_000)
 def stem(word: str) -> str:
-    """The stem of a lower-case word; words of one or two letters are their own."""
+    """Returns the stem of a lower-case word. Words of one or two letters are returned unchanged."""
     if len(word) <= 2:
         return word
     word = _past(_plural(word))
@@ -35,7 +35,7 @@ def stem(word: str) -> str:
 
 
 def _form(word: str) -> str:
-    """Its letters as consonants (c) and vowels (v); y is a vowel after a consonant."""
+    """Maps each letter of a word to c (consonant) or v (vowel). y is a vowel after a consonant."""
     form = ""
     for letter in word:
         form += "v" if letter in "aeiou" or (letter == "y" and form.endswith("c")) else "c"
@@ -43,7 +43,7 @@ def _form(word: str) -> str:
 
 
 def _measure(word: str) -> int:
-    """Porter's m: how many times consonants follow vowels, [C](VC)^m[V]."""
+    """Returns Porter's m, the number of vowel-consonant sequences in [C](VC)^m[V]."""
     return _form(word).count("vc")
 
 
@@ -52,7 +52,7 @@ def _doubled(word: str) -> bool:
 
 
 def _short(word: str) -> bool:
-    """Ends in consonant, vowel, consonant, the last one not w, x or y: such words want their e back."""
+    """Whether a word ends in consonant, vowel, consonant, the last not w, x or y. Such words get their e back."""
     return _form(word).endswith("cvc") and word[-1] not in "wxy"
 
 
@@ -76,7 +76,7 @@ def _past(word: str) -> str:
 
 
 def _replace(word: str, endings: Sequence[tuple[str, str]]) -> str:
-    """Replaces the first ending that fits, if what stands before it is long enough."""
+    """Replaces the first matching ending, if the rest of the word is long enough."""
     for ending, other in endings:
         if word.endswith(ending):
             rest = word[: -len(ending)]

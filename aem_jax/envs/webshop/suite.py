@@ -1,4 +1,4 @@
-"""WebShop for runs and servers: goals, evaluation sets, the demonstrator and the baselines."""
+"""The WebShop task suite for runs and servers: goals, evaluation sets, the demonstrator and the baselines."""
 
 import dataclasses
 import random
@@ -20,12 +20,13 @@ from aem_jax.envs.webshop.tasks import eval_set, training_tasks
 
 
 def task_suite(config: WebshopConfig, options: SuiteOptions) -> TaskSuite:
-    """A generated shop, or the official files in `config.shop.data`.
+    """Builds the task suite from a generated shop, or from the official files in `config.shop.data`.
 
-    The servers' settings name the tagger that `auto` is on this machine, so rewards do not depend on where they run.
+    In the servers' settings, `auto` is replaced by this machine's tagger, so rewards do not depend on the servers'
+    machines.
     """
     config = dataclasses.replace(config, tagger=taggers.resolve(config.tagger))
-    catalog = open_shop(config.shop)  # built here, once, before servers look for it
+    catalog = open_shop(config.shop)  # built once, before servers open it
     front = shop_front(config, catalog)
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
@@ -43,20 +44,20 @@ def task_suite(config: WebshopConfig, options: SuiteOptions) -> TaskSuite:
 
 
 def make(config: WebshopConfig) -> Callable[[], WebshopEnv]:
-    """A factory of environments that share one shop."""
+    """Returns a factory of environments that share one shop."""
     front = shop_front(config, open_shop(config.shop))
     return lambda: WebshopEnv(front, config)
 
 
 def make_site(config: WebshopConfig) -> Any:
-    """The shop as a web site."""
-    from aem_jax.envs.webshop import site  # starlette and jinja2, which no environment needs
+    """Makes the shop's web site."""
+    from aem_jax.envs.webshop import site  # imports starlette and jinja2, which environments do not need
 
     return site.make_site(shop_front(config, open_shop(config.shop)), config.shop.held_out)
 
 
 def _noisy_shopper(noise: float, task: Task) -> Act:
-    """A shopper that in a share `noise` of its turns opens a random product, or buys the opened one as it is."""
+    """Makes a shopper that in a fraction `noise` of its turns opens a random product, or buys the open one as it is."""
     agent, rng = Shopper(), random.Random(f"careless/{task.id}")
 
     def act(result: StepResult) -> str:

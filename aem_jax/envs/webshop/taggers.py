@@ -1,6 +1,6 @@
-"""Which words of a title are nouns: the reward compares the nouns of two titles. The original asks spaCy.
+"""Taggers, which find the nouns of a title. The reward compares the nouns of two titles. The original uses spaCy.
 
-Taggers are functions `text -> nouns, lower case`; a run says which one it has, because rewards depend on it.
+Taggers are functions `text -> nouns, lower case`. A run logs the name of its tagger, because rewards depend on it.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from functools import lru_cache
 Tagger = Callable[[str], tuple[str, ...]]
 
 SPACY_MODEL = "en_core_web_sm"
-_NOUNS = ("PNOUN", "NOUN", "PROPN")  # the original's spelling, in which the first is no tag
+_NOUNS = ("PNOUN", "NOUN", "PROPN")  # as in the original, where the first is not a valid tag
 _RECORDED_OTHERS_TEXT = (
     "a an the for and or of with to in on by from at is are that this it its not no premium classic everyday ultra "
     "soft compact deluxe modern free"
@@ -39,18 +39,18 @@ _ADJECTIVE_ENDINGS = ("ful", "less", "able", "ible", "ous", "ive", "proof", "res
 
 
 def recorded(text: str) -> tuple[str, ...]:
-    """The stand-in that golden recordings were made with: every alphabetic word but a few."""
+    """The substitute tagger of the golden recordings: every alphabetic word except a few."""
     return tuple(word for word in _words(text) if word not in _RECORDED_OTHERS)
 
 
 def small(text: str) -> tuple[str, ...]:
-    """A rule of thumb without a model: alphabetic words that are neither function words nor look like adjectives."""
+    """Simple rules without a model: alphabetic words that are not function words and do not look like adjectives."""
     others = _FUNCTION_WORDS | _ADJECTIVES
     return tuple(w for w in _words(text) if w not in others and not (len(w) > 5 and w.endswith(_ADJECTIVE_ENDINGS)))
 
 
 def spacy_tagger() -> Tagger:
-    """The original's tagger.
+    """Loads the original's tagger.
 
     Raises:
         ValueError: spaCy or its model is not installed.
@@ -79,10 +79,10 @@ TAGGERS: Mapping[str, Callable[[], Tagger]] = {
 
 
 def resolve(name: str) -> str:
-    """What `auto` means on this machine: `spacy` where it is installed, else `small`; other names mean themselves.
+    """Resolves `auto` to `spacy` if spaCy is installed on this machine, else to `small`. Other names stay unchanged.
 
     Raises:
-        ValueError: no such tagger.
+        ValueError: the tagger does not exist.
     """
     if name == "auto":
         return "spacy" if has_spacy() else "small"
@@ -92,14 +92,14 @@ def resolve(name: str) -> str:
 
 
 def tagger(name: str) -> Tagger:
-    """The tagger of that name, remembering the titles it has seen last.
+    """Returns a tagger by name, with a cache of the latest titles.
 
     Raises:
-        ValueError: no such tagger, or it is not installed.
+        ValueError: the tagger does not exist or is not installed.
     """
     return lru_cache(maxsize=4096)(TAGGERS[resolve(name)]())
 
 
 def _words(text: str) -> list[str]:
-    """Alphabetic words in lower case; what holds a digit is none, and hyphens and slashes part words."""
+    """Returns alphabetic words in lower case. Words with a digit are dropped; hyphens and slashes separate words."""
     return [word.lower() for word in re.findall(r"\w+", text.replace("_", " ")) if word.isalpha()]

@@ -1,7 +1,8 @@
-"""Training and evaluation goals of one shop: splits that share no product, or share no goal.
+"""Training and evaluation goals of one shop, in splits that share no product, or share no goal.
 
-The split of a product or goal is a hash of its own words, independent of the seed, so it stays the same when the shop
-is restocked. With splits by product, no training goal wants a held-out product. With splits by goal, one may.
+A hash of a product's or goal's own words determines its split, independent of the seed. The split therefore stays the
+same if the products of the shop change. With splits by product, no training goal wants a held-out product. With splits
+by goal, a training goal may want one.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from aem_jax.envs.webshop.goals import Goal
 
 
 def _wanted(goal: Goal) -> str:
-    """The content of a goal, without the order of its words and its price limit."""
+    """Returns the content of a goal, without the order of its words and without its price limit."""
     options = goal.options.values() if isinstance(goal.options, Mapping) else goal.options
     return json.dumps([goal.asin, sorted(goal.attributes), sorted(options)])
 
@@ -24,7 +25,7 @@ def _wanted(goal: Goal) -> str:
 HELD_OUT: Mapping[str, Callable[[Goal], str]] = {"products": lambda goal: goal.asin, "goals": _wanted}
 """Unit that no two splits share -> the text whose hash decides a goal's split."""
 SPLITS: Mapping[str, tuple[int, int]] = {"test": (0, 10), "valid": (10, 20), "train": (20, 100)}
-"""Split -> which of a hundred parts of all products, or goals, it has."""
+"""Split -> its range among a hundred parts of all products, or goals."""
 
 
 class GoalTasks(Sequence[Task]):
@@ -32,8 +33,8 @@ class GoalTasks(Sequence[Task]):
 
     Args:
         catalog: the shop.
-        split: for the tasks' ids.
-        numbers: of the goals.
+        split: split, for the ids of the tasks.
+        numbers: numbers of the goals.
     """
 
     def __init__(self, catalog: Catalog, split: str, numbers: Sequence[int]):
@@ -55,15 +56,16 @@ class GoalTasks(Sequence[Task]):
 
 
 def split_of(goal: Goal, held_out: str = "products") -> str:
-    """The split that a goal belongs to."""
+    """Returns the split of a goal."""
     part = int.from_bytes(hashlib.sha256(f"webshop/{HELD_OUT[held_out](goal)}".encode()).digest()[:8]) % 100
     return next(name for name, (low, high) in SPLITS.items() if low <= part < high)
 
 
 def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> GoalTasks:
-    """All goals of a split, in the shop's order of goals, which is shuffled: any prefix is a fair sample.
+    """Returns all goals of a split in the shop's order, which is shuffled, so any prefix is a fair sample.
 
-    Goals with the same words as a goal of an earlier split of `SPLITS` are left out: two products may be alike.
+    Goals with the same instruction as a goal of an earlier split in `SPLITS` are skipped, because two products may be
+    alike.
 
     Args:
         catalog: the shop.
@@ -71,7 +73,7 @@ def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> Goal
         held_out: one of `HELD_OUT`.
 
     Raises:
-        ValueError: no such split, or no goal in it.
+        ValueError: the split does not exist or has no goal.
     """
     if split not in SPLITS:
         raise ValueError(f"expected split to be one of {', '.join(SPLITS)}, got {split!r}")
@@ -86,7 +88,7 @@ def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> Goal
 
 
 def training_tasks(catalog: Catalog, seed: int = 0, held_out: str = "products") -> GoalTasks:
-    """The goals to train on, in an order of this seed."""
+    """Returns the training goals, shuffled with the seed."""
     tasks = goal_tasks(catalog, "train", held_out)
     numbers = list(tasks.numbers)
     random.Random(f"training order/{seed}").shuffle(numbers)
@@ -94,12 +96,12 @@ def training_tasks(catalog: Catalog, seed: int = 0, held_out: str = "products") 
 
 
 def eval_set(catalog: Catalog, split: str, size: int, held_out: str = "products") -> tuple[GoalTasks, str]:
-    """A fixed set of goals, and a name that changes when anything in one of them or in the shop changes.
+    """Returns a fixed set of goals, and a name that changes when the content of a goal or of the shop changes.
 
     Args:
         catalog: the shop.
         split: `valid` or `test`.
-        size: number of goals; at most all there are.
+        size: number of goals. The set has at most all goals of the split.
         held_out: one of `HELD_OUT`.
 
     Returns:
