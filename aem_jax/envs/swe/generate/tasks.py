@@ -188,8 +188,7 @@ def _diff(before: Mapping[str, str], after: Mapping[str, str]) -> str:
 
 
 def _statement(whole: Package, found: Bug) -> str:
-    """Returns a bug report as a user would write it: expected and actual behaviour, never the location of the
-    mistake."""
+    """Returns a bug report as a user would write it: correct and actual behaviour, never the mistake's location."""
     broken = [test for test in _test_names(whole.tests) if test in found.broken]
     titles = "\n".join(f"- {test.removeprefix('test_').replace('_', ' ')}" for test in broken)
     text = f"`{whole.name}` does not do what it should. These no longer hold:\n\n{titles}\n"
