@@ -131,7 +131,7 @@ def row_loss(
         params: its parameters.
         rows: packed rows; a segment never begins with a sampled token.
         tokens: the loss's inputs for each token, [b, T]; mask is False outside responses.
-        objective: a sum over tokens; each term depends on the numbers of its own token alone.
+        objective: a sum over tokens; each term depends only on the numbers of its own token.
         config: settings of the forward pass.
         sequence: (logprobs, logprobs as sampled, response ids), [b, T] each, in permuted order -> f32[b, T], the
             log-ratios for `tokens.sequence`. It computes the head of all sampled tokens once more, without gradient.

@@ -106,7 +106,7 @@ def head_loss(
     The gradients in `head` and `hidden` are computed together with the loss; none flows through the stats.
 
     Args:
-        objective: the loss, a sum over tokens; each term depends on the numbers of its own token alone.
+        objective: the loss, a sum over tokens; each term depends only on the numbers of its own token.
         temperature: divides the logits.
         chunk: positions of each row whose logits exist at one time.
         layout: sharding constraints.

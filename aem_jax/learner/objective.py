@@ -85,7 +85,7 @@ def supervised_objective() -> Objective:
 
 
 def policy_objective(config: LearnerConfig) -> Objective:
-    """Clipped surrogate, plus the KL to the reference policy where there is one.
+    """Clipped surrogate, plus the KL to the reference policy if there is one.
 
     ρ_t = exp(logp_t − logp_t as sampled), or the ratio of the token's sequence (`sequence_policy_loss`)
     L = Σ_t w_t · [ −min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t) + β · k3_t ]

@@ -23,7 +23,7 @@ class Level(NamedTuple):
 
     Attributes:
         log_ratios: sums of responses -> log s of each response's sequence.
-        in_one_row: whether a sequence always lies in one row, whatever the packing.
+        in_one_row: whether a sequence is always in one row, for any packing.
     """
 
     log_ratios: SequenceRatio

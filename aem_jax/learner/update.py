@@ -56,8 +56,8 @@ def make_update(
             loss, grad_norm (of all trained parameters, before the clip), learning_rate (of the last optimizer step);
             clip_fraction (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
             kl_sampler, kl_reference (k3 estimates, nats; the latter only with a reference), entropy (nats);
-            value_loss (without its coefficient), value_clip_fraction: means over responses, with a value head alone;
-            importance_mean, importance_capped (share of tokens at the cap), with importance_cap alone;
+            value_loss (without its coefficient), value_clip_fraction: means over responses, only with a value head;
+            importance_mean, importance_capped (share of tokens at the cap), only with importance_cap;
             parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats;
             tokens (sampled, of the batch), skipped (optimizer steps without tokens or with a gradient not finite).
     """

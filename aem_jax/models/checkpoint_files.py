@@ -22,7 +22,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights, in the names of safetensors."""
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _POINTER = b"version https://git-lfs"
-"""First bytes of a Git LFS pointer, the stand-in for a file that is not downloaded."""
+"""First bytes of a Git LFS pointer, the placeholder of a file that is not downloaded."""
 
 
 class Checkpoint:
