@@ -116,8 +116,7 @@ def commands(results: Iterable[Result]) -> str:
 
 
 def peers_table(results: Sequence[Result]) -> str:
-    """Returns a table with a row for each file: the values of its rounds, and the ratios to each peer with their
-    median."""
+    """Returns a table with a row for each file: its rounds' values, and the ratios to each peer with their median."""
     peers = list(dict.fromkeys(name for each in results for name in each["ratios"]))
     unit = results[0]["unit"]
     header = ["shape", f"{OWN}, {unit}", *(f"{name}, {unit}" for name in peers), *(f"against {name}" for name in peers)]

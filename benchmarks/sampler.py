@@ -3,8 +3,8 @@
     python -m benchmarks.sampler [B P G]
 
 The shape, the model and the timing (prefill and decoding together, one call from host to host) match the peers' scripts
-in docs/benchmarks.md, so that they can run in turn. Sampling is at temperature 1 and
-records the log-probability and the entropy of every token. One call warms up; five are timed. The last line is JSON.
+in docs/benchmarks.md, so that they can run in turn. Sampling is at temperature 1 and records the log-probability and
+the entropy of every token. One call warms up; five are timed. The last line is JSON.
 """
 
 import json
@@ -24,8 +24,7 @@ NEVER = -1  # a stop id that matches no token
 
 
 def measure(slots: int, prompt: int, new: int, calls: int = 5) -> dict[str, float]:
-    """Returns best and median sampled tokens per second over `calls` warm calls, each with different prompts and
-    keys."""
+    """Returns best and median sampled tokens per second over `calls` warm calls with different prompts and keys."""
     policy = Policy(MODEL)
     params = jax.jit(policy.init)(jax.random.key(0))
     sampler = Sampler(

@@ -89,8 +89,7 @@ class GymnasiumText:
 
 
 def frozen_lake(size: int = 4, slippery: bool = False, max_steps: int = 20) -> GymnasiumText:
-    """Lakes of size × size, a different one for each seed: walk from S to G over frozen F, without falling into a hole
-    H.
+    """Lakes of size × size, a different one for each seed: walk from S to G over frozen F, avoiding the holes H.
 
     Args:
         size: rows and columns.

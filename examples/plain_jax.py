@@ -32,8 +32,7 @@ RESPONSE = jnp.repeat(jnp.arange(N * TURNS), LENGTH).reshape(N, TURNS * LENGTH) 
 
 
 def play(policy, start, key):
-    """Plays from `start` [N]; returns observed places [N, T], previous tokens [N, T], tokens [N, T], and success
-    [N]."""
+    """Plays from `start` [N]; returns places, previous tokens and tokens, [N, T] each, and success [N]."""
     place, said = start, []
     for turn_key in jax.random.split(key, TURNS):
         before = jnp.full_like(place, len(MOVES))  # no token yet in this turn

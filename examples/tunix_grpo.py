@@ -13,8 +13,7 @@ logits.
 
 With `num_iterations` above 1 the policy changes between sampling and loss, and packed sequences mix groups: this loss
 refuses both. In these cases, compute the entropies where Tunix computes its old logprobs (a subclass of `GRPOLearner`
-that
-extends `_generate_and_compute_advantage`) and call the same `aem_scale`.
+that extends `_generate_and_compute_advantage`) and call the same `aem_scale`.
 """
 
 import dataclasses

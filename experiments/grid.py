@@ -98,8 +98,7 @@ class Grid:
     variants: tuple[Variant, ...]
 
     def starts(self, folder: Path) -> list[Run]:
-        """Returns the start run of each seed, which the others begin from: a warm start and its evaluation, no
-        training."""
+        """Returns the start run of each seed, from which the others begin: a warm start and its evaluation only."""
         seeds = sorted({seed for variant in self.variants for seed in variant.seeds})
         own = {"train.num_steps": 0, "checkpoint.keep_first": True}
         return [Run(START, seed, self._options(folder, START, seed, {**own, **self.start})) for seed in seeds]

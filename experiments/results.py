@@ -60,8 +60,7 @@ def summary(folder: Path, run: Run) -> dict[str, Any] | None:
 
 
 def binned(values: Sequence[float | None], bins: int = BINS) -> list[float | None]:
-    """Means over at most `bins` consecutive parts of (nearly) equal length, to 4 digits; None for parts without
-    values."""
+    """Means over at most `bins` consecutive parts of (nearly) equal length, to 4 digits; None without values."""
     bins = min(bins, len(values))
     found: list[float | None] = []
     for index in range(bins):

@@ -62,8 +62,7 @@ class LearnerConfig:
     aggregation: Literal["token-mean", "trajectory-mean", "response-mean", "constant"] = "token-mean"
     """Average in the loss: over tokens, trajectories or responses, or sums divided by a constant length."""
     constant_length: int = 0
-    """aggregation constant: divisor of each trajectory's sum, tokens; 0 uses the token budget of an episode's
-    responses."""
+    """aggregation constant: divisor of each trajectory's sum; 0 uses the token budget of an episode's responses."""
 
     temperature: float = 1.0
     """Divides the logits; must equal the sampler's temperature."""

@@ -23,8 +23,7 @@ CPU_BLOCK, BLOCK = 64, 512
 """Queries per block. On two x86 cores 64 and 128 are equally fast and 256 is slower. Accelerators need large products,
 and the scores of a block must fit into memory."""
 PARTS = (3, 1)
-"""Queries look back over a third of a row or all of it: the smallest part that holds the longest segment. Each part is
-compiled."""
+"""Parts of a row that queries look back over: the smallest that holds the longest segment. Each is compiled."""
 
 
 def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:

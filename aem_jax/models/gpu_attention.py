@@ -20,8 +20,7 @@ TRITON_BLOCK = 128
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    """See `row_attention`. Segments are a mask, which cuDNN reads as a bias: T² numbers per row, in the inputs'
-    dtype."""
+    """See `row_attention`. cuDNN reads the segment mask as a bias: T² numbers per row, in the inputs' dtype."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
 

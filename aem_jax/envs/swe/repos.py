@@ -85,8 +85,7 @@ def commit_id(files: Mapping[str, str]) -> str:
     """Computes the id of the commit that `files_checkout(files)` makes, without making the commit.
 
     Git hashes objects with SHA-1 over `<type> <size>\\0<content>`, for each blob, each tree (its entries sorted,
-    folders as if
-    their names ended in `/`) and the commit.
+    folders as if their names ended in `/`) and the commit.
     """
     return _object_id("commit", _commit_text(_tree_id(files)).encode())
 

@@ -110,8 +110,10 @@ def make_choices(config: ChoicesConfig) -> Callable[[], ChoicesEnv]:
 
 
 def _tester(noise: float, task: Task) -> Act:
-    """Tries one edit after the other, and keeps an edit if fewer tests fail after it. With probability `noise` it
-    finishes after an edit without running the tests."""
+    """Tries one edit after the other, and keeps an edit if fewer tests fail after it.
+
+    With probability `noise` it finishes after an edit without running the tests.
+    """
     rng, last, tried, fewest = random.Random(f"tester/{task.id}"), "", 0, 1
 
     def choose(result: StepResult) -> str:

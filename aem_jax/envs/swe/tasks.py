@@ -132,8 +132,8 @@ def eval_set(config: TasksConfig, split: str, size: int) -> tuple[Sequence[Task]
         size: number of tasks; limited to the number available.
 
     Returns:
-        The tasks, spread over all available ones, and `<split>-<size>-<first 6 hex digits of the SHA-256 over their
-        rows>`.
+        The tasks, spread over all available ones, and the name
+        `<split>-<size>-<first 6 hex digits of the SHA-256 over their rows>`.
 
     Raises:
         ValueError: no such split, no task in it, or an unreadable file.

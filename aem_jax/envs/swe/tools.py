@@ -228,8 +228,7 @@ class Tools:
         return f"the last edit of {path} was undone"
 
     def _kind(self, path: str, missing: str | None = None) -> tuple[str, int]:
-        """Returns a path's type, after following symbolic links, and its size; `missing` or an error if it does not
-        exist."""
+        """Returns a path's type (following links) and size; `missing` or an error if it does not exist."""
         command = f"stat --dereference --printf '%F\\n%s' -- {shlex.quote(path)}"
         outcome = self._workspace.run(command, limits=self._limits)
         kind, _, size = outcome.output.partition("\n")
@@ -289,8 +288,7 @@ _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069
 
 
 def _shown(text: str) -> str:
-    """Returns text that is safe to show to a policy or in a transcript, without terminal escapes or control
-    characters."""
+    """Makes text safe for a policy or a transcript: removes terminal escapes, replaces invisible characters."""
     return _INVISIBLE.sub("�", _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
 
 

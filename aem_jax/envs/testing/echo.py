@@ -1,8 +1,7 @@
 """A minimal environment that repeats its input, for tests, fault injection and benchmarks of all layers above it.
 
 A task is `{"word": str, "length": int, "fault": {…}}`, every key optional. A response that equals the word wins (reward
-1);
-after `length` steps without it the episode is truncated. A fault breaks the server in a given way at a given step:
+1); after `length` steps without it the episode is truncated. A fault breaks the server in a given way at a given step:
 
     {"kind": "exit", "step": 2}                   at every attempt
     {"kind": "hang", "step": 0, "once": "path"}   step 0 is the reset; once: only if that file is absent; creates it

@@ -57,19 +57,16 @@ class Bug:
 
     @property
     def difficulty(self) -> str:
-        """`hard`: several edits; `easy`: one edit that breaks at most two tests; `medium`: one edit that breaks
-        more."""
+        """`hard`: several edits; `easy`: one edit that breaks at most two tests; `medium`: one that breaks more."""
         if len(self.edits) > 1:
             return "hard"
         return "easy" if len(self.broken) <= 2 else "medium"
 
     @property
     def split(self) -> str:
-        """`test`: held-out packages. Of the others, one edit in five is `valid`, selected by its hash; the rest is
-        `train`.
+        """`test`: held-out packages. Of the others, one edit in five is `valid`, by its hash; the rest is `train`.
 
-        `mixed` is not a split: it marks bugs with edits from both `train` and `valid`, so that the splits share no
-        edit.
+        `mixed` is not a split: these bugs have edits of both `train` and `valid`, so that the splits share no edit.
         """
         if self.package in _held_out():
             return "test"

@@ -10,9 +10,8 @@ commands. The cost: a repository and the files that its tests write must fit int
 
 When root starts it, the sandbox runs under a separate user id that owns nothing. The kernel then denies root's
 privileges (limits on processes, files of mode 0600, /proc/sys), even if the namespaces grant them. If the interpreter
-is
-below a folder that only root may enter, it is mounted in a private mount namespace, so that the sandbox can still read
-it.
+is below a folder that only root may enter, it is mounted in a private mount namespace, so that the sandbox can still
+read it.
 """
 
 import array

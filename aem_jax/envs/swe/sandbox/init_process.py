@@ -7,9 +7,10 @@ Frames on the control socket, in both directions: two big-endian u32 (lengths of
 header, the payload. A request may carry one descriptor, which becomes the command's standard input. When the other end
 of the socket closes, this process exits, and the kernel kills all others in its namespace.
 
-It has the same user id as the code that it runs, so it must protect itself. Process 1 receives no signal from inside
-its namespace for which it has no handler, and it has none. It is not dumpable, so no process can access its memory or
-its descriptors through /proc. The system call filter blocks the rest (limits and priorities of other processes).
+It has the same user id as the code that it runs, so it must protect itself. The kernel delivers signals from inside the
+namespace to process 1 only if it has handlers for them, and it has none. It is not dumpable, so no process can access
+its memory or its descriptors through /proc. The system call filter blocks the rest (limits and priorities of other
+processes).
 """
 
 import array
@@ -215,7 +216,7 @@ def run(control: socket.socket, request: Mapping[str, Any], stdin: int) -> None:
         return bool(data)
 
     exit_status, over, next_look = None, "", began
-    most_files = max(request["files"], files(request))  # files of earlier commands may already exceed the limit
+    most_files = max(request["files"], files(request))  # a command may still remove excess files of earlier ones
     while exit_status is None and not over:
         now = time.monotonic()
         if now >= began + request["seconds"]:
