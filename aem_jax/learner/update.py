@@ -117,7 +117,7 @@ def make_token_logprobs(policy: TrainablePolicy, config: LearnerConfig, mesh: Me
 def make_response_values(policy: ValuePolicy, config: LearnerConfig, mesh: Mesh) -> Callable[[Params, Batch], Array]:
     """response_values(params, batch) -> f32[R], jitted, in units of reward; NaN for responses that are not packed.
 
-    The value of a response is the value at the position that predicts its first token, of the state before it.
+    The value of a response is that of the state before it, at the position that predicts the response's first token.
     """
     forward = forward_config(config, mesh)
 

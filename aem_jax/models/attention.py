@@ -23,7 +23,8 @@ CPU_BLOCK, BLOCK = 64, 512
 """Queries per block. On two x86 cores 64 and 128 are equally fast and 256 is slower. Accelerators need large products,
 and the scores of a block must fit into memory."""
 PARTS = (3, 1)
-"""Parts of a row that queries look back over: the smallest that holds the longest segment. Each is compiled."""
+"""Queries look back over a third of a row or all of it, the smaller that holds the longest segment. Both are
+compiled."""
 
 
 def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
