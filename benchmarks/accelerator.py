@@ -1,9 +1,9 @@
-"""The benchmarks of `accelerator.sh`, many to a process: starting one takes longer than most of them.
+"""The benchmarks of `accelerator.sh`. One process runs many, because starting a process takes longer than most of them.
 
     python -m benchmarks.accelerator decode|learner|trace
 
-Each run of `bench` prints its JSON line when it is done; one that fails prints a line with its error, and the next goes
-on. TINY=1 in the environment takes sizes that a CPU can try.
+Each run of `bench` prints its JSON line when it finishes. A failed run prints a line with its error, and the next run
+starts. TINY=1 in the environment selects sizes that a CPU can run.
 """
 
 import gc
@@ -26,15 +26,15 @@ NEW_TOKENS = 4 if TINY else 64
 ROWS, ROW_LENGTH = (2, 64) if TINY else (4, 2048)
 REPEATS = 2 if TINY else 3
 WRITTEN_OUT = 64
-"""Layers up to which a program has them written out, where that is tried instead of the scan."""
+"""Maximum number of layers for which a program is unrolled, in runs that unroll layers instead of scanning them."""
 
 
 class Run(NamedTuple):
     """One call of `bench`.
 
     Attributes:
-        words: of its command line.
-        written_out: whether layers are written out, however many there are.
+        words: arguments of its command line.
+        written_out: whether layers are unrolled, for any number of layers.
     """
 
     words: tuple[str, ...]
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 def decode_runs() -> list[Run]:
-    """What is worth most first: a part that is cut off has that."""
+    """Returns the runs, the most valuable first, because the time limit may cut off the last ones."""
     runs = [_decode(LARGE, SLOTS[0], CONTEXTS[0]), _decode(LARGE, SLOTS[0], CONTEXTS[0], written_out=True)]
     runs += [_decode(SMALL, slots, context) for context in CONTEXTS for slots in SLOTS]
     runs += [_decode(LARGE, slots, context) for context in CONTEXTS for slots in SLOTS]
@@ -58,7 +58,7 @@ def _decode(model: str, slots: int, context: int, *, written_out: bool = False) 
 
 
 def learner_runs() -> list[Run]:
-    """The same."""
+    """Returns the runs in the same order of value."""
     ways = [("cudnn", "layers"), ("xla", "layers"), ("cudnn", "none"), ("triton", "layers"), ("xla", "none")]
     runs = [_learn(LARGE, *ways[0]), *(_learn(SMALL, *way) for way in ways), *(_learn(LARGE, *way) for way in ways[1:])]
     return list(dict.fromkeys(runs))
@@ -72,7 +72,7 @@ def _learn(model: str, attention: str, remat: str) -> Run:
 
 
 def trace_runs() -> list[Run]:
-    """One decode and one update with a profile, whose longest operations go to standard error."""
+    """Returns one decode and one update with a profile, whose longest operations are printed to standard error."""
     folder = ("--trace", tempfile.mkdtemp(prefix="trace-"))
     decode, learn = _decode(LARGE, *_FIRST), _learn(SMALL, "auto", "layers")
     return [each._replace(words=(*each.words, *folder)) for each in (decode, learn)]
@@ -86,10 +86,10 @@ PARTS = {"decode": decode_runs, "learner": learner_runs, "trace": trace_runs}
 
 
 def run_all(runs: Sequence[Run]) -> int:
-    """Does them in order; how many failed."""
+    """Executes the runs in order; returns the number of failures."""
     failed = 0
     for run in runs:
-        gc.collect()  # the arrays of the one before
+        gc.collect()  # frees the arrays of the previous run
         before, start, error = decoder.FEW_LAYERS, time.perf_counter(), ""
         decoder.FEW_LAYERS = WRITTEN_OUT if run.written_out else before
         note = " (layers written out)" if run.written_out else ""
@@ -110,7 +110,7 @@ def run_all(runs: Sequence[Run]) -> int:
 
 
 def main(words: Sequence[str]) -> int:
-    """Runs one part; 0 if one of its runs succeeded, 2 for a part that there is not."""
+    """Runs one part; returns 0 if at least one of its runs succeeded, 2 for an unknown part."""
     if len(words) != 1 or words[0] not in PARTS:
         print(f"error: expected one of {', '.join(PARTS)}, got {' '.join(words) or 'nothing'}", file=sys.stderr)
         return 2

@@ -1,10 +1,10 @@
-"""Environment speed on one core: steps a second with admissible commands, and milliseconds a reset.
+"""Environment speed on one core: steps per second with admissible commands, and milliseconds per reset.
 
     python -m benchmarks.envs [--games ../shared/alfworld] [--seconds 5]
 
-A step is: choose a random admissible command, do it, ask for the sorted admissible commands. A reset is: parse an
-already read file (domain, problem, grammar) and start a player. Each game is warmed up once. Times are CPU time of this
-one process, so that neighbours on a shared machine do not count; the last line is JSON.
+A step chooses a random admissible command, executes it, and reads the sorted admissible commands. A reset parses a file
+that is already in memory (domain, problem, grammar) and starts a player. Each game is warmed up once. Times are CPU
+time of this process, so other processes on a shared machine do not count. The last line is JSON.
 """
 
 import argparse
@@ -25,12 +25,12 @@ def measure_alfworld(folder: Path, seconds: float, seed: int = 0) -> dict[str, f
     """Measures the ALFWorld engine on every game of a folder.
 
     Args:
-        folder: where `*.tw-pddl` files lie.
-        seconds: how long to step for.
-        seed: of the random policy.
+        folder: folder of `*.tw-pddl` files.
+        seconds: duration of the measured steps.
+        seed: seed of the random policy.
 
     Returns:
-        numbers by name, units in the names.
+        Numbers by name, with units in the names.
     """
     texts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.tw-pddl"))]
     if not texts:

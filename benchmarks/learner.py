@@ -1,10 +1,10 @@
-"""One update of a small Qwen3 with random weights: forward, backward and AdamW over B rows, P tokens heard, G said.
+"""One update of a small Qwen3 with random weights: forward, backward, AdamW, B rows of P prompt + G new tokens.
 
     python -m benchmarks.learner [B P G]
 
-The counterpart of peers' scripts named in docs/benchmarks.md: their model, the clipped policy loss at temperature 1
-without a reference policy. Advantages and sampled logprobs are random. A step is one call of the jitted update until
-its new state is there; two warm up, ten are timed. The last line is JSON.
+The counterpart of the peers' scripts in docs/benchmarks.md, with their model and the clipped policy loss at temperature
+1 without a reference policy. Advantages and sampled logprobs are random. A step is one call of the jitted update until
+the new state is available; two calls warm up, ten are timed. The last line is JSON.
 """
 
 import json
@@ -26,7 +26,7 @@ MODEL = ModelConfig(4096, 256, 768, 4, 8, 4, 32)
 
 
 def measure(rows: int, prompt: int, new: int, calls: int = 10) -> dict[str, float]:
-    """Best and median seconds of an update over `calls` warm calls."""
+    """Returns best and median seconds of an update over `calls` warm calls."""
     policy, mesh, learner = Policy(MODEL), make_mesh(MeshConfig()), LearnerConfig(learning_rate=1e-6)
     state = init_state(policy, make_optimizer(learner, policy.axes), mesh, jax.random.key(0))
     update = make_update(policy, learner, mesh)

@@ -1,15 +1,15 @@
-"""docs/benchmarks.md from benchmarks/results/*.json: every number of the page stands in one of these files.
+"""Generates docs/benchmarks.md from benchmarks/results/*.json, which contain every number of the page.
 
     python -m benchmarks.make_docs [--check]
 
-A file of results says what it is (`kind`), when and on what it was measured, with which versions, command and seeds:
+A results file contains its `kind`, the date, the machine, the versions, the command and the seeds:
 
-    peers  what `python -m benchmarks.peers … --out FILE` writes
-    bench  what `python -m aem_jax.launch bench … > FILE` writes
+    peers  output of `python -m benchmarks.peers … --out FILE`
+    bench  output of `python -m aem_jax.launch bench … > FILE`
     envs   the numbers of `python -m benchmarks.envs`, under `line`
 
-Prose stands in benchmarks.md.j2. Files are shown in the order of their names. A test holds the committed page to the
-committed files.
+The prose is in benchmarks.md.j2. Files are shown in the order of their names. A test checks that the committed page
+matches the committed files.
 """
 
 import argparse
@@ -32,25 +32,25 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "bench": (*COMMON, "results"),
     "envs": (*COMMON, "machine", "line"),
 }
-"""What a file of each kind must have."""
+"""Required fields of each kind of file."""
 
 Result = Mapping[str, Any]
 
 
 def load(folder: Path) -> list[Result]:
-    """All results of a folder, in the order of their names.
+    """Reads all results of a folder, in the order of their names.
 
     Raises:
-        ValueError: a file that is none.
+        ValueError: a file is not a results file.
     """
     return [read(path) for path in sorted(folder.glob("*.json"))]
 
 
 def read(path: Path) -> Result:
-    """One file of results.
+    """Reads one results file.
 
     Raises:
-        ValueError: it is none; says what is missing.
+        ValueError: it is not a results file; the message names what is missing.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -65,10 +65,10 @@ def read(path: Path) -> Result:
 
 
 def render(results: Sequence[Result]) -> str:
-    """The page.
+    """Renders the page.
 
     Raises:
-        jinja2.UndefinedError: the template names something that no result has.
+        jinja2.UndefinedError: the template uses a name that no result has.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
@@ -94,7 +94,7 @@ def render(results: Sequence[Result]) -> str:
 
 
 def where(result: Result) -> str:
-    """When, on what, and with which versions."""
+    """Describes date, machine, versions and seeds of a result."""
     said = [result["date"]]
     if "machine" in result:
         said.append(f"{result['machine']['cpu']}, {result['machine']['cores']} cores")
@@ -105,18 +105,18 @@ def where(result: Result) -> str:
 
 
 def reached(values: Sequence[float], least: float) -> str:
-    """How many of the rounds came that far."""
+    """Describes in how many rounds the value is at least `least`."""
     return f"{sum(value >= least for value in values)} of {len(values)}"
 
 
 def commands(results: Iterable[Result]) -> str:
-    """A block of the commands, each once."""
+    """Returns a code block of the commands, without repetitions."""
     lines = dict.fromkeys(command for each in results for command in each["commands"].values())
     return "\n".join(["```sh", *lines, "```"])
 
 
 def peers_table(results: Sequence[Result]) -> str:
-    """A row for each file: the rounds' numbers, and the median of their ratios with each of them."""
+    """Returns a table with a row for each file: its rounds' values, and the ratios to each peer with their median."""
     peers = list(dict.fromkeys(name for each in results for name in each["ratios"]))
     unit = results[0]["unit"]
     header = ["shape", f"{OWN}, {unit}", *(f"{name}, {unit}" for name in peers), *(f"against {name}" for name in peers)]
@@ -132,7 +132,7 @@ def peers_table(results: Sequence[Result]) -> str:
 
 
 def bench_table(result: Result) -> str:
-    """A row for each number of a run of `bench`."""
+    """Returns a table with a row for each number of a `bench` run."""
     header = ["benchmark", "shape", "median", "quartiles", "slowest – fastest", "of the roofline"]
     rows = [
         [
@@ -149,7 +149,7 @@ def bench_table(result: Result) -> str:
 
 
 def bench_facts(result: Result) -> str:
-    """The ceilings of a run of `bench`, and what it found beside rates; a list."""
+    """Returns a list of the ceilings of a `bench` run and its results other than rates."""
     found = {json.dumps(each["roofline"]["ceilings"]) for each in result["results"] if each["roofline"]}
     lines = [
         f"- ceilings: a copy moves {number(each['bandwidth'] / 1e9)} GB/s, a {each['dtype']} matrix product does "
@@ -163,7 +163,7 @@ def bench_facts(result: Result) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Formats with three digits, or with all digits before the decimal point."""
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 

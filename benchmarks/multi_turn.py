@@ -1,13 +1,12 @@
-"""Training steps of three-turn episodes: rollout through real environment servers, credit with AEM, one update a step.
+"""Training with three-turn episodes: rollout with real environment servers, credit with AEM, one update per step.
 
     python -m benchmarks.multi_turn [num_steps]         trains ten times as many steps
 
-The counterpart of a peer's script named in docs/benchmarks.md, at its sizes: 2 layers of width 64, 260 ids of which 18
-end a response, 2 prompts a step in groups of 4, 3 turns, responses of at most 96 tokens, an update with AdamW after
-every step. What it does beyond the peer: the environment answers from a process of its own, and AEM scales the
-advantages. Episodes a second are those of the second half of the steps. Of these it makes ten for each of the peer's,
-which is given the same number: a step is a fraction of a second, and so few would be over too soon to time. The last
-line is JSON.
+The counterpart of a peer's script in docs/benchmarks.md, with its sizes: 2 layers of width 64, 260 ids of which 18 end
+a response, 2 prompts per step in groups of 4, 3 turns, responses of at most 96 tokens, an AdamW update after every
+step. Beyond the peer's work, the environment runs in a separate process, and AEM scales the advantages. Episodes per
+second are those of the second half of the steps. Both programs get the same argument, but this one trains ten times as
+many steps: a step takes a fraction of a second, and fewer steps would be too short to time. The last line is JSON.
 """
 
 import json
@@ -56,7 +55,7 @@ LAYOUT = BatchLayout(
     max_responses=EPISODES * TURNS,
     max_trajectories=EPISODES,
 )
-# "hello" or five other letters to begin with, then three letters as "obs"
+# Lengths as in the peer's texts: a first observation of five letters ("hello"), then three letters ("obs").
 WORLD = {"min_turns": TURNS, "max_turns": TURNS, "prompt_chars": 5, "observation_chars": 3}
 
 
@@ -65,10 +64,10 @@ def _tasks(step: int, round: int) -> list[Task]:
 
 
 def measure(num_steps: int) -> dict[str, float]:
-    """Trains and says how fast.
+    """Trains and returns the speed.
 
     Args:
-        num_steps: training steps; the first half warms up.
+        num_steps: training steps; the first half is warm-up.
 
     Raises:
         ValueError: fewer than two steps.
@@ -132,7 +131,7 @@ def measure(num_steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures and prints it."""
+    """Measures and prints the result."""
     num_steps = 10 * int((sys.argv[1:] or [6])[0])
     line = {
         "system": "aem_jax",

@@ -1,11 +1,11 @@
-"""This project and its peers, run in turn on one machine; writes a results file that docs/benchmarks.md is made from.
+"""Runs this project and its peers in turn on one machine; writes a results file, from which docs/benchmarks.md is made.
 
     python -m benchmarks.peers decode --peer transformers=hf/bin/python:hf_generate.py \\
         --peer Tunix=peer/bin/python:tunix_single_turn.py --rounds 5 --out benchmarks/results/decode-b8.json 8 64 128
 
-Each program runs in a process of its own with its own environment's python, prints a JSON line, and is given the same
-arguments. In every round all of them run, one after the other, each round begun by another one; a ratio compares two
-numbers of one round, and the median of the rounds' ratios is what counts.
+Each program runs in a separate process with its own environment's python, gets the same arguments, and prints a JSON
+line. In every round all programs run one after the other, and the first program changes from round to round. A ratio
+compares two numbers of one round; the result is the median of the rounds' ratios.
 """
 
 import argparse
@@ -28,13 +28,13 @@ PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "google-tunix")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """A comparison of programs by one number.
 
     Attributes:
         module: this project's program.
-        field: of the JSON lines, dotted.
-        unit: of that number.
-        seconds: whether less is better; a ratio above 1 means in any case that this project is faster.
+        field: dotted name of the number in the JSON lines.
+        unit: unit of the number.
+        seconds: whether less is better; in both cases, a ratio above 1 means that this project is faster.
     """
 
     module: str
@@ -52,12 +52,12 @@ COMPARISONS: Mapping[str, Comparison] = {
 
 @dataclass(frozen=True)
 class Program:
-    """One that is measured.
+    """A measured program.
 
     Attributes:
-        name: how it is called in the results.
+        name: its name in the results.
         python: the interpreter of its environment.
-        words: what that is given before the arguments: a script, or -m and a module.
+        words: the interpreter's first arguments: a script, or -m and a module.
     """
 
     name: str
@@ -65,19 +65,19 @@ class Program:
     words: tuple[str, ...]
 
     def command(self, arguments: Sequence[str]) -> str:
-        """As a reader would type it: no folders of this machine."""
+        """Returns the command as a reader would type it, without folders of this machine."""
         return " ".join(["python", *(Path(word).name for word in self.words), *arguments])
 
 
 class PeerError(RuntimeError):
-    """A program that did not end well, or did not say what it measured."""
+    """A program failed, or did not print its measurement."""
 
 
 def parse_peer(text: str) -> Program:
-    """Reads NAME=PYTHON:SCRIPT.
+    """Parses NAME=PYTHON:SCRIPT.
 
     Raises:
-        ValueError: it has another form, or names a file that is not there.
+        ValueError: the text has another form, or names a file that does not exist.
     """
     name, equals, rest = text.partition("=")
     python, colon, script = rest.rpartition(":")
@@ -88,7 +88,7 @@ def parse_peer(text: str) -> Program:
     for path in (python, script):
         if not Path(path).is_file():
             raise ValueError(f"expected the files of --peer {name} to exist, got {path}")
-    # absolute, but not resolved: a venv's python is a link
+    # absolute, but not resolved: a venv's python is a symbolic link
     return Program(name, os.path.abspath(python), (os.path.abspath(script),))
 
 
@@ -98,11 +98,11 @@ def compare(
     """Runs all programs `rounds` times.
 
     Args:
-        programs: this project's first.
-        arguments: that each is given.
-        comparison: what number of their JSON lines counts.
-        rounds: how often.
-        timeout_s: seconds that one run may take.
+        programs: the programs; this project's is the first.
+        arguments: arguments of every program.
+        comparison: the compared number of their JSON lines.
+        rounds: number of rounds.
+        timeout_s: time limit of one run, seconds.
 
     Returns:
         rounds (JSON lines by name), values, medians, ratios (of this project to each peer, by round), median_ratios.
@@ -112,7 +112,7 @@ def compare(
     """
     lines: list[dict[str, Any]] = []
     for number in range(rounds):
-        first = number % len(programs)  # whoever runs first meets the coolest machine
+        first = number % len(programs)  # the first program runs on the coolest machine
         found = {each.name: _run(each, arguments, timeout_s) for each in [*programs[first:], *programs[:first]]}
         lines.append({each.name: found[each.name] for each in programs})
         shown = {name: value_of(line, comparison.field, name) for name, line in lines[-1].items()}
@@ -133,10 +133,10 @@ def compare(
 
 
 def value_of(line: Mapping[str, Any], field: str, name: str) -> float:
-    """A number of a JSON line by its dotted name.
+    """Returns a number of a JSON line by its dotted name.
 
     Raises:
-        PeerError: there is none.
+        PeerError: there is no such number.
     """
     value: Any = line
     for part in field.split("."):
@@ -147,7 +147,7 @@ def value_of(line: Mapping[str, Any], field: str, name: str) -> float:
 
 
 def _run(program: Program, arguments: Sequence[str], timeout_s: float) -> dict[str, Any]:
-    """The last line of JSON that a program prints."""
+    """Runs a program; returns the last JSON line that it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if program.name == OWN:
         environment["PYTHONPATH"] = str(REPOSITORY)
@@ -170,7 +170,7 @@ def _run(program: Program, arguments: Sequence[str], timeout_s: float) -> dict[s
 
 
 def versions_of(python: str) -> dict[str, str]:
-    """Python's version and those of `PACKAGES` that an environment has."""
+    """Returns the versions of Python and of the `PACKAGES` that are installed in an environment."""
     code = (
         "import importlib.metadata as m, json, platform, sys\n"
         "found = {'python': platform.python_version()}\n"
@@ -184,7 +184,7 @@ def versions_of(python: str) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What it all ran on."""
+    """Describes this machine."""
     cpu = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -1,10 +1,10 @@
-"""Sampling from a small Qwen3 with random weights: B prompts of P tokens are read, then G tokens each are sampled.
+"""Sampling from a small Qwen3 with random weights: prefill of B prompts of P tokens, then G sampled tokens each.
 
     python -m benchmarks.sampler [B P G]
 
-The shape, the model and what is timed (prompt and decoding together, one call from host to host) are those of peers'
-scripts named in docs/benchmarks.md, so that they can be run one after the other. Sampling is at temperature 1 and
-records the log-probability and the entropy of every token. One call warms up; five are timed. The last line is JSON.
+The shape, the model and the timing (prefill and decoding together, one call from host to host) match the peers' scripts
+in docs/benchmarks.md, so that they can run in turn. Sampling is at temperature 1 and records the log-probability and
+the entropy of every token. One call warms up; five are timed. The last line is JSON.
 """
 
 import json
@@ -20,11 +20,11 @@ from aem_jax.models import ModelConfig, Policy
 from aem_jax.sampler import Sampler, SamplingConfig
 
 MODEL = ModelConfig(4096, 256, 768, 4, 8, 4, 32)
-NEVER = -1  # a stop id that no token is
+NEVER = -1  # a stop id that matches no token
 
 
 def measure(slots: int, prompt: int, new: int, calls: int = 5) -> dict[str, float]:
-    """Best and median of sampled tokens a second over `calls` warm calls, each with prompts and keys of its own."""
+    """Returns best and median sampled tokens per second over `calls` warm calls with different prompts and keys."""
     policy = Policy(MODEL)
     params = jax.jit(policy.init)(jax.random.key(0))
     sampler = Sampler(

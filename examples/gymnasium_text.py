@@ -4,8 +4,9 @@
     python -m aem_jax.launch serve examples/gymnasium_text.py:frozen_lake
     python -m aem_jax.launch --preset openenv-tiny --openenv.serve examples/gymnasium_text.py:frozen_lake
 
-An environment is a class with `reset`, `step` and `close` that answers with a `StepResult`; what is served is anything
-that makes one when it is called with its settings as keywords. docs/environments.md goes through it step by step.
+An environment is a class with `reset`, `step` and `close`; the first two return a `StepResult`. `serve` takes any
+callable that returns an environment when it is called with the settings as keywords. docs/environments.md explains it
+step by step.
 """
 
 import re
@@ -21,8 +22,8 @@ from aem_jax.envs.protocol import StepResult
 class GymnasiumText:
     """A gymnasium environment with few discrete actions, as text.
 
-    A task is `{"seed": int}`. The last of the action words in a response is the action; a response without one changes
-    nothing, and takes a step of the limit all the same.
+    A task is `{"seed": int}`. The last action word in a response is the action. A response without one changes nothing,
+    but counts as a step.
 
     Args:
         make: seed -> the gymnasium environment of that task.
@@ -50,7 +51,7 @@ class GymnasiumText:
         """Starts the episode of a seed.
 
         Raises:
-            ValueError: a task without a seed of 0 or more.
+            ValueError: the task has no seed of 0 or more.
         """
         seed = task.get("seed")
         if type(seed) is not int or seed < 0:
@@ -62,8 +63,8 @@ class GymnasiumText:
         return self._result(0.0, terminated=False, truncated=False, valid=True)
 
     def step(self, action_text: str) -> StepResult:
-        """Does what the response says, if it says something."""
-        assert self._env, "expected a reset first"  # the server holds the order
+        """Executes the action in the response, if there is one."""
+        assert self._env, "expected a reset first"  # the server enforces the order
         self._steps += 1
         limit = self._steps >= self._max_steps
         said = self._words.findall(action_text)
@@ -72,7 +73,7 @@ class GymnasiumText:
         action = self._actions.index(said[-1].lower())
         observation, reward, terminated, truncated, _ = self._env.step(action)
         self._seen = self._show(self._env, observation)
-        # An end is one or the other: who reaches the goal with the last step has reached it.
+        # An episode ends in one way only: the goal reached with the last step counts as terminated.
         return self._result(float(reward), terminated=terminated, truncated=not terminated and (truncated or limit))
 
     def close(self) -> None:
@@ -88,11 +89,11 @@ class GymnasiumText:
 
 
 def frozen_lake(size: int = 4, slippery: bool = False, max_steps: int = 20) -> GymnasiumText:
-    """Lakes of size × size, another one for each seed: from S to G on frozen F, past the holes H.
+    """Lakes of size × size, a different one for each seed: walk from S to G over frozen F, avoiding the holes H.
 
     Args:
         size: rows and columns.
-        slippery: whether two steps of three slip aside.
+        slippery: whether two steps out of three slip sideways.
         max_steps: steps until truncation.
     """
 

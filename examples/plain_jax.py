@@ -1,11 +1,11 @@
-"""AEM in a training loop of one's own: REINFORCE in plain JAX, with `aem_jax.advantage`, jax and optax alone.
+"""AEM in a custom training loop: REINFORCE in plain JAX, with only `aem_jax.advantage`, jax and optax.
 
     python examples/plain_jax.py             # with AEM
     python examples/plain_jax.py 0           # λ = 0: plain GRPO advantages
 
-The game: a walker stands on a ring of 12 places, some steps from a treasure, and has 4 turns. In each turn it is told
-where it stands and says a response of 2 tokens, each a move of -1, 0, +1 or +2. Only standing on the treasure after the
-last turn is worth anything. 8 walkers with one start are a group; the policy is a table of logits.
+The game: a walker starts on a ring of 12 places, some steps from a treasure, and has 4 turns. In each turn it observes
+its place and samples a response of 2 tokens, each a move of -1, 0, +1 or +2. The reward is 1 if the walker is on the
+treasure after the last turn, else 0. 8 walkers with the same start are a group; the policy is a table of logits.
 """
 
 import sys
@@ -32,10 +32,10 @@ RESPONSE = jnp.repeat(jnp.arange(N * TURNS), LENGTH).reshape(N, TURNS * LENGTH) 
 
 
 def play(policy, start, key):
-    """Plays from `start` [N]; returns what was seen [N, T], said before [N, T], said [N, T], and the success [N]."""
+    """Plays from `start` [N]; returns places, previous tokens and tokens, [N, T] each, and success [N]."""
     place, said = start, []
     for turn_key in jax.random.split(key, TURNS):
-        before = jnp.full_like(place, len(MOVES))  # nothing said yet in this turn
+        before = jnp.full_like(place, len(MOVES))  # no token yet in this turn
         for token_key in jax.random.split(turn_key, LENGTH):
             token = jax.random.categorical(token_key, policy[place, before])
             said.append((place, before, token))
@@ -52,11 +52,11 @@ def loss(policy, seen, before, tokens, advantages):
 
 @jax.jit
 def step(policy, state, key, strength, learning_rate):
-    """One batch of episodes and one update; returns the policy, the optimizer's state and what to watch."""
+    """Plays one batch of episodes and updates once; returns the policy, the optimizer's state and metrics."""
     start_key, play_key = jax.random.split(key)
     start = jax.random.randint(start_key, (GROUPS,), 1, PLACES)[GROUP]
     seen, before, tokens, success = play(policy, start, play_key)
-    # The five lines that matter: entropies as sampled, one mean a response, α over a group's responses, A = α · A_base.
+    # The five lines of AEM: sampling entropies, their mean per response, α over a group's responses, A = α · A_base.
     _, entropies = token_statistics(policy[seen, before], tokens)
     entropy = response_entropy(entropies, RESPONSE, N * TURNS)
     alpha = aem_coefficients(entropy, GROUP[TRAJECTORY], GROUPS, strength=strength)
@@ -70,7 +70,7 @@ def step(policy, state, key, strength, learning_rate):
 
 def train(steps=200, strength=1.0, learning_rate=0.03, seed=0):
     """Trains from uniform logits; returns each step's success, entropy (nats) and range of α, as floats."""
-    policy = jnp.zeros((PLACES, len(MOVES) + 1, len(MOVES)))  # [place, said before, move]
+    policy = jnp.zeros((PLACES, len(MOVES) + 1, len(MOVES)))  # [place, previous token, move]
     state, history = optax.adam(learning_rate).init(policy), []
     for key in jax.random.split(jax.random.key(seed), steps):
         policy, state, watch = step(policy, state, key, strength, learning_rate)

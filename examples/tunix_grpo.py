@@ -1,18 +1,19 @@
 """AEM in Tunix's GRPO learner, through its registry of policy losses. Written for google-tunix 0.1.7.
 
-    pip install google-tunix==0.1.7          # beside aem_jax
-    python examples/tunix_grpo.py            # a tiny Qwen3 with random weights learns to say letters before "n"
+    pip install google-tunix==0.1.7          # in addition to aem_jax
+    python examples/tunix_grpo.py            # a tiny Qwen3 with random weights learns to write letters before "n"
 
-All that another Tunix program needs is `aem_grpo_loss` below and `GRPOConfig(policy_loss_fn="aem_grpo")`.
+Another Tunix program needs only `aem_grpo_loss` below and `GRPOConfig(policy_loss_fn="aem_grpo")`.
 
-Why the loss: Tunix's advantage estimators are given rewards alone, and its rollout returns no entropies; a loss has the
-model. With one update for each rollout (`num_iterations=1`, Tunix's default) the policy that is updated is the one that
-sampled, so its logits give the entropies that α needs. A microbatch holds whole groups, because Tunix counts its sizes
-in prompts. The price is one more forward pass in the update, since Tunix's own loss keeps its logits to itself.
+AEM is in the loss because Tunix's advantage estimators get only rewards, and its rollout returns no entropies. A loss
+has access to the model. With one update per rollout (`num_iterations=1`, Tunix's default) the updated policy is the one
+that sampled, so its logits give the entropies that α needs. A microbatch contains whole groups, because Tunix counts
+its sizes in prompts. The cost is one more forward pass in the update, because Tunix's own loss does not return its
+logits.
 
-With `num_iterations` above 1 the policy moves between sampling and loss, and packed sequences mix groups: both are
-refused here. There, compute the entropies where Tunix computes its old logprobs (a subclass of `GRPOLearner` that
-extends `_generate_and_compute_advantage`) and call the same `aem_scale`.
+With `num_iterations` above 1 the policy changes between sampling and loss, and packed sequences mix groups: this loss
+refuses both. In these cases, compute the entropies where Tunix computes its old logprobs (a subclass of `GRPOLearner`
+that extends `_generate_and_compute_advantage`) and call the same `aem_scale`.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from tunix.rl.rollout import base_rollout
 
 from aem_jax.advantage import aem_scale, token_statistics
 
-STRENGTH = 1.0  # λ; 0 leaves Tunix's GRPO as it is
+STRENGTH = 1.0  # λ; 0 gives Tunix's GRPO unchanged
 
 
 @function_registry.register_policy_loss_fn("aem_grpo")
@@ -43,13 +44,13 @@ def aem_grpo_loss(model, train_example, algo_config, pad_id, eos_id, **options):
         algo_config: Tunix's GRPOConfig.
         pad_id: the tokenizer's.
         eos_id: the tokenizer's.
-        options: whatever Tunix hands its own loss.
+        options: further options that Tunix passes to its own loss.
 
     Returns:
         (loss, aux) as Tunix's `grpo_loss_fn`; aux also holds "aem/minimum" and "aem/maximum", of α.
 
     Raises:
-        ValueError: the policy may have moved since it sampled, or sequences are packed.
+        ValueError: the policy may have changed since sampling, or sequences are packed.
     """
     if train_example.old_per_token_logps is not None:
         raise ValueError("expected num_iterations=1, got several updates for a rollout: α needs entropies as sampled")
@@ -75,7 +76,7 @@ def aem_grpo_loss(model, train_example, algo_config, pad_id, eos_id, **options):
 
 
 class Letters:
-    """A tokenizer of 26 letters and the three ids that Tunix wants."""
+    """A tokenizer of 26 letters and the three ids that Tunix requires."""
 
     def encode(self, text, **_):
         return [ord(letter) - ord("a") + 3 for letter in text]
@@ -94,19 +95,19 @@ class Letters:
 
 
 def share_of_early_letters(prompts, completions, **_):
-    """Reward: how many of the (at most 8) letters come before "n", as a share."""
+    """Reward: number of letters before "n" in the alphabet, divided by 8, the maximum length."""
     return [sum(letter < "n" for letter in completion) / 8 for completion in completions]
 
 
 def tiny_qwen3():
-    """A policy of random weights, and few of them."""
+    """Returns a very small policy with random weights."""
     heads = {"num_heads": 2, "head_dim": 16, "num_kv_heads": 1, "rope_theta": 10_000, "norm_eps": 1e-6}
     sizes = {"num_layers": 2, "vocab_size": 29, "embed_dim": 32, "hidden_dim": 64, "use_tied_embedding": False}
     return qwen3.Qwen3(qwen3.ModelConfig(**sizes, **heads), rngs=nnx.Rngs(0))
 
 
 def train(steps=20, policy_loss="aem_grpo", learning_rate=1e-2):
-    """Trains a tiny Qwen3 on two prompts, 8 responses each; returns each step's mean reward, and α's extremes."""
+    """Trains a tiny Qwen3 on two prompts, 8 responses each; returns each step's mean reward and the range of α."""
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rollout = base_rollout.RolloutConfig(
         max_tokens_to_generate=8, max_prompt_length=4, kv_cache_size=16, temperature=1.0

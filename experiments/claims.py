@@ -2,8 +2,8 @@
 
     python -m experiments.claims experiments/alfworld_tiny.toml --variants grpo-aem --steps 0 120
 
-Calls `python -m aem_jax.launch analyze` on runs that are done, at some of their checkpoints, and keeps what it found,
-but for the points of its plots, in experiments/results/GRID.claims.json; what stands there already is left as it is.
+Calls `python -m aem_jax.launch analyze` on finished runs, at some of their checkpoints. The results, without the points
+of the plots, are written to experiments/results/GRID.claims.json. Results that are already in that file are kept.
 """
 
 import argparse
@@ -24,12 +24,12 @@ Claim = Mapping[str, Any]
 
 
 def read_claims(path: Path) -> list[Claim]:
-    """What is kept; nothing where there is no file."""
+    """Returns the saved analyses; empty if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def without_points(found: Any) -> Any:
-    """What `analyze` found without the lists of points."""
+    """Returns the output of `analyze` without the lists of points."""
     if isinstance(found, Mapping):
         return {name: without_points(value) for name, value in found.items() if name != "points"}
     return float(f"{found:.4g}") if isinstance(found, float) else found
@@ -39,7 +39,7 @@ def analyze(folder: Path, run: Run, step: int) -> Claim:
     """Analyses one checkpoint of one run.
 
     Raises:
-        RuntimeError: it could not be analysed; says why.
+        RuntimeError: the analysis failed; the message gives the reason.
     """
     place = folder / run.name
     command = [sys.executable, "-m", "aem_jax.launch", "analyze", str(place), "--step", str(step)]
@@ -51,7 +51,7 @@ def analyze(folder: Path, run: Run, step: int) -> Claim:
 
 
 def collect(grid: Grid, folder: Path, variants: Sequence[str], steps: Sequence[int], path: Path) -> bool:
-    """Analyses what is not yet analysed; returns whether all could be."""
+    """Runs the missing analyses; returns whether all succeeded."""
     claims = list(read_claims(path))
     known = {(each["variant"], each["seed"], each["step"]) for each in claims}
     whole = True
@@ -77,7 +77,7 @@ def collect(grid: Grid, folder: Path, variants: Sequence[str], steps: Sequence[i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0 when all is analysed, 1 when not, 2 for a mistake."""
+    """Runs the command line; returns the exit status: 0 if all analyses are done, 1 if not, 2 on bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.claims", description="Analyses runs of a grid.")
     parser.add_argument("grid", type=Path, help="TOML file; see experiments/grid.py")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="the grid's runs lie in a folder of it")

@@ -1,13 +1,13 @@
-"""A grid of runs as a TOML file says it: settings that all share, variants of them, and seeds.
+"""A grid of runs, read from a TOML file: shared settings, variants of them, and seeds.
 
 [grid]
 preset = "alfworld-tiny"
 seeds = [0, 1, 2, 3, 4]
 
-[shared.train]              # options of every run, as a preset writes them
+[shared.train]              # options of every run, in the format of a preset
 num_steps = 120
 
-[start.warmstart]           # options of the one run of each seed that all of its variants begin from
+[start.warmstart]           # options of the start run; there is one per seed, and all variants begin from it
 steps = 300
 
 [[variants]]
@@ -16,8 +16,8 @@ options.aem.strength = 0.0
 
 [[variants]]
 name = "grpo-aem"
-against = "grpo"            # which variant it is compared with, seed by seed
-seeds = [0, 1, 2]           # where fewer seeds are asked for
+against = "grpo"            # the variant that it is compared with, seed by seed
+seeds = [0, 1, 2]           # only if the variant needs fewer seeds
 """
 
 import tomllib
@@ -42,10 +42,10 @@ class Variant:
 
     Attributes:
         name: letters, digits and -_.
-        options: what differs from the shared settings, by dotted name.
-        seeds: of its runs.
-        title: how tables call it.
-        family: the table that it stands in.
+        options: settings that differ from the shared ones, by dotted name.
+        seeds: seeds of its runs.
+        title: its name in tables.
+        family: the table that contains it.
         against: the variant that it is compared with, seed by seed; empty for none.
     """
 
@@ -64,7 +64,7 @@ class Run:
     Attributes:
         variant: name of its setting, or `START`.
         seed: its seed.
-        options: all that differs from the preset, by dotted name.
+        options: settings that differ from the preset, by dotted name.
     """
 
     variant: str
@@ -73,18 +73,18 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its folder among the grid's."""
+        """Name of its folder in the grid's folder."""
         return f"{self.variant}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All that a file says.
+    """The content of a grid file.
 
     Attributes:
-        name: of the file, without its ending.
-        preset: that all runs begin from.
-        seeds: of variants that name none.
+        name: name of the file without its extension.
+        preset: the preset of all runs.
+        seeds: default seeds of the variants.
         shared: options of every run, by dotted name.
         start: options of the runs that the others begin from.
         variants: the settings, in the file's order.
@@ -98,13 +98,13 @@ class Grid:
     variants: tuple[Variant, ...]
 
     def starts(self, folder: Path) -> list[Run]:
-        """The run of each seed that the others begin from: a warm start and its evaluation, no training steps."""
+        """Returns the start run of each seed, from which the others begin: a warm start and its evaluation only."""
         seeds = sorted({seed for variant in self.variants for seed in variant.seeds})
         own = {"train.num_steps": 0, "checkpoint.keep_first": True}
         return [Run(START, seed, self._options(folder, START, seed, {**own, **self.start})) for seed in seeds]
 
     def runs(self, folder: Path) -> list[Run]:
-        """The runs of all variants, seed by seed, so that the first seeds are whole early."""
+        """Returns the runs of all variants, seed by seed, so that the first seeds are complete early."""
         found = []
         for start in self.starts(folder):
             for variant in self.variants:
@@ -119,10 +119,10 @@ class Grid:
         return {"runs_dir": str(folder), "name": name, "seed": seed, **self.shared, **own}
 
     def config(self, run: Run) -> RunConfig:
-        """The run's whole config.
+        """Returns the run's complete config.
 
         Raises:
-            ConfigError: an option that is none, or that cannot be run.
+            ConfigError: an option is unknown, or the config cannot be run.
         """
         try:
             config = override(read_preset(self.preset), run.options, flag)
@@ -132,7 +132,7 @@ class Grid:
         return config
 
     def words(self, run: Run) -> list[str]:
-        """The run's command line, behind `python -m aem_jax.launch`."""
+        """Returns the arguments of the run's command line, after `python -m aem_jax.launch`."""
         words = ["--preset", self.preset]
         for name, value in run.options.items():
             values = value if isinstance(value, list | tuple) else [value]
@@ -144,7 +144,7 @@ def read_grid(path: Path) -> Grid:
     """Reads a grid.
 
     Raises:
-        ConfigError: no such file, no TOML, or not of this form.
+        ConfigError: the file does not exist, is not TOML, or has another form.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))

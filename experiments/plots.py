@@ -1,4 +1,4 @@
-"""Plots of a grid: what each pair of variants did over training, as means over seeds with their range."""
+"""Plots of a grid: training curves of each pair of variants, as means over seeds with their range."""
 
 import statistics
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ PANELS = (
 
 
 def draw_pairs(grid: Grid, results: Sequence[Result], path: Path) -> Path | None:
-    """A row of plots for each variant of the family `algorithms` and what it is compared with; None without runs."""
+    """Draws a row of plots for each variant of the family `algorithms` and its comparison; None without runs."""
     pairs = [
         each
         for each in grid.variants
@@ -46,7 +46,7 @@ def draw_pairs(grid: Grid, results: Sequence[Result], path: Path) -> Path | None
 
 
 def _draw(axes: Axes, results: Sequence[Result], variant: str, metric: str, colour: str, label: str) -> None:
-    """Mean and range over seeds of a curve's bins, at the middle of each bin."""
+    """Draws mean and range over seeds of a curve's bins, at the middle of each bin."""
     runs = [each for each in of_variant(results, variant).values() if metric in each["curves"]]
     columns = list(zip(*(each["curves"][metric] for each in runs), strict=False))
     points = [

@@ -1,8 +1,8 @@
-"""What is kept of a grid's runs: one JSON line each, small enough to be committed.
+"""Saved results of a grid's runs: one JSON line for each run, small enough to be committed.
 
-variant, seed         which run
+variant, seed         identify the run
 steps                 training steps
-seconds               summed over its steps, as the machine was (`time/step`), and nothing else
+seconds               sum of `time/step` over its steps, on the machine as it was; excludes all other time
 evaluations           (phase, step, split) -> successes and games
 curves                metric -> means over consecutive bins of steps, at most `BINS`
 """
@@ -27,13 +27,13 @@ METRICS = (
     *("aem/flat_groups", "advantage/positive_share", "advantage/nonzero_share", "learner/clip_fraction"),
     *("learner/grad_norm", "parity/max"),
 )
-"""Kept as curves; those that a run does not have are left out."""
+"""Metrics that are saved as curves; a run's missing metrics are omitted."""
 
 Result = Mapping[str, Any]
 
 
 def summary(folder: Path, run: Run) -> dict[str, Any] | None:
-    """The line of one run; None while it is not done."""
+    """Returns the line of one run; None if it is not finished."""
     try:
         config = saved.load(folder)
     except ConfigError:
@@ -60,7 +60,7 @@ def summary(folder: Path, run: Run) -> dict[str, Any] | None:
 
 
 def binned(values: Sequence[float | None], bins: int = BINS) -> list[float | None]:
-    """Means of at most `bins` runs of neighbours of (nearly) equal length, to 4 digits; None where nothing is known."""
+    """Means over at most `bins` consecutive parts of (nearly) equal length, to 4 digits; None without values."""
     bins = min(bins, len(values))
     found: list[float | None] = []
     for index in range(bins):
@@ -71,12 +71,12 @@ def binned(values: Sequence[float | None], bins: int = BINS) -> list[float | Non
 
 
 def write_results(grid: Grid, folder: Path, results: Path) -> Path:
-    """Writes the lines of all of the grid's runs that are done; whole or not at all.
+    """Writes the lines of all finished runs of the grid, atomically.
 
     Args:
         grid: the grid.
-        folder: of its runs.
-        results: folder to write GRID.jsonl to.
+        folder: folder of its runs.
+        results: output folder of GRID.jsonl.
     """
     runs = (*grid.starts(folder), *grid.runs(folder))
     lines = [line for run in runs if (line := summary(folder / run.name, run)) is not None]
@@ -87,10 +87,10 @@ def write_results(grid: Grid, folder: Path, results: Path) -> Path:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The lines of a grid's file.
+    """Reads the lines of a grid's file.
 
     Raises:
-        ValueError: a line that is none.
+        ValueError: a line is not a result.
     """
     found = []
     for number, result in read_json_lines(path):
@@ -102,7 +102,7 @@ def read_results(path: Path) -> list[Result]:
 
 
 def successes(result: Result, phase: str = "final") -> float:
-    """Share of games won in the phase's last evaluations, all splits together; NaN if there are none."""
+    """Fraction of games won in the phase's last evaluations, over all splits; NaN if there are none."""
     found = [each for each in result["evaluations"] if each["phase"] == phase]
     last = [each for each in found if each["step"] == max(every["step"] for every in found)]
     games = sum(each["games"] for each in last)
@@ -110,7 +110,7 @@ def successes(result: Result, phase: str = "final") -> float:
 
 
 def of_variant(results: Sequence[Result], variant: str) -> dict[int, Result]:
-    """The runs of a variant by seed."""
+    """Returns the runs of a variant by seed."""
     return {each["seed"]: each for each in results if each["variant"] == variant}
 
 

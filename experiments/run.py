@@ -1,9 +1,9 @@
 """Runs a grid: python -m experiments.run experiments/alfworld_tiny.toml
 
-Every run is a process of its own, `python -m aem_jax.launch` with the options of the grid, and writes what it says to
-logs/NAME.txt. A run that is done is left as it is, one that was stopped or killed goes on: so the same command goes on
-with the grid. The runs that others begin from come first. After each run the numbers of all that are done are written
-to experiments/results/GRID.jsonl, of which docs/experiments.md is made (`python -m experiments.table`).
+Every run is a separate process, `python -m aem_jax.launch` with the grid's options, and writes its output to
+logs/NAME.txt. Finished runs are skipped, and interrupted runs resume, so rerunning the command continues the grid. The
+start runs come first. After each run, the numbers of all finished runs are written to experiments/results/GRID.jsonl,
+from which `python -m experiments.table` makes docs/experiments.md.
 """
 
 import argparse
@@ -31,12 +31,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Workers:
-    """Where runs may run: processor cores or GPUs dealt to the jobs, and the processes at work.
+    """Resources of the jobs (processor cores or GPUs), and the running processes.
 
     Attributes:
-        places: environment variables and cores of each job that is free.
-        running: processes to stop when the driver is stopped.
-        stopping: set when no further run is to begin.
+        places: cores and environment variables of each free job.
+        running: processes to stop when the driver stops.
+        stopping: set when no further run may begin.
     """
 
     places: SimpleQueue = field(default_factory=SimpleQueue)
@@ -45,7 +45,7 @@ class Workers:
 
 
 def deal(jobs: int, pin: bool, gpus: int) -> Workers:
-    """A place for each job: with `pin` cores of its own, with `gpus` one of so many GPUs of its own."""
+    """Assigns resources to each job: with `pin` separate cores, with `gpus` one of that many GPUs."""
     workers, cores = Workers(), sorted(os.sched_getaffinity(0))
     for job in range(jobs):
         own = cores[job * len(cores) // jobs : (job + 1) * len(cores) // jobs] if pin else cores
@@ -54,10 +54,10 @@ def deal(jobs: int, pin: bool, gpus: int) -> Workers:
 
 
 def is_done(config: RunConfig) -> bool:
-    """Whether a run has all that it should; raises what `train` would if it was begun with other settings.
+    """Whether a run has its report and all final evaluations.
 
     Raises:
-        ConfigError: another run lies in its folder.
+        ConfigError: the run's folder contains a run with other settings, as in `train`.
     """
     folder = Path(config.runs_dir) / config.name
     if not (folder / saved.FILE).exists():
@@ -73,7 +73,7 @@ def _is_final(line: dict, last: int) -> bool:
 
 
 def run_one(grid: Grid, run: Run, workers: Workers, logs: Path) -> bool:
-    """Runs one run to its end; returns whether it is done."""
+    """Executes one run to its end; returns whether it is finished."""
     if workers.stopping.is_set():
         return False
     config = grid.config(run)
@@ -90,7 +90,7 @@ def run_one(grid: Grid, run: Run, workers: Workers, logs: Path) -> bool:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **variables},
                 cwd=Path.cwd(),
-                start_new_session=True,  # Ctrl-C is the driver's to pass on
+                start_new_session=True,  # the driver handles Ctrl-C
             )
             os.sched_setaffinity(process.pid, cores)
             workers.running.add(process)
@@ -108,10 +108,10 @@ def run_one(grid: Grid, run: Run, workers: Workers, logs: Path) -> bool:
 
 
 def run_grid(grid: Grid, folder: Path, workers: Workers, jobs: int, results: Path) -> bool:
-    """Runs all of a grid; returns whether all of it is done.
+    """Executes all runs of a grid; returns whether all are finished.
 
     Raises:
-        ConfigError: a run that cannot be begun, before any is.
+        ConfigError: a run cannot begin; raised before any run begins.
     """
     starts, runs = grid.starts(folder), grid.runs(folder)
     for run in (*starts, *runs):
@@ -138,7 +138,7 @@ def run_grid(grid: Grid, folder: Path, workers: Workers, jobs: int, results: Pat
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0 when all runs are done, 1 when not, 2 for a mistake."""
+    """Runs the command line; returns the exit status: 0 if all runs are finished, 1 if not, 2 on bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.run", description="Runs a grid, or goes on with it.")
     parser.add_argument("grid", type=Path, help="TOML file; see experiments/grid.py")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="the grid's runs lie in a folder of it")
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stop(workers: Workers) -> None:
-    """Lets the runs at hand end their step and save; no further one begins."""
+    """Lets running processes finish their step and save; no further run begins."""
     workers.stopping.set()
     for process in list(workers.running):
         process.send_signal(signal.SIGTERM)

@@ -1,9 +1,9 @@
-"""docs/experiments.md from experiments/results/*.jsonl: every number of the page stands in one of these files.
+"""Generates docs/experiments.md from experiments/results/*.jsonl, which contain every number of the page.
 
     python -m experiments.table [--check]
 
-Prose stands in experiments.md.j2, what a grid is in its TOML file. A test holds the committed page to the committed
-numbers; the plots beside it are drawn anew each time and not compared.
+The prose is in experiments.md.j2, and each grid is defined in its TOML file. A test checks that the committed page
+matches the committed numbers. The plots are drawn again each time and are not compared.
 """
 
 import argparse
@@ -43,9 +43,9 @@ class Measure:
     """One number of a run.
 
     Attributes:
-        title: how tables call it.
+        title: its name in tables.
         of: run -> number.
-        percent: whether it is a share, shown in per cent and its differences in points.
+        percent: whether it is a fraction, shown in per cent, with differences in percentage points.
     """
 
     title: str
@@ -54,7 +54,7 @@ class Measure:
 
 
 def part(metric: str, first: float, last: float) -> Callable[[Result], float]:
-    """run -> mean of a curve from one share of the training to another; NaN where the run has no such numbers."""
+    """Returns run -> mean of a curve between two fractions of the training; NaN if the run has no such numbers."""
 
     def mean(result: Result) -> float:
         values = result["curves"].get(metric, [])
@@ -72,11 +72,11 @@ MEASURES: Mapping[str, Measure] = {
     "early entropy": Measure("response entropy, first fifth (nats)", part("entropy/response", 0, 0.2), percent=False),
     "late entropy": Measure("response entropy, last fifth (nats)", part("entropy/response", 0.8, 1), percent=False),
 }
-"""What tables compare, by the name that the template gives."""
+"""Compared numbers of the tables, by their names in the template."""
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % percentile-bootstrap interval, the same for the same values in any order; NaN are left out."""
+    """Mean and 95 % percentile-bootstrap interval, independent of the order of the values; NaN are omitted."""
     known = sorted(each for each in values if math.isfinite(each))
     if not known:
         return Interval(math.nan, math.nan, math.nan, 0)
@@ -86,7 +86,7 @@ def interval(values: Sequence[float]) -> Interval:
     from scipy.stats import bootstrap
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values that are all alike
+        warnings.simplefilter("ignore")  # raised if all values are equal
         found = bootstrap(
             (known,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
         ).confidence_interval
@@ -94,13 +94,13 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def differences(results: Sequence[Result], variant: str, against: str, measure: Measure) -> list[float]:
-    """variant − against for each seed that both have: the same seed is the same warm start and the same tasks."""
+    """variant − against for each shared seed: the same seed has the same warm start and the same tasks."""
     ours, theirs = of_variant(results, variant), of_variant(results, against)
     return [measure.of(ours[seed]) - measure.of(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def comparison_table(grid: Grid, results: Sequence[Result], family: str, name: str) -> str:
-    """A row for each variant of a family that has runs: its mean, that of what it is compared with, the difference."""
+    """A row for each variant of a family with runs: its mean, the mean of its comparison, and the difference."""
     measure = MEASURES[name]
     rows = []
     for variant in (each for each in grid.variants if each.family == family and each.against):
@@ -123,7 +123,7 @@ def comparison_table(grid: Grid, results: Sequence[Result], family: str, name: s
 
 
 def start_table(results: Sequence[Result]) -> str:
-    """The warm start of each seed, and the agents that bound it."""
+    """A row for each seed: the success of its warm start."""
     starts = of_variant(results, START)
     rows = [
         [str(seed), f"{successes(result, 'warmstart'):.1%}".replace("%", " %")]
@@ -133,7 +133,7 @@ def start_table(results: Sequence[Result]) -> str:
 
 
 def facts(grid: Grid, results: Sequence[Result]) -> str:
-    """How many runs there are, of how many, and what they took."""
+    """Describes the number of finished runs, the planned number, and the time that they took."""
     wanted = sum(len(each.seeds) for each in grid.variants)
     runs = [each for each in results if each["variant"] != START]
     if not runs:
@@ -146,7 +146,7 @@ def facts(grid: Grid, results: Sequence[Result]) -> str:
 
 
 def claims_table(grid: Grid, claims: Sequence[Claim]) -> str:
-    """A row for each variant and step that was analysed: means over seeds of what `analyze` found."""
+    """A row for each analysed variant and step: means over seeds of the results of `analyze`."""
     wanted: tuple[tuple[str, Callable[[Claim], float | None]], ...] = (
         ("r of α − 1 and S − H_resp", lambda each: each["proxy"]["pearson"]["value"]),
         ("r of α − 1 and Σ H_t − H_resp", lambda each: each["proxy"]["pearson_predictable"]["value"]),
@@ -168,7 +168,7 @@ def claims_table(grid: Grid, claims: Sequence[Claim]) -> str:
 
 
 def alive(grid: Grid, results: Sequence[Result], variant: str) -> str:
-    """Whether AEM had anything to do: α's range, flat groups, and mixed groups, over all steps and seeds."""
+    """Shows whether AEM had an effect: α's range, flat groups, and mixed groups, over all steps and seeds."""
     runs = list(of_variant(results, variant).values())
     names = ("aem/alpha_min", "aem/alpha_max", "aem/flat_groups", "rollout/mixed_groups")
     if not runs:
@@ -183,13 +183,13 @@ def alive(grid: Grid, results: Sequence[Result], variant: str) -> str:
 
 
 def title(grid: Grid, name: str) -> str:
-    """How a variant is called."""
+    """Returns a variant's name in tables."""
     found: Variant = next(each for each in grid.variants if each.name == name)
     return found.title or name
 
 
 def said(found: Interval, percent: bool, signed: bool = False) -> str:
-    """An interval in words: `12.3 % (10.1 to 14.9)`; differences of shares are in points."""
+    """Formats an interval, as `12.3 % (10.1 to 14.9)`; differences of fractions are in percentage points."""
     if not found.count:
         return "–"
     unit = " points" if percent and signed else " %" if percent else ""
@@ -205,10 +205,10 @@ def _number(value: float, percent: bool, signed: bool = False) -> str:
 
 
 def render(grids: Sequence[tuple[Grid, Sequence[Result], Sequence[Claim]]]) -> str:
-    """The page.
+    """Renders the page.
 
     Raises:
-        jinja2.UndefinedError: the template names what is not there.
+        jinja2.UndefinedError: the template uses an undefined name.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
@@ -223,10 +223,10 @@ def render(grids: Sequence[tuple[Grid, Sequence[Result], Sequence[Claim]]]) -> s
 
 
 def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[tuple[Grid, list[Result], list[Claim]]]:
-    """The grids that have results, in the order of their names.
+    """Loads the grids that have results, in the order of their names.
 
     Raises:
-        ValueError: a file that is none.
+        ValueError: a file is not a results file.
     """
     found = []
     for path in sorted(folder.glob("*.toml")):

@@ -1,10 +1,10 @@
-"""Records what a change of layout or names must not change, and compares two such records.
+"""Records the behaviour that a refactoring must keep, and compares two such records.
 
     python scripts/same_runs.py record FOLDER     # ten steps of each run below, about ten minutes on two cores
     python scripts/same_runs.py compare OLD NEW [--renamed FILE]
 
-A record holds, of each run, `metrics.jsonl` but for times, the transcripts and the checksums of the checkpoint's
-arrays; of three models, `plan --json`; the settings of `--help`; and every message of the source that begins with
+A record contains, for each run, `metrics.jsonl` without times, the transcripts, and the checksums of the checkpoint's
+arrays; for three models, `plan --json`; the settings of `--help`; and every message of the source that contains
 "expected". FILE is a JSON mapping of old to new names of metrics and settings. Arrays are compared without their names.
 """
 
@@ -53,7 +53,7 @@ def record(folder: Path, names: list[str]) -> None:
 
 
 def run(folder: Path, name: str, words: tuple[str, ...]) -> dict[str, Any]:
-    """Trains, unless the folder already holds the run; then reads what is left of it."""
+    """Trains unless the folder already contains the run; then reads the run's files."""
     common = [*words, "--name", name, "--runs-dir", str(folder)]
     if name == "two-processes":
         with socket.socket() as free:
@@ -101,14 +101,14 @@ def plan(words: tuple[str, ...]) -> Any:
 
 
 def settings() -> list[str]:
-    """Names of the settings, and their defaults."""
+    """Names of the settings in `--help`."""
     text = re.sub(r"[│╭╮╰╯─]", " ", output("--help"))
     found = re.findall(r"--([a-z0-9-]+(?:\.[a-z0-9-]+)*)", text)
     return sorted(set(found))
 
 
 def refusals() -> list[str]:
-    """The strings of the source that say what was expected, with {} for values."""
+    """The strings of the source that contain "expected", with {} in place of values."""
     found = set()
     for file in sorted((ROOT / "aem_jax").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -138,7 +138,7 @@ def compare(old_file: Path, new_file: Path, renamed: dict[str, str]) -> int:
                     differences.append(f"{name} step {step} {key}: {was.get(key, 'absent')} → {now.get(key, 'absent')}")
         if with_new_names(before["files"], renamed) != after["files"]:
             differences.append(f"{name}: other transcripts")
-        both = before["arrays"].keys() & after["arrays"].keys()  # what evaluates more often saves more often
+        both = before["arrays"].keys() & after["arrays"].keys()  # a run with more evaluations saves more often
         if "10" not in both or any(before["arrays"][step] != after["arrays"][step] for step in both):
             differences.append(f"{name}: other arrays in its checkpoints")
     for words, was, now in zip(PLANS, old["plans"], new["plans"], strict=True):

@@ -1,8 +1,9 @@
-"""Finds out which edits break which tests, and writes the catalogue of bugs: `python scripts/survey_bugs.py`.
+"""Finds which edits break which tests, and writes the catalogue of bugs: `python scripts/survey_bugs.py`.
 
-For maintainers, after a package of `aem_jax/envs/swe/generate/code` was changed. Each edit is tried in a process of its
-own with limited time and memory, but in no sandbox: it is code of this repository with one sign changed. The survey
-takes half a minute and gives the same catalogue each time; tasks are then made from the catalogue without running code.
+Maintainers run it after a change of a package in `aem_jax/envs/swe/generate/code`. Each edit is tried in a separate
+process with limited time and memory, but without a sandbox, because it is code of this repository with one sign
+changed. The survey takes half a minute and always gives the same catalogue. Tasks are then made from the catalogue
+without running code.
 """
 
 import argparse
@@ -20,13 +21,13 @@ from aem_jax.envs.swe.generate.trial import broken_tests
 
 CATALOGUE = Path(aem_jax.envs.swe.generate.__file__).with_name("catalogue.json")
 TRIED, KEPT, COMBINED = 40, 10, 3
-"""Edits tried and bugs kept of each package, and how many combinations of them."""
+"""Maximum numbers per package: edits tried, bugs kept, and combinations of bugs."""
 
-_SHARE = 0.4  # a bug that breaks more of the tests than this is none to look for
+_SHARE = 0.4  # a bug that breaks a larger fraction of the tests needs no search
 
 
 def survey(package: Package, seed: int = 0) -> list[dict]:
-    """The bugs of a package: sets of one to three edits and the tests that they break."""
+    """Returns the bugs of a package: sets of one to three edits and the tests that they break."""
     rng = random.Random(f"survey/{seed}/{package.name}")
     singles: list[tuple[Edit, Mapping[str, str]]] = []
     spans: set[tuple[int, int]] = set()
@@ -55,7 +56,7 @@ def survey(package: Package, seed: int = 0) -> list[dict]:
 
 
 def _varied(candidates: Sequence[Edit], rng: random.Random) -> list[Edit]:
-    """The edits in a drawn order that takes the kinds in turn."""
+    """Returns the edits in a random order that alternates between kinds."""
     by_kind: dict[str, list[Edit]] = {}
     for edit in candidates:
         by_kind.setdefault(edit.kind, []).append(edit)
@@ -75,13 +76,13 @@ def _bug(chosen: Sequence[Edit], broken: Mapping[str, str]) -> dict:
 
 
 def checked_survey(package: Package) -> list[dict]:
-    """`survey`, of a package that passes its own tests.
+    """Calls `survey` after checking that the package passes its own tests.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the package fails its own tests.
     """
     broken = None
-    for _ in range(2):  # the first run loads what later ones find loaded
+    for _ in range(2):  # the first run also loads modules, which are loaded in the second
         broken = broken_tests(package, package.source)
         if broken == {}:
             return survey(package)

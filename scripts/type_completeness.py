@@ -1,8 +1,9 @@
-"""How much of each public room's interface has a known type, by `pyright --verifytypes`; fails below 95 %.
+"""Measures the share of each public package's interface with a known type (`pyright --verifytypes`); fails below 95 %.
 
     python scripts/type_completeness.py      # part of `make types`
 
-Types of other packages are left out. Of `envs`, what someone needs to write and check an environment is measured.
+Types of other packages are left out. For `envs`, only the interface for writing and checking an environment is
+measured.
 """
 
 import json
@@ -16,7 +17,7 @@ LEAST = 0.95
 
 
 def score(room: str) -> float:
-    """Share of the room's symbols whose type is known."""
+    """Fraction of the package's symbols with a known type."""
     folder = str(Path(sys.executable).parent)
     # pyright looks for the package in the environment of the python that PATH names.
     environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -26,7 +27,7 @@ def score(room: str) -> float:
 
 
 def main() -> int:
-    """Prints a line for each room; returns the exit status."""
+    """Prints a line for each package; returns the exit status."""
     scores = {room: score(room) for room in ROOMS}
     for room, value in scores.items():
         print(f"aem_jax.{room}: {value:.1%} of the public interface has a known type")

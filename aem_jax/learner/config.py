@@ -8,7 +8,7 @@ from aem_jax.models.config import dtype_name
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """Settings of an update: the optimizer, the losses, and sizes of the computation."""
+    """Settings of an update: the optimizer, the losses, and the sizes of the computation."""
 
     learning_rate: float = 1e-6
     """Peak learning rate."""
@@ -55,20 +55,19 @@ class LearnerConfig:
     """Value head: PPO's clip on the change of a value between the optimizer steps of one batch, in units of reward. No
     effect with one optimizer step a batch; 0 disables."""
     value_learning_rate: float = 5e-3
-    """Value head: its peak learning rate, on the policy's schedule."""
+    """Value head: peak learning rate, on the policy's schedule."""
     value_gradient: Literal["head", "all"] = "head"
-    """Value head: parameters that its loss trains: the head alone, or the policy's weights, too, whose gradient then
-    depends on the size of rewards."""
+    """Value head: parameters that its loss trains, either the head alone (head) or also the policy's weights (all).
+    With all, their gradient depends on the size of rewards."""
     aggregation: Literal["token-mean", "trajectory-mean", "response-mean", "constant"] = "token-mean"
-    """The mean that the loss is: over tokens, trajectories or responses, or sums divided by a constant length."""
+    """Average in the loss: over tokens, trajectories or responses, or sums divided by a constant length."""
     constant_length: int = 0
-    """aggregation constant: tokens that divide each trajectory's sum; 0 takes the token budget of an episode's
-    responses."""
+    """aggregation constant: divisor of each trajectory's sum; 0 uses the token budget of an episode's responses."""
 
     temperature: float = 1.0
     """Divides the logits; must equal the sampler's temperature."""
     head_chunk: int = 128
-    """Positions of each row whose logits exist at one time."""
+    """Positions of each row whose logits are in memory at one time."""
     remat: Literal["none", "layers", "dots"] = "none"
     """Rematerialisation in the backward pass: nothing, whole layers, or everything but matrix products."""
     attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"

@@ -2,7 +2,7 @@
 
 Only sampled tokens need logits, and most tokens of an agent's row are observations. So the positions that predict a
 sampled token are moved to the front of their row, and chunks of positions without one are skipped. With a vocabulary of
-150k and one token in five sampled, that is four fifths of the head's cost.
+150k and one token in five sampled, this saves four fifths of the head's cost.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,10 +27,10 @@ from aem_jax.sharding import TRAIN, partition, slot_shards
 REMAT: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
     "layers": jax.checkpoint_policies.nothing_saveable,
-    # By name: the matrix products define their own gradients, which policies of operations do not look into.
+    # By name: the matrix products define their own gradients, and policies by operation do not look inside those.
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
-"""Name → what `jax.checkpoint` keeps of a layer; None keeps everything."""
+"""Name → the part of a layer that `jax.checkpoint` keeps; None keeps everything."""
 
 
 class Rows(NamedTuple):
@@ -48,8 +48,8 @@ class ForwardConfig:
 
     Attributes:
         temperature: the sampler's; divides the logits.
-        head_chunk: positions of each row whose logits exist at one time.
-        remat: what each layer keeps for the backward pass (`REMAT`).
+        head_chunk: positions of each row whose logits are in memory at one time.
+        remat: the part of each layer that is kept for the backward pass (`REMAT`).
         constrain: sharding constraint on hidden states [b, T, D].
         attention: attention over rows.
         head: shardings of the head and of its gradient.
@@ -66,8 +66,8 @@ class ForwardConfig:
 def forward_config(config: LearnerConfig, mesh: Mesh) -> ForwardConfig:
     """The settings of the learner's forward passes on a mesh."""
 
-    # Rows stay split over data and fsdp. Left to itself, the partitioner takes the sharding of the embedding's weights,
-    # and sums activations over fsdp in every layer instead of gathering the layer's weights.
+    # Rows stay split over data and fsdp. Without this constraint, the partitioner takes the sharding of the embedding's
+    # weights, and sums activations over fsdp in every layer instead of gathering the layer's weights.
     def constrained_to(*axes: str | None) -> Callable[[jax.Array], jax.Array]:
         sharding = NamedSharding(mesh, partition(axes, TRAIN))
         return lambda x: jax.lax.with_sharding_constraint(x, sharding)
@@ -131,10 +131,10 @@ def row_loss(
         params: its parameters.
         rows: packed rows; a segment never begins with a sampled token.
         tokens: the loss's inputs for each token, [b, T]; mask is False outside responses.
-        objective: a sum over tokens; each term depends on the numbers of its own token alone.
+        objective: a sum over tokens; each term depends only on the numbers of its own token.
         config: settings of the forward pass.
-        sequence: (logprobs, logprobs as sampled, response ids), [b, T] each, in an order of their own -> f32[b, T], the
-            log-ratios for `tokens.sequence`. It costs the head of all sampled tokens once more, without gradient.
+        sequence: (logprobs, logprobs as sampled, response ids), [b, T] each, in permuted order -> f32[b, T], the
+            log-ratios for `tokens.sequence`. It computes the head of all sampled tokens once more, without gradient.
         value: the value loss to add, and its inputs for each token; the policy then has a value head.
 
     Returns:

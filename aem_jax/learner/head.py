@@ -1,16 +1,16 @@
-"""The head in chunks of positions, so that the logits of all tokens never exist together.
+"""The head in chunks of positions, so that the logits of all tokens are never in memory together.
 
-A loss whose terms depend on one token's log-probability each has this gradient in that token's logits z:
+If each term of a loss depends on one token's log-probability only, its gradient in that token's logits z is:
 
     dL/dz = dL/dlogp · (onehot(token) − softmax(z)) / temperature
 
-The gradient is known as soon as z is, so the forward pass computes a chunk's gradients while its logits exist. A
+The gradient follows from z directly, so the forward pass computes a chunk's gradients while its logits exist. A
 backward pass over the chunks would compute all logits a second time.
 
 On several devices the loop over chunks communicates nothing over data and fsdp. The head is gathered before the loop,
 each shard of rows accumulates its loss, its stats and its part of the head's gradient, and the shards are summed after
-the loop. (Where the vocabulary is split over tensor, a few numbers a token are reduced inside the loop.) Left to
-itself, the partitioner gathers the head and sums its gradient in every chunk.
+the loop. (If the vocabulary is split over tensor, a few numbers per token are reduced inside the loop.) Without these
+constraints, the partitioner gathers the head and sums its gradient in every chunk.
 """
 
 from collections.abc import Callable
@@ -34,9 +34,9 @@ class HeadLayout(NamedTuple):
     """Sharding constraints for the loop over chunks; by default one device.
 
     Attributes:
-        shards: number of parts that the rows are split into, each on devices of its own; it divides the rows.
-        gathered: for the head [D, V]: on every device, but for a split of V.
-        per_shard: for arrays [shards, …] of one number a shard: each with the rows of its shard.
+        shards: number of parts into which the rows are split, each on separate devices; it divides the number of rows.
+        gathered: for the head [D, V]: on every device, except for a split of V.
+        per_shard: for arrays [shards, …] of one number per shard: each on the devices of its shard's rows.
         per_shard_head: for the shards' gradients of the head [shards, D, V]: likewise.
         gradient: for the head's final gradient [D, V].
     """
@@ -106,7 +106,7 @@ def head_loss(
     The gradients in `head` and `hidden` are computed together with the loss; none flows through the stats.
 
     Args:
-        objective: the loss, a sum over tokens; each term depends on the numbers of its own token alone.
+        objective: the loss, a sum over tokens; each term depends only on the numbers of its own token.
         temperature: divides the logits.
         chunk: positions of each row whose logits exist at one time.
         layout: sharding constraints.
@@ -125,7 +125,7 @@ def head_loss(
 
 def _head_loss_forward(objective, temperature, chunk, layout, head, hidden, targets, tokens):
     targets, tokens = jax.tree.map(lambda leaf: leaf.value, (targets, tokens), is_leaf=_is_primal)
-    trains_head = head.perturbed  # a frozen head has no gradient, and should not cost one
+    trains_head = head.perturbed  # a frozen head needs no gradient
     head, hidden = head.value, hidden.value
     weights = layout.gathered(head.astype(hidden.dtype))
 
@@ -180,7 +180,7 @@ def _is_primal(leaf: Any) -> bool:
 
 
 def _logits(hidden: Array, weights: Array, temperature: float) -> Array:
-    """f32[b, c, V], not rounded to the activations' dtype on the way."""
+    """f32[b, c, V], without rounding to the activations' dtype."""
     return jnp.matmul(hidden, weights, preferred_element_type=jnp.float32) / temperature
 
 

@@ -33,9 +33,9 @@ class Tokens(NamedTuple):
         logprobs: f32, as sampled, nats.
         advantages: f32; None for supervised learning.
         reference: f32, log-probability under the reference policy, nats; None without one.
-        old_logprobs: f32, log-probability under the learner's policy before the update, nats; None where that is the
-            current policy, or where the objective does not use it.
-        sequence: f32, log-ratio of the token's sequence, nats; None where each token has a ratio of its own.
+        old_logprobs: f32, log-probability under the learner's policy before the update, nats; None if that is the
+            current policy, or if the objective does not use it.
+        sequence: f32, log-ratio of the token's sequence, nats; None if each token has its own ratio.
     """
 
     mask: jax.Array
@@ -48,7 +48,7 @@ class Tokens(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Statistics of one microbatch, computed beside its loss.
+    """Statistics of one microbatch, computed with its loss.
 
     Attributes:
         sums: over tokens; they add up over microbatches.
@@ -85,14 +85,14 @@ def supervised_objective() -> Objective:
 
 
 def policy_objective(config: LearnerConfig) -> Objective:
-    """Clipped surrogate, plus the KL to the reference policy where there is one.
+    """Clipped surrogate, plus the KL to the reference policy if there is one.
 
     ρ_t = exp(logp_t − logp_t as sampled), or the ratio of the token's sequence (`sequence_policy_loss`)
     L = Σ_t w_t · [ −min(ρ_t A_t, clip(ρ_t, 1 − low, 1 + high) A_t) + β · k3_t ]
 
     With an importance cap c the two roles of the ratio are separated. The clipped ratio is to the learner's own policy
-    before the update; a truncated importance weight corrects for the sampler's policy. (With the weight beside the
-    ratio above, the gap between learner and sampler would count twice.)
+    before the update; a truncated importance weight corrects for the sampler's policy. (The weight together with the
+    first ratio would count the gap between learner and sampler twice.)
 
     ρ_t = exp(logp_t − logp_t^old)
     L = Σ_t w_t · min(exp(logp_t^old − logp_t as sampled), c) · [ … ]

@@ -1,12 +1,13 @@
-"""AdamW behind a global-norm clip, its schedules, and its moments in bfloat16. Everything else is optax.
+"""AdamW after a global-norm clip, its schedules, and its moments in bfloat16. Everything else is optax.
 
-Moments in bfloat16 halve what AdamW stores:
+Moments in bfloat16 halve AdamW's memory:
 
     m ← β1 m + (1 − β1) g,  v ← β2 v + (1 − β2) g²,  update = (m / (1 − β1^t)) / (√(v / (1 − β2^t)) + ε)
 
-All of it is computed in float32; only the stored moments are rounded, m to the nearest. v is rounded stochastically, so
-that it is unbiased: near β2 = 1 a step changes v by less than half of bfloat16's precision, and rounding to the nearest
-would never move it. The random bits derive from the number of the step, so a resumed run gets the same.
+The computation is in float32; only the stored moments are rounded. m is rounded to the nearest value. v is rounded
+stochastically, so that it is unbiased: near β2 = 1 a step changes v by less than half of bfloat16's precision, and
+rounding to the nearest would never change it. The random bits derive from the step number, so a resumed run gets the
+same bits.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,8 +43,8 @@ def make_schedule(config: LearnerConfig) -> optax.Schedule:
 def make_optimizer(config: LearnerConfig, axes: Any) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW.
 
-    A value head is clipped by a norm of its own and has a learning rate of its own, so that the policy's updates do not
-    depend on the size of rewards.
+    A value head has its own clip norm and its own learning rate, so that the policy's updates do not depend on the size
+    of rewards.
 
     Args:
         config: learning rate, schedule, betas, decay, clip, dtype of the moments.

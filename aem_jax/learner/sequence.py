@@ -3,10 +3,10 @@
 It is the only input of a token's loss that depends on other tokens.
 
 The log-ratios of a response's tokens are summed first, at the parameters of the current optimizer step;
-`sequence_policy_loss` shows that a loss of single tokens is then exact. A response lies in one row, so its sum is
-computed in the row's own microbatch from the hidden states of the loss, at the cost of the head of sampled tokens once
-more. The turns of a trajectory can lie in several microbatches (windowed context), which takes a forward pass over the
-minibatch first.
+`sequence_policy_loss` shows that a loss of single tokens is then exact. A response is in one row, so its sum is
+computed in the row's microbatch, from the hidden states of the loss; this computes the head of sampled tokens once
+more. The turns of a trajectory can be in several microbatches (windowed context), which requires a forward pass over
+the minibatch first.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Level(NamedTuple):
 
     Attributes:
         log_ratios: sums of responses -> log s of each response's sequence.
-        in_one_row: whether a sequence always lies in one row, whatever the packing.
+        in_one_row: whether a sequence is always in one row, for any packing.
     """
 
     log_ratios: SequenceRatio
@@ -35,7 +35,7 @@ LEVELS: Mapping[str, Level | None] = {
     "response": Level(response_log_ratios, in_one_row=True),
     "trajectory": Level(trajectory_log_ratios, in_one_row=False),
 }
-"""`LearnerConfig.ratio` → the sequence; None where every token has a ratio of its own."""
+"""`LearnerConfig.ratio` → the sequence; None if every token has its own ratio."""
 
 
 def response_sums(logprobs: jax.Array, sampled: jax.Array, response_ids: jax.Array, num_responses: int) -> jax.Array:

@@ -16,8 +16,8 @@ Params = Any
 class TrainablePolicy(Protocol):
     """The learner's interface to a policy: `Policy`, `LoraPolicy` and `ValuePolicy` of `aem_jax.models` implement it.
 
-    Where part of the weights is frozen, `axes` and `init` cover the trained part, and `hidden` and `head` take the
-    pair (trained, frozen) as their parameters.
+    If part of the weights is frozen, `axes` and `init` cover the trained part, and `hidden` and `head` take the pair
+    (trained, frozen) as their parameters.
     """
 
     @property
@@ -82,7 +82,7 @@ def abstract_state(policy: TrainablePolicy, optimizer: optax.GradientTransformat
 def init_state(
     policy: TrainablePolicy, optimizer: optax.GradientTransformation, mesh: Mesh, source: jax.Array | Params
 ) -> TrainState:
-    """A state at step 0, created in its sharding: no device ever holds all of it.
+    """Returns a state at step 0, created in its sharding: no device ever holds all of it.
 
     Args:
         policy: the policy.

@@ -4,8 +4,8 @@
         gradient = Σ over the minibatch's microbatches (a loop of dynamic length: shapes and program never change)
         clip, AdamW
 
-The policy's update and the supervised one differ in the objective alone. There is no old-policy pass: `batch.logprobs`
-are the sampler's, and `parity_max` checks in every step that the learner agrees with them. Where it cannot agree (int8
+The policy's update and the supervised one differ only in the objective. There is no old-policy pass: `batch.logprobs`
+are the sampler's, and `parity_max` checks in every step that the learner agrees with them. If it cannot agree (int8
 weights, `importance_cap`), the first optimizer step computes the old policy's log-probabilities anyway; only further
 steps need a pass for them. The ratio of whole sequences is computed before the loss that uses it: see `sequence.py`.
 """
@@ -52,12 +52,12 @@ def make_update(
         donated. `advantages` are f32[M, b, T]. `reference` are the reference policy's logprobs, f32[M, b, T]
         (`make_token_logprobs`), given exactly if kl_coefficient > 0. `frozen` are the policy's frozen weights in the
         train layout, not donated. `values` are the value head's targets, given exactly if the policy has one.
-        metrics, f32[] each; means over tokens, of all optimizer steps unless said otherwise:
+        metrics, f32[] each; means over tokens of all optimizer steps, unless stated otherwise:
             loss, grad_norm (of all trained parameters, before the clip), learning_rate (of the last optimizer step);
             clip_fraction (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
             kl_sampler, kl_reference (k3 estimates, nats; the latter only with a reference), entropy (nats);
-            value_loss (without its coefficient), value_clip_fraction: means over responses, with a value head alone;
-            importance_mean, importance_capped (share of tokens at the cap), with importance_cap alone;
+            value_loss (without its coefficient), value_clip_fraction: means over responses, only with a value head;
+            importance_mean, importance_capped (share of tokens at the cap), only with importance_cap;
             parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats;
             tokens (sampled, of the batch), skipped (optimizer steps without tokens or with a gradient not finite).
     """
@@ -117,7 +117,7 @@ def make_token_logprobs(policy: TrainablePolicy, config: LearnerConfig, mesh: Me
 def make_response_values(policy: ValuePolicy, config: LearnerConfig, mesh: Mesh) -> Callable[[Params, Batch], Array]:
     """response_values(params, batch) -> f32[R], jitted, in units of reward; NaN for responses that are not packed.
 
-    The value of a response is the value at the position that predicts its first token: of the state before it.
+    The value of a response is that of the state before it, at the position that predicts the response's first token.
     """
     forward = forward_config(config, mesh)
 
@@ -145,7 +145,7 @@ class Program:
         mesh: the mesh of state and batch.
         forward: settings of the forward passes.
         objective: the loss of a microbatch's tokens.
-        sequence: the unit of the ratio; None where every token has its own.
+        sequence: the unit of the ratio; None if every token has its own.
         aggregate: weights of tokens in the loss.
         optimizer: gradient → parameter update.
         state: shardings of the state.
@@ -181,7 +181,7 @@ class Inputs(NamedTuple):
         reference: f32[M, b, T], logprobs of the reference policy, nats; None without one.
         frozen: the policy's frozen weights; None without any.
         values: targets of the value head; None without one.
-        old_logprobs: f32[M, b, T], logprobs of the policy before the update, nats; None where no loss needs them.
+        old_logprobs: f32[M, b, T], logprobs of the policy before the update, nats; None if no loss needs them.
     """
 
     batch: Batch
@@ -201,7 +201,7 @@ class Minibatch(NamedTuple):
         value_weights: f32[R], weight of each response in the value loss.
         start: i32[], its first microbatch.
         end: i32[], one after its last.
-        log_ratios: f32[R], log-ratio of each response's sequence, nats; None where no pass of its own computes it.
+        log_ratios: f32[R], log-ratio of each response's sequence, nats; None if no separate pass computes it.
     """
 
     response_tokens: Array
@@ -248,7 +248,7 @@ def update_step(program: Program, state: TrainState, inputs: Inputs) -> tuple[Tr
 def optimizer_step(
     program: Program, inputs: Inputs, state: tuple[Params, Any], index: Array
 ) -> tuple[tuple[Params, Any], Metrics]:
-    """One optimizer step on minibatch `index` modulo their number; left out where its gradient is not finite.
+    """One optimizer step on minibatch `index` modulo their number; skipped if its gradient is not finite.
 
     Returns:
         ((params, opt_state), metrics), where means over tokens are still sums.
@@ -298,7 +298,7 @@ def minibatch_gradient(program: Program, params: Params, inputs: Inputs, index: 
 
 
 def minibatch_of(program: Program, batch: Batch, index: Array) -> Minibatch:
-    """Minibatch `index` of a batch: its tokens' weights follow from its responses' lengths alone."""
+    """Minibatch `index` of a batch: the weights of its tokens depend only on the lengths of its responses."""
     inside = batch.response_valid & (batch.trajectory_minibatch[batch.response_trajectory] == index)
     tokens = jnp.where(inside, batch.response_tokens, 0)
     weights = program.aggregate(tokens, batch.response_trajectory, batch.valid.shape[0])
@@ -342,7 +342,7 @@ def microbatch_loss(
     )
 
     def row_log_ratios(logprobs: Array, sampled: Array, response_ids: Array) -> Array:
-        """Log-ratio of each token's sequence, from the sequence's own row."""
+        """Log-ratio of each token's sequence, computed from the row that contains the sequence."""
         assert program.sequence is not None
         table = minibatch.response_tokens, batch.response_trajectory, batch.valid.shape[0]
         sums = response_sums(logprobs, sampled, response_ids, minibatch.response_tokens.shape[0])

@@ -2,8 +2,8 @@
 
     L_V = Σ_r w ℓ(V_r, V_r^old, R_r),  w = 1 / responses of the minibatch
 
-Like the policy's loss it is a sum with weights fixed beforehand, so it does not depend on packing and microbatches.
-Values are computed from the hidden states of the policy's loss.
+Like the policy's loss, it is a sum with weights that are fixed in advance, so it does not depend on packing and
+microbatches. Values are computed from the hidden states of the policy's loss.
 """
 
 from collections.abc import Callable, Mapping

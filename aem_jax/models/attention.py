@@ -1,7 +1,7 @@
 """The two attentions of a decoder: over packed rows, and of a chunk of new tokens with a KV cache. Softmax in float32.
 
-Row attention has its own backward pass. It recomputes the weights from the scores and one number a query, log Σ exp,
-and takes its products in the dtype of queries and keys, where autodiff would take them in float32.
+Row attention has its own backward pass. It recomputes the weights from the scores and from log Σ exp, one number per
+query. Its products are in the dtype of queries and keys; autodiff would compute them in float32.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,20 @@ Array = jax.Array
 RowAttention = Callable[[Array, Array, Array, Array], Array]
 """(q [B,T,H,Dh], k [B,T,KV,Dh], v [B,T,KV,Dh], segment_ids i32[B,T]) -> [B,T,H,Dh]."""
 
-_MASKED = -1e30  # finite, so that a row with nothing to attend to (padding) gives numbers, not NaN
+_MASKED = -1e30  # finite, so that a row without keys to attend to (padding) gives numbers, not NaN
 CPU_BLOCK, BLOCK = 64, 512
-"""Queries of a block. On two x86 cores 64 and 128 are equally fast and 256 is slower. Accelerators want large products,
-and the scores of a block have to fit into memory."""
+"""Queries per block. On two x86 cores 64 and 128 are equally fast and 256 is slower. Accelerators need large products,
+and the scores of a block must fit into memory."""
 PARTS = (3, 1)
-"""Queries look back over one of these parts of a row, a third or all of it: the smallest that holds the longest
-segment. Each is compiled."""
+"""Queries look back over a third of a row or all of it, the smaller that holds the longest segment. Both are
+compiled."""
 
 
 def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     """Causal attention inside segments.
 
-    Its cost follows the segments, not the row: where all segments are short, queries look back over a part of the row
-    (`PARTS`). `collate` packs the longest segments first, so only the first microbatches look further.
+    Its cost depends on the segments, not on the row: if all segments are short, queries look back over a part of the
+    row (`PARTS`). `collate` packs the longest segments first, so only the first microbatches look further.
 
     Args:
         q: [B,T,H,Dh].
@@ -154,7 +154,7 @@ def chunk_attention(q: Array, cache: KVCache, lengths: Array, chunk: KVChunk, in
     """Attention of C new tokens to cached ones and to their chunk, one softmax over both.
 
     Args:
-        q: [S,C,H,Dh]; token c stands at position `index + c` of the chunk.
+        q: [S,C,H,Dh]; token c is at position `index + c` of the chunk.
         cache: of one layer, [S,KV,Dh,W] and [S,KV,W,Dh], or in int8.
         lengths: i32[S], cached tokens of each slot.
         chunk: of one layer, [S,KV,Dh,G] and [S,KV,G,Dh]; filled up to `index + C`.
@@ -168,7 +168,7 @@ def chunk_attention(q: Array, cache: KVCache, lengths: Array, chunk: KVChunk, in
     kv_heads, window = old_v.shape[1], old_v.shape[2]
     shared = heads // kv_heads
     q = q.reshape(slots, count, kv_heads, shared, head_dim)
-    q = jnp.swapaxes(q, 1, 2).reshape(slots, kv_heads, count * shared, head_dim)  # one product a key head
+    q = jnp.swapaxes(q, 1, 2).reshape(slots, kv_heads, count * shared, head_dim)  # one product per key head
     product = partial(jnp.matmul, preferred_element_type=jnp.float32)
     position = index + jnp.repeat(jnp.arange(count), shared)
     is_cached = (jnp.arange(window)[None] < lengths[:, None])[:, None, None]

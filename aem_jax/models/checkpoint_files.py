@@ -1,6 +1,6 @@
-"""The weight files of a folder: those that transformers reads, opened as safetensors.
+"""The weight files of a folder: the files that transformers reads, opened as safetensors.
 
-Other formats, truncated files and Git LFS pointers are refused in one line that names the file.
+Other formats, truncated files and Git LFS pointers are refused with a one-line error that names the file.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,14 +22,14 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights, in the names of safetensors."""
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _POINTER = b"version https://git-lfs"
-"""First bytes of a Git LFS pointer, the stand-in for a file that is not downloaded."""
+"""First bytes of a Git LFS pointer, the placeholder of a file that is not downloaded."""
 
 
 class Checkpoint:
     """The safetensors files of a folder, opened: names, shapes, and tensors one at a time.
 
     Attributes:
-        folder: of the files.
+        folder: folder of the files.
         files: the files that are read.
 
     Raises:
@@ -42,7 +42,7 @@ class Checkpoint:
         self._holders: dict[str, tuple[Path, Any]] = {}
         for file in self.files:
             try:
-                # Not mapped: pages of a mapped file would count as this process's memory until all of it is read.
+                # Not mapped: a mapped file's pages would count as memory of this process until all of it is read.
                 opened = stack.enter_context(safe_open(file, framework="np", backend="pread"))
             except (SafetensorError, OSError) as error:
                 raise ValueError(_unreadable(file, error)) from error
@@ -132,7 +132,7 @@ def _indexed(folder: Path) -> list[Path]:
     names = sorted(set(names.values()))
     try:
         missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    except OSError as error:  # a name that no file can have
+    except OSError as error:  # not a valid file name
         raise ValueError(f"expected names of files in {index}, got {error.strerror}") from error
     if missing or not names:
         some = ", ".join(brief(name) for name in missing[:3]) or "all"

@@ -1,7 +1,7 @@
 """`ModelConfig` from Hugging Face's `config.json`, and back. The families are options of one decoder, listed here.
 
-The reader follows the pinned transformers, defaults included, or refuses a field by its name: it ignores nothing that
-changes the model. `tests/models/test_families.py` compares the two.
+The reader follows the pinned transformers, including the defaults, or refuses a field by its name. It ignores no field
+that changes the model. `tests/models/test_families.py` compares the two.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +63,7 @@ _ONE_FORM: Mapping[str, Sequence[Any]] = {
     "transformers_weights": (None,),
     "configuration_files": (None,),
 }
-"""Options of which the decoder has one form, and their accepted values; an absent field means the first."""
+"""Options that the decoder supports in one form only, and their accepted values; an absent field means the first."""
 
 _LLAMA3 = {
     "factor": "factor",
@@ -83,7 +83,7 @@ def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> 
         dtype: of activations and of weights as used.
 
     Raises:
-        ValueError: a family or an option that the decoder does not have, or a field that is missing or of another type;
+        ValueError: the decoder does not support the family or an option, or a field is missing or has the wrong type;
             the error names it.
     """
     if not isinstance(theirs, Mapping):
@@ -121,8 +121,8 @@ def config_to_hf(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
     """A `config.json` that transformers reads as the same model.
 
     Args:
-        config: of the model.
-        dtype: of the saved weights.
+        config: config of the model.
+        dtype: dtype of the saved weights.
 
     Raises:
         ValueError: no family combines these options.
@@ -195,7 +195,7 @@ def _rope(theirs: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
 
 
 class _Kind(NamedTuple):
-    """The required type of a value: in words, and as a test."""
+    """The required type of a value: a description and a test."""
 
     words: str
     holds: Callable[[Any], bool]

@@ -1,8 +1,9 @@
 """Row attention on GPUs: cuDNN's flash attention through jax, and the Triton kernel that ships with jax.
 
-Left out: cuDNN's packed layout, which jax offers only in a private function, and which needs the number of segments of
-each row; jax's Mosaic kernel, which has no segments and no causal backward pass; tokamax, which jax 0.12 recommends
-instead of its Triton kernel, but which needs Python 3.12 and takes segments as a mask of T² numbers a row, like cuDNN.
+Three alternatives are not used. jax offers cuDNN's packed layout only in a private function, and it needs the number of
+segments of each row. jax's Mosaic kernel has no segments and no causal backward pass. jax 0.12 recommends tokamax
+instead of its Triton kernel, but tokamax needs Python 3.12 and, like cuDNN, takes segments as a mask of T² numbers per
+row.
 """
 
 import warnings
@@ -19,7 +20,7 @@ TRITON_BLOCK = 128
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    """See `row_attention`. Segments are a mask, which cuDNN reads as a bias: T² numbers a row, in the inputs' dtype."""
+    """See `row_attention`. cuDNN reads the segment mask as a bias: T² numbers per row, in the inputs' dtype."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
 
@@ -28,7 +29,7 @@ def triton_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interp
     """See `row_attention`. The kernel has no grouped queries: keys and values are repeated for each query head."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # `kernels.choose` reports a jax without it
-        from jax.experimental.pallas.ops.gpu import attention as triton  # experimental: no other run should need it
+        from jax.experimental.pallas.ops.gpu import attention as triton  # experimental; other runs do not import it
 
     head_dim, shared = q.shape[-1], q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))

@@ -1,7 +1,7 @@
-"""Chooses the attention of packed rows: the device's own kernel if it takes the shapes, else XLA's blocks.
+"""Chooses the attention of packed rows: the device's own kernel if it supports the shapes, else XLA's blocks.
 
-The table below lists the kernels and the limits of each. A kernel runs on one device, so on a mesh it runs inside
-`shard_map`, rows over data and fsdp, heads over tensor: no device needs the rows or heads of another.
+The table below lists the kernels and their limits. A kernel runs on one device, so on a mesh it runs inside
+`shard_map`, with rows over data and fsdp and heads over tensor: no device needs the rows or heads of another.
 """
 
 import importlib.util
@@ -31,8 +31,8 @@ class Device:
 
     Attributes:
         platform: cpu, gpu or tpu.
-        is_cuda: whether it is NVIDIA's.
-        capability: of CUDA, as 9.0; 0 elsewhere.
+        is_cuda: whether it is an NVIDIA device.
+        capability: CUDA compute capability, such as 9.0; 0 elsewhere.
     """
 
     platform: str
@@ -54,11 +54,11 @@ class Kernel(NamedTuple):
     """An implementation of row attention.
 
     Attributes:
-        attend: on one device.
-        platform: where it runs; empty for everywhere.
-        refuses: the reason why it does not take a device and sizes; empty if it does.
+        attend: row attention on one device.
+        platform: platform that it runs on; empty for all.
+        refuses: returns the reason why it does not support a device and sizes; empty if it does.
         backward: matrix products of the backward pass, in units of the forward pass; scores are recomputed.
-        module: the experimental module of jax that it is in, which some versions of jax lack; empty for none.
+        module: the experimental module of jax that contains it, which some versions of jax lack; empty for none.
     """
 
     attend: RowAttention
@@ -111,20 +111,20 @@ KERNELS: Mapping[str, Kernel] = {
 """Name -> kernel."""
 
 PREFERRED: Mapping[str, str] = {"tpu": "splash", "gpu": "cudnn"}
-"""Platform -> the kernel of `auto`, if it takes the shapes; XLA elsewhere."""
+"""Platform -> the kernel of `auto`, if it supports the shapes; XLA elsewhere."""
 
 
 def choose(name: str, device: Device, sizes: Sizes, kernels: Mapping[str, Kernel] = KERNELS) -> tuple[str, str]:
-    """The kernel that will do it, and why it is not the one that was wanted (empty if it is).
+    """Returns the name of the chosen kernel, and the reason if it is not the requested one (empty if it is).
 
     Args:
-        name: of `KERNELS`, or auto.
-        device: where.
-        sizes: on one device.
+        name: a name in `KERNELS`, or auto.
+        device: the device that it runs on.
+        sizes: sizes on one device.
         kernels: the table.
 
     Raises:
-        ValueError: a kernel of another platform was asked for by name, or one that this version of jax does not have.
+        ValueError: the named kernel belongs to another platform, or this version of jax does not have it.
     """
     wanted = PREFERRED.get(device.platform, "xla") if name == "auto" else name
     kernel = kernels[wanted]
@@ -164,13 +164,13 @@ def make_row_attention(
     The kernel is chosen by shapes while a program is traced; a fallback is logged once.
 
     Args:
-        name: of `KERNELS`, or auto.
+        name: a name in `KERNELS`, or auto.
         mesh: the mesh.
-        device: of the mesh; by default that of its first device.
+        device: properties of the mesh's devices; by default those of its first device.
         kernels: the table.
 
     Raises:
-        ValueError: a kernel of another platform was asked for by name.
+        ValueError: the named kernel belongs to another platform.
     """
     device = device or device_of(mesh)
     choose(name, device, Sizes(BLOCKS[0], 1, 1, 128, "bfloat16"), kernels)  # an impossible name fails early
@@ -185,7 +185,7 @@ def make_row_attention(
         if reason:
             _warn_once(reason)
         run = kernels[chosen].attend
-        if chosen == "xla":  # the partitioner splits it
+        if chosen == "xla":  # the partitioner shards it
             return run(q, k, v, segment_ids)
         # The outputs of a kernel do not declare the mesh axes over which they vary.
         return jax.shard_map(

@@ -1,8 +1,8 @@
-"""An adapter in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
+"""Saves an adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
     lora_A.weight [rank, inputs] = Aᵀ, lora_B.weight [outputs, rank] = Bᵀ, W_eff = W + lora_alpha / r · lora_B lora_A
 
-of https://huggingface.co/docs/peft/developer_guides/checkpoint. `PeftModel.from_pretrained(model, folder)` reads them.
+See https://huggingface.co/docs/peft/developer_guides/checkpoint. `PeftModel.from_pretrained(model, folder)` reads them.
 """
 
 import json
@@ -24,8 +24,8 @@ def save_adapter(folder: str | Path, policy: LoraPolicy, adapter: Adapter, *, ba
     """Writes an adapter atomically.
 
     Args:
-        folder: to write to; new or empty.
-        policy: of the adapter.
+        folder: output folder, new or empty.
+        policy: the adapter's policy.
         adapter: on any mesh of this process; saved in its own dtype, float32.
         base: absolute path of the folder, or name on the Hub, of the base model; PEFT reads it on the machine where the
             adapter is loaded.

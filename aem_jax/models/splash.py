@@ -14,7 +14,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 BLOCKS = (512, 256, 128)
-"""Queries, and keys, of a block: the largest of these that divides the row."""
+"""Queries and keys per block: the largest of these that divides the row."""
 
 SPLASH_MODULE = "jax.experimental.pallas.ops.tpu.splash_attention"
 

@@ -3,8 +3,9 @@
   python -m venv peer && peer/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
   peer/bin/python tunix_learner.py [B P G]
 
-One call of its trainer on B rows of P prompt and G completion tokens, without a reference policy and without logprobs
-of an old policy, until the new parameters are there. Two calls warm up, ten are timed; prints one JSON line.
+A step is one call of its trainer on B rows of P prompt and G completion tokens, without a reference policy and without
+logprobs of an old policy, until the new parameters are available. Two calls warm up, ten are timed. The script prints
+one JSON line.
 """
 
 import json
@@ -24,7 +25,7 @@ from tunix.rl.rollout import base_rollout
 
 
 class NoTokenizer:
-    """What the trainer insists on; only the three ids are used."""
+    """A tokenizer, which the trainer requires; only the three ids are used."""
 
     def encode(self, text, **_):
         return [byte + 3 for byte in text.encode()]
@@ -57,7 +58,7 @@ cluster = rc.ClusterConfig(
 )
 with mesh:
     model = q3.Qwen3(config, rngs=nnx.Rngs(0))
-    # Of another name in another version.
+    # The name depends on the version.
     make = getattr(rc, "RLEngine", None) or rc.RLCluster
     engine = make(actor=model, tokenizer=NoTokenizer(), cluster_config=cluster)
     gl.GRPOLearner(engine, gl.GRPOConfig(num_generations=4, beta=0.0), lambda prompts, completions, **_: [0.0])

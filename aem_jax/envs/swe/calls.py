@@ -1,4 +1,4 @@
-"""Reads a policy's response for the call of a tool, in the form that this field's agents write:
+"""Parses the tool call in a policy's response, in the format that is usual for software-engineering agents:
 
     <function=execute_bash>
     <parameter=command>
@@ -6,8 +6,8 @@
     </parameter>
     </function>
 
-One call a response; the last, because a response that thinks aloud may quote calls before it makes one. What stands
-before the last `</think>` is not looked at.
+A response makes one call. The last one counts, because a response that reasons in text may quote calls before it makes
+one. Text before the last `</think>` is ignored.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ EXAMPLE = "<function=execute_bash>\n<parameter=command>\nls\n</parameter>\n</fun
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a tool.
+    """One tool call.
 
     Attributes:
-        name: of the tool.
+        name: name of the tool.
         parameters: name -> value, without the line breaks next to its tags.
-        others: how many further calls the response held, none of which counts.
+        others: number of earlier calls in the response, which are ignored.
     """
 
     name: str
@@ -35,20 +35,21 @@ class Call:
 
 
 class CallError(ValueError):
-    """The response holds no call that can be understood; says so to the policy."""
+    """The response contains no valid call; the message is shown to the policy."""
 
 
 def find_call(text: str) -> Call:
-    """The last whole call of a response.
+    """Returns the last complete call of a response.
 
-    A value ends at the first `</parameter>` that another parameter, `</function>` or the end of the text follows, so
-    values may hold such tags themselves. `</function>` may be missing at the very end, where generation stops at it.
+    A value ends at the first `</parameter>` that is followed by another parameter, by `</function>` or by the end of
+    the text, so values may contain such tags themselves. `</function>` may be missing at the very end, because
+    generation stops at it.
 
     Args:
-        text: the policy's whole response.
+        text: the policy's complete response.
 
     Raises:
-        CallError: it holds none.
+        CallError: the response contains no valid call.
     """
     text = text.rpartition("</think>")[2]
     reader = _Reader(text)
@@ -58,27 +59,27 @@ def find_call(text: str) -> Call:
         try:
             calls.append(reader.call())
         except CallError as error:
-            problem = str(error)  # and on from where it went wrong, so that no text is read over and over
+            problem = str(error)  # the search continues after the error, so no text is read twice
     if not calls:
         raise CallError(problem)
     return Call(calls[-1].name, calls[-1].parameters, len(calls) - 1)
 
 
 class _Reader:
-    """Reads a text once, from `at` on."""
+    """Parses a text in one pass; `at` is the current position."""
 
     def __init__(self, text: str):
         self.text, self.at = text, 0
         self._no_value_ends_after = len(text)
 
     def find_function(self) -> bool:
-        """Goes on to the next tag of a function, if there is one."""
+        """Moves to the next `<function=` tag; False if there is none."""
         found = self.text.find(_FUNCTION, self.at)
         self.at = found if found >= 0 else len(self.text)
         return found >= 0
 
     def call(self) -> Call:
-        """The call that starts here."""
+        """Parses the call at the current position."""
         name = self._name(_FUNCTION)
         parameters: dict[str, str] = {}
         while True:
@@ -100,7 +101,7 @@ class _Reader:
             parameters[parameter] = self.text[start:end].removeprefix("\n").removesuffix("\n")
 
     def _name(self, tag: str) -> str:
-        """The name in the opening tag that starts here."""
+        """Parses the name in the opening tag at the current position."""
         start = self.at + len(tag)
         end = self.text.find(">", start, start + _LONGEST_NAME)
         name = self.text[start:end].strip() if end >= 0 else ""
@@ -112,7 +113,7 @@ class _Reader:
         return name
 
     def _end_of_value(self) -> int:
-        """Where the value that starts here ends, or -1; goes on behind its closing tag."""
+        """Returns the end of the value at the current position, or -1, and moves past its closing tag."""
         end = -1 if self.at >= self._no_value_ends_after else self.text.find(_END_PARAMETER, self.at)
         start = self.at
         while end >= 0:

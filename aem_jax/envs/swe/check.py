@@ -1,6 +1,6 @@
 """Checks tasks by grading them: `python -m aem_jax.envs.swe.check [FILE]`.
 
-The fix must resolve the task, and the empty patch must not; otherwise its reward does not depend on the agent. For
+The fix must resolve the task, and the empty patch must not; otherwise the reward does not depend on the agent. For
 generated tasks, every test of FAIL_TO_PASS must fail and every test of PASS_TO_PASS must pass without the fix.
 """
 
@@ -31,7 +31,7 @@ _SPLITS = ("train", "valid", "test")
 
 
 def problems(task: Task, runtime: Runtime, limits: Limits = LIMITS) -> list[str]:
-    """Problems of a generated task, in words."""
+    """Returns messages that describe the problems of a generated task."""
     gold, empty = _graded(task, runtime, limits)
     reasons = [] if gold.resolved else [f"{task.id}: the fix does not resolve it: {gold.log[-800:]}"]
     passing = [name for name, passes in empty.fail_to_pass.items() if passes]
@@ -42,7 +42,7 @@ def problems(task: Task, runtime: Runtime, limits: Limits = LIMITS) -> list[str]
 
 
 def file_problems(task: Task, runtime: Runtime, limits: Limits) -> list[str]:
-    """Problems of an instance of a file, in words: reasons why its reward would not depend on the agent."""
+    """Returns messages that describe why the reward of an instance from a file would not depend on the agent."""
     try:
         gold, empty = _graded(task, runtime, limits)
     except (SandboxError, ValueError, OSError, subprocess.SubprocessError, ModuleNotFoundError) as error:
@@ -59,7 +59,7 @@ def file_problems(task: Task, runtime: Runtime, limits: Limits) -> list[str]:
 
 
 def _graded(task: Task, runtime: Runtime, limits: Limits) -> tuple[Report, Report]:
-    """The reports on a task's own patch and on the empty one."""
+    """Grades the task's own patch and the empty patch; returns both reports."""
     instance, checkout = load_task(task.payload)
     gold, empty = (grade(instance, patch, runtime, checkout, limits=limits) for patch in (instance.patch, ""))
     return gold, empty
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ContainerConfig(image=options.image, prelude=options.prelude),
         )
         wrong_by_task: dict[str, list[str]] = {}
-        with ThreadPoolExecutor(options.jobs) as pool:  # threads do: the work is done in sandboxes
+        with ThreadPoolExecutor(options.jobs) as pool:  # threads are enough: the work runs in sandboxes
             for task, wrong in zip(tasks, pool.map(lambda task: check(task, runtime), tasks)):
                 wrong_by_task[task.id] = wrong
                 for line in wrong:
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tasks(options: argparse.Namespace) -> tuple[list[Task], Callable[[Task, Runtime], list[str]]]:
-    """The tasks that the options ask for, and how one is checked."""
+    """Returns the tasks that the options select, and the function that checks one."""
     defaults = SweConfig().grade_limits if options.file else LIMITS
     seconds, memory = options.seconds or defaults.seconds, options.memory_mib or defaults.memory_mib
     limits = replace(defaults, seconds=seconds, memory_mib=memory)
@@ -151,11 +151,11 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], Callable[[Task, Run
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of tests need not be ASCII
+            stream.reconfigure(errors="backslashreplace")  # test names may be non-ASCII
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # nobody reads on (head, less)
+    except BrokenPipeError:  # the reader closed the pipe (head, less)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -1,4 +1,4 @@
-"""A software-engineering task as an `Environment`: tools in a sandbox, then the agent's patch is graded in another."""
+"""A software-engineering task as an `Environment`: the agent works in one sandbox, its patch is graded in another."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,51 +27,51 @@ Hidden tests decide whether it is solved; changes to the tests do not count.
 {tools}"""
 
 Load = Callable[[Mapping[str, Any]], tuple[Instance, Checkout]]
-"""Reads a task's payload: the instance and where its repository comes from. ValueError: a payload that is none."""
+"""Maps a task's payload to its instance and the source of its repository; ValueError for an invalid payload."""
 
 
 @dataclass(frozen=True)
 class SweConfig:
-    """Bug-fixing with tools: the tasks, the rules of an episode, and limits of the code that it runs."""
+    """Bug-fixing with tools: the tasks, the rules of an episode, and limits on the code that runs."""
 
     NAME: ClassVar[str] = "swe"
 
     tasks: TasksConfig = TasksConfig()  # noqa: RUF009 (frozen)
     """Bug-fixing tasks."""
     runtime: str = "auto"
-    """auto | bubblewrap | docker | podman: what untrusted code runs in."""
+    """Sandbox for untrusted code: auto | bubblewrap | docker | podman."""
     max_steps: int = 50
-    """Steps after which an episode is truncated; its patch is graded all the same."""
+    """Steps after which an episode is truncated; its patch is still graded."""
     max_invalid: int = 0
-    """Responses without a call that can be understood, after which an episode is truncated; 0 sets no limit."""
+    """Responses without a valid call after which an episode is truncated; 0 sets no limit."""
     command_s: float = 90.0
-    """Seconds of wall time that one command may take."""
+    """Wall-time limit of one command, seconds."""
     grade_s: float = 300.0
-    """Seconds that the final tests may take."""
+    """Time limit of the final tests, seconds."""
     memory_mib: int = 2048
-    """Memory of a command's processes together, MiB."""
+    """Memory limit of all processes of a command together, MiB."""
     processes: int = 128
-    """Processes and threads of a command at once."""
+    """Maximum number of processes and threads of a command at one time."""
     file_mib: int = 256
     """Largest file that may be written, MiB."""
     disk_mib: int = 1024
     """Work tree, /tmp and /dev/shm together, MiB; with bubblewrap this is memory."""
     observation_bytes: int = 16384
-    """Longest answer of a tool, about; the middle of longer ones is cut out."""
+    """Approximate maximum length of a tool's output; the middle of longer outputs is cut out."""
     log_bytes: int = 4 * 2**20
-    """Longest log of the final tests; the middle of longer ones is cut out."""
+    """Maximum length of the log of the final tests; the middle of longer logs is cut out."""
     patch_bytes: int = 2**20
-    """Longest patch that is graded; an agent that changed more than that has solved nothing."""
+    """Longest patch that is graded; a longer patch counts as unsolved."""
     reward_won: float = 1.0
-    """Reward of solving the task."""
+    """Reward for solving the task."""
     reward_invalid: float = 0.0
-    """Reward of a response without a call that can be understood."""
+    """Reward for a response without a valid call."""
     partial: bool = False
-    """Whether an unsolved task earns the share of its failing tests that pass, where no passing test broke."""
+    """Whether an unsolved task earns the fraction of its failing tests that now pass, if no passing test broke."""
     bubblewrap: BubblewrapConfig = field(default_factory=BubblewrapConfig)
-    """What a sandbox of bubblewrap sees beside the system and the interpreter."""
+    """Contents of a bubblewrap sandbox in addition to the system and the interpreter."""
     container: ContainerConfig = field(default_factory=ContainerConfig)
-    """How containers of docker and podman are made."""
+    """Settings of docker and podman containers."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "observation_bytes", "log_bytes", "patch_bytes"):
@@ -79,11 +79,11 @@ class SweConfig:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if self.max_invalid < 0:
             raise ValueError(f"expected max_invalid of at least 0 (no limit), got {self.max_invalid}")
-        _ = self.command_limits, self.grade_limits  # which check the rest
+        _ = self.command_limits, self.grade_limits  # these validate the remaining settings
 
     @property
     def command_limits(self) -> Limits:
-        """Limits of one command of the agent."""
+        """Limits on one command of the agent."""
         return Limits(
             seconds=self.command_s,
             memory_mib=self.memory_mib,
@@ -95,26 +95,26 @@ class SweConfig:
 
     @property
     def grade_limits(self) -> Limits:
-        """Limits of the final tests."""
+        """Limits on the final tests."""
         return replace(self.command_limits, seconds=self.grade_s, output_bytes=self.log_bytes)
 
 
 class SweEnv:
-    """One task at a time.
+    """Runs one task at a time.
 
-    `StepResult.info` holds `won` and `valid_action`; at the end also `score` (1 solved; with `partial` the share),
-    `applied`, `fail_to_pass` and `pass_to_pass` (shares of tests as they should be), and `failure` (why there was
-    nothing to grade). The log of the hidden tests is nowhere in it.
+    `StepResult.info` holds `won` and `valid_action`; at the end also `score` (1 if solved; with `partial` the
+    fraction), `applied`, `fail_to_pass` and `pass_to_pass` (fractions of tests with the expected result), and `failure`
+    (the reason why grading was impossible). It never contains the log of the hidden tests.
 
-    Code that breaks its own sandbox ends its episode, unsolved; that is no error of the environment.
+    Code that breaks its own sandbox ends its episode as unsolved. This is not an error of the environment.
 
     Args:
         config: rules of an episode.
         load: payload -> (instance, checkout).
-        runtime: what code runs in; the one that `config` names where not given.
+        runtime: the sandbox runtime; by default the one that `config` names.
 
     Raises:
-        SandboxError: there is no sandbox that works.
+        SandboxError: no sandbox works on this machine.
     """
 
     def __init__(self, config: SweConfig, load: Load, runtime: Runtime | None = None):
@@ -126,7 +126,7 @@ class SweEnv:
         """Opens a workspace for a task.
 
         Raises:
-            ValueError: a payload that `load` does not understand.
+            ValueError: `load` rejects the payload.
             SandboxError: the workspace could not be opened.
         """
         self.close()
@@ -143,11 +143,11 @@ class SweEnv:
         return StepResult(prompt, info={"won": False, "valid_action": True})
 
     def step(self, action_text: str) -> StepResult:
-        """Carries out the call in a response; grades after `finish`, or when a limit ends the episode.
+        """Executes the call in a response; grades after `finish`, or when a limit ends the episode.
 
         Raises:
             ValueError: no episode is running.
-            SandboxError: the sandbox for grading could not be opened.
+            SandboxError: the grading sandbox could not be opened.
         """
         if self._workspace is None:
             raise ValueError("expected a running episode, got none; call reset first")
@@ -173,13 +173,13 @@ class SweEnv:
         )
 
     def close(self) -> None:
-        """Ends the episode and everything that runs in it."""
+        """Ends the episode and all its processes."""
         workspace, self._workspace = self._workspace, None
         if workspace is not None:
             workspace.close()
 
     def _grade(self) -> dict[str, Any]:
-        """Takes the patch, ends the workspace, and grades."""
+        """Reads the patch, closes the workspace, and grades."""
         assert self._workspace is not None
         limits, failure, patch = self._config.grade_limits, "", None
         try:
@@ -206,7 +206,7 @@ def _share(tests: Mapping[str, bool]) -> float:
 
 
 def _score(report: Report, partial: bool) -> float:
-    """1 where resolved; else, with `partial`, the share of failing tests that now pass, if nothing broke."""
+    """Returns 1 if resolved; else, with `partial`, the fraction of failing tests that now pass, if nothing broke."""
     if report.resolved:
         return 1.0
     return _share(report.fail_to_pass) if partial and report.applied and all(report.pass_to_pass.values()) else 0.0

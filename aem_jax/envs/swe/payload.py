@@ -1,4 +1,4 @@
-"""A task's payload, plain JSON, and the instance and the repository that it stands for.
+"""Converts between a task's JSON payload and its instance and repository. The payload has one of three forms:
 
 {"instance": {<SWE-bench's columns>}, "files": {"calc.py": "…"}}      the repository as text files
 {"instance": {<SWE-bench's columns>}, "repos": "/data/mirrors"}       the repository in a folder of git mirrors
@@ -18,16 +18,16 @@ from aem_jax.files import parse_json
 
 
 def make_payload(instance: Instance, *, files: Mapping[str, str] | None = None, repos: str = "") -> dict[str, Any]:
-    """The payload of an instance whose repository is given as files or lies in a folder of mirrors; or in its image."""
+    """Returns an instance's payload; its repository is given as files, in a folder of mirrors, or in its image."""
     where = {"files": dict(files)} if files is not None else {"repos": repos} if repos else {}
     return {"instance": to_row(instance), **where}
 
 
 def load_task(payload: Mapping[str, Any]) -> tuple[Instance, Checkout]:
-    """Reads a payload.
+    """Parses a payload.
 
     Raises:
-        ValueError: it is none: see the module's docstring.
+        ValueError: the payload has none of the forms in the module's docstring.
     """
     row, where = payload.get("instance"), {name: payload[name] for name in ("files", "repos") if name in payload}
     files, repos = where.get("files", {}), where.get("repos", "")
@@ -42,7 +42,7 @@ def load_task(payload: Mapping[str, Any]) -> tuple[Instance, Checkout]:
 
 @lru_cache(maxsize=64)
 def _load(row: str, where: str) -> tuple[Instance, Checkout]:
-    """Equal payloads get the same objects, so that a group's attempts share what is made of them."""
+    """Returns the same objects for equal payloads, so that a group's attempts share what is derived from them."""
     instance, place = from_row(parse_json(row, "instance")), parse_json(where, "payload")
     if "files" in place:
         return instance, files_checkout(place["files"])

@@ -1,11 +1,11 @@
-"""Checkouts: a repository at an instance's base commit, as one fresh commit with no past that could hold the fix.
+"""Checkouts: a repository at an instance's base commit, as one fresh commit without history that could contain the fix.
 
-A clone keeps what came later: branches, tags, reflogs, packed objects, the remote to fetch from. So nothing is
-cloned. The files of the base commit are written out, and become the only commit of a new repository. Its author and
-date are fixed, so that equal files give an equal commit.
+A clone would keep later work: branches, tags, reflogs, packed objects, the remote to fetch from. Therefore nothing is
+cloned. The files of the base commit are written out and become the only commit of a new repository. Its author and date
+are fixed, so that equal files give an equal commit.
 
 Evaluation scripts name the base commit (`git checkout <base> tests/…`), which no longer exists as an object; a
-replacement ref (`refs/replace/<base>`) lets that name stand for the fresh commit.
+replacement ref (`refs/replace/<base>`) maps that name to the fresh commit.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ _TIMEOUT = 300.0
 
 
 def mirror_checkout(folder: str | Path) -> Checkout:
-    """Checkouts out of local git mirrors.
+    """Returns a checkout that reads local git mirrors.
 
     Args:
-        folder: holds `<owner>__<name>` or `<owner>__<name>.git` for each repository, bare or not.
+        folder: contains `<owner>__<name>` or `<owner>__<name>.git` for each repository, bare or not.
 
     Returns:
-        A checkout. Submodules are left empty, and Git LFS files are their pointers: neither's content is in a mirror.
+        A checkout. Submodules stay empty and Git LFS files stay pointers, because a mirror contains neither's content.
 
     Raises:
-        ValueError: no such folder; when called: no mirror of the repository, or no such commit in it.
+        ValueError: no such folder. The checkout itself raises it for a missing mirror or commit.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -63,10 +63,10 @@ def mirror_checkout(folder: str | Path) -> Checkout:
 
 
 def files_checkout(files: Mapping[str, str]) -> Checkout:
-    """Checkouts of a repository given as text files, path -> content.
+    """Returns a checkout of a repository that is given as text files, path -> content.
 
     Raises:
-        ValueError: a path that is absolute or leaves the repository.
+        ValueError: a path is absolute or leaves the repository.
     """
     for path in files:
         if path.startswith("/") or ".." in Path(path).parts or Path(path).parts[:1] == (".git",):
@@ -82,10 +82,10 @@ def files_checkout(files: Mapping[str, str]) -> Checkout:
 
 
 def commit_id(files: Mapping[str, str]) -> str:
-    """The id of the commit that `files_checkout(files)` makes, without making it.
+    """Computes the id of the commit that `files_checkout(files)` makes, without making the commit.
 
-    Git's objects: SHA-1 over `<type> <size>\\0<content>`, for each blob, each tree (its entries sorted, folders as if
-    their names ended in `/`) and the commit.
+    Git hashes objects with SHA-1 over `<type> <size>\\0<content>`, for each blob, each tree (its entries sorted,
+    folders as if their names ended in `/`) and the commit.
     """
     return _object_id("commit", _commit_text(_tree_id(files)).encode())
 
@@ -128,9 +128,9 @@ def _mirror(root: Path, repo: str) -> Path:
 
 
 def _fresh_commit(folder: Path) -> str:
-    """Makes the folder a repository with one commit of all that is in it; returns the commit's id."""
+    """Makes the folder a repository with one commit of all its files; returns the commit's id."""
     _git(folder, "-c", "init.defaultBranch=main", "init", "--quiet", "--template=")
-    # --force: a file that is tracked although .gitignore names it belongs to the commit
+    # --force: the commit includes tracked files that .gitignore names
     _git(folder, "-c", "core.autocrlf=false", "add", "--all", "--force")
     _git(folder, "-c", "commit.gpgsign=false", "commit", "--quiet", "--allow-empty", "--no-verify", "-m", _MESSAGE)
     (folder / ".git" / "COMMIT_EDITMSG").unlink(missing_ok=True)
@@ -139,10 +139,10 @@ def _fresh_commit(folder: Path) -> str:
 
 
 def _git(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """Runs git in a folder with none of the user's configuration, hooks or identity.
+    """Runs git in a folder without the user's configuration, hooks or identity.
 
     Raises:
-        subprocess.CalledProcessError: git failed; its `stderr` says why.
+        subprocess.CalledProcessError: git failed; `stderr` contains the reason.
     """
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     variables |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_NO_REPLACE_OBJECTS": "1"}
@@ -154,7 +154,7 @@ def _git(folder: Path, *arguments: str, environment: Mapping[str, str] | None = 
         env=variables | dict(environment or {}),
         capture_output=True,
         encoding="utf-8",
-        errors="replace",  # names of files are bytes
+        errors="replace",  # file names are bytes
         timeout=_TIMEOUT,
         check=True,
     )

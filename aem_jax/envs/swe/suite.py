@@ -1,4 +1,7 @@
-"""Bug-fixing for runs and servers: with tools, for a language model; by choosing among edits, for a small policy."""
+"""Bug-fixing task suites and server factories: `swe` with tools, `swe_choices` as choices among edits.
+
+A language model uses tools; a small policy chooses among edits.
+"""
 
 import dataclasses
 import random
@@ -21,10 +24,10 @@ _DRAWS = 100
 
 
 def swe(config: SweConfig, options: SuiteOptions) -> TaskSuite:
-    """Repositories to work in with tools: generated tasks, or instances of SWE-bench in files.
+    """Bug-fixing with tools in a repository: generated tasks, or SWE-bench instances from files.
 
     Raises:
-        ValueError: files that cannot be read, or that leave open what is evaluated.
+        ValueError: files cannot be read, or do not determine the evaluation tasks.
     """
     check_sources(config.tasks, options.splits)
     if is_file(config.tasks.evaluation):
@@ -44,22 +47,22 @@ def swe(config: SweConfig, options: SuiteOptions) -> TaskSuite:
 
 
 def make_swe(config: SweConfig) -> Callable[[], SweEnv]:
-    """A factory of environments that share one runtime.
+    """Returns a factory of environments that share one runtime.
 
     Raises:
-        OSError: there is no sandbox that works on this machine.
+        OSError: no sandbox works on this machine.
     """
     try:
         runtime = choose_runtime(config.runtime, config.bubblewrap, config.container)
     except SandboxError as error:
-        raise OSError(str(error)) from None  # which a server reports as missing on this machine
+        raise OSError(str(error)) from None  # a server reports an OSError as missing on this machine
     return lambda: SweEnv(config, load_task, runtime)
 
 
 class _WholeTasks(Sequence[Task]):
-    """Tasks whose payloads hold all that a server needs, built on access.
+    """Tasks with self-contained payloads, which are built on access.
 
-    A server may run on a machine that has neither the files nor the same catalogue.
+    A server may run on a machine without the files or with a different catalogue.
     """
 
     def __init__(self, tasks: Sequence[Task]):
@@ -79,7 +82,7 @@ def swe_choices(config: ChoicesConfig, options: SuiteOptions) -> TaskSuite:
     """Generated tasks as choices among edits."""
     tasks = TasksConfig(difficulties=config.difficulties)
     named = training_tasks(tasks, seed=options.seed)
-    # Each bug comes many times, its edits in another order.
+    # Each bug appears many times, with its edits in a different order.
     drawn = [
         dataclasses.replace(task, id=f"{task.id}/{draw}", payload={**task.payload, "draw": draw})
         for draw in range(_DRAWS)
@@ -97,18 +100,20 @@ def swe_choices(config: ChoicesConfig, options: SuiteOptions) -> TaskSuite:
 
 
 def make_choices(config: ChoicesConfig) -> Callable[[], ChoicesEnv]:
-    """A factory of environments that share their verdicts.
+    """Returns a factory of environments that share their test results.
 
     Raises:
-        OSError: there is no sandbox that works on this machine.
+        OSError: no sandbox works on this machine.
     """
     failing = make_failing(config)
     return lambda: ChoicesEnv(config, failing)
 
 
 def _tester(noise: float, task: Task) -> Act:
-    """Tries one edit after the other, and keeps those after which fewer tests fail. With probability `noise` it
-    finishes after an edit without having run the tests."""
+    """Tries one edit after the other, and keeps an edit if fewer tests fail after it.
+
+    With probability `noise` it finishes after an edit without running the tests.
+    """
     rng, last, tried, fewest = random.Random(f"tester/{task.id}"), "", 0, 1
 
     def choose(result: StepResult) -> str:

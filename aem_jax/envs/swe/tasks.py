@@ -1,7 +1,7 @@
-"""Bug-fixing tasks: generated ones, or a file of SWE-bench instances; one interface for both.
+"""Bug-fixing tasks, generated or from a file of SWE-bench instances, behind one interface.
 
 A task's payload is a small JSON mapping, `{"bug": "<package>-<number>"}`, or `{"instances": "<file>",
-"id": "<instance_id>", "repos": "<folder of mirrors>"}`; `whole_payload` makes of it the one that `SweEnv` reads.
+"id": "<instance_id>", "repos": "<folder of mirrors>"}`. `whole_payload` converts it to the payload that `SweEnv` reads.
 """
 
 import hashlib
@@ -21,21 +21,21 @@ from aem_jax.envs.swe.payload import make_payload
 from aem_jax.envs.swe.sandbox.workspace import Checkout
 
 GENERATED = "generated"
-"""In place of a file: generated tasks, beside a file of the others."""
+"""Value in place of a file name: selects generated tasks although the other source is a file."""
 
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """Which bug-fixing tasks a run has: generated ones, or those of two files that share no instance."""
+    """Sources of a run's bug-fixing tasks: generated, or two files that share no instance."""
 
     train: str = ""
-    """File of SWE-bench instances (.jsonl, .json, .parquet) to train on; generated, or empty without a file to evaluate
-    on: generated tasks."""
+    """File of SWE-bench instances (.jsonl, .json, .parquet) to train on. `generated`, or empty without an evaluation
+    file, selects generated tasks."""
     evaluation: str = ""
-    """File of instances to evaluate on: one set, named as the one split of evaluation.splits; generated, or empty
-    without a file to train on: generated tasks."""
+    """File of instances to evaluate on: one set, named by the single split in evaluation.splits. `generated`, or empty
+    without a training file, selects generated tasks."""
     repos: str = ""
-    """Folder of git mirrors named <owner>__<name>; empty: repositories come out of the instances' images."""
+    """Folder of git mirrors named <owner>__<name>; if empty, repositories come from the instances' images."""
     difficulties: tuple[str, ...] = generated.DIFFICULTIES
     """Difficulties of generated tasks: easy, medium, hard."""
 
@@ -44,19 +44,19 @@ class TasksConfig:
 
 
 def load_task(payload: Mapping[str, Any]) -> tuple[Instance, Checkout]:
-    """Instance and checkout of a task's payload.
+    """Returns the instance and checkout of a task's payload.
 
     Raises:
-        ValueError: it names neither a generated bug nor an instance of a file.
+        ValueError: the payload names neither a generated bug nor an instance in a file.
     """
     return payload_task(whole_payload(payload))
 
 
 def whole_payload(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """The payload that `SweEnv` reads: instance and repository themselves, in place of their names.
+    """Returns the payload that `SweEnv` reads: it contains the instance and the repository instead of their names.
 
     Raises:
-        ValueError: it names neither a generated bug nor an instance of a file.
+        ValueError: the payload names neither a generated bug nor an instance in a file.
     """
     if "bug" in payload:
         bug = generated.bug(payload)
@@ -70,15 +70,15 @@ def whole_payload(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sources(config: TasksConfig, splits: Sequence[str]) -> None:
-    """Refuses sources of training and evaluation tasks that contradict each other.
+    """Rejects sources of training and evaluation tasks that contradict each other.
 
     Args:
-        config: which tasks.
+        config: sources of the tasks.
         splits: evaluation splits of the run.
 
     Raises:
-        ValueError: a file for one of the two alone, so that the other would silently be generated; files that cannot be
-            read; files that share an instance.
+        ValueError: only one of the two sources is set, so that the other tasks would be generated without notice; files
+            cannot be read; or files share an instance.
     """
     if is_file(config.train) and not config.evaluation and splits:
         raise ValueError(
@@ -109,10 +109,10 @@ def is_file(source: str) -> bool:
 
 
 def training_tasks(config: TasksConfig, *, seed: int = 0) -> Sequence[Task]:
-    """The tasks to train on, in an order of which every prefix is a fair sample.
+    """Returns the training tasks, in an order in which every prefix is a fair sample.
 
     Raises:
-        ValueError: there are none, or they cannot be read.
+        ValueError: there are no tasks, or they cannot be read.
     """
     if is_file(config.train):
         tasks = file_tasks("--swe.tasks.train", config.train, config.repos)
@@ -123,19 +123,20 @@ def training_tasks(config: TasksConfig, *, seed: int = 0) -> Sequence[Task]:
 
 
 def eval_set(config: TasksConfig, split: str, size: int) -> tuple[Sequence[Task], str]:
-    """A fixed set of tasks, and a name that changes when anything in one of them changes.
+    """Returns a fixed set of tasks, and a name that changes when any of the tasks changes.
 
     Args:
-        config: which tasks.
-        split: of generated tasks `train`, `valid` (packages of training, other bugs) or `test` (other packages); of a
-            file, which is one set, whatever it should be called.
-        size: number of tasks; at most all there are.
+        config: sources of the tasks.
+        split: for generated tasks `train`, `valid` (training packages, other bugs) or `test` (other packages); for a
+            file, which is one set, any name.
+        size: number of tasks; limited to the number available.
 
     Returns:
-        The tasks, spread over all there are, and `<split>-<size>-<first 6 hex digits of the SHA-256 over their rows>`.
+        The tasks, spread over all available ones, and the name
+        `<split>-<size>-<first 6 hex digits of the SHA-256 over their rows>`.
 
     Raises:
-        ValueError: no such split, no task in it, or a file that cannot be read.
+        ValueError: no such split, no task in it, or an unreadable file.
     """
     if size < 1:
         raise ValueError(f"expected size >= 1, got {size}")
@@ -152,10 +153,10 @@ def eval_set(config: TasksConfig, split: str, size: int) -> tuple[Sequence[Task]
 
 
 def generated_tasks(split: str, difficulties: Sequence[str] = generated.DIFFICULTIES) -> list[Task]:
-    """Generated tasks of a split.
+    """Returns the generated tasks of a split.
 
     Raises:
-        ValueError: no such split, or no such task in it.
+        ValueError: no such split, or no task of these difficulties in it.
     """
     if split not in generated.SPLITS:
         raise ValueError(f"expected split to be one of {', '.join(generated.SPLITS)}, got {split!r}")
@@ -166,21 +167,21 @@ def generated_tasks(split: str, difficulties: Sequence[str] = generated.DIFFICUL
 
 
 def file_tasks(option: str, path: str, repos: str) -> list[Task]:
-    """The instances of a file as tasks.
+    """Returns the instances of a file as tasks.
 
     Args:
-        option: what named the file; begins the error.
-        path: of the file.
-        repos: folder of git mirrors; empty: repositories come out of the instances' images.
+        option: the setting that names the file; error messages begin with it.
+        path: path of the file.
+        repos: folder of git mirrors; if empty, repositories come from the instances' images.
 
     Raises:
-        ValueError: it cannot be read, or holds no instances.
+        ValueError: the file cannot be read, or contains no instances.
     """
-    # the path travels to servers that may run elsewhere
+    # the path is sent to servers, which may run in another folder
     absolute = {"instances": str(Path(path).resolve())} | ({"repos": str(Path(repos).resolve())} if repos else {})
     try:
         instances = _instances(absolute["instances"])
-    except (OSError, ValueError, ModuleNotFoundError) as error:  # pyarrow may not be installed
+    except (OSError, ValueError, ModuleNotFoundError) as error:  # pyarrow may be missing
         raise ValueError(f"{option}: expected a file of SWE-bench instances, got {path!r}: {error}") from error
     return [Task(one.instance_id, one.repo, absolute | {"id": one.instance_id}) for one in instances.values()]
 

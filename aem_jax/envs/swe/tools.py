@@ -1,4 +1,4 @@
-"""The agent's tools: a shell, a file editor, a search, and the end. What they touch, they touch in the sandbox."""
+"""The agent's tools: a shell, a file editor, a search, and finish. They act only inside the sandbox."""
 
 import posixpath
 import re
@@ -31,22 +31,22 @@ finish: ends the work; what the files then contain is graded.
 """
 
 LARGEST_FILE = 2**20
-"""Bytes of a file that the editor opens."""
+"""Largest file that the editor opens, bytes."""
 SNIPPET_LINES = 4
 """Lines shown before and after an edit."""
 LISTED = 200
-"""Entries of a folder, or matches of a search, that are shown."""
+"""Maximum number of folder entries or search matches shown."""
 REMEMBERED_EDITS, REMEMBERED_BYTES = 50, 16 * 2**20
-"""What `undo_edit` can take back: number and size of earlier versions, over all files."""
+"""Limits on the history of `undo_edit`: number and total size of earlier versions, over all files."""
 
 
 class Answer(NamedTuple):
-    """What a tool says.
+    """The result of a tool call.
 
     Attributes:
         text: the observation.
-        valid: whether the call could be understood.
-        finished: whether the agent is done.
+        valid: whether the call was valid.
+        finished: whether the agent has finished.
     """
 
     text: str
@@ -55,12 +55,12 @@ class Answer(NamedTuple):
 
 
 class ToolError(Exception):
-    """A call that was understood could not be carried out; says why to the policy."""
+    """A valid call could not be executed; the message is shown to the policy."""
 
 
 @dataclass(frozen=True)
 class _Parameters:
-    """A call's parameters, with errors that say what is missing."""
+    """A call's parameters, with errors that name missing ones."""
 
     call: Call
 
@@ -72,7 +72,7 @@ class _Parameters:
         return value
 
     def path(self, name: str, default: str | None = None) -> str:
-        """An absolute path inside; relative ones start at the repository."""
+        """Returns an absolute path inside the sandbox; relative paths start at the repository."""
         path = self.text(name, default).strip()
         if not path or "\0" in path or len(path) > 4096:
             raise CallError(f"expected a path in {name!r}, got {path!r:.100}")
@@ -89,15 +89,15 @@ class Tools:
     """The tools of one episode.
 
     Args:
-        workspace: what they work in.
-        limits: of one command.
-        observation_bytes: the longest answer, about; the middle of longer ones is cut out.
+        workspace: the workspace that they act in.
+        limits: limits on one command.
+        observation_bytes: approximate maximum length of an observation; the middle of longer ones is cut out.
     """
 
     def __init__(self, workspace: Workspace, limits: Limits, observation_bytes: int = 16384):
         self._workspace = workspace
         self._limits = replace(limits, output_bytes=observation_bytes)
-        self._listing = replace(limits, output_bytes=4096 * LISTED)  # longer than names and matches are
+        self._listing = replace(limits, output_bytes=4096 * LISTED)  # enough for all names and matches
         self._earlier: list[tuple[str, bytes | None]] = []
         self._tools: Mapping[str, Callable[[_Parameters], Answer]] = {
             "execute_bash": self._execute_bash,
@@ -114,7 +114,7 @@ class Tools:
         }
 
     def answer(self, response: str) -> Answer:
-        """Carries out the call in a response."""
+        """Executes the call in a response."""
         try:
             call = find_call(response)
             if call.name not in self._tools:
@@ -138,10 +138,10 @@ class Tools:
         if not term.strip() or "\n" in term:
             raise CallError(f"expected one line of text in 'search_term', got {term!r:.100}")
         quoted = f"-e {shlex.quote(term)} -- {shlex.quote(path)}"
-        # grep's lines may be as long as files; `cut` keeps the answer readable
+        # grep's lines can be as long as a file; `cut` keeps the output readable
         command = f"grep -rnIF --exclude-dir=.git --color=never {quoted} | cut -c1-300 | head -n {LISTED + 1}"
         outcome = self._workspace.run(f"set -o pipefail; {command}", limits=self._listing)
-        if outcome.exit_code not in (0, 141):  # 141: head had enough and closed the pipe
+        if outcome.exit_code not in (0, 141):  # 141: head closed the pipe
             if outcome.exit_code == 1 and not outcome.output:
                 return Answer(f"no match for {term!r:.100} in {path}")
             raise ToolError(_outcome_text(outcome))
@@ -228,7 +228,7 @@ class Tools:
         return f"the last edit of {path} was undone"
 
     def _kind(self, path: str, missing: str | None = None) -> tuple[str, int]:
-        """What a path is, symbolic links followed, and its size; `missing` (or an error) where it is nothing."""
+        """Returns a path's type (following links) and size; `missing` or an error if it does not exist."""
         command = f"stat --dereference --printf '%F\\n%s' -- {shlex.quote(path)}"
         outcome = self._workspace.run(command, limits=self._limits)
         kind, _, size = outcome.output.partition("\n")
@@ -261,7 +261,7 @@ class Tools:
         return f"{path} was edited:\n{self._numbered(lines, first, last)}"
 
     def _first(self, lines: list[str], more: str) -> str:
-        """As many lines as an answer may hold, and what it says if there are more."""
+        """Returns as many lines as an observation may contain, with `more` appended if there are further ones."""
         text, room = [], self._limits.output_bytes
         for line in map(_shown, lines):
             room -= len(line) + 1
@@ -271,7 +271,7 @@ class Tools:
         return "\n".join(text)
 
     def _numbered(self, lines: list[str], first: int, last: int) -> str:
-        """Lines with their numbers, as far as an answer may be long."""
+        """Returns numbered lines, up to the maximum length of an observation."""
         text, room = [], self._limits.output_bytes
         for number in range(first, last + 1):
             line = f"{number:6}\t{_shown(lines[number - 1])}"
@@ -288,7 +288,7 @@ _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069
 
 
 def _shown(text: str) -> str:
-    """Text as a policy (or a person, in a transcript) may see it: no terminal escapes, no invisible controls."""
+    """Makes text safe for a policy or a transcript: removes terminal escapes, replaces invisible characters."""
     return _INVISIBLE.sub("�", _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
 
 
@@ -299,5 +299,5 @@ def _outcome_text(outcome: Outcome) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines as programs count them; `str.splitlines` would cut at U+2028 and others inside a line."""
+    """Splits at line feeds only; `str.splitlines` would also split at U+2028 and other characters."""
     return text.removesuffix("\n").split("\n") if text else []

@@ -1,1 +1,1 @@
-"""What an environment is tested with: conformance checks, replay of recorded episodes, scripted environments."""
+"""Test tools for environments: conformance checks, replay of recorded episodes, scripted environments."""

@@ -1,7 +1,7 @@
-"""Checks that any environment can be put through, in this process or behind a server.
+"""Conformance checks for any environment, in this process or behind a server.
 
-They ask what training relies on: results of the right types, the same episode from the same task and actions,
-environments that do not feel each other, an answer to whatever a policy may say. Problems come back as sentences.
+The checks cover the assumptions of training: results have the right types, the same task and actions give the same
+episode, environments are independent, and every policy output gets a reply. Problems are returned as sentences.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,11 +22,11 @@ RUBBISH = (
     "ü€𝄞\ud800",
     "go " * 20000,
 )
-"""Texts that a policy may well produce, and an environment has to answer."""
+"""Unusual texts that a policy may produce; an environment must reply to each."""
 
 
 class Problem(Exception):
-    """What a check found."""
+    """A failed check; the message describes the problem."""
 
 
 def expect(condition: bool, message: str) -> None:
@@ -40,11 +40,11 @@ class Subject:
     """An environment under test.
 
     Attributes:
-        make: makes one.
-        tasks: some tasks of it, at least one.
-        actions: responses to give in turn, over and over until the episode ends.
-        max_steps: when to leave an episode that does not end.
-        alone: whether there can be no second one beside it, as on a server with one session.
+        make: creates an instance.
+        tasks: some of its tasks, at least one.
+        actions: responses to give in turn, repeated until the episode ends.
+        max_steps: number of steps after which an unfinished episode is abandoned.
+        alone: whether only one instance can exist at a time, as on a server with one session.
     """
 
     make: Callable[[], Environment]
@@ -59,7 +59,7 @@ class Subject:
 
 
 def _answer(env: Environment, call: str, argument: Any) -> StepResult:
-    """The environment's answer as training reads it, if every part of it has the right type."""
+    """Calls the environment; returns the result as training reads it, after checking its types."""
     result = getattr(env, call)(argument)
     try:
         result = checked_result(env, call, result)
@@ -88,7 +88,7 @@ def _made(subject: Subject) -> Iterator[Environment]:
 
 
 def reset_starts_an_episode(subject: Subject) -> None:
-    """The first result is open, worth nothing, and says something."""
+    """The result of a reset is not done, has reward 0, and contains an observation."""
     with _made(subject) as env:
         for task in subject.tasks:
             first = _answer(env, "reset", task)
@@ -98,7 +98,7 @@ def reset_starts_an_episode(subject: Subject) -> None:
 
 
 def same_task_and_actions_give_the_same_episode(subject: Subject) -> None:
-    """In a fresh environment and in a used one."""
+    """Checked in a new environment and in a used one."""
     episodes = []
     with _made(subject) as used:
         for task in subject.tasks:
@@ -112,7 +112,7 @@ def same_task_and_actions_give_the_same_episode(subject: Subject) -> None:
 
 
 def reset_forgets_the_episode(subject: Subject) -> None:
-    """Twice in a row, and in the middle of an episode."""
+    """Checked with two resets in a row, and with a reset during an episode."""
     task = subject.tasks[0]
     with _made(subject) as env:
         first = _play(env, subject, task)
@@ -124,7 +124,7 @@ def reset_forgets_the_episode(subject: Subject) -> None:
 
 
 def environments_do_not_feel_each_other(subject: Subject) -> None:
-    """Two episodes step by step in turn, as if each were alone."""
+    """Two interleaved episodes give the same results as separate ones."""
     if subject.alone:
         return
     task, other = subject.tasks[0], subject.tasks[-1]
@@ -140,7 +140,7 @@ def environments_do_not_feel_each_other(subject: Subject) -> None:
 
 
 def any_text_is_answered(subject: Subject) -> None:
-    """A policy says anything; that may be no valid action, but is no error."""
+    """Any text from a policy gets a result. It may be an invalid action, but it is not an error."""
     with _made(subject) as env:
         for text in RUBBISH:
             env.reset(subject.tasks[0])
@@ -151,7 +151,7 @@ def any_text_is_answered(subject: Subject) -> None:
 
 
 def bad_tasks_do_no_harm(subject: Subject) -> None:
-    """A task that is none may be refused; after it, a good one works."""
+    """An invalid task may be refused; a valid one works afterwards."""
     with _made(subject) as env:
         for task in ({"no such key": 1}, {"game": 7, "generate": "x"}, {}):
             try:
@@ -162,7 +162,7 @@ def bad_tasks_do_no_harm(subject: Subject) -> None:
 
 
 def close_twice_is_harmless(subject: Subject) -> None:
-    """With and without an episode."""
+    """Checked with and without an episode."""
     env = subject.make()
     env.close()
     env.close()
@@ -184,12 +184,12 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
 
 
 def check_environment(subject: Subject) -> list[str]:
-    """Puts an environment through all `CHECKS`; returns the problems."""
+    """Runs all `CHECKS` on an environment; returns the problems."""
     return run_checks(CHECKS, subject)
 
 
 def run_checks(checks: Iterable[Callable[[Any], None]], subject: Any) -> list[str]:
-    """Runs each check on the subject; returns a sentence for each that found a problem or broke."""
+    """Runs each check on the subject; returns a sentence for each check that found a problem or raised an error."""
     problems = []
     for check in checks:
         try:

@@ -1,4 +1,4 @@
-"""Checks that any environment server can be put through: those of its environment, and those of the wire.
+"""Conformance checks for any environment server: the checks of its environment, and checks of the protocol.
 
 python -m aem_jax.envs.testing.conformance_wire localhost:8765 --task '{"word": "hi"}' --action try --action hi
 """
@@ -32,14 +32,15 @@ class ServerSubject:
     """A server under test.
 
     Attributes:
-        url: its session endpoint.
+        url: session endpoint.
         tasks: some tasks, at least one.
         actions: responses to give in turn.
-        mapping: where it keeps our words.
-        sessions: its capacity, to be tried out; None where that is not wanted.
-        guarded: whether it holds the order reset, step, …, done, and survives messages that are no mapping, as ours
-            does; OpenEnv's own leaves the first to the environment and ends the session at the second.
-        headers: sent when connecting.
+        mapping: maps our fields to the server's.
+        sessions: capacity to test; None skips the test.
+        guarded: whether the server enforces the order reset, step, …, done, and keeps the session after messages that
+            are not mappings. Our server does both. OpenEnv's server leaves the order to the environment and ends the
+            session after such a message.
+        headers: HTTP headers of the connection request.
     """
 
     url: str
@@ -52,14 +53,14 @@ class ServerSubject:
 
 
 class _Talk:
-    """Raw messages on one connection."""
+    """Exchanges raw messages on one connection."""
 
     def __init__(self, socket: ClientConnection, subject: ServerSubject):
         self._socket, self._subject = socket, subject
         self._encode_step = step_encoder(subject.mapping)
 
     def ask(self, request: str | bytes) -> dict[str, Any]:
-        with contextlib.suppress(ConnectionClosed):  # a server that has no room says so and hangs up
+        with contextlib.suppress(ConnectionClosed):  # a full server reports it and closes the connection
             self._socket.send(request)
         reply = self._socket.recv(timeout=_TIMEOUT_S)
         try:
@@ -110,10 +111,10 @@ def _talk(subject: ServerSubject) -> Iterator[_Talk]:
 
 
 def observations_have_the_protocols_form(subject: ServerSubject) -> None:
-    """Observation, reward and done, and nothing else but metadata."""
+    """An observation message has observation, reward, done, and optionally metadata."""
     with _talk(subject) as talk:
         for data in (talk.reset(), talk.step()):
-            fields = set(data) - {"metadata"}  # OpenEnv's newer servers repeat it here
+            fields = set(data) - {"metadata"}  # newer OpenEnv servers repeat it here
             expect(fields == {"observation", "reward", "done"}, f"expected observation, reward, done, got {data}")
             expect(isinstance(data["observation"], dict), f"expected an observation mapping, got {data}")
             expect(isinstance(data["done"], bool), f"expected done to be true or false, got {data}")
@@ -121,7 +122,7 @@ def observations_have_the_protocols_form(subject: ServerSubject) -> None:
 
 
 def state_counts_the_steps(subject: ServerSubject) -> None:
-    """And names the episode as the reset did."""
+    """The state also contains the episode id of the reset."""
     with _talk(subject) as talk:
         talk.reset(episode_id="conformance-1")
         expected = {"episode_id": "conformance-1", "step_count": 0}
@@ -133,7 +134,7 @@ def state_counts_the_steps(subject: ServerSubject) -> None:
 
 
 def bad_messages_are_refused_and_do_no_harm(subject: ServerSubject) -> None:
-    """Each with its code; the episode goes on as if nothing had been said."""
+    """Each bad message gets its error code; the episode continues unchanged."""
     with _talk(subject) as talk:
         talk.reset()
         for request, code in (
@@ -157,7 +158,7 @@ def bad_messages_are_refused_and_do_no_harm(subject: ServerSubject) -> None:
 
 
 def order_is_held(subject: ServerSubject) -> None:
-    """No step before a reset, none after the end."""
+    """The server refuses a step before a reset and after the end."""
     if not subject.guarded:
         return
     step = step_encoder(subject.mapping)(subject.actions[0])
@@ -172,7 +173,7 @@ def order_is_held(subject: ServerSubject) -> None:
 
 
 def close_ends_the_session(subject: ServerSubject) -> None:
-    """With and without an episode."""
+    """Checked with and without an episode."""
     with _talk(subject) as talk:
         talk.closes(protocol.CLOSE_REQUEST)
     with _talk(subject) as talk:
@@ -181,7 +182,7 @@ def close_ends_the_session(subject: ServerSubject) -> None:
 
 
 def capacity_is_said_and_comes_back(subject: ServerSubject) -> None:
-    """One session too many is refused with CAPACITY_REACHED; a session that ended makes room."""
+    """A session beyond the capacity is refused with CAPACITY_REACHED; an ended session frees its place."""
     if subject.sessions is None:
         return
     with contextlib.ExitStack() as stack:
@@ -201,7 +202,7 @@ def capacity_is_said_and_comes_back(subject: ServerSubject) -> None:
 
 
 def pages_are_there(subject: ServerSubject) -> None:
-    """/health, /metadata and /schema."""
+    """Checks /health, /metadata and /schema."""
     root = subject.url.replace("ws", "http", 1).removesuffix("/ws")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for page, keys in (
@@ -227,14 +228,14 @@ CHECKS: tuple[Callable[[ServerSubject], None], ...] = (
 
 
 def check_server(subject: ServerSubject) -> list[str]:
-    """Puts a server through the checks of an environment and through all `CHECKS`; returns the problems."""
+    """Runs the checks of an environment and all `CHECKS` on a server; returns the problems."""
     make = lambda: _with_room(subject)
     environment = Subject(make, subject.tasks, subject.actions, alone=subject.sessions == 1)
     return check_environment(environment) + run_checks(CHECKS, subject)
 
 
 def _with_room(subject: ServerSubject) -> RemoteEnvironment:
-    """A session, for which an ended one may first have to be cleared away."""
+    """Opens a session; waits if the server must first remove an ended one."""
     deadline = time.monotonic() + _CAPACITY_RETURNS_S
     while True:
         env = RemoteEnvironment(subject.url, subject.mapping, headers=subject.headers)
@@ -244,12 +245,12 @@ def _with_room(subject: ServerSubject) -> RemoteEnvironment:
             if error.code == protocol.CAPACITY_REACHED and time.monotonic() < deadline:
                 env.close()
                 time.sleep(0.05)
-                continue  # else it has a session for us, and no state to tell before the first reset
+                continue  # other refusals mean that the session is open, but has no state before the first reset
         return env
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; prints the problems and returns 1 if there are any."""
+    """Runs the command line; prints the problems and returns 1 if there are any."""
     parser = argparse.ArgumentParser(
         prog="aem_jax.envs.testing.conformance_wire", description="Checks an environment server."
     )

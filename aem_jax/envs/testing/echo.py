@@ -1,10 +1,10 @@
-"""A tiny environment without a world: it repeats what it is told. For tests, chaos and benchmarks of everything above.
+"""A minimal environment that repeats its input, for tests, fault injection and benchmarks of all layers above it.
 
-A task is `{"word": str, "length": int, "fault": {…}}`, every key optional. Saying the word wins (reward 1); after
-`length` steps without it the episode is truncated. A fault breaks the server in a chosen way at a chosen step:
+A task is `{"word": str, "length": int, "fault": {…}}`, every key optional. A response that equals the word wins (reward
+1); after `length` steps without it the episode is truncated. A fault breaks the server in a given way at a given step:
 
     {"kind": "exit", "step": 2}                   at every attempt
-    {"kind": "hang", "step": 0, "once": "path"}   step 0 is the reset; only while that file is absent, and makes it
+    {"kind": "hang", "step": 0, "once": "path"}   step 0 is the reset; once: only if that file is absent; creates it
 """
 
 import os
@@ -23,15 +23,15 @@ class EchoConfig:
     """Settings of the echo environment."""
 
     step_latency_s: float = 0.0
-    """Seconds that a step takes (sleeping, not computing)."""
+    """Duration of a step (sleep, no computation), seconds."""
     reset_latency_s: float = 0.0
-    """Seconds that a reset takes."""
+    """Duration of a reset, seconds."""
     make_latency_s: float = 0.0
-    """Seconds that making the environment takes."""
+    """Duration of creating the environment, seconds."""
     length: int = 5
-    """Steps until truncation, where the task does not say."""
+    """Steps until truncation, if the task does not set them."""
     padding: int = 0
-    """Characters appended to every observation, for the cost of long texts."""
+    """Characters appended to every observation, to measure the cost of long texts."""
 
 
 def _raise() -> None:
@@ -39,7 +39,7 @@ def _raise() -> None:
 
 
 def _write_to_sockets(payload: bytes) -> Callable[[], None]:
-    """Puts bytes on every connection of this process, past all layers: every session of the server sees them."""
+    """Writes bytes directly to all connections of this process, so that all sessions of the server receive them."""
 
     def write() -> None:
         for name in os.listdir("/proc/self/fd"):
@@ -47,7 +47,7 @@ def _write_to_sockets(payload: bytes) -> Callable[[], None]:
                 if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                     os.write(int(name), payload)
             except OSError:
-                continue  # closed meanwhile, or a listening socket
+                continue  # a closed or a listening socket
 
     return write
 
@@ -56,7 +56,7 @@ FAULTS: Mapping[str, Callable[[], None]] = {
     "raise": _raise,
     "exit": lambda: os._exit(17),
     "hang": lambda: time.sleep(3600),
-    "rubbish": _write_to_sockets(b"\x81\x07rubbish"),  # a correct text frame that is no JSON
+    "rubbish": _write_to_sockets(b"\x81\x07rubbish"),  # a valid text frame, but not JSON
     "broken": _write_to_sockets(b"\xff\xff\xff\xff"),  # not even a WebSocket frame
 }
 
@@ -78,7 +78,7 @@ class EchoEnv:
         return self._result(f"say {task.get('word', 'done')}", reward=0.0, won=False, valid=True)
 
     def step(self, action_text: str) -> StepResult:
-        """Repeats the text; an empty one is not valid."""
+        """Repeats the text; an empty text is an invalid action."""
         time.sleep(self._config.step_latency_s)
         self._steps += 1
         self._break_if_scripted()
@@ -86,7 +86,7 @@ class EchoEnv:
         return self._result(f"{self._steps}: {action_text}", float(won), won, bool(action_text.strip()))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing; there are no resources."""
 
     def _result(self, text: str, reward: float, won: bool, valid: bool) -> StepResult:
         limit = int(self._task.get("length", self._config.length))

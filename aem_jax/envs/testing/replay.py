@@ -1,4 +1,4 @@
-"""Replays recorded transcripts on our engines and compares every step.
+"""Replays recorded transcripts on this package's engines and compares every step.
 
     python -m aem_jax.envs.testing.replay alfworld --games DIR --transcripts FILE
     python -m aem_jax.envs.testing.replay webshop --data DIR --transcripts FILE
@@ -19,7 +19,7 @@ from aem_jax.envs.webshop.taggers import recorded as recorded_tagger
 from aem_jax.files import read_json_lines
 
 Step = tuple[str, Mapping[str, Any], Mapping[str, Any]]
-"""(where in the transcripts, what was recorded, what our engine says)."""
+"""(location in the transcripts, recorded values, values of our engine)."""
 WEBSHOP_FIELDS = ("text", "rich", "has_search_bar", "clickables", "reward", "done")
 ALFWORLD_FIELDS = ("observation", "admissible", "won", "done", "score")
 
@@ -34,7 +34,7 @@ def replay_alfworld(games: Path, episodes: Sequence[Mapping[str, Any]]) -> Itera
         episodes: the recorded episodes.
 
     Yields:
-        Both sides of every step.
+        The recorded and our values of every step.
     """
     loaded: dict[str, Game] = {}
     for episode in episodes:
@@ -53,15 +53,15 @@ def replay_alfworld(games: Path, episodes: Sequence[Mapping[str, Any]]) -> Itera
 def replay_webshop(data: Path, episodes: Sequence[Mapping[str, Any]]) -> Iterator[Step]:
     """Replays WebShop episodes `{session, policy, steps: [{action, text, rich, clickables, …}]}`; see `WEBSHOP_FIELDS`.
 
-    A step whose action is null is the start of the episode; a field recorded as null was not recorded. The shop's
-    prices and goals come from the default seed, and the reward's nouns from the recordings' tagger.
+    A step whose action is null is the start of the episode; a field that is null was not recorded. The shop's prices
+    and goals come from the default seed, and the reward's nouns from the recordings' tagger.
 
     Args:
         data: folder of the shop's files.
         episodes: the recorded episodes; the session is the goal's number.
 
     Yields:
-        Both sides of every step.
+        The recorded and our values of every step.
     """
     shop = Shop(open_shop(ShopConfig(data=str(data))), recorded_tagger)
     for episode in episodes:

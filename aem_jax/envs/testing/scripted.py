@@ -1,12 +1,13 @@
-"""An environment without a world, its episodes scripted: how many turns, how long the texts, how slow the answers.
+"""An environment with scripted episodes: settings determine the number of turns, text lengths and step latency.
 
-For benchmarks of what plays episodes. A task is `{"seed": int}`; all that happens follows from it, from the settings
-and from what is said: the number of turns N from the task alone, with few long episodes among many short ones,
+It benchmarks the code that plays episodes. A task is `{"seed": int}`; the task, the settings and the responses
+determine the episode. The number of turns N depends on the task and the settings, with few long episodes among many
+short ones:
 
     P(N >= n) = (1/n - 1/(b + 1)) / (1/a - 1/(b + 1)),    n = a … b    (bounded Pareto of shape 1)
 
-the time of each answer, uniform in 0 … `latency_ms`, from task, turn and text, so that the answers to a group's
-episodes arrive spread. The last turn wins if the response has an even number of characters.
+The latency of each step is uniform in 0 … `latency_ms` and depends on task, turn and text, so that the results of a
+group's episodes arrive at different times. The last turn wins if the response has an even number of characters.
 """
 
 import random
@@ -24,17 +25,17 @@ class ScriptedConfig:
     """Settings of the scripted environment."""
 
     min_turns: int = 3
-    """Fewest turns of an episode."""
+    """Minimum number of turns of an episode."""
     max_turns: int = 30
-    """Most turns of an episode; the same as min_turns makes all alike."""
+    """Maximum number of turns of an episode; if equal to min_turns, all episodes have the same length."""
     prompt_chars: int = 64
     """Characters of the first observation, which differs from task to task."""
     observation_chars: int = 16
     """Characters of each later observation."""
     latency_ms: float = 0.0
-    """Longest time that a step takes, in milliseconds (sleeping, not computing)."""
+    """Maximum duration of a step (sleep, no computation), milliseconds."""
     seed: int = 0
-    """Makes other episodes of the same tasks."""
+    """Different seeds give different episodes of the same tasks."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_turns <= self.max_turns:
@@ -49,12 +50,12 @@ class ScriptedConfig:
 
 
 def num_turns(config: ScriptedConfig, task: Mapping[str, Any]) -> int:
-    """Turns of a task's episodes."""
+    """Returns the number of turns of a task's episodes."""
     return pareto(config.min_turns, config.max_turns, _random(config, task, "turns").random())
 
 
 def pareto(least: int, most: int, uniform: float) -> int:
-    """The quantile `uniform` (0 <= uniform < 1) of the distribution above, over least … most."""
+    """Returns the quantile `uniform` (0 <= uniform < 1) of the distribution above, over least … most."""
     tail = 1 / (most + 1)
     return min(int(1 / (1 / least - uniform * (1 / least - tail))), most)
 
@@ -68,10 +69,10 @@ class ScriptedEnv:
         self._turns = self._left = 0
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
-        """Starts an episode; answers at once.
+        """Starts an episode, without latency.
 
         Raises:
-            ValueError: a task without a whole number as its seed.
+            ValueError: the task's seed is not an integer.
         """
         if type(task.get("seed")) is not int:
             raise ValueError(f"expected a task with a whole number as its seed, got {dict(task)!r:.100}")
@@ -80,7 +81,7 @@ class ScriptedEnv:
         return StepResult(text, info={"won": False, "valid_action": True})
 
     def step(self, action_text: str) -> StepResult:
-        """Answers after a while; every response is understood."""
+        """Returns after the scripted latency; every response is valid."""
         draw = _random(self._config, self._task, f"{self._turns} {action_text}")
         if self._config.latency_ms:
             time.sleep(draw.random() * self._config.latency_ms / 1e3)
@@ -90,7 +91,7 @@ class ScriptedEnv:
         return StepResult(text, float(won), self._left == 0, info={"won": won, "valid_action": True})
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing; there are no resources."""
 
 
 def _make(config: ScriptedConfig) -> Callable[[], ScriptedEnv]:
@@ -98,7 +99,7 @@ def _make(config: ScriptedConfig) -> Callable[[], ScriptedEnv]:
 
 
 def _random(config: ScriptedConfig, task: Mapping[str, Any], what: str) -> random.Random:
-    # Of bytes: the same in every process, and half a surrogate pair has none of its own.
+    # Bytes give the same numbers in every process; unpaired surrogates are replaced because they cannot be encoded.
     return random.Random(f"{config.seed} {task['seed']} {what}".encode(errors="replace"))
 
 

@@ -1,1 +1,1 @@
-"""Bug-fixing tasks made of small packages of our own: one edit breaks named tests, its reverse is the fix."""
+"""Bug-fixing tasks from small bundled packages: an edit breaks named tests, and its reverse is the fix."""

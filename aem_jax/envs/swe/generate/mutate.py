@@ -1,7 +1,7 @@
-"""Small edits of Python source that a person might have made by mistake: one operator, bound, default or guard wrong.
+"""Small edits of Python source that resemble human mistakes: one wrong operator, bound, default or guard.
 
-An edit replaces a stretch of the source text, not of its tree, so that everything around it stays as it was written:
-the fix is the diff back. Which edits break something, and what, is found by running tests (`scripts/survey_bugs.py`).
+An edit replaces a span of the source text, not of its syntax tree, so the surrounding text stays unchanged and the fix
+is the reverse diff. `scripts/survey_bugs.py` runs tests to find which edits break which tests.
 """
 
 import ast
@@ -12,15 +12,15 @@ from itertools import pairwise
 
 @dataclass(frozen=True, order=True)
 class Edit:
-    """Replaces `source[start:end]`, which is `before`, by `after`.
+    """Replaces `source[start:end]`, whose text is `before`, with `after`.
 
     Attributes:
-        start: first character.
-        end: one after the last.
-        before: what stands there.
-        after: what will.
-        kind: what sort of mistake it is.
-        function: qualified name of the function that it is in.
+        start: index of the first character.
+        end: index after the last character.
+        before: the original text.
+        after: the replacement.
+        kind: the kind of mistake.
+        function: qualified name of the enclosing function.
     """
 
     start: int
@@ -32,10 +32,10 @@ class Edit:
 
 
 def apply(source: str, edits: Sequence[Edit]) -> str:
-    """The source with all edits made at once.
+    """Returns the source with all edits applied together.
 
     Raises:
-        ValueError: edits overlap, or one was made for another source.
+        ValueError: edits overlap, or an edit belongs to another source.
     """
     ordered = sorted(edits)
     if any(first.end > second.start for first, second in pairwise(ordered)):
@@ -48,9 +48,9 @@ def apply(source: str, edits: Sequence[Edit]) -> str:
 
 
 def edits(source: str) -> list[Edit]:
-    """All edits of a module's functions, by place.
+    """Returns all edits of a module's functions, in order of position.
 
-    Every one leaves a module that parses and differs from the source.
+    The module parses after each edit, and differs from the source.
 
     Raises:
         SyntaxError: the source does not parse.
@@ -64,7 +64,7 @@ def edits(source: str) -> list[Edit]:
                 for target, after in make(node, text):
                     start, end = text.span(target)
                     if "\n" in source[start:end] and not isinstance(target, ast.stmt):
-                        continue  # a candidate must be readable on one line
+                        continue  # a candidate must fit on one line
                     edit = Edit(start, end, source[start:end], after, kind, name)
                     if after != edit.before and _parses(after):
                         found.setdefault((start, end, after), edit)
@@ -82,13 +82,13 @@ class _Text:
             self._begin.append(self._begin[-1] + len(line))
 
     def span(self, node: ast.AST) -> tuple[int, int]:
-        """First character of a node, and one after its last. Columns of `ast` count bytes."""
+        """Returns the index of a node's first character and the index after its last. Columns of `ast` count bytes."""
         first = self._place(node.lineno, node.col_offset)  # pyright: ignore[reportAttributeAccessIssue]
         last = self._place(node.end_lineno, node.end_col_offset)  # pyright: ignore[reportAttributeAccessIssue]
         return first, last
 
     def of(self, node: ast.AST) -> str:
-        """What stands there."""
+        """Returns the source text of a node."""
         start, end = self.span(node)
         return self._source[start:end]
 
@@ -97,7 +97,7 @@ class _Text:
 
 
 Make = Callable[[ast.AST, _Text], Iterator[tuple[ast.AST, str]]]
-"""A node -> what to replace, and by what."""
+"""Maps a node to pairs of (node to replace, replacement text)."""
 
 _COMPARISONS: Mapping[type, tuple[str, ...]] = {
     ast.Lt: ("<=", ">"),
@@ -172,7 +172,7 @@ def _arithmetic(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
     if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
         start, _ = text.span(node)
         whole, left, right = text.of(node), text.span(node.left), text.span(node.right)
-        # what stands between the operands may hold parentheses, which stay
+        # the text between the operands may contain parentheses, which are kept
         between = whole[left[1] - start : right[0] - start]
         sign, others = _ARITHMETIC[type(node.op)]
         for other in others:
@@ -197,7 +197,7 @@ def _boolean(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
             if between.count(f" {word} ") == 1:
                 changed = between.replace(f" {word} ", f" {other} ")
                 yield node, whole[: left - start] + changed + whole[right - start :]
-        if len(node.values) == 2:  # half of a condition forgotten
+        if len(node.values) == 2:  # half of a condition is missing
             yield node, text.of(node.values[0])
             yield node, text.of(node.values[1])
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
@@ -212,7 +212,7 @@ def _condition(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
 
 
 def _guard(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
-    """An early exit forgotten; or one of several statements."""
+    """Removes an early exit, or one of several statements."""
     if (
         isinstance(node, ast.If)
         and not node.orelse
@@ -259,7 +259,7 @@ KINDS: Mapping[str, Make] = {
     "other function": _word,
     "missing copy": _copy,
 }
-"""What sort of mistake -> how it is made."""
+"""Kind of mistake -> function that makes it."""
 
 
 def _functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, str]]:
@@ -273,7 +273,7 @@ def _functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, str]]:
 
 
 def _nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
-    """All nodes of defaults and body; of f-strings and error messages none, since tests seldom read them."""
+    """Yields all nodes of defaults and body, except f-strings and error messages, which tests rarely check."""
     todo: list[ast.AST] = [*function.args.defaults, *function.body]
     while todo:
         node = todo.pop(0)
@@ -284,7 +284,7 @@ def _nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
 
 
 def _parses(after: str) -> bool:
-    """Whether a statement's or an expression's replacement is one. A starred argument, for one, is not."""
+    """Whether a replacement parses as a statement or an expression. A starred argument, for example, does not."""
     try:
         ast.parse(after, mode="exec" if after == "pass" else "eval")
     except SyntaxError:

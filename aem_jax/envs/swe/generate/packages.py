@@ -1,6 +1,6 @@
-"""The packages that tasks are made of: a module and its tests each, pure Python, written for this.
+"""The source packages of generated tasks. Each is one pure-Python module with tests, written for this purpose.
 
-They lie in `code/` as text: they are data of this package, not modules of it.
+They are stored as text in `code/`, because they are data of this package, not modules of it.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ class Package:
     """One module with its tests.
 
     Attributes:
-        name: of the module.
+        name: name of the module.
         source: text of `<name>.py`.
         tests: text of `tests/test_<name>.py`.
     """
@@ -28,28 +28,28 @@ class Package:
 
     @property
     def module_path(self) -> str:
-        """Where the module lies in the repository."""
+        """Path of the module in the repository."""
         return f"{self.name}.py"
 
     @property
     def tests_path(self) -> str:
-        """Where its tests lie."""
+        """Path of its tests in the repository."""
         return f"tests/test_{self.name}.py"
 
     @property
     def digest(self) -> str:
-        """SHA-256 of module and tests: what was found out about them holds for these texts alone."""
+        """SHA-256 of module and tests. Results about a package are valid only for these texts."""
         return hashlib.sha256(f"{self.source}\0{self.tests}".encode()).hexdigest()
 
     def files(self, source: str, tests: str) -> dict[str, str]:
-        """The repository with another module and other tests."""
+        """Returns the repository's files with the given module and tests."""
         title = source.split('"""')[1].split("\n")[0]
         return {self.module_path: source, self.tests_path: tests, "README.md": f"# {self.name}\n\n{title}\n"}
 
 
 @cache
 def packages() -> Sequence[Package]:
-    """All packages, by name."""
+    """Returns all packages, sorted by name."""
     found = []
     for path in sorted(FOLDER.glob("*.py.txt")):
         tests = FOLDER / "tests" / f"test_{path.name}"
@@ -59,10 +59,10 @@ def packages() -> Sequence[Package]:
 
 
 def package(name: str) -> Package:
-    """The package of a name.
+    """Returns the package with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such package.
     """
     for each in packages():
         if each.name == name:

@@ -1,8 +1,8 @@
-"""Generated tasks: which bugs there are, split and graded, and the instance of each, in SWE-bench's schema.
+"""Generated tasks: the bugs with their splits and difficulties, and an instance for each, in SWE-bench's schema.
 
-A bug is one to three edits of a package's module, and the tests that they break (`catalogue.json`, written by
-`scripts/survey_bugs.py`). The task's repository has the edits in it and those tests taken out; the fix is the diff
-back, and the test patch puts the tests in again.
+A bug consists of one to three edits of a package's module, and the tests that they break (`catalogue.json`, written by
+`scripts/survey_bugs.py`). The task's repository contains the edits but not those tests. The fix is the reverse diff,
+and the test patch adds the tests again.
 """
 
 import ast
@@ -29,7 +29,7 @@ _SEALED = Path(__file__).with_name("sealed_run.py")
 
 
 def check_difficulties(difficulties: Sequence[str]) -> None:
-    """Refuses what is no difficulty, and an empty choice."""
+    """Rejects unknown difficulties and an empty selection."""
     if not difficulties or not set(difficulties) <= set(DIFFICULTIES):
         raise ValueError(f"expected difficulties among {', '.join(DIFFICULTIES)}, got {list(difficulties)}")
 
@@ -39,10 +39,10 @@ class Bug:
     """Edits that break tests.
 
     Attributes:
-        package: that is edited.
-        number: among the package's bugs.
-        edits: what is wrong, by place.
-        broken: test function -> what pytest says about it.
+        package: name of the edited package.
+        number: index among the package's bugs.
+        edits: the edits, in order of position.
+        broken: test function -> pytest's message.
     """
 
     package: str
@@ -57,16 +57,16 @@ class Bug:
 
     @property
     def difficulty(self) -> str:
-        """By rule: `hard` are several edits; `easy` is one whose tests say in few words what is wrong, two at most."""
+        """`hard`: several edits; `easy`: one edit that breaks at most two tests; `medium`: one that breaks more."""
         if len(self.edits) > 1:
             return "hard"
         return "easy" if len(self.broken) <= 2 else "medium"
 
     @property
     def split(self) -> str:
-        """`test`: a package held out; of the others one edit in five is `valid`, drawn by its hash, the rest `train`.
+        """`test`: held-out packages. Of the others, one edit in five is `valid`, by its hash; the rest is `train`.
 
-        `mixed`, which is no split, are several edits of both, so that no split holds an edit of another.
+        `mixed` is not a split: these bugs have edits of both `train` and `valid`, so that the splits share no edit.
         """
         if self.package in _held_out():
             return "test"
@@ -77,10 +77,10 @@ class Bug:
 
 @cache
 def bugs() -> Sequence[Bug]:
-    """All bugs of the catalogue, by package and number.
+    """Returns all bugs of the catalogue, by package and number.
 
     Raises:
-        ValueError: the catalogue was made for another text of a package.
+        ValueError: the catalogue was made for a different version of a package.
     """
     found = []
     for name, entry in json.loads(_CATALOGUE.read_text(encoding="utf-8")).items():
@@ -96,7 +96,7 @@ def bugs() -> Sequence[Bug]:
 
 
 def bug(payload: Mapping[str, Any]) -> Bug:
-    """The bug of a payload `{"bug": "<package>-<number>"}`.
+    """Returns the bug of a payload `{"bug": "<package>-<number>"}`.
 
     Raises:
         ValueError: there is no such bug.
@@ -109,7 +109,7 @@ def bug(payload: Mapping[str, Any]) -> Bug:
 
 @lru_cache(maxsize=512)
 def instance(bug_id: str) -> Instance:
-    """The instance of a bug, by its id."""
+    """Returns the instance of a bug, by the bug's id."""
     found = bug({"bug": bug_id})
     whole = package(found.package)
     before, after = base_files(found), whole.files(whole.source, _tests_without(whole, found))
@@ -137,13 +137,13 @@ def instance(bug_id: str) -> Instance:
 
 
 def base_files(found: Bug) -> dict[str, str]:
-    """The repository that the agent starts from: edits made, their tests taken out."""
+    """Returns the agent's initial repository: the edits applied, the broken tests removed."""
     whole = package(found.package)
     return whole.files(apply(whole.source, found.edits), _tests_without(whole, found))
 
 
 def checkout(found: Bug) -> Checkout:
-    """Fills a folder with `base_files`."""
+    """Returns a checkout that fills a folder with `base_files`."""
     return files_checkout(base_files(found))
 
 
@@ -163,7 +163,7 @@ def _test_names(tests: str) -> list[str]:
 
 
 def _tests_without(whole: Package, found: Bug) -> str:
-    """The tests but for those that the bug breaks; an import that only they needed stays."""
+    """Returns the tests without those that the bug breaks; imports that only they needed remain."""
     tests = whole.tests
     lines = tests.split("\n")
     for node in reversed(ast.parse(tests).body):
@@ -185,7 +185,7 @@ def _diff(before: Mapping[str, str], after: Mapping[str, str]) -> str:
 
 
 def _statement(whole: Package, found: Bug) -> str:
-    """What a user would report: what should hold and does not. Never where the mistake is."""
+    """Returns a bug report as a user would write it: correct and actual behaviour, never the mistake's location."""
     broken = [test for test in _test_names(whole.tests) if test in found.broken]
     titles = "\n".join(f"- {test.removeprefix('test_').replace('_', ' ')}" for test in broken)
     text = f"`{whole.name}` does not do what it should. These no longer hold:\n\n{titles}\n"

@@ -1,8 +1,8 @@
-"""One trial: which tests of a package fail when its module reads otherwise.
+"""One trial: runs a package's tests against a changed module and reports which fail.
 
-It runs in a process of its own with limited time and memory. That process comes from a fork server that has loaded
-pytest and nothing else: a fork of the caller, which may hold JAX's threads and address space, could hang, or be over
-its memory limit before it has begun.
+A trial runs in a separate process with limited time and memory. A fork server that has loaded only pytest starts that
+process. A fork of the caller could hang, because the caller may hold JAX's threads, or exceed the memory limit at once,
+because it may hold JAX's address space.
 """
 
 import multiprocessing
@@ -19,17 +19,17 @@ import pytest
 
 from aem_jax.envs.swe.generate.packages import Package
 
-_CPU_SECONDS, _SECONDS = 1.5, 60  # an endless loop shall not cost much, nor a busy machine pass for one
-_ADDRESS = re.compile(r"0x[0-9a-f]{6,}|(?<=\.\.\.)[0-9a-f]{8,}(?=>)")  # another one every time
+_CPU_SECONDS, _SECONDS = 1.5, 60  # CPU time stops endless loops early; wall time tolerates busy machines
+_ADDRESS = re.compile(r"0x[0-9a-f]{6,}|(?<=\.\.\.)[0-9a-f]{8,}(?=>)")  # differs in every run
 _CLEAN = multiprocessing.get_context("forkserver")
-_CLEAN.set_forkserver_preload([__name__])  # pytest with it: a process then starts at once
+_CLEAN.set_forkserver_preload([__name__])  # this also preloads pytest, so a process starts quickly
 
 
 def broken_tests(package: Package, source: str) -> Mapping[str, str] | None:
-    """Tests that fail with another source of the module, and what pytest says about each.
+    """Returns the tests that fail with a different source of the module, and pytest's message for each.
 
     Returns:
-        Test function -> message; None where the tests did not come to an end.
+        Test function -> message; None if the tests did not finish.
     """
     receiver, sender = _CLEAN.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -49,8 +49,8 @@ def broken_tests(package: Package, source: str) -> Mapping[str, str] | None:
 
 
 def _run(folder: str, sender) -> None:
-    """In a process of its own: runs the tests of a folder and sends what failed."""
-    signal.setitimer(signal.ITIMER_VIRTUAL, _CPU_SECONDS)  # its signal ends the process
+    """Runs the tests of a folder and sends the failures; runs in a separate process."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, _CPU_SECONDS)  # the signal terminates the process
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
     sys.dont_write_bytecode = True
@@ -74,7 +74,7 @@ def _run(folder: str, sender) -> None:
 
 
 def _message(text: str) -> str:
-    """What failed and how: the last statement that pytest marks, and its explanation."""
+    """Returns the failure: the last statement that pytest marks, and its explanation."""
     lines = text.split("\n")
     marks = [i for i, line in enumerate(lines) if line.startswith(">")]
     errors = [line[1:].strip() for line in lines if line.startswith("E ")]

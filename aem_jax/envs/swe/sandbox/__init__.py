@@ -1,1 +1,1 @@
-"""Workspaces for untrusted code: bubblewrap or containers, and how one of them is chosen."""
+"""Workspaces for untrusted code: bubblewrap, containers, and the choice between them."""

@@ -1,4 +1,4 @@
-"""Repositories packed once and copied into every workspace of their instance."""
+"""Tar files of repositories: each is packed once and copied into every workspace of its instance."""
 
 import os
 import shutil
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from aem_jax.envs.swe.instance import Instance
 
 KEPT = 8
-"""Repositories that stay packed (a group plays one instance many times)."""
+"""Number of tar files that are kept (a group attempts one instance many times)."""
 _PREFIX = "aem-swe-"
 
 
 class Archives:
-    """The latest checkouts as tar files, which have no name on the host and so need no clearing away."""
+    """Tar files of the latest checkouts. They have no name on the host, so they need no cleanup."""
 
     def __init__(self):
         self._entries: dict[tuple[Instance, Checkout], _Entry] = {}
@@ -28,23 +28,23 @@ class Archives:
         _sweep()
 
     def open(self, instance: "Instance", checkout: Checkout) -> int:
-        """A descriptor, the caller's to close, of the instance's tar file.
+        """Returns a descriptor of the instance's tar file; the caller closes it.
 
         Raises:
-            SandboxError: the checkout could not be packed; what the checkout itself raises comes through.
+            SandboxError: the checkout could not be packed. Exceptions of the checkout itself propagate.
         """
         with self._lock:
             entry = self._entries.pop((instance, checkout), None) or _Entry()
             self._entries[instance, checkout] = entry
             if len(self._entries) > KEPT:
                 self._entries.pop(next(iter(self._entries)))
-        with entry.lock:  # one packs; whoever wants the same waits, and nobody else
+        with entry.lock:  # one thread packs; only threads that need the same archive wait
             entry.file = entry.file or _pack(lambda folder: checkout(instance, folder))
-            return os.open(f"/proc/self/fd/{entry.file.fileno()}", os.O_RDONLY)  # with a position of its own
+            return os.open(f"/proc/self/fd/{entry.file.fileno()}", os.O_RDONLY)  # with its own file position
 
 
 class _Entry:
-    """A tar file that may still be in the making; closed when nobody holds it any more."""
+    """A tar file that may not be packed yet; closed with its last reference."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -52,14 +52,14 @@ class _Entry:
 
 
 def _pack(fill: Callable[[Path], None]) -> IO[bytes]:
-    """What `fill` puts into an empty folder, as a tar file that has no name any more."""
+    """Packs the files that `fill` writes to an empty folder; returns an unnamed tar file."""
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     archive = tempfile.TemporaryFile()  # noqa: SIM115 (returned open)
     try:
         content = folder / "testbed"
         content.mkdir()
         fill(content)
-        # Not `.` itself: unpacked, it would have to take that folder's mode, and a container's /testbed is root's.
+        # Without `.` itself: unpacking it would set the mode of /testbed, which belongs to root in a container.
         command = ["tar", "--create", "--file=-", "--directory", str(content)]
         command += ["--null", "--verbatim-files-from", "--files-from=-"]
         names = b"".join(b"./%s\0" % os.fsencode(name) for name in sorted(os.listdir(content)))
@@ -75,7 +75,7 @@ def _pack(fill: Callable[[Path], None]) -> IO[bytes]:
 
 
 def _sweep() -> None:
-    """Removes what a process left that was killed while it packed."""
+    """Removes files left by a process that was killed while packing."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
         owner = folder.name.removeprefix(_PREFIX).split("-")[0]
         if owner.isdigit() and not os.path.exists(f"/proc/{owner}"):

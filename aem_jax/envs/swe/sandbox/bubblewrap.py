@@ -1,17 +1,17 @@
 """Workspaces in bubblewrap: namespaces, a read-only system and a system call filter, without a daemon or an image.
 
-One bubblewrap per workspace holds its file systems, which lie in memory and have a size each, so that what the code
-writes cannot fill the host's disk and is gone with the workspace. Its process 1 (`init_process.py`) runs the commands.
-The trade: a repository and what its tests write have to fit into memory (`Limits.disk_mib`).
+One bubblewrap process per workspace holds its file systems. They are in memory and have a fixed size, so code cannot
+fill the host's disk, and its files disappear with the workspace. Process 1 of the sandbox (`init_process.py`) runs the
+commands. The cost: a repository and the files that its tests write must fit into memory (`Limits.disk_mib`).
 
     /            read-only: /usr (/bin, /lib, … from it), the interpreter, pytest, some of /etc
     /testbed     the repository; 3/4 of disk_mib          /tmp, which is also HOME: 1/8          /dev/shm: 1/8
     /proc        of the namespace's own processes         /dev: null, zero, full, random, urandom, tty, ptys
 
-Started by root, the sandbox runs as a user id of its own that owns nothing: the kernel's "is it root" questions
-(limits on processes, files of mode 0600, /proc/sys) then answer no, whatever the namespaces say. To see the
-interpreter all the same, where it lies below a folder that only root may enter, it is mounted in a mount namespace
-that the sandbox alone is in.
+When root starts it, the sandbox runs under a separate user id that owns nothing. The kernel then denies root's
+privileges (limits on processes, files of mode 0600, /proc/sys), even if the namespaces grant them. If the interpreter
+is below a folder that only root may enter, it is mounted in a private mount namespace, so that the sandbox can still
+read it.
 """
 
 import array
@@ -48,35 +48,35 @@ if TYPE_CHECKING:
     from aem_jax.envs.swe.instance import Instance
 
 START_S = 30.0
-"""Seconds within which bubblewrap and its process 1 must be up."""
+"""Time limit for starting bubblewrap and its process 1, seconds."""
 GRACE_S = init_process.REAP_S + 5.0
-"""Seconds beyond a command's deadline within which process 1 must have answered."""
+"""Time after a command's deadline within which process 1 must reply, seconds."""
 UNPACK_S = 300.0
 FILE_S = 20.0
-"""Seconds for unpacking a repository, and for reading or writing a file."""
+"""Time limits for unpacking a repository, and for reading or writing a file, seconds."""
 DESCRIPTORS = 512
-"""Open files of one process."""
+"""Maximum number of open files of one process."""
 FILES_PER_MIB = 256
-"""Files and folders on one file system, for each MiB of `disk_mib`; an empty one takes about 1 KiB of the kernel's
-memory, which the size of a file system does not count everywhere."""
+"""Maximum number of files and folders on one file system, per MiB of `disk_mib`. An empty file takes about 1 KiB of
+kernel memory, which is not always included in the file system's size."""
 ADDRESS_SPACE_FACTOR = 4
-"""Address space of one process in multiples of the memory limit; interpreters reserve more than they use."""
+"""Address space of one process, in multiples of the memory limit; interpreters reserve more memory than they use."""
 
 
 @dataclass(frozen=True)
 class BubblewrapConfig:
-    """What the sandbox sees beside /usr and the interpreter."""
+    """Contents of the sandbox in addition to /usr and the interpreter."""
 
     packages: tuple[str, ...] = ("pytest",)
-    """Distributions of the running interpreter that can be imported inside, with all that they need."""
+    """Distributions of the running interpreter that can be imported inside, with their dependencies."""
     read_only: tuple[str, ...] = ()
-    """Further files and folders of the host, absolute, seen read-only at the same path."""
+    """Absolute paths of further files and folders of the host, mounted read-only at the same path."""
     hidden: tuple[str, ...] = ()
-    """Folders of the host, absolute, that are empty inside; this package and its checkout always are."""
+    """Absolute paths of host folders that are empty inside; this package and its checkout always are."""
 
 
 class Bubblewrap:
-    """The runtime. See the module's docstring."""
+    """The bubblewrap runtime; see the module's docstring."""
 
     name = "bubblewrap"
 
@@ -89,11 +89,11 @@ class Bubblewrap:
 
         Args:
             instance: the task.
-            checkout: fills the folder that is copied in. It is asked once for several workspaces of an instance.
-            limits: of every command that is not given its own, and the size of the file systems.
+            checkout: fills the folder that is copied in. It is called once for several workspaces of an instance.
+            limits: default limits of commands, and the size of the file systems.
 
         Raises:
-            SandboxError: it could not be opened.
+            SandboxError: the workspace could not be opened.
         """
         source = self._archives.open(instance, checkout)
         try:
@@ -108,10 +108,10 @@ class Bubblewrap:
             os.close(source)
 
     def open_empty(self, limits: Limits | None = None) -> "BubblewrapWorkspace":
-        """Opens a workspace with nothing in `/testbed`.
+        """Opens a workspace with an empty `/testbed`.
 
         Raises:
-            SandboxError: it could not be opened.
+            SandboxError: the workspace could not be opened.
         """
         return BubblewrapWorkspace(self._view, limits or Limits())
 
@@ -119,8 +119,8 @@ class Bubblewrap:
 class BubblewrapWorkspace:
     """One running bubblewrap; see `sandbox.Workspace` for the methods.
 
-    Code that ends or blocks its process 1 ends its workspace, not the episode's bookkeeping: every later command then
-    comes to nothing, with a notice that says so.
+    Code that ends or blocks process 1 ends the workspace, but not the episode: every later command returns an outcome
+    without an exit code and with a notice that gives the reason.
     """
 
     def __init__(self, view: View, limits: Limits):
@@ -175,10 +175,10 @@ class BubblewrapWorkspace:
         self._expect_success(header, f"could not write {path!r:.200}", limits)
 
     def unpack(self, archive: int) -> None:
-        """Fills `/testbed` from a tar file, given by its descriptor.
+        """Fills `/testbed` from the tar file behind a descriptor.
 
         Raises:
-            SandboxError: it does not fit, or is no tar file.
+            SandboxError: the files do not fit, or it is not a tar file.
         """
         limits = replace(self._limits, seconds=UNPACK_S, file_mib=self._limits.disk_mib)
         command = ["tar", "--extract", "--file=-", "--no-same-owner", "--directory", TESTBED]
@@ -197,7 +197,7 @@ class BubblewrapWorkspace:
         if self._ended:
             return
         self._ended = why
-        self._control.close()  # process 1 ends when it sees this, and everything else with it
+        self._control.close()  # process 1 then exits, and with it the whole namespace
         try:
             self._process.wait(2.0)
         except subprocess.TimeoutExpired:
@@ -209,7 +209,7 @@ class BubblewrapWorkspace:
     def _call(
         self, argv: Sequence[str], limits: Limits, stdin: int | None, *, split: bool = False
     ) -> tuple[Mapping[str, Any], bytes]:
-        """One command by process 1; a reply of the same form where there is no process 1 any more."""
+        """Has process 1 run one command; returns a reply of the same form if process 1 has ended."""
         request = {
             "argv": argv,
             "folder": TESTBED,
@@ -244,7 +244,7 @@ class BubblewrapWorkspace:
         return True
 
     def _reply(self, most: int) -> tuple[Mapping[str, Any], bytes] | None:
-        """The reply; None where it does not come, or is larger than it may be."""
+        """Returns the reply; None if none arrives in time or it is too large."""
         frame = self._receive(8)
         lengths = struct.unpack("!II", frame) if frame else (0, 0)
         if not 0 < lengths[0] <= 65536 or lengths[1] > most:
@@ -271,9 +271,9 @@ class BubblewrapWorkspace:
 
 
 def probe(config: BubblewrapConfig = BubblewrapConfig()) -> str:
-    """Runs something in a sandbox; returns why that did not work, or nothing.
+    """Runs a command in a sandbox; returns the reason why it failed, or an empty string.
 
-    Raises nothing: whatever goes wrong is the answer.
+    Failures of the sandbox are returned, not raised.
     """
     if shutil.which("bwrap") is None:
         return "there is no `bwrap` on the PATH"
@@ -296,7 +296,7 @@ _IMPORTS = ("python", "-c", "'print(\"python works\")'")
 
 
 def _rlimits(limits: Limits) -> dict[str, int]:
-    """Limits of each single process; those on all of them together are process 1's work."""
+    """Returns the limits of each single process; process 1 enforces the limits on all processes together."""
     mib = 2**20
     values = {
         "RLIMIT_AS": ADDRESS_SPACE_FACTOR * limits.memory_mib * mib,
@@ -311,7 +311,7 @@ def _rlimits(limits: Limits) -> dict[str, int]:
         "RLIMIT_RTPRIO": 0,
         "RLIMIT_NICE": 0,
     }
-    if os.geteuid() == 0 or _kernel() >= (5, 14):  # before, it counted the user's processes outside as well
+    if os.geteuid() == 0 or _kernel() >= (5, 14):  # older kernels also count the user's processes outside
         values["RLIMIT_NPROC"] = limits.processes + 1
     return values
 
@@ -321,7 +321,7 @@ def _kernel() -> tuple[int, ...]:
 
 
 def _notice(over: str, limits: Limits) -> str:
-    """What process 1 calls a limit, in words."""
+    """Returns the message for a limit that process 1 reports."""
     words = {
         "": "",
         init_process.OUT_OF_TIME: f"killed: not done after {limits.seconds:g} s",

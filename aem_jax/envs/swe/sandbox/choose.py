@@ -1,4 +1,4 @@
-"""Chooses what untrusted code runs in, and refuses to run it in nothing."""
+"""Chooses the sandbox runtime for untrusted code; refuses to run without one."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -20,9 +20,9 @@ _PROBES: Mapping[str, Callable[[BubblewrapConfig], str]] = {
     "docker": lambda config: containers.probe("docker"),
     "podman": lambda config: containers.probe("podman"),
 }
-"""In the order in which they are tried."""
+"""Probes of the runtimes, in the order in which `auto` tries them."""
 
-# what was found stays true for the life of a process, and asking costs a sandbox
+# results are cached: they do not change during a process, and a probe starts a sandbox
 _why_not = lru_cache(maxsize=64)(lambda name, config: _PROBES[name](config))
 
 
@@ -31,16 +31,17 @@ def choose_runtime(
     bubblewrap: BubblewrapConfig | None = None,
     container: ContainerConfig | None = None,
 ) -> Runtime:
-    """The runtime of a name, or the first that works.
+    """Returns the named runtime, or with `auto` the first that works.
 
     Args:
         name: `auto`, `bubblewrap`, `docker` or `podman`.
-        bubblewrap: what a sandbox of bubblewrap sees.
-        container: how containers are made.
+        bubblewrap: contents of a bubblewrap sandbox.
+        container: settings of containers.
 
     Raises:
-        ValueError: another name.
-        SandboxError: it does not work here, or none does: why, and what to install.
+        ValueError: unknown name.
+        SandboxError: the named runtime, or every runtime, fails on this machine; the message gives the reasons and what
+            to install.
     """
     if name != "auto" and name not in _PROBES:
         raise ValueError(f"expected a runtime of auto, {', '.join(_PROBES)}, got {name!r}")

@@ -1,9 +1,9 @@
 """Workspaces in containers of docker or podman, from the image that an instance names.
 
-The container has no network, no capabilities, a read-only root and a user that owns nothing in it; the repository is
-copied from the image's `/testbed` into a file system in memory of bounded size, since an image's layer has no bound.
-A container is one workspace: its memory, process and file-size limits are fixed when it is opened, and a command's own
-limits are its time and its output. After each command all processes but the container's first are killed; where even
+The container has no network, no capabilities, a read-only root and a user that owns nothing in it. The repository is
+copied from the image's `/testbed` into an in-memory file system of bounded size, because an image layer has no size
+limit. A container is one workspace: its memory, process and file-size limits are fixed when it is opened. Each command
+has its own limits on time and output. After each command, all processes except the container's first are killed. If
 that fails, the container is removed.
 """
 
@@ -38,7 +38,7 @@ from aem_jax.envs.swe.sandbox.workspace import (
 if TYPE_CHECKING:
     from aem_jax.envs.swe.instance import Instance
 
-# What was tracked stays tracked, also where .gitignore names it by now.
+# Tracked files stay tracked, even if .gitignore names them now.
 _FORGET = """
 set -e
 cd /testbed
@@ -53,16 +53,16 @@ rm /tmp/tracked
 
 _USER = f"{USER_ID}:{USER_ID}"
 ENGINE_S = 600.0
-"""Seconds for the engine's own work; pulling an image may be part of it."""
+"""Time limit for the engine's own work, which may include pulling an image, seconds."""
 FILE_S = 20.0
-"""Seconds for reading or writing a file, and for killing what a command left."""
+"""Time limit for reading or writing a file, and for killing a command's remaining processes, seconds."""
 SETTINGS: Mapping[str, str] = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
     "PAGER": "cat",
     "GIT_PAGER": "cat",
     "PYTHONDONTWRITEBYTECODE": "1",
-    # /testbed belongs to root, as every tmpfs of a container
+    # /testbed belongs to root, like every tmpfs of a container
     "GIT_CONFIG_COUNT": "1",
     "GIT_CONFIG_KEY_0": "safe.directory",
     "GIT_CONFIG_VALUE_0": "*",
@@ -71,19 +71,19 @@ SETTINGS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class ContainerConfig:
-    """How containers are made."""
+    """Settings of containers."""
 
     image: str = ""
-    """Image of instances that name none, with bash, git, patch, tar and what the tests need (pytest 7.2 or newer for
-    the generated ones); they get their repository from the checkout."""
+    """Image for instances that name none. It needs bash, git, patch, tar and the tests' dependencies (pytest 7.2 or
+    newer for generated tasks). The repository then comes from the checkout."""
     prelude: str = "if [ -f /opt/miniconda3/bin/activate ]; then source /opt/miniconda3/bin/activate testbed; fi"
     """Bash that runs before each command; the default enters the environment of SWE-bench's images."""
     processors: float = 2.0
-    """Processors that a container may keep busy."""
+    """Maximum number of processors that a container uses."""
 
 
 class Containers:
-    """The runtime; `engine` is the name or path of docker or podman."""
+    """The container runtime; `engine` is the name or path of docker or podman."""
 
     def __init__(self, name: str, config: ContainerConfig = ContainerConfig(), engine: str = ""):
         self.name = name
@@ -91,10 +91,10 @@ class Containers:
         self._archives = Archives()
 
     def open(self, instance: "Instance", checkout: Checkout, *, limits: Limits | None = None) -> "ContainerWorkspace":
-        """See `sandbox.Runtime.open`; the checkout is asked where the instance names no image.
+        """See `sandbox.Runtime.open`; the checkout is called only if the instance names no image.
 
         Raises:
-            SandboxError: there is no image for the instance, or the engine failed.
+            SandboxError: the instance has no image, or the engine failed.
         """
         limits = limits or Limits()
         image = instance.image or self._config.image
@@ -110,13 +110,13 @@ class Containers:
             command = [self._engine, *run_arguments(self.name, container, image, limits, self._config.processors)]
             try:
                 started = _start(command)
-            except BaseException:  # it may have been made, though not started
+            except BaseException:  # it may exist, although it did not start
                 with contextlib.suppress(SandboxError):
                     _engine([self._engine, "rm", "--force", container])
                 raise
             workspace = ContainerWorkspace(self._engine, container, started, limits, self._config.prelude)
             try:
-                # an engine may give a mounted folder the mode, often 0755, of the image's folder beneath
+                # an engine may give a mounted folder the mode of the image's folder at that path, often 0755
                 _engine([self._engine, "exec", "--user", "0:0", container, "chmod", "1777", TESTBED, "/tmp"])
                 workspace.unpack(source)
                 if instance.image:
@@ -129,7 +129,7 @@ class Containers:
             os.close(source)
 
     def _from_image(self, instance: "Instance", folder: Path) -> None:
-        """A checkout: the image's own `/testbed`. Its container is made, never started."""
+        """Checkout that copies the image's `/testbed`; its container is created, but never started."""
         container = f"aem-swe-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         _engine([self._engine, "create", "--network", "none", "--name", container, instance.image, "true"])
         try:
@@ -139,14 +139,14 @@ class Containers:
 
 
 def run_arguments(engine: str, container: str, image: str, limits: Limits, processors: float) -> list[str]:
-    """The engine's arguments that start a workspace's container, whose first process ends with its standard input."""
+    """Returns the engine's arguments for a workspace's container; its first process ends with its standard input."""
     eighth = limits.disk_mib // 8
-    memory = limits.memory_mib + limits.disk_mib  # an engine counts file systems in memory as memory
+    memory = limits.memory_mib + limits.disk_mib  # engines count in-memory file systems as memory
     arguments = ["run", "--interactive", "--rm", "--name", container, "--hostname", "sandbox"]
     arguments += ["--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--read-only"]
-    # the first process is root's (of no capabilities), so that commands neither write to its pipes nor trace it
+    # the first process runs as root without capabilities, so commands can neither write to its pipes nor trace it
     arguments += ["--user", "0:0", "--ipc", "private", "--workdir", TESTBED]
-    arguments += ["--stop-signal", "KILL"]  # the first process heeds no other, and the engine would wait ten seconds
+    arguments += ["--stop-signal", "KILL"]  # the first process ignores all others; the engine would wait 10 s
     arguments += ["--pids-limit", str(limits.processes + 4), "--memory", f"{memory}m", "--memory-swap", f"{memory}m"]
     arguments += ["--cpus", f"{processors:g}", "--oom-score-adj", "1000", "--shm-size", f"{eighth}m"]
     bounds = {"core": 0, "nofile": 512, "fsize": limits.file_mib * 2**20}
@@ -154,15 +154,15 @@ def run_arguments(engine: str, container: str, image: str, limits: Limits, proce
         bounds["cpu"] = limits.cpu_seconds
     for name, value in bounds.items():
         arguments += ["--ulimit", f"{name}={value}:{value}"]
-    # podman would fill it with what the image has there: root's files, and the history of /testbed
+    # podman would copy the image's files into it: root's files, and the history of /testbed
     empty = ",notmpcopyup" if engine == "podman" else ""
-    if engine == "podman":  # or it adds writable folders of no small size to what is read-only
+    if engine == "podman":  # otherwise it adds large writable folders to the read-only root
         arguments += ["--read-only-tmpfs=false"]
     for folder, size in ((TESTBED, 6 * eighth), ("/tmp", eighth)):
         arguments += ["--tmpfs", f"{folder}:rw,exec,nosuid,nodev,mode=1777,size={size}m{empty}"]
     for name, value in SETTINGS.items():
         arguments += ["--env", f"{name}={value}"]
-    # a first process that the kernel asks nothing about its dead children, so that orphans leave no zombies
+    # the first process ignores SIGCHLD, so the kernel reaps its children, and orphans leave no zombies
     return [*arguments, "--entrypoint", "bash", image, "-c", "trap '' CHLD; echo started; exec cat > /dev/null 2>&1"]
 
 
@@ -170,8 +170,8 @@ class ContainerWorkspace:
     """One running container; see `sandbox.Workspace` for the methods.
 
     Args:
-        started: the engine's process that holds the container's standard input. When this program ends, however that
-            is, the input ends, and with it the container.
+        started: the engine's process that holds the container's standard input. When this program ends for any reason,
+            the input closes and the container ends.
     """
 
     def __init__(self, engine: str, container: str, started: subprocess.Popen[bytes], limits: Limits, prelude: str):
@@ -205,10 +205,10 @@ class ContainerWorkspace:
         _expect_success(outcome, errors, f"could not write {path!r:.200}")
 
     def unpack(self, archive: int) -> None:
-        """Fills `/testbed` from a tar file, given by its descriptor.
+        """Fills `/testbed` from the tar file behind a descriptor.
 
         Raises:
-            SandboxError: it does not fit, or is no tar file.
+            SandboxError: the files do not fit, or it is not a tar file.
         """
         command = ["tar", "--extract", "--file=-", "--no-same-owner", "--directory", TESTBED]
         outcome, _, errors = self._call(command, replace(self._limits, seconds=ENGINE_S), archive, split=True)
@@ -218,7 +218,9 @@ class ContainerWorkspace:
             raise SandboxError(str(error)) from None
 
     def forget_history(self, base_commit: str) -> None:
-        """Makes the image's repository one commit, which also answers to the old one's name: history may hold the fix.
+        """Replaces the image's git history, which may contain the fix, by one commit.
+
+        The base commit's name refers to the new commit.
 
         Raises:
             SandboxError: git failed.
@@ -236,7 +238,7 @@ class ContainerWorkspace:
         if not self._ended:
             self._ended = why
             try:
-                with contextlib.suppress(SandboxError):  # `--rm` may have been quicker
+                with contextlib.suppress(SandboxError):  # `--rm` may have removed it already
                     _engine([self._engine, "rm", "--force", self._container])
             finally:
                 _let_go(self._started)
@@ -244,7 +246,7 @@ class ContainerWorkspace:
     def _call(
         self, argv: Sequence[str], limits: Limits, stdin: int | None, *, split: bool = False
     ) -> tuple[Outcome, bytes, bytes]:
-        """Runs a program in the container: what it came to, the bytes of its output, and its errors where split."""
+        """Runs a program in the container; returns its outcome, its output bytes, and with `split` its error bytes."""
         if self._ended:
             return Outcome(None, "", False, 0.0, self._ended), b"", b""
         command = [self._engine, "exec", "--interactive", "--user", _USER, self._container, *argv]
@@ -272,20 +274,20 @@ class ContainerWorkspace:
         return outcome, bytes(output.head + output.tail), bytes(errors.head + errors.tail)
 
     def _kill_rest(self) -> None:
-        """Kills every process of the container but its first, which signals from inside do not reach."""
+        """Kills all processes of the container except the first, which signals from inside do not reach."""
         command = [self._engine, "exec", "--user", _USER, self._container, "bash", "-c", "kill -KILL -1"]
         try:
             done = subprocess.run(command, capture_output=True, timeout=FILE_S)
         except subprocess.TimeoutExpired:
             self._end("the sandbox was ended: what ran in it could not be killed")
             return
-        # 1: there was nothing to kill; but docker says the same of a container that is gone
+        # 1: there was nothing to kill, or (docker) the container no longer exists
         if done.returncode not in (0, 1) or self._started.poll() is not None:
             self._end("the sandbox was ended by what ran in it")
 
 
 def _collect(streams: Mapping[IO[bytes], Cut], deadline: float, *, first: bool = False) -> bool:
-    """Reads streams to their ends, or until the `first` thing comes; False where the deadline came first."""
+    """Reads streams to their ends, or with `first` until the first data; False if the deadline passes earlier."""
     is_open = set(streams)
     while is_open:
         left = deadline - time.monotonic()
@@ -308,10 +310,10 @@ def _expect_success(outcome: Outcome, errors: bytes, what: str) -> None:
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Has the engine run a container whose first process prints a line, and waits for it.
+    """Starts a container whose first process prints a line, and waits for that line.
 
     Raises:
-        SandboxError: it did not come, with the end of the engine's words.
+        SandboxError: the line did not arrive; the message contains the end of the engine's output.
     """
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile() as errors:
@@ -338,7 +340,7 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def _let_go(process: subprocess.Popen[bytes]) -> None:
-    """Ends the standard input that a container lives by."""
+    """Closes the container's standard input, which ends the container."""
     for stream in (process.stdin, process.stdout):
         assert stream
         stream.close()
@@ -350,10 +352,10 @@ def _let_go(process: subprocess.Popen[bytes]) -> None:
 
 
 def _engine(command: Sequence[str]) -> str:
-    """Has the engine do something; returns what it printed.
+    """Runs an engine command; returns its output.
 
     Raises:
-        SandboxError: it failed, with the end of its words.
+        SandboxError: the command failed; the message contains the end of its output.
     """
     with tempfile.TemporaryFile() as output:
         try:
@@ -363,7 +365,7 @@ def _engine(command: Sequence[str]) -> str:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 timeout=ENGINE_S,
-                cwd=tempfile.gettempdir(),  # podman's monitor writes a file there when memory runs out
+                cwd=tempfile.gettempdir(),  # podman's monitor writes a file there when it runs out of memory
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SandboxError(f"{' '.join(command[:2])} failed: {error}") from None
@@ -375,7 +377,7 @@ def _engine(command: Sequence[str]) -> str:
 
 
 def probe(engine: str) -> str:
-    """Asks an engine whether it is there; returns why not, or nothing."""
+    """Checks that an engine works; returns the reason why not, or an empty string."""
     if shutil.which(engine) is None:
         return f"there is no `{engine}` on the PATH"
     try:

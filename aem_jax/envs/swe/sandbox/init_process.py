@@ -1,15 +1,16 @@
-"""Process 1 of a bubblewrap workspace: runs one command after another, and leaves nothing of any of them alive.
+"""Process 1 of a bubblewrap workspace: runs commands one at a time, and kills all their processes afterwards.
 
-This file is not imported where it runs: its text is given to the sandbox's own `python -I -S -c`, so it uses the
-standard library alone. It lives as long as its workspace and holds the workspace's mounts, and with them its files.
+This file is not imported in the sandbox: its text is an argument of the sandbox's `python -I -S -c`, so it uses only
+the standard library. It runs as long as its workspace, and keeps the workspace's mounts and files alive.
 
-Frames on the control socket, both ways: two big-endian u32 (lengths of a JSON header and of a payload), the header, the
-payload. A request may carry one descriptor, which becomes the command's standard input. When the other end of the
-socket is gone, this process ends, and the kernel ends all others of its namespace.
+Frames on the control socket, in both directions: two big-endian u32 (lengths of a JSON header and of a payload), the
+header, the payload. A request may carry one descriptor, which becomes the command's standard input. When the other end
+of the socket closes, this process exits, and the kernel kills all others in its namespace.
 
-It has the user id of the code it runs, so it defends itself: process 1 takes no signal from inside its namespace that
-it does not handle (it handles none), and as it is not dumpable nobody reads or writes its memory or its descriptors
-through /proc. The system call filter does the rest (no limits or priorities of other processes).
+It has the same user id as the code that it runs, so it must protect itself. The kernel delivers signals from inside the
+namespace to process 1 only if it has handlers for them, and it has none. It is not dumpable, so no process can access
+its memory or its descriptors through /proc. The system call filter blocks the rest (limits and priorities of other
+processes).
 """
 
 import array
@@ -28,27 +29,27 @@ from collections.abc import Mapping
 from typing import Any
 
 POLL_S = 0.02
-"""Seconds between two looks at the memory in use."""
+"""Interval between two checks of memory use, seconds."""
 REAP_S = 10.0
-"""Seconds within which killed processes must be gone; else this process ends too."""
+"""Time within which killed processes must be gone, seconds; otherwise this process exits too."""
 SOCKET_MIB = 0.25
-"""Memory that a socket may hold unread, as it counts here."""
+"""Memory counted for each socket, which may hold unread data."""
 VIRTUAL_FACTOR = 8
-"""Address space of all processes together, in multiples of the memory limit: bounds what shared mappings can hide."""
+"""Address space of all processes together, in multiples of the memory limit; bounds memory in shared mappings."""
 PAGE_MIB = resource.getpagesize() / 2**20
 
 OUT_OF_TIME, OUT_OF_MEMORY, OUT_OF_PROCESSES, OUT_OF_FILES = "time", "memory", "processes", "files"
 
 
 class Cut:
-    """The first and the last bytes of a stream, however long it is."""
+    """Keeps the first and the last bytes of a stream of any length."""
 
     def __init__(self, limit: int):
         self.head, self.tail, self.total = bytearray(), bytearray(), 0
         self._head_limit, self._tail_limit = limit - limit // 2, limit // 2
 
     def add(self, data: bytes) -> None:
-        """Takes the next bytes."""
+        """Appends the next bytes of the stream."""
         self.total += len(data)
         room = self._head_limit - len(self.head)
         self.head += data[:room]
@@ -56,12 +57,12 @@ class Cut:
         del self.tail[: max(len(self.tail) - self._tail_limit, 0)]
 
     def text(self) -> str:
-        """What was kept, with a notice of what was not."""
+        """Returns the kept bytes as text, with a notice in place of the removed ones."""
         return joined(bytes(self.head), bytes(self.tail), self.total)
 
 
 def joined(head: bytes, tail: bytes, total: int) -> str:
-    """The kept parts of a stream of `total` bytes as text; invalid UTF-8 becomes U+FFFD."""
+    """Joins the kept parts of a stream of `total` bytes as text; invalid UTF-8 becomes U+FFFD."""
     cut = total - len(head) - len(tail)
     if cut <= 0:
         return (head + tail).decode(errors="replace")
@@ -70,7 +71,7 @@ def joined(head: bytes, tail: bytes, total: int) -> str:
 
 
 def receive(control: socket.socket) -> tuple[dict[str, Any], int] | None:
-    """The next request and the descriptor that came with it (-1: none); None when the other end is gone."""
+    """Returns the next request and its descriptor (-1 for none); None if the other end has closed."""
     data, ancillary, _, _ = control.recvmsg(8, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
     descriptors = array.array("i")
     for level, kind, content in ancillary:
@@ -97,14 +98,14 @@ def send(control: socket.socket, header: Mapping[str, Any], payload: bytes = b""
 
 
 def set_dumpable(value: bool) -> None:
-    """Whether processes of the same user may read and write this one's memory and descriptors."""
+    """Sets whether processes of the same user may access this process's memory and descriptors."""
     pr_set_dumpable = 4
     if ctypes.CDLL(None, use_errno=True).prctl(pr_set_dumpable, int(value), 0, 0, 0):
         raise OSError(ctypes.get_errno(), "sandbox: prctl(PR_SET_DUMPABLE) failed")
 
 
 def start(request: Mapping[str, Any], stdin: int, output: int, errors: int) -> int:
-    """Forks the command; returns its process id. Everything that the child inherits is named here."""
+    """Forks the command; returns its process id. The child inherits only what is set here."""
     child = os.fork()
     if child:
         return child
@@ -114,9 +115,9 @@ def start(request: Mapping[str, Any], stdin: int, output: int, errors: int) -> i
         os.dup2(stdin if stdin >= 0 else os.open("/dev/null", os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(errors, 2)
-        set_dumpable(True)  # its own files in /proc; the command's code does not run yet
+        set_dumpable(True)  # needed to write its /proc files; the command's code does not run yet
         with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
-            file.write("1000")  # short of memory, the kernel takes this first, not the training
+            file.write("1000")  # out of memory, the kernel kills this first, not the training
         for name, value in request["rlimits"].items():
             hard = resource.getrlimit(getattr(resource, name))[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -130,7 +131,7 @@ def start(request: Mapping[str, Any], stdin: int, output: int, errors: int) -> i
 
 
 def usage() -> tuple[float, float, int]:
-    """Memory in use in MiB, address space in MiB, and the number of processes, of all but this process."""
+    """Returns memory in use, MiB, address space, MiB, and number of processes, without this process."""
     resident = virtual = count = 0
     for name in os.listdir("/proc"):
         if name.isdigit() and name != "1":
@@ -138,7 +139,7 @@ def usage() -> tuple[float, float, int]:
                 with open(f"/proc/{name}/statm", encoding="utf-8") as file:
                     fields = file.read(100).split()
             except OSError:
-                continue  # ended meanwhile
+                continue  # the process has ended
             virtual, resident, count = virtual + int(fields[0]), resident + int(fields[1]), count + 1
     with open("/proc/net/sockstat", encoding="utf-8") as file:
         sockets = int(file.readline().split()[2])
@@ -146,7 +147,7 @@ def usage() -> tuple[float, float, int]:
 
 
 def exceeded(request: Mapping[str, Any], most_files: int) -> str:
-    """Which limit the command is over; empty: none."""
+    """Returns the limit that the command exceeds; empty for none."""
     resident, virtual, count = usage()
     if resident > request["memory_mib"] or virtual > VIRTUAL_FACTOR * request["memory_mib"]:
         return OUT_OF_MEMORY
@@ -156,20 +157,22 @@ def exceeded(request: Mapping[str, Any], most_files: int) -> str:
 
 
 def files(request: Mapping[str, Any]) -> int:
-    """Files and folders on the fullest file system."""
+    """Returns the number of files and folders on the file system that has most."""
     status = [os.statvfs(folder) for folder in request["file_systems"]]
     return max(s.f_files - s.f_ffree for s in status)
 
 
 def bury_orphans(child: int) -> None:
-    """Reaps what came to process 1 because its parent ended, up to the end of the command itself."""
+    """Reaps ended orphans, whose parent is now process 1; stops when the command itself has ended."""
     while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != child:
         os.waitpid(ended.si_pid, 0)
 
 
 def kill_all() -> None:
-    """Kills every other process of this namespace and waits until they are gone. Nobody outruns it: the kernel signals
-    all of them under one lock, and refuses the fork of a process that has been killed."""
+    """Kills all other processes of this namespace and waits until they are gone.
+
+    No process can escape by forking: the kernel signals all of them under one lock, and a killed process cannot fork.
+    """
     deadline = time.monotonic() + REAP_S
     while True:
         with contextlib.suppress(ProcessLookupError):
@@ -180,16 +183,16 @@ def kill_all() -> None:
         except ChildProcessError:
             return
         if time.monotonic() > deadline:
-            os._exit(1)  # something cannot die; the kernel takes the namespace down
+            os._exit(1)  # a process does not end; the kernel then destroys the namespace
         time.sleep(0.001)
 
 
 def run(control: socket.socket, request: Mapping[str, Any], stdin: int) -> None:
-    """Runs one command and answers with what it came to."""
+    """Runs one command and replies with its result."""
     began = time.monotonic()
     output_read, output_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     errors_read, errors_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    # the write ends are what the command gets, and programs expect them to wait
+    # the command gets the write ends, and programs expect blocking writes
     os.set_blocking(output_write, True)
     os.set_blocking(errors_write, True)
     streams = {output_read: Cut(request["output_bytes"]), errors_read: Cut(4096)}
@@ -201,10 +204,10 @@ def run(control: socket.socket, request: Mapping[str, Any], stdin: int) -> None:
     poll = select.poll()
     for descriptor in (*streams, ended):
         poll.register(descriptor, select.POLLIN)
-    poll.register(control, select.POLLIN)  # nothing is sent while a command runs: this is the end of the other side
+    poll.register(control, select.POLLIN)  # no data arrives during a command: readable means that the other end closed
 
     def read(descriptor: int, most: int) -> bool:
-        """Takes what is there; False at the end of the stream or when nothing is there now."""
+        """Reads available data; False at the end of the stream or if no data is available."""
         try:
             data = os.read(descriptor, most)
         except BlockingIOError:
@@ -213,7 +216,7 @@ def run(control: socket.socket, request: Mapping[str, Any], stdin: int) -> None:
         return bool(data)
 
     exit_status, over, next_look = None, "", began
-    most_files = max(request["files"], files(request))  # what an earlier command left may still be cleared away
+    most_files = max(request["files"], files(request))  # a command may still remove excess files of earlier ones
     while exit_status is None and not over:
         now = time.monotonic()
         if now >= began + request["seconds"]:
@@ -226,13 +229,13 @@ def run(control: socket.socket, request: Mapping[str, Any], stdin: int) -> None:
             elif descriptor == ended:
                 exit_status = os.waitpid(child, 0)[1]
             elif not read(descriptor, 65536):
-                poll.unregister(descriptor)  # closed by the command, or it would be ready for ever
+                poll.unregister(descriptor)  # the command closed it; a closed pipe is always ready
         if exit_status is None:
             bury_orphans(child)
     kill_all()
     for descriptor in streams:
         while read(descriptor, 65536):
-            pass  # at most what the pipes held: nobody is left who writes
+            pass  # bounded by the pipes' content: all writers are dead
         os.close(descriptor)
     os.close(ended)
     output, errors = streams[output_read], streams[errors_read]
@@ -251,11 +254,11 @@ def run(control: socket.socket, request: Mapping[str, Any], stdin: int) -> None:
 def main() -> None:
     """Serves the control socket whose descriptor is the first argument."""
     inherited = {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, int(sys.argv[1])}
-    for descriptor in inherited:  # one of them, of the listing itself, is closed already
+    for descriptor in inherited:  # the descriptor of the listing itself is closed already
         with contextlib.suppress(OSError):
             os.close(descriptor)
     set_dumpable(False)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would let the sandbox send it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # with Python's handler, the sandbox could interrupt this process
     os.umask(0o022)
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)

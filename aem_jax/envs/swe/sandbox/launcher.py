@@ -1,4 +1,4 @@
-"""Starts one bubblewrap: its command line, what it is given, and how root is given up before it."""
+"""Starts one bubblewrap: its command line, its descriptors, and the drop of root privileges before it."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ from aem_jax.envs.swe.sandbox.mounts import SETTINGS, USER_ID, View
 from aem_jax.envs.swe.sandbox.seccomp import filter_program
 from aem_jax.envs.swe.sandbox.workspace import TESTBED, Limits
 
-# Runs as root, in a mount namespace of its own: makes folders reachable, then gives root up.
+# Runs as root, in a private mount namespace: makes folders reachable, then drops root privileges.
 _STAGING = """
 set -e
 stage=$1; user=$2; shift 2
@@ -43,7 +43,7 @@ _users = itertools.count()
 
 
 def _spawn(command: Sequence[str], descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
-    """Starts a process from a thread that lives as long as this process: `--die-with-parent` means the thread."""
+    """Starts a process from a thread that lives as long as this process: `--die-with-parent` refers to the thread."""
     global _spawner
     _spawner = _spawner or ThreadPoolExecutor(1, thread_name_prefix="bubblewrap")
 
@@ -57,7 +57,7 @@ def _spawn(command: Sequence[str], descriptors: Sequence[int]) -> subprocess.Pop
 
 
 OWN_ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"}
-"""What bubblewrap itself sees of the environment; what runs in it sees `mounts.SETTINGS`."""
+"""Environment of bubblewrap itself; commands inside it get `mounts.SETTINGS`."""
 
 
 def start_bubblewrap(
@@ -101,11 +101,11 @@ def start_bubblewrap(
 def bubblewrap_arguments(
     view: View, limits: Limits, binds: Sequence[tuple[str, str]], contents: Mapping[str, int], seccomp: int
 ) -> list[str]:
-    """The command line, up to the program to run.
+    """Returns the command line, up to the program to run.
 
     Args:
-        view: what is seen.
-        limits: for `disk_mib`.
+        view: contents of the sandbox.
+        limits: only `disk_mib` is used.
         binds: (path on the host, path inside), read-only.
         contents: path inside -> descriptor with the file's content.
         seccomp: descriptor with the filter.
@@ -116,7 +116,7 @@ def bubblewrap_arguments(
     arguments += ["--uid", str(USER_ID), "--gid", str(USER_ID), "--hostname", "sandbox", "--clearenv"]
     for name, value in SETTINGS.items():
         arguments += ["--setenv", name, value]
-    arguments += ["--size", str(eighth), "--perms", "1777", "--tmpfs", "/tmp"]  # before what may be bound under it
+    arguments += ["--size", str(eighth), "--perms", "1777", "--tmpfs", "/tmp"]  # before the mounts that may be below it
     for source, at in binds:
         arguments += ["--ro-bind", source, at]
     for target, at in view.links:
@@ -128,13 +128,13 @@ def bubblewrap_arguments(
     arguments += ["--proc", "/proc", "--dev", "/dev"]
     arguments += ["--size", str(eighth), "--perms", "1777", "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
     arguments += ["--size", str(6 * eighth), "--perms", "0755", "--tmpfs", TESTBED]
-    # bubblewrap's own root and /dev are file systems in memory without a size: nobody may write there
+    # bubblewrap's own root and /dev are in-memory file systems without a size limit, so they are read-only
     return [*arguments, "--remount-ro", "/", "--chdir", TESTBED, "--seccomp", str(seccomp), "--"]
 
 
 @contextlib.contextmanager
 def as_descriptor(data: bytes) -> Iterator[int]:
-    """A descriptor to read the bytes from. They cannot be changed by who gets it: it is memory of this process."""
+    """Yields a descriptor for reading the bytes. It is sealed, so its receiver cannot change memory of this process."""
     descriptor = os.memfd_create("data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with open(descriptor, "wb", closefd=False) as file:

@@ -1,4 +1,4 @@
-"""What a bubblewrap workspace sees of the host: the system under /usr, an interpreter, and pytest. Nothing else."""
+"""The host's files in a bubblewrap workspace: the system under /usr, an interpreter, and pytest. Nothing else."""
 
 import importlib.metadata
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import aem_jax
 
 ENVIRONMENT = "/opt/venv"
-"""The virtual environment inside: the interpreter that runs this, with the chosen packages alone."""
+"""Virtual environment inside the workspace: the running interpreter, with only the chosen packages."""
 
 USER_ID = 1000
 SETTINGS: Mapping[str, str] = {
@@ -24,19 +24,19 @@ SETTINGS: Mapping[str, str] = {
     "PAGER": "cat",
     "GIT_PAGER": "cat",
     "GIT_TERMINAL_PROMPT": "0",
-    # whoever the agent commits as; no global configuration names one
+    # author of the agent's commits; there is no global git configuration
     **{
         f"GIT_{who}_{what}": value
         for who in ("AUTHOR", "COMMITTER")
         for what, value in (("NAME", "agent"), ("EMAIL", "agent@localhost"))
     },
     "PYTHONDONTWRITEBYTECODE": "1",
-    # address space per thread, and threads, that a command does not need
+    # avoids threads, and address space per thread, that a command does not need
     "MALLOC_ARENA_MAX": "2",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-"""The whole environment of a command."""
+"""The complete environment variables of a command."""
 
 ETC: Mapping[str, str] = {
     "/etc/passwd": f"agent:x:{USER_ID}:{USER_ID}:agent:/tmp:/bin/bash\nroot:x:0:0:root:/root:/bin/bash\n",
@@ -52,8 +52,8 @@ class Bind:
 
     Attributes:
         root: a folder of the host.
-        part: what of it, relative; empty: all.
-        at: where it is seen.
+        part: relative path of the bound part; empty for all of it.
+        at: path inside.
     """
 
     root: Path
@@ -62,20 +62,20 @@ class Bind:
 
     @property
     def source(self) -> Path:
-        """Its path on the host."""
+        """Path on the host."""
         return self.root / self.part
 
 
 @dataclass(frozen=True)
 class View:
-    """Everything that is made before the first command.
+    """All files and mounts that exist before the first command.
 
     Attributes:
-        binds: of the host.
-        links: (what it points to, where it is).
+        binds: folders and files of the host.
+        links: symbolic links, (target, path).
         files: path -> (content, mode).
-        hidden: folders under a bind that are empty inside.
-        python: the interpreter itself.
+        hidden: folders below a bind that are empty inside.
+        python: path of the interpreter.
     """
 
     binds: tuple[Bind, ...]
@@ -86,15 +86,15 @@ class View:
 
 
 def host_view(packages: Iterable[str], read_only: Iterable[str] = (), hidden: Iterable[str] = ()) -> View:
-    """The host as a workspace sees it.
+    """Returns the host's files that a workspace contains.
 
     Args:
-        packages: distributions of the running interpreter that can be imported inside, with all that they need.
+        packages: distributions of the running interpreter that can be imported inside, with their dependencies.
         read_only: further files and folders of the host, at the same path inside.
-        hidden: folders that are not to be seen, though they lie under one that is.
+        hidden: folders to hide although they are below a visible one.
 
     Raises:
-        ValueError: a package is not installed, or a path is not there.
+        ValueError: a package is not installed, or a path does not exist.
     """
     binds = [Bind(Path("/usr"), "", "/usr")]
     links = []
@@ -109,7 +109,7 @@ def host_view(packages: Iterable[str], read_only: Iterable[str] = (), hidden: It
             binds.append(Bind(Path("/etc"), name, f"/etc/{name}"))
     prefix = Path(sys.base_prefix).resolve()
     if not prefix.is_relative_to("/usr"):
-        binds.append(Bind(prefix, "", str(prefix)))  # at its own path, which its libraries may name
+        binds.append(Bind(prefix, "", str(prefix)))  # at the same path, because its libraries may contain it
     for path in map(Path, read_only):
         if not path.is_absolute() or not path.exists():
             raise ValueError(f"expected absolute paths that are there in read_only, got {str(path)!r}")
@@ -138,7 +138,7 @@ def host_view(packages: Iterable[str], read_only: Iterable[str] = (), hidden: It
 
 
 def _own_folders() -> list[Path]:
-    """This package, which holds tasks with their solutions; and the project around it, where it is a checkout."""
+    """Returns this package, which contains tasks with solutions, and in a source checkout the project around it."""
     package = Path(aem_jax.__file__).resolve().parent
     return [package.parent if (package.parent / "pyproject.toml").exists() else package]
 
@@ -148,7 +148,7 @@ def _is_seen(path: Path, binds: Iterable[Bind]) -> bool:
 
 
 def _files_of(packages: Iterable[str]) -> list[tuple[Path, str]]:
-    """The top-level files and folders of distributions and of what they need, as (site-packages, name)."""
+    """Returns the top-level files and folders of distributions and their dependencies, as (site-packages, name)."""
     found: dict[tuple[Path, str], None] = {}
     seen: set[str] = set()
     queue = [(name, True) for name in packages]
@@ -165,7 +165,7 @@ def _files_of(packages: Iterable[str]) -> list[tuple[Path, str]]:
                     f"expected the package {name!r} beside aem_jax, for the sandbox to show; "
                     f"install it: {sys.executable} -m pip install {name}"
                 ) from None
-            continue  # needed on another platform or Python
+            continue  # a dependency of other platforms or Python versions
         root = Path(str(distribution.locate_file(""))).resolve()
         tops = {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
         found |= {(root, top): None for top in sorted(tops) if (root / top).exists()}

@@ -1,17 +1,18 @@
-"""The system calls that untrusted code may make: a classic BPF program for `bwrap --seccomp`, made without a library.
+"""System call filter for untrusted code: a classic BPF program for `bwrap --seccomp`, built without a library.
 
-Ordinary programs (compilers, interpreters, test suites, git) need what is left; what goes is what a sandbox is usually
-left by, or what takes kernel memory that no limit counts:
+The filter allows the calls that ordinary programs need (compilers, interpreters, test suites, git). It blocks calls
+that are often used to escape a sandbox, and calls that take kernel memory outside all limits:
 
-- calls newer than `NEWEST` do not exist (ENOSYS), so that what a newer kernel learns is not allowed unseen;
-- calls of another architecture's numbers (32-bit, x32) end the process: the table below would not see them;
-- of the calls that are let through with some arguments alone: no process in a new namespace (`clone`), sockets of
-  AF_UNIX, AF_INET, AF_INET6 and NETLINK_ROUTE alone (AF_VSOCK reaches the hypervisor whatever the network namespace,
-  AF_ALG and others the kernel's less visited corners), no typing into a terminal (`ioctl` TIOCSTI, TIOCLINUX), no
-  other personality, and no limits, priorities or processors of other processes (the sandbox's own supervisor has the
-  same user id as what it supervises).
+- Calls newer than `NEWEST` do not exist (ENOSYS), so new calls of newer kernels are not allowed by default.
+- Calls with another architecture's numbers (32-bit, x32) end the process, because the table below does not cover them.
+- Some calls are allowed only with certain arguments. `clone` may not create a process in a new namespace. Sockets are
+  limited to AF_UNIX, AF_INET, AF_INET6 and NETLINK_ROUTE: AF_VSOCK reaches the hypervisor in any network namespace, and
+  AF_ALG and others reach rarely used kernel code. `ioctl` may not type into a terminal (TIOCSTI, TIOCLINUX). The
+  personality may not change. Limits, priorities and processors of other processes may not change, because the
+  sandbox's supervisor has the same user id as the code that it supervises.
 
-The filter is one wall of several: no call here is known to lead out of the sandbox's namespaces by itself.
+The filter is one of several layers of protection: no call listed here is known to break out of the sandbox's namespaces
+by itself.
 """
 
 import errno
@@ -23,14 +24,14 @@ Instruction = tuple[int, int, int, int]
 """A `struct sock_filter`: code, jump if true, jump if false, constant."""
 
 ARCHITECTURES: Mapping[str, int] = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""Machine -> the AUDIT_ARCH value that the kernel gives with each call. Both are little-endian."""
+"""Machine -> AUDIT_ARCH value that the kernel passes with each call. Both machines are little-endian."""
 
 NEWEST = 450
-"""The last call of this table's making, on both machines (they share numbers from 424 on)."""
+"""Number of the newest call in this table, on both machines (numbers are shared from 424 on)."""
 
 
 def _table(text: str) -> Mapping[str, tuple[int | None, int | None]]:
-    """Reads `name number-on-x86_64 number-on-aarch64, …`; `-` where a machine has no such call."""
+    """Parses `name number-on-x86_64 number-on-aarch64, …`; `-` means that the machine has no such call."""
     rows = (row.split() for row in text.split(",") if row.strip())
     return {name: (None if x == "-" else int(x), None if a == "-" else int(a)) for name, x, a in rows}
 
@@ -59,8 +60,8 @@ FORBIDDEN = _table(
 """Calls that are not permitted (EPERM)."""
 
 ABSENT = _table(
-    # large attack surfaces that ordinary programs do without; memory that belongs to no process and would outlive a
-    # command; clone3, whose flags lie in memory where no filter sees them (C libraries then use clone)
+    # large attack surfaces that ordinary programs do not need; memory that belongs to no process and would outlive a
+    # command; clone3, whose flags are in memory that a filter cannot read (C libraries then use clone)
     """
     userfaultfd 323 282, io_uring_setup 425 425, io_uring_enter 426 426, io_uring_register 427 427, io_setup 206 0,
     io_submit 209 2, io_destroy 207 1, io_cancel 210 3, io_getevents 208 4, io_pgetevents 333 292,
@@ -71,7 +72,7 @@ ABSENT = _table(
     clone3 435 435,
     """
 )
-"""Calls that do not exist (ENOSYS), so that programs take the other way that they have."""
+"""Calls that do not exist (ENOSYS), so that programs use their fallback."""
 
 # struct seccomp_data { int nr; u32 arch; u64 instruction_pointer; u64 args[6]; }
 _NR, _ARCH = 0, 4
@@ -79,13 +80,13 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _X32 = 0x40000000
 _NEW_NAMESPACES = 0x7E020000
-"""CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; CLONE_NEWTIME is not clone's to give."""
+"""CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; clone does not support CLONE_NEWTIME."""
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
 
 def _low(argument: int) -> Instruction:
-    """Loads the low half of an argument; the kernel itself reads no more of the arguments that are judged here."""
+    """Loads the low half of an argument; the kernel reads only this half of the arguments checked here."""
     return (_LOAD, 0, 0, 16 + 8 * argument)
 
 
@@ -98,13 +99,13 @@ def _refuse(number: int) -> Instruction:
 
 
 def _one_of(argument: int, values: Sequence[int], refusal: int) -> list[Instruction]:
-    """Allows the values, refuses all others."""
+    """Allows the values and refuses all others."""
     tests = [(_EQUAL, len(values) - i, 0, value & 0xFFFFFFFF) for i, value in enumerate(values)]
     return [_low(argument), *tests, _refuse(refusal), _allow()]
 
 
 def _none_of(argument: int, values: Sequence[int], refusal: int) -> list[Instruction]:
-    """Refuses the values, allows all others."""
+    """Refuses the values and allows all others."""
     tests = [(_EQUAL, len(values) - i, 0, value & 0xFFFFFFFF) for i, value in enumerate(values)]
     return [_low(argument), *tests, _allow(), _refuse(refusal)]
 
@@ -114,7 +115,7 @@ def _no_bits(argument: int, bits: int, refusal: int) -> list[Instruction]:
 
 
 def _socket(pair: bool) -> list[Instruction]:
-    """The family, and of netlink the one protocol that resolving a host name asks."""
+    """Checks the family, and for netlink the protocol: only the one that host name resolution needs."""
     families = [_AF_UNIX] if pair else [_AF_UNIX, _AF_INET, _AF_INET6]
     netlink = [] if pair else [(_EQUAL, 0, 3, _AF_NETLINK), _low(2), (_EQUAL, 0, 1, 0), _allow()]
     tests = [(_EQUAL, 0, 1, family) for family in families]
@@ -122,7 +123,7 @@ def _socket(pair: bool) -> list[Instruction]:
     return [_low(0), *allowed, *netlink, _refuse(errno.EAFNOSUPPORT)]
 
 
-# Name -> ((number on x86_64, number on aarch64), what decides). Process ids: 0 is the caller itself.
+# Name -> ((number on x86_64, number on aarch64), instructions that decide). Process id 0 is the caller itself.
 JUDGED: Mapping[str, tuple[tuple[int, int], list[Instruction]]] = {
     "clone": ((56, 220), _no_bits(0, _NEW_NAMESPACES, errno.EPERM)),
     "socket": ((41, 198), _socket(pair=False)),
@@ -134,23 +135,23 @@ JUDGED: Mapping[str, tuple[tuple[int, int], list[Instruction]]] = {
     "sched_setscheduler": ((144, 119), _one_of(0, [0], errno.EPERM)),
     "sched_setparam": ((142, 118), _one_of(0, [0], errno.EPERM)),
     "sched_setattr": ((314, 274), _one_of(0, [0], errno.EPERM)),
-    # setpriority(which, who): PRIO_PROCESS is 0, and a group or a user could hold others
+    # setpriority(which, who): PRIO_PROCESS is 0; a group or a user could include other processes
     "setpriority": (
         (141, 140),
         [_low(0), (_EQUAL, 0, 3, 0), _low(1), (_EQUAL, 0, 1, 0), _allow(), _refuse(errno.EPERM)],
     ),
 }
-"""Calls of which the arguments decide."""
+"""Calls that are allowed or refused by their arguments."""
 
 
 def filter_instructions(machine: str) -> list[Instruction]:
-    """The filter's instructions.
+    """Returns the filter's instructions.
 
     Args:
-        machine: `x86_64` or `aarch64`, as `os.uname().machine` says.
+        machine: `x86_64` or `aarch64`, as in `os.uname().machine`.
 
     Raises:
-        ValueError: another machine.
+        ValueError: unsupported machine.
     """
     if machine not in ARCHITECTURES:
         raise ValueError(
@@ -177,10 +178,10 @@ def filter_instructions(machine: str) -> list[Instruction]:
 
 
 def filter_program(machine: str) -> bytes:
-    """The filter as the bytes that `bwrap --seccomp` reads: an array of `struct sock_filter`.
+    """Returns the filter as the bytes that `bwrap --seccomp` reads: an array of `struct sock_filter`.
 
     Raises:
-        ValueError: a machine without a table, or one whose byte order is not the table's.
+        ValueError: the machine has no table, or its byte order differs from the table's.
     """
     if sys.byteorder != "little":
         raise ValueError(f"expected a little-endian machine, got {sys.byteorder}-endian {machine}")

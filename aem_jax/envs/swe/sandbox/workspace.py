@@ -1,8 +1,7 @@
-"""What untrusted code runs in: the limits, what a command came to, and the two protocols that every runtime fulfils.
+"""The interface of sandboxes: limits, a command's outcome, and the two protocols that every runtime implements.
 
-A `Runtime` opens a `Workspace`, one private copy of a repository at `/testbed`. Nothing that runs in a workspace is
-trusted, and nothing that comes out of it is more than bytes: the host follows no path, starts no program and parses no
-file of a workspace.
+A `Runtime` opens a `Workspace`, a private copy of a repository at `/testbed`. Code in a workspace is untrusted, and the
+host treats its output as plain bytes: the host follows no path, starts no program and parses no file of a workspace.
 """
 
 from collections.abc import Callable
@@ -14,36 +13,36 @@ if TYPE_CHECKING:
     from aem_jax.envs.swe.instance import Instance
 
 TESTBED = "/testbed"
-"""Where a workspace's copy of the repository lies, seen from inside."""
+"""Path of the repository's copy inside a workspace."""
 
 
 class SandboxError(RuntimeError):
-    """A workspace could not be opened or answered rubbish; no verdict about the code that was to run in it."""
+    """A workspace could not be opened or sent an invalid reply; this is not a verdict about the code inside."""
 
 
 class WorkspaceError(RuntimeError):
-    """A file of a workspace could not be read or written: the code in it, or the policy, is to blame."""
+    """A file of a workspace could not be read or written; the code inside or the policy caused this."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one command may take. `disk_mib` is fixed when the workspace is opened, the others hold for each command."""
+    """Limits on one command. `disk_mib` is fixed when the workspace is opened; the others apply to each command."""
 
     seconds: float = 90.0
-    """Wall time; then the whole process tree is killed."""
+    """Wall time, after which the whole process tree is killed."""
     memory_mib: int = 2048
-    """Memory of all processes together, MiB."""
+    """Total memory of all processes, MiB."""
     processes: int = 128
-    """Processes and threads at once."""
+    """Maximum number of processes and threads at one time."""
     file_mib: int = 256
     """Largest file that may be written, MiB."""
     disk_mib: int = 1024
-    """All that the workspace holds: work tree, /tmp and /dev/shm, MiB."""
+    """Size of the workspace: work tree, /tmp and /dev/shm together, MiB."""
     output_bytes: int = 65536
-    """Output that is kept; more is cut out of the middle while the command runs."""
+    """Bytes of output that are kept; the middle of longer output is dropped while the command runs."""
     cpu_seconds: int = 0
-    """Processor time of each process: ends an endless loop at the same point on a busy machine and on an idle one;
-    0: what `seconds` allows."""
+    """Processor time of each process: an endless loop ends at the same point on a busy machine and on an idle one. 0
+    sets the limit that follows from `seconds`."""
 
     def __post_init__(self):
         if self.cpu_seconds < 0:
@@ -58,14 +57,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command came to.
+    """The outcome of a command.
 
     Attributes:
-        exit_code: its exit status (128 + n: killed by signal n); None where a limit of the sandbox ended it.
-        output: stdout and stderr in order, invalid UTF-8 replaced, the middle cut out with a notice where it was long.
-        timed_out: whether it was the deadline that ended it.
-        seconds: wall time that it took.
-        notice: what ended it, where a limit did; else empty.
+        exit_code: exit status (128 + n: killed by signal n); None if a limit of the sandbox ended the command.
+        output: stdout and stderr in order; invalid UTF-8 is replaced, and a notice replaces the middle of long output.
+        timed_out: whether the deadline ended the command.
+        seconds: wall time.
+        notice: the limit that ended the command; empty if none did.
     """
 
     exit_code: int | None
@@ -79,44 +78,44 @@ class Workspace(Protocol):
     """One private copy of a repository, at `/testbed` inside."""
 
     def run(self, command: str, *, limits: Limits | None = None, stdin: bytes = b"") -> Outcome:
-        """Runs `bash -c command` in `/testbed` as a fresh process tree, all of which is dead afterwards.
+        """Runs `bash -c command` in `/testbed` as a new process tree, and kills the whole tree afterwards.
 
-        Files stay for the next command; processes, environment variables and the current folder do not.
+        Files persist for the next command; processes, environment variables and the current folder do not.
 
         Args:
             command: a bash script.
-            limits: for this command; those of the workspace where not given.
-            stdin: what it reads from its standard input.
+            limits: for this command; by default those of the workspace.
+            stdin: the command's standard input.
         """
         ...
 
     def read(self, path: str) -> bytes:
-        """The bytes of a regular file, as the sandbox itself sees it; a relative path starts at `/testbed`.
+        """Returns the bytes of a regular file, read inside the sandbox; a relative path starts at `/testbed`.
 
         Raises:
-            WorkspaceError: there is none, or it is larger than `Limits.file_mib`.
+            WorkspaceError: the file does not exist, or is larger than `Limits.file_mib`.
         """
         ...
 
     def write(self, path: str, data: bytes) -> None:
-        """Writes a file inside the sandbox, making the folders above it; a relative path starts at `/testbed`.
+        """Writes a file inside the sandbox and creates its parent folders; a relative path starts at `/testbed`.
 
         Raises:
-            WorkspaceError: it could not be written.
+            WorkspaceError: the file could not be written.
         """
         ...
 
     def close(self) -> None:
-        """Ends every process and drops every file; calling it twice is harmless."""
+        """Ends all processes and deletes all files; a second call has no effect."""
         ...
 
 
 Checkout = Callable[["Instance", Path], None]
-"""Fills an empty folder of the host with an instance's repository at its base commit: one commit, no history."""
+"""Fills an empty host folder with an instance's repository at its base commit, as one commit without history."""
 
 
 class Runtime(Protocol):
-    """Makes workspaces.
+    """Opens workspaces.
 
     Attributes:
         name: `bubblewrap`, `docker` or `podman`.
@@ -129,26 +128,26 @@ class Runtime(Protocol):
 
         Args:
             instance: the task. docker and podman take the repository from its image.
-            checkout: where the repository comes from, where there is no image.
-            limits: of every command that is not given its own.
+            checkout: source of the repository if there is no image.
+            limits: default limits of commands.
 
         Raises:
-            SandboxError: it could not be opened.
+            SandboxError: the workspace could not be opened.
         """
         ...
 
 
 LONGEST_ARGUMENT = 100_000
-"""Bytes; the kernel takes 128 KiB for one argument of a program."""
+"""In bytes; the kernel limits one argument of a program to 128 KiB."""
 
 
 def plain(text: str) -> str:
-    """What can be an argument of a program: no NUL, no half of a surrogate pair."""
+    """Makes a text valid as a program argument: removes NUL, replaces unpaired surrogates."""
     return text.replace("\0", "").encode(errors="replace").decode()
 
 
 def spliced(script: str, stdin: bytes) -> tuple[str, bytes]:
-    """The script for `bash -c` and its standard input; a script too long for an argument goes through the latter."""
+    """Returns the script for `bash -c` and its standard input, which also carries a script too long for an argument."""
     script = plain(script)
     if len(script.encode()) <= LONGEST_ARGUMENT:
         return script, stdin
