@@ -405,8 +405,9 @@ def test_a_server_is_killed_and_no_episode_lost(monkeypatch: pytest.MonkeyPatch)
 def test_a_server_that_does_not_start_is_a_fault(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(training, "server_settings", lambda: ("scripted", {"min_turns": 9, "max_turns": 1}))
     assert run("servers") == 1
-    out = capsys.readouterr().out
-    assert "✗ servers" in out and "output: error: expected 1 <=" in out and "ulimit" in out, out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "✗ servers" in out and "output: error: expected settings of ScriptedConfig" in out, out
+    assert "expected 1 <= min_turns <= max_turns" in out and "ulimit" in out, out
 
 
 def test_a_whole_step_is_played_and_learnt_without_compiling_again():
