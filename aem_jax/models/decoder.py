@@ -160,9 +160,9 @@ class Block(nnx.Module):
     ) -> None:
         for name, array in weights.items():
             setattr(self, name, nnx.Param(array))
-        self.adapters = Adapters(adapter, lora) if adapter and lora else None
-        self.config = config
-        self.int8 = int8
+        self.adapters: Adapters | None = Adapters(adapter, lora) if adapter and lora else None
+        self.config: ModelConfig = config
+        self.int8: bool = int8
 
     def _weight(self, name: str) -> Array:
         return getattr(self, name)[...]
@@ -223,12 +223,12 @@ class Decoder(nnx.Module):
         adapter: Adapter | None = None,
         lora: LoraConfig | None = None,
     ) -> None:
-        self.embed = nnx.Param(params["embed"])
-        self.layers = Block(config, params["layers"], int8=int8, adapter=adapter, lora=lora)
-        self.norm = nnx.Param(params["norm"])
+        self.embed: nnx.Param[Array] = nnx.Param(params["embed"])
+        self.layers: Block = Block(config, params["layers"], int8=int8, adapter=adapter, lora=lora)
+        self.norm: nnx.Param[Array] = nnx.Param(params["norm"])
         if not config.tied_head:
-            self.head = nnx.Param(params["head"])
-        self.config = config
+            self.head: nnx.Param[Array] = nnx.Param(params["head"])
+        self.config: ModelConfig = config
 
     def _embed(self, tokens: Array) -> Array:
         return jnp.take(self.embed[...], tokens, axis=0).astype(self.config.dtype)
