@@ -1,4 +1,4 @@
-"""Plays scripted episodes on a sampler, one a slot, and compares them with a pass without a cache."""
+"""Plays scripted episodes on a sampler, one per slot, and compares them with a pass without a cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

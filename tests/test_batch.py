@@ -1,4 +1,4 @@
-"""Packing: against a slow reference, in both contexts, and every limit by name."""
+"""Packing, compared with a slow reference in both contexts; each exceeded limit is named."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ TASK = Task("task-0", "look", {})
 
 
 def turn(observation, response, reward=0.0):
-    """A turn whose logprob and entropy can be told from its ids."""
+    """A turn whose logprob and entropy follow from its ids."""
     response = np.asarray(response, np.int32)
     return Turn(
         observation_ids=np.asarray(observation, np.int32),

@@ -1,4 +1,4 @@
-"""Rates with their intervals, and agents played to the end."""
+"""Success rates with their intervals, and agents that play complete episodes."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_extremes_stay_inside_zero_and_one():
 
 
 def test_an_agent_is_counted_by_task_type():
-    """The agent says the word in its second turn; tasks of one step end before that."""
+    """The agent sends the word in its second turn; tasks with one step end before that."""
     tasks = [
         Task(f"t{i}", kind, {"word": "yes", "length": length})
         for i, (kind, length) in enumerate([("short", 1), ("long", 4), ("long", 4)])

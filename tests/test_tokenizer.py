@@ -1,4 +1,4 @@
-"""Ids built turn by turn equal the template applied to the whole conversation; what cannot, is refused."""
+"""Ids built turn by turn equal the template applied to the whole conversation. Other templates are refused."""
 
 import datetime
 import json
@@ -111,7 +111,7 @@ def test_any_observation(tiny, observations):
     ids = tiny.prompt_ids(messages)
     for observation in observations:
         observation = "".join(c for c in observation if c not in "\ue0f0\ue0f1")  # ours: dropped
-        assume("<|" not in observation)  # transformers reads a control token where we read words
+        assume("<|" not in observation)  # transformers reads a control token here, our tokenizer reads plain text
         messages += [{"role": "assistant", "content": "look"}, {"role": "user", "content": observation}]
         ids += tiny.encode("look") + tiny.delta_ids(observation, closed=False)
         assert tiny.decode(tiny.encode(observation)) == observation
@@ -252,7 +252,7 @@ def test_an_environment_cannot_write_markup_that_is_not_special(tiny, tmp_path):
 
     assert marked(attack) == marked("You see a door.")
     assert tiny.encode("<action>")[0] in chat.delta_ids(attack)
-    assert chat.encode("<|Assistant|>")[0] in ids  # a response is the policy's own
+    assert chat.encode("<|Assistant|>")[0] in ids  # a response keeps the policy's own ids
     assert chat.decode(chat.delta_ids(attack)).count(attack) == 1
 
 
@@ -362,7 +362,7 @@ def test_cheap(tiny):
 
     text = (TEXTS[2] + " " + TEXTS[1] + " " + TEXTS[3])[:200]
     assert best_of(lambda: tiny.encode(text)) < 1e-3
-    assert best_of(lambda: tiny.delta_ids(text)) < 1e-4  # remembered
+    assert best_of(lambda: tiny.delta_ids(text)) < 1e-4  # cached
 
 
 def test_importing_it_is_light():

@@ -1,4 +1,4 @@
-"""A config.json in the eyes of transformers, whose config classes load without torch."""
+"""A config.json as transformers reads it. Its config classes load without torch."""
 
 import copy
 from typing import Any
@@ -9,7 +9,7 @@ from aem_jax.models import RopeScaling
 
 
 def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
-    """What transformers' decoder computes with; raises what it raises, or where the decoder has another form."""
+    """The values that transformers' decoder uses. Raises transformers' errors, and for decoders of another form."""
     config = CONFIG_MAPPING[theirs["model_type"]].from_dict(copy.deepcopy(theirs))
     config.standardize_rope_params()  # once more, as the rotary embedding does when the fields beside it are set
     rope = config.rope_parameters

@@ -1,4 +1,4 @@
-"""Statistics of packed rows: against whole logits of lone sequences, and what is never computed."""
+"""Statistics of packed rows, compared with the full logits of single sequences; and arrays that are never computed."""
 
 import re
 from functools import partial
@@ -68,7 +68,7 @@ def test_packed_rows_give_the_numbers_of_lone_sequences(context, head_chunk):
 
 
 def weighted(logprobs, entropies, tokens):
-    """An objective that is not linear, so that its slope is another for each token."""
+    """A nonlinear objective, so that each token has a different slope."""
     total = jnp.sum(tokens.weights * jnp.sin(logprobs), where=tokens.mask)
     return total, Stats({"entropy": jnp.sum(entropies, where=tokens.mask)}, {"top": jnp.max(entropies)})
 
@@ -102,7 +102,7 @@ def test_gradient_equals_that_of_whole_logits(remat):
 
 
 def test_what_is_kept_of_a_layer_is_what_the_option_says():
-    """In the compiled program: "layers" makes all products of a layer again, "dots" only those inside attention."""
+    """In the compiled program "layers" recomputes all products of a layer, "dots" only those inside attention."""
     policy = Policy(ModelConfig(37, 64, 256, 4, 4, 2, 16))
     rows = rows_of(collate(random_trajectories(1, 9, 37), LAYOUT))
 

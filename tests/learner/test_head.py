@@ -74,14 +74,14 @@ def test_a_vocabulary_that_is_split_costs_a_few_numbers_a_token():
 
 
 def test_left_to_itself_the_partitioner_moves_the_head_in_every_chunk(monkeypatch):
-    """What the layout is for, and that these tests would see it missing."""
+    """The effect of the layout, and a check that these tests detect its absence."""
     monkeypatch.setattr("aem_jax.learner.forward.HeadLayout", lambda **_: HeadLayout())
     inside, _ = collectives(compiled("update", make_mesh(MeshConfig(1, 8, 1), jax.devices()[:8])))
     assert [dims[-2:] for dims in sizes(inside)].count((16, 24)) == 2  # the head gathered, its gradient reduced
 
 
 def test_every_device_skips_and_counts_as_one_device_would():
-    """Rows of one device may have nothing to say in a chunk where another's have."""
+    """In one chunk, the rows of one device may have no tokens while another's have some."""
     trajectories = random_trajectories(3, 3, TOY.vocab_size)  # 8 rows: most are empty
     batch = collate(trajectories, dataclasses.replace(LAYOUT, row_length=30))
     advantages = np.random.default_rng(0).standard_normal(batch.tokens.shape).astype(np.float32)

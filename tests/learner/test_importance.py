@@ -1,4 +1,4 @@
-"""A sampler whose policy differs from the learner's: the truncated importance weight, and its bias."""
+"""The truncated importance weight and its bias, for a sampler whose policy differs from the learner's."""
 
 import dataclasses
 
@@ -82,7 +82,7 @@ def test_over_several_steps_the_weight_is_that_of_the_policy_before_the_first():
     _, stats, gap = stepped(config)
     assert stats["importance_mean"] == pytest.approx(np.minimum(np.exp(gap), 1.5).mean(), rel=1e-5)
     assert stats["importance_capped"] == pytest.approx((np.exp(gap) >= 1.5).mean(), rel=1e-5)
-    assert stats["ratio_max"] > 1.01  # the later steps leave the policy that they began with
+    assert stats["ratio_max"] > 1.01  # the later steps move away from the initial policy
 
 
 def test_a_cap_below_one_is_refused():

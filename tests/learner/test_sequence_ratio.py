@@ -1,4 +1,4 @@
-"""GSPO through the real update: against finite differences of its own loss in float64, however its rows lie."""
+"""GSPO through the real update, compared with finite differences of its loss in float64, for any packing of rows."""
 
 import dataclasses
 
@@ -126,7 +126,7 @@ def test_a_response_of_one_token_is_that_token():
 
 @pytest.mark.parametrize("level", ["response", "trajectory"])
 def test_every_optimizer_step_measures_the_ratio_anew(level):
-    """Two epochs are two updates of one, each at the parameters that it finds; on four devices as on one."""
+    """Two epochs equal two updates of one epoch, each at the current parameters; four devices equal one."""
     config = configured(level, num_minibatches=2)
     layout = dataclasses.replace(LAYOUT, num_minibatches=2, rows=4)
     batch = collate(random_trajectories(4, 9, TOY.vocab_size, "window"), layout, seed=1)

@@ -23,7 +23,7 @@ CONFIG = LearnerConfig(learning_rate=0.01, max_grad_norm=1e9, head_chunk=7, valu
 
 @dataclasses.dataclass(frozen=True)
 class Sized(Bigram):
-    """A bigram that says how wide it is, as a decoder does."""
+    """A bigram that states its width, as a decoder does."""
 
     @property
     def config(self) -> Any:
@@ -35,7 +35,7 @@ VALUED_TOY = ValuePolicy(TOY)
 
 
 def with_head(policy: Any, seed: int = 0) -> Any:
-    """Parameters in the midst of training: the value head is no longer zero."""
+    """Parameters in the middle of training: the value head is not zero."""
     params, rng = policy.init(jax.random.key(seed)), np.random.default_rng(seed)
     width = params["value"]["w"].shape[0]
     head = {"w": rng.normal(size=(width, 1)) * 3, "b": np.array([0.5])}
@@ -132,7 +132,7 @@ def test_packing_and_devices_change_nothing_over_several_steps():
         batch, advantages, targets = experience_of(trajectories, layout)
         placed = jax.device_put(params, shardings(mesh, VALUED_TOY.axes, TRAIN, params))
         values = make_response_values(VALUED_TOY, config, mesh)(placed, place(batch, mesh))
-        # what is out of the loss is not packed, so nothing is computed of it
+        # tokens outside the loss are not packed, so nothing is computed for them
         out = batch.response_valid & (batch.response_trajectory == 1)
         np.testing.assert_array_equal(np.isnan(values), out | ~batch.response_valid)
         targets = ValueTargets(values, targets.returns)

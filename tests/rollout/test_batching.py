@@ -1,4 +1,4 @@
-"""Which slots share a call, against all partitions by length; and cuts into buckets, against all cuts."""
+"""Slots that share a call, compared with all partitions by length; cuts into buckets, compared with all cuts."""
 
 import itertools
 

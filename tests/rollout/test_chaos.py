@@ -121,7 +121,7 @@ def test_a_task_that_always_breaks_is_masked_and_costs_nobody_else(play, undistu
 
 @pytest.mark.parametrize(("kind", "step_deadline_s"), [("exit", 3.0), ("hang", 0.5), ("rubbish", 3.0)])
 def test_a_task_that_always_kills_its_server_is_found(play, undisturbed, kind, step_deadline_s):
-    """Both episodes of a group kill their server whenever they are played: they alone are masked in the end."""
+    """Both episodes of a group kill their server at every attempt; only these two are masked in the end."""
     pool_config = replace(POOL, step_deadline_s=step_deadline_s)
     with EnvPool(pool_config, ("echo", {})) as pool:
         trajectories, stats = play(pool, tasks(lambda word: {"kind": kind, "step": 2} if word == "fg" else None))

@@ -1,4 +1,4 @@
-"""Continuous mode samples what lockstep mode samples, whenever replies come; and it calls before it reads."""
+"""Continuous mode samples the same as lockstep mode for any timing of replies, and calls before it reads."""
 
 from collections.abc import Callable
 from concurrent.futures import Future

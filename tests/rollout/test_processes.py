@@ -1,4 +1,4 @@
-"""Several processes play one rollout, each its own slots: all end with the same trajectories, those of one process.
+"""Several processes play one rollout, each its own slots. All end with the trajectories of a single process.
 
 Threads stand for processes here. All must make the same calls to the sampler, which are recorded.
 """
@@ -49,7 +49,7 @@ class Recorded:
 
 
 def process_groups(count: int) -> list[ProcessGroup]:
-    """What `count` processes see of each other, in threads of one."""
+    """A process group of `count` members, run as threads of one process."""
     sent: list[bytes] = [b""] * count
     barrier = threading.Barrier(count, timeout=60)
 
