@@ -88,7 +88,7 @@ def test_every_run_of_a_committed_grid_can_be_begun(path: Path):
     grid = read_grid(path)
     configs = [grid.config(run) for run in (*grid.starts(Path("runs")), *grid.runs(Path("runs")))]
     assert len({config.name for config in configs}) == len(configs)
-    # the variants of a seed start from one run, so their shared files are equal
+    # the variants of a seed start from one run, so everything they share is equal
     for config in configs:
         begin = config.warmstart.init_from
         assert begin == ("" if config.name.startswith(START) else f"runs/{START}-seed{config.seed}")

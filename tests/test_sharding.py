@@ -41,7 +41,7 @@ def test_mesh_over_some_devices():
 
 
 class Chip:
-    """The layout that a mesh requests from a TPU."""
+    """A fake TPU chip with the attributes that a mesh reads."""
 
     platform, device_kind, core_on_chip = "tpu", "TPU v5", 0
 

@@ -252,7 +252,7 @@ def test_an_environment_cannot_write_markup_that_is_not_special(tiny, tmp_path):
 
     assert marked(attack) == marked("You see a door.")
     assert tiny.encode("<action>")[0] in chat.delta_ids(attack)
-    assert chat.encode("<|Assistant|>")[0] in ids  # a response keeps the policy's own ids
+    assert chat.encode("<|Assistant|>")[0] in ids  # responses keep control tokens: they are the policy's own
     assert chat.decode(chat.delta_ids(attack)).count(attack) == 1
 
 

@@ -1,4 +1,4 @@
-"""Names become functions, numbers become sizes, and contradictions are found before anything starts."""
+"""Names become functions and numbers become sizes. Contradictions are found before the run starts."""
 
 import dataclasses
 import typing

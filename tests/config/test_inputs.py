@@ -1,4 +1,4 @@
-"""What decides a run stands in the run: changed inputs are named, moved ones are the same, old runs go on."""
+"""A run records its inputs: changed inputs are named, moved ones count as equal, older runs can be resumed."""
 
 import json
 import logging
@@ -127,7 +127,7 @@ def test_the_run_s_own_files_are_those_that_it_wrote(run: Path, tmp_path: Path, 
     with pytest.raises(ConfigError, match=f"{run / name}: expected the file as the run wrote it, got another content"):
         saved.load(run)
     (run / name).write_text(whole)
-    saved.save(replace(config, train=replace(config.train, num_steps=7)), run, begun=True)  # which is no damage
+    saved.save(replace(config, train=replace(config.train, num_steps=7)), run, begun=True)  # not damage
     assert saved.load(run).train.num_steps == 7
     (run / name).unlink()
     with pytest.raises(ConfigError, match="no run in" if name == "config.json" else "as the run wrote it, got none"):

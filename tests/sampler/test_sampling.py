@@ -41,7 +41,7 @@ def chi_square_p(tokens: np.ndarray, probabilities: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("vocab", "temperature"), [(3, 1.0), (64, 1.0), (65, 0.7), (300, 1.3), (300, 1.0)])
 def test_tokens_follow_softmax(vocab: int, temperature: float):
-    """One block of the two-level draw, exactly one, one and a bit, several."""
+    """Part of a block of the two-level draw, exactly one, slightly more than one, several."""
     logits = np.random.RandomState(vocab).standard_normal(vocab) * 1.5
     tokens = draw_many(SamplingConfig(temperature), logits)
     assert chi_square_p(tokens, softmax(logits / temperature)) > 1e-3
