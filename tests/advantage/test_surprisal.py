@@ -29,7 +29,7 @@ def test_ruled_out_tokens_leave_entropy_and_gradient_finite():
 
 
 def test_entropy_is_never_negative_and_survives_large_logits():
-    # A policy that is almost certain, around a large common offset.
+    # An almost deterministic policy with a large common offset.
     logits = jnp.array([[1e4, 1e4 - 30.0, 0.0], [-1e4, -1e4, -1e4]])
     _, entropies = token_statistics(logits, jnp.array([0, 0]))
     assert 0.0 <= entropies[0] < 1e-10

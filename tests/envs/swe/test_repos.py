@@ -64,13 +64,13 @@ def test_a_checkout_has_the_files_of_its_base_and_nothing_of_its_future(history,
     if bare:
         folder = tmp_path / "bare"
         git(tmp_path, "clone", "--quiet", "--mirror", str(repo), str(folder / "own__calc.git"))
-    assert SECRET in everything_in(repo)  # it is there to be found
+    assert SECRET in everything_in(repo)  # the secret is in the original
     work = tmp_path / "work"
     work.mkdir()
     mirror_checkout(folder)(dataclasses.replace(from_row(ROW), base_commit=base), work)
 
     assert (work / "calc.py").read_text() == "def median(xs):\n    return xs[0]\n"
-    assert (work / "kept.log").read_text() == "tracked, though ignored\n"  # an archive would have left it out
+    assert (work / "kept.log").read_text() == "tracked, though ignored\n"  # an archive would omit it
     assert os.readlink(work / "link") == "calc.py"
     assert git(work, "status", "--porcelain") == ""
     found = everything_in(work)

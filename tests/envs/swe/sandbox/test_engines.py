@@ -1,4 +1,4 @@
-"""Workspaces in a real engine's containers. They need an image with bash, git, tar, python and pytest, and name it:
+"""Workspaces in containers of a real engine. They need the name of an image with bash, git, tar, python and pytest:
 
 AEM_JAX_TEST_ENGINE=podman AEM_JAX_TEST_IMAGE=localhost/debian-pytest \
     make test ARGS=tests/envs/swe/sandbox/test_engines.py
@@ -43,7 +43,7 @@ def workspace(runtime: Containers):
     yield workspace
     began = time.monotonic()
     workspace.close()
-    assert time.monotonic() - began < 9  # an engine that asks politely first takes ten seconds
+    assert time.monotonic() - began < 9  # an engine that sends SIGTERM first takes ten seconds
     assert workspace._container not in engine("ps", "--all", "--format", "{{.Names}}")
 
 

@@ -1,4 +1,4 @@
-"""Each attempt to get out of the sandbox fails, and the next episode in the same environment does not notice it."""
+"""Each attempt to escape from the sandbox fails, and the next episode in the same environment is not affected."""
 
 import subprocess
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def test_contained(attempt: Attempt, episodes: Episodes, host: Host):
     assert host.token not in outcome.output
     assert not host.heard
     assert host.file.read_text() == host.token
-    # whatever it did, its workspace answers, and nothing of it is alive
+    # after any attempt the workspace answers, and no process of the attempt is alive
     after = episodes.workspace.run(
         "set -- /proc/[0-9]*; echo $#; stat -c %s /tmp/alive; sleep 0.05; stat -c %s /tmp/alive"
     )
