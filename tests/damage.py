@@ -14,7 +14,7 @@ def truncate(file: Path, rng: random.Random) -> None:
 
 
 def zero(file: Path, rng: random.Random) -> None:
-    """Zeros in place of the content: a block that was allocated and never written."""
+    """Replaces the content by zeros, like a block that was allocated and never written."""
     file.write_bytes(bytes(file.stat().st_size))
 
 
@@ -117,7 +117,7 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
 def put_back(folder: Path, files: Mapping[Path, bytes]) -> None:
     """Restores a damaged folder. This is cheaper than a copy for each seed, because few files changed."""
     folders = {parent for file in files for parent in file.parents}
-    for each in sorted(folder.rglob("*"), reverse=True):  # what is inside a folder comes before it
+    for each in sorted(folder.rglob("*"), reverse=True):  # contents before their folder
         if each.is_dir() and each not in folders:
             each.rmdir()
         elif not each.is_dir() and each not in files:

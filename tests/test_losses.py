@@ -264,7 +264,7 @@ def test_weighted_sums_are_the_means_however_tokens_are_packed(aggregation, seed
     lengths[0] = 1
     losses = [rng.normal(size=n) for n in lengths]
     weights = np.asarray(aggregation(lengths, trajectory, 5), np.float64)
-    # Tokens dealt to four microbatches at random: the parts add up to the whole.
+    # Tokens are assigned to four microbatches at random: the parts add up to the total.
     token_weights, token_losses = np.repeat(weights, lengths), np.concatenate(losses)
     microbatch = rng.integers(0, 4, len(token_losses))
     parts = [np.sum((token_weights * token_losses)[microbatch == m]) for m in range(4)]

@@ -28,7 +28,7 @@ TEXTS = [
     "<think>\nThe pillow may be in a drawer.\n</think>\n\n<action>open drawer 2</action>",
 ] * 8
 
-# Templates in the manner of well-known families, written for these tests.
+# Templates in the style of well-known families, written for these tests.
 SYSTEM_BY_DEFAULT = (
     "{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
     "{%- endif %}" + CHATML
@@ -70,7 +70,7 @@ def with_template(tiny: ChatTokenizer, folder, template: str, **how: bool) -> Ch
 
 
 def whole_conversation(tokenizer: ChatTokenizer, messages) -> list[int]:
-    """Independent of ours: transformers renders and tokenises."""
+    """The independent reference: transformers renders and tokenises."""
     render = tokenizer._tokenizer.apply_chat_template
     ids = render(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
     return [int(token) for token in ids]  # type: ignore[arg-type]
@@ -236,7 +236,7 @@ MARKERS_THAT_ARE_NOT_SPECIAL = (
 
 
 def test_an_environment_cannot_write_markup_that_is_not_special(tiny, tmp_path):
-    """DeepSeek's distilled models: turn markers that are added tokens, one written by parts; <action> is no markup."""
+    """DeepSeek's distilled models: turn markers are added tokens, one written in parts; <action> is not markup."""
     tiny.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     markers = ["<|User|>", "<|Assistant|>"]

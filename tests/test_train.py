@@ -34,7 +34,7 @@ LAYOUT = BatchLayout(num_microbatches=5, rows=8, row_length=64, max_responses=64
 
 
 class VowelEnv:
-    """Two turns; each earns half a point when the response begins with a vowel; won when both did."""
+    """Two turns. Each earns half a point if the response begins with a vowel; the episode is won with both."""
 
     def reset(self, task):
         self.score = self.turns = 0
@@ -59,7 +59,7 @@ EVERY = Rule(4)
 
 
 def run(steps: int, strength: float, mesh=None, *, rule=EVERY, tasks=tasks, first=None, trained: Any = POLICY):
-    """Trains to `steps`, from the state `first` or from scratch; with a value head it is PPO."""
+    """Trains to `steps`, from the state `first` or from scratch; with a value head this is PPO."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     config = LearnerConfig(learning_rate=3e-3, value_learning_rate=0.1)
     sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=32, slack=ROLLOUT.slack, mesh=mesh)

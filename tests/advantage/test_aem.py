@@ -157,7 +157,7 @@ def test_statistics_golden():
     valid, advantages = jnp.array([True, True, True, True, False]), jnp.array([1.0, -1.0, 2.0, 0.0, -5.0])
     alpha = aem_coefficients(entropy, groups, 3, valid=valid)
     statistics = coefficient_statistics(alpha, advantages, entropy, groups, 3, valid=valid)
-    # Positive: (1.4621172 + 1)/2; negative: row 1 alone; one of the two groups present is at the rule.
+    # Positive: (1.4621172 + 1)/2; negative: row 1 alone; one of the two non-empty groups has α = 1 by the rule.
     np.testing.assert_allclose(statistics, [1.2310586, 0.5378828, 0.5378828, 1.4621172, 0.5], rtol=1e-6)
     nobody = coefficient_statistics(alpha, advantages, entropy, groups, 3, valid=jnp.zeros(5, bool))
     assert all(np.isnan(value) for value in nobody)

@@ -171,7 +171,7 @@ def test_a_counted_rollout_costs_what_its_calls_cost():
     decodes = [costs(decode, rounds) for rounds in (3, 1)]
     assert found.flops == pytest.approx(2 * extend.flops + sum(each.flops for each in decodes))
     assert found.bytes == pytest.approx(2 * extend.bytes + sum(each.bytes for each in decodes))
-    # one by hand: 2 slots × 2·(layer matrices + head) FLOPs a step, and attention beside them
+    # one step by hand: 2 slots × 2·(layer matrices + head) FLOPs, plus attention
     step = 2 * 2 * (16 * (6 * 8 + 3 * 32) + 32 * 16)
     assert step < decodes[1].flops < 1.5 * step
     sampler.forget()

@@ -32,7 +32,7 @@ TINY = ModelConfig(64, 8, 8, 1, 1, 1, 8)
 
 
 def openenv(folder: Path) -> RunConfig:
-    """A run of an environment in a file, with files of tasks."""
+    """A run with an environment in a file and task files."""
     for name in ("tasks", "held-out"):
         (folder / f"{name}.jsonl").write_text('{"seed": 1}\n')
     (folder / "env.py").write_text("class Env: pass\n")

@@ -172,7 +172,7 @@ def test_numbers_that_are_not_finite_make_json_all_the_same():
     assert Finding(**line).facts == {"gap": "nan", "all": ["1.0", "inf"]}
 
 
-# The process of its own. Each script is a child with one check replaced.
+# The separate process. Each script is a child with one check replaced.
 
 CHILD = """
 import os, signal, sys, time

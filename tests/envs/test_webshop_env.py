@@ -166,7 +166,7 @@ def test_splits_may_share_products_and_no_goal(catalog: Catalog):
     assert 0.7 < len(goals["train"]) / sum(map(len, goals.values())) < 0.9
     for asked in (
         lambda goal: goal["instruction"],
-        # the same wish in another order or with another price limit is the same goal
+        # the same request in another order or with another price limit is the same goal
         lambda goal: (goal["asin"], frozenset(goal["attributes"]), frozenset(goal["options"])),
     ):
         found = {split: {asked(goal) for goal in each} for split, each in goals.items()}

@@ -118,7 +118,7 @@ def test_the_shopper_compares_before_it_buys():
     does("click[a0]", results, clicks)
     does("click[< prev]", *item("lamp", "blue"))
     does("click[a3]", results, clicks)
-    does("click[< prev]", *item("lamp", "green"))  # all seen, and another one was better
+    does("click[< prev]", *item("lamp", "green"))  # all have been viewed, and another one was better
     does("click[a1]", results, clicks)
     does("click[buy now]", *item("steel lamp", "blue"))
 

@@ -32,7 +32,7 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> str:
 
 
 def until_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:
-    """Waits until `count` steps stand in the run's metrics."""
+    """Waits until the run's metrics have `count` steps."""
     deadline = time.monotonic() + 500
     while len(read_lines(run / "metrics.jsonl")) < count:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]

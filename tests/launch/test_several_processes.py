@@ -34,7 +34,7 @@ def pair(folder: Path, environment: dict[str, str], *words: str, own=((), ())) -
 
 
 def until_steps(processes: list[subprocess.Popen[str]], run: Path, count: int) -> None:
-    """Waits until `count` steps stand in the run's metrics, and a checkpoint of the last but one is there."""
+    """Waits until the run's metrics have `count` steps and a checkpoint of the last step but one exists."""
     deadline = time.monotonic() + 500
     while len(read_lines(run / "metrics.jsonl")) < count or not (run / "checkpoints" / str(count - 1)).exists():
         for process in processes:

@@ -33,7 +33,7 @@ def compiled(which: str, mesh) -> Module:
 def instructions(
     module: Module, name: str, loops: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Instruction]]:
-    """Every instruction that a computation runs, itself or in what it calls, with the loops' bodies around it."""
+    """Every instruction of a computation, direct or in called computations, with its enclosing loop bodies."""
     for each in module.computations[name].instructions:
         yield loops, each
         if each.opcode == "while":
@@ -44,7 +44,7 @@ def instructions(
 
 
 def collectives(module: Module) -> tuple[list[Instruction], list[Instruction]]:
-    """Those inside the head's loop, which is the one that skips chunks, and those outside."""
+    """The collectives inside the head's loop, which is the loop that skips chunks, and those outside."""
     found = list(instructions(module, module.entry))
     (body,) = {loops[-1] for loops, each in found if each.opcode == "conditional"}
     moved = [(loops, each) for loops, each in found if each.opcode.removesuffix("-start") in COLLECTIVES]

@@ -144,7 +144,7 @@ def test_no_copy_of_the_frozen_weights_is_made_for_an_update():
 
 
 def test_in_int8_the_merged_weights_are_sampled_from():
-    """Codes of what would be sampled from without: those of projections without an adapter, too."""
+    """The codes of the merged weights that are sampled without int8, projections without an adapter included."""
     policy = dataclasses.replace(POLICY, lora=LoraConfig(2, targets=("q_proj", "up_proj")))
     frozen = frozen_on(ONE_DEVICE)
     adapter = init_state(policy, make_optimizer(CONFIG, policy.axes), ONE_DEVICE, jax.random.key(2)).params

@@ -37,8 +37,11 @@ def log_probability(params, before: int, token: int) -> float:
 
 
 def gspo_loss(params, trajectories, values, level: str) -> tuple[float, float]:
-    """(−mean over sequences of min(s A, clip(s) A), share of sequences where the clip decides), s itself a function of
-    the parameters: the loss of the paper, with nothing of ours in it. `values` are the advantages of sequences."""
+    """(−mean over sequences of min(s A, clip(s) A), fraction of sequences where the clip is active).
+
+    s is a function of the parameters. This is the loss of the paper, without our code. `values` are the advantages of
+    sequences.
+    """
     losses, clipped = [], []
     all_of_them = [turns for each in trajectories for turns in sequences(each, level)]
     for turns, advantage in zip(all_of_them, values, strict=True):

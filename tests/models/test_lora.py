@@ -50,7 +50,7 @@ def test_beside_the_weights_or_in_them(config, tolerance):
     base, policy, frozen = Policy(config), LoraPolicy(Policy(config), LORA), numpy_params(config)
     nothing, adapter = policy.init(jax.random.key(1)), adapter_of(policy)
     wanted = logits(base, frozen)
-    jax.tree.map(np.testing.assert_array_equal, merged(policy, nothing, frozen), frozen)  # so its logits are, too
+    jax.tree.map(np.testing.assert_array_equal, merged(policy, nothing, frozen), frozen)  # so its logits are equal, too
     np.testing.assert_allclose(logits(policy, (nothing, frozen)), wanted, rtol=0, atol=tolerance)
     found = logits(policy, (adapter, frozen))
     np.testing.assert_allclose(found, logits(base, merged(policy, adapter, frozen)), atol=tolerance)

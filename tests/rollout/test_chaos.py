@@ -109,7 +109,7 @@ def test_servers_with_malformed_replies(play, undisturbed, kind, tmp_path):
 
 
 def test_a_task_that_always_breaks_is_masked_and_costs_nobody_else(play, undisturbed):
-    """Its group is masked after the retries; a raise costs no server, so the other groups are never touched."""
+    """The group is masked after the retries. An exception ends no server, so the other groups are not affected."""
     with EnvPool(POOL, ("echo", {})) as pool:
         trajectories, stats = play(pool, tasks(lambda word: {"kind": "raise", "step": 1} if word == "fg" else None))
         assert sum(pool.stats().restarts) == 0

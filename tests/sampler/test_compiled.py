@@ -93,7 +93,7 @@ def test_cache_is_aliased_not_copied(cache):
 
 
 def while_bodies(text: str | None) -> str:
-    """The instructions of all loop bodies of a compiled program and of what they call."""
+    """The instructions of all loop bodies of a compiled program and of the computations that they call."""
     assert text is not None
     computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}", text, re.M | re.S))
     todo = re.findall(r"body=%?([\w.\-]+)", text)
@@ -120,8 +120,10 @@ def test_the_decode_loop_copies_no_cache():
 
 
 def test_no_layer_of_codes_is_widened_for_longer_than_it_is_used():
-    """Scanned layers, in 8 bits: before the loop there are codes of the window alone; in it one layer at a time is made
-    float32, by this CPU's compiler (that of TPUs does so inside of the product)."""
+    """Scanned layers in 8 bits: only the window's codes are made before the loop.
+
+    In the loop, this CPU's compiler makes one layer at a time float32 (a TPU's does so inside the product).
+    """
     window, c = 32, DEEP
     text = decode_program(make("int8", Policy(DEEP)), window=window).as_text() or ""
     of_a_layer = SLOTS * c.num_kv_heads * c.head_dim * window

@@ -148,7 +148,7 @@ def test_a_slot_is_as_good_as_new():
 
 
 def test_forked_prompts_equal_own_prompts():
-    """Two prompts, prefilled once in a small state of their own, forked to five slots in two calls."""
+    """Two prompts, prefilled once in a separate small state, forked to five slots in two calls."""
     s = sampler()
     prompts = s.init(2, capacity=24)
     heads = {0: numpy_tokens(GROUPED_TIED, (17,), 1), 1: numpy_tokens(GROUPED_TIED, (9,), 2)}

@@ -54,7 +54,7 @@ def test_the_check_sees_a_wrong_distribution():
 
 
 def test_rare_tokens_keep_their_odds():
-    """A hundred tokens of 1e-5 each beside one of 0.999: about 100 of 100,000 draws are rare."""
+    """A hundred tokens of 1e-5 each and one of 0.999: about 100 of 100,000 draws are rare."""
     logits = np.log(np.concatenate([[1 - 100e-5], np.full(100, 1e-5)]))
     tokens = draw_many(SamplingConfig(1.0), logits, count=100_000, seed=3)
     rare = np.sum(tokens > 0)

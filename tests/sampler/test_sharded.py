@@ -48,7 +48,7 @@ def test_eight_devices_say_the_same(sizes: tuple[int, int, int], cache: Literal[
     for slot in wanted:
         assert [row.tolist() for row in episodes[slot].responses] == [row.tolist() for row in wanted[slot].responses]
         for one, other in zip(episodes[slot].logprobs, wanted[slot].logprobs, strict=True):
-            # In 8 bits a sum in another order may be the next code.
+            # In 8 bits, another order of summation may give the neighbouring code.
             np.testing.assert_allclose(one, other, atol=1e-5 if cache == "model" else 1e-2)
     with pytest.raises(ValueError, match=r"dimension .slots. divisible by"):
         sampler.init(3)

@@ -27,7 +27,7 @@ def git(folder, *arguments: str) -> str:
 
 @pytest.fixture
 def history(tmp_path):
-    """A repository whose later commit, tag, stash, reflog and dangling object hold the fix; and its base commit."""
+    """A repository and its base commit. A later commit, tag, stash, reflog and dangling object contain the fix."""
     repo = tmp_path / "mirrors" / "own__calc"
     repo.mkdir(parents=True)
     git(repo, "init", "--quiet", "-b", "main")
@@ -50,7 +50,7 @@ def history(tmp_path):
 
 
 def everything_in(folder) -> str:
-    """All that the repository's objects, refs and reflogs hold, as text."""
+    """The full content of the repository's objects, refs and reflogs, as text."""
     ids = [line.split()[0] for line in git(folder, "cat-file", "--batch-all-objects", "--batch-check").splitlines()]
     objects = "".join(git(folder, "cat-file", "-p", each) for each in ids)
     loose = "".join(path.read_text(errors="replace") for path in (folder / ".git").rglob("*") if path.is_file())

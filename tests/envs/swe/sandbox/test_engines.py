@@ -81,7 +81,7 @@ def test_limits_hold(workspace):
     assert workspace.run("rm -f 1 2 3 4 5; echo well").output == "well\n"
     running = workspace.run("for i in $(seq 60); do sleep 60 & done 2> /dev/null; jobs -r | wc -l").output.split()
     assert not running or int(running[-1]) < 40
-    # an engine has no room then for the process that would kill the others, and gives the container up
+    # then the engine has no room for the process that kills the others, and gives up the container
     after = workspace.run("echo well")
     assert after.output == "well\n" or after.notice == "the sandbox was ended by what ran in it"
 

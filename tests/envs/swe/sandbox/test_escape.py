@@ -35,7 +35,7 @@ def all_episodes():
 
 @pytest.fixture
 def episodes(all_episodes: Episodes) -> Iterator[Episodes]:
-    """A test leaves a fresh episode to the next one, even where it fails."""
+    """Each test starts with a fresh episode, even after a failed test."""
     used = all_episodes.workspace
     yield all_episodes
     if all_episodes.workspace is used:
