@@ -1,4 +1,4 @@
-"""Command lines of the package as pages and scripts write them, and whether their options are there."""
+"""Command lines of the package in pages and scripts, and a check that their options exist."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ def _help(command: str, presets: tuple[str, ...]) -> str:
 
 
 def unknown_options(words: list[str]) -> list[str]:
-    """What of a command line is no command or no option of it."""
+    """The words of a command line that are neither a command nor one of its options."""
     command, options = (words[0], words[1:]) if words and not words[0].startswith("-") else ("train", words)
     if command not in COMMANDS:
         return [command]

@@ -1,6 +1,6 @@
-"""Settings for all tests. Environment variables, not imports: a test that needs no jax never loads it.
+"""Settings for all tests, as environment variables, so that a test without jax never loads it.
 
-They must be set before jax is imported, which is why they stand at the top of this file.
+They must be set before jax is imported, so they are at the top of this file.
 """
 
 import os
@@ -17,7 +17,7 @@ SETTINGS = {
     "JAX_PLATFORMS": "cpu",
     # sharding tests run on 8 simulated devices; results must not depend on how many there are
     "JAX_NUM_CPU_DEVICES": "8",
-    # f32[R] + f32[R, T] is a bug more often than it is meant
+    # f32[R] + f32[R, T] is usually a bug
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     # compile once per checkout, not once per run and worker
     "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".jax_cache" / "tests"),
@@ -25,7 +25,7 @@ SETTINGS = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     # Most of a test's time is compiling: half of it LLVM's optimizer, half of the rest the MLIR passes of the emitters
     # of fused loops, in whose place the older ones write LLVM at once. HLO, which tests read, is the same without both.
-    # jaxlib 0.11 knows the second no more, and a flag that XLA does not know ends the process.
+    # jaxlib 0.11 no longer has the second flag, and an unknown XLA flag ends the process.
     "XLA_FLAGS": "--xla_backend_optimization_level=0"
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
     # nothing is downloaded while testing
@@ -40,14 +40,14 @@ for name, value in SETTINGS.items():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no process is left with one of them at the end."""
+    """Runs files with slow tests first, so that no process still runs one of them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
 def strict() -> Iterator[None]:
-    """A command that a test runs in this process sets jax up as for a user; the tests after it are as strict again."""
+    """Restores the strict settings after a test, because a command run in this process sets jax up as for a user."""
     yield
     if jax := sys.modules.get("jax"):
         jax.config.update("jax_numpy_rank_promotion", os.environ["JAX_NUMPY_RANK_PROMOTION"])
@@ -55,7 +55,7 @@ def strict() -> Iterator[None]:
 
 @pytest.fixture
 def golden() -> Path:
-    """The folder of golden recordings beside the repository; the test is skipped where it is not there."""
+    """The folder of golden recordings next to the repository; the test is skipped without it."""
     folder = REPOSITORY.parent / "shared"
     if not folder.is_dir():
         pytest.skip("golden recordings (../shared) are not beside this checkout")
@@ -64,6 +64,6 @@ def golden() -> Path:
 
 @pytest.fixture
 def user_environment() -> dict[str, str]:
-    """For a subprocess that should run as a user's would: one CPU device, jax's defaults, the same cache."""
+    """The environment of a subprocess that runs like a user's: one CPU device, jax's defaults, the same cache."""
     ours = {"JAX_NUM_CPU_DEVICES", "JAX_NUMPY_RANK_PROMOTION"}
     return {name: value for name, value in os.environ.items() if name not in ours}

@@ -1,4 +1,4 @@
-"""Plays scripted episodes on a sampler, one a slot, and compares them with a pass without a cache."""
+"""Plays scripted episodes on a sampler, one per slot, and compares them with a pass without a cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,12 +31,12 @@ class Episode:
 
 
 def script(policy: Policy, key: int, lengths: Sequence[int] = (9, 4, 6), budget: int = 12) -> Episode:
-    """An episode whose observations are random ids of these lengths, one entry a turn."""
+    """An episode with random ids of these lengths as observations, one entry per turn."""
     return Episode(key, [numpy_tokens(policy.config, (n,), 100 * key + i) for i, n in enumerate(lengths)], budget)
 
 
 def start_episodes(sampler: Sampler, state: SamplerState, episodes: dict[int, Episode]) -> SamplerState:
-    """Gives the slots their episodes' keys; their caches are empty."""
+    """Assigns the slots the keys of their episodes; the caches are empty."""
     slots = len(state.lengths)
     source, prng = np.full(slots, -1, np.int32), np.zeros((slots, 2), np.uint32)
     for slot, episode in episodes.items():
@@ -125,7 +125,7 @@ def cacheless(policy: Policy, params: Params, ids: Sequence[int] | np.ndarray) -
 
 
 def token_gaps(policy: Policy, params: Params, episode: Episode, temperature: float = 1.0) -> np.ndarray:
-    """Each sampled token's logprob and entropy less those of one cache-less pass over the episode, [tokens, 2]."""
+    """Logprob and entropy of each sampled token minus those of one cache-less pass over the episode, [tokens, 2]."""
     ids = np.concatenate([part for pair in zip(episode.observations, episode.responses, strict=True) for part in pair])
     logits = cacheless(policy, params, ids).astype(np.float64) / temperature
     table = logits - logits.max(1, keepdims=True)

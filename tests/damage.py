@@ -1,4 +1,4 @@
-"""Damage to files, drawn by a seed: what disks, copies and people do to a folder."""
+"""Seeded random damage to files, as disks, copies and people cause it."""
 
 import random
 import shutil
@@ -14,7 +14,7 @@ def truncate(file: Path, rng: random.Random) -> None:
 
 
 def zero(file: Path, rng: random.Random) -> None:
-    """Zeros in place of the content: a block that was allocated and never written."""
+    """Replaces the content by zeros, like a block that was allocated and never written."""
     file.write_bytes(bytes(file.stat().st_size))
 
 
@@ -33,7 +33,7 @@ def flip_bit(file: Path, rng: random.Random) -> None:
 
 
 def replace_byte(file: Path, rng: random.Random) -> None:
-    """A printable byte in place of another: what was a number may still be one."""
+    """Replaces one byte by a printable one, so a number may stay a number."""
     data = bytearray(file.read_bytes())
     if data:
         data[rng.randrange(len(data))] = rng.choice(b'0123456789-+.eE"{}[],: \nnull')
@@ -110,14 +110,14 @@ DAMAGES: Mapping[str, Damage] = {
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
-    """The files of a folder, to be put back by `put_back`."""
+    """The files of a folder, for `put_back` to restore."""
     return {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
 
 
 def put_back(folder: Path, files: Mapping[Path, bytes]) -> None:
-    """Makes a damaged folder what it was: cheaper than a copy for each seed, since little has changed."""
+    """Restores a damaged folder. This is cheaper than a copy for each seed, because few files changed."""
     folders = {parent for file in files for parent in file.parents}
-    for each in sorted(folder.rglob("*"), reverse=True):  # what is inside a folder comes before it
+    for each in sorted(folder.rglob("*"), reverse=True):  # contents before their folder
         if each.is_dir() and each not in folders:
             each.rmdir()
         elif not each.is_dir() and each not in files:
@@ -129,7 +129,7 @@ def put_back(folder: Path, files: Mapping[Path, bytes]) -> None:
 
 
 def damage(folder: Path, seed: int, files: Callable[[Path], bool] = lambda file: True) -> str:
-    """Damages one file of a folder; says how, for the message of a test that fails.
+    """Damages one file of a folder. Returns a description of the damage for the message of a failing test.
 
     Args:
         folder: to be damaged.

@@ -1,4 +1,4 @@
-"""A run that never was, with the files and the look of a real one, for tests of the report."""
+"""A made-up run with the files of a real one, for tests of the report."""
 
 import json
 import math

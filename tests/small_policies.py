@@ -1,4 +1,4 @@
-"""Small policies for tests: random weights by numpy's frozen generator, so that any machine makes the same ones."""
+"""Small policies for tests. The random weights come from numpy's frozen generator and are equal on every machine."""
 
 import jax
 import jax.numpy as jnp

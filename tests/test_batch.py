@@ -1,4 +1,4 @@
-"""Packing: against a slow reference, in both contexts, and every limit by name."""
+"""Packing, compared with a slow reference in both contexts; each exceeded limit is named."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ TASK = Task("task-0", "look", {})
 
 
 def turn(observation, response, reward=0.0):
-    """A turn whose logprob and entropy can be told from its ids."""
+    """A turn whose logprob and entropy follow from its ids."""
     response = np.asarray(response, np.int32)
     return Turn(
         observation_ids=np.asarray(observation, np.int32),
@@ -45,7 +45,7 @@ def random_trajectories(seed, count, context="append"):
 
 
 def read_back(batch):
-    """{response id: (context ids before it, sampled ids, logprobs, entropies)} by walking the rows token by token."""
+    """{response id: (context ids before it, sampled ids, logprobs, entropies)}, read from the rows token by token."""
     found = {}
     M, b, T = batch.tokens.shape
     for m in range(M):
@@ -133,7 +133,7 @@ def test_anchors_are_the_first_to_answer_an_observation_in_their_group():
         episode("hall", "kitchen", "hall", group=0),  # responses 0, 1, 2
         episode("hall", "hall", group=0, ending=Ending.ENV_ERROR),  # in no table
         episode("kitchen", "", "", group=0),  # 3, 4, 5
-        episode("kitchen", "hall", group=1),  # 6, 7: another group's rooms are others
+        episode("kitchen", "hall", group=1),  # 6, 7: rooms of another group are different
     ]
     batch = collate(steps, LAYOUT)
     np.testing.assert_array_equal(batch.response_anchor[:9], [0, 1, 0, 1, 4, 5, 6, 7, -1])

@@ -1,4 +1,4 @@
-"""The page of benchmarks is what its files say; the driver of peers divides the right numbers and names who failed."""
+"""The benchmarks page matches its files. The peer driver divides the right numbers and names the failed peers."""
 
 import json
 import subprocess
@@ -178,7 +178,7 @@ def test_a_run_that_fails_is_a_line_and_the_next_goes_on(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("part", ["decode", "learner", "trace"])
 def test_what_the_accelerator_is_asked_can_be_asked(part: str, monkeypatch: pytest.MonkeyPatch):
-    """Every option is one of `bench`, and what is worth most comes first."""
+    """Every option is an option of `bench`, and the most valuable runs come first."""
     runs = accelerator.PARTS[part]()
     assert len(set(runs)) == len(runs)
     for run in runs:

@@ -93,16 +93,16 @@ def test_an_episode_out_of_the_loss_counts_in_its_groups_statistics_alone():
     batch = collate(masked, LAYOUT)
     all_in, _ = jax.device_get(credit(place(collate(trajectories, LAYOUT), mesh)))
     found, statistics = jax.device_get(credit(place(batch, mesh)))
-    # base advantages are those with all in the loss: the statistics are the same
+    # base advantages equal those with everything in the loss: the statistics are the same
     np.testing.assert_array_equal(found.base, all_in.base)
-    # alpha is that of a step in which the masked episodes were not played
+    # alpha equals that of a step without the masked episodes
     others = collate([t for t in masked if t.in_loss], LAYOUT)
     without, _ = jax.device_get(credit(place(others, mesh)))
     of_masked = np.array([t.member == 2 for t in trajectories])[batch.response_trajectory] & batch.response_valid
     valid = batch.response_valid & ~of_masked
     np.testing.assert_allclose(found.coefficients[valid], without.coefficients[others.response_valid], rtol=1e-6)
     assert of_masked.any() and np.all(found.coefficients[of_masked] == 1)
-    # none of their tokens is in a row, and no minibatch is theirs
+    # none of their tokens is in a row or a minibatch
     assert not np.isin(np.nonzero(of_masked)[0], np.asarray(batch.response_ids)).any()
     assert set(batch.trajectory_minibatch[[t.member == 2 for t in trajectories] + [False] * 4]) == {-1}
     assert all(np.isfinite(value) for value in statistics.values())

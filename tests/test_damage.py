@@ -1,4 +1,4 @@
-"""Files damaged at random, by seeds: each gives the right result or one line, no traceback and no other numbers."""
+"""Seeded random damage to files: each gives the right result or a one-line error, no traceback, no other numbers."""
 
 import json
 import logging
@@ -53,13 +53,13 @@ def test_a_damaged_checkpoint_is_the_one_before_or_itself(whole: Path, tmp_path:
         caplog.clear()
         with Checkpoints(folder) as checkpoints:
             if seed % 5 == 0:
-                checkpoints.claim()  # whoever writes puts aside what cannot be read
+                checkpoints.claim()  # a writer moves unreadable checkpoints aside
             state = checkpoints.restore(abstract)
             step = int(state["step"])
             assert all(np.array_equal(state[name], value) for name, value in states[step].items()), what
             assert checkpoints.extra(step) == {"step": step} and checkpoints.best in (step, max(STEPS)), what
             assert seed % 5 or checkpoints.latest == step, what
-        lost = not list(folder.rglob("2"))  # all of it, so that nothing says that it was there
+        lost = not list(folder.rglob("2"))  # all of the checkpoint, so no trace of it is left
         said = [each.getMessage() for each in caplog.records if each.name == "aem_jax.checkpoint"]
         assert len(said) <= 1 and not any("\n" in line for line in said), what
         assert step == max(STEPS) or lost or "checkpoint of step 2 cannot be read" in said[0], what
@@ -85,7 +85,7 @@ def test_damage_to_the_only_checkpoint_is_one_line(whole: Path, tmp_path: Path, 
 
 
 def test_a_damaged_record_of_a_run_is_one_line_or_the_same_run(tmp_path: Path):
-    """`config.json`, `inputs.json`, tokenizer and the model's config, as every command reads them."""
+    """`config.json`, `inputs.json`, the tokenizer and the model's config, read as every command reads them."""
     run, model = tmp_path / "run", tmp_path / "model"
     for folder in (run / "tokenizer", model):
         folder.mkdir(parents=True)

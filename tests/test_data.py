@@ -1,4 +1,4 @@
-"""Tasks in order: complete passes, the same again from seed and place, whatever was asked for before."""
+"""Order of tasks: complete passes, determined by seed and position alone, independent of earlier requests."""
 
 import itertools
 from collections import Counter
@@ -38,7 +38,7 @@ def test_what_a_step_gets_does_not_depend_on_what_was_asked_for_before():
 
 
 def test_the_order_of_round_0_stays():
-    # as written down on 22 November 2026: a run begun before goes on with the tasks that it would have had
+    # recorded on 22 November 2026: a run started before that date continues with the same tasks
     order = [
         [int(name.removeprefix("task-")) for name in step] for step in names(task_groups(TASKS, 3, seed=4), range(3))
     ]

@@ -1,4 +1,4 @@
-"""deploy/: scripts that parse, requeue and pass on their words; manifests with the fields that their readers need."""
+"""deploy/: scripts parse, requeue and pass on their arguments; manifests have the fields that their readers need."""
 
 import json
 import re
@@ -25,7 +25,7 @@ HOW_TO = {
 
 
 def fake(folder: Path, name: str, body: str) -> None:
-    """A program that stands for one of another system, on a PATH of the test."""
+    """A fake of another system's program, on the test's PATH."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
     (folder / name).chmod(0o755)
@@ -105,7 +105,7 @@ def test_jobset_is_one_pod_a_host():
         chips *= int(size)
     hosts = chips // container["resources"]["limits"]["google.com/tpu"]
     assert job["parallelism"] == job["completions"] == hosts and job["completionMode"] == "Indexed"
-    # A pod that fails ends the job, and the job set starts all of them again.
+    # A failed pod ends the job, and the job set restarts all pods.
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never" and group["replicas"] == 1
     assert [mount["name"] for mount in container["volumeMounts"]] == [volume["name"] for volume in pod["volumes"]]
     assert container["command"] == ["python", "-m", "aem_jax.launch"]

@@ -1,4 +1,4 @@
-"""The pages say what is so: links and options exist, code that a link names is in that file, and code blocks run."""
+"""The pages are correct: links and options exist, linked code is in the linked file, and code blocks run."""
 
 import importlib
 import inspect
@@ -45,7 +45,7 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.name)
 def test_the_code_of_a_tutorial_runs(page: Path, user_environment: dict[str, str]):
-    """All blocks of a page, one after the other, in a process of its own."""
+    """Runs all blocks of a page in order, in a separate process."""
     code = "\n".join(blocks(page, "python"))
     assert code
     result = subprocess.run(
@@ -79,7 +79,7 @@ def test_every_page_is_in_the_table_of_contents():
 
 
 def test_every_public_function_and_class_has_a_docstring():
-    """The reference is made of them; it leaves out what has none."""
+    """The API reference is built from docstrings and leaves out objects without one."""
     for room in ("advantage", "losses", "models", "sampler"):
         module = importlib.import_module(f"aem_jax.{room}")
         for name in module.__all__:
@@ -89,7 +89,7 @@ def test_every_public_function_and_class_has_a_docstring():
 
 
 def test_an_estimator_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch):
-    """The walk-through of docs/algorithms.md, done: function and line put where it says, then its own test."""
+    """Follows the walk-through of docs/algorithms.md: inserts its function and line, then runs its test."""
     from aem_jax.overrides import override
 
     page = (DOCS / "algorithms.md").read_text().partition("## Adding an estimator")[2]

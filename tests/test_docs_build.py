@@ -1,4 +1,4 @@
-"""What the documentation site makes of a docstring; skipped where Sphinx (the extra `docs`) is not installed."""
+"""How the documentation site renders a docstring. Skipped without Sphinx (the extra `docs`)."""
 
 import importlib
 import sys

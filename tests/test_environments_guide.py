@@ -1,4 +1,4 @@
-"""docs/environments.md, followed: its environment written down, checked, served, and made ready to train on."""
+"""Follows docs/environments.md: writes its environment, checks it, serves it and prepares it for training."""
 
 import ast
 import dataclasses
@@ -52,7 +52,7 @@ def run_config(words: list[str]):
 
 @pytest.fixture
 def guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which the guide's file lies; the test stands in it."""
+    """The folder of the guide's file; the test's working directory."""
     source, _ = blocks("Bring your own environment", "python")
     (tmp_path / "guess.py").write_text(source)
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def test_the_environment_conforms(guess: Path):
     scope: dict = {}
     exec(compile(check, "check.py", "exec"), scope)
     assert scope["problems"] == []
-    # and it plays: higher or lower leads to the number within as many guesses as bisection takes of ten
+    # a played episode: "higher" and "lower" lead to the number in as many guesses as bisection of ten needs
     env, low, high = scope["Guess"](), 1, 10
     result = env.reset({"seed": 1})
     while not result.done:
@@ -126,7 +126,7 @@ def test_every_field_of_a_mapping_is_explained():
 
     rows = re.findall(r"^\| (`.*?) \|", section("OpenEnv's servers"), flags=re.MULTILINE)
     explained = {name.replace("-", "_") for row in rows for name in re.findall(r"`([\w-]+)`", row)}
-    # these three have the same meaning in every server, and the preset finds them where they are
+    # these three fields have the same meaning in every server, and the preset locates them
     unexplained = {"valid_field", "admissible_field", "info_field"}
     assert explained == {each.name for each in dataclasses.fields(FieldMapping)} - unexplained
 

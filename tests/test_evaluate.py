@@ -1,4 +1,4 @@
-"""Rates with their intervals, and agents played to the end."""
+"""Success rates with their intervals, and agents that play complete episodes."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_extremes_stay_inside_zero_and_one():
 
 
 def test_an_agent_is_counted_by_task_type():
-    """The agent says the word in its second turn; tasks of one step end before that."""
+    """The agent sends the word in its second turn; tasks with one step end before that."""
     tasks = [
         Task(f"t{i}", kind, {"word": "yes", "length": length})
         for i, (kind, length) in enumerate([("short", 1), ("long", 4), ("long", 4)])
@@ -47,7 +47,7 @@ def test_an_agent_is_counted_by_task_type():
 
 
 def test_the_tasks_own_score_is_that_of_the_last_step():
-    """Two episodes that end with scores 0.5 and nan: the second counts as won or not, here lost."""
+    """Two episodes with final scores 0.5 and nan. For nan, the score is 1 if won, else 0; here 0."""
 
     class Graded:
         def reset(self, task):
@@ -88,6 +88,6 @@ def test_an_evaluation_of_which_nothing_was_played_is_none():
         return lambda *_, **__: (trajectories, RolloutStats(first_error="task t: no display"))
 
     settings = {"params": None, "tasks": [], "key": jax.random.key(0), "name": "valid-2-ab", "split": "valid"}
-    for endings in ([Ending.ENV_ERROR] * 2, [Ending.ENV_ERROR, Ending.TRUNCATED]):  # the second: no prompt that fits
+    for endings in ([Ending.ENV_ERROR] * 2, [Ending.ENV_ERROR, Ending.TRUNCATED]):  # the second: no prompt fits
         with pytest.raises(EnvError, match="no episode of valid-2-ab could be played; the first error: task t: no dis"):
             evaluate_policy(rollout(endings), **settings)  # type: ignore[arg-type]

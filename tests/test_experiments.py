@@ -1,4 +1,4 @@
-"""The driver of grids runs what the file says, skips what is done and goes on; the page is what the lines say."""
+"""The grid driver runs the grid file, skips finished runs and resumes; the page matches the recorded lines."""
 
 import json
 import math
@@ -88,7 +88,7 @@ def test_every_run_of_a_committed_grid_can_be_begun(path: Path):
     grid = read_grid(path)
     configs = [grid.config(run) for run in (*grid.starts(Path("runs")), *grid.runs(Path("runs")))]
     assert len({config.name for config in configs}) == len(configs)
-    # all that the variants of a seed share is the same: they begin from one run
+    # the variants of a seed start from one run, so everything they share is equal
     for config in configs:
         begin = config.warmstart.init_from
         assert begin == ("" if config.name.startswith(START) else f"runs/{START}-seed{config.seed}")
@@ -192,7 +192,7 @@ def test_pairs_are_drawn_from_bins(mini: Path, tmp_path: Path):
     runs = [result(name, seed, 3, [0.1, None, 0.3]) for name in ("grpo", "grpo-aem") for seed in (0, 1)]
     path = draw_pairs(read_grid(mini), runs, tmp_path / "images" / "pairs.png")
     assert path is not None and path.stat().st_size > 5000
-    assert draw_pairs(read_grid(mini), runs[:2], tmp_path / "none.png") is None  # nobody to compare with
+    assert draw_pairs(read_grid(mini), runs[:2], tmp_path / "none.png") is None  # nothing to compare with
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_a_grid_is_run_and_gone_on_with(mini: Path, tmp_path: Path, user_environ
         ("grpo", 0, 1),
     ]
     assert trained["curves"]["aem/alpha_min"] == [1.0] and trained["curves"]["parity/max"][0] < 1e-4
-    # it begins with the parameters and the tokenizer of the start: the same games end alike, turn for turn
+    # the run starts with the parameters and tokenizer of the start run: equal games have equal turns
     before, after = (read_lines(folder / name / "evaluations.jsonl")[0] for name in ("start-seed0", "grpo-seed0"))
     assert before == after and before["phase"] == "warmstart"
     assert not (folder / "grpo-seed0" / "warmstart.jsonl").exists()
@@ -222,7 +222,7 @@ def test_a_grid_is_run_and_gone_on_with(mini: Path, tmp_path: Path, user_environ
     assert again.returncode == 0 and again.stdout.count("done before") == 2, again.stdout + again.stderr
     assert (folder / "grpo-seed0" / "metrics.jsonl").read_text() == written
     grid = read_grid(mini)
-    (folder / "grpo-seed0" / "report.html").unlink()  # as if it had been stopped before its end
+    (folder / "grpo-seed0" / "report.html").unlink()  # as if the run had been stopped before its end
     assert [is_done(grid.config(run)) for run in (*grid.starts(folder), *grid.runs(folder))] == [True, False]
 
     mini.write_text(MINI.replace("strength = 0.0", "strength = 0.5"))

@@ -1,4 +1,4 @@
-"""Reading and writing text and JSON: what Python's own readers would cut, accept or fail on."""
+"""Reading and writing text and JSON, on inputs that Python's own readers cut, accept or fail on."""
 
 import json
 

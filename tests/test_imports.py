@@ -1,4 +1,4 @@
-"""The rooms of the package and who may import whom. Read from the source with ast, so nothing has to be importable."""
+"""The rooms of the package and their allowed imports, read from the source with ast, so nothing must be importable."""
 
 import ast
 import subprocess
@@ -64,7 +64,7 @@ def imported_modules(source: str, module: str, is_package: bool, names: bool = F
 
 
 def forbidden_imports(module: str, imports: set[str]) -> list[str]:
-    """What breaks the table among `imports` of `module`, each as a sentence."""
+    """The `imports` of `module` that violate the table, each as a sentence."""
     room = room_of(module)
     if room is None:
         return [f"{module} imports {name}; the package's __init__ imports nothing" for name in sorted(imports)]
@@ -142,7 +142,7 @@ def test_rooms_have_no_import_cycle():
 
 
 def test_modules_have_no_import_cycle():
-    """Imports inside functions count: a circle that is broken at run time is still one for its reader."""
+    """Imports inside functions count: a cycle that is broken at run time is still a cycle for a reader."""
     paths = {module_name(path): path for path in PACKAGE.rglob("*.py")}
     graph = {}
     for module, path in paths.items():
@@ -192,7 +192,7 @@ def loaded_after(module: str) -> set[str]:
 
 
 def test_advantage_stays_light():
-    """Whoever imports only the advantages gets jax and none of the training stack."""
+    """Importing only the advantages loads jax and nothing of the training stack."""
     if not (PACKAGE / "advantage").is_dir():
         pytest.skip("aem_jax.advantage is not in this checkout")
     heavy = {"flax", "transformers", "tokenizers", "orbax", "grain", "optax", "matplotlib", "rich", "tyro"}
@@ -200,13 +200,13 @@ def test_advantage_stays_light():
 
 
 def test_serving_stays_light():
-    """`serve` is one process of many on a host: what it loads stays as long as it serves."""
+    """`serve` is one of many processes on a host, and its imports stay in memory while it serves."""
     modules = ("aem_jax.launch.cli", "aem_jax.overrides", "aem_jax.launch.serve")
     assert not loaded_after(", ".join(modules)) & {"jax", "jaxlib", "numpy", "scipy", "transformers", "tyro", "rich"}
 
 
 def test_environments_load_no_jax():
-    """A server process that loads jax would take a gigabyte and a second each; not even an indirect import may."""
+    """jax would cost each server process a gigabyte and a second; indirect imports are forbidden too."""
     light = [PACKAGE / "distributed" / f"{name}.py" for name in ("process_group", "channel", "config", "signals")]
     paths = [path for path in sorted((PACKAGE / "envs").rglob("*.py")) if path.name != "__main__.py"]
     modules = [module_name(path) for path in (*paths, *light)]

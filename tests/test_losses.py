@@ -1,4 +1,4 @@
-"""Losses by hand and against float64; aggregation as weights against the definitions, however tokens are packed."""
+"""Losses by hand and against float64. Aggregation weights equal the definitions for any packing of tokens."""
 
 import functools
 
@@ -51,13 +51,13 @@ def test_where_the_clip_decides_no_gradient_flows():
 
 def test_value_loss_golden():
     # R = 10 and V_old = 4, ε = 2, so V counts as at most 6. V = 5: inside, ½ · 5². V = 8: max(2², 4²)/2, clipped.
-    # V = 3: inside, ½ · 7². V = 1: away from R, max(9², 8²)/2: what got worse is never excused.
+    # V = 3: inside, ½ · 7². V = 1: away from R, max(9², 8²)/2: a worse value is never clipped.
     values, old, returns = jnp.array([5.0, 8.0, 3.0, 1.0]), jnp.full(4, 4.0), jnp.full(4, 10.0)
     found = clipped_value_loss(values, old, returns, clip=2.0)
     np.testing.assert_array_equal(found.loss, [12.5, 8.0, 24.5, 40.5])
     np.testing.assert_array_equal(found.clipped, [False, True, False, False])
     gradient = jax.grad(lambda v, o, r: clipped_value_loss(v, o, r, clip=2.0).loss.sum(), argnums=(0, 1, 2))
-    # dℓ/dV = V − R where the clip does not decide; nothing flows into what the value is compared with
+    # dℓ/dV = V − R where the clip is not active; no gradient flows into the return and the old value
     for gradients, wanted in zip(gradient(values, old, returns), ([-5, 0, -7, -9], np.zeros(4), np.zeros(4))):
         np.testing.assert_array_equal(gradients, wanted)
     free = clipped_value_loss(values, old, returns, clip=0.0)
@@ -78,7 +78,7 @@ def test_on_policy_gradient_is_the_policy_gradient():
 
 def test_dual_clip_golden():
     # ρ = 4, 2, 4, ½ with A = −1, −1, 2, −1; bounds 0.8 and 1.2, c = 3. Without c: 4, 2, −min(8, 2.4), max(0.5, 0.8).
-    # c cuts the first at 3, whose gradient is then 0; where A > 0 it says nothing.
+    # c bounds the first at 3, whose gradient is then 0; where A > 0 it has no effect.
     old, ratio = jnp.full(4, -2.0), jnp.array([4.0, 2.0, 4.0, 0.5])
     loss = functools.partial(clipped_at_a_fifth, dual_clip=3.0)
     advantages = jnp.array([-1.0, -1, 2, -1])
@@ -244,7 +244,7 @@ def test_weights_golden(aggregation, expected):
 
 
 def by_definition(losses, trajectory, name):
-    """The aggregations as one would write them down: means of means over lists. `losses`: one list a response."""
+    """The aggregations by definition: means of means over lists. `losses`: one list per response."""
     used = [index for index, tokens in enumerate(losses) if len(tokens)]
     episodes = {t: np.concatenate([losses[i] for i in used if trajectory[i] == t]) for t in trajectory[used]}
     return {
@@ -264,7 +264,7 @@ def test_weighted_sums_are_the_means_however_tokens_are_packed(aggregation, seed
     lengths[0] = 1
     losses = [rng.normal(size=n) for n in lengths]
     weights = np.asarray(aggregation(lengths, trajectory, 5), np.float64)
-    # Tokens dealt to four microbatches at random: the parts add up to the whole.
+    # Tokens are assigned to four microbatches at random: the parts add up to the total.
     token_weights, token_losses = np.repeat(weights, lengths), np.concatenate(losses)
     microbatch = rng.integers(0, 4, len(token_losses))
     parts = [np.sum((token_weights * token_losses)[microbatch == m]) for m in range(4)]

@@ -1,4 +1,4 @@
-"""What is written can be read, a kill costs at most one line, and a resumed file equals an uninterrupted one."""
+"""Written metrics can be read, a kill costs at most one line, and a resumed file equals an uninterrupted one."""
 
 import json
 import threading

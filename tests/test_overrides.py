@@ -1,4 +1,4 @@
-"""Values onto configs: what is taken, what is refused, and how a refusal reads."""
+"""Overrides of configs: accepted values, refused values, and the messages of refusals."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -44,7 +44,7 @@ def test_values_land_where_they_belong_and_nothing_else_changes():
 
 
 def test_fields_that_depend_on_each_other_are_set_together():
-    """Each alone would be refused: slow at rate 2, or, from a slow one, rate 2."""
+    """Each override alone would be refused: slow at rate 2, or rate 2 on a slow one."""
     start = Outer(inner=Inner(rate=2.0))
     assert override(start, {"inner.mode": "slow", "inner.rate": 1}).inner.rate == 1.0
 

@@ -1,4 +1,4 @@
-"""README's Python examples run as they stand, each in a process of its own, as a reader would paste them."""
+"""The Python examples of the README run unchanged, each in its own process, as if pasted by a reader."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The report shows the files of a run, does without missing ones, and is self-contained."""
+"""The report shows the files of a run, tolerates missing ones, and is self-contained."""
 
 import json
 import re

@@ -62,7 +62,7 @@ def test_the_first_groups_whose_outcomes_differ_are_kept_and_renumbered():
     selected = select(trajectories, Rule(2, outcome=returned))
     assert found(selected) == [("task-1", 0, 0), ("task-1", 0, 1), ("task-3", 1, 0), ("task-3", 1, 1)]
     assert (selected.groups, selected.filtered, selected.surplus) == (2, 2, 1)
-    # in whatever order they are given, their numbers are their order
+    # the numbers give the order, whatever the order of the input
     shuffled = [trajectories[i] for i in np.random.default_rng(0).permutation(len(trajectories))]
     assert sorted(found(select(shuffled, Rule(2, outcome=returned)))) == found(selected)
 
@@ -93,7 +93,7 @@ def test_returns_that_differ_by_rounding_alone_are_one_outcome(rewards, totals):
 
 
 def test_broken_episodes_make_no_difference_but_stay():
-    # 0 of a broken episode is no failure: its group of a single outcome teaches nothing
+    # the 0 of a broken episode is no failure: its group has a single outcome and gives no signal
     selected = select(groups("1t0e", "1t0t0e", "0e0e"), Rule(3, outcome=returned))
     assert found(selected) == [("task-1", 0, 0), ("task-1", 0, 1), ("task-1", 0, 2)]
     assert selected.trajectories[2].ending is Ending.ENV_ERROR and selected.filtered == 2
@@ -119,7 +119,7 @@ def test_masked_truncated_episodes_count_in_statistics_alone():
 
 
 class Rounds:
-    """A rollout that gives what it is told to; notes what it was asked for."""
+    """A rollout that returns prepared results and records its requests."""
 
     def __init__(self, *rounds: tuple[str, ...]):
         self.rounds, self.asked, self.keys = rounds, [], []
@@ -170,7 +170,7 @@ def test_round_0_has_the_steps_key_and_no_round_that_of_an_episode():
 def test_where_no_episode_of_a_round_could_be_played_others_are_in_its_place(outcome):
     rollout = Rounds(("1e0e", "0e0e"), ("0e1t", "1t0t"), ("1t0t", "1t0t"))
     played = play_rounds(rollout, rollout.tasks, Rule(1, outcome=outcome), None, 7, jax.random.key(3))
-    assert rollout.asked == [(7, 0), (7, 1)]  # a round in which some could be played is no fault of all
+    assert rollout.asked == [(7, 0), (7, 1)]  # a round with some playable tasks does not count as broken
     assert [(t.group, t.total_reward) for t in played.trajectories] == (
         [(0, 0), (0, 1)] if not outcome else [(0, 1), (0, 0)]
     )

@@ -41,7 +41,7 @@ def test_mesh_over_some_devices():
 
 
 class Chip:
-    """What a mesh asks of a TPU."""
+    """A fake TPU chip with the attributes that a mesh reads."""
 
     platform, device_kind, core_on_chip = "tpu", "TPU v5", 0
 
@@ -118,7 +118,7 @@ def test_replicated():
 
 
 def test_on_tpus_weights_lie_in_the_order_of_their_products():
-    """Where they are sampled from: dimensions of the sum and of the result last."""
+    """The weights for sampling have the dimensions of the sum and of the result last."""
     policy = Policy(CONFIGS["tiny"])
     chips = make_mesh(MeshConfig(fsdp=4), [Chip(place) for place in range(4)])
     found = decode_formats(chips, policy.axes, policy.shapes)

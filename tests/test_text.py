@@ -1,4 +1,4 @@
-"""Text of files is UTF-8 whatever the locale: every call that opens one in text mode says so."""
+"""Text files are UTF-8 in every locale: each call that opens one in text mode sets the encoding."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ids built turn by turn equal the template applied to the whole conversation; what cannot, is refused."""
+"""Ids built turn by turn equal the template applied to the whole conversation. Other templates are refused."""
 
 import datetime
 import json
@@ -28,7 +28,7 @@ TEXTS = [
     "<think>\nThe pillow may be in a drawer.\n</think>\n\n<action>open drawer 2</action>",
 ] * 8
 
-# Templates in the manner of well-known families, written for these tests.
+# Templates in the style of well-known families, written for these tests.
 SYSTEM_BY_DEFAULT = (
     "{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
     "{%- endif %}" + CHATML
@@ -70,7 +70,7 @@ def with_template(tiny: ChatTokenizer, folder, template: str, **how: bool) -> Ch
 
 
 def whole_conversation(tokenizer: ChatTokenizer, messages) -> list[int]:
-    """Independent of ours: transformers renders and tokenises."""
+    """The independent reference: transformers renders and tokenises."""
     render = tokenizer._tokenizer.apply_chat_template
     ids = render(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
     return [int(token) for token in ids]  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def test_any_observation(tiny, observations):
     ids = tiny.prompt_ids(messages)
     for observation in observations:
         observation = "".join(c for c in observation if c not in "\ue0f0\ue0f1")  # ours: dropped
-        assume("<|" not in observation)  # transformers reads a control token where we read words
+        assume("<|" not in observation)  # transformers reads a control token here, our tokenizer reads plain text
         messages += [{"role": "assistant", "content": "look"}, {"role": "user", "content": observation}]
         ids += tiny.encode("look") + tiny.delta_ids(observation, closed=False)
         assert tiny.decode(tiny.encode(observation)) == observation
@@ -236,7 +236,7 @@ MARKERS_THAT_ARE_NOT_SPECIAL = (
 
 
 def test_an_environment_cannot_write_markup_that_is_not_special(tiny, tmp_path):
-    """DeepSeek's distilled models: turn markers that are added tokens, one written by parts; <action> is no markup."""
+    """DeepSeek's distilled models: turn markers are added tokens, one written in parts; <action> is not markup."""
     tiny.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     markers = ["<|User|>", "<|Assistant|>"]
@@ -252,7 +252,7 @@ def test_an_environment_cannot_write_markup_that_is_not_special(tiny, tmp_path):
 
     assert marked(attack) == marked("You see a door.")
     assert tiny.encode("<action>")[0] in chat.delta_ids(attack)
-    assert chat.encode("<|Assistant|>")[0] in ids  # a response is the policy's own
+    assert chat.encode("<|Assistant|>")[0] in ids  # responses keep control tokens: they are the policy's own
     assert chat.decode(chat.delta_ids(attack)).count(attack) == 1
 
 
@@ -362,7 +362,7 @@ def test_cheap(tiny):
 
     text = (TEXTS[2] + " " + TEXTS[1] + " " + TEXTS[3])[:200]
     assert best_of(lambda: tiny.encode(text)) < 1e-3
-    assert best_of(lambda: tiny.delta_ids(text)) < 1e-4  # remembered
+    assert best_of(lambda: tiny.delta_ids(text)) < 1e-4  # cached
 
 
 def test_importing_it_is_light():

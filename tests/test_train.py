@@ -1,4 +1,4 @@
-"""The loop learns: a trivial environment, a fixed seed, one threshold; and its numbers are what they say they are."""
+"""The loop learns (a trivial environment, a fixed seed, one threshold), and its metrics match their definitions."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ LAYOUT = BatchLayout(num_microbatches=5, rows=8, row_length=64, max_responses=64
 
 
 class VowelEnv:
-    """Two turns; each earns half a point when the response begins with a vowel; won when both did."""
+    """Two turns. Each earns half a point if the response begins with a vowel; the episode is won with both."""
 
     def reset(self, task):
         self.score = self.turns = 0
@@ -59,7 +59,7 @@ EVERY = Rule(4)
 
 
 def run(steps: int, strength: float, mesh=None, *, rule=EVERY, tasks=tasks, first=None, trained: Any = POLICY):
-    """Trains to `steps`, from the state `first` or from scratch; with a value head it is PPO."""
+    """Trains to `steps`, from the state `first` or from scratch; with a value head this is PPO."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     config = LearnerConfig(learning_rate=3e-3, value_learning_rate=0.1)
     sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=32, slack=ROLLOUT.slack, mesh=mesh)
@@ -121,7 +121,7 @@ def test_with_a_value_head_it_learns_what_to_expect_and_a_resumed_run_goes_on_al
     trained = ValuePolicy(POLICY)
     _, unbroken, _ = run(16, 1.0, trained=trained)
     explained = [h["value/explained_variance"] for h in unbroken]
-    assert explained[0] == 0.0 == unbroken[0]["value/mean"]  # a new head says 0, of everything
+    assert explained[0] == 0.0 == unbroken[0]["value/mean"]  # a new head predicts 0 everywhere
     assert np.mean(explained[-4:]) > 0.15
     assert max(abs(h["value/mean"] - h["value/return"]) for h in unbroken[-4:]) < 0.2  # of a return of up to 1
     assert np.mean([h["rollout/return"] for h in unbroken[-3:]]) > 0.8
@@ -132,7 +132,7 @@ def test_with_a_value_head_it_learns_what_to_expect_and_a_resumed_run_goes_on_al
 
 
 def test_rounds_are_played_until_enough_groups_differ_and_a_resumed_run_plays_the_same():
-    # one in 25 is won at first, so that some step needs more rounds than one; of step 2 nothing can be learnt
+    # 1 in 25 episodes is won at first, so some step needs more than one round; step 2 has nothing to learn from
     rule = Rule(2, max_rounds=3, outcome=lambda t: t.task.task_type == "vowel" and t.success)
     asked = []
 
@@ -150,7 +150,7 @@ def test_rounds_are_played_until_enough_groups_differ_and_a_resumed_run_plays_th
         assert groups + filtered + surplus == 4 * h["selection/rounds"]
         assert groups == 2 or h["selection/rounds"] == 3
         assert h["learner/skipped"] == (groups == 0)
-        assert np.isfinite(h["rollout/success"])  # of all that was played, chosen or not
+        assert np.isfinite(h["rollout/success"])  # over all played episodes, selected or not
     assert rest[0]["selection/groups"] == 0
     _, unbroken, _ = run(4, 1.0, rule=rule, tasks=drawn)
     same = lambda a, b: a == b or (np.isnan(a) and np.isnan(b))

@@ -1,4 +1,4 @@
-"""What pyproject.toml promises of versions, and how the scripts choose a Python."""
+"""The version ranges of pyproject.toml, and the choice of a Python by the scripts."""
 
 import subprocess
 import tomllib
@@ -36,7 +36,7 @@ def test_each_python_has_one_pin_of_each_dependency_within_its_bounds(python: st
 
 
 def test_no_dependency_has_an_upper_bound():
-    """A release that breaks this is left out by its number; all others are let in, so that the library is no burden."""
+    """Only releases known to break are excluded, by number. All others are allowed, so that installing stays easy."""
     extras = [Requirement(each) for extra in PROJECT["optional-dependencies"].values() for each in extra]
     assert {one.operator for need in (*DEPENDENCIES, *extras) for one in need.specifier} <= {">=", "!="}
 
@@ -50,7 +50,7 @@ def test_deprecations_in_our_own_code_are_errors_and_those_of_others_are_not():
 
 
 def fake_python(folder: Path, name: str, version: str) -> Path:
-    """A program that answers as a Python of this version does, and makes a `venv` that says by whom it was made."""
+    """A program that answers like a Python of this version; its `venv` records which program created it."""
     minor = version.removeprefix("3.")
     program = folder / name
     folder.mkdir(parents=True, exist_ok=True)

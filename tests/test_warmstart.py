@@ -1,4 +1,4 @@
-"""Demonstrations have the ids of a policy's episodes; batches are a function of seed and pass."""
+"""Demonstrations have the same ids as a policy's episodes; batches are a function of seed and pass."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_demonstrations_that_are_too_long_are_cut_only_where_none_fits(caplog):
 
     short, long, longest = episode(3, 2), episode(3, 9), episode(10, 2)
     assert fitting([long, short, longest], 8) == [short] and not caplog.records
-    (cut,) = fitting([long, longest], 8)  # of the last not even the first turn fits
+    (cut,) = fitting([long, longest], 8)  # not even the first turn of the last fits
     assert (cut.turns, cut.ending, cut.success) == (long.turns[:1], Ending.TRUNCATED, True)
     assert "all 2 demonstrations are longer than rollout.context_tokens = 8 (the shortest has 14" in caplog.text
     assert fitting([], 8) == []

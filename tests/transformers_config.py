@@ -1,4 +1,4 @@
-"""A config.json in the eyes of transformers, whose config classes load without torch."""
+"""A config.json as transformers reads it. Its config classes load without torch."""
 
 import copy
 from typing import Any
@@ -9,14 +9,14 @@ from aem_jax.models import RopeScaling
 
 
 def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
-    """What transformers' decoder computes with; raises what it raises, or where the decoder has another form."""
+    """The values that transformers' decoder uses. Raises transformers' errors, and for decoders of another form."""
     config = CONFIG_MAPPING[theirs["model_type"]].from_dict(copy.deepcopy(theirs))
-    config.standardize_rope_params()  # once more, as the rotary embedding does when the fields beside it are set
+    config.standardize_rope_params()  # again, as in the rotary embedding, now that the other fields are set
     rope = config.rope_parameters
     assert rope["rope_type"] in ("default", "llama3") and rope.get("partial_rotary_factor", 1) == 1
     assert set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     assert config.hidden_act in ("silu", "swish")
-    is_qwen2 = config.model_type == "qwen2"  # whose decoder reads neither
+    is_qwen2 = config.model_type == "qwen2"  # its decoder reads neither
     assert is_qwen2 or not (config.attention_bias or getattr(config, "mlp_bias", False))
     scaling = None
     if rope["rope_type"] == "llama3":

@@ -46,7 +46,7 @@ def test_min_range_zero_with_equal_entropies():
 
 
 def test_one_response_groups_all_masked_groups_and_empty_groups():
-    # Group 4: one response. Group 1: both masked. Groups 0, 2: nobody. Group 3, unsorted: rows 1 and 4.
+    # Group 4: one response. Group 1: both masked. Groups 0, 2: empty. Group 3, unsorted: rows 1 and 4.
     alpha = aem_coefficients(
         jnp.array([5.0, 1.0, 0.0, 3.0, 2.0]),
         jnp.array([4, 3, 1, 1, 3]),
@@ -89,7 +89,7 @@ def test_no_gradient_through_the_coefficient():
         jax.grad(lambda s: aem_coefficients(entropy, groups, 1, strength=s)[0])(1.0),
         0.0,
     )
-    # … but through the advantages that it scales, with α as a constant factor, and NaN-free beside empty responses.
+    # … except through the scaled advantages, with α as a constant factor, and without NaN next to empty responses.
     mask = jnp.array([[True], [True], [False]])
     gradient_of = jax.grad(lambda a, h: (aem_scale(a, h, mask, groups, 1) ** 2).sum() / 2, argnums=(0, 1))
     by_advantage, by_entropy = gradient_of(jnp.ones(3), entropy[:, None])
@@ -125,7 +125,7 @@ def test_vmap_equals_a_loop():
 
 
 def whole_credit(entropy, response_ids, response_trajectory, returns, groups):
-    """Everything between a batch and its token advantages."""
+    """All steps from a batch to its token advantages."""
     base = over_trajectories(grpo, returns, groups, 3, response_trajectory)
     alpha = aem_coefficients(response_entropy(entropy, response_ids, 24), groups[response_trajectory], 3)
     return token_advantages(alpha * base, response_ids)
@@ -152,12 +152,12 @@ def test_jit_and_a_batch_sharded_over_8_devices_equal_eager():
 
 
 def test_statistics_golden():
-    # Group 0: H̄ = 0, 1: α = 1.4621172, 0.5378828. Group 1: range 0.05, α = 1, 1. Group 2: nobody. Last row masked.
+    # Group 0: H̄ = 0, 1: α = 1.4621172, 0.5378828. Group 1: range 0.05, α = 1, 1. Group 2: empty. Last row masked.
     entropy, groups = jnp.array([0.0, 1.0, 0.5, 0.55, 9.0]), jnp.array([0, 0, 1, 1, 0])
     valid, advantages = jnp.array([True, True, True, True, False]), jnp.array([1.0, -1.0, 2.0, 0.0, -5.0])
     alpha = aem_coefficients(entropy, groups, 3, valid=valid)
     statistics = coefficient_statistics(alpha, advantages, entropy, groups, 3, valid=valid)
-    # Positive: (1.4621172 + 1)/2; negative: row 1 alone; one of the two groups present is at the rule.
+    # Positive: (1.4621172 + 1)/2; negative: row 1 alone; one of the two non-empty groups has α = 1 by the rule.
     np.testing.assert_allclose(statistics, [1.2310586, 0.5378828, 0.5378828, 1.4621172, 0.5], rtol=1e-6)
     nobody = coefficient_statistics(alpha, advantages, entropy, groups, 3, valid=jnp.zeros(5, bool))
     assert all(np.isnan(value) for value in nobody)

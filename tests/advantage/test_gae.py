@@ -1,4 +1,4 @@
-"""GAE by hand, against a slow loop in float64, and reduced to what it is made of."""
+"""GAE by hand, against a slow loop in float64, and in its special cases."""
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def random_experience(seed: int) -> Experience:
 
 
 def slow(e: Experience, gamma: float, lam: float) -> np.ndarray:
-    """The definition: for each response the sum of all later δ, discounted. An empty response is one of δ 0."""
+    """The definition: for each response the discounted sum of all later δ. An empty response has δ = 0."""
     assert e.response_values is not None
     found = np.zeros(len(e.response_rewards))
     used = e.response_anchor >= 0
@@ -148,7 +148,7 @@ def test_explained_variance_golden():
     # R = 0, 2, 4 (variance 8/3; the last row does not count)
     returns, valid = np.array([0.0, 2.0, 4.0, 99.0]), np.array([True, True, True, False])
     score = lambda *values: float(explained_variance(np.array([*values, NAN]), returns, valid))
-    assert score(0.0, 2.0, 4.0) == 1.0 and score(5.0, 7.0, 9.0) == 1.0  # a constant error is the mean's, not variance
+    assert score(0.0, 2.0, 4.0) == 1.0 and score(5.0, 7.0, 9.0) == 1.0  # a constant error adds no variance
     assert score(3.0, 3.0, 3.0) == 0.0
     assert score(4.0, 2.0, 0.0) == pytest.approx(-3.0)  # R − V = −4, 0, 4: 32/3
     assert np.isnan(float(explained_variance(np.ones(2), np.ones(2), np.ones(2, bool))))
@@ -172,7 +172,7 @@ def test_whitening_is_of_those_that_take_part():
     tokens = np.where(part, e.response_tokens, 0).astype(np.float32)
     raw = np.asarray(gae_advantages(e, 2, gae_lambda=0.9))
     np.testing.assert_array_equal(gae(e, 2, gae_lambda=0.9), whiten(raw, tokens))
-    # an episode of which nothing is packed has no values: it moves no statistics
+    # an episode without packed tokens has no values and does not change the statistics
     gone = e._replace(response_values=np.where(e.response_trajectory == 0, NAN, e.response_values).astype(np.float32))
     others = np.where(e.response_trajectory == 0, 0, tokens)
     np.testing.assert_allclose(gae(gone, 2, gae_lambda=0.9), whiten(np.where(others > 0, raw, 0), others), rtol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 
 from aem_jax.advantage import Experience, dr_grpo, gigpo, grpo, of_returns, over_trajectories, over_turns, rloo
 
-# One group. Trajectory 0 comes back to where it began (rewards 0, 4), 1 goes elsewhere (0, 0), 2 stays (2).
+# One group. Trajectory 0 returns to its first state (rewards 0, 4), 1 leaves it (0, 0), 2 stays (2).
 # All begin at observation 0; response 3 answers another one, alone. Trajectory 3 is masked, and the last row padding.
 TABLE = Experience(
     returns=np.array([4, 0, 2, 9], np.float32),
@@ -38,7 +38,7 @@ def test_scaled_golden():
 
 
 def random_experience(seed: int) -> Experience:
-    """Two groups of three trajectories of three turns, which meet four states each."""
+    """Two groups of three trajectories of three turns; each group has up to four states."""
     rng = np.random.default_rng(seed)
     trajectory = np.repeat(np.arange(6), 3).astype(np.int32)
     rewards, state = rng.normal(size=18).astype(np.float32), rng.integers(0, 4, 18)
@@ -96,7 +96,7 @@ def test_without_shared_states_it_is_the_episode_s_advantage(estimator):
 
 
 def test_the_same_way_to_the_end_has_no_advantage():
-    # Two episodes meet at a state three turns before a reward of 9.7, one after a turn and one after two.
+    # Two episodes share a state three turns before a reward of 9.7, one after one turn and one after two.
     trajectory, turn = np.repeat([0, 1], [4, 5]).astype(np.int32), np.array([0, 1, 2, 3, 0, 1, 2, 3, 4], np.int32)
     rewards = np.array([0, 0, 0, 9.7, 0, 0, 0, 0, 9.7], np.float32)
     anchors = np.array([0, 1, 2, 3, 4, 5, 1, 2, 3], np.int32)

@@ -1,4 +1,4 @@
-"""`import aem_jax.advantage` is meant for other people's trainers: it must bring jax and nothing else."""
+"""`import aem_jax.advantage` is meant for other trainers and must load only jax."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""REINFORCE++ by hand, against slow loops in float64, and reduced to what it is made of."""
+"""REINFORCE++ by hand, against slow loops in float64, and in its special cases."""
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +158,7 @@ def test_who_takes_no_part_changes_nothing():
 
 
 def test_an_empty_response_passes_its_reward_on():
-    # Turn 2 of trajectory 0 has no token: it has no advantage, but what it earned counts for turns 0 and 1.
+    # Turn 2 of trajectory 0 has no token: it has no advantage, but its reward counts for turns 0 and 1.
     silent = TABLE._replace(response_valid=np.array([False] + [True] * 6 + [False]))
     found = reinforce_plus_plus(silent, 2, gamma=0.5, whiten_by=by_response, eps=0.0)
     # G = 3, 2, 2, 2, 1: μ = 2, σ² = 2/5

@@ -12,7 +12,7 @@ from aem_jax.advantage import response_entropy, token_statistics
 
 def test_token_statistics_golden():
     # π = (1/2, 1/4, 1/4): H = ½ ln 2 + ½ ln 4 = 1.5 ln 2 = 1.0397208; log π(1) = −2 ln 2 = −1.3862944.
-    # π uniform over 4: H = ln 4 = 1.3862944, and so is the surprisal of anything.
+    # π uniform over 4: H = ln 4 = 1.3862944, and every surprisal is equal to H.
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25]])) + 3.0
     logprobs, entropies = token_statistics(logits, jnp.array([1, 3]))
     np.testing.assert_allclose(logprobs, [-1.3862944, -1.3862944], rtol=1e-6)
@@ -29,7 +29,7 @@ def test_ruled_out_tokens_leave_entropy_and_gradient_finite():
 
 
 def test_entropy_is_never_negative_and_survives_large_logits():
-    # A policy that is almost certain, around a large common offset.
+    # An almost deterministic policy with a large common offset.
     logits = jnp.array([[1e4, 1e4 - 30.0, 0.0], [-1e4, -1e4, -1e4]])
     _, entropies = token_statistics(logits, jnp.array([0, 0]))
     assert 0.0 <= entropies[0] < 1e-10

@@ -58,7 +58,7 @@ def test_of_two_tokens_it_is_the_sum_over_all_first_tokens():
     found = draws(ids, 2)
     for values in (found.surprisal, found.predictable):
         assert abs(values.mean() - exact) < 4 * values.std() / DRAWS**0.5
-    assert found.predictable.std() < found.surprisal.std()  # less noise, as its docstring says
+    assert found.predictable.std() < found.surprisal.std()  # less noise, as in its docstring
     assert set(np.unique(found.tokens)) <= {1, 2}
 
 

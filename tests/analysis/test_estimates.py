@@ -50,7 +50,7 @@ def entropy(logits: np.ndarray) -> float:
 def test_the_drift_is_that_of_a_natural_gradient_step_on_a_softmax(action, advantage):
     logits = np.array([1.0, 0.3, -0.5, 0.1])
     policy = np.exp(logits) / np.exp(logits).sum()
-    # F = diag(pi) - pi pi^T maps e_a / pi(a) to e_a - pi, the gradient of log pi(a): that is the natural gradient
+    # F = diag(pi) - pi pi^T maps e_a / pi(a) to e_a - pi, the gradient of log pi(a): the former is the natural gradient
     fisher = np.diag(policy) - np.outer(policy, policy)
     direction = np.eye(4)[action] / policy[action]
     np.testing.assert_allclose(fisher @ direction, np.eye(4)[action] - policy, atol=1e-12)
@@ -63,7 +63,7 @@ def test_the_drift_is_that_of_a_natural_gradient_step_on_a_softmax(action, advan
 
 
 def test_restricted_to_one_sign_of_advantage_times_alpha_less_one_entropy_goes_one_way():
-    # The exact drift of a softmax, summed over responses whose alpha falls with their surprisal, as the paper has it.
+    # The exact drift of a softmax, summed over responses whose alpha decreases with their surprisal, as in the paper.
     logits = np.array([2.0, 0.5, 0.0, -1.0])
     policy = np.exp(logits) / np.exp(logits).sum()
     relative = -np.log(policy) - entropy(logits)
@@ -95,7 +95,7 @@ def test_whose_entropy_by_hand():
     found = whose_entropy(drawn)
     assert found["between"]["value"] == pytest.approx(4 / 4.5)
     assert found["inside"]["value"] == pytest.approx(2 / np.sqrt(5))
-    # a response of one uncertain token: its entropy is known before it is sampled
+    # a response of one uncertain token: its entropy does not depend on the sample
     one = Draws(np.array([[0.1, 2.3], [0.7, 0.7]]), np.array([[0.3, 0.3], [0.7, 0.7]]), np.ones((2, 2), int))
     assert whose_entropy(one)["between"]["value"] == 1.0 and np.isnan(whose_entropy(one)["inside"]["value"])
 

@@ -1,4 +1,4 @@
-"""What AEM costs in a step of the 1.5B preset, counted from the compiled program."""
+"""The cost of AEM in a step of the 1.5B preset, counted from the compiled program."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ GROUPS = 16
 
 
 def all_of_aem(token_entropy, response_ids, base, groups, valid):
-    """Everything that a step has because of AEM; the last broadcast to tokens a step without it has, too."""
+    """All work that AEM adds to a step. The last broadcast to tokens also occurs in a step without AEM."""
     entropies = response_entropy(token_entropy, response_ids, base.shape[0])
     alpha = aem_coefficients(entropies, groups, GROUPS, valid=valid)
     statistics = coefficient_statistics(alpha, base, entropies, groups, GROUPS, valid=valid)
@@ -25,10 +25,10 @@ def all_of_aem(token_entropy, response_ids, base, groups, valid):
 
 
 def test_aem_is_at_most_a_thousandth_of_a_step_of_the_large_preset():
-    """Of the largest update, 128 x 50 responses in 400 microbatches of 16 x 2560: 0.006 % of its bytes, 1e-7 % of its
-    FLOPs.
+    """AEM takes 0.006 % of the bytes and 1e-7 % of the FLOPs of the largest update.
 
-    The update's are the closed forms', which tests of plans hold against compiled programs.
+    That update has 128 x 50 responses in 400 microbatches of 16 x 2560. Its costs come from the closed forms, which
+    the tests of plans compare with compiled programs.
     """
     work = workload(read_preset("alfworld-qwen2.5-1.5b"))
     layout = work.layout
@@ -38,7 +38,7 @@ def test_aem_is_at_most_a_thousandth_of_a_step_of_the_large_preset():
     assert responses == 128 * 50
     tables = struct(jnp.float32, responses), struct(jnp.int32, responses), struct(jnp.bool_, responses)
     compiled = jax.jit(all_of_aem).lower(struct(jnp.float32, *shape), struct(jnp.int32, *shape), *tables).compile()
-    # matrix products are all that `costs` counts of FLOPs, and here is none: XLA's own count has everything
+    # `costs` counts only the FLOPs of matrix products, and there are none here: XLA's own count is complete
     counted: Any = compiled.cost_analysis()
     flops, bytes_moved = counted["flops"], costs(parse(compiled.as_text() or "")).bytes
     update = learn_costs(work, MeshConfig(1, 1, 1), learn_flops(work))

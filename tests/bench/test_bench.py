@@ -1,4 +1,4 @@
-"""Benchmarks measure what they say and end in one JSON line. Their numbers are nobody's test."""
+"""Benchmarks measure the stated quantities and end in one JSON line. No test checks their numbers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ ROLLOUT = ["--rollout.groups-per-step", "3", "--rollout.num-slots", "4", "--roll
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch):
-    """A model that compiles quickly; what a copy and a product of this size take says nothing, but quickly."""
+    """A model that compiles quickly. Its copies and products are too small to be meaningful, but fast."""
     monkeypatch.setitem(CONFIGS, "tiny", ModelConfig(64, 16, 32, 1, 2, 1, 8))
     monkeypatch.setattr("aem_jax.bench.ceilings.SIZES", {"cpu": Sizes(2**20, 64)})
     ceilings.cache_clear()
@@ -85,7 +85,7 @@ Rows = Sequence[tuple[str, float, float, dict[str, str]]]
 
 
 def plane(name: str, lines: Mapping[str, Rows]) -> SimpleNamespace:
-    """As the profiler's data have it; nanoseconds."""
+    """A plane in the form of the profiler's data, in nanoseconds."""
     events = lambda rows: [SimpleNamespace(name=n, start_ns=s, end_ns=e, stats=t.items()) for n, s, e, t in rows]
     return SimpleNamespace(name=name, lines=[SimpleNamespace(name=line, events=events(lines[line])) for line in lines])
 
@@ -156,7 +156,7 @@ def test_ceilings_are_measured():
 
 
 def test_a_counted_rollout_costs_what_its_calls_cost():
-    """Two extends and decodes of three and one steps, against the programs counted one by one with those rounds."""
+    """Two extends, and decodes of three steps and one, compared with separate counts of these programs."""
     policy = Policy(ModelConfig(32, 16, 32, 1, 2, 1, 8))
     params = policy.init(jax.random.key(0))
     sampler = CountedSampler(policy, SamplingConfig(), [-1], capacity=32, slack=8)
@@ -171,7 +171,7 @@ def test_a_counted_rollout_costs_what_its_calls_cost():
     decodes = [costs(decode, rounds) for rounds in (3, 1)]
     assert found.flops == pytest.approx(2 * extend.flops + sum(each.flops for each in decodes))
     assert found.bytes == pytest.approx(2 * extend.bytes + sum(each.bytes for each in decodes))
-    # one by hand: 2 slots × 2·(layer matrices + head) FLOPs a step, and attention beside them
+    # one step by hand: 2 slots × 2·(layer matrices + head) FLOPs, plus attention
     step = 2 * 2 * (16 * (6 * 8 + 3 * 32) + 32 * 16)
     assert step < decodes[1].flops < 1.5 * step
     sampler.forget()
@@ -179,7 +179,7 @@ def test_a_counted_rollout_costs_what_its_calls_cost():
 
 
 def test_random_weights_end_a_response_by_chance():
-    """A uniform policy over 512 ids says 16 tokens in the mean, and some responses are several times as long."""
+    """A uniform policy over 512 ids samples 16 tokens on average, and some responses are several times as long."""
     chat = ByteChat(512, 16)
     assert len(chat.stop_ids) == 32
     said = np.random.default_rng(0).integers(0, 512, 100_000)

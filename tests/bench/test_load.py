@@ -1,4 +1,4 @@
-"""Under load no message is lost, and none reaches another; and if one were, it would be seen."""
+"""Under load, no message is lost or reaches another session; a lost or crossed message would be detected."""
 
 from concurrent.futures import Future
 
@@ -18,7 +18,7 @@ def test_many_sessions_of_one_server_each_hear_their_own():
 
 
 class Faulty:
-    """Sessions in this process, which answer at once; `fault` may put another answer in place of the right one."""
+    """Sessions in this process that answer immediately; `fault` may replace the right answer."""
 
     def __init__(self, sessions, fault):
         self.envs, self.fault, self.steps, self.resets = [EchoEnv() for _ in range(sessions)], fault, 0, 0
@@ -49,7 +49,7 @@ def test_every_step_is_made_and_every_episode_begun():
     pool, steps = Faulty(3, lambda step, result: result), 3 * EPISODE
     found = put_under_load(pool, 3, steps, resident=lambda: 7.0)
     assert answers(found) == (0, 0, steps) and pool.steps == steps and found.resident_mib == [7.0] * 10
-    # an answer at once leaves the first session no reason to stop: its three episodes are all there are
+    # with immediate answers the first session never pauses: it plays all three episodes
     assert pool.resets == 3
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, atomic under kill -9, clear about what went wrong, and never the worse for it."""
+"""Checkpoints are exact and atomic under kill -9. Errors are clear and harm no checkpoint."""
 
 import logging
 import os
@@ -85,7 +85,7 @@ def test_the_last_the_best_and_the_first_are_kept(tmp_path):
         assert checkpoints.steps == [0, 2, 5, 6]
         assert checkpoints.best == 2
         assert_equal(checkpoints.restore(ABSTRACT, step=2), state_of(2))
-    with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:  # as a resumed run sees and goes on with it
+    with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:  # as in a resumed run
         assert checkpoints.steps == [0, 2, 5, 6] and checkpoints.best == 2
         for step, score in ((7, 0.1), (8, 0.95), (9, 0.0), (10, 0.0)):
             checkpoints.save(step, state_of(step), score=score)
@@ -132,7 +132,7 @@ def test_an_unreadable_checkpoint_is_put_aside_for_the_one_before(tmp_path, dama
         for step in (1, 2):
             checkpoints.save(step, state_of(step), extra={"step": step})
     damage(tmp_path / "2")
-    reader = Checkpoints(tmp_path)  # leaves it where it is
+    reader = Checkpoints(tmp_path)  # a reader does not move it
     assert_equal(reader.restore(ABSTRACT), state_of(1))
     assert reader.steps == [1, 2] and "checkpoint of step 2 cannot be read, step 1 is taken" in caplog.text
     with Checkpoints(tmp_path) as checkpoints:
@@ -147,7 +147,7 @@ def test_an_unreadable_checkpoint_is_put_aside_for_the_one_before(tmp_path, dama
 
 
 def replace_state(folder):
-    """Another step's arrays, which are whole in themselves."""
+    """Replaces the arrays by those of another step, which are intact."""
     shutil.rmtree(folder / "2" / "state")
     shutil.copytree(folder / "1" / "state", folder / "2" / "state")
 
@@ -199,7 +199,7 @@ def test_a_checkpoint_of_another_run_is_left_out(tmp_path, caplog):
     letters[12] ^= 1
     identity.write_bytes(letters)  # damage to this file must not cost the run its checkpoints
     assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(2))
-    identity.unlink()  # as in a folder of an earlier version
+    identity.unlink()  # like a folder of an earlier version
     assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(2))
 
 
@@ -345,7 +345,7 @@ def test_a_write_that_fails_in_the_background_leaves_the_last_good_checkpoint(tm
     assert checkpoints.steps == [1]
     assert not list(tmp_path.glob("*tmp*"))
     assert_equal(checkpoints.restore(abstract), big(1))
-    checkpoints.save(3, big(3))  # and it goes on when there is room again
+    checkpoints.save(3, big(3))  # saving works again when there is space
     assert_equal(checkpoints.restore(abstract), big(3))
     checkpoints.close()
 

@@ -1,4 +1,4 @@
-"""Checksums of arrays: the same on every mesh, another for every bit that changes."""
+"""Checksums of arrays are equal on every mesh and change with every bit."""
 
 import jax
 import jax.numpy as jnp

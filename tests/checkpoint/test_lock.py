@@ -1,4 +1,4 @@
-"""The lock of a folder: one holder, known by name; free after a crash; decided between machines by what moves."""
+"""The lock of a folder: one named holder, free after a crash, decided between machines by changes of the lock file."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ def short(monkeypatch: pytest.MonkeyPatch):
 
 
 def elsewhere(path: Path) -> None:
-    """Leaves what a process on another machine writes into its lock."""
+    """Writes the lock's content as a process on another machine would."""
     path.write_text(json.dumps({"pid": 7, "host": "node3", "since": "noon", "machine": "another", "token": "x"}))
 
 
@@ -59,7 +59,7 @@ def test_a_process_that_is_killed_leaves_it_free_at_once(tmp_path: Path, user_en
         os.kill(process.pid, signal.SIGKILL)
     watched: list[str] = []
     FolderLock(tmp_path / "lock", watched.append).release()
-    assert not watched  # the kernel of this machine is certain
+    assert not watched  # the kernel's lock is certain on this machine
 
 
 def test_a_holder_on_another_machine_is_watched(tmp_path: Path):
@@ -79,7 +79,7 @@ def test_a_holder_on_another_machine_is_watched(tmp_path: Path):
         ended.set()
         thread.join()
     assert watched == ["process 7 on node3 (since noon)"]
-    FolderLock(path).release()  # nothing moves any more
+    FolderLock(path).release()  # the file no longer changes
 
 
 def test_the_holder_keeps_the_file_moving(tmp_path: Path):
@@ -110,4 +110,4 @@ def test_who_has_lost_it_is_told(tmp_path: Path):
     with pytest.raises(LockedError, match="process 7 on node3"):
         held.check()
     held.release()
-    assert "node3" in (tmp_path / "lock").read_text()  # it is not ours to empty
+    assert "node3" in (tmp_path / "lock").read_text()  # the lock of another holder is not emptied

@@ -113,7 +113,7 @@ def test_numbers_out_of_range_are_refused(field, value):
 
 
 def episodes(context: str) -> list[Trajectory]:
-    """Three groups of four, whose turns meet a few observations again and again; one episode was broken."""
+    """Three groups of four. A few observations repeat in their turns; one episode is broken."""
     rng, found = np.random.default_rng(0), []
     for n in range(12):
         turns = []

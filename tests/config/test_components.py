@@ -1,4 +1,4 @@
-"""Names become functions, numbers become sizes, and contradictions are found before anything starts."""
+"""Names become functions and numbers become sizes. Contradictions are found before the run starts."""
 
 import dataclasses
 import typing
@@ -49,7 +49,7 @@ def test_the_constant_length_is_what_an_episode_may_say():
     assert components.learner(preset).constant_length == 160
     short = apply(preset, split(["--rollout.context-tokens", "150"])[1])
     assert components.learner(short).constant_length == 150
-    windowed = apply(short, split(["--rollout.context", "window"])[1])  # each turn has a context of its own
+    windowed = apply(short, split(["--rollout.context", "window"])[1])  # each turn has its own context
     assert components.learner(windowed).constant_length == 160
     given = apply(preset, split(["--learner.constant-length", "7"])[1])
     assert components.learner(given) == given.learner and given.learner.constant_length == 7

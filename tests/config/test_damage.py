@@ -1,4 +1,4 @@
-"""Presets, saved configs and task files damaged at random: one line, or a value that was read; never another error."""
+"""Random damage to presets, saved configs and task files gives a one-line error or a value, no other error."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What decides a run stands in the run: changed inputs are named, moved ones are the same, old runs go on."""
+"""A run records its inputs: changed inputs are named, moved ones count as equal, older runs can be resumed."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ TINY = ModelConfig(64, 8, 8, 1, 1, 1, 8)
 
 
 def openenv(folder: Path) -> RunConfig:
-    """A run of an environment in a file, with files of tasks."""
+    """A run with an environment in a file and task files."""
     for name in ("tasks", "held-out"):
         (folder / f"{name}.jsonl").write_text('{"seed": 1}\n')
     (folder / "env.py").write_text("class Env: pass\n")
@@ -127,7 +127,7 @@ def test_the_run_s_own_files_are_those_that_it_wrote(run: Path, tmp_path: Path, 
     with pytest.raises(ConfigError, match=f"{run / name}: expected the file as the run wrote it, got another content"):
         saved.load(run)
     (run / name).write_text(whole)
-    saved.save(replace(config, train=replace(config.train, num_steps=7)), run, begun=True)  # which is no damage
+    saved.save(replace(config, train=replace(config.train, num_steps=7)), run, begun=True)  # not damage
     assert saved.load(run).train.num_steps == 7
     (run / name).unlink()
     with pytest.raises(ConfigError, match="no run in" if name == "config.json" else "as the run wrote it, got none"):

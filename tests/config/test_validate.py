@@ -1,4 +1,4 @@
-"""Presets hold together, and contradictions are found before anything starts."""
+"""Presets are consistent, and contradictions are found before the run starts."""
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_contradictions_name_their_fields(words: list[str], message: str, monkey
 
 @pytest.mark.parametrize("name", ["weights", "cache"])
 def test_a_sampler_in_int8_is_corrected_for_or_not(name: str):
-    """One rule for both: the weight may be left out, its gap is measured anyhow."""
+    """One rule for both: the importance weight is optional, and the gap is measured in any case."""
     words = [f"--sampling.{name}", "int8"]
     for more in ([], ["--learner.importance-cap", "2"]):
         validate.check(apply(read_preset(DEFAULT), split([*words, *more])[1]))

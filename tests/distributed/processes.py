@@ -1,4 +1,4 @@
-"""Starts processes that are to be one run."""
+"""Starts the processes of one run."""
 
 import socket
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on as of now."""
+    """A port of this host that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -25,7 +25,7 @@ def start(words: Sequence[str], environment: dict[str, str]) -> subprocess.Popen
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], statuses: Sequence[int], timeout_s: float = 500) -> list[str]:
-    """What each said until it ended, which it must with its status; none is left behind."""
+    """The output of each process. Each must end with its expected status, and none is left running."""
     deadline, said = time.monotonic() + timeout_s, []
     try:
         for process in processes:

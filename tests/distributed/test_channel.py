@@ -40,7 +40,7 @@ class Ends:
 
     def cut(self, index: int) -> None:
         """Closes the connections without a message, as a kill does."""
-        self.channels[index]._closed.set()  # its threads live on here, and would name who closes first on their side
+        self.channels[index]._closed.set()  # else its threads, alive in this process, name a peer
         for peer in self.peers[index].values():
             peer._connection.shutdown(socket.SHUT_RDWR)
 
@@ -51,7 +51,7 @@ def test_all_hear_what_each_says():
         assert ends.each(ControlChannel.gather, said) == [said] * 3
     assert ends.each(ControlChannel.close) == [None] * 3
     time.sleep(0.1)
-    assert all(found.empty() for found in ends.failures)  # who leaves with the others is no failure
+    assert all(found.empty() for found in ends.failures)  # closing together is not a failure
 
 
 @pytest.mark.parametrize("gone", [0, 1])

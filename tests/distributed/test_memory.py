@@ -1,4 +1,4 @@
-"""Freed memory is kept: a computation that needs large temporary buffers faults no pages in once it is warm."""
+"""Freed memory is kept: a warm computation with large temporary buffers causes no page faults."""
 
 import ctypes
 import subprocess
@@ -28,13 +28,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 @pytest.mark.slow
 def test_warm_computations_fault_no_pages_in(user_environment):
-    environment = {**user_environment, "XLA_FLAGS": ""}  # it computes more than it compiles
+    environment = {**user_environment, "XLA_FLAGS": ""}  # computing takes longer than compiling here
 
     def faults(mode: str) -> int:
         command = [sys.executable, "-c", PROGRAM, mode]
         return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
-    # ten calls of two buffers of 16 MiB are 81,920 pages of 4 KiB; where pages are larger there is nothing to save
+    # ten calls with two buffers of 16 MiB are 81,920 pages of 4 KiB; with larger pages there is nothing to save
     given_back = faults("give back")
     if given_back < 40_000:
         pytest.skip(f"this machine faults {given_back} pages in anyhow")

@@ -1,4 +1,4 @@
-"""What a run of one process is spared, and how things are dealt to several."""
+"""A single process encodes nothing, and items are split evenly over several processes."""
 
 import pytest
 

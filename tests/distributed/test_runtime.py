@@ -1,4 +1,4 @@
-"""The machine is set up before the first computation, or says why it cannot be."""
+"""The machine is set up before the first computation, or an error explains why it cannot be."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, in processes of their own."""
+"""Ctrl-C and SIGTERM, each in a separate process."""
 
 import os
 import signal

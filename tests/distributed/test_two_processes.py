@@ -1,4 +1,4 @@
-"""Two processes of four devices each do what one process of eight does."""
+"""Two processes with four devices each give the results of one process with eight."""
 
 import json
 from pathlib import Path

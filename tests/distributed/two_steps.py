@@ -1,6 +1,6 @@
-"""Two training steps on all devices there are, as part of a run of several processes or as one.
+"""Two training steps on all available devices, in one process or as one of several.
 
-As a script: `two_steps.py INDEX COUNT COORDINATOR OUT` is one process of such a run and writes what it saw.
+As a script: `two_steps.py INDEX COUNT COORDINATOR OUT` is one process of such a run and writes its results.
 """
 
 import json
@@ -103,9 +103,9 @@ def main(index: int, count: int, coordinator: str, out: Path) -> None:
     )
     set_up(runtime)
     with open_process_group(runtime) as processes:
-        # process 1's calls 4 and 9 fail: what was lost begins again, and nothing else changes
+        # process 1's calls 4 and 9 fail: the lost episodes start again, and nothing else changes
         split = two_steps(make_mesh(MeshConfig()), processes, lambda _, call: index == 1 and call in (4, 9))
-        # heads on a tensor axis that goes from one process to the other
+        # heads on a tensor axis that spans both processes
         mixed = np.reshape(jax.devices(), (count, -1)).T.ravel().tolist()
         across = two_steps(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), mixed), processes)
     out.write_text(json.dumps({"split": split, "across": across}))

@@ -1,4 +1,4 @@
-"""A doctor that finds what is broken on purpose, says what to do about it, and goes on to the next check."""
+"""The doctor finds deliberate faults, gives advice for each, and continues with the next check."""
 
 import contextlib
 import importlib
@@ -41,14 +41,14 @@ WELL = Finding(True, "all is well")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch):
-    """A model that compiles quickly; the same in all tests, which share its programs, and this process."""
+    """A model that compiles quickly; all tests share it, its programs and this process."""
     monkeypatch.setattr(parent, "findings", child.examine_all)
     monkeypatch.setitem(CONFIGS, "tiny", ModelConfig(64, 16, 32, 1, 2, 1, 8, qkv_bias=True))
 
 
 @pytest.fixture
 def own_programs():
-    """None of those that other tests compiled, and none for them."""
+    """Uses no programs compiled by other tests, and leaves none to them."""
     caches = (episodes.random_params, episodes.make_sampler, parity._learner)
     for each in caches:
         each.cache_clear()
@@ -152,7 +152,7 @@ def test_a_platform_that_fails_is_a_fault_and_the_cpu_goes_on(stubbed, monkeypat
     assert run("versions", "devices", "greedy") == 1
     out = capsys.readouterr().out
     assert "✗ devices" in out and "no cuBLAS; all else is done on the CPU" in out and "✓ greedy" in out
-    assert run("devices", "--runtime.platform", "cuda") == 2  # by name: a mistake in the command
+    assert run("devices", "--runtime.platform", "cuda") == 2  # named explicitly: a mistake in the command
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
@@ -174,7 +174,7 @@ def test_numbers_that_are_not_finite_make_json_all_the_same():
     assert Finding(**line).facts == {"gap": "nan", "all": ["1.0", "inf"]}
 
 
-# The process of its own. Each script is a child with one check replaced.
+# The separate process. Each script is a child with one check replaced.
 
 CHILD = """
 import os, signal, sys, time
@@ -195,7 +195,7 @@ FINDINGS = parent.findings
 
 
 def test_a_check_that_takes_its_process_along_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """It crashes, or hangs; the next is done in another process. What a library prints is not taken for a finding."""
+    """The check crashes or hangs; the next one runs in another process. Output of a library is not a finding."""
     hanging = tmp_path / "hanging"
     crash = "machine.memory = lambda config: (print('chatter', flush=True), os.abort())"
     hang = f"machine.disk = lambda config: (os.symlink(str(os.getpid()), {str(hanging)!r}), time.sleep(600))"
@@ -203,7 +203,7 @@ def test_a_check_that_takes_its_process_along_is_a_fault(tmp_path: Path, monkeyp
     now = 0.0
 
     def clock() -> float:
-        """Stands still, but for the time in which that process hangs: there each look is later than any limit."""
+        """Stands still, except while that process hangs: then each call returns a time beyond any limit."""
         nonlocal now
         if hanging.is_symlink():
             with contextlib.suppress(ProcessLookupError):
@@ -223,7 +223,7 @@ def test_a_check_that_takes_its_process_along_is_a_fault(tmp_path: Path, monkeyp
 def test_a_signal_does_not_wait_for_a_compilation(
     number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    """A run that is told to stop amid a check writes what it has, and leaves no process behind."""
+    """A run stopped by a signal during a check writes its results so far and leaves no process behind."""
     noted, stops = tmp_path / "pid", threading.Event()
     hangs = f"open({str(noted)!r}, 'w').write(str(os.getpid()) + '.'), time.sleep(600)"
     children(tmp_path, monkeypatch, f"machine.memory = lambda config: ({hangs})")
@@ -234,7 +234,7 @@ def test_a_signal_does_not_wait_for_a_compilation(
         os.kill(os.getpid(), number)
 
     def at_work(page: Page, name: str) -> contextlib.nullcontext:
-        if name == "memory" and not stops.is_set():  # all before it has been read
+        if name == "memory" and not stops.is_set():  # all earlier results have been read
             stops.set()
             threading.Thread(target=stop, daemon=True).start()
         return contextlib.nullcontext()
@@ -295,12 +295,12 @@ def test_other_ways_of_sampling_agree(check):
 
 
 def blind(q, k, v, segment_ids):
-    """Right, but for looking into other segments of the row."""
+    """Correct, except that it attends to other segments of the row."""
     return row_attention(q, k, v, jnp.ones_like(segment_ids))
 
 
 def deaf(q, k, v, segment_ids):
-    """Right going forward, and without a gradient for the keys."""
+    """Correct in the forward pass, without a gradient for the keys."""
     return row_attention(q, jax.lax.stop_gradient(k), v, segment_ids)
 
 
@@ -367,7 +367,7 @@ def test_programs_compiled_in_later_steps_are_counted(again: bool, monkeypatch: 
 
 
 class Player:
-    """Plays without a model: all sessions at once, and those again whose server died, unless it gives up."""
+    """Plays all sessions at once without a model. Repeats those whose server died, unless it gives up."""
 
     def __init__(self, gives_up: bool) -> None:
         self._gives_up = gives_up
@@ -411,7 +411,7 @@ def test_a_server_that_does_not_start_is_a_fault(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_whole_step_is_played_and_learnt_without_compiling_again():
-    """The real trainer: what `mesh`, `recompiles` and `servers` run."""
+    """The real trainer, which `mesh`, `recompiles` and `servers` run."""
     with parity.full_precision():
         trainer = training.Trainer(CONFIG.shape, parity.one_device(), episodes.SLOTS)
         first = trainer.step(0)
@@ -419,7 +419,7 @@ def test_a_whole_step_is_played_and_learnt_without_compiling_again():
         second = trainer.step(1)
     assert compilations() == before
     assert first.stats["parity_max"] < 1e-4 and second.stats["parity_max"] < 1e-4
-    assert training.compare(first, second, "two steps").ok is False  # something happens in them
+    assert training.compare(first, second, "two steps").ok is False  # the steps have an effect
 
 
 # The machine.

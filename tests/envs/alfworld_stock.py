@@ -1,4 +1,4 @@
-"""The stock ALFWorld engine behind a pipe, for an interpreter that has alfworld and textworld; imports nothing of ours.
+"""The stock ALFWorld engine behind a pipe. Runs in an interpreter with alfworld and textworld, without aem_jax.
 
 Reads JSON lines `{"load": path}` or `{"step": command}`; answers `{observation, admissible, won, done, score}` to each.
 """

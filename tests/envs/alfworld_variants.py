@@ -1,4 +1,4 @@
-"""Game data rewritten in other wordings and other PDDL, so that nothing of one release can be built in."""
+"""Game data with other wordings and other PDDL, so that the engine cannot depend on one release."""
 
 import re
 from typing import Any
@@ -24,9 +24,9 @@ _REPLACED = {
 
 
 def first_release(data: dict[str, Any]) -> dict[str, Any]:
-    """The same game as older files tell it: `put X in/on Y`, `You arrive at loc 12`, one goes to places, not to things.
+    """The same game in the form of older files: `put X in/on Y`, `You arrive at loc 12`, "go to" takes places.
 
-    The first two receptacles come to stand at one place, so that a command can name both.
+    The first two receptacles are moved to one place, so that a command can name both.
     """
     data = dict(data)
     for key, pairs in _REPLACED.items():

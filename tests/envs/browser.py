@@ -35,7 +35,7 @@ class Tab:
         self.call("Page.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command and its result; events on the way are kept."""
+        """Sends a command and returns its result; events received meanwhile are kept."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": parameters}
         self._socket.send(json.dumps(message | ({"sessionId": self._session} if self._session else {})))
@@ -59,7 +59,7 @@ class Tab:
         self._wait()
 
     def value(self, script: str) -> Any:
-        """What a JavaScript expression comes to."""
+        """The value of a JavaScript expression."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
@@ -71,7 +71,7 @@ class Tab:
 
     @property
     def text(self) -> str:
-        """What a reader sees."""
+        """The visible text of the page."""
         return self.value("document.body.innerText")
 
     def _wait(self) -> None:
@@ -81,7 +81,7 @@ class Tab:
 
 @contextlib.contextmanager
 def chromium(folder: Path) -> Iterator[Tab]:
-    """A fresh browser, with its profile in a folder of its own."""
+    """A new browser with its profile in a separate folder."""
     command = [CHROMIUM, *_FLAGS, "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:

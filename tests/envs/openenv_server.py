@@ -1,7 +1,7 @@
 """Environments behind OpenEnv's own server, run by test_openenv as processes.
 
-`python openenv_server.py NAME PORT SESSIONS`: `command` is made up here; `textarena` and `reasoning_gym` are thin
-shells around the packages of these names, with the fields that OpenEnv's environments of these names have.
+`python openenv_server.py NAME PORT SESSIONS`: `command` is defined here; `textarena` and `reasoning_gym` are thin
+wrappers of the packages of these names, with the fields of the corresponding OpenEnv environments.
 """
 
 import sys
@@ -40,7 +40,7 @@ class QuestionObservation(Observation):
 
 
 class Counted(Environment):
-    """Counts the steps, which is all that the state of these environments says."""
+    """Counts the steps: the only content of these environments' state."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
 

@@ -1,10 +1,10 @@
-"""Records a conversation with somebody's OpenEnv server, for `test_openenv_recorded` to replay where OpenEnv is not.
+"""Records an exchange with an OpenEnv server. `test_openenv_recorded` replays it without OpenEnv.
 
     python tests/envs/record_openenv.py ws://127.0.0.1:8000 FILE --server "echo_env, openenv-core 0.3.0" \
         --field-mapping '{"action_field": "message", …}' --task '{"seed": 1}' --say hello --say "[7]"
 
-The first line of FILE says what was asked for, each further one is a request and its answer, as they were sent. Asked
-are: the state (what a pool does first), a reset, the steps, a step that no server knows, the state again, and the end.
+The first line of FILE describes the recording; each further line is a message and its answer, exactly as sent. The
+messages are: the state (a pool's first message), a reset, the steps, an unknown step, the state again, and the end.
 """
 
 import argparse
@@ -23,7 +23,7 @@ UNKNOWN_STEP = json.dumps({"type": "step", "data": {"no such field": "x"}})
 
 
 def requests(mapping: FieldMapping, task: dict, say: list[str]) -> list[str]:
-    """What is asked, in order."""
+    """The requests, in order."""
     steps = [*map(step_encoder(mapping), say), UNKNOWN_STEP]
     return [protocol.STATE_REQUEST, protocol.encode_reset(task), *steps, protocol.STATE_REQUEST, protocol.CLOSE_REQUEST]
 

@@ -1,4 +1,4 @@
-"""Servers for the tests of this folder."""
+"""Servers for the tests in this folder."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ def command(name, *options, settings=None):
 
 @contextlib.contextmanager
 def served(name, *options, settings=None, port=0):
-    """A server process; gives `host:port` and the process."""
+    """A server process; yields `host:port` and the process."""
     arguments = command(name, "--port", str(port), *options, settings=settings)
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY, text=True)
     try:
@@ -40,7 +40,7 @@ def served(name, *options, settings=None, port=0):
 
 
 def run_server(name, *options, settings=None):
-    """A server process that is expected to end by itself; gives exit status and stderr."""
+    """Runs a server process that is expected to end by itself; returns its exit status and stderr."""
     done = subprocess.run(
         command(name, *options, settings=settings), capture_output=True, cwd=REPOSITORY, text=True, timeout=60
     )
@@ -49,7 +49,7 @@ def run_server(name, *options, settings=None):
 
 @contextlib.contextmanager
 def foreign_server(reply, token=""):
-    """A server with words of its own; `reply` makes the raw answer to a message. It may want a token."""
+    """A server with custom messages; `reply` makes the raw answer to a message. It may require a token."""
 
     def admit(connection, request):
         if token and request.headers.get("Authorization") != f"Bearer {token}":

@@ -24,7 +24,7 @@ def warehouse_game() -> Game:
     return Game(warehouse.DOMAIN, warehouse.PROBLEM, warehouse.GRAMMAR, task_type="tidy")
 
 
-# A second, slow engine: every action over every tuple of objects, conditions evaluated by recursion, facts in one set.
+# A second, slow engine: each action on all tuples of objects, conditions evaluated by recursion, facts in one set.
 
 
 def holds(formula, binding: dict[str, str], facts: set, members: dict[str, list[str]]) -> bool:
@@ -166,7 +166,7 @@ def test_numbers_run_down_within_a_class() -> None:
 
 @pytest.mark.parametrize(
     ("text", "written"),
-    [  # what the stock engine's parser makes of these
+    [  # results of the stock engine's parser
         ("\nA\n x", "A\n x"),
         ("", ""),
         (" (open)", "(open)"),
@@ -310,7 +310,7 @@ def test_a_limit_truncates_and_never_terminates() -> None:
 
 def test_so_many_invalid_actions_truncate() -> None:
     environment = env(max_invalid=2)
-    for _ in range(2):  # a reset forgets those of the episode before
+    for _ in range(2):  # a reset removes those of the previous episode
         environment.reset({})
         ended = [environment.step(said).truncated for said in ("hm", "<action>survey</action>", "<action>fly</action>")]
         assert ended == [False, False, True]

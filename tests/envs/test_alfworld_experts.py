@@ -1,4 +1,4 @@
-"""The scripted experts: the oracle always wins; the searcher wins from text alone and never knows more than it saw."""
+"""The scripted experts: the oracle always wins; the searcher wins from text alone and uses only its observations."""
 
 import random
 import re
@@ -35,7 +35,7 @@ def search(player, searcher: Searcher, limit: int, show_admissible: bool = False
 
 
 def older(grammar: str) -> str:
-    """Our grammar in the words of the older data release."""
+    """Our grammar with the wording of the older data release."""
     grammar = grammar.replace('template :: "move {o} to {r}"', 'template :: "put {o} in/on {r}"')
     grammar = grammar.replace("You move the {o.name} to the {r.name}.", "You put the {o.name} in/on the {r.name}.")
     return grammar.replace("You arrive at {r.name}.", "You arrive at loc 7.")
@@ -85,7 +85,7 @@ def test_search_order_is_common_sense():
 
 
 def test_searcher_by_hand():
-    """One episode against answers written by hand, down to every command."""
+    """One episode against handwritten answers; every command is checked."""
     script = [
         (
             "You are in the middle of a room. Looking quickly around you, you see a cabinet 2, a cabinet 1, "
@@ -156,7 +156,7 @@ def test_searcher_is_deterministic_and_its_seed_varies_the_order():
 
 @pytest.mark.parametrize("show_admissible", [False, True])
 def test_both_grammars(show_admissible):
-    """In the older grammar the searcher learns `put … in/on …` from one refusal, or sees it among the commands."""
+    """In the older grammar the searcher learns `put … in/on …` from one refusal or from the list of commands."""
     for index in range(30):
         newer_steps = search(tiny_player(index), Searcher(), 40, show_admissible)
         player = tiny_player(index, grammar=older)
@@ -183,7 +183,7 @@ def test_in_grammar():
 
 
 def test_searcher_stays_on_course_among_random_moves():
-    """Half of the moves are random; what the searcher reads of them keeps it going (imitation by relabelling)."""
+    """Half of the moves are random. The searcher reads their observations and continues (imitation by relabelling)."""
     for index in range(48):
         rng = random.Random(index)
         player = tiny_player(index)

@@ -32,7 +32,7 @@ def play(game: HouseholdGame):
 
 
 def oracle_steps(game: HouseholdGame, limit: int = 30) -> int:
-    """How many steps the oracle takes; fails if it does not win."""
+    """The oracle's number of steps; fails if the oracle does not win."""
     player = play(game)
     oracle = Oracle(player.observation)
     for step in range(limit):
@@ -106,7 +106,7 @@ def test_games_are_a_pure_function_of_their_numbers():
 
 
 def test_drawing_of_games_has_not_drifted():
-    """Pins what the seeds mean: a new number here makes every recorded evaluation incomparable."""
+    """Pins the games of the seeds: a new number here makes every recorded evaluation incomparable."""
     game = draw_game(TINY, 0, "train", 7)
     assert game.signature[:12] == "a4e742fd66eb"
     assert draw_game(OFFICIAL, 0, "valid_unseen", 7).signature[:12] == "9b3afc047450"
@@ -120,7 +120,7 @@ def test_sentence_floor_and_places_vary():
     assert len({(game.floor.kind, game.floor.number) for game in games}) > 60
     assert len({game.target for game in games}) > 30
     where = Counter(place for game in games for name, place, _ in game.placements if name == game.target)
-    assert where.most_common(1)[0][1] < 0.4 * where.total()  # no one place where targets always are
+    assert where.most_common(1)[0][1] < 0.4 * where.total()  # targets are not always in one place
 
 
 @pytest.mark.parametrize("config", [OFFICIAL, TINY], ids=["official", "tiny"])
@@ -201,7 +201,7 @@ def test_bad_requests_are_refused():
 
 
 def random_walk(player, seed: int, steps: int):
-    """(command, observation, admissible, won) of a random player that likes to handle things."""
+    """(command, observation, admissible, won) of a random player that prefers to handle objects."""
     rng = random.Random(seed)
     yield None, player.observation, player.admissible, player.won
     for _ in range(steps):

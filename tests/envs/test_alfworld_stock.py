@@ -30,7 +30,7 @@ MALFORMED = ("", "LOOK", "go to nowhere 9", "take", "look now", " help ", "exami
 
 
 class Stock:
-    """The stock engine in a process of its own."""
+    """The stock engine in a separate process."""
 
     def __init__(self, python: str):
         self.process = subprocess.Popen(
@@ -82,7 +82,7 @@ def play_both(stock: Stock, path: Path, rng: random.Random, noise: float) -> Non
 
 
 def eager(options: list[str], rng: random.Random) -> str:
-    """A random command that prefers to change something over walking about."""
+    """A random command that prefers changes over moves."""
     acting = [
         command for command in options if command.split()[0] not in ("go", "look", "help", "inventory", "examine")
     ]
@@ -117,7 +117,7 @@ def test_generated_games(stock: Stock, tmp_path: Path) -> None:
 
 
 def test_a_world_with_no_word_of_alfworld(stock: Stock, tmp_path: Path) -> None:
-    # The stock engine tells of every conditional effect as if it had fired, so the lamp's text would differ there.
+    # The stock engine reports every conditional effect as if it had fired, so its text for the lamp would differ.
     data = {"pddl_domain": warehouse.DOMAIN, "pddl_problem": warehouse.PROBLEM}
     data["grammar"] = warehouse.GRAMMAR.replace("It is #lamp#.", "Click.")
     path = tmp_path / "warehouse.tw-pddl"

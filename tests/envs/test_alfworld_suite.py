@@ -1,4 +1,4 @@
-"""What a run knows of ALFWorld: its tasks, its experts, and what they say."""
+"""The task suite of ALFWorld: its tasks, its experts and their texts."""
 
 import json
 from typing import cast
@@ -26,7 +26,7 @@ def suite() -> TaskSuite:
 
 
 def rooms(tasks) -> set[str]:
-    """What games are made of, whatever they are called."""
+    """The content of games, independent of their names."""
     return {json.dumps(game_data(generated_game(task.payload)), sort_keys=True) for task in tasks}
 
 

@@ -130,7 +130,7 @@ def test_a_bad_file_among_the_good_is_named_or_left_out(games: Path, tmp_path: P
         assert {task.payload["game"] for task in source(skip_bad=True)} == {str(good), str(other)}
         (line,) = [record.getMessage() for record in caplog.records]
         assert line.startswith("1 of 3 games under") and str(named) in line
-    assert len(eval_set(TINY, "valid_seen", 1, data=tmp_path)[0]) == 1  # a bad file of another split is no matter
+    assert len(eval_set(TINY, "valid_seen", 1, data=tmp_path)[0]) == 1  # a bad file of another split is ignored
 
 
 def test_a_game_that_is_won_from_the_start_is_over_at_its_reset(games: Path):

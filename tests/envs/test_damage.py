@@ -1,6 +1,6 @@
-"""Damaged files of ALFWorld and WebShop: each is named in one line, or what is read of it can be played.
+"""Damaged files of ALFWorld and WebShop: each gives a one-line error that names it, or a playable result.
 
-Files are cut, spans of them lost, doubled or overwritten, values replaced: at random, from seeds.
+The damage is random, from seeds: files are cut, spans are lost, doubled or overwritten, values are replaced.
 """
 
 import json
@@ -39,7 +39,7 @@ def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_json(data: bytes, rng: random.Random) -> bytes:
-    """A value somewhere in it lost, replaced, or damaged as a text."""
+    """Removes, replaces or damages a random value of the JSON."""
     whole = value = json.loads(data)
     while True:
         key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
@@ -57,7 +57,7 @@ def damaged_json(data: bytes, rng: random.Random) -> bytes:
 
 
 def play(env, task, actions, rng: random.Random) -> None:
-    """A few steps, of these actions or of admissible ones where None; every answer must be one."""
+    """Plays a few steps with these actions, or with admissible ones if None. Every answer must be valid."""
     result = checked_result(env, "reset", env.reset(json.loads(json.dumps(task, allow_nan=False))))
     for action in actions:
         if result.done:
@@ -67,8 +67,10 @@ def play(env, task, actions, rng: random.Random) -> None:
 
 
 def check_each(files: list[Path], play_all) -> None:
-    """Damages one file after the other, and plays what can be read. Nothing but a ValueError that names the file may
-    come of it; and neither all nor no damage is found."""
+    """Damages one file after the other and plays the readable ones.
+
+    The only allowed error is a ValueError that names the file. Some damage must be detected, but not all.
+    """
     whole, found = {file: file.read_bytes() for file in files}, 0
     for seed in range(SEEDS):
         rng = random.Random(seed)
@@ -84,7 +86,7 @@ def check_each(files: list[Path], play_all) -> None:
 
 
 def test_game_files(tmp_path: Path):
-    """Of two games; the other is whole, so there is always something to play."""
+    """Damages one of two games. The other is intact, so one game can always be played."""
     write_games(GenerateConfig(out=tmp_path, train=2, valid_seen=0, valid_unseen=0, games=TINY))
     game, _ = sorted(tmp_path.rglob("game.tw-pddl"))
     walkthrough = json.loads(game.read_bytes())["walkthrough"]
@@ -111,7 +113,7 @@ def test_shop_files(tmp_path: Path):
             try:
                 tasks = goal_tasks(catalog, split)[:1]
             except ValueError as error:
-                assert "expected goals of split" in str(error)  # so few products: some split may have none
+                assert "expected goals of split" in str(error)  # with few products a split may have no goals
                 continue
             for task in tasks:
                 query = f"search[{task.payload['goal']['query']}]"

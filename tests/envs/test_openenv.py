@@ -1,8 +1,8 @@
-"""Their servers serve us, ours serve their clients. Needs OpenEnv itself, no dependency of ours: skipped without it.
+"""Our pool plays on OpenEnv's servers, its clients play on ours. Skipped without OpenEnv, which is no dependency.
 
     pip install openenv-core==0.3.0 textarena reasoning-gym      # and again with openenv>=0.10
 
-What its servers said when they were recorded is tested without it, in test_openenv_recorded.
+test_openenv_recorded tests recorded answers of its servers without OpenEnv.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def command(name, sessions):
 
 @contextlib.contextmanager
 def playing(command, mapping, *, servers, sessions):
-    """A pool on servers that the command starts."""
+    """A pool whose servers are started by the command."""
     config = PoolConfig(
         command=command, num_servers=servers, sessions_per_server=sessions, field_mapping=mapping, start_deadline_s=180
     )
@@ -58,7 +58,7 @@ def playing(command, mapping, *, servers, sessions):
 
 
 def conforms(pool, mapping, tasks, actions, *, sessions):
-    """Whether the pool's first server passes our suite; its sessions are given back before."""
+    """Runs our conformance suite on the pool's first server, after releasing its sessions."""
     url = pool._servers[0].url
     for session in pool._sessions:
         session.drop("the suite needs the room")
@@ -86,7 +86,7 @@ def test_their_capacity_is_understood():
 @pytest.mark.skipif(not find_spec("textarena"), reason="textarena is not installed")
 def test_textarena_is_played():
     with playing(command("textarena", 3), GUESS, servers=1, sessions=3) as pool:
-        # bisection finds one number of twenty in five guesses at most; every session plays its own
+        # bisection finds one of twenty numbers in at most five guesses; every session plays its own game
         for future in [pool.reset(session, {"seed": 7 + session}) for session in range(3)]:
             assert future.result(60).observation.startswith("You are Player 0.")
         found = []
@@ -134,7 +134,7 @@ def actions(*commands):
     return tuple(f"<action>{command}</action>" for command in commands)
 
 
-# Our environments: a task, and what to say in it. Another one is another line.
+# Our environments: a task and its actions, one line per environment.
 OURS = {
     "echo": (lambda: {"word": "hi", "length": 3}, ("ho", "hi")),
     "alfworld": (

@@ -1,4 +1,4 @@
-"""OpenEnv's own environments as they answered when `record_openenv.py` recorded them, played by a pool again."""
+"""A pool replays OpenEnv's own environments, as recorded by `record_openenv.py`."""
 
 import json
 import re
@@ -21,8 +21,8 @@ GUESS = "You are Player 0. You are playing Guess The Number."
 INVALID_MOVE = "You attempted an invalid move. Reason: Invalid move format."
 LEGS = "Your task is to count how many legs there are in total"
 
-# What a person reads out of the recordings: the beginning of each text, rewards, ends, wins. Versions differ where one
-# of them leaves the metadata out; textarena draws its number anew (its server does not look at the seed).
+# Read from the recordings by a person: the beginning of each text, rewards, ends, wins. Versions differ where one omits
+# the metadata; textarena draws a new number each time (its server ignores the seed).
 EXPECTED = {
     "echo_env-0.3.0": [("", 0.0, False, OPEN), ("hello", 0.0, False, OPEN), ('ü "quoted"', 0.0, False, OPEN)],
     "echo_env-0.10.0": [
@@ -45,18 +45,18 @@ EXPECTED = {
         (GUESS, 0.0, False, OPEN),
         ("The target number is lower.", 0.0, False, OPEN),
         (INVALID_MOVE, 0.0, False, OPEN),
-        # The second invalid move in a row ends the game with the nearness of the guess, 10, to the number, 1, on a
-        # scale of 1 to 20: more than nothing, but not won.
+        # The second invalid move in a row ends the game. The reward is the nearness of the guess, 10, to the number, 1,
+        # on a scale of 1 to 20: above 0, but not won.
         ("no", 1 - 9 / 19, True, OPEN),
     ],
 }
 for env in ("echo_template", "reasoning_gym_env", "textarena_env"):
     EXPECTED[f"{env}-0.10.0"] = list(EXPECTED[f"{env}-0.3.0"])
-EXPECTED["textarena_env-0.10.0"][-1] = ("no", 1 - 4 / 19, True, OPEN)  # there the number was 6
+EXPECTED["textarena_env-0.10.0"][-1] = ("no", 1 - 4 / 19, True, OPEN)  # that game's number is 6
 
 
 def recorded(path: Path):
-    """(what was asked for, the mapping, [(request, answer)])."""
+    """(description of the recording, the mapping, [(request, answer)])."""
     head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return head, override(FieldMapping(), head["field_mapping"]), [(line["sent"], line["received"]) for line in lines]
 
@@ -69,7 +69,7 @@ def test_every_recording_has_been_read_by_a_person():
 def test_a_recorded_server_is_played(path: Path):
     head, mapping, said = recorded(path)
     assert requests(mapping, head["task"], head["say"]) == [sent for sent, _ in said]
-    # The server that answers as recorded, to those very requests: the pool's own, then, are those that OpenEnv took.
+    # The server replays the answers and compares the requests: the pool's must equal those that OpenEnv accepted.
     heard, answers = [], iter(said)
 
     def reply(message):
@@ -96,7 +96,7 @@ def test_a_recorded_server_is_played(path: Path):
 def test_a_step_that_a_recorded_server_does_not_know(path: Path):
     _, mapping, said = recorded(path)
     answer = dict(said)[UNKNOWN_STEP]
-    # what is wrong stands beside OpenEnv's message, not in it
+    # the details are beside OpenEnv's message, not in it
     why = r"Invalid message; \w+: Field required; no such field: Extra inputs are not permitted"
     if mapping.invalid_codes:
         result = decode_step(answer, mapping)

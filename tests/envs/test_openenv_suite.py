@@ -1,4 +1,4 @@
-"""What a run knows of an environment that is not this project's: tasks that are reset keywords, and no expert."""
+"""The task suite of a foreign environment: its tasks are reset keywords, and it has no expert."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def test_seeds_are_tasks_and_no_split_shares_any():
     test, _ = found.evaluation("test", 2)
     assert payloads(valid) == [{"size": 2, "seed": 10**9}, {"size": 2, "seed": 10**9 + 1}]
     assert payloads(test)[0]["seed"] == 2 * 10**9
-    # the name stands for what is in the set
+    # the name depends on the content of the set
     assert name.startswith("valid-2-") and name == found.evaluation("valid", 2)[1]
     assert name != suite("--env.urls", "a:1").evaluation("valid", 2)[1]
     with pytest.raises(ValueError, match="expected valid or test with openenv, got 'valid_seen'"):
@@ -85,7 +85,7 @@ def test_a_line_that_is_no_task_is_named(tmp_path: Path, line: str, why: str):
 def test_what_is_trained_on_is_not_evaluated(tmp_path: Path):
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     train.write_text('{"level": 1, "size": 5}\n{"level": 2}\n')
-    test.write_text('{"level": 3}\n{"level": 1}\n')  # with the common size the second is the first to train on
+    test.write_text('{"level": 3}\n{"level": 1}\n')  # with the common size, the second is the first training task
     words = ["--env.urls", "a:1", "--openenv.reset", '{"size": 5}', "--openenv.evaluation-tasks", str(test)]
     with pytest.raises(ValueError, match=r'got 1 in .*test.jsonl, {"level": 1, "size": 5} for one; take them out'):
         suite(*words, "--openenv.tasks", str(train))
@@ -141,8 +141,8 @@ def test_chance_talks_to_a_server_so_that_there_is_a_tokenizer(monkeypatch: pyte
     with served("echo", "--sessions", "1") as (address, _):
         at_url = suite("--env.urls", address, *ECHO)
         heard = said(at_url)
-        assert said(at_url) == heard  # chance is a seed, and the one session was given back
-    # three episodes of four turns, in which nobody says the word: what was heard, what was said, in turn
+        assert said(at_url) == heard  # the random agent depends on the seed, and the single session was released
+    # three episodes of four turns without the word: observations and actions in turn
     assert len(heard) == 24 and heard[::8] == ["say hi"] * 3 and set(heard[1::2]) == {"ho", "hu"}
     assert heard[2] == f"1: {heard[1]}"
     command = f"{sys.executable} -m aem_jax.envs.serving.server echo --port {{port}}"
@@ -169,14 +169,14 @@ def make(length):
 
 
 def test_an_environment_of_ones_own_is_played_in_a_process_of_its_own(tmp_path: Path, capfd, caplog):
-    """It prints at its import, and one of its tasks ends its process: that task is left out."""
+    """The environment prints at import, and one task ends its process. That task is left out."""
     file = tmp_path / "mine.py"
     file.write_text(MINE)
     found = suite("--openenv.serve", f"{file}:make", "--openenv.settings", '{"length": 2}', *ECHO)
     assert (found.name, found.settings) == (f"{file}:make", {"length": 2})
     heard = said(found)
     assert heard[::4] == ["say hi"] * 2
-    # the environment's own list of actions goes before the one that was given
+    # the environment's own list of actions has priority over the given one
     assert set(heard[1::2]) <= {"say", "hi"}
     (line,) = [each.getMessage() for each in caplog.records if "left out" in each.getMessage()]
     assert line.startswith("task seed-1 is left out: ") and "exit status 3" in line

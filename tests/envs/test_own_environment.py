@@ -1,4 +1,4 @@
-"""Environments and servers that are not in this package: named by a path, or started by a command."""
+"""Environments and servers outside this package, named by a path or started by a command."""
 
 import json
 import os

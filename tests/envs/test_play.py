@@ -1,4 +1,4 @@
-"""Episodes played in this process: one that breaks costs none of the others; where all do, that is said."""
+"""Episodes in this process: a broken one does not affect the others; if all break, an error reports it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The table of environments, as the command line and the servers know them."""
+"""The table of environments that the command line and the servers use."""
 
 import dataclasses
 import subprocess
@@ -30,12 +30,12 @@ def test_openenv_alone_is_served_by_others():
 
 
 def test_no_environment_has_the_name_of_another_setting():
-    """Its settings stand beside the run's, under its name."""
+    """Settings of an environment are a field of the run's config, under the environment's name."""
     assert not {name.replace("-", "_") for name in TRAINED} & {field.name for field in dataclasses.fields(RunConfig)}
 
 
 def test_an_environment_loads_no_other():
-    """A run or a server pays for the one that it was told to."""
+    """A run or a server loads only its own environment."""
     rooms = {name: ENVIRONMENTS[name].where.split(".")[2] for name in TRAINED}
     for name in TRAINED:
         code = f"import sys; from aem_jax.envs.registry import registered; registered({name!r}); print(*sys.modules)"

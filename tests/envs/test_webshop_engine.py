@@ -1,4 +1,4 @@
-"""The shop against the recordings of the original, and what it does where the recordings do not go."""
+"""The shop against recordings of the original, and its behaviour beyond the recordings."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_every_recorded_step_of_the_original(tmp_path: Path, monkeypatch, capsys
     arguments = ["webshop", "--data", str(folder), "--transcripts", str(folder / "transcripts.jsonl")]
     assert replay.main(arguments) == 0
     assert capsys.readouterr().out == "steps 722, mismatches 0\n"
-    # the comparison can fail: one button more, one reward less
+    # proof that the comparison can fail: an extra button, a smaller reward
     text = (folder / "transcripts.jsonl").read_text()
     (folder / "transcripts.jsonl").write_text(
         text.replace('["search"]', '["search", "x"]', 1).replace(": 1.0,", ": 0.9,", 1)
@@ -81,7 +81,7 @@ def test_a_search_forgets_the_item_but_not_what_was_seen(visit: Visit):
     assert visit.chosen == {} and "[clicked button] LAMP1" in visit.rich and "[button] LAMP2" in visit.rich
     visit.step("click[back to search]")
     visit.step("search[lamp]")
-    assert "[button] LAMP1" in visit.rich  # the search page forgets
+    assert "[button] LAMP1" in visit.rich  # the search page clears it
 
 
 def test_pages_go_on_past_the_last_product(visit: Visit):
@@ -110,7 +110,7 @@ def test_other_kinds_of_search(visit: Visit, shop: Shop):
 
 
 def test_quirks_of_addresses(visit: Visit):
-    """Pages are told apart by their addresses, which hold search words: the original's ways are kept."""
+    """Pages are distinguished by their addresses, which contain search words. The original's quirks are kept."""
     visit.step('search["red" lamp]')
     visit.step("click[lamp1]")
     assert "[clicked button] red" in visit.rich and visit.chosen == {}  # the quoted word looks like a choice
@@ -136,7 +136,7 @@ def test_goals_and_cleaned_products(shop: Shop, tmp_path: Path):
     assert len(shop.catalog) == 3 and lamp.options == {"color": ("navy | blue", "red"), "size": ("small", "large")}
     assert (lamp.price_tag, other.price_tag, tea.price_tag) == ("$20.0", "$30.0 to $50.0", "$100.0")
     assert 30 <= shop.catalog.prices[1] <= 50 and shop.catalog.prices[2] == 100
-    (goal,) = shop.catalog.goals  # of the two instructions one asks for nothing
+    (goal,) = shop.catalog.goals  # one of the two instructions has no requirements
     assert goal.instruction == f"i want a red floor lamp, and price lower than {goal.price_limit:.2f} dollars"
     assert goal.price_limit in (40, 50, 60)  # the greater of two of 30, 40, 50, 60
     assert goal_from_json(goal.to_json()) == goal and product_from_json(lamp.to_json()) == lamp
@@ -174,7 +174,7 @@ def wanted(**fields) -> Goal:
         ({"title": "Lamp Sofa Table Chair Desk Couch"}, 1.0),
         ({"title": "Lamp Sofa Table Chair Desk Couch", "query": "sofa"}, 1.0),  # two parts of the tree in common
         ({"title": "Lamp Sofa Table Chair Desk Couch", "query": "sofa", "kind": "Home › Sofas"}, 0.5),
-        # one of eleven is less than a tenth; none at all is nothing, same query or not
+        # one of eleven is less than a tenth; none gives 0, whatever the query
         ({"title": "Lamp Sofa Table Chair Desk Couch Stool Bench Shelf Rug Mat"}, 0.1),
         ({"title": "Sofa"}, 0.0),
         ({"title": "the"}, 1.0),  # without nouns the share is 0.2; the query is right

@@ -1,4 +1,4 @@
-"""WebShop as an environment: rules of an episode, tasks, splits, the shop that is made."""
+"""WebShop as an environment: rules of an episode, tasks, splits, the generated shop."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def env(catalog: Catalog, **settings: Any) -> WebshopEnv:
 
 
 def buy(shop: WebshopEnv, task, *, choose: bool):
-    """Buys the very product that was asked for, with or without its options."""
+    """Buys exactly the requested product, with or without its options."""
     goal = task.payload["goal"]
     shop.reset(task.payload)
     result = shop.step(f"<action>search[{goal['title']}]</action>")
@@ -78,7 +78,7 @@ def test_a_webshop_server_conforms(catalog: Catalog, cache: str):
 
 
 def test_every_goal_can_be_won(catalog: Catalog):
-    """What was written for a product is fulfilled by it: each sentence is one that its product answers to."""
+    """Every instruction is satisfied by its own product."""
     shop = env(catalog, max_steps=50)
     for task in goal_tasks(catalog, "train")[:120]:
         result = buy(shop, task, choose=True)
@@ -166,7 +166,7 @@ def test_splits_may_share_products_and_no_goal(catalog: Catalog):
     assert 0.7 < len(goals["train"]) / sum(map(len, goals.values())) < 0.9
     for asked in (
         lambda goal: goal["instruction"],
-        # the same wish in another order or with another price limit is the same goal
+        # the same request in another order or with another price limit is the same goal
         lambda goal: (goal["asin"], frozenset(goal["attributes"]), frozenset(goal["options"])),
     ):
         found = {split: {asked(goal) for goal in each} for split, each in goals.items()}

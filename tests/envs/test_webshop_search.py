@@ -1,4 +1,4 @@
-"""Words, stems and ranking of the shop's search engine: values by hand, and a slow engine to agree with."""
+"""Words, stems and ranking of the shop's search engine, compared with values by hand and with a slow engine."""
 
 import math
 import random
@@ -66,10 +66,10 @@ def test_terms_are_lower_case_stems_without_stop_words():
 
 
 def slow_search(query: str, documents: dict[str, str], limit: int) -> list[str]:
-    """The equation, one document and one term at a time, in float32 where Lucene has it."""
+    """The equation, one document and one term at a time, in float32 where Lucene uses it."""
     f = np.float32
 
-    def kept(length: int) -> int:  # of a length in one byte: from 40 on, only four leading bits of what is over 24
+    def kept(length: int) -> int:  # a length in one byte: from 40 on, only the four leading bits of its excess over 24
         step = 1
         while (length - 24) // step >= 16:
             step *= 2

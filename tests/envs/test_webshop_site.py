@@ -1,4 +1,4 @@
-"""The shop as a web site: with plain requests, and in a browser as a person would use it."""
+"""The shop as a web site, used through plain requests and in a browser."""
 
 import threading
 import time
@@ -29,7 +29,7 @@ def shop(tmp_path_factory) -> Shop:
 
 @pytest.fixture
 def address(shop: Shop, monkeypatch) -> Iterator[str]:
-    monkeypatch.setattr(tasks, "SPLITS", {"valid": (0, 100)})  # the shop's one goal, wherever its product falls
+    monkeypatch.setattr(tasks, "SPLITS", {"valid": (0, 100)})  # the shop's one goal, whatever the split of its product
     monkeypatch.setattr("aem_jax.envs.webshop.site.SPLITS", tasks.SPLITS)
     server = uvicorn.Server(uvicorn.Config(make_site(shop), port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -42,7 +42,7 @@ def address(shop: Shop, monkeypatch) -> Iterator[str]:
 
 
 def post(url: str, **fields: str) -> tuple[str, str]:
-    """Posts a form and follows; gives the address that it leads to and the page."""
+    """Posts a form and follows the redirect; returns the final address and the page."""
     with urllib.request.urlopen(url, urllib.parse.urlencode(fields).encode(), timeout=30) as reply:
         return reply.url, reply.read().decode()
 
@@ -56,7 +56,7 @@ def test_forms_do_what_an_agent_would_say(address: str):
             assert reply.read().decode() == start
     visit, page = post(f"{address}/enter/valid/0")
     assert 'id="search_input"' in page
-    _, page = post(visit, query="lamp[")  # a bracket is no action of its own
+    _, page = post(visit, query="lamp[")  # a bracket does not start a new action
     assert 'value="click[LAMP1]"' in page and "2 results" in page
     _, page = post(visit, action="click[LAMP1]")
     _, again = post(visit, action="click[nothing of that name]")
@@ -64,7 +64,7 @@ def test_forms_do_what_an_agent_would_say(address: str):
     _, page = post(visit, action="click[buy now]")
     # easy clean is missing, and both options: (1 + 0 + 1) / 5
     assert "<b>0.40</b>" in page
-    assert post(visit, action="click[buy now]")[1] == page  # it is over
+    assert post(visit, action="click[buy now]")[1] == page  # the episode is over
     for path in ("/visit/none", "/?split=none"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(address + path, timeout=30)

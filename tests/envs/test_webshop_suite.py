@@ -1,4 +1,4 @@
-"""What a run knows of WebShop: its tasks, its experts, and what they say."""
+"""The task suite of WebShop: its tasks, its experts and their texts."""
 
 import dataclasses
 import random
@@ -49,7 +49,7 @@ def test_experts_win_and_chance_does_not(config: WebshopConfig, mode: str):
 
 
 def test_servers_are_told_the_shop_and_the_tagger(suite: TaskSuite, config: WebshopConfig):
-    assert suite.settings["tagger"] in ("spacy", "small")  # auto is resolved where the run is
+    assert suite.settings["tagger"] in ("spacy", "small")  # auto is resolved on the run's machine
     assert suite.settings["shop"]["made"]["products"] == 300
     assert suite.training[0].payload["shop"] == suite.evaluation("test", 1)[0][0].payload["shop"]
     assert {task.task_type for task in suite.training[:100]} == set(config.shop.made.categories)
@@ -93,7 +93,7 @@ def test_pages_are_read_as_they_are_shown():
 
 
 def test_the_shopper_compares_before_it_buys():
-    """Three lamps, none of them perfect; the second names the colour and is steel."""
+    """Three imperfect lamps; the second names the colour and is made of steel."""
     shopper = Shopper()
     ask = "WebShop [SEP] Instruction: [SEP] i need a red steel lamp, and price lower than 20.00 dollars [SEP] Search"
     results = "Back to Search [SEP] Page 1 (Total results: 4) [SEP] Next > " + "".join(
@@ -113,12 +113,12 @@ def test_the_shopper_compares_before_it_buys():
         shopper.did(action)
 
     does("search[i need a red steel lamp]", ask, ["search[…]", "click[search]"])
-    does("click[a1]", results, clicks)  # the best title of those that are not too dear
+    does("click[a1]", results, clicks)  # the best title within the price limit
     does("click[< prev]", *item("steel lamp", "blue"))
     does("click[a0]", results, clicks)
     does("click[< prev]", *item("lamp", "blue"))
     does("click[a3]", results, clicks)
-    does("click[< prev]", *item("lamp", "green"))  # all seen, and another one was better
+    does("click[< prev]", *item("lamp", "green"))  # all have been viewed, and another one was better
     does("click[a1]", results, clicks)
     does("click[buy now]", *item("steel lamp", "blue"))
 

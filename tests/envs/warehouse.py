@@ -1,4 +1,4 @@
-"""A small world with no word of ALFWorld in it, for engine tests: a robot, rooms, boxes in boxes, lamps and doors."""
+"""A small world without ALFWorld's vocabulary, for engine tests: a robot, rooms, nested boxes, lamps and doors."""
 
 DOMAIN = """
 (define (domain warehouse) ; every construct that the engine knows

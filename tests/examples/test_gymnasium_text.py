@@ -1,4 +1,4 @@
-"""Gymnasium's games as text: what they show, what they understand, and that they conform."""
+"""Gymnasium's games as text: their observations, their accepted actions, and their conformance."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def test_it_conforms(make, actions):
 
 
 def lake(result):
-    """(rows of the picture, what is said of it)."""
+    """(rows of the picture, its text)."""
     *rows, said, asked = result.observation.splitlines()
     assert asked == "Say one of: left, down, right, up."
     return rows, said
@@ -25,9 +25,9 @@ def test_a_lake_is_walked_over():
     rows, said = lake(env.reset({"seed": 3}))
     # gymnasium's map of seed 3: one hole, in the first row
     assert rows == ["X F H F", "F F F F", "F F F F", "F F F G"] and said == "You are at X; go to G."
-    rows, _ = lake(env.step("I could go left, but I go DOWN"))  # the last word counts
+    rows, _ = lake(env.step("I could go left, but I go DOWN"))  # the last direction counts
     assert rows == ["S F H F", "X F F F", "F F F F", "F F F G"]
-    invalid = env.step("upwards")  # no word of ours
+    invalid = env.step("upwards")  # not a valid word
     assert lake(invalid)[0] == rows and invalid.info["valid_action"] is False and not invalid.done
     for word in ("down", "down", "right", "right"):
         assert not env.step(word).done

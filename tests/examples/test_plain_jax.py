@@ -1,4 +1,4 @@
-"""The plain-JAX example: it learns, it stops learning where it must, and it needs what it says it needs."""
+"""The plain-JAX example learns, does not learn without a learning rate, and imports only its stated packages."""
 
 import ast
 import subprocess
@@ -29,7 +29,7 @@ def test_it_learns_as_a_reader_would_run_it(user_environment: dict[str, str]):
 
 
 def test_without_a_learning_rate_nothing_is_learnt():
-    """What fails the thresholds above: a random walker ends on one of 12 places, 0.068 to 0.101 over eight seeds."""
+    """A random walk fails the thresholds above: it ends on one of 12 places, 0.068 to 0.101 over eight seeds."""
     before, after = mean_success(plain_jax.train(learning_rate=0.0))
     assert before < 0.2 and after < 0.2
 

@@ -1,4 +1,4 @@
-"""The Tunix example, where google-tunix is installed: its loss against one scaled by hand, and its training."""
+"""The Tunix example, if google-tunix is installed: its training, and its loss against one scaled by hand."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ PAD, EOS, TEMPERATURE = 0, 2, 0.7
 
 @pytest.fixture(autouse=True)
 def loose_ranks() -> Iterator[None]:
-    """Tunix is not written for these tests' strict rank promotion, and samples in a thread of its own."""
+    """Tunix does not support the strict rank promotion of these tests, and samples in its own thread."""
     jax.config.update("jax_numpy_rank_promotion", "allow")
     yield
     jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -80,7 +80,7 @@ def scaled_by_hand(model, example) -> np.ndarray:
             means.append(np.mean(entropies))
         spread = max(means) - min(means)
         if spread < 0.1:
-            continue  # the group is left alone
+            continue  # the group is unchanged
         weights = [np.exp(-(mean - min(means)) / spread) for mean in means]
         for row, weight in zip(group, weights):
             advantages[row] *= weight / np.mean(weights)
@@ -119,7 +119,7 @@ def test_what_would_give_wrong_entropies_is_refused(model, example):
 def test_tunixs_learner_trains_with_it():
     history = tunix_grpo.train(steps=8)
     assert len(history) == 8
-    # 0.445 from the random policy, which is where it stays with a learning rate of 0; 0.96 seen after 8 steps
+    # 0.445 for the random policy and with a learning rate of 0; 0.96 was measured after 8 steps
     assert history[0]["reward"] < 0.55 and history[-1]["reward"] > 0.8
     for line in history:
         assert 0.367 < line["aem/minimum"] < 1 < line["aem/maximum"] < 2.719

@@ -1,4 +1,4 @@
-"""A run whose environment breaks for good: it stops in one line, loses nothing, and goes on once that is mended."""
+"""A run with a permanently broken environment stops with a one-line error, loses nothing, and resumes after a fix."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ tensorboard = false
 
 
 def test_it_stops_with_the_first_error_and_goes_on_when_mended(tmp_path: Path, capfd):
-    """4 resets for the tokenizer, 4 for step 0; whatever is played in step 1 breaks, other tasks in its place too."""
+    """The tokenizer needs 4 resets and step 0 needs 4. In step 1 every task breaks, replacement tasks included."""
     (tmp_path / "env.py").write_text(ENV)
     (tmp_path / "small.toml").write_text(SMALL)
     presets = ["--preset", "openenv-tiny", str(tmp_path / "small.toml")]

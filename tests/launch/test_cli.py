@@ -1,4 +1,4 @@
-"""The command line as its user meets it: help, presets, precedence, names of runs, one-line errors."""
+"""The command line from a user's view: help, presets, precedence, names of runs, one-line errors."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
-    """Configs that `train` and `evaluate` were called with, in place of doing it."""
+    """Configs passed to `train` and `evaluate`, which are replaced by recorders."""
     seen: list[RunConfig] = []
     stand_in = types.SimpleNamespace(
         train=lambda config: seen.append(config) or 0, evaluate=lambda config: seen.append(config) or 0
@@ -62,7 +62,7 @@ def test_precedence_is_defaults_then_preset_then_command_line(trained, tmp_path:
 
 
 def test_every_field_can_be_given_on_the_command_line():
-    """What a config holds, written as words, gives the config back."""
+    """A config written as command-line words is read back as the same config."""
     config = read_preset(DEFAULT)
     options = {}
     for name, value in as_values(config).items():
@@ -281,7 +281,7 @@ def test_an_algorithm_goes_with_any_environment(trained, tmp_path: Path):
     assert composed.name == "mine-gspo-learner.clip-high-0.1"
     assert (alone.preset, alone.name) == ("alfworld-tiny + gspo", "alfworld-tiny-gspo")
     assert alone.rollout == read_preset(DEFAULT).rollout
-    assert other_way.learner.clip_low == 0.5  # the last has the last word
+    assert other_way.learner.clip_low == 0.5  # the last value wins
 
 
 ESTIMATORS_READ = {

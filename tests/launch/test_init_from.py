@@ -1,4 +1,4 @@
-"""What cannot be begun from is named; that a run begins where another began is in `test_experiments.py`."""
+"""Unusable starting points are named in the error. `test_experiments.py` tests a run that starts from another run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -58,5 +58,5 @@ def test_a_value_head_is_left_behind(tmp_path: Path):
     saved.save(valued, tmp_path)
     with Checkpoints(tmp_path / "checkpoints", valued.checkpoint) as checkpoints:
         checkpoints.save(0, state)
-    found = parameters(beginning(tmp_path))  # of a run without one
+    found = parameters(beginning(tmp_path))  # for a run without a value head
     jax.tree.map(np.testing.assert_array_equal, found, state.params["policy"])

@@ -1,4 +1,4 @@
-"""LoRA through the normal command: from a model's files, and on what a warm start made of random weights."""
+"""LoRA through the normal command: from a model's files, and on random weights after a warm start."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def export(folder: Path, runs: Path, *words: str) -> None:
 
 
 def check_export(run: Path, base: Path, out: Path, scale: float) -> None:
-    """The merged model is the base plus what PEFT's files say, to the last bit of float32 but one."""
+    """The merged model is the base plus the update in PEFT's files, to the second last bit of float32."""
     export(out / "merged", run.parent)
     export(out / "adapter", run.parent, "--adapter", "True")
     merged, adapter = from_pretrained(out / "merged", dtype="float32"), out / "adapter"
@@ -78,8 +78,10 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory, environment) -> tuple[Path, list[dict], bytes]:
-    """A run on random weights that was killed and gone on with; its numbers and its frozen weights when it was killed,
-    at least two steps behind a checkpoint of some steps."""
+    """A run on random weights that was killed and resumed, with its numbers and its frozen weights at the kill.
+
+    The kill happens at least two steps after a checkpoint.
+    """
     folder = tmp_path_factory.mktemp("runs")
     run, words = folder / "run", ("--name", "run", "--lora.rank", "4", *SHORT)
     process, count = start(folder, environment, *words, "--train.num-steps", "1000"), 0
@@ -118,7 +120,7 @@ def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment
     steps = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in steps] == [0, 1]
     assert all(record["parity/max"] < 1e-4 for record in steps)
-    # the reference is the model as it came: at first the policy itself, up to rounding, then no longer
+    # the reference is the original model: equal to the policy at first, up to rounding, and different later
     assert abs(steps[0]["learner/kl_reference"]) < 1e-10 < steps[1]["learner/kl_reference"]
     assert not (tmp_path / "run" / "frozen_weights").exists()
     check_export(tmp_path / "run", model, tmp_path / "out", scale=2.0)
@@ -136,14 +138,14 @@ def test_on_a_warm_start_of_all_weights(resumed: tuple[Path, list[dict], bytes],
         sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         for folder in (run / "checkpoints" / str(len(steps)), run / "frozen_weights")
     )
-    assert base > 50_000  # the weights, once; a checkpoint holds the adapter and its moments alone
+    assert base > 50_000  # the weights, stored once; a checkpoint holds only the adapter and its moments
     assert adapter < 3 * base
     check_export(run, run / "frozen_weights", tmp_path / "out", scale=8.0)
 
 
 def test_killed_and_resumed_it_gives_the_same_numbers(resumed: tuple[Path, list[dict], bytes]):
     run, before, base = resumed
-    assert numbers(run)[: len(before)] == before  # the steps that were lost give the same numbers again
+    assert numbers(run)[: len(before)] == before  # the repeated steps give the same numbers
     assert (run / "frozen_weights" / "model.safetensors").read_bytes() == base
 
 
@@ -164,7 +166,7 @@ def test_a_reference_is_kept_where_it_is_not_the_frozen_weights():
     words = ["--checkpoint.keep-first", "False", "--learner.kl-coefficient", "0.1"]
     config = apply(read_preset(str(SMALL)), split(words)[1])
     lora = apply(config, split(["--lora.rank", "4"])[1])
-    validate.check(lora)  # random weights: the warm start makes the base
+    validate.check(lora)  # random weights: the warm start trains the base
     files = split(["--model.path", "/a/model", *(f"--model.{name}=None" for name in ("hidden-size", "num-layers"))])[1]
     assert components.reference_is_frozen_weights(apply(lora, files | {"warmstart.episodes": ["0"]}))
     assert not components.reference_is_frozen_weights(apply(lora, files))

@@ -1,4 +1,4 @@
-"""Which mesh a run takes: the one that is set, else one that divides and fits."""
+"""The mesh of a run: the configured one, otherwise one that divides and fits."""
 
 from dataclasses import replace
 
@@ -25,8 +25,8 @@ def test_a_mesh_that_is_set_is_taken():
 
 
 def test_the_least_tensor_parallelism_that_divides_is_chosen():
-    assert sizes(replace(TINY, batch=replace(TINY.batch, rows=8))) == (8, 1, 1)  # shards below 128 are no use
-    assert sizes(TINY) == (4, 1, 2)  # four rows go to four devices, tensor takes the rest
+    assert sizes(replace(TINY, batch=replace(TINY.batch, rows=8))) == (8, 1, 1)  # shards below 128 are inefficient
+    assert sizes(TINY) == (4, 1, 2)  # four rows use four devices, tensor uses the rest
     wide = replace(MODEL, hidden_size=1024)
     assert sizes(replace(TINY, batch=replace(TINY.batch, rows=8)), wide) == (1, 8, 1)
 

@@ -1,4 +1,4 @@
-"""Training begins from a model in Hugging Face's files, through the normal command."""
+"""Training starts from a model in Hugging Face format, through the normal command."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dict[str, str], capsys):
-    """By a relative path; exported from another working folder when the model has become another one."""
+    """Training uses a relative path. The export runs in another working folder, after the model has changed."""
     environment = {**user_environment, "PYTHONPATH": str(ROOT)}
     shutil.copytree(model, tmp_path / "begin")
     words = ["--preset", str(SMALL), "--runs-dir", str(tmp_path), "--name", "run", "--model.path", "begin"]

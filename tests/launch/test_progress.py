@@ -1,4 +1,4 @@
-"""Progress: what a terminal and what a log file get to see."""
+"""Progress output in a terminal and in a log file."""
 
 import io
 
@@ -9,7 +9,7 @@ from aem_jax.launch.progress import clock_time, left_timer, live_progress, open_
 
 
 class Clock:
-    """Seconds that pass when told."""
+    """A clock that the test moves forward."""
 
     def __init__(self):
         self.now = 100.0
@@ -25,7 +25,7 @@ def test_plain_lines_where_there_is_no_terminal():
             clock.now += 4
             report("train", done, 4, {"rollout/success": 0.25 * done, "entropy/response": 0.5})
         report("evaluate", 1, 1, {})
-    # 4 s after the first comes too soon for a line; 8 s after it is due; the last of a phase always stands
+    # 4 s after the first line is too soon; 8 s after it a line is due; the last of a phase is always printed
     assert stream.getvalue().splitlines() == [
         "train 1/4  success 25%  entropy 0.500",
         "train 3/4  success 75%  entropy 0.500  0:04 left",

@@ -1,4 +1,4 @@
-"""Whole runs, as processes: what they leave, how they are stopped, killed and resumed."""
+"""Complete runs as processes: their files, and how they are stopped, killed and resumed."""
 
 import json
 import signal
@@ -32,7 +32,7 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> str:
 
 
 def until_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:
-    """Waits until `count` steps stand in the run's metrics."""
+    """Waits until the run's metrics have `count` steps."""
     deadline = time.monotonic() + 500
     while len(read_lines(run / "metrics.jsonl")) < count:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -45,7 +45,7 @@ def numbers(run: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was left alone."""
+    """The folder of an uninterrupted run."""
     import os
 
     ours = {"JAX_NUM_CPU_DEVICES", "JAX_NUMPY_RANK_PROMOTION"}
@@ -65,7 +65,7 @@ def test_a_run_leaves_what_it_should(whole: Path):
     for record in steps:
         assert record["parity/max"] <= 1e-4 and record["compile/recompiles"] == 0
         assert record["learner/kl_reference"] >= -1e-6
-    # the reference is the policy before the first update, of which the sampler's logprobs are
+    # the reference is the policy before the first update, which also gave the sampler's logprobs
     assert steps[0]["learner/kl_reference"] == pytest.approx(0, abs=1e-5)
     phases = [(each["phase"], each["step"]) for each in read_lines(whole / "evaluations.jsonl")]
     baselines = [(name, 0) for name in ("oracle", "searcher", "random")]
@@ -77,7 +77,7 @@ def saved(run: Path) -> set[int]:
 
 
 def test_stopped_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path, user_environment):
-    """SIGTERM saves; the same command goes on, is killed with a step that no checkpoint has, and goes on again."""
+    """SIGTERM saves. The same command resumes, is killed at a step without a checkpoint, and resumes again."""
     run = tmp_path / "small"
     process = start(tmp_path, user_environment, "--train.save-every", "1000")
     until_steps(process, run, 1)
@@ -92,7 +92,7 @@ def test_stopped_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_p
         until_steps(process, run, max(done, count) + 1)
         process.send_signal(signal.SIGSTOP)
         count = len(read_lines(run / "metrics.jsonl"))
-    said = finish(start(tmp_path, user_environment), status=2)  # the same command while the first still lives
+    said = finish(start(tmp_path, user_environment), status=2)  # the same command while the first process is alive
     assert f"expected no other process that writes to {tmp_path}" in said and f"got process {process.pid} on" in said
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -113,7 +113,7 @@ def test_it_is_evaluated_again_by_name_and_prints_json(whole: Path, user_environ
 
 
 def test_it_is_analysed_from_its_checkpoints(whole: Path, user_environment):
-    # after so little training no response is surer than another: with the 0.1-nat rule every group would be flat
+    # after so little training all responses are equally uncertain: the 0.1-nat rule would make every group flat
     line = [sys.executable, "-m", "aem_jax.launch", "analyze", str(whole), "--against", str(whole)]
     line += ["--states", "5", "--draws", "8", "--min-range", "0"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=user_environment)

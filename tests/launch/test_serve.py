@@ -1,4 +1,4 @@
-"""`serve` as a process: it says where it is, answers, and ends when told to."""
+"""`serve` as a process: it prints its address, answers requests, and ends on a signal."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Runs of two processes by the normal command: refused where they cannot go together, killed, resumed, stopped."""
+"""Runs of two processes through the normal command: refused when incompatible, killed, resumed, stopped."""
 
 import signal
 import subprocess
@@ -21,7 +21,7 @@ SHORT = (
 
 
 def pair(folder: Path, environment: dict[str, str], *words: str, own=((), ())) -> list[subprocess.Popen[str]]:
-    """Two processes of one device each; `own` are the words of each alone."""
+    """Two processes of one device each; `own` holds the arguments of each process."""
     together = ("--runtime.coordinator", f"localhost:{free_port()}", "--runtime.num-processes", "2")
     return [
         start(
@@ -34,7 +34,7 @@ def pair(folder: Path, environment: dict[str, str], *words: str, own=((), ())) -
 
 
 def until_steps(processes: list[subprocess.Popen[str]], run: Path, count: int) -> None:
-    """Waits until `count` steps stand in the run's metrics, and a checkpoint of the last but one is there."""
+    """Waits until the run's metrics have `count` steps and a checkpoint of the last step but one exists."""
     deadline = time.monotonic() + 500
     while len(read_lines(run / "metrics.jsonl")) < count or not (run / "checkpoints" / str(count - 1)).exists():
         for process in processes:
@@ -64,7 +64,7 @@ def test_killed_resumed_stopped_and_finished_by_one_process(tmp_path: Path, user
     said, quiet = finish(processes, [143, 143])
     assert "warm start" not in said and "train" not in quiet
     after = numbers(run)
-    assert after[: len(before)] == before  # the steps that were lost give the same numbers again
+    assert after[: len(before)] == before  # the repeated steps give the same numbers
     assert [record["step"] for record in after] == list(range(len(after)))
     assert (run / "checkpoints" / str(len(after))).exists()
 

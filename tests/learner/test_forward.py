@@ -1,4 +1,4 @@
-"""Statistics of packed rows: against whole logits of lone sequences, and what is never computed."""
+"""Statistics of packed rows, compared with the full logits of single sequences; and arrays that are never computed."""
 
 import re
 from functools import partial
@@ -30,14 +30,14 @@ def rows_of(batch, m=0):
 
 @jax.jit
 def whole_statistics(tokens):
-    """Of one sequence [48], padded at its end (attention is causal, so that changes nothing), all logits at once."""
+    """All logits of one sequence [48], padded at its end; causal attention makes the padding harmless."""
     logits = TINY.forward(PARAMS, tokens[None])[:, :-1] / 0.7
     logprobs, entropies = token_statistics(logits, tokens[None, 1:])
     return logprobs[0], entropies[0]
 
 
 def slow_statistics(trajectories):
-    """{response: (logprobs, entropies)}, one lone sequence at a time."""
+    """{response: (logprobs, entropies)}, one sequence at a time."""
     found, response = {}, 0
     for each in trajectories:
         ids = []
@@ -68,7 +68,7 @@ def test_packed_rows_give_the_numbers_of_lone_sequences(context, head_chunk):
 
 
 def weighted(logprobs, entropies, tokens):
-    """An objective that is not linear, so that its slope is another for each token."""
+    """A nonlinear objective, so that each token has a different slope."""
     total = jnp.sum(tokens.weights * jnp.sin(logprobs), where=tokens.mask)
     return total, Stats({"entropy": jnp.sum(entropies, where=tokens.mask)}, {"top": jnp.max(entropies)})
 
@@ -102,7 +102,7 @@ def test_gradient_equals_that_of_whole_logits(remat):
 
 
 def test_what_is_kept_of_a_layer_is_what_the_option_says():
-    """In the compiled program: "layers" makes all products of a layer again, "dots" only those inside attention."""
+    """In the compiled program "layers" recomputes all products of a layer, "dots" only those inside attention."""
     policy = Policy(ModelConfig(37, 64, 256, 4, 4, 2, 16))
     rows = rows_of(collate(random_trajectories(1, 9, 37), LAYOUT))
 
@@ -115,7 +115,7 @@ def test_what_is_kept_of_a_layer_is_what_the_option_says():
     config = policy.config
     width, heads = config.hidden_size, config.num_heads + 2 * config.num_kv_heads
     products = width * heads * config.head_dim + config.num_heads * config.head_dim * width + 2 * width * 256
-    again = 2.0 * 6 * 48 * config.num_layers * products  # all but the last, which is no other's input
+    again = 2.0 * 6 * 48 * config.num_layers * products  # all but the last product, which is not an input of another
     assert none <= dots < none + 0.25 * again
     assert layers - dots == pytest.approx(again, rel=0.02)
 
@@ -142,7 +142,7 @@ def test_logits_of_all_tokens_never_exist():
         shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
         return max(int(np.prod(shape)) for shape in shapes if 37 in shape and 16 not in shape)
 
-    assert largest_with_vocabulary(48) >= 6 * 48 * 37  # the measure itself sees whole logits where they are
+    assert largest_with_vocabulary(48) >= 6 * 48 * 37  # the measure does detect full logits
     assert largest_with_vocabulary(8) <= 6 * 8 * 37
 
 

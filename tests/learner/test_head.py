@@ -33,7 +33,7 @@ def compiled(which: str, mesh) -> Module:
 def instructions(
     module: Module, name: str, loops: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Instruction]]:
-    """Every instruction that a computation runs, itself or in what it calls, with the loops' bodies around it."""
+    """Every instruction of a computation, direct or in called computations, with its enclosing loop bodies."""
     for each in module.computations[name].instructions:
         yield loops, each
         if each.opcode == "while":
@@ -44,7 +44,7 @@ def instructions(
 
 
 def collectives(module: Module) -> tuple[list[Instruction], list[Instruction]]:
-    """Those inside the head's loop, which is the one that skips chunks, and those outside."""
+    """The collectives inside the head's loop, which is the loop that skips chunks, and those outside."""
     found = list(instructions(module, module.entry))
     (body,) = {loops[-1] for loops, each in found if each.opcode == "conditional"}
     moved = [(loops, each) for loops, each in found if each.opcode.removesuffix("-start") in COLLECTIVES]
@@ -74,14 +74,14 @@ def test_a_vocabulary_that_is_split_costs_a_few_numbers_a_token():
 
 
 def test_left_to_itself_the_partitioner_moves_the_head_in_every_chunk(monkeypatch):
-    """What the layout is for, and that these tests would see it missing."""
+    """The effect of the layout, and a check that these tests detect its absence."""
     monkeypatch.setattr("aem_jax.learner.forward.HeadLayout", lambda **_: HeadLayout())
     inside, _ = collectives(compiled("update", make_mesh(MeshConfig(1, 8, 1), jax.devices()[:8])))
     assert [dims[-2:] for dims in sizes(inside)].count((16, 24)) == 2  # the head gathered, its gradient reduced
 
 
 def test_every_device_skips_and_counts_as_one_device_would():
-    """Rows of one device may have nothing to say in a chunk where another's have."""
+    """In one chunk, the rows of one device may have no tokens while another's have some."""
     trajectories = random_trajectories(3, 3, TOY.vocab_size)  # 8 rows: most are empty
     batch = collate(trajectories, dataclasses.replace(LAYOUT, row_length=30))
     advantages = np.random.default_rng(0).standard_normal(batch.tokens.shape).astype(np.float32)

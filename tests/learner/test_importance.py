@@ -1,4 +1,4 @@
-"""A sampler whose policy differs from the learner's: the truncated importance weight, and its bias."""
+"""The truncated importance weight and its bias, for a sampler whose policy differs from the learner's."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ CONFIG = LearnerConfig(learning_rate=0.01, max_grad_norm=1e9, head_chunk=7)
 
 
 def expected_gradient(config: LearnerConfig, logits: np.ndarray, sampler: np.ndarray, advantages: np.ndarray):
-    """d/dlogits of the mean loss over tokens of `sampler`, exactly: every token is there, weighted by its odds."""
+    """The exact d/dlogits of the mean loss over tokens of `sampler`: all tokens, weighted by their probability."""
     with jax.enable_x64(True):
         wide = lambda x: jnp.asarray(x, jnp.float64)[None]
         mask = jnp.ones((1, len(logits)), bool)
@@ -67,7 +67,7 @@ def stepped(config: LearnerConfig):
 
 
 def test_a_cap_out_of_reach_is_the_ratio_without_a_clip():
-    """Its gradient is ρ A ∇logp either way."""
+    """The gradient is ρ A ∇logp in both cases."""
     weighted, stats, gap = stepped(dataclasses.replace(CONFIG, importance_cap=1e6))
     plain, _, _ = stepped(dataclasses.replace(CONFIG, clip_low=1.0, clip_high=1e6))
     for one, other in zip(jax.tree.leaves(weighted.params), jax.tree.leaves(plain.params), strict=True):
@@ -82,7 +82,7 @@ def test_over_several_steps_the_weight_is_that_of_the_policy_before_the_first():
     _, stats, gap = stepped(config)
     assert stats["importance_mean"] == pytest.approx(np.minimum(np.exp(gap), 1.5).mean(), rel=1e-5)
     assert stats["importance_capped"] == pytest.approx((np.exp(gap) >= 1.5).mean(), rel=1e-5)
-    assert stats["ratio_max"] > 1.01  # the later steps leave the policy that they began with
+    assert stats["ratio_max"] > 1.01  # the later steps move away from the initial policy
 
 
 def test_a_cap_below_one_is_refused():

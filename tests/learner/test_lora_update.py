@@ -35,7 +35,7 @@ def frozen_on(mesh) -> Any:
 
 
 def adapter_on(mesh) -> Any:
-    """An adapter in the midst of training: B is no longer zero."""
+    """An adapter in the middle of training: B is not zero."""
     adapter = jax.tree.map(
         lambda leaf: leaf + 0.05 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), POLICY.init(jax.random.key(1))
     )
@@ -128,7 +128,7 @@ def test_a_supervised_step_and_the_reference_take_frozen_weights_too():
 
 
 def test_no_copy_of_the_frozen_weights_is_made_for_an_update():
-    """Beside its arguments an update needs no memory of their order: no gradient of theirs, no second copy."""
+    """An update needs little memory beyond its arguments: no gradient of the frozen weights, no second copy of them."""
     whole = Policy(ModelConfig(64, 256, 1024, 6, 4, 2, 64))
     policy = LoraPolicy(whole, LoraConfig(rank=4))
     config = dataclasses.replace(CONFIG, remat="layers")
@@ -144,7 +144,7 @@ def test_no_copy_of_the_frozen_weights_is_made_for_an_update():
 
 
 def test_in_int8_the_merged_weights_are_sampled_from():
-    """Codes of what would be sampled from without: those of projections without an adapter, too."""
+    """The codes of the merged weights that are sampled without int8, projections without an adapter included."""
     policy = dataclasses.replace(POLICY, lora=LoraConfig(2, targets=("q_proj", "up_proj")))
     frozen = frozen_on(ONE_DEVICE)
     adapter = init_state(policy, make_optimizer(CONFIG, policy.axes), ONE_DEVICE, jax.random.key(2)).params

@@ -29,7 +29,7 @@ def test_rounding_is_right_in_the_mean():
     keys = jax.random.split(jax.random.key(1), 4000)
     found = jax.vmap(lambda key: round_stochastically(values, key).astype(jnp.float32))(keys)
     np.testing.assert_allclose(jnp.mean(found, axis=0), values, rtol=3e-3)
-    assert len(np.unique(found[:, 1])) == 2  # up or down to the next, nothing else
+    assert len(np.unique(found[:, 1])) == 2  # rounded up or down to the neighbour, nothing else
 
 
 def test_a_second_moment_decays_however_slowly():

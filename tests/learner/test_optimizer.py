@@ -1,4 +1,4 @@
-"""Schedules by hand, decay of matrices alone, and settings that contradict themselves."""
+"""Schedules by hand, weight decay on matrices only, and contradictory settings."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""GSPO through the real update: against finite differences of its own loss in float64, however its rows lie."""
+"""GSPO through the real update, compared with finite differences of its loss in float64, for any packing of rows."""
 
 import dataclasses
 
@@ -37,8 +37,11 @@ def log_probability(params, before: int, token: int) -> float:
 
 
 def gspo_loss(params, trajectories, values, level: str) -> tuple[float, float]:
-    """(−mean over sequences of min(s A, clip(s) A), share of sequences where the clip decides), s itself a function of
-    the parameters: the loss of the paper, with nothing of ours in it. `values` are the advantages of sequences."""
+    """(−mean over sequences of min(s A, clip(s) A), fraction of sequences where the clip is active).
+
+    s is a function of the parameters. This is the loss of the paper, without our code. `values` are the advantages of
+    sequences.
+    """
     losses, clipped = [], []
     all_of_them = [turns for each in trajectories for turns in sequences(each, level)]
     for turns, advantage in zip(all_of_them, values, strict=True):
@@ -126,7 +129,7 @@ def test_a_response_of_one_token_is_that_token():
 
 @pytest.mark.parametrize("level", ["response", "trajectory"])
 def test_every_optimizer_step_measures_the_ratio_anew(level):
-    """Two epochs are two updates of one, each at the parameters that it finds; on four devices as on one."""
+    """Two epochs equal two updates of one epoch, each at the current parameters; four devices equal one."""
     config = configured(level, num_minibatches=2)
     layout = dataclasses.replace(LAYOUT, num_minibatches=2, rows=4)
     batch = collate(random_trajectories(4, 9, TOY.vocab_size, "window"), layout, seed=1)

@@ -325,7 +325,7 @@ def test_what_is_out_of_the_loss_might_as_well_not_be_there(aggregation):
 
 
 def test_a_minibatch_by_hand():
-    """Trajectories 0 and 1 are in minibatch 0, trajectory 2, whose response is not valid, in minibatch 1."""
+    """Trajectories 0 and 1 are in minibatch 0. Trajectory 2, with an invalid response, is in minibatch 1."""
     batch: Any = SimpleNamespace(
         response_trajectory=jnp.asarray([0, 1, 1, 2]),
         response_tokens=jnp.asarray([3, 1, 4, 5]),
@@ -347,7 +347,7 @@ def test_a_minibatch_by_hand():
 
 
 def test_an_update_is_summarized_over_its_optimizer_steps():
-    """Two epochs of one minibatch, of 2 and 2 tokens; sums over tokens become means, parity is the first step's."""
+    """Two epochs of one minibatch, of 2 and 2 tokens. Sums over tokens become means; parity is the first step's."""
     metrics = {
         "loss": [2.0, 4.0],
         "tokens": [2.0, 2.0],

@@ -1,4 +1,4 @@
-"""The value head: against a float64 gradient written by hand, under packing, over devices, beside frozen weights."""
+"""The value head: against a handwritten float64 gradient, under packing, over devices, with frozen weights."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ CONFIG = LearnerConfig(learning_rate=0.01, max_grad_norm=1e9, head_chunk=7, valu
 
 @dataclasses.dataclass(frozen=True)
 class Sized(Bigram):
-    """A bigram that says how wide it is, as a decoder does."""
+    """A bigram that states its width, as a decoder does."""
 
     @property
     def config(self) -> Any:
@@ -35,7 +35,7 @@ VALUED_TOY = ValuePolicy(TOY)
 
 
 def with_head(policy: Any, seed: int = 0) -> Any:
-    """Parameters in the midst of training: the value head is no longer zero."""
+    """Parameters in the middle of training: the value head is not zero."""
     params, rng = policy.init(jax.random.key(seed)), np.random.default_rng(seed)
     width = params["value"]["w"].shape[0]
     head = {"w": rng.normal(size=(width, 1)) * 3, "b": np.array([0.5])}
@@ -95,7 +95,7 @@ def test_gradients_equal_the_hand_written_ones():
     base = dataclasses.replace(CONFIG, value_coefficient=0.7, value_clip=1.0)
     layout = dataclasses.replace(LAYOUT, rows=2, row_length=24)
     params, plain = with_head(VALUED_TOY), None
-    # a bigram sees the token before alone, so that all numbers are the same in both contexts
+    # a bigram sees only the previous token, so all numbers are equal in both contexts
     for context, gradient in (("append", "head"), ("window", "all")):
         config = dataclasses.replace(base, value_gradient=gradient)
         trajectories = random_trajectories(1, 11, TOY.vocab_size, context)
@@ -113,9 +113,9 @@ def test_gradients_equal_the_hand_written_ones():
         assert_trees_close(both, {"policy": wanted, "value": of_head}, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose([stats["value_loss"], stats["value_clip_fraction"]], [loss, clipped], rtol=1e-5)
         np.testing.assert_allclose(stats["loss"], alone["loss"] + 0.7 * loss, rtol=1e-5)
-        if gradient == "head":  # then the policy learns what it learns without a value head
+        if gradient == "head":  # then the policy learns the same as without a value head
             assert_trees_close(state.params["policy"], plain.params, rtol=1e-6)
-    # the values that a step begins with are those of the same states; there is none where there is no response
+    # the initial values of a step are those of the same states; an empty response has no value
     before = make_response_values(VALUED_TOY, config, ONE_DEVICE)(params, place(batch, ONE_DEVICE))
     np.testing.assert_allclose(before[: len(found)], found, rtol=1e-5)
     assert np.isnan(before[len(found) :]).all()
@@ -132,7 +132,7 @@ def test_packing_and_devices_change_nothing_over_several_steps():
         batch, advantages, targets = experience_of(trajectories, layout)
         placed = jax.device_put(params, shardings(mesh, VALUED_TOY.axes, TRAIN, params))
         values = make_response_values(VALUED_TOY, config, mesh)(placed, place(batch, mesh))
-        # what is out of the loss is not packed, so nothing is computed of it
+        # tokens outside the loss are not packed, so nothing is computed for them
         out = batch.response_valid & (batch.response_trajectory == 1)
         np.testing.assert_array_equal(np.isnan(values), out | ~batch.response_valid)
         targets = ValueTargets(values, targets.returns)
@@ -161,7 +161,7 @@ def test_the_head_has_a_clip_and_a_learning_rate_of_its_own():
 
 @dataclasses.dataclass(frozen=True)
 class Adapted(Sized):
-    """A bigram whose embedding is frozen, as `LoraPolicy` is a decoder of which an adapter is trained."""
+    """A bigram with a frozen embedding, as `LoraPolicy` is a decoder with a trained adapter."""
 
     @property
     def axes(self):

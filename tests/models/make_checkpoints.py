@@ -1,4 +1,4 @@
-"""Writes golden/<family>/: small random checkpoints as transformers (torch) saves them, its logits and greedy words.
+"""Writes golden/<family>/: small random checkpoints saved by transformers (torch), its logits and greedy tokens.
 
 python tests/models/make_checkpoints.py        (needs torch and transformers; run from the repository's root)
 """
@@ -51,7 +51,7 @@ def models() -> dict[str, PreTrainedModel]:
 
 
 def spread(model: PreTrainedModel) -> None:
-    """Random weights with logits of order one; no norm is one and no bias zero, so that none can be forgotten."""
+    """Random weights with logits of order one. No norm is one and no bias zero, so a skipped one shows."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn_like(weight)

@@ -1,7 +1,7 @@
-"""A model's folder damaged at random: one line that names it, or the right result.
+"""Random damage to a model's folder gives a one-line error that names it, or the right result.
 
-The right result is that of the undamaged folder; of a damaged config.json, what transformers reads in it. Damage to the
-numbers themselves is left out: safetensors has no checksum.
+The right result is that of the undamaged folder. For a damaged config.json it is the config that transformers reads.
+Damage to the numbers themselves is not tested: safetensors has no checksum.
 """
 
 import json
@@ -41,7 +41,7 @@ JUNK: tuple[Any, ...] = (
 
 
 def header_end(content: bytes) -> int:
-    """Where the numbers of a safetensors file begin; of any other file, its end."""
+    """The offset of the numbers in a safetensors file; for other files, their end."""
     if len(content) < 8 or content[8:9] != b"{":
         return len(content)
     return 8 + struct.unpack("<Q", content[:8])[0]
@@ -99,7 +99,7 @@ CHANGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (truncated, zeroe
 
 
 def damage(folder: Path, rng: random.Random) -> str:
-    """Damages a folder in one of many ways; says how."""
+    """Damages a folder in one of many ways; returns a description."""
     files = sorted(folder.iterdir())
     file = rng.choice(files)
     action = rng.randrange(8)
@@ -123,7 +123,7 @@ def damage(folder: Path, rng: random.Random) -> str:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Pretrained]:
-    """A tied model in one file and one with a head of its own in several, as read before any damage."""
+    """A tied model in one file, and an untied model in several files, read before any damage."""
     folder = tmp_path_factory.mktemp("models")
     llama = from_pretrained(GOLDEN / "llama", dtype="float32")
     save_pretrained(folder / "parts", llama.config, llama.params, max_file_bytes=40_000)
@@ -138,7 +138,7 @@ def is_one_line(error: Exception, folder: Path) -> bool:
 
 
 def reading(file: Path) -> ModelConfig | None:
-    """What transformers reads in a config.json, if it can."""
+    """The config that transformers reads from a config.json, if it can."""
     try:
         return ModelConfig(**in_transformers(parse_json(file.read_bytes(), "")), dtype="float32")
     except Exception:  # of any type

@@ -20,7 +20,7 @@ def test_logits_equal_recorded_transformers_logits(name: str):
     config = getattr(small_policies, name)
     recorded = np.load(GOLDEN / f"{name.lower()}.npz")
     logits = Policy(config).forward(numpy_params(config, CASES.index(name)), jnp.asarray(recorded["tokens"]))
-    assert recorded["logits"].std() > 1  # else 1e-4 would say little
+    assert recorded["logits"].std() > 1  # else 1e-4 would be a weak bound
     np.testing.assert_allclose(logits, recorded["logits"], atol=1e-4, rtol=0)
 
 
@@ -36,7 +36,7 @@ def test_logits_equal_live_transformers_logits(name: str):
 
 
 def test_packed_segments_equal_separate_rows():
-    """Two rows of packed segments with padding between and behind, against one row per segment."""
+    """Two rows of packed segments, with padding between and after them, against one row per segment."""
     policy, params = Policy(GROUPED_TIED), numpy_params(GROUPED_TIED)
     lengths = [[5, 9, 3], [11, 7]]
     width = 24
@@ -91,7 +91,7 @@ def test_bfloat16_activations_stay_near_float32():
     assert hidden.dtype == jnp.bfloat16
     logits = Policy(half).logits(params, hidden)
     rounded = np.mean(logits == logits.astype(jnp.bfloat16).astype(jnp.float32))
-    assert logits.dtype == jnp.float32 and rounded < 0.1  # logits are never bfloat16, not even on the way
+    assert logits.dtype == jnp.float32 and rounded < 0.1  # logits are never bfloat16, also not in between
     logits = Policy(half).forward(params, tokens)
     assert logits.dtype == jnp.float32
     exact = Policy(GROUPED_TIED).forward(params, tokens)
@@ -157,7 +157,7 @@ def test_bad_sizes_are_refused(change: dict, complaint: str):
 
 
 def program_size(layers: int) -> int:
-    """Instructions in the lowered gradient of a decoder with so many layers."""
+    """Number of instructions in the lowered gradient of a decoder with this many layers."""
     policy = Policy(ModelConfig(**{**vars(GROUPED_TIED), "num_layers": layers}))
     tokens = jnp.zeros((1, 8), jnp.int32)
     text = jax.jit(jax.grad(lambda p: jnp.sum(policy.forward(p, tokens)))).lower(policy.shapes).as_text()

@@ -116,7 +116,7 @@ def test_a_changed_config_is_read_as_in_transformers_or_refused(seed: int, caplo
             refused += 1
             continue
         assert theirs == given
-        if theirs.get("model_type") is None:  # where transformers asks for one, the architecture is enough
+        if theirs.get("model_type") is None:  # transformers requires one, ours needs only the architecture
             continue
         assert ours == ModelConfig(**in_transformers(theirs), dtype="float32"), theirs
         read += 1

@@ -47,7 +47,7 @@ def test_products_are_those_of_the_rounded_weights(config: ModelConfig):
 
 
 def test_what_the_policy_loses():
-    """Logits of order one: log-probabilities move by hundredths of a nat, and no more."""
+    """With logits of order one, log-probabilities change by at most hundredths of a nat."""
     policy, params = Policy(GROUPED_TIED), numpy_params(GROUPED_TIED)
     tokens = jnp.asarray(numpy_tokens(GROUPED_TIED, (8, 24)))
     ours, theirs = policy.forward(params, tokens), policy.quantized.forward(policy.quantize(params), tokens)

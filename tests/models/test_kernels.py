@@ -1,4 +1,4 @@
-"""Kernels for rows are chosen where they can run, and get each device's share."""
+"""Kernels for rows are chosen where they can run, and get the shard of their device."""
 
 import logging
 from functools import partial
@@ -62,7 +62,7 @@ def test_a_kernel_that_this_jax_does_not_have_is_refused_by_name_and_passed_over
 
 
 def test_on_a_mesh_each_device_attends_to_its_rows_and_heads(caplog: pytest.LogCaptureFixture):
-    """A kernel sees its share alone; rows that it cannot take are XLA's, which is said once, not once a layer."""
+    """A kernel gets only its shard. XLA computes unsupported rows, with one warning, not one per layer."""
     mesh, seen = make_mesh(MeshConfig(2, 2, 2)), []
 
     def fake(q, k, v, segment_ids):

@@ -48,7 +48,7 @@ def test_attention_is_that_to_the_rounded_numbers(dtype: str, tolerance: float):
     random, cached = np.random.RandomState(0), np.array([12, 0, 7])
     draw = lambda *shape: jnp.asarray(random.standard_normal(shape), dtype)
     q, chunk = draw(slots, count, heads, head_dim), [draw(slots, kv_heads, places, head_dim) for _ in range(2)]
-    # Tokens of very different size, each with its own scale; what lies past the length is large, and not read.
+    # Tokens of very different size, each with its own scale. Values past the length are large and not read.
     size = 2.0 ** random.randint(-3, 3, (slots, kv_heads, window, 1))
     size = np.where(np.arange(window)[:, None] < cached[:, None, None, None], size, 1e6)
     k, v = (quantize(draw(slots, kv_heads, window, head_dim) * size.astype(np.float32), 3) for _ in range(2))

@@ -23,7 +23,7 @@ LORA = LoraConfig(rank=3, alpha=6.0)
 
 
 def adapter_of(policy: LoraPolicy, seed: int = 1) -> Any:
-    """An adapter that does something: B is no longer zero."""
+    """An adapter with an effect: B is not zero."""
     adapter = policy.init(jax.random.key(seed))
     leaves, structure = jax.tree.flatten(adapter)
     random = np.random.RandomState(seed)
@@ -50,7 +50,7 @@ def test_beside_the_weights_or_in_them(config, tolerance):
     base, policy, frozen = Policy(config), LoraPolicy(Policy(config), LORA), numpy_params(config)
     nothing, adapter = policy.init(jax.random.key(1)), adapter_of(policy)
     wanted = logits(base, frozen)
-    jax.tree.map(np.testing.assert_array_equal, merged(policy, nothing, frozen), frozen)  # so its logits are, too
+    jax.tree.map(np.testing.assert_array_equal, merged(policy, nothing, frozen), frozen)  # so its logits are equal, too
     np.testing.assert_allclose(logits(policy, (nothing, frozen)), wanted, rtol=0, atol=tolerance)
     found = logits(policy, (adapter, frozen))
     np.testing.assert_allclose(found, logits(base, merged(policy, adapter, frozen)), atol=tolerance)
@@ -92,7 +92,7 @@ def test_an_adapter_begins_as_pefts():
 
 @pytest.mark.parametrize("config", [BIASED, ONE_KV_UNTIED])
 def test_pefts_files_say_the_same_weights(config, tmp_path: Path):
-    """W + alpha / r · lora_B lora_A of each tensor of Hugging Face's is what a merged model has there."""
+    """Each Hugging Face tensor of a merged model is W + alpha / r · lora_B lora_A."""
     policy, frozen = LoraPolicy(Policy(config), LORA), numpy_params(config)
     adapter = adapter_of(policy)
     save_adapter(tmp_path / "adapter", policy, adapter, base="the/base")
@@ -122,7 +122,7 @@ def test_pefts_files_say_the_same_weights(config, tmp_path: Path):
 
 
 def test_peft_reads_them(tmp_path: Path):
-    """Live, where torch, transformers and PEFT are there."""
+    """A live comparison; needs torch, transformers and PEFT."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Where a model is written: links are followed, a folder that is there stays the same one, and nothing half is left."""
+"""Writing a model: links are followed, an existing folder is kept, and no partial output remains."""
 
 import os
 from pathlib import Path
@@ -26,9 +26,9 @@ def test_a_new_folder_and_its_parents(tmp_path: Path):
 
 @pytest.mark.parametrize("inside", [(), ("lost+found",), (".partial",)])
 def test_an_empty_folder_stays_the_same_one(tmp_path: Path, inside: tuple[str, ...]):
-    out = tmp_path / "out"  # as a mount point, which no other folder may replace
+    out = tmp_path / "out"  # like a mount point, which cannot be replaced by another folder
     out.mkdir()
-    for name in inside:  # what a file system makes itself, and what a killed export left
+    for name in inside:  # made by the file system, or left by a killed export
         (out / name).mkdir()
         (out / name / "old").write_text("")
     before = out.stat().st_ino

@@ -1,4 +1,4 @@
-"""The table of parameters: initial values, the tensors that fill each array, and what is read off its rows."""
+"""The table of parameters: initial values, the tensors that fill each array, and values derived from its rows."""
 
 from dataclasses import replace
 from typing import get_args

@@ -211,7 +211,7 @@ def test_a_tied_head_that_is_saved_twice_or_alone_is_tied(only: bool, tmp_path: 
     recorded, embed = outputs(GOLDEN / "llama-tied"), load_file(GOLDEN / "llama-tied" / "model.safetensors")
     table = embed["model.embed_tokens.weight"].copy()
     left = None if only else table
-    old: Any = {"model__layers__0__self_attn__rotary_emb__inv_freq": np.ones(4, np.float32)}  # no harm either
+    old: Any = {"model__layers__0__self_attn__rotary_emb__inv_freq": np.ones(4, np.float32)}  # ignored, too
     folder = model_with(
         tmp_path / "model", "llama-tied", lm_head__weight=table, model__embed_tokens__weight=left, **old
     )
@@ -231,7 +231,7 @@ def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path, c
     (said,) = warnings_of(caplog)
     assert "read from model.safetensors alone" in said and "model.safetensors.index.json" in said
     assert "model-00001-of-00004.safetensors" in said
-    (tmp_path / "model" / "model.safetensors.index.json").write_text("{")  # nobody reads it
+    (tmp_path / "model" / "model.safetensors.index.json").write_text("{")  # never read
     jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path / "model", dtype="float32").params, newer)
 
 
@@ -408,7 +408,7 @@ print(json.dumps({"extra": peak() - before - size, "size": size, "one": one}))
 
 @pytest.mark.slow
 def test_a_model_is_read_one_tensor_at_a_time(tmp_path: Path, user_environment: dict[str, str]):
-    """Beside the parameters themselves (here the host's memory is the device's), at most two tensors and 192 MiB."""
+    """Beyond the parameters (here in host memory), at most two tensors and 192 MiB are used."""
     theirs = json.loads((GOLDEN / "qwen3" / "config.json").read_text())
     theirs |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 30, "vocab_size": 32_000}
     theirs |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64, "layer_types": None}

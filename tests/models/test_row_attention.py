@@ -1,4 +1,4 @@
-"""The attentions of packed rows are the masked one, forward and backward; kernels in interpret mode."""
+"""All attentions of packed rows equal the masked one, forward and backward; kernels run in interpret mode."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Plans: what is read out of compiled programs agrees with closed forms, and what cannot work says what would."""
+"""Plans: values from compiled programs agree with closed forms. Errors for impossible plans name a possible one."""
 
 import importlib.util
 import json
@@ -168,7 +168,7 @@ def test_groups_are_read_in_all_their_spellings(groups: str, members: tuple[int,
 
 
 def test_costs_of_a_compiled_scan_are_those_of_all_its_rounds():
-    """What XLA's own analysis gets wrong: it counts the scan's body once."""
+    """XLA's own analysis is wrong here: it counts the scan's body once."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
 
     def step(x, weights):
@@ -203,7 +203,7 @@ def small_plan():
 
 
 def test_compiled_flops_agree_with_the_closed_form(small_plan):
-    """On a CPU attention leaves out blocks behind the query, here none; rounding of heads and norms is not counted."""
+    """On a CPU, attention skips blocks after the query, here none. Rounding of heads and norms is not counted."""
     for name in ("update", "decode"):
         assert small_plan.costs[name].flops == pytest.approx(small_plan.closed_flops[name], rel=0.05), name
     assert small_plan.costs["update"].unknown_loops == 1 and small_plan.costs["decode"].unknown_loops == 1
@@ -266,11 +266,11 @@ def test_adapters_leave_the_weights_as_they_are_used():
     count, adapter = work.model.num_parameters, LoraPolicy(Policy(work.model), work.lora)
     assert work.trained == sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes))
     found = memory(work, MeshConfig(1, 1, 1))
-    assert (found.frozen, found.reference) == (4 * count, 0)  # float32 is what this model is used in
+    assert (found.frozen, found.reference) == (4 * count, 0)  # this model is used in float32
     assert (found.parameters, found.optimizer) == (4 * work.trained, 4 * work.trained)
     beside = replace(work, lora=replace(work.lora, merge=False))
-    assert memory(beside, MeshConfig(1, 1, 1)).weights == 0  # the frozen ones are sampled from
-    assert memory(beside, MeshConfig(1, 2, 1)).weights == 4 * count  # they lie otherwise while learning
+    assert memory(beside, MeshConfig(1, 1, 1)).weights == 0  # the sampler uses the frozen weights
+    assert memory(beside, MeshConfig(1, 2, 1)).weights == 4 * count  # the learner's layout differs
 
 
 QWEN_7B = ModelConfig(  # Qwen2.5-7B
@@ -294,7 +294,7 @@ def test_weights_of_a_7b_policy_with_adapters_fit_one_card_of_80_gb():
     assert merged.frozen == 2 * QWEN_7B.num_parameters  # bfloat16, once; no masters
     # 2 x 32 numbers for each side of each projection: PEFT counts 80,740,352 as well
     assert merged.parameters == 4 * 80_740_352 and merged.optimizer == 2 * merged.parameters
-    # merged projections; embedding, head and norms are the frozen ones' own buffers
+    # merged projections; embedding, head and norms share the buffers of the frozen weights
     tables = 2 * 152_064 * 3584
     assert merged.weights == pytest.approx(2 * (QWEN_7B.num_parameters - tables), rel=1e-3)
     assert weight_bytes(merged) < 32 * GB  # which leaves 48 GB for the cache and activations
@@ -303,7 +303,7 @@ def test_weights_of_a_7b_policy_with_adapters_fit_one_card_of_80_gb():
 
 
 def test_the_numbers_are_those_of_the_arrays():
-    """Of the state of a 7B policy with adapters: its shapes and dtypes, nothing is allocated."""
+    """Shapes and dtypes of the state of a 7B policy with adapters; nothing is allocated."""
     mesh, lora = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), LoraConfig(rank=32)
     policy, merged = LoraPolicy(Policy(QWEN_7B), lora), memory_of_7b(lora)
     state = abstract_state(policy, make_optimizer(LearnerConfig(), policy.axes), mesh)
@@ -326,7 +326,7 @@ def test_frozen_weights_that_are_split_for_learning_are_gathered_for_sampling():
     assert split.frozen < 0.26 * whole.frozen
     assert split.weights > 0.99 * whole.frozen
     tensor = memory_of_7b(lora, MeshConfig(1, 1, 4))
-    assert tensor.weights < 0.02 * whole.frozen  # split alike for both: nothing is copied
+    assert tensor.weights < 0.02 * whole.frozen  # the same split for both: nothing is copied
 
 
 def test_weights_in_int8_take_a_byte_of_each_of_the_layers_matrices():
@@ -334,7 +334,7 @@ def test_weights_in_int8_take_a_byte_of_each_of_the_layers_matrices():
     work, plain = workload(config), workload(SMALL)
     layers, mesh = 9 * 64 * ((4 + 2 + 2 + 4) * 32 + 3 * 384), MeshConfig(1, 2, 2)
     assert memory(plain, mesh).weights - memory(work, mesh).weights == 3 * layers / 2  # float32 is this model's dtype
-    # the arrays themselves: codes and, in a model so narrow a thirtieth beside them, a scale for each output
+    # the arrays themselves: codes and a scale for each output (a thirtieth of the codes in a model this narrow)
     shapes, dtypes = Policy(work.model).quantized.shapes, Policy(work.model).quantized.dtypes
     total = sum(jax.tree.leaves(jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, shapes, dtypes)))
     assert memory(work, MeshConfig(1, 1, 1)).weights == pytest.approx(total, rel=0.04)
@@ -379,7 +379,7 @@ def test_topologies():
     assert parse_topology("v5e:4x4").wire((4, 1)) == 45e9 and parse_topology("v5e:16x16").wire((4, 1)) == 90e9
     for chip in (*TPUS.values(), *GPUS.values()):
         assert 1e13 < chip.peak < 1e16 and 16e9 <= chip.memory < 300e9 and 5e11 < chip.bandwidth < 1e13
-        assert 100 < chip.peak / chip.bandwidth < 600  # FLOPs a byte: all of them are far from balanced
+        assert 100 < chip.peak / chip.bandwidth < 600  # FLOPs per byte: all chips are far from balanced
 
 
 @pytest.mark.parametrize(
@@ -475,7 +475,7 @@ def test_the_mesh_is_the_least_tensor_that_fits_then_wide_shards():
     assert choose_mesh(replace(free, weights=1.5e11), 4, 1e11) == MeshConfig(1, 2, 2)  # weights must be halved
     assert choose_mesh(replace(free, rows=4), 8, 1e11) == MeshConfig(1, 4, 2)  # no more replicas than rows
     hopeless = choose_mesh(replace(free, state=1e14), 8, 1e11)
-    assert hopeless.fsdp * hopeless.tensor == 8  # the least memory; that it does not fit is for the plan to say
+    assert hopeless.fsdp * hopeless.tensor == 8  # the least memory; the plan reports that it does not fit
     with pytest.raises(ValueError, match="make rows and slots multiples of 4"):
         choose_mesh(replace(free, rows=2), 8, 1e11)
 

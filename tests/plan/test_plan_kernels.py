@@ -1,4 +1,4 @@
-"""Kernels in compiled programs: what XLA counts as nothing is counted in closed form, or named."""
+"""Kernels in compiled programs: XLA counts them as zero, so they are counted in closed form, or named."""
 
 import io
 from dataclasses import replace
@@ -49,7 +49,7 @@ def test_a_known_kernel_is_counted_an_unknown_one_named():
     numbers = 4 * 1024 * 128
     assert known.bytes == 2 * numbers * (12 + 12 + 2) + 4 * 4 * 512 * 128 + 4
     assert (other.name, other.flops, other.known) == ("b", 0, False)
-    # beside what the compiler estimates, a kernel takes what the peaks say
+    # a kernel adds the time given by the peaks to the compiler's estimate
     v5p = parse_topology("v5p:2x2x1")
     assert flops / v5p.peak > known.bytes / v5p.bandwidth
     seconds = estimate(found, v5p).compiler
@@ -63,8 +63,10 @@ def test_a_single_row_has_no_dimension_of_its_own():
 
 
 def test_the_closed_form_is_that_of_the_attention_that_the_target_takes():
-    """Splash goes backward with seven products where XLA's blocks take five, one of which a layer that is computed
-    again has made already; forward has two of them."""
+    """Splash's backward pass has seven products, XLA's has five.
+
+    One of the five is already made by a recomputed layer. The forward pass has two products.
+    """
     config = plan_config(read_preset("alfworld-qwen2.5-1.5b"))
     work = workload(config)
     length = work.layout.row_length

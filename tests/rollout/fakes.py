@@ -1,4 +1,4 @@
-"""A chat of bytes and a pool in this process: deterministic, instant, and broken on demand."""
+"""A chat of bytes and a pool in this process: deterministic, instant, with failures on demand."""
 
 import random
 import threading
@@ -34,8 +34,10 @@ class ByteChat:
 
 
 class CountdownEnv:
-    """Ends after `turns` turns (0: at its reset, won). Observations grow with the response's length; the episode is won
-    if the last response has an even length."""
+    """Ends after `turns` turns (0: at its reset, won).
+
+    Observations grow with the response's length. The episode is won if the last response has an even length.
+    """
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
         self.left = int(task["turns"])
@@ -53,7 +55,7 @@ class CountdownEnv:
 
 
 class LocalPool:
-    """Sessions of one environment class; `broken(session, call)` says which calls fail."""
+    """Sessions of one environment class; `broken(session, call)` selects the failing calls."""
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class LocalPool:
 
 
 class LatePool(LocalPool):
-    """Replies after up to 20 ms, so that replies come out of order."""
+    """Replies after up to 20 ms, so that replies arrive out of order."""
 
     def __init__(self, capacity: int, seed: int, **kwargs):
         super().__init__(capacity, **kwargs)

@@ -1,4 +1,4 @@
-"""Which slots share a call, against all partitions by length; and cuts into buckets, against all cuts."""
+"""Slots that share a call, compared with all partitions by length; cuts into buckets, compared with all cuts."""
 
 import itertools
 
@@ -64,14 +64,14 @@ def test_no_cut_by_length_is_cheaper(contexts, weights):
 
 
 def test_golden_calls():
-    """Six short slots and one long: apart they read 8·8 + 1·128 positions a step, together 8·128."""
+    """Six short slots and one long: separate calls read 8·8 + 1·128 positions per step, one call 8·128."""
     contexts = {**dict.fromkeys(range(6), 5), 6: 100}
     calls = plan(contexts, decode_cost(0.0, 1.0, NUM_SLOTS, 4))
     assert [(call.targets, None if call.slots is None else call.slots.tolist(), call.window) for call in calls] == [
         ((0, 1, 2, 3, 4, 5), None, 8),
         ((6,), [6], 128),
     ]
-    # Reading the weights once more is worth 8·128 − 8·8 − 128 = 832 positions, less two copies of 128 in four steps.
+    # A second read of the weights saves 8·128 − 8·8 − 128 = 832 positions, less two copies of 128 in four steps.
     assert len(plan(contexts, decode_cost(767.0, 1.0, NUM_SLOTS, 4))) == 2
     assert len(plan(contexts, decode_cost(769.0, 1.0, NUM_SLOTS, 4))) == 1
 

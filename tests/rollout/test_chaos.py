@@ -109,7 +109,7 @@ def test_servers_with_malformed_replies(play, undisturbed, kind, tmp_path):
 
 
 def test_a_task_that_always_breaks_is_masked_and_costs_nobody_else(play, undisturbed):
-    """Its group is masked after the retries; a raise costs no server, so the other groups are never touched."""
+    """The group is masked after the retries. An exception ends no server, so the other groups are not affected."""
     with EnvPool(POOL, ("echo", {})) as pool:
         trajectories, stats = play(pool, tasks(lambda word: {"kind": "raise", "step": 1} if word == "fg" else None))
         assert sum(pool.stats().restarts) == 0
@@ -121,7 +121,7 @@ def test_a_task_that_always_breaks_is_masked_and_costs_nobody_else(play, undistu
 
 @pytest.mark.parametrize(("kind", "step_deadline_s"), [("exit", 3.0), ("hang", 0.5), ("rubbish", 3.0)])
 def test_a_task_that_always_kills_its_server_is_found(play, undisturbed, kind, step_deadline_s):
-    """Both episodes of a group kill their server whenever they are played: they alone are masked in the end."""
+    """Both episodes of a group kill their server at every attempt; only these two are masked in the end."""
     pool_config = replace(POOL, step_deadline_s=step_deadline_s)
     with EnvPool(pool_config, ("echo", {})) as pool:
         trajectories, stats = play(pool, tasks(lambda word: {"kind": kind, "step": 2} if word == "fg" else None))

@@ -1,4 +1,4 @@
-"""Continuous mode samples what lockstep mode samples, whenever replies come; and it calls before it reads."""
+"""Continuous mode samples the same as lockstep mode for any timing of replies, and calls before it reads."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -87,7 +87,7 @@ def test_more_first_prompts_than_rows_for_them(sampler, params):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_prompt_is_prefilled_once_however_late_its_group_starts(sampler, params, seed):
-    """Slots start one by one, groups in turns: no prompt is evicted while a row is empty."""
+    """Slots start one by one, in alternating groups: no prompt is evicted while a row is empty."""
     tasks = [replace(t, payload={**t.payload, "first": "abc" * (n + 1)}) for n, t in enumerate(TASKS)]
     expected, wanted = play(sampler, params, CONFIG, LocalPool(12), tasks)
     found, stats = play(sampler, params, CONTINUOUS, LatePool(12, seed), tasks)
@@ -145,7 +145,7 @@ def test_the_next_chunk_is_called_before_the_last_is_read(sampler, params, monke
     monkeypatch.setattr(jax, "device_get", lambda tree: (watched.events.append("read"), read(tree))[1])
     play(watched, params, replace(CONTINUOUS, decode_chunk=2), LocalPool(12))
     ahead = np.cumsum([1 if event == "call" else -1 for event in watched.events])
-    assert set(ahead.tolist()) == {0, 1, 2}  # never more than one behind another, and at the end all are read
+    assert set(ahead.tolist()) == {0, 1, 2}  # at most two calls are unread, and at the end all are read
     assert (ahead >= 1).mean() > 0.8 and ahead[-1] == 0
 
 

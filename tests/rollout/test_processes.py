@@ -1,4 +1,4 @@
-"""Several processes play one rollout, each its own slots: all end with the same trajectories, those of one process.
+"""Several processes play one rollout, each its own slots. All end with the trajectories of a single process.
 
 Threads stand for processes here. All must make the same calls to the sampler, which are recorded.
 """
@@ -49,7 +49,7 @@ class Recorded:
 
 
 def process_groups(count: int) -> list[ProcessGroup]:
-    """What `count` processes see of each other, in threads of one."""
+    """A process group of `count` members, run as threads of one process."""
     sent: list[bytes] = [b""] * count
     barrier = threading.Barrier(count, timeout=60)
 
@@ -95,7 +95,7 @@ def play(
 
 
 def episodes(trajectories) -> list:
-    """All that a learner sees of trajectories."""
+    """All fields of trajectories that a learner reads."""
     return [
         (t.group, t.member, t.ending, t.success, t.total_reward)
         + tuple((turn.observation_ids.tolist(), turn.response_ids.tolist(), turn.logprobs.tolist()) for turn in t.turns)
@@ -153,7 +153,7 @@ def test_continuous_processes_agree_on_the_replies(sampler, params):
 
 
 def test_processes_that_play_different_episodes_are_refused(sampler, params):
-    tasks = [TASKS, list(reversed(TASKS))]  # as if they had drawn different ones
+    tasks = [TASKS, list(reversed(TASKS))]  # as if they had drawn different tasks
 
     def one(processes: ProcessGroup):
         rollout = Rollout(sampler, ByteChat(), LocalPool(4), CONFIG, processes)

@@ -157,7 +157,7 @@ def test_a_first_prompt_that_is_too_long_ends_its_episodes_and_no_others(sampler
 
 
 def test_a_task_that_is_over_at_its_reset_is_left_out_at_once(sampler, params, caplog):
-    """No retry, one log line for the group, and the other groups sample the same."""
+    """No retry and one log line for the group; the other groups sample the same."""
     over = replace(TASKS[1], id="solved", payload={"turns": 0})
     expected, _ = play(sampler, params)
     found, stats = play(sampler, params, tasks=[TASKS[0], over, TASKS[2]])

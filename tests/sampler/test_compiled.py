@@ -63,7 +63,7 @@ def test_nothing_compiles_after_warm_up():
 
 
 def test_each_sampler_counts_its_own_programs():
-    """Another sampler of the process, however much it compiled, does not show in a new one's count."""
+    """Compilations of another sampler in the process do not change a new sampler's count."""
     play(make(), PARAMS, {0: script(POLICY, 0)}, slots=SLOTS, chunks=(SLACK, CHUNK))
     assert make().compilations == 0
 
@@ -80,8 +80,8 @@ def test_donated_state_is_gone(cache):
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_cache_is_aliased_not_copied(cache):
-    """Keys and values leave in the buffers they came in; what is needed beside them does not grow with capacity."""
-    # Codes are a quarter of float32: four times the capacity, so that a copy of them would still be what one sees.
+    """Keys and values are returned in their input buffers; other memory does not grow with capacity."""
+    # Codes take a quarter of float32. With four times the capacity, a copy of them would still be visible.
     capacity = CAPACITY if cache == "model" else 4 * CAPACITY
     sampler = Sampler(POLICY, SamplingConfig(1.0, cache=cache), (5,), capacity=capacity, slack=SLACK, windows=(32,))
     cached = sampler.abstract(SLOTS).cache.num_bytes
@@ -93,7 +93,7 @@ def test_cache_is_aliased_not_copied(cache):
 
 
 def while_bodies(text: str | None) -> str:
-    """The instructions of all loop bodies of a compiled program and of what they call."""
+    """The instructions of all loop bodies of a compiled program and of the computations that they call."""
     assert text is not None
     computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}", text, re.M | re.S))
     todo = re.findall(r"body=%?([\w.\-]+)", text)
@@ -108,20 +108,22 @@ def while_bodies(text: str | None) -> str:
 
 
 def test_the_decode_loop_copies_no_cache():
-    """No step makes an array of the window's size, of one layer or of all: the cache is read where it lies."""
+    """No step makes an array of the window's size, for one layer or all: the cache is read in place."""
     window = 64
     body = while_bodies(decode_program(make(), window=window).as_text())
     made = re.findall(r"= f32\[([\d,]+)\]\S* (?!parameter|get-tuple-element|bitcast)[\w\-]+\(", body)
     sizes = {int(np.prod([int(n) for n in shape.split(",")])) for shape in made}
     c = GROUPED_TIED
-    assert SLOTS * c.vocab_size in sizes  # the logits: it is the decode loop that was looked at
+    assert SLOTS * c.vocab_size in sizes  # the logits: proof that the decode loop was inspected
     of_a_layer = SLOTS * c.num_kv_heads * c.head_dim * window
     assert not sizes & {of_a_layer, c.num_layers * of_a_layer}
 
 
 def test_no_layer_of_codes_is_widened_for_longer_than_it_is_used():
-    """Scanned layers, in 8 bits: before the loop there are codes of the window alone; in it one layer at a time is made
-    float32, by this CPU's compiler (that of TPUs does so inside of the product)."""
+    """Scanned layers in 8 bits: only the window's codes are made before the loop.
+
+    In the loop, this CPU's compiler makes one layer at a time float32 (a TPU's does so inside the product).
+    """
     window, c = 32, DEEP
     text = decode_program(make("int8", Policy(DEEP)), window=window).as_text() or ""
     of_a_layer = SLOTS * c.num_kv_heads * c.head_dim * window

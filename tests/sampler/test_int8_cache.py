@@ -1,4 +1,4 @@
-"""Slots that remember in 8 bits: what is quantised and when, and how far the policy moves."""
+"""An int8 KV cache of slots: the quantised arrays, the time of rounding, and the change of the policy."""
 
 from dataclasses import replace
 from functools import partial
@@ -46,7 +46,7 @@ def test_a_chunk_is_exact_until_it_is_merged_and_quantised_once():
     found = extend_slots(SAMPLER, PARAMS, found, {1: ids[:4]}, 16)
     same(cache_of(found, 1, 13), before)  # no second rounding
     moved = POLICY.logits(PARAMS, found.hidden[1]) - cacheless(POLICY, PARAMS, np.concatenate([ids, ids[:4]]))[-1]
-    assert 1e-5 < np.abs(moved).max() < 0.2  # what was merged is read as it was rounded
+    assert 1e-5 < np.abs(moved).max() < 0.2  # merged tokens are read with their rounding
 
 
 def test_the_parity_gap_is_small_and_is_there():
@@ -81,7 +81,7 @@ def test_rewound_slots_go_on_from_what_they_kept():
 
 
 def test_a_part_of_the_slots_says_what_all_would():
-    """Decoding some slots, in an order of their own: theirs as in a call on all, the others' codes untouched."""
+    """Decoding some slots, in a different order, equals a call on all. The codes of other slots stay unchanged."""
     ids = {slot: numpy_tokens(GROUPED_TIED, (6 + slot,), slot) for slot in range(4)}
     fresh = lambda: extend_slots(
         SAMPLER, PARAMS, start_episodes(SAMPLER, SAMPLER.init(4), {slot: script(POLICY, slot) for slot in ids}), ids, 16

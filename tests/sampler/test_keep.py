@@ -12,7 +12,7 @@ from aem_jax.sampler.sampling import _keep
 
 
 def kept_by_sorting(weights: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """By the definition, in float64: the largest k, then the shortest run of them that reaches p; ties are kept."""
+    """The definition, in float64: the largest k, then the shortest prefix of them that reaches p; ties are kept."""
     kept = np.zeros(weights.shape, bool)
     for row, out in zip(weights.astype(np.float64), kept, strict=True):
         ordered = np.sort(row)[::-1][: top_k or len(row)]
@@ -50,7 +50,7 @@ def test_random_weights(top_k: int, top_p: float, spread: float):
     found, wanted = kept(weights, top_k, top_p), kept_by_sorting(weights, top_k, top_p)
     off = found != wanted
     assert off.sum(axis=1).max() <= (0 if top_p == 1.0 or spread == 0.0 else 1)
-    for row in np.nonzero(off.any(axis=1))[0]:  # there, the mass before it is p to seven digits
+    for row in np.nonzero(off.any(axis=1))[0]:  # there, the mass before the token is p to seven digits
         larger = weights[row] > weights[row][off[row]].max()
         among = np.sort(weights[row].astype(np.float64))[::-1][: top_k or None]
         assert weights[row][larger].astype(np.float64).sum() == pytest.approx(top_p * among.sum(), rel=1e-6)

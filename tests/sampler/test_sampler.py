@@ -41,7 +41,7 @@ def token_lists(episode: Episode) -> list[list[int]]:
 
 
 def same(first: Episode, second: Episode) -> None:
-    """Same tokens; the same numbers but for the rounding of another shape."""
+    """Equal tokens, and equal numbers up to the rounding of another shape."""
     assert token_lists(first) == token_lists(second)
     for one, other in ((first.logprobs, second.logprobs), (first.entropies, second.entropies)):
         np.testing.assert_allclose(np.concatenate(one), np.concatenate(other), atol=TIGHT)
@@ -78,7 +78,7 @@ def test_several_turns_have_the_logprobs_and_entropies_of_one_cacheless_pass(con
         # and the median by 1e-6; a wrong position or mask moves them by 1e-2 and more.
         gaps = np.abs(token_gaps(policy, params, episode))
         assert np.median(gaps) < TIGHT / 4 and np.max(gaps) < 4 * TIGHT
-    assert sum(len(row) for episode in episodes.values() for row in episode.responses) > 60  # long enough to mean much
+    assert sum(len(row) for episode in episodes.values() for row in episode.responses) > 60  # a meaningful length
 
 
 def test_bfloat16_sampler_and_learner_agree():
@@ -148,7 +148,7 @@ def test_a_slot_is_as_good_as_new():
 
 
 def test_forked_prompts_equal_own_prompts():
-    """Two prompts, prefilled once in a small state of their own, forked to five slots in two calls."""
+    """Two prompts, prefilled once in a separate small state, forked to five slots in two calls."""
     s = sampler()
     prompts = s.init(2, capacity=24)
     heads = {0: numpy_tokens(GROUPED_TIED, (17,), 1), 1: numpy_tokens(GROUPED_TIED, (9,), 2)}
@@ -160,7 +160,7 @@ def test_forked_prompts_equal_own_prompts():
     play(s, PARAMS, own, slots=5)
 
     state = s.init(5)
-    for goes in ((0, 1, 4), (2, 3)):  # the second go leaves the first's slots alone
+    for goes in ((0, 1, 4), (2, 3)):  # the second call leaves the slots of the first unchanged
         source, prng = np.full(5, -1, np.int32), np.zeros((5, 2), np.uint32)
         for slot in goes:
             source[slot], prng[slot] = slot % 2, episodes[slot].prng

@@ -41,7 +41,7 @@ def chi_square_p(tokens: np.ndarray, probabilities: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("vocab", "temperature"), [(3, 1.0), (64, 1.0), (65, 0.7), (300, 1.3), (300, 1.0)])
 def test_tokens_follow_softmax(vocab: int, temperature: float):
-    """One block of the two-level draw, exactly one, one and a bit, several."""
+    """Part of a block of the two-level draw, exactly one, slightly more than one, several."""
     logits = np.random.RandomState(vocab).standard_normal(vocab) * 1.5
     tokens = draw_many(SamplingConfig(temperature), logits)
     assert chi_square_p(tokens, softmax(logits / temperature)) > 1e-3
@@ -54,7 +54,7 @@ def test_the_check_sees_a_wrong_distribution():
 
 
 def test_rare_tokens_keep_their_odds():
-    """A hundred tokens of 1e-5 each beside one of 0.999: about 100 of 100,000 draws are rare."""
+    """A hundred tokens of 1e-5 each and one of 0.999: about 100 of 100,000 draws are rare."""
     logits = np.log(np.concatenate([[1 - 100e-5], np.full(100, 1e-5)]))
     tokens = draw_many(SamplingConfig(1.0), logits, count=100_000, seed=3)
     rare = np.sum(tokens > 0)

@@ -44,11 +44,11 @@ def test_eight_devices_say_the_same(sizes: tuple[int, int, int], cache: Literal[
     for leaf in jax.tree.leaves(state.cache):
         assert leaf.addressable_shards[0].data.size * 8 == leaf.size
     state = play(sampler, placed, episodes, slots=8, state=state)
-    assert jax.tree.map(lambda leaf: leaf.sharding, state) == where  # and so the next call finds the program it knows
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == where  # so the next call reuses its compiled program
     for slot in wanted:
         assert [row.tolist() for row in episodes[slot].responses] == [row.tolist() for row in wanted[slot].responses]
         for one, other in zip(episodes[slot].logprobs, wanted[slot].logprobs, strict=True):
-            # In 8 bits a sum in another order may be the next code.
+            # In 8 bits, another order of summation may give the neighbouring code.
             np.testing.assert_allclose(one, other, atol=1e-5 if cache == "model" else 1e-2)
     with pytest.raises(ValueError, match=r"dimension .slots. divisible by"):
         sampler.init(3)
@@ -79,7 +79,7 @@ def test_a_chunk_of_all_slots_is_merged_on_two_devices_without_a_scatter():
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_decode_step_gathers_no_weights(int8: bool):
-    """In the compiled program: what devices hand each other is activations of their slots, never a weight."""
+    """In the compiled program, devices exchange only activations of their slots, never weights."""
     policy = Policy(ModelConfig(512, 64, 192, 2, 4, 2, 24))
     mesh = make_mesh(MeshConfig(2, 2, 2))
     sampled = policy.quantized if int8 else policy
@@ -97,7 +97,7 @@ def test_a_decode_step_gathers_no_weights(int8: bool):
 
 
 def test_codes_are_made_where_the_masters_lie():
-    """Each device quantises its part, by scales that all agree on; what is gathered are codes, not float32 masters."""
+    """Each device quantises its part with common scales. Codes are gathered, not float32 masters."""
     mesh = make_mesh(MeshConfig(1, 4, 2))
     masters = jax.device_put(numpy_params(CONFIG), shardings(mesh, POLICY.axes, TRAIN))
     reshard = make_reshard(POLICY, mesh, int8=True)

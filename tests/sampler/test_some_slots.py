@@ -1,4 +1,4 @@
-"""Calls on some slots, and responses that continue before the host knows whether they have ended."""
+"""Calls on some slots, and responses that continue before the host reads whether they have ended."""
 
 from functools import partial
 
@@ -19,8 +19,10 @@ NAMES = ("tokens", "logprobs", "entropies")
 
 
 def play_in_parts(sampler: Sampler, params, episodes: dict[int, Episode], size: int, seed: int) -> None:
-    """Each turn: slots are extended in random groups, then decode in groups, chunk by chunk, with budgets that the
-    device keeps; their tokens are read at the end of the turn."""
+    """In each turn, slots are extended in random groups, then decode in groups, chunk by chunk.
+
+    The device keeps their budgets. Their tokens are read at the end of the turn.
+    """
     rng, state = np.random.default_rng(seed), start_episodes(sampler, sampler.init(SLOTS), episodes)
     budget = {slot: episode.budget for slot, episode in episodes.items()}
     for turn in range(3):

@@ -1,4 +1,4 @@
-"""Addresses of servers: what people write, what is connected to, what may be told a token, what a server prints."""
+"""Addresses of servers: as written by users, as connected to, as allowed to get a token, as printed by a server."""
 
 import pytest
 

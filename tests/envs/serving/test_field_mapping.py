@@ -1,4 +1,4 @@
-"""Other people's fields: found where a mapping says they are, and nowhere else."""
+"""Fields of foreign servers are found at the mapped paths, and nowhere else."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ def text_of(path, observation):
 def test_an_action_inside_an_action():
     mapping = FieldMapping("arguments.message", '{"tool_name": "echo", "arguments": {"times": 2}}')
     encode = step_encoder(mapping)
-    for text in ("a", "b"):  # the first leaves nothing behind
+    for text in ("a", "b"):  # the first action has no effect on the second
         assert json.loads(encode(text))["data"] == {"tool_name": "echo", "arguments": {"times": 2, "message": text}}
     assert sent(FieldMapping("a.b.c"), "x") == {"a": {"b": {"c": "x"}}}
     with pytest.raises(ValueError, match="expected action_constants with a mapping in 'arguments'"):
@@ -41,9 +41,9 @@ def test_an_action_inside_an_action():
     ("response", "action"),
     [
         ("<think>is it 3?</think> <answer>4</answer>", "4"),
-        ("<answer>3</answer> no: <answer>4</answer>", "4"),  # the last word counts
+        ("<answer>3</answer> no: <answer>4</answer>", "4"),  # the last match counts
         ("<answer></answer>", ""),
-        ("4", "4"),  # without a match the server may say what it thinks of it
+        ("4", "4"),  # without a match the server judges the full text
     ],
 )
 def test_what_of_a_response_is_sent(response, action):
@@ -63,7 +63,7 @@ def test_a_pattern_needs_a_group():
         ("messages.0.content", "first"),
         ("messages.-1.content", "last"),
         ("nothing|prompt", "go"),
-        ("result|prompt", "go"),  # null is not there if something else is
+        ("result|prompt", "go"),  # null counts as absent if another path has a value
         ("result.data|error.message", "no tool"),
         ("result|", ""),
         ("nothing|", ""),
@@ -85,7 +85,7 @@ def test_a_path_finds(path, text):
         ("messages.1", "expected the observation field 'messages.1'"),
         ("result", "expected text in 'result', got null; 'result|' takes null for no text"),
         ("messages", "expected text in 'messages'"),
-        ("messages|", "expected text in 'messages|'"),  # something is there, and it is no text
+        ("messages|", "expected text in 'messages|'"),  # a value is present, and it is no text
     ],
 )
 def test_a_path_that_finds_nothing_says_so(path, why):
@@ -100,7 +100,7 @@ def test_what_may_be_missing_has_a_default():
     )
     won = {"won": True, "valid_action": True}
     assert decode_result(said({"text": "x"}, 1, True), optional) == StepResult("x", 1.0, terminated=True, info=won)
-    # and where it is there, it counts: lost at a limit, whatever the reward
+    # a present field counts: lost at a limit, whatever the reward
     lost = {"won": False, "valid_action": False, "admissible": ["go"], "more": 1}
     fields = {"won": False, "truncated": True, "terminated": False, "valid_action": False}
     observation = {"text": "x", **fields, "admissible": ["go"], "info": {"more": 1}}
@@ -133,7 +133,7 @@ def test_what_the_server_refuses_is_an_invalid_action_if_that_is_asked_for():
     assert decode_step(refused, mapping) == StepResult(
         "Invalid message; move.0: not a move", info={"won": False, "valid_action": False}
     )
-    with pytest.raises(RefusedError):  # a reset is not the policy's
+    with pytest.raises(RefusedError):  # a reset is not an action of the policy
         decode_result(refused, mapping)
     for answer, its in ((refused, FieldMapping()), (encode_error("EXECUTION_ERROR", "broke"), mapping)):
         with pytest.raises(RefusedError):

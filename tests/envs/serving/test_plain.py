@@ -1,4 +1,4 @@
-"""Values of other libraries become plain ones, or an error that names their key."""
+"""Values of other libraries become plain values, or raise an error that names their key."""
 
 import datetime
 import json
@@ -19,7 +19,7 @@ class Colour(Enum):
 
 
 class Env:
-    """Only its name counts."""
+    """Only the class name matters."""
 
     def reset(self, task):
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The pool's contract on good days, and what it says on bad ones. Servers that fail in use are in test_pool_chaos."""
+"""The pool's contract, and its errors. test_pool_chaos tests servers that fail in use."""
 
 import asyncio
 import contextlib
@@ -118,7 +118,7 @@ def test_bad_config_values(field, value):
 
 
 def test_a_failure_is_blamed_on_the_process_that_was_connected_to(monkeypatch):
-    """A session that connected to a server just before that was replaced: its successor is not restarted for it."""
+    """A session connects to a server process that is then replaced. Its failure does not restart the new process."""
 
     class Dead:
         usable = True
@@ -147,7 +147,7 @@ def test_a_failure_is_blamed_on_the_process_that_was_connected_to(monkeypatch):
         server.failed(old, "once more")
         assert server.up.is_set() and not failures
         session.end_if_expired()
-        assert not server.up.is_set() and len(failures) == 1  # this one is the new one's
+        assert not server.up.is_set() and len(failures) == 1  # this failure is the new process's
         await server._tasks.cancel()
 
     failures, old, new = [], Mock(pid=1, port=1), Mock(pid=2, port=1)
@@ -219,7 +219,7 @@ def test_servers_are_not_blamed_for_the_time_in_which_this_process_was_stopped()
         for session in range(2):
             pool.reset(session, {}).result(10)
         futures = [pool.step(session, "x") for session in range(2)]
-        pool._loop.call_soon_threadsafe(time.sleep, 3.0)  # as when the whole process is suspended
+        pool._loop.call_soon_threadsafe(time.sleep, 3.0)  # like a suspended process
         assert [future.result(10).observation for future in futures] == ["1: x", "1: x"]
         assert pool.stats().restarts == (0,)
 
@@ -227,7 +227,7 @@ def test_servers_are_not_blamed_for_the_time_in_which_this_process_was_stopped()
 def test_a_reset_does_not_wait_for_ever_for_a_server_that_stays_away(tmp_path):
     config = PoolConfig(num_servers=1, sessions_per_server=1, restart_wait_s=1.0, start_deadline_s=30.0)
     with EnvPool(config, ("echo", {})) as pool:
-        pool._servers[0]._launch = _fails  # from now on it cannot be started
+        pool._servers[0]._launch = _fails  # later starts fail
         os.kill(pool.server_pids[0], signal.SIGKILL)
         with pytest.raises(EnvError):
             pool.reset(0, {}).result(10)
@@ -251,7 +251,7 @@ def test_errors_quote_a_server_that_died():
         assert pool.reset(0, {"word": "a"}).result(10).observation == "say a"  # in a fresh environment
 
 
-# Servers of others.
+# Foreign servers.
 
 
 def test_own_servers_started_by_hand():

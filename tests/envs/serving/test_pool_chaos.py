@@ -1,4 +1,4 @@
-"""Servers are killed, frozen and made to answer rubbish in use: all episodes end, and the others notice nothing."""
+"""Servers in use are killed, frozen and made to send garbage. All episodes end, and the others are not affected."""
 
 import os
 import signal
@@ -17,12 +17,12 @@ EPISODES = 12
 
 
 def transcript(word):
-    """What an episode with no fault looks like."""
+    """The observations of an episode without faults."""
     return [f"say {word}", *(f"{step}: try {step}" for step in range(1, 8)), f"8: {word}"]
 
 
 def play(pool, session, task, errors):
-    """One episode, begun again after each error; returns its observations."""
+    """Plays one episode, restarted after each error; returns its observations."""
     while True:
         try:
             result = pool.reset(session, task).result()
@@ -127,12 +127,12 @@ def test_all_servers_again_and_again():
                     try:
                         os.kill(pid, signal.SIGSTOP if turn % 3 == 0 else signal.SIGKILL)
                     except ProcessLookupError:
-                        continue  # it is being started again just now
+                        continue  # it is being restarted at the moment
 
         transcripts, errors = play_all(pool, plain_tasks, disturb)
         assert transcripts == expected(pool, plain_tasks)
         assert errors and min(pool.stats().restarts) >= 2
-        # and afterwards, when the last kill has been noticed, all is well
+        # after the last kill has been detected, everything works
         play_all(pool, plain_tasks)
         _, errors = play_all(pool, plain_tasks)
         assert not errors

@@ -1,4 +1,4 @@
-"""What goes over the wire, message by message, and how a server process lives and ends."""
+"""The messages on the wire, and the life cycle of a server process."""
 
 import asyncio
 import contextlib
@@ -253,7 +253,7 @@ def test_pages_and_raw_socket():
             observation = json.loads(socket.recv())["data"]["observation"]
             assert observation["admissible"] == ["say", "hi"]
             assert set(observation) == set(OBSERVATION_SCHEMA["required"])
-            socket.send("x" * (protocol.MAX_MESSAGE_BYTES + 1))  # costs this session and no other
+            socket.send("x" * (protocol.MAX_MESSAGE_BYTES + 1))  # ends only this session
         env = RemoteEnvironment(address)
         assert env.reset({"word": "hi"}).info["admissible"] == ["say", "hi"]
         assert env.state()["step_count"] == 0
@@ -289,7 +289,7 @@ def test_an_environment_that_cannot_be_made_later_is_a_factory_error():
 
 def _one_reply(port):
     with connect(f"ws://127.0.0.1:{port}/ws", proxy=None) as socket:
-        with contextlib.suppress(ConnectionClosed):  # it may have refused, and hung up, already
+        with contextlib.suppress(ConnectionClosed):  # the server may have refused and closed already
             socket.send(protocol.STATE_REQUEST)
         return json.loads(socket.recv())
 
@@ -332,7 +332,7 @@ class Unruly(EchoEnv):
 
 
 def test_an_environment_that_reads_stdin_or_never_closes_harms_no_server(tmp_path):
-    """What the parent's end of stdin is for is the server's alone; a close that takes long is not waited for."""
+    """Only the server reads the parent's stdin. The server does not wait for a slow close."""
     (tmp_path / "env.py").write_text(UNRULY)
     script = "import sys; from aem_jax.envs.serving import server; server._CLOSE_S = 0.2; sys.exit(server.main())"
     command = [sys.executable, "-c", script, f"{tmp_path}/env.py:Unruly", "--port", "0", "--with-parent"]
@@ -343,7 +343,7 @@ def test_an_environment_that_reads_stdin_or_never_closes_harms_no_server(tmp_pat
         env.reset({})
         assert env.step("read").observation == "1: ''"
         env.close()
-        process.stdin.close()  # as at the parent's end
+        process.stdin.close()  # as when the parent ends
         assert process.wait(10) == 0
         said = process.stderr.read()
         assert "hello from import" in said and "Unruly.close takes more than 0.2 s" in said

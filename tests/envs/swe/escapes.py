@@ -1,4 +1,4 @@
-"""Attempts to get out of a sandbox, each as the script that makes it and a check that nothing came of it."""
+"""Attempts to escape from a sandbox: each has a script and a check that the attempt failed."""
 
 import os
 import socket
@@ -16,13 +16,13 @@ LIMITS = Limits(seconds=60, memory_mib=128, processes=24, file_mib=8, disk_mib=3
 
 
 class Host:
-    """What a sandbox must not reach: a file, an environment variable, a process, servers.
+    """Resources that a sandbox must not reach: a file, an environment variable, a process, servers.
 
     Attributes:
-        token: text that stands in the file and the variable.
+        token: the text in the file and the variable.
         file: a file of the host, and beside it a socket.
         pid: a process of the host.
-        heard: what reached a server.
+        heard: the messages that reached a server.
     """
 
     def __init__(self, folder: Path, pid: int):
@@ -54,14 +54,14 @@ class Host:
             return  # closed
 
     def close(self) -> None:
-        """Ends the servers and takes the variable back."""
+        """Ends the servers and removes the variable."""
         del os.environ["AEM_TEST_SECRET"]
         for server in self._sockets:
             server.close()
 
     @property
     def addresses(self) -> list[str]:
-        """Under which it may be reached."""
+        """Addresses under which the host may be reached."""
         return ["127.0.0.1", "10.0.2.2", "172.17.0.1", socket.gethostname()]
 
 
@@ -70,10 +70,10 @@ class Attempt:
     """One attempt.
 
     Attributes:
-        name: what it tries.
+        name: the goal of the attempt.
         script: bash, in which `{…}` are the host's facts; or python, where it starts with `#python`.
-        contained: whether what came back shows that it failed.
-        limits: of its command.
+        contained: whether the result shows that the attempt failed.
+        limits: limits of its command.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Attempt:
     limits: Limits = LIMITS
 
     def command(self, host: Host, mark: str) -> str:
-        """The command, which prints `mark` before it begins, so that no attempt passes that never ran."""
+        """The command. It prints `mark` first, so that an attempt that never ran does not pass."""
         script = self.script
         facts = {
             "FILE": str(host.file),
@@ -117,12 +117,12 @@ def call(name, *arguments):
 
 
 def says(*texts: str) -> Callable[[Outcome], bool]:
-    """All of these stand in the output."""
+    """The output contains all of these."""
     return lambda outcome: all(text in outcome.output for text in texts)
 
 
 def never(*texts: str) -> Callable[[Outcome], bool]:
-    """It ended by itself, and none of these stands in the output."""
+    """The command ended by itself, and the output contains none of these."""
     return lambda outcome: outcome.exit_code is not None and not any(text in outcome.output for text in texts)
 
 
@@ -131,12 +131,12 @@ def killed(*why: str) -> Callable[[Outcome], bool]:
 
 
 def prints(*lines: str) -> Callable[[Outcome], bool]:
-    """These are all the lines that it printed."""
+    """The output consists of exactly these lines."""
     return lambda outcome: outcome.output.splitlines()[1:] == list(lines)
 
 
 def all_lines(word: str, count: int) -> Callable[[Outcome], bool]:
-    """It printed `count` lines, and each ends in the word."""
+    """The output has `count` lines, and each ends in the word."""
 
     def check(outcome: Outcome) -> bool:
         lines = outcome.output.splitlines()[1:]
@@ -146,7 +146,7 @@ def all_lines(word: str, count: int) -> Callable[[Outcome], bool]:
 
 
 def fits(outcome: Outcome) -> bool:
-    """The disk was full at about the limit (the last line is its use in MiB)."""
+    """The disk was full at about the limit (the last line gives the usage in MiB)."""
     return "No space left" in outcome.output and 16 <= int(outcome.output.split()[-1]) <= LIMITS.disk_mib
 
 

@@ -1,4 +1,4 @@
-"""Attempts to reach what is outside: the host's files, network, processes and kernel."""
+"""Attempts to reach the host's files, network, processes and kernel."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Attempts to take more than there is to take, for longer: processes, memory, disk, output and time."""
+"""Attempts to exceed the limits on processes, memory, disk, output and time."""
 
 from envs.swe.escapes import SHORT, Attempt, all_lines, fits, killed, prints
 

@@ -1,4 +1,4 @@
-"""What SWE-bench itself makes of patches: its own script, run as it runs it, and its own `get_eval_report`.
+"""SWE-bench's own verdict on patches, from its script, run in its way, and its `get_eval_report`.
 
 `python tests/envs/swe/official.py` (with `swebench` installed) records logs and verdicts in `official.json`, so that
 the comparison needs no `swebench`.
@@ -27,7 +27,7 @@ COMMANDS = (
 
 
 def official_log(instance: Instance, patch: str) -> str:
-    """The log that SWE-bench would have: its chain of commands, then its eval script, in a folder of this machine."""
+    """The log of SWE-bench's chain of commands and its eval script, run in a folder of this machine."""
     from swebench.harness.run_evaluation import GIT_APPLY_CMDS  # pyright: ignore[reportMissingImports]
     from swebench.harness.utils import make_test_spec  # pyright: ignore[reportMissingImports]
 
@@ -48,7 +48,7 @@ def official_log(instance: Instance, patch: str) -> str:
 
 
 def official_verdict(instance: Instance, patch: str | None, log: str) -> dict:
-    """`get_eval_report` on a log."""
+    """The result of `get_eval_report` for a log."""
     from swebench.harness.grading import get_eval_report  # pyright: ignore[reportMissingImports]
     from swebench.harness.utils import make_test_spec  # pyright: ignore[reportMissingImports]
 

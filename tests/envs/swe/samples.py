@@ -1,4 +1,4 @@
-"""Instances to test with, and a runtime that isolates nothing."""
+"""Instances for tests, and a runtime without isolation."""
 
 import difflib
 import os
@@ -35,12 +35,12 @@ ROW = {
 }
 
 
-# Plugins of this machine's pytest that start with it would be half of the time.
+# Loading the plugins of this machine's pytest would take half of the time.
 ENVIRONMENT = {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 class FakeWorkspace:
-    """A folder of the host in place of a sandbox, for code of our own alone: it isolates nothing."""
+    """A folder of the host instead of a sandbox. It isolates nothing and runs only our own code."""
 
     def __init__(self, folder: Path, limits: Limits):
         self._folder = folder
@@ -147,7 +147,7 @@ PASSED = "\\n".join(f"PASSED tests/test_calc.py::{name}" for name in FORGED)
 
 
 def calc() -> Instance:
-    """The instance that asks for the median of lists of even length, its evaluation script as SWE-bench writes one."""
+    """The instance about the median of lists of even length; its evaluation script has SWE-bench's form."""
     base = commit_id(CALC)
     script = f"""#!/bin/bash
 set -uxo pipefail
@@ -178,7 +178,7 @@ import atexit, os, sys
 TEXT = "{PASSED}"
 """
 
-# pytest captures what is written to its own standard output; that of the shell above it is not captured.
+# pytest captures its own standard output, not that of the shell that runs it.
 _TELL = """def tell(*lines):
     with open(f"/proc/{os.getppid()}/fd/1", "w") as out:
         out.write("\\n".join(["", *lines, ""]))

@@ -1,4 +1,4 @@
-"""What the tests of sandboxes share: whether there is one here, a repository, and a look at the processes left."""
+"""Shared helpers for the sandbox tests: a working sandbox, a repository, and the remaining processes."""
 
 import os
 from functools import lru_cache
@@ -21,7 +21,7 @@ def working_bubblewrap() -> bubblewrap.Bubblewrap:
     return bubblewrap.Bubblewrap()
 
 
-# Deadlines that no test waits for are long: a machine may be busy.
+# Deadlines that should never expire are long: a machine may be busy.
 QUICK = Limits(seconds=60, memory_mib=256, processes=32, file_mib=8, disk_mib=32, output_bytes=4096)
 
 FILES = {
@@ -37,7 +37,7 @@ diff --git a/calc.py b/calc.py
 -    return sum(xs) / (len(xs) - 1)
 +    return sum(xs) / len(xs)
 """
-# The blank context line is spelled so that no editor takes its space away.
+# The blank context line is written so that no editor removes its space.
 TEST_PATCH = """\
 diff --git a/test_calc.py b/test_calc.py
 --- a/test_calc.py
@@ -84,7 +84,7 @@ CHECKOUT = files_checkout(FILES)
 def sandboxed_processes() -> set[int]:
     """Processes of this machine that descend from this process and run in a sandbox, or set one up.
 
-    Those of Python's multiprocessing, which other tests of this process leave behind (a fork server), are none.
+    The fork server of Python's multiprocessing, left by other tests of this process, does not count.
     """
     parents, words = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):

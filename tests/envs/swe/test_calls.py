@@ -73,4 +73,4 @@ def test_long_texts_take_no_long_time(piece):
     for end in ("", "</parameter>", "</parameter><parameter=a>x</parameter>"):
         with contextlib.suppress(CallError):
             find_call("<function=f>\n<parameter=a>\n" + piece * 20_000 + end)
-    assert time.perf_counter() - began < 5  # 0.1 s; reading anew from each tag takes minutes
+    assert time.perf_counter() - began < 5  # 0.1 s; a new read from each tag takes minutes

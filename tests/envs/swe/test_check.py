@@ -1,4 +1,4 @@
-"""`python -m aem_jax.envs.swe.check FILE`: which instances of a file teach nothing."""
+"""`python -m aem_jax.envs.swe.check FILE`: finds instances of a file that give no learning signal."""
 
 import json
 import subprocess

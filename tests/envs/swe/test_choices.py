@@ -29,7 +29,7 @@ def said(action: str) -> str:
 
 
 def by_source(found, chosen) -> int:
-    """How many edits away from the original module, in place of running tests."""
+    """A fake test run: 0 failures for the original module, otherwise one more than the bug's number of edits."""
     source = apply(apply(package(found.package).source, found.edits), chosen)
     golds = [edit.before for edit in found.edits]
     return 0 if source == package(found.package).source else 1 + len(golds)
@@ -53,7 +53,7 @@ def test_the_fix_is_among_the_candidates():
         wanted = {(edit.after, edit.before) for edit in found.edits}
         gold = [edit for edit in chosen if (edit.before, edit.after) in wanted]
         assert apply(source, gold[: len(found.edits)]) != source
-        if len(gold) == len(found.edits):  # a mistake elsewhere may read the same
+        if len(gold) == len(found.edits):  # a mistake elsewhere may have the same text
             assert apply(source, gold) == package(found.package).source
 
 
@@ -73,7 +73,7 @@ def test_an_episode():
     assert len(first.observation.split("\n")) == 5 and first.info["admissible"][-2:] == ["finish", "run"]
     assert env.step(said("run")).observation == "2 fail"
     assert env.step(said(f"apply {wrong}")).observation == f"applied {wrong}"
-    assert env.step(said(f"apply  {wrong}")).info["valid_action"] is False  # it is applied already
+    assert env.step(said(f"apply  {wrong}")).info["valid_action"] is False  # already applied
     assert env.step(said("undo")).observation == f"undid {wrong}"
     assert env.step(said("undo")).observation == "nothing happens"
     env.step(said(f"apply {right}"))
@@ -115,11 +115,11 @@ def test_verdicts_are_asked_for_once(tmp_path):
     one = candidates(found.id, 4, 0)[:1]
     answer = remembered(failing, tmp_path / "kept")
     assert [answer(found, each) for each in ([], one, [], one)] == [0, 1, 0, 1]
-    again = remembered(failing, tmp_path / "kept")  # another process
+    again = remembered(failing, tmp_path / "kept")  # stands for another process
     assert again(found, one) == 1
     assert len(asked) == 2 and len(list((tmp_path / "kept").iterdir())) == 2
     assert remembered(failing, None)(found, one) == 1 and len(asked) == 3
-    for damage in (b"", b"\0", b"1\n2", b"-1"):  # as a machine that failed may leave them
+    for damage in (b"", b"\0", b"1\n2", b"-1"):  # files as a crashed machine may leave them
         for verdict in (tmp_path / "kept").iterdir():
             verdict.write_bytes(damage)
         again = remembered(failing, tmp_path / "kept")

@@ -1,4 +1,4 @@
-"""Episodes of SweEnv: an honest one, limits, and agents that work on their grade instead of the task."""
+"""Episodes of SweEnv: an honest one, limits, and agents that manipulate the grading."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def test_too_many_invalid_responses_end_an_episode(runtime):
 
 
 def test_a_part_is_worth_its_share(runtime):
-    """One of two failing tests is mended and nothing broken: half; something broken: nothing."""
+    """Fixing one of two failing tests without breaking any earns half; breaking a test earns nothing."""
     both = ("test_calc.py::test_mean", "test_calc.py::test_nothing")
     instance = dataclasses.replace(INSTANCE, fail_to_pass=both)
     env = SweEnv(CONFIG, lambda task: (instance, CHECKOUT), runtime)
@@ -103,7 +103,7 @@ def test_a_part_is_worth_its_share(runtime):
 def test_code_that_ends_its_sandbox_ends_its_episode_unsolved(env):
     env.reset(TASK)
     env._workspace._process.kill()
-    env._workspace._process.wait()  # by then what is in it has been killed, too
+    env._workspace._process.wait()  # by then all its processes have been killed, too
     assert env.step(FIX).observation == "[the sandbox was ended by what ran in it]"
     finished = env.step(FINISH)
     assert finished.terminated and finished.info["failure"].endswith("ended by what ran in it")

@@ -80,7 +80,7 @@ def test_no_split_holds_an_edit_of_another():
 
 
 def test_the_catalogue_says_what_is_so():
-    # one bug of a package, by running its tests; and the package itself has none
+    # tests detect one bug of a package; the package itself passes
     bug = next(each for each in generated.bugs() if each.package == "roman")
     whole = package("roman")
     assert broken_tests(whole, whole.source) == {}
@@ -118,7 +118,7 @@ def test_every_instance_can_be_made():
         names = {*instance.fail_to_pass, *instance.pass_to_pass}
         assert len(instance.fail_to_pass) == len(bug.broken)
         assert len(names) == package(bug.package).tests.count("\ndef test_")
-        for edit in bug.edits:  # the statement says what is wrong, not where
+        for edit in bug.edits:  # the statement describes the failure, not its location
             assert len(edit.before) < 8 or edit.before not in instance.problem_statement
 
 

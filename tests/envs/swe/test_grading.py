@@ -68,7 +68,7 @@ def test_forged_markers_deceive_swebench_and_not_this(tmp_path):
     report = graded(tmp_path, FORGED_CODE)
     assert not report.resolved and report.applied
     assert report.fail_to_pass == {EVEN: False} and report.pass_to_pass[MEAN]
-    assert "PASSED tests/test_calc.py::test_median_even" in report.log  # it did say so
+    assert "PASSED tests/test_calc.py::test_median_even" in report.log  # the forged line is in the log
 
 
 @pytest.mark.parametrize("name", [*PATCHES, DECEIVING])
@@ -80,7 +80,7 @@ def test_swebench_today_says_the_same(tmp_path, name):
     live = official_verdict(calc(), patch, official_log(calc(), patch))
     assert live["resolved"] == OFFICIAL[name]["verdict"]["resolved"]
     report = graded(tmp_path, patch)
-    ours = official_verdict(calc(), patch, report.log)  # what it says about our log
+    ours = official_verdict(calc(), patch, report.log)  # its verdict on our log
     assert ours["resolved"] == report.resolved
     if ours["patch_successfully_applied"]:
         assert by_test(ours) == (report.fail_to_pass, report.pass_to_pass)
@@ -93,7 +93,7 @@ def test_a_patch_cannot_reach_into_git(tmp_path):
 
 
 def test_files_of_the_test_patch_are_restored_whatever_stands_there(tmp_path):
-    # the test file is new, and the agent put a folder of its name there to keep it from being made
+    # the test file is new, and the agent made a folder of that name to block it
     path = "tests/test_new.py"
     patch = diff(CALC, CALC | {path: "def test_new():\n    from calc import median\n    assert median([1, 3]) == 2\n"})
     script = calc().eval_script.replace(calc().test_patch, patch).replace("-p no:cacheprovider", path)
@@ -123,7 +123,7 @@ def test_skipped_and_expected_failures():
 
     assert resolved("PASSED", "PASSED", "PASSED")
     assert resolved("XFAIL", "SKIPPED", "XFAIL")
-    assert not resolved("SKIPPED", "PASSED", "PASSED")  # what must be fixed must run
+    assert not resolved("SKIPPED", "PASSED", "PASSED")  # a test to fix must run
     assert not resolved("PASSED", "ERROR", "PASSED") and not resolved("PASSED", "FAILED", "PASSED")
     assert not resolved("PASSED", "PASSED")  # a test that is not named did not pass …
     assert resolved("PASSED", "PASSED", eval_type="fail_only")  # … unless only failures are named

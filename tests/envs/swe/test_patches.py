@@ -1,4 +1,4 @@
-"""Which files a patch names, compared with git's own word on it."""
+"""The files named by a patch, compared with git's result."""
 
 import subprocess
 from dataclasses import replace

@@ -27,7 +27,7 @@ def git(folder, *arguments: str) -> str:
 
 @pytest.fixture
 def history(tmp_path):
-    """A repository whose later commit, tag, stash, reflog and dangling object hold the fix; and its base commit."""
+    """A repository and its base commit. A later commit, tag, stash, reflog and dangling object contain the fix."""
     repo = tmp_path / "mirrors" / "own__calc"
     repo.mkdir(parents=True)
     git(repo, "init", "--quiet", "-b", "main")
@@ -50,7 +50,7 @@ def history(tmp_path):
 
 
 def everything_in(folder) -> str:
-    """All that the repository's objects, refs and reflogs hold, as text."""
+    """The full content of the repository's objects, refs and reflogs, as text."""
     ids = [line.split()[0] for line in git(folder, "cat-file", "--batch-all-objects", "--batch-check").splitlines()]
     objects = "".join(git(folder, "cat-file", "-p", each) for each in ids)
     loose = "".join(path.read_text(errors="replace") for path in (folder / ".git").rglob("*") if path.is_file())
@@ -64,13 +64,13 @@ def test_a_checkout_has_the_files_of_its_base_and_nothing_of_its_future(history,
     if bare:
         folder = tmp_path / "bare"
         git(tmp_path, "clone", "--quiet", "--mirror", str(repo), str(folder / "own__calc.git"))
-    assert SECRET in everything_in(repo)  # it is there to be found
+    assert SECRET in everything_in(repo)  # the secret is in the original
     work = tmp_path / "work"
     work.mkdir()
     mirror_checkout(folder)(dataclasses.replace(from_row(ROW), base_commit=base), work)
 
     assert (work / "calc.py").read_text() == "def median(xs):\n    return xs[0]\n"
-    assert (work / "kept.log").read_text() == "tracked, though ignored\n"  # an archive would have left it out
+    assert (work / "kept.log").read_text() == "tracked, though ignored\n"  # an archive would omit it
     assert os.readlink(work / "link") == "calc.py"
     assert git(work, "status", "--porcelain") == ""
     found = everything_in(work)

@@ -1,4 +1,4 @@
-"""What a run knows of bug-fixing by choice: its tasks and agents."""
+"""The task suite of bug-fixing by choice: its tasks and agents."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def test_who_looks_at_the_tests_solves_and_chance_does_not(suite: TaskSuite):
     assert rates["random"] < 0.3
     assert suite.demonstrator is not None
     careless = sum(won(env, task, suite.demonstrator(task)) for task in tasks) / len(tasks)
-    assert 0.2 < careless < 0.8  # a pupil of this one has something to learn
+    assert 0.2 < careless < 0.8  # a policy trained on its demonstrations can still improve
 
 
 def test_the_tester_keeps_what_helps_where_there_are_several_bugs():

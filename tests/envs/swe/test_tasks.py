@@ -59,7 +59,7 @@ def test_training_and_evaluation_go_together(data, tmp_path):
         TasksConfig(train="generated", evaluation=two),
     ):
         check_sources(config, ["test"])
-    check_sources(TasksConfig(train=two), [])  # nothing is evaluated
+    check_sources(TasksConfig(train=two), [])  # no evaluation
     for config, why in (
         (TasksConfig(train=two), "expected --swe.tasks.evaluation with --swe.tasks.train, got none"),
         (

@@ -1,4 +1,4 @@
-"""The conformance suite passes what conforms, and catches each way not to."""
+"""The conformance suite accepts conforming environments and detects each kind of violation."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_our_server_conforms(name, capsys):
         assert check_server(ServerSubject(websocket_url(url), TASKS, ACTIONS, sessions=3)) == []
         assert main([url, "--task", '{"word": "hi"}', "--action", "hi", "--sessions", "3"]) == 0
         assert capsys.readouterr().out == "0 problems\n"
-        # a server said to have more room than it has is found out
+        # the suite detects a server with fewer sessions than claimed
         assert main([url, "--task", '{"word": "hi"}', "--action", "hi", "--sessions", "4"]) == 1
         assert "capacity_is_said_and_comes_back: expected room for session 3" in capsys.readouterr().out
     assert main([url, "--task", "{}", "--action", "hi"]) == 2
@@ -80,7 +80,7 @@ def test_a_server_with_one_session_is_examined_alone():
 
 
 class Nondeterministic(EchoEnv):
-    """Each environment counts on over its episodes."""
+    """Each environment continues to count across its episodes."""
 
     def reset(self, task):
         self.resets = getattr(self, "resets", 0) + 1
@@ -102,7 +102,7 @@ class Shared(EchoEnv):
 
 
 class Forgetful(EchoEnv):
-    """Reset does not forget an episode that was left in the middle."""
+    """Reset keeps the state of an unfinished episode."""
 
     left = 0
 
@@ -119,7 +119,7 @@ class Forgetful(EchoEnv):
 
 
 class Choosy(EchoEnv):
-    """Raises at a text that is no word."""
+    """Raises on text that is not a word."""
 
     def step(self, action_text):
         if not action_text.strip():
@@ -138,7 +138,7 @@ class ClosesOnce(EchoEnv):
 
 
 class BrokenByBadTask(EchoEnv):
-    """A bad task spoils it for ever."""
+    """A bad task breaks it permanently."""
 
     spoiled = False
 

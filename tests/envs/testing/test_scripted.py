@@ -1,4 +1,4 @@
-"""The scripted environment: lengths as its formula says, the same in every process, and sleep that holds up nobody."""
+"""The scripted environment: lengths follow its formula and are equal in every process; sleeps do not block others."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What a workspace promises, beside that nothing gets out of it (test_escape.py)."""
+"""The guarantees of a workspace, except isolation, which test_escape.py tests."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ def test_exit_codes_and_order_of_output(workspace):
 
 def test_standard_input_and_long_scripts(workspace):
     assert workspace.run("cat", stdin=b"\x00\xff").output == "\x00�"
-    script = f"x={'y' * 200_000}; echo ${{#x}}; cat"  # longer than any argument of a program may be
+    script = f"x={'y' * 200_000}; echo ${{#x}}; cat"  # longer than the maximum length of an argument
     assert workspace.run(script, stdin=b"input").output == "200000\ninput"
     assert workspace.run("echo 'a\ud800\0b'").output == "a?b\n"
 
@@ -87,7 +87,7 @@ def test_an_endless_loop_ends_by_its_own_processor_time(runtime):
     workspace = runtime.open(INSTANCE, CHECKOUT, limits=replace(QUICK, cpu_seconds=1))
     try:
         assert workspace.run("python -c 'while True: pass'").exit_code == 128 + 9
-        assert workspace.run("sleep 1.2; echo there").output == "there\n"  # waiting is no processor time
+        assert workspace.run("sleep 1.2; echo there").output == "there\n"  # waiting uses no processor time
     finally:
         workspace.close()
 
@@ -146,7 +146,7 @@ def test_replies_are_not_believed_beyond_their_bounds(runtime):
 
 
 class _Forged:
-    """A control socket that answers what a taken-over process 1 might."""
+    """A control socket with the answers that a compromised process 1 might send."""
 
     def __init__(self, data: bytes):
         self.data = data
@@ -206,7 +206,7 @@ def test_what_a_killed_process_left_is_swept(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_is_left_of_a_server_that_is_killed(runtime, how, tmp_path):
-    """In the middle of a command, which has children that ignore signals."""
+    """The kill comes during a command with children that ignore signals."""
     code = f"""
 import sys; sys.path[:0] = {sys.path!r}
 import tempfile; tempfile.tempdir = {str(tmp_path)!r}
@@ -234,7 +234,7 @@ w.run("trap '' TERM; setsid bash -c 'trap \\"\\" TERM HUP; sleep 61' & sleep 62"
 
 
 def test_the_command_line():
-    """Read with a critical eye: what is seen, and that every file system that can be written has a size."""
+    """Checks the visible paths, and that every writable file system has a size limit."""
     view = host_view(("pytest",))
     words = bubblewrap_arguments(view, Limits(disk_mib=64), [("/usr", "/usr")], {"/etc/passwd": 9}, 8)
     assert not {"--bind", "--dev-bind", "--share-net", "--cap-add", "--userns"} & set(words)
@@ -295,7 +295,7 @@ def test_bad_configurations_are_refused():
 
 def test_without_isolation_nothing_runs(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    config = BubblewrapConfig(hidden=("/nothing-1",))  # asked anew: what was found is remembered by configuration
+    config = BubblewrapConfig(hidden=("/nothing-1",))  # new, since results are cached by configuration
     with pytest.raises(SandboxError, match=r"bubblewrap: there is no `bwrap` on the PATH.*apt install bubblewrap"):
         choose.choose_runtime("bubblewrap", config)
     with pytest.raises(ValueError, match="expected a runtime of auto, bubblewrap, docker, podman, got 'none'"):
@@ -304,7 +304,7 @@ def test_without_isolation_nothing_runs(monkeypatch, tmp_path):
 
 def test_a_bubblewrap_that_does_not_work_is_not_chosen(monkeypatch):
     working_bubblewrap()
-    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which only its user may enter
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's folder, which only its user may enter
         fake = Path(folder) / "bwrap"
         fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
         fake.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The command lines of docker and podman, by an executable that writes them down; test_engines.py tries a real one."""
+"""The command lines of docker and podman, recorded by a fake executable; test_engines.py uses a real engine."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from envs.swe.sandboxes import CHECKOUT, INSTANCE, QUICK
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers, probe, run_arguments
 from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError, WorkspaceError
 
-# Writes its arguments down. `exec` runs nothing but what is asked below; an image's /testbed has one file.
+# Records its arguments. `exec` runs only the commands below; an image's /testbed has one file.
 ENGINE = f"""#!{sys.executable}
 import json, os, sys, time
 arguments = sys.argv[1:]
@@ -57,7 +57,7 @@ def test_processor_time_is_bounded_where_it_is_asked():
 
 
 def test_podman_is_told_to_leave_the_images_files_where_they_are():
-    for engine, told in (("docker", 0), ("podman", 2)):  # docker does not, and knows no such option
+    for engine, told in (("docker", 0), ("podman", 2)):  # docker does not, and has no such option
         assert " ".join(run_arguments(engine, "name", "image", QUICK, 2)).count(",notmpcopyup") == told
 
 

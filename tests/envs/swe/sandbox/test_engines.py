@@ -1,4 +1,4 @@
-"""Workspaces in a real engine's containers. They need an image with bash, git, tar, python and pytest, and name it:
+"""Workspaces in containers of a real engine. They need the name of an image with bash, git, tar, python and pytest:
 
 AEM_JAX_TEST_ENGINE=podman AEM_JAX_TEST_IMAGE=localhost/debian-pytest \
     make test ARGS=tests/envs/swe/sandbox/test_engines.py
@@ -43,7 +43,7 @@ def workspace(runtime: Containers):
     yield workspace
     began = time.monotonic()
     workspace.close()
-    assert time.monotonic() - began < 9  # an engine that asks politely first takes ten seconds
+    assert time.monotonic() - began < 9  # an engine that sends SIGTERM first takes ten seconds
     assert workspace._container not in engine("ps", "--all", "--format", "{{.Names}}")
 
 
@@ -81,7 +81,7 @@ def test_limits_hold(workspace):
     assert workspace.run("rm -f 1 2 3 4 5; echo well").output == "well\n"
     running = workspace.run("for i in $(seq 60); do sleep 60 & done 2> /dev/null; jobs -r | wc -l").output.split()
     assert not running or int(running[-1]) < 40
-    # an engine has no room then for the process that would kill the others, and gives the container up
+    # then the engine has no room for the process that kills the others, and gives up the container
     after = workspace.run("echo well")
     assert after.output == "well\n" or after.notice == "the sandbox was ended by what ran in it"
 

@@ -1,4 +1,4 @@
-"""Each attempt to get out of the sandbox fails, and the next episode in the same environment does not notice it."""
+"""Each attempt to escape from the sandbox fails, and the next episode in the same environment is not affected."""
 
 import subprocess
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def all_episodes():
 
 @pytest.fixture
 def episodes(all_episodes: Episodes) -> Iterator[Episodes]:
-    """A test leaves a fresh episode to the next one, even where it fails."""
+    """Each test starts with a fresh episode, even after a failed test."""
     used = all_episodes.workspace
     yield all_episodes
     if all_episodes.workspace is used:
@@ -62,7 +62,7 @@ def test_contained(attempt: Attempt, episodes: Episodes, host: Host):
     assert host.token not in outcome.output
     assert not host.heard
     assert host.file.read_text() == host.token
-    # whatever it did, its workspace answers, and nothing of it is alive
+    # after any attempt the workspace answers, and no process of the attempt is alive
     after = episodes.workspace.run(
         "set -- /proc/[0-9]*; echo $#; stat -c %s /tmp/alive; sleep 0.05; stat -c %s /tmp/alive"
     )

@@ -21,7 +21,7 @@ MACHINES = list(ARCHITECTURES)
 
 
 def verdict(machine: str, number: int, *arguments: int, arch: int | None = None) -> int:
-    """What the kernel's interpreter of classic BPF makes of one call: an independent reading of the program's bytes."""
+    """The verdict of classic BPF on one call, by an independent interpreter of the program's bytes."""
     program = list(struct.iter_unpack("<HBBI", filter_program(machine)))
     arguments += (0,) * (6 - len(arguments))
     data = struct.pack("<iIQ6Q", number, ARCHITECTURES[machine] if arch is None else arch, 0, *arguments)
