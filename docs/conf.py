@@ -58,6 +58,7 @@ default_role = "code"
 # Types of other packages have pages elsewhere, which a build without a network cannot look up.
 _OTHERS = "ArrayLike|DTypeLike|jax|jaxlib|jnp|numpy|np|flax|nnx|optax|collections|enum|typing|pathlib"
 nitpick_ignore_regex = [
-    (r"py:.*", r"aem_jax\.(models|sampler)\.\w+\.\w+"),  # of these two, the names in `__all__` have pages
+    (r"py:.*", r"aem_jax\.(models|sampler|envs)(\.\w+)+\.\w+"),  # of these, the names in `__all__` have pages
+    (r"py:class", r"tuple\[str"),  # autodoc's cut through `tuple[str, …]` in the signature of a dataclass
     (r"py:.*", rf"({_OTHERS})(\..*)?"),
 ]
