@@ -1,8 +1,8 @@
-"""Each attention kernel of the device against a plain softmax over the whole mask, forward and backward.
+"""Compares each attention kernel of the device with a plain softmax over the full mask, forward and backward.
 
-Grouped queries; one row of several segments and padding, and one that a single segment fills. The plain one computes in
-float32 at full precision, from the same (rounded) inputs. A token's gap is the norm of its error over its own norm, or
-over the mean norm of all tokens where its own is less: the worst token counts.
+Queries are grouped. One row has several segments and padding; a single segment fills the other. The plain softmax
+computes in float32 at full precision, from the same (rounded) inputs. A token's gap is the norm of its error, divided
+by the larger of its own norm and the mean norm of all tokens. The check uses the largest gap of any token.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,8 +25,8 @@ LENGTHS: Mapping[str, tuple[int, ...]] = {"cpu": (128, 384)}
 ACCELERATOR_LENGTHS = (512, 2048)
 ROWS = 2
 MOST: Mapping[str, float] = {"float32": 0.01, "bfloat16": 0.05}
-"""Dtype -> largest gap of a token. bfloat16 costs 0.003 to 0.01, float32 1e-6 and 0.001 where a kernel rounds its
-factors to fewer bits; a wrong mask costs a token as a whole."""
+"""Dtype -> largest allowed gap of a token. Rounding causes gaps of 0.003 to 0.01 in bfloat16 and 1e-6 in float32, or
+0.001 in float32 if a kernel rounds its factors to fewer bits. A wrong mask makes a token completely wrong."""
 NAMES = ("out", "d_q", "d_k", "d_v")
 
 ADVICE = (
@@ -39,7 +39,7 @@ XLA_ADVICE = (
 
 
 def check(name: str, config: DoctorConfig) -> Finding:
-    """One kernel of `KERNELS`."""
+    """Checks one kernel of `KERNELS`."""
     mesh, model = one_device(), config.shape
     device, platform = device_of(mesh), KERNELS[name].platform
     if platform not in ("", device.platform):
@@ -50,7 +50,7 @@ def check(name: str, config: DoctorConfig) -> Finding:
         sizes = Sizes(length, model.num_heads, model.num_kv_heads, model.head_dim, model.dtype)
         try:
             chosen, reason = choose(name, device, sizes)
-        except ValueError as error:  # this version of jax does not have it
+        except ValueError as error:  # this version of jax lacks the kernel
             return Finding(None, str(error))
         if chosen != name:
             return Finding(None, reason)
@@ -70,7 +70,7 @@ xla, splash, cudnn, triton = (partial(check, name) for name in ("xla", "splash",
 
 
 def plain_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    """jax's own, with the whole mask; see `models.attention.row_attention`."""
+    """JAX's own attention with the full mask; see `models.attention.row_attention`."""
     length = q.shape[1]
     causal = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
     mask = causal[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
@@ -80,7 +80,7 @@ def plain_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
 def packed_rows(
     length: int, heads: int, kv_heads: int, head_dim: int, dtype: str = "float32"
 ) -> tuple[Array, Array, Array, Array]:
-    """q, k, v and segment ids of two rows: several segments and padding at the end, and one segment."""
+    """q, k, v and segment ids of two rows: one has several segments and padding at the end, the other one segment."""
     keys = jax.random.split(jax.random.key(length), 3)
     shapes = ((heads, keys[0]), (kv_heads, keys[1]), (kv_heads, keys[2]))
     q, k, v = (jax.random.normal(key, (ROWS, length, count, head_dim)).astype(dtype) for count, key in shapes)
@@ -90,7 +90,7 @@ def packed_rows(
 
 
 def gaps(attend: RowAttention, q: Array, k: Array, v: Array, segment_ids: Array) -> dict[str, float]:
-    """The largest gap of a token in each of `NAMES`; NaN where a number is."""
+    """The largest gap of a token for each of `NAMES`; NaN if any number is NaN."""
     weights = jax.random.normal(jax.random.key(0), q.shape) * (segment_ids > 0)[..., None, None]
 
     def both(attend: RowAttention, q: Array, k: Array, v: Array) -> tuple[Array, ...]:

@@ -1,6 +1,6 @@
-"""The process that does the checks: `python -m aem_jax.doctor.child CONFIG NAME …`, a JSON line for each.
+"""The process that runs the checks: `python -m aem_jax.doctor.child CONFIG NAME …` prints a JSON line for each check.
 
-Standard output is for those lines alone; whatever a library prints goes to standard error.
+Only those lines go to standard output. Output of libraries goes to standard error.
 """
 
 import importlib
@@ -21,11 +21,11 @@ from aem_jax.errors import ConfigError
 from aem_jax.overrides import override
 
 ON_CPU, ON_ACCELERATOR = "tiny", "qwen2.5-0.5b"
-"""The model where none is named."""
+"""The default model on a CPU, and on an accelerator."""
 
 
 def examine_all(names: Sequence[str], config: DoctorConfig) -> Generator[str | Finding, None, None]:
-    """The model's name, then what each check finds.
+    """Yields the model's name, then the finding of each check.
 
     Raises:
         ConfigError: a platform that was asked for by name is not there.
@@ -37,7 +37,7 @@ def examine_all(names: Sequence[str], config: DoctorConfig) -> Generator[str | F
 
 
 def examine(name: str, config: DoctorConfig) -> Finding:
-    """Does one check. What it raises is what it found."""
+    """Runs one check. An exception becomes a finding."""
     module, _, function = CHECKS[name].partition(":")
     start = time.perf_counter()
     try:
@@ -49,7 +49,7 @@ def examine(name: str, config: DoctorConfig) -> Finding:
 
 
 def as_line(item: str | Finding) -> str:
-    """What `examine_all` yields as JSON: numbers that are not finite by name, keys as text."""
+    """An item of `examine_all` as JSON. Non-finite numbers are written by name, and keys as text."""
     return json.dumps({"model": item} if isinstance(item, str) else _plain(asdict(item)))
 
 
@@ -64,7 +64,7 @@ def _plain(value: Any) -> Any:
 
 
 def _set_up(config: DoctorConfig) -> tuple[DoctorConfig, Finding | None]:
-    """jax set up and the model chosen; and what is wrong with the devices, if all else has to be done on the CPU.
+    """Sets up jax and chooses the model. Also returns the devices' fault if the other checks must run on the CPU.
 
     Raises:
         ConfigError: a platform that was asked for by name is not there.
@@ -87,7 +87,7 @@ def _set_up(config: DoctorConfig) -> tuple[DoctorConfig, Finding | None]:
 
 
 def main(words: Sequence[str]) -> int:
-    """Does the checks named after the config; 0, or 2 for a mistake in it."""
+    """Runs the checks named after the config; returns 0, or 2 for an error in the config."""
     end_with_parent()
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -1,9 +1,9 @@
-"""`doctor [NAME …]`: whether this machine trains correctly, and how fast. The first thing to type on a new machine.
+"""`doctor [NAME …]`: checks whether this machine trains correctly, and how fast. Run it first on a new machine.
 
-Each check is a function of the config that returns a `Finding`. It stands alone: one that raises is a fault, and the
-next goes on. All are done in another process (`child.py`), so that one that crashes or hangs is a fault like any other.
-Findings are printed as they come: a run that is cut off leaves what it had. Numbers come from what training itself runs
-(rollout, sampler, learner, pool) and from `bench`, with random weights.
+Each check is a function of the config that returns a `Finding`. Checks are independent: an exception in one is a fault,
+and the next check runs. All checks run in another process (`child.py`), so a crash or a hang is also a fault. Findings
+are printed immediately, so an interrupted run keeps its earlier findings. The checks use the components of training
+(rollout, sampler, learner, pool) and of `bench`, with random weights.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def lacking() -> bool:
-    """Says which packages are missing, if some are: without them nothing else can be looked at."""
+    """Reports missing packages, if any; no other check can run without them."""
     from aem_jax.doctor.machine import missing_packages
 
     found = missing_packages()
@@ -37,10 +37,10 @@ def lacking() -> bool:
 
 
 def run(names: Sequence[str], config: "DoctorConfig") -> int:
-    """Does the checks named (all of them by default); returns the exit status.
+    """Runs the named checks (by default all); returns the exit status.
 
     Returns:
-        0 if nothing is wrong, 1 if something is, 130 or 143 if it was stopped.
+        0 without faults, 1 with faults, 130 or 143 if it was interrupted.
 
     Raises:
         ConfigError: an unknown check or model, or a platform that is not there.
@@ -95,12 +95,12 @@ def run(names: Sequence[str], config: "DoctorConfig") -> int:
 
 
 class _StoppedError(BaseException):
-    """SIGTERM came."""
+    """The process received SIGTERM."""
 
 
 @contextlib.contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM (`timeout`, a scheduler) raises, so that what was found is still written."""
+    """SIGTERM (from `timeout` or a scheduler) raises, so that the findings are still written."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What `doctor` can be told."""
+"""Settings of `doctor`."""
 
 from dataclasses import dataclass, field, replace
 
@@ -8,23 +8,23 @@ from aem_jax.models.config import CONFIGS, ModelConfig
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Which model's shape is checked, and on what."""
+    """The model shape to check, and the machine."""
 
     model: str = ""
-    """Known size of the decoder (as model.name of a run); its parameters are random. Empty: tiny on a CPU,
+    """Name of a known decoder size (as model.name of a run); its parameters are random. Empty: tiny on a CPU,
     qwen2.5-0.5b on an accelerator."""
     runs_dir: str = "runs"
-    """Folder of all runs: whether it can be written, and what room its disk has."""
+    """Folder of all runs; checked for write access and free disk space."""
     json: bool = False
-    """One JSON document on standard output; the table goes to standard error."""
+    """Print one JSON document on standard output; the table goes to standard error."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    """The machine; always one process."""
+    """The machine; the checks always use one process."""
 
     @property
     def shape(self) -> ModelConfig:
-        """Sizes of the decoder; `model` is filled in by then."""
+        """Sizes of the decoder; requires that `model` is set."""
         return CONFIGS[self.model]
 
     def shallow(self, dtype: str, layers: int = 2) -> ModelConfig:
-        """The same widths in another dtype, with at most `layers` layers: the same operations, quickly compiled."""
+        """The same widths in another dtype, with at most `layers` layers: the same operations compile faster."""
         return replace(self.shape, num_layers=min(self.shape.num_layers, layers), dtype=dtype)

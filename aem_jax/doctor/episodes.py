@@ -1,4 +1,4 @@
-"""Scripted episodes on a small scale, played by the product's own rollout: what most checks need first."""
+"""Small scripted episodes, played by the rollout of training. Most checks use them."""
 
 import math
 import random
@@ -23,21 +23,21 @@ from aem_jax.sharding import TRAIN, shardings
 from aem_jax.trajectory import Task, Trajectory
 
 SLOTS = 32
-"""Episodes of a round; the same in all checks, so that they share the sampler's programs."""
+"""Episodes of a round; equal in all checks, so that they share the sampler's programs."""
 SCRIPT = ScriptedConfig(min_turns=2, max_turns=4, prompt_chars=40, observation_chars=12)
 ROW = 384
-"""Tokens of an episode at most, and of a row of the learner's: a multiple of what every attention kernel wants."""
+"""Maximum tokens of an episode, and tokens of a learner row: a multiple of the block size of every attention kernel."""
 RESPONSE_MEAN = 12.0
 
 
 def fits(model: ModelConfig, width: float, devices: int = 1) -> bool:
-    """Whether so many bytes for each parameter leave a fifth of a device's memory free, as far as it says."""
+    """Whether `width` bytes per parameter leave a fifth of a device's memory free, as far as its size is known."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
     return width * model.num_parameters / devices < 0.8 * limit
 
 
 def rollout_config(slots: int) -> RolloutConfig:
-    """As many episodes as slots, in groups of four."""
+    """One episode per slot, in groups of four."""
     return RolloutConfig(
         groups_per_step=slots // 4,
         group_size=4,
@@ -53,22 +53,22 @@ def rollout_config(slots: int) -> RolloutConfig:
 
 
 class InProcess:
-    """Sessions of the scripted environment in this process: checks of numbers need no servers."""
+    """Sessions of the scripted environment in this process; numerical checks need no servers."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._sessions = [ScriptedEnv(SCRIPT) for _ in range(capacity)]
 
     def server_of(self, session: int) -> int:
-        """Each session is its own."""
+        """Each session is its own server."""
         return session
 
     def reset(self, session: int, payload: Mapping[str, Any]) -> Future[StepResult]:
-        """Begins an episode."""
+        """Starts an episode."""
         return self._answer(partial(self._sessions[session].reset, payload))
 
     def step(self, session: int, text: str) -> Future[StepResult]:
-        """Answers a response."""
+        """Sends a response to the environment."""
         return self._answer(partial(self._sessions[session].step, text))
 
     def _answer(self, call: Callable[[], StepResult]) -> Future[StepResult]:
@@ -78,7 +78,7 @@ class InProcess:
 
 
 def chat_of(model: ModelConfig) -> ByteChat:
-    """A chat whose stop ids end a random policy's responses after a dozen tokens."""
+    """A chat whose stop ids end a random policy's responses after about a dozen tokens."""
     return ByteChat(model.vocab_size, RESPONSE_MEAN)
 
 
@@ -93,14 +93,14 @@ def make_sampler(policy: Policy | LoraPolicy, sampling: SamplingConfig, slots: i
 def play(
     sampler: Sampler, params: Params, slots: int, *, seed: int = 0, pool: Pool | None = None
 ) -> tuple[list[Trajectory], RolloutStats]:
-    """Plays as many episodes as there are slots.
+    """Plays one episode per slot.
 
     Args:
         sampler: from `make_sampler`.
         params: in the sampler's layout.
-        slots: how many.
-        seed: of tasks and tokens.
-        pool: where the environments run; in this process if not given.
+        slots: number of episodes.
+        seed: seed of tasks and tokens.
+        pool: pool of the environments; by default they run in this process.
     """
     config = rollout_config(slots)
     rollout = Rollout(sampler, chat_of(sampler.policy.config), pool or InProcess(slots), config)
@@ -108,18 +108,18 @@ def play(
 
 
 def tasks(config: RolloutConfig, seed: int) -> Sequence[Task]:
-    """The tasks of a step; their environment is scripted."""
+    """The tasks of a step, in the scripted environment."""
     numbers = random.Random(seed).sample(range(10**6), config.groups_per_step)
     return [Task(str(number), "scripted", {"seed": number}) for number in numbers]
 
 
 def server_settings() -> tuple[str, Mapping[str, Any]]:
-    """The same environment for servers."""
+    """The same environment, as settings for servers."""
     return "scripted", asdict(SCRIPT)
 
 
 def packed(trajectories: Sequence[Trajectory], slots: int, mesh: Mesh, rows: int = 8) -> Batch:
-    """A batch of what was played, on the mesh: several episodes to a row."""
+    """Packs the episodes into a batch on the mesh, several episodes to a row."""
     layout = BatchLayout(
         num_microbatches=-(-slots // rows),
         rows=rows,
@@ -132,10 +132,10 @@ def packed(trajectories: Sequence[Trajectory], slots: int, mesh: Mesh, rows: int
 
 @cache
 def random_params(policy: Policy | LoraPolicy, mesh: Mesh, seed: int = 0) -> Params:
-    """Random float32 parameters of what is trained, in the learner's layout. Shared: nobody may donate them.
+    """Random float32 values of the trained parameters, in the learner's layout. They are shared: never donate them.
 
-    Norms differ from 1, biases and the second half of an adapter from 0, as in a trained model: an error that leaves
-    one out shows.
+    As in a trained model, norms differ from 1, and biases and the second half of an adapter differ from 0. An error
+    that omits one of them therefore becomes visible.
     """
 
     def init(key: jax.Array) -> Params:
@@ -148,5 +148,5 @@ def random_params(policy: Policy | LoraPolicy, mesh: Mesh, seed: int = 0) -> Par
 
         return jax.tree_util.tree_map_with_path(leaf, policy.init(key))
 
-    key = jax.random.key(seed, impl="rbg")  # compiles three times as fast as the default
+    key = jax.random.key(seed, impl="rbg")  # compiles three times faster than the default
     return jax.jit(init, out_shardings=shardings(mesh, policy.axes, TRAIN))(key)

@@ -1,4 +1,4 @@
-"""What a check finds. Standard library alone: this must load on a machine where packages are missing."""
+"""The result of a check. Imports the standard library only: it must load on a machine without the packages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,20 +30,20 @@ CHECKS: Mapping[str, str] = {
     "decode": "speed:decode",
     "learner": "speed:learn",
 }
-"""Name -> module and function, in order; imported when it is its turn."""
+"""Name -> module and function, in order. A module is imported only before its check runs."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        ok: whether all is well; None where there is nothing to check, or where it is no fault.
-        text: what was found.
-        advice: what to do; a fault always has one.
-        facts: numbers and names behind the text, for `--json`.
-        name: of the check.
-        seconds: that it took.
+        ok: whether the check passed; None if there is nothing to check, or if the result is not a fault.
+        text: the result, for people.
+        advice: how to fix a fault; every fault has one.
+        facts: the numbers and names used in the text, for `--json`.
+        name: name of the check.
+        seconds: duration of the check.
     """
 
     ok: bool | None
@@ -55,14 +55,14 @@ class Finding:
 
 
 def judge(faults: list[str], text: str, advice: str, facts: Mapping[str, Any]) -> Finding:
-    """All is well if there are no faults; else they come first, and the advice with them."""
+    """A passed check if there are no faults. Otherwise the faults precede the text, and the advice is included."""
     if not faults:
         return Finding(True, text, facts=facts)
     return Finding(False, f"{'; '.join(faults)} ({text})", advice, facts)
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line: its first, and its last where the first announces it."""
+    """An error in one line: its first line, with its last line if the first only introduces it."""
     lines = str(error).strip().splitlines() or [""]
     text = (
         f"{lines[0].strip()} {lines[-1].strip()}" if lines[0].rstrip().endswith(":") and lines[1:] else lines[0].strip()

@@ -1,4 +1,4 @@
-"""The machine itself: packages, devices, memory, disk, sandboxes. jax loads inside the functions that need it."""
+"""The machine: packages, devices, memory, disk, sandboxes. Functions that need jax import it themselves."""
 
 import contextlib
 import importlib.metadata
@@ -24,24 +24,24 @@ NEEDED = (
     *("grain", "scipy", "tokenizers", "safetensors", "huggingface_hub", "tyro", "rich", "tensorboardX", "matplotlib"),
     *("jinja2", "websockets", "rapidfuzz", "regex", "starlette", "uvicorn"),
 )
-"""Distributions that a run loads, where aem_jax itself is not installed and so does not say."""
+"""Distributions that a run loads; used if aem_jax is not installed and its metadata is not available."""
 PLUGIN = re.compile(r"jax[-_](cuda\d+|rocm\d+)[-_](plugin|pjrt)")
 
 INSTALL = "pip install -c constraints.txt . in aem_jax's folder"
 LEAST_HOST_MEMORY = 2 * GIB
 LEAST_DISK = 2 * GIB
 CHECKPOINT_BYTES = 12
-"""Of a parameter: its master and both of Adam's means."""
+"""Bytes per parameter: the master weight and both Adam moments."""
 
 
 def missing_packages() -> Finding | None:
-    """A fault if a package is missing that all else needs; before anything else is imported."""
+    """A fault if a package that every check needs is missing; called before any other import."""
     absent = [name for name in NEEDED if not _version(name)]
     return Finding(False, f"not installed: {', '.join(absent)}", INSTALL, name="versions") if absent else None
 
 
 def versions(config: "DoctorConfig") -> Finding:
-    """Versions of what a result depends on, and whether they go together."""
+    """Versions of the packages that affect a result, and whether they are compatible."""
     import aem_jax
 
     found = {"aem_jax": aem_jax.__version__, "python": platform.python_version()}
@@ -68,7 +68,7 @@ def _version(name: str) -> str:
 
 
 def _unmet() -> list[str]:
-    """What aem_jax asks for and does not get, where it is installed and says what it asks for."""
+    """Unmet requirements of aem_jax, from its metadata if it is installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -86,7 +86,7 @@ def _unmet() -> list[str]:
 
 
 def nvidia() -> dict[str, str]:
-    """Name, driver, CUDA and total memory in MiB of the first NVIDIA card, by nvidia-smi; empty if there is none."""
+    """Name, driver, CUDA and total memory in MiB of the first NVIDIA card, from nvidia-smi; empty without a card."""
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
@@ -99,7 +99,7 @@ def nvidia() -> dict[str, str]:
 
 
 def devices(config: "DoctorConfig") -> Finding:
-    """What jax computes on, and whether there is something better."""
+    """The devices that jax uses, and whether better ones are available."""
     import jax
 
     found = jax.devices()
@@ -129,7 +129,7 @@ def _major(version: str) -> int:
 
 
 def memory(config: "DoctorConfig") -> Finding:
-    """Room in the host's memory and the devices'."""
+    """Free memory of the host and of the devices."""
     import jax
 
     total, free = host_memory()
@@ -155,10 +155,10 @@ def memory(config: "DoctorConfig") -> Finding:
 
 
 def host_memory() -> tuple[int, int]:
-    """Bytes in all, and free for new processes: a container's limit where that is less."""
+    """Total bytes, and bytes free for new processes; a container's limit if that is smaller."""
     page = os.sysconf("SC_PAGE_SIZE")
     total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-    with contextlib.suppress(OSError, AttributeError):  # what could be taken back counts as free
+    with contextlib.suppress(OSError, AttributeError):  # reclaimable memory counts as free
         found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
         free = int(found[1]) * 1024 if found else free
     for folder, most, used in (
@@ -172,7 +172,7 @@ def host_memory() -> tuple[int, int]:
 
 
 def disk(config: "DoctorConfig") -> Finding:
-    """Whether the runs' folder can be written, and what room there is."""
+    """Whether the folder of runs is writable, and its free disk space."""
     folder = Path(config.runs_dir).expanduser().absolute()
     existing = next(each for each in (folder, *folder.parents) if each.exists())
     try:
@@ -200,12 +200,12 @@ def bubblewrap(config: "DoctorConfig") -> Finding:
 
 
 def docker(config: "DoctorConfig") -> Finding:
-    """Whether SWE tasks can run in docker's containers."""
+    """Whether SWE tasks can run in docker containers."""
     return _containers("docker")
 
 
 def podman(config: "DoctorConfig") -> Finding:
-    """Whether SWE tasks can run in podman's containers."""
+    """Whether SWE tasks can run in podman containers."""
     return _containers("podman")
 
 
@@ -216,7 +216,7 @@ def _containers(engine: str) -> Finding:
 
 
 def _sandbox(reason: str, advice: str) -> Finding:
-    """One of the three is enough, and only the SWE environments need one: not having it is no fault."""
+    """A missing sandbox is not a fault: only the SWE environments need one, and one of the three is enough."""
     if not reason:
         return Finding(True, "works")
     return Finding(None, " ".join(reason.split())[:300], f"for SWE tasks alone: {advice}")

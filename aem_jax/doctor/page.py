@@ -1,4 +1,4 @@
-"""Findings as a table that grows row by row, in plain ASCII where the stream takes nothing else."""
+"""Prints findings as a table, row by row; in plain ASCII if the stream's encoding requires it."""
 
 import contextlib
 import textwrap
@@ -14,15 +14,15 @@ MARKS = {True: "✓", False: "✗", None: "–"}
 STYLES = {True: "green", False: "bold red", None: "dim"}
 ASCII = str.maketrans({"✓": "+", "✗": "x", "–": "-", "→": "->", "×": "x", "·": "*", "…": "...", "≥": ">=", "≤": "<="})
 NAME = 20
-"""Columns of a check's name."""
+"""Width of a check's name, in columns."""
 WIDTH = 140
-"""Columns where the stream is no terminal."""
+"""Width in columns if the stream is not a terminal."""
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Whoever read our output has left: the command line answers that, as for any other output."""
-        raise  # noqa: PLE0704 (rich calls this while it handles the error)
+        """The reader closed the pipe. The command line handles this error, as for any other output."""
+        raise  # noqa: PLE0704 (rich calls this inside its except block)
 
 
 class Page:
@@ -35,17 +35,17 @@ class Page:
         self._console = _Console(file=stream, width=None if is_terminal else WIDTH, highlight=False)
 
     def head(self, model: str) -> None:
-        """What is looked at."""
+        """Prints the checked model."""
         self._print(f"aem_jax doctor: a decoder of {model}'s shape with random weights")
 
     def at_work(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        """On a terminal, which check is under way."""
+        """On a terminal, shows the current check."""
         if not self._console.is_terminal:
             return contextlib.nullcontext()
         return self._console.status(f"checking {name}", spinner="dots" if self._is_unicode else "line")
 
     def show(self, found: Finding) -> None:
-        """One row, and below it what to do."""
+        """Prints one row, and the advice below it."""
         mark = self._plain(MARKS[found.ok])
         self._console.print(Text(mark, STYLES[found.ok]), Text(f"{found.name:{NAME}} {found.seconds:6.1f} s"), end=" ")
         self._hang(found.text, "", at_row=True)
@@ -53,7 +53,7 @@ class Page:
             self._hang(f"→ {found.advice}", "yellow" if found.ok is False else "dim", at_row=False)
 
     def foot(self, found: Sequence[Finding], seconds: float, of: int) -> None:
-        """How many are well."""
+        """Prints the number of passed checks."""
         count = {ok: sum(each.ok is ok for each in found) for ok in MARKS}
         cut = "" if len(found) == of else f"; stopped after {len(found)} of {of} checks"
         wrong = [each.name for each in found if each.ok is False]

@@ -1,4 +1,4 @@
-"""Waits for the process that does the checks; where it crashes or hangs, that is a finding, and another goes on."""
+"""Runs the checks in a child process. A crash or a hang is a finding, and a new child runs the remaining checks."""
 
 import json
 import os
@@ -17,15 +17,15 @@ from aem_jax.overrides import as_values
 
 CHILD = (sys.executable, "-m", "aem_jax.doctor.child")
 LIMIT_S = 300.0
-"""Seconds after which a check counts as hanging."""
+"""Seconds after which a check counts as hung."""
 WAIT_S = 0.5
 
 
 def findings(names: Sequence[str], config: DoctorConfig) -> Generator[str | Finding, None, None]:
-    """The model's name, then what each check finds, in order.
+    """Yields the model's name, then the finding of each check, in order.
 
     Raises:
-        ConfigError: what the child says of the config.
+        ConfigError: the child found an error in the config.
     """
     left, is_begun = list(names), False
     while left:
@@ -42,35 +42,35 @@ def findings(names: Sequence[str], config: DoctorConfig) -> Generator[str | Find
                     yield item["model"]
         finally:
             ended = child.end()
-        if left:  # all, where not even the devices were found
+        if left:  # drops all of them if the child failed before it found the devices
             for name in [left.pop(0)] if is_begun else [left.pop(0) for _ in names]:
                 yield _crashed(name, ended)
 
 
 class _Child:
-    """One process at work on what is left."""
+    """A process that runs the remaining checks."""
 
     def __init__(self, config: DoctorConfig, names: Sequence[str]) -> None:
         command = [*CHILD, json.dumps(as_values(config)), *names]
-        # In a session of its own, Ctrl-C does not reach it. By its standard input it sees that this process is there.
+        # Ctrl-C does not reach a process in its own session. Its standard input shows whether this process is alive.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
         )
         self._hangs = self._is_ending = False
 
     def items(self) -> Iterator[dict[str, Any]]:
-        """What it says, until it ends, or says nothing for too long."""
+        """Yields the child's items until the child ends, or prints nothing for too long."""
         assert self._process.stdout
         said, rest, deadline = self._process.stdout.fileno(), b"", monotonic() + LIMIT_S
         while True:
-            # A short wait: Python answers a signal that comes just before one when that one is over.
+            # The wait is short: Python handles a signal that arrives just before a wait only after that wait.
             if not select.select([said], [], [], WAIT_S)[0]:
                 if monotonic() > deadline:
                     self._hangs = True
                     return
                 continue
             data = os.read(said, 2**16)
-            if not data:  # what a crash left of a line is lost
+            if not data:  # an incomplete line after a crash is lost
                 self._is_ending = True
                 return
             *lines, rest = (rest + data).split(b"\n")
@@ -78,7 +78,7 @@ class _Child:
             deadline = monotonic() + LIMIT_S
 
     def end(self) -> str:
-        """Ends it, if it does not end by itself; says how it did."""
+        """Stops the child if it does not exit by itself; describes how it ended."""
         try:
             status = self._process.wait(5.0 if self._is_ending else 0.0)
         except subprocess.TimeoutExpired:
