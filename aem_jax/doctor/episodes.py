@@ -26,7 +26,8 @@ SLOTS = 32
 """Episodes of a round; equal in all checks, so that they share the sampler's programs."""
 SCRIPT = ScriptedConfig(min_turns=2, max_turns=4, prompt_chars=40, observation_chars=12)
 ROW = 384
-"""Maximum tokens of an episode, and tokens of a learner row: a multiple of the block size of every attention kernel."""
+"""Maximum tokens of an episode, and tokens of a learner row: a multiple of the length that every attention kernel
+requires."""
 RESPONSE_MEAN = 12.0
 
 

@@ -42,7 +42,7 @@ def findings(names: Sequence[str], config: DoctorConfig) -> Generator[str | Find
                     yield item["model"]
         finally:
             ended = child.end()
-        if left:  # drops all of them if the child failed before it found the devices
+        if left:  # reports all of them as crashed if the child failed before it found the devices
             for name in [left.pop(0)] if is_begun else [left.pop(0) for _ in names]:
                 yield _crashed(name, ended)
 
