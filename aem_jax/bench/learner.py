@@ -28,7 +28,7 @@ from aem_jax.trajectory import Ending, Task, Trajectory, Turn
 
 
 def run(config: BenchConfig) -> list[Measurement]:
-    """Tokens a second, heard and said alike; memory of a device, and what `plan` estimates of it.
+    """Tokens per second, of observations and responses; memory of a device, measured and as `plan` estimates it.
 
     Raises:
         ConfigError: an attention that this device does not have.
@@ -56,7 +56,7 @@ def run(config: BenchConfig) -> list[Measurement]:
     if config.trace:
         print(profile(step, config.trace, "learner-update"), file=sys.stderr, flush=True)
     model, work = policy.config, rows * length
-    # Tokens that were only heard need no head, and the learner computes none for them.
+    # Observation tokens need no head: the learner computes it for response tokens alone.
     unsaid = work - int(np.sum(batch.response_tokens))
     useful = token_flops(model, length) * work - 6.0 * head_parameters(model) * unsaid
     line = roofline(costs(read(update)), ceilings(model.dtype), useful=useful / jax.device_count())
@@ -96,7 +96,7 @@ def _as_run(config: BenchConfig) -> RunConfig:
 
 
 def _episode(seed: int, length: int, vocab_size: int) -> Trajectory:
-    """One turn that fills a row: half heard, half said."""
+    """One turn that fills a row: half observation, half response."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, vocab_size, length).astype(np.int32)
     half = max(length // 2, 1)

@@ -122,11 +122,7 @@ def _fitted(run: RunContext, policy: Policy | LoraPolicy, frozen: Params | None)
 
 def _demonstrations(run: RunContext) -> Sequence[Trajectory]:
     rollout, settings = run.config.rollout, run.config.warmstart
-    if run.suite.demonstrator is None:
-        raise ValueError(
-            f"expected --warmstart.episodes 0 with {run.suite.name}, got {settings.episodes}; "
-            "this environment has no expert to learn from"
-        )
+    assert run.suite.demonstrator is not None, "task_suite refuses a warm start without an expert"
     tasks, episodes = run.suite.training[: settings.episodes], []
     with closing(run.suite.make_env()) as env:
         limits = {"instruction": rollout.instruction, "max_turns": rollout.max_turns}

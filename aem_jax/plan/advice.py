@@ -36,7 +36,7 @@ def advise(
             ways.append((saved, f"{text} (saves about {saved / GIB:.1f} GiB a device)"))
     if "extend" in too_large and len(config.rollout.extend_buckets) > 1:
         shorter = " ".join(map(str, sorted(config.rollout.extend_buckets)[:-1]))
-        ways.append((0.0, f"--rollout.extend-buckets {shorter} (smaller chunks of what is heard)"))
+        ways.append((0.0, f"--rollout.extend-buckets {shorter} (smaller chunks of observations)"))
     found = [text for _, text in sorted(ways, reverse=True)]
     return [*found, _more_chips(work, mesh, topology, need)]
 
