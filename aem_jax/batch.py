@@ -35,7 +35,7 @@ class BatchConfig:
     """Tokens of a microbatch, instead of rows: the number of rows follows, rounded to multiples of mesh.data ×
     mesh.fsdp where these are given; 0 uses rows."""
     row_length: int = 0
-    """Tokens of a row; episodes are packed into rows. 0 uses rollout.context_tokens."""
+    """Tokens of a row, which holds several episodes; 0: rollout.context_tokens."""
 
 
 @dataclass(frozen=True)

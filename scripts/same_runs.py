@@ -101,8 +101,8 @@ def plan(words: tuple[str, ...]) -> Any:
 
 
 def settings() -> list[str]:
-    """Names of the settings in `--help`."""
-    text = re.sub(r"[│╭╮╰╯─]", " ", output("--help"))
+    """Names of the settings in `--help all`."""
+    text = re.sub(r"[│╭╮╰╯─]", " ", output("--help", "all"))
     found = re.findall(r"--([a-z0-9-]+(?:\.[a-z0-9-]+)*)", text)
     return sorted(set(found))
 

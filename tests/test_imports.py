@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "aem_jax"
 
 LEVELS = {
-    0: {"advantage", "losses", "files", "errors", "overrides"},
+    0: {"advantage", "losses", "files", "errors", "overrides", "help"},
     1: {"sharding", "tokenizer", "models", "envs", "distributed"},
     2: {
         *("sampler", "rollout", "selection", "batch", "credit", "learner"),
@@ -22,7 +22,7 @@ LEVELS = {
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
-SAME_LEVEL = {("models", "sharding"), ("overrides", "errors")}
+SAME_LEVEL = {("models", "sharding"), ("overrides", "errors"), ("help", "errors"), ("help", "overrides")}
 """Rooms of levels 0 and 1 ignore each other, but for these; from level 2 on the import graph must only be acyclic."""
 
 JAX_ALONE = {"advantage", "losses"}
@@ -201,7 +201,7 @@ def test_advantage_stays_light():
 
 def test_serving_stays_light():
     """`serve` is one of many processes on a host, and its imports stay in memory while it serves."""
-    modules = ("aem_jax.launch.cli", "aem_jax.overrides", "aem_jax.launch.serve")
+    modules = ("aem_jax.launch.cli", "aem_jax.overrides", "aem_jax.help", "aem_jax.launch.serve")
     assert not loaded_after(", ".join(modules)) & {"jax", "jaxlib", "numpy", "scipy", "transformers", "tyro", "rich"}
 
 

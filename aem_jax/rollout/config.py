@@ -33,7 +33,7 @@ class RolloutConfig:
     prompt_tokens: int = 2048
     """Most tokens of a first prompt: capacity of a row in which a group's prompt is prefilled."""
     decode_chunk: int = 64
-    """Tokens decoded by one call; the chunk ends early when every slot has finished."""
+    """Tokens decoded by one call; it ends early when all slots have finished."""
     extend_buckets: tuple[int, ...] = (64, 256, 1024)
     """Chunk lengths for prefill. The longest of the observations that share a call is cut into them, with the least
     padding."""

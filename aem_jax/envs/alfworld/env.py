@@ -27,7 +27,7 @@ class AlfworldConfig:
     reward_invalid: float = -0.1
     """Reward of a response whose action is missing or not admissible."""
     max_invalid: int = 0
-    """Invalid actions after which an unsolved episode is truncated; 0 sets no limit."""
+    """Invalid actions that truncate an unsolved episode; 0 sets no limit."""
     cached_games: int = 64
     """Number of parsed games that an environment caches (a group plays one game many times)."""
     data: str = ""

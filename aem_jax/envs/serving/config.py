@@ -26,11 +26,11 @@ class PoolConfig:
     start_deadline_s: float = 60.0
     """Seconds until a server that the pool starts must be up."""
     restart_wait_s: float = 60.0
-    """Seconds that a reset waits for the restart of a failed server before it fails."""
+    """Seconds that a reset waits for a failed server to restart before it fails."""
     first_pause_s: float = 0.25
     """Pause between the first two attempts to start or reach a server; doubles up to 10 s."""
     send_admissible: bool = False
-    """Whether this package's servers send the admissible actions with every observation."""
+    """Whether this package's servers send admissible actions with observations."""
     field_mapping: FieldMapping = field(default_factory=FieldMapping)
     """Names of the servers' fields; the default suits this package's servers."""
     token_variable: str = ""
