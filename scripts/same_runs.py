@@ -38,8 +38,8 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 PLANS = (
     ("--preset", "alfworld-tiny", "--topology", "cpu:1"),
-    ("--preset", "alfworld-qwen2.5-1.5b", "--topology", "gpu:h100:8", "--analytic", "true"),
-    ("--preset", "swe-qwen3-32b", "--topology", "v5p:4x4x2", "--mesh.tensor", "8", "--analytic", "true"),
+    ("--preset", "alfworld-paper", "qwen2.5-1.5b", "--topology", "gpu:h100:8", "--analytic", "true"),
+    ("--preset", "swe-paper", "qwen3-32b", "--topology", "v5p:4x4x2", "--mesh.tensor", "8", "--analytic", "true"),
 )
 
 

@@ -199,15 +199,17 @@ def _plan(words: Sequence[str]) -> int:
 
 
 def _presets(words: Sequence[str]) -> int:
-    from aem_jax.config.presets import algorithm_names, describe_preset, preset_names
+    from aem_jax.config.presets import algorithm_names, describe_preset, model_names, setting_names
 
     if words:
         raise ConfigError(f"expected nothing after presets, got {' '.join(words)!r}")
-    for name in preset_names():
-        print(f"{name:22} {describe_preset(name)}")
-    print("\nalgorithms, to combine with one of these (--preset alfworld-tiny gspo):")
-    for name in algorithm_names():
-        print(f"{name:22} {describe_preset(name)}")
+    kinds = {
+        "settings": setting_names(),
+        "models, for a setting that names none (--preset alfworld-paper qwen2.5-7b)": model_names(),
+        "algorithms, for any of these (--preset alfworld-tiny gspo)": algorithm_names(),
+    }
+    for kind, names in kinds.items():
+        print(f"{kind}:", *(f"  {name:22} {describe_preset(name)}" for name in names), "", sep="\n")
     return 0
 
 

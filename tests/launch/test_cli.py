@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from aem_jax.config import saved
-from aem_jax.config.presets import DEFAULT, algorithm_names, describe_preset, preset_names, read_preset
+from aem_jax.config.presets import (
+    DEFAULT,
+    algorithm_names,
+    describe_preset,
+    preset_names,
+    read_preset,
+    setting_names,
+)
 from aem_jax.config.run import RunConfig, may_change, without_effect
 from aem_jax.envs.registry import TRAINED
 from aem_jax.errors import ConfigError
@@ -96,6 +103,15 @@ def test_the_last_of_an_option_given_twice_counts():
         (["--preset", "alfword-tiny"], "unknown preset 'alfword-tiny'; did you mean 'alfworld-tiny'?"),
         (["--preset", "no/such.toml"], "no preset file no/such.toml; presets are"),
         (["--preset", "alfworld-tiny", "gpso"], "unknown preset 'gpso'; did you mean 'gspo'?"),
+        (
+            ["--preset", "alfworld-qwen2.5-7b", "gspo"],
+            "preset 'alfworld-qwen2.5-7b'; setting and model are two presets: --preset alfworld-paper qwen2.5-7b",
+        ),
+        (["--preset", "swe-qwen3-32b"], "two presets: --preset swe-paper qwen3-32b"),
+        (["--preset", "webshop-qwen2.5-1.5b"], "two presets: --preset webshop-paper qwen2.5-1.5b"),
+        (["--preset", "qwen2.5-7b"], "expected a preset of a setting beside qwen2.5-7b, got none; as in --preset alfw"),
+        (["--preset", "webshop-paper"], "expected a model, got none; add the preset of one"),
+        (["--preset", "alfworld-tiny", "qwen2.5-7b"], "--model.num-layers: expected none with --model.path"),
         (["--preset", "--seed", "1"], "--preset: expected one or more names, got nothing"),
         (
             ["--preset", "gspo", "--learner.importance-cap", "2"],
@@ -279,20 +295,23 @@ def test_help_loads_nothing_that_takes_seconds():
 
 
 def test_every_preset_is_sound_and_says_what_it_is():
-    assert DEFAULT in preset_names()
-    for name in preset_names():
+    assert DEFAULT in setting_names()
+    for name in setting_names():
         assert read_preset(name).preset == name
-        assert describe_preset(name)
     for name in algorithm_names():
         assert read_preset(name).preset == f"{DEFAULT} + {name}"
+    for name in preset_names():
         assert describe_preset(name)
+    assert len(set(preset_names())) == len(preset_names())
 
 
 def test_presets_are_listed(capsys):
     assert cli.main(["presets"]) == 0
     listed = capsys.readouterr().out
-    for name in preset_names() + algorithm_names():
-        assert f"\n{name} " in f"\n{listed}"
+    for name in preset_names():
+        assert f"\n  {name} " in listed
+    order = [listed.index(f"\n{kind}") for kind in ("models, ", "algorithms, ")]
+    assert listed.startswith("settings:\n") and order == sorted(order)
 
 
 def test_an_algorithm_goes_with_any_environment(trained, tmp_path: Path):

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from aem_jax.batch import BatchConfig
 from aem_jax.config.algorithms import AlgorithmConfig
-from aem_jax.config.presets import preset_names, read_preset
+from aem_jax.config.presets import model_names, read_preset, setting_names
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
@@ -352,10 +352,10 @@ def test_a_cache_in_int8_takes_a_byte_of_each_number_and_a_scale_of_each_head():
 
 
 def test_seven_billion_parameters_with_adapters_fit_one_card(capsys):
-    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--lora.rank", "32", "--topology", "gpu:h100:1"]
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--lora.rank", "32", "--topology", "gpu:h100:1"]
     assert cli.main([*words, "--batch.rows", "1"]) == 0
     assert "frozen weights" in capsys.readouterr().out
-    assert cli.main(["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:1"]) == 1
+    assert cli.main(["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--topology", "gpu:h100:1"]) == 1
     assert "--lora.rank 16" in capsys.readouterr().out
 
 
@@ -401,7 +401,7 @@ def test_a_topology_that_is_none_is_one_line(name: str, complaint: str, capsys):
 
 
 def test_gpus_are_estimated_and_say_so(capsys):
-    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:8"]
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--topology", "gpu:h100:8"]
     assert cli.main(words) == 0
     told = capsys.readouterr().out
     assert "ANALYTIC (GPUs are not compiled for without one)" in told and "fits:" in told
@@ -412,18 +412,19 @@ def test_gpus_are_estimated_and_say_so(capsys):
 
 
 def test_what_does_not_fit_says_what_would(capsys):
-    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--model.name", "qwen3-32b", "--topology", "gpu:h100:8"]
-    assert cli.main([*words, "--learner.remat", "none"]) == 1
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--model.name", "qwen3-32b"]
+    assert cli.main([*words, "--topology", "gpu:h100:8", "--learner.remat", "none"]) == 1
     told = capsys.readouterr().out
     assert "does not fit: learning (update)" in told
     assert "--learner.remat layers (saves about" in told and "--batch.rows" in told and "chips instead of 8" in told
 
 
-@pytest.mark.parametrize("preset", [name for name in preset_names() if not name.endswith("-tiny")])
-def test_presets_of_published_models_are_planned_without_their_files(preset: str):
-    config = read_preset(preset)
-    assert planned_model(config) == CONFIGS[preset.partition("-")[2]]
-    swe = preset.startswith("swe-")  # METHOD §6: 64 episodes a step and no KL there, 128 and 0.01 elsewhere
+@pytest.mark.parametrize("model", model_names())
+@pytest.mark.parametrize("setting", [name for name in setting_names() if name.endswith("-paper")])
+def test_presets_of_published_models_are_planned_without_their_files(setting: str, model: str):
+    config = read_preset(setting, model)
+    assert planned_model(config) == CONFIGS[model]
+    swe = setting.startswith("swe-")  # METHOD §6: 64 episodes a step and no KL there, 128 and 0.01 elsewhere
     assert (config.rollout.groups_per_step, config.rollout.group_size) == (8 if swe else 16, 8)
     assert config.rollout.context == ("append" if swe else "window")
     assert config.learner.kl_coefficient == (0.0 if swe else 0.01)
@@ -455,7 +456,7 @@ def test_mistakes_are_one_line(words: list[str], complaint: str, capsys):
 def test_without_libtpu_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
-    words = ["plan", "--preset", "alfworld-qwen2.5-1.5b", "--topology", "v5p:2x2x4"]
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-1.5b", "--topology", "v5p:2x2x4"]
     assert cli.main(words) == 2
     assert "pip install 'aem_jax[plan]'" in capsys.readouterr().err
     assert cli.main([*words, "--analytic"]) == 0
