@@ -11,6 +11,9 @@ from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, damage_n
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.protocol import StepResult
 
+_CACHED_GAMES = 64
+"""A group plays one game many times."""
+
 
 @dataclass(frozen=True)
 class AlfworldConfig:
@@ -28,8 +31,6 @@ class AlfworldConfig:
     """Reward of a response whose action is missing or not admissible."""
     max_invalid: int = 0
     """Invalid actions that truncate an unsolved episode; 0 sets no limit."""
-    cached_games: int = 64
-    """Number of parsed games that an environment caches (a group plays one game many times)."""
     data: str = ""
     """Folder of ALFWorld's official data. If empty, the folder in $ALFWORLD_DATA; without both, games are generated."""
     skip_bad: bool = False
@@ -38,9 +39,8 @@ class AlfworldConfig:
     """Games to generate. With official data, only its task types are used: they select the games."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "cached_games"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.max_steps < 1:
+            raise ValueError(f"expected max_steps of at least 1, got {self.max_steps}")
         if self.max_invalid < 0:
             raise ValueError(f"expected max_invalid of at least 0 (no limit), got {self.max_invalid}")
 
@@ -72,7 +72,7 @@ class AlfworldEnv:
         self, config: AlfworldConfig | None = None, load_game: Callable[[Mapping[str, Any]], Game] = load_game
     ):
         self._config = config or AlfworldConfig()
-        self._load = _remembering(load_game, self._config.cached_games)
+        self._load = _remembering(load_game)
         self._player: Player | None = None
         self._steps = self._limit = self._invalid = 0
 
@@ -132,7 +132,7 @@ class AlfworldEnv:
         }
 
 
-def _remembering(load: Callable[[Mapping[str, Any]], Game], size: int) -> Callable[[Mapping[str, Any]], Game]:
-    """Wraps `load` with a cache of the latest `size` games. Payloads are compared as JSON."""
-    cached = lru_cache(maxsize=size)(lambda text: load(json.loads(text)))
+def _remembering(load: Callable[[Mapping[str, Any]], Game]) -> Callable[[Mapping[str, Any]], Game]:
+    """Wraps `load` with a cache of the latest games. Payloads are compared as JSON."""
+    cached = lru_cache(maxsize=_CACHED_GAMES)(lambda text: load(json.loads(text)))
     return lambda payload: cached(json.dumps(payload, sort_keys=True))
