@@ -191,8 +191,8 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
     except ConfigError:
         raise
     except ValueError as error:
-        # The config refuses the whole of it. The field is one that it names, before others one that was set: a word may
-        # also be a value that is called as another field is.
+        # The message names the field. Fields that were set come first: a word of the message may be a value that is
+        # spelled like another field.
         words = str(error).replace(",", " ").split()
         mentioned = [field.name for field in dataclasses.fields(config) if field.name in words]
         named = next((name for name in mentioned if name in own), next(iter(mentioned), next(iter(own))))
