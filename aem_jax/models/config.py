@@ -42,6 +42,16 @@ def dtype_name(dtype: DTypeLike, accepted: Sequence[str] = DTYPES, field: str = 
     return name
 
 
+class _DType:
+    """A dataclass field that takes any spelling of a dtype and holds its name."""
+
+    def __get__(self, instance: Any, owner: type) -> str:
+        return "float32" if instance is None else vars(instance)["dtype"]  # on the class: the default
+
+    def __set__(self, instance: Any, value: DTypeLike) -> None:
+        vars(instance)["dtype"] = dtype_name(value)
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's scaling of rotary positions beyond the context of pretraining: low frequencies are divided."""
@@ -110,11 +120,10 @@ class ModelConfig:
     """Scaling of rotary positions; None for none."""
     max_positions: int = 32_768
     """Longest context that the weights were trained for, in tokens."""
-    dtype: str = "float32"
+    dtype: _DType = _DType()
     """Dtype of activations and of the weights as used; masters are float32. A jax or numpy dtype becomes its name."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name in SIZES:
             value = getattr(self, name)
             if not hasattr(value, "__index__") or value < 1:
