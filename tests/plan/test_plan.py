@@ -274,7 +274,7 @@ def test_adapters_leave_the_weights_as_they_are_used():
 
 
 QWEN_7B = ModelConfig(  # Qwen2.5-7B
-    152_064, 3584, 18_944, 28, 28, 4, 128, tied_head=False, qk_norm=False, qkv_bias=True, dtype="bfloat16"
+    152_064, 3584, 18_944, 28, 28, 4, 128, tied_head=False, qk_norm=None, qkv_bias=True, dtype="bfloat16"
 )
 GB = 10**9
 
