@@ -4,8 +4,8 @@ A loss is `Σ_t w_t · ℓ_t` over the tokens of a minibatch. The weights are fi
 small table of responses, so the sum does not depend on how tokens are packed into rows and rows into microbatches: no
 mean is taken over the tokens of one array. An aggregation is a function from that table to weights.
 
-The ratio of a whole sequence (GSPO) depends on all its tokens. Log-ratios are summed for each response, in a table
-again, before any loss is computed.
+The ratio of a sequence (GSPO) depends on all its tokens. Log-ratios are summed for each response, in a table again,
+before any loss is computed.
 
 Left out: an entropy bonus (AEM changes entropy through the advantages), and means over masked arrays. A value head's
 loss is a sum over states instead of tokens, aggregated the same way.
@@ -99,7 +99,7 @@ def sequence_policy_loss(
     clip_high: float,
     dual_clip: float = 0.0,
 ) -> TokenLoss:
-    """GSPO: the clipped surrogate on the ratio of the whole sequence that a token stands in (arXiv 2507.18071).
+    """GSPO: the clipped surrogate on the ratio of the sequence that a token belongs to (arXiv 2507.18071).
 
         s = exp( 1/n Σ_t (logp_t − logp_t^old) )                over the n tokens of the sequence
         ρ_t = s · exp(logp_t − sg[logp_t])                      sg: no gradient
@@ -158,7 +158,7 @@ def _clipped(
 
 SequenceRatio = Callable[[ArrayLike, ArrayLike, ArrayLike, int], jax.Array]
 """(sums f32[R], response_tokens i32[R], response_trajectory i32[R], num_trajectories) -> f32[R], log s of the sequence
-that each response stands in, nats. `sums` are Σ_t (logp_t − logp_t^old) over the tokens of each response; a response
+that each response belongs to, nats. `sums` are Σ_t (logp_t − logp_t^old) over the tokens of each response; a response
 without tokens is outside the minibatch, and gets 0."""
 
 
