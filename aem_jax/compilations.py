@@ -1,4 +1,4 @@
-"""Counts compilations, so that every step's metrics show whether anything compiled after warm-up."""
+"""Counts compilations: the metrics of every step show whether a program was compiled after warm-up."""
 
 import jax
 

@@ -171,4 +171,4 @@ SCOPES: Mapping[str, Scope] = {"group": _group, "trajectory": _trajectory, "batc
 VARIANTS: Mapping[str, tuple[float, bool]] = {"aem": (1.0, False), "reversed": (-1.0, False), "shuffled": (1.0, True)}
 """Name → (factor of strength, whether coefficients are shuffled afterwards)."""
 _SHUFFLE = 0x5AFF1E
-"""Folded into a step's key; no episode has this number, so the shuffle's randomness is its own."""
+"""Folded into the key of a step. No episode has this number, so the shuffle has its own random numbers."""

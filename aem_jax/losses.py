@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are cut here, in nats: e^20 has no meaning as a ratio, but e^89 is infinite, and 0 · inf poisons a sum."""
+"""Bound on log-ratios, in nats. A ratio beyond e^20 has no meaning; e^89 is infinite in float32, and 0 · inf is NaN."""
 
 
 class TokenLoss(NamedTuple):
@@ -68,8 +68,8 @@ def clipped_policy_loss(
         ρ_t = exp(logp_t − logp_t^old)
         ℓ_t = −min( ρ_t A_t,  clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t )
 
-    With a dual clip c (arXiv 1912.09729), ℓ_t = min(ℓ_t above, −c A_t) where A_t < 0: otherwise the loss of a bad token
-    that became much likelier is unbounded. Gradients flow through `logprobs` alone.
+    With a dual clip c (arXiv 1912.09729), ℓ_t = min(ℓ_t above, −c A_t) where A_t < 0: without it, the loss of a token
+    that became much likelier is unbounded there. Gradients flow through `logprobs` alone.
 
     Args:
         logprobs: float[...], of the sampled tokens under the policy being trained, nats.
@@ -105,16 +105,16 @@ def sequence_policy_loss(
         ρ_t = s · exp(logp_t − sg[logp_t])                      sg: no gradient
         ℓ_t = −min( ρ_t A_t,  clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t )
 
-    ρ_t is s in value, so all tokens of a sequence are clipped together. And the sum of ℓ_t has the gradient of GSPO's
+    ρ_t is s in value, so all tokens of a sequence are clipped together. The sum of ℓ_t has the gradient of GSPO's
     own loss, in which s itself is differentiated. With one weight w and one advantage A for the sequence that loss is
-    L = Σ_t w ℓ = −n w s A (where the clip does not decide), and
+    L = Σ_t w ℓ = −n w s A (where the clip is not active), and
 
         ∂L/∂logp_u = −n w A · ∂s/∂logp_u = −n w A · s / n = −w s A = ∂(Σ_t w ℓ_t)/∂logp_u
 
     GSPO's mean over sequences is w = 1 / (number of sequences · n): `response_mean`, or `trajectory_mean` for
     sequences of all a trajectory's responses. Where advantages or weights differ inside a sequence (the responses of a
     trajectory, after AEM), each token is credited with its own, not with the mean of its sequence: GSPO-token (§4.3 of
-    the paper). Each token's loss needs nothing but its own numbers and s, so it can be computed where its logits are.
+    the paper). The loss of a token needs only its own numbers and s, so it can be computed where its logits are.
 
     Args:
         logprobs: float[...], of the sampled tokens under the policy being trained, nats.
@@ -267,7 +267,7 @@ def clipped_value_loss(values: ArrayLike, old_values: ArrayLike, returns: ArrayL
 
 
 def k1(logprobs: ArrayLike, reference_logprobs: ArrayLike) -> jax.Array:
-    """KL(π ‖ π_ref) by one sample: unbiased, of either sign. A statistic only: its gradient is not the KL's.
+    """KL(π ‖ π_ref) by one sample: unbiased, of either sign. A statistic only: its gradient is not that of the KL.
 
         k1_t = logp_t − logp_t^ref
 
@@ -307,7 +307,8 @@ def k3(logprobs: ArrayLike, reference_logprobs: ArrayLike) -> jax.Array:
 
 Aggregation = Callable[[ArrayLike, ArrayLike, int], jax.Array]
 """(response_tokens i32[R], response_trajectory i32[R], num_trajectories) -> f32[R], the weight of *each token* of each
-response. A response without tokens is outside the minibatch: weight 0, counted nowhere, nor is a trajectory of such."""
+response. A response without tokens is outside the minibatch: it has weight 0 and is not counted, nor is a trajectory of
+such responses."""
 
 
 def token_mean(response_tokens: ArrayLike, response_trajectory: ArrayLike, num_trajectories: int) -> jax.Array:

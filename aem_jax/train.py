@@ -22,7 +22,7 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length of the training, and how often to save."""
+    """Number of steps, and steps between checkpoints."""
 
     num_steps: int = 150
     """Training steps: one rollout and its update each."""

@@ -61,7 +61,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the model reads before a response.
+    """The input of the model before a response.
 
     Attributes:
         text: the environment's text.
@@ -76,10 +76,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class EnvReply:
-    """The outcome of an environment call, and all that the rollout needs to go on. It can be sent as JSON.
+    """The outcome of an environment call, with the ids of the next observation. It can be sent as JSON.
 
     Attributes:
-        error: why the call failed; None if it did not. For a failed call only `lost` and `retryable` are set besides.
+        error: reason why the call failed; None if it succeeded. A failed call sets only `lost` and `retryable` besides.
         lost: whether the call failed with its server.
         retryable: whether another attempt at a failed episode may succeed.
         reward: reward of the response.

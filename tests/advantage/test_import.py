@@ -1,4 +1,4 @@
-"""`import aem_jax.advantage` is meant for other trainers and must load only jax."""
+"""`import aem_jax.advantage` is for other trainers and must load only jax."""
 
 import subprocess
 import sys

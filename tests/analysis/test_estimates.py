@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aem_jax.analysis.claims import choose, circumstances, drift, proxy, whose_entropy
+from aem_jax.analysis.claims import choose, coefficient_inputs, drift, entropy_decomposition, proxy
 from aem_jax.analysis.draws import Draws
 from aem_jax.analysis.estimates import (
     opposed,
@@ -88,17 +88,18 @@ def test_proxy_by_hand():
     assert [point["relative"] for point in result["points"]] == [-1, 1]
 
 
-def test_whose_entropy_by_hand():
+def test_entropy_decomposition_by_hand():
     # H̄ of the draws: 1 and 3 in the first state, 6 and 6 in the second (12 nats over 2 tokens). Means 2 and 6, of
     # variance 4; variance inside 1 and 0, mean 1/2: 4 / 4.5 lies between states. Inside, only the first varies, and
     # there H̄ − 2 = (−1, 1) beside S − 5 = (−2, 2): r is 2 / √(1 · (4 + 1)): S varies in both states.
     drawn = Draws(np.array([[3.0, 7.0], [8.0, 10.0]]), np.array([[1.0, 3.0], [12.0, 12.0]]), np.array([[1, 1], [2, 2]]))
-    result = whose_entropy(drawn)
+    result = entropy_decomposition(drawn)
     assert result["between"]["value"] == pytest.approx(4 / 4.5)
     assert result["inside"]["value"] == pytest.approx(2 / np.sqrt(5))
     # a response of one uncertain token: its entropy does not depend on the sample
     one = Draws(np.array([[0.1, 2.3], [0.7, 0.7]]), np.array([[0.3, 0.3], [0.7, 0.7]]), np.ones((2, 2), int))
-    assert whose_entropy(one)["between"]["value"] == 1.0 and np.isnan(whose_entropy(one)["inside"]["value"])
+    result = entropy_decomposition(one)
+    assert result["between"]["value"] == 1.0 and np.isnan(result["inside"]["value"])
 
 
 def test_drift_by_hand():
@@ -143,9 +144,9 @@ def test_the_context_of_a_state_is_the_context_of_the_policy(context):
     assert (last.tokens, last.surprisal, last.predictable) == (2, 1.0, 1.5)
 
 
-def test_circumstances_by_hand():
+def test_coefficient_inputs_by_hand():
     states = [state(0, 1.0), state(1, 1.0), state(2, 1.0), state(3, 1.0)]
-    result = circumstances(
+    result = coefficient_inputs(
         states, np.array([1.2, 0.8, 1, 1]), np.array([0.1, 0.6, 0.3, 0.35]), np.array([0, 0, 2, 2]), 0.1
     )
     assert result["groups"] == 2 and result["flat_groups"] == 0.5  # spans are 0.5 and 0.05
