@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from aem_jax.batch import Batch, BatchLayout, collate, place
 from aem_jax.compilations import compilations
 from aem_jax.credit import Credit
+from aem_jax.envs.protocol import Task
 from aem_jax.learner import TrainState
 from aem_jax.rollout import Rollout, RolloutStats
 from aem_jax.selection import Rule, play_rounds, returned
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending, Trajectory
 
 Metrics = dict[str, Any]
 
@@ -86,8 +87,8 @@ def train(
         rolled_out = time.perf_counter()
         batch = place(collate(episodes.trajectories, layout, seed=(seed, step)), mesh)
         advantages, credit_stats = credit(batch, step_key, values(state.params, batch) if values else None)
-        logprobs = reference(batch) if reference else None
-        state, learner_stats = update(state, batch, advantages.tokens, logprobs, values=advantages.values)
+        reference_logprobs = reference(batch) if reference else None
+        state, learner_stats = update(state, batch, advantages.tokens, reference_logprobs, values=advantages.values)
         credit_stats, learner_stats = jax.device_get((credit_stats, learner_stats))
         metrics = {
             **rollout_metrics(episodes.played, episodes.stats),

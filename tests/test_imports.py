@@ -147,7 +147,7 @@ def test_modules_have_no_import_cycle():
     graph = {}
     for module, path in paths.items():
         imports = imported_modules(path.read_text(), module, path.name == "__init__.py", names=True)
-        # `from package import name` is the module package.name where there is one, else the package.
+        # `from package import name` is the module package.name if it exists, else the package.
         inside = {name if name in paths else name.rpartition(".")[0] for name in imports}
         graph[module] = {name for name in inside if name in paths and name != module}
     assert not find_cycle(graph), " -> ".join(find_cycle(graph))

@@ -116,7 +116,7 @@ def test_log_ratios_of_sequences_golden():
 
 
 @pytest.mark.parametrize("dual_clip", [0.0, 1.2])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("over_trajectory", [False, True])
 def test_the_gradient_flows_through_the_sequence_s_ratio(over_trajectory, dual_clip):
     """Against float64 differences of Σ w n · −min(s A, clip(s) A), s a function of the log-probabilities."""
     rng, step = np.random.default_rng(5), 1e-6

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.rollout import RolloutStats
 from aem_jax.selection import (
     Rule,
@@ -21,7 +21,7 @@ from aem_jax.selection import (
     succeeded,
 )
 from aem_jax.train import rollout_metrics
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 ENDINGS = {"t": Ending.TERMINATED, "c": Ending.TRUNCATED, "e": Ending.ENV_ERROR}
 
@@ -62,7 +62,7 @@ def test_the_first_groups_whose_outcomes_differ_are_kept_and_renumbered():
     selected = select(trajectories, Rule(2, outcome=returned))
     assert numbers(selected) == [("task-1", 0, 0), ("task-1", 0, 1), ("task-3", 1, 0), ("task-3", 1, 1)]
     assert (selected.groups, selected.filtered, selected.surplus) == (2, 2, 1)
-    # the numbers give the order, whatever the order of the input
+    # group numbers decide, not the order of the input
     shuffled = [trajectories[i] for i in np.random.default_rng(0).permutation(len(trajectories))]
     assert sorted(numbers(select(shuffled, Rule(2, outcome=returned)))) == numbers(selected)
 

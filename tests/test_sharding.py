@@ -130,4 +130,4 @@ def test_on_tpus_sampled_weights_have_contracted_and_last_dimension_innermost():
         assert axes[order[-2]] == "embed" and order[-1] == len(axes) - 1 and sorted(order) == list(range(len(axes)))
         assert leaf.sharding == shardings(chips, policy.axes, DECODE)["layers"][name]
     mesh = make_mesh(MeshConfig())
-    assert decode_formats(mesh, policy.axes) == shardings(mesh, policy.axes, DECODE)  # elsewhere as ever
+    assert decode_formats(mesh, policy.axes) == shardings(mesh, policy.axes, DECODE)  # no layout on other platforms

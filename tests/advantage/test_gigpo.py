@@ -9,7 +9,8 @@ import pytest
 from aem_jax.advantage import Experience, dr_grpo, gigpo, grpo, of_returns, over_trajectories, over_turns, rloo
 
 # One group. Trajectory 0 returns to its first state (rewards 0, 4), 1 leaves it (0, 0), 2 stays (2).
-# All begin at observation 0; response 3 answers another one, alone. Trajectory 3 is masked, and the last row padding.
+# All begin at observation 0; response 3 is the only one to another observation. Trajectory 3 is masked, and the last
+# row is padding.
 TABLE = Experience(
     returns=np.array([4, 0, 2, 9], np.float32),
     group_ids=np.zeros(4, np.int32),

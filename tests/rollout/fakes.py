@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from aem_jax.envs.protocol import EnvError, StepResult
+from aem_jax.envs.protocol import EnvError, StepResult, Task
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import RolloutConfig
-from aem_jax.trajectory import Task, Trajectory
+from aem_jax.trajectory import Trajectory
 
 STOP, START, USER = 1, 2, 3
 VOCAB = 32

@@ -150,7 +150,7 @@ def test_a_task_that_is_over_at_its_reset_is_left_out_at_once(sampler, params, c
 
 
 def test_windowed_context_rebuilds_each_prompt(sampler, params):
-    """Each turn's ids are a whole prompt, and its logprobs are those of that prompt alone."""
+    """The ids of each turn are a complete prompt, and its logprobs depend on that prompt alone."""
     config = replace(CONFIG, context="window", window_turns=1, prompt_tokens=16, context_tokens=60)
     trajectories, _ = play(sampler, params, config)
     chat = ByteChat()
