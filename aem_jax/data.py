@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
-from aem_jax.trajectory import Task
+from aem_jax.envs.protocol import Task
 
 
 def task_groups(tasks: Sequence[Task], num_groups: int, *, seed: int) -> Callable[[int, int], list[Task]]:

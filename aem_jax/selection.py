@@ -23,8 +23,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from aem_jax.envs.protocol import Task
 from aem_jax.rollout.stats import RolloutStats, check_some_played, none_played
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending, Trajectory
 
 Outcome = Callable[[Trajectory], float]
 """The number compared inside a group: an episode's return, or its success."""

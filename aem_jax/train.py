@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from aem_jax.batch import Batch, BatchLayout, collate, place
 from aem_jax.compilations import compilations
 from aem_jax.credit import Credit
+from aem_jax.envs.protocol import Task
 from aem_jax.learner import TrainState
 from aem_jax.rollout import Rollout, RolloutStats
 from aem_jax.selection import Rule, play_rounds, returned
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending, Trajectory
 
 Metrics = dict[str, Any]
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aem_jax.batch import BatchLayout, collate
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.envs.protocol import Task
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 LAYOUT = BatchLayout(num_microbatches=16, rows=2, row_length=32, max_responses=64, max_trajectories=16)
 TASK = Task("task-0", "look", {})

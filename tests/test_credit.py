@@ -9,8 +9,9 @@ import pytest
 from aem_jax.advantage import grpo, of_returns, over_trajectories
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.credit import AemConfig, make_credit
+from aem_jax.envs.protocol import Task
 from aem_jax.sharding import MeshConfig, make_mesh
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 LAYOUT = BatchLayout(num_microbatches=8, rows=4, row_length=40, max_responses=60, max_trajectories=16)
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from aem_jax.data import task_groups
-from aem_jax.trajectory import Task
+from aem_jax.envs.protocol import Task
 
 TASKS = [Task(f"task-{n}", "look", {"index": n}) for n in range(7)]
 

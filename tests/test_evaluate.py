@@ -5,11 +5,11 @@ import math
 import jax
 import pytest
 
-from aem_jax.envs.protocol import EnvError, StepResult
+from aem_jax.envs.protocol import EnvError, StepResult, Task
 from aem_jax.envs.testing.echo import EchoEnv
 from aem_jax.evaluate import evaluate_agent, evaluate_policy, rate
 from aem_jax.rollout import RolloutStats
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending, Trajectory
 
 
 def test_wilson_interval_by_hand():

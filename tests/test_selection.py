@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.rollout import RolloutStats
 from aem_jax.selection import (
     Rule,
@@ -21,7 +21,7 @@ from aem_jax.selection import (
     succeeded,
 )
 from aem_jax.train import rollout_metrics
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 ENDINGS = {"t": Ending.TERMINATED, "c": Ending.TRUNCATED, "e": Ending.ENV_ERROR}
 

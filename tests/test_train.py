@@ -12,7 +12,7 @@ import pytest
 from aem_jax.advantage import gae, grpo, of_returns, over_trajectories, value_returns
 from aem_jax.batch import BatchLayout
 from aem_jax.credit import AemConfig, Credit, make_credit
-from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_response_values, make_update
 from aem_jax.models import ModelConfig, Policy, ValuePolicy, policy_params
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
@@ -21,7 +21,7 @@ from aem_jax.sampler.reshard import make_reshard
 from aem_jax.selection import Rule
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import rollout_metrics, train, transcripts
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 from .rollout.fakes import STOP, VOCAB, ByteChat, LocalPool
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.envs.testing.echo import EchoEnv
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 from aem_jax.warmstart import demonstrate, demonstrations, fitting, shuffled_batches
 
 from .rollout.fakes import STOP, ByteChat

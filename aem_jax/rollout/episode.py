@@ -12,10 +12,10 @@ from functools import partial
 
 import numpy as np
 
-from aem_jax.envs.protocol import EnvError, LostError, StepResult, over_at_reset
+from aem_jax.envs.protocol import EnvError, LostError, StepResult, Task, over_at_reset
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.context import Chat, appended_prompt, first_messages, windowed_prompt
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 _QUARANTINE_LOSSES = 2
 

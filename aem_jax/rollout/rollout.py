@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
+from aem_jax.envs.protocol import Task
 from aem_jax.rollout import continuous, lockstep
 from aem_jax.rollout.batching import Pool, SlotSessions
 from aem_jax.rollout.config import RolloutConfig
@@ -23,7 +24,7 @@ from aem_jax.rollout.prompt_cache import PromptCache, prompt_rows
 from aem_jax.rollout.slots import Job, SlotGroup
 from aem_jax.rollout.stats import RolloutStats
 from aem_jax.sampler import Sampler
-from aem_jax.trajectory import Task, Trajectory
+from aem_jax.trajectory import Trajectory
 
 GIB = 2**30
 

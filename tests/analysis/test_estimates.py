@@ -14,7 +14,8 @@ from aem_jax.analysis.estimates import (
     with_interval,
 )
 from aem_jax.analysis.states import State, states_of
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.envs.protocol import Task
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 
 def test_relative_surprisal_by_hand():

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
+from aem_jax.envs.protocol import Task
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.trajectory import Ending, Task
+from aem_jax.trajectory import Ending
 
 from .fakes import STOP, VOCAB, ByteChat
 

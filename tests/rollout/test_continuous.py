@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from aem_jax.compilations import compilations
-from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending, Trajectory
 
 from .fakes import STOP, ByteChat, LatePool, LocalPool
 from .test_rollout import CONFIG, POLICY, TASKS, sampled

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from aem_jax.envs.protocol import Task
 from aem_jax.rollout import RolloutConfig
 from aem_jax.rollout.episode import Attempt, EnvReply, Episode
-from aem_jax.trajectory import Ending, Task
+from aem_jax.trajectory import Ending
 
 CONFIG = RolloutConfig(response_tokens=4, context_tokens=9, prompt_tokens=4)
 ATTEMPT = Attempt(Task("t", "countdown", {}), 1, 2, np.zeros(2, np.uint32))

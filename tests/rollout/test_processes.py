@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from aem_jax.distributed import ProcessGroup
+from aem_jax.envs.protocol import Task
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.rollout.batching import SlotSessions
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.trajectory import Task
 
 from .fakes import STOP, VOCAB, ByteChat, LatePool, LocalPool
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from aem_jax.compilations import compilations
+from aem_jax.envs.protocol import Task
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.rollout.context import windowed_prompt
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending, Trajectory
 
 from .fakes import STOP, VOCAB, ByteChat, LocalPool
 
