@@ -12,7 +12,7 @@ from envs.webshop_golden import item, unpack
 
 from aem_jax.envs.actions import extract_action
 from aem_jax.envs.registry import environment_spec
-from aem_jax.envs.serving.client import websocket_url
+from aem_jax.envs.serving.address import websocket_url
 from aem_jax.envs.testing.conformance import Subject, check_environment
 from aem_jax.envs.testing.conformance_wire import ServerSubject, check_server
 from aem_jax.envs.webshop.catalog import Catalog

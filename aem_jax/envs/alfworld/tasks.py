@@ -223,8 +223,11 @@ def load_game(payload: Mapping[str, Any]) -> Game:
     Raises:
         ValueError: the payload names neither a game file nor a game to generate.
     """
-    if set(payload) & {"generate", "game"} == set():
-        raise ValueError(f"expected 'generate' or 'game' in the payload, got {sorted(payload)}")
+    path = payload.get("game")
+    if "generate" not in payload and not (isinstance(path, str) and path):
+        raise ValueError(
+            f"expected 'generate' or 'game' (the path of a game file) in the payload, got keys {sorted(payload)}"
+        )
     return _load_game(json.dumps(payload, sort_keys=True))
 
 

@@ -1,4 +1,4 @@
-"""Converts values of other libraries to plain JSON values, for the replies of an environment.
+"""Checks the results of an environment, and converts values of other libraries to plain JSON values.
 
 Environments compute with numpy, torch or jax. The `json` module refuses the scalars of these libraries, so they are
 converted to Python numbers. A value without a JSON equivalent (an object, bytes, a complex number) is an error that
@@ -12,11 +12,12 @@ import numbers
 import os
 import reprlib
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from decimal import Decimal
 from enum import Enum
 from typing import Any
 
+from aem_jax.envs.protocol import Environment, StepResult
 from aem_jax.files import valid_text
 
 _FLOAT32_MAX = 3.4028234663852886e38
@@ -35,6 +36,46 @@ class _ForeignError(Exception):
 
     def __init__(self, value: Any):
         self.value, self.path = value, list[str]()
+
+
+def checked_result(env: Environment, call: str, result: Any) -> StepResult:
+    """Validates the result of an environment, and converts it to plain values.
+
+    Numbers of numpy, torch and jax become Python numbers. Values in `info` are converted to JSON values
+    (`plain`), and NaN becomes null.
+
+    Args:
+        env: the environment.
+        call: reset or step.
+        result: the returned object.
+
+    Raises:
+        ValueError: the object is not a `StepResult` with a text observation, a finite reward, true or false as flags,
+            and a mapping of JSON values as info; the message names the wrong part.
+    """
+    where = f"{type(env).__qualname__}.{call}"
+    if not isinstance(result, StepResult):
+        raise _no_result(where, described(result))
+    if not isinstance(result.observation, str):
+        raise _no_result(where, f"{described(result.observation)} as observation")
+    if not isinstance(result.info, Mapping):
+        raise _no_result(where, f"{described(result.info)} as info")
+    reward = number(result.reward)
+    if reward is None:
+        raise ValueError(
+            f"expected a number, finite in float32, as reward from {where}, got {described(result.reward)}"
+        )
+    info = plain(result.info, f"{where}'s info")
+    for name, (read, what) in _FACTS.items():
+        if (value := info.pop(name, None)) is not None:
+            info[name] = _read(read, value, what, f"info[{name!r}] from {where}")
+    return StepResult(
+        plain(result.observation, "observation"),
+        reward,
+        _read(flag, result.terminated, "true or false", f"terminated from {where}"),
+        _read(flag, result.truncated, "true or false", f"truncated from {where}"),
+        info,
+    )
 
 
 def plain(value: Any, name: str) -> Any:
@@ -141,3 +182,31 @@ def _key(key: Any) -> str:
     if isinstance(found, (dict, list)):
         raise _ForeignError(key)
     return found if isinstance(found, str) else json.dumps(found)
+
+
+def _no_result(where: str, got: str) -> ValueError:
+    return ValueError(
+        f"expected a StepResult with a text observation and a mapping as info from {where}, "
+        f"got {got}; return aem_jax.envs.protocol.StepResult(observation, reward, terminated, truncated, info)"
+    )
+
+
+def _read(read: Callable[[Any], Any], value: Any, what: str, name: str) -> Any:
+    converted = read(value)
+    if converted is None:
+        raise ValueError(f"expected {what} as {name}, got {described(value)}")
+    return converted
+
+
+def _texts(value: Any) -> list[str] | None:
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
+
+
+_FACTS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
+    "won": (flag, "true or false"),
+    "valid_action": (flag, "true or false"),
+    "score": (number, "a finite number"),
+    "admissible": (_texts, "a list of texts"),
+}
+"""Facts of `info` that training reads -> (converter, name of the type for errors). The converter returns None for a
+value of another type. Null facts are omitted."""

@@ -37,9 +37,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from aem_jax.envs import protocol
-from aem_jax.envs.protocol import Environment, describe, encode_error
+from aem_jax.envs.protocol import Environment, describe
 from aem_jax.envs.registry import SERVED, environment_spec, settings_from_json
-from aem_jax.envs.serving.session import Session
+from aem_jax.envs.serving.session import Session, encode_error
 from aem_jax.envs.suite import EnvironmentSpec
 
 logger = logging.getLogger("aem_jax.envs.serving.server")  # not __name__, which is __main__ in a process of its own

@@ -9,7 +9,7 @@ from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.alfworld.tasks import GeneratedTasks
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.registry import environment_spec
-from aem_jax.envs.serving.client import websocket_url
+from aem_jax.envs.serving.address import websocket_url
 from aem_jax.envs.testing.conformance import Subject, check_environment
 from aem_jax.envs.testing.conformance_wire import CHECKS, ServerSubject, check_server, main
 from aem_jax.envs.testing.echo import EchoConfig, EchoEnv
