@@ -67,7 +67,7 @@ def read_products(
     """Cleans products as WebShop does. Products without a valid id, and repetitions of an id, are skipped.
 
     Args:
-        items: entries of `items_shuffle*.json`; `files.read_files` checks them.
+        items: entries of `items_shuffle*.json`; `shop.read_files` checks them.
         annotations: `items_ins_v2*.json`, asin -> {attributes, …}.
 
     Raises:

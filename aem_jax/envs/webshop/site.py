@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from aem_jax.envs.webshop.engine import Shop, Visit
 from aem_jax.envs.webshop.html import render, render_page
-from aem_jax.envs.webshop.tasks import SPLITS, GoalTasks, goal_tasks
+from aem_jax.envs.webshop.tasks import SPLITS, goal_tasks
 
 MAX_VISITS = 1000
 """Maximum number of visits that are kept. The oldest ones are dropped."""
@@ -29,7 +29,7 @@ def make_site(shop: Shop, held_out: str = "products") -> Starlette:
         held_out: unit that the displayed splits do not share, one of `HELD_OUT`.
     """
     visits: OrderedDict[str, tuple[Visit, str]] = OrderedDict()
-    tasks: dict[str, GoalTasks] = {split: goal_tasks(shop.catalog, split, held_out) for split in SPLITS}
+    tasks = {split: goal_tasks(shop.catalog, split, held_out) for split in SPLITS}
 
     async def start(request: Request) -> Response:
         split = request.query_params.get("split", "valid")
