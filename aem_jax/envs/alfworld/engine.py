@@ -106,8 +106,8 @@ def damage_named(source: str) -> Iterator[None]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if not source:
             raise
-        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"expected a game in {source}, got one that cannot be played: {said}") from error
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected a game in {source}, got one that cannot be played: {reason}") from error
 
 
 def read_game(path: Path) -> dict[str, Any]:
@@ -284,14 +284,14 @@ def _finder(schema: Schema, commands: _Commands, world: World, table: dict[str, 
     """Returns a function that fills `table` with the commands of a schema that are applicable now."""
     count, b, write = len(schema.parameters), schema.blank.copy(), commands.write
 
-    def found(b: list[str]) -> bool:
+    def collect(b: list[str]) -> bool:
         command, args = write(b, world), tuple(b[:count])
         known = table.get(command)
         if known is None or args < known:  # several arguments give one command: keep the first in name order
             table[command] = args
         return False
 
-    runs = [link(steps, world.facts, world.types, unless_idle(idle, found)) for steps, idle in schema.chains]
+    runs = [link(steps, world.facts, world.types, unless_idle(idle, collect)) for steps, idle in schema.chains]
 
     def find() -> None:
         table.clear()

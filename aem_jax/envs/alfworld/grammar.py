@@ -68,13 +68,10 @@ class Context:
 
     def entity(self, name: str) -> Entity:
         """Returns the object that a variable is bound to. The latest binding of a name counts."""
-        found = None
-        for (variable, _), value in self.bindings.items():
-            if variable == name:
-                found = value
-        if found is None:
+        ids = [id_ for (variable, _), id_ in self.bindings.items() if variable == name]
+        if not ids:
             raise ValueError(f"expected one of the bound variables {[n for n, _ in self.bindings]}, got {name!r}")
-        return self.world.entities[found]
+        return self.world.entities[ids[-1]]
 
     def matches(self, query: Query) -> Iterator["Context"]:
         """Yields a context for every match of the query, in the order of the facts."""
@@ -140,12 +137,12 @@ def parse_grammar(document: str) -> Grammar:
     """
     tokens, position = [], 0
     while position < len(document):
-        found = _TOKEN.match(document, position)
-        if found is None:
+        match = _TOKEN.match(document, position)
+        if match is None:
             raise ValueError(f"expected a TWL2 grammar, got {document[position : position + 40]!r}")
-        position = found.end()
-        if found.lastgroup is not None:
-            tokens.append((found.lastgroup, found[found.lastgroup]))
+        position = match.end()
+        if match.lastgroup is not None:
+            tokens.append((match.lastgroup, match[match.lastgroup]))
     stream, rules, actions = iter([*tokens, ("end", "")]), {}, {}
     while (token := next(stream)) != ("end", ""):
         if token == ("word", "grammar"):
@@ -197,7 +194,7 @@ def _block(text: str) -> dict[str, tuple[Rule, ...]]:
 _TEXT = re.compile(
     r"""\t*(?:
       \#(?P<symbol>[\w()/!<>\-\s,.]+)\#
-    | (?P<list>\[)?\{(?:\#(?P<each>[\w()/!<>\-\s,.]+)\#|(?P<expression>(?!\#)[^|\[\]{}\n<>]+))
+    | (?P<list>\[)?\{(?:\#(?P<repeated>[\w()/!<>\-\s,.]+)\#|(?P<expression>(?!\#)[^|\[\]{}\n<>]+))
       (?:\s*\|\s*(?P<query>[^;|{}\n\[\]\#]+))?\}(?(list)\])
     | "(?P<quoted>[^;|"<>\[\]\#{}]*)"
     | (?P<plain>[^;|"<>\[\]\#{}]+)
@@ -210,22 +207,22 @@ _TEXT = re.compile(
 def parse_text(text: str) -> tuple[Emit, ...]:
     """Compiles a text to a tuple of functions, each of which writes one piece of it."""
     pieces, position = [], _opening(text)
-    while found := _TEXT.match(text, position):
-        position = found.end()
-        if found["symbol"]:
-            pieces.append(_symbol(found["symbol"]))
-        elif found["each"] or found["expression"]:
-            item = _symbol(found["each"]) if found["each"] else _expression(found["expression"])
-            pieces.append(_expansion(item, parse_query(found["query"] or ""), found["list"] is not None))
+    while match := _TEXT.match(text, position):
+        position = match.end()
+        if match["symbol"]:
+            pieces.append(_symbol(match["symbol"]))
+        elif match["repeated"] or match["expression"]:
+            item = _symbol(match["repeated"]) if match["repeated"] else _expression(match["expression"])
+            pieces.append(_expansion(item, parse_query(match["query"] or ""), match["list"] is not None))
         else:
-            pieces.append(_plain(found["plain"] or found["quoted"] or ""))
+            pieces.append(_plain(match["plain"] or match["quoted"] or ""))
     return tuple(pieces)
 
 
 def _opening(text: str) -> int:
     """Returns the position where a text begins, after white space and `//` comments."""
-    found = re.match(r"(?:\s+|//[^\n]*)*", text)
-    return found.end() if found else 0
+    match = re.match(r"(?:\s+|//[^\n]*)*", text)
+    return match.end() if match else 0
 
 
 def _plain(text: str) -> Emit:
@@ -305,14 +302,14 @@ def _first(parts: list[Callable[[Context], object]], stop: bool, context: Contex
 def text_reads(text: str) -> tuple[frozenset[str], frozenset[str]] | None:
     """Returns the variables and predicates that a text reads; None if it derives symbols and so may read anything."""
     names, predicates, position = set(), set(), _opening(text)
-    while found := _TEXT.match(text, position):
-        position = found.end()
-        if found["symbol"] or found["each"]:
+    while match := _TEXT.match(text, position):
+        position = match.end()
+        if match["symbol"] or match["repeated"]:
             return None
-        if found["expression"]:
-            tree = ast.parse(found["expression"].strip())
+        if match["expression"]:
+            tree = ast.parse(match["expression"].strip())
             names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        for predicate, placeholders in parse_query(found["query"] or ""):
+        for predicate, placeholders in parse_query(match["query"] or ""):
             predicates.add(predicate.removeprefix("not_"))
             names |= {name for name, _ in placeholders}
     return frozenset(names), frozenset(predicates)
@@ -323,11 +320,11 @@ def parse_query(text: str) -> Query:
     """Parses `p(a:t, b:u) & q(a:t)` to ((p, ((a, t), (b, u))), (q, ((a, t),))). An empty text is an empty query."""
     query = []
     for part in text.split("&") if text.strip() else ():
-        found = re.fullmatch(r"\s*(!?[\w/]+)\s*\(([^()]*)\)\s*", part)
-        if found is None:
+        match = re.fullmatch(r"\s*(!?[\w/]+)\s*\(([^()]*)\)\s*", part)
+        if match is None:
             raise ValueError(f"expected a query like 'p(a:t) & q(a:t, b:u)', got {text!r}")
-        pairs = [[side.strip() for side in item.split(":")] for item in found[2].split(",") if item.strip()]
-        query.append((found[1], tuple((pair[0], pair[-1]) for pair in pairs)))
+        pairs = [[side.strip() for side in item.split(":")] for item in match[2].split(",") if item.strip()]
+        query.append((match[1], tuple((pair[0], pair[-1]) for pair in pairs)))
     return tuple(query)
 
 

@@ -73,7 +73,7 @@ class RemoteEnvironment:
         return decode_result(self._call(encode_reset(task)), self._mapping)
 
     def step(self, action_text: str) -> StepResult:
-        """Takes a step with the policy's whole response text."""
+        """Takes a step with the full text of the policy's response."""
         return decode_step(self._call(self._encode_step(action_text)), self._mapping)
 
     def state(self) -> Mapping[str, Any]:

@@ -111,10 +111,10 @@ def number(value: Any) -> float | None:
     if not isinstance(value, _NUMBERS):
         return None
     try:
-        found = float(value)
+        result = float(value)
     except OverflowError:  # an integer beyond the range of floats
         return None
-    return found if abs(found) <= _FLOAT32_MAX else None  # NaN compares as false
+    return result if abs(result) <= _FLOAT32_MAX else None  # NaN compares as false
 
 
 def flag(value: Any) -> bool | None:
@@ -149,16 +149,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, _NUMBERS):
-        found = float(value)
-        return found if math.isfinite(found) else None
+        converted = float(value)
+        return converted if math.isfinite(converted) else None
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     if isinstance(value, Mapping):
-        return {_key(key): item for key, item in zip(value, _each(value.items()), strict=True)}
+        return {_key(key): item for key, item in zip(value, _plain_items(value.items()), strict=True)}
     if isinstance(value, Set):
-        return sorted(_each(enumerate(value)), key=repr)  # the order must not depend on the process
+        return sorted(_plain_items(enumerate(value)), key=repr)  # the order must not depend on the process
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
-        return list(_each(enumerate(value)))
+        return list(_plain_items(enumerate(value)))
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, (os.PathLike, uuid.UUID)):
@@ -166,22 +166,22 @@ def _plain(value: Any) -> Any:
     raise _ForeignError(value)
 
 
-def _each(items: Iterable[tuple[Any, Any]]) -> Iterator[Any]:
+def _plain_items(items: Iterable[tuple[Any, Any]]) -> Iterator[Any]:
     for key, item in items:
         try:
-            found = _plain(item)
+            converted = _plain(item)
         except _ForeignError as error:
             error.path.append(f"[{key!r:.80}]")
             raise
-        yield found
+        yield converted
 
 
 def _key(key: Any) -> str:
     """Converts a key of a mapping to a text. Numbers are written as `json` writes them."""
-    found = _plain(key)
-    if isinstance(found, (dict, list)):
+    converted = _plain(key)
+    if isinstance(converted, (dict, list)):
         raise _ForeignError(key)
-    return found if isinstance(found, str) else json.dumps(found)
+    return converted if isinstance(converted, str) else json.dumps(converted)
 
 
 def _no_result(where: str, got: str) -> ValueError:

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = mismatches = 0
     try:
         episodes = [
-            _episode(options.transcripts, number, each) for number, each in read_json_lines(options.transcripts)
+            _episode(options.transcripts, number, episode) for number, episode in read_json_lines(options.transcripts)
         ]
         for where, recorded, ours in REPLAYS[options.environment](options.data, episodes):
             steps += 1

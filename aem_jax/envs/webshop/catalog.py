@@ -141,10 +141,10 @@ def _damage(place: Path) -> str | None:
     if not path.exists():
         return ""
     try:
-        found = read_json(path)
-        if found["hash"] != _hash_of_facts(found["facts"]):
+        record = read_json(path)
+        if record["hash"] != _hash_of_facts(record["facts"]):
             return f"expected in {_FACTS} what was written, got something else"
-        written = found["facts"]["files"]
+        written = record["facts"]["files"]
         for name, (size, _) in written.items():
             file = place / name
             if not file.is_file() or file.stat().st_size != size:
@@ -183,13 +183,13 @@ def _make(place: Path, data: ShopData, kind: str, seed: int) -> None:
     draft = Path(tempfile.mkdtemp(prefix=f"{place.name}-", dir=place.parent))
     try:
         digest = hashlib.sha256()
-        _write_lines(draft, "products", (each.to_json() for each in products), digest)
-        _write_lines(draft, "goals", (each.to_json() for each in in_order(goals)), digest)
+        _write_lines(draft, "products", (product.to_json() for product in products), digest)
+        _write_lines(draft, "goals", (goal.to_json() for goal in in_order(goals)), digest)
         digest.update(np.asarray(prices).tobytes())
         np.save(draft / "prices.npy", np.asarray(prices, np.float64))
-        asins = [each.asin for each in products]
+        asins = [product.asin for product in products]
         np.save(draft / "asins.npy", np.asarray(asins))
-        ranking = build_ranking(asins, (each.search_text() for each in products))
+        ranking = build_ranking(asins, (product.search_text() for product in products))
         ranking.save(draft)
         np.save(draft / "by-asin.npy", np.argsort(ranking.order))
         _save_fields(draft, products)
@@ -236,16 +236,16 @@ class _Goals(Sequence[Goal]):
 
 def _save_fields(folder: Path, products: Iterable[Product]) -> None:
     """Writes the index of a shop's products, which must be in the shop's order."""
-    found: dict[int, list[int]] = {}
+    numbers: dict[int, list[int]] = {}
     for number, product in enumerate(products):
         for field in FIELDS:
             own = getattr(product, field)
             for value in dict.fromkeys((own,) if isinstance(own, str) else own):
-                found.setdefault(_field_key(field, value), []).append(number)
-    keys = sorted(found)
+                numbers.setdefault(_field_key(field, value), []).append(number)
+    keys = sorted(numbers)
     np.save(folder / "fields-keys.npy", np.asarray(keys, np.uint64))
-    np.save(folder / "fields-ends.npy", np.cumsum([0, *(len(found[key]) for key in keys)], dtype=np.int64))
-    np.save(folder / "fields-numbers.npy", np.asarray([number for key in keys for number in found[key]], np.int32))
+    np.save(folder / "fields-ends.npy", np.cumsum([0, *(len(numbers[key]) for key in keys)], dtype=np.int64))
+    np.save(folder / "fields-numbers.npy", np.asarray([number for key in keys for number in numbers[key]], np.int32))
 
 
 class _Fields:

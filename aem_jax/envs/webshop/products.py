@@ -120,7 +120,7 @@ def prices_of(text: str) -> tuple[float, ...]:
 
 def _options(customizations: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return {
-        name.lower(): tuple(each["value"].strip().replace("/", " | ").lower() for each in values)
+        name.lower(): tuple(entry["value"].strip().replace("/", " | ").lower() for entry in values)
         for name, values in customizations.items()
         if values is not None
     }

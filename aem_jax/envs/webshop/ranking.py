@@ -57,10 +57,10 @@ class Ranking:
         scores = np.zeros(len(self.norms), np.float64)
         hit = np.zeros(len(self.norms), np.bool_)
         for term, count in Counter(terms(query)).items():
-            found = self._postings(term)
-            if found is None:
+            postings = self._postings(term)
+            if postings is None:
                 continue
-            documents, frequencies = found
+            documents, frequencies = postings
             share = (self.counted - len(documents) + 0.5) / (len(documents) + 0.5)
             weight = np.float32(count) * np.float32(math.log(1 + share))
             scores[documents] += weight - weight / (np.float32(1) + frequencies * self.norms[documents])
@@ -132,9 +132,9 @@ def build_ranking(ids: Sequence[str], texts: Iterable[str]) -> Ranking:
     postings: dict[str, tuple[list[int], list[int]]] = {}
     lengths = []
     for number, text in enumerate(texts):
-        found = Counter(terms(text))
-        lengths.append(found.total())
-        for term, count in found.items():
+        frequency = Counter(terms(text))
+        lengths.append(frequency.total())
+        for term, count in frequency.items():
             documents, counts = postings.setdefault(term, ([], []))
             documents.append(number)
             counts.append(count)

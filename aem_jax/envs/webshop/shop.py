@@ -81,17 +81,17 @@ def _files(config: ShopConfig) -> tuple[Path, Path, Path]:
     """Returns the paths of items, annotations and instructions. For synthetic goals, the last file may be missing."""
     folder = Path(config.data).expanduser()
     sizes = ("_1000", "") if 0 < config.limit <= _SMALL else ("", "_1000")
-    found = []
+    files = []
     for name in ("items_shuffle", "items_ins_v2"):
         paths = [folder / f"{name}{size}.json" for size in sizes]
-        path = next((each for each in paths if each.is_file()), None)
+        path = next((path for path in paths if path.is_file()), None)
         if path is None:
             raise ValueError(f"expected WebShop's {paths[0].name} or {paths[1].name} in {folder}, found neither")
-        found.append(path)
+        files.append(path)
     human = folder / "items_human_ins.json"
     if config.goals == "human" and not human.is_file():
         raise ValueError(f"expected WebShop's {human.name} in {folder}, found none; or set shop.goals to synthetic")
-    return found[0], found[1], human
+    return files[0], files[1], human
 
 
 def read_files(items: Path, annotations: Path, instructions: Path, limit: int = 0) -> ShopData:
@@ -108,25 +108,25 @@ def read_files(items: Path, annotations: Path, instructions: Path, limit: int = 
     """
     products = _json(items, list)[: limit or None]
     notes = _json(annotations, dict)
-    said = _json(instructions, dict) if instructions.is_file() else {}
+    human = _json(instructions, dict) if instructions.is_file() else {}
     for index, item in enumerate(products):
         place = f"{items}[{index}]"
         _check_item(place, item)
         if (asin := item["asin"]) in notes:
             _check_annotation(f"{annotations}[{asin!r}]", notes[asin])
         place = f"{instructions}[{asin!r}]"
-        for number, each in enumerate(_expect(place, said.get(asin, []), list)):
-            _check_instruction(f"{place}[{number}]", each)
+        for number, entry in enumerate(_expect(place, human.get(asin, []), list)):
+            _check_instruction(f"{place}[{number}]", entry)
     if not any(has_id(item["asin"]) for item in products):
         raise ValueError(f"expected products to sell in {items}, got none with an id of at most ten characters")
-    return ShopData(products, notes, said)
+    return ShopData(products, notes, human)
 
 
 def _json(path: Path, form: type) -> Any:
-    found = read_json(path)
-    if not isinstance(found, form):
-        raise ValueError(f"expected a JSON {_FORMS[form]} in {path}, got {_named(found)}")
-    return found
+    content = read_json(path)
+    if not isinstance(content, form):
+        raise ValueError(f"expected a JSON {_FORMS[form]} in {path}, got {_named(content)}")
+    return content
 
 
 def _check_item(place: str, item: Any) -> None:
@@ -160,12 +160,12 @@ def _check_annotation(place: str, note: Any) -> None:
     _texts(f"{place}: instruction_attributes", note.get("instruction_attributes") or [])
 
 
-def _check_instruction(place: str, said: Any) -> None:
-    if not _field(place, said, "instruction_attributes", list, type(None)):
+def _check_instruction(place: str, entry: Any) -> None:
+    if not _field(place, entry, "instruction_attributes", list, type(None)):
         return  # no attributes: it gives no goal
-    _field(place, said, "instruction", str)
+    _field(place, entry, "instruction", str)
     for name in ("instruction_attributes", "instruction_options"):
-        _texts(f"{place}: {name}", _field(place, said, name, list))
+        _texts(f"{place}: {name}", _field(place, entry, name, list))
 
 
 _FORMS: Mapping[type, str] = {str: "text", list: "list", dict: "mapping", type(None): "null"}

@@ -55,21 +55,21 @@ def make_site(shop: Shop, held_out: str = "products") -> Starlette:
         return RedirectResponse(f"/visit/{name}", 303)
 
     async def show(request: Request) -> Response:
-        found = visits.get(request.path_params["visit"])
-        if found is None:
+        entry = visits.get(request.path_params["visit"])
+        if entry is None:
             return _sorry("This visit is over.", 404)
-        visit, following = found
+        visit, following = entry
         return HTMLResponse(render_page(visit, f"/visit/{request.path_params['visit']}", following=following))
 
     async def act(request: Request) -> Response:
-        found = visits.get(request.path_params["visit"])
-        if found is None:
+        entry = visits.get(request.path_params["visit"])
+        if entry is None:
             return _sorry("This visit is over.", 404)
         form = dict(parse_qsl((await request.body()).decode(errors="replace")))
         action, query = form.get("action", ""), form.get("query", "")
-        if not found[0].done:
+        if not entry[0].done:
             # brackets would split the words from the action
-            found[0].step(action or f"search[{query.replace('[', ' ').replace(']', ' ').strip()}]")
+            entry[0].step(action or f"search[{query.replace('[', ' ').replace(']', ' ').strip()}]")
         return RedirectResponse(f"/visit/{request.path_params['visit']}", 303)
 
     return Starlette(

@@ -103,10 +103,10 @@ def _asins(config: GeneratorConfig, rng: random.Random) -> list[str]:
     if config.brief:
         width = len(str(config.products - 1))
         return [f"{number:0{width}d}" for number in rng.sample(range(config.products), config.products)]
-    found: dict[str, None] = {}
-    while len(found) < config.products:
-        found["B" + "".join(rng.choices(_SIGNS, k=9))] = None
-    return list(found)
+    asins: dict[str, None] = {}
+    while len(asins) < config.products:
+        asins["B" + "".join(rng.choices(_SIGNS, k=9))] = None
+    return list(asins)
 
 
 def _options(kind: ThingKind, config: GeneratorConfig, rng: random.Random) -> dict[str, list[str]]:
@@ -178,9 +178,9 @@ def _wish(
     if config.brief:
         text = " ".join([*chosen.values(), *asked, kind.query])
     else:
-        say = rng.choice(_CHOICES)
-        said = "".join(f", and {say(name, value)}" for name, value in chosen.items()).replace(", and", ",", 1)
+        phrase = rng.choice(_CHOICES)
+        choices = "".join(f", and {phrase(name, value)}" for name, value in chosen.items()).replace(", and", ",", 1)
         listed = " and ".join(asked)
-        text = rng.choice(_WISHES).format(attributes=", ".join(asked), listed=listed, thing=kind.query, options=said)
+        text = rng.choice(_WISHES).format(attributes=", ".join(asked), listed=listed, thing=kind.query, options=choices)
         text = re.sub(r"\ba (?=[aeio])", "an ", text)
     return {"instruction": text, "instruction_attributes": asked, "instruction_options": list(chosen.values())}
