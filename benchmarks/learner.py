@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from aem_jax.batch import BatchLayout, collate, place
+from aem_jax.envs.protocol import Task
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.sharding import MeshConfig, make_mesh
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 MODEL = ModelConfig(4096, 256, 768, 4, 8, 4, 32)
 

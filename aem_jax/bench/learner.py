@@ -15,6 +15,7 @@ from aem_jax.bench.roofline import read, roofline
 from aem_jax.bench.trace import profile
 from aem_jax.config.components import known_model
 from aem_jax.config.run import RunConfig
+from aem_jax.envs.protocol import Task
 from aem_jax.errors import ConfigError
 from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
 from aem_jax.models import ModelConfig, Policy
@@ -24,7 +25,7 @@ from aem_jax.plan.costs import costs
 from aem_jax.plan.workload import workload
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sharding import AXES, MeshConfig, make_mesh
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 
 def run(config: BenchConfig) -> list[Measurement]:

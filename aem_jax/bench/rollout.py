@@ -24,12 +24,13 @@ from aem_jax.bench.measure import Measurement, summarise
 from aem_jax.bench.roofline import roofline
 from aem_jax.compilations import compilations
 from aem_jax.config.components import known_model
+from aem_jax.envs.protocol import Task
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.errors import ConfigError
 from aem_jax.models import Policy
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import SamplingConfig
-from aem_jax.trajectory import Task, Trajectory
+from aem_jax.trajectory import Trajectory
 
 
 @dataclass

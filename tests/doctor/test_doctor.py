@@ -26,14 +26,14 @@ from aem_jax.doctor import attention, child, command, episodes, machine, parent,
 from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.finding import CHECKS, Finding
 from aem_jax.doctor.page import Page
-from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
 from aem_jax.models import CONFIGS, ModelConfig
 from aem_jax.models.attention import row_attention
 from aem_jax.models.kernels import KERNELS
 from aem_jax.rollout.stats import RolloutStats
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 CONFIG = DoctorConfig(model="tiny")
 WELL = Finding(True, "all is well")
