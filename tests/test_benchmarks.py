@@ -141,10 +141,10 @@ def test_the_generator_says_whether_the_page_is_up_to_date():
 
 
 def test_a_run_of_bench_fits_the_page(tmp_path, monkeypatch, capsys):
-    from aem_jax.bench.ceilings import Sizes, ceilings
+    from aem_jax.bench.measure import Sizes, ceilings
     from aem_jax.launch import cli
 
-    monkeypatch.setattr("aem_jax.bench.ceilings.SIZES", {"cpu": Sizes(2**20, 64)})
+    monkeypatch.setattr("aem_jax.bench.measure.SIZES", {"cpu": Sizes(2**20, 64)})
     ceilings.cache_clear()
     small = ["--trajectories", "8", "--turns", "2", "--repeats", "2", "--runtime.compilation-cache", "off"]
     assert cli.main(["bench", "advantage", *small]) == 0

@@ -25,9 +25,8 @@ from aem_jax.models.lora import LoraConfig
 from aem_jax.plan.analytic import demand, learn_flops, memory, useful_flops
 from aem_jax.plan.config import PlanConfig, plan_config
 from aem_jax.plan.costs import Collective, Costs, costs
-from aem_jax.plan.devices import GIB, GPUS, TPUS, parse_topology
-from aem_jax.plan.estimate import estimate
-from aem_jax.plan.hlo import parse
+from aem_jax.plan.devices import GIB, GPUS, TPUS, estimate, parse_topology
+from aem_jax.plan.hlo import parse, read
 from aem_jax.plan.make import make_plan
 from aem_jax.plan.workload import planned_model, workload
 from aem_jax.rollout.config import RolloutConfig
@@ -178,7 +177,7 @@ def test_costs_of_a_compiled_scan_are_those_of_all_its_rounds():
     x = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=place("fsdp", None))
     weights = jax.ShapeDtypeStruct((6, 64, 64), jnp.float32, sharding=place(None, None, "tensor"))
     compiled = jax.jit(step).lower(x, weights).compile()
-    found = costs(parse(compiled.as_text() or ""))
+    found = costs(read(compiled))
     assert found.flops == 6 * 2 * 32 * 64 * 64 / 8
     assert {each.kind for each in found.collectives} == {"all-gather"} and found.unknown_loops == 0
     assert sum(each.count for each in found.collectives) == 6
@@ -404,7 +403,7 @@ def test_gpus_are_estimated_and_say_so(capsys):
     words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:8"]
     assert cli.main(words) == 0
     told = capsys.readouterr().out
-    assert "ANALYTIC (GPUs are not compiled for without one)" in told and "fits:" in told
+    assert "ANALYTIC (compiling for a GPU needs a GPU)" in told and "fits:" in told
     assert cli.main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["analytic"] and found["fits"] and found["programs"] == {} and found["parameters"] == 7_615_616_512

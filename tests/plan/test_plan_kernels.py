@@ -11,8 +11,7 @@ from aem_jax.launch import cli
 from aem_jax.plan.analytic import attention_flops, learn_flops
 from aem_jax.plan.config import PlanConfig, plan_config
 from aem_jax.plan.costs import costs
-from aem_jax.plan.devices import parse_topology
-from aem_jax.plan.estimate import estimate
+from aem_jax.plan.devices import estimate, parse_topology
 from aem_jax.plan.hlo import parse
 from aem_jax.plan.make import make_plan
 from aem_jax.plan.page import print_plan
