@@ -9,10 +9,11 @@ import pytest
 from fake_run import write_fake_run
 
 from aem_jax.metrics import Evaluation, Rate
+from aem_jax.overrides import flatten
 from aem_jax.report import plot_headline, write_report
 from aem_jax.report.curves import CURVES
 from aem_jax.report.page import bar, duration, episode, headline, percent, spread
-from aem_jax.report.run import baseline_lines, flat_config, read_run
+from aem_jax.report.run import baseline_lines, read_run
 from aem_jax.report.style import smooth
 
 
@@ -168,7 +169,7 @@ def test_small_helpers():
     assert [duration(value) for value in (41.6, 200, 3661)] == ["42 s", "3 min 20 s", "1 h 1 min"]
     assert smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
     assert spread(range(100), 10) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99] and spread([1, 2], 10) == [1, 2]
-    assert flat_config({"a": {"b": 1, "c": {}}, "d": []}) == {"a.b": 1, "d": []}
+    assert flatten({"a": {"b": 1, "c": {}}, "d": []}) == {"a.b": 1, "d": []}
 
 
 def test_headline_picture_of_several_settings(tmp_path: Path):

@@ -199,22 +199,22 @@ def test_a_checkpoint_of_another_run_is_left_out(tmp_path, caplog):
     letters[12] ^= 1
     identity.write_bytes(letters)  # damage to this file must not cost the run its checkpoints
     assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(2))
-    identity.unlink()  # like a folder of an earlier version
+    identity.unlink()  # a missing file costs no checkpoint either
     assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(2))
 
 
-def test_checkpoints_from_before_checksums_are_read(tmp_path):
-    state = state_of(1)
-    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["score"])
-    with ocp.CheckpointManager(tmp_path, options=options, item_names=("state", "extra")) as manager:
-        beside = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave({"a": 1})}
-        manager.save(4, args=ocp.args.Composite(**beside), metrics={"score": 0.5})
-    with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_first=False)) as checkpoints:
-        assert_equal(checkpoints.restore(ABSTRACT), state)
-        assert checkpoints.extra() == {"a": 1} and checkpoints.best == 4
-        checkpoints.save(5, state, score=0.25)
-        checkpoints.wait()
-        assert checkpoints.steps == [4, 5] and checkpoints.best == 4
+def test_a_checkpoint_without_checksums_is_refused_and_stays_in_place(tmp_path):
+    """As earlier versions wrote them: extra values alone, without a seal."""
+    with ocp.CheckpointManager(tmp_path, item_names=("state", "extra")) as manager:
+        items = {"state": ocp.args.StandardSave(state_of(1)), "extra": ocp.args.JsonSave({"a": 1})}
+        manager.save(4, args=ocp.args.Composite(**items))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.claim()
+        with pytest.raises(CheckpointError, match="without a checksum; use the version of aem_jax that began the run"):
+            checkpoints.restore(ABSTRACT)
+        with pytest.raises(CheckpointError, match="without a checksum"):
+            checkpoints.extra()
+        assert checkpoints.steps == [4] and checkpoints.best is None
 
 
 def test_whoever_reads_changes_nothing_and_finds_the_newest(tmp_path):
