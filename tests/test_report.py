@@ -127,8 +127,8 @@ def test_after_is_the_last_evaluation_of_a_run_that_goes_on(tmp_path: Path):
     ]
     for count, gain, apart in ((1, None, False), (2, 0.2, False), (3, 0.3, True)):
         (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
-        found = headline(read_run(tmp_path), "valid_seen")
-        assert found["gain"] == (None if gain is None else pytest.approx(gain)) and found["apart"] is apart
+        result = headline(read_run(tmp_path), "valid_seen")
+        assert result["gain"] == (None if gain is None else pytest.approx(gain)) and result["apart"] is apart
 
 
 def test_bar_stands_where_its_numbers_are():
@@ -152,8 +152,8 @@ def test_what_is_neutral_has_no_colour():
 
 
 def test_baselines_of_equal_success_share_a_line(tmp_path: Path):
-    found = {"oracle": 1.0, "random": 0.02, "searcher": 0.97, "greedy": 0.9}
-    lines = [{"step": 0, "phase": phase, "split": "s", "success": success} for phase, success in found.items()]
+    baselines = {"oracle": 1.0, "random": 0.02, "searcher": 0.97, "greedy": 0.9}
+    lines = [{"step": 0, "phase": phase, "split": "s", "success": success} for phase, success in baselines.items()]
     (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
     drawn = baseline_lines(read_run(tmp_path).baselines("s"))
     assert drawn == [(1.0, "oracle, searcher"), (0.9, "greedy"), (0.02, "random")]

@@ -271,8 +271,8 @@ def test_one_process_at_a_time_writes(tmp_path, monkeypatch):
 def test_no_character_of_the_folder_is_a_pattern(tmp_path, name):
     with Checkpoints(tmp_path / name) as checkpoints:
         checkpoints.save(0, {"w": jnp.arange(4.0)})
-    whole = {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jnp.zeros(1).sharding)}
-    np.testing.assert_array_equal(Checkpoints(tmp_path / name).restore(whole)["w"], np.arange(4.0))
+    abstract = {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jnp.zeros(1).sharding)}
+    np.testing.assert_array_equal(Checkpoints(tmp_path / name).restore(abstract)["w"], np.arange(4.0))
 
 
 @pytest.mark.parametrize(
@@ -373,11 +373,13 @@ def test_kill_9_while_saving(tmp_path, delay, user_environment):
                 time.sleep(delay)
                 os.kill(process.pid, signal.SIGKILL)
                 break
-    whole = {name: jax.ShapeDtypeStruct((200_000,), jnp.float32, sharding=jnp.zeros(1).sharding) for name in "abcdefgh"}
+    abstract = {
+        name: jax.ShapeDtypeStruct((200_000,), jnp.float32, sharding=jnp.zeros(1).sharding) for name in "abcdefgh"
+    }
     with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
         latest = checkpoints.latest
         assert latest is not None and latest >= 3  # step 3 was complete before step 4 began
-        for value in checkpoints.restore(whole).values():
+        for value in checkpoints.restore(abstract).values():
             np.testing.assert_array_equal(value, np.full(200_000, latest, np.float32))
         assert checkpoints.latest == latest and checkpoints.extra() == {"step": latest}
         checkpoints.save(latest + 1, {name: jnp.zeros(200_000) for name in "abcdefgh"})

@@ -39,11 +39,11 @@ ENTRY %main (mask: s8[1,2,2], q: bf16[4,12,1024,128], k: bf16[4,2,1024,128]) -> 
 
 
 def test_a_known_kernel_is_counted_an_unknown_one_named():
-    found = costs(parse(PROGRAM))
+    cost = costs(parse(PROGRAM))
     # 4 rows, 12 heads of 128, three products of 2 FLOPs, 3 of the 4 pairs of blocks of 512
     flops = 4 * 12 * 128 * 3 * 2 * 3 * 512**2
-    assert found.flops == flops
-    known, other = found.kernels
+    assert cost.flops == flops
+    known, other = cost.kernels
     assert (known.name, known.flops, known.known) == ("splash_mha_dq_segmented_no_residuals", flops, True)
     numbers = 4 * 1024 * 128
     assert known.bytes == 2 * numbers * (12 + 12 + 2) + 4 * 4 * 512 * 128 + 4
@@ -51,7 +51,7 @@ def test_a_known_kernel_is_counted_an_unknown_one_named():
     # a kernel adds the time given by the peaks to the compiler's estimate
     v5p = parse_topology("v5p:2x2x1")
     assert flops / v5p.peak > known.bytes / v5p.bandwidth
-    seconds = estimate(found, v5p).compiler
+    seconds = estimate(cost, v5p).compiler
     assert seconds == pytest.approx(175 / v5p.chip.clock + flops / v5p.peak + other.bytes / v5p.bandwidth)
 
 
