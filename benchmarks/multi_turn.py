@@ -118,7 +118,7 @@ def measure(num_steps: int) -> dict[str, float]:
         total = time.perf_counter() - start
     half = num_steps // 2
     warm = history[half:]
-    mean = lambda name: float(np.mean([each[name] for each in warm]))
+    mean = lambda name: float(np.mean([metrics[name] for metrics in warm]))
     return {
         "wall_s": round(total, 2),
         "warm_episodes_per_s": round(len(warm) * EPISODES / (marks[-1] - marks[half - 1]), 3),
@@ -127,7 +127,7 @@ def measure(num_steps: int) -> dict[str, float]:
         "warm_update_s": round(mean("time/update"), 4),
         "response_tokens": round(mean("rollout/response_tokens"), 2),
         "turns": mean("rollout/turns"),
-        "recompiles": sum(each["compile/recompiles"] for each in warm),
+        "recompiles": sum(metrics["compile/recompiles"] for metrics in warm),
     }
 
 
