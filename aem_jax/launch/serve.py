@@ -42,7 +42,7 @@ def run(names: Sequence[str], config: ServeConfig) -> int:
         raise ConfigError(f"unknown environment {names[0]!r}{nearest(names[0], SERVED) or '; known are ' + known}")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
-    server = ServerConfig(**{each.name: getattr(config, each.name) for each in dataclasses.fields(ServerConfig)})
+    server = ServerConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ServerConfig)})
     try:
         settings = parse_mapping(config.settings, "settings")
         if config.html:

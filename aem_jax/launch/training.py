@@ -97,7 +97,7 @@ def _train(run: RunContext, state: TrainState, frozen: Params | None) -> TrainSt
         if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
             if writer:
                 shown = transcripts(trajectories, credit, step)
-                writer.later(lambda: write_text(folder / "transcripts.json", json_line(shown)))
+                writer.submit(lambda: write_text(folder / "transcripts.json", json_line(shown)))
                 writer.wait()  # the metrics of a checkpoint's steps are on disk before the checkpoint
             run.checkpoints.save(done, state, score=score)
 

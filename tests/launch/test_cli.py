@@ -391,8 +391,8 @@ def test_harmless_fields_exist():
     from aem_jax.config.run import MAY_CHANGE
 
     names = list(annotations(RunConfig()))
-    for each in MAY_CHANGE:
-        assert any(name == each or (each.endswith(".") and name.startswith(each)) for name in names), each
+    for prefix in MAY_CHANGE:
+        assert any(name == prefix or (prefix.endswith(".") and name.startswith(prefix)) for name in names), prefix
     assert not may_change("seed") and not may_change("aem.strength")
 
 

@@ -27,7 +27,7 @@ from aem_jax.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Path(__file__).with_name("small.toml")
-CONFIG = ModelConfig(512, 32, 48, 2, 4, 2, 8, qk_norm=False, qkv_bias=True, max_positions=512)  # of Qwen2.5's form
+CONFIG = ModelConfig(512, 32, 48, 2, 4, 2, 8, qk_norm=None, qkv_bias=True, max_positions=512)  # of Qwen2.5's form
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dic
 
 def test_the_files_say_what_the_model_is(model: Path):
     config = components.model_config(ModelChoice(path=str(model), dtype="float32"), 400)
-    assert (config.num_layers, config.qkv_bias, config.qk_norm, config.vocab_size) == (2, True, False, 512)
+    assert (config.num_layers, config.qkv_bias, config.qk_norm, config.vocab_size) == (2, True, None, 512)
     assert components.model_config(ModelChoice(path=str(model)), 400).dtype == "bfloat16"
     float32: Any = jnp.float32
     assert components.model_config(ModelChoice(path=str(model), dtype=float32), 400) == config

@@ -44,10 +44,10 @@ class PoolConfig:
             )
         if self.token_variable and not self.urls:
             raise ValueError("expected urls beside token_variable, got none")
-        if self.token_variable and (url := next((each for each in self.urls if not keeps_secrets(each)), "")):
+        if self.token_variable and (url := next((url for url in self.urls if not keeps_secrets(url)), "")):
             url = without_password(url)
             raise ValueError(f"expected urls of https:// or wss:// beside token_variable, got {url!r}")
-        if self.token_variable and (url := next((each for each in self.urls if "@" in each), "")):
+        if self.token_variable and (url := next((url for url in self.urls if "@" in url), "")):
             url = without_password(url)
             raise ValueError(f"expected urls without a user beside token_variable, got {url!r}; one of them is sent")
         for name in ("num_servers", "sessions_per_server"):

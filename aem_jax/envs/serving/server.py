@@ -37,9 +37,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from aem_jax.envs import protocol
-from aem_jax.envs.protocol import Environment, describe, encode_error
+from aem_jax.envs.protocol import Environment, describe
 from aem_jax.envs.registry import SERVED, environment_spec
-from aem_jax.envs.serving.session import Session
+from aem_jax.envs.serving.session import Session, encode_error
 from aem_jax.envs.suite import EnvironmentSpec
 from aem_jax.files import parse_mapping
 

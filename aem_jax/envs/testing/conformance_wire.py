@@ -18,9 +18,9 @@ from websockets.sync.client import ClientConnection, connect
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, RefusedError
-from aem_jax.envs.serving.address import websocket_url
-from aem_jax.envs.serving.client import RemoteEnvironment, bearer
-from aem_jax.envs.serving.field_mapping import FieldMapping, step_encoder
+from aem_jax.envs.serving.address import bearer, websocket_url
+from aem_jax.envs.serving.client import RemoteEnvironment
+from aem_jax.envs.serving.field_mapping import FieldMapping, encode_reset, step_encoder
 from aem_jax.envs.testing.conformance import Problem, Subject, check_environment, expect, run_checks
 from aem_jax.files import parse_mapping
 from aem_jax.overrides import override
@@ -79,7 +79,7 @@ class _Talk:
         return message["data"]
 
     def reset(self, **keywords: Any) -> dict[str, Any]:
-        return self.ask_for("observation", protocol.encode_reset({**self._subject.tasks[0], **keywords}))
+        return self.ask_for("observation", encode_reset({**self._subject.tasks[0], **keywords}))
 
     def step(self, index: int = 0) -> dict[str, Any]:
         actions = self._subject.actions

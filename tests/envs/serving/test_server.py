@@ -26,7 +26,7 @@ from aem_jax.envs.serving import field_mapping, server
 from aem_jax.envs.serving.client import RemoteEnvironment
 from aem_jax.envs.serving.field_mapping import FieldMapping
 from aem_jax.envs.serving.server import ACTION_SCHEMA, OBSERVATION_SCHEMA, ServerConfig
-from aem_jax.envs.serving.session import Session
+from aem_jax.envs.serving.session import Session, encode_result
 from aem_jax.envs.suite import EnvironmentSpec
 from aem_jax.envs.testing.echo import EchoEnv
 from aem_jax.files import parse_mapping
@@ -91,9 +91,9 @@ def test_truncation_and_termination_are_told_apart_over_the_wire():
 def test_a_result_survives_the_wire():
     info = {"won": True, "valid_action": False, "score": 0.5, "admissible": ["a", "b"]}
     result = StepResult("ü€𝄞\ud800\x00", -0.1, True, False, info)
-    arrived = field_mapping.decode_result(protocol.encode_result(result, send_admissible=True), FieldMapping())
+    arrived = field_mapping.decode_result(encode_result(result, send_admissible=True), FieldMapping())
     assert arrived == replace(result, observation="ü€𝄞\ufffd\x00")  # half a surrogate pair is no text
-    without = field_mapping.decode_result(protocol.encode_result(result, send_admissible=False), FieldMapping())
+    without = field_mapping.decode_result(encode_result(result, send_admissible=False), FieldMapping())
     assert without.info == {name: value for name, value in info.items() if name != "admissible"}
 
 
@@ -162,7 +162,7 @@ def test_rubbish_answers_are_env_errors(raw):
     ],
 )
 def test_every_field_of_an_answer_is_examined(change, said):
-    data = json.loads(protocol.encode_result(StepResult("x"), send_admissible=False))["data"]
+    data = json.loads(encode_result(StepResult("x"), send_admissible=False))["data"]
     for name, value in change.items():
         (data if name in data else data["observation"])[name] = value
     with pytest.raises(EnvError, match=said):
@@ -211,7 +211,7 @@ def test_bad_action_constants_are_refused():
 def test_a_task_that_is_no_json_is_refused():
     for task in ({"x": object()}, {"x": float("nan")}):
         with pytest.raises(ValueError, match="expected a task as a mapping of plain JSON"):
-            protocol.encode_reset(task)
+            field_mapping.encode_reset(task)
 
 
 # Names and settings.
