@@ -25,7 +25,7 @@ from aem_jax.warmstart import demonstrations, fitting, warmstart
 
 
 def load_frozen_weights(run: RunContext) -> Params:
-    """The frozen part of the parameters, in the train layout; empty without LoRA. Makes it if it is missing.
+    """The frozen weights of a LoRA run, in the train layout; empty without LoRA. Makes them if they are missing.
 
     Raises:
         ConfigError: they are missing and cannot be made, or are not those that the adapter was trained with.
@@ -52,7 +52,7 @@ def _make_frozen_weights(run: RunContext, policy: Policy) -> None:
         raise ConfigError(
             f"expected the frozen weights of this LoRA run in {run.folder / frozen_weights.FOLDER}, got none"
         )
-    params = _fitted(run, policy, {}) if run.config.warmstart.episodes else initial_parameters(run, policy)
+    params = _fitted(run, policy, {}) if run.config.warmstart.episodes else initial_parameters(run, policy, {})
     frozen_weights.save(run.folder, policy, run.mesh, run.key("init"), params, run.chat.stop_ids)
 
 
@@ -64,21 +64,21 @@ def initial_state(run: RunContext, frozen: Params) -> TrainState:
     if config.warmstart.episodes and not is_fitted:
         params = _fitted(run, replace(policy, value=False), frozen)
     else:
-        params = {**initial_parameters(run, policy), **frozen}
+        params = initial_parameters(run, policy, frozen)
     state = init_state(policy, config.learner, run.mesh, run.key("init"), params)
     run.save(state)
     return state
 
 
-def initial_parameters(run: RunContext, policy: Policy) -> Params:
-    """The trainable parts that come from another run or from the model's files, float32; the others are random.
+def initial_parameters(run: RunContext, policy: Policy, frozen: Params) -> Params:
+    """The parts of `policy` that are not random: frozen weights, or a float32 base from another run or from files.
 
     Raises:
         ConfigError: the other run or the files cannot be used.
     """
     config = run.config
     if policy.lora:
-        return {}
+        return frozen
     if config.warmstart.init_from:
         return init_from.parameters(config, policy, run.chat.vocab_size, run.mesh)
     if not config.model.path:
@@ -105,7 +105,7 @@ def _fitted(run: RunContext, policy: Policy, frozen: Params) -> Params:
             append_line(lines, {"step": step, **values})
         run.report("warm start", step + 1, settings.steps, values)
 
-    params = {**initial_parameters(run, policy), **frozen}
+    params = initial_parameters(run, policy, frozen)
     state = warmstart(
         init_state(policy, learner, run.mesh, run.key("init"), params),
         episodes,

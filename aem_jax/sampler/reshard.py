@@ -35,9 +35,8 @@ def make_reshard(policy: Policy, mesh: Mesh, *, int8: bool = False) -> Callable[
     if int8:
         raise ValueError(INT8_MERGES)
     train, decode = _layouts(policy, mesh)
-    dtype = jax.numpy.dtype(policy.config.dtype)
     cast = jax.jit(
-        lambda adapter: jax.tree.map(lambda leaf: leaf.astype(dtype), adapter),
+        lambda adapter: jax.tree.map(lambda leaf: leaf.astype(policy.config.dtype), adapter),
         in_shardings=(train["adapter"],),
         out_shardings=decode["adapter"],
     )
@@ -61,13 +60,12 @@ def _make_merge(policy: Policy, mesh: Mesh, *, int8: bool) -> Callable[[Params],
     names = tuple(quantized_matrices(policy.config)) if int8 else policy.merged_leaves
     changed = lambda layers: {name: layers[name] for name in names}
     train, decode = _layouts(policy, mesh)
-    sampled = decode["base"]
     code_axes: Params = {}
     if int8:
         axes = policy.quantized.axes["base"]["layers"]
         code_axes = {name: axes[name] for name in (*names, *map(scale_of, names))}
 
-    def merge(adapter: Params, layers: Params) -> Params:
+    def merge_layers(adapter: Params, layers: Params) -> Params:
         merged = policy.merge({"base": {"layers": layers}, "adapter": adapter})["base"]["layers"]
         if not int8:
             return merged
@@ -75,9 +73,9 @@ def _make_merge(policy: Policy, mesh: Mesh, *, int8: bool) -> Callable[[Params],
         return jax.lax.with_sharding_constraint(codes, shardings(mesh, code_axes, TRAIN))
 
     merge = jax.jit(
-        merge,
+        merge_layers,
         in_shardings=(train["adapter"], changed(train["base"]["layers"])),
-        out_shardings=decode_formats(mesh, code_axes) if int8 else changed(sampled["layers"]),
+        out_shardings=decode_formats(mesh, code_axes) if int8 else changed(decode["base"]["layers"]),
     )
 
     def reshard(params: Params) -> Params:
@@ -87,7 +85,7 @@ def _make_merge(policy: Policy, mesh: Mesh, *, int8: bool) -> Callable[[Params],
             **tree,
             "layers": {name: leaf for name, leaf in tree["layers"].items() if name not in merged},
         }
-        rest = jax.device_put(unchanged(base), unchanged(sampled))
+        rest = jax.device_put(unchanged(base), unchanged(decode["base"]))
         return {"base": {**rest, "layers": {**rest["layers"], **merged}}}
 
     return reshard
