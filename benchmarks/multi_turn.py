@@ -24,7 +24,7 @@ from aem_jax.bench.chat import ByteChat
 from aem_jax.credit import AemConfig, Credit, make_credit
 from aem_jax.envs.protocol import Task
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
-from aem_jax.learner import LearnerConfig, TrainState, init_state, make_optimizer, make_update
+from aem_jax.learner import LearnerConfig, TrainState, init_state, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
@@ -97,7 +97,7 @@ def measure(num_steps: int) -> dict[str, float]:
 
     with EnvPool(PoolConfig(num_servers=1, sessions_per_server=ROLLOUT.num_slots), ("scripted", WORLD)) as pool:
         rollout = Rollout(sampler, chat, pool, ROLLOUT)
-        state = init_state(policy, make_optimizer(learner, policy.axes), mesh, jax.random.key(0))
+        state = init_state(policy, learner, mesh, jax.random.key(0))
         reshard, update = make_reshard(policy, mesh), make_update(policy, learner, mesh)
         start = time.perf_counter()
         train(

@@ -93,9 +93,9 @@ def test_parameters_are_split_as_the_rules_say(rules):
     jax.tree.map(np.testing.assert_array_equal, placed, params)
     ways = 4 if rules is TRAIN else 2
     for name in ("qkv", "o", "gate_up", "down"):
-        leaf = placed["layers"][name]
+        leaf = placed["base"]["layers"][name]
         assert leaf.addressable_shards[0].data.size * ways == leaf.size, name
-    assert placed["norm"].sharding.is_fully_replicated == (rules is DECODE or TRAIN["norm"] is None)
+    assert placed["base"]["norm"].sharding.is_fully_replicated == (rules is DECODE or TRAIN["norm"] is None)
 
 
 def test_indivisible_dimension_is_named():
@@ -122,12 +122,12 @@ def test_on_tpus_sampled_weights_have_contracted_and_last_dimension_innermost():
     policy = Policy(CONFIGS["tiny"])
     chips = make_mesh(MeshConfig(fsdp=4), [Chip(index) for index in range(4)])
     found = decode_formats(chips, policy.axes, policy.shapes)
-    ordered = {name: leaf for name, leaf in found["layers"].items() if isinstance(leaf, Format)}
+    ordered = {name: leaf for name, leaf in found["base"]["layers"].items() if isinstance(leaf, Format)}
     assert set(ordered) == {"qkv", "gate_up"}
     for name, leaf in ordered.items():
         assert isinstance(leaf.layout, Layout)
-        order, axes = leaf.layout.major_to_minor, policy.axes["layers"][name]
+        order, axes = leaf.layout.major_to_minor, policy.axes["base"]["layers"][name]
         assert axes[order[-2]] == "embed" and order[-1] == len(axes) - 1 and sorted(order) == list(range(len(axes)))
-        assert leaf.sharding == shardings(chips, policy.axes, DECODE)["layers"][name]
+        assert leaf.sharding == shardings(chips, policy.axes, DECODE)["base"]["layers"][name]
     mesh = make_mesh(MeshConfig())
     assert decode_formats(mesh, policy.axes) == shardings(mesh, policy.axes, DECODE)  # no layout on other platforms

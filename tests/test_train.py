@@ -13,8 +13,7 @@ from aem_jax.advantage import gae, grpo, of_returns, over_trajectories, value_re
 from aem_jax.batch import BatchLayout
 from aem_jax.credit import AemConfig, Credit, make_credit
 from aem_jax.envs.protocol import StepResult, Task
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_response_values, make_update
-from aem_jax.models import ValuePolicy, policy_params
+from aem_jax.learner import LearnerConfig, init_state, make_response_values, make_update
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.reshard import make_reshard
@@ -62,8 +61,8 @@ def run(steps: int, strength: float, mesh=None, *, rule=ALL_GROUPS, tasks=tasks,
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     config = LearnerConfig(learning_rate=3e-3, value_learning_rate=0.1)
     sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=32, slack=ROLLOUT.slack, mesh=mesh)
-    update, valued = make_update(trained, config, mesh), isinstance(trained, ValuePolicy)
-    estimate, reshard = gae if valued else of_returns(over_trajectories, grpo), make_reshard(POLICY, mesh)
+    update, valued = make_update(trained, config, mesh), trained.value
+    estimate, reshard = gae if valued else of_returns(over_trajectories, grpo), make_reshard(trained, mesh)
     history, shown = [], []
 
     def on_step(state, step, metrics, trajectories, credit):
@@ -72,13 +71,13 @@ def run(steps: int, strength: float, mesh=None, *, rule=ALL_GROUPS, tasks=tasks,
 
     rollout = Rollout(sampler, ByteChat(), LocalPool(32, VowelEnv), ROLLOUT)
     state = train(
-        first or init_state(trained, make_optimizer(config, trained.axes), mesh, jax.random.key(0)),
+        first or init_state(trained, config, mesh, jax.random.key(0)),
         rollout=rollout,
         tasks=tasks,
         rule=rule,
         layout=LAYOUT,
         mesh=mesh,
-        reshard=lambda params: reshard(policy_params(trained, params)),
+        reshard=reshard,
         credit=make_credit(estimate, AemConfig(strength), 4, mesh, value_returns if valued else None),
         update=update,
         values=make_response_values(trained, config, mesh) if valued else None,
@@ -117,7 +116,7 @@ def timeless(metrics: dict) -> dict:
 
 @pytest.mark.slow
 def test_a_value_head_learns_returns_and_a_resumed_run_gives_the_same_numbers():
-    trained = ValuePolicy(POLICY)
+    trained = dataclasses.replace(POLICY, value=True)
     _, unbroken, _ = run(16, 1.0, trained=trained)
     explained = [h["value/explained_variance"] for h in unbroken]
     assert explained[0] == 0.0 == unbroken[0]["value/mean"]  # a new head predicts 0 everywhere

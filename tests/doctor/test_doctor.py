@@ -269,8 +269,8 @@ def test_a_sampler_that_agrees_and_a_learner_with_another_parameter():
     finding = parity._exact(sampled)
     assert finding.ok and finding.facts["tokens"] > 100, finding
     for name in ("qkv_bias", "attention_norm", "down"):
-        layers = sampled.params["layers"]
-        other = {**sampled.params, "layers": {**layers, name: layers[name] + 0.05}}
+        base = sampled.params["base"]
+        other = {"base": {**base, "layers": {**base["layers"], name: base["layers"][name] + 0.05}}}
         wrong = parity._exact(sampled._replace(params=other))
         assert wrong.ok is False and "expected a gap of at most" in wrong.text and "XLA_FLAGS" in wrong.advice, name
     nan = jax.tree.map(lambda leaf: leaf * jnp.nan, sampled.params)

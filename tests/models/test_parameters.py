@@ -65,7 +65,7 @@ def test_adapters_and_codes_are_of_the_matrices_of_layers(config: ModelConfig):
 def test_dtypes_of_use():
     """Norms stay float32, all else is in the config's dtype; masters are float32."""
     policy = Policy(BIASED)
-    layers = policy.dtypes["layers"]
+    layers = policy.dtypes["base"]["layers"]
     assert {name for name, dtype in layers.items() if dtype == "float32"} == {"attention_norm", "mlp_norm"}
     assert {policy.dtypes[name].name for name in ("embed", "head")} == {"bfloat16"} and policy.dtypes[
         "norm"

@@ -18,8 +18,8 @@ from aem_jax.config.presets import model_names, read_preset, setting_names
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
-from aem_jax.learner import LearnerConfig, abstract_state, make_optimizer
-from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy
+from aem_jax.learner import LearnerConfig, abstract_state
+from aem_jax.models import CONFIGS, ModelConfig, Policy
 from aem_jax.models.config import ModelChoice, published
 from aem_jax.models.lora import LoraConfig
 from aem_jax.plan.analytic import demand, learn_flops, memory, useful_flops
@@ -262,8 +262,8 @@ def test_a_value_head_is_trained_beside_either():
 def test_adapters_leave_the_weights_as_they_are_used():
     config = replace(SMALL, lora=LoraConfig(rank=4), learner=replace(SMALL.learner, moments="bfloat16"))
     work = workload(config)
-    count, adapter = work.model.num_parameters, LoraPolicy(Policy(work.model), work.lora)
-    assert work.trained == sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes))
+    count, adapter = work.model.num_parameters, Policy(work.model, work.lora)
+    assert work.trained == sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes["adapter"]))
     size = memory(work, MeshConfig(1, 1, 1))
     assert (size.frozen, size.reference) == (4 * count, 0)  # this model is used in float32
     assert (size.parameters, size.optimizer) == (4 * work.trained, 4 * work.trained)
@@ -304,10 +304,10 @@ def test_weights_of_a_7b_policy_with_adapters_fit_one_card_of_80_gb():
 def test_the_numbers_are_those_of_the_arrays():
     """Shapes and dtypes of the state of a 7B policy with adapters; nothing is allocated."""
     mesh, lora = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), LoraConfig(rank=32)
-    policy, merged = LoraPolicy(Policy(QWEN_7B), lora), memory_of_7b(lora)
-    state = abstract_state(policy, make_optimizer(LearnerConfig(), policy.axes), mesh)
+    policy, merged = Policy(QWEN_7B, lora), memory_of_7b(lora)
+    state = abstract_state(policy, LearnerConfig(), mesh)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    assert size(state.params) == merged.parameters and size(state.opt_state) == merged.optimizer + 8  # two counters
+    assert size(state.trainable) == merged.parameters and size(state.opt_state) == merged.optimizer + 8  # two counters
     kept = jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, policy.base.shapes, policy.base.dtypes)
     assert sum(jax.tree.leaves(kept)) == pytest.approx(merged.frozen, rel=1e-3)  # norms are float32
 
