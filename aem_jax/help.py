@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from aem_jax.errors import ConfigError
@@ -122,7 +123,8 @@ def describe_type(kind: Any) -> str:
     if origin is tuple:
         inner = [describe_type(item) for item in arguments if item is not ...]
         return f"[{inner[0]} ...]" if arguments[1:] == (...,) else " ".join(inner)
-    return {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", type(None): "none"}.get(kind, str(kind))
+    words = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", type(None): "none"}
+    return words.get(kind, str(kind))
 
 
 def describe_value(value: Any) -> str:

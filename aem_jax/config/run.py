@@ -93,7 +93,7 @@ class RunConfig:
             raise ValueError(f"expected seed from 0 to {2**32 - 1}, got {self.seed}")
 
 
-_CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
+CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
     (
         "env.field_mapping",
         "--env.urls, --env.command or --environment openenv",
@@ -113,7 +113,7 @@ _CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
         "--warmstart.episodes",
         lambda config: config.warmstart.episodes > 0 and not config.warmstart.init_from,
     ),
-    ("rollout.slot_shares", "--rollout.mode continuous", lambda config: config.rollout.mode == "continuous"),
+    ("rollout.slot_divisors", "--rollout.mode continuous", lambda config: config.rollout.mode == "continuous"),
     ("rollout.num_cohorts", "--rollout.mode lockstep", lambda config: config.rollout.mode == "lockstep"),
     (
         "rollout.window_turns rollout.thinking",
@@ -152,7 +152,7 @@ _CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
 
 def without_effect(config: RunConfig) -> dict[str, list[str]]:
     """The settings and groups that have no effect on a run of this config, by the options that would give them one."""
-    return {option: names.split() for names, option, have_effect in _CONDITIONS if not have_effect(config)}
+    return {option: names.split() for names, option, have_effect in CONDITIONS if not have_effect(config)}
 
 
 MAY_CHANGE = (
