@@ -128,13 +128,12 @@ def describe_type(kind: Any) -> str:
 
 
 def describe_value(value: Any) -> str:
-    """A value as it is written on the command line, shortened where it is long."""
-    words = value if isinstance(value, tuple) else [value]
-    return textwrap.shorten(shlex.join(map(str, words)), _LONGEST_DEFAULT, placeholder=" …")
+    """A value as it is written on the command line."""
+    return shlex.join(map(str, value if isinstance(value, tuple) else [value]))
 
 
 def _setting(setting: Setting, width: int) -> list[str]:
-    default = describe_value(setting.default)
+    default = textwrap.shorten(describe_value(setting.default), _LONGEST_DEFAULT, placeholder=" …")
     head = f"{flag(setting.name)} {describe_type(setting.kind)} (default: {default})"
     return [*_wrap(head, width, "  ", "        "), *_wrap(setting.text, width, "    ", "    ")]
 

@@ -60,11 +60,11 @@ class RunConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     mesh: MeshConfig = MeshConfig()
-    """The device mesh."""
+    """The device mesh. One size may be -1: all remaining devices. If none is set, a run chooses sizes that fit."""
     warmstart: WarmstartConfig = WarmstartConfig()
     """Learning from demonstrations, before reinforcement learning."""
     train: TrainConfig = TrainConfig()
-    """Length of the training, and what is kept."""
+    """Length of the training."""
     sampling: SamplingConfig = SamplingConfig()
     """How tokens are drawn while training."""
     rollout: RolloutConfig = RolloutConfig()
@@ -86,7 +86,7 @@ class RunConfig:
     metrics: MetricsConfig = MetricsConfig()
     """Where numbers go."""
     runtime: RuntimeConfig = RuntimeConfig()
-    """The machine."""
+    """The machine, and the processes of a run."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # JAX's keys take 32 bits of it: two seeds beyond them may be the same run
