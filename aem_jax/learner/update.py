@@ -5,7 +5,7 @@
         clip, AdamW
 
 The policy's update and the supervised one differ only in the objective. There is no old-policy pass: `batch.logprobs`
-are the sampler's, and `parity_max` checks in every step that the learner agrees with them. If it cannot agree (int8
+are the sampler's, and `parity_max` measures in every step how far the learner is from them. If it cannot agree (int8
 weights, `importance_cap`), the first optimizer step computes the old policy's log-probabilities anyway; only further
 steps need a pass for them. The ratio of whole sequences is computed before the loss that uses it: see `sequence.py`.
 """
