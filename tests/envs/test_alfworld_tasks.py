@@ -124,8 +124,13 @@ def test_a_bad_file_among_the_good_is_named_or_left_out(games: Path, tmp_path: P
     ):
         with pytest.raises(ValueError) as error:
             source()
-        said = str(error.value)
-        assert str(named) in said and "1 of 3 games" in said and "--alfworld.skip-bad" in said and "\n" not in said
+        message = str(error.value)
+        assert (
+            str(named) in message
+            and "1 of 3 games" in message
+            and "--alfworld.skip-bad" in message
+            and "\n" not in message
+        )
         caplog.clear()
         assert {task.payload["game"] for task in source(skip_bad=True)} == {str(good), str(other)}
         (line,) = [record.getMessage() for record in caplog.records]
