@@ -19,8 +19,8 @@ from envs import warehouse
 from envs.alfworld_variants import first_release
 
 from aem_jax.envs.alfworld.engine import Game, Player
-from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
 from aem_jax.envs.testing.replay import alfworld_values
+from scripts.alfworld_games import GenerateConfig, write_games
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parents[2] / "shared" / "alfworld"

@@ -10,7 +10,6 @@ from pathlib import Path
 from aem_jax.envs.actions import as_action
 from aem_jax.envs.alfworld.engine import Game
 from aem_jax.envs.alfworld.env import AlfworldEnv
-from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
 from aem_jax.envs.alfworld.generator.config import TINY
 from aem_jax.envs.alfworld.tasks import official_tasks
 from aem_jax.envs.serving.plain import checked_result
@@ -19,6 +18,7 @@ from aem_jax.envs.webshop.generator.config import GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 from aem_jax.envs.webshop.tasks import SPLITS, goal_tasks
+from scripts.alfworld_games import GenerateConfig, write_games
 
 SEEDS = 200
 WEBSHOP = WebshopConfig(tagger="small")

@@ -1,6 +1,5 @@
-"""A household game in ALFWorld's format: PDDL problem, domain and grammar, and the two files of the official layout."""
+"""A household game in ALFWorld's format: PDDL problem, domain and grammar."""
 
-import json
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -98,46 +97,6 @@ def game_data(game: HouseholdGame) -> dict[str, Any]:
         "solvable": True,
         "walkthrough": None,
     }
-
-
-def trajectory_data(game: HouseholdGame, trial: str) -> dict[str, Any]:
-    """Returns the content of the game's `traj_data.json`, which describes the task in ALFRED's fields."""
-    light = game.task_type == "look_at_obj_in_light"
-    return {
-        "task_id": trial,
-        "task_type": game.task_type,
-        "pddl_params": {
-            "object_target": game.target,
-            "parent_target": "" if light else game.destination,
-            "toggle_target": game.destination if light else "",
-            "mrecep_target": "",
-            "object_sliced": False,
-        },
-        "scene": {"floor_plan": f"FloorPlan{game.floor.number}", "scene_num": game.floor.number},
-        "turk_annotations": {"anns": []},
-    }
-
-
-def write_game(game: HouseholdGame, root: Path, split: str, trial: str, walkthrough: list[str] | None = None) -> Path:
-    """Writes one game to `root/json_2.1.1/split/…/trial/`, the layout of the official data.
-
-    Args:
-        game: the game.
-        root: folder for `$ALFWORLD_DATA`.
-        split: `train`, `valid_seen` or `valid_unseen`.
-        trial: name of the game's folder.
-        walkthrough: commands that solve the game, stored in the file.
-
-    Returns:
-        Path of the written `game.tw-pddl`.
-    """
-    name = f"{game.task_type}-{game.target}-None-{game.destination}-{game.floor.number}"
-    folder = root / "json_2.1.1" / split / name / trial
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "game.tw-pddl"
-    path.write_text(json.dumps(game_data(game) | {"walkthrough": walkthrough}), encoding="utf-8")
-    (folder / "traj_data.json").write_text(json.dumps(trajectory_data(game, trial)), encoding="utf-8")
-    return path
 
 
 def _entity(name: str, number: int) -> str:
