@@ -1,7 +1,7 @@
-"""Episodes ↔ slots ↔ environments. The only room that sees both text and tokens.
+"""A rollout: tasks → trajectories, and the memory of its KV caches.
 
-With several processes, each holds the whole rollout and plays its own slots with environments. Replies are gathered
-before anything follows from them, so all processes make the same calls.
+With several processes, each has a rollout of all slots, and environments for its own. Replies are gathered before any
+decision, so all processes make the same calls.
 """
 
 import math
@@ -37,7 +37,7 @@ class Rollout:
         chat: the tokenizer.
         pool: environment sessions, one for each slot that this process plays.
         config: settings.
-        processes: the processes of the run; each has a rollout like this one, and calls it with the same arguments.
+        processes: the processes of the run; each constructs and calls a rollout with the same arguments.
 
     Raises:
         ValueError: the pool has fewer sessions than there are slots.

@@ -23,7 +23,7 @@ def chunk(*ids: int):
         ("window", 2, (9, 8, 7), (1, 2, 9, 8, 7), [1, 2, 9, 8, 7]),
     ],
 )
-def test_two_turns(context, keep, tokens, cached, observation_ids):
+def test_the_states_of_two_turns(context, keep, tokens, cached, observation_ids):
     start = Episode(ATTEMPT)
     observed = start.apply_reply(EnvReply(observation="first", prefill_tokens=(1, 2, 3)), context)
     assert start.observation is None and observed.needs_prefill and not observed.budget

@@ -26,7 +26,7 @@ class AlfworldConfig:
     reward_invalid: float = -0.1
     """Reward of a response whose action is missing or not admissible."""
     max_invalid: int = 0
-    """Invalid actions after which an unsolved episode is truncated; 0 sets no limit."""
+    """Invalid actions that truncate an unsolved episode; 0 sets no limit."""
     data: str = ""
     """Folder of ALFWorld's official data. If empty, the folder in $ALFWORLD_DATA; without both, games are generated."""
     skip_bad: bool = False

@@ -30,7 +30,7 @@ class PoolConfig:
     first_pause_s: float = 0.25
     """Pause between the first two attempts to start or reach a server, seconds. It doubles up to 10 s."""
     send_admissible: bool = False
-    """Whether this package's servers send the admissible actions with every observation."""
+    """Whether this package's servers send admissible actions with observations."""
     field_mapping: FieldMapping = field(default_factory=FieldMapping)
     """Names of the servers' fields; the default suits this package's servers."""
     token_variable: str = ""

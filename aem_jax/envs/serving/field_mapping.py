@@ -18,7 +18,7 @@ from typing import Any
 
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
 from aem_jax.envs.serving.plain import number
-from aem_jax.files import parse_json, valid_json, valid_text
+from aem_jax.files import parse_mapping, valid_json, valid_text
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,8 @@ def step_encoder(mapping: FieldMapping) -> Callable[[str], str]:
     Raises:
         ValueError: `action_constants` is not a JSON mapping, or the path `action_field` goes through another value.
     """
-    try:
-        constants = parse_json(mapping.action_constants, "action_constants")
-    except ValueError as error:
-        raise ValueError(
-            f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}: {error}"
-        ) from None
-    if not isinstance(constants, dict):
-        raise ValueError(f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}")
+    inner = constants = parse_mapping(mapping.action_constants, "action_constants")
     *outer, last = mapping.action_field.split(".")
-    inner = constants
     for name in outer:
         inner = inner.setdefault(name, {})
         if not isinstance(inner, dict):

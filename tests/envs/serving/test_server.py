@@ -21,7 +21,7 @@ from websockets.sync.client import connect
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
-from aem_jax.envs.registry import SERVED, environment_spec, settings_from_json
+from aem_jax.envs.registry import SERVED, environment_spec
 from aem_jax.envs.serving import field_mapping, server
 from aem_jax.envs.serving.client import RemoteEnvironment
 from aem_jax.envs.serving.field_mapping import FieldMapping
@@ -29,6 +29,7 @@ from aem_jax.envs.serving.server import ACTION_SCHEMA, OBSERVATION_SCHEMA, Serve
 from aem_jax.envs.serving.session import Session, encode_result
 from aem_jax.envs.suite import EnvironmentSpec
 from aem_jax.envs.testing.echo import EchoEnv
+from aem_jax.files import parse_mapping
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def test_names_and_settings_are_checked_with_the_nearest_named():
         environment_spec("echo").factory({"lenght": 3})
     for text in ("{", "[1]"):
         with pytest.raises(ValueError, match="expected settings as a JSON mapping"):
-            settings_from_json(text)
+            parse_mapping(text, "settings")
     with pytest.raises(ValueError, match="expected at least one session"):
         ServerConfig(sessions=0)
     with pytest.raises(ValueError, match="expected a port"):

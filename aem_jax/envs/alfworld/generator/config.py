@@ -17,10 +17,10 @@ class GeneratorConfig:
     """Room kinds. Every task type must be possible in at least one of them."""
 
     receptacles: tuple[int, int] | None = None
-    """Minimum and maximum number of receptacles of a room; by default, those of official rooms of the kind."""
+    """Minimum and maximum number of receptacles of a room; none: those of official rooms of the kind."""
 
     things: tuple[int, int] | None = None
-    """Minimum and maximum number of movable objects of a game; by default, those of official rooms of the kind."""
+    """Minimum and maximum number of movable objects of a game; none: those of official rooms of the kind."""
 
     floor_plans: int = 30
     """Number of floor plans of each room kind. The first fifth (at least one) is reserved for `valid_unseen`."""
