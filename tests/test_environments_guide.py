@@ -73,9 +73,9 @@ def test_the_environment_conforms(guess: Path):
     env, low, high = scope["Guess"](), 1, 10
     result = env.reset({"seed": 1})
     while not result.done:
-        said = (low + high) // 2
-        result = env.step(f"I say {said}")
-        low, high = (said + 1, high) if result.observation == "Higher." else (low, said - 1)
+        guessed = (low + high) // 2
+        result = env.step(f"I say {guessed}")
+        low, high = (guessed + 1, high) if result.observation == "Higher." else (low, guessed - 1)
     assert result.info["won"] and result.reward == 1.0
 
 
@@ -98,13 +98,13 @@ def test_it_can_be_trained_on(guess: Path):
     (words,) = commands(blocks("Bring your own environment", "sh")[1])
     config = run_config(words)
     suite = task_suite(config)
-    said = [text for episode in tokenizer_corpus(suite, 3, config.rollout.max_turns) for text in episode]
-    assert "Guess a number from 1 to 20." in said and set(said) & {"Higher.", "Lower.", "Yes!"}
-    assert set(said[1::2]) <= {"1", "5", "10", "15", "20"}
+    texts = [text for episode in tokenizer_corpus(suite, 3, config.rollout.max_turns) for text in episode]
+    assert "Guess a number from 1 to 20." in texts and set(texts) & {"Higher.", "Lower.", "Yes!"}
+    assert set(texts[1::2]) <= {"1", "5", "10", "15", "20"}
     pool = dataclasses.replace(config.env, sessions_per_server=2)
     with EnvPool(pool, (suite.name, suite.settings)) as pool:
         first = [pool.reset(session, suite.training[0].payload).result(30) for session in range(2)]
-        assert [each.observation for each in first] == ["Guess a number from 1 to 20."] * 2
+        assert [result.observation for result in first] == ["Guess a number from 1 to 20."] * 2
         assert pool.step(0, "what?").result(30).info["valid_action"] is False
 
 
@@ -145,7 +145,7 @@ def test_every_field_of_a_mapping_is_explained():
     explained = {name.replace("-", "_") for row in rows for name in re.findall(r"`([\w-]+)`", row)}
     # these three fields have the same meaning in every server, and the preset locates them
     unexplained = {"valid_field", "admissible_field", "info_field"}
-    assert explained == {each.name for each in dataclasses.fields(FieldMapping)} - unexplained
+    assert explained == {field.name for field in dataclasses.fields(FieldMapping)} - unexplained
 
 
 def test_their_clients_task_is_one_of_ours():
