@@ -38,8 +38,8 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 PLANS = (
     ("--preset", "alfworld-tiny", "--topology", "cpu:1"),
-    ("--preset", "alfworld-qwen2.5-1.5b", "--topology", "gpu:h100:8", "--analytic", "true"),
-    ("--preset", "swe-qwen3-32b", "--topology", "v5p:4x4x2", "--mesh.tensor", "8", "--analytic", "true"),
+    ("--preset", "alfworld-paper", "qwen2.5-1.5b", "--topology", "gpu:h100:8", "--analytic", "true"),
+    ("--preset", "swe-paper", "qwen3-32b", "--topology", "v5p:4x4x2", "--mesh.tensor", "8", "--analytic", "true"),
 )
 
 
@@ -101,8 +101,8 @@ def plan(words: tuple[str, ...]) -> Any:
 
 
 def settings() -> list[str]:
-    """Names of the settings in `--help`."""
-    text = re.sub(r"[│╭╮╰╯─]", " ", output("--help"))
+    """Names of the settings in `--help all`."""
+    text = re.sub(r"[│╭╮╰╯─]", " ", output("--help", "all"))
     return sorted(set(re.findall(r"--([a-z0-9-]+(?:\.[a-z0-9-]+)*)", text)))
 
 

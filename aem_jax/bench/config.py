@@ -22,7 +22,7 @@ def _small_rollout() -> RolloutConfig:
         context_tokens=2560,
         prompt_tokens=128,
         decode_chunk=8,
-        slot_shares=(2, 4, 8),
+        slot_divisors=(2, 4, 8),
         extend_buckets=(40, 128),
         windows=(256, 512, 1024),
     )

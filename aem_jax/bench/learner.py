@@ -20,8 +20,9 @@ from aem_jax.bench.measure import Measurement, summarise, timed
 from aem_jax.bench.trace import profile
 from aem_jax.config.components import known_model
 from aem_jax.config.run import RunConfig
+from aem_jax.envs.protocol import Task
 from aem_jax.errors import ConfigError
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
+from aem_jax.learner import LearnerConfig, init_state, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.models.kernels import Sizes, choose, device_of
 from aem_jax.plan.analytic import head_parameters, memory, token_flops
@@ -30,7 +31,7 @@ from aem_jax.plan.hlo import read
 from aem_jax.plan.workload import workload
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sharding import AXES, MeshConfig, make_mesh
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 RESPONSE_TOKENS = 64
 """Tokens of a response in the benchmark of credit."""
@@ -44,7 +45,7 @@ def measure_update(config: BenchConfig) -> list[Measurement]:
     """
     rows, length = config.slots, config.row_length
     policy, mesh, learner = Policy(known_model(config.model)), make_mesh(MeshConfig()), config.learner
-    state = init_state(policy, make_optimizer(learner, policy.axes), mesh, jax.random.key(0))
+    state = init_state(policy, learner, mesh, jax.random.key(0))
     layout = BatchLayout(1, rows, length, rows, rows)
     batch = place(collate([_episode(n, length, policy.config.vocab_size) for n in range(rows)], layout), mesh)
     advantages = jax.device_put(np.where(np.asarray(batch.response_ids) >= 0, 1.0, 0.0).astype(np.float32))
@@ -53,12 +54,11 @@ def measure_update(config: BenchConfig) -> list[Measurement]:
         choose(learner.attention, device_of(mesh), Sizes(length, 1, 1, 128, "bfloat16"))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    jitted: Any = make_update(policy, learner, mesh)
-    update = jitted.lower(state, batch, advantages, None).compile()
+    update = make_update(policy, learner, mesh).lower(state, batch, advantages, None).compile()
 
     def step() -> None:
         nonlocal state
-        state, stats = update(state, batch, advantages, None)
+        state, stats = update(state, state.frozen, batch, advantages, None)
         jax.block_until_ready((state, stats))
 
     seconds = timed(step, repeats=config.repeats)

@@ -21,6 +21,7 @@ from aem_jax.bench.measure import Measurement, summarise
 from aem_jax.bench.sampler import random_params
 from aem_jax.compilations import compilations
 from aem_jax.config.components import known_model
+from aem_jax.envs.protocol import Task
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.errors import ConfigError
 from aem_jax.models import Params, Policy
@@ -28,7 +29,7 @@ from aem_jax.plan.costs import Costs, costs
 from aem_jax.plan.hlo import read
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.trajectory import Task, Trajectory
+from aem_jax.trajectory import Trajectory
 
 
 def measure_rollout(config: BenchConfig) -> list[Measurement]:

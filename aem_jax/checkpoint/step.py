@@ -111,12 +111,13 @@ def read_state(folder: Path, step: int, abstract_state: State) -> State:
 
     Raises:
         Exception: whatever the library raises on a damaged checkpoint; ValueError for arrays that differ from what was
-            written.
+            written, or that belong to another state.
     """
     record = read_record(folder, step)
     ours, theirs = identity(folder), record.get("run")
     if ours and theirs and ours != theirs:
         raise ValueError(f"expected a checkpoint of this run in {folder / str(step)}, got one of another")
+    _check_names(abstract_state, record["checksums"])
     _hush_abandoned_reads()
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         state = checkpointer.restore(_state_path(folder, step), args=ocp.args.StandardRestore(abstract_state))
@@ -180,6 +181,20 @@ def _is_no_abandoned_read(record: logging.LogRecord) -> bool:
 
 def _state_path(folder: Path, step: int) -> LiteralPath:
     return LiteralPath(folder / str(step) / STATE)
+
+
+def _check_names(abstract_state: Any, saved: Mapping[str, str] | None) -> None:
+    """Compares the paths of a state's arrays with those of a checkpoint; old checkpoints have no record of them."""
+    if saved is None:
+        return
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(abstract_state)[0]]
+    missing, unknown = [name for name in names if name not in saved], sorted(saved.keys() - set(names))
+    if missing or unknown:
+        expected, got = (group[0] if group else "no such array" for group in (missing, unknown))
+        raise ValueError(
+            f"expected {expected}, got {got}; if it was written by an earlier version of aem_jax, train the run to its "
+            "end with that version"
+        )
 
 
 def _verify(expected: Mapping[str, str], actual: Mapping[str, str]) -> None:

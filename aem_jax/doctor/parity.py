@@ -27,11 +27,11 @@ from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.episodes import SLOTS, make_sampler, packed, play, random_params
 from aem_jax.doctor.finding import Finding, judge
 from aem_jax.learner import LearnerConfig, make_token_logprobs
-from aem_jax.models import LoraConfig, LoraPolicy, ModelConfig, Params, Policy
+from aem_jax.models import LoraConfig, ModelConfig, Params, Policy
 from aem_jax.models.decoder import FEW_LAYERS
 from aem_jax.models.int8 import quantized_matrices, scale_of
 from aem_jax.sampler import SamplingConfig
-from aem_jax.sampler.reshard import make_lora_reshard, make_reshard
+from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
 
 RANK = 4
@@ -67,8 +67,8 @@ class Sampled(NamedTuple):
     """
 
     batch: Batch
-    learner: Policy | LoraPolicy
-    params: Any
+    learner: Policy
+    params: Params
 
 
 @cache
@@ -166,14 +166,14 @@ def sample(
 
 def sample_lora(model: ModelConfig, *, merge: bool) -> Sampled:
     """Plays episodes with an adapter in the midst of training."""
-    whole, mesh = Policy(model), one_device()
-    learner = LoraPolicy(whole, LoraConfig(rank=RANK, merge=False))  # its programs are the same for both
-    policy = LoraPolicy(whole, LoraConfig(rank=RANK, merge=merge))
+    mesh = one_device()
+    learner = Policy(model, LoraConfig(rank=RANK, merge=False))  # its programs are the same for both
+    policy = Policy(model, LoraConfig(rank=RANK, merge=merge))
     with full_precision(model.dtype):
-        frozen, adapter = random_params(whole, mesh), random_params(learner, mesh, seed=1)
-        sampled = make_lora_reshard(policy, mesh)(adapter, frozen)
+        params = random_params(learner, mesh)
+        sampled = make_reshard(policy, mesh)(params)
         trajectories, _ = play(make_sampler(policy.sampled, SamplingConfig(), SLOTS, mesh), sampled, SLOTS)
-    return Sampled(packed(trajectories, SLOTS, mesh), learner, (adapter, frozen))
+    return Sampled(packed(trajectories, SLOTS, mesh), learner, params)
 
 
 def gap(sampled: Sampled, attention: Literal["auto", "xla"]) -> Gap:
@@ -191,11 +191,12 @@ def decoded(policy: Policy, params: Params) -> Params:
     """`policy.quantize`'s parameters as float32 matrices, codes times scales, in the learner's layout."""
 
     def decode(params: Params) -> Params:
-        layers = dict(params["layers"])
+        base = params["base"]
+        layers = dict(base["layers"])
         for name, row in quantized_matrices(policy.config).items():
             scales = jnp.expand_dims(layers.pop(scale_of(name)), row.input_axes)
             layers[name] = layers[name].astype(jnp.float32) * scales
-        return {**params, "layers": layers}
+        return {"base": {**base, "layers": layers}}
 
     return jax.jit(decode, out_shardings=shardings(one_device(), policy.axes, TRAIN))(params)
 

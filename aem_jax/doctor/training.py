@@ -21,7 +21,7 @@ from aem_jax.doctor.finding import Finding, first_line, judge
 from aem_jax.doctor.parity import full_precision, one_device
 from aem_jax.envs.protocol import EnvError, StepResult
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
+from aem_jax.learner import LearnerConfig, init_state, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout.batching import Pool
 from aem_jax.sampler import SamplingConfig
@@ -75,7 +75,7 @@ class Trainer:
         self._reshard = make_reshard(self._policy, mesh)
         self._update = make_update(self._policy, LEARNER, mesh)
         copied = jax.tree.map(lambda leaf: leaf + 0, random_params(self._policy, mesh))  # the state's are donated
-        self.state = init_state(self._policy, make_optimizer(LEARNER, self._policy.axes), mesh, copied)
+        self.state = init_state(self._policy, LEARNER, mesh, jax.random.key(0), copied)
 
     def play(self, seed: int, pool: Pool | None = None) -> tuple[list[Trajectory], Any]:
         """Trajectories and statistics of a rollout."""

@@ -34,7 +34,7 @@ class LoraConfig:
 
     With --model.path the weights are those of its files, and warm start and reinforcement learning both train the
     adapter. Without it the warm start trains all weights, and the result is frozen and kept in the run's folder
-    (`base/`, in Hugging Face's files); reinforcement learning trains the adapter.
+    (`frozen_weights/`, in Hugging Face's files); reinforcement learning trains the adapter.
     A learning rate about ten times that of full fine-tuning is usual.
     """
 

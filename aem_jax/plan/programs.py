@@ -14,14 +14,14 @@ from aem_jax.advantage import ValueTargets
 from aem_jax.batch import abstract_batch, packed_sharding
 from aem_jax.config import components
 from aem_jax.config.run import RunConfig
-from aem_jax.learner import abstract_state, make_optimizer, make_update
-from aem_jax.models import LoraPolicy, Policy, ValuePolicy, policy_params
+from aem_jax.learner import abstract_state, make_update
+from aem_jax.models import Policy
 from aem_jax.plan.costs import Costs, costs
 from aem_jax.plan.hlo import parse
 from aem_jax.plan.workload import Workload
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.reshard import make_reshard
-from aem_jax.sharding import TRAIN, decode_formats, replicated, shardings
+from aem_jax.sharding import decode_formats, replicated
 
 PROGRAMS = ("update", "reshard", "extend", "decode")
 
@@ -77,19 +77,14 @@ def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple
 
 def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
     """Of each program. With adapters there is no one program that reshards, but several small ones: it is left out."""
-    base = Policy(work.model)
-    policy = LoraPolicy(base, work.lora) if work.lora.rank else base
-    trained = components.trained_policy(config, policy)
-    state = abstract_state(trained, make_optimizer(config.learner, trained.axes), mesh)
-    adapted = isinstance(policy, LoraPolicy)
-    frozen = _place(base, shardings(mesh, base.axes, TRAIN, base.shapes)) if adapted else None
-    int8 = config.sampling.weights == "int8"
-    sampled = base.quantized if int8 else base
-    params: Any = _place(sampled, decode_formats(mesh, sampled.axes, sampled.shapes))
-    if adapted and not work.lora.merge:
-        params = (_place(policy, decode_formats(mesh, policy.axes, policy.shapes), work.model.dtype), params)
+    policy = Policy(work.model, work.lora if work.lora.rank else None, work.value)
+    state = abstract_state(policy, config.learner, mesh)
+    sampled = components.sampled_policy(config, policy)
+    where = decode_formats(mesh, sampled.axes, sampled.shapes)
+    struct = lambda leaf, dtype, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+    params = jax.tree.map(struct, sampled.shapes, sampled.dtypes, where)
     sampler = Sampler(
-        components.sampled_policy(config, policy),
+        sampled,
         config.sampling,
         [0],
         capacity=work.capacity,
@@ -102,29 +97,21 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     table: Any = jax.ShapeDtypeStruct((layout.max_responses,), jnp.float32, sharding=replicated(mesh))
 
     def update() -> jax.stages.Lowered:
-        step: Any = make_update(trained, components.learner(config), mesh)
+        step = make_update(policy, components.learner(config), mesh)
         reference = packed if config.learner.kl_coefficient else None
-        values = ValueTargets(table, table) if isinstance(trained, ValuePolicy) else None
-        return step.lower(state, abstract_batch(layout, mesh), packed, reference, frozen, values)
+        values = ValueTargets(table, table) if policy.value else None
+        return step.lower(state, abstract_batch(layout, mesh), packed, reference, values)
 
     def reshard() -> jax.stages.Lowered:
-        program: Any = make_reshard(base, mesh, int8=int8)
-        return program.lower(policy_params(trained, state.params))
+        program: Any = make_reshard(policy, mesh, int8=config.sampling.weights == "int8")
+        return program.lower(state.params)
 
     return {
         "update": update,
-        **({} if adapted else {"reshard": reshard}),
+        **({} if policy.lora else {"reshard": reshard}),
         "extend": lambda: sampler.lower_extend(params, sampler.abstract(work.slots), work.extend_chunk),
         "decode": lambda: sampler.lower_decode(params, sampler.abstract(work.slots), work.decode_chunk),
     }
-
-
-def _place(policy: Policy | LoraPolicy, where: Any, dtype: str = "") -> Any:
-    """Shapes of a policy's parameters as they are used, and where they lie."""
-    shapes = policy.shapes
-    dtypes = policy.dtypes if isinstance(policy, Policy) else jax.tree.map(lambda _: jnp.dtype(dtype), shapes)
-    struct = lambda leaf, kind, place: jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)
-    return jax.tree.map(struct, shapes, dtypes, where)
 
 
 def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) -> Program:

@@ -30,7 +30,7 @@ def test_aem_is_at_most_a_thousandth_of_a_step_of_the_large_preset():
     That update has 128 x 50 responses in 400 microbatches of 16 x 2560. Its costs come from the closed forms, which
     the tests of plans compare with compiled programs.
     """
-    work = workload(read_preset("alfworld-qwen2.5-1.5b"))
+    work = workload(read_preset("alfworld-paper", "qwen2.5-1.5b"))
     layout = work.layout
     shape = (layout.num_microbatches * layout.rows, layout.row_length)
     struct = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype)

@@ -21,20 +21,19 @@ from toys import ONE_DEVICE, Bigram
 
 from aem_jax.checkpoint import CheckpointConfig, CheckpointError, Checkpoints, lock
 from aem_jax.checkpoint import step as step_files
-from aem_jax.learner import LearnerConfig, abstract_state, init_state, make_optimizer, make_update
+from aem_jax.learner import LearnerConfig, abstract_state, init_state, make_update
 from aem_jax.sharding import MeshConfig, make_mesh
 
 # orbax leaves the coroutines of a read that failed to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 TOY = Bigram()
-OPTIMIZER = make_optimizer(LearnerConfig(), TOY.axes)
-ABSTRACT = abstract_state(TOY, OPTIMIZER, ONE_DEVICE)
+ABSTRACT = abstract_state(TOY, LearnerConfig(), ONE_DEVICE)
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
 def state_of(seed):
-    return init_state(TOY, OPTIMIZER, ONE_DEVICE, jax.random.key(seed))
+    return init_state(TOY, LearnerConfig(), ONE_DEVICE, jax.random.key(seed))
 
 
 def assert_equal(left, right):
@@ -57,10 +56,10 @@ def test_restore_on_another_mesh(tmp_path):
     mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, state_of(2))
-        abstract = abstract_state(TOY, OPTIMIZER, mesh)
+        abstract = abstract_state(TOY, LearnerConfig(), mesh)
         restored = checkpoints.restore(abstract)
     assert_equal(restored, state_of(2))
-    assert restored.params["embed"].sharding == abstract.params["embed"].sharding
+    assert restored.params["base"]["embed"].sharding == abstract.params["base"]["embed"].sharding
 
 
 def test_the_state_may_be_donated_while_it_is_being_written(tmp_path):
@@ -301,7 +300,17 @@ def test_nothing_to_restore_is_an_error_and_moves_nothing(tmp_path):
         with pytest.raises(
             CheckpointError, match=r"can be read into this state; that of step 1: (.|\n)*been changed since"
         ):
-            checkpoints.restore(abstract_state(other, make_optimizer(LearnerConfig(), other.axes), ONE_DEVICE))
+            checkpoints.restore(abstract_state(other, LearnerConfig(), ONE_DEVICE))
+        assert checkpoints.steps == [1]
+
+
+def test_a_checkpoint_of_an_earlier_layout_is_refused_by_name(tmp_path):
+    state = state_of(1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": state.params["base"], "opt_state": state.opt_state, "step": state.step})
+        message = r"expected \.trainable\['base'\]\['embed'\], got \['opt_state'\].*train the run to its end with that"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.restore(ABSTRACT)
         assert checkpoints.steps == [1]
 
 

@@ -184,7 +184,7 @@ def test_frozen_weights_are_known_by_their_numbers(run: Path, tmp_path: Path):
     save_pretrained(tmp_path / "moved", TINY, params, max_file_bytes=1000)  # the same numbers in other files
     saved.check_resumable(config, moved, run)
     frozen_weights.load(moved, run, policy, mesh, found)
-    save_pretrained(tmp_path / "other", TINY, {**params, "embed": params["embed"] * 1.01})
+    save_pretrained(tmp_path / "other", TINY, {"base": {**params["base"], "embed": params["base"]["embed"] * 1.01}})
     other = replace(config, model=ModelChoice(path=str(tmp_path / "other")))
     with pytest.raises(
         ConfigError, match=r"weights in .*other have changed since .*\['embed'\].*put the old ones back"

@@ -26,14 +26,14 @@ from aem_jax.doctor import attention, command, episodes, machine, parity, proces
 from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.finding import CHECKS, Finding
 from aem_jax.doctor.page import Page
-from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
 from aem_jax.models import CONFIGS, ModelConfig
 from aem_jax.models.attention import row_attention
 from aem_jax.models.kernels import KERNELS
 from aem_jax.rollout.stats import RolloutStats
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 CONFIG = DoctorConfig(model="tiny")
 WELL = Finding(True, "all is well")
@@ -269,8 +269,8 @@ def test_parity_holds_and_fails_for_changed_parameters():
     finding = parity._exact(sampled)
     assert finding.ok and finding.facts["tokens"] > 100, finding
     for name in ("qkv_bias", "attention_norm", "down"):
-        layers = sampled.params["layers"]
-        other = {**sampled.params, "layers": {**layers, name: layers[name] + 0.05}}
+        base = sampled.params["base"]
+        other = {"base": {**base, "layers": {**base["layers"], name: base["layers"][name] + 0.05}}}
         wrong = parity._exact(sampled._replace(params=other))
         assert wrong.ok is False and "expected a gap of at most" in wrong.text and "XLA_FLAGS" in wrong.advice, name
     nan = jax.tree.map(lambda leaf: leaf * jnp.nan, sampled.params)

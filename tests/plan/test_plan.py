@@ -14,12 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from aem_jax.batch import BatchConfig
 from aem_jax.config.algorithms import AlgorithmConfig
-from aem_jax.config.presets import preset_names, read_preset
+from aem_jax.config.presets import model_names, read_preset, setting_names
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
-from aem_jax.learner import LearnerConfig, abstract_state, make_optimizer
-from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy
+from aem_jax.learner import LearnerConfig, abstract_state
+from aem_jax.models import CONFIGS, ModelConfig, Policy
 from aem_jax.models.config import ModelChoice, published
 from aem_jax.models.lora import LoraConfig
 from aem_jax.plan.analytic import demand, learn_flops, memory, useful_flops
@@ -262,8 +262,8 @@ def test_trained_parameters_include_the_value_head():
 def test_memory_of_adapters_has_frozen_weights_in_the_models_dtype():
     config = replace(SMALL, lora=LoraConfig(rank=4), learner=replace(SMALL.learner, moments="bfloat16"))
     work = workload(config)
-    count, adapter = work.model.num_parameters, LoraPolicy(Policy(work.model), work.lora)
-    assert work.trained == sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes))
+    count, adapter = work.model.num_parameters, Policy(work.model, work.lora)
+    assert work.trained == sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes["adapter"]))
     size = memory(work, MeshConfig(1, 1, 1))
     assert (size.frozen, size.reference) == (4 * count, 0)  # this model is used in float32
     assert (size.parameters, size.optimizer) == (4 * work.trained, 4 * work.trained)
@@ -273,7 +273,7 @@ def test_memory_of_adapters_has_frozen_weights_in_the_models_dtype():
 
 
 QWEN_7B = ModelConfig(  # Qwen2.5-7B
-    152_064, 3584, 18_944, 28, 28, 4, 128, tied_head=False, qk_norm=False, qkv_bias=True, dtype="bfloat16"
+    152_064, 3584, 18_944, 28, 28, 4, 128, tied_head=False, qk_norm=None, qkv_bias=True, dtype="bfloat16"
 )
 GB = 10**9
 
@@ -304,10 +304,10 @@ def test_weights_of_a_7b_policy_with_adapters_fit_one_card_of_80_gb():
 def test_closed_form_memory_equals_the_size_of_the_arrays():
     """Shapes and dtypes of the state of a 7B policy with adapters; nothing is allocated."""
     mesh, lora = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), LoraConfig(rank=32)
-    policy, merged = LoraPolicy(Policy(QWEN_7B), lora), memory_of_7b(lora)
-    state = abstract_state(policy, make_optimizer(LearnerConfig(), policy.axes), mesh)
+    policy, merged = Policy(QWEN_7B, lora), memory_of_7b(lora)
+    state = abstract_state(policy, LearnerConfig(), mesh)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    assert size(state.params) == merged.parameters and size(state.opt_state) == merged.optimizer + 8  # two counters
+    assert size(state.trainable) == merged.parameters and size(state.opt_state) == merged.optimizer + 8  # two counters
     kept = jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, policy.base.shapes, policy.base.dtypes)
     assert sum(jax.tree.leaves(kept)) == pytest.approx(merged.frozen, rel=1e-3)  # norms are float32
 
@@ -351,10 +351,10 @@ def test_a_cache_in_int8_takes_a_byte_of_each_number_and_a_scale_of_each_head():
 
 
 def test_seven_billion_parameters_with_adapters_fit_one_card(capsys):
-    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--lora.rank", "32", "--topology", "gpu:h100:1"]
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--lora.rank", "32", "--topology", "gpu:h100:1"]
     assert cli.main([*words, "--batch.rows", "1"]) == 0
     assert "frozen weights" in capsys.readouterr().out
-    assert cli.main(["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:1"]) == 1
+    assert cli.main(["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--topology", "gpu:h100:1"]) == 1
     assert "--lora.rank 16" in capsys.readouterr().out
 
 
@@ -400,7 +400,7 @@ def test_an_invalid_topology_is_refused_in_one_line(name: str, complaint: str, c
 
 
 def test_plans_for_gpus_are_marked_as_analytic(capsys):
-    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:8"]
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--topology", "gpu:h100:8"]
     assert cli.main(words) == 0
     told = capsys.readouterr().out
     assert "ANALYTIC (compiling for a GPU needs a GPU)" in told and "fits:" in told
@@ -411,18 +411,19 @@ def test_plans_for_gpus_are_marked_as_analytic(capsys):
 
 
 def test_a_plan_that_does_not_fit_gives_advice(capsys):
-    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--model.name", "qwen3-32b", "--topology", "gpu:h100:8"]
-    assert cli.main([*words, "--learner.remat", "none"]) == 1
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--model.name", "qwen3-32b"]
+    assert cli.main([*words, "--topology", "gpu:h100:8", "--learner.remat", "none"]) == 1
     told = capsys.readouterr().out
     assert "does not fit: learning (update)" in told
     assert "--learner.remat layers (saves about" in told and "--batch.rows" in told and "chips instead of 8" in told
 
 
-@pytest.mark.parametrize("preset", [name for name in preset_names() if not name.endswith("-tiny")])
-def test_presets_of_published_models_are_planned_without_their_files(preset: str):
-    config = read_preset(preset)
-    assert planned_model(config) == CONFIGS[preset.partition("-")[2]]
-    swe = preset.startswith("swe-")  # METHOD §6: 64 episodes a step and no KL there, 128 and 0.01 elsewhere
+@pytest.mark.parametrize("model", model_names())
+@pytest.mark.parametrize("setting", [name for name in setting_names() if name.endswith("-paper")])
+def test_presets_of_published_models_are_planned_without_their_files(setting: str, model: str):
+    config = read_preset(setting, model)
+    assert planned_model(config) == CONFIGS[model]
+    swe = setting.startswith("swe-")  # METHOD §6: 64 episodes a step and no KL there, 128 and 0.01 elsewhere
     assert (config.rollout.groups_per_step, config.rollout.group_size) == (8 if swe else 16, 8)
     assert config.rollout.context == ("append" if swe else "window")
     assert config.learner.kl_coefficient == (0.0 if swe else 0.01)
@@ -454,7 +455,7 @@ def test_mistakes_are_one_line(words: list[str], complaint: str, capsys):
 def test_a_missing_libtpu_is_refused_with_the_package_to_install(monkeypatch: pytest.MonkeyPatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
-    words = ["plan", "--preset", "alfworld-qwen2.5-1.5b", "--topology", "v5p:2x2x4"]
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-1.5b", "--topology", "v5p:2x2x4"]
     assert cli.main(words) == 2
     assert "pip install 'aem_jax[plan]'" in capsys.readouterr().err
     assert cli.main([*words, "--analytic"]) == 0

@@ -66,7 +66,7 @@ def test_the_closed_form_is_that_of_the_targets_attention():
 
     One of the five is already made by a recomputed layer. The forward pass has two products.
     """
-    config = plan_config(read_preset("alfworld-qwen2.5-1.5b"))
+    config = plan_config(read_preset("alfworld-paper", "qwen2.5-1.5b"))
     work = workload(config)
     length = work.layout.row_length
     blocks = length // 512
@@ -87,7 +87,7 @@ def _with(config: PlanConfig, attention: str) -> PlanConfig:
 
 
 def test_the_page_names_counted_and_uncounted_kernels():
-    config = plan_config(read_preset("alfworld-qwen2.5-1.5b"))
+    config = plan_config(read_preset("alfworld-paper", "qwen2.5-1.5b"))
     plan = make_plan(_with(config, "auto"), parse_topology("v5p:2x2x1"), by_hand=False)
     plan = replace(plan, costs={**plan.costs, "update": costs(parse(PROGRAM))})
     text = io.StringIO()
@@ -97,6 +97,6 @@ def test_the_page_names_counted_and_uncounted_kernels():
 
 
 def test_a_kernel_of_another_device_is_refused_in_one_line(capsys):
-    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:8", "--learner.attention", "splash"]
-    assert cli.main(words) == 2
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--topology", "gpu:h100:8"]
+    assert cli.main([*words, "--learner.attention", "splash"]) == 2
     assert "--learner.attention: expected auto, cudnn or triton or xla on a GPU, got splash" in capsys.readouterr().err

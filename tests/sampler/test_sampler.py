@@ -18,7 +18,7 @@ from conversation import (
     start_episodes,
     token_gaps,
 )
-from small_policies import DEEP, GROUPED_TIED, MULTI_UNTIED, numpy_params, numpy_tokens
+from small_policies import DEEP, GELU, GROUPED_TIED, MULTI_UNTIED, POST_NORM, numpy_params, numpy_tokens
 
 from aem_jax.models import Policy
 from aem_jax.sampler import Sampler, SamplingConfig
@@ -67,7 +67,7 @@ def test_greedy_equals_the_cacheless_forward(config):
         assert len(episode.responses[0]) == 14 or ids[-1] == 5
 
 
-@pytest.mark.parametrize("config", [GROUPED_TIED, DEEP])
+@pytest.mark.parametrize("config", [GROUPED_TIED, DEEP, POST_NORM, GELU])
 def test_several_turns_have_the_logprobs_and_entropies_of_one_cacheless_pass(config):
     policy, params = Policy(config), numpy_params(config)
     s = Sampler(policy, SamplingConfig(1.0), (5,), capacity=96, slack=16)
@@ -88,8 +88,8 @@ def test_bfloat16_sampler_and_learner_agree():
     """
     policy = Policy(replace(GROUPED_TIED, dtype="bfloat16"))
     weights = make_reshard(policy, make_mesh(MeshConfig(), jax.devices()[:1]))(PARAMS)
-    assert weights["layers"]["qkv"].dtype == jnp.bfloat16
-    assert weights["layers"]["mlp_norm"].dtype == weights["norm"].dtype == jnp.float32
+    assert weights["base"]["layers"]["qkv"].dtype == jnp.bfloat16
+    assert weights["base"]["layers"]["mlp_norm"].dtype == weights["base"]["norm"].dtype == jnp.float32
     s = Sampler(policy, SamplingConfig(1.0), (5,), capacity=96, slack=16)
     episodes = {slot: script(policy, slot + 1, (9, 4, 6)) for slot in range(4)}
     play(s, weights, episodes, slots=4)
