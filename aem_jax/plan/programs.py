@@ -33,12 +33,12 @@ class Program:
     Attributes:
         name: one of `PROGRAMS`.
         arguments: bytes that it is given.
-        outputs: bytes that it returns in memory of their own (what it is given to reuse left out).
-        temporaries: bytes beside these, at most.
+        outputs: bytes of results in memory of their own, without donated arguments that are reused.
+        temporaries: largest number of other bytes.
         compiled_in: seconds.
         costs: of one call.
-        too_large: what the compiler said if it does not fit, and
-        broken: if it failed for another reason; then all else is 0.
+        too_large: the compiler's message if the program does not fit; then all other fields are 0.
+        broken: the compiler's message if it failed for another reason; then all other fields are 0.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Program:
 
     @property
     def total(self) -> float:
-        """Bytes while it runs."""
+        """Bytes of memory while it runs."""
         return self.arguments + self.outputs + self.temporaries
 
 
 def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[Program]:
-    """Compiles the programs named, each as it is asked for.
+    """Compiles the named programs, one at each iteration.
 
     Args:
         config: the run's.
@@ -76,7 +76,7 @@ def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple
 
 
 def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
-    """Of each program. With adapters there is no one program that reshards, but several small ones: it is left out."""
+    """Functions that lower the programs. With LoRA several small programs reshard, so "reshard" is left out."""
     policy = Policy(work.model, work.lora if work.lora.rank else None, work.value)
     state = abstract_state(policy, config.learner, mesh)
     sampled = components.sampled_policy(config, policy)
@@ -124,13 +124,13 @@ def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) ->
         why = {"too_large": reason} if "RESOURCE_EXHAUSTED" in str(error) else {"broken": reason}
         return Program(name, 0, 0, 0, seconds, Costs(), **why)
     seconds = time.perf_counter() - start
-    memory, found = compiled.memory_analysis(), costs(parse(text), rounds)
+    memory, program_costs = compiled.memory_analysis(), costs(parse(text), rounds)
     if memory is None:
         raise ValueError(f"expected the compiler to say how much memory {name} takes, got nothing")
     own = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-    return Program(name, memory.argument_size_in_bytes, own, memory.temp_size_in_bytes, seconds, found)
+    return Program(name, memory.argument_size_in_bytes, own, memory.temp_size_in_bytes, seconds, program_costs)
 
 
 def _reason(message: str) -> str:
-    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    return f"it takes {found[1]} of {found[2]}" if found else message.strip().partition("\n")[0][:200]
+    match = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+    return f"it takes {match[1]} of {match[2]}" if match else message.strip().partition("\n")[0][:200]
