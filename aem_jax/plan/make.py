@@ -22,8 +22,7 @@ from aem_jax.plan.analytic import memory as closed_memory
 from aem_jax.plan.config import PlanConfig
 from aem_jax.plan.costs import Costs
 from aem_jax.plan.devices import Coordinates, Seconds, Topology, estimate
-from aem_jax.plan.programs import Program, compile_programs
-from aem_jax.plan.targets import coordinates, devices, set_up
+from aem_jax.plan.programs import Program, compile_programs, coordinates, set_up, target_devices
 from aem_jax.plan.workload import Workload, workload
 from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, mesh_sizes
 
@@ -219,9 +218,9 @@ def _compile(
 ) -> tuple[dict[str, Program], Coordinates]:
     """The compiled programs, and the position of each device of the mesh."""
     set_up(topology, config.runtime)
-    mesh = make_mesh(sizes, devices(topology))
+    mesh = make_mesh(sizes, target_devices(topology))
     programs = {program.name: program for program in compile_programs(config, work, mesh, config.programs)}
-    return programs, coordinates(list(mesh.devices.flat))
+    return programs, coordinates(mesh)
 
 
 def _other_bytes(work: Workload, memory: Memory) -> dict[str, float]:
