@@ -296,7 +296,7 @@ def split(words: Sequence[str]) -> tuple[list[str], Options]:
         elif re.match(r"-[A-Za-z]", word) and word != "-h":
             raise ConfigError(f"unknown option {word!r}; options are written --{word.lstrip('-')}")
         elif word == "-h":
-            options["help"] = []
+            current = options["help"] = []
         else:
             current.append(word)
     return positional, options

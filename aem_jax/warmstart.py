@@ -9,9 +9,9 @@ import numpy as np
 
 from aem_jax.batch import BatchLayout, collate
 from aem_jax.envs.play import Act, play, play_each
-from aem_jax.envs.protocol import Environment
+from aem_jax.envs.protocol import Environment, Task
 from aem_jax.rollout.context import first_messages
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 log = logging.getLogger(__name__)
 

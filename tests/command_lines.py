@@ -28,7 +28,7 @@ def _help(command: str, presets: tuple[str, ...]) -> str:
     output = io.StringIO()
     preset = ["--preset", *presets] if presets and command in ("train", "evaluate", "plan") else []
     with contextlib.redirect_stdout(output):
-        assert main([command, *preset, "--help"]) == 0, (command, presets)
+        assert main([command, *preset, "--help", "all"]) == 0, (command, presets)
     return output.getvalue()
 
 

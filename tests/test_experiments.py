@@ -27,7 +27,7 @@ from experiments.table import (
     load,
     part,
     render,
-    said,
+    shown,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +106,7 @@ def test_options_become_the_words_of_a_command(mini: Path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("aem.strength", "aem.strenth", "did you mean --aem.strength"),
         ('against = "grpo"', 'against = "dapo"', "is compared with, got 'dapo'"),
@@ -115,9 +115,9 @@ def test_options_become_the_words_of_a_command(mini: Path):
         ("options", "option", "expected name, options"),
     ],
 )
-def test_a_grid_with_a_mistake_is_refused(mini: Path, old: str, new: str, said: str):
+def test_a_grid_with_a_mistake_is_refused(mini: Path, old: str, new: str, message: str):
     mini.write_text(MINI.replace(old, new, 1))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         grid = read_grid(mini)
         [grid.config(run) for run in grid.runs(Path("r"))]
 
@@ -148,8 +148,8 @@ def test_an_interval_by_bootstrap():
     assert interval([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25, 3)
     assert interval([2.0, 1.0, 4.0]) == interval([4.0, 2.0, 1.0, math.nan])
     assert math.isnan(interval([0.3]).low) and interval([]).count == 0
-    assert said(interval([1.0, 0.0]), percent=True) == "50.0 % (0.0 to 100.0)"
-    assert said(interval([-0.1, -0.1]), percent=True, signed=True) == "−10.0 points (−10.0 to −10.0)"
+    assert shown(interval([1.0, 0.0]), percent=True) == "50.0 % (0.0 to 100.0)"
+    assert shown(interval([-0.1, -0.1]), percent=True, signed=True) == "−10.0 points (−10.0 to −10.0)"
 
 
 def test_differences_are_those_of_the_same_seed(mini: Path):
@@ -207,7 +207,7 @@ def test_a_grid_is_run_and_gone_on_with(mini: Path, tmp_path: Path, user_environ
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "runs" / "mini"
     start, trained = read_results(tmp_path / "mini.jsonl")
-    assert [(each["variant"], each["seed"], each["steps"]) for each in (start, trained)] == [
+    assert [(result["variant"], result["seed"], result["steps"]) for result in (start, trained)] == [
         (START, 0, 0),
         ("grpo", 0, 1),
     ]

@@ -9,10 +9,11 @@ import pytest
 from fake_run import write_fake_run
 
 from aem_jax.metrics import Evaluation, Rate
+from aem_jax.overrides import flatten
 from aem_jax.report import plot_headline, write_report
 from aem_jax.report.curves import CURVES
 from aem_jax.report.page import bar, duration, episode, headline, percent, spread
-from aem_jax.report.run import baseline_lines, flat_config, read_run
+from aem_jax.report.run import baseline_lines, read_run
 from aem_jax.report.style import smooth
 
 
@@ -126,8 +127,8 @@ def test_after_is_the_last_evaluation_of_a_run_that_goes_on(tmp_path: Path):
     ]
     for count, gain, apart in ((1, None, False), (2, 0.2, False), (3, 0.3, True)):
         (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
-        found = headline(read_run(tmp_path), "valid_seen")
-        assert found["gain"] == (None if gain is None else pytest.approx(gain)) and found["apart"] is apart
+        result = headline(read_run(tmp_path), "valid_seen")
+        assert result["gain"] == (None if gain is None else pytest.approx(gain)) and result["apart"] is apart
 
 
 def test_bar_stands_where_its_numbers_are():
@@ -151,8 +152,8 @@ def test_what_is_neutral_has_no_colour():
 
 
 def test_baselines_of_equal_success_share_a_line(tmp_path: Path):
-    found = {"oracle": 1.0, "random": 0.02, "searcher": 0.97, "greedy": 0.9}
-    lines = [{"step": 0, "phase": phase, "split": "s", "success": success} for phase, success in found.items()]
+    baselines = {"oracle": 1.0, "random": 0.02, "searcher": 0.97, "greedy": 0.9}
+    lines = [{"step": 0, "phase": phase, "split": "s", "success": success} for phase, success in baselines.items()]
     (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
     drawn = baseline_lines(read_run(tmp_path).baselines("s"))
     assert drawn == [(1.0, "oracle, searcher"), (0.9, "greedy"), (0.02, "random")]
@@ -168,7 +169,7 @@ def test_small_helpers():
     assert [duration(value) for value in (41.6, 200, 3661)] == ["42 s", "3 min 20 s", "1 h 1 min"]
     assert smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
     assert spread(range(100), 10) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99] and spread([1, 2], 10) == [1, 2]
-    assert flat_config({"a": {"b": 1, "c": {}}, "d": []}) == {"a.b": 1, "d": []}
+    assert flatten({"a": {"b": 1, "c": {}}, "d": []}) == {"a.b": 1, "d": []}
 
 
 def test_headline_picture_of_several_settings(tmp_path: Path):

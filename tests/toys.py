@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aem_jax.envs.protocol import Task
 from aem_jax.models.policy import VALUE_AXES, state_values
 from aem_jax.sharding import MeshConfig, make_mesh
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 TASK = Task("task-0", "look", {})
 ONE_DEVICE = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])

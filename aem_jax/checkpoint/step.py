@@ -85,21 +85,21 @@ def items(folder: Path, step: int, state: Any, score: float | None, extra: Mappi
 
 
 def read_record(folder: Path, step: int) -> dict[str, Any]:
-    """The record beside the state of a step: step, score, checksums and extra.
-
-    Checkpoints from before checksums hold `extra` alone and the score in another file, and their folder has no
-    identity.
+    """The record beside the state of a step: step, score, checksums, extra and the run's identity.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is damaged.
+        ValueError: it is damaged, or has no checksum because an earlier version wrote it.
     """
     path = folder / str(step) / RECORD / "metadata"
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON mapping, got {type(content).__name__}")
-    if SEAL not in content and identity(folder) is None:
-        return {"step": step, "score": _old_score(folder / str(step)), "checksums": None, "extra": content}
+    if SEAL not in content:
+        raise ValueError(
+            f"{path}: expected the record of step {step} as it was written, got one without a checksum; "
+            "use the version of aem_jax that began the run"
+        )
     record = unsealed(content)
     if record is None or record.get("step") != step:
         raise ValueError(f"{path}: expected the record of step {step} as it was written, got another")
@@ -121,8 +121,7 @@ def read_state(folder: Path, step: int, abstract_state: State) -> State:
     _hush_abandoned_reads()
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         state = checkpointer.restore(_state_path(folder, step), args=ocp.args.StandardRestore(abstract_state))
-    if record["checksums"] is not None:
-        _verify(record["checksums"], checksums(state))
+    _verify(record["checksums"], checksums(state))
     return state
 
 
@@ -201,10 +200,3 @@ def _check_names(abstract_state: Any, saved: Mapping[str, str] | None) -> None:
 def _verify(expected: Mapping[str, str], actual: Mapping[str, str]) -> None:
     if difference := first_difference(expected, actual):
         raise ValueError(f"an array is not what was written: {difference}")
-
-
-def _old_score(folder: Path) -> float | None:
-    try:
-        return read_json(folder / "metrics" / "metrics").get("score")
-    except (OSError, ValueError, AttributeError):
-        return None

@@ -127,8 +127,13 @@ def known_model(name: str) -> ModelConfig:
     """A known size by name.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: no name, or an unknown one.
     """
+    if not name:
+        raise ConfigError(
+            "expected a model, got none; add the preset of one, as in --preset alfworld-paper qwen2.5-1.5b, or give "
+            "--model.path or --model.name"
+        )
     if name not in CONFIGS:
         hint = nearest(name, CONFIGS) or f"; known are {', '.join(CONFIGS)}"
         raise ConfigError(f"--model.name: unknown size {name!r}{hint}")

@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 
 from aem_jax.batch import Batch, BatchLayout, collate, place
 from aem_jax.bench.chat import ByteChat
-from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.testing.scripted import ScriptedConfig, ScriptedEnv
 from aem_jax.models import ModelConfig, Params, Policy
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.rollout.batching import Pool
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sharding import TRAIN, shardings
-from aem_jax.trajectory import Task, Trajectory
+from aem_jax.trajectory import Trajectory
 
 SLOTS = 32
 """Episodes of a round; equal in all checks, so that they share the sampler's programs."""

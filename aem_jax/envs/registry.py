@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from aem_jax.envs.protocol import Environment, describe_raised
 from aem_jax.envs.suite import EnvironmentConfig, EnvironmentSpec
-from aem_jax.files import parse_json
 from aem_jax.overrides import nearest
 
 
@@ -98,21 +97,6 @@ def environment_spec(name: str) -> EnvironmentSpec:
         )
     description = (inspect.getdoc(make) or "").partition("\n")[0]
     return EnvironmentSpec(partial(_own, name, make), description=description or name)
-
-
-def settings_from_json(text: str) -> dict[str, Any]:
-    """Parses an environment's settings from a command line.
-
-    Raises:
-        ValueError: the text is not a JSON mapping.
-    """
-    try:
-        settings = parse_json(text, "settings")
-    except ValueError as error:
-        raise ValueError(f"expected settings as a JSON mapping, got {text!r:.200}: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"expected settings as a JSON mapping, got {text!r}")
-    return settings
 
 
 def _own(name: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[[], Environment]:

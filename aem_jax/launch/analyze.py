@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aem_jax.advantage import token_advantages
-from aem_jax.analysis.claims import SIGNS, choose, circumstances, drift, proxy, whose_entropy
+from aem_jax.analysis.claims import SIGNS, choose, coefficient_inputs, drift, entropy_decomposition, proxy
 from aem_jax.analysis.draws import Draws, draw_responses
 from aem_jax.analysis.states import State, states_of
 from aem_jax.batch import Batch, collate, place
@@ -127,7 +127,7 @@ def _analysis(run: RunContext, params: Params, options: AnalyzeConfig, groups: i
     numbers = np.array([state.response for state in all_states])
     weights = np.where(alpha[numbers] != 1, 1 + (base[numbers] != 0), 0)
     chosen = choose(weights, options.states, options.seed)
-    around = circumstances(
+    around = coefficient_inputs(
         all_states,
         alpha[numbers],
         entropies[numbers],
@@ -152,7 +152,7 @@ def _analysis(run: RunContext, params: Params, options: AnalyzeConfig, groups: i
     drawing = _Drawing(run, states, draw, options.draws)
     before = drawing("draw", decode)
     results: dict[str, Any] = {"rollout": played, "proxy": proxy(states, own_alpha, before), "drift": {}}
-    results["entropy"] = whose_entropy(before)
+    results["entropy"] = entropy_decomposition(before)
     for name, sign in SIGNS.items():
         updated = _updated(run, params, batch, credit, sign, options)
         after = drawing(f"draw after an update ({name})", run.reshard(updated))

@@ -95,7 +95,7 @@ def _train(run: RunContext, state: TrainState) -> TrainState:
         if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
             if writer:
                 shown = transcripts(trajectories, credit, step)
-                writer.later(lambda: write_text(folder / "transcripts.json", json_line(shown)))
+                writer.submit(lambda: write_text(folder / "transcripts.json", json_line(shown)))
                 writer.wait()  # the metrics of a checkpoint's steps are on disk before the checkpoint
             run.save(state, score)
 

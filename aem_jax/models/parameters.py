@@ -130,6 +130,10 @@ def parameter_table(config: Any) -> tuple[Parameter, ...]:
     def norm(name: str, size: int, module: str, present: bool = True) -> Parameter:
         return Parameter(name, layered({"norm": size}), (part(module),), constant=1.0, present=present)
 
+    q_norm, k_norm = (h * dh, kv * dh) if config.qk_norm == "projection" else (dh, dh)
+    after_attention, after_mlp = "post_attention_layernorm", "post_feedforward_layernorm"
+    norms = {"pre": ("input_layernorm", after_attention), "post": (after_attention, after_mlp)}
+    attention_norm, mlp_norm = norms[config.norm_placement]
     gate, up = part("mlp.gate_proj", slice(0, 1)), part("mlp.up_proj", slice(1, 2))
     table = (
         Parameter("embed", {"vocab": v, "embed": d}, (Part(EMBED),), std=d**-0.5, dtype=config.dtype),
@@ -138,10 +142,10 @@ def parameter_table(config: Any) -> tuple[Parameter, ...]:
         projection("gate_up", {"embed": d}, {None: 2, "mlp": f}, gate, up),
         projection("down", {"mlp": f}, {"embed": d}, part("mlp.down_proj"), scale=residual),
         Parameter("qkv_bias", layered(groups), qkv("bias"), dtype=config.dtype, present=config.qkv_bias),
-        norm("q_norm", dh, "self_attn.q_norm", present=config.qk_norm),
-        norm("k_norm", dh, "self_attn.k_norm", present=config.qk_norm),
-        norm("attention_norm", d, "input_layernorm"),
-        norm("mlp_norm", d, "post_attention_layernorm"),
+        norm("q_norm", q_norm, "self_attn.q_norm", present=bool(config.qk_norm)),
+        norm("k_norm", k_norm, "self_attn.k_norm", present=bool(config.qk_norm)),
+        norm("attention_norm", d, attention_norm),
+        norm("mlp_norm", d, mlp_norm),
         Parameter("norm", {"norm": d}, (Part("model.norm.weight"),), constant=1.0),
         Parameter(
             "head",

@@ -1,4 +1,4 @@
-"""A plan: the mesh, the programs, and what follows from them."""
+"""A plan: the mesh, the programs, and their costs, memory and time."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -20,8 +20,7 @@ from aem_jax.plan.analytic import (
 from aem_jax.plan.analytic import memory as closed_memory
 from aem_jax.plan.config import PlanConfig
 from aem_jax.plan.costs import Costs
-from aem_jax.plan.devices import Topology
-from aem_jax.plan.estimate import Seconds, estimate
+from aem_jax.plan.devices import Seconds, Topology, estimate
 from aem_jax.plan.programs import Program, compile_programs
 from aem_jax.plan.targets import coordinates, devices, set_up
 from aem_jax.plan.workload import Workload, workload
@@ -30,14 +29,14 @@ from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, mesh_sizes
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast tokens go through: with nothing overlapped, and on the roofline.
+    """Throughput, without overlap and on the roofline.
 
     Attributes:
         tokens: of one run of the program, on all devices.
-        slowest: tokens/s with nothing overlapped.
-        fastest: tokens/s of the roofline.
-        slowest_mfu: useful FLOP/s over the devices' peak (recomputation is not useful), at the slowest.
-        fastest_mfu: at the fastest.
+        slowest: tokens/s without overlap.
+        fastest: tokens/s on the roofline.
+        slowest_mfu: useful FLOP/s (without recomputation) over the devices' peak, without overlap.
+        fastest_mfu: on the roofline.
     """
 
     tokens: float
@@ -49,23 +48,23 @@ class Rate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would take. Tables are by program; all but rates are of one device.
+    """The cost of a run. Mappings are by program; all numbers but rates are of one device.
 
     Attributes:
         topology: the target.
         mesh: its sizes, none left open.
-        chosen: whether the mesh was chosen here.
+        chosen: whether the plan chose the mesh.
         work: the run's sizes.
-        units: what one run of a program does: microbatches of an update, tokens a slot of a decode; 1 where absent.
-        memory: bytes by what they hold, in closed form.
-        analytic: whether all of it is closed forms, nothing compiled.
-        programs: what was compiled.
+        units: units of one run of a program: microbatches of an update, tokens per slot of a decode; default 1.
+        memory: bytes by content, in closed form.
+        analytic: whether all numbers are closed forms, without compiled programs.
+        programs: the compiled programs.
         costs: of one run.
-        closed_flops: the same FLOPs in closed form.
+        closed_flops: FLOPs of one run in closed form.
         seconds: of one run.
         rates: of learning (update) and of decoding.
-        phases: bytes while it runs, all that lies beside it included.
-        advice: what to change, if something does not fit.
+        phases: bytes during a program, all other arrays included.
+        advice: changes that make the run fit.
     """
 
     topology: Topology
@@ -85,21 +84,21 @@ class Plan:
 
     @property
     def too_large(self) -> list[str]:
-        """Programs during which memory does not suffice."""
+        """Programs that need more memory than a device has."""
         return [name for name, size in self.phases.items() if size > self.topology.memory]
 
     @property
     def broken(self) -> dict[str, str]:
-        """Programs that the compiler failed on, and what it said."""
+        """Programs that failed to compile, with the compiler's message."""
         return {name: program.broken for name, program in self.programs.items() if program.broken}
 
     @property
     def fits(self) -> bool:
-        """Whether everything was compiled and memory suffices throughout."""
+        """Whether all programs compiled and fit into memory."""
         return not self.too_large and not self.broken
 
     def as_values(self) -> dict[str, Any]:
-        """Plain values, for JSON; a size that the compiler did not say is None."""
+        """Plain values, for JSON; None for a size that the compiler did not report."""
         return {
             "topology": self.topology.name,
             "devices": self.topology.num_devices,
@@ -112,27 +111,30 @@ class Plan:
             "advice": self.advice,
             "memory": asdict(self.memory),
             "phases": {name: size if math.isfinite(size) else None for name, size in self.phases.items()},
-            "programs": {name: _without(each, "costs", "name") for name, each in self.programs.items()},
-            "costs": {name: asdict(each) for name, each in self.costs.items()},
+            "programs": {
+                name: {field: value for field, value in vars(program).items() if field not in ("costs", "name")}
+                for name, program in self.programs.items()
+            },
+            "costs": {name: asdict(costs) for name, costs in self.costs.items()},
             "closed_flops": self.closed_flops,
             "seconds": {
-                name: {**asdict(each), "roofline": each.roofline, "serial": each.serial}
-                for name, each in self.seconds.items()
+                name: {**asdict(seconds), "roofline": seconds.roofline, "serial": seconds.serial}
+                for name, seconds in self.seconds.items()
             },
-            "rates": {name: asdict(each) for name, each in self.rates.items()},
+            "rates": {name: asdict(rate) for name, rate in self.rates.items()},
         }
 
 
 def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
-    """Chooses the mesh unless it is given, and compiles the programs if there is a compiler for the target.
+    """Chooses the mesh unless it is given; compiles the programs if there is a compiler for the target.
 
     Args:
         config: the run.
         topology: the target.
-        by_hand: whether the config's mesh is taken as it is.
+        by_hand: whether to keep the config's mesh.
 
     Raises:
-        ValueError: sizes that do not divide over the mesh, or a shape that libtpu does not know.
+        ValueError: sizes that do not divide over the mesh, or a shape unknown to libtpu.
     """
     if by_hand:
         mesh = MeshConfig(*mesh_sizes(config.mesh, topology.num_devices))
@@ -149,20 +151,21 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     plan = Plan(topology, mesh, not by_hand, work, units, closed_memory(work, mesh), closed)
     tokens = {"update": work.microbatch_tokens * microbatches, "decode": work.slots * units["decode"]}
     useful = {"update": useful_flops(work), "decode": decode_flops(work)}
-    made = {"update": _learn_flops(config, work, mesh, topology), "decode": decode_flops(work)}
-    plan.closed_flops.update({name: made[name] * tokens[name] / topology.num_devices for name in made})
+    flops = {"update": _learn_flops(config, work, mesh, topology), "decode": decode_flops(work)}
+    plan.closed_flops.update({name: flops[name] * tokens[name] / topology.num_devices for name in flops})
     (_estimate if closed else _compile)(plan, config)
-    for name in (name for name in plan.seconds if name in tokens):
-        rates = [tokens[name] / each for each in (plan.seconds[name].serial, plan.seconds[name].roofline)]
-        share = [rate * useful[name] / (topology.peak * topology.num_devices) for rate in rates]
-        plan.rates[name] = Rate(tokens[name], *rates, *share)
+    for name, seconds in plan.seconds.items():
+        if name in tokens:
+            rates = [tokens[name] / time for time in (seconds.serial, seconds.roofline)]
+            mfus = [rate * useful[name] / (topology.peak * topology.num_devices) for rate in rates]
+            plan.rates[name] = Rate(tokens[name], *rates, *mfus)
     if plan.too_large:
         plan.advice.extend(advise(config, work, mesh, topology, plan.too_large))
     return plan
 
 
 def _learn_flops(config: PlanConfig, work: Workload, mesh: MeshConfig, topology: Topology) -> float:
-    """Of a token, with the attention that the target will choose; a GPU is taken for a Hopper one."""
+    """FLOPs of a token, with the attention that the target will choose; assumes a GPU of the Hopper generation."""
     model, length = work.model, work.layout.row_length
     sizes = Sizes(
         length, model.num_heads // mesh.tensor, model.num_kv_heads // mesh.tensor, model.head_dim, model.dtype
@@ -173,13 +176,13 @@ def _learn_flops(config: PlanConfig, work: Workload, mesh: MeshConfig, topology:
 
 
 def _estimate(plan: Plan, config: PlanConfig) -> None:
-    """Closed forms instead of programs."""
+    """Uses closed forms instead of programs."""
     work, steps = plan.work, config.learner.num_minibatches * config.learner.num_epochs
-    one = {
+    costs = {
         "update": (learn_costs(work, plan.mesh, _learn_flops(config, work, plan.mesh, plan.topology)), steps),
         "decode": (decode_costs(work, plan.mesh), work.decode_chunk),
     }
-    for name, (cost, times) in one.items():
+    for name, (cost, times) in costs.items():
         plan.costs[name] = Costs()
         plan.costs[name].add(cost, times)
         plan.seconds[name] = estimate(plan.costs[name], plan.topology)
@@ -189,22 +192,21 @@ def _estimate(plan: Plan, config: PlanConfig) -> None:
 
 def _compile(plan: Plan, config: PlanConfig) -> None:
     set_up(plan.topology, config.runtime)
-    found = devices(plan.topology)
-    mesh, beside = make_mesh(plan.mesh, found), _beside(plan)
+    mesh, others = make_mesh(plan.mesh, devices(plan.topology)), _other_bytes(plan)
     where = coordinates(list(mesh.devices.flat))
     for program in compile_programs(config, plan.work, mesh, config.programs):
         name = program.name
         plan.programs[name] = program
         if program.broken:
             continue
-        plan.phases[name] = math.inf if program.too_large else program.total + beside[name]
+        plan.phases[name] = math.inf if program.too_large else program.total + others[name]
         if not program.too_large:
             plan.costs[name] = program.costs
             plan.seconds[name] = estimate(program.costs, plan.topology, where)
 
 
-def _beside(plan: Plan) -> dict[str, float]:
-    """What lies in memory while a program runs and is no argument of it."""
+def _other_bytes(plan: Plan) -> dict[str, float]:
+    """Bytes of the arrays that exist during a program and are not its arguments."""
     memory, work = plan.memory, plan.work
     learner = memory.parameters + memory.optimizer + memory.frozen * (memory.weights > 0)
     own = memory.cache * work.slots * (work.capacity + work.slack) / work.cached_tokens  # one cohort's cache
@@ -215,7 +217,3 @@ def _beside(plan: Plan) -> dict[str, float]:
         "extend": sampling,
         "decode": sampling,
     }
-
-
-def _without(each: Any, *names: str) -> dict[str, Any]:
-    return {name: value for name, value in vars(each).items() if name not in names}

@@ -1,4 +1,4 @@
-"""Devices to compile for that need not be there."""
+"""Devices to compile for that this machine does not need to have."""
 
 import importlib.util
 import logging
@@ -12,19 +12,19 @@ from aem_jax.errors import ConfigError
 from aem_jax.plan.devices import Topology
 
 _TPU_SETTINGS = {
-    "TPU_SKIP_MDS_QUERY": "1",  # no metadata server is asked which TPU this is
-    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any will do: what is compiled for is said by name
+    "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server for the TPU of this machine
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any; the compilation names its target
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is opened, so two plans may be made at once
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened, so two plans may run at once
     "TPU_LOG_DIR": "disabled",
 }
 
 
 def set_up(topology: Topology, runtime: RuntimeConfig) -> None:
-    """jax on the CPU, with as many simulated devices as a CPU topology has: what compiling takes.
+    """Sets up jax on the CPU, with as many simulated devices as a CPU topology has; compiling needs no more.
 
     Raises:
-        ConfigError: libtpu is needed and not there.
+        ConfigError: the topology needs libtpu, which is not installed.
     """
     import jax
 
@@ -42,17 +42,17 @@ def set_up(topology: Topology, runtime: RuntimeConfig) -> None:
     quiet = replace(runtime, platform="cpu", cpu_devices=simulated, compilation_cache="off")
     try:
         machine.set_up(quiet)
-    except RuntimeError:  # jax is up already, as in a test or a notebook: what there is must do
+    except RuntimeError:  # jax is already initialized, as in a test or a notebook
         logging.getLogger(__name__).debug("jax was set up before")
     if simulated > jax.device_count():
         raise ConfigError(f"--topology {topology.name}: expected at most {jax.device_count()} devices in this process")
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """jax's devices of a topology, to compile for alone.
+    """jax's devices of a topology, for compiling only.
 
     Raises:
-        ConfigError: libtpu knows no such topology.
+        ConfigError: libtpu does not know the topology.
     """
     import jax
 
@@ -61,17 +61,17 @@ def devices(topology: Topology) -> Sequence[Any]:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+        target = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"--topology {topology.name}: libtpu knows no such shape ({reason})") from error
-    if len(found) != topology.num_devices:
+    if len(target) != topology.num_devices:
         raise ConfigError(
-            f"--topology {topology.name}: expected {topology.num_devices} devices, libtpu made {len(found)} of it"
+            f"--topology {topology.name}: expected {topology.num_devices} devices, libtpu made {len(target)} of it"
         )
-    return found
+    return target
 
 
 def coordinates(devices: Sequence[Any]) -> list[tuple[int, ...]]:
-    """Where each device stands; empty where devices stand nowhere."""
-    return [tuple(each.coords) for each in devices if getattr(each, "coords", None) is not None]
+    """Position of each device; empty for devices without one."""
+    return [tuple(device.coords) for device in devices if getattr(device, "coords", None) is not None]

@@ -198,22 +198,22 @@ def test_a_checkpoint_of_another_run_is_left_out(tmp_path, caplog):
     letters[12] ^= 1
     identity.write_bytes(letters)  # damage to this file must not cost the run its checkpoints
     assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(2))
-    identity.unlink()  # like a folder of an earlier version
+    identity.unlink()  # a missing file costs no checkpoint either
     assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(2))
 
 
-def test_checkpoints_from_before_checksums_are_read(tmp_path):
-    state = state_of(1)
-    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["score"])
-    with ocp.CheckpointManager(tmp_path, options=options, item_names=("state", "extra")) as manager:
-        beside = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave({"a": 1})}
-        manager.save(4, args=ocp.args.Composite(**beside), metrics={"score": 0.5})
-    with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_first=False)) as checkpoints:
-        assert_equal(checkpoints.restore(ABSTRACT), state)
-        assert checkpoints.extra() == {"a": 1} and checkpoints.best == 4
-        checkpoints.save(5, state, score=0.25)
-        checkpoints.wait()
-        assert checkpoints.steps == [4, 5] and checkpoints.best == 4
+def test_a_checkpoint_without_checksums_is_refused_and_stays_in_place(tmp_path):
+    """As earlier versions wrote them: extra values alone, without a seal."""
+    with ocp.CheckpointManager(tmp_path, item_names=("state", "extra")) as manager:
+        items = {"state": ocp.args.StandardSave(state_of(1)), "extra": ocp.args.JsonSave({"a": 1})}
+        manager.save(4, args=ocp.args.Composite(**items))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.claim()
+        with pytest.raises(CheckpointError, match="without a checksum; use the version of aem_jax that began the run"):
+            checkpoints.restore(ABSTRACT)
+        with pytest.raises(CheckpointError, match="without a checksum"):
+            checkpoints.extra()
+        assert checkpoints.steps == [4] and checkpoints.best is None
 
 
 def test_whoever_reads_changes_nothing_and_finds_the_newest(tmp_path):
@@ -270,8 +270,8 @@ def test_one_process_at_a_time_writes(tmp_path, monkeypatch):
 def test_no_character_of_the_folder_is_a_pattern(tmp_path, name):
     with Checkpoints(tmp_path / name) as checkpoints:
         checkpoints.save(0, {"w": jnp.arange(4.0)})
-    whole = {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jnp.zeros(1).sharding)}
-    np.testing.assert_array_equal(Checkpoints(tmp_path / name).restore(whole)["w"], np.arange(4.0))
+    abstract = {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jnp.zeros(1).sharding)}
+    np.testing.assert_array_equal(Checkpoints(tmp_path / name).restore(abstract)["w"], np.arange(4.0))
 
 
 @pytest.mark.parametrize(
@@ -382,11 +382,13 @@ def test_kill_9_while_saving(tmp_path, delay, user_environment):
                 time.sleep(delay)
                 os.kill(process.pid, signal.SIGKILL)
                 break
-    whole = {name: jax.ShapeDtypeStruct((200_000,), jnp.float32, sharding=jnp.zeros(1).sharding) for name in "abcdefgh"}
+    abstract = {
+        name: jax.ShapeDtypeStruct((200_000,), jnp.float32, sharding=jnp.zeros(1).sharding) for name in "abcdefgh"
+    }
     with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
         latest = checkpoints.latest
         assert latest is not None and latest >= 3  # step 3 was complete before step 4 began
-        for value in checkpoints.restore(whole).values():
+        for value in checkpoints.restore(abstract).values():
             np.testing.assert_array_equal(value, np.full(200_000, latest, np.float32))
         assert checkpoints.latest == latest and checkpoints.extra() == {"step": latest}
         checkpoints.save(latest + 1, {name: jnp.zeros(200_000) for name in "abcdefgh"})

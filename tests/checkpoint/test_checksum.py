@@ -44,10 +44,10 @@ def test_every_bit_counts_and_its_place(dtype: str):
         flips = [(i, bit) for i in range(x.nbytes) for bit in (0, 7)]
         changed = [np.frombuffer(_flipped(x, *flip), x.dtype) for flip in flips]
     changed += [np.roll(x, 1), np.zeros_like(x)]
-    for each in changed:
-        found = checksums(each)[""]
-        assert found not in seen, "two arrays have one checksum"
-        seen.add(found)
+    for array in changed:
+        checksum = checksums(array)[""]
+        assert checksum not in seen, "two arrays have one checksum"
+        seen.add(checksum)
 
 
 def _flipped(x: np.ndarray, index: int, bit: int) -> bytes:

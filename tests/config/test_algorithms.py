@@ -13,7 +13,8 @@ from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.config import algorithms
 from aem_jax.config.algorithms import AlgorithmConfig
 from aem_jax.credit import AemConfig, experience, make_credit
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.envs.protocol import Task
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 # One group of four; the first episode has three turns. All reward is in the last turn; turns 0 answer one observation.
 TABLE = Experience(

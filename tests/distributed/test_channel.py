@@ -19,19 +19,19 @@ class Ends:
         server, address = listen(["127.0.0.1"])
         with ThreadPoolExecutor() as pool:
             calls = [pool.submit(call, address, process, 20.0) for process in range(1, count)]
-            self.peers = [accept(server, address, count, 20.0), *(each.result() for each in calls)]
+            self.peers = [accept(server, address, count, 20.0), *(future.result() for future in calls)]
         self.failures: list[queue.Queue[PeerFailure]] = [queue.Queue() for _ in range(count)]
         self.channels = [
             ControlChannel(index, peers, heartbeat_timeout_s, self.failures[index].put)
             for index, peers in enumerate(self.peers)
         ]
 
-    def each(self, function, *arguments):
+    def on_all(self, function, *arguments):
         """`function(channel, its argument)` of all ends at once; exceptions are returned."""
 
         def one(index: int):
             try:
-                return function(self.channels[index], *(each[index] for each in arguments))
+                return function(self.channels[index], *(values[index] for values in arguments))
             except Exception as error:
                 return error
 
@@ -47,11 +47,11 @@ class Ends:
 
 def test_all_hear_what_each_says():
     ends = Ends(3)
-    for said in ([b"a", b"", b"ccc"], [b"x" * 3_000_000, b"y", b"z" * 70_000]):
-        assert ends.each(ControlChannel.gather, said) == [said] * 3
-    assert ends.each(ControlChannel.close) == [None] * 3
+    for messages in ([b"a", b"", b"ccc"], [b"x" * 3_000_000, b"y", b"z" * 70_000]):
+        assert ends.on_all(ControlChannel.gather, messages) == [messages] * 3
+    assert ends.on_all(ControlChannel.close) == [None] * 3
     time.sleep(0.1)
-    assert all(found.empty() for found in ends.failures)  # closing together is not a failure
+    assert all(failures.empty() for failures in ends.failures)  # closing together is not a failure
 
 
 @pytest.mark.parametrize("gone", [0, 1])
@@ -71,9 +71,9 @@ def test_a_wait_ends_when_another_is_killed():
         waiting = [pool.submit(ends.channels[index].gather, b"here") for index in (0, 2)]
         time.sleep(0.2)
         ends.cut(1)
-        for each in waiting:
+        for future in waiting:
             with pytest.raises(PeerDisconnectedError, match="process 1 "):
-                each.result(timeout=10)
+                future.result(timeout=10)
 
 
 def test_one_that_has_to_leave_says_why():
@@ -99,7 +99,7 @@ def test_one_that_falls_silent_is_missed():
 def test_nobody_is_missed_while_all_are_there():
     ends = Ends(2, heartbeat_timeout_s=2.0)
     time.sleep(5.0)
-    assert ends.each(ControlChannel.gather, [b"a", b"b"]) == [[b"a", b"b"]] * 2
+    assert ends.on_all(ControlChannel.gather, [b"a", b"b"]) == [[b"a", b"b"]] * 2
 
 
 def test_strangers_are_sent_away_and_who_does_not_call_is_named():
@@ -115,8 +115,8 @@ def test_strangers_are_sent_away_and_who_does_not_call_is_named():
 
 def test_beats_do_not_disturb_large_messages():
     ends = Ends(2, heartbeat_timeout_s=1.0)  # beats five times a second
-    said = [bytes(5_000_000), bytes(3_000_000)]
+    messages = [bytes(5_000_000), bytes(3_000_000)]
     for _ in range(3):
-        assert ends.each(ControlChannel.gather, said) == [said] * 2
+        assert ends.on_all(ControlChannel.gather, messages) == [messages] * 2
         time.sleep(0.2)
     assert threading.active_count() < 100

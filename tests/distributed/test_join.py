@@ -76,7 +76,7 @@ def test_a_record_says_nothing_of_the_process_that_wrote_it():
 def test_settings_that_differ_are_named_with_both_values():
     config = RunConfig()
     runtimes = [replace(config.runtime, coordinator="a:1", num_processes=2, process_id=index) for index in (0, 1)]
-    assert both(join.check_same, [_identity(replace(config, runtime=each)) for each in runtimes]) == [None, None]
+    assert both(join.check_same, [_identity(replace(config, runtime=runtime)) for runtime in runtimes]) == [None, None]
     for error in both(join.check_same, [_identity(config), _identity(replace(config, seed=3))]):
         assert isinstance(error, ConfigError)
         assert str(error).startswith(

@@ -15,5 +15,5 @@ def test_alone_nothing_is_encoded():
 @pytest.mark.parametrize(("size", "count"), [(8, 2), (7, 3), (2, 4), (0, 3)])
 def test_shares_are_neighbours_and_even(size: int, count: int):
     shares = [ProcessGroup(index, count, lambda data: [data]).shard(size) for index in range(count)]
-    assert [each for share in shares for each in share] == list(range(size))
+    assert [item for share in shares for item in share] == list(range(size))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -28,8 +28,8 @@ def test_a_cache_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_versions_say_what_a_number_depends_on():
-    found = versions()
-    assert set(found) == {"aem_jax", "jax", "jaxlib", "python", "devices", "cpus"} and all(found.values())
+    names = versions()
+    assert set(names) == {"aem_jax", "jax", "jaxlib", "python", "devices", "cpus"} and all(names.values())
 
 
 def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

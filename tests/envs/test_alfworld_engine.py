@@ -8,11 +8,11 @@ from envs import warehouse
 from envs.alfworld_variants import first_release
 
 from aem_jax.envs.actions import extract_action
-from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, display_names, start
-from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv, load_game
-from aem_jax.envs.alfworld.grammar import parse_expression, parse_grammar
+from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, display_names
+from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
+from aem_jax.envs.alfworld.grammar import parse_expression, parse_grammar, parse_query
 from aem_jax.envs.alfworld.pddl import And, Atom, Exists, Forall, Not, Or, parse_domain, parse_problem
-from aem_jax.envs.alfworld.query import parse_query
+from aem_jax.envs.alfworld.tasks import load_game
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "alfworld"
 needs_golden = pytest.mark.skipif(
@@ -84,7 +84,7 @@ def test_agrees_with_a_slow_engine_on_random_walks(seed: int) -> None:
     domain = parse_domain(warehouse.DOMAIN)
     problem = parse_problem(warehouse.PROBLEM, domain)
     members = {kind: [n for n, k in problem.objects.items() if kind in domain.ancestors(k)] for kind in domain.types}
-    player = start(warehouse_game())
+    player = Player(warehouse_game())
     facts = {(p, args) for p, rows in problem.facts.items() for args in rows}
     for _ in range(40):
         successors = slow_successors(domain, facts, members)
@@ -124,7 +124,7 @@ def command_of(player: Player, name: str, args: tuple[str, ...]) -> str:
 def test_text_of_the_warehouse() -> None:
     # Ids in order: c_bar_1 -> "c 2", c_bar_2 -> "c 1" (the first id of a class gets the highest number). At the dock:
     # c_bar_1 and tin_bar_1; a list is sorted by type first (thing is shallower than its subtype crate), then by id.
-    player = start(warehouse_game())
+    player = Player(warehouse_game())
     assert player.observation == "Hello.\n\nYou see a tin 1, and a c 2."
     assert player.admissible == ["grab c 2", "survey", "switch l 1", "walk to hall"]  # tin's crate is not loose
     assert player.step("walk to hall") == "hall: You see a c 1, and a l 1."
@@ -137,20 +137,20 @@ def test_text_of_the_warehouse() -> None:
 
 
 def test_won_follows_the_goal_and_is_not_latched() -> None:
-    player = start(warehouse_game())
+    player = Player(warehouse_game())
     for command in ("grab c 2", "walk to hall", "drop c 2", "switch l 1"):
         player.step(command)
         assert player.acted, command
-    assert player.won and player.done and player.score == 1
+    assert player.won
     player.step("switch l 1")
-    assert not player.won and player.score == 0
+    assert not player.won
 
 
 def test_players_of_one_game_do_not_share_facts() -> None:
     game = warehouse_game()
-    first, second = start(game), start(game)
+    first, second = Player(game), Player(game)
     first.step("grab c 2")
-    assert second.admissible == start(game).admissible != first.admissible
+    assert second.admissible == Player(game).admissible != first.admissible
 
 
 def test_numbers_run_down_within_a_class() -> None:
@@ -186,7 +186,7 @@ def test_texts(text: str, written: str) -> None:
     problem = "(define (problem p) (:domain d) (:objects b1 - t) (:init (p b1)) (:goal (q b1)))"
     blocks = json.dumps({"intro": [{"rhs": ""}], "x": [{"rhs": "X"}], "said": [{"rhs": text}]})
     grammar = f'grammar :: """{blocks}""";\naction a {{ template :: "do"; feedback :: "#said#"; }}'
-    player = start(Game(domain, problem, grammar))
+    player = Player(Game(domain, problem, grammar))
     assert player.step("do") == written.replace("box", "b1 ")
 
 
@@ -244,14 +244,14 @@ def test_bad_grammars_are_named() -> None:
     with pytest.raises(ValueError, match="expected a template for every action.*'survey'"):
         Game(warehouse.DOMAIN, warehouse.PROBLEM, warehouse.GRAMMAR.replace("action survey", "action surveil"))
     with pytest.raises(ValueError, match="#view#"):
-        player = start(Game(warehouse.DOMAIN, warehouse.PROBLEM, warehouse.GRAMMAR.replace('"view"', '"sight"')))
+        player = Player(Game(warehouse.DOMAIN, warehouse.PROBLEM, warehouse.GRAMMAR.replace('"view"', '"sight"')))
         player.step("survey")
 
 
 @needs_golden
 def test_first_release_wording() -> None:
     data = first_release(json.loads((GOLDEN / "pick_and_place_simple-00.tw-pddl").read_text()))
-    player = start(Game(data["pddl_domain"], data["pddl_problem"], data["grammar"]))
+    player = Player(Game(data["pddl_domain"], data["pddl_problem"], data["grammar"]))
     both = [command for command in player.admissible if ", and " in command]
     assert len(both) == 1  # two receptacles at one place
     places = [c.removeprefix("go to ") for c in player.admissible if c.startswith("go to ") and ", and " not in c]

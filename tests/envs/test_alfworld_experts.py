@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.envs.alfworld.engine import Game, start
-from aem_jax.envs.alfworld.experts import Oracle, Searcher, in_grammar, random_agent
+from aem_jax.envs.actions import as_action
+from aem_jax.envs.alfworld.engine import Game, Player
+from aem_jax.envs.alfworld.env import AlfworldConfig
+from aem_jax.envs.alfworld.experts import Oracle, Searcher, in_grammar
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES, TREATMENTS
 from aem_jax.envs.alfworld.generator.config import TINY, GeneratorConfig
 from aem_jax.envs.alfworld.generator.files import domain_text, grammar_text, problem_text
 from aem_jax.envs.alfworld.generator.games import draw_game
 from aem_jax.envs.alfworld.goals import parse_goal, search_order
+from aem_jax.envs.alfworld.suite import task_suite
+from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.suite import SuiteOptions
 
 OFFICIAL = GeneratorConfig()
 
@@ -21,7 +26,7 @@ OFFICIAL = GeneratorConfig()
 def tiny_player(index: int, split: str = "train", grammar=lambda text: text):
     game = draw_game(TINY, 0, split, index)
     text = grammar(grammar_text(game))
-    return start(Game(domain_text(), problem_text(game), text, task_type=game.task_type))
+    return Player(Game(domain_text(), problem_text(game), text, task_type=game.task_type))
 
 
 def search(player, searcher: Searcher, limit: int, show_admissible: bool = False) -> list[tuple[str, str]]:
@@ -117,7 +122,7 @@ def test_searcher_solves_most_games_from_text(config, limit, floor):
     won = defaultdict(list)
     for index in range(120):
         game = draw_game(config, 0, "valid_unseen", index)
-        player = start(Game(domain_text(), problem_text(game), grammar_text(game), task_type=game.task_type))
+        player = Player(Game(domain_text(), problem_text(game), grammar_text(game), task_type=game.task_type))
         search(player, Searcher(), limit)
         won[game.task_type].append(player.won)
     assert set(won) == set(TASK_TYPES)
@@ -193,7 +198,7 @@ def test_searcher_stays_on_course_among_random_moves():
             if player.won:
                 break
             disturbed = step < 40 and rng.random() < 0.5
-            command = random_agent(player.admissible, rng) if disturbed else searcher.command()
+            command = rng.choice(player.admissible) if disturbed else searcher.command()
             player.step(command)
             searcher.observe(player.observation, command)
         assert player.won
@@ -207,7 +212,7 @@ def test_oracle_finishes_what_anybody_began():
         for step in range(60):
             if player.won:
                 break
-            player.step(random_agent(player.admissible, rng) if step < 25 else oracle.act(player))
+            player.step(rng.choice(player.admissible) if step < 25 else oracle.act(player))
         assert player.won
 
 
@@ -221,7 +226,7 @@ def test_searcher_survives_random_moves_alone():
         for step in range(120):
             if player.won:
                 break
-            command = random_agent(player.admissible, rng) if step < 20 else searcher.command(player.admissible)
+            command = rng.choice(player.admissible) if step < 20 else searcher.command(player.admissible)
             player.step(command)
             searcher.observe(player.observation, command)
         if not player.won:
@@ -229,16 +234,18 @@ def test_searcher_survives_random_moves_alone():
     assert not lost
 
 
-def test_random_agent_draws_from_what_is_admissible():
+def test_the_random_agent_draws_admissible_commands():
     admissible = ["look", "inventory", "help"]
-    drawn = {random_agent(admissible, random.Random(seed)) for seed in range(50)}
-    assert drawn == set(admissible)
+    suite = task_suite(AlfworldConfig(games=TINY), SuiteOptions())
+    act = suite.baselines["random"](suite.training[0])
+    drawn = {act(StepResult("", info={"admissible": admissible})) for _ in range(50)}
+    assert drawn == set(map(as_action, admissible))
 
 
 def test_experts_play_the_recorded_games(golden: Path):
     for path in sorted((golden / "alfworld").glob("*.tw-pddl")):
         for expert in ("oracle", "searcher"):
-            player = start(Game.load(path))
+            player = Player(Game.load(path))
             agent = Oracle(player.observation) if expert == "oracle" else Searcher()
             for _ in range(25 if expert == "oracle" else 80):
                 if player.won:

@@ -18,9 +18,9 @@ import pytest
 from envs import warehouse
 from envs.alfworld_variants import first_release
 
-from aem_jax.envs.alfworld.engine import Game, start
+from aem_jax.envs.alfworld.engine import Game, Player
 from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
-from aem_jax.envs.testing.replay import ALFWORLD_FIELDS
+from aem_jax.envs.testing.replay import alfworld_values
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parents[2] / "shared" / "alfworld"
@@ -65,10 +65,10 @@ def stock() -> Iterator[Stock]:
 
 def play_both(stock: Stock, path: Path, rng: random.Random, noise: float) -> None:
     """Plays one episode on both engines with a random policy; a share `noise` of the commands is malformed or stale."""
-    player = start(Game.load(path))
+    player = Player(Game.load(path))
     theirs, command, history = stock.ask(load=str(path)), None, ["look"]
     for _ in range(STEPS):
-        ours = {key: getattr(player, key) for key in ALFWORLD_FIELDS}
+        ours = alfworld_values(player)
         assert ours == theirs, f"{path.name} after {history}"
         if ours["done"]:
             return

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.envs.alfworld.engine import Game, start
+from aem_jax.envs.alfworld.engine import Game, Player
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
@@ -55,7 +55,7 @@ def test_written_games_are_official_data(tmp_path: Path):
     assert Counter(task.task_type for task in tasks) == Counter(dict.fromkeys(TASK_TYPES, 2))
     for task in tasks:
         data = json.loads(Path(task.payload["game"]).read_text())
-        player = start(load_game(task.payload))
+        player = Player(load_game(task.payload))
         for command in data["walkthrough"]:
             player.step(command)
         assert player.won

@@ -8,11 +8,12 @@ import random
 from pathlib import Path
 
 from aem_jax.envs.actions import as_action
+from aem_jax.envs.alfworld.engine import Game
 from aem_jax.envs.alfworld.env import AlfworldEnv
 from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
 from aem_jax.envs.alfworld.generator.config import TINY
 from aem_jax.envs.alfworld.tasks import official_tasks
-from aem_jax.envs.protocol import checked_result
+from aem_jax.envs.serving.plain import checked_result
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
 from aem_jax.envs.webshop.generator.config import GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
@@ -93,7 +94,8 @@ def test_game_files(tmp_path: Path):
 
     def play_all(rng: random.Random) -> None:
         for task in official_tasks(tmp_path, "train"):
-            play(AlfworldEnv(), task.payload, [None, None, *walkthrough], rng)
+            env = AlfworldEnv(load_game=lambda payload: Game.load(payload["game"]))  # not cached
+            play(env, task.payload, [None, None, *walkthrough], rng)
 
     check_each([game, game.with_name("traj_data.json")], play_all)
 

@@ -3,9 +3,8 @@
 import pytest
 
 from aem_jax.envs.play import play, play_each
-from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.envs.testing.echo import EchoEnv
-from aem_jax.trajectory import Task
 
 TASKS = [Task(f"t{n}", "k", {"n": n}) for n in range(4)]
 

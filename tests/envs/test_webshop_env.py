@@ -12,18 +12,16 @@ from envs.webshop_golden import item, unpack
 
 from aem_jax.envs.actions import extract_action
 from aem_jax.envs.registry import environment_spec
-from aem_jax.envs.serving.client import websocket_url
+from aem_jax.envs.serving.address import websocket_url
 from aem_jax.envs.testing.conformance import Subject, check_environment
 from aem_jax.envs.testing.conformance_wire import ServerSubject, check_server
-from aem_jax.envs.webshop.catalog import Catalog
+from aem_jax.envs.webshop.catalog import FIELDS, Catalog
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
-from aem_jax.envs.webshop.fields import FIELDS
-from aem_jax.envs.webshop.files import read_files
 from aem_jax.envs.webshop.generator.config import CATEGORIES, GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.goals import goal_from_json
 from aem_jax.envs.webshop.products import read_products
-from aem_jax.envs.webshop.shop import ShopConfig, open_shop
+from aem_jax.envs.webshop.shop import ShopConfig, open_shop, read_files
 from aem_jax.envs.webshop.tasks import SPLITS, eval_set, goal_tasks, split_of, training_tasks
 
 MADE = GeneratorConfig(products=150)

@@ -15,16 +15,16 @@ def test_it_conforms(make, actions):
 
 def lake(result):
     """(rows of the picture, its text)."""
-    *rows, said, asked = result.observation.splitlines()
+    *rows, message, asked = result.observation.splitlines()
     assert asked == "Say one of: left, down, right, up."
-    return rows, said
+    return rows, message
 
 
 def test_a_lake_is_walked_over():
     env = frozen_lake()
-    rows, said = lake(env.reset({"seed": 3}))
+    rows, message = lake(env.reset({"seed": 3}))
     # gymnasium's map of seed 3: one hole, in the first row
-    assert rows == ["X F H F", "F F F F", "F F F F", "F F F G"] and said == "You are at X; go to G."
+    assert rows == ["X F H F", "F F F F", "F F F F", "F F F G"] and message == "You are at X; go to G."
     rows, _ = lake(env.step("I could go left, but I go DOWN"))  # the last direction counts
     assert rows == ["S F H F", "X F F F", "F F F F", "F F F G"]
     invalid = env.step("upwards")  # not a valid word

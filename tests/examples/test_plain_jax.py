@@ -53,6 +53,6 @@ def test_alpha_moves_once_entropies_differ_and_not_at_strength_0():
 
 def test_it_imports_the_advantages_and_no_other_room():
     tree = ast.parse(SCRIPT.read_text())
-    names = {each.name for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names}
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert names - set(sys.stdlib_module_names) == {"jax", "jax.numpy", "optax", "aem_jax.advantage"}

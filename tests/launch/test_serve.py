@@ -35,9 +35,9 @@ def test_a_server_started_by_hand_serves_a_pool_at_the_address_that_it_prints(ho
         try:
             assert process.stdout
             line = process.stdout.readline()
-            found = re.search(rf"--env\.urls (ws://{shown}:\d+)$", line.strip())
-            assert found, line
-            url = found[1]
+            match = re.search(rf"--env\.urls (ws://{shown}:\d+)$", line.strip())
+            assert match, line
+            url = match[1]
             with urllib.request.urlopen(url.replace("ws", "http") + "/metadata", timeout=10) as page:
                 assert json.load(page)["name"] == "echo"
             with EnvPool(PoolConfig(urls=(f"{url}/?who=test",), sessions_per_server=2), ("", {})) as pool:

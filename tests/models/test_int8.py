@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, numpy_params, numpy_tokens
+from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, POST_NORM, numpy_params, numpy_tokens
 
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.models.int8 import quantize, scale_of
 
-BIASED = ModelConfig(**{**vars(GROUPED_TIED), "qk_norm": False, "qkv_bias": True})
-CONFIGS = [GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, BIASED]
+BIASED = ModelConfig(**{**vars(GROUPED_TIED), "qk_norm": None, "qkv_bias": True})
+CONFIGS = [GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, BIASED, POST_NORM]
 INPUTS = {"qkv": 1, "o": 2, "gate_up": 1, "down": 1}
 
 

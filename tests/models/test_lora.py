@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from small_policies import DEEP, GROUPED_TIED, ONE_KV_UNTIED, numpy_params, numpy_tokens
+from small_policies import DEEP, GROUPED_TIED, ONE_KV_UNTIED, POST_NORM, numpy_params, numpy_tokens
 
 from aem_jax.models import LoraConfig, Policy, save_pretrained
 from aem_jax.models.lora import projections
@@ -18,7 +18,7 @@ from aem_jax.models.peft import save_adapter
 from aem_jax.models.weights import tensors
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-BIASED = replace(GROUPED_TIED, qk_norm=False, qkv_bias=True)
+BIASED = replace(GROUPED_TIED, qk_norm=None, qkv_bias=True)
 LORA = LoraConfig(rank=3, alpha=6.0)
 
 
@@ -40,7 +40,13 @@ def logits(policy: Any, params: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("config", "tolerance"),
-    [(GROUPED_TIED, 1e-5), (BIASED, 1e-5), (ONE_KV_UNTIED, 1e-5), (DEEP, 5e-5)],  # nine layers add up more rounding
+    [
+        (GROUPED_TIED, 1e-5),
+        (BIASED, 1e-5),
+        (ONE_KV_UNTIED, 1e-5),
+        (POST_NORM, 1e-5),
+        (DEEP, 5e-5),
+    ],  # nine layers add up more rounding
 )
 def test_beside_the_weights_or_in_them(config, tolerance):
     base, policy, frozen = Policy(config), Policy(config, LORA), numpy_params(config)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from aem_jax.batch import BatchConfig
 from aem_jax.config.algorithms import AlgorithmConfig
-from aem_jax.config.presets import preset_names, read_preset
+from aem_jax.config.presets import model_names, read_preset, setting_names
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
@@ -25,9 +25,8 @@ from aem_jax.models.lora import LoraConfig
 from aem_jax.plan.analytic import demand, learn_flops, memory, useful_flops
 from aem_jax.plan.config import PlanConfig, plan_config
 from aem_jax.plan.costs import Collective, Costs, costs
-from aem_jax.plan.devices import GIB, GPUS, TPUS, parse_topology
-from aem_jax.plan.estimate import estimate
-from aem_jax.plan.hlo import parse
+from aem_jax.plan.devices import GIB, GPUS, TPUS, estimate, parse_topology
+from aem_jax.plan.hlo import parse, read
 from aem_jax.plan.make import make_plan
 from aem_jax.plan.workload import planned_model, workload
 from aem_jax.rollout.config import RolloutConfig
@@ -77,17 +76,17 @@ ENTRY %main (x.1: f32[8,16], w: f32[4,8,16]) -> f32[8,16] {
 
 def test_a_loop_counts_as_often_as_it_runs():
     # 4 rounds of an 8x16 by 16x16 product: 4 * 2*8*16*16; a permute outside
-    found = costs(parse(HLO))
-    assert found.flops == 4 * 2 * 8 * 16 * 16
-    assert found.cycles == 4 * 100 and found.unknown_loops == 0
-    assert found.collectives == [
+    cost = costs(parse(HLO))
+    assert cost.flops == 4 * 2 * 8 * 16 * 16
+    assert cost.cycles == 4 * 100 and cost.unknown_loops == 0
+    assert cost.collectives == [
         Collective("all-gather", 2 * 8 * 16 * 4, 2, (0, 4), 4.0),  # [2,4] transposed: 0 beside 4
         Collective("all-reduce", 8 * 16 * 4, 4, (0, 1, 2, 3), 4.0),
         Collective("collective-permute", 8 * 16 * 4, 2, (0, 1), 1.0),
     ]
     # a round: slice read and written (2), gathered (1 + 2), product (1 + 2 + 1), sum (1 + 1); then the permute (1 + 1)
     # and the four bytes of each round's index
-    assert found.bytes == (4 * (2 + 3 + 4 + 2) + 2) * 8 * 16 * 4 + 4 * 4
+    assert cost.bytes == (4 * (2 + 3 + 4 + 2) + 2) * 8 * 16 * 4 + 4 * 4
 
 
 def test_a_slice_in_a_fusion_within_a_fusion_is_still_all_that_is_read():
@@ -129,8 +128,8 @@ def test_a_product_that_a_gpu_leaves_to_cublas_counts_as_one():
 
 def test_a_loop_of_unknown_length_runs_as_often_as_one_says():
     unknown = HLO.replace("%limit = s32[]{:T(128)} constant(4)", "%limit = s32[] get-tuple-element(%state.1), index=0")
-    found = costs(parse(unknown.replace("%zero = s32[] constant(0)", "%zero = s32[] parameter(2)")), rounds=7)
-    assert found.flops == 7 * 2 * 8 * 16 * 16 and found.unknown_loops == 1
+    cost = costs(parse(unknown.replace("%zero = s32[] constant(0)", "%zero = s32[] parameter(2)")), rounds=7)
+    assert cost.flops == 7 * 2 * 8 * 16 * 16 and cost.unknown_loops == 1
 
 
 def test_a_batched_product_written_as_a_convolution_counts_what_meets():
@@ -163,8 +162,8 @@ def test_a_batched_product_written_as_a_convolution_counts_what_meets():
 )
 def test_groups_are_read_in_all_their_spellings(groups: str, members: tuple[int, ...]):
     text = HLO.replace("replica_groups={{0,1,2,3},{4,5,6,7}}", groups)
-    found = next(each for each in costs(parse(text)).collectives if each.kind == "all-reduce")
-    assert (found.members, found.group) == (members, len(members))
+    collective = next(one for one in costs(parse(text)).collectives if one.kind == "all-reduce")
+    assert (collective.members, collective.group) == (members, len(members))
 
 
 def test_costs_of_a_compiled_scan_are_those_of_all_its_rounds():
@@ -178,10 +177,10 @@ def test_costs_of_a_compiled_scan_are_those_of_all_its_rounds():
     x = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=place("fsdp", None))
     weights = jax.ShapeDtypeStruct((6, 64, 64), jnp.float32, sharding=place(None, None, "tensor"))
     compiled = jax.jit(step).lower(x, weights).compile()
-    found = costs(parse(compiled.as_text() or ""))
-    assert found.flops == 6 * 2 * 32 * 64 * 64 / 8
-    assert {each.kind for each in found.collectives} == {"all-gather"} and found.unknown_loops == 0
-    assert sum(each.count for each in found.collectives) == 6
+    cost = costs(read(compiled))
+    assert cost.flops == 6 * 2 * 32 * 64 * 64 / 8
+    assert {collective.kind for collective in cost.collectives} == {"all-gather"} and cost.unknown_loops == 0
+    assert sum(collective.count for collective in cost.collectives) == 6
 
 
 SMALL = RunConfig(
@@ -211,11 +210,11 @@ def test_compiled_flops_agree_with_the_closed_form(small_plan):
 
 
 def test_resharding_gathers_over_fsdp_and_sampling_gathers_no_weights(small_plan):
-    kinds = {(each.kind, each.group) for each in small_plan.costs["reshard"].collectives}
+    kinds = {(collective.kind, collective.group) for collective in small_plan.costs["reshard"].collectives}
     assert kinds == {("all-gather", 2)}
     matrix = 64 * 384 * 4 / 2  # the smallest of a layer's matrices in its tensor part, bytes
-    gathers = [each for each in small_plan.costs["decode"].collectives if each.kind == "all-gather"]
-    assert all(each.bytes < matrix for each in gathers)
+    gathers = [collective for collective in small_plan.costs["decode"].collectives if collective.kind == "all-gather"]
+    assert all(collective.bytes < matrix for collective in gathers)
 
 
 def test_memory_of_a_plan_is_the_compilers(small_plan):
@@ -244,12 +243,12 @@ def test_closed_forms_by_hand():
     assert learn_flops(replace(work, ratio="response")) == learn_flops(work) + head / 3
     assert learn_flops(replace(work, ratio="trajectory")) == learn_flops(work) + forward + head / 3
     assert learn_flops(work, 16) == 4 * (forward - attention * 24 / 64) + head - down
-    found = memory(work, MeshConfig(1, 2, 2))
+    size = memory(work, MeshConfig(1, 2, 2))
     count = model.num_parameters
-    assert (found.parameters, found.optimizer, found.weights) == (count, 2 * count, 2 * count)
-    assert (found.gradients, found.frozen) == (2 * count, 0)
+    assert (size.parameters, size.optimizer, size.weights) == (count, 2 * count, 2 * count)
+    assert (size.gradients, size.frozen) == (2 * count, 0)
     # 8 slots of 64 + 16 places and 2 rows of prompts of 32 + 16, keys and values of 2 heads of 32 in 9 layers
-    assert found.cache == 2 * 9 * 2 * 32 * 4 * (8 * 80 + 2 * 48) / 4
+    assert size.cache == 2 * 9 * 2 * 32 * 4 * (8 * 80 + 2 * 48) / 4
 
 
 def test_a_value_head_is_trained_beside_either():
@@ -265,16 +264,16 @@ def test_adapters_leave_the_weights_as_they_are_used():
     work = workload(config)
     count, adapter = work.model.num_parameters, Policy(work.model, work.lora)
     assert work.trained == sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes["adapter"]))
-    found = memory(work, MeshConfig(1, 1, 1))
-    assert (found.frozen, found.reference) == (4 * count, 0)  # this model is used in float32
-    assert (found.parameters, found.optimizer) == (4 * work.trained, 4 * work.trained)
+    size = memory(work, MeshConfig(1, 1, 1))
+    assert (size.frozen, size.reference) == (4 * count, 0)  # this model is used in float32
+    assert (size.parameters, size.optimizer) == (4 * work.trained, 4 * work.trained)
     beside = replace(work, lora=replace(work.lora, merge=False))
     assert memory(beside, MeshConfig(1, 1, 1)).weights == 0  # the sampler uses the frozen weights
     assert memory(beside, MeshConfig(1, 2, 1)).weights == 4 * count  # the learner's layout differs
 
 
 QWEN_7B = ModelConfig(  # Qwen2.5-7B
-    152_064, 3584, 18_944, 28, 28, 4, 128, tied_head=False, qk_norm=False, qkv_bias=True, dtype="bfloat16"
+    152_064, 3584, 18_944, 28, 28, 4, 128, tied_head=False, qk_norm=None, qkv_bias=True, dtype="bfloat16"
 )
 GB = 10**9
 
@@ -284,8 +283,8 @@ def memory_of_7b(lora=LoraConfig(), mesh=MeshConfig(1, 1, 1), **learner):  # noq
     return memory(workload(config, model=QWEN_7B), mesh)
 
 
-def weight_bytes(found):
-    return found.parameters + found.optimizer + found.gradients + found.frozen + found.weights
+def weight_bytes(size):
+    return size.parameters + size.optimizer + size.gradients + size.frozen + size.weights
 
 
 def test_weights_of_a_7b_policy_with_adapters_fit_one_card_of_80_gb():
@@ -314,19 +313,19 @@ def test_the_numbers_are_those_of_the_arrays():
 
 
 def test_all_weights_of_a_7b_policy_do_not_fit_one_card_of_80_gb():
-    whole = memory_of_7b(moments="bfloat16")
-    assert whole.frozen == 0 and whole.parameters == 4 * QWEN_7B.num_parameters
-    assert whole.weights == 2 * QWEN_7B.num_parameters
-    assert weight_bytes(whole) > 100 * GB
+    full = memory_of_7b(moments="bfloat16")
+    assert full.frozen == 0 and full.parameters == 4 * QWEN_7B.num_parameters
+    assert full.weights == 2 * QWEN_7B.num_parameters
+    assert weight_bytes(full) > 100 * GB
 
 
 def test_frozen_weights_that_are_split_for_learning_are_gathered_for_sampling():
     lora = LoraConfig(rank=32, merge=False)
-    whole, split = memory_of_7b(lora), memory_of_7b(lora, MeshConfig(1, 4, 1))
-    assert split.frozen < 0.26 * whole.frozen
-    assert split.weights > 0.99 * whole.frozen
+    one, split = memory_of_7b(lora), memory_of_7b(lora, MeshConfig(1, 4, 1))
+    assert split.frozen < 0.26 * one.frozen
+    assert split.weights > 0.99 * one.frozen
     tensor = memory_of_7b(lora, MeshConfig(1, 1, 4))
-    assert tensor.weights < 0.02 * whole.frozen  # the same split for both: nothing is copied
+    assert tensor.weights < 0.02 * one.frozen  # the same split for both: nothing is copied
 
 
 def test_weights_in_int8_take_a_byte_of_each_of_the_layers_matrices():
@@ -352,10 +351,10 @@ def test_a_cache_in_int8_takes_a_byte_of_each_number_and_a_scale_of_each_head():
 
 
 def test_seven_billion_parameters_with_adapters_fit_one_card(capsys):
-    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--lora.rank", "32", "--topology", "gpu:h100:1"]
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--lora.rank", "32", "--topology", "gpu:h100:1"]
     assert cli.main([*words, "--batch.rows", "1"]) == 0
     assert "frozen weights" in capsys.readouterr().out
-    assert cli.main(["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:1"]) == 1
+    assert cli.main(["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--topology", "gpu:h100:1"]) == 1
     assert "--lora.rank 16" in capsys.readouterr().out
 
 
@@ -363,12 +362,12 @@ def test_seconds_are_bytes_over_bandwidth():
     v5p = parse_topology("v5p:4x4x8")
     ring = [Collective("all-gather", 4e9, 4, (0, 1, 2, 3), 10.0)]
     line = tuple((x, 0, 0) for x in range(4))
-    found = estimate(Costs(flops=459e12, bytes=2.765e12, cycles=1.75e9, collectives=ring), v5p, line)
-    assert (found.compute, found.memory, found.compiler) == (1.0, 1.0, 1.0)
-    assert found.wire == pytest.approx(10 * 0.75 * 4e9 / 180e9)  # both links of one axis
-    assert found.roofline == 1.0 and found.serial == pytest.approx(1 + found.wire)
+    seconds = estimate(Costs(flops=459e12, bytes=2.765e12, cycles=1.75e9, collectives=ring), v5p, line)
+    assert (seconds.compute, seconds.memory, seconds.compiler) == (1.0, 1.0, 1.0)
+    assert seconds.wire == pytest.approx(10 * 0.75 * 4e9 / 180e9)  # both links of one axis
+    assert seconds.roofline == 1.0 and seconds.serial == pytest.approx(1 + seconds.wire)
     plane = tuple((x, y, 0) for x in range(2) for y in range(2))
-    assert estimate(Costs(collectives=ring), v5p, plane).wire == pytest.approx(found.wire / 2)  # two axes
+    assert estimate(Costs(collectives=ring), v5p, plane).wire == pytest.approx(seconds.wire / 2)  # two axes
 
 
 def test_topologies():
@@ -401,29 +400,30 @@ def test_a_topology_that_is_none_is_one_line(name: str, complaint: str, capsys):
 
 
 def test_gpus_are_estimated_and_say_so(capsys):
-    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:8"]
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--topology", "gpu:h100:8"]
     assert cli.main(words) == 0
     told = capsys.readouterr().out
-    assert "ANALYTIC (GPUs are not compiled for without one)" in told and "fits:" in told
+    assert "ANALYTIC (compiling for a GPU needs a GPU)" in told and "fits:" in told
     assert cli.main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["analytic"] and found["fits"] and found["programs"] == {} and found["parameters"] == 7_615_616_512
-    assert found["mesh"]["data"] * found["mesh"]["fsdp"] * found["mesh"]["tensor"] == 8
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["analytic"] and plan["fits"] and plan["programs"] == {} and plan["parameters"] == 7_615_616_512
+    assert plan["mesh"]["data"] * plan["mesh"]["fsdp"] * plan["mesh"]["tensor"] == 8
 
 
 def test_what_does_not_fit_says_what_would(capsys):
-    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--model.name", "qwen3-32b", "--topology", "gpu:h100:8"]
-    assert cli.main([*words, "--learner.remat", "none"]) == 1
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--model.name", "qwen3-32b"]
+    assert cli.main([*words, "--topology", "gpu:h100:8", "--learner.remat", "none"]) == 1
     told = capsys.readouterr().out
     assert "does not fit: learning (update)" in told
     assert "--learner.remat layers (saves about" in told and "--batch.rows" in told and "chips instead of 8" in told
 
 
-@pytest.mark.parametrize("preset", [name for name in preset_names() if not name.endswith("-tiny")])
-def test_presets_of_published_models_are_planned_without_their_files(preset: str):
-    config = read_preset(preset)
-    assert planned_model(config) == CONFIGS[preset.partition("-")[2]]
-    swe = preset.startswith("swe-")  # METHOD §6: 64 episodes a step and no KL there, 128 and 0.01 elsewhere
+@pytest.mark.parametrize("model", model_names())
+@pytest.mark.parametrize("setting", [name for name in setting_names() if name.endswith("-paper")])
+def test_presets_of_published_models_are_planned_without_their_files(setting: str, model: str):
+    config = read_preset(setting, model)
+    assert planned_model(config) == CONFIGS[model]
+    swe = setting.startswith("swe-")  # METHOD §6: 64 episodes a step and no KL there, 128 and 0.01 elsewhere
     assert (config.rollout.groups_per_step, config.rollout.group_size) == (8 if swe else 16, 8)
     assert config.rollout.context == ("append" if swe else "window")
     assert config.learner.kl_coefficient == (0.0 if swe else 0.01)
@@ -455,7 +455,7 @@ def test_mistakes_are_one_line(words: list[str], complaint: str, capsys):
 def test_without_libtpu_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
-    words = ["plan", "--preset", "alfworld-qwen2.5-1.5b", "--topology", "v5p:2x2x4"]
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-1.5b", "--topology", "v5p:2x2x4"]
     assert cli.main(words) == 2
     assert "pip install 'aem_jax[plan]'" in capsys.readouterr().err
     assert cli.main([*words, "--analytic"]) == 0
@@ -482,8 +482,8 @@ def test_the_mesh_is_the_least_tensor_that_fits_then_wide_shards():
 
 def test_the_demand_of_a_run_is_what_lies_on_one_device():
     work = workload(SMALL)
-    asked, whole = demand(work), memory(work, MeshConfig(1, 1, 1))
-    assert asked.state + asked.weights + asked.slots_bytes == pytest.approx(whole.total)
+    asked, size = demand(work), memory(work, MeshConfig(1, 1, 1))
+    assert asked.state + asked.weights + asked.slots_bytes == pytest.approx(size.total)
     assert asked.split == (2, 384, work.model.vocab_size)
 
 
@@ -494,10 +494,10 @@ def test_a_tpu_program_is_compiled_without_a_tpu(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     command = [sys.executable, "-m", "aem_jax.launch", "plan", *words]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert not found["analytic"] and found["fits"]
-    assert found["costs"]["decode"]["flops"] == pytest.approx(found["closed_flops"]["decode"], rel=0.1)
-    assert found["seconds"]["decode"]["compiler"] > 0
+    plan = json.loads(result.stdout.splitlines()[-1])
+    assert not plan["analytic"] and plan["fits"]
+    assert plan["costs"]["decode"]["flops"] == pytest.approx(plan["closed_flops"]["decode"], rel=0.1)
+    assert plan["seconds"]["decode"]["compiler"] > 0
 
 
 def test_plan_config_is_the_run_and_the_target():

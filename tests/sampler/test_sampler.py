@@ -18,7 +18,7 @@ from conversation import (
     start_episodes,
     token_gaps,
 )
-from small_policies import DEEP, GROUPED_TIED, MULTI_UNTIED, numpy_params, numpy_tokens
+from small_policies import DEEP, GELU, GROUPED_TIED, MULTI_UNTIED, POST_NORM, numpy_params, numpy_tokens
 
 from aem_jax.models import Policy
 from aem_jax.sampler import Sampler, SamplingConfig
@@ -67,7 +67,7 @@ def test_greedy_equals_the_cacheless_forward(config):
         assert len(episode.responses[0]) == 14 or ids[-1] == 5
 
 
-@pytest.mark.parametrize("config", [GROUPED_TIED, DEEP])
+@pytest.mark.parametrize("config", [GROUPED_TIED, DEEP, POST_NORM, GELU])
 def test_several_turns_have_the_logprobs_and_entropies_of_one_cacheless_pass(config):
     policy, params = Policy(config), numpy_params(config)
     s = Sampler(policy, SamplingConfig(1.0), (5,), capacity=96, slack=16)

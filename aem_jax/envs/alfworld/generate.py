@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from aem_jax.envs.alfworld.engine import Game, start
+from aem_jax.envs.alfworld.engine import Game, Player
 from aem_jax.envs.alfworld.experts import Oracle
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.alfworld.generator.files import domain_text, grammar_text, problem_text, write_game
@@ -46,7 +46,7 @@ def walkthrough(game: HouseholdGame) -> list[str]:
     Raises:
         ValueError: the oracle does not solve the game.
     """
-    player = start(Game(domain_text(), problem_text(game), grammar_text(game), task_type=game.task_type))
+    player = Player(Game(domain_text(), problem_text(game), grammar_text(game), task_type=game.task_type))
     oracle = Oracle(player.observation)
     commands: list[str] = []
     while not player.won:

@@ -26,11 +26,11 @@ class PoolConfig:
     start_deadline_s: float = 60.0
     """Seconds until a server that the pool starts must be up."""
     restart_wait_s: float = 60.0
-    """Seconds that a reset waits for the restart of a failed server before it fails."""
+    """Seconds that a reset waits for a failed server to restart before it fails."""
     first_pause_s: float = 0.25
     """Pause between the first two attempts to start or reach a server; doubles up to 10 s."""
     send_admissible: bool = False
-    """Whether this package's servers send the admissible actions with every observation."""
+    """Whether this package's servers send admissible actions with observations."""
     field_mapping: FieldMapping = field(default_factory=FieldMapping)
     """Names of the servers' fields; the default suits this package's servers."""
     token_variable: str = ""
@@ -44,10 +44,10 @@ class PoolConfig:
             )
         if self.token_variable and not self.urls:
             raise ValueError("expected urls beside token_variable, got none")
-        if self.token_variable and (url := next((each for each in self.urls if not keeps_secrets(each)), "")):
+        if self.token_variable and (url := next((url for url in self.urls if not keeps_secrets(url)), "")):
             url = without_password(url)
             raise ValueError(f"expected urls of https:// or wss:// beside token_variable, got {url!r}")
-        if self.token_variable and (url := next((each for each in self.urls if "@" in each), "")):
+        if self.token_variable and (url := next((url for url in self.urls if "@" in url), "")):
             url = without_password(url)
             raise ValueError(f"expected urls without a user beside token_variable, got {url!r}; one of them is sent")
         for name in ("num_servers", "sessions_per_server"):

@@ -8,15 +8,16 @@ not null counts. A path that ends in `|` is optional: without `question|` the te
 the empty name applies.
 """
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aem_jax.envs.protocol import EnvError, RefusedError, StepResult, decode_data
+from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
 from aem_jax.envs.serving.plain import number
-from aem_jax.files import parse_json, valid_text
+from aem_jax.files import parse_mapping, valid_json, valid_text
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,26 @@ class FieldMapping:
             raise ValueError(f"expected action_pattern with a group (…), got {self.action_pattern!r}")
 
 
+def encode_reset(task: Mapping[str, Any]) -> str:
+    """Encodes the request that starts an episode of `task`. Its keys become the reset keywords.
+
+    Raises:
+        ValueError: the task is not JSON.
+    """
+    try:
+        return json.dumps({"type": "reset", "data": dict(task)}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected a task as a mapping of plain JSON values, got {task!r:.200}: {error}") from None
+
+
 def step_encoder(mapping: FieldMapping) -> Callable[[str], str]:
     """Returns the function `text -> request` of a mapping.
 
     Raises:
         ValueError: `action_constants` is not a JSON mapping, or has no mapping where `action_field` goes deeper.
     """
-    try:
-        constants = parse_json(mapping.action_constants, "action_constants")
-    except ValueError as error:
-        raise ValueError(
-            f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}: {error}"
-        ) from None
-    if not isinstance(constants, dict):
-        raise ValueError(f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}")
+    inner = constants = parse_mapping(mapping.action_constants, "action_constants")
     *outer, last = mapping.action_field.split(".")
-    inner = constants
     for name in outer:
         inner = inner.setdefault(name, {})
         if not isinstance(inner, dict):
@@ -91,17 +96,44 @@ def step_encoder(mapping: FieldMapping) -> Callable[[str], str]:
     def encode(text: str) -> str:
         if pattern:
             *_, text = text, *(match[1] for match in pattern.finditer(text) if match[1] is not None)
-        # Python's str may hold half a surrogate pair; other JSON readers refuse it.
-        return json.dumps({"type": "step", "data": _with(constants, outer, last, valid_text(text))})
+        action = inner = copy.deepcopy(constants)
+        for name in outer:
+            inner = inner[name]
+        inner[last] = valid_text(text)  # other JSON readers refuse half a surrogate pair
+        return json.dumps({"type": "step", "data": action})
 
     return encode
 
 
-def _with(mapping: dict[str, Any], outer: list[str], last: str, value: str) -> dict[str, Any]:
-    """A copy of nested mappings with one more value inside."""
-    if not outer:
-        return {**mapping, last: value}
-    return {**mapping, outer[0]: _with(mapping[outer[0]], outer[1:], last, value)}
+def decode_data(raw: str | bytes, expected_type: str) -> Mapping[str, Any]:
+    """Returns the `data` of a reply of the expected type.
+
+    Raises:
+        RefusedError: the server replied with an error.
+        EnvError: the reply is invalid.
+    """
+    try:
+        message = json.loads(raw)
+        if b"\\u" in raw if isinstance(raw, bytes) else "\\u" in raw:  # else no text has half a surrogate pair
+            message = valid_json(message)
+        kind, data = message["type"], message.get("data", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise EnvError(f"rubbish: expected a JSON message with type and data, got {raw[:200]!r}") from None
+    if not isinstance(data, dict):
+        raise EnvError(f"rubbish: expected data as a mapping, got {raw[:200]!r}")
+    if kind == "error":
+        raise RefusedError(str(data.get("code", "UNKNOWN")), _message(data))
+    if kind != expected_type:
+        raise EnvError(f"rubbish: expected a message of type {expected_type!r}, got {kind!r}")
+    return data
+
+
+def _message(data: Mapping[str, Any]) -> str:
+    """Returns an error's message, followed by OpenEnv's validation errors, which are in a separate field."""
+    errors = data.get("errors")
+    findings = [entry for entry in errors if isinstance(entry, dict)] if isinstance(errors, list) else []
+    where = [f"{'.'.join(map(str, entry.get('loc', ())))}: {entry.get('msg', '')}" for entry in findings[:3]]
+    return "; ".join([str(data.get("message", "no message")), *where])
 
 
 def decode_result(raw: str | bytes, mapping: FieldMapping) -> StepResult:

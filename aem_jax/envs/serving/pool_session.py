@@ -1,16 +1,20 @@
 """One session of a pool, in the event loop: connected on demand, called with a deadline, dropped when it fails."""
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 
-from websockets.exceptions import ConnectionClosed
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidURI
+from websockets.protocol import State
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, LostError, RefusedError, StepResult, describe
-from aem_jax.envs.serving.client import CONNECTION_ERRORS, Connection
+from aem_jax.envs.serving.address import without_password
+from aem_jax.envs.serving.client import CONNECT_OPTIONS, CONNECTION_ERRORS
 from aem_jax.envs.serving.config import PoolConfig
-from aem_jax.envs.serving.field_mapping import FieldMapping, decode_result
+from aem_jax.envs.serving.field_mapping import FieldMapping, decode_data, decode_result
 from aem_jax.envs.serving.process import ServerProcess
 from aem_jax.envs.serving.supervisor import Supervisor, pauses
 
@@ -42,6 +46,47 @@ class Clock:
         begin = loop.time()
         await asyncio.sleep(self.tick_s)
         self.now += min(loop.time() - begin, 2 * self.tick_s)
+
+
+class Connection:
+    """One open session, with one request at a time. Abort it after a request without a reply: a late reply would be
+    taken for the next one."""
+
+    def __init__(self, socket: ClientConnection):
+        self._socket = socket
+
+    @classmethod
+    async def open(cls, url: str, *, timeout_s: float, headers: Mapping[str, str] | None = None) -> "Connection":
+        """Connects. Raises one of `CONNECTION_ERRORS`, or ValueError for an invalid URL."""
+        try:
+            socket = await connect(url, additional_headers=headers, open_timeout=timeout_s, **CONNECT_OPTIONS)
+        except InvalidURI as error:
+            raise ValueError(f"expected a WebSocket URL, got {without_password(url)!r}: {error}") from None
+        return cls(socket)
+
+    @property
+    def usable(self) -> bool:
+        """Whether this side considers the connection open."""
+        return self._socket.state is State.OPEN
+
+    async def call(self, request: str) -> str | bytes:
+        """Sends one request and waits for its reply."""
+        with contextlib.suppress(ConnectionClosed):  # a full server sends its reason and closes: read it
+            await self._socket.send(request)
+        return await self._socket.recv()
+
+    async def close(self) -> None:
+        """Closes the session: sends the protocol's close message, then closes the socket."""
+        try:
+            async with asyncio.timeout(1.0):
+                await self._socket.send(protocol.CLOSE_REQUEST)
+                await self._socket.close()
+        except CONNECTION_ERRORS:
+            self.abort()
+
+    def abort(self) -> None:
+        """Cuts the connection at once; a pending call raises ConnectionClosed."""
+        self._socket.transport.abort()
 
 
 class PoolSession:
@@ -128,7 +173,7 @@ class PoolSession:
             assert self._connection
             try:
                 async with asyncio.timeout(self._config.reset_deadline_s):
-                    protocol.decode_data(await self._connection.call(protocol.STATE_REQUEST), "state")
+                    decode_data(await self._connection.call(protocol.STATE_REQUEST), "state")
                 return
             except RefusedError as error:
                 if error.code == protocol.EXECUTION_ERROR:

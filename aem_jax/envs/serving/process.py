@@ -8,7 +8,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +75,7 @@ class ServerProcess:
             *command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
         )
         assert process.stdout
-        server = cls(process, process.stderr)
-        try:
-            async with asyncio.timeout(timeout_s):
-                port = await _announced(process.stdout)
-            if port is None:
-                status = await asyncio.wait_for(process.wait(), timeout_s)
-                await server.kill()  # ends what it left behind, and waits for its last output
-                raise EnvError(f"environment server {name!r} did not start ({describe_exit(status)}){server.tail()}")
-        except TimeoutError:
-            await server.kill()
-            raise EnvError(f"environment server {name!r} was not up in {timeout_s:g} s{server.tail()}") from None
-        except BaseException:
-            await server.kill()
-            raise
-        server.port = port
-        return server
+        return await cls(process, process.stderr)._started(name, _announced_port(process.stdout), timeout_s)
 
     @classmethod
     async def start_command(cls, command: str, *, timeout_s: float) -> "ServerProcess":
@@ -115,23 +100,25 @@ class ServerProcess:
             stderr=where,
             start_new_session=True,
         )
-        server = cls(process, process.stdout)
-        server.port = port
+        return await cls(process, process.stdout)._started(command, _listening_port(process, port), timeout_s)
+
+    async def _started(self, name: str, starting: Coroutine[Any, Any, int | None], timeout_s: float) -> "ServerProcess":
+        """Waits for the server's port, which `starting` returns; None means that the process ended or closed stdout."""
         try:
             async with asyncio.timeout(timeout_s):
-                while not await _accepts(port):
-                    if process.returncode is not None:
-                        await server.kill()  # ends what it left behind, and waits for its last output
-                        status = describe_exit(process.returncode)
-                        raise EnvError(f"environment server {command!r} did not start ({status}){server.tail()}")
-                    await asyncio.sleep(0.05)
+                port = await starting
+                if port is None:
+                    status = await self.wait()
+                    await self.kill()  # ends what it left behind, and waits for its last output
+                    raise EnvError(f"environment server {name!r} did not start ({describe_exit(status)}){self.tail()}")
         except TimeoutError:
-            await server.kill()
-            raise EnvError(f"environment server {command!r} was not up in {timeout_s:g} s{server.tail()}") from None
+            await self.kill()
+            raise EnvError(f"environment server {name!r} was not up in {timeout_s:g} s{self.tail()}") from None
         except BaseException:
-            await server.kill()
+            await self.kill()
             raise
-        return server
+        self.port = port
+        return self
 
     async def wait(self) -> int:
         """Waits for the end of the process; returns its exit status (negative: the signal)."""
@@ -164,7 +151,7 @@ class ServerProcess:
             self._tail = (self._tail + chunk)[-_TAIL_BYTES:]
 
 
-async def _announced(lines: asyncio.StreamReader) -> int | None:
+async def _announced_port(lines: asyncio.StreamReader) -> int | None:
     """The port in the first line that has one; None without one. Start-up code of the machine may print other lines."""
     async for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -172,14 +159,17 @@ async def _announced(lines: asyncio.StreamReader) -> int | None:
     return None
 
 
-async def _accepts(port: int) -> bool:
-    """Whether something listens on the port of this machine."""
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return False
-    writer.close()
-    return True
+async def _listening_port(process: asyncio.subprocess.Process, port: int) -> int | None:
+    """Waits until something listens on a port of this machine; returns None if the process ends before that."""
+    while True:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+            return port
+        except OSError:
+            if process.returncode is not None:
+                return None
+            await asyncio.sleep(0.05)
 
 
 def describe_exit(status: int) -> str:

@@ -37,10 +37,11 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from aem_jax.envs import protocol
-from aem_jax.envs.protocol import Environment, describe, encode_error
-from aem_jax.envs.registry import SERVED, environment_spec, settings_from_json
-from aem_jax.envs.serving.session import Session
+from aem_jax.envs.protocol import Environment, describe
+from aem_jax.envs.registry import SERVED, environment_spec
+from aem_jax.envs.serving.session import Session, encode_error
 from aem_jax.envs.suite import EnvironmentSpec
+from aem_jax.files import parse_mapping
 
 logger = logging.getLogger("aem_jax.envs.serving.server")  # not __name__, which is __main__ in a process of its own
 
@@ -306,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = ServerConfig(
             options.host, options.port, options.sessions, options.send_admissible, options.with_parent
         )
-        serve(options.environment, settings_from_json(options.settings), config, _announcer())
+        serve(options.environment, parse_mapping(options.settings, "settings"), config, _announcer())
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

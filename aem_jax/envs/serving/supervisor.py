@@ -20,26 +20,6 @@ def pauses(first_s: float) -> Iterator[float]:
     return (min(first_s * 2**i, _LARGEST_PAUSE_S) for i in itertools.count())
 
 
-class BackgroundTasks:
-    """Holds asyncio tasks until they end: the event loop itself keeps only weak references."""
-
-    def __init__(self):
-        self._tasks: set[asyncio.Task] = set()
-
-    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Starts a task."""
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def cancel(self) -> None:
-        """Cancels all tasks, and waits for their end."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 class Supervisor:
     """Supervises one server.
 
@@ -49,6 +29,7 @@ class Supervisor:
         launch: starts the process of a server that the pool runs, or raises EnvError.
         first_pause_s: pause after a failed start.
         on_failure: called with a description when the server fails, and with whether its sessions are lost.
+        spawn: starts a task. Its owner cancels the tasks before it stops the supervisor.
 
     Attributes:
         up: set while connecting makes sense: always, for a server that others run.
@@ -63,6 +44,7 @@ class Supervisor:
         launch: Callable[[], Awaitable[ServerProcess]],
         first_pause_s: float,
         on_failure: Callable[["Supervisor", str, bool], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
     ):
         self.index = index
         self.up = asyncio.Event()
@@ -70,7 +52,7 @@ class Supervisor:
         self.restarts = 0
         self.failure = ""
         self._url, self._launch, self._first_pause_s, self._on_failure = url, launch, first_pause_s, on_failure
-        self._tasks = BackgroundTasks()
+        self._spawn = spawn
 
     def __str__(self) -> str:
         where = f"pid {self.process.pid}" if self.process else without_password(self._url)
@@ -89,7 +71,7 @@ class Supervisor:
         """
         if not self._url:
             self.process = await self._launch()
-            self._tasks.spawn(self._watch(self.process))
+            self._spawn(self._watch(self.process))
         self.up.set()
 
     def failed(self, process: ServerProcess | None, failure: str) -> None:
@@ -108,16 +90,15 @@ class Supervisor:
             self._on_failure(self, f"{self}: {failure}", restart)
         if restart:
             self.up.clear()
-            self._tasks.spawn(self._restart())
+            self._spawn(self._restart())
 
     def note(self, failure: str) -> None:
         """Reports a failure that costs only its call."""
         self._on_failure(self, failure, False)
 
     async def stop(self) -> None:
-        """Ends the process, and its supervision."""
+        """Ends the process."""
         self.up.clear()
-        await self._tasks.cancel()
         if self.process:
             await self.process.stop(2.0)
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from aem_jax.envs.protocol import Environment, StepResult, checked_result, describe
+from aem_jax.envs.protocol import Environment, StepResult, describe
+from aem_jax.envs.serving.plain import checked_result
 
 RUBBISH = (
     "",

@@ -18,10 +18,12 @@ from websockets.sync.client import ClientConnection, connect
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, RefusedError
-from aem_jax.envs.serving.address import websocket_url
-from aem_jax.envs.serving.client import RemoteEnvironment, bearer
-from aem_jax.envs.serving.field_mapping import FieldMapping, step_encoder
+from aem_jax.envs.serving.address import bearer, websocket_url
+from aem_jax.envs.serving.client import RemoteEnvironment
+from aem_jax.envs.serving.field_mapping import FieldMapping, encode_reset, step_encoder
 from aem_jax.envs.testing.conformance import Problem, Subject, check_environment, expect, run_checks
+from aem_jax.files import parse_mapping
+from aem_jax.overrides import override
 
 _TIMEOUT_S = 30.0
 _CAPACITY_RETURNS_S = 5.0
@@ -77,7 +79,7 @@ class _Talk:
         return message["data"]
 
     def reset(self, **keywords: Any) -> dict[str, Any]:
-        return self.ask_for("observation", protocol.encode_reset({**self._subject.tasks[0], **keywords}))
+        return self.ask_for("observation", encode_reset({**self._subject.tasks[0], **keywords}))
 
     def step(self, index: int = 0) -> dict[str, Any]:
         actions = self._subject.actions
@@ -258,19 +260,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task", type=json.loads, action="append", required=True, help="a task as JSON; repeatable")
     parser.add_argument("--action", action="append", required=True, help="a response; repeatable, given in turn")
     parser.add_argument("--sessions", type=int, help="the server's capacity, to be tried out")
-    parser.add_argument(
-        "--field-mapping", type=json.loads, default={}, help="fields of FieldMapping as JSON, for foreign servers"
-    )
+    parser.add_argument("--field-mapping", default="{}", help="fields of FieldMapping as JSON, for foreign servers")
     parser.add_argument("--token-variable", default="", help="environment variable with the token of a hosted server")
     parser.add_argument(
         "--unguarded", action="store_true", help="the server leaves the order of calls to its environment"
     )
     options = parser.parse_args(arguments)
     try:
-        url, mapping = websocket_url(options.url), FieldMapping(**options.field_mapping)
+        url = websocket_url(options.url)
+        mapping = override(FieldMapping(), parse_mapping(options.field_mapping, "--field-mapping"))
         headers = bearer(options.token_variable)
         RemoteEnvironment(url, mapping, headers=headers).close()
-    except (ValueError, TypeError, EnvError) as error:
+    except (ValueError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     subject = ServerSubject(

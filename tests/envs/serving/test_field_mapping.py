@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from aem_jax.envs.protocol import EnvError, RefusedError, StepResult, encode_error
+from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
 from aem_jax.envs.serving.field_mapping import FieldMapping, decode_result, decode_step, step_encoder
+from aem_jax.envs.serving.session import encode_error
 
 BARE = FieldMapping(
     won_field="", truncated_field="", terminated_field="", valid_field="", admissible_field="", info_field=""

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aem_jax.envs.protocol import MAX_MESSAGE_BYTES, StepResult, checked_result, encode_result
-from aem_jax.envs.serving.plain import flag, number, plain
+from aem_jax.envs.protocol import MAX_MESSAGE_BYTES, StepResult
+from aem_jax.envs.serving.plain import checked_result, flag, number, plain
+from aem_jax.envs.serving.session import encode_result
 
 
 class Colour(Enum):

@@ -16,10 +16,11 @@ import pytest
 from envs.servers import foreign_server, served
 
 from aem_jax.envs.protocol import EnvError, LostError, RefusedError
-from aem_jax.envs.serving.client import Connection, RemoteEnvironment, bearer
+from aem_jax.envs.serving.address import bearer
+from aem_jax.envs.serving.client import RemoteEnvironment
 from aem_jax.envs.serving.field_mapping import FieldMapping, decode_step
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
-from aem_jax.envs.serving.pool_session import Clock, PoolSession
+from aem_jax.envs.serving.pool_session import Clock, Connection, PoolSession
 from aem_jax.envs.serving.supervisor import Supervisor
 
 SMALL = PoolConfig(num_servers=2, sessions_per_server=2, first_pause_s=0.05)
@@ -133,7 +134,7 @@ def test_a_failure_is_blamed_on_the_process_that_was_connected_to(monkeypatch):
         return Dead()
 
     async def run():
-        server = Supervisor(0, "", AsyncMock(), 0.01, lambda *failure: failures.append(failure))
+        server = Supervisor(0, "", AsyncMock(), 0.01, lambda *failure: failures.append(failure), restarts.append)
         server.process = old
         server.up.set()
         session = PoolSession(0, server, PoolConfig(), Clock())
@@ -148,9 +149,9 @@ def test_a_failure_is_blamed_on_the_process_that_was_connected_to(monkeypatch):
         assert server.up.is_set() and not failures
         session.end_if_expired()
         assert not server.up.is_set() and len(failures) == 1  # this failure is the new process's
-        await server._tasks.cancel()
+        restarts.pop().close()
 
-    failures, old, new = [], Mock(pid=1, port=1), Mock(pid=2, port=1)
+    failures, restarts, old, new = [], [], Mock(pid=1, port=1), Mock(pid=2, port=1)
     monkeypatch.setattr(Connection, "open", connect)
     asyncio.run(run())
 

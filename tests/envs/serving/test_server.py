@@ -21,14 +21,15 @@ from websockets.sync.client import connect
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
-from aem_jax.envs.registry import SERVED, environment_spec, settings_from_json
+from aem_jax.envs.registry import SERVED, environment_spec
 from aem_jax.envs.serving import field_mapping, server
 from aem_jax.envs.serving.client import RemoteEnvironment
 from aem_jax.envs.serving.field_mapping import FieldMapping
 from aem_jax.envs.serving.server import ACTION_SCHEMA, OBSERVATION_SCHEMA, ServerConfig
-from aem_jax.envs.serving.session import Session
+from aem_jax.envs.serving.session import Session, encode_result
 from aem_jax.envs.suite import EnvironmentSpec
 from aem_jax.envs.testing.echo import EchoEnv
+from aem_jax.files import parse_mapping
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def test_truncation_and_termination_are_told_apart_over_the_wire():
 def test_a_result_survives_the_wire():
     info = {"won": True, "valid_action": False, "score": 0.5, "admissible": ["a", "b"]}
     result = StepResult("ü€𝄞\ud800\x00", -0.1, True, False, info)
-    arrived = field_mapping.decode_result(protocol.encode_result(result, send_admissible=True), FieldMapping())
+    arrived = field_mapping.decode_result(encode_result(result, send_admissible=True), FieldMapping())
     assert arrived == replace(result, observation="ü€𝄞\ufffd\x00")  # half a surrogate pair is no text
-    without = field_mapping.decode_result(protocol.encode_result(result, send_admissible=False), FieldMapping())
+    without = field_mapping.decode_result(encode_result(result, send_admissible=False), FieldMapping())
     assert without.info == {name: value for name, value in info.items() if name != "admissible"}
 
 
@@ -161,7 +162,7 @@ def test_rubbish_answers_are_env_errors(raw):
     ],
 )
 def test_every_field_of_an_answer_is_examined(change, said):
-    data = json.loads(protocol.encode_result(StepResult("x"), send_admissible=False))["data"]
+    data = json.loads(encode_result(StepResult("x"), send_admissible=False))["data"]
     for name, value in change.items():
         (data if name in data else data["observation"])[name] = value
     with pytest.raises(EnvError, match=said):
@@ -210,7 +211,7 @@ def test_bad_action_constants_are_refused():
 def test_a_task_that_is_no_json_is_refused():
     for task in ({"x": object()}, {"x": float("nan")}):
         with pytest.raises(ValueError, match="expected a task as a mapping of plain JSON"):
-            protocol.encode_reset(task)
+            field_mapping.encode_reset(task)
 
 
 # Names and settings.
@@ -223,7 +224,7 @@ def test_names_and_settings_are_checked_with_the_nearest_named():
         environment_spec("echo").factory({"lenght": 3})
     for text in ("{", "[1]"):
         with pytest.raises(ValueError, match="expected settings as a JSON mapping"):
-            settings_from_json(text)
+            parse_mapping(text, "settings")
     with pytest.raises(ValueError, match="expected at least one session"):
         ServerConfig(sessions=0)
     with pytest.raises(ValueError, match="expected a port"):

@@ -6,10 +6,10 @@ import pytest
 from envs.servers import served
 
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
-from aem_jax.envs.alfworld.tasks import GeneratedTasks
+from aem_jax.envs.alfworld.tasks import generated_tasks
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.registry import environment_spec
-from aem_jax.envs.serving.client import websocket_url
+from aem_jax.envs.serving.address import websocket_url
 from aem_jax.envs.testing.conformance import Subject, check_environment
 from aem_jax.envs.testing.conformance_wire import CHECKS, ServerSubject, check_server, main
 from aem_jax.envs.testing.echo import EchoConfig, EchoEnv
@@ -42,7 +42,7 @@ def test_our_server_conforms(name, capsys):
     assert main([url, "--task", "{}", "--action", "hi"]) == 2
 
 
-ALFWORLD_TASKS = [task.payload for task in GeneratedTasks(GeneratorConfig(), "train", 0, range(3))]
+ALFWORLD_TASKS = [task.payload for task in generated_tasks(GeneratorConfig(), "train", 0, range(3))]
 ALFWORLD_ACTIONS = [f"<action>{command}</action>" for command in ("look", "go to drawer 1", "inventory", "help", "fly")]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from envs import warehouse
 
-from aem_jax.envs.alfworld.engine import Game, start
+from aem_jax.envs.alfworld.engine import Game, Player
 from aem_jax.envs.testing import replay
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "alfworld"
@@ -16,11 +16,11 @@ def record(folder: Path) -> Path:
     """Writes one small game and one episode of it."""
     data = {"pddl_domain": warehouse.DOMAIN, "pddl_problem": warehouse.PROBLEM, "grammar": warehouse.GRAMMAR}
     (folder / "w.tw-pddl").write_text(json.dumps(data))
-    player, steps = start(Game.load(folder / "w.tw-pddl")), []
+    player, steps = Player(Game.load(folder / "w.tw-pddl")), []
     for command in (None, "survey", "survey", "grab c 2"):
         if command is not None:
             player.step(command)
-        steps.append({"command": command} | {key: getattr(player, key) for key in replay.ALFWORLD_FIELDS})
+        steps.append({"command": command} | replay.alfworld_values(player))
     path = folder / "t.jsonl"
     path.write_text(json.dumps({"game": "w", "policy": "p", "steps": steps}) + "\n")
     return path

@@ -69,5 +69,5 @@ def test_bad_settings_are_refused(settings, complaint):
 
 
 def test_a_task_needs_a_seed():
-    with pytest.raises(ValueError, match="whole number as its seed"):
+    with pytest.raises(ValueError, match="an integer as its seed"):
         ScriptedEnv().reset({"seed": "1"})

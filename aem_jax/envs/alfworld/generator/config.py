@@ -17,10 +17,10 @@ class GeneratorConfig:
     """Room kinds; every task type must make sense in at least one of them."""
 
     receptacles: tuple[int, int] | None = None
-    """Least and most receptacles of a room; the room kind's official sizes if not given."""
+    """Least and most receptacles of a room; none: the room kind's official sizes."""
 
     things: tuple[int, int] | None = None
-    """Least and most movable things of a game; the room kind's official numbers if not given."""
+    """Least and most movable things of a game; none: the room kind's official numbers."""
 
     floor_plans: int = 30
     """Floor plans of each room kind; the first fifth (at least one) is kept for `valid_unseen`."""

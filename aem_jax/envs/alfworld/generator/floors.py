@@ -109,8 +109,8 @@ def _furnish(kind: str, number: int, receptacles: tuple[tuple[str, int], ...], r
     names = {name for name, _ in receptacles}
     things, lamps = [], []
     for name, thing in sorted(THINGS.items()):
-        found = rng.random() < thing.rooms.get(kind, 0.0)
-        if found and thing.places & names:
+        present = rng.random() < thing.rooms.get(kind, 0.0)
+        if present and thing.places & names:
             (things if thing.movable else lamps).append(name)
     if not lamps and "look_at_obj_in_light" in ROOMS[kind].task_types:
         lamps.append("FloorLamp")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from aem_jax.envs.webshop.generator.kinds import CATEGORIES
+CATEGORIES = ("beauty", "fashion", "garden", "grocery", "electronics")
 
 
 @dataclass(frozen=True)

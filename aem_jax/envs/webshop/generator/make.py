@@ -1,13 +1,56 @@
-"""Makes a shop: products, their annotations, and instructions as people write them, all from a seed."""
+"""Makes a shop: products, their annotations, and instructions as people write them, all from a seed.
+
+`kinds.toml` contains the kinds of things that the shop sells.
+"""
 
 import random
 import re
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from aem_jax.envs.webshop.catalog import ShopData
-from aem_jax.envs.webshop.generator.config import GeneratorConfig
-from aem_jax.envs.webshop.generator.kinds import BRANDS, KINDS, MANNERS, REMARKS, ThingKind
+from aem_jax.envs.webshop.generator.config import CATEGORIES, GeneratorConfig
+
+
+@dataclass(frozen=True)
+class ThingKind:
+    """One kind of thing.
+
+    Attributes:
+        query: what one searches for, and calls it.
+        tree: its place in the shop, `a › b › c`.
+        attributes: what such a thing may be.
+        uses: what titles say it is for.
+        options: option name -> values to choose from.
+        prices: dollars, least and most.
+    """
+
+    query: str
+    tree: str
+    attributes: tuple[str, ...]
+    uses: tuple[str, ...]
+    options: Mapping[str, tuple[str, ...]]
+    prices: tuple[float, float]
+
+
+def _kind(row: Mapping[str, Any]) -> ThingKind:
+    options = {name: tuple(values) for name, values in row["options"].items()}
+    lists = {name: tuple(row[name]) for name in ("attributes", "uses", "prices")}
+    return ThingKind(query=row["query"], tree=row["tree"], options=options, **lists)
+
+
+_DATA = tomllib.loads(Path(__file__).with_name("kinds.toml").read_text(encoding="utf-8"))
+
+KINDS: Mapping[str, tuple[ThingKind, ...]] = {name: tuple(_kind(row) for row in _DATA[name]) for name in CATEGORIES}
+"""Category -> the kinds of things in it."""
+BRANDS: tuple[str, ...] = tuple(_DATA["brands"])
+MANNERS: tuple[str, ...] = tuple(_DATA["manners"])
+"""How titles praise a thing."""
+REMARKS: tuple[str, ...] = tuple(_DATA["remarks"])
+"""Sentences that descriptions end with."""
 
 _SIGNS = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
 _WISHES = (
@@ -60,10 +103,10 @@ def _asins(config: GeneratorConfig, rng: random.Random) -> list[str]:
     if config.brief:
         width = len(str(config.products - 1))
         return [f"{number:0{width}d}" for number in rng.sample(range(config.products), config.products)]
-    found: dict[str, None] = {}
-    while len(found) < config.products:
-        found["B" + "".join(rng.choices(_SIGNS, k=9))] = None
-    return list(found)
+    asins: dict[str, None] = {}
+    while len(asins) < config.products:
+        asins["B" + "".join(rng.choices(_SIGNS, k=9))] = None
+    return list(asins)
 
 
 def _options(kind: ThingKind, config: GeneratorConfig, rng: random.Random) -> dict[str, list[str]]:
@@ -135,9 +178,9 @@ def _wish(
     if config.brief:
         text = " ".join([*chosen.values(), *asked, kind.query])
     else:
-        say = rng.choice(_CHOICES)
-        said = "".join(f", and {say(name, value)}" for name, value in chosen.items()).replace(", and", ",", 1)
+        phrase = rng.choice(_CHOICES)
+        choices = "".join(f", and {phrase(name, value)}" for name, value in chosen.items()).replace(", and", ",", 1)
         listed = " and ".join(asked)
-        text = rng.choice(_WISHES).format(attributes=", ".join(asked), listed=listed, thing=kind.query, options=said)
+        text = rng.choice(_WISHES).format(attributes=", ".join(asked), listed=listed, thing=kind.query, options=choices)
         text = re.sub(r"\ba (?=[aeio])", "an ", text)
     return {"instruction": text, "instruction_attributes": asked, "instruction_options": list(chosen.values())}
