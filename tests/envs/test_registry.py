@@ -16,7 +16,7 @@ from aem_jax.envs.suite import tokenizer_corpus
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_each_line_is_true(name: str):
+def test_every_registry_entry_matches_its_environment(name: str):
     spec = registered(name)
     assert spec.description and spec.config is not None
     assert (spec.suite is not None) == (name in TRAINED)

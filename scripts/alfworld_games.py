@@ -1,22 +1,26 @@
-"""Writes generated games as files in ALFWorld's layout, each with a verified walkthrough: `--out DIR`."""
+"""Writes generated games as files in the layout of ALFWorld's official data, each with a verified walkthrough.
+
+python scripts/alfworld_games.py --out DIR [--train 60] [--games.receptacles 4 6]
+"""
 
 import json
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from aem_jax import overrides
 from aem_jax.envs.alfworld.engine import Game, Player
 from aem_jax.envs.alfworld.experts import Oracle
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
-from aem_jax.envs.alfworld.generator.files import domain_text, grammar_text, problem_text, write_game
+from aem_jax.envs.alfworld.generator.files import domain_text, game_data, grammar_text, problem_text
 from aem_jax.envs.alfworld.generator.games import HouseholdGame, draw_game
 from aem_jax.errors import ConfigError
 from aem_jax.help import help_text
 
 _LONGEST_WALKTHROUGH = 30
-_USAGE = "python -m aem_jax.envs.alfworld.generate --out DIR"
+_USAGE = "python scripts/alfworld_games.py --out DIR"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,41 @@ class GenerateConfig:
 
     games: GeneratorConfig = field(default_factory=GeneratorConfig)
     """Settings of the game generator."""
+
+
+def trajectory_data(game: HouseholdGame, trial: str) -> dict[str, Any]:
+    """Returns the content of the game's `traj_data.json`, which describes the task in ALFRED's fields."""
+    light = game.task_type == "look_at_obj_in_light"
+    return {
+        "task_id": trial,
+        "task_type": game.task_type,
+        "pddl_params": {
+            "object_target": game.target,
+            "parent_target": "" if light else game.destination,
+            "toggle_target": game.destination if light else "",
+            "mrecep_target": "",
+            "object_sliced": False,
+        },
+        "scene": {"floor_plan": f"FloorPlan{game.floor.number}", "scene_num": game.floor.number},
+        "turk_annotations": {"anns": []},
+    }
+
+
+def write_game(game: HouseholdGame, root: Path, split: str, trial: str) -> None:
+    """Writes one game to `root/json_2.1.1/split/…/trial/`, the layout of the official data.
+
+    Args:
+        game: the game.
+        root: folder for `$ALFWORLD_DATA`.
+        split: `train`, `valid_seen` or `valid_unseen`.
+        trial: name of the game's folder.
+    """
+    name = f"{game.task_type}-{game.target}-None-{game.destination}-{game.floor.number}"
+    folder = root / "json_2.1.1" / split / name / trial
+    folder.mkdir(parents=True, exist_ok=True)
+    data = game_data(game) | {"walkthrough": walkthrough(game)}
+    (folder / "game.tw-pddl").write_text(json.dumps(data), encoding="utf-8")
+    (folder / "traj_data.json").write_text(json.dumps(trajectory_data(game, trial)), encoding="utf-8")
 
 
 def walkthrough(game: HouseholdGame) -> list[str]:
@@ -66,7 +105,7 @@ def write_games(config: GenerateConfig) -> dict[str, int]:
     for split, size in sizes.items():
         for index in range(size):
             game = draw_game(config.games, config.seed, split, index)
-            write_game(game, config.out, split, f"trial_{config.seed}_{index:06d}", walkthrough(game))
+            write_game(game, config.out, split, f"trial_{config.seed}_{index:06d}")
             counts[split] += 1
     return dict(counts)
 
