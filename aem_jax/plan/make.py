@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from jax.sharding import AbstractMesh
+
+from aem_jax.models import Policy
 from aem_jax.models.attention import BLOCK, CPU_BLOCK
 from aem_jax.models.kernels import Device, Sizes, choose
 from aem_jax.models.splash import block_size
@@ -24,7 +27,7 @@ from aem_jax.plan.costs import Costs
 from aem_jax.plan.devices import Coordinates, Seconds, Topology, estimate
 from aem_jax.plan.programs import Program, compile_programs, coordinates, set_up, target_devices
 from aem_jax.plan.workload import Workload, workload
-from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, mesh_sizes
+from aem_jax.sharding import AXES, DECODE, TRAIN, MeshConfig, choose_mesh, make_mesh, mesh_sizes, shardings
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,9 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
         mesh = choose_mesh(demand(workload(config)), num_devices, topology.memory)
     replicas = mesh.data * mesh.fsdp
     work = workload(config, replicas)
+    policy = Policy(work.model)
+    for rules in (TRAIN, DECODE):  # refuses what training refuses, before anything is compiled
+        shardings(AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES), policy.axes, rules, policy.shapes)
     for name, count in (("--batch.rows", work.layout.rows), ("--rollout.num-slots (of a cohort)", work.slots)):
         if count % replicas:
             raise ValueError(f"{name}: expected a multiple of mesh.data × mesh.fsdp = {replicas}, got {count}")

@@ -121,7 +121,7 @@ def command_of(player: Player, name: str, args: tuple[str, ...]) -> str:
     return "survey"
 
 
-def test_text_of_the_warehouse() -> None:
+def test_texts_of_a_game_with_another_domain() -> None:
     # Ids in order: c_bar_1 -> "c 2", c_bar_2 -> "c 1" (the first id of a class gets the highest number). At the dock:
     # c_bar_1 and tin_bar_1; a list is sorted by type first (thing is shallower than its subtype crate), then by id.
     player = Player(warehouse_game())
@@ -153,7 +153,7 @@ def test_players_of_one_game_do_not_share_facts() -> None:
     assert second.admissible == Player(game).admissible != first.admissible
 
 
-def test_numbers_run_down_within_a_class() -> None:
+def test_objects_are_numbered_backwards_within_their_class() -> None:
     names = display_names(["cup_bar__plus_01", "cup_bar__minus_01", "sink_bar_3_bar_sinkbasin", "sink_bar_4", "agent1"])
     assert names == {
         "cup_bar__minus_01": "cup 2",  # "-" sorts before "+" here because "minus" does before "plus"
@@ -184,8 +184,8 @@ def test_numbers_run_down_within_a_class() -> None:
 def test_texts(text: str, written: str) -> None:
     domain = "(define (domain d) (:types t) (:action a :parameters (?e - t) :precondition (p ?e) :effect (q ?e)))"
     problem = "(define (problem p) (:domain d) (:objects b1 - t) (:init (p b1)) (:goal (q b1)))"
-    blocks = json.dumps({"intro": [{"rhs": ""}], "x": [{"rhs": "X"}], "said": [{"rhs": text}]})
-    grammar = f'grammar :: """{blocks}""";\naction a {{ template :: "do"; feedback :: "#said#"; }}'
+    blocks = json.dumps({"intro": [{"rhs": ""}], "x": [{"rhs": "X"}], "text": [{"rhs": text}]})
+    grammar = f'grammar :: """{blocks}""";\naction a {{ template :: "do"; feedback :: "#text#"; }}'
     player = Player(Game(domain, problem, grammar))
     assert player.step("do") == written.replace("box", "b1 ")
 
@@ -277,14 +277,14 @@ def test_rewards_validity_and_ending() -> None:
     assert result.info["task_type"] == "tidy" and "grab c 2" in result.info["admissible"]
     result = environment.step("<think>take <action>survey</action>?</think> <action> grab c 2 </action>")
     assert (result.observation, result.reward, result.info["valid_action"]) == ("Got the c 2.", 0.0, True)
-    for said in (
+    for response in (
         "drop c 2",
         "<action>grab c 2</action>",
         "<action></action>",
         "<action>DROP C 2</action>",
         "<action>drop c 2",
     ):
-        result = environment.step(said)
+        result = environment.step(response)
         assert (result.observation, result.reward, result.info["valid_action"]) == (NOTHING_HAPPENS, -0.1, False)
     for command in ("walk to hall", "drop c 2", "switch l 1"):
         assert not result.terminated
@@ -308,21 +308,26 @@ def test_a_limit_truncates_and_never_terminates() -> None:
         environment.step("x")
 
 
-def test_so_many_invalid_actions_truncate() -> None:
+def test_max_invalid_truncates() -> None:
     environment = env(max_invalid=2)
     for _ in range(2):  # a reset removes those of the previous episode
         environment.reset({})
-        ended = [environment.step(said).truncated for said in ("hm", "<action>survey</action>", "<action>fly</action>")]
+        ended = [
+            environment.step(response).truncated
+            for response in ("hm", "<action>survey</action>", "<action>fly</action>")
+        ]
         assert ended == [False, False, True]
     with pytest.raises(ValueError, match="call reset"):
         environment.step("<action>survey</action>")
     environment.reset({})
     commands = ("grab c 2", "walk to hall", "drop c 2", "switch l 1")
-    result = [environment.step(said) for said in ("hm", *(f"<action>{each}</action>" for each in commands))][-1]
+    result = [
+        environment.step(response) for response in ("hm", *(f"<action>{command}</action>" for command in commands))
+    ][-1]
     assert (result.terminated, result.truncated) == (True, False)
 
 
-def test_winning_on_the_last_step_is_no_truncation() -> None:
+def test_a_win_on_the_last_step_is_terminated() -> None:
     environment = env(max_steps=4)
     environment.reset({})
     for command in ("grab c 2", "walk to hall", "drop c 2", "switch l 1"):
@@ -330,7 +335,7 @@ def test_winning_on_the_last_step_is_no_truncation() -> None:
     assert (result.terminated, result.truncated) == (True, False)
 
 
-def test_bad_settings_and_payloads(tmp_path: Path) -> None:
+def test_invalid_settings_and_payloads_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_steps"):
         AlfworldConfig(max_steps=0)
     with pytest.raises(ValueError, match="max_invalid of at least 0"):

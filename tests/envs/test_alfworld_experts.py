@@ -79,7 +79,7 @@ def test_unknown_task_is_refused():
         Searcher().act("You arrive at cabinet 1. The cabinet 1 is closed.")
 
 
-def test_search_order_is_common_sense():
+def test_search_order_prefers_likely_open_places():
     room = ["cabinet 1", "countertop 2", "countertop 1", "fridge 1", "stoveburner 1", "diningtable 1"]
     assert search_order("tomato", room) == [
         "countertop 1", "countertop 2", "diningtable 1", "fridge 1", "stoveburner 1", "cabinet 1",
@@ -89,7 +89,7 @@ def test_search_order_is_common_sense():
     assert search_order("tomato", room, taste={"diningtable": -1.0})[0] == "diningtable 1"
 
 
-def test_searcher_by_hand():
+def test_searcher_commands_in_a_game_worked_out_by_hand():
     """One episode against handwritten answers; every command is checked."""
     script = [
         (
@@ -137,7 +137,7 @@ def test_searcher_solves_every_tiny_game_given_time():
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
-def test_searcher_says_only_what_it_has_read(seed):
+def test_searcher_uses_only_names_from_its_observations(seed):
     for index in range(60):
         player = tiny_player(index)
         read = player.observation
@@ -160,7 +160,7 @@ def test_searcher_is_deterministic_and_its_seed_varies_the_order():
 
 
 @pytest.mark.parametrize("show_admissible", [False, True])
-def test_both_grammars(show_admissible):
+def test_searcher_plays_both_grammars(show_admissible):
     """In the older grammar the searcher learns `put … in/on …` from one refusal or from the list of commands."""
     for index in range(30):
         newer_steps = search(tiny_player(index), Searcher(), 40, show_admissible)
@@ -187,7 +187,7 @@ def test_in_grammar():
     assert in_grammar("go to desk 2", newer=False) == "go to desk 2"
 
 
-def test_searcher_stays_on_course_among_random_moves():
+def test_searcher_solves_games_between_random_moves():
     """Half of the moves are random. The searcher reads their observations and continues (imitation by relabelling)."""
     for index in range(48):
         rng = random.Random(index)
@@ -204,7 +204,7 @@ def test_searcher_stays_on_course_among_random_moves():
         assert player.won
 
 
-def test_oracle_finishes_what_anybody_began():
+def test_oracle_solves_games_after_random_moves():
     for index in range(48):
         rng = random.Random(index)
         player = tiny_player(index)
@@ -216,7 +216,7 @@ def test_oracle_finishes_what_anybody_began():
         assert player.won
 
 
-def test_searcher_survives_random_moves_alone():
+def test_searcher_recovers_from_random_moves_at_the_start():
     lost = []
     for index in range(48):
         rng = random.Random(index)

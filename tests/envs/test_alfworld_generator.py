@@ -105,7 +105,7 @@ def test_games_are_a_pure_function_of_their_numbers():
     assert all(re.fullmatch(r"valid_(un)?seen-24-[0-9a-f]{6}", name) for name in names)
 
 
-def test_drawing_of_games_has_not_drifted():
+def test_drawn_games_are_unchanged():
     """Pins the games of the seeds: a new number here makes every recorded evaluation incomparable."""
     game = draw_game(TINY, 0, "train", 7)
     assert game.signature[:12] == "a4e742fd66eb"
@@ -211,7 +211,7 @@ def random_walk(player, seed: int, steps: int):
         yield command, player.observation, player.admissible, player.won
 
 
-def test_our_domain_and_grammar_say_what_the_official_ones_say(golden: Path):
+def test_generated_games_play_as_with_the_official_domain_and_grammar(golden: Path):
     """The same rooms under the domain and grammar of a recorded game: every observation and command list agrees."""
     recorded = json.loads((golden / "alfworld" / "pick_heat_then_place_in_recep-00.tw-pddl").read_text())
     seen_actions = set()

@@ -22,7 +22,7 @@ from aem_jax.learner import LearnerConfig, abstract_state
 from aem_jax.models import CONFIGS, ModelConfig, Policy
 from aem_jax.models.config import ModelChoice, published
 from aem_jax.models.lora import LoraConfig
-from aem_jax.plan.analytic import demand, learn_flops, memory, useful_flops
+from aem_jax.plan.analytic import decode_costs, demand, learn_flops, memory, useful_flops
 from aem_jax.plan.config import PlanConfig, plan_config
 from aem_jax.plan.costs import Collective, Costs, costs
 from aem_jax.plan.devices import GIB, GPUS, TPUS, estimate, parse_topology
@@ -215,6 +215,17 @@ def test_resharding_gathers_over_fsdp_and_sampling_gathers_no_weights(small_plan
     matrix = 64 * 384 * 4 / 2  # the smallest of a layer's matrices in its tensor part, bytes
     gathers = [collective for collective in small_plan.costs["decode"].collectives if collective.kind == "all-gather"]
     assert all(collective.bytes < matrix for collective in gathers)
+
+
+def test_sampling_gathers_sums_of_blocks_and_one_block_not_all_logits(small_plan):
+    """Bytes per token of the compiled all-gathers; the closed form leaves out those of sampled ids and statistics."""
+    work, steps = small_plan.work, small_plan.units["decode"]
+    slots = work.slots / 2
+    gathers = [collective for collective in small_plan.costs["decode"].collectives if collective.kind == "all-gather"]
+    compiled = sum(collective.bytes * collective.count for collective in gathers) / steps
+    (closed,) = (row for row in decode_costs(work, small_plan.mesh).collectives if row.kind == "all-gather")
+    assert closed.bytes * closed.count <= compiled <= 1.25 * closed.bytes * closed.count
+    assert compiled < 0.1 * 4 * slots * work.model.vocab_size
 
 
 def test_memory_of_a_program_is_the_compilers_plus_all_other_arrays(small_plan):
@@ -442,6 +453,10 @@ def test_published_models_are_known_by_name():
         (["--programs", "updat"], "expected programs to be compiled, got 'updat'; did you mean 'update'?"),
         (["--mesh.fsdp", "3", "--topology", "gpu:h100:8"], "expected data x fsdp x tensor = 8 devices"),
         (["--mesh.fsdp", "8", "--batch.rows", "4", "--topology", "gpu:h100:8"], "expected a multiple of mesh.data"),
+        (
+            ["--preset", "alfworld-paper", "qwen2.5-7b", "--mesh.tensor", "8", "--topology", "gpu:h100:32"],
+            "expected dimension 'heads' divisible by 8 (mesh axis 'tensor'), got 28",
+        ),
         (["--model.path", "someone/else", "--topology", "gpu:h100:8"], "give its sizes with --model.name"),
         (["--topology", "gpu:h100:7"], "make rows and slots multiples of 7"),
     ],

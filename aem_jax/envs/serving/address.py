@@ -56,10 +56,10 @@ def keeps_secrets(url: str) -> bool:
 
 
 def bearer(variable: str) -> Mapping[str, str]:
-    """Headers with the token that an environment variable holds, as hosted servers expect it; none for no variable.
+    """Returns headers with the token in an environment variable, for hosted servers; none if `variable` is empty.
 
     Raises:
-        ValueError: the name is not a variable's, or the variable is not set or does not hold a token.
+        ValueError: the name cannot be the name of a variable, or the variable contains no token.
     """
     if not variable:
         return {}

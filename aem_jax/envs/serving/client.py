@@ -37,9 +37,9 @@ class RemoteEnvironment:
 
     Args:
         url: the server, in a form of `websocket_url`.
-        mapping: names of the server's fields; None suits our own servers.
-        deadline_s: seconds that a call may take.
-        headers: sent when connecting; `bearer` makes headers with a token.
+        mapping: names of the server's fields; None: those of this package's servers.
+        deadline_s: maximum duration of a call, seconds.
+        headers: HTTP headers of the connection request; `address.bearer` makes headers with a token.
 
     Raises:
         EnvError: no valid reply before the deadline; at construction and in every call.
@@ -81,7 +81,7 @@ class RemoteEnvironment:
         return decode_data(self._call(protocol.STATE_REQUEST), "state")
 
     def close(self) -> None:
-        """Ends the session; calling it twice is harmless."""
+        """Ends the session. A second call does nothing."""
         with contextlib.suppress(*CONNECTION_ERRORS):  # already closed
             self._socket.send(protocol.CLOSE_REQUEST)
         self._held.close()
@@ -92,5 +92,5 @@ class RemoteEnvironment:
                 self._socket.send(request)
             return self._socket.recv(timeout=self._deadline_s)
         except CONNECTION_ERRORS as error:
-            self._held.close()  # a late reply must not be taken for the next one's
+            self._held.close()  # a late reply must not count as the reply to the next request
             raise EnvError(f"{without_password(self._url)}: {describe(error)}") from error

@@ -11,24 +11,24 @@ class PoolConfig:
     """Where the environments run, and their deadlines."""
 
     urls: tuple[str, ...] = ()
-    """Servers to connect to (host:port or ws://…); empty: the pool starts its own."""
+    """Servers to connect to (host:port or ws://…). If empty, the pool starts its own."""
     command: str = ""
-    """Command that starts one server that is not this package's, with {port} in it. The pool starts, watches and
-    restarts num_servers of them. Each must serve at 127.0.0.1:{port}, and end when it is killed."""
+    """Command that starts one server of another package, with {port} in it. The pool starts, watches and restarts
+    num_servers of them. Each must serve at 127.0.0.1:{port}, and end when it is killed."""
     num_servers: int = 2
-    """Server processes that the pool starts; a failure costs the sessions of one."""
+    """Number of server processes that the pool starts. A failure affects the sessions of one process."""
     sessions_per_server: int = 32
-    """Sessions on each server."""
+    """Number of sessions on each server."""
     reset_deadline_s: float = 60.0
-    """Seconds that a reset may take."""
+    """Maximum duration of a reset, seconds."""
     step_deadline_s: float = 30.0
-    """Seconds that a step may take."""
+    """Maximum duration of a step, seconds."""
     start_deadline_s: float = 60.0
-    """Seconds until a server that the pool starts must be up."""
+    """Maximum duration of the start of a server, seconds."""
     restart_wait_s: float = 60.0
-    """Seconds that a reset waits for a failed server to restart before it fails."""
+    """Maximum time that a reset waits for the restart of a failed server, seconds."""
     first_pause_s: float = 0.25
-    """Pause between the first two attempts to start or reach a server; doubles up to 10 s."""
+    """Pause between the first two attempts to start or reach a server, seconds. It doubles up to 10 s."""
     send_admissible: bool = False
     """Whether this package's servers send admissible actions with observations."""
     field_mapping: FieldMapping = field(default_factory=FieldMapping)

@@ -1,9 +1,9 @@
 """A pool of environment sessions with futures, which recovers from servers that die, hang or send malformed replies.
 
-A background thread runs an asyncio loop. Every call has a deadline. Only time in which this process is awake counts: no
-server is blamed while the process is stopped, suspended, or compiling with the interpreter lock held. A failure costs
-the episodes on its server (their calls raise `EnvError`) and nothing else. The pool kills and restarts a server of its
-own at once, reconnects to any other with growing pauses, and the next `reset` waits for that.
+A background thread runs an asyncio loop. Every call has a deadline. Only time in which this process is awake counts, so
+no server fails because this process is stopped, suspended, or compiling with the interpreter lock held. A failure
+affects only the episodes on its server, whose calls raise `EnvError`. The pool kills and restarts its own servers at
+once, and reconnects to other servers with growing pauses. The next `reset` waits for the server.
 """
 
 import asyncio
@@ -100,29 +100,29 @@ class EnvPool:
         return self._sessions[session].server.index
 
     def reset(self, session: int, payload: Mapping[str, Any]) -> concurrent.futures.Future[StepResult]:
-        """Starts an episode of the task `payload`; waits for a server that is being restarted.
+        """Starts an episode of the task `payload`. If the server is being restarted, the call waits for it.
 
         Returns:
-            A future of the first observation, or of an `EnvError`. It cannot be cancelled; it has a deadline.
+            A future of the first result, or of an `EnvError`. It has a deadline and cannot be cancelled.
 
         Raises:
-            ValueError: a payload that is not JSON, no such session, a pending call of the session, or a closed pool.
+            ValueError: the payload is not JSON, the session does not exist or is busy, or the pool is closed.
         """
         request = encode_reset(payload)
         return self._submit(session, lambda chosen: chosen.reset(request))
 
     def step(self, session: int, text: str) -> concurrent.futures.Future[StepResult]:
-        """Sends the policy's response to an episode; futures and errors as in `reset`."""
+        """Sends a response of the policy to an episode. The future and the errors are those of `reset`."""
         request = self._encode_step(text)
         return self._submit(session, lambda chosen: chosen.call(request, self._config.step_deadline_s, decode_step))
 
     def stats(self) -> PoolStats:
-        """Counters and the latest errors, for metrics."""
+        """Returns counters and the latest errors, for metrics."""
         restarts = tuple(server.restarts for server in self._servers)
         return PoolStats(self._calls, self._failed_calls, restarts, tuple(self._errors))
 
     def close(self) -> None:
-        """Ends all sessions and the pool's own servers; pending calls raise `EnvError`. Calling twice is harmless."""
+        """Ends all sessions and the pool's own servers; pending calls raise `EnvError`. A second call does nothing."""
         with self._lock:
             if self._closed:
                 return
@@ -213,7 +213,7 @@ class EnvPool:
 
 
 async def _all(awaitables: Iterable[Awaitable[None]]) -> None:
-    """Awaits all, then raises the first failure: nothing is left half started."""
+    """Awaits all, then raises the first failure, so that nothing is left half started."""
     results = await asyncio.gather(*awaitables, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

@@ -1,4 +1,4 @@
-"""One session of a pool, in the event loop: connected on demand, called with a deadline, dropped when it fails."""
+"""One session of a pool, in the event loop. It connects on demand, and every call has a deadline."""
 
 import asyncio
 import contextlib
@@ -49,8 +49,8 @@ class Clock:
 
 
 class Connection:
-    """One open session, with one request at a time. Abort it after a request without a reply: a late reply would be
-    taken for the next one."""
+    """One open session, with one request at a time. Abort it after a request without a reply: a late reply would count
+    as the reply to the next request."""
 
     def __init__(self, socket: ClientConnection):
         self._socket = socket
@@ -76,7 +76,7 @@ class Connection:
         return await self._socket.recv()
 
     async def close(self) -> None:
-        """Closes the session: sends the protocol's close message, then closes the socket."""
+        """Sends the protocol's close message, then closes the socket."""
         try:
             async with asyncio.timeout(1.0):
                 await self._socket.send(protocol.CLOSE_REQUEST)
@@ -85,7 +85,7 @@ class Connection:
             self.abort()
 
     def abort(self) -> None:
-        """Cuts the connection at once; a pending call raises ConnectionClosed."""
+        """Cuts the connection at once. A pending call raises ConnectionClosed."""
         self._socket.transport.abort()
 
 
@@ -115,7 +115,7 @@ class PoolSession:
         """Starts an episode; connects first if necessary.
 
         Raises:
-            EnvError: the server did not come back in time, or failed.
+            EnvError: the server failed, or was not up in time.
         """
         limit = self._clock.now + self._config.restart_wait_s
         for pause in pauses(self._config.first_pause_s):
@@ -123,7 +123,7 @@ class PoolSession:
             try:
                 return await self.call(request, self._config.reset_deadline_s, decode_result)
             except RefusedError as error:
-                # The server may still count a session that was just cut, for a moment.
+                # For a moment, the server may still count a session that was just cut.
                 if error.code != protocol.CAPACITY_REACHED or self._clock.now + pause > limit:
                     raise
             await asyncio.sleep(pause)
@@ -135,8 +135,8 @@ class PoolSession:
         """Sends a request, and reads the observation that the server replies with.
 
         Raises:
-            LostError: the server failed, before or during this call, and is being restarted. The cause is unknown here:
-                a failing server takes all of its sessions with it.
+            LostError: the server failed, before or during this call, and is being restarted. Any session of the server
+                may be the cause.
             EnvError: the server refused, or there was no episode.
         """
         connection, process, server = self._connection, self._process, self.server
@@ -162,7 +162,7 @@ class PoolSession:
             self._expires = math.inf
 
     async def probe(self) -> None:
-        """Connects, and checks that the server has room for the session.
+        """Connects, and verifies that the server has capacity for the session.
 
         Raises:
             EnvError: the server is not reachable, or full.
@@ -177,7 +177,7 @@ class PoolSession:
                 return
             except RefusedError as error:
                 if error.code == protocol.EXECUTION_ERROR:
-                    return  # there is room, and no state before the first reset
+                    return  # the session is open; there is no state before the first reset
                 failure = f"{error}{_ROOM if error.code == protocol.CAPACITY_REACHED else ''}"
             except (EnvError, *CONNECTION_ERRORS) as error:
                 failure = describe(error)
@@ -196,7 +196,7 @@ class PoolSession:
             self.server.failed(self._process, failure)
 
     def drop(self, failure: str, *, lost: bool = False) -> None:
-        """Cuts the connection, and fails its pending call; `lost` means that the server failed, not this session."""
+        """Cuts the connection, and fails its pending call. `lost`: the server failed, not this session."""
         if self._connection:
             self._connection.abort()
             self._connection = None

@@ -1,8 +1,7 @@
-"""One session of a server: an environment, and the order of its requests. Texts in, texts out; no sockets.
+"""One session of a server: requests and replies as texts, without sockets.
 
-Two differences from OpenEnv's own server, both more lenient: a message that is binary, or not a mapping, is a
-VALIDATION_ERROR and does not end the session; and the session enforces the order reset, step, …, done, so environments
-need not.
+OpenEnv's own server differs in two points. Here, a message that is binary or not a mapping is a VALIDATION_ERROR and
+does not end the session. The session enforces the order reset, step, …, done, so environments need not.
 """
 
 import json
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """The environment of one connection, and the order of its requests. Answers one request at a time."""
+    """The environment of one connection, and the state of its episode. Answers one request at a time."""
 
     def __init__(self, env: Environment, *, send_admissible: bool):
         self._env = env
@@ -52,7 +51,7 @@ class Session:
         except BaseException as error:  # an engine that exits must not end the other sessions
             self._running = False
             logger.warning("the environment failed at a %s", kind, exc_info=True)
-            # This package's errors are ValueErrors that say what is wrong; for others, the line helps.
+            # This package's errors are ValueErrors that explain the problem; for others, the line helps.
             description = describe(error) if isinstance(error, ValueError) else describe_raised(error)
             return encode_error(protocol.EXECUTION_ERROR, description)
 

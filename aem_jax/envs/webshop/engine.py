@@ -122,7 +122,7 @@ class Visit:
             ValueError: the visit is over.
         """
         if self.done:
-            raise ValueError("expected a visit that goes on, got one that ended with a purchase")
+            raise ValueError("expected a running visit, got one that ended with a purchase")
         parsed = parse_action(action)
         name, argument = parsed or ("", "")
         self.acted = name == "search" or (name == "click" and argument != "search" and argument in self.page.clickables)

@@ -1,7 +1,4 @@
-"""Makes a shop: products, their annotations, and instructions as people write them, all from a seed.
-
-`kinds.toml` contains the kinds of things that the shop sells.
-"""
+"""Generates a shop from a seed: products, annotations and instructions. `kinds.toml` contains the kinds of products."""
 
 import random
 import re
@@ -17,15 +14,15 @@ from aem_jax.envs.webshop.generator.config import CATEGORIES, GeneratorConfig
 
 @dataclass(frozen=True)
 class ThingKind:
-    """One kind of thing.
+    """One kind of product.
 
     Attributes:
-        query: what one searches for, and calls it.
-        tree: its place in the shop, `a › b › c`.
-        attributes: what such a thing may be.
-        uses: what titles say it is for.
-        options: option name -> values to choose from.
-        prices: dollars, least and most.
+        query: its name, which is also a search query.
+        tree: path in the shop's category tree, `a › b › c`.
+        attributes: possible attributes.
+        uses: possible uses, for titles.
+        options: option name -> possible values.
+        prices: minimum and maximum price, dollars.
     """
 
     query: str
@@ -45,12 +42,12 @@ def _kind(row: Mapping[str, Any]) -> ThingKind:
 _DATA = tomllib.loads(Path(__file__).with_name("kinds.toml").read_text(encoding="utf-8"))
 
 KINDS: Mapping[str, tuple[ThingKind, ...]] = {name: tuple(_kind(row) for row in _DATA[name]) for name in CATEGORIES}
-"""Category -> the kinds of things in it."""
+"""Category -> its kinds of products."""
 BRANDS: tuple[str, ...] = tuple(_DATA["brands"])
 MANNERS: tuple[str, ...] = tuple(_DATA["manners"])
-"""How titles praise a thing."""
+"""Praising words of titles."""
 REMARKS: tuple[str, ...] = tuple(_DATA["remarks"])
-"""Sentences that descriptions end with."""
+"""Sentences at the end of descriptions."""
 
 _SIGNS = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
 _WISHES = (
@@ -71,10 +68,10 @@ _CHOICES = (
 
 
 def make_shop(config: GeneratorConfig, seed: int) -> ShopData:
-    """The shop of these settings and this seed, in WebShop's schema.
+    """Generates a shop in WebShop's format.
 
     Args:
-        config: what it sells.
+        config: settings.
         seed: other seeds give other products and instructions.
     """
     rng = random.Random(f"shop/{seed}")
@@ -99,7 +96,7 @@ def make_shop(config: GeneratorConfig, seed: int) -> ShopData:
 
 
 def _asins(config: GeneratorConfig, rng: random.Random) -> list[str]:
-    """Different ids: ten signs as in WebShop, or few digits where texts are brief: copied as they are shown."""
+    """Draws different ids: ten characters as in WebShop, or a few digits with `brief`, which are easier to copy."""
     if config.brief:
         width = len(str(config.products - 1))
         return [f"{number:0{width}d}" for number in rng.sample(range(config.products), config.products)]
@@ -156,7 +153,7 @@ def _item(
 
 
 def _pricing(kind: ThingKind, config: GeneratorConfig, rng: random.Random) -> str:
-    """One price, seldom a range, seldom none at all."""
+    """Draws one price, sometimes a range, sometimes none."""
     low = rng.uniform(*kind.prices)
     drawn = rng.random()
     if config.brief or drawn < 0.65:
@@ -171,9 +168,9 @@ def _wish(
     config: GeneratorConfig,
     rng: random.Random,
 ) -> dict[str, Any]:
-    """An instruction that this product fulfils."""
+    """Writes an instruction that the product satisfies."""
     asked = rng.sample(list(attributes), rng.randint(*config.asked))
-    # people forget now and then to say which size they wear
+    # some instructions leave out an option
     chosen = {name: rng.choice(values) for name, values in options.items() if config.brief or rng.random() < 0.9}
     if config.brief:
         text = " ".join([*chosen.values(), *asked, kind.query])
