@@ -42,7 +42,7 @@ def dtype_name(dtype: DTypeLike, accepted: Sequence[str] = DTYPES, field: str = 
     return name
 
 
-class _DType:
+class DTypeName:
     """A dataclass field that takes any spelling of a dtype and holds its name."""
 
     def __get__(self, instance: Any, owner: type) -> str:
@@ -122,7 +122,7 @@ class ModelConfig:
     """Scaling of rotary positions; None for none."""
     max_positions: int = 32_768
     """Longest context that the weights were trained for, in tokens."""
-    dtype: _DType = _DType()
+    dtype: DTypeName = DTypeName()
     """Dtype of activations and of the weights as used; masters are float32. A jax or numpy dtype becomes its name."""
 
     def __post_init__(self) -> None:
