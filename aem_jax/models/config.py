@@ -220,7 +220,7 @@ class ModelChoice:
     """Known size: tiny, qwen2.5-0.5b, -1.5b, -3b, -7b, -14b or -32b, qwen3-0.6b, -1.7b, -4b, -8b, -14b or -32b,
     llama-3.2-1b or -3b, llama-3.1-8b or -70b."""
     hidden_size: int | None = None
-    """Width of the residual stream; None is that of the named size, here and below."""
+    """Width of the residual stream; none, here and below: the named size's."""
     intermediate_size: int | None = None
     """Width of the MLP's hidden layer."""
     num_layers: int | None = None
