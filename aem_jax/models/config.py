@@ -82,7 +82,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "qk_norm": (*get_args(QKNorm), None),
     "activation": get_args(Activation),
 }
-"""Fields of `ModelConfig` with a few values."""
+"""Fields of `ModelConfig` that are choices, and their values."""
 
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
@@ -111,7 +111,7 @@ class ModelConfig:
     norm_placement: NormPlacement = "pre"
     """Norm of the input of attention and MLP (pre), or of their output, before it is added to the residual (post)."""
     qk_norm: QKNorm | None = "head"
-    """Norm of queries and keys: of each head, of the projection (all heads together), or None for none."""
+    """Norm of queries and keys: of each head (head), or of all heads together (projection); None for none."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias."""
     activation: Activation = "silu"
