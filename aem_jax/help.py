@@ -13,8 +13,9 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from aem_jax.errors import ConfigError
@@ -93,25 +94,22 @@ def help_text(
         ConfigError: a name that is neither a group nor a setting.
     """
     width = min(shutil.get_terminal_size().columns, _WIDEST)
-    wanted = [name.replace("-", "_") for name in names]
+    wanted = [name.replace("-", "_") for name in names if name != ALL]
+    hidden = [] if names else [name for group in unused.values() for name in group]
     groups, lines = setting_groups(config), [f"usage: {usage}"]
-    if wanted and ALL not in wanted:
+    if wanted:
         _check_names(config, wanted, groups)
-        groups = [_part(group, lambda name: _covers(wanted, name)) for group in groups]
-        unused = {}
     else:
         lines += ["", *(row for line in about.split("\n") for row in _wrap(line, width, later=_hang(line)) or [""])]
-        unused = {} if wanted else unused
-        hidden = [name for names in unused.values() for name in names]
-        groups = [_part(group, lambda name: not _covers(hidden, name)) for group in groups]
+    is_shown = lambda name: (not wanted or _covers(wanted, name)) and not _covers(hidden, name)
     for group in groups:
-        if group.settings:
+        if settings := [setting for setting in group.settings if is_shown(setting.name)]:
             lines += ["", *_wrap(f"{group.name}: {group.text}", width)] if group.name else ["", "settings:"]
-            lines += [line for setting in group.settings for line in _setting(setting, width)]
-    if unused:
+            lines += [line for setting in settings for line in _setting(setting, width)]
+    if hidden:
         lines += ["", "without effect in this run (--help NAME explains one of them):"]
-        for option, names in unused.items():
-            lines += _wrap(f"with {option}: {', '.join(map(flag, names))}", width, "  ", "      ")
+        for option, group in unused.items():
+            lines += _wrap(f"with {option}: {', '.join(map(flag, group))}", width, "  ", "      ")
     return "\n".join(lines)
 
 
@@ -125,17 +123,17 @@ def describe_type(kind: Any) -> str:
     if origin is tuple:
         inner = [describe_type(item) for item in arguments if item is not ...]
         return f"[{inner[0]} ...]" if arguments[1:] == (...,) else " ".join(inner)
-    return {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", type(None): "none"}.get(kind, str(kind))
+    words = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", type(None): "none"}
+    return words.get(kind, str(kind))
 
 
 def describe_value(value: Any) -> str:
-    """A value as it is written on the command line, shortened where it is long."""
-    words = value if isinstance(value, tuple) else [value]
-    return textwrap.shorten(shlex.join(map(str, words)), _LONGEST_DEFAULT, placeholder=" …")
+    """A value as it is written on the command line."""
+    return shlex.join(map(str, value if isinstance(value, tuple) else [value]))
 
 
 def _setting(setting: Setting, width: int) -> list[str]:
-    default = describe_value(setting.default)
+    default = textwrap.shorten(describe_value(setting.default), _LONGEST_DEFAULT, placeholder=" …")
     head = f"{flag(setting.name)} {describe_type(setting.kind)} (default: {default})"
     return [*_wrap(head, width, "  ", "        "), *_wrap(setting.text, width, "    ", "    ")]
 
@@ -148,10 +146,6 @@ def _wrap(text: str, width: int, first: str = "", later: str = "") -> list[str]:
 def _hang(line: str) -> str:
     """The indent of the second column of a table's line."""
     return " " * len(match[0]) if (match := re.match(r"  \S+ +", line)) else ""
-
-
-def _part(group: Group, is_shown: Callable[[str], bool]) -> Group:
-    return group._replace(settings=[setting for setting in group.settings if is_shown(setting.name)])
 
 
 def _covers(names: Sequence[str], name: str) -> bool:

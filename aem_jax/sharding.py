@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import mesh_utils
 from jax.experimental.layout import Format, Layout
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -157,7 +157,7 @@ def partition(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
     return PartitionSpec(*(rules[axis] if axis is not None else None for axis in axes))
 
 
-def shardings(mesh: Mesh, axes: Any, rules: Rules, shapes: Any = None) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, axes: Any, rules: Rules, shapes: Any = None) -> Any:
     """Maps a tree of logical-axes tuples to a tree of `NamedSharding`.
 
     Args:

@@ -10,22 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from aem_jax import overrides
 from aem_jax.envs.alfworld.engine import Game, Player
 from aem_jax.envs.alfworld.experts import Oracle
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.alfworld.generator.files import domain_text, game_data, grammar_text, problem_text
 from aem_jax.envs.alfworld.generator.games import HouseholdGame, draw_game
+from aem_jax.errors import ConfigError
+from aem_jax.help import help_text
 
 _LONGEST_WALKTHROUGH = 30
+_USAGE = "python scripts/alfworld_games.py --out DIR"
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """Write household games that any ALFWorld player can play."""
 
-    out: Path
+    out: Path = Path()
     """Output folder. Set `ALFWORLD_DATA=<out>` to use it as the source of tasks."""
 
     train: int = 60
@@ -110,9 +112,19 @@ def write_games(config: GenerateConfig) -> dict[str, int]:
 
 def main() -> int:
     """Runs the command line."""
-    config = tyro.cli(GenerateConfig, prog="alfworld_games.py", description=(__doc__ or "").partition("\n")[0])
     try:
+        words, options = overrides.split(sys.argv[1:])
+        if "help" in options:
+            about = "Write household games that any ALFWorld player can play."
+            print(help_text(GenerateConfig(), _USAGE, about, options["help"]))
+            return 0
+        if words or "out" not in options:
+            raise ConfigError(f"expected options with --out DIR among them, got {' '.join(sys.argv[1:]) or 'none'}")
+        config = overrides.apply(GenerateConfig(), options)
         counts = write_games(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -131,7 +131,7 @@ def compare(old_file: Path, new_file: Path, renamed: dict[str, str]) -> int:
             differences.append(f"{name}: not recorded")
             continue
         for step, (was, now) in enumerate(zip(before["metrics"], after["metrics"], strict=True)):
-            was = {renamed.get(key, key): value for key, value in was.items()}
+            was = {str(renamed.get(key, key)): value for key, value in was.items()}
             for key in sorted({*was, *now}):
                 if was.get(key, "absent") != now.get(key, "absent"):
                     differences.append(f"{name} step {step} {key}: {was.get(key, 'absent')} → {now.get(key, 'absent')}")
@@ -144,7 +144,7 @@ def compare(old_file: Path, new_file: Path, renamed: dict[str, str]) -> int:
         if was != now:
             differences.append(f"plan {words[1]}: {first_difference(was, now)}")
     lists: dict[str, tuple[set[str], set[str]]] = {
-        "setting": ({renamed.get(name, name) for name in old["settings"]}, set(new["settings"])),
+        "setting": ({str(renamed.get(name, name)) for name in old["settings"]}, set(new["settings"])),
         "message": (set(old["refusals"]), set(new["refusals"])),
     }
     for kind, (was, now) in lists.items():

@@ -15,7 +15,7 @@ from benchmarks.make_docs import FOLDER, PAGE, bench_table, load, peers_table, r
 from benchmarks.peers import COMPARISONS, Comparison, PeerError, Program, compare, main, parse_peer, versions_of
 
 
-def test_the_committed_page_is_that_of_the_committed_results():
+def test_the_committed_page_matches_the_committed_results():
     page = render(load(FOLDER / "results"))
     assert PAGE.read_text(encoding="utf-8") == page, "run python -m benchmarks.make_docs"
 
@@ -66,7 +66,7 @@ def test_a_table_of_bench_shows_the_roofline():
     ("text", "complaint"),
     [("rubbish", "expected JSON"), ("[]", "expected a kind"), ('{"kind": "peers", "date": "x"}', "expected versions")],
 )
-def test_a_file_that_is_no_result_is_refused(text: str, complaint: str, tmp_path):
+def test_a_file_without_a_result_is_refused(text: str, complaint: str, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=complaint):
         load(tmp_path)
@@ -133,7 +133,7 @@ def test_peers_are_read_from_the_command_line(tmp_path, capsys):
     assert "NAME=PYTHON:SCRIPT" in capsys.readouterr().err
 
 
-def test_the_generator_says_whether_the_page_is_up_to_date():
+def test_check_reports_whether_the_page_is_up_to_date():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.make_docs", "--check"], capture_output=True, cwd=FOLDER.parent, text=True
     )
@@ -157,7 +157,7 @@ def test_a_run_of_bench_fits_the_page(tmp_path, monkeypatch, capsys):
     assert "## Against the roofline" in page and command in page and "advantage: GRPO + AEM" in page
 
 
-def test_a_run_that_fails_is_a_line_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_failed_run_is_a_line_and_the_next_run_starts(monkeypatch: pytest.MonkeyPatch, capsys):
     seen: list[tuple[str, int]] = []
 
     def launch(words):
@@ -177,7 +177,7 @@ def test_a_run_that_fails_is_a_line_and_the_next_goes_on(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("part", ["decode", "learner", "trace"])
-def test_what_the_accelerator_is_asked_can_be_asked(part: str, monkeypatch: pytest.MonkeyPatch):
+def test_every_accelerator_run_is_a_valid_command(part: str, monkeypatch: pytest.MonkeyPatch):
     """Every option is an option of `bench`, and the most valuable runs come first."""
     runs = accelerator.PARTS[part]()
     assert len(set(runs)) == len(runs)

@@ -15,11 +15,13 @@ import pytest
 from aem_jax.config import validate
 from aem_jax.config.environments import task_suite
 from aem_jax.config.presets import read_preset
+from aem_jax.envs import registry
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.tasks import load_game
 from aem_jax.envs.serving.pool import EnvPool
-from aem_jax.envs.suite import tokenizer_corpus
+from aem_jax.envs.suite import SuiteOptions, tokenizer_corpus
 from aem_jax.envs.testing import conformance_wire
+from aem_jax.envs.testing.conformance import Subject, check_environment
 from aem_jax.overrides import apply, split
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -53,7 +55,7 @@ def run_config(words: list[str]):
 @pytest.fixture
 def guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the guide's file; the test's working directory."""
-    source, _ = blocks("Bring your own environment", "python")
+    source, *_ = blocks("Bring your own environment", "python")
     (tmp_path / "guess.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -63,7 +65,7 @@ def guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_environment_conforms(guess: Path):
-    _, check = blocks("Bring your own environment", "python")
+    _, check, _ = blocks("Bring your own environment", "python")
     scope: dict = {}
     exec(compile(check, "check.py", "exec"), scope)
     assert scope["problems"] == []
@@ -104,6 +106,21 @@ def test_it_can_be_trained_on(guess: Path):
         first = [pool.reset(session, suite.training[0].payload).result(30) for session in range(2)]
         assert [result.observation for result in first] == ["Guess a number from 1 to 20."] * 2
         assert pool.step(0, "what?").result(30).info["valid_action"] is False
+
+
+def test_the_suite_of_an_environment_with_a_name(guess: Path, monkeypatch: pytest.MonkeyPatch):
+    (guess / "guess_suite.py").write_text(blocks("Bring your own environment", "python")[2])
+    monkeypatch.delitem(sys.modules, "guess_suite", raising=False)
+    monkeypatch.setattr(registry, "ENVIRONMENTS", {"guess": registry.Entry("guess_suite:GUESS")})
+    spec, config = registry.registered("guess"), registry.default_config("guess")
+    assert spec.suite is not None
+    suite = spec.suite(config, SuiteOptions(seed=1))
+    tasks, name = suite.evaluation("valid", 3)
+    assert name == "valid-3" and not {task.id for task in tasks} & {task.id for task in suite.training}
+    (texts,) = tokenizer_corpus(suite, 1, 5)
+    assert texts[0] == "Guess a number from 1 to 10."
+    tasks = [task.payload for task in tasks]
+    assert check_environment(Subject(spec.factory({}), tasks=tasks, actions=["3", "what?"])) == []
 
 
 def test_the_mappings_are_those_of_the_recordings():

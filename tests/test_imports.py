@@ -195,14 +195,14 @@ def test_advantage_stays_light():
     """Importing only the advantages loads jax and nothing of the training stack."""
     if not (PACKAGE / "advantage").is_dir():
         pytest.skip("aem_jax.advantage is not in this checkout")
-    heavy = {"flax", "transformers", "tokenizers", "orbax", "grain", "optax", "matplotlib", "rich", "tyro"}
+    heavy = {"flax", "transformers", "tokenizers", "orbax", "grain", "optax", "matplotlib", "rich"}
     assert not loaded_after("aem_jax.advantage") & heavy
 
 
 def test_serving_stays_light():
     """`serve` is one of many processes on a host, and its imports stay in memory while it serves."""
     modules = ("aem_jax.launch.cli", "aem_jax.overrides", "aem_jax.help", "aem_jax.launch.serve")
-    assert not loaded_after(", ".join(modules)) & {"jax", "jaxlib", "numpy", "scipy", "transformers", "tyro", "rich"}
+    assert not loaded_after(", ".join(modules)) & {"jax", "jaxlib", "numpy", "scipy", "transformers", "rich"}
 
 
 def test_environments_load_no_jax():

@@ -27,7 +27,7 @@ def page(run_dir: Path) -> str:
     return write_report(run_dir).read_text()
 
 
-def test_page_is_written_beside_the_run(run_dir: Path, page: str):
+def test_the_page_is_written_into_the_run_folder(run_dir: Path, page: str):
     assert (run_dir / "report.html").read_text() == page
     assert not (run_dir / "report.html.new").exists()
 
@@ -56,19 +56,19 @@ def test_page_shows_ten_transcripts_turn_by_turn(page: str):
     assert page.count("environment error</span>") == 1
 
 
-def test_page_needs_nothing_beside_it(page: str):
+def test_the_page_is_self_contained(page: str):
     assert "<script" not in page and "<link" not in page and "@import" not in page
     assert not re.findall(r'(?:src|href)="(?!#)([^"]*)"', page)
     assert all(not target.startswith("http") for target in re.findall(r"url\((.*?)\)", page))
 
 
-def test_ids_of_the_figures_are_apart(page: str):
+def test_ids_of_the_figures_are_unique(page: str):
     # one figure's clip path must not cut another's lines
     figures = [set(re.findall(r'<clipPath id="(.*?)"', svg)) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
     assert all(figures) and len(set.union(*figures)) == sum(map(len, figures))
 
 
-def test_text_of_the_world_is_escaped(tmp_path: Path):
+def test_text_of_environments_is_escaped(tmp_path: Path):
     turn = {"observation": "<script>alert(1)</script>", "response": "<action>look</action>"}
     transcripts = [{"task_id": "<b>", "turns": [turn]}]
     (tmp_path / "transcripts.json").write_text(json.dumps(transcripts))
@@ -119,7 +119,7 @@ def test_a_missing_folder_is_named(tmp_path: Path):
         write_report(tmp_path / "nowhere")
 
 
-def test_after_is_the_last_evaluation_of_a_run_that_goes_on(tmp_path: Path):
+def test_after_is_the_latest_evaluation_of_an_unfinished_run(tmp_path: Path):
     lines = [
         {"step": 0, "phase": "warmstart", "split": "valid_seen", "success": 0.3, "low": 0.2, "high": 0.4, "count": 100},
         {"step": 5, "phase": "train", "split": "valid_seen", "success": 0.5, "low": 0.39, "high": 0.6, "count": 100},
@@ -131,7 +131,7 @@ def test_after_is_the_last_evaluation_of_a_run_that_goes_on(tmp_path: Path):
         assert result["gain"] == (None if gain is None else pytest.approx(gain)) and result["apart"] is apart
 
 
-def test_bar_stands_where_its_numbers_are():
+def test_bars_have_the_widths_of_their_numbers():
     rate = Rate(success=0.5, low=0.4, high=0.65, count=8)
     drawn = bar("after", Evaluation("", "valid_seen", rate, {}, None, None, None))
     assert (drawn["width"], drawn["low"], drawn["span"], drawn["tone"]) == (50, 40, pytest.approx(25), "after")
@@ -146,7 +146,7 @@ def test_tints_follow_the_numbers():
     assert "--red) 60%" in low["advantage_tint"] and "--green) 34%" in high["advantage_tint"]
 
 
-def test_what_is_neutral_has_no_colour():
+def test_neutral_values_have_no_colour():
     (turn,) = episode({"turns": [{"alpha": 1.001, "advantage": -0.0, "entropy": None}]})["turns"]
     assert "--grey) 8%" in turn["alpha_tint"] and "--grey) 8%" in turn["advantage_tint"]
 
@@ -188,7 +188,7 @@ def test_headline_picture_of_runs_without_numbers(tmp_path: Path):
         plot_headline([], tmp_path / "none.png")
 
 
-def test_text_that_cannot_be_encoded_and_a_damaged_file_keep_no_run_from_its_report(tmp_path: Path, caplog):
+def test_unencodable_text_and_damaged_files_do_not_prevent_a_report(tmp_path: Path, caplog):
     folder = write_fake_run(tmp_path / "run", steps=2)
     shown = json.loads((folder / "transcripts.json").read_text())
     shown[0]["turns"][0]["observation"] = "half \ud83d of it"

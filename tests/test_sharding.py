@@ -121,8 +121,8 @@ def test_on_tpus_sampled_weights_have_contracted_and_last_dimension_innermost():
     """The weights for sampling have the dimensions of the sum and of the result last."""
     policy = Policy(CONFIGS["tiny"])
     chips = make_mesh(MeshConfig(fsdp=4), [Chip(index) for index in range(4)])
-    found = decode_formats(chips, policy.axes, policy.shapes)
-    ordered = {name: leaf for name, leaf in found["base"]["layers"].items() if isinstance(leaf, Format)}
+    formats = decode_formats(chips, policy.axes, policy.shapes)
+    ordered = {name: leaf for name, leaf in formats["base"]["layers"].items() if isinstance(leaf, Format)}
     assert set(ordered) == {"qkv", "gate_up"}
     for name, leaf in ordered.items():
         assert isinstance(leaf.layout, Layout)

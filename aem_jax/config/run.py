@@ -60,11 +60,11 @@ class RunConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     mesh: MeshConfig = MeshConfig()
-    """The device mesh."""
+    """The device mesh. One size may be -1: all remaining devices. If none is set, a run chooses sizes that fit."""
     warmstart: WarmstartConfig = WarmstartConfig()
     """Learning from demonstrations, before reinforcement learning."""
     train: TrainConfig = TrainConfig()
-    """Length of the training, and what is kept."""
+    """Length of the training."""
     sampling: SamplingConfig = SamplingConfig()
     """How tokens are drawn while training."""
     rollout: RolloutConfig = RolloutConfig()
@@ -86,73 +86,61 @@ class RunConfig:
     metrics: MetricsConfig = MetricsConfig()
     """Where numbers go."""
     runtime: RuntimeConfig = RuntimeConfig()
-    """The machine."""
+    """The machine, and the processes of a run."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # JAX's keys take 32 bits of it: two seeds beyond them may be the same run
             raise ValueError(f"expected seed from 0 to {2**32 - 1}, got {self.seed}")
 
 
-_CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
+CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
     (
         "env.field_mapping",
         "--env.urls, --env.command or --environment openenv",
-        lambda config: bool(config.env.urls or config.env.command or config.environment.NAME == "openenv"),
+        lambda run: bool(run.env.urls or run.env.command or run.environment.NAME == "openenv"),
     ),
-    ("tokenizer.chat_template tokenizer.thinking", "--model.path", lambda config: bool(config.model.path)),
+    ("tokenizer.chat_template tokenizer.thinking", "--model.path", lambda run: bool(run.model.path)),
     (
         "model.name model.hidden_size model.intermediate_size model.num_layers model.num_heads model.num_kv_heads "
         "model.head_dim tokenizer.vocab_size tokenizer.whole_words tokenizer.episodes",
         "no --model.path",
-        lambda config: not config.model.path,
+        lambda run: not run.model.path,
     ),
-    ("lora.alpha lora.targets lora.merge", "--lora.rank", lambda config: config.lora.rank > 0),
+    ("lora.alpha lora.targets lora.merge", "--lora.rank", lambda run: run.lora.rank > 0),
     (
         "warmstart.steps warmstart.batch_episodes warmstart.learning_rate warmstart.expert_noise "
         "warmstart.only_successful",
         "--warmstart.episodes",
-        lambda config: config.warmstart.episodes > 0 and not config.warmstart.init_from,
+        lambda run: run.warmstart.episodes > 0 and not run.warmstart.init_from,
     ),
-    ("rollout.slot_shares", "--rollout.mode continuous", lambda config: config.rollout.mode == "continuous"),
-    ("rollout.num_cohorts", "--rollout.mode lockstep", lambda config: config.rollout.mode == "lockstep"),
-    (
-        "rollout.window_turns rollout.thinking",
-        "--rollout.context window",
-        lambda config: config.rollout.context == "window",
-    ),
+    ("rollout.slot_divisors", "--rollout.mode continuous", lambda run: run.rollout.mode == "continuous"),
+    ("rollout.num_cohorts", "--rollout.mode lockstep", lambda run: run.rollout.mode == "lockstep"),
+    ("rollout.window_turns rollout.thinking", "--rollout.context window", lambda run: run.rollout.context == "window"),
     (
         "selection.outcome selection.oversample selection.max_rounds",
         "--selection.filter-equal-outcomes",
-        lambda config: config.selection.filter_equal_outcomes,
+        lambda run: run.selection.filter_equal_outcomes,
     ),
     (
         "selection.overlong_buffer selection.overlong_of",
         "--selection.overlong-penalty",
-        lambda config: config.selection.overlong_penalty > 0,
+        lambda run: run.selection.overlong_penalty > 0,
     ),
     (
         "learner.value_coefficient learner.value_clip learner.value_learning_rate learner.value_gradient",
         "--algorithm.estimator gae",
-        lambda config: has_values(config.algorithm),
+        lambda run: has_values(run.algorithm),
     ),
-    ("learner.total_steps", "--learner.schedule", lambda config: config.learner.schedule != "constant"),
-    (
-        "learner.constant_length",
-        "--learner.aggregation constant",
-        lambda config: config.learner.aggregation == "constant",
-    ),
-    (
-        "runtime.num_processes runtime.process_id",
-        "--runtime.coordinator",
-        lambda config: bool(config.runtime.coordinator),
-    ),
+    ("learner.total_steps", "--learner.schedule", lambda run: run.learner.schedule != "constant"),
+    ("learner.constant_length", "--learner.aggregation constant", lambda run: run.learner.aggregation == "constant"),
+    ("runtime.num_processes runtime.process_id", "--runtime.coordinator", lambda run: bool(run.runtime.coordinator)),
 )
 """Settings or groups of settings, the options with which they have an effect, and whether they have one in a run."""
 
 
 def without_effect(config: RunConfig) -> dict[str, list[str]]:
     """The settings and groups that have no effect on a run of this config, by the options that would give them one."""
-    return {option: names.split() for names, option, have_effect in _CONDITIONS if not have_effect(config)}
+    return {option: names.split() for names, option, have_effect in CONDITIONS if not have_effect(config)}
 
 
 MAY_CHANGE = (

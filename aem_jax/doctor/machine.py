@@ -21,7 +21,7 @@ GIB = 2**30
 SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 NEEDED = (
     *SHOWN,
-    *("grain", "scipy", "tokenizers", "safetensors", "huggingface_hub", "tyro", "rich", "tensorboardX", "matplotlib"),
+    *("grain", "scipy", "tokenizers", "safetensors", "huggingface_hub", "rich", "tensorboardX", "matplotlib"),
     *("jinja2", "websockets", "rapidfuzz", "regex", "starlette", "uvicorn"),
 )
 """Distributions that a run loads; used if aem_jax is not installed and its metadata is not available."""

@@ -52,13 +52,18 @@ TRAINED = tuple(name for name, entry in ENVIRONMENTS.items() if entry.trained)
 def registered(name: str) -> EnvironmentSpec:
     """Imports an environment from the registry."""
     module, _, attribute = ENVIRONMENTS[name].where.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    spec = getattr(importlib.import_module(module), attribute, None)
+    if not isinstance(spec, EnvironmentSpec):
+        raise ValueError(f"expected an EnvironmentSpec at {module}:{attribute}, as ENVIRONMENTS has it, got {spec!r}")
+    return spec
 
 
 def default_config(name: str) -> EnvironmentConfig:
     """Returns the default settings of an environment in `TRAINED`."""
     config = registered(name).config
-    assert config is not None and name == config.NAME, f"expected a config with NAME {name!r}, got {config}"
+    if config is None or name != config.NAME:
+        got = "no config" if config is None else f"{config.__name__} with NAME {config.NAME!r}"
+        raise ValueError(f"expected a config with NAME {name!r} for this name of ENVIRONMENTS, got {got}")
     return config()
 
 

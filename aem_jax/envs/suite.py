@@ -129,8 +129,9 @@ def tokenizer_corpus(suite: TaskSuite, episodes: int, max_turns: int) -> Iterato
     agent = suite.demonstrator or next(iter(suite.baselines.values()), None)
     if agent is None:
         raise ValueError(
-            f"expected --model.path, whose tokenizer is used, with {suite.name}, got none; a tokenizer is trained on "
-            "episodes, and no agent plays this environment (with openenv, --openenv.actions gives a random agent)"
+            f"expected --model.path, whose tokenizer is used, with {suite.name}, got none; a new tokenizer is trained "
+            "on episodes of an agent, and this environment has no demonstrator or baseline (for an environment of your "
+            "own, --openenv.actions makes a random agent)"
         )
     env = suite.make_env()
     try:

@@ -1,4 +1,4 @@
-"""What the phases of a run share, opened once: processes, checkpoints, tokenizer, policy, mesh, environment servers."""
+"""The context that the phases of a run share: processes, checkpoints, tokenizer, policy, mesh, environment servers."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ PURPOSES = ("init", "train", "evaluate")
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the phases of a run share.
+    """The resources of a run that its phases share.
 
     Attributes:
         config: the run's.
@@ -56,7 +56,7 @@ class RunContext:
         report: shows progress.
         suite: the environment with its tasks, evaluation sets and scripted agents.
         chat: the tokenizer.
-        policy: what reinforcement learning trains.
+        policy: the policy that reinforcement learning trains.
         mesh: the device mesh.
         rollout: plays episodes.
         reshard: the policy's parameters -> the parameters to sample with, in the decode layout.
@@ -91,12 +91,12 @@ class RunContext:
 
 @contextmanager
 def open_run(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[RunContext]:
-    """Sets up the machine and opens a run; what fails is a `ConfigError`.
+    """Sets up the machine and opens a run; failures are `ConfigError`s.
 
     Args:
         config: the run's.
         folder: the run's.
-        writes: whether the run goes on. Otherwise nothing in its folder changes, and another process may write to it.
+        writes: whether the run continues. Otherwise nothing in its folder changes, and another process may write to it.
     """
     with ExitStack() as stack:
         try:
@@ -205,7 +205,7 @@ def make_tokenizer(
         try:
             chat = load(model, chat_template=template)
         except ValueError:
-            read_config(model)  # transformers' tokenizers read this file, too, but do not name what is wrong in it
+            read_config(model)  # transformers' tokenizers read this file, too, but do not name the mistake in it
             raise
     elif config.warmstart.init_from:
         chat = load(init_from.tokenizer(config))

@@ -1,6 +1,6 @@
 """The frozen weights of a LoRA run: those of the model's files, or random ones after a warm start.
 
-The latter are saved once in the run's folder, as Hugging Face files, because checkpoints hold the adapter alone. An
+The latter are saved once in the run's folder, as Hugging Face files, because checkpoints hold only trained parts. An
 exported adapter names that folder as its base model.
 """
 

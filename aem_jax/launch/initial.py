@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from aem_jax.batch import place
 from aem_jax.config import components, inputs
 from aem_jax.errors import ConfigError
 from aem_jax.launch import frozen_weights, init_from
@@ -110,8 +109,8 @@ def _fitted(run: RunContext, policy: Policy, frozen: Params) -> Params:
         init_state(policy, learner, run.mesh, run.key("init"), params),
         episodes,
         update=make_supervised_update(policy, learner, run.mesh),
-        place=lambda batch: place(batch, run.mesh),
         layout=components.batch_layout(config, settings.batch_episodes, 1),
+        mesh=run.mesh,
         config=settings,
         seed=config.seed,
         report=report,

@@ -116,6 +116,8 @@ class ModelConfig:
     """Whether queries, keys and values have a bias."""
     activation: Activation = "silu"
     """Activation of the MLP's gate: SiLU, or GELU in the tanh approximation."""
+    sliding_windows: tuple[int, ...] = ()
+    """Tokens that the queries of each layer attend to, their own included; 0 for all. Empty: all, in every layer."""
     rope_scaling: RopeScaling | None = None
     """Scaling of rotary positions; None for none."""
     max_positions: int = 32_768
@@ -132,6 +134,15 @@ class ModelConfig:
         for name, values in OPTIONS.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"expected {name} to be one of {values}, got {brief(getattr(self, name))}")
+        windows = tuple(self.sliding_windows)
+        if windows and (
+            len(windows) != self.num_layers or not all(type(size) is int and size >= 0 for size in windows)
+        ):
+            raise ValueError(
+                f"expected sliding_windows to be a whole number for each of {self.num_layers} layers, 0 for no window, "
+                f"got {brief(self.sliding_windows)}"
+            )
+        object.__setattr__(self, "sliding_windows", windows if any(windows) else ())
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"expected num_heads divisible by num_kv_heads, got {self.num_heads} and {self.num_kv_heads}; "

@@ -43,7 +43,7 @@ class LoraConfig:
     alpha: float = 32.0
     """The output of an adapter is scaled by alpha / rank."""
     targets: tuple[Target, ...] = ("all",)
-    """Projections with an adapter: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all."""
+    """Projections with an adapter; all: every one of them."""
     merge: bool = True
     """Sample from a copy of the weights with merged adapters, made each step. False: sample from the frozen weights and
     the adapters, with two more small products for each projection, but no second copy where learning and sampling have

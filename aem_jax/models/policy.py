@@ -94,15 +94,8 @@ class Policy:
 
     @property
     def shapes(self) -> Params:
-        """Shape structs of every parameter: float32 masters, and codes or a frozen base in the dtypes of their use."""
-        as_used = self.int8 or self.lora is not None
-        struct = lambda row: jax.ShapeDtypeStruct(row.shape, row.dtype if as_used else "float32")
-        shapes: Params = {"base": as_tree(self._table, struct)}
-        if self.lora:
-            shapes["adapter"] = jax.eval_shape(self._init_adapter, jax.random.key(0))
-        if self.value:
-            shapes["value"] = jax.eval_shape(self._init_value)
-        return shapes
+        """Shape structs of what `init` returns."""
+        return jax.eval_shape(self.init, jax.random.key(0))
 
     @property
     def dtypes(self) -> Params:
@@ -125,17 +118,10 @@ class Policy:
             return self.quantize(params)
         if self.lora:
             params = _cast(params, self.base.dtypes)
-            params["adapter"] = self._init_adapter(jax.random.fold_in(key, 1))
+            params["adapter"] = init_adapter(self.config, self.lora, jax.random.fold_in(key, 1))
         if self.value:
-            params["value"] = self._init_value()
+            params["value"] = {"w": jnp.zeros((self.config.hidden_size, 1)), "b": jnp.zeros(1)}
         return params
-
-    def _init_adapter(self, key: Array) -> Params:
-        assert self.lora is not None
-        return init_adapter(self.config, self.lora, key)
-
-    def _init_value(self) -> Params:
-        return {"w": jnp.zeros((self.config.hidden_size, 1)), "b": jnp.zeros(1)}
 
     def quantize(self, params: Params) -> Params:
         """Parameters of `quantized`: matrices of layers as codes and scales, all else in the dtype of its use."""

@@ -12,6 +12,7 @@ from aem_jax.models.kernels import KERNELS
 from aem_jax.models.parameters import layer_matrices
 from aem_jax.plan.costs import Collective, Costs
 from aem_jax.plan.workload import Workload
+from aem_jax.sampler.sampling import SAMPLING_BLOCK
 from aem_jax.sharding import MeshConfig, MeshDemand
 
 MASTER, GRADIENT = 4, 8
@@ -199,5 +200,7 @@ def decode_costs(work: Workload, mesh: MeshConfig) -> Costs:
     if tensor > 1:
         reductions = slots * model.hidden_size * width
         costs.collectives.append(Collective("all-reduce", reductions, tensor, (), 2.0 * model.num_layers))
-        costs.collectives.append(Collective("all-gather", 4.0 * slots * model.vocab_size, tensor, (), 1.0))
+        # Sampling draws a block of the vocabulary by its mass, then a token in it: it gathers sums and one block.
+        gathered = 4.0 * slots * (model.vocab_size / SAMPLING_BLOCK + SAMPLING_BLOCK)
+        costs.collectives.append(Collective("all-gather", gathered, tensor, (), 1.0))
     return costs

@@ -6,8 +6,9 @@ compilers for CPU, GPU and TPU share.
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 
@@ -81,11 +82,15 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Computation:
-    """Instructions in order, and by name."""
+    """Named instructions, in order."""
 
     name: str
-    instructions: list[Instruction] = field(default_factory=list)
-    by_name: dict[str, Instruction] = field(default_factory=dict)
+    instructions: Sequence[Instruction]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Instruction]:
+        """The instructions by name."""
+        return {instruction.name: instruction for instruction in self.instructions}
 
     @property
     def root(self) -> Instruction:
@@ -125,22 +130,20 @@ def parse(text: str) -> Module:
     """
     # An instruction is one line, except for line breaks in the metadata of a Pallas kernel.
     text = re.sub(r"kernel_metadata=\{\n(.*)\n\}", r"kernel_metadata={\1}", text)
-    computations: dict[str, Computation] = {}
+    blocks: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
         if current is None:
-            header = re.match(r"(ENTRY\s+)?%?([\w.-]+) \(.*->.*\{\s*$", line)
-            if header:
-                current = computations[header[2]] = Computation(header[2])
+            if header := re.match(r"(ENTRY\s+)?%?([\w.-]+) \(.*->.*\{\s*$", line):
+                current = blocks[header[2]] = []
                 entry = header[2] if header[1] else entry
         elif line.strip() == "}":
             current = None
         elif instruction := _instruction(line):
-            current.instructions.append(instruction)
-            current.by_name[instruction.name] = instruction
+            current.append(instruction)
     if not entry:
         raise ValueError("expected the text of a compiled program, got one without an entry computation")
-    return Module(computations, entry)
+    return Module({name: Computation(name, block) for name, block in blocks.items()}, entry)
 
 
 def _instruction(line: str) -> Instruction | None:

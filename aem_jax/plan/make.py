@@ -1,9 +1,13 @@
 """A plan: the mesh, the programs, and their costs, memory and time."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from jax.sharding import AbstractMesh
+
+from aem_jax.models import Policy
 from aem_jax.models.attention import BLOCK, CPU_BLOCK
 from aem_jax.models.kernels import Device, Sizes, choose
 from aem_jax.models.splash import block_size
@@ -20,11 +24,10 @@ from aem_jax.plan.analytic import (
 from aem_jax.plan.analytic import memory as closed_memory
 from aem_jax.plan.config import PlanConfig
 from aem_jax.plan.costs import Costs
-from aem_jax.plan.devices import Seconds, Topology, estimate
-from aem_jax.plan.programs import Program, compile_programs
-from aem_jax.plan.targets import coordinates, devices, set_up
+from aem_jax.plan.devices import Coordinates, Seconds, Topology, estimate
+from aem_jax.plan.programs import Program, compile_programs, coordinates, set_up, target_devices
 from aem_jax.plan.workload import Workload, workload
-from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, mesh_sizes
+from aem_jax.sharding import AXES, DECODE, TRAIN, MeshConfig, choose_mesh, make_mesh, mesh_sizes, shardings
 
 
 @dataclass(frozen=True)
@@ -71,16 +74,16 @@ class Plan:
     mesh: MeshConfig
     chosen: bool
     work: Workload
-    units: dict[str, float]
+    units: Mapping[str, float]
     memory: Memory
     analytic: bool
-    programs: dict[str, Program] = field(default_factory=dict)
-    costs: dict[str, Costs] = field(default_factory=dict)
-    closed_flops: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, Seconds] = field(default_factory=dict)
-    rates: dict[str, Rate] = field(default_factory=dict)
-    phases: dict[str, float] = field(default_factory=dict)
-    advice: list[str] = field(default_factory=list)
+    programs: Mapping[str, Program]
+    costs: Mapping[str, Costs]
+    closed_flops: Mapping[str, float]
+    seconds: Mapping[str, Seconds]
+    rates: Mapping[str, Rate]
+    phases: Mapping[str, float]
+    advice: Sequence[str]
 
     @property
     def too_large(self) -> list[str]:
@@ -136,32 +139,64 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     Raises:
         ValueError: sizes that do not divide over the mesh, or a shape unknown to libtpu.
     """
+    num_devices = topology.num_devices
     if by_hand:
-        mesh = MeshConfig(*mesh_sizes(config.mesh, topology.num_devices))
+        mesh = MeshConfig(*mesh_sizes(config.mesh, num_devices))
     else:
-        mesh = choose_mesh(demand(workload(config)), topology.num_devices, topology.memory)
+        mesh = choose_mesh(demand(workload(config)), num_devices, topology.memory)
     replicas = mesh.data * mesh.fsdp
     work = workload(config, replicas)
+    policy = Policy(work.model)
+    for rules in (TRAIN, DECODE):  # refuses what training refuses, before anything is compiled
+        shardings(AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES), policy.axes, rules, policy.shapes)
     for name, count in (("--batch.rows", work.layout.rows), ("--rollout.num-slots (of a cohort)", work.slots)):
         if count % replicas:
             raise ValueError(f"{name}: expected a multiple of mesh.data × mesh.fsdp = {replicas}, got {count}")
-    closed = config.analytic or topology.kind == "gpu"
+    memory, analytic = closed_memory(work, mesh), config.analytic or topology.kind == "gpu"
+    flops = {"update": _learn_flops(config, work, mesh, topology), "decode": decode_flops(work)}
+    programs, where = {}, ()
+    if analytic:
+        costs = _closed_costs(config, work, mesh, flops["update"])
+        phases = {"update": memory.total, "decode": memory.resident}
+    else:
+        programs, where = _compile(config, work, mesh, topology)
+        compiled = {name: program for name, program in programs.items() if not program.broken}
+        others = _other_bytes(work, memory)
+        phases = {
+            name: math.inf if program.too_large else program.total + others[name] for name, program in compiled.items()
+        }
+        costs = {name: program.costs for name, program in compiled.items() if not program.too_large}
+    seconds = {name: estimate(cost, topology, where) for name, cost in costs.items()}
+
     microbatches = float(work.rounds * config.learner.num_minibatches * config.learner.num_epochs)
     units = {"update": microbatches, "decode": float(work.decode_chunk)}
-    plan = Plan(topology, mesh, not by_hand, work, units, closed_memory(work, mesh), closed)
     tokens = {"update": work.microbatch_tokens * microbatches, "decode": work.slots * units["decode"]}
     useful = {"update": useful_flops(work), "decode": decode_flops(work)}
-    flops = {"update": _learn_flops(config, work, mesh, topology), "decode": decode_flops(work)}
-    plan.closed_flops.update({name: flops[name] * tokens[name] / topology.num_devices for name in flops})
-    (_estimate if closed else _compile)(plan, config)
-    for name, seconds in plan.seconds.items():
-        if name in tokens:
-            rates = [tokens[name] / time for time in (seconds.serial, seconds.roofline)]
-            mfus = [rate * useful[name] / (topology.peak * topology.num_devices) for rate in rates]
-            plan.rates[name] = Rate(tokens[name], *rates, *mfus)
-    if plan.too_large:
-        plan.advice.extend(advise(config, work, mesh, topology, plan.too_large))
-    return plan
+    peak = topology.peak * num_devices
+    rates = {name: _rate(seconds[name], tokens[name], useful[name], peak) for name in seconds if name in tokens}
+    too_large = [name for name, size in phases.items() if size > topology.memory]
+    return Plan(
+        topology=topology,
+        mesh=mesh,
+        chosen=not by_hand,
+        work=work,
+        units=units,
+        memory=memory,
+        analytic=analytic,
+        programs=programs,
+        costs=costs,
+        closed_flops={name: flops[name] * tokens[name] / num_devices for name in flops},
+        seconds=seconds,
+        rates=rates,
+        phases=phases,
+        advice=advise(config, work, mesh, topology, too_large) if too_large else [],
+    )
+
+
+def _rate(seconds: Seconds, tokens: float, useful: float, peak: float) -> Rate:
+    """The throughput of a program with `useful` FLOPs per token, on devices with `peak` FLOP/s together."""
+    slowest, fastest = tokens / seconds.serial, tokens / seconds.roofline
+    return Rate(tokens, slowest, fastest, slowest * useful / peak, fastest * useful / peak)
 
 
 def _learn_flops(config: PlanConfig, work: Workload, mesh: MeshConfig, topology: Topology) -> float:
@@ -175,39 +210,27 @@ def _learn_flops(config: PlanConfig, work: Workload, mesh: MeshConfig, topology:
     return learn_flops(work, blocks.get(kernel, BLOCK), kernel)
 
 
-def _estimate(plan: Plan, config: PlanConfig) -> None:
-    """Uses closed forms instead of programs."""
-    work, steps = plan.work, config.learner.num_minibatches * config.learner.num_epochs
-    costs = {
-        "update": (learn_costs(work, plan.mesh, _learn_flops(config, work, plan.mesh, plan.topology)), steps),
-        "decode": (decode_costs(work, plan.mesh), work.decode_chunk),
-    }
-    for name, (cost, times) in costs.items():
-        plan.costs[name] = Costs()
-        plan.costs[name].add(cost, times)
-        plan.seconds[name] = estimate(plan.costs[name], plan.topology)
-    plan.phases["update"] = plan.memory.total
-    plan.phases["decode"] = plan.memory.resident
+def _closed_costs(config: PlanConfig, work: Workload, mesh: MeshConfig, flops: float) -> dict[str, Costs]:
+    """Costs of the programs in closed form; learning a token takes `flops`."""
+    steps = config.learner.num_minibatches * config.learner.num_epochs
+    costs = {"update": Costs(), "decode": Costs()}
+    costs["update"].add(learn_costs(work, mesh, flops), steps)
+    costs["decode"].add(decode_costs(work, mesh), work.decode_chunk)
+    return costs
 
 
-def _compile(plan: Plan, config: PlanConfig) -> None:
-    set_up(plan.topology, config.runtime)
-    mesh, others = make_mesh(plan.mesh, devices(plan.topology)), _other_bytes(plan)
-    where = coordinates(list(mesh.devices.flat))
-    for program in compile_programs(config, plan.work, mesh, config.programs):
-        name = program.name
-        plan.programs[name] = program
-        if program.broken:
-            continue
-        plan.phases[name] = math.inf if program.too_large else program.total + others[name]
-        if not program.too_large:
-            plan.costs[name] = program.costs
-            plan.seconds[name] = estimate(program.costs, plan.topology, where)
+def _compile(
+    config: PlanConfig, work: Workload, sizes: MeshConfig, topology: Topology
+) -> tuple[dict[str, Program], Coordinates]:
+    """The compiled programs, and the position of each device of the mesh."""
+    set_up(topology, config.runtime)
+    mesh = make_mesh(sizes, target_devices(topology))
+    programs = {program.name: program for program in compile_programs(config, work, mesh, config.programs)}
+    return programs, coordinates(mesh)
 
 
-def _other_bytes(plan: Plan) -> dict[str, float]:
+def _other_bytes(work: Workload, memory: Memory) -> dict[str, float]:
     """Bytes of the arrays that exist during a program and are not its arguments."""
-    memory, work = plan.memory, plan.work
     learner = memory.parameters + memory.optimizer + memory.frozen * (memory.weights > 0)
     own = memory.cache * work.slots * (work.capacity + work.slack) / work.cached_tokens  # one cohort's cache
     sampling = learner + memory.reference + memory.cache - own

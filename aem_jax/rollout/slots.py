@@ -79,7 +79,7 @@ class SlotGroup:
         prompts: PromptCache,
         first_slot: int,
         num_slots: int,
-        sizes: Sequence[int] = (),
+        sizes: Sequence[int],
     ) -> None:
         self._sampler, self._chat, self._sessions, self._processes = sampler, chat, sessions, processes
         self._config, self._prompts, self._first, self.sizes = config, prompts, first_slot, sizes

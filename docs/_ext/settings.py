@@ -35,9 +35,10 @@ def table(group: Group) -> str:
 
 
 def _row(setting: Setting) -> str:
-    option = f"{flag(setting.name)} {describe_type(setting.kind)}".replace("|", "\\|")
+    option = f"{flag(setting.name)} {describe_type(setting.kind)}"
+    code = [f"`{text or ' '}`".replace("|", r"\|") for text in (option, describe_value(setting.default))]
     meaning = re.sub(r"([|<*$])", r"\\\1", setting.text)
-    return f"| `{option}` | `{describe_value(setting.default) or ' '}` | {meaning} |"
+    return f"| {' | '.join([*code, meaning])} |"
 
 
 class Settings(SphinxDirective):

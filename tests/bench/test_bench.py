@@ -111,7 +111,7 @@ def test_the_time_of_an_operation_excludes_the_operations_inside_it():
         read_profile(SimpleNamespace(planes=[]))
 
 
-def test_a_call_is_profiled(tmp_path: Path):
+def test_profile_describes_a_call_or_the_error(tmp_path: Path):
     function = jax.jit(lambda x: x @ x)
     x = np.ones((64, 64), np.float32)
     function(x)

@@ -83,5 +83,5 @@ def test_a_server_that_stays_down_ends_the_test():
 
 
 @pytest.mark.parametrize("steps", [1, 7])
-def test_few_steps_are_enough(steps):
+def test_few_steps_end_the_test(steps):
     assert len(put_under_load(Faulty(4, lambda step, result: result), 4, steps).latency_ms) == steps

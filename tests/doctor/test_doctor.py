@@ -86,7 +86,7 @@ def run(*words: str) -> int:
 # The table, its exit status, its two forms.
 
 
-def test_the_table_names_functions_and_every_kernel():
+def test_every_check_is_a_function_and_every_kernel_has_a_check():
     for target in CHECKS.values():
         module, _, function = target.partition(":")
         assert callable(getattr(importlib.import_module(f"aem_jax.doctor.{module}"), function))
@@ -96,7 +96,7 @@ def test_the_table_names_functions_and_every_kernel():
     assert {f"attention-{name}" for name in KERNELS} <= set(CHECKS)
 
 
-def test_what_raises_is_a_fault_and_the_next_goes_on(stubbed, capsys):
+def test_an_exception_is_a_fault_and_the_next_check_runs(stubbed, capsys):
     lines = "no such gpu\nframe 1\nframe 2"
     stubbed(greedy=fail(RuntimeError(lines)), mesh=lambda config: Finding(None, "one device"))
     assert run("--json") == 1
@@ -112,7 +112,7 @@ def test_what_raises_is_a_fault_and_the_next_goes_on(stubbed, capsys):
     assert err.splitlines()[-1].startswith(f"{len(by_name) - 2} ✓, 1 ✗, 1 –") and err.rstrip().endswith(": greedy")
 
 
-def test_nothing_wrong_is_0_and_names_choose(stubbed, capsys):
+def test_the_exit_status_is_0_without_faults_and_names_select_checks(stubbed, capsys):
     stubbed(greedy=fail(AssertionError("not asked for")))
     assert run("learner", "versions") == 0
     out, err = capsys.readouterr()
@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(words: list[str], message: str, capsys):
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (command._StoppedError(), 143)])
-def test_a_run_that_is_cut_off_leaves_what_it_had(stubbed, error: BaseException, status: int, capsys):
+def test_an_interrupted_run_prints_its_earlier_findings(stubbed, error: BaseException, status: int, capsys):
     stubbed(memory=fail(error))
     assert run("--json") == status
     out, err = capsys.readouterr()
@@ -143,7 +143,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_had(stubbed, error: BaseException,
     assert "Traceback" not in err and "stopped after 2 of" in err
 
 
-def test_a_platform_that_fails_is_a_fault_and_the_cpu_goes_on(stubbed, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_failed_platform_is_a_fault_and_the_checks_run_on_the_cpu(stubbed, monkeypatch: pytest.MonkeyPatch, capsys):
     def broken(config: Any) -> None:
         raise ConfigError("--runtime.platform auto: no cuBLAS\nsecond line")
 
@@ -156,7 +156,7 @@ def test_a_platform_that_fails_is_a_fault_and_the_cpu_goes_on(stubbed, monkeypat
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_stream_that_takes_ascii_gets_ascii(encoding: str):
+def test_a_stream_without_unicode_gets_ascii(encoding: str):
     raw = io.BytesIO()
     with io.TextIOWrapper(raw, encoding=encoding, write_through=True) as stream:
         page = Page(stream)
@@ -168,7 +168,7 @@ def test_a_stream_that_takes_ascii_gets_ascii(encoding: str):
     assert max(map(len, lines)) < 140 and "-> raise it -> 4" in lines[-2]
 
 
-def test_numbers_that_are_not_finite_make_json_all_the_same():
+def test_non_finite_numbers_are_valid_json():
     finding = Finding(False, "NaN", "stop", {"gap": float("nan"), "all": (np.float32(1), jnp.inf)})
     line = json.loads(process.as_line(finding), parse_constant=pytest.fail)
     assert Finding(**line).facts == {"gap": "nan", "all": ["1.0", "inf"]}
@@ -194,7 +194,7 @@ def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: str) -> 
 FINDINGS = process.findings
 
 
-def test_a_check_that_takes_its_process_along_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_crash_or_hang_of_the_process_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """The check crashes or hangs; the next one runs in another process. Output of a library is not a finding."""
     hanging = tmp_path / "hanging"
     crash = "machine.memory = lambda config: (print('chatter', flush=True), os.abort())"
@@ -222,7 +222,7 @@ def test_a_check_that_takes_its_process_along_is_a_fault(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_does_not_wait_for_a_compilation(
+def test_a_signal_ends_a_check_at_once(
     number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     """A run stopped by a signal during a check writes its results so far and leaves no process behind."""
@@ -253,7 +253,7 @@ def test_a_signal_does_not_wait_for_a_compilation(
         os.kill(int(noted.read_text()[:-1]), 0)
 
 
-def test_a_platform_that_is_not_there_is_a_mistake_in_the_command(monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_missing_platform_is_a_mistake_in_the_command(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(process, "findings", FINDINGS)
     monkeypatch.delenv("JAX_PLATFORMS")
     assert run("versions", "--runtime.platform", "cuda") == 2
@@ -264,7 +264,7 @@ def test_a_platform_that_is_not_there_is_a_mistake_in_the_command(monkeypatch: p
 # Numbers: sampler, learner, kernels.
 
 
-def test_a_sampler_that_agrees_and_a_learner_with_another_parameter():
+def test_parity_holds_and_fails_for_changed_parameters():
     sampled = parity.sample(CONFIG.shallow("float32"))
     finding = parity._exact(sampled)
     assert finding.ok and finding.facts["tokens"] > 100, finding
@@ -277,7 +277,7 @@ def test_a_sampler_that_agrees_and_a_learner_with_another_parameter():
     assert parity._exact(sampled._replace(params=nan)).ok is False
 
 
-def test_a_sampler_that_forgets_its_cache_is_found(own_programs: None, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_sampler_without_part_of_its_cache_is_a_fault(own_programs: None, monkeypatch: pytest.MonkeyPatch, capsys):
     from aem_jax.models import decoder
 
     attend = decoder.chunk_attention
@@ -289,7 +289,7 @@ def test_a_sampler_that_forgets_its_cache_is_found(own_programs: None, monkeypat
 
 
 @pytest.mark.parametrize("check", [parity.int8_weights, parity.lora_merged])
-def test_other_ways_of_sampling_agree(check):
+def test_parity_holds_for_int8_weights_and_merged_adapters(check):
     finding = check(CONFIG)
     assert finding.ok and finding.facts["tokens"] > 100, finding
 
@@ -305,7 +305,7 @@ def deaf(q, k, v, segment_ids):
 
 
 @pytest.mark.parametrize(("broken", "what"), [(None, ""), (blind, "out"), (deaf, "d_k")])
-def test_a_kernel_broken_on_purpose(broken, what: str, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_broken_attention_kernel_is_a_fault(broken, what: str, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(attention, "LENGTHS", {"cpu": (64,)})
     if broken:
         monkeypatch.setitem(KERNELS, "xla", KERNELS["xla"]._replace(attend=broken))  # pyright: ignore
@@ -329,7 +329,7 @@ def trajectory(number: int, ending: Ending, tokens: tuple[int, ...] = (3, 4)) ->
     return Trajectory(Task(str(number), "scripted", {}), number, 0, (turn,), ending, False)
 
 
-def test_steps_that_differ_are_told_apart():
+def test_differing_training_steps_are_a_fault():
     played = [trajectory(n, Ending.TERMINATED) for n in range(3)]
     one = training.Stepped(played, {"loss": 0.5, "grad_norm": 2.0}, {"w": np.ones(3)})
     assert training.compare(one, one, "twice").ok
@@ -348,7 +348,9 @@ def test_steps_that_differ_are_told_apart():
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(2, (1, 1, 2)), (6, (3, 1, 2)), (8, (2, 2, 2)), (3, (3, 1, 1))])
-def test_all_devices_are_used(count: int, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch):
+def test_the_mesh_of_the_check_has_all_devices(
+    count: int, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(jax, "device_count", lambda: count)
     monkeypatch.setattr(training, "make_mesh", lambda config: config)
     mesh: Any = training.every_device(ModelConfig(64, 32, 64, 1, 4, 2, 8))
@@ -393,7 +395,7 @@ class Player:
             pool.reset(session, {"seed": session}).result()
 
 
-def test_a_server_is_killed_and_no_episode_lost(monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_server_loses_no_episode(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "_tiny", lambda: Player(gives_up=False))
     finding = training.servers(CONFIG)
     assert finding.ok and finding.facts["restarts"] == 1 and finding.facts["retries"] >= 1, finding
@@ -411,7 +413,7 @@ def test_a_server_that_does_not_start_is_a_fault(monkeypatch: pytest.MonkeyPatch
     assert "expected 1 <= min_turns <= max_turns" in out and "ulimit" in out, out
 
 
-def test_a_whole_step_is_played_and_learnt_without_compiling_again():
+def test_a_complete_training_step_compiles_nothing_again():
     """The real trainer, which `mesh`, `recompiles` and `servers` run."""
     with parity.full_precision():
         trainer = training.Trainer(CONFIG.shape, parity.one_device(), episodes.SLOTS)
@@ -426,7 +428,7 @@ def test_a_whole_step_is_played_and_learnt_without_compiling_again():
 # The machine.
 
 
-def test_packages(monkeypatch: pytest.MonkeyPatch, capsys):
+def test_missing_and_mismatched_packages_are_faults(monkeypatch: pytest.MonkeyPatch, capsys):
     finding = machine.versions(CONFIG)
     assert finding.ok and f"jax {jax.__version__}" in finding.text and machine.missing_packages() is None
     installed = machine._version
@@ -452,7 +454,9 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, capsys):
         ("580.159.04", "cpu", True, "left alone, since the platform is set to cpu"),
     ],
 )
-def test_a_card_that_jax_does_not_use(driver, platforms, ok, text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_card_that_jax_does_not_use_is_a_fault_unless_chosen(
+    driver, platforms, ok, text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!{sys.executable}\nprint('NVIDIA H100 80GB HBM3, {driver}, 81559')\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -462,7 +466,7 @@ def test_a_card_that_jax_does_not_use(driver, platforms, ok, text, tmp_path: Pat
     assert finding.ok is ok and text in finding.text + finding.advice and "H100" in finding.text
 
 
-def test_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_too_little_memory_or_disk_space_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert machine.memory(CONFIG).ok
     total, free = machine.host_memory()
     assert 2**28 < free <= total
@@ -477,7 +481,7 @@ def test_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "cannot be written" in machine.disk(DoctorConfig(model="tiny", runs_dir=str(tmp_path / "file"))).text
 
 
-def test_no_sandbox_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_missing_sandbox_is_not_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     for check, name in ((machine.bubblewrap, "bwrap"), (machine.docker, "docker"), (machine.podman, "podman")):
         finding = check(CONFIG)
@@ -489,7 +493,7 @@ def test_no_sandbox_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 # Speed.
 
 
-def test_rates_and_their_shares(monkeypatch: pytest.MonkeyPatch):
+def test_rates_are_shown_unless_the_model_is_too_large(monkeypatch: pytest.MonkeyPatch):
     rates = [summarise("sampler", what, "8 slots", "tokens/s", 1000, [0.5, 0.5]) for what in ("extend", "decode")]
     monkeypatch.setattr(speed, "measure_sampler", lambda config: rates)
     finding = speed.decode(CONFIG)
@@ -509,5 +513,5 @@ def test_rates_and_their_shares(monkeypatch: pytest.MonkeyPatch):
         ("cpu", None),
     ],
 )
-def test_the_data_sheet_of_a_card(kind: str, name: str | None):
+def test_the_data_sheet_is_chosen_by_the_name_of_the_card(kind: str, name: str | None):
     assert speed.data_sheet(kind) is (speed.GPUS[name] if name else None)

@@ -87,7 +87,7 @@ def scaled_by_hand(model, example) -> np.ndarray:
     return advantages
 
 
-def test_it_is_tunixs_loss_at_advantages_scaled_by_hand(model, example):
+def test_the_loss_is_tunixs_at_advantages_scaled_by_hand(model, example):
     advantages = scaled_by_hand(model, example)
     # entropies span 0.084 nats in the first group, which stays as it is, and more in the second
     assert (np.abs(advantages / example.advantages - 1) > 0.1).tolist() == [False] * 3 + [True] * 3
@@ -107,7 +107,7 @@ def test_strength_0_is_tunixs_own_loss(model, example, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, gradients, expected)
 
 
-def test_what_would_give_wrong_entropies_is_refused(model, example):
+def test_settings_that_give_wrong_entropies_are_refused(model, example):
     moved = example.replace(old_per_token_logps=jnp.zeros((6, 5)))
     with pytest.raises(ValueError, match="num_iterations=1"):
         tunix_grpo.aem_grpo_loss(model, moved, algorithm(), PAD, EOS)

@@ -17,7 +17,7 @@ from aem_jax.config.presets import (
     read_preset,
     setting_names,
 )
-from aem_jax.config.run import RunConfig, may_change, without_effect
+from aem_jax.config.run import CONDITIONS, RunConfig, may_change
 from aem_jax.envs.registry import TRAINED
 from aem_jax.errors import ConfigError
 from aem_jax.help import setting_groups
@@ -233,8 +233,9 @@ def test_help_of_the_default_run_is_short(capsys, monkeypatch: pytest.MonkeyPatc
 
 def test_conditions_of_an_effect_name_settings():
     known = [f"{name}." for name in annotations(RunConfig())]
-    for names in without_effect(RunConfig()).values():
-        assert all(any(setting.startswith(f"{name}.") for setting in known) for name in names)
+    names = [name for names, _, _ in CONDITIONS for name in names.split()]
+    assert [name for name in names if not any(setting.startswith(f"{name}.") for setting in known)] == []
+    assert len({option for _, option, _ in CONDITIONS}) == len(CONDITIONS)
 
 
 @pytest.mark.parametrize(

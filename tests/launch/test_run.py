@@ -55,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "small"
 
 
-def test_a_run_leaves_what_it_should(finished: Path):
+def test_a_run_writes_its_files(finished: Path):
     for name in ("config.json", "metrics.jsonl", "evaluations.jsonl", "transcripts.json", "report.html"):
         assert (finished / name).stat().st_size > 0, name
     assert list((finished / "tensorboard").glob("events*")) and (finished / "tokenizer" / "tokenizer.json").exists()
@@ -76,7 +76,9 @@ def saved(run: Path) -> set[int]:
     return {int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()}
 
 
-def test_stopped_killed_and_resumed_it_gives_the_same_numbers(finished: Path, tmp_path: Path, user_environment):
+def test_a_run_that_was_stopped_killed_and_resumed_has_the_same_numbers(
+    finished: Path, tmp_path: Path, user_environment
+):
     """SIGTERM saves. The same command resumes, is killed at a step without a checkpoint, and resumes again."""
     run = tmp_path / "small"
     process = start(tmp_path, user_environment, "--train.save-every", "1000")
@@ -107,14 +109,14 @@ def test_stopped_killed_and_resumed_it_gives_the_same_numbers(finished: Path, tm
     assert ours == theirs
 
 
-def test_it_is_evaluated_again_by_name_and_prints_json(finished: Path, user_environment):
+def test_evaluate_prints_json_of_a_run_given_by_name(finished: Path, user_environment):
     out = finish(start(finished.parent, user_environment, "--name", "small", command="evaluate"))
     printed = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     final = read_lines(finished / "evaluations.jsonl")[-1]
     assert printed == [{**final, "phase": "evaluate"}]
 
 
-def test_it_is_analysed_from_its_checkpoints(finished: Path, user_environment):
+def test_analyze_reads_the_checkpoints_of_a_run(finished: Path, user_environment):
     # after so little training all responses are equally uncertain: the 0.1-nat rule would make every group flat
     line = [sys.executable, "-m", "aem_jax.launch", "analyze", str(finished), "--against", str(finished)]
     line += ["--states", "5", "--draws", "8", "--min-range", "0"]
@@ -132,24 +134,24 @@ def test_it_is_analysed_from_its_checkpoints(finished: Path, user_environment):
     assert "signs opposed" in done.stdout
 
 
-def test_a_run_that_is_done_stays_as_it_is(finished: Path, user_environment):
+def test_a_finished_run_is_not_changed(finished: Path, user_environment):
     before = numbers(finished)
     finish(start(finished.parent, user_environment))
     assert numbers(finished) == before
 
 
-def test_another_value_of_what_matters_is_refused_by_name(finished: Path, user_environment):
+def test_a_changed_setting_that_affects_numbers_is_refused_by_name(finished: Path, user_environment):
     out = finish(start(finished.parent, user_environment, "--name", "small", "--aem.strength", "0"), status=2)
     assert "--aem.strength 1.0, got 0.0" in out and "Traceback" not in out
 
 
-def test_rows_that_the_mesh_cannot_split_are_named_before_anything_is_learnt(tmp_path: Path, user_environment):
+def test_rows_that_the_mesh_cannot_split_are_refused_before_training(tmp_path: Path, user_environment):
     words = ("--batch.rows", "3", "--runtime.cpu-devices", "2", "--mesh.data", "2")
     out = finish(start(tmp_path, user_environment, *words), status=2)
     assert "--batch.rows: expected a multiple of mesh.data × mesh.fsdp = 2, got 3" in out and "warm start" not in out
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, user_environment):
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path, user_environment):
     (tmp_path / "file").write_text("")
     out = finish(start(tmp_path / "file", user_environment), status=2)
     assert out.startswith("error: ") and out.count("\n") == 1

@@ -47,7 +47,7 @@ def numbers(run: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_killed_resumed_stopped_and_finished_by_one_process(tmp_path: Path, user_environment):
+def test_two_processes_are_killed_resumed_stopped_and_finished_by_one(tmp_path: Path, user_environment):
     run = tmp_path / "run"
     processes = pair(tmp_path, user_environment, "--train.num-steps", "1000")
     until_steps(processes, run, 2)
@@ -76,14 +76,14 @@ def test_killed_resumed_stopped_and_finished_by_one_process(tmp_path: Path, user
 
 
 @pytest.mark.slow
-def test_processes_that_were_not_told_the_same_say_what_differs(tmp_path: Path, user_environment):
+def test_processes_with_differing_settings_are_refused(tmp_path: Path, user_environment):
     different = ((), ("--aem.strength", "0.5"))
     for output in finish(pair(tmp_path, user_environment, own=different), [2, 2]):
         assert "error: --aem.strength: expected the same in all processes, got 1.0 in process 0 and 0.5 in" in output
         assert "Traceback" not in output
 
 
-def test_a_coordinator_that_is_not_there_is_one_line(tmp_path: Path, user_environment):
+def test_a_missing_coordinator_is_refused_in_one_line(tmp_path: Path, user_environment):
     where = ("--runtime.coordinator", f"localhost:{free_port()}", "--runtime.num-processes", "2")
     words = ("--runtime.process-id", "1", "--runtime.connect-timeout-s", "1", *where)
     alone = start(

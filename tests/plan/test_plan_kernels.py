@@ -38,7 +38,7 @@ ENTRY %main (mask: s8[1,2,2], q: bf16[4,12,1024,128], k: bf16[4,2,1024,128]) -> 
 """
 
 
-def test_a_known_kernel_is_counted_an_unknown_one_named():
+def test_known_kernels_are_counted_and_unknown_ones_named():
     cost = costs(parse(PROGRAM))
     # 4 rows, 12 heads of 128, three products of 2 FLOPs, 3 of the 4 pairs of blocks of 512
     flops = 4 * 12 * 128 * 3 * 2 * 3 * 512**2
@@ -55,13 +55,13 @@ def test_a_known_kernel_is_counted_an_unknown_one_named():
     assert seconds == pytest.approx(175 / v5p.chip.clock + flops / v5p.peak + other.bytes / v5p.bandwidth)
 
 
-def test_a_single_row_has_no_dimension_of_its_own():
+def test_a_kernel_of_one_row_has_no_row_dimension():
     assert PROGRAM.count("[4,12,1024,128]")
     one = PROGRAM.replace("[4,12,1024,128]{3,2,1,0}", "[12,1024,128]{2,1,0}")
     assert costs(parse(one)).flops == costs(parse(PROGRAM)).flops / 4
 
 
-def test_the_closed_form_is_that_of_the_attention_that_the_target_takes():
+def test_the_closed_form_is_that_of_the_targets_attention():
     """Splash's backward pass has seven products, XLA's has five.
 
     One of the five is already made by a recomputed layer. The forward pass has two products.
@@ -86,17 +86,17 @@ def _with(config: PlanConfig, attention: str) -> PlanConfig:
     return replace(config, analytic=True, learner=learner)
 
 
-def test_the_page_says_what_is_counted_how():
+def test_the_page_names_counted_and_uncounted_kernels():
     config = plan_config(read_preset("alfworld-paper", "qwen2.5-1.5b"))
     plan = make_plan(_with(config, "auto"), parse_topology("v5p:2x2x1"), by_hand=False)
-    plan.costs["update"] = costs(parse(PROGRAM))
+    plan = replace(plan, costs={**plan.costs, "update": costs(parse(PROGRAM))})
     text = io.StringIO()
     print_plan(plan, Console(file=text, width=200))
     assert "in closed form and timed at the peaks (splash_mha_dq_segmented_no_residuals)" in text.getvalue()
     assert "not counted in learning, a microbatch: FLOPs of the kernels b" in text.getvalue()
 
 
-def test_a_kernel_of_another_device_is_one_line(capsys):
+def test_a_kernel_of_another_device_is_refused_in_one_line(capsys):
     words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--topology", "gpu:h100:8"]
     assert cli.main([*words, "--learner.attention", "splash"]) == 2
     assert "--learner.attention: expected auto, cudnn or triton or xla on a GPU, got splash" in capsys.readouterr().err
