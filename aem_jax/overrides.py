@@ -137,7 +137,7 @@ def override(config: Config, values: Mapping[str, Any], spell: Callable[[str], s
         spell: writes a field's name as the user of these values does, for messages.
 
     Raises:
-        ConfigError: an unknown field, a value of another type, or one that the config itself refuses.
+        ConfigError: an unknown setting, a value of another type, or one that the config itself refuses.
     """
     config = choose(config, values, spell)
     kinds, chosen = annotations(config), unions(type(config))
@@ -171,7 +171,7 @@ def unknown(name: str, config: Any, spell: Callable[[str], str]) -> str:
     hint = nearest(name, names, spell)
     if not hint and len(names) <= _FEW:
         hint = f"; there are {', '.join(map(spell, names))}"
-    return f"unknown field {spell(name)}{hint}"
+    return f"unknown setting {spell(name)}{hint}"
 
 
 def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callable[[str], str]) -> Any:
@@ -266,7 +266,7 @@ def read(words: Sequence[str], kind: Any) -> Any:
     if kind is bool and not words:
         return True
     if len(words) != 1:
-        raise ValueError(f"expected {describe(kind)}, got {' '.join(words) or 'nothing'!r}")
+        raise ValueError(f"expected {describe(kind)}, got {repr(' '.join(words)) if words else 'no value'}")
     word = words[0]
     if origin is Literal:
         return conform(next((choice for choice in arguments if str(choice) == word), word), kind)

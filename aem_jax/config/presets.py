@@ -57,7 +57,7 @@ def read_preset(*names: str) -> RunConfig:
             algorithms, the default preset comes first.
 
     Raises:
-        ConfigError: an unknown preset, a model without a setting, a file that is not TOML, or an unknown field in it.
+        ConfigError: an unknown preset, a model without a setting, a file that is not TOML, or an unknown setting in it.
     """
     models, algorithms = model_names(), algorithm_names()
     if all(name in algorithms for name in names):

@@ -43,6 +43,8 @@ def main(words: Sequence[str]) -> int:
             name, rest = "train", words
         if name not in COMMANDS:
             hint = nearest(name, COMMANDS) or f"; commands are {', '.join(COMMANDS)}"
+            if name == "resume":
+                hint = "; the command that started a run resumes it"
             raise ConfigError(f"unknown command {name!r}{hint}")
         return COMMANDS[name].run(rest)
     except BrokenPipeError:  # the reader of the output (head, less) is gone

@@ -176,21 +176,21 @@ def test_frozen_weights_are_known_by_their_numbers(run: Path, tmp_path: Path):
     params = policy.init(jax.random.key(0))
     save_pretrained(tmp_path / "model", TINY, params)
     config = RunConfig(model=ModelChoice(path=str(tmp_path / "model")), lora=LoraConfig(rank=2))
-    _, found = frozen_weights.load(config, run, policy, mesh, None)
-    inputs.write(run, {inputs.FROZEN: found})
-    assert inputs.load(run)[inputs.FROZEN] == found
+    _, sums = frozen_weights.load(config, run, policy, mesh, None)
+    inputs.write(run, {inputs.FROZEN: sums})
+    assert inputs.load(run)[inputs.FROZEN] == sums
     rounded = jax.tree.map(lambda x, dtype: x.astype(dtype), params, policy.dtypes)
-    assert found == checksums(rounded["base"])
+    assert sums == checksums(rounded["base"])
     moved = replace(config, model=ModelChoice(path=str(tmp_path / "moved")))
     save_pretrained(tmp_path / "moved", TINY, params, max_file_bytes=1000)  # the same numbers in other files
     saved.check_resumable(config, moved, run)
-    frozen_weights.load(moved, run, policy, mesh, found)
+    frozen_weights.load(moved, run, policy, mesh, sums)
     save_pretrained(tmp_path / "other", TINY, {"base": {**params["base"], "embed": params["base"]["embed"] * 1.01}})
     other = replace(config, model=ModelChoice(path=str(tmp_path / "other")))
     with pytest.raises(
         ConfigError, match=r"weights in .*other have changed since .*\['embed'\].*put the old ones back"
     ):
-        frozen_weights.load(other, run, policy, mesh, found)
+        frozen_weights.load(other, run, policy, mesh, sums)
 
 
 def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch):

@@ -124,7 +124,7 @@ def test_the_exit_status_is_0_without_faults_and_names_select_checks(stubbed, ca
     [
         (["greddy"], "unknown check 'greddy'; did you mean 'greedy'?"),
         (["--model", "qwen2.5-0.6b"], "unknown size 'qwen2.5-0.6b'; did you mean"),
-        (["--jsn"], "unknown field --jsn; did you mean --json?"),
+        (["--jsn"], "unknown setting --jsn; did you mean --json?"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str, capsys):

@@ -158,7 +158,7 @@ def test_command_line(tmp_path: Path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     done = subprocess.run([*command, "--trian", "2"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: unknown field --trian; did you mean --train?\n")
+    assert (done.returncode, done.stderr) == (2, "error: unknown setting --trian; did you mean --train?\n")
 
 
 def test_a_generated_game_brings_its_step_limit():

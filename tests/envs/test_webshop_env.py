@@ -69,9 +69,9 @@ def test_a_webshop_server_conforms(catalog: Catalog, cache: str):
     tasks = [task.payload for task in goal_tasks(catalog, "train")[:2]]
     with served("webshop", "--sessions", "2", settings=settings) as (url, _):
         assert check_server(ServerSubject(websocket_url(url), tasks, ACTIONS, sessions=2)) == []
-    with pytest.raises(ValueError, match=r"unknown field 'rewards'; did you mean 'reward'"):
+    with pytest.raises(ValueError, match=r"unknown setting 'rewards'; did you mean 'reward'"):
         environment_spec("webshop").factory({"rewards": 1})
-    with pytest.raises(ValueError, match=r"unknown field 'shop.seeds'; did you mean 'shop.seed'"):
+    with pytest.raises(ValueError, match=r"unknown setting 'shop.seeds'; did you mean 'shop.seed'"):
         environment_spec("webshop").factory({"shop": {"seeds": 1}})
 
 

@@ -100,6 +100,7 @@ def test_the_last_of_an_option_given_twice_counts():
     ("words", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["resume"], "unknown command 'resume'; the command that started a run resumes it"),
         (["--preset", "alfword-tiny"], "unknown preset 'alfword-tiny'; did you mean 'alfworld-tiny'?"),
         (["--preset", "no/such.toml"], "no preset file no/such.toml; presets are"),
         (["--preset", "alfworld-tiny", "gpso"], "unknown preset 'gpso'; did you mean 'gspo'?"),
@@ -117,11 +118,11 @@ def test_the_last_of_an_option_given_twice_counts():
             ["--preset", "gspo", "--learner.importance-cap", "2"],
             "--learner.importance-cap: expected importance_cap 0 with ratio response",
         ),
-        (["--aem.strenght", "0"], "unknown field --aem.strenght; did you mean --aem.strength?"),
-        (["--strength", "0"], "unknown field --strength; did you mean --aem.strength?"),
+        (["--aem.strenght", "0"], "unknown setting --aem.strenght; did you mean --aem.strength?"),
+        (["--strength", "0"], "unknown setting --strength; did you mean --aem.strength?"),
         (
             ["--learner.learning_rat", "0"],
-            "unknown field --learner.learning-rat; did you mean --learner.learning-rate?",
+            "unknown setting --learner.learning-rat; did you mean --learner.learning-rate?",
         ),
         (["--aem", "0"], "--aem is a group of fields"),
         (["--environment", "alfwrold"], "expected one of alfworld, webshop, swe, swe-choices, openenv, got 'alfwrold'"),
@@ -131,13 +132,13 @@ def test_the_last_of_an_option_given_twice_counts():
             "--webshop.mode is a setting of environment webshop, and --environment is alfworld here; "
             "set --environment to webshop, or leave it out",
         ),
-        (["--alfworld.reward-own", "1"], "unknown field --alfworld.reward-own; did you mean --alfworld.reward-won?"),
-        (["--games.things", "2", "3"], "unknown field --games.things; did you mean --alfworld.games.things?"),
+        (["--alfworld.reward-own", "1"], "unknown setting --alfworld.reward-own; did you mean --alfworld.reward-won?"),
+        (["--games.things", "2", "3"], "unknown setting --games.things; did you mean --alfworld.games.things?"),
         (["serve", "openenv"], "unknown environment 'openenv'"),
         (["serve", "echo", "--html", "True"], "--html: expected an environment with a web site, of webshop, got echo"),
         (["--aem.strength", "much"], "--aem.strength: expected a number, got 'much'"),
         (["--aem.strength", "-1"], "--aem.strength: expected"),
-        (["--seed"], "--seed: expected a whole number, got 'nothing'"),
+        (["--seed"], "--seed: expected a whole number, got no value"),
         (["--seed", "1", "2"], "--seed: expected a whole number, got '1 2'"),
         (["--algorithm.estimator", "gpro"], "did you mean 'grpo'?"),
         (["--model.name", "qwen3-8"], "did you mean 'qwen3-8b'?"),
@@ -146,7 +147,7 @@ def test_the_last_of_an_option_given_twice_counts():
         (["--name", "../x"], "--name: expected"),
         (["serve"], "expected one environment"),
         (["serve", "alfwrold"], "unknown environment 'alfwrold'; did you mean 'alfworld'?"),
-        (["serve", "alfworld", "--prot", "1"], "unknown field --prot; did you mean --port?"),
+        (["serve", "alfworld", "--prot", "1"], "unknown setting --prot; did you mean --port?"),
         (["serve", "alfworld", "--settings", "{"], "expected settings as a JSON mapping"),
         (["bench", "samplr"], "unknown benchmark 'samplr'; did you mean 'sampler'?"),
         (["presets", "x"], "expected nothing after presets"),
@@ -176,8 +177,8 @@ def test_mistakes_get_one_line(words: list[str], message: str, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[aem]\nstrenght = 1\n", "mine.toml: unknown field 'aem.strenght'; did you mean 'aem.strength'?"),
-        ("[emv]\nnum_servers = 1\n", "mine.toml: unknown field 'emv.num_servers'; did you mean 'env.num_servers'?"),
+        ("[aem]\nstrenght = 1\n", "mine.toml: unknown setting 'aem.strenght'; did you mean 'aem.strength'?"),
+        ("[emv]\nnum_servers = 1\n", "mine.toml: unknown setting 'emv.num_servers'; did you mean 'env.num_servers'?"),
         ("[aem]\nstrength = 'x'\n", "mine.toml: 'aem.strength': expected a number, got 'x'"),
         ("[aem\n", "mine.toml: "),
     ],
@@ -193,7 +194,7 @@ def test_a_process_ends_with_status_2_and_no_traceback():
     result = run_cli("--aem.strenght", "0")
     assert result.returncode == 2
     assert (
-        result.stdout == "" and result.stderr == "error: unknown field --aem.strenght; did you mean --aem.strength?\n"
+        result.stdout == "" and result.stderr == "error: unknown setting --aem.strenght; did you mean --aem.strength?\n"
     )
 
 
@@ -408,7 +409,7 @@ def test_evaluate_begins_from_the_run_s_own_config(trained, tmp_path: Path):
 
 def test_a_config_of_another_version_says_which_file(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"sede": 1}')
-    with pytest.raises(ConfigError, match=r"config\.json: unknown field 'sede'; did you mean 'seed'\?; .*version"):
+    with pytest.raises(ConfigError, match=r"config\.json: unknown setting 'sede'; did you mean 'seed'\?; .*version"):
         saved.load(tmp_path)
 
 
