@@ -10,6 +10,11 @@ GROUPED_TIED = ModelConfig(61, 48, 80, 3, 4, 2, 16, rope_theta=10_000.0)
 MULTI_UNTIED = ModelConfig(40, 32, 64, 2, 2, 2, 16, rope_theta=1_000_000.0, tied_head=False)
 DEEP = ModelConfig(30, 16, 24, 9, 2, 1, 8, rope_theta=10_000.0)  # too deep for the sampler to write its layers out
 ONE_KV_UNTIED = ModelConfig(33, 40, 56, 2, 4, 1, 8, rope_theta=50_000.0, norm_eps=1e-5, tied_head=False)
+POST_NORM = ModelConfig(
+    *(37, 32, 56, 2, 4, 2, 8), norm_eps=1e-5, tied_head=False, norm_placement="post", qk_norm="projection"
+)
+GELU = ModelConfig(35, 32, 56, 2, 4, 2, 8, activation="gelu_tanh")
+SLIDING = ModelConfig(36, 32, 56, 3, 4, 2, 8, sliding_windows=(4, 0, 4))
 
 
 def numpy_params(config: ModelConfig, seed: int = 0) -> Params:

@@ -1,6 +1,7 @@
 """Overrides of configs: accepted values, refused values, and the messages of refusals."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -73,9 +74,9 @@ def test_an_int_will_do_for_a_float_and_nothing_else_is_converted():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"inner.sise": 1}, "unknown field 'inner.sise'; did you mean 'inner.size'?"),
-        ({"size": 1}, "unknown field 'size'; did you mean 'inner.size'?"),
-        ({"zzz": 1}, "unknown field 'zzz'; there are " + ", ".join(map(repr, annotations(Outer())))),
+        ({"inner.sise": 1}, "unknown setting 'inner.sise'; did you mean 'inner.size'?"),
+        ({"size": 1}, "unknown setting 'size'; did you mean 'inner.size'?"),
+        ({"zzz": 1}, "unknown setting 'zzz'; there are " + ", ".join(map(repr, annotations(Outer())))),
         ({"inner": 1}, "'inner' is a group of fields; set one of them, as in 'inner.size'"),
         ({"inner.mode": "fats"}, "'inner.mode': expected one of fast, slow, got 'fats'; did you mean 'fast'?"),
         ({"inner.size": 0}, "'inner.size': expected size >= 1, got 0"),
@@ -132,7 +133,7 @@ def test_a_union_has_the_settings_of_its_choice_under_that_name():
             "'big_circle.radius' is a setting of shape big-circle, and 'shape' is square here; "
             "set 'shape' to big-circle, or leave it out",
         ),
-        ({"square.sides": 1}, "unknown field 'square.sides'; did you mean 'square.side'?"),
+        ({"square.sides": 1}, "unknown setting 'square.sides'; did you mean 'square.side'?"),
         ({"square": 1}, "'square' is a group of fields; set one of them, as in 'square.side'"),
         ({"square.side": "1"}, "'square.side': expected a whole number, got '1'"),
         ({"shape": "big-circle", "big_circle.inner.size": 0}, "'big_circle.inner.size': expected size >= 1, got 0"),
@@ -173,6 +174,7 @@ def test_nearest_prefers_the_whole_name_then_its_last_part():
         (["None"], int | None, None),
         (["7"], int | None, 7),
         (["slow"], Literal["fast", "slow"], "slow"),
+        (["a/b"], Path, Path("a/b")),
         (["1"], Literal[0, 1], 1),
         (["bfloat16"], Literal["float32", "bfloat16"] | None, "bfloat16"),
     ],

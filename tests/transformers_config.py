@@ -15,7 +15,6 @@ def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
     rope = config.rope_parameters
     assert rope["rope_type"] in ("default", "llama3") and rope.get("partial_rotary_factor", 1) == 1
     assert set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    assert config.hidden_act in ("silu", "swish")
     is_qwen2 = config.model_type == "qwen2"  # its decoder reads neither
     assert is_qwen2 or not (config.attention_bias or getattr(config, "mlp_bias", False))
     scaling = None
@@ -36,5 +35,6 @@ def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": config.rms_norm_eps,
         "tied_head": config.tie_word_embeddings,
         "qkv_bias": is_qwen2,
-        "qk_norm": config.model_type == "qwen3",
+        "qk_norm": "head" if config.model_type == "qwen3" else None,
+        "activation": {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[config.hidden_act],
     }

@@ -1,9 +1,9 @@
-"""Sizes of a decoder, in the field's usual names, and the table of known ones."""
+"""Sizes and options of a decoder, and the table of known sizes."""
 
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -42,6 +42,16 @@ def dtype_name(dtype: DTypeLike, accepted: Sequence[str] = DTYPES, field: str = 
     return name
 
 
+class _DType:
+    """A dataclass field that takes any spelling of a dtype and holds its name."""
+
+    def __get__(self, instance: Any, owner: type) -> str:
+        return "float32" if instance is None else vars(instance)["dtype"]  # on the class: the default
+
+    def __set__(self, instance: Any, value: DTypeLike) -> None:
+        vars(instance)["dtype"] = dtype_name(value)
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's scaling of rotary positions beyond the context of pretraining: low frequencies are divided."""
@@ -63,6 +73,17 @@ class RopeScaling:
             )
 
 
+NormPlacement = Literal["pre", "post"]
+QKNorm = Literal["head", "projection"]
+Activation = Literal["silu", "gelu_tanh"]
+
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "norm_placement": get_args(NormPlacement),
+    "qk_norm": (*get_args(QKNorm), None),
+    "activation": get_args(Activation),
+}
+"""Fields of `ModelConfig` with a few values."""
+
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     "max_positions",
@@ -72,9 +93,9 @@ SIZES = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder as in Qwen2.5, Qwen3 and Llama 3: grouped queries, rotary positions, SwiGLU, RMS norm.
+    """A decoder with grouped queries, rotary positions, a gated MLP and RMS norm.
 
-    The families differ in two options: `qk_norm` (Qwen3), `qkv_bias` (Qwen2.5), neither (Llama).
+    The families differ in the options; `families.FAMILIES` lists those of each.
     """
 
     vocab_size: int
@@ -87,24 +108,41 @@ class ModelConfig:
     rope_theta: float = 1_000_000.0
     norm_eps: float = 1e-6
     tied_head: bool = True
-    qk_norm: bool = True
-    """Whether the queries and keys of each head are normalised."""
+    norm_placement: NormPlacement = "pre"
+    """Norm of the input of attention and MLP (pre), or of their output, before it is added to the residual (post)."""
+    qk_norm: QKNorm | None = "head"
+    """Norm of queries and keys: of each head, of the projection (all heads together), or None for none."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias."""
+    activation: Activation = "silu"
+    """Activation of the MLP's gate: SiLU, or GELU in the tanh approximation."""
+    sliding_windows: tuple[int, ...] = ()
+    """Tokens that the queries of each layer attend to, their own included; 0 for all. Empty: all, in every layer."""
     rope_scaling: RopeScaling | None = None
     """Scaling of rotary positions; None for none."""
     max_positions: int = 32_768
     """Longest context that the weights were trained for, in tokens."""
-    dtype: str = "float32"
+    dtype: _DType = _DType()
     """Dtype of activations and of the weights as used; masters are float32. A jax or numpy dtype becomes its name."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name in SIZES:
             value = getattr(self, name)
             if not hasattr(value, "__index__") or value < 1:
                 raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
             object.__setattr__(self, name, int(value))  # JSON does not know the integers of numpy
+        for name, values in OPTIONS.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"expected {name} to be one of {values}, got {brief(getattr(self, name))}")
+        windows = tuple(self.sliding_windows)
+        if windows and (
+            len(windows) != self.num_layers or not all(type(size) is int and size >= 0 for size in windows)
+        ):
+            raise ValueError(
+                f"expected sliding_windows to be a whole number for each of {self.num_layers} layers, 0 for no window, "
+                f"got {brief(self.sliding_windows)}"
+            )
+        object.__setattr__(self, "sliding_windows", windows if any(windows) else ())
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"expected num_heads divisible by num_kv_heads, got {self.num_heads} and {self.num_kv_heads}; "
@@ -121,8 +159,8 @@ class ModelConfig:
 
 def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv: int, head_dim: int, vocab: int) -> ModelConfig:
     tied = vocab == 151_936  # from 7B on the head is untied, and the vocabulary is padded further
-    options = {"tied_head": tied, "qk_norm": False, "qkv_bias": True, "dtype": "bfloat16"}
-    return ModelConfig(vocab, hidden, intermediate, layers, heads, kv, head_dim, **options)
+    sizes = (vocab, hidden, intermediate, layers, heads, kv, head_dim)
+    return ModelConfig(*sizes, tied_head=tied, qk_norm=None, qkv_bias=True, dtype="bfloat16")
 
 
 def _llama3(hidden: int, intermediate: int, layers: int, heads: int, head_dim: int, factor: float) -> ModelConfig:
@@ -131,7 +169,7 @@ def _llama3(hidden: int, intermediate: int, layers: int, heads: int, head_dim: i
         rope_theta=500_000.0,
         norm_eps=1e-5,
         tied_head=factor == 32.0,
-        qk_norm=False,
+        qk_norm=None,
         rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192),
         max_positions=131_072,
         dtype="bfloat16",
@@ -182,7 +220,7 @@ class ModelChoice:
     """Known size: tiny, qwen2.5-0.5b, -1.5b, -3b, -7b, -14b or -32b, qwen3-0.6b, -1.7b, -4b, -8b, -14b or -32b,
     llama-3.2-1b or -3b, llama-3.1-8b or -70b."""
     hidden_size: int | None = None
-    """Width of the residual stream; None is that of the named size, here and below."""
+    """Width of the residual stream; none, here and below: the named size's."""
     intermediate_size: int | None = None
     """Width of the MLP's hidden layer."""
     num_layers: int | None = None

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from aem_jax.models import kv_cache
 from aem_jax.models.attention import RowAttention, chunk_attention, row_attention
-from aem_jax.models.config import ModelConfig, RopeScaling
+from aem_jax.models.config import Activation, ModelConfig, NormPlacement, RopeScaling
 from aem_jax.models.int8 import scale_of
 from aem_jax.models.kv_cache import KVCache, KVChunk
 from aem_jax.models.lora import Adapter, Adapters, LoraConfig
@@ -31,6 +31,9 @@ decoders are scanned, so that programs stay small."""
 
 Constrain = Callable[[Array], Array]
 """Returns its argument with a sharding constraint."""
+
+_EVERYTHING = 2**30
+"""The sliding window of a layer without one, where other layers have one."""
 
 PerLayer = Any
 """A list with one tree for each layer (few layers), or one tree with a leading axis of layers (many)."""
@@ -109,6 +112,15 @@ def _swiglu_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[
 swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 
 
+def geglu(gate: Array, up: Array) -> Array:
+    """`gelu(gate) * up`, gelu in its tanh approximation."""
+    return jax.nn.gelu(gate, approximate=True) * up
+
+
+GATED: Mapping[Activation, Callable[[Array, Array], Array]] = {"silu": swiglu, "gelu_tanh": geglu}
+"""`ModelConfig.activation` -> the MLP's product of gate and up."""
+
+
 def rotary_tables(
     positions: Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Array, Array]:
@@ -167,6 +179,15 @@ class Block(nnx.Module):
     def _weight(self, name: str) -> Array:
         return getattr(self, name)[...]
 
+    def _norm_at(self, placement: NormPlacement, name: str, x: Array) -> Array:
+        """x, normalised if the model's norms are placed there."""
+        return rms_norm(x, self._weight(name), self.config.norm_eps) if self.config.norm_placement == placement else x
+
+    def _qk_norm(self, name: str, x: Array) -> Array:
+        """Queries or keys [B,T,H,Dh], normalised by head, or all heads of a token together."""
+        rows = x if self.config.qk_norm == "head" else x.reshape(*x.shape[:2], -1)
+        return jnp.reshape(rms_norm(rows, self._weight(name), self.config.norm_eps), x.shape)
+
     def _project(self, equation: str, name: str, x: Array) -> Array:
         """x [B,T,*inputs] times one layer's matrix [*inputs,*outputs]."""
         weights = self._weight(name).astype(x.dtype)
@@ -177,8 +198,8 @@ class Block(nnx.Module):
 
     def project_qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Rotated queries [B,T,H,Dh], keys and values [B,T,KV,Dh] of x [B,T,D]."""
-        config, eps = self.config, self.config.norm_eps
-        x = rms_norm(x, self._weight("attention_norm"), eps)
+        config = self.config
+        x = self._norm_at("pre", "attention_norm", x)
         groups = self._project("btd,dkgh->btkgh", "qkv", x)
         if config.qkv_bias:
             groups = groups + self._weight("qkv_bias").astype(x.dtype)[None, None]
@@ -188,7 +209,7 @@ class Block(nnx.Module):
         parts = [add(name, x, part) for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True)]
         q, k, v = (part.reshape(*x.shape[:2], -1, part.shape[-1]) for part in parts)
         if config.qk_norm:
-            q, k = rms_norm(q, self._weight("q_norm"), eps), rms_norm(k, self._weight("k_norm"), eps)
+            q, k = self._qk_norm("q_norm", q), self._qk_norm("k_norm", k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def output_and_mlp(self, x: Array, attended: Array, *, split_gate_up: bool = False) -> Array:
@@ -198,8 +219,9 @@ class Block(nnx.Module):
         nothing.
         """
         add = self.adapters.add if self.adapters else _without_adapter
-        x = x + add("o_proj", attended, self._project("bthk,hkd->btd", "o", attended))
-        y: Any = rms_norm(x, self._weight("mlp_norm"), self.config.norm_eps)
+        y: Any = add("o_proj", attended, self._project("bthk,hkd->btd", "o", attended))
+        x = x + self._norm_at("post", "attention_norm", y)
+        y = self._norm_at("pre", "mlp_norm", x)
         if split_gate_up and not self.int8:
             halves = jnp.split(self._weight("gate_up").astype(y.dtype), 2, axis=-2)
             parts = [project("btd,dgf->btgf", y, half) for half in halves]
@@ -207,8 +229,9 @@ class Block(nnx.Module):
             parts = jnp.split(self._project("btd,dgf->btgf", "gate_up", y), 2, axis=-2)
         names = ("gate_proj", "up_proj")
         gate, up = (jnp.squeeze(add(name, y, part), -2) for name, part in zip(names, parts, strict=True))
-        y = swiglu(gate, up)
-        return x + add("down_proj", y, self._project("btf,fd->btd", "down", y))
+        y = GATED[self.config.activation](gate, up)
+        y = add("down_proj", y, self._project("btf,fd->btd", "down", y))
+        return x + self._norm_at("post", "mlp_norm", y)
 
 
 class Decoder(nnx.Module):
@@ -259,18 +282,20 @@ class Decoder(nnx.Module):
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(x: Array, state: Any) -> tuple[Array, None]:
+        def layer(x: Array, scanned: tuple[Any, tuple[Array, ...]]) -> tuple[Array, None]:
+            state, window = scanned
             block = nnx.merge(graphdef, state)
             q, k, v = block.project_qkv(x, cos, sin)
-            return constrain(block.output_and_mlp(x, attention(q, k, v, segment_ids), split_gate_up=True)), None
+            attended = attention(q, k, v, segment_ids, *window)
+            return constrain(block.output_and_mlp(x, attended, split_gate_up=True)), None
 
         body = layer if remat is None else jax.checkpoint(layer, policy=remat)
-        x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), stacked)
+        x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), (stacked, self._sliding_windows()))
         return rms_norm(x, self.norm[...], config.norm_eps)
 
     def with_cache(self, cache: KVCache, window: int) -> PerLayer:
-        """Each layer's weights and the first `window` (static) positions of its cache: what `extend` reads."""
-        return self._per_layer((nnx.state(self.layers), kv_cache.window(cache, window)))
+        """What `extend` reads of each layer: weights, the first `window` (static) cached positions, sliding window."""
+        return self._per_layer((nnx.state(self.layers), kv_cache.window(cache, window), self._sliding_windows()))
 
     def empty_chunk(self, slots: int, length: int) -> PerLayer:
         """A chunk of `length` tokens in which nothing is written yet."""
@@ -300,12 +325,12 @@ class Decoder(nnx.Module):
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef = nnx.graphdef(self.layers)
 
-        def layer(x: Array, scanned: tuple[tuple[Any, KVCache], KVChunk]) -> tuple[Array, KVChunk]:
-            (weights, cache), chunk = scanned
+        def layer(x: Array, scanned: tuple[tuple[Any, KVCache, tuple[Array, ...]], KVChunk]) -> tuple[Array, KVChunk]:
+            (weights, cache, window), chunk = scanned
             block = nnx.merge(graphdef, weights)
             q, k, v = block.project_qkv(x, cos, sin)
             chunk = kv_cache.write_tokens(chunk, k, v, index)
-            attended = chunk_attention(q, cache, lengths, chunk, index)
+            attended = chunk_attention(q, cache, lengths, chunk, index, *window)
             return block.output_and_mlp(x, attended), chunk
 
         x = self._embed(tokens)
@@ -318,6 +343,12 @@ class Decoder(nnx.Module):
         else:
             x, chunk = jax.lax.scan(layer, x, (layers, chunk))
         return rms_norm(x, self.norm[...], config.norm_eps), chunk
+
+    def _sliding_windows(self) -> tuple[Array, ...]:
+        """The attention's argument for the sliding window of each layer, i32[L]; nothing if no layer has one."""
+        if not self.config.sliding_windows:
+            return ()
+        return (jnp.asarray([size or _EVERYTHING for size in self.config.sliding_windows], jnp.int32),)
 
     def _per_layer(self, stacked: Any) -> PerLayer:
         count = self.config.num_layers

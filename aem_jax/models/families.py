@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jax.typing import DTypeLike
 
-from aem_jax.models.config import ModelConfig, RopeScaling, brief, dtype_name
+from aem_jax.models.config import Activation, ModelConfig, NormPlacement, QKNorm, RopeScaling, brief, dtype_name
 
 SAVED_DTYPES = ("bfloat16", "float32", "float16")
 """Dtypes of saved weights."""
@@ -21,25 +21,38 @@ class Family(NamedTuple):
     Attributes:
         architecture: entry of `architectures`.
         model_type: `model_type`.
-        qkv_bias: option of `ModelConfig`.
-        qk_norm: option of `ModelConfig`.
         num_kv_heads: default for a file without it; None is the number of query heads.
         head_dim: default for a file without it; None is hidden size / query heads.
+        norm_placement: as in `ModelConfig`.
+        qk_norm: as in `ModelConfig`.
+        qkv_bias: as in `ModelConfig`.
+        sliding_windows: as in `ModelConfig`; a `config.json` that has some is refused.
     """
 
     architecture: str
     model_type: str
-    qkv_bias: bool
-    qk_norm: bool
     num_kv_heads: int | None
     head_dim: int | None
+    norm_placement: NormPlacement = "pre"
+    qk_norm: QKNorm | None = None
+    qkv_bias: bool = False
+    sliding_windows: tuple[int, ...] = ()
 
 
 FAMILIES = (
-    Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True, qk_norm=False, num_kv_heads=32, head_dim=None),
-    Family("Qwen3ForCausalLM", "qwen3", qkv_bias=False, qk_norm=True, num_kv_heads=32, head_dim=128),
-    Family("LlamaForCausalLM", "llama", qkv_bias=False, qk_norm=False, num_kv_heads=None, head_dim=None),
+    Family("Qwen2ForCausalLM", "qwen2", num_kv_heads=32, head_dim=None, qkv_bias=True),
+    Family("Qwen3ForCausalLM", "qwen3", num_kv_heads=32, head_dim=128, qk_norm="head"),
+    Family("LlamaForCausalLM", "llama", num_kv_heads=None, head_dim=None),
 )
+
+
+def _options(of: Family | ModelConfig) -> dict[str, Any]:
+    """The options that a family determines."""
+    return {name: getattr(of, name) for name in ("norm_placement", "qk_norm", "qkv_bias", "sliding_windows")}
+
+
+_ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Hugging Face's `hidden_act` -> `ModelConfig.activation`; the first name of an activation is the written one."""
 
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -52,7 +65,6 @@ _SIZES = {
 """Field of `ModelConfig` -> required field of `config.json`."""
 
 _ONE_FORM: Mapping[str, Sequence[Any]] = {
-    "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
@@ -111,8 +123,8 @@ def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> 
         rope_scaling=scaling,
         norm_eps=_take(theirs, "rms_norm_eps", _FRACTION),
         tied_head=_take(theirs, "tie_word_embeddings", _FLAG, False),
-        qk_norm=family.qk_norm,
-        qkv_bias=family.qkv_bias,
+        activation=_ACTIVATIONS[_take(theirs, "hidden_act", _ACTIVATION, "silu")],
+        **_options(family),
         dtype=dtype_name(dtype),
     )
 
@@ -127,10 +139,9 @@ def config_to_hf(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
     Raises:
         ValueError: no family combines these options.
     """
-    options = (config.qkv_bias, config.qk_norm)
-    family = next((known for known in FAMILIES if (known.qkv_bias, known.qk_norm) == options), None)
+    family = next((row for row in FAMILIES if _options(row) == _options(config)), None)
     if family is None:
-        raise ValueError(f"expected qkv_bias or qk_norm, got both; families are {_names()}")
+        raise ValueError(f"expected the options of a family ({_names()}), got {_options(config)}")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling:
         stretched = {name: getattr(config.rope_scaling, ours) for ours, name in _LLAMA3.items()}
@@ -142,7 +153,7 @@ def config_to_hf(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation),
         "rope_theta": config.rope_theta,
         "rope_parameters": rope,
         "tie_word_embeddings": config.tied_head,
@@ -206,6 +217,7 @@ _POSITIVE = _Kind("a number above 0", lambda x: type(x) in (int, float) and 0 < 
 _FRACTION = _Kind("a fraction between 0 and 1", lambda x: type(x) is float and 0 < x < 1)
 _FLAG = _Kind("true or false", lambda x: type(x) is bool)
 _OBJECT = _Kind("an object or null", lambda x: x is None or isinstance(x, Mapping))
+_ACTIVATION = _Kind(" or ".join(map(repr, _ACTIVATIONS)), lambda x: isinstance(x, str) and x in _ACTIVATIONS)
 _STRINGS = _Kind(
     "a list of strings or null", lambda x: x is None or (isinstance(x, list) and all(type(item) is str for item in x))
 )

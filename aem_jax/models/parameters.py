@@ -49,10 +49,10 @@ class Parameter(NamedTuple):
         dims: logical axes and sizes. A layer's parameter is stacked: its first axis is "layers".
         parts: the Hugging Face tensors that it is made of, without the axis of layers. A matrix [*inputs, *outputs] is
             there [outputs, inputs].
-        num_inputs: dimensions that a product with a matrix sums over; 0 for what is no matrix.
+        num_inputs: dimensions that a product with the matrix sums over; 0 for biases, norms and the embedding.
         std: standard deviation of random initial values; 0 if they are constant.
         constant: initial value where `std` is 0.
-        dtype: in which it is used; masters are float32.
+        dtype: dtype of its use; masters are float32.
         lora: whether each part can have an adapter.
         int8: whether it can be sampled from in int8.
         present: whether a decoder of this config has it.
@@ -71,7 +71,7 @@ class Parameter(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """Shape of the array."""
         return tuple(self.dims.values())
 
     @property
@@ -81,7 +81,7 @@ class Parameter(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Numbers in the array."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -101,7 +101,7 @@ class Parameter(NamedTuple):
 
 
 def parameter_table(config: Any) -> tuple[Parameter, ...]:
-    """The parameters of a decoder. Random initial values are drawn in this order.
+    """The parameters of a decoder. The order is that in which random initial values are drawn.
 
     Args:
         config: a `ModelConfig`, whose module imports this one.
@@ -130,6 +130,10 @@ def parameter_table(config: Any) -> tuple[Parameter, ...]:
     def norm(name: str, size: int, module: str, present: bool = True) -> Parameter:
         return Parameter(name, layered({"norm": size}), (part(module),), constant=1.0, present=present)
 
+    q_norm, k_norm = (h * dh, kv * dh) if config.qk_norm == "projection" else (dh, dh)
+    after_attention, after_mlp = "post_attention_layernorm", "post_feedforward_layernorm"
+    norms = {"pre": ("input_layernorm", after_attention), "post": (after_attention, after_mlp)}
+    attention_norm, mlp_norm = norms[config.norm_placement]
     gate, up = part("mlp.gate_proj", slice(0, 1)), part("mlp.up_proj", slice(1, 2))
     table = (
         Parameter("embed", {"vocab": v, "embed": d}, (Part(EMBED),), std=d**-0.5, dtype=config.dtype),
@@ -138,10 +142,10 @@ def parameter_table(config: Any) -> tuple[Parameter, ...]:
         projection("gate_up", {"embed": d}, {None: 2, "mlp": f}, gate, up),
         projection("down", {"mlp": f}, {"embed": d}, part("mlp.down_proj"), scale=residual),
         Parameter("qkv_bias", layered(groups), qkv("bias"), dtype=config.dtype, present=config.qkv_bias),
-        norm("q_norm", dh, "self_attn.q_norm", present=config.qk_norm),
-        norm("k_norm", dh, "self_attn.k_norm", present=config.qk_norm),
-        norm("attention_norm", d, "input_layernorm"),
-        norm("mlp_norm", d, "post_attention_layernorm"),
+        norm("q_norm", q_norm, "self_attn.q_norm", present=bool(config.qk_norm)),
+        norm("k_norm", k_norm, "self_attn.k_norm", present=bool(config.qk_norm)),
+        norm("attention_norm", d, attention_norm),
+        norm("mlp_norm", d, mlp_norm),
         Parameter("norm", {"norm": d}, (Part("model.norm.weight"),), constant=1.0),
         Parameter(
             "head",

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Path(__file__).with_name("small.toml")
-CONFIG = ModelConfig(512, 32, 48, 2, 4, 2, 8, qk_norm=False, qkv_bias=True, max_positions=512)  # of Qwen2.5's form
+CONFIG = ModelConfig(512, 32, 48, 2, 4, 2, 8, qk_norm=None, qkv_bias=True, max_positions=512)  # of Qwen2.5's form
 SHORT = ("--evaluation.baselines", "false", "--evaluation.every", "0", "--evaluation.size", "2")
 SHORT += ("--metrics.tensorboard", "false")
 

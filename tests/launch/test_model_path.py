@@ -27,7 +27,7 @@ from aem_jax.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Path(__file__).with_name("small.toml")
-CONFIG = ModelConfig(512, 32, 48, 2, 4, 2, 8, qk_norm=False, qkv_bias=True, max_positions=512)  # of Qwen2.5's form
+CONFIG = ModelConfig(512, 32, 48, 2, 4, 2, 8, qk_norm=None, qkv_bias=True, max_positions=512)  # of Qwen2.5's form
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dic
 
 def test_the_files_say_what_the_model_is(model: Path):
     config = components.model_config(ModelChoice(path=str(model), dtype="float32"), 400)
-    assert (config.num_layers, config.qkv_bias, config.qk_norm, config.vocab_size) == (2, True, False, 512)
+    assert (config.num_layers, config.qkv_bias, config.qk_norm, config.vocab_size) == (2, True, None, 512)
     assert components.model_config(ModelChoice(path=str(model)), 400).dtype == "bfloat16"
     float32: Any = jnp.float32
     assert components.model_config(ModelChoice(path=str(model), dtype=float32), 400) == config
@@ -102,10 +102,10 @@ def test_weights_that_cannot_be_used_are_the_options_fault(model: Path, tmp_path
     config = RunConfig(model=ModelChoice(path=str(folder)))
     run: Any = SimpleNamespace(config=config, mesh=None)
     with pytest.raises(ConfigError, match=r"--model.path: expected finite numbers in .*, got NaN .* model.norm.weight"):
-        initial.initial_parameters(run, Policy(CONFIG))
+        initial.initial_parameters(run, Policy(CONFIG), {})
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="--model.path: expected model.safetensors or .*, got neither"):
-        initial.initial_parameters(run, Policy(CONFIG))
+        initial.initial_parameters(run, Policy(CONFIG), {})
 
 
 def test_a_config_that_the_tokenizer_cannot_read_is_named_itself(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The decoder against Hugging Face transformers' Qwen3, and its two passes against each other."""
+"""The decoder against Hugging Face transformers, and properties of its passes."""
 
 from pathlib import Path
 
@@ -7,12 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_policies
-from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, numpy_params, numpy_tokens
+from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, POST_NORM, numpy_params, numpy_tokens
 
 from aem_jax.models import CONFIGS, ModelConfig, Policy
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-CASES = ["GROUPED_TIED", "MULTI_UNTIED", "ONE_KV_UNTIED"]  # in make_golden.py's order: the index is the seed
+CASES = [
+    "GROUPED_TIED",
+    "MULTI_UNTIED",
+    "ONE_KV_UNTIED",
+    "POST_NORM",
+    "GELU",
+    "SLIDING",
+]  # in make_golden.py's order: the index is the seed
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -27,11 +34,11 @@ def test_logits_equal_recorded_transformers_logits(name: str):
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_live_transformers_logits(name: str):
     pytest.importorskip("torch", reason="torch is not installed; recorded logits are compared instead")
-    import transformers_qwen3
+    import transformers_logits
 
     config = getattr(small_policies, name)
     params, tokens = numpy_params(config, 7), numpy_tokens(config, (3, 23), 7)
-    theirs = transformers_qwen3.logits(config, params, tokens)
+    theirs = transformers_logits.logits(config, params, tokens)
     np.testing.assert_allclose(Policy(config).forward(params, jnp.asarray(tokens)), theirs, atol=1e-4, rtol=0)
 
 
@@ -98,7 +105,7 @@ def test_bfloat16_activations_stay_near_float32():
     assert 1e-4 < np.sqrt(np.mean(np.square(logits - exact))) < 0.1
 
 
-@pytest.mark.parametrize("config", [GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED])
+@pytest.mark.parametrize("config", [GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, POST_NORM])
 def test_parameters_are_counted_and_named(config: ModelConfig):
     policy = Policy(config)
     sizes = [leaf.size for leaf in jax.tree.leaves(policy.shapes)]
@@ -149,9 +156,17 @@ def test_init_starts_near_the_uniform_distribution():
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
-    [({"num_heads": 3}, "num_heads divisible by num_kv_heads, got 3 and 2"), ({"head_dim": 15}, "even head_dim")],
+    [
+        ({"num_heads": 3}, "num_heads divisible by num_kv_heads, got 3 and 2"),
+        ({"head_dim": 15}, "even head_dim"),
+        ({"norm_placement": "sandwich"}, r"norm_placement to be one of \('pre', 'post'\), got 'sandwich'"),
+        ({"qk_norm": True}, "qk_norm to be one of .*, got True"),
+        ({"activation": "relu"}, "activation to be one of .*, got 'relu'"),
+        ({"sliding_windows": (4, 0)}, r"a whole number for each of 3 layers, .*, got \(4, 0\)"),
+        ({"sliding_windows": (4, 0, -1)}, "sliding_windows to be a whole number"),
+    ],
 )
-def test_bad_sizes_are_refused(change: dict, complaint: str):
+def test_bad_sizes_and_options_are_refused(change: dict, complaint: str):
     with pytest.raises(ValueError, match=complaint):
         ModelConfig(**{**vars(GROUPED_TIED), **change})
 

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers_config import in_transformers
 
 from aem_jax.models import ModelConfig, RopeScaling
 from aem_jax.models.config import CONFIGS
-from aem_jax.models.families import config_from_hf, config_to_hf
+from aem_jax.models.families import FAMILIES, config_from_hf, config_to_hf
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FILES = {name: json.loads((GOLDEN / name / "config.json").read_text()) for name in ("qwen2", "qwen3", "llama")}
@@ -50,7 +51,7 @@ LIKELY: dict[str, tuple[Any, ...]] = {
     "vocab_size": (64,),
     "max_position_embeddings": (16, 32_768),
     "rms_norm_eps": (1e-6, 1e-5),
-    "hidden_act": ("silu", "swish", "gelu", "relu"),
+    "hidden_act": ("silu", "swish", "gelu_pytorch_tanh", "gelu", "relu"),
     "tie_word_embeddings": (True, False),
     "attention_bias": (False, True),
     "mlp_bias": (False, True),
@@ -137,7 +138,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (QWEN2, {"rope_parameters": None, "rope_theta": 500_000}, {"rope_theta": 5e5}),
         (LLAMA, {"original_max_position_embeddings": 16}, {"rope_scaling": RopeScaling(4.0, 1.0, 4.0, 16)}),
         (QWEN2, {"num_key_value_heads": None, "head_dim": None}, {"num_kv_heads": 4, "head_dim": 8}),
-        (LLAMA, {"hidden_act": "swish", "architectures": []}, {"qkv_bias": False}),
+        (LLAMA, {"hidden_act": "swish", "architectures": []}, {"qkv_bias": False, "activation": "silu"}),
+        (LLAMA, {"hidden_act": "gelu_pytorch_tanh"}, {"activation": "gelu_tanh"}),
         (QWEN2, {"sliding_window": 8, "max_window_layers": 0, "torch_dtype": "float16"}, {"head_dim": 8}),
     ],
 )
@@ -158,7 +160,7 @@ def test_variants_of_a_config_mean_what_they_mean_in_transformers(theirs: dict, 
         ({"use_sliding_window": True}, "expected use_sliding_window = False, got True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types to be .*, got .*'sliding_attention'"),
         ({"layer_types": ["full_attention"]}, "expected layer_types to be 'full_attention' for each of 2 layers"),
-        ({"hidden_act": "gelu"}, "expected hidden_act = 'silu', got 'gelu'"),
+        ({"hidden_act": "gelu"}, "expected hidden_act to be 'silu' or 'swish' or 'gelu_pytorch_tanh', got 'gelu'"),
         ({"attention_bias": True}, "expected attention_bias = False"),
         ({"quantization_config": {"quant_method": "fp8"}}, "expected quantization_config = None, got {'quant_method'"),
         ({"text_config": {"hidden_size": 8}}, "expected text_config = None"),
@@ -208,6 +210,22 @@ def test_what_is_written_is_read_by_transformers_as_the_same():
         assert (
             ModelConfig(**in_transformers(theirs), dtype=config.dtype) == config == config_from_hf(theirs, config.dtype)
         ), name
+
+
+def test_options_determine_the_family():
+    """Else an exported model would get the name of the first family with its options."""
+    options = ("norm_placement", "qk_norm", "qkv_bias")
+    assert len({tuple(getattr(family, name) for name in options) for family in FAMILIES}) == len(FAMILIES)
+
+
+def test_options_of_no_family_are_not_written():
+    config = replace(CONFIGS["tiny"], qkv_bias=True)
+    with pytest.raises(ValueError, match=r"expected the options of a family \(Qwen2.*got .*'head', 'qkv_bias': True"):
+        config_to_hf(config, "float32")
+    with pytest.raises(ValueError, match=r"got .*'sliding_windows': \(4, 0, 4, 4\)"):
+        config_to_hf(replace(CONFIGS["tiny"], sliding_windows=(4, 0, 4, 4)), "float32")
+    gelu = replace(CONFIGS["tiny"], activation="gelu_tanh")
+    assert config_from_hf(config_to_hf(gelu, "float32"), "float32") == gelu
 
 
 @pytest.mark.parametrize("change", [{"num_kv_heads": 0}, {"hidden_size": -1}, {"num_layers": 2.0}, {"vocab_size": "8"}])

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, numpy_params, numpy_tokens
+from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, POST_NORM, numpy_params, numpy_tokens
 
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.models.int8 import quantize, scale_of
 
-BIASED = ModelConfig(**{**vars(GROUPED_TIED), "qk_norm": False, "qkv_bias": True})
-CONFIGS = [GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, BIASED]
+BIASED = ModelConfig(**{**vars(GROUPED_TIED), "qk_norm": None, "qkv_bias": True})
+CONFIGS = [GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, BIASED, POST_NORM]
 INPUTS = {"qkv": 1, "o": 2, "gate_up": 1, "down": 1}
 
 
@@ -23,11 +23,11 @@ def test_rounding_by_hand():
 
 
 def dequantized(params):
-    layers = dict(params["layers"])
+    layers = dict(params["base"]["layers"])
     for name, inputs in INPUTS.items():
         scales = layers.pop(scale_of(name))
         layers[name] = layers[name].astype(jnp.float32) * jnp.expand_dims(scales, range(1, 1 + inputs))
-    return {**params, "layers": layers}
+    return {"base": {**params["base"], "layers": layers}}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -38,8 +38,8 @@ def test_products_are_those_of_the_rounded_weights(config: ModelConfig):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), codes) == expected
     rounded = dequantized(codes)
     for name, inputs in INPUTS.items():
-        error = jnp.abs(rounded["layers"][name] - params["layers"][name])
-        half = jnp.expand_dims(codes["layers"][scale_of(name)] / 2, range(1, 1 + inputs))
+        error = jnp.abs(rounded["base"]["layers"][name] - params["base"]["layers"][name])
+        half = jnp.expand_dims(codes["base"]["layers"][scale_of(name)] / 2, range(1, 1 + inputs))
         assert jnp.all(error <= half * (1 + 1e-5))
     tokens = jnp.asarray(numpy_tokens(config, (2, 12)))
     found, wanted = policy.quantized.forward(codes, tokens), policy.forward(rounded, tokens)

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED
+from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, POST_NORM
 
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.models.lora import Target, projections
 from aem_jax.models.parameters import init_parameters, layer_matrices, parameter_table
 from aem_jax.models.weights import tensors
 
-BIASED = replace(MULTI_UNTIED, qk_norm=False, qkv_bias=True, dtype="bfloat16")
-CONFIGS = [GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, BIASED]
+BIASED = replace(MULTI_UNTIED, qk_norm=None, qkv_bias=True, dtype="bfloat16")
+CONFIGS = [GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, BIASED, POST_NORM]
 
 
 def test_initial_values():
@@ -65,9 +65,11 @@ def test_adapters_and_codes_are_of_the_matrices_of_layers(config: ModelConfig):
 def test_dtypes_of_use():
     """Norms stay float32, all else is in the config's dtype; masters are float32."""
     policy = Policy(BIASED)
-    layers = policy.dtypes["layers"]
-    assert {name for name, dtype in layers.items() if dtype == "float32"} == {"attention_norm", "mlp_norm"}
-    assert {policy.dtypes[name].name for name in ("embed", "head")} == {"bfloat16"} and policy.dtypes[
-        "norm"
-    ] == "float32"
+    base = policy.dtypes["base"]
+    assert {name for name, dtype in base["layers"].items() if dtype == "float32"} == {"attention_norm", "mlp_norm"}
+    assert {name: base[name].name for name in base if name != "layers"} == {
+        "embed": "bfloat16",
+        "head": "bfloat16",
+        "norm": "float32",
+    }
     assert {leaf.dtype.name for leaf in jax.tree.leaves(policy.shapes)} == {"float32"}

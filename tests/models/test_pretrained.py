@@ -113,7 +113,7 @@ def test_every_tensor_goes_to_its_shards():
     alone = from_pretrained(GOLDEN / "qwen2-tied", dtype="float32")
     spread = from_pretrained(GOLDEN / "qwen2-tied", mesh=mesh, dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, spread.params, alone.params)
-    gate_up = spread.params["layers"]["gate_up"]
+    gate_up = spread.params["base"]["layers"]["gate_up"]
     assert gate_up.addressable_shards[0].data.size * 4 == gate_up.size  # over fsdp × tensor
 
 
@@ -261,7 +261,7 @@ def test_weights_that_are_not_those_of_the_config_are_refused(config, changed, c
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path: Path):
     model = from_pretrained(GOLDEN / "qwen2", dtype="float32")
-    large = {**model.params, "norm": model.params["norm"] * 1e6}
+    large = {"base": {**model.params["base"], "norm": model.params["base"]["norm"] * 1e6}}
     with pytest.raises(ValueError, match="expected finite numbers in weights to write to .* in model.norm.weight"):
         save_pretrained(tmp_path / "half", model.config, large, dtype=np.float16)
     save_pretrained(tmp_path / "whole", model.config, large, dtype=jnp.bfloat16)
@@ -361,13 +361,13 @@ def test_a_dtype_is_a_name_or_what_jax_and_numpy_call_one(tmp_path: Path):
     ):
         assert dtype_name(dtype) == "bfloat16" == read_config(GOLDEN / "qwen2", dtype).dtype
     model = from_pretrained(GOLDEN / "qwen2", dtype=np.float32)
-    assert model.config.dtype == "float32" and model.params["embed"].dtype == jnp.float32
+    assert model.config.dtype == "float32" and model.params["base"]["embed"].dtype == jnp.float32
     model.save_pretrained(tmp_path / "half", dtype=jnp.bfloat16)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     bfloat16: Any = jnp.bfloat16
     int8: Any = jnp.int8
     odd_ones: Any = ("bf16", None, float, jnp.float16, np.dtype("int8"), object())
-    assert ModelConfig(64, 32, 48, 2, 4, 2, 8, dtype=bfloat16).dtype == "bfloat16"
+    assert ModelConfig(64, 32, 48, 2, 4, 2, 8, dtype=jnp.bfloat16).dtype == "bfloat16"
     assert SamplingConfig(cache=int8) == SamplingConfig(cache="int8")
     assert LearnerConfig(moments=bfloat16).moments == "bfloat16"
     for odd in odd_ones:
@@ -401,7 +401,7 @@ jax.block_until_ready(jax.numpy.zeros(1) + 1)
 before = peak()
 model = from_pretrained(sys.argv[1])
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-one = float(model.params["layers"]["down"][-1, 3, 5])
+one = float(model.params["base"]["layers"]["down"][-1, 3, 5])
 print(json.dumps({"extra": peak() - before - size, "size": size, "one": one}))
 """
 

@@ -23,22 +23,30 @@ from aem_jax.sharding import DECODE, TRAIN, MeshConfig, make_mesh, shardings
 
 CONFIG = ModelConfig(64, 48, 80, 3, 4, 2, 16)  # every split dimension divides by 2
 POLICY = Policy(CONFIG)
+POST_NORM = Policy(replace(CONFIG, norm_placement="post", qk_norm="projection"))  # its norms reduce over all heads
 
 
 @pytest.mark.parametrize(
-    ("sizes", "cache"), [((8, 1, 1), "model"), ((2, 2, 2), "model"), ((1, 8, 1), "model"), ((2, 2, 2), "int8")]
+    ("sizes", "cache", "policy"),
+    [
+        ((8, 1, 1), "model", POLICY),
+        ((2, 2, 2), "model", POLICY),
+        ((1, 8, 1), "model", POLICY),
+        ((2, 2, 2), "int8", POLICY),
+        ((2, 2, 2), "model", POST_NORM),
+    ],
 )
-def test_eight_devices_say_the_same(sizes: tuple[int, int, int], cache: Literal["model", "int8"]):
-    params = numpy_params(CONFIG)
-    make = partial(Sampler, POLICY, SamplingConfig(1.0, cache=cache), (5,), capacity=64, slack=16, windows=(32,))
+def test_eight_devices_say_the_same(sizes: tuple[int, int, int], cache: Literal["model", "int8"], policy: Policy):
+    params = numpy_params(policy.config)
+    make = partial(Sampler, policy, SamplingConfig(1.0, cache=cache), (5,), capacity=64, slack=16, windows=(32,))
     plain = make()
-    wanted = {slot: script(POLICY, slot) for slot in range(6)}
+    wanted = {slot: script(policy, slot) for slot in range(6)}
     play(plain, params, wanted, slots=8)
 
     mesh = make_mesh(MeshConfig(*sizes))
     sampler = make(mesh=mesh)
-    placed = jax.device_put(params, shardings(mesh, POLICY.axes, DECODE))
-    episodes = {slot: script(POLICY, slot) for slot in range(6)}
+    placed = jax.device_put(params, shardings(mesh, policy.axes, DECODE))
+    episodes = {slot: script(policy, slot) for slot in range(6)}
     state = sampler.init(8)
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
     for leaf in jax.tree.leaves(state.cache):
@@ -53,7 +61,7 @@ def test_eight_devices_say_the_same(sizes: tuple[int, int, int], cache: Literal[
     with pytest.raises(ValueError, match=r"dimension .slots. divisible by"):
         sampler.init(3)
     warm = sampler.compilations
-    play(sampler, placed, {3: script(POLICY, 9)}, slots=8, state=state)
+    play(sampler, placed, {3: script(policy, 9)}, slots=8, state=state)
     assert sampler.compilations == warm
 
 

@@ -1,14 +1,20 @@
-"""Hugging Face transformers' Qwen3 (torch) with our parameters: the reference for logits. torch is imported late."""
+"""Hugging Face transformers (torch) with our parameters: the reference for logits. torch is imported late."""
+
+from typing import Any
 
 import numpy as np
 
 
 def logits(config, params, tokens: np.ndarray) -> np.ndarray:
-    """float32 logits [B,T,V] of transformers' Qwen3 with our parameters."""
+    """float32 logits [B,T,V] with our parameters: of OLMo2 where norms are placed after a sublayer, else of Qwen3."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Olmo2Config, Olmo2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    theirs = Qwen3Config(
+    is_post = config.norm_placement == "post"
+    classes: tuple[Any, Any] = (Olmo2Config, Olmo2ForCausalLM) if is_post else (Qwen3Config, Qwen3ForCausalLM)
+    make_config, make_model = classes
+    windows = config.sliding_windows  # 0, or the same for all layers
+    theirs = make_config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -18,13 +24,18 @@ def logits(config, params, tokens: np.ndarray) -> np.ndarray:
         head_dim=config.head_dim,
         rms_norm_eps=config.norm_eps,
         tie_word_embeddings=config.tied_head,
+        hidden_act={"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation],
+        pad_token_id=None,
+        use_sliding_window=bool(windows),
+        sliding_window=max(windows, default=None),
+        layer_types=["sliding_attention" if size else "full_attention" for size in windows] or None,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         attn_implementation="eager",  # pyright: ignore[reportCallIssue]
     )
-    model = Qwen3ForCausalLM(theirs).to(torch.float32).eval()
-    weights = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}
-    weights["lm_head.weight"] = params["embed"] if config.tied_head else np.asarray(params["head"]).T
-    layers = {name: np.asarray(value) for name, value in params["layers"].items()}
+    model = make_model(theirs).to(torch.float32).eval()
+    weights = {"model.embed_tokens.weight": params["base"]["embed"], "model.norm.weight": params["base"]["norm"]}
+    weights["lm_head.weight"] = params["base"]["embed"] if config.tied_head else np.asarray(params["base"]["head"]).T
+    layers = {name: np.asarray(value) for name, value in params["base"]["layers"].items()}
     for i in range(config.num_layers):
         at = f"model.layers.{i}"
         groups = layers["qkv"][i]  # [D, KV, queries + key + value, Dh]
@@ -36,8 +47,9 @@ def logits(config, params, tokens: np.ndarray) -> np.ndarray:
         weights[f"{at}.mlp.down_proj.weight"] = layers["down"][i].T
         weights[f"{at}.self_attn.q_norm.weight"] = layers["q_norm"][i]
         weights[f"{at}.self_attn.k_norm.weight"] = layers["k_norm"][i]
-        weights[f"{at}.input_layernorm.weight"] = layers["attention_norm"][i]
-        weights[f"{at}.post_attention_layernorm.weight"] = layers["mlp_norm"][i]
+        norms = ("post_attention", "post_feedforward") if is_post else ("input", "post_attention")
+        weights[f"{at}.{norms[0]}_layernorm.weight"] = layers["attention_norm"][i]
+        weights[f"{at}.{norms[1]}_layernorm.weight"] = layers["mlp_norm"][i]
     model.load_state_dict({name: torch.tensor(np.array(value)) for name, value in weights.items()}, strict=True)
     with torch.no_grad():
         return model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
