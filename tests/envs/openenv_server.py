@@ -54,7 +54,7 @@ class Counted(Environment):
 
 
 class CommandEnvironment(Counted):
-    """Solved by the command "done"; cut after five steps."""
+    """Solved by the command "done"; truncated after five steps."""
 
     _prefix = ""
 
@@ -74,7 +74,7 @@ class CommandEnvironment(Counted):
 
 
 class TextarenaEnvironment(Counted):
-    """TextArena's GuessTheNumber, its number drawn by the seed."""
+    """TextArena's GuessTheNumber; the seed determines the number."""
 
     def reset(self, seed=None, episode_id=None):
         import textarena
@@ -90,8 +90,8 @@ class TextarenaEnvironment(Counted):
         return MessagesObservation(messages=self._heard(), done=done, reward=float(rewards.get(0, 0.0)))
 
     def _heard(self):
-        _, heard = self._game.get_observation()
-        return [{"sender_id": sender, "content": str(said)} for sender, said, *_ in heard]
+        _, messages = self._game.get_observation()
+        return [{"sender_id": sender, "content": str(text)} for sender, text, *_ in messages]
 
 
 class ReasoningGymEnvironment(Counted):

@@ -28,7 +28,7 @@ from aem_jax.envs.protocol import EnvError
 from aem_jax.envs.registry import environment_spec
 from aem_jax.envs.serving.field_mapping import FieldMapping
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
-from aem_jax.envs.swe.tasks import generated_tasks, whole_payload
+from aem_jax.envs.swe.tasks import full_payload, generated_tasks
 from aem_jax.envs.testing.conformance_wire import ServerSubject, check_server
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 from aem_jax.envs.webshop.tasks import goal_tasks
@@ -77,7 +77,7 @@ def test_their_server_serves_our_pool():
         assert conforms(pool, COMMAND, ({"prefix": "a"}, {"prefix": "b"}), ("ls", "done"), sessions=4) == []
 
 
-def test_their_capacity_is_understood():
+def test_a_capacity_error_of_their_server_is_explained():
     refused = pytest.raises(EnvError, match=r"CAPACITY_REACHED.*set --env.sessions-per-server")
     with refused, playing(command("command", 2), COMMAND, servers=1, sessions=3):
         pass
@@ -89,7 +89,7 @@ def test_textarena_is_played():
         # bisection finds one of twenty numbers in at most five guesses; every session plays its own game
         for future in [pool.reset(session, {"seed": 7 + session}) for session in range(3)]:
             assert future.result(60).observation.startswith("You are Player 0.")
-        found = []
+        guesses = []
         for session in range(3):
             low, high, result = 1, 20, None
             while result is None or not result.done:
@@ -97,8 +97,8 @@ def test_textarena_is_played():
                 result = pool.step(session, f"I say [{guess}]").result(60)
                 low, high = (guess + 1, high) if result.observation.endswith("higher.") else (low, guess - 1)
             assert (result.reward, result.terminated, result.info["won"]) == (1.0, True, True)
-            found.append(guess)
-        assert len(set(found)) > 1
+            guesses.append(guess)
+        assert len(set(guesses)) > 1
         assert conforms(pool, GUESS, ({"seed": 1}, {"seed": 2}), ("[1]", "[20]"), sessions=3) == []
 
 
@@ -117,7 +117,7 @@ def test_reasoning_gym_is_played_on_servers_of_one_session():
         assert conforms(pool, ANSWER, tasks, ("12",), sessions=1) == []
 
 
-def test_the_environment_that_openenv_begins_with_is_played(tmp_path, monkeypatch):
+def test_openenvs_template_is_played(tmp_path, monkeypatch):
     done = subprocess.run(
         [sys.executable, "-m", "openenv.cli", "init", "echo_template"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -146,7 +146,7 @@ OURS = {
         (*actions("search[red lamp]", "click[next >]", "click[back to search]", "click[nowhere]"), "gibberish"),
     ),
     "swe": (
-        lambda: whole_payload(generated_tasks("train")[0].payload),
+        lambda: full_payload(generated_tasks("train")[0].payload),
         (block("execute_bash", command="ls; cat *.py | head -5"), "gibberish", block("finish")),
     ),
     "swe-choices": (lambda: generated_tasks("train")[0].payload, (*actions("run", "apply 1", "finish"),)),
@@ -157,21 +157,21 @@ OURS = {
 def test_our_server_serves_their_client(name):
     if name.startswith("swe"):
         working_bubblewrap()
-    task, said = OURS[name][0](), OURS[name][1]
+    task, responses = OURS[name][0](), OURS[name][1]
     env = environment_spec(name).factory({})()
     with served(name) as (address, _), GenericEnvClient(base_url=f"http://{address}").sync() as client:
-        found, wanted = client.reset(episode_id="e1", **task), env.reset(task)
-        for count, text in enumerate(("", *said)):
+        actual, expected = client.reset(episode_id="e1", **task), env.reset(task)
+        for count, text in enumerate(("", *responses)):
             if count:
-                found, wanted = client.step({"text": text}), env.step(text)
-            assert found.observation["text"] == wanted.observation
-            assert (found.reward, found.done) == (wanted.reward, wanted.done)
-            assert found.observation["won"] == wanted.info["won"]
-            assert found.observation["valid_action"] == wanted.info["valid_action"]
+                actual, expected = client.step({"text": text}), env.step(text)
+            assert actual.observation["text"] == expected.observation
+            assert (actual.reward, actual.done) == (expected.reward, expected.done)
+            assert actual.observation["won"] == expected.info["won"]
+            assert actual.observation["valid_action"] == expected.info["valid_action"]
             assert client.state() == {"episode_id": "e1", "step_count": count}
 
 
-def test_their_client_hears_our_errors():
+def test_their_client_receives_our_errors():
     with served("echo") as (address, _), GenericEnvClient(base_url=f"http://{address}").sync() as client:
         client.reset(word="hi")
         assert client.step({"text": "hi"}).done

@@ -21,7 +21,7 @@ GUESS = "You are Player 0. You are playing Guess The Number."
 INVALID_MOVE = "You attempted an invalid move. Reason: Invalid move format."
 LEGS = "Your task is to count how many legs there are in total"
 
-# Read from the recordings by a person: the beginning of each text, rewards, ends, wins. Versions differ where one omits
+# Taken from the recordings by hand: the beginning of each text, rewards, ends, wins. Versions differ if one omits
 # the metadata; textarena draws a new number each time (its server ignores the seed).
 EXPECTED = {
     "echo_env-0.3.0": [("", 0.0, False, OPEN), ("hello", 0.0, False, OPEN), ('ü "quoted"', 0.0, False, OPEN)],
@@ -61,22 +61,22 @@ def recorded(path: Path):
     return head, override(FieldMapping(), head["field_mapping"]), [(line["sent"], line["received"]) for line in lines]
 
 
-def test_every_recording_has_been_read_by_a_person():
+def test_every_recording_has_expected_values():
     assert {path.stem for path in FILES} == set(EXPECTED)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_recorded_server_is_played(path: Path):
-    head, mapping, said = recorded(path)
-    assert requests(mapping, head["task"], head["say"]) == [sent for sent, _ in said]
+    head, mapping, exchanges = recorded(path)
+    assert requests(mapping, head["task"], head["say"]) == [sent for sent, _ in exchanges]
     # The server replays the answers and compares the requests: the pool's must equal those that OpenEnv accepted.
-    heard, answers = [], iter(said)
+    matches, recording = [], iter(exchanges)
 
     def reply(message):
         if message["type"] == "close":
             return None
-        sent, received = next(answers)
-        heard.append(message == json.loads(sent))
+        sent, received = next(recording)
+        matches.append(message == json.loads(sent))
         return received
 
     with foreign_server(reply) as address:
@@ -84,7 +84,7 @@ def test_a_recorded_server_is_played(path: Path):
         with EnvPool(config, ("", {})) as pool:
             results = [pool.reset(0, head["task"]).result(10)]
             results += [pool.step(0, text).result(10) for text in head["say"]]
-    assert heard == [True] * (2 + len(head["say"]))
+    assert matches == [True] * (2 + len(head["say"]))
     assert len(results) == len(EXPECTED[path.stem])
     for result, (text, reward, done, info) in zip(results, EXPECTED[path.stem]):
         assert result.observation.startswith(text) and bool(result.observation) == bool(text)
@@ -93,9 +93,9 @@ def test_a_recorded_server_is_played(path: Path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_step_that_a_recorded_server_does_not_know(path: Path):
-    _, mapping, said = recorded(path)
-    answer = dict(said)[UNKNOWN_STEP]
+def test_the_validation_errors_of_a_refused_step_are_kept(path: Path):
+    _, mapping, exchanges = recorded(path)
+    answer = dict(exchanges)[UNKNOWN_STEP]
     # the details are beside OpenEnv's message, not in it
     why = r"Invalid message; \w+: Field required; no such field: Extra inputs are not permitted"
     if mapping.invalid_codes:
@@ -108,6 +108,6 @@ def test_a_step_that_a_recorded_server_does_not_know(path: Path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_leave_is_taken_without_a_word(path: Path):
+def test_closing_gets_no_reply(path: Path):
     *_, (request, answer) = recorded(path)[2]
     assert (json.loads(request), answer) == ({"type": "close"}, None)

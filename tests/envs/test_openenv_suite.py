@@ -1,4 +1,4 @@
-"""The task suite of a foreign environment: its tasks are reset keywords, and it has no expert."""
+"""The task suite of external environments: its tasks are reset keywords, and it has no expert."""
 
 import dataclasses
 import json
@@ -29,19 +29,19 @@ def payloads(tasks):
     return [dict(task.payload) for task in tasks]
 
 
-def test_seeds_are_tasks_and_no_split_shares_any():
-    found = suite("--env.urls", "a:1", "--openenv.seeds", "3", "--openenv.reset", '{"size": 2}')
-    assert payloads(found.training) == [{"size": 2, "seed": seed} for seed in range(3)]
-    assert [task.id for task in found.training[1:]] == ["seed-1", "seed-2"]
-    valid, name = found.evaluation("valid", 2)
-    test, _ = found.evaluation("test", 2)
+def test_seeds_are_tasks_and_splits_share_none():
+    tasks = suite("--env.urls", "a:1", "--openenv.seeds", "3", "--openenv.reset", '{"size": 2}')
+    assert payloads(tasks.training) == [{"size": 2, "seed": seed} for seed in range(3)]
+    assert [task.id for task in tasks.training[1:]] == ["seed-1", "seed-2"]
+    valid, name = tasks.evaluation("valid", 2)
+    test, _ = tasks.evaluation("test", 2)
     assert payloads(valid) == [{"size": 2, "seed": 10**9}, {"size": 2, "seed": 10**9 + 1}]
     assert payloads(test)[0]["seed"] == 2 * 10**9
     # the name depends on the content of the set
-    assert name.startswith("valid-2-") and name == found.evaluation("valid", 2)[1]
+    assert name.startswith("valid-2-") and name == tasks.evaluation("valid", 2)[1]
     assert name != suite("--env.urls", "a:1").evaluation("valid", 2)[1]
     with pytest.raises(ValueError, match="expected valid or test with openenv, got 'valid_seen'"):
-        found.evaluation("valid_seen", 2)
+        tasks.evaluation("valid_seen", 2)
 
 
 def test_tasks_come_from_files(tmp_path: Path):
@@ -49,20 +49,20 @@ def test_tasks_come_from_files(tmp_path: Path):
     train.write_text('{"level": 1}\n\n{"level": 2, "size": 9}\n')
     test.write_text('{"level": 3}\n{"level": 4}\n')
     words = ["--env.urls", "a:1", "--openenv.tasks", str(train), "--openenv.reset", '{"size": 5}']
-    found = suite(*words, "--openenv.evaluation-tasks", str(test))
-    assert payloads(found.training) == [{"size": 5, "level": 1}, {"size": 9, "level": 2}]
-    assert [task.id for task in found.training] == ["train-0", "train-1"]
-    assert payloads(found.evaluation("valid", 1)[0]) == [{"size": 5, "level": 3}]
+    tasks = suite(*words, "--openenv.evaluation-tasks", str(test))
+    assert payloads(tasks.training) == [{"size": 5, "level": 1}, {"size": 9, "level": 2}]
+    assert [task.id for task in tasks.training] == ["train-0", "train-1"]
+    assert payloads(tasks.evaluation("valid", 1)[0]) == [{"size": 5, "level": 3}]
     assert len(suite(*words, "--evaluation.splits").training) == 2
     with pytest.raises(ValueError, match=r"expected --openenv.evaluation-tasks with --openenv.tasks, got none"):
         suite(*words)
 
 
-def test_task_files_are_cut_at_line_breaks_alone_and_their_text_can_be_encoded(tmp_path: Path):
+def test_task_files_are_split_only_at_line_feeds_and_contain_valid_text(tmp_path: Path):
     file = tmp_path / "tasks.jsonl"
     file.write_text('{"text": "a\u2028b\u0085c"}\r\n\n{"text": "half \\ud83d"}', encoding="utf-8")
-    found = suite("--env.urls", "a:1", "--openenv.tasks", str(file), "--evaluation.splits")
-    assert payloads(found.training) == [{"text": "a\u2028b\u0085c"}, {"text": "half \ufffd"}]
+    tasks = suite("--env.urls", "a:1", "--openenv.tasks", str(file), "--evaluation.splits")
+    assert payloads(tasks.training) == [{"text": "a\u2028b\u0085c"}, {"text": "half \ufffd"}]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_task_files_are_cut_at_line_breaks_alone_and_their_text_can_be_encoded(t
         ('{"level": ', "expected JSON"),
     ],
 )
-def test_a_line_that_is_no_task_is_named(tmp_path: Path, line: str, why: str):
+def test_an_invalid_line_of_a_task_file_is_refused_with_its_number(tmp_path: Path, line: str, why: str):
     file = tmp_path / "tasks.jsonl"
     file.write_text(f'{{"level": 1}}\n\n{line}\n')
     with pytest.raises(ValueError) as error:
@@ -82,7 +82,7 @@ def test_a_line_that_is_no_task_is_named(tmp_path: Path, line: str, why: str):
     assert str(error.value).startswith(f"{file} line 3: ") and why in str(error.value)
 
 
-def test_what_is_trained_on_is_not_evaluated(tmp_path: Path):
+def test_evaluation_tasks_that_are_trained_on_are_refused(tmp_path: Path):
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     train.write_text('{"level": 1, "size": 5}\n{"level": 2}\n')
     test.write_text('{"level": 3}\n{"level": 1}\n')  # with the common size, the second is the first training task
@@ -111,19 +111,19 @@ def test_what_is_trained_on_is_not_evaluated(tmp_path: Path):
         (["--env.urls", "a:1", "--warmstart.episodes", "5"], "--warmstart.episodes: expected 0 with openenv, got 5"),
     ],
 )
-def test_what_is_missing_is_said(words, why):
+def test_missing_and_contradicting_settings_are_refused(words, why):
     with pytest.raises(ValueError) as error:
         suite(*words)
     assert why in str(error.value)
 
 
-def test_a_run_with_no_environment_is_one_line(tmp_path: Path, capsys):
+def test_the_error_for_a_run_without_an_environment_is_one_line(tmp_path: Path, capsys):
     assert cli.main(["--preset", "openenv-tiny", "--runs-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: expected one of --env.urls, --env.command, --openenv.serve")
 
 
-def test_what_is_said_and_heard_is_part_of_a_run():
+def test_a_resumed_run_may_change_its_servers_but_not_their_environment():
     assert may_change("env.urls") and may_change("env.num_servers")
     assert not may_change("env.field_mapping.text_field") and not may_change("env.command")
     assert not may_change("openenv.seeds")
@@ -132,21 +132,21 @@ def test_what_is_said_and_heard_is_part_of_a_run():
 ECHO = ["--openenv.reset", '{"word": "hi"}', "--openenv.actions", "ho", "hu", "--env.first-pause-s", "0.05"]
 
 
-def said(found) -> list[str]:
-    return [text for episode in tokenizer_corpus(found, 3, 4) for text in episode]
+def corpus(suite) -> list[str]:
+    return [text for episode in tokenizer_corpus(suite, 3, 4) for text in episode]
 
 
-def test_chance_talks_to_a_server_so_that_there_is_a_tokenizer(monkeypatch: pytest.MonkeyPatch):
+def test_a_random_agent_provides_the_tokenizers_corpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     with served("echo", "--sessions", "1") as (address, _):
         at_url = suite("--env.urls", address, *ECHO)
-        heard = said(at_url)
-        assert said(at_url) == heard  # the random agent depends on the seed, and the single session was released
+        texts = corpus(at_url)
+        assert corpus(at_url) == texts  # the random agent depends on the seed, and the single session was released
     # three episodes of four turns without the word: observations and actions in turn
-    assert len(heard) == 24 and heard[::8] == ["say hi"] * 3 and set(heard[1::2]) == {"ho", "hu"}
-    assert heard[2] == f"1: {heard[1]}"
+    assert len(texts) == 24 and texts[::8] == ["say hi"] * 3 and set(texts[1::2]) == {"ho", "hu"}
+    assert texts[2] == f"1: {texts[1]}"
     command = f"{sys.executable} -m aem_jax.envs.serving.server echo --port {{port}}"
-    assert said(suite("--env.command", command, *ECHO)) == heard
+    assert corpus(suite("--env.command", command, *ECHO)) == texts
 
 
 MINE = """
@@ -168,36 +168,36 @@ def make(length):
 """
 
 
-def test_an_environment_of_ones_own_is_played_in_a_process_of_its_own(tmp_path: Path, capfd, caplog):
+def test_a_user_written_environment_runs_in_a_separate_process(tmp_path: Path, capfd, caplog):
     """The environment prints at import, and one task ends its process. That task is left out."""
     file = tmp_path / "mine.py"
     file.write_text(MINE)
-    found = suite("--openenv.serve", f"{file}:make", "--openenv.settings", '{"length": 2}', *ECHO)
-    assert (found.name, found.settings) == (f"{file}:make", {"length": 2})
-    heard = said(found)
-    assert heard[::4] == ["say hi"] * 2
+    tasks = suite("--openenv.serve", f"{file}:make", "--openenv.settings", '{"length": 2}', *ECHO)
+    assert (tasks.name, tasks.settings) == (f"{file}:make", {"length": 2})
+    texts = corpus(tasks)
+    assert texts[::4] == ["say hi"] * 2
     # the environment's own list of actions has priority over the given one
-    assert set(heard[1::2]) <= {"say", "hi"}
-    (line,) = [each.getMessage() for each in caplog.records if "left out" in each.getMessage()]
+    assert set(texts[1::2]) <= {"say", "hi"}
+    (line,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert line.startswith("task seed-1 is left out: ") and "exit status 3" in line
     assert "pygame" not in capfd.readouterr().out
 
 
-def test_without_actions_nobody_plays():
-    found = suite("--env.urls", "a:1")
-    assert not found.baselines and found.demonstrator is None
+def test_without_actions_there_is_no_random_agent():
+    tasks = suite("--env.urls", "a:1")
+    assert not tasks.baselines and tasks.demonstrator is None
     with pytest.raises(ValueError, match=r"expected --model.path.* with openenv.*--openenv.actions"):
-        said(found)
+        corpus(tasks)
 
 
-def test_one_session_servers_are_as_many_as_slots():
+def test_servers_need_as_many_sessions_as_slots():
     words = ["--env.command", "serve {port}", "--env.sessions-per-server", "1", "--rollout.num-slots", "4"]
     assert suite(*words, "--env.num-servers", "4")
     with pytest.raises(ValueError, match=r"--rollout.num-slots: expected at most 3"):
         suite(*words, "--env.num-servers", "3")
 
 
-def test_the_mapping_is_reached_from_the_command_line():
+def test_the_field_mapping_is_set_on_the_command_line():
     _, options = split(["--env.field-mapping.action-field", "answer", "--env.field-mapping.invalid-codes", "A", "B"])
     mapping = apply(read_preset("openenv-tiny"), options).env.field_mapping
     assert (mapping.action_field, mapping.won_field, mapping.invalid_codes) == ("answer", "won|", ("A", "B"))

@@ -74,9 +74,9 @@ class _Reader:
 
     def find_function(self) -> bool:
         """Moves to the next `<function=` tag; False if there is none."""
-        found = self.text.find(_FUNCTION, self.at)
-        self.at = found if found >= 0 else len(self.text)
-        return found >= 0
+        start = self.text.find(_FUNCTION, self.at)
+        self.at = start if start >= 0 else len(self.text)
+        return start >= 0
 
     def call(self) -> Call:
         """Parses the call at the current position."""
@@ -90,8 +90,8 @@ class _Reader:
                 self.at += len(_END_FUNCTION)
                 return Call(name, parameters)
             if not self.text.startswith(_PARAMETER, self.at):
-                found = self.text[self.at : self.at + 40]
-                raise CallError(f"expected <parameter=...> or </function> in the call of {name!r}, got {found!r}")
+                text = self.text[self.at : self.at + 40]
+                raise CallError(f"expected <parameter=...> or </function> in the call of {name!r}, got {text!r}")
             parameter = self._name(_PARAMETER)
             start, end = self.at, self._end_of_value()
             if end < 0:
@@ -106,9 +106,9 @@ class _Reader:
         end = self.text.find(">", start, start + _LONGEST_NAME)
         name = self.text[start:end].strip() if end >= 0 else ""
         if not name.replace("-", "_").replace(".", "_").isidentifier():
-            found = self.text[self.at : start + 20]
+            text = self.text[self.at : start + 20]
             self.at = start
-            raise CallError(f"expected {tag}name>, got {found!r}")
+            raise CallError(f"expected {tag}name>, got {text!r}")
         self.at = end + 1
         return name
 

@@ -21,17 +21,18 @@ from pathlib import Path
 from aem_jax.envs.protocol import Task
 from aem_jax.envs.swe.env import SweConfig
 from aem_jax.envs.swe.grading import Report, grade
+from aem_jax.envs.swe.sandbox import choose
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig
 from aem_jax.envs.swe.sandbox.workspace import Limits, Runtime, SandboxError
-from aem_jax.envs.swe.tasks import file_tasks, generated_tasks, load_task
+from aem_jax.envs.swe.tasks import file_tasks, full_payload, generated_tasks, load_task
 
 LIMITS = Limits(seconds=60.0, memory_mib=1024)
 _SPLITS = ("train", "valid", "test")
 
 
 def problems(task: Task, runtime: Runtime, limits: Limits = LIMITS) -> list[str]:
-    """Returns messages that describe the problems of a generated task."""
+    """Returns the problems of a generated task."""
     gold, empty = _graded(task, runtime, limits)
     reasons = [] if gold.resolved else [f"{task.id}: the fix does not resolve it: {gold.log[-800:]}"]
     passing = [name for name, passes in empty.fail_to_pass.items() if passes]
@@ -42,7 +43,7 @@ def problems(task: Task, runtime: Runtime, limits: Limits = LIMITS) -> list[str]
 
 
 def file_problems(task: Task, runtime: Runtime, limits: Limits) -> list[str]:
-    """Returns messages that describe why the reward of an instance from a file would not depend on the agent."""
+    """Returns the reasons why the reward of an instance from a file would not depend on the agent."""
     try:
         gold, empty = _graded(task, runtime, limits)
     except (SandboxError, ValueError, OSError, subprocess.SubprocessError, ModuleNotFoundError) as error:
@@ -60,7 +61,7 @@ def file_problems(task: Task, runtime: Runtime, limits: Limits) -> list[str]:
 
 def _graded(task: Task, runtime: Runtime, limits: Limits) -> tuple[Report, Report]:
     """Grades the task's own patch and the empty patch; returns both reports."""
-    instance, checkout = load_task(task.payload)
+    instance, checkout = load_task(full_payload(task.payload))
     gold, empty = (grade(instance, patch, runtime, checkout, limits=limits) for patch in (instance.patch, ""))
     return gold, empty
 
@@ -77,57 +78,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m aem_jax.envs.swe.check",
-        description="Grades each task with its own fix, which has to solve it, and with the empty patch.",
+        description="Grades each task with its own fix, which must solve it, and with the empty patch, which must not.",
     )
-    parser.add_argument("file", nargs="?", help="SWE-bench instances (.jsonl, .json, .parquet); none: generated tasks")
+    parser.add_argument("file", nargs="?", help="instances (.jsonl, .json, .parquet); default: generated tasks")
     parser.add_argument("--repos", default="", help="with FILE: folder of git mirrors; empty: the instances' images")
     parser.add_argument("--splits", nargs="+", default=_SPLITS, choices=_SPLITS, help="of generated tasks")
-    parser.add_argument("--sample", type=int, default=0, help="check only so many tasks, drawn; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--jobs", type=int, default=2, help="tasks at a time")
+    parser.add_argument("--sample", type=int, default=0, help="number of tasks in a random sample; 0: all tasks")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    parser.add_argument("--jobs", type=int, default=2, help="tasks checked at a time")
     parser.add_argument(
-        "--seconds", type=float, default=0, help="limit of one grading; 0: 60, with FILE as in training"
+        "--seconds", type=float, default=0, help="time limit of one grading; 0: 60, with FILE as in training"
     )
-    parser.add_argument("--memory-mib", type=int, default=0, help="likewise; 0: 1024, with FILE as in training")
+    parser.add_argument("--memory-mib", type=int, default=0, help="its memory limit; 0: 1024, with FILE as in training")
     parser.add_argument("--runtime", default="auto", help="auto, bubblewrap, docker or podman")
-    parser.add_argument("--image", default="", help="image for docker and podman, for tasks that do not bring one")
+    parser.add_argument("--image", default="", help="image for docker and podman, for tasks that name none")
     container, bubblewrap = ContainerConfig(), BubblewrapConfig()
     parser.add_argument("--prelude", default=container.prelude, help="bash that docker and podman run before commands")
-    parser.add_argument("--packages", nargs="*", default=bubblewrap.packages, help="what bubblewrap lets tests import")
+    parser.add_argument("--packages", nargs="*", default=bubblewrap.packages, help="importable packages in bubblewrap")
     parser.add_argument("--read-only", nargs="*", default=(), help="further paths of this machine, for bubblewrap")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else there")
     options = parser.parse_args(arguments)
-    from aem_jax.envs.swe.sandbox.choose import choose_runtime
-
     start = time.monotonic()
     try:
         tasks, check = _tasks(options)
-        runtime = choose_runtime(
+        runtime = choose.choose_runtime(
             options.runtime,
             BubblewrapConfig(packages=tuple(options.packages), read_only=tuple(options.read_only)),
             ContainerConfig(image=options.image, prelude=options.prelude),
         )
-        wrong_by_task: dict[str, list[str]] = {}
+        messages: dict[str, list[str]] = {}
         with ThreadPoolExecutor(options.jobs) as pool:  # threads are enough: the work runs in sandboxes
-            for task, wrong in zip(tasks, pool.map(lambda task: check(task, runtime), tasks)):
-                wrong_by_task[task.id] = wrong
-                for line in wrong:
+            for task, lines in zip(tasks, pool.map(lambda task: check(task, runtime), tasks)):
+                messages |= {task.id: lines} if lines else {}
+                for line in lines:
                     print(line, flush=True, file=sys.stderr if options.json else sys.stdout)
     except (SandboxError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    seconds, count = time.monotonic() - start, sum(map(len, wrong_by_task.values()))
+    seconds = time.monotonic() - start
     if options.json:
-        print(
-            json.dumps({"tasks": len(tasks), "problems": {id: wrong for id, wrong in wrong_by_task.items() if wrong}})
-        )
+        print(json.dumps({"tasks": len(tasks), "problems": messages}))
     else:
-        kinds = ", ".join(
-            f"{count} {kind}" for kind, count in sorted(Counter(task.task_type for task in tasks).items())
-        )
+        by_type = sorted(Counter(task.task_type for task in tasks).items())
+        types = ", ".join(f"{count} {task_type}" for task_type, count in by_type)
         mean = options.jobs * seconds / (2 * len(tasks))
-        print(f"{len(tasks)} tasks ({kinds}), {count} problems; {seconds:.0f} s, {mean:.2f} s a grading")
-    return int(count > 0)
+        problem_count = sum(map(len, messages.values()))
+        print(f"{len(tasks)} tasks ({types}), {problem_count} problems; {seconds:.0f} s, {mean:.2f} s a grading")
+    return int(bool(messages))
 
 
 def _tasks(options: argparse.Namespace) -> tuple[list[Task], Callable[[Task, Runtime], list[str]]]:

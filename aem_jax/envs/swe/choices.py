@@ -32,7 +32,7 @@ from aem_jax.envs.swe.sandbox.workspace import Limits, Runtime, SandboxError
 
 ALL_PASS = "all pass"
 SEVERAL = "several causes"
-_SHOWN = 60
+_MAX_SHOWN = 60
 
 CountFailing = Callable[[Bug, Sequence[Edit]], int]
 """Returns the number of tests that fail with some edits of a bug's module; 0 means that they resolve the task."""
@@ -240,7 +240,7 @@ class ChoicesEnv:
         several = f" ({SEVERAL})" if len(self._bug.edits) > 1 else ""
         lines = [f"{self._bug.package}: {symptom}{several}"]
         for number, edit in enumerate(self._edits, start=1):
-            lines.append(f"{number}: {_shown(edit.before)} -> {_shown(edit.after)}")
+            lines.append(f"{number}: {_shortened(edit.before)} -> {_shortened(edit.after)}")
         return StepResult("\n".join(lines), info=self._info(won=False, valid=True))
 
     def step(self, action_text: str) -> StepResult:
@@ -311,6 +311,6 @@ def _patch(case: Bug, chosen: Sequence[Edit]) -> str:
     return diff({path: before}, {path: apply(before, chosen)})
 
 
-def _shown(text: str) -> str:
+def _shortened(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else line[: _SHOWN - 3] + "..."
+    return line if len(line) <= _MAX_SHOWN else line[: _MAX_SHOWN - 3] + "..."

@@ -1,18 +1,16 @@
 """A software-engineering task as an `Environment`: the agent works in one sandbox, its patch is graded in another."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.swe.grading import Report, grade
-from aem_jax.envs.swe.instance import Instance
 from aem_jax.envs.swe.patches import model_patch, save_base
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
-from aem_jax.envs.swe.sandbox.choose import choose_runtime
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig
-from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Runtime, Workspace, WorkspaceError
-from aem_jax.envs.swe.tasks import TasksConfig
+from aem_jax.envs.swe.sandbox.workspace import Limits, Runtime, Workspace, WorkspaceError
+from aem_jax.envs.swe.tasks import TasksConfig, load_task
 from aem_jax.envs.swe.tools import DESCRIPTION, Tools
 
 PROMPT = """\
@@ -30,9 +28,6 @@ LOG_BYTES = 4 * 2**20
 """Maximum length of the log of the final tests; the middle of longer logs is cut out."""
 PATCH_BYTES = 2**20
 """Longest patch that is graded; a longer patch counts as unsolved."""
-
-Load = Callable[[Mapping[str, Any]], tuple[Instance, Checkout]]
-"""Maps a task's payload to its instance and the source of its repository; ValueError for an invalid payload."""
 
 
 @dataclass(frozen=True)
@@ -111,27 +106,22 @@ class SweEnv:
 
     Args:
         config: rules of an episode.
-        load: payload -> (instance, checkout).
-        runtime: the sandbox runtime; by default the one that `config` names.
-
-    Raises:
-        SandboxError: no sandbox works on this machine.
+        runtime: opens the workspaces.
     """
 
-    def __init__(self, config: SweConfig, load: Load, runtime: Runtime | None = None):
-        self._config, self._load = config, load
-        self._runtime = runtime or choose_runtime(config.runtime, config.bubblewrap, config.container)
+    def __init__(self, config: SweConfig, runtime: Runtime):
+        self._config, self._runtime = config, runtime
         self._workspace: Workspace | None = None
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
-        """Opens a workspace for a task.
+        """Opens a workspace for a task, given by its full payload (see `tasks.py`).
 
         Raises:
-            ValueError: `load` rejects the payload.
+            ValueError: the payload is invalid.
             SandboxError: the workspace could not be opened.
         """
         self.close()
-        self._instance, self._checkout = self._load(task)
+        self._instance, self._checkout = load_task(task)
         self._workspace = self._runtime.open(self._instance, self._checkout, limits=self._config.command_limits)
         self._steps = self._invalid = 0
         try:
@@ -152,13 +142,13 @@ class SweEnv:
         """
         if self._workspace is None:
             raise ValueError("expected a running episode, got none; call reset first")
-        answer = self._tools.answer(action_text)
+        result = self._tools.execute(action_text)
         self._steps += 1
-        self._invalid += not answer.valid
-        reward = 0.0 if answer.valid else self._config.reward_invalid
+        self._invalid += not result.valid
+        reward = 0.0 if result.valid else self._config.reward_invalid
         limited = self._steps >= self._config.max_steps or 0 < self._config.max_invalid <= self._invalid
-        if not (answer.finished or limited):
-            return StepResult(answer.text, reward, info={"won": False, "valid_action": answer.valid})
+        if not (result.finished or limited):
+            return StepResult(result.text, reward, info={"won": False, "valid_action": result.valid})
         graded = self._grade()
         won = graded["won"]
         if won:
@@ -166,11 +156,11 @@ class SweEnv:
         elif self._config.partial:
             reward += self._config.reward_won * graded["score"]
         return StepResult(
-            answer.text,
+            result.text,
             reward,
-            terminated=answer.finished,
-            truncated=not answer.finished,
-            info={**graded, "valid_action": answer.valid},
+            terminated=result.finished,
+            truncated=not result.finished,
+            info={**graded, "valid_action": result.valid},
         )
 
     def close(self) -> None:
@@ -184,7 +174,7 @@ class SweEnv:
         assert self._workspace is not None
         limits, failure, patch = self._config.grade_limits, "", None
         try:
-            patch = model_patch(self._workspace, self._base, limits=limits, most_bytes=PATCH_BYTES)
+            patch = model_patch(self._workspace, self._base, limits=limits, max_bytes=PATCH_BYTES)
         except WorkspaceError as error:
             failure = str(error)
         finally:

@@ -49,14 +49,14 @@ def save_base(workspace: Workspace) -> bytes:
     return data
 
 
-def model_patch(workspace: Workspace, base: bytes, *, limits: Limits, most_bytes: int) -> str:
+def model_patch(workspace: Workspace, base: bytes, *, limits: Limits, max_bytes: int) -> str:
     """Returns the agent's patch, as `git diff --binary` prints it. Empties /tmp; must be the workspace's last use.
 
     Args:
         workspace: the agent's workspace.
         base: the data that `save_base` returned.
         limits: limits on the commands that make the patch.
-        most_bytes: maximum length of the patch.
+        max_bytes: maximum length of the patch.
 
     Returns:
         The patch; invalid UTF-8 is represented by surrogate escapes.
@@ -68,8 +68,8 @@ def model_patch(workspace: Workspace, base: bytes, *, limits: Limits, most_bytes
     if outcome.exit_code != 0:
         raise WorkspaceError(f"no patch could be made: {outcome.notice or outcome.output:.500}")
     size = workspace.run("stat --printf=%s /tmp/base/patch", limits=limits)
-    if not size.output.isdigit() or int(size.output) > most_bytes:
-        raise WorkspaceError(f"expected a patch of at most {most_bytes} bytes, got {size.output:.20} bytes")
+    if not size.output.isdigit() or int(size.output) > max_bytes:
+        raise WorkspaceError(f"expected a patch of at most {max_bytes} bytes, got {size.output:.20} bytes")
     return workspace.read("/tmp/base/patch").decode(errors="surrogateescape")
 
 

@@ -15,10 +15,9 @@ from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, check_one_set
 from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesConfig, ChoicesEnv, make_counter
 from aem_jax.envs.swe.env import SweConfig, SweEnv
-from aem_jax.envs.swe.payload import load_task
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
 from aem_jax.envs.swe.sandbox.workspace import SandboxError
-from aem_jax.envs.swe.tasks import TasksConfig, check_sources, eval_set, is_file, training_tasks, whole_payload
+from aem_jax.envs.swe.tasks import TasksConfig, check_sources, eval_set, full_payload, is_file, training_tasks
 
 _DRAWS = 100
 
@@ -35,14 +34,14 @@ def swe(config: SweConfig, options: SuiteOptions) -> TaskSuite:
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
         tasks, name = eval_set(config.tasks, split, size)
-        return _WholeTasks(tasks), name
+        return _FullTasks(tasks), name
 
     return TaskSuite(
         name=config.NAME,
         settings=dataclasses.asdict(config),
-        training=_WholeTasks(training_tasks(config.tasks, seed=options.seed)),
+        training=_FullTasks(training_tasks(config.tasks, seed=options.seed)),
         evaluation=evaluation,
-        make_env=lambda: SweEnv(config, load_task),
+        make_env=lambda: make_swe(config)(),
     )
 
 
@@ -56,14 +55,11 @@ def make_swe(config: SweConfig) -> Callable[[], SweEnv]:
         runtime = choose_runtime(config.runtime, config.bubblewrap, config.container)
     except SandboxError as error:
         raise OSError(str(error)) from None  # a server reports an OSError as missing on this machine
-    return lambda: SweEnv(config, load_task, runtime)
+    return lambda: SweEnv(config, runtime)
 
 
-class _WholeTasks(Sequence[Task]):
-    """Tasks with self-contained payloads, which are built on access.
-
-    A server may run on a machine without the files or with a different catalogue.
-    """
+class _FullTasks(Sequence[Task]):
+    """Tasks with full payloads, which are built on access."""
 
     def __init__(self, tasks: Sequence[Task]):
         self._tasks = tasks
@@ -73,9 +69,9 @@ class _WholeTasks(Sequence[Task]):
 
     def __getitem__(self, item):
         if isinstance(item, slice):
-            return _WholeTasks(self._tasks[item])
+            return _FullTasks(self._tasks[item])
         task = self._tasks[item]
-        return dataclasses.replace(task, payload=whole_payload(task.payload))
+        return dataclasses.replace(task, payload=full_payload(task.payload))
 
 
 def swe_choices(config: ChoicesConfig, options: SuiteOptions) -> TaskSuite:
@@ -149,20 +145,10 @@ def _random(task: Task) -> Act:
     return lambda result: as_action(rng.choice(result.info["admissible"]))
 
 
-def _paths(config: SweConfig) -> list[str]:
-    tasks = config.tasks
-    files = {"tasks.train": tasks.train, "tasks.evaluation": tasks.evaluation}
-    return [*(name for name, source in files.items() if is_file(source)), "tasks.repos"]
-
-
 def _inputs(config: SweConfig) -> Mapping[str, Files]:
-    files = {"tasks.train": config.tasks.train, "tasks.evaluation": config.tasks.evaluation}
-    return {name: _file(source) for name, source in files.items() if is_file(source)}
-
-
-def _file(source: str) -> Files:
-    path = Path(source).expanduser()
-    return path, [path]
+    sources = {"tasks.train": config.tasks.train, "tasks.evaluation": config.tasks.evaluation}
+    paths = {name: Path(source).expanduser() for name, source in sources.items() if is_file(source)}
+    return {name: (path, [path]) for name, path in paths.items()}
 
 
 SWE = EnvironmentSpec(
@@ -170,7 +156,7 @@ SWE = EnvironmentSpec(
     "repository bugs to fix, in a sandbox (SWE-bench style)",
     config=SweConfig,
     suite=swe,
-    paths=_paths,
+    paths=lambda config: [*_inputs(config), "tasks.repos"],
     inputs=_inputs,
 )
 SWE_CHOICES = EnvironmentSpec(

@@ -1,7 +1,16 @@
-"""Bug-fixing tasks, generated or from a file of SWE-bench instances, behind one interface.
+"""Bug-fixing tasks, generated or from a file of SWE-bench instances, and their payloads.
 
-A task's payload is a small JSON mapping, `{"bug": "<package>-<number>"}`, or `{"instances": "<file>",
-"id": "<instance_id>", "repos": "<folder of mirrors>"}`. `whole_payload` converts it to the payload that `SweEnv` reads.
+A task has a short payload, which names its bug or instance:
+
+    {"bug": "<package>-<number>"}                                        a generated task
+    {"instances": "<file>", "id": "<instance_id>", "repos": "<folder>"}  an instance of a file; `repos` is optional
+
+`full_payload` converts it to the payload that `SweEnv` reads. This one contains the instance, so a server needs neither
+the file nor the same catalogue:
+
+    {"instance": {<SWE-bench's columns>}, "files": {"calc.py": "…"}}     the repository as text files
+    {"instance": {<SWE-bench's columns>}, "repos": "/data/mirrors"}      the repository in a folder of git mirrors
+    {"instance": {<SWE-bench's columns>}}                                the repository in the instance's image
 """
 
 import hashlib
@@ -15,10 +24,10 @@ from typing import Any
 
 from aem_jax.envs.protocol import Task
 from aem_jax.envs.swe.generate import tasks as generated
-from aem_jax.envs.swe.instance import Instance, read_instances, to_row
-from aem_jax.envs.swe.payload import load_task as payload_task
-from aem_jax.envs.swe.payload import make_payload
+from aem_jax.envs.swe.instance import Instance, from_row, read_instances, to_row
+from aem_jax.envs.swe.repos import files_checkout, mirror_checkout
 from aem_jax.envs.swe.sandbox.workspace import Checkout
+from aem_jax.files import parse_json
 
 GENERATED = "generated"
 """Value in place of a file name: selects generated tasks although the other source is a file."""
@@ -43,17 +52,8 @@ class TasksConfig:
         generated.check_difficulties(self.difficulties)
 
 
-def load_task(payload: Mapping[str, Any]) -> tuple[Instance, Checkout]:
-    """Returns the instance and checkout of a task's payload.
-
-    Raises:
-        ValueError: the payload names neither a generated bug nor an instance in a file.
-    """
-    return payload_task(whole_payload(payload))
-
-
-def whole_payload(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the payload that `SweEnv` reads: it contains the instance and the repository instead of their names.
+def full_payload(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts a task's short payload to the full one.
 
     Raises:
         ValueError: the payload names neither a generated bug nor an instance in a file.
@@ -67,6 +67,48 @@ def whole_payload(payload: Mapping[str, Any]) -> dict[str, Any]:
     if payload["id"] not in by_id:
         raise ValueError(f"expected an instance of {payload['instances']}, got {payload['id']!r}")
     return make_payload(by_id[payload["id"]], repos=payload.get("repos", ""))
+
+
+def make_payload(instance: Instance, *, files: Mapping[str, str] | None = None, repos: str = "") -> dict[str, Any]:
+    """Returns an instance's payload; its repository is given as files, in a folder of mirrors, or in its image."""
+    where = {"files": dict(files)} if files is not None else {"repos": repos} if repos else {}
+    return {"instance": to_row(instance), **where}
+
+
+def load_task(payload: Mapping[str, Any]) -> tuple[Instance, Checkout]:
+    """Returns the instance and checkout of a full payload.
+
+    Raises:
+        ValueError: the payload has none of the three full forms in the module's docstring.
+    """
+    row, where = payload.get("instance"), {name: payload[name] for name in ("files", "repos") if name in payload}
+    files, repos = where.get("files", {}), where.get("repos", "")
+    texts = isinstance(files, Mapping) and all(isinstance(text, str) for item in files.items() for text in item)
+    if not isinstance(row, Mapping) or len(where) > 1 or not texts or not isinstance(repos, str):
+        raise ValueError(
+            "expected a payload with 'instance', a mapping of SWE-bench's columns, and at most one of 'files' "
+            f"(path -> text) and 'repos' (a folder of mirrors), got keys {sorted(payload)}"
+        )
+    return _load(json.dumps(dict(row), sort_keys=True), json.dumps(where, sort_keys=True))
+
+
+@lru_cache(maxsize=64)
+def _load(row: str, where: str) -> tuple[Instance, Checkout]:
+    """Returns the same objects for equal payloads, so that a group's attempts share what is derived from them."""
+    instance, place = from_row(parse_json(row, "instance")), parse_json(where, "payload")
+    if "files" in place:
+        return instance, files_checkout(place["files"])
+    if "repos" in place:
+        return instance, mirror_checkout(place["repos"])
+    return instance, _no_checkout
+
+
+def _no_checkout(instance: Instance, folder: Path) -> None:
+    raise ValueError(
+        f"expected 'files' or 'repos' in the payload of {instance.instance_id!r}, got neither (a run's "
+        "--swe.tasks.repos or the check's --repos gives a folder of git mirrors); without them the "
+        "repository comes from the instance's image, for which the runtime has to be docker or podman"
+    )
 
 
 def check_sources(config: TasksConfig, splits: Sequence[str]) -> None:
@@ -148,7 +190,8 @@ def eval_set(config: TasksConfig, split: str, size: int) -> tuple[Sequence[Task]
     tasks = [tasks[i * len(tasks) // count] for i in range(count)]
     digest = hashlib.sha256()
     for task in tasks:
-        digest.update(json.dumps(to_row(load_task(task.payload)[0]), sort_keys=True).encode())
+        instance, _ = load_task(full_payload(task.payload))
+        digest.update(json.dumps(to_row(instance), sort_keys=True).encode())
     return tasks, f"{split}-{count}-{digest.hexdigest()[:6]}"
 
 

@@ -34,13 +34,13 @@ LARGEST_FILE = 2**20
 """Largest file that the editor opens, bytes."""
 SNIPPET_LINES = 4
 """Lines shown before and after an edit."""
-LISTED = 200
+MAX_LISTED = 200
 """Maximum number of folder entries or search matches shown."""
-REMEMBERED_EDITS, REMEMBERED_BYTES = 50, 16 * 2**20
+UNDO_EDITS, UNDO_BYTES = 50, 16 * 2**20
 """Limits on the history of `undo_edit`: number and total size of earlier versions, over all files."""
 
 
-class Answer(NamedTuple):
+class ToolResult(NamedTuple):
     """The result of a tool call.
 
     Attributes:
@@ -97,13 +97,13 @@ class Tools:
     def __init__(self, workspace: Workspace, limits: Limits, observation_bytes: int = 16384):
         self._workspace = workspace
         self._limits = replace(limits, output_bytes=observation_bytes)
-        self._listing = replace(limits, output_bytes=4096 * LISTED)  # enough for all names and matches
-        self._earlier: list[tuple[str, bytes | None]] = []
-        self._tools: Mapping[str, Callable[[_Parameters], Answer]] = {
+        self._listing = replace(limits, output_bytes=4096 * MAX_LISTED)  # enough for all names and matches
+        self._undo: list[tuple[str, bytes | None]] = []
+        self._tools: Mapping[str, Callable[[_Parameters], ToolResult]] = {
             "execute_bash": self._execute_bash,
             "file_editor": self._file_editor,
             "search": self._search,
-            "finish": lambda parameters: Answer("", finished=True),
+            "finish": lambda parameters: ToolResult("", finished=True),
         }
         self._edits: Mapping[str, Callable[[_Parameters, str], str]] = {
             "view": self._view,
@@ -113,51 +113,51 @@ class Tools:
             "undo_edit": self._undo_edit,
         }
 
-    def answer(self, response: str) -> Answer:
+    def execute(self, response: str) -> ToolResult:
         """Executes the call in a response."""
         try:
             call = find_call(response)
             if call.name not in self._tools:
                 raise CallError(f"expected a tool of {', '.join(self._tools)}, got {call.name!r:.100}")
-            answer = self._tools[call.name](_Parameters(call))
+            result = self._tools[call.name](_Parameters(call))
         except CallError as error:
-            return Answer(f"ERROR: {_shown(str(error))}", valid=False)
+            return ToolResult(f"ERROR: {_sanitized(str(error))}", valid=False)
         except (ToolError, WorkspaceError) as error:
-            return Answer(f"ERROR: {_shown(str(error))}")
+            return ToolResult(f"ERROR: {_sanitized(str(error))}")
         if call.others:
             note = f"[one call a response: only the last of {call.others + 1} was carried out]\n"
-            return answer._replace(text=note + answer.text)
-        return answer
+            return result._replace(text=note + result.text)
+        return result
 
-    def _execute_bash(self, parameters: _Parameters) -> Answer:
+    def _execute_bash(self, parameters: _Parameters) -> ToolResult:
         outcome = self._workspace.run(parameters.text("command"), limits=self._limits)
-        return Answer(_outcome_text(outcome))
+        return ToolResult(_outcome_text(outcome))
 
-    def _search(self, parameters: _Parameters) -> Answer:
+    def _search(self, parameters: _Parameters) -> ToolResult:
         term, path = parameters.text("search_term"), parameters.path("path", TESTBED)
         if not term.strip() or "\n" in term:
             raise CallError(f"expected one line of text in 'search_term', got {term!r:.100}")
         quoted = f"-e {shlex.quote(term)} -- {shlex.quote(path)}"
         # grep's lines can be as long as a file; `cut` keeps the output readable
-        command = f"grep -rnIF --exclude-dir=.git --color=never {quoted} | cut -c1-300 | head -n {LISTED + 1}"
+        command = f"grep -rnIF --exclude-dir=.git --color=never {quoted} | cut -c1-300 | head -n {MAX_LISTED + 1}"
         outcome = self._workspace.run(f"set -o pipefail; {command}", limits=self._listing)
         if outcome.exit_code not in (0, 141):  # 141: head closed the pipe
             if outcome.exit_code == 1 and not outcome.output:
-                return Answer(f"no match for {term!r:.100} in {path}")
+                return ToolResult(f"no match for {term!r:.100} in {path}")
             raise ToolError(_outcome_text(outcome))
-        return Answer(self._first(_lines(outcome.output), "[more matches are not shown]"))
+        return ToolResult(self._first(_lines(outcome.output), "[more matches are not shown]"))
 
-    def _file_editor(self, parameters: _Parameters) -> Answer:
+    def _file_editor(self, parameters: _Parameters) -> ToolResult:
         command = parameters.text("command").strip()
         if command not in self._edits:
             raise CallError(f"expected a command of {', '.join(self._edits)} for file_editor, got {command!r:.100}")
-        return Answer(self._edits[command](parameters, parameters.path("path")))
+        return ToolResult(self._edits[command](parameters, parameters.path("path")))
 
     def _view(self, parameters: _Parameters, path: str) -> str:
         kind, _ = self._kind(path)
         if kind == "directory":
             find = f"find {shlex.quote(path)} -mindepth 1 -maxdepth 2 -not -path '*/.*' -printf '%p%y\\n'"
-            outcome = self._workspace.run(f"{find} | sort | head -n {LISTED + 1}", limits=self._listing)
+            outcome = self._workspace.run(f"{find} | sort | head -n {MAX_LISTED + 1}", limits=self._listing)
             entries = [line[:-1] + ("/" if line.endswith("d") else "") for line in _lines(outcome.output)]
             return self._first(entries, "[more entries are not shown]") or "the folder is empty"
         lines = self._read(path).decode(errors="replace").split("\n")
@@ -213,9 +213,9 @@ class Tools:
         return self._edited(path, line + 1, line + 1 + new.count(b"\n"))
 
     def _undo_edit(self, parameters: _Parameters, path: str) -> str:
-        for index in range(len(self._earlier) - 1, -1, -1):
-            if self._earlier[index][0] == path:
-                data = self._earlier.pop(index)[1]
+        for index in range(len(self._undo) - 1, -1, -1):
+            if self._undo[index][0] == path:
+                data = self._undo.pop(index)[1]
                 break
         else:
             raise ToolError(f"there is no edit of {path} to undo")
@@ -250,10 +250,10 @@ class Tools:
         if len(data) > LARGEST_FILE:
             raise ToolError(f"expected a file of at most {LARGEST_FILE} bytes, got {len(data)}: {path}")
         self._workspace.write(path, data)
-        self._earlier.append((path, before))
-        sizes = [len(earlier or b"") for _, earlier in self._earlier]
-        while len(sizes) > REMEMBERED_EDITS or sum(sizes) > REMEMBERED_BYTES:
-            del sizes[0], self._earlier[0]
+        self._undo.append((path, before))
+        sizes = [len(earlier or b"") for _, earlier in self._undo]
+        while len(sizes) > UNDO_EDITS or sum(sizes) > UNDO_BYTES:
+            del sizes[0], self._undo[0]
 
     def _edited(self, path: str, first: int, last: int) -> str:
         lines = self._workspace.read(path).decode(errors="replace").split("\n")
@@ -263,9 +263,9 @@ class Tools:
     def _first(self, lines: list[str], more: str) -> str:
         """Returns as many lines as an observation may contain, with `more` appended if there are further ones."""
         text, room = [], self._limits.output_bytes
-        for line in map(_shown, lines):
+        for line in map(_sanitized, lines):
             room -= len(line) + 1
-            if room < 0 or len(text) == LISTED:
+            if room < 0 or len(text) == MAX_LISTED:
                 return "\n".join([*text, more])
             text.append(line)
         return "\n".join(text)
@@ -274,7 +274,7 @@ class Tools:
         """Returns numbered lines, up to the maximum length of an observation."""
         text, room = [], self._limits.output_bytes
         for number in range(first, last + 1):
-            line = f"{number:6}\t{_shown(lines[number - 1])}"
+            line = f"{number:6}\t{_sanitized(lines[number - 1])}"
             room -= len(line) + 1
             if room < 0:
                 text += [line[: max(room + len(line), 0)], f"[cut at line {number} of {len(lines)}; use view_range]"]
@@ -287,13 +287,13 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def _shown(text: str) -> str:
+def _sanitized(text: str) -> str:
     """Makes text safe for a policy or a transcript: removes terminal escapes, replaces invisible characters."""
     return _INVISIBLE.sub("�", _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
 
 
 def _outcome_text(outcome: Outcome) -> str:
-    output = _shown(outcome.output).rstrip("\n")
+    output = _sanitized(outcome.output).rstrip("\n")
     end = outcome.notice or f"exit code {outcome.exit_code}"
     return f"{output}\n[{end}]" if output else f"[{end}]"
 

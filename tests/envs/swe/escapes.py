@@ -22,7 +22,7 @@ class Host:
         token: the text in the file and the variable.
         file: a file of the host, and beside it a socket.
         pid: a process of the host.
-        heard: the messages that reached a server.
+        received: the messages that reached a server.
     """
 
     def __init__(self, folder: Path, pid: int):
@@ -31,7 +31,7 @@ class Host:
         self.file.write_text(self.token)
         self.file.chmod(0o644)
         os.environ["AEM_TEST_SECRET"] = self.token
-        self.heard: list[str] = []
+        self.received: list[str] = []
         self.abstract = f"aem-{self.token[-8:]}"
         tcp, udp = socket.create_server(("0.0.0.0", 0)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         udp.bind(("0.0.0.0", 0))
@@ -48,8 +48,8 @@ class Host:
     def _listen(self, server: socket.socket) -> None:
         try:
             while True:
-                heard = server.recv(100) if server.type == socket.SOCK_DGRAM else server.accept()[0].recv(100)
-                self.heard.append(f"{server.getsockname()}: {heard!r}")
+                message = server.recv(100) if server.type == socket.SOCK_DGRAM else server.accept()[0].recv(100)
+                self.received.append(f"{server.getsockname()}: {message!r}")
         except OSError:
             return  # closed
 

@@ -1,4 +1,4 @@
-"""SWE-bench's own verdict on patches, from its script, run in its way, and its `get_eval_report`.
+"""SWE-bench's own verdicts on patches: runs its commands and its `get_eval_report`.
 
 `python tests/envs/swe/official.py` (with `swebench` installed) records logs and verdicts in `official.json`, so that
 the comparison needs no `swebench`.

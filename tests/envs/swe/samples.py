@@ -35,7 +35,7 @@ ROW = {
 }
 
 
-# Loading the plugins of this machine's pytest would take half of the time.
+# Loading this machine's pytest plugins would take half of the time.
 ENVIRONMENT = {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
@@ -130,12 +130,12 @@ def test_median_even():
 
 
 def diff(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """A patch between two repositories given as files."""
+    """Returns a patch between two repositories given as files."""
     text = ""
     for path in sorted(set(before) | set(after)):
         old, new = before.get(path), after.get(path)
         names = ("/dev/null" if old is None else f"a/{path}", "/dev/null" if new is None else f"b/{path}")
-        old_lines, new_lines = (each.splitlines(keepends=True) if each else [] for each in (old, new))
+        old_lines, new_lines = (text.splitlines(keepends=True) if text else [] for text in (old, new))
         text += "".join(difflib.unified_diff(old_lines, new_lines, *names))
     return text
 
@@ -147,7 +147,7 @@ PASSED = "\\n".join(f"PASSED tests/test_calc.py::{name}" for name in FORGED)
 
 
 def calc() -> Instance:
-    """The instance about the median of lists of even length; its evaluation script has SWE-bench's form."""
+    """Returns an instance about the median of lists of even length; its evaluation script has SWE-bench's form."""
     base = commit_id(CALC)
     script = f"""#!/bin/bash
 set -uxo pipefail
@@ -204,8 +204,8 @@ PATCHES: Mapping[str, str | None] = {
         CALC | {"conftest.py": "def pytest_collection_modifyitems(items):\n    del items[1:]\n"},
     ),
 }
-"""Patches for `calc`, by what they are. On all of these SWE-bench's own grading is right."""
+"""Patches for `calc`, by description. SWE-bench's own grading is right about all of them."""
 
 
 FORGED_CODE = _calc(f"{_LYING}{_TELL}tell(TEXT, '{END_MARKER}', '>>>>> Test Exit Code: 0')\n")
-"""Fixes nothing and forges all that the log is cut by. SWE-bench itself is deceived by it."""
+"""Fixes nothing, and forges the markers and the exit status. It deceives SWE-bench itself."""

@@ -15,7 +15,7 @@ _why_not = lru_cache(bubblewrap.probe)
 
 
 def working_bubblewrap() -> bubblewrap.Bubblewrap:
-    """The runtime; skips the test where it cannot work."""
+    """Returns the runtime; skips the test if bubblewrap does not work."""
     if reason := _why_not():
         pytest.skip(f"bubblewrap does not work here: {reason:.300}")
     return bubblewrap.Bubblewrap()

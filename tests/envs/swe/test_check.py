@@ -35,11 +35,11 @@ def check(tmp_path, monkeypatch, mirror, *changes, more=()):
     (tmp_path / "work").mkdir()
     monkeypatch.setattr(choose, "choose_runtime", lambda *_, **__: FakeRuntime(tmp_path / "work"))
     rows = [row | {"instance_id": f"own__calc-{i}"} | change for i, change in enumerate(changes)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return main([str(tmp_path / "data.jsonl"), "--repos", str(folder), *more])
 
 
-def test_instances_that_teach_nothing_are_named(tmp_path, monkeypatch, capsys, mirror):
+def test_instances_whose_reward_does_not_depend_on_the_agent_are_reported(tmp_path, monkeypatch, capsys, mirror):
     passes_before = {"FAIL_TO_PASS": '["tests/test_calc.py::test_mean"]', "PASS_TO_PASS": "[]"}
     changes = ({}, {"patch": "junk"}, {"patch": ""}, passes_before, {"base_commit": "f" * 40}, {"repo": "own/other"})
     assert check(tmp_path, monkeypatch, mirror, *changes, more=["--json"]) == 1
@@ -58,7 +58,7 @@ def test_instances_that_teach_nothing_are_named(tmp_path, monkeypatch, capsys, m
         assert text in report["problems"][name][0] and f"{name}: {text}" in captured.err
 
 
-def test_git_that_does_not_answer_is_said_and_the_others_are_checked(tmp_path, monkeypatch, capsys, mirror):
+def test_a_git_timeout_is_reported_for_its_instance(tmp_path, monkeypatch, capsys, mirror):
     def stuck(*_, **__):
         raise subprocess.TimeoutExpired(["git", "read-tree"], 300)
 
@@ -67,14 +67,14 @@ def test_git_that_does_not_answer_is_said_and_the_others_are_checked(tmp_path, m
     assert "own__calc-0: cannot be graded: Command '['git', 'read-tree']' timed out" in capsys.readouterr().out
 
 
-def test_grading_has_the_limits_of_training(tmp_path, monkeypatch, mirror):
+def test_grading_uses_the_limits_of_training(tmp_path, monkeypatch, mirror):
     used = []
     monkeypatch.setattr("aem_jax.envs.swe.check.file_problems", lambda task, runtime, limits: used.append(limits) or [])
     assert check(tmp_path, monkeypatch, mirror, {}) == 0
     assert used == [SweConfig().grade_limits]
 
 
-def test_a_good_file_is_a_success(tmp_path, monkeypatch, capsys, mirror):
+def test_a_file_without_problems_is_a_success(tmp_path, monkeypatch, capsys, mirror):
     assert check(tmp_path, monkeypatch, mirror, {}) == 0
     assert capsys.readouterr().out.startswith("1 tasks (1 own/calc), 0 problems; ")
 
@@ -91,7 +91,7 @@ def test_a_good_file_is_a_success(tmp_path, monkeypatch, capsys, mirror):
         (["--runtime", "bubblewrap", "--packages", "no-such-package"], "the package 'no-such-package'"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text("{")
     assert main(words) == 2
@@ -100,7 +100,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
 
 
 @pytest.mark.parametrize(("raises", "status"), [("KeyboardInterrupt", 130), ("BrokenPipeError", 141)])
-def test_ctrl_c_and_head_end_it_quietly(raises, status):
+def test_ctrl_c_and_a_closed_pipe_end_it_without_a_traceback(raises, status):
     code = (
         "import runpy, sys, aem_jax.envs.swe.tasks as tasks; sys.argv = ['check']\n"
         f"def stop(*_): raise {raises}\n"

@@ -24,134 +24,134 @@ EASY = generated_tasks("train", ["easy"])[0].payload
 HARD = generated_tasks("train", ["hard"])[0].payload
 
 
-def said(action: str) -> str:
+def respond(action: str) -> str:
     return f"thinking <action>{action}</action>"
 
 
-def by_source(found, chosen) -> int:
+def by_source(case, chosen) -> int:
     """A fake test run: 0 failures for the original module, otherwise one more than the bug's number of edits."""
-    source = apply(apply(package(found.package).source, found.edits), chosen)
-    golds = [edit.before for edit in found.edits]
-    return 0 if source == package(found.package).source else 1 + len(golds)
+    source = apply(apply(package(case.package).source, case.edits), chosen)
+    golds = [edit.before for edit in case.edits]
+    return 0 if source == package(case.package).source else 1 + len(golds)
 
 
 def numbers(payload, config: ChoicesConfig) -> tuple[list[int], list[int]]:
     """Numbers of the right edits and of the wrong ones."""
-    found = bug(payload)
-    wanted = {(edit.after, edit.before) for edit in found.edits}
-    chosen = candidates(found.id, config.candidates, payload.get("draw", 0))
+    case = bug(payload)
+    wanted = {(edit.after, edit.before) for edit in case.edits}
+    chosen = candidates(case.id, config.candidates, payload.get("draw", 0))
     right = [n for n, edit in enumerate(chosen, start=1) if (edit.before, edit.after) in wanted]
     return right, [n for n in range(1, len(chosen) + 1) if n not in right]
 
 
 def test_the_fix_is_among_the_candidates():
-    for found in bugs():
-        chosen = candidates(found.id, 4, 0)
-        source = apply(package(found.package).source, found.edits)
+    for case in bugs():
+        chosen = candidates(case.id, 4, 0)
+        source = apply(package(case.package).source, case.edits)
         assert len(chosen) == 4
         assert all(source[edit.start : edit.end] == edit.before for edit in chosen)
-        wanted = {(edit.after, edit.before) for edit in found.edits}
+        wanted = {(edit.after, edit.before) for edit in case.edits}
         gold = [edit for edit in chosen if (edit.before, edit.after) in wanted]
-        assert apply(source, gold[: len(found.edits)]) != source
-        if len(gold) == len(found.edits):  # a mistake elsewhere may have the same text
-            assert apply(source, gold) == package(found.package).source
+        assert apply(source, gold[: len(case.edits)]) != source
+        if len(gold) == len(case.edits):  # a mistake elsewhere may have the same text
+            assert apply(source, gold) == package(case.package).source
 
 
-def test_places_tell_nothing():
-    found = bug(EASY)
-    draws = [candidates(found.id, 4, draw) for draw in range(40)]
+def test_the_order_of_candidates_gives_no_information():
+    case = bug(EASY)
+    draws = [candidates(case.id, 4, draw) for draw in range(40)]
     assert len({frozenset(draw) for draw in draws}) == 1  # the same edits …
     right = [numbers({**EASY, "draw": draw}, ChoicesConfig())[0][0] for draw in range(40)]
     assert set(right) == {1, 2, 3, 4}  # … in other orders
 
 
-def test_an_episode():
+def test_an_episode_by_hand():
     config = ChoicesConfig()
     env = ChoicesEnv(config, by_source)
     (right, *_), (wrong, *_) = numbers(EASY, config)
     first = env.reset(EASY)
     assert len(first.observation.split("\n")) == 5 and first.info["admissible"][-2:] == ["finish", "run"]
-    assert env.step(said("run")).observation == "2 fail"
-    assert env.step(said(f"apply {wrong}")).observation == f"applied {wrong}"
-    assert env.step(said(f"apply  {wrong}")).info["valid_action"] is False  # already applied
-    assert env.step(said("undo")).observation == f"undid {wrong}"
-    assert env.step(said("undo")).observation == "nothing happens"
-    env.step(said(f"apply {right}"))
-    assert env.step(said("run")).observation == ALL_PASS
-    last = env.step(said("finish"))
+    assert env.step(respond("run")).observation == "2 fail"
+    assert env.step(respond(f"apply {wrong}")).observation == f"applied {wrong}"
+    assert env.step(respond(f"apply  {wrong}")).info["valid_action"] is False  # already applied
+    assert env.step(respond("undo")).observation == f"undid {wrong}"
+    assert env.step(respond("undo")).observation == "nothing happens"
+    env.step(respond(f"apply {right}"))
+    assert env.step(respond("run")).observation == ALL_PASS
+    last = env.step(respond("finish"))
     assert last.terminated and last.reward == 1.0 and last.info["won"] and last.info["score"] == 1.0
     with pytest.raises(ValueError, match="running episode"):
-        env.step(said("run"))
+        env.step(respond("run"))
 
 
-def test_unsolved_endings():
+def test_unsolved_episodes_are_terminated_or_truncated():
     env = ChoicesEnv(ChoicesConfig(max_steps=2, max_invalid=2, reward_invalid=-0.5), by_source)
     env.reset(EASY)
-    last = env.step(said("finish"))
+    last = env.step(respond("finish"))
     assert last.terminated and not last.info["won"] and last.reward == 0.0
     env.reset(EASY)
-    env.step(said("run"))
-    assert env.step(said("run")).truncated
+    env.step(respond("run"))
+    assert env.step(respond("run")).truncated
     env = ChoicesEnv(ChoicesConfig(max_invalid=2, reward_invalid=-0.5), by_source)
     env.reset(EASY)
     assert env.step("no tags").reward == -0.5
-    assert env.step(said("apply 9")).truncated
+    assert env.step(respond("apply 9")).truncated
 
 
-def test_several_bugs_are_said_to_be_several():
+def test_the_observation_tells_whether_there_are_several_bugs():
     env = ChoicesEnv(ChoicesConfig(candidates=5), by_source)
     assert SEVERAL in env.reset(HARD).observation and SEVERAL not in env.reset(EASY).observation
-    assert {found.difficulty for found in bugs()} == set(DIFFICULTIES)
+    assert {case.difficulty for case in bugs()} == set(DIFFICULTIES)
 
 
-def test_verdicts_are_asked_for_once(tmp_path):
-    asked = []
+def test_verdicts_are_computed_once(tmp_path):
+    counted = []
 
-    def failing(found, chosen) -> int:
-        asked.append(chosen)
+    def failing(case, chosen) -> int:
+        counted.append(chosen)
         return len(chosen)
 
-    found = bug(EASY)
-    one = candidates(found.id, 4, 0)[:1]
-    answer = cached(failing, tmp_path / "kept")
-    assert [answer(found, each) for each in ([], one, [], one)] == [0, 1, 0, 1]
+    case = bug(EASY)
+    one = candidates(case.id, 4, 0)[:1]
+    count = cached(failing, tmp_path / "kept")
+    assert [count(case, chosen) for chosen in ([], one, [], one)] == [0, 1, 0, 1]
     again = cached(failing, tmp_path / "kept")  # stands for another process
-    assert again(found, one) == 1
-    assert len(asked) == 2 and len(list((tmp_path / "kept").iterdir())) == 2
-    assert cached(failing, None)(found, one) == 1 and len(asked) == 3
+    assert again(case, one) == 1
+    assert len(counted) == 2 and len(list((tmp_path / "kept").iterdir())) == 2
+    assert cached(failing, None)(case, one) == 1 and len(counted) == 3
     for damage in (b"", b"\0", b"1\n2", b"-1"):  # files as a crashed machine may leave them
         for verdict in (tmp_path / "kept").iterdir():
             verdict.write_bytes(damage)
         again = cached(failing, tmp_path / "kept")
-        assert [again(found, each) for each in ([], one)] == [0, 1]
-    assert len(asked) == 11 and {each.read_bytes() for each in (tmp_path / "kept").iterdir()} == {b"0", b"1"}
+        assert [again(case, chosen) for chosen in ([], one)] == [0, 1]
+    assert len(counted) == 11 and {file.read_bytes() for file in (tmp_path / "kept").iterdir()} == {b"0", b"1"}
 
 
 def test_verdicts_come_from_grading(tmp_path):
     config = ChoicesConfig()
-    found = bug(EASY)
-    chosen = candidates(found.id, config.candidates, 0)
+    case = bug(EASY)
+    chosen = candidates(case.id, config.candidates, 0)
     (right, *_), (wrong, *_) = numbers(EASY, config)
     failing = failing_counter(FakeRuntime(tmp_path))
-    assert failing(found, [chosen[right - 1]]) == 0
-    assert failing(found, [chosen[wrong - 1]]) >= len(found.broken)
+    assert failing(case, [chosen[right - 1]]) == 0
+    assert failing(case, [chosen[wrong - 1]]) >= len(case.broken)
 
 
-def test_a_slow_machine_is_given_more_time_and_no_verdict(monkeypatch, tmp_path):
-    asked = []
+def test_a_missed_deadline_is_graded_again_with_more_time(monkeypatch, tmp_path):
+    counted = []
 
     def grade(*arguments, limits):
-        asked.append(limits.seconds)
+        counted.append(limits.seconds)
         late = Report(False, True, {"a": False}, {"b": False}, f"{TIMED_OUT} after {limits.seconds} s")
-        return late if len(asked) == 1 else Report(True, True, {"a": True}, {"b": True})
+        return late if len(counted) == 1 else Report(True, True, {"a": True}, {"b": True})
 
     monkeypatch.setattr(choices, "grade", grade)
-    found = bug(EASY)
-    assert failing_counter(FakeRuntime(tmp_path), Limits(seconds=3))(found, candidates(found.id, 4, 0)[:1]) == 0
-    assert asked == [3, 30]
+    case = bug(EASY)
+    assert failing_counter(FakeRuntime(tmp_path), Limits(seconds=3))(case, candidates(case.id, 4, 0)[:1]) == 0
+    assert counted == [3, 30]
 
 
-def test_without_a_sandbox_nothing_begins(monkeypatch):
+def test_without_a_sandbox_no_environment_is_made(monkeypatch):
     def none(*_, **__):
         raise SandboxError("install bubblewrap")
 
@@ -167,7 +167,7 @@ def test_containers_need_an_image(monkeypatch):
     make_counter(ChoicesConfig(runtime="docker", image="python", cache="off"))
 
 
-def test_bad_settings():
+def test_invalid_settings_are_refused():
     with pytest.raises(ValueError, match="candidates of at least 2"):
         ChoicesConfig(candidates=1)
     with pytest.raises(ValueError, match="max_invalid"):

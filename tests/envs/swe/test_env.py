@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-from envs.swe.sandboxes import CHECKOUT, FILES, INSTANCE, sandboxed_processes, working_bubblewrap
+from envs.swe.sandboxes import FILES, INSTANCE, sandboxed_processes, working_bubblewrap
 from envs.swe.test_calls import block
 
 from aem_jax.envs.registry import environment_spec
 from aem_jax.envs.serving.session import Session
 from aem_jax.envs.swe.env import SweConfig, SweEnv
-from aem_jax.envs.swe.payload import load_task, make_payload
+from aem_jax.envs.swe.tasks import load_task, make_payload
 from aem_jax.envs.testing.conformance import CHECKS, Subject, any_text_gets_a_result, run_checks
 
 CONFIG = SweConfig(
@@ -19,7 +19,7 @@ CONFIG = SweConfig(
 )
 FIX = block("execute_bash", command="sed -i 's/(len(xs) - 1)/len(xs)/' calc.py")
 FINISH = block("finish")
-TASK = {"task": 1}
+TASK = make_payload(INSTANCE, files=FILES)
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +40,11 @@ def env(shared_env):
 
 
 def make(runtime, **changes) -> SweEnv:
-    def load(task):
-        if set(task) != {"task"}:
-            raise ValueError(f"expected 'task', got {sorted(task)}")
-        return INSTANCE, CHECKOUT
-
-    return SweEnv(dataclasses.replace(CONFIG, **changes), load, runtime)
+    return SweEnv(dataclasses.replace(CONFIG, **changes), runtime)
 
 
-def play(env: SweEnv, *responses: str):
-    first = env.reset(TASK)
+def play(env: SweEnv, *responses: str, task=TASK):
+    first = env.reset(task)
     assert "mean() is wrong." in first.observation and "execute_bash" in first.observation
     return [env.step(response) for response in responses]
 
@@ -70,7 +65,7 @@ def test_a_fix_is_rewarded(env):
         env.step(FINISH)
 
 
-def test_no_fix_is_not(env):
+def test_an_empty_patch_is_not_rewarded(env):
     (finished,) = play(env, FINISH)
     assert (finished.reward, finished.info["won"], finished.info["score"]) == (0.0, False, 0.0)
     assert finished.info["pass_to_pass"] == 1.0
@@ -89,14 +84,14 @@ def test_too_many_invalid_responses_end_an_episode(runtime):
     assert [(result.truncated, result.reward) for result in results] == [(False, -0.5), (True, -0.5)]
 
 
-def test_a_part_is_worth_its_share(runtime):
+def test_partial_reward_is_the_fraction_of_fixed_tests(runtime):
     """Fixing one of two failing tests without breaking any earns half; breaking a test earns nothing."""
     both = ("test_calc.py::test_mean", "test_calc.py::test_nothing")
-    instance = dataclasses.replace(INSTANCE, fail_to_pass=both)
-    env = SweEnv(CONFIG, lambda task: (instance, CHECKOUT), runtime)
-    assert play(env, FIX, FINISH)[-1].reward == 0.5
+    task = make_payload(dataclasses.replace(INSTANCE, fail_to_pass=both), files=FILES)
+    env = make(runtime)
+    assert play(env, FIX, FINISH, task=task)[-1].reward == 0.5
     breaks = block("execute_bash", command="printf 'def mean(xs):\\n    return 2\\n' > calc.py")
-    broken = play(env, breaks, FINISH)[-1]
+    broken = play(env, breaks, FINISH, task=task)[-1]
     assert (broken.info["fail_to_pass"], broken.info["pass_to_pass"], broken.reward) == (0.5, 0.0, 0.0)
 
 
@@ -128,39 +123,39 @@ ON_THE_GRADE = {
 
 
 @pytest.mark.parametrize("attempt", ON_THE_GRADE.values(), ids=ON_THE_GRADE)
-def test_work_on_the_grade_is_no_use(attempt, runtime, env):
+def test_manipulating_the_grading_earns_nothing(attempt, runtime, env):
     quick = make(runtime, grade_s=4 if "sleep" in attempt else 120)
     results = play(quick, block("execute_bash", command=f"{attempt}\ngit status --short"), FINISH)
     assert results[0].observation.endswith("[exit code 0]") and ".py" in results[0].observation + "pytest/.py"
     assert not results[-1].info["won"] and results[-1].reward <= 0, results[-1]
 
 
-def test_after_all_that_a_fix_is_rewarded_and_nothing_is_left(env):
+def test_after_attacks_a_fix_is_rewarded_and_no_process_remains(env):
     assert play(env, FIX, FINISH)[-1].info["won"]
     env.close()
     assert not sandboxed_processes()
 
 
-def test_it_is_an_environment(runtime):
+def test_the_environment_passes_the_conformance_checks(runtime):
     subject = Subject(lambda: make(runtime), [TASK], [FIX], max_steps=1)
     checks = [check for check in CHECKS if check is not any_text_gets_a_result]  # test_calls.py; here it takes seconds
     assert run_checks(checks, subject) == []
 
 
-def test_nothing_of_the_hidden_tests_is_told(env):
+def test_results_do_not_reveal_the_hidden_tests(env):
     results = play(env, FIX, FINISH)
     told = json.dumps([results[-1].observation, dict(results[-1].info)])
     assert "test_mean" not in told
 
 
-def test_bad_settings_are_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(ValueError, match="expected max_steps of at least 1, got 0"):
         SweConfig(max_steps=0)
     with pytest.raises(ValueError, match="expected the limit seconds above 0, got 0"):
         SweConfig(grade_s=0)
 
 
-def test_payloads(tmp_path):
+def test_payloads_are_validated_and_equal_ones_share_a_checkout(tmp_path):
     payload = json.loads(json.dumps(make_payload(INSTANCE, files=FILES)))
     assert load_task(payload)[0] == INSTANCE
     assert load_task(payload)[1] is load_task(dict(payload))[1]
@@ -181,7 +176,7 @@ def test_payloads(tmp_path):
         checkout(instance, Path("/nowhere"))
 
 
-def test_a_session_of_a_server(runtime):
+def test_a_server_session_plays_an_episode(runtime):
     settings = {"disk_mib": 32, "bubblewrap": {"packages": ["pytest"]}}
     session = Session(environment_spec("swe").factory(settings)(), send_admissible=False)
     reset = json.dumps({"type": "reset", "data": make_payload(INSTANCE, files=FILES)})

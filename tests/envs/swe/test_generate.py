@@ -10,10 +10,10 @@ from aem_jax.envs.swe.generate import sealed_run
 from aem_jax.envs.swe.generate import tasks as generated
 from aem_jax.envs.swe.generate.mutate import KINDS, Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import package, packages
-from aem_jax.envs.swe.generate.trial import broken_tests
 from aem_jax.envs.swe.grading import grade
 from aem_jax.envs.swe.instance import from_row, to_row
-from aem_jax.envs.swe.tasks import TasksConfig, eval_set, generated_tasks, load_task, training_tasks
+from aem_jax.envs.swe.tasks import TasksConfig, eval_set, full_payload, generated_tasks, load_task, training_tasks
+from scripts.survey_bugs import broken_tests
 
 SOURCE = '''"""Doc: 1 < 2."""
 LIMIT = 3
@@ -28,8 +28,7 @@ def top(values, count=2):
 
 
 def test_edits_by_hand():
-    found = {(edit.before, edit.after, edit.kind) for edit in edits(SOURCE)}
-    assert found == {
+    assert {(edit.before, edit.after, edit.kind) for edit in edits(SOURCE)} == {
         ("2", "3", "off by one"),
         ("2", "1", "off by one"),
         ("1", "2", "off by one"),
@@ -43,14 +42,14 @@ def test_edits_by_hand():
     assert {edit.function for edit in edits(SOURCE)} == {"top"}
 
 
-def test_edits_leave_the_rest_as_it_was():
+def test_an_edit_changes_only_its_span():
     for edit in edits(SOURCE):
         changed = apply(SOURCE, [edit])
         assert changed == SOURCE[: edit.start] + edit.after + SOURCE[edit.end :] != SOURCE
         ast.parse(changed)
 
 
-def test_edits_are_made_at_once():
+def test_edits_are_applied_together():
     first, second = Edit(0, 1, "a", "long", "k", "f"), Edit(2, 3, "c", "", "k", "f")
     assert apply("abcd", [second, first]) == "longbd"
     with pytest.raises(ValueError, match="do not overlap"):
@@ -59,7 +58,7 @@ def test_edits_are_made_at_once():
         apply("bcd", [first])
 
 
-def test_there_are_enough_bugs_of_every_sort():
+def test_there_are_enough_bugs_of_every_kind():
     bugs = generated.bugs()
     assert len(packages()) == 16
     for split, least in (("train", 80), ("valid", 15), ("test", 25)):
@@ -69,32 +68,33 @@ def test_there_are_enough_bugs_of_every_sort():
     assert len({bug.id for bug in bugs}) == len(bugs)
 
 
-def test_no_split_holds_an_edit_of_another():
-    found: dict[str, set] = {}
+def test_splits_share_no_edit():
+    edits_by_split: dict[str, set] = {}
     for bug in generated.bugs():
         for edit in bug.edits:
-            found.setdefault(bug.split, set()).add((bug.package, edit.start, edit.end, edit.after))
-    assert not found["train"] & found["valid"]
-    in_test = {each[0] for each in found["test"]}
-    assert len(in_test) == 3 and not in_test & {each[0] for each in found["train"] | found["valid"]}
+            edits_by_split.setdefault(bug.split, set()).add((bug.package, edit.start, edit.end, edit.after))
+    assert not edits_by_split["train"] & edits_by_split["valid"]
+    in_test = {package for package, *_ in edits_by_split["test"]}
+    elsewhere = {package for package, *_ in edits_by_split["train"] | edits_by_split["valid"]}
+    assert len(in_test) == 3 and not in_test & elsewhere
 
 
-def test_the_catalogue_says_what_is_so():
+def test_the_catalogue_lists_the_tests_that_a_bug_breaks():
     # tests detect one bug of a package; the package itself passes
-    bug = next(each for each in generated.bugs() if each.package == "roman")
-    whole = package("roman")
-    assert broken_tests(whole, whole.source) == {}
-    assert broken_tests(whole, apply(whole.source, bug.edits)) == bug.broken
+    bug = next(bug for bug in generated.bugs() if bug.package == "roman")
+    original = package("roman")
+    assert broken_tests(original, original.source) == {}
+    assert broken_tests(original, apply(original.source, bug.edits)) == bug.broken
 
 
-def test_what_does_not_end_is_given_up():
-    whole = package("roman")
-    assert broken_tests(whole, whole.source.replace("number -= value", "pass")) is None
+def test_a_trial_that_loops_forever_has_no_result():
+    original = package("roman")
+    assert broken_tests(original, original.source.replace("number -= value", "pass")) is None
 
 
-def test_an_instance_is_one_of_swebench(tmp_path):
+def test_an_instance_has_swebenchs_schema_and_its_patches_apply(tmp_path):
     task = generated_tasks("train")[0]
-    instance, checkout = load_task(task.payload)
+    instance, checkout = load_task(full_payload(task.payload))
     assert from_row(to_row(instance)) == instance
     checkout(instance, tmp_path)
 
@@ -103,16 +103,16 @@ def test_an_instance_is_one_of_swebench(tmp_path):
         return subprocess.run(command, input=stdin, capture_output=True, text=True, check=True).stdout
 
     assert git("rev-parse", "HEAD").strip() == instance.base_commit
-    whole = package(task.payload["bug"].rsplit("-", 1)[0])
+    original = package(task.payload["bug"].rsplit("-", 1)[0])
     hidden = [name.split("::")[1] for name in instance.fail_to_pass]
-    assert not any(f"def {name}(" in (tmp_path / whole.tests_path).read_text() for name in hidden)
+    assert not any(f"def {name}(" in (tmp_path / original.tests_path).read_text() for name in hidden)
     git("apply", stdin=instance.patch)
-    assert (tmp_path / whole.module_path).read_text() == whole.source
+    assert (tmp_path / original.module_path).read_text() == original.source
     git("apply", stdin=instance.test_patch)
-    assert (tmp_path / whole.tests_path).read_text() == whole.tests
+    assert (tmp_path / original.tests_path).read_text() == original.tests
 
 
-def test_every_instance_can_be_made():
+def test_every_bug_has_a_consistent_instance():
     for bug in generated.bugs():
         instance = generated.instance(bug.id)
         names = {*instance.fail_to_pass, *instance.pass_to_pass}
@@ -123,18 +123,18 @@ def test_every_instance_can_be_made():
 
 
 @pytest.mark.parametrize("difficulty", generated.DIFFICULTIES)
-def test_a_task_of_each_difficulty_is_solved_by_its_fix_alone(tmp_path, difficulty):
+def test_a_task_of_each_difficulty_is_solved_only_by_its_fix(tmp_path, difficulty):
     assert check.problems(generated_tasks("test", [difficulty])[0], FakeRuntime(tmp_path)) == []
 
 
-def test_the_check_finds_what_is_wrong(tmp_path, monkeypatch):
+def test_the_check_reports_a_wrong_task(tmp_path, monkeypatch):
     task = generated_tasks("train")[0]
-    instance, checkout = load_task(task.payload)
+    instance, checkout = load_task(full_payload(task.payload))
     row = to_row(instance)
     wrong = from_row(row | {"patch": "", "FAIL_TO_PASS": row["PASS_TO_PASS"]})
     monkeypatch.setattr(check, "load_task", lambda payload: (wrong, checkout))
-    found = check.problems(task, FakeRuntime(tmp_path))
-    assert len(found) == 1 and "without a fix ['tests/" in found[0]
+    (problem,) = check.problems(task, FakeRuntime(tmp_path))
+    assert "without a fix ['tests/" in problem
 
 
 ATTACKS = {
@@ -184,18 +184,18 @@ ATTACKS = {
 
 
 WHY = {
-    "ends pytest early": "believed: None",
-    "makes every report say so": "believed: pytest was patched",
-    "spares the tests of another file": "believed: pytest was patched",
+    "ends pytest early": "invalid: None",
+    "makes every report say so": "invalid: pytest was patched",
+    "spares the tests of another file": "invalid: pytest was patched",
     "undoes the comparison of pytest's functions, too": r"passed, its opposites \[.*'PASSED'",
     "returns what equals everything": r"passed, its opposites \[.*'PASSED'",
 }
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_sealed_runs_are_not_deceived(tmp_path, name):
+def test_attacks_on_pytest_resolve_nothing(tmp_path, name):
     task = generated_tasks("train")[0]
-    instance, checkout = load_task(task.payload)
+    instance, checkout = load_task(full_payload(task.payload))
     bug = generated.bug(task.payload)
     files = generated.base_files(bug)
     path = package(bug.package).module_path
@@ -244,9 +244,9 @@ def test_opposites_fail_where_their_test_passes():
                     space[other]()
 
 
-def test_configuration_of_the_agents_is_not_read(tmp_path):
+def test_configuration_files_of_the_agent_are_ignored(tmp_path):
     task = generated_tasks("train")[0]
-    instance, checkout = load_task(task.payload)
+    instance, checkout = load_task(full_payload(task.payload))
     hook = "import pytest\n\n@pytest.hookimpl(tryfirst=True)\ndef pytest_pyfunc_call(pyfuncitem):\n    return True\n"
     files = generated.base_files(generated.bug(task.payload))
     more = {
@@ -261,7 +261,7 @@ def test_configuration_of_the_agents_is_not_read(tmp_path):
     assert report.applied and not any(report.fail_to_pass.values()) and all(report.pass_to_pass.values())
 
 
-def test_sets_are_fixed_and_named_by_what_is_in_them():
+def test_evaluation_sets_are_fixed_and_named_by_their_content():
     config = TasksConfig()
     tasks, name = eval_set(config, "valid", 8)
     assert eval_set(config, "valid", 8) == (tasks, name)
@@ -273,12 +273,12 @@ def test_sets_are_fixed_and_named_by_what_is_in_them():
     assert sorted(ids) == sorted(task.id for task in generated_tasks("train"))
 
 
-def test_what_is_wrong_is_said():
+def test_invalid_settings_and_payloads_are_refused():
     with pytest.raises(ValueError, match="difficulties among easy, medium, hard"):
         TasksConfig(difficulties=("simple",))
     with pytest.raises(ValueError, match="split to be one of train, valid, test"):
         eval_set(TasksConfig(), "valid_seen", 3)
     with pytest.raises(ValueError, match="expected a payload with 'bug'"):
-        load_task({"bug": "roman-10000"})
+        full_payload({"bug": "roman-10000"})
     with pytest.raises(ValueError, match="expected 'bug', or 'instances' and 'id'"):
-        load_task({})
+        full_payload({})

@@ -33,8 +33,8 @@ def by_test(verdict: dict) -> tuple[dict, dict]:
     return fail_to_pass, pass_to_pass
 
 
-def test_the_recorded_verdicts_are_those_to_be_expected():
-    resolved = {name for name, each in OFFICIAL.items() if each["verdict"]["resolved"]}
+def test_the_recorded_verdicts_are_as_expected():
+    resolved = {name for name, entry in OFFICIAL.items() if entry["verdict"]["resolved"]}
     assert resolved == {"gold", "fuzzy", "gold, deletes the tests", DECEIVING}
     assert set(OFFICIAL) == {*PATCHES, DECEIVING}
 
@@ -63,7 +63,7 @@ def test_grading_agrees_with_swebench(tmp_path, name):
     assert report.applied == (name not in ("none", "junk", "another file's"))
 
 
-def test_forged_markers_deceive_swebench_and_not_this(tmp_path):
+def test_forged_markers_deceive_swebench_but_not_this_grading(tmp_path):
     assert OFFICIAL[DECEIVING]["verdict"]["resolved"]
     report = graded(tmp_path, FORGED_CODE)
     assert not report.resolved and report.applied
@@ -72,7 +72,7 @@ def test_forged_markers_deceive_swebench_and_not_this(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*PATCHES, DECEIVING])
-def test_swebench_today_says_the_same(tmp_path, name):
+def test_recorded_verdicts_agree_with_the_installed_swebench(tmp_path, name):
     pytest.importorskip("swebench", reason="compares with swebench itself (extra: swe)")
     patch = PATCHES.get(name, FORGED_CODE)
     if patch is None:
@@ -86,13 +86,13 @@ def test_swebench_today_says_the_same(tmp_path, name):
         assert by_test(ours) == (report.fail_to_pass, report.pass_to_pass)
 
 
-def test_a_patch_cannot_reach_into_git(tmp_path):
+def test_a_patch_cannot_change_git_data(tmp_path):
     hook = "#!/bin/sh\ntrue > tests/test_calc.py\n"
     report = graded(tmp_path, diff(CALC, CALC | {".git/hooks/post-checkout": hook}))
     assert not report.applied and not report.resolved
 
 
-def test_files_of_the_test_patch_are_restored_whatever_stands_there(tmp_path):
+def test_files_of_the_test_patch_are_restored_even_if_a_folder_has_their_name(tmp_path):
     # the test file is new, and the agent made a folder of that name to block it
     path = "tests/test_new.py"
     patch = diff(CALC, CALC | {path: "def test_new():\n    from calc import median\n    assert median([1, 3]) == 2\n"})
@@ -102,13 +102,13 @@ def test_files_of_the_test_patch_are_restored_whatever_stands_there(tmp_path):
     assert graded(tmp_path, hindered, instance).resolved
 
 
-def test_tests_that_do_not_end_in_time_resolve_nothing(tmp_path):
+def test_a_timeout_of_the_tests_resolves_nothing(tmp_path):
     patch = diff(CALC, CALC | {"calc.py": "import time\ntime.sleep(60)\n"})
     report = graded(tmp_path, patch, seconds=1.0)
     assert report.applied and not report.resolved and ">>>>> Tests Timed Out" in report.log
 
 
-def test_scripts_longer_than_an_argument_may_be(tmp_path):
+def test_scripts_longer_than_an_argument_are_graded(tmp_path):
     # Linux allows 128 KiB for one argument of a command
     instance = calc()
     padded = instance.eval_script.replace("git status\n", "git status\n" + "# padding\n" * 20_000)
@@ -180,7 +180,7 @@ def test_parsers_agree_with_swebench():
             assert own(log) == parsers.PARSER_REGISTRY[name](log, None), name
 
 
-def test_a_parser_that_is_not_here_says_what_to_install(monkeypatch):
+def test_the_error_for_a_missing_parser_names_the_package_to_install(monkeypatch):
     for name in ("swebench", "swebench.harness.log_parsers"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=r"'parse_log_django'.*pip install 'aem_jax\[swe\]'"):
@@ -202,7 +202,7 @@ def of_lines(instance, *lines: str) -> Report:
 
 @pytest.mark.parametrize("log_parser", ["parse_log_pytest", "parse_log_pytest_v2", "parse_log_pytest_options"])
 @pytest.mark.parametrize("name", SPACED)
-def test_whole_names_with_white_space_are_found(name, log_parser):
+def test_full_names_with_white_space_are_found(name, log_parser):
     instance = spaced(name, log_parser=log_parser)
     assert of_lines(instance, f"PASSED {name}").resolved
     assert of_lines(instance, f"PASSED {name}\r").resolved
@@ -211,7 +211,7 @@ def test_whole_names_with_white_space_are_found(name, log_parser):
     assert not of_lines(instance).resolved
 
 
-def test_names_that_share_their_cut_are_told_apart():
+def test_names_that_are_equal_after_the_cut_are_told_apart():
     instance = spaced("t.py::x[a b]", "t.py::x[a c]", log_parser="parse_log_pytest")
     report = of_lines(instance, "FAILED t.py::x[a b] - no", "PASSED t.py::x[a c]")
     assert report.fail_to_pass == {"t.py::x[a b]": False, "t.py::x[a c]": True} and not report.resolved
@@ -228,7 +228,7 @@ def test_names_that_share_their_cut_are_told_apart():
         ("parse_log_pytest", "tests/my files/t.py::x[a b] "),  # a log's line may have lost the end
     ],
 )
-def test_whole_names_that_the_parser_changes_are_found(log_parser, name):
+def test_full_names_that_the_parser_changes_are_found(log_parser, name):
     instance = spaced(name, log_parser=log_parser)
     assert of_lines(instance, f"PASSED {name.strip()}").resolved
     assert not of_lines(instance, f"PASSED {name.strip()}", f"ERROR {name.strip()} - no").resolved

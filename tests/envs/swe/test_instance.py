@@ -15,7 +15,7 @@ def jsonl(path: Path, *rows) -> Path:
     return path
 
 
-def test_a_row_is_typed_and_comes_back_as_it_was():
+def test_a_row_survives_a_round_trip():
     instance = from_row(ROW)
     assert instance.fail_to_pass == ("test_calc.py::test_even",)
     assert instance.pass_to_pass == ("test_calc.py::test_odd", "test_calc.py::test_mean")
@@ -23,7 +23,7 @@ def test_a_row_is_typed_and_comes_back_as_it_was():
     assert from_row(ROW | {"FAIL_TO_PASS": ["test_calc.py::test_even"], "difficulty": "<15 min"}) == instance
 
 
-def test_a_row_of_release_4_is_refused_with_what_it_lacks_and_where_to_get_it():
+def test_a_row_of_release_4_is_refused_with_its_missing_columns_and_the_fix():
     old = {name: value for name, value in ROW.items() if name not in ("image", "log_parser", "eval_type")}
     with pytest.raises(ValueError, match=r"row of 4\.x without image, log_parser, eval_type; load the dataset again"):
         from_row(old)
@@ -46,20 +46,20 @@ def test_a_row_of_release_4_is_refused_with_what_it_lacks_and_where_to_get_it():
         ({"eval_script": "pytest"}, "eval_script with a line that prints"),
     ],
 )
-def test_bad_columns_are_named_with_file_and_line(tmp_path, change, message):
+def test_errors_in_columns_name_file_and_line(tmp_path, change, message):
     path = jsonl(tmp_path / "data.jsonl", ROW, "", ROW | {"instance_id": "own__calc-2"} | change)
     with pytest.raises(ValueError, match=message) as raised:
         read_instances(path)
     assert f"{path} line 3: " in str(raised.value)
 
 
-def test_files(tmp_path):
+def test_files_of_all_formats_are_read_or_refused(tmp_path):
     rows = [ROW, ROW | {"instance_id": "own__calc-2"}]
     path = jsonl(tmp_path / "data.jsonl", *rows)
-    read = read_instances(path)
-    assert [each.instance_id for each in read] == ["own__calc-1", "own__calc-2"]
+    instances = read_instances(path)
+    assert [instance.instance_id for instance in instances] == ["own__calc-1", "own__calc-2"]
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    assert read_instances(tmp_path / "data.json") == read
+    assert read_instances(tmp_path / "data.json") == instances
     with pytest.raises(ValueError, match=r"line 2: expected JSON, got Expecting property name"):
         read_instances(jsonl(tmp_path / "half.jsonl", ROW, "{half"))
     with pytest.raises(ValueError, match=r"line 2: expected each instance_id once"):
@@ -70,14 +70,14 @@ def test_files(tmp_path):
         read_instances(tmp_path / "data.csv")
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+def test_the_error_for_parquet_without_pyarrow_names_the_package_to_install(tmp_path, monkeypatch):
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ModuleNotFoundError, match="pip install pyarrow"):
         read_instances(tmp_path / "data.parquet")
 
 
-def test_parquet(tmp_path):
+def test_parquet_files_are_read(tmp_path):
     arrow = pytest.importorskip("pyarrow", reason="reads parquet")
     from pyarrow import parquet
 
@@ -85,20 +85,20 @@ def test_parquet(tmp_path):
     assert read_instances(tmp_path / "data.parquet") == [from_row(ROW)]
 
 
-def test_instances_are_values():
+def test_instances_are_frozen_and_hashable():
     assert dataclasses.replace(from_row(ROW), version="2") != from_row(ROW)
     assert isinstance(hash(from_row(ROW)), int)
     assert Instance.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\r"])
-def test_a_statement_may_hold_any_line_separator(tmp_path, mark):
+def test_a_statement_may_contain_any_line_separator(tmp_path, mark):
     row = ROW | {"problem_statement": f"one{mark}two"}
     text = json.dumps(row, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_bytes(f"\ufeff{text}\r\n".encode())
     (tmp_path / "a.json").write_bytes(f"[{text}]".encode("utf-8-sig"))
     for name in ("a.jsonl", "a.json"):
-        assert [each.problem_statement for each in read_instances(tmp_path / name)] == [f"one{mark}two"]
+        assert [instance.problem_statement for instance in read_instances(tmp_path / name)] == [f"one{mark}two"]
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path):

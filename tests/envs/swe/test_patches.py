@@ -48,7 +48,7 @@ def changed(tmp_path_factory):
 
 @pytest.mark.parametrize("options", [("--binary",), ("--binary", "--no-renames"), (), ("--binary", "--src-prefix=i/")])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_files_are_those_that_git_names(changed, options, line_end):
+def test_files_agree_with_git(changed, options, line_end):
     patch = git(changed, "diff", "--cached", *options)
     named = git(changed, "diff", "--cached", *options, "--name-only", "-z").strip("\0").split("\0")
     assert set(patched_files(patch.replace("\n", line_end))) == set(named)
@@ -58,7 +58,7 @@ def test_a_renamed_file_is_named_with_its_source(changed):
     assert patched_files(git(changed, "diff", "--cached", "--binary"))["sub dir/new ü.py"] == "old.py"
 
 
-def test_patches_without_git_headers():
+def test_patches_without_git_headers_are_parsed():
     patch = (
         "--- a/one.py\t2026-01-01\n+++ b/one.py\t2026-01-02\n@@ -1 +1,2 @@\n--- a/no_header\n+++ b/no_header\n+more\n"
         "--- /dev/null\n+++ b/two.py\n@@ -0,0 +1 @@\n+x\n--- a/three.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-x\n"
@@ -73,7 +73,7 @@ def test_nothing_outside_the_repository_is_restored(name):
     assert _restore(replace(calc(), test_patch=patch)) == _restore(replace(calc(), test_patch=""))
 
 
-def test_names_that_look_like_patterns_are_restored_alone(tmp_path):
+def test_names_with_pattern_characters_are_taken_literally(tmp_path):
     files = CALC | {"tests/[ab].txt": "kept\n", "tests/a.txt": "kept\n", "tests/ü x.txt": "kept\n"}
     patch = (
         '--- "a/tests/\\303\\274 x.txt"\n+++ "b/tests/\\303\\274 x.txt"\n@@ -1 +1 @@\n-kept\n+y\n'

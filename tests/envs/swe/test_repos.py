@@ -52,13 +52,13 @@ def history(tmp_path):
 def everything_in(folder) -> str:
     """The full content of the repository's objects, refs and reflogs, as text."""
     ids = [line.split()[0] for line in git(folder, "cat-file", "--batch-all-objects", "--batch-check").splitlines()]
-    objects = "".join(git(folder, "cat-file", "-p", each) for each in ids)
+    objects = "".join(git(folder, "cat-file", "-p", object_id) for object_id in ids)
     loose = "".join(path.read_text(errors="replace") for path in (folder / ".git").rglob("*") if path.is_file())
     return objects + loose + git(folder, "log", "--all", "-p") + git(folder, "fsck", "--lost-found")
 
 
 @pytest.mark.parametrize("bare", [False, True])
-def test_a_checkout_has_the_files_of_its_base_and_nothing_of_its_future(history, tmp_path, bare):
+def test_a_checkout_has_the_files_of_its_base_commit_and_no_later_work(history, tmp_path, bare):
     repo, base = history
     folder = repo.parent
     if bare:
@@ -73,8 +73,8 @@ def test_a_checkout_has_the_files_of_its_base_and_nothing_of_its_future(history,
     assert (work / "kept.log").read_text() == "tracked, though ignored\n"  # an archive would omit it
     assert os.readlink(work / "link") == "calc.py"
     assert git(work, "status", "--porcelain") == ""
-    found = everything_in(work)
-    assert "the fix" not in found and "fix the median" not in found and "example.invalid/own" not in found
+    content = everything_in(work)
+    assert "the fix" not in content and "fix the median" not in content and "example.invalid/own" not in content
     assert git(work, "rev-list", "--all", "--count").strip() == "1"
     assert git(work, "for-each-ref", "--format=%(refname)").split() == ["refs/heads/main", f"refs/replace/{base}"]
     assert git(work, "remote") == git(work, "reflog", "--all") == ""
@@ -82,7 +82,7 @@ def test_a_checkout_has_the_files_of_its_base_and_nothing_of_its_future(history,
     assert not list((work / ".git/objects/pack").glob("*"))
 
 
-def test_the_base_commit_can_still_be_named(history, tmp_path):
+def test_the_name_of_the_base_commit_still_works(history, tmp_path):
     repo, base = history
     work = tmp_path / "work"
     work.mkdir()
@@ -93,7 +93,7 @@ def test_the_base_commit_can_still_be_named(history, tmp_path):
     assert (work / "calc.py").read_text() == "def median(xs):\n    return xs[0]\n"
 
 
-def test_what_is_missing_is_named(history, tmp_path):
+def test_missing_mirrors_and_commits_are_refused(history, tmp_path):
     repo, _ = history
     with pytest.raises(ValueError, match="found no folder"):
         mirror_checkout(tmp_path / "nowhere")
@@ -116,12 +116,12 @@ def test_files_make_a_commit_whose_id_is_known_beforehand(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../out", "a/../../out", ".git/hooks/post-checkout"])
-def test_files_stay_inside(path):
+def test_paths_outside_the_repository_are_refused(path):
     with pytest.raises(ValueError, match="relative paths inside the repository"):
         files_checkout({path: ""})
 
 
-def test_what_git_says_need_not_be_utf_8(tmp_path):
+def test_git_output_need_not_be_utf_8(tmp_path):
     git(tmp_path, "init", "--quiet")
     with pytest.raises(subprocess.CalledProcessError) as raised:
         repos._git(tmp_path, "rev-parse", b"no-\xff".decode(errors="surrogateescape"))

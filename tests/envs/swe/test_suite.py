@@ -15,10 +15,8 @@ from aem_jax.envs.play import play
 from aem_jax.envs.suite import SuiteOptions, TaskSuite
 from aem_jax.envs.swe.choices import ChoicesConfig, ChoicesEnv
 from aem_jax.envs.swe.instance import to_row
-from aem_jax.envs.swe.payload import load_task
 from aem_jax.envs.swe.suite import swe_choices
-from aem_jax.envs.swe.tasks import TasksConfig, training_tasks
-from aem_jax.envs.swe.tasks import load_task as load_named
+from aem_jax.envs.swe.tasks import TasksConfig, full_payload, load_task, training_tasks
 from aem_jax.errors import ConfigError
 from aem_jax.overrides import apply
 from aem_jax.overrides import split as split_words
@@ -45,7 +43,7 @@ def test_training_and_evaluation_share_no_bug(suite: TaskSuite):
         assert not {task.payload["bug"] for task in tasks} & training
 
 
-def test_who_looks_at_the_tests_solves_and_chance_does_not(suite: TaskSuite):
+def test_an_agent_that_runs_the_tests_solves_all_and_a_random_one_few(suite: TaskSuite):
     env = ChoicesEnv(CHOICES, by_source)
     tasks = suite.training[:60]
     rates = {
@@ -58,14 +56,14 @@ def test_who_looks_at_the_tests_solves_and_chance_does_not(suite: TaskSuite):
     assert 0.2 < careless < 0.8  # a policy trained on its demonstrations can still improve
 
 
-def test_the_tester_keeps_what_helps_where_there_are_several_bugs():
+def test_the_tester_solves_tasks_with_several_bugs():
     config = ChoicesConfig(difficulties=("hard",), candidates=4, max_steps=20)
     suite = swe_choices(config, SuiteOptions())
 
-    def failing(found, chosen) -> int:  # each bug that is left breaks two tests, each new mistake one more
-        wanted = {(edit.after, edit.before) for edit in found.edits}
+    def failing(case, chosen) -> int:  # each remaining bug breaks two tests, each new mistake one
+        wanted = {(edit.after, edit.before) for edit in case.edits}
         right = sum((edit.before, edit.after) in wanted for edit in chosen)
-        return 2 * (len(found.edits) - right) + (len(chosen) - right)
+        return 2 * (len(case.edits) - right) + (len(chosen) - right)
 
     env = ChoicesEnv(config, failing)
     tester = suite.baselines["tester"]
@@ -73,18 +71,18 @@ def test_the_tester_keeps_what_helps_where_there_are_several_bugs():
     assert all(results)
 
 
-def test_tasks_for_tools_hold_all_that_a_server_needs():
+def test_payloads_for_tools_are_self_contained():
     config = read_preset("swe-paper", "qwen3-32b")
     suite = task_suite(config)
     named = training_tasks(TasksConfig(), seed=config.seed)[:3]
     for task, name in zip(suite.training[:3], named):
         instance, _ = load_task(json.loads(json.dumps(task.payload)))
-        assert instance == load_named(name.payload)[0] and task.id == name.id
+        assert instance == load_task(full_payload(name.payload))[0] and task.id == name.id
     tasks, _ = suite.evaluation("test", 2)
     assert set(tasks[0].payload) == {"instance", "files"} and suite.demonstrator is None
 
 
-def test_files_are_one_set_for_tools_and_none_for_choices(tmp_path: Path):
+def test_a_file_is_one_set_for_tools_and_refused_for_choices(tmp_path: Path):
     files = []
     for number in (1, 2):
         files.append(tmp_path / f"{number}.jsonl")

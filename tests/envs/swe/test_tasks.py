@@ -6,7 +6,7 @@ from envs.swe.samples import CALC, calc
 
 from aem_jax.envs.swe.instance import to_row
 from aem_jax.envs.swe.repos import files_checkout
-from aem_jax.envs.swe.tasks import TasksConfig, check_sources, eval_set, load_task, training_tasks
+from aem_jax.envs.swe.tasks import TasksConfig, check_sources, eval_set, full_payload, load_task, training_tasks
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_instances_of_a_file_are_tasks(data, tmp_path):
     assert sorted(task.id for task in tasks) == ["own__calc-1", "own__calc-2"]
     assert {task.task_type for task in tasks} == {"own/calc"}
     payload = json.loads(json.dumps(next(task.payload for task in tasks if task.id == "own__calc-1")))
-    instance, checkout = load_task(payload)
+    instance, checkout = load_task(full_payload(payload))
     assert instance == calc()
     (tmp_path / "work").mkdir()
     checkout(instance, tmp_path / "work")
@@ -40,16 +40,16 @@ def test_an_evaluation_set_of_a_file_is_named_by_its_rows(data):
     assert eval_set(config, "verified", 1)[1] != name
 
 
-def test_without_mirrors_the_repository_has_to_come_from_an_image(data, tmp_path):
+def test_without_mirrors_the_repository_must_come_from_an_image(data, tmp_path):
     task = training_tasks(TasksConfig(train=str(data / "data.jsonl")))[0]
-    instance, checkout = load_task(task.payload)
+    instance, checkout = load_task(full_payload(task.payload))
     with pytest.raises(ValueError, match="comes from the instance's image"):
         checkout(instance, tmp_path)
     with pytest.raises(ValueError, match="expected an instance of"):
-        load_task({**task.payload, "id": "own__calc-3"})
+        full_payload({**task.payload, "id": "own__calc-3"})
 
 
-def test_training_and_evaluation_go_together(data, tmp_path):
+def test_contradicting_sources_of_training_and_evaluation_are_refused(data, tmp_path):
     two, third = str(data / "data.jsonl"), str(tmp_path / "third.jsonl")
     Path(third).write_text(json.dumps(to_row(calc()) | {"instance_id": "own__calc-3"}))
     for config in (

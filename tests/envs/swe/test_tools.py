@@ -26,40 +26,40 @@ def tools(workspace):
 
 
 def edit(tools: Tools, command: str, path: str = "text.txt", **parameters: str) -> str:
-    answer = tools.answer(block("file_editor", command=command, path=path, **parameters))
-    assert answer.valid, answer
-    return answer.text
+    result = tools.execute(block("file_editor", command=command, path=path, **parameters))
+    assert result.valid, result
+    return result.text
 
 
 def refused(tools: Tools, name: str, **parameters: str) -> str:
-    answer = tools.answer(block(name, **parameters))
-    assert not answer.valid and not answer.finished
-    return answer.text
+    result = tools.execute(block(name, **parameters))
+    assert not result.valid and not result.finished
+    return result.text
 
 
-def test_bash(tools):
-    assert tools.answer(block("execute_bash", command="echo a; echo b >&2; exit 3")).text == "a\nb\n[exit code 3]"
-    assert tools.answer(block("execute_bash", command="true")).text == "[exit code 0]"
-    assert len(tools.answer(block("execute_bash", command="seq 100000")).text) < 2200
+def test_bash_returns_output_and_exit_code(tools):
+    assert tools.execute(block("execute_bash", command="echo a; echo b >&2; exit 3")).text == "a\nb\n[exit code 3]"
+    assert tools.execute(block("execute_bash", command="true")).text == "[exit code 0]"
+    assert len(tools.execute(block("execute_bash", command="seq 100000")).text) < 2200
     assert refused(tools, "execute_bash", script="ls") == (
         "ERROR: expected the parameter 'command' for execute_bash, got script"
     )
     two = block("execute_bash", command="echo 1") + block("execute_bash", command="echo 2")
-    assert tools.answer(two).text == "[one call a response: only the last of 2 was carried out]\n2\n[exit code 0]"
+    assert tools.execute(two).text == "[one call a response: only the last of 2 was carried out]\n2\n[exit code 0]"
 
 
-def test_bash_that_takes_too_long(workspace):
+def test_bash_is_killed_at_its_deadline(workspace):
     quick = Tools(workspace, replace(QUICK, seconds=0.3))
-    assert quick.answer(block("execute_bash", command="echo a; sleep 9")).text == "a\n[killed: not done after 0.3 s]"
+    assert quick.execute(block("execute_bash", command="echo a; sleep 9")).text == "a\n[killed: not done after 0.3 s]"
 
 
-def test_what_is_shown_is_text(tools):
-    text = tools.answer(block("execute_bash", command=r"printf '\e[31mred\e[0m a\rb\x00\x07\xff\xe2\x80\xae'")).text
+def test_observations_are_valid_text(tools):
+    text = tools.execute(block("execute_bash", command=r"printf '\e[31mred\e[0m a\rb\x00\x07\xff\xe2\x80\xae'")).text
     assert text == "red a\nb������\n[exit code 0]".replace("������", "����")
     json.dumps(text).encode()
 
 
-def test_view(tools):
+def test_view_shows_numbered_lines_and_folders(tools):
     assert edit(tools, "view") == "     1\tone\n     2\ttwo\n     3\tthree\n     4\ttwo\n     5\t"
     assert edit(tools, "view", view_range="[2, 3]") == "     2\ttwo\n     3\tthree"
     assert edit(tools, "view", view_range="[4, -1]") == "     4\ttwo\n     5\t"
@@ -68,14 +68,14 @@ def test_view(tools):
     assert "within the lines 1 to 5" in refused(
         tools, "file_editor", command="view", path="text.txt", view_range="[9,9]"
     )
-    tools.answer(block("execute_bash", command="seq 10000 > long; mkfifo fifo; truncate -s 5M large"))
+    tools.execute(block("execute_bash", command="seq 10000 > long; mkfifo fifo; truncate -s 5M large"))
     assert "[cut at line" in edit(tools, "view", path="long") and len(edit(tools, "view", path="long")) < 2200
     assert "got a fifo" in edit(tools, "view", path="fifo")
     assert f"at most {LARGEST_FILE} bytes" in edit(tools, "view", path="large")
-    tools.answer(block("execute_bash", command="rm long fifo large"))
+    tools.execute(block("execute_bash", command="rm long fifo large"))
 
 
-def test_str_replace(tools, workspace):
+def test_str_replace_needs_a_unique_match(tools, workspace):
     assert edit(tools, "str_replace", old_str="three", new_str="3\n3") == (
         "/testbed/text.txt was edited:\n     1\tone\n     2\ttwo\n     3\t3\n     4\t3\n     5\ttwo\n     6\t"
     )
@@ -84,13 +84,13 @@ def test_str_replace(tools, workspace):
     assert workspace.read("text.txt") == b"one\ntwo\n3\n3\ntwo\n"
 
 
-def test_edits_keep_bytes_that_are_no_text(tools, workspace):
+def test_edits_keep_invalid_utf_8(tools, workspace):
     workspace.write("text.txt", b"\xff\r\none\r\n")
     edit(tools, "str_replace", old_str="one", new_str="1")
     assert workspace.read("text.txt") == b"\xff\r\n1\r\n"
 
 
-def test_insert(tools, workspace):
+def test_insert_adds_lines(tools, workspace):
     edit(tools, "insert", insert_line="0", new_str="zero")
     edit(tools, "insert", insert_line="5", new_str="end")
     assert workspace.read("text.txt") == b"zero\none\ntwo\nthree\ntwo\nend\n"
@@ -102,7 +102,7 @@ def test_insert(tools, workspace):
     )
 
 
-def test_create_and_undo(tools, workspace):
+def test_create_can_be_undone(tools, workspace):
     assert edit(tools, "create", path="deep/er/new.py", file_text="x = 1\n") == "/testbed/deep/er/new.py was created"
     assert edit(tools, "create", path="deep/er/new.py", file_text="x = 2\n").endswith("was overwritten")
     edit(tools, "undo_edit", path="deep/er/new.py")
@@ -115,9 +115,9 @@ def test_create_and_undo(tools, workspace):
     assert "ERROR" in edit(tools, "create", path="/usr/x", file_text="")
 
 
-def test_search(tools):
+def test_search_is_literal(tools):
     def search(**parameters: str) -> str:
-        return tools.answer(block("search", **parameters)).text
+        return tools.execute(block("search", **parameters)).text
 
     assert search(search_term="three") == "/testbed/text.txt:3:three"
     assert search(search_term="th(ree") == "no match for 'th(ree' in /testbed"
@@ -127,30 +127,30 @@ def test_search(tools):
     ]
     assert "ERROR" in search(search_term="x", path="nowhere")
     assert search(search_term="-e one").startswith("no match")
-    tools.answer(block("execute_bash", command="yes needle | head -1000 > hay"))
+    tools.execute(block("execute_bash", command="yes needle | head -1000 > hay"))
     lines = search(search_term="needle").splitlines()
     assert lines[-1] == "[more matches are not shown]" and lines[-2].startswith("/testbed/hay:")
     assert sum(map(len, lines)) < 2200
-    tools.answer(block("execute_bash", command="rm hay"))
+    tools.execute(block("execute_bash", command="rm hay"))
 
 
-def test_finish_and_what_is_no_tool(tools):
-    assert tools.answer("<function=finish>\n</function>") == ("", True, True)
+def test_finish_ends_the_episode_and_other_names_are_refused(tools):
+    assert tools.execute("<function=finish>\n</function>") == ("", True, True)
     assert "expected a tool of execute_bash, file_editor, search, finish" in refused(tools, "bash", command="ls")
-    assert not tools.answer("").valid
+    assert not tools.execute("").valid
 
 
-def test_links_lead_nowhere_outside(tools, workspace, tmp_path):
+def test_links_do_not_lead_outside_the_sandbox(tools, workspace, tmp_path):
     (tmp_path / "secret").write_text("secret")
     links = {"a": tmp_path / "secret", "b": "/proc/1/environ", "c": tmp_path, "d": "/etc/shadow"}
     for name, target in links.items():
-        tools.answer(block("execute_bash", command=f"ln -s {target} {name}"))
+        tools.execute(block("execute_bash", command=f"ln -s {target} {name}"))
     for name in ("a", "b", "d", "c/secret"):
         assert edit(tools, "view", path=name).startswith("ERROR"), name
     edit(tools, "create", path="a", file_text="mine")
     edit(tools, "create", path="c/secret", file_text="mine")
     assert (tmp_path / "secret").read_text() == "secret"
-    tools.answer(block("execute_bash", command="rm a b c d"))
+    tools.execute(block("execute_bash", command="rm a b c d"))
 
 
 CHANGE = "sed -i 's/ - 1//' calc.py"
@@ -174,7 +174,7 @@ done
 echo '*.py' >> .git/info/exclude
 rm -f ran
 """
-"""Everything in git's reach that runs programs."""
+"""All ways in which git settings can run programs."""
 
 MOVES = {
     "hooks, filters, drivers, aliases": HOSTILE_GIT,
@@ -190,11 +190,11 @@ MOVES = {
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
-def test_the_patch_is_what_changed_whatever_git_was_told(move):
+def test_the_patch_does_not_depend_on_the_agents_git_settings(move):
     workspace = working_bubblewrap().open(INSTANCE, CHECKOUT, limits=QUICK)
     base = save_base(workspace)
     workspace.run(f"{move}\n{CHANGE}")
-    patch = model_patch(workspace, base, limits=QUICK, most_bytes=10**6)
+    patch = model_patch(workspace, base, limits=QUICK, max_bytes=10**6)
     changed = patch.partition("diff --git a/calc.py b/calc.py\n")[2]
     assert "-    return sum(xs) / (len(xs) - 1)\n+    return sum(xs) / (len(xs))\n" in changed
     assert "test_calc.py" not in patch
@@ -203,12 +203,12 @@ def test_the_patch_is_what_changed_whatever_git_was_told(move):
     assert "No such file" in ran.output
 
 
-def test_a_patch_that_is_too_large_is_none():
+def test_a_patch_that_is_too_large_is_refused():
     workspace = working_bubblewrap().open(INSTANCE, CHECKOUT, limits=QUICK)
     base = save_base(workspace)
     workspace.run("head -c 1M /dev/urandom > noise")
     with pytest.raises(WorkspaceError, match="expected a patch of at most 1000 bytes"):
-        model_patch(workspace, base, limits=QUICK, most_bytes=1000)
+        model_patch(workspace, base, limits=QUICK, max_bytes=1000)
     workspace.close()
     with pytest.raises(WorkspaceError, match="no patch could be made: closed"):
-        model_patch(workspace, base, limits=QUICK, most_bytes=1000)
+        model_patch(workspace, base, limits=QUICK, max_bytes=1000)

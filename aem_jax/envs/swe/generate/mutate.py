@@ -57,7 +57,7 @@ def edits(source: str) -> list[Edit]:
     """
     text = _Text(source)
     tree = ast.parse(source)
-    found: dict[tuple[int, int, str], Edit] = {}
+    edits_by_change: dict[tuple[int, int, str], Edit] = {}
     for function, name in _functions(tree):
         for node in _nodes(function):
             for kind, make in KINDS.items():
@@ -67,8 +67,8 @@ def edits(source: str) -> list[Edit]:
                         continue  # a candidate must fit on one line
                     edit = Edit(start, end, source[start:end], after, kind, name)
                     if after != edit.before and _parses(after):
-                        found.setdefault((start, end, after), edit)
-    return sorted(found.values())
+                        edits_by_change.setdefault((start, end, after), edit)
+    return sorted(edits_by_change.values())
 
 
 class _Text:
@@ -99,30 +99,19 @@ class _Text:
 Make = Callable[[ast.AST, _Text], Iterator[tuple[ast.AST, str]]]
 """Maps a node to pairs of (node to replace, replacement text)."""
 
-_COMPARISONS: Mapping[type, tuple[str, ...]] = {
-    ast.Lt: ("<=", ">"),
-    ast.LtE: ("<", ">="),
-    ast.Gt: (">=", "<"),
-    ast.GtE: (">", "<="),
-    ast.Eq: ("!=",),
-    ast.NotEq: ("==",),
-    ast.In: ("not in",),
-    ast.NotIn: ("in",),
-    ast.Is: ("is not",),
-    ast.IsNot: ("is",),
+_COMPARISONS: Mapping[type, tuple[str, tuple[str, ...]]] = {
+    ast.Lt: ("<", ("<=", ">")),
+    ast.LtE: ("<=", ("<", ">=")),
+    ast.Gt: (">", (">=", "<")),
+    ast.GtE: (">=", (">", "<=")),
+    ast.Eq: ("==", ("!=",)),
+    ast.NotEq: ("!=", ("==",)),
+    ast.In: ("in", ("not in",)),
+    ast.NotIn: ("not in", ("in",)),
+    ast.Is: ("is", ("is not",)),
+    ast.IsNot: ("is not", ("is",)),
 }
-_SIGNS = {
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-    ast.In: "in",
-    ast.NotIn: "not in",
-    ast.Is: "is",
-    ast.IsNot: "is not",
-}
+"""Operator -> its text, and the operators that people confuse it with."""
 _ARITHMETIC: Mapping[type, tuple[str, tuple[str, ...]]] = {
     ast.Add: ("+", ("-",)),
     ast.Sub: ("-", ("+",)),
@@ -160,10 +149,10 @@ _COPIES = ("list", "dict", "set", "sorted", "reversed", "tuple", "abs")
 
 def _comparison(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
     if isinstance(node, ast.Compare):
-        operands = [text.of(each) for each in (node.left, *node.comparators)]
-        signs = [_SIGNS[type(each)] for each in node.ops]
-        for i, sign in enumerate(node.ops):
-            for other in _COMPARISONS[type(sign)]:
+        operands = [text.of(operand) for operand in (node.left, *node.comparators)]
+        signs = [_COMPARISONS[type(op)][0] for op in node.ops]
+        for i, op in enumerate(node.ops):
+            for other in _COMPARISONS[type(op)][1]:
                 changed = [*signs[:i], other, *signs[i + 1 :]]
                 yield node, operands[0] + "".join(f" {a} {b}" for a, b in zip(changed, operands[1:]))
 
@@ -171,13 +160,13 @@ def _comparison(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
 def _arithmetic(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
     if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
         start, _ = text.span(node)
-        whole, left, right = text.of(node), text.span(node.left), text.span(node.right)
+        code, left, right = text.of(node), text.span(node.left), text.span(node.right)
         # the text between the operands may contain parentheses, which are kept
-        between = whole[left[1] - start : right[0] - start]
+        between = code[left[1] - start : right[0] - start]
         sign, others = _ARITHMETIC[type(node.op)]
         for other in others:
             if between.count(sign) == 1:
-                yield node, whole[: left[1] - start] + between.replace(sign, other) + whole[right[0] - start :]
+                yield node, code[: left[1] - start] + between.replace(sign, other) + code[right[0] - start :]
 
 
 def _off_by_one(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
@@ -192,11 +181,11 @@ def _boolean(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
         word, other = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
         for first, second in pairwise(node.values):
             start, _ = text.span(node)
-            (_, left), (right, _), whole = text.span(first), text.span(second), text.of(node)
-            between = whole[left - start : right - start]
+            (_, left), (right, _), code = text.span(first), text.span(second), text.of(node)
+            between = code[left - start : right - start]
             if between.count(f" {word} ") == 1:
                 changed = between.replace(f" {word} ", f" {other} ")
-                yield node, whole[: left - start] + changed + whole[right - start :]
+                yield node, code[: left - start] + changed + code[right - start :]
         if len(node.values) == 2:  # half of a condition is missing
             yield node, text.of(node.values[0])
             yield node, text.of(node.values[1])
@@ -219,17 +208,15 @@ def _guard(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
         and isinstance(node.body[-1], (ast.Raise, ast.Return, ast.Continue))
     ):
         yield node, "pass"
-    if isinstance(node, (ast.AugAssign, ast.Delete)):
+    if isinstance(node, (ast.AugAssign, ast.Delete, ast.Break)):
         yield node, "pass"
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        yield node, "pass"
-    if isinstance(node, ast.Break):
         yield node, "pass"
 
 
 def _arguments(node: ast.AST, text: _Text) -> Iterator[tuple[ast.AST, str]]:
     if isinstance(node, ast.Call) and len(node.args) == 2 and not node.keywords:
-        first, second = (text.of(each) for each in node.args)
+        first, second = (text.of(argument) for argument in node.args)
         yield node, f"{text.of(node.func)}({second}, {first})"
 
 

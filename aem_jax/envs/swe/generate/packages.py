@@ -50,12 +50,12 @@ class Package:
 @cache
 def packages() -> Sequence[Package]:
     """Returns all packages, sorted by name."""
-    found = []
+    entries = []
     for path in sorted(FOLDER.glob("*.py.txt")):
         tests = FOLDER / "tests" / f"test_{path.name}"
         name = path.name.removesuffix(".py.txt")
-        found.append(Package(name, path.read_text(encoding="utf-8"), tests.read_text(encoding="utf-8")))
-    return tuple(found)
+        entries.append(Package(name, path.read_text(encoding="utf-8"), tests.read_text(encoding="utf-8")))
+    return tuple(entries)
 
 
 def package(name: str) -> Package:
@@ -64,7 +64,7 @@ def package(name: str) -> Package:
     Raises:
         ValueError: there is no such package.
     """
-    for each in packages():
-        if each.name == name:
-            return each
-    raise ValueError(f"expected a package of {', '.join(each.name for each in packages())}, got {name!r}")
+    by_name = {entry.name: entry for entry in packages()}
+    if name not in by_name:
+        raise ValueError(f"expected a package of {', '.join(by_name)}, got {name!r}")
+    return by_name[name]

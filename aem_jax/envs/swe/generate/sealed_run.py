@@ -1,21 +1,22 @@
-"""Runs pytest so that what tested code prints or patches is not taken for a result. Part of each task's eval script.
+"""Runs pytest so that tested code cannot forge results by printing or patching. Part of each task's eval script.
 
-Run as `python -I - <test file>… < this file`. Two processes: this one, which never loads tested code, starts pytest in
-another. Results come back through a pipe, each with a key that was drawn for this run; whatever the tests print comes
-out marked with `| `, and only lines that this process writes begin as pytest's summary does. It cannot be read or
-traced by the other (not dumpable), so nothing can be put into its output either.
+Usage: `python -I - <test file>… < this file`. This process never loads tested code; it starts pytest in a second
+process. Results come back through a pipe, each with a random key of this run. Everything that the tests print is marked
+with `| `, so only this process writes lines that begin like pytest's summary. It is not dumpable: the other process can
+neither read its memory nor trace it, and cannot write to its output.
 
-The test file that runs is written anew for each run. Every test stands in it among copies that cannot pass where it
-does, since they claim the opposite or another value (`opposites`); test and copies have drawn names and stand in drawn
-order. Code that makes a test pass must thus know which of the three it is, and a run in which a copy passes together
-with its test has no results at all. Before that stands a simpler wall: the functions that pytest runs tests through
-are compared, after each test, with what they were before tested code was loaded.
+Two measures detect code that patches pytest:
 
-pytest runs isolated: no configuration of the repository's, no conftest.py, no plugin that is found by itself, no
-PYTHONPATH, no cache; byte code that lies beside the tests is used only where pytest itself finds it to be theirs.
+- The functions through which pytest runs tests are compared, after each test, with those before tested code was loaded.
+- The test file is rewritten for each run. Each test stands among copies that fail where it passes, because they assert
+  the opposite or another value (`opposites`). Names and order are random. A run in which a copy passes together with
+  its test has no results. So code that makes a test pass must know which of the copies is the test.
 
-What it cannot keep out: the tests and the code that they test share a process. Code that undoes that comparison, or
-finds the key in that process's memory, and can tell each test from its copies by their code, can forge a result.
+pytest runs isolated: without configuration of the repository, conftest.py, plugin discovery, PYTHONPATH or cache. Byte
+code beside the tests is used only if pytest considers it valid.
+
+The remaining risk: tests and tested code share a process. Code can forge a result if it undoes the comparison, or finds
+the key in the process's memory, and can tell each test from its copies by their code.
 """
 
 import ast
@@ -44,13 +45,13 @@ def run(dumps=json.dumps):
     guarded = [module for module in guarded if module.__name__.rpartition(".")[2] in (
         "python", "runner", "reports", "nodes", "main", "raises", "skipping", "fixtures", "unraisableexception",
         "threadexception", "_execution", "_caller", "_manager", "_impl", "_result")]
-    guarded += [each for module in guarded for each in vars(module).values()
-                if isinstance(each, type) and each.__module__ == module.__name__]
+    guarded += [value for module in guarded for value in vars(module).values()
+                if isinstance(value, type) and value.__module__ == module.__name__]
 
     def path(hooks):
         seen = []
-        for each in guarded:
-            for value in vars(each).values():
+        for owner in guarded:
+            for value in vars(owner).values():
                 value = getattr(value, "__func__", value.fget if isinstance(value, property) else value)
                 if hasattr(value, "__code__"):
                     seen += [value, value.__code__]
@@ -99,12 +100,12 @@ OTHER_ERRORS = ("AttributeError", "BufferError", "EOFError", "ImportError", "Nam
 
 
 def main(files: list[str]) -> int:
-    """Runs the tests of some files; prints what pytest says, then one line for each test.
+    """Runs the tests of some files; prints pytest's output, then one line for each test.
 
     Returns:
-        0 if all tests passed, 1 if one failed, 2 if the run is not to be believed.
+        0 if all tests passed, 1 if one failed, 2 if the run is invalid.
     """
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: nobody reads this process or opens its files
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no process can read this one's memory or open its files
     names: dict[str, str] = {}
     copies: dict[str, list[str]] = {}
     with contextlib.ExitStack() as after:
@@ -114,33 +115,33 @@ def main(files: list[str]) -> int:
             file.write_text(among_opposites(text, names, copies), encoding="utf-8")
         key = secrets.token_hex(16)
         outcomes, code = read(run(files, key, names), key)
-    found = {}
+    results = {}
     for test, status in outcomes.items():
         file, _, name = test.partition("::")
         name, bracket, parameters = name.partition("[")
         if status == "PASSED":
-            others = [outcomes.get(f"{file}::{each}{bracket}{parameters}") for each in copies.get(name, ())]
+            others = [outcomes.get(f"{file}::{other}{bracket}{parameters}") for other in copies.get(name, ())]
             if code == 1 and any(other != "FAILED" for other in others):
                 code = f"{names[name]} passed, its opposites {others}"
         if name in copies or name not in names:
-            found[f"{file}::{names.get(name, name)}{bracket}{parameters}" if name else test] = status
-    if code != 1:  # opposites fail in every run
-        print(f"the run is not to be believed: {code}")
+            results[f"{file}::{names.get(name, name)}{bracket}{parameters}" if name else test] = status
+    if code != 1:  # opposites fail in every valid run
+        print(f"the run is invalid: {code}")
         return 2
-    for test, status in found.items():
+    for test, status in results.items():
         print(f"{status} {test}")
-    return int(any(status in ("FAILED", "ERROR") for status in found.values()))
+    return int(any(status in ("FAILED", "ERROR") for status in results.values()))
 
 
 def among_opposites(text: str, names: dict[str, str], copies: dict[str, list[str]]) -> str:
-    """A test file in which each test stands among its opposites, all under drawn names, in drawn order.
+    """Returns a test file in which each test stands among its opposites, under random names and in random order.
 
-    Blocks keep the order of the tests: what one test leaves behind, the next finds as before.
+    The tests keep their order, so state that one test leaves behind reaches the next one as before.
 
     Args:
         text: the test file.
-        names: filled with drawn name -> what it is, to be read.
-        copies: filled with drawn name of a test -> those of its opposites.
+        names: receives random name -> readable name.
+        copies: receives random name of a test -> random names of its opposites.
     """
     tree = ast.parse(text)
     body: list[ast.stmt] = []
@@ -152,30 +153,30 @@ def among_opposites(text: str, names: dict[str, str], copies: dict[str, list[str
         drawn = [f"test_{secrets.token_hex(8)}" for _ in block]
         names |= dict.fromkeys(drawn, f"{OPPOSITE} {node.name}") | {drawn[0]: node.name}
         copies[drawn[0]] = drawn[1:]
-        for each, name in zip(block, drawn, strict=True):
-            each.name = name
+        for function, name in zip(block, drawn, strict=True):
+            function.name = name
         body += DRAW.sample(block, len(block))
     tree.body = body
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
 def opposites(test: ast.FunctionDef) -> list[ast.FunctionDef]:
-    """Copies of a test that fail where it passes: one claim of each is negated, or has another value.
+    """Returns copies of a test that fail where it passes: one claim of each copy is negated, or has another value.
 
-    Where the test fails they may do either. They have its shape, and fail as it would: by an assertion about what the
-    tested code returned, or by the exception that it raised.
+    If the test fails, a copy may pass or fail. Copies have the test's structure and fail in the same way: by an
+    assertion about the returned value, or by the exception that the tested code raised.
     """
-    found: dict[str, ast.FunctionDef] = {}
+    changed: dict[str, ast.FunctionDef] = {}
     for change in (negate, alter):
         other = copy.deepcopy(test)
         claims = [node for node in ast.walk(other) if isinstance(node, (ast.Assert, ast.With))]
-        if any(change(claim) for claim in DRAW.sample(claims, len(claims))):  # the first that can be changed
-            found[ast.unparse(other)] = other
-    return list(found.values())
+        if any(change(claim) for claim in DRAW.sample(claims, len(claims))):  # changes the first that allows it
+            changed[ast.unparse(other)] = other
+    return list(changed.values())
 
 
 def negate(claim: ast.Assert | ast.With) -> bool:
-    """Changes a claim into its contrary, `a == b` into `a != b`; False where it cannot."""
+    """Negates a claim, for example `a == b` to `a != b`; returns False if this is impossible."""
     if isinstance(claim, ast.With):
         return alter(claim)
     match claim.test:
@@ -189,7 +190,7 @@ def negate(claim: ast.Assert | ast.With) -> bool:
 
 
 def alter(claim: ast.Assert | ast.With) -> bool:
-    """Changes a value that is expected, `a == 12` into `a == 17`, or the exception; False where there is none."""
+    """Changes an expected value, for example `a == 12` to `a == 17`, or exception; returns False if there is none."""
     match claim:
         case ast.With(
             items=[ast.withitem(context_expr=ast.Call(func=ast.Attribute(attr="raises"), args=[_]) as raises)]
@@ -210,7 +211,7 @@ def alter(claim: ast.Assert | ast.With) -> bool:
 
 
 def another(value):
-    """Another value of a sort: a number a little off, a text with one more character."""
+    """Returns a different value of the same type: a number close by, a text with one more character."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
@@ -220,7 +221,7 @@ def another(value):
 
 
 def run(files: list[str], key: str, names: dict[str, str]) -> list[bytes]:
-    """Runs pytest in a process of its own, prints what it says of the tests; returns what came through the pipe."""
+    """Runs pytest in a separate process and prints its output; returns the lines that came through the pipe."""
     reader, writer = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-I", "-B", "-c", CHILD, str(writer), *files],
@@ -247,15 +248,15 @@ def run(files: list[str], key: str, names: dict[str, str]) -> list[bytes]:
 
 
 def read(lines: list[bytes], key: str) -> tuple[dict[str, str], object]:
-    """Results that carry the key: test -> status, and how it ended (None: pytest never came to its end)."""
+    """Returns the results with the right key, test -> status, and pytest's exit code; None if it did not finish."""
     outcomes: dict[str, str] = {}
     code: object = None
     for line in lines:
         try:
-            said, test, when, outcome, expected = json.loads(line)
+            line_key, test, when, outcome, expected = json.loads(line)
         except ValueError:
             continue
-        if said != key:
+        if line_key != key:
             continue
         if when == "end":
             code = outcome

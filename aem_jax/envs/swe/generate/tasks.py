@@ -82,7 +82,7 @@ def bugs() -> Sequence[Bug]:
     Raises:
         ValueError: the catalogue was made for a different version of a package.
     """
-    found = []
+    catalogue = []
     for name, entry in json.loads(_CATALOGUE.read_text(encoding="utf-8")).items():
         if entry["digest"] != package(name).digest:
             raise ValueError(
@@ -91,8 +91,8 @@ def bugs() -> Sequence[Bug]:
             )
         for number, bug in enumerate(entry["bugs"]):
             edits = tuple(Edit(**edit) for edit in bug["edits"])
-            found.append(Bug(name, number, edits, bug["broken"]))
-    return tuple(found)
+            catalogue.append(Bug(name, number, edits, bug["broken"]))
+    return tuple(catalogue)
 
 
 def bug(payload: Mapping[str, Any]) -> Bug:
@@ -101,30 +101,30 @@ def bug(payload: Mapping[str, Any]) -> Bug:
     Raises:
         ValueError: there is no such bug.
     """
-    for each in bugs():
-        if each.id == payload.get("bug"):
-            return each
+    for candidate in bugs():
+        if candidate.id == payload.get("bug"):
+            return candidate
     raise ValueError(f"expected a payload with 'bug', <package>-<number> of the catalogue, got {dict(payload)!r:.200}")
 
 
 @lru_cache(maxsize=512)
 def instance(bug_id: str) -> Instance:
     """Returns the instance of a bug, by the bug's id."""
-    found = bug({"bug": bug_id})
-    whole = package(found.package)
-    before, after = base_files(found), whole.files(whole.source, _tests_without(whole, found))
+    case = bug({"bug": bug_id})
+    original = package(case.package)
+    before, after = base_files(case), original.files(original.source, _tests_without(original, case))
     base = commit_id(before)
     patch = diff(before, after)
-    test_patch = diff(before, before | {whole.tests_path: whole.tests})
-    names = [f"{whole.tests_path}::{test}" for test in _test_names(whole.tests)]
-    broken = {f"{whole.tests_path}::{test}" for test in found.broken}
+    test_patch = diff(before, before | {original.tests_path: original.tests})
+    names = [f"{original.tests_path}::{test}" for test in _test_names(original.tests)]
+    broken = {f"{original.tests_path}::{test}" for test in case.broken}
     return Instance(
-        instance_id=f"aem_jax__{found.id}",
-        repo=f"aem_jax/{found.package}",
+        instance_id=f"aem_jax__{case.id}",
+        repo=f"aem_jax/{case.package}",
         base_commit=base,
         patch=patch,
         test_patch=test_patch,
-        problem_statement=_statement(whole, found),
+        problem_statement=_statement(original, case),
         fail_to_pass=tuple(name for name in names if name in broken),
         pass_to_pass=tuple(name for name in names if name not in broken),
         version="1",
@@ -132,19 +132,19 @@ def instance(bug_id: str) -> Instance:
         image="",
         log_parser="parse_log_pytest",
         eval_type="pass_and_fail",
-        eval_script=_script(base, whole.tests_path, test_patch),
+        eval_script=_script(base, original.tests_path, test_patch),
     )
 
 
-def base_files(found: Bug) -> dict[str, str]:
+def base_files(case: Bug) -> dict[str, str]:
     """Returns the agent's initial repository: the edits applied, the broken tests removed."""
-    whole = package(found.package)
-    return whole.files(apply(whole.source, found.edits), _tests_without(whole, found))
+    original = package(case.package)
+    return original.files(apply(original.source, case.edits), _tests_without(original, case))
 
 
-def checkout(found: Bug) -> Checkout:
+def checkout(case: Bug) -> Checkout:
     """Returns a checkout that fills a folder with `base_files`."""
-    return files_checkout(base_files(found))
+    return files_checkout(base_files(case))
 
 
 @cache
@@ -162,13 +162,13 @@ def _test_names(tests: str) -> list[str]:
     return [node.name for node in functions if node.name.startswith("test_")]
 
 
-def _tests_without(whole: Package, found: Bug) -> str:
+def _tests_without(original: Package, case: Bug) -> str:
     """Returns the tests without those that the bug breaks; imports that only they needed remain."""
-    tests = whole.tests
+    tests = original.tests
     lines = tests.split("\n")
     for node in reversed(ast.parse(tests).body):
-        if isinstance(node, ast.FunctionDef) and node.name in found.broken:
-            first = min([node.lineno, *(each.lineno for each in node.decorator_list)]) - 1
+        if isinstance(node, ast.FunctionDef) and node.name in case.broken:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
             last = node.end_lineno or first
             while last < len(lines) and not lines[last]:
                 last += 1
@@ -177,6 +177,7 @@ def _tests_without(whole: Package, found: Bug) -> str:
 
 
 def diff(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """Returns a patch between two versions of the same files, path -> text."""
     text = ""
     for path in sorted(before):
         old, new = (files[path].splitlines(keepends=True) for files in (before, after))
@@ -184,14 +185,14 @@ def diff(before: Mapping[str, str], after: Mapping[str, str]) -> str:
     return text
 
 
-def _statement(whole: Package, found: Bug) -> str:
+def _statement(original: Package, case: Bug) -> str:
     """Returns a bug report as a user would write it: correct and actual behaviour, never the mistake's location."""
-    broken = [test for test in _test_names(whole.tests) if test in found.broken]
+    broken = [test for test in _test_names(original.tests) if test in case.broken]
     titles = "\n".join(f"- {test.removeprefix('test_').replace('_', ' ')}" for test in broken)
-    text = f"`{whole.name}` does not do what it should. These no longer hold:\n\n{titles}\n"
-    if found.difficulty == "easy":
-        text += f"\nFor example:\n\n```\n{found.broken[broken[0]]}\n```\n"
-    if found.difficulty == "hard":
+    text = f"`{original.name}` does not do what it should. These no longer hold:\n\n{titles}\n"
+    if case.difficulty == "easy":
+        text += f"\nFor example:\n\n```\n{case.broken[broken[0]]}\n```\n"
+    if case.difficulty == "hard":
         text += "\nThere may be more than one cause.\n"
     return text
 

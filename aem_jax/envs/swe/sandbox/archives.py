@@ -1,11 +1,12 @@
 """Tar files of repositories: each is packed once and copied into every workspace of its instance."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -27,8 +28,9 @@ class Archives:
         self._lock = threading.Lock()
         _sweep()
 
-    def open(self, instance: "Instance", checkout: Checkout) -> int:
-        """Returns a descriptor of the instance's tar file; the caller closes it.
+    @contextlib.contextmanager
+    def open(self, instance: "Instance", checkout: Checkout) -> Iterator[int]:
+        """Yields a descriptor of the instance's tar file.
 
         Raises:
             SandboxError: the checkout could not be packed. Exceptions of the checkout itself propagate.
@@ -40,7 +42,11 @@ class Archives:
                 self._entries.pop(next(iter(self._entries)))
         with entry.lock:  # one thread packs; only threads that need the same archive wait
             entry.file = entry.file or _pack(lambda folder: checkout(instance, folder))
-            return os.open(f"/proc/self/fd/{entry.file.fileno()}", os.O_RDONLY)  # with its own file position
+            archive = os.open(f"/proc/self/fd/{entry.file.fileno()}", os.O_RDONLY)  # with its own file position
+        try:
+            yield archive
+        finally:
+            os.close(archive)
 
 
 class _Entry:

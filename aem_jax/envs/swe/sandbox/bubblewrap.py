@@ -26,23 +26,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aem_jax.envs.swe.sandbox import init_process
+from aem_jax.envs.swe.sandbox import execution, init_process
 from aem_jax.envs.swe.sandbox.archives import Archives
-from aem_jax.envs.swe.sandbox.launcher import as_descriptor, start_bubblewrap
+from aem_jax.envs.swe.sandbox.execution import Execution
+from aem_jax.envs.swe.sandbox.launcher import start_bubblewrap
 from aem_jax.envs.swe.sandbox.mounts import USER_ID, View, host_view
-from aem_jax.envs.swe.sandbox.workspace import (
-    TESTBED,
-    Checkout,
-    Limits,
-    Outcome,
-    SandboxError,
-    WorkspaceError,
-    plain,
-    spliced,
-)
+from aem_jax.envs.swe.sandbox.workspace import TESTBED, Checkout, Limits, Outcome, SandboxError
 
 if TYPE_CHECKING:
     from aem_jax.envs.swe.instance import Instance
@@ -51,9 +43,6 @@ START_S = 30.0
 """Time limit for starting bubblewrap and its process 1, seconds."""
 GRACE_S = init_process.REAP_S + 5.0
 """Time after a command's deadline within which process 1 must reply, seconds."""
-UNPACK_S = 300.0
-FILE_S = 20.0
-"""Time limits for unpacking a repository, and for reading or writing a file, seconds."""
 DESCRIPTORS = 512
 """Maximum number of open files of one process."""
 FILES_PER_MIB = 256
@@ -85,27 +74,15 @@ class Bubblewrap:
         self._archives = Archives()
 
     def open(self, instance: "Instance", checkout: Checkout, *, limits: Limits | None = None) -> "BubblewrapWorkspace":
-        """Opens a workspace with the checkout's files.
-
-        Args:
-            instance: the task.
-            checkout: fills the folder that is copied in. It is called once for several workspaces of an instance.
-            limits: default limits of commands, and the size of the file systems.
-
-        Raises:
-            SandboxError: the workspace could not be opened.
-        """
-        source = self._archives.open(instance, checkout)
-        try:
+        """See `sandbox.Runtime.open`. The checkout is called once for several workspaces of an instance."""
+        with self._archives.open(instance, checkout) as archive:
             workspace = self.open_empty(limits)
             try:
-                workspace.unpack(source)
+                workspace.unpack(archive)
             except BaseException:
                 workspace.close()
                 raise
             return workspace
-        finally:
-            os.close(source)
 
     def open_empty(self, limits: Limits | None = None) -> "BubblewrapWorkspace":
         """Opens a workspace with an empty `/testbed`.
@@ -138,55 +115,25 @@ class BubblewrapWorkspace:
             raise
         if reply is None:
             self._process.kill()
-            words = self._process.communicate()[1].decode(errors="replace").strip()
+            errors = self._process.communicate()[1].decode(errors="replace").strip()
             self._control.close()
-            raise SandboxError(f"bubblewrap did not start: {words or 'it said nothing'}")
+            raise SandboxError(f"bubblewrap did not start: {errors or 'it printed nothing'}")
 
     def run(self, command: str, *, limits: Limits | None = None, stdin: bytes = b"") -> Outcome:
         """See `sandbox.Workspace.run`."""
-        limits = replace(limits or self._limits, disk_mib=self._limits.disk_mib)
-        command, stdin = spliced(command, stdin)
-        with as_descriptor(stdin) as descriptor:
-            header, output = self._call(["bash", "-c", command], limits, descriptor)
-        return Outcome(
-            exit_code=header["exit_code"],
-            output=init_process.joined(output[: header["head"]], output[header["head"] :], header["total"]),
-            timed_out=header["over"] == init_process.OUT_OF_TIME,
-            seconds=header["seconds"],
-            notice=_notice(header["over"], limits),
-        )
+        return execution.run_script(self._execute, command, limits or self._limits, stdin)
 
     def read(self, path: str) -> bytes:
         """See `sandbox.Workspace.read`."""
-        most = self._limits.file_mib * 2**20
-        limits = replace(self._limits, seconds=FILE_S, output_bytes=2 * most + 2)
-        header, data = self._call(["head", "-c", str(most + 1), "--", plain(path)], limits, None, split=True)
-        self._expect_success(header, f"could not read {path!r:.200}", limits)
-        if len(data) > most:
-            raise WorkspaceError(f"expected a file of at most {self._limits.file_mib} MiB, got a larger one: {path!r}")
-        return data
+        return execution.read_file(self._execute, path, self._limits)
 
     def write(self, path: str, data: bytes) -> None:
         """See `sandbox.Workspace.write`."""
-        script = 'mkdir -p -- "$(dirname -- "$1")" && cat > "$1"'
-        limits = replace(self._limits, seconds=FILE_S)
-        with as_descriptor(data) as descriptor:
-            header, _ = self._call(["bash", "-c", script, "write", plain(path)], limits, descriptor, split=True)
-        self._expect_success(header, f"could not write {path!r:.200}", limits)
+        execution.write_file(self._execute, path, data, self._limits)
 
     def unpack(self, archive: int) -> None:
-        """Fills `/testbed` from the tar file behind a descriptor.
-
-        Raises:
-            SandboxError: the files do not fit, or it is not a tar file.
-        """
-        limits = replace(self._limits, seconds=UNPACK_S, file_mib=self._limits.disk_mib)
-        command = ["tar", "--extract", "--file=-", "--no-same-owner", "--directory", TESTBED]
-        header, _ = self._call(command, limits, archive, split=True)
-        try:
-            self._expect_success(header, "could not unpack the repository (is disk_mib large enough?)", limits)
-        except WorkspaceError as error:
-            raise SandboxError(str(error)) from None
+        """See `execution.unpack`."""
+        execution.unpack(self._execute, archive, self._limits)
 
     def close(self) -> None:
         """See `sandbox.Workspace.close`."""
@@ -206,10 +153,9 @@ class BubblewrapWorkspace:
         if self._process.stderr:
             self._process.stderr.close()
 
-    def _call(
-        self, argv: Sequence[str], limits: Limits, stdin: int | None, *, split: bool = False
-    ) -> tuple[Mapping[str, Any], bytes]:
-        """Has process 1 run one command; returns a reply of the same form if process 1 has ended."""
+    def _execute(self, argv: Sequence[str], limits: Limits, stdin: int | None, *, split: bool = True) -> Execution:
+        """See `execution.Execute`. Process 1 runs the program; if process 1 has ended, nothing runs."""
+        most_files = FILES_PER_MIB * self._limits.disk_mib
         request = {
             "argv": argv,
             "folder": TESTBED,
@@ -218,7 +164,7 @@ class BubblewrapWorkspace:
             "memory_mib": limits.memory_mib,
             "processes": limits.processes,
             "output_bytes": limits.output_bytes,
-            "files": FILES_PER_MIB * limits.disk_mib,
+            "files": most_files,
             "file_systems": ["/testbed", "/tmp", "/dev/shm"],
             "rlimits": _rlimits(limits),
         }
@@ -227,10 +173,28 @@ class BubblewrapWorkspace:
             if not self._ended:
                 self._control.settimeout(limits.seconds + GRACE_S)
                 if self._send(request, stdin) and (reply := self._reply(limits.output_bytes)):
-                    return reply
+                    header, output = reply
+                    over: str = header["over"]
+                    head: int = header["head"]
+                    notices = {
+                        "": "",
+                        init_process.OUT_OF_TIME: f"killed: not done after {limits.seconds:g} s",
+                        init_process.OUT_OF_MEMORY: f"killed: more than {limits.memory_mib} MiB of memory",
+                        init_process.OUT_OF_PROCESSES: f"killed: more than {limits.processes} processes",
+                        init_process.OUT_OF_FILES: f"killed: more than {most_files} files",
+                    }
+                    return Execution(
+                        exit_code=header["exit_code"],
+                        timed_out=over == init_process.OUT_OF_TIME,
+                        seconds=header["seconds"],
+                        notice=notices.get(over, over),
+                        head=output[:head],
+                        tail=output[head:],
+                        total=header["total"],
+                        errors=header["errors"],
+                    )
                 self._end("the sandbox was ended by what ran in it")
-            broken = {"exit_code": None, "over": self._ended, "total": 0, "head": 0, "errors": self._ended}
-            return {**broken, "seconds": time.monotonic() - began}, b""
+            return Execution(None, False, time.monotonic() - began, self._ended)
 
     def _send(self, request: Mapping[str, Any], stdin: int | None) -> bool:
         header = json.dumps(request).encode()
@@ -245,29 +209,15 @@ class BubblewrapWorkspace:
 
     def _reply(self, most: int) -> tuple[Mapping[str, Any], bytes] | None:
         """Returns the reply; None if none arrives in time or it is too large."""
-        frame = self._receive(8)
-        lengths = struct.unpack("!II", frame) if frame else (0, 0)
-        if not 0 < lengths[0] <= 65536 or lengths[1] > most:
+        try:
+            frame = init_process.receive_exactly(self._control, 8)
+            lengths = struct.unpack("!II", frame) if frame else (0, 0)
+            if not 0 < lengths[0] <= 65536 or lengths[1] > most:
+                return None
+            header, payload = (init_process.receive_exactly(self._control, length) for length in lengths)
+        except OSError:
             return None
-        header, payload = self._receive(lengths[0]), self._receive(lengths[1])
         return None if header is None or payload is None else (json.loads(header), payload)
-
-    def _receive(self, length: int) -> bytes | None:
-        parts = bytearray()
-        while len(parts) < length:
-            try:
-                more = self._control.recv(min(length - len(parts), 2**20))
-            except OSError:
-                return None
-            if not more:
-                return None
-            parts += more
-        return bytes(parts)
-
-    def _expect_success(self, header: Mapping[str, Any], what: str, limits: Limits) -> None:
-        if header["exit_code"] != 0:
-            reason = _notice(header["over"], limits) or header["errors"].strip() or f"exit code {header['exit_code']}"
-            raise WorkspaceError(f"{what}: {reason:.500}")
 
 
 def probe(config: BubblewrapConfig = BubblewrapConfig()) -> str:
@@ -280,7 +230,7 @@ def probe(config: BubblewrapConfig = BubblewrapConfig()) -> str:
     try:
         workspace = Bubblewrap(config).open_empty(Limits(seconds=30, disk_mib=16))
         try:
-            outcome = workspace.run(f"id -u && cat /proc/self/status && {' '.join(_IMPORTS)}")
+            outcome = workspace.run("id -u && cat /proc/self/status && python -c 'print(\"python works\")'")
         finally:
             workspace.close()
     except (OSError, ValueError, SandboxError) as error:
@@ -288,11 +238,8 @@ def probe(config: BubblewrapConfig = BubblewrapConfig()) -> str:
     lines = outcome.output.splitlines()
     expected = {str(USER_ID), "NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t0000000000000000", "python works"}
     if outcome.exit_code != 0 or not expected <= set(lines):
-        return f"a command in it did not come to what it should: {outcome.notice} {outcome.output[-500:]}"
+        return f"a command in it had an unexpected result: {outcome.notice} {outcome.output[-500:]}"
     return ""
-
-
-_IMPORTS = ("python", "-c", "'print(\"python works\")'")
 
 
 def _rlimits(limits: Limits) -> dict[str, int]:
@@ -318,15 +265,3 @@ def _rlimits(limits: Limits) -> dict[str, int]:
 
 def _kernel() -> tuple[int, ...]:
     return tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
-
-
-def _notice(over: str, limits: Limits) -> str:
-    """Returns the message for a limit that process 1 reports."""
-    words = {
-        "": "",
-        init_process.OUT_OF_TIME: f"killed: not done after {limits.seconds:g} s",
-        init_process.OUT_OF_MEMORY: f"killed: more than {limits.memory_mib} MiB of memory",
-        init_process.OUT_OF_PROCESSES: f"killed: more than {limits.processes} processes",
-        init_process.OUT_OF_FILES: f"killed: more than {FILES_PER_MIB * limits.disk_mib} files",
-    }
-    return words.get(over, over)

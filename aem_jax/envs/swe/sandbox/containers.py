@@ -16,24 +16,16 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from aem_jax.envs.swe.sandbox import execution
 from aem_jax.envs.swe.sandbox.archives import Archives
+from aem_jax.envs.swe.sandbox.execution import FILE_S, Execution
 from aem_jax.envs.swe.sandbox.init_process import Cut
-from aem_jax.envs.swe.sandbox.launcher import as_descriptor
 from aem_jax.envs.swe.sandbox.mounts import USER_ID
-from aem_jax.envs.swe.sandbox.workspace import (
-    TESTBED,
-    Checkout,
-    Limits,
-    Outcome,
-    SandboxError,
-    WorkspaceError,
-    plain,
-    spliced,
-)
+from aem_jax.envs.swe.sandbox.workspace import TESTBED, Checkout, Limits, Outcome, SandboxError
 
 if TYPE_CHECKING:
     from aem_jax.envs.swe.instance import Instance
@@ -54,8 +46,6 @@ rm /tmp/tracked
 _USER = f"{USER_ID}:{USER_ID}"
 ENGINE_S = 600.0
 """Time limit for the engine's own work, which may include pulling an image, seconds."""
-FILE_S = 20.0
-"""Time limit for reading or writing a file, and for killing a command's remaining processes, seconds."""
 SETTINGS: Mapping[str, str] = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
@@ -104,8 +94,7 @@ class Containers:
                 "(ContainerConfig.image; --swe.container.image of a run, --image of the check), "
                 "or use bubblewrap, which needs none"
             )
-        source = self._archives.open(instance, self._from_image if instance.image else checkout)
-        try:
+        with self._archives.open(instance, self._from_image if instance.image else checkout) as archive:
             container = f"aem-swe-{os.getpid()}-{uuid.uuid4().hex[:12]}"
             command = [self._engine, *run_arguments(self.name, container, image, limits, self._config.processors)]
             try:
@@ -118,15 +107,13 @@ class Containers:
             try:
                 # an engine may give a mounted folder the mode of the image's folder at that path, often 0755
                 _engine([self._engine, "exec", "--user", "0:0", container, "chmod", "1777", TESTBED, "/tmp"])
-                workspace.unpack(source)
+                workspace.unpack(archive)
                 if instance.image:
                     workspace.forget_history(instance.base_commit)
             except BaseException:
                 workspace.close()
                 raise
             return workspace
-        finally:
-            os.close(source)
 
     def _from_image(self, instance: "Instance", folder: Path) -> None:
         """Checkout that copies the image's `/testbed`; its container is created, but never started."""
@@ -180,42 +167,20 @@ class ContainerWorkspace:
 
     def run(self, command: str, *, limits: Limits | None = None, stdin: bytes = b"") -> Outcome:
         """See `sandbox.Workspace.run`."""
-        limits = limits or self._limits
-        script, stdin = spliced(f"{self._prelude}\n{command}" if self._prelude else command, stdin)
-        with as_descriptor(stdin) as descriptor:
-            outcome, _, _ = self._call(["bash", "-c", script], limits, descriptor)
-        return outcome
+        script = f"{self._prelude}\n{command}" if self._prelude else command
+        return execution.run_script(self._execute, script, limits or self._limits, stdin)
 
     def read(self, path: str) -> bytes:
         """See `sandbox.Workspace.read`."""
-        most = self._limits.file_mib * 2**20
-        limits = replace(self._limits, seconds=FILE_S, output_bytes=2 * most + 2)
-        outcome, data, errors = self._call(["head", "-c", str(most + 1), "--", plain(path)], limits, None, split=True)
-        _expect_success(outcome, errors, f"could not read {path!r:.200}")
-        if len(data) > most:
-            raise WorkspaceError(f"expected a file of at most {self._limits.file_mib} MiB, got a larger one: {path!r}")
-        return data
+        return execution.read_file(self._execute, path, self._limits)
 
     def write(self, path: str, data: bytes) -> None:
         """See `sandbox.Workspace.write`."""
-        script = 'mkdir -p -- "$(dirname -- "$1")" && cat > "$1"'
-        with as_descriptor(data) as descriptor:
-            argv = ["bash", "-c", script, "write", plain(path)]
-            outcome, _, errors = self._call(argv, replace(self._limits, seconds=FILE_S), descriptor, split=True)
-        _expect_success(outcome, errors, f"could not write {path!r:.200}")
+        execution.write_file(self._execute, path, data, self._limits)
 
     def unpack(self, archive: int) -> None:
-        """Fills `/testbed` from the tar file behind a descriptor.
-
-        Raises:
-            SandboxError: the files do not fit, or it is not a tar file.
-        """
-        command = ["tar", "--extract", "--file=-", "--no-same-owner", "--directory", TESTBED]
-        outcome, _, errors = self._call(command, replace(self._limits, seconds=ENGINE_S), archive, split=True)
-        try:
-            _expect_success(outcome, errors, "could not unpack the repository (is disk_mib large enough?)")
-        except WorkspaceError as error:
-            raise SandboxError(str(error)) from None
+        """See `execution.unpack`."""
+        execution.unpack(self._execute, archive, self._limits)
 
     def forget_history(self, base_commit: str) -> None:
         """Replaces the image's git history, which may contain the fix, by one commit.
@@ -225,10 +190,9 @@ class ContainerWorkspace:
         Raises:
             SandboxError: git failed.
         """
-        outcome, _, errors = self._call(["bash", "-c", _FORGET, "forget", base_commit], self._limits, None, split=True)
-        if outcome.exit_code != 0:
-            words = outcome.notice or errors.decode(errors="replace")
-            raise SandboxError(f"the image's history could not be removed: {words:.500}")
+        result = self._execute(["bash", "-c", _FORGET, "forget", base_commit], self._limits, None)
+        if result.exit_code != 0:
+            raise SandboxError(f"the image's history could not be removed: {result.notice or result.errors:.500}")
 
     def close(self) -> None:
         """See `sandbox.Workspace.close`."""
@@ -241,37 +205,38 @@ class ContainerWorkspace:
                 with contextlib.suppress(SandboxError):  # `--rm` may have removed it already
                     _engine([self._engine, "rm", "--force", self._container])
             finally:
-                _let_go(self._started)
+                _close_input(self._started)
 
-    def _call(
-        self, argv: Sequence[str], limits: Limits, stdin: int | None, *, split: bool = False
-    ) -> tuple[Outcome, bytes, bytes]:
-        """Runs a program in the container; returns its outcome, its output bytes, and with `split` its error bytes."""
+    def _execute(self, argv: Sequence[str], limits: Limits, stdin: int | None, *, split: bool = True) -> Execution:
+        """See `execution.Execute`; only the limits on time and output apply."""
         if self._ended:
-            return Outcome(None, "", False, 0.0, self._ended), b"", b""
-        command = [self._engine, "exec", "--interactive", "--user", _USER, self._container, *argv]
+            return Execution(None, False, 0.0, self._ended)
         began = time.monotonic()
-        pipe = subprocess.PIPE
-        errors_to = pipe if split else subprocess.STDOUT
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=pipe, stderr=errors_to
+            [self._engine, "exec", "--interactive", "--user", _USER, self._container, *argv],
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if split else subprocess.STDOUT,
         )
         assert process.stdout
-        streams = {process.stdout: Cut(limits.output_bytes)}
-        if process.stderr:
-            streams[process.stderr] = Cut(4096)
+        output, errors = Cut(limits.output_bytes), Cut(4096)
+        streams = {process.stdout: output} | ({process.stderr: errors} if process.stderr else {})
         with process:
             in_time = _collect(streams, began + limits.seconds)
             if not in_time:
                 process.kill()
             status = process.wait()
         self._kill_rest()
-        output = streams[process.stdout]
-        notice = "" if in_time else f"killed: not done after {limits.seconds:g} s"
-        code = status if in_time else None
-        outcome = Outcome(code, output.text(), not in_time, time.monotonic() - began, notice or self._ended)
-        errors = streams[process.stderr] if process.stderr else Cut(0)
-        return outcome, bytes(output.head + output.tail), bytes(errors.head + errors.tail)
+        return Execution(
+            exit_code=status if in_time else None,
+            timed_out=not in_time,
+            seconds=time.monotonic() - began,
+            notice=self._ended if in_time else f"killed: not done after {limits.seconds:g} s",
+            head=bytes(output.head),
+            tail=bytes(output.tail),
+            total=output.total,
+            errors=(errors.head + errors.tail).decode(errors="replace"),
+        )
 
     def _kill_rest(self) -> None:
         """Kills all processes of the container except the first, which signals from inside do not reach."""
@@ -303,12 +268,6 @@ def _collect(streams: Mapping[IO[bytes], Cut], deadline: float, *, first: bool =
     return True
 
 
-def _expect_success(outcome: Outcome, errors: bytes, what: str) -> None:
-    if outcome.exit_code != 0:
-        reason = outcome.notice or errors.decode(errors="replace").strip() or f"exit code {outcome.exit_code}"
-        raise WorkspaceError(f"{what}: {reason:.500}")
-
-
 def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     """Starts a container whose first process prints a line, and waits for that line.
 
@@ -328,18 +287,18 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
         try:
             in_time = _collect({process.stdout: line}, time.monotonic() + ENGINE_S, first=True)
         except BaseException:
-            _let_go(process)
+            _close_input(process)
             raise
         if line.total:
             return process
-        _let_go(process)
+        _close_input(process)
         errors.seek(0)
         reason = f"status {process.returncode}" if in_time else f"nothing within {ENGINE_S:g} s"
         words = errors.read().decode(errors="replace")[-1000:].strip()
         raise SandboxError(f"{' '.join(command[:2])} failed with {reason}: {words}")
 
 
-def _let_go(process: subprocess.Popen[bytes]) -> None:
+def _close_input(process: subprocess.Popen[bytes]) -> None:
     """Closes the container's standard input, which ends the container."""
     for stream in (process.stdin, process.stdout):
         assert stream

@@ -56,10 +56,6 @@ class Cut:
         self.tail += data[room:]
         del self.tail[: max(len(self.tail) - self._tail_limit, 0)]
 
-    def text(self) -> str:
-        """Returns the kept bytes as text, with a notice in place of the removed ones."""
-        return joined(bytes(self.head), bytes(self.tail), self.total)
-
 
 def joined(head: bytes, tail: bytes, total: int) -> str:
     """Joins the kept parts of a stream of `total` bytes as text; invalid UTF-8 becomes U+FFFD."""
@@ -77,18 +73,22 @@ def receive(control: socket.socket) -> tuple[dict[str, Any], int] | None:
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.frombytes(content[: len(content) - len(content) % 4])
-    while data and len(data) < 8:
-        data += control.recv(8 - len(data))
-    if not data:
+    rest = receive_exactly(control, 8 - len(data)) if data else None
+    if rest is None:
         return None
-    length = struct.unpack("!II", data)[0]
-    header = b""
-    while len(header) < length:
-        more = control.recv(length - len(header))
-        if not more:
+    header = receive_exactly(control, struct.unpack("!II", data + rest)[0])
+    return None if header is None else (json.loads(header), descriptors[0] if descriptors else -1)
+
+
+def receive_exactly(control: socket.socket, length: int) -> bytes | None:
+    """Returns the next `length` bytes; None if the other end closes before."""
+    data = bytearray()
+    while len(data) < length:
+        part = control.recv(min(length - len(data), 2**20))
+        if not part:
             return None
-        header += more
-    return json.loads(header), (descriptors[0] if descriptors else -1)
+        data += part
+    return bytes(data)
 
 
 def send(control: socket.socket, header: Mapping[str, Any], payload: bytes = b"") -> None:

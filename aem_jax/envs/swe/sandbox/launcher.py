@@ -1,17 +1,17 @@
 """Starts one bubblewrap: its command line, its descriptors, and the drop of root privileges before it."""
 
 import contextlib
-import fcntl
 import itertools
 import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aem_jax.envs.swe.sandbox import init_process
+from aem_jax.envs.swe.sandbox.execution import as_descriptor
 from aem_jax.envs.swe.sandbox.mounts import SETTINGS, USER_ID, View
 from aem_jax.envs.swe.sandbox.seccomp import filter_program
 from aem_jax.envs.swe.sandbox.workspace import TESTBED, Limits
@@ -130,17 +130,3 @@ def bubblewrap_arguments(
     arguments += ["--size", str(6 * eighth), "--perms", "0755", "--tmpfs", TESTBED]
     # bubblewrap's own root and /dev are in-memory file systems without a size limit, so they are read-only
     return [*arguments, "--remount-ro", "/", "--chdir", TESTBED, "--seccomp", str(seccomp), "--"]
-
-
-@contextlib.contextmanager
-def as_descriptor(data: bytes) -> Iterator[int]:
-    """Yields a descriptor for reading the bytes. It is sealed, so its receiver cannot change memory of this process."""
-    descriptor = os.memfd_create("data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(data)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, 0x1 | 0x2 | 0x4 | 0x8)  # no more seals, shrinking, growing, writing
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        yield descriptor
-    finally:
-        os.close(descriptor)

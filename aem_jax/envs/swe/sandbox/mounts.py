@@ -149,7 +149,7 @@ def _is_seen(path: Path, binds: Iterable[Bind]) -> bool:
 
 def _files_of(packages: Iterable[str]) -> list[tuple[Path, str]]:
     """Returns the top-level files and folders of distributions and their dependencies, as (site-packages, name)."""
-    found: dict[tuple[Path, str], None] = {}
+    files: dict[tuple[Path, str], None] = {}
     seen: set[str] = set()
     queue = [(name, True) for name in packages]
     while queue:
@@ -168,9 +168,9 @@ def _files_of(packages: Iterable[str]) -> list[tuple[Path, str]]:
             continue  # a dependency of other platforms or Python versions
         root = Path(str(distribution.locate_file(""))).resolve()
         tops = {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
-        found |= {(root, top): None for top in sorted(tops) if (root / top).exists()}
+        files |= {(root, top): None for top in sorted(tops) if (root / top).exists()}
         for requirement in distribution.requires or ():
             needed = re.match(r"[\w.-]+", requirement)
             if needed and "extra ==" not in requirement:
                 queue.append((needed[0].lower(), False))
-    return list(found)
+    return list(files)

@@ -135,20 +135,3 @@ class Runtime(Protocol):
             SandboxError: the workspace could not be opened.
         """
         ...
-
-
-LONGEST_ARGUMENT = 100_000
-"""In bytes; the kernel limits one argument of a program to 128 KiB."""
-
-
-def plain(text: str) -> str:
-    """Makes a text valid as a program argument: removes NUL, replaces unpaired surrogates."""
-    return text.replace("\0", "").encode(errors="replace").decode()
-
-
-def spliced(script: str, stdin: bytes) -> tuple[str, bytes]:
-    """Returns the script for `bash -c` and its standard input, which also carries a script too long for an argument."""
-    script = plain(script)
-    if len(script.encode()) <= LONGEST_ARGUMENT:
-        return script, stdin
-    return "IFS= read -r -d '' script; eval \"$script\"", script.encode() + b"\0" + stdin

@@ -17,7 +17,7 @@ from envs.swe.sandboxes import CHECKOUT, FILES, INSTANCE, QUICK, sandboxed_proce
 import aem_jax
 from aem_jax.envs.swe.sandbox import archives, bubblewrap, choose, launcher
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
-from aem_jax.envs.swe.sandbox.init_process import Cut
+from aem_jax.envs.swe.sandbox.init_process import Cut, joined
 from aem_jax.envs.swe.sandbox.launcher import bubblewrap_arguments
 from aem_jax.envs.swe.sandbox.mounts import host_view
 from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError, WorkspaceError
@@ -35,7 +35,7 @@ def workspace(runtime):
     workspace.close()
 
 
-def test_files_stay_and_nothing_else(workspace):
+def test_files_persist_and_processes_and_variables_do_not(workspace):
     assert workspace.run("cat calc.py").output == FILES["calc.py"]
     workspace.run("cd /tmp; export A=1; sleep 60 & echo kept > /testbed/kept")
     assert (
@@ -60,7 +60,7 @@ def test_standard_input_and_long_scripts(workspace):
     assert workspace.run("echo 'a\ud800\0b'").output == "a?b\n"
 
 
-def test_bytes_in_and_out(workspace):
+def test_files_are_written_and_read_as_bytes(workspace):
     data = bytes(range(256)) * 5000
     workspace.write("new folder/-file", data)
     assert workspace.read("new folder/-file") == data
@@ -77,13 +77,13 @@ def test_bytes_in_and_out(workspace):
         workspace.read("/dev/zero")
 
 
-def test_python_and_pytest_are_there(workspace):
+def test_python_and_pytest_are_available(workspace):
     outcome = workspace.run("python -m pytest -q test_calc.py; pytest --version; python -c 'import numpy'")
     assert "1 passed" in outcome.output and "pytest 9" in outcome.output.replace("pytest 8", "pytest 9")
     assert "No module named 'numpy'" in outcome.output
 
 
-def test_an_endless_loop_ends_by_its_own_processor_time(runtime):
+def test_an_endless_loop_ends_at_the_limit_on_processor_time(runtime):
     workspace = runtime.open(INSTANCE, CHECKOUT, limits=replace(QUICK, cpu_seconds=1))
     try:
         assert workspace.run("python -c 'while True: pass'").exit_code == 128 + 9
@@ -92,7 +92,7 @@ def test_an_endless_loop_ends_by_its_own_processor_time(runtime):
         workspace.close()
 
 
-def test_workspaces_do_not_see_each_other(runtime):
+def test_workspaces_are_separate(runtime):
     with ThreadPoolExecutor(4) as pool:
         spaces = list(pool.map(lambda i: runtime.open(INSTANCE, CHECKOUT, limits=QUICK), range(4)))
         list(pool.map(lambda i: spaces[i].run(f"echo {i} > mine; sleep 0.1"), range(4)))
@@ -115,7 +115,7 @@ def test_a_workspace_may_outlive_the_thread_that_opened_it(runtime):
     spaces[0].close()
 
 
-def test_closing(runtime):
+def test_closing_ends_all_processes(runtime):
     before = sandboxed_processes()
     workspace = runtime.open(INSTANCE, CHECKOUT, limits=QUICK)
     assert sandboxed_processes() > before
@@ -126,7 +126,7 @@ def test_closing(runtime):
     assert (outcome.exit_code, outcome.output, outcome.notice) == (None, "", "closed")
 
 
-def test_a_sandbox_that_dies_is_an_outcome_and_no_error(runtime):
+def test_a_sandbox_that_dies_is_an_outcome_not_an_error(runtime):
     workspace = runtime.open(INSTANCE, CHECKOUT, limits=QUICK)
     threading.Timer(0.3, workspace._process.kill).start()
     outcome = workspace.run("sleep 9")
@@ -137,7 +137,7 @@ def test_a_sandbox_that_dies_is_an_outcome_and_no_error(runtime):
     workspace.close()
 
 
-def test_replies_are_not_believed_beyond_their_bounds(runtime):
+def test_oversized_replies_end_the_sandbox(runtime):
     workspace = runtime.open(INSTANCE, CHECKOUT, limits=QUICK)
     real, workspace._control = workspace._control, _Forged(b"\x00\x00\x00\x02\xff\xff\xff\xff{}")
     assert "ended by what ran in it" in workspace.run("true").notice
@@ -165,7 +165,7 @@ class _Forged:
     def close(self) -> None: ...
 
 
-def test_a_repository_that_does_not_fit(runtime):
+def test_a_repository_that_does_not_fit_is_refused(runtime):
     def large(instance, folder):
         (folder / "large").write_bytes(bytes(30 * 2**20))
 
@@ -173,7 +173,7 @@ def test_a_repository_that_does_not_fit(runtime):
         runtime.open(INSTANCE, large, limits=QUICK)
 
 
-def test_a_checkout_is_asked_once_and_leaves_nothing(runtime, tmp_path, monkeypatch):
+def test_a_checkout_is_called_once_and_leaves_no_files(runtime, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     asked = []
 
@@ -194,7 +194,7 @@ def test_a_checkout_is_asked_once_and_leaves_nothing(runtime, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_swept(tmp_path, monkeypatch):
+def test_files_of_a_killed_process_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     (tmp_path / f"aem-swe-{gone.stdout.strip()}-abc" / "testbed").mkdir(parents=True)
@@ -205,7 +205,7 @@ def test_what_a_killed_process_left_is_swept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_is_left_of_a_server_that_is_killed(runtime, how, tmp_path):
+def test_no_process_or_file_outlives_a_killed_server(runtime, how, tmp_path):
     """The kill comes during a command with children that ignore signals."""
     code = f"""
 import sys; sys.path[:0] = {sys.path!r}
@@ -233,7 +233,7 @@ w.run("trap '' TERM; setsid bash -c 'trap \\"\\" TERM HUP; sleep 61' & sleep 62"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line():
+def test_the_command_line_isolates_and_bounds_every_file_system():
     """Checks the visible paths, and that every writable file system has a size limit."""
     view = host_view(("pytest",))
     words = bubblewrap_arguments(view, Limits(disk_mib=64), [("/usr", "/usr")], {"/etc/passwd": 9}, 8)
@@ -256,7 +256,7 @@ def test_the_command_line():
     assert text.index("--remount-ro /dev") > text.index("--tmpfs /dev/shm")
 
 
-def test_this_package_is_hidden_where_it_would_be_seen(tmp_path, monkeypatch):
+def test_this_package_is_hidden_if_it_would_be_visible(tmp_path, monkeypatch):
     package = tmp_path / "lib" / "aem_jax"
     package.mkdir(parents=True)
     monkeypatch.setattr(aem_jax, "__file__", str(package / "__init__.py"))
@@ -280,7 +280,7 @@ def test_hidden_and_read_only_paths(tmp_path):
     assert "unseen/b" not in outcome.output and "No module named 'pytest'" in outcome.output
 
 
-def test_bad_configurations_are_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(ValueError, match="expected the package 'no-such-thing' beside aem_jax"):
         host_view(("no-such-thing",))
     with pytest.raises(ValueError, match="expected absolute paths that are there in read_only, got 'relative'"):
@@ -293,7 +293,7 @@ def test_bad_configurations_are_refused():
         Limits(cpu_seconds=-1)
 
 
-def test_without_isolation_nothing_runs(monkeypatch, tmp_path):
+def test_without_a_working_sandbox_nothing_runs(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     config = BubblewrapConfig(hidden=("/nothing-1",))  # new, since results are cached by configuration
     with pytest.raises(SandboxError, match=r"bubblewrap: there is no `bwrap` on the PATH.*apt install bubblewrap"):
@@ -317,11 +317,12 @@ def test_a_bubblewrap_that_does_not_work_is_not_chosen(monkeypatch):
 
 @pytest.mark.parametrize("pieces", [[b"abcdef"], [b"a", b"bcd", b"ef"], [b"abcdefghij"], [b"abc", b"defghijkl", b"m"]])
 def test_cut_keeps_the_ends(pieces):
-    whole = b"".join(pieces)
+    data = b"".join(pieces)
     cut = Cut(7)  # 4 at the start, 3 at the end
     for piece in pieces:
         cut.add(piece)
-    expected = whole if len(whole) <= 7 else whole[:4] + whole[-3:]
-    assert (bytes(cut.head + cut.tail), cut.total) == (expected, len(whole))
-    notice = f"\n[... {len(whole) - 7} bytes of output cut out here ...]\n"
-    assert cut.text() == (whole.decode() if len(whole) <= 7 else notice.join([whole[:4].decode(), whole[-3:].decode()]))
+    expected = data if len(data) <= 7 else data[:4] + data[-3:]
+    assert (bytes(cut.head + cut.tail), cut.total) == (expected, len(data))
+    notice = f"\n[... {len(data) - 7} bytes of output cut out here ...]\n"
+    text = data.decode() if len(data) <= 7 else notice.join([data[:4].decode(), data[-3:].decode()])
+    assert joined(bytes(cut.head), bytes(cut.tail), cut.total) == text

@@ -51,17 +51,17 @@ def calls(engine) -> list[list[str]]:
     return [json.loads(line) for line in (engine.parent / "log").read_text().splitlines()]
 
 
-def test_processor_time_is_bounded_where_it_is_asked():
-    asked = [run_arguments("docker", "name", "image", Limits(cpu_seconds=each), 2) for each in (0, 7)]
-    assert ["cpu=7:7" in words for words in asked] == [False, True]
+def test_processor_time_is_limited_if_a_limit_is_set():
+    commands = [run_arguments("docker", "name", "image", Limits(cpu_seconds=seconds), 2) for seconds in (0, 7)]
+    assert ["cpu=7:7" in words for words in commands] == [False, True]
 
 
-def test_podman_is_told_to_leave_the_images_files_where_they_are():
-    for engine, told in (("docker", 0), ("podman", 2)):  # docker does not, and has no such option
-        assert " ".join(run_arguments(engine, "name", "image", QUICK, 2)).count(",notmpcopyup") == told
+def test_podman_does_not_copy_the_images_files():
+    for engine, count in (("docker", 0), ("podman", 2)):  # docker does not, and has no such option
+        assert " ".join(run_arguments(engine, "name", "image", QUICK, 2)).count(",notmpcopyup") == count
 
 
-def test_a_container_of_an_instance_without_an_image(engine):
+def test_a_container_for_an_instance_without_an_image(engine):
     runtime = Containers("docker", ContainerConfig(image="python:3.11", prelude=""), str(engine))
     workspace = runtime.open(INSTANCE, CHECKOUT, limits=QUICK)
     run, permit, unpack, kill = calls(engine)
@@ -95,7 +95,7 @@ def test_a_container_of_an_instance_without_an_image(engine):
     assert calls(engine)[4:] == [["rm", "--force", container]]
 
 
-def test_an_instance_with_an_image_brings_its_repository(engine):
+def test_the_repository_comes_from_the_instances_image(engine):
     runtime = Containers("podman", ContainerConfig(), str(engine))
     instance = dataclasses.replace(INSTANCE, image="swebench/x:latest")
     runtime.open(instance, CHECKOUT, limits=QUICK).close()
@@ -111,7 +111,7 @@ def test_an_instance_with_an_image_brings_its_repository(engine):
     assert [call[0] for call in calls(engine)].count("create") == 1
 
 
-def test_commands_files_and_deadlines(engine):
+def test_commands_files_and_deadlines_use_the_engine(engine):
     runtime = Containers("docker", ContainerConfig(image="x", prelude="prepare"), str(engine))
     workspace = runtime.open(INSTANCE, CHECKOUT, limits=QUICK)
     outcome = workspace.run("echo")
@@ -128,7 +128,7 @@ def test_commands_files_and_deadlines(engine):
     workspace.close()
 
 
-def test_a_container_that_cannot_be_cleared_is_removed(engine):
+def test_a_container_whose_processes_cannot_be_killed_is_removed(engine):
     workspace = Containers("docker", ContainerConfig(image="x"), str(engine)).open(INSTANCE, CHECKOUT, limits=QUICK)
     (engine.parent / "stuck").touch()
     assert workspace.run("echo").notice == "the sandbox was ended by what ran in it"
@@ -136,7 +136,7 @@ def test_a_container_that_cannot_be_cleared_is_removed(engine):
     assert workspace.run("echo").exit_code is None
 
 
-def test_what_is_missing_is_said(engine):
+def test_a_missing_image_or_engine_is_refused(engine):
     with pytest.raises(SandboxError, match="expected an image for 'own__calc-1'"):
         Containers("docker", ContainerConfig(), str(engine)).open(INSTANCE, CHECKOUT)
     (engine.parent / "broken").touch()

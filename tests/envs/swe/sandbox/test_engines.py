@@ -47,10 +47,10 @@ def workspace(runtime: Containers):
     assert workspace._container not in engine("ps", "--all", "--format", "{{.Names}}")
 
 
-def test_what_a_command_finds(workspace):
-    found = workspace.run("id -u; pwd; git status --short; git log --oneline | wc -l; ls; echo err >&2; exit 3")
-    assert (found.exit_code, found.timed_out, found.notice) == (3, False, "")
-    assert found.output.split() == ["1000", "/testbed", "1", *sorted(FILES), "err"]
+def test_a_command_sees_the_repository_and_its_user(workspace):
+    outcome = workspace.run("id -u; pwd; git status --short; git log --oneline | wc -l; ls; echo err >&2; exit 3")
+    assert (outcome.exit_code, outcome.timed_out, outcome.notice) == (3, False, "")
+    assert outcome.output.split() == ["1000", "/testbed", "1", *sorted(FILES), "err"]
     assert workspace.run("echo changed > calc.py; sleep 300 & echo begun").output == "begun\n"
     left = workspace.run("cat calc.py; set -- /proc/[0-9]*; echo $#")
     assert left.output.split() == ["changed", "2"]  # the first process and this shell
@@ -58,13 +58,13 @@ def test_what_a_command_finds(workspace):
     assert workspace.run("cat", stdin=b"given").output == "given"
 
 
-def test_files_go_in_and_out(workspace):
+def test_files_are_written_and_read(workspace):
     workspace.write("new/file", b"\0data")
     assert workspace.read("/testbed/new/file") == b"\0data"
     assert workspace.run("stat -c %s new/file").output == "5\n"
 
 
-def test_limits_hold(workspace):
+def test_limits_are_enforced(workspace):
     late = workspace.run("sleep 300", limits=dataclasses.replace(LIMITS, seconds=2))
     assert (late.exit_code, late.timed_out) == (None, True) and "not done after 2 s" in late.notice
     for attempt in (
@@ -81,12 +81,12 @@ def test_limits_hold(workspace):
     assert workspace.run("rm -f 1 2 3 4 5; echo well").output == "well\n"
     running = workspace.run("for i in $(seq 60); do sleep 60 & done 2> /dev/null; jobs -r | wc -l").output.split()
     assert not running or int(running[-1]) < 40
-    # then the engine has no room for the process that kills the others, and gives up the container
+    # the engine cannot start the process that kills the others, so the container is removed
     after = workspace.run("echo well")
     assert after.output == "well\n" or after.notice == "the sandbox was ended by what ran in it"
 
 
-def test_the_repository_of_an_image_without_its_history(runtime, tmp_path):
+def test_an_images_repository_has_no_history(runtime, tmp_path):
     CHECKOUT(INSTANCE, tmp_path)
     (tmp_path / "later.py").write_text("fixed = True\n")
     identity = ["-c", "user.name=x", "-c", "user.email=x@example.invalid"]
@@ -99,9 +99,9 @@ def test_the_repository_of_an_image_without_its_history(runtime, tmp_path):
         engine("commit", name, image)
         instance = dataclasses.replace(INSTANCE, image=image)
         workspace = runtime.open(instance, files_checkout({}), limits=LIMITS)
-        found = workspace.run(f"ls; git log --all --oneline | wc -l; git diff {instance.base_commit} && echo same")
+        outcome = workspace.run(f"ls; git log --all --oneline | wc -l; git diff {instance.base_commit} && echo same")
         workspace.close()
-        assert found.output.split() == [*sorted(FILES), "1", "same"], found
+        assert outcome.output.split() == [*sorted(FILES), "1", "same"], outcome
         assert grade(instance, GOLD, runtime, files_checkout({}), limits=LIMITS).resolved
         assert not grade(instance, "", runtime, files_checkout({}), limits=LIMITS).resolved
     finally:
@@ -121,7 +121,7 @@ workspace.run("sleep 1000")
 """
 
 
-def test_a_container_does_not_outlive_a_server_that_is_killed():
+def test_a_container_does_not_outlive_a_killed_server():
     here = os.pathsep.join(str(Path(__file__).parents[number]) for number in (3, 4))
     environment = {**os.environ, "PYTHONPATH": here}
     command = [sys.executable, "-c", ORPHAN, ENGINE, IMAGE]
@@ -137,5 +137,5 @@ def test_a_container_does_not_outlive_a_server_that_is_killed():
 
 
 @pytest.mark.parametrize("difficulty", ["easy", "hard"])
-def test_tasks_are_graded_as_in_the_other_runtimes(runtime, difficulty):
+def test_tasks_are_graded_alike_in_all_runtimes(runtime, difficulty):
     assert check.problems(generated_tasks("test", [difficulty])[0], runtime) == []

@@ -54,13 +54,13 @@ def host(tmp_path_factory):
 
 
 @pytest.mark.parametrize("attempt", [*REACH, *TAKE], ids=lambda attempt: attempt.name)
-def test_contained(attempt: Attempt, episodes: Episodes, host: Host):
+def test_attempts_to_escape_fail(attempt: Attempt, episodes: Episodes, host: Host):
     before = episodes.canary()
     outcome = episodes.workspace.run(attempt.command(host, "attempt-begins"), limits=attempt.limits)
     assert outcome.output.startswith("attempt-begins\n"), outcome
     assert attempt.contained(outcome), outcome
     assert host.token not in outcome.output
-    assert not host.heard
+    assert not host.received
     assert host.file.read_text() == host.token
     # after any attempt the workspace answers, and no process of the attempt is alive
     after = episodes.workspace.run(

@@ -49,7 +49,7 @@ def test_ordinary_calls_are_allowed_and_listed_ones_refused(machine):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_unknown_calls_do_not_exist_and_foreign_ones_kill(machine):
+def test_unknown_calls_are_enosys_and_foreign_ones_kill(machine):
     assert verdict(machine, NEWEST + 1) == ENOSYS
     assert verdict(machine, 0, arch=0x40000003) == KILL  # AUDIT_ARCH_I386
     assert verdict(machine, 0x40000000) == (KILL if machine == "x86_64" else ENOSYS)  # x32's first
@@ -57,7 +57,7 @@ def test_unknown_calls_do_not_exist_and_foreign_ones_kill(machine):
 
 JUDGEMENTS = [
     ("clone", (17,), ALLOW),  # SIGCHLD: fork
-    ("clone", (0x3D0F00,), ALLOW),  # what glibc makes a thread with
+    ("clone", (0x3D0F00,), ALLOW),  # flags of glibc's threads
     *(("clone", (1 << bit | 17,), EPERM) for bit in (17, 25, 26, 27, 28, 29, 30)),
     ("socket", (1, 1, 0), ALLOW),
     ("socket", (2, 1, 0), ALLOW),
@@ -71,9 +71,9 @@ JUDGEMENTS = [
     ("socketpair", (2, 1, 0), EAFNOSUPPORT),
     ("ioctl", (0, 0x5401), ALLOW),  # TCGETS
     ("ioctl", (0, 0x5412), EPERM),  # TIOCSTI
-    ("ioctl", (0, 0x1_0000_5412), EPERM),  # the kernel takes the low half of the request alone
+    ("ioctl", (0, 0x1_0000_5412), EPERM),  # the kernel reads only the low half of the request
     ("ioctl", (0, 0x541C), EPERM),  # TIOCLINUX
-    ("personality", (0xFFFFFFFF,), ALLOW),  # asks
+    ("personality", (0xFFFFFFFF,), ALLOW),  # a query
     ("personality", (0x0040000,), EPERM),  # ADDR_NO_RANDOMIZE
     ("prlimit64", (0, 7), ALLOW),
     ("prlimit64", (1, 7), EPERM),
@@ -88,7 +88,7 @@ JUDGEMENTS = [
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize(("name", "arguments", "expected"), JUDGEMENTS)
-def test_arguments_decide(machine, name, arguments, expected):
+def test_some_calls_are_judged_by_their_arguments(machine, name, arguments, expected):
     assert verdict(machine, JUDGED[name][0][MACHINES.index(machine)], *arguments) == expected
 
 
@@ -96,7 +96,7 @@ def test_arguments_decide(machine, name, arguments, expected):
     ("machine", "header"),
     [("x86_64", "x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", "asm-generic/unistd.h")],
 )
-def test_numbers_are_the_kernels(machine, header):
+def test_numbers_agree_with_the_kernels_headers(machine, header):
     path = Path("/usr/include") / header
     if not path.exists():
         pytest.skip(f"{path} is not here (Debian: linux-libc-dev)")
@@ -108,7 +108,7 @@ def test_numbers_are_the_kernels(machine, header):
     }
 
 
-def test_a_program_the_kernel_takes():
+def test_the_kernel_accepts_the_program():
     for machine in MACHINES:
         program = filter_instructions(machine)
         assert len(program) < 4096  # BPF_MAXINSNS
