@@ -343,7 +343,7 @@ def response_mean(response_tokens: ArrayLike, response_trajectory: ArrayLike, nu
 
 
 def trajectory_mean(response_tokens: ArrayLike, response_trajectory: ArrayLike, num_trajectories: int) -> jax.Array:
-    """Every trajectory counts the same, the tokens of all its responses share (GRPO).
+    """Every trajectory has the same total weight, divided equally among its tokens (GRPO).
 
         w_r = 1 / (number of trajectories · Σ_{r' of the same trajectory} n_r')
 

@@ -245,7 +245,7 @@ def describe(kind: Any) -> str:
 
 
 def read(words: Sequence[str], kind: Any) -> Any:
-    """The value of a field from the words that follow its option; an option without a word is `True`.
+    """The value of a field from the words after its option. A boolean option without a word is `True`.
 
     Raises:
         ValueError: too many or too few words, or one that cannot be read.

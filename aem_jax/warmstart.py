@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class WarmstartConfig:
-    """The warm start: demonstrations and optimizer steps."""
+    """The warm start: supervised learning on demonstrations, before reinforcement learning."""
 
     episodes: int = 0
     """Number of demonstrations; 0 disables the warm start."""

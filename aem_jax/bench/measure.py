@@ -26,7 +26,7 @@ RUNS = 7
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured limits of one device.
+    """Measured peak bandwidth and FLOP rate of one device.
 
     Attributes:
         bandwidth: bytes/s, read and written, of a copy.

@@ -146,7 +146,7 @@ def row_length(config: RunConfig) -> int:
 
 
 def microbatch_rows(config: RunConfig) -> int:
-    """Rows of a microbatch: the configured number, or as many as its tokens fill.
+    """Rows of a microbatch: `batch.rows`, or `batch.tokens_per_microbatch` / row length, a multiple of data × fsdp.
 
     Raises:
         ConfigError: too few tokens for one row on each part of the mesh.

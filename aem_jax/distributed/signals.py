@@ -63,7 +63,7 @@ class StopRequest:
         return 128 + self._agreed if self._agreed else 0
 
     def signalled(self, number: int) -> bool:
-        """Records a signal; returns whether the process has to end at once."""
+        """Records the first signal; returns True for a later Ctrl-C, which ends the process at once."""
         if self.requested:
             return number == signal.SIGINT
         self._number = number

@@ -146,10 +146,10 @@ def recompiles(config: DoctorConfig) -> Finding:
         with full_precision():
             trainer.step(seed)
         counts.append(compilations() - before)
-    again = sum(counts[1:])
-    faults = ["expected none"] if again else []
-    facts = {"first_step": counts[0], "later_steps": again}
-    text = f"{again} programs compiled in the second and third of three training steps"
+    later = sum(counts[1:])
+    faults = ["expected none"] if later else []
+    facts = {"first_step": counts[0], "later_steps": later}
+    text = f"{later} programs compiled in the second and third of three training steps"
     return judge(faults, text, COMPILE_ADVICE, facts)
 
 

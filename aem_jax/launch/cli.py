@@ -143,10 +143,10 @@ def _trained(options: dict[str, list[str]]) -> "RunConfig":
     from aem_jax.config.saved import absolute, load, run_name
     from aem_jax.overrides import apply
 
-    asked = apply(_preset(options), options)
-    folder = Path(asked.runs_dir) / run_name(asked, options)
+    requested = apply(_preset(options), options)
+    folder = Path(requested.runs_dir) / run_name(requested, options)
     config = absolute(apply(load(folder), options))
-    return replace(config, name=folder.name, runs_dir=asked.runs_dir)
+    return replace(config, name=folder.name, runs_dir=requested.runs_dir)
 
 
 def _serve(words: Sequence[str]) -> int:

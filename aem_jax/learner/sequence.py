@@ -22,7 +22,7 @@ class Level(NamedTuple):
     """The unit whose tokens share one ratio.
 
     Attributes:
-        log_ratios: sums of responses -> log s of each response's sequence.
+        log_ratios: summed log-ratio of each response -> mean log-ratio of the sequence that it belongs to, f32[R].
         in_one_row: whether a sequence is always in one row, for any packing.
     """
 

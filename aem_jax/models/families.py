@@ -239,7 +239,7 @@ def _take(fields: Mapping[str, Any], name: str, kind: _Kind, default: Any = _REQ
 
 
 def _one_of(fields: Mapping[str, Any], name: str, values: Sequence[Any]) -> None:
-    """Checks that a field is absent or has one of some values; true is not 1."""
+    """Checks that a field is absent or equals one of `values`, type included: true is not 1."""
     value = fields.get(name, values[0])
     if not any(type(value) is type(accepted) and value == accepted for accepted in values):
         raise ValueError(f"expected {name} = {values[0]!r}, got {brief(value)}; the decoder has no other form")

@@ -66,13 +66,13 @@ def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> floa
     matrices, attention = 2.0 * layer_parameters(work.model), attention_flops(work.model, seen)
     # the backward pass does not need a layer's last product, so it is not recomputed
     last = 2.0 * work.model.num_layers * work.model.hidden_size * work.model.intermediate_size
-    again = {"none": 0.0, "layers": matrices - last + attention, "dots": attention}[work.remat]
+    recomputed = {"none": 0.0, "layers": matrices - last + attention, "dots": attention}[work.remat]
     head = 2.0 * head_parameters(work.model)
     backward = KERNELS[kernel].backward
     if kernel == "xla" and work.remat != "none":
         backward -= 0.5  # a recomputed layer has its scores already
     ratio = {"token": 0.0, "response": head, "trajectory": matrices + attention + head}[work.ratio]
-    total = 3.0 * matrices + (1.0 + backward) * attention + again + 3.0 * head + ratio
+    total = 3.0 * matrices + (1.0 + backward) * attention + recomputed + 3.0 * head + ratio
     return total - (matrices + head) * (work.lora.rank > 0)  # frozen weights have no gradient
 
 

@@ -91,7 +91,7 @@ class Workload:
 
     @property
     def cached_tokens(self) -> int:
-        """Positions in all caches together."""
+        """Token positions of all KV caches: those of the slots and those of first prompts."""
         slots = self.slots * self.cohorts * (self.capacity + self.slack)
         return slots + self.prompt_rows * (self.prompt_tokens + self.slack)
 

@@ -147,7 +147,7 @@ class Programs:
         )
 
     def _over_slots(self, function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any) -> Any:
-        """Runs `function` on each device's own slots; its loop over slots then stays on the device."""
+        """`function` under `shard_map`: each device runs it on its own slots, without communication."""
         if self._mesh is None:
             return function
         mesh = self._mesh

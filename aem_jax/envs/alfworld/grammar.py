@@ -371,7 +371,7 @@ def solve(query: Query, world: World, bindings: Mapping[Placeholder, str]) -> It
 
 
 def _ordered(rows, ranks: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
-    """Sorts rows by the types of their arguments (shallow types first), then by name."""
+    """Sorts rows by the types of their arguments (those high in the type hierarchy first), then by name."""
     ordered = sorted(rows)
     if len({tuple([ranks[name] for name in args]) for args in ordered}) > 1:
         ordered.sort(key=lambda args: (sum(ranks[name][0] for name in args), [ranks[name][1] for name in args]))

@@ -77,10 +77,10 @@ class ChoicesConfig:
 
 @lru_cache(maxsize=4096)
 def candidates(bug_id: str, count: int, draw: int) -> tuple[Edit, ...]:
-    """Returns the edits to choose from: the reverse of the bug's own edits, and further mistakes in its module.
+    """Returns the edits to choose from: the fix (each edit of the bug reversed), and wrong edits of its module.
 
-    The first mistake is in a function of the bug, if there is one. The bug's id determines the edits, and together with
-    `draw` their order, so that positions give no information.
+    At least one wrong edit is in a function of the bug, if possible. The bug's id determines the edits. `draw` and the
+    id determine their order, so the position of the fix gives no information.
     """
     case = bug({"bug": bug_id})
     rng = random.Random(f"candidates/{bug_id}")

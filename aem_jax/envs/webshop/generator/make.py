@@ -96,7 +96,7 @@ def make_shop(config: GeneratorConfig, seed: int) -> ShopData:
 
 
 def _asins(config: GeneratorConfig, rng: random.Random) -> list[str]:
-    """Draws different ids: ten characters as in WebShop, or a few digits with `brief`, which are easier to copy."""
+    """Draws unique product ids: ten characters as in WebShop, or short numbers with `brief`, easier to copy."""
     if config.brief:
         width = len(str(config.products - 1))
         return [f"{number:0{width}d}" for number in rng.sample(range(config.products), config.products)]
