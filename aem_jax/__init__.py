@@ -3,4 +3,4 @@
 Nothing is imported here, so that `import aem_jax.advantage` stays light: jax and nothing else.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

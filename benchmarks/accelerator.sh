@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# What is worth knowing in the first minutes on an accelerator: is it correct, how fast is it, what takes the time.
-# Under eight minutes on one GPU. Everything is written as it comes, so a run that is cut off leaves what it had.
+# The first minutes on an accelerator: correctness, speed, and where the time goes. Takes under eight minutes on one GPU.
+# Results are written immediately, so an interrupted run keeps its earlier results.
 #
 #   bash benchmarks/accelerator.sh                 writes into ./accelerator-out, or into $OUT
-#   TINY=1 bash benchmarks/accelerator.sh          tries the same on a CPU, with tiny sizes
+#   TINY=1 bash benchmarks/accelerator.sh          runs the same on a CPU, with tiny sizes
 #
-# PYTHON names the interpreter (.venv/bin/python if there is one, else python3). Packages that it lacks may lie in a
-# folder on PYTHONPATH. LIMIT is the number of seconds for all of it.
+# PYTHON names the interpreter (.venv/bin/python if there is one, else python3). Packages that it lacks may be in a
+# folder on PYTHONPATH. LIMIT is the time limit of all parts together, in seconds.
 #
-#   doctor.json doctor.txt    what `doctor` found, and its table
+#   doctor.json doctor.txt    findings of `doctor`, and its table
 #   bench.jsonl bench.txt     decode and learner: a JSON line for each, and their tables
 #   trace.txt                 the longest operations of a decode and an update, and the gaps between operations
 #   run.txt metrics.jsonl     20 steps of alfworld-tiny
-#   parts.txt                 what each part's exit status was, and how long it took
+#   parts.txt                 exit status and duration of each part
 set -u
 cd "$(dirname "$0")/.." || exit 2
 ROOT=$PWD

@@ -7,11 +7,9 @@ The counterpart of the peers' scripts in docs/benchmarks.md, with their model an
 the new state is available; two calls warm up, ten are timed. The last line is JSON.
 """
 
-import json
 import statistics
 import sys
 import time
-from importlib.metadata import version
 
 import jax
 import numpy as np
@@ -22,6 +20,7 @@ from aem_jax.learner import LearnerConfig, init_state, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.trajectory import Ending, Trajectory, Turn
+from benchmarks.peers import print_measurement
 
 MODEL = ModelConfig(4096, 256, 768, 4, 8, 4, 32)
 
@@ -58,17 +57,8 @@ def _episode(member: int, prompt: int, new: int, rng: np.random.Generator) -> Tr
 def main() -> None:
     """Measures one shape and prints it."""
     rows, prompt, new = (int(word) for word in (sys.argv[1:4] or (16, 64, 128)))
-    line = {
-        "system": "aem_jax",
-        "device": jax.devices()[0].device_kind,
-        "jax": version("jax"),
-        "params": MODEL.num_parameters,
-        "batch": rows,
-        "prompt": prompt,
-        "new_tokens": new,
-        "train_step_s": measure(rows, prompt, new),
-    }
-    print(json.dumps(line))
+    step = measure(rows, prompt, new)
+    print_measurement(MODEL.num_parameters, batch=rows, prompt=prompt, new_tokens=new, train_step_s=step)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ second are those of the second half of the steps. Both programs get the same arg
 many steps: a step takes a fraction of a second, and fewer steps would be too short to time. The last line is JSON.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import jax
 import numpy as np
@@ -33,6 +31,7 @@ from aem_jax.selection import Rule
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import Metrics, train
 from aem_jax.trajectory import Trajectory
+from benchmarks.peers import print_measurement
 
 MODEL = ModelConfig(260, 64, 128, 2, 4, 2, 16, rope_theta=10_000.0)
 TURNS, GROUP, PROMPTS, STOPS = 3, 4, 2, 18
@@ -134,15 +133,7 @@ def measure(num_steps: int) -> dict[str, float]:
 def main() -> None:
     """Measures and prints the result."""
     num_steps = 10 * int((sys.argv[1:] or [6])[0])
-    line = {
-        "system": "aem_jax",
-        "device": jax.devices()[0].device_kind,
-        "jax": version("jax"),
-        "params": MODEL.num_parameters,
-        "episodes": num_steps * EPISODES,
-        **measure(num_steps),
-    }
-    print(json.dumps(line))
+    print_measurement(MODEL.num_parameters, episodes=num_steps * EPISODES, **measure(num_steps))
 
 
 if __name__ == "__main__":

@@ -169,6 +169,14 @@ def _run(program: Program, arguments: Sequence[str], timeout_s: float) -> dict[s
     raise PeerError(f"expected a JSON line from {program.name}, got {done.stdout.strip()[-300:]!r}")
 
 
+def print_measurement(num_parameters: int, **numbers: Any) -> None:
+    """Prints the JSON line of one of this project's programs."""
+    import jax
+
+    versions = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    print(json.dumps({"system": OWN, **versions, "params": num_parameters, **numbers}))
+
+
 def versions_of(python: str) -> dict[str, str]:
     """Returns the versions of Python and of the `PACKAGES` that are installed in an environment."""
     code = (

@@ -7,17 +7,16 @@ in docs/benchmarks.md, so that they can run in turn. Sampling is at temperature 
 the entropy of every token. One call warms up; five are timed. The last line is JSON.
 """
 
-import json
 import statistics
 import sys
 import time
-from importlib.metadata import version
 
 import jax
 import numpy as np
 
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.sampler import Sampler, SamplingConfig
+from benchmarks.peers import print_measurement
 
 MODEL = ModelConfig(4096, 256, 768, 4, 8, 4, 32)
 NEVER = -1  # a stop id that matches no token
@@ -49,17 +48,8 @@ def measure(slots: int, prompt: int, new: int, calls: int = 5) -> dict[str, floa
 def main() -> None:
     """Measures one shape and prints it."""
     slots, prompt, new = (int(word) for word in (sys.argv[1:4] or (8, 64, 128)))
-    line = {
-        "system": "aem_jax",
-        "device": jax.devices()[0].device_kind,
-        "jax": version("jax"),
-        "params": MODEL.num_parameters,
-        "batch": slots,
-        "prompt": prompt,
-        "new_tokens": new,
-        "decode_tokens_per_s": measure(slots, prompt, new),
-    }
-    print(json.dumps(line))
+    rate = measure(slots, prompt, new)
+    print_measurement(MODEL.num_parameters, batch=slots, prompt=prompt, new_tokens=new, decode_tokens_per_s=rate)
 
 
 if __name__ == "__main__":

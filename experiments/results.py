@@ -17,7 +17,7 @@ from aem_jax.config import saved
 from aem_jax.errors import ConfigError
 from aem_jax.files import read_json_lines, write_text
 from aem_jax.metrics import read_lines
-from experiments.grid import START, Grid, Run
+from experiments.grid import Grid, Run
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BINS = 30
@@ -45,8 +45,7 @@ def summary(folder: Path, run: Run) -> dict[str, Any] | None:
         for line in read_lines(folder / "evaluations.jsonl")
         if line["phase"] in ("warmstart", "train", "final")
     ]
-    final = {one["split"] for one in evaluations if one["phase"] == "final" and one["step"] == last}
-    if len(metrics) < last or final < set(config.evaluation.splits):
+    if len(metrics) < last or not final_splits(folder, last) >= set(config.evaluation.splits):
         return None
     curves = {name: binned([line.get(name) for line in metrics]) for name in METRICS}
     return {
@@ -57,6 +56,12 @@ def summary(folder: Path, run: Run) -> dict[str, Any] | None:
         "evaluations": evaluations,
         "curves": {name: values for name, values in curves.items() if any(value is not None for value in values)},
     }
+
+
+def final_splits(folder: Path, last: int) -> set[str]:
+    """Returns the splits of a run with a final evaluation at step `last`."""
+    lines = read_lines(folder / "evaluations.jsonl")
+    return {line["split"] for line in lines if (line.get("phase"), line.get("step")) == ("final", last)}
 
 
 def binned(values: Sequence[float | None], bins: int = BINS) -> list[float | None]:
@@ -113,16 +118,3 @@ def successes(result: Result, phase: str = "final") -> float:
 def of_variant(results: Sequence[Result], variant: str) -> dict[int, Result]:
     """Returns the runs of a variant by seed."""
     return {result["seed"]: result for result in results if result["variant"] == variant}
-
-
-__all__ = [
-    "RESULTS",
-    "START",
-    "Result",
-    "binned",
-    "of_variant",
-    "read_results",
-    "successes",
-    "summary",
-    "write_results",
-]

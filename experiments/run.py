@@ -22,9 +22,8 @@ from queue import SimpleQueue
 from aem_jax.config import saved
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
-from aem_jax.metrics import read_lines
 from experiments.grid import Grid, Run, read_grid
-from experiments.results import RESULTS, write_results
+from experiments.results import RESULTS, final_splits, write_results
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -63,13 +62,8 @@ def is_done(config: RunConfig) -> bool:
     if not (folder / saved.FILE).exists():
         return False
     saved.check_resumable(saved.load(folder), config, folder)
-    last = config.train.num_steps
-    final = {line["split"] for line in read_lines(folder / "evaluations.jsonl") if _is_final(line, last)}
-    return (folder / "report.html").exists() and final >= set(config.evaluation.splits)
-
-
-def _is_final(line: dict, last: int) -> bool:
-    return line.get("phase") == "final" and line.get("step") == last
+    splits = final_splits(folder, config.train.num_steps)
+    return (folder / "report.html").exists() and splits >= set(config.evaluation.splits)
 
 
 def run_one(grid: Grid, run: Run, workers: Workers, logs: Path) -> bool:

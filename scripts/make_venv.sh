@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make a virtual environment with pip in it, from a Python >= 3.11 that the machine has.
+# Makes a virtual environment with pip, from an installed Python >= 3.11.
 #   scripts/make_venv.sh .venv            PYTHON=/path/to/python scripts/make_venv.sh .venv
 #   scripts/make_venv.sh --newest .venv   the newest Python of PATH and of pyenv, from 3.12 to 3.14
-# Exits with 3 where there is no such Python.
+# Exits with 3 if there is no such Python.
 # Debian and Ubuntu split the standard library: without python3-venv there is no ensurepip. Then, in this order:
-# the system's pip fills the environment; apt installs python3-venv where that needs no password; or we say what to type.
+# the system's pip fills the environment; apt installs python3-venv if that needs no password; or an error says what to type.
 set -euo pipefail
 
 oldest=3.11
@@ -19,7 +19,7 @@ if [ "${1:-}" = --newest ]; then
 fi
 venv=${1:?usage: make_venv.sh [--newest] FOLDER}
 
-# By running it: a shim of pyenv may stand for a Python that is not there.
+# Runs it, because a shim of pyenv may name a missing Python.
 is_new_enough() { "$1" -c "import sys; sys.exit(sys.version_info < (3, ${oldest#3.}))" >/dev/null 2>&1; }
 
 find_python() {

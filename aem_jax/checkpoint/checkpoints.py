@@ -29,7 +29,7 @@ State = TypeVar("State")
 _log = logging.getLogger("aem_jax.checkpoint")
 
 SLACK = 64 * 2**20
-"""Bytes that stay free beside a checkpoint, for the other files of a run."""
+"""Bytes that a checkpoint leaves free, for the other files of a run."""
 LOCK = ".lock"
 """File in the folder that names its writer."""
 ASIDE = "unreadable"
@@ -152,7 +152,7 @@ class Checkpoints:
         Args:
             step: training steps done.
             state: pytree of arrays.
-            extra: a JSON mapping that is saved beside it.
+            extra: a JSON mapping to save with it.
             score: of the checkpoint; the highest is the best.
 
         Raises:
@@ -238,7 +238,7 @@ class Checkpoints:
             failures.setdefault(wanted, CheckpointError("another process cannot read it"))
 
     def extra(self, step: int | None = None) -> dict[str, Any]:
-        """The mapping saved beside the state of a step, or of the latest.
+        """The mapping saved with the state of a step, or of the latest.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -250,7 +250,7 @@ class Checkpoints:
         try:
             return step_files.read_record(self.folder, step)["extra"]
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read what was saved beside step {step} in {self.folder}: {error}") from error
+            raise CheckpointError(f"cannot read the values saved with step {step} in {self.folder}: {error}") from error
 
     def close(self) -> None:
         """Completes the checkpoint in progress and releases the folder.

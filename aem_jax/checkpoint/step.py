@@ -85,7 +85,7 @@ def items(folder: Path, step: int, state: Any, score: float | None, extra: Mappi
 
 
 def read_record(folder: Path, step: int) -> dict[str, Any]:
-    """The record beside the state of a step: step, score, checksums, extra and the run's identity.
+    """The record with the state of a step: step, score, checksums, extra and the run's identity.
 
     Raises:
         OSError: it cannot be read.

@@ -4,7 +4,7 @@ Episodes are played by the rollout (KV cache, chunks, several turns) and packed 
 full precision, both must agree to rounding, whatever the way of sampling:
 
     int8 weights      the learner has the same weights, decoded: W = codes · scales
-    int8 cache        has no counterpart in the learner, so its gap is that of 8 bits, and only bounded
+    int8 cache        the learner has no counterpart, so the gap is the error of 8 bits; it is only bounded
     LoRA              the learner keeps the adapter separate from frozen weights, the sampler too, or it merges them
 
 In bfloat16 both round, in different orders. The allowed gap is measured with the learner, in bfloat16 against float32:
@@ -36,9 +36,9 @@ from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
 
 RANK = 4
 EXACT = 1e-4
-"""Nats: the largest gap of one token in float32. Rounding costs 1e-6 to 1e-5, whatever the width."""
+"""Nats: the largest gap of one token in float32. Rounding costs 1e-6 to 1e-5, for any width."""
 INT8_CACHE = (0.02, 0.2)
-"""Nats: mean and largest gap with a cache in 8 bits; seen are 0.005 and 0.02, at widths of 128 and 896."""
+"""Nats: mean and largest gap with a cache in 8 bits; measured are 0.005 and 0.02, at widths of 128 and 896."""
 BFLOAT16_FACTOR = 3.0
 TIE = 1e-3
 """Largest difference of logits that count as equal for an argmax."""
@@ -126,7 +126,7 @@ def bfloat16(config: DoctorConfig) -> Finding:
 
 def greedy(config: DoctorConfig) -> Finding:
     """At temperature 0 every token is the argmax of one pass without a cache."""
-    # With a tied head random weights say the last token again and again, whatever they attend to.
+    # With a tied head, random weights repeat the last token, whatever they attend to.
     policy, mesh = Policy(replace(config.shallow("float32"), tied_head=False)), one_device()
     with full_precision():
         params = random_params(policy, mesh)
@@ -227,7 +227,7 @@ def _judge(measured: Gap, mean: float, largest: float, before: str = "", after: 
     faults = []
     if not measured.tokens:
         faults.append("nothing was sampled")
-    if not (measured.mean <= mean and measured.largest <= largest):  # NaN is no good, either
+    if not (measured.mean <= mean and measured.largest <= largest):  # false for NaN, too
         faults.append(f"expected a gap of at most {mean:.1e} on average and {largest:.1e} for one token")
     gaps = f"mean {measured.mean:.1e}, largest {measured.largest:.1e} nats"
     text = f"{before}sampler and learner apart by {gaps} over {measured.tokens} tokens{after}"

@@ -1,4 +1,4 @@
-"""Whole training steps on a small scale: the same on all devices, without compiling again, with servers that die."""
+"""Small training steps: equal results on all devices, no recompilation, and recovery from a killed server."""
 
 import logging
 import math
@@ -30,11 +30,11 @@ from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.trajectory import Ending, Trajectory
 
 LEARNER = LearnerConfig(learning_rate=1e-3, adam_eps=1e-3, attention="xla")
-"""A large adam_eps: Adam divides by a gradient's size, which would blow up the rounding of one that is nearly 0."""
+"""adam_eps is large, because Adam divides by the gradient's size, which amplifies the rounding of tiny gradients."""
 SAME = 1e-4
-"""Relative gap of loss and gradient's norm, and absolute gap of a parameter, between meshes."""
+"""Largest relative gap of loss and gradient norm, and absolute gap of a parameter, between meshes."""
 STATE_BYTES = 24
-"""Of a parameter in float32, while one device learns: master, both means, gradient, and the weights sampled from."""
+"""Bytes of a float32 parameter during learning on one device: master, both moments, gradient, the sampler's weights."""
 STEPS_BEFORE_THE_KILL = 20
 
 MESH_ADVICE = (
@@ -42,7 +42,7 @@ MESH_ADVICE = (
     "NCCL_P2P_DISABLE=1 leaves one kind out), unset XLA_FLAGS, take the versions of constraints.txt"
 )
 COMPILE_ADVICE = (
-    "something compiles in every step, which costs seconds to minutes each time: JAX_LOG_COMPILES=1 names it; take the "
+    "a program compiles in every step, which costs seconds to minutes each time: JAX_LOG_COMPILES=1 names it; take the "
     "versions of constraints.txt"
 )
 SERVER_ADVICE = (
@@ -63,10 +63,10 @@ class Trainer:
     """A policy in training on a mesh: `step` plays episodes and learns from them.
 
     Args:
-        model: of the policy.
-        mesh: where.
-        slots: episodes of a step.
-        rows: of a microbatch.
+        model: sizes of the policy.
+        mesh: devices of the policy.
+        slots: number of episodes in a step.
+        rows: rows of a microbatch.
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh, slots: int, rows: int = 8) -> None:
@@ -82,7 +82,7 @@ class Trainer:
         return play(self._sampler, self._reshard(self.state.params), self._slots, seed=seed, pool=pool)
 
     def step(self, seed: int) -> Stepped:
-        """One training step; every response of even length is good, every other bad."""
+        """One training step; the advantage is 1 for responses of even length, and −1 for all others."""
         trajectories, _ = self.play(seed)
         batch = packed(trajectories, self._slots, self._mesh, self._rows)
         ids = np.asarray(batch.response_ids)
@@ -188,11 +188,11 @@ def servers(config: DoctorConfig) -> Finding:
 
 
 class KilledOnce:
-    """A pool one server of which is killed at a step.
+    """A pool that kills one of its servers at a step.
 
     Args:
         pool: the pool.
-        at: the number of the step, from 1.
+        at: number of the step, from 1.
     """
 
     def __init__(self, pool: EnvPool, at: int) -> None:

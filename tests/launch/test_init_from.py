@@ -30,26 +30,26 @@ def parameters(config: RunConfig):
     return init_from.parameters(config, components.make_policy(config, 100), 100, mesh)
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path):
+def test_a_folder_without_a_run_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="expected a run's folder with a tokenizer, got none in"):
         init_from.tokenizer(beginning(tmp_path))
     with pytest.raises(ConfigError, match="no run in"):
         parameters(beginning(tmp_path))
 
 
-def test_a_run_of_another_model(tmp_path: Path):
+def test_a_run_of_another_model_is_refused(tmp_path: Path):
     saved.save(replace(SMALL, model=replace(SMALL.model, num_layers=2)), tmp_path)
     with pytest.raises(ConfigError, match="give the same --model and --tokenizer"):
         parameters(beginning(tmp_path))
 
 
-def test_a_run_that_has_not_kept_step_0(tmp_path: Path):
+def test_a_run_without_a_checkpoint_of_step_0_is_refused(tmp_path: Path):
     saved.save(SMALL, tmp_path)
     with pytest.raises(ConfigError, match="expected a checkpoint of step 0 in .*, got steps \\[\\]"):
         parameters(beginning(tmp_path))
 
 
-def test_a_value_head_is_left_behind(tmp_path: Path):
+def test_the_value_head_of_the_other_run_is_not_taken(tmp_path: Path):
     valued = replace(SMALL, algorithm=AlgorithmConfig("gae"))
     mesh, policy = make_mesh(MeshConfig(), jax.devices()[:1]), components.make_policy(valued, 100)
     state = init_state(policy, valued.learner, mesh, jax.random.key(0))
@@ -57,5 +57,5 @@ def test_a_value_head_is_left_behind(tmp_path: Path):
     saved.save(valued, tmp_path)
     with Checkpoints(tmp_path / "checkpoints", valued.checkpoint) as checkpoints:
         checkpoints.save(0, state)
-    found = parameters(beginning(tmp_path))  # for a run without a value head
-    jax.tree.map(np.testing.assert_array_equal, found, {"base": state.params["base"]})
+    params = parameters(beginning(tmp_path))  # for a run without a value head
+    jax.tree.map(np.testing.assert_array_equal, params, {"base": state.params["base"]})

@@ -61,10 +61,10 @@ def check_export(run: Path, base: Path, out: Path, scale: float) -> None:
         delta = pairs[f"{name}.lora_B.weight"] @ pairs[f"{name}.lora_A.weight"]
         assert np.abs(delta).max() > 0, name
         wanted[f"{name.removeprefix('base_model.model.')}.weight"] += np.float32(scale) * delta
-    found = load_file(out / "merged" / "model.safetensors")
-    assert set(found) == set(wanted)
+    exported = load_file(out / "merged" / "model.safetensors")
+    assert set(exported) == set(wanted)
     for name, value in wanted.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(exported[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
     assert merged.config.dtype == "float32"
     stands_on = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(stands_on).resolve() == base.resolve()
@@ -86,7 +86,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, environment) -> tuple[Path
     run, words = folder / "run", ("--name", "run", "--lora.rank", "4", *SHORT)
     process, count = start(folder, environment, *words, "--train.num-steps", "1000"), 0
     while count < 6 or count < 2 + max(
-        int(each.name) for each in (run / "checkpoints").iterdir() if each.name.isdigit()
+        int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()
     ):
         process.send_signal(signal.SIGCONT)
         while len(read_lines(run / "metrics.jsonl")) <= max(count, 5):
@@ -105,7 +105,7 @@ def numbers(run: Path) -> list[dict]:
     return [comparable(record) for record in read_lines(run / "metrics.jsonl")]
 
 
-def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment):
+def test_a_run_from_files_trains_a_separate_adapter(tmp_path: Path, environment):
     texts = ["-= Welcome =- You are in the middle of a room.", "<action>go to shelf 1</action>", "Nothing happens."]
     ChatTokenizer.train(texts * 3, vocab_size=400).save_pretrained(tmp_path / "tokenizer")
     model = tmp_path / "model"
@@ -126,7 +126,9 @@ def test_from_files_with_adapters_beside_the_weights(tmp_path: Path, environment
     check_export(tmp_path / "run", model, tmp_path / "out", scale=2.0)
 
 
-def test_on_a_warm_start_of_all_weights(resumed: tuple[Path, list[dict], bytes], tmp_path: Path):
+def test_an_adapter_is_trained_after_a_warm_start_of_all_weights(
+    resumed: tuple[Path, list[dict], bytes], tmp_path: Path
+):
     run, before, _ = resumed
     steps = read_lines(run / "metrics.jsonl")
     assert [record["step"] for record in steps] == list(range(len(before) + 1))
@@ -143,26 +145,26 @@ def test_on_a_warm_start_of_all_weights(resumed: tuple[Path, list[dict], bytes],
     check_export(run, run / "frozen_weights", tmp_path / "out", scale=8.0)
 
 
-def test_killed_and_resumed_it_gives_the_same_numbers(resumed: tuple[Path, list[dict], bytes]):
+def test_a_killed_and_resumed_lora_run_has_the_same_numbers(resumed: tuple[Path, list[dict], bytes]):
     run, before, base = resumed
     assert numbers(run)[: len(before)] == before  # the repeated steps give the same numbers
     assert (run / "frozen_weights" / "model.safetensors").read_bytes() == base
 
 
-def test_what_cannot_be_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_impossible_lora_settings_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["--preset", str(SMALL), "--runs-dir", str(tmp_path), "--name", "run"]
     assert cli.main([*words, "--lora.targets", "q_proj", "w_proj"]) == 2
     assert cli.main([*words, "--lora.rank", "-1"]) == 2
     assert cli.main([*words, "--lora.rank", "4", "--lora.alpha", "0"]) == 2
     assert cli.main([*words, "--lora.rank", "40"]) == 2
-    said = capsys.readouterr().err.splitlines()
-    names, rank, alpha, most = [line for line in said if line.startswith("error: ")]
+    lines = capsys.readouterr().err.splitlines()
+    names, rank, alpha, most = [line for line in lines if line.startswith("error: ")]
     assert "--lora.targets" in names and "expected one of all, q_proj" in names and "got 'w_proj'" in names
     assert "--lora.rank: expected rank >= 0" in rank and "alpha > 0" in alpha
     assert "--lora.rank: expected rank of at most 16, the smaller side of k_proj [32, 16], got 40" in most
 
 
-def test_a_reference_is_kept_where_it_is_not_the_frozen_weights():
+def test_a_reference_other_than_the_frozen_weights_requires_step_0():
     words = ["--checkpoint.keep-first", "False", "--learner.kl-coefficient", "0.1"]
     config = apply(read_preset(str(SMALL)), split(words)[1])
     lora = apply(config, split(["--lora.rank", "4"])[1])

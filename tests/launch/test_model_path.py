@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dict[str, str], capsys):
+def test_a_run_from_files_trains_two_steps(model: Path, tmp_path: Path, user_environment: dict[str, str], capsys):
     """Training uses a relative path. The export runs in another working folder, after the model has changed."""
     environment = {**user_environment, "PYTHONPATH": str(ROOT)}
     shutil.copytree(model, tmp_path / "begin")
@@ -72,7 +72,7 @@ def test_two_steps_from_files(model: Path, tmp_path: Path, user_environment: dic
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == list(chat.stop_ids)
 
 
-def test_the_files_say_what_the_model_is(model: Path):
+def test_the_files_determine_the_model(model: Path):
     config = components.model_config(ModelChoice(path=str(model), dtype="float32"), 400)
     assert (config.num_layers, config.qkv_bias, config.qk_norm, config.vocab_size) == (2, True, None, 512)
     assert components.model_config(ModelChoice(path=str(model)), 400).dtype == "bfloat16"
@@ -82,20 +82,20 @@ def test_the_files_say_what_the_model_is(model: Path):
         components.model_config(ModelChoice(path=str(model)), 513)
 
 
-def test_export_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_export_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["export", "--preset", str(SMALL)]) == 2
     assert cli.main(["export", str(tmp_path / "out"), "--preset", str(SMALL), "--runs-dir", str(tmp_path)]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "expected one folder to write to, got 0" in first and "no run in" in second
 
 
-def test_sizes_beside_a_path_are_refused(model: Path):
+def test_sizes_with_a_path_are_refused(model: Path):
     words = ["--model.path", str(model), "--model.num-layers", "3"]
     with pytest.raises(ConfigError, match="--model.num-layers: expected none with --model.path"):
         validate.check(apply(read_preset("alfworld-tiny"), split(words)[1]))
 
 
-def test_weights_that_cannot_be_used_are_the_options_fault(model: Path, tmp_path: Path):
+def test_unusable_weights_are_an_error_of_the_option(model: Path, tmp_path: Path):
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     held = load_file(folder / "model.safetensors")
     save_file({**held, "model.norm.weight": held["model.norm.weight"] * float("nan")}, folder / "model.safetensors")
@@ -108,7 +108,7 @@ def test_weights_that_cannot_be_used_are_the_options_fault(model: Path, tmp_path
         initial.initial_parameters(run, Policy(CONFIG), {})
 
 
-def test_a_config_that_the_tokenizer_cannot_read_is_named_itself(tmp_path: Path):
+def test_an_unreadable_config_is_named(tmp_path: Path):
     config = config_to_hf(CONFIG, "float32") | {"num_hidden_layers": "two"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     asked = RunConfig(model=ModelChoice(path=str(tmp_path)))

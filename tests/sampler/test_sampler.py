@@ -225,7 +225,7 @@ def test_idle_slots_are_untouched():
     assert max(cacheless_gap(POLICY, PARAMS, full)) < TIGHT
 
 
-def test_nothing_to_say_costs_nothing_and_changes_nothing():
+def test_zero_budgets_cost_and_change_nothing():
     s = sampler()
     state = extend_slots(s, PARAMS, s.init(2), {0: numpy_tokens(GROUPED_TIED, (4,))}, 8)
     hidden = np.asarray(state.hidden)

@@ -4,20 +4,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from aem_jax.envs.alfworld.generator.catalog import OPENABLE, THINGS, TREATMENTS
+from aem_jax.envs.alfworld.generator.catalog import OPENABLE, SENTENCES, THINGS, TREATMENTS
 
-_SENTENCES = (
-    ("look_at_obj_in_light", r"look at (?:the )?(?P<target>\w+) under the (?P<place>\w+)"),
-    ("look_at_obj_in_light", r"examine the (?P<target>\w+) with the (?P<place>\w+)"),
-    ("pick_clean_then_place_in_recep", r"put a clean (?P<target>\w+) in (?P<place>\w+)"),
-    ("pick_clean_then_place_in_recep", r"clean some (?P<target>\w+) and put it in (?P<place>\w+)"),
-    ("pick_heat_then_place_in_recep", r"put a hot (?P<target>\w+) in (?P<place>\w+)"),
-    ("pick_heat_then_place_in_recep", r"heat some (?P<target>\w+) and put it in (?P<place>\w+)"),
-    ("pick_cool_then_place_in_recep", r"put a cool (?P<target>\w+) in (?P<place>\w+)"),
-    ("pick_cool_then_place_in_recep", r"cool some (?P<target>\w+) and put it in (?P<place>\w+)"),
-    ("pick_two_obj_and_place", r"put two (?P<target>\w+) in (?P<place>\w+)"),
-    ("pick_two_obj_and_place", r"find two (?P<target>\w+) and put them in (?P<place>\w+)"),
-    ("pick_and_place_simple", r"put (?:a|some) (?P<target>\w+) (?:in|on) (?P<place>\w+)"),
+_SENTENCES = tuple(
+    (task_type, template.format(obj=r"(?P<target>\w+)", recep=r"(?P<place>\w+)"))
+    for task_type, templates in SENTENCES.items()
+    for template in templates
 )
 
 _PLACES = {name.lower(): frozenset(place.lower() for place in thing.places) for name, thing in THINGS.items()}

@@ -85,8 +85,9 @@ class Session:
         return reply
 
     def _reply(self, result: StepResult) -> str:
+        reply = encode_result(result, send_admissible=self._send_admissible)
         self._running = not result.done
-        return encode_result(result, send_admissible=self._send_admissible)
+        return reply
 
 
 class _RefusedRequestError(Exception):

@@ -27,6 +27,16 @@ TREATMENTS: Mapping[str, tuple[str, str]] = {
 }
 """Task type -> (treatment of the target, receptacle class that gives it)."""
 
+SENTENCES: Mapping[str, tuple[str, ...]] = {
+    "pick_and_place_simple": ("put a {obj} in {recep}", "put some {obj} on {recep}"),
+    "look_at_obj_in_light": ("look at {obj} under the {recep}", "examine the {obj} with the {recep}"),
+    "pick_clean_then_place_in_recep": ("put a clean {obj} in {recep}", "clean some {obj} and put it in {recep}"),
+    "pick_heat_then_place_in_recep": ("put a hot {obj} in {recep}", "heat some {obj} and put it in {recep}"),
+    "pick_cool_then_place_in_recep": ("put a cool {obj} in {recep}", "cool some {obj} and put it in {recep}"),
+    "pick_two_obj_and_place": ("put two {obj} in {recep}", "find two {obj} and put them in {recep}"),
+}
+"""Task type -> ALFWorld's templates of its sentence: obj is the target's class, recep its destination or the lamp."""
+
 
 @dataclass(frozen=True)
 class RoomKind:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from aem_jax.envs.alfworld.generator.catalog import ROOMS, TREATMENTS
+from aem_jax.envs.alfworld.generator.catalog import ROOMS, SENTENCES, TREATMENTS
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.alfworld.generator.floors import Floor, floor_plans, split_floors
 
@@ -21,15 +21,6 @@ _SEEN_SHARE = 8
 """One of this many games on the training floor plans belongs to `valid_seen`."""
 
 _CONTENT_TRIES = 1000
-
-_SENTENCES = {
-    "pick_and_place_simple": ("put a {obj} in {recep}", "put some {obj} on {recep}"),
-    "look_at_obj_in_light": ("look at {obj} under the {recep}", "examine the {obj} with the {recep}"),
-    "pick_clean_then_place_in_recep": ("put a clean {obj} in {recep}", "clean some {obj} and put it in {recep}"),
-    "pick_heat_then_place_in_recep": ("put a hot {obj} in {recep}", "heat some {obj} and put it in {recep}"),
-    "pick_cool_then_place_in_recep": ("put a cool {obj} in {recep}", "cool some {obj} and put it in {recep}"),
-    "pick_two_obj_and_place": ("put two {obj} in {recep}", "find two {obj} and put them in {recep}"),
-}
 
 
 @dataclass(frozen=True)
@@ -134,7 +125,7 @@ def _fill(floor: Floor, task_type: str, config: GeneratorConfig, rng: random.Ran
             holders = [name for name in holders if name != destination]  # the goal must not hold at the start
         free = [spot for name in holders for spot in spots[name]]
         placements += [(thing, *rng.choice(free)) for _ in range(copies.get(thing, 1))]
-    sentence = rng.choice(_SENTENCES[task_type]).format(obj=target.lower(), recep=destination.lower())
+    sentence = rng.choice(SENTENCES[task_type]).format(obj=target.lower(), recep=destination.lower())
     return HouseholdGame(floor, task_type, target, destination, sentence, tuple(sorted(placements)))
 
 
