@@ -92,7 +92,7 @@ def from_row(row: Mapping[str, Any]) -> Instance:
     if set(missing) & set(_SINCE_5) and not set(missing) - set(_SINCE_5):
         raise ValueError(
             f"expected the columns of SWE-bench 5.x, got a row of 4.x without {', '.join(missing)}; "
-            "load the dataset again at its present revision (SWE-bench/SWE-bench_Verified and its siblings have these "
+            "load the dataset again at its current revision (SWE-bench/SWE-bench_Verified and its siblings have these "
             "columns since swebench 5.0) and save that as parquet or JSONL"
         )
     if missing:

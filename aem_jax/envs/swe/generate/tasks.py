@@ -86,8 +86,8 @@ def bugs() -> Sequence[Bug]:
     for name, entry in json.loads(_CATALOGUE.read_text(encoding="utf-8")).items():
         if entry["digest"] != package(name).digest:
             raise ValueError(
-                f"expected a catalogue of the present {name}, got an older one; "
-                "make it again with: python scripts/survey_bugs.py"
+                f"expected a catalogue made for the current {name}, got an older one; "
+                "rebuild it with: python scripts/survey_bugs.py"
             )
         for number, bug in enumerate(entry["bugs"]):
             edits = tuple(Edit(**edit) for edit in bug["edits"])

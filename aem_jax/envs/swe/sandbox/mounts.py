@@ -112,7 +112,7 @@ def host_view(packages: Iterable[str], read_only: Iterable[str] = (), hidden: It
         binds.append(Bind(prefix, "", str(prefix)))  # at the same path, because its libraries may contain it
     for path in map(Path, read_only):
         if not path.is_absolute() or not path.exists():
-            raise ValueError(f"expected absolute paths that are there in read_only, got {str(path)!r}")
+            raise ValueError(f"expected existing absolute paths in read_only, got {str(path)!r}")
         root, part = (path, "") if path.is_dir() else (path.parent, path.name)
         binds.append(Bind(root, part, str(path)))
     library = f"{ENVIRONMENT}/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
@@ -162,7 +162,7 @@ def _files_of(packages: Iterable[str]) -> list[tuple[Path, str]]:
         except importlib.metadata.PackageNotFoundError:
             if asked_for:
                 raise ValueError(
-                    f"expected the package {name!r} beside aem_jax, for the sandbox to show; "
+                    f"expected the package {name!r} beside aem_jax, for use in the sandbox; "
                     f"install it: {sys.executable} -m pip install {name}"
                 ) from None
             continue  # a dependency of other platforms or Python versions

@@ -283,7 +283,7 @@ def test_hidden_and_read_only_paths(tmp_path):
 def test_invalid_settings_are_refused():
     with pytest.raises(ValueError, match="expected the package 'no-such-thing' beside aem_jax"):
         host_view(("no-such-thing",))
-    with pytest.raises(ValueError, match="expected absolute paths that are there in read_only, got 'relative'"):
+    with pytest.raises(ValueError, match="expected existing absolute paths in read_only, got 'relative'"):
         host_view((), read_only=("relative",))
     with pytest.raises(ValueError, match="expected the limit seconds above 0, got 0"):
         Limits(seconds=0)
