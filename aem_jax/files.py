@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
+def user_cache(name: str) -> Path:
+    """The folder of this package in the user's cache: $XDG_CACHE_HOME/aem_jax/NAME, or ~/.cache/aem_jax/NAME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aem_jax" / name
+
+
 def valid_text(text: str) -> str:
     """Replaces each unpaired surrogate of a text by U+FFFD, and joins halves that form a pair."""
     if text.isascii():

@@ -10,6 +10,7 @@ from pathlib import Path
 from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.distributed.join import initialize
 from aem_jax.errors import ConfigError
+from aem_jax.files import user_cache
 
 
 def cache_folder(config: RuntimeConfig) -> Path | None:
@@ -17,7 +18,7 @@ def cache_folder(config: RuntimeConfig) -> Path | None:
     if config.compilation_cache == "off":
         return None
     if config.compilation_cache == "auto":
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aem_jax" / "xla"
+        return user_cache("xla")
     return Path(config.compilation_cache).expanduser()
 
 

@@ -1,10 +1,12 @@
 """Episodes played by a function of text: a scripted expert, a random baseline, or a person."""
 
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from aem_jax.envs.actions import as_action
 from aem_jax.envs.protocol import EnvError, Environment, StepResult, Task, describe, over_at_reset
 from aem_jax.envs.serving.plain import checked_result
 
@@ -21,6 +23,12 @@ class Exchange:
     observation: str
     response: str
     result: StepResult
+
+
+def random_agent(task: Task) -> Act:
+    """Makes an agent that draws admissible actions uniformly, for environments that list them in `info`."""
+    rng = random.Random(f"random/{task.id}")
+    return lambda result: as_action(rng.choice(result.info["admissible"]))
 
 
 def play(env: Environment, task: Mapping[str, Any], act: Act, max_turns: int) -> tuple[Exchange, ...]:

@@ -12,7 +12,7 @@ from aem_jax.envs.alfworld.engine import Player
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.experts import Oracle, Searcher
 from aem_jax.envs.alfworld.tasks import eval_set, load_game, training_tasks
-from aem_jax.envs.play import Act
+from aem_jax.envs.play import Act, random_agent
 from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite
 
@@ -31,7 +31,7 @@ def task_suite(config: AlfworldConfig, options: SuiteOptions) -> TaskSuite:
         evaluation=evaluation,
         make_env=make(config),
         demonstrator=partial(_noisy_searcher, options.expert_noise),
-        baselines={"oracle": _oracle, "searcher": _searcher, "random": _random},
+        baselines={"oracle": _oracle, "searcher": _searcher, "random": random_agent},
     )
 
 
@@ -72,11 +72,6 @@ def _oracle(task: Task) -> Act:
         return as_action(command)
 
     return act
-
-
-def _random(task: Task) -> Act:
-    rng = random.Random(f"random/{task.id}")
-    return lambda result: as_action(rng.choice(result.info["admissible"]))
 
 
 def _inputs(config: AlfworldConfig) -> Mapping[str, Files]:

@@ -29,6 +29,7 @@ from aem_jax.envs.swe.grading import TIMED_OUT, grade
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers
 from aem_jax.envs.swe.sandbox.workspace import Limits, Runtime, SandboxError
+from aem_jax.files import user_cache
 
 ALL_PASS = "all pass"
 SEVERAL = "several causes"
@@ -208,7 +209,7 @@ def cache_folder(setting: str) -> Path | None:
         return None
     if setting != "auto":
         return Path(setting)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aem_jax" / "swe"
+    return user_cache("swe")
 
 
 class ChoicesEnv:

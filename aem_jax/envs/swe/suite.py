@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from aem_jax.envs.actions import as_action
-from aem_jax.envs.play import Act
+from aem_jax.envs.play import Act, random_agent
 from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, check_one_set
 from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesConfig, ChoicesEnv, make_counter
@@ -91,7 +91,7 @@ def swe_choices(config: ChoicesConfig, options: SuiteOptions) -> TaskSuite:
         evaluation=partial(eval_set, tasks),
         make_env=lambda: make_choices(config)(),
         demonstrator=partial(_tester, options.expert_noise),
-        baselines={"tester": partial(_tester, 0.0), "random": _random},
+        baselines={"tester": partial(_tester, 0.0), "random": random_agent},
     )
 
 
@@ -138,11 +138,6 @@ def _tester(noise: float, task: Task) -> Act:
         return as_action(last)
 
     return act
-
-
-def _random(task: Task) -> Act:
-    rng = random.Random(f"random/{task.id}")
-    return lambda result: as_action(rng.choice(result.info["admissible"]))
 
 
 def _inputs(config: SweConfig) -> Mapping[str, Files]:

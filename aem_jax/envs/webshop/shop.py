@@ -5,7 +5,6 @@ position. Other fields are not checked.
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.goals import GOAL_SOURCES
 from aem_jax.envs.webshop.products import has_id, prices_of
 from aem_jax.envs.webshop.tasks import HELD_OUT
-from aem_jax.files import read_json
+from aem_jax.files import read_json, user_cache
 
 _GENERATOR = Path(__file__).with_name("generator")
 _SMALL = 1000
@@ -74,7 +73,7 @@ def open_shop(config: ShopConfig) -> Catalog:
 def _cache(config: ShopConfig) -> Path:
     if config.cache:
         return Path(config.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aem_jax" / "webshop"
+    return user_cache("webshop")
 
 
 def _files(config: ShopConfig) -> tuple[Path, Path, Path]:
