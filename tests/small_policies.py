@@ -14,6 +14,7 @@ POST_NORM = ModelConfig(
     *(37, 32, 56, 2, 4, 2, 8), norm_eps=1e-5, tied_head=False, norm_placement="post", qk_norm="projection"
 )
 GELU = ModelConfig(35, 32, 56, 2, 4, 2, 8, activation="gelu_tanh")
+SLIDING = ModelConfig(36, 32, 56, 3, 4, 2, 8, sliding_windows=(4, 0, 4))
 
 
 def numpy_params(config: ModelConfig, seed: int = 0) -> Params:

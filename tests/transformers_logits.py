@@ -13,6 +13,7 @@ def logits(config, params, tokens: np.ndarray) -> np.ndarray:
     is_post = config.norm_placement == "post"
     classes: tuple[Any, Any] = (Olmo2Config, Olmo2ForCausalLM) if is_post else (Qwen3Config, Qwen3ForCausalLM)
     make_config, make_model = classes
+    windows = config.sliding_windows  # 0, or the same for all layers
     theirs = make_config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -25,6 +26,9 @@ def logits(config, params, tokens: np.ndarray) -> np.ndarray:
         tie_word_embeddings=config.tied_head,
         hidden_act={"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation],
         pad_token_id=None,
+        use_sliding_window=bool(windows),
+        sliding_window=max(windows, default=None),
+        layer_types=["sliding_attention" if size else "full_attention" for size in windows] or None,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         attn_implementation="eager",  # pyright: ignore[reportCallIssue]
     )

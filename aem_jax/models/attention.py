@@ -15,8 +15,9 @@ from aem_jax.models.kv_cache import KVCache, KVChunk, factors
 
 Array = jax.Array
 
-RowAttention = Callable[[Array, Array, Array, Array], Array]
-"""(q [B,T,H,Dh], k [B,T,KV,Dh], v [B,T,KV,Dh], segment_ids i32[B,T]) -> [B,T,H,Dh]."""
+RowAttention = Callable[..., Array]
+"""(q [B,T,H,Dh], k [B,T,KV,Dh], v [B,T,KV,Dh], segment_ids i32[B,T]) -> [B,T,H,Dh]. Layers with a sliding window pass
+it as one more argument, i32 scalar."""
 
 _MASKED = -1e30  # finite, so that a row without keys to attend to (padding) gives numbers, not NaN
 CPU_BLOCK, BLOCK = 64, 512
@@ -27,7 +28,7 @@ PARTS = (3, 1)
 compiled."""
 
 
-def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+def row_attention(q: Array, k: Array, v: Array, segment_ids: Array, sliding_window: Array | None = None) -> Array:
     """Causal attention inside segments.
 
     Its cost depends on the segments, not on the row: if all segments are short, queries look back over a part of the
@@ -38,15 +39,18 @@ def row_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
         k: [B,T,KV,Dh].
         v: [B,T,KV,Dh].
         segment_ids: i32[B,T]; the tokens of a segment are contiguous.
+        sliding_window: i32 scalar, tokens that a query attends to, its own included; None for all.
 
     Returns:
         [B,T,H,Dh]; any finite numbers in padding (id 0).
     """
     cpu, other = (partial(blocked_attention, block=size) for size in (CPU_BLOCK, BLOCK))
-    return jax.lax.platform_dependent(q, k, v, segment_ids, cpu=cpu, default=other)
+    return jax.lax.platform_dependent(q, k, v, segment_ids, sliding_window, cpu=cpu, default=other)
 
 
-def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, block: int) -> Array:
+def blocked_attention(
+    q: Array, k: Array, v: Array, segment_ids: Array, sliding_window: Array | None = None, *, block: int
+) -> Array:
     """Row attention in blocks of queries, each over the keys up to its end; the backward pass recomputes the weights.
 
     The [T,T] weights never exist at once, and blocks halve their number. Query heads that share a key head are folded
@@ -56,7 +60,9 @@ def blocked_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, block
     kv_heads = k.shape[2]
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     q, k, v = jnp.moveaxis(q, 1, 2), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    out: Any = _attend(block, q, k, v, segment_ids, longest_segment(segment_ids))
+    longest = longest_segment(segment_ids)
+    longest = longest if sliding_window is None else jnp.minimum(longest, sliding_window)
+    out: Any = _attend(block, q, k, v, segment_ids, longest, sliding_window)
     return jnp.moveaxis(out, 2, 1).reshape(batch, length, heads, head_dim)
 
 
@@ -69,16 +75,20 @@ def longest_segment(segment_ids: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(block: int, q: Array, k: Array, v: Array, segment_ids: Array, longest: Array) -> Array:
-    """[B,KV,T,H/KV,Dh] of q [B,KV,T,H/KV,Dh], k and v [B,KV,T,Dh]."""
-    return _attend_forward(block, q, k, v, segment_ids, longest)[0]
+def _attend(
+    block: int, q: Array, k: Array, v: Array, segment_ids: Array, longest: Array, sliding_window: Array | None
+) -> Array:
+    """[B,KV,T,H/KV,Dh] of q [B,KV,T,H/KV,Dh], k and v [B,KV,T,Dh]; no query attends further back than `longest`."""
+    return _attend_forward(block, q, k, v, segment_ids, longest, sliding_window)[0]
 
 
-def _attend_forward(block: int, q: Array, k: Array, v: Array, segment_ids: Array, longest: Array) -> tuple[Array, Any]:
-    def looking_back(reach: int, q: Array, k: Array, v: Array, segment_ids: Array) -> tuple[Array, Array]:
+def _attend_forward(
+    block: int, q: Array, k: Array, v: Array, segment_ids: Array, longest: Array, sliding_window: Array | None
+) -> tuple[Array, Any]:
+    def looking_back(reach: int, q, k, v, segment_ids, sliding_window) -> tuple[Array, Array]:
         outs, sums = [], []
         for first, start, end in _spans(q.shape[2], block, reach):
-            scores = _scores(q, k, segment_ids, first, start, end)
+            scores = _scores(q, k, segment_ids, sliding_window, first, start, end)
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -87,21 +97,23 @@ def _attend_forward(block: int, q: Array, k: Array, v: Array, segment_ids: Array
             sums.append(_unfold(top + jnp.log(total), q))
         return jnp.concatenate(outs, axis=2), jnp.concatenate(sums, axis=2)
 
-    out, log_sum = _switch(looking_back, block, longest, q, k, v, segment_ids)
-    return out, (q, k, v, segment_ids, longest, out, log_sum)
+    out, log_sum = _switch(looking_back, block, longest, q, k, v, segment_ids, sliding_window)
+    return out, (q, k, v, segment_ids, longest, sliding_window, out, log_sum)
 
 
-def _attend_backward(block: int, residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, segment_ids, longest, out, log_sum = residuals
+def _attend_backward(block: int, residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None, None, None]:
+    q, k, v, segment_ids, longest, sliding_window, out, log_sum = residuals
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
-    def looking_back(reach: int, q, k, v, segment_ids, d_out, log_sum, inner) -> tuple[Array, Array, Array]:
+    def looking_back(
+        reach: int, q, k, v, segment_ids, sliding_window, d_out, log_sum, inner
+    ) -> tuple[Array, Array, Array]:
         d_queries = []
         d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
         for first, start, end in _spans(q.shape[2], block, reach):
             keys, values = k[:, :, first:end], v[:, :, first:end]
             queries, d_block, sums, inners = (_fold(x[:, :, start:end]) for x in (q, d_out, log_sum, inner))
-            weights = jnp.exp(_scores(q, k, segment_ids, first, start, end) - sums)
+            weights = jnp.exp(_scores(q, k, segment_ids, sliding_window, first, start, end) - sums)
             d_weights = _product("bkqd,bksd->bkqs", d_block, values)
             d_scores = (weights * (d_weights - inners) * q.shape[-1] ** -0.5).astype(q.dtype)
             d_queries.append(_unfold(_product("bkqs,bksd->bkqd", d_scores, keys).astype(q.dtype), q))
@@ -109,19 +121,19 @@ def _attend_backward(block: int, residuals: Any, d_out: Array) -> tuple[Array, A
             d_v = d_v.at[:, :, first:end].add(_product("bkqs,bkqd->bksd", weights.astype(q.dtype), d_block))
         return jnp.concatenate(d_queries, axis=2), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
-    d_q, d_k, d_v = _switch(looking_back, block, longest, q, k, v, segment_ids, d_out, log_sum, inner)
-    return d_q, d_k, d_v, None, None
+    d_q, d_k, d_v = _switch(looking_back, block, longest, q, k, v, segment_ids, sliding_window, d_out, log_sum, inner)
+    return d_q, d_k, d_v, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _switch(looking_back: Any, block: int, longest: Array, *arrays: Array) -> Any:
-    """`looking_back(reach, *arrays)` with the smallest reach that holds the longest segment."""
-    length = arrays[0].shape[2]
+def _switch(looking_back: Any, block: int, longest: Array, q: Array, *arrays: Array | None) -> Any:
+    """`looking_back(reach, q, *arrays)` with the smallest reach of at least `longest`."""
+    length = q.shape[2]
     reaches = sorted({min(-(-length // (part * block)) * block, length) for part in PARTS})
     which = sum(jnp.asarray(longest > reach, jnp.int32) for reach in reaches[:-1])
-    return jax.lax.switch(which, [partial(looking_back, reach) for reach in reaches], *arrays)
+    return jax.lax.switch(which, [partial(looking_back, reach) for reach in reaches], q, *arrays)
 
 
 def _spans(length: int, block: int, reach: int) -> list[tuple[int, int, int]]:
@@ -129,10 +141,15 @@ def _spans(length: int, block: int, reach: int) -> list[tuple[int, int, int]]:
     return [(max(0, start - reach), start, min(start + block, length)) for start in range(0, length, block)]
 
 
-def _scores(q: Array, k: Array, segment_ids: Array, first: int, start: int, end: int) -> Array:
+def _scores(
+    q: Array, k: Array, segment_ids: Array, sliding_window: Array | None, first: int, start: int, end: int
+) -> Array:
     """f32[B,KV,Q·H/KV,S]: scores of a block's queries with the keys that it attends to."""
-    causal = jnp.arange(start, end)[:, None] >= jnp.arange(first, end)[None, :]
-    mask = causal[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
+    queries, keys = jnp.arange(start, end)[:, None], jnp.arange(first, end)[None, :]
+    visible = queries >= keys
+    if sliding_window is not None:
+        visible &= queries - keys < sliding_window
+    mask = visible[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
     scores = _product("bkqd,bksd->bkqs", _fold(q[:, :, start:end]), k[:, :, first:end]) * q.shape[-1] ** -0.5
     return jnp.where(jnp.repeat(mask, q.shape[3], axis=1)[:, None], scores, _MASKED)
 
@@ -150,7 +167,9 @@ def _unfold(x: Array, q: Array) -> Array:
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def chunk_attention(q: Array, cache: KVCache, lengths: Array, chunk: KVChunk, index: Array) -> Array:
+def chunk_attention(
+    q: Array, cache: KVCache, lengths: Array, chunk: KVChunk, index: Array, sliding_window: Array | None = None
+) -> Array:
     """Attention of C new tokens to cached ones and to their chunk, one softmax over both.
 
     Args:
@@ -159,6 +178,7 @@ def chunk_attention(q: Array, cache: KVCache, lengths: Array, chunk: KVChunk, in
         lengths: i32[S], cached tokens of each slot.
         chunk: of one layer, [S,KV,Dh,G] and [S,KV,G,Dh]; filled up to `index + C`.
         index: i32 scalar.
+        sliding_window: as in `row_attention`.
 
     Returns:
         [S,C,H,Dh].
@@ -173,6 +193,12 @@ def chunk_attention(q: Array, cache: KVCache, lengths: Array, chunk: KVChunk, in
     position = index + jnp.repeat(jnp.arange(count), shared)
     is_cached = (jnp.arange(window)[None] < lengths[:, None])[:, None, None]
     is_earlier = (jnp.arange(chunk.length)[None] <= position[:, None])[None, None]
+    if sliding_window is not None:
+        # Distance of a query to the keys: [S,C·H/KV,W] to cached ones, [C·H/KV,G] to those of its chunk.
+        to_cached = lengths[:, None, None] + position[None, :, None] - jnp.arange(window)[None, None]
+        to_chunk = position[:, None] - jnp.arange(chunk.length)[None]
+        is_cached &= (to_cached < sliding_window)[:, None]
+        is_earlier &= (to_chunk < sliding_window)[None, None]
     old = product(q, old_k) if scale_k is None else product(q, old_k) * scale_k
     old = jnp.where(is_cached, old, _MASKED)
     new = jnp.where(is_earlier, product(q, chunk.keys), _MASKED)

@@ -42,6 +42,16 @@ def dtype_name(dtype: DTypeLike, accepted: Sequence[str] = DTYPES, field: str = 
     return name
 
 
+class _DType:
+    """A dataclass field that takes any spelling of a dtype and holds its name."""
+
+    def __get__(self, instance: Any, owner: type) -> str:
+        return "float32" if instance is None else vars(instance)["dtype"]  # on the class: the default
+
+    def __set__(self, instance: Any, value: DTypeLike) -> None:
+        vars(instance)["dtype"] = dtype_name(value)
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's scaling of rotary positions beyond the context of pretraining: low frequencies are divided."""
@@ -106,15 +116,16 @@ class ModelConfig:
     """Whether queries, keys and values have a bias."""
     activation: Activation = "silu"
     """Activation of the MLP's gate: SiLU, or GELU in the tanh approximation."""
+    sliding_windows: tuple[int, ...] = ()
+    """Tokens that the queries of each layer attend to, their own included; 0 for all. Empty: all, in every layer."""
     rope_scaling: RopeScaling | None = None
     """Scaling of rotary positions; None for none."""
     max_positions: int = 32_768
     """Longest context that the weights were trained for, in tokens."""
-    dtype: str = "float32"
+    dtype: _DType = _DType()
     """Dtype of activations and of the weights as used; masters are float32. A jax or numpy dtype becomes its name."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name in SIZES:
             value = getattr(self, name)
             if not hasattr(value, "__index__") or value < 1:
@@ -123,6 +134,15 @@ class ModelConfig:
         for name, values in OPTIONS.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"expected {name} to be one of {values}, got {brief(getattr(self, name))}")
+        windows = tuple(self.sliding_windows)
+        if windows and (
+            len(windows) != self.num_layers or not all(type(size) is int and size >= 0 for size in windows)
+        ):
+            raise ValueError(
+                f"expected sliding_windows to be a whole number for each of {self.num_layers} layers, 0 for no window, "
+                f"got {brief(self.sliding_windows)}"
+            )
+        object.__setattr__(self, "sliding_windows", windows if any(windows) else ())
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"expected num_heads divisible by num_kv_heads, got {self.num_heads} and {self.num_kv_heads}; "

@@ -32,6 +32,9 @@ decoders are scanned, so that programs stay small."""
 Constrain = Callable[[Array], Array]
 """Returns its argument with a sharding constraint."""
 
+_EVERYTHING = 2**30
+"""The sliding window of a layer without one, where other layers have one."""
+
 PerLayer = Any
 """A list with one tree for each layer (few layers), or one tree with a leading axis of layers (many)."""
 
@@ -279,18 +282,20 @@ class Decoder(nnx.Module):
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(x: Array, state: Any) -> tuple[Array, None]:
+        def layer(x: Array, scanned: tuple[Any, tuple[Array, ...]]) -> tuple[Array, None]:
+            state, window = scanned
             block = nnx.merge(graphdef, state)
             q, k, v = block.project_qkv(x, cos, sin)
-            return constrain(block.output_and_mlp(x, attention(q, k, v, segment_ids), split_gate_up=True)), None
+            attended = attention(q, k, v, segment_ids, *window)
+            return constrain(block.output_and_mlp(x, attended, split_gate_up=True)), None
 
         body = layer if remat is None else jax.checkpoint(layer, policy=remat)
-        x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), stacked)
+        x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), (stacked, self._sliding_windows()))
         return rms_norm(x, self.norm[...], config.norm_eps)
 
     def with_cache(self, cache: KVCache, window: int) -> PerLayer:
-        """Each layer's weights and the first `window` (static) positions of its cache: what `extend` reads."""
-        return self._per_layer((nnx.state(self.layers), kv_cache.window(cache, window)))
+        """What `extend` reads of each layer: weights, the first `window` (static) cached positions, sliding window."""
+        return self._per_layer((nnx.state(self.layers), kv_cache.window(cache, window), self._sliding_windows()))
 
     def empty_chunk(self, slots: int, length: int) -> PerLayer:
         """A chunk of `length` tokens in which nothing is written yet."""
@@ -320,12 +325,12 @@ class Decoder(nnx.Module):
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef = nnx.graphdef(self.layers)
 
-        def layer(x: Array, scanned: tuple[tuple[Any, KVCache], KVChunk]) -> tuple[Array, KVChunk]:
-            (weights, cache), chunk = scanned
+        def layer(x: Array, scanned: tuple[tuple[Any, KVCache, tuple[Array, ...]], KVChunk]) -> tuple[Array, KVChunk]:
+            (weights, cache, window), chunk = scanned
             block = nnx.merge(graphdef, weights)
             q, k, v = block.project_qkv(x, cos, sin)
             chunk = kv_cache.write_tokens(chunk, k, v, index)
-            attended = chunk_attention(q, cache, lengths, chunk, index)
+            attended = chunk_attention(q, cache, lengths, chunk, index, *window)
             return block.output_and_mlp(x, attended), chunk
 
         x = self._embed(tokens)
@@ -338,6 +343,12 @@ class Decoder(nnx.Module):
         else:
             x, chunk = jax.lax.scan(layer, x, (layers, chunk))
         return rms_norm(x, self.norm[...], config.norm_eps), chunk
+
+    def _sliding_windows(self) -> tuple[Array, ...]:
+        """The attention's argument for the sliding window of each layer, i32[L]; nothing if no layer has one."""
+        if not self.config.sliding_windows:
+            return ()
+        return (jnp.asarray([size or _EVERYTHING for size in self.config.sliding_windows], jnp.int32),)
 
     def _per_layer(self, stacked: Any) -> PerLayer:
         count = self.config.num_layers

@@ -26,6 +26,7 @@ class Family(NamedTuple):
         norm_placement: as in `ModelConfig`.
         qk_norm: as in `ModelConfig`.
         qkv_bias: as in `ModelConfig`.
+        sliding_windows: as in `ModelConfig`; a `config.json` that has some is refused.
     """
 
     architecture: str
@@ -35,6 +36,7 @@ class Family(NamedTuple):
     norm_placement: NormPlacement = "pre"
     qk_norm: QKNorm | None = None
     qkv_bias: bool = False
+    sliding_windows: tuple[int, ...] = ()
 
 
 FAMILIES = (
@@ -53,7 +55,7 @@ FAMILIES = (
 
 def _options(of: Family | ModelConfig) -> dict[str, Any]:
     """The options that a family determines."""
-    return {name: getattr(of, name) for name in ("norm_placement", "qk_norm", "qkv_bias")}
+    return {name: getattr(of, name) for name in ("norm_placement", "qk_norm", "qkv_bias", "sliding_windows")}
 
 
 _ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -48,6 +48,7 @@ class Sizes(NamedTuple):
     kv_heads: int
     head_dim: int
     dtype: str
+    sliding_window: bool = False
 
 
 class Kernel(NamedTuple):
@@ -59,6 +60,7 @@ class Kernel(NamedTuple):
         refuses: returns the reason why it does not support a device and sizes; empty if it does.
         backward: matrix products of the backward pass, in units of the forward pass; scores are recomputed.
         module: the experimental module of jax that contains it, which some versions of jax lack; empty for none.
+        sliding_window: whether it takes the sliding window of a layer.
     """
 
     attend: RowAttention
@@ -66,6 +68,7 @@ class Kernel(NamedTuple):
     refuses: Callable[[Device, Sizes], str]
     backward: float = 2.5
     module: str = ""
+    sliding_window: bool = False
 
 
 def _splash_refuses(device: Device, sizes: Sizes) -> str:
@@ -106,7 +109,7 @@ KERNELS: Mapping[str, Kernel] = {
     "splash": Kernel(splash_attention, "tpu", _splash_refuses, backward=3.5, module=SPLASH_MODULE),
     "cudnn": Kernel(cudnn_attention, "gpu", _cudnn_refuses),
     "triton": Kernel(triton_attention, "gpu", _triton_refuses, backward=3.5, module=TRITON_MODULE),
-    "xla": Kernel(row_attention, "", lambda device, sizes: ""),
+    "xla": Kernel(row_attention, "", lambda device, sizes: "", sliding_window=True),
 }
 """Name -> kernel."""
 
@@ -135,7 +138,8 @@ def choose(name: str, device: Device, sizes: Sizes, kernels: Mapping[str, Kernel
         where = f"on a {device.platform.upper()}"
         why = f"; {missing}" if here else ""
         raise ValueError(f"--learner.attention: expected auto, {' or '.join(there)} {where}, got {name}{why}")
-    reason = missing or kernel.refuses(device, sizes)
+    windowed = sizes.sliding_window and not kernel.sliding_window
+    reason = missing or ("layers have a sliding window" if windowed else kernel.refuses(device, sizes))
     return ("xla", f"{wanted} attention: {reason}; XLA's blocks instead") if reason else (wanted, "")
 
 
@@ -178,15 +182,15 @@ def make_row_attention(
     keys = partition(("rows", "length", "kv_heads", "head_dim"), TRAIN)
     ids = partition(("rows", "length"), TRAIN)
 
-    def attend(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-        ways = mesh.shape["tensor"]
-        local = Sizes(q.shape[1], q.shape[2] // ways, k.shape[2] // ways, q.shape[3], jnp.dtype(q.dtype).name)
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array, *sliding_window: Array) -> Array:
+        ways, dtype = mesh.shape["tensor"], jnp.dtype(q.dtype).name
+        local = Sizes(q.shape[1], q.shape[2] // ways, k.shape[2] // ways, q.shape[3], dtype, bool(sliding_window))
         chosen, reason = choose(name, device, local, kernels)
         if reason:
             _warn_once(reason)
         run = kernels[chosen].attend
         if chosen == "xla":  # the partitioner shards it
-            return run(q, k, v, segment_ids)
+            return run(q, k, v, segment_ids, *sliding_window)
         # The outputs of a kernel do not declare the mesh axes over which they vary.
         return jax.shard_map(
             partial(run), mesh=mesh, in_specs=(rows, keys, keys, ids), out_specs=rows, check_vma=False

@@ -1,11 +1,11 @@
-"""The KV cache of the sampler: the one module, beside `attention.chunk_attention`, that knows its layout.
+"""The KV cache of the sampler. Only this module and `attention.chunk_attention` know its layout.
 
-Each slot is a row of contiguous positions, allocated once. The functions here read and write rows in place; another
-layout (pages, for example) changes this module and that attention.
+Each slot is a row of contiguous positions, allocated once. The functions here read and write rows in place. Another
+layout, such as pages, changes these two modules; `plan` counts bytes per token times the positions of all slots.
 
-In int8 a token has one scale for each layer and KV head. It is quantised once, by itself, when it is appended. Both
-products of attention read codes: a scale stands outside of the first, and goes into the weights of the second, scores
-(query · q) s, sums Σ (w s) · q. bfloat16 holds the codes exactly.
+In int8 a token has one scale for each layer and KV head. Each token is quantised once, when it is appended. Both
+products of attention read the codes q: the scores are (query · q) s, and the output is Σ (w s) · q for weights w.
+bfloat16 holds the codes exactly.
 """
 
 from collections.abc import Callable
@@ -96,6 +96,11 @@ def cache_axes(*, int8: bool) -> KVCache:
     """Logical axes of a cache's arrays, in its structure."""
     sides: Any = chunk_axes()
     return KVCache(*(QuantizedArray(axes, _SCALE_AXES) for axes in sides) if int8 else sides)  # pyright: ignore
+
+
+def replicated_axes(axes: KVCache) -> KVCache:
+    """The axes of a cache with all slots on every device, as `copy_rows` needs its source."""
+    return jax.tree.map(lambda name: None if name == "slots" else name, axes)
 
 
 def chunk_axes() -> KVChunk:

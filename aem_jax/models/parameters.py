@@ -49,10 +49,10 @@ class Parameter(NamedTuple):
         dims: logical axes and sizes. A layer's parameter is stacked: its first axis is "layers".
         parts: the Hugging Face tensors that it is made of, without the axis of layers. A matrix [*inputs, *outputs] is
             there [outputs, inputs].
-        num_inputs: dimensions that a product with a matrix sums over; 0 for what is no matrix.
+        num_inputs: dimensions that a product with the matrix sums over; 0 for biases, norms and the embedding.
         std: standard deviation of random initial values; 0 if they are constant.
         constant: initial value where `std` is 0.
-        dtype: in which it is used; masters are float32.
+        dtype: dtype of its use; masters are float32.
         lora: whether each part can have an adapter.
         int8: whether it can be sampled from in int8.
         present: whether a decoder of this config has it.
@@ -71,7 +71,7 @@ class Parameter(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """Shape of the array."""
         return tuple(self.dims.values())
 
     @property
@@ -81,7 +81,7 @@ class Parameter(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Numbers in the array."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -101,7 +101,7 @@ class Parameter(NamedTuple):
 
 
 def parameter_table(config: Any) -> tuple[Parameter, ...]:
-    """The parameters of a decoder. Random initial values are drawn in this order.
+    """The parameters of a decoder. The order is that in which random initial values are drawn.
 
     Args:
         config: a `ModelConfig`, whose module imports this one.

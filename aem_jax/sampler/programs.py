@@ -13,7 +13,7 @@ from aem_jax.models import LoraPolicy, Params, Policy, kv_cache
 from aem_jax.models.kv_cache import KVCache, KVChunk
 from aem_jax.sampler.sampling import SampleToken, uniforms
 from aem_jax.sampler.state import SamplerState, append_chunk, gather_slots, state_axes
-from aem_jax.sharding import DECODE, partition
+from aem_jax.sharding import DECODE, shardings
 
 Array = jax.Array
 
@@ -150,9 +150,9 @@ class Programs:
         """Runs `function` on each device's own slots; its loop over slots then stays on the device."""
         if self._mesh is None:
             return function
-        names = lambda axes: isinstance(axes, tuple) and all(name is None or isinstance(name, str) for name in axes)
-        specs = lambda axes: jax.tree.map(lambda leaf: partition(leaf, DECODE), axes, is_leaf=names)
-        return jax.shard_map(function, mesh=self._mesh, in_specs=specs(in_axes), out_specs=specs(out_axes))
+        mesh = self._mesh
+        specs = lambda axes: jax.tree.map(lambda sharding: sharding.spec, shardings(mesh, axes, DECODE))
+        return jax.shard_map(function, mesh=mesh, in_specs=specs(in_axes), out_specs=specs(out_axes))
 
     def _gather_slots(self, state: SamplerState, slots: Array | None, window: int) -> SamplerState:
         """A state of the given slots; None means all."""
@@ -178,7 +178,6 @@ class Programs:
         return append(state, chunk, hidden, counts, sampled, remaining, *chosen)
 
     def _copy_rows(self, window: int) -> Callable[[KVCache, KVCache, Array], KVCache]:
-        cache = self._state_axes.cache
-        on_every_device = jax.tree.map(lambda name: None if name == "slots" else name, cache)
+        axes = self._state_axes.cache
         copy = partial(kv_cache.copy_rows, length=window)
-        return self._over_slots(copy, (cache, on_every_device, ("slots",)), cache)
+        return self._over_slots(copy, (axes, kv_cache.replicated_axes(axes), ("slots",)), axes)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-CASES = ("GROUPED_TIED", "MULTI_UNTIED", "ONE_KV_UNTIED", "POST_NORM", "GELU")
+CASES = ("GROUPED_TIED", "MULTI_UNTIED", "ONE_KV_UNTIED", "POST_NORM", "GELU", "SLIDING")
 ROWS, LENGTH = 2, 17
 
 

@@ -18,6 +18,7 @@ CASES = [
     "ONE_KV_UNTIED",
     "POST_NORM",
     "GELU",
+    "SLIDING",
 ]  # in make_golden.py's order: the index is the seed
 
 
@@ -165,6 +166,8 @@ def test_init_starts_near_the_uniform_distribution():
         ({"norm_placement": "sandwich"}, r"norm_placement to be one of \('pre', 'post'\), got 'sandwich'"),
         ({"qk_norm": True}, "qk_norm to be one of .*, got True"),
         ({"activation": "relu"}, "activation to be one of .*, got 'relu'"),
+        ({"sliding_windows": (4, 0)}, r"a whole number for each of 3 layers, .*, got \(4, 0\)"),
+        ({"sliding_windows": (4, 0, -1)}, "sliding_windows to be a whole number"),
     ],
 )
 def test_bad_sizes_and_options_are_refused(change: dict, complaint: str):

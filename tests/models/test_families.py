@@ -216,6 +216,8 @@ def test_options_of_no_family_are_not_written():
     config = replace(CONFIGS["tiny"], qkv_bias=True)
     with pytest.raises(ValueError, match=r"expected the options of a family \(Qwen2.*got .*'head', 'qkv_bias': True"):
         config_to_hf(config, "float32")
+    with pytest.raises(ValueError, match=r"got .*'sliding_windows': \(4, 0, 4, 4\)"):
+        config_to_hf(replace(CONFIGS["tiny"], sliding_windows=(4, 0, 4, 4)), "float32")
     gelu = replace(CONFIGS["tiny"], activation="gelu_tanh")
     assert config_from_hf(config_to_hf(gelu, "float32"), "float32") == gelu
 

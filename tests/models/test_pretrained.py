@@ -367,7 +367,7 @@ def test_a_dtype_is_a_name_or_what_jax_and_numpy_call_one(tmp_path: Path):
     bfloat16: Any = jnp.bfloat16
     int8: Any = jnp.int8
     odd_ones: Any = ("bf16", None, float, jnp.float16, np.dtype("int8"), object())
-    assert ModelConfig(64, 32, 48, 2, 4, 2, 8, dtype=bfloat16).dtype == "bfloat16"
+    assert ModelConfig(64, 32, 48, 2, 4, 2, 8, dtype=jnp.bfloat16).dtype == "bfloat16"
     assert SamplingConfig(cache=int8) == SamplingConfig(cache="int8")
     assert LearnerConfig(moments=bfloat16).moments == "bfloat16"
     for odd in odd_ones:

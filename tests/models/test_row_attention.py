@@ -58,6 +58,27 @@ def test_a_kernel_is_the_masked_softmax(attend, length: int, heads: int, kv_head
             np.testing.assert_allclose(one, other, atol=5e-5, rtol=5e-5)
 
 
+@pytest.mark.parametrize("window", [1, 7, 16, 40, 1000])
+def test_a_sliding_window_is_a_mask(window: int):
+    """Values and gradients against a masked softmax. In blocks of 4, windows of up to 16 look back over 16 keys."""
+    keys = jax.random.split(jax.random.key(window), 3)
+    q, k, v = (jax.random.normal(key, (2, 48, heads, 16)) for key, heads in zip(keys, (4, 2, 2), strict=True))
+    segments = jnp.asarray([np.repeat((1, 2, 0), (30, 15, 3)), np.full(48, 1)])
+    distance = jnp.arange(48)[:, None] - jnp.arange(48)[None]
+    visible = ((distance >= 0) & (distance < window))[None] & (segments[:, :, None] == segments[:, None])
+
+    def masked(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
+
+    def gradients(attention):
+        total = lambda q, k, v: jnp.sum(jnp.where((segments > 0)[..., None, None], jnp.sin(attention(q, k, v)), 0.0))
+        return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+
+    ours = partial(blocked_attention, segment_ids=segments, sliding_window=jnp.int32(window), block=4)
+    for one, other in zip(jax.tree.leaves(gradients(ours)), jax.tree.leaves(gradients(masked)), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("more", [0, 4, 30])
 def test_short_segments_are_not_looked_beyond(more: int):
     """Rows of 48 in blocks of 4: with segments of at most 16, queries look back over 16 keys, and the numbers stay."""

@@ -18,13 +18,14 @@ from conversation import (
     start_episodes,
     token_gaps,
 )
-from small_policies import DEEP, GELU, GROUPED_TIED, MULTI_UNTIED, POST_NORM, numpy_params, numpy_tokens
+from small_policies import DEEP, GELU, GROUPED_TIED, MULTI_UNTIED, POST_NORM, SLIDING, numpy_params, numpy_tokens
 
 from aem_jax.models import Policy
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sharding import MeshConfig, make_mesh
 
+DEEP_SLIDING = replace(DEEP, sliding_windows=(5, 0, 3) * 3)
 POLICY = Policy(GROUPED_TIED)
 PARAMS = numpy_params(GROUPED_TIED)
 STOPS = (5, 60)
@@ -67,7 +68,7 @@ def test_greedy_equals_the_cacheless_forward(config):
         assert len(episode.responses[0]) == 14 or ids[-1] == 5
 
 
-@pytest.mark.parametrize("config", [GROUPED_TIED, DEEP, POST_NORM, GELU])
+@pytest.mark.parametrize("config", [GROUPED_TIED, DEEP, POST_NORM, GELU, SLIDING, DEEP_SLIDING])
 def test_several_turns_have_the_logprobs_and_entropies_of_one_cacheless_pass(config):
     policy, params = Policy(config), numpy_params(config)
     s = Sampler(policy, SamplingConfig(1.0), (5,), capacity=96, slack=16)

@@ -1,0 +1,275 @@
+"""Conversion between text and ids, and chat turns as id *deltas*.
+
+A conversation grows at its end: prompt, response, delta, response, delta, … Sampled ids are never changed, and only
+observations are tokenised. The markup around an observation comes from the chat template, which must keep earlier turns
+unchanged. If every prompt is built from scratch (context `window`), any template is accepted.
+"""
+
+import datetime
+import functools
+import json
+import re
+from array import array
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from aem_jax.files import valid_text
+from aem_jax.tokenizer.bpe import any_of, quiet_libraries, train_bpe
+from aem_jax.tokenizer.chat_template import ChatTemplate, first_line, saved_day
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Two private-use characters fence a control token inside the text of a message, from rendering to encoding.
+_FENCES = "\ue0f0\ue0f1"
+_FENCED = re.compile(f"{_FENCES[0]}(.*?){_FENCES[1]}", re.DOTALL)
+_NO_FENCES = str.maketrans("", "", _FENCES)
+
+_CACHED_DELTAS = 4096
+
+_TRUSTED = ("system", "assistant")
+"""Roles of the user's own instruction and of the policy's responses. Other messages come from the environment."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer: the one in --model.path, or one that is trained for the run."""
+
+    chat_template: Literal["own", "chatml"] = "own"
+    """With --model.path: the model's own chat template, or plain ChatML. Qwen3's own template drops earlier thoughts,
+    so it requires rollout.context window."""
+    thinking: bool = True
+    """Value of enable_thinking for the chat template. With False, Qwen3 responds without a thought."""
+    vocab_size: int = 1024
+    """Maximum size of a trained vocabulary: bytes, control tokens, and merges learned from the environment's text."""
+    whole_words: tuple[str, ...] = ("<action>", "</action>")
+    """Strings that are always one token each in a trained tokenizer."""
+    episodes: int = 200
+    """Number of expert episodes whose text the tokenizer is trained on."""
+
+
+class ChatTokenizer:
+    """A Hugging Face tokenizer that also encodes the chat turns of its template.
+
+    Control tokens in a message or an observation are plain text, not markup. They are encoded character by character,
+    so that an environment cannot forge a response of the policy. The tokenizer's special tokens are control tokens
+    everywhere. Other added tokens that the chat template writes (`<|User|>`, `<think>`) are control tokens in messages
+    of the environment, and stay tokens in responses and in the system message.
+
+    A template may write the date (`strftime_now`, as in Llama 3.2). The date is the day on which the tokenizer was
+    first loaded. `save_pretrained` saves it, so that a run's prompts do not change at midnight.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        appends: bool = True,
+        thinking: bool = True,
+        day: datetime.date | None = None,
+    ) -> None:
+        """Wraps a fast tokenizer that has a chat template.
+
+        Args:
+            tokenizer: a tokenizer of transformers, backed by the tokenizers library.
+            appends: whether conversations grow by `delta_ids`. If not, the template may change earlier turns.
+            thinking: value of `enable_thinking` for the template. With False, Qwen3's template adds an empty thought.
+            day: the date for a template that writes one; None: today.
+
+        Raises:
+            ValueError: the tokenizer is slow or has no chat template, or the template cannot render a conversation,
+                never closes a response with a control token, or, with `appends`, changes earlier turns.
+        """
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"expected a fast tokenizer, got {type(tokenizer).__name__}; its files need a tokenizer.json"
+            )
+        self._tokenizer, self._template = tokenizer, ChatTemplate(tokenizer, thinking=thinking, day=day)
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()  # type: ignore[attr-defined]
+        control = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        # A rendered conversation also contains markup that the template composes from parts.
+        written = self._template.text + self._template.conversation("(task)", "(answer)", "(seen)")
+        markup = [token.content for token in added if not token.special and token.content in written]
+        self._control, self._markup_tokens = any_of(control), any_of([*control, *markup])
+        self._backend, self._plain = _backends(tokenizer, {*control, *markup})
+        self._stop_id = self._encode_fenced(self._template.stop_token(control))[0]
+        self._open_delta = functools.lru_cache(_CACHED_DELTAS)(self._encode_delta)
+        self.markup = self._template.turn_markup(control) if appends else None
+        if appends:
+            self._check_ids()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, chat_template: str | None = None, appends: bool = True, thinking: bool = True
+    ) -> "ChatTokenizer":
+        """Loads a tokenizer from Hugging Face's files.
+
+        Args:
+            path: folder, or a name on the Hub.
+            chat_template: Jinja text to use instead of the tokenizer's own, e.g. `CHATML` for Qwen3.
+            appends: see the constructor.
+            thinking: see the constructor.
+
+        Raises:
+            ValueError: no tokenizer is found, or the constructor refuses it.
+        """
+        quiet_libraries()
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+        except Exception as error:  # damaged files: tokenizers raises plain Exception, transformers many types
+            reason = first_line(error)
+            raise ValueError(f"expected a tokenizer in Hugging Face's files, got {str(path)!r}: {reason}") from error
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        return cls(tokenizer, appends=appends, thinking=thinking, day=saved_day(Path(path)))
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        *,
+        vocab_size: int = 1024,
+        whole_words: Sequence[str] = ("<action>", "</action>"),
+    ) -> "ChatTokenizer":
+        """Trains a small byte-level BPE on an environment's text, with Qwen's control tokens and template.
+
+        Any text can be encoded, because the vocabulary contains all bytes. The same texts give the same tokenizer.
+
+        Args:
+            texts: observations of the environment and responses of its experts.
+            vocab_size: upper bound; includes 256 bytes, 3 control tokens and `whole_words`. Few texts give fewer.
+            whole_words: strings that are always one token each.
+
+        Raises:
+            ValueError: vocab_size leaves no room for the bytes, or `texts` is one string.
+        """
+        return cls(train_bpe(texts, vocab_size, whole_words))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and the chat template, as `AutoTokenizer` reads them.
+
+        If the template writes the date, this tokenizer's day is saved in another file of the folder.
+        """
+        self._tokenizer.save_pretrained(str(folder))
+        self._template.save_day(Path(folder))
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id. An embedding needs at least this many rows."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The id with which the template closes a response. No other end-of-text id closes a turn."""
+        return (self._stop_id,)
+
+    @property
+    def pad_id(self) -> int:
+        """The id for padding: the pad token, or the stop id if the tokenizer has no pad token."""
+        pad = self._tokenizer.pad_token_id
+        return self._stop_id if pad is None else int(pad)  # type: ignore[arg-type]
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes plain text. Nothing is added, and special tokens in it are plain text. Not for sampled text."""
+        return self._encode_fenced(self._fence(text, trusted=True))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes ids to text, without control tokens."""
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Encodes a conversation up to the start of the next response.
+
+        Args:
+            messages: messages with `role` and `content`, as the template expects them.
+
+        Raises:
+            ValueError: there are no messages, or the template refuses them.
+        """
+        if not messages:
+            raise ValueError("expected at least one message, got none")
+        fenced = [
+            {"role": m["role"], "content": self._fence(m["content"], trusted=m["role"] in _TRUSTED)} for m in messages
+        ]
+        return self._encode_fenced(self._template.render(fenced))
+
+    def delta_ids(self, observation: str, *, closed: bool = True) -> list[int]:
+        """Returns the ids between two responses: the observation as a turn, with the markup around it.
+
+        Args:
+            observation: the environment's text after the first response.
+            closed: whether the response ended with the stop id. If it was truncated, the delta first closes it.
+
+        Raises:
+            ValueError: the tokenizer was made for conversations that do not grow (`appends=False`).
+        """
+        delta = self._open_delta(observation).tolist()
+        return delta[1:] if closed else delta
+
+    def _encode_delta(self, observation: str) -> "array[int]":
+        """Encodes the delta, which begins with the stop id. An array takes 4 bytes per id, so many can be cached."""
+        if self.markup is None:
+            raise ValueError("expected a tokenizer made with appends=True, got one for prompts that are built anew")
+        text = observation.strip() if self.markup.strips else observation
+        fenced = self._fence(text, trusted=False)
+        return array("i", self._encode_fenced(self.markup.before + fenced + self.markup.after))
+
+    def _fence(self, text: str, trusted: bool) -> str:
+        """Fences control tokens in the text of a message, and removes fences that it already contains.
+
+        Args:
+            text: text of a message.
+            trusted: whether the text may contain added tokens of the template that are not special, as a response may.
+        """
+        # Existing fences are removed first, because the pieces around one may form a token.
+        text = valid_text(text).translate(_NO_FENCES)
+        return (self._control if trusted else self._markup_tokens).sub(
+            lambda m: f"{_FENCES[0]}{m[0]}{_FENCES[1]}", text
+        )
+
+    def _encode_fenced(self, text: str) -> list[int]:
+        pieces = _FENCED.split(text)  # text, control token, text, …
+        ids: list[int] = []
+        for index, piece in enumerate(pieces):
+            if piece:
+                encoder = self._plain if index % 2 else self._backend
+                ids += encoder.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    def _check_ids(self) -> None:
+        """Verifies that ids built turn by turn equal the ids of the whole conversation, not only its text."""
+        answer, observations = "look around", ("A room.", "You see nothing.", "Bye.")
+        messages = [{"role": "user", "content": observations[0]}]
+        ids = self.prompt_ids(messages)
+        for observation in observations[1:]:
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": observation}]
+            ids += self.encode(answer) + self.delta_ids(observation, closed=False)
+        expected = self.prompt_ids(messages)
+        if ids != expected or self.delta_ids("A room.", closed=False)[0] != self._stop_id:
+            ours, theirs = (self._backend.decode(i, skip_special_tokens=False) for i in (ids, expected))
+            raise ValueError(
+                f"expected ids built turn by turn to be those of the whole conversation, got {ids} ({ours!r}) "
+                f"for {expected} ({theirs!r}); the template needs a control token or a line break on each side of a "
+                "response"
+            )
+
+
+def _backends(tokenizer: "PreTrainedTokenizerBase", markup: Collection[str]):
+    """Returns (the tokenizer's backend, a copy that reads added tokens as plain text), without truncation or padding.
+
+    Markup is matched before normalization, so that a normalizer cannot produce it from other characters.
+    """
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    for token in state["added_tokens"]:
+        token["normalized"] = token["normalized"] and token["content"] not in markup
+    state["truncation"] = state["padding"] = None
+    engine = Tokenizer.from_str(json.dumps(state))
+    # A post-processor may refer to added tokens. This module's encoding does not use it.
+    plain = Tokenizer.from_str(json.dumps(state | {"added_tokens": [], "post_processor": None}))
+    return engine, plain
