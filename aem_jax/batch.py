@@ -1,6 +1,6 @@
 """Trajectories → fixed-shape arrays. No other module depends on the layout of a row.
 
-A *segment* is a sequence of ids that attend to each other: a whole trajectory in the "append" context (prompt,
+A *segment* is a sequence of ids that attend to each other: a trajectory in the "append" context (prompt,
 response, observation, response, …), one turn in the "window" context. Segments are packed first-fit-decreasing into
 rows of one length; rows are grouped into microbatches, microbatches into minibatches. Shapes are fixed and only
 `minibatch_ends` varies, so nothing recompiles and unused microbatches cost nothing. Responses and trajectories are
@@ -35,7 +35,7 @@ class BatchConfig:
     """Tokens of a microbatch, instead of rows: the number of rows follows, rounded to multiples of mesh.data ×
     mesh.fsdp where these are given; 0 uses rows."""
     row_length: int = 0
-    """Tokens of a row; episodes are packed into rows. 0 uses rollout.context_tokens."""
+    """Tokens of a row, which holds several episodes; 0: rollout.context_tokens."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ _TABLES = {
     "trajectory_minibatch": ("trajectory", np.int32),
     "minibatch_ends": ("minibatch", np.int32),
 }
-"""Table → what a row stands for, and the dtype."""
+"""Table → the meaning of a row, and the dtype."""
 
 
 def packed_sharding(mesh: Mesh) -> NamedSharding:
@@ -170,7 +170,7 @@ def abstract_batch(layout: BatchLayout, mesh: Mesh) -> Batch:
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """Moves a batch to the mesh. Every process holds the whole batch and gives its devices their rows.
+    """Moves a batch to the mesh. Every process holds the complete batch and gives its devices their rows.
 
     Raises:
         ValueError: the rows of a microbatch do not divide over the mesh.

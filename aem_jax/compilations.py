@@ -1,4 +1,4 @@
-"""Counts compilations, so that every step's metrics show whether anything compiled after warm-up."""
+"""Counts compilations: the metrics of every step show whether a program was compiled after warm-up."""
 
 import jax
 
@@ -6,12 +6,12 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 _count = 0
 
 
-def _listen(event: str, duration_secs: float, **_: object) -> None:
+def _count_event(event: str, duration_secs: float, **_: object) -> None:
     global _count
     _count += event == _EVENT
 
 
-jax.monitoring.register_event_duration_secs_listener(_listen)
+jax.monitoring.register_event_duration_secs_listener(_count_event)
 
 
 def compilations() -> int:

@@ -34,7 +34,7 @@ class AemConfig:
     min_range: float = 0.1
     """Minimum range of a group's response entropies, nats; groups below it keep alpha = 1."""
     scope: Literal["group", "trajectory", "batch"] = "group"
-    """Scope of alpha's normalisation: a rollout group, or (the paper's ablations) a trajectory or the whole batch."""
+    """Scope of alpha's normalisation: a rollout group, or (the paper's ablations) a trajectory or the batch."""
     variant: Literal["aem", "reversed", "shuffled"] = "aem"
     """aem, or one of the paper's ablations: reversed (-strength: uncertain responses weigh more), or shuffled (the
     alphas of a scope are permuted among its responses)."""
@@ -79,7 +79,7 @@ def make_credit(
 ) -> Callable[..., tuple[Credit, dict[str, Any]]]:
     """Builds `credit(batch, key=None, values=None) -> (Credit, statistics)`, jitted.
 
-    The variant "shuffled" needs the PRNG key. `values` f32[R] are given exactly if there is a value head.
+    The variant "shuffled" needs the PRNG key. `values` f32[R] are needed with a value head, and only then.
 
     Args:
         estimate: base advantages of responses, e.g. `of_returns(over_trajectories, grpo)`.
@@ -171,4 +171,4 @@ SCOPES: Mapping[str, Scope] = {"group": _group, "trajectory": _trajectory, "batc
 VARIANTS: Mapping[str, tuple[float, bool]] = {"aem": (1.0, False), "reversed": (-1.0, False), "shuffled": (1.0, True)}
 """Name → (factor of strength, whether coefficients are shuffled afterwards)."""
 _SHUFFLE = 0x5AFF1E
-"""Folded into a step's key; no episode has this number, so the shuffle's randomness is its own."""
+"""Folded into the key of a step. No episode has this number, so the shuffle has its own random numbers."""

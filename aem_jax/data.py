@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
-from aem_jax.trajectory import Task
+from aem_jax.envs.protocol import Task
 
 
 def task_groups(tasks: Sequence[Task], num_groups: int, *, seed: int) -> Callable[[int, int], list[Task]]:
-    """Tasks of each step and round, one for each rollout group: a pure function, so there is no state to save.
+    """Returns a pure function (step, round) -> tasks, one for each rollout group; there is no state to save.
 
     The rounds 0 of steps 0, 1, … iterate over passes of the tasks. Each pass is a permutation that depends on the seed
     and the pass alone; a step may span the end of one. The rounds 1 iterate likewise in other orders, and so on, so a

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 
 from aem_jax.envs.play import Act, play, play_each
-from aem_jax.envs.protocol import Environment
+from aem_jax.envs.protocol import Environment, Task
 from aem_jax.metrics import Evaluation, Rate
 from aem_jax.rollout import Rollout, check_some_played
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending, Trajectory
 
 
 @dataclass(frozen=True)

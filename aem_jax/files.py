@@ -65,6 +65,26 @@ def parse_json(text: str | bytes, source: str) -> Any:
         raise ValueError(f"{source}: {error}") from None
 
 
+def parse_mapping(text: str, name: str) -> dict[str, Any]:
+    """Parses a JSON mapping in a setting.
+
+    Args:
+        text: the setting's value.
+        name: the setting's name, for the error.
+
+    Raises:
+        ValueError: the text is not a JSON mapping.
+    """
+    refusal = f"expected {name} as a JSON mapping, got {text!r:.200}"
+    try:
+        value = parse_json(text, name)
+    except ValueError as error:
+        raise ValueError(f"{refusal}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(refusal)
+    return value
+
+
 def read_text(path: Path | str) -> str:
     """Reads a file's text and keeps its line ends. A leading byte order mark is removed.
 

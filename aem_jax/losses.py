@@ -4,8 +4,8 @@ A loss is `Σ_t w_t · ℓ_t` over the tokens of a minibatch. The weights are fi
 small table of responses, so the sum does not depend on how tokens are packed into rows and rows into microbatches: no
 mean is taken over the tokens of one array. An aggregation is a function from that table to weights.
 
-The ratio of a whole sequence (GSPO) depends on all its tokens. Log-ratios are summed for each response, in a table
-again, before any loss is computed.
+The ratio of a sequence (GSPO) depends on all its tokens. Log-ratios are summed for each response, in a table again,
+before any loss is computed.
 
 Left out: an entropy bonus (AEM changes entropy through the advantages), and means over masked arrays. A value head's
 loss is a sum over states instead of tokens, aggregated the same way.
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are cut here, in nats: e^20 has no meaning as a ratio, but e^89 is infinite, and 0 · inf poisons a sum."""
+"""Bound on log-ratios, in nats. A ratio beyond e^20 has no meaning; e^89 is infinite in float32, and 0 · inf is NaN."""
 
 
 class TokenLoss(NamedTuple):
@@ -68,8 +68,8 @@ def clipped_policy_loss(
         ρ_t = exp(logp_t − logp_t^old)
         ℓ_t = −min( ρ_t A_t,  clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t )
 
-    With a dual clip c (arXiv 1912.09729), ℓ_t = min(ℓ_t above, −c A_t) where A_t < 0: otherwise the loss of a bad token
-    that became much likelier is unbounded. Gradients flow through `logprobs` alone.
+    With a dual clip c (arXiv 1912.09729), ℓ_t = min(ℓ_t above, −c A_t) where A_t < 0: without it, the loss of a token
+    that became much likelier is unbounded there. Gradients flow through `logprobs` alone.
 
     Args:
         logprobs: float[...], of the sampled tokens under the policy being trained, nats.
@@ -99,22 +99,22 @@ def sequence_policy_loss(
     clip_high: float,
     dual_clip: float = 0.0,
 ) -> TokenLoss:
-    """GSPO: the clipped surrogate on the ratio of the whole sequence that a token stands in (arXiv 2507.18071).
+    """GSPO: the clipped surrogate on the ratio of the sequence that a token belongs to (arXiv 2507.18071).
 
         s = exp( 1/n Σ_t (logp_t − logp_t^old) )                over the n tokens of the sequence
         ρ_t = s · exp(logp_t − sg[logp_t])                      sg: no gradient
         ℓ_t = −min( ρ_t A_t,  clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t )
 
-    ρ_t is s in value, so all tokens of a sequence are clipped together. And the sum of ℓ_t has the gradient of GSPO's
+    ρ_t is s in value, so all tokens of a sequence are clipped together. The sum of ℓ_t has the gradient of GSPO's
     own loss, in which s itself is differentiated. With one weight w and one advantage A for the sequence that loss is
-    L = Σ_t w ℓ = −n w s A (where the clip does not decide), and
+    L = Σ_t w ℓ = −n w s A (where the clip is not active), and
 
         ∂L/∂logp_u = −n w A · ∂s/∂logp_u = −n w A · s / n = −w s A = ∂(Σ_t w ℓ_t)/∂logp_u
 
     GSPO's mean over sequences is w = 1 / (number of sequences · n): `response_mean`, or `trajectory_mean` for
     sequences of all a trajectory's responses. Where advantages or weights differ inside a sequence (the responses of a
     trajectory, after AEM), each token is credited with its own, not with the mean of its sequence: GSPO-token (§4.3 of
-    the paper). Each token's loss needs nothing but its own numbers and s, so it can be computed where its logits are.
+    the paper). The loss of a token needs only its own numbers and s, so it can be computed where its logits are.
 
     Args:
         logprobs: float[...], of the sampled tokens under the policy being trained, nats.
@@ -158,7 +158,7 @@ def _clipped(
 
 SequenceRatio = Callable[[ArrayLike, ArrayLike, ArrayLike, int], jax.Array]
 """(sums f32[R], response_tokens i32[R], response_trajectory i32[R], num_trajectories) -> f32[R], log s of the sequence
-that each response stands in, nats. `sums` are Σ_t (logp_t − logp_t^old) over the tokens of each response; a response
+that each response belongs to, nats. `sums` are Σ_t (logp_t − logp_t^old) over the tokens of each response; a response
 without tokens is outside the minibatch, and gets 0."""
 
 
@@ -267,7 +267,7 @@ def clipped_value_loss(values: ArrayLike, old_values: ArrayLike, returns: ArrayL
 
 
 def k1(logprobs: ArrayLike, reference_logprobs: ArrayLike) -> jax.Array:
-    """KL(π ‖ π_ref) by one sample: unbiased, of either sign. A statistic only: its gradient is not the KL's.
+    """KL(π ‖ π_ref) by one sample: unbiased, of either sign. A statistic only: its gradient is not that of the KL.
 
         k1_t = logp_t − logp_t^ref
 
@@ -307,7 +307,8 @@ def k3(logprobs: ArrayLike, reference_logprobs: ArrayLike) -> jax.Array:
 
 Aggregation = Callable[[ArrayLike, ArrayLike, int], jax.Array]
 """(response_tokens i32[R], response_trajectory i32[R], num_trajectories) -> f32[R], the weight of *each token* of each
-response. A response without tokens is outside the minibatch: weight 0, counted nowhere, nor is a trajectory of such."""
+response. A response without tokens is outside the minibatch: it has weight 0 and is not counted, nor is a trajectory of
+such responses."""
 
 
 def token_mean(response_tokens: ArrayLike, response_trajectory: ArrayLike, num_trajectories: int) -> jax.Array:

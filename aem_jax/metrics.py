@@ -198,7 +198,7 @@ def read_lines(path: Path | str) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path | str, record: Mapping[str, Any]) -> None:
-    """Appends one record as one line in one write, so that a reader or a resumed run sees all of it or none."""
+    """Appends one record as one line in one write, so that a reader or a resumed run gets the complete line or none."""
     line = json_line(record) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -232,8 +232,8 @@ def drop_lines(path: Path | str, step: int) -> None:
 class MetricsWriter:
     """Writes the metrics of each step to all destinations of the config. A context manager.
 
-    A thread of its own writes, in order, so that no step waits for a disk or a service. An error of that thread is
-    raised by the next call.
+    A background thread writes, in order, so that no step waits for a disk or a service. The next call raises an error
+    of that thread.
 
     Args:
         run_dir: the run's folder; created if it does not exist.
@@ -265,10 +265,10 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, float | int | None]:
         """Writes the metrics of one step; returns the line of the file."""
         record = {"step": int(step), **flatten(values)}
-        self.later(lambda: self._write(step, record))
+        self.submit(lambda: self._write(step, record))
         return record
 
-    def later(self, work: Callable[[], None]) -> None:
+    def submit(self, work: Callable[[], None]) -> None:
         """Queues work for the writing thread.
 
         Raises:
@@ -279,7 +279,7 @@ class MetricsWriter:
         self._unfinished.append(self._thread.submit(work))
 
     def wait(self) -> None:
-        """Waits until everything queued is written; raises as `later`."""
+        """Waits until everything queued is written; raises as `submit`."""
         while self._unfinished:
             self._unfinished.popleft().result()
 
@@ -294,7 +294,7 @@ class MetricsWriter:
             self._wandb.log(dict(record), step=step)
 
     def close(self) -> None:
-        """Waits as `wait`, then closes all destinations; raises as `later`."""
+        """Waits as `wait`, then closes all destinations; raises as `submit`."""
         try:
             self.wait()
         finally:

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from aem_jax.errors import ConfigError
@@ -191,8 +192,8 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
     except ConfigError:
         raise
     except ValueError as error:
-        # The config refuses the whole of it. The field is one that it names, before others one that was set: a word may
-        # also be a value that is called as another field is.
+        # The message names the field. Fields that were set come first: a word of the message may be a value that is
+        # spelled like another field.
         words = str(error).replace(",", " ").split()
         mentioned = [field.name for field in dataclasses.fields(config) if field.name in words]
         named = next((name for name in mentioned if name in own), next(iter(mentioned), next(iter(own))))
@@ -200,7 +201,7 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
 
 
 def conform(value: Any, kind: Any) -> Any:
-    """`value` as the annotated type. An int becomes a float, and a list a tuple; nothing else is converted.
+    """`value` as the annotated type. An int becomes a float, a list a tuple, a text a path; nothing else is converted.
 
     Raises:
         ValueError: another type, or none of the choices.
@@ -222,6 +223,8 @@ def conform(value: Any, kind: Any) -> Any:
             return tuple(conform(item, its) for item, its in zip(value, inner))
     elif kind is float and type(value) is int:
         return float(value)
+    elif kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
     elif type(value) is kind:
         return value
     raise ValueError(f"expected {describe(kind)}, got {value!r}")
@@ -237,8 +240,8 @@ def describe(kind: Any) -> str:
     if origin is tuple:
         item = describe(arguments[0])
         return f"a list, each {item}" if arguments[1:] == (...,) else f"{len(arguments)} values, each {item}"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
-    return words.get(kind, str(kind))
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    return words.get(kind) or ("none" if kind is type(None) else str(kind))
 
 
 def read(words: Sequence[str], kind: Any) -> Any:
@@ -296,7 +299,7 @@ def split(words: Sequence[str]) -> tuple[list[str], Options]:
         elif re.match(r"-[A-Za-z]", word) and word != "-h":
             raise ConfigError(f"unknown option {word!r}; options are written --{word.lstrip('-')}")
         elif word == "-h":
-            options["help"] = []
+            current = options["help"] = []
         else:
             current.append(word)
     return positional, options

@@ -8,8 +8,8 @@ without any signal. DAPO (arXiv 2503.14476, §3.2) filters such groups and plays
 than it needs in its one round. Both are a number of rounds and a number of tasks in each.
 
 Selection has no state. The tasks and samples of round r of step s depend on s and r alone, and the choice depends on
-the trajectories alone, which are equal in all processes; so a resumed run chooses what an uninterrupted one chooses. A
-batch with fewer groups has fewer filled rows, not another shape.
+the trajectories alone, which are equal in all processes. So a resumed run makes the same choice as an uninterrupted
+one. A batch with fewer groups has fewer filled rows, not another shape.
 
 Left out: filling the batch with filtered groups after the last round. Their advantages are 0, but they would count in
 the loss's means and in its KL.
@@ -23,8 +23,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from aem_jax.envs.protocol import Task
 from aem_jax.rollout.stats import RolloutStats, check_some_played, none_played
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending, Trajectory
 
 Outcome = Callable[[Trajectory], float]
 """The number compared inside a group: an episode's return, or its success."""
@@ -81,7 +82,7 @@ class SelectionConfig:
             )
 
     def tasks_per_round(self, num_groups: int) -> int:
-        """Tasks played in each round to learn from `num_groups`."""
+        """Tasks played in each round, to learn from `num_groups` groups."""
         return math.ceil(self.oversample * num_groups)
 
 
@@ -129,18 +130,18 @@ class Selected:
 
 
 @dataclass(frozen=True)
-class Played:
+class StepEpisodes:
     """A step's episodes.
 
     Attributes:
-        trajectories: the selected ones, after the penalty.
-        everything: all of them; groups are numbered over all rounds.
+        trajectories: the selected episodes, after the penalty.
+        played: all episodes; groups are numbered over all rounds.
         stats: the rounds' counts and seconds, added up.
         metrics: `selection/…`.
     """
 
     trajectories: list[Trajectory]
-    everything: list[Trajectory]
+    played: list[Trajectory]
     stats: RolloutStats
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -187,7 +188,7 @@ def play_rounds(
     params: Any,
     step: int,
     key: jax.Array,
-) -> Played:
+) -> StepEpisodes:
     """Plays a step's rounds and selects from their episodes.
 
     Round 0 samples with `key`, round r with `fold_in(key, 2^32 − r)`: the keys of round 0's episodes are already
@@ -208,19 +209,19 @@ def play_rounds(
     Raises:
         EnvError: the environment broke all episodes of `BROKEN_TASKS` tasks or more; with the first error.
     """
-    everything: list[Trajectory] = []
-    stats, rounds, next_group, begin = RolloutStats(), 0, 0, 0
+    played: list[Trajectory] = []
+    stats, rounds, next_group, start = RolloutStats(), 0, 0, 0
     while True:
         round_tasks, round_key = tasks(step, rounds), jax.random.fold_in(key, 2**32 - rounds) if rounds else key
         trajectories, round_stats = rollout(params, round_tasks, round_key)
-        everything += [replace(t, group=next_group + t.group) for t in trajectories]
+        played += [replace(t, group=next_group + t.group) for t in trajectories]
         stats, rounds, next_group = stats + round_stats, rounds + 1, next_group + len(round_tasks)
         if next_group >= BROKEN_TASKS:
-            check_some_played(everything, stats, f"step {step}")
-        if none_played(everything):
-            begin = len(everything)  # these tasks may be the broken ones: play others in their place
+            check_some_played(played, stats, f"step {step}")
+        if none_played(played):
+            start = len(played)  # these tasks may be the broken ones: play others in their place
             continue
-        selected = select(everything[begin:], rule)
+        selected = select(played[start:], rule)
         if rounds >= rule.max_rounds or selected.groups >= rule.num_groups:
             break
     chosen = selected.trajectories
@@ -234,7 +235,7 @@ def play_rounds(
         "selection/masked_truncated": selected.masked,
         "selection/overlong_penalty": penalty / max(len(chosen), 1),
     }
-    return Played(penalised, everything, stats, metrics)
+    return StepEpisodes(penalised, played, stats, metrics)
 
 
 def returned(trajectory: Trajectory) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import mesh_utils
 from jax.experimental.layout import Format, Layout
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -149,7 +149,7 @@ def choose_mesh(demand: MeshDemand, devices: int, memory: float) -> MeshConfig:
             f"divides {', '.join(map(str, demand.split))}, got {devices} devices; make rows and slots multiples of "
             f"{-(-devices // math.gcd(devices, most))}"
         )
-    return min(candidates, key=lambda each: each[0])[1]
+    return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
 def partition(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
@@ -157,7 +157,7 @@ def partition(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
     return PartitionSpec(*(rules[axis] if axis is not None else None for axis in axes))
 
 
-def shardings(mesh: Mesh, axes: Any, rules: Rules, shapes: Any = None) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, axes: Any, rules: Rules, shapes: Any = None) -> Any:
     """Maps a tree of logical-axes tuples to a tree of `NamedSharding`.
 
     Args:
@@ -190,16 +190,21 @@ def shardings(mesh: Mesh, axes: Any, rules: Rules, shapes: Any = None) -> Any:
 
 
 def _is_axes(node: Any) -> bool:
-    return isinstance(node, tuple) and all(each is None or isinstance(each, str) for each in node)
+    return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
 
 
-_TPU_ORDERS: Mapping[tuple[str | None, ...], tuple[int, ...]] = {
-    ("layers", "embed", "kv_heads", None, "head_dim"): (0, 2, 3, 1, 4),
-    ("layers", "embed", None, "mlp"): (0, 2, 1, 3),
-}
-"""Order, outermost first, of the dimensions of some weights in a TPU's memory while sampling. A TPU's matrix products
-need tiles of the contracted and the last dimension. With another order, every decoded chunk starts with a copy of these
-weights, which are most of the model, and keeps the copy until the chunk ends."""
+def _tpu_order(names: tuple[str | None, ...]) -> tuple[int, ...] | None:
+    """Order, outermost first, of a weight's dimensions in a TPU's memory while sampling; None for the array's own.
+
+    A TPU's matrix products need tiles of the contracted dimension (embed) and the last. With another order, every
+    decoded chunk starts with a copy of the QKV and MLP weights, which are most of the model, and keeps the copy until
+    the chunk ends.
+    """
+    if "embed" not in names[:-1]:
+        return None
+    contracted, last = names.index("embed"), len(names) - 1
+    order = (*(dimension for dimension in range(last) if dimension != contracted), contracted, last)
+    return order if order != tuple(range(len(names))) else None
 
 
 def decode_formats(mesh: Mesh, axes: Any, shapes: Any = None) -> Any:
@@ -214,7 +219,7 @@ def decode_formats(mesh: Mesh, axes: Any, shapes: Any = None) -> Any:
         return where
 
     def leaf(names: tuple[str | None, ...], sharding: NamedSharding) -> NamedSharding | Format:
-        order = _TPU_ORDERS.get(names)
+        order = _tpu_order(names)
         return sharding if order is None else Format(Layout(order), sharding)
 
     return jax.tree.map(leaf, axes, where, is_leaf=_is_axes)
@@ -226,5 +231,5 @@ def slot_shards(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding that puts the whole array on every device."""
+    """Returns the sharding that puts the complete array on every device."""
     return NamedSharding(mesh, PartitionSpec())

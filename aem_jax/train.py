@@ -1,4 +1,4 @@
-"""The training loop: tasks -> trajectories -> batch -> credit -> update, on one mesh, step after step."""
+"""The training loop: tasks → rollout → batch → credit → update, on one mesh."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,17 +12,18 @@ from jax.sharding import Mesh
 from aem_jax.batch import Batch, BatchLayout, collate, place
 from aem_jax.compilations import compilations
 from aem_jax.credit import Credit
+from aem_jax.envs.protocol import Task
 from aem_jax.learner import TrainState
 from aem_jax.rollout import Rollout, RolloutStats
 from aem_jax.selection import Rule, play_rounds, returned
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending, Trajectory
 
 Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length of the training, and how often to save."""
+    """Number of steps, and steps between checkpoints."""
 
     num_steps: int = 150
     """Training steps: one rollout and its update each."""
@@ -65,13 +66,13 @@ def train(
         reshard: the learner's parameters -> the sampled parameters, in the decode layout.
         credit: from `make_credit`.
         update: from `make_update`.
-        key: the run's PRNG key. Step i uses `fold_in(key, i)`, so that a resumed run samples what an unbroken one does.
+        key: the run's PRNG key. Step i uses `fold_in(key, i)`, so a resumed run samples as an uninterrupted one.
         seed: with the step, decides which trajectories share a minibatch.
         num_steps: the step to end at.
         reference: batch -> log-probabilities of the reference policy; None without a KL penalty.
         values: (the learner's parameters, batch) -> values of the batch's responses; None without a value head.
         on_step: called after each step with (state, step, metrics, trajectories learnt from, their credit).
-        should_stop: asked after each step.
+        should_stop: called after each step; True ends the training.
 
     Returns:
         The last state.
@@ -81,16 +82,16 @@ def train(
     for step in range(first, num_steps):
         start, compiled = time.perf_counter(), compilations()
         step_key = jax.random.fold_in(key, step)
-        # The resharded parameters get no name here, so that their memory is free again for the update.
+        # The resharded parameters get no name, so that their memory is free during the update.
         episodes = play_rounds(rollout, tasks, rule, reshard(state.params), step, step_key)
         rolled_out = time.perf_counter()
         batch = place(collate(episodes.trajectories, layout, seed=(seed, step)), mesh)
         advantages, credit_stats = credit(batch, step_key, values(state.params, batch) if values else None)
-        logprobs = reference(batch) if reference else None
-        state, learner_stats = update(state, batch, advantages.tokens, logprobs, values=advantages.values)
+        reference_logprobs = reference(batch) if reference else None
+        state, learner_stats = update(state, batch, advantages.tokens, reference_logprobs, values=advantages.values)
         credit_stats, learner_stats = jax.device_get((credit_stats, learner_stats))
         metrics = {
-            **rollout_metrics(episodes.everything, episodes.stats),
+            **rollout_metrics(episodes.played, episodes.stats),
             **episodes.metrics,
             **credit_stats,
             **learner_metrics(learner_stats),
@@ -103,22 +104,22 @@ def train(
     return state
 
 
-def timings(played: RolloutStats, start: float, rolled_out: float, end: float) -> Metrics:
+def timings(stats: RolloutStats, start: float, rolled_out: float, end: float) -> Metrics:
     """Seconds and rates of one step, from its clock readings."""
     return {
-        "throughput/tokens_per_s": (played.sampled_tokens + played.prefill_tokens) / (end - start),
-        "throughput/episodes_per_s": played.episodes / played.total_s,
+        "throughput/tokens_per_s": (stats.sampled_tokens + stats.prefill_tokens) / (end - start),
+        "throughput/episodes_per_s": stats.episodes / stats.total_s,
         "time/rollout": rolled_out - start,
-        "time/rollout_device": played.device_busy_s,
-        "throughput/device_utilization": played.device_busy_s / played.total_s,
-        "time/rollout_environment": played.environment_s,
+        "time/rollout_device": stats.device_busy_s,
+        "throughput/device_utilization": stats.device_busy_s / stats.total_s,
+        "time/rollout_environment": stats.environment_s,
         "time/update": end - rolled_out,
         "time/step": end - start,
     }
 
 
-def rollout_metrics(trajectories: Sequence[Trajectory], played: RolloutStats) -> Metrics:
-    """Statistics of the episodes, without those that their environment broke."""
+def rollout_metrics(trajectories: Sequence[Trajectory], stats: RolloutStats) -> Metrics:
+    """Statistics of the episodes, without those that the environment broke."""
     intact = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
     turns = [turn for t in intact for turn in t.turns]
     mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
@@ -139,9 +140,9 @@ def rollout_metrics(trajectories: Sequence[Trajectory], played: RolloutStats) ->
         "rollout/response_tokens": mean([len(turn.response_ids) for turn in turns]),
         "rollout/truncated": mean([t.ending is Ending.TRUNCATED for t in intact]),
         "rollout/mixed_groups": mean([len(different) > 1 for different in outcomes.values()]),
-        "rollout/retries": played.retries,
-        "rollout/env_errors": played.env_errors,
-        "rollout/overlong_prompts": played.overlong_prompts,
+        "rollout/retries": stats.retries,
+        "rollout/env_errors": stats.env_errors,
+        "rollout/overlong_prompts": stats.overlong_prompts,
     }
 
 
@@ -175,7 +176,7 @@ def transcripts(trajectories: Sequence[Trajectory], credit: Credit, step: int, c
                 {
                     "observation": turn.observation,
                     "response": turn.response,
-                    # as sampled: the credit has none for turns outside of the loss
+                    # As sampled, because the credit has no entropies of turns outside the loss.
                     "entropy": float(np.mean(turn.entropies)) if len(turn.entropies) else None,
                     "alpha": float(alpha[at + k]),
                     "advantage": float(base[at + k]),

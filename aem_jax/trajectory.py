@@ -58,7 +58,7 @@ class Trajectory:
         success: whether the task was solved.
         retries: number of restarts after an environment error.
         score: the task's own score in [0, 1]; 1 or 0, as `success`, where it has none.
-        context: "append" (turns share one growing sequence) or "window" (each turn has a prompt of its own).
+        context: "append" (turns share one growing sequence) or "window" (each turn has its own prompt).
         in_loss: whether its tokens are in the loss; otherwise it only counts in the statistics of its group.
     """
 

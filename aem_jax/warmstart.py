@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
+from jax.sharding import Mesh
 
-from aem_jax.batch import BatchLayout, collate
+from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.envs.play import Act, play, play_each
-from aem_jax.envs.protocol import Environment
+from aem_jax.envs.protocol import Environment, Task
 from aem_jax.rollout.context import first_messages
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 log = logging.getLogger(__name__)
 
@@ -140,8 +141,8 @@ def warmstart(
     demonstrations: Sequence[Trajectory],
     *,
     update: Callable[[Any, Any], tuple[Any, dict[str, Any]]],
-    place: Callable[[Any], Any],
     layout: BatchLayout,
+    mesh: Mesh,
     config: WarmstartConfig,
     seed: int,
     report: Callable[[int, dict[str, Any]], None],
@@ -152,8 +153,8 @@ def warmstart(
         state: the learner's state; donated.
         demonstrations: expert episodes.
         update: supervised update, `(state, batch) -> (state, metrics)`.
-        place: moves a batch to the mesh.
         layout: sizes of a batch of `config.batch_episodes` episodes.
+        mesh: the device mesh.
         config: steps and batch size.
         seed: of the order of the demonstrations.
         report: called with (step, metrics) after each step.
@@ -163,6 +164,6 @@ def warmstart(
     """
     batches = shuffled_batches(demonstrations, config.batch_episodes, seed)
     for step in range(config.steps):
-        state, metrics = update(state, place(collate(next(batches), layout)))
+        state, metrics = update(state, place(collate(next(batches), layout), mesh))
         report(step, metrics)
     return state

@@ -75,7 +75,7 @@ def trace_runs() -> list[Run]:
     """Returns one decode and one update with a profile, whose longest operations are printed to standard error."""
     folder = ("--trace", tempfile.mkdtemp(prefix="trace-"))
     decode, learn = _decode(LARGE, *_FIRST), _learn(SMALL, "auto", "layers")
-    return [each._replace(words=(*each.words, *folder)) for each in (decode, learn)]
+    return [run._replace(words=(*run.words, *folder)) for run in (decode, learn)]
 
 
 def _words(sizes: dict[str, object]) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 
-from aem_jax.envs.alfworld.engine import Game, start
+from aem_jax.envs.alfworld.engine import Game, Player
 
 EPISODE = 50
 
@@ -41,13 +41,13 @@ def measure_alfworld(folder: Path, seconds: float, seed: int = 0) -> dict[str, f
         parse()
         began = time.process_time()
         games.append(parse())
-        start(games[-1])
+        Player(games[-1])
         resets.append(1e3 * (time.process_time() - began))
     starts, steps, spent = [], 0, 0.0
     while spent < seconds:
         for game in games:
             began = time.process_time()
-            player = start(game)
+            player = Player(game)
             starts.append(1e3 * (time.process_time() - began))
             began = time.process_time()
             for _ in range(EPISODE):

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from aem_jax.batch import BatchLayout, collate, place
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
+from aem_jax.envs.protocol import Task
+from aem_jax.learner import LearnerConfig, init_state, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.sharding import MeshConfig, make_mesh
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 MODEL = ModelConfig(4096, 256, 768, 4, 8, 4, 32)
 
@@ -28,14 +29,14 @@ MODEL = ModelConfig(4096, 256, 768, 4, 8, 4, 32)
 def measure(rows: int, prompt: int, new: int, calls: int = 10) -> dict[str, float]:
     """Returns best and median seconds of an update over `calls` warm calls."""
     policy, mesh, learner = Policy(MODEL), make_mesh(MeshConfig()), LearnerConfig(learning_rate=1e-6)
-    state = init_state(policy, make_optimizer(learner, policy.axes), mesh, jax.random.key(0))
+    state = init_state(policy, learner, mesh, jax.random.key(0))
     update = make_update(policy, learner, mesh)
     layout = BatchLayout(1, rows, prompt + new, rows, rows)
     rng = np.random.default_rng(0)
     batch = place(collate([_episode(n, prompt, new, rng) for n in range(rows)], layout), mesh)
-    said = np.asarray(batch.response_ids) >= 0
-    per_row = rng.standard_normal((*said.shape[:2], 1))
-    advantages = jax.device_put(np.where(said, per_row, 0.0).astype(np.float32))
+    sampled = np.asarray(batch.response_ids) >= 0
+    per_row = rng.standard_normal((*sampled.shape[:2], 1))
+    advantages = jax.device_put(np.where(sampled, per_row, 0.0).astype(np.float32))
     seconds = []
     for _ in range(calls + 2):
         start = time.perf_counter()

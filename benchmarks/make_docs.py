@@ -12,7 +12,6 @@ The prose is in benchmarks.md.j2. Files are shown in the order of their names. A
 matches the committed files.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from aem_jax.bench.page import number
+from scripts.generated_page import table, template, write_or_check
 
 FOLDER = Path(__file__).resolve().parent
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
@@ -70,38 +70,28 @@ def render(results: Sequence[Result]) -> str:
     Raises:
         jinja2.UndefinedError: the template uses a name that no result has.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.globals |= {
-        "where": where,
-        "commands": commands,
-        "peers_table": peers_table,
-        "bench_table": bench_table,
-        "bench_facts": bench_facts,
-        "reached": reached,
-    }
-    of_kind = {kind: [each for each in results if each["kind"] == kind] for kind in FIELDS}
+    helpers = (where, commands, peers_table, bench_table, bench_facts, reached)
+    of_kind = {kind: [result for result in results if result["kind"] == kind] for kind in FIELDS}
     comparisons: dict[str, list[Result]] = {}
-    for each in of_kind["peers"]:
-        comparisons.setdefault(each["comparison"], []).append(each)
-    template = environment.get_template("benchmarks.md.j2")
-    return template.render(comparisons=comparisons, benches=of_kind["bench"], envs=of_kind["envs"])
+    for result in of_kind["peers"]:
+        comparisons.setdefault(result["comparison"], []).append(result)
+    page = template(FOLDER / "benchmarks.md.j2", **{helper.__name__: helper for helper in helpers})
+    return page.render(comparisons=comparisons, benches=of_kind["bench"], envs=of_kind["envs"])
 
 
 def where(result: Result) -> str:
     """Describes date, machine, versions and seeds of a result."""
-    said = [result["date"]]
+    parts = [result["date"]]
     if "machine" in result:
-        said.append(f"{result['machine']['cpu']}, {result['machine']['cores']} cores")
-    for name, found in result["versions"].items():
-        said.append(f"{name}: {_list(found)}" if isinstance(found, dict) else f"{name} {found}")
+        parts.append(f"{result['machine']['cpu']}, {result['machine']['cores']} cores")
+    for name, version in result["versions"].items():
+        if isinstance(version, dict):  # the packages of a program
+            packages = ", ".join(f"{package} {release}" for package, release in version.items())
+            parts.append(f"{name}: {packages}")
+        else:
+            parts.append(f"{name} {version}")
     note = f" {result['note']}" if result.get("note") else ""
-    return f"{'; '.join(said)}; seeds: {result['seeds']}.{note}"
+    return f"{'; '.join(parts)}; seeds: {result['seeds']}.{note}"
 
 
 def reached(values: Sequence[float], least: float) -> str:
@@ -111,24 +101,24 @@ def reached(values: Sequence[float], least: float) -> str:
 
 def commands(results: Iterable[Result]) -> str:
     """Returns a code block of the commands, without repetitions."""
-    lines = dict.fromkeys(command for each in results for command in each["commands"].values())
+    lines = dict.fromkeys(command for result in results for command in result["commands"].values())
     return "\n".join(["```sh", *lines, "```"])
 
 
 def peers_table(results: Sequence[Result]) -> str:
     """Returns a table with a row for each file: its rounds' values, and the ratios to each peer with their median."""
-    peers = list(dict.fromkeys(name for each in results for name in each["ratios"]))
+    peers = list(dict.fromkeys(name for result in results for name in result["ratios"]))
     unit = results[0]["unit"]
     header = ["shape", f"{OWN}, {unit}", *(f"{name}, {unit}" for name in peers), *(f"against {name}" for name in peers)]
     rows = [
         [
-            each["title"],
-            *(_values(each["values"].get(name, ())) for name in (OWN, *peers)),
-            *(_ratios(each["ratios"].get(name, ())) for name in peers),
+            result["title"],
+            *(_values(result["values"].get(name, ())) for name in (OWN, *peers)),
+            *(_ratios(result["ratios"].get(name, ())) for name in peers),
         ]
-        for each in results
+        for result in results
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def bench_table(result: Result) -> str:
@@ -136,49 +126,41 @@ def bench_table(result: Result) -> str:
     header = ["benchmark", "shape", "median", "quartiles", "slowest – fastest", "of the roofline"]
     rows = [
         [
-            f"{each['name']}: {each['what']}",
-            each["shape"],
-            f"{number(each['median'])} {each['unit']}",
-            " – ".join(map(number, each["quartiles"])),
-            f"{number(each['worst'])} – {number(each['best'])}",
-            _share(each["roofline"]),
+            f"{rate['name']}: {rate['what']}",
+            rate["shape"],
+            f"{number(rate['median'])} {rate['unit']}",
+            " – ".join(map(number, rate["quartiles"])),
+            f"{number(rate['worst'])} – {number(rate['best'])}",
+            _share(rate["roofline"]),
         ]
-        for each in result["results"]
+        for rate in result["results"]
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def bench_facts(result: Result) -> str:
     """Returns a list of the ceilings of a `bench` run and its results other than rates."""
-    found = {json.dumps(each["roofline"]["ceilings"]) for each in result["results"] if each["roofline"]}
+    ceilings = {json.dumps(rate["roofline"]["ceilings"]) for rate in result["results"] if rate["roofline"]}
     lines = [
-        f"- ceilings: a copy moves {number(each['bandwidth'] / 1e9)} GB/s, a {each['dtype']} matrix product does "
-        f"{number(each['peak'] / 1e9)} GFLOP/s"
-        for each in map(json.loads, sorted(found))
+        f"- ceilings: a copy moves {number(device['bandwidth'] / 1e9)} GB/s, a {device['dtype']} matrix product does "
+        f"{number(device['peak'] / 1e9)} GFLOP/s"
+        for device in map(json.loads, sorted(ceilings))
     ]
-    for each in (each for each in result["results"] if each["facts"]):
-        facts = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in each["facts"].items())
-        lines.append(f"- {each['name']}, {each['what']}: {facts}")
+    for rate in result["results"]:
+        if rate["facts"]:
+            facts = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in rate["facts"].items())
+            lines.append(f"- {rate['name']}, {rate['what']}: {facts}")
     return "\n".join(lines)
 
 
-def number(value: float) -> str:
-    """Formats with three digits, or with all digits before the decimal point."""
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
-
-
-def _list(found: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found.items())
-
-
 def _values(values: Sequence[float]) -> str:
-    return ", ".join(number(each).replace(",", "") for each in values) or "–"
+    return ", ".join(number(value).replace(",", "") for value in values) or "–"
 
 
 def _ratios(ratios: Sequence[float]) -> str:
     if not ratios:
         return "–"
-    rounds = f" ({', '.join(f'{each:.1f}' for each in ratios)})" if len(ratios) > 1 else ""
+    rounds = f" ({', '.join(f'{ratio:.1f}' for ratio in ratios)})" if len(ratios) > 1 else ""
     return f"**{statistics.median(ratios):.1f}×**{rounds}"
 
 
@@ -189,28 +171,10 @@ def _share(roofline: Mapping[str, Any] | None) -> str:
     return f"{roofline['share']:.1%} of {roofline['bound']}{mfu}"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    row = lambda cells: f"| {' | '.join(cells)} |"
-    return "\n".join([row(header), "|---" * len(header) + "|", *map(row, rows)])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.make_docs", description="Writes docs/benchmarks.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is another one")
-    options = parser.parse_args(argv)
-    try:
-        page = render(load(FOLDER / "results"))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.check:
-        same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page
-        print("the page is up to date" if same else "the page is another one; run python -m benchmarks.make_docs")
-        return 0 if same else 1
-    PAGE.write_text(page, encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(FOLDER.parent)}")
-    return 0
+    results = FOLDER / "results"
+    return write_or_check(argv, "benchmarks.make_docs", PAGE, lambda: render(load(results)), lambda: None)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from aem_jax.advantage import grpo, of_returns, over_trajectories
 from aem_jax.batch import BatchLayout
 from aem_jax.bench.chat import ByteChat
 from aem_jax.credit import AemConfig, Credit, make_credit
+from aem_jax.envs.protocol import Task
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
-from aem_jax.learner import LearnerConfig, TrainState, init_state, make_optimizer, make_update
+from aem_jax.learner import LearnerConfig, TrainState, init_state, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
@@ -31,7 +32,7 @@ from aem_jax.sampler.reshard import make_reshard
 from aem_jax.selection import Rule
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import Metrics, train
-from aem_jax.trajectory import Task, Trajectory
+from aem_jax.trajectory import Trajectory
 
 MODEL = ModelConfig(260, 64, 128, 2, 4, 2, 16, rope_theta=10_000.0)
 TURNS, GROUP, PROMPTS, STOPS = 3, 4, 2, 18
@@ -96,7 +97,7 @@ def measure(num_steps: int) -> dict[str, float]:
 
     with EnvPool(PoolConfig(num_servers=1, sessions_per_server=ROLLOUT.num_slots), ("scripted", WORLD)) as pool:
         rollout = Rollout(sampler, chat, pool, ROLLOUT)
-        state = init_state(policy, make_optimizer(learner, policy.axes), mesh, jax.random.key(0))
+        state = init_state(policy, learner, mesh, jax.random.key(0))
         reshard, update = make_reshard(policy, mesh), make_update(policy, learner, mesh)
         start = time.perf_counter()
         train(
@@ -117,7 +118,7 @@ def measure(num_steps: int) -> dict[str, float]:
         total = time.perf_counter() - start
     half = num_steps // 2
     warm = history[half:]
-    mean = lambda name: float(np.mean([each[name] for each in warm]))
+    mean = lambda name: float(np.mean([metrics[name] for metrics in warm]))
     return {
         "wall_s": round(total, 2),
         "warm_episodes_per_s": round(len(warm) * EPISODES / (marks[-1] - marks[half - 1]), 3),
@@ -126,7 +127,7 @@ def measure(num_steps: int) -> dict[str, float]:
         "warm_update_s": round(mean("time/update"), 4),
         "response_tokens": round(mean("rollout/response_tokens"), 2),
         "turns": mean("rollout/turns"),
-        "recompiles": sum(each["compile/recompiles"] for each in warm),
+        "recompiles": sum(metrics["compile/recompiles"] for metrics in warm),
     }
 
 

@@ -113,22 +113,22 @@ def compare(
     lines: list[dict[str, Any]] = []
     for number in range(rounds):
         first = number % len(programs)  # the first program runs on the coolest machine
-        found = {each.name: _run(each, arguments, timeout_s) for each in [*programs[first:], *programs[:first]]}
-        lines.append({each.name: found[each.name] for each in programs})
+        order = [*programs[first:], *programs[:first]]
+        printed = {program.name: _run(program, arguments, timeout_s) for program in order}
+        lines.append({program.name: printed[program.name] for program in programs})
         shown = {name: value_of(line, comparison.field, name) for name, line in lines[-1].items()}
         print(f"round {number + 1} of {rounds}: {shown}", file=sys.stderr)
-    values = {
-        each.name: [value_of(line[each.name], comparison.field, each.name) for line in lines] for each in programs
-    }
+    names = [program.name for program in programs]
+    values = {name: [value_of(line[name], comparison.field, name) for line in lines] for name in names}
     own, *others = values
     faster = (lambda a, b: b / a) if comparison.seconds else (lambda a, b: a / b)
     ratios = {name: [round(faster(a, b), 4) for a, b in zip(values[own], values[name])] for name in others}
     return {
         "rounds": lines,
         "values": values,
-        "medians": {name: statistics.median(each) for name, each in values.items()},
+        "medians": {name: statistics.median(numbers) for name, numbers in values.items()},
         "ratios": ratios,
-        "median_ratios": {name: statistics.median(each) for name, each in ratios.items()},
+        "median_ratios": {name: statistics.median(numbers) for name, numbers in ratios.items()},
     }
 
 
@@ -173,11 +173,11 @@ def versions_of(python: str) -> dict[str, str]:
     """Returns the versions of Python and of the `PACKAGES` that are installed in an environment."""
     code = (
         "import importlib.metadata as m, json, platform, sys\n"
-        "found = {'python': platform.python_version()}\n"
+        "versions = {'python': platform.python_version()}\n"
         "for name in sys.argv[1:]:\n"
-        "    try: found[name] = m.version(name)\n"
+        "    try: versions[name] = m.version(name)\n"
         "    except m.PackageNotFoundError: pass\n"
-        "print(json.dumps(found))"
+        "print(json.dumps(versions))"
     )
     done = subprocess.run([python, "-c", code, *PACKAGES], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     programs = [Program(OWN, sys.executable, ("-m", comparison.module)), *peers]
     try:
-        found = compare(programs, options.arguments, comparison, options.rounds, options.timeout)
+        measured = compare(programs, options.arguments, comparison, options.rounds, options.timeout)
     except PeerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -235,14 +235,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "date": date.today().isoformat(),
         "machine": machine(),
         "seeds": "fixed in each script",
-        "commands": {each.name: each.command(options.arguments) for each in programs},
-        "versions": {each.name: versions_of(each.python) for each in programs},
-        **found,
+        "commands": {program.name: program.command(options.arguments) for program in programs},
+        "versions": {program.name: versions_of(program.python) for program in programs},
+        **measured,
     }
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    summary = ", ".join(f"{ratio:.2f} × {name}" for name, ratio in found["median_ratios"].items())
+    summary = ", ".join(f"{ratio:.2f} × {name}" for name, ratio in measured["median_ratios"].items())
     print(f"{options.comparison}: {summary} (medians of {options.rounds} rounds)", file=sys.stderr)
     print(json.dumps(result))
     return 0

@@ -31,18 +31,18 @@ def measure(slots: int, prompt: int, new: int, calls: int = 5) -> dict[str, floa
         policy, SamplingConfig(), [NEVER], capacity=prompt + new, slack=max(prompt, new), windows=[prompt]
     )
     state, rng, rates = sampler.init(slots), np.random.default_rng(0), []
-    prompts, nobody = sampler.init(slots, prompt), np.zeros(slots, np.int32)
+    prompts, zeros = sampler.init(slots, prompt), np.zeros(slots, np.int32)
     for _ in range(calls + 1):
         tokens = rng.integers(3, MODEL.vocab_size, (slots, prompt), dtype=np.int32)
         prng = rng.integers(0, 2**32, (slots, 2), dtype=np.uint32)
         start = time.perf_counter()
-        prompts = sampler.rewind(prompts, nobody)
+        prompts = sampler.rewind(prompts, zeros)
         prompts = sampler.extend(params, prompts, tokens, np.full(slots, prompt, np.int32), window=prompt)
         state = sampler.fork(state, prompts, np.arange(slots, dtype=np.int32), prng, window=prompt)
-        state, said = sampler.decode(params, state, np.full(slots, new, np.int32), new, window=prompt)
-        found = jax.device_get(said)
+        state, chunk = sampler.decode(params, state, np.full(slots, new, np.int32), new, window=prompt)
+        sampled = jax.device_get(chunk)
         rates.append(slots * new / (time.perf_counter() - start))
-        assert (found.counts == new).all() and np.isfinite(found.logprobs).all()
+        assert (sampled.counts == new).all() and np.isfinite(sampled.logprobs).all()
     return {"best": max(rates[1:]), "median": statistics.median(rates[1:])}
 
 

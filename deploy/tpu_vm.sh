@@ -3,7 +3,7 @@
 #   deploy/tpu_vm.sh create  my-slice us-east5-a v5p-32 v2-alpha-tpuv5
 #   deploy/tpu_vm.sh install my-slice us-east5-a
 #   deploy/tpu_vm.sh mount   my-slice us-east5-a 10.0.0.2:/runs       # an NFS share (Filestore): all hosts see one folder
-#   deploy/tpu_vm.sh train   my-slice us-east5-a --preset alfworld-qwen2.5-1.5b
+#   deploy/tpu_vm.sh train   my-slice us-east5-a --preset alfworld-paper qwen2.5-1.5b
 #   deploy/tpu_vm.sh delete  my-slice us-east5-a
 # `train` again resumes the run. From the root of the repository; needs gcloud, signed in.
 set -euo pipefail

@@ -21,6 +21,7 @@ extensions = [
     "sphinx_copybutton",
     "docstrings",
     "commands",
+    "settings",
     "source_pages",
 ]
 

@@ -67,10 +67,10 @@ class GymnasiumText:
         assert self._env, "expected a reset first"  # the server enforces the order
         self._steps += 1
         limit = self._steps >= self._max_steps
-        said = self._words.findall(action_text)
-        if not said:
+        words = self._words.findall(action_text)
+        if not words:
             return self._result(0.0, terminated=False, truncated=limit, valid=False)
-        action = self._actions.index(said[-1].lower())
+        action = self._actions.index(words[-1].lower())
         observation, reward, terminated, truncated, _ = self._env.step(action)
         self._seen = self._show(self._env, observation)
         # An episode ends in one way only: the goal reached with the last step counts as terminated.
@@ -106,8 +106,8 @@ def frozen_lake(size: int = 4, slippery: bool = False, max_steps: int = 20) -> G
         rows = [[letter.decode() for letter in row] for row in lake.desc]
         row, column = divmod(int(place), size)
         under, rows[row][column] = rows[row][column], "X"
-        said = {"H": "You fell into a hole.", "G": "You reached the goal."}.get(under, "You are at X; go to G.")
-        return "\n".join([*(" ".join(row) for row in rows), said])
+        line = {"H": "You fell into a hole.", "G": "You reached the goal."}.get(under, "You are at X; go to G.")
+        return "\n".join([*(" ".join(row) for row in rows), line])
 
     return GymnasiumText(make, ("left", "down", "right", "up"), show, max_steps)
 

@@ -33,15 +33,15 @@ RESPONSE = jnp.repeat(jnp.arange(N * TURNS), LENGTH).reshape(N, TURNS * LENGTH) 
 
 def play(policy, start, key):
     """Plays from `start` [N]; returns places, previous tokens and tokens, [N, T] each, and success [N]."""
-    place, said = start, []
+    place, steps = start, []
     for turn_key in jax.random.split(key, TURNS):
         before = jnp.full_like(place, len(MOVES))  # no token yet in this turn
         for token_key in jax.random.split(turn_key, LENGTH):
             token = jax.random.categorical(token_key, policy[place, before])
-            said.append((place, before, token))
+            steps.append((place, before, token))
             before = token
-        place = (place + sum(MOVES[token] for _, _, token in said[-LENGTH:])) % PLACES
-    return *(jnp.stack(each, axis=1) for each in zip(*said)), (place == 0).astype(jnp.float32)
+        place = (place + sum(MOVES[token] for _, _, token in steps[-LENGTH:])) % PLACES
+    return *(jnp.stack(column, axis=1) for column in zip(*steps)), (place == 0).astype(jnp.float32)
 
 
 def loss(policy, seen, before, tokens, advantages):

@@ -7,7 +7,7 @@ Another Tunix program needs only `aem_grpo_loss` below and `GRPOConfig(policy_lo
 
 AEM is in the loss because Tunix's advantage estimators get only rewards, and its rollout returns no entropies. A loss
 has access to the model. With one update per rollout (`num_iterations=1`, Tunix's default) the updated policy is the one
-that sampled, so its logits give the entropies that α needs. A microbatch contains whole groups, because Tunix counts
+that sampled, so its logits give the entropies that α needs. A microbatch contains complete groups, because Tunix counts
 its sizes in prompts. The cost is one more forward pass in the update, because Tunix's own loss does not return its
 logits.
 
@@ -40,7 +40,7 @@ def aem_grpo_loss(model, train_example, algo_config, pad_id, eos_id, **options):
 
     Args:
         model: the policy, an nnx module.
-        train_example: Tunix's, of whole groups: rows i·G … i·G + G − 1 answer one prompt, G = `num_generations`.
+        train_example: Tunix's, of complete groups: rows i·G … i·G + G − 1 answer one prompt, G = `num_generations`.
         algo_config: Tunix's GRPOConfig.
         pad_id: the tokenizer's.
         eos_id: the tokenizer's.

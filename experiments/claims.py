@@ -8,14 +8,15 @@ of the plots, are written to experiments/results/GRID.claims.json. Results that 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from aem_jax.errors import ConfigError
+from aem_jax.files import write_text
 from experiments.grid import Grid, Run, read_grid
 from experiments.results import RESULTS
 from experiments.run import is_done
@@ -28,11 +29,11 @@ def read_claims(path: Path) -> list[Claim]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def without_points(found: Any) -> Any:
-    """Returns the output of `analyze` without the lists of points."""
-    if isinstance(found, Mapping):
-        return {name: without_points(value) for name, value in found.items() if name != "points"}
-    return float(f"{found:.4g}") if isinstance(found, float) else found
+def without_points(value: Any) -> Any:
+    """Returns the output of `analyze` without the lists of points, with numbers of 4 digits."""
+    if isinstance(value, Mapping):
+        return {name: without_points(item) for name, item in value.items() if name != "points"}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def analyze(folder: Path, run: Run, step: int) -> Claim:
@@ -46,34 +47,32 @@ def analyze(folder: Path, run: Run, step: int) -> Claim:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])
-    found = json.loads((place / "analysis" / "analysis.json").read_text(encoding="utf-8"))
-    return {"variant": run.variant, "seed": run.seed, "step": step, **without_points(found)}
+    results = json.loads((place / "analysis" / "analysis.json").read_text(encoding="utf-8"))
+    return {"variant": run.variant, "seed": run.seed, "step": step, **without_points(results)}
 
 
 def collect(grid: Grid, folder: Path, variants: Sequence[str], steps: Sequence[int], path: Path) -> bool:
     """Runs the missing analyses; returns whether all succeeded."""
     claims = list(read_claims(path))
-    known = {(each["variant"], each["seed"], each["step"]) for each in claims}
-    whole = True
-    for run in (each for each in grid.runs(folder) if each.variant in variants):
-        for step in steps:
-            if (run.variant, run.seed, step) in known:
-                continue
-            try:
-                if not is_done(grid.config(run)):
-                    raise RuntimeError("not done; run it first")
-                claims.append(analyze(folder, run, step))
-            except RuntimeError as error:
-                print(f"{run.name}, step {step}: {error}", flush=True)
-                whole = False
-                continue
-            print(f"{run.name}, step {step}: done", flush=True)
-            claims.sort(key=lambda each: (each["variant"], each["step"], each["seed"]))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(claims, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-    return whole
+    known = {(claim["variant"], claim["seed"], claim["step"]) for claim in claims}
+    chosen = [run for run in grid.runs(folder) if run.variant in variants]
+    complete = True
+    for run, step in product(chosen, steps):
+        if (run.variant, run.seed, step) in known:
+            continue
+        try:
+            if not is_done(grid.config(run)):
+                raise RuntimeError("not done; run it first")
+            claims.append(analyze(folder, run, step))
+        except RuntimeError as error:
+            print(f"{run.name}, step {step}: {error}", flush=True)
+            complete = False
+            continue
+        print(f"{run.name}, step {step}: done", flush=True)
+        claims.sort(key=lambda claim: (claim["variant"], claim["step"], claim["seed"]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(claims, indent=1) + "\n")
+    return complete
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         grid = read_grid(options.grid)
-        if unknown := set(options.variants) - {each.name for each in grid.variants}:
+        if unknown := set(options.variants) - {variant.name for variant in grid.variants}:
             raise ConfigError(f"--variants: expected variants of {options.grid}, got {', '.join(sorted(unknown))}")
         path = options.results / f"{grid.name}.claims.json"
         done = collect(grid, options.runs_dir / grid.name, options.variants, options.steps, path)

@@ -105,18 +105,22 @@ class Grid:
 
     def runs(self, folder: Path) -> list[Run]:
         """Returns the runs of all variants, seed by seed, so that the first seeds are complete early."""
-        found = []
+        runs = []
         for start in self.starts(folder):
             for variant in self.variants:
                 if start.seed in variant.seeds:
                     begin = {"warmstart.init_from": str(folder / start.name)}
                     options = self._options(folder, variant.name, start.seed, {**variant.options, **begin})
-                    found.append(Run(variant.name, start.seed, options))
-        return found
+                    runs.append(Run(variant.name, start.seed, options))
+        return runs
 
     def _options(self, folder: Path, variant: str, seed: int, own: Mapping[str, Any]) -> dict[str, Any]:
         name = Run(variant, seed, {}).name
         return {"runs_dir": str(folder), "name": name, "seed": seed, **self.shared, **own}
+
+    def title(self, name: str) -> str:
+        """Returns a variant's name in tables and plots."""
+        return next(variant.title for variant in self.variants if variant.name == name) or name
 
     def config(self, run: Run) -> RunConfig:
         """Returns the run's complete config.
@@ -155,19 +159,19 @@ def read_grid(path: Path) -> Grid:
         shared, start = flatten(values.pop("shared", {})), flatten(values.pop("start", {}))
         seeds = tuple(head["seeds"])
         listed: Sequence[Mapping[str, Any]] = values.pop("variants")
-        variants = tuple(_variant(each, seeds) for each in listed)
+        variants = tuple(_variant(table, seeds) for table in listed)
     except KeyError as error:
         raise ConfigError(f"{path}: expected {error.args[0]!r}, got none") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if values:
         raise ConfigError(f"{path}: expected grid, shared, start and variants, got {next(iter(values))!r} too")
-    names = [each.name for each in variants]
+    names = [variant.name for variant in variants]
     if len(set(names)) < len(names) or START in names:
         raise ConfigError(f"{path}: expected distinct names of variants, none of them {START!r}, got {names}")
-    for each in variants:
-        if each.against and each.against not in names:
-            raise ConfigError(f"{path}: expected a variant that {each.name!r} is compared with, got {each.against!r}")
+    for variant in variants:
+        if variant.against and variant.against not in names:
+            raise ConfigError(f"{path}: expected a variant to compare {variant.name!r} with, got {variant.against!r}")
     return Grid(path.stem, head["preset"], seeds, shared, start, variants)
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aem_jax.report.style import BLUE, ORANGE, figure_style, percent_axis
-from experiments.grid import Grid, Variant
+from experiments.grid import Grid
 from experiments.results import Result, of_variant
 
 PANELS = (
@@ -21,9 +21,9 @@ PANELS = (
 def draw_pairs(grid: Grid, results: Sequence[Result], path: Path) -> Path | None:
     """Draws a row of plots for each variant of the family `algorithms` and its comparison; None without runs."""
     pairs = [
-        each
-        for each in grid.variants
-        if each.family == "algorithms" and each.against and of_variant(results, each.name)
+        variant
+        for variant in grid.variants
+        if variant.family == "algorithms" and variant.against and of_variant(results, variant.name)
     ]
     if not pairs:
         return None
@@ -32,8 +32,8 @@ def draw_pairs(grid: Grid, results: Sequence[Result], path: Path) -> Path | None
         rows = figure.subplots(len(pairs), len(PANELS), squeeze=False)
         for row, variant in zip(rows, pairs, strict=True):
             for axes, (metric, label) in zip(row, PANELS, strict=True):
-                _draw(axes, results, variant.against, metric, BLUE, _title(grid, variant.against))
-                _draw(axes, results, variant.name, metric, ORANGE, _title(grid, variant.name))
+                _draw(axes, results, variant.against, metric, BLUE, grid.title(variant.against))
+                _draw(axes, results, variant.name, metric, ORANGE, grid.title(variant.name))
                 axes.set_title(label)
                 if metric != "entropy/response":
                     percent_axis(axes)
@@ -47,8 +47,8 @@ def draw_pairs(grid: Grid, results: Sequence[Result], path: Path) -> Path | None
 
 def _draw(axes: Axes, results: Sequence[Result], variant: str, metric: str, colour: str, label: str) -> None:
     """Draws mean and range over seeds of a curve's bins, at the middle of each bin."""
-    runs = [each for each in of_variant(results, variant).values() if metric in each["curves"]]
-    columns = list(zip(*(each["curves"][metric] for each in runs), strict=False))
+    runs = [run for run in of_variant(results, variant).values() if metric in run["curves"]]
+    columns = list(zip(*(run["curves"][metric] for run in runs), strict=False))
     points = [
         ((index + 0.5) * runs[0]["steps"] / len(columns), [value for value in column if value is not None])
         for index, column in enumerate(columns)
@@ -57,8 +57,3 @@ def _draw(axes: Axes, results: Sequence[Result], variant: str, metric: str, colo
     steps = [step for step, _ in points]
     axes.fill_between(steps, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.15, lw=0)
     axes.plot(steps, [statistics.fmean(v) for _, v in points], color=colour, label=f"{label}, {len(runs)} seeds")
-
-
-def _title(grid: Grid, name: str) -> str:
-    found: Variant = next(each for each in grid.variants if each.name == name)
-    return found.title or name

@@ -40,12 +40,12 @@ def summary(folder: Path, run: Run) -> dict[str, Any] | None:
         return None
     metrics, last = read_lines(folder / "metrics.jsonl"), config.train.num_steps
     evaluations = [
-        {name: each[name] for name in ("phase", "step", "split")}
-        | {"wins": round((each["success"] or 0.0) * each["count"]), "games": each["count"]}
-        for each in read_lines(folder / "evaluations.jsonl")
-        if each["phase"] in ("warmstart", "train", "final")
+        {name: line[name] for name in ("phase", "step", "split")}
+        | {"wins": round((line["success"] or 0.0) * line["count"]), "games": line["count"]}
+        for line in read_lines(folder / "evaluations.jsonl")
+        if line["phase"] in ("warmstart", "train", "final")
     ]
-    final = {each["split"] for each in evaluations if each["phase"] == "final" and each["step"] == last}
+    final = {one["split"] for one in evaluations if one["phase"] == "final" and one["step"] == last}
     if len(metrics) < last or final < set(config.evaluation.splits):
         return None
     curves = {name: binned([line.get(name) for line in metrics]) for name in METRICS}
@@ -55,19 +55,19 @@ def summary(folder: Path, run: Run) -> dict[str, Any] | None:
         "steps": last,
         "seconds": round(math.fsum(line["time/step"] for line in metrics)),
         "evaluations": evaluations,
-        "curves": {name: values for name, values in curves.items() if any(each is not None for each in values)},
+        "curves": {name: values for name, values in curves.items() if any(value is not None for value in values)},
     }
 
 
 def binned(values: Sequence[float | None], bins: int = BINS) -> list[float | None]:
     """Means over at most `bins` consecutive parts of (nearly) equal length, to 4 digits; None without values."""
     bins = min(bins, len(values))
-    found: list[float | None] = []
+    means: list[float | None] = []
     for index in range(bins):
         part = values[index * len(values) // bins : (index + 1) * len(values) // bins]
-        known = [each for each in part if each is not None and math.isfinite(each)]
-        found.append(float(f"{math.fsum(known) / len(known):.4g}") if known else None)
-    return found
+        known = [value for value in part if value is not None and math.isfinite(value)]
+        means.append(float(f"{math.fsum(known) / len(known):.4g}") if known else None)
+    return means
 
 
 def write_results(grid: Grid, folder: Path, results: Path) -> Path:
@@ -92,26 +92,27 @@ def read_results(path: Path) -> list[Result]:
     Raises:
         ValueError: a line is not a result.
     """
-    found = []
+    results = []
     for number, result in read_json_lines(path):
         wanted = ("variant", "seed", "steps", "seconds", "evaluations", "curves")
         if missing := [name for name in wanted if name not in result]:
             raise ValueError(f"expected {', '.join(missing)} in line {number} of {path.name}, got none")
-        found.append(result)
-    return found
+        results.append(result)
+    return results
 
 
 def successes(result: Result, phase: str = "final") -> float:
     """Fraction of games won in the phase's last evaluations, over all splits; NaN if there are none."""
-    found = [each for each in result["evaluations"] if each["phase"] == phase]
-    last = [each for each in found if each["step"] == max(every["step"] for every in found)]
-    games = sum(each["games"] for each in last)
-    return sum(each["wins"] for each in last) / games if games else math.nan
+    evaluations = [evaluation for evaluation in result["evaluations"] if evaluation["phase"] == phase]
+    last_step = max((evaluation["step"] for evaluation in evaluations), default=0)
+    last = [evaluation for evaluation in evaluations if evaluation["step"] == last_step]
+    games = sum(evaluation["games"] for evaluation in last)
+    return sum(evaluation["wins"] for evaluation in last) / games if games else math.nan
 
 
 def of_variant(results: Sequence[Result], variant: str) -> dict[int, Result]:
     """Returns the runs of a variant by seed."""
-    return {each["seed"]: each for each in results if each["variant"] == variant}
+    return {result["seed"]: result for result in results if result["variant"] == variant}
 
 
 __all__ = [

@@ -64,7 +64,7 @@ def is_done(config: RunConfig) -> bool:
         return False
     saved.check_resumable(saved.load(folder), config, folder)
     last = config.train.num_steps
-    final = {each["split"] for each in read_lines(folder / "evaluations.jsonl") if _is_final(each, last)}
+    final = {line["split"] for line in read_lines(folder / "evaluations.jsonl") if _is_final(line, last)}
     return (folder / "report.html").exists() and final >= set(config.evaluation.splits)
 
 
@@ -128,9 +128,9 @@ def run_grid(grid: Grid, folder: Path, workers: Workers, jobs: int, results: Pat
 
     with ThreadPoolExecutor(jobs) as pool:
         begun = dict(zip([run.seed for run in starts], pool.map(go, starts), strict=True))
-        whole = [run for run in runs if begun[run.seed]]
-        done = list(pool.map(go, whole))
-    left = [run.name for run, found in zip(whole, done, strict=True) if not found]
+        started = [run for run in runs if begun[run.seed]]
+        done = list(pool.map(go, started))
+    left = [run.name for run, is_finished in zip(started, done, strict=True) if not is_finished]
     left += [run.name for run in runs if not begun[run.seed]]
     if left:
         print(f"not done: {', '.join(left)}; the same command goes on", flush=True)

@@ -6,22 +6,21 @@ The prose is in experiments.md.j2, and each grid is defined in its TOML file. A 
 matches the committed numbers. The plots are drawn again each time and are not compared.
 """
 
-import argparse
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 
 from experiments.claims import Claim, read_claims
-from experiments.grid import START, Grid, Variant, read_grid
+from experiments.grid import START, Grid, read_grid
 from experiments.plots import draw_pairs
 from experiments.results import RESULTS, Result, of_variant, read_results, successes
+from scripts.generated_page import table, template, write_or_check
 
 FOLDER = Path(__file__).resolve().parent
 PAGE = FOLDER.parent / "docs" / "experiments.md"
@@ -59,7 +58,7 @@ def part(metric: str, first: float, last: float) -> Callable[[Result], float]:
     def mean(result: Result) -> float:
         values = result["curves"].get(metric, [])
         cut = values[round(first * len(values)) : max(round(last * len(values)), 1)]
-        known = [each for each in cut if each is not None]
+        known = [value for value in cut if value is not None]
         return math.fsum(known) / len(known) if known else math.nan
 
     return mean
@@ -77,7 +76,7 @@ MEASURES: Mapping[str, Measure] = {
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean and 95 % percentile-bootstrap interval, independent of the order of the values; NaN are omitted."""
-    known = sorted(each for each in values if math.isfinite(each))
+    known = sorted(value for value in values if math.isfinite(value))
     if not known:
         return Interval(math.nan, math.nan, math.nan, 0)
     mean = math.fsum(known) / len(known)
@@ -87,10 +86,10 @@ def interval(values: Sequence[float]) -> Interval:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # raised if all values are equal
-        found = bootstrap(
+        bounds = bootstrap(
             (known,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
         ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high), len(known))
+    return Interval(mean, float(bounds.low), float(bounds.high), len(known))
 
 
 def differences(results: Sequence[Result], variant: str, against: str, measure: Measure) -> list[float]:
@@ -103,7 +102,9 @@ def comparison_table(grid: Grid, results: Sequence[Result], family: str, name: s
     """A row for each variant of a family with runs: its mean, the mean of its comparison, and the difference."""
     measure = MEASURES[name]
     rows = []
-    for variant in (each for each in grid.variants if each.family == family and each.against):
+    for variant in grid.variants:
+        if variant.family != family or not variant.against:
+            continue
         ours, theirs = of_variant(results, variant.name), of_variant(results, variant.against)
         if not ours or not theirs:
             continue
@@ -111,15 +112,15 @@ def comparison_table(grid: Grid, results: Sequence[Result], family: str, name: s
         change = differences(results, variant.name, variant.against, measure)
         rows.append(
             [
-                title(grid, variant.name),
-                said(interval([measure.of(theirs[seed]) for seed in seeds]), measure.percent),
-                said(interval([measure.of(ours[seed]) for seed in seeds]), measure.percent),
-                said(interval(change), measure.percent, signed=True),
-                ", ".join(_number(each, measure.percent, signed=True) for each in change),
+                grid.title(variant.name),
+                shown(interval([measure.of(theirs[seed]) for seed in seeds]), measure.percent),
+                shown(interval([measure.of(ours[seed]) for seed in seeds]), measure.percent),
+                shown(interval(change), measure.percent, signed=True),
+                ", ".join(_number(value, measure.percent, signed=True) for value in change),
             ]
         )
     header = ["", "compared with", "this", "difference, paired by seed", "each seed"]
-    return _table(header, rows) if rows else "No runs yet."
+    return table(header, rows) if rows else "No runs yet."
 
 
 def start_table(results: Sequence[Result]) -> str:
@@ -129,18 +130,18 @@ def start_table(results: Sequence[Result]) -> str:
         [str(seed), f"{successes(result, 'warmstart'):.1%}".replace("%", " %")]
         for seed, result in sorted(starts.items())
     ]
-    return _table(["seed", "success before training"], rows) if rows else "No runs yet."
+    return table(["seed", "success before training"], rows) if rows else "No runs yet."
 
 
 def facts(grid: Grid, results: Sequence[Result]) -> str:
     """Describes the number of finished runs, the planned number, and the time that they took."""
-    wanted = sum(len(each.seeds) for each in grid.variants)
-    runs = [each for each in results if each["variant"] != START]
+    planned = sum(len(variant.seeds) for variant in grid.variants)
+    runs = [result for result in results if result["variant"] != START]
     if not runs:
-        return f"0 of {wanted} runs."
-    seconds = sorted(each["seconds"] for each in runs)
+        return f"0 of {planned} runs."
+    seconds = sorted(run["seconds"] for run in runs)
     return (
-        f"{len(runs)} of {wanted} runs, {seconds[len(seconds) // 2]} s of training each in the median "
+        f"{len(runs)} of {planned} runs, {seconds[len(seconds) // 2]} s of training each in the median "
         f"({seconds[0]} to {seconds[-1]}; starts and evaluations come on top)."
     )
 
@@ -148,23 +149,23 @@ def facts(grid: Grid, results: Sequence[Result]) -> str:
 def claims_table(grid: Grid, claims: Sequence[Claim]) -> str:
     """A row for each analysed variant and step: means over seeds of the results of `analyze`."""
     wanted: tuple[tuple[str, Callable[[Claim], float | None]], ...] = (
-        ("r of α − 1 and S − H_resp", lambda each: each["proxy"]["pearson"]["value"]),
-        ("r of α − 1 and Σ H_t − H_resp", lambda each: each["proxy"]["pearson_predictable"]["value"]),
-        ("signs opposed", lambda each: each["proxy"]["opposed"]["value"]),
-        ("variance of H̄ between states", lambda each: each["entropy"]["between"]["value"]),
-        ("r of H̄ and S − H_resp inside states", lambda each: each["entropy"]["inside"]["value"]),
-        ("ΔH, A·(α − 1) > 0", lambda each: each["drift"]["positive"]["measured"]["value"]),
-        ("ΔH, A·(α − 1) < 0", lambda each: each["drift"]["negative"]["measured"]["value"]),
+        ("r of α − 1 and S − H_resp", lambda claim: claim["proxy"]["pearson"]["value"]),
+        ("r of α − 1 and Σ H_t − H_resp", lambda claim: claim["proxy"]["pearson_predictable"]["value"]),
+        ("signs opposed", lambda claim: claim["proxy"]["opposed"]["value"]),
+        ("variance of H̄ between states", lambda claim: claim["entropy"]["between"]["value"]),
+        ("r of H̄ and S − H_resp inside states", lambda claim: claim["entropy"]["inside"]["value"]),
+        ("ΔH, A·(α − 1) > 0", lambda claim: claim["drift"]["positive"]["measured"]["value"]),
+        ("ΔH, A·(α − 1) < 0", lambda claim: claim["drift"]["negative"]["measured"]["value"]),
     )
     rows = []
     for variant in grid.variants:
-        found = [each for each in claims if each["variant"] == variant.name]
-        for step in sorted({each["step"] for each in found}):
-            here = [each for each in found if each["step"] == step]
-            columns = [[value for each in here if (value := of(each)) is not None] for _, of in wanted]
-            cells = [said(interval(column), percent=False) for column in columns]
-            rows.append([title(grid, variant.name), str(step), str(len(here)), *cells])
-    return _table(["", "step", "seeds", *(name for name, _ in wanted)], rows) if rows else "Not analysed yet."
+        own = [claim for claim in claims if claim["variant"] == variant.name]
+        for step in sorted({claim["step"] for claim in own}):
+            here = [claim for claim in own if claim["step"] == step]
+            columns = [[value for claim in here if (value := of(claim)) is not None] for _, of in wanted]
+            cells = [shown(interval(column), percent=False) for column in columns]
+            rows.append([grid.title(variant.name), str(step), str(len(here)), *cells])
+    return table(["", "step", "seeds", *(name for name, _ in wanted)], rows) if rows else "Not analysed yet."
 
 
 def alive(grid: Grid, results: Sequence[Result], variant: str) -> str:
@@ -175,26 +176,20 @@ def alive(grid: Grid, results: Sequence[Result], variant: str) -> str:
         return "No runs yet."
     low, high, flat, mixed = (interval([part(name, 0, 1)(run) for run in runs]).mean for name in names)
     sentence = (
-        f"With {title(grid, variant)} α goes from {low:.2f} to {high:.2f} in a step (means); {flat:.0%} of groups are "
+        f"With {grid.title(variant)} α goes from {low:.2f} to {high:.2f} in a step (means); {flat:.0%} of groups are "
         "flat (their entropies span less than the 0.1 nats from which AEM acts), and "
         f"{mixed:.0%} hold both successes and failures."
     )
     return sentence.replace("%", " %")
 
 
-def title(grid: Grid, name: str) -> str:
-    """Returns a variant's name in tables."""
-    found: Variant = next(each for each in grid.variants if each.name == name)
-    return found.title or name
-
-
-def said(found: Interval, percent: bool, signed: bool = False) -> str:
+def shown(value: Interval, percent: bool, signed: bool = False) -> str:
     """Formats an interval, as `12.3 % (10.1 to 14.9)`; differences of fractions are in percentage points."""
-    if not found.count:
+    if not value.count:
         return "–"
     unit = " points" if percent and signed else " %" if percent else ""
-    mean, low, high = (_number(each, percent, signed) for each in found[:3])
-    return f"{mean}{unit} ({low} to {high})" if found.count > 1 else f"{mean}{unit}"
+    mean, low, high = (_number(number, percent, signed) for number in value[:3])
+    return f"{mean}{unit} ({low} to {high})" if value.count > 1 else f"{mean}{unit}"
 
 
 def _number(value: float, percent: bool, signed: bool = False) -> str:
@@ -210,16 +205,9 @@ def render(grids: Sequence[tuple[Grid, Sequence[Result], Sequence[Claim]]]) -> s
     Raises:
         jinja2.UndefinedError: the template uses an undefined name.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     helpers = (comparison_table, start_table, claims_table, facts, alive)
-    environment.globals |= {each.__name__: each for each in helpers} | {"measures": MEASURES}
-    return environment.get_template("experiments.md.j2").render(grids=grids)
+    names = {helper.__name__: helper for helper in helpers} | {"measures": MEASURES}
+    return template(FOLDER / "experiments.md.j2", **names).render(grids=grids)
 
 
 def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[tuple[Grid, list[Result], list[Claim]]]:
@@ -228,39 +216,22 @@ def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[tuple[Grid, lis
     Raises:
         ValueError: a file is not a results file.
     """
-    found = []
+    grids = []
     for path in sorted(folder.glob("*.toml")):
         lines, claims = results / f"{path.stem}.jsonl", results / f"{path.stem}.claims.json"
         if lines.exists():
-            found.append((read_grid(path), read_results(lines), read_claims(claims)))
-    return found
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    row = lambda cells: f"| {' | '.join(cells)} |"
-    return "\n".join([row(header), "|---" * len(header) + "|", *map(row, rows)])
+            grids.append((read_grid(path), read_results(lines), read_claims(claims)))
+    return grids
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.table", description="Writes docs/experiments.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is another one")
-    options = parser.parse_args(argv)
-    try:
-        grids = load()
-        page = render(grids)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.check:
-        same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page
-        print("the page is up to date" if same else "the page is another one; run python -m experiments.table")
-        return 0 if same else 1
-    PAGE.write_text(page, encoding="utf-8")
-    for grid, results, _ in grids:
-        draw_pairs(grid, results, IMAGES / f"experiments-{grid.name}.png")
-    print(f"wrote {PAGE.relative_to(FOLDER.parent)}")
-    return 0
+
+    def plot() -> None:
+        for grid, results, _ in load():
+            draw_pairs(grid, results, IMAGES / f"experiments-{grid.name}.png")
+
+    return write_or_check(argv, "experiments.table", PAGE, lambda: render(load()), plot)
 
 
 if __name__ == "__main__":

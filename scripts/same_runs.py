@@ -38,8 +38,8 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 PLANS = (
     ("--preset", "alfworld-tiny", "--topology", "cpu:1"),
-    ("--preset", "alfworld-qwen2.5-1.5b", "--topology", "gpu:h100:8", "--analytic", "true"),
-    ("--preset", "swe-qwen3-32b", "--topology", "v5p:4x4x2", "--mesh.tensor", "8", "--analytic", "true"),
+    ("--preset", "alfworld-paper", "qwen2.5-1.5b", "--topology", "gpu:h100:8", "--analytic", "true"),
+    ("--preset", "swe-paper", "qwen3-32b", "--topology", "v5p:4x4x2", "--mesh.tensor", "8", "--analytic", "true"),
 )
 
 
@@ -101,15 +101,14 @@ def plan(words: tuple[str, ...]) -> Any:
 
 
 def settings() -> list[str]:
-    """Names of the settings in `--help`."""
-    text = re.sub(r"[│╭╮╰╯─]", " ", output("--help"))
-    found = re.findall(r"--([a-z0-9-]+(?:\.[a-z0-9-]+)*)", text)
-    return sorted(set(found))
+    """Names of the settings in `--help all`."""
+    text = re.sub(r"[│╭╮╰╯─]", " ", output("--help", "all"))
+    return sorted(set(re.findall(r"--([a-z0-9-]+(?:\.[a-z0-9-]+)*)", text)))
 
 
 def refusals() -> list[str]:
     """The strings of the source that contain "expected", with {} in place of values."""
-    found = set()
+    messages = set()
     for file in sorted((ROOT / "aem_jax").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):
@@ -119,8 +118,8 @@ def refusals() -> list[str]:
             else:
                 continue
             if "expected " in text and "\n" not in text:
-                found.add(text)
-    return sorted(found)
+                messages.add(text)
+    return sorted(messages)
 
 
 def compare(old_file: Path, new_file: Path, renamed: dict[str, str]) -> int:
@@ -132,7 +131,7 @@ def compare(old_file: Path, new_file: Path, renamed: dict[str, str]) -> int:
             differences.append(f"{name}: not recorded")
             continue
         for step, (was, now) in enumerate(zip(before["metrics"], after["metrics"], strict=True)):
-            was = {renamed.get(key, key): value for key, value in was.items()}
+            was = {str(renamed.get(key, key)): value for key, value in was.items()}
             for key in sorted({*was, *now}):
                 if was.get(key, "absent") != now.get(key, "absent"):
                     differences.append(f"{name} step {step} {key}: {was.get(key, 'absent')} → {now.get(key, 'absent')}")
@@ -144,12 +143,13 @@ def compare(old_file: Path, new_file: Path, renamed: dict[str, str]) -> int:
     for words, was, now in zip(PLANS, old["plans"], new["plans"], strict=True):
         if was != now:
             differences.append(f"plan {words[1]}: {first_difference(was, now)}")
-    was, now = {renamed.get(each, each) for each in old["settings"]}, set(new["settings"])
-    differences += [f"setting gone: {each}" for each in sorted(was - now)]
-    differences += [f"setting new: {each}" for each in sorted(now - was)]
-    was, now = set(old["refusals"]), set(new["refusals"])
-    differences += [f"message gone: {each}" for each in sorted(was - now)]
-    differences += [f"message new: {each}" for each in sorted(now - was)]
+    lists: dict[str, tuple[set[str], set[str]]] = {
+        "setting": ({str(renamed.get(name, name)) for name in old["settings"]}, set(new["settings"])),
+        "message": (set(old["refusals"]), set(new["refusals"])),
+    }
+    for kind, (was, now) in lists.items():
+        differences += [f"{kind} gone: {text}" for text in sorted(was - now)]
+        differences += [f"{kind} new: {text}" for text in sorted(now - was)]
     print("\n".join(differences) or "equal")
     return 1 if differences else 0
 

@@ -13,14 +13,14 @@ _COMMAND = re.compile(r"python\w* -m aem_jax\.launch\b([^`\n]*)")
 
 def commands(text: str) -> list[list[str]]:
     """The words after `python -m aem_jax.launch` of each command line in a text; comments and redirections left out."""
-    found = []
+    words = []
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         for match in _COMMAND.finditer(line):
             tail = re.split(r"\s[#>;&(|]|[;)]$", match[1].replace("…", ""))[0]
             if tail.count("'") % 2 or tail.count('"') % 2:  # the command is itself quoted
                 tail = tail.rstrip().rstrip("'\"")
-            found.append(shlex.split(tail.strip(".,:")))
-    return found
+            words.append(shlex.split(tail.strip(".,:")))
+    return words
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def _help(command: str, presets: tuple[str, ...]) -> str:
     output = io.StringIO()
     preset = ["--preset", *presets] if presets and command in ("train", "evaluate", "plan") else []
     with contextlib.redirect_stdout(output):
-        assert main([command, *preset, "--help"]) == 0, (command, presets)
+        assert main([command, *preset, "--help", "all"]) == 0, (command, presets)
     return output.getvalue()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 Damage = Callable[[Path, random.Random], None]
-"""Changes one file, or what lies beside it."""
+"""Changes one file, or its folder."""
 
 
 def truncate(file: Path, rng: random.Random) -> None:
@@ -86,7 +86,7 @@ def folder_for_file(file: Path, rng: random.Random) -> None:
 
 def swap(file: Path, rng: random.Random) -> None:
     """Exchanges the contents of two files of the folder."""
-    others = sorted(each for each in file.parent.rglob("*") if each.is_file())
+    others = sorted(path for path in file.parent.rglob("*") if path.is_file())
     other = rng.choice(others)
     mine, theirs = file.read_bytes(), other.read_bytes()
     file.write_bytes(theirs)
@@ -95,14 +95,14 @@ def swap(file: Path, rng: random.Random) -> None:
 
 def stray(file: Path, rng: random.Random) -> None:
     name = rng.choice(["notes.txt", ".DS_Store", "9", "copy of 2", ".nfs000000000001", "2.tmp", file.name + "~"])
-    beside = file.with_name(name)
-    if not beside.exists():
-        beside.mkdir() if rng.random() < 0.5 else beside.write_bytes(rng.randbytes(20))
+    neighbour = file.with_name(name)
+    if not neighbour.exists():
+        neighbour.mkdir() if rng.random() < 0.5 else neighbour.write_bytes(rng.randbytes(20))
 
 
 DAMAGES: Mapping[str, Damage] = {
-    each.__name__: each
-    for each in (
+    change.__name__: change
+    for change in (
         *(truncate, zero, zero_block, flip_bit, replace_byte, insert_text, append_garbage, duplicate_part, empty),
         *(delete, delete_folder, empty_folder, file_for_folder, folder_for_file, swap, stray),
     )
@@ -111,17 +111,17 @@ DAMAGES: Mapping[str, Damage] = {
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
     """The files of a folder, for `put_back` to restore."""
-    return {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def put_back(folder: Path, files: Mapping[Path, bytes]) -> None:
     """Restores a damaged folder. This is cheaper than a copy for each seed, because few files changed."""
     folders = {parent for file in files for parent in file.parents}
-    for each in sorted(folder.rglob("*"), reverse=True):  # contents before their folder
-        if each.is_dir() and each not in folders:
-            each.rmdir()
-        elif not each.is_dir() and each not in files:
-            each.unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):  # contents before their folder
+        if path.is_dir() and path not in folders:
+            path.rmdir()
+        elif not path.is_dir() and path not in files:
+            path.unlink()
     for file, content in files.items():
         if not file.exists() or file.read_bytes() != content:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -134,10 +134,10 @@ def damage(folder: Path, seed: int, files: Callable[[Path], bool] = lambda file:
     Args:
         folder: to be damaged.
         seed: draws the file and the damage.
-        files: which files may be drawn.
+        files: whether a file may be drawn.
     """
     rng = random.Random(seed)
-    file = rng.choice(sorted(each for each in folder.rglob("*") if each.is_file() and files(each)))
+    file = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file() and files(path)))
     name = rng.choice(sorted(DAMAGES))
     if file.parent == folder and name in ("delete_folder", "empty_folder", "file_for_folder"):
         name = "delete"

@@ -23,20 +23,20 @@ def wilson(wins: int, count: int) -> tuple[float, float]:
 
 
 def evaluation(step: int, phase: str, split: str, success: float, rng: random.Random, count: int = 132) -> dict:
-    each = count // len(KINDS)
-    wins = {kind: sum(rng.random() < success for _ in range(each)) for kind in KINDS}
+    per_kind = count // len(KINDS)
+    wins = {kind: sum(rng.random() < success for _ in range(per_kind)) for kind in KINDS}
 
-    def score(won: int, of: int) -> dict:
-        low, high = wilson(won, of)
-        return {"success": won / of, "low": low, "high": high, "count": of}
+    def score(solved: int, of: int) -> dict:
+        low, high = wilson(solved, of)
+        return {"success": solved / of, "low": low, "high": high, "count": of}
 
     return {
         "step": step,
         "phase": phase,
         "set": {"valid_seen": "9f2c41d8", "valid_unseen": "07be93aa"}[split],
         "split": split,
-        **score(sum(wins.values()), each * len(KINDS)),
-        "by_task_type": {kind: score(won, each) for kind, won in wins.items()},
+        **score(sum(wins.values()), per_kind * len(KINDS)),
+        "by_task_type": {kind: score(solved, per_kind) for kind, solved in wins.items()},
         "mean_turns": 14 - 6 * success,
         "mean_return": 10 * success - 0.4,
     }

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aem_jax.batch import BatchLayout, collate
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.envs.protocol import Task
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 LAYOUT = BatchLayout(num_microbatches=16, rows=2, row_length=32, max_responses=64, max_trajectories=16)
 TASK = Task("task-0", "look", {})
@@ -46,7 +47,7 @@ def random_trajectories(seed, count, context="append"):
 
 def read_back(batch):
     """{response id: (context ids before it, sampled ids, logprobs, entropies)}, read from the rows token by token."""
-    found = {}
+    responses = {}
     M, b, T = batch.tokens.shape
     for m in range(M):
         for row in range(b):
@@ -62,45 +63,45 @@ def read_back(batch):
                 assert batch.positions[at] == len(context)
                 response = batch.response_ids[at]
                 if response >= 0:
-                    _, *columns = found.setdefault(int(response), (tuple(context), [], [], []))
+                    _, *columns = responses.setdefault(int(response), (tuple(context), [], [], []))
                     values = batch.tokens[at], batch.logprobs[at], batch.entropies[at]
                     for column, value in zip(columns, values, strict=True):
                         column.append(value)
                 else:
                     assert batch.logprobs[at] == 0 and batch.entropies[at] == 0
                 context.append(int(batch.tokens[at]))
-    return found
+    return responses
 
 
 def expected(trajectories):
     """The same mapping from the trajectories themselves."""
-    found, response = {}, 0
-    for each in trajectories:
-        if each.ending is Ending.ENV_ERROR:
+    responses, response = {}, 0
+    for episode in trajectories:
+        if episode.ending is Ending.ENV_ERROR:
             continue
         context = []
-        for one in each.turns:
-            context = [] if each.context == "window" else context
-            context = context + one.observation_ids.tolist()
-            if len(one.response_ids):
-                found[response] = (tuple(context), one.response_ids, one.logprobs, one.entropies)
-            context = context + one.response_ids.tolist()
+        for step in episode.turns:
+            context = [] if episode.context == "window" else context
+            context = context + step.observation_ids.tolist()
+            if len(step.response_ids):
+                responses[response] = (tuple(context), step.response_ids, step.logprobs, step.entropies)
+            context = context + step.response_ids.tolist()
             response += 1
-    return found
+    return responses
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 16), context=st.sampled_from(["append", "window"]))
 def test_every_response_keeps_its_ids_and_its_context(seed, count, context):
     trajectories = random_trajectories(seed, count, context)
-    found = read_back(collate(trajectories, LAYOUT))
+    packed = read_back(collate(trajectories, LAYOUT))
     wanted = expected(trajectories)
-    assert found.keys() == wanted.keys()
+    assert packed.keys() == wanted.keys()
     for response, (context_ids, ids, logprobs, entropies) in wanted.items():
-        assert found[response][0] == context_ids
-        np.testing.assert_array_equal(found[response][1], ids)
-        np.testing.assert_allclose(found[response][2], logprobs, rtol=1e-6)
-        np.testing.assert_allclose(found[response][3], entropies, rtol=1e-6)
+        assert packed[response][0] == context_ids
+        np.testing.assert_array_equal(packed[response][1], ids)
+        np.testing.assert_allclose(packed[response][2], logprobs, rtol=1e-6)
+        np.testing.assert_allclose(packed[response][3], entropies, rtol=1e-6)
 
 
 def test_tables_of_a_hand_made_step():
@@ -124,7 +125,7 @@ def test_tables_of_a_hand_made_step():
     assert batch.num_microbatches == 1
 
 
-def test_anchors_are_the_first_to_answer_an_observation_in_their_group():
+def test_an_anchor_is_the_first_response_to_an_observation_in_its_group():
     def episode(*texts, group, ending=Ending.TERMINATED):
         turns = [dataclasses.replace(turn([1], [2]), observation=text) for text in texts]
         return trajectory(*turns, group=group, ending=ending)
@@ -143,7 +144,7 @@ def test_anchors_are_the_first_to_answer_an_observation_in_their_group():
 def test_both_contexts_give_the_same_tables(seed):
     append, window = (collate(random_trajectories(seed, 12, context), LAYOUT) for context in ("append", "window"))
     packed = {"tokens", "positions", "segment_ids", "response_ids", "logprobs", "entropies", "minibatch_ends"}
-    for field in {each.name for each in dataclasses.fields(append)} - packed:
+    for field in {column.name for column in dataclasses.fields(append)} - packed:
         np.testing.assert_array_equal(getattr(append, field), getattr(window, field), err_msg=field)
 
 
@@ -155,7 +156,7 @@ def test_rows_are_filled_first_fit_decreasing():
     np.testing.assert_array_equal((batch.segment_ids[0] > 0).sum(-1), [32, 32])
 
 
-def test_nothing_playable_gives_no_microbatch():
+def test_a_batch_without_intact_episodes_has_no_microbatch():
     broken = trajectory(turn([1], [2]), ending=Ending.ENV_ERROR)
     for trajectories in ([], [broken, broken]):
         batch = collate(trajectories, LAYOUT)
@@ -167,9 +168,9 @@ def test_nothing_playable_gives_no_microbatch():
 def test_minibatches_are_even_disjoint_and_deterministic(count):
     layout = dataclasses.replace(LAYOUT, num_minibatches=3)
     trajectories = [trajectory(turn([1], [2 + n, 3])) for n in range(count)]
-    batch, again, other = (collate(trajectories, layout, seed=seed) for seed in (5, 5, 6))
+    batch, repeated, other = (collate(trajectories, layout, seed=seed) for seed in (5, 5, 6))
     for field in dataclasses.fields(batch):
-        np.testing.assert_array_equal(getattr(batch, field.name), getattr(again, field.name))
+        np.testing.assert_array_equal(getattr(batch, field.name), getattr(repeated, field.name))
     sizes = np.bincount(batch.trajectory_minibatch[:count], minlength=3)
     assert sizes.sum() == count and sizes.max() - sizes.min() <= 1
     if count == 16:
@@ -210,18 +211,18 @@ SHORT = trajectory(turn([1], [2] * 20), turn([1], [2]))
         ),
     ],
 )
-def test_what_does_not_fit_is_named(sizes, trajectories, named):
+def test_a_batch_that_does_not_fit_names_the_size_to_raise(sizes, trajectories, named):
     with pytest.raises(ValueError, match=named):
         collate(trajectories, dataclasses.replace(LAYOUT, **sizes))
 
 
-def test_a_layout_names_its_bad_size():
+def test_a_layout_refuses_invalid_sizes_by_name():
     with pytest.raises(ValueError, match="expected row_length ≥ 1, got 0"):
         dataclasses.replace(LAYOUT, row_length=0)
     with pytest.raises(ValueError, match="one microbatch for each of 3 minibatches, got 2"):
         dataclasses.replace(LAYOUT, num_microbatches=2, num_minibatches=3)
 
 
-def test_a_long_episode_that_broke_does_not_count():
+def test_a_broken_episode_needs_no_room_in_the_batch():
     broken = dataclasses.replace(LONG, ending=Ending.ENV_ERROR)
     assert collate([broken], dataclasses.replace(LAYOUT, max_responses=1)).num_microbatches == 0

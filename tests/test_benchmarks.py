@@ -15,7 +15,7 @@ from benchmarks.make_docs import FOLDER, PAGE, bench_table, load, peers_table, r
 from benchmarks.peers import COMPARISONS, Comparison, PeerError, Program, compare, main, parse_peer, versions_of
 
 
-def test_the_committed_page_is_that_of_the_committed_results():
+def test_the_committed_page_matches_the_committed_results():
     page = render(load(FOLDER / "results"))
     assert PAGE.read_text(encoding="utf-8") == page, "run python -m benchmarks.make_docs"
 
@@ -66,7 +66,7 @@ def test_a_table_of_bench_shows_the_roofline():
     ("text", "complaint"),
     [("rubbish", "expected JSON"), ("[]", "expected a kind"), ('{"kind": "peers", "date": "x"}', "expected versions")],
 )
-def test_a_file_that_is_no_result_is_refused(text: str, complaint: str, tmp_path):
+def test_a_file_without_a_result_is_refused(text: str, complaint: str, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=complaint):
         load(tmp_path)
@@ -92,10 +92,10 @@ print("done")
 
 def test_ratios_are_those_of_one_round(tmp_path):
     own, peer = (script(tmp_path, name, COUNTING.replace("FACTOR", f)) for name, f in (("aem_jax", "6"), ("peer", "2")))
-    found = compare([own, peer], ["5"], Comparison("", "rate.median", "1/s"), 3, 60)
-    assert found["values"] == {"aem_jax": [30, 60, 90], "peer": [10, 20, 30]}  # whoever began the round
-    assert found["ratios"] == {"peer": [3, 3, 3]} and found["median_ratios"] == {"peer": 3}
-    assert found["medians"] == {"aem_jax": 60, "peer": 20} and len(found["rounds"]) == 3
+    measured = compare([own, peer], ["5"], Comparison("", "rate.median", "1/s"), 3, 60)
+    assert measured["values"] == {"aem_jax": [30, 60, 90], "peer": [10, 20, 30]}  # whoever began the round
+    assert measured["ratios"] == {"peer": [3, 3, 3]} and measured["median_ratios"] == {"peer": 3}
+    assert measured["medians"] == {"aem_jax": 60, "peer": 20} and len(measured["rounds"]) == 3
     seconds = compare([own, peer], ["5"], Comparison("", "rate.median", "s", seconds=True), 1, 60)
     assert seconds["ratios"] == {"peer": [round(1 / 3, 4)]}
 
@@ -118,8 +118,8 @@ def test_a_peer_that_fails_is_named(code: str, complaint: str, tmp_path):
 
 def test_peers_are_read_from_the_command_line(tmp_path, capsys):
     peer = script(tmp_path, "peer", "")
-    found = parse_peer(f"Peer={sys.executable}:{peer.words[0]}")
-    assert found.name == "Peer" and found.command(["8", "64"]) == "python peer.py 8 64"
+    program = parse_peer(f"Peer={sys.executable}:{peer.words[0]}")
+    assert program.name == "Peer" and program.command(["8", "64"]) == "python peer.py 8 64"
     assert "jax" in versions_of(sys.executable) and "python" in versions_of(sys.executable)
     for text, complaint in [
         ("Peer", "NAME=PYTHON:SCRIPT"),
@@ -133,7 +133,7 @@ def test_peers_are_read_from_the_command_line(tmp_path, capsys):
     assert "NAME=PYTHON:SCRIPT" in capsys.readouterr().err
 
 
-def test_the_generator_says_whether_the_page_is_up_to_date():
+def test_check_reports_whether_the_page_is_up_to_date():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.make_docs", "--check"], capture_output=True, cwd=FOLDER.parent, text=True
     )
@@ -141,10 +141,10 @@ def test_the_generator_says_whether_the_page_is_up_to_date():
 
 
 def test_a_run_of_bench_fits_the_page(tmp_path, monkeypatch, capsys):
-    from aem_jax.bench.ceilings import Sizes, ceilings
+    from aem_jax.bench.measure import Sizes, ceilings
     from aem_jax.launch import cli
 
-    monkeypatch.setattr("aem_jax.bench.ceilings.SIZES", {"cpu": Sizes(2**20, 64)})
+    monkeypatch.setattr("aem_jax.bench.measure.SIZES", {"cpu": Sizes(2**20, 64)})
     ceilings.cache_clear()
     small = ["--trajectories", "8", "--turns", "2", "--repeats", "2", "--runtime.compilation-cache", "off"]
     assert cli.main(["bench", "advantage", *small]) == 0
@@ -157,7 +157,7 @@ def test_a_run_of_bench_fits_the_page(tmp_path, monkeypatch, capsys):
     assert "## Against the roofline" in page and command in page and "advantage: GRPO + AEM" in page
 
 
-def test_a_run_that_fails_is_a_line_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_failed_run_is_a_line_and_the_next_run_starts(monkeypatch: pytest.MonkeyPatch, capsys):
     seen: list[tuple[str, int]] = []
 
     def launch(words):
@@ -177,7 +177,7 @@ def test_a_run_that_fails_is_a_line_and_the_next_goes_on(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("part", ["decode", "learner", "trace"])
-def test_what_the_accelerator_is_asked_can_be_asked(part: str, monkeypatch: pytest.MonkeyPatch):
+def test_every_accelerator_run_is_a_valid_command(part: str, monkeypatch: pytest.MonkeyPatch):
     """Every option is an option of `bench`, and the most valuable runs come first."""
     runs = accelerator.PARTS[part]()
     assert len(set(runs)) == len(runs)

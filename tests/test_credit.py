@@ -9,15 +9,16 @@ import pytest
 from aem_jax.advantage import grpo, of_returns, over_trajectories
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.credit import AemConfig, make_credit
+from aem_jax.envs.protocol import Task
 from aem_jax.sharding import MeshConfig, make_mesh
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 LAYOUT = BatchLayout(num_microbatches=8, rows=4, row_length=40, max_responses=60, max_trajectories=16)
 
 
 def episodes(rng: np.random.Generator) -> list[Trajectory]:
     """Three groups of four: one episode broken by its environment, one response empty, one group of equal entropies."""
-    found = []
+    trajectories = []
     for group in range(3):
         for member in range(4):
             turns = []
@@ -28,8 +29,8 @@ def episodes(rng: np.random.Generator) -> list[Trajectory]:
                 ids = np.arange(5, 5 + m, dtype=np.int32)
                 turns.append(Turn(observation, ids, -rng.uniform(0, 1, m), entropies, float(rng.normal()), True))
             ending = Ending.ENV_ERROR if (group, member) == (1, 3) else Ending.TERMINATED
-            found.append(Trajectory(Task("t", "k", {}), group, member, tuple(turns), ending, False))
-    return found
+            trajectories.append(Trajectory(Task("t", "k", {}), group, member, tuple(turns), ending, False))
+    return trajectories
 
 
 def by_hand(trajectories: list[Trajectory], strength: float) -> dict[tuple[int, int, int], tuple[float, float]]:
@@ -60,7 +61,7 @@ def test_token_advantages_are_alpha_times_base(strength, context):
     ]
     batch = collate(trajectories, LAYOUT)
     credit = make_credit(of_returns(over_trajectories, grpo), AemConfig(strength), 3, mesh)
-    found, statistics = jax.device_get(credit(place(batch, mesh)))
+    assigned, statistics = jax.device_get(credit(place(batch, mesh)))
     expected = by_hand(trajectories, strength)
     response = 0
     seen = 0
@@ -72,12 +73,12 @@ def test_token_advantages_are_alpha_times_base(strength, context):
             assert where.sum() == len(turn.response_ids)
             if len(turn.response_ids):
                 base, alpha = expected[t.group, t.member, k]
-                np.testing.assert_allclose(found.tokens[where], base * alpha, rtol=2e-5, atol=2e-6)
-                np.testing.assert_allclose(found.coefficients[response], alpha, rtol=2e-5)
+                np.testing.assert_allclose(assigned.tokens[where], base * alpha, rtol=2e-5, atol=2e-6)
+                np.testing.assert_allclose(assigned.coefficients[response], alpha, rtol=2e-5)
                 seen += 1
             response += 1
     assert seen == len(expected)
-    assert np.all(found.tokens[np.asarray(batch.response_ids) < 0] == 0)
+    assert np.all(assigned.tokens[np.asarray(batch.response_ids) < 0] == 0)
     alphas = np.array([alpha for _, alpha in expected.values()])
     assert statistics["aem/alpha_max"] == pytest.approx(alphas.max(), rel=1e-5)
     assert statistics["aem/flat_groups"] == pytest.approx(1 / 3)
@@ -85,23 +86,23 @@ def test_token_advantages_are_alpha_times_base(strength, context):
     assert statistics["entropy/token"] == pytest.approx(np.mean(every), rel=1e-5)
 
 
-def test_an_episode_out_of_the_loss_counts_in_its_groups_statistics_alone():
+def test_an_episode_out_of_the_loss_counts_only_in_the_statistics_of_its_group():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     trajectories = episodes(np.random.default_rng(0))
     masked = [dataclasses.replace(t, in_loss=t.member != 2) for t in trajectories]
     credit = make_credit(of_returns(over_trajectories, grpo), AemConfig(), 3, mesh)
     batch = collate(masked, LAYOUT)
     all_in, _ = jax.device_get(credit(place(collate(trajectories, LAYOUT), mesh)))
-    found, statistics = jax.device_get(credit(place(batch, mesh)))
+    assigned, statistics = jax.device_get(credit(place(batch, mesh)))
     # base advantages equal those with everything in the loss: the statistics are the same
-    np.testing.assert_array_equal(found.base, all_in.base)
+    np.testing.assert_array_equal(assigned.base, all_in.base)
     # alpha equals that of a step without the masked episodes
     others = collate([t for t in masked if t.in_loss], LAYOUT)
     without, _ = jax.device_get(credit(place(others, mesh)))
     of_masked = np.array([t.member == 2 for t in trajectories])[batch.response_trajectory] & batch.response_valid
     valid = batch.response_valid & ~of_masked
-    np.testing.assert_allclose(found.coefficients[valid], without.coefficients[others.response_valid], rtol=1e-6)
-    assert of_masked.any() and np.all(found.coefficients[of_masked] == 1)
+    np.testing.assert_allclose(assigned.coefficients[valid], without.coefficients[others.response_valid], rtol=1e-6)
+    assert of_masked.any() and np.all(assigned.coefficients[of_masked] == 1)
     # none of their tokens is in a row or a minibatch
     assert not np.isin(np.nonzero(of_masked)[0], np.asarray(batch.response_ids)).any()
     assert set(batch.trajectory_minibatch[[t.member == 2 for t in trajectories] + [False] * 4]) == {-1}
@@ -143,23 +144,23 @@ def test_alpha_is_normalised_over_its_scope(scope, expected):
     np.testing.assert_allclose(alphas(trajectories, AemConfig(scope=scope)), expected, rtol=1e-5)
 
 
-def test_reversed_weighs_the_uncertain_up():
+def test_the_reversed_variant_gives_uncertain_responses_larger_coefficients():
     # exp(+H~) is 1, e, sqrt(e)
-    found = alphas([episode(0, 0, 0.0, 1.0), episode(0, 1, 0.5)], AemConfig(variant="reversed"))
-    np.testing.assert_allclose(found, np.array([1, 1 / E, 1 / G]) / np.mean([1, 1 / E, 1 / G]), rtol=1e-5)
+    coefficients = alphas([episode(0, 0, 0.0, 1.0), episode(0, 1, 0.5)], AemConfig(variant="reversed"))
+    np.testing.assert_allclose(coefficients, np.array([1, 1 / E, 1 / G]) / np.mean([1, 1 / E, 1 / G]), rtol=1e-5)
 
 
-def test_shuffled_deals_the_alphas_of_a_group_among_its_responses():
+def test_the_shuffled_variant_permutes_coefficients_within_a_group():
     rng = np.random.default_rng(0)
     trajectories = [episode(g, m, *rng.uniform(0, 2, 3)) for g in range(3) for m in range(4)]
     config = AemConfig(variant="shuffled")
     with pytest.raises(ValueError, match="expected a PRNG key"):
         alphas(trajectories, config)
     plain = alphas(trajectories, AemConfig()).reshape(3, 12)
-    dealt = [alphas(trajectories, config, jax.random.key(seed)).reshape(3, 12) for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(dealt[0], dealt[1])
-    assert (dealt[0] != dealt[2]).any() and (dealt[0] != plain).any()
-    np.testing.assert_array_equal(np.sort(dealt[0]), np.sort(plain))
+    permuted = [alphas(trajectories, config, jax.random.key(seed)).reshape(3, 12) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(permuted[0], permuted[1])
+    assert (permuted[0] != permuted[2]).any() and (permuted[0] != plain).any()
+    np.testing.assert_array_equal(np.sort(permuted[0]), np.sort(plain))
 
 
 def test_the_config_refuses_negative_strength():

@@ -29,7 +29,7 @@ def state_of(step: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two checkpoints."""
     folder = tmp_path_factory.mktemp("checkpoints")
     with Checkpoints(folder) as checkpoints:
@@ -38,40 +38,42 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_damaged_checkpoint_is_the_one_before_or_itself(whole: Path, tmp_path: Path, capfd, caplog, monkeypatch):
+def test_a_damaged_checkpoint_is_restored_exactly_or_replaced_by_the_previous_one(
+    intact: Path, tmp_path: Path, capfd, caplog, monkeypatch
+):
     # The stream of a handler that another test installed may be closed.
     monkeypatch.setattr(logging.root, "handlers", [caplog.handler])
     states = {step: state_of(step) for step in STEPS}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states[1])
-    found: Counter[int] = Counter()
+    restored: Counter[int] = Counter()
     folder = tmp_path / "checkpoints"
-    shutil.copytree(whole, folder)
+    shutil.copytree(intact, folder)
     files = snapshot(folder)
     for seed in range(SEEDS):
         put_back(folder, files)
-        what = damage(folder, seed, lambda file: file.name != ".lock")
+        description = damage(folder, seed, lambda file: file.name != ".lock")
         caplog.clear()
         with Checkpoints(folder) as checkpoints:
             if seed % 5 == 0:
                 checkpoints.claim()  # a writer moves unreadable checkpoints aside
             state = checkpoints.restore(abstract)
             step = int(state["step"])
-            assert all(np.array_equal(state[name], value) for name, value in states[step].items()), what
-            assert checkpoints.extra(step) == {"step": step} and checkpoints.best in (step, max(STEPS)), what
-            assert seed % 5 or checkpoints.latest == step, what
+            assert all(np.array_equal(state[name], value) for name, value in states[step].items()), description
+            assert checkpoints.extra(step) == {"step": step} and checkpoints.best in (step, max(STEPS)), description
+            assert seed % 5 or checkpoints.latest == step, description
         lost = not list(folder.rglob("2"))  # all of the checkpoint, so no trace of it is left
-        said = [each.getMessage() for each in caplog.records if each.name == "aem_jax.checkpoint"]
-        assert len(said) <= 1 and not any("\n" in line for line in said), what
-        assert step == max(STEPS) or lost or "checkpoint of step 2 cannot be read" in said[0], what
-        found[step] += 1
+        messages = [record.getMessage() for record in caplog.records if record.name == "aem_jax.checkpoint"]
+        assert len(messages) <= 1 and not any("\n" in line for line in messages), description
+        assert step == max(STEPS) or lost or "checkpoint of step 2 cannot be read" in messages[0], description
+        restored[step] += 1
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err
-    assert found[1] >= SEEDS // 10 and found[2] >= SEEDS // 4, found  # both happen
+    assert restored[1] >= SEEDS // 10 and restored[2] >= SEEDS // 4, restored  # both happen
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_damage_to_the_only_checkpoint_is_one_line(whole: Path, tmp_path: Path, seed: int):
-    shutil.copytree(whole, tmp_path / "damaged")
+def test_damage_to_the_only_checkpoint_gives_its_numbers_or_a_one_line_error(intact: Path, tmp_path: Path, seed: int):
+    shutil.copytree(intact, tmp_path / "damaged")
     shutil.rmtree(tmp_path / "damaged" / "1")
     damage(tmp_path / "damaged" / "2" / "state" / "ocdbt.process_0" / "d", seed)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(2))
@@ -84,7 +86,7 @@ def test_damage_to_the_only_checkpoint_is_one_line(whole: Path, tmp_path: Path, 
             jax.tree.map(np.testing.assert_array_equal, state, state_of(2))
 
 
-def test_a_damaged_record_of_a_run_is_one_line_or_the_same_run(tmp_path: Path):
+def test_a_damaged_record_of_a_run_gives_the_same_config_or_a_one_line_error(tmp_path: Path):
     """`config.json`, `inputs.json`, the tokenizer and the model's config, read as every command reads them."""
     run, model = tmp_path / "run", tmp_path / "model"
     for folder in (run / "tokenizer", model):
@@ -96,13 +98,13 @@ def test_a_damaged_record_of_a_run_is_one_line_or_the_same_run(tmp_path: Path):
     files, refused = snapshot(run), 0
     for seed in range(SEEDS):
         put_back(run, files)
-        what = damage(run, seed)
+        description = damage(run, seed)
         try:
-            found = saved.load(run)
+            loaded = saved.load(run)
         except ConfigError as error:
-            assert "\n" not in str(error) and str(run) in str(error), what
+            assert "\n" not in str(error) and str(run) in str(error), description
             refused += 1
         else:
             own = [file for file in files if file.name != "inputs.json"]
-            assert found == config and all(file.read_bytes() == files[file] for file in own), what
+            assert loaded == config and all(file.read_bytes() == files[file] for file in own), description
     assert refused > SEEDS // 2

@@ -38,14 +38,14 @@ def run(script: Path, *words: str, programs: Path, **environment: str) -> subpro
     )
 
 
-def test_every_file_has_its_page():
+def test_every_file_of_deploy_is_documented():
     assert {path.name for path in DEPLOY.iterdir()} == set(HOW_TO)
     for name, page in HOW_TO.items():
         assert f"(../../deploy/{name})" in (REPOSITORY / "docs" / "howto" / page).read_text(), (name, page)
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
-def test_options_of_the_package_are_there(path: Path):
+def test_options_of_the_package_exist(path: Path):
     for words in commands(path.read_text()):
         assert unknown_options(words) == [], words
 
@@ -65,7 +65,7 @@ def test_slurm_has_a_task_for_each_gpu():
 
 
 @pytest.mark.parametrize(("status", "again"), [(0, False), (2, False), (75, True), (130, False), (143, True)])
-def test_slurm_requeues_what_can_go_on(tmp_path: Path, status: int, again: bool):
+def test_slurm_requeues_stopped_and_lost_runs(tmp_path: Path, status: int, again: bool):
     fake(tmp_path / "bin", "srun", f'echo "srun $*"; exit {status}')
     fake(tmp_path / "bin", "scontrol", 'echo "scontrol $*"')
     job = {"SLURM_SUBMIT_DIR": "/home/me", "SLURM_JOB_ID": "7"}
@@ -127,7 +127,7 @@ def test_skypilot_has_the_fields_of_a_task():
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_dockerfiles_copy_what_is_there_and_install_an_extra(path: Path):
+def test_dockerfiles_copy_existing_files_and_install_an_extra(path: Path):
     text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE)
     lines = [line for line in re.sub(r"\\\n\s*", " ", text).splitlines() if line.strip()]
     steps = [line.split(maxsplit=1) for line in lines]

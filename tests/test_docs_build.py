@@ -1,14 +1,21 @@
-"""How the documentation site renders a docstring. Skipped without Sphinx (the extra `docs`)."""
+"""How the documentation site renders docstrings and settings. Skipped without Sphinx (the extra `docs`)."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from aem_jax.config.run import RunConfig
+from aem_jax.envs.registry import TRAINED
+from aem_jax.overrides import annotations, choose, flag
+
 pytest.importorskip("sphinx")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs" / "_ext"))
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+sys.path.insert(0, str(DOCS / "_ext"))
 convert = importlib.import_module("docstrings").convert
+settings = importlib.import_module("settings")
 
 
 def test_an_equation_becomes_a_preformatted_block():
@@ -29,3 +36,17 @@ def test_an_equation_becomes_a_preformatted_block():
 )
 def test_signs_of_mathematics_are_no_markup(text: str, expected: str):
     assert convert([text]) == [expected]
+
+
+def test_the_tables_list_every_setting_of_every_environment():
+    assert re.findall(r"{settings} (\w+)", (DOCS / "settings.md").read_text()) == ["run", "environments"]
+    groups = settings.run_groups() + settings.environment_groups()
+    listed = re.findall(r"^\| `(--\S+) ", "\n".join(map(settings.table, groups)), re.MULTILINE)
+    known = {name for choice in TRAINED for name in annotations(choose(RunConfig(), {"environment": choice}))}
+    assert sorted(listed) == sorted(map(flag, known))
+
+
+def test_a_row_of_a_table_is_one_of_markdown():
+    setting = settings.Setting("a.b_c", int | None, None, "Up to </think>, or 2|3.")
+    row = r"| `--a.b-c INT\|none` | `None` | Up to \</think>, or 2\|3. |"
+    assert settings.table(settings.Group("a", "", [setting])).splitlines()[2:] == [row]

@@ -15,11 +15,13 @@ import pytest
 from aem_jax.config import validate
 from aem_jax.config.environments import task_suite
 from aem_jax.config.presets import read_preset
+from aem_jax.envs import registry
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.tasks import load_game
 from aem_jax.envs.serving.pool import EnvPool
-from aem_jax.envs.suite import tokenizer_corpus
+from aem_jax.envs.suite import SuiteOptions, tokenizer_corpus
 from aem_jax.envs.testing import conformance_wire
+from aem_jax.envs.testing.conformance import Subject, check_environment
 from aem_jax.overrides import apply, split
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -53,7 +55,7 @@ def run_config(words: list[str]):
 @pytest.fixture
 def guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the guide's file; the test's working directory."""
-    source, _ = blocks("Bring your own environment", "python")
+    source, *_ = blocks("Bring your own environment", "python")
     (tmp_path / "guess.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -63,7 +65,7 @@ def guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_environment_conforms(guess: Path):
-    _, check = blocks("Bring your own environment", "python")
+    _, check, _ = blocks("Bring your own environment", "python")
     scope: dict = {}
     exec(compile(check, "check.py", "exec"), scope)
     assert scope["problems"] == []
@@ -71,9 +73,9 @@ def test_the_environment_conforms(guess: Path):
     env, low, high = scope["Guess"](), 1, 10
     result = env.reset({"seed": 1})
     while not result.done:
-        said = (low + high) // 2
-        result = env.step(f"I say {said}")
-        low, high = (said + 1, high) if result.observation == "Higher." else (low, said - 1)
+        guessed = (low + high) // 2
+        result = env.step(f"I say {guessed}")
+        low, high = (guessed + 1, high) if result.observation == "Higher." else (low, guessed - 1)
     assert result.info["won"] and result.reward == 1.0
 
 
@@ -96,14 +98,29 @@ def test_it_can_be_trained_on(guess: Path):
     (words,) = commands(blocks("Bring your own environment", "sh")[1])
     config = run_config(words)
     suite = task_suite(config)
-    said = [text for episode in tokenizer_corpus(suite, 3, config.rollout.max_turns) for text in episode]
-    assert "Guess a number from 1 to 20." in said and set(said) & {"Higher.", "Lower.", "Yes!"}
-    assert set(said[1::2]) <= {"1", "5", "10", "15", "20"}
+    texts = [text for episode in tokenizer_corpus(suite, 3, config.rollout.max_turns) for text in episode]
+    assert "Guess a number from 1 to 20." in texts and set(texts) & {"Higher.", "Lower.", "Yes!"}
+    assert set(texts[1::2]) <= {"1", "5", "10", "15", "20"}
     pool = dataclasses.replace(config.env, sessions_per_server=2)
     with EnvPool(pool, (suite.name, suite.settings)) as pool:
         first = [pool.reset(session, suite.training[0].payload).result(30) for session in range(2)]
-        assert [each.observation for each in first] == ["Guess a number from 1 to 20."] * 2
+        assert [result.observation for result in first] == ["Guess a number from 1 to 20."] * 2
         assert pool.step(0, "what?").result(30).info["valid_action"] is False
+
+
+def test_the_suite_of_an_environment_with_a_name(guess: Path, monkeypatch: pytest.MonkeyPatch):
+    (guess / "guess_suite.py").write_text(blocks("Bring your own environment", "python")[2])
+    monkeypatch.delitem(sys.modules, "guess_suite", raising=False)
+    monkeypatch.setattr(registry, "ENVIRONMENTS", {"guess": registry.Entry("guess_suite:GUESS")})
+    spec, config = registry.registered("guess"), registry.default_config("guess")
+    assert spec.suite is not None
+    suite = spec.suite(config, SuiteOptions(seed=1))
+    tasks, name = suite.evaluation("valid", 3)
+    assert name == "valid-3" and not {task.id for task in tasks} & {task.id for task in suite.training}
+    (texts,) = tokenizer_corpus(suite, 1, 5)
+    assert texts[0] == "Guess a number from 1 to 10."
+    tasks = [task.payload for task in tasks]
+    assert check_environment(Subject(spec.factory({}), tasks=tasks, actions=["3", "what?"])) == []
 
 
 def test_the_mappings_are_those_of_the_recordings():
@@ -128,7 +145,7 @@ def test_every_field_of_a_mapping_is_explained():
     explained = {name.replace("-", "_") for row in rows for name in re.findall(r"`([\w-]+)`", row)}
     # these three fields have the same meaning in every server, and the preset locates them
     unexplained = {"valid_field", "admissible_field", "info_field"}
-    assert explained == {each.name for each in dataclasses.fields(FieldMapping)} - unexplained
+    assert explained == {field.name for field in dataclasses.fields(FieldMapping)} - unexplained
 
 
 def test_their_clients_task_is_one_of_ours():

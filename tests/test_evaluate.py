@@ -5,21 +5,21 @@ import math
 import jax
 import pytest
 
-from aem_jax.envs.protocol import EnvError, StepResult
+from aem_jax.envs.protocol import EnvError, StepResult, Task
 from aem_jax.envs.testing.echo import EchoEnv
 from aem_jax.evaluate import evaluate_agent, evaluate_policy, rate
 from aem_jax.rollout import RolloutStats
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending, Trajectory
 
 
 def test_wilson_interval_by_hand():
     """k = 8 of n = 10, z = 1.96: centre (0.8 + 0.19208) / 1.38416 = 0.71674, half 0.22659 → 0.4902 to 0.9433."""
-    found = rate([True] * 8 + [False] * 2)
-    assert (found.success, found.count) == (0.8, 10)
-    assert (found.low, found.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    interval = rate([True] * 8 + [False] * 2)
+    assert (interval.success, interval.count) == (0.8, 10)
+    assert (interval.low, interval.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
 
 
-def test_extremes_stay_inside_zero_and_one():
+def test_intervals_stay_within_zero_and_one():
     assert rate([True] * 20).high == pytest.approx(1.0) and rate([True] * 20).low > 0.8
     assert rate([False] * 20).low == pytest.approx(0.0, abs=1e-12)
     assert math.isnan(rate([]).success) and (rate([]).low, rate([]).high) == (0.0, 1.0)
@@ -36,13 +36,15 @@ def test_an_agent_is_counted_by_task_type():
         actions = iter(["no", "yes"])
         return lambda result: next(actions)
 
-    found = evaluate_agent(EchoEnv(), make_act, tasks, max_turns=9, name="set", split="valid_seen")
-    assert (found.by_task_type["short"].success, found.by_task_type["long"].success) == (0.0, 1.0)
+    evaluation = evaluate_agent(EchoEnv(), make_act, tasks, max_turns=9, name="set", split="valid_seen")
+    assert (evaluation.by_task_type["short"].success, evaluation.by_task_type["long"].success) == (0.0, 1.0)
     assert (
-        found.rate.count == 3 and found.mean_turns == pytest.approx(5 / 3) and found.mean_return == pytest.approx(2 / 3)
+        evaluation.rate.count == 3
+        and evaluation.mean_turns == pytest.approx(5 / 3)
+        and evaluation.mean_return == pytest.approx(2 / 3)
     )
-    assert found.mean_score == found.rate.success  # the environment has no finer score
-    record = found.record(7, "expert")
+    assert evaluation.mean_score == evaluation.rate.success  # the environment has no finer score
+    record = evaluation.record(7, "expert")
     assert (record["step"], record["phase"], record["by_task_type"]["long"]["count"]) == (7, "expert", 2)
 
 
@@ -61,13 +63,13 @@ def test_the_tasks_own_score_is_that_of_the_last_step():
             pass
 
     tasks = [Task(f"t{score}", "k", {"score": score}) for score in (0.5, float("nan"))]
-    found = evaluate_agent(Graded(), lambda task: lambda result: "x", tasks, max_turns=3, name="set", split="test")
-    assert (found.mean_score, found.rate.success) == (0.25, 0.0)
-    assert found.record(0, "expert")["mean_score"] == 0.25
+    evaluation = evaluate_agent(Graded(), lambda task: lambda result: "x", tasks, max_turns=3, name="set", split="test")
+    assert (evaluation.mean_score, evaluation.rate.success) == (0.25, 0.0)
+    assert evaluation.record(0, "expert")["mean_score"] == 0.25
 
 
 @pytest.mark.parametrize("error", [KeyError, SystemExit])
-def test_a_task_that_breaks_is_left_out_and_all_that_do_are_said(error):
+def test_a_broken_task_is_left_out_and_an_error_is_raised_where_all_are_broken(error):
     class Fragile(EchoEnv):
         def reset(self, task):
             if task["level"] > 1:
@@ -76,13 +78,13 @@ def test_a_task_that_breaks_is_left_out_and_all_that_do_are_said(error):
 
     tasks = [Task(f"t{level}", "k", {"word": "hi", "level": level}) for level in (0, 1, 2)]
     settings = {"max_turns": 3, "name": "set", "split": "test"}
-    found = evaluate_agent(Fragile(), lambda task: lambda result: "hi", tasks, **settings)
-    assert (found.rate.count, found.rate.success, found.env_errors) == (2, 1.0, 1)
+    evaluation = evaluate_agent(Fragile(), lambda task: lambda result: "hi", tasks, **settings)
+    assert (evaluation.rate.count, evaluation.rate.success, evaluation.env_errors) == (2, 1.0, 1)
     with pytest.raises(EnvError, match="every task broke its environment, t2 first: .*no such level"):
         evaluate_agent(Fragile(), lambda task: lambda result: "hi", tasks[2:], **settings)
 
 
-def test_an_evaluation_of_which_nothing_was_played_is_none():
+def test_an_evaluation_without_playable_episodes_raises_the_first_error():
     def rollout(endings):
         trajectories = [Trajectory(Task("t", "k", {}), i, 0, (), ending, False) for i, ending in enumerate(endings)]
         return lambda *_, **__: (trajectories, RolloutStats(first_error="task t: no display"))

@@ -27,7 +27,7 @@ from experiments.table import (
     load,
     part,
     render,
-    said,
+    shown,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,14 +77,14 @@ def mini(tmp_path: Path) -> Path:
     return tmp_path / "mini.toml"
 
 
-def test_the_committed_page_is_that_of_the_committed_results():
+def test_the_committed_page_matches_the_committed_results():
     grids = load()
     assert [grid.name for grid, *_ in grids] == sorted(path.stem for path in RESULTS.glob("*.jsonl"))
     assert PAGE.read_text(encoding="utf-8") == render(grids), "run python -m experiments.table"
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.name)
-def test_every_run_of_a_committed_grid_can_be_begun(path: Path):
+def test_every_run_of_a_committed_grid_has_a_valid_config(path: Path):
     grid = read_grid(path)
     configs = [grid.config(run) for run in (*grid.starts(Path("runs")), *grid.runs(Path("runs")))]
     assert len({config.name for config in configs}) == len(configs)
@@ -94,7 +94,7 @@ def test_every_run_of_a_committed_grid_can_be_begun(path: Path):
         assert begin == ("" if config.name.startswith(START) else f"runs/{START}-seed{config.seed}")
 
 
-def test_options_become_the_words_of_a_command(mini: Path):
+def test_options_become_arguments_of_the_command_line(mini: Path):
     grid = read_grid(mini)
     (start,), (base, aem) = grid.starts(Path("r")), grid.runs(Path("r"))
     assert (start.name, base.name, aem.name) == ("start-seed0", "grpo-seed0", "grpo-aem-seed0")
@@ -106,18 +106,18 @@ def test_options_become_the_words_of_a_command(mini: Path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("aem.strength", "aem.strenth", "did you mean --aem.strength"),
-        ('against = "grpo"', 'against = "dapo"', "is compared with, got 'dapo'"),
+        ('against = "grpo"', 'against = "dapo"', "to compare 'grpo-aem' with, got 'dapo'"),
         ('name = "grpo"', 'name = "start"', "none of them 'start'"),
         ("[shared]", "[common]", "got 'common' too"),
         ("options", "option", "expected name, options"),
     ],
 )
-def test_a_grid_with_a_mistake_is_refused(mini: Path, old: str, new: str, said: str):
+def test_a_grid_with_a_mistake_is_refused(mini: Path, old: str, new: str, message: str):
     mini.write_text(MINI.replace(old, new, 1))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         grid = read_grid(mini)
         [grid.config(run) for run in grid.runs(Path("r"))]
 
@@ -134,7 +134,7 @@ def test_success_is_over_all_games_of_the_last_evaluations():
     assert math.isnan(successes(result("a", 0, 3), "train"))
 
 
-def test_parts_of_a_curve():
+def test_part_is_the_mean_of_a_section_of_a_curve():
     # 5 bins: the first fifth is the first, the last fifth the last
     assert part("rollout/success", 0, 0.2)(result("a", 0, 1)) == pytest.approx(0.1)
     assert part("rollout/success", 0.8, 1)(result("a", 0, 1)) == pytest.approx(0.5)
@@ -142,17 +142,17 @@ def test_parts_of_a_curve():
     assert math.isnan(part("entropy/response", 0, 1)(result("a", 0, 1)))
 
 
-def test_an_interval_by_bootstrap():
+def test_intervals_are_by_bootstrap():
     # Of {0, 1} a resample's mean is 0, 1/2, 1 with probability 1/4, 1/2, 1/4: its 2.5 % quantile is 0, its 97.5 % is 1
     assert interval([1.0, 0.0]) == (0.5, 0.0, 1.0, 2)
     assert interval([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25, 3)
     assert interval([2.0, 1.0, 4.0]) == interval([4.0, 2.0, 1.0, math.nan])
     assert math.isnan(interval([0.3]).low) and interval([]).count == 0
-    assert said(interval([1.0, 0.0]), percent=True) == "50.0 % (0.0 to 100.0)"
-    assert said(interval([-0.1, -0.1]), percent=True, signed=True) == "−10.0 points (−10.0 to −10.0)"
+    assert shown(interval([1.0, 0.0]), percent=True) == "50.0 % (0.0 to 100.0)"
+    assert shown(interval([-0.1, -0.1]), percent=True, signed=True) == "−10.0 points (−10.0 to −10.0)"
 
 
-def test_differences_are_those_of_the_same_seed(mini: Path):
+def test_differences_are_paired_by_seed(mini: Path):
     # of 20 games: seed 0 wins 6 -> 10, seed 1 wins 8 -> 8; seed 2 has no partner
     runs = [result("grpo", 0, 3), result("grpo", 1, 4), result("grpo", 2, 9)]
     runs += [result("grpo-aem", 1, 4), result("grpo-aem", 0, 5)]
@@ -181,7 +181,7 @@ def test_claims_are_means_over_seeds(mini: Path):
     assert without_points({"points": [1], "a": {"points": [], "b": 0.123456}}) == {"a": {"b": 0.1235}}
 
 
-def test_what_is_not_done_is_not_analysed(mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_unfinished_runs_are_not_analysed(mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = [str(mini), "--runs-dir", str(tmp_path), "--results", str(tmp_path), "--steps", "1", "--variants"]
     assert claims_main([*words, "grpo"]) == 1
     assert "grpo-seed0, step 1: not done" in capsys.readouterr().out and not list(tmp_path.glob("*.claims.json"))
@@ -196,7 +196,7 @@ def test_pairs_are_drawn_from_bins(mini: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_grid_is_run_and_gone_on_with(mini: Path, tmp_path: Path, user_environment: dict[str, str]):
+def test_a_grid_runs_and_resumes(mini: Path, tmp_path: Path, user_environment: dict[str, str]):
     def drive(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "experiments.run", str(mini), "--runs-dir", str(tmp_path / "runs")]
         command += ["--results", str(tmp_path), *words]
@@ -207,7 +207,7 @@ def test_a_grid_is_run_and_gone_on_with(mini: Path, tmp_path: Path, user_environ
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "runs" / "mini"
     start, trained = read_results(tmp_path / "mini.jsonl")
-    assert [(each["variant"], each["seed"], each["steps"]) for each in (start, trained)] == [
+    assert [(result["variant"], result["seed"], result["steps"]) for result in (start, trained)] == [
         (START, 0, 0),
         ("grpo", 0, 1),
     ]
@@ -230,7 +230,7 @@ def test_a_grid_is_run_and_gone_on_with(mini: Path, tmp_path: Path, user_environ
     assert refused.returncode == 2 and "--aem.strength 0.0, got 0.5" in refused.stderr
 
 
-def test_results_say_what_they_lack(tmp_path: Path):
+def test_missing_fields_of_results_are_named(tmp_path: Path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"variant": "a", "seed": 0}) + "\n")
     with pytest.raises(ValueError, match="expected steps, seconds, evaluations, curves in line 1 of x.jsonl"):
         read_results(tmp_path / "x.jsonl")

@@ -42,7 +42,7 @@ def test_strings_and_keys_of_parsed_json_can_be_encoded():
         ("9" * 5000, "digits"),
     ],
 )
-def test_what_is_no_json_is_refused_in_one_line_that_names_the_source(text, message):
+def test_invalid_json_is_refused_in_one_line_that_names_the_source(text, message):
     with pytest.raises(ValueError) as refusal:
         parse_json(text, "tasks.jsonl line 3")
     assert str(refusal.value).startswith("tasks.jsonl line 3: ") and message in str(refusal.value)
@@ -56,13 +56,13 @@ def test_lines_end_at_newlines_alone(tmp_path):
     assert list(read_json_lines(file)) == list(enumerate(rows, start=1))
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+def test_a_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "a.json") == {"a": 1}
     assert read_text(tmp_path / "a.json") == '{"a": 1}'
 
 
-def test_a_line_that_is_no_json_is_named(tmp_path):
+def test_an_invalid_line_is_named_by_its_number(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{}\n\n{"a": Infinity}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl line 3: expected JSON, got Infinity"):
         list(read_json_lines(tmp_path / "rows.jsonl"))

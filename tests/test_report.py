@@ -9,10 +9,11 @@ import pytest
 from fake_run import write_fake_run
 
 from aem_jax.metrics import Evaluation, Rate
+from aem_jax.overrides import flatten
 from aem_jax.report import plot_headline, write_report
 from aem_jax.report.curves import CURVES
 from aem_jax.report.page import bar, duration, episode, headline, percent, spread
-from aem_jax.report.run import baseline_lines, flat_config, read_run
+from aem_jax.report.run import baseline_lines, read_run
 from aem_jax.report.style import smooth
 
 
@@ -26,7 +27,7 @@ def page(run_dir: Path) -> str:
     return write_report(run_dir).read_text()
 
 
-def test_page_is_written_beside_the_run(run_dir: Path, page: str):
+def test_the_page_is_written_into_the_run_folder(run_dir: Path, page: str):
     assert (run_dir / "report.html").read_text() == page
     assert not (run_dir / "report.html.new").exists()
 
@@ -55,19 +56,19 @@ def test_page_shows_ten_transcripts_turn_by_turn(page: str):
     assert page.count("environment error</span>") == 1
 
 
-def test_page_needs_nothing_beside_it(page: str):
+def test_the_page_is_self_contained(page: str):
     assert "<script" not in page and "<link" not in page and "@import" not in page
     assert not re.findall(r'(?:src|href)="(?!#)([^"]*)"', page)
     assert all(not target.startswith("http") for target in re.findall(r"url\((.*?)\)", page))
 
 
-def test_ids_of_the_figures_are_apart(page: str):
+def test_ids_of_the_figures_are_unique(page: str):
     # one figure's clip path must not cut another's lines
     figures = [set(re.findall(r'<clipPath id="(.*?)"', svg)) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
     assert all(figures) and len(set.union(*figures)) == sum(map(len, figures))
 
 
-def test_text_of_the_world_is_escaped(tmp_path: Path):
+def test_text_of_environments_is_escaped(tmp_path: Path):
     turn = {"observation": "<script>alert(1)</script>", "response": "<action>look</action>"}
     transcripts = [{"task_id": "<b>", "turns": [turn]}]
     (tmp_path / "transcripts.json").write_text(json.dumps(transcripts))
@@ -118,7 +119,7 @@ def test_a_missing_folder_is_named(tmp_path: Path):
         write_report(tmp_path / "nowhere")
 
 
-def test_after_is_the_last_evaluation_of_a_run_that_goes_on(tmp_path: Path):
+def test_after_is_the_latest_evaluation_of_an_unfinished_run(tmp_path: Path):
     lines = [
         {"step": 0, "phase": "warmstart", "split": "valid_seen", "success": 0.3, "low": 0.2, "high": 0.4, "count": 100},
         {"step": 5, "phase": "train", "split": "valid_seen", "success": 0.5, "low": 0.39, "high": 0.6, "count": 100},
@@ -126,11 +127,11 @@ def test_after_is_the_last_evaluation_of_a_run_that_goes_on(tmp_path: Path):
     ]
     for count, gain, apart in ((1, None, False), (2, 0.2, False), (3, 0.3, True)):
         (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
-        found = headline(read_run(tmp_path), "valid_seen")
-        assert found["gain"] == (None if gain is None else pytest.approx(gain)) and found["apart"] is apart
+        result = headline(read_run(tmp_path), "valid_seen")
+        assert result["gain"] == (None if gain is None else pytest.approx(gain)) and result["apart"] is apart
 
 
-def test_bar_stands_where_its_numbers_are():
+def test_bars_have_the_widths_of_their_numbers():
     rate = Rate(success=0.5, low=0.4, high=0.65, count=8)
     drawn = bar("after", Evaluation("", "valid_seen", rate, {}, None, None, None))
     assert (drawn["width"], drawn["low"], drawn["span"], drawn["tone"]) == (50, 40, pytest.approx(25), "after")
@@ -145,14 +146,14 @@ def test_tints_follow_the_numbers():
     assert "--red) 60%" in low["advantage_tint"] and "--green) 34%" in high["advantage_tint"]
 
 
-def test_what_is_neutral_has_no_colour():
+def test_neutral_values_have_no_colour():
     (turn,) = episode({"turns": [{"alpha": 1.001, "advantage": -0.0, "entropy": None}]})["turns"]
     assert "--grey) 8%" in turn["alpha_tint"] and "--grey) 8%" in turn["advantage_tint"]
 
 
 def test_baselines_of_equal_success_share_a_line(tmp_path: Path):
-    found = {"oracle": 1.0, "random": 0.02, "searcher": 0.97, "greedy": 0.9}
-    lines = [{"step": 0, "phase": phase, "split": "s", "success": success} for phase, success in found.items()]
+    baselines = {"oracle": 1.0, "random": 0.02, "searcher": 0.97, "greedy": 0.9}
+    lines = [{"step": 0, "phase": phase, "split": "s", "success": success} for phase, success in baselines.items()]
     (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
     drawn = baseline_lines(read_run(tmp_path).baselines("s"))
     assert drawn == [(1.0, "oracle, searcher"), (0.9, "greedy"), (0.02, "random")]
@@ -168,7 +169,7 @@ def test_small_helpers():
     assert [duration(value) for value in (41.6, 200, 3661)] == ["42 s", "3 min 20 s", "1 h 1 min"]
     assert smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
     assert spread(range(100), 10) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99] and spread([1, 2], 10) == [1, 2]
-    assert flat_config({"a": {"b": 1, "c": {}}, "d": []}) == {"a.b": 1, "d": []}
+    assert flatten({"a": {"b": 1, "c": {}}, "d": []}) == {"a.b": 1, "d": []}
 
 
 def test_headline_picture_of_several_settings(tmp_path: Path):
@@ -187,7 +188,7 @@ def test_headline_picture_of_runs_without_numbers(tmp_path: Path):
         plot_headline([], tmp_path / "none.png")
 
 
-def test_text_that_cannot_be_encoded_and_a_damaged_file_keep_no_run_from_its_report(tmp_path: Path, caplog):
+def test_unencodable_text_and_damaged_files_do_not_prevent_a_report(tmp_path: Path, caplog):
     folder = write_fake_run(tmp_path / "run", steps=2)
     shown = json.loads((folder / "transcripts.json").read_text())
     shown[0]["turns"][0]["observation"] = "half \ud83d of it"

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.rollout import RolloutStats
 from aem_jax.selection import (
     Rule,
@@ -21,7 +21,7 @@ from aem_jax.selection import (
     succeeded,
 )
 from aem_jax.train import rollout_metrics
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 ENDINGS = {"t": Ending.TERMINATED, "c": Ending.TRUNCATED, "e": Ending.ENV_ERROR}
 
@@ -46,11 +46,11 @@ def groups(*words: str) -> list[Trajectory]:
     ]
 
 
-def found(selected) -> list[tuple[str, int, int]]:
+def numbers(selected) -> list[tuple[str, int, int]]:
     return [(t.task.id, t.group, t.member) for t in selected.trajectories]
 
 
-def test_every_group_is_kept_as_it_came_unless_asked():
+def test_every_group_is_kept_unchanged_by_default():
     trajectories = groups("1t1t", "0c0e", "1t0t")
     selected = select(trajectories, Rule(3))
     assert selected.trajectories == trajectories
@@ -60,14 +60,14 @@ def test_every_group_is_kept_as_it_came_unless_asked():
 def test_the_first_groups_whose_outcomes_differ_are_kept_and_renumbered():
     trajectories = groups("1t1t", "1t0t", "0t0t", "0t2t", "0t1t")
     selected = select(trajectories, Rule(2, outcome=returned))
-    assert found(selected) == [("task-1", 0, 0), ("task-1", 0, 1), ("task-3", 1, 0), ("task-3", 1, 1)]
+    assert numbers(selected) == [("task-1", 0, 0), ("task-1", 0, 1), ("task-3", 1, 0), ("task-3", 1, 1)]
     assert (selected.groups, selected.filtered, selected.surplus) == (2, 2, 1)
-    # the numbers give the order, whatever the order of the input
+    # group numbers decide, not the order of the input
     shuffled = [trajectories[i] for i in np.random.default_rng(0).permutation(len(trajectories))]
-    assert sorted(found(select(shuffled, Rule(2, outcome=returned)))) == found(selected)
+    assert sorted(numbers(select(shuffled, Rule(2, outcome=returned)))) == numbers(selected)
 
 
-def test_what_must_differ_is_the_outcome_that_was_asked_for():
+def test_groups_are_compared_by_the_outcome_of_the_rule():
     all_succeed = groups("1t2t", "1t0t")
     assert {t.task.id for t in select(all_succeed, Rule(2, outcome=succeeded)).trajectories} == {"task-1"}
     assert {t.task.id for t in select(all_succeed, Rule(2, outcome=returned)).trajectories} == {"task-0", "task-1"}
@@ -84,36 +84,36 @@ def test_what_must_differ_is_the_outcome_that_was_asked_for():
 )
 def test_returns_that_differ_by_rounding_alone_are_one_outcome(rewards, totals):
     members = [
-        Trajectory(Task("t", "look", {}), 0, m, tuple(turn(1, 1, r) for r in each), Ending.TERMINATED, True)
-        for m, each in enumerate(rewards)
+        Trajectory(Task("t", "look", {}), 0, m, tuple(turn(1, 1, r) for r in turn_rewards), Ending.TERMINATED, True)
+        for m, turn_rewards in enumerate(rewards)
     ]
     assert [t.total_reward for t in members] == totals
     assert select(members, Rule(1, outcome=returned)).filtered == 1
     assert rollout_metrics(members, RolloutStats())["rollout/mixed_groups"] == 0
 
 
-def test_broken_episodes_make_no_difference_but_stay():
+def test_broken_episodes_do_not_count_as_outcomes_but_stay_in_their_group():
     # the 0 of a broken episode is no failure: its group has a single outcome and gives no signal
     selected = select(groups("1t0e", "1t0t0e", "0e0e"), Rule(3, outcome=returned))
-    assert found(selected) == [("task-1", 0, 0), ("task-1", 0, 1), ("task-1", 0, 2)]
+    assert numbers(selected) == [("task-1", 0, 0), ("task-1", 0, 1), ("task-1", 0, 2)]
     assert selected.trajectories[2].ending is Ending.ENV_ERROR and selected.filtered == 2
 
 
-def test_dropped_truncated_episodes_are_gone_and_make_no_difference():
+def test_dropped_truncated_episodes_do_not_count_as_outcomes():
     trajectories = groups("1t0c1t", "1t0t0c", "0c0c0c")
     kept = select(trajectories, Rule(3, truncated=lambda t: None))
-    assert found(kept) == [("task-0", 0, 0), ("task-0", 0, 2), ("task-1", 1, 0), ("task-1", 1, 1)]
+    assert numbers(kept) == [("task-0", 0, 0), ("task-0", 0, 2), ("task-1", 1, 0), ("task-1", 1, 1)]
     assert (kept.groups, kept.masked) == (3, 5)
     mixed = select(trajectories, Rule(3, outcome=returned, truncated=lambda t: None))
-    assert found(mixed) == [("task-1", 0, 0), ("task-1", 0, 1)]
+    assert numbers(mixed) == [("task-1", 0, 0), ("task-1", 0, 1)]
     assert (mixed.groups, mixed.filtered, mixed.masked) == (1, 2, 1)
 
 
-def test_masked_truncated_episodes_count_in_statistics_alone():
+def test_masked_truncated_episodes_count_only_in_statistics():
     # the third group differs, but none of its episodes is in the loss
     trajectories = groups("1t0c1t", "1t1t1c", "1c0c0c")
     selected = select(trajectories, Rule(3, outcome=returned, truncated=mask_loss))
-    assert found(selected) == [("task-0", 0, 0), ("task-0", 0, 1), ("task-0", 0, 2)]
+    assert numbers(selected) == [("task-0", 0, 0), ("task-0", 0, 1), ("task-0", 0, 2)]
     assert [t.in_loss for t in selected.trajectories] == [True, False, True]
     assert (selected.groups, selected.filtered, selected.masked) == (1, 2, 1)
 
@@ -122,10 +122,10 @@ class Rounds:
     """A rollout that returns prepared results and records its requests."""
 
     def __init__(self, *rounds: tuple[str, ...]):
-        self.rounds, self.asked, self.keys = rounds, [], []
+        self.rounds, self.requested, self.keys = rounds, [], []
 
     def tasks(self, step: int, round: int) -> list[Task]:
-        self.asked.append((step, round))
+        self.requested.append((step, round))
         return [Task(f"{step}/{round}/{n}", "look", {}) for n in range(len(self.rounds[round]))]
 
     def __call__(self, params, tasks, key):
@@ -135,55 +135,55 @@ class Rounds:
         return trajectories, RolloutStats(len(trajectories), sampled_tokens=10, total_s=0.5, first_error=error)
 
 
-def test_rounds_go_on_until_there_is_enough():
+def test_rounds_are_played_until_enough_groups_have_a_signal():
     rollout, key = Rounds(("1t1t", "1t0t"), ("0t0t", "0t0t"), ("0t1t", "1t0t"), ("1t0t", "1t0t")), jax.random.key(3)
-    played = play_rounds(rollout, rollout.tasks, Rule(2, 10, returned), None, 7, key)
-    assert rollout.asked == [(7, 0), (7, 1), (7, 2)]
-    assert [(t.group, t.member, t.total_reward) for t in played.trajectories] == [
+    episodes = play_rounds(rollout, rollout.tasks, Rule(2, 10, returned), None, 7, key)
+    assert rollout.requested == [(7, 0), (7, 1), (7, 2)]
+    assert [(t.group, t.member, t.total_reward) for t in episodes.trajectories] == [
         (0, 0, 1.0), (0, 1, 0.0), (1, 0, 0.0), (1, 1, 1.0),
     ]  # fmt: skip
-    assert [t.group for t in played.everything] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert (played.stats.episodes, played.stats.sampled_tokens, played.stats.total_s) == (12, 30, 1.5)
+    assert [t.group for t in episodes.played] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert (episodes.stats.episodes, episodes.stats.sampled_tokens, episodes.stats.total_s) == (12, 30, 1.5)
     names = ("rounds", "groups", "filtered_groups", "surplus_groups", "masked_truncated", "overlong_penalty")
-    assert [played.metrics[f"selection/{name}"] for name in names] == [3, 2, 3, 1, 0, 0]
+    assert [episodes.metrics[f"selection/{name}"] for name in names] == [3, 2, 3, 1, 0, 0]
 
 
-def test_the_limit_ends_it_with_what_there_is():
+def test_after_the_last_round_a_step_may_have_fewer_groups():
     rollout, key = Rounds(("1t1t", "1t0t"), ("0t0t", "0t0t")), jax.random.key(3)
-    played = play_rounds(rollout, rollout.tasks, Rule(2, 2, returned), None, 0, key)
-    assert {t.group for t in played.trajectories} == {0} and played.metrics["selection/groups"] == 1
+    episodes = play_rounds(rollout, rollout.tasks, Rule(2, 2, returned), None, 0, key)
+    assert {t.group for t in episodes.trajectories} == {0} and episodes.metrics["selection/groups"] == 1
     rollout = Rounds(("1t1t", "1t1t"))
-    played = play_rounds(rollout, rollout.tasks, Rule(2, 1, returned), None, 0, key)
-    assert played.trajectories == [] and played.metrics["selection/filtered_groups"] == 2
-    assert len(played.everything) == 4 and played.metrics["selection/overlong_penalty"] == 0
+    episodes = play_rounds(rollout, rollout.tasks, Rule(2, 1, returned), None, 0, key)
+    assert episodes.trajectories == [] and episodes.metrics["selection/filtered_groups"] == 2
+    assert len(episodes.played) == 4 and episodes.metrics["selection/overlong_penalty"] == 0
 
 
-def test_round_0_has_the_steps_key_and_no_round_that_of_an_episode():
+def test_keys_of_rounds_differ_from_each_other_and_from_those_of_episodes():
     rollout, key = Rounds(*[("1t1t",)] * 10), jax.random.key(3)
     play_rounds(rollout, rollout.tasks, Rule(1, 10, returned), None, 0, key)
     assert rollout.keys[0] == tuple(jax.random.key_data(key).tolist())
-    of_episodes = {tuple(each) for each in jax.random.key_data(jax.random.split(key, 1024)).tolist()}
+    of_episodes = {tuple(data) for data in jax.random.key_data(jax.random.split(key, 1024)).tolist()}
     assert len(set(rollout.keys)) == 10 and not of_episodes & set(rollout.keys)
 
 
 @pytest.mark.parametrize("outcome", [None, returned])
-def test_where_no_episode_of_a_round_could_be_played_others_are_in_its_place(outcome):
+def test_a_round_without_playable_episodes_is_replaced_by_another(outcome):
     rollout = Rounds(("1e0e", "0e0e"), ("0e1t", "1t0t"), ("1t0t", "1t0t"))
-    played = play_rounds(rollout, rollout.tasks, Rule(1, outcome=outcome), None, 7, jax.random.key(3))
-    assert rollout.asked == [(7, 0), (7, 1)]  # a round with some playable tasks does not count as broken
-    assert [(t.group, t.total_reward) for t in played.trajectories] == (
+    episodes = play_rounds(rollout, rollout.tasks, Rule(1, outcome=outcome), None, 7, jax.random.key(3))
+    assert rollout.requested == [(7, 0), (7, 1)]  # a round with some playable tasks does not count as broken
+    assert [(t.group, t.total_reward) for t in episodes.trajectories] == (
         [(0, 0), (0, 1)] if not outcome else [(0, 1), (0, 0)]
     )
-    assert len(played.everything) == 8
+    assert len(episodes.played) == 8
 
 
-def test_where_no_episode_of_many_tasks_could_be_played_the_first_error_ends_it():
+def test_a_step_whose_many_tasks_all_break_raises_the_first_error():
     """Of 10 tasks a round: after the third round there are more than `BROKEN_TASKS`, of 24 at once after the first."""
     for size, rounds in ((10, 3), (24, 1)):
         rollout = Rounds(*[("0e0e",) * size] * 9)
         with pytest.raises(EnvError, match="no episode of step 7 could be played; the first error: task 0: no display"):
             play_rounds(rollout, rollout.tasks, Rule(size), None, 7, jax.random.key(3))
-        assert len(rollout.asked) == rounds
+        assert len(rollout.requested) == rounds
 
 
 def test_the_overlong_penalty_by_hand():
@@ -204,17 +204,17 @@ def test_the_overlong_penalty_by_hand():
         soft_overlong(long, length=response_lengths, limit=10, buffer=11, penalty=1.0)
 
 
-def test_the_penalty_falls_on_what_was_chosen_without_it():
+def test_the_overlong_penalty_does_not_influence_the_selection():
     rollout = Rounds(("1t1t", "1t0t"))
     # the response of 3 tokens is half-way into the buffer: every return loses 0.5; outcomes were compared before
     penalise = partial(soft_overlong, length=response_lengths, limit=4, buffer=2, penalty=1.0)
-    played = play_rounds(rollout, rollout.tasks, Rule(1, 1, returned, penalise=penalise), None, 0, jax.random.key(0))
-    assert [t.total_reward for t in played.trajectories] == [0.5, -0.5]
-    assert [t.total_reward for t in played.everything] == [1, 1, 1, 0]
-    assert played.metrics["selection/overlong_penalty"] == -0.5
+    episodes = play_rounds(rollout, rollout.tasks, Rule(1, 1, returned, penalise=penalise), None, 0, jax.random.key(0))
+    assert [t.total_reward for t in episodes.trajectories] == [0.5, -0.5]
+    assert [t.total_reward for t in episodes.played] == [1, 1, 1, 0]
+    assert episodes.metrics["selection/overlong_penalty"] == -0.5
 
 
-def test_the_config_refuses_what_would_be_thrown_away():
+def test_the_config_refuses_extra_tasks_without_a_filter():
     assert SelectionConfig(filter_equal_outcomes=True, oversample=1.5).tasks_per_round(3) == 5
     with pytest.raises(ValueError, match="expected selection.filter_equal_outcomes with selection.oversample 2.0"):
         SelectionConfig(oversample=2.0)

@@ -45,13 +45,13 @@ class Chip:
 
     platform, device_kind, core_on_chip = "tpu", "TPU v5", 0
 
-    def __init__(self, place: int):
-        self.id, self.process_index = place, place // 4
-        self.coords = (place % 4, place // 4 % 4, place // 16)
+    def __init__(self, index: int):
+        self.id, self.process_index = index, index // 4
+        self.coords = (index % 4, index // 4 % 4, index // 16)
 
 
-def test_an_axis_may_be_a_part_of_one_of_the_torus():
-    mesh = make_mesh(MeshConfig(data=8, fsdp=8), [Chip(place) for place in range(64)])
+def test_a_mesh_axis_may_be_a_part_of_a_torus_axis():
+    mesh = make_mesh(MeshConfig(data=8, fsdp=8), [Chip(index) for index in range(64)])
     assert dict(mesh.shape) == {"data": 8, "fsdp": 8, "tensor": 1}
     assert sorted(device.id for device in mesh.devices.flat) == list(range(64))
 
@@ -84,7 +84,7 @@ def test_learning_splits_masters_and_sampling_gathers_no_weights():
 
 
 @pytest.mark.parametrize("rules", [TRAIN, DECODE])
-def test_parameters_lie_as_the_table_says(rules):
+def test_parameters_are_split_as_the_rules_say(rules):
     """2 x 2 x 2 devices: each matrix has as many different pieces as the axes that split it."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     policy = Policy(CONFIGS["tiny"])
@@ -93,9 +93,9 @@ def test_parameters_lie_as_the_table_says(rules):
     jax.tree.map(np.testing.assert_array_equal, placed, params)
     ways = 4 if rules is TRAIN else 2
     for name in ("qkv", "o", "gate_up", "down"):
-        leaf = placed["layers"][name]
+        leaf = placed["base"]["layers"][name]
         assert leaf.addressable_shards[0].data.size * ways == leaf.size, name
-    assert placed["norm"].sharding.is_fully_replicated == (rules is DECODE or TRAIN["norm"] is None)
+    assert placed["base"]["norm"].sharding.is_fully_replicated == (rules is DECODE or TRAIN["norm"] is None)
 
 
 def test_indivisible_dimension_is_named():
@@ -117,17 +117,17 @@ def test_replicated():
     assert jax.device_put(np.arange(3), replicated(mesh)).sharding.is_fully_replicated
 
 
-def test_on_tpus_weights_lie_in_the_order_of_their_products():
+def test_on_tpus_sampled_weights_have_contracted_and_last_dimension_innermost():
     """The weights for sampling have the dimensions of the sum and of the result last."""
     policy = Policy(CONFIGS["tiny"])
-    chips = make_mesh(MeshConfig(fsdp=4), [Chip(place) for place in range(4)])
-    found = decode_formats(chips, policy.axes, policy.shapes)
-    ordered = {name: leaf for name, leaf in found["layers"].items() if isinstance(leaf, Format)}
+    chips = make_mesh(MeshConfig(fsdp=4), [Chip(index) for index in range(4)])
+    formats = decode_formats(chips, policy.axes, policy.shapes)
+    ordered = {name: leaf for name, leaf in formats["base"]["layers"].items() if isinstance(leaf, Format)}
     assert set(ordered) == {"qkv", "gate_up"}
     for name, leaf in ordered.items():
         assert isinstance(leaf.layout, Layout)
-        order, axes = leaf.layout.major_to_minor, policy.axes["layers"][name]
+        order, axes = leaf.layout.major_to_minor, policy.axes["base"]["layers"][name]
         assert axes[order[-2]] == "embed" and order[-1] == len(axes) - 1 and sorted(order) == list(range(len(axes)))
-        assert leaf.sharding == shardings(chips, policy.axes, DECODE)["layers"][name]
+        assert leaf.sharding == shardings(chips, policy.axes, DECODE)["base"]["layers"][name]
     mesh = make_mesh(MeshConfig())
-    assert decode_formats(mesh, policy.axes) == shardings(mesh, policy.axes, DECODE)  # elsewhere as ever
+    assert decode_formats(mesh, policy.axes) == shardings(mesh, policy.axes, DECODE)  # no layout on other platforms

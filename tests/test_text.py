@@ -12,7 +12,7 @@ OPENERS = {"read_text", "write_text", "open", "fdopen", "NamedTemporaryFile"}
 
 def without_encoding(source: str) -> list[int]:
     """Lines of the calls that read or write text in the locale's encoding."""
-    found = []
+    lines = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -32,16 +32,16 @@ def without_encoding(source: str) -> list[int]:
             is_other = isinstance(node.func, ast.Attribute) and (owner == "os" or len(node.args) > 1 or not modes)
             if is_binary or (name == "NamedTemporaryFile" and not modes) or (name == "open" and is_other):
                 continue
-        found.append(node.lineno)
-    return found
+        lines.append(node.lineno)
+    return lines
 
 
 def test_every_file_of_text_is_opened_as_utf_8():
-    places = []
+    calls = []
     for folder in ("aem_jax", "experiments", "benchmarks", "examples"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            places += [f"{path.relative_to(ROOT)}:{n}" for n in without_encoding(path.read_text(encoding="utf-8"))]
-    assert not places
+            calls += [f"{path.relative_to(ROOT)}:{n}" for n in without_encoding(path.read_text(encoding="utf-8"))]
+    assert not calls
 
 
 @pytest.mark.parametrize(
@@ -58,5 +58,5 @@ def test_every_file_of_text_is_opened_as_utf_8():
         ("os.open(path, os.O_RDONLY)", 0),
     ],
 )
-def test_what_is_found(source: str, count: int):
+def test_the_checker_counts_calls_without_encoding(source: str, count: int):
     assert len(without_encoding(source)) == count

@@ -240,7 +240,7 @@ def test_an_environment_cannot_write_markup_that_is_not_special(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     markers = ["<|User|>", "<|Assistant|>"]
-    tokenizer.add_tokens([AddedToken(each, special=False, normalized=False) for each in markers])
+    tokenizer.add_tokens([AddedToken(marker, special=False, normalized=False) for marker in markers])
     tokenizer.chat_template = MARKERS_THAT_ARE_NOT_SPECIAL
     chat = ChatTokenizer(tokenizer)
     ids = set(tokenizer.convert_tokens_to_ids(markers))
@@ -248,7 +248,7 @@ def test_an_environment_cannot_write_markup_that_is_not_special(tiny, tmp_path):
 
     def marked(text):
         prompt = chat.prompt_ids([{"role": "user", "content": text}])
-        return [[i for i in each if i in ids] for each in (chat.delta_ids(text), prompt)]
+        return [[i for i in row if i in ids] for row in (chat.delta_ids(text), prompt)]
 
     assert marked(attack) == marked("You see a door.")
     assert tiny.encode("<action>")[0] in chat.delta_ids(attack)
@@ -328,13 +328,13 @@ def test_a_template_that_is_no_text_is_refused(tiny, tmp_path):
 
 
 def test_half_of_a_surrogate_pair_is_replaced_wherever_text_enters(tiny):
-    half, whole = "half \ud83d of it", "half \ufffd of it"
-    assert tiny.encode(half) == tiny.encode(whole)
-    assert tiny.delta_ids(half) == tiny.delta_ids(whole)
-    assert tiny.prompt_ids([{"role": "user", "content": half}]) == tiny.prompt_ids([{"role": "user", "content": whole}])
-    assert ChatTokenizer.train([half] * 8, vocab_size=300).encode(whole) == ChatTokenizer.train(
-        [whole] * 8, vocab_size=300
-    ).encode(whole)
+    half, valid = "half \ud83d of it", "half \ufffd of it"
+    assert tiny.encode(half) == tiny.encode(valid)
+    assert tiny.delta_ids(half) == tiny.delta_ids(valid)
+    assert tiny.prompt_ids([{"role": "user", "content": half}]) == tiny.prompt_ids([{"role": "user", "content": valid}])
+    assert ChatTokenizer.train([half] * 8, vocab_size=300).encode(valid) == ChatTokenizer.train(
+        [valid] * 8, vocab_size=300
+    ).encode(valid)
 
 
 def test_decode_leaves_control_tokens_out(tiny):

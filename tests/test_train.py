@@ -12,20 +12,18 @@ import pytest
 from aem_jax.advantage import gae, grpo, of_returns, over_trajectories, value_returns
 from aem_jax.batch import BatchLayout
 from aem_jax.credit import AemConfig, Credit, make_credit
-from aem_jax.envs.protocol import StepResult
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_response_values, make_update
-from aem_jax.models import ModelConfig, Policy, ValuePolicy, policy_params
+from aem_jax.envs.protocol import StepResult, Task
+from aem_jax.learner import LearnerConfig, init_state, make_response_values, make_update
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.reshard import make_reshard
 from aem_jax.selection import Rule
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import rollout_metrics, train, transcripts
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
-from .rollout.fakes import STOP, VOCAB, ByteChat, LocalPool
+from .rollout.fakes import POLICY, STOP, ByteChat, LocalPool
 
-POLICY = Policy(ModelConfig(VOCAB, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0))
 ROLLOUT = RolloutConfig(
     groups_per_step=4, group_size=8, num_slots=32, max_turns=2, response_tokens=3, context_tokens=32, prompt_tokens=8,
     decode_chunk=3, extend_buckets=(8,), windows=(),
@@ -55,31 +53,31 @@ def tasks(step: int, round: int) -> list[Task]:
     return [Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]
 
 
-EVERY = Rule(4)
+ALL_GROUPS = Rule(4)
 
 
-def run(steps: int, strength: float, mesh=None, *, rule=EVERY, tasks=tasks, first=None, trained: Any = POLICY):
+def run(steps: int, strength: float, mesh=None, *, rule=ALL_GROUPS, tasks=tasks, first=None, trained: Any = POLICY):
     """Trains to `steps`, from the state `first` or from scratch; with a value head this is PPO."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     config = LearnerConfig(learning_rate=3e-3, value_learning_rate=0.1)
     sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=32, slack=ROLLOUT.slack, mesh=mesh)
-    update, valued = make_update(trained, config, mesh), isinstance(trained, ValuePolicy)
-    estimate, reshard = gae if valued else of_returns(over_trajectories, grpo), make_reshard(POLICY, mesh)
-    history, found = [], []
+    update, valued = make_update(trained, config, mesh), trained.value
+    estimate, reshard = gae if valued else of_returns(over_trajectories, grpo), make_reshard(trained, mesh)
+    history, shown = [], []
 
     def on_step(state, step, metrics, trajectories, credit):
         history.append({name: float(value) for name, value in metrics.items()})
-        found[:] = transcripts(trajectories, credit, step)
+        shown[:] = transcripts(trajectories, credit, step)
 
     rollout = Rollout(sampler, ByteChat(), LocalPool(32, VowelEnv), ROLLOUT)
     state = train(
-        first or init_state(trained, make_optimizer(config, trained.axes), mesh, jax.random.key(0)),
+        first or init_state(trained, config, mesh, jax.random.key(0)),
         rollout=rollout,
         tasks=tasks,
         rule=rule,
         layout=LAYOUT,
         mesh=mesh,
-        reshard=lambda params: reshard(policy_params(trained, params)),
+        reshard=reshard,
         credit=make_credit(estimate, AemConfig(strength), 4, mesh, value_returns if valued else None),
         update=update,
         values=make_response_values(trained, config, mesh) if valued else None,
@@ -88,21 +86,21 @@ def run(steps: int, strength: float, mesh=None, *, rule=EVERY, tasks=tasks, firs
         num_steps=steps,
         on_step=on_step,
     )
-    return state, history, found
+    return state, history, shown
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])
-def test_it_learns(strength):
-    state, history, found = run(40, strength)
+def test_training_raises_the_return(strength):
+    state, history, shown = run(40, strength)
     start, end = (np.mean([h["rollout/return"] for h in part]) for part in (history[:3], history[-3:]))
     assert start < 0.5 and end > 0.9, (start, end)
     assert max(h["parity/max"] for h in history) <= 1e-4
     assert sum(h["compile/recompiles"] for h in history) == 0
     assert int(state.step) == 40
-    alphas = [turn["alpha"] for episode in found for turn in episode["turns"]]
+    alphas = [turn["alpha"] for episode in shown for turn in episode["turns"]]
     assert (len(set(alphas)) > 1) <= (strength > 0)
     assert all(
-        set(turn) >= {"observation", "response", "entropy", "alpha", "advantage"} for e in found for turn in e["turns"]
+        set(turn) >= {"observation", "response", "entropy", "alpha", "advantage"} for e in shown for turn in e["turns"]
     )
 
 
@@ -117,8 +115,8 @@ def timeless(metrics: dict) -> dict:
 
 
 @pytest.mark.slow
-def test_with_a_value_head_it_learns_what_to_expect_and_a_resumed_run_goes_on_alike():
-    trained = ValuePolicy(POLICY)
+def test_a_value_head_learns_returns_and_a_resumed_run_gives_the_same_numbers():
+    trained = dataclasses.replace(POLICY, value=True)
     _, unbroken, _ = run(16, 1.0, trained=trained)
     explained = [h["value/explained_variance"] for h in unbroken]
     assert explained[0] == 0.0 == unbroken[0]["value/mean"]  # a new head predicts 0 everywhere
@@ -131,30 +129,30 @@ def test_with_a_value_head_it_learns_what_to_expect_and_a_resumed_run_goes_on_al
     assert list(map(timeless, unbroken[:8])) == list(map(timeless, broken + rest))
 
 
-def test_rounds_are_played_until_enough_groups_differ_and_a_resumed_run_plays_the_same():
+def test_rounds_are_played_until_enough_groups_differ_also_in_a_resumed_run():
     # 1 in 25 episodes is won at first, so some step needs more than one round; step 2 has nothing to learn from
     rule = Rule(2, max_rounds=3, outcome=lambda t: t.task.task_type == "vowel" and t.success)
-    asked = []
+    requested = []
 
-    def drawn(step: int, round: int) -> list[Task]:
-        asked.append((step, round))
+    def tasks_of(step: int, round: int) -> list[Task]:
+        requested.append((step, round))
         return [dataclasses.replace(task, task_type="none") if step == 2 else task for task in tasks(step, round)]
 
-    state, whole, _ = run(2, 1.0, rule=rule, tasks=drawn)
-    _, rest, _ = run(4, 1.0, rule=rule, tasks=drawn, first=state)
-    counts = [int(h["selection/rounds"]) for h in whole + rest]
-    assert asked == [(step, round) for step, count in enumerate(counts) for round in range(count)]
+    state, first_steps, _ = run(2, 1.0, rule=rule, tasks=tasks_of)
+    _, rest, _ = run(4, 1.0, rule=rule, tasks=tasks_of, first=state)
+    counts = [int(h["selection/rounds"]) for h in first_steps + rest]
+    assert requested == [(step, round) for step, count in enumerate(counts) for round in range(count)]
     assert max(counts[:2]) > 1 and counts[2] == 3
-    for h in whole + rest:
+    for h in first_steps + rest:
         groups, filtered, surplus = (h[f"selection/{name}"] for name in ("groups", "filtered_groups", "surplus_groups"))
         assert groups + filtered + surplus == 4 * h["selection/rounds"]
         assert groups == 2 or h["selection/rounds"] == 3
         assert h["learner/skipped"] == (groups == 0)
         assert np.isfinite(h["rollout/success"])  # over all played episodes, selected or not
     assert rest[0]["selection/groups"] == 0
-    _, unbroken, _ = run(4, 1.0, rule=rule, tasks=drawn)
+    _, unbroken, _ = run(4, 1.0, rule=rule, tasks=tasks_of)
     same = lambda a, b: a == b or (np.isnan(a) and np.isnan(b))
-    for a, b in zip(map(timeless, unbroken), map(timeless, whole + rest), strict=True):
+    for a, b in zip(map(timeless, unbroken), map(timeless, first_steps + rest), strict=True):
         assert a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
     assert sum(h["compile/recompiles"] for h in unbroken) == 0
 
@@ -168,31 +166,31 @@ def test_one_mesh_of_eight_devices_gives_the_same_losses():
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
 
 
-def test_rollout_metrics_count_whole_episodes_only():
-    def episode(ending, won, kind, reward, score=0.0):
+def test_rollout_metrics_leave_out_broken_episodes():
+    def episode(ending, success, task_type, reward, score=0.0):
         turn = Turn(np.array([5]), np.array([6, 1]), np.zeros(2), np.zeros(2), reward, True)
-        return Trajectory(Task("t", kind, {}), 0, 0, (turn,), ending, won, score=score)
+        return Trajectory(Task("t", task_type, {}), 0, 0, (turn,), ending, success, score=score)
 
     trajectories = [
         episode(Ending.TERMINATED, True, "a", 1.0, 1.0),
         episode(Ending.TRUNCATED, False, "b", 0.0, 0.25),
         episode(Ending.ENV_ERROR, False, "b", 0.0),
     ]
-    found = rollout_metrics(trajectories, RolloutStats(env_errors=1))
-    assert found["rollout/success"] == found["rollout/return"] == found["rollout/truncated"] == 0.5
-    assert (found["rollout/success/a"], found["rollout/success/b"]) == (1.0, 0.0)
-    assert found["rollout/score"] == 0.625
-    assert (found["rollout/mixed_groups"], found["rollout/env_errors"]) == (1.0, 1)
+    metrics = rollout_metrics(trajectories, RolloutStats(env_errors=1))
+    assert metrics["rollout/success"] == metrics["rollout/return"] == metrics["rollout/truncated"] == 0.5
+    assert (metrics["rollout/success/a"], metrics["rollout/success/b"]) == (1.0, 0.0)
+    assert metrics["rollout/score"] == 0.625
+    assert (metrics["rollout/mixed_groups"], metrics["rollout/env_errors"]) == (1.0, 1)
     assert np.isnan(rollout_metrics([], RolloutStats())["rollout/success"])  # no episode is no failure
 
 
-def test_transcripts_show_episodes_out_of_the_loss_with_what_they_sampled():
+def test_transcripts_of_episodes_out_of_the_loss_show_the_sampled_entropies():
     turn = Turn(np.array([5]), np.array([6, 1]), np.zeros(2), np.array([0.5, 1.0]), 1.0, True)
     silent = Turn(np.array([5]), np.zeros(0, int), np.zeros(0), np.zeros(0), 0.0, False)
     episode = Trajectory(Task("t", "a", {}), 0, 0, (turn, silent), Ending.TRUNCATED, False, in_loss=False)
     tokens, nothing = jnp.zeros((1, 1, 4)), jnp.full(2, jnp.nan)
     credit = Credit(tokens, base=jnp.array([-1.0, 0.0]), coefficients=jnp.ones(2), entropies=nothing)
     (shown,) = transcripts([episode], credit, step=3)
-    assert [each["entropy"] for each in shown["turns"]] == [0.75, None]
-    assert [each["advantage"] for each in shown["turns"]] == [-1.0, 0.0]
+    assert [entry["entropy"] for entry in shown["turns"]] == [0.75, None]
+    assert [entry["advantage"] for entry in shown["turns"]] == [-1.0, 0.0]
     json.dumps(shown, allow_nan=False)

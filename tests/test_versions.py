@@ -11,20 +11,20 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DEPENDENCIES = [Requirement(each) for each in PROJECT["dependencies"]]
+DEPENDENCIES = [Requirement(requirement) for requirement in PROJECT["dependencies"]]
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 
 
 def pins(python: str) -> dict[str, Version]:
     """Name -> version that constraints.txt has for a Python."""
-    found: dict[str, Version] = {}
+    pinned: dict[str, Version] = {}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     for pin in (Requirement(line) for line in lines if line and not line.startswith("#")):
         if pin.marker is None or pin.marker.evaluate({"python_version": python}):
-            assert pin.name.lower() not in found, f"two pins of {pin.name} for Python {python}"
+            assert pin.name.lower() not in pinned, f"two pins of {pin.name} for Python {python}"
             (one,) = pin.specifier
-            found[pin.name.lower()] = Version(one.version)
-    return found
+            pinned[pin.name.lower()] = Version(one.version)
+    return pinned
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -37,7 +37,7 @@ def test_each_python_has_one_pin_of_each_dependency_within_its_bounds(python: st
 
 def test_no_dependency_has_an_upper_bound():
     """Only releases known to break are excluded, by number. All others are allowed, so that installing stays easy."""
-    extras = [Requirement(each) for extra in PROJECT["optional-dependencies"].values() for each in extra]
+    extras = [Requirement(requirement) for extra in PROJECT["optional-dependencies"].values() for requirement in extra]
     assert {one.operator for need in (*DEPENDENCIES, *extras) for one in need.specifier} <= {">=", "!="}
 
 
@@ -86,8 +86,8 @@ esac
     ],
 )
 def test_the_python_of_an_environment(there: list[str], arguments: list[str], chosen: str, tmp_path: Path):
-    for each in there:
-        path, version = each.split()
+    for program in there:
+        path, version = program.split()
         fake_python(tmp_path / Path(path).parent, Path(path).name, version)
     tools = tmp_path / "tools"
     tools.mkdir()

@@ -3,41 +3,41 @@
 import numpy as np
 import pytest
 
-from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.envs.testing.echo import EchoEnv
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 from aem_jax.warmstart import demonstrate, demonstrations, fitting, shuffled_batches
 
 from .rollout.fakes import STOP, ByteChat
 
 
-def test_a_demonstration_is_the_conversation():
+def test_a_demonstration_has_the_ids_of_the_conversation():
     chat, actions = ByteChat(), iter(["no", "yes"])
     task = Task("t", "echo", {"word": "yes", "length": 5})
-    found = demonstrate(EchoEnv(), lambda result: next(actions), task, chat, instruction="be brief", max_turns=5)
-    assert found.success and found.ending is Ending.TERMINATED
-    first, second = found.turns
+    episode = demonstrate(EchoEnv(), lambda result: next(actions), task, chat, instruction="be brief", max_turns=5)
+    assert episode.success and episode.ending is Ending.TERMINATED
+    first, second = episode.turns
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "say yes"}]
     assert first.observation_ids.tolist() == chat.prompt_ids(messages)
     assert second.observation_ids.tolist() == chat.delta_ids("1: no")
-    assert [turn.response_ids.tolist() for turn in found.turns] == [
+    assert [turn.response_ids.tolist() for turn in episode.turns] == [
         [*chat.encode(word), STOP] for word in ("no", "yes")
     ]
 
 
-def test_a_demonstration_that_runs_out_is_truncated():
+def test_a_demonstration_at_the_turn_limit_is_truncated():
     task = Task("t", "echo", {"word": "yes", "length": 50})
-    found = demonstrate(EchoEnv(), lambda result: "no", task, ByteChat(), instruction="", max_turns=3)
-    assert (len(found.turns), found.ending, found.success) == (3, Ending.TRUNCATED, False)
+    episode = demonstrate(EchoEnv(), lambda result: "no", task, ByteChat(), instruction="", max_turns=3)
+    assert (len(episode.turns), episode.ending, episode.success) == (3, Ending.TRUNCATED, False)
 
 
-def test_a_task_that_breaks_shows_nothing_and_the_others_lose_nothing():
+def test_a_broken_task_gives_no_demonstration_and_does_not_affect_others():
     tasks = [Task(f"t{n}", "echo", {"word": "yes", "fault": {"kind": "raise"} if n == 1 else None}) for n in range(3)]
     show = lambda tasks: list(
         demonstrations(EchoEnv(), lambda task: lambda result: "yes", tasks, ByteChat(), instruction="", max_turns=3)
     )
-    found = show(tasks)
-    assert [episode and episode.success for episode in found] == [True, None, True]
+    episodes = show(tasks)
+    assert [episode and episode.success for episode in episodes] == [True, None, True]
     with pytest.raises(EnvError, match="every task broke its environment, t1 first: RuntimeError: scripted fault"):
         show(tasks[1:2])
 
@@ -55,17 +55,17 @@ def test_demonstrations_that_are_too_long_are_cut_only_where_none_fits(caplog):
     assert fitting([], 8) == []
 
 
-def test_each_pass_sees_everything_once_in_another_order():
+def test_each_pass_has_every_item_once_in_another_order():
     items = list(range(10))
     batches = shuffled_batches(items, 4, seed=1)
     seen = [next(batches) for _ in range(5)]
     flat = [x for batch in seen for x in batch]
     assert sorted(flat[:10]) == sorted(flat[10:]) == items and flat[:10] != flat[10:]
-    again = shuffled_batches(items, 4, seed=1)
-    assert [next(again) for _ in range(5)] == seen
+    repeated = shuffled_batches(items, 4, seed=1)
+    assert [next(repeated) for _ in range(5)] == seen
     assert next(shuffled_batches(items, 4, seed=2)) != seen[0]
 
 
-def test_nothing_to_learn_from_is_an_error():
+def test_no_demonstrations_are_an_error():
     with pytest.raises(ValueError, match="expected at least one demonstration, got none"):
         next(shuffled_batches([], 4, seed=0))

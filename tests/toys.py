@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aem_jax.envs.protocol import Task
+from aem_jax.models.policy import VALUE_AXES, state_values
 from aem_jax.sharding import MeshConfig, make_mesh
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 TASK = Task("task-0", "look", {})
 ONE_DEVICE = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
@@ -19,23 +21,32 @@ class Bigram:
 
     vocab_size: int = 12
     width: int = 8
+    value: bool = False
+
+    frozen = ()
 
     @property
     def axes(self):
-        return {"embed": ("vocab", "embed"), "head": ("embed", "vocab")}
+        axes = {"base": {"embed": ("vocab", "embed"), "head": ("embed", "vocab")}}
+        return {**axes, "value": VALUE_AXES} if self.value else axes
 
     def init(self, key):
         first, second = jax.random.split(key)
-        return {
+        base = {
             "embed": jax.random.normal(first, (self.vocab_size, self.width)),
             "head": jax.random.normal(second, (self.width, self.vocab_size)),
         }
+        value = {"w": jnp.zeros((self.width, 1)), "b": jnp.zeros(1)}
+        return {"base": base, "value": value} if self.value else {"base": base}
 
     def hidden(self, params, tokens, positions, segment_ids, remat=None, constrain=None, attention=None):
-        return jnp.tanh(params["embed"][tokens])
+        return jnp.tanh(params["base"]["embed"][tokens])
 
     def head(self, params):
-        return params["head"]
+        return params["base"]["head"]
+
+    def values(self, params, hidden):
+        return state_values(params["value"], hidden)
 
 
 def random_trajectory(rng, vocab_size, group=0, context="append", max_turns=3):

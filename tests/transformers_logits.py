@@ -33,9 +33,9 @@ def logits(config, params, tokens: np.ndarray) -> np.ndarray:
         attn_implementation="eager",  # pyright: ignore[reportCallIssue]
     )
     model = make_model(theirs).to(torch.float32).eval()
-    weights = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}
-    weights["lm_head.weight"] = params["embed"] if config.tied_head else np.asarray(params["head"]).T
-    layers = {name: np.asarray(value) for name, value in params["layers"].items()}
+    weights = {"model.embed_tokens.weight": params["base"]["embed"], "model.norm.weight": params["base"]["norm"]}
+    weights["lm_head.weight"] = params["base"]["embed"] if config.tied_head else np.asarray(params["base"]["head"]).T
+    layers = {name: np.asarray(value) for name, value in params["base"]["layers"].items()}
     for i in range(config.num_layers):
         at = f"model.layers.{i}"
         groups = layers["qkv"][i]  # [D, KV, queries + key + value, Dh]

@@ -1,4 +1,4 @@
-"""REINFORCE++ and its baseline form: rewards to go, whitened over the whole batch. arXiv 2501.03262; METHOD §5.
+"""REINFORCE++ and its baseline form: rewards to go, whitened over the batch. arXiv 2501.03262; METHOD §5.
 
 Other estimators normalise by task group; these normalise over the batch, so that a group with close returns is not
 amplified. Implementations differ in the unit of the batch's mean, so it is an argument: every response (`by_response`),

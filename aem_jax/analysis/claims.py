@@ -71,7 +71,7 @@ def proxy(states: Sequence[State], alpha: np.ndarray, draws: Draws) -> dict[str,
     }
 
 
-def whose_entropy(draws: Draws) -> dict[str, Any]:
+def entropy_decomposition(draws: Draws) -> dict[str, Any]:
     """Whether mean entropy H̄ varies between the responses to one state, or between states; a diagnostic of the proxy.
 
     α compares H̄ over responses in different states; S − H_resp compares responses to one state. H̄ is informative about
@@ -138,7 +138,7 @@ def drift(
     }
 
 
-def circumstances(
+def coefficient_inputs(
     states: Sequence[State], alpha: np.ndarray, entropies: np.ndarray, groups: np.ndarray, min_range: float
 ) -> dict[str, Any]:
     """Statistics of α's inputs; the first thing to check where AEM has no effect.

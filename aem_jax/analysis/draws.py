@@ -53,7 +53,7 @@ def draw_responses(
     prompts, slots = sampler.init(sampler.slot_shards), sampler.init(draws)
     keys = jax.vmap(lambda i: jax.vmap(lambda d: jax.random.fold_in(jax.random.fold_in(key, i), d))(np.arange(draws)))
     prng = np.asarray(jax.random.key_data(keys(np.arange(len(states)))))
-    found = Draws(*(np.zeros((len(states), draws), dtype) for dtype in (np.float64, np.float64, np.int64)))
+    drawn = Draws(*(np.zeros((len(states), draws), dtype) for dtype in (np.float64, np.float64, np.int64)))
     source = np.zeros(draws, np.int32)
     for i, state in enumerate(states):
         prompts = sampler.rewind(prompts, np.zeros(sampler.slot_shards, np.int32))
@@ -63,13 +63,13 @@ def draw_responses(
         slots = sampler.fork(slots, prompts, source, prng[i], window=window)
         left = np.full(draws, state.budget, np.int32)
         while left.any():
-            window = sampler.window_for(len(state.context) + int(found.tokens[i].max()))
+            window = sampler.window_for(len(state.context) + int(drawn.tokens[i].max()))
             slots, out = sampler.decode(params, slots, left, config.decode_chunk, window=window)
             out = jax.device_get(out)
             sampled = np.arange(out.tokens.shape[1]) < out.counts[:, None]
-            found.surprisal[i] -= np.where(sampled, out.logprobs, 0).sum(axis=1, dtype=np.float64)
-            found.predictable[i] += np.where(sampled, out.entropies, 0).sum(axis=1, dtype=np.float64)
-            found.tokens[i] += out.counts
+            drawn.surprisal[i] -= np.where(sampled, out.logprobs, 0).sum(axis=1, dtype=np.float64)
+            drawn.predictable[i] += np.where(sampled, out.entropies, 0).sum(axis=1, dtype=np.float64)
+            drawn.tokens[i] += out.counts
             left = np.where(out.finished, 0, left - out.counts).astype(np.int32)
         report(i + 1)
-    return found
+    return drawn

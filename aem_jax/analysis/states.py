@@ -49,12 +49,12 @@ def states_of(trajectories: Sequence[Trajectory], response_tokens: int, context_
     for n, trajectory in enumerate(trajectories):
         if trajectory.ending is Ending.ENV_ERROR:
             continue
-        before: list[np.ndarray] = []
+        context_ids: list[np.ndarray] = []
         for k, turn in enumerate(trajectory.turns):
             if trajectory.context == "window":
-                before = []
-            before.append(turn.observation_ids)
-            context = np.concatenate(before).astype(np.int32)
+                context_ids = []
+            context_ids.append(turn.observation_ids)
+            context = np.concatenate(context_ids).astype(np.int32)
             if len(turn.response_ids):
                 states.append(
                     State(
@@ -70,6 +70,6 @@ def states_of(trajectories: Sequence[Trajectory], response_tokens: int, context_
                         text=turn.response,
                     )
                 )
-            before.append(turn.response_ids)
+            context_ids.append(turn.response_ids)
             number += 1
     return states

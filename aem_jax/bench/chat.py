@@ -1,21 +1,21 @@
-"""A conversation in bytes, for random weights: no tokenizer to train, and stop ids that set how long responses are.
+"""A chat in bytes for random weights, which needs no trained tokenizer. Its stop ids set the length of responses.
 
-A random policy says every id about equally often, so a response ends with probability s/V at each token, s of V ids
-being stop ids: its length is geometric with mean V/s. Most responses are short, some are many times that.
+A random policy samples every id about equally often. With s stop ids among V ids, a response ends at each token with
+probability s/V, so its length is geometric with mean V/s: most responses are short, and some are many times longer.
 """
 
 from collections.abc import Sequence
 
 
 class ByteChat:
-    """Text is one id a byte, and every message is led by its role in angle brackets.
+    """One id for each byte of text; every message begins with its role in angle brackets.
 
     Args:
-        vocab_size: V; ids 0 … s − 1 are the stop ids, the others stand for bytes.
-        mean_tokens: V/s, the mean length of a response of which every id is as likely.
+        vocab_size: V; ids 0 … s − 1 are the stop ids, the others are bytes.
+        mean_tokens: V/s, the mean length of a response whose ids are all equally likely.
 
     Raises:
-        ValueError: a mean for which there would be no stop id, or no id but those.
+        ValueError: the mean would need no stop id, or stop ids alone.
     """
 
     def __init__(self, vocab_size: int, mean_tokens: float) -> None:
@@ -29,16 +29,17 @@ class ByteChat:
         self._stops, self._others = stops, vocab_size - stops
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Ids of a conversation, up to where the next response begins."""
-        return self._ids("".join(f"<{each['role']}>{each['content']}" for each in messages) + "<assistant>")
+        """Ids of a conversation, up to the beginning of the next response."""
+        turns = (f"<{message['role']}>{message['content']}" for message in messages)
+        return self._ids("".join(turns) + "<assistant>")
 
     def delta_ids(self, observation: str, *, closed: bool = True) -> list[int]:
-        """Ids between a response and the next: closing it if it was cut, then the observation's turn."""
+        """Ids between two responses: a stop id if the first one was cut off, then the observation's turn."""
         return [*([] if closed else self.stop_ids[:1]), *self._ids(f"<user>{observation}<assistant>")]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """A letter for each id that is no stop id."""
-        return "".join(chr(97 + each % 26) for each in ids if each >= self._stops)
+        """One letter for each id that is not a stop id."""
+        return "".join(chr(97 + token % 26) for token in ids if token >= self._stops)
 
     def _ids(self, text: str) -> list[int]:
         return [self._stops + byte % self._others for byte in text.encode()]

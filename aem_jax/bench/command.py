@@ -1,9 +1,8 @@
-"""`bench [NAME …]`: how fast the parts are on this machine. A table for people, one JSON line for programs.
+"""`bench [NAME …]`: measures the speed of the components on this machine; prints a table and one JSON line.
 
-Each benchmark states what it measures, warms up, waits for the device, and gives the median of a few repetitions with
-the fastest, the slowest and the quartiles, and how near that comes to what the device could do: FLOPs and bytes counted
-in the compiled program over a matrix product's and a copy's speed in the same run. Shapes are given on the command
-line, so that numbers of two machines can be compared; `--compare FILE` shows ratios to an earlier JSON line.
+Each benchmark warms up, waits for the device, and reports the median of several repetitions with the fastest, the
+slowest and the quartiles, and its share of the roofline (`measure.py`). Shapes are options of the command line, so that
+two machines can measure the same. `--compare FILE` shows ratios to an earlier JSON line.
 """
 
 import importlib
@@ -24,22 +23,22 @@ if TYPE_CHECKING:
 Benchmark = Callable[[BenchConfig], Sequence["Measurement"]]
 
 BENCHMARKS: Mapping[str, str] = {
-    "sampler": "aem_jax.bench.sampler",
-    "context": "aem_jax.bench.context",
-    "rollout": "aem_jax.bench.rollout",
-    "envs": "aem_jax.bench.envs",
-    "load": "aem_jax.bench.load",
-    "learner": "aem_jax.bench.learner",
-    "advantage": "aem_jax.bench.advantage",
+    "sampler": "sampler:measure_sampler",
+    "context": "sampler:measure_context",
+    "rollout": "rollout:measure_rollout",
+    "envs": "envs:measure_envs",
+    "load": "envs:measure_load",
+    "learner": "learner:measure_update",
+    "advantage": "learner:measure_credit",
 }
-"""Name → the module whose `run(config)` measures; imported when it is asked for."""
+"""Name -> module and function, in order. A module is imported only before its benchmark runs."""
 
 
 def run(names: Sequence[str], config: BenchConfig) -> int:
-    """Runs the benchmarks named (all of them by default); returns the exit status.
+    """Runs the named benchmarks (by default all); returns the exit status.
 
     Raises:
-        ConfigError: an unknown benchmark or model, or a file to compare with that is none.
+        ConfigError: an unknown benchmark or model, or a file to compare with that has no results.
     """
     known = [*BENCHMARKS, "all"]
     for name in names:
@@ -49,33 +48,34 @@ def run(names: Sequence[str], config: BenchConfig) -> int:
 
     from rich.console import Console
 
-    from aem_jax.bench.compare import read_earlier
-    from aem_jax.bench.page import print_facts, print_rates, print_ratios
+    from aem_jax.bench.page import print_facts, print_rates, print_ratios, read_earlier
     from aem_jax.config.components import known_model
     from aem_jax.distributed.runtime import set_up, versions
 
-    earlier = read_earlier(config.compare) if config.compare else None  # before minutes are spent
+    earlier = read_earlier(config.compare) if config.compare else None  # before minutes of measurements
     known_model(config.model)
     set_up(config.runtime)
-    # The device first: making the others may start environment servers, and they are not to share its first seconds.
-    where = versions()
-    # The JSON line has standard output to itself. What is written to a file need not fit a terminal.
+    # Initializes the device first: environment servers that start later would take time from its initialization.
+    now_versions = versions()
+    # Standard output has the JSON line alone. A file does not have the width of a terminal.
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
-    found: list[Measurement] = []
+    results: list[Measurement] = []
     for name in chosen:
+        module, _, function = BENCHMARKS[name].partition(":")
         with console.status(f"measuring {name}"):
-            found += importlib.import_module(BENCHMARKS[name]).run(config)
+            benchmark: Benchmark = getattr(importlib.import_module(f"aem_jax.bench.{module}"), function)
+            results += benchmark(config)
     now = {
         "kind": "bench",
         "date": date.today().isoformat(),
         "commands": {"aem_jax": _command(chosen, config)},
         "seeds": str(config.seed),
         "config": asdict(config),
-        "versions": where,
-        "results": [asdict(each) for each in found],
+        "versions": now_versions,
+        "results": [asdict(result) for result in results],
     }
-    print_rates(console, found, where)
-    print_facts(console, found)
+    print_rates(console, results, now_versions)
+    print_facts(console, results)
     if earlier:
         print_ratios(console, now, earlier)
     print(json.dumps(now))
@@ -83,11 +83,11 @@ def run(names: Sequence[str], config: BenchConfig) -> int:
 
 
 def _command(names: Sequence[str], config: BenchConfig) -> str:
-    """What to type to measure the same: all that is not as by default, but for what does not change the numbers."""
-    usual = as_values(BenchConfig())
+    """The command line of the same measurement: all options that differ from their defaults and affect the numbers."""
+    defaults = as_values(BenchConfig())
     words = ["python -m aem_jax.launch bench", *([] if len(names) == len(BENCHMARKS) else names)]
     for name, value in as_values(config).items():
-        if value != usual[name] and name != "compare" and not name.startswith("runtime."):
-            each = value if isinstance(value, tuple) else (value,)
-            words.append(" ".join([flag(name), *map(str, each)]))
+        if value != defaults[name] and name != "compare" and not name.startswith("runtime."):
+            values = value if isinstance(value, tuple) else (value,)
+            words.append(" ".join([flag(name), *map(str, values)]))
     return " ".join(words)

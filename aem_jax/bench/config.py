@@ -1,4 +1,4 @@
-"""What the benchmarks can be told."""
+"""Settings of `bench`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +12,7 @@ Mode = Literal["lockstep", "continuous"]
 
 
 def _small_rollout() -> RolloutConfig:
-    """Sixty-four episodes of up to thirty turns on sixteen slots: seconds on two CPU cores."""
+    """64 episodes of up to 30 turns on 16 slots, which take seconds on two CPU cores."""
     return RolloutConfig(
         groups_per_step=32,
         group_size=2,
@@ -22,7 +22,7 @@ def _small_rollout() -> RolloutConfig:
         context_tokens=2560,
         prompt_tokens=128,
         decode_chunk=8,
-        slot_shares=(2, 4, 8),
+        slot_divisors=(2, 4, 8),
         extend_buckets=(40, 128),
         windows=(256, 512, 1024),
     )
@@ -33,9 +33,9 @@ class BenchConfig:
     """Shapes and repetitions."""
 
     model: str = "tiny"
-    """Known size of the decoder (sampler, learner, rollout); its parameters are random."""
+    """Name of a known decoder size (sampler, context, learner, rollout); its parameters are random."""
     slots: int = 8
-    """Episodes that decode at once (sampler), rows of a batch (learner)."""
+    """Episodes that decode at once (sampler, context), rows of a batch (learner)."""
     prompt_tokens: int = 128
     """Tokens in the cache before decoding (sampler)."""
     new_tokens: int = 128
@@ -43,7 +43,7 @@ class BenchConfig:
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
     """Tokens in the cache before decoding, and capacities of the cache (context)."""
     context_chunk: int = 32
-    """Tokens that each slot then decodes (context)."""
+    """Tokens that each slot decodes after its context (context)."""
     row_length: int = 512
     """Tokens of a row (learner)."""
     trajectories: int = 128
@@ -55,13 +55,13 @@ class BenchConfig:
     load_steps: int = 10_000
     """Steps of all sessions together in one repetition (load)."""
     response_mean: float = 16.0
-    """Mean tokens of a response (rollout), by the number of stop ids; `rollout.response_tokens` cuts the longest."""
+    """Mean tokens of a response (rollout); sets the number of stop ids. `rollout.response_tokens` cuts longer ones."""
     servers: int = 2
     """Environment servers (rollout)."""
     modes: tuple[Mode, ...] = ("lockstep", "continuous")
-    """Modes of the rollout that are measured in turn, whatever `rollout.mode` says; ratios are to the first."""
+    """Modes of the rollout to measure in turn, instead of `rollout.mode`; ratios are to the first."""
     seed: int = 0
-    """Of tasks and tokens (rollout)."""
+    """Seed of tasks and tokens (rollout)."""
     repeats: int = 5
     """Repetitions after the warm-up."""
     compare: str = ""
@@ -69,7 +69,7 @@ class BenchConfig:
     trace: str = ""
     """Folder for a profile of one more call of each program (sampler, learner); its longest operations are printed."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
-    """The update (learner): its attention, what it computes again."""
+    """The update (learner): its attention, its rematerialization."""
     rollout: RolloutConfig = field(default_factory=_small_rollout)
     """The rollout's slots, turns and budgets (rollout)."""
     scripted: ScriptedConfig = field(default_factory=ScriptedConfig)

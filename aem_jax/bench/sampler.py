@@ -1,63 +1,109 @@
-"""Decoding with the slot sampler: every slot says `new_tokens` tokens after a prompt that is in the cache."""
+"""Decoding and prefill with the slot sampler, and decoding after contexts of growing length.
+
+`context` shows that the cost of decoding grows with the context, not with the capacity of the cache. Its cache holds
+zeros, because the speed does not depend on the values.
+"""
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from aem_jax.bench.ceilings import ceilings
 from aem_jax.bench.config import BenchConfig
 from aem_jax.bench.measure import Measurement, summarise, timed
-from aem_jax.bench.roofline import read, roofline
 from aem_jax.bench.trace import profile
 from aem_jax.config.components import known_model
-from aem_jax.models import Policy
+from aem_jax.models import Params, Policy
 from aem_jax.plan.costs import costs
+from aem_jax.plan.hlo import read
 from aem_jax.sampler import Sampler, SamplingConfig
 
 NEVER = -1
-"""A stop id that no token is: every slot says all of its tokens."""
+"""A stop id that equals no token: every slot samples all of its tokens."""
 
 
-def run(config: BenchConfig) -> list[Measurement]:
-    """Prompt tokens and sampled tokens a second."""
+def random_params(policy: Policy) -> Params:
+    """Random parameters in the model's dtype."""
+    dtype = jnp.dtype(policy.config.dtype)
+    return jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), policy.init(key)))(jax.random.key(0))
+
+
+def measure_sampler(config: BenchConfig) -> list[Measurement]:
+    """Prompt tokens and sampled tokens per second; each slot samples `new_tokens` tokens after its prompt."""
     slots, prompt, new = config.slots, config.prompt_tokens, config.new_tokens
     policy = Policy(known_model(config.model))
-    dtype = jnp.dtype(policy.config.dtype)
-    params = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), policy.init(key)))(jax.random.key(0))
+    params = random_params(policy)
     sampler = Sampler(policy, SamplingConfig(), [NEVER], capacity=prompt + new, slack=max(prompt, new))
     tokens = jax.random.randint(jax.random.key(1), (slots, prompt), 0, policy.config.vocab_size, jnp.int32)
-    whole, budgets = jnp.full(slots, prompt, jnp.int32), jnp.full(slots, new, jnp.int32)
+    lengths, budgets = jnp.full(slots, prompt, jnp.int32), jnp.full(slots, new, jnp.int32)
     state = sampler.init(slots)
 
     def extend() -> None:
         nonlocal state
         state = sampler.rewind(state, jnp.zeros(slots, jnp.int32))
-        state = sampler.extend(params, state, tokens, whole)
+        state = sampler.extend(params, state, tokens, lengths)
         state.lengths.block_until_ready()
 
     def decode() -> None:
         nonlocal state
-        state = sampler.rewind(state, whole)
-        state, said = sampler.decode(params, state, budgets, new)
-        said.tokens.block_until_ready()
+        state = sampler.rewind(state, lengths)
+        state, sampled = sampler.decode(params, state, budgets, new)
+        sampled.tokens.block_until_ready()
 
-    def measured(
-        what: str, shape: str, each: int, call: Callable[[], None], program: Callable[..., Any]
-    ) -> Measurement:
+    def measure(what: str, sizes: str, count: int, call: Callable[[], None], lower: Callable[..., Any]) -> Measurement:
         seconds = timed(call, repeats=config.repeats)
         if config.trace:
             print(profile(call, config.trace, f"sampler-{what}"), file=sys.stderr, flush=True)
-        cost = costs(
-            read(program(params, sampler.abstract(slots), each).compile()), each
-        )  # decoding is a loop over its tokens
-        line = roofline(cost, ceilings(policy.config.dtype))
-        whole = f"{config.model}, {slots} slots, {shape}"
-        return summarise("sampler", what, whole, "tokens/s", slots * each, seconds, roofline=line)
+        program = lower(params, sampler.abstract(slots), count).compile()
+        cost = costs(read(program), count)  # a loop of unknown length is decode's, over tokens
+        shape = f"{config.model}, {slots} slots, {sizes}"
+        work, dtype = slots * count, policy.config.dtype
+        return summarise("sampler", what, shape, "tokens/s", work, seconds, cost=cost, dtype=dtype)
 
     return [
-        measured("extend", f"{prompt} tokens", prompt, extend, sampler.lower_extend),
-        measured("decode", f"{new} tokens after {prompt}", new, decode, sampler.lower_decode),
+        measure("extend", f"{prompt} tokens", prompt, extend, sampler.lower_extend),
+        measure("decode", f"{new} tokens after {prompt}", new, decode, sampler.lower_decode),
     ]
+
+
+def measure_context(config: BenchConfig) -> list[Measurement]:
+    """Tokens per second: each context in one cache that holds the longest, then the shortest in larger caches."""
+    policy = Policy(known_model(config.model))
+    params = random_params(policy)
+    contexts = sorted(config.contexts)
+    largest = contexts[-1]
+    pairs = [(context, largest) for context in contexts] + [(contexts[0], capacity) for capacity in contexts[:-1]]
+    return [_decode_after(config, policy, params, context, capacity, contexts) for context, capacity in pairs]
+
+
+def _decode_after(
+    config: BenchConfig, policy: Policy, params: Params, context: int, capacity: int, windows: list[int]
+) -> Measurement:
+    slots, new = config.slots, config.context_chunk
+    sampler = Sampler(policy, SamplingConfig(), [NEVER], capacity=capacity + new, slack=new, windows=windows)
+    state, window = sampler.init(slots), sampler.window_for(context)
+    budgets, lengths = jnp.full(slots, new, jnp.int32), jnp.full(slots, context, jnp.int32)
+
+    def decode() -> None:
+        nonlocal state
+        # + 0: a copy, because the state is donated
+        state, sampled = sampler.decode(params, replace(state, lengths=lengths + 0), budgets, new, window=window)
+        sampled.tokens.block_until_ready()
+
+    decode()
+    before = sampler.compilations
+    seconds = timed(decode, repeats=config.repeats)
+    facts = {
+        "recompiles": float(sampler.compilations - before),
+        "cache_mb": state.cache.num_bytes / 1e6,
+        "ms_a_token": 1e3 * median(seconds) / new,
+    }
+    program = sampler.lower_decode(params, sampler.abstract(slots), new, window=window).compile()
+    cost, dtype = costs(read(program), new), policy.config.dtype
+    what = f"decode after {context:,} of {capacity:,}"
+    shape = f"{config.model}, {slots} slots, {new} tokens, capacity {capacity:,}"
+    return summarise("context", what, shape, "tokens/s", slots * new, seconds, cost=cost, dtype=dtype, facts=facts)

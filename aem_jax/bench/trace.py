@@ -1,7 +1,7 @@
-"""A profile of one call as text: which operations took how long, and how long the device had none.
+"""A profile of one call as text: the time of its operations, and the time in which the device had none.
 
-The profiler's file holds planes (a device each, and the host's), these hold lines of events. Of a device the operations
-count; on a CPU they run in the host's threads, between much else, so there the shares are those of the threads' time.
+The profiler's file contains planes (one for each device, and the host's), and planes contain lines of events. Of a
+device only operations count. On a CPU they run in the host's threads, so the shares are those of the threads' time.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from aem_jax.bench.page import number
 
 TOP = 15
 _LINES = ("XLA Ops", "Stream")
-"""How the lines of a device begin that hold its operations: the first that there is counts. GPUs have streams."""
+"""Prefixes of a device's lines of operations: the first one that a device has counts. GPUs have streams."""
 Event = tuple[str, float, float]
 """Name, start and end in nanoseconds."""
 
@@ -27,9 +27,9 @@ class Operation:
     """All runs of one operation.
 
     Attributes:
-        name: as the compiler calls it.
-        seconds: together.
-        count: how often it ran.
+        name: the compiler's.
+        seconds: total time.
+        count: number of runs.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Operation:
 
 @dataclass(frozen=True)
 class Profile:
-    """Of the first device.
+    """Operations of the first device.
 
     Attributes:
         operations: the longest first.
         busy: seconds in which an operation ran.
-        span: seconds from the first operation's start to the last one's end.
+        span: seconds from the start of the first operation to the end of the last one.
     """
 
     operations: tuple[Operation, ...]
@@ -53,16 +53,16 @@ class Profile:
 
 
 def profile(call: Callable[[], Any], folder: str, what: str) -> str:
-    """Records one call into `folder`/`what`; what it found, as text.
+    """Records one call into `folder`/`what`; returns its profile as text.
 
-    Never raises: a profiler that does not work here is what it then says.
+    Never raises: if the profiler does not work here, the text gives the reason.
     """
     where = Path(folder).expanduser() / what
     try:
         with jax.profiler.trace(str(where)):
             call()
         newest = max(where.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-        # jaxlib 0.12 makes a type that is deprecated on the first read, and aborts the process where that is an error.
+        # The first read in jaxlib 0.12 creates a deprecated type, and aborts the process if warnings are errors.
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             return as_text(what, read_profile(jax.profiler.ProfileData.from_file(str(newest))))
     except Exception as error:
@@ -70,15 +70,14 @@ def profile(call: Callable[[], Any], folder: str, what: str) -> str:
 
 
 def read_profile(data: Any) -> Profile:
-    """Operations of the first device in the profiler's data (`jax.profiler.ProfileData`).
+    """Reads the operations of the first device from the profiler's data (`jax.profiler.ProfileData`).
 
     Raises:
         ValueError: there are none.
     """
     planes = list(data.planes)
-    lines = next(
-        (found for plane in planes if plane.name.startswith("/device:") and (found := _device_lines(plane))), []
-    )
+    devices = (_device_lines(plane) for plane in planes if plane.name.startswith("/device:"))
+    lines = next(filter(None, devices), [])
     lines = lines or [line for plane in planes if plane.name.startswith("/host:CPU") for line in _host_lines(plane)]
     seconds: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
@@ -97,17 +96,17 @@ def read_profile(data: Any) -> Profile:
 
 
 def own_times(line: Sequence[Event]) -> list[tuple[str, float]]:
-    """Each event's time without that of the events inside it: a loop's is not its body's."""
-    found: list[list[Any]] = []
-    around: list[tuple[float, int]] = []
+    """Each event's time without the events inside it, so that a loop's time excludes its body."""
+    times: list[list[Any]] = []
+    enclosing: list[tuple[float, int]] = []
     for name, start, end in sorted(line, key=lambda event: (event[1], -event[2])):
-        while around and around[-1][0] <= start:
-            around.pop()
-        if around:
-            found[around[-1][1]][1] -= min(end, around[-1][0]) - start
-        around.append((end, len(found)))
-        found.append([name, end - start])
-    return [(name, own) for name, own in found]
+        while enclosing and enclosing[-1][0] <= start:
+            enclosing.pop()
+        if enclosing:
+            times[enclosing[-1][1]][1] -= min(end, enclosing[-1][0]) - start
+        enclosing.append((end, len(times)))
+        times.append([name, end - start])
+    return [(name, own) for name, own in times]
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
@@ -119,17 +118,18 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def as_text(what: str, found: Profile) -> str:
-    """The longest operations, one a line, and the gaps between all of them."""
-    whole = sum(each.seconds for each in found.operations)
-    idle, runs = 1 - found.busy / found.span, sum(each.count for each in found.operations)
+def as_text(what: str, profile: Profile) -> str:
+    """The longest operations, one a line, and the share of time without any operation."""
+    total = sum(operation.seconds for operation in profile.operations)
+    idle, runs = 1 - profile.busy / profile.span, sum(operation.count for operation in profile.operations)
     lines = [
-        f"{what}: {1e3 * found.span:.3g} ms from first to last operation, none ran in {idle:.1%} of it; "
-        f"{runs} runs of {len(found.operations)} operations"
+        f"{what}: {1e3 * profile.span:.3g} ms from first to last operation, none ran in {idle:.1%} of it; "
+        f"{runs} runs of {len(profile.operations)} operations"
     ]
     lines += [
-        f"  {each.seconds / whole:6.1%}  {1e3 * each.seconds:9.3f} ms  {number(each.count):>8} x  {each.name:.100}"
-        for each in found.operations[:TOP]
+        f"  {operation.seconds / total:6.1%}  {1e3 * operation.seconds:9.3f} ms  {number(operation.count):>8} x  "
+        f"{operation.name:.100}"
+        for operation in profile.operations[:TOP]
     ]
     return "\n".join(lines)
 
@@ -137,17 +137,17 @@ def as_text(what: str, found: Profile) -> str:
 def _device_lines(plane: Any) -> list[list[Event]]:
     """Operations of a device, line by line."""
     lines = list(plane.lines)
-    for start in _LINES:
-        chosen = [line for line in lines if line.name.startswith(start)]
-        if found := [[(event.name, event.start_ns, event.end_ns) for event in line.events] for line in chosen]:
-            return [line for line in found if line]
+    for prefix in _LINES:
+        if chosen := [line for line in lines if line.name.startswith(prefix)]:
+            events = ([(event.name, event.start_ns, event.end_ns) for event in line.events] for line in chosen)
+            return [line for line in events if line]
     return []
 
 
 def _host_lines(plane: Any) -> list[list[Event]]:
-    """The same of a CPU, whose operations have the compiler's names: `dot.3`, `fusion.12`."""
-    found = []
+    """Operations of a CPU; they have the compiler's names: `dot.3`, `fusion.12`."""
+    lines = []
     for line in plane.lines:
-        stats = [(dict(event.stats), event.start_ns, event.end_ns) for event in line.events]
-        found.append([(str(each["hlo_op"]), start, end) for each, start, end in stats if "hlo_op" in each])
-    return [line for line in found if line]
+        events = [(dict(event.stats), event.start_ns, event.end_ns) for event in line.events]
+        lines.append([(str(stats["hlo_op"]), start, end) for stats, start, end in events if "hlo_op" in stats])
+    return [line for line in lines if line]

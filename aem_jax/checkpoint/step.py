@@ -85,21 +85,21 @@ def items(folder: Path, step: int, state: Any, score: float | None, extra: Mappi
 
 
 def read_record(folder: Path, step: int) -> dict[str, Any]:
-    """The record beside the state of a step: step, score, checksums and extra.
-
-    Checkpoints from before checksums hold `extra` alone and the score in another file, and their folder has no
-    identity.
+    """The record beside the state of a step: step, score, checksums, extra and the run's identity.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is damaged.
+        ValueError: it is damaged, or has no checksum because an earlier version wrote it.
     """
     path = folder / str(step) / RECORD / "metadata"
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON mapping, got {type(content).__name__}")
-    if SEAL not in content and identity(folder) is None:
-        return {"step": step, "score": _old_score(folder / str(step)), "checksums": None, "extra": content}
+    if SEAL not in content:
+        raise ValueError(
+            f"{path}: expected the record of step {step} as it was written, got one without a checksum; "
+            "use the version of aem_jax that began the run"
+        )
     record = unsealed(content)
     if record is None or record.get("step") != step:
         raise ValueError(f"{path}: expected the record of step {step} as it was written, got another")
@@ -111,17 +111,17 @@ def read_state(folder: Path, step: int, abstract_state: State) -> State:
 
     Raises:
         Exception: whatever the library raises on a damaged checkpoint; ValueError for arrays that differ from what was
-            written.
+            written, or that belong to another state.
     """
     record = read_record(folder, step)
     ours, theirs = identity(folder), record.get("run")
     if ours and theirs and ours != theirs:
         raise ValueError(f"expected a checkpoint of this run in {folder / str(step)}, got one of another")
+    _check_names(abstract_state, record["checksums"])
     _hush_abandoned_reads()
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         state = checkpointer.restore(_state_path(folder, step), args=ocp.args.StandardRestore(abstract_state))
-    if record["checksums"] is not None:
-        _verify(record["checksums"], checksums(state))
+    _verify(record["checksums"], checksums(state))
     return state
 
 
@@ -183,13 +183,20 @@ def _state_path(folder: Path, step: int) -> LiteralPath:
     return LiteralPath(folder / str(step) / STATE)
 
 
+def _check_names(abstract_state: Any, saved: Mapping[str, str] | None) -> None:
+    """Compares the paths of a state's arrays with those of a checkpoint; old checkpoints have no record of them."""
+    if saved is None:
+        return
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(abstract_state)[0]]
+    missing, unknown = [name for name in names if name not in saved], sorted(saved.keys() - set(names))
+    if missing or unknown:
+        expected, got = (group[0] if group else "no such array" for group in (missing, unknown))
+        raise ValueError(
+            f"expected {expected}, got {got}; if it was written by an earlier version of aem_jax, train the run to its "
+            "end with that version"
+        )
+
+
 def _verify(expected: Mapping[str, str], actual: Mapping[str, str]) -> None:
     if difference := first_difference(expected, actual):
         raise ValueError(f"an array is not what was written: {difference}")
-
-
-def _old_score(folder: Path) -> float | None:
-    try:
-        return read_json(folder / "metrics" / "metrics").get("score")
-    except (OSError, ValueError, AttributeError):
-        return None

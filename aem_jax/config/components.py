@@ -10,7 +10,7 @@ from aem_jax.config.algorithms import has_values
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.learner.config import LearnerConfig
-from aem_jax.models import CONFIGS, LoraPolicy, ModelConfig, Policy, ValuePolicy
+from aem_jax.models import CONFIGS, ModelConfig, Policy
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.overrides import nearest
@@ -92,17 +92,15 @@ def model_config(choice: ModelChoice, vocab_size: int, files: Path | None = None
         raise ConfigError(f"--model: {error}") from None
 
 
-def make_policy(config: RunConfig, vocab_size: int, files: Path | None = None) -> Policy | LoraPolicy:
-    """The policy without a value head: a decoder, or adapters of one. `files` is as in `model_config`.
+def make_policy(config: RunConfig, vocab_size: int, files: Path | None = None) -> Policy:
+    """The policy that reinforcement learning trains. `files` is as in `model_config`.
 
     Raises:
         ConfigError: as `model_config`.
         ValueError: as `model_config`, or a rank that the decoder's projections cannot have.
     """
-    base = Policy(model_config(config.model, vocab_size, files))
-    if not config.lora.rank:
-        return base
-    policy = LoraPolicy(base, config.lora)
+    lora = config.lora if config.lora.rank else None
+    policy = Policy(model_config(config.model, vocab_size, files), lora, value=has_values(config.algorithm))
     try:
         policy.axes  # noqa: B018
     except ValueError as error:
@@ -110,14 +108,9 @@ def make_policy(config: RunConfig, vocab_size: int, files: Path | None = None) -
     return policy
 
 
-def trained_policy(config: RunConfig, policy: Policy | LoraPolicy) -> Policy | LoraPolicy | ValuePolicy:
-    """What reinforcement learning trains: the policy, with a value head if the algorithm has one."""
-    return ValuePolicy(policy) if has_values(config.algorithm) else policy
-
-
-def sampled_policy(config: RunConfig, policy: Policy | LoraPolicy) -> Policy | LoraPolicy:
+def sampled_policy(config: RunConfig, policy: Policy) -> Policy:
     """The policy that samples with the parameters that `reshard` returns."""
-    return policy.base.quantized if config.sampling.weights == "int8" else policy.sampled
+    return policy.quantized if config.sampling.weights == "int8" else policy.sampled
 
 
 def warm_start_makes_frozen_weights(config: RunConfig) -> bool:
@@ -134,8 +127,13 @@ def known_model(name: str) -> ModelConfig:
     """A known size by name.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: no name, or an unknown one.
     """
+    if not name:
+        raise ConfigError(
+            "expected a model, got none; add the preset of one, as in --preset alfworld-paper qwen2.5-1.5b, or give "
+            "--model.path or --model.name"
+        )
     if name not in CONFIGS:
         hint = nearest(name, CONFIGS) or f"; known are {', '.join(CONFIGS)}"
         raise ConfigError(f"--model.name: unknown size {name!r}{hint}")

@@ -6,13 +6,14 @@ A choice is a name here and a function everywhere else. The tables that map name
 
 # ruff: noqa: RUF009 (the configs that stand as defaults are frozen)
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
 from aem_jax.batch import BatchConfig
 from aem_jax.checkpoint import CheckpointConfig
-from aem_jax.config.algorithms import AlgorithmConfig
+from aem_jax.config.algorithms import AlgorithmConfig, has_values
 from aem_jax.credit import AemConfig
 from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.envs.registry import TRAINED, default_config
@@ -45,11 +46,11 @@ class RunConfig:
     runs_dir: str = "runs"
     """Folder of all runs."""
     preset: str = ""
-    """Presets, later ones over earlier ones: names (`python -m aem_jax.launch presets`) or TOML files."""
+    """Presets, later ones over earlier ones: names (the command `presets` lists them) or TOML files."""
     seed: int = 0
     """Seed of everything random, from 0 to 2³² - 1: weights, games, sampling."""
     environment: Annotated[EnvironmentConfig, ENVIRONMENT] = field(default_factory=partial(default_config, "alfworld"))
-    """What the agent learns. The settings of the others are listed by --environment NAME --help."""
+    """What the agent learns; --environment NAME --help lists another's settings."""
     env: PoolConfig = PoolConfig(num_servers=2, sessions_per_server=64)
     """Environment servers."""
     model: ModelChoice = ModelChoice()
@@ -59,11 +60,11 @@ class RunConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     mesh: MeshConfig = MeshConfig()
-    """The device mesh."""
+    """The device mesh. One size may be -1: all remaining devices. If none is set, a run chooses sizes that fit."""
     warmstart: WarmstartConfig = WarmstartConfig()
     """Learning from demonstrations, before reinforcement learning."""
     train: TrainConfig = TrainConfig()
-    """Length of the training, and what is kept."""
+    """Length of the training."""
     sampling: SamplingConfig = SamplingConfig()
     """How tokens are drawn while training."""
     rollout: RolloutConfig = RolloutConfig()
@@ -85,11 +86,61 @@ class RunConfig:
     metrics: MetricsConfig = MetricsConfig()
     """Where numbers go."""
     runtime: RuntimeConfig = RuntimeConfig()
-    """The machine."""
+    """The machine, and the processes of a run."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # JAX's keys take 32 bits of it: two seeds beyond them may be the same run
             raise ValueError(f"expected seed from 0 to {2**32 - 1}, got {self.seed}")
+
+
+CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
+    (
+        "env.field_mapping",
+        "--env.urls, --env.command or --environment openenv",
+        lambda run: bool(run.env.urls or run.env.command or run.environment.NAME == "openenv"),
+    ),
+    ("tokenizer.chat_template tokenizer.thinking", "--model.path", lambda run: bool(run.model.path)),
+    (
+        "model.name model.hidden_size model.intermediate_size model.num_layers model.num_heads model.num_kv_heads "
+        "model.head_dim tokenizer.vocab_size tokenizer.whole_words tokenizer.episodes",
+        "no --model.path",
+        lambda run: not run.model.path,
+    ),
+    ("lora.alpha lora.targets lora.merge", "--lora.rank", lambda run: run.lora.rank > 0),
+    (
+        "warmstart.steps warmstart.batch_episodes warmstart.learning_rate warmstart.expert_noise "
+        "warmstart.only_successful",
+        "--warmstart.episodes",
+        lambda run: run.warmstart.episodes > 0 and not run.warmstart.init_from,
+    ),
+    ("rollout.slot_divisors", "--rollout.mode continuous", lambda run: run.rollout.mode == "continuous"),
+    ("rollout.num_cohorts", "--rollout.mode lockstep", lambda run: run.rollout.mode == "lockstep"),
+    ("rollout.window_turns rollout.thinking", "--rollout.context window", lambda run: run.rollout.context == "window"),
+    (
+        "selection.outcome selection.oversample selection.max_rounds",
+        "--selection.filter-equal-outcomes",
+        lambda run: run.selection.filter_equal_outcomes,
+    ),
+    (
+        "selection.overlong_buffer selection.overlong_of",
+        "--selection.overlong-penalty",
+        lambda run: run.selection.overlong_penalty > 0,
+    ),
+    (
+        "learner.value_coefficient learner.value_clip learner.value_learning_rate learner.value_gradient",
+        "--algorithm.estimator gae",
+        lambda run: has_values(run.algorithm),
+    ),
+    ("learner.total_steps", "--learner.schedule", lambda run: run.learner.schedule != "constant"),
+    ("learner.constant_length", "--learner.aggregation constant", lambda run: run.learner.aggregation == "constant"),
+    ("runtime.num_processes runtime.process_id", "--runtime.coordinator", lambda run: bool(run.runtime.coordinator)),
+)
+"""Settings or groups of settings, the options with which they have an effect, and whether they have one in a run."""
+
+
+def without_effect(config: RunConfig) -> dict[str, list[str]]:
+    """The settings and groups that have no effect on a run of this config, by the options that would give them one."""
+    return {option: names.split() for names, option, have_effect in CONDITIONS if not have_effect(config)}
 
 
 MAY_CHANGE = (

@@ -15,7 +15,8 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: two settings that contradict each other; the message names both.
     """
-    components.known_model(config.model.name)
+    if config.model.name or not config.model.path:
+        components.known_model(config.model.name)
     choice = vars(config.model)
     sizes = [name for name in choice if name not in (*components.NO_SIZES, "dtype") and choice[name] is not None]
     if config.model.path and sizes:

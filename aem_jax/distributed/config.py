@@ -13,7 +13,7 @@ class RuntimeConfig:
     platform: str = ""
     """Platform to compute on: cpu, cuda or tpu; empty: the best available one."""
     cpu_devices: int = 0
-    """Number of simulated devices on a CPU, to try a mesh on one machine; 0: JAX's default."""
+    """Simulated devices on a CPU, to try a mesh on one machine; 0: JAX's default."""
     distributed: Literal["auto", "on", "off", "mpi4py"] = "auto"
     """Several processes as one run. auto: where SLURM, Open MPI, a TPU pod or a Kubernetes job started several, or
     coordinator is given; on: as JAX detects them; mpi4py: as mpi4py reports them; off: this process alone."""

@@ -56,11 +56,11 @@ def check(name: str, config: DoctorConfig) -> Finding:
             return Finding(None, reason)
         inputs = packed_rows(length, model.num_heads, model.num_kv_heads, model.head_dim, model.dtype)
         with full_precision(model.dtype):
-            found = gaps(make_row_attention(name, mesh), *inputs)
-        facts[str(length)] = found
-        worst = max(found, key=lambda part: found[part] if np.isfinite(found[part]) else np.inf)
-        texts.append(f"{worst} {found[worst]:.1e} at T {length}")
-        if not all(each <= MOST[model.dtype] for each in found.values()):
+            measured = gaps(make_row_attention(name, mesh), *inputs)
+        facts[str(length)] = measured
+        worst = max(measured, key=lambda part: measured[part] if np.isfinite(measured[part]) else np.inf)
+        texts.append(f"{worst} {measured[worst]:.1e} at T {length}")
+        if not all(gap <= MOST[model.dtype] for gap in measured.values()):
             faults = [f"expected gaps of at most {MOST[model.dtype]:g} from a plain softmax"]
     text = f"{model.num_heads} heads on {model.num_kv_heads}, {model.dtype}: largest gaps {', '.join(texts)}"
     return judge(faults, text, XLA_ADVICE if name == "xla" else ADVICE, facts)
@@ -97,15 +97,15 @@ def gaps(attend: RowAttention, q: Array, k: Array, v: Array, segment_ids: Array)
         out, back = jax.vjp(lambda q, k, v: attend(q, k, v, segment_ids), q, k, v)
         return out * (segment_ids > 0)[..., None, None], *back(weights.astype(out.dtype))
 
-    found = jax.jit(partial(both, attend))(q, k, v)
+    actual = jax.jit(partial(both, attend))(q, k, v)
     with jax.default_matmul_precision("highest"):
-        exact = (each.astype(jnp.float32) for each in (q, k, v))
-        wanted = jax.jit(partial(both, plain_attention))(*exact)
-        return {name: float(_gap(*pair)) for name, *pair in zip(NAMES, found, wanted, strict=True)}
+        exact = (array.astype(jnp.float32) for array in (q, k, v))
+        expected = jax.jit(partial(both, plain_attention))(*exact)
+        return {name: float(_gap(*pair)) for name, *pair in zip(NAMES, actual, expected, strict=True)}
 
 
 @jax.jit
-def _gap(found: Array, wanted: Array) -> Array:
+def _gap(actual: Array, expected: Array) -> Array:
     norm: Callable[[Array], Array] = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=(2, 3)))
-    own = norm(wanted)
-    return jnp.max(norm(found.astype(jnp.float32) - wanted) / jnp.maximum(own, jnp.mean(own)))
+    own = norm(expected)
+    return jnp.max(norm(actual.astype(jnp.float32) - expected) / jnp.maximum(own, jnp.mean(own)))

@@ -1,9 +1,9 @@
 """`doctor [NAME …]`: checks whether this machine trains correctly, and how fast. Run it first on a new machine.
 
 Each check is a function of the config that returns a `Finding`. Checks are independent: an exception in one is a fault,
-and the next check runs. All checks run in another process (`child.py`), so a crash or a hang is also a fault. Findings
-are printed immediately, so an interrupted run keeps its earlier findings. The checks use the components of training
-(rollout, sampler, learner, pool) and of `bench`, with random weights.
+and the next check runs. All checks run in a child process (`process.py`), so a crash or a hang is also a fault.
+Findings are printed immediately, so an interrupted run keeps its earlier findings. The checks use the components of
+training (rollout, sampler, learner, pool) and of `bench`, with random weights.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ def lacking() -> bool:
     """Reports missing packages, if any; no other check can run without them."""
     from aem_jax.doctor.machine import missing_packages
 
-    found = missing_packages()
-    if found:
-        print(f"x {found.name}: {found.text}\n  -> {found.advice}", file=sys.stderr)
-    return found is not None
+    fault = missing_packages()
+    if fault:
+        print(f"x {fault.name}: {fault.text}\n  -> {fault.advice}", file=sys.stderr)
+    return fault is not None
 
 
 def run(names: Sequence[str], config: "DoctorConfig") -> int:
@@ -51,47 +51,47 @@ def run(names: Sequence[str], config: "DoctorConfig") -> int:
     chosen = [name for name in CHECKS if name in names] if names else list(CHECKS)
 
     from aem_jax.config.components import known_model
-    from aem_jax.doctor import parent
+    from aem_jax.doctor import process
     from aem_jax.doctor.page import Page
 
     if config.model:
         known_model(config.model)
     page = Page(sys.stderr if config.json else sys.stdout)
-    model, found, stopped, start = config.model, list[Finding](), 0, time.perf_counter()
+    model, findings, stopped, start = config.model, list[Finding](), 0, time.perf_counter()
     try:
         with (
             undone_on_interrupt(),
             _stopped_by_sigterm(),
-            contextlib.closing(parent.findings(chosen, config)) as checks,
+            contextlib.closing(process.findings(chosen, config)) as checks,
         ):
-            while len(found) < len(chosen):
-                with page.at_work(chosen[len(found)]):
-                    one = next(checks)
-                if isinstance(one, str):
-                    model = one
+            while len(findings) < len(chosen):
+                with page.at_work(chosen[len(findings)]):
+                    item = next(checks)
+                if isinstance(item, str):
+                    model = item
                     page.head(model)
                 else:
-                    found.append(one)
-                    page.show(one)
+                    findings.append(item)
+                    page.show(item)
     except _StoppedError:
         stopped = 143
     except KeyboardInterrupt:
         stopped = 130
     seconds = time.perf_counter() - start
-    page.foot(found, seconds, len(chosen))
-    is_well = not any(each.ok is False for each in found)
+    page.foot(findings, seconds, len(chosen))
+    passed = not any(finding.ok is False for finding in findings)
     if config.json:
         document = {
             "kind": "doctor",
             "date": date.today().isoformat(),
             "model": model,
-            "ok": is_well,
-            "complete": len(found) == len(chosen),
+            "ok": passed,
+            "complete": len(findings) == len(chosen),
             "seconds": seconds,
-            "results": [asdict(each) for each in found],
+            "results": [asdict(finding) for finding in findings],
         }
         print(json.dumps(document), flush=True)
-    return stopped or (0 if is_well else 1)
+    return stopped or (0 if passed else 1)
 
 
 class _StoppedError(BaseException):

@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 
 from aem_jax.batch import Batch, BatchLayout, collate, place
 from aem_jax.bench.chat import ByteChat
-from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.testing.scripted import ScriptedConfig, ScriptedEnv
-from aem_jax.models import LoraPolicy, ModelConfig, Params, Policy
+from aem_jax.models import ModelConfig, Params, Policy
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.rollout.batching import Pool
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sharding import TRAIN, shardings
-from aem_jax.trajectory import Task, Trajectory
+from aem_jax.trajectory import Trajectory
 
 SLOTS = 32
 """Episodes of a round; equal in all checks, so that they share the sampler's programs."""
@@ -84,7 +84,7 @@ def chat_of(model: ModelConfig) -> ByteChat:
 
 
 @cache
-def make_sampler(policy: Policy | LoraPolicy, sampling: SamplingConfig, slots: int, mesh: Mesh) -> Sampler:
+def make_sampler(policy: Policy, sampling: SamplingConfig, slots: int, mesh: Mesh) -> Sampler:
     """A sampler for `rollout_config(slots)`; cached, so that checks share its programs."""
     config = rollout_config(slots)
     stops = chat_of(policy.config).stop_ids
@@ -132,7 +132,7 @@ def packed(trajectories: Sequence[Trajectory], slots: int, mesh: Mesh, rows: int
 
 
 @cache
-def random_params(policy: Policy | LoraPolicy, mesh: Mesh, seed: int = 0) -> Params:
+def random_params(policy: Policy, mesh: Mesh, seed: int = 0) -> Params:
     """Random float32 values of the trained parameters, in the learner's layout. They are shared: never donate them.
 
     As in a trained model, norms differ from 1, and biases and the second half of an adapter differ from 0. An error

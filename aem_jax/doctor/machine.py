@@ -21,7 +21,7 @@ GIB = 2**30
 SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 NEEDED = (
     *SHOWN,
-    *("grain", "scipy", "tokenizers", "safetensors", "huggingface_hub", "tyro", "rich", "tensorboardX", "matplotlib"),
+    *("grain", "scipy", "tokenizers", "safetensors", "huggingface_hub", "rich", "tensorboardX", "matplotlib"),
     *("jinja2", "websockets", "rapidfuzz", "regex", "starlette", "uvicorn"),
 )
 """Distributions that a run loads; used if aem_jax is not installed and its metadata is not available."""
@@ -44,20 +44,19 @@ def versions(config: "DoctorConfig") -> Finding:
     """Versions of the packages that affect a result, and whether they are compatible."""
     import aem_jax
 
-    found = {"aem_jax": aem_jax.__version__, "python": platform.python_version()}
-    found |= {name: _version(name) for name in SHOWN}
-    card = nvidia()
-    if card:
-        found |= {"driver": card["driver"]}
-    plugins = {
-        name: _version(name) for each in importlib.metadata.distributions() if PLUGIN.match(name := each.name or "")
-    }
+    shown = {"aem_jax": aem_jax.__version__, "python": platform.python_version()}
+    shown |= {name: _version(name) for name in SHOWN}
+    if card := nvidia():
+        shown |= {"driver": card["driver"]}
+    installed = (distribution.name or "" for distribution in importlib.metadata.distributions())
+    plugins = {name: _version(name) for name in installed if PLUGIN.match(name)}
     faults = _unmet()
     for name, version in plugins.items():
-        if version != found["jaxlib"]:
-            faults.append(f"{name} {version} beside jaxlib {found['jaxlib']}")
-    text = ", ".join(f"{name} {version}" for name, version in {**found, **plugins}.items())
-    return judge(faults, text, f"{INSTALL}; jax, jaxlib and their plugin are of one version", {**found, **plugins})
+        if version != shown["jaxlib"]:
+            faults.append(f"{name} {version} beside jaxlib {shown['jaxlib']}")
+    shown |= plugins
+    text = ", ".join(f"{name} {version}" for name, version in shown.items())
+    return judge(faults, text, f"{INSTALL}; jax, jaxlib and their plugin must have one version", shown)
 
 
 def _version(name: str) -> str:
@@ -72,16 +71,16 @@ def _unmet() -> list[str]:
     from packaging.requirements import Requirement
 
     try:
-        asked = [Requirement(each) for each in importlib.metadata.requires("aem_jax") or ()]
+        requirements = [Requirement(line) for line in importlib.metadata.requires("aem_jax") or ()]
     except importlib.metadata.PackageNotFoundError:
-        asked = [Requirement(name) for name in NEEDED]
+        requirements = [Requirement(name) for name in NEEDED]
     faults = []
-    for each in asked:
-        if each.marker is not None and not each.marker.evaluate({"extra": ""}):
+    for required in requirements:
+        if required.marker is not None and not required.marker.evaluate({"extra": ""}):
             continue
-        version = _version(each.name)
-        if not version or not each.specifier.contains(version, prereleases=True):
-            faults.append(f"expected {each.name}{each.specifier}, got {version or 'none'}")
+        version = _version(required.name)
+        if not version or not required.specifier.contains(version, prereleases=True):
+            faults.append(f"expected {required.name}{required.specifier}, got {version or 'none'}")
     return faults
 
 
@@ -102,22 +101,21 @@ def devices(config: "DoctorConfig") -> Finding:
     """The devices that jax uses, and whether better ones are available."""
     import jax
 
-    found = jax.devices()
-    kind = found[0].device_kind
-    facts: dict[str, Any] = {"count": len(found), "kind": kind, "platform": found[0].platform}
-    text = f"{len(found)} x {kind} ({found[0].platform})"
-    if capability := getattr(found[0], "compute_capability", None):
+    first, count = jax.devices()[0], jax.device_count()
+    facts: dict[str, Any] = {"count": count, "kind": first.device_kind, "platform": first.platform}
+    text = f"{count} x {first.device_kind} ({first.platform})"
+    if capability := getattr(first, "compute_capability", None):
         facts["compute_capability"] = str(capability)
         text += f", compute capability {capability}"
     card = nvidia()
     by_choice = config.runtime.platform or os.environ.get("JAX_PLATFORMS")
-    if found[0].platform == "cpu" and card and by_choice:
+    if first.platform == "cpu" and card and by_choice:
         text += f"; {card['count']} x {card['name']} left alone, since the platform is set to {by_choice}"
-    elif found[0].platform == "cpu" and card:
+    elif first.platform == "cpu" and card:
         extra = "cuda13" if _major(card["driver"]) >= 580 else "cuda12"
-        fault = f"{card['count']} x {card['name']} is there, but jax computes on the CPU"
+        fault = f"jax computes on the CPU, although there is {card['count']} x {card['name']}"
         return judge([fault], text, f"pip install 'aem_jax[{extra}]' (driver {card['driver']})", facts)
-    elif card and int(card["count"]) > len(found):
+    elif card and int(card["count"]) > count:
         text += (
             f"; nvidia-smi lists {card['count']} (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')})"
         )
@@ -143,13 +141,13 @@ def memory(config: "DoctorConfig") -> Finding:
     facts["device_limit"] = limit
     text += f"; each device {limit / GIB:.1f} GiB for jax"
     if card := nvidia():
-        whole = int(card["memory_mib"]) * 2**20
-        facts["device_total"] = whole
-        text += f" of {whole / GIB:.1f}"
-        if limit < 0.4 * whole:
-            faults.append("most of a device's memory is not jax's")
+        device_total = int(card["memory_mib"]) * 2**20
+        facts["device_total"] = device_total
+        text += f" of {device_total / GIB:.1f}"
+        if limit < 0.4 * device_total:
+            faults.append("jax has less than 40 % of a device's memory")
             advice.append(
-                "end what holds it (nvidia-smi lists it), or raise XLA_PYTHON_CLIENT_MEM_FRACTION, .75 by default"
+                "end the processes that use it (nvidia-smi), or raise XLA_PYTHON_CLIENT_MEM_FRACTION (default .75)"
             )
     return judge(faults, text, "; ".join(advice), facts)
 
@@ -159,8 +157,9 @@ def host_memory() -> tuple[int, int]:
     page = os.sysconf("SC_PAGE_SIZE")
     total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
     with contextlib.suppress(OSError, AttributeError):  # reclaimable memory counts as free
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
-        free = int(found[1]) * 1024 if found else free
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        available = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+        free = int(available[1]) * 1024 if available else free
     for folder, most, used in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -174,7 +173,7 @@ def host_memory() -> tuple[int, int]:
 def disk(config: "DoctorConfig") -> Finding:
     """Whether the folder of runs is writable, and its free disk space."""
     folder = Path(config.runs_dir).expanduser().absolute()
-    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=existing) as inside:
             path = Path(inside, "file")
@@ -185,11 +184,11 @@ def disk(config: "DoctorConfig") -> Finding:
     except OSError as error:
         return Finding(False, f"{folder} cannot be written: {error.strerror or error}", "give another --runs-dir")
     need = max(2 * CHECKPOINT_BYTES * config.shape.num_parameters, LEAST_DISK)
-    faults = [] if is_same else ["a file written there reads as another"]
+    faults = [] if is_same else ["a file written there has another content when it is read"]
     if free < need:
         faults.append(f"expected room for two checkpoints of {config.model}, {need / GIB:.1f} GiB")
     text = f"{free / GIB:.1f} GiB free in {folder}"
-    return judge(faults, text, "make room, or give another --runs-dir", {"free": free, "need": need})
+    return judge(faults, text, "free some space, or give another --runs-dir", {"free": free, "need": need})
 
 
 def bubblewrap(config: "DoctorConfig") -> Finding:

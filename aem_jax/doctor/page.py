@@ -44,19 +44,19 @@ class Page:
             return contextlib.nullcontext()
         return self._console.status(f"checking {name}", spinner="dots" if self._is_unicode else "line")
 
-    def show(self, found: Finding) -> None:
+    def show(self, finding: Finding) -> None:
         """Prints one row, and the advice below it."""
-        mark = self._plain(MARKS[found.ok])
-        self._console.print(Text(mark, STYLES[found.ok]), Text(f"{found.name:{NAME}} {found.seconds:6.1f} s"), end=" ")
-        self._hang(found.text, "", at_row=True)
-        if found.advice:
-            self._hang(f"→ {found.advice}", "yellow" if found.ok is False else "dim", at_row=False)
+        ok, name = finding.ok, f"{finding.name:{NAME}} {finding.seconds:6.1f} s"
+        self._console.print(Text(self._plain(MARKS[ok]), STYLES[ok]), Text(name), end=" ")
+        self._hang(finding.text, "", at_row=True)
+        if finding.advice:
+            self._hang(f"→ {finding.advice}", "yellow" if ok is False else "dim", at_row=False)
 
-    def foot(self, found: Sequence[Finding], seconds: float, of: int) -> None:
+    def foot(self, findings: Sequence[Finding], seconds: float, of: int) -> None:
         """Prints the number of passed checks."""
-        count = {ok: sum(each.ok is ok for each in found) for ok in MARKS}
-        cut = "" if len(found) == of else f"; stopped after {len(found)} of {of} checks"
-        wrong = [each.name for each in found if each.ok is False]
+        count = {ok: sum(finding.ok is ok for finding in findings) for ok in MARKS}
+        cut = "" if len(findings) == of else f"; stopped after {len(findings)} of {of} checks"
+        wrong = [finding.name for finding in findings if finding.ok is False]
         end = f": {', '.join(wrong)}" if wrong else ""
         self._print(f"{count[True]} ✓, {count[False]} ✗, {count[None]} – in {seconds:.0f} s{cut}{end}")
 

@@ -5,10 +5,10 @@ full precision, both must agree to rounding, whatever the way of sampling:
 
     int8 weights      the learner has the same weights, decoded: W = codes · scales
     int8 cache        has no counterpart in the learner, so its gap is that of 8 bits, and only bounded
-    LoRA              the learner has frozen weights and adapter apart, the sampler the same, or both merged
+    LoRA              the learner keeps the adapter separate from frozen weights, the sampler too, or it merges them
 
-In bfloat16 both round, each in its own order. What that may cost is measured by the learner alone, in bfloat16 against
-itself in float32: the sampler may be `BFLOAT16_FACTOR` times as far away.
+In bfloat16 both round, in different orders. The allowed gap is measured with the learner, in bfloat16 against float32:
+the sampler's gap may be `BFLOAT16_FACTOR` times as large.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.episodes import SLOTS, make_sampler, packed, play, random_params
 from aem_jax.doctor.finding import Finding, judge
 from aem_jax.learner import LearnerConfig, make_token_logprobs
-from aem_jax.models import LoraConfig, LoraPolicy, ModelConfig, Params, Policy
+from aem_jax.models import LoraConfig, ModelConfig, Params, Policy
 from aem_jax.models.decoder import FEW_LAYERS
 from aem_jax.models.int8 import quantized_matrices, scale_of
 from aem_jax.sampler import SamplingConfig
-from aem_jax.sampler.reshard import make_lora_reshard, make_reshard
+from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
 
 RANK = 4
@@ -41,7 +41,7 @@ INT8_CACHE = (0.02, 0.2)
 """Nats: mean and largest gap with a cache in 8 bits; seen are 0.005 and 0.02, at widths of 128 and 896."""
 BFLOAT16_FACTOR = 3.0
 TIE = 1e-3
-"""Logits that are no further apart are equal to an argmax."""
+"""Largest difference of logits that count as equal for an argmax."""
 
 ADVICE = (
     "sampler and learner disagree on the same tokens, so training would learn from wrong ratios: unset XLA_FLAGS, "
@@ -58,7 +58,7 @@ class Gap(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What was sampled, and from what.
+    """Sampled episodes, and the policy that they are compared with.
 
     Attributes:
         batch: the episodes, packed.
@@ -67,19 +67,19 @@ class Sampled(NamedTuple):
     """
 
     batch: Batch
-    learner: Policy | LoraPolicy
-    params: Any
+    learner: Policy
+    params: Params
 
 
 @cache
 def one_device() -> Mesh:
-    """A mesh of the first device alone."""
+    """A mesh of the first device."""
     return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
 
 def full_precision(dtype: str = "float32") -> AbstractContextManager[None]:
-    """While a program is traced: products of float32 at full precision, which an accelerator by default rounds to fewer
-    bits. That would hide what is looked for. Other dtypes are left alone."""
+    """While a program is traced: float32 products at full precision. Accelerators round them to fewer bits by default,
+    which would hide a gap. Other dtypes do not change."""
     return jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext()
 
 
@@ -106,9 +106,9 @@ def lora_merged(config: DoctorConfig) -> Finding:
 def int8_cache(config: DoctorConfig) -> Finding:
     """Keys and values in 8 bits while sampling."""
     with full_precision():
-        found = gap(sample(config.shallow("float32"), cache="int8"), "xla")
+        measured = gap(sample(config.shallow("float32"), cache="int8"), "xla")
     mean, largest = INT8_CACHE
-    return _judge(found, mean, largest, "8 bits keep ")
+    return _judge(measured, mean, largest, "8 bits keep ")
 
 
 def bfloat16(config: DoctorConfig) -> Finding:
@@ -116,12 +116,12 @@ def bfloat16(config: DoctorConfig) -> Finding:
     deep = config.shape.num_layers > FEW_LAYERS
     model = config.shallow("bfloat16", FEW_LAYERS + 1) if deep else config.shallow("bfloat16")
     sampled = sample(model)
-    found = gap(sampled, "auto")
+    measured = gap(sampled, "auto")
     with full_precision():
         exact = logprobs(_masters(model), sampled.params, sampled.batch, "xla")
     own = _gap(logprobs(sampled.learner, sampled.params, sampled.batch, "auto"), exact, sampled.batch)
     mean, largest = BFLOAT16_FACTOR * own.mean, BFLOAT16_FACTOR * own.largest
-    return _judge(found, mean, largest, "", f"; bfloat16 itself costs the learner {own.mean:.1e}, {own.largest:.1e}")
+    return _judge(measured, mean, largest, "", f"; bfloat16 itself costs the learner {own.mean:.1e}, {own.largest:.1e}")
 
 
 def greedy(config: DoctorConfig) -> Finding:
@@ -136,13 +136,13 @@ def greedy(config: DoctorConfig) -> Finding:
         batch = packed(trajectories, SLOTS, mesh)
         behind = jax.jit(lambda *arrays: _behind_the_best(policy, *arrays))
         parts = [np.asarray(getattr(batch, name)) for name in ("tokens", "positions", "segment_ids", "response_ids")]
-        found = np.asarray([behind(params, *rows) for rows in zip(*parts, strict=True)])
+        gaps = np.asarray([behind(params, *rows) for rows in zip(*parts, strict=True)])
     count = int(np.sum(parts[3] >= 0))
-    wrong = int(np.sum(found > TIE))
+    wrong = int(np.sum(gaps > TIE))
     faults = [f"{wrong} of {count} tokens are not the argmax"] if wrong else []
     if not count:
         faults.append("nothing was sampled")
-    facts = {"tokens": count, "wrong": wrong, "largest_behind": float(found.max())}
+    facts = {"tokens": count, "wrong": wrong, "largest_behind": float(gaps.max())}
     return judge(faults, f"{count} greedy tokens against the argmax of a pass without a cache", ADVICE, facts)
 
 
@@ -166,20 +166,20 @@ def sample(
 
 def sample_lora(model: ModelConfig, *, merge: bool) -> Sampled:
     """Plays episodes with an adapter in the midst of training."""
-    whole, mesh = Policy(model), one_device()
-    learner = LoraPolicy(whole, LoraConfig(rank=RANK, merge=False))  # its programs are the same for both
-    policy = LoraPolicy(whole, LoraConfig(rank=RANK, merge=merge))
+    mesh = one_device()
+    learner = Policy(model, LoraConfig(rank=RANK, merge=False))  # its programs are the same for both
+    policy = Policy(model, LoraConfig(rank=RANK, merge=merge))
     with full_precision(model.dtype):
-        frozen, adapter = random_params(whole, mesh), random_params(learner, mesh, seed=1)
-        sampled = make_lora_reshard(policy, mesh)(adapter, frozen)
+        params = random_params(learner, mesh)
+        sampled = make_reshard(policy, mesh)(params)
         trajectories, _ = play(make_sampler(policy.sampled, SamplingConfig(), SLOTS, mesh), sampled, SLOTS)
-    return Sampled(packed(trajectories, SLOTS, mesh), learner, (adapter, frozen))
+    return Sampled(packed(trajectories, SLOTS, mesh), learner, params)
 
 
 def gap(sampled: Sampled, attention: Literal["auto", "xla"]) -> Gap:
-    """How far sampler and learner are apart."""
-    found = logprobs(sampled.learner, sampled.params, sampled.batch, attention)
-    return _gap(found, np.asarray(sampled.batch.logprobs), sampled.batch)
+    """The gap between sampler and learner."""
+    learned = logprobs(sampled.learner, sampled.params, sampled.batch, attention)
+    return _gap(learned, np.asarray(sampled.batch.logprobs), sampled.batch)
 
 
 def logprobs(policy: Any, params: Params, batch: Batch, attention: Literal["auto", "xla"]) -> np.ndarray:
@@ -191,11 +191,12 @@ def decoded(policy: Policy, params: Params) -> Params:
     """`policy.quantize`'s parameters as float32 matrices, codes times scales, in the learner's layout."""
 
     def decode(params: Params) -> Params:
-        layers = dict(params["layers"])
+        base = params["base"]
+        layers = dict(base["layers"])
         for name, row in quantized_matrices(policy.config).items():
             scales = jnp.expand_dims(layers.pop(scale_of(name)), row.input_axes)
             layers[name] = layers[name].astype(jnp.float32) * scales
-        return {**params, "layers": layers}
+        return {"base": {**base, "layers": layers}}
 
     return jax.jit(decode, out_shardings=shardings(one_device(), policy.axes, TRAIN))(params)
 
@@ -216,26 +217,26 @@ def _exact(sampled: Sampled) -> Finding:
         return _judge(gap(sampled, "xla"), EXACT, EXACT)
 
 
-def _gap(found: np.ndarray, wanted: np.ndarray, batch: Batch) -> Gap:
+def _gap(actual: np.ndarray, expected: np.ndarray, batch: Batch) -> Gap:
     mask = np.asarray(batch.response_ids) >= 0
-    gaps = np.abs(found - wanted)[mask]
+    gaps = np.abs(actual - expected)[mask]
     return Gap(float(gaps.mean()), float(gaps.max()), len(gaps)) if len(gaps) else Gap(0.0, 0.0, 0)
 
 
-def _judge(found: Gap, mean: float, largest: float, before: str = "", after: str = "") -> Finding:
+def _judge(measured: Gap, mean: float, largest: float, before: str = "", after: str = "") -> Finding:
     faults = []
-    if not found.tokens:
+    if not measured.tokens:
         faults.append("nothing was sampled")
-    if not (found.mean <= mean and found.largest <= largest):  # NaN is no good, either
+    if not (measured.mean <= mean and measured.largest <= largest):  # NaN is no good, either
         faults.append(f"expected a gap of at most {mean:.1e} on average and {largest:.1e} for one token")
-    gaps = f"mean {found.mean:.1e}, largest {found.largest:.1e} nats"
-    text = f"{before}sampler and learner apart by {gaps} over {found.tokens} tokens{after}"
-    facts = {"mean_nats": found.mean, "largest_nats": found.largest, "tokens": found.tokens}
+    gaps = f"mean {measured.mean:.1e}, largest {measured.largest:.1e} nats"
+    text = f"{before}sampler and learner apart by {gaps} over {measured.tokens} tokens{after}"
+    facts = {"mean_nats": measured.mean, "largest_nats": measured.largest, "tokens": measured.tokens}
     return judge(faults, text, ADVICE, {**facts, "most_mean_nats": mean, "most_largest_nats": largest})
 
 
 def _behind_the_best(policy: Policy, params: Params, tokens, positions, segment_ids, response_ids) -> jax.Array:
-    """How far each sampled token's logit is below the largest, f32[b, T]; 0 elsewhere."""
+    """Largest logit minus the logit of each sampled token, f32[b, T]; 0 elsewhere."""
     logits = policy.logits(params, policy.hidden(params, tokens, positions, segment_ids))[:, :-1]
     own = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     behind = jnp.max(logits, axis=-1) - own

@@ -1,64 +1,67 @@
-"""How fast this machine is, by the benchmarks of `bench`: slow is no fault, a number that cannot be is."""
+"""Speed of this machine, measured by `bench`. A low speed is not a fault."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from aem_jax.bench import learner as bench_learner
-from aem_jax.bench import sampler as bench_sampler
-from aem_jax.bench.ceilings import ceilings
 from aem_jax.bench.config import BenchConfig
-from aem_jax.bench.measure import Measurement
+from aem_jax.bench.learner import measure_update
+from aem_jax.bench.measure import Measurement, ceilings
 from aem_jax.bench.page import number
+from aem_jax.bench.sampler import measure_sampler
 from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.episodes import fits, random_params
 from aem_jax.doctor.finding import Finding
-from aem_jax.plan.devices import GPUS, Chip
+from aem_jax.plan.devices import GIB, GPUS, Chip
 
-STATE_BYTES = 18
-"""Of a parameter while learning: master, both means, gradient, and the weights as used."""
+LEARN_BYTES = 18
+"""Bytes of a parameter during learning: master, both moments, gradient, and the weights in the model's dtype."""
+DECODE_BYTES = 6
+"""Bytes of a parameter while the weights are created: master, and the weights in the model's dtype."""
 
 
 def peaks(config: DoctorConfig) -> Finding:
-    """What a copy and a matrix product reach."""
+    """The measured speed of a copy and of a matrix product, and their share of the data sheet."""
     dtype = config.shape.dtype
-    found = ceilings(dtype)
-    facts = {"copy_gb_s": found.bandwidth / 1e9, f"product_{dtype}_tflop_s": found.peak / 1e12}
-    text = f"a copy moves {number(facts['copy_gb_s'])} GB/s, a {dtype} product does {number(found.peak / 1e12)} TFLOP/s"
+    measured = ceilings(dtype)
+    bandwidth, peak = measured.bandwidth / 1e9, measured.peak / 1e12
+    facts = {"copy_gb_s": bandwidth, f"product_{dtype}_tflop_s": peak}
+    text = f"a copy moves {number(bandwidth)} GB/s, a {dtype} product does {number(peak)} TFLOP/s"
     chip = data_sheet(jax.devices()[0].device_kind)
     if chip is not None:
-        facts["share_of_bandwidth"] = found.bandwidth / chip.bandwidth
+        facts["share_of_bandwidth"] = measured.bandwidth / chip.bandwidth
         text += f"; of the data sheet {facts['share_of_bandwidth']:.0%}"
         if dtype == "bfloat16":
-            facts["share_of_peak"] = found.peak / chip.peak
+            facts["share_of_peak"] = measured.peak / chip.peak
             text += f" and {facts['share_of_peak']:.0%}"
     return Finding(True, text, facts=facts)
 
 
 def data_sheet(kind: str) -> Chip | None:
-    """What is published of a GPU, by jax's name of it: NVIDIA H100 80GB HBM3."""
+    """Published facts of a GPU, from jax's name of it: NVIDIA H100 80GB HBM3."""
     joined = kind.lower().replace(" ", "").replace("geforce", "")
     return next((chip for name, chip in GPUS.items() if name in joined), None)
 
 
 def decode(config: DoctorConfig) -> Finding:
-    """Prompt tokens and sampled tokens a second, on one device."""
-    if lacking := _lacking(config, 6, 1):  # masters, while the weights are made, and these
-        return lacking
-    extended, decoded = bench_sampler.run(_bench(config, 64, 512))
-    return _finding([decoded, extended])
+    """Prompt tokens and sampled tokens per second, on one device."""
+    if too_large := _too_large(config, DECODE_BYTES, 1):
+        return too_large
+    extend, decode = measure_sampler(_bench(config, 64, 512))
+    return _rates([decode, extend])
 
 
 def learn(config: DoctorConfig) -> Finding:
-    """Learned tokens a second, on all devices."""
-    if lacking := _lacking(config, STATE_BYTES, jax.device_count()):
-        return lacking
-    return _finding(bench_learner.run(_bench(config, 8 * jax.device_count(), 512)))
+    """Learned tokens per second, on all devices."""
+    if too_large := _too_large(config, LEARN_BYTES, jax.device_count()):
+        return too_large
+    return _rates(measure_update(_bench(config, 8 * jax.device_count(), 512)))
 
 
 def _bench(config: DoctorConfig, rows: int, tokens: int) -> BenchConfig:
-    """Shapes: rows (or slots) a device on an accelerator and tokens of each; a fraction of that on a CPU."""
+    """Rows (or slots) and tokens of each on an accelerator; smaller sizes on a CPU."""
     if jax.default_backend() == "cpu":
         rows, tokens = math.lcm(8, jax.device_count()), tokens // 4
     new = max(tokens // 4, 1)
@@ -67,27 +70,24 @@ def _bench(config: DoctorConfig, rows: int, tokens: int) -> BenchConfig:
     )
 
 
-def _lacking(config: DoctorConfig, width: int, devices: int) -> Finding | None:
-    """Why the model is not measured here, if it does not fit."""
-    random_params.cache_clear()  # the checks before are done with them
+def _too_large(config: DoctorConfig, width: int, devices: int) -> Finding | None:
+    """The reason why the model is not measured, if it does not fit."""
+    random_params.cache_clear()  # frees the parameters of earlier checks
     if fits(config.shape, width, devices):
         return None
-    need = width * config.shape.num_parameters / devices / 2**30
-    return Finding(
-        None,
-        f"{config.model} takes {need:.0f} GiB of each device, more than there is",
-        "measure a smaller --model; `plan` says on what this one fits",
-    )
+    need = width * config.shape.num_parameters / devices / GIB
+    text = f"{config.model} takes {need:.0f} GiB of each device, more than there is"
+    return Finding(None, text, "measure a smaller --model; `plan` shows on which devices this one fits")
 
 
-def _finding(found: list[Measurement]) -> Finding:
+def _rates(results: Sequence[Measurement]) -> Finding:
     texts, facts = [], dict[str, Any]()
-    for each in found:
-        text = f"{each.what} {number(each.median)} {each.unit}"
-        facts[each.what] = {"tokens_s": each.median, "shape": each.shape, **each.facts}
-        if each.roofline is not None:
-            facts[each.what] |= {"share": each.roofline.share, "bound": each.roofline.bound, "mfu": each.roofline.mfu}
-            text += f", {each.roofline.share:.0%} of what {each.roofline.bound} allows"
-            text += f", MFU {each.roofline.mfu:.0%}" if each.roofline.mfu is not None else ""
+    for result in results:
+        text = f"{result.what} {number(result.median)} {result.unit}"
+        facts[result.what] = {"tokens_s": result.median, "shape": result.shape, **result.facts}
+        if line := result.roofline:
+            facts[result.what] |= {"share": line.share, "bound": line.bound, "mfu": line.mfu}
+            text += f", {line.share:.0%} of what {line.bound} allows"
+            text += f", MFU {line.mfu:.0%}" if line.mfu is not None else ""
         texts.append(text)
-    return Finding(True, f"{'; '.join(texts)} ({found[0].shape})", facts=facts)
+    return Finding(True, f"{'; '.join(texts)} ({results[0].shape})", facts=facts)

@@ -21,7 +21,7 @@ from aem_jax.doctor.finding import Finding, first_line, judge
 from aem_jax.doctor.parity import full_precision, one_device
 from aem_jax.envs.protocol import EnvError, StepResult
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
+from aem_jax.learner import LearnerConfig, init_state, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout.batching import Pool
 from aem_jax.sampler import SamplingConfig
@@ -52,7 +52,7 @@ SERVER_ADVICE = (
 
 
 class Stepped(NamedTuple):
-    """What a training step came to; parameters are on the host."""
+    """Results of a training step; parameters are on the host."""
 
     trajectories: list[Trajectory]
     stats: Mapping[str, float]
@@ -75,7 +75,7 @@ class Trainer:
         self._reshard = make_reshard(self._policy, mesh)
         self._update = make_update(self._policy, LEARNER, mesh)
         copied = jax.tree.map(lambda leaf: leaf + 0, random_params(self._policy, mesh))  # the state's are donated
-        self.state = init_state(self._policy, make_optimizer(LEARNER, self._policy.axes), mesh, copied)
+        self.state = init_state(self._policy, LEARNER, mesh, jax.random.key(0), copied)
 
     def play(self, seed: int, pool: Pool | None = None) -> tuple[list[Trajectory], Any]:
         """Trajectories and statistics of a rollout."""
@@ -101,12 +101,12 @@ def mesh(config: DoctorConfig) -> Finding:
     model = config.shallow("float32")
     if not fits(model, STATE_BYTES):
         model = _tiny_model()
-    whole = every_device(model)
+    all_devices = every_device(model)
     slots = 4 * math.lcm(2, count)
     with full_precision():
-        alone, together = (Trainer(model, each, slots, rows=slots).step(0) for each in (one_device(), whole))
-    ways = " x ".join(f"{axis} {size}" for axis, size in whole.shape.items())
-    return compare(alone, together, f"a step on 1 and on {count} devices ({ways})")
+        one, other = (Trainer(model, mesh, slots, rows=slots).step(0) for mesh in (one_device(), all_devices))
+    axes = " x ".join(f"{axis} {size}" for axis, size in all_devices.shape.items())
+    return compare(one, other, f"a step on 1 and on {count} devices ({axes})")
 
 
 def compare(one: Stepped, other: Stepped, what: str) -> Finding:
@@ -119,8 +119,8 @@ def compare(one: Stepped, other: Stepped, what: str) -> Finding:
     pairs = zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True)
     facts["parameters"] = float(np.max([np.max(np.abs(left - right)) for left, right in pairs]))
     faults = [f"{differ} of {len(tokens)} sampled tokens differ"] if differ else []
-    apart = [name for name in ("loss", "grad_norm", "parameters") if not facts[name] <= SAME]
-    faults += [f"{name} differs by {facts[name]:.1e}" for name in apart]
+    different = [name for name in ("loss", "grad_norm", "parameters") if not facts[name] <= SAME]
+    faults += [f"{name} differs by {facts[name]:.1e}" for name in different]
     text = f"{what}: {len(tokens)} tokens, parameters at most {facts['parameters']:.1e} apart"
     return judge(faults, text, MESH_ADVICE, facts)
 
@@ -166,10 +166,10 @@ def servers(config: DoctorConfig) -> Finding:
         trainer = _tiny()
         calm, _ = trainer.play(0, pool)
         killing = KilledOnce(pool, STEPS_BEFORE_THE_KILL)
-        found, stats = trainer.play(0, killing)
+        disturbed, stats = trainer.play(0, killing)
         restarts, errors = sum(pool.stats().restarts), pool.stats().errors
-    lost = SLOTS - sum(one.ending is not Ending.ENV_ERROR for one in found)
-    differ = sum(_tokens([one]) != _tokens([other]) for one, other in zip(calm, found))
+    lost = SLOTS - sum(one.ending is not Ending.ENV_ERROR for one in disturbed)
+    differ = sum(_tokens([one]) != _tokens([other]) for one, other in zip(calm, disturbed))
     facts = {"start_s": started, "restarts": restarts, "retries": stats.retries, "lost": lost, "errors": list(errors)}
     faults = []
     if not killing.killed:
@@ -210,8 +210,8 @@ class KilledOnce:
 
 
 def _tiny() -> Trainer:
-    # What these checks ask does not depend on the model's widths. Full precision: where tiny is the model, its sampler
-    # is that of parity-float32.
+    # These checks do not depend on the model's widths. Full precision: with `--model tiny` the sampler is that of
+    # parity-float32.
     return Trainer(_tiny_model(), one_device(), SLOTS)
 
 
@@ -220,12 +220,12 @@ def _tiny_model() -> ModelConfig:
 
 
 def _tokens(trajectories: Sequence[Trajectory]) -> list[int]:
-    return [int(token) for each in trajectories for turn in each.turns for token in turn.response_ids]
+    return [int(token) for trajectory in trajectories for turn in trajectory.turns for token in turn.response_ids]
 
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """What is broken on purpose is no news."""
+    """Hides the messages of a logger: the failure is deliberate."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from aem_jax.envs.protocol import EnvError, Environment, StepResult, Task, checked_result, describe, over_at_reset
+from aem_jax.envs.protocol import EnvError, Environment, StepResult, Task, describe, over_at_reset
+from aem_jax.envs.serving.plain import checked_result
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from aem_jax.envs.protocol import Environment, describe_raised
 from aem_jax.envs.suite import EnvironmentConfig, EnvironmentSpec
-from aem_jax.files import parse_json
 from aem_jax.overrides import nearest
 
 
@@ -53,13 +52,18 @@ TRAINED = tuple(name for name, entry in ENVIRONMENTS.items() if entry.trained)
 def registered(name: str) -> EnvironmentSpec:
     """Imports an environment from the registry."""
     module, _, attribute = ENVIRONMENTS[name].where.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    spec = getattr(importlib.import_module(module), attribute, None)
+    if not isinstance(spec, EnvironmentSpec):
+        raise ValueError(f"expected an EnvironmentSpec at {module}:{attribute}, as ENVIRONMENTS has it, got {spec!r}")
+    return spec
 
 
 def default_config(name: str) -> EnvironmentConfig:
     """Returns the default settings of an environment in `TRAINED`."""
     config = registered(name).config
-    assert config is not None and name == config.NAME, f"expected a config with NAME {name!r}, got {config}"
+    if config is None or name != config.NAME:
+        got = "no config" if config is None else f"{config.__name__} with NAME {config.NAME!r}"
+        raise ValueError(f"expected a config with NAME {name!r} for this name of ENVIRONMENTS, got {got}")
     return config()
 
 
@@ -98,21 +102,6 @@ def environment_spec(name: str) -> EnvironmentSpec:
         )
     description = (inspect.getdoc(make) or "").partition("\n")[0]
     return EnvironmentSpec(partial(_own, name, make), description=description or name)
-
-
-def settings_from_json(text: str) -> dict[str, Any]:
-    """Parses an environment's settings from a command line.
-
-    Raises:
-        ValueError: the text is not a JSON mapping.
-    """
-    try:
-        settings = parse_json(text, "settings")
-    except ValueError as error:
-        raise ValueError(f"expected settings as a JSON mapping, got {text!r:.200}: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"expected settings as a JSON mapping, got {text!r}")
-    return settings
 
 
 def _own(name: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Callable[[], Environment]:

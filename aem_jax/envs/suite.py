@@ -1,10 +1,11 @@
 """An environment's tasks, evaluation sets and agents for a run (`TaskSuite`), and the object that `registry.py` uses to
 find all parts of an environment (`EnvironmentSpec`)."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, overload
 
 from aem_jax.envs.play import Act, play, play_each
 from aem_jax.envs.protocol import Environment, Task
@@ -128,8 +129,9 @@ def tokenizer_corpus(suite: TaskSuite, episodes: int, max_turns: int) -> Iterato
     agent = suite.demonstrator or next(iter(suite.baselines.values()), None)
     if agent is None:
         raise ValueError(
-            f"expected --model.path, whose tokenizer is used, with {suite.name}, got none; a tokenizer is trained on "
-            "episodes, and no agent plays this environment (with openenv, --openenv.actions gives a random agent)"
+            f"expected --model.path, whose tokenizer is used, with {suite.name}, got none; a new tokenizer is trained "
+            "on episodes of an agent, and this environment has no demonstrator or baseline (for an environment of your "
+            "own, --openenv.actions makes a random agent)"
         )
     env = suite.make_env()
     try:
@@ -138,6 +140,38 @@ def tokenizer_corpus(suite: TaskSuite, episodes: int, max_turns: int) -> Iterato
             yield [text for exchange in exchanges or () for text in (exchange.observation, exchange.response)]
     finally:
         env.close()  # it may hold the only session of a server
+
+
+class NumberedTasks(Sequence[Task]):
+    """Tasks that are made on access from their numbers. A slice is made on access too.
+
+    Args:
+        numbers: one number per task.
+        make: number -> task.
+    """
+
+    def __init__(self, numbers: Sequence[int], make: Callable[[int], Task]):
+        self.numbers, self.make = numbers, make
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, item: int) -> Task: ...
+    @overload
+    def __getitem__(self, item: slice) -> "NumberedTasks": ...
+    def __getitem__(self, item: int | slice) -> "Task | NumberedTasks":
+        if isinstance(item, slice):
+            return NumberedTasks(self.numbers[item], self.make)
+        return self.make(self.numbers[item])
+
+
+def set_name(split: str, size: int, contents: Iterable[bytes]) -> str:
+    """Returns the name of an evaluation set: `<split>-<size>-<first 6 hex digits of the SHA-256 over contents>`."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content)
+    return f"{split}-{size}-{digest.hexdigest()[:6]}"
 
 
 def check_one_set(option: str, splits: Sequence[str]) -> None:

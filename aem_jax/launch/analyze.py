@@ -8,7 +8,6 @@ from one policy.
 import dataclasses
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aem_jax.advantage import token_advantages
-from aem_jax.analysis.claims import SIGNS, choose, circumstances, drift, proxy, whose_entropy
+from aem_jax.analysis.claims import SIGNS, choose, coefficient_inputs, drift, entropy_decomposition, proxy
 from aem_jax.analysis.draws import Draws, draw_responses
 from aem_jax.analysis.states import State, states_of
 from aem_jax.batch import Batch, collate, place
@@ -28,8 +27,8 @@ from aem_jax.errors import ConfigError
 from aem_jax.launch.context import RunContext, open_run
 from aem_jax.launch.initial import load_frozen_weights
 from aem_jax.launch.training import values_function
-from aem_jax.learner import init_state, make_optimizer, make_update
-from aem_jax.models import Params, policy_params
+from aem_jax.learner import init_state, make_update, partition
+from aem_jax.models import Params
 from aem_jax.report.analysis import print_analysis, write_analysis
 from aem_jax.rollout import check_some_played
 from aem_jax.sampler import Sampler
@@ -93,10 +92,9 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
         if step is not None and step not in run.checkpoints.steps:
             there = ", ".join(map(str, run.checkpoints.steps)) or "none"
             raise ConfigError(f"--step: expected a checkpoint of {folder}, got {step}; there are {there}")
-        frozen = load_frozen_weights(run)
-        state = run.restore(step)
+        state = run.restore(load_frozen_weights(run), step)
         step = int(state.step)
-        results = _analysis(run, state.params, frozen, options, groups)
+        results = _analysis(run, state.params, options, groups)
     record = {"run": config.name, "step": step, "options": dataclasses.asdict(options), **results}
     record["seconds"] = round(time.perf_counter() - began)
     page = write_analysis(folder, record, Path(options.against) if options.against else None, folder / FOLDER)
@@ -105,16 +103,12 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
     return 0
 
 
-def _analysis(
-    run: RunContext, params: Any, frozen: Params | None, options: AnalyzeConfig, groups: int
-) -> dict[str, Any]:
+def _analysis(run: RunContext, params: Params, options: AnalyzeConfig, groups: int) -> dict[str, Any]:
     """Plays a rollout, draws responses, updates the policy, and draws again with the same random numbers."""
     config, key = run.config, jax.random.fold_in(run.key("evaluate"), options.seed + 1)
     play, draw = jax.random.split(key)
-    values = values_function(run, frozen)
-    trained, params = params, policy_params(run.trained, params)
-    reshard = run.reshard if frozen is None else partial(run.reshard, frozen=frozen)
-    decode = reshard(params)
+    values = values_function(run)
+    decode = run.reshard(params)
     picked = np.random.default_rng(options.seed).integers(len(run.suite.training), size=groups)
     tasks = [run.suite.training[int(index)] for index in picked]
     run.report("play", 0, groups * config.rollout.group_size, {})
@@ -126,14 +120,14 @@ def _analysis(
     # α as in the paper, also for a run without it or with an ablation of it: the claims are about this α.
     aem = AemConfig(min_range=config.aem.min_range if options.min_range < 0 else options.min_range)
     credit, statistics = make_credit(response_advantages(config.algorithm), aem, groups, run.mesh)(
-        batch, values=values(trained, batch) if values else None
+        batch, values=values(params, batch) if values else None
     )
     base, alpha, entropies = (np.asarray(x, np.float64) for x in (credit.base, credit.coefficients, credit.entropies))
     all_states = states_of(trajectories, config.rollout.response_tokens, config.rollout.context_tokens)
     numbers = np.array([state.response for state in all_states])
     weights = np.where(alpha[numbers] != 1, 1 + (base[numbers] != 0), 0)
     chosen = choose(weights, options.states, options.seed)
-    around = circumstances(
+    around = coefficient_inputs(
         all_states,
         alpha[numbers],
         entropies[numbers],
@@ -158,17 +152,17 @@ def _analysis(
     drawing = _Drawing(run, states, draw, options.draws)
     before = drawing("draw", decode)
     results: dict[str, Any] = {"rollout": played, "proxy": proxy(states, own_alpha, before), "drift": {}}
-    results["entropy"] = whose_entropy(before)
+    results["entropy"] = entropy_decomposition(before)
     for name, sign in SIGNS.items():
-        updated = _updated(run, params, frozen, batch, credit, sign, options)
-        after = drawing(f"draw after an update ({name})", reshard(updated))
+        updated = _updated(run, params, batch, credit, sign, options)
+        after = drawing(f"draw after an update ({name})", run.reshard(updated))
         results["drift"][name] = drift(states, own_alpha, own_base, before, after, sign)
     return results
 
 
 def _updated(
-    run: RunContext, params: Any, frozen: Params | None, batch: Batch, credit: Credit, sign: int, options: AnalyzeConfig
-) -> Any:
+    run: RunContext, params: Params, batch: Batch, credit: Credit, sign: int, options: AnalyzeConfig
+) -> Params:
     """Parameters after one update on the responses with one sign of A·(α − 1), with base advantages A."""
     learner = replace(
         components.learner(run.config),
@@ -180,12 +174,14 @@ def _updated(
         num_minibatches=1,
         num_epochs=1,
     )
-    optimizer = make_optimizer(learner, run.policy.axes)
-    state = init_state(run.policy, optimizer, run.mesh, jax.tree.map(jnp.copy, params))
+    policy = replace(run.policy, value=False)
+    trainable, frozen = partition(policy, params)
+    copied = {**jax.tree.map(jnp.copy, trainable), **frozen}
+    state = init_state(policy, learner, run.mesh, jax.random.key(0), copied)
     kept = jnp.where(jnp.sign(credit.base * (credit.coefficients - 1)) == sign, credit.base, 0.0)
     advantages = token_advantages(kept, jnp.asarray(batch.response_ids))
-    state, _ = make_update(run.policy, learner, run.mesh)(state, batch, advantages, frozen=frozen)
-    return state.params
+    state, _ = make_update(policy, learner, run.mesh)(state, batch, advantages)
+    return {**params, **state.params}
 
 
 @dataclass(frozen=True)

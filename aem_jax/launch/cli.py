@@ -1,18 +1,17 @@
 """The command line: `python -m aem_jax.launch [command] [--field value …]`.
 
 Precedence: a component's defaults < preset < command line. `overrides.py` reads the words (as it reads TOML and
-JSON, with errors of one line); tyro prints `--help` from the docstrings of the configs. Heavy imports stand inside the
-commands that need them.
+JSON, with errors of one line); `help.py` prints `--help` from the docstrings of the configs. Heavy imports stand inside
+the commands that need them.
 """
 
-import dataclasses
 import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aem_jax.distributed.signals import StoppedError
 from aem_jax.errors import ConfigError
@@ -70,7 +69,7 @@ def _train(words: Sequence[str]) -> int:
     options = _options(words, "train")
     preset = _preset(options)
     if "help" in options:
-        return _help(_chosen(preset, options), "train", f"{COMMANDS['train'].help}\n\n{_overview()}")
+        return _help(_chosen(preset, options), options, "train", f"{COMMANDS['train'].help}\n\n{_overview()}")
 
     from aem_jax.config.environments import from_environ
     from aem_jax.config.saved import absolute, run_name
@@ -90,7 +89,7 @@ def _train(words: Sequence[str]) -> int:
 def _evaluate(words: Sequence[str]) -> int:
     options = _options(words, "evaluate")
     if "help" in options:
-        return _help(_chosen(_preset(options), options), "evaluate", COMMANDS["evaluate"].help)
+        return _help(_chosen(_preset(options), options), options, "evaluate", COMMANDS["evaluate"].help)
     config = _trained(options)
 
     from aem_jax.config.validate import check
@@ -108,7 +107,7 @@ def _analyze(words: Sequence[str]) -> int:
 
     names, options = split(words)
     if "help" in options:
-        return _help(AnalyzeConfig(), "analyze RUN", COMMANDS["analyze"].help)
+        return _help(AnalyzeConfig(), options, "analyze RUN", COMMANDS["analyze"].help)
     if len(names) != 1:
         raise ConfigError(f"expected one run's folder, got {len(names)}; analyze runs/NAME")
     return analyze(Path(names[0]), apply(AnalyzeConfig(), options))
@@ -119,7 +118,7 @@ def _export(words: Sequence[str]) -> int:
 
     names, options = split(words)
     if "help" in options:
-        return _help(_chosen(_preset({}), options), "export FOLDER", COMMANDS["export"].help)
+        return _help(_chosen(_preset({}), options), options, "export FOLDER", COMMANDS["export"].help)
     if len(names) != 1:
         raise ConfigError(f"expected one folder to write to, got {len(names)}; export FOLDER --name RUN")
     if not names[0] or "://" in names[0]:  # paths of the working folder, and of a folder with that name
@@ -154,7 +153,7 @@ def _serve(words: Sequence[str]) -> int:
 
     names, options = split(words)
     if "help" in options:
-        return _help(ServeConfig(), "serve ENVIRONMENT", COMMANDS["serve"].help)
+        return _help(ServeConfig(), options, "serve ENVIRONMENT", COMMANDS["serve"].help)
     return run(names, apply(ServeConfig(), options))
 
 
@@ -165,7 +164,7 @@ def _bench(words: Sequence[str]) -> int:
 
     names, options = split(words)
     if "help" in options:
-        return _help(BenchConfig(), "bench [NAME …]", COMMANDS["bench"].help)
+        return _help(BenchConfig(), options, "bench [NAME …]", COMMANDS["bench"].help)
     return run(names, apply(BenchConfig(), options))
 
 
@@ -183,7 +182,7 @@ def _doctor(words: Sequence[str]) -> int:
         from aem_jax.doctor.finding import CHECKS
 
         text = f"{COMMANDS['doctor'].help}\n\nNAMEs, all by default: {', '.join(CHECKS)}."
-        return _help(DoctorConfig(), "doctor [NAME …]", text)
+        return _help(DoctorConfig(), options, "doctor [NAME …]", text)
     return run(names, apply(DoctorConfig(), options))
 
 
@@ -195,40 +194,37 @@ def _plan(words: Sequence[str]) -> int:
     options = _options(words, "plan")
     config = plan_config(_preset(options))
     if "help" in options:
-        return _help(_chosen(config, options), "plan", COMMANDS["plan"].help)
+        return _help(_chosen(config, options), options, "plan", COMMANDS["plan"].help)
     return run(apply(config, options), options)
 
 
 def _presets(words: Sequence[str]) -> int:
-    from aem_jax.config.presets import algorithm_names, describe_preset, preset_names
+    from aem_jax.config.presets import algorithm_names, describe_preset, model_names, setting_names
 
     if words:
         raise ConfigError(f"expected nothing after presets, got {' '.join(words)!r}")
-    for name in preset_names():
-        print(f"{name:22} {describe_preset(name)}")
-    print("\nalgorithms, to combine with one of these (--preset alfworld-tiny gspo):")
-    for name in algorithm_names():
-        print(f"{name:22} {describe_preset(name)}")
+    kinds = {
+        "settings": setting_names(),
+        "models, for a setting that names none (--preset alfworld-paper qwen2.5-7b)": model_names(),
+        "algorithms, for any of these (--preset alfworld-tiny gspo)": algorithm_names(),
+    }
+    for kind, names in kinds.items():
+        print(f"{kind}:", *(f"  {name:22} {describe_preset(name)}" for name in names), "", sep="\n")
     return 0
 
 
 COMMANDS: Mapping[str, Command] = {
-    "train": Command(_train, "Trains a policy, or resumes where the same command stopped; the default command."),
+    "train": Command(_train, "Trains a policy, or resumes its run; the default command."),
     "evaluate": Command(_evaluate, "Evaluates a trained run on its fixed evaluation sets."),
-    "analyze": Command(
-        _analyze,
-        "Tests the paper's claims on a trained run: surprisal, drift, dynamics; writes RUN/analysis.",
-    ),
+    "analyze": Command(_analyze, "Tests the paper's claims on a trained run; writes RUN/analysis."),
     "export": Command(
         _export,
         "Writes a trained run's model as Hugging Face files; --adapter True: a LoRA run's adapter, as PEFT files.",
     ),
     "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),
-    "doctor": Command(
-        _doctor, "Checks whether this machine trains correctly, and how fast; run it first on a new machine."
-    ),
-    "bench": Command(_bench, "Measures the components on this machine; prints a table and one JSON line."),
-    "plan": Command(_plan, "Estimates the memory, FLOPs and time of a run on devices that need not be there."),
+    "doctor": Command(_doctor, "Checks whether a new machine trains correctly, and how fast."),
+    "bench": Command(_bench, "Measures components on this machine; prints a table and JSON."),
+    "plan": Command(_plan, "Estimates memory, FLOPs and time on devices that need not be there."),
     "presets": Command(_presets, "Lists the presets."),
 }
 
@@ -239,8 +235,11 @@ def _overview() -> str:
         "Ctrl-C or SIGTERM finishes the current step, saves, and exits with 130 or 143; the same command resumes the "
         "run. A second Ctrl-C quits at once."
     )
-    defaults = "The defaults below are those of the chosen preset."
-    return "\n".join(["commands (each has its own --help):", *rows, "", stopping, "", defaults])
+    names = (
+        "The defaults are those of the chosen presets. --help NAME explains one setting, or a group such as rollout; "
+        "--help all explains everything."
+    )
+    return "\n".join(["commands (each has its own --help):", *rows, "", stopping, "", names])
 
 
 def _options(words: Sequence[str], command: str) -> dict[str, list[str]]:
@@ -269,35 +268,10 @@ def _chosen(config: Any, options: dict[str, list[str]]) -> Any:
     return apply(config, {"environment": options["environment"]} if "environment" in options else {})
 
 
-def _help(default: Any, usage: str, description: str) -> int:
-    import tyro
+def _help(config: Any, options: Mapping[str, Sequence[str]], usage: str, about: str) -> int:
+    from aem_jax.config.run import RunConfig, without_effect
+    from aem_jax.help import help_text
 
-    default = _shown(default)
-    try:
-        tyro.cli(
-            type(default),
-            default=default,
-            prog=f"{PROGRAM} {usage}",
-            description=description,
-            args=["--help"],
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    unused = without_effect(config) if isinstance(config, RunConfig) else {}
+    print(help_text(config, f"{PROGRAM} {usage}", about, options["help"], unused))
     return 0
-
-
-def _shown(config: Any) -> Any:
-    """`config` with each of its unions as two fields: the name of the choice, and the choice's settings."""
-    from aem_jax.overrides import unions
-
-    values, added = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}, []
-    for name, union in unions(type(config)).items():
-        choice = values[name]
-        values |= {name: union.name_of(choice), union.key(choice): choice}
-        added += [(name, Literal[tuple(union.names)], values[name]), (union.key(choice), type(choice), choice)]
-    if not added:
-        return config
-    fields = [(name, kind, dataclasses.field(default=value)) for name, kind, value in added]
-    shown = dataclasses.make_dataclass(type(config).__name__, fields, bases=(type(config),), frozen=True)
-    return shown(**values)

@@ -1,4 +1,4 @@
-"""What the phases of a run share, opened once: processes, checkpoints, tokenizer, policy, mesh, environment servers."""
+"""The context that the phases of a run share: processes, checkpoints, tokenizer, policy, mesh, environment servers."""
 
 import json
 import logging
@@ -26,15 +26,15 @@ from aem_jax.envs.suite import TaskSuite, tokenizer_corpus
 from aem_jax.errors import ConfigError
 from aem_jax.launch import init_from
 from aem_jax.launch.progress import Report, open_progress
-from aem_jax.learner import TrainState, abstract_state, make_optimizer
-from aem_jax.models import LoraPolicy, ModelConfig, Params, Policy, ValuePolicy, policy_params
+from aem_jax.learner import TrainState, abstract_state
+from aem_jax.models import ModelConfig, Params, Policy
 from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.overrides import as_values, flag
 from aem_jax.plan.analytic import demand
 from aem_jax.plan.workload import workload
 from aem_jax.rollout import Rollout, check_cache_memory
 from aem_jax.sampler import Sampler
-from aem_jax.sampler.reshard import make_lora_reshard, make_reshard
+from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, slot_shards
 from aem_jax.tokenizer import CHATML, ChatTokenizer
 
@@ -45,7 +45,7 @@ PURPOSES = ("init", "train", "evaluate")
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the phases of a run share.
+    """The resources of a run that its phases share.
 
     Attributes:
         config: the run's.
@@ -56,10 +56,10 @@ class RunContext:
         report: shows progress.
         suite: the environment with its tasks, evaluation sets and scripted agents.
         chat: the tokenizer.
-        policy: the decoder, or adapters of it.
+        policy: the policy that reinforcement learning trains.
         mesh: the device mesh.
         rollout: plays episodes.
-        reshard: (the policy's parameters[, the frozen weights]) -> the sampled parameters, in the decode layout.
+        reshard: the policy's parameters -> the parameters to sample with, in the decode layout.
     """
 
     config: RunConfig
@@ -70,30 +70,19 @@ class RunContext:
     report: Report
     suite: TaskSuite
     chat: ChatTokenizer
-    policy: Policy | LoraPolicy
+    policy: Policy
     mesh: Mesh
     rollout: Rollout
-    reshard: Callable[..., Any]
+    reshard: Callable[[Params], Params]
 
-    @property
-    def trained(self) -> Policy | LoraPolicy | ValuePolicy:
-        """What reinforcement learning trains: `policy`, with a value head if the algorithm has one."""
-        return components.trained_policy(self.config, self.policy)
+    def save(self, state: TrainState, score: float | None = None) -> None:
+        """Writes a checkpoint of the state's step, without frozen weights. Collective."""
+        self.checkpoints.save(int(state.step), state.without_frozen(), score=score)
 
-    def sampled_params(self, params: Params, frozen: Params | None) -> Any:
-        """The parameters to sample with, in the decode layout.
-
-        Args:
-            params: of `trained`.
-            frozen: the weights beside a LoRA adapter; None without LoRA.
-        """
-        own = policy_params(self.trained, params)
-        return self.reshard(own) if frozen is None else self.reshard(own, frozen)
-
-    def restore(self, step: int | None = None) -> TrainState:
-        """The state of a step, or of the latest checkpoint that can be read. Collective."""
-        optimizer = make_optimizer(self.config.learner, self.trained.axes)
-        return self.checkpoints.restore(abstract_state(self.trained, optimizer, self.mesh), step)
+    def restore(self, frozen: Params, step: int | None = None) -> TrainState:
+        """The state of a step, or of the latest checkpoint that can be read, with these frozen weights. Collective."""
+        abstract = abstract_state(self.policy, self.config.learner, self.mesh)
+        return replace(self.checkpoints.restore(abstract.without_frozen(), step), frozen=frozen)
 
     def key(self, purpose: str) -> jax.Array:
         """The run's PRNG key for one of `PURPOSES`."""
@@ -102,12 +91,12 @@ class RunContext:
 
 @contextmanager
 def open_run(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[RunContext]:
-    """Sets up the machine and opens a run; what fails is a `ConfigError`.
+    """Sets up the machine and opens a run; failures are `ConfigError`s.
 
     Args:
         config: the run's.
         folder: the run's.
-        writes: whether the run goes on. Otherwise nothing in its folder changes, and another process may write to it.
+        writes: whether the run continues. Otherwise nothing in its folder changes, and another process may write to it.
     """
     with ExitStack() as stack:
         try:
@@ -138,8 +127,7 @@ def _open(config: RunConfig, folder: Path, writes: bool, stack: ExitStack) -> Ru
     policy = components.make_policy(config, chat.vocab_size, model_files)
     mesh = open_mesh(config, policy.config, processes)
     rollout = _open_rollout(config, suite, chat, policy, mesh, processes, stack)
-    make = make_lora_reshard if isinstance(policy, LoraPolicy) else make_reshard
-    reshard: Callable[..., Any] = make(policy, mesh, int8=config.sampling.weights == "int8")  # pyright: ignore[reportArgumentType]
+    reshard = make_reshard(policy, mesh, int8=config.sampling.weights == "int8")
     return RunContext(config, folder, processes, checkpoints, stop, report, suite, chat, policy, mesh, rollout, reshard)
 
 
@@ -217,7 +205,7 @@ def make_tokenizer(
         try:
             chat = load(model, chat_template=template)
         except ValueError:
-            read_config(model)  # transformers' tokenizers read this file, too, but do not name what is wrong in it
+            read_config(model)  # transformers' tokenizers read this file, too, but do not name the mistake in it
             raise
     elif config.warmstart.init_from:
         chat = load(init_from.tokenizer(config))
@@ -268,7 +256,7 @@ def _open_rollout(
     config: RunConfig,
     suite: TaskSuite,
     chat: ChatTokenizer,
-    policy: Policy | LoraPolicy,
+    policy: Policy,
     mesh: Mesh,
     processes: ProcessGroup,
     stack: ExitStack,

@@ -32,9 +32,8 @@ def evaluate(config: RunConfig) -> int:
         ConfigError: the run has no checkpoint.
     """
     with open_run(config, Path(config.runs_dir) / config.name) as run:
-        frozen = load_frozen_weights(run)
-        state = run.restore()
-        params, records, is_first = run.sampled_params(state.params, frozen), [], run.processes.is_first
+        state = run.restore(load_frozen_weights(run))
+        params, records, is_first = run.reshard(state.params), [], run.processes.is_first
         for split in config.evaluation.splits:
             tasks, name = run.suite.evaluation(split, config.evaluation.size)
             evaluation, _ = evaluate_policy(run.rollout, params, tasks, run.key("evaluate"), name=name, split=split)
@@ -51,7 +50,6 @@ def evaluate(config: RunConfig) -> int:
 def evaluate_splits(
     run: RunContext,
     params: Params,
-    frozen: Params | None,
     step: int,
     phase: str,
     splits: Sequence[str],
@@ -61,8 +59,7 @@ def evaluate_splits(
 
     Args:
         run: the run.
-        params: of `run.trained`.
-        frozen: the weights beside a LoRA adapter.
+        params: of `run.policy`.
         step: of the parameters.
         phase: recorded with the numbers.
         splits: whose sets are played.
@@ -77,7 +74,7 @@ def evaluate_splits(
         tasks, name = run.suite.evaluation(split, run.config.evaluation.size)
         if run.processes.broadcast(_is_recorded(lines, phase, name, step)):
             continue
-        decode_params = run.sampled_params(params, frozen) if decode_params is None else decode_params
+        decode_params = run.reshard(params) if decode_params is None else decode_params
         evaluation, _ = evaluate_policy(run.rollout, decode_params, tasks, run.key("evaluate"), name=name, split=split)
         if run.processes.is_first:
             append_line(lines, evaluation.record(step, phase))

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-
 from aem_jax.checkpoint import CheckpointError, Checkpoints
 from aem_jax.config import components, inputs, saved
 from aem_jax.config.run import RunConfig
@@ -12,8 +10,8 @@ from aem_jax.distributed import runtime
 from aem_jax.distributed.signals import undone_on_interrupt
 from aem_jax.errors import ConfigError
 from aem_jax.launch import frozen_weights
-from aem_jax.learner import abstract_state, make_optimizer
-from aem_jax.models import LoraPolicy, policy_params, save_pretrained
+from aem_jax.learner import abstract_state
+from aem_jax.models import save_pretrained
 from aem_jax.models.peft import save_adapter
 from aem_jax.models.pretrained import check_free
 from aem_jax.sharding import make_mesh
@@ -37,30 +35,26 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
         runtime.set_up(replace(config.runtime, distributed="off"))  # one process writes the files
         chat, mesh = ChatTokenizer.from_pretrained(run / inputs.TOKENIZER, appends=False), make_mesh(config.mesh)
         policy = components.make_policy(config, chat.vocab_size, saved.model_files(config, run))
-        if adapter and not isinstance(policy, LoraPolicy):
+        if adapter and policy.lora is None:
             raise ConfigError(f"--adapter: {run} trained all weights, not an adapter (--lora.rank); leave it out")
-        trained = components.trained_policy(config, policy)
-        optimizer = make_optimizer(config.learner, trained.axes)
         with Checkpoints(run / "checkpoints", config.checkpoint) as checkpoints:
             if checkpoints.latest is None:
                 raise ConfigError(f"no checkpoint in {run}; train it first")
-            state = checkpoints.restore(abstract_state(trained, optimizer, mesh))
-        step, params = int(state.step), policy_params(trained, state.params)
-        if adapter and isinstance(policy, LoraPolicy):
+            state = checkpoints.restore(abstract_state(policy, config.learner, mesh).without_frozen())
+        if adapter and policy.lora:
             base = config.model.path or str((run / frozen_weights.FOLDER).resolve())
             with undone_on_interrupt():
-                save_adapter(folder, policy, params, base=base)
+                save_adapter(folder, policy.config, policy.lora, state.params["adapter"], base=base)
         else:
-            if isinstance(policy, LoraPolicy):
+            if policy.lora:
                 frozen, _ = frozen_weights.load(config, run, policy.base, mesh, inputs.load(run).get(inputs.FROZEN))
-                merged = jax.jit(policy.merge)(params, frozen["layers"])  # the merged weights that were sampled with
-                params = {**frozen, "layers": {**frozen["layers"], **merged}}
-            used = policy.config.dtype
+                state = replace(state, frozen=frozen)
+            params, used = policy.merge(state.params), policy.config.dtype  # the merged weights that were sampled with
             with undone_on_interrupt():
                 save_pretrained(
                     folder, policy.config, params, dtype=used, source=run / inputs.TOKENIZER, stop_ids=chat.stop_ids
                 )
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    print(f"step {step} of {run} -> {folder}", flush=True)
+    print(f"step {int(state.step)} of {run} -> {folder}", flush=True)
     return 0

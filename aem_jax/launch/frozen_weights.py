@@ -1,12 +1,11 @@
 """The frozen weights of a LoRA run: those of the model's files, or random ones after a warm start.
 
-The latter are saved once in the run's folder, as Hugging Face files, because checkpoints hold the adapter alone. An
+The latter are saved once in the run's folder, as Hugging Face files, because checkpoints hold only trained parts. An
 exported adapter names that folder as its base model.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -41,7 +40,7 @@ def load(
     Args:
         config: the run's.
         run: its folder.
-        policy: all of the decoder.
+        policy: of the base.
         mesh: to place them on.
         recorded: the checksums in the run's record (`inputs.FROZEN`), if it has them.
 
@@ -52,7 +51,7 @@ def load(
         params = load_params(source(config, run), policy, mesh=mesh, dtype=policy.dtypes)
     except (ValueError, OSError) as error:
         raise ConfigError(f"the frozen weights of {run} cannot be read: {error}") from error
-    sums = checksums(params)
+    sums = checksums(params["base"])
     if recorded is not None and (difference := first_difference(recorded, sums)):
         raise ConfigError(
             f"the weights in {source(config, run)} have changed since {run} began to train its adapter beside them "
@@ -61,21 +60,21 @@ def load(
     return params, sums
 
 
-def save(run: Path, policy: Policy, mesh: Mesh, source: Any, stop_ids: Sequence[int]) -> None:
+def save(run: Path, policy: Policy, mesh: Mesh, key: jax.Array, params: Params, stop_ids: Sequence[int]) -> None:
     """Saves frozen weights atomically, rounded to `Policy.dtypes`.
 
     Args:
         run: its folder, with its tokenizer.
-        policy: all of the decoder.
+        policy: of the base.
         mesh: they are placed on.
-        source: a PRNG key, for random weights, or float32 weights.
+        key: of random weights.
+        params: float32 weights; empty for random ones.
         stop_ids: ids that end a response.
     """
-    is_key = isinstance(source, jax.Array)
 
-    def rounded(source: Any) -> Params:
-        params = policy.init(source) if is_key else source
-        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, policy.dtypes)
+    def rounded(key: jax.Array, params: Params) -> Params:
+        weights = {**policy.init(key), **params}
+        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), weights, policy.dtypes)
 
-    params = jax.jit(rounded, out_shardings=shardings(mesh, policy.axes, TRAIN, policy.shapes))(source)
-    save_pretrained(run / FOLDER, policy.config, params, source=run / "tokenizer", stop_ids=stop_ids)
+    weights = jax.jit(rounded, out_shardings=shardings(mesh, policy.axes, TRAIN, policy.shapes))(key, params)
+    save_pretrained(run / FOLDER, policy.config, weights, source=run / "tokenizer", stop_ids=stop_ids)

@@ -4,7 +4,6 @@ Variants that share a start can be compared in pairs, and the warm start is trai
 """
 
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -12,8 +11,8 @@ from aem_jax.checkpoint import Checkpoints
 from aem_jax.config import components, saved
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
-from aem_jax.learner import abstract_state, make_optimizer
-from aem_jax.models import LoraPolicy, Params, Policy, policy_params
+from aem_jax.learner import abstract_state
+from aem_jax.models import Params, Policy
 
 
 def tokenizer(config: RunConfig) -> Path:
@@ -28,8 +27,8 @@ def tokenizer(config: RunConfig) -> Path:
     return folder
 
 
-def parameters(config: RunConfig, policy: Policy | LoraPolicy, vocab_size: int, mesh: Mesh) -> Params:
-    """float32 parameters at step 0 of the run that `config` starts from, in the train layout, without a value head.
+def parameters(config: RunConfig, policy: Policy, vocab_size: int, mesh: Mesh) -> Params:
+    """float32 parameters at step 0 of the run that `config` starts from, in the train layout, without its value head.
 
     Args:
         config: of the new run.
@@ -43,19 +42,17 @@ def parameters(config: RunConfig, policy: Policy | LoraPolicy, vocab_size: int, 
     run = Path(config.warmstart.init_from)
     other = saved.load(run)
     trained = components.make_policy(other, vocab_size, saved.model_files(other, run))
-    if isinstance(trained, LoraPolicy) or isinstance(policy, LoraPolicy) or trained.config != policy.config:
+    if trained.lora or policy.lora or trained.config != policy.config:
         raise ConfigError(
             f"--warmstart.init-from: expected a run that trains all weights of {policy.config}, got {trained.config} "
             f"in {run}; give the same --model and --tokenizer"
         )
     # The checkpoint holds the optimizer's state, too, in the form of the other run's learner.
-    valued = components.trained_policy(other, trained)
-    state = abstract_state(valued, make_optimizer(other.learner, valued.axes), mesh)
+    state = abstract_state(trained, other.learner, mesh)
     with Checkpoints(run / "checkpoints", other.checkpoint) as checkpoints:
         if 0 not in checkpoints.steps:
             raise ConfigError(
                 f"--warmstart.init-from: expected a checkpoint of step 0 in {run}, got steps {checkpoints.steps}; "
                 "train it with --checkpoint.keep-first True"
             )
-        restored: Any = checkpoints.restore(state, step=0)
-    return policy_params(valued, restored.params)
+        return {"base": checkpoints.restore(state, step=0).params["base"]}

@@ -5,34 +5,33 @@ A LoRA run without --model.path first trains all weights on demonstrations; thes
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import jax
 
-from aem_jax.batch import place
 from aem_jax.config import components, inputs
 from aem_jax.errors import ConfigError
 from aem_jax.launch import frozen_weights, init_from
 from aem_jax.launch.context import RunContext
-from aem_jax.learner import TrainState, abstract_state, init_state, make_optimizer, make_supervised_update
+from aem_jax.learner import TrainState, abstract_state, init_state, make_supervised_update
 from aem_jax.metrics import append_line, drop_lines
-from aem_jax.models import LoraPolicy, Params, Policy, ValuePolicy
+from aem_jax.models import Params, Policy
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
 from aem_jax.trajectory import Trajectory
 from aem_jax.warmstart import demonstrations, fitting, warmstart
 
 
-def load_frozen_weights(run: RunContext) -> Params | None:
-    """The weights beside a LoRA run's adapter, in the train layout; None without LoRA. Makes them if they are missing.
+def load_frozen_weights(run: RunContext) -> Params:
+    """The frozen weights of a LoRA run, in the train layout; empty without LoRA. Makes them if they are missing.
 
     Raises:
         ConfigError: they are missing and cannot be made, or are not those that the adapter was trained with.
     """
     config, folder, policy, is_first = run.config, run.folder, run.policy, run.processes.is_first
-    if not isinstance(policy, LoraPolicy):
-        return None
+    if not policy.lora:
+        return {}
     if components.warm_start_makes_frozen_weights(config) and not frozen_weights.is_there(folder):
         _make_frozen_weights(run, policy.base)
     recorded = run.processes.broadcast(inputs.load(folder).get(inputs.FROZEN) if is_first else None)
@@ -52,45 +51,44 @@ def _make_frozen_weights(run: RunContext, policy: Policy) -> None:
         raise ConfigError(
             f"expected the frozen weights of this LoRA run in {run.folder / frozen_weights.FOLDER}, got none"
         )
-    source = _fitted(run, policy, None) if run.config.warmstart.episodes else initial_parameters(run, policy)
-    frozen_weights.save(run.folder, policy, run.mesh, source, run.chat.stop_ids)
+    params = _fitted(run, policy, {}) if run.config.warmstart.episodes else initial_parameters(run, policy, {})
+    frozen_weights.save(run.folder, policy, run.mesh, run.key("init"), params, run.chat.stop_ids)
 
 
-def initial_state(run: RunContext, frozen: Params | None) -> TrainState:
+def initial_state(run: RunContext, frozen: Params) -> TrainState:
     """The state at step 0, which is saved: initial parameters, fitted to demonstrations if there are to be any."""
-    config, trained = run.config, run.trained
-    optimizer = make_optimizer(config.learner, trained.axes)
-    run.checkpoints.check_space(abstract_state(trained, optimizer, run.mesh))
+    config, policy = run.config, run.policy
+    run.checkpoints.check_space(abstract_state(policy, config.learner, run.mesh).without_frozen())
     is_fitted = config.warmstart.init_from or components.warm_start_makes_frozen_weights(config)
-    fits = config.warmstart.episodes and not is_fitted
-    source = _fitted(run, run.policy, frozen) if fits else initial_parameters(run, run.policy)
-    if isinstance(trained, ValuePolicy) and not isinstance(source, jax.Array):  # a key makes all of it
-        source = jax.jit(trained.attach)(source)
-    state = init_state(trained, optimizer, run.mesh, source)
-    run.checkpoints.save(0, state)
+    if config.warmstart.episodes and not is_fitted:
+        params = _fitted(run, replace(policy, value=False), frozen)
+    else:
+        params = initial_parameters(run, policy, frozen)
+    state = init_state(policy, config.learner, run.mesh, run.key("init"), params)
+    run.save(state)
     return state
 
 
-def initial_parameters(run: RunContext, policy: Policy | LoraPolicy) -> Any:
-    """float32 parameters of another run or of the model's files; else a PRNG key, for random ones.
+def initial_parameters(run: RunContext, policy: Policy, frozen: Params) -> Params:
+    """The parts of `policy` that are not random: frozen weights, or a float32 base from another run or from files.
 
     Raises:
         ConfigError: the other run or the files cannot be used.
     """
     config = run.config
-    if isinstance(policy, LoraPolicy):
-        return jax.random.fold_in(run.key("init"), 1)  # the key itself makes the frozen weights
+    if policy.lora:
+        return frozen
     if config.warmstart.init_from:
         return init_from.parameters(config, policy, run.chat.vocab_size, run.mesh)
     if not config.model.path:
-        return run.key("init")
+        return {}
     try:
-        return load_params(resolve(config.model.path), policy, mesh=run.mesh, dtype="float32")
+        return load_params(resolve(config.model.path), policy.base, mesh=run.mesh, dtype="float32")
     except ValueError as error:
         raise ConfigError(f"--model.path: {error}") from error
 
 
-def _fitted(run: RunContext, policy: Policy | LoraPolicy, frozen: Params | None) -> Params:
+def _fitted(run: RunContext, policy: Policy, frozen: Params) -> Params:
     """Parameters of `policy` after supervised learning on the run's demonstrations."""
     config, settings = run.config, run.config.warmstart
     episodes = _demonstrations(run)
@@ -106,13 +104,13 @@ def _fitted(run: RunContext, policy: Policy | LoraPolicy, frozen: Params | None)
             append_line(lines, {"step": step, **values})
         run.report("warm start", step + 1, settings.steps, values)
 
-    source = initial_parameters(run, policy)
+    params = initial_parameters(run, policy, frozen)
     state = warmstart(
-        init_state(policy, make_optimizer(learner, policy.axes), run.mesh, source),
+        init_state(policy, learner, run.mesh, run.key("init"), params),
         episodes,
-        update=partial(make_supervised_update(policy, learner, run.mesh), frozen=frozen),
-        place=lambda batch: place(batch, run.mesh),
+        update=make_supervised_update(policy, learner, run.mesh),
         layout=components.batch_layout(config, settings.batch_episodes, 1),
+        mesh=run.mesh,
         config=settings,
         seed=config.seed,
         report=report,

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aem_jax.envs.registry import SERVED, environment_spec, settings_from_json
+from aem_jax.envs.registry import SERVED, environment_spec
 from aem_jax.envs.serving.address import ALL_ADDRESSES, connectable
 from aem_jax.envs.serving.server import ServerConfig, serve
 from aem_jax.errors import ConfigError
+from aem_jax.files import parse_mapping
 from aem_jax.overrides import nearest
 
 
@@ -41,9 +42,9 @@ def run(names: Sequence[str], config: ServeConfig) -> int:
         raise ConfigError(f"unknown environment {names[0]!r}{nearest(names[0], SERVED) or '; known are ' + known}")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
-    server = ServerConfig(**{each.name: getattr(config, each.name) for each in dataclasses.fields(ServerConfig)})
+    server = ServerConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ServerConfig)})
     try:
-        settings = settings_from_json(config.settings)
+        settings = parse_mapping(config.settings, "settings")
         if config.html:
             _serve_site(names[0], settings, server)
         else:

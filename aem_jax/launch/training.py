@@ -6,9 +6,7 @@ Finished phases are skipped, so rerunning the command resumes the run.
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -24,7 +22,7 @@ from aem_jax.launch.context import RunContext, open_run
 from aem_jax.launch.initial import initial_state, load_frozen_weights
 from aem_jax.learner import TrainState, make_response_values, make_token_logprobs, make_update
 from aem_jax.metrics import MetricsWriter, drop_lines, json_line, read_lines
-from aem_jax.models import LoraPolicy, Params, ValuePolicy, policy_params
+from aem_jax.models import Params
 from aem_jax.report import write_report
 from aem_jax.train import Metrics, transcripts
 from aem_jax.train import train as train_steps
@@ -46,13 +44,12 @@ def train(config: RunConfig) -> int:
         is_first = run.processes.is_first
         if is_first:
             saved.save(config, folder, begun=run.checkpoints.latest is not None)
-        frozen = load_frozen_weights(run)
-        state = _start(run, frozen)
+        state = _start(run)
         if int(state.step) < config.train.num_steps:
-            state = _train(run, state, frozen)
+            state = _train(run, state)
         if int(state.step) < config.train.num_steps:
             return run.stop.exit_status
-        _evaluate(run, state, frozen, "final", stop=run.stop.check)
+        _evaluate(run, state, "final", stop=run.stop.check)
     if is_first:
         report = write_report(folder)
         records = read_lines(folder / evaluation.FILE)
@@ -61,20 +58,21 @@ def train(config: RunConfig) -> int:
     return 0
 
 
-def _start(run: RunContext, frozen: Params | None) -> TrainState:
+def _start(run: RunContext) -> TrainState:
     """The latest checkpoint's state, else an initial one. At step 0 it is evaluated, and so are the baselines."""
-    state = initial_state(run, frozen) if run.checkpoints.latest is None else run.restore()
+    frozen = load_frozen_weights(run)
+    state = initial_state(run, frozen) if run.checkpoints.latest is None else run.restore(frozen)
     if run.processes.is_first:
         drop_lines(run.folder / evaluation.FILE, int(state.step) + 1)
     if int(state.step) == 0:
         if run.config.evaluation.baselines:
             evaluation.play_baselines(run)
-        _evaluate(run, state, frozen, "warmstart", stop=run.stop.check)
+        _evaluate(run, state, "warmstart", stop=run.stop.check)
     return state
 
 
-def _train(run: RunContext, state: TrainState, frozen: Params | None) -> TrainState:
-    config, folder, trained, mesh = run.config, run.folder, run.trained, run.mesh
+def _train(run: RunContext, state: TrainState) -> TrainState:
+    config, folder, mesh = run.config, run.folder, run.mesh
     num_steps, num_groups = config.train.num_steps, config.rollout.groups_per_step
     num_episodes = num_groups * config.rollout.group_size
     settings = dataclasses.asdict(config)
@@ -92,14 +90,14 @@ def _train(run: RunContext, state: TrainState, frozen: Params | None) -> TrainSt
         if config.evaluation.every and (done % config.evaluation.every == 0 or done == num_steps):
             # Evaluated before it is saved, because its score decides whether it is the best checkpoint.
             phase = "final" if done == num_steps else "train"
-            score = _evaluate(run, state, frozen, phase, config.evaluation.splits[:1])
+            score = _evaluate(run, state, phase, config.evaluation.splits[:1])
         stopping = run.stop.look()
         if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
             if writer:
                 shown = transcripts(trajectories, credit, step)
-                writer.later(lambda: write_text(folder / "transcripts.json", json_line(shown)))
+                writer.submit(lambda: write_text(folder / "transcripts.json", json_line(shown)))
                 writer.wait()  # the metrics of a checkpoint's steps are on disk before the checkpoint
-            run.checkpoints.save(done, state, score=score)
+            run.save(state, score)
 
     with writer or nullcontext():
         state = train_steps(
@@ -109,13 +107,13 @@ def _train(run: RunContext, state: TrainState, frozen: Params | None) -> TrainSt
             rule=components.selection_rule(config),
             layout=components.batch_layout(config, num_episodes, config.learner.num_minibatches),
             mesh=mesh,
-            reshard=partial(run.sampled_params, frozen=frozen),
+            reshard=run.reshard,
             credit=make_credit(
                 response_advantages(config.algorithm), config.aem, num_groups, mesh, value_targets(config.algorithm)
             ),
-            update=partial(make_update(trained, components.learner(config), mesh), frozen=frozen),
-            reference=_reference(run, frozen),
-            values=values_function(run, frozen),
+            update=make_update(run.policy, components.learner(config), mesh),
+            reference=_reference(run, state),
+            values=values_function(run),
             key=run.key("train"),
             seed=config.seed,
             num_steps=num_steps,
@@ -123,40 +121,34 @@ def _train(run: RunContext, state: TrainState, frozen: Params | None) -> TrainSt
             should_stop=run.stop.look,
         )
     if run.stop.look() and run.checkpoints.latest != int(state.step):
-        run.checkpoints.save(int(state.step), state)  # the signal came after `on_step` had looked
+        run.save(state)  # the signal came after `on_step` had looked
     return state
 
 
 def _evaluate(
     run: RunContext,
     state: TrainState,
-    frozen: Params | None,
     phase: str,
     splits: Sequence[str] | None = None,
     stop: Callable[[], None] = lambda: None,
 ) -> float | None:
     splits = run.config.evaluation.splits if splits is None else splits
-    return evaluation.evaluate_splits(run, state.params, frozen, int(state.step), phase, splits, stop)
+    return evaluation.evaluate_splits(run, state.params, int(state.step), phase, splits, stop)
 
 
-def values_function(run: RunContext, frozen: Params | None) -> Callable[[Any, Batch], jax.Array] | None:
-    """(parameters of `run.trained`, batch) -> values of its responses, f32[R]; None without a value head."""
-    trained = run.trained
-    if not isinstance(trained, ValuePolicy):
-        return None
-    values = make_response_values(trained, run.config.learner, run.mesh)
-    return lambda params, batch: values(params if frozen is None else (params, frozen), batch)
+def values_function(run: RunContext) -> Callable[[Params, Batch], jax.Array] | None:
+    """(the policy's parameters, batch) -> values of its responses, f32[R]; None without a value head."""
+    return make_response_values(run.policy, run.config.learner, run.mesh) if run.policy.value else None
 
 
-def _reference(run: RunContext, frozen: Params | None) -> Callable[[Batch], jax.Array] | None:
+def _reference(run: RunContext, state: TrainState) -> Callable[[Batch], jax.Array] | None:
     """batch -> log-probabilities of the policy before reinforcement learning; None without a KL penalty."""
     config, policy = run.config, run.policy
     if not config.learner.kl_coefficient:
         return None
-    if isinstance(policy, LoraPolicy) and components.reference_is_frozen_weights(config):
-        policy, params = policy.base, frozen
+    if components.reference_is_frozen_weights(config):
+        policy, params = policy.base, state.frozen
     else:
-        own = policy_params(run.trained, run.restore(step=0).params)
-        params = own if frozen is None else (own, frozen)
+        params = run.restore(state.frozen, step=0).params
     token_logprobs = make_token_logprobs(policy, config.learner, run.mesh)
     return lambda batch: token_logprobs(params, batch)

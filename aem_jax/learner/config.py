@@ -25,7 +25,7 @@ class LearnerConfig:
     adam_eps: float = 1e-8
     """AdamW: added to the root of the second moment."""
     weight_decay: float = 0.0
-    """AdamW: decoupled weight decay of matrices; norm scales and biases do not decay."""
+    """AdamW: decoupled weight decay of matrices, not of norm scales and biases."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """AdamW: dtype in which both moments are stored. A parameter and its moments take 12 bytes in float32, 8 in
     bfloat16, in which second moments are rounded stochastically."""
@@ -74,7 +74,7 @@ class LearnerConfig:
     """Attention kernel: auto selects splash on TPUs, cudnn on GPUs, and xla elsewhere or where a kernel does not
     support the shapes (logged once). auto never selects triton (GPUs)."""
     num_minibatches: int = 1
-    """Optimizer steps for each batch and epoch, each on its own share of the trajectories."""
+    """Optimizer steps of a batch and epoch, each on its share of the trajectories."""
     num_epochs: int = 1
     """Passes over each batch."""
 

@@ -18,7 +18,6 @@ from aem_jax.learner.head import HeadLayout, head_loss, head_statistics
 from aem_jax.learner.objective import Objective, Stats, Tokens
 from aem_jax.learner.state import Params, TrainablePolicy
 from aem_jax.learner.value import ValueObjective, ValueTokens
-from aem_jax.models import ValuePolicy
 from aem_jax.models.attention import RowAttention, row_attention
 from aem_jax.models.decoder import PRODUCT
 from aem_jax.models.kernels import make_row_attention
@@ -152,14 +151,13 @@ def row_loss(
     policy_loss: tuple[jax.Array, Stats] = head_loss(objective, *settings, head, hidden, targets, tokens)
     if value is None:
         return policy_loss
-    assert isinstance(policy, ValuePolicy)
     (loss, stats), (value_objective, value_tokens) = policy_loss, value
     value_tokens = ValueTokens(*map(order.of_tokens, value_tokens))
     value_loss, stats = value_objective(policy, params, hidden, value_tokens, stats)
     return loss + value_loss, stats
 
 
-def row_values(policy: ValuePolicy, params: Params, rows: Rows, config: ForwardConfig) -> jax.Array:
+def row_values(policy: TrainablePolicy, params: Params, rows: Rows, config: ForwardConfig) -> jax.Array:
     """Value of the state after each position, f32[b, T], in units of reward; undefined in padding."""
     return policy.values(params, policy.hidden(params, *rows[:3], None, config.constrain, config.attention))
 

@@ -5,13 +5,13 @@
         clip, AdamW
 
 The policy's update and the supervised one differ only in the objective. There is no old-policy pass: `batch.logprobs`
-are the sampler's, and `parity_max` checks in every step that the learner agrees with them. If it cannot agree (int8
+are the sampler's, and `parity_max` measures in every step how far the learner is from them. If it cannot agree (int8
 weights, `importance_cap`), the first optimizer step computes the old policy's log-probabilities anyway; only further
 steps need a pass for them. The ratio of whole sequences is computed before the loss that uses it: see `sequence.py`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,21 +25,25 @@ from aem_jax.batch import Batch, batch_shardings, packed_sharding
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.forward import ForwardConfig, Rows, forward_config, row_loss, row_statistics, row_values
 from aem_jax.learner.objective import AGGREGATIONS, Objective, Stats, Tokens, policy_objective, supervised_objective
-from aem_jax.learner.optimizer import make_optimizer, make_schedule, num_updates
+from aem_jax.learner.optimizer import make_schedule, num_updates
 from aem_jax.learner.sequence import LEVELS, Level, response_sums
-from aem_jax.learner.state import Params, TrainablePolicy, TrainState, abstract_state
+from aem_jax.learner.state import (
+    Params,
+    TrainablePolicy,
+    TrainState,
+    abstract_state,
+    combine,
+    policy_optimizer,
+)
 from aem_jax.learner.value import ValueTokens, add_values, first_tokens, value_objective
 from aem_jax.losses import Aggregation
-from aem_jax.models import ValuePolicy
 from aem_jax.sharding import replicated
 
 Array = jax.Array
 Metrics = dict[str, Array]
 
 
-def make_update(
-    policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh
-) -> Callable[..., tuple[TrainState, Metrics]]:
+def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> "Update":
     """The policy's update, jitted.
 
     Args:
@@ -48,12 +52,12 @@ def make_update(
         mesh: the mesh of state and batch.
 
     Returns:
-        update(state, batch, advantages, reference=None, frozen=None, values=None) -> (state, metrics). `state` is
-        donated. `advantages` are f32[M, b, T]. `reference` are the reference policy's logprobs, f32[M, b, T]
-        (`make_token_logprobs`), given exactly if kl_coefficient > 0. `frozen` are the policy's frozen weights in the
-        train layout, not donated. `values` are the value head's targets, given exactly if the policy has one.
+        update(state, batch, advantages, reference=None, values=None) -> (state, metrics). `state` is donated but for
+        its frozen parts. `advantages` are f32[M, b, T]. `reference` are the reference policy's logprobs, f32[M, b, T]
+        (`make_token_logprobs`), given exactly if kl_coefficient > 0. `values` are the value head's targets, given
+        exactly if the policy has one.
         metrics, f32[] each; means over tokens of all optimizer steps, unless stated otherwise:
-            loss, grad_norm (of all trained parameters, before the clip), learning_rate (of the last optimizer step);
+            loss, grad_norm (of all trainable parameters, before the clip), learning_rate (of the last optimizer step);
             clip_fraction (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
             kl_sampler, kl_reference (k3 estimates, nats; the latter only with a reference), entropy (nats);
             value_loss (without its coefficient), value_clip_fraction: means over responses, only with a value head;
@@ -68,7 +72,6 @@ def make_update(
         batch: Batch,
         advantages: Array,
         reference: Array | None = None,
-        frozen: Params | None = None,
         values: ValueTargets | None = None,
     ) -> tuple[TrainState, Metrics]:
         if (reference is None) == (config.kl_coefficient > 0):
@@ -76,31 +79,28 @@ def make_update(
                 f"expected reference logprobs exactly when kl_coefficient > 0, got kl_coefficient = "
                 f"{config.kl_coefficient} and {'no reference' if reference is None else 'a reference'}"
             )
-        if (values is None) == isinstance(policy, ValuePolicy):
+        if (values is None) == policy.value:
             raise ValueError(
-                f"expected values exactly when the policy has a value head, got {type(policy).__name__} and "
-                f"{'no values' if values is None else 'values'}"
+                f"expected values exactly when the policy has a value head, got {'a' if policy.value else 'no'} value "
+                f"head and {'no values' if values is None else 'values'}"
             )
-        return update_step(program, state, Inputs(batch, advantages, reference, frozen, values))
+        return update_step(program, state, Inputs(batch, state.frozen, advantages, reference, values))
 
-    return _jit(update, program)
+    return Update(update, program)
 
 
-def make_supervised_update(
-    policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh
-) -> Callable[..., tuple[TrainState, Metrics]]:
+def make_supervised_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> "Update":
     """Cross-entropy on response tokens, jitted; otherwise as `make_update`.
 
     Returns:
-        update(state, batch, frozen=None) -> (state, metrics) with loss, grad_norm, learning_rate, entropy, tokens and
-        skipped.
+        update(state, batch) -> (state, metrics) with loss, grad_norm, learning_rate, entropy, tokens and skipped.
     """
     program = make_program(policy, config, mesh, supervised_objective())
 
-    def update(state: TrainState, batch: Batch, frozen: Params | None = None) -> tuple[TrainState, Metrics]:
-        return update_step(program, state, Inputs(batch, frozen=frozen))
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return update_step(program, state, Inputs(batch, state.frozen))
 
-    return _jit(update, program)
+    return Update(update, program)
 
 
 def make_token_logprobs(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> Callable[[Params, Batch], Array]:
@@ -114,7 +114,9 @@ def make_token_logprobs(policy: TrainablePolicy, config: LearnerConfig, mesh: Me
     return jax.jit(logprobs, out_shardings=packed_sharding(mesh))
 
 
-def make_response_values(policy: ValuePolicy, config: LearnerConfig, mesh: Mesh) -> Callable[[Params, Batch], Array]:
+def make_response_values(
+    policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh
+) -> Callable[[Params, Batch], Array]:
     """response_values(params, batch) -> f32[R], jitted, in units of reward; NaN for responses that are not packed.
 
     The value of a response is that of the state before it, at the position that predicts the response's first token.
@@ -148,7 +150,7 @@ class Program:
         sequence: the unit of the ratio; None if every token has its own.
         aggregate: weights of tokens in the loss.
         optimizer: gradient → parameter update.
-        state: shardings of the state.
+        state: shardings of the state without frozen parts.
     """
 
     policy: TrainablePolicy
@@ -166,10 +168,41 @@ def make_program(
     policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, objective: Objective, sequence: Level | None = None
 ) -> Program:
     """The static part of an update with this objective."""
-    optimizer = make_optimizer(config, policy.axes)
-    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, optimizer, mesh))
-    aggregate = AGGREGATIONS[config.aggregation](config)
+    optimizer, aggregate = policy_optimizer(policy, config), AGGREGATIONS[config.aggregation](config)
+    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, config, mesh).without_frozen())
     return Program(policy, config, mesh, forward_config(config, mesh), objective, sequence, aggregate, optimizer, state)
+
+
+class Update:
+    """A jitted update that donates the state but for its frozen parts, which other arrays may share.
+
+    Args:
+        update: (state, …) -> (state, metrics).
+        program: its static part.
+    """
+
+    def __init__(self, update: Callable[..., tuple[TrainState, Metrics]], program: Program) -> None:
+        def update_trainable(state: TrainState, frozen: Params, *inputs: Any, **named: Any):
+            state, metrics = update(replace(state, frozen=frozen), *inputs, **named)
+            return state.without_frozen(), metrics
+
+        out_shardings = program.state, replicated(program.mesh)
+        self._jitted: Any = jax.jit(update_trainable, out_shardings=out_shardings, donate_argnums=0)
+
+    def __call__(self, state: TrainState, *inputs: Any, **named: Any) -> tuple[TrainState, Metrics]:
+        """The next state, with the same frozen parts, and metrics."""
+        updated, metrics = self._jitted(state.without_frozen(), state.frozen, *inputs, **named)
+        return replace(updated, frozen=state.frozen), metrics
+
+    def lower(self, state: TrainState, *inputs: Any, **named: Any) -> jax.stages.Lowered:
+        """The program of a call, to be compiled; arguments may be abstract. It takes the frozen parts after the state
+        without them."""
+        return self._jitted.lower(state.without_frozen(), state.frozen, *inputs, **named)
+
+    @property
+    def compilations(self) -> int:
+        """Number of programs compiled so far; constant after warm-up."""
+        return self._jitted._cache_size()
 
 
 class Inputs(NamedTuple):
@@ -177,17 +210,17 @@ class Inputs(NamedTuple):
 
     Attributes:
         batch: the batch.
+        frozen: the parts of the parameters that are not trained.
         advantages: f32[M, b, T]; None for supervised learning.
         reference: f32[M, b, T], logprobs of the reference policy, nats; None without one.
-        frozen: the policy's frozen weights; None without any.
         values: targets of the value head; None without one.
         old_logprobs: f32[M, b, T], logprobs of the policy before the update, nats; None if no loss needs them.
     """
 
     batch: Batch
+    frozen: Params
     advantages: Array | None = None
     reference: Array | None = None
-    frozen: Params | None = None
     values: ValueTargets | None = None
     old_logprobs: Array | None = None
 
@@ -216,7 +249,7 @@ class Gradient(NamedTuple):
     """Sums over a minibatch's microbatches, or over some of them.
 
     Attributes:
-        gradient: of the trained parameters, float32, in their shardings.
+        gradient: of the trainable parts, float32, in their shardings.
         loss: f32[].
         stats: see `Stats`.
     """
@@ -237,12 +270,12 @@ def update_step(program: Program, state: TrainState, inputs: Inputs) -> tuple[Tr
     batch = jax.lax.with_sharding_constraint(inputs.batch, batch_shardings(program.mesh))
     inputs = inputs._replace(batch=batch)
     if inputs.advantages is not None and config.importance_cap and config.num_epochs * num_minibatches > 1:
-        params = with_frozen(state.params, inputs.frozen)
-        inputs = inputs._replace(old_logprobs=token_logprobs(program.policy, program.forward, params, batch))
+        inputs = inputs._replace(old_logprobs=token_logprobs(program.policy, program.forward, state.params, batch))
     steps = jnp.arange(config.num_epochs * num_minibatches)
     step = partial(optimizer_step, program, inputs)
-    (params, opt_state), metrics = jax.lax.scan(step, (state.params, state.opt_state), steps)
-    return TrainState(params, opt_state, state.step + 1), summarize(metrics, config.num_epochs)
+    (trainable, opt_state), metrics = jax.lax.scan(step, (state.trainable, state.opt_state), steps)
+    state = replace(state, trainable=trainable, opt_state=opt_state, step=state.step + 1)
+    return state, summarize(metrics, config.num_epochs)
 
 
 def optimizer_step(
@@ -251,14 +284,14 @@ def optimizer_step(
     """One optimizer step on minibatch `index` modulo their number; skipped if its gradient is not finite.
 
     Returns:
-        ((params, opt_state), metrics), where means over tokens are still sums.
+        ((trainable, opt_state), metrics), where means over tokens are still sums.
     """
-    params, opt_state = state
+    trainable, opt_state = state
     minibatch = index % inputs.batch.minibatch_ends.shape[0]
-    (gradient, loss, stats), count = minibatch_gradient(program, params, inputs, minibatch)
+    (gradient, loss, stats), count = minibatch_gradient(program, trainable, inputs, minibatch)
     norm = optax.tree_utils.tree_norm(gradient)
     good = (count > 0) & jnp.isfinite(norm)
-    updates, next_opt_state = program.optimizer.update(gradient, opt_state, params)
+    updates, next_opt_state = program.optimizer.update(gradient, opt_state, trainable)
     keep = lambda new, old: jnp.where(good, new, old)
     metrics = {
         **stats.sums,
@@ -270,28 +303,31 @@ def optimizer_step(
         "skipped": (~good).astype(jnp.float32),
         "learning_rate": make_schedule(program.config)(num_updates(opt_state)),
     }
-    params = jax.tree.map(keep, optax.apply_updates(params, updates), params)
-    return (params, jax.tree.map(keep, next_opt_state, opt_state)), metrics
+    trainable = jax.tree.map(keep, optax.apply_updates(trainable, updates), trainable)
+    return (trainable, jax.tree.map(keep, next_opt_state, opt_state)), metrics
 
 
-def minibatch_gradient(program: Program, params: Params, inputs: Inputs, index: Array) -> tuple[Gradient, Array]:
+def minibatch_gradient(program: Program, trainable: Params, inputs: Inputs, index: Array) -> tuple[Gradient, Array]:
     """Gradient of one minibatch, and its number of sampled tokens, f32[]."""
     minibatch = minibatch_of(program, inputs.batch, index)
     if program.sequence is not None and not program.sequence.in_one_row:
+        params = combine(trainable, inputs.frozen)
         minibatch = minibatch._replace(log_ratios=sequence_log_ratios(program, params, inputs, minibatch))
-    loss = partial(microbatch_loss, program, inputs, minibatch)
-    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, program.state.params)
+    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, program.state.trainable)
+
+    def loss(trainable: Params, m: Array) -> tuple[Array, Stats]:
+        return microbatch_loss(program, inputs, minibatch, combine(trainable, inputs.frozen), m)
 
     def accumulate(m: Array, total: Gradient) -> Gradient:
-        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(params, m)
+        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(trainable, m)
         sums = jax.tree.map(jnp.add, total.stats.sums, stats.sums)
         means = jax.tree.map(jnp.add, total.stats.means, stats.means)
         maxima = jax.tree.map(jnp.maximum, total.stats.maxima, stats.maxima)
         gradient = jax.tree.map(jnp.add, total.gradient, gradient)
         return Gradient(constrain(gradient), total.loss + value, Stats(sums, maxima, means))
 
-    _, stats = jax.eval_shape(loss, params, jnp.int32(0))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), Gradient(params, jnp.float32(0), stats))
+    _, stats = jax.eval_shape(loss, trainable, jnp.int32(0))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), Gradient(trainable, jnp.float32(0), stats))
     zeros = zeros._replace(gradient=constrain(zeros.gradient))
     total = jax.lax.fori_loop(minibatch.start, minibatch.end, accumulate, zeros)
     return total, jnp.sum(minibatch.response_tokens).astype(jnp.float32)
@@ -314,7 +350,7 @@ def sequence_log_ratios(program: Program, params: Params, inputs: Inputs, miniba
 
     def add_sums(m: Array, sums: Array) -> Array:
         rows = rows_of(batch, m)
-        logprobs, _ = row_statistics(program.policy, with_frozen(params, inputs.frozen), rows, program.forward)
+        logprobs, _ = row_statistics(program.policy, params, rows, program.forward)
         return sums + response_sums(logprobs, microbatch(batch.logprobs, m), rows.response_ids, sums.shape[0])
 
     zeros = jnp.zeros(minibatch.weights.shape)
@@ -356,7 +392,7 @@ def microbatch_loss(
         value = value_objective(program.config), value_tokens
     return row_loss(
         program.policy,
-        with_frozen(params, inputs.frozen),
+        params,
         rows,
         tokens,
         program.objective,
@@ -396,11 +432,6 @@ def summarize(metrics: Metrics, num_epochs: int) -> Metrics:
     return summary
 
 
-def with_frozen(params: Params, frozen: Params | None) -> Params:
-    """The parameters that a policy's functions take."""
-    return params if frozen is None else (params, frozen)
-
-
 def rows_of(batch: Batch, m: Array) -> Rows:
     """The rows of microbatch m."""
     return Rows(*(microbatch(getattr(batch, name), m) for name in Rows._fields))
@@ -414,7 +445,3 @@ def microbatch(packed: Array, m: Array) -> Array:
 def to_tokens(per_response: Array, response_ids: Array) -> Array:
     """f32[R] → f32[b, T]: each token has the number of its response, 0 outside responses."""
     return token_advantages(per_response, response_ids)
-
-
-def _jit(update: Callable[..., tuple[TrainState, Metrics]], program: Program):
-    return jax.jit(update, out_shardings=(program.state, replicated(program.mesh)), donate_argnums=0)

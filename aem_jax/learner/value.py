@@ -14,9 +14,8 @@ import jax.numpy as jnp
 
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.objective import Stats
-from aem_jax.learner.state import Params
+from aem_jax.learner.state import Params, TrainablePolicy
 from aem_jax.losses import clipped_value_loss
-from aem_jax.models import ValuePolicy
 
 
 class ValueTokens(NamedTuple):
@@ -33,7 +32,7 @@ class ValueTokens(NamedTuple):
     returns: jax.Array
 
 
-ValueObjective = Callable[[ValuePolicy, Params, jax.Array, ValueTokens, Stats], tuple[jax.Array, Stats]]
+ValueObjective = Callable[[TrainablePolicy, Params, jax.Array, ValueTokens, Stats], tuple[jax.Array, Stats]]
 """(policy, params, hidden [b, T, D] of the positions that predict the tokens, tokens, stats of the policy's loss) ->
 (this microbatch's part of the loss, stats with those of values)."""
 
@@ -48,7 +47,7 @@ def value_objective(config: LearnerConfig) -> ValueObjective:
     """c · Σ_r w ℓ, ℓ of `clipped_value_loss`."""
 
     def objective(
-        policy: ValuePolicy, params: Params, hidden: jax.Array, tokens: ValueTokens, stats: Stats
+        policy: TrainablePolicy, params: Params, hidden: jax.Array, tokens: ValueTokens, stats: Stats
     ) -> tuple[jax.Array, Stats]:
         values = policy.values(params, VALUE_INPUT[config.value_gradient](hidden))
         losses = clipped_value_loss(values, tokens.values, tokens.returns, clip=config.value_clip)

@@ -42,7 +42,7 @@ def dtype_name(dtype: DTypeLike, accepted: Sequence[str] = DTYPES, field: str = 
     return name
 
 
-class _DType:
+class DTypeName:
     """A dataclass field that takes any spelling of a dtype and holds its name."""
 
     def __get__(self, instance: Any, owner: type) -> str:
@@ -82,7 +82,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "qk_norm": (*get_args(QKNorm), None),
     "activation": get_args(Activation),
 }
-"""Fields of `ModelConfig` with a few values."""
+"""Fields of `ModelConfig` that are choices, and their values."""
 
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
@@ -111,7 +111,7 @@ class ModelConfig:
     norm_placement: NormPlacement = "pre"
     """Norm of the input of attention and MLP (pre), or of their output, before it is added to the residual (post)."""
     qk_norm: QKNorm | None = "head"
-    """Norm of queries and keys: of each head, of the projection (all heads together), or None for none."""
+    """Norm of queries and keys: of each head (head), or of all heads together (projection); None for none."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias."""
     activation: Activation = "silu"
@@ -122,7 +122,7 @@ class ModelConfig:
     """Scaling of rotary positions; None for none."""
     max_positions: int = 32_768
     """Longest context that the weights were trained for, in tokens."""
-    dtype: _DType = _DType()
+    dtype: DTypeName = DTypeName()
     """Dtype of activations and of the weights as used; masters are float32. A jax or numpy dtype becomes its name."""
 
     def __post_init__(self) -> None:
@@ -236,7 +236,7 @@ class ModelChoice:
     """Known size: tiny, qwen2.5-0.5b, -1.5b, -3b, -7b, -14b or -32b, qwen3-0.6b, -1.7b, -4b, -8b, -14b or -32b,
     llama-3.2-1b or -3b, llama-3.1-8b or -70b, olmo-2-0425-1b, olmo-2-1124-7b or -13b, olmo-2-0325-32b."""
     hidden_size: int | None = None
-    """Width of the residual stream; None is that of the named size, here and below."""
+    """Width of the residual stream; none, here and below: the named size's."""
     intermediate_size: int | None = None
     """Width of the MLP's hidden layer."""
     num_layers: int | None = None

@@ -1,9 +1,9 @@
-"""Weights to sample from in int8. A decode step reads every weight once, and that is what bounds its time.
+"""Weights to sample from in int8. The time of a decode step is bounded by reading every weight once.
 
     W ≈ q · s,  q = round(W / s) in −127 … 127,  s = max |W| over a column / 127,  x W ≈ (x q) · s
 
-A column makes one number of the output, so the scale comes after the product, which reads int8 alone. Embedding, head,
-biases and norms keep the model's dtype: an error of the head would go straight into the probabilities.
+A column computes one number of the output, so the scale is applied after the product, which reads only int8. Embedding,
+head, biases and norms keep the model's dtype: an error of the head would directly change the probabilities.
 """
 
 from collections.abc import Mapping
@@ -34,13 +34,13 @@ def quantize(x: Array, axes: int | tuple[int, ...]) -> QuantizedArray:
     """Codes and scales of x, one scale over `axes` (not negative): |x − q s| <= s / 2. Zeros have scale 1."""
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=axes)
-    # A product: XLA makes one of `largest / 127` in some programs alone, and the last bits of scales would differ.
+    # A product: XLA turns `largest / 127` into one only in some programs, and the last bits of scales would differ.
     scales = jnp.where(largest > 0, largest * (1 / 127), 1.0)
     return QuantizedArray(jnp.round(x / jnp.expand_dims(scales, axes)).astype(jnp.int8), scales)
 
 
 def scale_of(name: str) -> str:
-    """Name of the scales of a matrix; they stand beside it in the parameter tree."""
+    """Name of the scales of a matrix, next to it in the parameter tree."""
     return f"{name}_scale"
 
 

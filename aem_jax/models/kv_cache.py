@@ -110,7 +110,7 @@ def chunk_axes() -> KVChunk:
 
 
 def window(cache: KVCache, length: int) -> KVCache:
-    """The first `length` positions of every slot, or all if there are fewer."""
+    """What a call reads: the first `length` positions of every slot, or all if there are fewer. Layers stay first."""
     return _over_length(lambda x, axis: jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis), cache)
 
 

@@ -34,7 +34,7 @@ class LoraConfig:
 
     With --model.path the weights are those of its files, and warm start and reinforcement learning both train the
     adapter. Without it the warm start trains all weights, and the result is frozen and kept in the run's folder
-    (`base/`, in Hugging Face's files); reinforcement learning trains the adapter.
+    (`frozen_weights/`, in Hugging Face's files); reinforcement learning trains the adapter.
     A learning rate about ten times that of full fine-tuning is usual.
     """
 
@@ -43,7 +43,7 @@ class LoraConfig:
     alpha: float = 32.0
     """The output of an adapter is scaled by alpha / rank."""
     targets: tuple[Target, ...] = ("all",)
-    """Projections with an adapter: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all."""
+    """Projections with an adapter; all: every one of them."""
     merge: bool = True
     """Sample from a copy of the weights with merged adapters, made each step. False: sample from the frozen weights and
     the adapters, with two more small products for each projection, but no second copy where learning and sampling have

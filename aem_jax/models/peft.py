@@ -12,20 +12,21 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from aem_jax.files import write_text
-from aem_jax.models.lora import Adapter, targets
-from aem_jax.models.policy import LoraPolicy
+from aem_jax.models.config import ModelConfig
+from aem_jax.models.lora import Adapter, LoraConfig, targets
 from aem_jax.models.pretrained import new_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def save_adapter(folder: str | Path, policy: LoraPolicy, adapter: Adapter, *, base: str) -> None:
+def save_adapter(folder: str | Path, config: ModelConfig, lora: LoraConfig, adapter: Adapter, *, base: str) -> None:
     """Writes an adapter atomically.
 
     Args:
         folder: output folder, new or empty.
-        policy: the adapter's policy.
+        config: of the model.
+        lora: of the adapter.
         adapter: on any mesh of this process; saved in its own dtype, float32.
         base: absolute path of the folder, or name on the Hub, of the base model; PEFT reads it on the machine where the
             adapter is loaded.
@@ -34,31 +35,30 @@ def save_adapter(folder: str | Path, policy: LoraPolicy, adapter: Adapter, *, ba
         ValueError: the folder is not empty.
     """
     with new_folder(Path(folder)) as partial:
-        write_text(partial / CONFIG, json.dumps(_config(policy, base), indent=2) + "\n")
-        save_file(tensors(policy, adapter), partial / WEIGHTS, metadata={"format": "pt"})
+        write_text(partial / CONFIG, json.dumps(_config(config, lora, base), indent=2) + "\n")
+        save_file(tensors(config, lora, adapter), partial / WEIGHTS, metadata={"format": "pt"})
 
 
-def tensors(policy: LoraPolicy, adapter: Adapter) -> dict[str, np.ndarray]:
+def tensors(config: ModelConfig, lora: LoraConfig, adapter: Adapter) -> dict[str, np.ndarray]:
     """PEFT's tensors by their names."""
-    rank, matrices = policy.lora.rank, {}
-    for name, projection in targets(policy.config, policy.lora).items():
+    rank, matrices = lora.rank, {}
+    for name, projection in targets(config, lora).items():
         a, b = (np.asarray(adapter[name][side]) for side in ("a", "b"))
-        for layer in range(policy.config.num_layers):
+        for layer in range(config.num_layers):
             module = projection.tensor.format(layer=layer).removesuffix(".weight")
             matrices[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, rank).T)
             matrices[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(rank, -1).T)
     return matrices
 
 
-def _config(policy: LoraPolicy, base: str) -> dict[str, object]:
-    lora = policy.lora
+def _config(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
-        "target_modules": list(targets(policy.config, lora)),
+        "target_modules": list(targets(config, lora)),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

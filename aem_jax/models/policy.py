@@ -1,7 +1,20 @@
-"""A policy: pure functions over a decoder's parameters, which are a plain pytree."""
+"""A policy: pure functions over its parameters, a plain pytree with one entry for each part of the policy.
+
+    {"base": the decoder's weights, "adapter": LoRA's matrices, "value": the value head}
+
+With LoRA the base is frozen; otherwise all parts are trained. The value head estimates the value of a state from the
+hidden state that predicts the first token of a response:
+
+    V = w · h / √D + b,  initially w = 0 and b = 0
+
+h is the decoder's last hidden state [D], after the final norm, so that h / √D has about length 1 for any model. The
+head is float32. It is not sampled from, exported or frozen.
+
+Left out: a critic with its own decoder, which doubles the memory and time of learning.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,42 +25,54 @@ from aem_jax.models.attention import RowAttention, row_attention
 from aem_jax.models.config import ModelConfig
 from aem_jax.models.decoder import Constrain, Decoder
 from aem_jax.models.int8 import quantize_layers, quantized_table
-from aem_jax.models.lora import Adapter, LoraConfig, adapter_axes, init_adapter, merge, merged_leaves
+from aem_jax.models.lora import LoraConfig, adapter_axes, init_adapter, merge, merged_leaves
 from aem_jax.models.parameters import Parameter, as_tree, init_parameters, parameter_table
 
 Array = jax.Array
 Params = dict[str, Any]
+"""The parts of a policy, by name."""
+
+VALUE_AXES = {"w": (None, "value"), "b": ("value",)}
+"""Logical axes of the value head."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Pure functions over a parameter tree. Hashable, so jitted functions can close over it.
+    """Pure functions over a tree of parameters. Hashable, so jitted functions can close over it.
 
-    With `int8` the parameters are those of `quantize`: codes and scales to sample from; see `models.int8`.
+    The functions read the parts of this policy, and ignore others in the tree.
+
+    Attributes:
+        config: sizes and options of the decoder.
+        lora: of the adapter; None without one.
+        value: whether there is a value head.
+        int8: whether the base is that of `quantize`: codes and scales to sample from; see `models.int8`.
     """
 
     config: ModelConfig
+    lora: LoraConfig | None = None
+    value: bool = False
     int8: bool = False
 
     @property
     def base(self) -> "Policy":
-        """The policy of all weights: this one."""
-        return self
-
-    @property
-    def sampled(self) -> "Policy":
-        """The policy of the parameters to sample from: this one."""
-        return self
+        """The policy of the base alone, and of merged weights."""
+        return replace(self, lora=None, value=False)
 
     @property
     def quantized(self) -> "Policy":
         """The policy of the parameters that `quantize` returns."""
         return Policy(self.config, int8=True)
 
-    def quantize(self, params: Params) -> Params:
-        """Parameters of `quantized`: matrices of layers as codes and scales, all else in the dtype of its use."""
-        codes = {**params, "layers": quantize_layers(self.config, params["layers"])}
-        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), codes, self.quantized.dtypes)
+    @property
+    def sampled(self) -> "Policy":
+        """The policy of the parameters to sample from: the base, with the adapter if it is not merged."""
+        return replace(self, value=False) if self.lora and not self.lora.merge else self.base
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the parts that are not trained."""
+        return ("base",) if self.lora else ()
 
     @cached_property
     def _table(self) -> tuple[Parameter, ...]:
@@ -55,28 +80,73 @@ class Policy:
 
     @property
     def axes(self) -> Params:
-        """Logical axes of every parameter, in the parameters' structure."""
-        return as_tree(self._table, lambda row: row.axes)
+        """Logical axes of every parameter, in the parameters' structure.
+
+        Raises:
+            ValueError: the adapter's rank exceeds a side of a projection.
+        """
+        axes: Params = {"base": as_tree(self._table, lambda row: row.axes)}
+        if self.lora:
+            axes["adapter"] = adapter_axes(self.config, self.lora)
+        if self.value:
+            axes["value"] = VALUE_AXES
+        return axes
 
     @property
     def shapes(self) -> Params:
-        """Shape structs of every parameter: float32 masters, and int8 codes."""
-        struct = lambda row: jax.ShapeDtypeStruct(row.shape, "int8" if row.dtype == "int8" else "float32")
-        return as_tree(self._table, struct)
+        """Shape structs of what `init` returns."""
+        return jax.eval_shape(self.init, jax.random.key(0))
 
     @property
     def dtypes(self) -> Params:
-        """Dtype in which each parameter is used: float32 for norms and scales, int8 for codes, else the config's."""
-        return as_tree(self._table, lambda row: jnp.dtype(row.dtype))
+        """Dtype in which each parameter is used: float32 for norms, scales and the value head, int8 for codes, else the
+        config's."""
+        dtypes: Params = {"base": as_tree(self._table, lambda row: jnp.dtype(row.dtype))}
+        if self.lora:
+            dtypes["adapter"] = jax.tree.map(lambda _: jnp.dtype(self.config.dtype), self.shapes["adapter"])
+        if self.value:
+            dtypes["value"] = dict.fromkeys(VALUE_AXES, jnp.dtype("float32"))
+        return dtypes
 
     def init(self, key: Array) -> Params:
-        """Random float32 parameters from a PRNG key."""
-        params = init_parameters(self.config, key)
-        return Policy(self.config).quantize(params) if self.int8 else params
+        """Random float32 parameters from a PRNG key; a frozen base is in the dtypes of its use.
+
+        An adapter begins without effect, and a value head with values of 0. Neither changes the draws of the base.
+        """
+        params: Params = {"base": init_parameters(self.config, key)}
+        if self.int8:
+            return self.quantize(params)
+        if self.lora:
+            params = _cast(params, self.base.dtypes)
+            params["adapter"] = init_adapter(self.config, self.lora, jax.random.fold_in(key, 1))
+        if self.value:
+            params["value"] = {"w": jnp.zeros((self.config.hidden_size, 1)), "b": jnp.zeros(1)}
+        return params
+
+    def quantize(self, params: Params) -> Params:
+        """Parameters of `quantized`: matrices of layers as codes and scales, all else in the dtype of its use."""
+        base = params["base"]
+        codes = {**base, "layers": quantize_layers(self.config, base["layers"])}
+        return _cast({"base": codes}, self.quantized.dtypes)
+
+    @property
+    def merged_leaves(self) -> tuple[str, ...]:
+        """Names in "layers" of the stacked weights that the adapter changes."""
+        return merged_leaves(self.config, self.lora) if self.lora else ()
+
+    def merge(self, params: Params) -> Params:
+        """Parameters of `base`, with the adapter merged into the weights; see `lora.merge`."""
+        base = params["base"]
+        if not self.lora:
+            return {"base": base}
+        changed = {name: base["layers"][name] for name in self.merged_leaves}
+        merged = merge(self.config, self.lora, params["adapter"], changed)
+        return {"base": {**base, "layers": {**base["layers"], **merged}}}
 
     def bind(self, params: Params) -> Decoder:
         """The decoder with these parameters; cheap, to be called under jit."""
-        return Decoder(self.config, params, int8=self.int8)
+        adapter = params["adapter"] if self.lora else None
+        return Decoder(self.config, params["base"], int8=self.int8, adapter=adapter, lora=self.lora)
 
     def hidden(
         self,
@@ -97,7 +167,11 @@ class Policy:
 
     def head(self, params: Params) -> Array:
         """The head [D, V], in the dtype of its parameter."""
-        return params["embed"].T if self.config.tied_head else params["head"]
+        return params["base"]["embed"].T if self.config.tied_head else params["base"]["head"]
+
+    def values(self, params: Params, hidden: Array) -> Array:
+        """Values of hidden states; see `state_values`."""
+        return state_values(params["value"], hidden)
 
     def forward(self, params: Params, tokens: Array) -> Array:
         """float32 logits [B,T,V] of unpadded rows i32[B,T], without a cache."""
@@ -105,76 +179,17 @@ class Policy:
         return self.logits(params, self.hidden(params, tokens, positions, jnp.ones_like(tokens)))
 
 
-@dataclass(frozen=True)
-class LoraPolicy:
-    """A policy of which only an adapter is trained: the same functions, of `params` (adapter, frozen weights).
+def state_values(head: Params, hidden: Array) -> Array:
+    """V = w · h / √D + b of hidden states [..., D]: f32[...], in units of reward.
 
-    `axes`, `shapes` and `init` are those of the adapter, in float32. `base` is the policy of the frozen weights, and of
-    merged ones.
+    Args:
+        head: {"w": f32[D, 1], "b": f32[1]}.
+        hidden: after the final norm, in any dtype.
     """
+    # A sum of products, not a product of matrices: in float32 on any device, and h is never copied in float32.
+    w = jnp.broadcast_to(head["w"][:, 0] * hidden.shape[-1] ** -0.5, hidden.shape)
+    return jnp.sum(hidden.astype(jnp.float32) * w, axis=-1) + head["b"][0]
 
-    base: Policy
-    lora: LoraConfig
 
-    @property
-    def config(self) -> ModelConfig:
-        """Sizes and options."""
-        return self.base.config
-
-    @property
-    def sampled(self) -> "Policy | LoraPolicy":
-        """The policy of the parameters to sample from: merged weights, or the pair."""
-        return self.base if self.lora.merge else self
-
-    @property
-    def axes(self) -> Adapter:
-        """Logical axes of the adapter.
-
-        Raises:
-            ValueError: the rank exceeds a side of a projection.
-        """
-        return adapter_axes(self.config, self.lora)
-
-    @property
-    def shapes(self) -> Adapter:
-        """Shape structs of the adapter."""
-        return jax.eval_shape(self.init, jax.random.key(0))
-
-    @property
-    def merged_leaves(self) -> tuple[str, ...]:
-        """Names in "layers" of the stacked weights that the adapter changes."""
-        return merged_leaves(self.config, self.lora)
-
-    def init(self, key: Array) -> Adapter:
-        """A float32 adapter without effect (B = 0)."""
-        return init_adapter(self.config, self.lora, key)
-
-    def merge(self, adapter: Adapter, layers: Params) -> Params:
-        """The `merged_leaves` of the stacked weights, with the adapter merged; see `lora.merge`."""
-        return merge(self.config, self.lora, adapter, {name: layers[name] for name in self.merged_leaves})
-
-    def bind(self, params: Any) -> Decoder:
-        """The decoder with frozen weights and an adapter; cheap, to be called under jit."""
-        adapter, frozen = params
-        return Decoder(self.config, frozen, adapter=adapter, lora=self.lora)
-
-    def hidden(
-        self,
-        params: Any,
-        tokens: Array,
-        positions: Array,
-        segment_ids: Array,
-        remat: Callable | None = None,
-        constrain: Constrain | None = None,
-        attention: RowAttention = row_attention,
-    ) -> Array:
-        """See `Decoder.hidden`."""
-        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain, attention)
-
-    def logits(self, params: Any, hidden: Array) -> Array:
-        """See `Decoder.logits`."""
-        return self.bind(params).logits(hidden)
-
-    def head(self, params: Any) -> Array:
-        """See `Policy.head`."""
-        return self.base.head(params[1])
+def _cast(params: Params, dtypes: Params) -> Params:
+    return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, dtypes)

@@ -225,7 +225,7 @@ def save_pretrained(
     Raises:
         ValueError: the folder is not empty, or weights are not finite in that dtype.
     """
-    saved = dtype_name(str(params["embed"].dtype) if dtype is None else dtype, SAVED_DTYPES)
+    saved = dtype_name(str(params["base"]["embed"].dtype) if dtype is None else dtype, SAVED_DTYPES)
     with new_folder(Path(folder)) as partial:
         write_text(partial / CONFIG, json.dumps(config_to_hf(config, saved), indent=2) + "\n")
         save_params(partial, config, params, dtype=dtype, max_file_bytes=max_file_bytes)

@@ -84,7 +84,7 @@ def _tensor(row: Parameter, part: Part, layer: int) -> Tensor:
     return Tensor(
         name=part.name.format(layer=layer),
         shape=flat if inputs or part.rows else shape,
-        path=("layers", row.name) if row.stacked else (row.name,),
+        path=("base", "layers", row.name) if row.stacked else ("base", row.name),
         start=(layer, *start) if row.stacked else tuple(start),
         view=(*outputs, *inputs),
         order=(*range(len(outputs), len(shape)), *range(len(outputs))),

@@ -1,1 +1,1 @@
-"""Memory, FLOPs, collectives and time of a run on devices that need not be there."""
+"""Memory, FLOPs, collectives and time of a run on devices that this machine does not need to have."""

@@ -1,87 +1,85 @@
-"""What to change when a run does not fit: each way in the words of the command line, with what it would save."""
+"""Changes that make a run fit: options of the command line, with the memory that each saves."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from aem_jax.config import components
 from aem_jax.config.run import RunConfig
+from aem_jax.overrides import flag, override
 from aem_jax.plan.analytic import Memory, memory
 from aem_jax.plan.devices import GIB, Topology
 from aem_jax.plan.workload import Workload, workload
 from aem_jax.sharding import MEMORY_SHARE, MeshConfig
 
 _LEAST = 0.02
-"""Ways that save less than this share of a device's memory are not worth naming."""
+"""Changes that save less than this fraction of a device's memory are left out."""
 
 
 def advise(
     config: RunConfig, work: Workload, mesh: MeshConfig, topology: Topology, too_large: Sequence[str]
 ) -> list[str]:
-    """Ways to fit, those that save most first; the estimates are closed forms.
+    """Changes that make a run fit, the largest saving first; the estimates are closed forms.
 
     Args:
         config: the run's.
         work: its sizes.
-        mesh: over which it does not fit.
+        mesh: the mesh on which it does not fit.
         topology: the target.
-        too_large: programs during which memory does not suffice.
+        too_large: programs that need more memory than there is.
     """
     learning = any(name in ("update", "reshard") for name in too_large)
-    need: Callable[[Memory], float] = (lambda each: each.total) if learning else (lambda each: each.resident)
+    need: Callable[[Memory], float] = (lambda memory: memory.total) if learning else (lambda memory: memory.resident)
     now = need(memory(work, mesh))
-    ways = []
-    for text, changed, shape in _ways(config, mesh):
-        saved = now - need(memory(workload(changed, shape.data * shape.fsdp), shape))
+    lines = []
+    for values, note in _changes(config, work, mesh):
+        changed = override(replace(config, mesh=mesh), values)
+        options = " ".join(f"{flag(name)} {value}" for name, value in values.items() if name not in _HIDDEN)
+        saved = now - need(memory(workload(changed, changed.mesh.data * changed.mesh.fsdp), changed.mesh))
         if saved > _LEAST * topology.memory:
-            ways.append((saved, f"{text} (saves about {saved / GIB:.1f} GiB a device)"))
+            lines.append((saved, f"{options}{note} (saves about {saved / GIB:.1f} GiB a device)"))
     if "extend" in too_large and len(config.rollout.extend_buckets) > 1:
         shorter = " ".join(map(str, sorted(config.rollout.extend_buckets)[:-1]))
-        ways.append((0.0, f"--rollout.extend-buckets {shorter} (smaller chunks of observations)"))
-    found = [text for _, text in sorted(ways, reverse=True)]
-    return [*found, _more_chips(work, mesh, topology, need)]
+        lines.append((0.0, f"--rollout.extend-buckets {shorter} (smaller chunks of observations)"))
+    return [*(text for _, text in sorted(lines, reverse=True)), _more_chips(work, mesh, topology, need)]
 
 
-def _ways(config: RunConfig, mesh: MeshConfig) -> Iterator[tuple[str, RunConfig, MeshConfig]]:
-    """(what to write, the config then, the mesh then)."""
-    replicas = mesh.data * mesh.fsdp
+_HIDDEN = ("batch.tokens_per_microbatch",)
+"""Fields that `_changes` resets because they take precedence over another one; left out of the text."""
+
+
+def _changes(config: RunConfig, work: Workload, mesh: MeshConfig) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yields (changed fields by dotted name, a note in parentheses or nothing)."""
+    replicas, tensor = mesh.data * mesh.fsdp, mesh.tensor
     learner, batch, rollout = config.learner, config.batch, config.rollout
     if learner.remat != "layers":
-        yield "--learner.remat layers", replace(config, learner=replace(learner, remat="layers")), mesh
+        yield {"learner.remat": "layers"}, ""
     if learner.moments != "bfloat16":
-        yield "--learner.moments bfloat16", replace(config, learner=replace(learner, moments="bfloat16")), mesh
+        yield {"learner.moments": "bfloat16"}, ""
     if not config.lora.rank:
-        adapters = replace(config, lora=replace(config.lora, rank=16))
-        yield "--lora.rank 16 (adapters alone are trained)", adapters, mesh
+        yield {"lora.rank": 16}, " (adapters alone are trained)"
     if config.sampling.weights == "model" and (config.lora.merge or not config.lora.rank):
-        narrow = replace(config, sampling=replace(config.sampling, weights="int8"))
-        yield "--sampling.weights int8", narrow, mesh
+        yield {"sampling.weights": "int8"}, ""
     if config.sampling.cache == "model":
-        narrow = replace(config, sampling=replace(config.sampling, cache="int8"))
-        yield "--sampling.cache int8", narrow, mesh
+        yield {"sampling.cache": "int8"}, ""
     if components.microbatch_rows(config) > replicas:
-        fewer = replace(config, batch=replace(batch, rows=replicas, tokens_per_microbatch=0))
-        yield f"--batch.rows {replicas}", fewer, mesh
+        yield {"batch.rows": replicas, "batch.tokens_per_microbatch": 0}, ""
     if batch.row_length > rollout.context_tokens:
-        shorter = replace(config, batch=replace(batch, row_length=0))
-        yield f"--batch.row-length 0 (that is {rollout.context_tokens})", shorter, mesh
+        yield {"batch.row_length": 0}, f" (that is {rollout.context_tokens})"
     fewer = rollout.num_slots // 2
     if fewer % (replicas * rollout.num_cohorts) == 0 and fewer:
-        yield f"--rollout.num-slots {fewer}", replace(config, rollout=replace(rollout, num_slots=fewer)), mesh
+        yield {"rollout.num_slots": fewer}, ""
     if learner.kl_coefficient:
-        without = replace(config, learner=replace(learner, kl_coefficient=0.0))
-        yield "--learner.kl-coefficient 0 (no reference policy)", without, mesh
+        yield {"learner.kl_coefficient": 0}, " (no reference policy)"
     if mesh.data > 1:
-        spread = MeshConfig(1, replicas, mesh.tensor)
-        yield f"--mesh.data 1 --mesh.fsdp {replicas} --mesh.tensor {mesh.tensor}", config, spread
-    kv_heads = workload(config).model.num_kv_heads
-    if replicas % 2 == 0 and kv_heads % (2 * mesh.tensor) == 0:
+        yield {"mesh.data": 1, "mesh.fsdp": replicas, "mesh.tensor": tensor}, ""
+    if replicas % 2 == 0 and work.model.num_kv_heads % (2 * tensor) == 0:
         data, fsdp = (mesh.data // 2, mesh.fsdp) if mesh.data % 2 == 0 else (mesh.data, mesh.fsdp // 2)
-        more = MeshConfig(data, fsdp, 2 * mesh.tensor)
-        yield f"--mesh.data {data} --mesh.fsdp {fsdp} --mesh.tensor {more.tensor}", config, more
+        yield {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": 2 * tensor}, ""
 
 
 def _more_chips(work: Workload, mesh: MeshConfig, topology: Topology, need: Callable[[Memory], float]) -> str:
-    """How many chips would do as things are, if fsdp grew with them and rows and slots did not."""
+    """The number of chips that suffice without other changes, if fsdp grows with them and rows and slots do not."""
     chips, fsdp = topology.num_chips, mesh.fsdp
     while chips < 4096:
         chips, fsdp = 2 * chips, 2 * fsdp

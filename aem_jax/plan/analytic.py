@@ -1,7 +1,7 @@
 """Closed forms: FLOPs, bytes and collectives of a step from its sizes alone.
 
-They check what is read out of compiled programs, stand in for them where there is no compiler (GPUs, from here), and
-choose the mesh. N counts the parameters of matrix products: all but the embedding of an untied head, norms and biases.
+They check the costs of compiled programs, replace them where there is no compiler (for GPUs), and choose the mesh. N is
+the number of parameters of matrix products: all but norms, biases, and the embedding of an untied head.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ from aem_jax.models.kernels import KERNELS
 from aem_jax.models.parameters import layer_matrices
 from aem_jax.plan.costs import Collective, Costs
 from aem_jax.plan.workload import Workload
+from aem_jax.sampler.sampling import SAMPLING_BLOCK
 from aem_jax.sharding import MeshConfig, MeshDemand
 
 MASTER, GRADIENT = 4, 8
-"""Bytes of a trained parameter: float32 master; the sum of gradients and the next one to add."""
+"""Bytes of a trained parameter: the float32 master; the sum of gradients and the next gradient."""
 
 
 def layer_parameters(model: ModelConfig) -> int:
@@ -34,45 +35,45 @@ def attention_flops(model: ModelConfig, tokens: float) -> float:
 
 
 def useful_flops(work: Workload) -> float:
-    """FLOPs that learning one token takes, recomputation left out: 6·N + 6·L·H·Dh·T. What MFU counts.
+    """FLOPs of learning one token without recomputation, for MFU: 6·N + 6·L·H·Dh·T.
 
-    A token attends to half of its row on average, as if no row held more than one segment. Frozen weights have no
-    gradient: 4·N.
+    A token attends to half of its row on average, as if every row had one segment. Frozen weights have no gradient:
+    4·N.
     """
     return token_flops(work.model, work.layout.row_length, 4.0 if work.lora.rank else 6.0)
 
 
 def token_flops(model: ModelConfig, row_length: int, of_matrices: float = 6.0) -> float:
-    """The same from the model and its rows; a parameter of a matrix product takes `of_matrices` FLOPs."""
+    """`useful_flops` of a model, with `of_matrices` FLOPs for each parameter of a matrix product."""
     matrices = layer_parameters(model) + head_parameters(model)
     return of_matrices * matrices + 3.0 * attention_flops(model, row_length / 2)
 
 
 def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> float:
-    """FLOPs of learning one token as it is done: attention by blocks of queries, and what is computed twice.
+    """FLOPs of learning one token as implemented: attention by blocks of queries, and recomputation.
 
-    The scores of attention always are, everything inside layers if remat says so; a sequence's ratio takes its head, or
-    its whole forward pass, once more.
+    Attention's scores are always recomputed, and layers according to remat. A ratio of responses computes the head once
+    more, a ratio of trajectories the complete forward pass.
 
     Args:
         work: the run's sizes.
-        block: queries that look at their keys together.
-        kernel: of `models.kernels`, which says what attention's backward pass computes anew.
+        block: queries of a block of attention.
+        kernel: of `models.kernels`, which has the cost of attention's backward pass.
     """
     length = work.layout.row_length
     ends = [min(start + block, length) for start in range(0, length, block)]
     seen = sum((end - start) * end for start, end in zip(range(0, length, block), ends)) / length
     matrices, attention = 2.0 * layer_parameters(work.model), attention_flops(work.model, seen)
-    # a layer's last product is nothing's input going back, so it is not computed again
+    # the backward pass does not need a layer's last product, so it is not recomputed
     last = 2.0 * work.model.num_layers * work.model.hidden_size * work.model.intermediate_size
     again = {"none": 0.0, "layers": matrices - last + attention, "dots": attention}[work.remat]
     head = 2.0 * head_parameters(work.model)
     backward = KERNELS[kernel].backward
     if kernel == "xla" and work.remat != "none":
-        backward -= 0.5  # where a layer is computed again its scores are there when they are needed
+        backward -= 0.5  # a recomputed layer has its scores already
     ratio = {"token": 0.0, "response": head, "trajectory": matrices + attention + head}[work.ratio]
-    whole = 3.0 * matrices + (1.0 + backward) * attention + again + 3.0 * head + ratio
-    return whole - (matrices + head) * (work.lora.rank > 0)  # frozen weights have no gradient
+    total = 3.0 * matrices + (1.0 + backward) * attention + again + 3.0 * head + ratio
+    return total - (matrices + head) * (work.lora.rank > 0)  # frozen weights have no gradient
 
 
 def decode_flops(work: Workload) -> float:
@@ -83,15 +84,15 @@ def decode_flops(work: Workload) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, by what they hold.
+    """Bytes of one device, by content.
 
     Attributes:
-        parameters: float32 masters of what is trained.
+        parameters: float32 masters of trained parameters.
         frozen: weights beside an adapter, in the learner's layout.
-        optimizer: Adam's means.
+        optimizer: Adam's moments.
         reference: the reference policy, if there is one.
         gradients: float32, while learning.
-        weights: as sampled from, where they are no others' buffers; they stay while the learner works.
+        weights: of the sampler, unless they share other buffers; they stay during learning.
         cache: keys and values of all slots and prompts.
         working: activations while learning (an estimate).
     """
@@ -107,24 +108,24 @@ class Memory:
 
     @property
     def resident(self) -> float:
-        """What lies there all the time."""
+        """Bytes that are always in use."""
         return self.parameters + self.frozen + self.optimizer + self.reference + self.weights + self.cache
 
     @property
     def total(self) -> float:
-        """The most at one time: while learning."""
+        """The maximum, which is during learning."""
         return self.resident + self.gradients + self.working
 
 
 def memory(work: Workload, mesh: MeshConfig) -> Memory:
-    """Bytes of each device on a mesh whose sizes are all given."""
+    """Bytes of each device on a mesh without open sizes."""
     model, devices = work.model, mesh.data * mesh.fsdp * mesh.tensor
     split, count, trained = mesh.fsdp * mesh.tensor, model.num_parameters, work.trained
     width, lora = 2 if model.dtype == "bfloat16" else 4, work.lora.rank > 0
     copied = count
-    if lora and mesh.fsdp == 1:  # frozen weights lie alike for learning and sampling
+    if lora and mesh.fsdp == 1:  # frozen weights have the same layout for learning and sampling
         copied = layer_parameters(model) if work.lora.merge else 0
-    saved = (width - 1) * layer_parameters(model) if work.int8 else 0  # scales are a thousandth
+    saved = (width - 1) * layer_parameters(model) if work.int8 else 0  # without the scales, a thousandth of the codes
     return Memory(
         parameters=MASTER * trained / split,
         frozen=width * count * lora / split,
@@ -138,7 +139,7 @@ def memory(work: Workload, mesh: MeshConfig) -> Memory:
 
 
 def _working(work: Workload, tensor: int, width: int) -> float:
-    """Activations of one microbatch: what layers keep, one layer while it is computed again, a chunk's logits."""
+    """Activations of one microbatch: those that layers keep, one recomputed layer, the logits of one chunk."""
     model, tokens = work.model, work.microbatch_tokens
     heads, inner = model.num_heads / tensor * model.head_dim, model.intermediate_size / tensor
     block = min(BLOCK, work.layout.row_length)
@@ -151,7 +152,7 @@ def _working(work: Workload, tensor: int, width: int) -> float:
 
 
 def demand(work: Workload) -> MeshDemand:
-    """What a mesh for this has to carry."""
+    """The memory and the sizes that a mesh has to hold."""
     one = memory(work, MeshConfig(1, 1, 1))
     model = work.model
     return MeshDemand(
@@ -166,13 +167,13 @@ def demand(work: Workload) -> MeshDemand:
 
 
 def learn_costs(work: Workload, mesh: MeshConfig, flops: float) -> Costs:
-    """Costs on one device of one optimizer step of `work.rounds` full microbatches; `flops` are of a token."""
+    """Costs on one device of an optimizer step of `work.rounds` full microbatches; `flops` are those of one token."""
     model, width = work.model, 2
     replicas, tensor = mesh.data * mesh.fsdp, mesh.tensor
     tokens = work.microbatch_tokens / replicas
     count, trained, split = model.num_parameters, work.trained, mesh.fsdp * tensor
     passes = 2 if work.remat == "none" else 3
-    found = Costs(
+    costs = Costs(
         flops=work.rounds * flops * tokens / tensor,
         bytes=work.rounds * (passes * width * count / tensor + 12 * trained / split) + 32 * trained / split,
     )
@@ -184,8 +185,8 @@ def learn_costs(work: Workload, mesh: MeshConfig, flops: float) -> Costs:
         ("all-reduce", activation, tensor, 2 * passes * layers),
     ):
         if group > 1:
-            found.collectives.append(Collective(kind, size, group, (), work.rounds * times))
-    return found
+            costs.collectives.append(Collective(kind, size, group, (), work.rounds * times))
+    return costs
 
 
 def decode_costs(work: Workload, mesh: MeshConfig) -> Costs:
@@ -195,9 +196,11 @@ def decode_costs(work: Workload, mesh: MeshConfig) -> Costs:
     layers = (1 if work.int8 else width) * layer_parameters(model)
     weights = (layers + width * head_parameters(model)) / tensor
     cached = slots * work.token_bytes / tensor * work.capacity
-    found = Costs(flops=slots * decode_flops(work) / tensor, bytes=weights + cached)
+    costs = Costs(flops=slots * decode_flops(work) / tensor, bytes=weights + cached)
     if tensor > 1:
         reductions = slots * model.hidden_size * width
-        found.collectives.append(Collective("all-reduce", reductions, tensor, (), 2.0 * model.num_layers))
-        found.collectives.append(Collective("all-gather", 4.0 * slots * model.vocab_size, tensor, (), 1.0))
-    return found
+        costs.collectives.append(Collective("all-reduce", reductions, tensor, (), 2.0 * model.num_layers))
+        # Sampling draws a block of the vocabulary by its mass, then a token in it: it gathers sums and one block.
+        gathered = 4.0 * slots * (model.vocab_size / SAMPLING_BLOCK + SAMPLING_BLOCK)
+        costs.collectives.append(Collective("all-gather", gathered, tensor, (), 1.0))
+    return costs

@@ -1,8 +1,8 @@
-"""`plan`: what a run would take on devices that need not be there: memory, FLOPs, collectives, time.
+"""`plan`: memory, FLOPs, collectives and time of a run on devices that this machine does not need to have.
 
-The programs that training runs (update, reshard, extend, decode) are compiled ahead of time, for a TPU by libtpu, from
-shapes alone; what they take is read out of them. GPUs cannot be compiled for without one: there the numbers are closed
-forms, and say so.
+The programs of training (update, reshard, extend, decode) are compiled ahead of time from shapes alone, for a TPU by
+libtpu; their costs are read from the compiled programs. Compiling for a GPU needs a GPU, so its numbers are closed
+forms, marked as such.
 """
 
 import json
@@ -20,16 +20,16 @@ def run(config: PlanConfig, given: Collection[str] = ()) -> int:
 
     Args:
         config: the run and the target.
-        given: dotted names of the fields that the command line sets; a mesh that is not given is chosen.
+        given: dotted names of the fields that the command line sets; a mesh is chosen unless it is given.
 
     Raises:
-        ConfigError: what cannot be planned.
+        ConfigError: the run cannot be planned.
     """
     from aem_jax.plan.devices import parse_topology
     from aem_jax.plan.make import make_plan
     from aem_jax.plan.page import print_plan
 
-    if "model.name" in given and "model.path" not in given:  # another model: nothing of the preset's is left of it
+    if "model.name" in given and "model.path" not in given:  # another model replaces all settings of the preset's
         kept = {name: value for name, value in vars(config.model).items() if f"model.{name}" in given}
         config = replace(config, model=ModelChoice(**kept))
     topology = parse_topology(config.topology)

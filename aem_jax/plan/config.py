@@ -1,4 +1,4 @@
-"""Settings of a plan: a run, and the devices that it is planned for."""
+"""Settings of `plan`: a run, and the devices to plan it for."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ PROGRAMS = ("update", "reshard", "extend", "decode")
 
 @dataclass(frozen=True)
 class PlanConfig(RunConfig):
-    """A run, and where it is to go."""
+    """A run and its target."""
 
     topology: str = "v5p:2x2x1"
-    """Devices: v4, v5e, v5p, v6e or tpu7x and its chips (v5p:4x4x8), gpu:MODEL:COUNT (gpu:h100:8), or cpu:COUNT."""
+    """Target: v4, v5e, v5p, v6e or tpu7x with its shape (v5p:4x4x8), gpu:MODEL:COUNT (gpu:h100:8), or cpu:COUNT."""
     analytic: bool = False
-    """Closed forms alone: nothing is compiled, no libtpu needed."""
+    """Use closed forms only: compiles nothing and needs no libtpu."""
     programs: tuple[str, ...] = PROGRAMS
-    """What is compiled, of update, reshard, extend and decode; each takes from seconds to a few minutes."""
+    """Programs to compile, of update, reshard, extend and decode; each takes seconds to a few minutes."""
     json: bool = False
-    """One JSON line instead of tables."""
+    """Print one JSON line instead of tables."""
 
     def __post_init__(self) -> None:
         for name in self.programs:
@@ -29,5 +29,5 @@ class PlanConfig(RunConfig):
 
 
 def plan_config(run: RunConfig) -> PlanConfig:
-    """The plan of a run, all else default."""
+    """The config of a plan of a run, with default settings."""
     return PlanConfig(**vars(run))

@@ -1,23 +1,26 @@
-"""What a compiled program costs on one device: FLOPs, bytes, collectives, the compiler's own cycles.
+"""Costs of a compiled program on one device: FLOPs, bytes, collectives, and the compiler's own estimate of cycles.
 
-XLA's cost analysis counts the body of a loop once, however often it runs; here every loop counts as often as it does.
-FLOPs are those of matrix products, which all else is small beside. Bytes are what each fused operation reads from and
-writes to main memory; of a large array that it only takes a slice of, the slice. Kernels are custom calls to XLA, which
-sees no FLOPs in them and gives them no cycles: those that are known here are counted in closed form, all are listed.
+XLA's cost analysis counts the body of a loop once. Here every loop counts as often as it runs. FLOPs are those of
+matrix products; all others are few. Bytes are those that each fused operation reads from and writes to main memory; of
+a large array of which it takes only a slice, those of the slice. Kernels are custom calls, for which XLA has neither
+FLOPs nor cycles: known kernels are counted in closed form, and all are listed.
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from aem_jax.plan.custom import KernelCall, kernel_call
+from aem_jax.models.splash import PASSES, splash_flops
 from aem_jax.plan.hlo import Computation, Instruction, Module, Shape, trip_count
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+"""Opcodes of collectives."""
+KERNEL_TARGETS = ("tpu_custom_call",)
+"""Targets of the custom calls that are kernels."""
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
-_CONTRACTED = r'"lhs_contracting_dimensions":\[([^\]]*)\]'
+_CONTRACTED = re.compile(r'lhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([^\]]*)\]')
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _SEEN_THROUGH = {"bitcast", "reshape", "convert", "copy", "transpose"}
 
@@ -28,10 +31,10 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        bytes: of the whole array: what is gathered, reduced or sent, on one device.
-        group: devices that take part.
-        members: the first group's, by their number in the mesh; empty if the text does not say.
-        count: how often it runs.
+        bytes: of the complete array that is gathered, reduced or sent, on one device.
+        group: number of devices that take part.
+        members: the first group's devices, by their number in the mesh; empty if the text does not show them.
+        count: number of runs.
     """
 
     kind: str
@@ -41,17 +44,36 @@ class Collective:
     count: float
 
 
+@dataclass(frozen=True)
+class KernelCall:
+    """One call of a kernel.
+
+    Attributes:
+        name: its name in the program.
+        flops: of one run, in closed form; 0 if unknown.
+        known: whether its FLOPs are known.
+        bytes: of its arguments and results.
+        count: number of runs.
+    """
+
+    name: str
+    flops: float
+    known: bool
+    bytes: float
+    count: float
+
+
 @dataclass
 class Costs:
-    """Sums over a program's run on one device.
+    """Sums over one run of a program on one device.
 
     Attributes:
         flops: of matrix products, those of known kernels included.
         bytes: read from and written to main memory.
-        cycles: as the compiler estimates them for its fused operations; 0 where it estimates none.
+        cycles: the compiler's estimate for its fused operations; 0 where it has none.
         collectives: all of them.
-        kernels: all of them; their time is not in the compiler's cycles.
-        unknown_loops: loops whose number of rounds was given, not found.
+        kernels: all of them; the compiler's cycles do not include them.
+        unknown_loops: number of loops for which the text does not determine the number of rounds.
     """
 
     flops: float = 0.0
@@ -62,105 +84,97 @@ class Costs:
     unknown_loops: int = 0
 
     def add(self, other: "Costs", times: float = 1.0) -> None:
-        """Adds another program's costs, `times` over."""
+        """Adds another program's costs, `times` times."""
         self.flops += other.flops * times
         self.bytes += other.bytes * times
         self.cycles += other.cycles * times
         self.unknown_loops += other.unknown_loops
-        for each in other.collectives:
-            self.collectives.append(replace(each, count=each.count * times))
-        for each in other.kernels:
-            self.kernels.append(replace(each, count=each.count * times))
+        for collective in other.collectives:
+            self.collectives.append(replace(collective, count=collective.count * times))
+        for kernel in other.kernels:
+            self.kernels.append(replace(kernel, count=kernel.count * times))
 
 
 def costs(module: Module, rounds: int = 1) -> Costs:
-    """Costs of one run of a program.
-
-    Of the branches of a conditional the dearest counts.
+    """Costs of one run of a program. The most expensive branch of a conditional counts.
 
     Args:
         module: the program.
-        rounds: how often a loop runs whose number of rounds is decided while the program runs.
+        rounds: number of rounds of a loop for which the text does not determine it.
     """
-    found: dict[str, Costs] = {}
+    totals: dict[str, Costs] = {}
 
-    def of(name: str) -> Costs:
-        if name not in found:
-            found[name] = total = Costs()
+    def total_of(name: str) -> Costs:
+        if name not in totals:
+            totals[name] = total = Costs()
             computation = module.computations[name]
-            for each in computation.instructions:
-                if each.opcode == "while":
-                    trips = trip_count(module, computation, each)
+            for instruction in computation.instructions:
+                if instruction.opcode == "while":
+                    trips = trip_count(module, computation, instruction)
                     total.unknown_loops += trips is None
-                    total.add(of(each.called("body")), rounds if trips is None else trips)
-                elif each.opcode == "conditional":
-                    total.add(max((of(branch) for branch in each.branches), key=lambda one: (one.flops, one.bytes)))
-                elif each.opcode == "call":
-                    total.add(of(each.called("to_apply")))
+                    total.add(total_of(instruction.called("body")), rounds if trips is None else trips)
+                elif instruction.opcode == "conditional":
+                    branches = map(total_of, instruction.branches)
+                    total.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
+                elif instruction.opcode == "call":
+                    total.add(total_of(instruction.called("to_apply")))
                 else:
-                    _count(total, module, computation, each)
-        return found[name]
+                    _count(total, module, computation, instruction)
+        return totals[name]
 
-    return of(module.entry)
+    return total_of(module.entry)
 
 
-def _count(total: Costs, module: Module, computation: Computation, each: Instruction) -> None:
-    for where, one in _inside(module, computation, each):
+def _count(total: Costs, module: Module, computation: Computation, instruction: Instruction) -> None:
+    for where, one in _inside(module, computation, instruction):
         total.flops += _flops(one, where)
         if collective := _collective(one, where):
             total.collectives.append(collective)
-        if kernel := kernel_call(one, where, _hbm(one.shapes) + _hbm(where.shapes_of(one.operands))):
+        if kernel := _kernel(one, where):
             total.kernels.append(kernel)
             total.flops += kernel.flops
-    if each.opcode not in _FREE and not each.opcode.endswith("-done"):
-        total.bytes += _bytes(module, computation, each)
-    cycles = re.search(r'"estimated_cycles":"(\d+)"', each.attributes)
+    if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+        total.bytes += _bytes(module, computation, instruction)
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
     total.cycles += int(cycles[1]) if cycles else 0
 
 
-def _inside(module: Module, where: Computation, each: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-    """The instruction itself, or those that are fused into it."""
-    body = module.computations.get(each.called("calls"))
+def _inside(module: Module, where: Computation, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
+    """The instruction itself, or the instructions that are fused into it."""
+    body = module.computations.get(instruction.called("calls"))
     if body is None:
-        yield where, each
+        yield where, instruction
     else:
         for one in body.instructions:
             yield from _inside(module, body, one)
 
 
-def _flops(each: Instruction, where: Computation) -> float:
-    """Of a product: two for each pair of numbers that meet."""
-    if each.opcode == "dot":
-        (left, *_), numbers = where.shapes_of(each.operands), _numbers("lhs_contracting_dims", each.attributes)
-        return 2.0 * each.shapes[0].size * math.prod(left.dims[number] for number in numbers)
-    if each.opcode == "convolution":
-        return _convolution_flops(each, where)
-    if _is_library_product(each):
-        (left, *_), found = where.shapes_of(each.operands), re.search(_CONTRACTED, each.attributes)
-        numbers = [int(number) for number in re.findall(r"\d+", found[1])] if found else []
-        return 2.0 * each.shapes[0].size * math.prod(left.dims[number] for number in numbers)
-    return 0.0
+def _flops(instruction: Instruction, where: Computation) -> float:
+    """FLOPs of a product: two for each pair of factors."""
+    if instruction.opcode == "convolution":
+        return _convolution_flops(instruction, where)
+    if instruction.opcode != "dot" and not _is_library_product(instruction):
+        return 0.0
+    left, *_ = where.shapes_of(instruction.operands)
+    contracted = _CONTRACTED.search(instruction.attributes)
+    numbers = re.findall(r"\d+", contracted[0]) if contracted else []
+    return 2.0 * instruction.shapes[0].size * math.prod(left.dims[int(number)] for number in numbers)
 
 
-def _is_library_product(each: Instruction) -> bool:
-    """Whether a GPU's program leaves a product to cuBLAS."""
-    return each.opcode == "custom-call" and 'custom_call_target="__cublas$' in each.attributes
+def _is_library_product(instruction: Instruction) -> bool:
+    """Whether a GPU's program calls cuBLAS for a product."""
+    return instruction.opcode == "custom-call" and 'custom_call_target="__cublas$' in instruction.attributes
 
 
-def _numbers(name: str, attributes: str) -> list[int]:
-    found = re.search(rf"{name}=\{{([\d,]*)\}}", attributes)
-    return [int(number) for number in found[1].split(",") if number] if found else []
-
-
-def _convolution_flops(each: Instruction, where: Computation) -> float:
-    """A TPU's products are convolutions, their batch dimensions windows that mostly see padding: it is not counted."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
-    shapes = (*where.shapes_of(each.operands)[:2], each.shapes[0])
+def _convolution_flops(instruction: Instruction, where: Computation) -> float:
+    """FLOPs of a convolution. A TPU's products are convolutions, with batch dimensions as windows; padding is free."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    shapes = (*where.shapes_of(instruction.operands)[:2], instruction.shapes[0])
     if not labels or len(shapes) < 3:
         return 0.0
     left, right, out = labels.groups()
     spatial = sorted(label for label in out if label.isdigit())
-    window = re.search(r"window=\{([^}]*)\}", each.attributes)
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     options = dict(part.split("=") for part in window[1].split()) if window else {}
 
     def option(name: str, default: str) -> list[str]:
@@ -178,79 +192,94 @@ def _convolution_flops(each: Instruction, where: Computation) -> float:
 
 
 def _meetings(size: int, kernel: int, out: int, low: int, stride: int, dilate: int, spread: int) -> int:
-    """Pairs (output place, kernel place) that meet a number of the input, along one dimension."""
+    """Pairs (output position, kernel position) with an element of the input, along one dimension."""
     last = (size - 1) * dilate
     return sum(
-        0 <= (at := place * stride + tap * spread - low) <= last and at % dilate == 0
+        0 <= (at := position * stride + tap * spread - low) <= last and at % dilate == 0
         for tap in range(kernel)
-        for place in range(out)
+        for position in range(out)
     )
 
 
-def _collective(each: Instruction, where: Computation) -> Collective | None:
-    kind = next((kind for kind in KINDS if each.opcode in (kind, f"{kind}-start")), None)
+def _collective(instruction: Instruction, where: Computation) -> Collective | None:
+    kind = next((kind for kind in KINDS if instruction.opcode in (kind, f"{kind}-start")), None)
     if kind is None:
         return None
-    members, size = _group(each.attributes)
-    bytes_in = sum(shape.num_bytes for shape in where.shapes_of(each.operands))
+    members, size = _group(instruction.attributes)
+    num_bytes = _num_bytes(where.shapes_of(instruction.operands))
     if kind == "all-reduce" and where.name.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # of which each device keeps its part: one step, in the TPU's program
-    return Collective(kind, bytes_in * (size if kind == "all-gather" else 1), size, members, 1.0)
+        kind = "reduce-scatter"  # the TPU's program fuses it with the slice that each device keeps
+    return Collective(kind, num_bytes * (size if kind == "all-gather" else 1), size, members, 1.0)
 
 
 def _group(attributes: str) -> tuple[tuple[int, ...], int]:
-    """The first group of devices that take part, and its size."""
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes):
-        members = tuple(int(number) for number in found[1].split(",") if number)
+    """The first group of devices of a collective, and its size."""
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes):
+        members = tuple(int(number) for number in match[1].split(",") if number)
         return members, max(len(members), 1)
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        dims = [int(number) for number in found[3].split(",")]
-        order = [int(number) for number in found[4].split(",")] if found[4] else list(range(len(dims)))
-        members = _iota(dims, order)[: int(found[2])]
-        return tuple(members), int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        used = re.findall(r"'([^']+)'", found[2])
-        names = list(sizes)
-        strides = {name: math.prod(sizes[after] for after in names[i + 1 :]) for i, name in enumerate(names)}
-        members = [0]
-        for name in used:
-            members = [start + step * strides[name] for start in members for step in range(sizes[name])]
-        return tuple(members), len(members)
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        dims = [int(number) for number in match[3].split(",")]
+        order = [int(number) for number in match[4].split(",")] if match[4] else list(range(len(dims)))
+        return _iota(dims, order)[: int(match[2])], int(match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        axes = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", match[2])]
+        members = _iota(list(sizes.values()), axes)
+        return members, len(members)
     return (), 1
 
 
-def _iota(dims: list[int], order: list[int]) -> list[int]:
-    """0, 1, 2, … as an array of `dims`, transposed and read in order."""
+def _iota(dims: list[int], axes: list[int]) -> tuple[int, ...]:
+    """The array 0, 1, 2, … of shape `dims`, transposed to `axes` (at index 0 of all others) and flattened."""
     strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
     members = [0]
-    for axis in order:
+    for axis in axes:
         members = [start + step * strides[axis] for start in members for step in range(dims[axis])]
-    return members
+    return tuple(members)
 
 
-def _hbm(shapes: list[Shape] | tuple[Shape, ...]) -> float:
+def _kernel(call: Instruction, where: Computation) -> KernelCall | None:
+    """The kernel that an instruction calls; None if it calls none."""
+    target = re.search(r'custom_call_target="([^"]*)"', call.attributes)
+    if call.opcode != "custom-call" or not target or target[1] not in KERNEL_TARGETS:
+        return None
+    num_bytes = _hbm(call.shapes) + _hbm(where.shapes_of(call.operands))
+    path = re.search(r'op_name="([^"]*)"', call.attributes)
+    name = path[1].removesuffix("/pallas_call").rpartition("/")[2] if path else call.name
+    splash = re.match(rf"splash_m[hq]a_({'|'.join(PASSES)})_", name)
+    # The first array is the queries; a single row has no row dimension.
+    arrays = (shape.dims for shape in where.shapes_of(call.operands) if shape.dtype in ("bf16", "f32"))
+    queries = next((dims for dims in arrays if len(dims) in (3, 4)), None)
+    if not splash or queries is None:
+        return KernelCall(name, 0.0, False, num_bytes, 1.0)
+    rows = queries[0] if len(queries) == 4 else 1
+    heads, length, head_dim = queries[-3:]
+    return KernelCall(name, rows * splash_flops(splash[1], length, heads, head_dim), True, num_bytes, 1.0)
+
+
+def _hbm(shapes: Iterable[Shape]) -> float:
     return sum(shape.num_bytes for shape in shapes if shape.in_hbm)
 
 
-def _bytes(module: Module, where: Computation, each: Instruction) -> float:
-    if each.opcode in _SLICES:
-        return 2 * _hbm(each.shapes)
-    if each.opcode == "dynamic-update-slice":
-        return 2 * _hbm(where.shapes_of(each.operands[1:2]))
-    body = module.computations.get(each.called("calls"))
-    if each.opcode == "copy-start":  # (there, here, context)
-        return _hbm(each.shapes[:2])
+def _bytes(module: Module, where: Computation, instruction: Instruction) -> float:
+    if instruction.opcode in _SLICES:
+        return 2 * _hbm(instruction.shapes)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _hbm(where.shapes_of(instruction.operands[1:2]))
+    if instruction.opcode == "copy-start":  # results: destination, source, context
+        return _hbm(instruction.shapes[:2])
+    body = module.computations.get(instruction.called("calls"))
     if body is None:
-        results = each.shapes[:1] if _is_library_product(each) else each.shapes  # behind it comes room to work in
-        return _hbm(results) + _hbm(where.shapes_of(each.operands))
-    if each.opcode != "fusion":
+        # the second result of cuBLAS is its workspace
+        results = instruction.shapes[:1] if _is_library_product(instruction) else instruction.shapes
+        return _hbm(results) + _hbm(where.shapes_of(instruction.operands))
+    if instruction.opcode != "fusion":
         return sum(_bytes(module, body, one) for one in body.instructions if one.opcode not in _FREE)
-    return _fused_bytes(module, body, each, where)
+    return _fused_bytes(module, body, instruction, where)
 
 
-def _fused_bytes(module: Module, body: Computation, each: Instruction, where: Computation) -> float:
-    """What a fusion reads and writes: of what it only slices, the slices; of what it updates in place, the update."""
+def _fused_bytes(module: Module, body: Computation, instruction: Instruction, where: Computation) -> float:
+    """Bytes that a fusion reads and writes: only the slices of sliced inputs, only the updates of in-place outputs."""
     in_place: set[str] = set()
     total = 0.0
     root = body.root
@@ -258,13 +287,13 @@ def _fused_bytes(module: Module, body: Computation, each: Instruction, where: Co
         one = _origin(body, name)
         if one.opcode == "dynamic-update-slice":
             in_place.add(_origin(body, one.operands[0]).name)
-            total += _hbm_like(body.shapes_of(one.operands[1:2]), each)
+            total += _num_bytes(body.shapes_of(one.operands[1:2])) * _share_in_hbm(instruction.shapes)
         elif one.opcode != "parameter":
-            total += sum(shape.num_bytes for shape in body.by_name[name].shapes) * _share_in_hbm(each.shapes)
+            total += _num_bytes(body.by_name[name].shapes) * _share_in_hbm(instruction.shapes)
     for one in body.instructions:
         if one.opcode == "parameter" and one.name not in in_place:
             index = int(one.argument)
-            outside = _hbm(where.shapes_of(each.operands[index : index + 1]))
+            outside = _hbm(where.shapes_of(instruction.operands[index : index + 1]))
             total += min(_read(module, body, one.name), outside)
     return total
 
@@ -277,27 +306,27 @@ def _origin(body: Computation, name: str) -> Instruction:
 
 
 def _read(module: Module, body: Computation, name: str) -> float:
-    """How much of an array the instructions of a fusion read, seen through renamings and fusions inside it."""
+    """Bytes of an array that the instructions of a fusion read, through bitcasts and nested fusions."""
     total = 0.0
     for reader in (one for one in body.instructions if name in one.operands):
         inside = module.computations.get(reader.called("calls"))
         if reader.opcode == "bitcast" or (inside and _origin(inside, inside.root.name).opcode == "parameter"):
-            total += _read(module, body, reader.name)  # renamed, or laid out anew on the way
+            total += _read(module, body, reader.name)  # the same array, or another layout of it
         elif inside is not None:
-            places = {str(index) for index, operand in enumerate(reader.operands) if operand == name}
-            parameters = (one for one in inside.instructions if one.opcode == "parameter" and one.argument in places)
+            indices = {str(index) for index, operand in enumerate(reader.operands) if operand == name}
+            parameters = (one for one in inside.instructions if one.opcode == "parameter" and one.argument in indices)
             total += sum(_read(module, inside, one.name) for one in parameters)
         elif reader.opcode in _SLICES:
-            total += sum(shape.num_bytes for shape in reader.shapes)
+            total += _num_bytes(reader.shapes)
         else:
             return math.inf
     return total if body.root.name != name else math.inf
 
 
-def _hbm_like(shapes: list[Shape], each: Instruction) -> float:
-    return sum(shape.num_bytes for shape in shapes) * _share_in_hbm(each.shapes)
+def _num_bytes(shapes: Iterable[Shape]) -> float:
+    return sum(shape.num_bytes for shape in shapes)
 
 
 def _share_in_hbm(shapes: tuple[Shape, ...]) -> float:
-    total = sum(shape.num_bytes for shape in shapes)
+    total = _num_bytes(shapes)
     return _hbm(shapes) / total if total else 0.0

@@ -1,18 +1,19 @@
-"""What is known of devices, and topologies by name: `v5p:4x4x8`, `gpu:h100:8`, `cpu:8`.
+"""Facts of devices, topologies by name (`v5p:4x4x8`, `gpu:h100:8`, `cpu:8`), and the time of a program on them.
 
-Sources. TPU: cloud.google.com/tpu/docs (a page a generation: peak, memory, bandwidth, interconnect) and the table of
-"How To Scale Your Model" (jax-ml.github.io/scaling-book/tpus). GPU: NVIDIA's data sheets, dense bf16 without sparsity.
-The clock is that in which libtpu's own estimates count cycles.
+Sources. TPU: cloud.google.com/tpu/docs (one page for each generation: peak, memory, bandwidth, interconnect) and the
+table of "How To Scale Your Model" (jax-ml.github.io/scaling-book/tpus). GPU: NVIDIA's data sheets, dense bf16 without
+sparsity. The clock is the one in which libtpu's estimates count cycles.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from aem_jax.errors import ConfigError
 from aem_jax.overrides import nearest
+from aem_jax.plan.costs import Collective, Costs
 
 GIB = 2**30
 
@@ -25,13 +26,13 @@ class Chip:
         peak: bf16 FLOP/s.
         memory: bytes of HBM.
         bandwidth: bytes/s of HBM.
-        link: bytes/s of one link to a neighbour, in one direction; of a GPU all NVLinks together.
+        link: bytes/s of one link to a neighbour, in one direction; of a GPU, all NVLinks together.
         axes: axes of the torus (TPU), each with two links; 0 for a switch (GPU).
-        ring: a TPU's axis of a multiple of so many chips closes to a ring.
-        clock: Hz of the cycles that the compiler estimates, 0 where it estimates none.
-        cores: devices that jax sees of one chip.
-        domain: chips behind one switch (GPU); beyond it `network` counts.
-        network: bytes/s a GPU has to other machines, in one direction.
+        ring: a TPU's axis is a ring if its size is a multiple of this number.
+        clock: Hz of the cycles that the compiler estimates; 0 where it has no estimate.
+        cores: number of jax devices of one chip.
+        domain: chips behind one switch (GPU); beyond it, `network` applies.
+        network: bytes/s of a GPU to other machines, in one direction.
     """
 
     peak: float
@@ -62,18 +63,18 @@ GPUS: Mapping[str, Chip] = {
     "rtx4090": Chip(165e12, 24e9, 1.008e12, 32e9, domain=8, network=12.5e9),
 }
 CPU = Chip(1e11, 16 * GIB, 2e10, 1e10, domain=1024)
-"""Of a simulated device nothing is known; these only keep the arithmetic going."""
+"""Placeholder values, because nothing is known of a simulated device."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips and how they are joined.
+    """Chips and their interconnect.
 
     Attributes:
         name: as given.
-        kind: "tpu" is compiled for by libtpu, "cpu" by jax itself, "gpu" not at all.
+        kind: libtpu compiles for "tpu", jax itself for "cpu", nothing for "gpu".
         chip: facts of one chip.
-        sizes: chips along each axis; of GPUs and CPUs their number.
+        sizes: chips along each axis; for GPUs and CPUs, their number.
     """
 
     name: str
@@ -83,12 +84,12 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
-        """Chips."""
+        """Number of chips."""
         return math.prod(self.sizes)
 
     @property
     def num_devices(self) -> int:
-        """Devices that jax sees."""
+        """Number of jax devices."""
         return self.num_chips * self.chip.cores
 
     @property
@@ -107,31 +108,31 @@ class Topology:
         return self.chip.bandwidth / self.chip.cores
 
     def wire(self, spans: tuple[int, ...]) -> float:
-        """Bytes/s out of one device to a group that spans `spans` chips along each axis (of GPUs: so many devices)."""
+        """Bytes/s from one device to a group that spans `spans` chips along each axis (GPUs: number of devices)."""
         chip = self.chip
         if self.kind != "tpu":
             return chip.link if math.prod(spans) <= chip.domain else chip.network
         total = sum(
             chip.link * (2 if size % chip.ring == 0 else 1) for size, span in zip(self.sizes, spans) if span > 1
         )
-        return (total or chip.link * chip.axes * 2) / chip.cores  # none: the two devices of one chip
+        return (total or chip.link * chip.axes * 2) / chip.cores  # no axis: the two devices of one chip
 
     def spans(self, devices: int) -> tuple[int, ...]:
-        """The box of chips that `devices` neighbours fill, its axes from the last one on."""
+        """Chips along each axis of a box of `devices` neighbours, which fills the last axes first."""
         if self.kind != "tpu":
             return (devices,)
-        left, found = max(devices // self.chip.cores, 1), []
+        left, spans = max(devices // self.chip.cores, 1), []
         for size in reversed(self.sizes):
-            found.append(min(left, size))
+            spans.append(min(left, size))
             left = -(-left // size)
-        return tuple(reversed(found))
+        return tuple(reversed(spans))
 
 
 def parse_topology(name: str) -> Topology:
-    """The topology of a name.
+    """Parses the name of a topology.
 
     Raises:
-        ConfigError: no such device, or a shape that is none.
+        ConfigError: an unknown device, or an invalid shape.
     """
     kind, _, rest = name.partition(":")
     if kind in TPUS:
@@ -159,3 +160,69 @@ def _count(name: str, word: str) -> int:
     if not re.fullmatch(r"[1-9]\d*", word):
         raise ConfigError(f"--topology: expected a number of devices at the end of {name!r}, got {word!r}")
     return int(word)
+
+
+Coordinates = Sequence[tuple[int, ...]]
+"""Position of each device of the mesh in the topology, in the mesh's order; empty if devices have none."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time of a program on one device.
+
+    Attributes:
+        compute: of its FLOPs at the device's peak.
+        memory: of its bytes at the memory's bandwidth.
+        wire: of its collectives at the interconnect's bandwidth.
+        compiler: the compiler's estimate of all but collectives; kernels, which it does not know, count at the device's
+            peaks. 0 without an estimate.
+    """
+
+    compute: float
+    memory: float
+    wire: float
+    compiler: float
+
+    @property
+    def roofline(self) -> float:
+        """Time with complete overlap of the three; a lower bound."""
+        return max(self.compute, self.memory, self.wire)
+
+    @property
+    def serial(self) -> float:
+        """Time without overlap: the compiler's estimate (else compute or memory), then collectives."""
+        return max(self.compiler or max(self.compute, self.memory), self.compute) + self.wire
+
+    @property
+    def bound(self) -> str:
+        """The longest of the three: compute, memory or wire."""
+        return max(("compute", "memory", "wire"), key=lambda name: getattr(self, name))
+
+
+def estimate(costs: Costs, topology: Topology, coordinates: Coordinates = ()) -> Seconds:
+    """Time of a program on one device of a topology."""
+    wire = (one.count * _wire_seconds(one, topology, coordinates) for one in costs.collectives)
+    kernels = (one.count * max(one.flops / topology.peak, one.bytes / topology.bandwidth) for one in costs.kernels)
+    clock = topology.chip.clock
+    return Seconds(
+        compute=costs.flops / topology.peak,
+        memory=costs.bytes / topology.bandwidth,
+        wire=math.fsum(wire),
+        compiler=costs.cycles / clock + math.fsum(kernels) if clock and costs.cycles else 0.0,
+    )
+
+
+def _wire_seconds(collective: Collective, topology: Topology, coordinates: Coordinates) -> float:
+    """Time of rings over all axes of the group: a gather sends (n - 1)/n of the array, an all-reduce twice that."""
+    size, members = collective.group, collective.members
+    if size < 2:
+        return 0.0
+    spans = topology.spans(size)
+    if coordinates and members and max(members) < len(coordinates):
+        spans = tuple(len(set(axis)) for axis in zip(*(coordinates[member] for member in members)))
+    sent = {
+        "all-reduce": 2 * (size - 1) / size,
+        "collective-permute": 1.0,
+        "all-to-all": math.sqrt(size) / 4 if size > 4 else 0.5,
+    }.get(collective.kind, (size - 1) / size)
+    return sent * collective.bytes / topology.wire(spans)

@@ -1,13 +1,16 @@
-"""The text of a compiled program, read: computations, instructions, how often each loop runs.
+"""Parses the text of a compiled program: computations, instructions, and the number of rounds of its loops.
 
-Only what costs need is read. Names, shapes and attributes are those of XLA's own printing, which CPU, GPU and TPU
-compilers share.
+Only the parts that `costs.py` needs are parsed. Names, shapes and attributes are those of XLA's printed form, which the
+compilers for CPU, GPU and TPU share.
 """
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
 
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
@@ -21,7 +24,7 @@ class Shape:
     Attributes:
         dtype: as XLA writes it.
         dims: sizes.
-        in_hbm: whether it lies in the device's main memory, not in fast memory on the chip.
+        in_hbm: whether it is in the device's main memory, not in fast memory on the chip.
     """
 
     dtype: str
@@ -35,7 +38,7 @@ class Shape:
 
     @property
     def num_bytes(self) -> float:
-        """Bytes, without a layout's padding."""
+        """Bytes, without the padding of a layout."""
         width = _BYTES.get(self.dtype)
         if width is None:
             bits = re.match(r"[a-z]+(\d+)", self.dtype)
@@ -49,12 +52,12 @@ class Instruction:
 
     Attributes:
         name: without the leading %.
-        opcode: what it does.
+        opcode: the operation.
         shapes: its results.
         operands: names.
-        attributes: what follows the operands.
+        attributes: the text after the operands.
         argument: the text between the parentheses.
-        is_root: whether it is what the computation returns.
+        is_root: whether it is the result of the computation.
     """
 
     name: str
@@ -67,67 +70,80 @@ class Instruction:
 
     def called(self, role: str) -> str:
         """The computation that an attribute (`calls`, `body`, `condition`, …) names; empty if there is none."""
-        found = re.search(rf"\b{role}=%?([\w.-]+)", self.attributes)
-        return found[1] if found else ""
+        match = re.search(rf"\b{role}=%?([\w.-]+)", self.attributes)
+        return match[1] if match else ""
 
     @property
     def branches(self) -> list[str]:
-        """Computations of a conditional, of which one runs."""
-        found = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
-        names = re.findall(r"%?([\w.-]+)", found[1]) if found else _BRANCH.findall(self.attributes)
-        return list(names)
+        """The computations of a conditional; one of them runs."""
+        match = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        return re.findall(r"%?([\w.-]+)", match[1]) if match else _BRANCH.findall(self.attributes)
 
 
 @dataclass(frozen=True)
 class Computation:
-    """Instructions in order, and by name."""
+    """Named instructions, in order."""
 
     name: str
-    instructions: list[Instruction] = field(default_factory=list)
-    by_name: dict[str, Instruction] = field(default_factory=dict)
+    instructions: Sequence[Instruction]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Instruction]:
+        """The instructions by name."""
+        return {instruction.name: instruction for instruction in self.instructions}
 
     @property
     def root(self) -> Instruction:
-        """What it returns."""
-        return next((each for each in self.instructions if each.is_root), self.instructions[-1])
+        """The instruction whose result it returns."""
+        return next((one for one in self.instructions if one.is_root), self.instructions[-1])
 
     def shapes_of(self, names: tuple[str, ...]) -> list[Shape]:
-        """The arrays of some of its instructions, in order."""
+        """The result arrays of some of its instructions, in order."""
         return [shape for name in names if name in self.by_name for shape in self.by_name[name].shapes]
 
 
 @dataclass(frozen=True)
 class Module:
-    """A program: its computations by name, and the one that it begins with."""
+    """A program: its computations by name, and the name of the first one."""
 
     computations: Mapping[str, Computation]
     entry: str
 
 
+def read(compiled: jax.stages.Compiled) -> Module:
+    """Parses a compiled program.
+
+    Raises:
+        ValueError: the backend does not print its programs.
+    """
+    text = compiled.as_text()
+    if not text:
+        raise ValueError("expected the text of a compiled program, got none from this backend")
+    return parse(text)
+
+
 def parse(text: str) -> Module:
-    """Reads `compiled.as_text()`.
+    """Parses `compiled.as_text()`.
 
     Raises:
         ValueError: there is no entry computation.
     """
-    # What Pallas notes beside a kernel is printed with breaks of its own: an instruction is one line here.
+    # An instruction is one line, except for line breaks in the metadata of a Pallas kernel.
     text = re.sub(r"kernel_metadata=\{\n(.*)\n\}", r"kernel_metadata={\1}", text)
-    computations: dict[str, Computation] = {}
+    blocks: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
         if current is None:
-            header = re.match(r"(ENTRY\s+)?%?([\w.-]+) \(.*->.*\{\s*$", line)
-            if header:
-                current = computations[header[2]] = Computation(header[2])
+            if header := re.match(r"(ENTRY\s+)?%?([\w.-]+) \(.*->.*\{\s*$", line):
+                current = blocks[header[2]] = []
                 entry = header[2] if header[1] else entry
         elif line.strip() == "}":
             current = None
-        elif found := _instruction(line):
-            current.instructions.append(found)
-            current.by_name[found.name] = found
+        elif instruction := _instruction(line):
+            current.append(instruction)
     if not entry:
         raise ValueError("expected the text of a compiled program, got one without an entry computation")
-    return Module(computations, entry)
+    return Module({name: Computation(name, block) for name, block in blocks.items()}, entry)
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -151,7 +167,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _balanced(text: str, start: int) -> int:
-    """Index behind the parenthesis that closes the one at `start`."""
+    """Index after the parenthesis that closes the one at `start`."""
     depth = 0
     for index in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)
@@ -161,10 +177,10 @@ def _balanced(text: str, start: int) -> int:
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a while loop runs; None if that is decided while the program runs.
+    """Number of rounds of a while loop; None if the text does not determine it.
 
-    XLA says so where it found out; else the condition is read: counter < constant, where the constant may also be
-    handed in with the loop's state. An unrolled loop counts by more than one.
+    XLA prints the number where it knows it. Otherwise it follows from the condition, counter < constant; the constant
+    may be part of the loop's state. The counter of an unrolled loop grows by more than one.
     """
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
@@ -180,12 +196,12 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 
 def _step(module: Module, condition: Computation, counter: str, loop: Instruction) -> int:
-    """What a loop's body adds to its counter; 1 if the text does not show it."""
-    body, found = module.computations[loop.called("body")], condition.by_name.get(counter)
-    place = re.search(r"index=(\d+)", found.attributes) if found else None
-    if place is None or body.root.opcode != "tuple":
+    """The increment of a loop's counter in a round; 1 if the text does not show it."""
+    body, value = module.computations[loop.called("body")], condition.by_name.get(counter)
+    index = re.search(r"index=(\d+)", value.attributes) if value else None
+    if index is None or body.root.opcode != "tuple":
         return 1
-    add = body.by_name.get(body.root.operands[int(place[1])])
+    add = body.by_name.get(body.root.operands[int(index[1])])
     if add is None or add.opcode != "add":
         return 1
     steps = [_constant(body, name, body, None) for name in add.operands]
@@ -194,32 +210,32 @@ def _step(module: Module, condition: Computation, counter: str, loop: Instructio
 
 def _comparison(module: Module, condition: Computation) -> Instruction | None:
     root = condition.root
-    if root.opcode == "fusion":  # the comparison of a fused condition; its operands are those of the fusion, in order
+    if root.opcode == "fusion":  # a fused comparison; its parameters are the operands of the fusion, in order
         inner = module.computations[root.called("calls")]
-        found = inner.root
-        if found.opcode != "compare":
+        compare = inner.root
+        if compare.opcode != "compare":
             return None
-        parameters = {each.name: int(each.argument) for each in inner.instructions if each.opcode == "parameter"}
-        if any(name not in parameters for name in found.operands):
+        parameters = {one.name: int(one.argument) for one in inner.instructions if one.opcode == "parameter"}
+        if any(name not in parameters for name in compare.operands):
             return None
-        operands = tuple(root.operands[parameters[name]] for name in found.operands)
-        root = Instruction(root.name, "compare", root.shapes, operands, found.attributes, "", True)
+        operands = tuple(root.operands[parameters[name]] for name in compare.operands)
+        root = Instruction(root.name, "compare", root.shapes, operands, compare.attributes, "", True)
     return root if root.opcode == "compare" and "direction=LT" in root.attributes else None
 
 
 def _constant(
     condition: Computation, name: str, caller: Computation, state: Instruction | None, depth: int = 0
 ) -> int | None:
-    """The value of an instruction of a loop's condition before the first round, if the text shows it."""
-    found = condition.by_name.get(name)
-    if found is None or depth > 8:
+    """The value of an instruction of a loop's condition before the first round; None if the text does not show it."""
+    value = condition.by_name.get(name)
+    if value is None or depth > 8:
         return None
-    if found.opcode == "constant":
-        return int(found.argument) if re.fullmatch(r"-?\d+", found.argument) else None
-    if found.opcode in ("copy", "bitcast", "convert") and found.operands:
-        return _constant(condition, found.operands[0], caller, state, depth + 1)
-    if found.opcode == "get-tuple-element" and state is not None and state.opcode == "tuple":
-        index = re.search(r"index=(\d+)", found.attributes)
+    if value.opcode == "constant":
+        return int(value.argument) if re.fullmatch(r"-?\d+", value.argument) else None
+    if value.opcode in ("copy", "bitcast", "convert") and value.operands:
+        return _constant(condition, value.operands[0], caller, state, depth + 1)
+    if value.opcode == "get-tuple-element" and state is not None and state.opcode == "tuple":
+        index = re.search(r"index=(\d+)", value.attributes)
         if index and caller is not condition:
             return _constant(caller, state.operands[int(index[1])], caller, None, depth + 1)
     return None

@@ -1,9 +1,13 @@
-"""A plan: the mesh, the programs, and what follows from them."""
+"""A plan: the mesh, the programs, and their costs, memory and time."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from jax.sharding import AbstractMesh
+
+from aem_jax.models import Policy
 from aem_jax.models.attention import BLOCK, CPU_BLOCK
 from aem_jax.models.kernels import Device, Sizes, choose
 from aem_jax.models.splash import block_size
@@ -20,24 +24,22 @@ from aem_jax.plan.analytic import (
 from aem_jax.plan.analytic import memory as closed_memory
 from aem_jax.plan.config import PlanConfig
 from aem_jax.plan.costs import Costs
-from aem_jax.plan.devices import Topology
-from aem_jax.plan.estimate import Seconds, estimate
-from aem_jax.plan.programs import Program, compile_programs
-from aem_jax.plan.targets import coordinates, devices, set_up
+from aem_jax.plan.devices import Coordinates, Seconds, Topology, estimate
+from aem_jax.plan.programs import Program, compile_programs, coordinates, set_up, target_devices
 from aem_jax.plan.workload import Workload, workload
-from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, mesh_sizes
+from aem_jax.sharding import AXES, DECODE, TRAIN, MeshConfig, choose_mesh, make_mesh, mesh_sizes, shardings
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast tokens go through: with nothing overlapped, and on the roofline.
+    """Throughput, without overlap and on the roofline.
 
     Attributes:
         tokens: of one run of the program, on all devices.
-        slowest: tokens/s with nothing overlapped.
-        fastest: tokens/s of the roofline.
-        slowest_mfu: useful FLOP/s over the devices' peak (recomputation is not useful), at the slowest.
-        fastest_mfu: at the fastest.
+        slowest: tokens/s without overlap.
+        fastest: tokens/s on the roofline.
+        slowest_mfu: useful FLOP/s (without recomputation) over the devices' peak, without overlap.
+        fastest_mfu: on the roofline.
     """
 
     tokens: float
@@ -49,57 +51,57 @@ class Rate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would take. Tables are by program; all but rates are of one device.
+    """The cost of a run. Mappings are by program; all numbers but rates are of one device.
 
     Attributes:
         topology: the target.
         mesh: its sizes, none left open.
-        chosen: whether the mesh was chosen here.
+        chosen: whether the plan chose the mesh.
         work: the run's sizes.
-        units: what one run of a program does: microbatches of an update, tokens a slot of a decode; 1 where absent.
-        memory: bytes by what they hold, in closed form.
-        analytic: whether all of it is closed forms, nothing compiled.
-        programs: what was compiled.
+        units: units of one run of a program: microbatches of an update, tokens per slot of a decode; default 1.
+        memory: bytes by content, in closed form.
+        analytic: whether all numbers are closed forms, without compiled programs.
+        programs: the compiled programs.
         costs: of one run.
-        closed_flops: the same FLOPs in closed form.
+        closed_flops: FLOPs of one run in closed form.
         seconds: of one run.
         rates: of learning (update) and of decoding.
-        phases: bytes while it runs, all that lies beside it included.
-        advice: what to change, if something does not fit.
+        phases: bytes during a program, all other arrays included.
+        advice: changes that make the run fit.
     """
 
     topology: Topology
     mesh: MeshConfig
     chosen: bool
     work: Workload
-    units: dict[str, float]
+    units: Mapping[str, float]
     memory: Memory
     analytic: bool
-    programs: dict[str, Program] = field(default_factory=dict)
-    costs: dict[str, Costs] = field(default_factory=dict)
-    closed_flops: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, Seconds] = field(default_factory=dict)
-    rates: dict[str, Rate] = field(default_factory=dict)
-    phases: dict[str, float] = field(default_factory=dict)
-    advice: list[str] = field(default_factory=list)
+    programs: Mapping[str, Program]
+    costs: Mapping[str, Costs]
+    closed_flops: Mapping[str, float]
+    seconds: Mapping[str, Seconds]
+    rates: Mapping[str, Rate]
+    phases: Mapping[str, float]
+    advice: Sequence[str]
 
     @property
     def too_large(self) -> list[str]:
-        """Programs during which memory does not suffice."""
+        """Programs that need more memory than a device has."""
         return [name for name, size in self.phases.items() if size > self.topology.memory]
 
     @property
     def broken(self) -> dict[str, str]:
-        """Programs that the compiler failed on, and what it said."""
+        """Programs that failed to compile, with the compiler's message."""
         return {name: program.broken for name, program in self.programs.items() if program.broken}
 
     @property
     def fits(self) -> bool:
-        """Whether everything was compiled and memory suffices throughout."""
+        """Whether all programs compiled and fit into memory."""
         return not self.too_large and not self.broken
 
     def as_values(self) -> dict[str, Any]:
-        """Plain values, for JSON; a size that the compiler did not say is None."""
+        """Plain values, for JSON; None for a size that the compiler did not report."""
         return {
             "topology": self.topology.name,
             "devices": self.topology.num_devices,
@@ -112,57 +114,93 @@ class Plan:
             "advice": self.advice,
             "memory": asdict(self.memory),
             "phases": {name: size if math.isfinite(size) else None for name, size in self.phases.items()},
-            "programs": {name: _without(each, "costs", "name") for name, each in self.programs.items()},
-            "costs": {name: asdict(each) for name, each in self.costs.items()},
+            "programs": {
+                name: {field: value for field, value in vars(program).items() if field not in ("costs", "name")}
+                for name, program in self.programs.items()
+            },
+            "costs": {name: asdict(costs) for name, costs in self.costs.items()},
             "closed_flops": self.closed_flops,
             "seconds": {
-                name: {**asdict(each), "roofline": each.roofline, "serial": each.serial}
-                for name, each in self.seconds.items()
+                name: {**asdict(seconds), "roofline": seconds.roofline, "serial": seconds.serial}
+                for name, seconds in self.seconds.items()
             },
-            "rates": {name: asdict(each) for name, each in self.rates.items()},
+            "rates": {name: asdict(rate) for name, rate in self.rates.items()},
         }
 
 
 def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
-    """Chooses the mesh unless it is given, and compiles the programs if there is a compiler for the target.
+    """Chooses the mesh unless it is given; compiles the programs if there is a compiler for the target.
 
     Args:
         config: the run.
         topology: the target.
-        by_hand: whether the config's mesh is taken as it is.
+        by_hand: whether to keep the config's mesh.
 
     Raises:
-        ValueError: sizes that do not divide over the mesh, or a shape that libtpu does not know.
+        ValueError: sizes that do not divide over the mesh, or a shape unknown to libtpu.
     """
+    num_devices = topology.num_devices
     if by_hand:
-        mesh = MeshConfig(*mesh_sizes(config.mesh, topology.num_devices))
+        mesh = MeshConfig(*mesh_sizes(config.mesh, num_devices))
     else:
-        mesh = choose_mesh(demand(workload(config)), topology.num_devices, topology.memory)
+        mesh = choose_mesh(demand(workload(config)), num_devices, topology.memory)
     replicas = mesh.data * mesh.fsdp
     work = workload(config, replicas)
+    policy = Policy(work.model)
+    for rules in (TRAIN, DECODE):  # refuses what training refuses, before anything is compiled
+        shardings(AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES), policy.axes, rules, policy.shapes)
     for name, count in (("--batch.rows", work.layout.rows), ("--rollout.num-slots (of a cohort)", work.slots)):
         if count % replicas:
             raise ValueError(f"{name}: expected a multiple of mesh.data × mesh.fsdp = {replicas}, got {count}")
-    closed = config.analytic or topology.kind == "gpu"
+    memory, analytic = closed_memory(work, mesh), config.analytic or topology.kind == "gpu"
+    flops = {"update": _learn_flops(config, work, mesh, topology), "decode": decode_flops(work)}
+    programs, where = {}, ()
+    if analytic:
+        costs = _closed_costs(config, work, mesh, flops["update"])
+        phases = {"update": memory.total, "decode": memory.resident}
+    else:
+        programs, where = _compile(config, work, mesh, topology)
+        compiled = {name: program for name, program in programs.items() if not program.broken}
+        others = _other_bytes(work, memory)
+        phases = {
+            name: math.inf if program.too_large else program.total + others[name] for name, program in compiled.items()
+        }
+        costs = {name: program.costs for name, program in compiled.items() if not program.too_large}
+    seconds = {name: estimate(cost, topology, where) for name, cost in costs.items()}
+
     microbatches = float(work.rounds * config.learner.num_minibatches * config.learner.num_epochs)
     units = {"update": microbatches, "decode": float(work.decode_chunk)}
-    plan = Plan(topology, mesh, not by_hand, work, units, closed_memory(work, mesh), closed)
     tokens = {"update": work.microbatch_tokens * microbatches, "decode": work.slots * units["decode"]}
     useful = {"update": useful_flops(work), "decode": decode_flops(work)}
-    made = {"update": _learn_flops(config, work, mesh, topology), "decode": decode_flops(work)}
-    plan.closed_flops.update({name: made[name] * tokens[name] / topology.num_devices for name in made})
-    (_estimate if closed else _compile)(plan, config)
-    for name in (name for name in plan.seconds if name in tokens):
-        rates = [tokens[name] / each for each in (plan.seconds[name].serial, plan.seconds[name].roofline)]
-        share = [rate * useful[name] / (topology.peak * topology.num_devices) for rate in rates]
-        plan.rates[name] = Rate(tokens[name], *rates, *share)
-    if plan.too_large:
-        plan.advice.extend(advise(config, work, mesh, topology, plan.too_large))
-    return plan
+    peak = topology.peak * num_devices
+    rates = {name: _rate(seconds[name], tokens[name], useful[name], peak) for name in seconds if name in tokens}
+    too_large = [name for name, size in phases.items() if size > topology.memory]
+    return Plan(
+        topology=topology,
+        mesh=mesh,
+        chosen=not by_hand,
+        work=work,
+        units=units,
+        memory=memory,
+        analytic=analytic,
+        programs=programs,
+        costs=costs,
+        closed_flops={name: flops[name] * tokens[name] / num_devices for name in flops},
+        seconds=seconds,
+        rates=rates,
+        phases=phases,
+        advice=advise(config, work, mesh, topology, too_large) if too_large else [],
+    )
+
+
+def _rate(seconds: Seconds, tokens: float, useful: float, peak: float) -> Rate:
+    """The throughput of a program with `useful` FLOPs per token, on devices with `peak` FLOP/s together."""
+    slowest, fastest = tokens / seconds.serial, tokens / seconds.roofline
+    return Rate(tokens, slowest, fastest, slowest * useful / peak, fastest * useful / peak)
 
 
 def _learn_flops(config: PlanConfig, work: Workload, mesh: MeshConfig, topology: Topology) -> float:
-    """Of a token, with the attention that the target will choose; a GPU is taken for a Hopper one."""
+    """FLOPs of a token, with the attention that the target will choose; assumes a GPU of the Hopper generation."""
     model, length = work.model, work.layout.row_length
     sizes = Sizes(
         length, model.num_heads // mesh.tensor, model.num_kv_heads // mesh.tensor, model.head_dim, model.dtype
@@ -172,40 +210,27 @@ def _learn_flops(config: PlanConfig, work: Workload, mesh: MeshConfig, topology:
     return learn_flops(work, blocks.get(kernel, BLOCK), kernel)
 
 
-def _estimate(plan: Plan, config: PlanConfig) -> None:
-    """Closed forms instead of programs."""
-    work, steps = plan.work, config.learner.num_minibatches * config.learner.num_epochs
-    one = {
-        "update": (learn_costs(work, plan.mesh, _learn_flops(config, work, plan.mesh, plan.topology)), steps),
-        "decode": (decode_costs(work, plan.mesh), work.decode_chunk),
-    }
-    for name, (cost, times) in one.items():
-        plan.costs[name] = Costs()
-        plan.costs[name].add(cost, times)
-        plan.seconds[name] = estimate(plan.costs[name], plan.topology)
-    plan.phases["update"] = plan.memory.total
-    plan.phases["decode"] = plan.memory.resident
+def _closed_costs(config: PlanConfig, work: Workload, mesh: MeshConfig, flops: float) -> dict[str, Costs]:
+    """Costs of the programs in closed form; learning a token takes `flops`."""
+    steps = config.learner.num_minibatches * config.learner.num_epochs
+    costs = {"update": Costs(), "decode": Costs()}
+    costs["update"].add(learn_costs(work, mesh, flops), steps)
+    costs["decode"].add(decode_costs(work, mesh), work.decode_chunk)
+    return costs
 
 
-def _compile(plan: Plan, config: PlanConfig) -> None:
-    set_up(plan.topology, config.runtime)
-    found = devices(plan.topology)
-    mesh, beside = make_mesh(plan.mesh, found), _beside(plan)
-    where = coordinates(list(mesh.devices.flat))
-    for program in compile_programs(config, plan.work, mesh, config.programs):
-        name = program.name
-        plan.programs[name] = program
-        if program.broken:
-            continue
-        plan.phases[name] = math.inf if program.too_large else program.total + beside[name]
-        if not program.too_large:
-            plan.costs[name] = program.costs
-            plan.seconds[name] = estimate(program.costs, plan.topology, where)
+def _compile(
+    config: PlanConfig, work: Workload, sizes: MeshConfig, topology: Topology
+) -> tuple[dict[str, Program], Coordinates]:
+    """The compiled programs, and the position of each device of the mesh."""
+    set_up(topology, config.runtime)
+    mesh = make_mesh(sizes, target_devices(topology))
+    programs = {program.name: program for program in compile_programs(config, work, mesh, config.programs)}
+    return programs, coordinates(mesh)
 
 
-def _beside(plan: Plan) -> dict[str, float]:
-    """What lies in memory while a program runs and is no argument of it."""
-    memory, work = plan.memory, plan.work
+def _other_bytes(work: Workload, memory: Memory) -> dict[str, float]:
+    """Bytes of the arrays that exist during a program and are not its arguments."""
     learner = memory.parameters + memory.optimizer + memory.frozen * (memory.weights > 0)
     own = memory.cache * work.slots * (work.capacity + work.slack) / work.cached_tokens  # one cohort's cache
     sampling = learner + memory.reference + memory.cache - own
@@ -215,7 +240,3 @@ def _beside(plan: Plan) -> dict[str, float]:
         "extend": sampling,
         "decode": sampling,
     }
-
-
-def _without(each: Any, *names: str) -> dict[str, Any]:
-    return {name: value for name, value in vars(each).items() if name not in names}

@@ -12,29 +12,33 @@ from aem_jax.plan.make import Plan
 _LABEL = {
     "update": "learning (update)",
     "reshard": "resharding",
-    "extend": "hearing (extend)",
+    "extend": "prefill (extend)",
     "decode": "sampling (decode)",
 }
-
 _UNIT = {
     "update": "learning, a microbatch",
     "reshard": "resharding",
-    "extend": "hearing, a chunk",
+    "extend": "prefill, a chunk",
     "decode": "sampling, a token a slot",
+}
+_CONTENT = {
+    "parameters": "masters",
+    "frozen": "frozen weights",
+    "weights": "weights as sampled from",
+    "working": "activations (estimate)",
 }
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Prints a plan for people, on standard output by default."""
+    """Prints a plan as tables, on standard output by default."""
     console = console or Console(width=120)
-    say = lambda text="": console.print(text, highlight=False, markup=False, soft_wrap=True)
     for line in _head(plan):
-        say(line)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for table in (_memory(plan), _phases(plan), _programs(plan), _collectives(plan), _rates(plan)):
         if table.row_count:
             console.print(table)
     for line in _end(plan):
-        say(line)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _head(plan: Plan) -> Iterable[str]:
@@ -55,34 +59,32 @@ def _head(plan: Plan) -> Iterable[str]:
         + (f" in each of {work.cohorts} cohorts" if work.cohorts > 1 else "")
     )
     if plan.analytic:
-        why = "GPUs are not compiled for without one" if plan.topology.kind == "gpu" else "as asked"
+        why = "compiling for a GPU needs a GPU" if plan.topology.kind == "gpu" else "as asked"
         yield f"ANALYTIC ({why}): closed forms, no program was compiled; times are bounds, not predictions"
 
 
+def _table(*columns: str, title: str, texts: int = 1) -> Table:
+    """A table whose columns after the first `texts` ones are numbers."""
+    table = Table(*columns, title=title)
+    for column in table.columns[texts:]:
+        column.justify = "right"
+    return table
+
+
 def _memory(plan: Plan) -> Table:
-    table = Table("what lies on a device", "GiB", title="memory, closed form")
+    table = _table("content of a device", "GiB", title="memory, closed form")
     for name, size in vars(plan.memory).items():
         if size:
-            label = {
-                "parameters": "masters",
-                "frozen": "frozen weights",
-                "weights": "weights as sampled from",
-                "working": "activations (estimate)",
-            }.get(name, name)
-            table.add_row(label, f"{size / GIB:.2f}")
-    table.columns[1].justify = "right"
+            table.add_row(_CONTENT.get(name, name), f"{size / GIB:.2f}")
     return table
 
 
 def _phases(plan: Plan) -> Table:
-    columns = ("while", "arguments", "outputs", "temporaries", "beside it", "together", "of", "fits")
-    table = Table(*columns, title="memory, GiB")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    columns = ("during", "arguments", "outputs", "temporaries", "other arrays", "together", "of", "fits")
+    table = _table(*columns, title="memory, GiB")
     gib = lambda size: f"{size / GIB:.2f}"
     for name, size in plan.phases.items():
         program = plan.programs.get(name)
-        fits = "no" if name in plan.too_large else "yes"
         if program is None:
             cells = ["", "", "", "", gib(size)]
         elif program.too_large:
@@ -90,22 +92,19 @@ def _phases(plan: Plan) -> Table:
         else:
             parts = (program.arguments, program.outputs, program.temporaries, size - program.total, size)
             cells = [gib(part) for part in parts]
-        table.add_row(_LABEL[name], *cells, gib(plan.topology.memory), fits)
+        table.add_row(_LABEL[name], *cells, gib(plan.topology.memory), "no" if name in plan.too_large else "yes")
     return table
 
 
 def _programs(plan: Plan) -> Table:
     columns = ("work of a device", "TFLOP", "of closed form", "GB moved", "GB sent")
     times = ("compute", "memory", "wire", "compiler", "compiled in")
-    table = Table(
-        *columns, *times, title="in ms: at its peaks, and (compiler) as the compiler estimates all but the wire"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    title = "times in ms: at the device's peaks, and the compiler's estimate of all but the wire"
+    table = _table(*columns, *times, title=title)
     for name, cost in plan.costs.items():
         seconds, program, closed = plan.seconds[name], plan.programs.get(name), plan.closed_flops.get(name)
         unit = plan.units.get(name, 1.0)
-        sent = math.fsum(each.count * each.bytes for each in cost.collectives if each.group > 1)
+        sent = math.fsum(one.count * one.bytes for one in cost.collectives if one.group > 1)
         table.add_row(
             _UNIT[name],
             f"{cost.flops / unit / 1e12:,.3f}",
@@ -120,15 +119,14 @@ def _programs(plan: Plan) -> Table:
 
 
 def _collectives(plan: Plan) -> Table:
-    table = Table("collectives of a device", "kind", "over", "times", "MB each", "GB", title="collectives")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    columns = ("collectives of a device", "kind", "over", "times", "MB each", "GB")
+    table = _table(*columns, title="collectives", texts=2)
     for name, cost in plan.costs.items():
         unit, sums = plan.units.get(name, 1.0), dict[tuple[str, int], list[float]]()
-        for each in cost.collectives:
-            entry = sums.setdefault((each.kind, each.group), [0.0, 0.0])
-            entry[0] += each.count / unit
-            entry[1] += each.count * each.bytes / unit
+        for one in cost.collectives:
+            entry = sums.setdefault((one.kind, one.group), [0.0, 0.0])
+            entry[0] += one.count / unit
+            entry[1] += one.count * one.bytes / unit
         for (kind, group), (count, size) in sorted(sums.items(), key=lambda item: -item[1][1]):
             if group > 1 and count:
                 sizes = (f"{size / count / 1e6:,.3f}", f"{size / 1e9:,.3f}")
@@ -137,7 +135,7 @@ def _collectives(plan: Plan) -> Table:
 
 
 def _rates(plan: Plan) -> Table:
-    title = "predicted, all devices together: nothing overlapped – roofline"
+    title = "predicted, all devices together: without overlap – roofline"
     table = Table("", "tokens/s", "MFU", "bound by", title=title)
     for name, rate in plan.rates.items():
         span = f"{rate.slowest:,.0f} – {rate.fastest:,.0f}"
@@ -147,19 +145,20 @@ def _rates(plan: Plan) -> Table:
 
 def _end(plan: Plan) -> Iterable[str]:
     for name, reason in plan.broken.items():
-        yield f"not known: {_LABEL[name]}, on which the compiler failed ({reason}); another version of libtpu may do"
+        yield f"unknown: {_LABEL[name]}; the compiler failed ({reason}). Another version of libtpu may work"
     for name, cost in plan.costs.items():
-        if known := [each for each in cost.kernels if each.known]:
-            flops = math.fsum(each.count * each.flops for each in known) / plan.units.get(name, 1.0)
-            names = ", ".join(sorted({each.name for each in known}))
+        if known := [kernel for kernel in cost.kernels if kernel.known]:
+            flops = math.fsum(kernel.count * kernel.flops for kernel in known) / plan.units.get(name, 1.0)
+            names = ", ".join(sorted({kernel.name for kernel in known}))
             counted = f"{flops / 1e12:.3f} TFLOP of kernels, in closed form and timed at the peaks"
             yield f"in {_UNIT[name]}: {counted} ({names})"
-        if strange := sorted({each.name for each in cost.kernels if not each.known}):
-            yield f"not counted in {_UNIT[name]}: FLOPs of the kernels {', '.join(strange)}"
+        if unknown := sorted({kernel.name for kernel in cost.kernels if not kernel.known}):
+            yield f"not counted in {_UNIT[name]}: FLOPs of the kernels {', '.join(unknown)}"
     if not plan.too_large:
-        fullest = max(plan.phases.values(), default=math.nan)
-        yield f"fits: {fullest / GIB:.1f} of {plan.topology.memory / GIB:.1f} GiB at the fullest"
+        largest = max(plan.phases.values(), default=math.nan)
+        yield f"fits: at most {largest / GIB:.1f} of {plan.topology.memory / GIB:.1f} GiB"
         return
-    yield f"does not fit: {', '.join(_LABEL[name] for name in plan.too_large)}. What would help, most first:"
+    names = ", ".join(_LABEL[name] for name in plan.too_large)
+    yield f"does not fit: {names}. What would help, the largest saving first:"
     for line in plan.advice:
         yield f"  {line}"

@@ -1,29 +1,91 @@
-"""The programs of a training step, compiled from shapes: nothing is allocated, and no device need be there."""
+"""The programs of a training step, compiled from shapes alone for devices that this machine does not need to have."""
 
+import importlib.util
+import logging
+import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from aem_jax.advantage import ValueTargets
 from aem_jax.batch import abstract_batch, packed_sharding
 from aem_jax.config import components
 from aem_jax.config.run import RunConfig
-from aem_jax.learner import abstract_state, make_optimizer, make_update
-from aem_jax.models import LoraPolicy, Policy, ValuePolicy, policy_params
+from aem_jax.distributed import runtime as machine
+from aem_jax.distributed.config import RuntimeConfig
+from aem_jax.errors import ConfigError
+from aem_jax.learner import abstract_state, make_update
+from aem_jax.models import Policy
 from aem_jax.plan.costs import Costs, costs
+from aem_jax.plan.devices import Coordinates, Topology
 from aem_jax.plan.hlo import parse
 from aem_jax.plan.workload import Workload
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.reshard import make_reshard
-from aem_jax.sharding import TRAIN, decode_formats, replicated, shardings
+from aem_jax.sharding import decode_formats, replicated
 
-PROGRAMS = ("update", "reshard", "extend", "decode")
+_TPU_SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server for the TPU of this machine
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any; the compilation names its target
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened, so two plans may run at once
+    "TPU_LOG_DIR": "disabled",
+}
+
+
+def set_up(topology: Topology, runtime: RuntimeConfig) -> None:
+    """Sets up jax on the CPU, with as many simulated devices as a CPU topology has; compiling needs no more.
+
+    Raises:
+        ConfigError: the topology needs libtpu, which is not installed.
+    """
+    if topology.kind == "tpu":
+        if importlib.util.find_spec("libtpu") is None:
+            raise ConfigError(
+                f"--topology {topology.name}: compiling for a TPU takes libtpu; pip install 'aem_jax[plan]', "
+                "or add --analytic for an estimate without compiling"
+            )
+        for name, value in _TPU_SETTINGS.items():
+            os.environ.setdefault(name, value)
+    simulated = topology.num_devices if topology.kind == "cpu" else 0
+    try:
+        machine.set_up(replace(runtime, platform="cpu", cpu_devices=simulated, compilation_cache="off"))
+    except RuntimeError:  # jax is already initialized, as in a test or a notebook
+        logging.getLogger(__name__).debug("jax was set up before")
+    if simulated > jax.device_count():
+        raise ConfigError(f"--topology {topology.name}: expected at most {jax.device_count()} devices in this process")
+
+
+def target_devices(topology: Topology) -> Sequence[Any]:
+    """jax's devices of a topology, for compiling only.
+
+    Raises:
+        ConfigError: libtpu does not know the topology.
+    """
+    if topology.kind == "cpu":
+        return jax.devices("cpu")[: topology.num_devices]
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"--topology {topology.name}: libtpu knows no such shape ({reason})") from error
+    if len(devices) != topology.num_devices:
+        raise ConfigError(
+            f"--topology {topology.name}: expected {topology.num_devices} devices, libtpu made {len(devices)} of it"
+        )
+    return devices
+
+
+def coordinates(mesh: Mesh) -> Coordinates:
+    """Position of each device of the mesh; empty for devices without one."""
+    return [tuple(device.coords) for device in mesh.devices.flat if getattr(device, "coords", None) is not None]
 
 
 @dataclass(frozen=True)
@@ -31,14 +93,14 @@ class Program:
     """One compiled program, on one device.
 
     Attributes:
-        name: one of `PROGRAMS`.
+        name: one of `config.PROGRAMS`.
         arguments: bytes that it is given.
-        outputs: bytes that it returns in memory of their own (what it is given to reuse left out).
-        temporaries: bytes beside these, at most.
+        outputs: bytes of results in memory of their own, without donated arguments that are reused.
+        temporaries: largest number of other bytes.
         compiled_in: seconds.
         costs: of one call.
-        too_large: what the compiler said if it does not fit, and
-        broken: if it failed for another reason; then all else is 0.
+        too_large: the compiler's message if the program does not fit; then all other fields are 0.
+        broken: the compiler's message if it failed for another reason; then all other fields are 0.
     """
 
     name: str
@@ -52,18 +114,18 @@ class Program:
 
     @property
     def total(self) -> float:
-        """Bytes while it runs."""
+        """Bytes of memory while it runs."""
         return self.arguments + self.outputs + self.temporaries
 
 
 def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[Program]:
-    """Compiles the programs named, each as it is asked for.
+    """Compiles the named programs, one at each iteration.
 
     Args:
         config: the run's.
         work: its sizes.
         mesh: over the target's devices.
-        names: of `PROGRAMS`.
+        names: of `config.PROGRAMS`.
 
     Raises:
         ValueError: sizes that do not divide over the mesh.
@@ -76,20 +138,15 @@ def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple
 
 
 def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
-    """Of each program. With adapters there is no one program that reshards, but several small ones: it is left out."""
-    base = Policy(work.model)
-    policy = LoraPolicy(base, work.lora) if work.lora.rank else base
-    trained = components.trained_policy(config, policy)
-    state = abstract_state(trained, make_optimizer(config.learner, trained.axes), mesh)
-    adapted = isinstance(policy, LoraPolicy)
-    frozen = _place(base, shardings(mesh, base.axes, TRAIN, base.shapes)) if adapted else None
-    int8 = config.sampling.weights == "int8"
-    sampled = base.quantized if int8 else base
-    params: Any = _place(sampled, decode_formats(mesh, sampled.axes, sampled.shapes))
-    if adapted and not work.lora.merge:
-        params = (_place(policy, decode_formats(mesh, policy.axes, policy.shapes), work.model.dtype), params)
+    """Functions that lower the programs. With LoRA several small programs reshard, so "reshard" is left out."""
+    policy = Policy(work.model, work.lora if work.lora.rank else None, work.value)
+    state = abstract_state(policy, config.learner, mesh)
+    sampled = components.sampled_policy(config, policy)
+    where = decode_formats(mesh, sampled.axes, sampled.shapes)
+    struct = lambda leaf, dtype, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
+    params = jax.tree.map(struct, sampled.shapes, sampled.dtypes, where)
     sampler = Sampler(
-        components.sampled_policy(config, policy),
+        sampled,
         config.sampling,
         [0],
         capacity=work.capacity,
@@ -102,29 +159,21 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     table: Any = jax.ShapeDtypeStruct((layout.max_responses,), jnp.float32, sharding=replicated(mesh))
 
     def update() -> jax.stages.Lowered:
-        step: Any = make_update(trained, components.learner(config), mesh)
+        step = make_update(policy, components.learner(config), mesh)
         reference = packed if config.learner.kl_coefficient else None
-        values = ValueTargets(table, table) if isinstance(trained, ValuePolicy) else None
-        return step.lower(state, abstract_batch(layout, mesh), packed, reference, frozen, values)
+        values = ValueTargets(table, table) if policy.value else None
+        return step.lower(state, abstract_batch(layout, mesh), packed, reference, values)
 
     def reshard() -> jax.stages.Lowered:
-        program: Any = make_reshard(base, mesh, int8=int8)
-        return program.lower(policy_params(trained, state.params))
+        program: Any = make_reshard(policy, mesh, int8=config.sampling.weights == "int8")
+        return program.lower(state.params)
 
     return {
         "update": update,
-        **({} if adapted else {"reshard": reshard}),
+        **({} if policy.lora else {"reshard": reshard}),
         "extend": lambda: sampler.lower_extend(params, sampler.abstract(work.slots), work.extend_chunk),
         "decode": lambda: sampler.lower_decode(params, sampler.abstract(work.slots), work.decode_chunk),
     }
-
-
-def _place(policy: Policy | LoraPolicy, where: Any, dtype: str = "") -> Any:
-    """Shapes of a policy's parameters as they are used, and where they lie."""
-    shapes = policy.shapes
-    dtypes = policy.dtypes if isinstance(policy, Policy) else jax.tree.map(lambda _: jnp.dtype(dtype), shapes)
-    struct = lambda leaf, kind, place: jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)
-    return jax.tree.map(struct, shapes, dtypes, where)
 
 
 def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) -> Program:
@@ -137,13 +186,13 @@ def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) ->
         why = {"too_large": reason} if "RESOURCE_EXHAUSTED" in str(error) else {"broken": reason}
         return Program(name, 0, 0, 0, seconds, Costs(), **why)
     seconds = time.perf_counter() - start
-    memory, found = compiled.memory_analysis(), costs(parse(text), rounds)
+    memory, program_costs = compiled.memory_analysis(), costs(parse(text), rounds)
     if memory is None:
         raise ValueError(f"expected the compiler to say how much memory {name} takes, got nothing")
     own = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-    return Program(name, memory.argument_size_in_bytes, own, memory.temp_size_in_bytes, seconds, found)
+    return Program(name, memory.argument_size_in_bytes, own, memory.temp_size_in_bytes, seconds, program_costs)
 
 
 def _reason(message: str) -> str:
-    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    return f"it takes {found[1]} of {found[2]}" if found else message.strip().partition("\n")[0][:200]
+    match = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+    return f"it takes {match[1]} of {match[2]}" if match else message.strip().partition("\n")[0][:200]

@@ -1,4 +1,4 @@
-"""A run's sizes, as a plan needs them: what is computed at a time, and what lies in memory beside it."""
+"""The sizes of a run that determine its cost: of its programs, and of the other arrays in memory."""
 
 import math
 import os
@@ -29,24 +29,24 @@ class Workload:
 
     Attributes:
         model: of the decoder.
-        layout: of a batch that always suffices: every episode as long as it may get.
-        slots: that decode at once: those of one cohort.
+        layout: of a batch with room for all episodes at their maximum length.
+        slots: that decode at once, those of one cohort.
         cohorts: sets of slots, each with a cache of its own.
         capacity: tokens of a slot.
-        slack: places behind them for a chunk that is being written.
-        prompt_rows: rows of the cache in which prompts are computed.
+        slack: further positions, for a chunk that is being written.
+        prompt_rows: rows of the prompt cache.
         prompt_tokens: tokens of such a row.
-        decode_chunk: tokens that one call decodes.
-        extend_chunk: tokens that one call appends.
-        head_chunk: positions of a row whose logits exist at one time.
-        remat: what the backward pass computes again.
-        ratio: of which the loss is, and which is measured before it: of tokens, responses or trajectories.
-        reference: whether a reference policy lies beside the learner's.
+        decode_chunk: tokens of one call of decode.
+        extend_chunk: tokens of one call of extend.
+        head_chunk: positions of a row with logits at one time.
+        remat: the recomputation of the backward pass.
+        ratio: the policy ratio of the loss: of tokens, responses or trajectories.
+        reference: whether there is a reference policy besides the learner's.
         value: whether a value head is trained.
-        moments: bytes that Adam keeps of each trained parameter.
-        lora: adapters, of which alone there are masters; of rank 0 if all is trained.
-        int8: whether layers' matrices are sampled from in 8 bits.
-        int8_cache: whether keys and values are cached in 8 bits.
+        moments: bytes of Adam's moments of each trained parameter.
+        lora: the adapters, the only trained parameters; rank 0 if all weights are trained.
+        int8: whether the sampler has the layers' matrices in 8 bits.
+        int8_cache: whether the KV cache is in 8 bits.
     """
 
     model: ModelConfig
@@ -71,12 +71,12 @@ class Workload:
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained: all, or those of the adapters; and those of a value head."""
+        """Number of trained parameters: all, or those of the adapters; and those of a value head."""
         head = (self.model.hidden_size + 1) * self.value
         if not self.lora.rank:
             return self.model.num_parameters + head
-        chosen = targets(self.model, self.lora).values()
-        sides = sum(math.prod(each.inputs) + math.prod(each.outputs) for each in chosen)
+        rows = targets(self.model, self.lora).values()
+        sides = sum(math.prod(row.inputs) + math.prod(row.outputs) for row in rows)
         return self.model.num_layers * self.lora.rank * sides + head
 
     @property
@@ -86,31 +86,31 @@ class Workload:
 
     @property
     def rounds(self) -> int:
-        """Microbatches of an optimizer step, when all of the batch is full."""
+        """Microbatches of an optimizer step of a full batch."""
         return max((self.layout.num_microbatches - self.layout.num_minibatches + 1) // self.layout.num_minibatches, 1)
 
     @property
     def cached_tokens(self) -> int:
-        """Places in all caches together."""
+        """Positions in all caches together."""
         slots = self.slots * self.cohorts * (self.capacity + self.slack)
         return slots + self.prompt_rows * (self.prompt_tokens + self.slack)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that a token takes in a cache."""
+        """Bytes of a token in a cache."""
         return jax.eval_shape(partial(init_cache, self.model, 1, 1, int8=self.int8_cache)).token_bytes
 
 
 def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | None = None) -> Workload:
-    """The sizes that a run's config means.
+    """The sizes of a run, from its config.
 
     Args:
         config: the run's.
-        prompt_multiple: the mesh's data × fsdp, of which rows of prompts are a multiple.
-        model: the decoder's sizes where they are known; else what the config says of them.
+        prompt_multiple: the mesh's data × fsdp; the rows of the prompt cache are a multiple of it.
+        model: the decoder's sizes; by default those of the config.
 
     Raises:
-        ConfigError: a model that is not known here.
+        ConfigError: a model of unknown size.
     """
     rollout, learner = config.rollout, config.learner
     slots = rollout.num_slots // rollout.num_cohorts
@@ -139,24 +139,24 @@ def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | N
 
 
 def planned_model(config: RunConfig) -> ModelConfig:
-    """The decoder's sizes without its files: of a model on the Hub they are known, nothing is downloaded.
+    """The decoder's sizes, without a download: those of published models are known.
 
     Raises:
-        ConfigError: no folder, and no published model whose sizes are known.
+        ConfigError: neither a folder nor a published model of known size.
     """
     choice = config.model
     if not choice.path:
         tiny = choice.name == "tiny"
         vocab = config.tokenizer.vocab_size if tiny else components.known_model(choice.name).vocab_size
         return components.model_config(choice, vocab)
-    folder = Path(os.path.expanduser(choice.path))  # as it is where there is no such user
+    folder = Path(os.path.expanduser(choice.path))  # unchanged if there is no such user
     try:
         if folder.is_dir():
             return read_config(folder, choice.dtype or "bfloat16")
     except (ValueError, OSError) as error:
         raise ConfigError(f"--model.path: {error}") from None
-    if found := published(choice.path):
-        return found
+    if model := published(choice.path):
+        return model
     raise ConfigError(
         f"--model.path: expected a folder or a published model of known size, got {choice.path!r}; "
         "give its sizes with --model.name"

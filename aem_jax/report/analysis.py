@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import jinja2
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from aem_jax.files import write_text
 from aem_jax.metrics import json_line
-from aem_jax.report.page import duration, number, percent
+from aem_jax.report.page import duration, number, percent, template
 from aem_jax.report.run import Run, read_run
 from aem_jax.report.style import (
     BLUE,
@@ -63,11 +62,7 @@ def write_analysis(run_dir: Path, results: Mapping[str, Any], against: Path | No
     for name, draw in figures.items():
         svgs[name] = _png_and_svg(lambda figure, draw=draw: draw(figure, results), (6.0, 3.6), folder / f"{name}.png")
     svgs["dynamics"] = _png_and_svg(lambda figure: _dynamics_figure(figure, runs), (11.6, 5.6), folder / "dynamics.png")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("aem_jax.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "number": number, "estimate": estimate}
-    page = environment.get_template("analysis.html.j2").render(
+    page = template("analysis.html.j2", estimate=estimate).render(
         results=results, svgs=svgs, paper=PAPER, runs=runs, took=duration(results["seconds"])
     )
     path = folder / "analysis.html"

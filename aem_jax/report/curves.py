@@ -1,13 +1,15 @@
 """The curves of a report. A drawing function takes a run and axes, and returns whether the run had data for it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from aem_jax.metrics import Evaluation
 from aem_jax.report.run import AFTER, BEFORE, DURING, Run, baseline_lines, series
 from aem_jax.report.style import (
     BLUE,
@@ -43,29 +45,24 @@ def draw_success(run: Run, axes: Axes) -> bool:
     drawn = bool(steps)
     for split, colour, marker in zip(run.splits(), CYCLE, "osD^v<>p", strict=False):
         evaluations = run.evaluated(split, BEFORE, DURING, AFTER)
-        if evaluations:
-            drawn = True
-            rates = [evaluation.rate for evaluation in evaluations]
-            errors = [[r.success - r.low for r in rates], [r.high - r.success for r in rates]]
-            axes.errorbar(
-                [evaluation.step for evaluation in evaluations],
-                [rate.success for rate in rates],
-                yerr=errors,
-                color=colour,
-                marker=marker,
-                markersize=4.5,
-                linewidth=1.2,
-                elinewidth=1,
-                capsize=2.5,
-                label=split,
-                zorder=4,
-            )
+        style = {"markersize": 4.5, "linewidth": 1.2, "elinewidth": 1, "capsize": 2.5}
+        drawn |= draw_evaluations(axes, evaluations, color=colour, marker=marker, label=split, **style)
     for success, names in baseline_lines(run.baselines(run.splits()[0]) if run.splits() else []):
         axes.axhline(success, color=INK, alpha=0.45, linewidth=0.9, linestyle=(0, (4, 3)))
         across = axes.get_yaxis_transform()
         axes.text(1, success, f"{names} ", transform=across, ha="right", va="bottom", fontsize=8, alpha=0.7)
     percent_axis(axes)
     return drawn
+
+
+def draw_evaluations(axes: Axes, evaluations: Sequence[Evaluation], **style: Any) -> bool:
+    """Success of evaluations over steps, with 95 % intervals."""
+    rates = [evaluation.rate for evaluation in evaluations]
+    steps, success = [evaluation.step for evaluation in evaluations], [rate.success for rate in rates]
+    errors = [[rate.success - rate.low for rate in rates], [rate.high - rate.success for rate in rates]]
+    if rates:
+        axes.errorbar(steps, success, yerr=errors, zorder=4, **style)
+    return bool(rates)
 
 
 def draw_task_types(run: Run, axes: Axes) -> bool:

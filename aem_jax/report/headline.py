@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from aem_jax.report.curves import draw_evaluations
 from aem_jax.report.run import AFTER, BEFORE, DURING, Run, baseline_lines, read_run
 from aem_jax.report.style import BLUE, CYCLE, GREEN, GREY, RED, figure_style, percent_axis, smooth
 
@@ -83,7 +84,6 @@ def _draw_success(axes: Axes, group: Sequence[Run], split: str, colour: str, lab
     if len(group) > 1:
         name = f"{name}, mean and range of {len(group)} seeds"
     evaluated = [run.evaluated(split, BEFORE, DURING, AFTER) for run in group]
-    points = [([e.step for e in evaluations], [e.rate.success for e in evaluations]) for evaluations in evaluated]
     if training:
         for run in group:
             steps, values = run.series("rollout/success")
@@ -92,13 +92,9 @@ def _draw_success(axes: Axes, group: Sequence[Run], split: str, colour: str, lab
                 steps, smoothed, color=GREY, alpha=0.6, linewidth=1, label="training" if run is group[0] else None
             )
     if len(group) == 1:
-        rates = [evaluation.rate for evaluation in evaluated[0]]
-        errors = [[r.success - r.low for r in rates], [r.high - r.success for r in rates]]
-        if rates:
-            axes.errorbar(
-                *points[0], yerr=errors, color=colour, marker="o", markersize=5, capsize=3, label=name, zorder=4
-            )
+        draw_evaluations(axes, evaluated[0], color=colour, marker="o", markersize=5, capsize=3, label=name)
         return
+    points = [([e.step for e in evaluations], [e.rate.success for e in evaluations]) for evaluations in evaluated]
     steps, mean, low, high = _over_runs(points)
     axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.plot(steps, mean, color=colour, marker="o", markersize=5, label=name, zorder=4)

@@ -2,15 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from aem_jax.metrics import Evaluation, Rate
+from aem_jax.overrides import flatten
 from aem_jax.report.curves import draw_curves
-from aem_jax.report.run import Run, flat_config, read_run
+from aem_jax.report.run import Run, read_run
 
 NUM_TRANSCRIPTS = 10
 
@@ -42,19 +43,24 @@ def write_report(run_dir: Path | str) -> Path:
 
 def render(run: Run) -> str:
     """The page of a run, as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("aem_jax.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "number": number}
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         run=run,
         chips=config_chips(run.config),
-        config=flat_config(run.config),
+        config=flatten(run.config),
         headlines=[headline(run, split) for split in run.splits()],
         facts=facts(run),
         curves=draw_curves(run),
         transcripts=[episode(transcript) for transcript in spread(run.transcripts, NUM_TRANSCRIPTS)],
     )
+
+
+def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
+    """A template of this package, with the filters `percent` and `number` and further ones."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("aem_jax.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "number": number, **filters}
+    return environment.get_template(name)
 
 
 def percent(value: float) -> str:
@@ -72,7 +78,7 @@ def number(value: Any, digits: int = 2) -> str:
 
 def config_chips(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The settings that a reader looks for first: the run's own and AEM's."""
-    flat = flat_config(config)
+    flat = flatten(config)
     chosen = [(name, value) for name, value in flat.items() if "." not in name or name.startswith("aem.")]
     chosen = [(name, value) for name, value in chosen if name not in ("name", "runs_dir")]
     return [(name, value) for name, value in chosen if value not in (None, "", [], {})][:14]

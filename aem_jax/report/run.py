@@ -50,7 +50,7 @@ class Run:
 
     def evaluated(self, split: str, *phases: str) -> list[Evaluation]:
         """Evaluations of one split in some phases, in the order of the file."""
-        return [each for each in self.evaluations if each.split == split and each.phase in phases]
+        return [one for one in self.evaluations if one.split == split and one.phase in phases]
 
     def before(self, split: str) -> Evaluation | None:
         """The policy's latest evaluation before reinforcement learning."""
@@ -64,7 +64,7 @@ class Run:
     def baselines(self, split: str) -> list[Evaluation]:
         """Latest evaluation of each baseline on a split."""
         policy = (BEFORE, DURING, AFTER)
-        evaluations = (each for each in self.evaluations if each.split == split and each.phase not in policy)
+        evaluations = (one for one in self.evaluations if one.split == split and one.phase not in policy)
         return list({evaluation.phase: evaluation for evaluation in evaluations}.values())
 
 
@@ -105,17 +105,6 @@ def baseline_lines(evaluations: Sequence[Evaluation]) -> list[tuple[float, str]]
         else:
             lines.append((success, evaluation.phase))
     return lines
-
-
-def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings → dotted names, as on the command line."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flat_config(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,7 @@
 """How slots are batched: which process plays which slot, which slots share a call, and how prompts fill its buckets.
 
-A call attends over one window, that of its longest slot, for all its slots. Several calls, each on slots of about one
-length, read less of the cache. But each of them reads the weights, and a call on some of the slots copies their windows
-once.
+A call attends over one window, that of its longest slot, for all its slots. Several calls on slots of similar length
+read less of the cache. But each call reads the weights, and a call on a subset of the slots copies their windows once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -124,7 +123,7 @@ class Call:
 
     Attributes:
         targets: slots that the call is for.
-        slots: i32[n], the slots that the call computes: the targets, padded by `Sampler.place`; None means all.
+        slots: i32[n], the slots that the call computes: the targets, padded by `Sampler.pad_slots`; None means all.
         window: covers the longest target.
     """
 

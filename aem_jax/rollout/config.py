@@ -21,7 +21,7 @@ class RolloutConfig:
     continuous: each response is decoded as soon as possible, so the device need not wait for slow environments."""
     num_cohorts: int = 1
     """lockstep: groups that the slots are divided into; while one waits for its environments, another decodes."""
-    slot_shares: tuple[int, ...] = (4,)
+    slot_divisors: tuple[int, ...] = (4,)
     """continuous: calls are compiled for all slots, and for 1/4 (1/8, …) of them; a call takes the smallest size that
     holds its slots. Each extra size compiles another full set of programs."""
     max_turns: int = 50
@@ -33,7 +33,7 @@ class RolloutConfig:
     prompt_tokens: int = 2048
     """Most tokens of a first prompt: capacity of a row in which a group's prompt is prefilled."""
     decode_chunk: int = 64
-    """Tokens decoded by one call; the chunk ends early when every slot has finished."""
+    """Tokens decoded by one call; it ends early when all slots have finished."""
     extend_buckets: tuple[int, ...] = (64, 256, 1024)
     """Chunk lengths for prefill. The longest of the observations that share a call is cut into them, with the least
     padding."""
@@ -77,8 +77,8 @@ class RolloutConfig:
                 f"expected rollout.num_cohorts 1 with rollout.mode 'continuous', which has no cohorts, got "
                 f"{self.num_cohorts}; leave it out"
             )
-        if any(share < 2 for share in self.slot_shares):
-            raise ValueError(f"expected rollout.slot_shares of at least 2 (a half), got {self.slot_shares}")
+        if any(divisor < 2 for divisor in self.slot_divisors):
+            raise ValueError(f"expected rollout.slot_divisors of at least 2 (a half), got {self.slot_divisors}")
         if not self.extend_buckets or min(self.extend_buckets) < 1:
             raise ValueError(f"expected positive rollout.extend_buckets, got {self.extend_buckets}")
         if self.prompt_tokens + self.response_tokens > self.context_tokens:
@@ -93,7 +93,7 @@ class RolloutConfig:
             raise ValueError(f"expected rollout.thinking 'keep' or 'drop', got {self.thinking!r}")
         if self.thinking == "drop" and self.context == "append":
             raise ValueError(
-                "expected rollout.thinking 'keep' with rollout.context 'append', whose cache keeps responses whole, "
+                "expected rollout.thinking 'keep' with rollout.context 'append', whose cache keeps complete responses, "
                 "got 'drop'; set rollout.context to 'window'"
             )
 
@@ -101,7 +101,7 @@ class RolloutConfig:
         """Numbers of slots, below all, that a call may be made on; multiples of `shards`."""
         if self.mode == "lockstep":
             return ()
-        sizes = {max(self.num_slots // share // shards, 1) * shards for share in self.slot_shares}
+        sizes = {max(self.num_slots // divisor // shards, 1) * shards for divisor in self.slot_divisors}
         return tuple(sorted(size for size in sizes if size < self.num_slots))
 
     @property

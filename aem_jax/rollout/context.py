@@ -1,8 +1,8 @@
-"""What the model reads before a response: a first prompt, an appended observation, or a rebuilt prompt.
+"""The input of the model before a response: a first prompt, an appended observation, or a rebuilt prompt.
 
 The setting `rollout.context` chooses. append: one growing sequence per episode, whose KV cache is never rewound.
 window: each prompt holds the first observation and the last turns; the slot keeps the prefix that it shares with the
-prompt before.
+previous prompt.
 """
 
 from collections.abc import Sequence

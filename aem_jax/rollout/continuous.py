@@ -1,6 +1,6 @@
 """Continuous batching over turns: responses are decoded as soon as their observations are prefilled.
 
-Each round collects the replies that are there, prefills them, and calls the next chunk for all slots with a response
+Each round collects the available replies, prefills them, and calls the next chunk for all slots with a response
 to decode; then it reads the chunk before. So the device always has a program waiting, while the host reads, tokenises
 and calls environments. Whether a response continues is unknown until its last chunk is read: its next call has the
 budget `CONTINUE`, which decodes nothing if the response has ended.
@@ -55,7 +55,7 @@ class _Chunk:
 
 def run(job: Job, group: SlotGroup, sampler: Sampler, config: RolloutConfig) -> None:
     """Plays all queued episodes."""
-    unread: deque[list[_Chunk]] = deque()  # rounds of calls, the oldest first
+    in_flight: deque[list[_Chunk]] = deque()  # rounds of calls, the oldest first
     state, num_slots = group.state, len(group.episodes)
     # A tensor axis splits weights and cache alike, so it is left out.
     cost = decode_cost(
@@ -68,19 +68,19 @@ def run(job: Job, group: SlotGroup, sampler: Sampler, config: RolloutConfig) -> 
         group.assign(job, [group])
         if not any(group.episodes):
             return
-        idle = not unread and not any(episode.budget for _, episode in group.active())
+        idle = not in_flight and not any(episode.budget for _, episode in group.active())
         group.collect(job, wait_all=False, block=idle)
         group.prefill(job)
-        # Tokens that calls not yet read may add; where they cover the budget, no further call is needed.
-        ahead = {slot: calls * config.decode_chunk for slot, calls in _in_flight(group, unread).items()}
+        # Tokens that the calls in flight may add; where they cover the budget, no further call is needed.
+        ahead = {slot: calls * config.decode_chunk for slot, calls in _calls_in_flight(group, in_flight).items()}
         decoding = {slot: e for slot, e in group.active() if e.budget > ahead.get(slot, 0)}
         if decoding:
             contexts = {slot: e.num_tokens + min(ahead.get(slot, 0), e.budget) for slot, e in decoding.items()}
             calls = group.plan_calls(contexts, cost)
             budgets = {slot: CONTINUE if slot in ahead else episode.budget for slot, episode in decoding.items()}
-            unread.append([_decode(job, group, sampler, config.decode_chunk, budgets, call) for call in calls])
-        while len(unread) > bool(decoding):
-            for chunk in unread.popleft():
+            in_flight.append([_decode(job, group, sampler, config.decode_chunk, budgets, call) for call in calls])
+        while len(in_flight) > bool(decoding):
+            for chunk in in_flight.popleft():
                 _read(job, group, chunk)
 
 
@@ -88,9 +88,9 @@ def _num_bytes(tree: Any) -> float:
     return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
 
 
-def _in_flight(group: SlotGroup, unread: Iterable[list[_Chunk]]) -> Counter[int]:
+def _calls_in_flight(group: SlotGroup, in_flight: Iterable[list[_Chunk]]) -> Counter[int]:
     """Number of calls, made and not read, for the current response of each slot."""
-    rows = (row for chunks in unread for chunk in chunks for row in chunk.rows)
+    rows = (row for chunks in in_flight for chunk in chunks for row in chunk.rows)
     return Counter(row.slot for row in rows if row.episode(group) is not None)
 
 

@@ -1,4 +1,4 @@
-"""One episode of a rollout: its state in a slot, the environment's reply, and how the one changes with the other.
+"""One episode of a rollout: its state in a slot, the reply of its environment, and the transitions between states.
 
 States are frozen; every change is a method of `Episode`. An episode repeats this cycle until it ends:
 
@@ -12,10 +12,10 @@ from functools import partial
 
 import numpy as np
 
-from aem_jax.envs.protocol import EnvError, LostError, StepResult, over_at_reset
+from aem_jax.envs.protocol import EnvError, LostError, StepResult, Task, over_at_reset
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.context import Chat, appended_prompt, first_messages, windowed_prompt
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 _QUARANTINE_LOSSES = 2
 
@@ -45,8 +45,11 @@ class Attempt:
 
     @property
     def quarantined(self) -> bool:
-        """Whether its servers failed so often that it may be the cause. A server plays quarantined episodes one at a
-        time: so a task that kills its server is found, and episodes that were lost with it are not blamed."""
+        """Whether its servers failed so often that the episode may be the cause.
+
+        A server plays quarantined episodes one at a time. So a task that kills its server is detected, and the
+        episodes lost with the server are not masked.
+        """
         return self.server_losses >= _QUARANTINE_LOSSES
 
     def retry(self, *, count_retry: bool) -> "Attempt":
@@ -58,7 +61,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the model reads before a response.
+    """The input of the model before a response.
 
     Attributes:
         text: the environment's text.
@@ -73,10 +76,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class EnvReply:
-    """The outcome of an environment call, and all that the rollout needs to go on. It can be sent as JSON.
+    """The outcome of an environment call, with the ids of the next observation. It can be sent as JSON.
 
     Attributes:
-        error: why the call failed; None if it did not. For a failed call only `lost` and `retryable` are set besides.
+        error: reason why the call failed; None if it succeeded. A failed call sets only `lost` and `retryable` besides.
         lost: whether the call failed with its server.
         retryable: whether another attempt at a failed episode may succeed.
         reward: reward of the response.
@@ -85,7 +88,7 @@ class EnvReply:
         score: the task's own score.
         response: text of the response.
         observation: text of the observation.
-        ending: how the episode ended; None while it goes on.
+        ending: how the episode ended; None while it continues.
         keep: leading ids of the slot that stay.
         prefill_tokens: ids that the model reads next, behind those.
     """
@@ -166,19 +169,19 @@ class Episode:
         return replace(self, turns=(*self.turns, turn), cached_ids=cached_ids, response=())
 
     def prefilled(self, config: RolloutConfig) -> "Episode":
-        """The slot holds the observation: the response may begin."""
+        """Marks the observation as prefilled, and sets the budget of the response."""
         assert self.observation is not None
         cached_ids = (*self.cached_ids[: self.observation.keep], *self.observation.prefill_tokens)
         budget = min(config.response_tokens, config.context_tokens - len(cached_ids))
         return replace(self, cached_ids=cached_ids, needs_prefill=False, budget=budget)
 
     def append_sampled(self, sampled: Sampled, *, finished: bool) -> "Episode":
-        """Appends tokens to the response; `finished` says that the last one ends it."""
+        """Appends tokens to the response; `finished`: the last token ends it."""
         budget = 0 if finished else self.budget - len(sampled[0])
         return replace(self, response=(*self.response, sampled), budget=budget)
 
     def trajectory(self, ending: Ending, context: str, success: bool = False, score: float = 0.0) -> Trajectory:
-        """The finished episode."""
+        """The trajectory of an episode that ended."""
         attempt = self.attempt
         return Trajectory(
             attempt.task,
@@ -194,7 +197,7 @@ class Episode:
 
 
 def observe(episode: Episode, call: Future[StepResult], config: RolloutConfig, chat: Chat) -> EnvReply:
-    """Waits for an environment call of an episode, and derives how the episode goes on.
+    """Waits for an environment call of an episode, and derives its ending or the ids of its next observation.
 
     Args:
         episode: the episode, whose response is complete.

@@ -1,4 +1,4 @@
-"""First prompts, prefilled once per group: rows of a small sampler state, forked to the slots whose episodes start."""
+"""A cache of first prompts: prefilled once per group, in a small sampler state, and forked to slots."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,7 @@
-"""Episodes ↔ slots ↔ environments. The only room that sees both text and tokens.
+"""A rollout: tasks → trajectories, and the memory of its KV caches.
 
-With several processes, each holds the whole rollout and plays its own slots with environments. Replies are gathered
-before anything follows from them, so all processes make the same calls.
+With several processes, each has a rollout of all slots, and environments for its own. Replies are gathered before any
+decision, so all processes make the same calls.
 """
 
 import math
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
+from aem_jax.envs.protocol import Task
 from aem_jax.rollout import continuous, lockstep
 from aem_jax.rollout.batching import Pool, SlotSessions
 from aem_jax.rollout.config import RolloutConfig
@@ -23,7 +24,7 @@ from aem_jax.rollout.prompt_cache import PromptCache, prompt_rows
 from aem_jax.rollout.slots import Job, SlotGroup
 from aem_jax.rollout.stats import RolloutStats
 from aem_jax.sampler import Sampler
-from aem_jax.trajectory import Task, Trajectory
+from aem_jax.trajectory import Trajectory
 
 GIB = 2**30
 
@@ -36,7 +37,7 @@ class Rollout:
         chat: the tokenizer.
         pool: environment sessions, one for each slot that this process plays.
         config: settings.
-        processes: the processes of the run; each has a rollout like this one, and calls it with the same arguments.
+        processes: the processes of the run; each constructs and calls a rollout with the same arguments.
 
     Raises:
         ValueError: the pool has fewer sessions than there are slots.

@@ -79,7 +79,7 @@ class SlotGroup:
         prompts: PromptCache,
         first_slot: int,
         num_slots: int,
-        sizes: Sequence[int] = (),
+        sizes: Sequence[int],
     ) -> None:
         self._sampler, self._chat, self._sessions, self._processes = sampler, chat, sessions, processes
         self._config, self._prompts, self._first, self.sizes = config, prompts, first_slot, sizes
@@ -106,7 +106,10 @@ class SlotGroup:
                     self._calls[slot] = call
 
     def _next_attempt(self, job: Job, slot: int, groups: Sequence["SlotGroup"]) -> Attempt | None:
-        """Takes the first attempt from the queue that may start in a slot: a server plays one quarantined at a time."""
+        """Takes the first attempt from the queue that may start in a slot.
+
+        A server plays one quarantined episode at a time.
+        """
         server = self._sessions.server_of(slot)
         for index, attempt in enumerate(job.queue):
             if not (attempt.quarantined and any(group._plays_quarantined(server) for group in groups)):
@@ -121,7 +124,7 @@ class SlotGroup:
         )
 
     def collect(self, job: Job, *, wait_all: bool, block: bool = True) -> None:
-        """Collects environments' replies; episodes that end free their slots.
+        """Collects the environments' replies, and frees the slots of episodes that end.
 
         Args:
             job: the call of the rollout.
@@ -147,7 +150,7 @@ class SlotGroup:
         return observe(episode, call, self._config, self._chat)
 
     def _apply(self, job: Job, slot: int, reply: EnvReply) -> None:
-        """Changes a slot's episode by a reply; an episode that ends, or failed, frees the slot."""
+        """Applies a reply to a slot's episode, and frees the slot if the episode ended or failed."""
         episode, config = self.episodes[slot], self._config
         assert episode is not None
         self._calls.pop(slot, None)

@@ -22,10 +22,10 @@ class RolloutStats:
         retries: further attempts at episodes.
         env_errors: episodes masked.
         overlong_prompts: episodes whose first prompt was too long.
-        device_busy_s: seconds in which the device ran a program, or was being handed one.
+        device_busy_s: seconds in which the device ran a program, or a program was being called.
         environment_s: seconds in which the host only waited for environments.
         total_s: seconds in all.
-        first_error: the first task that could not be played, and why, in one line; empty if all could.
+        first_error: the first task that could not be played, and the reason, in one line; empty if there is none.
     """
 
     episodes: int = 0
@@ -52,9 +52,9 @@ def none_played(trajectories: Iterable[Trajectory]) -> bool:
 
 
 def check_some_played(trajectories: Iterable[Trajectory], stats: RolloutStats, where: str) -> None:
-    """Ends a run in which every episode failed: the fault is not the tasks'.
+    """Raises an error if no episode was played, because the cause is then not a single task.
 
-    All processes hold the same trajectories, so all of them end, or none.
+    All processes hold the same trajectories, so all of them raise, or none.
 
     Raises:
         EnvError: no episode was played; with the first error.
@@ -66,7 +66,7 @@ def check_some_played(trajectories: Iterable[Trajectory], stats: RolloutStats, w
 class DeviceClock:
     """Measures the time in which the device had a program to run, from the host.
 
-    Programs run one after the other; so a program is busy from its call, or the end of the one before, to its end.
+    Programs run one after another: a program runs from its call, or from the end of the previous program, to its end.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from aem_jax.models import LoraPolicy, Params, Policy, kv_cache
+from aem_jax.models import Params, Policy, kv_cache
 from aem_jax.models.kv_cache import KVCache, KVChunk
 from aem_jax.sampler.sampling import SampleToken, uniforms
 from aem_jax.sampler.state import SamplerState, append_chunk, gather_slots, state_axes
@@ -58,7 +58,7 @@ class Programs:
 
     def __init__(
         self,
-        policy: Policy | LoraPolicy,
+        policy: Policy,
         sample_token: SampleToken,
         stop_ids: Sequence[int],
         mesh: Mesh | None,

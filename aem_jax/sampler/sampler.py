@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from aem_jax.models import LoraPolicy, Params, Policy
+from aem_jax.models import Params, Policy
 from aem_jax.sampler.programs import Decoded, Programs
 from aem_jax.sampler.sampling import SamplingConfig, make_sample_token
 from aem_jax.sampler.state import SamplerState, init_state, rewind, state_axes
@@ -42,7 +42,7 @@ class Sampler:
 
     def __init__(
         self,
-        policy: Policy | LoraPolicy,
+        policy: Policy,
         sampling: SamplingConfig,
         stop_ids: Sequence[int],
         *,

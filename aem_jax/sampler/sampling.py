@@ -15,7 +15,8 @@ Array = jax.Array
 SampleToken = Callable[[Array, Array], tuple[Array, Array, Array]]
 """(logits f32[S,V], uniforms f32[S,2]) -> tokens i32[S], logprobs f32[S], entropies f32[S]."""
 
-_BLOCK = 64
+SAMPLING_BLOCK = 64
+"""Tokens of the vocabulary whose weights are summed before one of them is drawn."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SamplingConfig:
     top_k: int = 0
     """Samples from the k most likely tokens; 0 means all."""
     top_p: float = 1.0
-    """Samples from the smallest set of tokens whose probability reaches p; 1 means all."""
+    """Samples from the smallest set of tokens with probability p; 1 means all."""
     weights: Literal["model", "int8"] = "model"
     """Weights to sample from: in the model's dtype, or with the matrices of layers in int8 and a scale for each output,
     half the bytes of bfloat16. The policy then differs from the learner's; --learner.importance-cap corrects for it."""
@@ -68,7 +69,7 @@ def categorical(weights: Array, uniforms: Array) -> Array:
     tokens keep their probability.
     """
     slots, vocab = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(slots, -1, _BLOCK)
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % SAMPLING_BLOCK))).reshape(slots, -1, SAMPLING_BLOCK)
 
     def invert(masses: Array, uniform: Array) -> Array:
         cumulative = jnp.cumsum(masses, axis=-1)
@@ -78,7 +79,7 @@ def categorical(weights: Array, uniforms: Array) -> Array:
 
     block = invert(jnp.sum(blocks, axis=-1), uniforms[:, 0])
     inside = invert(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
-    return block * _BLOCK + inside
+    return block * SAMPLING_BLOCK + inside
 
 
 def make_sample_token(config: SamplingConfig) -> SampleToken:

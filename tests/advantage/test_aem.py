@@ -35,7 +35,7 @@ def test_strength_in_golden_values():
 
 
 @pytest.mark.parametrize(("spread", "modulated"), [(0.0, False), (0.09375, False), (0.109375, True)])
-def test_the_rule_at_a_tenth(spread, modulated):
+def test_groups_below_the_minimum_range_keep_one(spread, modulated):
     alpha = np.asarray(aem_coefficients(jnp.array([2.0, 2.0 + spread]), jnp.array([0, 0]), 1))
     assert (alpha[0] > 1.0 > alpha[1]) if modulated else (alpha == 1.0).all()
 
@@ -74,7 +74,7 @@ def test_token_advantages_golden():
     np.testing.assert_array_equal(tokens, [[0, 2, 2, 0], [-1, 0, -1, -1]])
 
 
-def test_scale_is_the_one_line_of_the_whole():
+def test_aem_scale_golden():
     # Means over the masks: row 0 (0.5 + 1.5)/2 = 1, row 1 = 2, row 2 has no token.
     entropy = jnp.array([[0.5, 1.5, 9.0], [9.0, 2.0, jnp.nan], [9.0, 9.0, 9.0]])
     mask = jnp.array([[True, True, False], [False, True, False], [False, False, False]])
@@ -124,7 +124,7 @@ def test_vmap_equals_a_loop():
     np.testing.assert_allclose(batched, looped, rtol=1e-6)
 
 
-def whole_credit(entropy, response_ids, response_trajectory, returns, groups):
+def all_steps(entropy, response_ids, response_trajectory, returns, groups):
     """All steps from a batch to its token advantages."""
     base = over_trajectories(grpo, returns, groups, 3, response_trajectory)
     alpha = aem_coefficients(response_entropy(entropy, response_ids, 24), groups[response_trajectory], 3)
@@ -142,11 +142,11 @@ def test_jit_and_a_batch_sharded_over_8_devices_equal_eager():
         rng.normal(size=16).astype(np.float32),
         rng.integers(0, 3, 16).astype(np.int32),
     )
-    eager = np.asarray(whole_credit(*map(jnp.asarray, args)))
-    np.testing.assert_allclose(jax.jit(whole_credit)(*args), eager, rtol=1e-5, atol=1e-6)
+    eager = np.asarray(all_steps(*map(jnp.asarray, args)))
+    np.testing.assert_allclose(jax.jit(all_steps)(*args), eager, rtol=1e-5, atol=1e-6)
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rows = NamedSharding(mesh, P(("data", "fsdp")))
-    sharded = jax.jit(whole_credit, out_shardings=rows)(*(jax.device_put(array, rows) for array in args))
+    sharded = jax.jit(all_steps, out_shardings=rows)(*(jax.device_put(array, rows) for array in args))
     assert len(sharded.sharding.device_set) == 8
     np.testing.assert_allclose(sharded, eager, rtol=1e-5, atol=1e-6)
 

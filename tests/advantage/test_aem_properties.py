@@ -94,7 +94,7 @@ def test_falls_as_entropy_rises(example):
 
 @given(ragged_groups(), st.integers(-300, 300))
 @settings(deadline=None)
-def test_shift_changes_nothing(example, ticks):
+def test_shifting_entropies_changes_nothing(example, ticks):
     entropy, groups, valid = example
     shifted = coefficients(entropy + np.float32(ticks / GRID), groups, valid)
     np.testing.assert_array_equal(shifted, coefficients(entropy, groups, valid))
@@ -102,7 +102,7 @@ def test_shift_changes_nothing(example, ticks):
 
 @given(ragged_groups(), st.floats(0.25, 8.0, width=32))
 @settings(deadline=None)
-def test_scale_changes_nothing_while_the_range_stays(example, scale):
+def test_scaling_entropies_changes_nothing_above_the_minimum_range(example, scale):
     entropy, groups, valid = example
     before, after = np.asarray(coefficients(entropy, groups, valid)), coefficients(entropy * scale, groups, valid)
     for group in set(groups[valid]):
@@ -145,7 +145,7 @@ def test_masked_responses_are_one_and_take_no_part(example, rubbish):
     np.testing.assert_array_equal(np.asarray(alpha)[~valid], 1.0)
 
 
-def test_is_the_minimiser_that_it_claims_to_be():
+def test_coefficients_minimise_their_objective():
     # α/n minimises Σ p H̃ + (1/λ) Σ p log p over distributions: no random p does better.
     entropy, strength = np.array([0.1, 0.9, 1.3, 0.4], np.float32), 1.7
     relative = (entropy - entropy.min()) / np.ptp(entropy)

@@ -37,11 +37,11 @@ TABLE = Experience(
 def test_advantages_golden():
     # γ = ½. Trajectory 0: δ_2 = 4 − 6 = −2, δ_1 = 0 + 6/2 − 4 = −1, δ_0 = 1 + 4/2 − 2 = 1. Trajectory 1: δ = 3 − 1.
     # Trajectory 3: δ_2 = 8 − 6 = 2; the empty turn is worth 1 + 6/2 = 4 and δ_1 = 0; δ_0 = 2 + 4/2 − 4 = 0.
-    found = gae_advantages(TABLE, 2, gamma=0.5, gae_lambda=0.0)
-    np.testing.assert_array_equal(found, [-2, 2, 1, -1, 0, 0, 0, 2, 0])
+    advantages = gae_advantages(TABLE, 2, gamma=0.5, gae_lambda=0.0)
+    np.testing.assert_array_equal(advantages, [-2, 2, 1, -1, 0, 0, 0, 2, 0])
     # λ = ½, so γλ = ¼: Â_1 = −1 − 2/4 = −1.5, Â_0 = 1 − 1.5/4 = 0.625; trajectory 3: 0 + (0 + 2/4)/4 = 1/8
-    found = gae_advantages(TABLE, 2, gamma=0.5, gae_lambda=0.5)
-    np.testing.assert_array_equal(found, [-2, 2, 0.625, -1.5, 0, 0.125, 0, 2, 0])
+    advantages = gae_advantages(TABLE, 2, gamma=0.5, gae_lambda=0.5)
+    np.testing.assert_array_equal(advantages, [-2, 2, 0.625, -1.5, 0, 0.125, 0, 2, 0])
     # R = Â + V
     returns = value_returns(TABLE, 2, gamma=0.5, gae_lambda=0.5)
     np.testing.assert_array_equal(returns, [4, 3, 2.625, 2.5, 0, 4.125, 0, 8, 0])
@@ -51,8 +51,8 @@ def test_whitened_golden():
     # γ = λ = 1: Â = −2, 2, 5 − 2, 4 − 4, –, 11 − 4, –, 8 − 6, that is −2, 2, 3, 0, 7, 2. Per response μ = 2 and
     # Σ² = 16 + 0 + 1 + 4 + 25 + 0 = 46. Per token the second counts three times: still μ = 16/8 = 2 and Σ² = 46.
     deviations = np.array([-4, 0, 1, -2, 0, 5, 0, 0, 0])
-    found = gae(TABLE, 2, whiten_by=by_response, eps=0.0)
-    np.testing.assert_allclose(found, deviations / np.sqrt(46 / 6), rtol=1e-6)
+    advantages = gae(TABLE, 2, whiten_by=by_response, eps=0.0)
+    np.testing.assert_allclose(advantages, deviations / np.sqrt(46 / 6), rtol=1e-6)
     np.testing.assert_allclose(gae(TABLE, 2, ddof=1, eps=1.0), deviations / (np.sqrt(46 / 7) + 1), rtol=1e-6)
 
 
@@ -87,7 +87,7 @@ def random_experience(seed: int) -> Experience:
 def slow(e: Experience, gamma: float, lam: float) -> np.ndarray:
     """The definition: for each response the discounted sum of all later δ. An empty response has δ = 0."""
     assert e.response_values is not None
-    found = np.zeros(len(e.response_rewards))
+    advantages = np.zeros(len(e.response_rewards))
     used = e.response_anchor >= 0
     for n in np.flatnonzero(e.valid):
         rows = sorted(np.flatnonzero((e.response_trajectory == n) & used), key=lambda r: e.response_turn[r])
@@ -98,50 +98,52 @@ def slow(e: Experience, gamma: float, lam: float) -> np.ndarray:
         delta = [float(e.response_rewards[r]) + gamma * value[k + 1] - value[k] for k, r in enumerate(rows)]
         for k, r in enumerate(rows):
             if e.response_valid[r]:
-                found[r] = sum((gamma * lam) ** (m - k) * delta[m] for m in range(k, len(rows)))
-    return found
+                advantages[r] = sum((gamma * lam) ** (m - k) * delta[m] for m in range(k, len(rows)))
+    return advantages
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.8), (1.0, 0.95), (0.7, 0.0), (0.0, 1.0)])
-def test_it_is_the_slow_loop(gamma: float, lam: float):
+def test_equals_a_slow_loop(gamma: float, lam: float):
     e = random_experience(int(10 * gamma + lam))
     wanted = slow(e, gamma, lam)
     assert np.abs(wanted).max() > 0.5
     np.testing.assert_allclose(gae_advantages(e, 2, gamma=gamma, gae_lambda=lam), wanted, rtol=1e-5, atol=1e-6)
-    found = gae(e, 2, gamma=gamma, gae_lambda=lam, whiten_by=by_response, eps=0.0)
+    advantages = gae(e, 2, gamma=gamma, gae_lambda=lam, whiten_by=by_response, eps=0.0)
     part = e.response_valid & e.valid[e.response_trajectory]
     np.testing.assert_allclose(
-        found, np.where(part, (wanted - wanted[part].mean()) / wanted[part].std(), 0), rtol=1e-4, atol=1e-5
+        advantages, np.where(part, (wanted - wanted[part].mean()) / wanted[part].std(), 0), rtol=1e-4, atol=1e-5
     )
 
 
-def test_without_discount_it_is_the_reward_to_go_less_the_value():
+def test_without_discount_it_is_the_reward_to_go_minus_the_value():
     e = random_experience(5)
     table = e.response_rewards, e.response_trajectory, e.response_turn
     part = e.response_valid & e.valid[e.response_trajectory]
     to_go = np.where(part, rewards_to_go(*table, 8, gamma=1.0), 0.0)
-    found = gae_advantages(e, 2)
-    np.testing.assert_allclose(found, np.where(part, to_go - e.response_values, 0.0), rtol=1e-5, atol=1e-6)
+    advantages = gae_advantages(e, 2)
+    np.testing.assert_allclose(advantages, np.where(part, to_go - e.response_values, 0.0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(value_returns(e, 2), to_go, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.6])
-def test_of_values_that_say_nothing_it_is_reinforce(gamma: float):
+def test_with_values_of_zero_it_is_reinforce(gamma: float):
     e = random_experience(6)
     e = e._replace(response_values=np.where(e.response_valid, 0.0, NAN).astype(np.float32))
     table = e.response_rewards, e.response_trajectory, e.response_turn
     part = e.response_valid & e.valid[e.response_trajectory]
-    found = gae_advantages(e, 2, gamma=gamma)
-    np.testing.assert_allclose(found, np.where(part, rewards_to_go(*table, 8, gamma=gamma), 0), rtol=1e-5, atol=1e-6)
+    advantages = gae_advantages(e, 2, gamma=gamma)
+    np.testing.assert_allclose(
+        advantages, np.where(part, rewards_to_go(*table, 8, gamma=gamma), 0), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(gae(e, 2, gamma=gamma), reinforce_plus_plus(e, 2, gamma=gamma), rtol=1e-4, atol=1e-6)
 
 
-def test_right_values_leave_nothing_to_be_surprised_by():
+def test_exact_values_give_zero_advantages():
     e = random_experience(7)
     table = e.response_rewards, e.response_trajectory, e.response_turn
     to_go = np.where(e.response_valid, rewards_to_go(*table, 8, gamma=0.9), NAN)
-    found = gae_advantages(e._replace(response_values=to_go), 2, gamma=0.9, gae_lambda=0.4)
-    np.testing.assert_allclose(found, 0.0, atol=1e-6)
+    advantages = gae_advantages(e._replace(response_values=to_go), 2, gamma=0.9, gae_lambda=0.4)
+    np.testing.assert_allclose(advantages, 0.0, atol=1e-6)
 
 
 def test_explained_variance_golden():
@@ -154,7 +156,7 @@ def test_explained_variance_golden():
     assert np.isnan(float(explained_variance(np.ones(2), np.ones(2), np.ones(2, bool))))
 
 
-def test_what_is_missing_or_out_of_range_is_named():
+def test_missing_or_invalid_arguments_are_named():
     with pytest.raises(ValueError, match="expected response_values, got none"):
         gae(TABLE._replace(response_values=None), 2)
     with pytest.raises(ValueError, match=r"expected gae_lambda in \[0, 1\], got 1.5"):
@@ -165,7 +167,7 @@ def test_what_is_missing_or_out_of_range_is_named():
         gae(TABLE._replace(response_values=np.zeros(3, np.float32)), 2)
 
 
-def test_whitening_is_of_those_that_take_part():
+def test_whitening_runs_over_the_responses_that_take_part():
     e = random_experience(8)
     assert e.response_values is not None
     part = e.response_valid & e.valid[e.response_trajectory]
@@ -173,6 +175,10 @@ def test_whitening_is_of_those_that_take_part():
     raw = np.asarray(gae_advantages(e, 2, gae_lambda=0.9))
     np.testing.assert_array_equal(gae(e, 2, gae_lambda=0.9), whiten(raw, tokens))
     # an episode without packed tokens has no values and does not change the statistics
-    gone = e._replace(response_values=np.where(e.response_trajectory == 0, NAN, e.response_values).astype(np.float32))
+    without_values = e._replace(
+        response_values=np.where(e.response_trajectory == 0, NAN, e.response_values).astype(np.float32)
+    )
     others = np.where(e.response_trajectory == 0, 0, tokens)
-    np.testing.assert_allclose(gae(gone, 2, gae_lambda=0.9), whiten(np.where(others > 0, raw, 0), others), rtol=1e-5)
+    np.testing.assert_allclose(
+        gae(without_values, 2, gae_lambda=0.9), whiten(np.where(others > 0, raw, 0), others), rtol=1e-5
+    )

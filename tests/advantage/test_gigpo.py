@@ -9,7 +9,8 @@ import pytest
 from aem_jax.advantage import Experience, dr_grpo, gigpo, grpo, of_returns, over_trajectories, over_turns, rloo
 
 # One group. Trajectory 0 returns to its first state (rewards 0, 4), 1 leaves it (0, 0), 2 stays (2).
-# All begin at observation 0; response 3 answers another one, alone. Trajectory 3 is masked, and the last row padding.
+# All begin at observation 0; response 3 is the only one to another observation. Trajectory 3 is masked, and the last
+# row is padding.
 TABLE = Experience(
     returns=np.array([4, 0, 2, 9], np.float32),
     group_ids=np.zeros(4, np.int32),
@@ -25,16 +26,18 @@ TABLE = Experience(
 
 def test_centred_golden():
     # A_E: μ = 2, so 2, −2, 0. G with γ = ½: 2, 4, 0, 0, 2; at observation 0 μ = (2 + 4 + 0 + 2)/4 = 2: 0, 2, −2, 0.
-    found = gigpo(TABLE, 1, estimator=dr_grpo, gamma=0.5, weight=0.5)
-    np.testing.assert_allclose(found, [2, 2 + 1, -2 - 1, -2, 0, 0, 0], rtol=1e-6)
+    advantages = gigpo(TABLE, 1, estimator=dr_grpo, gamma=0.5, weight=0.5)
+    np.testing.assert_allclose(advantages, [2, 2 + 1, -2 - 1, -2, 0, 0, 0], rtol=1e-6)
 
 
 def test_scaled_golden():
     # σ_E = √(8/3) and σ_S = √(8/4): 2/1.6329932 = 1.2247449 and 2/√2 = 1.4142136. ddof 1: σ_E = 2, σ_S = √(8/3).
-    found = gigpo(TABLE, 1, estimator=functools.partial(grpo, eps=0.0), gamma=0.5)
-    np.testing.assert_allclose(found, [1.2247449, 2.6389585, -2.6389585, -1.2247449, 0, 0, 0], rtol=1e-6, atol=1e-7)
-    found = gigpo(TABLE, 1, estimator=functools.partial(grpo, ddof=1, eps=0.0), gamma=0.5)
-    np.testing.assert_allclose(found, [1, 2.2247449, -2.2247449, -1, 0, 0, 0], rtol=1e-6, atol=1e-7)
+    advantages = gigpo(TABLE, 1, estimator=functools.partial(grpo, eps=0.0), gamma=0.5)
+    np.testing.assert_allclose(
+        advantages, [1.2247449, 2.6389585, -2.6389585, -1.2247449, 0, 0, 0], rtol=1e-6, atol=1e-7
+    )
+    advantages = gigpo(TABLE, 1, estimator=functools.partial(grpo, ddof=1, eps=0.0), gamma=0.5)
+    np.testing.assert_allclose(advantages, [1, 2.2247449, -2.2247449, -1, 0, 0, 0], rtol=1e-6, atol=1e-7)
 
 
 def random_experience(seed: int) -> Experience:
@@ -87,7 +90,7 @@ def test_against_a_loop_over_states(seed, scope):
 
 
 @pytest.mark.parametrize("estimator", [grpo, dr_grpo, rloo])
-def test_without_shared_states_it_is_the_episode_s_advantage(estimator):
+def test_without_shared_states_it_is_the_advantage_of_the_episode(estimator):
     e = random_experience(5)._replace(response_anchor=np.arange(18, dtype=np.int32))
     expected = of_returns(over_trajectories, estimator)(e, 2)
     assert np.abs(expected).max() > 0.1
@@ -95,7 +98,7 @@ def test_without_shared_states_it_is_the_episode_s_advantage(estimator):
     np.testing.assert_array_equal(gigpo(random_experience(5), 2, estimator=estimator, weight=0.0), expected)
 
 
-def test_the_same_way_to_the_end_has_no_advantage():
+def test_equal_paths_to_the_end_have_no_advantage():
     # Two episodes share a state three turns before a reward of 9.7, one after one turn and one after two.
     trajectory, turn = np.repeat([0, 1], [4, 5]).astype(np.int32), np.array([0, 1, 2, 3, 0, 1, 2, 3, 4], np.int32)
     rewards = np.array([0, 0, 0, 9.7, 0, 0, 0, 0, 9.7], np.float32)

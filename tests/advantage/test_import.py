@@ -1,4 +1,4 @@
-"""`import aem_jax.advantage` is meant for other trainers and must load only jax."""
+"""`import aem_jax.advantage` is for other trainers and must load only jax."""
 
 import subprocess
 import sys
@@ -14,6 +14,6 @@ print(sorted({"flax", "transformers", "orbax", "grain", "optax"} & {name.partiti
 """
 
 
-def test_brings_jax_and_nothing_else():
+def test_import_loads_jax_alone():
     done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split("\n")[:2] == ["[]", "[]"]

@@ -47,29 +47,31 @@ def test_rewards_to_go_golden():
 def test_whitened_by_response_golden():
     # μ = 14/6; deviations 5, 2, −1, −1, −1, −4 thirds; Σ² = 48/9; σ² = 8/9 or, with ddof 1, 16/15.
     expected = np.array([5, 2, -1, -1, -1, -4, 0, 0]) / 3
-    found = reinforce_plus_plus(TABLE, 2, gamma=0.5, whiten_by=by_response, eps=0.0)
-    np.testing.assert_allclose(found, expected / np.sqrt(8 / 9), rtol=1e-6)
-    found = reinforce_plus_plus(TABLE, 2, gamma=0.5, whiten_by=by_response, ddof=1, eps=0.0)
-    np.testing.assert_allclose(found, expected / np.sqrt(16 / 15), rtol=1e-6)
+    advantages = reinforce_plus_plus(TABLE, 2, gamma=0.5, whiten_by=by_response, eps=0.0)
+    np.testing.assert_allclose(advantages, expected / np.sqrt(8 / 9), rtol=1e-6)
+    advantages = reinforce_plus_plus(TABLE, 2, gamma=0.5, whiten_by=by_response, ddof=1, eps=0.0)
+    np.testing.assert_allclose(advantages, expected / np.sqrt(16 / 15), rtol=1e-6)
 
 
 def test_whitened_by_token_golden():
     # Eight tokens, three of them of the value 3: μ = 20/8 = 2.5; Σ w d² = 2.25 + 3/4 + 3/4 + 2.25 = 6; σ² = 6/8.
     expected = np.array([1.5, 0.5, -0.5, -0.5, -0.5, -1.5, 0, 0])
-    found = reinforce_plus_plus(TABLE, 2, gamma=0.5, whiten_by=by_token, eps=0.0)
-    np.testing.assert_allclose(found, expected / np.sqrt(6 / 8), rtol=1e-6)
-    found = reinforce_plus_plus(TABLE, 2, gamma=0.5, whiten_by=by_token, ddof=1, eps=1.0)
-    np.testing.assert_allclose(found, expected / (np.sqrt(6 / 7) + 1), rtol=1e-6)
+    advantages = reinforce_plus_plus(TABLE, 2, gamma=0.5, whiten_by=by_token, eps=0.0)
+    np.testing.assert_allclose(advantages, expected / np.sqrt(6 / 8), rtol=1e-6)
+    advantages = reinforce_plus_plus(TABLE, 2, gamma=0.5, whiten_by=by_token, ddof=1, eps=1.0)
+    np.testing.assert_allclose(advantages, expected / (np.sqrt(6 / 7) + 1), rtol=1e-6)
 
 
 def test_baseline_golden():
     # By trajectory: group 0 has means 8/3 and 3, so μ = 17/6; group 1 has 3/2. B = 7, 1, −5, 3, −5, −3 sixths,
     # whose mean is −1/18: 22, 4, −14, 10, −14, −8 over 18; Σ² = 1056/18², σ = √176 / 18.
-    found = reinforce_plus_plus_baseline(TABLE, 2, gamma=0.5, whiten_by=by_response, eps=0.0)
-    np.testing.assert_allclose(found, np.array([22, 4, -14, 10, -14, -8, 0, 0]) / np.sqrt(176), rtol=1e-5)
+    advantages = reinforce_plus_plus_baseline(TABLE, 2, gamma=0.5, whiten_by=by_response, eps=0.0)
+    np.testing.assert_allclose(advantages, np.array([22, 4, -14, 10, -14, -8, 0, 0]) / np.sqrt(176), rtol=1e-5)
     # By response: group 0 has μ = 11/4. B = 5, 1, −3, 2, −3, −2 fourths, of mean 0; Σ² = 52/16, σ² = 52/96.
-    found = reinforce_plus_plus_baseline(TABLE, 2, gamma=0.5, centre_by=by_response, whiten_by=by_response, eps=0.0)
-    np.testing.assert_allclose(found, np.array([5, 1, -3, 2, -3, -2, 0, 0]) / 4 / np.sqrt(52 / 96), rtol=1e-5)
+    advantages = reinforce_plus_plus_baseline(
+        TABLE, 2, gamma=0.5, centre_by=by_response, whiten_by=by_response, eps=0.0
+    )
+    np.testing.assert_allclose(advantages, np.array([5, 1, -3, 2, -3, -2, 0, 0]) / 4 / np.sqrt(52 / 96), rtol=1e-5)
 
 
 def random_experience(seed: int, terminal: bool = False) -> Experience:
@@ -118,10 +120,10 @@ def slow(e: Experience, gamma: float, baseline: bool, tokens: bool, ddof: int) -
         }
         value = {r: value[r] - mean[group[of[r]]] for r in rows}
     repeated = np.repeat([float(value[r]) for r in rows], e.response_tokens[rows] if tokens else 1)
-    found = np.zeros(len(e.response_rewards))
+    advantages = np.zeros(len(e.response_rewards))
     for r in rows:
-        found[r] = (value[r] - repeated.mean()) / (repeated.std(ddof=ddof) + 1e-6)
-    return found
+        advantages[r] = (value[r] - repeated.mean()) / (repeated.std(ddof=ddof) + 1e-6)
+    return advantages
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -129,8 +131,8 @@ def slow(e: Experience, gamma: float, baseline: bool, tokens: bool, ddof: int) -
 def test_against_loops_in_float64(seed, baseline):
     table, estimator = random_experience(seed), reinforce_plus_plus_baseline if baseline else reinforce_plus_plus
     for tokens, ddof in ((False, 0), (True, 1)):
-        found = estimator(table, 2, gamma=0.9, whiten_by=by_token if tokens else by_response, ddof=ddof)
-        np.testing.assert_allclose(found, slow(table, 0.9, baseline, tokens, ddof), rtol=1e-4, atol=1e-5)
+        advantages = estimator(table, 2, gamma=0.9, whiten_by=by_token if tokens else by_response, ddof=ddof)
+        np.testing.assert_allclose(advantages, slow(table, 0.9, baseline, tokens, ddof), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("scope", "centre_by"), [(over_trajectories, by_trajectory), (over_turns, by_response)])
@@ -140,11 +142,11 @@ def test_baseline_of_outcomes_is_dr_grpo_whitened(scope, centre_by):
     centred = scope(dr_grpo, e.returns, e.group_ids, 2, trajectory, valid=e.valid)
     part = e.response_valid & e.valid[e.response_trajectory]
     expected = whiten(centred, np.where(part, e.response_tokens, 0))
-    found = reinforce_plus_plus_baseline(e, 2, centre_by=centre_by)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    advantages = reinforce_plus_plus_baseline(e, 2, centre_by=centre_by)
+    np.testing.assert_allclose(advantages, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_who_takes_no_part_changes_nothing():
+def test_responses_that_take_no_part_change_nothing():
     plain = reinforce_plus_plus(TABLE, 2, gamma=0.5)
     noisy = TABLE._replace(
         response_rewards=np.where(np.arange(8) == 6, -1e6, TABLE.response_rewards).astype(np.float32),
@@ -157,12 +159,12 @@ def test_who_takes_no_part_changes_nothing():
     assert plain[6] == plain[7] == 0
 
 
-def test_an_empty_response_passes_its_reward_on():
+def test_the_reward_of_an_empty_response_counts_for_earlier_responses():
     # Turn 2 of trajectory 0 has no token: it has no advantage, but its reward counts for turns 0 and 1.
     silent = TABLE._replace(response_valid=np.array([False] + [True] * 6 + [False]))
-    found = reinforce_plus_plus(silent, 2, gamma=0.5, whiten_by=by_response, eps=0.0)
+    advantages = reinforce_plus_plus(silent, 2, gamma=0.5, whiten_by=by_response, eps=0.0)
     # G = 3, 2, 2, 2, 1: μ = 2, σ² = 2/5
-    np.testing.assert_allclose(found, np.array([0, 1, 0, 0, 0, -1, 0, 0]) / np.sqrt(0.4), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(advantages, np.array([0, 1, 0, 0, 0, -1, 0, 0]) / np.sqrt(0.4), rtol=1e-5, atol=1e-7)
 
 
 def test_equal_values_give_exactly_zero():
@@ -173,10 +175,10 @@ def test_equal_endings_have_equal_returns_to_the_last_bit():
     # 30 trajectories of lengths 1 to 30, each with a reward of 9.7 at its end: G depends on the distance to it alone.
     trajectory, turn = np.nonzero(np.tri(30))
     rewards = np.where(turn == trajectory, 9.7, 0.0).astype(np.float32)
-    found = np.asarray(rewards_to_go(rewards, trajectory.astype(np.int32), turn.astype(np.int32), 30, gamma=0.95))
+    to_go = np.asarray(rewards_to_go(rewards, trajectory.astype(np.int32), turn.astype(np.int32), 30, gamma=0.95))
     for distance in range(30):
-        assert len(set(found[trajectory - turn == distance])) == 1
-    np.testing.assert_allclose(found, 9.7 * 0.95 ** (trajectory - turn), rtol=1e-5)
+        assert len(set(to_go[trajectory - turn == distance])) == 1
+    np.testing.assert_allclose(to_go, 9.7 * 0.95 ** (trajectory - turn), rtol=1e-5)
 
 
 def test_jit_and_vmap_equal_eager():

@@ -50,7 +50,7 @@ def test_token_statistics_equal_float64(seed):
     np.testing.assert_allclose(entropies, -(np.exp(log_policy) * log_policy).sum(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_entropy_gradient_is_the_textbook_one():
+def test_entropy_gradient_equals_its_closed_form():
     # ∇_z H = −π ⊙ (log π + H)
     logits = jnp.array([0.3, -1.0, 2.0, 0.5])
     gradient = jax.grad(lambda z: token_statistics(z, jnp.array(0))[1])(logits)
@@ -59,7 +59,7 @@ def test_entropy_gradient_is_the_textbook_one():
     np.testing.assert_allclose(gradient, -policy * (log_policy + entropy), rtol=1e-5, atol=1e-7)
 
 
-def test_low_precision_logits_are_raised_first():
+def test_low_precision_logits_are_cast_to_float32_first():
     logits = jnp.linspace(-2, 2, 1000, dtype=jnp.float32).astype(jnp.bfloat16)
     logprob, entropy = token_statistics(logits, jnp.array(5))
     assert logprob.dtype == entropy.dtype == jnp.float32

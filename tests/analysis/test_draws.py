@@ -42,44 +42,44 @@ def entropy(policy: np.ndarray) -> float:
     return float(-(policy * np.log(policy)).sum())
 
 
-def test_of_one_token_the_response_entropy_is_the_token_s():
+def test_the_entropy_of_one_token_responses_is_the_entropy_of_the_token():
     ids = [3, 17, 8, 25, 9, 1]
-    found, exact = draws(ids, 1), entropy(distribution(ids))
-    np.testing.assert_allclose(found.predictable, exact, atol=1e-4)
-    assert (found.tokens == 1).all()
-    assert abs(found.surprisal.mean() - exact) < 4 * found.surprisal.std() / DRAWS**0.5
+    drawn, exact = draws(ids, 1), entropy(distribution(ids))
+    np.testing.assert_allclose(drawn.predictable, exact, atol=1e-4)
+    assert (drawn.tokens == 1).all()
+    assert abs(drawn.surprisal.mean() - exact) < 4 * drawn.surprisal.std() / DRAWS**0.5
 
 
-def test_of_two_tokens_it_is_the_sum_over_all_first_tokens():
+def test_the_entropy_of_two_token_responses_is_the_sum_over_first_tokens():
     # H = H_1 + sum over a_1 != stop of pi(a_1) H_2(a_1)
     ids = [3, 17, 8, 25, 9, 1]
     first = distribution(ids)
     exact = entropy(first) + sum(p * entropy(distribution([*ids, a])) for a, p in enumerate(first) if a != STOP)
-    found = draws(ids, 2)
-    for values in (found.surprisal, found.predictable):
+    drawn = draws(ids, 2)
+    for values in (drawn.surprisal, drawn.predictable):
         assert abs(values.mean() - exact) < 4 * values.std() / DRAWS**0.5
-    assert found.predictable.std() < found.surprisal.std()  # less noise, as in its docstring
-    assert set(np.unique(found.tokens)) <= {1, 2}
+    assert drawn.predictable.std() < drawn.surprisal.std()  # less noise, as in its docstring
+    assert set(np.unique(drawn.tokens)) <= {1, 2}
 
 
-def test_the_same_key_draws_with_the_same_random_numbers_whatever_the_parameters():
-    one, again = draws([3, 17, 8], 3), draws([3, 17, 8], 3)
-    np.testing.assert_array_equal(one.surprisal, again.surprisal)
+def test_one_key_gives_the_same_random_numbers_for_any_parameters():
+    one, repeated = draws([3, 17, 8], 3), draws([3, 17, 8], 3)
+    np.testing.assert_array_equal(one.surprisal, repeated.surprisal)
     other = draws([3, 17, 8], 3, seed=1)
     assert (one.surprisal != other.surprisal).any()
     nudged = draws([3, 17, 8], 3, jax.tree.map(lambda leaf: leaf * 1.0005, PARAMS))
-    paired, apart = (each.predictable - one.predictable for each in (nudged, other))
-    assert 0 < paired.std() < 0.2 * apart.std()
+    paired, unpaired = (changed.predictable - one.predictable for changed in (nudged, other))
+    assert 0 < paired.std() < 0.2 * unpaired.std()
 
 
 def test_every_state_has_its_own_keys():
     ids = np.array([3, 17, 8], np.int32)
     states = [State(n, 0, 0, 0, ids, 1, 2, 0.0, 0.0, "") for n in range(2)]
-    found = draw_responses(sampler(), PARAMS, states, jax.random.key(0), DRAWS, ROLLOUT)
-    assert (found.surprisal[0] != found.surprisal[1]).any()
-    np.testing.assert_array_equal(found.surprisal[0], draws(ids.tolist(), 2).surprisal[0])
+    drawn = draw_responses(sampler(), PARAMS, states, jax.random.key(0), DRAWS, ROLLOUT)
+    assert (drawn.surprisal[0] != drawn.surprisal[1]).any()
+    np.testing.assert_array_equal(drawn.surprisal[0], draws(ids.tolist(), 2).surprisal[0])
 
 
-def test_a_state_that_does_not_fit_is_named():
+def test_a_state_longer_than_a_slot_is_refused():
     with pytest.raises(ValueError, match="expected at most 32 tokens a slot, got 40"):
         draws([1] * 40, 1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aem_jax.analysis.claims import choose, circumstances, drift, proxy, whose_entropy
+from aem_jax.analysis.claims import choose, coefficient_inputs, drift, entropy_decomposition, proxy
 from aem_jax.analysis.draws import Draws
 from aem_jax.analysis.estimates import (
     opposed,
@@ -14,7 +14,8 @@ from aem_jax.analysis.estimates import (
     with_interval,
 )
 from aem_jax.analysis.states import State, states_of
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.envs.protocol import Task
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 
 def test_relative_surprisal_by_hand():
@@ -32,10 +33,10 @@ def test_pearson_and_opposed_by_hand():
     assert opposed(np.array([1.0, -1.0, 2.0, 0.0]), np.array([-1.0, 5.0, 2.0, 1.0])) == pytest.approx(2 / 3)
 
 
-def test_an_interval_holds_the_value_and_needs_two():
+def test_an_interval_contains_the_value_and_needs_two_samples():
     x = np.arange(30.0)
-    found = with_interval(pearson, x, x + np.random.default_rng(0).normal(0, 5, 30))
-    assert -1 < found.low < found.value < found.high < 1
+    estimate = with_interval(pearson, x, x + np.random.default_rng(0).normal(0, 5, 30))
+    assert -1 < estimate.low < estimate.value < estimate.high < 1
     assert with_interval(pearson, x, -x)[:3] == pytest.approx((-1, -1, -1))
     assert np.isnan(with_interval(pearson, x[:1], x[:1]).low)
 
@@ -62,7 +63,7 @@ def test_the_drift_is_that_of_a_natural_gradient_step_on_a_softmax(action, advan
     assert predicted_drift(np.array([advantage]), np.array([relative])) == pytest.approx([measured], rel=1e-6)
 
 
-def test_restricted_to_one_sign_of_advantage_times_alpha_less_one_entropy_goes_one_way():
+def test_responses_with_one_sign_of_advantage_times_alpha_minus_one_move_entropy_one_way():
     # The exact drift of a softmax, summed over responses whose alpha decreases with their surprisal, as in the paper.
     logits = np.array([2.0, 0.5, 0.0, -1.0])
     policy = np.exp(logits) / np.exp(logits).sum()
@@ -81,23 +82,25 @@ def state(number: int, surprisal: float, predictable: float = 1.0) -> State:
 def test_proxy_by_hand():
     # H_resp is 2 in both states: relative surprisal -1 (unsurprising) and 1 (surprising); alpha 1.5 and 0.5
     drawn = Draws(np.array([[1.0, 3.0], [1.5, 2.5]]), np.full((2, 2), 1.5), np.ones((2, 2), int))
-    found = proxy([state(0, 1.0, 1.0), state(1, 3.0, 2.5)], np.array([1.5, 0.5]), drawn)
-    assert found["pearson"]["value"] == pytest.approx(-1) and found["pearson_predictable"]["value"] == pytest.approx(-1)
-    assert (found["opposed_count"], found["decided_count"], found["draws"]) == (2, 2, 2)
-    assert [each["relative"] for each in found["points"]] == [-1, 1]
+    result = proxy([state(0, 1.0, 1.0), state(1, 3.0, 2.5)], np.array([1.5, 0.5]), drawn)
+    assert result["pearson"]["value"] == pytest.approx(-1)
+    assert result["pearson_predictable"]["value"] == pytest.approx(-1)
+    assert (result["opposed_count"], result["decided_count"], result["draws"]) == (2, 2, 2)
+    assert [point["relative"] for point in result["points"]] == [-1, 1]
 
 
-def test_whose_entropy_by_hand():
+def test_entropy_decomposition_by_hand():
     # H̄ of the draws: 1 and 3 in the first state, 6 and 6 in the second (12 nats over 2 tokens). Means 2 and 6, of
     # variance 4; variance inside 1 and 0, mean 1/2: 4 / 4.5 lies between states. Inside, only the first varies, and
     # there H̄ − 2 = (−1, 1) beside S − 5 = (−2, 2): r is 2 / √(1 · (4 + 1)): S varies in both states.
     drawn = Draws(np.array([[3.0, 7.0], [8.0, 10.0]]), np.array([[1.0, 3.0], [12.0, 12.0]]), np.array([[1, 1], [2, 2]]))
-    found = whose_entropy(drawn)
-    assert found["between"]["value"] == pytest.approx(4 / 4.5)
-    assert found["inside"]["value"] == pytest.approx(2 / np.sqrt(5))
+    result = entropy_decomposition(drawn)
+    assert result["between"]["value"] == pytest.approx(4 / 4.5)
+    assert result["inside"]["value"] == pytest.approx(2 / np.sqrt(5))
     # a response of one uncertain token: its entropy does not depend on the sample
     one = Draws(np.array([[0.1, 2.3], [0.7, 0.7]]), np.array([[0.3, 0.3], [0.7, 0.7]]), np.ones((2, 2), int))
-    assert whose_entropy(one)["between"]["value"] == 1.0 and np.isnan(whose_entropy(one)["inside"]["value"])
+    result = entropy_decomposition(one)
+    assert result["between"]["value"] == 1.0 and np.isnan(result["inside"]["value"])
 
 
 def test_drift_by_hand():
@@ -106,17 +109,17 @@ def test_drift_by_hand():
     alpha, advantages = np.array([1.5, 0.5, 0.5]), np.array([2.0, -1.0, 1.0])
     before = Draws(np.full((3, 2), 2.0), np.full((3, 2), 1.0), np.ones((3, 2), int))
     after = before._replace(predictable=np.array([[0.8, 1.0], [0.9, 0.9], [1.2, 1.2]]))
-    found = drift(states, alpha, advantages, before, after, 1)
-    assert found["own_states"] == 2
-    assert found["predicted"]["value"] == pytest.approx((2 * -1 + -1 * 1) / 2)
-    assert found["measured_own"]["value"] == pytest.approx(-0.1)  # both fall by 0.1 in the mean
-    assert found["measured"]["value"] == pytest.approx(0.0)
+    result = drift(states, alpha, advantages, before, after, 1)
+    assert result["own_states"] == 2
+    assert result["predicted"]["value"] == pytest.approx((2 * -1 + -1 * 1) / 2)
+    assert result["measured_own"]["value"] == pytest.approx(-0.1)  # both fall by 0.1 in the mean
+    assert result["measured"]["value"] == pytest.approx(0.0)
     # draws of state 0 change by -0.2 and 0: deviation 0.1 sqrt(2), error 0.1
-    assert found["points"][0] == pytest.approx({"predicted": -2.0, "measured": -0.1, "error": 0.1})
+    assert result["points"][0] == pytest.approx({"predicted": -2.0, "measured": -0.1, "error": 0.1})
     assert drift(states, np.ones(3), advantages, before, after, 1)["predicted"] is None
 
 
-def test_choice_takes_the_heavier_class_first_and_never_weight_zero():
+def test_choose_takes_larger_weights_first_and_never_weight_zero():
     weights = np.array([2, 0, 1, 2, 1, 0, 2])
     assert choose(weights, 3, 0).tolist() == [0, 3, 6]
     assert set(choose(weights, 99, 0)) == {0, 2, 3, 4, 6}
@@ -130,11 +133,11 @@ def turn(observation_ids: list[int], response_ids: list[int]) -> Turn:
 
 
 @pytest.mark.parametrize("context", ["append", "window"])
-def test_states_have_what_the_policy_had_before_it(context):
+def test_the_context_of_a_state_is_the_context_of_the_policy(context):
     turns = (turn([1, 2], [3]), turn([4], []), turn([5], [6, 7]))
-    whole = Trajectory(Task("t", "k", {}), 1, 0, turns, Ending.TERMINATED, True, context=context)
+    played = Trajectory(Task("t", "k", {}), 1, 0, turns, Ending.TERMINATED, True, context=context)
     broken = Trajectory(Task("t", "k", {}), 0, 0, turns, Ending.ENV_ERROR, False, context=context)
-    first, last = states_of([broken, whole], response_tokens=8, context_tokens=10)
+    first, last = states_of([broken, played], response_tokens=8, context_tokens=10)
     assert (first.response, last.response, last.turn, last.group, last.trajectory) == (0, 2, 2, 1, 1)
     assert first.context.tolist() == [1, 2]
     assert last.context.tolist() == ([1, 2, 3, 4, 5] if context == "append" else [5])
@@ -142,11 +145,11 @@ def test_states_have_what_the_policy_had_before_it(context):
     assert (last.tokens, last.surprisal, last.predictable) == (2, 1.0, 1.5)
 
 
-def test_circumstances_by_hand():
+def test_coefficient_inputs_by_hand():
     states = [state(0, 1.0), state(1, 1.0), state(2, 1.0), state(3, 1.0)]
-    found = circumstances(
+    result = coefficient_inputs(
         states, np.array([1.2, 0.8, 1, 1]), np.array([0.1, 0.6, 0.3, 0.35]), np.array([0, 0, 2, 2]), 0.1
     )
-    assert found["groups"] == 2 and found["flat_groups"] == 0.5  # spans are 0.5 and 0.05
-    assert found["entropy_span"][1] == pytest.approx(0.275) and found["alpha"] == [0.8, 1.2]
-    assert found["turns"] == 1 and found["tokens"] == [2, 2, 2]
+    assert result["groups"] == 2 and result["flat_groups"] == 0.5  # spans are 0.5 and 0.05
+    assert result["entropy_span"][1] == pytest.approx(0.275) and result["alpha"] == [0.8, 1.2]
+    assert result["turns"] == 1 and result["tokens"] == [2, 2, 2]

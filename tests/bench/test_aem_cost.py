@@ -9,7 +9,7 @@ from aem_jax.advantage import aem_coefficients, coefficient_statistics, response
 from aem_jax.config.presets import read_preset
 from aem_jax.plan.analytic import learn_costs, learn_flops
 from aem_jax.plan.costs import costs
-from aem_jax.plan.hlo import parse
+from aem_jax.plan.hlo import read
 from aem_jax.plan.workload import workload
 from aem_jax.sharding import MeshConfig
 
@@ -30,7 +30,7 @@ def test_aem_is_at_most_a_thousandth_of_a_step_of_the_large_preset():
     That update has 128 x 50 responses in 400 microbatches of 16 x 2560. Its costs come from the closed forms, which
     the tests of plans compare with compiled programs.
     """
-    work = workload(read_preset("alfworld-qwen2.5-1.5b"))
+    work = workload(read_preset("alfworld-paper", "qwen2.5-1.5b"))
     layout = work.layout
     shape = (layout.num_microbatches * layout.rows, layout.row_length)
     struct = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype)
@@ -40,7 +40,7 @@ def test_aem_is_at_most_a_thousandth_of_a_step_of_the_large_preset():
     compiled = jax.jit(all_of_aem).lower(struct(jnp.float32, *shape), struct(jnp.int32, *shape), *tables).compile()
     # `costs` counts only the FLOPs of matrix products, and there are none here: XLA's own count is complete
     counted: Any = compiled.cost_analysis()
-    flops, bytes_moved = counted["flops"], costs(parse(compiled.as_text() or "")).bytes
+    flops, bytes_moved = counted["flops"], costs(read(compiled)).bytes
     update = learn_costs(work, MeshConfig(1, 1, 1), learn_flops(work))
     assert 0 < flops <= 1e-3 * update.flops
     assert 0 < bytes_moved <= 1e-3 * update.bytes

@@ -21,27 +21,26 @@ from toys import ONE_DEVICE, Bigram
 
 from aem_jax.checkpoint import CheckpointConfig, CheckpointError, Checkpoints, lock
 from aem_jax.checkpoint import step as step_files
-from aem_jax.learner import LearnerConfig, abstract_state, init_state, make_optimizer, make_update
+from aem_jax.learner import LearnerConfig, abstract_state, init_state, make_update
 from aem_jax.sharding import MeshConfig, make_mesh
 
 # orbax leaves the coroutines of a read that failed to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 TOY = Bigram()
-OPTIMIZER = make_optimizer(LearnerConfig(), TOY.axes)
-ABSTRACT = abstract_state(TOY, OPTIMIZER, ONE_DEVICE)
+ABSTRACT = abstract_state(TOY, LearnerConfig(), ONE_DEVICE)
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
 def state_of(seed):
-    return init_state(TOY, OPTIMIZER, ONE_DEVICE, jax.random.key(seed))
+    return init_state(TOY, LearnerConfig(), ONE_DEVICE, jax.random.key(seed))
 
 
 def assert_equal(left, right):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
 
 
-def test_what_was_saved_comes_back_to_the_last_bit(tmp_path):
+def test_restore_returns_the_saved_state_bit_for_bit(tmp_path):
     state = state_of(1)
     extra = {"tasks": {"next_index": 4}, "note": "ü", "key": [1, 2]}
     with Checkpoints(tmp_path / "new" / "folder") as checkpoints:
@@ -53,14 +52,14 @@ def test_what_was_saved_comes_back_to_the_last_bit(tmp_path):
         assert checkpoints.extra() == checkpoints.extra(3) == extra
 
 
-def test_restored_on_another_mesh(tmp_path):
+def test_restore_on_another_mesh(tmp_path):
     mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, state_of(2))
-        abstract = abstract_state(TOY, OPTIMIZER, mesh)
+        abstract = abstract_state(TOY, LearnerConfig(), mesh)
         restored = checkpoints.restore(abstract)
     assert_equal(restored, state_of(2))
-    assert restored.params["embed"].sharding == abstract.params["embed"].sharding
+    assert restored.params["base"]["embed"].sharding == abstract.params["base"]["embed"].sharding
 
 
 def test_the_state_may_be_donated_while_it_is_being_written(tmp_path):
@@ -76,7 +75,7 @@ def test_the_state_may_be_donated_while_it_is_being_written(tmp_path):
     np.testing.assert_array_equal(after["small"], [-1, -1, -1])
 
 
-def test_the_last_the_best_and_the_first_are_kept(tmp_path):
+def test_the_latest_the_best_and_the_first_checkpoint_are_kept(tmp_path):
     scores = {0: None, 1: 0.1, 2: 0.9, 3: 0.3, 4: None, 5: 0.2, 6: 0.4}
     with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
         for step, score in scores.items():
@@ -93,7 +92,7 @@ def test_the_last_the_best_and_the_first_are_kept(tmp_path):
         assert checkpoints.steps == [0, 8, 9, 10]
 
 
-def test_only_the_last_is_kept_if_that_is_asked_for(tmp_path):
+def test_only_the_latest_checkpoint_is_kept_if_configured(tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_best=False, keep_first=False)) as checkpoints:
         for step in range(3):
             checkpoints.save(step, state_of(step), score=-step)
@@ -101,7 +100,7 @@ def test_only_the_last_is_kept_if_that_is_asked_for(tmp_path):
         assert checkpoints.steps == [2]
 
 
-def test_without_scores_there_is_no_best_and_no_more_is_kept(tmp_path):
+def test_without_scores_there_is_no_best_checkpoint(tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
         for step in range(5):
             checkpoints.save(step, state_of(step))
@@ -127,7 +126,7 @@ def damage_truncated(step):
 
 
 @pytest.mark.parametrize("damage", [damage_missing, damage_truncated])
-def test_an_unreadable_checkpoint_is_put_aside_for_the_one_before(tmp_path, damage, caplog):
+def test_an_unreadable_checkpoint_is_moved_aside_and_the_one_before_is_read(tmp_path, damage, caplog):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state_of(step), extra={"step": step})
@@ -176,7 +175,7 @@ def other_json(folder):
         (change_record, "expected the record of step 2 as it was written"),
     ],
 )
-def test_numbers_that_read_well_and_are_not_those_written_are_found(tmp_path, change, why, caplog):
+def test_readable_but_changed_data_are_detected(tmp_path, change, why, caplog):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state_of(step))
@@ -185,7 +184,7 @@ def test_numbers_that_read_well_and_are_not_those_written_are_found(tmp_path, ch
     assert re.search(why, caplog.text)
 
 
-def test_a_checkpoint_of_another_run_is_left_out(tmp_path, caplog):
+def test_a_checkpoint_of_another_run_is_skipped(tmp_path, caplog):
     for name, seed in (("ours", 1), ("theirs", 2)):
         with Checkpoints(tmp_path / name) as checkpoints:
             for step in (1, 2):
@@ -199,25 +198,25 @@ def test_a_checkpoint_of_another_run_is_left_out(tmp_path, caplog):
     letters[12] ^= 1
     identity.write_bytes(letters)  # damage to this file must not cost the run its checkpoints
     assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(2))
-    identity.unlink()  # like a folder of an earlier version
+    identity.unlink()  # a missing file costs no checkpoint either
     assert_equal(Checkpoints(tmp_path / "ours").restore(ABSTRACT), state_of(2))
 
 
-def test_checkpoints_from_before_checksums_are_read(tmp_path):
-    state = state_of(1)
-    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["score"])
-    with ocp.CheckpointManager(tmp_path, options=options, item_names=("state", "extra")) as manager:
-        beside = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave({"a": 1})}
-        manager.save(4, args=ocp.args.Composite(**beside), metrics={"score": 0.5})
-    with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_first=False)) as checkpoints:
-        assert_equal(checkpoints.restore(ABSTRACT), state)
-        assert checkpoints.extra() == {"a": 1} and checkpoints.best == 4
-        checkpoints.save(5, state, score=0.25)
-        checkpoints.wait()
-        assert checkpoints.steps == [4, 5] and checkpoints.best == 4
+def test_a_checkpoint_without_checksums_is_refused_and_stays_in_place(tmp_path):
+    """As earlier versions wrote them: extra values alone, without a seal."""
+    with ocp.CheckpointManager(tmp_path, item_names=("state", "extra")) as manager:
+        items = {"state": ocp.args.StandardSave(state_of(1)), "extra": ocp.args.JsonSave({"a": 1})}
+        manager.save(4, args=ocp.args.Composite(**items))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.claim()
+        with pytest.raises(CheckpointError, match="without a checksum; use the version of aem_jax that began the run"):
+            checkpoints.restore(ABSTRACT)
+        with pytest.raises(CheckpointError, match="without a checksum"):
+            checkpoints.extra()
+        assert checkpoints.steps == [4] and checkpoints.best is None
 
 
-def test_whoever_reads_changes_nothing_and_finds_the_newest(tmp_path):
+def test_a_reader_changes_nothing_and_reads_the_latest(tmp_path):
     assert Checkpoints(tmp_path / "none").latest is None and not (tmp_path / "none").exists()
     keep_one = CheckpointConfig(keep=1, keep_first=False)
     with Checkpoints(tmp_path, keep_one) as writer:
@@ -233,7 +232,7 @@ def test_whoever_reads_changes_nothing_and_finds_the_newest(tmp_path):
             reader.restore(ABSTRACT, step=1)
 
 
-def test_a_checkpoint_that_is_taken_away_while_it_is_read_is_no_loss(tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_deleted_during_a_read_is_skipped(tmp_path, monkeypatch, caplog):
     with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_first=False)) as writer:
         writer.save(1, state_of(1))
         read = step_files.read_state
@@ -268,23 +267,23 @@ def test_one_process_at_a_time_writes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["[1]", "a*b?", "run[seed=1]", "{x}%20#"])
-def test_no_character_of_the_folder_is_a_pattern(tmp_path, name):
+def test_folder_names_are_no_glob_patterns(tmp_path, name):
     with Checkpoints(tmp_path / name) as checkpoints:
         checkpoints.save(0, {"w": jnp.arange(4.0)})
-    whole = {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jnp.zeros(1).sharding)}
-    np.testing.assert_array_equal(Checkpoints(tmp_path / name).restore(whole)["w"], np.arange(4.0))
+    abstract = {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jnp.zeros(1).sharding)}
+    np.testing.assert_array_equal(Checkpoints(tmp_path / name).restore(abstract)["w"], np.arange(4.0))
 
 
 @pytest.mark.parametrize(
     ("folder", "why"),
     [("a\\b", "no backslash"), ("/gs/runs", "not under /gs"), (os.fsdecode(b"\xff"), "a path in UTF-8")],
 )
-def test_a_folder_that_the_library_takes_for_another_is_refused(tmp_path, folder, why):
+def test_a_folder_that_the_library_would_misread_is_refused(tmp_path, folder, why):
     with pytest.raises(CheckpointError, match=f"expected a folder for checkpoints with .*{why}.*choose another"):
         Checkpoints(tmp_path / folder).claim()
 
 
-def test_a_save_that_cannot_be_read_back_shows_at_once(tmp_path, monkeypatch):
+def test_a_save_that_cannot_be_read_back_is_refused_at_once(tmp_path, monkeypatch):
     glob = step_files.LiteralPath.glob
     monkeypatch.setattr(step_files.LiteralPath, "glob", lambda self, pattern: iter(()))  # as where a path is a pattern
     with pytest.raises(CheckpointError, match="expected to read back what was written to .*choose another folder"):
@@ -301,17 +300,27 @@ def test_nothing_to_restore_is_an_error_and_moves_nothing(tmp_path):
         with pytest.raises(
             CheckpointError, match=r"can be read into this state; that of step 1: (.|\n)*been changed since"
         ):
-            checkpoints.restore(abstract_state(other, make_optimizer(LearnerConfig(), other.axes), ONE_DEVICE))
+            checkpoints.restore(abstract_state(other, LearnerConfig(), ONE_DEVICE))
         assert checkpoints.steps == [1]
 
 
-def test_a_folder_that_cannot_be_written_shows_at_once(tmp_path):
+def test_a_checkpoint_of_an_earlier_layout_is_refused_by_name(tmp_path):
+    state = state_of(1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": state.params["base"], "opt_state": state.opt_state, "step": state.step})
+        message = r"expected \.trainable\['base'\]\['embed'\], got \['opt_state'\].*train the run to its end with that"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.restore(ABSTRACT)
+        assert checkpoints.steps == [1]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"expected a folder to write checkpoints into, got .*; choose another"):
         Checkpoints(tmp_path / "file" / "checkpoints").claim()
 
 
-def test_too_little_space_shows_at_the_first_save(tmp_path, monkeypatch):
+def test_too_little_space_is_refused_at_the_first_save(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(2**40, 0, 2**20))
         with pytest.raises(CheckpointError, match=r"GiB free for 6 checkpoints of .*There is no good checkpoint yet"):
@@ -363,7 +372,7 @@ for step in range(1000):
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.03])
-def test_kill_9_while_saving(tmp_path, delay, user_environment):
+def test_kill_9_during_a_save_leaves_a_complete_checkpoint(tmp_path, delay, user_environment):
     environment = {**user_environment, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
@@ -373,11 +382,13 @@ def test_kill_9_while_saving(tmp_path, delay, user_environment):
                 time.sleep(delay)
                 os.kill(process.pid, signal.SIGKILL)
                 break
-    whole = {name: jax.ShapeDtypeStruct((200_000,), jnp.float32, sharding=jnp.zeros(1).sharding) for name in "abcdefgh"}
+    abstract = {
+        name: jax.ShapeDtypeStruct((200_000,), jnp.float32, sharding=jnp.zeros(1).sharding) for name in "abcdefgh"
+    }
     with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
         latest = checkpoints.latest
         assert latest is not None and latest >= 3  # step 3 was complete before step 4 began
-        for value in checkpoints.restore(whole).values():
+        for value in checkpoints.restore(abstract).values():
             np.testing.assert_array_equal(value, np.full(200_000, latest, np.float32))
         assert checkpoints.latest == latest and checkpoints.extra() == {"step": latest}
         checkpoints.save(latest + 1, {name: jnp.zeros(200_000) for name in "abcdefgh"})
@@ -385,7 +396,7 @@ def test_kill_9_while_saving(tmp_path, delay, user_environment):
         assert not list(tmp_path.glob("*tmp*"))
 
 
-def test_a_resumed_run_goes_on_to_the_last_bit(tmp_path):
+def test_a_resumed_run_is_equal_bit_for_bit(tmp_path):
     from toys import random_trajectories
 
     from aem_jax.batch import BatchLayout, collate

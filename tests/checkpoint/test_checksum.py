@@ -28,14 +28,14 @@ def by_hand(words: np.ndarray) -> str:
     return f"{sum(mix(int(word) ^ mix(i)) for i, word in enumerate(words)) % 2**32:08x}"
 
 
-def test_the_sum_is_the_formula_s():
+def test_the_checksum_equals_its_formula():
     x = np.random.default_rng(1).normal(size=(3, 5, 2)).astype(np.float32)
     assert checksums({"a": {"b": x}}) == {"['a']['b']": by_hand(x.view(np.uint32).reshape(-1))}
     assert checksums(jnp.float32(2.5)) == {"": by_hand(np.array([2.5], np.float32).view(np.uint32))}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_bit_counts_and_its_place(dtype: str):
+def test_the_checksum_depends_on_every_bit_and_its_position(dtype: str):
     x = values(dtype)
     seen = {checksums(x)[""]}
     if dtype == "bool":
@@ -44,10 +44,10 @@ def test_every_bit_counts_and_its_place(dtype: str):
         flips = [(i, bit) for i in range(x.nbytes) for bit in (0, 7)]
         changed = [np.frombuffer(_flipped(x, *flip), x.dtype) for flip in flips]
     changed += [np.roll(x, 1), np.zeros_like(x)]
-    for each in changed:
-        found = checksums(each)[""]
-        assert found not in seen, "two arrays have one checksum"
-        seen.add(found)
+    for array in changed:
+        checksum = checksums(array)[""]
+        assert checksum not in seen, "two arrays have one checksum"
+        seen.add(checksum)
 
 
 def _flipped(x: np.ndarray, index: int, bit: int) -> bytes:
@@ -56,7 +56,7 @@ def _flipped(x: np.ndarray, index: int, bit: int) -> bytes:
     return bytes(data)
 
 
-def test_it_is_the_same_on_every_mesh():
+def test_the_checksum_is_the_same_on_every_mesh():
     mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
     x = np.random.default_rng(2).normal(size=(8, 4)).astype(np.float32)
     specs = [PartitionSpec("data", "tensor"), PartitionSpec(None, ("fsdp", "tensor")), PartitionSpec()]

@@ -38,7 +38,7 @@ def elsewhere(path: Path) -> None:
     path.write_text(json.dumps({"pid": 7, "host": "node3", "since": "noon", "machine": "another", "token": "x"}))
 
 
-def test_one_holds_it_and_lets_go(tmp_path: Path):
+def test_one_process_holds_the_lock_until_it_releases_it(tmp_path: Path):
     path = tmp_path / "lock"
     first = FolderLock(path)
     with pytest.raises(LockedError, match=rf"process {os.getpid()} on .* \(since \d{{4}}-"):
@@ -49,7 +49,7 @@ def test_one_holds_it_and_lets_go(tmp_path: Path):
     FolderLock(path).release()
 
 
-def test_a_process_that_is_killed_leaves_it_free_at_once(tmp_path: Path, user_environment):
+def test_a_killed_process_releases_the_lock_at_once(tmp_path: Path, user_environment):
     environment = {**user_environment, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -82,7 +82,7 @@ def test_a_holder_on_another_machine_is_watched(tmp_path: Path):
     FolderLock(path).release()  # the file no longer changes
 
 
-def test_the_holder_keeps_the_file_moving(tmp_path: Path):
+def test_the_holder_refreshes_the_lock_file(tmp_path: Path):
     held = FolderLock(tmp_path / "lock")
     first = (tmp_path / "lock").stat().st_mtime_ns
     deadline = time.monotonic() + 60
@@ -92,7 +92,7 @@ def test_the_holder_keeps_the_file_moving(tmp_path: Path):
     held.release()
 
 
-def test_without_a_kernel_s_lock_what_moves_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_kernel_lock_refreshes_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def none(file: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
@@ -104,7 +104,7 @@ def test_without_a_kernel_s_lock_what_moves_decides(tmp_path: Path, monkeypatch:
     FolderLock(tmp_path / "lock").release()
 
 
-def test_who_has_lost_it_is_told(tmp_path: Path):
+def test_a_lost_lock_is_detected(tmp_path: Path):
     held = FolderLock(tmp_path / "lock")
     elsewhere(tmp_path / "lock")
     with pytest.raises(LockedError, match="process 7 on node3"):

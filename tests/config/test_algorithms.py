@@ -13,7 +13,8 @@ from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.config import algorithms
 from aem_jax.config.algorithms import AlgorithmConfig
 from aem_jax.credit import AemConfig, experience, make_credit
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.envs.protocol import Task
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 # One group of four; the first episode has three turns. All reward is in the last turn; turns 0 answer one observation.
 TABLE = Experience(
@@ -55,38 +56,38 @@ def test_over_turns_a_long_episode_weighs_more():
 def test_reinforce_by_hand():
     # γ = ½: G = 2.5, 5, 10, 0, 0, 2.  Per response: μ = 3.25, Σ² = 135.25 − 6 · 3.25² = 71.875
     to_go = np.array([2.5, 5.0, 10.0, 0.0, 0.0, 2.0])
-    found = advantages("reinforce++", gamma=0.5, whiten="responses")
-    np.testing.assert_allclose(found, (to_go - 3.25) / np.sqrt(71.875 / 6), rtol=1e-5)
+    computed = advantages("reinforce++", gamma=0.5, whiten="responses")
+    np.testing.assert_allclose(computed, (to_go - 3.25) / np.sqrt(71.875 / 6), rtol=1e-5)
     # Per token the 10 counts twice: μ = 29.5/7, Σ² = 235.25 − 29.5²/7
-    found = advantages("reinforce++", gamma=0.5, ddof=1)
-    np.testing.assert_allclose(found, (to_go - 29.5 / 7) / np.sqrt((235.25 - 29.5**2 / 7) / 6), rtol=1e-5)
+    computed = advantages("reinforce++", gamma=0.5, ddof=1)
+    np.testing.assert_allclose(computed, (to_go - 29.5 / 7) / np.sqrt((235.25 - 29.5**2 / 7) / 6), rtol=1e-5)
     # γ = 1: centred as dr_grpo, then whitened: 7 · 3 − 3 − 3 − 1 = 14 of six; Σ² = 166 − 14²/6
     centred = np.array([7.0, 7.0, 7.0, -3.0, -3.0, -1.0])
-    found = advantages("reinforce++-baseline", whiten="responses")
-    np.testing.assert_allclose(found, (centred - 14 / 6) / np.sqrt((166 - 14**2 / 6) / 6), rtol=1e-5)
+    computed = advantages("reinforce++-baseline", whiten="responses")
+    np.testing.assert_allclose(computed, (centred - 14 / 6) / np.sqrt((166 - 14**2 / 6) / 6), rtol=1e-5)
     # Over turns the centre is the batch's own: dr_grpo over turns has mean 0.
-    found = advantages("reinforce++-baseline", scope="turns", whiten="responses")
-    np.testing.assert_allclose(found, advantages("grpo", scope="turns"), rtol=1e-5)
+    computed = advantages("reinforce++-baseline", scope="turns", whiten="responses")
+    np.testing.assert_allclose(computed, advantages("grpo", scope="turns"), rtol=1e-5)
 
 
 def test_gigpo_by_hand():
     # γ = ½: at the first observation G = 2.5, 0, 0, 2: μ = 9/8, deviations 11, −9, −9, 7 eighths.
     episode = np.array([7.0, 7.0, 7.0, -3.0, -3.0, -1.0])
     step = np.array([11, 0, 0, -9, -9, 7]) / 8
-    found = advantages("gigpo", gamma=0.5, step_weight=2.0, scale="none")
-    np.testing.assert_allclose(found, episode + 2 * step, rtol=1e-6)
-    found = advantages("gigpo", gamma=0.5, ddof=1)  # Σ² = (121 + 81 + 81 + 49)/64 = 332/64
-    np.testing.assert_allclose(found, episode / np.sqrt(68 / 3) + step / np.sqrt(332 / 64 / 3), rtol=1e-5)
+    computed = advantages("gigpo", gamma=0.5, step_weight=2.0, scale="none")
+    np.testing.assert_allclose(computed, episode + 2 * step, rtol=1e-6)
+    computed = advantages("gigpo", gamma=0.5, ddof=1)  # Σ² = (121 + 81 + 81 + 49)/64 = 332/64
+    np.testing.assert_allclose(computed, episode / np.sqrt(68 / 3) + step / np.sqrt(332 / 64 / 3), rtol=1e-5)
 
 
 def test_gae_by_hand():
     # γ = 1, λ = ½. First episode: δ = 0 + 6 − 4, 0 + 8 − 6, 10 − 8 = 2, 2, 2, so Â = 3.5, 3, 2; others −1, 0, 1.
-    found = advantages("gae", gae_lambda=0.5, whiten="responses")
+    computed = advantages("gae", gae_lambda=0.5, whiten="responses")
     raw = np.array([3.5, 3.0, 2.0, -1.0, 0.0, 1.0])
-    np.testing.assert_allclose(found, (raw - raw.mean()) / raw.std(), rtol=1e-5)
+    np.testing.assert_allclose(computed, (raw - raw.mean()) / raw.std(), rtol=1e-5)
     # Per token the third counts twice: μ = 10.5/7, Σ² = 12.25 + 9 + 2 · 4 + 1 + 1 − 7 · 1.5² = 15.5
-    found = advantages("gae", gae_lambda=0.5, ddof=1)
-    np.testing.assert_allclose(found, (raw - 1.5) / np.sqrt(15.5 / 6), rtol=1e-5)
+    computed = advantages("gae", gae_lambda=0.5, ddof=1)
+    np.testing.assert_allclose(computed, (raw - 1.5) / np.sqrt(15.5 / 6), rtol=1e-5)
     # γ = ½, λ = 0: R = r + γ V' = 3, 4, 10 and the last rewards 0, 0, 2
     targets = algorithms.value_targets(AlgorithmConfig("gae", gamma=0.5, gae_lambda=0.0))
     assert targets is not None
@@ -114,18 +115,18 @@ def test_numbers_out_of_range_are_refused(field, value):
 
 def episodes(context: str) -> list[Trajectory]:
     """Three groups of four. A few observations repeat in their turns; one episode is broken."""
-    rng, found = np.random.default_rng(0), []
+    rng, trajectories = np.random.default_rng(0), []
     for n in range(12):
         turns = []
         for _ in range(int(rng.integers(1, 5))):
             m = int(rng.integers(1, 4))
-            heard, said = np.arange(1, 4, dtype=np.int32), np.arange(5, 5 + m, dtype=np.int32)
+            observation, response = np.arange(1, 4, dtype=np.int32), np.arange(5, 5 + m, dtype=np.int32)
             state = f"room {rng.integers(3)}"
             entropies = rng.uniform(0, 2, m)
-            turns.append(Turn(heard, said, -entropies, entropies, float(rng.normal()), True, state))
+            turns.append(Turn(observation, response, -entropies, entropies, float(rng.normal()), True, state))
         ending = Ending.ENV_ERROR if n == 5 else Ending.TERMINATED
-        found.append(Trajectory(Task("t", "k", {}), n // 4, n % 4, tuple(turns), ending, False, context=context))
-    return found
+        trajectories.append(Trajectory(Task("t", "k", {}), n // 4, n % 4, tuple(turns), ending, False, context=context))
+    return trajectories
 
 
 LAYOUT = BatchLayout(num_microbatches=12, rows=4, row_length=24, max_responses=60, max_trajectories=16)
@@ -139,16 +140,16 @@ def test_both_contexts_give_the_same_credit(estimator: str):
     values = np.random.default_rng(1).normal(size=LAYOUT.max_responses).astype(np.float32) if targets else None
     batches = {context: collate(episodes(context), LAYOUT) for context in ("append", "window")}
     assert (batches["append"].response_ids != batches["window"].response_ids).any()
-    found = {
+    credits = {
         context: jax.device_get(credit(place(batch, ONE_DEVICE), None, values)[0]) for context, batch in batches.items()
     }
-    one, other = found["append"], found["window"]
+    one, other = credits["append"], credits["window"]
     np.testing.assert_array_equal(one.base, other.base)
     np.testing.assert_allclose(one.coefficients, other.coefficients, rtol=1e-6)
     for context, batch in batches.items():
-        scaled = found[context].base * found[context].coefficients
+        scaled = credits[context].base * credits[context].coefficients
         ids = np.asarray(batch.response_ids)
-        np.testing.assert_allclose(found[context].tokens, np.where(ids >= 0, scaled[ids], 0.0), rtol=1e-6)
+        np.testing.assert_allclose(credits[context].tokens, np.where(ids >= 0, scaled[ids], 0.0), rtol=1e-6)
     assert np.abs(one.base).max() > 0.1 and np.ptp(one.coefficients) > 0.1
     assert (one.values is None) == (targets is None)
     if targets is not None:
@@ -161,17 +162,17 @@ def test_aem_scales_advantages_and_never_what_values_are_fitted_to():
     batch = place(collate(episodes("window"), LAYOUT), ONE_DEVICE)
     values = np.random.default_rng(1).normal(size=LAYOUT.max_responses).astype(np.float32)
     values[~np.asarray(batch.response_valid)] = np.nan
-    found, statistics = jax.device_get(make_credit(estimate, AemConfig(), 3, ONE_DEVICE, targets)(batch, None, values))
-    table, spoken = experience(batch, jnp.asarray(values)), ~np.isnan(values)
+    credit, statistics = jax.device_get(make_credit(estimate, AemConfig(), 3, ONE_DEVICE, targets)(batch, None, values))
+    table, has_value = experience(batch, jnp.asarray(values)), ~np.isnan(values)
     ids = np.asarray(batch.response_ids)
-    base, alpha = np.asarray(estimate(table, 3)), found.coefficients
-    np.testing.assert_allclose(found.tokens, np.where(ids >= 0, (base * alpha)[ids], 0.0), rtol=1e-5, atol=1e-6)
+    base, alpha = np.asarray(estimate(table, 3)), credit.coefficients
+    np.testing.assert_allclose(credit.tokens, np.where(ids >= 0, (base * alpha)[ids], 0.0), rtol=1e-5, atol=1e-6)
     assert np.ptp(alpha) > 0.1 and targets is not None
-    returns = np.asarray(targets(table, 3))[spoken]
-    np.testing.assert_allclose(found.values.returns[spoken], returns, rtol=1e-5, atol=1e-6)
-    assert statistics["value/mean"] == pytest.approx(values[spoken].mean(), rel=1e-4)
+    returns = np.asarray(targets(table, 3))[has_value]
+    np.testing.assert_allclose(credit.values.returns[has_value], returns, rtol=1e-5, atol=1e-6)
+    assert statistics["value/mean"] == pytest.approx(values[has_value].mean(), rel=1e-4)
     assert statistics["value/return"] == pytest.approx(returns.mean(), rel=1e-4)
-    explained = 1 - np.var(returns - values[spoken]) / np.var(returns)
+    explained = 1 - np.var(returns - values[has_value]) / np.var(returns)
     assert statistics["value/explained_variance"] == pytest.approx(explained, rel=1e-4)
 
 

@@ -10,12 +10,13 @@ from aem_jax.batch import BatchConfig
 from aem_jax.config import components
 from aem_jax.config.presets import DEFAULT, read_preset
 from aem_jax.config.run import RunConfig
+from aem_jax.envs.protocol import Task
 from aem_jax.errors import ConfigError
 from aem_jax.models.config import ModelChoice
 from aem_jax.overrides import apply, split
 from aem_jax.selection import Rule, SelectionConfig
 from aem_jax.sharding import MeshConfig
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 
 def test_every_name_of_a_selection_has_a_function():

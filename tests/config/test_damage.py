@@ -70,10 +70,10 @@ def tasks(folder: Path) -> tuple[Path, Callable[[], object]]:
 @pytest.mark.parametrize("make", [preset, run_config, tasks])
 def test_damage_is_one_line(make, tmp_path: Path):
     path, read = make(tmp_path)
-    whole, right = path.read_bytes(), read()
+    content, right = path.read_bytes(), read()
     refused = 0
     for seed in range(SEEDS):
-        path.write_bytes(damaged(whole, seed))
+        path.write_bytes(damaged(content, seed))
         try:
             json.dumps(read(), default=vars, ensure_ascii=False).encode()
         except ValueError as error:
@@ -81,7 +81,7 @@ def test_damage_is_one_line(make, tmp_path: Path):
             assert str(error).strip() and path.name in str(error), (seed, error)
             assert "\n" not in str(error), (seed, error)
     assert refused > SEEDS // 4
-    path.write_bytes(whole)
+    path.write_bytes(content)
     assert read() == right
 
 

@@ -68,7 +68,7 @@ def test_an_environment_s_code_that_changed_is_said(run: Path, caplog):
     saved.save(config, run)
     (run.parent / "env.py").write_text("class Env: pass  # faster\n")
     inputs.check_sources(run, config, "refuse")
-    assert [each.levelno for each in caplog.records] == [logging.WARNING] and "--openenv.serve" in caplog.text
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] and "--openenv.serve" in caplog.text
 
 
 def test_a_file_that_moved_is_the_same_and_another_is_not(run: Path):
@@ -106,11 +106,11 @@ def test_folders_of_data_are_known_by_their_tasks(tmp_path: Path, run: Path):
 def test_large_files_are_known_by_size_begin_end_and_blocks_between(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(inputs, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(inputs, "_BLOCK_BYTES", 10)
-    file, found = tmp_path / "large", set()
+    file, digests = tmp_path / "large", set()
     for content in (b"a" * 7000, b"a" * 7001, b"b" + b"a" * 6999, b"a" * 6999 + b"b", b"a" * 3000 + b"b" * 4000):
         file.write_bytes(content)
-        found.add(inputs.digest(file, [file]))
-    assert len(found) == 5
+        digests.add(inputs.digest(file, [file]))
+    assert len(digests) == 5
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer/tokenizer.json", "model/config.json"])
@@ -122,11 +122,11 @@ def test_the_run_s_own_files_are_those_that_it_wrote(run: Path, tmp_path: Path, 
     config = RunConfig(model=ModelChoice(path=str(tmp_path / "model")))
     saved.save(config, run)
     assert saved.load(run) == config
-    whole = (run / name).read_text()
-    (run / name).write_text(whole.replace("1", "2"))
+    text = (run / name).read_text()
+    (run / name).write_text(text.replace("1", "2"))
     with pytest.raises(ConfigError, match=f"{run / name}: expected the file as the run wrote it, got another content"):
         saved.load(run)
-    (run / name).write_text(whole)
+    (run / name).write_text(text)
     saved.save(replace(config, train=replace(config.train, num_steps=7)), run, begun=True)  # not damage
     assert saved.load(run).train.num_steps == 7
     (run / name).unlink()
@@ -179,12 +179,12 @@ def test_frozen_weights_are_known_by_their_numbers(run: Path, tmp_path: Path):
     _, found = frozen_weights.load(config, run, policy, mesh, None)
     inputs.write(run, {inputs.FROZEN: found})
     assert inputs.load(run)[inputs.FROZEN] == found
-    assert found == checksums(jax.tree.map(lambda x, dtype: x.astype(dtype), params, policy.dtypes))
+    assert found == checksums(jax.tree.map(lambda x, dtype: x.astype(dtype), params, policy.dtypes)["base"])
     moved = replace(config, model=ModelChoice(path=str(tmp_path / "moved")))
     save_pretrained(tmp_path / "moved", TINY, params, max_file_bytes=1000)  # the same numbers in other files
     saved.check_resumable(config, moved, run)
     frozen_weights.load(moved, run, policy, mesh, found)
-    save_pretrained(tmp_path / "other", TINY, {**params, "embed": params["embed"] * 1.01})
+    save_pretrained(tmp_path / "other", TINY, {"base": {**params["base"], "embed": params["base"]["embed"] * 1.01}})
     other = replace(config, model=ModelChoice(path=str(tmp_path / "other")))
     with pytest.raises(
         ConfigError, match=r"weights in .*other have changed since .*\['embed'\].*put the old ones back"

@@ -3,16 +3,37 @@
 import pytest
 
 from aem_jax.config import validate
-from aem_jax.config.presets import DEFAULT, algorithm_names, preset_names, read_preset
+from aem_jax.config.presets import DEFAULT, algorithm_names, model_names, read_preset, setting_names
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
-from aem_jax.overrides import apply, split
+from aem_jax.overrides import apply, as_values, split
+
+PAPERS = [name for name in setting_names() if name.endswith("-paper")]
+COMBINATIONS = [(name,) for name in setting_names() if name not in PAPERS]
+COMBINATIONS += [(name, model) for name in PAPERS for model in model_names()]
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_presets_hold_together(name: str):
-    for names in ((name,), *((name, algorithm) for algorithm in algorithm_names())):
-        validate.check(read_preset(*names))
+@pytest.mark.parametrize("names", COMBINATIONS, ids="-".join)
+def test_presets_hold_together(names: tuple[str, ...]):
+    for more in ((), *((algorithm,) for algorithm in algorithm_names())):
+        validate.check(read_preset(*names, *more))
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_setting_of_the_paper_needs_a_model_and_takes_any(name: str):
+    with pytest.raises(ConfigError, match=r"^expected a model, got none; add the preset of one, as in --preset"):
+        validate.check(read_preset(name))
+    alone = as_values(read_preset(name))
+    for model in model_names():
+        composed = as_values(read_preset(name, model))
+        changed = {key: value for key, value in composed.items() if value != alone[key]}
+        assert changed.keys() == {"preset", "model.path", "learner.remat"} and changed["learner.remat"] == "layers"
+        assert as_values(read_preset(model, name)) == composed | {"preset": f"{model} + {name}"}
+
+
+def test_any_model_goes_with_a_setting_of_the_paper():
+    for words in ["--model.path", "/models/mine"], ["--model.name", "qwen3-8b"]:
+        validate.check(apply(read_preset(PAPERS[0]), split(words)[1]))
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,12 @@ def start(words: Sequence[str], environment: dict[str, str]) -> subprocess.Popen
 
 def finish(processes: Sequence[subprocess.Popen[str]], statuses: Sequence[int], timeout_s: float = 500) -> list[str]:
     """The output of each process. Each must end with its expected status, and none is left running."""
-    deadline, said = time.monotonic() + timeout_s, []
+    deadline, outputs = time.monotonic() + timeout_s, []
     try:
         for process in processes:
-            said.append(process.communicate(timeout=max(deadline - time.monotonic(), 1.0))[0])
+            outputs.append(process.communicate(timeout=max(deadline - time.monotonic(), 1.0))[0])
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == list(statuses), "\n".join(said)
-    return said
+    assert [process.returncode for process in processes] == list(statuses), "\n".join(outputs)
+    return outputs

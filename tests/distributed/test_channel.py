@@ -19,19 +19,19 @@ class Ends:
         server, address = listen(["127.0.0.1"])
         with ThreadPoolExecutor() as pool:
             calls = [pool.submit(call, address, process, 20.0) for process in range(1, count)]
-            self.peers = [accept(server, address, count, 20.0), *(each.result() for each in calls)]
+            self.peers = [accept(server, address, count, 20.0), *(future.result() for future in calls)]
         self.failures: list[queue.Queue[PeerFailure]] = [queue.Queue() for _ in range(count)]
         self.channels = [
             ControlChannel(index, peers, heartbeat_timeout_s, self.failures[index].put)
             for index, peers in enumerate(self.peers)
         ]
 
-    def each(self, function, *arguments):
+    def on_all(self, function, *arguments):
         """`function(channel, its argument)` of all ends at once; exceptions are returned."""
 
         def one(index: int):
             try:
-                return function(self.channels[index], *(each[index] for each in arguments))
+                return function(self.channels[index], *(values[index] for values in arguments))
             except Exception as error:
                 return error
 
@@ -45,17 +45,17 @@ class Ends:
             peer._connection.shutdown(socket.SHUT_RDWR)
 
 
-def test_all_hear_what_each_says():
+def test_gather_returns_the_messages_of_all_processes():
     ends = Ends(3)
-    for said in ([b"a", b"", b"ccc"], [b"x" * 3_000_000, b"y", b"z" * 70_000]):
-        assert ends.each(ControlChannel.gather, said) == [said] * 3
-    assert ends.each(ControlChannel.close) == [None] * 3
+    for messages in ([b"a", b"", b"ccc"], [b"x" * 3_000_000, b"y", b"z" * 70_000]):
+        assert ends.on_all(ControlChannel.gather, messages) == [messages] * 3
+    assert ends.on_all(ControlChannel.close) == [None] * 3
     time.sleep(0.1)
-    assert all(found.empty() for found in ends.failures)  # closing together is not a failure
+    assert all(failures.empty() for failures in ends.failures)  # closing together is not a failure
 
 
 @pytest.mark.parametrize("gone", [0, 1])
-def test_one_that_is_killed_is_named_to_all_others(gone: int):
+def test_a_killed_process_is_named_to_all_others(gone: int):
     ends = Ends(3)
     ends.cut(gone)
     for index in {0, 1, 2} - {gone}:
@@ -65,18 +65,18 @@ def test_one_that_is_killed_is_named_to_all_others(gone: int):
             ends.channels[index].gather(b"more")
 
 
-def test_a_wait_ends_when_another_is_killed():
+def test_a_gather_ends_when_another_process_is_killed():
     ends = Ends(3)
     with ThreadPoolExecutor() as pool:
         waiting = [pool.submit(ends.channels[index].gather, b"here") for index in (0, 2)]
         time.sleep(0.2)
         ends.cut(1)
-        for each in waiting:
+        for future in waiting:
             with pytest.raises(PeerDisconnectedError, match="process 1 "):
-                each.result(timeout=10)
+                future.result(timeout=10)
 
 
-def test_one_that_has_to_leave_says_why():
+def test_abort_reports_the_reason_to_all_others():
     ends = Ends(3)
     ends.channels[2].abort("no space left on /data")
     for index in (0, 1):
@@ -85,7 +85,7 @@ def test_one_that_has_to_leave_says_why():
         assert str(failure) == f"process 2 (on {socket.gethostname()}) left: no space left on /data"
 
 
-def test_one_that_falls_silent_is_missed():
+def test_a_silent_process_is_detected():
     server, address = listen(["127.0.0.1"])
     with ThreadPoolExecutor() as pool:
         silent = pool.submit(call, address, 1, 20.0)  # a peer without a channel: it sends nothing
@@ -96,13 +96,13 @@ def test_one_that_falls_silent_is_missed():
     assert isinstance(silent.result()[0], Peer)
 
 
-def test_nobody_is_missed_while_all_are_there():
+def test_idle_processes_are_no_failures():
     ends = Ends(2, heartbeat_timeout_s=2.0)
     time.sleep(5.0)
-    assert ends.each(ControlChannel.gather, [b"a", b"b"]) == [[b"a", b"b"]] * 2
+    assert ends.on_all(ControlChannel.gather, [b"a", b"b"]) == [[b"a", b"b"]] * 2
 
 
-def test_strangers_are_sent_away_and_who_does_not_call_is_named():
+def test_strangers_are_refused_and_missing_processes_named():
     server, address = listen(["127.0.0.1"])
     with ThreadPoolExecutor() as pool:
         stranger = pool.submit(call, replace(address, hosts=("127.0.0.1",), token="guess"), 1, 1.0)
@@ -113,10 +113,10 @@ def test_strangers_are_sent_away_and_who_does_not_call_is_named():
             stranger.result()
 
 
-def test_beats_do_not_disturb_large_messages():
+def test_heartbeats_do_not_disturb_large_messages():
     ends = Ends(2, heartbeat_timeout_s=1.0)  # beats five times a second
-    said = [bytes(5_000_000), bytes(3_000_000)]
+    messages = [bytes(5_000_000), bytes(3_000_000)]
     for _ in range(3):
-        assert ends.each(ControlChannel.gather, said) == [said] * 2
+        assert ends.on_all(ControlChannel.gather, messages) == [messages] * 2
         time.sleep(0.2)
     assert threading.active_count() < 100

@@ -39,7 +39,7 @@ def both(function, arguments) -> list:
         return [call.exception() or call.result() for call in calls]
 
 
-def test_a_process_is_alone_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch):
+def test_the_expected_count_is_1_without_an_announcement(monkeypatch: pytest.MonkeyPatch):
     assert join.detected_count() == join.expected_count(RuntimeConfig()) == 1
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
@@ -63,20 +63,20 @@ def test_a_process_is_alone_unless_somebody_says_otherwise(monkeypatch: pytest.M
         ({"heartbeat_timeout_s": 1.0}, "heartbeat_timeout_s of at least 5"),
     ],
 )
-def test_flags_that_say_half_are_refused(settings: dict, complaint: str):
+def test_incomplete_coordinator_settings_are_refused(settings: dict, complaint: str):
     with pytest.raises(ValueError, match=complaint):
         RuntimeConfig(**settings)
 
 
-def test_a_record_says_nothing_of_the_process_that_wrote_it():
+def test_saved_settings_do_not_identify_the_process():
     explicit = RuntimeConfig(coordinator="a:1", num_processes=2, process_id=1, cpu_devices=4)
     assert join.without_process(explicit) == RuntimeConfig(cpu_devices=4)
 
 
-def test_settings_that_differ_are_named_with_both_values():
+def test_differing_settings_are_refused_with_both_values():
     config = RunConfig()
     runtimes = [replace(config.runtime, coordinator="a:1", num_processes=2, process_id=index) for index in (0, 1)]
-    assert both(join.check_same, [_identity(replace(config, runtime=each)) for each in runtimes]) == [None, None]
+    assert both(join.check_same, [_identity(replace(config, runtime=runtime)) for runtime in runtimes]) == [None, None]
     for error in both(join.check_same, [_identity(config), _identity(replace(config, seed=3))]):
         assert isinstance(error, ConfigError)
         assert str(error).startswith(
@@ -92,7 +92,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: pyt
         assert isinstance(error, ConfigError) and "process 1 does not see what process 0 writes" in str(error)
 
 
-def test_servers_elsewhere_are_dealt_to_the_processes():
+def test_server_urls_are_distributed_over_the_processes():
     share = lambda index, count, urls: join.shard_urls(ProcessGroup(index, count, lambda data: [data]), urls)
     assert join.shard_urls(SINGLE_PROCESS, ("a", "b")) == ("a", "b")
     assert [share(index, 2, ("a", "b", "c")) for index in (0, 1)] == [("a", "c"), ("b",)]

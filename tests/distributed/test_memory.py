@@ -41,7 +41,7 @@ def test_warm_computations_fault_no_pages_in(user_environment):
     assert faults("keep") < 0.2 * given_back
 
 
-def test_the_platform_is_known_before_jax_looks_for_devices(monkeypatch):
+def test_the_platform_is_known_before_jax_initializes(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     assert computes_on_cpu("cpu") and not computes_on_cpu("tpu") and not computes_on_cpu(None)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

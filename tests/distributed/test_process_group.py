@@ -5,7 +5,7 @@ import pytest
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
 
 
-def test_alone_nothing_is_encoded():
+def test_a_single_process_encodes_nothing():
     thing = object()
     assert SINGLE_PROCESS.gather_json(thing) == [thing] and SINGLE_PROCESS.broadcast(thing) is thing
     assert SINGLE_PROCESS.max(3) == 3 and SINGLE_PROCESS.is_first
@@ -13,7 +13,7 @@ def test_alone_nothing_is_encoded():
 
 
 @pytest.mark.parametrize(("size", "count"), [(8, 2), (7, 3), (2, 4), (0, 3)])
-def test_shares_are_neighbours_and_even(size: int, count: int):
+def test_shards_are_contiguous_and_even(size: int, count: int):
     shares = [ProcessGroup(index, count, lambda data: [data]).shard(size) for index in range(count)]
-    assert [each for share in shares for each in share] == list(range(size))
+    assert [item for share in shares for item in share] == list(range(size))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

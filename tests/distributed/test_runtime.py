@@ -13,30 +13,30 @@ from aem_jax.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_cache_lies_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_compilation_cache_has_the_chosen_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder(RuntimeConfig()) == tmp_path / "aem_jax" / "xla"
     assert cache_folder(RuntimeConfig(compilation_cache="/x/y")) == Path("/x/y")
     assert cache_folder(RuntimeConfig(compilation_cache="off")) is None
 
 
-def test_a_cache_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_cache_folder_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--runtime\.compilation-cache"):
         set_up(RuntimeConfig(compilation_cache=str(tmp_path / "file" / "cache")))
 
 
-def test_versions_say_what_a_number_depends_on():
-    found = versions()
-    assert set(found) == {"aem_jax", "jax", "jaxlib", "python", "devices", "cpus"} and all(found.values())
+def test_versions_name_packages_and_devices():
+    names = versions()
+    assert set(names) == {"aem_jax", "jax", "jaxlib", "python", "devices", "cpus"} and all(names.values())
 
 
 def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
-def test_what_we_say_is_seen_whatever_a_library_set_up_before(user_environment):
+def test_set_up_replaces_earlier_logging(user_environment):
     done = run(
         "import logging; logging.basicConfig(level=logging.WARNING, format='not ours %(message)s')\n"
         "from aem_jax.config.run import RuntimeConfig\n"
@@ -65,7 +65,7 @@ print(jax.device_count())
     assert list((tmp_path / "xla").iterdir())
 
 
-def test_a_platform_that_is_not_there_is_one_error(user_environment):
+def test_a_missing_platform_is_refused(user_environment):
     environment = {k: v for k, v in user_environment.items() if not k.startswith("JAX_")}
     code = """
 from aem_jax.distributed.config import RuntimeConfig
@@ -80,7 +80,7 @@ except ConfigError as error:
     assert result.stdout.startswith("--runtime.platform tpux: "), result.stderr
 
 
-def test_settings_that_change_numbers_are_the_same_whatever_the_environment_says(user_environment):
+def test_environment_variables_do_not_change_settings_that_affect_numbers(user_environment):
     code = (
         "import aem_jax.distributed.runtime as r, jax; r.fix_settings(); "
         "print([getattr(jax.config, name) == value for name, value in r.FIXED.items()], jax.numpy.ones(2).dtype)"

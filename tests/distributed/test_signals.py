@@ -54,7 +54,7 @@ def start(code: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_lets_the_step_end_and_save(number: signal.Signals, status: int):
+def test_the_first_signal_completes_the_step_and_saves(number: signal.Signals, status: int):
     process = start(STEPS)
     process.send_signal(number)
     out, error = process.communicate(timeout=20)
@@ -71,7 +71,7 @@ def test_a_second_ctrl_c_quits_at_once_even_inside_a_long_call():
     assert process.wait(timeout=10) == 130
 
 
-def test_without_a_signal_nothing_is_asked_for():
+def test_no_signal_requests_no_stop():
     request = StopRequest()
     assert not request.requested and not request.look() and request.exit_status == 0
 
@@ -90,14 +90,14 @@ runpy.run_module("aem_jax.launch", run_name="__main__", alter_sys=True)
 @pytest.mark.parametrize(
     "module", ["aem_jax.launch.cli", "aem_jax.config.run", "jax._src.core", "aem_jax.launch.training"]
 )
-def test_ctrl_c_while_modules_load_is_quiet(module: str, tmp_path: Path, user_environment):
+def test_ctrl_c_during_imports_prints_no_traceback(module: str, tmp_path: Path, user_environment):
     code = INTERRUPTED.replace("MODULE", module)
     line = [sys.executable, "-c", code, "train", "--runs-dir", str(tmp_path)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=user_environment)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_ctrl_c_while_a_model_is_written_takes_it_away(tmp_path: Path):
+def test_ctrl_c_during_an_export_removes_its_files(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt), undone_on_interrupt(), new_folder(tmp_path / "out") as partial:
         (partial / "part").write_text("half")
         os.kill(os.getpid(), signal.SIGINT)
@@ -105,7 +105,7 @@ def test_ctrl_c_while_a_model_is_written_takes_it_away(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_handlers_are_put_back():
+def test_signal_handlers_are_restored():
     from aem_jax.distributed.signals import stop_on_signals
 
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

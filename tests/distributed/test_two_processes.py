@@ -28,9 +28,9 @@ def test_two_steps_give_the_losses_and_trajectories_of_one_process(tmp_path: Pat
     assert sum(step["rollout/retries"] for step in seen[0]["split"]["history"]) == 2
     assert any(abs(step["learner/loss"]) > 1e-3 for step in expected["history"])
     assert any(step["selection/rounds"] == 2 for step in expected["history"])
-    for found in (run[mesh] for run in seen for mesh in ("split", "across")):
-        assert found["episodes"] == expected["episodes"]
-        for ours, theirs in zip(found["history"], expected["history"], strict=True):
+    for result in (run[mesh] for run in seen for mesh in ("split", "across")):
+        assert result["episodes"] == expected["episodes"]
+        for ours, theirs in zip(result["history"], expected["history"], strict=True):
             assert {name: ours[name] for name in NAMES} == pytest.approx(
                 {name: theirs[name] for name in NAMES}, rel=1e-5, abs=1e-5
             )

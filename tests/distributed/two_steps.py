@@ -17,8 +17,8 @@ from aem_jax.advantage import grpo, of_returns, over_trajectories
 from aem_jax.batch import BatchLayout
 from aem_jax.credit import AemConfig, make_credit
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
-from aem_jax.envs.protocol import StepResult
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
+from aem_jax.envs.protocol import StepResult, Task
+from aem_jax.learner import LearnerConfig, init_state, make_update
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
@@ -26,7 +26,6 @@ from aem_jax.sampler.reshard import make_reshard
 from aem_jax.selection import Rule, succeeded
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import train
-from aem_jax.trajectory import Task
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
@@ -75,7 +74,7 @@ def two_steps(
     rollout = Rollout(sampler, ByteChat(), pool, ROLLOUT, processes)
     tasks = [Task(word, "vowel", {"word": word}) for word in ("ab", "cd", "ef", "gh")]
     train(
-        init_state(POLICY, make_optimizer(config, POLICY.axes), mesh, jax.random.key(0)),
+        init_state(POLICY, config, mesh, jax.random.key(0)),
         rollout=rollout,
         tasks=lambda step, round: tasks,
         rule=Rule(len(tasks), max_rounds=2, outcome=succeeded),

@@ -22,18 +22,18 @@ import pytest
 
 from aem_jax.bench.measure import summarise
 from aem_jax.compilations import compilations
-from aem_jax.doctor import attention, child, command, episodes, machine, parent, parity, speed, training
+from aem_jax.doctor import attention, command, episodes, machine, parity, process, speed, training
 from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.finding import CHECKS, Finding
 from aem_jax.doctor.page import Page
-from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
 from aem_jax.models import CONFIGS, ModelConfig
 from aem_jax.models.attention import row_attention
 from aem_jax.models.kernels import KERNELS
 from aem_jax.rollout.stats import RolloutStats
-from aem_jax.trajectory import Ending, Task, Trajectory, Turn
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 CONFIG = DoctorConfig(model="tiny")
 WELL = Finding(True, "all is well")
@@ -42,7 +42,7 @@ WELL = Finding(True, "all is well")
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch):
     """A model that compiles quickly; all tests share it, its programs and this process."""
-    monkeypatch.setattr(parent, "findings", child.examine_all)
+    monkeypatch.setattr(process, "findings", process.examine_all)
     monkeypatch.setitem(CONFIGS, "tiny", ModelConfig(64, 16, 32, 1, 2, 1, 8, qkv_bias=True))
 
 
@@ -50,11 +50,11 @@ def small(monkeypatch: pytest.MonkeyPatch):
 def own_programs():
     """Uses no programs compiled by other tests, and leaves none to them."""
     caches = (episodes.random_params, episodes.make_sampler, parity._learner)
-    for each in caches:
-        each.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
     yield
-    for each in caches:
-        each.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def run(*words: str) -> int:
 # The table, its exit status, its two forms.
 
 
-def test_the_table_names_functions_and_every_kernel():
+def test_every_check_is_a_function_and_every_kernel_has_a_check():
     for target in CHECKS.values():
         module, _, function = target.partition(":")
         assert callable(getattr(importlib.import_module(f"aem_jax.doctor.{module}"), function))
@@ -96,23 +96,23 @@ def test_the_table_names_functions_and_every_kernel():
     assert {f"attention-{name}" for name in KERNELS} <= set(CHECKS)
 
 
-def test_what_raises_is_a_fault_and_the_next_goes_on(stubbed, capsys):
+def test_an_exception_is_a_fault_and_the_next_check_runs(stubbed, capsys):
     lines = "no such gpu\nframe 1\nframe 2"
     stubbed(greedy=fail(RuntimeError(lines)), mesh=lambda config: Finding(None, "one device"))
     assert run("--json") == 1
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert (found["ok"], found["complete"], found["model"]) == (False, True, "tiny")
-    by_name = {each["name"]: each for each in found["results"]}
+    report = json.loads(out)
+    assert (report["ok"], report["complete"], report["model"]) == (False, True, "tiny")
+    by_name = {result["name"]: result for result in report["results"]}
     assert list(by_name) == list(CHECKS)
     assert by_name["greedy"]["text"] == "RuntimeError: no such gpu" and "doctor greedy" in by_name["greedy"]["advice"]
     assert "Traceback" in by_name["greedy"]["facts"]["traceback"]
-    assert all(each["ok"] for name, each in by_name.items() if name not in ("greedy", "mesh"))
+    assert all(result["ok"] for name, result in by_name.items() if name not in ("greedy", "mesh"))
     assert "✗ greedy" in err and "✓ learner" in err and "– mesh" in err and "→ alone" in err
     assert err.splitlines()[-1].startswith(f"{len(by_name) - 2} ✓, 1 ✗, 1 –") and err.rstrip().endswith(": greedy")
 
 
-def test_nothing_wrong_is_0_and_names_choose(stubbed, capsys):
+def test_the_exit_status_is_0_without_faults_and_names_select_checks(stubbed, capsys):
     stubbed(greedy=fail(AssertionError("not asked for")))
     assert run("learner", "versions") == 0
     out, err = capsys.readouterr()
@@ -134,16 +134,16 @@ def test_mistakes_are_one_line(words: list[str], message: str, capsys):
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (command._StoppedError(), 143)])
-def test_a_run_that_is_cut_off_leaves_what_it_had(stubbed, error: BaseException, status: int, capsys):
+def test_an_interrupted_run_prints_its_earlier_findings(stubbed, error: BaseException, status: int, capsys):
     stubbed(memory=fail(error))
     assert run("--json") == status
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert [each["name"] for each in found["results"]] == ["versions", "devices"] and not found["complete"]
+    report = json.loads(out)
+    assert [result["name"] for result in report["results"]] == ["versions", "devices"] and not report["complete"]
     assert "Traceback" not in err and "stopped after 2 of" in err
 
 
-def test_a_platform_that_fails_is_a_fault_and_the_cpu_goes_on(stubbed, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_failed_platform_is_a_fault_and_the_checks_run_on_the_cpu(stubbed, monkeypatch: pytest.MonkeyPatch, capsys):
     def broken(config: Any) -> None:
         raise ConfigError("--runtime.platform auto: no cuBLAS\nsecond line")
 
@@ -156,7 +156,7 @@ def test_a_platform_that_fails_is_a_fault_and_the_cpu_goes_on(stubbed, monkeypat
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_stream_that_takes_ascii_gets_ascii(encoding: str):
+def test_a_stream_without_unicode_gets_ascii(encoding: str):
     raw = io.BytesIO()
     with io.TextIOWrapper(raw, encoding=encoding, write_through=True) as stream:
         page = Page(stream)
@@ -168,9 +168,9 @@ def test_a_stream_that_takes_ascii_gets_ascii(encoding: str):
     assert max(map(len, lines)) < 140 and "-> raise it -> 4" in lines[-2]
 
 
-def test_numbers_that_are_not_finite_make_json_all_the_same():
-    found = Finding(False, "NaN", "stop", {"gap": float("nan"), "all": (np.float32(1), jnp.inf)})
-    line = json.loads(child.as_line(found), parse_constant=pytest.fail)
+def test_non_finite_numbers_are_valid_json():
+    finding = Finding(False, "NaN", "stop", {"gap": float("nan"), "all": (np.float32(1), jnp.inf)})
+    line = json.loads(process.as_line(finding), parse_constant=pytest.fail)
     assert Finding(**line).facts == {"gap": "nan", "all": ["1.0", "inf"]}
 
 
@@ -178,23 +178,23 @@ def test_numbers_that_are_not_finite_make_json_all_the_same():
 
 CHILD = """
 import os, signal, sys, time
-from aem_jax.doctor import child, machine
+from aem_jax.doctor import machine, process
 {replaced}
-sys.exit(child.main(sys.argv[1:]))
+sys.exit(process.main(sys.argv[1:]))
 """
 
 
 def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: str) -> None:
     script = tmp_path / "child.py"
     script.write_text(CHILD.format(replaced=replaced))
-    monkeypatch.setattr(parent, "CHILD", (sys.executable, str(script)))
-    monkeypatch.setattr(parent, "findings", FINDINGS)
+    monkeypatch.setattr(process, "CHILD", (sys.executable, str(script)))
+    monkeypatch.setattr(process, "findings", FINDINGS)
 
 
-FINDINGS = parent.findings
+FINDINGS = process.findings
 
 
-def test_a_check_that_takes_its_process_along_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_crash_or_hang_of_the_process_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """The check crashes or hangs; the next one runs in another process. Output of a library is not a finding."""
     hanging = tmp_path / "hanging"
     crash = "machine.memory = lambda config: (print('chatter', flush=True), os.abort())"
@@ -211,16 +211,18 @@ def test_a_check_that_takes_its_process_along_is_a_fault(tmp_path: Path, monkeyp
                 now += 1e6
         return now
 
-    monkeypatch.setattr(parent, "monotonic", clock)
+    monkeypatch.setattr(process, "monotonic", clock)
     assert run("versions", "memory", "disk", "sandbox-podman", "--json") == 1
-    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)["results"]}
-    assert [each["ok"] for each in found.values()] == [True, False, False, None]
-    assert found["memory"]["text"] == "the process crashed (SIGABRT)" and "doctor memory" in found["memory"]["advice"]
-    assert found["disk"]["text"] == "the process said nothing for 300 s"
+    results = {result["name"]: result for result in json.loads(capsys.readouterr().out)["results"]}
+    assert [result["ok"] for result in results.values()] == [True, False, False, None]
+    assert (
+        results["memory"]["text"] == "the process crashed (SIGABRT)" and "doctor memory" in results["memory"]["advice"]
+    )
+    assert results["disk"]["text"] == "the process printed nothing for 300 s"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_does_not_wait_for_a_compilation(
+def test_a_signal_ends_a_check_at_once(
     number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     """A run stopped by a signal during a check writes its results so far and leaves no process behind."""
@@ -246,38 +248,36 @@ def test_a_signal_does_not_wait_for_a_compilation(
     finally:
         signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
-    assert [each["name"] for each in json.loads(out)["results"]] == ["versions"] and "Traceback" not in err
+    assert [result["name"] for result in json.loads(out)["results"]] == ["versions"] and "Traceback" not in err
     with pytest.raises(ProcessLookupError):
         os.kill(int(noted.read_text()[:-1]), 0)
 
 
-def test_a_platform_that_is_not_there_is_a_mistake_in_the_command(monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(parent, "findings", FINDINGS)
+def test_a_missing_platform_is_a_mistake_in_the_command(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(process, "findings", FINDINGS)
     monkeypatch.delenv("JAX_PLATFORMS")
     assert run("versions", "--runtime.platform", "cuda") == 2
-    (line,) = [
-        each for each in capsys.readouterr().err.splitlines() if each.startswith("error: --runtime.platform cuda")
-    ]
-    assert line
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("error: --runtime.platform cuda") for line in lines) == 1
 
 
 # Numbers: sampler, learner, kernels.
 
 
-def test_a_sampler_that_agrees_and_a_learner_with_another_parameter():
+def test_parity_holds_and_fails_for_changed_parameters():
     sampled = parity.sample(CONFIG.shallow("float32"))
-    found = parity._exact(sampled)
-    assert found.ok and found.facts["tokens"] > 100, found
+    finding = parity._exact(sampled)
+    assert finding.ok and finding.facts["tokens"] > 100, finding
     for name in ("qkv_bias", "attention_norm", "down"):
-        layers = sampled.params["layers"]
-        other = {**sampled.params, "layers": {**layers, name: layers[name] + 0.05}}
+        base = sampled.params["base"]
+        other = {"base": {**base, "layers": {**base["layers"], name: base["layers"][name] + 0.05}}}
         wrong = parity._exact(sampled._replace(params=other))
         assert wrong.ok is False and "expected a gap of at most" in wrong.text and "XLA_FLAGS" in wrong.advice, name
     nan = jax.tree.map(lambda leaf: leaf * jnp.nan, sampled.params)
     assert parity._exact(sampled._replace(params=nan)).ok is False
 
 
-def test_a_sampler_that_forgets_its_cache_is_found(own_programs: None, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_sampler_without_part_of_its_cache_is_a_fault(own_programs: None, monkeypatch: pytest.MonkeyPatch, capsys):
     from aem_jax.models import decoder
 
     attend = decoder.chunk_attention
@@ -289,9 +289,9 @@ def test_a_sampler_that_forgets_its_cache_is_found(own_programs: None, monkeypat
 
 
 @pytest.mark.parametrize("check", [parity.int8_weights, parity.lora_merged])
-def test_other_ways_of_sampling_agree(check):
-    found = check(CONFIG)
-    assert found.ok and found.facts["tokens"] > 100, found
+def test_parity_holds_for_int8_weights_and_merged_adapters(check):
+    finding = check(CONFIG)
+    assert finding.ok and finding.facts["tokens"] > 100, finding
 
 
 def blind(q, k, v, segment_ids):
@@ -305,19 +305,19 @@ def deaf(q, k, v, segment_ids):
 
 
 @pytest.mark.parametrize(("broken", "what"), [(None, ""), (blind, "out"), (deaf, "d_k")])
-def test_a_kernel_broken_on_purpose(broken, what: str, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_broken_attention_kernel_is_a_fault(broken, what: str, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(attention, "LENGTHS", {"cpu": (64,)})
     if broken:
         monkeypatch.setitem(KERNELS, "xla", KERNELS["xla"]._replace(attend=broken))  # pyright: ignore
     assert run("attention-xla", "attention-cudnn") == (1 if broken else 0)
     out = capsys.readouterr().out
     assert "– attention-cudnn" in out and "a kernel of GPUs" in out
-    found = attention.xla(CONFIG)
+    finding = attention.xla(CONFIG)
     if broken:
         assert "✗ attention-xla" in out and "expected gaps of at most" in out and "memory errors" in out
-        assert found.facts["64"][what] > 0.1, found
+        assert finding.facts["64"][what] > 0.1, finding
     else:
-        assert "✓ attention-xla" in out and max(found.facts["64"].values()) < 1e-5
+        assert "✓ attention-xla" in out and max(finding.facts["64"].values()) < 1e-5
 
 
 # Training steps: devices, programs, servers.
@@ -329,7 +329,7 @@ def trajectory(number: int, ending: Ending, tokens: tuple[int, ...] = (3, 4)) ->
     return Trajectory(Task(str(number), "scripted", {}), number, 0, (turn,), ending, False)
 
 
-def test_steps_that_differ_are_told_apart():
+def test_differing_training_steps_are_a_fault():
     played = [trajectory(n, Ending.TERMINATED) for n in range(3)]
     one = training.Stepped(played, {"loss": 0.5, "grad_norm": 2.0}, {"w": np.ones(3)})
     assert training.compare(one, one, "twice").ok
@@ -343,16 +343,18 @@ def test_steps_that_differ_are_told_apart():
         "parameters differs": one._replace(params={"w": np.asarray([1.0, 1.0, 1.1])}),
     }
     for text, other in others.items():
-        found = training.compare(one, other, "twice")
-        assert found.ok is False and text in found.text and "CUDA_VISIBLE_DEVICES=0" in found.advice
+        finding = training.compare(one, other, "twice")
+        assert finding.ok is False and text in finding.text and "CUDA_VISIBLE_DEVICES=0" in finding.advice
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(2, (1, 1, 2)), (6, (3, 1, 2)), (8, (2, 2, 2)), (3, (3, 1, 1))])
-def test_all_devices_are_used(count: int, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch):
+def test_the_mesh_of_the_check_has_all_devices(
+    count: int, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(jax, "device_count", lambda: count)
     monkeypatch.setattr(training, "make_mesh", lambda config: config)
-    found: Any = training.every_device(ModelConfig(64, 32, 64, 1, 4, 2, 8))
-    assert (found.data, found.fsdp, found.tensor) == sizes
+    mesh: Any = training.every_device(ModelConfig(64, 32, 64, 1, 4, 2, 8))
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == sizes
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -362,8 +364,8 @@ def test_programs_compiled_in_later_steps_are_counted(again: bool, monkeypatch: 
         jax.jit(lambda x: x + seed)(jnp.zeros(size)) if again or seed == 0 else None
 
     monkeypatch.setattr(training, "_tiny", lambda: SimpleNamespace(step=step))
-    found = training.recompiles(CONFIG)
-    assert found.ok is not again and (not again or "JAX_LOG_COMPILES" in found.advice)
+    finding = training.recompiles(CONFIG)
+    assert finding.ok is not again and (not again or "JAX_LOG_COMPILES" in finding.advice)
 
 
 class Player:
@@ -383,23 +385,24 @@ class Player:
                     lost.add(session)
         if not self._gives_up:
             self._reset(pool, lost)
-        endings = [Ending.ENV_ERROR if self._gives_up and each in lost else Ending.TERMINATED for each in sessions]
+        broken = lost if self._gives_up else set()
+        endings = [Ending.ENV_ERROR if session in broken else Ending.TERMINATED for session in sessions]
         retries = 0 if self._gives_up else len(lost)
-        return [trajectory(*each) for each in enumerate(endings)], RolloutStats(retries=retries)
+        return [trajectory(*pair) for pair in enumerate(endings)], RolloutStats(retries=retries)
 
     def _reset(self, pool: Any, sessions: Iterable[int]) -> None:
         for session in sessions:
             pool.reset(session, {"seed": session}).result()
 
 
-def test_a_server_is_killed_and_no_episode_lost(monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_server_loses_no_episode(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "_tiny", lambda: Player(gives_up=False))
-    found = training.servers(CONFIG)
-    assert found.ok and found.facts["restarts"] == 1 and found.facts["retries"] >= 1, found
+    finding = training.servers(CONFIG)
+    assert finding.ok and finding.facts["restarts"] == 1 and finding.facts["retries"] >= 1, finding
     monkeypatch.setattr(training, "_tiny", lambda: Player(gives_up=True))
-    found = training.servers(CONFIG)
-    assert found.ok is False and "of 32 episodes lost, the last error: environment server 0" in found.text
-    assert "ulimit" in found.advice
+    finding = training.servers(CONFIG)
+    assert finding.ok is False and "of 32 episodes lost, the last error: environment server 0" in finding.text
+    assert "ulimit" in finding.advice
 
 
 def test_a_server_that_does_not_start_is_a_fault(monkeypatch: pytest.MonkeyPatch, capsys):
@@ -410,7 +413,7 @@ def test_a_server_that_does_not_start_is_a_fault(monkeypatch: pytest.MonkeyPatch
     assert "expected 1 <= min_turns <= max_turns" in out and "ulimit" in out, out
 
 
-def test_a_whole_step_is_played_and_learnt_without_compiling_again():
+def test_a_complete_training_step_compiles_nothing_again():
     """The real trainer, which `mesh`, `recompiles` and `servers` run."""
     with parity.full_precision():
         trainer = training.Trainer(CONFIG.shape, parity.one_device(), episodes.SLOTS)
@@ -425,15 +428,15 @@ def test_a_whole_step_is_played_and_learnt_without_compiling_again():
 # The machine.
 
 
-def test_packages(monkeypatch: pytest.MonkeyPatch, capsys):
-    found = machine.versions(CONFIG)
-    assert found.ok and f"jax {jax.__version__}" in found.text and machine.missing_packages() is None
+def test_missing_and_mismatched_packages_are_faults(monkeypatch: pytest.MonkeyPatch, capsys):
+    finding = machine.versions(CONFIG)
+    assert finding.ok and f"jax {jax.__version__}" in finding.text and machine.missing_packages() is None
     installed = machine._version
     monkeypatch.setattr(
         machine.importlib.metadata, "requires", lambda name: ["numpy>=99", "wandb>=1; extra == 'wandb'"]
     )
-    found = machine.versions(CONFIG)
-    assert found.ok is False and "expected numpy>=99, got" in found.text and "wandb" not in found.text
+    finding = machine.versions(CONFIG)
+    assert finding.ok is False and "expected numpy>=99, got" in finding.text and "wandb" not in finding.text
     plugin = SimpleNamespace(name="jax-cuda13-plugin")
     monkeypatch.setattr(machine.importlib.metadata, "distributions", lambda: [plugin])
     monkeypatch.setattr(machine, "_version", lambda name: "0.1" if name == plugin.name else installed(name))
@@ -451,17 +454,19 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, capsys):
         ("580.159.04", "cpu", True, "left alone, since the platform is set to cpu"),
     ],
 )
-def test_a_card_that_jax_does_not_use(driver, platforms, ok, text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_card_that_jax_does_not_use_is_a_fault_unless_chosen(
+    driver, platforms, ok, text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!{sys.executable}\nprint('NVIDIA H100 80GB HBM3, {driver}, 81559')\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    found = machine.devices(CONFIG)
-    assert found.ok is ok and text in found.text + found.advice and "H100" in found.text
+    finding = machine.devices(CONFIG)
+    assert finding.ok is ok and text in finding.text + finding.advice and "H100" in finding.text
 
 
-def test_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_too_little_memory_or_disk_space_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert machine.memory(CONFIG).ok
     total, free = machine.host_memory()
     assert 2**28 < free <= total
@@ -470,17 +475,17 @@ def test_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = DoctorConfig(model="tiny", runs_dir=str(tmp_path / "not yet" / "there"))
     assert machine.disk(config).ok and not list(tmp_path.iterdir())  # nothing is left behind
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    found = machine.disk(config)
-    assert found.ok is False and "two checkpoints of tiny" in found.text
+    finding = machine.disk(config)
+    assert finding.ok is False and "two checkpoints of tiny" in finding.text
     (tmp_path / "file").write_text("")
     assert "cannot be written" in machine.disk(DoctorConfig(model="tiny", runs_dir=str(tmp_path / "file"))).text
 
 
-def test_no_sandbox_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_missing_sandbox_is_not_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     for check, name in ((machine.bubblewrap, "bwrap"), (machine.docker, "docker"), (machine.podman, "podman")):
-        found = check(CONFIG)
-        assert found.ok is None and f"there is no `{name}` on the PATH" in found.text and "SWE" in found.advice
+        finding = check(CONFIG)
+        assert finding.ok is None and f"there is no `{name}` on the PATH" in finding.text and "SWE" in finding.advice
     monkeypatch.setattr("aem_jax.envs.swe.sandbox.containers.probe", lambda engine: "")
     assert machine.docker(CONFIG).ok
 
@@ -488,15 +493,15 @@ def test_no_sandbox_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 # Speed.
 
 
-def test_rates_and_their_shares(monkeypatch: pytest.MonkeyPatch):
+def test_rates_are_shown_unless_the_model_is_too_large(monkeypatch: pytest.MonkeyPatch):
     rates = [summarise("sampler", what, "8 slots", "tokens/s", 1000, [0.5, 0.5]) for what in ("extend", "decode")]
-    monkeypatch.setattr(speed.bench_sampler, "run", lambda config: rates)
-    found = speed.decode(CONFIG)
-    assert found.ok and found.text == "decode 2,000 tokens/s; extend 2,000 tokens/s (8 slots)"
+    monkeypatch.setattr(speed, "measure_sampler", lambda config: rates)
+    finding = speed.decode(CONFIG)
+    assert finding.ok and finding.text == "decode 2,000 tokens/s; extend 2,000 tokens/s (8 slots)"
     full = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**20})
     monkeypatch.setattr(jax, "local_devices", lambda: [full])
-    lacking = speed.decode(DoctorConfig(model="qwen2.5-7b"))
-    assert lacking.ok is None and "qwen2.5-7b takes 43 GiB of each device" in lacking.text
+    skipped = speed.decode(DoctorConfig(model="qwen2.5-7b"))
+    assert skipped.ok is None and "qwen2.5-7b takes 43 GiB of each device" in skipped.text
 
 
 @pytest.mark.parametrize(
@@ -508,5 +513,5 @@ def test_rates_and_their_shares(monkeypatch: pytest.MonkeyPatch):
         ("cpu", None),
     ],
 )
-def test_the_data_sheet_of_a_card(kind: str, name: str | None):
+def test_the_data_sheet_is_chosen_by_the_name_of_the_card(kind: str, name: str | None):
     assert speed.data_sheet(kind) is (speed.GPUS[name] if name else None)

@@ -60,14 +60,14 @@ class Tab:
 
     def value(self, script: str) -> Any:
         """The value of a JavaScript expression."""
-        found = self.call("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        reply = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
 
     def press(self, label: str) -> None:
         """Presses the first button or link of that name."""
-        found = f"[...document.querySelectorAll('button, a')].find(e => e.innerText.trim() === {json.dumps(label)})"
-        self.does(f"{found}.click()")
+        element = f"[...document.querySelectorAll('button, a')].find(e => e.innerText.trim() === {json.dumps(label)})"
+        self.does(f"{element}.click()")
 
     @property
     def text(self) -> str:
@@ -86,8 +86,8 @@ def chromium(folder: Path) -> Iterator[Tab]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr
-            found = next(filter(None, (re.search(r"listening on (ws://\S+)", line) for line in process.stderr)))
-            with connect(found[1], max_size=None) as socket:
+            match = next(filter(None, (re.search(r"listening on (ws://\S+)", line) for line in process.stderr)))
+            with connect(match[1], max_size=None) as socket:
                 yield Tab(socket)
         finally:
             process.kill()

@@ -16,8 +16,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from aem_jax.envs import protocol
-from aem_jax.envs.serving.client import websocket_url
-from aem_jax.envs.serving.field_mapping import FieldMapping, step_encoder
+from aem_jax.envs.serving.address import websocket_url
+from aem_jax.envs.serving.field_mapping import FieldMapping, encode_reset, step_encoder
 
 UNKNOWN_STEP = json.dumps({"type": "step", "data": {"no such field": "x"}})
 
@@ -25,7 +25,7 @@ UNKNOWN_STEP = json.dumps({"type": "step", "data": {"no such field": "x"}})
 def requests(mapping: FieldMapping, task: dict, say: list[str]) -> list[str]:
     """The requests, in order."""
     steps = [*map(step_encoder(mapping), say), UNKNOWN_STEP]
-    return [protocol.STATE_REQUEST, protocol.encode_reset(task), *steps, protocol.STATE_REQUEST, protocol.CLOSE_REQUEST]
+    return [protocol.STATE_REQUEST, encode_reset(task), *steps, protocol.STATE_REQUEST, protocol.CLOSE_REQUEST]
 
 
 def main() -> int:

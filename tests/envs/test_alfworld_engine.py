@@ -8,11 +8,11 @@ from envs import warehouse
 from envs.alfworld_variants import first_release
 
 from aem_jax.envs.actions import extract_action
-from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, display_names, start
-from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv, load_game
-from aem_jax.envs.alfworld.grammar import parse_expression, parse_grammar
+from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, display_names
+from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
+from aem_jax.envs.alfworld.grammar import parse_expression, parse_grammar, parse_query
 from aem_jax.envs.alfworld.pddl import And, Atom, Exists, Forall, Not, Or, parse_domain, parse_problem
-from aem_jax.envs.alfworld.query import parse_query
+from aem_jax.envs.alfworld.tasks import load_game
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "alfworld"
 needs_golden = pytest.mark.skipif(
@@ -84,7 +84,7 @@ def test_agrees_with_a_slow_engine_on_random_walks(seed: int) -> None:
     domain = parse_domain(warehouse.DOMAIN)
     problem = parse_problem(warehouse.PROBLEM, domain)
     members = {kind: [n for n, k in problem.objects.items() if kind in domain.ancestors(k)] for kind in domain.types}
-    player = start(warehouse_game())
+    player = Player(warehouse_game())
     facts = {(p, args) for p, rows in problem.facts.items() for args in rows}
     for _ in range(40):
         successors = slow_successors(domain, facts, members)
@@ -121,10 +121,10 @@ def command_of(player: Player, name: str, args: tuple[str, ...]) -> str:
     return "survey"
 
 
-def test_text_of_the_warehouse() -> None:
+def test_texts_of_a_game_with_another_domain() -> None:
     # Ids in order: c_bar_1 -> "c 2", c_bar_2 -> "c 1" (the first id of a class gets the highest number). At the dock:
     # c_bar_1 and tin_bar_1; a list is sorted by type first (thing is shallower than its subtype crate), then by id.
-    player = start(warehouse_game())
+    player = Player(warehouse_game())
     assert player.observation == "Hello.\n\nYou see a tin 1, and a c 2."
     assert player.admissible == ["grab c 2", "survey", "switch l 1", "walk to hall"]  # tin's crate is not loose
     assert player.step("walk to hall") == "hall: You see a c 1, and a l 1."
@@ -137,23 +137,23 @@ def test_text_of_the_warehouse() -> None:
 
 
 def test_won_follows_the_goal_and_is_not_latched() -> None:
-    player = start(warehouse_game())
+    player = Player(warehouse_game())
     for command in ("grab c 2", "walk to hall", "drop c 2", "switch l 1"):
         player.step(command)
         assert player.acted, command
-    assert player.won and player.done and player.score == 1
+    assert player.won
     player.step("switch l 1")
-    assert not player.won and player.score == 0
+    assert not player.won
 
 
 def test_players_of_one_game_do_not_share_facts() -> None:
     game = warehouse_game()
-    first, second = start(game), start(game)
+    first, second = Player(game), Player(game)
     first.step("grab c 2")
-    assert second.admissible == start(game).admissible != first.admissible
+    assert second.admissible == Player(game).admissible != first.admissible
 
 
-def test_numbers_run_down_within_a_class() -> None:
+def test_objects_are_numbered_backwards_within_their_class() -> None:
     names = display_names(["cup_bar__plus_01", "cup_bar__minus_01", "sink_bar_3_bar_sinkbasin", "sink_bar_4", "agent1"])
     assert names == {
         "cup_bar__minus_01": "cup 2",  # "-" sorts before "+" here because "minus" does before "plus"
@@ -184,9 +184,9 @@ def test_numbers_run_down_within_a_class() -> None:
 def test_texts(text: str, written: str) -> None:
     domain = "(define (domain d) (:types t) (:action a :parameters (?e - t) :precondition (p ?e) :effect (q ?e)))"
     problem = "(define (problem p) (:domain d) (:objects b1 - t) (:init (p b1)) (:goal (q b1)))"
-    blocks = json.dumps({"intro": [{"rhs": ""}], "x": [{"rhs": "X"}], "said": [{"rhs": text}]})
-    grammar = f'grammar :: """{blocks}""";\naction a {{ template :: "do"; feedback :: "#said#"; }}'
-    player = start(Game(domain, problem, grammar))
+    blocks = json.dumps({"intro": [{"rhs": ""}], "x": [{"rhs": "X"}], "text": [{"rhs": text}]})
+    grammar = f'grammar :: """{blocks}""";\naction a {{ template :: "do"; feedback :: "#text#"; }}'
+    player = Player(Game(domain, problem, grammar))
     assert player.step("do") == written.replace("box", "b1 ")
 
 
@@ -244,14 +244,14 @@ def test_bad_grammars_are_named() -> None:
     with pytest.raises(ValueError, match="expected a template for every action.*'survey'"):
         Game(warehouse.DOMAIN, warehouse.PROBLEM, warehouse.GRAMMAR.replace("action survey", "action surveil"))
     with pytest.raises(ValueError, match="#view#"):
-        player = start(Game(warehouse.DOMAIN, warehouse.PROBLEM, warehouse.GRAMMAR.replace('"view"', '"sight"')))
+        player = Player(Game(warehouse.DOMAIN, warehouse.PROBLEM, warehouse.GRAMMAR.replace('"view"', '"sight"')))
         player.step("survey")
 
 
 @needs_golden
 def test_first_release_wording() -> None:
     data = first_release(json.loads((GOLDEN / "pick_and_place_simple-00.tw-pddl").read_text()))
-    player = start(Game(data["pddl_domain"], data["pddl_problem"], data["grammar"]))
+    player = Player(Game(data["pddl_domain"], data["pddl_problem"], data["grammar"]))
     both = [command for command in player.admissible if ", and " in command]
     assert len(both) == 1  # two receptacles at one place
     places = [c.removeprefix("go to ") for c in player.admissible if c.startswith("go to ") and ", and " not in c]
@@ -277,14 +277,14 @@ def test_rewards_validity_and_ending() -> None:
     assert result.info["task_type"] == "tidy" and "grab c 2" in result.info["admissible"]
     result = environment.step("<think>take <action>survey</action>?</think> <action> grab c 2 </action>")
     assert (result.observation, result.reward, result.info["valid_action"]) == ("Got the c 2.", 0.0, True)
-    for said in (
+    for response in (
         "drop c 2",
         "<action>grab c 2</action>",
         "<action></action>",
         "<action>DROP C 2</action>",
         "<action>drop c 2",
     ):
-        result = environment.step(said)
+        result = environment.step(response)
         assert (result.observation, result.reward, result.info["valid_action"]) == (NOTHING_HAPPENS, -0.1, False)
     for command in ("walk to hall", "drop c 2", "switch l 1"):
         assert not result.terminated
@@ -308,21 +308,26 @@ def test_a_limit_truncates_and_never_terminates() -> None:
         environment.step("x")
 
 
-def test_so_many_invalid_actions_truncate() -> None:
+def test_max_invalid_truncates() -> None:
     environment = env(max_invalid=2)
     for _ in range(2):  # a reset removes those of the previous episode
         environment.reset({})
-        ended = [environment.step(said).truncated for said in ("hm", "<action>survey</action>", "<action>fly</action>")]
+        ended = [
+            environment.step(response).truncated
+            for response in ("hm", "<action>survey</action>", "<action>fly</action>")
+        ]
         assert ended == [False, False, True]
     with pytest.raises(ValueError, match="call reset"):
         environment.step("<action>survey</action>")
     environment.reset({})
     commands = ("grab c 2", "walk to hall", "drop c 2", "switch l 1")
-    result = [environment.step(said) for said in ("hm", *(f"<action>{each}</action>" for each in commands))][-1]
+    result = [
+        environment.step(response) for response in ("hm", *(f"<action>{command}</action>" for command in commands))
+    ][-1]
     assert (result.terminated, result.truncated) == (True, False)
 
 
-def test_winning_on_the_last_step_is_no_truncation() -> None:
+def test_a_win_on_the_last_step_is_terminated() -> None:
     environment = env(max_steps=4)
     environment.reset({})
     for command in ("grab c 2", "walk to hall", "drop c 2", "switch l 1"):
@@ -330,7 +335,7 @@ def test_winning_on_the_last_step_is_no_truncation() -> None:
     assert (result.terminated, result.truncated) == (True, False)
 
 
-def test_bad_settings_and_payloads(tmp_path: Path) -> None:
+def test_invalid_settings_and_payloads_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_steps"):
         AlfworldConfig(max_steps=0)
     with pytest.raises(ValueError, match="max_invalid of at least 0"):

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.envs.alfworld.engine import Game, start
-from aem_jax.envs.alfworld.experts import Oracle, Searcher, in_grammar, random_agent
+from aem_jax.envs.actions import as_action
+from aem_jax.envs.alfworld.engine import Game, Player
+from aem_jax.envs.alfworld.env import AlfworldConfig
+from aem_jax.envs.alfworld.experts import Oracle, Searcher, in_grammar
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES, TREATMENTS
 from aem_jax.envs.alfworld.generator.config import TINY, GeneratorConfig
 from aem_jax.envs.alfworld.generator.files import domain_text, grammar_text, problem_text
 from aem_jax.envs.alfworld.generator.games import draw_game
 from aem_jax.envs.alfworld.goals import parse_goal, search_order
+from aem_jax.envs.alfworld.suite import task_suite
+from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.suite import SuiteOptions
 
 OFFICIAL = GeneratorConfig()
 
@@ -21,7 +26,7 @@ OFFICIAL = GeneratorConfig()
 def tiny_player(index: int, split: str = "train", grammar=lambda text: text):
     game = draw_game(TINY, 0, split, index)
     text = grammar(grammar_text(game))
-    return start(Game(domain_text(), problem_text(game), text, task_type=game.task_type))
+    return Player(Game(domain_text(), problem_text(game), text, task_type=game.task_type))
 
 
 def search(player, searcher: Searcher, limit: int, show_admissible: bool = False) -> list[tuple[str, str]]:
@@ -74,7 +79,7 @@ def test_unknown_task_is_refused():
         Searcher().act("You arrive at cabinet 1. The cabinet 1 is closed.")
 
 
-def test_search_order_is_common_sense():
+def test_search_order_prefers_likely_open_places():
     room = ["cabinet 1", "countertop 2", "countertop 1", "fridge 1", "stoveburner 1", "diningtable 1"]
     assert search_order("tomato", room) == [
         "countertop 1", "countertop 2", "diningtable 1", "fridge 1", "stoveburner 1", "cabinet 1",
@@ -84,7 +89,7 @@ def test_search_order_is_common_sense():
     assert search_order("tomato", room, taste={"diningtable": -1.0})[0] == "diningtable 1"
 
 
-def test_searcher_by_hand():
+def test_searcher_commands_in_a_game_worked_out_by_hand():
     """One episode against handwritten answers; every command is checked."""
     script = [
         (
@@ -117,7 +122,7 @@ def test_searcher_solves_most_games_from_text(config, limit, floor):
     won = defaultdict(list)
     for index in range(120):
         game = draw_game(config, 0, "valid_unseen", index)
-        player = start(Game(domain_text(), problem_text(game), grammar_text(game), task_type=game.task_type))
+        player = Player(Game(domain_text(), problem_text(game), grammar_text(game), task_type=game.task_type))
         search(player, Searcher(), limit)
         won[game.task_type].append(player.won)
     assert set(won) == set(TASK_TYPES)
@@ -132,7 +137,7 @@ def test_searcher_solves_every_tiny_game_given_time():
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
-def test_searcher_says_only_what_it_has_read(seed):
+def test_searcher_uses_only_names_from_its_observations(seed):
     for index in range(60):
         player = tiny_player(index)
         read = player.observation
@@ -155,7 +160,7 @@ def test_searcher_is_deterministic_and_its_seed_varies_the_order():
 
 
 @pytest.mark.parametrize("show_admissible", [False, True])
-def test_both_grammars(show_admissible):
+def test_searcher_plays_both_grammars(show_admissible):
     """In the older grammar the searcher learns `put … in/on …` from one refusal or from the list of commands."""
     for index in range(30):
         newer_steps = search(tiny_player(index), Searcher(), 40, show_admissible)
@@ -182,7 +187,7 @@ def test_in_grammar():
     assert in_grammar("go to desk 2", newer=False) == "go to desk 2"
 
 
-def test_searcher_stays_on_course_among_random_moves():
+def test_searcher_solves_games_between_random_moves():
     """Half of the moves are random. The searcher reads their observations and continues (imitation by relabelling)."""
     for index in range(48):
         rng = random.Random(index)
@@ -193,13 +198,13 @@ def test_searcher_stays_on_course_among_random_moves():
             if player.won:
                 break
             disturbed = step < 40 and rng.random() < 0.5
-            command = random_agent(player.admissible, rng) if disturbed else searcher.command()
+            command = rng.choice(player.admissible) if disturbed else searcher.command()
             player.step(command)
             searcher.observe(player.observation, command)
         assert player.won
 
 
-def test_oracle_finishes_what_anybody_began():
+def test_oracle_solves_games_after_random_moves():
     for index in range(48):
         rng = random.Random(index)
         player = tiny_player(index)
@@ -207,11 +212,11 @@ def test_oracle_finishes_what_anybody_began():
         for step in range(60):
             if player.won:
                 break
-            player.step(random_agent(player.admissible, rng) if step < 25 else oracle.act(player))
+            player.step(rng.choice(player.admissible) if step < 25 else oracle.act(player))
         assert player.won
 
 
-def test_searcher_survives_random_moves_alone():
+def test_searcher_recovers_from_random_moves_at_the_start():
     lost = []
     for index in range(48):
         rng = random.Random(index)
@@ -221,7 +226,7 @@ def test_searcher_survives_random_moves_alone():
         for step in range(120):
             if player.won:
                 break
-            command = random_agent(player.admissible, rng) if step < 20 else searcher.command(player.admissible)
+            command = rng.choice(player.admissible) if step < 20 else searcher.command(player.admissible)
             player.step(command)
             searcher.observe(player.observation, command)
         if not player.won:
@@ -229,16 +234,18 @@ def test_searcher_survives_random_moves_alone():
     assert not lost
 
 
-def test_random_agent_draws_from_what_is_admissible():
+def test_the_random_agent_draws_admissible_commands():
     admissible = ["look", "inventory", "help"]
-    drawn = {random_agent(admissible, random.Random(seed)) for seed in range(50)}
-    assert drawn == set(admissible)
+    suite = task_suite(AlfworldConfig(games=TINY), SuiteOptions())
+    act = suite.baselines["random"](suite.training[0])
+    drawn = {act(StepResult("", info={"admissible": admissible})) for _ in range(50)}
+    assert drawn == set(map(as_action, admissible))
 
 
 def test_experts_play_the_recorded_games(golden: Path):
     for path in sorted((golden / "alfworld").glob("*.tw-pddl")):
         for expert in ("oracle", "searcher"):
-            player = start(Game.load(path))
+            player = Player(Game.load(path))
             agent = Oracle(player.observation) if expert == "oracle" else Searcher()
             for _ in range(25 if expert == "oracle" else 80):
                 if player.won:

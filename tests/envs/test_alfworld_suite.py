@@ -47,19 +47,19 @@ def test_an_evaluation_set_is_the_same_for_every_seed():
     assert names[0] == names[1]
 
 
-def test_experts_win_and_chance_does_not(suite: TaskSuite):
+def test_experts_win_and_the_random_agent_does_not(suite: TaskSuite):
     tasks, name = suite.evaluation("valid_seen", 24)
     env = suite.make_env()
-    found = {
+    success = {
         agent: evaluate_agent(env, make, tasks, max_turns=TURNS, name=name, split="valid_seen").rate.success
         for agent, make in suite.baselines.items()
     }
-    assert found["oracle"] == 1.0
-    assert found["searcher"] >= 0.8
-    assert found["random"] <= 0.2
+    assert success["oracle"] == 1.0
+    assert success["searcher"] >= 0.8
+    assert success["random"] <= 0.2
 
 
-def test_a_demonstrator_speaks_as_a_policy_should(suite: TaskSuite):
+def test_demonstrations_have_the_policys_action_format(suite: TaskSuite):
     task = suite.training[0]
     assert suite.demonstrator is not None
     for exchange in play(suite.make_env(), task.payload, suite.demonstrator(task), TURNS):
@@ -67,6 +67,6 @@ def test_a_demonstrator_speaks_as_a_policy_should(suite: TaskSuite):
         assert exchange.result.info["valid_action"]
 
 
-def test_a_tokenizer_is_given_what_both_sides_say(suite: TaskSuite):
-    said = [text for episode in tokenizer_corpus(suite, 4, TURNS) for text in episode]
-    assert any("Your task is to:" in text for text in said) and any("<action>" in text for text in said)
+def test_the_tokenizer_corpus_has_observations_and_responses(suite: TaskSuite):
+    texts = [text for episode in tokenizer_corpus(suite, 4, TURNS) for text in episode]
+    assert any("Your task is to:" in text for text in texts) and any("<action>" in text for text in texts)

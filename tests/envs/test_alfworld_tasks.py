@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.envs.alfworld.engine import Game, start
+from aem_jax.envs.alfworld.engine import Game, Player
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
-from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
 from aem_jax.envs.alfworld.generator.config import TINY, GeneratorConfig
 from aem_jax.envs.alfworld.generator.games import draw_game
 from aem_jax.envs.alfworld.tasks import eval_set, generated_game, load_game, official_tasks, training_tasks
+from scripts.alfworld_games import GenerateConfig, write_games
 
 OFFICIAL = GeneratorConfig()
 
@@ -55,7 +55,7 @@ def test_written_games_are_official_data(tmp_path: Path):
     assert Counter(task.task_type for task in tasks) == Counter(dict.fromkeys(TASK_TYPES, 2))
     for task in tasks:
         data = json.loads(Path(task.payload["game"]).read_text())
-        player = start(load_game(task.payload))
+        player = Player(load_game(task.payload))
         for command in data["walkthrough"]:
             player.step(command)
         assert player.won
@@ -124,8 +124,13 @@ def test_a_bad_file_among_the_good_is_named_or_left_out(games: Path, tmp_path: P
     ):
         with pytest.raises(ValueError) as error:
             source()
-        said = str(error.value)
-        assert str(named) in said and "1 of 3 games" in said and "--alfworld.skip-bad" in said and "\n" not in said
+        message = str(error.value)
+        assert (
+            str(named) in message
+            and "1 of 3 games" in message
+            and "--alfworld.skip-bad" in message
+            and "\n" not in message
+        )
         caplog.clear()
         assert {task.payload["game"] for task in source(skip_bad=True)} == {str(good), str(other)}
         (line,) = [record.getMessage() for record in caplog.records]
@@ -143,7 +148,7 @@ def test_a_game_that_is_won_from_the_start_is_over_at_its_reset(games: Path):
 
 
 def test_command_line(tmp_path: Path):
-    command = [sys.executable, "-m", "aem_jax.envs.alfworld.generate", "--out", str(tmp_path), "--train", "2"]
+    command = [sys.executable, "-m", "scripts.alfworld_games", "--out", str(tmp_path), "--train", "2"]
     command += ["--valid-seen", "1", "--valid-unseen", "1", "--games.receptacles", "4", "6", "--games.things", "3", "6"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["games"] == {"train": 2, "valid_seen": 1, "valid_unseen": 1}
@@ -152,6 +157,8 @@ def test_command_line(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = subprocess.run([*command, "--trian", "2"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: unknown field --trian; did you mean --train?\n")
 
 
 def test_a_generated_game_brings_its_step_limit():

@@ -8,16 +8,17 @@ import random
 from pathlib import Path
 
 from aem_jax.envs.actions import as_action
+from aem_jax.envs.alfworld.engine import Game
 from aem_jax.envs.alfworld.env import AlfworldEnv
-from aem_jax.envs.alfworld.generate import GenerateConfig, write_games
 from aem_jax.envs.alfworld.generator.config import TINY
 from aem_jax.envs.alfworld.tasks import official_tasks
-from aem_jax.envs.protocol import checked_result
+from aem_jax.envs.serving.plain import checked_result
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
 from aem_jax.envs.webshop.generator.config import GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 from aem_jax.envs.webshop.tasks import SPLITS, goal_tasks
+from scripts.alfworld_games import GenerateConfig, write_games
 
 SEEDS = 200
 WEBSHOP = WebshopConfig(tagger="small")
@@ -40,7 +41,7 @@ def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
 
 def damaged_json(data: bytes, rng: random.Random) -> bytes:
     """Removes, replaces or damages a random value of the JSON."""
-    whole = value = json.loads(data)
+    root = value = json.loads(data)
     while True:
         key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
         inner = value[key]
@@ -53,7 +54,7 @@ def damaged_json(data: bytes, rng: random.Random) -> bytes:
         del value[key]
     else:
         value[key] = rng.choice(VALUES)
-    return json.dumps(whole).encode()
+    return json.dumps(root).encode()
 
 
 def play(env, task, actions, rng: random.Random) -> None:
@@ -62,27 +63,27 @@ def play(env, task, actions, rng: random.Random) -> None:
     for action in actions:
         if result.done:
             return
-        admissible = [each for each in result.info["admissible"] if "…" not in each]
+        admissible = [action for action in result.info["admissible"] if "…" not in action]
         result = checked_result(env, "step", env.step(as_action(action or rng.choice([*admissible, "look"]))))
 
 
-def check_each(files: list[Path], play_all) -> None:
+def check_damaged(files: list[Path], play_all) -> None:
     """Damages one file after the other and plays the readable ones.
 
     The only allowed error is a ValueError that names the file. Some damage must be detected, but not all.
     """
-    whole, found = {file: file.read_bytes() for file in files}, 0
+    original, refused = {file: file.read_bytes() for file in files}, 0
     for seed in range(SEEDS):
         rng = random.Random(seed)
         file = rng.choice(files)
-        file.write_bytes(rng.choice([damaged_bytes, damaged_json, damaged_json])(whole[file], rng))
+        file.write_bytes(rng.choice([damaged_bytes, damaged_json, damaged_json])(original[file], rng))
         try:
             play_all(rng)
         except ValueError as error:
-            found += 1
+            refused += 1
             assert str(file) in str(error) and "\n" not in str(error), (seed, str(error))
-        file.write_bytes(whole[file])
-    assert SEEDS / 10 < found < SEEDS
+        file.write_bytes(original[file])
+    assert SEEDS / 10 < refused < SEEDS
 
 
 def test_game_files(tmp_path: Path):
@@ -93,9 +94,10 @@ def test_game_files(tmp_path: Path):
 
     def play_all(rng: random.Random) -> None:
         for task in official_tasks(tmp_path, "train"):
-            play(AlfworldEnv(), task.payload, [None, None, *walkthrough], rng)
+            env = AlfworldEnv(load_game=lambda payload: Game.load(payload["game"]))  # not cached
+            play(env, task.payload, [None, None, *walkthrough], rng)
 
-    check_each([game, game.with_name("traj_data.json")], play_all)
+    check_damaged([game, game.with_name("traj_data.json")], play_all)
 
 
 def test_shop_files(tmp_path: Path):
@@ -119,21 +121,23 @@ def test_shop_files(tmp_path: Path):
                 query = f"search[{task.payload['goal']['query']}]"
                 play(WebshopEnv(front, WEBSHOP), task.payload, [query, None, None, None, "click[buy now]"], rng)
 
-    check_each(files, play_all)
+    check_damaged(files, play_all)
 
 
 def test_a_catalog_that_was_damaged_on_disk_is_made_again(tmp_path: Path, caplog):
     source = ShopConfig(cache=str(tmp_path), made=GeneratorConfig(products=8))
     catalog = open_shop(source)
-    (place,) = (each for each in tmp_path.iterdir() if each.is_dir())
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
     sold, wanted = [catalog.product(number) for number in range(8)], list(catalog.goals)
     files = sorted(place.iterdir())
-    whole = {file: file.read_bytes() for file in files}
+    original = {file: file.read_bytes() for file in files}
     for seed in range(SEEDS // 4):
         rng = random.Random(seed)
         file = files[seed % len(files)]
-        file.write_bytes(damaged_bytes(whole[file], rng) if file.suffix != ".npy" else whole[file][: rng.randrange(99)])
-        found = open_shop(source)
-        assert (found.id, [found.product(number) for number in range(8)]) == (catalog.id, sold)
-        assert list(found.goals) == wanted and {each: each.read_bytes() for each in files} == whole
+        file.write_bytes(
+            damaged_bytes(original[file], rng) if file.suffix != ".npy" else original[file][: rng.randrange(99)]
+        )
+        reopened = open_shop(source)
+        assert (reopened.id, [reopened.product(number) for number in range(8)]) == (catalog.id, sold)
+        assert list(reopened.goals) == wanted and {file: file.read_bytes() for file in files} == original
     assert all("is made again: expected" in record.getMessage() for record in caplog.records)

@@ -23,7 +23,7 @@ from envs.swe.test_calls import block
 from openenv.core.generic_client import GenericEnvClient
 
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
-from aem_jax.envs.alfworld.tasks import GeneratedTasks
+from aem_jax.envs.alfworld.tasks import generated_tasks as household_tasks
 from aem_jax.envs.protocol import EnvError
 from aem_jax.envs.registry import environment_spec
 from aem_jax.envs.serving.field_mapping import FieldMapping
@@ -138,7 +138,7 @@ def actions(*commands):
 OURS = {
     "echo": (lambda: {"word": "hi", "length": 3}, ("ho", "hi")),
     "alfworld": (
-        lambda: GeneratedTasks(GeneratorConfig(), "train", 0, range(1))[0].payload,
+        lambda: household_tasks(GeneratorConfig(), "train", 0, range(1))[0].payload,
         (*actions("look", "inventory", "go to drawer 1"), "gibberish"),
     ),
     "webshop": (

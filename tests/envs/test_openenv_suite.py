@@ -104,7 +104,7 @@ def test_what_is_trained_on_is_not_evaluated(tmp_path: Path):
         ([], "expected one of --env.urls, --env.command, --openenv.serve with openenv, got none"),
         (["--env.urls", "a:1", "--openenv.serve", "b.py:C"], "got --env.urls and --openenv.serve"),
         (["--env.urls", "a:1", "--openenv.reset", "["], "--openenv.reset: expected JSON, got "),
-        (["--env.urls", "a:1", "--openenv.reset", "[1]"], "--openenv.reset: expected a JSON mapping, got '[1]'"),
+        (["--env.urls", "a:1", "--openenv.reset", "[1]"], "expected --openenv.reset as a JSON mapping, got '[1]'"),
         (["--env.urls", "a:1", "--openenv.reset", '{"level": NaN}'], "--openenv.reset: expected JSON, got NaN"),
         (["--env.urls", "a:1", "--openenv.settings", '{"a": 1}'], "expected --openenv.settings with --openenv.serve"),
         (["--env.urls", "a:1", "--openenv.tasks", "none.jsonl"], "expected a file of tasks, got 'none.jsonl'"),

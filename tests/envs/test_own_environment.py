@@ -68,7 +68,7 @@ def source(tmp_path):
     return path
 
 
-def test_a_file_of_yours_is_served(source):
+def test_an_environment_in_a_file_is_served(source):
     with served(f"{source}:Parrot", settings={"between": "-"}) as (address, _):
         env = RemoteEnvironment(address)
         assert env.reset({"word": "hello"}).observation == "hello"
@@ -77,7 +77,7 @@ def test_a_file_of_yours_is_served(source):
     assert environment_spec(f"{source}:Parrot").description == "Says everything twice."
 
 
-def test_a_module_of_yours_is_found(source, monkeypatch):
+def test_an_environment_in_a_module_is_served(source, monkeypatch):
     monkeypatch.syspath_prepend(str(source.parent))
     env = environment_spec("parrot:Parrot").factory({})()
     assert env.step("a").observation == "a a"
@@ -109,14 +109,14 @@ def test_a_module_of_yours_is_found(source, monkeypatch):
         (":Parrot", {}, "expected an environment of alfworld, .* or file.py:attribute, got ':Parrot'"),
     ],
 )
-def test_what_cannot_be_an_environment_is_said_in_a_sentence(source, name, settings, why):
+def test_an_invalid_environment_is_refused_with_its_reason(source, name, settings, why):
     with pytest.raises(ValueError, match=why):
         environment_spec(name.format(source=source)).factory(settings)()
 
 
-def test_a_server_says_so_too(source):
-    status, said = run_server(f"{source}:boom")
-    assert (status, said.count("\n")) == (2, 1) and "RuntimeError: no display here (line 28 of" in said
+def test_a_server_refuses_an_invalid_environment(source):
+    status, error = run_server(f"{source}:boom")
+    assert (status, error.count("\n")) == (2, 1) and "RuntimeError: no display here (line 28 of" in error
     with pytest.raises(ValueError) as error:
         environment_spec(f"{source}:boom").factory({})()
     assert isinstance(error.value.__cause__, RuntimeError)
@@ -132,7 +132,7 @@ def test_a_server_says_so_too(source):
         ("Vague", "from Vague.step, got bytes b'bytes' as observation"),
     ],
 )
-def test_an_answer_that_is_none_is_said(source, name, why):
+def test_an_invalid_result_is_an_error_with_its_reason(source, name, why):
     env = environment_spec(f"{source}:{name}").factory({})()
     with pytest.raises(ValueError, match=why):
         play(env, {"word": "hello"}, lambda result: "polly", 2)
@@ -141,8 +141,8 @@ def test_an_answer_that_is_none_is_said(source, name, why):
         session.answer(json.dumps({"type": kind, "data": data}))
         for kind, data in (("reset", {"word": "hello"}), ("step", {"text": "polly"}))
     ]
-    said = [json.loads(reply or "")["data"].get("message", "") for reply in replies]
-    assert re.search(why, said[name == "Vague"]), said
+    messages = [json.loads(reply or "")["data"].get("message", "") for reply in replies]
+    assert re.search(why, messages[name == "Vague"]), messages
 
 
 ECHO = f"{sys.executable} -m aem_jax.envs.serving.server echo --sessions 1 --port {{port}}"
@@ -180,12 +180,12 @@ def test_a_command_starts_a_server_for_each_session_and_again_when_it_dies(monke
         ("sh -c 'sleep 600' {port}", 1, "was not up in 1 s"),
     ],
 )
-def test_a_command_that_starts_no_server_says_why(command, deadline_s, why):
+def test_a_command_that_starts_no_server_is_an_error_with_its_reason(command, deadline_s, why):
     with pytest.raises(EnvError, match=why):
         EnvPool(small(command, start_deadline_s=deadline_s), ("", {}))
 
 
 @pytest.mark.parametrize(("command", "urls"), [("serve", ()), ("serve {port}", ("a:1",))])
-def test_a_command_has_a_place_for_the_port_and_no_urls_beside_it(command, urls):
+def test_a_command_needs_a_port_and_excludes_urls(command, urls):
     with pytest.raises(ValueError, match=r"expected command with \{port\} in it and no urls beside it"):
         PoolConfig(urls, command)

@@ -3,9 +3,8 @@
 import pytest
 
 from aem_jax.envs.play import play, play_each
-from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.envs.testing.echo import EchoEnv
-from aem_jax.trajectory import Task
 
 TASKS = [Task(f"t{n}", "k", {"n": n}) for n in range(4)]
 
@@ -21,18 +20,18 @@ def broken_at(*numbers, error=KeyError):
 
 @pytest.mark.parametrize("error", [KeyError, SystemExit, RecursionError, EnvError])
 def test_a_task_that_breaks_is_left_out_with_one_line(caplog, error):
-    assert [found for _, found in play_each(TASKS, broken_at(0, 2, error=error))] == [None, 1, None, 3]
+    assert [outcome for _, outcome in play_each(TASKS, broken_at(0, 2, error=error))] == [None, 1, None, 3]
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2 and lines[1].startswith("task t2 is left out: ") and "no" in lines[1]
     assert "\n" not in "".join(lines)
 
 
-def test_where_all_break_the_first_error_ends_it():
+def test_if_all_tasks_break_the_first_error_is_raised():
     with pytest.raises(EnvError, match=r"every task broke its environment, t0 first: KeyError: 'no\\nlevel t0'"):
         list(play_each(TASKS, broken_at(0, 1, 2, 3)))
     assert list(play_each([], broken_at())) == []
 
 
-def test_an_episode_that_is_over_at_its_reset_is_none():
+def test_an_episode_over_at_its_reset_is_an_error():
     with pytest.raises(EnvError, match=r"ended at its reset \(truncated, not won\)"):
         play(EchoEnv(), {"length": 0}, lambda result: "x", 3)

@@ -10,12 +10,13 @@ from envs.servers import REPOSITORY
 from aem_jax import envs
 from aem_jax.config.environments import task_suite
 from aem_jax.config.run import RunConfig
-from aem_jax.envs.registry import ENVIRONMENTS, SERVED, TRAINED, default_config, registered
+from aem_jax.envs import registry
+from aem_jax.envs.registry import ENVIRONMENTS, SERVED, TRAINED, Entry, default_config, registered
 from aem_jax.envs.suite import tokenizer_corpus
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_each_line_is_true(name: str):
+def test_every_registry_entry_matches_its_environment(name: str):
     spec = registered(name)
     assert spec.description and spec.config is not None
     assert (spec.suite is not None) == (name in TRAINED)
@@ -23,6 +24,15 @@ def test_each_line_is_true(name: str):
         assert default_config(name) == spec.config()
         paths = set(spec.paths(spec.config()))
         assert paths <= {field.name for field in dataclasses.fields(spec.config)} or any("." in path for path in paths)
+
+
+def test_a_wrong_line_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    lines = {"echo2": Entry("aem_jax.envs.testing.echo:NOTHING"), "shop": Entry("aem_jax.envs.webshop.suite:WEBSHOP")}
+    monkeypatch.setattr(registry, "ENVIRONMENTS", lines)
+    with pytest.raises(ValueError, match="expected an EnvironmentSpec at aem_jax.envs.testing.echo:NOTHING"):
+        registered("echo2")
+    with pytest.raises(ValueError, match="NAME 'shop' for this name .*, got WebshopConfig with NAME 'webshop'"):
+        default_config("shop")
 
 
 def test_openenv_alone_is_served_by_others():

@@ -65,7 +65,7 @@ def test_a_purchase(visit: Visit):
 @pytest.mark.parametrize(
     "action", ["buy", "search[]", "click[search]", "click[lamp1]", "CLICK[search]", "find[lamp]", ""]
 )
-def test_what_cannot_be_done_changes_nothing(visit: Visit, action: str):
+def test_an_impossible_action_changes_nothing(visit: Visit, action: str):
     before = visit.page
     visit.step(action)
     assert visit.page == before and not visit.acted
@@ -73,7 +73,7 @@ def test_what_cannot_be_done_changes_nothing(visit: Visit, action: str):
     assert visit.acted
 
 
-def test_a_search_forgets_the_item_but_not_what_was_seen(visit: Visit):
+def test_a_search_resets_the_item_and_keeps_seen_products(visit: Visit):
     visit.step("search[lamp]")
     visit.step("click[lamp1]")
     visit.step("click[red]")
@@ -94,7 +94,7 @@ def test_pages_go_on_past_the_last_product(visit: Visit):
 
 
 def test_other_kinds_of_search(visit: Visit, shop: Shop):
-    for action, found in (
+    for action, products in (
         ("search[<c> grocery]", {"TEA1"}),
         ("search[<q> floor lamp]", {"LAMP1", "LAMP2"}),
         ("search[<a> steel frame]", {"LAMP1"}),
@@ -102,7 +102,7 @@ def test_other_kinds_of_search(visit: Visit, shop: Shop):
         ("search[<r>]", {"LAMP1", "LAMP2", "TEA1"}),
     ):
         visit.step(action)
-        assert {text for kind, text in visit.page.pieces if kind is Kind.PRODUCT} == found
+        assert {text for kind, text in visit.page.pieces if kind is Kind.PRODUCT} == products
     order = [text for kind, text in visit.page.pieces if kind is Kind.PRODUCT]
     again = Visit(shop, visit.goal)
     again.step("search[<r>]")
@@ -143,9 +143,9 @@ def test_goals_and_cleaned_products(shop: Shop, tmp_path: Path):
     with pytest.raises(ValueError, match="expected a product of shop"):
         shop.catalog.find("LAMP3")
     synthetic = three_products(tmp_path, "synthetic").goals
-    options = [each.options for each in synthetic]
+    options = [goal.options for goal in synthetic]
     assert {"color": "red", "size": "small"} in options and len(options) == 4
-    texts = {each.instruction.split(", and price")[0] for each in synthetic}
+    texts = {goal.instruction.split(", and price")[0] for goal in synthetic}
     assert "Find me a lamp with color: navy | blue, and size: large" in texts and len(texts) == 4
 
 
@@ -187,13 +187,13 @@ def test_the_type_of_a_purchase(shop: Shop, fields: dict, expected: float):
 
 def test_the_parts_of_a_score(shop: Shop):
     lamp = shop.catalog.product(1)  # 'Easy Clean shade' is in its description; it costs 30 to 50
-    found = score(lamp, 45.0, ["olive green", "large"], wanted(options=("green", "small")), taggers.small)
-    assert (found.type, found.attributes, found.options, found.affordable) == (1.0, 1, 1, False)
-    assert found.reward == (1 + 1 + 0) / (1 + 2 + 1)
+    result = score(lamp, 45.0, ["olive green", "large"], wanted(options=("green", "small")), taggers.small)
+    assert (result.type, result.attributes, result.options, result.affordable) == (1.0, 1, 1, False)
+    assert result.reward == (1 + 1 + 0) / (1 + 2 + 1)
     assert score(lamp, 40.0, [], wanted(), taggers.small).reward == 1.0
 
 
-def test_words_that_are_alike():
+def test_similar_words_match():
     assert alike("Easy Clean!", "clean easy easy") and alike("small", "size: small")
     assert not alike("small", "large")
     # the share of letters in common and in order, in percent: 2·6/14 = 85.7 rounds to 86, 2·9/22 to 82
@@ -205,7 +205,7 @@ def test_words_that_are_alike():
     assert matched_options(["small", "red"], {"size": "small", "color": "red"}) == 2
 
 
-def test_blank_texts_are_what_a_parser_leaves_of_them(shop: Shop):
+def test_blank_texts_are_shortened_as_by_an_html_parser(shop: Shop):
     assert plain(Page(((Kind.TEXT, " a "), (Kind.BUTTON, "B")), "")) == "a [SEP] B"
     from aem_jax.envs.webshop.pages import sub_page
 

@@ -12,18 +12,16 @@ from envs.webshop_golden import item, unpack
 
 from aem_jax.envs.actions import extract_action
 from aem_jax.envs.registry import environment_spec
-from aem_jax.envs.serving.client import websocket_url
+from aem_jax.envs.serving.address import websocket_url
 from aem_jax.envs.testing.conformance import Subject, check_environment
 from aem_jax.envs.testing.conformance_wire import ServerSubject, check_server
-from aem_jax.envs.webshop.catalog import Catalog
+from aem_jax.envs.webshop.catalog import FIELDS, Catalog
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
-from aem_jax.envs.webshop.fields import FIELDS
-from aem_jax.envs.webshop.files import read_files
 from aem_jax.envs.webshop.generator.config import CATEGORIES, GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.goals import goal_from_json
 from aem_jax.envs.webshop.products import read_products
-from aem_jax.envs.webshop.shop import ShopConfig, open_shop
+from aem_jax.envs.webshop.shop import ShopConfig, open_shop, read_files
 from aem_jax.envs.webshop.tasks import SPLITS, eval_set, goal_tasks, split_of, training_tasks
 
 MADE = GeneratorConfig(products=150)
@@ -123,27 +121,27 @@ def test_steps_and_modes(catalog: Catalog):
 
 def test_tasks_of_another_shop_are_refused(catalog: Catalog):
     payload = dict(goal_tasks(catalog, "train")[0].payload)
-    for bad, said in (
+    for bad, why in (
         ({}, "'goal'"),
         (payload | {"shop": "x"}, "give server and run the same shop"),
         ({"goal": {"asin": "x"}}, "expected a goal with the fields"),
         ({"goal": payload["goal"] | {"query": 3}}, r"expected text in \['query'\]"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=why):
             env(catalog).reset(bad)
 
 
 def test_products_are_found_by_their_fields(catalog: Catalog):
     products = [catalog.product(number) for number in range(len(catalog))]
     held = {
-        "category": lambda each: (each.category,),
-        "query": lambda each: (each.query,),
-        "attributes": lambda each: each.attributes,
+        "category": lambda product: (product.category,),
+        "query": lambda product: (product.query,),
+        "attributes": lambda product: product.attributes,
     }
     assert set(held) == set(FIELDS)
     for field, values in held.items():
         for value in {*values(products[0]), *values(products[7]), *values(products[-1])}:
-            scanned = tuple(number for number, each in enumerate(products) if value in values(each))
+            scanned = tuple(number for number, product in enumerate(products) if value in values(product))
             assert scanned and catalog.where(field, value) == scanned
         assert catalog.where(field, "") == catalog.where(field, "no such thing") == ()
 
@@ -155,7 +153,7 @@ def test_splits_share_neither_products_nor_words(catalog: Catalog):
     for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
         for field in ("asin", "instruction"):
             assert not {goal[field] for goal in goals[one]} & {goal[field] for goal in goals[other]}
-    assert all(split_of(goal_from_json(goal)) == split for split, found in goals.items() for goal in found)
+    assert all(split_of(goal_from_json(goal)) == split for split, members in goals.items() for goal in members)
     assert training_tasks(catalog, 0)[0] == training_tasks(catalog, 0)[0] != training_tasks(catalog, 1)[0]
     with pytest.raises(ValueError, match="one of test, valid, train"):
         goal_tasks(catalog, "valid_seen")
@@ -169,8 +167,9 @@ def test_splits_may_share_products_and_no_goal(catalog: Catalog):
         # the same request in another order or with another price limit is the same goal
         lambda goal: (goal["asin"], frozenset(goal["attributes"]), frozenset(goal["options"])),
     ):
-        found = {split: {asked(goal) for goal in each} for split, each in goals.items()}
-        assert not found["train"] & (found["valid"] | found["test"]) and not found["valid"] & found["test"]
+        requests = {split: {asked(goal) for goal in members} for split, members in goals.items()}
+        train, valid, test = (requests[split] for split in ("train", "valid", "test"))
+        assert not train & (valid | test) and not valid & test
     assert {goal["asin"] for goal in goals["valid"]} & {goal["asin"] for goal in goals["train"]}
     valid, _ = eval_set(catalog, "valid", 99, "goals")
     assert not set(training_tasks(catalog, 0, "goals").numbers) & set(valid.numbers)
@@ -186,7 +185,7 @@ def test_an_evaluation_set_is_named_by_its_content(catalog: Catalog, cache: str)
     assert len(eval_set(catalog, "test", 10_000)[0]) == len(goal_tasks(catalog, "test"))
 
 
-def test_a_made_shop(catalog: Catalog):
+def test_a_generated_shop(catalog: Catalog):
     data = make_shop(MADE, 233)
     assert data == make_shop(MADE, 233) != make_shop(MADE, 234)
     assert {item["category"] for item in data.items} == set(CATEGORIES)
@@ -238,7 +237,7 @@ SAID = {"instruction": "a lamp", "instruction_attributes": ["red"], "instruction
         ([PRODUCT], {}, {"A": [SAID | {"instruction_options": 1}]}, "[0]: instruction_options: expected list, got int"),
     ],
 )  # fmt: skip
-def test_files_that_hold_something_else_are_named(tmp_path: Path, items, annotations, instructions, why):
+def test_files_with_unexpected_content_are_named(tmp_path: Path, items, annotations, instructions, why):
     names = ("items_shuffle_1000.json", "items_ins_v2_1000.json", "items_human_ins.json")
     for name, content in zip(names, (items, annotations, instructions)):
         (tmp_path / name).write_text(json.dumps(content))
@@ -246,14 +245,14 @@ def test_files_that_hold_something_else_are_named(tmp_path: Path, items, annotat
         open_shop(ShopConfig(data=str(tmp_path), cache=str(tmp_path / "cache")))
 
 
-def test_what_webshop_leaves_out_may_hold_anything(tmp_path: Path):
+def test_skipped_products_are_not_checked(tmp_path: Path):
     items = [PRODUCT | {"full_description": None, "pricing": None, "customization_options": {"size": None}}]
     files = [tmp_path / name for name in ("items", "annotations", "instructions")]
     quiet = {"instruction_attributes": None}
     for file, content in zip(files, (items + [{"asin": "nan"}], {"A": quiet, "B": 1}, {"A": [quiet, SAID]})):
         file.write_text(json.dumps(content))
     data = read_files(files[0], files[1], files[2])
-    assert [each.asin for each in read_products(data.items, data.annotations)] == ["A"]
+    assert [product.asin for product in read_products(data.items, data.annotations)] == ["A"]
     assert len(read_files(files[0], files[1], tmp_path / "none", limit=1).items) == 1
 
 

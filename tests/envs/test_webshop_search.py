@@ -42,7 +42,7 @@ def test_stems(word: str, expected: str):
     assert stem(word) == expected
 
 
-def test_words_are_cut_at_unicode_boundaries():
+def test_words_are_split_at_unicode_boundaries():
     assert words("1,000.50 x 2.5oz T-Shirt, \"O'Neil's\" C++") == [
         "1,000.50",
         "x",
@@ -77,22 +77,22 @@ def slow_search(query: str, documents: dict[str, str], limit: int) -> list[str]:
 
     counts = {name: Counter(terms(text)) for name, text in documents.items()}
     average = f(sum(count.total() for count in counts.values()) / len(counts))
-    found = []
+    ranked = []
     for name, count in counts.items():
         norm = f(1) / (f(0.9) * ((f(1) - f(0.4)) + f(0.4) * f(kept(count.total())) / average))
         score, matched = 0.0, False
         for term, times in Counter(terms(query)).items():
             if count[term]:
-                others = sum(term in each for each in counts.values())
+                others = sum(term in document for document in counts.values())
                 weight = f(times) * f(math.log(1 + (len(counts) - others + 0.5) / (others + 0.5)))
                 score += float(weight - weight / (f(1) + f(count[term]) * norm))
                 matched = True
         if matched:
-            found.append((-f(score), name.encode(), name))
-    return [name for *_, name in sorted(found)[:limit]]
+            ranked.append((-f(score), name.encode(), name))
+    return [name for *_, name in sorted(ranked)[:limit]]
 
 
-def test_ranking_agrees_with_a_slow_one():
+def test_ranking_agrees_with_a_direct_computation():
     rng = random.Random(0)
     vocabulary = [f"w{i}" for i in range(30)]
     documents = {
@@ -108,7 +108,7 @@ def test_ranking_agrees_with_a_slow_one():
     assert ranking.search("unknown").size == 0
 
 
-def test_an_index_of_files_is_the_index(tmp_path):
+def test_a_saved_index_ranks_as_the_index_in_memory(tmp_path):
     texts = ["red lamp", "green tea tea", "red tea lamp lamp"]
     ranking = build_ranking(["c", "b", "a"], texts)
     ranking.save(tmp_path)

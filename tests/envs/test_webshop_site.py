@@ -47,7 +47,7 @@ def post(url: str, **fields: str) -> tuple[str, str]:
         return reply.url, reply.read().decode()
 
 
-def test_forms_do_what_an_agent_would_say(address: str):
+def test_forms_post_an_agents_actions(address: str):
     with urllib.request.urlopen(address, timeout=30) as reply:
         start = reply.read().decode()
         assert "i want a red floor lamp" in start and "1 to 1 of 1" in start

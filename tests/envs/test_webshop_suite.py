@@ -33,13 +33,13 @@ def suite(config: WebshopConfig) -> TaskSuite:
 
 def success(suite: TaskSuite, make_act, turns: int = TURNS):
     tasks, name = suite.evaluation("valid", 40)
-    found = evaluate_agent(suite.make_env(), make_act, tasks, max_turns=turns, name=name, split="valid")
-    assert found.mean_score is not None
-    return found.rate.success, found.mean_score
+    evaluation = evaluate_agent(suite.make_env(), make_act, tasks, max_turns=turns, name=name, split="valid")
+    assert evaluation.mean_score is not None
+    return evaluation.rate.success, evaluation.mean_score
 
 
 @pytest.mark.parametrize("mode", ["text", "text_rich"])
-def test_experts_win_and_chance_does_not(config: WebshopConfig, mode: str):
+def test_experts_win_and_the_random_agent_does_not(config: WebshopConfig, mode: str):
     suite = webshop(dataclasses.replace(config, mode=mode), SuiteOptions())
     assert success(suite, suite.baselines["oracle"]) == (1.0, 1.0)
     won, score = success(suite, suite.baselines["shopper"])
@@ -48,7 +48,7 @@ def test_experts_win_and_chance_does_not(config: WebshopConfig, mode: str):
     assert won <= 0.1 and 0 < score < 0.3
 
 
-def test_servers_are_told_the_shop_and_the_tagger(suite: TaskSuite, config: WebshopConfig):
+def test_server_settings_name_the_shop_and_the_tagger(suite: TaskSuite, config: WebshopConfig):
     assert suite.settings["tagger"] in ("spacy", "small")  # auto is resolved on the run's machine
     assert suite.settings["shop"]["made"]["products"] == 300
     assert suite.training[0].payload["shop"] == suite.evaluation("test", 1)[0][0].payload["shop"]
@@ -64,7 +64,7 @@ def test_the_tiny_shop_can_be_won_in_its_turns(config: WebshopConfig):
     assert success(suite, suite.baselines["random"], tiny.rollout.max_turns)[0] <= 0.05
 
 
-def test_a_demonstrator_speaks_as_a_policy_should(suite: TaskSuite):
+def test_demonstrations_have_the_policys_action_format(suite: TaskSuite):
     assert suite.demonstrator
     for task in suite.training[:10]:
         for exchange in play(suite.make_env(), task.payload, suite.demonstrator(task), TURNS):
@@ -72,9 +72,9 @@ def test_a_demonstrator_speaks_as_a_policy_should(suite: TaskSuite):
             assert exchange.result.info["valid_action"]
 
 
-def test_a_tokenizer_is_given_what_both_sides_say(suite: TaskSuite):
-    said = [text for episode in tokenizer_corpus(suite, 4, TURNS) for text in episode]
-    assert any("Instruction:" in text for text in said) and any("<action>search[" in text for text in said)
+def test_the_tokenizer_corpus_has_observations_and_responses(suite: TaskSuite):
+    texts = [text for episode in tokenizer_corpus(suite, 4, TURNS) for text in episode]
+    assert any("Instruction:" in text for text in texts) and any("<action>search[" in text for text in texts)
 
 
 RESULTS = "Back to Search [SEP] Page 1 (Total results: 2) [SEP] Next > [SEP] A1 [SEP] red lamp [SEP] $9.5 to $12.0"
@@ -125,5 +125,8 @@ def test_the_shopper_compares_before_it_buys():
 
 def test_a_random_agent_searches_for_words_that_it_sees():
     rng = random.Random(0)
-    said = {random_agent("red lamp", ["search[…]"], rng) for _ in range(20)}
-    assert said <= {f"search[{one} {other}]" for one in ("red", "lamp") for other in ("red", "lamp")} and len(said) == 4
+    searches = {random_agent("red lamp", ["search[…]"], rng) for _ in range(20)}
+    assert (
+        searches <= {f"search[{one} {other}]" for one in ("red", "lamp") for other in ("red", "lamp")}
+        and len(searches) == 4
+    )

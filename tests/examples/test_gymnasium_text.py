@@ -9,22 +9,22 @@ from examples.gymnasium_text import blackjack, frozen_lake
 
 
 @pytest.mark.parametrize(("make", "actions"), [(frozen_lake, ("right", "down", "sail")), (blackjack, ("hit", "stick"))])
-def test_it_conforms(make, actions):
+def test_the_environments_conform(make, actions):
     assert check_environment(Subject(make, [{"seed": 1}, {"seed": 2}], actions)) == []
 
 
 def lake(result):
     """(rows of the picture, its text)."""
-    *rows, said, asked = result.observation.splitlines()
+    *rows, message, asked = result.observation.splitlines()
     assert asked == "Say one of: left, down, right, up."
-    return rows, said
+    return rows, message
 
 
-def test_a_lake_is_walked_over():
+def test_a_path_over_the_ice_reaches_the_goal():
     env = frozen_lake()
-    rows, said = lake(env.reset({"seed": 3}))
+    rows, message = lake(env.reset({"seed": 3}))
     # gymnasium's map of seed 3: one hole, in the first row
-    assert rows == ["X F H F", "F F F F", "F F F F", "F F F G"] and said == "You are at X; go to G."
+    assert rows == ["X F H F", "F F F F", "F F F F", "F F F G"] and message == "You are at X; go to G."
     rows, _ = lake(env.step("I could go left, but I go DOWN"))  # the last direction counts
     assert rows == ["S F H F", "X F F F", "F F F F", "F F F G"]
     invalid = env.step("upwards")  # not a valid word
@@ -36,7 +36,7 @@ def test_a_lake_is_walked_over():
     assert lake(last) == (["S F H F", "F F F F", "F F F F", "F F F X"], "You reached the goal.")
 
 
-def test_a_hole_ends_it_and_so_does_the_limit():
+def test_a_hole_terminates_and_the_limit_truncates():
     env = frozen_lake(max_steps=2)
     env.reset({"seed": 3})
     env.step("right")
@@ -52,7 +52,7 @@ def test_a_hole_ends_it_and_so_does_the_limit():
     assert (cut.terminated, cut.truncated) == (False, True)
 
 
-def test_seeds_make_lakes():
+def test_seeds_determine_lakes():
     env = frozen_lake(size=5)
     assert len({env.reset({"seed": seed}).observation for seed in range(20)}) > 10
     for task in ({}, {"seed": -1}, {"seed": "1"}):
@@ -60,7 +60,7 @@ def test_seeds_make_lakes():
             env.reset(task)
 
 
-def test_a_hand_of_blackjack():
+def test_blackjack_is_dealt_by_the_seed():
     env = blackjack()
     assert env.reset({"seed": 3}).observation == "You hold 7; the dealer shows 10.\nSay one of: stick, hit."
     assert env.step("hit me").observation.startswith("You hold 17;")

@@ -18,7 +18,7 @@ def mean_success(history: list[dict[str, float]]) -> tuple[float, float]:
     return sum(success[:10]) / 10, sum(success[-10:]) / 10
 
 
-def test_it_learns_as_a_reader_would_run_it(user_environment: dict[str, str]):
+def test_the_example_learns_with_its_defaults(user_environment: dict[str, str]):
     command = [sys.executable, str(SCRIPT)]
     done = subprocess.run(command, capture_output=True, text=True, env=user_environment, cwd=SCRIPT.parents[1])
     assert done.returncode == 0, done.stderr
@@ -34,13 +34,13 @@ def test_without_a_learning_rate_nothing_is_learnt():
     assert before < 0.2 and after < 0.2
 
 
-def test_the_seed_decides_every_number():
+def test_the_seed_determines_every_number():
     first = plain_jax.train(steps=20)
     assert plain_jax.train(steps=20) == first
     assert plain_jax.train(steps=20, seed=1) != first
 
 
-def test_alpha_moves_once_entropies_differ_and_not_at_strength_0():
+def test_alpha_differs_from_1_unless_strength_is_0():
     modulated, plain = plain_jax.train(steps=60), plain_jax.train(steps=60, strength=0.0)
     # uniform logits: every response has the entropy log 4, and the rule of 0.1 nats leaves α at 1
     assert modulated[0]["entropy"] == pytest.approx(1.3862944, abs=1e-5)
@@ -51,8 +51,8 @@ def test_alpha_moves_once_entropies_differ_and_not_at_strength_0():
     assert modulated[-1]["entropy"] != plain[-1]["entropy"]
 
 
-def test_it_imports_the_advantages_and_no_other_room():
+def test_the_example_imports_only_advantage():
     tree = ast.parse(SCRIPT.read_text())
-    names = {each.name for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names}
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert names - set(sys.stdlib_module_names) == {"jax", "jax.numpy", "optax", "aem_jax.advantage"}

@@ -57,8 +57,8 @@ def gradient(loss, model, example):
     def value(model):
         return loss(model, example, algorithm(), PAD, EOS)
 
-    (number, _), found = nnx.value_and_grad(value, has_aux=True)(model)
-    return np.asarray(number), jax.tree.map(np.asarray, nnx.to_pure_dict(found))
+    (number, _), gradients = nnx.value_and_grad(value, has_aux=True)(model)
+    return np.asarray(number), jax.tree.map(np.asarray, nnx.to_pure_dict(gradients))
 
 
 def scaled_by_hand(model, example) -> np.ndarray:
@@ -87,27 +87,27 @@ def scaled_by_hand(model, example) -> np.ndarray:
     return advantages
 
 
-def test_it_is_tunixs_loss_at_advantages_scaled_by_hand(model, example):
+def test_the_loss_is_tunixs_at_advantages_scaled_by_hand(model, example):
     advantages = scaled_by_hand(model, example)
     # entropies span 0.084 nats in the first group, which stays as it is, and more in the second
     assert (np.abs(advantages / example.advantages - 1) > 0.1).tolist() == [False] * 3 + [True] * 3
     by_hand = example.replace(advantages=jnp.array(advantages, jnp.float32))
-    loss, found = gradient(tunix_grpo.aem_grpo_loss, model, example)
+    loss, gradients = gradient(tunix_grpo.aem_grpo_loss, model, example)
     expected_loss, expected = gradient(tunix_grpo.algo_core.grpo_loss_fn, model, by_hand)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, expected)
     assert abs(loss - gradient(tunix_grpo.algo_core.grpo_loss_fn, model, example)[0]) > 1e-3
 
 
 def test_strength_0_is_tunixs_own_loss(model, example, monkeypatch):
     monkeypatch.setattr(tunix_grpo, "STRENGTH", 0.0)
-    loss, found = gradient(tunix_grpo.aem_grpo_loss, model, example)
+    loss, gradients = gradient(tunix_grpo.aem_grpo_loss, model, example)
     expected_loss, expected = gradient(tunix_grpo.algo_core.grpo_loss_fn, model, example)
     np.testing.assert_array_equal(loss, expected_loss)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, gradients, expected)
 
 
-def test_what_would_give_wrong_entropies_is_refused(model, example):
+def test_settings_that_give_wrong_entropies_are_refused(model, example):
     moved = example.replace(old_per_token_logps=jnp.zeros((6, 5)))
     with pytest.raises(ValueError, match="num_iterations=1"):
         tunix_grpo.aem_grpo_loss(model, moved, algorithm(), PAD, EOS)

@@ -67,7 +67,7 @@ tensorboard = false
 """
 
 
-def test_it_stops_with_the_first_error_and_goes_on_when_mended(tmp_path: Path, capfd):
+def test_a_broken_environment_stops_the_run_which_resumes_when_it_is_repaired(tmp_path: Path, capfd):
     """The tokenizer needs 4 resets and step 0 needs 4. In step 1 every task breaks, replacement tasks included."""
     (tmp_path / "env.py").write_text(ENV)
     (tmp_path / "small.toml").write_text(SMALL)

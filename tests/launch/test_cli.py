@@ -1,5 +1,6 @@
 """The command line from a user's view: help, presets, precedence, names of runs, one-line errors."""
 
+import re
 import subprocess
 import sys
 import types
@@ -8,12 +9,20 @@ from pathlib import Path
 import pytest
 
 from aem_jax.config import saved
-from aem_jax.config.presets import DEFAULT, algorithm_names, describe_preset, preset_names, read_preset
-from aem_jax.config.run import RunConfig, may_change
-from aem_jax.envs.registry import TRAINED, default_config
+from aem_jax.config.presets import (
+    DEFAULT,
+    algorithm_names,
+    describe_preset,
+    preset_names,
+    read_preset,
+    setting_names,
+)
+from aem_jax.config.run import CONDITIONS, RunConfig, may_change
+from aem_jax.envs.registry import TRAINED
 from aem_jax.errors import ConfigError
+from aem_jax.help import setting_groups
 from aem_jax.launch import cli
-from aem_jax.overrides import annotations, apply, as_values, split
+from aem_jax.overrides import annotations, apply, as_values, choose, flag, split
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +103,15 @@ def test_the_last_of_an_option_given_twice_counts():
         (["--preset", "alfword-tiny"], "unknown preset 'alfword-tiny'; did you mean 'alfworld-tiny'?"),
         (["--preset", "no/such.toml"], "no preset file no/such.toml; presets are"),
         (["--preset", "alfworld-tiny", "gpso"], "unknown preset 'gpso'; did you mean 'gspo'?"),
+        (
+            ["--preset", "alfworld-qwen2.5-7b", "gspo"],
+            "preset 'alfworld-qwen2.5-7b'; setting and model are two presets: --preset alfworld-paper qwen2.5-7b",
+        ),
+        (["--preset", "swe-qwen3-32b"], "two presets: --preset swe-paper qwen3-32b"),
+        (["--preset", "webshop-qwen2.5-1.5b"], "two presets: --preset webshop-paper qwen2.5-1.5b"),
+        (["--preset", "qwen2.5-7b"], "expected a preset of a setting beside qwen2.5-7b, got none; as in --preset alfw"),
+        (["--preset", "webshop-paper"], "expected a model, got none; add the preset of one"),
+        (["--preset", "alfworld-tiny", "qwen2.5-7b"], "--model.num-layers: expected none with --model.path"),
         (["--preset", "--seed", "1"], "--preset: expected one or more names, got nothing"),
         (
             ["--preset", "gspo", "--learner.importance-cap", "2"],
@@ -132,6 +150,9 @@ def test_the_last_of_an_option_given_twice_counts():
         (["serve", "alfworld", "--settings", "{"], "expected settings as a JSON mapping"),
         (["bench", "samplr"], "unknown benchmark 'samplr'; did you mean 'sampler'?"),
         (["presets", "x"], "expected nothing after presets"),
+        (["--help", "rolout"], "--help: unknown group 'rolout'; did you mean 'rollout'?"),
+        (["--help", "zzz"], "--help: unknown group 'zzz'; groups are alfworld, alfworld.games, env,"),
+        (["--help", "webshop"], "--help: --webshop is a setting of environment webshop, and --environment is alfworld"),
         (["evaluate", "--name", "never-trained"], "no run in runs/never-trained"),
         (["analyze", "runs/never-trained"], "no run in runs/never-trained"),
         (["export", "s3://bucket/model"], "expected the path of a folder to write to, got 's3://bucket/model'"),
@@ -176,14 +197,58 @@ def test_a_process_ends_with_status_2_and_no_traceback():
     )
 
 
-def test_help_explains_every_field_with_the_preset_s_defaults(capsys):
-    assert cli.main(["--help"]) == 0
+def printed_settings(capsys, *words: str) -> tuple[list[str], str]:
+    """(the options with an explanation, the full text) of a help page."""
+    assert cli.main(words) == 0
     text = capsys.readouterr().out
-    for name in annotations(RunConfig()):
-        assert f"--{name.replace('_', '-')}" in text
-    assert "(default: alfworld-tiny)" in " ".join(text.replace("│", " ").split())
+    return re.findall(r"^  (--\S+)", text, re.MULTILINE), text
+
+
+def test_help_explains_every_field_with_the_preset_s_defaults(capsys):
+    explained, text = printed_settings(capsys, "--help", "all")
+    assert explained == [flag(setting.name) for group in setting_groups(RunConfig()) for setting in group.settings]
+    assert sorted(explained) == sorted(map(flag, annotations(RunConfig())))
+    assert "(default: alfworld-tiny)" in text
     for command in cli.COMMANDS:
         assert command in text
+
+
+def test_help_names_the_settings_without_effect(capsys):
+    everything, _ = printed_settings(capsys, "--help", "all")
+    explained, text = printed_settings(capsys, "--help")
+    _, named = text.split("without effect in this run")
+    assert set(explained) < set(everything)
+    for option in set(everything) - set(explained):
+        assert option in named or (option.startswith("--env.field-mapping.") and "--env.field-mapping" in named)
+    assert "with --lora.rank: --lora.alpha, --lora.targets, --lora.merge" in named and "--lora.rank" in explained
+    assert "--learner.value-clip" in printed_settings(capsys, "--preset", "ppo", "--help")[0]
+    assert "--env.field-mapping.text-field" in printed_settings(capsys, "--environment", "openenv", "--help")[0]
+
+
+def test_help_of_the_default_run_is_short(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, text = printed_settings(capsys, "--help")
+    assert len(text.splitlines()) <= 450 and max(map(len, text.splitlines())) <= 80
+
+
+def test_conditions_of_an_effect_name_settings():
+    known = [f"{name}." for name in annotations(RunConfig())]
+    names = [name for names, _, _ in CONDITIONS for name in names.split()]
+    assert [name for name in names if not any(setting.startswith(f"{name}.") for setting in known)] == []
+    assert len({option for _, option, _ in CONDITIONS}) == len(CONDITIONS)
+
+
+@pytest.mark.parametrize(
+    ("names", "explained"),
+    [
+        (["aem"], ["--aem.strength", "--aem.min-range", "--aem.scope", "--aem.variant"]),
+        (["learner.clip-low", "learner.clip_high"], ["--learner.clip-low", "--learner.clip-high"]),
+        (["lora"], ["--lora.rank", "--lora.alpha", "--lora.targets", "--lora.merge"]),
+    ],
+)
+def test_help_explains_a_group_or_a_setting(names: list[str], explained: list[str], capsys):
+    assert printed_settings(capsys, "--help", *names)[0] == explained
+    assert printed_settings(capsys, "-h", *names)[0] == explained
 
 
 def test_help_lists_the_settings_of_the_chosen_environment_alone(capsys):
@@ -213,34 +278,11 @@ def test_every_command_has_help(words: list[str], capsys):
     assert "usage: python -m aem_jax.launch" in capsys.readouterr().out
 
 
-def undocumented(cls: type, prefix: str = "") -> list[str]:
-    """Fields whose source has no docstring under them, by dotted name."""
-    import ast
-    import dataclasses
-    import inspect
-    import itertools
-    import textwrap
-    import typing
-
-    kinds = typing.get_type_hints(cls)
-    told: set[str] = set()
-    for base in cls.__mro__[:-1]:
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # pyright: ignore[reportAttributeAccessIssue]
-        for field, after in itertools.pairwise(body):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                told.add(field.target.id)  # pyright: ignore[reportAttributeAccessIssue]
-    missing = [f"{prefix}{field.name}" for field in dataclasses.fields(cls) if field.name not in told]
-    inner = [(f"{prefix}{name}.", kind) for name, kind in kinds.items() if dataclasses.is_dataclass(kind)]
-    return missing + [name for start, kind in inner for name in undocumented(kind, start)]  # pyright: ignore[reportArgumentType]
-
-
 def test_no_field_is_without_an_explanation():
-    assert undocumented(RunConfig) == []
-    assert [name for choice in TRAINED for name in undocumented(type(default_config(choice)))] == []
+    for choice in TRAINED:
+        for group in setting_groups(choose(RunConfig(), {"environment": choice})):
+            assert group.text or not group.name, group.name
+            assert [setting.name for setting in group.settings if not setting.text] == []
 
 
 def test_help_loads_nothing_that_takes_seconds():
@@ -254,20 +296,23 @@ def test_help_loads_nothing_that_takes_seconds():
 
 
 def test_every_preset_is_sound_and_says_what_it_is():
-    assert DEFAULT in preset_names()
-    for name in preset_names():
+    assert DEFAULT in setting_names()
+    for name in setting_names():
         assert read_preset(name).preset == name
-        assert describe_preset(name)
     for name in algorithm_names():
         assert read_preset(name).preset == f"{DEFAULT} + {name}"
+    for name in preset_names():
         assert describe_preset(name)
+    assert len(set(preset_names())) == len(preset_names())
 
 
 def test_presets_are_listed(capsys):
     assert cli.main(["presets"]) == 0
     listed = capsys.readouterr().out
-    for name in preset_names() + algorithm_names():
-        assert f"\n{name} " in f"\n{listed}"
+    for name in preset_names():
+        assert f"\n  {name} " in listed
+    order = [listed.index(f"\n{kind}") for kind in ("models, ", "algorithms, ")]
+    assert listed.startswith("settings:\n") and order == sorted(order)
 
 
 def test_an_algorithm_goes_with_any_environment(trained, tmp_path: Path):
@@ -347,8 +392,8 @@ def test_harmless_fields_exist():
     from aem_jax.config.run import MAY_CHANGE
 
     names = list(annotations(RunConfig()))
-    for each in MAY_CHANGE:
-        assert any(name == each or (each.endswith(".") and name.startswith(each)) for name in names), each
+    for prefix in MAY_CHANGE:
+        assert any(name == prefix or (prefix.endswith(".") and name.startswith(prefix)) for name in names), prefix
     assert not may_change("seed") and not may_change("aem.strength")
 
 

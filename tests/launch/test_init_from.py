@@ -14,7 +14,7 @@ from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.launch import init_from
-from aem_jax.learner import init_state, make_optimizer
+from aem_jax.learner import init_state
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.warmstart import WarmstartConfig
 
@@ -51,12 +51,11 @@ def test_a_run_that_has_not_kept_step_0(tmp_path: Path):
 
 def test_a_value_head_is_left_behind(tmp_path: Path):
     valued = replace(SMALL, algorithm=AlgorithmConfig("gae"))
-    mesh, policy = make_mesh(MeshConfig(), jax.devices()[:1]), components.make_policy(SMALL, 100)
-    trained = components.trained_policy(valued, policy)
-    state = init_state(trained, make_optimizer(valued.learner, trained.axes), mesh, jax.random.key(0))
-    assert set(state.params) == {"policy", "value"}
+    mesh, policy = make_mesh(MeshConfig(), jax.devices()[:1]), components.make_policy(valued, 100)
+    state = init_state(policy, valued.learner, mesh, jax.random.key(0))
+    assert set(state.params) == {"base", "value"}
     saved.save(valued, tmp_path)
     with Checkpoints(tmp_path / "checkpoints", valued.checkpoint) as checkpoints:
         checkpoints.save(0, state)
     found = parameters(beginning(tmp_path))  # for a run without a value head
-    jax.tree.map(np.testing.assert_array_equal, found, state.params["policy"])
+    jax.tree.map(np.testing.assert_array_equal, found, {"base": state.params["base"]})

@@ -19,7 +19,7 @@ def sizes(config: RunConfig, model=MODEL) -> tuple[int, ...]:
     return tuple(open_mesh(config, model).shape.values())
 
 
-def test_a_mesh_that_is_set_is_taken():
+def test_a_given_mesh_is_kept():
     assert jax.device_count() == 8
     assert sizes(replace(TINY, mesh=MeshConfig(2, 4, 1))) == (2, 4, 1)
 

@@ -102,10 +102,10 @@ def test_weights_that_cannot_be_used_are_the_options_fault(model: Path, tmp_path
     config = RunConfig(model=ModelChoice(path=str(folder)))
     run: Any = SimpleNamespace(config=config, mesh=None)
     with pytest.raises(ConfigError, match=r"--model.path: expected finite numbers in .*, got NaN .* model.norm.weight"):
-        initial.initial_parameters(run, Policy(CONFIG))
+        initial.initial_parameters(run, Policy(CONFIG), {})
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="--model.path: expected model.safetensors or .*, got neither"):
-        initial.initial_parameters(run, Policy(CONFIG))
+        initial.initial_parameters(run, Policy(CONFIG), {})
 
 
 def test_a_config_that_the_tokenizer_cannot_read_is_named_itself(tmp_path: Path):

@@ -18,7 +18,7 @@ class Clock:
         return self.now
 
 
-def test_plain_lines_where_there_is_no_terminal():
+def test_progress_is_plain_lines_without_a_terminal():
     stream, clock = io.StringIO(), Clock()
     with open_progress(stream, clock) as report:
         for done in range(1, 5):
@@ -47,7 +47,7 @@ def test_clock_time():
     assert [clock_time(seconds) for seconds in (0.4, 187, 3729)] == ["0:00", "3:07", "1:02:09"]
 
 
-def test_shown_takes_what_is_there():
+def test_shown_leaves_out_missing_metrics():
     assert shown({}) == ""
     assert shown({"learner/loss": None, "parity/max": 3.2e-6, "other": 1}) == "parity 3e-06"
 
@@ -69,7 +69,7 @@ def test_live_bars_keep_the_numbers_of_a_finished_phase():
     assert first.stop_time is not None and second.stop_time is None
 
 
-def test_a_repeated_phase_starts_a_line_of_its_own():
+def test_a_repeated_phase_starts_a_new_line():
     stream, clock = io.StringIO(), Clock()
     report = plain_progress(stream, clock)
     for phase in ("train", "evaluate", "train"):

@@ -44,7 +44,7 @@ def numbers(run: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run."""
     import os
 
@@ -55,28 +55,30 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "small"
 
 
-def test_a_run_leaves_what_it_should(whole: Path):
+def test_a_run_writes_its_files(finished: Path):
     for name in ("config.json", "metrics.jsonl", "evaluations.jsonl", "transcripts.json", "report.html"):
-        assert (whole / name).stat().st_size > 0, name
-    assert list((whole / "tensorboard").glob("events*")) and (whole / "tokenizer" / "tokenizer.json").exists()
-    assert {"0", "4", "8"} <= {each.name for each in (whole / "checkpoints").iterdir()}
-    steps = read_lines(whole / "metrics.jsonl")
+        assert (finished / name).stat().st_size > 0, name
+    assert list((finished / "tensorboard").glob("events*")) and (finished / "tokenizer" / "tokenizer.json").exists()
+    assert {"0", "4", "8"} <= {path.name for path in (finished / "checkpoints").iterdir()}
+    steps = read_lines(finished / "metrics.jsonl")
     assert [record["step"] for record in steps] == list(range(NUM_STEPS))
     for record in steps:
         assert record["parity/max"] <= 1e-4 and record["compile/recompiles"] == 0
         assert record["learner/kl_reference"] >= -1e-6
     # the reference is the policy before the first update, which also gave the sampler's logprobs
     assert steps[0]["learner/kl_reference"] == pytest.approx(0, abs=1e-5)
-    phases = [(each["phase"], each["step"]) for each in read_lines(whole / "evaluations.jsonl")]
+    phases = [(line["phase"], line["step"]) for line in read_lines(finished / "evaluations.jsonl")]
     baselines = [(name, 0) for name in ("oracle", "searcher", "random")]
     assert phases == [*baselines, ("warmstart", 0), ("train", 4), ("final", NUM_STEPS)]
 
 
 def saved(run: Path) -> set[int]:
-    return {int(each.name) for each in (run / "checkpoints").iterdir() if each.name.isdigit()}
+    return {int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()}
 
 
-def test_stopped_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_path: Path, user_environment):
+def test_a_run_that_was_stopped_killed_and_resumed_has_the_same_numbers(
+    finished: Path, tmp_path: Path, user_environment
+):
     """SIGTERM saves. The same command resumes, is killed at a step without a checkpoint, and resumes again."""
     run = tmp_path / "small"
     process = start(tmp_path, user_environment, "--train.save-every", "1000")
@@ -92,62 +94,64 @@ def test_stopped_killed_and_resumed_it_gives_the_same_numbers(whole: Path, tmp_p
         until_steps(process, run, max(done, count) + 1)
         process.send_signal(signal.SIGSTOP)
         count = len(read_lines(run / "metrics.jsonl"))
-    said = finish(start(tmp_path, user_environment), status=2)  # the same command while the first process is alive
-    assert f"expected no other process that writes to {tmp_path}" in said and f"got process {process.pid} on" in said
+    output = finish(start(tmp_path, user_environment), status=2)  # the same command while the first process is alive
+    assert (
+        f"expected no other process that writes to {tmp_path}" in output and f"got process {process.pid} on" in output
+    )
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
-    said = finish(start(tmp_path, user_environment))
-    assert "warm start" not in said
-    assert "KV caches take" in said  # before anything is allocated
-    assert numbers(run) == numbers(whole)
-    ours, theirs = (read_lines(each / "evaluations.jsonl") for each in (run, whole))
+    output = finish(start(tmp_path, user_environment))
+    assert "warm start" not in output
+    assert "KV caches take" in output  # before anything is allocated
+    assert numbers(run) == numbers(finished)
+    ours, theirs = (read_lines(folder / "evaluations.jsonl") for folder in (run, finished))
     assert ours == theirs
 
 
-def test_it_is_evaluated_again_by_name_and_prints_json(whole: Path, user_environment):
-    out = finish(start(whole.parent, user_environment, "--name", "small", command="evaluate"))
-    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    final = read_lines(whole / "evaluations.jsonl")[-1]
-    assert found == [{**final, "phase": "evaluate"}]
+def test_evaluate_prints_json_of_a_run_given_by_name(finished: Path, user_environment):
+    out = finish(start(finished.parent, user_environment, "--name", "small", command="evaluate"))
+    printed = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    final = read_lines(finished / "evaluations.jsonl")[-1]
+    assert printed == [{**final, "phase": "evaluate"}]
 
 
-def test_it_is_analysed_from_its_checkpoints(whole: Path, user_environment):
+def test_analyze_reads_the_checkpoints_of_a_run(finished: Path, user_environment):
     # after so little training all responses are equally uncertain: the 0.1-nat rule would make every group flat
-    line = [sys.executable, "-m", "aem_jax.launch", "analyze", str(whole), "--against", str(whole)]
+    line = [sys.executable, "-m", "aem_jax.launch", "analyze", str(finished), "--against", str(finished)]
     line += ["--states", "5", "--draws", "8", "--min-range", "0"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=user_environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((whole / "analysis" / "analysis.json").read_text())
-    assert (found["run"], found["step"], found["rollout"]["episodes"]) == ("small", NUM_STEPS, 8)
-    assert len(found["proxy"]["points"]) == found["proxy"]["states"] == 5 and found["proxy"]["draws"] == 8
-    assert all(each["alpha"] != 1 and each["error"] > 0 for each in found["proxy"]["points"])
-    assert {name: each["own_states"] <= 5 for name, each in found["drift"].items()} == dict.fromkeys(
+    results = json.loads((finished / "analysis" / "analysis.json").read_text())
+    assert (results["run"], results["step"], results["rollout"]["episodes"]) == ("small", NUM_STEPS, 8)
+    assert len(results["proxy"]["points"]) == results["proxy"]["states"] == 5 and results["proxy"]["draws"] == 8
+    assert all(point["alpha"] != 1 and point["error"] > 0 for point in results["proxy"]["points"])
+    assert {name: point["own_states"] <= 5 for name, point in results["drift"].items()} == dict.fromkeys(
         ("positive", "negative"), True
     )
     for name in ("analysis.html", "proxy.png", "drift.png", "dynamics.png"):
-        assert (whole / "analysis" / name).stat().st_size > 1000, name
+        assert (finished / "analysis" / name).stat().st_size > 1000, name
     assert "signs opposed" in done.stdout
 
 
-def test_a_run_that_is_done_stays_as_it_is(whole: Path, user_environment):
-    before = numbers(whole)
-    finish(start(whole.parent, user_environment))
-    assert numbers(whole) == before
+def test_a_finished_run_is_not_changed(finished: Path, user_environment):
+    before = numbers(finished)
+    finish(start(finished.parent, user_environment))
+    assert numbers(finished) == before
 
 
-def test_another_value_of_what_matters_is_refused_by_name(whole: Path, user_environment):
-    out = finish(start(whole.parent, user_environment, "--name", "small", "--aem.strength", "0"), status=2)
+def test_a_changed_setting_that_affects_numbers_is_refused_by_name(finished: Path, user_environment):
+    out = finish(start(finished.parent, user_environment, "--name", "small", "--aem.strength", "0"), status=2)
     assert "--aem.strength 1.0, got 0.0" in out and "Traceback" not in out
 
 
-def test_rows_that_the_mesh_cannot_split_are_named_before_anything_is_learnt(tmp_path: Path, user_environment):
+def test_rows_that_the_mesh_cannot_split_are_refused_before_training(tmp_path: Path, user_environment):
     words = ("--batch.rows", "3", "--runtime.cpu-devices", "2", "--mesh.data", "2")
     out = finish(start(tmp_path, user_environment, *words), status=2)
     assert "--batch.rows: expected a multiple of mesh.data × mesh.fsdp = 2, got 3" in out and "warm start" not in out
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, user_environment):
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path, user_environment):
     (tmp_path / "file").write_text("")
     out = finish(start(tmp_path / "file", user_environment), status=2)
     assert out.startswith("error: ") and out.count("\n") == 1

@@ -35,9 +35,9 @@ def test_a_server_started_by_hand_serves_a_pool_at_the_address_that_it_prints(ho
         try:
             assert process.stdout
             line = process.stdout.readline()
-            found = re.search(rf"--env\.urls (ws://{shown}:\d+)$", line.strip())
-            assert found, line
-            url = found[1]
+            match = re.search(rf"--env\.urls (ws://{shown}:\d+)$", line.strip())
+            assert match, line
+            url = match[1]
             with urllib.request.urlopen(url.replace("ws", "http") + "/metadata", timeout=10) as page:
                 assert json.load(page)["name"] == "echo"
             with EnvPool(PoolConfig(urls=(f"{url}/?who=test",), sessions_per_server=2), ("", {})) as pool:
@@ -49,7 +49,7 @@ def test_a_server_started_by_hand_serves_a_pool_at_the_address_that_it_prints(ho
         assert process.wait(timeout=10) == 0
 
 
-def test_a_port_that_is_taken_is_one_line(capsys):
+def test_a_port_in_use_is_refused_in_one_line(capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -58,11 +58,11 @@ def test_a_port_that_is_taken_is_one_line(capsys):
     assert error.splitlines()[-1].startswith("error: ") and "Traceback" not in error
 
 
-def test_bad_settings_are_one_line(capsys):
+def test_bad_settings_are_refused_in_one_line(capsys):
     assert cli.main(["serve", "echo", "--settings", '{"lenght": 2}']) == 2
     assert "did you mean 'length'?" in capsys.readouterr().err
 
 
-def test_only_what_has_a_web_site_is_served_as_one(capsys):
+def test_an_environment_without_a_web_site_is_refused(capsys):
     assert cli.main(["serve", "echo", "--html"]) == 2
     assert "--html: expected an environment with a web site, of webshop, got echo" in capsys.readouterr().err

@@ -47,22 +47,22 @@ def numbers(run: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_killed_resumed_stopped_and_finished_by_one_process(tmp_path: Path, user_environment):
+def test_two_processes_are_killed_resumed_stopped_and_finished_by_one(tmp_path: Path, user_environment):
     run = tmp_path / "run"
     processes = pair(tmp_path, user_environment, "--train.num-steps", "1000")
     until_steps(processes, run, 2)
     processes[1].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    said, _ = finish(processes, [75, -signal.SIGKILL], timeout_s=60)
+    output, _ = finish(processes, [75, -signal.SIGKILL], timeout_s=60)
     assert time.monotonic() - killed < 60
-    assert "error: process 1 (on " in said and "the same command resumes it" in said
+    assert "error: process 1 (on " in output and "the same command resumes it" in output
     before = numbers(run)
 
     processes = pair(tmp_path, user_environment, "--train.num-steps", "1000")
     until_steps(processes, run, len(before) + 1)
     processes[1].send_signal(signal.SIGTERM)
-    said, quiet = finish(processes, [143, 143])
-    assert "warm start" not in said and "train" not in quiet
+    output, quiet = finish(processes, [143, 143])
+    assert "warm start" not in output and "train" not in quiet
     after = numbers(run)
     assert after[: len(before)] == before  # the repeated steps give the same numbers
     assert [record["step"] for record in after] == list(range(len(after)))
@@ -76,18 +76,18 @@ def test_killed_resumed_stopped_and_finished_by_one_process(tmp_path: Path, user
 
 
 @pytest.mark.slow
-def test_processes_that_were_not_told_the_same_say_what_differs(tmp_path: Path, user_environment):
+def test_processes_with_differing_settings_are_refused(tmp_path: Path, user_environment):
     different = ((), ("--aem.strength", "0.5"))
-    for said in finish(pair(tmp_path, user_environment, own=different), [2, 2]):
-        assert "error: --aem.strength: expected the same in all processes, got 1.0 in process 0 and 0.5 in" in said
-        assert "Traceback" not in said
+    for output in finish(pair(tmp_path, user_environment, own=different), [2, 2]):
+        assert "error: --aem.strength: expected the same in all processes, got 1.0 in process 0 and 0.5 in" in output
+        assert "Traceback" not in output
 
 
-def test_a_coordinator_that_is_not_there_is_one_line(tmp_path: Path, user_environment):
+def test_a_missing_coordinator_is_refused_in_one_line(tmp_path: Path, user_environment):
     where = ("--runtime.coordinator", f"localhost:{free_port()}", "--runtime.num-processes", "2")
     words = ("--runtime.process-id", "1", "--runtime.connect-timeout-s", "1", *where)
     alone = start(
         ["-m", "aem_jax.launch", "--preset", str(SMALL), "--runs-dir", str(tmp_path), *words], user_environment
     )
-    [said] = finish([alone], [2])
-    assert "error: --runtime.coordinator: the other processes of the run were not met within 1 s" in said
+    [output] = finish([alone], [2])
+    assert "error: --runtime.coordinator: the other processes of the run were not met within 1 s" in output

@@ -10,7 +10,7 @@ def record(phase: str, step: int, success: float) -> dict:
     return {"phase": phase, "step": step, "set": "valid_seen-128-abc123", "success": success, **rest}
 
 
-def test_baselines_then_before_then_after_the_latest_of_each():
+def test_the_summary_has_baselines_then_before_and_after():
     out = io.StringIO()
     records = [
         record("warmstart", 0, 0.25),
@@ -29,7 +29,7 @@ def test_baselines_then_before_then_after_the_latest_of_each():
     assert "success (greedy)" in out.getvalue()
 
 
-def test_a_score_has_a_column_where_it_says_more_than_the_success():
+def test_the_score_has_a_column_if_it_differs_from_the_success():
     out = io.StringIO()
     print_summary([{**record("final", 10, 0.5), "mean_score": 0.5}], "greedy", out)
     assert "score" not in out.getvalue()
@@ -38,7 +38,7 @@ def test_a_score_has_a_column_where_it_says_more_than_the_success():
     assert "score" in out.getvalue() and "71.2%" in out.getvalue()
 
 
-def test_how_tokens_are_chosen_is_said():
+def test_the_summary_names_the_way_of_sampling():
     assert (sampled(1.0), sampled(0.7), sampled(0)) == (
         "sampled at temperature 1",
         "sampled at temperature 0.7",
@@ -46,7 +46,7 @@ def test_how_tokens_are_chosen_is_said():
     )
 
 
-def test_a_set_whose_every_environment_broke_has_a_dash():
+def test_a_set_without_counted_episodes_has_a_dash():
     out = io.StringIO()
     print_summary([{**record("final", 10, 0.5), "success": None, "low": 0.0, "high": 1.0, "count": 0}], "greedy", out)
     assert "–" in out.getvalue() and "0.0% – 100.0%" in out.getvalue()

@@ -9,7 +9,7 @@ import pytest
 from toys import ONE_DEVICE, Bigram, random_trajectories
 
 from aem_jax.batch import BatchLayout, collate, place
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_token_logprobs, make_update
+from aem_jax.learner import LearnerConfig, init_state, make_token_logprobs, make_update
 from aem_jax.learner.head import HeadLayout
 from aem_jax.plan.hlo import Instruction, Module, parse
 from aem_jax.sharding import MeshConfig, make_mesh
@@ -21,13 +21,13 @@ COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 def compiled(which: str, mesh) -> Module:
-    state = init_state(TOY, make_optimizer(CONFIG, TOY.axes), mesh, jax.random.key(0))
+    state = init_state(TOY, CONFIG, mesh, jax.random.key(0))
     batch = place(collate([], LAYOUT), mesh)
     if which == "update":
         lowered = make_update(TOY, CONFIG, mesh).lower(state, batch, np.zeros(batch.tokens.shape, np.float32))
     else:
         lowered = make_token_logprobs(TOY, CONFIG, mesh).lower(state.params, batch)
-    return parse(lowered.compile().as_text())
+    return parse(lowered.compile().as_text() or "")
 
 
 def instructions(
@@ -87,9 +87,9 @@ def test_every_device_skips_and_counts_as_one_device_would():
     advantages = np.random.default_rng(0).standard_normal(batch.tokens.shape).astype(np.float32)
     found = []
     for mesh in (ONE_DEVICE, make_mesh(MeshConfig(2, 4, 1), jax.devices()[:8])):
-        state, placed = init_state(TOY, make_optimizer(CONFIG, TOY.axes), mesh, jax.random.key(0)), place(batch, mesh)
+        state, placed = init_state(TOY, CONFIG, mesh, jax.random.key(0)), place(batch, mesh)
         logprobs = make_token_logprobs(TOY, CONFIG, mesh)(state.params, placed)
         state, stats = make_update(TOY, CONFIG, mesh)(state, placed, advantages)
         found.append(jax.device_get((logprobs, state.opt_state[1][0].mu, stats)))
-    assert np.abs(found[0][1]["head"]).max() > 1e-4
+    assert np.abs(found[0][1]["base"]["head"]).max() > 1e-4
     jax.tree.map(lambda one, many: np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-7), *found)

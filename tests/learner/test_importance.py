@@ -9,7 +9,7 @@ import pytest
 from toys import ONE_DEVICE, Bigram, random_trajectories
 
 from aem_jax.batch import BatchLayout, collate, place
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_token_logprobs, make_update
+from aem_jax.learner import LearnerConfig, init_state, make_token_logprobs, make_update
 from aem_jax.learner.objective import Tokens, policy_objective
 
 TOY = Bigram()
@@ -58,7 +58,7 @@ def test_the_expected_gradient_is_that_of_the_learners_policy():
 def stepped(config: LearnerConfig):
     batch = collate(random_trajectories(0, 8, TOY.vocab_size), dataclasses.replace(LAYOUT))
     advantages = np.random.default_rng(1).standard_normal(batch.tokens.shape).astype(np.float32)
-    state = init_state(TOY, make_optimizer(config, TOY.axes), ONE_DEVICE, jax.random.key(0))
+    state = init_state(TOY, config, ONE_DEVICE, jax.random.key(0))
     placed = place(batch, ONE_DEVICE)
     before = make_token_logprobs(TOY, config, ONE_DEVICE)(state.params, placed)
     gap = np.asarray(before - batch.logprobs)[np.asarray(batch.response_ids) >= 0]

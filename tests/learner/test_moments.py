@@ -93,22 +93,22 @@ def test_a_regression_is_solved_as_by_float32():
 def test_bytes_of_a_parameter_with_its_moments(moments, most):
     policy = Policy(CONFIGS["qwen3-1.7b"])
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    state = abstract_state(policy, make_optimizer(LearnerConfig(moments=moments), policy.axes), mesh)
+    state = abstract_state(policy, LearnerConfig(moments=moments), mesh)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert most - 0.05 < size / policy.config.num_parameters <= most + 1e-6
 
 
 def test_they_lie_with_their_parameters_and_come_back_to_the_last_bit(tmp_path):
     mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
-    opt = make_optimizer(LearnerConfig(learning_rate=0.1, moments="bfloat16"), TINY.axes)
-    state = init_state(TINY, opt, mesh, jax.random.key(0))
+    config = LearnerConfig(learning_rate=0.1, moments="bfloat16")
+    opt, state = make_optimizer(config, TINY.axes), init_state(TINY, config, mesh, jax.random.key(0))
     updates, opt_state = jax.jit(opt.update)(jax.tree.map(jnp.sin, state.params), state.opt_state, state.params)
     params = jax.tree.map(jnp.add, state.params, updates)
-    abstract = abstract_state(TINY, opt, mesh)
+    abstract = abstract_state(TINY, config, mesh)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    state = jax.device_put(dataclasses.replace(state, params=params, opt_state=opt_state), where)
-    gate, nu = state.params["layers"]["gate_up"], optax.tree_utils.tree_get(state.opt_state, "nu")
-    assert nu["layers"]["gate_up"].sharding == gate.sharding
+    state = jax.device_put(dataclasses.replace(state, trainable=params, opt_state=opt_state), where)
+    gate, nu = state.params["base"]["layers"]["gate_up"], optax.tree_utils.tree_get(state.opt_state, "nu")
+    assert nu["base"]["layers"]["gate_up"].sharding == gate.sharding
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state)
         back = checkpoints.restore(abstract)

@@ -9,7 +9,7 @@ from toys import ONE_DEVICE, Bigram, random_trajectories
 
 from aem_jax.advantage import token_advantages
 from aem_jax.batch import BatchLayout, collate, place
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_update
+from aem_jax.learner import LearnerConfig, init_state, make_update
 from aem_jax.sharding import MeshConfig, make_mesh
 
 TOY = Bigram(vocab_size=6, width=4)
@@ -23,7 +23,7 @@ def configured(ratio: str, **changes) -> LearnerConfig:
 
 
 def start(config: LearnerConfig, mesh=ONE_DEVICE):
-    return init_state(TOY, make_optimizer(config, TOY.axes), mesh, jax.random.key(0))
+    return init_state(TOY, config, mesh, jax.random.key(0))
 
 
 def sequences(trajectory, level: str) -> list[list]:
@@ -93,13 +93,13 @@ def test_the_gradient_is_that_of_the_paper_s_loss(level, context):
     values = np.random.default_rng(3).standard_normal(count).astype(np.float32)
     advantages = token_advantages(per_response(trajectories, values, level), batch.response_ids)
     state = start(config)
-    params = {name: np.asarray(value, np.float64) for name, value in state.params.items()}
+    params = {name: np.asarray(value, np.float64) for name, value in state.params["base"].items()}
     loss, clipped = gspo_loss(params, trajectories, values, level)
     assert 0 < clipped < 1
     expected = differences(lambda p: gspo_loss(p, trajectories, values, level)[0], params)
     state, stats = make_update(TOY, config, ONE_DEVICE)(state, batch, advantages)
     for name, slope in expected.items():
-        found = np.asarray(state.opt_state[1][0].mu[name]) / (1 - config.beta1)
+        found = np.asarray(state.opt_state[1][0].mu["base"][name]) / (1 - config.beta1)
         np.testing.assert_allclose(found, slope, rtol=1e-4, atol=1e-6, err_msg=name)
     np.testing.assert_allclose(stats["loss"], loss, rtol=1e-5)
     assert 0 < stats["clip_fraction"] < 1

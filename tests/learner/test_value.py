@@ -13,25 +13,15 @@ from toys import ONE_DEVICE, Bigram, random_trajectories
 from aem_jax import learner
 from aem_jax.advantage import ValueTargets, token_advantages
 from aem_jax.batch import BatchLayout, collate, place
-from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_response_values
-from aem_jax.models import ModelConfig, ValuePolicy, policy_params
+from aem_jax.learner import LearnerConfig, init_state, make_optimizer, make_response_values, partition
+from aem_jax.models import ModelConfig, Policy
 from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
 
 LAYOUT = BatchLayout(num_microbatches=8, rows=4, row_length=40, max_responses=64, max_trajectories=16)
 CONFIG = LearnerConfig(learning_rate=0.01, max_grad_norm=1e9, head_chunk=7, value_learning_rate=0.03)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sized(Bigram):
-    """A bigram that states its width, as a decoder does."""
-
-    @property
-    def config(self) -> Any:
-        return ModelConfig(self.vocab_size, self.width, 1, 1, 1, 1, 2)
-
-
-TOY: Any = Sized()
-VALUED_TOY = ValuePolicy(TOY)
+TOY, VALUED_TOY = Bigram(), Bigram(value=True)
 
 
 def with_head(policy: Any, seed: int = 0) -> Any:
@@ -52,10 +42,16 @@ def experience_of(trajectories, layout=LAYOUT, seed=0):
 make_update = functools.cache(learner.make_update)
 
 
-def stepped(policy, config, mesh, params, experience, frozen=None):
+def copied(policy, params):
+    """Parameters whose trainable parts may be donated."""
+    trainable, frozen = partition(policy, params)
+    return {**jax.tree.map(jnp.copy, trainable), **frozen}
+
+
+def stepped(policy, config, mesh, params, experience):
     batch, advantages, values = experience
-    state = init_state(policy, make_optimizer(config, policy.axes), mesh, jax.tree.map(jnp.copy, params))
-    return make_update(policy, config, mesh)(state, place(batch, mesh), advantages, frozen=frozen, values=values)
+    state = init_state(policy, config, mesh, jax.random.key(0), copied(policy, params))
+    return make_update(policy, config, mesh)(state, place(batch, mesh), advantages, values=values)
 
 
 def gradient_of(state, config):
@@ -69,7 +65,7 @@ def assert_trees_close(left, right, **tolerance):
 
 def by_hand(trajectories, params, values, config):
     """Loss, gradient in w, b and embedding, and values, state by state in float64, from the definitions."""
-    embed = np.asarray(params["policy"]["embed"], np.float64)
+    embed = np.asarray(params["base"]["embed"], np.float64)
     w, b = np.asarray(params["value"]["w"], np.float64)[:, 0], float(params["value"]["b"][0])
     d_w, d_b, d_embed = np.zeros_like(w), 0.0, np.zeros_like(embed)
     old, returns = (np.asarray(x, np.float64) for x in values)
@@ -105,16 +101,15 @@ def test_gradients_equal_the_hand_written_ones():
         assert 0.1 < clipped < 0.9
         state, stats = stepped(VALUED_TOY, config, ONE_DEVICE, params, (batch, advantages, values))
         if plain is None:  # without a value head
-            own = jax.tree.map(jnp.copy, params["policy"])
-            plain = init_state(TOY, make_optimizer(config, TOY.axes), ONE_DEVICE, own)
+            plain = init_state(TOY, config, ONE_DEVICE, jax.random.key(0), copied(TOY, params))
             plain, alone = make_update(TOY, config, ONE_DEVICE)(plain, batch, advantages)
         both, wanted = gradient_of(state, config), gradient_of(plain, config)
-        wanted["embed"] = wanted["embed"] + (gradient == "all") * of_embed
-        assert_trees_close(both, {"policy": wanted, "value": of_head}, rtol=1e-5, atol=1e-7)
+        wanted["base"]["embed"] = wanted["base"]["embed"] + (gradient == "all") * of_embed
+        assert_trees_close(both, {**wanted, "value": of_head}, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose([stats["value_loss"], stats["value_clip_fraction"]], [loss, clipped], rtol=1e-5)
         np.testing.assert_allclose(stats["loss"], alone["loss"] + 0.7 * loss, rtol=1e-5)
         if gradient == "head":  # then the policy learns the same as without a value head
-            assert_trees_close(state.params["policy"], plain.params, rtol=1e-6)
+            assert_trees_close(state.params["base"], plain.params["base"], rtol=1e-6)
     # the initial values of a step are those of the same states; an empty response has no value
     before = make_response_values(VALUED_TOY, config, ONE_DEVICE)(params, place(batch, ONE_DEVICE))
     np.testing.assert_allclose(before[: len(found)], found, rtol=1e-5)
@@ -154,65 +149,68 @@ def test_the_head_has_a_clip_and_a_learning_rate_of_its_own():
         gradient["value"] = jax.tree.map(lambda leaf: scale * leaf, gradient["value"])  # noqa: B023 (called at once)
         found, _ = update(gradient, optimizer.init(params), params)
         # 2 · 12 · 8 weights and 8 + 1 of the head, each of norm 1; the schedule begins at half of 0.01 and of 0.03
-        for part, clipped, rate in (("policy", 192**-0.5, 0.005), ("value", 1 / 3, 0.015)):
+        for part, clipped, rate in (("base", 192**-0.5, 0.005), ("value", 1 / 3, 0.015)):
             for leaf in jax.tree.leaves(found[part]):
                 np.testing.assert_allclose(leaf, -rate * clipped / (clipped + 0.1), rtol=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapted(Sized):
-    """A bigram with a frozen embedding, as `LoraPolicy` is a decoder with a trained adapter."""
+class Adapted(Bigram):
+    """A bigram with a frozen embedding, as with LoRA a decoder has frozen weights, and a trained head."""
+
+    frozen = ("base",)
 
     @property
     def axes(self):
-        return {"head": ("embed", "vocab")}
+        base = TOY.axes["base"]
+        return {"base": {"embed": base["embed"]}, "adapter": {"head": base["head"]}, "value": VALUED_TOY.axes["value"]}
 
     def init(self, key):
-        return {"head": TOY.init(key)["head"]}
-
-    def hidden(self, params, *rows):
-        trained, frozen = params
-        return TOY.hidden({**trained, **frozen}, *rows)
+        base = TOY.init(key)["base"]
+        value = VALUED_TOY.init(key)["value"]
+        return {"base": {"embed": base["embed"]}, "adapter": {"head": base["head"]}, "value": value}
 
     def head(self, params):
-        return params[0]["head"]
+        return params["adapter"]["head"]
 
 
 def test_beside_frozen_weights():
-    policy: Any = Adapted()
-    policy, whole = ValuePolicy(policy), with_head(VALUED_TOY)
-    params = {**whole, "policy": {"head": whole["policy"]["head"]}}
-    frozen = {"embed": whole["policy"]["embed"]}
+    policy = Adapted(value=True)
+    params = with_head(policy)
     batch, advantages, targets = experience_of(random_trajectories(1, 11, TOY.vocab_size))
-    values = make_response_values(policy, CONFIG, ONE_DEVICE)((params, frozen), batch)
-    *_, found = by_hand(random_trajectories(1, 11, TOY.vocab_size), whole, targets, CONFIG)
+    values = make_response_values(policy, CONFIG, ONE_DEVICE)(params, batch)
+    *_, found = by_hand(random_trajectories(1, 11, TOY.vocab_size), params, targets, CONFIG)
     np.testing.assert_allclose(values[: len(found)], found, rtol=1e-5)
-    before = jax.tree.map(np.asarray, frozen)
-    state, stats = stepped(policy, CONFIG, ONE_DEVICE, params, (batch, advantages, targets), frozen)
-    assert stats["value_loss"] > 0 and set(state.params) == {"policy", "value"}
-    assert_trees_close(frozen, before, rtol=0)
+    before = jax.tree.map(np.asarray, params["base"])
+    state, stats = stepped(policy, CONFIG, ONE_DEVICE, params, (batch, advantages, targets))
+    assert stats["value_loss"] > 0 and set(state.trainable) == {"adapter", "value"}
+    assert state.params["base"]["embed"] is params["base"]["embed"]
+    assert_trees_close(state.params["base"], before, rtol=0)
     assert np.abs(state.params["value"]["w"] - params["value"]["w"]).max() > 0.02
-    assert np.abs(state.params["policy"]["head"] - params["policy"]["head"]).max() > 5e-3
+    assert np.abs(state.params["adapter"]["head"] - params["adapter"]["head"]).max() > 5e-3
 
 
 def test_a_head_is_attached_and_left_behind():
-    key = jax.random.key(3)
-    params = VALUED_TOY.init(key)
-    assert_trees_close(policy_params(VALUED_TOY, params), TOY.init(key), rtol=0)
-    assert_trees_close(VALUED_TOY.attach(TOY.init(key)), params, rtol=0)
-    assert policy_params(TOY, params["policy"]) is params["policy"]
+    key, plain = jax.random.key(3), Policy(ModelConfig(12, 16, 8, 1, 1, 1, 16))
+    policy = dataclasses.replace(plain, value=True)
+    params = policy.init(key)
+    assert_trees_close({"base": params["base"]}, plain.init(key), rtol=0)
+    assert jax.tree.structure(params) == jax.tree.structure(policy.shapes)
+    state = init_state(policy, CONFIG, ONE_DEVICE, jax.random.key(5), plain.init(key))
+    assert_trees_close(state.params, params, rtol=0)
+    assert partition(plain, params) == ({"base": params["base"]}, {})
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(params["value"]))
     # V = w · h / √D + b:  (1·3 + 2·−4 + 0 + …) / 4 + ½
     head = {"w": jnp.zeros((16, 1)).at[:2, 0].set(jnp.array([3.0, -4.0])), "b": jnp.array([0.5])}
     hidden = jnp.zeros((1, 1, 16)).at[0, 0, :3].set(jnp.array([1.0, 2.0, 9.0]))
-    assert VALUED_TOY.values({"value": head}, hidden).tolist() == [[0.5 - 5 / 4]]
-    assert VALUED_TOY.values(({"value": head}, None), hidden.astype(jnp.bfloat16)).dtype == jnp.float32
+    assert policy.values({"value": head}, hidden).tolist() == [[0.5 - 5 / 4]]
+    assert policy.values({"value": head}, hidden.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_values_are_given_exactly_when_there_is_a_head():
     batch, advantages, values = experience_of(random_trajectories(0, 2, TOY.vocab_size))
     for policy, given in ((VALUED_TOY, None), (TOY, values)):
-        state = init_state(policy, make_optimizer(CONFIG, policy.axes), ONE_DEVICE, jax.random.key(0))
+        state = init_state(policy, CONFIG, ONE_DEVICE, jax.random.key(0))
         with pytest.raises(ValueError, match="expected values exactly when the policy has a value head"):
             make_update(policy, CONFIG, ONE_DEVICE)(state, batch, advantages, values=given)
     for name, value in (("value_clip", -1.0), ("value_coefficient", -0.5), ("value_learning_rate", 0.0)):

@@ -159,13 +159,13 @@ def test_a_damaged_folder_is_refused_in_one_line_or_read_right(only_config: bool
         else:
             what = f"seed {seed}: {damage(folder, rng)}"
         try:
-            found = from_pretrained(folder, dtype="float32")
+            loaded = from_pretrained(folder, dtype="float32")
         except Exception as error:
             assert is_one_line(error, folder), f"{what}: {error!r}"
             refused += 1
             continue
-        assert found.config in (model.config, reading(folder / "config.json")), what
-        same = jax.tree.map(np.array_equal, found.params, model.params)
+        assert loaded.config in (model.config, reading(folder / "config.json")), what
+        same = jax.tree.map(np.array_equal, loaded.params, model.params)
         assert all(jax.tree.leaves(same)), f"{what}: {same}"
         right += 1
     assert right >= 20 and refused >= 100, (right, refused)

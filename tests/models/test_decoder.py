@@ -1,6 +1,7 @@
 """The decoder against Hugging Face transformers, and properties of its passes."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ import small_policies
 from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, POST_NORM, numpy_params, numpy_tokens
 
 from aem_jax.models import CONFIGS, ModelConfig, Policy
+from aem_jax.models.attention import row_attention
+from aem_jax.models.kernels import make_row_attention
+from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CASES = [
@@ -87,6 +91,22 @@ def test_remat_changes_nothing():
     plain = jax.value_and_grad(loss)(params, None)
     saved = jax.value_and_grad(loss)(params, jax.checkpoint_policies.nothing_saveable)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, saved)
+
+
+def test_gradients_of_all_options_on_a_mesh_equal_those_on_one_device():
+    options: Any = {"norm_placement": "post", "qk_norm": "projection", "activation": "gelu_tanh"}
+    policy = Policy(ModelConfig(64, 48, 80, 3, 4, 2, 16, sliding_windows=(5, 0, 9), **options))
+    params, tokens = numpy_params(policy.config), jnp.asarray(numpy_tokens(policy.config, (4, 64)))
+    rows = (tokens, jnp.broadcast_to(jnp.arange(64), tokens.shape), jnp.ones_like(tokens))
+
+    def gradient(params, attention):
+        loss = lambda params: jnp.mean(policy.hidden(params, *rows, attention=attention) ** 3)
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    placed = jax.device_put(params, shardings(mesh, policy.axes, TRAIN))
+    expected, actual = gradient(params, row_attention), gradient(placed, make_row_attention("auto", mesh))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), actual, expected)
 
 
 def test_bfloat16_activations_stay_near_float32():

@@ -14,7 +14,7 @@ from transformers_config import in_transformers
 
 from aem_jax.models import ModelConfig, RopeScaling
 from aem_jax.models.config import CONFIGS
-from aem_jax.models.families import config_from_hf, config_to_hf
+from aem_jax.models.families import FAMILIES, config_from_hf, config_to_hf
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FILES = {name: json.loads((GOLDEN / name / "config.json").read_text()) for name in ("qwen2", "qwen3", "llama", "olmo2")}
@@ -210,6 +210,12 @@ def test_what_is_written_is_read_by_transformers_as_the_same():
         assert (
             ModelConfig(**in_transformers(theirs), dtype=config.dtype) == config == config_from_hf(theirs, config.dtype)
         ), name
+
+
+def test_options_determine_the_family():
+    """Else an exported model would get the name of the first family with its options."""
+    options = ("norm_placement", "qk_norm", "qkv_bias")
+    assert len({tuple(getattr(family, name) for name in options) for family in FAMILIES}) == len(FAMILIES)
 
 
 def test_options_of_no_family_are_not_written():

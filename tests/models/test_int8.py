@@ -23,11 +23,11 @@ def test_rounding_by_hand():
 
 
 def dequantized(params):
-    layers = dict(params["layers"])
+    layers = dict(params["base"]["layers"])
     for name, inputs in INPUTS.items():
         scales = layers.pop(scale_of(name))
         layers[name] = layers[name].astype(jnp.float32) * jnp.expand_dims(scales, range(1, 1 + inputs))
-    return {**params, "layers": layers}
+    return {"base": {**params["base"], "layers": layers}}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -38,8 +38,8 @@ def test_products_are_those_of_the_rounded_weights(config: ModelConfig):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), codes) == expected
     rounded = dequantized(codes)
     for name, inputs in INPUTS.items():
-        error = jnp.abs(rounded["layers"][name] - params["layers"][name])
-        half = jnp.expand_dims(codes["layers"][scale_of(name)] / 2, range(1, 1 + inputs))
+        error = jnp.abs(rounded["base"]["layers"][name] - params["base"]["layers"][name])
+        half = jnp.expand_dims(codes["base"]["layers"][scale_of(name)] / 2, range(1, 1 + inputs))
         assert jnp.all(error <= half * (1 + 1e-5))
     tokens = jnp.asarray(numpy_tokens(config, (2, 12)))
     found, wanted = policy.quantized.forward(codes, tokens), policy.forward(rounded, tokens)

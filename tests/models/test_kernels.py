@@ -44,8 +44,8 @@ WINDOWED = USUAL._replace(sliding_window=True)
     ],
 )
 def test_the_choice(name: str, device: Device, sizes: Sizes, chosen: str, reason: str):
-    found, why = choose(name, device, sizes)
-    assert found == chosen and reason in why and bool(why) == bool(reason)
+    picked, why = choose(name, device, sizes)
+    assert picked == chosen and reason in why and bool(why) == bool(reason)
 
 
 @pytest.mark.parametrize(("name", "device"), [("splash", CPU), ("cudnn", TPU), ("splash", HOPPER), ("triton", CPU)])
@@ -60,17 +60,17 @@ def test_a_kernel_that_this_jax_does_not_have_is_refused_by_name_and_passed_over
     message = rf"expected auto, cudnn or xla on a GPU, got triton; jax {jax.__version__} has no {module}"
     with pytest.raises(ValueError, match=message):
         make_row_attention("triton", make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), HOPPER, without)
-    found, why = choose("auto", TPU, USUAL, without)
-    assert found == "xla" and why == f"splash attention: jax {jax.__version__} has no {module}; XLA's blocks instead"
+    picked, why = choose("auto", TPU, USUAL, without)
+    assert picked == "xla" and why == f"splash attention: jax {jax.__version__} has no {module}; XLA's blocks instead"
     assert choose("auto", HOPPER, USUAL, without) == ("cudnn", "")
 
 
 def test_on_a_mesh_each_device_attends_to_its_rows_and_heads(caplog: pytest.LogCaptureFixture):
     """A kernel gets only its shard. XLA computes unsupported rows, with one warning, not one per layer."""
-    mesh, seen = make_mesh(MeshConfig(2, 2, 2)), []
+    mesh, shapes = make_mesh(MeshConfig(2, 2, 2)), []
 
     def fake(q, k, v, segment_ids):
-        seen.append((q.shape, k.shape, segment_ids.shape))
+        shapes.append((q.shape, k.shape, segment_ids.shape))
         return blocked_attention(q, k, v, segment_ids, block=64)
 
     kernel = KERNELS["splash"]._replace(attend=fake)
@@ -85,9 +85,9 @@ def test_on_a_mesh_each_device_attends_to_its_rows_and_heads(caplog: pytest.LogC
             hidden = jax.jit(partial(policy.hidden, attention=attend))(params, *rows)
             wanted = policy.hidden(params, *rows)
             np.testing.assert_allclose(hidden, wanted, atol=2e-5)
-    assert set(seen) == {((1, 128, 2, 64), (1, 128, 1, 64), (1, 128))}
-    said = [record.message for record in caplog.records if "attention" in record.message]
-    assert said == ["splash attention: rows of 100 tokens are no multiple of 128; XLA's blocks instead"]
+    assert set(shapes) == {((1, 128, 2, 64), (1, 128, 1, 64), (1, 128))}
+    messages = [record.message for record in caplog.records if "attention" in record.message]
+    assert messages == ["splash attention: rows of 100 tokens are no multiple of 128; XLA's blocks instead"]
 
 
 def test_splash_counts_the_blocks_that_it_visits():

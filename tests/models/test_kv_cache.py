@@ -23,7 +23,7 @@ def test_rounding_by_hand():
 @given(seed=st.integers(0, 999), power=st.integers(-30, 30), axis=st.sampled_from([1, 2]))
 def test_the_error_is_at_most_half_a_scale(seed: int, power: int, axis: int):
     x = np.random.RandomState(seed).standard_normal((3, 8, 8)).astype(np.float32) * np.float32(2.0) ** power
-    codes, scales = (np.asarray(each, np.float64) for each in quantize(jnp.asarray(x), axis))
+    codes, scales = (np.asarray(array, np.float64) for array in quantize(jnp.asarray(x), axis))
     scales = np.expand_dims(scales, axis)
     assert np.abs(codes).max() == 127
     assert (np.abs(x - codes * scales) <= scales / 2 * (1 + 1e-4)).all()
@@ -52,15 +52,15 @@ def test_attention_is_that_to_the_rounded_numbers(dtype: str, tolerance: float):
     size = 2.0 ** random.randint(-3, 3, (slots, kv_heads, window, 1))
     size = np.where(np.arange(window)[:, None] < cached[:, None, None, None], size, 1e6)
     k, v = (quantize(draw(slots, kv_heads, window, head_dim) * size.astype(np.float32), 3) for _ in range(2))
-    found = chunk_attention(
+    actual = chunk_attention(
         q,
         KVCache(QuantizedArray(jnp.swapaxes(k.codes, 2, 3), k.scales), v),
         jnp.asarray(cached),
         KVChunk(jnp.swapaxes(chunk[0], 2, 3), chunk[1]),
         jnp.int32(index),
     )
-    rounded = [np.asarray(each.codes, np.float64) * np.asarray(each.scales, np.float64)[..., None] for each in (k, v)]
+    rounded = [np.asarray(x.codes, np.float64) * np.asarray(x.scales, np.float64)[..., None] for x in (k, v)]
     wide = lambda x: np.asarray(x.astype(jnp.float32), np.float64)
     wanted = oracle(wide(q), rounded[0], rounded[1], cached, wide(chunk[0]), wide(chunk[1]), index)
-    assert found.dtype == dtype
-    np.testing.assert_allclose(wide(found), wanted, atol=tolerance * 4, rtol=tolerance)
+    assert actual.dtype == dtype
+    np.testing.assert_allclose(wide(actual), wanted, atol=tolerance * 4, rtol=tolerance)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 from small_policies import DEEP, GROUPED_TIED, ONE_KV_UNTIED, POST_NORM, numpy_params, numpy_tokens
 
-from aem_jax.models import LoraConfig, LoraPolicy, Policy, save_pretrained
+from aem_jax.models import LoraConfig, Policy, save_pretrained
 from aem_jax.models.lora import projections
 from aem_jax.models.peft import save_adapter
 from aem_jax.models.weights import tensors
@@ -22,17 +22,13 @@ BIASED = replace(GROUPED_TIED, qk_norm=None, qkv_bias=True)
 LORA = LoraConfig(rank=3, alpha=6.0)
 
 
-def adapter_of(policy: LoraPolicy, seed: int = 1) -> Any:
+def adapter_of(policy: Policy, seed: int = 1) -> Any:
     """An adapter with an effect: B is not zero."""
-    adapter = policy.init(jax.random.key(seed))
+    adapter = policy.init(jax.random.key(seed))["adapter"]
     leaves, structure = jax.tree.flatten(adapter)
     random = np.random.RandomState(seed)
     noise = [jnp.asarray(0.1 * random.standard_normal(leaf.shape).astype(np.float32)) for leaf in leaves]
     return structure.unflatten([leaf + each for leaf, each in zip(leaves, noise, strict=True)])
-
-
-def merged(policy: LoraPolicy, adapter: Any, frozen: Any) -> Any:
-    return {**frozen, "layers": {**frozen["layers"], **policy.merge(adapter, frozen["layers"])}}
 
 
 def logits(policy: Any, params: Any) -> Any:
@@ -53,43 +49,44 @@ def logits(policy: Any, params: Any) -> Any:
     ],  # nine layers add up more rounding
 )
 def test_beside_the_weights_or_in_them(config, tolerance):
-    base, policy, frozen = Policy(config), LoraPolicy(Policy(config), LORA), numpy_params(config)
-    nothing, adapter = policy.init(jax.random.key(1)), adapter_of(policy)
+    base, policy, frozen = Policy(config), Policy(config, LORA), numpy_params(config)
+    nothing = {**policy.init(jax.random.key(1)), **frozen}
+    params = {**frozen, "adapter": adapter_of(policy)}
     wanted = logits(base, frozen)
-    jax.tree.map(np.testing.assert_array_equal, merged(policy, nothing, frozen), frozen)  # so its logits are equal, too
-    np.testing.assert_allclose(logits(policy, (nothing, frozen)), wanted, rtol=0, atol=tolerance)
-    found = logits(policy, (adapter, frozen))
-    np.testing.assert_allclose(found, logits(base, merged(policy, adapter, frozen)), atol=tolerance)
+    jax.tree.map(np.testing.assert_array_equal, policy.merge(nothing), frozen)  # so its logits are equal, too
+    np.testing.assert_allclose(logits(policy, nothing), wanted, rtol=0, atol=tolerance)
+    found = logits(policy, params)
+    np.testing.assert_allclose(found, logits(base, policy.merge(params)), atol=tolerance)
     assert jnp.max(jnp.abs(found - wanted)) > 0.1
 
 
 def test_at_the_start_the_logits_are_the_bases_to_the_last_bit():
-    policy, frozen = LoraPolicy(Policy(GROUPED_TIED), LORA), numpy_params(GROUPED_TIED)
+    policy, frozen = Policy(GROUPED_TIED, LORA), numpy_params(GROUPED_TIED)
     wanted = logits(policy.base, frozen)
-    np.testing.assert_array_equal(logits(policy, (policy.init(jax.random.key(1)), frozen)), wanted)
+    np.testing.assert_array_equal(logits(policy, {**policy.init(jax.random.key(1)), **frozen}), wanted)
 
 
 @pytest.mark.parametrize("chosen", [("q_proj", "v_proj"), ("k_proj",), ("up_proj", "o_proj"), ("gate_proj",)])
 def test_some_projections_alone(chosen):
     config = ONE_KV_UNTIED
-    every, some = LoraPolicy(Policy(config), LORA), LoraPolicy(Policy(config), LoraConfig(3, 6.0, chosen))
+    every, some = Policy(config, LORA), Policy(config, LoraConfig(3, 6.0, chosen))
     frozen, adapter = numpy_params(config), adapter_of(every)
-    assert sorted(some.axes) == sorted(chosen)
-    first = some.init(jax.random.key(5))
-    jax.tree.map(np.testing.assert_array_equal, first, {n: every.init(jax.random.key(5))[n] for n in chosen})
-    part = {name: adapter[name] for name in chosen}
+    assert sorted(some.axes["adapter"]) == sorted(chosen)
+    first, of_every = (policy.init(jax.random.key(5))["adapter"] for policy in (some, every))
+    jax.tree.map(np.testing.assert_array_equal, first, {n: of_every[n] for n in chosen})
+    part = {**frozen, "adapter": {name: adapter[name] for name in chosen}}
     # the others' B at zero: the same
     rest = {n: pair if n in chosen else {**pair, "b": 0 * pair["b"]} for n, pair in adapter.items()}
-    found = logits(some, (part, frozen))
-    np.testing.assert_allclose(found, logits(every, (rest, frozen)), atol=1e-5)
-    np.testing.assert_allclose(found, logits(some.base, merged(some, part, frozen)), atol=1e-5)
-    changed = {name for name in frozen["layers"] if name in some.merged_leaves}
+    found = logits(some, part)
+    np.testing.assert_allclose(found, logits(every, {**frozen, "adapter": rest}), atol=1e-5)
+    np.testing.assert_allclose(found, logits(some.base, some.merge(part)), atol=1e-5)
+    changed = {name for name in frozen["base"]["layers"] if name in some.merged_leaves}
     assert changed == {projections(config)[name].parameter for name in chosen}
 
 
 def test_an_adapter_begins_as_pefts():
     # lora_A: Kaiming-uniform with a = √5, that is uniform in ±1/√inputs; lora_B: zero
-    adapter = LoraPolicy(Policy(GROUPED_TIED), LoraConfig(rank=16)).init(jax.random.key(0))
+    adapter = Policy(GROUPED_TIED, LoraConfig(rank=16)).init(jax.random.key(0))["adapter"]
     for name, p in projections(GROUPED_TIED).items():
         bound, a = np.prod(p.inputs) ** -0.5, np.asarray(adapter[name]["a"])
         assert 0.95 * bound < np.abs(a).max() <= bound and not np.asarray(adapter[name]["b"]).any()
@@ -99,11 +96,11 @@ def test_an_adapter_begins_as_pefts():
 @pytest.mark.parametrize("config", [BIASED, ONE_KV_UNTIED])
 def test_pefts_files_say_the_same_weights(config, tmp_path: Path):
     """Each Hugging Face tensor of a merged model is W + alpha / r · lora_B lora_A."""
-    policy, frozen = LoraPolicy(Policy(config), LORA), numpy_params(config)
+    policy, frozen = Policy(config, LORA), numpy_params(config)
     adapter = adapter_of(policy)
-    save_adapter(tmp_path / "adapter", policy, adapter, base="the/base")
+    save_adapter(tmp_path / "adapter", config, LORA, adapter, base="the/base")
     save_pretrained(tmp_path / "base", config, frozen)
-    save_pretrained(tmp_path / "merged", config, merged(policy, adapter, frozen))
+    save_pretrained(tmp_path / "merged", config, policy.merge({**frozen, "adapter": adapter}))
     pairs = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     base, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
     d, f = config.hidden_size, config.intermediate_size
@@ -124,7 +121,7 @@ def test_pefts_files_say_the_same_weights(config, tmp_path: Path):
     assert (found["r"], found["lora_alpha"], found["target_modules"]) == (3, 6.0, list(NAMES))
     assert found["base_model_name_or_path"] == "the/base"
     with pytest.raises(ValueError, match="expected a new or empty folder"):
-        save_adapter(tmp_path / "adapter", policy, adapter, base="the/base")
+        save_adapter(tmp_path / "adapter", config, LORA, adapter, base="the/base")
 
 
 def test_peft_reads_them(tmp_path: Path):
@@ -133,25 +130,27 @@ def test_peft_reads_them(tmp_path: Path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    policy, frozen = LoraPolicy(Policy(BIASED), LORA), numpy_params(BIASED)
+    policy, frozen = Policy(BIASED, LORA), numpy_params(BIASED)
     adapter = adapter_of(policy)
     save_pretrained(tmp_path / "base", BIASED, frozen)
-    save_adapter(tmp_path / "adapter", policy, adapter, base=str(tmp_path / "base"))
+    save_adapter(tmp_path / "adapter", BIASED, LORA, adapter, base=str(tmp_path / "base"))
     model = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter")
     )
     with torch.no_grad():
         found = model(torch.from_numpy(numpy_tokens(BIASED, (2, 9)).astype(np.int64))).logits.numpy()
-    np.testing.assert_allclose(found, logits(policy, (adapter, frozen)), atol=1e-4)
+    np.testing.assert_allclose(found, logits(policy, {**frozen, "adapter": adapter}), atol=1e-4)
 
 
 def test_merged_weights_keep_their_dtype_and_are_rounded_once():
-    policy = LoraPolicy(Policy(replace(GROUPED_TIED, dtype="bfloat16")), LORA)
+    policy = Policy(replace(GROUPED_TIED, dtype="bfloat16"), LORA)
     frozen, adapter = numpy_params(GROUPED_TIED), adapter_of(policy)
     half = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), frozen, policy.base.dtypes)
-    found = policy.merge(adapter, half["layers"])
-    wanted = policy.merge(adapter, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half["layers"]))
-    for name, leaf in found.items():
+    found = policy.merge({**half, "adapter": adapter})["base"]["layers"]
+    exact = {**jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half), "adapter": adapter}
+    wanted = policy.merge(exact)["base"]["layers"]
+    for name in policy.merged_leaves:
+        leaf = found[name]
         assert leaf.dtype == jnp.bfloat16
         np.testing.assert_array_equal(leaf, wanted[name].astype(jnp.bfloat16))
 
@@ -161,7 +160,7 @@ def test_mistakes_are_named():
         LoraConfig(4, targets=("qproj", "v_proj"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected rank >= 0 and alpha > 0, got -1"):
         LoraConfig(-1)
-    policy = LoraPolicy(Policy(ONE_KV_UNTIED), LoraConfig(rank=12))
+    policy = Policy(ONE_KV_UNTIED, LoraConfig(rank=12))
     with pytest.raises(ValueError, match=r"expected rank of at most 8, the smaller side of k_proj \[40, 8\], got 12"):
         policy.init(jax.random.key(0))
-    assert LoraPolicy(Policy(ONE_KV_UNTIED), LoraConfig(12, targets=("q_proj",))).shapes
+    assert Policy(ONE_KV_UNTIED, LoraConfig(12, targets=("q_proj",))).shapes

@@ -16,12 +16,12 @@ def write(folder: Path) -> None:
 
 
 def written(folder: Path) -> bool:
-    return {"config.json", "model.safetensors"} <= {each.name for each in folder.iterdir()}
+    return {"config.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
 
 
 def test_a_new_folder_and_its_parents(tmp_path: Path):
     write(tmp_path / "a" / "b" / "out")
-    assert [each.name for each in (tmp_path / "a" / "b").iterdir()] == ["out"] and written(tmp_path / "a" / "b" / "out")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"] and written(tmp_path / "a" / "b" / "out")
 
 
 @pytest.mark.parametrize("inside", [(), ("lost+found",), (".partial",)])
@@ -34,7 +34,7 @@ def test_an_empty_folder_stays_the_same_one(tmp_path: Path, inside: tuple[str, .
     before = out.stat().st_ino
     write(out)
     assert out.stat().st_ino == before and written(out)
-    assert not (out / ".partial").exists() and [each.name for each in tmp_path.iterdir()] == ["out"]
+    assert not (out / ".partial").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -46,7 +46,7 @@ def test_a_link_is_followed(tmp_path: Path, there: bool):
     (tmp_path / "out").symlink_to(disk / "big")
     write(tmp_path / "out")
     assert (tmp_path / "out").is_symlink() and written(disk / "big")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["disk", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
 
 
 def test_the_working_folder_stays_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -75,4 +75,4 @@ def test_nothing_half_is_left(tmp_path: Path, there: bool, error: BaseException)
     with pytest.raises((OSError, KeyboardInterrupt)), new_folder(tmp_path / "out") as partial:
         (partial / "config.json").write_text("{}")
         raise error
-    assert [os.path.relpath(each, tmp_path) for each in tmp_path.rglob("*")] == (["out"] if there else [])
+    assert [os.path.relpath(path, tmp_path) for path in tmp_path.rglob("*")] == (["out"] if there else [])

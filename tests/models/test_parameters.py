@@ -65,9 +65,11 @@ def test_adapters_and_codes_are_of_the_matrices_of_layers(config: ModelConfig):
 def test_dtypes_of_use():
     """Norms stay float32, all else is in the config's dtype; masters are float32."""
     policy = Policy(BIASED)
-    layers = policy.dtypes["layers"]
-    assert {name for name, dtype in layers.items() if dtype == "float32"} == {"attention_norm", "mlp_norm"}
-    assert {policy.dtypes[name].name for name in ("embed", "head")} == {"bfloat16"} and policy.dtypes[
-        "norm"
-    ] == "float32"
+    base = policy.dtypes["base"]
+    assert {name for name, dtype in base["layers"].items() if dtype == "float32"} == {"attention_norm", "mlp_norm"}
+    assert {name: base[name].name for name in base if name != "layers"} == {
+        "embed": "bfloat16",
+        "head": "bfloat16",
+        "norm": "float32",
+    }
     assert {leaf.dtype.name for leaf in jax.tree.leaves(policy.shapes)} == {"float32"}

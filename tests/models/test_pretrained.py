@@ -52,9 +52,9 @@ def test_greedy_words_equal_transformers(folder: Path):
     prompts, greedy = recorded["tokens"][:, :8].astype(np.int32), recorded["greedy"]
     sampler = Sampler(model.policy, SamplingConfig(0.0), [-1], capacity=72, slack=64)
     state = sampler.extend(model.params, sampler.init(2), prompts, np.full(2, 8, np.int32))
-    _, said = sampler.decode(model.params, state, np.full(2, 64, np.int32), 64)
+    _, decoded = sampler.decode(model.params, state, np.full(2, 64, np.int32), 64)
     assert greedy.shape == (2, 64) and len(np.unique(greedy)) > 4
-    np.testing.assert_array_equal(said.tokens, greedy)
+    np.testing.assert_array_equal(decoded.tokens, greedy)
 
 
 def test_what_was_read_is_written_back_bit_by_bit(folder: Path, tmp_path: Path):
@@ -113,7 +113,7 @@ def test_every_tensor_goes_to_its_shards():
     alone = from_pretrained(GOLDEN / "qwen2-tied", dtype="float32")
     spread = from_pretrained(GOLDEN / "qwen2-tied", mesh=mesh, dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, spread.params, alone.params)
-    gate_up = spread.params["layers"]["gate_up"]
+    gate_up = spread.params["base"]["layers"]["gate_up"]
     assert gate_up.addressable_shards[0].data.size * 4 == gate_up.size  # over fsdp × tensor
 
 
@@ -192,14 +192,14 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("aem_jax")]
 
 
-def test_a_head_of_its_own_is_kept_whatever_the_flag_says(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_head_of_its_own_is_kept_whatever_the_flag(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """As in transformers (`tie_weights`), which warns."""
     recorded = outputs(GOLDEN / "llama")
     folder = model_with(tmp_path / "model", "llama", {"tie_word_embeddings": True})
     model = from_pretrained(folder, dtype="float32")
     np.testing.assert_allclose(model.logits(recorded["tokens"]), recorded["logits"], atol=1e-4, rtol=0)
-    (said,) = warnings_of(caplog)
-    assert "tie_word_embeddings true, but lm_head.weight differs" in said and str(folder) in said
+    (message,) = warnings_of(caplog)
+    assert "tie_word_embeddings true, but lm_head.weight differs" in message and str(folder) in message
     model.save_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     with pytest.raises(ValueError, match="expected a policy with tied_head False for .*, whose lm_head.weight is its"):
@@ -228,9 +228,9 @@ def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path, c
     shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path / "model")
     again = from_pretrained(tmp_path / "model", dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, again.params, newer)
-    (said,) = warnings_of(caplog)
-    assert "read from model.safetensors alone" in said and "model.safetensors.index.json" in said
-    assert "model-00001-of-00004.safetensors" in said
+    (message,) = warnings_of(caplog)
+    assert "read from model.safetensors alone" in message and "model.safetensors.index.json" in message
+    assert "model-00001-of-00004.safetensors" in message
     (tmp_path / "model" / "model.safetensors.index.json").write_text("{")  # never read
     jax.tree.map(np.testing.assert_array_equal, from_pretrained(tmp_path / "model", dtype="float32").params, newer)
 
@@ -261,7 +261,7 @@ def test_weights_that_are_not_those_of_the_config_are_refused(config, changed, c
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path: Path):
     model = from_pretrained(GOLDEN / "qwen2", dtype="float32")
-    large = {**model.params, "norm": model.params["norm"] * 1e6}
+    large = {"base": {**model.params["base"], "norm": model.params["base"]["norm"] * 1e6}}
     with pytest.raises(ValueError, match="expected finite numbers in weights to write to .* in model.norm.weight"):
         save_pretrained(tmp_path / "half", model.config, large, dtype=np.float16)
     save_pretrained(tmp_path / "whole", model.config, large, dtype=jnp.bfloat16)
@@ -275,8 +275,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
 
 def test_broken_files_are_named(damaged, tmp_path: Path):
     file = damaged(lambda held: None) / "model.safetensors"
-    whole = file.read_bytes()
-    for content in (whole[: len(whole) // 2], whole[:4], b"\xff" * 64, b""):
+    complete = file.read_bytes()
+    for content in (complete[: len(complete) // 2], complete[:4], b"\xff" * 64, b""):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"expected safetensors in .*model\.safetensors, got") as caught:
             from_pretrained(file.parent)
@@ -361,7 +361,7 @@ def test_a_dtype_is_a_name_or_what_jax_and_numpy_call_one(tmp_path: Path):
     ):
         assert dtype_name(dtype) == "bfloat16" == read_config(GOLDEN / "qwen2", dtype).dtype
     model = from_pretrained(GOLDEN / "qwen2", dtype=np.float32)
-    assert model.config.dtype == "float32" and model.params["embed"].dtype == jnp.float32
+    assert model.config.dtype == "float32" and model.params["base"]["embed"].dtype == jnp.float32
     model.save_pretrained(tmp_path / "half", dtype=jnp.bfloat16)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     bfloat16: Any = jnp.bfloat16
@@ -380,7 +380,7 @@ def test_a_dtype_is_a_name_or_what_jax_and_numpy_call_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/no/where", "a/b/c", "~nobody-of-that-name/model"])
-def test_nothing_there_says_what_was_expected(name: str):
+def test_a_missing_model_is_refused_with_what_was_expected(name: str):
     with pytest.raises(ValueError, match="expected a folder, or a name on the Hub"):
         from_pretrained(name)
 
@@ -401,7 +401,7 @@ jax.block_until_ready(jax.numpy.zeros(1) + 1)
 before = peak()
 model = from_pretrained(sys.argv[1])
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-one = float(model.params["layers"]["down"][-1, 3, 5])
+one = float(model.params["base"]["layers"]["down"][-1, 3, 5])
 print(json.dumps({"extra": peak() - before - size, "size": size, "one": one}))
 """
 
@@ -425,9 +425,9 @@ def test_a_model_is_read_one_tensor_at_a_time(tmp_path: Path, user_environment: 
     done = subprocess.run(
         [sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True, check=True, env=environment
     )
-    found = json.loads(done.stdout)
+    measured = json.loads(done.stdout)
     largest = 32_000 * 512 * 2
-    assert found["size"] > 2**28
-    assert found["extra"] <= 2 * largest + 192 * 2**20, found
+    assert measured["size"] > 2**28
+    assert measured["extra"] <= 2 * largest + 192 * 2**20, measured
     names = [tensor.name for tensor in tensors(config_from_hf(theirs))]
-    assert found["one"] == names.index("model.layers.29.mlp.down_proj.weight") % 256
+    assert measured["one"] == names.index("model.layers.29.mlp.down_proj.weight") % 256

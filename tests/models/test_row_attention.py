@@ -27,12 +27,12 @@ def test_blocks_change_nothing(length, block):
 
         return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
 
-    for found, expected in zip(
+    for actual, expected in zip(
         jax.tree.leaves(loss(partial(blocked_attention, block=block))),
         jax.tree.leaves(loss(plain_attention)),
         strict=True,
     ):
-        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
+        np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_a_kernel_is_the_masked_softmax(attend, length: int, heads: int, kv_head
             jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, segments))), argnums=(0, 1, 2))
         )(q, k, v)
 
-    found = loss(attend)
+    values = loss(attend)
     for oracle in (plain_attention, partial(blocked_attention, block=128)):
-        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(loss(oracle)), strict=True):
+        for one, other in zip(jax.tree.leaves(values), jax.tree.leaves(loss(oracle)), strict=True):
             np.testing.assert_allclose(one, other, atol=5e-5, rtol=5e-5)
 
 

@@ -11,8 +11,7 @@ from aem_jax.launch import cli
 from aem_jax.plan.analytic import attention_flops, learn_flops
 from aem_jax.plan.config import PlanConfig, plan_config
 from aem_jax.plan.costs import costs
-from aem_jax.plan.devices import parse_topology
-from aem_jax.plan.estimate import estimate
+from aem_jax.plan.devices import estimate, parse_topology
 from aem_jax.plan.hlo import parse
 from aem_jax.plan.make import make_plan
 from aem_jax.plan.page import print_plan
@@ -39,12 +38,12 @@ ENTRY %main (mask: s8[1,2,2], q: bf16[4,12,1024,128], k: bf16[4,2,1024,128]) -> 
 """
 
 
-def test_a_known_kernel_is_counted_an_unknown_one_named():
-    found = costs(parse(PROGRAM))
+def test_known_kernels_are_counted_and_unknown_ones_named():
+    cost = costs(parse(PROGRAM))
     # 4 rows, 12 heads of 128, three products of 2 FLOPs, 3 of the 4 pairs of blocks of 512
     flops = 4 * 12 * 128 * 3 * 2 * 3 * 512**2
-    assert found.flops == flops
-    known, other = found.kernels
+    assert cost.flops == flops
+    known, other = cost.kernels
     assert (known.name, known.flops, known.known) == ("splash_mha_dq_segmented_no_residuals", flops, True)
     numbers = 4 * 1024 * 128
     assert known.bytes == 2 * numbers * (12 + 12 + 2) + 4 * 4 * 512 * 128 + 4
@@ -52,22 +51,22 @@ def test_a_known_kernel_is_counted_an_unknown_one_named():
     # a kernel adds the time given by the peaks to the compiler's estimate
     v5p = parse_topology("v5p:2x2x1")
     assert flops / v5p.peak > known.bytes / v5p.bandwidth
-    seconds = estimate(found, v5p).compiler
+    seconds = estimate(cost, v5p).compiler
     assert seconds == pytest.approx(175 / v5p.chip.clock + flops / v5p.peak + other.bytes / v5p.bandwidth)
 
 
-def test_a_single_row_has_no_dimension_of_its_own():
+def test_a_kernel_of_one_row_has_no_row_dimension():
     assert PROGRAM.count("[4,12,1024,128]")
     one = PROGRAM.replace("[4,12,1024,128]{3,2,1,0}", "[12,1024,128]{2,1,0}")
     assert costs(parse(one)).flops == costs(parse(PROGRAM)).flops / 4
 
 
-def test_the_closed_form_is_that_of_the_attention_that_the_target_takes():
+def test_the_closed_form_is_that_of_the_targets_attention():
     """Splash's backward pass has seven products, XLA's has five.
 
     One of the five is already made by a recomputed layer. The forward pass has two products.
     """
-    config = plan_config(read_preset("alfworld-qwen2.5-1.5b"))
+    config = plan_config(read_preset("alfworld-paper", "qwen2.5-1.5b"))
     work = workload(config)
     length = work.layout.row_length
     blocks = length // 512
@@ -87,17 +86,17 @@ def _with(config: PlanConfig, attention: str) -> PlanConfig:
     return replace(config, analytic=True, learner=learner)
 
 
-def test_the_page_says_what_is_counted_how():
-    config = plan_config(read_preset("alfworld-qwen2.5-1.5b"))
+def test_the_page_names_counted_and_uncounted_kernels():
+    config = plan_config(read_preset("alfworld-paper", "qwen2.5-1.5b"))
     plan = make_plan(_with(config, "auto"), parse_topology("v5p:2x2x1"), by_hand=False)
-    plan.costs["update"] = costs(parse(PROGRAM))
+    plan = replace(plan, costs={**plan.costs, "update": costs(parse(PROGRAM))})
     text = io.StringIO()
     print_plan(plan, Console(file=text, width=200))
     assert "in closed form and timed at the peaks (splash_mha_dq_segmented_no_residuals)" in text.getvalue()
     assert "not counted in learning, a microbatch: FLOPs of the kernels b" in text.getvalue()
 
 
-def test_a_kernel_of_another_device_is_one_line(capsys):
-    words = ["plan", "--preset", "alfworld-qwen2.5-7b", "--topology", "gpu:h100:8", "--learner.attention", "splash"]
-    assert cli.main(words) == 2
+def test_a_kernel_of_another_device_is_refused_in_one_line(capsys):
+    words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--topology", "gpu:h100:8"]
+    assert cli.main([*words, "--learner.attention", "splash"]) == 2
     assert "--learner.attention: expected auto, cudnn or triton or xla on a GPU, got splash" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A chat of bytes and a pool in this process: deterministic, instant, with failures on demand."""
+"""A small policy, a chat of bytes and a pool in this process: deterministic, instant, with failures on demand."""
 
 import random
 import threading
@@ -6,10 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from aem_jax.envs.protocol import EnvError, StepResult
+from aem_jax.envs.protocol import EnvError, StepResult, Task
+from aem_jax.models import ModelConfig, Policy
+from aem_jax.rollout import RolloutConfig
+from aem_jax.trajectory import Trajectory
 
 STOP, START, USER = 1, 2, 3
 VOCAB = 32
+POLICY = Policy(ModelConfig(VOCAB, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0))
+CONFIG = RolloutConfig(
+    groups_per_step=3, group_size=4, num_slots=12, max_turns=6, response_tokens=7, context_tokens=96, prompt_tokens=16,
+    decode_chunk=4, extend_buckets=(4, 8), windows=(32,),
+)  # fmt: skip
+TASKS = [Task(f"t{n}", "countdown", {"turns": n}) for n in (2, 5, 3)]
+
+
+def sampled(trajectories: list[Trajectory]) -> list[list[list[int]]]:
+    """Sampled ids of each turn of each trajectory."""
+    return [[turn.response_ids.tolist() for turn in t.turns] for t in trajectories]
 
 
 class ByteChat:

@@ -55,7 +55,7 @@ def test_every_slot_is_in_one_call_whose_window_covers_it(contexts, weights):
 
 
 @given(contexts, st.sampled_from([0.0, 40.0, 400.0]))
-def test_no_cut_by_length_is_cheaper(contexts, weights):
+def test_no_other_partition_by_length_is_cheaper(contexts, weights):
     cost = decode_cost(weights, 1.0, NUM_SLOTS, 4)
     cheapest = price([call.targets for call in plan(contexts, cost)], contexts, cost)
     by_window = [[s for s in contexts if window_for(contexts[s]) == window] for window in WINDOWS]

@@ -30,7 +30,7 @@ def make_sampler(mesh=None):
 
 
 @pytest.mark.parametrize("config", [None, MeshConfig(data=2, fsdp=1, tensor=2)])
-def test_bytes_are_those_allocated(config):
+def test_predicted_bytes_equal_the_allocated_ones(config):
     mesh = config and make_mesh(config, jax.devices()[:4])
     sampler = make_sampler(mesh)
     states = [sampler.init(8), sampler.init(8), PromptCache(sampler, CONFIG, 8)._state]

@@ -10,15 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+from aem_jax.envs.protocol import Task
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
-from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.trajectory import Ending, Task
+from aem_jax.trajectory import Ending
 
-from .fakes import STOP, VOCAB, ByteChat
+from .fakes import POLICY, STOP, ByteChat, sampled
 
-POLICY = Policy(ModelConfig(VOCAB, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0))
 CONFIG = RolloutConfig(
     groups_per_step=4, group_size=2, num_slots=8, num_cohorts=2, max_turns=6, response_tokens=5, context_tokens=160,
     prompt_tokens=24, decode_chunk=5, extend_buckets=(16,), windows=(), max_retries=3,
@@ -41,10 +40,6 @@ def play():
 def tasks(fault_of=lambda word: None) -> list[Task]:
     faults = {word: fault_of(word) for word in WORDS}
     return [Task(w, "echo", {"word": w, "length": 4, **({"fault": faults[w]} if faults[w] else {})}) for w in WORDS]
-
-
-def sampled(trajectories):
-    return [[turn.response_ids.tolist() for turn in t.turns] for t in trajectories]
 
 
 class Disturbed:
@@ -84,21 +79,21 @@ def freeze_one(pool):
 
 
 @pytest.mark.parametrize("disturb", [kill_one, kill_all, freeze_one])
-def test_servers_killed_or_frozen(play, undisturbed, disturb):
+def test_killed_and_frozen_servers_do_not_change_the_samples(play, undisturbed, disturb):
     with EnvPool(POOL, ("echo", {})) as pool:
         trajectories, stats = play(Disturbed(pool, 11, disturb), tasks())
         assert sum(pool.stats().restarts) >= 1
     assert stats.retries >= 1 and stats.env_errors == 0
     assert sampled(trajectories) == sampled(undisturbed)
-    for found, expected in zip(trajectories, undisturbed, strict=True):
-        assert (found.ending, found.success) == (expected.ending, expected.success)
-        assert found.total_reward == expected.total_reward
-        for a, b in zip(found.turns, expected.turns, strict=True):
+    for trajectory, expected in zip(trajectories, undisturbed, strict=True):
+        assert (trajectory.ending, trajectory.success) == (expected.ending, expected.success)
+        assert trajectory.total_reward == expected.total_reward
+        for a, b in zip(trajectory.turns, expected.turns, strict=True):
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["rubbish", "broken", "exit"])
-def test_servers_with_malformed_replies(play, undisturbed, kind, tmp_path):
+def test_malformed_replies_do_not_change_the_samples(play, undisturbed, kind, tmp_path):
     def fault(word):
         return {"kind": kind, "step": 2, "once": str(tmp_path / kind)} if word == "cde" else None
 
@@ -108,7 +103,7 @@ def test_servers_with_malformed_replies(play, undisturbed, kind, tmp_path):
     assert sampled(trajectories) == sampled(undisturbed)
 
 
-def test_a_task_that_always_breaks_is_masked_and_costs_nobody_else(play, undisturbed):
+def test_a_task_that_always_breaks_is_masked_and_others_are_unaffected(play, undisturbed):
     """The group is masked after the retries. An exception ends no server, so the other groups are not affected."""
     with EnvPool(POOL, ("echo", {})) as pool:
         trajectories, stats = play(pool, tasks(lambda word: {"kind": "raise", "step": 1} if word == "fg" else None))
@@ -120,7 +115,9 @@ def test_a_task_that_always_breaks_is_masked_and_costs_nobody_else(play, undistu
 
 
 @pytest.mark.parametrize(("kind", "step_deadline_s"), [("exit", 3.0), ("hang", 0.5), ("rubbish", 3.0)])
-def test_a_task_that_always_kills_its_server_is_found(play, undisturbed, kind, step_deadline_s):
+def test_a_task_that_always_kills_its_server_is_masked_and_others_are_unaffected(
+    play, undisturbed, kind, step_deadline_s
+):
     """Both episodes of a group kill their server at every attempt; only these two are masked in the end."""
     pool_config = replace(POOL, step_deadline_s=step_deadline_s)
     with EnvPool(pool_config, ("echo", {})) as pool:
@@ -132,7 +129,7 @@ def test_a_task_that_always_kills_its_server_is_found(play, undisturbed, kind, s
     assert [sampled(trajectories)[i] for i in rest] == [sampled(undisturbed)[i] for i in rest]
 
 
-def test_no_retry_when_none_is_wanted(play):
+def test_max_retries_zero_masks_at_once(play):
     with EnvPool(POOL, ("echo", {})) as pool:
         broken = tasks(lambda word: {"kind": "raise", "step": 1} if word == "fg" else None)
         _, stats = play(pool, broken, replace(CONFIG, max_retries=0))

@@ -9,34 +9,23 @@ import numpy as np
 import pytest
 
 from aem_jax.compilations import compilations
-from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending, Trajectory
 
-from .fakes import STOP, ByteChat, LatePool, LocalPool
-from .test_rollout import CONFIG, POLICY, TASKS, sampled
+from .fakes import CONFIG, POLICY, STOP, TASKS, ByteChat, LatePool, LocalPool, sampled
 
-CONTINUOUS = replace(CONFIG, mode="continuous", slot_shares=(2, 4))
-
-
-@pytest.fixture(scope="module")
-def params():
-    return POLICY.init(jax.random.key(0))
-
-
-@pytest.fixture(scope="module")
-def sampler():
-    return Sampler(POLICY, SamplingConfig(), [STOP], capacity=96, slack=CONFIG.slack, windows=CONFIG.windows)
+CONTINUOUS = replace(CONFIG, mode="continuous", slot_divisors=(2, 4))
 
 
 def play(sampler, params, config: RolloutConfig, pool: LocalPool, tasks=TASKS) -> tuple[list[Trajectory], RolloutStats]:
     return Rollout(sampler, ByteChat(), pool, config)(params, tasks, jax.random.key(7))
 
 
-def same(found: list[Trajectory], expected: list[Trajectory]) -> None:
-    assert sampled(found) == sampled(expected)
-    for one, other in zip(found, expected, strict=True):
+def same(trajectories: list[Trajectory], expected: list[Trajectory]) -> None:
+    assert sampled(trajectories) == sampled(expected)
+    for one, other in zip(trajectories, expected, strict=True):
         assert (one.group, one.member, one.ending, one.success, one.total_reward) == (
             other.group, other.member, other.ending, other.success, other.total_reward,
         )  # fmt: skip
@@ -54,35 +43,35 @@ def same(found: list[Trajectory], expected: list[Trajectory]) -> None:
         {"num_slots": 5},
         {"decode_chunk": 1},
         {"context": "window", "window_turns": 1, "context_tokens": 60},
-        {"max_turns": 2, "slot_shares": ()},
+        {"max_turns": 2, "slot_divisors": ()},
     ],
 )
 def test_continuous_samples_what_lockstep_samples(sampler, params, change):
-    expected, wanted = play(sampler, params, replace(CONFIG, **(change | {"slot_shares": ()})), LocalPool(12))
+    expected, wanted = play(sampler, params, replace(CONFIG, **(change | {"slot_divisors": ()})), LocalPool(12))
     for seed in (0, 1):
-        found, stats = play(sampler, params, replace(CONTINUOUS, **change), LatePool(12, seed))
-        same(found, expected)
+        trajectories, stats = play(sampler, params, replace(CONTINUOUS, **change), LatePool(12, seed))
+        same(trajectories, expected)
         assert (stats.sampled_tokens, stats.episodes) == (wanted.sampled_tokens, wanted.episodes)
         assert 0 < stats.device_busy_s <= stats.total_s and stats.environment_s < stats.total_s
 
 
-def test_environments_that_break_cost_nothing_but_time(sampler, params):
+def test_retried_episodes_sample_the_same_tokens(sampler, params):
     expected, _ = play(sampler, params, CONFIG, LocalPool(12))
-    found, stats = play(sampler, params, CONTINUOUS, LatePool(12, 0, broken=lambda _, call: call in (5, 20, 21)))
-    same(found, expected)
+    trajectories, stats = play(sampler, params, CONTINUOUS, LatePool(12, 0, broken=lambda _, call: call in (5, 20, 21)))
+    same(trajectories, expected)
     assert stats.retries == 3 and stats.env_errors == 0
     # Which episode gets a broken session depends on timing; so all sessions are broken.
-    found, stats = play(sampler, params, CONTINUOUS, LatePool(12, 0, broken=lambda *_: True))
-    assert [t.ending for t in found] == [Ending.ENV_ERROR] * 12
+    trajectories, stats = play(sampler, params, CONTINUOUS, LatePool(12, 0, broken=lambda *_: True))
+    assert [t.ending for t in trajectories] == [Ending.ENV_ERROR] * 12
     assert (stats.env_errors, stats.retries) == (12, 12 * CONTINUOUS.max_retries)
 
 
-def test_more_first_prompts_than_rows_for_them(sampler, params):
+def test_more_first_prompts_than_cache_rows_sample_the_same(sampler, params):
     tasks = [Task(f"t{n}", "countdown", {"turns": 1 + n % 3, "first": "abcdefgh"[: n + 1]}) for n in range(8)]
     config = replace(CONFIG, group_size=2)
     expected, _ = play(sampler, params, config, LocalPool(12), tasks)
-    found, _ = play(sampler, params, replace(config, mode="continuous"), LatePool(12, 0), tasks)
-    same(found, expected)
+    trajectories, _ = play(sampler, params, replace(config, mode="continuous"), LatePool(12, 0), tasks)
+    same(trajectories, expected)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -90,8 +79,8 @@ def test_a_prompt_is_prefilled_once_however_late_its_group_starts(sampler, param
     """Slots start one by one, in alternating groups: no prompt is evicted while a row is empty."""
     tasks = [replace(t, payload={**t.payload, "first": "abc" * (n + 1)}) for n, t in enumerate(TASKS)]
     expected, wanted = play(sampler, params, CONFIG, LocalPool(12), tasks)
-    found, stats = play(sampler, params, CONTINUOUS, LatePool(12, seed), tasks)
-    same(found, expected)
+    trajectories, stats = play(sampler, params, CONTINUOUS, LatePool(12, seed), tasks)
+    same(trajectories, expected)
     assert stats.prefill_tokens == wanted.prefill_tokens
 
 
@@ -145,7 +134,7 @@ def test_the_next_chunk_is_called_before_the_last_is_read(sampler, params, monke
     monkeypatch.setattr(jax, "device_get", lambda tree: (watched.events.append("read"), read(tree))[1])
     play(watched, params, replace(CONTINUOUS, decode_chunk=2), LocalPool(12))
     ahead = np.cumsum([1 if event == "call" else -1 for event in watched.events])
-    assert set(ahead.tolist()) == {0, 1, 2}  # at most two calls are unread, and at the end all are read
+    assert set(ahead.tolist()) == {0, 1, 2}  # at most two calls are in flight, and none at the end
     assert (ahead >= 1).mean() > 0.8 and ahead[-1] == 0
 
 
@@ -160,11 +149,11 @@ def test_nothing_compiles_after_warm_up(params):
     assert (sampler.compilations, compilations()) == (programs, count)
 
 
-def test_settings_that_make_no_sense_are_refused():
+def test_contradictory_settings_are_refused():
     with pytest.raises(ValueError, match="expected rollout.num_cohorts 1 with rollout.mode 'continuous'"):
         replace(CONTINUOUS, num_cohorts=2)
-    with pytest.raises(ValueError, match="expected rollout.slot_shares of at least 2"):
-        replace(CONTINUOUS, slot_shares=(1,))
+    with pytest.raises(ValueError, match="expected rollout.slot_divisors of at least 2"):
+        replace(CONTINUOUS, slot_divisors=(1,))
     with pytest.raises(ValueError, match="expected rollout.mode 'lockstep' or 'continuous', got 'async'"):
         replace(CONTINUOUS, mode="async")
     assert replace(CONTINUOUS, num_slots=12).slot_sizes(4) == (4,)

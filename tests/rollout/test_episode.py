@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from aem_jax.envs.protocol import Task
 from aem_jax.rollout import RolloutConfig
 from aem_jax.rollout.episode import Attempt, EnvReply, Episode
-from aem_jax.trajectory import Ending, Task
+from aem_jax.trajectory import Ending
 
 CONFIG = RolloutConfig(response_tokens=4, context_tokens=9, prompt_tokens=4)
 ATTEMPT = Attempt(Task("t", "countdown", {}), 1, 2, np.zeros(2, np.uint32))
@@ -22,7 +23,7 @@ def chunk(*ids: int):
         ("window", 2, (9, 8, 7), (1, 2, 9, 8, 7), [1, 2, 9, 8, 7]),
     ],
 )
-def test_two_turns(context, keep, tokens, cached, observation_ids):
+def test_the_states_of_two_turns(context, keep, tokens, cached, observation_ids):
     start = Episode(ATTEMPT)
     observed = start.apply_reply(EnvReply(observation="first", prefill_tokens=(1, 2, 3)), context)
     assert start.observation is None and observed.needs_prefill and not observed.budget

@@ -13,20 +13,13 @@ import numpy as np
 import pytest
 
 from aem_jax.distributed import ProcessGroup
-from aem_jax.models import ModelConfig, Policy
-from aem_jax.rollout import Rollout, RolloutConfig
+from aem_jax.rollout import Rollout
 from aem_jax.rollout.batching import SlotSessions
-from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.trajectory import Task
+from aem_jax.sampler import Sampler
 
-from .fakes import STOP, VOCAB, ByteChat, LatePool, LocalPool
+from .fakes import CONFIG, TASKS, ByteChat, LatePool, LocalPool, sampled
 
-POLICY = Policy(ModelConfig(VOCAB, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0))
-CONFIG = RolloutConfig(
-    groups_per_step=3, group_size=4, num_slots=6, num_cohorts=2, max_turns=6, response_tokens=7, context_tokens=96,
-    prompt_tokens=16, decode_chunk=4, extend_buckets=(4, 8), windows=(32,),
-)  # fmt: skip
-TASKS = [Task(f"t{n}", "countdown", {"turns": n}) for n in (2, 5, 3)]
+TWO_COHORTS = replace(CONFIG, num_slots=6, num_cohorts=2)
 
 
 class Recorded:
@@ -41,8 +34,8 @@ class Recorded:
             return attribute
 
         def call(*arguments, **named):
-            shapes = [np.shape(each) for each in arguments if isinstance(each, np.ndarray)]
-            self.calls.append((name, shapes, *(each for each in arguments if isinstance(each, int)), named))
+            shapes = [np.shape(argument) for argument in arguments if isinstance(argument, np.ndarray)]
+            self.calls.append((name, shapes, *(argument for argument in arguments if isinstance(argument, int)), named))
             return attribute(*arguments, **named)
 
         return call
@@ -63,21 +56,11 @@ def process_groups(count: int) -> list[ProcessGroup]:
     return [ProcessGroup(i, count, lambda data, i=i: gather(i, data)) for i in range(count)]
 
 
-@pytest.fixture(scope="module")
-def params():
-    return POLICY.init(jax.random.key(0))
-
-
-@pytest.fixture(scope="module")
-def sampler():
-    return Sampler(POLICY, SamplingConfig(), [STOP], capacity=96, slack=CONFIG.slack, windows=CONFIG.windows)
-
-
 def play(
     sampler,
     params,
     count: int,
-    config=CONFIG,
+    config=TWO_COHORTS,
     broken: Callable = lambda process, session, call: False,
     pool: Callable[[int], LocalPool] | None = None,
 ):
@@ -106,27 +89,26 @@ def episodes(trajectories) -> list:
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("context", ["append", "window"])
 def test_all_processes_make_the_calls_that_one_would_make(sampler, params, count: int, context: str):
-    config = replace(CONFIG, context=context, window_turns=1)
+    config = replace(TWO_COHORTS, context=context, window_turns=1)
     [(expected, _, calls)] = play(sampler, params, 1, config)
-    for found, stats, theirs in play(sampler, params, count, config):
+    for trajectories, stats, theirs in play(sampler, params, count, config):
         assert theirs == calls
-        assert episodes(found) == episodes(expected)
-        assert [(t.task.id, t.turns[0].observation, t.turns[0].response) for t in found] == [
+        assert episodes(trajectories) == episodes(expected)
+        assert [(t.task.id, t.turns[0].observation, t.turns[0].response) for t in trajectories] == [
             (t.task.id, t.turns[0].observation, t.turns[0].response) for t in expected
         ]
-        assert stats.sampled_tokens == sum(len(turn.response_ids) for t in found for turn in t.turns)
+        assert stats.sampled_tokens == sum(len(turn.response_ids) for t in trajectories for turn in t.turns)
 
 
 def test_a_broken_environment_of_one_process_is_retried_by_all(sampler, params):
     [(expected, *_)] = play(sampler, params, 1)
     runs = play(sampler, params, 2, broken=lambda process, _, call: process == 1 and call in (3, 9, 10))
-    for found, stats, calls in runs:
-        sampled = [[turn.response_ids.tolist() for turn in t.turns] for t in found]
-        assert sampled == [[turn.response_ids.tolist() for turn in t.turns] for t in expected]
+    for trajectories, stats, calls in runs:
+        assert sampled(trajectories) == sampled(expected)
         assert stats.retries == 3 and calls == runs[0][2]
 
 
-def test_a_session_that_stays_broken_masks_the_same_episodes_everywhere(sampler, params):
+def test_a_session_that_stays_broken_masks_the_same_episodes_in_all_processes(sampler, params):
     runs = play(sampler, params, 2, broken=lambda process, session, _: process == 1 and session == 0)
     assert runs[0][1].env_errors >= 1
     assert episodes(runs[0][0]) == episodes(runs[1][0]) and runs[0][2] == runs[1][2]
@@ -144,22 +126,21 @@ def test_each_process_needs_sessions_for_its_own_slots_only():
 
 def test_continuous_processes_agree_on_the_replies(sampler, params):
     """Replies come at different times to each process; still all make the same calls."""
-    config = replace(CONFIG, mode="continuous", num_cohorts=1, slot_shares=(3,))
+    config = replace(TWO_COHORTS, mode="continuous", num_cohorts=1, slot_divisors=(3,))
     [(expected, *_)] = play(sampler, params, 1)
     runs = play(sampler, params, 2, config, pool=lambda process: LatePool(4, process))
     assert runs[0][2] == runs[1][2] and episodes(runs[0][0]) == episodes(runs[1][0])
-    sampled = [[turn.response_ids.tolist() for turn in t.turns] for t in runs[0][0]]
-    assert sampled == [[turn.response_ids.tolist() for turn in t.turns] for t in expected]
+    assert sampled(runs[0][0]) == sampled(expected)
 
 
 def test_processes_that_play_different_episodes_are_refused(sampler, params):
     tasks = [TASKS, list(reversed(TASKS))]  # as if they had drawn different tasks
 
     def one(processes: ProcessGroup):
-        rollout = Rollout(sampler, ByteChat(), LocalPool(4), CONFIG, processes)
+        rollout = Rollout(sampler, ByteChat(), LocalPool(4), TWO_COHORTS, processes)
         return rollout(params, tasks[processes.index], jax.random.key(7 + processes.index))
 
     with ThreadPoolExecutor(2) as threads:
-        for each in [threads.submit(one, processes) for processes in process_groups(2)]:
+        for future in [threads.submit(one, processes) for processes in process_groups(2)]:
             with pytest.raises(RuntimeError, match="no longer play the same episodes"):
-                each.result()
+                future.result()

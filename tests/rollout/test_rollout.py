@@ -7,30 +7,12 @@ import numpy as np
 import pytest
 
 from aem_jax.compilations import compilations
-from aem_jax.models import ModelConfig, Policy
-from aem_jax.rollout import Rollout, RolloutConfig
+from aem_jax.rollout import Rollout
 from aem_jax.rollout.context import windowed_prompt
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.trajectory import Ending, Task, Trajectory
+from aem_jax.trajectory import Ending
 
-from .fakes import STOP, VOCAB, ByteChat, LocalPool
-
-POLICY = Policy(ModelConfig(VOCAB, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0))
-CONFIG = RolloutConfig(
-    groups_per_step=3, group_size=4, num_slots=12, max_turns=6, response_tokens=7, context_tokens=96, prompt_tokens=16,
-    decode_chunk=4, extend_buckets=(4, 8), windows=(32,),
-)  # fmt: skip
-TASKS = [Task(f"t{n}", "countdown", {"turns": n}) for n in (2, 5, 3)]
-
-
-@pytest.fixture(scope="module")
-def params():
-    return POLICY.init(jax.random.key(0))
-
-
-@pytest.fixture(scope="module")
-def sampler():
-    return Sampler(POLICY, SamplingConfig(), [STOP], capacity=96, slack=CONFIG.slack, windows=CONFIG.windows)
+from .fakes import CONFIG, POLICY, STOP, TASKS, ByteChat, LocalPool, sampled
 
 
 def play(sampler, params, config=CONFIG, tasks=TASKS, broken=lambda *_: False, seed=7):
@@ -46,10 +28,6 @@ def log_probabilities(params, ids):
     row = np.zeros((1, CONFIG.context_tokens), np.int32)
     row[0, : len(ids)] = ids
     return np.asarray(jax.nn.log_softmax(FORWARD(params, row)))[0, : len(ids)]
-
-
-def sampled(trajectories: list[Trajectory]) -> list[list[list[int]]]:
-    return [[turn.response_ids.tolist() for turn in t.turns] for t in trajectories]
 
 
 def test_every_token_has_the_policys_logprob(sampler, params):
@@ -98,45 +76,47 @@ def test_observation_ids_are_those_of_the_chat_template(sampler, params):
 )
 def test_samples_do_not_depend_on_slots_cohorts_or_chunks(sampler, params, change):
     expected, _ = play(sampler, params)
-    found, _ = play(sampler, params, replace(CONFIG, **change))
-    assert sampled(found) == sampled(expected)
-    for a, b in zip(found, expected, strict=True):
+    trajectories, _ = play(sampler, params, replace(CONFIG, **change))
+    assert sampled(trajectories) == sampled(expected)
+    for a, b in zip(trajectories, expected, strict=True):
         for x, y in zip(a.turns, b.turns, strict=True):
             np.testing.assert_allclose(x.logprobs, y.logprobs, atol=2e-5)
 
 
-def test_members_of_a_group_differ_and_keys_decide(sampler, params):
+def test_members_of_a_group_differ_and_the_key_determines_samples(sampler, params):
     first, _ = play(sampler, params)
-    again, _ = play(sampler, params)
+    repeated, _ = play(sampler, params)
     other, _ = play(sampler, params, seed=8)
-    assert sampled(first) == sampled(again)
+    assert sampled(first) == sampled(repeated)
     assert sampled(first) != sampled(other)
     assert len({str(s) for s in sampled(first)[:4]}) > 1
 
 
-def test_a_broken_environment_costs_nothing_but_time(sampler, params):
+def test_a_retried_episode_samples_the_same_tokens(sampler, params):
     """Calls 5, 20 and 21 fail: those episodes are retried and sample the same; the others are not affected."""
     expected, _ = play(sampler, params)
-    found, stats = play(sampler, params, broken=lambda _, call: call in (5, 20, 21))
+    trajectories, stats = play(sampler, params, broken=lambda _, call: call in (5, 20, 21))
     assert stats.retries == 3 and stats.env_errors == 0 and stats.first_error.endswith(": broken on purpose")
-    assert sampled(found) == sampled(expected)
-    assert sum(t.retries for t in found) == 3
+    assert sampled(trajectories) == sampled(expected)
+    assert sum(t.retries for t in trajectories) == 3
 
 
 def test_an_environment_that_stays_broken_is_masked(sampler, params):
     expected, _ = play(sampler, params)
-    found, stats = play(sampler, params, replace(CONFIG, num_slots=12), broken=lambda session, _: session == 5)
-    errors = [t for t in found if t.ending is Ending.ENV_ERROR]
+    trajectories, stats = play(sampler, params, replace(CONFIG, num_slots=12), broken=lambda session, _: session == 5)
+    errors = [t for t in trajectories if t.ending is Ending.ENV_ERROR]
     assert stats.env_errors == len(errors) >= 1 and not any(t.success for t in errors)
     unbroken = {
-        (t.group, t.member): s for t, s in zip(found, sampled(found), strict=True) if t.ending is not Ending.ENV_ERROR
+        (t.group, t.member): s
+        for t, s in zip(trajectories, sampled(trajectories), strict=True)
+        if t.ending is not Ending.ENV_ERROR
     }
     for t, responses in zip(expected, sampled(expected), strict=True):
         assert unbroken.get((t.group, t.member), responses) == responses
-    assert len(found) == 12
+    assert len(trajectories) == 12
 
 
-def test_limits_truncate(sampler, params):
+def test_turn_and_token_limits_truncate_episodes(sampler, params):
     by_turns, _ = play(sampler, params, replace(CONFIG, max_turns=2))
     assert [t.ending for t in by_turns[4:8]] == [Ending.TRUNCATED] * 4 and {len(t.turns) for t in by_turns} == {2}
     tight = replace(CONFIG, context_tokens=30)
@@ -150,27 +130,27 @@ def test_limits_truncate(sampler, params):
 def test_a_first_prompt_that_is_too_long_ends_its_episodes_and_no_others(sampler, params):
     long = replace(TASKS[1], payload={"turns": 5, "first": "x" * 20})
     expected, _ = play(sampler, params)
-    found, stats = play(sampler, params, tasks=[TASKS[0], long, TASKS[2]])
+    trajectories, stats = play(sampler, params, tasks=[TASKS[0], long, TASKS[2]])
     assert stats.overlong_prompts == 4 and stats.retries == stats.env_errors == 0
-    assert [(t.ending, t.turns) for t in found[4:8]] == [(Ending.TRUNCATED, ())] * 4
-    assert sampled(found[:4] + found[8:]) == sampled(expected[:4] + expected[8:])
+    assert [(t.ending, t.turns) for t in trajectories[4:8]] == [(Ending.TRUNCATED, ())] * 4
+    assert sampled(trajectories[:4] + trajectories[8:]) == sampled(expected[:4] + expected[8:])
 
 
 def test_a_task_that_is_over_at_its_reset_is_left_out_at_once(sampler, params, caplog):
     """No retry and one log line for the group; the other groups sample the same."""
     over = replace(TASKS[1], id="solved", payload={"turns": 0})
     expected, _ = play(sampler, params)
-    found, stats = play(sampler, params, tasks=[TASKS[0], over, TASKS[2]])
+    trajectories, stats = play(sampler, params, tasks=[TASKS[0], over, TASKS[2]])
     assert (stats.retries, stats.env_errors) == (0, 4)
-    assert [(t.ending, t.turns) for t in found[4:8]] == [(Ending.ENV_ERROR, ())] * 4
-    assert sampled(found[:4] + found[8:]) == sampled(expected[:4] + expected[8:])
-    (line,) = [each.getMessage() for each in caplog.records if "solved" in each.getMessage()]
+    assert [(t.ending, t.turns) for t in trajectories[4:8]] == [(Ending.ENV_ERROR, ())] * 4
+    assert sampled(trajectories[:4] + trajectories[8:]) == sampled(expected[:4] + expected[8:])
+    (line,) = [record.getMessage() for record in caplog.records if "solved" in record.getMessage()]
     assert line.startswith("task solved is left out: the episode ended at its reset (terminated, won)")
     assert stats.first_error.startswith("task solved: the episode ended at its reset")
 
 
 def test_windowed_context_rebuilds_each_prompt(sampler, params):
-    """Each turn's ids are a whole prompt, and its logprobs are those of that prompt alone."""
+    """The ids of each turn are a complete prompt, and its logprobs depend on that prompt alone."""
     config = replace(CONFIG, context="window", window_turns=1, prompt_tokens=16, context_tokens=60)
     trajectories, _ = play(sampler, params, config)
     chat = ByteChat()
@@ -223,7 +203,7 @@ def test_nothing_compiles_after_warm_up(params):
     assert (sampler.compilations, compilations()) == (programs, count)
 
 
-def test_bad_settings_say_what_to_change(sampler):
+def test_invalid_settings_are_refused_with_the_fix(sampler):
     with pytest.raises(ValueError, match="expected an environment session for each of 12 slots, got 3"):
         Rollout(sampler, ByteChat(), LocalPool(3), CONFIG)
     with pytest.raises(ValueError, match="num_slots divisible by rollout.num_cohorts"):

@@ -36,16 +36,16 @@ def test_a_chunk_is_exact_until_it_is_merged_and_quantised_once():
     ids = numpy_tokens(GROUPED_TIED, (13,))
     episode = {1: script(POLICY, 0)}
     states = [extend_slots(s, PARAMS, start_episodes(s, s.init(4), episode), {1: ids}, 16) for s in (SAMPLER, EXACT)]
-    found, wanted = states
-    np.testing.assert_allclose(POLICY.logits(PARAMS, found.hidden[1]), cacheless(POLICY, PARAMS, ids)[-1], atol=1e-5)
+    actual, wanted = states
+    np.testing.assert_allclose(POLICY.logits(PARAMS, actual.hidden[1]), cacheless(POLICY, PARAMS, ids)[-1], atol=1e-5)
     assert isinstance(wanted.cache.keys, jax.Array) and isinstance(wanted.cache.values, jax.Array)
     coded = [*quantize(wanted.cache.keys[:, 1, ..., :13], 2), *quantize(wanted.cache.values[:, 1, :, :13], 3)]
-    for one, other in zip(cache_of(found, 1, 13), coded, strict=True):
+    for one, other in zip(cache_of(actual, 1, 13), coded, strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float32), other, rtol=1e-5, atol=one.dtype == np.int8)
-    before = cache_of(found, 1, 13)
-    found = extend_slots(SAMPLER, PARAMS, found, {1: ids[:4]}, 16)
-    same(cache_of(found, 1, 13), before)  # no second rounding
-    moved = POLICY.logits(PARAMS, found.hidden[1]) - cacheless(POLICY, PARAMS, np.concatenate([ids, ids[:4]]))[-1]
+    before = cache_of(actual, 1, 13)
+    actual = extend_slots(SAMPLER, PARAMS, actual, {1: ids[:4]}, 16)
+    same(cache_of(actual, 1, 13), before)  # no second rounding
+    moved = POLICY.logits(PARAMS, actual.hidden[1]) - cacheless(POLICY, PARAMS, np.concatenate([ids, ids[:4]]))[-1]
     assert 1e-5 < np.abs(moved).max() < 0.2  # merged tokens are read with their rounding
 
 
@@ -80,22 +80,22 @@ def test_rewound_slots_go_on_from_what_they_kept():
     np.testing.assert_array_equal(state.hidden[0], wanted.hidden[0])
 
 
-def test_a_part_of_the_slots_says_what_all_would():
+def test_some_slots_equal_all_slots():
     """Decoding some slots, in a different order, equals a call on all. The codes of other slots stay unchanged."""
     ids = {slot: numpy_tokens(GROUPED_TIED, (6 + slot,), slot) for slot in range(4)}
     fresh = lambda: extend_slots(
         SAMPLER, PARAMS, start_episodes(SAMPLER, SAMPLER.init(4), {slot: script(POLICY, slot) for slot in ids}), ids, 16
     )
-    whole, said = SAMPLER.decode(PARAMS, fresh(), np.array([8, 0, 0, 8]), 16)
+    full, decoded = SAMPLER.decode(PARAMS, fresh(), np.array([8, 0, 0, 8]), 16)
     state = fresh()
     others = cache_of(state, 1, 7) + cache_of(state, 2, 8)
     part, out = SAMPLER.decode(PARAMS, state, np.array([8, 8]), 16, np.array([3, 0]))
-    assert out.tokens.tolist() == [said.tokens[3].tolist(), said.tokens[0].tolist()]
-    np.testing.assert_allclose(out.logprobs[0], said.logprobs[3], atol=1e-5)
-    assert part.lengths.tolist() == whole.lengths.tolist()
+    assert out.tokens.tolist() == [decoded.tokens[3].tolist(), decoded.tokens[0].tolist()]
+    np.testing.assert_allclose(out.logprobs[0], decoded.logprobs[3], atol=1e-5)
+    assert part.lengths.tolist() == full.lengths.tolist()
     same(cache_of(part, 1, 7) + cache_of(part, 2, 8), others)
     for slot in (0, 3):
-        for one, other in zip(*(cache_of(each, slot, int(whole.lengths[slot])) for each in (part, whole)), strict=True):
+        for one, other in zip(*(cache_of(state, slot, int(full.lengths[slot])) for state in (part, full)), strict=True):
             np.testing.assert_allclose(np.asarray(one, np.float32), other, rtol=1e-4, atol=one.dtype == np.int8)
 
 

@@ -24,9 +24,9 @@ def kept_by_sorting(weights: np.ndarray, top_k: int, top_p: float) -> np.ndarray
 
 def kept(weights: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     rows = jnp.asarray(weights, jnp.float32)
-    found = jax.jit(_keep, static_argnums=2)(rows, jnp.sum(rows, axis=-1), SamplingConfig(1.0, top_k, top_p))
-    np.testing.assert_array_equal(found, jnp.where(found > 0, rows, 0.0))
-    return np.asarray(found) > 0
+    actual = jax.jit(_keep, static_argnums=2)(rows, jnp.sum(rows, axis=-1), SamplingConfig(1.0, top_k, top_p))
+    np.testing.assert_array_equal(actual, jnp.where(actual > 0, rows, 0.0))
+    return np.asarray(actual) > 0
 
 
 @given(
@@ -47,8 +47,8 @@ def test_random_weights(top_k: int, top_p: float, spread: float):
     """From flat rows (all ties) to rows of one peak; sums differ in their last bits, so may the token at the edge."""
     logits = np.random.default_rng(int(10 * spread)).standard_normal((4, 3000)) * spread
     weights = np.exp(logits - logits.max(1, keepdims=True)).astype(np.float32)
-    found, wanted = kept(weights, top_k, top_p), kept_by_sorting(weights, top_k, top_p)
-    off = found != wanted
+    actual, wanted = kept(weights, top_k, top_p), kept_by_sorting(weights, top_k, top_p)
+    off = actual != wanted
     assert off.sum(axis=1).max() <= (0 if top_p == 1.0 or spread == 0.0 else 1)
     for row in np.nonzero(off.any(axis=1))[0]:  # there, the mass before the token is p to seven digits
         larger = weights[row] > weights[row][off[row]].max()

@@ -89,8 +89,8 @@ def test_bfloat16_sampler_and_learner_agree():
     """
     policy = Policy(replace(GROUPED_TIED, dtype="bfloat16"))
     weights = make_reshard(policy, make_mesh(MeshConfig(), jax.devices()[:1]))(PARAMS)
-    assert weights["layers"]["qkv"].dtype == jnp.bfloat16
-    assert weights["layers"]["mlp_norm"].dtype == weights["norm"].dtype == jnp.float32
+    assert weights["base"]["layers"]["qkv"].dtype == jnp.bfloat16
+    assert weights["base"]["layers"]["mlp_norm"].dtype == weights["base"]["norm"].dtype == jnp.float32
     s = Sampler(policy, SamplingConfig(1.0), (5,), capacity=96, slack=16)
     episodes = {slot: script(policy, slot + 1, (9, 4, 6)) for slot in range(4)}
     play(s, weights, episodes, slots=4)
@@ -225,7 +225,7 @@ def test_idle_slots_are_untouched():
     assert max(cacheless_gap(POLICY, PARAMS, full)) < TIGHT
 
 
-def test_nothing_to_say_costs_nothing_and_changes_nothing():
+def test_zero_budgets_cost_and_change_nothing():
     s = sampler()
     state = extend_slots(s, PARAMS, s.init(2), {0: numpy_tokens(GROUPED_TIED, (4,))}, 8)
     hidden = np.asarray(state.hidden)

@@ -36,7 +36,7 @@ POST_NORM = Policy(replace(CONFIG, norm_placement="post", qk_norm="projection"))
         ((2, 2, 2), "model", POST_NORM),
     ],
 )
-def test_eight_devices_say_the_same(sizes: tuple[int, int, int], cache: Literal["model", "int8"], policy: Policy):
+def test_eight_devices_equal_one(sizes: tuple[int, int, int], cache: Literal["model", "int8"], policy: Policy):
     params = numpy_params(policy.config)
     make = partial(Sampler, policy, SamplingConfig(1.0, cache=cache), (5,), capacity=64, slack=16, windows=(32,))
     plain = make()
@@ -109,11 +109,11 @@ def test_codes_are_made_where_the_masters_lie():
     mesh = make_mesh(MeshConfig(1, 4, 2))
     masters = jax.device_put(numpy_params(CONFIG), shardings(mesh, POLICY.axes, TRAIN))
     reshard = make_reshard(POLICY, mesh, int8=True)
-    found = reshard(masters)
+    actual = reshard(masters)
     wanted = POLICY.quantize(numpy_params(CONFIG))
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, other)
-    where = jax.tree.map(lambda leaf: leaf.sharding, found)
+    where = jax.tree.map(lambda leaf: leaf.sharding, actual)
     assert where == shardings(mesh, POLICY.quantized.axes, DECODE)
     text = reshard.lower(masters).compile().as_text() or ""  # pyright: ignore[reportFunctionMemberAccess]
     gathered = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]* all-gather(?:-start)?\(", text)
@@ -122,12 +122,12 @@ def test_codes_are_made_where_the_masters_lie():
         assert dtype == "s8" or math.prod(map(int, dims.split(","))) <= CONFIG.vocab_size * CONFIG.hidden_size, gathered
 
 
-def test_eight_devices_in_int8_say_what_one_says():
+def test_eight_devices_in_int8_equal_one():
     params, sampled = numpy_params(CONFIG), POLICY.quantized
     make = partial(Sampler, sampled, SamplingConfig(1.0), (5,), capacity=64, slack=16, windows=(32,))
-    wanted, found = ({slot: script(sampled, slot) for slot in range(4)} for _ in range(2))
+    wanted, actual = ({slot: script(sampled, slot) for slot in range(4)} for _ in range(2))
     play(make(), POLICY.quantize(params), wanted, slots=8)
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    play(make(mesh=mesh), make_reshard(POLICY, mesh, int8=True)(params), found, slots=8)
+    play(make(mesh=mesh), make_reshard(POLICY, mesh, int8=True)(params), actual, slots=8)
     for slot in wanted:
-        assert [row.tolist() for row in found[slot].responses] == [row.tolist() for row in wanted[slot].responses]
+        assert [row.tolist() for row in actual[slot].responses] == [row.tolist() for row in wanted[slot].responses]

@@ -52,7 +52,7 @@ def play_in_parts(sampler: Sampler, params, episodes: dict[int, Episode], size: 
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2), (1, 4, 2)])
-def test_parts_of_the_slots_say_what_all_would(sizes: tuple[int, int, int] | None):
+def test_parts_of_the_slots_equal_all_slots(sizes: tuple[int, int, int] | None):
     params = numpy_params(CONFIG)
     make = partial(Sampler, POLICY, SamplingConfig(1.0), (5,), capacity=64, slack=16, windows=(32,))
     wanted = {slot: script(POLICY, slot) for slot in range(10)}
@@ -63,12 +63,12 @@ def test_parts_of_the_slots_say_what_all_would(sizes: tuple[int, int, int] | Non
         mesh = make_mesh(MeshConfig(*sizes))
         sampler = make(mesh=mesh)
         placed = jax.device_put(params, shardings(mesh, POLICY.axes, DECODE))
-    found = {slot: script(POLICY, slot) for slot in range(10)}
-    play_in_parts(sampler, placed, found, size=12, seed=3)
+    actual = {slot: script(POLICY, slot) for slot in range(10)}
+    play_in_parts(sampler, placed, actual, size=12, seed=3)
     for slot, episode in wanted.items():
-        assert [row.tolist() for row in found[slot].responses] == [row.tolist() for row in episode.responses]
+        assert [row.tolist() for row in actual[slot].responses] == [row.tolist() for row in episode.responses]
         for name in ("logprobs", "entropies"):
-            ours, theirs = np.concatenate(getattr(found[slot], name)), np.concatenate(getattr(episode, name))
+            ours, theirs = np.concatenate(getattr(actual[slot], name)), np.concatenate(getattr(episode, name))
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 

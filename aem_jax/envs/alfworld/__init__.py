@@ -1,1 +1,1 @@
-"""ALFWorld without TextWorld: an engine that plays a game file from the domain, problem and grammar inside it."""
+"""ALFWorld without TextWorld: an engine that plays a game from the domain, problem and grammar in its file."""

@@ -16,12 +16,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from aem_jax.envs.alfworld.facts import Args, Facts, link
-from aem_jax.envs.alfworld.grammar import parse_grammar, text_reads
-from aem_jax.envs.alfworld.logic import Slots, predicates, solver
+from aem_jax.envs.alfworld.facts import Args, Facts, link, link_effects, unless_idle
+from aem_jax.envs.alfworld.grammar import Entity, World, parse_grammar, text_reads
 from aem_jax.envs.alfworld.pddl import parse_domain, parse_problem
-from aem_jax.envs.alfworld.query import Entity, World
-from aem_jax.envs.alfworld.schema import Schema, compile_actions, unless_idle
+from aem_jax.envs.alfworld.schema import Schema, Slots, compile_actions, predicates, solver
 from aem_jax.files import read_json
 
 NOTHING_HAPPENS = "Nothing happens."
@@ -108,8 +106,8 @@ def damage_named(source: str) -> Iterator[None]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if not source:
             raise
-        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"expected a game in {source}, got one that cannot be played: {said}") from error
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected a game in {source}, got one that cannot be played: {reason}") from error
 
 
 def read_game(path: Path) -> dict[str, Any]:
@@ -220,7 +218,10 @@ class Player:
             _finder(schema, commands, self._world, table)
             for schema, commands, table in zip(game.schemas, game.commands, self._tables, strict=True)
         ]
-        self._effects = [schema.link_effects(facts, game.types) for schema in game.schemas]
+        self._effects = [
+            link_effects(schema.effects, schema.blank, len(schema.parameters), facts, game.types)
+            for schema in game.schemas
+        ]
         self._goal = [link(steps, facts, game.types, lambda b: True) for steps in game.goal]
         self._admissible: list[str] | None = None
         self.acted = False
@@ -235,16 +236,6 @@ class Player:
         if self._admissible is None:
             self._admissible = sorted(set().union(*self._tables))
         return self._admissible
-
-    @property
-    def done(self) -> bool:
-        """Whether the game is over. A game ends when it is won."""
-        return self.won
-
-    @property
-    def score(self) -> float:
-        """1 if won, else 0."""
-        return float(self.won)
 
     @property
     def facts(self) -> Iterator[tuple[str, Args]]:
@@ -289,23 +280,18 @@ class Player:
         return any(run(self.game.goal_blank.copy()) for run in self._goal)
 
 
-def start(game: Game) -> Player:
-    """Starts an episode."""
-    return Player(game)
-
-
 def _finder(schema: Schema, commands: _Commands, world: World, table: dict[str, Args]):
     """Returns a function that fills `table` with the commands of a schema that are applicable now."""
     count, b, write = len(schema.parameters), schema.blank.copy(), commands.write
 
-    def found(b: list[str]) -> bool:
+    def collect(b: list[str]) -> bool:
         command, args = write(b, world), tuple(b[:count])
         known = table.get(command)
         if known is None or args < known:  # several arguments give one command: keep the first in name order
             table[command] = args
         return False
 
-    runs = [link(steps, world.facts, world.types, unless_idle(idle, found)) for steps, idle in schema.chains]
+    runs = [link(steps, world.facts, world.types, unless_idle(idle, collect)) for steps, idle in schema.chains]
 
     def find() -> None:
         table.clear()

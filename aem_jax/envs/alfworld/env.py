@@ -1,14 +1,13 @@
 """ALFWorld as an `Environment`: a response becomes a command, and its outcome a reward."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 from aem_jax.envs.actions import extract_action
-from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, damage_named, start
+from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, damage_named
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
+from aem_jax.envs.alfworld.tasks import load_game
 from aem_jax.envs.protocol import StepResult
 
 
@@ -27,9 +26,7 @@ class AlfworldConfig:
     reward_invalid: float = -0.1
     """Reward of a response whose action is missing or not admissible."""
     max_invalid: int = 0
-    """Invalid actions after which an unsolved episode is truncated; 0 sets no limit."""
-    cached_games: int = 64
-    """Number of parsed games that an environment caches (a group plays one game many times)."""
+    """Invalid actions that truncate an unsolved episode; 0 sets no limit."""
     data: str = ""
     """Folder of ALFWorld's official data. If empty, the folder in $ALFWORLD_DATA; without both, games are generated."""
     skip_bad: bool = False
@@ -38,24 +35,10 @@ class AlfworldConfig:
     """Games to generate. With official data, only its task types are used: they select the games."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "cached_games"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.max_steps < 1:
+            raise ValueError(f"expected max_steps of at least 1, got {self.max_steps}")
         if self.max_invalid < 0:
             raise ValueError(f"expected max_invalid of at least 0 (no limit), got {self.max_invalid}")
-
-
-def load_game(payload: Mapping[str, Any]) -> Game:
-    """Reads the game of a payload `{"game": path}`.
-
-    Raises:
-        ValueError: the payload names no game, or the file is not a game file.
-        FileNotFoundError: the file does not exist.
-    """
-    path = payload.get("game")
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"expected a payload with 'game', the path of a game file, got keys {sorted(payload)}")
-    return Game.load(path)
 
 
 class AlfworldEnv:
@@ -65,14 +48,14 @@ class AlfworldEnv:
 
     Args:
         config: rules of an episode.
-        load_game: payload -> game. It can make games in memory instead of reading them from files.
+        load_game: payload -> game.
     """
 
     def __init__(
         self, config: AlfworldConfig | None = None, load_game: Callable[[Mapping[str, Any]], Game] = load_game
     ):
         self._config = config or AlfworldConfig()
-        self._load = _remembering(load_game, self._config.cached_games)
+        self._load = load_game
         self._player: Player | None = None
         self._steps = self._limit = self._invalid = 0
 
@@ -84,7 +67,7 @@ class AlfworldEnv:
         """
         game = self._load(task)
         with damage_named(game.source):
-            self._player, self._steps, self._invalid = start(game), 0, 0
+            self._player, self._steps, self._invalid = Player(game), 0, 0
         self._limit = task.get("generate", {}).get("max_steps", self._config.max_steps)
         # A game whose goal holds from the start is already over. It is skipped, not played.
         info = self._info(self._player, valid=True)
@@ -127,12 +110,6 @@ class AlfworldEnv:
             "won": player.won,
             "valid_action": valid,
             "admissible": player.admissible,
-            "score": player.score,
+            "score": float(player.won),
             "task_type": player.game.task_type,
         }
-
-
-def _remembering(load: Callable[[Mapping[str, Any]], Game], size: int) -> Callable[[Mapping[str, Any]], Game]:
-    """Wraps `load` with a cache of the latest `size` games. Payloads are compared as JSON."""
-    cached = lru_cache(maxsize=size)(lambda text: load(json.loads(text)))
-    return lambda payload: cached(json.dumps(payload, sort_keys=True))

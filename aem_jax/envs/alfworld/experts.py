@@ -191,11 +191,6 @@ class Searcher:
         return self._goal
 
 
-def random_agent(admissible: Sequence[str], rng: random.Random) -> str:
-    """Draws an admissible command uniformly."""
-    return rng.choice(list(admissible))
-
-
 def in_grammar(command: str, admissible: Sequence[str] = (), newer: bool = True) -> str:
     """Translates `command` to the grammar of the current game: `move X to Y`, or `put X in/on Y` in older games.
 

@@ -1,8 +1,8 @@
-"""Facts with indexes, and searches over them.
+"""Facts with indexes, searches over them, and the effects of actions on them.
 
 A search is a chain of steps. A step matches an atom against an index, checks a bound atom, compares two bindings, tests
-a nested condition, or iterates over the objects of a type. A chain is data; `logic` makes it once per domain. `link`
-turns a chain into nested closures over one player's facts. Bindings are stored in a flat list, with one slot per
+a nested condition, or iterates over the objects of a type. A chain is data, which `schema.py` makes once per domain.
+`link` turns a chain into nested closures over one player's facts. Bindings are stored in a flat list, with one slot per
 variable or constant.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 
-from aem_jax.envs.alfworld.pddl import ROOT_TYPE
+from aem_jax.envs.alfworld.pddl import ROOT_TYPE, Effect
 
 Args = tuple[str, ...]
 Run = Callable[[list[str]], bool]
@@ -174,6 +174,14 @@ class Each:
 
 
 Step = Match | Check | Compare | Test | Each
+Change = tuple[str, Args]
+"""A fact: (predicate, arguments)."""
+Idle = tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
+"""For every effect, the precondition's literals that may equal it, as pairs of slots that must hold the same object."""
+Apply = Callable[[Args], tuple[list[Change], list[Change]]]
+"""Arguments of an action -> (facts to make false, facts to make true). The call itself changes no fact."""
+LinkableEffect = tuple[Effect, tuple[int, ...], tuple[tuple[Step, ...], ...]]
+"""A compiled effect: (effect, slots of its atom, chains that bind its own variables)."""
 
 
 def link(steps: Iterable[Step], facts: Facts, types: Extensions, then: Run) -> Run:
@@ -181,3 +189,52 @@ def link(steps: Iterable[Step], facts: Facts, types: Extensions, then: Run) -> R
     for step in reversed(tuple(steps)):
         then = step.link(facts, types, then)
     return then
+
+
+def unless_idle(idle: Idle | None, then: Run) -> Run:
+    """Wraps `then` to skip bindings for which the precondition already contains every effect."""
+    if idle is None:
+        return then
+    if len(idle) == 1 and len(idle[0]) == 1 and len(idle[0][0]) == 1:
+        ((((left, right),),),) = idle
+        return lambda b: b[left] != b[right] and then(b)
+    return lambda b: not all(any(all(b[i] == b[j] for i, j in pairs) for pairs in ways) for ways in idle) and then(b)
+
+
+def link_effects(
+    effects: Iterable[LinkableEffect], blank: list[str], num_parameters: int, facts: Facts, types: Extensions
+) -> Apply:
+    """Builds the closures of an action's effects over one player's facts.
+
+    Args:
+        effects: compiled effects.
+        blank: bindings before the arguments are bound; the slots of the parameters come first.
+        num_parameters: number of the action's parameters.
+        facts: the player's facts.
+        types: types of the game's objects.
+    """
+    linked = []
+    removed: list[Change] = []
+    added: list[Change] = []
+    for effect, slots, chains in effects:
+        collect = _collector(added if effect.adds else removed, effect.atom.predicate, slots)
+        linked += [link(steps, facts, types, collect) for steps in chains]
+
+    def apply(args: Args) -> tuple[list[Change], list[Change]]:
+        removed.clear()
+        added.clear()
+        b = blank.copy()
+        b[:num_parameters] = args
+        for run in linked:
+            run(b)
+        return removed, added
+
+    return apply
+
+
+def _collector(into: list[Change], predicate: str, slots: tuple[int, ...]) -> Callable[[list[str]], bool]:
+    def collect(b: list[str]) -> bool:
+        into.append((predicate, tuple([b[slot] for slot in slots])))
+        return False
+
+    return collect

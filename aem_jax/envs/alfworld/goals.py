@@ -59,8 +59,8 @@ def parse_goal(text: str) -> Goal:
     Raises:
         ValueError: the text contains no task sentence of the six types.
     """
-    found = re.search(r"Your task is to: (.+?)\.?\s*$", text, re.MULTILINE)
-    sentence = found[1] if found else text.strip()
+    task = re.search(r"Your task is to: (.+?)\.?\s*$", text, re.MULTILINE)
+    sentence = task[1] if task else text.strip()
     for task_type, pattern in _SENTENCES:
         match = re.fullmatch(pattern, sentence.strip())
         if match:

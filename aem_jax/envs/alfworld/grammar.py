@@ -2,12 +2,15 @@
 
 A document is a sequence of blocks `grammar :: (JSON in triple quotes);` and of
 `action name { template :: "…"; feedback :: "…"; grammar :: … }`. The JSON maps a symbol to rules
-`{"condition": query, "rhs": text}`; the first rule whose condition has a match is used.
+`{"condition": query, "rhs": text}`; the first rule whose condition has a match is used. A query is a conjunction of
+facts with variables, `p(a:t, b:u) & q(a:t)`.
 In a text, `#symbol#` derives a symbol and `{expression}` evaluates an expression over entities. `{x | query}` repeats x
 for every match of the query. `[{x | query}]` joins the repetitions with the grammar's own list symbols.
 
-Three rules follow the stock engine, because they show in its output. Leading white space of a text is dropped. A text
-ends silently at the first place that cannot be parsed. A later definition of a symbol replaces an earlier one.
+Five rules follow the stock engine, because they show in its output. Leading white space of a text is dropped. A text
+ends silently at the first place that cannot be parsed. A later definition of a symbol replaces an earlier one. The
+matches of a query are sorted by the types of the facts' arguments, then by their ids. Different variables of a query
+are bound to different objects.
 """
 
 import ast
@@ -17,7 +20,42 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from aem_jax.envs.alfworld.query import Entity, Placeholder, Query, World, parse_query, solve
+from aem_jax.envs.alfworld.facts import Extensions, Facts
+
+Placeholder = tuple[str, str]
+"""A variable of a query: (name, type)."""
+Query = tuple[tuple[str, tuple[Placeholder, ...]], ...]
+"""A conjunction of (predicate, placeholders)."""
+
+
+@dataclass(frozen=True)
+class Entity:
+    """An object with the attributes that an expression can read: `{o.indefinite} {o.name}`."""
+
+    id: str
+    type: str
+    name: str
+    definite: str = "the"
+    indefinite: str = "a"
+    noun: str | None = None
+    adj: str | None = None
+    desc: str | None = None
+    room_type: str | None = None
+    synonyms: tuple[str, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The facts of one player and the objects of its game."""
+
+    facts: Facts
+    entities: Mapping[str, Entity]
+    types: Extensions
+    ranks: Mapping[str, tuple[int, int]]
+    """Object -> (depth, position) of its type. Rows of a query are sorted by type, then by ids of their arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +68,10 @@ class Context:
 
     def entity(self, name: str) -> Entity:
         """Returns the object that a variable is bound to. The latest binding of a name counts."""
-        found = None
-        for (variable, _), value in self.bindings.items():
-            if variable == name:
-                found = value
-        if found is None:
+        ids = [id_ for (variable, _), id_ in self.bindings.items() if variable == name]
+        if not ids:
             raise ValueError(f"expected one of the bound variables {[n for n, _ in self.bindings]}, got {name!r}")
-        return self.world.entities[found]
+        return self.world.entities[ids[-1]]
 
     def matches(self, query: Query) -> Iterator["Context"]:
         """Yields a context for every match of the query, in the order of the facts."""
@@ -102,12 +137,12 @@ def parse_grammar(document: str) -> Grammar:
     """
     tokens, position = [], 0
     while position < len(document):
-        found = _TOKEN.match(document, position)
-        if found is None:
+        match = _TOKEN.match(document, position)
+        if match is None:
             raise ValueError(f"expected a TWL2 grammar, got {document[position : position + 40]!r}")
-        position = found.end()
-        if found.lastgroup is not None:
-            tokens.append((found.lastgroup, found[found.lastgroup]))
+        position = match.end()
+        if match.lastgroup is not None:
+            tokens.append((match.lastgroup, match[match.lastgroup]))
     stream, rules, actions = iter([*tokens, ("end", "")]), {}, {}
     while (token := next(stream)) != ("end", ""):
         if token == ("word", "grammar"):
@@ -159,7 +194,7 @@ def _block(text: str) -> dict[str, tuple[Rule, ...]]:
 _TEXT = re.compile(
     r"""\t*(?:
       \#(?P<symbol>[\w()/!<>\-\s,.]+)\#
-    | (?P<list>\[)?\{(?:\#(?P<each>[\w()/!<>\-\s,.]+)\#|(?P<expression>(?!\#)[^|\[\]{}\n<>]+))
+    | (?P<list>\[)?\{(?:\#(?P<repeated>[\w()/!<>\-\s,.]+)\#|(?P<expression>(?!\#)[^|\[\]{}\n<>]+))
       (?:\s*\|\s*(?P<query>[^;|{}\n\[\]\#]+))?\}(?(list)\])
     | "(?P<quoted>[^;|"<>\[\]\#{}]*)"
     | (?P<plain>[^;|"<>\[\]\#{}]+)
@@ -172,22 +207,22 @@ _TEXT = re.compile(
 def parse_text(text: str) -> tuple[Emit, ...]:
     """Compiles a text to a tuple of functions, each of which writes one piece of it."""
     pieces, position = [], _opening(text)
-    while found := _TEXT.match(text, position):
-        position = found.end()
-        if found["symbol"]:
-            pieces.append(_symbol(found["symbol"]))
-        elif found["each"] or found["expression"]:
-            item = _symbol(found["each"]) if found["each"] else _expression(found["expression"])
-            pieces.append(_expansion(item, parse_query(found["query"] or ""), found["list"] is not None))
+    while match := _TEXT.match(text, position):
+        position = match.end()
+        if match["symbol"]:
+            pieces.append(_symbol(match["symbol"]))
+        elif match["repeated"] or match["expression"]:
+            item = _symbol(match["repeated"]) if match["repeated"] else _expression(match["expression"])
+            pieces.append(_expansion(item, parse_query(match["query"] or ""), match["list"] is not None))
         else:
-            pieces.append(_plain(found["plain"] or found["quoted"] or ""))
+            pieces.append(_plain(match["plain"] or match["quoted"] or ""))
     return tuple(pieces)
 
 
 def _opening(text: str) -> int:
     """Returns the position where a text begins, after white space and `//` comments."""
-    found = re.match(r"(?:\s+|//[^\n]*)*", text)
-    return found.end() if found else 0
+    match = re.match(r"(?:\s+|//[^\n]*)*", text)
+    return match.end() if match else 0
 
 
 def _plain(text: str) -> Emit:
@@ -267,14 +302,77 @@ def _first(parts: list[Callable[[Context], object]], stop: bool, context: Contex
 def text_reads(text: str) -> tuple[frozenset[str], frozenset[str]] | None:
     """Returns the variables and predicates that a text reads; None if it derives symbols and so may read anything."""
     names, predicates, position = set(), set(), _opening(text)
-    while found := _TEXT.match(text, position):
-        position = found.end()
-        if found["symbol"] or found["each"]:
+    while match := _TEXT.match(text, position):
+        position = match.end()
+        if match["symbol"] or match["repeated"]:
             return None
-        if found["expression"]:
-            tree = ast.parse(found["expression"].strip())
+        if match["expression"]:
+            tree = ast.parse(match["expression"].strip())
             names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        for predicate, placeholders in parse_query(found["query"] or ""):
+        for predicate, placeholders in parse_query(match["query"] or ""):
             predicates.add(predicate.removeprefix("not_"))
             names |= {name for name, _ in placeholders}
     return frozenset(names), frozenset(predicates)
+
+
+@lru_cache(maxsize=4096)
+def parse_query(text: str) -> Query:
+    """Parses `p(a:t, b:u) & q(a:t)` to ((p, ((a, t), (b, u))), (q, ((a, t),))). An empty text is an empty query."""
+    query = []
+    for part in text.split("&") if text.strip() else ():
+        match = re.fullmatch(r"\s*(!?[\w/]+)\s*\(([^()]*)\)\s*", part)
+        if match is None:
+            raise ValueError(f"expected a query like 'p(a:t) & q(a:t, b:u)', got {text!r}")
+        pairs = [[side.strip() for side in item.split(":")] for item in match[2].split(",") if item.strip()]
+        query.append((match[1], tuple((pair[0], pair[-1]) for pair in pairs)))
+    return tuple(query)
+
+
+def solve(query: Query, world: World, bindings: Mapping[Placeholder, str]) -> Iterator[Mapping[Placeholder, str]]:
+    """Yields every extension of `bindings` for which every atom of the query is a fact, in the order of the facts.
+
+    Raises:
+        ValueError: a placeholder has a type that the domain does not declare.
+    """
+    if not query:
+        yield bindings
+        return
+    (predicate, placeholders), rest = query[0], query[1:]
+    known = [(at, bindings[key]) for at, key in enumerate(placeholders) if key in bindings]
+    members = []
+    for _, kind in placeholders:
+        if kind not in world.types:
+            raise ValueError(f"expected a type of the domain in {predicate!r}, got {kind!r}")
+        members.append(world.types[kind])
+    if len(known) == len(placeholders):
+        args = tuple([name for _, name in known])
+        if args in world.facts.rows(predicate) and all(name in kind for name, kind in zip(args, members, strict=True)):
+            yield from solve(rest, world, bindings)
+        return
+    if known:
+        positions = tuple([at for at, _ in known])
+        key = known[0][1] if len(known) == 1 else tuple([name for _, name in known])
+        rows = world.facts.index(predicate, positions).get(key, ())
+    else:
+        rows = world.facts.rows(predicate)
+    for args in _ordered(rows, world.ranks):
+        if len(args) != len(placeholders) or not all(name in kind for name, kind in zip(args, members, strict=True)):
+            continue
+        extended = dict(bindings)
+        taken = set(bindings.values())
+        for key, name in zip(placeholders, args, strict=True):
+            if extended.get(key) != name:
+                if key in extended or name in taken:
+                    break
+                extended[key] = name
+                taken.add(name)
+        else:
+            yield from solve(rest, world, extended)
+
+
+def _ordered(rows, ranks: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
+    """Sorts rows by the types of their arguments (shallow types first), then by name."""
+    ordered = sorted(rows)
+    if len({tuple([ranks[name] for name in args]) for args in ordered}) > 1:
+        ordered.sort(key=lambda args: (sum(ranks[name][0] for name in args), [ranks[name][1] for name in args]))
+    return ordered

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from aem_jax.envs.actions import as_action
-from aem_jax.envs.alfworld.engine import start
+from aem_jax.envs.alfworld.engine import Player
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
-from aem_jax.envs.alfworld.experts import Oracle, Searcher, random_agent
+from aem_jax.envs.alfworld.experts import Oracle, Searcher
 from aem_jax.envs.alfworld.tasks import eval_set, load_game, training_tasks
 from aem_jax.envs.play import Act
 from aem_jax.envs.protocol import StepResult, Task
@@ -37,7 +37,7 @@ def task_suite(config: AlfworldConfig, options: SuiteOptions) -> TaskSuite:
 
 def make(config: AlfworldConfig) -> Callable[[], AlfworldEnv]:
     """Returns a factory of environments that play generated and official games."""
-    return lambda: AlfworldEnv(config, load_game=load_game)
+    return lambda: AlfworldEnv(config)
 
 
 def _searcher(task: Task) -> Act:
@@ -63,7 +63,7 @@ def _noisy_searcher(noise: float, task: Task) -> Act:
 
 def _oracle(task: Task) -> Act:
     """Makes an oracle. It plays the game in its own engine, because the environment does not send its facts."""
-    player = start(load_game(task.payload))
+    player = Player(load_game(task.payload))
     agent = Oracle(player.observation)
 
     def act(result: StepResult) -> str:
@@ -76,7 +76,7 @@ def _oracle(task: Task) -> Act:
 
 def _random(task: Task) -> Act:
     rng = random.Random(f"random/{task.id}")
-    return lambda result: as_action(random_agent(result.info["admissible"], rng))
+    return lambda result: as_action(rng.choice(result.info["admissible"]))
 
 
 def _inputs(config: AlfworldConfig) -> Mapping[str, Files]:

@@ -4,15 +4,14 @@ The payload of a task is a small JSON mapping. Any server can rebuild the game f
 `{"generate": {"seed": 0, "split": "train", "index": 7, …settings…}}` or `{"game": "<path of a game.tw-pddl>"}`.
 """
 
-import hashlib
 import json
 import logging
 import os
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn
 
 from aem_jax.envs.alfworld.engine import Game, read_game, read_task_type
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
@@ -20,6 +19,7 @@ from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.alfworld.generator.files import domain_text, game_data, grammar_text, problem_text
 from aem_jax.envs.alfworld.generator.games import SPLITS, HouseholdGame, distinct_indices, draw_game
 from aem_jax.envs.protocol import Task
+from aem_jax.envs.suite import NumberedTasks, set_name
 from aem_jax.overrides import override
 
 log = logging.getLogger(__name__)
@@ -28,38 +28,31 @@ _OFFICIAL_FOLDER = "json_2.1.1"
 _GAME_FILE = "game.tw-pddl"
 
 
-class GeneratedTasks(Sequence[Task]):
-    """Tasks of generated games. Item `i` is game number `indices[i]` of (settings, seed, split), generated on load.
+def generated_tasks(config: GeneratorConfig, split: str, seed: int, indices: Sequence[int]) -> NumberedTasks:
+    """Returns tasks of generated games. Each task names its game, which is generated when it is loaded.
 
     Args:
         config: settings of the generator.
         split: `train`, `valid_seen` or `valid_unseen`.
         seed: other seeds give other games of the same split.
         indices: numbers of the games; `range(n)` for the first n.
+
+    Raises:
+        ValueError: the split does not exist.
     """
+    _check_split(split)
+    return NumberedTasks(indices, partial(_generated_task, config, split, seed))
 
-    def __init__(self, config: GeneratorConfig, split: str, seed: int, indices: Sequence[int]):
-        if split not in SPLITS:
-            raise ValueError(f"expected split to be one of {list(SPLITS)}, got {split!r}")
-        self.config = config
-        self.split = split
-        self.seed = seed
-        self.indices = indices
 
-    def __len__(self) -> int:
-        return len(self.indices)
+def _generated_task(config: GeneratorConfig, split: str, seed: int, index: int) -> Task:
+    game = {"seed": seed, "split": split, "index": index}
+    task_type = config.task_types[index % len(config.task_types)]
+    return Task(f"{split}-{seed}-{index}", task_type, {"generate": game | config.to_json()})
 
-    @overload
-    def __getitem__(self, item: int) -> Task: ...
-    @overload
-    def __getitem__(self, item: slice) -> "GeneratedTasks": ...
-    def __getitem__(self, item: int | slice) -> "Task | GeneratedTasks":
-        if isinstance(item, slice):
-            return GeneratedTasks(self.config, self.split, self.seed, self.indices[item])
-        index = self.indices[item]
-        place = {"seed": self.seed, "split": self.split, "index": index}
-        task_type = self.config.task_types[index % len(self.config.task_types)]
-        return Task(f"{self.split}-{self.seed}-{index}", task_type, {"generate": place | self.config.to_json()})
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"expected split to be one of {list(SPLITS)}, got {split!r}")
 
 
 def official_tasks(
@@ -79,8 +72,7 @@ def official_tasks(
     Raises:
         ValueError: the folder does not exist or contains no game, or a file contains none; the message names the first.
     """
-    if split not in SPLITS:
-        raise ValueError(f"expected split to be one of {list(SPLITS)}, got {split!r}")
+    _check_split(split)
     folder = Path(root) / _OFFICIAL_FOLDER / split
     if not folder.is_dir():
         raise ValueError(f"expected ALFWorld's data in {folder}, found no such folder; set ALFWORLD_DATA to its parent")
@@ -164,7 +156,7 @@ def training_tasks(
         tasks = official_tasks(data, "train", config.task_types, skip_bad=skip_bad)
         random.Random("training order").shuffle(tasks)  # they are sorted by task type
         return tasks
-    return GeneratedTasks(config, "train", seed, range(size))
+    return generated_tasks(config, "train", seed, range(size))
 
 
 def eval_set(
@@ -191,16 +183,12 @@ def eval_set(
     """
     if size < 1:
         raise ValueError(f"expected size >= 1, got {size}")
-    digest = hashlib.sha256()
     if data is not None:
-        tasks: Sequence[Task] = _spread(official_tasks(data, split, config.task_types, skip_bad=skip_bad), size)
-        for task in tasks:
-            digest.update(Path(task.payload["game"]).read_bytes())
-    else:
-        tasks = GeneratedTasks(config, split, seed, distinct_indices(config, seed, split, size))
-        for task in tasks:
-            digest.update(json.dumps(game_data(generated_game(task.payload)), sort_keys=True).encode())
-    return tasks, f"{split}-{len(tasks)}-{digest.hexdigest()[:6]}"
+        tasks = _spread(official_tasks(data, split, config.task_types, skip_bad=skip_bad), size)
+        return tasks, set_name(split, len(tasks), (Path(task.payload["game"]).read_bytes() for task in tasks))
+    tasks = generated_tasks(config, split, seed, distinct_indices(config, seed, split, size))
+    games = (game_data(generated_game(task.payload)) for task in tasks)
+    return tasks, set_name(split, len(tasks), (json.dumps(game, sort_keys=True).encode() for game in games))
 
 
 def generated_game(payload: Mapping[str, Any]) -> HouseholdGame:
@@ -223,8 +211,11 @@ def load_game(payload: Mapping[str, Any]) -> Game:
     Raises:
         ValueError: the payload names neither a game file nor a game to generate.
     """
-    if set(payload) & {"generate", "game"} == set():
-        raise ValueError(f"expected 'generate' or 'game' in the payload, got {sorted(payload)}")
+    path = payload.get("game")
+    if "generate" not in payload and not (isinstance(path, str) and path):
+        raise ValueError(
+            f"expected 'generate' or 'game' (the path of a game file) in the payload, got keys {sorted(payload)}"
+        )
     return _load_game(json.dumps(payload, sort_keys=True))
 
 

@@ -19,7 +19,7 @@ from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.serving.config import PoolConfig
 from aem_jax.envs.serving.pool import EnvPool
 from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, check_one_set
-from aem_jax.files import parse_json, read_json_lines
+from aem_jax.files import parse_mapping, read_json_lines
 
 SEEDS: Mapping[str, int] = {"valid": 1_000_000_000, "test": 2_000_000_000}
 """Split -> its first seed. Training seeds are below all of them, and all seeds fit 32 bits."""
@@ -72,7 +72,8 @@ def task_suite(config: OpenEnvConfig, options: SuiteOptions) -> TaskSuite:
     given = [name for name, value in sources.items() if value]
     if len(given) != 1:
         raise ValueError(f"expected one of {', '.join(sources)} with openenv, got {' and '.join(given) or 'none'}")
-    common, settings = _mapping(config.reset, "--openenv.reset"), _mapping(config.settings, "--openenv.settings")
+    common = parse_mapping(config.reset, "--openenv.reset")
+    settings = parse_mapping(config.settings, "--openenv.settings")
     if settings and not config.serve:
         raise ValueError(f"expected --openenv.settings with --openenv.serve alone, got {settings} with {given[0]}")
     if config.tasks:
@@ -132,13 +133,6 @@ class Seeds(Sequence[Task]):
     def of(self, seeds: Sequence[Any]) -> "Seeds":
         """Returns the tasks whose seed is in `seeds`. Values in `seeds` that are not integers are ignored."""
         return Seeds([seed for seed in seeds if type(seed) is int and seed in self._seeds], self._common)
-
-
-def _mapping(text: str, name: str) -> dict[str, Any]:
-    mapping = parse_json(text, name)
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{name}: expected a JSON mapping, got {text!r}")
-    return mapping
 
 
 def _read(file: str, common: Mapping[str, Any]) -> list[Task]:

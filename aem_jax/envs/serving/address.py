@@ -1,7 +1,9 @@
-"""Addresses of environment servers, in the forms that users write, clients connect to, and servers print."""
+"""Addresses of environment servers, in the forms that users write, clients use, and servers print; tokens for them."""
 
 import ipaddress
+import os
 import re
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 ALL_ADDRESSES = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -51,6 +53,23 @@ def keeps_secrets(url: str) -> bool:
         return ipaddress.ip_address(parts.hostname or "").is_loopback
     except ValueError:  # a host name
         return False
+
+
+def bearer(variable: str) -> Mapping[str, str]:
+    """Returns headers with the token in an environment variable, for hosted servers; none if `variable` is empty.
+
+    Raises:
+        ValueError: the name cannot be the name of a variable, or the variable contains no token.
+    """
+    if not variable:
+        return {}
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*", variable):  # not shown: it may be the token itself
+        raise ValueError("expected the name of an environment variable (capitals, digits, _) with a token, got another")
+    token = os.environ.get(variable, "").strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        what = "something else" if token else "nothing"
+        raise ValueError(f"expected a token in the environment variable {variable}, found {what}; export {variable}=…")
+    return {"Authorization": f"Bearer {token}"}
 
 
 def connectable(host: str, port: int) -> str:

@@ -11,26 +11,26 @@ class PoolConfig:
     """Where the environments run, and their deadlines."""
 
     urls: tuple[str, ...] = ()
-    """Servers to connect to (host:port or ws://…); empty: the pool starts its own."""
+    """Servers to connect to (host:port or ws://…). If empty, the pool starts its own."""
     command: str = ""
-    """Command that starts one server that is not this package's, with {port} in it. The pool starts, watches and
-    restarts num_servers of them. Each must serve at 127.0.0.1:{port}, and end when it is killed."""
+    """Command that starts one server of another package, with {port} in it. The pool starts, watches and restarts
+    num_servers of them. Each must serve at 127.0.0.1:{port}, and end when it is killed."""
     num_servers: int = 2
-    """Server processes that the pool starts; a failure costs the sessions of one."""
+    """Number of server processes that the pool starts. A failure affects the sessions of one process."""
     sessions_per_server: int = 32
-    """Sessions on each server."""
+    """Number of sessions on each server."""
     reset_deadline_s: float = 60.0
-    """Seconds that a reset may take."""
+    """Maximum duration of a reset, seconds."""
     step_deadline_s: float = 30.0
-    """Seconds that a step may take."""
+    """Maximum duration of a step, seconds."""
     start_deadline_s: float = 60.0
-    """Seconds until a server that the pool starts must be up."""
+    """Maximum duration of the start of a server, seconds."""
     restart_wait_s: float = 60.0
-    """Seconds that a reset waits for the restart of a failed server before it fails."""
+    """Maximum time that a reset waits for the restart of a failed server, seconds."""
     first_pause_s: float = 0.25
-    """Pause between the first two attempts to start or reach a server; doubles up to 10 s."""
+    """Pause between the first two attempts to start or reach a server, seconds. It doubles up to 10 s."""
     send_admissible: bool = False
-    """Whether this package's servers send the admissible actions with every observation."""
+    """Whether this package's servers send admissible actions with observations."""
     field_mapping: FieldMapping = field(default_factory=FieldMapping)
     """Names of the servers' fields; the default suits this package's servers."""
     token_variable: str = ""
@@ -44,10 +44,10 @@ class PoolConfig:
             )
         if self.token_variable and not self.urls:
             raise ValueError("expected urls beside token_variable, got none")
-        if self.token_variable and (url := next((each for each in self.urls if not keeps_secrets(each)), "")):
+        if self.token_variable and (url := next((url for url in self.urls if not keeps_secrets(url)), "")):
             url = without_password(url)
             raise ValueError(f"expected urls of https:// or wss:// beside token_variable, got {url!r}")
-        if self.token_variable and (url := next((each for each in self.urls if "@" in each), "")):
+        if self.token_variable and (url := next((url for url in self.urls if "@" in url), "")):
             url = without_password(url)
             raise ValueError(f"expected urls without a user beside token_variable, got {url!r}; one of them is sent")
         for name in ("num_servers", "sessions_per_server"):

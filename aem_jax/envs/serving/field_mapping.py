@@ -1,22 +1,24 @@
-"""Maps the fields of a server's messages to ours, and a response to the server's action.
+"""Requests to a server and its replies, with the names of the server's fields.
 
-OpenEnv fixes the messages, but each environment names the fields of its actions and observations. `FieldMapping` holds
-these names. By default they are the fields of this package's servers; the preset `openenv-tiny` makes most optional.
+OpenEnv defines the messages, but each environment names the fields of its actions and observations. `FieldMapping`
+contains these names. The defaults are the fields of this package's servers. In the preset `openenv-tiny`, most fields
+are optional.
 
-A path is dotted, list indices included: `messages.-1.content`. `|` separates alternatives; the first that exists and is
-not null counts. A path that ends in `|` is optional: without `question|` the text is empty, without `won|` the rule of
-the empty name applies.
+A path is dotted and may contain list indices: `messages.-1.content`. `|` separates alternatives; the first one that
+exists and is not null is used. A path that ends with `|` is optional. Without the field `question|`, the text is empty.
+Without the field `won|`, the rule for an empty name applies.
 """
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aem_jax.envs.protocol import EnvError, RefusedError, StepResult, decode_data
+from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
 from aem_jax.envs.serving.plain import number
-from aem_jax.files import parse_json, valid_text
+from aem_jax.files import parse_mapping, valid_json, valid_text
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class FieldMapping:
     action_constants: str = "{}"
     """JSON mapping of further action fields, sent unchanged with every step."""
     text_field: str = "text"
-    """Observation field shown to the policy; empty: the whole observation as JSON."""
+    """Observation field shown to the policy; empty: the complete observation as JSON."""
     won_field: str = "won"
     """Observation field: whether the task is solved; empty: terminated and reward above won_above."""
     truncated_field: str = "truncated"
@@ -38,19 +40,19 @@ class FieldMapping:
     valid_field: str = "valid_action"
     """Observation field: whether the response was understood as an action; empty: always."""
     admissible_field: str = "admissible"
-    """Observation field that lists the admissible actions, null where they are not sent; empty: none."""
+    """Observation field that lists the admissible actions, or null if they are not sent; empty: no such field."""
     info_field: str = "info"
-    """Observation field with a mapping of further facts; empty: none."""
+    """Observation field with a mapping of further facts; empty: no such field."""
     score_field: str = ""
-    """Observation field with the task's own score, 0 to 1, null where there is none yet; empty: none."""
+    """Observation field with the task's own score, 0 to 1, or null if there is none yet; empty: no such field."""
     won_above: float = 0.0
-    """Last reward above which a terminated episode is won, if there is no won_field."""
+    """A terminated episode is won if its last reward is above this value. Used if there is no won_field."""
     action_pattern: str = ""
-    """Regular expression: the first group of its last match in the response is sent; without a match, or empty, the
-    whole response."""
+    """Regular expression. The first group of its last match in the response is sent. Without a match, or if empty, the
+    full response is sent."""
     invalid_codes: tuple[str, ...] = ()
-    """Error codes of responses that the server refuses. They count as invalid actions: the observation is the server's
-    message, and the episode goes on. Any other error ends the episode as an environment error."""
+    """Error codes that count as invalid actions: the observation is the server's message, and the episode continues.
+    Any other error ends the episode as an environment error."""
 
     def __post_init__(self) -> None:
         try:
@@ -63,22 +65,26 @@ class FieldMapping:
             raise ValueError(f"expected action_pattern with a group (…), got {self.action_pattern!r}")
 
 
+def encode_reset(task: Mapping[str, Any]) -> str:
+    """Encodes the request that starts an episode of `task`. Its keys become the reset keywords.
+
+    Raises:
+        ValueError: the task is not JSON.
+    """
+    try:
+        return json.dumps({"type": "reset", "data": dict(task)}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected a task as a mapping of plain JSON values, got {task!r:.200}: {error}") from None
+
+
 def step_encoder(mapping: FieldMapping) -> Callable[[str], str]:
     """Returns the function `text -> request` of a mapping.
 
     Raises:
-        ValueError: `action_constants` is not a JSON mapping, or has no mapping where `action_field` goes deeper.
+        ValueError: `action_constants` is not a JSON mapping, or the path `action_field` goes through another value.
     """
-    try:
-        constants = parse_json(mapping.action_constants, "action_constants")
-    except ValueError as error:
-        raise ValueError(
-            f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}: {error}"
-        ) from None
-    if not isinstance(constants, dict):
-        raise ValueError(f"expected action_constants as a JSON mapping, got {mapping.action_constants!r}")
+    inner = constants = parse_mapping(mapping.action_constants, "action_constants")
     *outer, last = mapping.action_field.split(".")
-    inner = constants
     for name in outer:
         inner = inner.setdefault(name, {})
         if not isinstance(inner, dict):
@@ -91,17 +97,44 @@ def step_encoder(mapping: FieldMapping) -> Callable[[str], str]:
     def encode(text: str) -> str:
         if pattern:
             *_, text = text, *(match[1] for match in pattern.finditer(text) if match[1] is not None)
-        # Python's str may hold half a surrogate pair; other JSON readers refuse it.
-        return json.dumps({"type": "step", "data": _with(constants, outer, last, valid_text(text))})
+        action = inner = copy.deepcopy(constants)
+        for name in outer:
+            inner = inner[name]
+        inner[last] = valid_text(text)  # other JSON readers refuse half a surrogate pair
+        return json.dumps({"type": "step", "data": action})
 
     return encode
 
 
-def _with(mapping: dict[str, Any], outer: list[str], last: str, value: str) -> dict[str, Any]:
-    """A copy of nested mappings with one more value inside."""
-    if not outer:
-        return {**mapping, last: value}
-    return {**mapping, outer[0]: _with(mapping[outer[0]], outer[1:], last, value)}
+def decode_data(raw: str | bytes, expected_type: str) -> Mapping[str, Any]:
+    """Returns the `data` of a reply of the expected type.
+
+    Raises:
+        RefusedError: the server replied with an error.
+        EnvError: the reply is invalid.
+    """
+    try:
+        message = json.loads(raw)
+        if b"\\u" in raw if isinstance(raw, bytes) else "\\u" in raw:  # else no text has half a surrogate pair
+            message = valid_json(message)
+        kind, data = message["type"], message.get("data", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise EnvError(f"invalid reply: expected a JSON message with type and data, got {raw[:200]!r}") from None
+    if not isinstance(data, dict):
+        raise EnvError(f"invalid reply: expected data as a mapping, got {raw[:200]!r}")
+    if kind == "error":
+        raise RefusedError(str(data.get("code", "UNKNOWN")), _message(data))
+    if kind != expected_type:
+        raise EnvError(f"invalid reply: expected a message of type {expected_type!r}, got {kind!r}")
+    return data
+
+
+def _message(data: Mapping[str, Any]) -> str:
+    """Returns an error's message, followed by OpenEnv's validation errors, which are in a separate field."""
+    errors = data.get("errors")
+    findings = [entry for entry in errors if isinstance(entry, dict)] if isinstance(errors, list) else []
+    where = [f"{'.'.join(map(str, entry.get('loc', ())))}: {entry.get('msg', '')}" for entry in findings[:3]]
+    return "; ".join([str(data.get("message", "no message")), *where])
 
 
 def decode_result(raw: str | bytes, mapping: FieldMapping) -> StepResult:
@@ -115,23 +148,23 @@ def decode_result(raw: str | bytes, mapping: FieldMapping) -> StepResult:
         The result. `info["admissible"]` and `info["score"]` exist only if the server sent them.
 
     Raises:
-        RefusedError: the server answered with an error.
-        EnvError: the reply is malformed: not JSON, fields missing, a reward that is not finite, …
+        RefusedError: the server replied with an error.
+        EnvError: the reply is invalid: it is not JSON, a field is missing, the reward is not finite, …
     """
     data = decode_data(raw, "observation")
     observation, reward, done = data.get("observation"), data.get("reward"), data.get("done")
     if not isinstance(observation, dict) or not isinstance(done, bool):
-        raise EnvError(f"rubbish: expected an observation mapping and a done flag, got {raw[:200]!r}")
+        raise EnvError(f"invalid reply: expected an observation mapping and a done flag, got {raw[:200]!r}")
     reward = _number(0.0 if reward is None else reward, "a finite reward")
     truncated = done and _flag(observation, mapping.truncated_field, False)
     terminated = done and _flag(observation, mapping.terminated_field, not truncated)
     if done and not (terminated or truncated):
-        raise EnvError("rubbish: expected a done episode to be terminated or truncated, got neither")
+        raise EnvError("invalid reply: expected a done episode to be terminated or truncated, got neither")
     info = _find(observation, mapping.info_field) if mapping.info_field else {}
     if info is None and _optional(mapping.info_field):
         info = {}
     if not isinstance(info, dict):
-        raise EnvError(f"rubbish: expected a mapping in {mapping.info_field!r}, got {info!r:.100}")
+        raise EnvError(f"invalid reply: expected a mapping in {mapping.info_field!r}, got {info!r:.100}")
     won = _flag(observation, mapping.won_field, terminated and reward > mapping.won_above)
     info = {**info, "won": won, "valid_action": _flag(observation, mapping.valid_field, True)}
     admissible = _find(observation, mapping.admissible_field) if mapping.admissible_field else None
@@ -144,8 +177,8 @@ def decode_result(raw: str | bytes, mapping: FieldMapping) -> StepResult:
 
 
 def decode_step(raw: str | bytes, mapping: FieldMapping) -> StepResult:
-    """Reads the reply to a step: as `decode_result`, but an error among `mapping.invalid_codes` is an invalid action
-    that changed nothing."""
+    """Reads the reply to a step, as `decode_result` does. An error in `mapping.invalid_codes` is an invalid action that
+    changed nothing."""
     try:
         return decode_result(raw, mapping)
     except RefusedError as error:
@@ -159,7 +192,7 @@ def _optional(path: str) -> bool:
 
 
 def _find(observation: Mapping[str, Any], path: str) -> Any:
-    """The first of the path's alternatives that exists and is not null; None where null, or no field, will do."""
+    """Returns the first alternative of the path that exists and is not null; None if null is accepted."""
     accepted = _optional(path)
     for alternative in filter(None, path.split("|")):
         exists, value = _look_up(observation, alternative)
@@ -167,12 +200,12 @@ def _find(observation: Mapping[str, Any], path: str) -> Any:
             return value
         accepted |= exists
     if not accepted:
-        raise EnvError(f"rubbish: expected the observation field {path!r}, got fields {sorted(observation)}")
+        raise EnvError(f"invalid reply: expected the observation field {path!r}, got fields {sorted(observation)}")
     return None
 
 
 def _look_up(value: Any, path: str) -> tuple[bool, Any]:
-    """Whether the path exists, and its value."""
+    """Returns whether the path exists, and its value."""
     for name in path.split("."):
         if isinstance(value, dict) and name in value:
             value = value[name]
@@ -190,9 +223,9 @@ def _text(observation: Mapping[str, Any], path: str) -> str:
     if text is None:
         if _optional(path):
             return ""
-        raise EnvError(f"rubbish: expected text in {path!r}, got null; {path + '|'!r} takes null for no text")
+        raise EnvError(f"invalid reply: expected text in {path!r}, got null; {path + '|'!r} takes null for no text")
     if not isinstance(text, str):
-        raise EnvError(f"rubbish: expected text in {path!r}, got {text!r:.100}")
+        raise EnvError(f"invalid reply: expected text in {path!r}, got {text!r:.100}")
     return text
 
 
@@ -201,12 +234,12 @@ def _flag(observation: Mapping[str, Any], path: str, default: bool) -> bool:
     if value is None and (not path or _optional(path)):
         return default
     if not isinstance(value, bool):
-        raise EnvError(f"rubbish: expected true or false in {path!r}, got {value!r:.100}")
+        raise EnvError(f"invalid reply: expected true or false in {path!r}, got {value!r:.100}")
     return value
 
 
 def _number(value: Any, what: str) -> float:
     finite = number(value)
     if finite is None:
-        raise EnvError(f"rubbish: expected {what}, got {value!r:.100}")
+        raise EnvError(f"invalid reply: expected {what}, got {value!r:.100}")
     return finite

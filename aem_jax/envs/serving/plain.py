@@ -1,4 +1,4 @@
-"""Converts values of other libraries to plain JSON values, for the replies of an environment.
+"""Checks the results of an environment, and converts values of other libraries to plain JSON values.
 
 Environments compute with numpy, torch or jax. The `json` module refuses the scalars of these libraries, so they are
 converted to Python numbers. A value without a JSON equivalent (an object, bytes, a complex number) is an error that
@@ -12,11 +12,12 @@ import numbers
 import os
 import reprlib
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from decimal import Decimal
 from enum import Enum
 from typing import Any
 
+from aem_jax.envs.protocol import Environment, StepResult
 from aem_jax.files import valid_text
 
 _FLOAT32_MAX = 3.4028234663852886e38
@@ -35,6 +36,46 @@ class _ForeignError(Exception):
 
     def __init__(self, value: Any):
         self.value, self.path = value, list[str]()
+
+
+def checked_result(env: Environment, call: str, result: Any) -> StepResult:
+    """Validates the result of an environment, and converts it to plain values.
+
+    Numbers of numpy, torch and jax become Python numbers. Values in `info` are converted to JSON values
+    (`plain`), and NaN becomes null.
+
+    Args:
+        env: the environment.
+        call: reset or step.
+        result: the returned object.
+
+    Raises:
+        ValueError: the object is not a `StepResult` with a text observation, a finite reward, true or false as flags,
+            and a mapping of JSON values as info; the message names the wrong part.
+    """
+    where = f"{type(env).__qualname__}.{call}"
+    if not isinstance(result, StepResult):
+        raise _no_result(where, described(result))
+    if not isinstance(result.observation, str):
+        raise _no_result(where, f"{described(result.observation)} as observation")
+    if not isinstance(result.info, Mapping):
+        raise _no_result(where, f"{described(result.info)} as info")
+    reward = number(result.reward)
+    if reward is None:
+        raise ValueError(
+            f"expected a number, finite in float32, as reward from {where}, got {described(result.reward)}"
+        )
+    info = plain(result.info, f"{where}'s info")
+    for name, (read, what) in _FACTS.items():
+        if (value := info.pop(name, None)) is not None:
+            info[name] = _read(read, value, what, f"info[{name!r}] from {where}")
+    return StepResult(
+        plain(result.observation, "observation"),
+        reward,
+        _read(flag, result.terminated, "true or false", f"terminated from {where}"),
+        _read(flag, result.truncated, "true or false", f"truncated from {where}"),
+        info,
+    )
 
 
 def plain(value: Any, name: str) -> Any:
@@ -70,10 +111,10 @@ def number(value: Any) -> float | None:
     if not isinstance(value, _NUMBERS):
         return None
     try:
-        found = float(value)
+        result = float(value)
     except OverflowError:  # an integer beyond the range of floats
         return None
-    return found if abs(found) <= _FLOAT32_MAX else None  # NaN compares as false
+    return result if abs(result) <= _FLOAT32_MAX else None  # NaN compares as false
 
 
 def flag(value: Any) -> bool | None:
@@ -108,16 +149,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, _NUMBERS):
-        found = float(value)
-        return found if math.isfinite(found) else None
+        converted = float(value)
+        return converted if math.isfinite(converted) else None
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     if isinstance(value, Mapping):
-        return {_key(key): item for key, item in zip(value, _each(value.items()), strict=True)}
+        return {_key(key): item for key, item in zip(value, _plain_items(value.items()), strict=True)}
     if isinstance(value, Set):
-        return sorted(_each(enumerate(value)), key=repr)  # the order must not depend on the process
+        return sorted(_plain_items(enumerate(value)), key=repr)  # the order must not depend on the process
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
-        return list(_each(enumerate(value)))
+        return list(_plain_items(enumerate(value)))
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, (os.PathLike, uuid.UUID)):
@@ -125,19 +166,47 @@ def _plain(value: Any) -> Any:
     raise _ForeignError(value)
 
 
-def _each(items: Iterable[tuple[Any, Any]]) -> Iterator[Any]:
+def _plain_items(items: Iterable[tuple[Any, Any]]) -> Iterator[Any]:
     for key, item in items:
         try:
-            found = _plain(item)
+            converted = _plain(item)
         except _ForeignError as error:
             error.path.append(f"[{key!r:.80}]")
             raise
-        yield found
+        yield converted
 
 
 def _key(key: Any) -> str:
     """Converts a key of a mapping to a text. Numbers are written as `json` writes them."""
-    found = _plain(key)
-    if isinstance(found, (dict, list)):
+    converted = _plain(key)
+    if isinstance(converted, (dict, list)):
         raise _ForeignError(key)
-    return found if isinstance(found, str) else json.dumps(found)
+    return converted if isinstance(converted, str) else json.dumps(converted)
+
+
+def _no_result(where: str, got: str) -> ValueError:
+    return ValueError(
+        f"expected a StepResult with a text observation and a mapping as info from {where}, "
+        f"got {got}; return aem_jax.envs.protocol.StepResult(observation, reward, terminated, truncated, info)"
+    )
+
+
+def _read(read: Callable[[Any], Any], value: Any, what: str, name: str) -> Any:
+    converted = read(value)
+    if converted is None:
+        raise ValueError(f"expected {what} as {name}, got {described(value)}")
+    return converted
+
+
+def _texts(value: Any) -> list[str] | None:
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
+
+
+_FACTS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
+    "won": (flag, "true or false"),
+    "valid_action": (flag, "true or false"),
+    "score": (number, "a finite number"),
+    "admissible": (_texts, "a list of texts"),
+}
+"""Facts of `info` that training reads -> (converter, name of the type for errors). The converter returns None for a
+value of another type. Null facts are omitted."""

@@ -1,9 +1,9 @@
 """A pool of environment sessions with futures, which recovers from servers that die, hang or send malformed replies.
 
-A background thread runs an asyncio loop. Every call has a deadline. Only time in which this process is awake counts: no
-server is blamed while the process is stopped, suspended, or compiling with the interpreter lock held. A failure costs
-the episodes on its server (their calls raise `EnvError`) and nothing else. The pool kills and restarts a server of its
-own at once, reconnects to any other with growing pauses, and the next `reset` waits for that.
+A background thread runs an asyncio loop. Every call has a deadline. Only time in which this process is awake counts, so
+no server fails because this process is stopped, suspended, or compiling with the interpreter lock held. A failure
+affects only the episodes on its server, whose calls raise `EnvError`. The pool kills and restarts its own servers at
+once, and reconnects to other servers with growing pauses. The next `reset` waits for the server.
 """
 
 import asyncio
@@ -12,19 +12,17 @@ import functools
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
-from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, StepResult
 from aem_jax.envs.registry import check_name
-from aem_jax.envs.serving.address import websocket_url
-from aem_jax.envs.serving.client import bearer
+from aem_jax.envs.serving.address import bearer, websocket_url
 from aem_jax.envs.serving.config import PoolConfig, PoolStats
-from aem_jax.envs.serving.field_mapping import decode_step, step_encoder
+from aem_jax.envs.serving.field_mapping import decode_step, encode_reset, step_encoder
 from aem_jax.envs.serving.pool_session import Clock, PoolSession
 from aem_jax.envs.serving.process import ServerProcess
-from aem_jax.envs.serving.supervisor import BackgroundTasks, Supervisor
+from aem_jax.envs.serving.supervisor import Supervisor
 
 __all__ = ["EnvPool", "PoolConfig", "PoolStats"]
 
@@ -62,7 +60,7 @@ class EnvPool:
                 timeout_s=config.start_deadline_s,
             )
         self._servers = [
-            Supervisor(index, url, launch, config.first_pause_s, self._on_failure)
+            Supervisor(index, url, launch, config.first_pause_s, self._on_failure, self._spawn)
             for index, url in enumerate(urls or [""] * config.num_servers)
         ]
         # Neighbouring sessions, often of one group, are on different servers, so that a failure is spread.
@@ -77,7 +75,7 @@ class EnvPool:
         self._lock = threading.Lock()
         self._closed = False
         self._loop = asyncio.new_event_loop()
-        self._tasks = BackgroundTasks()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="env-pool", daemon=True)
         self._thread.start()
         self._opening = asyncio.run_coroutine_threadsafe(self._open(), self._loop)
@@ -102,29 +100,29 @@ class EnvPool:
         return self._sessions[session].server.index
 
     def reset(self, session: int, payload: Mapping[str, Any]) -> concurrent.futures.Future[StepResult]:
-        """Starts an episode of the task `payload`; waits for a server that is being restarted.
+        """Starts an episode of the task `payload`. If the server is being restarted, the call waits for it.
 
         Returns:
-            A future of the first observation, or of an `EnvError`. It cannot be cancelled; it has a deadline.
+            A future of the first result, or of an `EnvError`. It has a deadline and cannot be cancelled.
 
         Raises:
-            ValueError: a payload that is not JSON, no such session, a pending call of the session, or a closed pool.
+            ValueError: the payload is not JSON, the session does not exist or is busy, or the pool is closed.
         """
-        request = protocol.encode_reset(payload)
+        request = encode_reset(payload)
         return self._submit(session, lambda chosen: chosen.reset(request))
 
     def step(self, session: int, text: str) -> concurrent.futures.Future[StepResult]:
-        """Sends the policy's response to an episode; futures and errors as in `reset`."""
+        """Sends a response of the policy to an episode. The future and the errors are those of `reset`."""
         request = self._encode_step(text)
         return self._submit(session, lambda chosen: chosen.call(request, self._config.step_deadline_s, decode_step))
 
     def stats(self) -> PoolStats:
-        """Counters and the latest errors, for metrics."""
+        """Returns counters and the latest errors, for metrics."""
         restarts = tuple(server.restarts for server in self._servers)
         return PoolStats(self._calls, self._failed_calls, restarts, tuple(self._errors))
 
     def close(self) -> None:
-        """Ends all sessions and the pool's own servers; pending calls raise `EnvError`. Calling twice is harmless."""
+        """Ends all sessions and the pool's own servers; pending calls raise `EnvError`. A second call does nothing."""
         with self._lock:
             if self._closed:
                 return
@@ -156,10 +154,16 @@ class EnvPool:
                 raise ValueError(f"expected one call at a time on session {index}, got one more while one is under way")
             self._pending[index] = future
             self._calls += 1
-            self._loop.call_soon_threadsafe(lambda: self._tasks.spawn(self._run_call(session, call, future)))
+            self._loop.call_soon_threadsafe(self._spawn, self._run_call(session, call, future))
         return future
 
     # Everything below runs in the loop's thread.
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Starts a task, and keeps it until it ends: the event loop itself holds only weak references."""
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _run_call(
         self,
@@ -183,7 +187,7 @@ class EnvPool:
                 session.drop(failure, lost=True)
 
     async def _open(self) -> None:
-        self._tasks.spawn(self._keep_deadlines())
+        self._spawn(self._keep_deadlines())
         await _all(server.start() for server in self._servers)
         await _all(session.probe() for session in self._sessions)
 
@@ -194,7 +198,10 @@ class EnvPool:
                 session.end_if_expired()
 
     async def _shut(self) -> None:
-        await self._tasks.cancel()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for index, future in self._pending.items():
             if not future.done():
                 future.set_exception(EnvError("the pool was closed"))
@@ -206,7 +213,7 @@ class EnvPool:
 
 
 async def _all(awaitables: Iterable[Awaitable[None]]) -> None:
-    """Awaits all, then raises the first failure: nothing is left half started."""
+    """Awaits all, then raises the first failure, so that nothing is left half started."""
     results = await asyncio.gather(*awaitables, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

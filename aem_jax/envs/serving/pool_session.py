@@ -1,16 +1,20 @@
-"""One session of a pool, in the event loop: connected on demand, called with a deadline, dropped when it fails."""
+"""One session of a pool, in the event loop. It connects on demand, and every call has a deadline."""
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 
-from websockets.exceptions import ConnectionClosed
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidURI
+from websockets.protocol import State
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, LostError, RefusedError, StepResult, describe
-from aem_jax.envs.serving.client import CONNECTION_ERRORS, Connection
+from aem_jax.envs.serving.address import without_password
+from aem_jax.envs.serving.client import CONNECT_OPTIONS, CONNECTION_ERRORS
 from aem_jax.envs.serving.config import PoolConfig
-from aem_jax.envs.serving.field_mapping import FieldMapping, decode_result
+from aem_jax.envs.serving.field_mapping import FieldMapping, decode_data, decode_result
 from aem_jax.envs.serving.process import ServerProcess
 from aem_jax.envs.serving.supervisor import Supervisor, pauses
 
@@ -44,6 +48,47 @@ class Clock:
         self.now += min(loop.time() - begin, 2 * self.tick_s)
 
 
+class Connection:
+    """One open session, with one request at a time. Abort it after a request without a reply: a late reply would count
+    as the reply to the next request."""
+
+    def __init__(self, socket: ClientConnection):
+        self._socket = socket
+
+    @classmethod
+    async def open(cls, url: str, *, timeout_s: float, headers: Mapping[str, str] | None = None) -> "Connection":
+        """Connects. Raises one of `CONNECTION_ERRORS`, or ValueError for an invalid URL."""
+        try:
+            socket = await connect(url, additional_headers=headers, open_timeout=timeout_s, **CONNECT_OPTIONS)
+        except InvalidURI as error:
+            raise ValueError(f"expected a WebSocket URL, got {without_password(url)!r}: {error}") from None
+        return cls(socket)
+
+    @property
+    def usable(self) -> bool:
+        """Whether this side considers the connection open."""
+        return self._socket.state is State.OPEN
+
+    async def call(self, request: str) -> str | bytes:
+        """Sends one request and waits for its reply."""
+        with contextlib.suppress(ConnectionClosed):  # a full server sends its reason and closes: read it
+            await self._socket.send(request)
+        return await self._socket.recv()
+
+    async def close(self) -> None:
+        """Sends the protocol's close message, then closes the socket."""
+        try:
+            async with asyncio.timeout(1.0):
+                await self._socket.send(protocol.CLOSE_REQUEST)
+                await self._socket.close()
+        except CONNECTION_ERRORS:
+            self.abort()
+
+    def abort(self) -> None:
+        """Cuts the connection at once. A pending call raises ConnectionClosed."""
+        self._socket.transport.abort()
+
+
 class PoolSession:
     """One session.
 
@@ -70,7 +115,7 @@ class PoolSession:
         """Starts an episode; connects first if necessary.
 
         Raises:
-            EnvError: the server did not come back in time, or failed.
+            EnvError: the server failed, or was not up in time.
         """
         limit = self._clock.now + self._config.restart_wait_s
         for pause in pauses(self._config.first_pause_s):
@@ -78,7 +123,7 @@ class PoolSession:
             try:
                 return await self.call(request, self._config.reset_deadline_s, decode_result)
             except RefusedError as error:
-                # The server may still count a session that was just cut, for a moment.
+                # For a moment, the server may still count a session that was just cut.
                 if error.code != protocol.CAPACITY_REACHED or self._clock.now + pause > limit:
                     raise
             await asyncio.sleep(pause)
@@ -90,8 +135,8 @@ class PoolSession:
         """Sends a request, and reads the observation that the server replies with.
 
         Raises:
-            LostError: the server failed, before or during this call, and is being restarted. The cause is unknown here:
-                a failing server takes all of its sessions with it.
+            LostError: the server failed, before or during this call, and is being restarted. Any session of the server
+                may be the cause.
             EnvError: the server refused, or there was no episode.
         """
         connection, process, server = self._connection, self._process, self.server
@@ -117,7 +162,7 @@ class PoolSession:
             self._expires = math.inf
 
     async def probe(self) -> None:
-        """Connects, and checks that the server has room for the session.
+        """Connects, and verifies that the server has capacity for the session.
 
         Raises:
             EnvError: the server is not reachable, or full.
@@ -128,11 +173,11 @@ class PoolSession:
             assert self._connection
             try:
                 async with asyncio.timeout(self._config.reset_deadline_s):
-                    protocol.decode_data(await self._connection.call(protocol.STATE_REQUEST), "state")
+                    decode_data(await self._connection.call(protocol.STATE_REQUEST), "state")
                 return
             except RefusedError as error:
                 if error.code == protocol.EXECUTION_ERROR:
-                    return  # there is room, and no state before the first reset
+                    return  # the session is open; there is no state before the first reset
                 failure = f"{error}{_ROOM if error.code == protocol.CAPACITY_REACHED else ''}"
             except (EnvError, *CONNECTION_ERRORS) as error:
                 failure = describe(error)
@@ -151,7 +196,7 @@ class PoolSession:
             self.server.failed(self._process, failure)
 
     def drop(self, failure: str, *, lost: bool = False) -> None:
-        """Cuts the connection, and fails its pending call; `lost` means that the server failed, not this session."""
+        """Cuts the connection, and fails its pending call. `lost`: the server failed, not this session."""
         if self._connection:
             self._connection.abort()
             self._connection = None

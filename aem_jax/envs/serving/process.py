@@ -1,4 +1,4 @@
-"""An environment server as a child process: on a free port, with its last output kept, and ended with its parent."""
+"""An environment server as a child process on a free port. Its last output is kept, and it ends with its parent."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ except OSError as error:
 
 
 class ServerProcess:
-    """One running server; made by `start` or `start_command`.
+    """One running server, created by `start` or `start_command`.
 
     Attributes:
         pid: process id, and id of the process group.
@@ -51,19 +51,18 @@ class ServerProcess:
     ) -> "ServerProcess":
         """Starts a server and waits until it accepts connections.
 
-        The server is a fresh interpreter and no fork, since this process may hold an accelerator. It has its own
-        process session, so that Ctrl-C reaches the training alone. The kernel picks the port, so that pools cannot
-        clash.
+        The server is a new interpreter, not a fork, because this process may use an accelerator. It has its own process
+        session, so that Ctrl-C reaches only the training. The kernel chooses the port, so that pools do not collide.
 
         Args:
-            name: an environment of the table, or the path of one.
+            name: an environment of the registry, or the path of one.
             settings: settings of the environment.
-            sessions: most sessions at once.
-            send_admissible: whether observations carry the admissible actions.
-            timeout_s: seconds until the server must be up.
+            sessions: maximum number of sessions.
+            send_admissible: whether observations contain the admissible actions.
+            timeout_s: maximum duration of the start, seconds.
 
         Raises:
-            EnvError: the server ended, or was not up in time; with the end of its stderr.
+            EnvError: the server ended, or was not up in time. The message contains the end of its stderr.
         """
         command = [sys.executable, "-m", "aem_jax.envs.serving.server", name, "--settings", json.dumps(dict(settings))]
         command += ["--port", "0", "--sessions", str(sessions), "--with-parent"]
@@ -75,33 +74,18 @@ class ServerProcess:
             *command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
         )
         assert process.stdout
-        server = cls(process, process.stderr)
-        try:
-            async with asyncio.timeout(timeout_s):
-                port = await _announced(process.stdout)
-            if port is None:
-                status = await asyncio.wait_for(process.wait(), timeout_s)
-                await server.kill()  # ends what it left behind, and waits for its last output
-                raise EnvError(f"environment server {name!r} did not start ({describe_exit(status)}){server.tail()}")
-        except TimeoutError:
-            await server.kill()
-            raise EnvError(f"environment server {name!r} was not up in {timeout_s:g} s{server.tail()}") from None
-        except BaseException:
-            await server.kill()
-            raise
-        server.port = port
-        return server
+        return await cls(process, process.stderr)._started(name, _announced_port(process.stdout), timeout_s)
 
     @classmethod
     async def start_command(cls, command: str, *, timeout_s: float) -> "ServerProcess":
-        """Starts a server that is not this package's, and waits until it accepts connections.
+        """Starts a server of another package, and waits until it accepts connections.
 
         Args:
-            command: words as in a shell, but no shell runs them; `{port}` becomes a free port.
-            timeout_s: seconds until the server must be up.
+            command: words as in a shell, run without a shell; `{port}` becomes a free port.
+            timeout_s: maximum duration of the start, seconds.
 
         Raises:
-            EnvError: the command cannot be run, ended, or was not up in time; with the end of its output.
+            EnvError: the command ended, or was not up in time. The message contains the end of its output.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -115,23 +99,25 @@ class ServerProcess:
             stderr=where,
             start_new_session=True,
         )
-        server = cls(process, process.stdout)
-        server.port = port
+        return await cls(process, process.stdout)._started(command, _listening_port(process, port), timeout_s)
+
+    async def _started(self, name: str, starting: Coroutine[Any, Any, int | None], timeout_s: float) -> "ServerProcess":
+        """Waits for the server's port, which `starting` returns; None means that the process ended or closed stdout."""
         try:
             async with asyncio.timeout(timeout_s):
-                while not await _accepts(port):
-                    if process.returncode is not None:
-                        await server.kill()  # ends what it left behind, and waits for its last output
-                        status = describe_exit(process.returncode)
-                        raise EnvError(f"environment server {command!r} did not start ({status}){server.tail()}")
-                    await asyncio.sleep(0.05)
+                port = await starting
+                if port is None:
+                    status = await self.wait()
+                    await self.kill()  # ends what it left behind, and waits for its last output
+                    raise EnvError(f"environment server {name!r} did not start ({describe_exit(status)}){self.tail()}")
         except TimeoutError:
-            await server.kill()
-            raise EnvError(f"environment server {command!r} was not up in {timeout_s:g} s{server.tail()}") from None
+            await self.kill()
+            raise EnvError(f"environment server {name!r} was not up in {timeout_s:g} s{self.tail()}") from None
         except BaseException:
-            await server.kill()
+            await self.kill()
             raise
-        return server
+        self.port = port
+        return self
 
     async def wait(self) -> int:
         """Waits for the end of the process; returns its exit status (negative: the signal)."""
@@ -144,14 +130,14 @@ class ServerProcess:
         await asyncio.wait([self._reader], timeout=1.0)
 
     async def stop(self, timeout_s: float) -> None:
-        """Terminates the process, and kills what is left of its group."""
+        """Terminates the process, and kills the rest of its group."""
         self._signal_group(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), timeout_s)
         await self.kill()
 
     def tail(self) -> str:
-        """The end of its output, to be appended to an error message."""
+        """Returns the end of the output, as a suffix for an error message."""
         text = self._tail.decode(errors="replace").strip()
         return f"; output:\n{text}" if text else ""
 
@@ -164,24 +150,27 @@ class ServerProcess:
             self._tail = (self._tail + chunk)[-_TAIL_BYTES:]
 
 
-async def _announced(lines: asyncio.StreamReader) -> int | None:
-    """The port in the first line that has one; None without one. Start-up code of the machine may print other lines."""
+async def _announced_port(lines: asyncio.StreamReader) -> int | None:
+    """Returns the port in the first line that contains one, or None. Start-up code may print other lines."""
     async for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             return int(json.loads(line)["port"])
     return None
 
 
-async def _accepts(port: int) -> bool:
-    """Whether something listens on the port of this machine."""
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return False
-    writer.close()
-    return True
+async def _listening_port(process: asyncio.subprocess.Process, port: int) -> int | None:
+    """Waits until something listens on a port of this machine; returns None if the process ends before that."""
+    while True:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+            return port
+        except OSError:
+            if process.returncode is not None:
+                return None
+            await asyncio.sleep(0.05)
 
 
 def describe_exit(status: int) -> str:
-    """An exit status in words."""
+    """Describes an exit status in words."""
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"

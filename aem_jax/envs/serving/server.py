@@ -2,12 +2,13 @@
 
     python -m aem_jax.envs.serving.server alfworld --port 8765 --settings '{"max_steps": 30}'
 
-`ws://host:port/ws`: one connection is one session and one environment, made when it opens and closed when it ends.
-The server also answers GET /health, /metadata and /schema. OpenEnv's own server is FastAPI with 115 packages behind it;
-this one needs `websockets` alone. It answers every request with exactly one message, in order.
+At `ws://host:port/ws`, one connection is one session with one environment. The environment is created when the
+connection opens, and closed when it ends. The server sends exactly one reply to every request, in order. It also serves
+GET /health, /metadata and /schema. OpenEnv's own server uses FastAPI with 115 packages; this one needs only
+`websockets`.
 
-A non-blocking environment runs in the event loop, since its step takes less time than a thread switch; a blocking one
-has one thread per session.
+A non-blocking environment runs in the event loop, because its step takes less time than a thread switch. A blocking
+environment has one thread per session.
 """
 
 import signal
@@ -37,10 +38,11 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from aem_jax.envs import protocol
-from aem_jax.envs.protocol import Environment, describe, encode_error
-from aem_jax.envs.registry import SERVED, environment_spec, settings_from_json
-from aem_jax.envs.serving.session import Session
+from aem_jax.envs.protocol import Environment, describe
+from aem_jax.envs.registry import SERVED, environment_spec
+from aem_jax.envs.serving.session import Session, encode_error
 from aem_jax.envs.suite import EnvironmentSpec
+from aem_jax.files import parse_mapping
 
 logger = logging.getLogger("aem_jax.envs.serving.server")  # not __name__, which is __main__ in a process of its own
 
@@ -52,16 +54,16 @@ class ServerConfig:
     """Where and how to serve."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0, or :: for IPv6, accepts other machines. There is no authentication: keep it inside
-    your network."""
+    """Address to listen on. 0.0.0.0, or :: for IPv6, accepts other machines. There is no authentication, so other
+    machines should be in your network."""
     port: int = 8765
     """Port to listen on; 0 takes a free one."""
     sessions: int = 64
-    """Most sessions at once; further ones get the error CAPACITY_REACHED."""
+    """Maximum number of sessions. Further sessions get the error CAPACITY_REACHED."""
     send_admissible: bool = False
-    """Whether observations carry the list of admissible actions; it is long, and the policy does not need it."""
+    """Whether observations contain the list of admissible actions. It is long, and the policy does not need it."""
     with_parent: bool = False
-    """Whether to end with the process that started this one. For pools."""
+    """Whether to end with the parent process. For pools."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -88,7 +90,7 @@ class _Server:
         try:
             await self._serve_session(connection, executor)
         except ConnectionClosed:
-            pass  # the client has gone, and its environment is closed
+            pass  # the client is gone, and its environment is closed
         finally:
             self._active -= 1
             if executor:
@@ -115,7 +117,7 @@ class _Server:
                 session.close()
 
     def _make_environment(self) -> Environment | BaseException:
-        """An environment, or the error. It is not raised: an exit in a thread would end the server's event loop."""
+        """Returns an environment, or the error. If raised, an exit in a thread would end the event loop."""
         try:
             return self._make()
         except BaseException as error:
@@ -131,7 +133,7 @@ ACTION_SCHEMA = {
     "title": "Action",
     "type": "object",
     "properties": {
-        "text": {"type": "string", "description": "the policy's whole response"},
+        "text": {"type": "string", "description": "full text of the policy's response"},
         "metadata": {"type": "object"},
     },
     "required": ["text"],
@@ -192,8 +194,8 @@ async def _run(
         with contextlib.suppress(NotImplementedError, RuntimeError):  # on Windows; outside the main thread
             loop.add_signal_handler(number, stop.set)
     server = _Server(make, config, blocking=spec.blocking)
-    # Compression costs more than it saves on texts this short. A ping without a deadline lets TCP find vanished
-    # clients, and never takes a busy client for a dead one.
+    # Compression costs more than it saves on such short texts. With a ping without a deadline, TCP detects vanished
+    # clients, and a busy client does not count as dead.
     async with serve_websocket(
         server.handle,
         config.host.strip("[]"),  # an IPv6 address, with brackets or without
@@ -207,7 +209,7 @@ async def _run(
     ) as sockets:
         ready(next(iter(sockets.sockets)).getsockname()[1])
         await stop.wait()
-        last_resort = _end_in(seconds=5)  # even if an environment hangs
+        last_resort = _end_in(seconds=5)  # in case an environment hangs
     if not spec.blocking:
         last_resort.cancel()  # a blocking environment may leave threads, which Python waits for
 
@@ -215,23 +217,23 @@ async def _run(
 def serve(
     name: str, settings: Mapping[str, Any], config: ServerConfig, ready: Callable[[int], None] = lambda port: None
 ) -> None:
-    """Serves an environment until SIGTERM or SIGINT. Blocks; it is the main work of a process.
+    """Serves an environment until SIGTERM or SIGINT. The call blocks.
 
     Args:
-        name: an environment of `registry.SERVED`, or the path of one (`registry.environment_spec`).
+        name: an environment in `registry.SERVED`, or the path of one (see `registry.environment_spec`).
         settings: its config's fields.
         config: where and how to serve.
         ready: called with the port once connections are accepted.
 
     Raises:
-        ValueError: unknown name or bad settings.
-        OSError: the port is taken.
+        ValueError: the name is unknown, or a setting is invalid.
+        OSError: the port is in use.
     """
     if config.with_parent:
         end_with_parent()
     spec = environment_spec(name)
     make = spec.factory(settings)
-    _close(make())  # so that an environment that cannot be made fails now, not at the first session
+    _close(make())  # an environment that cannot be created fails here, not in the first session
     try:
         asyncio.run(_run(name, make, spec, config, ready))
     except socket.gaierror as error:
@@ -239,7 +241,7 @@ def serve(
 
 
 def _close(env: Environment) -> None:
-    """Closes an environment in a thread, and waits for it, but not long."""
+    """Closes an environment in a thread, and waits for at most `_CLOSE_S` seconds."""
     closing = threading.Thread(target=Session(env, send_admissible=False).close, daemon=True)
     closing.start()
     closing.join(_CLOSE_S)
@@ -255,13 +257,13 @@ def _end_in(*, seconds: float) -> threading.Timer:
 
 
 def end_with_parent() -> None:
-    """Ends this process when stdin closes. On Linux the kernel kills it too, which reaches a stopped process."""
+    """Ends this process when stdin closes. On Linux, the kernel kills it too, even if it is stopped."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
     parent = os.dup(0)
-    with open(os.devnull, "rb") as nothing:  # an environment that reads or closes stdin must not disturb the watch
+    with open(os.devnull, "rb") as nothing:  # an environment may read or close stdin
         os.dup2(nothing.fileno(), 0)
 
     def watch() -> None:
@@ -273,7 +275,7 @@ def end_with_parent() -> None:
 
 
 def _announcer() -> Callable[[int], None]:
-    """Reserves stdout for one line, the port; the output of engines goes to stderr."""
+    """Reserves stdout for one line with the port. The output of environments goes to stderr."""
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -285,7 +287,7 @@ def _announcer() -> Callable[[int], None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="aem_jax.envs.serving.server", description="Serves an environment over WebSocket."
     )
@@ -293,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--settings", default="{}", help="the environment's settings as a JSON mapping")
     parser.add_argument("--host", default=ServerConfig.host)
     parser.add_argument("--port", type=int, default=ServerConfig.port, help="0 takes a free one; it is printed as JSON")
-    parser.add_argument("--sessions", type=int, default=ServerConfig.sessions, help="most sessions at once")
+    parser.add_argument("--sessions", type=int, default=ServerConfig.sessions, help="maximum number of sessions")
     parser.add_argument(
         "--send-admissible", action="store_true", help="send the admissible actions with every observation"
     )
@@ -306,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = ServerConfig(
             options.host, options.port, options.sessions, options.send_admissible, options.with_parent
         )
-        serve(options.environment, settings_from_json(options.settings), config, _announcer())
+        serve(options.environment, parse_mapping(options.settings, "settings"), config, _announcer())
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

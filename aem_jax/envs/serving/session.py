@@ -1,8 +1,7 @@
-"""One session of a server: an environment, and the order of its requests. Texts in, texts out; no sockets.
+"""One session of a server: requests and replies as texts, without sockets.
 
-Two differences from OpenEnv's own server, both more lenient: a message that is binary, or not a mapping, is a
-VALIDATION_ERROR and does not end the session; and the session enforces the order reset, step, …, done, so environments
-need not.
+OpenEnv's own server differs in two points. Here, a message that is binary or not a mapping is a VALIDATION_ERROR and
+does not end the session. The session enforces the order reset, step, …, done, so environments need not.
 """
 
 import json
@@ -11,20 +10,14 @@ import uuid
 from typing import Any
 
 from aem_jax.envs import protocol
-from aem_jax.envs.protocol import (
-    Environment,
-    checked_result,
-    describe,
-    describe_raised,
-    encode_error,
-    encode_result,
-)
+from aem_jax.envs.protocol import Environment, StepResult, describe, describe_raised
+from aem_jax.envs.serving.plain import checked_result
 
 logger = logging.getLogger(__name__)
 
 
 class Session:
-    """The environment of one connection, and the order of its requests. Answers one request at a time."""
+    """The environment of one connection, and the state of its episode. Answers one request at a time."""
 
     def __init__(self, env: Environment, *, send_admissible: bool):
         self._env = env
@@ -53,14 +46,12 @@ class Session:
             return json.dumps({"type": "state", "data": state})
         try:
             return self._reset(data) if kind == "reset" else self._step(data)
-        except _InvalidRequestError as error:
-            return encode_error(protocol.VALIDATION_ERROR, str(error))
-        except _OrderError as error:
-            return encode_error(protocol.EXECUTION_ERROR, str(error))
+        except _RefusedRequestError as error:
+            return encode_error(*error.args)
         except BaseException as error:  # an engine that exits must not end the other sessions
             self._running = False
             logger.warning("the environment failed at a %s", kind, exc_info=True)
-            # This package's errors are ValueErrors that say what is wrong; for others, the line helps.
+            # This package's errors are ValueErrors that explain the problem; for others, the line helps.
             description = describe(error) if isinstance(error, ValueError) else describe_raised(error)
             return encode_error(protocol.EXECUTION_ERROR, description)
 
@@ -73,32 +64,76 @@ class Session:
 
     def _reset(self, data: Any) -> str:
         if not isinstance(data, dict):
-            raise _InvalidRequestError(f"expected reset data as a mapping, got {data!r:.100}")
+            raise _invalid(f"expected reset data as a mapping, got {data!r:.100}")
         task = dict(data)
         episode_id = task.pop("episode_id", None)  # a keyword of the protocol, not part of the task
         self._running = False
-        result = checked_result(self._env, "reset", self._env.reset(task))
-        reply = encode_result(result, send_admissible=self._send_admissible)
-        self._episode_id, self._step_count, self._running = str(episode_id or uuid.uuid4()), 0, not result.done
+        reply = self._reply(checked_result(self._env, "reset", self._env.reset(task)))
+        self._episode_id, self._step_count = str(episode_id or uuid.uuid4()), 0
         return reply
 
     def _step(self, data: Any) -> str:
         if not isinstance(data, dict) or not isinstance(data.get("text"), str):
-            raise _InvalidRequestError(f"expected step data with a string in 'text', got {data!r:.100}")
+            raise _invalid(f"expected step data with a string in 'text', got {data!r:.100}")
         if set(data) - {"text", "metadata"}:
-            raise _InvalidRequestError(f"expected the action field 'text' alone, got {sorted(data)}")
+            raise _invalid(f"expected the action field 'text' alone, got {sorted(data)}")
         if not self._running:
-            raise _OrderError("expected a reset before this step: no episode is running")
-        result = checked_result(self._env, "step", self._env.step(data["text"]))
-        reply = encode_result(result, send_admissible=self._send_admissible)
+            message = "expected a reset before this step: no episode is running"
+            raise _RefusedRequestError(protocol.EXECUTION_ERROR, message)
+        reply = self._reply(checked_result(self._env, "step", self._env.step(data["text"])))
         self._step_count += 1
-        self._running = not result.done
         return reply
 
+    def _reply(self, result: StepResult) -> str:
+        self._running = not result.done
+        return encode_result(result, send_admissible=self._send_admissible)
 
-class _InvalidRequestError(Exception):
-    """The request does not follow the protocol."""
+
+class _RefusedRequestError(Exception):
+    """A request that the session refuses; the arguments are the error code and the message."""
 
 
-class _OrderError(Exception):
-    """A step without a running episode."""
+def _invalid(message: str) -> _RefusedRequestError:
+    return _RefusedRequestError(protocol.VALIDATION_ERROR, message)
+
+
+def encode_result(result: StepResult, *, send_admissible: bool) -> str:
+    """Encodes a `checked_result` as a reply, in the observation fields of our servers.
+
+    Raises:
+        ValueError: the result contains values that are not finite JSON, or exceeds the maximum message size.
+    """
+    info = dict(result.info)
+    observation = {
+        "text": result.observation,
+        "won": bool(info.pop("won", False)),
+        "terminated": result.terminated,
+        "truncated": result.truncated,
+        "valid_action": bool(info.pop("valid_action", True)),
+        "admissible": None,
+        "info": info,
+    }
+    admissible = info.pop("admissible", None)
+    if send_admissible and admissible is not None:
+        observation["admissible"] = list(admissible)
+    data = {"observation": observation, "reward": result.reward, "done": result.done}
+    try:
+        reply = json.dumps({"type": "observation", "data": data}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected plain finite JSON values from the environment, got {data!r:.200}: {error}"
+        ) from None
+    if len(reply) > protocol.MAX_MESSAGE_BYTES:
+        parts = {"the observation": result.observation} | {f"info[{name!r}]": value for name, value in info.items()}
+        sizes = {name: len(json.dumps(value)) for name, value in parts.items()}
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ValueError(
+            f"expected an answer of at most {protocol.MAX_MESSAGE_BYTES >> 20} MiB from the environment, got "
+            f"{len(reply) / 2**20:.1f} MiB, {sizes[largest] / 2**20:.1f} MiB of it in {largest}"
+        )
+    return reply
+
+
+def encode_error(code: str, message: str, **details: Any) -> str:
+    """Encodes the reply to a failed request, with the reason."""
+    return json.dumps({"type": "error", "data": {"message": message, "code": code, **details}})

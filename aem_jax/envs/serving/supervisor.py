@@ -1,4 +1,4 @@
-"""Keeps one environment server up: starts it, watches it, restarts it. A server given by URL is only described."""
+"""Starts, watches and restarts one environment server. A server that is given by its URL is not managed."""
 
 import asyncio
 import itertools
@@ -16,28 +16,8 @@ _LARGEST_PAUSE_S = 10.0
 
 
 def pauses(first_s: float) -> Iterator[float]:
-    """Endless seconds to wait between attempts: doubling, up to ten."""
+    """Yields seconds to wait between attempts, without end. They double up to ten."""
     return (min(first_s * 2**i, _LARGEST_PAUSE_S) for i in itertools.count())
-
-
-class BackgroundTasks:
-    """Holds asyncio tasks until they end: the event loop itself keeps only weak references."""
-
-    def __init__(self):
-        self._tasks: set[asyncio.Task] = set()
-
-    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Starts a task."""
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def cancel(self) -> None:
-        """Cancels all tasks, and waits for their end."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Supervisor:
@@ -45,13 +25,14 @@ class Supervisor:
 
     Args:
         index: the server's number in the pool.
-        url: address of a server that others run; empty for a server that the pool runs.
-        launch: starts the process of a server that the pool runs, or raises EnvError.
+        url: address of a server that is already running; empty for a server of the pool.
+        launch: starts the process of a server of the pool, or raises EnvError.
         first_pause_s: pause after a failed start.
         on_failure: called with a description when the server fails, and with whether its sessions are lost.
+        spawn: starts a task. Its owner cancels the tasks before it stops the supervisor.
 
     Attributes:
-        up: set while connecting makes sense: always, for a server that others run.
+        up: set while the server accepts connections; always set for a server that is given by its URL.
         restarts: number of restarts.
         failure: the last failure.
     """
@@ -63,6 +44,7 @@ class Supervisor:
         launch: Callable[[], Awaitable[ServerProcess]],
         first_pause_s: float,
         on_failure: Callable[["Supervisor", str, bool], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
     ):
         self.index = index
         self.up = asyncio.Event()
@@ -70,7 +52,7 @@ class Supervisor:
         self.restarts = 0
         self.failure = ""
         self._url, self._launch, self._first_pause_s, self._on_failure = url, launch, first_pause_s, on_failure
-        self._tasks = BackgroundTasks()
+        self._spawn = spawn
 
     def __str__(self) -> str:
         where = f"pid {self.process.pid}" if self.process else without_password(self._url)
@@ -82,21 +64,21 @@ class Supervisor:
         return self._url or (f"ws://127.0.0.1:{self.process.port}/ws" if self.process else "")
 
     async def start(self) -> None:
-        """Starts and watches the process, if the pool runs the server.
+        """Starts and watches the process of a server of the pool.
 
         Raises:
             EnvError: the process does not start.
         """
         if not self._url:
             self.process = await self._launch()
-            self._tasks.spawn(self._watch(self.process))
+            self._spawn(self._watch(self.process))
         self.up.set()
 
     def failed(self, process: ServerProcess | None, failure: str) -> None:
-        """Reports a failure, and restarts a server that the pool runs.
+        """Reports a failure, and restarts a server of the pool.
 
         Args:
-            process: the process of the connection that failed; a process that was replaced since is ignored.
+            process: the process of the connection that failed. If it has been replaced, the failure is ignored.
             failure: description.
         """
         if process is not None and process is not self.process:
@@ -108,16 +90,15 @@ class Supervisor:
             self._on_failure(self, f"{self}: {failure}", restart)
         if restart:
             self.up.clear()
-            self._tasks.spawn(self._restart())
+            self._spawn(self._restart())
 
     def note(self, failure: str) -> None:
-        """Reports a failure that costs only its call."""
+        """Reports a failure that affects only its call."""
         self._on_failure(self, failure, False)
 
     async def stop(self) -> None:
-        """Ends the process, and its supervision."""
+        """Ends the process."""
         self.up.clear()
-        await self._tasks.cancel()
         if self.process:
             await self.process.stop(2.0)
 

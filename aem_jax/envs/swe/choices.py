@@ -1,14 +1,13 @@
 """Bug-fixing as a choice among edits: an action space small enough for a policy of under a million parameters.
 
-What it is: the observation shows what is wrong and numbered edits, one of which (or several, where there are several
-bugs) is the fix; the others are mistakes of the same sort elsewhere in the module. Actions are `run`, `apply <n>`,
-`undo` and `finish`. The reward comes from grading the chosen edits as a patch, in a sandbox, by the task's tests.
+The observation shows the symptoms of the bug and numbered edits. One edit is the fix, or several if the task has
+several bugs; the others are mistakes of the same kinds elsewhere in the module. The actions are `run`, `apply <n>`,
+`undo` and `finish`. The chosen edits are graded as a patch, in a sandbox, by the task's tests.
 
-What it is not: evidence that a policy can write code. `run` tells how many of all tests fail, the grading ones too, so
-that trying edits one after the other solves every task with one bug; that is what there is to learn.
+Success is not evidence that a policy can write code. `run` shows how many of all tests fail, including the hidden ones,
+so trying one edit after the other solves every task with one bug. This is the strategy to learn.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from aem_jax.envs.actions import extract_action
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.swe.generate.mutate import Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import package
-from aem_jax.envs.swe.generate.tasks import DIFFICULTIES, Bug, bug, check_difficulties, checkout, instance
+from aem_jax.envs.swe.generate.tasks import DIFFICULTIES, Bug, bug, check_difficulties, checkout, diff, instance
 from aem_jax.envs.swe.grading import TIMED_OUT, grade
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers
@@ -35,8 +34,8 @@ ALL_PASS = "all pass"
 SEVERAL = "several causes"
 _SHOWN = 60
 
-Failing = Callable[[Bug, Sequence[Edit]], int]
-"""Edits of a bug's module -> how many tests fail with them; 0: they resolve the task."""
+CountFailing = Callable[[Bug, Sequence[Edit]], int]
+"""Returns the number of tests that fail with some edits of a bug's module; 0 means that they resolve the task."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +47,22 @@ class ChoicesConfig:
     difficulties: tuple[str, ...] = DIFFICULTIES
     """Difficulties of the tasks: easy, medium, hard."""
     candidates: int = 4
-    """Edits to choose from, the fix among them."""
+    """Number of edits to choose from, including the fix."""
     max_steps: int = 12
     """Actions after which an unfinished episode is truncated, unsolved."""
     max_invalid: int = 0
-    """Responses that are no action, after which an episode is truncated; 0 sets no limit."""
+    """Responses without a valid action after which an episode is truncated; 0 sets no limit."""
     reward_won: float = 1.0
-    """Reward of finishing with all tests passing."""
+    """Reward for finishing with all tests passing."""
     reward_invalid: float = 0.0
-    """Reward of a response that is no action."""
+    """Reward for a response without a valid action."""
     runtime: str = "auto"
-    """What grades: auto, bubblewrap, docker or podman."""
+    """Sandbox for grading: auto | bubblewrap | docker | podman."""
     image: str = ""
-    """Image in which docker or podman grades, with bash, git, patch, tar, and a `python` with pytest 7.2 or newer."""
+    """Image for grading with docker or podman, with bash, git, patch, tar, and a `python` with pytest 7.2 or newer."""
     cache: str = "auto"
-    """Folder in which verdicts are kept, since equal edits have equal verdicts; auto: $XDG_CACHE_HOME/aem_jax/swe;
-    off: kept in memory alone."""
+    """Folder of cached verdicts. Equal edits have equal verdicts. auto: $XDG_CACHE_HOME/aem_jax/swe; off: only in
+    memory."""
 
     def __post_init__(self) -> None:
         check_difficulties(self.difficulties)
@@ -78,10 +77,10 @@ class ChoicesConfig:
 
 @lru_cache(maxsize=4096)
 def candidates(bug_id: str, count: int, draw: int) -> tuple[Edit, ...]:
-    """Edits of a bug's module to choose from: the reverse of each of its own, and mistakes to make instead.
+    """Returns the edits to choose from: the reverse of the bug's own edits, and further mistakes in its module.
 
-    The first mistake is in a function of the bug where there is one. Which they are is drawn by the bug's id, in which
-    order they stand by `draw` too, so that places tell nothing.
+    The first mistake is in a function of the bug, if there is one. The bug's id determines the edits, and together with
+    `draw` their order, so that positions give no information.
     """
     case = bug({"bug": bug_id})
     rng = random.Random(f"candidates/{bug_id}")
@@ -105,99 +104,106 @@ def candidates(bug_id: str, count: int, draw: int) -> tuple[Edit, ...]:
     return tuple(chosen)
 
 
-def graded(runtime: Runtime, limits: Limits | None = None) -> Failing:
-    """Counts failing tests by grading the edits as a patch.
+def failing_counter(runtime: Runtime, limits: Limits | None = None) -> CountFailing:
+    """Returns a function that counts failing tests by grading the edits as a patch.
 
-    Tests take 0.3 s, and edits that never end are ended by their processor time. So a deadline that passes says that
-    the machine is slow, and nothing of the edits: they are graded once more with ten times as long.
+    Tests take 0.3 s, and a limit on processor time ends edits that loop forever. So a missed deadline means that the
+    machine is slow. The edits are then graded once more, with ten times the time limit.
     """
     limits = limits or Limits(seconds=60.0, memory_mib=1024, cpu_seconds=5)
     longer = replace(limits, seconds=10 * limits.seconds)
 
-    def failing(case: Bug, chosen: Sequence[Edit]) -> int:
+    def count_failing(case: Bug, chosen: Sequence[Edit]) -> int:
         task, patch = instance(case.id), _patch(case, chosen)
         report = grade(task, patch, runtime, checkout(case), limits=limits)
         if TIMED_OUT in report.log:
             report = grade(task, patch, runtime, checkout(case), limits=longer)
-        if not report.applied:  # edits of our own always apply
+        if not report.applied:  # the package's own edits always apply
             raise SandboxError(f"expected a patch of {case.id} to apply in the sandbox: {report.log[-500:]}")
-        wrong = [*report.fail_to_pass.values(), *report.pass_to_pass.values()].count(False)
-        assert report.resolved == (wrong == 0)
-        return wrong
+        failing = [*report.fail_to_pass.values(), *report.pass_to_pass.values()].count(False)
+        assert report.resolved == (failing == 0)
+        return failing
 
-    return failing
+    return count_failing
 
 
-def remembered(failing: Failing, folder: Path | None, where: str = "") -> Failing:
-    """`failing`, asked once for each choice; verdicts lie in a folder that processes share, or in memory alone.
+def cached(count_failing: CountFailing, folder: Path | None, sandbox: str = "") -> CountFailing:
+    """Caches verdicts in memory, and in a folder that processes share.
 
-    A verdict belongs to the texts that it was reached on: the base commit, the script, the patch and the code that
-    grades; and to `where` it was, since an image brings tools of its own. Threads wait for one another: each sandbox
-    takes memory, and a group of episodes asks the same.
+    The key of a verdict contains everything that it depends on: the base commit, the script, the patch, the code that
+    grades, and the sandbox, because an image has its own tools. Threads wait for one another, because each sandbox
+    needs memory and the episodes of a group request the same verdicts.
+
+    Args:
+        count_failing: the function whose results are cached.
+        folder: folder of one file per verdict; None: only in memory.
+        sandbox: the runtime and its image.
     """
-    known: dict[str, int] = {}
-    turn = threading.Lock()
+    verdicts: dict[str, int] = {}
+    lock = threading.Lock()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
 
-    def answer(case: Bug, chosen: Sequence[Edit]) -> int:
+    def cached_count(case: Bug, chosen: Sequence[Edit]) -> int:
         task = instance(case.id)
-        text = json.dumps([_grader(), where, task.base_commit, task.eval_script, _patch(case, chosen)])
+        text = json.dumps([_grader(), sandbox, task.base_commit, task.eval_script, _patch(case, chosen)])
         key = hashlib.sha256(text.encode()).hexdigest()
-        with turn:
-            if key not in known:
-                known[key] = _kept(folder / key, lambda: failing(case, chosen)) if folder else failing(case, chosen)
-            return known[key]
+        with lock:
+            if key not in verdicts:
+                verdict = _read_verdict(folder / key) if folder else None
+                if verdict is None:
+                    verdict = count_failing(case, chosen)
+                    if folder:
+                        _write_verdict(folder / key, verdict)
+                verdicts[key] = verdict
+            return verdicts[key]
 
-    return answer
+    return cached_count
 
 
 @lru_cache(maxsize=1)
 def _grader() -> str:
-    """A hash of the code that reaches verdicts."""
+    """Returns a hash of the code that determines verdicts."""
     names = ("choices", "grading", "instance", "log_parsers", "patches")
     return hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)).hexdigest()
 
 
-def _kept(file: Path, ask: Callable[[], int]) -> int:
-    """The verdict that a file holds; where there is none, or no number in it, asks for it and writes it.
-
-    The file is written completely or not at all, since another process may read it at any time. A machine that fails
-    can still leave it empty.
-    """
+def _read_verdict(file: Path) -> int | None:
+    """Returns the cached verdict; None if there is no file. A crash of the machine may leave an empty file."""
     try:
         text = file.read_bytes()
     except FileNotFoundError:
-        text = b""
-    if text.isdigit():
-        return int(text)
-    verdict = ask()
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _write_verdict(file: Path, verdict: int) -> None:
+    """Writes the file completely or not at all, because another process may read or write it at the same time."""
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as new:
         new.write(str(verdict))
     os.replace(new.name, file)
-    return verdict
 
 
-def make_failing(config: ChoicesConfig) -> Failing:
-    """What counts failing tests, by the rules of a config.
+def make_counter(config: ChoicesConfig) -> CountFailing:
+    """Returns the function that counts failing tests with a config's sandbox and cache.
 
     Raises:
-        OSError: there is no sandbox that works on this machine.
+        OSError: no sandbox works on this machine.
     """
     try:
         runtime = choose_runtime(config.runtime, container=ContainerConfig(image=config.image))
     except SandboxError as error:
-        raise OSError(str(error)) from None  # which servers and runs report as what is missing on this machine
+        raise OSError(str(error)) from None  # a server reports an OSError as missing on this machine
     if isinstance(runtime, Containers) and not config.image:
         raise OSError(
             f"expected an image for {runtime.name} to grade in, got none; set --swe-choices.image to one with bash, "
             "git, patch, tar, and a `python` with pytest, or install bubblewrap, which needs no image"
         )
-    return remembered(graded(runtime), cache_folder(config.cache), f"{runtime.name} {config.image}".strip())
+    return cached(failing_counter(runtime), cache_folder(config.cache), f"{runtime.name} {config.image}".strip())
 
 
 def cache_folder(setting: str) -> Path | None:
-    """The folder that `ChoicesConfig.cache` names."""
+    """Returns the folder for a value of `ChoicesConfig.cache`; None for no folder."""
     if setting == "off":
         return None
     if setting != "auto":
@@ -206,17 +212,17 @@ def cache_folder(setting: str) -> Path | None:
 
 
 class ChoicesEnv:
-    """One task at a time.
+    """Runs one task at a time.
 
-    `StepResult.info` holds `won`, `valid_action`, `admissible` and, at the end, `score` (1: resolved).
+    `StepResult.info` holds `won`, `valid_action`, `admissible` and, at the end, `score` (1 if solved).
 
     Args:
         config: rules of an episode.
-        failing: counts the tests that fail with edits.
+        count_failing: counts the tests that fail with some edits.
     """
 
-    def __init__(self, config: ChoicesConfig, failing: Failing):
-        self._config, self._failing = config, failing
+    def __init__(self, config: ChoicesConfig, count_failing: CountFailing):
+        self._config, self._count_failing = config, count_failing
         self._bug: Bug | None = None
 
     def reset(self, task: Mapping[str, Any]) -> StepResult:
@@ -238,7 +244,7 @@ class ChoicesEnv:
         return StepResult("\n".join(lines), info=self._info(won=False, valid=True))
 
     def step(self, action_text: str) -> StepResult:
-        """Answers a response.
+        """Executes the action of a response.
 
         Raises:
             ValueError: no episode is running.
@@ -252,9 +258,9 @@ class ChoicesEnv:
         if not valid:
             text = "nothing happens"
         elif action == "finish":
-            return self._end("finished", self._count() == 0, valid=True, truncated=False)
+            return self._end("finished", self._failing() == 0, valid=True, truncated=False)
         elif action == "run":
-            failing = self._count()
+            failing = self._failing()
             text = f"{failing} fail" if failing else ALL_PASS
         elif action == "undo":
             text = f"undid {self._applied.pop() + 1}"
@@ -277,12 +283,13 @@ class ChoicesEnv:
         self._bug = None
         return StepResult(text, reward, terminated=not truncated, truncated=truncated, info=info)
 
-    def _count(self) -> int:
+    def _failing(self) -> int:
+        """Returns the number of tests that fail with the applied edits."""
         assert self._bug is not None
-        return self._failing(self._bug, [self._edits[number] for number in sorted(self._applied)])
+        return self._count_failing(self._bug, [self._edits[number] for number in sorted(self._applied)])
 
     def _admissible(self) -> list[str]:
-        """What can be done now; edits of one place exclude one another."""
+        """Returns the possible actions. Edits of overlapping text exclude one another."""
         taken = [self._edits[number] for number in self._applied]
         free = [
             f"apply {number}"
@@ -301,8 +308,7 @@ def _source(case: Bug) -> str:
 
 def _patch(case: Bug, chosen: Sequence[Edit]) -> str:
     path, before = package(case.package).module_path, _source(case)
-    old, new = (text.splitlines(keepends=True) for text in (before, apply(before, chosen)))
-    return "".join(difflib.unified_diff(old, new, f"a/{path}", f"b/{path}"))
+    return diff({path: before}, {path: apply(before, chosen)})
 
 
 def _shown(text: str) -> str:

@@ -26,6 +26,11 @@ Hidden tests decide whether it is solved; changes to the tests do not count.
 
 {tools}"""
 
+LOG_BYTES = 4 * 2**20
+"""Maximum length of the log of the final tests; the middle of longer logs is cut out."""
+PATCH_BYTES = 2**20
+"""Longest patch that is graded; a longer patch counts as unsolved."""
+
 Load = Callable[[Mapping[str, Any]], tuple[Instance, Checkout]]
 """Maps a task's payload to its instance and the source of its repository; ValueError for an invalid payload."""
 
@@ -58,10 +63,6 @@ class SweConfig:
     """Work tree, /tmp and /dev/shm together, MiB; with bubblewrap this is memory."""
     observation_bytes: int = 16384
     """Approximate maximum length of a tool's output; the middle of longer outputs is cut out."""
-    log_bytes: int = 4 * 2**20
-    """Maximum length of the log of the final tests; the middle of longer logs is cut out."""
-    patch_bytes: int = 2**20
-    """Longest patch that is graded; a longer patch counts as unsolved."""
     reward_won: float = 1.0
     """Reward for solving the task."""
     reward_invalid: float = 0.0
@@ -74,7 +75,7 @@ class SweConfig:
     """Settings of docker and podman containers."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "observation_bytes", "log_bytes", "patch_bytes"):
+        for name in ("max_steps", "observation_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if self.max_invalid < 0:
@@ -96,7 +97,7 @@ class SweConfig:
     @property
     def grade_limits(self) -> Limits:
         """Limits on the final tests."""
-        return replace(self.command_limits, seconds=self.grade_s, output_bytes=self.log_bytes)
+        return replace(self.command_limits, seconds=self.grade_s, output_bytes=LOG_BYTES)
 
 
 class SweEnv:
@@ -183,7 +184,7 @@ class SweEnv:
         assert self._workspace is not None
         limits, failure, patch = self._config.grade_limits, "", None
         try:
-            patch = model_patch(self._workspace, self._base, limits=limits, most_bytes=self._config.patch_bytes)
+            patch = model_patch(self._workspace, self._base, limits=limits, most_bytes=PATCH_BYTES)
         except WorkspaceError as error:
             failure = str(error)
         finally:

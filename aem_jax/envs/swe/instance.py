@@ -1,12 +1,12 @@
-"""One task in SWE-bench's schema (the columns of its release 5), typed, and read from JSONL or parquet.
+"""One task in SWE-bench's schema (the columns of its release 5), and readers of JSONL, JSON and parquet files.
 
-Release 5 added what grading needs, so that no table of repositories has to be kept beside the data: the image, the
-name of the log parser, the evaluation's type and its script. Rows of release 4 lack these and are refused.
+Release 5 added the columns that grading needs: the image, the name of the log parser, the type of the evaluation and
+its script. So no table of repositories is needed. Rows of release 4 lack these columns and are refused.
 """
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,10 @@ START_MARKER = ">>>>> Start Test Output"
 END_MARKER = ">>>>> End Test Output"
 EVAL_TYPES = ("pass_and_fail", "fail_only")
 
-_TEXTS = (
-    *("instance_id", "repo", "base_commit", "patch", "test_patch", "problem_statement", "version"),
-    *("environment_setup_commit", "image", "log_parser", "eval_type", "eval_script"),
-)
-_LISTS = ("FAIL_TO_PASS", "PASS_TO_PASS")
-_OPTIONAL = ("hints_text", "created_at")
-_SINCE_5 = ("image", "log_parser", "eval_type", "eval_script")
-
 
 @dataclass(frozen=True)
 class Instance:
-    """A repository with a bug, the text that describes it, and how to tell whether it is gone.
+    """A repository with a bug, a description of the bug, and the tests that show whether it is fixed.
 
     Attributes:
         instance_id: `<owner>__<name>-<number>`.
@@ -35,15 +27,15 @@ class Instance:
         base_commit: commit that the agent starts from.
         patch: the fix ("gold"), a unified diff; never shown to the agent.
         test_patch: the change to the tests that grades a fix; never shown to the agent.
-        problem_statement: what the agent is asked to do.
-        fail_to_pass: names of the tests that fail at base and pass with the fix.
-        pass_to_pass: names of the tests that pass before and after.
-        version: of the repository.
+        problem_statement: the task for the agent.
+        fail_to_pass: names of the tests that fail at the base commit and pass with the fix.
+        pass_to_pass: names of the tests that pass before and after the fix.
+        version: version of the repository.
         environment_setup_commit: commit that the image was installed at.
-        image: name of the container image; empty: none, the runtime's own Python serves.
-        log_parser: name of the function that reads test results out of a log.
-        eval_type: `pass_and_fail`, or `fail_only` (the log names failures alone; a test not named has passed).
-        eval_script: bash script that restores the tests, applies `test_patch` and runs them between two markers.
+        image: name of the container image; if empty, the tests run in the runtime's own Python.
+        log_parser: name of the function that parses test results from a log.
+        eval_type: `pass_and_fail`, or `fail_only` (the log names only failures; every other test has passed).
+        eval_script: bash script that restores the tests, applies `test_patch` and runs the tests between two markers.
         hints_text: the discussion of the issue.
         created_at: date of the change.
     """
@@ -69,27 +61,34 @@ class Instance:
         if self.eval_type not in EVAL_TYPES:
             raise ValueError(f"expected eval_type to be one of {', '.join(EVAL_TYPES)}, got {self.eval_type!r}")
         if not self.fail_to_pass:
-            raise ValueError("expected at least one test in FAIL_TO_PASS, got none: nothing would tell a fix")
+            raise ValueError("expected at least one test in FAIL_TO_PASS, got none: no test would detect a fix")
         lines = self.eval_script.split("\n")
         start, end = (next((i for i, line in enumerate(lines) if m in line), -1) for m in (START_MARKER, END_MARKER))
         if not 0 <= start < end:
             raise ValueError(
                 f"expected an eval_script with a line that prints {START_MARKER!r} and a later one that prints "
-                f"{END_MARKER!r}, got neither or one: no log of it could be graded"
+                f"{END_MARKER!r}, got neither or one: its log could not be graded"
             )
 
 
+_LISTS = {"fail_to_pass": "FAIL_TO_PASS", "pass_to_pass": "PASS_TO_PASS"}
+"""Attribute -> column, for lists of test names. All other columns are texts with the attribute's name."""
+_REQUIRED = tuple(f.name for f in fields(Instance) if f.default is MISSING and f.name not in _LISTS)
+_OPTIONAL = tuple(f.name for f in fields(Instance) if f.default is not MISSING)
+_SINCE_5 = ("image", "log_parser", "eval_type", "eval_script")
+
+
 def from_row(row: Mapping[str, Any]) -> Instance:
-    """The instance of a row.
+    """Returns the instance of a row.
 
     Args:
         row: columns under their official names; FAIL_TO_PASS and PASS_TO_PASS as JSON lists or lists of names. Other
-            columns (a dataset may add `difficulty`, `image_assets`, …) are left alone.
+            columns (`difficulty`, `image_assets`, …) are ignored.
 
     Raises:
-        ValueError: columns are missing (a row of release 4 is told apart) or hold something else than they should.
+        ValueError: columns are missing (rows of release 4 have their own message) or have values of another type.
     """
-    missing = [name for name in (*_TEXTS, *_LISTS) if row.get(name) is None]
+    missing = [name for name in (*_REQUIRED, *_LISTS.values()) if row.get(name) is None]
     if set(missing) & set(_SINCE_5) and not set(missing) - set(_SINCE_5):
         raise ValueError(
             f"expected the columns of SWE-bench 5.x, got a row of 4.x without {', '.join(missing)}; "
@@ -98,28 +97,28 @@ def from_row(row: Mapping[str, Any]) -> Instance:
         )
     if missing:
         raise ValueError(f"expected the columns of SWE-bench 5.x, {', '.join(missing)} missing; got {sorted(row)}")
-    texts = {name: _text(name, row[name]) for name in _TEXTS}
-    more = {name: _text(name, row.get(name) or "") for name in _OPTIONAL}
-    return Instance(**texts, **more, fail_to_pass=_names(row, _LISTS[0]), pass_to_pass=_names(row, _LISTS[1]))
+    texts = {name: _text(name, row[name]) for name in _REQUIRED}
+    texts |= {name: _text(name, row.get(name) or "") for name in _OPTIONAL}
+    lists: dict[str, Any] = {name: _names(row, column) for name, column in _LISTS.items()}
+    return Instance(**texts, **lists)
 
 
 def to_row(instance: Instance) -> dict[str, str]:
-    """The row of an instance: the official columns, lists as JSON, as `swebench` reads them."""
-    row = {name: getattr(instance, name) for name in (*_TEXTS, *_OPTIONAL)}
-    lists = (instance.fail_to_pass, instance.pass_to_pass)
-    return row | {name: json.dumps(list(value)) for name, value in zip(_LISTS, lists)}
+    """Returns the row of an instance: the official columns, lists as JSON, as `swebench` reads them."""
+    row = {name: getattr(instance, name) for name in (*_REQUIRED, *_OPTIONAL)}
+    return row | {column: json.dumps(list(getattr(instance, name))) for name, column in _LISTS.items()}
 
 
 def read_instances(path: str | Path) -> list[Instance]:
-    """The instances of a file, in its order.
+    """Reads the instances of a file, in its order.
 
     Args:
-        path: `*.jsonl` (one JSON object a line; empty lines are skipped), `*.json` (a list) or `*.parquet` (needs
+        path: `*.jsonl` (one JSON object per line; empty lines are skipped), `*.json` (a list) or `*.parquet` (needs
             pyarrow).
 
     Raises:
-        ValueError: another kind of file; a row that is no instance (with file and line); an id that comes twice; no
-            instance at all.
+        ValueError: the file has another type, contains no instance, or has an invalid row or a repeated id; the message
+            gives file and line.
         FileNotFoundError: no such file.
         ModuleNotFoundError: a parquet file, and pyarrow is not installed.
     """
@@ -127,18 +126,20 @@ def read_instances(path: str | Path) -> list[Instance]:
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
         raise ValueError(f"expected a file of {', '.join(readers)}, got {str(path)!r}")
-    found: dict[str, Instance] = {}
+    instances: dict[str, Instance] = {}
     for place, row in readers[path.suffix](path):
         try:
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a JSON object, got {type(row).__name__}")
             instance = from_row(row)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
-        if instance.instance_id in found:
+        if instance.instance_id in instances:
             raise ValueError(f"{place}: expected each instance_id once, got {instance.instance_id!r} again")
-        found[instance.instance_id] = instance
-    if not found:
+        instances[instance.instance_id] = instance
+    if not instances:
         raise ValueError(f"expected instances in {path}, got none")
-    return list(found.values())
+    return list(instances.values())
 
 
 def _text(name: str, value: Any) -> str:
@@ -160,26 +161,22 @@ def _names(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
         raise ValueError(f"expected a list of test names in {column}, got {value!r:.80}")
     for name in value:
         if not name.strip() or "\n" in name:
-            raise ValueError(f"expected test names of one line in {column}, got {name!r:.80}, which no log can hold")
+            raise ValueError(f"expected test names of one line in {column}, got {name!r:.80}, which no log can contain")
     return tuple(value)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, row in read_json_lines(path):
-        place = f"{path} line {number}"
-        yield place, _mapping(place, row)
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    return ((f"{path} line {number}", row) for number, row in read_json_lines(path))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     rows = read_json(path)
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a JSON list of instances, got {type(rows).__name__}")
-    for number, row in enumerate(rows, start=1):
-        place = f"{path} entry {number}"
-        yield place, _mapping(place, row)
+    return ((f"{path} entry {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"expected a parquet file, found no {path}")
     try:
@@ -190,15 +187,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         ) from None
     try:
         rows = parquet.read_table(path).to_pylist()
-    except Exception as error:  # pyarrow has a family of its own
+    except Exception as error:  # pyarrow has its own exception classes
         raise ValueError(
             f"{path}: expected a parquet file, got {' '.join(str(error).split()) or type(error).__name__:.300}"
         ) from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{path} row {number}", valid_json(row)
-
-
-def _mapping(place: str, row: Any) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
-    return row
+    return ((f"{path} row {number}", valid_json(row)) for number, row in enumerate(rows, start=1))

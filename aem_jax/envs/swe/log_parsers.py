@@ -1,7 +1,7 @@
-"""Test results out of a log: the pytest family of SWE-bench's parsers, by their published names and behaviour.
+"""Parses test results from logs: the pytest family of SWE-bench's parsers, under their published names.
 
-The names are data: an instance says which of them reads its log. What is not here (Django, SymPy, other languages) is
-taken from `swebench` where that is installed. Held to the originals, line by line, in tests that run where it is.
+Each instance names its parser. Parsers that are not built in (Django, SymPy, other languages) are imported from
+`swebench`, if it is installed. Where it is, tests compare the built-in parsers with the originals.
 """
 
 import re
@@ -22,21 +22,21 @@ _CONTROL = dict.fromkeys(range(1, 32))
 
 
 def parser(instance: Instance) -> Callable[[str], Statuses]:
-    """The function that reads the log of an instance.
+    """Returns the function that parses the log of an instance.
 
-    Most of these parsers change a test's name: they cut it at white space, or shorten a path in it. Published instances
-    hold names that are changed so. Others (SWE-rebench's, SWE-smith's) hold whole names, as `t.py::test[a b]`, which
-    the parser never returns. Such a name is looked up in the log as it is.
+    Most of these parsers change a test's name: they cut it at white space, or shorten a path in it. SWE-bench's
+    instances contain the changed names. Other data sets (SWE-rebench, SWE-smith) contain full names such as
+    `t.py::test[a b]`, which the parser never returns. Such names are searched for in the log unchanged.
 
     Raises:
-        ValueError: nobody knows a parser of this name.
+        ValueError: there is no parser of this name.
         ModuleNotFoundError: the parser is one of `swebench`'s, which is not installed.
     """
     name = instance.log_parser
     if name in _OWN:
         parse, names = _OWN[name], {*instance.fail_to_pass, *instance.pass_to_pass}
-        whole = _changed(parse, names)
-        return (lambda log: {**parse(log), **_whole_names(log, whole)}) if whole else parse
+        full_names = _changed(parse, names)
+        return (lambda log: {**parse(log), **_full_names(log, full_names)}) if full_names else parse
     try:
         from swebench.harness.log_parsers import PARSER_REGISTRY  # pyright: ignore[reportMissingImports]
         from swebench.harness.utils import make_test_spec  # pyright: ignore[reportMissingImports]
@@ -52,16 +52,16 @@ def parser(instance: Instance) -> Callable[[str], Statuses]:
 
 
 def parse_pytest(log: str) -> Statuses:
-    """Lines `<STATUS> <test> …` of pytest's short summary (`-rA`); the last line about a test counts."""
+    """Parses lines `<STATUS> <test> …` of pytest's short summary (`-rA`); the last line about a test counts."""
     return dict(_summary(log))
 
 
 def parse_pytest_options(log: str) -> Statuses:
-    """As `parse_pytest`; a parameter that is an absolute path is cut down to its last part.
+    """Parses as `parse_pytest`, and shortens a parameter that is an absolute path to its last part.
 
-    Checkouts lie in different folders, so such a path is no stable name. URLs (`//…`) and globs stay as they are.
+    Checkouts are in different folders, so such a path is not a stable name. URLs (`//…`) and globs are not changed.
     """
-    found = {}
+    statuses = {}
     for name, status in _summary(log):
         parameters = _PARAMETERS.search(name)
         if parameters:
@@ -69,13 +69,13 @@ def parse_pytest_options(log: str) -> Statuses:
             if option.startswith("/") and not option.startswith("//") and "*" not in option:
                 option = "/" + option.rsplit("/", 1)[-1]
             name = f"{test}[{option}]"
-        found[name] = status
-    return found
+        statuses[name] = status
+    return statuses
 
 
 def parse_pytest_v2(log: str) -> Statuses:
-    """Names may hold spaces and colours, and the status may stand at the end of a line (`-v` of older versions)."""
-    found = {}
+    """Parses names with spaces and colours; the status may be at the end of a line (`-v` of older versions)."""
+    statuses = {}
     for line in log.split("\n"):
         line = _COLOUR.sub("", line).translate(_CONTROL)
         if line.startswith(STATUSES):
@@ -83,44 +83,44 @@ def parse_pytest_v2(log: str) -> Statuses:
                 line = line.split(" - ", 1)[0]
             words = line.split()
             if len(words) > 1 and not _is_skip_count(words):
-                found[" ".join(words[1:])] = words[0]
+                statuses[" ".join(words[1:])] = words[0]
         elif line.endswith(STATUSES):
             words = line.split()
             if len(words) > 1:
-                found[" ".join(words[:-1])] = words[-1]
-    return found
+                statuses[" ".join(words[:-1])] = words[-1]
+    return statuses
 
 
 def parse_matplotlib(log: str) -> Statuses:
-    """As `parse_pytest`, after mouse buttons that print differently between Python versions are made numbers."""
+    """Parses as `parse_pytest`, with mouse buttons as numbers, because their text depends on the Python version."""
     return parse_pytest(log.replace("MouseButton.LEFT", "1").replace("MouseButton.RIGHT", "3"))
 
 
 def _changed(parse: Callable[[str], Statuses], names: Collection[str]) -> set[str]:
-    """The names that a parser changes, in a line of success or of failure.
+    """Returns the names that a parser changes, in a line of success or of failure.
 
-    A name that a changed one becomes (`t[a b]` of `t[a  b]`) is among them, since the parser confuses the two. A name
-    that is cut inside its parameters (`t[a`) is not: no line of a log holds it.
+    They include a name that results from changing another one (`t[a b]` from `t[a  b]`), because the parser confuses
+    the two. They do not include a name that is cut inside its parameters (`t[a`), because no line of a log contains it.
     """
-    changed, become = set(), set()
+    changed, results = set(), set()
     for name in names:
-        read = [parse(line) for line in (f"PASSED {name}", f"FAILED {name} - reason")]
-        if not all(name in statuses for statuses in read):
+        parsed = [parse(line) for line in (f"PASSED {name}", f"FAILED {name} - reason")]
+        if not all(name in statuses for statuses in parsed):
             changed.add(name)
-            become.update(key for key in read[0] if key.count("[") <= key.count("]"))
-    return changed | (become & set(names))
+            results.update(key for key in parsed[0] if key.count("[") <= key.count("]"))
+    return changed | (results & set(names))
 
 
-def _whole_names(log: str, names: Collection[str]) -> Statuses:
-    """Results of tests under their whole names; the last line about a test counts.
+def _full_names(log: str, names: Collection[str]) -> Statuses:
+    """Returns results of tests under their full names; the last line about a test counts.
 
-    Behind a name, ` - ` and a reason may follow, except where the test has passed. Of several names that a line could
-    begin with, the longest is meant. White space at the ends of a name is not significant.
+    Unless the test has passed, ` - ` and a reason may follow the name. If a line could begin with several names, the
+    longest counts. White space at the ends of a name is not significant.
     """
     wanted: dict[str, list[str]] = {}
     for name in names:
         wanted.setdefault(name.strip(), []).append(name)
-    found = {}
+    statuses = {}
     for line in log.split("\n"):
         line = _COLOUR.sub("", line).replace("\x1b", "") if "\x1b" in line else line
         status, _, rest = line.partition(" ")
@@ -129,12 +129,13 @@ def _whole_names(log: str, names: Collection[str]) -> Statuses:
         ends = [] if status == "PASSED" else [reason.start() for reason in re.finditer("(?= - )", rest)]
         for end in (len(rest), *reversed(ends)):
             if (name := rest[:end].strip()) in wanted:
-                found |= dict.fromkeys(wanted[name], status)
+                statuses |= dict.fromkeys(wanted[name], status)
                 break
-    return found
+    return statuses
 
 
 def _summary(log: str) -> Iterator[tuple[str, str]]:
+    """Yields tests and their statuses."""
     for line in log.split("\n"):
         if not line.startswith(STATUSES):
             continue
@@ -146,7 +147,7 @@ def _summary(log: str) -> Iterator[tuple[str, str]]:
 
 
 def _is_skip_count(words: list[str]) -> bool:
-    """`SKIPPED [3] path:line: reason` counts skips, and names no test."""
+    """Whether a line is of the form `SKIPPED [3] path:line: reason`, which counts skips and names no test."""
     return words[0] == "SKIPPED" and _SKIP_COUNT.fullmatch(words[1]) is not None
 
 

@@ -1,10 +1,10 @@
-"""Patches: the one that the agent made, and the files that any patch names.
+"""Patches: makes the agent's patch, and finds the files that a patch names.
 
-The agent's patch is the work tree against the repository as it was before the agent saw it.
+The agent's patch is the difference between the work tree and the repository before the agent's first command.
 
-The agent's own `.git` has no say: its hooks, configuration, attributes and index may run programs or hide changes, and
-its HEAD moves when the agent commits. So the repository's data are put aside before the first command and put back into
-an empty folder afterwards. All of it happens inside the sandbox; the host sees bytes, of bounded number.
+The agent's own `.git` is not used: its hooks, configuration, attributes and index may run programs or hide changes, and
+its HEAD moves when the agent commits. Instead, the repository's data is saved before the first command and restored to
+an empty folder afterwards. All of this runs inside the sandbox; the host only receives a bounded number of bytes.
 """
 
 import re
@@ -14,8 +14,8 @@ from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError, Workspace, 
 
 _SAVE = "tar --create --file=/tmp/.base.tar .git"
 
-# Whatever the agent left in /tmp, its git configuration included, goes first. Repositories inside the work tree would
-# become references to commits that nobody has.
+# First removes everything that the agent left in /tmp, including git configuration. Repositories inside the work tree
+# are removed because git would add them as references to commits that do not exist elsewhere.
 _DIFF = """
 set -e
 exec 2>&1
@@ -33,7 +33,7 @@ plain diff --cached --binary --no-color --no-ext-diff --no-textconv --no-renames
 
 
 def save_base(workspace: Workspace) -> bytes:
-    """The repository's data (`.git`) as a tar file; to be taken before the agent's first command.
+    """Returns the repository's data (`.git`) as a tar file. Must be called before the agent's first command.
 
     Raises:
         SandboxError: there is no repository in `/testbed`.
@@ -50,19 +50,19 @@ def save_base(workspace: Workspace) -> bytes:
 
 
 def model_patch(workspace: Workspace, base: bytes, *, limits: Limits, most_bytes: int) -> str:
-    """The agent's patch, as `git diff --binary` writes it; empties /tmp. It is to be the workspace's last use.
+    """Returns the agent's patch, as `git diff --binary` prints it. Empties /tmp; must be the workspace's last use.
 
     Args:
-        workspace: the agent's.
-        base: what `save_base` returned.
-        limits: of the commands that make the patch.
-        most_bytes: the longest patch that is taken.
+        workspace: the agent's workspace.
+        base: the data that `save_base` returned.
+        limits: limits on the commands that make the patch.
+        most_bytes: maximum length of the patch.
 
     Returns:
-        The patch; bytes that are no UTF-8 are surrogate escapes, to be encoded as such.
+        The patch; invalid UTF-8 is represented by surrogate escapes.
 
     Raises:
-        WorkspaceError: the agent left no work tree that git can compare, or changed more than that.
+        WorkspaceError: git cannot compare the work tree, or the patch is too long.
     """
     outcome = workspace.run(_DIFF, limits=replace(limits, output_bytes=4096), stdin=base)
     if outcome.exit_code != 0:
@@ -80,23 +80,23 @@ _ESCAPED = {b"a": b"\a", b"b": b"\b", b"t": b"\t", b"n": b"\n", b"v": b"\v", b"f
 
 
 def patched_files(patch: str) -> dict[str, str]:
-    """Files that a patch changes, in its order, relative to the repository, each with the file that it is made from.
+    """Returns the files that a patch changes, in its order, relative to the repository, with their sources.
 
-    Read from every header that git writes: `---` and `+++`, and `diff --git`, `rename`, `copy` where binary, empty or
-    mode-only changes have nothing else. Names in double quotes are unquoted. The lines of a hunk are skipped by its
-    counts, so that a removed line that looks like a header is none. Line ends may be CRLF.
+    Parses all headers of git: `---` and `+++`, and for binary, empty and mode-only changes, which have no others,
+    `diff --git`, `rename` and `copy`. Names in double quotes are unquoted. The lines of a hunk are skipped by its
+    counts, so a removed line that looks like a header is not one. Lines may end in CRLF.
 
     Args:
         patch: a unified diff; one leading component of names (`a/`, `b/`) is stripped, as by `git apply`.
 
     Returns:
-        File -> itself, or the one that it is renamed or copied from. A deleted file counts as changed. Bytes that are
-        not UTF-8 are surrogate escapes.
+        File -> the file that it is renamed or copied from, or itself. A deleted file counts as changed. Invalid UTF-8
+        is represented by surrogate escapes.
     """
     files: dict[str, str] = {}
     before = after = ""
-    complete = False  # both names of the file have been read
-    old = new = 0  # lines that are left of the hunk
+    complete = False  # whether both names of the file are known
+    old = new = 0  # remaining lines of the hunk
 
     def close_file() -> None:
         if before or after:
@@ -132,7 +132,7 @@ def patched_files(patch: str) -> dict[str, str]:
 
 
 def _same_file(names: str) -> str:
-    """The file of a `diff --git` header that names the same one twice. Two names stand in other lines as well."""
+    """Returns the file of a `diff --git` header that names it twice. Two different names are also in other lines."""
     if names.startswith('"'):
         both = [_unquoted(quoted[0]).partition("/")[2] for quoted in _QUOTED.finditer(names)]
     else:
@@ -142,12 +142,12 @@ def _same_file(names: str) -> str:
 
 
 def _unquoted(name: str) -> str:
-    """A file's name as git prints it, without the quotes and escapes of unusual ones."""
+    """Removes the quotes and escapes that git adds to unusual file names."""
     quoted = _QUOTED.fullmatch(name)
     if not quoted:
         return name
     data = quoted[1].encode(errors="surrogateescape")
-    return _ESCAPE.sub(lambda found: _byte(found[1]), data).decode(errors="surrogateescape")
+    return _ESCAPE.sub(lambda match: _byte(match[1]), data).decode(errors="surrogateescape")
 
 
 def _byte(escape: bytes) -> bytes:

@@ -13,7 +13,7 @@ from aem_jax.envs.actions import as_action
 from aem_jax.envs.play import Act
 from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, check_one_set
-from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesConfig, ChoicesEnv, make_failing
+from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesConfig, ChoicesEnv, make_counter
 from aem_jax.envs.swe.env import SweConfig, SweEnv
 from aem_jax.envs.swe.payload import load_task
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
@@ -105,8 +105,8 @@ def make_choices(config: ChoicesConfig) -> Callable[[], ChoicesEnv]:
     Raises:
         OSError: no sandbox works on this machine.
     """
-    failing = make_failing(config)
-    return lambda: ChoicesEnv(config, failing)
+    count_failing = make_counter(config)
+    return lambda: ChoicesEnv(config, count_failing)
 
 
 def _tester(noise: float, task: Task) -> Act:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from aem_jax.envs.protocol import Environment, StepResult, checked_result, describe
+from aem_jax.envs.protocol import Environment, StepResult, describe
+from aem_jax.envs.serving.plain import checked_result
 
 RUBBISH = (
     "",
@@ -111,7 +112,7 @@ def same_task_and_actions_give_the_same_episode(subject: Subject) -> None:
             expect(first == elsewhere, f"another environment differs: {_difference(first, elsewhere)}")
 
 
-def reset_forgets_the_episode(subject: Subject) -> None:
+def reset_discards_the_episode(subject: Subject) -> None:
     """Checked with two resets in a row, and with a reset during an episode."""
     task = subject.tasks[0]
     with _made(subject) as env:
@@ -123,7 +124,7 @@ def reset_forgets_the_episode(subject: Subject) -> None:
         expect(first == again, f"an episode after an unfinished one differs: {_difference(first, again)}")
 
 
-def environments_do_not_feel_each_other(subject: Subject) -> None:
+def environments_are_independent(subject: Subject) -> None:
     """Two interleaved episodes give the same results as separate ones."""
     if subject.alone:
         return
@@ -139,7 +140,7 @@ def environments_do_not_feel_each_other(subject: Subject) -> None:
         expect(alone == together, f"an episode beside another differs: {_difference(alone, together)}")
 
 
-def any_text_is_answered(subject: Subject) -> None:
+def any_text_gets_a_result(subject: Subject) -> None:
     """Any text from a policy gets a result. It may be an invalid action, but it is not an error."""
     with _made(subject) as env:
         for text in RUBBISH:
@@ -150,7 +151,7 @@ def any_text_is_answered(subject: Subject) -> None:
                 raise Problem(f"expected an answer to {text!r:.40}, got {describe(error)}") from None
 
 
-def bad_tasks_do_no_harm(subject: Subject) -> None:
+def invalid_tasks_do_no_harm(subject: Subject) -> None:
     """An invalid task may be refused; a valid one works afterwards."""
     with _made(subject) as env:
         for task in ({"no such key": 1}, {"game": 7, "generate": "x"}, {}):
@@ -175,10 +176,10 @@ def close_twice_is_harmless(subject: Subject) -> None:
 CHECKS: tuple[Callable[[Subject], None], ...] = (
     reset_starts_an_episode,
     same_task_and_actions_give_the_same_episode,
-    reset_forgets_the_episode,
-    environments_do_not_feel_each_other,
-    any_text_is_answered,
-    bad_tasks_do_no_harm,
+    reset_discards_the_episode,
+    environments_are_independent,
+    any_text_gets_a_result,
+    invalid_tasks_do_no_harm,
     close_twice_is_harmless,
 )
 

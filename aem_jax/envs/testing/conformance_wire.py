@@ -18,10 +18,12 @@ from websockets.sync.client import ClientConnection, connect
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, RefusedError
-from aem_jax.envs.serving.address import websocket_url
-from aem_jax.envs.serving.client import RemoteEnvironment, bearer
-from aem_jax.envs.serving.field_mapping import FieldMapping, step_encoder
+from aem_jax.envs.serving.address import bearer, websocket_url
+from aem_jax.envs.serving.client import RemoteEnvironment
+from aem_jax.envs.serving.field_mapping import FieldMapping, encode_reset, step_encoder
 from aem_jax.envs.testing.conformance import Problem, Subject, check_environment, expect, run_checks
+from aem_jax.files import parse_mapping
+from aem_jax.overrides import override
 
 _TIMEOUT_S = 30.0
 _CAPACITY_RETURNS_S = 5.0
@@ -52,14 +54,14 @@ class ServerSubject:
     headers: Mapping[str, str] | None = field(default=None, repr=False)
 
 
-class _Talk:
+class _Channel:
     """Exchanges raw messages on one connection."""
 
     def __init__(self, socket: ClientConnection, subject: ServerSubject):
         self._socket, self._subject = socket, subject
         self._encode_step = step_encoder(subject.mapping)
 
-    def ask(self, request: str | bytes) -> dict[str, Any]:
+    def request(self, request: str | bytes) -> dict[str, Any]:
         with contextlib.suppress(ConnectionClosed):  # a full server reports it and closes the connection
             self._socket.send(request)
         reply = self._socket.recv(timeout=_TIMEOUT_S)
@@ -71,24 +73,24 @@ class _Talk:
         expect(isinstance(message.get("data"), dict), f"expected data in answer to {request!r:.80}, got {reply!r:.80}")
         return message
 
-    def ask_for(self, kind: str, request: str | bytes) -> dict[str, Any]:
-        message = self.ask(request)
+    def expect_reply(self, kind: str, request: str | bytes) -> dict[str, Any]:
+        message = self.request(request)
         expect(message.get("type") == kind, f"expected {kind!r} in answer to {request!r:.80}, got {message!r:.300}")
         return message["data"]
 
     def reset(self, **keywords: Any) -> dict[str, Any]:
-        return self.ask_for("observation", protocol.encode_reset({**self._subject.tasks[0], **keywords}))
+        return self.expect_reply("observation", encode_reset({**self._subject.tasks[0], **keywords}))
 
     def step(self, index: int = 0) -> dict[str, Any]:
         actions = self._subject.actions
-        return self.ask_for("observation", self._encode_step(actions[index % len(actions)]))
+        return self.expect_reply("observation", self._encode_step(actions[index % len(actions)]))
 
-    def is_refused(self, code: str, request: str | bytes) -> None:
-        data = self.ask_for("error", request)
+    def expect_error(self, code: str, request: str | bytes) -> None:
+        data = self.expect_reply("error", request)
         expect(data.get("code") == code, f"expected the code {code} in answer to {request!r:.80}, got {data!r:.200}")
         expect(isinstance(data.get("message"), str), f"expected a message beside the code, got {data!r:.200}")
 
-    def closes(self, request: str) -> None:
+    def expect_close(self, request: str) -> None:
         self._socket.send(request)
         try:
             reply = self._socket.recv(timeout=_TIMEOUT_S)
@@ -98,7 +100,7 @@ class _Talk:
 
 
 @contextlib.contextmanager
-def _talk(subject: ServerSubject) -> Iterator[_Talk]:
+def _connected(subject: ServerSubject) -> Iterator[_Channel]:
     opening = connect(
         subject.url,
         additional_headers=subject.headers,
@@ -107,13 +109,13 @@ def _talk(subject: ServerSubject) -> Iterator[_Talk]:
         max_size=protocol.MAX_MESSAGE_BYTES,
     )
     with opening as socket:
-        yield _Talk(socket, subject)
+        yield _Channel(socket, subject)
 
 
-def observations_have_the_protocols_form(subject: ServerSubject) -> None:
+def observations_have_the_protocols_fields(subject: ServerSubject) -> None:
     """An observation message has observation, reward, done, and optionally metadata."""
-    with _talk(subject) as talk:
-        for data in (talk.reset(), talk.step()):
+    with _connected(subject) as channel:
+        for data in (channel.reset(), channel.step()):
             fields = set(data) - {"metadata"}  # newer OpenEnv servers repeat it here
             expect(fields == {"observation", "reward", "done"}, f"expected observation, reward, done, got {data}")
             expect(isinstance(data["observation"], dict), f"expected an observation mapping, got {data}")
@@ -123,20 +125,20 @@ def observations_have_the_protocols_form(subject: ServerSubject) -> None:
 
 def state_counts_the_steps(subject: ServerSubject) -> None:
     """The state also contains the episode id of the reset."""
-    with _talk(subject) as talk:
-        talk.reset(episode_id="conformance-1")
+    with _connected(subject) as channel:
+        channel.reset(episode_id="conformance-1")
         expected = {"episode_id": "conformance-1", "step_count": 0}
-        state = talk.ask_for("state", protocol.STATE_REQUEST)
+        state = channel.expect_reply("state", protocol.STATE_REQUEST)
         expect(expected.items() <= state.items(), f"expected the state {expected}, got {state}")
-        talk.step()
-        state = talk.ask_for("state", protocol.STATE_REQUEST)
+        channel.step()
+        state = channel.expect_reply("state", protocol.STATE_REQUEST)
         expect(state.get("step_count") == 1, f"expected a step_count of 1, got {state}")
 
 
 def bad_messages_are_refused_and_do_no_harm(subject: ServerSubject) -> None:
     """Each bad message gets its error code; the episode continues unchanged."""
-    with _talk(subject) as talk:
-        talk.reset()
+    with _connected(subject) as channel:
+        channel.reset()
         for request, code in (
             ("no JSON", protocol.INVALID_JSON),
             ("", protocol.INVALID_JSON),
@@ -150,58 +152,58 @@ def bad_messages_are_refused_and_do_no_harm(subject: ServerSubject) -> None:
             ('{"type": "reset", "data": {}, "more": 1}', protocol.VALIDATION_ERROR),
             ('{"type": "state", "data": {}}', protocol.VALIDATION_ERROR),
         ):
-            talk.is_refused(code, request)
+            channel.expect_error(code, request)
         if subject.guarded:
             for request in ("[]", "7", "null", '"reset"', b'{"type": "state"}'):
-                talk.is_refused(protocol.VALIDATION_ERROR, request)
-        talk.step()
+                channel.expect_error(protocol.VALIDATION_ERROR, request)
+        channel.step()
 
 
-def order_is_held(subject: ServerSubject) -> None:
+def order_is_enforced(subject: ServerSubject) -> None:
     """The server refuses a step before a reset and after the end."""
     if not subject.guarded:
         return
     step = step_encoder(subject.mapping)(subject.actions[0])
-    with _talk(subject) as talk:
-        talk.is_refused(protocol.EXECUTION_ERROR, step)
-        data, index = talk.reset(), 0
+    with _connected(subject) as channel:
+        channel.expect_error(protocol.EXECUTION_ERROR, step)
+        data, index = channel.reset(), 0
         while not data["done"] and index < 100:
-            data, index = talk.step(index), index + 1
+            data, index = channel.step(index), index + 1
         if data["done"]:
-            talk.is_refused(protocol.EXECUTION_ERROR, step)
-            talk.reset()
+            channel.expect_error(protocol.EXECUTION_ERROR, step)
+            channel.reset()
 
 
 def close_ends_the_session(subject: ServerSubject) -> None:
     """Checked with and without an episode."""
-    with _talk(subject) as talk:
-        talk.closes(protocol.CLOSE_REQUEST)
-    with _talk(subject) as talk:
-        talk.reset()
-        talk.closes(protocol.CLOSE_REQUEST)
+    with _connected(subject) as channel:
+        channel.expect_close(protocol.CLOSE_REQUEST)
+    with _connected(subject) as channel:
+        channel.reset()
+        channel.expect_close(protocol.CLOSE_REQUEST)
 
 
-def capacity_is_said_and_comes_back(subject: ServerSubject) -> None:
+def capacity_is_enforced_and_freed(subject: ServerSubject) -> None:
     """A session beyond the capacity is refused with CAPACITY_REACHED; an ended session frees its place."""
     if subject.sessions is None:
         return
     with contextlib.ExitStack() as stack:
         for index in range(subject.sessions):
-            reply = stack.enter_context(_talk(subject)).ask(protocol.STATE_REQUEST)
+            reply = stack.enter_context(_connected(subject)).request(protocol.STATE_REQUEST)
             expect(reply["type"] == "state", f"expected room for session {index}, got {reply}")
-        with _talk(subject) as talk:
-            talk.is_refused(protocol.CAPACITY_REACHED, protocol.STATE_REQUEST)
+        with _connected(subject) as channel:
+            channel.expect_error(protocol.CAPACITY_REACHED, protocol.STATE_REQUEST)
     deadline = time.monotonic() + _CAPACITY_RETURNS_S
     while True:
-        with _talk(subject) as talk:
-            reply = talk.ask(protocol.STATE_REQUEST)
+        with _connected(subject) as channel:
+            reply = channel.request(protocol.STATE_REQUEST)
         if reply["type"] == "state":
             return
         expect(time.monotonic() < deadline, f"expected room when sessions ended, got {reply}")
         time.sleep(0.05)
 
 
-def pages_are_there(subject: ServerSubject) -> None:
+def pages_exist(subject: ServerSubject) -> None:
     """Checks /health, /metadata and /schema."""
     root = subject.url.replace("ws", "http", 1).removesuffix("/ws")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -217,13 +219,13 @@ def pages_are_there(subject: ServerSubject) -> None:
 
 
 CHECKS: tuple[Callable[[ServerSubject], None], ...] = (
-    observations_have_the_protocols_form,
+    observations_have_the_protocols_fields,
     state_counts_the_steps,
     bad_messages_are_refused_and_do_no_harm,
-    order_is_held,
+    order_is_enforced,
     close_ends_the_session,
-    capacity_is_said_and_comes_back,
-    pages_are_there,
+    capacity_is_enforced_and_freed,
+    pages_exist,
 )
 
 
@@ -258,19 +260,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task", type=json.loads, action="append", required=True, help="a task as JSON; repeatable")
     parser.add_argument("--action", action="append", required=True, help="a response; repeatable, given in turn")
     parser.add_argument("--sessions", type=int, help="the server's capacity, to be tried out")
-    parser.add_argument(
-        "--field-mapping", type=json.loads, default={}, help="fields of FieldMapping as JSON, for foreign servers"
-    )
+    parser.add_argument("--field-mapping", default="{}", help="fields of FieldMapping as JSON, for foreign servers")
     parser.add_argument("--token-variable", default="", help="environment variable with the token of a hosted server")
     parser.add_argument(
         "--unguarded", action="store_true", help="the server leaves the order of calls to its environment"
     )
     options = parser.parse_args(arguments)
     try:
-        url, mapping = websocket_url(options.url), FieldMapping(**options.field_mapping)
+        url = websocket_url(options.url)
+        mapping = override(FieldMapping(), parse_mapping(options.field_mapping, "--field-mapping"))
         headers = bearer(options.token_variable)
         RemoteEnvironment(url, mapping, headers=headers).close()
-    except (ValueError, TypeError, EnvError) as error:
+    except (ValueError, EnvError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     subject = ServerSubject(

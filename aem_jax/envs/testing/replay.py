@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aem_jax.envs.alfworld.engine import Game, start
+from aem_jax.envs.alfworld.engine import Game, Player
 from aem_jax.envs.webshop.engine import Shop, Visit
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop
 from aem_jax.envs.webshop.taggers import recorded as recorded_tagger
@@ -21,7 +21,6 @@ from aem_jax.files import read_json_lines
 Step = tuple[str, Mapping[str, Any], Mapping[str, Any]]
 """(location in the transcripts, recorded values, values of our engine)."""
 WEBSHOP_FIELDS = ("text", "rich", "has_search_bar", "clickables", "reward", "done")
-ALFWORLD_FIELDS = ("observation", "admissible", "won", "done", "score")
 
 
 def replay_alfworld(games: Path, episodes: Sequence[Mapping[str, Any]]) -> Iterator[Step]:
@@ -41,13 +40,19 @@ def replay_alfworld(games: Path, episodes: Sequence[Mapping[str, Any]]) -> Itera
         name = episode["game"]
         if name not in loaded:
             loaded[name] = Game.load(games / f"{name.removesuffix('.tw-pddl')}.tw-pddl")
-        player = start(loaded[name])
+        player = Player(loaded[name])
         for at, step in enumerate(episode["steps"]):
             if step["command"] is not None:
                 player.step(step["command"])
             where = f"{name} {episode.get('policy', '')} step {at} {step['command']!r}"
-            recorded = {key: step[key] for key in ALFWORLD_FIELDS}
-            yield where, recorded, {key: getattr(player, key) for key in ALFWORLD_FIELDS}
+            ours = alfworld_values(player)
+            yield where, {name: step[name] for name in ours}, ours
+
+
+def alfworld_values(player: Player) -> dict[str, Any]:
+    """Returns the state of an episode, by the names of the stock engine. A game ends when it is won."""
+    values = {"observation": player.observation, "admissible": player.admissible}
+    return values | {"won": player.won, "done": player.won, "score": float(player.won)}
 
 
 def replay_webshop(data: Path, episodes: Sequence[Mapping[str, Any]]) -> Iterator[Step]:
@@ -99,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = mismatches = 0
     try:
         episodes = [
-            _episode(options.transcripts, number, each) for number, each in read_json_lines(options.transcripts)
+            _episode(options.transcripts, number, episode) for number, episode in read_json_lines(options.transcripts)
         ]
         for where, recorded, ours in REPLAYS[options.environment](options.data, episodes):
             steps += 1

@@ -75,7 +75,7 @@ class ScriptedEnv:
             ValueError: the task's seed is not an integer.
         """
         if type(task.get("seed")) is not int:
-            raise ValueError(f"expected a task with a whole number as its seed, got {dict(task)!r:.100}")
+            raise ValueError(f"expected a task with an integer as its seed, got {dict(task)!r:.100}")
         self._task, self._turns, self._left = task, 0, num_turns(self._config, task)
         text = _letters(_random(self._config, task, "prompt"), self._config.prompt_chars)
         return StepResult(text, info={"won": False, "valid_action": True})

@@ -1,1 +1,1 @@
-"""WebShop in pure Python: the shop, its search engine and its reward, matching the original step by step."""
+"""WebShop in pure Python: the shop, its search engine and its reward. Every step matches the original."""

@@ -43,10 +43,10 @@ def words(text: str) -> list[str]:
     >>> words("Men's T-Shirt, 2.5 oz (pack of 12)")
     ["Men's", 'T', 'Shirt', '2.5', 'oz', 'pack', 'of', '12']
     """
-    found = _WORD.findall(text)
-    if any(len(word) > MAX_WORD for word in found):
-        return [word[i : i + MAX_WORD] for word in found for i in range(0, len(word), MAX_WORD)]
-    return found
+    parts = _WORD.findall(text)
+    if any(len(word) > MAX_WORD for word in parts):
+        return [word[i : i + MAX_WORD] for word in parts for i in range(0, len(word), MAX_WORD)]
+    return parts
 
 
 def terms(text: str) -> list[str]:
@@ -55,9 +55,9 @@ def terms(text: str) -> list[str]:
     >>> terms("The men's running shoes")
     ['men', 'run', 'shoe']
     """
-    found = []
+    stems = []
     for word in words(text):
         word = (word[:-2] if word.endswith(_POSSESSIVE) else word).lower()
         if word and word not in STOP_WORDS:
-            found.append(stem(word))
-    return found
+            stems.append(stem(word))
+    return stems

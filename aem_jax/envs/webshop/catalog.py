@@ -19,21 +19,22 @@ from typing import Any
 
 import numpy as np
 
-from aem_jax.envs.webshop.fields import Fields, save_fields
 from aem_jax.envs.webshop.goals import Goal, draw_prices, goal_from_json, human_goals, in_order, synthetic_goals
 from aem_jax.envs.webshop.products import Product, product_from_json, read_products
-from aem_jax.envs.webshop.ranking import Ranking, build_ranking, load_ranking
+from aem_jax.envs.webshop.ranking import MappedTexts, Ranking, build_ranking, load_ranking
 from aem_jax.files import read_json, write_text
 
 log = logging.getLogger(__name__)
 
-_DECIDES = ("analysis", "catalog", "fields", "goals", "products", "ranking", "stemmer")
+_DECIDES = ("analysis", "catalog", "goals", "products", "ranking", "stemmer")
 """Modules of this package that determine the content of the files. A change in one of them gives a new folder."""
 _FACTS = "catalog.json"
 """File with the catalog's id, and the size and hash of every other file. It is written last."""
 _READ_BYTES = 64 * 2**20
 SEARCH_LIMIT = 50
 """Maximum number of products that a search returns."""
+FIELDS = ("category", "query", "attributes")
+"""Fields of a product that `Catalog.where` finds products by."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Catalog:
         self._folder = folder
         self.id: str = read_json(folder / _FACTS)["facts"]["id"]
         self.prices: np.ndarray = np.load(folder / "prices.npy", mmap_mode="r").view(np.ndarray)
-        self._products = _MappedLines(folder, "products")
-        self.goals: Sequence[Goal] = _Goals(_MappedLines(folder, "goals"))
+        self._products = _mapped_lines(folder, "products")
+        self.goals: Sequence[Goal] = _Goals(_mapped_lines(folder, "goals"))
         self._asins = np.load(folder / "asins.npy", mmap_mode="r").view(np.ndarray)
         self._ranking: Ranking = load_ranking(folder)
         self._by_asin = np.load(folder / "by-asin.npy", mmap_mode="r").view(np.ndarray)
@@ -73,8 +74,8 @@ class Catalog:
         """Number -> product."""
         self.search: Callable[[str], tuple[int, ...]] = lru_cache(maxsize=256)(self._search)
         """Query -> numbers of at most `SEARCH_LIMIT` products, best first."""
-        self.where: Callable[[str, str], tuple[int, ...]] = Fields(folder)
-        """(field, value) -> numbers of all products with that category, query or attribute, in the shop's order."""
+        self.where: Callable[[str, str], tuple[int, ...]] = _Fields(folder)
+        """(field, value) -> numbers of all products with that value in one of `FIELDS`, in the shop's order."""
 
     def __len__(self) -> int:
         return len(self._products)
@@ -140,10 +141,10 @@ def _damage(place: Path) -> str | None:
     if not path.exists():
         return ""
     try:
-        found = read_json(path)
-        if found["hash"] != _hash_of_facts(found["facts"]):
+        record = read_json(path)
+        if record["hash"] != _hash_of_facts(record["facts"]):
             return f"expected in {_FACTS} what was written, got something else"
-        written = found["facts"]["files"]
+        written = record["facts"]["files"]
         for name, (size, _) in written.items():
             file = place / name
             if not file.is_file() or file.stat().st_size != size:
@@ -182,16 +183,16 @@ def _make(place: Path, data: ShopData, kind: str, seed: int) -> None:
     draft = Path(tempfile.mkdtemp(prefix=f"{place.name}-", dir=place.parent))
     try:
         digest = hashlib.sha256()
-        _write_lines(draft, "products", (each.to_json() for each in products), digest)
-        _write_lines(draft, "goals", (each.to_json() for each in in_order(goals)), digest)
+        _write_lines(draft, "products", (product.to_json() for product in products), digest)
+        _write_lines(draft, "goals", (goal.to_json() for goal in in_order(goals)), digest)
         digest.update(np.asarray(prices).tobytes())
         np.save(draft / "prices.npy", np.asarray(prices, np.float64))
-        asins = [each.asin for each in products]
+        asins = [product.asin for product in products]
         np.save(draft / "asins.npy", np.asarray(asins))
-        ranking = build_ranking(asins, (each.search_text() for each in products))
+        ranking = build_ranking(asins, (product.search_text() for product in products))
         ranking.save(draft)
         np.save(draft / "by-asin.npy", np.argsort(ranking.order))
-        save_fields(draft, products)
+        _save_fields(draft, products)
         files = {path.name: [path.stat().st_size, hash_of([path])] for path in sorted(draft.iterdir())}
         facts = {"id": digest.hexdigest()[:12], "files": files}
         write_text(draft / _FACTS, json.dumps({"facts": facts, "hash": _hash_of_facts(facts)}))
@@ -212,22 +213,12 @@ def _write_lines(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], dig
     np.save(folder / f"{name}-ends.npy", np.asarray(ends, np.int64))
 
 
-class _MappedLines(Sequence[bytes]):
-    """The lines of a memory-mapped file."""
-
-    def __init__(self, folder: Path, name: str):
-        path = folder / f"{name}.jsonl"
-        self._ends = np.load(folder / f"{name}-ends.npy", mmap_mode="r").view(np.ndarray)
-        # an empty file cannot be mapped
-        self._text = np.memmap(path, np.uint8, "r").view(np.ndarray) if path.stat().st_size else np.empty(0, np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, item):
-        if not 0 <= item < len(self):
-            raise IndexError(item)
-        return self._text[int(self._ends[item]) : int(self._ends[item + 1])].tobytes()
+def _mapped_lines(folder: Path, name: str) -> MappedTexts:
+    path = folder / f"{name}.jsonl"
+    ends = np.load(folder / f"{name}-ends.npy", mmap_mode="r").view(np.ndarray)
+    # an empty file cannot be mapped
+    text = np.memmap(path, np.uint8, "r").view(np.ndarray) if path.stat().st_size else np.empty(0, np.uint8)
+    return MappedTexts(text, ends)
 
 
 class _Goals(Sequence[Goal]):
@@ -241,3 +232,40 @@ class _Goals(Sequence[Goal]):
         if isinstance(item, slice):
             return [self[i] for i in range(*item.indices(len(self)))]
         return goal_from_json(json.loads(self._lines[item]))
+
+
+def _save_fields(folder: Path, products: Iterable[Product]) -> None:
+    """Writes the index of a shop's products, which must be in the shop's order."""
+    numbers: dict[int, list[int]] = {}
+    for number, product in enumerate(products):
+        for field in FIELDS:
+            own = getattr(product, field)
+            for value in dict.fromkeys((own,) if isinstance(own, str) else own):
+                numbers.setdefault(_field_key(field, value), []).append(number)
+    keys = sorted(numbers)
+    np.save(folder / "fields-keys.npy", np.asarray(keys, np.uint64))
+    np.save(folder / "fields-ends.npy", np.cumsum([0, *(len(numbers[key]) for key in keys)], dtype=np.int64))
+    np.save(folder / "fields-numbers.npy", np.asarray([number for key in keys for number in numbers[key]], np.int32))
+
+
+class _Fields:
+    """Index from categories, queries and attributes to products, which avoids reading every product."""
+
+    def __init__(self, folder: Path):
+        self._keys, self._ends, self._numbers = (
+            np.load(folder / f"fields-{name}.npy", mmap_mode="r").view(np.ndarray)
+            for name in ("keys", "ends", "numbers")
+        )
+
+    def __call__(self, field: str, value: str) -> tuple[int, ...]:
+        """Returns the numbers of all products with a value in one of `FIELDS`, in the shop's order."""
+        key = np.uint64(_field_key(field, value))
+        at = int(np.searchsorted(self._keys, key))
+        if at == len(self._keys) or self._keys[at] != key:
+            return ()
+        return tuple(self._numbers[self._ends[at] : self._ends[at + 1]].tolist())
+
+
+def _field_key(field: str, value: str) -> int:
+    """Returns 64 bits of a hash. Of thirty million shops with a million values each, about one has a collision."""
+    return int.from_bytes(hashlib.sha256(f"{field}/{value}".encode(errors="surrogatepass")).digest()[:8])

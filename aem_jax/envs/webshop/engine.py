@@ -48,8 +48,8 @@ def parse_action(text: str) -> tuple[str, str] | None:
     >>> parse_action("search[Red Shoes]")
     ('search', 'red shoes')
     """
-    found = _ACTION.match(text)
-    return (found[1], found[2].lower()) if found else None
+    match = _ACTION.match(text)
+    return (match[1], match[2].lower()) if match else None
 
 
 class Visit:
@@ -71,7 +71,7 @@ class Visit:
         self._shop, self.goal, self._session = shop, goal, session
         self.score: Score | None = None
         self.acted = True
-        self._said = goal.instruction if shop.repeat_instruction else None
+        self._instruction = goal.instruction if shop.repeat_instruction else None
         self._rng = random.Random(f"visit/{session}")
         self._start()
 
@@ -122,7 +122,7 @@ class Visit:
             ValueError: the visit is over.
         """
         if self.done:
-            raise ValueError("expected a visit that goes on, got one that ended with a purchase")
+            raise ValueError("expected a running visit, got one that ended with a purchase")
         parsed = parse_action(action)
         name, argument = parsed or ("", "")
         self.acted = name == "search" or (name == "click" and argument != "search" and argument in self.page.clickables)
@@ -133,7 +133,7 @@ class Visit:
 
     def _start(self) -> None:
         self._keywords: list[str] = []
-        self._found: tuple[int, ...] = ()
+        self._results: tuple[int, ...] = ()
         self._number = 1
         self._item: int | None = None
         self._seen: set[str] = set()
@@ -142,11 +142,11 @@ class Visit:
 
     def _search(self, keywords: list[str], number: int = 1) -> None:
         self._keywords, self._number, self._item, self._options = keywords, number, None, {}
-        self._found = self._find(keywords)
+        self._results = self._find(keywords)
         size = self._shop.page_size
-        shown = [self._shop.catalog.product(each) for each in self._found[(number - 1) * size : number * size]]
+        shown = [self._shop.catalog.product(result) for result in self._results[(number - 1) * size : number * size]]
         url = f"{_SITE}/search_results/{self._session}/{'+'.join(keywords)}/{number}"
-        self.page = pages.results_page(self._said, url, shown, number, len(self._found))
+        self.page = pages.results_page(self._instruction, url, shown, number, len(self._results))
 
     def _find(self, keywords: list[str]) -> tuple[int, ...]:
         """Finds products for search words. The first word may select another kind of search."""
@@ -163,7 +163,7 @@ class Visit:
         return catalog.search(" ".join(keywords))
 
     def _click(self, name: str) -> None:
-        at = next((each for each in _PAGE_NAMES if each in self.page.url), "")
+        at = next((page for page in _PAGE_NAMES if page in self.page.url), "")
         if name == pages.BUY.lower():
             self._buy()
         elif name == pages.BACK.lower():
@@ -174,7 +174,7 @@ class Visit:
             self._search(self._keywords, self._number - 1)
         elif name == pages.PREVIOUS.lower() and at == "item_page":
             self._search(self._keywords, self._number)
-        elif sub := next((each for each in pages.SUB_PAGES if each.lower() == name), None):
+        elif sub := next((sub_page for sub_page in pages.SUB_PAGES if sub_page.lower() == name), None):
             self._open_sub_page(sub)
         else:
             self._open_item(name)
@@ -190,17 +190,17 @@ class Visit:
         product = catalog.product(self._item)
         if (Kind.OPTION, name) in self.page.pieces:
             # if several options have the same value, the last of them gets it
-            option = [each for each, values in product.options.items() if name in values][-1]
+            option = [option for option, values in product.options.items() if name in values][-1]
             self._options[option] = name
         url = f"{self._item_url('item_page', product.asin)}/{json.dumps(self._options)}"
         show = self._shop.show_attributes
-        self.page = pages.item_page(self._said, url, product, show_attributes=show)
+        self.page = pages.item_page(self._instruction, url, product, show_attributes=show)
 
     def _open_sub_page(self, name: str) -> None:
         assert self._item is not None
         product = self._shop.catalog.product(self._item)
         url = f"{self._item_url('item_sub_page', product.asin)}/{name}/{self._options}"
-        self.page = pages.sub_page(self._said, url, product, name)
+        self.page = pages.sub_page(self._instruction, url, product, name)
 
     def _item_url(self, page: str, asin: str) -> str:
         return f"{_SITE}/{page}/{self._session}/{asin}/{'+'.join(self._keywords)}/{self._number}"

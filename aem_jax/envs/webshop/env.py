@@ -162,7 +162,7 @@ class WebshopEnv:
             "won": visit.done and visit.reward >= WON,
             "valid_action": valid,
             "score": visit.reward,
-            "admissible": [] if visit.done else ["search[…]", *(f"click[{each}]" for each in visit.page.clickables)],
+            "admissible": [] if visit.done else ["search[…]", *(f"click[{name}]" for name in visit.page.clickables)],
             "bought": visit.bought,
         }
         return StepResult(

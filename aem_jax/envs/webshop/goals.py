@@ -94,12 +94,12 @@ def human_goals(
     """
     goals = []
     for product, price in zip(products, prices):
-        for said in instructions.get(product.asin, ()):
-            attributes = said["instruction_attributes"]
+        for entry in instructions.get(product.asin, ()):
+            attributes = entry["instruction_attributes"]
             if attributes:
                 limit, text = _price_limit(price, rng)
-                options = tuple(said["instruction_options"])
-                goals.append(_goal(product, said["instruction"].strip(".") + text, attributes, options, limit))
+                options = tuple(entry["instruction_options"])
+                goals.append(_goal(product, entry["instruction"].strip(".") + text, attributes, options, limit))
     return goals
 
 
@@ -127,8 +127,8 @@ def synthetic_goals(
         for values in itertools.product(*(product.options[name] for name in names)):
             options = dict(zip(names, values))
             chosen = ", and ".join(f"{name}: {value}" for name, value in options.items())
-            said = f"{note['instruction']}{' with ' + chosen if chosen else ''}{text}"
-            goals.append(_goal(product, said, note["instruction_attributes"], options, limit))
+            instruction = f"{note['instruction']}{' with ' + chosen if chosen else ''}{text}"
+            goals.append(_goal(product, instruction, note["instruction_attributes"], options, limit))
     return goals
 
 

@@ -73,7 +73,7 @@ def rich(page: Page, seen: Collection[str]) -> str:
         page: the page.
         seen: asins of the products opened since the last search page.
     """
-    said, lines = "", []
+    clicked, lines = "", []
     for kind, text in page.pieces:
         if kind is Kind.BUTTON:
             lines.append(f"[button] {text} [button_]\n")
@@ -82,14 +82,14 @@ def rich(page: Page, seen: Collection[str]) -> str:
             lines.append(
                 f"  [clicked button] {text} [clicked button_]\n" if chosen else f"  [button] {text} [button_]\n"
             )
-            said = f"You have clicked {text}.\n{said}" if chosen else said
+            clicked = f"You have clicked {text}.\n{clicked}" if chosen else clicked
         elif kind is Kind.PRODUCT:
             lines.append(
                 f"\n[clicked button] {text} [clicked button_]\n" if text in seen else f"\n[button] {text} [button_]\n"
             )
         else:
             lines.append(text + "\n")
-    return said + "".join(lines)
+    return clicked + "".join(lines)
 
 
 def search_page(instruction: str, url: str) -> Page:
@@ -125,7 +125,8 @@ def sub_page(instruction: str | None, url: str, product: Product, name: str) -> 
     elif name == "Features":
         pieces += _texts(*(f" {bullet}" for bullet in product.bullets))
     elif name == "Attributes":
-        pieces += _texts(*(f" {each}" for each in product.attributes), product.category, product.query, product.kind)
+        attributes = (f" {attribute}" for attribute in product.attributes)
+        pieces += _texts(*attributes, product.category, product.query, product.kind)
     return Page(tuple(pieces), url, name=name, products=(product,))
 
 
@@ -150,8 +151,8 @@ def done_page(url: str, product: Product, chosen: Mapping[str, str], reward: flo
 
 def _head(instruction: str | None, *buttons: str) -> list[Piece]:
     """Makes the top of every page except the search page. Without an instruction, it has only the buttons."""
-    said = [] if instruction is None else _texts("Instruction:", instruction)
-    return [*said, *_buttons(*buttons)]
+    texts = [] if instruction is None else _texts("Instruction:", instruction)
+    return [*texts, *_buttons(*buttons)]
 
 
 def _buttons(*names: str) -> list[Piece]:

@@ -67,7 +67,7 @@ def read_products(
     """Cleans products as WebShop does. Products without a valid id, and repetitions of an id, are skipped.
 
     Args:
-        items: entries of `items_shuffle*.json`; `files.read_files` checks them.
+        items: entries of `items_shuffle*.json`; `shop.read_files` checks them.
         annotations: `items_ins_v2*.json`, asin -> {attributes, …}.
 
     Raises:
@@ -120,7 +120,7 @@ def prices_of(text: str) -> tuple[float, ...]:
 
 def _options(customizations: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return {
-        name.lower(): tuple(each["value"].strip().replace("/", " | ").lower() for each in values)
+        name.lower(): tuple(entry["value"].strip().replace("/", " | ").lower() for entry in values)
         for name, values in customizations.items()
         if values is not None
     }

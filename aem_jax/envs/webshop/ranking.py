@@ -57,10 +57,10 @@ class Ranking:
         scores = np.zeros(len(self.norms), np.float64)
         hit = np.zeros(len(self.norms), np.bool_)
         for term, count in Counter(terms(query)).items():
-            found = self._postings(term)
-            if found is None:
+            postings = self._postings(term)
+            if postings is None:
                 continue
-            documents, frequencies = found
+            documents, frequencies = postings
             share = (self.counted - len(documents) + 0.5) / (len(documents) + 0.5)
             weight = np.float32(count) * np.float32(math.log(1 + share))
             scores[documents] += weight - weight / (np.float32(1) + frequencies * self.norms[documents])
@@ -91,8 +91,13 @@ class Ranking:
         return self.documents[part], self.frequencies[part]
 
 
-class _MappedTerms(Sequence[bytes]):
-    """Sorted terms in one memory-mapped array of bytes, so that workers share the memory of a million terms."""
+class MappedTexts(Sequence[bytes]):
+    """Texts in one memory-mapped array of bytes, which all processes of a host share.
+
+    Args:
+        text: uint8 [n], the concatenated texts.
+        ends: int64 [texts + 1]; text i is `text[ends[i] : ends[i + 1]]`.
+    """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray):
         self._text, self._ends = text, ends
@@ -101,6 +106,8 @@ class _MappedTerms(Sequence[bytes]):
         return len(self._ends) - 1
 
     def __getitem__(self, item):
+        if not 0 <= item < len(self):
+            raise IndexError(item)
         return self._text[int(self._ends[item]) : int(self._ends[item + 1])].tobytes()
 
 
@@ -109,7 +116,7 @@ def load_ranking(folder: Path) -> Ranking:
     arrays = {name: np.load(folder / f"ranking-{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS}
     text, ends = (np.load(folder / f"ranking-{name}.npy", mmap_mode="r").view(np.ndarray) for name in ("terms", "ends"))
     counted = json.loads((folder / "ranking.json").read_text(encoding="utf-8"))["counted"]
-    return Ranking(_MappedTerms(text, ends), **arrays, counted=counted)
+    return Ranking(MappedTexts(text, ends), **arrays, counted=counted)
 
 
 def build_ranking(ids: Sequence[str], texts: Iterable[str]) -> Ranking:
@@ -125,9 +132,9 @@ def build_ranking(ids: Sequence[str], texts: Iterable[str]) -> Ranking:
     postings: dict[str, tuple[list[int], list[int]]] = {}
     lengths = []
     for number, text in enumerate(texts):
-        found = Counter(terms(text))
-        lengths.append(found.total())
-        for term, count in found.items():
+        frequency = Counter(terms(text))
+        lengths.append(frequency.total())
+        for term, count in frequency.items():
             documents, counts = postings.setdefault(term, ([], []))
             documents.append(number)
             counts.append(count)

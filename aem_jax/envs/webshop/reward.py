@@ -101,8 +101,8 @@ def matched_options(chosen: Iterable[str], wanted: Iterable[str] | Mapping[str, 
     Synthetic goals contain options as `name -> value`. As in the original, name and value are compared together.
     """
     pairs = wanted.items() if isinstance(wanted, Mapping) else wanted
-    own = [plain_colour(each) for each in chosen]
-    return sum(any(alike(mine, plain_colour(each)) for mine in own) for each in pairs)
+    own = [plain_colour(option) for option in chosen]
+    return sum(any(alike(mine, plain_colour(option)) for mine in own) for option in pairs)
 
 
 def plain_colour(option: str | tuple[str, str]) -> str:

@@ -1,17 +1,23 @@
-"""Opens the shop: WebShop's own files, or a generated shop. The first worker builds the index; all workers use it."""
+"""Opens the shop: WebShop's own files, or a generated shop. The first worker builds the index; all workers use it.
+
+The fields of WebShop's files that a shop is built from are checked here, so that errors can name the file and the
+position. Other fields are not checked.
+"""
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aem_jax.envs.webshop.catalog import Catalog, hash_of, open_catalog
-from aem_jax.envs.webshop.files import read_files
+from aem_jax.envs.webshop.catalog import Catalog, ShopData, hash_of, open_catalog
 from aem_jax.envs.webshop.generator.config import GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.goals import GOAL_SOURCES
+from aem_jax.envs.webshop.products import has_id, prices_of
 from aem_jax.envs.webshop.tasks import HELD_OUT
+from aem_jax.files import read_json
 
 _GENERATOR = Path(__file__).with_name("generator")
 _SMALL = 1000
@@ -75,14 +81,112 @@ def _files(config: ShopConfig) -> tuple[Path, Path, Path]:
     """Returns the paths of items, annotations and instructions. For synthetic goals, the last file may be missing."""
     folder = Path(config.data).expanduser()
     sizes = ("_1000", "") if 0 < config.limit <= _SMALL else ("", "_1000")
-    found = []
+    files = []
     for name in ("items_shuffle", "items_ins_v2"):
         paths = [folder / f"{name}{size}.json" for size in sizes]
-        path = next((each for each in paths if each.is_file()), None)
+        path = next((path for path in paths if path.is_file()), None)
         if path is None:
             raise ValueError(f"expected WebShop's {paths[0].name} or {paths[1].name} in {folder}, found neither")
-        found.append(path)
+        files.append(path)
     human = folder / "items_human_ins.json"
     if config.goals == "human" and not human.is_file():
         raise ValueError(f"expected WebShop's {human.name} in {folder}, found none; or set shop.goals to synthetic")
-    return found[0], found[1], human
+    return files[0], files[1], human
+
+
+def read_files(items: Path, annotations: Path, instructions: Path, limit: int = 0) -> ShopData:
+    """Reads and checks WebShop's files.
+
+    Args:
+        items: file with a list of products.
+        annotations: file with asin -> {attributes, instruction, instruction_attributes}.
+        instructions: file with asin -> [{instruction, instruction_attributes, instruction_options}]; optional.
+        limit: number of products to use, from the first; 0 uses all.
+
+    Raises:
+        ValueError: a file has unexpected content; the message names the file and the position.
+    """
+    products = _json(items, list)[: limit or None]
+    notes = _json(annotations, dict)
+    human = _json(instructions, dict) if instructions.is_file() else {}
+    for index, item in enumerate(products):
+        place = f"{items}[{index}]"
+        _check_item(place, item)
+        if (asin := item["asin"]) in notes:
+            _check_annotation(f"{annotations}[{asin!r}]", notes[asin])
+        place = f"{instructions}[{asin!r}]"
+        for number, entry in enumerate(_expect(place, human.get(asin, []), list)):
+            _check_instruction(f"{place}[{number}]", entry)
+    if not any(has_id(item["asin"]) for item in products):
+        raise ValueError(f"expected products to sell in {items}, got none with an id of at most ten characters")
+    return ShopData(products, notes, human)
+
+
+def _json(path: Path, form: type) -> Any:
+    content = read_json(path)
+    if not isinstance(content, form):
+        raise ValueError(f"expected a JSON {_FORMS[form]} in {path}, got {_named(content)}")
+    return content
+
+
+def _check_item(place: str, item: Any) -> None:
+    if not has_id(_field(place, item, "asin", str)):
+        return  # without a valid id, the product is skipped and not checked
+    for name in ("name", "category", "query", "product_category"):
+        _field(place, item, name, str)
+    _field(place, item, "full_description", str, type(None))
+    bullets = _field(place, item, "small_description", list, str, type(None))
+    if isinstance(bullets, list):
+        _texts(f"{place}: small_description", bullets)
+    if item.get("pricing"):
+        try:
+            prices_of(_field(place, item, "pricing", str))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    if item.get("images"):
+        _expect(f"{place}: images[0]", _field(place, item, "images", list)[0], str)
+    options = _field(place, item, "customization_options", dict) if item.get("customization_options") else {}
+    for name, values in options.items():
+        where = f"{place}: customization_options[{name!r}]"
+        for number, value in enumerate(_expect(where, values, list, type(None)) or ()):
+            _field(f"{where}[{number}]", value, "value", str)
+
+
+def _check_annotation(place: str, note: Any) -> None:
+    if "attributes" in _expect(place, note, dict):
+        _texts(f"{place}: attributes", note["attributes"])
+    if note.get("instruction") is not None:
+        _field(place, note, "instruction", str)
+    _texts(f"{place}: instruction_attributes", note.get("instruction_attributes") or [])
+
+
+def _check_instruction(place: str, entry: Any) -> None:
+    if not _field(place, entry, "instruction_attributes", list, type(None)):
+        return  # no attributes: it gives no goal
+    _field(place, entry, "instruction", str)
+    for name in ("instruction_attributes", "instruction_options"):
+        _texts(f"{place}: {name}", _field(place, entry, name, list))
+
+
+_FORMS: Mapping[type, str] = {str: "text", list: "list", dict: "mapping", type(None): "null"}
+
+
+def _field(place: str, entry: Any, name: str, *forms: type) -> Any:
+    if name not in _expect(place, entry, dict):
+        raise ValueError(f"{place}: expected an entry of WebShop's files, got one without {name!r}: {entry!r:.200}")
+    return _expect(f"{place}: {name}", entry[name], *forms)
+
+
+def _texts(place: str, values: Any) -> None:
+    for number, value in enumerate(_expect(place, values, list)):
+        _expect(f"{place}[{number}]", value, str)
+
+
+def _expect(place: str, value: Any, *forms: type) -> Any:
+    if not isinstance(value, forms):
+        raise ValueError(f"{place}: expected {' or '.join(_FORMS[form] for form in forms)}, got {_named(value)}")
+    return value
+
+
+def _named(value: Any) -> str:
+    return f"{type(value).__name__} {value!r:.80}"

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from aem_jax.envs.webshop.engine import Shop, Visit
 from aem_jax.envs.webshop.html import render, render_page
-from aem_jax.envs.webshop.tasks import SPLITS, GoalTasks, goal_tasks
+from aem_jax.envs.webshop.tasks import SPLITS, goal_tasks
 
 MAX_VISITS = 1000
 """Maximum number of visits that are kept. The oldest ones are dropped."""
@@ -29,7 +29,7 @@ def make_site(shop: Shop, held_out: str = "products") -> Starlette:
         held_out: unit that the displayed splits do not share, one of `HELD_OUT`.
     """
     visits: OrderedDict[str, tuple[Visit, str]] = OrderedDict()
-    tasks: dict[str, GoalTasks] = {split: goal_tasks(shop.catalog, split, held_out) for split in SPLITS}
+    tasks = {split: goal_tasks(shop.catalog, split, held_out) for split in SPLITS}
 
     async def start(request: Request) -> Response:
         split = request.query_params.get("split", "valid")
@@ -55,21 +55,21 @@ def make_site(shop: Shop, held_out: str = "products") -> Starlette:
         return RedirectResponse(f"/visit/{name}", 303)
 
     async def show(request: Request) -> Response:
-        found = visits.get(request.path_params["visit"])
-        if found is None:
+        entry = visits.get(request.path_params["visit"])
+        if entry is None:
             return _sorry("This visit is over.", 404)
-        visit, following = found
+        visit, following = entry
         return HTMLResponse(render_page(visit, f"/visit/{request.path_params['visit']}", following=following))
 
     async def act(request: Request) -> Response:
-        found = visits.get(request.path_params["visit"])
-        if found is None:
+        entry = visits.get(request.path_params["visit"])
+        if entry is None:
             return _sorry("This visit is over.", 404)
         form = dict(parse_qsl((await request.body()).decode(errors="replace")))
         action, query = form.get("action", ""), form.get("query", "")
-        if not found[0].done:
+        if not entry[0].done:
             # brackets would split the words from the action
-            found[0].step(action or f"search[{query.replace('[', ' ').replace(']', ' ').strip()}]")
+            entry[0].step(action or f"search[{query.replace('[', ' ').replace(']', ' ').strip()}]")
         return RedirectResponse(f"/visit/{request.path_params['visit']}", 303)
 
     return Starlette(

@@ -8,10 +8,11 @@ by goal, a training goal may want one.
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import overload
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from aem_jax.envs.protocol import Task
+from aem_jax.envs.suite import NumberedTasks, set_name
 from aem_jax.envs.webshop.catalog import Catalog
 from aem_jax.envs.webshop.goals import Goal
 
@@ -28,40 +29,13 @@ SPLITS: Mapping[str, tuple[int, int]] = {"test": (0, 10), "valid": (10, 20), "tr
 """Split -> its range among a hundred parts of all products, or goals."""
 
 
-class GoalTasks(Sequence[Task]):
-    """Goals of a catalog as tasks, read on access.
-
-    Args:
-        catalog: the shop.
-        split: split, for the ids of the tasks.
-        numbers: numbers of the goals.
-    """
-
-    def __init__(self, catalog: Catalog, split: str, numbers: Sequence[int]):
-        self._catalog, self.split, self.numbers = catalog, split, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    @overload
-    def __getitem__(self, item: int) -> Task: ...
-    @overload
-    def __getitem__(self, item: slice) -> "GoalTasks": ...
-    def __getitem__(self, item: int | slice) -> "Task | GoalTasks":
-        if isinstance(item, slice):
-            return GoalTasks(self._catalog, self.split, self.numbers[item])
-        number = self.numbers[item]
-        goal = self._catalog.goals[number]
-        return Task(f"{self.split}-{number}", goal.category, {"goal": goal.to_json(), "shop": self._catalog.id})
-
-
 def split_of(goal: Goal, held_out: str = "products") -> str:
     """Returns the split of a goal."""
     part = int.from_bytes(hashlib.sha256(f"webshop/{HELD_OUT[held_out](goal)}".encode()).digest()[:8]) % 100
     return next(name for name, (low, high) in SPLITS.items() if low <= part < high)
 
 
-def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> GoalTasks:
+def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> NumberedTasks:
     """Returns all goals of a split in the shop's order, which is shuffled, so any prefix is a fair sample.
 
     Goals with the same instruction as a goal of an earlier split in `SPLITS` are skipped, because two products may be
@@ -84,18 +58,23 @@ def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> Goal
     numbers = [number for number, (at, instruction) in enumerate(goals) if at == place and instruction not in known]
     if not numbers:
         raise ValueError(f"expected goals of split {split} in shop {catalog.id}, found none among {len(catalog.goals)}")
-    return GoalTasks(catalog, split, numbers)
+    return NumberedTasks(numbers, partial(_goal_task, catalog, split))
 
 
-def training_tasks(catalog: Catalog, seed: int = 0, held_out: str = "products") -> GoalTasks:
+def _goal_task(catalog: Catalog, split: str, number: int) -> Task:
+    goal = catalog.goals[number]
+    return Task(f"{split}-{number}", goal.category, {"goal": goal.to_json(), "shop": catalog.id})
+
+
+def training_tasks(catalog: Catalog, seed: int = 0, held_out: str = "products") -> NumberedTasks:
     """Returns the training goals, shuffled with the seed."""
     tasks = goal_tasks(catalog, "train", held_out)
     numbers = list(tasks.numbers)
     random.Random(f"training order/{seed}").shuffle(numbers)
-    return GoalTasks(catalog, "train", numbers)
+    return NumberedTasks(numbers, tasks.make)
 
 
-def eval_set(catalog: Catalog, split: str, size: int, held_out: str = "products") -> tuple[GoalTasks, str]:
+def eval_set(catalog: Catalog, split: str, size: int, held_out: str = "products") -> tuple[NumberedTasks, str]:
     """Returns a fixed set of goals, and a name that changes when the content of a goal or of the shop changes.
 
     Args:
@@ -110,7 +89,5 @@ def eval_set(catalog: Catalog, split: str, size: int, held_out: str = "products"
     if size < 1:
         raise ValueError(f"expected size >= 1, got {size}")
     tasks = goal_tasks(catalog, split, held_out)[:size]
-    digest = hashlib.sha256(catalog.id.encode())
-    for task in tasks:
-        digest.update(json.dumps(task.payload, sort_keys=True).encode())
-    return tasks, f"{split}-{len(tasks)}-{digest.hexdigest()[:6]}"
+    goals = (json.dumps(task.payload, sort_keys=True).encode() for task in tasks)
+    return tasks, set_name(split, len(tasks), (catalog.id.encode(), *goals))

@@ -36,7 +36,7 @@ def test_addresses(url, full):
         *("::1", "::1:8000", "[::1", "ws://[::zz]:1"),
     ],
 )
-def test_what_is_no_address(url):
+def test_invalid_addresses_are_refused(url):
     with pytest.raises(ValueError, match="expected an environment server as host:port, http://… or ws://…, got") as why:
         websocket_url(url)
     assert ("in brackets, as in [::1]:8765" in str(why.value)) == url.startswith("::1")
@@ -49,7 +49,7 @@ def test_passwords_are_not_shown():
     assert "secret" not in str(error.value)
 
 
-def test_a_token_goes_over_a_network_encrypted_or_not_at_all():
+def test_a_token_needs_an_encrypted_connection_or_this_machine():
     assert all(map(keeps_secrets, ("localhost:1", "ws://127.0.0.1:1", "[::1]:2", "HTTPS://h", "wss://h:1/p")))
     for url in ("h:1", "ws://127.0.0.1.evil.org", "ws://localhost:x@evil.org", "http://[::2]"):
         assert not keeps_secrets(url)

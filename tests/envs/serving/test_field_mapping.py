@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from aem_jax.envs.protocol import EnvError, RefusedError, StepResult, encode_error
+from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
 from aem_jax.envs.serving.field_mapping import FieldMapping, decode_result, decode_step, step_encoder
+from aem_jax.envs.serving.session import encode_error
 
 BARE = FieldMapping(
     won_field="", truncated_field="", terminated_field="", valid_field="", admissible_field="", info_field=""
 )
 
 
-def said(observation, reward=0.0, done=False):
+def reply(observation, reward=0.0, done=False):
     return json.dumps({"type": "observation", "data": {"observation": observation, "reward": reward, "done": done}})
 
 
@@ -24,7 +25,7 @@ def sent(mapping: FieldMapping, text: str):
 
 
 def text_of(path, observation):
-    return decode_result(said(observation), replace(BARE, text_field=path)).observation
+    return decode_result(reply(observation), replace(BARE, text_field=path)).observation
 
 
 def test_an_action_inside_an_action():
@@ -46,7 +47,7 @@ def test_an_action_inside_an_action():
         ("4", "4"),  # without a match the server judges the full text
     ],
 )
-def test_what_of_a_response_is_sent(response, action):
+def test_action_pattern_selects_the_part_of_a_response_to_send(response, action):
     assert sent(FieldMapping("answer", action_pattern="<answer>(.*?)</answer>"), response) == {"answer": action}
 
 
@@ -71,7 +72,7 @@ def test_a_pattern_needs_a_group():
         ("messages.content|", ""),
     ],
 )
-def test_a_path_finds(path, text):
+def test_a_path_selects_a_text(path, text):
     messages = [{"content": "first"}, {"content": "last"}]
     observation = {"messages": messages, "prompt": "go", "result": None, "error": {"message": "no tool"}}
     assert text_of(path, observation) == text
@@ -88,25 +89,25 @@ def test_a_path_finds(path, text):
         ("messages|", "expected text in 'messages|'"),  # a value is present, and it is no text
     ],
 )
-def test_a_path_that_finds_nothing_says_so(path, why):
+def test_a_missing_path_is_an_error_with_its_reason(path, why):
     with pytest.raises(EnvError) as error:
         text_of(path, {"messages": [{"content": "x"}], "result": None})
     assert why in str(error.value)
 
 
-def test_what_may_be_missing_has_a_default():
+def test_optional_fields_have_defaults():
     optional = FieldMapping(
         "text", "{}", "text", "won|", "truncated|", "terminated|", "valid_action|", "admissible|", "info|"
     )
     won = {"won": True, "valid_action": True}
-    assert decode_result(said({"text": "x"}, 1, True), optional) == StepResult("x", 1.0, terminated=True, info=won)
+    assert decode_result(reply({"text": "x"}, 1, True), optional) == StepResult("x", 1.0, terminated=True, info=won)
     # a present field counts: lost at a limit, whatever the reward
     lost = {"won": False, "valid_action": False, "admissible": ["go"], "more": 1}
     fields = {"won": False, "truncated": True, "terminated": False, "valid_action": False}
     observation = {"text": "x", **fields, "admissible": ["go"], "info": {"more": 1}}
-    assert decode_result(said(observation, 1, True), optional) == StepResult("x", 1.0, truncated=True, info=lost)
+    assert decode_result(reply(observation, 1, True), optional) == StepResult("x", 1.0, truncated=True, info=lost)
     with pytest.raises(EnvError, match=r"expected true or false in 'won\|', got 'yes'"):
-        decode_result(said({"text": "x", "won": "yes"}), optional)
+        decode_result(reply({"text": "x", "won": "yes"}), optional)
 
 
 @pytest.mark.parametrize(
@@ -114,20 +115,20 @@ def test_what_may_be_missing_has_a_default():
 )
 def test_a_last_reward_above_a_threshold_wins(reward, done, won):
     mapping = replace(BARE, won_above=0.99)
-    assert decode_result(said({"text": "x"}, reward, done), mapping).info["won"] is won
+    assert decode_result(reply({"text": "x"}, reward, done), mapping).info["won"] is won
 
 
 def test_a_score_is_the_tasks_own():
     mapping = replace(BARE, score_field="score")
-    assert decode_result(said({"text": "x", "score": 0.25}, 1, True), mapping).score == 0.25
-    open_ = decode_result(said({"text": "x", "score": None}), mapping)
+    assert decode_result(reply({"text": "x", "score": 0.25}, 1, True), mapping).score == 0.25
+    open_ = decode_result(reply({"text": "x", "score": None}), mapping)
     assert "score" not in open_.info and open_.score == 0.0
     for bad in ("1", float("nan")):
         with pytest.raises(EnvError, match="expected a finite score in 'score'"):
-            decode_result(said({"text": "x", "score": bad}), mapping)
+            decode_result(reply({"text": "x", "score": bad}), mapping)
 
 
-def test_what_the_server_refuses_is_an_invalid_action_if_that_is_asked_for():
+def test_an_error_among_invalid_codes_is_an_invalid_action():
     refused = encode_error("VALIDATION_ERROR", "Invalid message", errors=[{"loc": ["move", 0], "msg": "not a move"}])
     mapping = FieldMapping(invalid_codes=("VALIDATION_ERROR",))
     assert decode_step(refused, mapping) == StepResult(

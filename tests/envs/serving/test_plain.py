@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aem_jax.envs.protocol import MAX_MESSAGE_BYTES, StepResult, checked_result, encode_result
-from aem_jax.envs.serving.plain import flag, number, plain
+from aem_jax.envs.protocol import MAX_MESSAGE_BYTES, StepResult
+from aem_jax.envs.serving.plain import checked_result, flag, number, plain
+from aem_jax.envs.serving.session import encode_result
 
 
 class Colour(Enum):
@@ -59,10 +60,10 @@ def checked(*fields, **info):
         ("half \ud83d of a pair", "half \ufffd of a pair"),
     ],
 )  # fmt: skip
-def test_values_count_as_what_they_hold(value, expected):
-    found = plain({"key": value}, "info")["key"]
-    assert found == expected and type(found) is type(expected)
-    assert json.loads(json.dumps(found, allow_nan=False)) == expected
+def test_values_are_converted_to_json_values(value, expected):
+    converted = plain({"key": value}, "info")["key"]
+    assert converted == expected and type(converted) is type(expected)
+    assert json.loads(json.dumps(converted, allow_nan=False)) == expected
 
 
 LOOP: list = []
@@ -79,27 +80,33 @@ LOOP.append(LOOP)
         ({"loop": LOOP}, "nested too deeply or inside themselves"),
     ],
 )
-def test_what_has_no_plain_value_is_named(value, why):
+def test_a_value_without_a_json_equivalent_is_named(value, why):
     with pytest.raises(ValueError, match=why):
         plain(value, "info")
 
 
 def test_numbers_and_flags():
     numbers = [1, True, np.float32(2), np.array(3), Decimal(4), Colour.RED]
-    assert [number(each) for each in numbers] == [1.0, 1.0, 2.0, 3.0, 4.0, 3.0]
+    assert [number(value) for value in numbers] == [1.0, 1.0, 2.0, 3.0, 4.0, 3.0]
     none = [float("nan"), float("inf"), 1e300, 10**400, None, "1", np.array([3]), b"1"]
-    assert [number(each) for each in none] == [None] * len(none)
-    assert [flag(each) for each in (1, True, np.bool_(False), np.array(True), 0.0)] == [True, True, False, True, False]
-    assert [flag(each) for each in (2, None, "True", [], float("nan"))] == [None] * 5
+    assert [number(value) for value in none] == [None] * len(none)
+    assert [flag(value) for value in (1, True, np.bool_(False), np.array(True), 0.0)] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert [flag(value) for value in (2, None, "True", [], float("nan"))] == [None] * 5
 
 
-def test_a_result_of_numpy_is_one_of_plain_values():
+def test_a_result_with_numpy_values_is_converted():
     info = {"won": np.bool_(True), "score": np.float32(0.5), "admissible": ("a", "b"), "steps": np.int64(3)}
-    found = checked("x\ud800", np.float32(1), np.bool_(True), np.bool_(False), **info)
-    assert found == StepResult(
+    converted = checked("x\ud800", np.float32(1), np.bool_(True), np.bool_(False), **info)
+    assert converted == StepResult(
         "x\ufffd", 1.0, True, False, {"won": True, "score": 0.5, "admissible": ["a", "b"], "steps": 3}
     )
-    assert json.loads(encode_result(found, send_admissible=True))["data"]["reward"] == 1.0
+    assert json.loads(encode_result(converted, send_admissible=True))["data"]["reward"] == 1.0
     assert checked("x", score=float("nan"), won=None).info == {}  # not known yet
 
 
@@ -119,18 +126,18 @@ def test_a_result_of_numpy_is_one_of_plain_values():
         (("x",), {"env": Env()}, r"in Env.step's info\['env'\]"),
     ],
 )  # fmt: skip
-def test_each_part_that_is_wrong_is_named(fields, info, why):
+def test_a_wrong_part_of_a_result_is_named(fields, info, why):
     with pytest.raises(ValueError, match=why):
         checked(*fields, **info)
 
 
 @pytest.mark.parametrize("result", [None, ("observation", {}), {"observation": "x"}])
-def test_gymnasiums_answers_are_told_what_is_expected(result):
+def test_gymnasium_style_results_are_refused_with_the_expected_form(result):
     with pytest.raises(ValueError, match=r"expected a StepResult .* from Env.reset, got .*; return aem_jax.envs"):
         checked_result(Env(), "reset", result)
 
 
-def test_an_answer_larger_than_a_message_is_named_by_its_largest_part():
+def test_a_reply_above_the_message_size_is_refused_with_its_largest_part():
     result = StepResult("x", info={"frame": "y" * MAX_MESSAGE_BYTES})
     with pytest.raises(ValueError, match=r"at most 16 MiB .* got 16.0 MiB, 16.0 MiB of it in info\['frame'\]"):
         encode_result(result, send_admissible=False)

@@ -16,10 +16,11 @@ import pytest
 from envs.servers import foreign_server, served
 
 from aem_jax.envs.protocol import EnvError, LostError, RefusedError
-from aem_jax.envs.serving.client import Connection, RemoteEnvironment, bearer
+from aem_jax.envs.serving.address import bearer
+from aem_jax.envs.serving.client import RemoteEnvironment
 from aem_jax.envs.serving.field_mapping import FieldMapping, decode_step
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
-from aem_jax.envs.serving.pool_session import Clock, PoolSession
+from aem_jax.envs.serving.pool_session import Clock, Connection, PoolSession
 from aem_jax.envs.serving.supervisor import Supervisor
 
 SMALL = PoolConfig(num_servers=2, sessions_per_server=2, first_pause_s=0.05)
@@ -63,7 +64,7 @@ def test_a_step_before_any_reset_is_an_env_error():
         assert pool.reset(1, {"word": "a"}).result(10).observation == "say a"
 
 
-def test_admissible_actions_travel_only_when_asked_for():
+def test_admissible_actions_are_sent_only_with_send_admissible():
     for wanted in (False, True):
         config = PoolConfig(num_servers=1, sessions_per_server=1, send_admissible=wanted)
         with EnvPool(config, ("echo", {})) as pool:
@@ -85,7 +86,7 @@ def test_close_ends_servers_and_calls_under_way():
         pool.reset(0, {})
 
 
-def test_misuse_is_said_at_once():
+def test_misuse_is_refused_at_once():
     with EnvPool(SMALL, ("echo-slow", {"step_latency_s": 0.3})) as pool:
         for session in (-1, 4):
             with pytest.raises(ValueError, match=f"expected a session from 0 to 3, got {session}"):
@@ -133,7 +134,7 @@ def test_a_failure_is_blamed_on_the_process_that_was_connected_to(monkeypatch):
         return Dead()
 
     async def run():
-        server = Supervisor(0, "", AsyncMock(), 0.01, lambda *failure: failures.append(failure))
+        server = Supervisor(0, "", AsyncMock(), 0.01, lambda *failure: failures.append(failure), restarts.append)
         server.process = old
         server.up.set()
         session = PoolSession(0, server, PoolConfig(), Clock())
@@ -148,9 +149,9 @@ def test_a_failure_is_blamed_on_the_process_that_was_connected_to(monkeypatch):
         assert server.up.is_set() and not failures
         session.end_if_expired()
         assert not server.up.is_set() and len(failures) == 1  # this failure is the new process's
-        await server._tasks.cancel()
+        restarts.pop().close()
 
-    failures, old, new = [], Mock(pid=1, port=1), Mock(pid=2, port=1)
+    failures, restarts, old, new = [], [], Mock(pid=1, port=1), Mock(pid=2, port=1)
     monkeypatch.setattr(Connection, "open", connect)
     asyncio.run(run())
 
@@ -163,7 +164,7 @@ def test_an_unknown_environment():
         EnvPool(SMALL, ("ecko", {}))
 
 
-def test_a_server_that_cannot_start_is_quoted():
+def test_a_failed_start_quotes_the_servers_output():
     with pytest.raises(EnvError) as caught:
         EnvPool(SMALL, ("echo", {"lenght": 3}))
     assert "environment server 'echo' did not start (exit status 2); output:" in str(caught.value)
@@ -182,12 +183,12 @@ def test_a_slow_start_is_waited_for():
         assert pool.reset(0, {"word": "a"}).result(10).observation == "say a"
 
 
-def test_nobody_at_a_url():
+def test_no_server_at_a_url():
     with pytest.raises(EnvError, match=r"environment server 0 \(ws://127.0.0.1:1/ws\) did not come back in time"):
         EnvPool(PoolConfig(urls=("127.0.0.1:1",), restart_wait_s=1.0), ("", {}))
 
 
-def test_too_little_room_at_a_url():
+def test_too_few_sessions_at_a_url():
     with served("echo", "--sessions", "1") as (address, _):
         config = PoolConfig(urls=(address,), sessions_per_server=2, first_pause_s=0.5)
         with pytest.raises(EnvError, match=r"expected 2 sessions on environment server 0 .* CAPACITY_REACHED"):
@@ -197,15 +198,15 @@ def test_too_little_room_at_a_url():
 # Deadlines.
 
 
-def test_a_missed_deadline_says_who_and_when():
+def test_a_missed_deadline_names_session_and_server():
     config = PoolConfig(num_servers=1, sessions_per_server=1, reset_deadline_s=5.0, step_deadline_s=0.5)
     with EnvPool(config, ("echo", {})) as pool:
         pool.reset(0, {"fault": {"kind": "hang", "step": 1}}).result(10)
         begin = time.monotonic()
-        said = (
+        message = (
             f"session 0: environment server 0 (pid {pool.server_pids[0]}): session 0 had no answer before its deadline"
         )
-        with pytest.raises(EnvError, match=re.escape(said)):
+        with pytest.raises(EnvError, match=re.escape(message)):
             pool.step(0, "x").result(10)
         assert 0.4 < time.monotonic() - begin < 3
         with pytest.raises(EnvError, match="session 0 has no episode, reset it"):
@@ -242,7 +243,7 @@ async def _fails():
     raise EnvError("no memory")
 
 
-def test_errors_quote_a_server_that_died():
+def test_an_exception_in_an_environment_is_quoted():
     with EnvPool(PoolConfig(num_servers=1, sessions_per_server=1), ("echo", {})) as pool:
         pool.reset(0, {"fault": {"kind": "raise", "step": 1}}).result(10)
         with pytest.raises(RefusedError, match="EXECUTION_ERROR: RuntimeError: scripted fault"):
@@ -265,7 +266,7 @@ def test_own_servers_started_by_hand():
             assert pool.reset(3, {"word": "a"}).result(10).observation == "say a"
 
 
-def test_a_server_by_hand_that_comes_back_is_connected_to_again():
+def test_a_restarted_server_at_a_url_is_connected_to_again():
     config_of = lambda address: PoolConfig(urls=(address,), sessions_per_server=2, first_pause_s=0.05)
     with contextlib.ExitStack() as stack:
         address, process = stack.enter_context(served("echo"))
@@ -284,10 +285,10 @@ def test_a_server_by_hand_that_comes_back_is_connected_to_again():
 
 
 def test_a_foreign_server_under_a_mapping():
-    heard = []
+    received = []
 
     def reply(message):
-        heard.append(message)
+        received.append(message)
         if message["type"] == "state":
             return '{"type": "state", "data": {"step_count": 0}}'
         done = message["type"] == "step"
@@ -303,7 +304,7 @@ def test_a_foreign_server_under_a_mapping():
             result = pool.step(0, "hello").result(10)
             assert (result.observation, result.reward, result.terminated) == ("hello", 0.5, True)
             assert result.info == {"won": True, "valid_action": True}
-    assert heard[1:3] == [{"type": "reset", "data": {"seed": 3}}, {"type": "step", "data": {"message": "hello"}}]
+    assert received[1:3] == [{"type": "reset", "data": {"seed": 3}}, {"type": "step", "data": {"message": "hello"}}]
 
 
 def test_a_server_that_wants_a_token(monkeypatch):
@@ -328,14 +329,14 @@ def test_a_server_that_wants_a_token(monkeypatch):
         with pytest.raises(ValueError, match="expected the name of an environment variable") as refused:
             bearer("hf_abc")
         assert "hf_abc" not in str(refused.value)
-        for value, found in (("", "nothing"), ("two words", "something else"), ("abc\r\nHost: x", "something else")):
+        for value, kind in (("", "nothing"), ("two words", "something else"), ("abc\r\nHost: x", "something else")):
             monkeypatch.setenv("SERVER_TOKEN", value)
-            with pytest.raises(ValueError, match=f"expected a token in the .* SERVER_TOKEN, found {found}; export"):
+            with pytest.raises(ValueError, match=f"expected a token in the .* SERVER_TOKEN, found {kind}; export"):
                 EnvPool(config, ("", {}))
 
 
 @pytest.mark.parametrize("answer", ["rubbish", '{"type": "state", "data": {}}', None])
-def test_a_foreign_server_that_answers_rubbish_or_nothing_costs_one_session(answer):
+def test_an_invalid_or_missing_reply_costs_one_session(answer):
     spoiled = threading.Event()
 
     def reply(message):
@@ -355,7 +356,7 @@ def test_a_foreign_server_that_answers_rubbish_or_nothing_costs_one_session(answ
                 pool.reset(session, {}).result(10)
             bad = pool.step(0, "spoil")
             assert pool.step(1, "x").result(10).observation == "fine"
-            with pytest.raises(EnvError, match=r"no answer before its deadline" if answer is None else "rubbish"):
+            with pytest.raises(EnvError, match=r"no answer before its deadline" if answer is None else "invalid reply"):
                 bad.result(10)
             assert pool.step(1, "x").result(10).observation == "fine"
             assert pool.reset(0, {}).result(10).observation == "fine"

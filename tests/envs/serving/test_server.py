@@ -21,14 +21,15 @@ from websockets.sync.client import connect
 
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
-from aem_jax.envs.registry import SERVED, environment_spec, settings_from_json
+from aem_jax.envs.registry import SERVED, environment_spec
 from aem_jax.envs.serving import field_mapping, server
 from aem_jax.envs.serving.client import RemoteEnvironment
 from aem_jax.envs.serving.field_mapping import FieldMapping
 from aem_jax.envs.serving.server import ACTION_SCHEMA, OBSERVATION_SCHEMA, ServerConfig
-from aem_jax.envs.serving.session import Session
+from aem_jax.envs.serving.session import Session, encode_result
 from aem_jax.envs.suite import EnvironmentSpec
 from aem_jax.envs.testing.echo import EchoEnv
+from aem_jax.files import parse_mapping
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def test_an_episode_message_by_message():
     assert session.answer('{"type": "close"}') is None
 
 
-def test_truncation_and_termination_are_told_apart_over_the_wire():
+def test_truncation_and_termination_are_distinct_on_the_wire():
     session = Session(EchoEnv(), send_admissible=False)
     session.answer('{"type": "reset", "data": {"length": 1}}')
     result = field_mapping.decode_result(
@@ -90,9 +91,9 @@ def test_truncation_and_termination_are_told_apart_over_the_wire():
 def test_a_result_survives_the_wire():
     info = {"won": True, "valid_action": False, "score": 0.5, "admissible": ["a", "b"]}
     result = StepResult("ü€𝄞\ud800\x00", -0.1, True, False, info)
-    arrived = field_mapping.decode_result(protocol.encode_result(result, send_admissible=True), FieldMapping())
+    arrived = field_mapping.decode_result(encode_result(result, send_admissible=True), FieldMapping())
     assert arrived == replace(result, observation="ü€𝄞\ufffd\x00")  # half a surrogate pair is no text
-    without = field_mapping.decode_result(protocol.encode_result(result, send_admissible=False), FieldMapping())
+    without = field_mapping.decode_result(encode_result(result, send_admissible=False), FieldMapping())
     assert without.info == {name: value for name, value in info.items() if name != "admissible"}
 
 
@@ -109,7 +110,7 @@ def test_the_environments_own_mistakes_are_execution_errors():
             raise OSError("cannot")
 
     session = Session(Bad(), send_admissible=False)
-    for text, said in (
+    for text, why in (
         ("exit", "SystemExit: 3 (line "),
         ("interrupt", "KeyboardInterrupt: not Ctrl-C, and not in one line (line "),
         ("nan", "expected a number, finite"),
@@ -117,7 +118,7 @@ def test_the_environments_own_mistakes_are_execution_errors():
     ):
         session.answer('{"type": "reset"}')
         reply = ask(session, {"type": "step", "data": {"text": text}})
-        assert reply["data"]["code"] == "EXECUTION_ERROR" and said in reply["data"]["message"]
+        assert reply["data"]["code"] == "EXECUTION_ERROR" and why in reply["data"]["message"]
     session.close()
 
 
@@ -139,15 +140,15 @@ def test_the_environments_own_mistakes_are_execution_errors():
         "[" * 100_000,
     ],
 )
-def test_rubbish_answers_are_env_errors(raw):
-    with pytest.raises(EnvError, match="rubbish"):
+def test_invalid_replies_are_env_errors(raw):
+    with pytest.raises(EnvError, match="invalid reply"):
         field_mapping.decode_result(
             raw, FieldMapping(won_field="", truncated_field="", terminated_field="", info_field="")
         )
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "why"),
     [
         ({"reward": float("nan")}, "finite reward"),
         ({"reward": "1"}, "finite reward"),
@@ -160,15 +161,15 @@ def test_rubbish_answers_are_env_errors(raw):
         ({"done": True, "terminated": False, "truncated": False}, "terminated or truncated"),
     ],
 )
-def test_every_field_of_an_answer_is_examined(change, said):
-    data = json.loads(protocol.encode_result(StepResult("x"), send_admissible=False))["data"]
+def test_every_field_of_a_reply_is_checked(change, why):
+    data = json.loads(encode_result(StepResult("x"), send_admissible=False))["data"]
     for name, value in change.items():
         (data if name in data else data["observation"])[name] = value
-    with pytest.raises(EnvError, match=said):
+    with pytest.raises(EnvError, match=why):
         field_mapping.decode_result(json.dumps({"type": "observation", "data": data}), FieldMapping())
 
 
-def test_a_foreign_servers_words_are_mapped():
+def test_a_foreign_servers_fields_are_mapped():
     mapping = FieldMapping(
         action_field="command",
         action_constants='{"session": "s", "timeout": 3}',
@@ -194,11 +195,11 @@ def test_a_foreign_servers_words_are_mapped():
     assert reply(False, None, False) == StepResult("a.py", 0.0, info=info(False))
     assert reply(False, True, True) == StepResult("a.py", 1.0, terminated=True, info=info(True))
     assert reply(True, 1.0, True) == StepResult("a.py", 1.0, truncated=True, info=info(False))
-    whole = field_mapping.decode_result(
+    unmapped = field_mapping.decode_result(
         '{"type": "observation", "data": {"observation": {"a": 1}, "reward": 0, "done": false}}',
         FieldMapping("x", "{}", "", "", "", "", "", "", ""),
     )
-    assert whole.observation == '{"a": 1}'
+    assert unmapped.observation == '{"a": 1}'
 
 
 def test_bad_action_constants_are_refused():
@@ -210,7 +211,7 @@ def test_bad_action_constants_are_refused():
 def test_a_task_that_is_no_json_is_refused():
     for task in ({"x": object()}, {"x": float("nan")}):
         with pytest.raises(ValueError, match="expected a task as a mapping of plain JSON"):
-            protocol.encode_reset(task)
+            field_mapping.encode_reset(task)
 
 
 # Names and settings.
@@ -223,7 +224,7 @@ def test_names_and_settings_are_checked_with_the_nearest_named():
         environment_spec("echo").factory({"lenght": 3})
     for text in ("{", "[1]"):
         with pytest.raises(ValueError, match="expected settings as a JSON mapping"):
-            settings_from_json(text)
+            parse_mapping(text, "settings")
     with pytest.raises(ValueError, match="expected at least one session"):
         ServerConfig(sessions=0)
     with pytest.raises(ValueError, match="expected a port"):
@@ -300,16 +301,16 @@ def test_a_bad_command_line_is_one_line_of_error():
         f"error: expected an environment of {', '.join(SERVED)}, or file.py:attribute, got 'ecko'; "
         "did you mean 'echo'?\n",
     )
-    status, said = run_server("echo", settings={"lenght": 1})
-    assert status == 2 and said.startswith("error: expected settings of EchoConfig") and said.count("\n") == 1
-    status, said = run_server("echo", "--sessions", "0")
-    assert (status, said) == (2, "error: expected at least one session, got 0\n")
+    status, error = run_server("echo", settings={"lenght": 1})
+    assert status == 2 and error.startswith("error: expected settings of EchoConfig") and error.count("\n") == 1
+    status, error = run_server("echo", "--sessions", "0")
+    assert (status, error) == (2, "error: expected at least one session, got 0\n")
 
 
-def test_a_taken_port_is_said():
+def test_a_taken_port_is_one_line_of_error():
     with served("echo") as (address, _):
-        status, said = run_server("echo", "--port", address.partition(":")[2])
-        assert status == 2 and "error: " in said and "address already in use" in said and said.count("\n") == 1
+        status, error = run_server("echo", "--port", address.partition(":")[2])
+        assert status == 2 and "error: " in error and "address already in use" in error and error.count("\n") == 1
 
 
 UNRULY = """
@@ -345,8 +346,8 @@ def test_an_environment_that_reads_stdin_or_never_closes_harms_no_server(tmp_pat
         env.close()
         process.stdin.close()  # as when the parent ends
         assert process.wait(10) == 0
-        said = process.stderr.read()
-        assert "hello from import" in said and "Unruly.close takes more than 0.2 s" in said
+        output = process.stderr.read()
+        assert "hello from import" in output and "Unruly.close takes more than 0.2 s" in output
 
 
 SLOW_START = "import os, time\nos.write(2, b'importing\\n')\ntime.sleep(600)\n"
@@ -407,7 +408,7 @@ def test_a_refusal_carries_its_code():
         assert env.reset({"word": "a"}).observation == "say a"
 
 
-def test_nobody_at_the_address():
+def test_no_server_at_the_address():
     with pytest.raises(EnvError, match=r"expected an environment server at ws://127.0.0.1:1/ws: ConnectionRefused"):
         RemoteEnvironment("127.0.0.1:1")
 
@@ -454,7 +455,7 @@ def _alive(pid):
         return False
 
 
-def test_what_an_engine_prints_does_not_hide_the_port():
+def test_output_of_an_engine_does_not_hide_the_port():
     script = textwrap.dedent("""
         import os, sys
         from aem_jax.envs.serving import server

@@ -7,10 +7,10 @@ from aem_jax.envs.swe.choices import (
     SEVERAL,
     ChoicesConfig,
     ChoicesEnv,
+    cached,
     candidates,
-    graded,
-    make_failing,
-    remembered,
+    failing_counter,
+    make_counter,
 )
 from aem_jax.envs.swe.generate.mutate import apply
 from aem_jax.envs.swe.generate.packages import package
@@ -113,16 +113,16 @@ def test_verdicts_are_asked_for_once(tmp_path):
 
     found = bug(EASY)
     one = candidates(found.id, 4, 0)[:1]
-    answer = remembered(failing, tmp_path / "kept")
+    answer = cached(failing, tmp_path / "kept")
     assert [answer(found, each) for each in ([], one, [], one)] == [0, 1, 0, 1]
-    again = remembered(failing, tmp_path / "kept")  # stands for another process
+    again = cached(failing, tmp_path / "kept")  # stands for another process
     assert again(found, one) == 1
     assert len(asked) == 2 and len(list((tmp_path / "kept").iterdir())) == 2
-    assert remembered(failing, None)(found, one) == 1 and len(asked) == 3
+    assert cached(failing, None)(found, one) == 1 and len(asked) == 3
     for damage in (b"", b"\0", b"1\n2", b"-1"):  # files as a crashed machine may leave them
         for verdict in (tmp_path / "kept").iterdir():
             verdict.write_bytes(damage)
-        again = remembered(failing, tmp_path / "kept")
+        again = cached(failing, tmp_path / "kept")
         assert [again(found, each) for each in ([], one)] == [0, 1]
     assert len(asked) == 11 and {each.read_bytes() for each in (tmp_path / "kept").iterdir()} == {b"0", b"1"}
 
@@ -132,7 +132,7 @@ def test_verdicts_come_from_grading(tmp_path):
     found = bug(EASY)
     chosen = candidates(found.id, config.candidates, 0)
     (right, *_), (wrong, *_) = numbers(EASY, config)
-    failing = graded(FakeRuntime(tmp_path))
+    failing = failing_counter(FakeRuntime(tmp_path))
     assert failing(found, [chosen[right - 1]]) == 0
     assert failing(found, [chosen[wrong - 1]]) >= len(found.broken)
 
@@ -147,7 +147,7 @@ def test_a_slow_machine_is_given_more_time_and_no_verdict(monkeypatch, tmp_path)
 
     monkeypatch.setattr(choices, "grade", grade)
     found = bug(EASY)
-    assert graded(FakeRuntime(tmp_path), Limits(seconds=3))(found, candidates(found.id, 4, 0)[:1]) == 0
+    assert failing_counter(FakeRuntime(tmp_path), Limits(seconds=3))(found, candidates(found.id, 4, 0)[:1]) == 0
     assert asked == [3, 30]
 
 
@@ -157,14 +157,14 @@ def test_without_a_sandbox_nothing_begins(monkeypatch):
 
     monkeypatch.setattr(choices, "choose_runtime", none)
     with pytest.raises(OSError, match="install bubblewrap"):
-        make_failing(ChoicesConfig())
+        make_counter(ChoicesConfig())
 
 
 def test_containers_need_an_image(monkeypatch):
     monkeypatch.setattr(choices, "choose_runtime", lambda name, container: Containers(name, container, "no-engine"))
     with pytest.raises(OSError, match="expected an image for docker to grade in, got none; set --swe-choices.image"):
-        make_failing(ChoicesConfig(runtime="docker"))
-    make_failing(ChoicesConfig(runtime="docker", image="python", cache="off"))
+        make_counter(ChoicesConfig(runtime="docker"))
+    make_counter(ChoicesConfig(runtime="docker", image="python", cache="off"))
 
 
 def test_bad_settings():

@@ -12,7 +12,7 @@ from aem_jax.envs.registry import environment_spec
 from aem_jax.envs.serving.session import Session
 from aem_jax.envs.swe.env import SweConfig, SweEnv
 from aem_jax.envs.swe.payload import load_task, make_payload
-from aem_jax.envs.testing.conformance import CHECKS, Subject, any_text_is_answered, run_checks
+from aem_jax.envs.testing.conformance import CHECKS, Subject, any_text_gets_a_result, run_checks
 
 CONFIG = SweConfig(
     max_steps=4, command_s=60, grade_s=120, memory_mib=512, processes=32, file_mib=8, disk_mib=32, partial=True
@@ -143,7 +143,7 @@ def test_after_all_that_a_fix_is_rewarded_and_nothing_is_left(env):
 
 def test_it_is_an_environment(runtime):
     subject = Subject(lambda: make(runtime), [TASK], [FIX], max_steps=1)
-    checks = [check for check in CHECKS if check is not any_text_is_answered]  # test_calls.py; here it takes seconds
+    checks = [check for check in CHECKS if check is not any_text_gets_a_result]  # test_calls.py; here it takes seconds
     assert run_checks(checks, subject) == []
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from envs.swe.samples import CALC, FakeRuntime, calc
 
-from aem_jax.envs.swe.grading import _paths, _restore
+from aem_jax.envs.swe.grading import _restore
 from aem_jax.envs.swe.patches import patched_files
 from aem_jax.envs.swe.repos import commit_id, files_checkout
 
@@ -51,7 +51,7 @@ def changed(tmp_path_factory):
 def test_files_are_those_that_git_names(changed, options, line_end):
     patch = git(changed, "diff", "--cached", *options)
     named = git(changed, "diff", "--cached", *options, "--name-only", "-z").strip("\0").split("\0")
-    assert set(_paths(patch.replace("\n", line_end))) == set(named)
+    assert set(patched_files(patch.replace("\n", line_end))) == set(named)
 
 
 def test_a_renamed_file_is_named_with_its_source(changed):
@@ -68,7 +68,9 @@ def test_patches_without_git_headers():
 
 @pytest.mark.parametrize("name", ["../out.py", "/etc/passwd", ".git/config", "a/../../b", "sub/.git/hooks/x"])
 def test_nothing_outside_the_repository_is_restored(name):
-    assert _paths(f"--- a/{name}\n+++ b/{name}\n@@ -1 +1 @@\n-x\n+y\n") == []
+    patch = f"--- a/{name}\n+++ b/{name}\n@@ -1 +1 @@\n-x\n+y\n"
+    assert list(patched_files(patch)) == [name]
+    assert _restore(replace(calc(), test_patch=patch)) == _restore(replace(calc(), test_patch=""))
 
 
 def test_names_that_look_like_patterns_are_restored_alone(tmp_path):

@@ -74,7 +74,7 @@ def test_the_tester_keeps_what_helps_where_there_are_several_bugs():
 
 
 def test_tasks_for_tools_hold_all_that_a_server_needs():
-    config = read_preset("swe-qwen3-32b")
+    config = read_preset("swe-paper", "qwen3-32b")
     suite = task_suite(config)
     named = training_tasks(TasksConfig(), seed=config.seed)[:3]
     for task, name in zip(suite.training[:3], named):
@@ -90,7 +90,7 @@ def test_files_are_one_set_for_tools_and_none_for_choices(tmp_path: Path):
         files.append(tmp_path / f"{number}.jsonl")
         files[-1].write_text(json.dumps(to_row(calc()) | {"instance_id": f"own__calc-{number}"}))
     named = ["--swe.tasks.train", str(files[0]), "--swe.tasks.evaluation", str(files[1])]
-    config = apply(read_preset("swe-qwen3-32b"), split_words(named)[1])
+    config = apply(read_preset("swe-paper", "qwen3-32b"), split_words(named)[1])
     tasks, name = task_suite(config).evaluation("test", 500)  # the preset's one split
     assert [task.id for task in tasks] == ["own__calc-2"] and name.startswith("test-1-")
     two = dataclasses.replace(config, evaluation=CONFIG.evaluation)

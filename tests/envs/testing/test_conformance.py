@@ -6,10 +6,10 @@ import pytest
 from envs.servers import served
 
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
-from aem_jax.envs.alfworld.tasks import GeneratedTasks
+from aem_jax.envs.alfworld.tasks import generated_tasks
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.registry import environment_spec
-from aem_jax.envs.serving.client import websocket_url
+from aem_jax.envs.serving.address import websocket_url
 from aem_jax.envs.testing.conformance import Subject, check_environment
 from aem_jax.envs.testing.conformance_wire import CHECKS, ServerSubject, check_server, main
 from aem_jax.envs.testing.echo import EchoConfig, EchoEnv
@@ -38,11 +38,11 @@ def test_our_server_conforms(name, capsys):
         assert capsys.readouterr().out == "0 problems\n"
         # the suite detects a server with fewer sessions than claimed
         assert main([url, "--task", '{"word": "hi"}', "--action", "hi", "--sessions", "4"]) == 1
-        assert "capacity_is_said_and_comes_back: expected room for session 3" in capsys.readouterr().out
+        assert "capacity_is_enforced_and_freed: expected room for session 3" in capsys.readouterr().out
     assert main([url, "--task", "{}", "--action", "hi"]) == 2
 
 
-ALFWORLD_TASKS = [task.payload for task in GeneratedTasks(GeneratorConfig(), "train", 0, range(3))]
+ALFWORLD_TASKS = [task.payload for task in generated_tasks(GeneratorConfig(), "train", 0, range(3))]
 ALFWORLD_ACTIONS = [f"<action>{command}</action>" for command in ("look", "go to drawer 1", "inventory", "help", "fly")]
 
 
@@ -171,14 +171,14 @@ class NoStepResult(EchoEnv):
 
 
 @pytest.mark.parametrize(
-    ("make", "check", "said"),
+    ("make", "check", "why"),
     [
         (Nondeterministic, "same_task_and_actions", "a second episode of the same task differs: at step 0"),
-        (Shared, "environments_do_not_feel", "differs: at step"),
-        (Forgetful, "reset_forgets", "after an unfinished one differs"),
-        (Choosy, "any_text_is_answered", "expected an answer to '', got ValueError: say something"),
+        (Shared, "environments_are_independent", "differs: at step"),
+        (Forgetful, "reset_discards", "after an unfinished one differs"),
+        (Choosy, "any_text_gets_a_result", "expected an answer to '', got ValueError: say something"),
         (ClosesOnce, "close_twice", "AssertionError"),
-        (BrokenByBadTask, "bad_tasks", "spoiled"),
+        (BrokenByBadTask, "invalid_tasks", "spoiled"),
         (altered(reward=float("nan")), "same_task", "as reward from altered.<locals>.Altered.step, got float nan"),
         (altered(observation=7), "same_task", "got int 7 as observation"),
         (altered(terminated=None), "same_task", "expected true or false as terminated"),
@@ -195,9 +195,9 @@ class NoStepResult(EchoEnv):
         (altered_reset(reward=1.0), "reset_starts", "expected no reward"),
     ],
 )
-def test_each_way_not_to_conform_is_caught(make, check, said):
+def test_every_violation_is_detected(make, check, why):
     problems = check_environment(subject(make))
-    assert any(problem.startswith(check) and said in problem for problem in problems), problems
+    assert any(problem.startswith(check) and why in problem for problem in problems), problems
 
 
 def test_every_wire_check_can_fail():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from envs import warehouse
 
-from aem_jax.envs.alfworld.engine import Game, start
+from aem_jax.envs.alfworld.engine import Game, Player
 from aem_jax.envs.testing import replay
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "alfworld"
@@ -16,11 +16,11 @@ def record(folder: Path) -> Path:
     """Writes one small game and one episode of it."""
     data = {"pddl_domain": warehouse.DOMAIN, "pddl_problem": warehouse.PROBLEM, "grammar": warehouse.GRAMMAR}
     (folder / "w.tw-pddl").write_text(json.dumps(data))
-    player, steps = start(Game.load(folder / "w.tw-pddl")), []
+    player, steps = Player(Game.load(folder / "w.tw-pddl")), []
     for command in (None, "survey", "survey", "grab c 2"):
         if command is not None:
             player.step(command)
-        steps.append({"command": command} | {key: getattr(player, key) for key in replay.ALFWORLD_FIELDS})
+        steps.append({"command": command} | replay.alfworld_values(player))
     path = folder / "t.jsonl"
     path.write_text(json.dumps({"game": "w", "policy": "p", "steps": steps}) + "\n")
     return path
@@ -48,26 +48,26 @@ def test_a_mismatch_prints_both_sides_and_fails(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "why"),
     [("{", "JSON"), ('{"game": "w"}', "'steps'"), ('{"game": "no", "steps": []}', "no.tw-pddl"), ("[]", "episodes")],
 )
-def test_bad_transcripts(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str) -> None:
+def test_bad_transcripts(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, why: str) -> None:
     path = record(tmp_path)
     path.write_text(content)
     with pytest.raises(SystemExit) as error:
         replay.main(["alfworld", "--games", str(tmp_path), "--transcripts", str(path)])
-    assert error.value.code == 2 and said in capsys.readouterr().err
+    assert error.value.code == 2 and why in capsys.readouterr().err
 
 
 def test_bad_arguments_on_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "aem_jax.envs.testing.replay"]
-    for arguments, said in (
+    for arguments, why in (
         (["chess", "--games", ".", "--transcripts", "x"], "chess"),
         (["alfworld", "--games", str(tmp_path / "none"), "--transcripts", "x"], "--data"),
         (["alfworld", "--games", str(tmp_path), "--transcripts", str(tmp_path / "none")], "--transcripts"),
     ):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[3])
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_empty_recording_is_no_success(tmp_path: Path) -> None:

@@ -29,12 +29,12 @@ def play(env: ScriptedEnv, seed: int, say: str = "yes"):
     return results
 
 
-def test_an_episode_is_a_function_of_its_task_and_of_what_is_said():
+def test_an_episode_is_a_function_of_its_task_and_its_responses():
     config = ScriptedConfig(max_turns=6, prompt_chars=9, observation_chars=4)
     first, again, other = (play(ScriptedEnv(config), seed) for seed in (1, 1, 2))
     assert first == again and first[0] != other[0]
     assert len(first) == 1 + num_turns(config, {"seed": 1}) and first[-1].terminated and not first[-1].truncated
-    assert [len(each.observation) for each in first] == [9] + [4] * (len(first) - 1)
+    assert [len(result.observation) for result in first] == [9] + [4] * (len(first) - 1)
     assert play(ScriptedEnv(config), 1, "no")[1].observation != first[1].observation
     assert not first[-1].info["won"] and play(ScriptedEnv(config), 1, "no")[-1].reward == 1.0  # an even number wins
 
@@ -69,5 +69,5 @@ def test_bad_settings_are_refused(settings, complaint):
 
 
 def test_a_task_needs_a_seed():
-    with pytest.raises(ValueError, match="whole number as its seed"):
+    with pytest.raises(ValueError, match="an integer as its seed"):
         ScriptedEnv().reset({"seed": "1"})

@@ -1,7 +1,7 @@
-"""What a household holds: receptacles by room kind, movable things, where each thing may lie, what can be done to it.
+"""Classes of receptacles and objects: their rooms, the possible places of an object, and its affordances.
 
-Class names and affordances are ALFWorld's; which thing lies where follows common sense, and how often a receptacle
-occurs follows what the 120 official floor plans look like. The tables are text, one class a line, read once at import.
+Class names and affordances are ALFWorld's. The places of objects follow common sense. The frequency of receptacles
+follows the 120 official floor plans. The tables are texts with one class per line, and are parsed at import.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ TREATMENTS: Mapping[str, tuple[str, str]] = {
     "pick_heat_then_place_in_recep": ("heat", "Microwave"),
     "pick_cool_then_place_in_recep": ("cool", "Fridge"),
 }
-"""Task type -> the treatment that the target needs and the receptacle class that gives it."""
+"""Task type -> (treatment of the target, receptacle class that gives it)."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class RoomKind:
     """One kind of room.
 
     Attributes:
-        first_floor: number of its first floor plan; kinds are 100 apart, as in ALFRED.
-        receptacles: least and most receptacles of an official-size room.
-        things: least and most movable things of an official-size room.
-        task_types: task types that make sense here.
-        required: receptacle classes that every such room has; of alternatives `A|B` it has one.
-        frequency: receptacle class -> (mean count, most) in an official room.
+        first_floor: number of the first floor plan. As in ALFRED, the numbers of two kinds differ by 100 or more.
+        receptacles: minimum and maximum number of receptacles of a room of official size.
+        things: minimum and maximum number of movable objects of a room of official size.
+        task_types: task types that are possible in this kind of room.
+        required: receptacle classes that every such room has. It has one of the alternatives `A|B`.
+        frequency: receptacle class -> (mean count, maximum count) in an official room.
     """
 
     first_floor: int
@@ -55,8 +55,8 @@ class Thing:
 
     Attributes:
         rooms: room kind -> probability that a floor plan of that kind has this class.
-        affordances: of clean, heat, cool, slice (what can be done to it), light (a lamp), hollow (things fit inside).
-        places: receptacle classes that can hold it.
+        affordances: some of clean, heat, cool, slice (treatments), light (a lamp), hollow (can contain objects).
+        places: receptacle classes that can contain it.
     """
 
     rooms: Mapping[str, float]
@@ -65,7 +65,7 @@ class Thing:
 
     @property
     def movable(self) -> bool:
-        """Whether an agent can pick it up; lamps stay where they are."""
+        """Whether an agent can pick it up. Lamps are fixed."""
         return "light" not in self.affordances
 
 
@@ -114,8 +114,8 @@ _GROUPS = {
     "@bath": "CounterTop Drawer Cabinet Shelf Cart SinkBasin BathtubBasin Toilet",
 }
 
-# class | rooms (K, L, B, T = kitchen, living, bed-, bathroom: nearly always; lower case: sometimes)
-#       | affordances | places that can hold it
+# class | rooms (K, L, B, T = kitchen, living room, bedroom, bathroom: nearly always; lower case: sometimes)
+#       | affordances | places
 _THINGS = """
 AlarmClock     | B   |                        | @top
 Apple          | K   | clean heat cool slice  | @worktop Fridge Microwave SinkBasin GarbageCan
@@ -194,4 +194,4 @@ def _things(table: str) -> dict[str, Thing]:
 
 
 THINGS: Mapping[str, Thing] = _things(_THINGS)
-"""Object class -> what is known about it."""
+"""Object class -> its properties."""

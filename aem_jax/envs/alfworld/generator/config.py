@@ -8,28 +8,28 @@ from aem_jax.envs.alfworld.generator.catalog import ROOM_KINDS, ROOMS, TASK_TYPE
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """What games look like. The defaults give rooms of the official sizes; `TINY` gives short episodes."""
+    """Settings of generated games. The defaults give rooms of the official sizes; `TINY` gives short episodes."""
 
     task_types: tuple[str, ...] = TASK_TYPES
-    """Task types, drawn in turn: any six games in a row have one of each."""
+    """Task types. Successive games take them in turn."""
 
     room_kinds: tuple[str, ...] = ROOM_KINDS
-    """Room kinds; every task type must make sense in at least one of them."""
+    """Room kinds. Every task type must be possible in at least one of them."""
 
     receptacles: tuple[int, int] | None = None
-    """Least and most receptacles of a room; the room kind's official sizes if not given."""
+    """Minimum and maximum number of receptacles of a room; none: those of official rooms of the kind."""
 
     things: tuple[int, int] | None = None
-    """Least and most movable things of a game; the room kind's official numbers if not given."""
+    """Minimum and maximum number of movable objects of a game; none: those of official rooms of the kind."""
 
     floor_plans: int = 30
-    """Floor plans of each room kind; the first fifth (at least one) is kept for `valid_unseen`."""
+    """Number of floor plans of each room kind. The first fifth (at least one) is reserved for `valid_unseen`."""
 
     max_copies: int = 3
-    """Most movable things of one class."""
+    """Maximum number of movable objects of one class."""
 
     max_steps: int = 50
-    """Steps after which an episode is truncated. Tasks carry it to the environment; game files do not."""
+    """Steps after which an episode is truncated. Tasks contain this limit; game files do not."""
 
     def __post_init__(self) -> None:
         for name in ("task_types", "room_kinds", "receptacles", "things"):  # JSON gives lists
@@ -53,7 +53,7 @@ class GeneratorConfig:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as a JSON mapping."""
+        """Returns the settings as a JSON mapping."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
@@ -72,4 +72,4 @@ def _check_range(field: str, bounds: tuple[int, int] | None, lowest: int, highes
 
 
 TINY = GeneratorConfig(receptacles=(4, 6), things=(3, 6), max_copies=2, max_steps=15)
-"""Rooms small enough that a policy of a million parameters learns them on two cores."""
+"""Rooms so small that a policy of a million parameters learns on two CPU cores."""

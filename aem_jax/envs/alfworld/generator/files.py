@@ -1,6 +1,5 @@
-"""A household game in ALFWorld's format: PDDL problem, domain, grammar, and the two files of its official layout."""
+"""A household game in ALFWorld's format: PDDL problem, domain and grammar."""
 
-import json
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +9,7 @@ from aem_jax.envs.alfworld.generator.catalog import OPENABLE, THINGS
 from aem_jax.envs.alfworld.generator.games import HouseholdGame
 
 _DOMAIN_TYPES = ("SinkBasin", "Microwave", "Fridge"), ("Knife", "ButterKnife")
-"""Receptacle and object classes that the domain's actions name: they must exist in every problem."""
+"""Receptacle and object classes in the actions of the domain. They must exist in every problem."""
 
 _FLAGS = {
     "clean": "cleanable", "heat": "heatable", "cool": "coolable",
@@ -37,7 +36,7 @@ _GOALS = {
 
 @lru_cache(maxsize=1)
 def domain_text() -> str:
-    """The PDDL domain that all games share."""
+    """Returns the PDDL domain, which all games share."""
     return Path(__file__).with_name("domain.pddl").read_text(encoding="utf-8")
 
 
@@ -47,12 +46,12 @@ def _grammar_template() -> str:
 
 
 def grammar_text(game: HouseholdGame) -> str:
-    """The TWL2 grammar with the game's task in it."""
+    """Returns the TWL2 grammar, which contains the game's task."""
     return _grammar_template().replace("@TASK@", game.sentence)
 
 
 def problem_text(game: HouseholdGame) -> str:
-    """The PDDL problem: objects, initial facts and goal."""
+    """Returns the PDDL problem: objects, initial facts and goal."""
     receptacles = {(name, i): _entity(name, count - i) for name, count in game.floor.receptacles for i in range(count)}
     locations = {key: f"loc_bar_{n:02d}" for n, key in enumerate(receptacles, start=1)}
     totals = Counter(name for name, _, _ in game.placements)
@@ -61,7 +60,7 @@ def problem_text(game: HouseholdGame) -> str:
     for name, holder, index in game.placements:
         things.append((_entity(name, left[name]), name, receptacles[holder, index]))
         left[name] -= 1
-    # The classes' names never meet an instance's: those carry `_bar_`.
+    # Names of classes and instances are distinct: only the latter contain `_bar_`.
     receptacle_types = sorted({name for name, _ in game.floor.receptacles} | set(_DOMAIN_TYPES[0]))
     object_types = sorted(set(totals) | set(_DOMAIN_TYPES[1]))
 
@@ -90,7 +89,7 @@ def problem_text(game: HouseholdGame) -> str:
 
 
 def game_data(game: HouseholdGame) -> dict[str, Any]:
-    """The content of the game's `game.tw-pddl`."""
+    """Returns the content of the game's `game.tw-pddl`."""
     return {
         "pddl_domain": domain_text(),
         "grammar": grammar_text(game),
@@ -100,48 +99,8 @@ def game_data(game: HouseholdGame) -> dict[str, Any]:
     }
 
 
-def trajectory_data(game: HouseholdGame, trial: str) -> dict[str, Any]:
-    """The content of the `traj_data.json` beside it: what the game is about, in ALFRED's words."""
-    light = game.task_type == "look_at_obj_in_light"
-    return {
-        "task_id": trial,
-        "task_type": game.task_type,
-        "pddl_params": {
-            "object_target": game.target,
-            "parent_target": "" if light else game.destination,
-            "toggle_target": game.destination if light else "",
-            "mrecep_target": "",
-            "object_sliced": False,
-        },
-        "scene": {"floor_plan": f"FloorPlan{game.floor.number}", "scene_num": game.floor.number},
-        "turk_annotations": {"anns": []},
-    }
-
-
-def write_game(game: HouseholdGame, root: Path, split: str, trial: str, walkthrough: list[str] | None = None) -> Path:
-    """Writes one game under `root/json_2.1.1/split/…/trial/`, as the official data is laid out.
-
-    Args:
-        game: the game.
-        root: folder that `$ALFWORLD_DATA` would name.
-        split: `train`, `valid_seen` or `valid_unseen`.
-        trial: name of the game's own folder.
-        walkthrough: commands that solve it, stored in the file.
-
-    Returns:
-        Path of the `game.tw-pddl` written.
-    """
-    name = f"{game.task_type}-{game.target}-None-{game.destination}-{game.floor.number}"
-    folder = root / "json_2.1.1" / split / name / trial
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "game.tw-pddl"
-    path.write_text(json.dumps(game_data(game) | {"walkthrough": walkthrough}), encoding="utf-8")
-    (folder / "traj_data.json").write_text(json.dumps(trajectory_data(game, trial)), encoding="utf-8")
-    return path
-
-
 def _entity(name: str, number: int) -> str:
-    """PDDL name of an instance. Players number instances from the last id to the first, so callers count down."""
-    if name in ("SinkBasin", "BathtubBasin"):  # ALFWorld tells a basin from its sink by the end of the name
+    """Returns the PDDL name of an instance. The engine numbers instances from the last id, so callers count down."""
+    if name in ("SinkBasin", "BathtubBasin"):  # in ALFWorld, the end of the id distinguishes a basin from its sink
         return f"{name.removesuffix('Basin')}_bar_{number:02d}_bar_{name}"
     return f"{name}_bar_{number:02d}"

@@ -1,7 +1,8 @@
-"""Floor plans: which receptacles stand in a room and which classes of things are found there.
+"""Floor plans: the receptacles of a room, and the classes of objects that occur in it.
 
-A floor plan depends on its room kind, its number and the room size alone, never on a run's seed: a plan kept for
-`valid_unseen` is unseen by every run of the same room size. No two plans of a kind have the same receptacles.
+A floor plan depends only on its room kind, its number and the room size, not on a run's seed. A plan that is reserved
+for `valid_unseen` is therefore unseen in every run with the same room size. No two plans of a kind have the same
+receptacles.
 """
 
 import random
@@ -20,9 +21,9 @@ class Floor:
 
     Attributes:
         kind: room kind.
-        number: its number, as in ALFRED (kitchens from 1, living rooms from 201, …).
+        number: number as in ALFRED (kitchens from 1, living rooms from 201, …).
         receptacles: (class, count), sorted.
-        things: classes of movable things found here, sorted; each fits some receptacle.
+        things: classes of movable objects that occur here, sorted. Every class has a receptacle that can contain it.
         lamps: classes of lamps, sorted.
     """
 
@@ -33,11 +34,11 @@ class Floor:
     lamps: tuple[str, ...]
 
     def holders(self, thing: str) -> list[str]:
-        """Receptacle classes of this room that can hold `thing`."""
+        """Returns the receptacle classes of this room that can contain `thing`."""
         return [name for name, _ in self.receptacles if name in THINGS[thing].places]
 
     def goals(self, task_type: str) -> dict[str, list[str]]:
-        """Target class -> its possible destinations (lamps for the light task) for which the task can be made."""
+        """Returns the possible tasks of a type: target class -> possible destinations (for the light task, lamps)."""
         if task_type not in ROOMS[self.kind].task_types:
             return {}
         if task_type == "look_at_obj_in_light":
@@ -50,7 +51,7 @@ class Floor:
             holders = self.holders(thing)
             if treatment and treatment not in THINGS[thing].affordances:
                 continue
-            if not treatment and len(holders) < 2:  # it has to start somewhere else
+            if not treatment and len(holders) < 2:  # it must start in another place
                 continue
             destinations = [name for name in holders if name != station]
             if destinations:
@@ -60,15 +61,15 @@ class Floor:
 
 @lru_cache(maxsize=64)
 def floor_plans(kind: str, size: tuple[int, int], count: int) -> tuple[Floor, ...]:
-    """The first `count` floor plans of a room kind, all with different receptacles.
+    """Returns the first `count` floor plans of a room kind. Their receptacles differ.
 
     Args:
         kind: room kind.
-        size: least and most receptacles.
+        size: minimum and maximum number of receptacles.
         count: number of floor plans.
 
     Raises:
-        ValueError: rooms of this size do not differ enough for so many plans.
+        ValueError: there are too few different rooms of this size.
     """
     plans: list[Floor] = []
     for number in range(ROOMS[kind].first_floor, ROOMS[kind].first_floor + count):
@@ -88,7 +89,7 @@ def floor_plans(kind: str, size: tuple[int, int], count: int) -> tuple[Floor, ..
 
 
 def split_floors(plans: tuple[Floor, ...], split: str) -> tuple[Floor, ...]:
-    """The floor plans of a split: the first fifth for `valid_unseen`, the others for `train` and `valid_seen`."""
+    """Returns the floor plans of a split: the first fifth for `valid_unseen`, the others for the other splits."""
     unseen = max(1, len(plans) // 5)
     return plans[:unseen] if split == "valid_unseen" else plans[unseen:]
 
@@ -97,7 +98,7 @@ def _draw_receptacles(kind: str, size: int, rng: random.Random) -> tuple[tuple[s
     room = ROOMS[kind]
     counts = Counter(rng.choice(alternatives) for alternatives in room.required)
     while counts.total() < size:
-        # How much of its usual number a class still lacks: large rooms come out as usual, small ones varied.
+        # Classes are drawn by their mean count: large rooms become typical, small ones varied.
         lacking = {name: mean for name, (mean, most) in room.frequency.items() if counts[name] < most}
         if not lacking:
             break
@@ -109,8 +110,8 @@ def _furnish(kind: str, number: int, receptacles: tuple[tuple[str, int], ...], r
     names = {name for name, _ in receptacles}
     things, lamps = [], []
     for name, thing in sorted(THINGS.items()):
-        found = rng.random() < thing.rooms.get(kind, 0.0)
-        if found and thing.places & names:
+        present = rng.random() < thing.rooms.get(kind, 0.0)
+        if present and thing.places & names:
             (things if thing.movable else lamps).append(name)
     if not lamps and "look_at_obj_in_light" in ROOMS[kind].task_types:
         lamps.append("FloorLamp")

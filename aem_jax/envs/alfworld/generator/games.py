@@ -1,8 +1,8 @@
-"""A game as a pure function of (settings, seed, split, index).
+"""Games as a pure function of (settings, seed, split, index).
 
-The three splits share no game. `valid_unseen` has floor plans of its own. `train` and `valid_seen` share theirs, but
-each of their games belongs to one of them by its content: the hash of room, task and placement decides, so that no
-seed, index or number of games can make them meet.
+The three splits share no game. `valid_unseen` has its own floor plans. `train` and `valid_seen` have the same floor
+plans, but a hash of room, task and placement assigns every game to one of them. They are therefore disjoint for all
+seeds, indices and numbers of games.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from aem_jax.envs.alfworld.generator.floors import Floor, floor_plans, split_flo
 SPLITS = ("train", "valid_seen", "valid_unseen")
 
 _SEEN_SHARE = 8
-"""One in so many games of the training floor plans belongs to `valid_seen`."""
+"""One of this many games on the training floor plans belongs to `valid_seen`."""
 
 _CONTENT_TRIES = 1000
 
@@ -34,14 +34,14 @@ _SENTENCES = {
 
 @dataclass(frozen=True)
 class HouseholdGame:
-    """One game, before it is written in PDDL.
+    """One game, before its translation to PDDL.
 
     Attributes:
         floor: the room.
         task_type: one of `TASK_TYPES`.
-        target: class of the object that the task is about.
-        destination: receptacle class that it has to end in; the lamp's class for the light task.
-        sentence: the task in words, without the full stop.
+        target: class of the target object.
+        destination: receptacle class that the target must end in; for the light task, class of the lamp.
+        sentence: the task as a sentence, without the full stop.
         placements: (object class, receptacle class, receptacle index from 0), lamps included, sorted.
     """
 
@@ -54,22 +54,22 @@ class HouseholdGame:
 
     @property
     def signature(self) -> str:
-        """Hex digest of what the game is: room, task and placement; the same for two wordings of one game."""
+        """Hex digest of room, task and placement. It does not depend on the wording of the task."""
         content = (self.floor.kind, self.floor.receptacles, self.task_type, self.target, self.destination)
         return hashlib.sha256(repr((content, self.placements)).encode()).hexdigest()
 
 
 def draw_game(config: GeneratorConfig, seed: int, split: str, index: int) -> HouseholdGame:
-    """Game number `index` of a split.
+    """Draws game number `index` of a split.
 
     Args:
         config: settings.
         seed: any integer; other seeds give other games of the same split.
         split: `train`, `valid_seen` or `valid_unseen`.
-        index: 0 or more; the task types take turns.
+        index: 0 or more. It determines the task type, in turn.
 
     Raises:
-        ValueError: unknown split, negative index, or settings for which this task type cannot be made.
+        ValueError: the split is unknown, the index is negative, or the settings do not allow the task type.
     """
     if split not in SPLITS:
         raise ValueError(f"expected split to be one of {list(SPLITS)}, got {split!r}")
@@ -95,7 +95,7 @@ def _belongs(game: HouseholdGame, split: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _usable_floors(config: GeneratorConfig, split: str, task_type: str) -> tuple[tuple[Floor, ...], ...]:
-    """For each room kind that can have the task: the split's floor plans on which it can be made."""
+    """Returns the floor plans of a split that allow a task type, grouped by room kind."""
     usable = []
     for kind in config.room_kinds:
         plans = floor_plans(kind, config.receptacles or ROOMS[kind].receptacles, config.floor_plans)
@@ -131,7 +131,7 @@ def _fill(floor: Floor, task_type: str, config: GeneratorConfig, rng: random.Ran
     for thing in (*sorted(copies), *floor.lamps):
         holders = floor.holders(thing)
         if thing == target and task_type not in TREATMENTS and task_type != "look_at_obj_in_light":
-            holders = [name for name in holders if name != destination]  # nothing is done when the game starts
+            holders = [name for name in holders if name != destination]  # the goal must not hold at the start
         free = [spot for name in holders for spot in spots[name]]
         placements += [(thing, *rng.choice(free)) for _ in range(copies.get(thing, 1))]
     sentence = rng.choice(_SENTENCES[task_type]).format(obj=target.lower(), recep=destination.lower())
@@ -139,7 +139,7 @@ def _fill(floor: Floor, task_type: str, config: GeneratorConfig, rng: random.Ran
 
 
 def distinct_indices(config: GeneratorConfig, seed: int, split: str, size: int) -> Sequence[int]:
-    """The first `size` indices of a split whose games all differ."""
+    """Returns the first `size` indices of a split with different games."""
     indices: list[int] = []
     seen: set[str] = set()
     index = 0

@@ -114,8 +114,8 @@ def instance(bug_id: str) -> Instance:
     whole = package(found.package)
     before, after = base_files(found), whole.files(whole.source, _tests_without(whole, found))
     base = commit_id(before)
-    patch = _diff(before, after)
-    test_patch = _diff(before, before | {whole.tests_path: whole.tests})
+    patch = diff(before, after)
+    test_patch = diff(before, before | {whole.tests_path: whole.tests})
     names = [f"{whole.tests_path}::{test}" for test in _test_names(whole.tests)]
     broken = {f"{whole.tests_path}::{test}" for test in found.broken}
     return Instance(
@@ -176,7 +176,7 @@ def _tests_without(whole: Package, found: Bug) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _diff(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+def diff(before: Mapping[str, str], after: Mapping[str, str]) -> str:
     text = ""
     for path in sorted(before):
         old, new = (files[path].splitlines(keepends=True) for files in (before, after))

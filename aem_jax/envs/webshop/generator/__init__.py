@@ -1,1 +1,1 @@
-"""A shop of our own: products, annotations and what people say they want, in WebShop's schema."""
+"""A generated shop in WebShop's format: products, annotations and instructions."""

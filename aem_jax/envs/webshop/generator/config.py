@@ -1,32 +1,32 @@
-"""Settings of the shop that we make."""
+"""Settings of the generated shop."""
 
 from dataclasses import dataclass
 
-from aem_jax.envs.webshop.generator.kinds import CATEGORIES
+CATEGORIES = ("beauty", "fashion", "garden", "grocery", "electronics")
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """What the shop sells. The defaults are as large as WebShop's small version."""
+    """Settings of the generated shop. The default size is that of WebShop's small version."""
 
     products: int = 1000
-    """Products."""
+    """Number of products."""
     goals_per_product: int = 3
-    """Instructions written for each product, less those in the same words."""
+    """Number of instructions per product, before repeated ones are removed."""
     categories: tuple[str, ...] = CATEGORIES
-    """Categories to sell, of beauty, fashion, garden, grocery and electronics."""
+    """Categories of products: some of beauty, fashion, garden, grocery and electronics."""
     kinds_per_category: int = 5
-    """Kinds of things in each, at most five."""
+    """Number of kinds of products in a category, at most five."""
     attributes: tuple[int, int] = (3, 6)
-    """Least and most attributes of a product."""
+    """Minimum and maximum number of attributes of a product."""
     asked: tuple[int, int] = (1, 3)
-    """Least and most attributes that an instruction asks for."""
+    """Minimum and maximum number of attributes that an instruction requires."""
     option_values: int = 6
-    """Most values of an option."""
+    """Maximum number of values of an option."""
     max_options: int = 2
-    """Most options of a product."""
+    """Maximum number of options of a product."""
     brief: bool = False
-    """Short titles, ids and instructions, of always the same form: for policies of a million parameters."""
+    """Whether titles, ids and instructions are short and have a fixed form, for policies of a million parameters."""
 
     def __post_init__(self) -> None:
         for name in ("categories", "attributes", "asked"):  # JSON gives lists

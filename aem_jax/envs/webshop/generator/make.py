@@ -1,13 +1,53 @@
-"""Makes a shop: products, their annotations, and instructions as people write them, all from a seed."""
+"""Generates a shop from a seed: products, annotations and instructions. `kinds.toml` contains the kinds of products."""
 
 import random
 import re
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from aem_jax.envs.webshop.catalog import ShopData
-from aem_jax.envs.webshop.generator.config import GeneratorConfig
-from aem_jax.envs.webshop.generator.kinds import BRANDS, KINDS, MANNERS, REMARKS, ThingKind
+from aem_jax.envs.webshop.generator.config import CATEGORIES, GeneratorConfig
+
+
+@dataclass(frozen=True)
+class ThingKind:
+    """One kind of product.
+
+    Attributes:
+        query: its name, which is also a search query.
+        tree: path in the shop's category tree, `a › b › c`.
+        attributes: possible attributes.
+        uses: possible uses, for titles.
+        options: option name -> possible values.
+        prices: minimum and maximum price, dollars.
+    """
+
+    query: str
+    tree: str
+    attributes: tuple[str, ...]
+    uses: tuple[str, ...]
+    options: Mapping[str, tuple[str, ...]]
+    prices: tuple[float, float]
+
+
+def _kind(row: Mapping[str, Any]) -> ThingKind:
+    options = {name: tuple(values) for name, values in row["options"].items()}
+    lists = {name: tuple(row[name]) for name in ("attributes", "uses", "prices")}
+    return ThingKind(query=row["query"], tree=row["tree"], options=options, **lists)
+
+
+_DATA = tomllib.loads(Path(__file__).with_name("kinds.toml").read_text(encoding="utf-8"))
+
+KINDS: Mapping[str, tuple[ThingKind, ...]] = {name: tuple(_kind(row) for row in _DATA[name]) for name in CATEGORIES}
+"""Category -> its kinds of products."""
+BRANDS: tuple[str, ...] = tuple(_DATA["brands"])
+MANNERS: tuple[str, ...] = tuple(_DATA["manners"])
+"""Praising words of titles."""
+REMARKS: tuple[str, ...] = tuple(_DATA["remarks"])
+"""Sentences at the end of descriptions."""
 
 _SIGNS = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
 _WISHES = (
@@ -28,10 +68,10 @@ _CHOICES = (
 
 
 def make_shop(config: GeneratorConfig, seed: int) -> ShopData:
-    """The shop of these settings and this seed, in WebShop's schema.
+    """Generates a shop in WebShop's format.
 
     Args:
-        config: what it sells.
+        config: settings.
         seed: other seeds give other products and instructions.
     """
     rng = random.Random(f"shop/{seed}")
@@ -56,14 +96,14 @@ def make_shop(config: GeneratorConfig, seed: int) -> ShopData:
 
 
 def _asins(config: GeneratorConfig, rng: random.Random) -> list[str]:
-    """Different ids: ten signs as in WebShop, or few digits where texts are brief: copied as they are shown."""
+    """Draws different ids: ten characters as in WebShop, or a few digits with `brief`, which are easier to copy."""
     if config.brief:
         width = len(str(config.products - 1))
         return [f"{number:0{width}d}" for number in rng.sample(range(config.products), config.products)]
-    found: dict[str, None] = {}
-    while len(found) < config.products:
-        found["B" + "".join(rng.choices(_SIGNS, k=9))] = None
-    return list(found)
+    asins: dict[str, None] = {}
+    while len(asins) < config.products:
+        asins["B" + "".join(rng.choices(_SIGNS, k=9))] = None
+    return list(asins)
 
 
 def _options(kind: ThingKind, config: GeneratorConfig, rng: random.Random) -> dict[str, list[str]]:
@@ -113,7 +153,7 @@ def _item(
 
 
 def _pricing(kind: ThingKind, config: GeneratorConfig, rng: random.Random) -> str:
-    """One price, seldom a range, seldom none at all."""
+    """Draws one price, sometimes a range, sometimes none."""
     low = rng.uniform(*kind.prices)
     drawn = rng.random()
     if config.brief or drawn < 0.65:
@@ -128,16 +168,16 @@ def _wish(
     config: GeneratorConfig,
     rng: random.Random,
 ) -> dict[str, Any]:
-    """An instruction that this product fulfils."""
+    """Writes an instruction that the product satisfies."""
     asked = rng.sample(list(attributes), rng.randint(*config.asked))
-    # people forget now and then to say which size they wear
+    # some instructions leave out an option
     chosen = {name: rng.choice(values) for name, values in options.items() if config.brief or rng.random() < 0.9}
     if config.brief:
         text = " ".join([*chosen.values(), *asked, kind.query])
     else:
-        say = rng.choice(_CHOICES)
-        said = "".join(f", and {say(name, value)}" for name, value in chosen.items()).replace(", and", ",", 1)
+        phrase = rng.choice(_CHOICES)
+        choices = "".join(f", and {phrase(name, value)}" for name, value in chosen.items()).replace(", and", ",", 1)
         listed = " and ".join(asked)
-        text = rng.choice(_WISHES).format(attributes=", ".join(asked), listed=listed, thing=kind.query, options=said)
+        text = rng.choice(_WISHES).format(attributes=", ".join(asked), listed=listed, thing=kind.query, options=choices)
         text = re.sub(r"\ba (?=[aeio])", "an ", text)
     return {"instruction": text, "instruction_attributes": asked, "instruction_options": list(chosen.values())}
