@@ -16,8 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.head import HeadLayout, head_loss, head_statistics
 from aem_jax.learner.objective import Objective, Stats, Tokens
-from aem_jax.learner.state import Params, TrainablePolicy
+from aem_jax.learner.state import TrainablePolicy
 from aem_jax.learner.value import ValueObjective, ValueTokens
+from aem_jax.models import Params
 from aem_jax.models.attention import RowAttention, row_attention
 from aem_jax.models.decoder import PRODUCT
 from aem_jax.models.kernels import make_row_attention

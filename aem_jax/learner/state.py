@@ -15,10 +15,8 @@ from jax.sharding import Mesh
 
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.optimizer import make_optimizer
+from aem_jax.models import Params
 from aem_jax.sharding import TRAIN, replicated, shardings
-
-Params = dict[str, Any]
-"""The parts of a policy's parameters, by name."""
 
 
 class TrainablePolicy(Protocol):

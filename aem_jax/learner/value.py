@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.objective import Stats
-from aem_jax.learner.state import Params, TrainablePolicy
+from aem_jax.learner.state import TrainablePolicy
 from aem_jax.losses import clipped_value_loss
+from aem_jax.models import Params
 
 
 class ValueTokens(NamedTuple):
