@@ -35,6 +35,7 @@ def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": config.rms_norm_eps,
         "tied_head": config.tie_word_embeddings,
         "qkv_bias": is_qwen2,
-        "qk_norm": "head" if config.model_type == "qwen3" else None,
+        "qk_norm": {"qwen3": "head", "olmo2": "projection"}.get(config.model_type),
+        "norm_placement": "post" if config.model_type == "olmo2" else "pre",
         "activation": {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[config.hidden_act],
     }

@@ -47,7 +47,7 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record in what `sealed` returned; None if the content was changed since."""
+    """The record that `sealed` returned, without its checksum; None if the content has changed since."""
     record = {name: value for name, value in content.items() if name != SEAL}
     return record if content.get(SEAL) == _seal(record) else None
 

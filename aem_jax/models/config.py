@@ -180,6 +180,18 @@ def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, kv: int, tie
     return ModelConfig(151_936, hidden, intermediate, layers, heads, kv, 128, tied_head=tied, dtype="bfloat16")
 
 
+def _olmo2(hidden: int, intermediate: int, layers: int, heads: int, kv: int) -> ModelConfig:
+    return ModelConfig(
+        *(100_352, hidden, intermediate, layers, heads, kv, 128),
+        rope_theta=500_000.0,
+        tied_head=False,
+        norm_placement="post",
+        qk_norm="projection",
+        max_positions=4096,
+        dtype="bfloat16",
+    )
+
+
 CONFIGS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(512, 128, 384, 4, 4, 2, 32, rope_theta=10_000.0),
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, True),
@@ -198,9 +210,13 @@ CONFIGS: dict[str, ModelConfig] = {
     "llama-3.2-3b": _llama3(3072, 8192, 28, 24, 128, 32.0),
     "llama-3.1-8b": _llama3(4096, 14336, 32, 32, 128, 8.0),
     "llama-3.1-70b": _llama3(8192, 28672, 80, 64, 128, 8.0),
+    "olmo-2-0425-1b": _olmo2(2048, 8192, 16, 16, 16),
+    "olmo-2-1124-7b": _olmo2(4096, 11008, 32, 32, 32),
+    "olmo-2-1124-13b": _olmo2(5120, 13824, 40, 40, 40),
+    "olmo-2-0325-32b": _olmo2(5120, 27648, 64, 40, 8),
 }
-"""Known sizes by name: those of the published models (for Qwen2.5 and Llama 3 the instruct models). The vocabulary of
-`tiny` is replaced by that of the tokenizer trained for the run."""
+"""Known sizes by name: those of the published models (of Qwen2.5, Llama 3 and OLMo 2 the instruct models). The
+vocabulary of `tiny` is replaced by that of the tokenizer trained for the run."""
 
 
 def published(repository: str) -> ModelConfig | None:
@@ -215,10 +231,10 @@ class ModelChoice:
 
     path: str = ""
     """Folder of a model in Hugging Face's files, or its name on the Hub, to start training from, with its tokenizer.
-    Families: Qwen2.5, Qwen3, Llama 3. Empty: random weights of the size below."""
+    Families: Qwen2.5, Qwen3, Llama 3, OLMo 2. Empty: random weights of the size below."""
     name: str = "tiny"
     """Known size: tiny, qwen2.5-0.5b, -1.5b, -3b, -7b, -14b or -32b, qwen3-0.6b, -1.7b, -4b, -8b, -14b or -32b,
-    llama-3.2-1b or -3b, llama-3.1-8b or -70b."""
+    llama-3.2-1b or -3b, llama-3.1-8b or -70b, olmo-2-0425-1b, olmo-2-1124-7b or -13b, olmo-2-0325-32b."""
     hidden_size: int | None = None
     """Width of the residual stream; none, here and below: the named size's."""
     intermediate_size: int | None = None

@@ -43,6 +43,13 @@ FAMILIES = (
     Family("Qwen2ForCausalLM", "qwen2", num_kv_heads=32, head_dim=None, qkv_bias=True),
     Family("Qwen3ForCausalLM", "qwen3", num_kv_heads=32, head_dim=128, qk_norm="head"),
     Family("LlamaForCausalLM", "llama", num_kv_heads=None, head_dim=None),
+    Family(
+        *("Olmo2ForCausalLM", "olmo2"),
+        num_kv_heads=None,
+        head_dim=None,
+        norm_placement="post",
+        qk_norm="projection",
+    ),
 )
 
 

@@ -11,6 +11,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -47,6 +49,7 @@ def models() -> dict[str, PreTrainedModel]:
         "qwen3": Qwen3ForCausalLM(Qwen3Config(**SIZES, **heads, head_dim=12, rms_norm_eps=1e-5)),
         "llama": LlamaForCausalLM(LlamaConfig(**SIZES, **even, rope_parameters=LLAMA3, head_dim=8)),
         "llama-tied": LlamaForCausalLM(LlamaConfig(**SIZES, **heads, tie_word_embeddings=True)),
+        "olmo2": Olmo2ForCausalLM(Olmo2Config(**SIZES, **heads, rope_parameters=QUICK, pad_token_id=0, eos_token_id=1)),
     }
 
 

@@ -154,6 +154,10 @@ PUBLISHED = {
     "llama-3.2-3b": 3_212_749_824,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
+    "olmo-2-0425-1b": 1_484_916_736,
+    "olmo-2-1124-7b": 7_298_617_344,
+    "olmo-2-1124-13b": 13_716_198_400,
+    "olmo-2-0325-32b": 32_234_279_936,
 }
 """Parameters of the published checkpoints; a head that is the embedding counts once."""
 

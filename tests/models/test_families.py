@@ -17,7 +17,7 @@ from aem_jax.models.config import CONFIGS
 from aem_jax.models.families import FAMILIES, config_from_hf, config_to_hf
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-FILES = {name: json.loads((GOLDEN / name / "config.json").read_text()) for name in ("qwen2", "qwen3", "llama")}
+FILES = {name: json.loads((GOLDEN / name / "config.json").read_text()) for name in ("qwen2", "qwen3", "llama", "olmo2")}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 JUNK = (
     None,
@@ -59,7 +59,7 @@ LIKELY: dict[str, tuple[Any, ...]] = {
     "sliding_window": (4096, 8),
     "max_window_layers": (0, 28),
     "layer_types": (["full_attention"] * 2, ["full_attention", "sliding_attention"], ["full_attention"]),
-    "model_type": ("qwen2", "qwen3", "llama", "mistral"),
+    "model_type": ("qwen2", "qwen3", "llama", "olmo2", "mistral"),
     "architectures": (
         ["Qwen2ForCausalLM"],
         ["LlamaForCausalLM"],

@@ -25,7 +25,7 @@ from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sharding import MeshConfig, make_mesh
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-FAMILIES = ["qwen2", "qwen2-tied", "qwen3", "llama", "llama-tied"]
+FAMILIES = ["qwen2", "qwen2-tied", "qwen3", "llama", "llama-tied", "olmo2"]
 
 
 @pytest.fixture(params=FAMILIES)
