@@ -209,7 +209,7 @@ def over_turns(
 def _centre(
     returns: ArrayLike, group_ids: ArrayLike, num_groups: int, valid: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Checks the arguments; returns R − μ of its group (f32[N], 0 where not valid), counts of valid rows [G], group ids."""
+    """Checks the arguments; returns R − μ of its group (f32[N], 0 where not valid), valid rows per group [G], ids."""
     num_groups = static_count("num_groups", num_groups)
     returns = real_array("returns", returns)
     group_ids = id_array("group_ids", group_ids, num_groups)
