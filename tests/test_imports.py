@@ -191,6 +191,15 @@ def loaded_after(module: str) -> set[str]:
     return set(result.stdout.split())
 
 
+def test_files_stay_small():
+    """90 % of files have at most 300 lines, none more than 500."""
+    lengths = sorted((len(path.read_text().splitlines()), module_name(path)) for path in PACKAGE.rglob("*.py"))
+    longest, name = lengths[-1]
+    assert longest <= 500, f"expected at most 500 lines a file, got {longest} in {name}: split it by topic"
+    at_90 = lengths[int(0.9 * (len(lengths) - 1))]
+    assert at_90[0] <= 300, f"expected 90 % of files to have at most 300 lines, got {at_90[0]} ({at_90[1]})"
+
+
 def test_advantage_stays_light():
     """Importing only the advantages loads jax and nothing of the training stack."""
     if not (PACKAGE / "advantage").is_dir():
