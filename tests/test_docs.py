@@ -30,7 +30,7 @@ def test_links_lead_somewhere(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_is_where_the_page_says(page: Path):
+def test_linked_code_exists(page: Path):
     for label, target in LINK.findall(page.read_text()):
         name = label.strip("`")
         if target.endswith(".py") and name.isidentifier():

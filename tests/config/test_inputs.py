@@ -63,7 +63,7 @@ def test_a_task_file_that_changed_is_named(run: Path, file: str, option: str, ca
         inputs.check_sources(run, config, "refuse")
 
 
-def test_an_environment_s_code_that_changed_is_said(run: Path, caplog):
+def test_changed_code_of_an_environment_is_a_warning(run: Path, caplog):
     config = openenv(run.parent)
     saved.save(config, run)
     (run.parent / "env.py").write_text("class Env: pass  # faster\n")

@@ -38,17 +38,17 @@ def whole_statistics(tokens):
 
 def slow_statistics(trajectories):
     """{response: (logprobs, entropies)}, one sequence at a time."""
-    found, response = {}, 0
-    for each in trajectories:
+    statistics, response = {}, 0
+    for trajectory in trajectories:
         ids = []
-        for turn in each.turns:
-            ids = ([] if each.context == "window" else ids) + turn.observation_ids.tolist()
+        for turn in trajectory.turns:
+            ids = ([] if trajectory.context == "window" else ids) + turn.observation_ids.tolist()
             span = slice(len(ids) - 1, len(ids) - 1 + len(turn.response_ids))
             ids = ids + turn.response_ids.tolist()
-            whole = whole_statistics(np.pad(np.asarray(ids, np.int32), (0, 48 - len(ids))))
-            found[response] = [np.asarray(x)[span] for x in whole]
+            full = whole_statistics(np.pad(np.asarray(ids, np.int32), (0, 48 - len(ids))))
+            statistics[response] = [np.asarray(x)[span] for x in full]
             response += 1
-    return found
+    return statistics
 
 
 @pytest.mark.parametrize("head_chunk", [5, 1000])
@@ -58,12 +58,12 @@ def test_packed_rows_give_the_numbers_of_lone_sequences(context, head_chunk):
     batch = collate(trajectories, LAYOUT)
     assert (batch.segment_ids > 1).any()
     compute = partial(row_statistics, TINY, config=ForwardConfig(temperature=0.7, head_chunk=head_chunk))
-    found = jax.jit(compute)(PARAMS, rows_of(batch))
+    packed = jax.jit(compute)(PARAMS, rows_of(batch))
     ids = batch.response_ids[0]
     for response, wanted in slow_statistics(trajectories).items():
-        for ours, theirs in zip(found, wanted, strict=True):
+        for ours, theirs in zip(packed, wanted, strict=True):
             np.testing.assert_allclose(np.asarray(ours)[ids == response], theirs, rtol=1e-4, atol=1e-5)
-    for ours in found:
+    for ours in packed:
         assert not np.asarray(ours)[ids < 0].any()
 
 
@@ -90,8 +90,8 @@ def test_gradient_equals_that_of_whole_logits(remat):
 
     def whole(params):
         logits = TINY.logits(params, TINY.hidden(params, rows.tokens, rows.positions, rows.segment_ids)) / 1.3
-        found = token_statistics(logits[:, :-1], rows.tokens[:, 1:])
-        return weighted(*found, jax.tree.map(lambda x: x[:, 1:], tokens))
+        statistics = token_statistics(logits[:, :-1], rows.tokens[:, 1:])
+        return weighted(*statistics, jax.tree.map(lambda x: x[:, 1:], tokens))
 
     (loss, stats), ours = jax.jit(jax.value_and_grad(chunked, has_aux=True))(PARAMS)
     (expected, expected_stats), wanted = jax.jit(jax.value_and_grad(whole, has_aux=True))(PARAMS)
@@ -101,7 +101,7 @@ def test_gradient_equals_that_of_whole_logits(remat):
     np.testing.assert_allclose(jax.jit(chunked)(PARAMS)[0], expected, rtol=1e-5)  # without a gradient, too
 
 
-def test_what_is_kept_of_a_layer_is_what_the_option_says():
+def test_remat_keeps_what_its_option_names():
     """In the compiled program "layers" recomputes all products of a layer, "dots" only those inside attention."""
     policy = Policy(ModelConfig(37, 64, 256, 4, 4, 2, 16))
     rows = rows_of(collate(random_trajectories(1, 9, 37), LAYOUT))
@@ -165,9 +165,11 @@ def test_the_head_of_a_large_vocabulary_takes_less_than_two_gibibytes():
         return jnp.sum(policy.hidden(params, *rows[:3]))
 
     params = jax.eval_shape(policy.init, jax.random.key(0))
-    programs = [jax.jit(jax.value_and_grad(each)).lower(params, rows, tokens).compile() for each in (loss, without)]
-    analyses: list[Any] = [each.memory_analysis() for each in programs]
-    taken, base = (each.temp_size_in_bytes for each in analyses)
+    programs = [
+        jax.jit(jax.value_and_grad(function)).lower(params, rows, tokens).compile() for function in (loss, without)
+    ]
+    analyses: list[Any] = [program.memory_analysis() for program in programs]
+    taken, base = (analysis.temp_size_in_bytes for analysis in analyses)
     assert taken - base < 2 * 2**30
 
 

@@ -34,25 +34,31 @@ def instructions(
     module: Module, name: str, loops: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Instruction]]:
     """Every instruction of a computation, direct or in called computations, with its enclosing loop bodies."""
-    for each in module.computations[name].instructions:
-        yield loops, each
-        if each.opcode == "while":
-            yield from instructions(module, each.called("body"), (*loops, each.called("body")))
-        for inner in [*each.branches, each.called("calls"), each.called("to_apply")]:
+    for instruction in module.computations[name].instructions:
+        yield loops, instruction
+        if instruction.opcode == "while":
+            yield from instructions(module, instruction.called("body"), (*loops, instruction.called("body")))
+        for inner in [*instruction.branches, instruction.called("calls"), instruction.called("to_apply")]:
             if inner in module.computations:
                 yield from instructions(module, inner, loops)
 
 
 def collectives(module: Module) -> tuple[list[Instruction], list[Instruction]]:
     """The collectives inside the head's loop, which is the loop that skips chunks, and those outside."""
-    found = list(instructions(module, module.entry))
-    (body,) = {loops[-1] for loops, each in found if each.opcode == "conditional"}
-    moved = [(loops, each) for loops, each in found if each.opcode.removesuffix("-start") in COLLECTIVES]
-    return [each for loops, each in moved if body in loops], [each for loops, each in moved if body not in loops]
+    nested = list(instructions(module, module.entry))
+    (body,) = {loops[-1] for loops, instruction in nested if instruction.opcode == "conditional"}
+    moved = [
+        (loops, instruction)
+        for loops, instruction in nested
+        if instruction.opcode.removesuffix("-start") in COLLECTIVES
+    ]
+    return [instruction for loops, instruction in moved if body in loops], [
+        instruction for loops, instruction in moved if body not in loops
+    ]
 
 
-def sizes(found: list[Instruction]) -> list[tuple[int, ...]]:
-    return [shape.dims for each in found for shape in each.shapes]
+def sizes(selected: list[Instruction]) -> list[tuple[int, ...]]:
+    return [shape.dims for instruction in selected for shape in instruction.shapes]
 
 
 @pytest.mark.parametrize("which, mesh", [("update", MeshConfig(2, 4, 1)), ("token_logprobs", MeshConfig(1, 8, 1))])
@@ -60,9 +66,9 @@ def test_the_loop_over_chunks_moves_nothing_between_devices(which, mesh):
     inside, outside = collectives(compiled(which, make_mesh(mesh, jax.devices()[:8])))
     assert not inside, sizes(inside)
     # the head once on its way in, and its gradient once on its way out
-    assert sizes([each for each in outside if "gather" in each.opcode]).count((16, 24)) == 1
+    assert sizes([instruction for instruction in outside if "gather" in instruction.opcode]).count((16, 24)) == 1
     if which == "update":
-        reduced = sizes([each for each in outside if "reduce" in each.opcode])
+        reduced = sizes([instruction for instruction in outside if "reduce" in instruction.opcode])
         assert reduced.count((16, 24)) + reduced.count((16 // mesh.fsdp, 24)) == 1
 
 
@@ -85,11 +91,11 @@ def test_every_device_skips_and_counts_as_one_device_would():
     trajectories = random_trajectories(3, 3, TOY.vocab_size)  # 8 rows: most are empty
     batch = collate(trajectories, dataclasses.replace(LAYOUT, row_length=30))
     advantages = np.random.default_rng(0).standard_normal(batch.tokens.shape).astype(np.float32)
-    found = []
+    results = []
     for mesh in (ONE_DEVICE, make_mesh(MeshConfig(2, 4, 1), jax.devices()[:8])):
         state, placed = init_state(TOY, CONFIG, mesh, jax.random.key(0)), place(batch, mesh)
         logprobs = make_token_logprobs(TOY, CONFIG, mesh)(state.params, placed)
         state, stats = make_update(TOY, CONFIG, mesh)(state, placed, advantages)
-        found.append(jax.device_get((logprobs, state.opt_state[1][0].mu, stats)))
-    assert np.abs(found[0][1]["base"]["head"]).max() > 1e-4
-    jax.tree.map(lambda one, many: np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-7), *found)
+        results.append(jax.device_get((logprobs, state.opt_state[1][0].mu, stats)))
+    assert np.abs(results[0][1]["base"]["head"]).max() > 1e-4
+    jax.tree.map(lambda one, many: np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-7), *results)

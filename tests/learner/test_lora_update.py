@@ -64,18 +64,18 @@ def test_the_gradient_is_that_of_the_weights_projected():
     np.testing.assert_allclose(stats["loss"], wanted["loss"], rtol=1e-4)
 
     # Adam's mean after one step is (1 − β1) · gradient
-    dw, found = full.opt_state[1][0].mu["base"]["layers"], state.opt_state[1][0].mu["adapter"]
+    dw, mean = full.opt_state[1][0].mu["base"]["layers"], state.opt_state[1][0].mu["adapter"]
     adapter = adapter["adapter"]
     for name, p in projections(WHOLE.config).items():
         for layer in range(WHOLE.config.num_layers):
-            whole = dw[p.parameter][layer]
-            part = whole if p.first is None else whole[..., p.first : p.first + p.outputs[-2], :]
+            full_part = dw[p.parameter][layer]
+            part = full_part if p.first is None else full_part[..., p.first : p.first + p.outputs[-2], :]
             part = np.asarray(part).reshape(np.prod(p.inputs), -1)
             a, b = np.asarray(adapter[name]["a"][layer]), np.asarray(adapter[name]["b"][layer])
             a, b = a.reshape(-1, 2), b.reshape(2, -1)
-            for each, value in (("a", 3.0 * part @ b.T), ("b", 3.0 * a.T @ part)):
-                got = np.asarray(found[name][each][layer]).reshape(value.shape)
-                np.testing.assert_allclose(got, value, rtol=2e-3, atol=1e-6, err_msg=f"{name} {each}")
+            for matrix, value in (("a", 3.0 * part @ b.T), ("b", 3.0 * a.T @ part)):
+                got = np.asarray(mean[name][matrix][layer]).reshape(value.shape)
+                np.testing.assert_allclose(got, value, rtol=2e-3, atol=1e-6, err_msg=f"{name} {matrix}")
 
 
 def test_only_the_adapter_changes_and_only_its_state_is_donated():
@@ -129,15 +129,15 @@ def test_a_supervised_step_and_the_reference_take_frozen_weights_too():
 
 def test_no_copy_of_the_frozen_weights_is_made_for_an_update():
     """An update needs little memory beyond its arguments: no gradient of the frozen weights, no second copy of them."""
-    whole = Policy(ModelConfig(64, 256, 1024, 6, 4, 2, 64))
-    policy = Policy(whole.config, LoraConfig(rank=4))
+    base = Policy(ModelConfig(64, 256, 1024, 6, 4, 2, 64))
+    policy = Policy(base.config, LoraConfig(rank=4))
     config = dataclasses.replace(CONFIG, remat="layers")
     layout = BatchLayout(num_microbatches=1, rows=1, row_length=40, max_responses=8, max_trajectories=2)
     batch = collate(random_trajectories(0, 2, 64)[:1], layout)
     state = jax.eval_shape(partial(init_state, policy, config, ONE_DEVICE), jax.random.key(0))
     advantages = np.zeros(batch.tokens.shape, np.float32)
     compiled: Any = make_update(policy, config, ONE_DEVICE).lower(state, batch, advantages).compile()
-    size = whole.config.num_parameters * 4
+    size = base.config.num_parameters * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * size
 
 
@@ -146,10 +146,10 @@ def test_in_int8_the_merged_weights_are_sampled_from():
     policy = dataclasses.replace(POLICY, lora=LoraConfig(2, targets=("q_proj", "up_proj")))
     frozen = frozen_on(ONE_DEVICE)
     params = init_state(policy, CONFIG, ONE_DEVICE, jax.random.key(2), frozen).params
-    found = make_reshard(policy, ONE_DEVICE, int8=True)(params)
+    codes = make_reshard(policy, ONE_DEVICE, int8=True)(params)
     wanted = WHOLE.quantize(make_reshard(policy, ONE_DEVICE)(params))
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert jax.tree.structure(codes) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, codes, wanted)
     apart = dataclasses.replace(policy, lora=LoraConfig(2, merge=False))
     with pytest.raises(ValueError, match=r"expected lora.merge with int8 weights, got False"):
         make_reshard(apart, ONE_DEVICE, int8=True)

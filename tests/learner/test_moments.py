@@ -27,9 +27,9 @@ def optimizer(moments, **changes):
 def test_rounding_is_right_in_the_mean():
     values = jnp.asarray([1.0, 0.93, 0.1234567, 3.3e-5])
     keys = jax.random.split(jax.random.key(1), 4000)
-    found = jax.vmap(lambda key: round_stochastically(values, key).astype(jnp.float32))(keys)
-    np.testing.assert_allclose(jnp.mean(found, axis=0), values, rtol=3e-3)
-    assert len(np.unique(found[:, 1])) == 2  # rounded up or down to the neighbour, nothing else
+    rounded = jax.vmap(lambda key: round_stochastically(values, key).astype(jnp.float32))(keys)
+    np.testing.assert_allclose(jnp.mean(rounded, axis=0), values, rtol=3e-3)
+    assert len(np.unique(rounded[:, 1])) == 2  # rounded up or down to the neighbour, nothing else
 
 
 def test_a_second_moment_decays_however_slowly():
@@ -57,9 +57,9 @@ def test_updates_come_near_those_of_float32():
     for step in range(20):
         gradient = {"w": jnp.asarray(size * (0.5 + random.standard_normal((16, 64))).astype(np.float32))}
         wanted, first = update_exact(gradient, states[0], params)
-        found, second = update_small(gradient, states[1], params)
+        approximate, second = update_small(gradient, states[1], params)
         states = first, second
-        error = jnp.abs(found["w"] - wanted["w"]) / 0.02  # in units of the learning rate
+        error = jnp.abs(approximate["w"] - wanted["w"]) / 0.02  # in units of the learning rate
         if step == 0:
             assert jnp.max(error) < 1e-4  # nothing was rounded yet
         assert jnp.sqrt(jnp.mean(error**2)) < 0.01, step
@@ -84,9 +84,9 @@ def test_a_regression_is_solved_as_by_float32():
         params = {"w": jnp.zeros((16, 8))}
         return jax.jit(lambda: jax.lax.scan(step, (params, opt.init(params)), length=300)[1])()
 
-    wanted, found = fit("float32"), fit("bfloat16")
-    assert found[-1] < 1e-3 * found[0]
-    np.testing.assert_allclose(found[:100], wanted[:100], rtol=0.05)
+    wanted, losses = fit("float32"), fit("bfloat16")
+    assert losses[-1] < 1e-3 * losses[0]
+    np.testing.assert_allclose(losses[:100], wanted[:100], rtol=0.05)
 
 
 @pytest.mark.parametrize(("moments", "most"), [("float32", 12.0), ("bfloat16", 8.0)])

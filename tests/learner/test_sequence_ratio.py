@@ -43,7 +43,7 @@ def gspo_loss(params, trajectories, values, level: str) -> tuple[float, float]:
     sequences.
     """
     losses, clipped = [], []
-    all_of_them = [turns for each in trajectories for turns in sequences(each, level)]
+    all_of_them = [turns for trajectory in trajectories for turns in sequences(trajectory, level)]
     for turns, advantage in zip(all_of_them, values, strict=True):
         gaps = []
         for turn in turns:
@@ -60,23 +60,23 @@ def gspo_loss(params, trajectories, values, level: str) -> tuple[float, float]:
 
 def differences(loss, params, step=1e-6):
     """dloss/dparams by central differences."""
-    found = {}
+    slopes = {}
     for name, value in params.items():
-        found[name] = np.zeros_like(value)
+        slopes[name] = np.zeros_like(value)
         for index in np.ndindex(value.shape):
             up, down = ({**params, name: value.copy()} for _ in range(2))
             up[name][index] += step
             down[name][index] -= step
-            found[name][index] = (loss(up) - loss(down)) / (2 * step)
-    return found
+            slopes[name][index] = (loss(up) - loss(down)) / (2 * step)
+    return slopes
 
 
 def per_response(trajectories, values, level: str) -> np.ndarray:
     """f32[R], the advantage of each response's sequence."""
     values = iter(values)
-    found = [[next(values)] * len(turns) for each in trajectories for turns in sequences(each, level)]
+    shared = [[next(values)] * len(turns) for trajectory in trajectories for turns in sequences(trajectory, level)]
     padded = np.zeros(LAYOUT.max_responses, np.float32)
-    padded[: sum(map(len, found))] = np.concatenate(found)
+    padded[: sum(map(len, shared))] = np.concatenate(shared)
     return padded
 
 
@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_the_paper_s_loss(level, context):
         places = [np.flatnonzero((batch.response_ids == r).any((1, 2))) for r in range(40)]
         rows = {n: {m for r in range(40) if batch.response_trajectory[r] == n for m in places[r]} for n in range(7)}
         assert max(map(len, rows.values())) > 1
-    count = sum(len(sequences(each, level)) for each in trajectories)
+    count = sum(len(sequences(trajectory, level)) for trajectory in trajectories)
     values = np.random.default_rng(3).standard_normal(count).astype(np.float32)
     advantages = token_advantages(per_response(trajectories, values, level), batch.response_ids)
     state = start(config)
@@ -99,8 +99,8 @@ def test_the_gradient_is_that_of_the_paper_s_loss(level, context):
     expected = differences(lambda p: gspo_loss(p, trajectories, values, level)[0], params)
     state, stats = make_update(TOY, config, ONE_DEVICE)(state, batch, advantages)
     for name, slope in expected.items():
-        found = np.asarray(state.opt_state[1][0].mu["base"][name]) / (1 - config.beta1)
-        np.testing.assert_allclose(found, slope, rtol=1e-4, atol=1e-6, err_msg=name)
+        ours = np.asarray(state.opt_state[1][0].mu["base"][name]) / (1 - config.beta1)
+        np.testing.assert_allclose(ours, slope, rtol=1e-4, atol=1e-6, err_msg=name)
     np.testing.assert_allclose(stats["loss"], loss, rtol=1e-5)
     assert 0 < stats["clip_fraction"] < 1
 
@@ -108,23 +108,23 @@ def test_the_gradient_is_that_of_the_paper_s_loss(level, context):
 def test_a_response_of_one_token_is_that_token():
     short = [
         dataclasses.replace(
-            each,
+            trajectory,
             turns=tuple(
                 dataclasses.replace(
                     turn, response_ids=turn.response_ids[:1], logprobs=turn.logprobs[:1], entropies=turn.entropies[:1]
                 )
-                for turn in each.turns
+                for turn in trajectory.turns
             ),
         )
-        for each in random_trajectories(2, 6, TOY.vocab_size)
+        for trajectory in random_trajectories(2, 6, TOY.vocab_size)
     ]
     batch = collate(short, LAYOUT)
     advantages = np.random.default_rng(0).standard_normal(batch.tokens.shape).astype(np.float32)
-    found = [
+    updates = [
         make_update(TOY, config, ONE_DEVICE)(start(config), batch, advantages)
         for config in (configured("response"), configured("token"))
     ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *updates)
 
 
 @pytest.mark.parametrize("level", ["response", "trajectory"])
@@ -138,8 +138,8 @@ def test_every_optimizer_step_measures_the_ratio_anew(level):
     for _ in range(2):
         state, _ = once(state, batch, advantages)
     twice, mesh = dataclasses.replace(config, num_epochs=2), make_mesh(MeshConfig(2, 2, 1), jax.devices()[:4])
-    found, _ = make_update(TOY, twice, mesh)(start(twice, mesh), place(batch, mesh), advantages)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found.params, state.params)
+    other, _ = make_update(TOY, twice, mesh)(start(twice, mesh), place(batch, mesh), advantages)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other.params, state.params)
 
 
 def test_a_cap_on_tokens_and_a_ratio_of_sequences_are_refused():

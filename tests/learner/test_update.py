@@ -56,12 +56,12 @@ def hand_gradient(trajectories, per_response, params, config, reference=None):
     """Loss and gradient of the clipped objective on `Bigram`, token by token in float64, from the definitions."""
     embed, head = (np.asarray(params["base"][name], np.float64) for name in ("embed", "head"))
     d_embed, d_head, loss = np.zeros_like(embed), np.zeros_like(head), 0.0
-    lengths = [[len(turn.response_ids) for turn in each.turns] for each in trajectories]
+    lengths = [[len(turn.response_ids) for turn in trajectory.turns] for trajectory in trajectories]
     num_tokens, num_responses = sum(map(sum, lengths)), sum(map(len, lengths))
     response = 0
-    for n, each in enumerate(trajectories):
+    for n, trajectory in enumerate(trajectories):
         before = None
-        for k, turn in enumerate(each.turns):
+        for k, turn in enumerate(trajectory.turns):
             weight = (
                 1
                 / {
@@ -108,7 +108,7 @@ def test_gradient_equals_the_hand_written_one(aggregation, context):
     state, stats = make_update(TOY, config, ONE_DEVICE)(state, batch, advantages)
     assert_trees_close(gradient_of(state, config), gradient, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(stats["loss"], loss, rtol=1e-5)
-    flat = np.concatenate([each.ravel() for each in gradient["base"].values()])
+    flat = np.concatenate([leaf.ravel() for leaf in gradient["base"].values()])
     np.testing.assert_allclose(stats["grad_norm"], np.linalg.norm(flat), rtol=1e-5)
     assert stats["tokens"] == batch.response_tokens.sum() and stats["skipped"] == 0
     assert 0 < stats["clip_fraction"] < 1 < stats["ratio_max"]
@@ -175,16 +175,16 @@ def test_packing_and_microbatches_change_nothing():
         ),
         "one row a microbatch": dataclasses.replace(LAYOUT, rows=1, num_microbatches=16),
     }
-    found = {}
+    results = {}
     for name, layout in layouts.items():
         batch = collate(trajectories, layout)
         advantages, _ = advantages_of(batch)
         state, stats = make_update(TINY, config, ONE_DEVICE)(new_state(TINY, config), batch, advantages)
-        found[name] = gradient_of(state, config), stats
-    for gradient, stats in found.values():
-        assert_trees_close(gradient, found["one a row"][0], rtol=2e-4, atol=2e-7)
+        results[name] = gradient_of(state, config), stats
+    for gradient, stats in results.values():
+        assert_trees_close(gradient, results["one a row"][0], rtol=2e-4, atol=2e-7)
         for name in set(stats) - {"parity_max"}:
-            np.testing.assert_allclose(stats[name], found["one a row"][1][name], rtol=1e-4, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(stats[name], results["one a row"][1][name], rtol=1e-4, atol=1e-7, err_msg=name)
 
 
 def _length(trajectory):
@@ -238,7 +238,10 @@ def test_epochs_and_minibatches_are_steps_in_a_row():
     assert num_updates(together.opt_state) == 4 and together.step == 1
 
     single = make_update(TOY, CONFIG, ONE_DEVICE)
-    state, first_response = new_state(TOY, CONFIG), np.cumsum([0] + [len(each.turns) for each in trajectories])
+    state, first_response = (
+        new_state(TOY, CONFIG),
+        np.cumsum([0] + [len(trajectory.turns) for trajectory in trajectories]),
+    )
     for _ in range(2):
         for j in range(2):
             chosen = np.flatnonzero(batch.trajectory_minibatch[: len(trajectories)] == j)
@@ -294,8 +297,8 @@ def test_cross_entropy_learns_a_deterministic_text():
     trajectories = random_trajectories(11, 4, TOY.vocab_size)
     cycle = [
         dataclasses.replace(turn, response_ids=(turn.observation_ids[-1] + 1 + np.arange(len(turn.response_ids))) % 12)
-        for each in trajectories
-        for turn in each.turns
+        for trajectory in trajectories
+        for turn in trajectory.turns
     ]
     batch = collate([dataclasses.replace(trajectories[0], turns=(turn,)) for turn in cycle], LAYOUT)
     config = dataclasses.replace(CONFIG, learning_rate=0.05)
@@ -306,14 +309,20 @@ def test_cross_entropy_learns_a_deterministic_text():
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "constant"])
-def test_what_is_out_of_the_loss_might_as_well_not_be_there(aggregation):
+def test_trajectories_out_of_the_loss_have_no_effect(aggregation):
     config = dataclasses.replace(CONFIG, aggregation=aggregation, constant_length=20)
     trajectories = random_trajectories(3, 8, TOY.vocab_size)
-    masked = [dataclasses.replace(each, in_loss=n % 3 > 0) for n, each in enumerate(trajectories)]
-    with_all, without = collate(masked, LAYOUT), collate([each for each in masked if each.in_loss], LAYOUT)
+    masked = [dataclasses.replace(trajectory, in_loss=n % 3 > 0) for n, trajectory in enumerate(trajectories)]
+    with_all, without = (
+        collate(masked, LAYOUT),
+        collate([trajectory for trajectory in masked if trajectory.in_loss], LAYOUT),
+    )
     assert with_all.response_valid.sum() > without.response_valid.sum()
     of_rows = {}
-    for batch, kept in ((with_all, [n for n, each in enumerate(masked) if each.in_loss]), (without, range(5))):
+    for batch, kept in (
+        (with_all, [n for n, trajectory in enumerate(masked) if trajectory.in_loss]),
+        (without, range(5)),
+    ):
         # one advantage for each trajectory, the same in both batches
         per_response = np.zeros(batch.response_valid.shape[0], np.float32)
         for place_of, n in enumerate(kept):
@@ -357,7 +366,7 @@ def test_an_update_is_summarized_over_its_optimizer_steps():
         "parity_max": [0.5, 9.0],
         "parity_mean": [0.5, 9.0],
     }
-    found = summarize({name: jnp.asarray(values) for name, values in metrics.items()}, num_epochs=2)
+    summary = summarize({name: jnp.asarray(values) for name, values in metrics.items()}, num_epochs=2)
     expected = {"loss": 1.5, "tokens": 2.0, "skipped": 1.0, "learning_rate": 0.2}
     expected |= {"ratio_max": 3.0, "parity_max": 0.5, "parity_mean": 0.25}
-    assert {name: pytest.approx(value) for name, value in expected.items()} == {k: float(v) for k, v in found.items()}
+    assert {name: pytest.approx(value) for name, value in expected.items()} == {k: float(v) for k, v in summary.items()}

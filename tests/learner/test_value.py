@@ -69,12 +69,12 @@ def by_hand(trajectories, params, values, config):
     w, b = np.asarray(params["value"]["w"], np.float64)[:, 0], float(params["value"]["b"][0])
     d_w, d_b, d_embed = np.zeros_like(w), 0.0, np.zeros_like(embed)
     old, returns = (np.asarray(x, np.float64) for x in values)
-    count, loss, clipped, found = sum(len(t.turns) for t in trajectories), 0.0, 0, []
+    count, loss, clipped, all_values = sum(len(t.turns) for t in trajectories), 0.0, 0, []
     for r, turn in enumerate(turn for t in trajectories for turn in t.turns):
         before = turn.observation_ids[-1]  # the first token is predicted from it
         h = np.tanh(embed[before])
         v = h @ w / np.sqrt(len(w)) + b
-        found.append(v)
+        all_values.append(v)
         near = np.clip(v, old[r] - config.value_clip, old[r] + config.value_clip)
         free, bounded = (v - returns[r]) ** 2, (near - returns[r]) ** 2
         loss += 0.5 * max(free, bounded) / count
@@ -84,7 +84,7 @@ def by_hand(trajectories, params, values, config):
         slope = config.value_coefficient * (v - returns[r]) / count
         d_w, d_b = d_w + slope * h / np.sqrt(len(w)), d_b + slope
         d_embed[before] += slope * w / np.sqrt(len(w)) * (1 - h**2)
-    return loss, {"w": d_w[:, None], "b": np.array([d_b])}, d_embed, clipped / count, found
+    return loss, {"w": d_w[:, None], "b": np.array([d_b])}, d_embed, clipped / count, all_values
 
 
 def test_gradients_equal_the_hand_written_ones():
@@ -97,7 +97,7 @@ def test_gradients_equal_the_hand_written_ones():
         trajectories = random_trajectories(1, 11, TOY.vocab_size, context)
         batch, advantages, values = experience_of(trajectories, layout)
         assert batch.num_microbatches > 1
-        loss, of_head, of_embed, clipped, found = by_hand(trajectories, params, values, config)
+        loss, of_head, of_embed, clipped, hand_values = by_hand(trajectories, params, values, config)
         assert 0.1 < clipped < 0.9
         state, stats = stepped(VALUED_TOY, config, ONE_DEVICE, params, (batch, advantages, values))
         if plain is None:  # without a value head
@@ -112,8 +112,8 @@ def test_gradients_equal_the_hand_written_ones():
             assert_trees_close(state.params["base"], plain.params["base"], rtol=1e-6)
     # the initial values of a step are those of the same states; an empty response has no value
     before = make_response_values(VALUED_TOY, config, ONE_DEVICE)(params, place(batch, ONE_DEVICE))
-    np.testing.assert_allclose(before[: len(found)], found, rtol=1e-5)
-    assert np.isnan(before[len(found) :]).all()
+    np.testing.assert_allclose(before[: len(hand_values)], hand_values, rtol=1e-5)
+    assert np.isnan(before[len(hand_values) :]).all()
 
 
 def test_packing_and_devices_change_nothing_over_several_steps():
@@ -122,7 +122,7 @@ def test_packing_and_devices_change_nothing_over_several_steps():
     config = dataclasses.replace(CONFIG, value_gradient="all", max_grad_norm=0.1, value_clip=0.01, **loop)
     packed = dataclasses.replace(LAYOUT, num_minibatches=2)
     eight = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
-    found = []
+    results = []
     for mesh, layout in ((ONE_DEVICE, packed), (eight, dataclasses.replace(packed, rows=8, row_length=32))):
         batch, advantages, targets = experience_of(trajectories, layout)
         placed = jax.device_put(params, shardings(mesh, VALUED_TOY.axes, TRAIN, params))
@@ -133,9 +133,9 @@ def test_packing_and_devices_change_nothing_over_several_steps():
         targets = ValueTargets(values, targets.returns)
         state, stats = stepped(VALUED_TOY, config, mesh, placed, (batch, advantages, targets))
         assert stats["skipped"] == 0 and stats["value_clip_fraction"] > 0.1  # a step moves a value by about 0.03
-        found.append(jax.device_get((state.params, values, stats["value_loss"], stats["grad_norm"])))
-    assert_trees_close(*found, rtol=2e-5, atol=2e-5)
-    assert np.abs(found[1][0]["value"]["w"] - params["value"]["w"]).max() > 0.02
+        results.append(jax.device_get((state.params, values, stats["value_loss"], stats["grad_norm"])))
+    assert_trees_close(*results, rtol=2e-5, atol=2e-5)
+    assert np.abs(results[1][0]["value"]["w"] - params["value"]["w"]).max() > 0.02
 
 
 def test_the_head_has_a_clip_and_a_learning_rate_of_its_own():
@@ -147,10 +147,10 @@ def test_the_head_has_a_clip_and_a_learning_rate_of_its_own():
     for scale in (1.0, 1000.0):
         gradient = jax.tree.map(jnp.ones_like, params)
         gradient["value"] = jax.tree.map(lambda leaf: scale * leaf, gradient["value"])  # noqa: B023 (called at once)
-        found, _ = update(gradient, optimizer.init(params), params)
+        step, _ = update(gradient, optimizer.init(params), params)
         # 2 · 12 · 8 weights and 8 + 1 of the head, each of norm 1; the schedule begins at half of 0.01 and of 0.03
         for part, clipped, rate in (("base", 192**-0.5, 0.005), ("value", 1 / 3, 0.015)):
-            for leaf in jax.tree.leaves(found[part]):
+            for leaf in jax.tree.leaves(step[part]):
                 np.testing.assert_allclose(leaf, -rate * clipped / (clipped + 0.1), rtol=1e-5)
 
 
@@ -179,8 +179,8 @@ def test_beside_frozen_weights():
     params = with_head(policy)
     batch, advantages, targets = experience_of(random_trajectories(1, 11, TOY.vocab_size))
     values = make_response_values(policy, CONFIG, ONE_DEVICE)(params, batch)
-    *_, found = by_hand(random_trajectories(1, 11, TOY.vocab_size), params, targets, CONFIG)
-    np.testing.assert_allclose(values[: len(found)], found, rtol=1e-5)
+    *_, hand_values = by_hand(random_trajectories(1, 11, TOY.vocab_size), params, targets, CONFIG)
+    np.testing.assert_allclose(values[: len(hand_values)], hand_values, rtol=1e-5)
     before = jax.tree.map(np.asarray, params["base"])
     state, stats = stepped(policy, CONFIG, ONE_DEVICE, params, (batch, advantages, targets))
     assert stats["value_loss"] > 0 and set(state.trainable) == {"adapter", "value"}

@@ -42,8 +42,8 @@ def test_products_are_those_of_the_rounded_weights(config: ModelConfig):
         half = jnp.expand_dims(codes["base"]["layers"][scale_of(name)] / 2, range(1, 1 + inputs))
         assert jnp.all(error <= half * (1 + 1e-5))
     tokens = jnp.asarray(numpy_tokens(config, (2, 12)))
-    found, wanted = policy.quantized.forward(codes, tokens), policy.forward(rounded, tokens)
-    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    ours, wanted = policy.quantized.forward(codes, tokens), policy.forward(rounded, tokens)
+    np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 
 def test_what_the_policy_loses():

@@ -28,7 +28,7 @@ def adapter_of(policy: Policy, seed: int = 1) -> Any:
     leaves, structure = jax.tree.flatten(adapter)
     random = np.random.RandomState(seed)
     noise = [jnp.asarray(0.1 * random.standard_normal(leaf.shape).astype(np.float32)) for leaf in leaves]
-    return structure.unflatten([leaf + each for leaf, each in zip(leaves, noise, strict=True)])
+    return structure.unflatten([leaf + offset for leaf, offset in zip(leaves, noise, strict=True)])
 
 
 def logits(policy: Any, params: Any) -> Any:
@@ -55,9 +55,9 @@ def test_beside_the_weights_or_in_them(config, tolerance):
     wanted = logits(base, frozen)
     jax.tree.map(np.testing.assert_array_equal, policy.merge(nothing), frozen)  # so its logits are equal, too
     np.testing.assert_allclose(logits(policy, nothing), wanted, rtol=0, atol=tolerance)
-    found = logits(policy, params)
-    np.testing.assert_allclose(found, logits(base, policy.merge(params)), atol=tolerance)
-    assert jnp.max(jnp.abs(found - wanted)) > 0.1
+    ours = logits(policy, params)
+    np.testing.assert_allclose(ours, logits(base, policy.merge(params)), atol=tolerance)
+    assert jnp.max(jnp.abs(ours - wanted)) > 0.1
 
 
 def test_at_the_start_the_logits_are_the_bases_to_the_last_bit():
@@ -77,9 +77,9 @@ def test_some_projections_alone(chosen):
     part = {**frozen, "adapter": {name: adapter[name] for name in chosen}}
     # the others' B at zero: the same
     rest = {n: pair if n in chosen else {**pair, "b": 0 * pair["b"]} for n, pair in adapter.items()}
-    found = logits(some, part)
-    np.testing.assert_allclose(found, logits(every, {**frozen, "adapter": rest}), atol=1e-5)
-    np.testing.assert_allclose(found, logits(some.base, some.merge(part)), atol=1e-5)
+    ours = logits(some, part)
+    np.testing.assert_allclose(ours, logits(every, {**frozen, "adapter": rest}), atol=1e-5)
+    np.testing.assert_allclose(ours, logits(some.base, some.merge(part)), atol=1e-5)
     changed = {name for name in frozen["base"]["layers"] if name in some.merged_leaves}
     assert changed == {projections(config)[name].parameter for name in chosen}
 
@@ -94,7 +94,7 @@ def test_an_adapter_begins_as_pefts():
 
 
 @pytest.mark.parametrize("config", [BIASED, ONE_KV_UNTIED])
-def test_pefts_files_say_the_same_weights(config, tmp_path: Path):
+def test_pefts_files_contain_the_same_weights(config, tmp_path: Path):
     """Each Hugging Face tensor of a merged model is W + alpha / r · lora_B lora_A."""
     policy, frozen = Policy(config, LORA), numpy_params(config)
     adapter = adapter_of(policy)
@@ -116,10 +116,10 @@ def test_pefts_files_say_the_same_weights(config, tmp_path: Path):
         else:
             np.testing.assert_array_equal(wanted[tensor.name], base[tensor.name])
     assert not pairs
-    found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert found["peft_type"] == "LORA" and found["task_type"] == "CAUSAL_LM"
-    assert (found["r"], found["lora_alpha"], found["target_modules"]) == (3, 6.0, list(NAMES))
-    assert found["base_model_name_or_path"] == "the/base"
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["peft_type"] == "LORA" and written["task_type"] == "CAUSAL_LM"
+    assert (written["r"], written["lora_alpha"], written["target_modules"]) == (3, 6.0, list(NAMES))
+    assert written["base_model_name_or_path"] == "the/base"
     with pytest.raises(ValueError, match="expected a new or empty folder"):
         save_adapter(tmp_path / "adapter", config, LORA, adapter, base="the/base")
 
@@ -138,19 +138,19 @@ def test_peft_reads_them(tmp_path: Path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter")
     )
     with torch.no_grad():
-        found = model(torch.from_numpy(numpy_tokens(BIASED, (2, 9)).astype(np.int64))).logits.numpy()
-    np.testing.assert_allclose(found, logits(policy, {**frozen, "adapter": adapter}), atol=1e-4)
+        theirs = model(torch.from_numpy(numpy_tokens(BIASED, (2, 9)).astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(theirs, logits(policy, {**frozen, "adapter": adapter}), atol=1e-4)
 
 
 def test_merged_weights_keep_their_dtype_and_are_rounded_once():
     policy = Policy(replace(GROUPED_TIED, dtype="bfloat16"), LORA)
     frozen, adapter = numpy_params(GROUPED_TIED), adapter_of(policy)
     half = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), frozen, policy.base.dtypes)
-    found = policy.merge({**half, "adapter": adapter})["base"]["layers"]
+    merged = policy.merge({**half, "adapter": adapter})["base"]["layers"]
     exact = {**jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half), "adapter": adapter}
     wanted = policy.merge(exact)["base"]["layers"]
     for name in policy.merged_leaves:
-        leaf = found[name]
+        leaf = merged[name]
         assert leaf.dtype == jnp.bfloat16
         np.testing.assert_array_equal(leaf, wanted[name].astype(jnp.bfloat16))
 
