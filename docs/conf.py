@@ -41,7 +41,7 @@ exclude_patterns = ["_ext"]
 suppress_warnings = ["config.cache"]
 
 # `$` stands in shell commands, not for mathematics: equations are preformatted text, as in the docstrings.
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 myst_url_schemes = {"http": None, "https": None, "mailto": None, "source": None}
 copybutton_exclude = ".linenos, .gp"

@@ -38,15 +38,15 @@ def test_signs_of_mathematics_are_no_markup(text: str, expected: str):
     assert convert([text]) == [expected]
 
 
-def test_the_tables_list_every_setting_of_every_environment():
+def test_the_lists_have_every_setting_of_every_environment():
     assert re.findall(r"{settings} (\w+)", (DOCS / "settings.md").read_text()) == ["run", "environments"]
     groups = settings.run_groups() + settings.environment_groups()
-    listed = re.findall(r"^\| `(--\S+) ", "\n".join(map(settings.table, groups)), re.MULTILINE)
+    listed = re.findall(r"^`(--\S+) ", "\n".join(map(settings.definitions, groups)), re.MULTILINE)
     known = {name for choice in TRAINED for name in annotations(choose(RunConfig(), {"environment": choice}))}
     assert sorted(listed) == sorted(map(flag, known))
 
 
-def test_a_row_of_a_table_is_one_of_markdown():
+def test_a_setting_is_a_definition_of_markdown():
     setting = settings.Setting("a.b_c", int | None, None, "Up to </think>, or 2|3.")
-    row = r"| `--a.b-c INT\|none` | `None` | Up to \</think>, or 2\|3. |"
-    assert settings.table(settings.Group("a", "", [setting])).splitlines()[2:] == [row]
+    definition = "`--a.b-c INT|none`, default `None`\n: Up to \\</think>, or 2|3."
+    assert settings.definitions(settings.Group("a", "", [setting])) == definition

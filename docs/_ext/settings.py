@@ -1,4 +1,4 @@
-"""`{settings}`: tables of the settings of a run, made from the configs: a section for each group.
+"""`{settings}`: the settings of a run, made from the configs: a section with a definition list for each group.
 
 `{settings} run` has the groups of every run, `{settings} environments` those of one environment each.
 """
@@ -29,20 +29,20 @@ def environment_groups() -> list[Group]:
     return [group for config in configs for group in setting_groups(config) if group.name not in common]
 
 
-def table(group: Group) -> str:
-    """A group's settings as a Markdown table."""
-    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *map(_row, group.settings)])
+def definitions(group: Group) -> str:
+    """A group's settings as a Markdown definition list."""
+    return "\n\n".join(map(_definition, group.settings))
 
 
-def _row(setting: Setting) -> str:
-    option = f"{flag(setting.name)} {describe_type(setting.kind)}"
-    code = [f"`{text or ' '}`".replace("|", r"\|") for text in (option, describe_value(setting.default))]
-    meaning = re.sub(r"([|<*$])", r"\\\1", setting.text)
-    return f"| {' | '.join([*code, meaning])} |"
+def _definition(setting: Setting) -> str:
+    default = describe_value(setting.default)
+    term = f"`{flag(setting.name)} {describe_type(setting.kind)}`, default {f'`{default}`' if default else 'empty'}"
+    meaning = re.sub(r"([<*$])", r"\\\1", " ".join(setting.text.split()))
+    return f"{term}\n: {meaning}"
 
 
 class Settings(SphinxDirective):
-    """A section with a table for each group of settings."""
+    """A section for each group of settings."""
 
     required_arguments = 1
 
@@ -53,7 +53,7 @@ class Settings(SphinxDirective):
             title = group.name or "run"
             section = nodes.section(ids=[nodes.make_id(f"settings-{title}")], names=[title])
             section += nodes.title(title, title)
-            section += self.parse_text_to_nodes(f"{group.text}\n\n{table(group)}\n")
+            section += self.parse_text_to_nodes(f"{group.text}\n\n{definitions(group)}\n")
             sections.append(section)
         return sections
 
