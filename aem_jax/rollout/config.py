@@ -39,11 +39,11 @@ class RolloutConfig:
     padding."""
     windows: tuple[int, ...] = (1024, 2048, 4096)
     """Context lengths that attention is compiled for, below context_tokens."""
-    context: str = "append"
+    context: Literal["append", "window"] = "append"
     """append: one growing sequence per episode. window: each prompt holds the first observation and the last turns."""
     window_turns: int = 2
     """Recent turns in a windowed prompt."""
-    thinking: str = "keep"
+    thinking: Literal["keep", "drop"] = "keep"
     """Thinking of earlier responses in a windowed prompt: keep it, or drop all up to the last </think>."""
     instruction: str = ""
     """System message; empty: none."""
