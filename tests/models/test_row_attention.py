@@ -9,7 +9,7 @@ import pytest
 
 from aem_jax.doctor.attention import packed_rows, plain_attention
 from aem_jax.models.attention import blocked_attention, longest_segment
-from aem_jax.models.gpu_attention import triton_attention
+from aem_jax.models.kernels import triton_attention
 from aem_jax.models.splash import splash_attention
 
 
