@@ -1,6 +1,7 @@
 """Help of the command line: the settings of a config, explained by the docstrings under its fields.
 
-The documentation's table of settings is made from the same `setting_groups`. No JAX: every command has help.
+The documentation's list of settings is made from the same `setting_groups`. This module loads no JAX, so that help is
+fast.
 """
 
 import ast
