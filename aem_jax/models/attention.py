@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aem_jax.models.kv_cache import KVCache, KVChunk, factors
+from aem_jax.models.kv_cache import KVChunk, LayerCache, factors
 
 Array = jax.Array
 
@@ -168,7 +168,7 @@ _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def chunk_attention(
-    q: Array, cache: KVCache, lengths: Array, chunk: KVChunk, index: Array, sliding_window: Array | None = None
+    q: Array, cache: LayerCache, lengths: Array, chunk: KVChunk, index: Array, sliding_window: Array | None = None
 ) -> Array:
     """Attention of C new tokens to cached ones and to their chunk, one softmax over both.
 

@@ -247,7 +247,11 @@ class Decoder(nnx.Module):
         lora: LoraConfig | None = None,
     ) -> None:
         self.embed: nnx.Param[Array] = nnx.Param(params["embed"])
-        self.layers: Block = Block(config, params["layers"], int8=int8, adapter=adapter, lora=lora)
+        layers = params["layers"]
+        blocks = [Block(config, weights, int8=int8) for weights in layers] if isinstance(layers, list) else []
+        self.blocks = nnx.List(blocks)
+        if not blocks:
+            self.layers: Block = Block(config, layers, int8=int8, adapter=adapter, lora=lora)
         self.norm: nnx.Param[Array] = nnx.Param(params["norm"])
         if not config.tied_head:
             self.head: nnx.Param[Array] = nnx.Param(params["head"])
@@ -293,17 +297,20 @@ class Decoder(nnx.Module):
         x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), (stacked, self._sliding_windows()))
         return rms_norm(x, self.norm[...], config.norm_eps)
 
-    def with_cache(self, cache: KVCache, window: int) -> PerLayer:
+    def with_cache(self, cache: KVCache, window: int) -> list[Any]:
         """What `extend` reads of each layer: weights, the first `window` (static) cached positions, sliding window."""
-        return self._per_layer((nnx.state(self.layers), kv_cache.window(cache, window), self._sliding_windows()))
+        if self.blocks:
+            weights = [nnx.state(block) for block in self.blocks]
+        else:
+            stacked = nnx.state(self.layers)
+            weights = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(self.config.num_layers)]  # noqa: B023
+        windows = self._sliding_windows()
+        caches = kv_cache.window(cache, window).layers
+        return [(w, c, tuple(x[i] for x in windows)) for i, (w, c) in enumerate(zip(weights, caches, strict=True))]
 
-    def empty_chunk(self, slots: int, length: int) -> PerLayer:
-        """A chunk of `length` tokens in which nothing is written yet."""
-        return self._per_layer(kv_cache.init_chunk(self.config, slots, length))
-
-    def stacked_chunk(self, chunk: PerLayer) -> KVChunk:
-        """A chunk as `kv_cache.append` takes it."""
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunk) if isinstance(chunk, list) else chunk
+    def empty_chunk(self, slots: int, length: int) -> tuple[KVChunk, ...]:
+        """Chunks of all layers, for `length` tokens, in which nothing is written yet."""
+        return kv_cache.init_chunk(self.config, slots, length)
 
     def extend(
         self, layers: PerLayer, tokens: Array, positions: Array, lengths: Array, chunk: PerLayer, index: Array
@@ -323,7 +330,7 @@ class Decoder(nnx.Module):
         """
         config = self.config
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        graphdef = nnx.graphdef(self.layers)
+        graphdef = nnx.graphdef(self.blocks[0] if self.blocks else self.layers)
 
         def layer(x: Array, scanned: tuple[tuple[Any, KVCache, tuple[Array, ...]], KVChunk]) -> tuple[Array, KVChunk]:
             (weights, cache, window), chunk = scanned
@@ -334,27 +341,17 @@ class Decoder(nnx.Module):
             return block.output_and_mlp(x, attended), chunk
 
         x = self._embed(tokens)
-        if isinstance(layers, list):
-            written = []
-            for scanned in zip(layers, chunk, strict=True):
-                x, new = layer(x, scanned)
-                written.append(new)
-            chunk = written
-        else:
-            x, chunk = jax.lax.scan(layer, x, (layers, chunk))
-        return rms_norm(x, self.norm[...], config.norm_eps), chunk
+        written = []
+        for scanned in zip(layers, chunk, strict=True):
+            x, new = layer(x, scanned)
+            written.append(new)
+        return rms_norm(x, self.norm[...], config.norm_eps), tuple(written)
 
     def _sliding_windows(self) -> tuple[Array, ...]:
         """The attention's argument for the sliding window of each layer, i32[L]; nothing if no layer has one."""
         if not self.config.sliding_windows:
             return ()
         return (jnp.asarray([size or _EVERYTHING for size in self.config.sliding_windows], jnp.int32),)
-
-    def _per_layer(self, stacked: Any) -> PerLayer:
-        count = self.config.num_layers
-        if count > FEW_LAYERS:
-            return stacked
-        return [jax.tree.map(lambda leaf: leaf[layer], stacked) for layer in range(count)]  # noqa: B023
 
     def head_weights(self) -> Array:
         """The head [D,V] in the dtype of activations."""

@@ -8,7 +8,7 @@ products of attention read the codes q: the scores are (query · q) s, and the o
 bfloat16 holds the codes exactly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,28 +25,35 @@ Array = jax.Array
 KVArray = Array | QuantizedArray
 """Keys or values: in the model's dtype, or int8 codes with their scales."""
 
-KEY_AXES = ("layers", "slots", "kv_heads", "head_dim", "length")
-VALUE_AXES = ("layers", "slots", "kv_heads", "length", "head_dim")
-_SCALE_AXES = ("layers", "slots", "kv_heads", "length")
+KEY_AXES = ("slots", "kv_heads", "head_dim", "length")
+VALUE_AXES = ("slots", "kv_heads", "length", "head_dim")
+_SCALE_AXES = ("slots", "kv_heads", "length")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of S slots with T positions each; of all layers, or of one (then without L).
+class LayerCache(NamedTuple):
+    """Keys and values of one layer: S slots with T positions each.
 
     Attributes:
-        keys: [L,S,KV,Dh,T], rotated. T is last, so that both products of attention read memory in order.
-        values: [L,S,KV,T,Dh].
+        keys: [S,KV,Dh,T], rotated. T is last, so that both products of attention read memory in order.
+        values: [S,KV,T,Dh].
     """
 
     keys: KVArray
     values: KVArray
 
+
+@partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=[])
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers. Each layer has arrays of its own, so that a product reads them where they are:
+    a layer's part of one array would be copied first."""
+
+    layers: tuple[LayerCache, ...]
+
     @property
     def length(self) -> int:
         """T, positions of a slot."""
-        return jax.tree.leaves(self.keys)[0].shape[-1]
+        return jax.tree.leaves(self.layers[0].keys)[0].shape[-1]
 
     @property
     def num_bytes(self) -> int:
@@ -56,15 +63,15 @@ class KVCache:
     @property
     def token_bytes(self) -> int:
         """Bytes of one position of one slot, all layers."""
-        return self.num_bytes // (jax.tree.leaves(self.keys)[0].shape[1] * self.length)
+        return self.num_bytes // (jax.tree.leaves(self.layers[0].keys)[0].shape[0] * self.length)
 
 
 class KVChunk(NamedTuple):
-    """Keys and values of G new tokens of each slot, before they are appended to a cache; of all layers, or of one.
+    """Keys and values of G new tokens of each slot in one layer, before they are appended to a cache.
 
     Attributes:
-        keys: [L,S,KV,Dh,G], in the model's dtype.
-        values: [L,S,KV,G,Dh].
+        keys: [S,KV,Dh,G], in the model's dtype.
+        values: [S,KV,G,Dh].
     """
 
     keys: Array
@@ -78,24 +85,33 @@ class KVChunk(NamedTuple):
 
 def init_cache(config: ModelConfig, slots: int, length: int, *, int8: bool = False) -> KVCache:
     """Zeros for `slots` slots of `length` positions."""
-    chunk = init_chunk(config, slots, length)
-    if not int8:
-        return KVCache(*chunk)
-    scales = (config.num_layers, slots, config.num_kv_heads, length)
-    return KVCache(*(QuantizedArray(jnp.zeros_like(x, jnp.int8), jnp.zeros(scales)) for x in chunk))
+
+    def layer(chunk: KVChunk) -> LayerCache:
+        if not int8:
+            return LayerCache(*chunk)
+        scales = (slots, config.num_kv_heads, length)
+        return LayerCache(*(QuantizedArray(jnp.zeros_like(x, jnp.int8), jnp.zeros(scales)) for x in chunk))
+
+    return KVCache(tuple(map(layer, init_chunk(config, slots, length))))
 
 
-def init_chunk(config: ModelConfig, slots: int, length: int) -> KVChunk:
-    """A chunk of `length` tokens in which nothing is written yet."""
-    shape = (config.num_layers, slots, config.num_kv_heads)
+def init_chunk(config: ModelConfig, slots: int, length: int) -> tuple[KVChunk, ...]:
+    """Chunks of all layers, for `length` tokens, in which nothing is written yet."""
+    shape = (slots, config.num_kv_heads)
     keys, values = (*shape, config.head_dim, length), (*shape, length, config.head_dim)
-    return KVChunk(jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype))
+    return tuple(
+        KVChunk(jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype)) for _ in range(config.num_layers)
+    )
 
 
-def cache_axes(*, int8: bool) -> KVCache:
+def cache_axes(num_layers: int, *, int8: bool) -> KVCache:
     """Logical axes of a cache's arrays, in its structure."""
-    sides: Any = chunk_axes()
-    return KVCache(*(QuantizedArray(axes, _SCALE_AXES) for axes in sides) if int8 else sides)  # pyright: ignore
+    return KVCache((_layer_axes(int8=int8),) * num_layers)
+
+
+def _layer_axes(*, int8: bool) -> LayerCache:
+    sides: Any = (KEY_AXES, VALUE_AXES)
+    return LayerCache(*(QuantizedArray(axes, _SCALE_AXES) for axes in sides) if int8 else sides)  # pyright: ignore
 
 
 def replicated_axes(axes: KVCache) -> KVCache:
@@ -103,14 +119,14 @@ def replicated_axes(axes: KVCache) -> KVCache:
     return jax.tree.map(lambda name: None if name == "slots" else name, axes)
 
 
-def chunk_axes() -> KVChunk:
-    """Logical axes of a chunk's arrays, in its structure."""
+def chunk_axes(num_layers: int) -> tuple[KVChunk, ...]:
+    """Logical axes of the chunks of all layers, in their structure."""
     sides: Any = (KEY_AXES, VALUE_AXES)
-    return KVChunk(*sides)
+    return (KVChunk(*sides),) * num_layers
 
 
 def window(cache: KVCache, length: int) -> KVCache:
-    """What a call reads: the first `length` positions of every slot, or all if there are fewer. Layers stay first."""
+    """What a call reads: the first `length` positions of every slot, or all if there are fewer."""
     return _over_length(lambda x, axis: jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis), cache)
 
 
@@ -121,14 +137,14 @@ def gather(cache: KVCache, slots: Array, length: int) -> KVCache:
     """
 
     def empty(x: Array, axis: int) -> Array:
-        shape = [x.shape[0], slots.shape[0], *x.shape[2:]]
+        shape = [slots.shape[0], *x.shape[1:]]
         shape[axis] = length
         return jnp.zeros_like(x, shape=shape)
 
     def copy_slot(i: Array, gathered: KVCache) -> KVCache:
         # From the cache itself: a slice taken before the loop would be a copy of it.
         def copy(to: Array, x: Array) -> Array:
-            row = jax.lax.dynamic_slice(x, _start(x, slots[i]), (to.shape[0], 1, *to.shape[2:]))
+            row = jax.lax.dynamic_slice(x, _start(x, slots[i]), (1, *to.shape[1:]))
             return jax.lax.dynamic_update_slice(to, row, _start(to, i))
 
         return jax.tree.map(copy, gathered, cache)
@@ -137,7 +153,7 @@ def gather(cache: KVCache, slots: Array, length: int) -> KVCache:
 
 
 def append(
-    cache: KVCache, chunk: KVChunk, lengths: Array, hidden: Array, last: Array, slots: Array | None = None
+    cache: KVCache, chunks: Sequence[KVChunk], lengths: Array, hidden: Array, last: Array, slots: Array | None = None
 ) -> tuple[KVCache, Array]:
     """Writes chunks of G tokens behind the cached tokens, in place; an int8 cache quantises them.
 
@@ -146,7 +162,7 @@ def append(
 
     Args:
         cache: of S slots.
-        chunk: of n slots, G positions.
+        chunks: of n slots, G positions, for each layer.
         lengths: i32[S], cached tokens of each slot.
         hidden: [S,D].
         last: [n,D], replaces the rows of `hidden`.
@@ -155,26 +171,29 @@ def append(
     Returns:
         The cache, and `hidden`.
     """
-    is_int8 = isinstance(cache.keys, QuantizedArray)
+    is_int8 = isinstance(cache.layers[0].keys, QuantizedArray)
+
+    def new(chunk: KVChunk, row: Callable[[Array], Array]) -> LayerCache:
+        # Quantised slot by slot: a chunk may be large, and exists only once.
+        if not is_int8:
+            return LayerCache(row(chunk.keys), row(chunk.values))
+        keys = quantize(row(chunk.keys), KEY_AXES.index("head_dim"))
+        return LayerCache(keys, quantize(row(chunk.values), VALUE_AXES.index("head_dim")))
 
     def append_slot(i: Array, carry: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
         # The barrier hides from libtpu 0.0.42 (that of jax 0.10) that the loop copies slot by slot: it takes the chunk
         # for all of the cache then, and fails.
-        row = lambda x, axis: jax.lax.optimization_barrier(jax.lax.dynamic_index_in_dim(x, i, axis))
+        row = lambda x: jax.lax.optimization_barrier(jax.lax.dynamic_index_in_dim(x, i, 0))
         slot = i if slots is None else slots[i]
         position = lengths[slot]
 
-        def write(x: Array, new: Array, axis: int) -> Array:
-            return jax.lax.dynamic_update_slice(x, new, _start(x, slot, axis, position))
+        def write(x: Array, rows: Array, axis: int) -> Array:
+            return jax.lax.dynamic_update_slice(x, rows, _start(x, slot, axis, position))
 
-        # Quantised slot by slot: a chunk may be large, and exists only once.
-        keys, values = row(chunk.keys, 1), row(chunk.values, 1)
-        if is_int8:
-            keys = quantize(keys, KEY_AXES.index("head_dim"))
-            values = quantize(values, VALUE_AXES.index("head_dim"))
         cache, hidden = carry
-        hidden = jax.lax.dynamic_update_slice(hidden, row(last, 0), (slot, 0))
-        return _over_length(write, cache, KVCache(keys, values)), hidden
+        hidden = jax.lax.dynamic_update_slice(hidden, row(last), (slot, 0))
+        added = KVCache(tuple(new(chunk, row) for chunk in chunks))
+        return _over_length(write, cache, added), hidden
 
     return jax.lax.fori_loop(0, last.shape[0], append_slot, (cache, hidden))
 
@@ -189,7 +208,7 @@ def copy_rows(cache: KVCache, source: KVCache, rows: Array, length: int) -> KVCa
 
         def copy(to: Array, x: Array, axis: int) -> Array:
             first = jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
-            return jax.lax.dynamic_update_slice(to, jax.lax.dynamic_index_in_dim(first, row, axis=1), _start(to, slot))
+            return jax.lax.dynamic_update_slice(to, jax.lax.dynamic_index_in_dim(first, row, axis=0), _start(to, slot))
 
         return _over_length(copy, cache, source)
 
@@ -218,8 +237,9 @@ def factors(array: KVArray, dtype: DTypeLike) -> tuple[Array, Array | None]:
 
 
 def _over_length(function: Callable[..., Array], *caches: KVCache) -> KVCache:
-    """`function(array, ..., axis)` of all arrays of stacked caches; `axis` is that of positions."""
-    axes = cache_axes(int8=isinstance(caches[0].keys, QuantizedArray))
+    """`function(array, ..., axis)` of all arrays of caches; `axis` is that of positions."""
+    layers = caches[0].layers
+    axes = cache_axes(len(layers), int8=isinstance(layers[0].keys, QuantizedArray))
     return jax.tree.map(
         lambda names, *arrays: function(*arrays, axis=names.index("length")), axes, *caches, is_leaf=_is_names
     )
@@ -232,5 +252,5 @@ def _is_names(node: Any) -> bool:
 def _start(x: Array, slot: Array, axis: int = 0, position: Array | int = 0) -> list[Array | int]:
     """Where a slot's part of x begins, at a position of dimension `axis`."""
     start: list[Array | int] = [0] * x.ndim
-    start[axis], start[1] = position, slot
+    start[axis], start[0] = position, slot
     return start

@@ -66,7 +66,7 @@ class Programs:
         int8: bool,
     ) -> None:
         self._policy, self._sample_token, self._mesh = policy, sample_token, mesh
-        self._state_axes = state_axes(int8=int8)
+        self._state_axes = state_axes(policy.config.num_layers, int8=int8)
         self._stop_ids = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
 
     def extend(
@@ -84,7 +84,7 @@ class Programs:
         )
         last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
         last = jnp.where((counts > 0)[:, None], last, part.hidden)
-        return self._append_chunk(state, slots, decoder.stacked_chunk(chunk), last, counts, counts * 0, part.remaining)
+        return self._append_chunk(state, slots, chunk, last, counts, counts * 0, part.remaining)
 
     def decode(
         self, params: Params, state: SamplerState, budgets: Array, slots: Array | None, *, num_tokens: int, window: int
@@ -132,7 +132,6 @@ class Programs:
         carry = (jnp.int32(0), part.hidden, decoder.empty_chunk(count, num_tokens), out)
         _, hidden, chunk, out = jax.lax.while_loop(any_active, step, carry)
         remaining = jnp.where(out.finished, 0, remaining - out.counts)
-        chunk = decoder.stacked_chunk(chunk)
         return self._append_chunk(state, slots, chunk, hidden, out.counts, out.counts, remaining), out
 
     def fork(self, state: SamplerState, prompts: SamplerState, source: Array, prng: Array, window: int) -> SamplerState:
@@ -165,7 +164,7 @@ class Programs:
         self,
         state: SamplerState,
         slots: Array | None,
-        chunk: KVChunk,
+        chunk: Sequence[KVChunk],
         hidden: Array,
         counts: Array,
         sampled: Array,
@@ -173,7 +172,12 @@ class Programs:
     ) -> SamplerState:
         """`append_chunk` on each device's slots."""
         chosen = () if slots is None else (slots,)
-        axes = (self._state_axes, kv_cache.chunk_axes(), ("slots", None), *[("slots",)] * (3 + len(chosen)))
+        axes = (
+            self._state_axes,
+            kv_cache.chunk_axes(self._policy.config.num_layers),
+            ("slots", None),
+            *[("slots",)] * (3 + len(chosen)),
+        )
         append = self._over_slots(append_chunk, axes, self._state_axes)
         return append(state, chunk, hidden, counts, sampled, remaining, *chosen)
 

@@ -59,7 +59,7 @@ class Sampler:
         self.windows: tuple[int, ...] = tuple(sorted({w for w in windows if w < capacity} | {capacity}))
         self._mesh = mesh
         self._int8 = sampling.cache == "int8"
-        self._axes = state_axes(int8=self._int8)
+        self._axes = state_axes(policy.config.num_layers, int8=self._int8)
         programs = Programs(policy, make_sample_token(sampling), stop_ids, mesh, int8=self._int8)
         # A state keeps its sharding from call to call. Decoded tokens are replicated, so that every process has them.
         placed = None if mesh is None else shardings(mesh, self._axes, DECODE)

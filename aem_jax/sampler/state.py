@@ -1,5 +1,6 @@
 """The state of the sampler's slots, and the functions over it that need no model: gather, append, rewind."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -51,11 +52,11 @@ def init_state(config: ModelConfig, slots: int, length: int, *, int8: bool) -> S
     )
 
 
-def state_axes(*, int8: bool) -> SamplerState:
+def state_axes(num_layers: int, *, int8: bool) -> SamplerState:
     """Logical axes of a state's arrays, in its structure."""
     of_slots: Any = ("slots",)
     rows: Any = ("slots", None)
-    return SamplerState(kv_cache.cache_axes(int8=int8), of_slots, rows, rows, of_slots, of_slots)
+    return SamplerState(kv_cache.cache_axes(num_layers, int8=int8), of_slots, rows, rows, of_slots, of_slots)
 
 
 def gather_slots(state: SamplerState, slots: Array, window: int) -> SamplerState:
@@ -66,7 +67,7 @@ def gather_slots(state: SamplerState, slots: Array, window: int) -> SamplerState
 
 def append_chunk(
     state: SamplerState,
-    chunk: KVChunk,
+    chunk: Sequence[KVChunk],
     hidden: Array,
     counts: Array,
     sampled: Array,
