@@ -27,9 +27,14 @@ NEVER = -1
 
 
 def random_params(policy: Policy) -> Params:
-    """Random parameters in the model's dtype."""
+    """Random parameters in the model's dtype, in the layout of sampling."""
     dtype = jnp.dtype(policy.config.dtype)
-    return jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), policy.init(key)))(jax.random.key(0))
+
+    def init(key: jax.Array) -> Params:
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), policy.init(key))
+        return policy.by_layer(params, lambda leaf, layer: leaf[layer])
+
+    return jax.jit(init)(jax.random.key(0))
 
 
 def measure_sampler(config: BenchConfig) -> list[Measurement]:

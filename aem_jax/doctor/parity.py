@@ -192,7 +192,7 @@ def decoded(policy: Policy, params: Params) -> Params:
 
     def decode(params: Params) -> Params:
         base = params["base"]
-        layers = dict(base["layers"])
+        layers = {name: jnp.stack([layer[name] for layer in base["layers"]]) for name in base["layers"][0]}
         for name, row in quantized_matrices(policy.config).items():
             scales = jnp.expand_dims(layers.pop(scale_of(name)), row.input_axes)
             layers[name] = layers[name].astype(jnp.float32) * scales

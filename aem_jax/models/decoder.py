@@ -1,13 +1,14 @@
-"""The decoder in Flax NNX. Layers are stacked and scanned, so that compile time does not grow with depth.
+"""The decoder in Flax NNX.
 
 Two passes use the same weights: `hidden` takes packed rows (learning), `extend` takes a chunk of new tokens with a KV
-cache (sampling). `extend` only reads the cache and returns the keys and values of the chunk, which the caller appends
+cache (sampling). For learning, layers are stacked and scanned. For sampling, each layer has arrays of its own, and the
+layers are unrolled: a scan would copy each layer's weights and cache out of the stacks at every token. `extend` only reads the cache and returns the keys and values of the chunk, which the caller appends
 once per chunk. So a decode step copies no cache, whatever its size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,15 @@ from aem_jax.models import kv_cache
 from aem_jax.models.attention import RowAttention, chunk_attention, row_attention
 from aem_jax.models.config import Activation, ModelConfig, NormPlacement, RopeScaling
 from aem_jax.models.int8 import scale_of
-from aem_jax.models.kv_cache import KVCache, KVChunk
+from aem_jax.models.kv_cache import KVCache, KVChunk, LayerCache
 from aem_jax.models.lora import Adapter, Adapters, LoraConfig
 
 Array = jax.Array
 
 
 FEW_LAYERS = 8
-"""Decoders of at most this many layers sample with unrolled layers. A scan copies each layer's weights and cache out of
-the stacks at every token, which on a CPU costs as much as using them; unrolled layers are sliced once a chunk. Deeper
-decoders are scanned, so that programs stay small."""
+"""If weights are stacked (an adapter beside frozen weights), decoders of at most this many layers slice them once a
+chunk. Deeper decoders slice a layer at every token, which costs a copy of it, but no memory for all layers."""
 
 Constrain = Callable[[Array], Array]
 """Returns its argument with a sharding constraint."""
@@ -35,8 +35,19 @@ Constrain = Callable[[Array], Array]
 _EVERYTHING = 2**30
 """The sliding window of a layer without one, where other layers have one."""
 
-PerLayer = Any
-"""A list with one tree for each layer (few layers), or one tree with a leading axis of layers (many)."""
+
+class LayerInput(NamedTuple):
+    """What `Decoder.extend` reads of one layer.
+
+    Attributes:
+        weights: index of the token -> the state of the layer's `Block`.
+        cache: keys and values of earlier tokens.
+        sliding_window: the argument of `chunk_attention`, if there is one.
+    """
+
+    weights: Callable[[Array], Any]
+    cache: LayerCache
+    sliding_window: tuple[Array, ...]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -248,10 +259,12 @@ class Decoder(nnx.Module):
     ) -> None:
         self.embed: nnx.Param[Array] = nnx.Param(params["embed"])
         layers = params["layers"]
-        blocks = [Block(config, weights, int8=int8) for weights in layers] if isinstance(layers, list) else []
-        self.blocks = nnx.List(blocks)
-        if not blocks:
-            self.layers: Block = Block(config, layers, int8=int8, adapter=adapter, lora=lora)
+        self.by_layer: bool = isinstance(layers, list)  # the layout of sampling; see `Policy.by_layer`
+        self.layers: Any = (
+            nnx.List([Block(config, weights, int8=int8) for weights in layers])
+            if self.by_layer
+            else Block(config, layers, int8=int8, adapter=adapter, lora=lora)
+        )
         self.norm: nnx.Param[Array] = nnx.Param(params["norm"])
         if not config.tied_head:
             self.head: nnx.Param[Array] = nnx.Param(params["head"])
@@ -297,24 +310,43 @@ class Decoder(nnx.Module):
         x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), (stacked, self._sliding_windows()))
         return rms_norm(x, self.norm[...], config.norm_eps)
 
-    def with_cache(self, cache: KVCache, window: int) -> list[Any]:
-        """What `extend` reads of each layer: weights, the first `window` (static) cached positions, sliding window."""
-        if self.blocks:
-            weights = [nnx.state(block) for block in self.blocks]
-        else:
-            stacked = nnx.state(self.layers)
-            weights = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(self.config.num_layers)]  # noqa: B023
+    def with_cache(self, cache: KVCache, window: int) -> list[LayerInput]:
+        """What `extend` reads of each layer; of the cache, the first `window` (static) positions."""
         windows = self._sliding_windows()
         caches = kv_cache.window(cache, window).layers
-        return [(w, c, tuple(x[i] for x in windows)) for i, (w, c) in enumerate(zip(weights, caches, strict=True))]
+        return [
+            LayerInput(self._layer_weights(i), layer_cache, tuple(x[i] for x in windows))
+            for i, layer_cache in enumerate(caches)
+        ]
+
+    def _layer_weights(self, layer: int) -> Callable[[Array], Any]:
+        """index of a token -> weights of a layer."""
+        if self.by_layer:
+            state = nnx.state(self.layers[layer])
+            return lambda index: state
+        stacked = nnx.state(self.layers)
+        if self.config.num_layers <= FEW_LAYERS:
+            state = jax.tree.map(lambda leaf: leaf[layer], stacked)
+            return lambda index: state
+        # The index never changes the slice, but XLA does not know that. Else it would slice all layers before the loop
+        # over tokens: a copy of the model.
+        return lambda index: jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer + jnp.minimum(index, 0), keepdims=False), stacked
+        )
 
     def empty_chunk(self, slots: int, length: int) -> tuple[KVChunk, ...]:
         """Chunks of all layers, for `length` tokens, in which nothing is written yet."""
         return kv_cache.init_chunk(self.config, slots, length)
 
     def extend(
-        self, layers: PerLayer, tokens: Array, positions: Array, lengths: Array, chunk: PerLayer, index: Array
-    ) -> tuple[Array, PerLayer]:
+        self,
+        layers: Sequence[LayerInput],
+        tokens: Array,
+        positions: Array,
+        lengths: Array,
+        chunks: Sequence[KVChunk],
+        index: Array,
+    ) -> tuple[Array, tuple[KVChunk, ...]]:
         """Hidden states of C new tokens a slot, which attend to the cache and to earlier tokens of the chunk.
 
         Args:
@@ -322,29 +354,23 @@ class Decoder(nnx.Module):
             tokens: i32[S,C].
             positions: i32[S,C].
             lengths: i32[S], cached tokens of each slot.
-            chunk: keys and values of this chunk, filled up to `index`; from `empty_chunk` or the previous step.
+            chunks: keys and values of this chunk, filled up to `index`; from `empty_chunk` or the previous step.
             index: i32 scalar, position of the C tokens in the chunk.
 
         Returns:
-            hidden [S,C,D] after the final norm, and the chunk with the new tokens' keys and values.
+            hidden [S,C,D] after the final norm, and the chunks with the new tokens' keys and values.
         """
         config = self.config
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        graphdef = nnx.graphdef(self.blocks[0] if self.blocks else self.layers)
-
-        def layer(x: Array, scanned: tuple[tuple[Any, KVCache, tuple[Array, ...]], KVChunk]) -> tuple[Array, KVChunk]:
-            (weights, cache, window), chunk = scanned
-            block = nnx.merge(graphdef, weights)
+        graphdef = nnx.graphdef(self.layers[0] if self.by_layer else self.layers)
+        x, written = self._embed(tokens), []
+        for layer, chunk in zip(layers, chunks, strict=True):
+            block = nnx.merge(graphdef, layer.weights(index))
             q, k, v = block.project_qkv(x, cos, sin)
             chunk = kv_cache.write_tokens(chunk, k, v, index)
-            attended = chunk_attention(q, cache, lengths, chunk, index, *window)
-            return block.output_and_mlp(x, attended), chunk
-
-        x = self._embed(tokens)
-        written = []
-        for scanned in zip(layers, chunk, strict=True):
-            x, new = layer(x, scanned)
-            written.append(new)
+            attended = chunk_attention(q, layer.cache, lengths, chunk, index, *layer.sliding_window)
+            x = block.output_and_mlp(x, attended)
+            written.append(chunk)
         return rms_norm(x, self.norm[...], config.norm_eps), tuple(written)
 
     def _sliding_windows(self) -> tuple[Array, ...]:

@@ -129,6 +129,17 @@ class Policy:
         codes = {**base, "layers": quantize_layers(self.config, base["layers"])}
         return _cast({"base": codes}, self.quantized.dtypes)
 
+    def by_layer(self, tree: Params, part: Callable[[Any, int], Any]) -> Params:
+        """A tree in the layout of sampling: "layers" is a list with one mapping for each layer.
+
+        Args:
+            tree: parameters, shapes or axes; "layers" maps names to leaves of all layers.
+            part: (leaf of all layers, index of a layer) -> leaf of that layer.
+        """
+        layers = tree["base"]["layers"]
+        split = [{name: part(leaf, i) for name, leaf in layers.items()} for i in range(self.config.num_layers)]
+        return {**tree, "base": {**tree["base"], "layers": split}}
+
     @property
     def merged_leaves(self) -> tuple[str, ...]:
         """Names in "layers" of the stacked weights that the adapter changes."""

@@ -28,8 +28,8 @@ from aem_jax.plan.devices import Coordinates, Topology
 from aem_jax.plan.hlo import parse
 from aem_jax.plan.workload import Workload
 from aem_jax.sampler import Sampler
-from aem_jax.sampler.reshard import make_reshard
-from aem_jax.sharding import decode_formats, replicated
+from aem_jax.sampler.reshard import abstract_sampled, make_reshard
+from aem_jax.sharding import replicated
 
 _TPU_SETTINGS = {
     "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server for the TPU of this machine
@@ -142,9 +142,7 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     policy = Policy(work.model, work.lora if work.lora.rank else None, work.value)
     state = abstract_state(policy, config.learner, mesh)
     sampled = components.sampled_policy(config, policy)
-    where = decode_formats(mesh, sampled.axes, sampled.shapes)
-    struct = lambda leaf, dtype, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place)
-    params = jax.tree.map(struct, sampled.shapes, sampled.dtypes, where)
+    params = abstract_sampled(sampled, mesh)
     sampler = Sampler(
         sampled,
         config.sampling,
