@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from aem_jax.models.attention import chunk_attention
 from aem_jax.models.int8 import QuantizedArray, quantize
-from aem_jax.models.kv_cache import KVCache, KVChunk
+from aem_jax.models.kv_cache import KVChunk, LayerCache
 
 
 def test_rounding_by_hand():
@@ -54,7 +54,7 @@ def test_attention_is_that_to_the_rounded_numbers(dtype: str, tolerance: float):
     k, v = (quantize(draw(slots, kv_heads, window, head_dim) * size.astype(np.float32), 3) for _ in range(2))
     actual = chunk_attention(
         q,
-        KVCache(QuantizedArray(jnp.swapaxes(k.codes, 2, 3), k.scales), v),
+        LayerCache(QuantizedArray(jnp.swapaxes(k.codes, 2, 3), k.scales), v),
         jnp.asarray(cached),
         KVChunk(jnp.swapaxes(chunk[0], 2, 3), chunk[1]),
         jnp.int32(index),

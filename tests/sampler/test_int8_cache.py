@@ -22,8 +22,12 @@ SAMPLER = make(SamplingConfig(1.0, cache="int8"))
 
 def cache_of(state: SamplerState, slot: int, length: int) -> list[np.ndarray]:
     """Codes and scales of a slot's first tokens."""
-    assert isinstance(state.cache.keys, QuantizedArray) and isinstance(state.cache.values, QuantizedArray)
-    keys, values = ([np.asarray(leaf[:, slot]) for leaf in part] for part in (state.cache.keys, state.cache.values))
+    layers = state.cache.layers
+    assert all(isinstance(part, QuantizedArray) for layer in layers for part in layer)
+    keys, values = (
+        [np.stack([np.asarray(leaf[slot]) for leaf in leaves]) for leaves in zip(*parts, strict=True)]
+        for parts in zip(*layers, strict=True)
+    )
     return [keys[0][..., :length], keys[1][..., :length], values[0][..., :length, :], values[1][..., :length]]
 
 
@@ -38,8 +42,8 @@ def test_a_chunk_is_exact_until_it_is_merged_and_quantised_once():
     states = [extend_slots(s, PARAMS, start_episodes(s, s.init(4), episode), {1: ids}, 16) for s in (SAMPLER, EXACT)]
     actual, wanted = states
     np.testing.assert_allclose(POLICY.logits(PARAMS, actual.hidden[1]), cacheless(POLICY, PARAMS, ids)[-1], atol=1e-5)
-    assert isinstance(wanted.cache.keys, jax.Array) and isinstance(wanted.cache.values, jax.Array)
-    coded = [*quantize(wanted.cache.keys[:, 1, ..., :13], 2), *quantize(wanted.cache.values[:, 1, :, :13], 3)]
+    keys, values = (jnp.stack(parts) for parts in zip(*wanted.cache.layers, strict=True))
+    coded = [*quantize(keys[:, 1, ..., :13], 2), *quantize(values[:, 1, :, :13], 3)]
     for one, other in zip(cache_of(actual, 1, 13), coded, strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float32), other, rtol=1e-5, atol=one.dtype == np.int8)
     before = cache_of(actual, 1, 13)
