@@ -68,11 +68,12 @@ def test_eight_devices_equal_one(sizes: tuple[int, int, int], cache: Literal["mo
 def test_a_chunk_of_all_slots_is_merged_on_two_devices_without_a_scatter():
     """jax 0.11.2 crashes on a scatter over a whole array inside shard_map; `x.at[:].set(y)` is one in every version."""
     rng, slots, chunk = np.random.default_rng(0), 4, 2
-    shape = (CONFIG.num_layers, slots, CONFIG.num_kv_heads)
-    keys, values = rng.normal(size=(*shape, CONFIG.head_dim, chunk)), rng.normal(size=(*shape, chunk, CONFIG.head_dim))
+    shape, layers = (slots, CONFIG.num_kv_heads), range(CONFIG.num_layers)
+    draw = lambda *tail: jnp.float32(rng.normal(size=(*shape, *tail)))
+    chunks = tuple(KVChunk(draw(CONFIG.head_dim, chunk), draw(chunk, CONFIG.head_dim)) for _ in layers)
     hidden = rng.normal(size=(slots, CONFIG.hidden_size))
     counts, sampled, remaining = np.asarray([[2, 0, 1, 2], [1, 0, 0, 2], [7, 0, 3, 2]], np.int32)
-    arguments = (None, KVChunk(jnp.float32(keys), jnp.float32(values)), np.float32(hidden), counts, sampled, remaining)
+    arguments = (None, chunks, np.float32(hidden), counts, sampled, remaining)
     make = partial(Sampler, POLICY, SamplingConfig(), (5,), capacity=16, slack=4)
     state = replace(make().init(slots), lengths=np.asarray([0, 3, 5, 1], np.int32))
     merged = []
@@ -110,11 +111,11 @@ def test_codes_are_made_where_the_masters_lie():
     masters = jax.device_put(numpy_params(CONFIG), shardings(mesh, POLICY.axes, TRAIN))
     reshard = make_reshard(POLICY, mesh, int8=True)
     actual = reshard(masters)
-    wanted = POLICY.quantize(numpy_params(CONFIG))
+    wanted = POLICY.by_layer(POLICY.quantize(numpy_params(CONFIG)), lambda leaf, layer: leaf[layer])
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, other)
     where = jax.tree.map(lambda leaf: leaf.sharding, actual)
-    assert where == shardings(mesh, POLICY.quantized.axes, DECODE)
+    assert where == shardings(mesh, POLICY.by_layer(POLICY.quantized.axes, lambda names, _: names[1:]), DECODE)
     text = reshard.lower(masters).compile().as_text() or ""  # pyright: ignore[reportFunctionMemberAccess]
     gathered = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]* all-gather(?:-start)?\(", text)
     assert {"s8"} <= {dtype for dtype, _ in gathered}
