@@ -67,6 +67,11 @@ class Device:
     capability: float = 0.0
 
 
+COMPILE_ONLY = 8.0
+"""Compute capability of GPUs that jax only compiles for. They do not tell theirs, and where no GPU is present jax lowers
+what this one supports."""
+
+
 class Sizes(NamedTuple):
     """Sizes of one device's share of the rows and heads."""
 
@@ -180,11 +185,12 @@ def _has(module: str) -> bool:
 
 
 def device_of(mesh: Mesh) -> Device:
-    """The device of a mesh, which may be abstract (`launch plan`)."""
+    """The device of a mesh, which may be one that jax only compiles for (`launch plan`)."""
     first: Any = mesh.devices.flat[0]
     version = str(getattr(getattr(first, "client", None), "platform_version", ""))
-    is_cuda = first.platform == "gpu" and "cuda" in version.lower()
-    return Device(first.platform, is_cuda, float(first.compute_capability) if is_cuda else 0.0)
+    # the version of a client without devices is a device's name; old drivers name devices without NVIDIA
+    is_cuda = first.platform == "gpu" and ("cuda" in version.lower() or "NVIDIA" in version)
+    return Device(first.platform, is_cuda, float(getattr(first, "compute_capability", COMPILE_ONLY)) if is_cuda else 0.0)
 
 
 def make_row_attention(

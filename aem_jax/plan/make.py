@@ -25,7 +25,7 @@ from aem_jax.plan.analytic import memory as closed_memory
 from aem_jax.plan.config import PlanConfig
 from aem_jax.plan.costs import Costs
 from aem_jax.plan.devices import Coordinates, Seconds, Topology, estimate
-from aem_jax.plan.programs import Program, compile_programs, coordinates, set_up, target_devices
+from aem_jax.plan.programs import Program, compile_programs, compiler, coordinates, set_up, target_devices
 from aem_jax.plan.workload import Workload, workload
 from aem_jax.sharding import AXES, DECODE, TRAIN, MeshConfig, choose_mesh, make_mesh, mesh_sizes, shardings
 
@@ -140,6 +140,8 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
         ValueError: sizes that do not divide over the mesh, or a shape unknown to libtpu.
     """
     num_devices = topology.num_devices
+    analytic = config.analytic or (topology.kind == "gpu" and not compiler(topology))
+    set_up(topology, config.runtime, analytic=analytic)
     if by_hand:
         mesh = MeshConfig(*mesh_sizes(config.mesh, num_devices))
     else:
@@ -152,7 +154,7 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     for name, count in (("--batch.rows", work.layout.rows), ("--rollout.num-slots (of a cohort)", work.slots)):
         if count % replicas:
             raise ValueError(f"{name}: expected a multiple of mesh.data × mesh.fsdp = {replicas}, got {count}")
-    memory, analytic = closed_memory(work, mesh), config.analytic or topology.kind == "gpu"
+    memory = closed_memory(work, mesh)
     flops = {"update": _learn_flops(config, work, mesh, topology), "decode": decode_flops(work)}
     programs, where = {}, ()
     if analytic:
@@ -223,7 +225,6 @@ def _compile(
     config: PlanConfig, work: Workload, sizes: MeshConfig, topology: Topology
 ) -> tuple[dict[str, Program], Coordinates]:
     """The compiled programs, and the position of each device of the mesh."""
-    set_up(topology, config.runtime)
     mesh = make_mesh(sizes, target_devices(topology))
     programs = {program.name: program for program in compile_programs(config, work, mesh, config.programs)}
     return programs, coordinates(mesh)
