@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from aem_jax.models.int8 import QuantizedArray
 from aem_jax.models.kv_cache import KVChunk, LayerCache, factors
 
 Array = jax.Array
@@ -184,6 +185,9 @@ def chunk_attention(
         [S,C,H,Dh].
     """
     slots, count, heads, head_dim = q.shape
+    if isinstance(cache.keys, QuantizedArray):
+        # Else the codes of all layers, which no step changes, would be widened before the loop over tokens.
+        cache, index = jax.lax.optimization_barrier((cache, index))
     (old_k, scale_k), (old_v, scale_v) = factors(cache.keys, q.dtype), factors(cache.values, q.dtype)
     kv_heads, window = old_v.shape[1], old_v.shape[2]
     shared = heads // kv_heads

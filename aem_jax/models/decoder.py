@@ -1,9 +1,10 @@
 """The decoder in Flax NNX.
 
 Two passes use the same weights: `hidden` takes packed rows (learning), `extend` takes a chunk of new tokens with a KV
-cache (sampling). For learning, layers are stacked and scanned. For sampling, each layer has arrays of its own, and the
-layers are unrolled: a scan would copy each layer's weights and cache out of the stacks at every token. `extend` only reads the cache and returns the keys and values of the chunk, which the caller appends
-once per chunk. So a decode step copies no cache, whatever its size.
+cache (sampling). For learning, layers are stacked and scanned. For sampling, each layer has arrays of its own and the
+layers are unrolled: a scan copies each layer's weights and cache out of the stacks at every token. `extend` only reads
+the cache and returns the keys and values of the chunk, which the caller appends once per chunk. So a decode step copies
+no cache, whatever its size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
