@@ -70,6 +70,8 @@ TPUS: Mapping[str, Chip] = {
     "v6e": Chip(918e12, 32 * GIB, 1.64e12, 90e9, 2, 16, 1.75e9),
     "tpu7x": Chip(2307e12, 192 * GIB, 7.38e12, 100e9, 3, 4, 2.2e9, 2),
 }
+
+
 def _gpu(peak: float, mib: int, bandwidth: float, link: float, network: float) -> Chip:
     return Chip(peak, mib * 2**20, bandwidth, link, domain=8, network=network, shares=GPU_SHARES)
 

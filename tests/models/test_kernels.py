@@ -39,8 +39,6 @@ WINDOWED = USUAL._replace(sliding_window=True)
         ("auto", TPU, WINDOWED, "xla", "layers have a sliding window"),
         ("auto", HOPPER, WINDOWED, "xla", "layers have a sliding window"),
         ("xla", CPU, WINDOWED, "xla", ""),
-        ("triton", HOPPER, USUAL, "triton", ""),
-        ("triton", HOPPER, USUAL._replace(head_dim=96), "xla", "power of two"),
     ],
 )
 def test_the_choice(name: str, device: Device, sizes: Sizes, chosen: str, reason: str):
@@ -48,7 +46,7 @@ def test_the_choice(name: str, device: Device, sizes: Sizes, chosen: str, reason
     assert picked == chosen and reason in why and bool(why) == bool(reason)
 
 
-@pytest.mark.parametrize(("name", "device"), [("splash", CPU), ("cudnn", TPU), ("splash", HOPPER), ("triton", CPU)])
+@pytest.mark.parametrize(("name", "device"), [("splash", CPU), ("cudnn", TPU), ("splash", HOPPER), ("cudnn", CPU)])
 def test_another_platforms_kernel_is_refused_by_name(name: str, device: Device):
     with pytest.raises(ValueError, match=rf"--learner.attention: expected auto, .*xla on a .PU, got {name}"):
         make_row_attention(name, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), device)
@@ -56,13 +54,12 @@ def test_another_platforms_kernel_is_refused_by_name(name: str, device: Device):
 
 @pytest.mark.parametrize("module", ["jax.experimental.no_kernel", "jax.experimental.no_folder.no_kernel"])
 def test_a_kernel_that_this_jax_does_not_have_is_refused_by_name_and_passed_over_by_auto(module: str):
-    without = {**KERNELS, **{name: KERNELS[name]._replace(module=module) for name in ("splash", "triton")}}
-    message = rf"expected auto, cudnn or xla on a GPU, got triton; jax {jax.__version__} has no {module}"
+    without = {**KERNELS, "splash": KERNELS["splash"]._replace(module=module)}
+    message = rf"expected auto, xla on a TPU, got splash; jax {jax.__version__} has no {module}"
     with pytest.raises(ValueError, match=message):
-        make_row_attention("triton", make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), HOPPER, without)
+        make_row_attention("splash", make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), TPU, without)
     picked, why = choose("auto", TPU, USUAL, without)
     assert picked == "xla" and why == f"splash attention: jax {jax.__version__} has no {module}; XLA's blocks instead"
-    assert choose("auto", HOPPER, USUAL, without) == ("cudnn", "")
 
 
 def test_on_a_mesh_each_device_attends_to_its_rows_and_heads(caplog: pytest.LogCaptureFixture):

@@ -99,4 +99,4 @@ def test_the_page_names_counted_and_uncounted_kernels():
 def test_a_kernel_of_another_device_is_refused_in_one_line(capsys):
     words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--topology", "gpu:h100:8"]
     assert cli.main([*words, "--learner.attention", "splash"]) == 2
-    assert "--learner.attention: expected auto, cudnn or triton or xla on a GPU, got splash" in capsys.readouterr().err
+    assert "--learner.attention: expected auto, cudnn or xla on a GPU, got splash" in capsys.readouterr().err
