@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh
 
 from aem_jax.models import Policy
@@ -15,10 +16,12 @@ from aem_jax.plan.advice import advise
 from aem_jax.plan.analytic import (
     Memory,
     decode_costs,
+    decode_floor,
     decode_flops,
     demand,
     learn_costs,
     learn_flops,
+    update_floor,
     useful_flops,
 )
 from aem_jax.plan.analytic import memory as closed_memory
@@ -61,9 +64,11 @@ class Plan:
         units: units of one run of a program: microbatches of an update, tokens per slot of a decode; default 1.
         memory: bytes by content, in closed form.
         analytic: whether all numbers are closed forms, without compiled programs.
+        compiler: the package that compiled the programs, with its version; why there is none if `analytic`.
         programs: the compiled programs.
         costs: of one run.
         closed_flops: FLOPs of one run in closed form.
+        floors: bytes that one run moves at least; see `update_floor` and `decode_floor`.
         seconds: of one run.
         rates: of learning (update) and of decoding.
         phases: bytes during a program, all other arrays included.
@@ -77,9 +82,11 @@ class Plan:
     units: Mapping[str, float]
     memory: Memory
     analytic: bool
+    compiler: str
     programs: Mapping[str, Program]
     costs: Mapping[str, Costs]
     closed_flops: Mapping[str, float]
+    floors: Mapping[str, float]
     seconds: Mapping[str, Seconds]
     rates: Mapping[str, Rate]
     phases: Mapping[str, float]
@@ -110,6 +117,7 @@ class Plan:
             "mesh": asdict(self.mesh),
             "units": self.units,
             "analytic": self.analytic,
+            "compiler": self.compiler,
             "fits": self.fits,
             "advice": self.advice,
             "memory": asdict(self.memory),
@@ -120,6 +128,7 @@ class Plan:
             },
             "costs": {name: asdict(costs) for name, costs in self.costs.items()},
             "closed_flops": self.closed_flops,
+            "floors": self.floors,
             "seconds": {
                 name: {**asdict(seconds), "roofline": seconds.roofline, "serial": seconds.serial}
                 for name, seconds in self.seconds.items()
@@ -141,7 +150,8 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     """
     num_devices = topology.num_devices
     analytic = config.analytic or (topology.kind == "gpu" and not compiler(topology))
-    set_up(topology, config.runtime, analytic=analytic)
+    # before the first use of jax: on its own, the CUDA plugin looks for a driver, and reports that there is none
+    jax.config.update("jax_platforms", "cpu")
     if by_hand:
         mesh = MeshConfig(*mesh_sizes(config.mesh, num_devices))
     else:
@@ -185,13 +195,24 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
         units=units,
         memory=memory,
         analytic=analytic,
+        compiler=_why_analytic(config) if analytic else compiler(topology),
         programs=programs,
         costs=costs,
         closed_flops={name: flops[name] * tokens[name] / num_devices for name in flops},
+        floors={
+            "update": update_floor(work, mesh) * config.learner.num_minibatches * config.learner.num_epochs,
+            "decode": decode_floor(work, mesh) * work.decode_chunk,
+        },
         seconds=seconds,
         rates=rates,
         phases=phases,
         advice=advise(config, work, mesh, topology, too_large) if too_large else [],
+    )
+
+
+def _why_analytic(config: PlanConfig) -> str:
+    return (
+        "as asked" if config.analytic else "compiling for a GPU takes jax's CUDA plugin: pip install 'aem_jax[cuda13]'"
     )
 
 
@@ -225,6 +246,7 @@ def _compile(
     config: PlanConfig, work: Workload, sizes: MeshConfig, topology: Topology
 ) -> tuple[dict[str, Program], Coordinates]:
     """The compiled programs, and the position of each device of the mesh."""
+    set_up(topology, config.runtime)
     mesh = make_mesh(sizes, target_devices(topology))
     programs = {program.name: program for program in compile_programs(config, work, mesh, config.programs)}
     return programs, coordinates(mesh)

@@ -54,15 +54,13 @@ def compiler(topology: Topology) -> str:
     return ""
 
 
-def set_up(topology: Topology, runtime: RuntimeConfig, *, analytic: bool) -> None:
+def set_up(topology: Topology, runtime: RuntimeConfig) -> None:
     """Sets up jax on the CPU, with as many simulated devices as a CPU topology has; compiling needs no more.
-
-    Before the first use of jax: the CUDA plugin looks for a driver unless another platform is chosen by then.
 
     Raises:
         ConfigError: the topology needs libtpu, which is not installed.
     """
-    if topology.kind == "tpu" and not analytic:
+    if topology.kind == "tpu":
         if not compiler(topology):
             raise ConfigError(
                 f"--topology {topology.name}: compiling for a TPU takes libtpu; pip install 'aem_jax[plan]', "
@@ -70,7 +68,7 @@ def set_up(topology: Topology, runtime: RuntimeConfig, *, analytic: bool) -> Non
             )
         for name, value in _TPU_SETTINGS.items():
             os.environ.setdefault(name, value)
-    simulated = topology.num_devices if topology.kind == "cpu" and not analytic else 0
+    simulated = topology.num_devices if topology.kind == "cpu" else 0
     try:
         machine.set_up(replace(runtime, platform="cpu", cpu_devices=simulated, compilation_cache="off"))
     except RuntimeError:  # jax is already initialized, as in a test or a notebook
@@ -150,6 +148,11 @@ class Program:
     def total(self) -> float:
         """Bytes of memory while it runs."""
         return self.arguments + self.outputs + self.temporaries
+
+    @property
+    def temporary_share(self) -> float:
+        """Temporaries over arguments: of decode, over weights and cache."""
+        return self.temporaries / self.arguments if self.arguments else 0.0
 
 
 def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[Program]:
