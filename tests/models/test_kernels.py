@@ -2,6 +2,8 @@
 
 import logging
 from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from small_policies import GROUPED_TIED, numpy_params, numpy_tokens
 
 from aem_jax.models import ModelConfig, Policy, kernels
 from aem_jax.models.attention import blocked_attention
-from aem_jax.models.kernels import KERNELS, Device, Sizes, choose, make_row_attention
+from aem_jax.models.kernels import KERNELS, Device, Sizes, choose, device_of, make_row_attention
 from aem_jax.models.splash import PASSES, splash_flops
 from aem_jax.sharding import MeshConfig, make_mesh
 
@@ -44,6 +46,25 @@ WINDOWED = USUAL._replace(sliding_window=True)
 def test_the_choice(name: str, device: Device, sizes: Sizes, chosen: str, reason: str):
     picked, why = choose(name, device, sizes)
     assert picked == chosen and reason in why and bool(why) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "found"),
+    [
+        ("gpu", "PJRT C API\ncuda 12090", Device("gpu", True, 9.0)),
+        ("gpu", "PJRT C API\nNVIDIA H100 80GB HBM3", Device("gpu", True, 8.0)),  # a target that jax compiles for
+        ("gpu", "PJRT C API\nrocm 60300", Device("gpu")),
+        ("tpu", "PJRT C API\nTFRT TPU v5p", Device("tpu")),
+    ],
+)
+def test_the_device_of_a_mesh(platform: str, version: str, found: Device):
+    device = SimpleNamespace(
+        platform=platform, compute_capability="9.0", client=SimpleNamespace(platform_version=version)
+    )
+    assert device_of(cast(Any, SimpleNamespace(devices=np.array([device])))) == found
+    # without a GPU jax cannot lower cuDNN's attention for wider heads
+    wide = choose("auto", found, USUAL._replace(head_dim=256))[0]
+    assert wide == {9.0: "cudnn", 8.0: "xla"}.get(found.capability, {"tpu": "splash"}.get(platform, "xla"))
 
 
 @pytest.mark.parametrize(("name", "device"), [("splash", CPU), ("cudnn", TPU), ("splash", HOPPER), ("cudnn", CPU)])

@@ -27,6 +27,7 @@ from aem_jax.plan.analytic import decode_costs, demand, learn_flops, memory, use
 from aem_jax.plan.config import PlanConfig, plan_config
 from aem_jax.plan.costs import Collective, Costs, costs
 from aem_jax.plan.devices import GIB, GPUS, TPUS, estimate, parse_topology
+from aem_jax.plan.gpu_target import GPU_TARGETS, target_config
 from aem_jax.plan.hlo import parse, read
 from aem_jax.plan.make import make_plan
 from aem_jax.plan.workload import planned_model, workload
@@ -381,6 +382,26 @@ def test_seconds_are_bytes_over_bandwidth():
     assert seconds.roofline == 1.0 and seconds.serial == pytest.approx(1 + seconds.wire)
     plane = tuple((x, y, 0) for x in range(2) for y in range(2))
     assert estimate(Costs(collectives=ring), v5p, plane).wire == pytest.approx(seconds.wire / 2)  # two axes
+
+
+def test_a_group_of_gpus_on_two_hosts_sends_over_the_network():
+    pair, h100 = Collective("all-gather", 4e9, 2, (3, 8), 1.0), parse_topology("gpu:h100:8x2")
+    positions = [(number // 8, number) for number in range(16)]
+    assert estimate(Costs(collectives=[pair]), h100, positions).wire == 0.5 * 4e9 / 50e9
+    near = replace(pair, members=(3, 4))
+    assert estimate(Costs(collectives=[near]), h100, positions).wire == 0.5 * 4e9 / 450e9
+
+
+def test_without_the_compilers_estimate_times_are_shares_of_the_peaks():
+    seconds = estimate(Costs(flops=989e12, bytes=3.352e12), parse_topology("gpu:h100:1"))
+    assert seconds.roofline == 1.0 and seconds.serial == pytest.approx(1 / 0.7 + 1 / 0.85)
+
+
+def test_every_gpu_has_a_target():
+    assert set(GPU_TARGETS) == set(GPUS)
+    text = target_config("h200")
+    assert "memory_bandwidth: 4800000000000\n" in text and "device_memory_size: 151397597184\n" in text
+    assert text.count("{") == text.count("}") and 'device_description_str: "NVIDIA H200 141GB HBM3e"' in text
 
 
 def test_topologies_have_the_published_facts():
