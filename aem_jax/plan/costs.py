@@ -21,6 +21,8 @@ _CONTRACTED = re.compile(r'lhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_di
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _STARTS = {"copy-start", "all-gather-start", "collective-permute-start"}
 """Begun operations whose results are the array that is read, the one that is written, and a context."""
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""Writes in place, and the index of the operand with the new values."""
 _SEEN_THROUGH = {"bitcast", "reshape", "convert", "copy", "transpose"}
 
 
@@ -241,9 +243,10 @@ def _fused_bytes(module: Module, body: Computation, instruction: Instruction, wh
     root = body.root
     for name in root.operands if root.opcode == "tuple" else (root.name,):
         one = _origin(body, name)
-        if one.opcode == "dynamic-update-slice":
+        if one.opcode in _UPDATES:
             in_place.add(_origin(body, one.operands[0]).name)
-            total += _num_bytes(body.shapes_of(one.operands[1:2])) * _share_in_hbm(instruction.shapes)
+            updates = one.operands[_UPDATES[one.opcode] :][:1]
+            total += _num_bytes(body.shapes_of(updates)) * _share_in_hbm(instruction.shapes)
         elif one.opcode != "parameter":
             total += _num_bytes(body.by_name[name].shapes) * _share_in_hbm(instruction.shapes)
     for one in body.instructions:
