@@ -223,8 +223,8 @@ def _iota(dims: list[int], axes: list[int]) -> tuple[int, ...]:
 def _bytes(module: Module, where: Computation, instruction: Instruction) -> float:
     if instruction.opcode in _SLICES:
         return 2 * hbm_bytes(instruction.shapes)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * hbm_bytes(where.shapes_of(instruction.operands[1:2]))
+    if instruction.opcode in _UPDATES:
+        return 2 * hbm_bytes(where.shapes_of(instruction.operands[_UPDATES[instruction.opcode] :][:1]))
     if instruction.opcode in _STARTS:
         return hbm_bytes(instruction.shapes[:2])
     body = module.computations.get(instruction.called("calls"))
