@@ -270,6 +270,8 @@ def _bytes(module: Module, where: Computation, instruction: Instruction) -> floa
         return 2 * _hbm(where.shapes_of(instruction.operands[1:2]))
     if instruction.opcode == "copy-start":  # results: destination, source, context
         return _hbm(instruction.shapes[:2])
+    if instruction.opcode == "slice-start":  # results: source, destination, context; only the slice is read
+        return _num_bytes(instruction.shapes[1:2]) + _hbm(instruction.shapes[1:2])
     body = module.computations.get(instruction.called("calls"))
     if body is None:
         # the second result of cuBLAS is its workspace
