@@ -122,7 +122,7 @@ def choose(config: ModelConfig, device: Device, *, int8: bool) -> DecodeAttentio
     if int8 or config.sliding_windows:
         return CHUNKED
     if device.platform == "tpu" and config.head_dim % 64 == 0:
-        return DecodeAttention(attend_ragged, follows_lengths=True)
+        return DecodeAttention(attend_ragged, follows_lengths=True, order=("slots", "kv_heads", "head_dim", "length"))
     half = config.dtype in ("bfloat16", "float16")
     if device.is_cuda and device.capability >= 8 and half and config.head_dim % 8 == 0 and config.head_dim <= 128:
         order = ("slots", "length", "kv_heads", "head_dim")

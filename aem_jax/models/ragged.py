@@ -42,7 +42,7 @@ def ragged_attention(
 
     Args:
         keys: [S,KV,Dh,T].
-        values: [S,KV,T,Dh].
+        values: [S,KV,T,Dh]; T lies innermost in memory, as in the keys, so that heads of 64 fill the lanes.
         lengths: i32[S].
         q: [S,KV,R,Dh].
         interpret: emulates the kernel without a TPU, slowly.
@@ -51,24 +51,22 @@ def ragged_attention(
         out f32[S,KV,R,Dh], top f32[S,KV,R,1] and total f32[S,KV,R,1]; of a slot without tokens 0, -1e30 and 0.
     """
     slots, kv_heads, rows, head_dim = q.shape
-    length = values.shape[2]
+    values = jnp.swapaxes(values, 2, 3)
+    length = values.shape[3]
     block = block_length(length, 2 * kv_heads * head_dim * values.dtype.itemsize)
     blocks = -(-length // block)
 
     def visited(s: Array, i: Array, lengths: Any) -> Array:
         return jnp.minimum(i, jnp.maximum((lengths[s] + block - 1) // block - 1, 0))
 
+    cached = pl.BlockSpec((1, kv_heads, head_dim, block), lambda s, i, lengths: (s, 0, 0, visited(s, i, lengths)))
     of_slot = lambda *shape: pl.BlockSpec((1, kv_heads, *shape), lambda s, i, lengths: (s, 0, 0, 0))
     out, stats = pl.pallas_call(
         partial(_kernel, block=block, blocks=blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(slots, blocks),
-            in_specs=[
-                of_slot(rows, head_dim),
-                pl.BlockSpec((1, kv_heads, head_dim, block), lambda s, i, n: (s, 0, 0, visited(s, i, n))),
-                pl.BlockSpec((1, kv_heads, block, head_dim), lambda s, i, n: (s, 0, visited(s, i, n), 0)),
-            ],
+            in_specs=[of_slot(rows, head_dim), cached, cached],
             out_specs=[of_slot(rows, head_dim), of_slot(rows, _LANES)],
         ),
         out_shape=[
@@ -98,11 +96,10 @@ def _kernel(lengths: Any, q: Any, keys: Any, values: Any, out: Any, stats: Any, 
     def _() -> None:
         first = index * block
         seen = first + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < length
-        # Positions past the end of the arrays hold anything; 0 times infinity would be NaN.
-        is_token = first + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < length
         for head in range(q.shape[1]):
             queries, k = q[0, head], keys[0, head]
-            v = jnp.where(is_token, values[0, head], jnp.zeros((), values.dtype))
+            # Positions past the end of the arrays hold anything, and 0 times infinity would be NaN.
+            v = jnp.where(seen, values[0, head], jnp.zeros((), values.dtype))
             scores = jnp.dot(queries, k, preferred_element_type=jnp.float32) * queries.shape[-1] ** -0.5
             scores = jnp.where(seen, scores, _LOWEST)
             old = stats[0, head]
@@ -110,6 +107,8 @@ def _kernel(lengths: Any, q: Any, keys: Any, values: Any, out: Any, stats: Any, 
             top = jnp.maximum(old_top, jnp.max(scores, axis=-1, keepdims=True))
             weights, rescale = jnp.exp(scores - top), jnp.exp(old_top - top)
             total = old_total * rescale + jnp.sum(weights, axis=-1, keepdims=True)
-            added = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            added = jax.lax.dot_general(
+                weights.astype(v.dtype), v, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
             out[0, head] = out[0, head] * rescale + added
             stats[0, head] = jnp.where(lane == 0, top, total)

@@ -227,6 +227,8 @@ def _bytes(module: Module, where: Computation, instruction: Instruction) -> floa
         return 2 * hbm_bytes(where.shapes_of(instruction.operands[_UPDATES[instruction.opcode] :][:1]))
     if instruction.opcode in _STARTS:
         return hbm_bytes(instruction.shapes[:2])
+    if instruction.opcode == "slice-start":  # results: source, destination, context; only the slice is read
+        return _num_bytes(instruction.shapes[1:2]) + hbm_bytes(instruction.shapes[1:2])
     body = module.computations.get(instruction.called("calls"))
     if body is None:
         written = results(instruction) if instruction.opcode == "custom-call" else instruction.shapes
