@@ -89,7 +89,10 @@ def target_devices(topology: Topology) -> Sequence[Any]:
         devices = _gpus(topology) if topology.kind == "gpu" else _tpus(topology)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"--topology {topology.name}: {compiler(topology)} has no such target ({reason})") from error
+        raise ConfigError(
+            f"--topology {topology.name}: {compiler(topology)} cannot compile for it ({reason}); another topology, or "
+            "--analytic for an estimate without compiling"
+        ) from error
     if len(devices) != topology.num_devices:
         raise ConfigError(
             f"--topology {topology.name}: expected {topology.num_devices} devices, {compiler(topology)} made "
