@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh
 
 from aem_jax.models import Policy
@@ -28,7 +27,7 @@ from aem_jax.plan.analytic import memory as closed_memory
 from aem_jax.plan.config import PlanConfig
 from aem_jax.plan.costs import Costs
 from aem_jax.plan.devices import Coordinates, Seconds, Topology, estimate
-from aem_jax.plan.programs import Program, compile_programs, compiler, coordinates, set_up, target_devices
+from aem_jax.plan.programs import Program, compile_programs, compiler, coordinates, set_up, simulate, target_devices
 from aem_jax.plan.workload import Workload, workload
 from aem_jax.sharding import AXES, DECODE, TRAIN, MeshConfig, choose_mesh, make_mesh, mesh_sizes, shardings
 
@@ -150,8 +149,7 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     """
     num_devices = topology.num_devices
     analytic = config.analytic or (topology.kind == "gpu" and not compiler(topology))
-    # before the first use of jax: on its own, the CUDA plugin looks for a driver, and reports that there is none
-    jax.config.update("jax_platforms", "cpu")
+    simulate(topology)
     if by_hand:
         mesh = MeshConfig(*mesh_sizes(config.mesh, num_devices))
     else:

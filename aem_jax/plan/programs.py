@@ -54,8 +54,21 @@ def compiler(topology: Topology) -> str:
     return ""
 
 
+def simulate(topology: Topology) -> None:
+    """Chooses the CPU, with at least as many simulated devices as a CPU topology has; compiling needs no more.
+
+    Before the first use of jax. On its own, jax would look for a GPU's driver if the CUDA plugin is installed.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    if topology.kind == "cpu" and topology.num_devices > jax.config.values["jax_num_cpu_devices"]:
+        try:
+            jax.config.update("jax_num_cpu_devices", topology.num_devices)
+        except RuntimeError:  # jax is already initialized, as in a test or a notebook
+            logging.getLogger(__name__).debug("jax was set up before")
+
+
 def set_up(topology: Topology, runtime: RuntimeConfig) -> None:
-    """Sets up jax on the CPU, with as many simulated devices as a CPU topology has; compiling needs no more.
+    """Sets up jax for compiling, after `simulate`.
 
     Raises:
         ConfigError: the topology needs libtpu, which is not installed.
@@ -68,12 +81,8 @@ def set_up(topology: Topology, runtime: RuntimeConfig) -> None:
             )
         for name, value in _TPU_SETTINGS.items():
             os.environ.setdefault(name, value)
-    simulated = topology.num_devices if topology.kind == "cpu" else 0
-    try:
-        machine.set_up(replace(runtime, platform="cpu", cpu_devices=simulated, compilation_cache="off"))
-    except RuntimeError:  # jax is already initialized, as in a test or a notebook
-        logging.getLogger(__name__).debug("jax was set up before")
-    if simulated > jax.device_count():
+    machine.set_up(replace(runtime, platform="cpu", cpu_devices=0, compilation_cache="off"))
+    if topology.kind == "cpu" and topology.num_devices > jax.device_count():
         raise ConfigError(f"--topology {topology.name}: expected at most {jax.device_count()} devices in this process")
 
 
