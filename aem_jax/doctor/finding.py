@@ -19,6 +19,7 @@ CHECKS: Mapping[str, str] = {
     "attention-xla": "attention:xla",
     "attention-splash": "attention:splash",
     "attention-cudnn": "attention:cudnn",
+    "attention-decode": "attention:decode",
     "mesh": "training:mesh",
     "recompiles": "training:recompiles",
     "servers": "training:servers",

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aem_jax.models import Params, Policy
-from aem_jax.models.decode_attention import DecodeAttention, make_decode_attention
+from aem_jax.models.decode_attention import CHUNKED, DecodeAttention, make_decode_attention
 from aem_jax.sampler.programs import Decoded, Programs
 from aem_jax.sampler.sampling import SamplingConfig, make_sample_token
 from aem_jax.sampler.state import SamplerState, init_state, rewind, state_axes
@@ -36,13 +36,13 @@ class Sampler:
 
     Args:
         policy: the decoder.
-        sampling: distribution of the tokens, and the dtype of the cache.
+        sampling: distribution of the tokens, dtype of the cache, and attention of decode.
         stop_ids: ids that end a response.
         capacity: most tokens of an episode; the cache has `slack` more positions, so that a chunk always fits.
         slack: largest chunk of one call (extend or decode).
         windows: context lengths to attend over; each call takes the smallest that covers its longest slot.
         mesh: splits slots and heads; None keeps everything on the parameters' device.
-        attention: of decode; by default that of the mesh's devices.
+        attention: of decode; by default that of `sampling` and of the mesh's devices.
     """
 
     def __init__(
@@ -66,7 +66,10 @@ class Sampler:
         self._mesh = mesh
         self._int8 = sampling.cache == "int8"
         self._axes = state_axes(policy.config.num_layers, int8=self._int8)
-        self._attention = attention or make_decode_attention(policy.config, mesh, int8=self._int8)
+        if attention is None:
+            own = make_decode_attention(policy.config, mesh, int8=self._int8)
+            attention = own if sampling.attention == "auto" else CHUNKED
+        self._attention = attention
         sample_token = make_sample_token(sampling)
         programs = Programs(policy, sample_token, stop_ids, mesh, self._attention, int8=self._int8)
         # A state keeps its layout from call to call. Decoded tokens are replicated, so that every process has them.
