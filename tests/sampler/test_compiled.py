@@ -118,6 +118,7 @@ def test_a_prefix_is_copied_in_place(cache):
     state = jax.eval_shape(lambda: sampler.init(SLOTS))
     slots = jax.ShapeDtypeStruct((SLOTS,), jnp.int32)
     memory = sampler._copy_prefix.lower(state, slots, slots, window=window).compile().memory_analysis()
+    assert memory is not None
     prefix = state.cache.token_bytes * window
     assert memory.temp_size_in_bytes < 2 * prefix + 10_000 < state.cache.num_bytes / 2
     assert memory.alias_size_in_bytes > state.cache.num_bytes
