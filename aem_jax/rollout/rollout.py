@@ -68,9 +68,11 @@ class Rollout:
                 for bucket in config.extend_buckets:
                     tokens = np.zeros((size, bucket), np.int32)
                     group.state = sampler.extend(params, group.state, tokens, zeros, slots, window=window)
-                if config.mode == "lockstep" and slots is not None:
-                    continue  # a cohort decodes with all its slots
-                group.state, _ = sampler.decode(params, group.state, zeros, config.decode_chunk, slots, window=window)
+                # A ragged decode and one of a cohort are made on all slots.
+                if slots is None or not (sampler.is_ragged or config.mode == "lockstep"):
+                    group.state, _ = sampler.decode(
+                        params, group.state, zeros, config.decode_chunk, slots, window=window
+                    )
         zeros = np.zeros(num_slots, np.int32)
         for window in sampler.windows if config.context == "window" else ():
             group.state = sampler.copy_prefix(group.state, zeros - 1, zeros, window=window)
