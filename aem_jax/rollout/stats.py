@@ -18,7 +18,9 @@ class RolloutStats:
     Attributes:
         episodes: episodes that ended.
         sampled_tokens: tokens of responses.
-        prefill_tokens: tokens of prompts and observations; a first prompt counts once for its group.
+        prompt_tokens: tokens of the prompts of all responses, as the model sees them.
+        prefill_tokens: tokens of prompts that were computed; the others were in the cache.
+        padded_tokens: computed tokens with the padding of their calls.
         retries: further attempts at episodes.
         env_errors: episodes masked.
         overlong_prompts: episodes whose first prompt was too long.
@@ -30,7 +32,9 @@ class RolloutStats:
 
     episodes: int = 0
     sampled_tokens: int = 0
+    prompt_tokens: int = 0
     prefill_tokens: int = 0
+    padded_tokens: int = 0
     retries: int = 0
     env_errors: int = 0
     overlong_prompts: int = 0

@@ -1,4 +1,4 @@
-"""The state of the sampler's slots, and the functions over it that need no model: gather, append, rewind."""
+"""The state of the sampler's slots, and the functions over it that need no model: gather, append, copy, rewind."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -94,6 +94,21 @@ def append_chunk(
     cache, hidden = kv_cache.append(state.cache, chunk, state.lengths, state.hidden, hidden, slots)
     return SamplerState(
         cache=cache, lengths=lengths, hidden=hidden, prng=state.prng, sampled=total, remaining=remaining
+    )
+
+
+def copy_prefix(state: SamplerState, source: Array, keep: Array, *, length: int) -> SamplerState:
+    """Slot s becomes the first `keep[s]` tokens of slot `source[s]`, both i32[S]; -1 is the slot itself.
+
+    The hidden state of a source is copied, too: it predicts the next token if all of the source's tokens are copied.
+    Static `length` covers the copied tokens. A slot that is copied from has itself as source.
+    """
+    copied, row = source >= 0, jnp.maximum(source, 0)
+    return replace(
+        state,
+        cache=kv_cache.copy_within(state.cache, source, length),
+        lengths=jnp.where(copied, keep, jnp.minimum(state.lengths, keep)),
+        hidden=jnp.where(copied[:, None], state.hidden[row], state.hidden),
     )
 
 
