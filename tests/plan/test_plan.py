@@ -23,7 +23,7 @@ from aem_jax.learner import LearnerConfig, abstract_state
 from aem_jax.models import CONFIGS, ModelConfig, Policy
 from aem_jax.models.config import ModelChoice, published
 from aem_jax.models.lora import LoraConfig
-from aem_jax.plan.analytic import decode_costs, demand, learn_flops, memory, useful_flops
+from aem_jax.plan.analytic import decode_costs, demand, learn_costs, learn_flops, memory, useful_flops
 from aem_jax.plan.config import PlanConfig, plan_config
 from aem_jax.plan.costs import Collective, Costs, costs
 from aem_jax.plan.devices import GIB, GPUS, TPUS, estimate, parse_topology
@@ -421,6 +421,10 @@ def test_a_group_of_gpus_on_two_hosts_sends_over_the_network():
     assert estimate(Costs(collectives=[pair]), h100, positions).wire == 0.5 * 4e9 / 50e9
     near = replace(pair, members=(3, 4))
     assert estimate(Costs(collectives=[near]), h100, positions).wire == 0.5 * 4e9 / 450e9
+    assert h100.positions == positions and parse_topology("v5p:2x2x1").positions == []
+    # closed forms know the hosts, too: gathers over fsdp stay on one, gradients are reduced over both
+    gather, *_, reduce = learn_costs(workload(SMALL), MeshConfig(2, 8, 1), 1.0).collectives
+    assert (gather.members, reduce.members) == (tuple(range(8)), (0, 8))
 
 
 def test_without_the_compilers_estimate_times_are_shares_of_the_peaks():
