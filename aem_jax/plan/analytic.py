@@ -237,14 +237,15 @@ def learn_costs(work: Workload, mesh: MeshConfig, flops: float) -> Costs:
     passes = 3 if work.remat == "layers" else 2
     costs = Costs(flops=work.rounds * flops * tokens / tensor, bytes=update_floor(work, mesh))
     activation, layers = tokens * model.hidden_size * width, model.num_layers
-    for kind, size, group, times in (
-        ("all-gather", width * count / tensor, mesh.fsdp, passes),
-        ("reduce-scatter", width * trained / tensor, mesh.fsdp, 1),
-        ("all-reduce", width * trained / split, mesh.data, 1),
-        ("all-reduce", activation, tensor, 2 * passes * layers),
+    for kind, size, group, apart, times in (
+        ("all-gather", width * count / tensor, mesh.fsdp, tensor, passes),
+        ("reduce-scatter", width * trained / tensor, mesh.fsdp, tensor, 1),
+        ("all-reduce", width * trained / split, mesh.data, split, 1),
+        ("all-reduce", activation, tensor, 1, 2 * passes * layers),
     ):
-        if group > 1:
-            costs.collectives.append(Collective(kind, size, group, (), work.rounds * times))
+        if group > 1:  # the first group; the mesh's last axis has neighbours
+            members = tuple(range(0, group * apart, apart))
+            costs.collectives.append(Collective(kind, size, group, members, work.rounds * times))
     return costs
 
 

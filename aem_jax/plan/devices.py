@@ -132,6 +132,12 @@ class Topology:
         """HBM bytes/s of a device."""
         return self.chip.bandwidth / self.chip.cores
 
+    @property
+    def positions(self) -> "Coordinates":
+        """Host and number of each GPU; empty for other devices, which the compiler places."""
+        hosts, gpus = self.sizes if self.kind == "gpu" else (0, 0)
+        return [(host, host * gpus + gpu) for host in range(hosts) for gpu in range(gpus)]
+
     def wire(self, spans: tuple[int, ...]) -> float:
         """Bytes/s from one device to a group that spans `spans` chips along each axis (GPUs: hosts, GPUs)."""
         chip = self.chip

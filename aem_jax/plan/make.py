@@ -164,7 +164,7 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
             raise ValueError(f"{name}: expected a multiple of mesh.data × mesh.fsdp = {replicas}, got {count}")
     memory = closed_memory(work, mesh)
     flops = {"update": _learn_flops(config, work, mesh, topology), "decode": decode_flops(work)}
-    programs, where = {}, ()
+    programs, where = {}, topology.positions
     if analytic:
         costs = _closed_costs(config, work, mesh, flops["update"])
         phases = {"update": memory.total, "decode": memory.resident}

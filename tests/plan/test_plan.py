@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from aem_jax.learner import LearnerConfig, abstract_state
 from aem_jax.models import CONFIGS, ModelConfig, Policy
 from aem_jax.models.config import ModelChoice, published
 from aem_jax.models.lora import LoraConfig
-from aem_jax.plan.analytic import decode_costs, demand, learn_flops, memory, useful_flops
+from aem_jax.plan.analytic import decode_costs, demand, learn_costs, learn_flops, memory, useful_flops
 from aem_jax.plan.config import PlanConfig, plan_config
 from aem_jax.plan.costs import Collective, Costs, costs
 from aem_jax.plan.devices import GIB, GPUS, TPUS, estimate, parse_topology
@@ -421,6 +422,10 @@ def test_a_group_of_gpus_on_two_hosts_sends_over_the_network():
     assert estimate(Costs(collectives=[pair]), h100, positions).wire == 0.5 * 4e9 / 50e9
     near = replace(pair, members=(3, 4))
     assert estimate(Costs(collectives=[near]), h100, positions).wire == 0.5 * 4e9 / 450e9
+    assert h100.positions == positions and parse_topology("v5p:2x2x1").positions == []
+    # closed forms know the hosts, too: gathers over fsdp stay on one, gradients are reduced over both
+    gather, *_, reduce = learn_costs(workload(SMALL), MeshConfig(2, 8, 1), 1.0).collectives
+    assert (gather.members, reduce.members) == (tuple(range(8)), (0, 8))
 
 
 def test_without_the_compilers_estimate_times_are_shares_of_the_peaks():
@@ -584,3 +589,31 @@ def test_a_tpu_program_is_compiled_without_a_tpu(tmp_path):
 def test_plan_config_keeps_the_settings_of_the_run():
     config = plan_config(SMALL)
     assert isinstance(config, PlanConfig) and config.rollout == SMALL.rollout
+
+
+def test_the_tables_of_the_page_are_of_topologies_that_exist():
+    path = Path(__file__).resolve().parents[2] / "scripts" / "plan_table.py"
+    spec = importlib.util.spec_from_file_location("plan_table", path)
+    assert spec and spec.loader
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    for device, topologies in table.TOPOLOGIES.items():
+        for chips, name in topologies.items():
+            assert parse_topology(name).num_chips == chips
+            for model in table.ROWS:
+                assert name in table.command(device, model, chips)
+    plan = {
+        "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
+        "fits": True,
+        "phases": {"update": 12.1 * GIB, "extend": 8 * GIB, "decode": 7 * GIB},
+        "rates": {
+            "update": {"slowest": 89_400, "fastest": 1_460_000, "slowest_mfu": 0.3, "fastest_mfu": 0.816},
+            "decode": {"slowest": 7_361, "fastest": 90_943},
+        },
+        "costs": {"update": {"bytes": 4.04}, "decode": {"bytes": 2.22}},
+        "floors": {"update": 2.0, "decode": 2.0},
+    }
+    row = "| m | 8 | 1 × 8 × 1 | 32 | 12 | 8 | 89 k – 1.46 M | 30 – 82 % | 2.02 | 7.4 k – 91 k | 1.11 |"
+    assert table.row(plan, "m", 8, 32) == row and row.count("|") == table.HEAD.count("|")
+    refused = table.row({**plan, "fits": False, "advice": ["--lora.rank 16"]}, "m", 8, 32)
+    assert refused == "| m | 8 | 1 × 8 × 1 | 32 | does not fit; first advice: `--lora.rank 16` |"
