@@ -1,7 +1,7 @@
 """Peer: Hugging Face `generate` (torch) on a model at its real depth; the counterpart of benchmarks/depth.py.
 
-    python -m venv hf && hf/bin/pip install torch==2.13.0 transformers numpy
-    hf/bin/python hf_depth.py MODEL [B P G [DTYPE]]
+python -m venv hf && hf/bin/pip install torch==2.13.0 transformers numpy
+hf/bin/python hf_depth.py MODEL [B P G [DTYPE]]
 """
 
 import hashlib

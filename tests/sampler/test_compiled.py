@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from typing import Literal
 
 import jax
@@ -11,9 +12,12 @@ import pytest
 from conversation import play, script
 from small_policies import DEEP, GROUPED_TIED, numpy_params
 
-from aem_jax.models import ModelConfig, Policy
-from aem_jax.models.decoder import FEW_LAYERS
+from aem_jax.models import Policy
+from aem_jax.plan.costs import costs
+from aem_jax.plan.hlo import read
 from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.sampler.reshard import abstract_sampled
+from aem_jax.sharding import MeshConfig, make_mesh
 
 POLICY = Policy(GROUPED_TIED)
 PARAMS = numpy_params(GROUPED_TIED)
@@ -120,28 +124,24 @@ def test_the_decode_loop_copies_no_cache():
 
 
 def test_no_layer_of_codes_is_widened_for_longer_than_it_is_used():
-    """Scanned layers in 8 bits: only the window's codes are made before the loop.
-
-    In the loop, this CPU's compiler makes one layer at a time float32 (a TPU's does so inside the product).
-    """
+    """In 8 bits, a step widens the codes of a layer in the loop (a TPU does so inside the product), not before it."""
     window, c = 32, DEEP
     text = decode_program(make("int8", Policy(DEEP)), window=window).as_text() or ""
     of_a_layer = SLOTS * c.num_kv_heads * c.head_dim * window
-    made = {(kind, math.prod(map(int, dims.split(",")))) for kind, dims in re.findall(r"= (\w+)\[([\d,]+)\]", text)}
-    assert {("s8", c.num_layers * of_a_layer), ("f32", of_a_layer)} <= made
-    assert ("f32", c.num_layers * of_a_layer) not in made
+    widened = re.compile(r"= f32\[([\d,]+)\]\S* (?!parameter|get-tuple-element|bitcast)[\w\-]+\(")
+    sizes = lambda text: [math.prod(map(int, dims.split(","))) for dims in widened.findall(text)]
+    body = while_bodies(text)
+    assert of_a_layer in sizes(body)
+    before = set(text.splitlines()) - set(body.splitlines())
+    assert not {of_a_layer, c.num_layers * of_a_layer} & set(sizes("\n".join(before)))
 
 
-def test_program_does_not_grow_with_depth():
-    """Up to FEW_LAYERS layers are written out; any deeper decoder is one scanned layer."""
-
-    def lines(layers: int) -> int:
-        policy = Policy(ModelConfig(**{**vars(GROUPED_TIED), "num_layers": layers}))
-        sampler = Sampler(policy, SamplingConfig(1.0), (5,), capacity=32, slack=8)
-        state = jax.eval_shape(lambda: sampler.init(2))
-        text = sampler._decode.lower(
-            policy.shapes, state, jnp.ones(2, jnp.int32), None, num_tokens=8, window=32
-        ).as_text()
-        return text.count("\n")
-
-    assert lines(32) == lines(FEW_LAYERS + 1) < 2 * lines(2)
+def test_a_step_reads_weights_and_cache_once_at_any_depth():
+    """24 layers: the bytes of a decode step, from the compiled program, are those of the weights and of the cache."""
+    policy = Policy(replace(DEEP, num_layers=24, hidden_size=512, intermediate_size=2048, num_kv_heads=2))
+    mesh, chunk = make_mesh(MeshConfig(), jax.devices()[:1]), 64
+    sampler = Sampler(policy, SamplingConfig(1.0), (5,), capacity=CAPACITY, slack=chunk, mesh=mesh)
+    params, state = abstract_sampled(policy.sampled, mesh), sampler.abstract(SLOTS)
+    program = read(sampler.lower_decode(params, state, chunk).compile())
+    floor = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) + state.cache.num_bytes
+    assert floor < costs(program, chunk).bytes / chunk <= 1.15 * floor
