@@ -19,6 +19,7 @@ class RolloutStats:
         episodes: episodes that ended.
         sampled_tokens: tokens of responses.
         prefill_tokens: tokens of prompts and observations; a first prompt counts once for its group.
+        recomputed_tokens: those of them that were in the cache before, with the parameters of an earlier step.
         retries: further attempts at episodes.
         env_errors: episodes masked.
         overlong_prompts: episodes whose first prompt was too long.
@@ -31,6 +32,7 @@ class RolloutStats:
     episodes: int = 0
     sampled_tokens: int = 0
     prefill_tokens: int = 0
+    recomputed_tokens: int = 0
     retries: int = 0
     env_errors: int = 0
     overlong_prompts: int = 0

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from aem_jax.models import Params, Policy
 from aem_jax.sampler.programs import Decoded, Programs
 from aem_jax.sampler.sampling import SamplingConfig, make_sample_token
-from aem_jax.sampler.state import SamplerState, init_state, rewind, state_axes
+from aem_jax.sampler.state import SamplerState, init_state, restart, rewind, state_axes
 from aem_jax.sharding import DECODE, replicated, shardings, slot_shards
 
 Array = jax.Array
@@ -72,6 +72,7 @@ class Sampler:
         self._fork = jax.jit(programs.fork, static_argnames="window", donate_argnums=0, out_shardings=placed)
         # A partial of its own: jits of one function share their programs, and `compilations` counts this sampler's.
         self._rewind = jax.jit(partial(rewind), donate_argnums=0, out_shardings=placed)
+        self._restart = jax.jit(partial(restart), donate_argnums=0, out_shardings=placed)
 
     @property
     def slot_shards(self) -> int:
@@ -81,7 +82,7 @@ class Sampler:
     @property
     def compilations(self) -> int:
         """Number of programs compiled so far; constant after warm-up."""
-        programs: tuple[Any, ...] = (self._extend, self._decode, self._fork, self._rewind)
+        programs: tuple[Any, ...] = (self._extend, self._decode, self._fork, self._rewind, self._restart)
         return sum(program._cache_size() for program in programs)
 
     def init(self, slots: int, capacity: int | None = None) -> SamplerState:
@@ -241,6 +242,17 @@ class Sampler:
             keep: i32[S]; larger than a slot's length leaves it as it is.
         """
         return self._rewind(state, keep)
+
+    def restart(self, state: SamplerState, chosen: HostArray, prng: HostArray, sampled: HostArray) -> SamplerState:
+        """Empties slots, so that `extend` can compute episodes under way again. `state` is donated.
+
+        Args:
+            state: the slots.
+            chosen: bool[S], the slots to empty.
+            prng: u32[S,2], key data of their episodes.
+            sampled: i32[S], tokens that these have sampled so far: the index of the next one in its key's sequence.
+        """
+        return self._restart(state, chosen, prng, sampled)
 
     def _check_chunk(self, length: int) -> None:
         if length > self.slack:

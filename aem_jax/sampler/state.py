@@ -97,6 +97,17 @@ def append_chunk(
     )
 
 
+def restart(state: SamplerState, chosen: Array, prng: Array, sampled: Array) -> SamplerState:
+    """Empties the slots `chosen` bool[S], for episodes with key data `prng` u32[S,2] and `sampled` i32[S] tokens."""
+    return replace(
+        state,
+        lengths=jnp.where(chosen, 0, state.lengths),
+        prng=jnp.where(chosen[:, None], prng, state.prng),
+        sampled=jnp.where(chosen, sampled, state.sampled),
+        remaining=jnp.where(chosen, 0, state.remaining),
+    )
+
+
 def rewind(state: SamplerState, keep: Array) -> SamplerState:
     """Truncates each slot to its first `keep[s]` i32[S] tokens."""
     return replace(state, lengths=jnp.minimum(state.lengths, keep))
