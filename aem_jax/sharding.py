@@ -225,6 +225,24 @@ def decode_formats(mesh: Mesh, axes: Any, shapes: Any = None) -> Any:
     return jax.tree.map(leaf, axes, where, is_leaf=_is_axes)
 
 
+def ordered(axes: Any, where: Any, order: Sequence[str]) -> Any:
+    """Adds an order of dimensions in memory to a tree of shardings.
+
+    Args:
+        axes: pytree whose leaves are tuples of logical names.
+        where: matching tree of shardings.
+        order: logical names, outermost first in memory; empty for the arrays' own order.
+    """
+    if not order:
+        return where
+    return jax.tree.map(
+        lambda names, sharding: Format(Layout(tuple(names.index(name) for name in order)), sharding),
+        axes,
+        where,
+        is_leaf=_is_axes,
+    )
+
+
 def slot_shards(mesh: Mesh) -> int:
     """Returns the number of parts that slots and rows are split into."""
     return math.prod(mesh.shape[axis] for axis in _SHARED["slots"] or ())

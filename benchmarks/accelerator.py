@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from aem_jax.launch.cli import main as launch
-from aem_jax.models import decoder
 
 TINY = os.environ.get("TINY", "") not in ("", "0")
 SMALL, LARGE = ("tiny", "tiny") if TINY else ("qwen2.5-0.5b", "qwen2.5-1.5b")
@@ -25,36 +24,29 @@ CONTEXTS = (16, 32) if TINY else (1024, 256)
 NEW_TOKENS = 4 if TINY else 64
 ROWS, ROW_LENGTH = (2, 64) if TINY else (4, 2048)
 REPEATS = 2 if TINY else 3
-WRITTEN_OUT = 64
-"""Maximum number of layers for which a program is unrolled, in runs that unroll layers instead of scanning them."""
 
 
 class Run(NamedTuple):
-    """One call of `bench`.
-
-    Attributes:
-        words: arguments of its command line.
-        written_out: whether layers are unrolled, for any number of layers.
-    """
+    """One call of `bench`; `words` are the arguments of its command line."""
 
     words: tuple[str, ...]
-    written_out: bool = False
 
 
 def decode_runs() -> list[Run]:
-    """Returns the runs, the most valuable first, because the time limit may cut off the last ones."""
-    runs = [_decode(LARGE, SLOTS[0], CONTEXTS[0]), _decode(LARGE, SLOTS[0], CONTEXTS[0], written_out=True)]
+    """Returns the runs, the most valuable first, because the time limit may cut off the last ones.
+
+    The first is the one with a goal: a 1.5B model, 128 slots, 1,024 tokens of context. It is followed by the same with
+    XLA's attention.
+    """
+    runs = [_decode(LARGE, max(SLOTS), max(CONTEXTS), attention) for attention in ("auto", "xla")]
     runs += [_decode(SMALL, slots, context) for context in CONTEXTS for slots in SLOTS]
     runs += [_decode(LARGE, slots, context) for context in CONTEXTS for slots in SLOTS]
     return list(dict.fromkeys(runs))
 
 
-_FIRST = (SLOTS[0], CONTEXTS[0])
-
-
-def _decode(model: str, slots: int, context: int, *, written_out: bool = False) -> Run:
+def _decode(model: str, slots: int, context: int, attention: str = "auto") -> Run:
     sizes = {"--model": model, "--slots": slots, "--prompt-tokens": context, "--new-tokens": NEW_TOKENS}
-    return Run(("bench", "sampler", *_words(sizes)), written_out)
+    return Run(("bench", "sampler", *_words(sizes), "--sampling.attention", attention))
 
 
 def learner_runs() -> list[Run]:
@@ -74,7 +66,7 @@ def _learn(model: str, attention: str, remat: str) -> Run:
 def trace_runs() -> list[Run]:
     """Returns one decode and one update with a profile, whose longest operations are printed to standard error."""
     folder = ("--trace", tempfile.mkdtemp(prefix="trace-"))
-    decode, learn = _decode(LARGE, *_FIRST), _learn(SMALL, "auto", "layers")
+    decode, learn = _decode(LARGE, max(SLOTS), max(CONTEXTS)), _learn(SMALL, "auto", "layers")
     return [run._replace(words=(*run.words, *folder)) for run in (decode, learn)]
 
 
@@ -90,18 +82,14 @@ def run_all(runs: Sequence[Run]) -> int:
     failed = 0
     for run in runs:
         gc.collect()  # frees the arrays of the previous run
-        before, start, error = decoder.FEW_LAYERS, time.perf_counter(), ""
-        decoder.FEW_LAYERS = WRITTEN_OUT if run.written_out else before
-        note = " (layers written out)" if run.written_out else ""
-        print(f"== {' '.join(run.words)}{note}", file=sys.stderr, flush=True)
+        start, error = time.perf_counter(), ""
+        print(f"== {' '.join(run.words)}", file=sys.stderr, flush=True)
         try:
             status = launch(run.words)
             error = f"exit status {status}" if status else ""
         except Exception as failure:
             error = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
-        finally:
-            decoder.FEW_LAYERS = before
-        line = {"kind": "run", "words": run.words, "written_out": run.written_out, "error": error}
+        line = {"kind": "run", "words": run.words, "error": error}
         print(json.dumps({**line, "seconds": time.perf_counter() - start}), flush=True)
         failed += bool(error)
         if error:

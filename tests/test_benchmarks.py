@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from aem_jax.bench.config import BenchConfig
-from aem_jax.models import decoder
 from aem_jax.overrides import apply, split
 from benchmarks import accelerator
 from benchmarks.make_docs import FOLDER, PAGE, bench_table, load, peers_table, read, render, where
@@ -158,19 +157,18 @@ def test_a_run_of_bench_fits_the_page(tmp_path, monkeypatch, capsys):
 
 
 def test_a_failed_run_is_a_line_and_the_next_run_starts(monkeypatch: pytest.MonkeyPatch, capsys):
-    seen: list[tuple[str, int]] = []
+    seen: list[str] = []
 
     def launch(words):
-        seen.append((words[-1], decoder.FEW_LAYERS))
+        seen.append(words[-1])
         if words[-1] == "raises":
             raise RuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nallocations")
         return 2 if words[-1] == "refused" else 0
 
     monkeypatch.setattr(accelerator, "launch", launch)
-    usual = decoder.FEW_LAYERS
-    runs = [accelerator.Run(("bench", "raises"), True), accelerator.Run(("bench", "refused")), accelerator.Run(("ok",))]
-    assert accelerator.run_all(runs) == 2 and usual == decoder.FEW_LAYERS
-    assert seen == [("raises", accelerator.WRITTEN_OUT), ("refused", usual), ("ok", usual)]
+    runs = [accelerator.Run(words) for words in (("bench", "raises"), ("bench", "refused"), ("ok",))]
+    assert accelerator.run_all(runs) == 2
+    assert seen == ["raises", "refused", "ok"]
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["error"] for line in lines] == ["RuntimeError: RESOURCE_EXHAUSTED: 9 GiB", "exit status 2", ""]
     assert accelerator.main(["nothing"]) == 2

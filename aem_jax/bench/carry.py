@@ -16,10 +16,8 @@ import numpy as np
 from aem_jax.bench.config import BenchConfig, Mode
 from aem_jax.bench.measure import Measurement, summarise
 from aem_jax.bench.rollout import byte_chat, open_rollout
-from aem_jax.bench.sampler import random_params
-from aem_jax.config.components import known_model
+from aem_jax.bench.sampler import random_policy
 from aem_jax.envs.protocol import Task
-from aem_jax.models import Policy
 from aem_jax.rollout import Carried, Rollout, RolloutConfig, RolloutStats, group_attempts
 from aem_jax.trajectory import Trajectory
 
@@ -30,15 +28,14 @@ def measure_carry(config: BenchConfig) -> list[Measurement]:
     Raises:
         ConfigError: the mean response length gives no valid number of stop ids.
     """
-    policy = Policy(known_model(config.model))
-    chat = byte_chat(config, policy)
-    params = random_params(policy)
+    model = random_policy(config.model)
+    chat = byte_chat(config, model)
     with ExitStack() as stack:
         sides: dict[str, _Side] = {}
         for mode in config.modes:
             for name, settings in _settings(config, mode).items():
-                _, rollout = open_rollout(config, settings, policy, params, chat, stack)
-                sides[f"{name}, {mode}"] = _Side(settings, _play(config, rollout, params))
+                _, rollout = open_rollout(config, settings, model, chat, stack)
+                sides[f"{name}, {mode}"] = _Side(settings, _play(config, rollout, model.params))
         for side in sides.values():
             side.play()  # the first step: nothing is under way before it
         for _ in range(config.repeats):

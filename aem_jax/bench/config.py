@@ -7,6 +7,7 @@ from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.envs.testing.scripted import ScriptedConfig
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.rollout.config import RolloutConfig
+from aem_jax.sampler import SamplingConfig
 
 Mode = Literal["lockstep", "continuous"]
 
@@ -70,6 +71,8 @@ class BenchConfig:
     """File with the JSON line of an earlier run, to show ratios to."""
     trace: str = ""
     """Folder for a profile of one more call of each program (sampler, learner); its longest operations are printed."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """The distribution, the dtypes and the attention to sample with (sampler, context)."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     """The update (learner): its attention, its rematerialization."""
     rollout: RolloutConfig = field(default_factory=_small_rollout)

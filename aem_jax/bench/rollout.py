@@ -18,13 +18,12 @@ import numpy as np
 from aem_jax.bench.chat import ByteChat
 from aem_jax.bench.config import BenchConfig, Mode
 from aem_jax.bench.measure import Measurement, summarise
-from aem_jax.bench.sampler import random_params
+from aem_jax.bench.sampler import Random, random_policy
 from aem_jax.compilations import compilations
 from aem_jax.config.components import known_model
 from aem_jax.envs.protocol import Task
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.errors import ConfigError
-from aem_jax.models import Params, Policy
 from aem_jax.plan.costs import Costs, costs
 from aem_jax.plan.hlo import read
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
@@ -38,11 +37,10 @@ def measure_rollout(config: BenchConfig) -> list[Measurement]:
     Raises:
         ConfigError: the mean response length gives no valid number of stop ids.
     """
-    policy = Policy(known_model(config.model))
-    chat = byte_chat(config, policy)
-    params = random_params(policy)
+    model = random_policy(config.model)
+    chat = byte_chat(config, model)
     with ExitStack() as stack:
-        runs = {mode: _warm_run(config, mode, policy, params, chat, stack) for mode in config.modes}
+        runs = {mode: _warm_run(config, mode, model, chat, stack) for mode in config.modes}
         for run in runs.values():
             run.play(config.seed + 1)  # other tasks, so that the measured ones are new
         for _ in range(config.repeats):
@@ -60,24 +58,25 @@ def measure_rollout(config: BenchConfig) -> list[Measurement]:
         return [result for mode in config.modes for result in _results(config, mode, runs[mode])]
 
 
-def byte_chat(config: BenchConfig, policy: Policy) -> ByteChat:
+def byte_chat(config: BenchConfig, model: Random) -> ByteChat:
     """The tokenizer, whose stop ids end random responses.
 
     Raises:
         ConfigError: the mean response length gives no valid number of stop ids.
     """
     try:
-        return ByteChat(policy.config.vocab_size, config.response_mean)
+        return ByteChat(model.policy.config.vocab_size, config.response_mean)
     except ValueError as error:
         raise ConfigError(f"--response-mean: {error}") from None
 
 
 def open_rollout(
-    config: BenchConfig, settings: RolloutConfig, policy: Policy, params: Params, chat: ByteChat, stack: ExitStack
+    config: BenchConfig, settings: RolloutConfig, model: Random, chat: ByteChat, stack: ExitStack
 ) -> tuple["CountedSampler", Rollout]:
     """Starts the servers of a rollout of scripted episodes, and compiles its programs."""
     servers = PoolConfig(num_servers=config.servers, sessions_per_server=-(-settings.num_slots // config.servers))
     pool = stack.enter_context(EnvPool(servers, ("scripted", asdict(config.scripted))))
+    policy, params, mesh = model
     sampler = CountedSampler(
         policy,
         SamplingConfig(),
@@ -85,6 +84,7 @@ def open_rollout(
         capacity=settings.context_tokens,
         slack=settings.slack,
         windows=settings.windows,
+        mesh=mesh,
     )
     rollout = Rollout(sampler, chat, pool, settings)
     rollout.warm_up(params)
@@ -112,12 +112,11 @@ class _ModeRun:
     facts: dict[str, float] = field(default_factory=dict)
 
 
-def _warm_run(
-    config: BenchConfig, mode: Mode, policy: Policy, params: Params, chat: ByteChat, stack: ExitStack
-) -> _ModeRun:
+def _warm_run(config: BenchConfig, mode: Mode, model: Random, chat: ByteChat, stack: ExitStack) -> _ModeRun:
     """Starts the servers and compiles the programs of a mode."""
     settings = _settings(config.rollout, mode)
-    sampler, rollout = open_rollout(config, settings, policy, params, chat, stack)
+    sampler, rollout = open_rollout(config, settings, model, chat, stack)
+    params = model.params
 
     def play(seed: int) -> tuple[list[Trajectory], RolloutStats]:
         first = seed * settings.groups_per_step

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from aem_jax.bench.config import BenchConfig
 from aem_jax.bench.measure import Measurement, summarise, timed
@@ -20,29 +21,40 @@ from aem_jax.config.components import known_model
 from aem_jax.models import Params, Policy
 from aem_jax.plan.costs import costs
 from aem_jax.plan.hlo import read
-from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.sampler import Sampler
+from aem_jax.sampler.reshard import make_reshard
+from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
 
 NEVER = -1
 """A stop id that equals no token: every slot samples all of its tokens."""
 
 
-def random_params(policy: Policy) -> Params:
-    """Random parameters in the model's dtype, in the layout of sampling."""
-    dtype = jnp.dtype(policy.config.dtype)
+class Random(NamedTuple):
+    """A policy to sample from, with random parameters, on one device.
 
-    def init(key: jax.Array) -> Params:
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), policy.init(key))
-        return policy.by_layer(params, lambda leaf, layer: leaf[layer])
+    Attributes:
+        policy: the policy of the parameters.
+        params: in the layout of sampling.
+        mesh: of the first device.
+    """
 
-    return jax.jit(init)(jax.random.key(0))
+    policy: Policy
+    params: Params
+    mesh: Mesh
+
+
+def random_policy(model: str, *, int8: bool = False) -> Random:
+    """A known model; `int8` is of its weights."""
+    policy, mesh = Policy(known_model(model)), make_mesh(MeshConfig(), jax.devices()[:1])
+    masters = jax.jit(policy.init, out_shardings=shardings(mesh, policy.axes, TRAIN))(jax.random.key(0))
+    return Random(policy.quantized if int8 else policy, make_reshard(policy, mesh, int8=int8)(masters), mesh)
 
 
 def measure_sampler(config: BenchConfig) -> list[Measurement]:
     """Prompt tokens and sampled tokens per second; each slot samples `new_tokens` tokens after its prompt."""
     slots, prompt, new = config.slots, config.prompt_tokens, config.new_tokens
-    policy = Policy(known_model(config.model))
-    params = random_params(policy)
-    sampler = Sampler(policy, SamplingConfig(), [NEVER], capacity=prompt + new, slack=max(prompt, new))
+    policy, params, mesh = random_policy(config.model, int8=config.sampling.weights == "int8")
+    sampler = Sampler(policy, config.sampling, [NEVER], capacity=prompt + new, slack=max(prompt, new), mesh=mesh)
     tokens = jax.random.randint(jax.random.key(1), (slots, prompt), 0, policy.config.vocab_size, jnp.int32)
     lengths, budgets = jnp.full(slots, prompt, jnp.int32), jnp.full(slots, new, jnp.int32)
     state = sampler.init(slots)
@@ -77,19 +89,17 @@ def measure_sampler(config: BenchConfig) -> list[Measurement]:
 
 def measure_context(config: BenchConfig) -> list[Measurement]:
     """Tokens per second: each context in one cache that holds the longest, then the shortest in larger caches."""
-    policy = Policy(known_model(config.model))
-    params = random_params(policy)
+    model = random_policy(config.model, int8=config.sampling.weights == "int8")
     contexts = sorted(config.contexts)
     largest = contexts[-1]
     pairs = [(context, largest) for context in contexts] + [(contexts[0], capacity) for capacity in contexts[:-1]]
-    return [_decode_after(config, policy, params, context, capacity, contexts) for context, capacity in pairs]
+    return [_decode_after(config, model, context, capacity, contexts) for context, capacity in pairs]
 
 
-def _decode_after(
-    config: BenchConfig, policy: Policy, params: Params, context: int, capacity: int, windows: list[int]
-) -> Measurement:
+def _decode_after(config: BenchConfig, model: Random, context: int, capacity: int, windows: list[int]) -> Measurement:
+    policy, params, mesh = model
     slots, new = config.slots, config.context_chunk
-    sampler = Sampler(policy, SamplingConfig(), [NEVER], capacity=capacity + new, slack=new, windows=windows)
+    sampler = Sampler(policy, config.sampling, [NEVER], capacity=capacity + new, slack=new, windows=windows, mesh=mesh)
     state, window = sampler.init(slots), sampler.window_for(context)
     budgets, lengths = jnp.full(slots, new, jnp.int32), jnp.full(slots, context, jnp.int32)
 

@@ -6,6 +6,7 @@ by the larger of its own norm and the mean norm of all tokens. The check uses th
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,11 @@ import numpy as np
 from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.finding import Finding, judge
 from aem_jax.doctor.parity import full_precision, one_device
+from aem_jax.models import kv_cache
 from aem_jax.models.attention import RowAttention
+from aem_jax.models.decode_attention import CHUNKED, attend_chunked, make_decode_attention
 from aem_jax.models.kernels import KERNELS, Sizes, choose, device_of, make_row_attention
+from aem_jax.models.kv_cache import LayerCache
 
 Array = jax.Array
 
@@ -31,6 +35,10 @@ NAMES = ("out", "d_q", "d_k", "d_v")
 
 ADVICE = (
     "this kernel's numbers are wrong here: train with --learner.attention xla, or take the versions of constraints.txt"
+)
+DECODE_ADVICE = (
+    "this kernel's numbers are wrong here: sample with --sampling.attention xla, or take the versions of "
+    "constraints.txt"
 )
 XLA_ADVICE = (
     "XLA's own products are wrong here: unset XLA_FLAGS, take the versions of constraints.txt, and look for memory "
@@ -67,6 +75,37 @@ def check(name: str, config: DoctorConfig) -> Finding:
 
 
 xla, splash, cudnn, triton = (partial(check, name) for name in ("xla", "splash", "cudnn", "triton"))
+
+
+def decode(config: DoctorConfig) -> Finding:
+    """Checks the attention of decode steps against XLA's, if the device has a kernel for it.
+
+    Slots have no token, one, some and all. Four steps follow, so that each attends to the tokens of the ones before.
+    """
+    mesh, model, length, steps = one_device(), config.shape, 1024, 4
+    own = make_decode_attention(model, mesh, int8=False)
+    if own == CHUNKED:
+        return Finding(None, "no kernel of its own for this device and model; parity covers XLA's")
+    lengths = jnp.asarray([0, 1, 127, 128, 600, length - steps], jnp.int32)
+    key = jax.random.key(0)
+    draw = lambda part, *shape: jax.random.normal(jax.random.fold_in(key, part), shape).astype(model.dtype)
+    of_layer = lambda length: kv_cache.init_chunk(replace(model, num_layers=1), len(lengths), length)[0]
+    cache = LayerCache(*(draw(part, *array.shape) for part, array in enumerate(of_layer(length))))
+    chunks: dict[str, Any] = {"own": cache if own.in_place else of_layer(steps), "xla": of_layer(steps)}
+    attends = {"own": jax.jit(own.attend), "xla": jax.jit(attend_chunked)}
+    worst = 0.0
+    for index in range(steps):
+        shapes = [(len(lengths), 1, heads, model.head_dim) for heads in (model.num_heads, *[model.num_kv_heads] * 2)]
+        new = [draw(10 + 3 * index + part, *shape) for part, shape in enumerate(shapes)]
+        outs = {}
+        for name, attend in attends.items():
+            with full_precision(model.dtype):
+                outs[name], chunks[name] = attend(*new, cache, lengths, chunks[name], jnp.int32(index))
+        # A slot without tokens does not decode, so a kernel may skip it.
+        worst = max(worst, float(_gap(outs["own"][1:], outs["xla"][1:].astype(jnp.float32))))
+    faults = [] if worst <= MOST[model.dtype] else [f"expected gaps of at most {MOST[model.dtype]:g} from XLA's"]
+    text = f"{model.num_heads} heads on {model.num_kv_heads}, {model.dtype}: largest gap {worst:.1e}"
+    return judge(faults, text, DECODE_ADVICE, {"gap": worst})
 
 
 def plain_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:

@@ -25,6 +25,6 @@ class DoctorConfig:
         """Sizes of the decoder; requires that `model` is set."""
         return CONFIGS[self.model]
 
-    def shallow(self, dtype: str, layers: int = 2) -> ModelConfig:
-        """The same widths in another dtype, with at most `layers` layers: the same operations compile faster."""
-        return replace(self.shape, num_layers=min(self.shape.num_layers, layers), dtype=dtype)
+    def shallow(self, dtype: str) -> ModelConfig:
+        """The same widths in another dtype, with at most two layers: the same operations compile faster."""
+        return replace(self.shape, num_layers=min(self.shape.num_layers, 2), dtype=dtype)

@@ -20,6 +20,7 @@ CHECKS: Mapping[str, str] = {
     "attention-splash": "attention:splash",
     "attention-cudnn": "attention:cudnn",
     "attention-triton": "attention:triton",
+    "attention-decode": "attention:decode",
     "mesh": "training:mesh",
     "recompiles": "training:recompiles",
     "servers": "training:servers",

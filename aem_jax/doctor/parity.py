@@ -28,7 +28,6 @@ from aem_jax.doctor.episodes import SLOTS, make_sampler, packed, play, random_pa
 from aem_jax.doctor.finding import Finding, judge
 from aem_jax.learner import LearnerConfig, make_token_logprobs
 from aem_jax.models import LoraConfig, ModelConfig, Params, Policy
-from aem_jax.models.decoder import FEW_LAYERS
 from aem_jax.models.int8 import quantized_matrices, scale_of
 from aem_jax.sampler import SamplingConfig
 from aem_jax.sampler.reshard import make_reshard
@@ -112,9 +111,8 @@ def int8_cache(config: DoctorConfig) -> Finding:
 
 
 def bfloat16(config: DoctorConfig) -> Finding:
-    """In bfloat16, with the learner's attention of this device, deep enough for the sampler to scan over layers."""
-    deep = config.shape.num_layers > FEW_LAYERS
-    model = config.shallow("bfloat16", FEW_LAYERS + 1) if deep else config.shallow("bfloat16")
+    """In bfloat16, with the attentions of this device."""
+    model = config.shallow("bfloat16")
     sampled = sample(model)
     measured = gap(sampled, "auto")
     with full_precision():

@@ -184,33 +184,69 @@ def chunk_attention(
     Returns:
         [S,C,H,Dh].
     """
-    slots, count, heads, head_dim = q.shape
     if isinstance(cache.keys, QuantizedArray):
         # Else the codes of all layers, which no step changes, would be widened before the loop over tokens.
         cache, index = jax.lax.optimization_barrier((cache, index))
     (old_k, scale_k), (old_v, scale_v) = factors(cache.keys, q.dtype), factors(cache.values, q.dtype)
-    kv_heads, window = old_v.shape[1], old_v.shape[2]
-    shared = heads // kv_heads
-    q = q.reshape(slots, count, kv_heads, shared, head_dim)
-    q = jnp.swapaxes(q, 1, 2).reshape(slots, kv_heads, count * shared, head_dim)  # one product per key head
-    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
-    position = index + jnp.repeat(jnp.arange(count), shared)
+    count, window = q.shape[1], old_v.shape[2]
+    queries, position, is_earlier = _chunk_queries(q, chunk, index)
     is_cached = (jnp.arange(window)[None] < lengths[:, None])[:, None, None]
-    is_earlier = (jnp.arange(chunk.length)[None] <= position[:, None])[None, None]
     if sliding_window is not None:
         # Distance of a query to the keys: [S,C·H/KV,W] to cached ones, [C·H/KV,G] to those of its chunk.
         to_cached = lengths[:, None, None] + position[None, :, None] - jnp.arange(window)[None, None]
         to_chunk = position[:, None] - jnp.arange(chunk.length)[None]
         is_cached &= (to_cached < sliding_window)[:, None]
         is_earlier &= (to_chunk < sliding_window)[None, None]
-    old = product(q, old_k) if scale_k is None else product(q, old_k) * scale_k
+    old = _matmul(queries, old_k) if scale_k is None else _matmul(queries, old_k) * scale_k
     old = jnp.where(is_cached, old, _MASKED)
-    new = jnp.where(is_earlier, product(q, chunk.keys), _MASKED)
+    new = jnp.where(is_earlier, _matmul(queries, chunk.keys), _MASKED)
     top = jnp.maximum(jnp.max(old, -1, keepdims=True), jnp.max(new, -1, keepdims=True))
-    scale = head_dim**-0.5
+    scale = q.shape[-1] ** -0.5
     old, new = jnp.exp((old - top) * scale), jnp.exp((new - top) * scale)
     total = jnp.sum(old, -1, keepdims=True) + jnp.sum(new, -1, keepdims=True)
     old = old if scale_v is None else old * scale_v
-    out = product(old.astype(q.dtype), old_v) + product(new.astype(q.dtype), chunk.values)
-    out = (out / total).astype(q.dtype).reshape(slots, kv_heads, count, shared, head_dim)
-    return jnp.swapaxes(out, 1, 2).reshape(slots, count, heads, head_dim)
+    out = _matmul(old.astype(q.dtype), old_v) + _matmul(new.astype(q.dtype), chunk.values)
+    return _from_queries((out / total).astype(q.dtype), count)
+
+
+def join_chunk(
+    q: Array, attend_cached: Callable[[Array], tuple[Array, Array, Array]], chunk: KVChunk, index: Array
+) -> Array:
+    """`chunk_attention` with another function for the cached tokens: two softmaxes, joined.
+
+    Args:
+        q: [S,C,H,Dh].
+        attend_cached: queries [S,KV,C·H/KV,Dh] -> the sums of `ragged_attention`.
+        chunk: as in `chunk_attention`.
+        index: as in `chunk_attention`.
+    """
+    queries, _, is_earlier = _chunk_queries(q, chunk, index)
+    old, old_top, old_total = attend_cached(queries)
+    scores = jnp.where(is_earlier, _matmul(queries, chunk.keys) * q.shape[-1] ** -0.5, _MASKED)
+    top = jnp.maximum(old_top, jnp.max(scores, -1, keepdims=True))
+    weights, rescale = jnp.exp(scores - top), jnp.exp(old_top - top)
+    total = old_total * rescale + jnp.sum(weights, -1, keepdims=True)
+    out = old * rescale + _matmul(weights.astype(q.dtype), chunk.values)
+    return _from_queries((out / total).astype(q.dtype), q.shape[1])
+
+
+_matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+
+def _chunk_queries(q: Array, chunk: KVChunk, index: Array) -> tuple[Array, Array, Array]:
+    """Queries of [S,C,H,Dh] by key head, [S,KV,C·H/KV,Dh]: one product per key head. With their positions in the chunk,
+    i32[C·H/KV], and the mask of the chunk's earlier tokens, bool[1,1,C·H/KV,G]."""
+    slots, count, heads, head_dim = q.shape
+    kv_heads = chunk.keys.shape[1]
+    shared = heads // kv_heads
+    queries = jnp.swapaxes(q.reshape(slots, count, kv_heads, shared, head_dim), 1, 2)
+    position = index + jnp.repeat(jnp.arange(count), shared)
+    is_earlier = (jnp.arange(chunk.length)[None] <= position[:, None])[None, None]
+    return queries.reshape(slots, kv_heads, count * shared, head_dim), position, is_earlier
+
+
+def _from_queries(out: Array, count: int) -> Array:
+    """The inverse for outputs: [S,KV,C·H/KV,Dh] to [S,C,H,Dh]."""
+    slots, kv_heads, rows, head_dim = out.shape
+    out = jnp.swapaxes(out.reshape(slots, kv_heads, count, rows // count, head_dim), 1, 2)
+    return out.reshape(slots, count, kv_heads * rows // count, head_dim)

@@ -17,8 +17,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aem_jax.models import kv_cache
-from aem_jax.models.attention import RowAttention, chunk_attention, row_attention
+from aem_jax.models.attention import RowAttention, row_attention
 from aem_jax.models.config import Activation, ModelConfig, NormPlacement, RopeScaling
+from aem_jax.models.decode_attention import Attend, attend_chunked
 from aem_jax.models.int8 import scale_of
 from aem_jax.models.kv_cache import KVCache, KVChunk, LayerCache
 from aem_jax.models.lora import Adapter, Adapters, LoraConfig
@@ -345,9 +346,10 @@ class Decoder(nnx.Module):
         tokens: Array,
         positions: Array,
         lengths: Array,
-        chunks: Sequence[KVChunk],
+        chunks: Sequence[Any],
         index: Array,
-    ) -> tuple[Array, tuple[KVChunk, ...]]:
+        attend: Attend = attend_chunked,
+    ) -> tuple[Array, tuple[Any, ...]]:
         """Hidden states of C new tokens a slot, which attend to the cache and to earlier tokens of the chunk.
 
         Args:
@@ -357,6 +359,7 @@ class Decoder(nnx.Module):
             lengths: i32[S], cached tokens of each slot.
             chunks: keys and values of this chunk, filled up to `index`; from `empty_chunk` or the previous step.
             index: i32 scalar, position of the C tokens in the chunk.
+            attend: attention of the new tokens to the cache and to the chunk.
 
         Returns:
             hidden [S,C,D] after the final norm, and the chunks with the new tokens' keys and values.
@@ -368,8 +371,7 @@ class Decoder(nnx.Module):
         for layer, chunk in zip(layers, chunks, strict=True):
             block = nnx.merge(graphdef, layer.weights(index))
             q, k, v = block.project_qkv(x, cos, sin)
-            chunk = kv_cache.write_tokens(chunk, k, v, index)
-            attended = chunk_attention(q, layer.cache, lengths, chunk, index, *layer.sliding_window)
+            attended, chunk = attend(q, k, v, layer.cache, lengths, chunk, index, *layer.sliding_window)
             x = block.output_and_mlp(x, attended)
             written.append(chunk)
         return rms_norm(x, self.norm[...], config.norm_eps), tuple(written)

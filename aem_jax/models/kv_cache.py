@@ -1,7 +1,7 @@
-"""The KV cache of the sampler. Only this module and `attention.chunk_attention` know its layout.
+"""The KV cache of the sampler. Only this module, `attention.chunk_attention` and `decode_attention` know its layout.
 
 Each slot is a row of contiguous positions, allocated once. The functions here read and write rows in place. Another
-layout, such as pages, changes these two modules; `plan` counts bytes per token times the positions of all slots.
+layout, such as pages, changes these modules; `plan` counts bytes per token times the positions of all slots.
 
 In int8 a token has one scale for each layer and KV head. Each token is quantised once, when it is appended. Both
 products of attention read the codes q: the scores are (query · q) s, and the output is Σ (w s) · q for weights w.

@@ -22,6 +22,8 @@ KERNEL_TARGETS = ("tpu_custom_call",)
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _CONTRACTED = re.compile(r'lhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([^\]]*)\]')
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""Writes in place, and the index of the operand with the new values."""
 _SEEN_THROUGH = {"bitcast", "reshape", "convert", "copy", "transpose"}
 
 
@@ -268,6 +270,8 @@ def _bytes(module: Module, where: Computation, instruction: Instruction) -> floa
         return 2 * _hbm(where.shapes_of(instruction.operands[1:2]))
     if instruction.opcode == "copy-start":  # results: destination, source, context
         return _hbm(instruction.shapes[:2])
+    if instruction.opcode == "slice-start":  # results: source, destination, context; only the slice is read
+        return _num_bytes(instruction.shapes[1:2]) + _hbm(instruction.shapes[1:2])
     body = module.computations.get(instruction.called("calls"))
     if body is None:
         # the second result of cuBLAS is its workspace
@@ -285,9 +289,10 @@ def _fused_bytes(module: Module, body: Computation, instruction: Instruction, wh
     root = body.root
     for name in root.operands if root.opcode == "tuple" else (root.name,):
         one = _origin(body, name)
-        if one.opcode == "dynamic-update-slice":
+        if one.opcode in _UPDATES:
             in_place.add(_origin(body, one.operands[0]).name)
-            total += _num_bytes(body.shapes_of(one.operands[1:2])) * _share_in_hbm(instruction.shapes)
+            updates = one.operands[_UPDATES[one.opcode] :][:1]
+            total += _num_bytes(body.shapes_of(updates)) * _share_in_hbm(instruction.shapes)
         elif one.opcode != "parameter":
             total += _num_bytes(body.by_name[name].shapes) * _share_in_hbm(instruction.shapes)
     for one in body.instructions:

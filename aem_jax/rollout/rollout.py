@@ -71,7 +71,10 @@ class Rollout:
                 for bucket in config.extend_buckets:
                     tokens = np.zeros((size, bucket), np.int32)
                     group.state = sampler.extend(params, group.state, tokens, zeros, slots, window=window)
-                group.state, _ = sampler.decode(params, group.state, zeros, config.decode_chunk, slots, window=window)
+                if slots is None or not sampler.is_ragged:
+                    group.state, _ = sampler.decode(
+                        params, group.state, zeros, config.decode_chunk, slots, window=window
+                    )
         group.state = sampler.rewind(group.state, np.zeros(num_slots, np.int32))
         if config.carry_min_groups:
             zeros = np.zeros(num_slots, np.int32)

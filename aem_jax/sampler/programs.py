@@ -1,7 +1,7 @@
 """The functions that the sampler compiles, for a policy, a sampling function and a mesh that splits the slots."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from aem_jax.models import Params, Policy, kv_cache
+from aem_jax.models.decode_attention import DecodeAttention
 from aem_jax.models.kv_cache import KVCache, KVChunk
 from aem_jax.sampler.sampling import SampleToken, uniforms
 from aem_jax.sampler.state import SamplerState, append_chunk, gather_slots, state_axes
@@ -53,6 +54,7 @@ class Programs:
         sample_token: draws a token from each row of logits.
         stop_ids: ids that end a response.
         mesh: splits the slots; None for one device.
+        attention: of decode.
         int8: whether the KV cache is in int8.
     """
 
@@ -62,10 +64,11 @@ class Programs:
         sample_token: SampleToken,
         stop_ids: Sequence[int],
         mesh: Mesh | None,
+        attention: DecodeAttention,
         *,
         int8: bool,
     ) -> None:
-        self._policy, self._sample_token, self._mesh = policy, sample_token, mesh
+        self._policy, self._sample_token, self._mesh, self._attention = policy, sample_token, mesh, attention
         self._state_axes = state_axes(policy.config.num_layers, int8=int8)
         self._stop_ids = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
 
@@ -93,7 +96,8 @@ class Programs:
         left = jnp.where(budgets == CONTINUE, part.remaining, budgets)
         remaining, budgets = jnp.where(budgets == 0, part.remaining, left), jnp.minimum(left, num_tokens)
         # All that does not depend on sampled tokens is computed before the loop over tokens.
-        decoder = self._policy.bind(params)
+        decoder, attention = self._policy.bind(params), self._attention
+        window = part.cache.length if attention.follows_lengths else window
         layers, head = decoder.with_cache(part.cache, window), decoder.head_weights()
         random = uniforms(part.prng, part.sampled[:, None] + jnp.arange(num_tokens)[None])
         out = Decoded(
@@ -126,12 +130,22 @@ class Programs:
                 finished=out.finished | (active & jnp.any(tokens[:, None] == self._stop_ids[None], axis=-1)),
             )
             positions = (part.lengths + index)[:, None]
-            new, chunk = decoder.extend(layers, tokens[:, None], positions, part.lengths, chunk, index)
+            lengths = jnp.where(active, part.lengths, 0) if attention.follows_lengths else part.lengths
+            new, chunk = decoder.extend(layers, tokens[:, None], positions, lengths, chunk, index, attention.attend)
             return index + 1, jnp.where(active[:, None], new[:, 0], hidden), chunk, out
 
-        carry = (jnp.int32(0), part.hidden, decoder.empty_chunk(count, num_tokens), out)
-        _, hidden, chunk, out = jax.lax.while_loop(any_active, step, carry)
+        empty = part.cache.layers if attention.in_place else decoder.empty_chunk(count, num_tokens)
+        _, hidden, chunk, out = jax.lax.while_loop(any_active, step, (jnp.int32(0), part.hidden, empty, out))
         remaining = jnp.where(out.finished, 0, remaining - out.counts)
+        if attention.in_place:
+            return replace(
+                state,
+                cache=KVCache(chunk),
+                lengths=state.lengths + out.counts,
+                hidden=hidden,
+                sampled=state.sampled + out.counts,
+                remaining=remaining,
+            ), out
         return self._append_chunk(state, slots, chunk, hidden, out.counts, out.counts, remaining), out
 
     def fork(self, state: SamplerState, prompts: SamplerState, source: Array, prng: Array, window: int) -> SamplerState:

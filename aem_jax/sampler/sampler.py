@@ -7,6 +7,7 @@ key and tokens alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -17,12 +18,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aem_jax.models import Params, Policy
+from aem_jax.models.decode_attention import CHUNKED, DecodeAttention, make_decode_attention
 from aem_jax.sampler.programs import Decoded, Programs
 from aem_jax.sampler.sampling import SamplingConfig, make_sample_token
 from aem_jax.sampler.state import SamplerState, init_state, restart, rewind, state_axes
-from aem_jax.sharding import DECODE, replicated, shardings, slot_shards
+from aem_jax.sharding import DECODE, ordered, replicated, shardings, slot_shards
 
 Array = jax.Array
+KERNEL_POSITIONS = 128
+"""Kernels read positions in tiles; the cache's length is a multiple of this number. A TPU's memory is padded to it."""
 HostArray = jax.Array | np.ndarray
 """An argument from the host."""
 
@@ -32,12 +36,13 @@ class Sampler:
 
     Args:
         policy: the decoder.
-        sampling: distribution of the tokens, and the dtype of the cache.
+        sampling: distribution of the tokens, dtype of the cache, and attention of decode.
         stop_ids: ids that end a response.
         capacity: most tokens of an episode; the cache has `slack` more positions, so that a chunk always fits.
         slack: largest chunk of one call (extend or decode).
         windows: context lengths to attend over; each call takes the smallest that covers its longest slot.
         mesh: splits slots and heads; None keeps everything on the parameters' device.
+        attention: of decode; by default that of `sampling` and of the mesh's devices.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Sampler:
         slack: int,
         windows: Sequence[int] = (),
         mesh: Mesh | None = None,
+        attention: DecodeAttention | None = None,
     ) -> None:
         if not stop_ids:
             raise ValueError("expected at least one stop id, got none; a response could never end by itself")
@@ -60,9 +66,14 @@ class Sampler:
         self._mesh = mesh
         self._int8 = sampling.cache == "int8"
         self._axes = state_axes(policy.config.num_layers, int8=self._int8)
-        programs = Programs(policy, make_sample_token(sampling), stop_ids, mesh, int8=self._int8)
-        # A state keeps its sharding from call to call. Decoded tokens are replicated, so that every process has them.
-        placed = None if mesh is None else shardings(mesh, self._axes, DECODE)
+        if attention is None:
+            own = make_decode_attention(policy.config, mesh, int8=self._int8)
+            attention = own if sampling.attention == "auto" else CHUNKED
+        self._attention = attention
+        sample_token = make_sample_token(sampling)
+        programs = Programs(policy, sample_token, stop_ids, mesh, self._attention, int8=self._int8)
+        # A state keeps its layout from call to call. Decoded tokens are replicated, so that every process has them.
+        placed = None if mesh is None else self._layout(mesh)
         decoded = None if mesh is None else (placed, replicated(mesh))
         self._init = jax.jit(self._init_impl, static_argnums=(0, 1), out_shardings=placed)
         self._extend = jax.jit(programs.extend, static_argnames="window", donate_argnums=1, out_shardings=placed)
@@ -73,6 +84,16 @@ class Sampler:
         # A partial of its own: jits of one function share their programs, and `compilations` counts this sampler's.
         self._rewind = jax.jit(partial(rewind), donate_argnums=0, out_shardings=placed)
         self._restart = jax.jit(partial(restart), donate_argnums=0, out_shardings=placed)
+
+    def _layout(self, mesh: Mesh, shapes: SamplerState | None = None) -> Any:
+        """Shardings of the state, and the cache's order in memory."""
+        where = shardings(mesh, self._axes, DECODE, shapes)
+        return replace(where, cache=ordered(self._axes.cache, where.cache, self._attention.order))
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the cost of `decode` follows each slot's length. Then it takes no `slots` and no `window`."""
+        return self._attention.follows_lengths
 
     @property
     def slot_shards(self) -> int:
@@ -92,7 +113,10 @@ class Sampler:
         return self._init(slots, capacity)
 
     def _init_impl(self, slots: int, capacity: int) -> SamplerState:
-        return init_state(self.policy.config, slots, capacity + self.slack, int8=self._int8)
+        length = capacity + self.slack
+        if self.is_ragged:
+            length = -(-length // KERNEL_POSITIONS) * KERNEL_POSITIONS
+        return init_state(self.policy.config, slots, length, int8=self._int8)
 
     def abstract(self, slots: int, capacity: int | None = None) -> SamplerState:
         """Shapes, dtypes and shardings of the state that `init` returns.
@@ -103,7 +127,7 @@ class Sampler:
         shapes = jax.eval_shape(lambda: self._init_impl(slots, capacity or self.capacity))
         if self._mesh is None:
             return shapes
-        where = shardings(self._mesh, self._axes, DECODE, shapes)
+        where = self._layout(self._mesh, shapes)
         struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return jax.tree.map(struct, shapes, where)
 
@@ -121,7 +145,7 @@ class Sampler:
     ) -> jax.stages.Lowered:
         """The program of `decode` by chunks of `num_tokens`, to be compiled; `params` and `state` may be abstract."""
         self._check_chunk(num_tokens)
-        budgets, window = self._from_host(state.lengths.shape[0]), self._check_window(window)
+        budgets, window = self._from_host(state.lengths.shape[0]), self._decode_window(None, window)
         return self._decode.lower(params, state, budgets, None, num_tokens=num_tokens, window=window)
 
     def _from_host(self, *shape: int) -> jax.ShapeDtypeStruct:
@@ -180,11 +204,24 @@ class Sampler:
                 it has to.
             num_tokens: static chunk length G.
             slots: i32[n], from `pad_slots`; None means all, in order. The cost grows with n.
-            window: static; covers the longest cached length of the slots that decode.
+            window: static; covers the longest cached length of the slots that decode. Not used if `is_ragged`.
+
+        Raises:
+            ValueError: `slots` are given, and the sampler `is_ragged`.
         """
         self._check_chunk(num_tokens)
-        on_shards = self._on_shards(state, slots)
-        return self._decode(params, state, budgets, on_shards, num_tokens=num_tokens, window=self._check_window(window))
+        window, on_shards = self._decode_window(slots, window), self._on_shards(state, slots)
+        return self._decode(params, state, budgets, on_shards, num_tokens=num_tokens, window=window)
+
+    def _decode_window(self, slots: np.ndarray | None, window: int | None) -> int:
+        if not self.is_ragged:
+            return self._check_window(window)
+        if slots is not None:
+            raise ValueError(
+                f"expected decode on all slots, since its cost follows their lengths, got {len(slots)} of them; pass "
+                "slots None, and budget 0 for those that do not decode"
+            )
+        return self.capacity
 
     def pad_slots(self, slots: Sequence[int], num_slots: int, sizes: Sequence[int]) -> np.ndarray | None:
         """Pads the slots of a call to one of a few sizes.

@@ -35,8 +35,12 @@ class SamplingConfig:
     cache: Literal["model", "int8"] = "model"
     """Cached keys and values: in the model's dtype, or in int8 with a scale for each token and KV head, about half the
     bytes of bfloat16. As with int8 weights, --learner.importance-cap corrects for it."""
+    attention: Literal["auto", "xla"] = "auto"
+    """Attention of decode steps: auto takes the device's kernel if it supports the model, else XLA's products."""
 
     def __post_init__(self) -> None:
+        if self.attention not in ("auto", "xla"):
+            raise ValueError(f"expected attention 'auto' or 'xla', got {self.attention!r}")
         if self.temperature < 0:
             raise ValueError(f"expected temperature >= 0, got {self.temperature}; 0 is greedy")
         if self.top_k < 0:

@@ -1,4 +1,4 @@
-"""The state of the sampler's slots, and the functions over it that need no model: gather, append, rewind."""
+"""The state of the sampler's slots, and the functions over it that need no model: gather, append, rewind, restart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

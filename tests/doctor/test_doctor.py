@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +30,9 @@ from aem_jax.doctor.page import Page
 from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
-from aem_jax.models import CONFIGS, ModelConfig
+from aem_jax.models import CONFIGS, ModelConfig, decode_attention
 from aem_jax.models.attention import row_attention
+from aem_jax.models.decode_attention import DecodeAttention, attend_in_place, attend_ragged
 from aem_jax.models.kernels import KERNELS
 from aem_jax.rollout.stats import RolloutStats
 from aem_jax.trajectory import Ending, Trajectory, Turn
@@ -91,7 +93,7 @@ def test_every_check_is_a_function_and_every_kernel_has_a_check():
         module, _, function = target.partition(":")
         assert callable(getattr(importlib.import_module(f"aem_jax.doctor.{module}"), function))
     assert [name for name in CHECKS if name.startswith("attention-")] == [
-        f"attention-{name}" for name in ("xla", "splash", "cudnn", "triton")
+        f"attention-{name}" for name in ("xla", "splash", "cudnn", "triton", "decode")
     ]
     assert {f"attention-{name}" for name in KERNELS} <= set(CHECKS)
 
@@ -278,11 +280,9 @@ def test_parity_holds_and_fails_for_changed_parameters():
 
 
 def test_a_sampler_without_part_of_its_cache_is_a_fault(own_programs: None, monkeypatch: pytest.MonkeyPatch, capsys):
-    from aem_jax.models import decoder
-
-    attend = decoder.chunk_attention
+    attend = decode_attention.chunk_attention
     forgets = lambda q, cache, lengths, *rest: attend(q, cache, jnp.maximum(lengths - 1, 0), *rest)
-    monkeypatch.setattr(decoder, "chunk_attention", forgets)
+    monkeypatch.setattr(decode_attention, "chunk_attention", forgets)
     assert run("greedy") == 1
     out = capsys.readouterr().out
     assert "✗ greedy" in out and "tokens are not the argmax" in out and "would learn from wrong ratios" in out
@@ -318,6 +318,28 @@ def test_a_broken_attention_kernel_is_a_fault(broken, what: str, monkeypatch: py
         assert finding.facts["64"][what] > 0.1, finding
     else:
         assert "✓ attention-xla" in out and max(finding.facts["64"].values()) < 1e-5
+
+
+def shifted(q, k, v, cache, lengths, chunk, index):
+    """Attends to one cached token less than there are."""
+    return attend_ragged(q, k, v, cache, jnp.maximum(lengths - 1, 0), chunk, index, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "broken"),
+    [
+        (DecodeAttention(partial(attend_ragged, interpret=True), follows_lengths=True), False),
+        (DecodeAttention(partial(attend_in_place, implementation="xla"), follows_lengths=True, in_place=True), False),
+        (DecodeAttention(shifted, follows_lengths=True), True),
+    ],
+)
+def test_a_broken_kernel_of_decode_is_a_fault(kernel: DecodeAttention, broken: bool, monkeypatch: pytest.MonkeyPatch):
+    assert attention.decode(CONFIG).ok is None  # a CPU has none
+    monkeypatch.setattr(attention, "make_decode_attention", lambda *_, **__: kernel)
+    finding = attention.decode(CONFIG)
+    assert finding.ok is not broken
+    assert finding.facts["gap"] > 0.1 if broken else finding.facts["gap"] < 1e-5
+    assert ("--sampling.attention xla" in finding.advice) == broken
 
 
 # Training steps: devices, programs, servers.

@@ -107,6 +107,37 @@ def test_a_slice_in_a_nested_fusion_reads_the_slice_alone():
     assert costs(module).bytes == costs(parse(HLO)).bytes
 
 
+def test_a_scatter_in_place_writes_its_updates_alone():
+    """As a decode step puts new keys into the cache: one of 64 positions in each of 4 slots."""
+    text = """\
+%put (p0: f32[4,64,8], p1: s32[4,2], p2: f32[4,8]) -> f32[4,64,8] {
+  %p0 = f32[4,64,8]{2,1,0} parameter(0)
+  %p1 = s32[4,2]{1,0} parameter(1)
+  %p2 = f32[4,8]{1,0} parameter(2)
+  ROOT %scatter = f32[4,64,8]{2,1,0} scatter(%p0, %p1, %p2), update_window_dims={1}, inserted_window_dims={0,1}
+}
+
+ENTRY %main (cache: f32[4,64,8], where: s32[4,2], new: f32[4,8]) -> f32[4,64,8] {
+  %cache = f32[4,64,8]{2,1,0} parameter(0)
+  %where = s32[4,2]{1,0} parameter(1)
+  %new = f32[4,8]{1,0} parameter(2)
+  ROOT %out = f32[4,64,8]{2,1,0} fusion(%cache, %where, %new), kind=kInput, calls=%put
+}
+"""
+    assert costs(parse(text)).bytes == 4 * (2 * 4 * 8 + 4 * 2)
+
+
+def test_a_slice_into_fast_memory_reads_the_slice_alone():
+    text = """\
+ENTRY %main (p: bf16[14,64,896]) -> bf16[4,64,896] {
+  %p = bf16[14,64,896]{2,1,0} parameter(0)
+  %start = ((bf16[14,64,896]{2,1,0}), bf16[4,64,896]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:4], [0:64]}
+  ROOT %done = bf16[4,64,896]{2,1,0:S(1)} slice-done(%start)
+}
+"""
+    assert costs(parse(text)).bytes == 2 * 4 * 64 * 896
+
+
 def test_an_unrolled_loop_has_fewer_rounds():
     unrolled = HLO.replace(
         "  ROOT %next = (s32[], f32[8,16]{1,0}, f32[4,8,16]{2,1,0}) tuple(%i, %sum, %stack)",

@@ -127,6 +127,23 @@ def test_groups_are_complete_once_in_time_and_sampled_by_the_versions_that_they_
     assert old > 5
 
 
+@pytest.mark.parametrize("config", [CARRY, WINDOW])
+def test_with_the_same_parameters_a_carried_episode_samples_what_it_would_without_carry_over(sampler, versions, config):
+    """Its tokens are drawn with the next random numbers of its key."""
+    same = [versions[0]] * STEPS
+    plain = Rollout(sampler, ByteChat(), LocalPool(12), replace(config, carry_min_groups=0))
+    expected = {}
+    for step in range(STEPS):
+        for t in plain(versions[0], tasks(step, 0), jax.random.fold_in(KEY, step))[0]:
+            expected[3 * step + t.group, t.member] = [turn.response_ids.tolist() for turn in t.turns]
+    carried = 0
+    for step, (trajectories, _) in enumerate(play(sampler, same, config)):
+        for t in trajectories:
+            assert [turn.response_ids.tolist() for turn in t.turns] == expected[t.group, t.member]
+            carried += any(version < step for turn in t.turns for version in turn.versions)
+    assert carried > 5
+
+
 @pytest.mark.parametrize("config", [CARRY, WINDOW, replace(CARRY, num_slots=6, num_cohorts=2)])
 def test_a_resumed_run_goes_on_bit_for_bit(sampler, versions, config):
     """After every step all is dropped but the record: a new rollout, and new environments, replay it."""

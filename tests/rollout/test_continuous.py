@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 
 from aem_jax.compilations import compilations
 from aem_jax.envs.protocol import StepResult, Task
+from aem_jax.models.decode_attention import DecodeAttention, attend_in_place, on_mesh
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.trajectory import Ending, Trajectory
 
 from .fakes import CONFIG, POLICY, STOP, TASKS, ByteChat, LatePool, LocalPool, sampled
@@ -136,6 +139,29 @@ def test_the_next_chunk_is_called_before_the_last_is_read(sampler, params, monke
     ahead = np.cumsum([1 if event == "call" else -1 for event in watched.events])
     assert set(ahead.tolist()) == {0, 1, 2}  # at most two calls are in flight, and none at the end
     assert (ahead >= 1).mean() > 0.8 and ahead[-1] == 0
+
+
+@pytest.mark.parametrize("mode", ["lockstep", "continuous"])
+def test_a_sampler_that_follows_lengths_decodes_all_slots_in_every_call(sampler, params, mode: str):
+    expected, _ = play(sampler, params, CONFIG, LocalPool(12))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    in_place = DecodeAttention(partial(attend_in_place, implementation="xla"), follows_lengths=True, in_place=True)
+    ragged = Sampler(
+        POLICY,
+        SamplingConfig(),
+        [STOP],
+        capacity=96,
+        slack=CONFIG.slack,
+        windows=CONFIG.windows,
+        mesh=mesh,
+        attention=on_mesh(in_place, mesh),
+    )
+    rollout = Rollout(ragged, ByteChat(), LatePool(12, 0), replace(CONTINUOUS, mode=mode))
+    rollout.warm_up(params)
+    warm = ragged.compilations
+    trajectories, _ = rollout(params, TASKS, jax.random.key(7))
+    same(trajectories, expected)
+    assert ragged.compilations == warm
 
 
 def test_nothing_compiles_after_warm_up(params):

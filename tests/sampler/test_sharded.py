@@ -14,6 +14,7 @@ from conversation import play, script
 from small_policies import numpy_params
 
 from aem_jax.models import ModelConfig, Policy
+from aem_jax.models.decode_attention import CHUNKED
 from aem_jax.models.kv_cache import KVChunk
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.programs import Programs
@@ -78,7 +79,9 @@ def test_a_chunk_of_all_slots_is_merged_on_two_devices_without_a_scatter():
     state = replace(make().init(slots), lengths=np.asarray([0, 3, 5, 1], np.int32))
     merged = []
     for mesh in (None, make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])):
-        program = jax.jit(Programs(POLICY, make_sample_token(SamplingConfig()), (5,), mesh, int8=False)._append_chunk)
+        program = jax.jit(
+            Programs(POLICY, make_sample_token(SamplingConfig()), (5,), mesh, CHUNKED, int8=False)._append_chunk
+        )
         assert "scatter" not in program.lower(state, *arguments).as_text()
         merged.append(program(state, *arguments))
     jax.tree.map(np.testing.assert_array_equal, *merged)
