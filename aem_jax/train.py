@@ -117,6 +117,10 @@ def timings(stats: RolloutStats, start: float, rolled_out: float, end: float) ->
     return {
         "throughput/tokens_per_s": (stats.sampled_tokens + stats.prefill_tokens) / (end - start),
         "throughput/episodes_per_s": stats.episodes / stats.total_s,
+        # Which prefixes are in the cache depends on the clock, unless episodes run in lockstep.
+        "throughput/prompt_tokens": stats.prompt_tokens,
+        "throughput/prefill_tokens": stats.prefill_tokens,
+        "throughput/padded_tokens": stats.padded_tokens,
         "time/rollout": rolled_out - start,
         "time/rollout_device": stats.device_busy_s,
         "throughput/device_utilization": stats.device_busy_s / stats.total_s,

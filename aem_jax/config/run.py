@@ -113,7 +113,11 @@ CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
         "--warmstart.episodes",
         lambda run: run.warmstart.episodes > 0 and not run.warmstart.init_from,
     ),
-    ("rollout.slot_divisors", "--rollout.mode continuous", lambda run: run.rollout.mode == "continuous"),
+    (
+        "rollout.slot_divisors",
+        "--rollout.mode continuous or --rollout.context window",
+        lambda run: run.rollout.mode == "continuous" or run.rollout.context == "window",
+    ),
     ("rollout.num_cohorts", "--rollout.mode lockstep", lambda run: run.rollout.mode == "lockstep"),
     ("rollout.carry_max_age", "--rollout.carry-min-groups", lambda run: run.rollout.carry_min_groups > 0),
     ("rollout.window_turns rollout.thinking", "--rollout.context window", lambda run: run.rollout.context == "window"),

@@ -215,6 +215,28 @@ def copy_rows(cache: KVCache, source: KVCache, rows: Array, length: int) -> KVCa
     return jax.lax.fori_loop(0, jnp.sum(rows >= 0), copy_row, cache)
 
 
+def copy_within(cache: KVCache, rows: Array, length: int) -> KVCache:
+    """Copies the first `length` positions of slot `rows[s]` to slot s, in place; -1 leaves the slot.
+
+    Slots are copied in order, so a slot that is copied from must have a row of -1.
+    """
+    chosen = jnp.argsort(rows < 0, stable=True)  # the slots that are copied to, first
+
+    def copy_row(i: Array, cache: KVCache) -> KVCache:
+        slot = chosen[i]
+
+        def copy(x: Array, axis: int) -> Array:
+            shape = [1, *x.shape[1:]]
+            shape[axis] = min(length, x.shape[axis])
+            # The barrier keeps the read out of the write's fusion, which would then need a copy of the cache.
+            row = jax.lax.optimization_barrier(jax.lax.dynamic_slice(x, _start(x, rows[slot]), shape))
+            return jax.lax.dynamic_update_slice(x, row, _start(x, slot))
+
+        return _over_length(copy, cache)
+
+    return jax.lax.fori_loop(0, jnp.sum(rows >= 0), copy_row, cache)
+
+
 def write_tokens(chunk: KVChunk, k: Array, v: Array, index: Array) -> KVChunk:
     """One layer's chunk with C tokens written at position `index`.
 

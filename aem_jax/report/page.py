@@ -139,6 +139,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
     _, speed = run.series("throughput/tokens_per_s")
     if speed:
         rows.append(("tokens/s, median", f"{statistics.median(speed):,.0f}".replace(",", "\u202f")))
+    _, shown = run.series("throughput/prompt_tokens")
+    _, computed = run.series("throughput/prefill_tokens")
+    if total := math.fsum(shown):
+        rows.append(("prompt tokens computed", f"{math.fsum(computed) / total:.0%}"))
     _, gaps = run.series("parity/max")
     if gaps:
         rows.append(("largest parity gap", f"{max(gaps):.1e}".replace("e-0", "e-").replace("-", "−")))

@@ -11,8 +11,9 @@ its budget, to the first token of the next response, an episode passes these ste
     5. gather    `slots.all_gather_replies`: every process gets the replies of all processes
     6. apply     `SlotGroup._apply`, `Episode.apply_reply`: finish the turn and set the next observation; an episode
                  that ends becomes a trajectory, one whose environment failed is retried or masked
-    7. prefill   `SlotGroup.prefill`: rewind the slots to the ids that stay, plan calls (`batching.plan_calls`), and
-                 append ids in buckets (`batching.prefill`); `Episode.prefilled` sets the budget of the next response
+    7. prefill   `SlotGroup.prefill`: rewind the slots to the ids that stay, or copy longer prefixes from other slots
+                 (`sharing.plan_passes`), plan calls (`batching.plan_calls`), and append ids in buckets
+                 (`batching.prefill`); `Episode.prefilled` sets the budget of the next response
     8. decode    `Sampler.decode`
 
 A new episode starts at `SlotGroup.assign`, which resets its environment, and passes steps 4 to 8. Its first prompt is

@@ -4,17 +4,18 @@ A call attends over one window, that of its longest slot, for all its slots. Sev
 read less of the cache. But each call reads the weights, and a call on a subset of the slots copies their windows once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from aem_jax.distributed import ProcessGroup
 from aem_jax.envs.protocol import StepResult
+from aem_jax.rollout.stats import RolloutStats
 from aem_jax.sampler import Sampler, SamplerState
 
 _CALL_COST = 16
@@ -91,6 +92,9 @@ class SlotSessions:
         return self._pool.step(self._sessions[slot], text)
 
 
+PadSlots = Callable[[Sequence[int]], np.ndarray | None]
+"""Slots -> the slots that a call on them computes (`Sampler.pad_slots`); None means all."""
+
 Cost = Callable[[int, int], tuple[float, ...]]
 """(slots on each device, window) -> cost of a call. Costs add up element by element, and compare lexicographically."""
 
@@ -137,7 +141,7 @@ def plan_calls(
     num_slots: int,
     shards: int,
     window_for: Callable[[int], int],
-    pad_slots: Callable[[Sequence[int]], np.ndarray | None],
+    pad_slots: PadSlots,
     cost: Cost,
 ) -> list[Call]:
     """The cheapest calls, of all partitions of the slots, sorted by window, into contiguous parts.
@@ -197,6 +201,36 @@ def _optimal_cuts(buckets: tuple[int, ...]) -> list[tuple[int, ...]]:
     return cuts
 
 
+class Chunk(NamedTuple):
+    """One `extend` call of a prefill.
+
+    Attributes:
+        bucket: most tokens that it appends to a slot.
+        slots: i32[n], the slots that it computes; None means all.
+    """
+
+    bucket: int
+    slots: np.ndarray | None
+
+    def num_rows(self, num_slots: int) -> int:
+        """Slots that the call computes, of `num_slots`."""
+        return num_slots if self.slots is None else len(self.slots)
+
+
+def cut_into_chunks(lengths: Mapping[int, int], buckets: Sequence[int], pad_slots: PadSlots) -> list[Chunk]:
+    """The calls that append `lengths` tokens to slots."""
+    chunks, done = [], 0
+    for bucket in cut_into_buckets(max(lengths.values(), default=0), tuple(sorted(buckets))):
+        chunks.append(Chunk(bucket, pad_slots([slot for slot, length in lengths.items() if length > done])))
+        done += bucket
+    return chunks
+
+
+def chunks_cost(chunks: Iterable[Chunk], num_slots: int) -> int:
+    """Cost of the calls on a state of `num_slots` slots, in computed tokens, padding included."""
+    return sum(chunk.num_rows(num_slots) * (chunk.bucket + _CALL_COST) for chunk in chunks)
+
+
 def prefill(
     sampler: Sampler,
     params: Any,
@@ -206,6 +240,7 @@ def prefill(
     *,
     window: int,
     sizes: Sequence[int] = (),
+    stats: RolloutStats | None = None,
 ) -> SamplerState:
     """Appends ids to slots, in bucketed calls.
 
@@ -217,10 +252,13 @@ def prefill(
         buckets: chunk lengths, see `cut_into_buckets`.
         window: covers the longest slot, appended ids included.
         sizes: numbers of slots, below all, that a call may be made on.
+        stats: counts the tokens.
     """
     done, num_slots = 0, state.lengths.shape[0]
-    for bucket in cut_into_buckets(max(map(len, ids.values())), tuple(sorted(buckets))):
-        padded = sampler.pad_slots([slot for slot in ids if len(ids[slot]) > done], num_slots, sizes)
+    lengths = {slot: len(tokens) for slot, tokens in ids.items()}
+    pad_slots = partial(sampler.pad_slots, num_slots=num_slots, sizes=sizes)
+    for chunk in cut_into_chunks(lengths, buckets, pad_slots):
+        bucket, padded = chunk
         row_slots = range(num_slots) if padded is None else padded.tolist()
         tokens, counts = np.zeros((len(row_slots), bucket), np.int32), np.zeros(len(row_slots), np.int32)
         for row, slot in enumerate(row_slots):
@@ -228,4 +266,7 @@ def prefill(
             tokens[row, : len(part)], counts[row] = part, len(part)
         state = sampler.extend(params, state, tokens, counts, padded, window=window)
         done += bucket
+        if stats is not None:
+            stats.prefill_tokens += int(counts.sum())
+            stats.padded_tokens += tokens.size
     return state

@@ -23,7 +23,8 @@ class RolloutConfig:
     """lockstep: groups that the slots are divided into; while one waits for its environments, another decodes."""
     slot_divisors: tuple[int, ...] = (4,)
     """continuous: calls are compiled for all slots, and for 1/4 (1/8, …) of them; a call takes the smallest size that
-    holds its slots. Each extra size compiles another full set of programs."""
+    holds its slots. Each extra size compiles another full set of programs. lockstep: so are prefills of windowed
+    prompts."""
     max_turns: int = 50
     """Turns after which an episode is truncated."""
     response_tokens: int = 512
@@ -110,11 +111,12 @@ class RolloutConfig:
             )
 
     def slot_sizes(self, shards: int) -> tuple[int, ...]:
-        """Numbers of slots, below all, that a call may be made on; multiples of `shards`."""
-        if self.mode == "lockstep":
+        """Numbers of slots, below all of a cohort, that a call may be made on; multiples of `shards`."""
+        if self.mode == "lockstep" and self.context == "append":
             return ()
-        sizes = {max(self.num_slots // divisor // shards, 1) * shards for divisor in self.slot_divisors}
-        return tuple(sorted(size for size in sizes if size < self.num_slots))
+        cohort = self.num_slots // self.num_cohorts
+        sizes = {max(cohort // divisor // shards, 1) * shards for divisor in self.slot_divisors}
+        return tuple(sorted(size for size in sizes if size < cohort))
 
     @property
     def slack(self) -> int:

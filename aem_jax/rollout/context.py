@@ -2,7 +2,7 @@
 
 The setting `rollout.context` chooses. append: one growing sequence per episode, whose KV cache is never rewound.
 window: each prompt holds the first observation and the last turns; the slot keeps the prefix that it shares with the
-previous prompt.
+previous prompt, or copies a longer one (`sharing.py`).
 """
 
 from collections.abc import Sequence

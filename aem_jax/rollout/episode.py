@@ -143,6 +143,12 @@ class Episode:
         return (*self.cached_ids, *(self.response_ids if self.response else ()))
 
     @property
+    def num_kept(self) -> int:
+        """Leading ids of these that the slot holds, unless it is out of date."""
+        assert self.observation is not None
+        return self.observation.keep if self.needs_prefill else self.num_tokens
+
+    @property
     def num_sampled(self) -> int:
         """Tokens sampled so far, of all responses."""
         return sum(len(turn.response_ids) for turn in self.turns) + sum(len(ids) for ids, *_ in self.response)

@@ -111,7 +111,7 @@ class PromptCache:
             config.extend_buckets,
             window=config.prompt_tokens,
             sizes=self._sizes,
+            stats=stats,
         )
-        stats.prefill_tokens += sum(map(len, missing))
         taken = set(missing.values())
         self._rows = {prompt: row for prompt, row in self._rows.items() if row not in taken} | missing

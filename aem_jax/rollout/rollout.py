@@ -71,13 +71,16 @@ class Rollout:
                 for bucket in config.extend_buckets:
                     tokens = np.zeros((size, bucket), np.int32)
                     group.state = sampler.extend(params, group.state, tokens, zeros, slots, window=window)
-                if slots is None or not sampler.is_ragged:
+                # A ragged decode and one of a cohort are made on all slots.
+                if slots is None or not (sampler.is_ragged or config.mode == "lockstep"):
                     group.state, _ = sampler.decode(
                         params, group.state, zeros, config.decode_chunk, slots, window=window
                     )
-        group.state = sampler.rewind(group.state, np.zeros(num_slots, np.int32))
+        zeros = np.zeros(num_slots, np.int32)
+        for window in sampler.windows if config.context == "window" else ():
+            group.state = sampler.copy_prefix(group.state, zeros - 1, zeros, window=window)
+        group.state = sampler.rewind(group.state, zeros)
         if config.carry_min_groups:
-            zeros = np.zeros(num_slots, np.int32)
             group.state = sampler.restart(group.state, zeros > 0, np.zeros((num_slots, 2), np.uint32), zeros)
 
     def __call__(

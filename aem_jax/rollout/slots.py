@@ -7,18 +7,27 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from aem_jax.distributed import ProcessGroup
 from aem_jax.envs.protocol import EnvError, LostError, StepResult
-from aem_jax.rollout.batching import Call, Cost, SlotSessions, plan_calls, prefill, prefill_cost
+from aem_jax.rollout.batching import (
+    Call,
+    Cost,
+    SlotSessions,
+    chunks_cost,
+    cut_into_chunks,
+    plan_calls,
+    prefill,
+    prefill_cost,
+)
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.context import Chat
 from aem_jax.rollout.episode import Attempt, EnvReply, Episode, observe
 from aem_jax.rollout.prompt_cache import PromptCache
+from aem_jax.rollout.sharing import Pass, plan_passes
 from aem_jax.rollout.stats import DeviceClock, RolloutStats
 from aem_jax.sampler import Decoded, Sampler
 from aem_jax.trajectory import Ending, Trajectory
@@ -244,39 +253,60 @@ class SlotGroup:
         for slot, episode in pending:
             self._stale.discard(slot)
             if episode.needs_prefill:
-                self.episodes[slot] = episode.prefilled(self._config)
+                self.episodes[slot] = prefilled = episode.prefilled(self._config)
+                job.stats.prompt_tokens += len(prefilled.cached_ids)
 
     def _append(self, job: Job, pending: Mapping[int, Episode]) -> None:
-        """Prefills the observations of running episodes behind the ids that their slots keep: none in a slot that is
-        out of date."""
+        """Prefills the prompts of running episodes behind the ids that their slots keep, or copy from other slots.
+
+        A slot that is out of date keeps none, and none are copied from it before it is computed again.
+        """
         if not pending:
             return
         self._restart({slot: episode for slot, episode in pending.items() if slot in self._stale}, job)
-        keep = np.full(len(self.episodes), self._sampler.capacity, np.int32)
-        ids, contexts = {}, {}
-        for slot, episode in pending.items():
-            assert episode.observation is not None
-            if slot in self._stale:
-                ids[slot] = episode.context_ids
-                contexts[slot] = len(ids[slot])
-                continue
-            if episode.observation.keep < len(episode.cached_ids):
-                keep[slot] = episode.observation.keep
-            ids[slot] = _tokens(episode)
-            contexts[slot] = episode.observation.keep + len(ids[slot])
-        if (keep < self._sampler.capacity).any():
-            self.state = self._sampler.rewind(self.state, keep)
-        for call in self.plan_calls(contexts, prefill_cost):
-            self.state = prefill(
-                self._sampler,
-                job.params,
-                self.state,
-                {slot: ids[slot] for slot in call.targets},
-                self._config.extend_buckets,
-                window=call.window,
-                sizes=self.sizes,
-            )
-        job.stats.prefill_tokens += sum(map(len, ids.values()))
+        prompts = {slot: episode.context_ids for slot, episode in pending.items()}
+        keep = {slot: 0 if slot in self._stale else episode.num_kept for slot, episode in pending.items()}
+        for each in self._plan_passes(prompts, keep):
+            self._copy_or_rewind(each)
+            ids = {slot: prompts[slot][kept:] for slot, kept in each.keep.items() if kept < len(prompts[slot])}
+            for call in self.plan_calls({slot: len(prompts[slot]) for slot in ids}, prefill_cost) if ids else ():
+                self.state = prefill(
+                    self._sampler,
+                    job.params,
+                    self.state,
+                    {slot: ids[slot] for slot in call.targets},
+                    self._config.extend_buckets,
+                    window=call.window,
+                    sizes=self.sizes,
+                    stats=job.stats,
+                )
+
+    def _plan_passes(self, prompts: Mapping[int, Sequence[int]], keep: Mapping[int, int]) -> list[Pass]:
+        """What slots copy from one another; with appended contexts, nothing."""
+        if self._config.context == "append":
+            return [Pass(keep=dict(keep))]
+        num_slots, buckets = len(self.episodes), self._config.extend_buckets
+        cost = lambda lengths: chunks_cost(cut_into_chunks(lengths, buckets, self._pad_slots), num_slots)
+        groups = {slot: episode.attempt.group for slot, episode in self.active()}
+        held = {slot: e.cached_ids for slot, e in self.active() if e.cached_ids and slot not in self._stale}
+        own = num_slots // self._sampler.slot_shards
+        return plan_passes(prompts, keep, held, lambda slot: (groups[slot], slot // own), cost)
+
+    def _copy_or_rewind(self, each: Pass) -> None:
+        """Brings the slots of a pass to the ids that they keep."""
+        num_slots, sampler = len(self.episodes), self._sampler
+        source, keep = np.full(num_slots, -1, np.int32), np.full(num_slots, sampler.capacity, np.int32)
+        for slot, kept in each.keep.items():
+            episode = self.episodes[slot]
+            assert episode is not None
+            source[slot] = each.source.get(slot, -1)
+            if source[slot] >= 0 or kept < len(episode.cached_ids):
+                keep[slot] = kept
+        if each.source:
+            window = sampler.window_for(max(each.keep[slot] for slot in each.source))
+            self.state = sampler.copy_prefix(self.state, source, keep, window=window)
+        elif (keep < sampler.capacity).any():
+            self.state = sampler.rewind(self.state, keep)
 
     def _restart(self, outdated: Mapping[int, Episode], job: Job) -> None:
         """Empties slots that are out of date."""
@@ -287,14 +317,16 @@ class SlotGroup:
         prng = np.zeros((num_slots, 2), np.uint32)
         for slot, episode in outdated.items():
             chosen[slot], sampled[slot], prng[slot] = True, episode.num_sampled, episode.attempt.prng
-            job.stats.recomputed_tokens += len(episode.context_ids)
+            job.stats.recomputed_tokens += episode.num_kept
         self.state = self._sampler.restart(self.state, chosen, prng, sampled)
 
     def plan_calls(self, contexts: Mapping[int, int], cost: Cost) -> list[Call]:
-        """Which slots share a call (`batching.plan_calls`); in lockstep mode all do."""
+        """Which slots share a call (`batching.plan_calls`)."""
         num_slots, sampler = len(self.episodes), self._sampler
-        pad_slots = partial(sampler.pad_slots, num_slots=num_slots, sizes=self.sizes)
-        return plan_calls(contexts, num_slots, sampler.slot_shards, sampler.window_for, pad_slots, cost)
+        return plan_calls(contexts, num_slots, sampler.slot_shards, sampler.window_for, self._pad_slots, cost)
+
+    def _pad_slots(self, slots: Sequence[int]) -> np.ndarray | None:
+        return self._sampler.pad_slots(slots, len(self.episodes), self.sizes)
 
     def append_sampled(self, job: Job, slot: int, row: int, decoded: Decoded) -> None:
         """Appends row `row` of a decoded chunk to a slot's response; the budget becomes 0 when the response ends."""

@@ -18,8 +18,10 @@ class RolloutStats:
     Attributes:
         episodes: episodes that ended.
         sampled_tokens: tokens of responses.
-        prefill_tokens: tokens of prompts and observations; a first prompt counts once for its group.
-        recomputed_tokens: those of them that were in the cache before, with the parameters of an earlier step.
+        prompt_tokens: tokens of the prompts of all responses, as the model sees them.
+        prefill_tokens: tokens of prompts that were computed; the others were in the cache.
+        recomputed_tokens: tokens that were in the cache with parameters of an earlier step, and are prefilled again.
+        padded_tokens: computed tokens with the padding of their calls.
         retries: further attempts at episodes.
         env_errors: episodes masked.
         overlong_prompts: episodes whose first prompt was too long.
@@ -31,8 +33,10 @@ class RolloutStats:
 
     episodes: int = 0
     sampled_tokens: int = 0
+    prompt_tokens: int = 0
     prefill_tokens: int = 0
     recomputed_tokens: int = 0
+    padded_tokens: int = 0
     retries: int = 0
     env_errors: int = 0
     overlong_prompts: int = 0

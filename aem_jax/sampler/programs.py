@@ -13,7 +13,7 @@ from aem_jax.models import Params, Policy, kv_cache
 from aem_jax.models.decode_attention import DecodeAttention
 from aem_jax.models.kv_cache import KVCache, KVChunk
 from aem_jax.sampler.sampling import SampleToken, uniforms
-from aem_jax.sampler.state import SamplerState, append_chunk, gather_slots, state_axes
+from aem_jax.sampler.state import SamplerState, append_chunk, copy_prefix, gather_slots, state_axes
 from aem_jax.sharding import DECODE, shardings
 
 Array = jax.Array
@@ -158,6 +158,10 @@ class Programs:
             sampled=jnp.where(starts, 0, state.sampled),
             remaining=jnp.where(starts, 0, state.remaining),
         )
+
+    def copy_prefix(self, state: SamplerState, source: Array, keep: Array, window: int) -> SamplerState:
+        axes = (self._state_axes, ("slots",), ("slots",))
+        return self._over_slots(partial(copy_prefix, length=window), axes, axes[0])(state, source, keep)
 
     def _over_slots(self, function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any) -> Any:
         """`function` under `shard_map`: each device runs it on its own slots, without communication."""

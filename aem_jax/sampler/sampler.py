@@ -81,6 +81,9 @@ class Sampler:
             programs.decode, static_argnames=("num_tokens", "window"), donate_argnums=1, out_shardings=decoded
         )
         self._fork = jax.jit(programs.fork, static_argnames="window", donate_argnums=0, out_shardings=placed)
+        self._copy_prefix = jax.jit(
+            programs.copy_prefix, static_argnames="window", donate_argnums=0, out_shardings=placed
+        )
         # A partial of its own: jits of one function share their programs, and `compilations` counts this sampler's.
         self._rewind = jax.jit(partial(rewind), donate_argnums=0, out_shardings=placed)
         self._restart = jax.jit(partial(restart), donate_argnums=0, out_shardings=placed)
@@ -103,7 +106,8 @@ class Sampler:
     @property
     def compilations(self) -> int:
         """Number of programs compiled so far; constant after warm-up."""
-        programs: tuple[Any, ...] = (self._extend, self._decode, self._fork, self._rewind, self._restart)
+        programs: tuple[Any, ...] = (self._extend, self._decode, self._fork)
+        programs += (self._copy_prefix, self._rewind, self._restart)
         return sum(program._cache_size() for program in programs)
 
     def init(self, slots: int, capacity: int | None = None) -> SamplerState:
@@ -290,6 +294,31 @@ class Sampler:
             sampled: i32[S], tokens that these have sampled so far: the index of the next one in its key's sequence.
         """
         return self._restart(state, chosen, prng, sampled)
+
+    def copy_prefix(
+        self, state: SamplerState, source: np.ndarray, keep: HostArray, *, window: int | None = None
+    ) -> SamplerState:
+        """Slot s becomes the first `keep[s]` tokens of slot `source[s]`, with its own key. `state` is donated.
+
+        If all tokens of the source are copied, the slot can decode at once. Otherwise an `extend` comes first.
+
+        Args:
+            state: the slots.
+            source: i32[S], a slot in the same shard that is not copied to itself; -1 truncates slot s as `rewind` does.
+            keep: i32[S].
+            window: static; covers the copied tokens.
+
+        Raises:
+            ValueError: a source is in another shard, or is copied to.
+        """
+        slots, own = np.arange(len(source)), len(source) // self.slot_shards
+        copied = source >= 0
+        if (source[copied] // own != slots[copied] // own).any() or copied[source[copied]].any():
+            raise ValueError(
+                f"expected sources in the slot's own shard of {own} slots that are not copied to, got {source.tolist()}"
+            )
+        local = np.where(copied, source % own, -1).astype(np.int32)
+        return self._copy_prefix(state, local, keep, window=self._check_window(window))
 
     def _check_chunk(self, length: int) -> None:
         if length > self.slack:

@@ -1,4 +1,4 @@
-"""The state of the sampler's slots, and the functions over it that need no model: gather, append, rewind, restart."""
+"""The state of the slots, and the functions over it that need no model: gather, append, copy, rewind, restart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -105,6 +105,21 @@ def restart(state: SamplerState, chosen: Array, prng: Array, sampled: Array) -> 
         prng=jnp.where(chosen[:, None], prng, state.prng),
         sampled=jnp.where(chosen, sampled, state.sampled),
         remaining=jnp.where(chosen, 0, state.remaining),
+    )
+
+
+def copy_prefix(state: SamplerState, source: Array, keep: Array, *, length: int) -> SamplerState:
+    """Slot s becomes the first `keep[s]` tokens of slot `source[s]`, both i32[S]; -1 is the slot itself.
+
+    The hidden state of a source is copied, too: it predicts the next token if all of the source's tokens are copied.
+    Static `length` covers the copied tokens. A slot that is copied from has itself as source.
+    """
+    copied, row = source >= 0, jnp.maximum(source, 0)
+    return replace(
+        state,
+        cache=kv_cache.copy_within(state.cache, source, length),
+        lengths=jnp.where(copied, keep, jnp.minimum(state.lengths, keep)),
+        hidden=jnp.where(copied[:, None], state.hidden[row], state.hidden),
     )
 
 

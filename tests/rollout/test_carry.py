@@ -15,7 +15,7 @@ from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.rollout import Carried, Rollout, group_attempts
 from aem_jax.rollout.carry import from_record, record
 from aem_jax.sampler import Sampler, SamplingConfig
-from aem_jax.trajectory import Ending, Trajectory
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 from .fakes import CONFIG, POLICY, STOP, ByteChat, CountdownEnv, LatePool, LocalPool
 from .test_processes import episodes, process_groups
@@ -39,6 +39,11 @@ def versions() -> list[Any]:
     return [POLICY.init(jax.random.key(step)) for step in range(STEPS)]
 
 
+def versions_of(turn: Turn) -> list[int]:
+    assert turn.versions is not None
+    return turn.versions.tolist()
+
+
 def play(
     sampler: Sampler,
     versions: list[Any],
@@ -60,7 +65,7 @@ def play(
 
 def all_of(steps: list[tuple[list[Trajectory], Carried]]) -> list:
     """All that a learner reads, and what goes on, of each step."""
-    versions = lambda t: [turn.versions.tolist() for turn in t.turns]
+    versions = lambda t: [versions_of(turn) for turn in t.turns]
     return [
         (episodes(trajectories), [versions(t) for t in trajectories], record(carried))
         for trajectories, carried in steps
@@ -78,7 +83,7 @@ def test_where_nothing_is_carried_a_run_is_that_without_carry_over(sampler, vers
         assert episodes(renumbered) == episodes(expected)
         assert [t.task for t in renumbered] == [t.task for t in expected]
         assert not carried.groups and not carried.episodes and carried.started == 3 * (step + 1)
-        assert {version for t in trajectories for turn in t.turns for version in turn.versions} == {step}
+        assert {version for t in trajectories for turn in t.turns for version in versions_of(turn)} == {step}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +116,7 @@ def test_groups_are_complete_once_in_time_and_sampled_by_the_versions_that_they_
             for turn in t.turns:
                 ids = [*(ids if config.context == "append" else ()), *turn.observation_ids, *turn.response_ids]
                 rows = slice(len(ids) - len(turn.response_ids) - 1, len(ids) - 1)
-                for version in set(turn.versions.tolist()):
+                for version in set(versions_of(turn)):
                     assert max(0, step - config.carry_max_age) <= version <= step
                     old += version < step
                     chosen = turn.versions == version
@@ -140,7 +145,7 @@ def test_with_the_same_parameters_a_carried_episode_samples_what_it_would_withou
     for step, (trajectories, _) in enumerate(play(sampler, same, config)):
         for t in trajectories:
             assert [turn.response_ids.tolist() for turn in t.turns] == expected[t.group, t.member]
-            carried += any(version < step for turn in t.turns for version in turn.versions)
+            carried += any(version < step for turn in t.turns for version in versions_of(turn))
     assert carried > 5
 
 

@@ -185,3 +185,5 @@ def test_contradictory_settings_are_refused():
     assert replace(CONTINUOUS, num_slots=12).slot_sizes(4) == (4,)
     assert replace(CONTINUOUS, num_slots=16).slot_sizes(2) == (4, 8)
     assert replace(CONTINUOUS, num_slots=2).slot_sizes(2) == ()
+    windowed = replace(CONFIG, context="window", num_slots=24, num_cohorts=2)  # only prefills, of one cohort
+    assert (windowed.slot_sizes(1), replace(windowed, context="append").slot_sizes(1)) == ((3,), ())

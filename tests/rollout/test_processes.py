@@ -30,7 +30,7 @@ class Recorded:
 
     def __getattr__(self, name: str):
         attribute = getattr(self._sampler, name)
-        if name not in ("extend", "decode", "fork", "rewind"):
+        if name not in ("extend", "decode", "fork", "copy_prefix", "rewind"):
             return attribute
 
         def call(*arguments, **named):

@@ -111,6 +111,19 @@ def while_bodies(text: str | None) -> str:
     return "\n".join(seen.values())
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_prefix_is_copied_in_place(cache):
+    """The program needs the memory of one slot's prefix, not of another cache."""
+    sampler, window = make(cache), 64
+    state = jax.eval_shape(lambda: sampler.init(SLOTS))
+    slots = jax.ShapeDtypeStruct((SLOTS,), jnp.int32)
+    memory = sampler._copy_prefix.lower(state, slots, slots, window=window).compile().memory_analysis()
+    assert memory is not None
+    prefix = state.cache.token_bytes * window
+    assert memory.temp_size_in_bytes < 2 * prefix + 10_000 < state.cache.num_bytes / 2
+    assert memory.alias_size_in_bytes > state.cache.num_bytes
+
+
 def test_the_decode_loop_copies_no_cache():
     """No step makes an array of the window's size, for one layer or all: the cache is read in place."""
     window = 64

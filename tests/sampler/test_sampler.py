@@ -247,6 +247,29 @@ def test_rewind_forgets():
     np.testing.assert_allclose(POLICY.logits(PARAMS, state.hidden[0]), wanted, atol=1e-5)
 
 
+def test_a_copied_prefix_equals_an_own_one():
+    """Slot 1 copies all of slot 0 and decodes; slot 2 copies a part and is extended; slot 3 is rewound."""
+    s = sampler()
+    ids, other = numpy_tokens(GROUPED_TIED, (12,), 1), numpy_tokens(GROUPED_TIED, (6,), 2)
+    contexts = [ids, ids, np.concatenate([ids[:5], other]), np.concatenate([other[:2], ids])]
+    own = {slot: Episode(40 + slot, [context]) for slot, context in enumerate(contexts)}
+    play(s, PARAMS, own, slots=4)
+
+    copied = {slot: Episode(episode.key, episode.observations) for slot, episode in own.items()}
+    state = start_episodes(s, s.init(4), copied)
+    state = extend_slots(s, PARAMS, state, {0: ids, 1: other[:3], 2: other, 3: other}, 16)
+    state = s.copy_prefix(state, np.asarray([-1, 0, 0, -1]), np.asarray([99, 12, 5, 2]), window=32)
+    assert state.lengths.tolist() == [12, 12, 5, 2]
+    state = extend_slots(s, PARAMS, state, {2: other, 3: ids}, 16)
+    decode_responses(s, PARAMS, state, copied, 16)
+    for slot, episode in own.items():
+        same(copied[slot], episode)
+    assert own[0].responses[0].tolist() != own[1].responses[0].tolist()  # each has its own key
+    for source in ([1, 0, -1, -1], [-1, 1, -1, -1]):
+        with pytest.raises(ValueError, match="expected sources in the slot's own shard of 4 slots that are not copied"):
+            s.copy_prefix(s.init(4), np.asarray(source), np.zeros(4, np.int32))
+
+
 def test_windows():
     s = sampler()
     assert s.windows == (32, 64, 96)

@@ -66,6 +66,32 @@ def test_eight_devices_equal_one(sizes: tuple[int, int, int], cache: Literal["mo
     assert sampler.compilations == warm
 
 
+@pytest.mark.parametrize("cache", ["model", "int8"])
+def test_a_prefix_is_copied_within_a_shard(cache: Literal["model", "int8"]):
+    """Slot 1 copies a part of slot 0, and slot 6 all of slot 7, without communication."""
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    make = partial(Sampler, POLICY, SamplingConfig(1.0, cache=cache), (5,), capacity=64, slack=16, windows=(32,))
+    source, keep = np.asarray([-1, 0, -1, -1, -1, -1, 7, -1]), np.asarray([64, 3, 2, 64, 64, 64, 9, 64], np.int32)
+    copied = []
+    for sampler in (make(), make(mesh=mesh)):
+        state = play(sampler, numpy_params(CONFIG), {s: script(POLICY, s, (9,)) for s in range(8)}, slots=8)
+        before = jax.device_get(state)
+        state = jax.device_get(sampler.copy_prefix(state, source, keep, window=32))
+        for slot, at in ((1, 0), (6, 7)):
+            of_slots = lambda state, slot: [leaf[slot] for leaf in jax.tree.leaves(state.cache)]
+            for old, new in zip(of_slots(before, at), of_slots(state, slot), strict=True):
+                axis = old.shape.index(64 + 16)
+                np.testing.assert_array_equal(new.take(range(32), axis), old.take(range(32), axis))
+            np.testing.assert_array_equal(state.hidden[slot], before.hidden[at])
+        assert state.lengths.tolist() == np.where(source < 0, np.minimum(before.lengths, keep), keep).tolist()
+        copied.append(state.lengths.tolist())
+    assert copied[0] == copied[1]
+    program = sampler._copy_prefix.lower(sampler.abstract(8), source, keep, window=32).compile()
+    assert not re.search("all-gather|all-reduce|collective-permute|all-to-all", program.as_text() or "")
+    with pytest.raises(ValueError, match="own shard of 2 slots"):
+        sampler.copy_prefix(sampler.init(8), np.asarray([-1, -1, 1, -1, -1, -1, -1, -1]), keep)
+
+
 def test_a_chunk_of_all_slots_is_merged_on_two_devices_without_a_scatter():
     """jax 0.11.2 crashes on a scatter over a whole array inside shard_map; `x.at[:].set(y)` is one in every version."""
     rng, slots, chunk = np.random.default_rng(0), 4, 2
