@@ -74,7 +74,7 @@ def check(name: str, config: DoctorConfig) -> Finding:
     return judge(faults, text, XLA_ADVICE if name == "xla" else ADVICE, facts)
 
 
-xla, splash, cudnn, triton = (partial(check, name) for name in ("xla", "splash", "cudnn", "triton"))
+xla, splash, cudnn = (partial(check, name) for name in ("xla", "splash", "cudnn"))
 
 
 def decode(config: DoctorConfig) -> Finding:

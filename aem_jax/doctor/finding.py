@@ -19,7 +19,6 @@ CHECKS: Mapping[str, str] = {
     "attention-xla": "attention:xla",
     "attention-splash": "attention:splash",
     "attention-cudnn": "attention:cudnn",
-    "attention-triton": "attention:triton",
     "attention-decode": "attention:decode",
     "mesh": "training:mesh",
     "recompiles": "training:recompiles",

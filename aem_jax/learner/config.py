@@ -70,9 +70,9 @@ class LearnerConfig:
     """Positions of each row whose logits are in memory at one time."""
     remat: Literal["none", "layers", "dots"] = "none"
     """Rematerialisation in the backward pass: nothing, whole layers, or everything but matrix products."""
-    attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """Attention kernel: auto selects splash on TPUs, cudnn on GPUs, and xla elsewhere or where a kernel does not
-    support the shapes (logged once). auto never selects triton (GPUs)."""
+    support the shapes (logged once)."""
     num_minibatches: int = 1
     """Optimizer steps of a batch and epoch, each on its share of the trajectories."""
     num_epochs: int = 1

@@ -382,11 +382,12 @@ class Decoder(nnx.Module):
             return ()
         return (jnp.asarray([size or _EVERYTHING for size in self.config.sliding_windows], jnp.int32),)
 
-    def head_weights(self) -> Array:
-        """The head [D,V] in the dtype of activations."""
-        head = self.embed[...].T if self.config.tied_head else self.head[...]
-        return head.astype(self.config.dtype)
-
     def logits(self, hidden: Array) -> Array:
-        """float32 logits [..., V] of hidden states [..., D], without rounding to the activations' dtype in between."""
-        return jnp.matmul(hidden, self.head_weights(), preferred_element_type=jnp.float32)
+        """float32 logits [..., V] of hidden states [..., D], without rounding to the activations' dtype in between.
+
+        A tied head is read as the embedding has it, [V, D]: its transpose would be a copy on CPUs.
+        """
+        tied = self.config.tied_head
+        weights = (self.embed if tied else self.head)[...].astype(self.config.dtype)
+        equation = "...d,vd->...v" if tied else "...d,dv->...v"
+        return jnp.einsum(equation, hidden, weights, preferred_element_type=jnp.float32)

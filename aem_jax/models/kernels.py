@@ -6,7 +6,6 @@ The table below lists the kernels and their limits. A kernel runs on one device,
 
 import importlib.util
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,32 +23,16 @@ log: logging.Logger = logging.getLogger(__name__)
 
 Array = jax.Array
 
-# GPUs: cuDNN's flash attention through jax, and the Triton kernel that ships with jax. Three alternatives are not used.
-# jax offers cuDNN's packed layout only in a private function, and it needs the number of segments of each row. jax's
-# Mosaic kernel has no segments and no causal backward pass. jax 0.12 recommends tokamax instead of its Triton kernel,
-# but tokamax needs Python 3.12 and, like cuDNN, takes segments as a mask of T² numbers per row.
-
-TRITON_MODULE = "jax.experimental.pallas.ops.gpu.attention"
-
-TRITON_BLOCK = 128
-"""Block of queries and keys in Triton's forward pass; a row's length is a multiple of it."""
+# GPUs: cuDNN's flash attention through jax. Three alternatives are not used. jax offers cuDNN's packed layout only in a
+# private function, and it needs the number of segments of each row. jax's Triton kernel is deprecated, and its Mosaic
+# kernel has no segments and no causal backward pass. tokamax, which jax recommends, needs Python 3.12 and, like cuDNN,
+# takes segments as a mask of T² numbers per row.
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     """See `row_attention`. cuDNN reads the segment mask as a bias: T² numbers per row, in the inputs' dtype."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
-
-
-def triton_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interpret: bool = False) -> Array:
-    """See `row_attention`. The kernel has no grouped queries: keys and values are repeated for each query head."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # `kernels.choose` reports a jax without it
-        from jax.experimental.pallas.ops.gpu import attention as triton  # experimental; other runs do not import it
-
-    head_dim, shared = q.shape[-1], q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))
-    return triton.mha(q, k, v, segment_ids, sm_scale=head_dim**-0.5, causal=True, interpret=interpret)
 
 
 @dataclass(frozen=True)
@@ -65,6 +48,11 @@ class Device:
     platform: str
     is_cuda: bool = False
     capability: float = 0.0
+
+
+COMPILE_ONLY = 8.0
+"""Compute capability that kernels may rely on in GPUs which jax only compiles for. Whatever they are, jax lowers wider
+heads of cuDNN's attention only on a machine that has a GPU for them."""
 
 
 class Sizes(NamedTuple):
@@ -117,17 +105,6 @@ def _cudnn_refuses(device: Device, sizes: Sizes) -> str:
     return _not_half(sizes)
 
 
-def _triton_refuses(device: Device, sizes: Sizes) -> str:
-    if not device.is_cuda or device.capability < 8:
-        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, this one has {device.capability:.1f}"
-    if sizes.length % TRITON_BLOCK or sizes.head_dim & (sizes.head_dim - 1):
-        return (
-            f"rows of {sizes.length} tokens in heads of {sizes.head_dim} are no multiple of {TRITON_BLOCK} "
-            "and a power of two"
-        )
-    return _not_half(sizes)
-
-
 def _not_half(sizes: Sizes) -> str:
     return "" if sizes.dtype in ("bfloat16", "float16") else f"{sizes.dtype} is not bfloat16 (--model.dtype)"
 
@@ -135,7 +112,6 @@ def _not_half(sizes: Sizes) -> str:
 KERNELS: Mapping[str, Kernel] = {
     "splash": Kernel(splash_attention, "tpu", _splash_refuses, backward=3.5, module=SPLASH_MODULE),
     "cudnn": Kernel(cudnn_attention, "gpu", _cudnn_refuses),
-    "triton": Kernel(triton_attention, "gpu", _triton_refuses, backward=3.5, module=TRITON_MODULE),
     "xla": Kernel(row_attention, "", lambda device, sizes: "", sliding_window=True),
 }
 """Name -> kernel."""
@@ -180,11 +156,15 @@ def _has(module: str) -> bool:
 
 
 def device_of(mesh: Mesh) -> Device:
-    """The device of a mesh, which may be abstract (`launch plan`)."""
+    """The device of a mesh, which may be one that jax only compiles for (`launch plan`)."""
     first: Any = mesh.devices.flat[0]
     version = str(getattr(getattr(first, "client", None), "platform_version", ""))
-    is_cuda = first.platform == "gpu" and "cuda" in version.lower()
-    return Device(first.platform, is_cuda, float(first.compute_capability) if is_cuda else 0.0)
+    if first.platform != "gpu":
+        return Device(first.platform)
+    if "cuda" in version.lower():
+        return Device("gpu", True, float(first.compute_capability))
+    # Where jax only compiles, the version of the platform is the name of the device.
+    return Device("gpu", True, COMPILE_ONLY) if "NVIDIA" in version else Device("gpu")
 
 
 def make_row_attention(

@@ -1,7 +1,7 @@
 """Closed forms: FLOPs, bytes and collectives of a step from its sizes alone.
 
-They check the costs of compiled programs, replace them where there is no compiler (for GPUs), and choose the mesh. N is
-the number of parameters of matrix products: all but norms, biases, and the embedding of an untied head.
+They check the costs of compiled programs, replace them where there is no compiler, and choose the mesh. N is the number
+of parameters of matrix products: all but norms, biases, and the embedding of an untied head.
 """
 
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ def memory(work: Workload, mesh: MeshConfig) -> Memory:
     """Bytes of each device on a mesh without open sizes."""
     model, devices = work.model, mesh.data * mesh.fsdp * mesh.tensor
     split, count, trained = mesh.fsdp * mesh.tensor, model.num_parameters, work.trained
-    width, lora = 2 if model.dtype == "bfloat16" else 4, work.lora.rank > 0
+    width, lora = _width(model), work.lora.rank > 0
     copied = count
     if lora and mesh.fsdp == 1:  # frozen weights have the same layout for learning and sampling
         copied = layer_parameters(model) if work.lora.merge else 0
@@ -166,37 +166,94 @@ def demand(work: Workload) -> MeshDemand:
     )
 
 
+def update_floor(work: Workload, mesh: MeshConfig) -> float:
+    """Bytes that an optimizer step of `work.rounds` full microbatches moves on one device, at least.
+
+    Each matrix product and each call of attention reads its inputs once and writes its outputs once, and everything
+    else (norms, activations, masks, scores, casts) is fused into them. A microbatch of t tokens, in w bytes each, on
+    one of τ tensor shards, moves:
+
+    - weights: w·N/τ for the forward pass, for a recomputed one (remat layers), and for the gradient of the inputs;
+      twice if they are gathered over fsdp, since a gather writes what a product reads;
+    - activations: t·w·(inputs + outputs) of all products, once forward and twice backward (the gradients of the inputs
+      and of the weights); once more if they are recomputed; logits in float32;
+    - gradients: w·N/τ written by the products and read by the sum over devices; the sum's shard is read and written in
+      float32, and the shard of the masters is read.
+
+    The step then reads the gradients for their norm, and reads or writes masters, gradients and moments once. Frozen
+    weights (LoRA) have no gradient; adapters' own products are left out. It is a floor for these products: a kernel
+    that computes a loss from hidden states without logits in memory would go below it.
+    """
+    model, replicas, tensor = work.model, mesh.data * mesh.fsdp, mesh.tensor
+    width, split, trained = _width(model), mesh.fsdp * tensor, work.trained
+    tokens, frozen = work.microbatch_tokens / replicas, work.lora.rank > 0
+    heads, keys = model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
+    attention = (2 * heads + keys) / tensor
+    products = 4 * model.hidden_size + (2 * heads + keys + 3 * model.intermediate_size) / tensor
+    head = width * model.hidden_size + 4 * model.vocab_size / tensor
+    backward = 1 if frozen else 2
+    again = {"none": (0, 0), "layers": (1, 1), "dots": (0, 1)}[work.remat]  # products, attention
+    extra = {"token": (0, 0), "response": (0, 1), "trajectory": (1, 1)}[work.ratio]  # layers, head
+    passes = 2 + again[0] + extra[0]
+    activations = (
+        width
+        * model.num_layers
+        * ((1 + backward + again[0] + extra[0]) * products + (3 + again[1] + extra[0]) * attention)
+        + (1 + backward + extra[1]) * head
+    )
+    weights = passes * width * _used_parameters(model) / tensor * (2 if mesh.fsdp > 1 else 1)
+    gradients = 2 * width * trained / tensor + (MASTER + GRADIENT) * trained / split
+    return work.rounds * (tokens * activations + weights + gradients) + (16 + 2 * work.moments) * trained / split
+
+
+def decode_floor(work: Workload, mesh: MeshConfig) -> float:
+    """Bytes that one device reads for one token in each slot, at least: its weights and its cache in use.
+
+    The plan's cache is full, `work.capacity` tokens a slot. Of an untied embedding only the sampled rows are read, and
+    are left out, as are activations and logits.
+    """
+    model, width = work.model, _width(work.model)
+    saved = (width - 1) * layer_parameters(model) if work.int8 else 0
+    slots = work.slots / (mesh.data * mesh.fsdp)
+    weights = (width * _used_parameters(model) - saved) / mesh.tensor
+    return weights + slots * work.token_bytes / mesh.tensor * work.capacity
+
+
+def _width(model: ModelConfig) -> int:
+    return 2 if model.dtype == "bfloat16" else 4
+
+
+def _used_parameters(model: ModelConfig) -> int:
+    """All parameters but the embedding of an untied head."""
+    return model.num_parameters - (0 if model.tied_head else head_parameters(model))
+
+
 def learn_costs(work: Workload, mesh: MeshConfig, flops: float) -> Costs:
     """Costs on one device of an optimizer step of `work.rounds` full microbatches; `flops` are those of one token."""
-    model, width = work.model, 2
+    model, width = work.model, _width(work.model)
     replicas, tensor = mesh.data * mesh.fsdp, mesh.tensor
     tokens = work.microbatch_tokens / replicas
     count, trained, split = model.num_parameters, work.trained, mesh.fsdp * tensor
-    passes = 2 if work.remat == "none" else 3
-    costs = Costs(
-        flops=work.rounds * flops * tokens / tensor,
-        bytes=work.rounds * (passes * width * count / tensor + 12 * trained / split) + 32 * trained / split,
-    )
+    passes = 3 if work.remat == "layers" else 2
+    costs = Costs(flops=work.rounds * flops * tokens / tensor, bytes=update_floor(work, mesh))
     activation, layers = tokens * model.hidden_size * width, model.num_layers
-    for kind, size, group, times in (
-        ("all-gather", width * count / tensor, mesh.fsdp, passes),
-        ("reduce-scatter", width * trained / tensor, mesh.fsdp, 1),
-        ("all-reduce", width * trained / split, mesh.data, 1),
-        ("all-reduce", activation, tensor, 2 * passes * layers),
+    for kind, size, group, apart, times in (
+        ("all-gather", width * count / tensor, mesh.fsdp, tensor, passes),
+        ("reduce-scatter", width * trained / tensor, mesh.fsdp, tensor, 1),
+        ("all-reduce", width * trained / split, mesh.data, split, 1),
+        ("all-reduce", activation, tensor, 1, 2 * passes * layers),
     ):
-        if group > 1:
-            costs.collectives.append(Collective(kind, size, group, (), work.rounds * times))
+        if group > 1:  # the first group; the mesh's last axis has neighbours
+            members = tuple(range(0, group * apart, apart))
+            costs.collectives.append(Collective(kind, size, group, members, work.rounds * times))
     return costs
 
 
 def decode_costs(work: Workload, mesh: MeshConfig) -> Costs:
     """Costs on one device of one token in each slot, over a full window."""
-    model, width = work.model, 2
-    slots, tensor = work.slots / (mesh.data * mesh.fsdp), mesh.tensor
-    layers = (1 if work.int8 else width) * layer_parameters(model)
-    weights = (layers + width * head_parameters(model)) / tensor
-    cached = slots * work.token_bytes / tensor * work.capacity
-    costs = Costs(flops=slots * decode_flops(work) / tensor, bytes=weights + cached)
+    model, width, tensor = work.model, _width(work.model), mesh.tensor
+    slots = work.slots / (mesh.data * mesh.fsdp)
+    costs = Costs(flops=slots * decode_flops(work) / tensor, bytes=decode_floor(work, mesh))
     if tensor > 1:
         reductions = slots * model.hidden_size * width
         costs.collectives.append(Collective("all-reduce", reductions, tensor, (), 2.0 * model.num_layers))

@@ -1,8 +1,8 @@
 """`plan`: memory, FLOPs, collectives and time of a run on devices that this machine does not need to have.
 
 The programs of training (update, reshard, extend, decode) are compiled ahead of time from shapes alone, for a TPU by
-libtpu; their costs are read from the compiled programs. Compiling for a GPU needs a GPU, so its numbers are closed
-forms, marked as such.
+libtpu, for a GPU by jax's CUDA plugin; their costs are read from the compiled programs. Where the plugin is not
+installed, a GPU's numbers are closed forms, marked as such.
 """
 
 import json

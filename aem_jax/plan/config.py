@@ -13,9 +13,10 @@ class PlanConfig(RunConfig):
     """A run and its target."""
 
     topology: str = "v5p:2x2x1"
-    """Target: v4, v5e, v5p, v6e or tpu7x with its shape (v5p:4x4x8), gpu:MODEL:COUNT (gpu:h100:8), or cpu:COUNT."""
+    """Target: v4, v5e, v5p, v6e or tpu7x with its shape (v5p:4x4x8), gpu:MODEL:COUNT (gpu:h100:8;
+    gpu:h100:8x4 for four hosts of eight), or cpu:COUNT."""
     analytic: bool = False
-    """Use closed forms only: compiles nothing and needs no libtpu."""
+    """Use closed forms only: compiles nothing, and needs neither libtpu nor a CUDA plugin."""
     programs: tuple[str, ...] = PROGRAMS
     """Programs to compile, of update, reshard, extend and decode; each takes seconds to a few minutes."""
     json: bool = False

@@ -2,8 +2,7 @@
 
 XLA's cost analysis counts the body of a loop once. Here every loop counts as often as it runs. FLOPs are those of
 matrix products; all others are few. Bytes are those that each fused operation reads from and writes to main memory; of
-a large array of which it takes only a slice, those of the slice. Kernels are custom calls, for which XLA has neither
-FLOPs nor cycles: known kernels are counted in closed form, and all are listed.
+a large array of which it takes only a slice, those of the slice. Kernels are counted by `kernel_calls`.
 """
 
 import math
@@ -11,17 +10,17 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from aem_jax.models.splash import PASSES, splash_flops
 from aem_jax.plan.hlo import Computation, Instruction, Module, Shape, trip_count
+from aem_jax.plan.kernel_calls import KernelCall, hbm_bytes, kernel_call, results
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 """Opcodes of collectives."""
-KERNEL_TARGETS = ("tpu_custom_call",)
-"""Targets of the custom calls that are kernels."""
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _CONTRACTED = re.compile(r'lhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([^\]]*)\]')
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_STARTS = {"copy-start", "all-gather-start", "collective-permute-start"}
+"""Begun operations whose results are the array that is read, the one that is written, and a context."""
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """Writes in place, and the index of the operand with the new values."""
 _SEEN_THROUGH = {"bitcast", "reshape", "convert", "copy", "transpose"}
@@ -43,25 +42,6 @@ class Collective:
     bytes: float
     group: int
     members: tuple[int, ...]
-    count: float
-
-
-@dataclass(frozen=True)
-class KernelCall:
-    """One call of a kernel.
-
-    Attributes:
-        name: its name in the program.
-        flops: of one run, in closed form; 0 if unknown.
-        known: whether its FLOPs are known.
-        bytes: of its arguments and results.
-        count: number of runs.
-    """
-
-    name: str
-    flops: float
-    known: bool
-    bytes: float
     count: float
 
 
@@ -132,7 +112,7 @@ def _count(total: Costs, module: Module, computation: Computation, instruction: 
         total.flops += _flops(one, where)
         if collective := _collective(one, where):
             total.collectives.append(collective)
-        if kernel := _kernel(one, where):
+        if kernel := kernel_call(one, where):
             total.kernels.append(kernel)
             total.flops += kernel.flops
     if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
@@ -240,44 +220,20 @@ def _iota(dims: list[int], axes: list[int]) -> tuple[int, ...]:
     return tuple(members)
 
 
-def _kernel(call: Instruction, where: Computation) -> KernelCall | None:
-    """The kernel that an instruction calls; None if it calls none."""
-    target = re.search(r'custom_call_target="([^"]*)"', call.attributes)
-    if call.opcode != "custom-call" or not target or target[1] not in KERNEL_TARGETS:
-        return None
-    num_bytes = _hbm(call.shapes) + _hbm(where.shapes_of(call.operands))
-    path = re.search(r'op_name="([^"]*)"', call.attributes)
-    name = path[1].removesuffix("/pallas_call").rpartition("/")[2] if path else call.name
-    splash = re.match(rf"splash_m[hq]a_({'|'.join(PASSES)})_", name)
-    # The first array is the queries; a single row has no row dimension.
-    arrays = (shape.dims for shape in where.shapes_of(call.operands) if shape.dtype in ("bf16", "f32"))
-    queries = next((dims for dims in arrays if len(dims) in (3, 4)), None)
-    if not splash or queries is None:
-        return KernelCall(name, 0.0, False, num_bytes, 1.0)
-    rows = queries[0] if len(queries) == 4 else 1
-    heads, length, head_dim = queries[-3:]
-    return KernelCall(name, rows * splash_flops(splash[1], length, heads, head_dim), True, num_bytes, 1.0)
-
-
-def _hbm(shapes: Iterable[Shape]) -> float:
-    return sum(shape.num_bytes for shape in shapes if shape.in_hbm)
-
-
 def _bytes(module: Module, where: Computation, instruction: Instruction) -> float:
     if instruction.opcode in _SLICES:
-        return 2 * _hbm(instruction.shapes)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * _hbm(where.shapes_of(instruction.operands[1:2]))
-    if instruction.opcode == "copy-start":  # results: destination, source, context
-        return _hbm(instruction.shapes[:2])
+        return 2 * hbm_bytes(instruction.shapes)
+    if instruction.opcode in _UPDATES:
+        return 2 * hbm_bytes(where.shapes_of(instruction.operands[_UPDATES[instruction.opcode] :][:1]))
+    if instruction.opcode in _STARTS:
+        return hbm_bytes(instruction.shapes[:2])
     if instruction.opcode == "slice-start":  # results: source, destination, context; only the slice is read
-        return _num_bytes(instruction.shapes[1:2]) + _hbm(instruction.shapes[1:2])
+        return _num_bytes(instruction.shapes[1:2]) + hbm_bytes(instruction.shapes[1:2])
     body = module.computations.get(instruction.called("calls"))
     if body is None:
-        # the second result of cuBLAS is its workspace
-        results = instruction.shapes[:1] if _is_library_product(instruction) else instruction.shapes
-        return _hbm(results) + _hbm(where.shapes_of(instruction.operands))
-    if instruction.opcode != "fusion":
+        written = results(instruction) if instruction.opcode == "custom-call" else instruction.shapes
+        return hbm_bytes(written) + hbm_bytes(where.shapes_of(instruction.operands))
+    if instruction.opcode not in ("fusion", "fusion-start"):
         return sum(_bytes(module, body, one) for one in body.instructions if one.opcode not in _FREE)
     return _fused_bytes(module, body, instruction, where)
 
@@ -298,7 +254,7 @@ def _fused_bytes(module: Module, body: Computation, instruction: Instruction, wh
     for one in body.instructions:
         if one.opcode == "parameter" and one.name not in in_place:
             index = int(one.argument)
-            outside = _hbm(where.shapes_of(instruction.operands[index : index + 1]))
+            outside = hbm_bytes(where.shapes_of(instruction.operands[index : index + 1]))
             total += min(_read(module, body, one.name), outside)
     return total
 
@@ -334,4 +290,4 @@ def _num_bytes(shapes: Iterable[Shape]) -> float:
 
 def _share_in_hbm(shapes: tuple[Shape, ...]) -> float:
     total = _num_bytes(shapes)
-    return _hbm(shapes) / total if total else 0.0
+    return hbm_bytes(shapes) / total if total else 0.0

@@ -2,7 +2,8 @@
 
 Sources. TPU: cloud.google.com/tpu/docs (one page for each generation: peak, memory, bandwidth, interconnect) and the
 table of "How To Scale Your Model" (jax-ml.github.io/scaling-book/tpus). GPU: NVIDIA's data sheets, dense bf16 without
-sparsity. The clock is the one in which libtpu's estimates count cycles.
+sparsity; memory as the driver reports it, which is less than the name says. The clock is the one in which libtpu's
+estimates count cycles.
 """
 
 import math
@@ -19,6 +20,20 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
+class Shares:
+    """Fractions of the peaks that good programs reach: of FLOP/s, of the memory's and of the wire's bytes/s."""
+
+    compute: float = 1.0
+    memory: float = 1.0
+    wire: float = 1.0
+
+
+GPU_SHARES = Shares(compute=0.7, memory=0.85, wire=0.8)
+"""Assumed of GPUs, for which the compiler estimates no time. Large bf16 products of cuBLAS and NCCL's reductions reach
+about these on H100s; nothing here was measured by this project."""
+
+
+@dataclass(frozen=True)
 class Chip:
     """Facts of one chip.
 
@@ -31,7 +46,7 @@ class Chip:
         ring: a TPU's axis is a ring if its size is a multiple of this number.
         clock: Hz of the cycles that the compiler estimates; 0 where it has no estimate.
         cores: number of jax devices of one chip.
-        domain: chips behind one switch (GPU); beyond it, `network` applies.
+        domain: most GPUs of a host, behind one switch; between hosts, `network` applies.
         network: bytes/s of a GPU to other machines, in one direction.
     """
 
@@ -45,6 +60,7 @@ class Chip:
     cores: int = 1
     domain: int = 0
     network: float = 0.0
+    shares: Shares = Shares()
 
 
 TPUS: Mapping[str, Chip] = {
@@ -54,15 +70,22 @@ TPUS: Mapping[str, Chip] = {
     "v6e": Chip(918e12, 32 * GIB, 1.64e12, 90e9, 2, 16, 1.75e9),
     "tpu7x": Chip(2307e12, 192 * GIB, 7.38e12, 100e9, 3, 4, 2.2e9, 2),
 }
+
+
+def _gpu(peak: float, mib: int, bandwidth: float, link: float, network: float) -> Chip:
+    return Chip(peak, mib * 2**20, bandwidth, link, domain=8, network=network, shares=GPU_SHARES)
+
+
 GPUS: Mapping[str, Chip] = {
-    "a100": Chip(312e12, 80e9, 2.04e12, 300e9, domain=8, network=25e9),
-    "h100": Chip(989e12, 80e9, 3.35e12, 450e9, domain=8, network=50e9),
-    "h200": Chip(989e12, 141e9, 4.8e12, 450e9, domain=8, network=50e9),
-    "b200": Chip(2250e12, 180e9, 7.7e12, 900e9, domain=8, network=50e9),
-    "l40s": Chip(362e12, 48e9, 0.864e12, 32e9, domain=8, network=25e9),
-    "rtx4090": Chip(165e12, 24e9, 1.008e12, 32e9, domain=8, network=12.5e9),
+    "a100": _gpu(312e12, 81157, 2.039e12, 300e9, 25e9),
+    "h100": _gpu(989e12, 81008, 3.352e12, 450e9, 50e9),
+    "h200": _gpu(989e12, 144384, 4.8e12, 450e9, 50e9),
+    "b200": _gpu(2250e12, 182642, 7.672e12, 900e9, 50e9),
+    "l4": _gpu(121e12, 23034, 0.3e12, 32e9, 12.5e9),
+    "l40s": _gpu(362e12, 46068, 0.864e12, 32e9, 25e9),
+    "rtx4090": _gpu(165e12, 24564, 1.008e12, 32e9, 12.5e9),
 }
-CPU = Chip(1e11, 16 * GIB, 2e10, 1e10, domain=1024)
+CPU = Chip(1e11, 16 * GIB, 2e10, 1e10)
 """Placeholder values, because nothing is known of a simulated device."""
 
 
@@ -72,15 +95,17 @@ class Topology:
 
     Attributes:
         name: as given.
-        kind: libtpu compiles for "tpu", jax itself for "cpu", nothing for "gpu".
+        kind: libtpu compiles for "tpu", a CUDA plugin of jax for "gpu", jax itself for "cpu".
         chip: facts of one chip.
-        sizes: chips along each axis; for GPUs and CPUs, their number.
+        sizes: chips along each axis; for GPUs, hosts and GPUs of each; for CPUs, their number.
+        model: the name of the chip in `TPUS` or `GPUS`; "cpu" for CPUs.
     """
 
     name: str
     kind: Literal["tpu", "gpu", "cpu"]
     chip: Chip
     sizes: tuple[int, ...]
+    model: str
 
     @property
     def num_chips(self) -> int:
@@ -107,11 +132,17 @@ class Topology:
         """HBM bytes/s of a device."""
         return self.chip.bandwidth / self.chip.cores
 
+    @property
+    def positions(self) -> "Coordinates":
+        """Host and number of each GPU; empty for other devices, which the compiler places."""
+        hosts, gpus = self.sizes if self.kind == "gpu" else (0, 0)
+        return [(host, host * gpus + gpu) for host in range(hosts) for gpu in range(gpus)]
+
     def wire(self, spans: tuple[int, ...]) -> float:
-        """Bytes/s from one device to a group that spans `spans` chips along each axis (GPUs: number of devices)."""
+        """Bytes/s from one device to a group that spans `spans` chips along each axis (GPUs: hosts, GPUs)."""
         chip = self.chip
         if self.kind != "tpu":
-            return chip.link if math.prod(spans) <= chip.domain else chip.network
+            return chip.network if self.kind == "gpu" and spans[0] > 1 else chip.link
         total = sum(
             chip.link * (2 if size % chip.ring == 0 else 1) for size, span in zip(self.sizes, spans) if span > 1
         )
@@ -119,8 +150,6 @@ class Topology:
 
     def spans(self, devices: int) -> tuple[int, ...]:
         """Chips along each axis of a box of `devices` neighbours, which fills the last axes first."""
-        if self.kind != "tpu":
-            return (devices,)
         left, spans = max(devices // self.chip.cores, 1), []
         for size in reversed(self.sizes):
             spans.append(min(left, size))
@@ -140,26 +169,41 @@ def parse_topology(name: str) -> Topology:
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest) or rest.count("x") != chip.axes - 1:
             example = "x".join(["2", "2", "2", "4"][: chip.axes])
             raise ConfigError(f"--topology: expected {kind}: and {chip.axes} sizes, as {kind}:{example}, got {name!r}")
-        return Topology(name, "tpu", chip, tuple(map(int, rest.split("x"))))
+        return Topology(name, "tpu", chip, tuple(map(int, rest.split("x"))), kind)
     if kind == "gpu":
         model, _, count = rest.partition(":")
         if model not in GPUS:
             hint = nearest(model, GPUS) or f"; known are {', '.join(GPUS)}"
             raise ConfigError(f"--topology: unknown GPU {model!r}{hint}")
-        return Topology(name, "gpu", GPUS[model], (_count(name, count),))
+        return Topology(name, "gpu", GPUS[model], _hosts(name, count, GPUS[model].domain), model)
     if kind == "cpu":
-        return Topology(name, "cpu", CPU, (_count(name, rest),))
+        if not re.fullmatch(r"[1-9]\d*", rest):
+            raise ConfigError(f"--topology: expected a number of devices at the end of {name!r}, got {rest!r}")
+        return Topology(name, "cpu", CPU, (int(rest),), "cpu")
     hint = nearest(kind, (*TPUS, "gpu", "cpu"))
     raise ConfigError(
         f"--topology: unknown device {kind!r}{hint}; expected one of {', '.join(TPUS)} and its shape (v5p:4x4x8), "
-        "or gpu:MODEL:COUNT (gpu:h100:8), or cpu:COUNT"
+        "or gpu:MODEL:COUNT (gpu:h100:8, gpu:h100:8x4 for four hosts), or cpu:COUNT"
     )
 
 
-def _count(name: str, word: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", word):
-        raise ConfigError(f"--topology: expected a number of devices at the end of {name!r}, got {word!r}")
-    return int(word)
+def _hosts(name: str, count: str, most: int) -> tuple[int, int]:
+    """Hosts, and GPUs of each, of `COUNT` or `GPUSxHOSTS`; COUNT fills hosts of `most` GPUs."""
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", count)
+    if not match:
+        raise ConfigError(
+            f"--topology: expected a number of devices at the end of {name!r}, or GPUs of a host and hosts (8x4), "
+            f"got {count!r}"
+        )
+    gpus, hosts = int(match[1]), int(match[2] or 1)
+    if gpus > most and not match[2] and gpus % most == 0:
+        gpus, hosts = most, gpus // most
+    if gpus > most:
+        raise ConfigError(
+            f"--topology {name}: expected hosts of at most {most} GPUs, got {gpus}; write GPUs of a host and hosts, as "
+            f"in {name.rpartition(':')[0]}:{most}x{-(-gpus // most)}"
+        )
+    return hosts, gpus
 
 
 Coordinates = Sequence[tuple[int, ...]]
@@ -176,12 +220,14 @@ class Seconds:
         wire: of its collectives at the interconnect's bandwidth.
         compiler: the compiler's estimate of all but collectives; kernels, which it does not know, count at the device's
             peaks. 0 without an estimate.
+        shares: of the peaks that programs reach where the compiler has no estimate.
     """
 
     compute: float
     memory: float
     wire: float
     compiler: float
+    shares: Shares = Shares()
 
     @property
     def roofline(self) -> float:
@@ -190,8 +236,12 @@ class Seconds:
 
     @property
     def serial(self) -> float:
-        """Time without overlap: the compiler's estimate (else compute or memory), then collectives."""
-        return max(self.compiler or max(self.compute, self.memory), self.compute) + self.wire
+        """Time without overlap: the compiler's estimate, then collectives. Without one, each at its share of its peak:
+        compute, then memory (GPUs: no product overlaps with other reads), then wire."""
+        if self.compiler:
+            return max(self.compiler, self.compute) + self.wire
+        shares = self.shares
+        return self.compute / shares.compute + self.memory / shares.memory + self.wire / shares.wire
 
     @property
     def bound(self) -> str:
@@ -209,6 +259,7 @@ def estimate(costs: Costs, topology: Topology, coordinates: Coordinates = ()) ->
         memory=costs.bytes / topology.bandwidth,
         wire=math.fsum(wire),
         compiler=costs.cycles / clock + math.fsum(kernels) if clock and costs.cycles else 0.0,
+        shares=topology.chip.shares,
     )
 
 

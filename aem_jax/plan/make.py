@@ -15,17 +15,19 @@ from aem_jax.plan.advice import advise
 from aem_jax.plan.analytic import (
     Memory,
     decode_costs,
+    decode_floor,
     decode_flops,
     demand,
     learn_costs,
     learn_flops,
+    update_floor,
     useful_flops,
 )
 from aem_jax.plan.analytic import memory as closed_memory
 from aem_jax.plan.config import PlanConfig
 from aem_jax.plan.costs import Costs
 from aem_jax.plan.devices import Coordinates, Seconds, Topology, estimate
-from aem_jax.plan.programs import Program, compile_programs, coordinates, set_up, target_devices
+from aem_jax.plan.programs import Program, compile_programs, compiler, coordinates, set_up, simulate, target_devices
 from aem_jax.plan.workload import Workload, workload
 from aem_jax.sharding import AXES, DECODE, TRAIN, MeshConfig, choose_mesh, make_mesh, mesh_sizes, shardings
 
@@ -61,9 +63,11 @@ class Plan:
         units: units of one run of a program: microbatches of an update, tokens per slot of a decode; default 1.
         memory: bytes by content, in closed form.
         analytic: whether all numbers are closed forms, without compiled programs.
+        compiler: the package that compiled the programs, with its version; why there is none if `analytic`.
         programs: the compiled programs.
         costs: of one run.
         closed_flops: FLOPs of one run in closed form.
+        floors: bytes that one run moves at least; see `update_floor` and `decode_floor`.
         seconds: of one run.
         rates: of learning (update) and of decoding.
         phases: bytes during a program, all other arrays included.
@@ -77,9 +81,11 @@ class Plan:
     units: Mapping[str, float]
     memory: Memory
     analytic: bool
+    compiler: str
     programs: Mapping[str, Program]
     costs: Mapping[str, Costs]
     closed_flops: Mapping[str, float]
+    floors: Mapping[str, float]
     seconds: Mapping[str, Seconds]
     rates: Mapping[str, Rate]
     phases: Mapping[str, float]
@@ -110,6 +116,7 @@ class Plan:
             "mesh": asdict(self.mesh),
             "units": self.units,
             "analytic": self.analytic,
+            "compiler": self.compiler,
             "fits": self.fits,
             "advice": self.advice,
             "memory": asdict(self.memory),
@@ -120,6 +127,7 @@ class Plan:
             },
             "costs": {name: asdict(costs) for name, costs in self.costs.items()},
             "closed_flops": self.closed_flops,
+            "floors": self.floors,
             "seconds": {
                 name: {**asdict(seconds), "roofline": seconds.roofline, "serial": seconds.serial}
                 for name, seconds in self.seconds.items()
@@ -140,6 +148,8 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
         ValueError: sizes that do not divide over the mesh, or a shape unknown to libtpu.
     """
     num_devices = topology.num_devices
+    analytic = config.analytic or (topology.kind == "gpu" and not compiler(topology))
+    simulate(topology)
     if by_hand:
         mesh = MeshConfig(*mesh_sizes(config.mesh, num_devices))
     else:
@@ -152,9 +162,9 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     for name, count in (("--batch.rows", work.layout.rows), ("--rollout.num-slots (of a cohort)", work.slots)):
         if count % replicas:
             raise ValueError(f"{name}: expected a multiple of mesh.data × mesh.fsdp = {replicas}, got {count}")
-    memory, analytic = closed_memory(work, mesh), config.analytic or topology.kind == "gpu"
+    memory = closed_memory(work, mesh)
     flops = {"update": _learn_flops(config, work, mesh, topology), "decode": decode_flops(work)}
-    programs, where = {}, ()
+    programs, where = {}, topology.positions
     if analytic:
         costs = _closed_costs(config, work, mesh, flops["update"])
         phases = {"update": memory.total, "decode": memory.resident}
@@ -183,13 +193,24 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
         units=units,
         memory=memory,
         analytic=analytic,
+        compiler=_why_analytic(config) if analytic else compiler(topology),
         programs=programs,
         costs=costs,
         closed_flops={name: flops[name] * tokens[name] / num_devices for name in flops},
+        floors={
+            "update": update_floor(work, mesh) * config.learner.num_minibatches * config.learner.num_epochs,
+            "decode": decode_floor(work, mesh) * work.decode_chunk,
+        },
         seconds=seconds,
         rates=rates,
         phases=phases,
         advice=advise(config, work, mesh, topology, too_large) if too_large else [],
+    )
+
+
+def _why_analytic(config: PlanConfig) -> str:
+    return (
+        "as asked" if config.analytic else "compiling for a GPU takes jax's CUDA plugin: pip install 'aem_jax[cuda13]'"
     )
 
 

@@ -21,6 +21,7 @@ _UNIT = {
     "extend": "prefill, a chunk",
     "decode": "sampling, a token a slot",
 }
+_TOKEN = {"update": "learning, a token", "decode": "sampling, a token a slot"}
 _CONTENT = {
     "parameters": "masters",
     "frozen": "frozen weights",
@@ -34,7 +35,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or Console(width=120)
     for line in _head(plan):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for table in (_memory(plan), _phases(plan), _programs(plan), _collectives(plan), _rates(plan)):
+    for table in (_memory(plan), _phases(plan), _programs(plan), _floors(plan), _collectives(plan), _rates(plan)):
         if table.row_count:
             console.print(table)
     for line in _end(plan):
@@ -59,8 +60,15 @@ def _head(plan: Plan) -> Iterable[str]:
         + (f" in each of {work.cohorts} cohorts" if work.cohorts > 1 else "")
     )
     if plan.analytic:
-        why = "compiling for a GPU needs a GPU" if plan.topology.kind == "gpu" else "as asked"
-        yield f"ANALYTIC ({why}): closed forms, no program was compiled; times are bounds, not predictions"
+        yield f"ANALYTIC ({plan.compiler}): closed forms, no program was compiled; times are bounds, not predictions"
+    else:
+        yield f"compiled by {plan.compiler}, for devices that need not be here"
+    if plan.topology.kind == "gpu":
+        shares = plan.topology.chip.shares
+        yield (
+            f"times: at the peaks, and without overlap at {shares.compute:.0%} of FLOP/s, {shares.memory:.0%} of the "
+            f"memory's and {shares.wire:.0%} of the wire's bytes/s; nothing is tuned without a GPU"
+        )
 
 
 def _table(*columns: str, title: str, texts: int = 1) -> Table:
@@ -118,6 +126,27 @@ def _programs(plan: Plan) -> Table:
     return table
 
 
+def _floors(plan: Plan) -> Table:
+    """Bytes of a device a token, against what it has to move at least."""
+    columns = ("bytes a token, of a device", "moved", "floor", "× the floor", "temporaries, of arguments")
+    table = _table(*columns, title="bytes moved a token")
+    work, replicas = plan.work, plan.mesh.data * plan.mesh.fsdp
+    tokens = {"update": work.microbatch_tokens / replicas * plan.units["update"], "decode": plan.units["decode"]}
+    for name, floor in plan.floors.items():
+        if name not in plan.costs:
+            continue
+        program, moved = plan.programs.get(name), plan.costs[name].bytes
+        cells = ("closed form", _size(floor / tokens[name]), "", "")
+        if program:
+            cells = (_size(moved / tokens[name]), cells[1], f"{moved / floor:.2f}", f"{program.temporary_share:.1%}")
+        table.add_row(_TOKEN[name], *cells)
+    return table
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+
+
 def _collectives(plan: Plan) -> Table:
     columns = ("collectives of a device", "kind", "over", "times", "MB each", "GB")
     table = _table(*columns, title="collectives", texts=2)
@@ -145,7 +174,8 @@ def _rates(plan: Plan) -> Table:
 
 def _end(plan: Plan) -> Iterable[str]:
     for name, reason in plan.broken.items():
-        yield f"unknown: {_LABEL[name]}; the compiler failed ({reason}). Another version of libtpu may work"
+        package = plan.compiler.partition(" ")[0]
+        yield f"unknown: {_LABEL[name]}; the compiler failed ({reason}). Another version of {package} may work"
     for name, cost in plan.costs.items():
         if known := [kernel for kernel in cost.kernels if kernel.known]:
             flops = math.fsum(kernel.count * kernel.flops for kernel in known) / plan.units.get(name, 1.0)

@@ -1,5 +1,6 @@
 """The programs of a training step, compiled from shapes alone for devices that this machine does not need to have."""
 
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -25,6 +26,7 @@ from aem_jax.learner import abstract_state, make_update
 from aem_jax.models import Policy
 from aem_jax.plan.costs import Costs, costs
 from aem_jax.plan.devices import Coordinates, Topology
+from aem_jax.plan.gpu_target import target_config
 from aem_jax.plan.hlo import parse
 from aem_jax.plan.workload import Workload
 from aem_jax.sampler import Sampler
@@ -40,26 +42,47 @@ _TPU_SETTINGS = {
 }
 
 
+_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-plugin", "jax-cuda12-plugin"), "cpu": ("jaxlib",)}
+"""Kind of topology -> packages that bring a compiler for it; the first that is installed compiles."""
+
+
+def compiler(topology: Topology) -> str:
+    """The package that compiles for a topology, with its version; empty if none is installed."""
+    for package in _PLUGINS[topology.kind]:
+        if importlib.util.find_spec(package.replace("-", "_")) is not None:
+            return f"{package} {importlib.metadata.version(package)}"
+    return ""
+
+
+def simulate(topology: Topology) -> None:
+    """Chooses the CPU, with at least as many simulated devices as a CPU topology has; compiling needs no more.
+
+    Before the first use of jax. On its own, jax would look for a GPU's driver if the CUDA plugin is installed.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    if topology.kind == "cpu" and topology.num_devices > jax.config.values["jax_num_cpu_devices"]:
+        try:
+            jax.config.update("jax_num_cpu_devices", topology.num_devices)
+        except RuntimeError:  # jax is already initialized, as in a test or a notebook
+            logging.getLogger(__name__).debug("jax was set up before")
+
+
 def set_up(topology: Topology, runtime: RuntimeConfig) -> None:
-    """Sets up jax on the CPU, with as many simulated devices as a CPU topology has; compiling needs no more.
+    """Sets up jax for compiling, after `simulate`.
 
     Raises:
         ConfigError: the topology needs libtpu, which is not installed.
     """
     if topology.kind == "tpu":
-        if importlib.util.find_spec("libtpu") is None:
+        if not compiler(topology):
             raise ConfigError(
                 f"--topology {topology.name}: compiling for a TPU takes libtpu; pip install 'aem_jax[plan]', "
                 "or add --analytic for an estimate without compiling"
             )
         for name, value in _TPU_SETTINGS.items():
             os.environ.setdefault(name, value)
-    simulated = topology.num_devices if topology.kind == "cpu" else 0
-    try:
-        machine.set_up(replace(runtime, platform="cpu", cpu_devices=simulated, compilation_cache="off"))
-    except RuntimeError:  # jax is already initialized, as in a test or a notebook
-        logging.getLogger(__name__).debug("jax was set up before")
-    if simulated > jax.device_count():
+    machine.set_up(replace(runtime, platform="cpu", cpu_devices=0, compilation_cache="off"))
+    if topology.kind == "cpu" and topology.num_devices > jax.device_count():
         raise ConfigError(f"--topology {topology.name}: expected at most {jax.device_count()} devices in this process")
 
 
@@ -67,25 +90,46 @@ def target_devices(topology: Topology) -> Sequence[Any]:
     """jax's devices of a topology, for compiling only.
 
     Raises:
-        ConfigError: libtpu does not know the topology.
+        ConfigError: the compiler does not know the topology.
     """
     if topology.kind == "cpu":
         return jax.devices("cpu")[: topology.num_devices]
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+        devices = _gpus(topology) if topology.kind == "gpu" else _tpus(topology)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"--topology {topology.name}: libtpu knows no such shape ({reason})") from error
+        raise ConfigError(
+            f"--topology {topology.name}: {compiler(topology)} cannot compile for it ({reason}); another topology, or "
+            "--analytic for an estimate without compiling"
+        ) from error
     if len(devices) != topology.num_devices:
         raise ConfigError(
-            f"--topology {topology.name}: expected {topology.num_devices} devices, libtpu made {len(devices)} of it"
+            f"--topology {topology.name}: expected {topology.num_devices} devices, {compiler(topology)} made "
+            f"{len(devices)} of it"
         )
     return devices
 
 
+def _tpus(topology: Topology) -> Sequence[Any]:
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+
+
+def _gpus(topology: Topology) -> Sequence[Any]:
+    hosts, gpus = topology.sizes
+    return topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=target_config(topology.model),
+        topology=f"1x{hosts}x{gpus}",  # partitions of NVLink's network, hosts of each, GPUs of each
+    ).devices
+
+
 def coordinates(mesh: Mesh) -> Coordinates:
-    """Position of each device of the mesh; empty for devices without one."""
-    return [tuple(device.coords) for device in mesh.devices.flat if getattr(device, "coords", None) is not None]
+    """Position of each device of the mesh: on the torus, or host and number (GPUs); empty for devices without one."""
+    devices = list(mesh.devices.flat)
+    if devices[0].platform == "gpu":
+        return [(device.process_index, device.id) for device in devices]
+    return [tuple(device.coords) for device in devices if getattr(device, "coords", None) is not None]
 
 
 @dataclass(frozen=True)
@@ -116,6 +160,11 @@ class Program:
     def total(self) -> float:
         """Bytes of memory while it runs."""
         return self.arguments + self.outputs + self.temporaries
+
+    @property
+    def temporary_share(self) -> float:
+        """Temporaries over arguments: of decode, over weights and cache."""
+        return self.temporaries / self.arguments if self.arguments else 0.0
 
 
 def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[Program]:

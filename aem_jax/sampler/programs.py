@@ -98,7 +98,7 @@ class Programs:
         # All that does not depend on sampled tokens is computed before the loop over tokens.
         decoder, attention = self._policy.bind(params), self._attention
         window = part.cache.length if attention.follows_lengths else window
-        layers, head = decoder.with_cache(part.cache, window), decoder.head_weights()
+        layers = decoder.with_cache(part.cache, window)
         random = uniforms(part.prng, part.sampled[:, None] + jnp.arange(num_tokens)[None])
         out = Decoded(
             tokens=jnp.zeros((count, num_tokens), jnp.int32),
@@ -117,9 +117,8 @@ class Programs:
         def step(carry: tuple[Array, Array, Any, Decoded]) -> tuple[Array, Array, Any, Decoded]:
             index, hidden, chunk, out = carry
             active = is_active(out)
-            logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
             tokens, logprobs, entropies = self._sample_token(
-                logits, jax.lax.dynamic_index_in_dim(random, index, keepdims=False)
+                decoder.logits(hidden), jax.lax.dynamic_index_in_dim(random, index, keepdims=False)
             )
             put = lambda rows, new: rows.at[:, index].set(jnp.where(active, new, 0))
             out = Decoded(

@@ -93,7 +93,7 @@ def test_every_check_is_a_function_and_every_kernel_has_a_check():
         module, _, function = target.partition(":")
         assert callable(getattr(importlib.import_module(f"aem_jax.doctor.{module}"), function))
     assert [name for name in CHECKS if name.startswith("attention-")] == [
-        f"attention-{name}" for name in ("xla", "splash", "cudnn", "triton", "decode")
+        f"attention-{name}" for name in ("xla", "splash", "cudnn", "decode")
     ]
     assert {f"attention-{name}" for name in KERNELS} <= set(CHECKS)
 

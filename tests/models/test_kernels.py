@@ -2,6 +2,8 @@
 
 import logging
 from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from small_policies import GROUPED_TIED, numpy_params, numpy_tokens
 
 from aem_jax.models import ModelConfig, Policy, kernels
 from aem_jax.models.attention import blocked_attention
-from aem_jax.models.kernels import KERNELS, Device, Sizes, choose, make_row_attention
+from aem_jax.models.kernels import KERNELS, Device, Sizes, choose, device_of, make_row_attention
 from aem_jax.models.splash import PASSES, splash_flops
 from aem_jax.sharding import MeshConfig, make_mesh
 
@@ -39,8 +41,6 @@ WINDOWED = USUAL._replace(sliding_window=True)
         ("auto", TPU, WINDOWED, "xla", "layers have a sliding window"),
         ("auto", HOPPER, WINDOWED, "xla", "layers have a sliding window"),
         ("xla", CPU, WINDOWED, "xla", ""),
-        ("triton", HOPPER, USUAL, "triton", ""),
-        ("triton", HOPPER, USUAL._replace(head_dim=96), "xla", "power of two"),
     ],
 )
 def test_the_choice(name: str, device: Device, sizes: Sizes, chosen: str, reason: str):
@@ -48,7 +48,26 @@ def test_the_choice(name: str, device: Device, sizes: Sizes, chosen: str, reason
     assert picked == chosen and reason in why and bool(why) == bool(reason)
 
 
-@pytest.mark.parametrize(("name", "device"), [("splash", CPU), ("cudnn", TPU), ("splash", HOPPER), ("triton", CPU)])
+@pytest.mark.parametrize(
+    ("platform", "version", "found"),
+    [
+        ("gpu", "PJRT C API\ncuda 12090", Device("gpu", True, 9.0)),
+        ("gpu", "PJRT C API\nNVIDIA H100 80GB HBM3", Device("gpu", True, 8.0)),  # a target that jax compiles for
+        ("gpu", "PJRT C API\nrocm 60300", Device("gpu")),
+        ("tpu", "PJRT C API\nTFRT TPU v5p", Device("tpu")),
+    ],
+)
+def test_the_device_of_a_mesh(platform: str, version: str, found: Device):
+    device = SimpleNamespace(
+        platform=platform, compute_capability="9.0", client=SimpleNamespace(platform_version=version)
+    )
+    assert device_of(cast(Any, SimpleNamespace(devices=np.array([device])))) == found
+    # without a GPU jax cannot lower cuDNN's attention for wider heads
+    wide = choose("auto", found, USUAL._replace(head_dim=256))[0]
+    assert wide == {9.0: "cudnn", 8.0: "xla"}.get(found.capability, {"tpu": "splash"}.get(platform, "xla"))
+
+
+@pytest.mark.parametrize(("name", "device"), [("splash", CPU), ("cudnn", TPU), ("splash", HOPPER), ("cudnn", CPU)])
 def test_another_platforms_kernel_is_refused_by_name(name: str, device: Device):
     with pytest.raises(ValueError, match=rf"--learner.attention: expected auto, .*xla on a .PU, got {name}"):
         make_row_attention(name, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), device)
@@ -56,13 +75,12 @@ def test_another_platforms_kernel_is_refused_by_name(name: str, device: Device):
 
 @pytest.mark.parametrize("module", ["jax.experimental.no_kernel", "jax.experimental.no_folder.no_kernel"])
 def test_a_kernel_that_this_jax_does_not_have_is_refused_by_name_and_passed_over_by_auto(module: str):
-    without = {**KERNELS, **{name: KERNELS[name]._replace(module=module) for name in ("splash", "triton")}}
-    message = rf"expected auto, cudnn or xla on a GPU, got triton; jax {jax.__version__} has no {module}"
+    without = {**KERNELS, "splash": KERNELS["splash"]._replace(module=module)}
+    message = rf"expected auto, xla on a TPU, got splash; jax {jax.__version__} has no {module}"
     with pytest.raises(ValueError, match=message):
-        make_row_attention("triton", make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), HOPPER, without)
+        make_row_attention("splash", make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), TPU, without)
     picked, why = choose("auto", TPU, USUAL, without)
     assert picked == "xla" and why == f"splash attention: jax {jax.__version__} has no {module}; XLA's blocks instead"
-    assert choose("auto", HOPPER, USUAL, without) == ("cudnn", "")
 
 
 def test_on_a_mesh_each_device_attends_to_its_rows_and_heads(caplog: pytest.LogCaptureFixture):

@@ -9,7 +9,6 @@ import pytest
 
 from aem_jax.doctor.attention import packed_rows, plain_attention
 from aem_jax.models.attention import blocked_attention, longest_segment
-from aem_jax.models.kernels import triton_attention
 from aem_jax.models.splash import splash_attention
 
 
@@ -40,7 +39,6 @@ def test_blocks_change_nothing(length, block):
     [
         (partial(splash_attention, interpret=True), 256, 4, 2),  # one block
         (partial(splash_attention, interpret=True), 384, 2, 1),  # three: some pairs of blocks are not visited
-        (partial(triton_attention, interpret=True), 256, 2, 1),
     ],
 )
 def test_a_kernel_is_the_masked_softmax(attend, length: int, heads: int, kv_heads: int):

@@ -61,6 +61,51 @@ def test_a_kernel_of_one_row_has_no_row_dimension():
     assert costs(parse(one)).flops == costs(parse(PROGRAM)).flops / 4
 
 
+CUDNN = """\
+ENTRY %main (q: bf16[2,1024,6,128], k: bf16[2,1024,1,128], bias: bf16[2,1,1024,1024]) -> bf16[2,6,1024,128] {
+  %q = bf16[2,1024,6,128]{3,2,1,0} parameter(0)
+  %k = bf16[2,1024,1,128]{3,2,1,0} parameter(1)
+  %bias = bf16[2,1,1024,1024]{3,2,1,0} parameter(2)
+  %call = (bf16[2,6,1024,128]{3,1,2,0}, f32[2,6,1024]{2,1,0}, u8[16384]{0}) custom-call(%q, %k, %k, %bias), \
+custom_call_target="__cudnn$fmhaScaleBiasSoftmax", metadata={op_name="jit(f)/shard_map/dot_product_attention_fwd"}, \
+backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.09, "intermediate_tensor_shape": {"tuple_shapes": [], \
+"dimensions": ["2", "6", "1024", "1024"]}, "mask_type": "CAUSAL"}}
+  ROOT %out = bf16[2,6,1024,128]{3,1,2,0} get-tuple-element(%call), index=0
+}
+"""
+
+
+def test_cudnns_attention_is_counted():
+    (kernel,) = costs(parse(CUDNN)).kernels
+    # 2 rows, 6 heads of 128, two products of 2 FLOPs; of tiles of 128 a query visits 4.5 of 8 on average
+    forward = 2 * 6 * 128 * 2 * 2 * 1024 * 4.5 * 128
+    assert (kernel.name, kernel.flops, kernel.known) == ("fmhaScaleBiasSoftmax", forward, True)
+    # queries, output, keys, values and bias in 2 bytes, log-sums in 4; the workspace is no result
+    assert kernel.bytes == 2 * 2 * 1024 * (2 * 6 * 128 + 2 * 128 + 1024) + 4 * 2 * 6 * 1024
+    backward = CUDNN.replace("fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward")
+    assert costs(parse(backward)).flops == 5 / 2 * forward
+    whole = CUDNN.replace('"mask_type": "CAUSAL"', '"mask_type": "PADDING"')
+    assert costs(parse(whole)).flops == 8 / 4.5 * forward
+    unknown = CUDNN.replace("fmhaScaleBiasSoftmax", "norm")
+    assert [(one.name, one.known, one.bytes) for one in costs(parse(unknown)).kernels] == [
+        ("norm", False, kernel.bytes)
+    ]
+
+
+@pytest.mark.parametrize("target", ["__gpu$xla.gpu.triton", "triton_kernel_call_ffi", "mosaic_gpu_v2"])
+def test_pallas_kernels_on_gpus_are_named(target: str):
+    text = PROGRAM.replace('custom_call_target="tpu_custom_call"', f'custom_call_target="{target}"')
+    assert [kernel.name for kernel in costs(parse(text)).kernels] == ["splash_mha_dq_segmented_no_residuals", "b"]
+
+
+def test_attention_to_a_cache_is_counted_in_full():
+    text = PROGRAM.replace("splash_mha_dq_segmented_no_residuals", "ragged_attention")
+    text = text.replace("k: bf16[4,2,1024,128]", "k: bf16[4,12,128,640]").replace(
+        "bf16[4,2,1024,128]", "bf16[4,12,128,640]"
+    )
+    assert costs(parse(text)).flops == 4 * 4 * 12 * 1024 * 128 * 640
+
+
 def test_the_closed_form_is_that_of_the_targets_attention():
     """Splash's backward pass has seven products, XLA's has five.
 
@@ -99,4 +144,4 @@ def test_the_page_names_counted_and_uncounted_kernels():
 def test_a_kernel_of_another_device_is_refused_in_one_line(capsys):
     words = ["plan", "--preset", "alfworld-paper", "qwen2.5-7b", "--topology", "gpu:h100:8"]
     assert cli.main([*words, "--learner.attention", "splash"]) == 2
-    assert "--learner.attention: expected auto, cudnn or triton or xla on a GPU, got splash" in capsys.readouterr().err
+    assert "--learner.attention: expected auto, cudnn or xla on a GPU, got splash" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conversation import play, script
-from small_policies import numpy_params
+from conversation import extend_slots, play, script
+from small_policies import numpy_params, numpy_tokens
 
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.models.decode_attention import CHUNKED
@@ -74,7 +74,8 @@ def test_a_prefix_is_copied_within_a_shard(cache: Literal["model", "int8"]):
     source, keep = np.asarray([-1, 0, -1, -1, -1, -1, 7, -1]), np.asarray([64, 3, 2, 64, 64, 64, 9, 64], np.int32)
     copied = []
     for sampler in (make(), make(mesh=mesh)):
-        state = play(sampler, numpy_params(CONFIG), {s: script(POLICY, s, (9,)) for s in range(8)}, slots=8)
+        ids = {slot: numpy_tokens(CONFIG, (9,), slot) for slot in range(8)}
+        state = extend_slots(sampler, numpy_params(CONFIG), sampler.init(8), ids, 16)
         before = jax.device_get(state)
         state = jax.device_get(sampler.copy_prefix(state, source, keep, window=32))
         for slot, at in ((1, 0), (6, 7)):
