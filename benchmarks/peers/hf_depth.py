@@ -18,7 +18,8 @@ folder, *words = sys.argv[1:]
 B, P, G = (int(word) for word in (words[:3] or (8, 64, 64)))
 dtype = words[3] if len(words) > 3 else "float32"
 device = "cuda" if torch.cuda.is_available() else "cpu"
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+model = torch.nn.Module.to(model, device)
 model.generation_config.eos_token_id = None  # every row samples G tokens
 rng, rates, tokens = np.random.default_rng(0), [], []
 with torch.no_grad():
