@@ -92,6 +92,8 @@ class Batch:
         truncated: bool[N], whether a limit ended it.
         trajectory_minibatch: i32[N], its minibatch; -1 where it is not packed.
         minibatch_ends: i32[K], minibatch j owns microbatches minibatch_ends[j - 1] … minibatch_ends[j] - 1.
+        ages: i32[M, b, T], training steps since the parameters that sampled a token; -1 outside responses. None
+            without carry-over, where every token is sampled in its step.
     """
 
     tokens: Array
@@ -112,6 +114,7 @@ class Batch:
     truncated: Array
     trajectory_minibatch: Array
     minibatch_ends: Array
+    ages: Array = None
 
     @property
     def num_microbatches(self):
@@ -119,7 +122,7 @@ class Batch:
         return self.minibatch_ends[-1]
 
 
-PACKED = ("tokens", "positions", "segment_ids", "response_ids", "logprobs", "entropies")
+PACKED = ("tokens", "positions", "segment_ids", "response_ids", "logprobs", "entropies", "ages")
 """The fields of shape [M, b, T]; all others are tables."""
 
 _FLOATS = ("logprobs", "entropies")
@@ -145,14 +148,20 @@ def packed_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition((None, "rows", "length"), TRAIN))
 
 
-def batch_shardings(mesh: Mesh) -> Batch:
-    """Sharding of each field: rows split, tables replicated."""
+def batch_shardings(mesh: Mesh, *, ages: bool = False) -> Batch:
+    """Sharding of each field: rows split, tables replicated. `ages`: whether the batch has them."""
     packed, everywhere = packed_sharding(mesh), replicated(mesh)
-    return Batch(**{field.name: packed if field.name in PACKED else everywhere for field in fields(Batch)})
+    where = {field.name: packed if field.name in PACKED else everywhere for field in fields(Batch)}
+    return Batch(**where if ages else {**where, "ages": None})
+
+
+def constrained(batch: Batch, mesh: Mesh) -> Batch:
+    """The batch in its sharding, under jit."""
+    return jax.lax.with_sharding_constraint(batch, batch_shardings(mesh, ages=batch.ages is not None))
 
 
 def abstract_batch(layout: BatchLayout, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of a batch on the mesh, without its values: to compile for in advance."""
+    """Shapes, dtypes and shardings of a batch without ages on the mesh, without values: to compile for in advance."""
     packed = (layout.num_microbatches, layout.rows, layout.row_length)
     rows = {
         "response": layout.max_responses,
@@ -166,7 +175,7 @@ def abstract_batch(layout: BatchLayout, mesh: Mesh) -> Batch:
         shape = packed if name in PACKED else (rows[table],)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(shardings, name))
 
-    return Batch(**{field.name: struct(field.name) for field in fields(Batch)})
+    return Batch(**{field.name: struct(field.name) for field in fields(Batch) if field.name != "ages"})
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
@@ -178,7 +187,7 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
     rows, ways = np.shape(batch.tokens)[1], slot_shards(mesh)
     if rows % ways:
         raise ValueError(f"expected BatchLayout.rows divisible by data × fsdp = {ways}, got {rows}")
-    shardings = batch_shardings(mesh)
+    shardings = batch_shardings(mesh, ages=batch.ages is not None)
     if jax.process_count() == 1:
         return jax.device_put(batch, shardings)
     # device_put would first send every array to every process, to check that they are equal
@@ -191,9 +200,12 @@ class _Segment(NamedTuple):
     response_ids: np.ndarray
     logprobs: np.ndarray
     entropies: np.ndarray
+    versions: np.ndarray
 
 
-def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: int | Sequence[int] = 0) -> Batch:
+def collate(
+    trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: int | Sequence[int] = 0, step: int | None = None
+) -> Batch:
     """Packs trajectories into rows and tables.
 
     Trajectories that ended in `env_error` keep their row in the table (valid = False) but are not packed, so none of
@@ -204,6 +216,7 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
         trajectories: in any order and of either context; their order numbers the tables.
         layout: static sizes.
         seed: of the assignment of trajectories to minibatches.
+        step: training step; the batch then has ages, so every turn needs its versions.
 
     Returns:
         A batch of numpy arrays, determined by the arguments.
@@ -265,8 +278,12 @@ def collate(trajectories: Sequence[Trajectory], layout: BatchLayout, *, seed: in
             f"{layout.rows} rows each); raise BatchLayout.num_microbatches, rows or row_length"
         )
     starts = np.concatenate([[0], ends[:-1]])
+    packed = _fill(segments, rows, starts, layout)
+    versions = packed.pop("versions")
+    ages = None if step is None else np.where(packed["response_ids"] >= 0, step - versions, -1).astype(np.int32)
     return Batch(
-        **_fill(segments, rows, starts, layout),
+        **packed,
+        ages=ages,
         **responses,
         response_valid=responses["response_tokens"] > 0,
         **table,
@@ -313,11 +330,13 @@ def _turn_segment(turn: Turn, n: int, k: int, response: int) -> _Segment:
             f"{len(turn.entropies)} in turn {k} of trajectory {n}"
         )
     zeros = np.zeros(observed, np.float32)
+    versions = np.zeros(sampled) if turn.versions is None else turn.versions
     return _Segment(
         tokens=np.concatenate([turn.observation_ids, turn.response_ids]).astype(np.int32),
         response_ids=np.concatenate([np.full(observed, -1), np.full(sampled, response)]).astype(np.int32),
         logprobs=np.concatenate([zeros, turn.logprobs]).astype(np.float32),
         entropies=np.concatenate([zeros, turn.entropies]).astype(np.float32),
+        versions=np.concatenate([zeros, versions]).astype(np.int32),
     )
 
 
@@ -349,6 +368,7 @@ def _fill(
         "response_ids": np.full(shape, -1, np.int32),
         "logprobs": np.zeros(shape, np.float32),
         "entropies": np.zeros(shape, np.float32),
+        "versions": np.zeros(shape, np.int32),
     }
     for minibatch, minibatch_rows, start in zip(segments, rows, starts, strict=True):
         for row, members in enumerate(minibatch_rows, start=int(start) * layout.rows):

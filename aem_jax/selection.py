@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from aem_jax.envs.protocol import Task
+from aem_jax.rollout.carry import Carried, GroupAttempts
 from aem_jax.rollout.stats import RolloutStats, check_some_played, none_played
 from aem_jax.trajectory import Ending, Trajectory
 
@@ -138,12 +139,14 @@ class StepEpisodes:
         played: all episodes; groups are numbered over all rounds.
         stats: the rounds' counts and seconds, added up.
         metrics: `selection/…`.
+        carried: the groups that go on in the next step; None without carry-over.
     """
 
     trajectories: list[Trajectory]
     played: list[Trajectory]
     stats: RolloutStats
     metrics: dict[str, Any] = field(default_factory=dict)
+    carried: Carried | None = None
 
 
 def select(trajectories: Sequence[Trajectory], rule: Rule) -> Selected:
@@ -223,7 +226,47 @@ def play_rounds(
             continue
         selected = select(played[start:], rule)
         if rounds >= rule.max_rounds or selected.groups >= rule.num_groups:
-            break
+            return _learnt(selected, played, stats, rounds, rule)
+
+
+def play_carried(
+    carry_on: Callable[..., tuple[list[Trajectory], Carried, RolloutStats]],
+    attempts: GroupAttempts,
+    rule: Rule,
+    params: Any,
+    step: int,
+    carried: Carried,
+) -> StepEpisodes:
+    """Plays a step's groups with carry-over, and selects from the complete ones, in the order in which they started.
+
+    Args:
+        carry_on: `Rollout.carry_on`.
+        attempts: the episodes of each group of the run.
+        rule: the selection; one round.
+        params: decode-layout parameters.
+        step: training step.
+        carried: the groups that the step before left under way.
+
+    Returns:
+        The episodes of complete groups, and the groups under way. Groups all of whose episodes the environment broke
+        are not learnt from; if all complete groups are such, others are played in their place.
+
+    Raises:
+        EnvError: as `play_rounds`.
+    """
+    played: list[Trajectory] = []
+    stats, rounds = RolloutStats(), 0
+    while True:
+        trajectories, carried, more = carry_on(params, carried, attempts, step)
+        played, stats, rounds = played + trajectories, stats + more, rounds + 1
+        if len({t.group for t in played}) >= BROKEN_TASKS:
+            check_some_played(played, stats, f"step {step}")
+        if not none_played(trajectories):
+            return replace(_learnt(select(trajectories, rule), played, stats, rounds, rule), carried=carried)
+
+
+def _learnt(selected: Selected, played: list[Trajectory], stats: RolloutStats, rounds: int, rule: Rule) -> StepEpisodes:
+    """The step's episodes after the penalty, with the selection's metrics."""
     chosen = selected.trajectories
     penalised = [rule.penalise(t) for t in chosen] if rule.penalise else chosen
     penalty = math.fsum(t.total_reward for t in penalised) - math.fsum(t.total_reward for t in chosen)

@@ -14,8 +14,8 @@ from aem_jax.compilations import compilations
 from aem_jax.credit import Credit
 from aem_jax.envs.protocol import Task
 from aem_jax.learner import TrainState
-from aem_jax.rollout import Rollout, RolloutStats
-from aem_jax.selection import Rule, play_rounds, returned
+from aem_jax.rollout import Carried, Rollout, RolloutStats, group_attempts
+from aem_jax.selection import Rule, StepEpisodes, play_carried, play_rounds, returned
 from aem_jax.trajectory import Ending, Trajectory
 
 Metrics = dict[str, Any]
@@ -51,7 +51,8 @@ def train(
     num_steps: int,
     reference: Callable[[Batch], Any] | None = None,
     values: Callable[[Any, Batch], Any] | None = None,
-    on_step: Callable[[TrainState, int, Metrics, Sequence[Trajectory], Credit], None],
+    carried: Carried | None = None,
+    on_step: Callable[[TrainState, int, Metrics, StepEpisodes, Credit], None],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
     """Trains from `state.step` to `num_steps`. The first step compiles; the steps after it compile nothing.
@@ -71,7 +72,8 @@ def train(
         num_steps: the step to end at.
         reference: batch -> log-probabilities of the reference policy; None without a KL penalty.
         values: (the learner's parameters, batch) -> values of the batch's responses; None without a value head.
-        on_step: called after each step with (state, step, metrics, trajectories learnt from, their credit).
+        carried: the groups under way at `state.step`; None without carry-over.
+        on_step: called after each step with (state, step, metrics, its episodes, credit of those learnt from).
         should_stop: called after each step; True ends the training.
 
     Returns:
@@ -79,13 +81,18 @@ def train(
     """
     first = int(state.step)
     rollout.warm_up(reshard(state.params))
+    attempts = group_attempts(tasks, key, rollout.config)
     for step in range(first, num_steps):
         start, compiled = time.perf_counter(), compilations()
         step_key = jax.random.fold_in(key, step)
         # The resharded parameters get no name, so that their memory is free during the update.
-        episodes = play_rounds(rollout, tasks, rule, reshard(state.params), step, step_key)
-        rolled_out = time.perf_counter()
-        batch = place(collate(episodes.trajectories, layout, seed=(seed, step)), mesh)
+        if carried is None:
+            episodes = play_rounds(rollout, tasks, rule, reshard(state.params), step, step_key)
+        else:
+            episodes = play_carried(rollout.carry_on, attempts, rule, reshard(state.params), step, carried)
+        rolled_out, carried = time.perf_counter(), episodes.carried
+        version = None if carried is None else step
+        batch = place(collate(episodes.trajectories, layout, seed=(seed, step), step=version), mesh)
         advantages, credit_stats = credit(batch, step_key, values(state.params, batch) if values else None)
         reference_logprobs = reference(batch) if reference else None
         state, learner_stats = update(state, batch, advantages.tokens, reference_logprobs, values=advantages.values)
@@ -93,12 +100,13 @@ def train(
         metrics = {
             **rollout_metrics(episodes.played, episodes.stats),
             **episodes.metrics,
+            **carry_metrics(episodes, step, rollout.config.carry_max_age),
             **credit_stats,
             **learner_metrics(learner_stats),
             "compile/recompiles": 0 if step == first else compilations() - compiled,
             **timings(episodes.stats, start, rolled_out, time.perf_counter()),
         }
-        on_step(state, step, metrics, episodes.trajectories, advantages)
+        on_step(state, step, metrics, episodes, advantages)
         if should_stop():
             break
     return state
@@ -150,9 +158,30 @@ def rollout_metrics(trajectories: Sequence[Trajectory], stats: RolloutStats) -> 
     }
 
 
+def carry_metrics(episodes: StepEpisodes, step: int, max_age: int) -> Metrics:
+    """What goes on in the next step, and the ages of the tokens learnt from; empty without carry-over."""
+    carried = episodes.carried
+    if carried is None:
+        return {}
+    learnt = [t for t in episodes.trajectories if t.in_loss and t.ending is not Ending.ENV_ERROR]
+    versions = [turn.versions for t in learnt for turn in t.turns if turn.versions is not None]
+    ages = step - np.concatenate([np.zeros(0, np.int32), *versions])
+    return {
+        "carry/groups": len(carried.groups),
+        "carry/episodes": len(carried.episodes) + len(carried.queue),
+        "carry/tokens": carried.num_sampled,
+        "carry/recomputed_tokens": episodes.stats.recomputed_tokens,
+        "carry/age_mean": float(ages.mean()) if len(ages) else float("nan"),
+        "carry/age_max": int(ages.max(initial=0)),
+        **{f"carry/share_age_{age}": float(np.mean(ages == age)) for age in range(max_age + 1) if len(ages)},
+    }
+
+
 def learner_metrics(stats: Metrics) -> Metrics:
     """The learner's statistics under their names in `metrics.jsonl`."""
-    parity = {f"parity/{name}": stats[f"parity_{name}"] for name in ("max", "mean")}
+    parity = {
+        name.replace("parity_", "parity/", 1): value for name, value in stats.items() if name.startswith("parity_")
+    }
     rest = {f"learner/{name}": value for name, value in stats.items() if not name.startswith("parity_")}
     return {**parity, **rest}
 

@@ -33,6 +33,8 @@ class Turn:
         valid_action: whether the environment understood the response as an action.
         observation: text of the observation.
         response: text of the response.
+        versions: i32[m], the training step whose parameters sampled each id (0 outside of training); None if no
+            parameters did.
     """
 
     observation_ids: np.ndarray
@@ -43,6 +45,7 @@ class Turn:
     valid_action: bool
     observation: str = ""
     response: str = ""
+    versions: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Trajectory:
 
     Attributes:
         task: its task.
-        group: index of its rollout group in the step.
+        group: index of its rollout group in the step; with carry-over, its number in the run until it is selected.
         member: index in the group.
         turns: in order.
         ending: how it ended.

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.envs.play import Act, play, play_each
 from aem_jax.envs.protocol import Environment, Task
-from aem_jax.rollout.context import first_messages
+from aem_jax.rollout.config import RolloutConfig
+from aem_jax.rollout.context import first_messages, windowed_prompt
 from aem_jax.trajectory import Ending, Trajectory, Turn
 
 log = logging.getLogger(__name__)
@@ -41,19 +42,25 @@ class WarmstartConfig:
     and tokenizer settings must be equal; not with LoRA."""
 
 
-def demonstrate(env: Environment, act: Act, task: Task, chat: Any, *, instruction: str, max_turns: int) -> Trajectory:
-    """One expert episode as a trajectory in the append context, with the ids of a policy's episode.
+def demonstrate(env: Environment, act: Act, task: Task, chat: Any, config: RolloutConfig) -> Trajectory:
+    """One expert episode as a trajectory in the rollout's context, with the ids of a policy's episode.
 
     Logprobs and entropies are zero, since the responses were not sampled.
     """
-    exchanges = play(env, task.payload, act, max_turns)
+    exchanges = play(env, task.payload, act, config.max_turns)
     turns: list[Turn] = []
     stop = np.asarray([chat.stop_ids[0]], np.int32)
     for exchange in exchanges:
-        if turns:
+        if not turns:
+            observation_ids = chat.prompt_ids(first_messages(config.instruction, exchange.observation))
+        elif config.context == "append":
             observation_ids = chat.delta_ids(exchange.observation, closed=True)
         else:
-            observation_ids = chat.prompt_ids(first_messages(instruction, exchange.observation))
+            shown = [(turn.observation, turn.response) for turn in turns]
+            thinking = config.thinking == "keep"
+            _, observation_ids = windowed_prompt(
+                chat, (), shown, exchange.observation, config.instruction, config.window_turns, thinking=thinking
+            )
         response_ids = np.concatenate([np.asarray(chat.encode(exchange.response), np.int32), stop])
         zeros = np.zeros(len(response_ids), np.float32)
         turns.append(
@@ -71,7 +78,7 @@ def demonstrate(env: Environment, act: Act, task: Task, chat: Any, *, instructio
     last = exchanges[-1].result if exchanges else None
     ending = Ending.TERMINATED if last is not None and last.terminated else Ending.TRUNCATED
     success, score = (last.won, last.score) if last is not None else (False, 0.0)
-    return Trajectory(task, 0, 0, tuple(turns), ending, success, score=score)
+    return Trajectory(task, 0, 0, tuple(turns), ending, success, score=score, context=config.context)
 
 
 def demonstrations(
@@ -79,22 +86,22 @@ def demonstrations(
     make_act: Callable[[Task], Act],
     tasks: Sequence[Task],
     chat: Any,
-    *,
-    instruction: str,
-    max_turns: int,
+    config: RolloutConfig,
 ) -> Iterator[Trajectory | None]:
     """An expert's episode of each task (`demonstrate`); None where the environment broke.
 
     Raises:
         EnvError: the environment broke in all tasks; with the first error.
     """
-    play_task = lambda task: demonstrate(env, make_act(task), task, chat, instruction=instruction, max_turns=max_turns)
+    play_task = lambda task: demonstrate(env, make_act(task), task, chat, config)
     return (episode for _, episode in play_each(tasks, play_task))
 
 
 def fitting(episodes: Sequence[Trajectory], limit: int) -> list[Trajectory]:
-    """The episodes of at most `limit` tokens; where there are none, the leading turns of each within the limit."""
-    short = [episode for episode in episodes if _num_tokens(episode.turns) <= limit]
+    """The episodes whose sequences have at most `limit` tokens: the episode, or each turn of a windowed context. Where
+    there are none, the leading turns of each within the limit."""
+    longest = lambda episode: max(map(_num_tokens, _sequences(episode.turns, episode.context)))
+    short = [episode for episode in episodes if longest(episode) <= limit]
     if short or not episodes:
         return short
     log.warning(
@@ -102,9 +109,9 @@ def fitting(episodes: Sequence[Trajectory], limit: int) -> list[Trajectory]:
         "first turns are learnt from; raise rollout.context_tokens",
         len(episodes),
         limit,
-        min(_num_tokens(episode.turns) for episode in episodes),
+        min(map(longest, episodes)),
     )
-    cut = [replace(e, turns=_first_turns(e.turns, limit), ending=Ending.TRUNCATED) for e in episodes]
+    cut = [replace(e, turns=_first_turns(e, limit), ending=Ending.TRUNCATED) for e in episodes]
     return [episode for episode in cut if episode.turns]
 
 
@@ -112,10 +119,15 @@ def _num_tokens(turns: Sequence[Turn]) -> int:
     return sum(len(turn.observation_ids) + len(turn.response_ids) for turn in turns)
 
 
-def _first_turns(turns: tuple[Turn, ...], limit: int) -> tuple[Turn, ...]:
-    """As many leading turns as have at most `limit` tokens."""
-    count = 0
-    while count < len(turns) and _num_tokens(turns[: count + 1]) <= limit:
+def _sequences(turns: tuple[Turn, ...], context: str) -> list[tuple[Turn, ...]]:
+    """The turns of each sequence that the learner sees."""
+    return [turns] if context == "append" else [(turn,) for turn in turns]
+
+
+def _first_turns(episode: Trajectory, limit: int) -> tuple[Turn, ...]:
+    """As many leading turns as have sequences of at most `limit` tokens."""
+    turns, count = episode.turns, 0
+    while count < len(turns) and _num_tokens(_sequences(turns[: count + 1], episode.context)[-1]) <= limit:
         count += 1
     return turns[:count]
 

@@ -11,7 +11,6 @@ many steps: a step takes a fraction of a second, and fewer steps would be too sh
 
 import sys
 import time
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -27,10 +26,9 @@ from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import Rollout, RolloutConfig
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.reshard import make_reshard
-from aem_jax.selection import Rule
+from aem_jax.selection import Rule, StepEpisodes
 from aem_jax.sharding import MeshConfig, make_mesh
 from aem_jax.train import Metrics, train
-from aem_jax.trajectory import Trajectory
 from benchmarks.peers import print_measurement
 
 MODEL = ModelConfig(260, 64, 128, 2, 4, 2, 16, rope_theta=10_000.0)
@@ -88,9 +86,7 @@ def measure(num_steps: int) -> dict[str, float]:
     marks: list[float] = []
     history: list[Metrics] = []
 
-    def on_step(
-        state: TrainState, step: int, metrics: Metrics, trajectories: Sequence[Trajectory], credit: Credit
-    ) -> None:
+    def on_step(state: TrainState, step: int, metrics: Metrics, episodes: StepEpisodes, credit: Credit) -> None:
         marks.append(time.perf_counter())
         history.append(metrics)
 

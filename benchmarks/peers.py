@@ -44,6 +44,7 @@ class Comparison:
 
 
 COMPARISONS: Mapping[str, Comparison] = {
+    "depth": Comparison("benchmarks.depth", "decode_tokens_per_s.median", "tokens/s"),
     "decode": Comparison("benchmarks.sampler", "decode_tokens_per_s.median", "tokens/s"),
     "learner": Comparison("benchmarks.learner", "train_step_s.median", "s", seconds=True),
     "multi-turn": Comparison("benchmarks.multi_turn", "warm_episodes_per_s", "episodes/s"),
@@ -66,7 +67,7 @@ class Program:
 
     def command(self, arguments: Sequence[str]) -> str:
         """Returns the command as a reader would type it, without folders of this machine."""
-        return " ".join(["python", *(Path(word).name for word in self.words), *arguments])
+        return " ".join(["python", *(Path(word).name for word in (*self.words, *arguments))])
 
 
 class PeerError(RuntimeError):
@@ -212,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.peers", description="This project and its peers, in turn."
     )
     parser.add_argument("comparison", choices=list(COMPARISONS))
-    parser.add_argument("arguments", nargs="*", help="given to every program, e.g. B P G, or the number of steps")
+    parser.add_argument("arguments", nargs="*", help="of every program: [MODEL] B P G, or the number of steps")
     parser.add_argument("--peer", action="append", required=True, help="NAME=PYTHON:SCRIPT; may be given several times")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one run may take")

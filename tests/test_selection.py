@@ -1,5 +1,6 @@
 """Selection of hand-made episodes, and the overlong penalty by hand."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 
 from aem_jax.envs.protocol import EnvError, Task
-from aem_jax.rollout import RolloutStats
+from aem_jax.rollout import Carried, RolloutStats
 from aem_jax.selection import (
     Rule,
     SelectionConfig,
     episode_lengths,
     mask_loss,
+    play_carried,
     play_rounds,
     response_lengths,
     returned,
@@ -222,3 +224,27 @@ def test_the_config_refuses_extra_tasks_without_a_filter():
         SelectionConfig(filter_equal_outcomes=True, oversample=0.5)
     with pytest.raises(ValueError, match="both above 0, or both 0"):
         SelectionConfig(overlong_penalty=1.0)
+
+
+def test_with_carry_over_groups_that_the_environment_broke_are_replaced_in_the_same_step():
+    calls = []
+
+    def carry_on(params, carried: Carried, attempts, step: int):
+        calls.append((params, carried.started, step))
+        played = [["0e0e", "0e0e"], ["1t0t", "0e0e", "0t0c"]][len(calls) - 1]
+        numbered = [replace(t, group=t.group + carried.started) for t in groups(*played)]
+        return numbered, Carried(started=carried.started + len(played)), RolloutStats(episodes=2)
+
+    episodes = play_carried(carry_on, lambda number: [], Rule(3), "params", 7, Carried(started=5))
+    assert calls == [("params", 5, 7), ("params", 7, 7)]
+    assert episodes.carried == Carried(started=10) and episodes.stats.episodes == 4
+    assert [t.group for t in episodes.trajectories] == [0, 0, 1, 1, 2, 2]
+    assert [t.group for t in episodes.played] == [5, 5, 6, 6, 7, 7, 8, 8, 9, 9]
+    assert (episodes.metrics["selection/rounds"], episodes.metrics["selection/groups"]) == (2, 3)
+
+    def all_broken(params, carried: Carried, attempts, step: int):
+        broken = [replace(t, group=t.group + carried.started) for t in groups(*["0e"] * 10)]
+        return broken, Carried(started=carried.started + 10), RolloutStats(first_error="task 0: no display")
+
+    with pytest.raises(EnvError, match="no episode of step 7 could be played; the first error: task 0: no display"):
+        play_carried(all_broken, lambda number: [], Rule(3), None, 7, Carried())

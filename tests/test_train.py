@@ -14,7 +14,7 @@ from aem_jax.batch import BatchLayout
 from aem_jax.credit import AemConfig, Credit, make_credit
 from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.learner import LearnerConfig, init_state, make_response_values, make_update
-from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
+from aem_jax.rollout import Carried, Rollout, RolloutConfig, RolloutStats
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.reshard import make_reshard
 from aem_jax.selection import Rule
@@ -32,10 +32,12 @@ LAYOUT = BatchLayout(num_microbatches=5, rows=8, row_length=64, max_responses=64
 
 
 class VowelEnv:
-    """Two turns. Each earns half a point if the response begins with a vowel; the episode is won with both."""
+    """Two turns, unless the task says otherwise. Each earns half a point if the response begins with a vowel; the
+    episode is won with two points."""
 
     def reset(self, task):
         self.score = self.turns = 0
+        self.limit = task.get("turns", 2)
         return StepResult(task["word"], info={"won": False, "valid_action": True})
 
     def step(self, text: str) -> StepResult:
@@ -43,7 +45,7 @@ class VowelEnv:
         self.turns += 1
         self.score += good
         info = {"won": self.score == 2, "valid_action": True}
-        return StepResult("ok" if good else "no", 0.5 * good, self.turns == 2, False, info)
+        return StepResult("ok" if good else "no", 0.5 * good, self.turns == self.limit, False, info)
 
     def close(self) -> None:
         pass
@@ -56,20 +58,39 @@ def tasks(step: int, round: int) -> list[Task]:
 ALL_GROUPS = Rule(4)
 
 
-def run(steps: int, strength: float, mesh=None, *, rule=ALL_GROUPS, tasks=tasks, first=None, trained: Any = POLICY):
-    """Trains to `steps`, from the state `first` or from scratch; with a value head this is PPO."""
+def run(
+    steps: int,
+    strength: float,
+    mesh=None,
+    *,
+    rule=ALL_GROUPS,
+    tasks=tasks,
+    first=None,
+    trained: Any = POLICY,
+    settings: RolloutConfig = ROLLOUT,
+    importance_cap: float = 0.0,
+    carried: list[Carried] | None = None,
+):
+    """Trains to `steps`, from the state `first` or from scratch; with a value head this is PPO.
+
+    With carry-over, `carried` ends with the groups under way at the start, and gets those after each step.
+    """
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    config = LearnerConfig(learning_rate=3e-3, value_learning_rate=0.1)
-    sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=32, slack=ROLLOUT.slack, mesh=mesh)
-    update, valued = make_update(trained, config, mesh), trained.value
+    config = LearnerConfig(learning_rate=3e-3, value_learning_rate=0.1, importance_cap=importance_cap)
+    capacity = settings.context_tokens
+    sampler = Sampler(POLICY, SamplingConfig(), [STOP], capacity=capacity, slack=ROLLOUT.slack, mesh=mesh)
+    max_age = None if carried is None else settings.carry_max_age
+    update, valued = make_update(trained, config, mesh, max_age), trained.value
     estimate, reshard = gae if valued else of_returns(over_trajectories, grpo), make_reshard(trained, mesh)
     history, shown = [], []
 
-    def on_step(state, step, metrics, trajectories, credit):
+    def on_step(state, step, metrics, episodes, credit):
         history.append({name: float(value) for name, value in metrics.items()})
-        shown[:] = transcripts(trajectories, credit, step)
+        shown[:] = transcripts(episodes.trajectories, credit, step)
+        if carried is not None:
+            carried.append(episodes.carried)
 
-    rollout = Rollout(sampler, ByteChat(), LocalPool(32, VowelEnv), ROLLOUT)
+    rollout = Rollout(sampler, ByteChat(), LocalPool(32, VowelEnv), settings)
     state = train(
         first or init_state(trained, config, mesh, jax.random.key(0)),
         rollout=rollout,
@@ -84,6 +105,7 @@ def run(steps: int, strength: float, mesh=None, *, rule=ALL_GROUPS, tasks=tasks,
         key=jax.random.key(1),
         seed=0,
         num_steps=steps,
+        carried=carried[-1] if carried else None,
         on_step=on_step,
     )
     return state, history, shown
@@ -155,6 +177,39 @@ def test_rounds_are_played_until_enough_groups_differ_also_in_a_resumed_run():
     for a, b in zip(map(timeless, unbroken), map(timeless, first_steps + rest), strict=True):
         assert a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
     assert sum(h["compile/recompiles"] for h in unbroken) == 0
+
+
+def uneven(step: int, round: int) -> list[Task]:
+    """Tasks of one, three, two and one turns, in an order that changes with the step."""
+    turns = np.roll([1, 3, 2, 1], step).tolist()
+    words = ("ab", "cd", "ef", "gh")
+    return [Task(word, "vowel", {"word": word, "turns": n}) for word, n in zip(words, turns, strict=True)]
+
+
+UNEVEN = dataclasses.replace(ROLLOUT, max_turns=3, context_tokens=48, carry_min_groups=2, carry_max_age=2)
+
+
+def test_where_all_groups_are_waited_for_carry_over_changes_no_number():
+    """But for rounding: an update that measures ages is another program."""
+    settings, groups = dataclasses.replace(UNEVEN, carry_min_groups=4), [Carried()]
+    _, plain, _ = run(2, 1.0, tasks=uneven, settings=settings, importance_cap=2.0)
+    _, waited, _ = run(2, 1.0, tasks=uneven, settings=settings, importance_cap=2.0, carried=groups)
+    assert [len(carried.groups) for carried in groups] == [0] * 3
+    for one, other in zip(map(timeless, plain), map(timeless, waited), strict=True):
+        assert {name: other[name] for name in one} == pytest.approx(one, rel=1e-5, abs=2e-6)
+        assert other["carry/share_age_0"] == 1 and other["carry/groups"] == other["carry/age_max"] == 0
+
+
+def test_carried_groups_are_learnt_from_and_parity_is_that_of_new_tokens():
+    groups = [Carried()]
+    _, history, _ = run(6, 1.0, tasks=uneven, settings=UNEVEN, importance_cap=2.0, carried=groups)
+    gap = lambda name: np.nanmax([h[name] for h in history])
+    assert gap("parity/max") <= 1e-4 < 1e-3 < gap("parity/age_1_max")
+    assert sum(h["compile/recompiles"] for h in history) == 0
+    assert max(h["carry/age_max"] for h in history) in (1, 2) and max(h["carry/groups"] for h in history) == 2
+    for h, carried in zip(history, groups[1:], strict=True):
+        assert sum(h[f"carry/share_age_{age}"] for age in range(3)) == pytest.approx(1)
+        assert h["selection/groups"] == 4 - h["carry/groups"] == 4 - len(carried.groups) >= 2
 
 
 @pytest.mark.slow

@@ -1,20 +1,29 @@
 """Demonstrations have the same ids as a policy's episodes; batches are a function of seed and pass."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.envs.testing.echo import EchoEnv
+from aem_jax.rollout import RolloutConfig
 from aem_jax.trajectory import Ending, Trajectory, Turn
 from aem_jax.warmstart import demonstrate, demonstrations, fitting, shuffled_batches
 
 from .rollout.fakes import STOP, ByteChat
 
 
+def settings(**changes: Any) -> RolloutConfig:
+    return replace(RolloutConfig(), **{"instruction": "", "max_turns": 3, **changes})
+
+
 def test_a_demonstration_has_the_ids_of_the_conversation():
     chat, actions = ByteChat(), iter(["no", "yes"])
     task = Task("t", "echo", {"word": "yes", "length": 5})
-    episode = demonstrate(EchoEnv(), lambda result: next(actions), task, chat, instruction="be brief", max_turns=5)
+    config = settings(instruction="be brief", max_turns=5)
+    episode = demonstrate(EchoEnv(), lambda result: next(actions), task, chat, config)
     assert episode.success and episode.ending is Ending.TERMINATED
     first, second = episode.turns
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "say yes"}]
@@ -25,16 +34,30 @@ def test_a_demonstration_has_the_ids_of_the_conversation():
     ]
 
 
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_a_windowed_demonstration_has_the_prompt_of_each_turn(count: int):
+    chat, actions = ByteChat(), iter(["a", "b", "yes"])
+    task = Task("t", "echo", {"word": "yes", "length": 5})
+    config = settings(max_turns=5, context="window", window_turns=count)
+    episode = demonstrate(EchoEnv(), lambda result: next(actions), task, chat, config)
+    assert episode.success and episode.context == "window"
+    said = [("user", "say yes"), ("assistant", "a"), ("user", "1: a"), ("assistant", "b"), ("user", "2: b")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    wanted = {0: [messages[0], messages[4]], 1: [messages[0], *messages[2:]], 5: messages}[count]
+    assert episode.turns[0].observation_ids.tolist() == chat.prompt_ids(messages[:1])
+    assert episode.turns[2].observation_ids.tolist() == chat.prompt_ids(wanted)
+
+
 def test_a_demonstration_at_the_turn_limit_is_truncated():
     task = Task("t", "echo", {"word": "yes", "length": 50})
-    episode = demonstrate(EchoEnv(), lambda result: "no", task, ByteChat(), instruction="", max_turns=3)
+    episode = demonstrate(EchoEnv(), lambda result: "no", task, ByteChat(), settings())
     assert (len(episode.turns), episode.ending, episode.success) == (3, Ending.TRUNCATED, False)
 
 
 def test_a_broken_task_gives_no_demonstration_and_does_not_affect_others():
     tasks = [Task(f"t{n}", "echo", {"word": "yes", "fault": {"kind": "raise"} if n == 1 else None}) for n in range(3)]
     show = lambda tasks: list(
-        demonstrations(EchoEnv(), lambda task: lambda result: "yes", tasks, ByteChat(), instruction="", max_turns=3)
+        demonstrations(EchoEnv(), lambda task: lambda result: "yes", tasks, ByteChat(), settings())
     )
     episodes = show(tasks)
     assert [episode and episode.success for episode in episodes] == [True, None, True]
@@ -53,6 +76,9 @@ def test_demonstrations_that_are_too_long_are_cut_only_where_none_fits(caplog):
     assert (cut.turns, cut.ending, cut.success) == (long.turns[:1], Ending.TRUNCATED, True)
     assert "all 2 demonstrations are longer than rollout.context_tokens = 8 (the shortest has 14" in caplog.text
     assert fitting([], 8) == []
+    windowed = replace(long, context="window")
+    assert fitting([windowed], 10) == [windowed]  # each turn is a sequence of its own
+    assert fitting([windowed], 8)[0].turns == long.turns[:1]
 
 
 def test_each_pass_has_every_item_once_in_another_order():

@@ -26,6 +26,7 @@ BENCHMARKS: Mapping[str, str] = {
     "sampler": "sampler:measure_sampler",
     "context": "sampler:measure_context",
     "rollout": "rollout:measure_rollout",
+    "carry": "carry:measure_carry",
     "envs": "envs:measure_envs",
     "load": "envs:measure_load",
     "learner": "learner:measure_update",

@@ -60,9 +60,11 @@ class BenchConfig:
     servers: int = 2
     """Environment servers (rollout)."""
     modes: tuple[Mode, ...] = ("lockstep", "continuous")
-    """Modes of the rollout to measure in turn, instead of `rollout.mode`; ratios are to the first."""
+    """Modes of the rollout to measure in turn (rollout, carry), instead of `rollout.mode`; ratios are to the first."""
+    carry_steps: int = 4
+    """Steps of one repetition (carry)."""
     seed: int = 0
-    """Seed of tasks and tokens (rollout)."""
+    """Seed of tasks and tokens (rollout, carry)."""
     repeats: int = 5
     """Repetitions after the warm-up."""
     compare: str = ""
@@ -74,9 +76,9 @@ class BenchConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     """The update (learner): its attention, its rematerialization."""
     rollout: RolloutConfig = field(default_factory=_small_rollout)
-    """The rollout's slots, turns and budgets (rollout)."""
+    """The rollout's slots, turns and budgets (rollout, carry)."""
     scripted: ScriptedConfig = field(default_factory=ScriptedConfig)
-    """The rollout's environment: turns, observations, latency (rollout)."""
+    """The rollout's environment: turns, observations, latency (rollout, carry)."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """The machine."""
 

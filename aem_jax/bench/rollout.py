@@ -38,10 +38,7 @@ def measure_rollout(config: BenchConfig) -> list[Measurement]:
         ConfigError: the mean response length gives no valid number of stop ids.
     """
     model = random_policy(config.model)
-    try:
-        chat = ByteChat(model.policy.config.vocab_size, config.response_mean)
-    except ValueError as error:
-        raise ConfigError(f"--response-mean: {error}") from None
+    chat = byte_chat(config, model)
     with ExitStack() as stack:
         runs = {mode: _warm_run(config, mode, model, chat, stack) for mode in config.modes}
         for run in runs.values():
@@ -59,6 +56,39 @@ def measure_rollout(config: BenchConfig) -> list[Measurement]:
             ratios = [a.total_s / b.total_s for a, b in zip(runs[first].stats, runs[mode].stats)]
             runs[mode].facts[f"times_as_fast_as_{first}"] = median(ratios)
         return [result for mode in config.modes for result in _results(config, mode, runs[mode])]
+
+
+def byte_chat(config: BenchConfig, model: Random) -> ByteChat:
+    """The tokenizer, whose stop ids end random responses.
+
+    Raises:
+        ConfigError: the mean response length gives no valid number of stop ids.
+    """
+    try:
+        return ByteChat(model.policy.config.vocab_size, config.response_mean)
+    except ValueError as error:
+        raise ConfigError(f"--response-mean: {error}") from None
+
+
+def open_rollout(
+    config: BenchConfig, settings: RolloutConfig, model: Random, chat: ByteChat, stack: ExitStack
+) -> tuple["CountedSampler", Rollout]:
+    """Starts the servers of a rollout of scripted episodes, and compiles its programs."""
+    servers = PoolConfig(num_servers=config.servers, sessions_per_server=-(-settings.num_slots // config.servers))
+    pool = stack.enter_context(EnvPool(servers, ("scripted", asdict(config.scripted))))
+    policy, params, mesh = model
+    sampler = CountedSampler(
+        policy,
+        SamplingConfig(),
+        chat.stop_ids,
+        capacity=settings.context_tokens,
+        slack=settings.slack,
+        windows=settings.windows,
+        mesh=mesh,
+    )
+    rollout = Rollout(sampler, chat, pool, settings)
+    rollout.warm_up(params)
+    return sampler, rollout
 
 
 @dataclass
@@ -85,20 +115,8 @@ class _ModeRun:
 def _warm_run(config: BenchConfig, mode: Mode, model: Random, chat: ByteChat, stack: ExitStack) -> _ModeRun:
     """Starts the servers and compiles the programs of a mode."""
     settings = _settings(config.rollout, mode)
-    servers = PoolConfig(num_servers=config.servers, sessions_per_server=-(-settings.num_slots // config.servers))
-    pool = stack.enter_context(EnvPool(servers, ("scripted", asdict(config.scripted))))
-    policy, params, mesh = model
-    sampler = CountedSampler(
-        policy,
-        SamplingConfig(),
-        chat.stop_ids,
-        capacity=settings.context_tokens,
-        slack=settings.slack,
-        windows=settings.windows,
-        mesh=mesh,
-    )
-    rollout = Rollout(sampler, chat, pool, settings)
-    rollout.warm_up(params)
+    sampler, rollout = open_rollout(config, settings, model, chat, stack)
+    params = model.params
 
     def play(seed: int) -> tuple[list[Trajectory], RolloutStats]:
         first = seed * settings.groups_per_step

@@ -55,6 +55,7 @@ def check(config: RunConfig) -> None:
             " the reference policy is that of step 0, and a resumed run reads it from there"
         )
     _check_selection(config)
+    _check_carry(config)
     components.microbatch_rows(config)
     if components.row_length(config) < config.rollout.context_tokens:
         raise ConfigError(
@@ -63,6 +64,22 @@ def check(config: RunConfig) -> None:
         )
     if config.metrics.wandb_project and find_spec("wandb") is None:
         raise ConfigError("--metrics.wandb-project: wandb is not installed; pip install 'aem_jax[wandb]'")
+
+
+def _check_carry(config: RunConfig) -> None:
+    if not config.rollout.carry_min_groups:
+        return
+    if not config.learner.importance_cap:
+        raise ConfigError(
+            "--learner.importance-cap: expected at least 1 (2 is usual) with --rollout.carry-min-groups, got 0; tokens "
+            "that older parameters sampled need the importance weight, and the weight needs a bound"
+        )
+    selection = config.selection
+    if selection.oversample > 1 or selection.max_rounds > 1:
+        raise ConfigError(
+            "--rollout.carry-min-groups: expected --selection.oversample 1 and --selection.max-rounds 1, got "
+            f"{selection.oversample} and {selection.max_rounds}; with carry-over a step has one round of groups"
+        )
 
 
 def _check_selection(config: RunConfig) -> None:

@@ -32,7 +32,8 @@ from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.overrides import as_values, flag
 from aem_jax.plan.analytic import demand
 from aem_jax.plan.workload import workload
-from aem_jax.rollout import Rollout, check_cache_memory
+from aem_jax.rollout import Carried, Rollout, check_cache_memory
+from aem_jax.rollout.carry import GroupAttempts, from_record, record
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sharding import MeshConfig, choose_mesh, make_mesh, slot_shards
@@ -40,6 +41,8 @@ from aem_jax.tokenizer import CHATML, ChatTokenizer
 
 log = logging.getLogger(__name__)
 
+CARRIED = "carried"
+"""Name of the groups under way in the record of a checkpoint."""
 PURPOSES = ("init", "train", "evaluate")
 
 
@@ -75,9 +78,17 @@ class RunContext:
     rollout: Rollout
     reshard: Callable[[Params], Params]
 
-    def save(self, state: TrainState, score: float | None = None) -> None:
-        """Writes a checkpoint of the state's step, without frozen weights. Collective."""
-        self.checkpoints.save(int(state.step), state.without_frozen(), score=score)
+    def save(self, state: TrainState, score: float | None = None, carried: Carried | None = None) -> None:
+        """Writes a checkpoint of the state's step, without frozen weights, with the groups under way. Collective."""
+        extra = {} if carried is None else {CARRIED: record(carried)}
+        self.checkpoints.save(int(state.step), state.without_frozen(), score=score, extra=extra)
+
+    def carried(self, step: int, attempts: GroupAttempts) -> Carried | None:
+        """The groups under way in the checkpoint of a step; None without carry-over."""
+        if not self.config.rollout.carry_min_groups:
+            return None
+        saved = self.checkpoints.extra(step).get(CARRIED)
+        return Carried() if saved is None else from_record(saved, attempts)
 
     def restore(self, frozen: Params, step: int | None = None) -> TrainState:
         """The state of a step, or of the latest checkpoint that can be read, with these frozen weights. Collective."""

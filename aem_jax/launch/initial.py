@@ -123,8 +123,7 @@ def _demonstrations(run: RunContext) -> Sequence[Trajectory]:
     assert run.suite.demonstrator is not None, "task_suite refuses a warm start without an expert"
     tasks, episodes = run.suite.training[: settings.episodes], []
     with closing(run.suite.make_env()) as env:
-        limits = {"instruction": rollout.instruction, "max_turns": rollout.max_turns}
-        for episode in demonstrations(env, run.suite.demonstrator, tasks, run.chat, **limits):
+        for episode in demonstrations(env, run.suite.demonstrator, tasks, run.chat, rollout):
             run.stop.check()
             episodes.append(episode)
             run.report("demonstrations", len(episodes), settings.episodes, {})

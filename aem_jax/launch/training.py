@@ -24,9 +24,10 @@ from aem_jax.learner import TrainState, make_response_values, make_token_logprob
 from aem_jax.metrics import MetricsWriter, drop_lines, json_line, read_lines
 from aem_jax.models import Params
 from aem_jax.report import write_report
+from aem_jax.rollout import group_attempts
+from aem_jax.selection import StepEpisodes
 from aem_jax.train import Metrics, transcripts
 from aem_jax.train import train as train_steps
-from aem_jax.trajectory import Trajectory
 
 
 def train(config: RunConfig) -> int:
@@ -77,12 +78,13 @@ def _train(run: RunContext, state: TrainState) -> TrainState:
     num_episodes = num_groups * config.rollout.group_size
     settings = dataclasses.asdict(config)
     is_first, start = run.processes.is_first, int(state.step)
+    tasks = task_groups(run.suite.training, config.selection.tasks_per_round(num_groups), seed=config.seed)
+    carried = run.carried(start, group_attempts(tasks, run.key("train"), config.rollout))
     writer = MetricsWriter(folder, config.metrics, start_step=start, run_config=settings) if is_first else None
 
-    def on_step(
-        state: TrainState, step: int, metrics: Metrics, trajectories: Sequence[Trajectory], credit: Credit
-    ) -> None:
-        done = step + 1
+    def on_step(state: TrainState, step: int, metrics: Metrics, episodes: StepEpisodes, credit: Credit) -> None:
+        nonlocal carried
+        done, carried = step + 1, episodes.carried
         if writer:
             writer.write(step, metrics)
         run.report("train", done, num_steps, metrics)
@@ -94,16 +96,16 @@ def _train(run: RunContext, state: TrainState) -> TrainState:
         stopping = run.stop.look()
         if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
             if writer:
-                shown = transcripts(trajectories, credit, step)
+                shown = transcripts(episodes.trajectories, credit, step)
                 writer.submit(lambda: write_text(folder / "transcripts.json", json_line(shown)))
                 writer.wait()  # the metrics of a checkpoint's steps are on disk before the checkpoint
-            run.save(state, score)
+            run.save(state, score, carried)
 
     with writer or nullcontext():
         state = train_steps(
             state,
             rollout=run.rollout,
-            tasks=task_groups(run.suite.training, config.selection.tasks_per_round(num_groups), seed=config.seed),
+            tasks=tasks,
             rule=components.selection_rule(config),
             layout=components.batch_layout(config, num_episodes, config.learner.num_minibatches),
             mesh=mesh,
@@ -111,9 +113,12 @@ def _train(run: RunContext, state: TrainState) -> TrainState:
             credit=make_credit(
                 response_advantages(config.algorithm), config.aem, num_groups, mesh, value_targets(config.algorithm)
             ),
-            update=make_update(run.policy, components.learner(config), mesh),
+            update=make_update(
+                run.policy, components.learner(config), mesh, None if carried is None else config.rollout.carry_max_age
+            ),
             reference=_reference(run, state),
             values=values_function(run),
+            carried=carried,
             key=run.key("train"),
             seed=config.seed,
             num_steps=num_steps,
@@ -121,7 +126,7 @@ def _train(run: RunContext, state: TrainState) -> TrainState:
             should_stop=run.stop.look,
         )
     if run.stop.look() and run.checkpoints.latest != int(state.step):
-        run.save(state)  # the signal came after `on_step` had looked
+        run.save(state, carried=carried)  # the signal came after `on_step` had looked
     return state
 
 

@@ -44,9 +44,9 @@ class LearnerConfig:
     """PPO's dual clip: bound on the ratio for negative advantages; 3 is usual, 0 disables."""
     importance_cap: float = 0.0
     """Truncated importance sampling, for a sampler whose policy differs from the learner's (--sampling.weights int8,
-    --sampling.cache int8): each token's loss is weighted by min(learner's probability / sampler's, cap), and the
-    clipped ratio is to the learner's own policy before the update. With several optimizer steps a batch it costs
-    another forward pass. 2 is usual, 0 disables."""
+    --sampling.cache int8) or is an earlier one (--rollout.carry-min-groups): each token's loss is weighted by
+    min(learner's probability / sampler's, cap), and the clipped ratio is to the learner's own policy before the update.
+    With several optimizer steps a batch it costs another forward pass. 2 is usual, 0 disables."""
     kl_coefficient: float = 0.0
     """Weight of the KL to the reference policy (k3 estimator); 0 keeps no reference policy in memory."""
     value_coefficient: float = 0.5

@@ -36,6 +36,7 @@ class Tokens(NamedTuple):
         old_logprobs: f32, log-probability under the learner's policy before the update, nats; None if that is the
             current policy, or if the objective does not use it.
         sequence: f32, log-ratio of the token's sequence, nats; None if each token has its own ratio.
+        ages: i32, training steps since the parameters that sampled the token; None if all are the current ones.
     """
 
     mask: jax.Array
@@ -45,6 +46,7 @@ class Tokens(NamedTuple):
     reference: Any
     old_logprobs: Any = None
     sequence: Any = None
+    ages: Any = None
 
 
 class Stats(NamedTuple):
@@ -84,7 +86,7 @@ def supervised_objective() -> Objective:
     return objective
 
 
-def policy_objective(config: LearnerConfig) -> Objective:
+def policy_objective(config: LearnerConfig, max_age: int = 0) -> Objective:
     """Clipped surrogate, plus the KL to the reference policy if there is one.
 
     ρ_t = exp(logp_t − logp_t as sampled), or the ratio of the token's sequence (`sequence_policy_loss`)
@@ -96,6 +98,10 @@ def policy_objective(config: LearnerConfig) -> Objective:
 
     ρ_t = exp(logp_t − logp_t^old)
     L = Σ_t w_t · min(exp(logp_t^old − logp_t as sampled), c) · [ … ]
+
+    The log-probabilities of carried episodes (`Tokens.ages`) are as sampled, from the parameters of their step, so the
+    weight corrects for these, too. Parity is measured at tokens of the current parameters; at older tokens the gap is
+    the change of the policy, and it is measured for each age in 1 … max_age.
     """
     cap = config.importance_cap
     bounds = {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip}
@@ -121,13 +127,38 @@ def policy_objective(config: LearnerConfig) -> Objective:
             loss = loss * importance
             sums["importance_mean"] = total(importance)
             sums["importance_capped"] = total(importance >= cap)
-        gap = jnp.abs(logprobs - tokens.logprobs)
-        sums |= {
-            "kl_sampler": total(k3(logprobs, tokens.logprobs)),
-            "entropy": total(entropies),
-            "parity_mean": total(gap),
-        }
+        sums |= {"kl_sampler": total(k3(logprobs, tokens.logprobs)), "entropy": total(entropies)}
+        parity_sums, parity_maxima = parity(jnp.abs(logprobs - tokens.logprobs), mask, tokens.ages, max_age)
         loss = jnp.sum(tokens.weights * loss, where=mask)
-        return loss, Stats(sums, {"ratio_max": top(token.ratio), "parity_max": top(gap)})
+        return loss, Stats(sums | parity_sums, {"ratio_max": top(token.ratio)} | parity_maxima)
 
     return objective
+
+
+def parity(
+    gap: jax.Array, mask: jax.Array, ages: jax.Array | None, max_age: int
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Sums and maxima of a gap over tokens; with ages, for each age, with the number of its tokens.
+
+    Args:
+        gap: f32[b, T], >= 0.
+        mask: bool[b, T], the tokens.
+        ages: i32[b, T]; None if all are 0.
+        max_age: the largest age.
+    """
+    over = lambda tokens: (jnp.sum(gap, where=tokens), jnp.max(gap, where=tokens, initial=0.0))
+    if ages is None:
+        total, top = over(mask)
+        return {"parity_mean": total}, {"parity_max": top}
+    sums, maxima = {}, {}
+    for age in range(max_age + 1):
+        tokens = mask & (ages == age)
+        name = parity_name(age)
+        sums[f"{name}_mean"], maxima[f"{name}_max"] = over(tokens)
+        sums[f"{name}_tokens"] = jnp.sum(tokens, dtype=jnp.float32)
+    return sums, maxima
+
+
+def parity_name(age: int) -> str:
+    """First part of the names of the parity statistics of tokens of an age."""
+    return f"parity_age_{age}" if age else "parity"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from aem_jax.batch import Batch, batch_shardings, packed_sharding
+from aem_jax.batch import Batch, constrained, packed_sharding
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.forward import ForwardConfig, Rows, forward_config, row_statistics, row_values
 from aem_jax.learner.state import TrainablePolicy
@@ -22,7 +22,7 @@ def make_token_logprobs(policy: TrainablePolicy, config: LearnerConfig, mesh: Me
     forward = forward_config(config, mesh)
 
     def logprobs(params: Params, batch: Batch) -> Array:
-        batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
+        batch = constrained(batch, mesh)
         return token_logprobs(policy, forward, params, batch)
 
     return jax.jit(logprobs, out_shardings=packed_sharding(mesh))
@@ -38,7 +38,7 @@ def make_response_values(
     forward = forward_config(config, mesh)
 
     def response_values(params: Params, batch: Batch) -> Array:
-        batch = jax.lax.with_sharding_constraint(batch, batch_shardings(mesh))
+        batch = constrained(batch, mesh)
 
         def add_microbatch(m: Array, table: Array) -> Array:
             rows = rows_of(batch, m)

@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from aem_jax.advantage import ValueTargets, token_advantages
-from aem_jax.batch import Batch, batch_shardings
+from aem_jax.batch import Batch, constrained
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.forward import ForwardConfig, forward_config, row_loss, row_statistics
 from aem_jax.learner.objective import AGGREGATIONS, Objective, Stats, Tokens, policy_objective, supervised_objective
@@ -38,13 +38,14 @@ Array = jax.Array
 Metrics = dict[str, Array]
 
 
-def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> "Update":
+def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, max_age: int | None = None) -> "Update":
     """The policy's update, jitted.
 
     Args:
         policy: the policy.
         config: optimizer, loss and sizes.
         mesh: the mesh of state and batch.
+        max_age: largest age of a token, with carry-over; None without, where batches have no ages.
 
     Returns:
         update(state, batch, advantages, reference=None, values=None) -> (state, metrics). `state` is donated but for
@@ -57,10 +58,11 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> "
             kl_sampler, kl_reference (k3 estimates, nats; the latter only with a reference), entropy (nats);
             value_loss (without its coefficient), value_clip_fraction: means over responses, only with a value head;
             importance_mean, importance_capped (share of tokens at the cap), only with importance_cap;
-            parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats;
+            parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats; of
+                tokens of age 0, and likewise parity_age_1_max, … of older ones; NaN where there are none;
             tokens (sampled, of the batch), skipped (optimizer steps without tokens or with a gradient not finite).
     """
-    program = make_program(policy, config, mesh, policy_objective(config), LEVELS[config.ratio])
+    program = make_program(policy, config, mesh, policy_objective(config, max_age or 0), LEVELS[config.ratio])
 
     def update(
         state: TrainState,
@@ -78,6 +80,12 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> "
             raise ValueError(
                 f"expected values exactly when the policy has a value head, got {'a' if policy.value else 'no'} value "
                 f"head and {'no values' if values is None else 'values'}"
+            )
+        if (batch.ages is None) != (max_age is None):
+            got = "none" if batch.ages is None else "ages"
+            raise ValueError(
+                f"expected a batch with ages exactly with a max_age, got {got} and max_age {max_age}; with carry-over, "
+                "give `collate` the step"
             )
         return update_step(program, state, Inputs(batch, state.frozen, advantages, reference, values))
 
@@ -228,7 +236,7 @@ def update_step(program: Program, state: TrainState, inputs: Inputs) -> tuple[Tr
             f"expected a batch of {config.num_minibatches} minibatches (LearnerConfig.num_minibatches), got "
             f"{num_minibatches}; set BatchLayout.num_minibatches to the same number"
         )
-    batch = jax.lax.with_sharding_constraint(inputs.batch, batch_shardings(program.mesh))
+    batch = constrained(inputs.batch, program.mesh)
     inputs = inputs._replace(batch=batch)
     if inputs.advantages is not None and config.importance_cap and config.num_epochs * num_minibatches > 1:
         inputs = inputs._replace(old_logprobs=token_logprobs(program.policy, program.forward, state.params, batch))
@@ -336,6 +344,7 @@ def microbatch_loss(
         reference=optional(inputs.reference),
         old_logprobs=optional(inputs.old_logprobs),
         sequence=None if minibatch.log_ratios is None else to_tokens(minibatch.log_ratios, rows.response_ids),
+        ages=optional(batch.ages),
     )
 
     def row_log_ratios(logprobs: Array, sampled: Array, response_ids: Array) -> Array:
@@ -367,19 +376,29 @@ def summarize(metrics: Metrics, num_epochs: int) -> Metrics:
     """[optimizer steps] sums over tokens → the update's means, maxima and last values."""
     count = metrics["tokens"]
     mean = lambda sums, counts: jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1.0)
-    summary = {name: mean(value, count) for name, value in metrics.items()}
+    summary = {name: mean(value, count) for name, value in metrics.items() if not name.startswith("parity_")}
     summary |= {
         "tokens": jnp.sum(count) / num_epochs,
         "skipped": jnp.sum(metrics["skipped"]),
         "learning_rate": metrics["learning_rate"][-1],
     }
     if "parity_mean" in metrics:
-        summary |= {
-            "ratio_max": jnp.max(metrics["ratio_max"]),
-            "parity_max": metrics["parity_max"][0],
-            "parity_mean": mean(metrics["parity_mean"][:1], count[:1]),
-        }
+        summary |= {"ratio_max": jnp.max(metrics["ratio_max"]), **_parity(metrics)}
     return summary
+
+
+def _parity(metrics: Metrics) -> Metrics:
+    """Parity of the first optimizer step, by age where tokens have one."""
+    first = {name: value[0] for name, value in metrics.items()}
+    if "parity_tokens" not in first:
+        mean = first["parity_mean"] / jnp.maximum(first["tokens"], 1.0)
+        return {"parity_max": first["parity_max"], "parity_mean": mean}
+    result = {}
+    for name in (name.removesuffix("_tokens") for name in first if name.startswith("parity_") and "_tokens" in name):
+        count = first[f"{name}_tokens"]
+        result[f"{name}_mean"] = first[f"{name}_mean"] / count  # NaN without tokens
+        result[f"{name}_max"] = jnp.where(count > 0, first[f"{name}_max"], jnp.nan)
+    return result
 
 
 def to_tokens(per_response: Array, response_ids: Array) -> Array:

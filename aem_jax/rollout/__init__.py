@@ -20,8 +20,17 @@ A new episode starts at `SlotGroup.assign`, which resets its environment, and pa
 prefilled once for its group and forked to the slots (`PromptCache.fork`).
 """
 
+from aem_jax.rollout.carry import Carried, group_attempts
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.rollout import Rollout, check_cache_memory
 from aem_jax.rollout.stats import RolloutStats, check_some_played
 
-__all__ = ["Rollout", "RolloutConfig", "RolloutStats", "check_cache_memory", "check_some_played"]
+__all__ = [
+    "Carried",
+    "Rollout",
+    "RolloutConfig",
+    "RolloutStats",
+    "check_cache_memory",
+    "check_some_played",
+    "group_attempts",
+]

@@ -48,6 +48,12 @@ class RolloutConfig:
     """Thinking of earlier responses in a windowed prompt: keep it, or drop all up to the last </think>."""
     instruction: str = ""
     """System message; empty: none."""
+    carry_min_groups: int = 0
+    """Carry-over: a training step ends once this many of its groups have ended. The others go on in the next step, with
+    its parameters, and as many new groups start as were learnt from. 0: a step waits for all its groups."""
+    carry_max_age: int = 2
+    """Carry-over: most steps between the parameters that sampled a token and those that learn from it; a step waits for
+    the groups that would get older."""
     max_retries: int = 2
     """Further attempts at an episode after an environment error, before it is masked. An episode that is lost because
     its server failed gets two more."""
@@ -61,9 +67,15 @@ class RolloutConfig:
             "max_turns",
             "response_tokens",
             "decode_chunk",
+            "carry_max_age",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected rollout.{name} >= 1, got {getattr(self, name)}")
+        if not 0 <= self.carry_min_groups <= self.groups_per_step:
+            raise ValueError(
+                f"expected rollout.carry_min_groups from 0 (off) to rollout.groups_per_step = {self.groups_per_step}, "
+                f"got {self.carry_min_groups}"
+            )
         if self.cache_gib < 0:
             raise ValueError(f"expected rollout.cache_gib >= 0, got {self.cache_gib}")
         if self.num_slots % self.num_cohorts:

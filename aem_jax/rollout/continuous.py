@@ -13,6 +13,7 @@ candidates for a token are equally likely to the last bits.
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +55,7 @@ class _Chunk:
 
 
 def run(job: Job, group: SlotGroup, sampler: Sampler, config: RolloutConfig) -> None:
-    """Plays all queued episodes."""
+    """Plays all queued episodes, or until there are enough; then responses are cut where they are."""
     in_flight: deque[list[_Chunk]] = deque()  # rounds of calls, the oldest first
     state, num_slots = group.state, len(group.episodes)
     # A tensor axis splits weights and cache alike, so it is left out.
@@ -70,6 +71,8 @@ def run(job: Job, group: SlotGroup, sampler: Sampler, config: RolloutConfig) -> 
             return
         idle = not in_flight and not any(episode.budget for _, episode in group.active())
         group.collect(job, wait_all=False, block=idle)
+        if job.is_enough(job.finished):
+            break
         group.prefill(job)
         # Tokens that the calls in flight may add; where they cover the budget, no further call is needed.
         ahead = {slot: calls * config.decode_chunk for slot, calls in _calls_in_flight(group, in_flight).items()}
@@ -83,6 +86,8 @@ def run(job: Job, group: SlotGroup, sampler: Sampler, config: RolloutConfig) -> 
         while len(in_flight) > bool(decoding):
             for chunk in in_flight.popleft():
                 _read(job, group, chunk)
+    for chunk in chain.from_iterable(in_flight):
+        _read(job, group, chunk)
 
 
 def _num_bytes(tree: Any) -> float:

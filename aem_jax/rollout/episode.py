@@ -19,8 +19,8 @@ from aem_jax.trajectory import Ending, Trajectory, Turn
 
 _QUARANTINE_LOSSES = 2
 
-Sampled = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Ids i32[n], logprobs f32[n] and entropies f32[n] of some sampled tokens."""
+Sampled = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Ids i32[n], logprobs f32[n], entropies f32[n] and versions i32[n] (`Turn.versions`) of some sampled tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Attempt:
 
     Attributes:
         task: the task.
-        group: index of its rollout group in this step.
+        group: index of its rollout group in this step; with carry-over, its number in the run.
         member: index in the group.
         prng: u32[2], the episode's key data.
         retries: earlier attempts that failed by themselves, or in quarantine.
@@ -135,6 +135,25 @@ class Episode:
         return len(self.cached_ids) + sum(len(ids) for ids, *_ in self.response)
 
     @property
+    def context_ids(self) -> tuple[int, ...]:
+        """All ids that the model sees before the next token, from the first on."""
+        assert self.observation is not None
+        if self.needs_prefill:
+            return (*self.cached_ids[: self.observation.keep], *self.observation.prefill_tokens)
+        return (*self.cached_ids, *(self.response_ids if self.response else ()))
+
+    @property
+    def num_kept(self) -> int:
+        """Leading ids of these that the slot holds, unless it is out of date."""
+        assert self.observation is not None
+        return self.observation.keep if self.needs_prefill else self.num_tokens
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens sampled so far, of all responses."""
+        return sum(len(turn.response_ids) for turn in self.turns) + sum(len(ids) for ids, *_ in self.response)
+
+    @property
     def response_ids(self) -> list[int]:
         """Ids of the response being sampled."""
         return np.concatenate([ids for ids, *_ in self.response]).tolist()
@@ -154,7 +173,7 @@ class Episode:
 
     def _finish_turn(self, reply: EnvReply, context: str) -> "Episode":
         assert self.observation is not None
-        ids, logprobs, entropies = (np.concatenate(chunks) for chunks in zip(*self.response, strict=True))
+        ids, logprobs, entropies, versions = (np.concatenate(chunks) for chunks in zip(*self.response, strict=True))
         turn = Turn(
             np.asarray(self.observation.prefill_tokens if context == "append" else self.cached_ids, np.int32),
             ids,
@@ -164,6 +183,7 @@ class Episode:
             reply.valid_action,
             self.observation.text,
             reply.response,
+            versions,
         )
         cached_ids = (*self.cached_ids, *ids.tolist())
         return replace(self, turns=(*self.turns, turn), cached_ids=cached_ids, response=())

@@ -15,7 +15,10 @@ from aem_jax.sampler import Sampler
 
 
 def run(job: Job, groups: Sequence[SlotGroup], sampler: Sampler, config: RolloutConfig) -> None:
-    """Plays all queued episodes; each group of slots is a cohort."""
+    """Plays all queued episodes, or until there are enough; each group of slots is a cohort.
+
+    A call that ends early leaves every episode with an observation, before its response.
+    """
     cohorts = [_run_cohort(job, group, groups, sampler, config) for group in groups]
     while cohorts:
         cohorts = [cohort for cohort in cohorts if next(cohort, "over") != "over"]
@@ -24,13 +27,18 @@ def run(job: Job, groups: Sequence[SlotGroup], sampler: Sampler, config: Rollout
 def _run_cohort(
     job: Job, group: SlotGroup, groups: Sequence[SlotGroup], sampler: Sampler, config: RolloutConfig
 ) -> Iterator[str]:
-    """Plays one cohort; yields whenever it waits for its environments."""
+    """Plays one cohort; yields whenever it waits for its environments.
+
+    Episodes only end, so once one cohort finds that there are enough, so do the others after their replies.
+    """
     while True:
         group.assign(job, groups)
         if not any(group.episodes):
             return
         yield "waiting"
         group.collect(job, wait_all=True)
+        if job.is_enough(job.finished):
+            return
         group.prefill(job)
         _decode_responses(job, group, sampler, config.decode_chunk)
         for slot, _ in group.active():

@@ -7,7 +7,8 @@ decision, so all processes make the same calls.
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
 from aem_jax.envs.protocol import Task
 from aem_jax.rollout import continuous, lockstep
 from aem_jax.rollout.batching import Pool, SlotSessions
+from aem_jax.rollout.carry import Carried, GroupAttempts
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.context import Chat
-from aem_jax.rollout.episode import Attempt
+from aem_jax.rollout.episode import Attempt, Episode
 from aem_jax.rollout.prompt_cache import PromptCache, prompt_rows
 from aem_jax.rollout.slots import Job, SlotGroup
 from aem_jax.rollout.stats import RolloutStats
@@ -55,6 +57,7 @@ class Rollout:
             SlotGroup(sampler, chat, sessions, processes, config, self._prompts, first, size, sizes)
             for first in range(0, config.num_slots, size)
         ]
+        self._live: Mapping[int, Episode] = {}  # `Carried.episodes` that are in the slots, with their environments
 
     def warm_up(self, params: Any) -> None:
         """Compiles every program that a rollout can call; afterwards nothing compiles."""
@@ -77,6 +80,8 @@ class Rollout:
         for window in sampler.windows if config.context == "window" else ():
             group.state = sampler.copy_prefix(group.state, zeros - 1, zeros, window=window)
         group.state = sampler.rewind(group.state, zeros)
+        if config.carry_min_groups:
+            group.state = sampler.restart(group.state, zeros > 0, np.zeros((num_slots, 2), np.uint32), zeros)
 
     def __call__(
         self, params: Any, tasks: Sequence[Task], key: jax.Array, *, group_size: int | None = None
@@ -92,14 +97,58 @@ class Rollout:
         Returns:
             Trajectories ordered by group and member, and the rollout's counts.
         """
-        start = time.perf_counter()
         size = group_size or self.config.group_size
         prng = np.asarray(jax.random.key_data(jax.random.split(key, len(tasks) * size)))
         attempts = [Attempt(task, i, j, prng[i * size + j]) for i, task in enumerate(tasks) for j in range(size)]
         job = Job(params, deque(attempts))
+        self._run(job, {})
+        return _ordered(job.finished), job.stats
+
+    def carry_on(
+        self, params: Any, carried: Carried, attempts: GroupAttempts, step: int
+    ) -> tuple[list[Trajectory], Carried, RolloutStats]:
+        """Plays groups until enough of them are complete (`Carried.is_enough`); new ones take the free places.
+
+        Episodes under way stay in their slots and environments, unless something else has been played since, or the run
+        was resumed: then their environments get the recorded responses again.
+
+        Args:
+            params: decode-layout parameters.
+            carried: the groups under way.
+            attempts: the episodes of a new group.
+            step: training step, the version of the parameters.
+
+        Returns:
+            Trajectories of complete groups, ordered by group and member; the groups under way; and the call's counts.
+        """
+        config = self.config
+        carried = carried.fill(config.groups_per_step, attempts, step)
+        is_enough = partial(carried.is_enough, config=config, step=step)
+        job = Job(params, deque(carried.queue), list(carried.finished), version=step, is_enough=is_enough)
+        self._run(job, carried.episodes)
+        complete = carried.complete(job.finished, config.group_size)
+        size = config.num_slots // config.num_cohorts
+        self._live = {
+            first * size + slot: episode for first, group in enumerate(self._groups) for slot, episode in group.active()
+        }
+        carried = Carried(
+            started=carried.started,
+            groups={number: start for number, start in carried.groups.items() if number not in complete},
+            finished=_ordered(t for t in job.finished if t.group not in complete),
+            episodes=self._live,
+            queue=list(job.queue),
+        )
+        return _ordered(t for t in job.finished if t.group in complete), carried, job.stats
+
+    def _run(self, job: Job, episodes: Mapping[int, Episode]) -> None:
+        """Plays the job's queue and these episodes under way, by slot."""
+        start, finished = time.perf_counter(), len(job.finished)
+        live, self._live = self._live, {}
         self._prompts.clear()
+        if episodes is not live:
+            self._resume(job, episodes)
         for group in self._groups:
-            group.reset()
+            group.expire()
         try:
             if self.config.mode == "continuous":
                 continuous.run(job, self._groups[0], self._sampler, self.config)
@@ -108,8 +157,18 @@ class Rollout:
         finally:
             job.stats.device_busy_s = job.clock.stop()
         job.stats.total_s = time.perf_counter() - start
-        job.stats.episodes = len(job.finished)
-        return sorted(job.finished, key=lambda t: (t.group, t.member)), job.stats
+        job.stats.episodes = len(job.finished) - finished
+
+    def _resume(self, job: Job, episodes: Mapping[int, Episode]) -> None:
+        """Frees all slots, and assigns the episodes to theirs."""
+        size = self.config.num_slots // self.config.num_cohorts
+        for first, group in enumerate(self._groups):
+            group.reset()
+            group.resume(job, {slot % size: e for slot, e in episodes.items() if slot // size == first})
+
+
+def _ordered(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
+    return sorted(trajectories, key=lambda t: (t.group, t.member))
 
 
 def cache_bytes(sampler: Sampler, config: RolloutConfig, num_slots: int) -> int:

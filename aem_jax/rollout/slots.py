@@ -4,7 +4,7 @@ import logging
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from aem_jax.distributed import ProcessGroup
-from aem_jax.envs.protocol import StepResult
+from aem_jax.envs.protocol import EnvError, LostError, StepResult
 from aem_jax.rollout.batching import (
     Call,
     Cost,
@@ -46,6 +46,8 @@ class Job:
         params: decode-layout parameters.
         queue: attempts that wait for a slot.
         finished: episodes that ended.
+        version: training step whose parameters these are (`Turn.versions`).
+        is_enough: finished episodes -> whether the call may end before all episodes have.
         stats: counts and seconds.
         clock: time in which the device had a program to run.
         skipped_tasks: ids of tasks that were over at their reset, each logged once.
@@ -54,6 +56,8 @@ class Job:
     params: Any
     queue: deque[Attempt]
     finished: list[Trajectory] = field(default_factory=list)
+    version: int = 0
+    is_enough: Callable[[Sequence[Trajectory]], bool] = lambda finished: False
     stats: RolloutStats = field(default_factory=RolloutStats)
     clock: DeviceClock = field(default_factory=DeviceClock)
     skipped_tasks: set[str] = field(default_factory=set)
@@ -95,12 +99,41 @@ class SlotGroup:
         self.state = sampler.init(num_slots)
         self.episodes: list[Episode | None] = [None] * num_slots
         self._calls: dict[int, Future[StepResult]] = {}  # of this process's slots
+        self._stale = set[int]()  # slots whose cache is of other parameters than the job's, or of another episode
 
     def reset(self) -> None:
         """Frees all slots, after waiting for environment calls left over from an interrupted rollout."""
         wait(self._calls.values())
         self._calls = {}
         self.episodes = [None] * len(self.episodes)
+
+    def expire(self) -> None:
+        """Marks the caches of all episodes as out of date: they are computed again before the episodes go on."""
+        self._stale = {slot for slot, _ in self.active()}
+
+    def resume(self, job: Job, episodes: Mapping[int, Episode]) -> None:
+        """Assigns episodes under way to free slots, and brings their environments to where they were. Collective.
+
+        An environment is reset and gets the recorded responses again. If it answers otherwise than before, or fails,
+        the episode is lost as with its server.
+
+        Args:
+            job: the call of the rollout.
+            episodes: slot -> episode.
+        """
+        if not episodes:
+            return
+        for slot, episode in episodes.items():
+            self.episodes[slot] = episode
+        numbered = {self._first + slot: episode for slot, episode in episodes.items()}
+        failed = {slot - self._first: reply for slot, reply in replay(self._sessions, numbered).items()}
+        for slot, reply in sorted(all_gather_replies(self._processes, failed, self.episodes).items()):
+            self._apply(job, slot, reply)
+        for slot, episode in self.active():
+            if episode.observation is None:
+                self._start(slot, episode.attempt)
+            elif episode.response and not episode.budget:
+                self.submit(slot)
 
     def active(self) -> Iterable[tuple[int, Episode]]:
         """Slots that are taken, with their episodes."""
@@ -111,8 +144,13 @@ class SlotGroup:
         for slot, episode in enumerate(self.episodes):
             if episode is None and (attempt := self._next_attempt(job, self._first + slot, groups)):
                 self.episodes[slot] = Episode(attempt)
-                if call := self._sessions.reset(self._first + slot, attempt.task.payload):
-                    self._calls[slot] = call
+                self._stale.discard(slot)
+                self._start(slot, attempt)
+
+    def _start(self, slot: int, attempt: Attempt) -> None:
+        """Resets the environment of an attempt, if this process plays the slot."""
+        if call := self._sessions.reset(self._first + slot, attempt.task.payload):
+            self._calls[slot] = call
 
     def _next_attempt(self, job: Job, slot: int, groups: Sequence["SlotGroup"]) -> Attempt | None:
         """Takes the first attempt from the queue that may start in a slot.
@@ -203,8 +241,9 @@ class SlotGroup:
         job.finished.append(episode.trajectory(Ending.ENV_ERROR, self._config.context))
 
     def prefill(self, job: Job) -> None:
-        """Prefills new observations; the responses to them may then be sampled."""
-        pending = [(slot, episode) for slot, episode in self.active() if episode.needs_prefill]
+        """Prefills new observations, and caches that are out of date; responses may then be sampled."""
+        outdated = lambda slot, episode: slot in self._stale and episode.budget > 0
+        pending = [(slot, e) for slot, e in self.active() if e.needs_prefill or outdated(slot, e)]
         if not pending:
             return
         job.clock.before_call()
@@ -212,18 +251,21 @@ class SlotGroup:
         self.state = self._prompts.fork(job.params, self.state, first, job.stats)
         self._append(job, {slot: episode for slot, episode in pending if episode.cached_ids})
         for slot, episode in pending:
-            self.episodes[slot] = prefilled = episode.prefilled(self._config)
-            job.stats.prompt_tokens += len(prefilled.cached_ids)
+            self._stale.discard(slot)
+            if episode.needs_prefill:
+                self.episodes[slot] = prefilled = episode.prefilled(self._config)
+                job.stats.prompt_tokens += len(prefilled.cached_ids)
 
     def _append(self, job: Job, pending: Mapping[int, Episode]) -> None:
-        """Prefills the prompts of running episodes behind the ids that their slots keep, or copy from other slots."""
+        """Prefills the prompts of running episodes behind the ids that their slots keep, or copy from other slots.
+
+        A slot that is out of date keeps none, and none are copied from it before it is computed again.
+        """
         if not pending:
             return
-        prompts, keep = {}, {}
-        for slot, episode in pending.items():
-            assert episode.observation is not None
-            keep[slot] = episode.observation.keep
-            prompts[slot] = (*episode.cached_ids[: keep[slot]], *_tokens(episode))
+        self._restart({slot: episode for slot, episode in pending.items() if slot in self._stale}, job)
+        prompts = {slot: episode.context_ids for slot, episode in pending.items()}
+        keep = {slot: 0 if slot in self._stale else episode.num_kept for slot, episode in pending.items()}
         for each in self._plan_passes(prompts, keep):
             self._copy_or_rewind(each)
             ids = {slot: prompts[slot][kept:] for slot, kept in each.keep.items() if kept < len(prompts[slot])}
@@ -246,7 +288,7 @@ class SlotGroup:
         num_slots, buckets = len(self.episodes), self._config.extend_buckets
         cost = lambda lengths: chunks_cost(cut_into_chunks(lengths, buckets, self._pad_slots), num_slots)
         groups = {slot: episode.attempt.group for slot, episode in self.active()}
-        held = {slot: episode.cached_ids for slot, episode in self.active() if episode.cached_ids}
+        held = {slot: e.cached_ids for slot, e in self.active() if e.cached_ids and slot not in self._stale}
         own = num_slots // self._sampler.slot_shards
         return plan_passes(prompts, keep, held, lambda slot: (groups[slot], slot // own), cost)
 
@@ -266,6 +308,18 @@ class SlotGroup:
         elif (keep < sampler.capacity).any():
             self.state = sampler.rewind(self.state, keep)
 
+    def _restart(self, outdated: Mapping[int, Episode], job: Job) -> None:
+        """Empties slots that are out of date."""
+        if not outdated:
+            return
+        num_slots = len(self.episodes)
+        chosen, sampled = np.zeros(num_slots, bool), np.zeros(num_slots, np.int32)
+        prng = np.zeros((num_slots, 2), np.uint32)
+        for slot, episode in outdated.items():
+            chosen[slot], sampled[slot], prng[slot] = True, episode.num_sampled, episode.attempt.prng
+            job.stats.recomputed_tokens += episode.num_kept
+        self.state = self._sampler.restart(self.state, chosen, prng, sampled)
+
     def plan_calls(self, contexts: Mapping[int, int], cost: Cost) -> list[Call]:
         """Which slots share a call (`batching.plan_calls`)."""
         num_slots, sampler = len(self.episodes), self._sampler
@@ -281,8 +335,8 @@ class SlotGroup:
         tokens, logprobs, entropies = (
             np.asarray(values[row, :count]) for values in (decoded.tokens, decoded.logprobs, decoded.entropies)
         )
-        finished = bool(decoded.finished[row])
-        self.episodes[slot] = episode.append_sampled((tokens, logprobs, entropies), finished=finished)
+        finished, versions = bool(decoded.finished[row]), np.full(count, job.version, np.int32)
+        self.episodes[slot] = episode.append_sampled((tokens, logprobs, entropies, versions), finished=finished)
         job.stats.sampled_tokens += count
 
     def submit(self, slot: int) -> None:
@@ -297,6 +351,39 @@ def _tokens(episode: Episode) -> tuple[int, ...]:
     """Ids of an observation that is to be prefilled."""
     assert episode.observation is not None
     return episode.observation.prefill_tokens
+
+
+def replay(sessions: SlotSessions, episodes: Mapping[int, Episode]) -> dict[int, EnvReply]:
+    """Resets the environments of this process's slots, and sends them the recorded responses of their episodes.
+
+    Args:
+        sessions: environment sessions of all slots.
+        episodes: slot, over all groups -> episode. One that waits for its reset is left out.
+
+    Returns:
+        Slot -> error, of each environment that failed, or answered otherwise than before.
+    """
+    failed, turn = {}, 0
+    begun = {slot: episode for slot, episode in episodes.items() if episode.observation is not None}
+    resets = {slot: sessions.reset(slot, episode.attempt.task.payload) for slot, episode in begun.items()}
+    calls = {slot: call for slot, call in resets.items() if call is not None}
+    while calls:
+        following = {}
+        for slot, call in calls.items():
+            turns, observation = begun[slot].turns, begun[slot].observation
+            assert observation is not None
+            try:
+                text = call.result().observation
+            except EnvError as error:
+                failed[slot] = EnvReply(str(error), isinstance(error, LostError))
+                continue
+            if text != (turns[turn].observation if turn < len(turns) else observation.text):
+                why = f"expected the observation of turn {turn} again when the episode was replayed, got {text!r:.80}"
+                failed[slot] = EnvReply(why, lost=True)
+            elif turn < len(turns):
+                following[slot] = sessions.step(slot, turns[turn].response)
+        calls, turn = following, turn + 1
+    return failed
 
 
 def all_gather_replies(

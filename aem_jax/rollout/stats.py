@@ -20,6 +20,7 @@ class RolloutStats:
         sampled_tokens: tokens of responses.
         prompt_tokens: tokens of the prompts of all responses, as the model sees them.
         prefill_tokens: tokens of prompts that were computed; the others were in the cache.
+        recomputed_tokens: tokens that were in the cache with parameters of an earlier step, and are prefilled again.
         padded_tokens: computed tokens with the padding of their calls.
         retries: further attempts at episodes.
         env_errors: episodes masked.
@@ -34,6 +35,7 @@ class RolloutStats:
     sampled_tokens: int = 0
     prompt_tokens: int = 0
     prefill_tokens: int = 0
+    recomputed_tokens: int = 0
     padded_tokens: int = 0
     retries: int = 0
     env_errors: int = 0

@@ -21,7 +21,7 @@ from aem_jax.models import Params, Policy
 from aem_jax.models.decode_attention import CHUNKED, DecodeAttention, make_decode_attention
 from aem_jax.sampler.programs import Decoded, Programs
 from aem_jax.sampler.sampling import SamplingConfig, make_sample_token
-from aem_jax.sampler.state import SamplerState, init_state, rewind, state_axes
+from aem_jax.sampler.state import SamplerState, init_state, restart, rewind, state_axes
 from aem_jax.sharding import DECODE, ordered, replicated, shardings, slot_shards
 
 Array = jax.Array
@@ -86,6 +86,7 @@ class Sampler:
         )
         # A partial of its own: jits of one function share their programs, and `compilations` counts this sampler's.
         self._rewind = jax.jit(partial(rewind), donate_argnums=0, out_shardings=placed)
+        self._restart = jax.jit(partial(restart), donate_argnums=0, out_shardings=placed)
 
     def _layout(self, mesh: Mesh, shapes: SamplerState | None = None) -> Any:
         """Shardings of the state, and the cache's order in memory."""
@@ -105,7 +106,8 @@ class Sampler:
     @property
     def compilations(self) -> int:
         """Number of programs compiled so far; constant after warm-up."""
-        programs: tuple[Any, ...] = (self._extend, self._decode, self._fork, self._copy_prefix, self._rewind)
+        programs: tuple[Any, ...] = (self._extend, self._decode, self._fork)
+        programs += (self._copy_prefix, self._rewind, self._restart)
         return sum(program._cache_size() for program in programs)
 
     def init(self, slots: int, capacity: int | None = None) -> SamplerState:
@@ -281,6 +283,17 @@ class Sampler:
             keep: i32[S]; larger than a slot's length leaves it as it is.
         """
         return self._rewind(state, keep)
+
+    def restart(self, state: SamplerState, chosen: HostArray, prng: HostArray, sampled: HostArray) -> SamplerState:
+        """Empties slots, so that `extend` can compute episodes under way again. `state` is donated.
+
+        Args:
+            state: the slots.
+            chosen: bool[S], the slots to empty.
+            prng: u32[S,2], key data of their episodes.
+            sampled: i32[S], tokens that these have sampled so far: the index of the next one in its key's sequence.
+        """
+        return self._restart(state, chosen, prng, sampled)
 
     def copy_prefix(
         self, state: SamplerState, source: np.ndarray, keep: HostArray, *, window: int | None = None

@@ -1,4 +1,4 @@
-"""The state of the sampler's slots, and the functions over it that need no model: gather, append, copy, rewind."""
+"""The state of the slots, and the functions over it that need no model: gather, append, copy, rewind, restart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -94,6 +94,17 @@ def append_chunk(
     cache, hidden = kv_cache.append(state.cache, chunk, state.lengths, state.hidden, hidden, slots)
     return SamplerState(
         cache=cache, lengths=lengths, hidden=hidden, prng=state.prng, sampled=total, remaining=remaining
+    )
+
+
+def restart(state: SamplerState, chosen: Array, prng: Array, sampled: Array) -> SamplerState:
+    """Empties the slots `chosen` bool[S], for episodes with key data `prng` u32[S,2] and `sampled` i32[S] tokens."""
+    return replace(
+        state,
+        lengths=jnp.where(chosen, 0, state.lengths),
+        prng=jnp.where(chosen[:, None], prng, state.prng),
+        sampled=jnp.where(chosen, sampled, state.sampled),
+        remaining=jnp.where(chosen, 0, state.remaining),
     )
 
 

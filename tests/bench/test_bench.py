@@ -44,10 +44,19 @@ def small(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("sampler", 2), ("learner", 1), ("advantage", 2), ("envs", 2), ("load", 1), ("context", 3), ("rollout", 4)],
+    [
+        ("sampler", 2),
+        ("learner", 1),
+        ("advantage", 2),
+        ("envs", 2),
+        ("load", 1),
+        ("context", 3),
+        ("rollout", 4),
+        ("carry", 4),
+    ],
 )
 def test_a_benchmark_ends_in_one_json_line(name: str, count: int, capsys):
-    assert cli.main(["bench", name, *SMALL, *(ROLLOUT if name == "rollout" else [])]) == 0
+    assert cli.main(["bench", name, *SMALL, *(ROLLOUT if name in ("rollout", "carry") else [])]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     run = json.loads(line)
     assert run["config"]["slots"] == 8 and run["versions"]["jax"]
@@ -55,12 +64,17 @@ def test_a_benchmark_ends_in_one_json_line(name: str, count: int, capsys):
     for result in run["results"]:
         low, high = result["quartiles"]
         assert 0 < result["worst"] <= low <= result["median"] <= high <= result["best"] and result["repeats"] == 2
-        assert (result["roofline"] is None) == (name in ("envs", "load"))
-        assert name in ("envs", "load") or result["roofline"]["bytes"] > 0
+        assert (result["roofline"] is None) == (name in ("envs", "load", "carry"))
+        assert name in ("envs", "load", "carry") or result["roofline"]["bytes"] > 0
     if name == "learner":
         assert run["results"][0]["roofline"]["mfu"] > 0
         facts = run["results"][0]["facts"]
         assert 0.2 < facts["memory_gib"] / facts["planned_gib"] < 5
+    if name == "carry":
+        for side, facts in enumerate(result["facts"] for result in run["results"]):
+            assert facts["env_errors"] == 0 and 0 < facts["device_busy"] <= 1 and 0 <= facts["recomputed_share"] < 1
+            if side % 2 == 0:  # every group is waited for
+                assert facts["groups_carried"] == facts["age_max"] == 0
     if name == "rollout":
         lockstep, continuous = (run["results"][i] for i in (0, 2))
         assert (lockstep["what"], continuous["what"]) == ("episodes, lockstep", "episodes, continuous")

@@ -52,6 +52,17 @@ def test_any_model_goes_with_a_setting_of_the_paper():
             "--selection.filter-equal-outcomes: expected --rollout.group-size of at least 2, got 1",
         ),
         (
+            ["--rollout.carry-min-groups", "2"],
+            "--learner.importance-cap: expected at least 1 (2 is usual) with --rollout.carry-min-groups, got 0",
+        ),
+        (
+            [
+                *("--rollout.carry-min-groups", "2", "--learner.importance-cap", "2"),
+                *("--selection.filter-equal-outcomes", "True", "--selection.max-rounds", "3"),
+            ],
+            "--rollout.carry-min-groups: expected --selection.oversample 1 and --selection.max-rounds 1, got 1.0 and 3",
+        ),
+        (
             ["--selection.overlong-penalty", "1", "--selection.overlong-buffer", "17"],
             "--selection.overlong-buffer: expected at most --rollout.response-tokens = 16, got 17",
         ),

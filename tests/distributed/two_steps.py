@@ -65,9 +65,9 @@ def two_steps(
     pool = LocalPool(ROLLOUT.num_slots // processes.count, VowelEnv, broken)
     history, episodes = [], []
 
-    def on_step(state, step, metrics, trajectories, credit):
+    def on_step(state, step, metrics, played, credit):
         history.append({name: float(value) for name, value in metrics.items()})
-        for t in trajectories:
+        for t in played.trajectories:
             turns = [[turn.observation, turn.response, turn.response_ids.tolist(), turn.reward] for turn in t.turns]
             episodes.append([t.task.id, t.group, t.member, t.ending.value, turns])
 

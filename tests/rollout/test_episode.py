@@ -13,7 +13,13 @@ ATTEMPT = Attempt(Task("t", "countdown", {}), 1, 2, np.zeros(2, np.uint32))
 
 
 def chunk(*ids: int):
-    return np.asarray(ids, np.int32), -np.asarray(ids, np.float32), np.ones(len(ids), np.float32)
+    count = len(ids)
+    return (
+        np.asarray(ids, np.int32),
+        -np.asarray(ids, np.float32),
+        np.ones(count, np.float32),
+        np.zeros(count, np.int32),
+    )
 
 
 @pytest.mark.parametrize(
