@@ -31,9 +31,13 @@ def token_statistics(logits: ArrayLike, tokens: ArrayLike) -> tuple[jax.Array, j
         raise ValueError(f"expected tokens of an integer dtype, got {tokens.dtype}")
     if logits.ndim == 0 or logits.shape[:-1] != tokens.shape:
         raise ValueError(f"expected logits of shape tokens.shape + (V,), got {logits.shape} for tokens {tokens.shape}")
-    # log_softmax subtracts the maximum before it sums, so every term is <= 0: H >= 0 holds to the last bit.
-    log_policy = jax.nn.log_softmax(logits, axis=-1)
-    logprobs = jnp.take_along_axis(log_policy, tokens[..., None], axis=-1)[..., 0]
+    # The maximum is subtracted before the sum, as in log_softmax. So every log π is <= 0, and H >= 0 to the last bit.
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    log_sum = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
+    # Of the logits, not of log π: to read one of its elements, a TPU would first write all of log π to memory.
+    of_tokens = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    logprobs = (of_tokens - top - log_sum)[..., 0]
+    log_policy = logits - top - log_sum
     possible = log_policy > -jnp.inf
     finite = jnp.where(possible, log_policy, 0.0)
     entropies = -jnp.sum(jnp.where(possible, jnp.exp(finite) * finite, 0.0), axis=-1)

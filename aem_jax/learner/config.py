@@ -67,7 +67,9 @@ class LearnerConfig:
     temperature: float = 1.0
     """Divides the logits; must equal the sampler's temperature."""
     head_chunk: int = 128
-    """Positions of each row whose logits are in memory at one time."""
+    """Positions of each row whose logits are in memory at one time. Each chunk reads the head's weights, and reads and
+    writes their gradient: on accelerators, a chunk of fewer positions (of all rows of a device) than the hidden size
+    mostly moves weights."""
     remat: Literal["none", "layers", "dots"] = "none"
     """Rematerialisation in the backward pass: nothing, whole layers, or everything but matrix products."""
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"

@@ -236,8 +236,10 @@ class Block(nnx.Module):
         x = x + self._norm_at("post", "attention_norm", y)
         y = self._norm_at("pre", "mlp_norm", x)
         if split_gate_up and not self.int8:
+            # Without an axis of size 1, each is gathered once for both of its products backward. XLA for GPUs gathers
+            # it twice otherwise.
             halves = jnp.split(self._weight("gate_up").astype(y.dtype), 2, axis=-2)
-            parts = [project("btd,dgf->btgf", y, half) for half in halves]
+            parts = [jnp.expand_dims(project("btd,df->btf", y, jnp.squeeze(half, -2)), -2) for half in halves]
         else:
             parts = jnp.split(self._project("btd,dgf->btgf", "gate_up", y), 2, axis=-2)
         names = ("gate_proj", "up_proj")

@@ -223,7 +223,8 @@ def test_fsdp_gathers_weights_and_moves_no_activations():
     text = compiled.as_text() or ""
     moved = re.findall(r"= (\(?\w+\[.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", text)
     floats = {re.sub(r"{[^}]*}", "", shape) for shape, _ in moved if "f32" in shape}
-    assert any("f32[16,1,32]" in shape for shape in floats), floats  # half of a layer's gate_up, whole
+    # Halves of a layer's gate_up, whole. With a third axis, of one half, XLA for GPUs gathers each twice backward.
+    assert any("f32[16,32]" in shape for shape in floats), floats
     rows = [shape for shape in floats if re.search(r"f32\[(1|4),(7|40),", shape)]
     assert not rows, f"activations are moved between devices: {rows}"
 
