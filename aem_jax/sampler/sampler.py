@@ -70,7 +70,11 @@ class Sampler:
             own = make_decode_attention(policy.config, mesh, int8=self._int8)
             attention = own if sampling.attention == "auto" else CHUNKED
         self._attention = attention
-        sample_token = make_sample_token(sampling)
+        constrain = lambda x: x
+        if mesh is not None:
+            where = shardings(mesh, ("slots", None), DECODE)
+            constrain = lambda x: jax.lax.with_sharding_constraint(x, where)
+        sample_token = make_sample_token(sampling, constrain)
         programs = Programs(policy, sample_token, stop_ids, mesh, self._attention, int8=self._int8)
         # A state keeps its layout from call to call. Decoded tokens are replicated, so that every process has them.
         placed = None if mesh is None else self._layout(mesh)

@@ -15,6 +15,9 @@ Array = jax.Array
 SampleToken = Callable[[Array, Array], tuple[Array, Array, Array]]
 """(logits f32[S,V], uniforms f32[S,2]) -> tokens i32[S], logprobs f32[S], entropies f32[S]."""
 
+Constrain = Callable[[Array], Array]
+"""Returns its argument with a sharding constraint."""
+
 SAMPLING_BLOCK = 64
 """Tokens of the vocabulary whose weights are summed before one of them is drawn."""
 
@@ -65,17 +68,23 @@ def uniforms(prng: Array, indices: Array) -> Array:
     return jax.vmap(jax.vmap(one), in_axes=(None, 1))(jax.random.wrap_key_data(prng), indices)
 
 
-def categorical(weights: Array, uniforms: Array) -> Array:
+def categorical(weights: Array, uniforms: Array, constrain: Constrain = lambda x: x) -> Array:
     """Samples an index from each row of unnormalised `weights` f32[S,V], by inverting two short cumulative sums.
 
     First a block of 64 tokens is drawn by its mass, then a token inside it, with one uniform each. That takes two
     random numbers a row instead of V and no cumulative sum over V. Float32 resolution is *inside* each block, so rare
     tokens keep their probability.
+
+    Args:
+        weights: f32[S,V].
+        uniforms: f32[S,2].
+        constrain: as in `make_sample_token`.
     """
     slots, vocab = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % SAMPLING_BLOCK))).reshape(slots, -1, SAMPLING_BLOCK)
 
     def invert(masses: Array, uniform: Array) -> Array:
+        masses = constrain(masses)  # else jax 0.12 sums over a split axis one element after the other
         cumulative = jnp.cumsum(masses, axis=-1)
         index = jnp.sum(cumulative <= uniform[:, None] * cumulative[:, -1:], axis=-1)
         last = masses.shape[-1] - 1 - jnp.argmax(jnp.flip(masses > 0, axis=-1), axis=-1)
@@ -86,12 +95,16 @@ def categorical(weights: Array, uniforms: Array) -> Array:
     return block * SAMPLING_BLOCK + inside
 
 
-def make_sample_token(config: SamplingConfig) -> SampleToken:
+def make_sample_token(config: SamplingConfig, constrain: Constrain = lambda x: x) -> SampleToken:
     """Builds the sampling function of a config.
 
     Logprobs and entropies are those of `softmax(logits / temperature)` *before* top-k and top-p. The learner
     differentiates this distribution, so its log-probabilities can be compared token by token. Greedy reports those at
     temperature 1.
+
+    Args:
+        config: the distribution.
+        constrain: gives the few sums f32[S,V/64] a sharding without a split of the second axis.
     """
     greedy = config.temperature == 0.0
 
@@ -105,7 +118,7 @@ def make_sample_token(config: SamplingConfig) -> SampleToken:
         if greedy:
             tokens = jnp.argmax(logits, axis=-1)
         else:
-            tokens = categorical(_keep(weights, total, config), uniforms)
+            tokens = categorical(_keep(weights, total, config), uniforms, constrain)
         logprobs = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
         return tokens.astype(jnp.int32), logprobs, entropies
 
