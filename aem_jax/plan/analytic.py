@@ -257,7 +257,10 @@ def decode_costs(work: Workload, mesh: MeshConfig) -> Costs:
     if tensor > 1:
         reductions = slots * model.hidden_size * width
         costs.collectives.append(Collective("all-reduce", reductions, tensor, (), 2.0 * model.num_layers))
-        # Sampling draws a block of the vocabulary by its mass, then a token in it: it gathers sums and one block.
-        gathered = 4.0 * slots * (model.vocab_size / SAMPLING_BLOCK + SAMPLING_BLOCK)
-        costs.collectives.append(Collective("all-gather", gathered, tensor, (), 1.0))
+        # Sampling draws a block of the vocabulary by its mass, then a token in it: it gathers the masses, and the block
+        # is summed over devices, of which one has it and the others zeros.
+        costs.collectives.append(
+            Collective("all-gather", 4.0 * slots * model.vocab_size / SAMPLING_BLOCK, tensor, (), 1.0)
+        )
+        costs.collectives.append(Collective("all-reduce", 4.0 * slots * SAMPLING_BLOCK, tensor, (), 1.0))
     return costs

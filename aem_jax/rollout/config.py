@@ -50,7 +50,7 @@ class RolloutConfig:
     """System message; empty: none."""
     carry_min_groups: int = 0
     """Carry-over: a training step ends once this many of its groups have ended. The others go on in the next step, with
-    its parameters, and as many new groups start as were learnt from. 0: a step waits for all its groups."""
+    its parameters. 0: a step waits for all its groups."""
     carry_max_age: int = 2
     """Carry-over: most steps between the parameters that sampled a token and those that learn from it; a step waits for
     the groups that would get older."""

@@ -39,7 +39,7 @@ class SamplingConfig:
     """Cached keys and values: in the model's dtype, or in int8 with a scale for each token and KV head, about half the
     bytes of bfloat16. As with int8 weights, --learner.importance-cap corrects for it."""
     attention: Literal["auto", "xla"] = "auto"
-    """Attention of decode steps: auto takes the device's kernel if it supports the model, else XLA's products."""
+    """Attention of decode steps: xla, or the device's kernel if it fits (auto)."""
 
     def __post_init__(self) -> None:
         if self.attention not in ("auto", "xla"):

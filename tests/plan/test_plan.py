@@ -34,6 +34,7 @@ from aem_jax.plan.make import make_plan
 from aem_jax.plan.workload import planned_model, workload
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sampler import Sampler
+from aem_jax.sampler.sampling import SAMPLING_BLOCK
 from aem_jax.sharding import MeshConfig, MeshDemand, choose_mesh, make_mesh
 
 HLO = """\
@@ -251,14 +252,15 @@ def test_resharding_gathers_over_fsdp_and_sampling_gathers_no_weights(small_plan
     assert all(collective.bytes < matrix for collective in gathers)
 
 
-def test_sampling_gathers_sums_of_blocks_and_one_block_not_all_logits(small_plan):
-    """Bytes per token of the compiled all-gathers; the closed form leaves out those of sampled ids and statistics."""
+def test_sampling_gathers_the_masses_of_blocks_not_all_logits(small_plan):
+    """Bytes per token of the compiled all-gathers: masses of blocks, sampled ids, logprobs and entropies."""
     work, steps = small_plan.work, small_plan.units["decode"]
     slots = work.slots / 2
     gathers = [collective for collective in small_plan.costs["decode"].collectives if collective.kind == "all-gather"]
     compiled = sum(collective.bytes * collective.count for collective in gathers) / steps
     (closed,) = (row for row in decode_costs(work, small_plan.mesh).collectives if row.kind == "all-gather")
-    assert closed.bytes * closed.count <= compiled <= 1.25 * closed.bytes * closed.count
+    assert closed.bytes * closed.count == 4 * slots * work.model.vocab_size / SAMPLING_BLOCK
+    assert 0 <= compiled - closed.bytes * closed.count <= 1.1 * 3 * 4 * work.slots
     assert compiled < 0.1 * 4 * slots * work.model.vocab_size
 
 
