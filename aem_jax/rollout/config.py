@@ -49,8 +49,8 @@ class RolloutConfig:
     instruction: str = ""
     """System message; empty: none."""
     carry_min_groups: int = 0
-    """Carry-over: a training step ends once this many of its groups have ended. The others go on in the next step, with
-    its parameters. 0: a step waits for all its groups."""
+    """Carry-over: a training step ends once this many of its groups have ended, and the others go on in the next step,
+    with its parameters. 0: off."""
     carry_max_age: int = 2
     """Carry-over: most steps between the parameters that sampled a token and those that learn from it; a step waits for
     the groups that would get older."""
