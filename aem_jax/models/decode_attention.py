@@ -3,8 +3,8 @@
 | | new keys and values | reads | where |
 |---|---|---|---|
 | `CHUNKED` | a chunk beside the cache, appended after the call | the call's window of every slot | XLA, everywhere |
-| `ragged` | a chunk beside the cache, appended after the call | each slot's own tokens | TPUs: `models.ragged` |
-| `cudnn` | written into the cache at every step | each slot's own tokens | NVIDIA GPUs: cuDNN's flash attention |
+| `attend_ragged` | a chunk beside the cache, appended after the call | each slot's own tokens | TPUs: `models.ragged` |
+| `attend_in_place` | written into the cache at every step | each slot's own tokens | NVIDIA GPUs: cuDNN |
 
 cuDNN returns the logarithm of the softmax's sum only in the inputs' 16 bits. That is too coarse to join two softmaxes,
 so there the new token goes into the cache first. A TPU cannot write single positions fast, since they lie in the lanes
@@ -31,8 +31,8 @@ Array = jax.Array
 
 Attend = Callable[..., tuple[Array, Any]]
 """(q [S,1,H,Dh], k [S,1,KV,Dh], v [S,1,KV,Dh], cache, lengths i32[S], chunk, index, *sliding_window) -> the attended
-values [S,1,H,Dh] and the chunk with the new token. Arguments as in `chunk_attention`, of which `Decoder.extend` is
-independent. If the cost follows the lengths, a slot of length 0 costs nothing and its result is not used."""
+values [S,1,H,Dh] and the chunk with the new token. The arguments are those of `chunk_attention`. If the cost follows
+the lengths, a slot of length 0 does not decode, and its result is not used."""
 
 
 class DecodeAttention(NamedTuple):

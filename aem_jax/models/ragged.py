@@ -10,8 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 Array = jax.Array
 
@@ -50,6 +48,10 @@ def ragged_attention(
     Returns:
         out f32[S,KV,R,Dh], top f32[S,KV,R,1] and total f32[S,KV,R,1]; of a slot without tokens 0, -1e30 and 0.
     """
+    # Imported here: no run without a TPU needs these experimental modules.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     slots, kv_heads, rows, head_dim = q.shape
     values = jnp.swapaxes(values, 2, 3)
     length = values.shape[3]
@@ -62,7 +64,7 @@ def ragged_attention(
     cached = pl.BlockSpec((1, kv_heads, head_dim, block), lambda s, i, lengths: (s, 0, 0, visited(s, i, lengths)))
     of_slot = lambda *shape: pl.BlockSpec((1, kv_heads, *shape), lambda s, i, lengths: (s, 0, 0, 0))
     out, stats = pl.pallas_call(
-        partial(_kernel, block=block, blocks=blocks),
+        partial(_kernel, block=block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(slots, blocks),
@@ -80,8 +82,10 @@ def ragged_attention(
     return out, stats[..., :1], stats[..., 1:2]
 
 
-def _kernel(lengths: Any, q: Any, keys: Any, values: Any, out: Any, stats: Any, *, block: int, blocks: int) -> None:
-    """One block of one slot. `stats` has m in lane 0 and l in lane 1; the outputs stay in fast memory meanwhile."""
+def _kernel(lengths: Any, q: Any, keys: Any, values: Any, out: Any, stats: Any, *, block: int) -> None:
+    """One block of one slot. Lanes 0 and 1 of `stats` are m and l. Both outputs stay in fast memory between blocks."""
+    from jax.experimental import pallas as pl
+
     index = pl.program_id(1)
     length = lengths[pl.program_id(0)]
     lane = jax.lax.broadcasted_iota(jnp.int32, stats.shape[2:], 1)

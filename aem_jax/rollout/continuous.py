@@ -79,8 +79,8 @@ def run(job: Job, group: SlotGroup, sampler: Sampler, config: RolloutConfig) -> 
         decoding = {slot: e for slot, e in group.active() if e.budget > ahead.get(slot, 0)}
         if decoding:
             contexts = {slot: e.num_tokens + min(ahead.get(slot, 0), e.budget) for slot, e in decoding.items()}
-            whole = [Call(tuple(contexts), None, sampler.capacity)]
-            calls = whole if sampler.is_ragged else group.plan_calls(contexts, cost)
+            all_slots = [Call(tuple(contexts), None, sampler.capacity)]
+            calls = all_slots if sampler.is_ragged else group.plan_calls(contexts, cost)
             budgets = {slot: CONTINUE if slot in ahead else episode.budget for slot, episode in decoding.items()}
             in_flight.append([_decode(job, group, sampler, config.decode_chunk, budgets, call) for call in calls])
         while len(in_flight) > bool(decoding):

@@ -266,9 +266,9 @@ class SlotGroup:
         self._restart({slot: episode for slot, episode in pending.items() if slot in self._stale}, job)
         prompts = {slot: episode.context_ids for slot, episode in pending.items()}
         keep = {slot: 0 if slot in self._stale else episode.num_kept for slot, episode in pending.items()}
-        for each in self._plan_passes(prompts, keep):
-            self._copy_or_rewind(each)
-            ids = {slot: prompts[slot][kept:] for slot, kept in each.keep.items() if kept < len(prompts[slot])}
+        for prefill_pass in self._plan_passes(prompts, keep):
+            self._copy_or_rewind(prefill_pass)
+            ids = {slot: prompts[slot][kept:] for slot, kept in prefill_pass.keep.items() if kept < len(prompts[slot])}
             for call in self.plan_calls({slot: len(prompts[slot]) for slot in ids}, prefill_cost) if ids else ():
                 self.state = prefill(
                     self._sampler,
@@ -292,18 +292,18 @@ class SlotGroup:
         own = num_slots // self._sampler.slot_shards
         return plan_passes(prompts, keep, held, lambda slot: (groups[slot], slot // own), cost)
 
-    def _copy_or_rewind(self, each: Pass) -> None:
+    def _copy_or_rewind(self, prefill_pass: Pass) -> None:
         """Brings the slots of a pass to the ids that they keep."""
         num_slots, sampler = len(self.episodes), self._sampler
         source, keep = np.full(num_slots, -1, np.int32), np.full(num_slots, sampler.capacity, np.int32)
-        for slot, kept in each.keep.items():
+        for slot, kept in prefill_pass.keep.items():
             episode = self.episodes[slot]
             assert episode is not None
-            source[slot] = each.source.get(slot, -1)
+            source[slot] = prefill_pass.source.get(slot, -1)
             if source[slot] >= 0 or kept < len(episode.cached_ids):
                 keep[slot] = kept
-        if each.source:
-            window = sampler.window_for(max(each.keep[slot] for slot in each.source))
+        if prefill_pass.source:
+            window = sampler.window_for(max(prefill_pass.keep[slot] for slot in prefill_pass.source))
             self.state = sampler.copy_prefix(self.state, source, keep, window=window)
         elif (keep < sampler.capacity).any():
             self.state = sampler.rewind(self.state, keep)
