@@ -20,11 +20,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from aem_jax.models import kv_cache
-from aem_jax.models.attention import chunk_attention, join_chunk
+from aem_jax.models.attention import chunk_attention
 from aem_jax.models.config import ModelConfig
 from aem_jax.models.kernels import Device, device_of
 from aem_jax.models.kv_cache import KEY_AXES, VALUE_AXES, KVChunk, LayerCache
-from aem_jax.models.ragged import ragged_attention
 from aem_jax.sharding import DECODE, partition
 
 Array = jax.Array
@@ -61,23 +60,6 @@ def attend_chunked(
 
 
 CHUNKED = DecodeAttention(attend_chunked)
-
-
-def attend_ragged(
-    q: Array,
-    k: Array,
-    v: Array,
-    cache: LayerCache,
-    lengths: Array,
-    chunk: KVChunk,
-    index: Array,
-    *,
-    interpret: bool = False,
-) -> tuple[Array, KVChunk]:
-    """`Attend` by the TPU's kernel, joined with the chunk."""
-    chunk = kv_cache.write_tokens(chunk, k, v, index)
-    arrays: Any = cache
-    return join_chunk(q, partial(ragged_attention, *arrays, lengths, interpret=interpret), chunk, index), chunk
 
 
 def attend_in_place(
@@ -122,6 +104,8 @@ def choose(config: ModelConfig, device: Device, *, int8: bool) -> DecodeAttentio
     if int8 or config.sliding_windows:
         return CHUNKED
     if device.platform == "tpu" and config.head_dim % 64 == 0:
+        from aem_jax.models.ragged import attend_ragged  # see there why not above
+
         return DecodeAttention(attend_ragged, follows_lengths=True, order=("slots", "kv_heads", "head_dim", "length"))
     half = config.dtype in ("bfloat16", "float16")
     if device.is_cuda and device.capability >= 8 and half and config.head_dim % 8 == 0 and config.head_dim <= 128:

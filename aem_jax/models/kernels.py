@@ -4,7 +4,7 @@ The table below lists the kernels and their limits. A kernel runs on one device,
 `shard_map`, with rows over data and fsdp and heads over tensor: no device needs the rows or heads of another.
 """
 
-import importlib.util
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -148,10 +148,11 @@ def choose(name: str, device: Device, sizes: Sizes, kernels: Mapping[str, Kernel
 
 @cache
 def _has(module: str) -> bool:
-    """Whether an optional module of jax is installed; it is not imported."""
+    """Whether an optional module of jax is installed. It is imported: while a program is traced, its import would in
+    jax 0.12 let every program of before compile again."""
     try:
-        return not module or importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent packages are missing, too
+        return not module or importlib.import_module(module) is not None
+    except ImportError:
         return False
 
 

@@ -3,6 +3,10 @@
 The grid runs over slots and over blocks of positions. A block after a slot's last token has the index of its last
 block, which is in fast memory already, so nothing is read for it. The softmax runs over the blocks: with scores
 s = q·k/√Dh, a step keeps the largest score m, l = Σ exp(s − m) and Σ exp(s − m) v, and rescales them when m grows.
+
+No run without a TPU needs these experimental modules of jax, so `decode_attention.choose` imports this module, and
+before any program is traced: in jax 0.12 their import adds to the context that programs are cached by, and every
+program of before would compile again.
 """
 
 from functools import partial
@@ -10,6 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from aem_jax.models import kv_cache
+from aem_jax.models.attention import join_chunk
+from aem_jax.models.kv_cache import KVChunk, LayerCache
 
 Array = jax.Array
 
@@ -31,6 +41,23 @@ def block_length(length: int, token_bytes: int) -> int:
     return min(blocks * _LANES, length)
 
 
+def attend_ragged(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: LayerCache,
+    lengths: Array,
+    chunk: KVChunk,
+    index: Array,
+    *,
+    interpret: bool = False,
+) -> tuple[Array, KVChunk]:
+    """`decode_attention.Attend` by the kernel, joined with the chunk."""
+    chunk = kv_cache.write_tokens(chunk, k, v, index)
+    arrays: Any = cache
+    return join_chunk(q, partial(ragged_attention, *arrays, lengths, interpret=interpret), chunk, index), chunk
+
+
 def ragged_attention(
     keys: Array, values: Array, lengths: Array, q: Array, *, interpret: bool = False
 ) -> tuple[Array, Array, Array]:
@@ -48,10 +75,6 @@ def ragged_attention(
     Returns:
         out f32[S,KV,R,Dh], top f32[S,KV,R,1] and total f32[S,KV,R,1]; of a slot without tokens 0, -1e30 and 0.
     """
-    # Imported here: no run without a TPU needs these experimental modules.
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
     slots, kv_heads, rows, head_dim = q.shape
     values = jnp.swapaxes(values, 2, 3)
     length = values.shape[3]
@@ -84,8 +107,6 @@ def ragged_attention(
 
 def _kernel(lengths: Any, q: Any, keys: Any, values: Any, out: Any, stats: Any, *, block: int) -> None:
     """One block of one slot. Lanes 0 and 1 of `stats` are m and l. Both outputs stay in fast memory between blocks."""
-    from jax.experimental import pallas as pl
-
     index = pl.program_id(1)
     length = lengths[pl.program_id(0)]
     lane = jax.lax.broadcasted_iota(jnp.int32, stats.shape[2:], 1)

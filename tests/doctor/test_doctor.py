@@ -32,8 +32,9 @@ from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
 from aem_jax.models import CONFIGS, ModelConfig, decode_attention
 from aem_jax.models.attention import row_attention
-from aem_jax.models.decode_attention import DecodeAttention, attend_in_place, attend_ragged
+from aem_jax.models.decode_attention import DecodeAttention, attend_in_place
 from aem_jax.models.kernels import KERNELS
+from aem_jax.models.ragged import attend_ragged
 from aem_jax.rollout.stats import RolloutStats
 from aem_jax.trajectory import Ending, Trajectory, Turn
 

@@ -13,12 +13,11 @@ from aem_jax.models.decode_attention import (
     CHUNKED,
     attend_chunked,
     attend_in_place,
-    attend_ragged,
     choose,
 )
 from aem_jax.models.kernels import Device
 from aem_jax.models.kv_cache import KVCache, KVChunk, LayerCache
-from aem_jax.models.ragged import block_length, ragged_attention
+from aem_jax.models.ragged import attend_ragged, block_length, ragged_attention
 
 QWEN = ModelConfig(151936, 1536, 8960, 28, 12, 2, 128, dtype="bfloat16")
 H100, A100, V100 = (Device("gpu", True, capability) for capability in (9.0, 8.0, 7.0))

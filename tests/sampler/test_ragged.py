@@ -10,7 +10,8 @@ from conversation import play, script
 from small_policies import numpy_params
 
 from aem_jax.models import ModelConfig, Policy
-from aem_jax.models.decode_attention import DecodeAttention, attend_in_place, attend_ragged, on_mesh
+from aem_jax.models.decode_attention import DecodeAttention, attend_in_place, on_mesh
+from aem_jax.models.ragged import attend_ragged
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.sampler import KERNEL_POSITIONS
 from aem_jax.sharding import DECODE, MeshConfig, make_mesh, shardings
