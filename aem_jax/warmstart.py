@@ -35,6 +35,9 @@ class WarmstartConfig:
     expert_noise: float = 0.0
     """Share of turns in which the demonstrator errs on purpose (goes to a random place, buys without comparing,
     finishes untested), so that the policy has something left to learn from reward."""
+    expert_thinks: bool = False
+    """Whether the demonstrator thinks before it acts, in varied words that follow from its knowledge:
+    <think>...</think>, a line break, <action>...</action>. ALFWorld and WebShop have such experts."""
     only_successful: bool = True
     """Use successful demonstrations only."""
     init_from: str = ""
