@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import pytest
-from envs.thoughts import bpe_lengths, smollm2_lengths
+from envs.thoughts import Recorder, bpe_lengths, smollm2_lengths
 
 from aem_jax.envs.actions import extract_action
 from aem_jax.envs.alfworld import suite as alfworld
@@ -21,7 +21,7 @@ from aem_jax.envs.alfworld.generator.files import domain_text, grammar_text, pro
 from aem_jax.envs.alfworld.generator.games import draw_game
 from aem_jax.envs.alfworld.goals import PLACES, Goal, class_of
 from aem_jax.envs.alfworld.knowledge import Knowledge
-from aem_jax.envs.alfworld.thoughts import PHRASES, REMARKS, WORDS, thought
+from aem_jax.envs.alfworld.thoughts import PHRASES, REMARKS, STEPS, WORDS, thought
 from aem_jax.envs.play import play
 from aem_jax.envs.suite import SuiteOptions
 from aem_jax.envs.thoughts import NUMBERS
@@ -191,7 +191,7 @@ def test_every_kind_of_statement_about_the_room_is_checked():
     facts |= {"at_one": "on shelf 1", "target": "mug", "state": "hot", "place": "desklamp", "a_place": "a desklamp"}
     facts |= {"thing": "mug 1", "at_dest": "in cabinet 1", "dest": "cabinet 1", "a_target": "a mug"}
     for topic in ("hand", "view", "past", "progress", "where", "closed_now"):
-        for phrasing in (REMARKS | PHRASES)[topic]:
+        for phrasing in {**REMARKS, **PHRASES}[topic]:
             sentence = re.sub(r"\{(\w+)\}", lambda name: facts.get(name[1], ""), phrasing).lower().rstrip(".")
             allowed = "has to be open" in sentence  # of the place that the command opens
             assert allowed or any(re.search(pattern, sentence) for pattern in CHECKS), phrasing
@@ -223,6 +223,17 @@ def test_one_state_has_many_wordings(moments: list[Moment]):
         drawn = [thought(moment.goal, moment.known, moment.command, rng) for _ in range(200)]
         assert max(Counter(drawn).values()) <= 20 and len(set(drawn)) >= 60, moment
         assert len({text.split()[0] for text in drawn}) >= 5
+
+
+def test_every_phrasing_is_said(moments: list[Moment]):
+    recorder = Recorder(0)
+    known = Knowledge(["shelf 1"], {"shelf 1": []}, here="shelf 1", held="cup 1", refused={"move cup 1 to shelf 1"})
+    goal = Goal("pick_and_place_simple", "mug", "shelf")
+    commands = ("go to shelf 1", "move cup 1 to shelf 1", "put cup 1 in/on shelf 1", "look")
+    for moment in [*moments, *[Moment(goal, known, command, "") for command in commands] * 60]:
+        thought(moment.goal, moment.known, moment.command, recorder)
+    silent = {phrasing for part in (REMARKS, STEPS, PHRASES) for texts in part.values() for phrasing in texts}
+    assert not silent - recorder.chosen
 
 
 def test_mistakes_are_as_long_as_good_thoughts(moments: list[Moment]):

@@ -1,7 +1,9 @@
-"""Lengths of thoughts in tokens."""
+"""Lengths of thoughts in tokens, and the phrasings that are drawn."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,3 +26,17 @@ def smollm2_lengths(texts: Sequence[str]) -> list[int]:
 
     tokenizer = Tokenizer.from_file(str(SMOLLM2))
     return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
+
+
+class Recorder(random.Random):
+    """A source of draws that records what it chooses."""
+
+    def __init__(self, seed: int):
+        super().__init__(seed)
+        self.chosen: set[Any] = set()
+
+    def choice(self, seq: Sequence[Any]) -> Any:
+        """Draws an element, as `random.Random` does."""
+        chosen = super().choice(seq)
+        self.chosen.add(chosen)
+        return chosen

@@ -11,7 +11,7 @@ from aem_jax.envs.thoughts import NUMBERS, Facts, Grammar, listed, think, though
 from aem_jax.envs.webshop.analysis import terms, words
 from aem_jax.envs.webshop.experts import Item, Knowledge, Listing
 
-WORDS = (13, 30)
+WORDS = (13, 27)
 """Range of a thought's number of words."""
 
 _WISH, _TITLE = 5, 4
@@ -49,7 +49,7 @@ REMARKS: Grammar = {
     ),
     "choice": (
         "I have chosen {chosen}.",
-        "{chosen} is chosen.",
+        "{is_chosen}.",
         "my choice of {chosen} is made.",
     ),
 }
@@ -137,7 +137,7 @@ PHRASES: Grammar = {
         "I do not need to look further than {title}",
         "{all}it has all {number} words",
         "{match} are here",
-        "{chosen} is chosen",
+        "{is_chosen}",
     ),
     "not_yet": (
         "{partial}{title} has only {match}",
@@ -183,7 +183,12 @@ def _item_facts(known: Knowledge, item: Item) -> dict[str, str]:
     share = known.matches[known.asin]
     facts = {"title": _short(item.title)} | _match_facts(known, share)
     chosen = [value for option, value in known.chosen.items() if value in item.options.get(option, ())]
-    return facts | ({"chosen": listed(chosen)} if chosen else {})
+    if chosen:
+        facts |= {
+            "chosen": listed(chosen),
+            "is_chosen": f"{listed(chosen)} {'is' if len(chosen) == 1 else 'are'} chosen",
+        }
+    return facts
 
 
 def _match_facts(known: Knowledge, share: float) -> dict[str, str]:
