@@ -118,6 +118,20 @@ def fitting(episodes: Sequence[Trajectory], limit: int) -> list[Trajectory]:
     return [episode for episode in cut if episode.turns]
 
 
+def warn_of_long_responses(episodes: Sequence[Trajectory], limit: int) -> None:
+    """Warns if responses have more than `limit` tokens: a policy that learns them cannot finish them."""
+    lengths = [len(turn.response_ids) for episode in episodes for turn in episode.turns]
+    if long := sum(length > limit for length in lengths):
+        log.warning(
+            "%d of the %d demonstrated responses are longer than rollout.response_tokens = %d (the longest has %d "
+            "tokens), so the policy learns responses that it cannot finish; raise rollout.response_tokens",
+            long,
+            len(lengths),
+            limit,
+            max(lengths),
+        )
+
+
 def _num_tokens(turns: Sequence[Turn]) -> int:
     return sum(len(turn.observation_ids) + len(turn.response_ids) for turn in turns)
 
