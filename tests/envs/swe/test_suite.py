@@ -57,7 +57,7 @@ def test_an_agent_that_runs_the_tests_solves_all_and_a_random_one_few(suite: Tas
 
 
 def test_a_thinking_tester_is_refused():
-    with pytest.raises(ValueError, match="expert-thinks: expected False with swe_choices, got True"):
+    with pytest.raises(ValueError, match="expert-thinks: expected False with swe-choices, got True"):
         swe_choices(ChoicesConfig(), SuiteOptions(expert_thinks=True))
 
 
