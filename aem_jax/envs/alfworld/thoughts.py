@@ -98,6 +98,7 @@ STEPS: Grammar = {
     ),
     "stray": ("{hunch}, so {go_there}.", "{hunch}. {go_there}.", "{go}, because {hunch}.", "{go}. {hunch}."),
     "fetch": (
+        "{guess}, so {go_there}.",
         "{where}, so {go_there}.",
         "{where}. {go_there}.",
         "{go} to get {thing}.",
@@ -131,6 +132,7 @@ STEPS: Grammar = {
         "{thing} {at_dest} is the {target} that I need. let me take it.",
     ),
     "carry": (
+        "{guess}, so {go_there}.",
         "{dest} can {treatment} {held}, so {go_there}.",
         "to {treatment} {held} I need {a_station}. {go}.",
         "{go} to {treatment} {held}.",
@@ -147,6 +149,7 @@ STEPS: Grammar = {
         "with {dest} I {treatment} {thing}, as the task demands.",
     ),
     "bring": (
+        "{guess}, so {go_there}.",
         "{held} belongs {at_a_place}. {go}.",
         "{dest} is {a_place}, so {go_there} with {held}.",
         "{go} to put {held} there.",
@@ -164,6 +167,7 @@ STEPS: Grammar = {
         "{refused}moving {thing} to {dest} had no effect, so I try to put it in other words.",
     ),
     "to_lamp": (
+        "{guess}, so {go_there}.",
         "{where}, so {go_there}.",
         "{where}. {go_there}.",
         "{go} to use {thing}.",
@@ -244,7 +248,7 @@ PHRASES: Grammar = {
         "{dest} looks like a good choice now",
         "my guess is {dest}",
         "I have a feeling about {dest}",
-        "{dest} may help me with the {target}",
+        "{dest} may help with the {target}",
         "it seems right to try {dest}",
     ),
     "where": (
