@@ -156,7 +156,7 @@ CHECKS: dict[str, Callable[..., bool]] = {
     ),
     # the task
     rf"({NAME}) is (?:clean|hot|cool)\b|have made ({NAME})": lambda m, *thing: "".join(thing) in m.known.treated,
-    rf"({NAME}) (?:still|is not ready)|not made ({NAME})|first ({NAME}) has to be": lambda m, *thing: (
+    rf"({NAME}) (?:still|is not ready)|(?:not made|have to [a-z]+|first) ({NAME})(?! and)": lambda m, *thing: (
         "".join(thing) not in m.known.treated
     ),
     r"([a-z]+) is often (?:kept|found) (?:in|on) an? ([a-z]+)": lambda m, thing, place: place in PLACES[thing],

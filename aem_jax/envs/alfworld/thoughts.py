@@ -85,8 +85,9 @@ REMARKS: Grammar = {
 """Topic -> remarks about the task and the room."""
 
 STEPS: Grammar = {
-    # Also what a careless expert thinks, in the same words.
+    # A careless expert takes the steps `search` and `stray`. All steps that lead somewhere share words with them.
     "search": (
+        "{need}, so {go}.",
         "{may}, so {go_there}.",
         "{may}. {go_there}.",
         "{go}, because {may}.",
@@ -96,15 +97,25 @@ STEPS: Grammar = {
         "{likely}{a_such} is often kept {at_kind}, so {go}.",
         "{likely}{go}, since {a_such} is often found {at_kind}.",
     ),
-    "stray": ("{hunch}, so {go_there}.", "{hunch}. {go_there}.", "{go}, because {hunch}.", "{go}. {hunch}."),
+    "stray": (
+        "{hunch}, so {go_there}.",
+        "{hunch}. {go_there}.",
+        "{go}, because {hunch}.",
+        "{go} with {held}.",
+        "{need}, so {go}.",
+        "{need}. {go}.",
+        "{go}, because {need}.",
+    ),
     "fetch": (
         "{guess}, so {go_there}.",
+        "{guess}. {go_there}.",
+        "{need}, so {go}.",
+        "{need}. {go}.",
+        "{go}, because {need}.",
         "{where}, so {go_there}.",
         "{where}. {go_there}.",
-        "{go} to get {thing}.",
         "{go}, because {where}.",
-        "I want {thing}, so {go}.",
-        "{thing} is what I need. {go}.",
+        "{go} to get {thing}.",
     ),
     "open_search": (
         "{inside}, so I open it.",
@@ -133,11 +144,13 @@ STEPS: Grammar = {
     ),
     "carry": (
         "{guess}, so {go_there}.",
+        "{guess}. {go_there}.",
+        "{need}, so {go}.",
+        "{need}. {go}.",
+        "{go}, because {need}.",
+        "{go} with {held}.",
         "{dest} can {treatment} {held}, so {go_there}.",
-        "to {treatment} {held} I need {a_station}. {go}.",
         "{go} to {treatment} {held}.",
-        "{go}, because there I can {treatment} it.",
-        "first {held} has to be {state}. {go}.",
         "{dest} is the place to {treatment} {held}. {go_there}.",
     ),
     "treat": (
@@ -150,11 +163,13 @@ STEPS: Grammar = {
     ),
     "bring": (
         "{guess}, so {go_there}.",
-        "{held} belongs {at_a_place}. {go}.",
+        "{guess}. {go_there}.",
+        "{need}, so {go}.",
+        "{need}. {go}.",
+        "{go}, because {need}.",
+        "{go} with {held}.",
         "{dest} is {a_place}, so {go_there} with {held}.",
         "{go} to put {held} there.",
-        "{go}, because {held} must end up {at_a_place}.",
-        "now {held} needs its place. {go}.",
         "{dest} is where {held} should be. {go_there}.",
     ),
     "put": (
@@ -168,11 +183,14 @@ STEPS: Grammar = {
     ),
     "to_lamp": (
         "{guess}, so {go_there}.",
+        "{guess}. {go_there}.",
+        "{need}, so {go}.",
+        "{need}. {go}.",
+        "{go}, because {need}.",
         "{where}, so {go_there}.",
         "{where}. {go_there}.",
-        "{go} to use {thing}.",
-        "I need the light of {thing}. {go}.",
         "{go}, because {where}.",
+        "{go} to use {thing}.",
     ),
     "use": (
         "{thing} is here, so I turn it on.",
@@ -243,6 +261,15 @@ PHRASES: Grammar = {
         "{old}I want to look at {dest} again",
         "I take {held} along to {dest}",
         "maybe {dest} is of use for {held}",
+    ),
+    "need": (
+        "{a_wanted} is what I need",
+        "I am after {a_wanted}",
+        "{untreated}first {held} has to be {state}",
+        "{untreated}I still have to {treatment} {held}",
+        "{settled}now {held} needs its place",
+        "{settled}{held} has to get to {a_place}",
+        "{lit}{held} needs some light",
     ),
     "guess": (
         "{dest} looks like a good choice now",
@@ -316,6 +343,7 @@ def _known_facts(goal: Goal, known: Knowledge) -> dict[str, str]:
         untreated=right and bool(goal.treatment) and held not in known.treated,
         treated=right and held in known.treated,
         lit=right and goal.light,
+        settled=right and not goal.light and (not goal.treatment or held in known.treated),
         start=here is None,
     )
     if held:
