@@ -21,7 +21,8 @@ from aem_jax.envs.alfworld.generator.files import domain_text, grammar_text, pro
 from aem_jax.envs.alfworld.generator.games import draw_game
 from aem_jax.envs.alfworld.goals import PLACES, Goal, class_of
 from aem_jax.envs.alfworld.knowledge import Knowledge
-from aem_jax.envs.alfworld.thoughts import PHRASES, REMARKS, STEPS, WORDS, thought
+from aem_jax.envs.alfworld.phrasings import PHRASES, REMARKS, STEPS
+from aem_jax.envs.alfworld.thoughts import WORDS, thought
 from aem_jax.envs.play import play
 from aem_jax.envs.suite import SuiteOptions
 from aem_jax.envs.thoughts import NUMBERS
