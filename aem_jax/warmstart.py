@@ -35,6 +35,9 @@ class WarmstartConfig:
     expert_noise: float = 0.0
     """Share of turns in which the demonstrator errs on purpose (goes to a random place, buys without comparing,
     finishes untested), so that the policy has something left to learn from reward."""
+    expert_thinks: bool = False
+    """Whether the demonstrator thinks before it acts, in varied words that follow from its knowledge:
+    <think>...</think>, a line break, <action>...</action>. ALFWorld and WebShop have such experts."""
     only_successful: bool = True
     """Use successful demonstrations only."""
     init_from: str = ""
@@ -113,6 +116,20 @@ def fitting(episodes: Sequence[Trajectory], limit: int) -> list[Trajectory]:
     )
     cut = [replace(e, turns=_first_turns(e, limit), ending=Ending.TRUNCATED) for e in episodes]
     return [episode for episode in cut if episode.turns]
+
+
+def warn_of_long_responses(episodes: Sequence[Trajectory], limit: int) -> None:
+    """Warns if responses have more than `limit` tokens: a policy that learns them cannot finish them."""
+    lengths = [len(turn.response_ids) for episode in episodes for turn in episode.turns]
+    if long := sum(length > limit for length in lengths):
+        log.warning(
+            "%d of the %d demonstrated responses are longer than rollout.response_tokens = %d (the longest has %d "
+            "tokens), so the policy learns responses that it cannot finish; raise rollout.response_tokens",
+            long,
+            len(lengths),
+            limit,
+            max(lengths),
+        )
 
 
 def _num_tokens(turns: Sequence[Turn]) -> int:

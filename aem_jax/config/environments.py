@@ -20,7 +20,9 @@ def task_suite(config: RunConfig) -> TaskSuite:
     """
     settings, make = config.warmstart, _spec(config).suite
     assert make is not None, f"expected an environment of TRAINED, got {config.environment.NAME}"
-    options = SuiteOptions(config.seed, config.evaluation.splits, settings.expert_noise, config.env)
+    options = SuiteOptions(
+        config.seed, config.evaluation.splits, settings.expert_noise, settings.expert_thinks, config.env
+    )
     suite = make(config.environment, options)
     if suite.demonstrator is None and settings.episodes and not settings.init_from:
         raise ValueError(

@@ -17,3 +17,12 @@ def extract_action(text: str) -> str | None:
 def as_action(command: str) -> str:
     """Returns a response that contains only the command."""
     return f"<action>{command}</action>"
+
+
+def as_thought(thought: str, command: str) -> str:
+    """Returns a response that contains a thought and the command.
+
+    They stand on two lines, as chat models write them. Without the line break, byte-pair tokenizers join `><`, and
+    `<action>` has other tokens than in the prompt.
+    """
+    return f"<think>{thought}</think>\n{as_action(command)}"

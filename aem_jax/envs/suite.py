@@ -49,12 +49,14 @@ class SuiteOptions:
         seed: seed for the order or the generation of the training tasks.
         splits: evaluation splits of the run.
         expert_noise: fraction of turns in which the demonstrator makes a deliberate error.
+        expert_thinks: whether the demonstrator thinks in `<think>…</think>` before it acts.
         pool: the run's environment servers.
     """
 
     seed: int = 0
     splits: tuple[str, ...] = ()
     expert_noise: float = 0.0
+    expert_thinks: bool = False
     pool: PoolConfig = field(default_factory=PoolConfig)
 
 

@@ -20,7 +20,7 @@ from aem_jax.models import Params, Policy
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
 from aem_jax.trajectory import Trajectory
-from aem_jax.warmstart import demonstrations, fitting, warmstart
+from aem_jax.warmstart import demonstrations, fitting, warmstart, warn_of_long_responses
 
 
 def load_frozen_weights(run: RunContext) -> Params:
@@ -147,4 +147,5 @@ def _demonstrations(run: RunContext) -> Sequence[Trajectory]:
             f"{len(episodes)} episodes, and none of them has a turn within rollout.context_tokens "
             f"{rollout.context_tokens}"
         )
+    warn_of_long_responses(learnt, rollout.response_tokens)
     return learnt
