@@ -1,4 +1,4 @@
-"""The action format of our environments: `<action>…</action>` inside a response."""
+"""The format of responses in our environments: `<action>…</action>`, and thoughts in `<think>…</think>` before it."""
 
 import re
 
@@ -17,3 +17,8 @@ def extract_action(text: str) -> str | None:
 def as_action(command: str) -> str:
     """Returns a response that contains only the command."""
     return f"<action>{command}</action>"
+
+
+def has_thought(text: str) -> bool:
+    """Returns whether a response contains `<think>` and, behind it, `</think>`."""
+    return "</think>" in text.partition("<think>")[2]

@@ -44,8 +44,12 @@ class RolloutConfig:
     """append: one growing sequence per episode. window: each prompt holds the first observation and the last turns."""
     window_turns: int = 2
     """Recent turns in a windowed prompt."""
+    prompt_style: Literal["chat", "single"] = "chat"
+    """chat: a windowed prompt is a conversation of observations and responses. single: it is one message, composed by
+    ALFWorld or WebShop as in the paper: task, last actions, observation, admissible actions, form of a response."""
     thinking: Literal["keep", "drop"] = "keep"
-    """Thinking of earlier responses in a windowed prompt: keep it, or drop all up to the last </think>."""
+    """Thinking of earlier responses in a windowed prompt: keep it, or drop all up to the last </think>. A single
+    message never has it."""
     instruction: str = ""
     """System message; empty: none."""
     carry_min_groups: int = 0
@@ -102,6 +106,13 @@ class RolloutConfig:
             )
         if self.context not in ("append", "window"):
             raise ValueError(f"expected rollout.context 'append' or 'window', got {self.context!r}")
+        if self.prompt_style not in ("chat", "single"):
+            raise ValueError(f"expected rollout.prompt_style 'chat' or 'single', got {self.prompt_style!r}")
+        if self.prompt_style == "single" and self.context == "append":
+            raise ValueError(
+                "expected rollout.prompt_style 'chat' with rollout.context 'append', whose prompts grow turn by turn, "
+                "got 'single'; set rollout.context to 'window'"
+            )
         if self.thinking not in ("keep", "drop"):
             raise ValueError(f"expected rollout.thinking 'keep' or 'drop', got {self.thinking!r}")
         if self.thinking == "drop" and self.context == "append":

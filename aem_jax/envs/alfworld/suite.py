@@ -11,6 +11,7 @@ from aem_jax.envs.actions import as_action
 from aem_jax.envs.alfworld.engine import Player
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.experts import Oracle, Searcher
+from aem_jax.envs.alfworld.prompt import prompt
 from aem_jax.envs.alfworld.tasks import eval_set, load_game, training_tasks
 from aem_jax.envs.play import Act, random_agent
 from aem_jax.envs.protocol import StepResult, Task
@@ -32,6 +33,7 @@ def task_suite(config: AlfworldConfig, options: SuiteOptions) -> TaskSuite:
         make_env=make(config),
         demonstrator=partial(_noisy_searcher, options.expert_noise),
         baselines={"oracle": _oracle, "searcher": _searcher, "random": random_agent},
+        prompt=prompt,
     )
 
 
