@@ -42,15 +42,14 @@ def lengths(
     Turns that a rollout would leave out of a prompt that is too long are counted.
     """
     whole = replace(run.rollout, context_tokens=1_000_000, windows=())
+    no_history = replace(whole, window_turns=0)
     env = suite.make_env()
     for task in tasks:
         act, result = make_act(task), env.reset(task.payload)
         turns: list[tuple[str, str]] = []
         while not result.done and len(turns) < run.rollout.max_turns:
-            yield tuple(
-                len(full_prompt(chat, turns, result, replace(whole, window_turns=count), suite.prompt))
-                for count in (whole.window_turns, 0)
-            )
+            own, bare = (full_prompt(chat, turns, result, config, suite.prompt) for config in (whole, no_history))
+            yield len(own), len(bare)
             response = act(result)
             turns.append((result.observation, response))
             result = env.step(response)

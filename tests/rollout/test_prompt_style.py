@@ -1,14 +1,17 @@
 """Prompts in one message: composed from the episode so far, the same in demonstrations and in resumed runs."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from aem_jax.envs.prompt import Situation
-from aem_jax.envs.protocol import EnvError
+from aem_jax.envs.protocol import EnvError, StepResult
 from aem_jax.rollout import Rollout, group_attempts
 from aem_jax.rollout.carry import from_record, record
 from aem_jax.trajectory import Trajectory
@@ -29,13 +32,13 @@ def admissible(left: int) -> list[str]:
 class ListingEnv(CountdownEnv):
     """Lists actions that depend on the turns left."""
 
-    def reset(self, task):
+    def reset(self, task: Mapping[str, Any]) -> StepResult:
         return self._with_list(super().reset(task))
 
-    def step(self, text):
-        return self._with_list(super().step(text))
+    def step(self, action_text: str) -> StepResult:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._with_list(super().step(action_text))
 
-    def _with_list(self, result):
+    def _with_list(self, result: StepResult) -> StepResult:
         return replace(result, info={**result.info, "admissible": admissible(self.left)})
 
 
@@ -94,8 +97,8 @@ def test_a_demonstration_has_the_prompts_of_a_policy_that_responds_the_same(samp
     rollout = Rollout(sampler, ByteChat(), LocalPool(12, ListingEnv), config, compose=compose)
     trajectories, _ = rollout(params, TASKS, jax.random.key(7))
     for t in trajectories:
-        responses = iter(turn.response for turn in t.turns)
-        shown = demonstrate(ListingEnv(), lambda result: next(responses), t.task, ByteChat(), config, compose)
+        again = partial(next, iter([turn.response for turn in t.turns]))
+        shown = demonstrate(ListingEnv(), lambda result, again=again: again(), t.task, ByteChat(), config, compose)
         assert [turn.observation_ids.tolist() for turn in shown.turns] == [
             turn.observation_ids.tolist() for turn in t.turns
         ]
