@@ -14,11 +14,11 @@ def extract_action(text: str) -> str | None:
     return actions[-1].strip() if actions else None
 
 
-def as_action(command: str) -> str:
-    """Returns a response that contains only the command."""
-    return f"<action>{command}</action>"
-
-
 def has_thought(text: str) -> bool:
     """Returns whether a response contains `<think>` and, behind it, `</think>`."""
     return "</think>" in text.partition("<think>")[2]
+
+
+def as_action(command: str) -> str:
+    """Returns a response that contains only the command."""
+    return f"<action>{command}</action>"

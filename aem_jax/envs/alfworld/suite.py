@@ -30,10 +30,10 @@ def task_suite(config: AlfworldConfig, options: SuiteOptions) -> TaskSuite:
         settings=dataclasses.asdict(config),
         training=training_tasks(config.games, seed=options.seed, **official),
         evaluation=evaluation,
+        prompt=prompt,
         make_env=make(config),
         demonstrator=partial(_noisy_searcher, options.expert_noise),
         baselines={"oracle": _oracle, "searcher": _searcher, "random": random_agent},
-        prompt=prompt,
     )
 
 

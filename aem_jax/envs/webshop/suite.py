@@ -38,10 +38,10 @@ def task_suite(config: WebshopConfig, options: SuiteOptions) -> TaskSuite:
         settings=dataclasses.asdict(config),
         training=training_tasks(catalog, options.seed, config.shop.held_out),
         evaluation=evaluation,
+        prompt=prompt if config.mode in MODES else None,
         make_env=lambda: WebshopEnv(front, config),
         demonstrator=partial(_noisy_shopper, options.expert_noise),
         baselines={"oracle": _oracle, "shopper": partial(_noisy_shopper, 0.0), "random": _random},
-        prompt=prompt if config.mode in MODES else None,
     )
 
 
