@@ -17,6 +17,7 @@ from aem_jax.envs.alfworld.prompt import prompt as alfworld_prompt
 from aem_jax.envs.alfworld.suite import task_suite as alfworld
 from aem_jax.envs.play import Act
 from aem_jax.envs.prompt import Situation, compose, recorded_action
+from aem_jax.envs.protocol import Task
 from aem_jax.envs.suite import SuiteOptions, TaskSuite
 from aem_jax.envs.webshop.env import WebshopConfig
 from aem_jax.envs.webshop.generator.config import GeneratorConfig
@@ -25,14 +26,16 @@ from aem_jax.envs.webshop.shop import ShopConfig
 from aem_jax.envs.webshop.suite import task_suite as webshop
 from aem_jax.files import read_json_lines
 from aem_jax.overrides import override
+from aem_jax.tokenizer import ChatTokenizer
+from scripts.prompt_lengths import lengths, sources
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def situations(suite: TaskSuite, act: Act, task: int = 0, turns: int = 2) -> Iterator[Situation]:
-    """The situations of an episode, with the last turns in each."""
+def situations(suite: TaskSuite, act: Act, task: Task | None = None, turns: int = 2) -> Iterator[Situation]:
+    """The situations of an episode, with the last turns in each; of the first training task by default."""
     env, past = suite.make_env(), []
-    result = env.reset(suite.training[task].payload)
+    result = env.reset((task or suite.training[0]).payload)
     first = result.observation
     while not result.done:
         shown = past[max(len(past) - turns, 0) :]
@@ -116,8 +119,8 @@ def test_webshops_pages_are_shown_without_the_instruction(tmp_path: Path, mode: 
     bare = shop(tmp_path, mode=mode, repeat_instruction=False)
     task = suite.training[3]
     instruction = task.payload["goal"]["instruction"].strip()
-    pages = [situation.observation for situation in situations(bare, bare.baselines["oracle"](task), 3)]
-    visit = list(situations(suite, suite.baselines["oracle"](task), 3))
+    pages = [situation.observation for situation in situations(bare, bare.baselines["oracle"](task), task)]
+    visit = list(situations(suite, suite.baselines["oracle"](task), task))
     assert len(pages) == len(visit) >= 4
     for page, situation in zip(pages, visit, strict=True):
         message = webshop_prompt(situation)
@@ -175,22 +178,35 @@ def test_a_response_may_have_to_think(tmp_path: Path):
         assert env.step(thought + as_action("search[lamp]")).info["valid_action"]
 
 
-@pytest.mark.parametrize(("preset", "tasks"), [("alfworld-paper", 6), ("webshop-paper", 30)])
-def test_prompts_are_far_below_the_limit_of_the_papers_presets(tmp_path: Path, preset: str, tasks: int):
-    """Even with two characters a token; SmolLM2's tokenizer has at least 2.3 (scripts/prompt_lengths.py)."""
-    settings = {
-        "alfworld-paper": {"alfworld.games.receptacles": [25, 40], "alfworld.games.things": [99, 99]}
-        | {"alfworld.games.max_copies": 9},
-        "webshop-paper": {"webshop.shop.cache": str(tmp_path)},
-    }[preset]
-    run = override(read_preset(preset), settings)
-    suite = task_suite(run)
+@pytest.mark.parametrize("preset", ["alfworld-paper", "webshop-paper"])
+def test_prompts_are_far_below_the_limit_of_the_papers_presets(tmp_path: Path, monkeypatch, preset: str):
+    """Even with two characters a token; SmolLM2's tokenizer has at least 2.2 in these prompts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _, run, choose in sources(preset, 4, None, None):
+        suite = task_suite(run)
+        assert suite.prompt
+        visits = [situations(suite, suite.baselines["random"](task), task) for task in choose(suite)]
+        longest = max(len(suite.prompt(situation)) for visit in visits for situation in visit)
+        assert 1000 < longest < 2 * run.rollout.prompt_tokens
+
+
+SMOLLM2 = Path(__file__).parents[2] / "models/smollm2-135m/model.gguf"
+
+
+@pytest.mark.skipif(not SMOLLM2.is_file(), reason="needs SmolLM2's tokenizer: make smollm2")
+@pytest.mark.parametrize(("preset", "most"), [("alfworld-paper", 1100), ("webshop-paper", 2000)])
+def test_prompts_in_tokens_of_smollm2(tmp_path: Path, monkeypatch, preset: str, most: int):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    chat = ChatTokenizer.from_pretrained(SMOLLM2, appends=False)
     longest = 0
-    assert suite.prompt
-    for number in range(tasks):
-        for situation in situations(suite, suite.baselines["random"](suite.training[number]), number):
-            longest = max(longest, len(suite.prompt(situation)))
-    assert 1000 < longest < 2 * run.rollout.prompt_tokens
+    for _, run, choose in sources(preset, 2, GOLDEN if GOLDEN.is_dir() else None, unpack(tmp_path)):
+        suite = task_suite(run)
+        tasks = choose(suite)[:6]
+        for make_act in suite.baselines.values():
+            pairs = list(lengths(suite, run, make_act, tasks, chat))
+            assert all(bare <= own <= run.rollout.prompt_tokens for own, bare in pairs)
+            longest = max(longest, *(own for own, _ in pairs))
+    assert most / 2 < longest < most
 
 
 # Recorded episodes of the original engines, and their prompts written out anew, step by step.
