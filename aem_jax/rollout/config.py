@@ -13,9 +13,9 @@ class RolloutConfig:
     group_size: int = 8
     """Episodes of each task: the rollout group over which advantages and AEM's coefficient are normalised."""
     num_slots: int = 128
-    """Episodes in progress at once: rows of the KV cache. Further episodes wait for a free slot."""
+    """Episodes in progress at once: rows of the KV cache. Further episodes wait."""
     cache_gib: float = 0.0
-    """Most memory of a device that KV caches may take, in GiB; 0: all. More slots than fit are refused."""
+    """Most memory of a device for KV caches, GiB; 0: all. More slots are refused."""
     mode: Literal["lockstep", "continuous"] = "lockstep"
     """lockstep: a cohort's episodes take their turns together; the same seed gives the same run, bit by bit.
     continuous: each response is decoded as soon as possible, so the device need not wait for slow environments."""
@@ -30,9 +30,9 @@ class RolloutConfig:
     response_tokens: int = 512
     """Most tokens of one response."""
     context_tokens: int = 8192
-    """Most tokens of one episode (append) or of one prompt and response (window): capacity of a slot."""
+    """Capacity of a slot: tokens of an episode (append), or of a prompt and response."""
     prompt_tokens: int = 2048
-    """Most tokens of a first prompt: capacity of a row in which a group's prompt is prefilled."""
+    """Most tokens of a first prompt: capacity of a row of the prompt cache."""
     decode_chunk: int = 64
     """Tokens decoded by one call; it ends early when all slots have finished."""
     extend_buckets: tuple[int, ...] = (64, 256, 1024)

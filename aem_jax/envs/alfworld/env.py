@@ -18,7 +18,7 @@ class AlfworldConfig:
     NAME: ClassVar[str] = "alfworld"
 
     max_steps: int = 50
-    """Steps after which an unsolved episode is truncated; a generated game has its own limit."""
+    """Steps after which an episode is truncated; generated games have their own limit."""
     reward_won: float = 10.0
     """Reward of the step that solves the task."""
     reward_step: float = 0.0
@@ -26,8 +26,7 @@ class AlfworldConfig:
     reward_invalid: float = -0.1
     """Reward of a response whose action is missing or not admissible."""
     require_thinking: bool = False
-    """Whether a response without <think>…</think> is invalid, too, as in the paper. Its action is executed, and
-    reward_invalid is its reward, or is added to reward_won."""
+    """Whether a response without <think>…</think> is invalid, too, as in the paper; its action is executed."""
     max_invalid: int = 0
     """Invalid actions that truncate an unsolved episode; 0 sets no limit."""
     data: str = ""
@@ -102,7 +101,7 @@ class AlfworldEnv:
 
     def _reward(self, won: bool, valid: bool) -> float:
         config = self._config
-        if won:
+        if won:  # without a thought, a winning response may be invalid
             return config.reward_won if valid else config.reward_won + config.reward_invalid
         return config.reward_step if valid else config.reward_invalid
 

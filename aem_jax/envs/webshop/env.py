@@ -46,8 +46,7 @@ class WebshopConfig:
     reward_invalid: float = -0.1
     """Reward of a response whose action is missing or not possible."""
     require_thinking: bool = False
-    """Whether a response without <think>…</think> is invalid, too, as in the paper. Its action is executed, and
-    reward_invalid is its reward, or is added to that of a purchase."""
+    """Whether a response without <think>…</think> is invalid, too, as in the paper; its action is executed."""
     max_invalid: int = 0
     """Invalid actions after which an episode without a purchase is truncated; 0 sets no limit."""
     shop: ShopConfig = ShopConfig()  # noqa: RUF009 (frozen)
