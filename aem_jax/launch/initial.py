@@ -36,6 +36,8 @@ def load_frozen_weights(run: RunContext) -> Params:
         _make_frozen_weights(run, policy.base)
     recorded = run.processes.broadcast(inputs.load(folder).get(inputs.FROZEN) if is_first else None)
     frozen, sums = frozen_weights.load(config, folder, policy.base, run.mesh, recorded)
+    if config.warmstart.init_from and run.checkpoints.latest is None:
+        init_from.check_frozen(config, sums)
     if recorded is None and run.checkpoints.is_writer and is_first:
         inputs.write(folder, {**inputs.load(folder), inputs.FROZEN: sums})
     return frozen
@@ -70,16 +72,16 @@ def initial_state(run: RunContext, frozen: Params) -> TrainState:
 
 
 def initial_parameters(run: RunContext, policy: Policy, frozen: Params) -> Params:
-    """The parts of `policy` that are not random: frozen weights, or a float32 base from another run or from files.
+    """The parts of `policy` that are not random: frozen weights, what another run has trained, or a model's files.
 
     Raises:
         ConfigError: the other run or the files cannot be used.
     """
     config = run.config
+    if config.warmstart.init_from:
+        return {**frozen, **init_from.parameters(config, policy, run.chat.vocab_size, run.mesh)}
     if policy.lora:
         return frozen
-    if config.warmstart.init_from:
-        return init_from.parameters(config, policy, run.chat.vocab_size, run.mesh)
     if not config.model.path:
         return {}
     try:
