@@ -86,10 +86,11 @@ def full_prompt(
         return chat.prompt_ids(windowed_messages(turns, result.observation, config))
     assert compose is not None, "Rollout and config.environments refuse a single message without a function for it"
     admissible = result.info.get("admissible")
-    if admissible is None:
+    if not isinstance(admissible, list | tuple):
         raise EnvError(
-            "expected the environment's admissible actions with rollout.prompt_style 'single', got none; start servers "
-            "of --env.urls with --send-admissible, or name the field in --env.field-mapping.admissible-field"
+            "expected the environment's admissible actions, a list, with rollout.prompt_style 'single', got "
+            f"{admissible!r:.60}; start servers of --env.urls with --send-admissible, or name the field in "
+            "--env.field-mapping.admissible-field"
         )
     first = turns[0][0] if turns else result.observation
     for count in range(min(config.window_turns, len(turns)), -1, -1):

@@ -14,6 +14,7 @@ from aem_jax.envs.prompt import Situation
 from aem_jax.envs.protocol import EnvError, StepResult
 from aem_jax.rollout import Rollout, group_attempts
 from aem_jax.rollout.carry import from_record, record
+from aem_jax.rollout.context import full_prompt
 from aem_jax.trajectory import Trajectory
 from aem_jax.warmstart import demonstrate
 
@@ -121,5 +122,8 @@ def test_what_a_single_message_needs_is_missed(sampler, params):
     with pytest.raises(ValueError, match="expected compose with rollout.prompt_style 'single', got None"):
         Rollout(sampler, ByteChat(), LocalPool(12), SINGLE)
     unlisted = Rollout(sampler, ByteChat(), LocalPool(12), SINGLE, compose=compose)
-    with pytest.raises(EnvError, match="start servers of --env.urls with --send-admissible"):
+    with pytest.raises(EnvError, match="got None; start servers of --env.urls with --send-admissible"):
         unlisted(params, TASKS, jax.random.key(7))
+    text = StepResult("a", info={"admissible": "go, stop"})
+    with pytest.raises(EnvError, match="expected the environment's admissible actions, a list, .* got 'go, stop'"):
+        full_prompt(ByteChat(), [], text, SINGLE, compose)
