@@ -64,11 +64,17 @@ def initial_state(run: RunContext, frozen: Params) -> TrainState:
     is_fitted = config.warmstart.init_from or components.warm_start_makes_frozen_weights(config)
     if config.warmstart.episodes and not is_fitted:
         params = _fitted(run, replace(policy, value=False), frozen)
+        state = init_state(policy, config.learner, run.mesh, run.key("init"), params)
     else:
-        params = initial_parameters(run, policy, frozen)
-    state = init_state(policy, config.learner, run.mesh, run.key("init"), params)
+        state = unfitted_state(run, frozen)
     run.save(state)
     return state
+
+
+def unfitted_state(run: RunContext, frozen: Params) -> TrainState:
+    """The state without a warm start."""
+    params = initial_parameters(run, run.policy, frozen)
+    return init_state(run.policy, run.config.learner, run.mesh, run.key("init"), params)
 
 
 def initial_parameters(run: RunContext, policy: Policy, frozen: Params) -> Params:
