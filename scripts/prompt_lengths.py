@@ -4,8 +4,7 @@
 
 MODEL is a folder of Hugging Face's files, or a name on the Hub. FOLDERs hold games (`*.tw-pddl`) and the files of a
 shop in the official formats; without them the generated ones are played alone. Each agent plays N tasks of each split
-(default 50).
-A response that thinks changes no prompt: the history shows actions alone.
+(default 50). A response that thinks changes no prompt: the history shows actions alone.
 """
 
 import argparse
