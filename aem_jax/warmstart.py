@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.envs.play import Act, play, play_each
-from aem_jax.envs.protocol import Environment, Task
+from aem_jax.envs.prompt import Prompt
+from aem_jax.envs.protocol import Environment, StepResult, Task
 from aem_jax.rollout.config import RolloutConfig
-from aem_jax.rollout.context import first_messages, windowed_prompt
+from aem_jax.rollout.context import full_prompt
 from aem_jax.trajectory import Ending, Trajectory, Turn
 
 log = logging.getLogger(__name__)
@@ -45,25 +46,29 @@ class WarmstartConfig:
     settings of model, LoRA and tokenizer must be equal. With LoRA only with --model.path."""
 
 
-def demonstrate(env: Environment, act: Act, task: Task, chat: Any, config: RolloutConfig) -> Trajectory:
+def demonstrate(
+    env: Environment, act: Act, task: Task, chat: Any, config: RolloutConfig, compose: Prompt | None = None
+) -> Trajectory:
     """One expert episode as a trajectory in the rollout's context, with the ids of a policy's episode.
 
-    Logprobs and entropies are zero, since the responses were not sampled.
+    Logprobs and entropies are zero, since the responses were not sampled. `compose` is the environment's
+    `TaskSuite.prompt`.
     """
-    exchanges = play(env, task.payload, act, config.max_turns)
+    results: list[StepResult] = []
+
+    def recorded(result: StepResult) -> str:
+        results.append(result)
+        return act(result)
+
+    exchanges = play(env, task.payload, recorded, config.max_turns)
     turns: list[Turn] = []
     stop = np.asarray([chat.stop_ids[0]], np.int32)
-    for exchange in exchanges:
-        if not turns:
-            observation_ids = chat.prompt_ids(first_messages(config.instruction, exchange.observation))
-        elif config.context == "append":
+    for result, exchange in zip(results, exchanges, strict=True):
+        if turns and config.context == "append":
             observation_ids = chat.delta_ids(exchange.observation, closed=True)
         else:
             shown = [(turn.observation, turn.response) for turn in turns]
-            thinking = config.thinking == "keep"
-            _, observation_ids = windowed_prompt(
-                chat, (), shown, exchange.observation, config.instruction, config.window_turns, thinking=thinking
-            )
+            observation_ids = full_prompt(chat, shown, result, config, compose)
         response_ids = np.concatenate([np.asarray(chat.encode(exchange.response), np.int32), stop])
         zeros = np.zeros(len(response_ids), np.float32)
         turns.append(
@@ -90,13 +95,14 @@ def demonstrations(
     tasks: Sequence[Task],
     chat: Any,
     config: RolloutConfig,
+    compose: Prompt | None = None,
 ) -> Iterator[Trajectory | None]:
     """An expert's episode of each task (`demonstrate`); None where the environment broke.
 
     Raises:
         EnvError: the environment broke in all tasks; with the first error.
     """
-    play_task = lambda task: demonstrate(env, make_act(task), task, chat, config)
+    play_task = lambda task: demonstrate(env, make_act(task), task, chat, config, compose)
     return (episode for _, episode in play_each(tasks, play_task))
 
 

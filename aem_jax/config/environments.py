@@ -29,6 +29,11 @@ def task_suite(config: RunConfig) -> TaskSuite:
             f"--warmstart.episodes: expected 0 with {config.environment.NAME}, got {settings.episodes}; "
             "this environment has no expert that could demonstrate its tasks"
         )
+    if suite.prompt is None and config.rollout.prompt_style == "single":
+        raise ValueError(
+            f"--rollout.prompt-style: expected chat with these settings of {config.environment.NAME}, got single; "
+            "ALFWorld, and WebShop with the mode text or text_rich, compose such a prompt"
+        )
     return suite
 
 

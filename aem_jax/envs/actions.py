@@ -1,4 +1,4 @@
-"""The action format of our environments: `<action>…</action>` inside a response."""
+"""The format of responses in our environments: `<action>…</action>`, and thoughts in `<think>…</think>` before it."""
 
 import re
 
@@ -12,6 +12,11 @@ def extract_action(text: str) -> str | None:
     """
     actions = _ACTION.findall(text)
     return actions[-1].strip() if actions else None
+
+
+def has_thought(text: str) -> bool:
+    """Returns whether a response contains `<think>` and, behind it, `</think>`."""
+    return "</think>" in text.partition("<think>")[2]
 
 
 def as_action(command: str) -> str:

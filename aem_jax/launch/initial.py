@@ -131,7 +131,7 @@ def _demonstrations(run: RunContext) -> Sequence[Trajectory]:
     assert run.suite.demonstrator is not None, "task_suite refuses a warm start without an expert"
     tasks, episodes = run.suite.training[: settings.episodes], []
     with closing(run.suite.make_env()) as env:
-        for episode in demonstrations(env, run.suite.demonstrator, tasks, run.chat, rollout):
+        for episode in demonstrations(env, run.suite.demonstrator, tasks, run.chat, rollout, run.suite.prompt):
             run.stop.check()
             episodes.append(episode)
             run.report("demonstrations", len(episodes), settings.episodes, {})

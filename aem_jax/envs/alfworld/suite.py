@@ -11,6 +11,7 @@ from aem_jax.envs.actions import as_action, as_thought
 from aem_jax.envs.alfworld.engine import Player
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.experts import Oracle, Searcher
+from aem_jax.envs.alfworld.prompt import prompt
 from aem_jax.envs.alfworld.tasks import eval_set, load_game, training_tasks
 from aem_jax.envs.alfworld.thoughts import thought
 from aem_jax.envs.play import Act, random_agent
@@ -30,6 +31,7 @@ def task_suite(config: AlfworldConfig, options: SuiteOptions) -> TaskSuite:
         settings=dataclasses.asdict(config),
         training=training_tasks(config.games, seed=options.seed, **official),
         evaluation=evaluation,
+        prompt=prompt,
         make_env=make(config),
         demonstrator=partial(_noisy_searcher, options.expert_noise, options.expert_thinks),
         baselines={"oracle": _oracle, "searcher": _searcher, "random": random_agent},

@@ -15,6 +15,7 @@ from aem_jax.envs.webshop import taggers
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
 from aem_jax.envs.webshop.experts import Oracle, Shopper, clickables, random_agent, read_listings
 from aem_jax.envs.webshop.goals import goal_from_json
+from aem_jax.envs.webshop.prompt import MODES, prompt
 from aem_jax.envs.webshop.shop import open_shop
 from aem_jax.envs.webshop.tasks import eval_set, training_tasks
 from aem_jax.envs.webshop.thoughts import thought
@@ -38,6 +39,7 @@ def task_suite(config: WebshopConfig, options: SuiteOptions) -> TaskSuite:
         settings=dataclasses.asdict(config),
         training=training_tasks(catalog, options.seed, config.shop.held_out),
         evaluation=evaluation,
+        prompt=prompt if config.mode in MODES else None,
         make_env=lambda: WebshopEnv(front, config),
         demonstrator=partial(_noisy_shopper, options.expert_noise, options.expert_thinks),
         baselines={"oracle": _oracle, "shopper": partial(_noisy_shopper, 0.0, False), "random": _random},
