@@ -89,10 +89,10 @@ def _read(path: Path, source: "_Source") -> GGUFHeader:
     num_tensors, num_fields = source.scalar("Q"), source.scalar("Q")
     fields: dict[str, Any] = {}
     for _ in range(num_fields):
-        _add(fields, source.text(), source.value(source.scalar("I")))
+        _add(fields, source.name(), source.value(source.scalar("I")))
     tensors: dict[str, TensorInfo] = {}
     for _ in range(num_tensors):
-        name, dimensions = source.text(), source.scalar("I")
+        name, dimensions = source.name(), source.scalar("I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise ValueError(f"expected 1 to {_MAX_DIMENSIONS} dimensions of {name!r:.80}, got {dimensions}")
         shape = tuple(reversed(source.scalars("Q", dimensions)))
@@ -136,6 +136,12 @@ class _Source:
             return text.decode()
         except UnicodeDecodeError:
             raise ValueError(f"expected text in UTF-8, got {text[:40]!r}") from None
+
+    def name(self) -> str:
+        name = self.text()
+        if not name.isprintable():
+            raise ValueError(f"expected a name that can be printed, got {name!r:.80}")
+        return name
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:

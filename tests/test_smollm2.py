@@ -76,7 +76,7 @@ def test_a_run_keeps_the_tokenizer_and_the_config(smollm2: Path, chat: ChatToken
     assert (again.stop_ids, again.pad_id, again.markup) == (chat.stop_ids, chat.pad_id, chat.markup)
     saved.save(config, tmp_path)
     files = saved.model_files(replace(config, model=ModelChoice(path="/gone/model.gguf")), tmp_path)
-    assert files == tmp_path / inputs.MODEL and read_config(files) == read_config(smollm2)
+    assert files is not None and files == tmp_path / inputs.MODEL and read_config(files) == read_config(smollm2)
     assert {"config.json", "model/config.json", "tokenizer/tokenizer.json"} <= set(inputs.load(tmp_path))
 
 
