@@ -173,7 +173,7 @@ def test_damaged_fields_give_one_line_or_a_tokenizer(fields: dict[str, Any], tmp
         except ValueError as error:
             assert "\n" not in str(error), seed
             counts["refused"] += 1
-    assert min(counts["read"], counts["refused"]) > 20, counts
+    assert counts["read"] > 3 and counts["refused"] > 60, counts
 
 
 def test_a_word_that_is_there_twice_is_refused(fields: dict[str, Any], tmp_path: Path):
