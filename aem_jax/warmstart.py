@@ -38,8 +38,8 @@ class WarmstartConfig:
     only_successful: bool = True
     """Use successful demonstrations only."""
     init_from: str = ""
-    """Folder of another run to start from in place of demonstrations: its parameters at step 0 and its tokenizer. Model
-    and tokenizer settings must be equal; not with LoRA."""
+    """Folder of another run to start from in place of demonstrations: its parameters at step 0 and its tokenizer. The
+    settings of model, LoRA and tokenizer must be equal. With LoRA only with --model.path."""
 
 
 def demonstrate(env: Environment, act: Act, task: Task, chat: Any, config: RolloutConfig) -> Trajectory:
