@@ -30,7 +30,7 @@ class RolloutConfig:
     response_tokens: int = 512
     """Most tokens of one response."""
     context_tokens: int = 8192
-    """Capacity of a slot: tokens of an episode (append), or of a prompt and response."""
+    """Capacity of a slot: tokens of an episode (append) or of prompt and response."""
     prompt_tokens: int = 2048
     """Most tokens of a first prompt: capacity of a row of the prompt cache."""
     decode_chunk: int = 64

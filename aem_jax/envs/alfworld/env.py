@@ -18,7 +18,7 @@ class AlfworldConfig:
     NAME: ClassVar[str] = "alfworld"
 
     max_steps: int = 50
-    """Steps after which an episode is truncated; generated games have their own limit."""
+    """Steps after which an episode is truncated; generated games have their own."""
     reward_won: float = 10.0
     """Reward of the step that solves the task."""
     reward_step: float = 0.0
