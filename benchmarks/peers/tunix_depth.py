@@ -22,7 +22,7 @@ from tunix.models.llama3 import params as llama3_params
 folder, *words = sys.argv[1:]
 B, P, G = (int(word) for word in (words[:3] or (8, 64, 64)))
 dtype = words[3] if len(words) > 3 else "float32"
-theirs = json.loads((Path(folder) / "config.json").read_text())
+theirs = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
 config = llama3.ModelConfig(
     num_layers=theirs["num_hidden_layers"],
     vocab_size=theirs["vocab_size"],
