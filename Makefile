@@ -1,6 +1,7 @@
 # Everything a fresh Debian or Ubuntu machine with python3, make and git needs:
 #   make run     set up .venv and train the default preset (alfworld-tiny)
 #   make test    set up .venv with the test tools and run the tests
+#   make smollm2 fetch SmolLM2-135M-Instruct, a small language model, into models/smollm2-135m (98 MB)
 #   make docs    set up .venv with Sphinx and build the documentation into build/docs
 #   make test-newest    the same in .venv-newest: the newest Python that is found, the newest release of everything
 # Arguments go through ARGS:  make run ARGS="--seed 1"   make test ARGS="-k aem -x"
@@ -28,10 +29,10 @@ QUICK := $(addprefix tests/,test_imports.py test_versions.py test_losses.py adva
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run test docs newest test-newest test-newest-quick lint format types imports check install clean distclean
+.PHONY: help run test smollm2 docs newest test-newest test-newest-quick lint format types imports check install clean distclean
 
 help:
-	@sed -n '2,6p' $(MAKEFILE_LIST) | sed 's/^# *//'
+	@sed -n '2,7p' $(MAKEFILE_LIST) | sed 's/^# *//'
 	@echo "also: test-newest-quick, lint, format, types, imports, check (lint, types, imports, test), install, clean, distclean"
 
 $(BIN)/python:
@@ -59,6 +60,9 @@ run: $(RUN_STAMP)
 
 test: $(DEV_STAMP)
 	$(BIN)/python $(PYTEST) $(ARGS)
+
+smollm2: | $(BIN)/python
+	@$(BIN)/python scripts/fetch_smollm2.py
 
 # -n -W: a link or a reference that leads nowhere is an error. -E: every page is read again, so none is stale.
 docs: $(DOCS_STAMP)

@@ -26,7 +26,7 @@ class EvaluationConfig:
     every: int = 0
     """Steps between evaluations of the first split during training; 0: only before and after."""
     baselines: bool = True
-    """Also evaluate the scripted experts and a random agent."""
+    """Also evaluate the scripted experts, a random agent, and the model of --model.path before its warm start."""
 
 
 class _Outcome(NamedTuple):

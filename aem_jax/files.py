@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+_LFS_POINTER = b"version https://git-lfs"
+
 
 def user_cache(name: str) -> Path:
     """The folder of this package in the user's cache: $XDG_CACHE_HOME/aem_jax/NAME, or ~/.cache/aem_jax/NAME."""
@@ -128,6 +130,15 @@ def read_json_lines(path: Path | str) -> Iterator[tuple[int, Any]]:
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
                 yield number, parse_json(line, f"{path} line {number}")
+
+
+def is_lfs_pointer(path: Path | str) -> bool:
+    """Whether a file is a Git LFS pointer, the placeholder of a file that is not downloaded."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
 
 
 def write_text(path: Path | str, text: str) -> None:

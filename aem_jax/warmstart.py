@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.envs.play import Act, play, play_each
-from aem_jax.envs.protocol import Environment, Task
+from aem_jax.envs.prompt import Prompt
+from aem_jax.envs.protocol import Environment, StepResult, Task
 from aem_jax.rollout.config import RolloutConfig
-from aem_jax.rollout.context import first_messages, windowed_prompt
+from aem_jax.rollout.context import full_prompt
 from aem_jax.trajectory import Ending, Trajectory, Turn
 
 log = logging.getLogger(__name__)
@@ -35,32 +36,39 @@ class WarmstartConfig:
     expert_noise: float = 0.0
     """Share of turns in which the demonstrator errs on purpose (goes to a random place, buys without comparing,
     finishes untested), so that the policy has something left to learn from reward."""
+    expert_thinks: bool = False
+    """Whether the demonstrator thinks before it acts, in varied words that follow from its knowledge:
+    <think>...</think>, a line break, <action>...</action>. ALFWorld and WebShop have such experts."""
     only_successful: bool = True
     """Use successful demonstrations only."""
     init_from: str = ""
-    """Folder of another run to start from in place of demonstrations: its parameters at step 0 and its tokenizer. Model
-    and tokenizer settings must be equal; not with LoRA."""
+    """Folder of another run to start from in place of demonstrations: its parameters at step 0 and its tokenizer. The
+    settings of model, LoRA and tokenizer must be equal. With LoRA only with --model.path."""
 
 
-def demonstrate(env: Environment, act: Act, task: Task, chat: Any, config: RolloutConfig) -> Trajectory:
+def demonstrate(
+    env: Environment, act: Act, task: Task, chat: Any, config: RolloutConfig, compose: Prompt | None = None
+) -> Trajectory:
     """One expert episode as a trajectory in the rollout's context, with the ids of a policy's episode.
 
-    Logprobs and entropies are zero, since the responses were not sampled.
+    Logprobs and entropies are zero, since the responses were not sampled. `compose` is the environment's
+    `TaskSuite.prompt`.
     """
-    exchanges = play(env, task.payload, act, config.max_turns)
+    results: list[StepResult] = []
+
+    def recorded(result: StepResult) -> str:
+        results.append(result)
+        return act(result)
+
+    exchanges = play(env, task.payload, recorded, config.max_turns)
     turns: list[Turn] = []
     stop = np.asarray([chat.stop_ids[0]], np.int32)
-    for exchange in exchanges:
-        if not turns:
-            observation_ids = chat.prompt_ids(first_messages(config.instruction, exchange.observation))
-        elif config.context == "append":
+    for result, exchange in zip(results, exchanges, strict=True):
+        if turns and config.context == "append":
             observation_ids = chat.delta_ids(exchange.observation, closed=True)
         else:
             shown = [(turn.observation, turn.response) for turn in turns]
-            thinking = config.thinking == "keep"
-            _, observation_ids = windowed_prompt(
-                chat, (), shown, exchange.observation, config.instruction, config.window_turns, thinking=thinking
-            )
+            observation_ids = full_prompt(chat, shown, result, config, compose)
         response_ids = np.concatenate([np.asarray(chat.encode(exchange.response), np.int32), stop])
         zeros = np.zeros(len(response_ids), np.float32)
         turns.append(
@@ -87,13 +95,14 @@ def demonstrations(
     tasks: Sequence[Task],
     chat: Any,
     config: RolloutConfig,
+    compose: Prompt | None = None,
 ) -> Iterator[Trajectory | None]:
     """An expert's episode of each task (`demonstrate`); None where the environment broke.
 
     Raises:
         EnvError: the environment broke in all tasks; with the first error.
     """
-    play_task = lambda task: demonstrate(env, make_act(task), task, chat, config)
+    play_task = lambda task: demonstrate(env, make_act(task), task, chat, config, compose)
     return (episode for _, episode in play_each(tasks, play_task))
 
 
@@ -113,6 +122,20 @@ def fitting(episodes: Sequence[Trajectory], limit: int) -> list[Trajectory]:
     )
     cut = [replace(e, turns=_first_turns(e, limit), ending=Ending.TRUNCATED) for e in episodes]
     return [episode for episode in cut if episode.turns]
+
+
+def warn_of_long_responses(episodes: Sequence[Trajectory], limit: int) -> None:
+    """Warns if responses have more than `limit` tokens: a policy that learns them cannot finish them."""
+    lengths = [len(turn.response_ids) for episode in episodes for turn in episode.turns]
+    if long := sum(length > limit for length in lengths):
+        log.warning(
+            "%d of the %d demonstrated responses are longer than rollout.response_tokens = %d (the longest has %d "
+            "tokens), so the policy learns responses that it cannot finish; raise rollout.response_tokens",
+            long,
+            len(lengths),
+            limit,
+            max(lengths),
+        )
 
 
 def _num_tokens(turns: Sequence[Turn]) -> int:

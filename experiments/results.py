@@ -25,7 +25,7 @@ METRICS = (
     *("rollout/success", "rollout/turns", "rollout/valid_action", "rollout/mixed_groups", "rollout/response_tokens"),
     *("entropy/response", "aem/alpha_positive", "aem/alpha_negative", "aem/alpha_min", "aem/alpha_max"),
     *("aem/flat_groups", "advantage/positive_share", "advantage/nonzero_share", "learner/clip_fraction"),
-    *("learner/grad_norm", "parity/max"),
+    *("learner/grad_norm", "parity/max", "carry/age_mean", "carry/groups"),
 )
 """Metrics that are saved as curves; a run's missing metrics are omitted."""
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,13 +101,27 @@ def run_one(grid: Grid, run: Run, workers: Workers, logs: Path) -> bool:
     return done
 
 
-def run_grid(grid: Grid, folder: Path, workers: Workers, jobs: int, results: Path) -> bool:
-    """Executes all runs of a grid; returns whether all are finished.
+def runs_of(grid: Grid, folder: Path, seeds: Collection[int]) -> tuple[list[Run], list[Run]]:
+    """The start runs and the other runs of some seeds; of all seeds, if none is named.
+
+    Raises:
+        ConfigError: the grid does not have one of the seeds.
+    """
+    starts, runs = grid.starts(folder), grid.runs(folder)
+    known, listed = [run.seed for run in starts], lambda numbers: ", ".join(map(str, numbers))
+    if missing := sorted(set(seeds) - set(known)):
+        raise ConfigError(f"--seeds: expected seeds of {grid.name} ({listed(known)}), got {listed(missing)}")
+    chosen = lambda runs: [run for run in runs if not seeds or run.seed in seeds]
+    return chosen(starts), chosen(runs)
+
+
+def run_grid(grid: Grid, folder: Path, workers: Workers, jobs: int, results: Path, seeds: Collection[int] = ()) -> bool:
+    """Executes the runs of a grid, or those of some seeds; returns whether all of them are finished.
 
     Raises:
         ConfigError: a run cannot begin; raised before any run begins.
     """
-    starts, runs = grid.starts(folder), grid.runs(folder)
+    starts, runs = runs_of(grid, folder, seeds)
     for run in (*starts, *runs):
         is_done(grid.config(run))
     logs = folder / "logs"
@@ -140,20 +154,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--pin", action="store_true", help="give each job its own share of the processor's cores")
     parser.add_argument("--gpus", type=int, default=0, help="give each job one of so many GPUs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(), help="only the runs of these seeds")
     parser.add_argument("--list", action="store_true", help="print the commands, and which are done; run nothing")
     options = parser.parse_args(argv)
     try:
         grid = read_grid(options.grid)
         folder = options.runs_dir / grid.name
         if options.list:
-            for run in (*grid.starts(folder), *grid.runs(folder)):
+            starts, runs = runs_of(grid, folder, options.seeds)
+            for run in (*starts, *runs):
                 done = "done" if is_done(grid.config(run)) else "to do"
                 print(f"{done:6} python -m aem_jax.launch {' '.join(grid.words(run))}")
             return 0
         workers = deal(options.jobs, options.pin, options.gpus)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: _stop(workers))
-        return 0 if run_grid(grid, folder, workers, options.jobs, options.results) else 1
+        return 0 if run_grid(grid, folder, workers, options.jobs, options.results, options.seeds) else 1
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

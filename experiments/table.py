@@ -2,8 +2,9 @@
 
     python -m experiments.table [--check]
 
-The prose is in experiments.md.j2, and each grid is defined in its TOML file. A test checks that the committed page
-matches the committed numbers. The plots are drawn again each time and are not compared.
+The prose is in experiments.md.j2, and that of a grid in sections/GRID.md.j2 (plain.md.j2 without one). A TOML file
+defines each grid. A test checks that the committed page matches the committed numbers. The plots are drawn again each
+time and are not compared.
 """
 
 import math

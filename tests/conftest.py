@@ -66,6 +66,15 @@ def golden() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct; the test is skipped without it."""
+    path = REPOSITORY / "models" / "smollm2-135m" / "model.gguf"
+    if not path.is_file():
+        pytest.skip(f"no {path.relative_to(REPOSITORY)}; make smollm2 fetches it")
+    return path
+
+
 @pytest.fixture
 def user_environment() -> dict[str, str]:
     """The environment of a subprocess that runs like a user's: one CPU device, jax's defaults, the same cache."""

@@ -15,7 +15,7 @@ from experiments.claims import without_points
 from experiments.grid import START, read_grid
 from experiments.plots import draw_pairs
 from experiments.results import RESULTS, binned, read_results, successes
-from experiments.run import is_done
+from experiments.run import is_done, runs_of
 from experiments.table import (
     FOLDER,
     MEASURES,
@@ -234,3 +234,14 @@ def test_missing_fields_of_results_are_named(tmp_path: Path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"variant": "a", "seed": 0}) + "\n")
     with pytest.raises(ValueError, match="expected steps, seconds, evaluations, curves in line 1 of x.jsonl"):
         read_results(tmp_path / "x.jsonl")
+
+
+def test_seeds_can_be_chosen(mini: Path):
+    mini.write_text(MINI.replace("seeds = [0]", "seeds = [0, 1, 2]"))
+    grid = read_grid(mini)
+    starts, runs = runs_of(grid, Path("r"), [2, 1])
+    assert [run.name for run in starts] == ["start-seed1", "start-seed2"]
+    assert [run.name for run in runs] == ["grpo-seed1", "grpo-aem-seed1", "grpo-seed2", "grpo-aem-seed2"]
+    assert [len(part) for part in runs_of(grid, Path("r"), ())] == [3, 6]
+    with pytest.raises(ConfigError, match=r"--seeds: expected seeds of mini \(0, 1, 2\), got 3"):
+        runs_of(grid, Path("r"), [0, 3])

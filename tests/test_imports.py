@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "aem_jax"
 
 LEVELS = {
-    0: {"advantage", "losses", "files", "errors", "overrides", "help"},
+    0: {"advantage", "losses", "files", "gguf_file", "errors", "overrides", "help"},
     1: {"sharding", "tokenizer", "models", "envs", "distributed"},
     2: {
         *("sampler", "rollout", "selection", "batch", "credit", "learner"),
@@ -22,13 +22,22 @@ LEVELS = {
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
-SAME_LEVEL = {("models", "sharding"), ("overrides", "errors"), ("help", "errors"), ("help", "overrides")}
+SAME_LEVEL = {
+    *(("models", "sharding"), ("gguf_file", "files")),
+    *(("overrides", "errors"), ("help", "errors"), ("help", "overrides")),
+}
 """Rooms of levels 0 and 1 ignore each other, but for these; from level 2 on the import graph must only be acyclic."""
 
 JAX_ALONE = {"advantage", "losses"}
 NO_JAX = {"envs", "trajectory"}
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "tensorstore"}
-OWNERS = {"transformers": "tokenizer", "tokenizers": "tokenizer", "orbax": "checkpoint", "grain": "data"}
+OWNERS = {
+    "transformers": "tokenizer",
+    "tokenizers": "tokenizer",
+    "gguf": "models",
+    "orbax": "checkpoint",
+    "grain": "data",
+}
 """Third-party package -> the one room that may import it."""
 
 

@@ -10,7 +10,7 @@ from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.envs.testing.echo import EchoEnv
 from aem_jax.rollout import RolloutConfig
 from aem_jax.trajectory import Ending, Trajectory, Turn
-from aem_jax.warmstart import demonstrate, demonstrations, fitting, shuffled_batches
+from aem_jax.warmstart import demonstrate, demonstrations, fitting, shuffled_batches, warn_of_long_responses
 
 from .rollout.fakes import STOP, ByteChat
 
@@ -63,6 +63,18 @@ def test_a_broken_task_gives_no_demonstration_and_does_not_affect_others():
     assert [episode and episode.success for episode in episodes] == [True, None, True]
     with pytest.raises(EnvError, match="every task broke its environment, t1 first: RuntimeError: scripted fault"):
         show(tasks[1:2])
+
+
+def test_responses_that_a_policy_cannot_finish_are_warned_of(caplog):
+    task, actions = Task("t", "echo", {"word": "yes", "length": 5}), iter(["a", "four", "yes"])
+    episodes = [demonstrate(EchoEnv(), lambda result: next(actions), task, ByteChat(), settings(max_turns=5))]
+    warn_of_long_responses(episodes, 5)  # each response ends with a stop token
+    assert not caplog.records
+    warn_of_long_responses(episodes, 3)
+    assert (
+        "2 of the 3 demonstrated responses are longer than rollout.response_tokens = 3 (the longest has 5"
+        in caplog.text
+    )
 
 
 def test_demonstrations_that_are_too_long_are_cut_only_where_none_fits(caplog):

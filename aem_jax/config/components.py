@@ -69,7 +69,7 @@ def model_config(choice: ModelChoice, vocab_size: int, files: Path | None = None
     Args:
         choice: a model in files, or a known size with changes.
         vocab_size: of the tokenizer; for random weights rounded up to a multiple of 64, so that it divides over a mesh.
-        files: folder with the config of a model in files, if it is not the model's own folder.
+        files: folder with the config of a model in files, if it is not the model's own folder or file.
 
     Raises:
         ConfigError: an unknown size, or sizes that do not go together.

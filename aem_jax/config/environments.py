@@ -20,12 +20,19 @@ def task_suite(config: RunConfig) -> TaskSuite:
     """
     settings, make = config.warmstart, _spec(config).suite
     assert make is not None, f"expected an environment of TRAINED, got {config.environment.NAME}"
-    options = SuiteOptions(config.seed, config.evaluation.splits, settings.expert_noise, config.env)
+    options = SuiteOptions(
+        config.seed, config.evaluation.splits, settings.expert_noise, settings.expert_thinks, config.env
+    )
     suite = make(config.environment, options)
     if suite.demonstrator is None and settings.episodes and not settings.init_from:
         raise ValueError(
             f"--warmstart.episodes: expected 0 with {config.environment.NAME}, got {settings.episodes}; "
             "this environment has no expert that could demonstrate its tasks"
+        )
+    if suite.prompt is None and config.rollout.prompt_style == "single":
+        raise ValueError(
+            f"--rollout.prompt-style: expected chat with these settings of {config.environment.NAME}, got single; "
+            "ALFWorld, and WebShop with the mode text or text_rich, compose such a prompt"
         )
     return suite
 

@@ -109,7 +109,7 @@ CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
     ("lora.alpha lora.targets lora.merge", "--lora.rank", lambda run: run.lora.rank > 0),
     (
         "warmstart.steps warmstart.batch_episodes warmstart.learning_rate warmstart.expert_noise "
-        "warmstart.only_successful",
+        "warmstart.expert_thinks warmstart.only_successful",
         "--warmstart.episodes",
         lambda run: run.warmstart.episodes > 0 and not run.warmstart.init_from,
     ),
@@ -120,7 +120,11 @@ CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
     ),
     ("rollout.num_cohorts", "--rollout.mode lockstep", lambda run: run.rollout.mode == "lockstep"),
     ("rollout.carry_max_age", "--rollout.carry-min-groups", lambda run: run.rollout.carry_min_groups > 0),
-    ("rollout.window_turns rollout.thinking", "--rollout.context window", lambda run: run.rollout.context == "window"),
+    (
+        "rollout.window_turns rollout.prompt_style rollout.thinking",
+        "--rollout.context window",
+        lambda run: run.rollout.context == "window",
+    ),
     (
         "selection.outcome selection.oversample selection.max_rounds",
         "--selection.filter-equal-outcomes",

@@ -16,6 +16,7 @@ from aem_jax.config.run import RunConfig, may_change
 from aem_jax.distributed.join import without_process
 from aem_jax.errors import ConfigError
 from aem_jax.files import read_json, read_text, valid_text, write_text
+from aem_jax.gguf_file import is_gguf
 from aem_jax.models.pretrained import CONFIG, config_text, resolve
 from aem_jax.overrides import as_values, flag, flatten, nested_values, override
 
@@ -66,7 +67,7 @@ def absolute(config: RunConfig) -> RunConfig:
     absolutes = {name: _absolute(name, value) for name, value in paths.items() if name != "runs_dir"}
     for name, path in absolutes.items():
         if valid_text(path) != path:
-            raise ConfigError(f"{flag(name)}: expected a path in UTF-8, got {path!a}; rename the folder")
+            raise ConfigError(f"{flag(name)}: expected a path in UTF-8, got {path!a}; rename it")
     return override(config, absolutes)
 
 
@@ -78,7 +79,7 @@ def _absolute(name: str, value: str) -> str:
         return value
     path = os.path.abspath(os.path.expanduser(value))
     is_hub_name = name == "model.path" and value.count("/") == 1 and not value.startswith((".", "/", "~"))
-    return value if is_hub_name and not os.path.isdir(path) else path
+    return value if is_hub_name and not os.path.isdir(path) and not is_gguf(path) else path
 
 
 def save(config: RunConfig, folder: Path, begun: bool = False) -> None:
@@ -112,7 +113,7 @@ def save(config: RunConfig, folder: Path, begun: bool = False) -> None:
 
 
 def model_files(config: RunConfig, folder: Path) -> Path | None:
-    """The folder with the config of the model that a run started from, usually the run's own; None without one.
+    """The folder or GGUF file with the config of the model that a run started from, usually in the run; None without.
 
     Raises:
         ValueError: the run has no copy, and the model's files are gone.

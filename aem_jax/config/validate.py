@@ -24,10 +24,10 @@ def check(config: RunConfig) -> None:
             f"--model.{sizes[0].replace('_', '-')}: expected none with --model.path, whose files give the sizes, "
             f"got {choice[sizes[0]]}"
         )
-    if config.warmstart.init_from and (config.model.path or config.lora.rank):
+    if config.warmstart.init_from and config.lora.rank and not config.model.path:
         raise ConfigError(
-            "--warmstart.init-from: expected none with --model.path or --lora.rank, "
-            f"got {config.warmstart.init_from}; only a run that trains all weights can start from another such run"
+            f"--warmstart.init-from: expected none with --lora.rank and no --model.path, got "
+            f"{config.warmstart.init_from}; the frozen weights of such a run are its own"
         )
     servers = len(config.env.urls) or config.env.num_servers
     sessions = servers * config.env.sessions_per_server

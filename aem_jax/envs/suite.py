@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, overload
 
 from aem_jax.envs.play import Act, play, play_each
+from aem_jax.envs.prompt import Prompt
 from aem_jax.envs.protocol import Environment, Task
 from aem_jax.envs.serving.config import PoolConfig
 from aem_jax.overrides import flatten, override
@@ -30,6 +31,7 @@ class TaskSuite:
         demonstrator: makes an expert for a task. The expert uses only the observations, so a policy can learn from it.
             None: there is no expert, and no warm start.
         baselines: factories of agents to compare with, by name. Each call makes an agent for a task.
+        prompt: composes the prompts of `rollout.prompt_style = "single"`. None: the environment has no such prompt.
     """
 
     name: str
@@ -39,6 +41,7 @@ class TaskSuite:
     make_env: Callable[[], Environment]
     demonstrator: Callable[[Task], Act] | None = None
     baselines: Mapping[str, Callable[[Task], Act]] = field(default_factory=dict)
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class SuiteOptions:
         seed: seed for the order or the generation of the training tasks.
         splits: evaluation splits of the run.
         expert_noise: fraction of turns in which the demonstrator makes a deliberate error.
+        expert_thinks: whether the demonstrator thinks in `<think>…</think>` before it acts.
         pool: the run's environment servers.
     """
 
     seed: int = 0
     splits: tuple[str, ...] = ()
     expert_noise: float = 0.0
+    expert_thinks: bool = False
     pool: PoolConfig = field(default_factory=PoolConfig)
 
 

@@ -277,11 +277,13 @@ def _open_rollout(
         raise ValueError(
             f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {rows}"
         )
+    listed = config.rollout.prompt_style == "single"  # prompts list the admissible actions
     if config.env.urls and config.environment.NAME != "openenv" and processes.is_first:
         # OpenEnv's protocol has no message that asks a server for its settings.
-        expected = f"serve {suite.name} --settings '{json.dumps(dict(suite.settings))}'"
+        expected = f"serve {suite.name} --settings '{json.dumps(dict(suite.settings))}'{' --send-admissible' * listed}"
         log.warning("servers of --env.urls keep the settings that they were started with; this run's are: %s", expected)
-    servers = replace(config.env, urls=join.shard_urls(processes, config.env.urls))
+    urls = join.shard_urls(processes, config.env.urls)
+    servers = replace(config.env, urls=urls, send_admissible=config.env.send_admissible or listed)
     pool = stack.enter_context(EnvPool(servers, (suite.name, suite.settings)))
     sampler = Sampler(
         components.sampled_policy(config, policy),
@@ -296,4 +298,4 @@ def _open_rollout(
     caches = check_cache_memory(sampler, config.rollout, device_bytes)
     if processes.is_first:
         log.info(caches)
-    return Rollout(sampler, chat, pool, config.rollout, processes)
+    return Rollout(sampler, chat, pool, config.rollout, processes, suite.prompt)

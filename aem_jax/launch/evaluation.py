@@ -18,6 +18,8 @@ from aem_jax.models import Params
 
 FILE = "evaluations.jsonl"
 """In the folder of the run."""
+ZERO_SHOT = "zero-shot"
+"""Phase of a pretrained model before its warm start; a baseline."""
 LABELS = {"warmstart": "before training", "train": "while training", "final": "after training", "evaluate": "evaluated"}
 """Phases of the policy; any other phase is a baseline, named by itself."""
 

@@ -28,7 +28,7 @@ def is_there(run: Path) -> bool:
 
 
 def source(config: RunConfig, run: Path) -> Path:
-    """The folder that the frozen weights are read from."""
+    """The folder or GGUF file that the frozen weights are read from."""
     return resolve(config.model.path) if config.model.path else run / FOLDER
 
 

@@ -3,16 +3,20 @@
 Variants that share a start can be compared in pairs, and the warm start is trained once.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
 from aem_jax.checkpoint import Checkpoints
-from aem_jax.config import components, saved
+from aem_jax.checkpoint.checksum import first_difference
+from aem_jax.config import components, inputs, saved
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.learner import abstract_state
 from aem_jax.models import Params, Policy
+from aem_jax.models.lora import LoraConfig
 
 
 def tokenizer(config: RunConfig) -> Path:
@@ -28,7 +32,7 @@ def tokenizer(config: RunConfig) -> Path:
 
 
 def parameters(config: RunConfig, policy: Policy, vocab_size: int, mesh: Mesh) -> Params:
-    """float32 parameters at step 0 of the run that `config` starts from, in the train layout, without its value head.
+    """Trained parameters at step 0 of the run that `config` starts from, in the train layout, without its value head.
 
     Args:
         config: of the new run.
@@ -36,23 +40,55 @@ def parameters(config: RunConfig, policy: Policy, vocab_size: int, mesh: Mesh) -
         vocab_size: of the tokenizer.
         mesh: to place the parameters on.
 
+    Returns:
+        {"base": float32 weights}, or {"adapter": …} with LoRA.
+
     Raises:
-        ConfigError: no such run, one that trains another model, or one without a checkpoint of step 0.
+        ConfigError: no such run, one that trains another model or adapter, or one without a checkpoint of step 0.
     """
     run = Path(config.warmstart.init_from)
     other = saved.load(run)
     trained = components.make_policy(other, vocab_size, saved.model_files(other, run))
-    if trained.lora or policy.lora or trained.config != policy.config:
+    ours, theirs = _trained(policy), _trained(trained)
+    if names := [name for name in ours if ours[name] != theirs.get(name)]:
+        listed = lambda of: ", ".join(f"{name} {of.get(name)}" for name in names)
         raise ConfigError(
-            f"--warmstart.init-from: expected a run that trains all weights of {policy.config}, got {trained.config} "
-            f"in {run}; give the same --model and --tokenizer"
+            f"--warmstart.init-from: expected a run of a policy with {listed(ours)}, got {listed(theirs)} in {run}; "
+            "give the same --model, --lora and --tokenizer"
         )
     # The checkpoint holds the optimizer's state, too, in the form of the other run's learner.
-    state = abstract_state(trained, other.learner, mesh)
+    state = abstract_state(trained, other.learner, mesh).without_frozen()
     with Checkpoints(run / "checkpoints", other.checkpoint) as checkpoints:
         if 0 not in checkpoints.steps:
             raise ConfigError(
                 f"--warmstart.init-from: expected a checkpoint of step 0 in {run}, got steps {checkpoints.steps}; "
                 "train it with --checkpoint.keep-first True"
             )
-        return {"base": checkpoints.restore(state, step=0).params["base"]}
+        params = checkpoints.restore(state, step=0).trainable
+    return {name: part for name, part in params.items() if name != "value"}
+
+
+def _trained(policy: Policy) -> dict[str, Any]:
+    """The options of a policy that the start depends on."""
+    lora = policy.lora or LoraConfig()
+    adapter = {"rank": lora.rank} | ({"alpha": lora.alpha, "targets": lora.targets} if lora.rank else {})
+    return {**vars(policy.config), **{f"LoRA's {name}": value for name, value in adapter.items()}}
+
+
+def check_frozen(config: RunConfig, ours: Mapping[str, str]) -> None:
+    """Checks that the adapter of the run that `config` starts from was trained beside the same frozen weights.
+
+    Args:
+        config: of the new run.
+        ours: checksums of its frozen weights.
+
+    Raises:
+        ConfigError: it was trained beside others, or its record lacks their checksums.
+    """
+    run = Path(config.warmstart.init_from)
+    theirs = inputs.load(run).get(inputs.FROZEN, {})
+    if difference := first_difference(theirs, ours):
+        raise ConfigError(
+            f"--warmstart.init-from: expected an adapter trained beside the weights of --model.path, got that of {run} "
+            f"({difference}); give the same --model.path"
+        )

@@ -20,7 +20,7 @@ from aem_jax.models import Params, Policy
 from aem_jax.models.pretrained import resolve
 from aem_jax.models.weights import load_params
 from aem_jax.trajectory import Trajectory
-from aem_jax.warmstart import demonstrations, fitting, warmstart
+from aem_jax.warmstart import demonstrations, fitting, warmstart, warn_of_long_responses
 
 
 def load_frozen_weights(run: RunContext) -> Params:
@@ -36,6 +36,8 @@ def load_frozen_weights(run: RunContext) -> Params:
         _make_frozen_weights(run, policy.base)
     recorded = run.processes.broadcast(inputs.load(folder).get(inputs.FROZEN) if is_first else None)
     frozen, sums = frozen_weights.load(config, folder, policy.base, run.mesh, recorded)
+    if config.warmstart.init_from and run.checkpoints.latest is None:
+        init_from.check_frozen(config, sums)
     if recorded is None and run.checkpoints.is_writer and is_first:
         inputs.write(folder, {**inputs.load(folder), inputs.FROZEN: sums})
     return frozen
@@ -62,24 +64,30 @@ def initial_state(run: RunContext, frozen: Params) -> TrainState:
     is_fitted = config.warmstart.init_from or components.warm_start_makes_frozen_weights(config)
     if config.warmstart.episodes and not is_fitted:
         params = _fitted(run, replace(policy, value=False), frozen)
+        state = init_state(policy, config.learner, run.mesh, run.key("init"), params)
     else:
-        params = initial_parameters(run, policy, frozen)
-    state = init_state(policy, config.learner, run.mesh, run.key("init"), params)
+        state = unfitted_state(run, frozen)
     run.save(state)
     return state
 
 
+def unfitted_state(run: RunContext, frozen: Params) -> TrainState:
+    """The state without a warm start."""
+    params = initial_parameters(run, run.policy, frozen)
+    return init_state(run.policy, run.config.learner, run.mesh, run.key("init"), params)
+
+
 def initial_parameters(run: RunContext, policy: Policy, frozen: Params) -> Params:
-    """The parts of `policy` that are not random: frozen weights, or a float32 base from another run or from files.
+    """The parts of `policy` that are not random: frozen weights, what another run has trained, or a model's files.
 
     Raises:
         ConfigError: the other run or the files cannot be used.
     """
     config = run.config
+    if config.warmstart.init_from:
+        return {**frozen, **init_from.parameters(config, policy, run.chat.vocab_size, run.mesh)}
     if policy.lora:
         return frozen
-    if config.warmstart.init_from:
-        return init_from.parameters(config, policy, run.chat.vocab_size, run.mesh)
     if not config.model.path:
         return {}
     try:
@@ -123,7 +131,7 @@ def _demonstrations(run: RunContext) -> Sequence[Trajectory]:
     assert run.suite.demonstrator is not None, "task_suite refuses a warm start without an expert"
     tasks, episodes = run.suite.training[: settings.episodes], []
     with closing(run.suite.make_env()) as env:
-        for episode in demonstrations(env, run.suite.demonstrator, tasks, run.chat, rollout):
+        for episode in demonstrations(env, run.suite.demonstrator, tasks, run.chat, rollout, run.suite.prompt):
             run.stop.check()
             episodes.append(episode)
             run.report("demonstrations", len(episodes), settings.episodes, {})
@@ -139,4 +147,5 @@ def _demonstrations(run: RunContext) -> Sequence[Trajectory]:
             f"{len(episodes)} episodes, and none of them has a turn within rollout.context_tokens "
             f"{rollout.context_tokens}"
         )
+    warn_of_long_responses(learnt, rollout.response_tokens)
     return learnt

@@ -19,7 +19,7 @@ from aem_jax.data import task_groups
 from aem_jax.files import write_text
 from aem_jax.launch import evaluation
 from aem_jax.launch.context import RunContext, open_run
-from aem_jax.launch.initial import initial_state, load_frozen_weights
+from aem_jax.launch.initial import initial_state, load_frozen_weights, unfitted_state
 from aem_jax.learner import TrainState, make_response_values, make_token_logprobs, make_update
 from aem_jax.metrics import MetricsWriter, drop_lines, json_line, read_lines
 from aem_jax.models import Params
@@ -60,16 +60,28 @@ def train(config: RunConfig) -> int:
 
 
 def _start(run: RunContext) -> TrainState:
-    """The latest checkpoint's state, else an initial one. At step 0 it is evaluated, and so are the baselines."""
-    frozen = load_frozen_weights(run)
-    state = initial_state(run, frozen) if run.checkpoints.latest is None else run.restore(frozen)
+    """The latest checkpoint's state, else an initial one. At step 0 it is evaluated, and so are the baselines: scripted
+    agents, and a pretrained model before its warm start."""
+    frozen, config = load_frozen_weights(run), run.config
+    if run.checkpoints.latest is None:
+        if _has_zero_shot(config):
+            _evaluate(run, unfitted_state(run, frozen), evaluation.ZERO_SHOT, stop=run.stop.check)
+        state = initial_state(run, frozen)
+    else:
+        state = run.restore(frozen)
     if run.processes.is_first:
         drop_lines(run.folder / evaluation.FILE, int(state.step) + 1)
     if int(state.step) == 0:
-        if run.config.evaluation.baselines:
+        if config.evaluation.baselines:
             evaluation.play_baselines(run)
         _evaluate(run, state, "warmstart", stop=run.stop.check)
     return state
+
+
+def _has_zero_shot(config: RunConfig) -> bool:
+    """Whether a pretrained model is evaluated before its warm start."""
+    fitted = config.warmstart.episodes and not config.warmstart.init_from
+    return bool(config.evaluation.baselines and config.model.path and fitted)
 
 
 def _train(run: RunContext, state: TrainState) -> TrainState:

@@ -13,7 +13,7 @@ class LearnerConfig:
     learning_rate: float = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up: constant, or decay to 0 at total_steps, linearly or along half a cosine."""
+    """After warm-up: constant, or linear or cosine decay to 0 at total_steps."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly."""
     total_steps: int = 0

@@ -1,18 +1,20 @@
-"""The weight files of a folder: the files that transformers reads, opened as safetensors.
+"""The weights of a model as tensors by name, and those of a folder: the files that transformers reads.
 
 Other formats, truncated files and Git LFS pointers are refused with a one-line error that names the file.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from aem_jax.files import read_json
+from aem_jax.files import is_lfs_pointer, read_json
 from aem_jax.models.config import brief
 from aem_jax.models.parameters import EMBED, HEAD
 
@@ -21,80 +23,86 @@ SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights, in the names of safetensors."""
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_POINTER = b"version https://git-lfs"
-"""First bytes of a Git LFS pointer, the placeholder of a file that is not downloaded."""
 
 
-class Checkpoint:
-    """The safetensors files of a folder, opened: names, shapes, and tensors one at a time.
+class StoredTensor(NamedTuple):
+    """A tensor in a file.
 
     Attributes:
-        folder: folder of the files.
+        shape: its shape.
+        kind: its dtype in the file, such as BF16 or Q4_K.
+        read: rows, or None for all -> their numbers.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    read: Callable[[slice | None], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a model, opened: names, shapes, and tensors one at a time.
+
+    Attributes:
+        source: the folder or file.
         files: the files that are read.
+        tensors: Hugging Face's name -> tensor.
+        kinds: dtypes that can be read.
+        unread: names of the folder's other weight files and index, which are not read.
+    """
+
+    source: Path
+    files: Sequence[Path]
+    tensors: Mapping[str, StoredTensor]
+    kinds: Sequence[str] = FLOATS
+    unread: Sequence[str] = ()
+
+    def has_own_head(self) -> bool:
+        """Whether the files have a head that differs from the embedding."""
+        if HEAD not in self.tensors or EMBED not in self.tensors:
+            return False
+        embed, head = self.tensors[EMBED], self.tensors[HEAD]
+        if embed.shape != head.shape or len(embed.shape) != 2 or {embed.kind, head.kind} - set(self.kinds):
+            return True
+        step = max(1, 2**24 // max(1, embed.shape[1]))  # rows compared at a time
+        for start in range(0, embed.shape[0], step):
+            rows = slice(start, min(start + step, embed.shape[0]))
+            one, other = (tensor.read(rows).astype(np.float32) for tensor in (embed, head))
+            if not np.array_equal(one, other):
+                return True
+        return False
+
+
+def open_safetensors(folder: Path, stack: ExitStack) -> Checkpoint:
+    """Opens the safetensors files of a folder for as long as `stack` is open.
 
     Raises:
         ValueError: no weights in the folder, or files that are missing, truncated or not safetensors.
     """
-
-    def __init__(self, folder: Path, stack: ExitStack):
-        self.folder = folder
-        self.files: list[Path] = _weight_files(folder)
-        self._holders: dict[str, tuple[Path, Any]] = {}
-        for file in self.files:
-            try:
-                # Not mapped: a mapped file's pages would count as memory of this process until all of it is read.
-                opened = stack.enter_context(safe_open(file, framework="np", backend="pread"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(_unreadable(file, error)) from error
-            for name in opened.keys():  # noqa: SIM118 (it cannot be iterated)
-                if name in self._holders:
-                    both = f"{self._holders[name][0].name} and {file.name}"
-                    raise ValueError(f"expected each tensor in one file of {folder}, got {name} in {both}")
-                self._holders[name] = (file, opened)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._holders
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._holders)
-
-    @property
-    def unread(self) -> list[str]:
-        """Names of the folder's other weight files and index, which are not read."""
-        others = {*self.folder.glob("*.safetensors"), *self.folder.glob(INDEX)} - {*self.files}
-        is_single = self.folder / SINGLE in self.files
-        return sorted(file.name for file in others if is_single or file.name != INDEX)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from its file's header."""
-        return tuple(self._holders[name][1].get_slice(name).get_shape())
-
-    def kind(self, name: str) -> str:
-        """Dtype of a tensor, in the names of safetensors."""
-        return self._holders[name][1].get_slice(name).get_dtype()
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """One tensor, or some rows of it."""
-        file, opened = self._holders[name]
+    files, tensors, holders = _weight_files(folder), dict[str, StoredTensor](), dict[str, Path]()
+    for file in files:
         try:
-            return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+            # Not mapped: a mapped file's pages would count as memory of this process until all of it is read.
+            opened = stack.enter_context(safe_open(file, framework="np", backend="pread"))
         except (SafetensorError, OSError) as error:
             raise ValueError(_unreadable(file, error)) from error
+        for name in opened.keys():  # noqa: SIM118 (it cannot be iterated)
+            if name in holders:
+                both = f"{holders[name].name} and {file.name}"
+                raise ValueError(f"expected each tensor in one file of {folder}, got {name} in {both}")
+            holders[name], header = file, opened.get_slice(name)
+            read = partial(_read_safetensor, file, opened, name)
+            tensors[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype(), read)
+    others = {*folder.glob("*.safetensors"), *folder.glob(INDEX)} - {*files}
+    unread = sorted(file.name for file in others if folder / SINGLE in files or file.name != INDEX)
+    return Checkpoint(folder, files, tensors, unread=unread)
 
-    def has_own_head(self) -> bool:
-        """Whether the files have a head that differs from the embedding."""
-        if HEAD not in self or EMBED not in self:
-            return False
-        shape = self.shape(EMBED)
-        if shape != self.shape(HEAD) or len(shape) != 2 or {self.kind(EMBED), self.kind(HEAD)} - set(FLOATS):
-            return True
-        step = max(1, 2**24 // max(1, shape[1]))  # rows compared at a time
-        for start in range(0, shape[0], step):
-            rows = slice(start, min(start + step, shape[0]))
-            one, other = (self.read(name, rows).astype(np.float32) for name in (EMBED, HEAD))
-            if not np.array_equal(one, other):
-                return True
-        return False
+
+def _read_safetensor(file: Path, opened: Any, name: str, rows: slice | None = None) -> np.ndarray:
+    try:
+        return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(_unreadable(file, error)) from error
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -117,6 +125,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return _indexed(folder)
     others = sorted(file.name for file in folder.iterdir() if file.suffix in _OTHER_FORMATS) if folder.is_dir() else ()
     present = f"{', '.join(others[:3])}; other formats are not read, convert it to safetensors" if others else "neither"
+    if gguf := next((name for name in others if name.endswith(".gguf")), None):
+        present = f"{gguf}; give the path of the file itself"
     raise ValueError(f"expected {SINGLE} or {INDEX} in {folder}, got {present}")
 
 
@@ -142,12 +152,7 @@ def _indexed(folder: Path) -> list[Path]:
 
 def _unreadable(file: Path, error: Exception, kind: str = "safetensors") -> str:
     """The error for a file that cannot be read, in one line."""
-    try:
-        with file.open("rb") as opened:
-            is_pointer = opened.read(len(_POINTER)) == _POINTER
-    except OSError:
-        is_pointer = False
-    if is_pointer:
+    if is_lfs_pointer(file):
         return f"expected {kind} in {file}, got a Git LFS pointer: the file is not downloaded; run git lfs pull"
     reason = " ".join(str(error).split())
     return f"expected {kind} in {file}, got {reason[:300]}; is the download complete?"

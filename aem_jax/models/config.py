@@ -227,11 +227,11 @@ def published(repository: str) -> ModelConfig | None:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which decoder: a model in Hugging Face's files, or random weights of a known size, with any size overridden."""
+    """Which decoder: a model in files, or random weights of a known size, with any size overridden."""
 
     path: str = ""
-    """Folder of a model in Hugging Face's files, or its name on the Hub, to start training from, with its tokenizer.
-    Families: Qwen2.5, Qwen3, Llama 3, OLMo 2. Empty: random weights of the size below."""
+    """Folder of a model in Hugging Face's files, its name on the Hub, or a GGUF file, to start training from, with its
+    tokenizer. Families: Qwen2.5, Qwen3, Llama 3, OLMo 2 (not as GGUF). Empty: random weights of the size below."""
     name: str = "tiny"
     """Known size: tiny, qwen2.5-0.5b, -1.5b, -3b, -7b, -14b or -32b, qwen3-0.6b, -1.7b, -4b, -8b, -14b or -32b,
     llama-3.2-1b or -3b, llama-3.1-8b or -70b, olmo-2-0425-1b, olmo-2-1124-7b or -13b, olmo-2-0325-32b."""

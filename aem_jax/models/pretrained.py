@@ -1,4 +1,4 @@
-"""Reads and writes models in Hugging Face's files: `from_pretrained`, `save_pretrained`."""
+"""Reads models in Hugging Face's files or as GGUF, and writes the former: `from_pretrained`, `save_pretrained`."""
 
 import json
 import os
@@ -17,8 +17,10 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 
 from aem_jax.files import read_json, read_text, write_text
+from aem_jax.gguf_file import is_gguf
 from aem_jax.models.config import ModelConfig, dtype_name
 from aem_jax.models.families import SAVED_DTYPES, config_from_hf, config_to_hf
+from aem_jax.models.gguf import config_of
 from aem_jax.models.policy import Params, Policy
 from aem_jax.models.weights import as_in_files, load_params, save_params
 from aem_jax.sharding import TRAIN, Rules
@@ -38,6 +40,8 @@ BESIDE = (
     "tokenizer.model",
 )
 """Files that are copied unchanged from the model's source."""
+_FETCHED = "smollm2-135m"
+"""Folder of the model that scripts/fetch_smollm2.py fetches."""
 _PARTIAL = ".partial"
 _NOTHING = (_PARTIAL, "lost+found")
 """Names that an empty folder may have: the rest of a killed export, and a file system's own folder."""
@@ -52,7 +56,7 @@ class Pretrained:
     Attributes:
         policy: the pure functions.
         params: the parameters.
-        source: folder of the files that they were read from, if any.
+        source: folder or GGUF file that they were read from, if any.
     """
 
     policy: Policy
@@ -73,17 +77,20 @@ class Pretrained:
         return self._forward(self.params, jnp.asarray(tokens, jnp.int32))
 
     def save_pretrained(self, folder: str | Path, *, dtype: DTypeLike | None = None) -> None:
-        """Writes files that transformers loads; see the function `save_pretrained`."""
+        """Writes files that transformers loads; see the function `save_pretrained`.
+
+        The tokenizer of a GGUF file is not among them: `ChatTokenizer.save_pretrained` writes it.
+        """
         save_pretrained(folder, self.config, self.params, dtype=dtype, source=self.source)
 
 
 def from_pretrained(
     path_or_repo: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike = "bfloat16", rules: Rules = TRAIN
 ) -> Pretrained:
-    """Reads a model in Hugging Face's files, each tensor directly into its shards.
+    """Reads a model in Hugging Face's files or in a GGUF file, each tensor directly into its shards.
 
     Args:
-        path_or_repo: folder with config.json and safetensors, or a name on the Hub, which is downloaded.
+        path_or_repo: folder with config.json and safetensors, a GGUF file, or a name on the Hub, which is downloaded.
         mesh: devices of the parameters; None is the default device.
         dtype: bfloat16 or float32, as a name or as a jax or numpy dtype: of parameters and of activations.
         rules: the layout, `TRAIN` or `DECODE`.
@@ -91,58 +98,72 @@ def from_pretrained(
     Raises:
         ValueError: no model there, a family or option that the decoder does not have, or weights that do not fit.
     """
-    folder = resolve(path_or_repo)
-    config = read_config(folder, dtype)
+    source = resolve(path_or_repo)
+    config = read_config(source, dtype)
     policy = Policy(config)
-    return Pretrained(policy, load_params(folder, policy, mesh=mesh, dtype=dtype, rules=rules), folder)
+    return Pretrained(policy, load_params(source, policy, mesh=mesh, dtype=dtype, rules=rules), source)
 
 
-def read_config(folder: Path, dtype: DTypeLike = "bfloat16") -> ModelConfig:
-    """The config of a folder, checked against its weights if it has some; see `as_in_files`.
+def read_config(source: Path, dtype: DTypeLike = "bfloat16") -> ModelConfig:
+    """The config of a folder or a GGUF file, checked against its weights if it has some; see `as_in_files`.
 
     Raises:
         ValueError: no config.json, options that the decoder does not have, or weights that do not fit.
     """
-    dtype = dtype_name(dtype)
-    if (folder / ADAPTER).is_file():
-        raise ValueError(f"expected a whole model in {folder}, got an adapter ({ADAPTER}); merge it into its model")
-    path = folder / CONFIG
-    try:
-        theirs = read_json(path)
-    except OSError as error:
-        raise ValueError(f"expected a {CONFIG} in {folder}, got {error.strerror}") from error
+    dtype, theirs = dtype_name(dtype), _config_in(source)
     try:
         config = config_from_hf(theirs, dtype)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return as_in_files(folder, config)
+        raise ValueError(f"{source if is_gguf(source) else source / CONFIG}: {error}") from error
+    return as_in_files(source, config)
 
 
-def config_text(folder: Path) -> str:
-    """The text of a folder's config.json, with `tie_word_embeddings` corrected to its weights.
+def _config_in(source: Path) -> Any:
+    """The content of a folder's config.json, or that which a GGUF file's fields make."""
+    if is_gguf(source):
+        return config_of(source)
+    if (source / ADAPTER).is_file():
+        raise ValueError(f"expected a whole model in {source}, got an adapter ({ADAPTER}); merge it into its model")
+    try:
+        return read_json(source / CONFIG)
+    except OSError as error:
+        files = sorted(source.glob("*.gguf"))
+        hint = f"; give the path of the file {files[0].name} itself" if files else ""
+        raise ValueError(f"expected a {CONFIG} in {source}, got {error.strerror}{hint}") from error
+
+
+def config_text(source: Path) -> str:
+    """The text of a model's config.json, with `tie_word_embeddings` corrected to its weights.
 
     Raises:
         ValueError: as `read_config`.
         OSError: it cannot be read.
     """
-    theirs = read_json(folder / CONFIG)
-    if isinstance(theirs, dict) and theirs.get("tie_word_embeddings") is True and not read_config(folder).tied_head:
+    if is_gguf(source):
+        return json.dumps(config_of(source), indent=2) + "\n"
+    theirs = read_json(source / CONFIG)
+    if isinstance(theirs, dict) and theirs.get("tie_word_embeddings") is True and not read_config(source).tied_head:
         return json.dumps(theirs | {"tie_word_embeddings": False}, indent=2) + "\n"
-    return read_text(folder / CONFIG)
+    return read_text(source / CONFIG)
 
 
 def resolve(path_or_repo: str | Path) -> Path:
-    """The folder of a model, downloaded from the Hub if it is a name there.
+    """The folder or GGUF file of a model; a name on the Hub is downloaded.
 
     Raises:
-        ValueError: no such folder, and no such model to download.
+        ValueError: no such folder or file, and no such model to download.
     """
-    folder = Path(os.path.expanduser(path_or_repo))  # unchanged if there is no such user
-    if folder.is_dir():
-        return folder
+    source = Path(os.path.expanduser(path_or_repo))  # unchanged if there is no such user
+    if source.is_dir() or source.is_file():
+        return source
     name = str(path_or_repo)
+    if is_gguf(source):
+        hint = "; make smollm2 fetches it" if source.parent.name == _FETCHED else ""
+        raise ValueError(f"expected a GGUF file, got none at {name}{hint}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"expected a folder, or a name on the Hub such as Qwen/Qwen2.5-0.5B-Instruct, got {name!r}")
+        raise ValueError(
+            f"expected a folder, a GGUF file, or a name on the Hub such as Qwen/Qwen2.5-0.5B-Instruct, got {name!r}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

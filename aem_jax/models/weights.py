@@ -1,4 +1,4 @@
-"""Reads Hugging Face's safetensors, tensor by tensor, into their shards, and writes them.
+"""Reads Hugging Face's safetensors or a GGUF file, tensor by tensor, into shards, and writes safetensors.
 
 `tensors` derives from the parameter table which block of our arrays each tensor is; reading and writing both use it.
 """
@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,8 +23,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from aem_jax.files import write_text
-from aem_jax.models.checkpoint_files import FLOATS, INDEX, SINGLE, Checkpoint, write_tensors
+from aem_jax.gguf_file import is_gguf
+from aem_jax.models.checkpoint_files import FLOATS, INDEX, SINGLE, Checkpoint, open_safetensors, write_tensors
 from aem_jax.models.config import ModelConfig, dtype_name
+from aem_jax.models.gguf import open_gguf
 from aem_jax.models.parameters import EMBED, HEAD, Parameter, Part, parameter_table
 from aem_jax.models.policy import Params, Policy
 from aem_jax.sharding import TRAIN, Rules, shardings
@@ -92,8 +95,17 @@ def _tensor(row: Parameter, part: Part, layer: int) -> Tensor:
     )
 
 
-def as_in_files(folder: Path, config: ModelConfig) -> ModelConfig:
-    """A config with `tied_head` corrected to the weights of the folder, if it has weights.
+def open_checkpoint(source: Path, stack: ExitStack) -> Checkpoint:
+    """Opens a GGUF file or the safetensors of a folder, for as long as `stack` is open.
+
+    Raises:
+        ValueError: no weights there, or files that cannot be read.
+    """
+    return open_gguf(source) if is_gguf(source) else open_safetensors(source, stack)
+
+
+def as_in_files(source: Path, config: ModelConfig) -> ModelConfig:
+    """A config with `tied_head` corrected to the weights of the folder or GGUF file, if it has weights.
 
     As in transformers, a head that differs from the embedding is kept, whatever `tie_word_embeddings` is. Only the
     files' headers are read, and for a tied model with a head in its files, embedding and head.
@@ -101,20 +113,20 @@ def as_in_files(folder: Path, config: ModelConfig) -> ModelConfig:
     Raises:
         ValueError: the weights do not fit the config, or their files are broken.
     """
-    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+    if not any(file.is_file() for file in (source, source / SINGLE, source / INDEX)):
         return config
     with ExitStack() as stack:
-        checkpoint = Checkpoint(folder, stack)
-        if unread := checkpoint.unread:
+        checkpoint = open_checkpoint(source, stack)
+        if checkpoint.unread:
             log.warning(
                 "%s: weights are read from %s alone, as transformers does; not read: %s",
-                *(folder, ", ".join(file.name for file in checkpoint.files), ", ".join(unread)),
+                *(source, ", ".join(file.name for file in checkpoint.files), ", ".join(checkpoint.unread)),
             )
         if config.tied_head and checkpoint.has_own_head():
             log.warning(
                 "%s: config.json has tie_word_embeddings true, but %s differs from %s in the weights; the head is kept "
                 "and not tied, as in transformers; set tie_word_embeddings to false",
-                *(folder, HEAD, EMBED),
+                *(source, HEAD, EMBED),
             )
             config = replace(config, tied_head=False)
         _check(checkpoint, config)
@@ -122,16 +134,16 @@ def as_in_files(folder: Path, config: ModelConfig) -> ModelConfig:
 
 
 def load_params(
-    folder: Path, policy: Policy, *, mesh: Mesh | None, dtype: DTypeLike | Params, rules: Rules = TRAIN
+    source: Path, policy: Policy, *, mesh: Mesh | None, dtype: DTypeLike | Params, rules: Rules = TRAIN
 ) -> Params:
-    """Parameters from a folder of safetensors.
+    """Parameters from a folder of safetensors or a GGUF file.
 
     The host holds one tensor at a time, with at most one copy. Each goes to the devices in its shards and is written
-    there into its array.
+    there into its array. A quantised tensor of a GGUF file is de-quantised to float32 first.
 
     Args:
-        folder: with `model.safetensors`, or several files and their index.
-        policy: of the folder's config, from `as_in_files`.
+        source: folder with `model.safetensors`, or several files and their index; or a GGUF file.
+        policy: of the source's config, from `as_in_files`.
         mesh: devices of the parameters; None is the default device.
         dtype: of the parameters: one for all, or a tree (`Policy.dtypes`).
         rules: the layout.
@@ -141,21 +153,25 @@ def load_params(
             an own head for a tied policy; broken files.
     """
     with ExitStack() as stack:
-        checkpoint = Checkpoint(folder, stack)
+        checkpoint = open_checkpoint(source, stack)
         names = _check(checkpoint, policy.config)
         if policy.config.tied_head and checkpoint.has_own_head():
-            raise ValueError(f"expected a policy with tied_head False for {folder}, whose {HEAD} is its own, got True")
+            raise ValueError(f"expected a policy with tied_head False for {source}, whose {HEAD} is its own, got True")
+        kinds = Counter(tensor.kind for tensor in checkpoint.tensors.values() if tensor.kind not in FLOATS)
+        if kinds:
+            counts = ", ".join(f"{count} of {kind}" for kind, count in sorted(kinds.items()))
+            log.info("%s: de-quantised tensors: %s", source, counts)
         where = None if mesh is None else shardings(mesh, policy.axes, rules, policy.shapes)
         params, finite = _zeros(policy, dtype, where), {}
         for tensor in tensors(policy.config):
-            block = tensor.to_ours(checkpoint.read(names.get(tensor.name, tensor.name)))
+            block = tensor.to_ours(checkpoint.tensors[names.get(tensor.name, tensor.name)].read(None))
             holder, leaf = _holder(params, tensor.path), tensor.path[-1]
             sharding = None if where is None else _holder(where, tensor.path)[leaf]
             start = tuple(np.int32(at) for at in tensor.start)
             holder[leaf], finite[tensor.name] = _put_block(
                 holder[leaf], _place(block, sharding), start, sharding=sharding
             )
-    _check_finite(finite, f"the weights of {folder}")
+    _check_finite(finite, f"the weights of {source}")
     return params
 
 
@@ -210,8 +226,9 @@ def save_params(
 
 def _check(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, str]:
     """Compares the files' headers with the config; returns tensors that are stored under another name."""
+    stored = checkpoint.tensors
     # As in transformers, a tied model whose files have only the head takes it as the embedding.
-    names = {EMBED: HEAD} if config.tied_head and EMBED not in checkpoint and HEAD in checkpoint else {}
+    names = {EMBED: HEAD} if config.tied_head and EMBED not in stored and HEAD in stored else {}
     # Files of tied models often have the head, too, and old files have the rotary frequencies.
     spare = {HEAD} if config.tied_head else set()
     wanted = set()
@@ -220,20 +237,21 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, str]:
         for tensor in tensors(config):  # lazily: a broken config may have any number of layers
             name = names.get(tensor.name, tensor.name)
             wanted.add(name)
-            if name not in checkpoint:
+            if name not in stored:
                 hint = "; is the head tied (tie_word_embeddings)?" if name == HEAD else ""
                 yield f"{name} {list(tensor.shape)} is missing{hint}"
-            elif (shape := checkpoint.shape(name)) != tensor.shape:
+            elif (shape := stored[name].shape) != tensor.shape:
                 yield f"{name} has shape {list(shape)} instead of {list(tensor.shape)}"
-            elif (kind := checkpoint.kind(name)) not in FLOATS:
-                yield f"{name} holds {kind} instead of one of {', '.join(FLOATS)}"
-        for name in checkpoint:
+            elif (kind := stored[name].kind) not in checkpoint.kinds:
+                yield f"{name} holds {kind} instead of one of {', '.join(checkpoint.kinds)}"
+        for name in stored:
             if name not in wanted and name not in spare and not name.endswith("rotary_emb.inv_freq"):
-                yield f"{name} {list(checkpoint.shape(name))} is not known"
+                yield f"{name} {list(stored[name].shape)} is not known"
 
     if errors := list(islice(problems(), 6)):
         more = ", and more" if len(errors) > 5 else ""
-        raise ValueError(f"expected the weights of {checkpoint.folder}'s config.json: {'; '.join(errors[:5])}{more}")
+        config_of = "fields" if is_gguf(checkpoint.source) else "config.json"
+        raise ValueError(f"expected the weights of {checkpoint.source}'s {config_of}: {'; '.join(errors[:5])}{more}")
     return names
 
 

@@ -13,6 +13,7 @@ from aem_jax.config import components
 from aem_jax.config.algorithms import has_values
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
+from aem_jax.gguf_file import is_gguf
 from aem_jax.models import ModelConfig
 from aem_jax.models.config import published
 from aem_jax.models.kv_cache import init_cache
@@ -142,22 +143,22 @@ def planned_model(config: RunConfig) -> ModelConfig:
     """The decoder's sizes, without a download: those of published models are known.
 
     Raises:
-        ConfigError: neither a folder nor a published model of known size.
+        ConfigError: neither a folder or GGUF file nor a published model of known size.
     """
     choice = config.model
     if not choice.path:
         tiny = choice.name == "tiny"
         vocab = config.tokenizer.vocab_size if tiny else components.known_model(choice.name).vocab_size
         return components.model_config(choice, vocab)
-    folder = Path(os.path.expanduser(choice.path))  # unchanged if there is no such user
+    source = Path(os.path.expanduser(choice.path))  # unchanged if there is no such user
     try:
-        if folder.is_dir():
-            return read_config(folder, choice.dtype or "bfloat16")
+        if source.is_dir() or is_gguf(source):
+            return read_config(source, choice.dtype or "bfloat16")
     except (ValueError, OSError) as error:
         raise ConfigError(f"--model.path: {error}") from None
     if model := published(choice.path):
         return model
     raise ConfigError(
-        f"--model.path: expected a folder or a published model of known size, got {choice.path!r}; "
+        f"--model.path: expected a folder, a GGUF file or a published model of known size, got {choice.path!r}; "
         "give its sizes with --model.name"
     )

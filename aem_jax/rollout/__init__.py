@@ -7,7 +7,7 @@ its budget, to the first token of the next response, an episode passes these ste
     2. append    `SlotGroup.append_sampled`, `Episode.append_sampled`: a finished response has budget 0
     3. submit    `SlotGroup.submit`: decode the response to text, and send it to the environment (`SlotSessions.step`)
     4. observe   `SlotGroup.collect`, `episode.observe`: tokenise the observation; does the episode end, and how?
-                 `context.appended_prompt` or `context.windowed_prompt` choose the ids that stay and the ids to prefill
+                 `context.appended_prompt` or `context.full_prompt` choose the ids that stay and the ids to prefill
     5. gather    `slots.all_gather_replies`: every process gets the replies of all processes
     6. apply     `SlotGroup._apply`, `Episode.apply_reply`: finish the turn and set the next observation; an episode
                  that ends becomes a trajectory, one whose environment failed is retried or masked

@@ -13,9 +13,9 @@ class RolloutConfig:
     group_size: int = 8
     """Episodes of each task: the rollout group over which advantages and AEM's coefficient are normalised."""
     num_slots: int = 128
-    """Episodes in progress at once: rows of the KV cache. Further episodes wait for a free slot."""
+    """Episodes in progress at once: rows of the KV cache. Further episodes wait."""
     cache_gib: float = 0.0
-    """Most memory of a device that KV caches may take, in GiB; 0: all. More slots than fit are refused."""
+    """Most memory of a device for KV caches, GiB; 0: all. More slots are refused."""
     mode: Literal["lockstep", "continuous"] = "lockstep"
     """lockstep: a cohort's episodes take their turns together; the same seed gives the same run, bit by bit.
     continuous: each response is decoded as soon as possible, so the device need not wait for slow environments."""
@@ -30,9 +30,9 @@ class RolloutConfig:
     response_tokens: int = 512
     """Most tokens of one response."""
     context_tokens: int = 8192
-    """Most tokens of one episode (append) or of one prompt and response (window): capacity of a slot."""
+    """Capacity of a slot: tokens of an episode (append) or of prompt and response."""
     prompt_tokens: int = 2048
-    """Most tokens of a first prompt: capacity of a row in which a group's prompt is prefilled."""
+    """Most tokens of a first prompt: capacity of a row of the prompt cache."""
     decode_chunk: int = 64
     """Tokens decoded by one call; it ends early when all slots have finished."""
     extend_buckets: tuple[int, ...] = (64, 256, 1024)
@@ -44,8 +44,12 @@ class RolloutConfig:
     """append: one growing sequence per episode. window: each prompt holds the first observation and the last turns."""
     window_turns: int = 2
     """Recent turns in a windowed prompt."""
+    prompt_style: Literal["chat", "single"] = "chat"
+    """chat: a windowed prompt is a conversation of observations and responses. single: it is one message, composed by
+    ALFWorld or WebShop as in the paper: task, last actions, observation, admissible actions, form of a response."""
     thinking: Literal["keep", "drop"] = "keep"
-    """Thinking of earlier responses in a windowed prompt: keep it, or drop all up to the last </think>."""
+    """Thinking of earlier responses in a windowed prompt: keep it, or drop all up to the last </think>. A single
+    message never has it."""
     instruction: str = ""
     """System message; empty: none."""
     carry_min_groups: int = 0
@@ -102,6 +106,13 @@ class RolloutConfig:
             )
         if self.context not in ("append", "window"):
             raise ValueError(f"expected rollout.context 'append' or 'window', got {self.context!r}")
+        if self.prompt_style not in ("chat", "single"):
+            raise ValueError(f"expected rollout.prompt_style 'chat' or 'single', got {self.prompt_style!r}")
+        if self.prompt_style == "single" and self.context == "append":
+            raise ValueError(
+                "expected rollout.prompt_style 'chat' with rollout.context 'append', whose prompts grow turn by turn, "
+                "got 'single'; set rollout.context to 'window'"
+            )
         if self.thinking not in ("keep", "drop"):
             raise ValueError(f"expected rollout.thinking 'keep' or 'drop', got {self.thinking!r}")
         if self.thinking == "drop" and self.context == "append":

@@ -1,12 +1,16 @@
 """The input of the model before a response: a first prompt, an appended observation, or a rebuilt prompt.
 
 The setting `rollout.context` chooses. append: one growing sequence per episode, whose KV cache is never rewound.
-window: each prompt holds the first observation and the last turns; the slot keeps the prefix that it shares with the
-previous prompt, or copies a longer one (`sharing.py`).
+window: each prompt holds the first observation (or the task in it) and the last turns; the slot keeps the prefix that
+it shares with the previous prompt, or copies a longer one (`sharing.py`).
 """
 
 from collections.abc import Sequence
 from typing import Protocol
+
+from aem_jax.envs.prompt import Prompt, Situation
+from aem_jax.envs.protocol import EnvError, StepResult
+from aem_jax.rollout.config import RolloutConfig
 
 
 class Chat(Protocol):
@@ -56,37 +60,65 @@ def appended_prompt(chat: Chat, cached: int, response: Sequence[int], observatio
     return cached + len(response), chat.delta_ids(observation, closed=response[-1] in chat.stop_ids)
 
 
-def windowed_prompt(
+def full_prompt(
     chat: Chat,
-    cached_ids: Sequence[int],
     turns: Sequence[tuple[str, str]],
-    observation: str,
-    instruction: str,
-    count: int,
-    *,
-    thinking: bool = True,
-) -> tuple[int, list[int]]:
-    """A prompt of the first observation, the last `count` turns, and the new observation.
+    result: StepResult,
+    config: RolloutConfig,
+    compose: Prompt | None = None,
+) -> list[int]:
+    """A complete prompt: the first one of any episode, and all of a windowed context.
+
+    `rollout.prompt_style` chooses its form: the conversation (`windowed_messages`), or one message that the environment
+    composes. Such a message shows fewer turns where a response could otherwise not have all of its tokens.
 
     Args:
         chat: the tokenizer.
-        cached_ids: ids that the slot holds.
         turns: observation and response of each turn so far.
-        observation: the environment's last reply.
-        instruction: system message.
-        count: number of recent turns in the prompt.
-        thinking: whether earlier responses keep their thinking.
+        result: the environment's last reply.
+        config: settings.
+        compose: the environment's `TaskSuite.prompt`.
 
-    Returns:
-        Number of leading ids that stay (the common prefix), and the ids to append.
+    Raises:
+        EnvError: the reply lists no admissible actions, and the message needs them.
     """
-    messages = first_messages(instruction, turns[0][0])
-    recent = turns[-count:] if count else []
+    if config.prompt_style == "chat":
+        return chat.prompt_ids(windowed_messages(turns, result.observation, config))
+    assert compose is not None, "Rollout and config.environments refuse a single message without a function for it"
+    admissible = result.info.get("admissible")
+    if not isinstance(admissible, list | tuple):
+        raise EnvError(
+            "expected the environment's admissible actions, a list, with rollout.prompt_style 'single', got "
+            f"{admissible!r:.60}; start servers of --env.urls with --send-admissible, or name the field in "
+            "--env.field-mapping.admissible-field"
+        )
+    first = turns[0][0] if turns else result.observation
+    for count in range(min(config.window_turns, len(turns)), -1, -1):
+        past = turns[len(turns) - count :]
+        situation = Situation(first, past, len(turns) + 1, result.observation, admissible)
+        ids = chat.prompt_ids(first_messages(config.instruction, compose(situation)))
+        if len(ids) <= config.context_tokens - config.response_tokens:
+            break
+    return ids
+
+
+def windowed_messages(
+    turns: Sequence[tuple[str, str]], observation: str, config: RolloutConfig
+) -> list[dict[str, str]]:
+    """The conversation of the first observation, the last `window_turns` turns, and the new observation."""
+    if not turns:
+        return first_messages(config.instruction, observation)
+    messages = first_messages(config.instruction, turns[0][0])
+    recent = turns[-config.window_turns :] if config.window_turns else []
     for index, (earlier_observation, response) in enumerate(recent):
         if index or len(recent) < len(turns):
             messages.append({"role": "user", "content": earlier_observation})
-        messages.append({"role": "assistant", "content": response if thinking else without_thinking(response)})
-    ids = chat.prompt_ids([*messages, {"role": "user", "content": observation}])
+        content = response if config.thinking == "keep" else without_thinking(response)
+        messages.append({"role": "assistant", "content": content})
+    return [*messages, {"role": "user", "content": observation}]
+
+
+def num_kept(ids: Sequence[int], cached_ids: Sequence[int]) -> int:
+    """Number of leading ids of a prompt that a slot with `cached_ids` keeps; at least one id is computed."""
     limit = min(len(ids) - 1, len(cached_ids))
-    keep = next((i for i in range(limit) if ids[i] != cached_ids[i]), limit)
-    return keep, ids[keep:]
+    return next((i for i in range(limit) if ids[i] != cached_ids[i]), limit)

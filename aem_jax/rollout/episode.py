@@ -12,9 +12,10 @@ from functools import partial
 
 import numpy as np
 
+from aem_jax.envs.prompt import Prompt
 from aem_jax.envs.protocol import EnvError, LostError, StepResult, Task, over_at_reset
 from aem_jax.rollout.config import RolloutConfig
-from aem_jax.rollout.context import Chat, appended_prompt, first_messages, windowed_prompt
+from aem_jax.rollout.context import Chat, appended_prompt, full_prompt, num_kept
 from aem_jax.trajectory import Ending, Trajectory, Turn
 
 _QUARANTINE_LOSSES = 2
@@ -216,7 +217,9 @@ class Episode:
         )
 
 
-def observe(episode: Episode, call: Future[StepResult], config: RolloutConfig, chat: Chat) -> EnvReply:
+def observe(
+    episode: Episode, call: Future[StepResult], config: RolloutConfig, chat: Chat, compose: Prompt | None = None
+) -> EnvReply:
     """Waits for an environment call of an episode, and derives its ending or the ids of its next observation.
 
     Args:
@@ -224,9 +227,11 @@ def observe(episode: Episode, call: Future[StepResult], config: RolloutConfig, c
         call: the call that was made for it.
         config: settings.
         chat: the tokenizer.
+        compose: the environment's `TaskSuite.prompt`.
 
     Raises:
         ValueError: the chat template makes no ids of an observation.
+        EnvError: the reply has no admissible actions, and the prompt needs them.
     """
     try:
         result = call.result()
@@ -236,7 +241,7 @@ def observe(episode: Episode, call: Future[StepResult], config: RolloutConfig, c
     if episode.observation is None:
         if result.done:
             return EnvReply(over_at_reset(result), retryable=False)
-        ids = chat.prompt_ids(first_messages(config.instruction, result.observation))
+        ids = full_prompt(chat, (), result, config, compose)
         return reply(prefill_tokens=ids, ending=Ending.TRUNCATED if len(ids) > config.prompt_tokens else None)
     response_ids = episode.response_ids
     response = chat.decode(response_ids)
@@ -250,15 +255,9 @@ def observe(episode: Episode, call: Future[StepResult], config: RolloutConfig, c
         keep, ids = appended_prompt(chat, len(episode.cached_ids), response_ids, result.observation)
     else:
         turns = [(turn.observation, turn.response) for turn in episode.turns]
-        keep, ids = windowed_prompt(
-            chat,
-            [*episode.cached_ids, *response_ids],
-            [*turns, (episode.observation.text, response)],
-            result.observation,
-            config.instruction,
-            config.window_turns,
-            thinking=config.thinking == "keep",
-        )
+        ids = full_prompt(chat, [*turns, (episode.observation.text, response)], result, config, compose)
+        keep = num_kept(ids, [*episode.cached_ids, *response_ids])
+        ids = ids[keep:]
     if not ids:
         raise ValueError(
             f"expected the chat template to make ids of an observation, got none of {result.observation!r}; "

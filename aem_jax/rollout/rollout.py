@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
+from aem_jax.envs.prompt import Prompt
 from aem_jax.envs.protocol import Task
 from aem_jax.rollout import continuous, lockstep
 from aem_jax.rollout.batching import Pool, SlotSessions
@@ -40,21 +41,30 @@ class Rollout:
         pool: environment sessions, one for each slot that this process plays.
         config: settings.
         processes: the processes of the run; each constructs and calls a rollout with the same arguments.
+        compose: the environment's `TaskSuite.prompt`, for `rollout.prompt_style = "single"`.
 
     Raises:
-        ValueError: the pool has fewer sessions than there are slots.
+        ValueError: the pool has fewer sessions than there are slots, or there is no `compose` where one is needed.
     """
 
     def __init__(
-        self, sampler: Sampler, chat: Chat, pool: Pool, config: RolloutConfig, processes: ProcessGroup = SINGLE_PROCESS
+        self,
+        sampler: Sampler,
+        chat: Chat,
+        pool: Pool,
+        config: RolloutConfig,
+        processes: ProcessGroup = SINGLE_PROCESS,
+        compose: Prompt | None = None,
     ) -> None:
+        if config.prompt_style == "single" and compose is None:
+            raise ValueError("expected compose with rollout.prompt_style 'single', got None; pass TaskSuite.prompt")
         self._sampler, self.config = sampler, config
         sessions = SlotSessions(pool, processes, config.num_slots, config.num_cohorts)
         size = config.num_slots // config.num_cohorts
         sizes = config.slot_sizes(sampler.slot_shards)
         self._prompts = PromptCache(sampler, config, size)
         self._groups = [
-            SlotGroup(sampler, chat, sessions, processes, config, self._prompts, first, size, sizes)
+            SlotGroup(sampler, chat, sessions, processes, config, self._prompts, first, size, sizes, compose)
             for first in range(0, config.num_slots, size)
         ]
         self._live: Mapping[int, Episode] = {}  # `Carried.episodes` that are in the slots, with their environments

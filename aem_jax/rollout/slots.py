@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from aem_jax.distributed import ProcessGroup
+from aem_jax.envs.prompt import Prompt
 from aem_jax.envs.protocol import EnvError, LostError, StepResult
 from aem_jax.rollout.batching import (
     Call,
@@ -76,6 +77,7 @@ class SlotGroup:
         first_slot: number of the first slot, over all groups.
         num_slots: number of slots.
         sizes: numbers of slots, below all of them, that a call may be made on.
+        compose: the environment's `TaskSuite.prompt`.
 
     Attributes:
         state: the sampler's state of the slots.
@@ -93,8 +95,10 @@ class SlotGroup:
         first_slot: int,
         num_slots: int,
         sizes: Sequence[int],
+        compose: Prompt | None,
     ) -> None:
         self._sampler, self._chat, self._sessions, self._processes = sampler, chat, sessions, processes
+        self._compose = compose
         self._config, self._prompts, self._first, self.sizes = config, prompts, first_slot, sizes
         self.state = sampler.init(num_slots)
         self.episodes: list[Episode | None] = [None] * num_slots
@@ -194,7 +198,7 @@ class SlotGroup:
     def _observe(self, slot: int, call: Future[StepResult]) -> EnvReply:
         episode = self.episodes[slot]
         assert episode is not None
-        return observe(episode, call, self._config, self._chat)
+        return observe(episode, call, self._config, self._chat, self._compose)
 
     def _apply(self, job: Job, slot: int, reply: EnvReply) -> None:
         """Applies a reply to a slot's episode, and frees the slot if the episode ended or failed."""

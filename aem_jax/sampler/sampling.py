@@ -27,7 +27,7 @@ class SamplingConfig:
     """The distribution that tokens are sampled from."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy. Logprobs and entropies are those at this temperature."""
+    """Divides the logits; 0 is greedy. Logprobs and entropies are at this temperature."""
     top_k: int = 0
     """Samples from the k most likely tokens; 0 means all."""
     top_p: float = 1.0

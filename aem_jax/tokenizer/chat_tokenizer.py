@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aem_jax.files import valid_text
+from aem_jax.gguf_file import is_gguf
 from aem_jax.tokenizer.bpe import any_of, quiet_libraries, train_bpe
 from aem_jax.tokenizer.chat_template import ChatTemplate, first_line, saved_day
+from aem_jax.tokenizer.gguf import gguf_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,10 +106,10 @@ class ChatTokenizer:
     def from_pretrained(
         cls, path: str | Path, *, chat_template: str | None = None, appends: bool = True, thinking: bool = True
     ) -> "ChatTokenizer":
-        """Loads a tokenizer from Hugging Face's files.
+        """Loads a tokenizer from Hugging Face's files, or from a GGUF file.
 
         Args:
-            path: folder, or a name on the Hub.
+            path: folder, GGUF file, or a name on the Hub.
             chat_template: Jinja text to use instead of the tokenizer's own, e.g. `CHATML` for Qwen3.
             appends: see the constructor.
             thinking: see the constructor.
@@ -116,13 +118,7 @@ class ChatTokenizer:
             ValueError: no tokenizer is found, or the constructor refuses it.
         """
         quiet_libraries()
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except Exception as error:  # damaged files: tokenizers raises plain Exception, transformers many types
-            reason = first_line(error)
-            raise ValueError(f"expected a tokenizer in Hugging Face's files, got {str(path)!r}: {reason}") from error
+        tokenizer = gguf_tokenizer(Path(path)) if is_gguf(path) else _hugging_face(path)
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         return cls(tokenizer, appends=appends, thinking=thinking, day=saved_day(Path(path)))
@@ -256,6 +252,16 @@ class ChatTokenizer:
                 f"for {expected} ({theirs!r}); the template needs a control token or a line break on each side of a "
                 "response"
             )
+
+
+def _hugging_face(path: str | Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # damaged files: tokenizers raises plain Exception, transformers many types
+        reason = first_line(error)
+        raise ValueError(f"expected a tokenizer in Hugging Face's files, got {str(path)!r}: {reason}") from error
 
 
 def _backends(tokenizer: "PreTrainedTokenizerBase", markup: Collection[str]):

@@ -207,6 +207,7 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch):
     assert kept("--model.path", "org/here").model.path == str(tmp_path / "org" / "here")
     assert kept("--model.path", "org/hub").model.path == "org/hub"
     assert kept("--model.path", "~/m").model.path == "/home/me/m"
+    assert kept("--model.path", "models/m.gguf").model.path == str(tmp_path / "models" / "m.gguf")  # no name on the Hub
     named = kept("--swe.tasks.train", "generated", "--swe.tasks.evaluation", "a").environment
     assert named == SweConfig(tasks=TasksConfig(train="generated", evaluation=f"{tmp_path}/a"))
     assert kept("--openenv.serve", "env.py:Env").environment == OpenEnvConfig(serve=f"{tmp_path}/env.py:Env")

@@ -163,7 +163,7 @@ def test_the_last_of_an_option_given_twice_counts():
         (["analyze", "runs/x", "--draws", "1"], "--draws: expected draws of at least 2, got 1"),
         (["--runs-dir", "a\udcff"], "expected words in UTF-8, got 'a\\udcff'"),
         (["--model.path", "a\udcff"], "expected words in UTF-8, got 'a\\udcff'"),
-        (["--warmstart.init-from", "x", "--lora.rank", "2"], "--warmstart.init-from: expected none with"),
+        (["--warmstart.init-from", "x", "--lora.rank", "2"], "--warmstart.init-from: expected none with --lora.rank"),
     ],
 )
 def test_mistakes_get_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):

@@ -46,9 +46,10 @@ def test_a_run_from_files_trains_two_steps(model: Path, tmp_path: Path, user_env
     environment = {**user_environment, "PYTHONPATH": str(ROOT)}
     shutil.copytree(model, tmp_path / "begin")
     words = ["--preset", str(SMALL), "--runs-dir", str(tmp_path), "--name", "run", "--model.path", "begin"]
-    words += ["--model.dtype", "float32", "--warmstart.episodes", "0", "--train.num-steps", "2"]
+    words += ["--model.dtype", "float32", "--warmstart.episodes", "8", "--warmstart.steps", "1"]
+    words += ["--warmstart.batch-episodes", "4", "--train.num-steps", "2"]
     words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", "--evaluation.size", "2"]
-    words += ["--evaluation.baselines", "false", "--evaluation.every", "0", "--metrics.tensorboard", "false"]
+    words += ["--evaluation.every", "0", "--metrics.tensorboard", "false"]
     sizes = [f"--model.{name}=None" for name in ("hidden-size", "intermediate-size", "num-layers", "num-heads")]
     sizes += ["--model.num-kv-heads=None", "--model.head-dim=None"]
     command = [sys.executable, "-m", "aem_jax.launch", *words, *sizes]
@@ -57,6 +58,10 @@ def test_a_run_from_files_trains_two_steps(model: Path, tmp_path: Path, user_env
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in metrics] == [0, 1]
     assert all(record["parity/max"] < 1e-4 for record in metrics)
+    evaluations = read_lines(tmp_path / "run" / "evaluations.jsonl")
+    assert evaluations[0]["phase"] == "zero-shot"
+    assert {record["phase"] for record in evaluations[1:]} == {"oracle", "searcher", "random", "warmstart", "final"}
+    assert "zero-shot" in done.stdout
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["path"] == str(tmp_path / "begin")
     (tmp_path / "begin" / "config.json").write_text("{}")
 

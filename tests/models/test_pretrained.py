@@ -381,7 +381,7 @@ def test_a_dtype_is_a_name_or_what_jax_and_numpy_call_one(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/no/where", "a/b/c", "~nobody-of-that-name/model"])
 def test_a_missing_model_is_refused_with_what_was_expected(name: str):
-    with pytest.raises(ValueError, match="expected a folder, or a name on the Hub"):
+    with pytest.raises(ValueError, match="expected a folder, a GGUF file, or a name on the Hub"):
         from_pretrained(name)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from aem_jax.compilations import compilations
 from aem_jax.rollout import Rollout
-from aem_jax.rollout.context import windowed_prompt
+from aem_jax.rollout.context import windowed_messages
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.trajectory import Ending
 
@@ -175,20 +175,11 @@ def test_windowed_context_rebuilds_each_prompt(sampler, params):
 def test_a_window_may_drop_earlier_thinking():
     responses = ["<think>\nup\n</think>\n\ngo", "down</think>\nstay", "<think>too long, it was cut"]
     turns = [("seen", text) for text in responses]
-    chat = Messages()
-    for thinking, shown in ((True, responses), (False, ["go", "stay", responses[2]])):
-        windowed_prompt(chat, [], turns, "end", "", 3, thinking=thinking)
-        assert [m["content"] for m in chat.messages if m["role"] == "assistant"] == shown
+    for thinking, shown in (("keep", responses), ("drop", ["go", "stay", responses[2]])):
+        messages = windowed_messages(turns, "end", replace(CONFIG, context="window", window_turns=3, thinking=thinking))
+        assert [m["content"] for m in messages if m["role"] == "assistant"] == shown
     with pytest.raises(ValueError, match="set rollout.context to 'window'"):
         replace(CONFIG, thinking="drop")
-
-
-class Messages(ByteChat):
-    """Records the last conversation that it tokenises."""
-
-    def prompt_ids(self, messages):
-        self.messages = messages
-        return [0]
 
 
 def test_nothing_compiles_after_warm_up(params):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from aem_jax.envs.actions import extract_action
+from aem_jax.envs.actions import extract_action, has_thought
 from aem_jax.envs.alfworld.engine import NOTHING_HAPPENS, Game, Player, damage_named
 from aem_jax.envs.alfworld.generator.config import GeneratorConfig
 from aem_jax.envs.alfworld.tasks import load_game
@@ -18,13 +18,15 @@ class AlfworldConfig:
     NAME: ClassVar[str] = "alfworld"
 
     max_steps: int = 50
-    """Steps after which an unsolved episode is truncated; a generated game has its own limit."""
+    """Steps after which an episode is truncated; generated games have their own."""
     reward_won: float = 10.0
     """Reward of the step that solves the task."""
     reward_step: float = 0.0
     """Reward of every other valid step."""
     reward_invalid: float = -0.1
     """Reward of a response whose action is missing or not admissible."""
+    require_thinking: bool = False
+    """Whether a response without <think>…</think> is invalid, too, as in the paper; its action is executed."""
     max_invalid: int = 0
     """Invalid actions that truncate an unsolved episode; 0 sets no limit."""
     data: str = ""
@@ -86,16 +88,22 @@ class AlfworldEnv:
         command = extract_action(action_text)
         with damage_named(player.game.source):
             observation = NOTHING_HAPPENS if command is None else player.step(command)
-        valid = command is not None and player.acted
+        acted = command is not None and player.acted
+        valid = acted and (has_thought(action_text) or not self._config.require_thinking)
         self._invalid += not valid
-        reward = self._config.reward_step if valid else self._config.reward_invalid
         return StepResult(
             observation,
-            reward=self._config.reward_won if valid and player.won else reward,
+            reward=self._reward(player.won, valid),
             terminated=player.won,
             truncated=not player.won and self._limited(),
             info=self._info(player, valid),
         )
+
+    def _reward(self, won: bool, valid: bool) -> float:
+        config = self._config
+        if won:  # without a thought, a winning response may be invalid
+            return config.reward_won if valid else config.reward_won + config.reward_invalid
+        return config.reward_step if valid else config.reward_invalid
 
     def _limited(self) -> bool:
         """Whether the episode has reached a limit."""

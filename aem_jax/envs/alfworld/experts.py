@@ -34,20 +34,25 @@ def decide(goal: Goal, known: Knowledge) -> str | None:
     if goal.treatment and known.held not in known.treated:
         station = _nearest(goal.station, known)
         return f"{goal.treatment} {known.held} with {station}" if known.here == station else f"go to {station}"
-    return _put(known.held, _destination(goal, known), known)
+    return _put(known.held, destination(goal, known), known)
 
 
-def _fetch(goal: Goal, known: Knowledge) -> str | None:
-    destination = None if goal.light else _destination(goal, known)
-    candidates = [
+def candidates(goal: Goal, known: Knowledge) -> list[tuple[str, str]]:
+    """Returns (object, receptacle) of every known target that is still to be fetched."""
+    final = None if goal.light else destination(goal, known)
+    return [
         (thing, place)
         for thing, place in known.places_of(goal.target)
         # An object that is already at its destination stays there, unless it still needs its treatment.
-        if place != destination or (goal.treatment and thing not in known.treated)
+        if place != final or (goal.treatment and thing not in known.treated)
     ]
-    if not candidates:
+
+
+def _fetch(goal: Goal, known: Knowledge) -> str | None:
+    found = candidates(goal, known)
+    if not found:
         return _look_for(goal.target, known, goal)
-    thing, place = min(candidates, key=lambda item: (item[1] != known.here, item[1] in known.closed))
+    thing, place = min(found, key=lambda item: (item[1] != known.here, item[1] in known.closed))
     return _reach(place, known) or f"take {thing} from {place}"
 
 
@@ -79,7 +84,7 @@ def _reach(place: str, known: Knowledge) -> str | None:
     return f"open {place}" if place in known.closed else None
 
 
-def _destination(goal: Goal, known: Knowledge) -> str:
+def destination(goal: Goal, known: Knowledge) -> str:
     """Returns the receptacle to fill: the one with the most targets, because two targets must end in the same one."""
     options = [r for r in known.receptacles if class_of(r) == goal.place]
     if not options:
@@ -131,7 +136,8 @@ class Searcher:
     def __init__(self, seed: int | None = None):
         self._seed = seed
         self._goal: Goal | None = None
-        self._known = Knowledge()
+        self.known = Knowledge()
+        """The knowledge of the room so far."""
         self._last = ""
         self._newer_grammar = True
 
@@ -153,16 +159,16 @@ class Searcher:
         elif observation.strip() == "Nothing happens.":
             self._refuse()
         else:
-            read_answer(observation, self._last, self._goal_now(), self._known)
+            read_answer(observation, self._last, self.goal, self.known)
 
     def command(self, admissible: Sequence[str] = ()) -> str:
         """Returns the next command, based on all observations so far."""
-        goal = self._goal_now()
-        command = decide(goal, self._known)
+        goal = self.goal
+        command = decide(goal, self.known)
         if command is None:  # the object was missed or has moved: search every receptacle again
-            self._known.contents.clear()
-            self._known.refused.clear()
-            command = decide(goal, self._known) or "look"
+            self.known.contents.clear()
+            self.known.refused.clear()
+            command = decide(goal, self.known) or "look"
         self._last = in_grammar(command, admissible, self._newer_grammar)
         return self._last
 
@@ -172,20 +178,22 @@ class Searcher:
         rng = random.Random(f"searcher/{self._seed}")
         receptacles = names_in(room)
         kinds = sorted({class_of(name) for name in receptacles}) if self._seed is not None else []
-        self._known = Knowledge(receptacles, taste={kind: rng.random() for kind in kinds})
+        self.known = Knowledge(receptacles, taste={kind: rng.random() for kind in kinds})
         self._last = ""
 
     def _refuse(self) -> None:
-        self._known.refused.add(self._last)
+        self.known.refused.add(self._last)
         if self._last.startswith("move "):
             self._newer_grammar = False  # older games use `put … in/on …`
         elif self._last.startswith("put "):
             thing, place = self._last.removeprefix("put ").split(" in/on ", 1)
-            self._known.refused.add(f"move {thing} to {place}")
-        elif self._last.startswith(("take ", "use ")) and self._known.here:
-            self._known.contents.pop(self._known.here, None)
+            self.known.refused.add(f"move {thing} to {place}")
+        elif self._last.startswith(("take ", "use ")) and self.known.here:
+            self.known.contents.pop(self.known.here, None)
 
-    def _goal_now(self) -> Goal:
+    @property
+    def goal(self) -> Goal:
+        """The task, from the first observation."""
         if self._goal is None:
             raise ValueError("expected the first observation to hold the task ('Your task is to: …'); observe it first")
         return self._goal

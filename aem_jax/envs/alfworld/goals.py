@@ -12,7 +12,8 @@ _SENTENCES = tuple(
     for template in templates
 )
 
-_PLACES = {name.lower(): frozenset(place.lower() for place in thing.places) for name, thing in THINGS.items()}
+PLACES = {name.lower(): frozenset(place.lower() for place in thing.places) for name, thing in THINGS.items()}
+"""Object class -> receptacle classes that usually contain such objects, in lower case."""
 _CLOSED = frozenset(name.lower() for name in OPENABLE)
 
 
@@ -87,7 +88,7 @@ def search_order(
         unlikely: a receptacle class to visit late: an object to bring to the sofa is probably not on the sofa.
         taste: receptacle class -> rank among equally good classes; alphabetical order if not given.
     """
-    likely = _PLACES.get(wanted)
+    likely = PLACES.get(wanted)
 
     def rank(name: str) -> tuple[bool, bool, bool, float, str, int]:
         kind = class_of(name)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from aem_jax.envs.actions import as_action
+from aem_jax.envs.actions import as_action, as_thought
 from aem_jax.envs.alfworld.engine import Player
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
 from aem_jax.envs.alfworld.experts import Oracle, Searcher
+from aem_jax.envs.alfworld.prompt import prompt
 from aem_jax.envs.alfworld.tasks import eval_set, load_game, training_tasks
+from aem_jax.envs.alfworld.thoughts import thought
 from aem_jax.envs.play import Act, random_agent
 from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite
@@ -29,8 +31,9 @@ def task_suite(config: AlfworldConfig, options: SuiteOptions) -> TaskSuite:
         settings=dataclasses.asdict(config),
         training=training_tasks(config.games, seed=options.seed, **official),
         evaluation=evaluation,
+        prompt=prompt,
         make_env=make(config),
-        demonstrator=partial(_noisy_searcher, options.expert_noise),
+        demonstrator=partial(_noisy_searcher, options.expert_noise, options.expert_thinks),
         baselines={"oracle": _oracle, "searcher": _searcher, "random": random_agent},
     )
 
@@ -45,9 +48,13 @@ def _searcher(task: Task) -> Act:
     return lambda result: as_action(agent.act(result.observation))
 
 
-def _noisy_searcher(noise: float, task: Task) -> Act:
-    """Makes a searcher that goes to a random place in a fraction `noise` of its turns and continues from there."""
+def _noisy_searcher(noise: float, thinks: bool, task: Task) -> Act:
+    """Makes a searcher that goes to a random place in a fraction `noise` of its turns and continues from there.
+
+    If it `thinks`, it says before each command why it gives it, also for a random place.
+    """
     agent, rng, command = Searcher(seed=None), random.Random(f"careless/{task.id}"), None
+    wording = random.Random(f"thoughts/{task.id}")  # of its own, so that the commands are those of a silent searcher
 
     def act(result: StepResult) -> str:
         nonlocal command
@@ -56,7 +63,8 @@ def _noisy_searcher(noise: float, task: Task) -> Act:
         places = [action for action in result.info["admissible"] if action.startswith("go to ")]
         if places and rng.random() < noise:
             command = rng.choice(places)
-        return as_action(command)
+        reason = thought(agent.goal, agent.known, command, wording) if thinks else ""
+        return as_thought(reason, command) if thinks else as_action(command)
 
     return act
 

@@ -11,7 +11,7 @@ class PoolConfig:
     """Where the environments run, and their deadlines."""
 
     urls: tuple[str, ...] = ()
-    """Servers to connect to (host:port or ws://…). If empty, the pool starts its own."""
+    """Servers to connect to (host:port, ws://…); without any, the pool starts its own."""
     command: str = ""
     """Command that starts one server of another package, with {port} in it. The pool starts, watches and restarts
     num_servers of them. Each must serve at 127.0.0.1:{port}, and end when it is killed."""

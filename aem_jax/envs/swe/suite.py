@@ -75,7 +75,16 @@ class _FullTasks(Sequence[Task]):
 
 
 def swe_choices(config: ChoicesConfig, options: SuiteOptions) -> TaskSuite:
-    """Generated tasks as choices among edits."""
+    """Generated tasks as choices among edits.
+
+    Raises:
+        ValueError: the demonstrator shall think, which it cannot.
+    """
+    if options.expert_thinks:
+        raise ValueError(
+            f"--warmstart.expert-thinks: expected False with {config.NAME}, got True; its demonstrator gives commands "
+            "only"
+        )
     tasks = TasksConfig(difficulties=config.difficulties)
     named = training_tasks(tasks, seed=options.seed)
     # Each bug appears many times, with its edits in a different order.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from aem_jax.envs.actions import extract_action
+from aem_jax.envs.actions import extract_action, has_thought
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.webshop import taggers
 from aem_jax.envs.webshop.catalog import Catalog
@@ -45,6 +45,8 @@ class WebshopConfig:
     """Reward of a perfect purchase."""
     reward_invalid: float = -0.1
     """Reward of a response whose action is missing or not possible."""
+    require_thinking: bool = False
+    """Whether a response without <think>…</think> is invalid, too, as in the paper; its action is executed."""
     max_invalid: int = 0
     """Invalid actions after which an episode without a purchase is truncated; 0 sets no limit."""
     shop: ShopConfig = ShopConfig()  # noqa: RUF009 (frozen)
@@ -140,7 +142,8 @@ class WebshopEnv:
         action = extract_action(action_text)
         if action is not None:
             visit.step(action)
-        valid = action is not None and visit.acted
+        acted = action is not None and visit.acted
+        valid = acted and (has_thought(action_text) or not self._config.require_thinking)
         self._invalid += not valid
         return self._result(visit, self._reward(visit, valid), valid)
 
@@ -149,10 +152,10 @@ class WebshopEnv:
         self._visit = None
 
     def _reward(self, visit: Visit, valid: bool) -> float:
-        if not valid:
-            return self._config.reward_invalid
-        worth = visit.reward if self._config.reward == "score" else float(visit.reward >= WON)
-        return self._config.reward_won * worth if visit.done else 0.0
+        config = self._config
+        worth = visit.reward if config.reward == "score" else float(visit.reward >= WON)
+        earned = config.reward_won * worth if visit.done else 0.0
+        return earned if valid else earned + config.reward_invalid
 
     def _limited(self) -> bool:
         return self._steps >= self._config.max_steps or 0 < self._config.max_invalid <= self._invalid

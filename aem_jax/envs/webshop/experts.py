@@ -7,8 +7,8 @@ options that the instruction names, and buys. A policy can learn from it, becaus
 
 import random
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from aem_jax.envs.webshop.analysis import terms
 from aem_jax.envs.webshop.goals import Goal
@@ -83,19 +83,48 @@ def read_item(observation: str, admissible: Sequence[str]) -> Item:
     return Item(texts[at - 1], {name: tuple(values) for name, values in options.items() if values})
 
 
+@dataclass
+class Knowledge:
+    """A shopper's knowledge of its visit.
+
+    Attributes:
+        wish: the instruction in lower case, without the price limit.
+        wanted: the search terms of the wish.
+        limit: the price limit in dollars; infinite if there is none.
+        matches: asin -> fraction of the wanted terms that an opened product matches.
+        settled: whether all candidates have been opened.
+        asin: the product that was opened last.
+        chosen: option -> value that was chosen for it.
+        listings: products on the page, if it is a page of results.
+        item: the product of the page, if it is a product's page.
+    """
+
+    wish: str = ""
+    wanted: frozenset[str] = frozenset()
+    limit: float = float("inf")
+    matches: dict[str, float] = field(default_factory=dict)
+    settled: bool = False
+    asin: str = ""
+    chosen: dict[str, str] = field(default_factory=dict)
+    listings: Sequence[Listing] = ()
+    item: Item | None = None
+
+    def share(self, text: str) -> float:
+        """Returns the fraction of the wanted terms that a text contains."""
+        return len(self.wanted & set(terms(text))) / max(len(self.wanted), 1)
+
+    def named(self, values: Sequence[str]) -> str | None:
+        """Returns the value that the wish names; the longest one if it names several, None if it names none."""
+        named = [value for value in values if re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", self.wish)]
+        return max(named, key=len, default=None)
+
+
 class Shopper:
     """An expert that uses only the observations: `act` returns the next action, `did` records the executed action."""
 
     def __init__(self) -> None:
-        self._wish = ""
-        self._wanted: frozenset[str] = frozenset()
-        self._limit = float("inf")
-        self._matches: dict[str, float] = {}  # asin -> fraction of the wanted terms that it matches
-        self._settled = False  # whether all candidates have been opened
-        self._asin = ""
-        self._chosen: dict[str, str] = {}
-        self._listings: Sequence[Listing] = ()
-        self._options: Mapping[str, Sequence[str]] = {}
+        self.known = Knowledge()
+        """The knowledge so far, with the page that `act` read last."""
 
     def act(self, observation: str, admissible: Sequence[str]) -> str:
         """Returns the next action, as `search[…]` or `click[…]`.
@@ -105,60 +134,55 @@ class Shopper:
             admissible: the possible actions on the page.
         """
         names = clickables(admissible)
-        self._listings, self._options = (), {}
+        known = self.known
+        known.listings, known.item = (), None
         if "search" in names:
             return self._begin(observation)
         if "buy now" in names:
-            return self._at_item(read_item(observation, admissible))
-        self._listings = read_listings(observation, admissible)
-        if self._listings:
+            known.item = read_item(observation, admissible)
+            return self._at_item(known.item)
+        known.listings = read_listings(observation, admissible)
+        if known.listings:
             return self._at_results()
         return "click[< prev]" if "< prev" in names else "click[back to search]"  # an unexpected page, or no result
 
     def did(self, action: str) -> None:
         """Records the action on the latest page of `act`. It may differ from the action that `act` returned."""
-        name = action.partition("[")[2][:-1]
-        opened = [listing.asin for listing in self._listings if listing.asin.lower() == name]
+        name, known = action.partition("[")[2][:-1], self.known
+        opened = [listing.asin for listing in known.listings if listing.asin.lower() == name]
         if opened:
-            self._asin, self._chosen = opened[0], {}
-        self._chosen |= {option: name for option, values in self._options.items() if name in values}
+            known.asin, known.chosen = opened[0], {}
+        options = known.item.options if known.item else {}
+        known.chosen |= {option: name for option, values in options.items() if name in values}
 
     def _begin(self, observation: str) -> str:
         texts = read(observation)
         wish = texts[texts.index("Instruction:") + 1]
         limit = _PRICE.search(wish)
-        self._limit = float(limit[1]) if limit else float("inf")
-        self._wish = _PRICE.sub("", wish).lower()
-        self._wanted = frozenset(terms(self._wish)) - _FILLERS
-        return f"search[{self._wish}]"
+        self.known.limit = float(limit[1]) if limit else float("inf")
+        self.known.wish = _PRICE.sub("", wish).lower()
+        self.known.wanted = frozenset(terms(self.known.wish)) - _FILLERS
+        return f"search[{self.known.wish}]"
 
     def _at_results(self) -> str:
-        affordable = [listing for listing in self._listings if listing.cost <= self._limit] or self._listings
-        ranked = sorted(affordable, key=lambda listing: -self._share(listing.title))[:CANDIDATES]
-        unseen = [listing.asin for listing in ranked if listing.asin not in self._matches]
-        self._settled = not unseen
-        best = max(ranked, key=lambda listing: self._matches.get(listing.asin, -1.0)).asin
+        known = self.known
+        affordable = [listing for listing in known.listings if listing.cost <= known.limit] or known.listings
+        ranked = sorted(affordable, key=lambda listing: -known.share(listing.title))[:CANDIDATES]
+        unseen = [listing.asin for listing in ranked if listing.asin not in known.matches]
+        known.settled = not unseen
+        best = max(ranked, key=lambda listing: known.matches.get(listing.asin, -1.0)).asin
         return f"click[{(unseen[0] if unseen else best).lower()}]"
 
     def _at_item(self, item: Item) -> str:
-        self._options = item.options
-        wanted = {name: value for name, values in item.options.items() if (value := self._named(values))}
-        share = self._share(" ".join([item.title, *item.options, *wanted.values()]))
-        self._matches[self._asin] = share
-        known = self._settled or len(self._matches) >= CANDIDATES
-        if share < 1 and not (known and share >= max(self._matches.values())):
+        known = self.known
+        wanted = {name: value for name, values in item.options.items() if (value := known.named(values))}
+        share = known.share(" ".join([item.title, *item.options, *wanted.values()]))
+        known.matches[known.asin] = share
+        compared = known.settled or len(known.matches) >= CANDIDATES
+        if share < 1 and not (compared and share >= max(known.matches.values())):
             return "click[< prev]"
-        missing = [value for name, value in wanted.items() if self._chosen.get(name) != value]
+        missing = [value for name, value in wanted.items() if known.chosen.get(name) != value]
         return f"click[{missing[0] if missing else 'buy now'}]"
-
-    def _share(self, text: str) -> float:
-        """Returns the fraction of the wanted terms that a text contains."""
-        return len(self._wanted & set(terms(text))) / max(len(self._wanted), 1)
-
-    def _named(self, values: Sequence[str]) -> str | None:
-        """Returns the value that the instruction names; the longest one if it names several, None if it names none."""
-        named = [value for value in values if re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", self._wish)]
-        return max(named, key=len, default=None)
 
 
 class Oracle:

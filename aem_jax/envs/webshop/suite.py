@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aem_jax.envs.actions import as_action
+from aem_jax.envs.actions import as_action, as_thought
 from aem_jax.envs.play import Act
 from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite
@@ -15,8 +15,10 @@ from aem_jax.envs.webshop import taggers
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
 from aem_jax.envs.webshop.experts import Oracle, Shopper, clickables, random_agent, read_listings
 from aem_jax.envs.webshop.goals import goal_from_json
+from aem_jax.envs.webshop.prompt import MODES, prompt
 from aem_jax.envs.webshop.shop import open_shop
 from aem_jax.envs.webshop.tasks import eval_set, training_tasks
+from aem_jax.envs.webshop.thoughts import thought
 
 
 def task_suite(config: WebshopConfig, options: SuiteOptions) -> TaskSuite:
@@ -37,9 +39,10 @@ def task_suite(config: WebshopConfig, options: SuiteOptions) -> TaskSuite:
         settings=dataclasses.asdict(config),
         training=training_tasks(catalog, options.seed, config.shop.held_out),
         evaluation=evaluation,
+        prompt=prompt if config.mode in MODES else None,
         make_env=lambda: WebshopEnv(front, config),
-        demonstrator=partial(_noisy_shopper, options.expert_noise),
-        baselines={"oracle": _oracle, "shopper": partial(_noisy_shopper, 0.0), "random": _random},
+        demonstrator=partial(_noisy_shopper, options.expert_noise, options.expert_thinks),
+        baselines={"oracle": _oracle, "shopper": partial(_noisy_shopper, 0.0, False), "random": _random},
     )
 
 
@@ -56,9 +59,13 @@ def make_site(config: WebshopConfig) -> Any:
     return site.make_site(shop_front(config, open_shop(config.shop)), config.shop.held_out)
 
 
-def _noisy_shopper(noise: float, task: Task) -> Act:
-    """Makes a shopper that in a fraction `noise` of its turns opens a random product, or buys the open one as it is."""
+def _noisy_shopper(noise: float, thinks: bool, task: Task) -> Act:
+    """Makes a shopper that in a fraction `noise` of its turns opens a random product, or buys the open one as it is.
+
+    If it `thinks`, it says before each action why it acts so, also for a random product.
+    """
     agent, rng = Shopper(), random.Random(f"careless/{task.id}")
+    wording = random.Random(f"thoughts/{task.id}")  # of its own, so that the actions are those of a silent shopper
 
     def act(result: StepResult) -> str:
         admissible = result.info["admissible"]
@@ -67,8 +74,9 @@ def _noisy_shopper(noise: float, task: Task) -> Act:
         hasty = products or [name for name in clickables(admissible) if name == "buy now"]
         if hasty and rng.random() < noise:
             action = f"click[{rng.choice(hasty)}]"
+        response = as_thought(thought(agent.known, action, wording), action) if thinks else as_action(action)
         agent.did(action)
-        return as_action(action)
+        return response
 
     return act
 

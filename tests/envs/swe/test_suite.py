@@ -56,6 +56,11 @@ def test_an_agent_that_runs_the_tests_solves_all_and_a_random_one_few(suite: Tas
     assert 0.2 < careless < 0.8  # a policy trained on its demonstrations can still improve
 
 
+def test_a_thinking_tester_is_refused():
+    with pytest.raises(ValueError, match="expert-thinks: expected False with swe-choices, got True"):
+        swe_choices(ChoicesConfig(), SuiteOptions(expert_thinks=True))
+
+
 def test_the_tester_solves_tasks_with_several_bugs():
     config = ChoicesConfig(difficulties=("hard",), candidates=4, max_steps=20)
     suite = swe_choices(config, SuiteOptions())

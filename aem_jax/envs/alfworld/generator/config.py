@@ -17,10 +17,10 @@ class GeneratorConfig:
     """Room kinds. Every task type must be possible in at least one of them."""
 
     receptacles: tuple[int, int] | None = None
-    """Minimum and maximum number of receptacles of a room; none: those of official rooms of the kind."""
+    """Minimum and maximum number of receptacles; none: as in official rooms."""
 
     things: tuple[int, int] | None = None
-    """Minimum and maximum number of movable objects of a game; none: those of official rooms of the kind."""
+    """Minimum and maximum number of movable objects; none: as in official rooms."""
 
     floor_plans: int = 30
     """Number of floor plans of each room kind. The first fifth (at least one) is reserved for `valid_unseen`."""
@@ -29,7 +29,7 @@ class GeneratorConfig:
     """Maximum number of movable objects of one class."""
 
     max_steps: int = 50
-    """Steps after which an episode is truncated. Tasks contain this limit; game files do not."""
+    """Steps after which an episode is truncated: part of tasks, not of game files."""
 
     def __post_init__(self) -> None:
         for name in ("task_types", "room_kinds", "receptacles", "things"):  # JSON gives lists
