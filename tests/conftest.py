@@ -3,6 +3,7 @@
 They must be set before jax is imported, so they are at the top of this file.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,9 @@ SETTINGS = {
 }
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
+
+# Tracing allocates many objects, and a collection walks all that jax holds: by default, a twentieth of the CPU.
+gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ a large array of which it takes only a slice, those of the slice. Kernels are co
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from aem_jax.plan.hlo import Computation, Instruction, Module, Shape, trip_count
@@ -19,8 +19,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _CONTRACTED = re.compile(r'lhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([^\]]*)\]')
 _SLICES = {"dynamic-slice", "slice", "gather"}
-_STARTS = {"copy-start", "all-gather-start", "collective-permute-start"}
-"""Begun operations whose results are the array that is read, the one that is written, and a context."""
+_UNTOUCHED = re.compile(r'custom_call_target="(?:AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast)"')
+"""Custom calls of the TPU's compiler that name memory and move nothing."""
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """Writes in place, and the index of the operand with the new values."""
 _SEEN_THROUGH = {"bitcast", "reshape", "convert", "copy", "transpose"}
@@ -98,7 +98,7 @@ def costs(module: Module, rounds: int = 1) -> Costs:
                 elif instruction.opcode == "conditional":
                     branches = map(total_of, instruction.branches)
                     total.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
-                elif instruction.opcode == "call":
+                elif instruction.opcode in ("call", "call-start"):
                     total.add(total_of(instruction.called("to_apply")))
                 else:
                     _count(total, module, computation, instruction)
@@ -115,7 +115,7 @@ def _count(total: Costs, module: Module, computation: Computation, instruction: 
         if kernel := kernel_call(one, where):
             total.kernels.append(kernel)
             total.flops += kernel.flops
-    if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+    if not _is_free(instruction):
         total.bytes += _bytes(module, computation, instruction)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
     total.cycles += int(cycles[1]) if cycles else 0
@@ -220,37 +220,54 @@ def _iota(dims: list[int], axes: list[int]) -> tuple[int, ...]:
     return tuple(members)
 
 
+def _is_free(instruction: Instruction) -> bool:
+    """Whether it moves nothing. An asynchronous operation is counted where it starts, not where it goes on and ends."""
+    opcode = instruction.opcode
+    return opcode in _FREE or opcode.endswith(("-update", "-done")) or bool(_UNTOUCHED.search(instruction.attributes))
+
+
 def _bytes(module: Module, where: Computation, instruction: Instruction) -> float:
-    if instruction.opcode in _SLICES:
-        return 2 * hbm_bytes(instruction.shapes)
-    if instruction.opcode in _UPDATES:
-        return 2 * hbm_bytes(where.shapes_of(instruction.operands[_UPDATES[instruction.opcode] :][:1]))
-    if instruction.opcode in _STARTS:
-        return hbm_bytes(instruction.shapes[:2])
-    if instruction.opcode == "slice-start":  # results: source, destination, context; only the slice is read
-        return _num_bytes(instruction.shapes[1:2]) + hbm_bytes(instruction.shapes[1:2])
+    operands, written = where.shapes_of(instruction.operands), _written(instruction, where)
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode in _SLICES:
+        return _num_bytes(written) + hbm_bytes(written)  # of the array in main memory, only the slice is read
+    if opcode in _UPDATES:
+        return 2 * hbm_bytes(where.shapes_of(instruction.operands[_UPDATES[opcode] :][:1]))
     body = module.computations.get(instruction.called("calls"))
     if body is None:
-        written = results(instruction) if instruction.opcode == "custom-call" else instruction.shapes
-        return hbm_bytes(written) + hbm_bytes(where.shapes_of(instruction.operands))
-    if instruction.opcode not in ("fusion", "fusion-start"):
-        return sum(_bytes(module, body, one) for one in body.instructions if one.opcode not in _FREE)
+        return hbm_bytes(written) + hbm_bytes(operands)
+    if opcode != "fusion":
+        return sum(_bytes(module, body, one) for one in body.instructions if not _is_free(one))
     return _fused_bytes(module, body, instruction, where)
+
+
+def _written(instruction: Instruction, where: Computation) -> Sequence[Shape]:
+    """The results that an instruction writes. Those of a start also name its operands, and scalars as its context."""
+    if instruction.opcode == "custom-call":
+        return results(instruction)
+    operands = where.shapes_of(instruction.operands)
+    if not instruction.opcode.endswith("-start") or len(instruction.shapes) <= len(operands):
+        return instruction.shapes
+    written = list(instruction.shapes)
+    for operand in operands:
+        if operand in written:
+            written.remove(operand)
+    return [shape for shape in written if shape.dims or shape.dtype not in ("u32", "s32")]
 
 
 def _fused_bytes(module: Module, body: Computation, instruction: Instruction, where: Computation) -> float:
     """Bytes that a fusion reads and writes: only the slices of sliced inputs, only the updates of in-place outputs."""
     in_place: set[str] = set()
-    total = 0.0
+    total, share_in_hbm = 0.0, _share_in_hbm(_written(instruction, where))
     root = body.root
     for name in root.operands if root.opcode == "tuple" else (root.name,):
         one = _origin(body, name)
         if one.opcode in _UPDATES:
             in_place.add(_origin(body, one.operands[0]).name)
             updates = one.operands[_UPDATES[one.opcode] :][:1]
-            total += _num_bytes(body.shapes_of(updates)) * _share_in_hbm(instruction.shapes)
+            total += _num_bytes(body.shapes_of(updates)) * share_in_hbm
         elif one.opcode != "parameter":
-            total += _num_bytes(body.by_name[name].shapes) * _share_in_hbm(instruction.shapes)
+            total += _num_bytes(body.by_name[name].shapes) * share_in_hbm
     for one in body.instructions:
         if one.opcode == "parameter" and one.name not in in_place:
             index = int(one.argument)
@@ -288,6 +305,6 @@ def _num_bytes(shapes: Iterable[Shape]) -> float:
     return sum(shape.num_bytes for shape in shapes)
 
 
-def _share_in_hbm(shapes: tuple[Shape, ...]) -> float:
+def _share_in_hbm(shapes: Sequence[Shape]) -> float:
     total = _num_bytes(shapes)
     return hbm_bytes(shapes) / total if total else 0.0

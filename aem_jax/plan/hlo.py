@@ -137,7 +137,7 @@ def parse(text: str) -> Module:
             if header := re.match(r"(ENTRY\s+)?%?([\w.-]+) \(.*->.*\{\s*$", line):
                 current = blocks[header[2]] = []
                 entry = header[2] if header[1] else entry
-        elif line.strip() == "}":
+        elif line.startswith("}"):  # a thread may follow: }, execution_thread="sparsecore"
             current = None
         elif instruction := _instruction(line):
             current.append(instruction)

@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
+from aem_jax.launch import cli
 from aem_jax.metrics import comparable, read_lines
 
 pytestmark = pytest.mark.slow
@@ -140,8 +142,15 @@ def test_a_finished_run_is_not_changed(finished: Path, user_environment):
     assert numbers(finished) == before
 
 
-def test_a_changed_setting_that_affects_numbers_is_refused_by_name(finished: Path, user_environment):
-    out = finish(start(finished.parent, user_environment, "--name", "small", "--aem.strength", "0"), status=2)
+def refused(folder: Path, capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    """What the command prints, in this process; `test_cli.py` tests the status of a process."""
+    jax.config.update("jax_numpy_rank_promotion", "allow")  # as users have it: the tests' own setting is warned of
+    assert cli.main(["--preset", str(SMALL), "--runs-dir", str(folder), *words]) == 2
+    return "".join(capfd.readouterr())
+
+
+def test_a_changed_setting_that_affects_numbers_is_refused_by_name(finished: Path, capfd):
+    out = refused(finished.parent, capfd, "--name", "small", "--aem.strength", "0")
     assert "--aem.strength 1.0, got 0.0" in out and "Traceback" not in out
 
 
@@ -151,7 +160,7 @@ def test_rows_that_the_mesh_cannot_split_are_refused_before_training(tmp_path: P
     assert "--batch.rows: expected a multiple of mesh.data × mesh.fsdp = 2, got 3" in out and "warm start" not in out
 
 
-def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path, user_environment):
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path, capfd):
     (tmp_path / "file").write_text("")
-    out = finish(start(tmp_path / "file", user_environment), status=2)
+    out = refused(tmp_path / "file", capfd)
     assert out.startswith("error: ") and out.count("\n") == 1

@@ -62,11 +62,11 @@ def test_packed_segments_equal_separate_rows():
             segments[row, at : at + length] = index + 1
             alone[row, at] = ids
             at += length + index  # a hole of padding after the second segment
-    hidden = policy.hidden(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(segments))
+    hidden = jax.jit(policy.hidden)(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(segments))
     assert np.all(np.isfinite(hidden))
-    logits = policy.logits(params, hidden)
+    logits, forward = policy.logits(params, hidden), jax.jit(policy.forward)
     for (row, at), ids in alone.items():
-        own = policy.forward(params, jnp.asarray(ids)[None])[0]
+        own = forward(params, jnp.asarray(ids)[None])[0]
         np.testing.assert_allclose(logits[row, at : at + len(ids)], own, atol=2e-5, rtol=0)
 
 

@@ -33,7 +33,7 @@ def dequantized(params):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_products_are_those_of_the_rounded_weights(config: ModelConfig):
     policy, params = Policy(config), numpy_params(config)
-    codes = policy.quantize(params)
+    codes = jax.jit(policy.quantize)(params)
     expected = jax.tree.map(lambda leaf, dtype: (leaf.shape, dtype), policy.quantized.shapes, policy.quantized.dtypes)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), codes) == expected
     rounded = dequantized(codes)
@@ -42,7 +42,7 @@ def test_products_are_those_of_the_rounded_weights(config: ModelConfig):
         half = jnp.expand_dims(codes["base"]["layers"][scale_of(name)] / 2, range(1, 1 + inputs))
         assert jnp.all(error <= half * (1 + 1e-5))
     tokens = jnp.asarray(numpy_tokens(config, (2, 12)))
-    ours, wanted = policy.quantized.forward(codes, tokens), policy.forward(rounded, tokens)
+    ours, wanted = jax.jit(policy.quantized.forward)(codes, tokens), jax.jit(policy.forward)(rounded, tokens)
     np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 

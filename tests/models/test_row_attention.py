@@ -24,7 +24,7 @@ def test_blocks_change_nothing(length, block):
         def total(q, k, v):
             return jnp.sum(jnp.sin(attention(q, k, v, jnp.asarray(segments))))
 
-        return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
 
     for actual, expected in zip(
         jax.tree.leaves(loss(partial(blocked_attention, block=block))),
@@ -62,19 +62,33 @@ def test_a_sliding_window_is_a_mask(window: int):
     keys = jax.random.split(jax.random.key(window), 3)
     q, k, v = (jax.random.normal(key, (2, 48, heads, 16)) for key, heads in zip(keys, (4, 2, 2), strict=True))
     segments = jnp.asarray([np.repeat((1, 2, 0), (30, 15, 3)), np.full(48, 1)])
+    ours, expected = (gradients(q, k, v, segments, window) for gradients in (_windowed_gradients, _masked_gradients))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=2e-5)
+
+
+def _gradients(attention):
+    """One program for all windows: value and gradients of the sum over tokens, without padding."""
+
+    def total(q, k, v, segments, *window):
+        values = jnp.sin(attention(q, k, v, segments, *window))
+        return jnp.sum(jnp.where((segments > 0)[..., None, None], values, 0.0))
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+
+
+def _masked(q, k, v, segments, window):
     distance = jnp.arange(48)[:, None] - jnp.arange(48)[None]
     visible = ((distance >= 0) & (distance < window))[None] & (segments[:, :, None] == segments[:, None])
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
 
-    def masked(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
 
-    def gradients(attention):
-        total = lambda q, k, v: jnp.sum(jnp.where((segments > 0)[..., None, None], jnp.sin(attention(q, k, v)), 0.0))
-        return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
-
-    ours = partial(blocked_attention, segment_ids=segments, sliding_window=jnp.int32(window), block=4)
-    for one, other in zip(jax.tree.leaves(gradients(ours)), jax.tree.leaves(gradients(masked)), strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5, rtol=2e-5)
+_masked_gradients = _gradients(_masked)
+_windowed_gradients = _gradients(
+    lambda q, k, v, segments, window: blocked_attention(q, k, v, segments, sliding_window=window, block=4)
+)
+_plain_gradients = _gradients(plain_attention)
+_blocked_gradients = _gradients(partial(blocked_attention, block=4))
 
 
 @pytest.mark.parametrize("more", [0, 4, 30])
@@ -86,14 +100,10 @@ def test_short_segments_are_not_looked_beyond(more: int):
     segments = jnp.asarray([np.repeat((*range(1, 5), 0), (*row, 48 - sum(row))) for row in lengths])
     assert longest_segment(segments) == 12 + more
 
-    def gradients(attention):
-        total = lambda q, k, v: jnp.sum(jnp.where((segments > 0)[..., None, None], jnp.sin(attention(q, k, v)), 0.0))
-        return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
-
-    expected = gradients(lambda q, k, v: plain_attention(q, k, v, segments))
+    ours, expected = (gradients(q, k, v, segments) for gradients in (_blocked_gradients, _plain_gradients))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=2e-5)
     attention = partial(blocked_attention, segment_ids=segments, block=4)
-    for ours, theirs in zip(gradients(attention), expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
     beyond = v.at[:, :16].set(jnp.nan)  # 0 times NaN is NaN; the last block looks back to key 28 alone
     last = attention(q, k, beyond)[:, 44:]
     assert bool(jnp.isfinite(last).all()) == (12 + more <= 16)

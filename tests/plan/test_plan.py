@@ -142,6 +142,73 @@ ENTRY %main (p: bf16[14,64,896]) -> bf16[4,64,896] {
     assert costs(parse(text)).bytes == 2 * 4 * 64 * 896
 
 
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        # read 2 + 2 of 8 rows, written 8 + 8, however many arrays are sent at once
+        (
+            "((f32[2,16]{1,0}, f32[2,16]{1,0}), (f32[8,16]{1,0}, f32[8,16]{1,0})) all-gather-start(%part, %part)",
+            2 * (2 + 8) * 16 * 4,
+        ),
+        ("((f32[8,16]{1,0}), f32[2,16]{1,0}) reduce-scatter-start(%whole)", (8 + 2) * 16 * 4),
+        ("((f32[8,16]{1,0}), f32[8,16]{1,0}) all-to-all-start(%whole)", 2 * 8 * 16 * 4),
+        ("f32[8,16]{1,0} all-reduce-start(%whole)", 2 * 8 * 16 * 4),  # does not name its operand again
+        ("(f32[8,16]{1,0:S(1)}, f32[8,16]{1,0}, u32[]) copy-start(%whole)", 8 * 16 * 4),  # into fast memory
+        ("(f32[8,16]{1,0}, f32[8,16]{1,0}, u32[]) copy-start(%whole)", 2 * 8 * 16 * 4),
+    ],
+)
+def test_a_start_reads_its_operands_and_writes_its_results_once(line: str, moved: int):
+    opcode = line.partition("-start(")[0].rpartition(" ")[2]
+    text = f"""\
+ENTRY %main (part: f32[2,16], whole: f32[8,16]) -> f32[8,16] {{
+  %part = f32[2,16]{{1,0}} parameter(0)
+  %whole = f32[8,16]{{1,0}} parameter(1)
+  %begun = {line}, replica_groups={{{{0,1,2,3}}}}
+  ROOT %done = f32[8,16]{{1,0}} {opcode}-done(%begun)
+}}
+"""
+    assert costs(parse(text)).bytes == moved
+
+
+def test_memory_that_is_named_is_not_moved():
+    text = """\
+ENTRY %main () -> f32[8,16] {
+  %memory = f32[8,16]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %ids = s32[8]{0} iota(), iota_dimension=0
+  %inside = s32[8]{0} custom-call(%ids), custom_call_target="AssumeGatherIndicesInBound"
+  ROOT %sum = f32[8,16]{1,0} custom-call(%memory, %inside), custom_call_target="other"
+}
+"""
+    assert costs(parse(text)).bytes == 4 * 8 + (8 * 16 * 4 + 4 * 8) + 8 * 16 * 4
+
+
+def test_elements_gathered_by_another_core_are_read_alone():
+    """As a TPU gathers the sampled tokens' logits: begun, given its operands, ended; the computation has a thread."""
+    text = """\
+%pick (p0: f32[64,1000], p1: s32[64]) -> f32[64] {
+  %p0 = f32[64,1000]{1,0} parameter(0)
+  %p1 = s32[64]{0} parameter(1)
+  ROOT %gather = f32[64]{0} gather(%p0, %p1), offset_dims={}, collapsed_slice_dims={0,1}, slice_sizes={1,1}
+}, execution_thread="sparsecore"
+
+%called (c0: f32[64,1000], c1: s32[64]) -> f32[64] {
+  %c0 = f32[64,1000]{1,0} parameter(0)
+  %c1 = s32[64]{0} parameter(1)
+  ROOT %picked = f32[64]{0} fusion(%c0, %c1), kind=kCustom, calls=%pick
+}, execution_thread="sparsecore"
+
+ENTRY %main (logits: f32[64,1000], ids: s32[64]) -> f32[64] {
+  %logits = f32[64,1000]{1,0} parameter(0)
+  %ids = s32[64]{0} parameter(1)
+  %begun = ((), (), (s32[1]{0:S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%called
+  %given = ((f32[64,1000]{1,0}, s32[64]{0}), f32[64]{0}) call-update(%begun, %logits, %ids)
+  ROOT %done = f32[64]{0} call-done(%given)
+}
+"""
+    assert list(parse(text).computations) == ["pick", "called", "main"]
+    assert costs(parse(text)).bytes == 3 * 64 * 4  # logits, numbers, result
+
+
 def test_an_unrolled_loop_has_fewer_rounds():
     unrolled = HLO.replace(
         "  ROOT %next = (s32[], f32[8,16]{1,0}, f32[4,8,16]{2,1,0}) tuple(%i, %sum, %stack)",
