@@ -18,7 +18,7 @@ TINY = [
     *("--rollout.num-slots", "2", "--rollout.max-turns", "2", "--rollout.response-tokens", "16"),
     *("--rollout.context-tokens", "512", "--rollout.decode-chunk", "16", "--rollout.extend-buckets", "64"),
     *("--env.sessions-per-server", "2", "--batch.rows", "1", "--evaluation.size", "1"),
-    *("--evaluation.baselines", "false", "--metrics.tensorboard", "false"),
+    *("--evaluation.baselines", "false", "--metrics.tensorboard", "false", "--model.dtype", "float32"),
 ]
 """Few tokens and few programs."""
 
@@ -33,5 +33,5 @@ def test_a_step_of_alfworld_smollm2(smollm2: Path, tmp_path: Path, user_environm
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
     (step,) = read_lines(run / "metrics.jsonl")
-    assert step["rollout/turns"] == 2 and step["parity/max"] < 0.5  # nats; activations are bfloat16
+    assert step["rollout/turns"] == 2 and step["parity/max"] < 1e-3  # nats; in float32
     assert step["learner/tokens"] > 32 and (run / "report.html").exists()
