@@ -31,12 +31,15 @@ CLOCK = ("time/", "throughput/")
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Where metrics are written, besides `metrics.jsonl`."""
+    """Where metrics are written, besides `metrics.jsonl`, and those that cost time."""
 
     tensorboard: bool = True
     """Write TensorBoard events to the run's `tensorboard/`."""
     wandb_project: str = ""
     """Weights & Biases project; empty for none. Needs the extra `wandb`."""
+    efficiency_every: int = 0
+    """Steps between measurements of aem/efficiency, AEM's gain of return per step relative to the base algorithm's; one
+    takes about three updates. 0: none."""
 
 
 @dataclass(frozen=True)

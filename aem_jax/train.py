@@ -52,6 +52,7 @@ def train(
     reference: Callable[[Batch], Any] | None = None,
     values: Callable[[Any, Batch], Any] | None = None,
     carried: Carried | None = None,
+    measure: Callable[[TrainState, int, Sequence[Trajectory], jax.Array], Metrics] = lambda *_: {},
     on_step: Callable[[TrainState, int, Metrics, StepEpisodes, Credit], None],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
@@ -73,6 +74,7 @@ def train(
         reference: batch -> log-probabilities of the reference policy; None without a KL penalty.
         values: (the learner's parameters, batch) -> values of the batch's responses; None without a value head.
         carried: the groups under way at `state.step`; None without carry-over.
+        measure: (state before the update, step, its episodes, its key) -> further metrics; may compile.
         on_step: called after each step with (state, step, metrics, its episodes, credit of those learnt from).
         should_stop: called after each step; True ends the training.
 
@@ -95,6 +97,10 @@ def train(
         batch = place(collate(episodes.trajectories, layout, seed=(seed, step), step=version), mesh)
         advantages, credit_stats = credit(batch, step_key, values(state.params, batch) if values else None)
         reference_logprobs = reference(batch) if reference else None
+        measuring, known = time.perf_counter(), compilations()
+        measured = measure(state, step, episodes.trajectories, step_key)
+        measure_s = time.perf_counter() - measuring if measured else 0.0
+        compiled += compilations() - known
         state, learner_stats = update(state, batch, advantages.tokens, reference_logprobs, values=advantages.values)
         credit_stats, learner_stats = jax.device_get((credit_stats, learner_stats))
         metrics = {
@@ -103,8 +109,9 @@ def train(
             **carry_metrics(episodes, step, rollout.config.carry_max_age),
             **credit_stats,
             **learner_metrics(learner_stats),
+            **measured,
             "compile/recompiles": 0 if step == first else compilations() - compiled,
-            **timings(episodes.stats, start, rolled_out, time.perf_counter()),
+            **timings(episodes.stats, start, rolled_out, measure_s, time.perf_counter()),
         }
         on_step(state, step, metrics, episodes, advantages)
         if should_stop():
@@ -112,8 +119,8 @@ def train(
     return state
 
 
-def timings(stats: RolloutStats, start: float, rolled_out: float, end: float) -> Metrics:
-    """Seconds and rates of one step, from its clock readings."""
+def timings(stats: RolloutStats, start: float, rolled_out: float, measure_s: float, end: float) -> Metrics:
+    """Seconds and rates of one step, from its clock readings and the seconds of its measurements."""
     return {
         "throughput/tokens_per_s": (stats.sampled_tokens + stats.prefill_tokens) / (end - start),
         "throughput/episodes_per_s": stats.episodes / stats.total_s,
@@ -125,7 +132,8 @@ def timings(stats: RolloutStats, start: float, rolled_out: float, end: float) ->
         "time/rollout_device": stats.device_busy_s,
         "throughput/device_utilization": stats.device_busy_s / stats.total_s,
         "time/rollout_environment": stats.environment_s,
-        "time/update": end - rolled_out,
+        **({"time/measure": measure_s} if measure_s else {}),
+        "time/update": end - rolled_out - measure_s,
         "time/step": end - start,
     }
 

@@ -9,7 +9,7 @@ import dataclasses
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,13 @@ from aem_jax.config import components, saved
 from aem_jax.config.algorithms import response_advantages
 from aem_jax.credit import AemConfig, Credit, make_credit
 from aem_jax.errors import ConfigError
-from aem_jax.launch.context import RunContext, open_run
+from aem_jax.launch import efficiency
+from aem_jax.launch.context import RunContext, open_run, values_function
 from aem_jax.launch.initial import load_frozen_weights
-from aem_jax.launch.training import values_function
 from aem_jax.learner import init_state, make_update, partition
 from aem_jax.models import Params
 from aem_jax.report.analysis import print_analysis, write_analysis
+from aem_jax.report.efficiency import print_efficiency, write_efficiency
 from aem_jax.rollout import check_some_played
 from aem_jax.sampler import Sampler
 from aem_jax.trajectory import Ending
@@ -51,7 +52,7 @@ class AnalyzeConfig:
     draws: int = 64
     """Number of responses to draw in each state."""
     groups: int = 0
-    """Number of rollout groups to take states from; 0: the run's rollout.groups_per_step."""
+    """Number of rollout groups to play; 0: the run's rollout.groups_per_step, with efficiency ten times as many."""
     step_size: float = 0.1
     """Step size of the update whose drift is measured, in multiples of the run's learning rate. The prediction is of
     first order, so it holds for small steps."""
@@ -59,13 +60,22 @@ class AnalyzeConfig:
     """Groups whose response entropies span less (nats) keep alpha = 1; -1: the run's aem.min_range."""
     seed: int = 0
     """Seed of the tasks, the episodes, the choice of states and the draws."""
+    efficiency: bool = False
+    """Whether AEM would help: compare the gain of return per unit of step size of credit rules (base, AEM, its
+    ablations, EMPG, GiGPO), in place of testing the claims; writes RUN/analysis/efficiency.html."""
+    geometry: Literal["adam", "plain"] = "adam"
+    """efficiency: sizes of steps as Adam scales them, with the run's second moments, or Euclidean."""
+    sketch: int = 0
+    """efficiency: numbers that a gradient is projected to at random; 0: exact. For large policies, e.g. 65536."""
 
     def __post_init__(self) -> None:
-        for name, least in (("states", 2), ("draws", 2), ("groups", 0), ("step", -1)):
+        for name, least in (("states", 2), ("draws", 2), ("groups", 0), ("step", -1), ("sketch", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"expected {name} of at least {least}, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32 - 1:
             raise ValueError(f"expected seed from 0 to {2**32 - 2}, got {self.seed}")
+        if self.efficiency and self.against:
+            raise ValueError("expected efficiency without against, got both; the page of the claims shows other runs")
         if self.step_size <= 0:
             raise ValueError(f"expected step_size > 0, got {self.step_size}")
 
@@ -94,9 +104,24 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
             raise ConfigError(f"--step: expected a checkpoint of {folder}, got {step}; there are {there}")
         state = run.restore(load_frozen_weights(run), step)
         step = int(state.step)
-        results = _analysis(run, state.params, options, groups)
+        if options.efficiency:
+            results = efficiency.measure(
+                run,
+                state,
+                groups=options.groups or 10 * groups,
+                seed=options.seed,
+                sketch=options.sketch,
+                plain=options.geometry == "plain",
+            )
+        else:
+            results = _analysis(run, state.params, options, groups)
     record = {"run": config.name, "step": step, "options": dataclasses.asdict(options), **results}
     record["seconds"] = round(time.perf_counter() - began)
+    if options.efficiency:
+        page = write_efficiency(record, folder / FOLDER)
+        print_efficiency(record)
+        print(f"analysis: {page}", flush=True)
+        return 0
     page = write_analysis(folder, record, Path(options.against) if options.against else None, folder / FOLDER)
     print_analysis(record)
     print(f"analysis: {page}", flush=True)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from aem_jax.batch import Batch
 from aem_jax.checkpoint import CheckpointError, Checkpoints
 from aem_jax.config import components, inputs, saved
 from aem_jax.config.environments import task_suite
@@ -26,7 +27,7 @@ from aem_jax.envs.suite import TaskSuite, tokenizer_corpus
 from aem_jax.errors import ConfigError
 from aem_jax.launch import init_from
 from aem_jax.launch.progress import Report, open_progress
-from aem_jax.learner import TrainState, abstract_state
+from aem_jax.learner import TrainState, abstract_state, make_response_values
 from aem_jax.models import ModelConfig, Params, Policy
 from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.overrides import as_values, flag
@@ -140,6 +141,11 @@ def _open(config: RunConfig, folder: Path, writes: bool, stack: ExitStack) -> Ru
     rollout = _open_rollout(config, suite, chat, policy, mesh, processes, stack)
     reshard = make_reshard(policy, mesh, int8=config.sampling.weights == "int8")
     return RunContext(config, folder, processes, checkpoints, stop, report, suite, chat, policy, mesh, rollout, reshard)
+
+
+def values_function(run: RunContext) -> Callable[[Params, Batch], jax.Array] | None:
+    """(the policy's parameters, batch) -> values of its responses, f32[R]; None without a value head."""
+    return make_response_values(run.policy, run.config.learner, run.mesh) if run.policy.value else None
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:

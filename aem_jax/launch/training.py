@@ -18,16 +18,17 @@ from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
 from aem_jax.files import write_text
 from aem_jax.launch import evaluation
-from aem_jax.launch.context import RunContext, open_run
+from aem_jax.launch.context import RunContext, open_run, values_function
+from aem_jax.launch.efficiency import make_live
 from aem_jax.launch.initial import initial_state, load_frozen_weights, unfitted_state
-from aem_jax.learner import TrainState, make_response_values, make_token_logprobs, make_update
+from aem_jax.learner import TrainState, make_token_logprobs, make_update
 from aem_jax.metrics import MetricsWriter, drop_lines, json_line, read_lines
-from aem_jax.models import Params
 from aem_jax.report import write_report
 from aem_jax.rollout import group_attempts
 from aem_jax.selection import StepEpisodes
 from aem_jax.train import Metrics, transcripts
 from aem_jax.train import train as train_steps
+from aem_jax.trajectory import Trajectory
 
 
 def train(config: RunConfig) -> int:
@@ -131,6 +132,7 @@ def _train(run: RunContext, state: TrainState) -> TrainState:
             reference=_reference(run, state),
             values=values_function(run),
             carried=carried,
+            measure=_measure(run),
             key=run.key("train"),
             seed=config.seed,
             num_steps=num_steps,
@@ -153,9 +155,15 @@ def _evaluate(
     return evaluation.evaluate_splits(run, state.params, int(state.step), phase, splits, stop)
 
 
-def values_function(run: RunContext) -> Callable[[Params, Batch], jax.Array] | None:
-    """(the policy's parameters, batch) -> values of its responses, f32[R]; None without a value head."""
-    return make_response_values(run.policy, run.config.learner, run.mesh) if run.policy.value else None
+def _measure(run: RunContext) -> Callable[[TrainState, int, Sequence[Trajectory], jax.Array], Metrics]:
+    """The measurements of every `metrics.efficiency_every`-th step."""
+    every = run.config.metrics.efficiency_every
+    live = make_live(run) if every else None
+
+    def measure(state: TrainState, step: int, trajectories: Sequence[Trajectory], key: jax.Array) -> Metrics:
+        return live(state, trajectories, key) if live and step % every == 0 else {}
+
+    return measure
 
 
 def _reference(run: RunContext, state: TrainState) -> Callable[[Batch], jax.Array] | None:

@@ -60,8 +60,8 @@ def write_analysis(run_dir: Path, results: Mapping[str, Any], against: Path | No
     figures = {"proxy": _proxy_figure, "drift": _drift_figure}
     svgs = {}
     for name, draw in figures.items():
-        svgs[name] = _png_and_svg(lambda figure, draw=draw: draw(figure, results), (6.0, 3.6), folder / f"{name}.png")
-    svgs["dynamics"] = _png_and_svg(lambda figure: _dynamics_figure(figure, runs), (11.6, 5.6), folder / "dynamics.png")
+        svgs[name] = png_and_svg(lambda figure, draw=draw: draw(figure, results), (6.0, 3.6), folder / f"{name}.png")
+    svgs["dynamics"] = png_and_svg(lambda figure: _dynamics_figure(figure, runs), (11.6, 5.6), folder / "dynamics.png")
     page = template("analysis.html.j2", estimate=estimate).render(
         results=results, svgs=svgs, paper=PAPER, runs=runs, took=duration(results["seconds"])
     )
@@ -108,7 +108,7 @@ def estimate(value: Mapping[str, Any] | None, digits: int = 2) -> str:
     return f"{number(value['value'], digits)} ({number(value['low'], digits)} to {number(value['high'], digits)})"
 
 
-def _png_and_svg(draw: Any, size: tuple[float, float], path: Path) -> str:
+def png_and_svg(draw: Any, size: tuple[float, float], path: Path) -> str:
     """A figure as a PNG file and, in the page's text colour, as SVG."""
     svg = ""
     for ink in ("#2a303c", INK):

@@ -119,6 +119,18 @@ def draw_lines(*lines: tuple[str, str, str], log: bool = False, percent: bool = 
     return draw
 
 
+def draw_efficiency(run: Run, axes: Axes) -> bool:
+    """ρ: the trailing sum of AEM's gains over that of the base algorithm's, over a fifth of the measurements."""
+    (steps, gains), (_, base) = run.series("aem/gain"), run.series("aem/gain_base")
+    if not steps:
+        return False
+    window = max(1, len(steps) // 5)
+    sums = zip(smooth(gains, window), smooth(base, window), strict=True)
+    axes.plot(steps, [own / other if other > 0 else math.nan for own, other in sums], color=ORANGE)
+    axes.axhline(1, color=INK, alpha=0.45, linewidth=0.8)
+    return True
+
+
 def draw_time(run: Run, axes: Axes) -> bool:
     """Seconds of each step by phase, stacked, and the rest of the step. `time/a_b` is a part of `time/a`."""
     totals = {record["step"]: record["time/step"] for record in run.metrics if record.get("time/step") is not None}
@@ -157,6 +169,11 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
         draw_lines(("entropy/response", PURPLE, "response"), ("entropy/token", ORANGE, "token")),
     ),
     ("α by sign of advantage", "α > 1 makes a response weigh more, α < 1 less; the mean of a group is 1.", draw_alpha),
+    (
+        "Efficiency ρ",
+        "Gain of return per unit of step size with AEM, relative to the base algorithm; above 1, AEM helps.",
+        draw_efficiency,
+    ),
     ("Success by task type", "Training episodes, trailing mean.", draw_task_types),
     ("Return", "Mean of an episode's rewards.", draw_lines(("rollout/return", BLUE, "return"))),
     (

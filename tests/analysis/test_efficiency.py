@@ -1,0 +1,208 @@
+"""Efficiency of credit rules against problems whose gradients are known exactly: a bandit, and a tree of two turns."""
+
+import itertools
+from functools import cache, cached_property
+
+import numpy as np
+import pytest
+
+from aem_jax.advantage import aem_coefficients
+from aem_jax.analysis import efficiency
+from aem_jax.analysis.efficiency import Products, decisive_at_low_entropy, efficiencies, share_within
+
+
+class Tabular:
+    """A softmax policy over a tree of states. `paths` are the episodes, as (state, action) pairs, with their returns."""
+
+    def __init__(self, logits, paths, returns):
+        self.logits = [np.asarray(row, np.float64) for row in logits]
+        self.paths, self.returns = paths, np.asarray(returns, np.float64)
+        self.starts = np.cumsum([0, *(len(row) for row in self.logits)])
+
+    def policy(self, theta):
+        rows = [theta[start : start + len(row)] for start, row in zip(self.starts[:-1], self.logits, strict=True)]
+        return [np.exp(row - row.max()) / np.exp(row - row.max()).sum() for row in rows]
+
+    @property
+    def theta(self):
+        return np.concatenate(self.logits)
+
+    def probabilities(self, theta):
+        policy = self.policy(theta)
+        return np.array([np.prod([policy[s][a] for s, a in path]) for path in self.paths])
+
+    def value(self, theta):
+        return float(self.probabilities(theta) @ self.returns)
+
+    def gradient(self):
+        """∇J, from the sum over all episodes."""
+        probabilities = self.probabilities(self.theta)
+        return sum(
+            p * r * sum(self.score(s, a) for s, a in path)
+            for p, r, path in zip(probabilities, self.returns, self.paths, strict=True)
+        )
+
+    def score(self, state, action):
+        """∇ log π(action | state)."""
+        policy = self.policy(self.theta)[state]
+        score = np.zeros(self.starts[-1])
+        score[self.starts[state] : self.starts[state + 1]] = -policy
+        score[self.starts[state] + action] += 1
+        return score
+
+    def entropy(self, state):
+        policy = self.policy(self.theta)[state]
+        return float(-np.sum(policy * np.log(policy)))
+
+    @cached_property
+    def members(self):
+        """All groups of `SIZE` episodes."""
+        return list(itertools.product(range(len(self.paths)), repeat=SIZE))
+
+    @cached_property
+    def weights(self):
+        """Probability of each group."""
+        return np.array([np.prod(self.probabilities(self.theta)[list(m)]) for m in self.members])
+
+    @cache  # noqa: B019 (two problems that live as long as the tests)
+    def gradients(self, strength):
+        """(g, u) of each group, f64[groups, parameters]."""
+        pairs = [self.group(m, strength) for m in self.members]
+        return tuple(np.array(column) for column in zip(*pairs, strict=True))
+
+    def group(self, members, strength):
+        """(g, u) of one group of episodes: of GRPO times AEM's α, and the unbiased estimate of ∇J."""
+        returns = self.returns[list(members)]
+        deviations = returns - returns.mean()
+        base = deviations / (returns.std() + 1e-6)
+        others = deviations * len(members) / (len(members) - 1)
+        turns = [(i, s, a) for i, m in enumerate(members) for s, a in self.paths[m]]
+        entropies = np.array([self.entropy(s) for _, s, _ in turns], np.float32)
+        alpha = np.asarray(aem_coefficients(entropies, np.zeros(len(turns), int), 1, strength=strength, min_range=0.0))
+        g = sum(x * base[i] * self.score(s, a) for x, (i, s, a) in zip(alpha, turns, strict=True)) / len(turns)
+        u = sum(others[i] * self.score(s, a) for i, s, a in turns) / len(members)
+        return g, u
+
+
+BANDIT = Tabular([[0.3, -0.4, 0.1]], [[(0, 0)], [(0, 1)], [(0, 2)]], [1.0, 0.0, 0.25])
+# The first turn is nearly decided and matters; the second is open, and matters after one of the first actions.
+TREE = Tabular(
+    [[2.5, 0.0], [0.2, 0.0], [0.0, 0.1]],
+    [[(0, i), (1 + i, j)] for i in range(2) for j in range(2)],
+    [0.0, 0.1, 1.0, 0.9],
+)
+RULES = {"base": 0.0, "aem": 1.0, "reversed": -1.0}
+SIZE = 3
+
+
+def exact(problem, strength, scale, groups_per_step):
+    """e_b by enumeration of all groups: E g, E‖g‖² and ∇J."""
+    gradients, weights = problem.gradients(strength)[0], problem.weights
+    mean, alone = weights @ gradients, weights @ np.sum(gradients**2 * scale, axis=1)
+    square = alone / groups_per_step + (1 - 1 / groups_per_step) * np.sum(mean**2 * scale)
+    return np.sum(mean * problem.gradient() * scale) / np.sqrt(square), mean, square
+
+
+def sampled(problem, count, scale, seed):
+    drawn = np.random.default_rng(seed).choice(len(problem.members), size=count, p=problem.weights)
+    vectors = {name: problem.gradients(s)[0][drawn] * np.sqrt(scale) for name, s in RULES.items()}
+    u = problem.gradients(0.0)[1][drawn] * np.sqrt(scale)
+    return {name: Products(v @ v.T, v @ vectors["base"].T, v @ u.T, v @ u.T) for name, v in vectors.items()}
+
+
+def is_near(estimate, expected):
+    """Within three standard errors: 36 intervals of 95 % would not all cover."""
+    return abs(estimate.value - expected) <= 3 / 3.92 * (estimate.high - estimate.low)
+
+
+@pytest.mark.parametrize("problem", [BANDIT, TREE], ids=["bandit", "tree"])
+@pytest.mark.parametrize("groups_per_step", [1, 4])
+def test_estimates_are_those_of_enumeration(problem, groups_per_step):
+    scale = np.linspace(0.5, 2.0, len(problem.theta))
+    estimates = efficiencies(sampled(problem, 300, scale, seed=1), np.arange(300), groups_per_step)
+    expected = {name: exact(problem, strength, scale, groups_per_step)[0] for name, strength in RULES.items()}
+    for name, estimate in estimates.items():
+        assert is_near(estimate.gain, expected[name]), name
+        assert estimate.gain.high - estimate.gain.low < 0.6 * expected["base"]
+        assert is_near(estimate.ratio, expected[name] / expected["base"]), name
+        assert is_near(estimate.difference, expected[name] - expected["base"]), name
+    assert estimates["base"].ratio == (1, 1, 1) and estimates["base"].cosine.value == pytest.approx(1)
+
+
+def test_a_bandit_has_one_state_so_alpha_changes_nothing():
+    estimates = efficiencies(sampled(BANDIT, 60, 1.0, seed=2), np.arange(60), 2)
+    assert estimates["aem"].ratio.value == pytest.approx(1, abs=1e-6)
+
+
+def test_intervals_cover_the_exact_ratio_as_often_as_they_say(monkeypatch):
+    monkeypatch.setattr(efficiency, "RESAMPLES", 300)
+    scale = np.ones(len(TREE.theta))
+    base, aem = (exact(TREE, RULES[name], scale, 2)[0] for name in ("base", "aem"))
+    assert abs(aem / base - 1) > 0.05  # the rules differ here
+    inside = 0
+    for seed in range(60):
+        ratio = efficiencies(sampled(TREE, 80, scale, seed), np.arange(80), 2)["aem"].ratio
+        inside += ratio.low <= aem / base <= ratio.high
+    assert inside >= 51  # 57 of 60 expected; fewer than 51 has a probability of 1 %
+
+
+def test_the_mean_over_samples_of_a_few_groups_has_no_bias():
+    """Products of a group with itself would raise the gain of every rule."""
+    scale = np.ones(len(TREE.theta))
+    _, mean, _ = exact(TREE, 1.0, scale, 1)
+    expected = mean @ TREE.gradient()
+    across = []
+    for seed in range(400):
+        gain = sampled(TREE, 6, scale, seed)["aem"].gain
+        across.append((gain.sum() - np.trace(gain)) / 30)
+    error = np.std(across) / np.sqrt(len(across))
+    assert abs(np.mean(across) - expected) < 3 * error
+    biased = expected + np.trace(sampled(TREE, 4000, scale, 0)["aem"].gain) / 4000 / 6
+    assert abs(biased - expected) > 6 * error  # the test could tell
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_gain_is_that_of_many_small_updates(name):
+    """Mean of J(θ + η P g / √E‖g‖²) − J(θ) over all groups, exact, is η e to first order."""
+    scale, eta = np.linspace(0.5, 2.0, len(TREE.theta)), 1e-4
+    expected, _, square = exact(TREE, RULES[name], scale, 1)
+    steps = eta * scale * TREE.gradients(RULES[name])[0] / np.sqrt(square)
+    gains = np.array([TREE.value(TREE.theta + step) - TREE.value(TREE.theta) for step in steps])
+    assert TREE.weights @ gains == pytest.approx(eta * expected, rel=2e-3)
+
+
+def test_groups_of_one_part_are_not_paired():
+    rng = np.random.default_rng(0)
+    products = {"base": Products(*(np.eye(6) * 3 + 1 for _ in range(4)))}
+    parts = np.array([0, 0, 0, 1, 1, 1])
+    clean = efficiencies(products, parts, 3)["base"].gain.value
+    inside = parts[:, None] == parts[None, :]
+    noise = np.where(inside & ~np.eye(6, dtype=bool), rng.normal(size=(6, 6)) * 100, 0.0)
+    noisy = {"base": products["base"]._replace(gain=products["base"].gain + noise)}
+    assert efficiencies(noisy, parts, 3)["base"].gain.value == pytest.approx(clean)
+    with pytest.raises(ValueError, match="expected groups of at least 2 parts, got 1"):
+        efficiencies(products, np.zeros(6, int), 3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_share_within_states_is_that_of_the_variances(share):
+    rng = np.random.default_rng(3)
+    counts = rng.integers(1, 9, size=4000)
+    states = np.repeat(np.arange(4000), counts)
+    between, within = rng.normal(size=4000) * np.sqrt(1 - share), rng.normal(size=len(states)) * np.sqrt(share)
+    value, number = share_within(between[states] + within, states)
+    assert value == pytest.approx(share, abs=0.03)
+    assert number == counts[counts > 1].sum()
+
+
+def test_share_within_needs_a_state_that_was_visited_twice():
+    value, number = share_within(np.array([0.1, 0.2]), np.array([0, 1]))
+    assert np.isnan(value) and number == 0
+    assert share_within(np.array([1.0, 3.0, 5.0]), np.array([0, 0, 1])) == (1.0, 2)
+
+
+def test_decisive_turns_are_those_of_large_advantage():
+    advantages = np.array([0.0, 0.1, -0.2, 2.0, -2.0])
+    relative = np.array([0.0, 0.9, 0.9, 0.1, 0.8])
+    assert decisive_at_low_entropy(advantages, relative) == 0.5
+    assert np.isnan(decisive_at_low_entropy(np.zeros(3), np.zeros(3)))
