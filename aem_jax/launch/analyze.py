@@ -109,6 +109,7 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
                 run,
                 state,
                 groups=options.groups or 10 * groups,
+                min_range=config.aem.min_range if options.min_range < 0 else options.min_range,
                 seed=options.seed,
                 sketch=options.sketch,
                 plain=options.geometry == "plain",

@@ -27,7 +27,6 @@ from aem_jax.analysis.states import states_of
 from aem_jax.batch import Batch, BatchLayout, collate, place
 from aem_jax.config import components
 from aem_jax.config.algorithms import AlgorithmConfig, response_advantages
-from aem_jax.config.run import RunConfig
 from aem_jax.credit import AemConfig, experience, make_credit
 from aem_jax.envs.protocol import Task
 from aem_jax.errors import ConfigError
@@ -54,10 +53,9 @@ Credits = Mapping[str, Callable[..., Any]]
 """Rule → credit function (`make_credit`)."""
 
 
-def rules(config: RunConfig) -> dict[str, tuple[AlgorithmConfig, AemConfig]]:
-    """Rule → base advantages and coefficient: the run's base algorithm, AEM, its ablations, and its neighbours."""
-    algorithm = config.algorithm
-    aem = AemConfig(min_range=config.aem.min_range)
+def rules(algorithm: AlgorithmConfig, min_range: float) -> dict[str, tuple[AlgorithmConfig, AemConfig]]:
+    """Rule → base advantages and coefficient: the base algorithm, AEM, its ablations, and its neighbours."""
+    aem = AemConfig(min_range=min_range)
     off = replace(aem, strength=0.0)
     return {
         BASE: (algorithm, off),
@@ -105,13 +103,16 @@ class _Part(NamedTuple):
     step: int
 
 
-def measure(run: RunContext, state: TrainState, *, groups: int, seed: int, sketch: int, plain: bool) -> dict[str, Any]:
+def measure(
+    run: RunContext, state: TrainState, *, groups: int, min_range: float, seed: int, sketch: int, plain: bool
+) -> dict[str, Any]:
     """Plays rollouts with the policy and compares the credit rules on them.
 
     Args:
         run: the run.
         state: its state at the step to analyse.
         groups: number of rollout groups to play, rounded up to whole training steps, at least two.
+        min_range: of AEM's coefficients, nats.
         seed: of the tasks, the episodes and the projection.
         sketch: numbers that a gradient is projected to; 0: exact.
         plain: Euclidean geometry in place of Adam's.
@@ -125,7 +126,7 @@ def measure(run: RunContext, state: TrainState, *, groups: int, seed: int, sketc
     per_step, key = run.config.rollout.groups_per_step, jax.random.fold_in(run.key("evaluate"), seed + 1)
     count = max(-(-groups // per_step), 2)
     _check_memory(state, count * per_step, sketch)
-    decode, credits = run.reshard(state.params), _credits(run, rules(run.config))
+    decode, credits = run.reshard(state.params), _credits(run, rules(run.config.algorithm, min_range))
     steps, parts, states, played = [], [], [], []
     for number in range(count):
         run.stop.check()
@@ -164,7 +165,8 @@ def make_live(run: RunContext) -> Callable[[TrainState, Sequence[Trajectory], ja
     It costs about three updates. One step's ρ is noisy: average the two gains over steps before you divide them. The
     metrics are empty where the step has fewer than two groups, and NaN where no group of a half has different returns.
     """
-    chosen = {name: rules(run.config)[name] for name in (BASE, "aem")}
+    every = rules(run.config.algorithm, run.config.aem.min_range)
+    chosen = {name: every[name] for name in (BASE, "aem")}
     credits, learner = _credits(run, chosen), _learner(run)
     vector = make_vector(
         make_gradient(replace(run.policy, value=False), learner, run.mesh, weighted_logprobs), run.mesh

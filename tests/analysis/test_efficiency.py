@@ -12,7 +12,7 @@ from aem_jax.analysis.efficiency import Products, decisive_at_low_entropy, effic
 
 
 class Tabular:
-    """A softmax policy over a tree of states. `paths` are the episodes, as (state, action) pairs, with their returns."""
+    """A softmax policy over a tree of states. `paths` are the episodes, as (state, action) pairs, with returns."""
 
     def __init__(self, logits, paths, returns):
         self.logits = [np.asarray(row, np.float64) for row in logits]
