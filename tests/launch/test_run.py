@@ -67,6 +67,8 @@ def test_a_run_writes_its_files(finished: Path):
     for record in steps:
         assert record["parity/max"] <= 1e-4 and record["compile/recompiles"] == 0
         assert record["learner/kl_reference"] >= -1e-6
+    measured = {record["step"] for record in steps if {"aem/efficiency", "aem/gain", "aem/gain_base"} <= record.keys()}
+    assert measured == {0, 4}
     # the reference is the policy before the first update, which also gave the sampler's logprobs
     assert steps[0]["learner/kl_reference"] == pytest.approx(0, abs=1e-5)
     phases = [(line["phase"], line["step"]) for line in read_lines(finished / "evaluations.jsonl")]
