@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from aem_jax.advantage import token_statistics
-from aem_jax.learner.objective import Objective, Stats, Tokens
+from aem_jax.learner.objective import EntropyObjective, Objective, Stats, Tokens
 
 Array = jax.Array
 
@@ -105,7 +105,7 @@ def head_loss(
     targets: Array,
     tokens: Tokens,
 ) -> tuple[Array, Stats]:
-    """A loss of the targets' log-probabilities and, if the objective says so, of entropies, and its stats.
+    """A loss of the targets' log-probabilities (and of entropies, with an `EntropyObjective`), and its stats.
 
     The gradients in `head` and `hidden` are computed together with the loss; none flows through the stats.
 
@@ -139,14 +139,14 @@ def _head_loss_forward(objective, temperature, chunk, layout, head, hidden, targ
         statistics = token_statistics(logits, target)
         logprobs, entropies = (jnp.where(tokens.mask, x, 0.0) for x in statistics)
         chunk_loss = lambda logprobs, entropies: objective(logprobs, entropies, tokens)
-        variables = (0, 1) if objective.of_entropies else (0,)
+        variables = (0, 1) if isinstance(objective, EntropyObjective) else (0,)
         (loss, stats), slopes = jax.value_and_grad(chunk_loss, variables, has_aux=True)(logprobs, entropies)
         normaliser = jnp.take_along_axis(logits, target[..., None], axis=-1) - statistics[0][..., None]
         is_target = jax.nn.one_hot(target, logits.shape[-1], dtype=jnp.bool_)
         d_logprob = (slopes[0] / temperature)[..., None]
         policy = jnp.exp(logits - normaliser)
         d_logits = d_logprob * (is_target - policy)
-        if objective.of_entropies:
+        if isinstance(objective, EntropyObjective):
             d_entropy = -policy * (logits - normaliser + statistics[1][..., None])
             d_logits = d_logits + (slopes[1] / temperature)[..., None] * d_entropy
         d_logits = jnp.where(tokens.mask[..., None], d_logits, 0.0).astype(x.dtype)

@@ -66,25 +66,23 @@ class Stats(NamedTuple):
     means: Mapping[str, jax.Array] = {}
 
 
-Loss = Callable[[jax.Array, jax.Array, Tokens], tuple[jax.Array, Stats]]
+Objective = Callable[[jax.Array, jax.Array, Tokens], tuple[jax.Array, Stats]]
 """(logprobs f32[b, T], entropies f32[b, T], tokens) -> (this microbatch's part of the loss, stats)."""
 
 
 @dataclass(frozen=True)
-class Objective:
-    """A loss of single tokens, and whether its gradient is also that of the entropies.
+class EntropyObjective:
+    """An objective whose loss depends on entropies. For others they are constants, and their gradient costs nothing.
 
     Attributes:
-        loss: the loss, a sum over tokens.
-        of_entropies: whether the loss depends on the entropies; elsewhere they are constants, and cost no gradient.
+        objective: the objective.
     """
 
-    loss: Loss
-    of_entropies: bool = False
+    objective: Objective
 
     def __call__(self, logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
         """(This microbatch's part of the loss, stats)."""
-        return self.loss(logprobs, entropies, tokens)
+        return self.objective(logprobs, entropies, tokens)
 
 
 AGGREGATIONS: Mapping[str, Callable[[LearnerConfig], Aggregation]] = {
@@ -99,11 +97,11 @@ AGGREGATIONS: Mapping[str, Callable[[LearnerConfig], Aggregation]] = {
 def supervised_objective() -> Objective:
     """Cross-entropy: L = −Σ_t w_t · logp_t."""
 
-    def loss(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
+    def objective(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
         sums = {"entropy": jnp.sum(entropies, where=tokens.mask)}
         return -jnp.sum(tokens.weights * logprobs, where=tokens.mask), Stats(sums, {})
 
-    return Objective(loss)
+    return objective
 
 
 def policy_objective(config: LearnerConfig, max_age: int = 0) -> Objective:
@@ -136,7 +134,7 @@ def policy_objective(config: LearnerConfig, max_age: int = 0) -> Objective:
     cap = config.importance_cap
     bounds = {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip}
 
-    def loss_of(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
+    def objective(logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
         mask = tokens.mask
         total = lambda x: jnp.sum(x, where=mask)
         top = lambda x: jnp.max(x, where=mask, initial=0.0)
@@ -167,7 +165,7 @@ def policy_objective(config: LearnerConfig, max_age: int = 0) -> Objective:
         loss = jnp.sum(tokens.weights * loss, where=mask)
         return loss, Stats(sums | parity_sums, {"ratio_max": top(token.ratio)} | parity_maxima)
 
-    return Objective(loss_of, of_entropies=config.entropy_coefficient > 0)
+    return EntropyObjective(objective) if config.entropy_coefficient else objective
 
 
 CovarianceLoss = Callable[[jax.Array, jax.Array, jax.Array, LearnerConfig], jax.Array]

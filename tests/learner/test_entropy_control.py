@@ -13,7 +13,7 @@ from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.learner import LearnerConfig, init_state, make_token_logprobs, make_update
 from aem_jax.learner.covariance import clip_cov, covariances, kl_cov, selected_tokens
 from aem_jax.learner.head import HeadLayout, head_loss
-from aem_jax.learner.objective import Objective, Stats, Tokens, policy_objective
+from aem_jax.learner.objective import EntropyObjective, Stats, Tokens, policy_objective
 from aem_jax.losses import clipped_policy_loss
 
 TOY = Bigram()
@@ -93,8 +93,7 @@ def test_a_loss_of_entropies_is_differentiated_in_chunks(chunk):
         return jnp.sum(tokens.weights * (logprobs * entropies + entropies**2)), Stats({}, {})
 
     def chunked(head, hidden):
-        objective = Objective(loss, of_entropies=True)
-        return head_loss(objective, 1.7, chunk, HeadLayout(), head, hidden, targets, tokens)
+        return head_loss(EntropyObjective(loss), 1.7, chunk, HeadLayout(), head, hidden, targets, tokens)
 
     def naive(head, hidden):
         log_policy = jax.nn.log_softmax(hidden @ head / 1.7)
@@ -210,7 +209,7 @@ def test_without_them_the_update_has_no_trace_of_the_controls():
         init_state(TOY, config, ONE_DEVICE, jax.random.key(0)), place(batch, ONE_DEVICE), advantages
     )
     plain = lowered(CONFIG).as_text()
-    assert not policy_objective(CONFIG).of_entropies and "threefry" not in plain and "shift_right" not in plain
+    assert "threefry" not in plain and "shift_right" not in plain
     assert "shift_right" in lowered(dataclasses.replace(CONFIG, covariance="clip")).as_text()
     assert lowered(dataclasses.replace(CONFIG, entropy_coefficient=0.1)).as_text() != plain
     assert lowered(dataclasses.replace(CONFIG, covariance_share=0.1, covariance_penalty=3.0)).as_text() == plain
