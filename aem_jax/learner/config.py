@@ -124,8 +124,8 @@ class LearnerConfig:
             raise ValueError(f"expected covariance_share in (0, 1], got {self.covariance_share}")
         if self.covariance == "kl" and self.num_minibatches * self.num_epochs == 1:
             raise ValueError(
-                "expected several optimizer steps a batch with covariance kl, which penalises a change between them, got "
-                "one; raise num_minibatches or num_epochs, or use clip"
+                "expected several optimizer steps a batch with covariance kl, which penalises changes between them, "
+                "got one; raise num_minibatches or num_epochs, or use clip"
             )
         if not self.covariance_range[0] < self.covariance_range[1]:
             raise ValueError(f"expected covariance_range of a lower and a higher number, got {self.covariance_range}")
