@@ -15,6 +15,7 @@ from aem_jax.learner.covariance import clip_cov, covariances, kl_cov, selected_t
 from aem_jax.learner.head import HeadLayout, head_loss
 from aem_jax.learner.objective import EntropyObjective, Stats, Tokens, policy_objective
 from aem_jax.losses import clipped_policy_loss
+from aem_jax.sharding import MeshConfig, make_mesh
 
 TOY = Bigram()
 LAYOUT = BatchLayout(num_microbatches=8, rows=2, row_length=40, max_responses=64, max_trajectories=16)
@@ -217,6 +218,23 @@ def test_the_bonus_has_the_gradient_of_any_packing_and_aggregation():
         for layout in (LAYOUT, dataclasses.replace(LAYOUT, rows=1, row_length=60, num_microbatches=16))
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *gradients)
+
+
+def test_several_devices_compute_what_one_does():
+    policy = Bigram(vocab_size=24, width=16)
+    layout = dataclasses.replace(LAYOUT, rows=8, num_microbatches=2)
+    batch = collate(random_trajectories(8, 8, policy.vocab_size), layout)
+    advantages = np.random.default_rng(8).standard_normal(batch.tokens.shape).astype(np.float32)
+    config = dataclasses.replace(
+        CONFIG, entropy_coefficient=0.3, covariance="clip", covariance_share=0.2, covariance_range=(0.0, 9.0)
+    )
+    results = []
+    for mesh in (ONE_DEVICE, make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
+        state = init_state(policy, config, mesh, jax.random.key(0))
+        state, stats = make_update(policy, config, mesh)(state, place(batch, mesh), advantages)
+        results.append(jax.device_get((state.opt_state[1][0].mu, stats)))
+    jax.tree.map(lambda one, many: np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-6), *results)
+    assert results[0][1]["covariance_fraction"] > 0.1
 
 
 @pytest.mark.parametrize(
