@@ -138,20 +138,6 @@ def test_analyze_reads_the_checkpoints_of_a_run(finished: Path, user_environment
     assert "signs opposed" in done.stdout
 
 
-def test_analyze_compares_the_efficiency_of_credit_rules(finished: Path, user_environment):
-    line = [sys.executable, "-m", "aem_jax.launch", "analyze", str(finished), "--efficiency", "True", "--groups", "4"]
-    done = subprocess.run([*line, "--min-range", "0"], capture_output=True, text=True, cwd=ROOT, env=user_environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((finished / "analysis" / "efficiency.json").read_text())
-    assert (results["step"], results["groups"], results["episodes"]) == (NUM_STEPS, 4, 16)
-    assert results["rules"]["base"]["ratio"] == {"value": 1, "low": 1, "high": 1}
-    assert {"aem", "reversed", "shuffled", "sign", "empg", "gigpo"} < results["rules"].keys()
-    assert results["rules"]["reversed"]["cosine"]["value"] < 1
-    for name in ("efficiency.html", "efficiency.png"):
-        assert (finished / "analysis" / name).stat().st_size > 1000, name
-    assert "ρ = " in done.stdout
-
-
 def test_a_finished_run_is_not_changed(finished: Path, user_environment):
     before = numbers(finished)
     finish(start(finished.parent, user_environment))

@@ -1,0 +1,72 @@
+"""`analyze --efficiency` and the live measurement, on a run with rewards at random."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from aem_jax.launch import cli
+from aem_jax.metrics import comparable, read_lines
+
+from .test_broken_environment import SMALL
+from .test_carry import ENV
+
+RULES = {"base", "aem", "aem, λ 0.5", "aem, λ 2", "reversed", "shuffled", "sign", "aem, trajectory", "aem, batch"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "env.py").write_text(ENV)
+    (folder / "small.toml").write_text(SMALL)
+    words = ["--preset", "openenv-tiny", str(folder / "small.toml"), "--openenv.serve", f"{folder}/env.py:Env"]
+    words += ["--runs-dir", str(folder), "--name", "run", "--train.num-steps", "4", "--rollout.max-turns", "4"]
+    words += ["--rollout.context-tokens", "128", "--openenv.seeds", "6", "--metrics.efficiency-every", "2"]
+    assert cli.main(words) == 0
+    return folder / "run"
+
+
+def measured(run: Path, capfd, *words: str) -> dict:
+    assert cli.main(["analyze", str(run), "--efficiency", "True", "--min-range", "0", *words]) == 0
+    assert "ρ = " in capfd.readouterr().out
+    return json.loads((run / "analysis" / "efficiency.json").read_text())
+
+
+def test_the_rules_are_compared(run: Path, capfd):
+    results = measured(run, capfd, "--groups", "8")
+    assert results["groups"] >= 8 and results["episodes"] > results["groups"] and results["step"] == 4
+    assert results["geometry"] == "Adam, with the run's second moments"
+    rules = results["rules"]
+    assert rules.keys() == RULES | {"empg", "gigpo"}
+    assert rules["base"]["ratio"] == {"value": 1, "low": 1, "high": 1} and rules["base"]["cosine"]["value"] == 1
+    assert (
+        rules["aem, λ 0.5"]["cosine"]["value"] > rules["aem"]["cosine"]["value"] > rules["aem, λ 2"]["cosine"]["value"]
+    )
+    assert rules["reversed"]["gain"]["value"] != rules["base"]["gain"]["value"]
+    assert all(rule["entropy"]["value"] != 0 for rule in rules.values())
+    for name in ("efficiency.html", "efficiency.png"):
+        assert (run / "analysis" / name).stat().st_size > 1000, name
+    again = measured(run, capfd, "--groups", "8")
+    assert again["rules"] == rules  # a function of run, step and seed
+
+
+def test_a_projection_and_the_plain_geometry(run: Path, capfd):
+    exact = measured(run, capfd, "--groups", "8", "--geometry", "plain")
+    rough = measured(run, capfd, "--groups", "8", "--geometry", "plain", "--sketch", "8192")
+    assert exact["geometry"] == "plain" and rough["sketch"] == 8192
+    assert rough["rules"]["aem"]["cosine"]["value"] == pytest.approx(exact["rules"]["aem"]["cosine"]["value"], abs=0.05)
+    before = measured(run, capfd, "--groups", "8", "--step", "0")
+    assert before["geometry"] == "Adam, with second moments of this rollout's gradients"
+
+
+def test_training_measures_every_second_step(run: Path):
+    steps = read_lines(run / "metrics.jsonl")
+    names = {"aem/efficiency", "aem/gain", "aem/gain_base"}
+    assert [names <= record.keys() for record in steps] == [True, False, True, False]
+    assert all(record["compile/recompiles"] == 0 for record in steps)
+    assert all("time/measure" in record for record in steps[::2]) and "time/measure" not in comparable(steps[0])
+
+
+def test_wrong_options_are_refused(run: Path, capfd):
+    assert cli.main(["analyze", str(run), "--efficiency", "True", "--against", str(run)]) == 2
+    assert "expected efficiency without against" in capfd.readouterr().err
