@@ -35,9 +35,9 @@ class AemConfig:
     """Minimum range of a group's response entropies, nats; groups below it keep alpha = 1."""
     scope: Literal["group", "trajectory", "batch"] = "group"
     """Scope of alpha's normalisation: a rollout group, or (the paper's ablations) a trajectory or the batch."""
-    variant: Literal["aem", "reversed", "shuffled"] = "aem"
-    """aem, or one of the paper's ablations: reversed (-strength: uncertain responses weigh more), or shuffled (the
-    alphas of a scope are permuted among its responses)."""
+    variant: Literal["aem", "reversed", "shuffled", "sign"] = "aem"
+    """aem; the paper's ablations reversed (-strength: uncertain responses weigh more) and shuffled (the alphas of a
+    scope are permuted); or the control sign (means of alpha over responses with one sign of the advantage)."""
 
     def __post_init__(self) -> None:
         if self.strength < 0 or self.min_range < 0:
@@ -64,10 +64,10 @@ class Credit:
     values: ValueTargets | None = None
 
 
-def experience(batch: Batch, values: Array | None = None) -> Experience:
-    """The estimators' view of a batch: its tables, whatever the packing, and its responses' values f32[R]."""
-    tables = {name: getattr(batch, name) for name in Experience._fields if name != "response_values"}
-    return Experience(**tables, response_values=values)
+def experience(batch: Batch, values: Array | None = None, entropies: Array | None = None) -> Experience:
+    """The estimators' view of a batch: its tables, whatever the packing, and responses' values and entropies f32[R]."""
+    computed = {"response_values": values, "response_entropies": entropies}
+    return Experience(**{name: getattr(batch, name) for name in Experience._fields if name not in computed}, **computed)
 
 
 def make_credit(
@@ -93,21 +93,19 @@ def make_credit(
 
     @partial(jax.jit, out_shardings=(shardings, everywhere))
     def credit(batch: Batch, key: Array | None = None, values: Array | None = None) -> tuple[Credit, dict[str, Any]]:
-        table = experience(batch, values)
-        base = estimate(table, num_groups)
         ids = jnp.asarray(batch.response_ids)
         flat = ids.reshape(-1, ids.shape[-1])
-        entropies = response_entropy(jnp.asarray(batch.entropies).reshape(flat.shape), flat, base.shape[0])
+        num_responses = batch.response_valid.shape[0]
+        entropies = response_entropy(jnp.asarray(batch.entropies).reshape(flat.shape), flat, num_responses)
+        table = experience(batch, values, entropies)
+        base = estimate(table, num_groups)
         scope, count = SCOPES[aem.scope](batch, num_groups)
         # Responses that are not in the loss have no packed tokens, so their entropy is NaN.
         kwargs = {"min_range": aem.min_range, "valid": batch.response_valid & ~jnp.isnan(entropies)}
-        strength, shuffles = VARIANTS[aem.variant]
+        strength, control = VARIANTS[aem.variant]
         alpha = aem_coefficients(entropies, scope, count, strength=strength * aem.strength, **kwargs)
-        if shuffles:
-            if key is None:
-                raise ValueError("expected a PRNG key for aem.variant shuffled, got none; call credit(batch, key)")
-            valid_scope = jnp.where(kwargs["valid"], scope, count)
-            alpha = shuffled(alpha, valid_scope, jax.random.fold_in(key, _SHUFFLE))
+        if control is not None:
+            alpha = control(alpha, base, jnp.where(kwargs["valid"], scope, count), count + 1, key)
         tokens = token_advantages(alpha * base, flat).reshape(ids.shape)
         alphas = coefficient_statistics(alpha, base, entropies, scope, count, **kwargs)
         statistics = {
@@ -151,6 +149,44 @@ def shuffled(values: Array, ids: Array, key: Array) -> Array:
     return values.at[targets].set(values[sources])
 
 
+def sign_means(coefficients: Array, advantages: Array, ids: Array, num_ids: int) -> Array:
+    """Replaces each coefficient by the mean over the responses with the same id and the same sign of the advantage.
+
+        α'_r = mean of α over the responses of r's scope with sgn A = sgn A_r        α'_r = α_r where A_r = 0
+
+    What is left of the modulation is the weight that it moves between responses with A > 0 and A < 0. Where A has two
+    values in a scope, as with two outcomes, the sum of α' A over the responses with one sign is that of α A.
+
+    Args:
+        coefficients: f32[R].
+        advantages: f32[R].
+        ids: i32[R], in [0, num_ids), in any order.
+        num_ids: static.
+
+    Returns:
+        f32[R].
+    """
+    sides = 2 * ids + (advantages > 0)
+    signed = (advantages != 0).astype(coefficients.dtype)
+    total, count = (jax.ops.segment_sum(x, sides, 2 * num_ids) for x in (coefficients * signed, signed))
+    return jnp.where(signed > 0, (total / jnp.maximum(count, 1.0))[sides], coefficients)
+
+
+Control = Callable[[Array, Array, Array, int, Array | None], Array]
+"""(coefficients f32[R], base advantages f32[R], scope ids i32[R], number of ids, the step's PRNG key or None) -> other
+coefficients f32[R]. Responses that take no part have an id of their own."""
+
+
+def _shuffle(coefficients: Array, advantages: Array, ids: Array, num_ids: int, key: Array | None) -> Array:
+    if key is None:
+        raise ValueError("expected a PRNG key for aem.variant shuffled, got none; call credit(batch, key)")
+    return shuffled(coefficients, ids, jax.random.fold_in(key, _SHUFFLE))
+
+
+def _sign(coefficients: Array, advantages: Array, ids: Array, num_ids: int, key: Array | None) -> Array:
+    return sign_means(coefficients, advantages, ids, num_ids)
+
+
 Scope = Callable[[Batch, int], tuple[Array, int]]
 """(batch, num_groups) -> the id of each response's scope, i32[R], and the number of scopes."""
 
@@ -168,7 +204,12 @@ def _batch(batch: Batch, num_groups: int) -> tuple[Array, int]:
 
 
 SCOPES: Mapping[str, Scope] = {"group": _group, "trajectory": _trajectory, "batch": _batch}
-VARIANTS: Mapping[str, tuple[float, bool]] = {"aem": (1.0, False), "reversed": (-1.0, False), "shuffled": (1.0, True)}
-"""Name → (factor of strength, whether coefficients are shuffled afterwards)."""
+VARIANTS: Mapping[str, tuple[float, Control | None]] = {
+    "aem": (1.0, None),
+    "reversed": (-1.0, None),
+    "shuffled": (1.0, _shuffle),
+    "sign": (1.0, _sign),
+}
+"""Name → (factor of strength, what replaces the coefficients)."""
 _SHUFFLE = 0x5AFF1E
 """Folded into the key of a step. No episode has this number, so the shuffle has its own random numbers."""

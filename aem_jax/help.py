@@ -25,6 +25,7 @@ from aem_jax.overrides import annotations, as_values, flag, nearest, unions, unk
 ALL = "all"
 """Instead of the name of a group: every setting."""
 _WIDEST, _LONGEST_DEFAULT = 120, 60
+_LATER = " " * 8
 _NONE: Mapping[str, Sequence[str]] = types.MappingProxyType({})
 
 
@@ -135,8 +136,11 @@ def describe_value(value: Any) -> str:
 
 def _setting(setting: Setting, width: int) -> list[str]:
     default = textwrap.shorten(describe_value(setting.default), _LONGEST_DEFAULT, placeholder=" …")
-    head = f"{flag(setting.name)} {describe_type(setting.kind)} (default: {default})"
-    return [*_wrap(head, width, "  ", "        "), *_wrap(setting.text, width, "    ", "    ")]
+    kind = describe_type(setting.kind)
+    if len(kind) > width - len(_LATER):
+        kind = kind.replace(",", ", ")  # where a line may end
+    head = f"{flag(setting.name)} {kind} (default: {default})"
+    return [*_wrap(head, width, "  ", _LATER), *_wrap(setting.text, width, "    ", "    ")]
 
 
 def _wrap(text: str, width: int, first: str = "", later: str = "") -> list[str]:

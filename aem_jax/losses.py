@@ -7,8 +7,7 @@ mean is taken over the tokens of one array. An aggregation is a function from th
 The ratio of a sequence (GSPO) depends on all its tokens. Log-ratios are summed for each response, in a table again,
 before any loss is computed.
 
-Left out: an entropy bonus (AEM changes entropy through the advantages), and means over masked arrays. A value head's
-loss is a sum over states instead of tokens, aggregated the same way.
+Left out: means over masked arrays. A value head's loss is a sum over states instead of tokens, aggregated the same way.
 """
 
 import functools

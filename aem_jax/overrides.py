@@ -27,7 +27,9 @@ _FEW = 20
 def nearest(name: str, names: Iterable[str], spell: Callable[[str], str] = repr) -> str:
     """`; did you mean …?` for the closest of `names`, by the full name or by its last part; empty if none is close."""
     names = list(names)
-    matches = difflib.get_close_matches(name, names, n=1)
+    matches = difflib.get_close_matches(name, names, n=3)
+    # Letters in another order are the most likely mistake among short names: gpro is grpo, not hgpo.
+    matches.sort(key=lambda known: sorted(known) != sorted(name))
     if not matches:
         last = {known.rpartition(".")[2]: known for known in reversed(names)}
         matches = [last[part] for part in difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1)]

@@ -163,6 +163,52 @@ def test_the_shuffled_variant_permutes_coefficients_within_a_group():
     np.testing.assert_array_equal(np.sort(permuted[0]), np.sort(plain))
 
 
+def test_the_sign_control_has_aems_mean_over_responses_with_one_sign():
+    # Each turn is worth 1: returns 2, 1 and 3 against a mean of 2. alpha is 1, E, G, E, G, G over their mean.
+    trajectories = [episode(0, 0, 0.0, 1.0), episode(0, 1, 0.5), episode(0, 2, 1.0, 0.5, 0.5)]
+    m = np.mean([1, E, G, E, G, G])
+    expected = np.array([1, E, G, *[(E + G + G) / 3] * 3]) / m  # A = 0 keeps alpha; one response has A < 0
+    np.testing.assert_allclose(alphas(trajectories, AemConfig(variant="sign")), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["group", "batch"])
+def test_the_sign_control_moves_only_the_weight_that_aem_moves_between_signs(scope):
+    rng = np.random.default_rng(3)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    # Outcomes 0 or 1 in groups of four, so the advantage has two values in a group; one group has equal outcomes.
+    trajectories = [
+        dataclasses.replace(
+            t, turns=tuple(dataclasses.replace(u, reward=float(won and u is t.turns[-1])) for u in t.turns)
+        )
+        for t, won in zip(episodes(rng), [1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1], strict=True)
+    ]
+    batch = place(collate(trajectories, LAYOUT), mesh)
+    both = {
+        variant: make_credit(of_returns(over_trajectories, grpo), AemConfig(scope=scope, variant=variant), 3, mesh)
+        for variant in ("aem", "sign")
+    }
+    aem, sign = (jax.device_get(both[variant](batch)[0]) for variant in ("aem", "sign"))
+    np.testing.assert_array_equal(aem.base, sign.base)
+    valid = np.asarray(batch.response_valid)
+    groups = np.asarray(batch.group_ids)[batch.response_trajectory] if scope == "group" else np.zeros(len(valid), int)
+    seen = 0
+    for group in set(groups[valid]):
+        for side in (1, -1):
+            rows = valid & (groups == group) & (np.sign(aem.base) == side)
+            if not rows.any():
+                continue
+            seen += 1
+            assert np.ptp(sign.coefficients[rows]) == 0
+            assert sign.coefficients[rows].mean() == pytest.approx(aem.coefficients[rows].mean(), rel=1e-5)
+            if scope == "group":  # the advantage has one value on each side
+                total = [float((credit.coefficients * credit.base)[rows].sum()) for credit in (aem, sign)]
+                assert total[0] == pytest.approx(total[1], rel=1e-5)
+        rows = valid & (groups == group) & (aem.base == 0)
+        np.testing.assert_array_equal(sign.coefficients[rows], aem.coefficients[rows])
+    assert seen == 4 if scope == "group" else seen == 2
+    assert np.abs(aem.coefficients - sign.coefficients)[valid].max() > 0.05
+
+
 def test_the_config_refuses_negative_strength():
     with pytest.raises(ValueError, match="aem.strength and aem.min_range >= 0, got -1"):
         AemConfig(strength=-1.0)

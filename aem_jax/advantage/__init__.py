@@ -13,12 +13,16 @@ from aem_jax.advantage.aem import (
     aem_coefficients,
     aem_scale,
     coefficient_statistics,
+    relative_entropy,
     token_advantages,
 )
-from aem_jax.advantage.estimators import Estimator, Scope, dr_grpo, grpo, over_trajectories, over_turns, rloo
+from aem_jax.advantage.empg import empg
+from aem_jax.advantage.estimators import Estimator, Scope, dr_grpo, grpo, maxrl, over_trajectories, over_turns, rloo
 from aem_jax.advantage.experience import Experience, ResponseAdvantages, of_returns
 from aem_jax.advantage.gae import ValueTargets, explained_variance, gae, gae_advantages, value_returns
+from aem_jax.advantage.gagpo import gagpo
 from aem_jax.advantage.gigpo import gigpo
+from aem_jax.advantage.hgpo import hgpo
 from aem_jax.advantage.reinforce import (
     by_response,
     by_token,
@@ -44,16 +48,21 @@ __all__ = [
     "by_trajectory",
     "coefficient_statistics",
     "dr_grpo",
+    "empg",
     "explained_variance",
     "gae",
     "gae_advantages",
+    "gagpo",
     "gigpo",
     "grpo",
+    "hgpo",
+    "maxrl",
     "of_returns",
     "over_trajectories",
     "over_turns",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
+    "relative_entropy",
     "response_entropy",
     "rewards_to_go",
     "rloo",

@@ -56,16 +56,28 @@ def aem_coefficients(
     """
     not_negative("min_range", min_range)
     entropy, group_ids, num_groups, valid = _check_groups(response_entropy, group_ids, num_groups, valid)
-    low, spread = _group_range(entropy, group_ids, num_groups, valid)
-    # A spread of 0 is modulated only if min_range is 0; every H̃ is then 0, which gives α = 1.
-    scale = jnp.where(spread > 0, spread, 1.0)
-    relative = jnp.where(valid, (entropy - take(low, group_ids, 0.0)) / take(scale, group_ids, 1.0), 0.0)
+    relative, spread = _relative(entropy, group_ids, num_groups, valid)
     weight = jnp.where(valid, jnp.exp(-jnp.asarray(strength, entropy.dtype) * relative), 0.0)
     total = jax.ops.segment_sum(weight, group_ids, num_groups)
     count = jax.ops.segment_sum(valid.astype(entropy.dtype), group_ids, num_groups)
     mean = jnp.where(count > 0, total / jnp.maximum(count, 1.0), 1.0)
     modulated = valid & take(spread >= min_range, group_ids, False)
     return jax.lax.stop_gradient(jnp.where(modulated, weight / take(mean, group_ids, 1.0), 1.0))
+
+
+def relative_entropy(
+    response_entropy: ArrayLike, group_ids: ArrayLike, num_groups: int, *, valid: ArrayLike | None = None
+) -> jax.Array:
+    """Entropy of each response relative to those of its group: H̃ of `aem_coefficients`.
+
+        H̃ = (H̄ − min H̄) / (max H̄ − min H̄),    0 where max H̄ = min H̄
+
+    Args, and Raises: as `aem_coefficients`.
+
+    Returns:
+        float32[R] (float64 for float64), in [0, 1]; 0 for responses that take no part.
+    """
+    return _relative(*_check_groups(response_entropy, group_ids, num_groups, valid))[0]
 
 
 def token_advantages(response_advantages: ArrayLike, response_ids: ArrayLike) -> jax.Array:
@@ -201,6 +213,16 @@ def _check_groups(
     one_axis("response_entropy", entropy)
     same_shape(response_entropy=entropy, group_ids=group_ids)
     return entropy, group_ids, num_groups, members(group_ids, num_groups, valid) & jnp.isfinite(entropy)
+
+
+def _relative(
+    entropy: jax.Array, group_ids: jax.Array, num_groups: int, valid: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(H̃ of each response, 0 where not valid; max − min of each group)."""
+    low, spread = _group_range(entropy, group_ids, num_groups, valid)
+    # A spread of 0 is modulated only if min_range is 0; every H̃ is then 0, which gives α = 1.
+    scale = jnp.where(spread > 0, spread, 1.0)
+    return jnp.where(valid, (entropy - take(low, group_ids, 0.0)) / take(scale, group_ids, 1.0), 0.0), spread
 
 
 def _group_range(

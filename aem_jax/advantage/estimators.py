@@ -27,7 +27,7 @@ from aem_jax.advantage._segments import centred, over_deviation
 
 
 class Estimator(Protocol):
-    """The signature of `grpo`, `dr_grpo`, `rloo` and partials of them."""
+    """The signature of `grpo`, `dr_grpo`, `rloo`, `maxrl` and partials of them."""
 
     def __call__(
         self, returns: ArrayLike, group_ids: ArrayLike, num_groups: int, *, valid: ArrayLike | None = None
@@ -133,6 +133,45 @@ def rloo(returns: ArrayLike, group_ids: ArrayLike, num_groups: int, *, valid: Ar
     """
     deviations, count, group_ids = _centre(returns, group_ids, num_groups, valid)
     return deviations * take(count / jnp.maximum(count - 1.0, 1.0), group_ids, 0.0)
+
+
+def maxrl(
+    returns: ArrayLike,
+    group_ids: ArrayLike,
+    num_groups: int,
+    *,
+    eps: float = 1e-6,
+    valid: ArrayLike | None = None,
+) -> jax.Array:
+    """MaxRL: returns centred, and divided by their mean, so that rare successes weigh most (arXiv 2602.02710).
+
+        A_i = (R_i − μ) / (μ + eps)    where μ > 0,    0 for the whole group elsewhere
+
+    For returns of 0 and 1, μ estimates the success rate p, and the gradient is that of log p, up to the order in
+    1 − p that the size of the group allows. Returns must be >= 0: they stand for a likelihood. A group without a
+    success has μ = 0 and no gradient. Nor has a group whose penalties bring its mean to 0 or below; where penalties
+    bring it close to 0 from above, its advantages grow without a bound. Equal returns get exactly 0.
+
+    Args:
+        returns: float[N], one a row, in units of reward, >= 0.
+        group_ids: int[N], group of each row, in any order; -1 for none.
+        num_groups: number of groups, static.
+        eps: added to μ, in units of reward.
+        valid: bool[N], which rows take part; all by default.
+
+    Returns:
+        float[N], no unit, >= −1 for returns >= 0; 0 for rows that take no part.
+
+    Raises:
+        ValueError: on wrong shapes or dtypes, ids known to lie outside [-1, num_groups), or eps < 0. Negative returns
+            are not refused: under jit they cannot be seen.
+    """
+    not_negative("eps", eps)
+    deviations, count, group_ids = _centre(returns, group_ids, num_groups, valid)
+    weights = members(group_ids, num_groups, valid)
+    total = jax.ops.segment_sum(jnp.where(weights, real_array("returns", returns), 0.0), group_ids, num_groups)
+    mean = take(total / jnp.maximum(count, 1.0), group_ids, 0.0)
+    return jnp.where(mean > 0, deviations / jnp.where(mean > 0, mean + eps, 1.0), 0.0)
 
 
 def over_trajectories(

@@ -51,6 +51,9 @@ class Experience(NamedTuple):
     response_values: Array | None = None
     """float[R], value of the state before the response, in units of reward; NaN where there is no value. None for
     estimators that need none."""
+    response_entropies: Array | None = None
+    """float[R], mean token entropy of the response, nats; NaN where it has no token in the loss. None for estimators
+    that need none."""
 
 
 ResponseAdvantages = Callable[[Experience, int], jax.Array]
@@ -65,7 +68,7 @@ def of_returns(scope: Scope, estimator: Estimator) -> ResponseAdvantages:
 
     Args:
         scope: `over_trajectories` or `over_turns`.
-        estimator: `grpo`, `dr_grpo`, `rloo`, a partial of them, or your own.
+        estimator: `grpo`, `dr_grpo`, `rloo`, `maxrl`, a partial of them, or your own.
 
     Returns:
         A function of an `Experience`.
@@ -107,3 +110,19 @@ def response_groups(experience: Experience, num_groups: int) -> jax.Array:
     )
     taking_part = jnp.where(members(group_ids, num_groups, valid), group_ids, -1)
     return jnp.where(response_valid, take(taking_part, trajectory, -1), -1)
+
+
+def adjacent_rows(trajectory: jax.Array, turn: jax.Array, used: jax.Array, offset: int) -> jax.Array:
+    """int[R], the row of the same trajectory's turn `turn + offset`; -1 where there is none.
+
+    Args:
+        trajectory: int[R].
+        turn: int[R], each at most once among the used rows of a trajectory.
+        used: bool[R], rows that count. Padding can share a trajectory and a turn with a true row.
+        offset: 1 for the next turn, -1 for the previous one.
+    """
+    # Unused rows are sorted behind all trajectories, so the rows of a trajectory are neighbours, in order of turns.
+    order = jnp.lexsort((turn, trajectory, ~used))
+    here, there = order, jnp.roll(order, -offset)
+    follows = used[here] & used[there] & (trajectory[here] == trajectory[there]) & (turn[there] - turn[here] == offset)
+    return jnp.full(order.shape, -1, order.dtype).at[here].set(jnp.where(follows, there, -1))

@@ -41,12 +41,23 @@ def gigpo(
     Raises:
         ValueError: on wrong shapes or dtypes, ids known to lie outside their tables, or γ outside [0, 1].
     """
+    _, anchors, step_returns = visits(experience, num_groups, gamma)
+    episode = of_returns(scope, estimator)(experience, num_groups)
+    return episode + weight * estimator(step_returns, anchors, anchors.shape[0])
+
+
+def visits(experience: Experience, num_groups: int, gamma: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Responses as visits of states: (rollout group int[R], anchor int[R], discounted reward to go float[R]).
+
+    Group and anchor are -1 where a response takes no part; an anchor is an id in [0, R).
+
+    Raises:
+        ValueError: on wrong shapes or dtypes, ids known to lie outside their tables, or γ outside [0, 1].
+    """
     groups = response_groups(experience, num_groups)
     trajectory, turn = experience.response_trajectory, experience.response_turn
     step_returns = rewards_to_go(
         experience.response_rewards, trajectory, turn, jnp.shape(experience.returns)[0], gamma=gamma
     )
-    num_anchors = groups.shape[0]
-    anchors = jnp.where(groups >= 0, id_array("response_anchor", experience.response_anchor, num_anchors), -1)
-    episode = of_returns(scope, estimator)(experience, num_groups)
-    return episode + weight * estimator(step_returns, anchors, num_anchors)
+    anchors = jnp.where(groups >= 0, id_array("response_anchor", experience.response_anchor, groups.shape[0]), -1)
+    return groups, anchors, step_returns

@@ -13,9 +13,13 @@ from aem_jax.advantage import (
     by_token,
     by_trajectory,
     dr_grpo,
+    empg,
     gae,
+    gagpo,
     gigpo,
     grpo,
+    hgpo,
+    maxrl,
     of_returns,
     over_trajectories,
     over_turns,
@@ -29,6 +33,7 @@ ESTIMATORS: Mapping[str, Callable[["AlgorithmConfig"], ResponseAdvantages]] = {
     "grpo": lambda config: of_returns(SCOPES[config.scope], _grpo(config)),
     "dr_grpo": lambda config: of_returns(SCOPES[config.scope], dr_grpo),
     "rloo": lambda config: of_returns(SCOPES[config.scope], rloo),
+    "maxrl": lambda config: of_returns(SCOPES[config.scope], partial(maxrl, eps=config.eps)),
     "reinforce++": lambda config: partial(reinforce_plus_plus, **_whitened(config)),
     "reinforce++-baseline": lambda config: partial(
         reinforce_plus_plus_baseline, centre_by=CENTRED[config.scope], **_whitened(config)
@@ -40,6 +45,15 @@ ESTIMATORS: Mapping[str, Callable[["AlgorithmConfig"], ResponseAdvantages]] = {
         gamma=config.gamma,
         weight=config.step_weight,
     ),
+    "hgpo": lambda config: partial(
+        hgpo, estimator=SCALES[config.scale](config), gamma=config.gamma, history=config.history
+    ),
+    "gagpo": lambda config: partial(
+        gagpo, estimator=SCALES[config.scale](config), gamma=config.gamma, gae_lambda=config.gae_lambda
+    ),
+    "empg": lambda config: partial(
+        empg, scope=SCOPES[config.scope], estimator=SCALES[config.scale](config), bonus_weight=config.bonus_weight
+    ),
     "gae": lambda config: partial(gae, gae_lambda=config.gae_lambda, **_whitened(config)),
 }
 """Name → a function from an `Experience` to the base advantage of each response."""
@@ -48,6 +62,17 @@ VALUED: Mapping[str, Callable[["AlgorithmConfig"], ResponseAdvantages]] = {
     "gae": lambda config: partial(value_returns, gamma=config.gamma, gae_lambda=config.gae_lambda),
 }
 """Name of an estimator with a value head → the returns that its values are fitted to."""
+
+READ_BY: Mapping[str, tuple[str, ...]] = {
+    "gamma": ("reinforce++", "reinforce++-baseline", "gigpo", "hgpo", "gagpo", "gae"),
+    "gae_lambda": ("gagpo", "gae"),
+    "whiten": ("reinforce++", "reinforce++-baseline", "gae"),
+    "step_weight": ("gigpo",),
+    "scale": ("gigpo", "hgpo", "gagpo", "empg"),
+    "history": ("hgpo",),
+    "bonus_weight": ("empg",),
+}
+"""Settings of `AlgorithmConfig` that few estimators read → these estimators."""
 
 SCOPES: Mapping[str, Scope] = {"trajectories": over_trajectories, "turns": over_turns}
 CENTRED = {"trajectories": by_trajectory, "turns": by_response}
@@ -68,30 +93,36 @@ class AlgorithmConfig:
     """The advantage estimator."""
 
     estimator: EstimatorName = "grpo"
-    """Base advantage: grpo (centred and scaled in the group), dr_grpo (centred), rloo (against the others' mean),
-    reinforce++ (rewards to go, whitened over the batch), reinforce++-baseline (centred in the group first), gigpo (grpo
-    plus the advantage of each turn among turns with the same observation), gae (PPO: against a value head's values,
-    whitened over the batch). docs/algorithms.md has the equations."""
+    """Base advantage of a response, from its episode's return (grpo, dr_grpo, rloo, maxrl; with entropies: empg),
+    rewards to go (reinforce++, reinforce++-baseline), turns with the same observation (gigpo, hgpo, gagpo), or a value
+    head (gae: PPO). docs/algorithms.md has the equations."""
     scope: Literal["trajectories", "turns"] = "trajectories"
     """Elements of a group's statistics: its trajectories, or its turns (long episodes then weigh more)."""
     ddof: Literal[0, 1] = 0
-    """Delta degrees of freedom of standard deviations: 0 for the population's, 1 for the sample's."""
+    """Delta degrees of freedom of σ: 0 for the population, 1 for the sample."""
     eps: float = 1e-6
-    """Added to the standard deviation, in units of reward, so that groups of close returns count less."""
+    """Added to the standard deviation (maxrl: the mean), in units of reward."""
     gamma: float = 1.0
-    """reinforce++, gigpo, gae: discount of a reward per turn. GiGPO's paper and the preset gigpo have 0.95."""
+    """Discount of a reward per turn. The papers of GiGPO and HGPO and their presets have 0.95."""
     gae_lambda: float = 1.0
-    """gae: discount of a temporal-difference error per turn, beside gamma; 1: rewards alone, 0: the next value."""
+    """Discount of a temporal-difference error per turn, beside gamma; 1: rewards alone, 0: the next value."""
     whiten: Literal["tokens", "responses"] = "tokens"
-    """reinforce++, gae: elements of the batch's mean and standard deviation."""
+    """Elements of the batch's mean and standard deviation."""
     step_weight: float = 1.0
-    """gigpo: weight of a turn's advantage relative to the episode's."""
+    """Weight of a turn's advantage relative to the episode's."""
     scale: Literal["std", "none"] = "std"
-    """gigpo: divide both advantages by their groups' standard deviations, or only centre them."""
+    """Divide advantages by the standard deviations of their groups, or only centre them."""
+    history: int = 2
+    """Most observations before the current one that turns are compared by."""
+    bonus_weight: float = 0.05
+    """Weight of the bonus for a turn before one of low entropy, in units of the episode's advantage."""
 
     def __post_init__(self) -> None:
         if self.eps < 0:
             raise ValueError(f"expected algorithm.eps >= 0, got {self.eps}")
+        for name in ("history", "bonus_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"expected algorithm.{name} >= 0, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected algorithm.{name} in [0, 1], got {getattr(self, name)}")

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from aem_jax.batch import BatchConfig
 from aem_jax.checkpoint import CheckpointConfig
-from aem_jax.config.algorithms import AlgorithmConfig, has_values
+from aem_jax.config.algorithms import READ_BY, AlgorithmConfig, has_values
 from aem_jax.credit import AemConfig
 from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.envs.registry import TRAINED, default_config
@@ -93,6 +93,10 @@ class RunConfig:
             raise ValueError(f"expected seed from 0 to {2**32 - 1}, got {self.seed}")
 
 
+def _read_by(names: str, estimators: Sequence[str]) -> tuple[str, str, Callable[[RunConfig], bool]]:
+    return names, f"--algorithm.estimator {', '.join(estimators)}", lambda run: run.algorithm.estimator in estimators
+
+
 CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
     (
         "env.field_mapping",
@@ -135,10 +139,16 @@ CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
         "--selection.overlong-penalty",
         lambda run: run.selection.overlong_penalty > 0,
     ),
+    *(_read_by(f"algorithm.{name}", estimators) for name, estimators in READ_BY.items()),
     (
         "learner.value_coefficient learner.value_clip learner.value_learning_rate learner.value_gradient",
         "--algorithm.estimator gae",
         lambda run: has_values(run.algorithm),
+    ),
+    (
+        "learner.covariance_share learner.covariance_range learner.covariance_penalty",
+        "--learner.covariance",
+        lambda run: run.learner.covariance != "off",
     ),
     ("learner.total_steps", "--learner.schedule", lambda run: run.learner.schedule != "constant"),
     ("learner.constant_length", "--learner.aggregation constant", lambda run: run.learner.aggregation == "constant"),

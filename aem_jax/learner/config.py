@@ -49,6 +49,18 @@ class LearnerConfig:
     With several optimizer steps a batch it costs another forward pass. 2 is usual, 0 disables."""
     kl_coefficient: float = 0.0
     """Weight of the KL to the reference policy (k3 estimator); 0 keeps no reference policy in memory."""
+    entropy_coefficient: float = 0.0
+    """Weight of an entropy bonus: the mean entropy of tokens; 0 disables."""
+    covariance: Literal["off", "clip", "kl"] = "off"
+    """Entropy control at tokens whose log-probability and advantage covary: clip (Clip-Cov) leaves some out of the
+    loss, kl (KL-Cov) holds them."""
+    covariance_share: float = 2e-4
+    """Share of a batch's tokens that are selected, at least one; 2e-3 is also usual for kl."""
+    covariance_range: tuple[float, float] = (1.0, 5.0)
+    """clip: tokens are drawn from those with a covariance between these, in units of the advantage times nats."""
+    covariance_penalty: float = 1.0
+    """kl: weight of the absolute change of log-probability. No effect with one optimizer step a batch; with several it
+    costs another forward pass."""
     value_coefficient: float = 0.5
     """Value head (algorithm.estimator gae): weight of its loss."""
     value_clip: float = 0.5
@@ -101,11 +113,17 @@ class LearnerConfig:
             "total_steps",
             "weight_decay",
             "kl_coefficient",
+            "entropy_coefficient",
+            "covariance_penalty",
             "value_coefficient",
             "value_clip",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"expected {name} ≥ 0, got {getattr(self, name)}")
+        if not 0 < self.covariance_share <= 1:
+            raise ValueError(f"expected covariance_share in (0, 1], got {self.covariance_share}")
+        if not self.covariance_range[0] < self.covariance_range[1]:
+            raise ValueError(f"expected covariance_range of a lower and a higher number, got {self.covariance_range}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"expected {name} in [0, 1), got {getattr(self, name)}")

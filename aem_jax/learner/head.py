@@ -4,6 +4,10 @@ If each term of a loss depends on one token's log-probability only, its gradient
 
     dL/dz = dL/dlogp · (onehot(token) − softmax(z)) / temperature
 
+and a term of the entropy H of its distribution (an entropy bonus) adds
+
+    dL/dz = dL/dH · (−softmax(z) (log softmax(z) + H)) / temperature
+
 The gradient follows from z directly, so the forward pass computes a chunk's gradients while its logits exist. A
 backward pass over the chunks would compute all logits a second time.
 
@@ -21,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from aem_jax.advantage import token_statistics
-from aem_jax.learner.objective import Objective, Stats, Tokens
+from aem_jax.learner.objective import EntropyObjective, Objective, Stats, Tokens
 
 Array = jax.Array
 
@@ -101,7 +105,7 @@ def head_loss(
     targets: Array,
     tokens: Tokens,
 ) -> tuple[Array, Stats]:
-    """A loss of the targets' log-probabilities, and its stats.
+    """A loss of the targets' log-probabilities (and of entropies, with an `EntropyObjective`), and its stats.
 
     The gradients in `head` and `hidden` are computed together with the loss; none flows through the stats.
 
@@ -134,11 +138,17 @@ def _head_loss_forward(objective, temperature, chunk, layout, head, hidden, targ
         logits = _logits(x, weights, temperature)
         statistics = token_statistics(logits, target)
         logprobs, entropies = (jnp.where(tokens.mask, x, 0.0) for x in statistics)
-        chunk_loss = lambda logprobs: objective(logprobs, entropies, tokens)
-        (loss, stats), slope = jax.value_and_grad(chunk_loss, has_aux=True)(logprobs)
+        chunk_loss = lambda logprobs, entropies: objective(logprobs, entropies, tokens)
+        variables = (0, 1) if isinstance(objective, EntropyObjective) else (0,)
+        (loss, stats), slopes = jax.value_and_grad(chunk_loss, variables, has_aux=True)(logprobs, entropies)
         normaliser = jnp.take_along_axis(logits, target[..., None], axis=-1) - statistics[0][..., None]
         is_target = jax.nn.one_hot(target, logits.shape[-1], dtype=jnp.bool_)
-        d_logits = (slope / temperature)[..., None] * (is_target - jnp.exp(logits - normaliser))
+        d_logprob = (slopes[0] / temperature)[..., None]
+        policy = jnp.exp(logits - normaliser)
+        d_logits = d_logprob * (is_target - policy)
+        if isinstance(objective, EntropyObjective):
+            d_entropy = -policy * (logits - normaliser + statistics[1][..., None])
+            d_logits = d_logits + (slopes[1] / temperature)[..., None] * d_entropy
         d_logits = jnp.where(tokens.mask[..., None], d_logits, 0.0).astype(x.dtype)
         d_head = None
         if trains_head:

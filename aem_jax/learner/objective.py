@@ -5,6 +5,7 @@ not depend on how tokens are packed into rows and rows into microbatches.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ class Tokens(NamedTuple):
             current policy, or if the objective does not use it.
         sequence: f32, log-ratio of the token's sequence, nats; None if each token has its own ratio.
         ages: i32, training steps since the parameters that sampled the token; None if all are the current ones.
+        selected: bool, tokens of high covariance (`covariance.py`); None without the control.
     """
 
     mask: jax.Array
@@ -47,6 +49,7 @@ class Tokens(NamedTuple):
     old_logprobs: Any = None
     sequence: Any = None
     ages: Any = None
+    selected: Any = None
 
 
 class Stats(NamedTuple):
@@ -65,6 +68,21 @@ class Stats(NamedTuple):
 
 Objective = Callable[[jax.Array, jax.Array, Tokens], tuple[jax.Array, Stats]]
 """(logprobs f32[b, T], entropies f32[b, T], tokens) -> (this microbatch's part of the loss, stats)."""
+
+
+@dataclass(frozen=True)
+class EntropyObjective:
+    """An objective whose loss depends on entropies. For others they are constants, and their gradient costs nothing.
+
+    Attributes:
+        objective: the objective.
+    """
+
+    objective: Objective
+
+    def __call__(self, logprobs: jax.Array, entropies: jax.Array, tokens: Tokens) -> tuple[jax.Array, Stats]:
+        """(This microbatch's part of the loss, stats)."""
+        return self.objective(logprobs, entropies, tokens)
 
 
 AGGREGATIONS: Mapping[str, Callable[[LearnerConfig], Aggregation]] = {
@@ -102,6 +120,16 @@ def policy_objective(config: LearnerConfig, max_age: int = 0) -> Objective:
     The log-probabilities of carried episodes (`Tokens.ages`) are as sampled, from the parameters of their step, so the
     weight corrects for these, too. Parity is measured at tokens of the current parameters; at older tokens the gap is
     the change of the policy, and it is measured for each age in 1 … max_age.
+
+    Three controls of entropy are off by default. The bonus is the entropy of the distribution that tokens are sampled
+    from, with its own gradient; it is not weighted by importance, because it is no estimate from the sampled token:
+
+    L − c · Σ_t w_t H_t
+
+    Clip-Cov leaves the selected tokens of `covariance.py` out of the clipped surrogate, and KL-Cov penalises a change
+    of their probability (arXiv 2505.22617):
+
+    ℓ_t = 0 for selected t        ℓ_t + β |logp_t − logp_t^old| for selected t
     """
     cap = config.importance_cap
     bounds = {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip}
@@ -118,6 +146,9 @@ def policy_objective(config: LearnerConfig, max_age: int = 0) -> Objective:
             token = sequence_policy_loss(logprobs, tokens.sequence, tokens.advantages, **bounds)
         loss = token.loss
         sums = {"clip_fraction": total(token.clipped), "ratio_mean": total(token.ratio)}
+        if tokens.selected is not None:
+            loss = COVARIANCE_LOSSES[config.covariance](loss, logprobs - old_logprobs, tokens.selected, config)
+            sums["covariance_fraction"] = total(tokens.selected)
         if tokens.reference is not None:
             kl = k3(logprobs, tokens.reference)
             loss = loss + config.kl_coefficient * kl
@@ -129,10 +160,25 @@ def policy_objective(config: LearnerConfig, max_age: int = 0) -> Objective:
             sums["importance_capped"] = total(importance >= cap)
         sums |= {"kl_sampler": total(k3(logprobs, tokens.logprobs)), "entropy": total(entropies)}
         parity_sums, parity_maxima = parity(jnp.abs(logprobs - tokens.logprobs), mask, tokens.ages, max_age)
+        if config.entropy_coefficient:
+            loss = loss - config.entropy_coefficient * entropies
         loss = jnp.sum(tokens.weights * loss, where=mask)
         return loss, Stats(sums | parity_sums, {"ratio_max": top(token.ratio)} | parity_maxima)
 
-    return objective
+    return EntropyObjective(objective) if config.entropy_coefficient else objective
+
+
+CovarianceLoss = Callable[[jax.Array, jax.Array, jax.Array, LearnerConfig], jax.Array]
+"""(losses f32[b, T], logp − logp^old f32[b, T], selected bool[b, T], config) -> losses f32[b, T]."""
+
+COVARIANCE_LOSSES: Mapping[str, CovarianceLoss] = {
+    "clip": lambda losses, change, selected, config: jnp.where(selected, 0.0, losses),
+    # At 0, where the policy has not moved, |x| would have a slope of 1.
+    "kl": lambda losses, change, selected, config: (
+        losses + config.covariance_penalty * jnp.where(selected & (change != 0), jnp.abs(change), 0.0)
+    ),
+}
+"""`LearnerConfig.covariance` → the losses of tokens, some of which are selected."""
 
 
 def parity(

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from aem_jax.advantage import ValueTargets, token_advantages
 from aem_jax.batch import Batch, constrained
 from aem_jax.learner.config import LearnerConfig
+from aem_jax.learner.covariance import selected_tokens
 from aem_jax.learner.forward import ForwardConfig, forward_config, row_loss, row_statistics
 from aem_jax.learner.objective import AGGREGATIONS, Objective, Stats, Tokens, policy_objective, supervised_objective
 from aem_jax.learner.optimizer import make_schedule, num_updates
@@ -57,6 +58,7 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, max_
             clip_fraction (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
             kl_sampler, kl_reference (k3 estimates, nats; the latter only with a reference), entropy (nats);
             value_loss (without its coefficient), value_clip_fraction: means over responses, only with a value head;
+            covariance_fraction (share of tokens that the control by covariance acts on), only with covariance;
             importance_mean, importance_capped (share of tokens at the cap), only with importance_cap;
             parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats; of
                 tokens of age 0, and likewise parity_age_1_max, … of older ones; NaN where there are none;
@@ -184,6 +186,7 @@ class Inputs(NamedTuple):
         reference: f32[M, b, T], logprobs of the reference policy, nats; None without one.
         values: targets of the value head; None without one.
         old_logprobs: f32[M, b, T], logprobs of the policy before the update, nats; None if no loss needs them.
+        selected: bool[M, b, T], tokens of high covariance; None without the control.
     """
 
     batch: Batch
@@ -192,6 +195,7 @@ class Inputs(NamedTuple):
     reference: Array | None = None
     values: ValueTargets | None = None
     old_logprobs: Array | None = None
+    selected: Array | None = None
 
 
 class Minibatch(NamedTuple):
@@ -238,8 +242,10 @@ def update_step(program: Program, state: TrainState, inputs: Inputs) -> tuple[Tr
         )
     batch = constrained(inputs.batch, program.mesh)
     inputs = inputs._replace(batch=batch)
-    if inputs.advantages is not None and config.importance_cap and config.num_epochs * num_minibatches > 1:
+    uses_old = inputs.advantages is not None and (config.importance_cap or config.covariance == "kl")
+    if uses_old and config.num_epochs * num_minibatches > 1:
         inputs = inputs._replace(old_logprobs=token_logprobs(program.policy, program.forward, state.params, batch))
+    inputs = inputs._replace(selected=selected_tokens(config, batch, inputs.advantages, state.step))
     steps = jnp.arange(config.num_epochs * num_minibatches)
     step = partial(optimizer_step, program, inputs)
     (trainable, opt_state), metrics = jax.lax.scan(step, (state.trainable, state.opt_state), steps)
@@ -345,6 +351,7 @@ def microbatch_loss(
         old_logprobs=optional(inputs.old_logprobs),
         sequence=None if minibatch.log_ratios is None else to_tokens(minibatch.log_ratios, rows.response_ids),
         ages=optional(batch.ages),
+        selected=optional(inputs.selected),
     )
 
     def row_log_ratios(logprobs: Array, sampled: Array, response_ids: Array) -> Array:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aem_jax.advantage import dr_grpo, grpo, over_trajectories, over_turns, rloo
+from aem_jax.advantage import dr_grpo, grpo, maxrl, over_trajectories, over_turns, rloo
 
 # Group 0 (rows 0, 2, 3): returns 10, 0, 2 -> μ = 4, deviations 6, −4, −2, squares 36 + 16 + 4 = 56.
 # Group 1 (rows 1, 5): returns 1, 3 -> μ = 2, deviations −1, 1. Row 4 is masked; group 2 has one row.
@@ -37,10 +37,38 @@ def test_rloo_golden():
     np.testing.assert_allclose(rloo(RETURNS, GROUPS, 3, valid=VALID), [9, -2, -6, -3, 0, 2, 0], rtol=1e-6)
 
 
+def test_maxrl_golden():
+    # μ₀ = 4, μ₁ = 2: 6/4, −1/2, −4/4, −2/4, 1/2.   eps = 1 is added to μ: 6/5.
+    np.testing.assert_allclose(
+        maxrl(RETURNS, GROUPS, 3, eps=0.0, valid=VALID), [1.5, -0.5, -1, -0.5, 0, 0.5, 0], rtol=1e-6
+    )
+    assert maxrl(RETURNS, GROUPS, 3, eps=1.0, valid=VALID)[0] == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_maxrl_has_no_gradient_where_the_mean_is_not_positive(eps):
+    # Groups: no success; a mean of exactly 0; a mean below 0; penalties and one success.
+    returns = np.array([0, 0, 1, -1, -0.5, -0.1, -0.5, 2.5], np.float32)
+    groups = np.repeat(np.arange(4, dtype=np.int32), 2)
+    advantages = np.asarray(maxrl(returns, groups, 4, eps=eps))
+    np.testing.assert_array_equal(advantages[:6], 0.0)
+    np.testing.assert_allclose(advantages[6:], [-1.5, 1.5], rtol=1e-5)
+    assert np.isfinite(jax.grad(lambda r: maxrl(r, groups, 4, eps=eps).sum())(jnp.asarray(returns))).all()
+
+
+@pytest.mark.parametrize("successes", range(1, 8))
+def test_maxrl_of_outcomes_is_grpo_on_another_scale(successes):
+    # σ = √(p(1 − p)) and μ = p: MaxRL is √((1 − p)/p) times GRPO, and gives a success 1/p − 1.
+    returns, groups, p = (np.arange(8) < successes).astype(np.float32), np.zeros(8, np.int32), successes / 8
+    advantages = maxrl(returns, groups, 1, eps=0.0)
+    np.testing.assert_allclose(advantages, np.sqrt((1 - p) / p) * grpo(returns, groups, 1, eps=0.0), rtol=1e-5)
+    np.testing.assert_allclose(advantages, np.where(returns > 0, 1 / p - 1, -1.0), rtol=1e-5)
+
+
 def test_equal_returns_give_exactly_zero():
     # 0.1 is no float32: Σ/8 would leave a rounding error that 1/(σ + 1e-6) turns into an advantage.
     returns, groups = np.full(8, 9.7, np.float32), np.zeros(8, np.int32)
-    for estimator in (grpo, functools.partial(grpo, ddof=1), functools.partial(grpo, eps=0.0), dr_grpo, rloo):
+    for estimator in (grpo, functools.partial(grpo, ddof=1), functools.partial(grpo, eps=0.0), dr_grpo, rloo, maxrl):
         np.testing.assert_array_equal(estimator(returns, groups, 1), 0.0)
 
 
@@ -62,7 +90,7 @@ def groups_of_returns(draw):
 @settings(deadline=None)
 def test_all_equal_a_loop_over_groups(example, ddof):
     returns, groups, valid = example
-    expected = np.zeros((3, len(returns)))
+    expected = np.zeros((4, len(returns)))
     for group in range(4):
         rows = np.flatnonzero(valid & (groups == group))
         if len(rows) < 2:
@@ -71,9 +99,11 @@ def test_all_equal_a_loop_over_groups(example, ddof):
         expected[0, rows] = (values - values.mean()) / (values.std(ddof=ddof) + 1e-6)
         expected[1, rows] = values - values.mean()
         expected[2, rows] = [value - np.delete(values, i).mean() for i, value in enumerate(values)]
+        expected[3, rows] = (values - values.mean()) / (values.mean() + 1e-6) if values.mean() > 0 else 0.0
     np.testing.assert_allclose(grpo(returns, groups, 4, ddof=ddof, valid=valid), expected[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dr_grpo(returns, groups, 4, valid=valid), expected[1], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(rloo(returns, groups, 4, valid=valid), expected[2], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(maxrl(returns, groups, 4, valid=valid), expected[3], rtol=1e-5, atol=1e-5)
 
 
 # Trajectories 0 (three turns) and 1 (one turn) of group 0; trajectory 2 (two turns) is masked; −1 is padding.
@@ -104,7 +134,7 @@ def test_scopes_agree_when_all_trajectories_are_equally_long():
 def test_jit_and_vmap_equal_eager():
     rng = np.random.default_rng(3)
     returns, groups = rng.normal(size=(5, 9)).astype(np.float32), rng.integers(-1, 4, (5, 9)).astype(np.int32)
-    for estimator in (grpo, dr_grpo, rloo):
+    for estimator in (grpo, dr_grpo, rloo, maxrl):
         eager = np.stack([estimator(r, g, 4) for r, g in zip(returns, groups, strict=True)])
         batched = jax.jit(jax.vmap(lambda r, g, estimator=estimator: estimator(r, g, 4)))(returns, groups)
         np.testing.assert_allclose(batched, eager, rtol=1e-5, atol=1e-6)
@@ -123,6 +153,7 @@ ONES, IDS = np.ones(3, np.float32), np.zeros(3, np.int32)
     [
         (lambda: grpo(ONES, IDS, 1, ddof=2), "expected ddof 0 or 1, got 2"),
         (lambda: grpo(ONES, IDS, 1, eps=-1.0), "expected eps >= 0, got -1.0"),
+        (lambda: maxrl(ONES, IDS, 1, eps=-1.0), "expected eps >= 0, got -1.0"),
         (lambda: grpo(ONES, IDS[:2], 1), "expected equal shapes"),
         (lambda: grpo(ONES > 0, IDS, 1), "expected returns of a floating dtype, got bool"),
         (lambda: dr_grpo(ONES, ONES, 1), "expected group_ids of an integer dtype"),

@@ -28,8 +28,8 @@ TABLE = Experience(
     response_anchor=np.array([0, 1, 2, 0, 0, 0], np.int32),
     response_valid=np.ones(6, bool),
     response_values=np.array([4, 6, 8, 1, 0, 1], np.float32),
+    response_entropies=np.array([0, 2, 1, 2, 0, 0], np.float32),
 )
-OF_RETURNS = ("grpo", "dr_grpo", "rloo")
 
 
 def advantages(estimator: str, **changes) -> np.ndarray:
@@ -43,6 +43,14 @@ def test_estimators_of_returns_by_hand():
     np.testing.assert_allclose(advantages("rloo"), deviations * 4 / 3, rtol=1e-6)
     np.testing.assert_allclose(advantages("grpo"), deviations / np.sqrt(68 / 4), rtol=1e-5)
     np.testing.assert_allclose(advantages("grpo", ddof=1), deviations / np.sqrt(68 / 3), rtol=1e-5)
+
+
+def test_maxrl_by_hand():
+    deviations = np.array([7.0, 7.0, 7.0, -3.0, -3.0, -1.0])
+    np.testing.assert_allclose(advantages("maxrl"), deviations / 3, rtol=1e-5)
+    np.testing.assert_allclose(advantages("maxrl", eps=1.0), deviations / 4, rtol=1e-6)
+    rows = np.array([10.0, 10.0, 10.0, 0.0, 0.0, 2.0])
+    np.testing.assert_allclose(advantages("maxrl", scope="turns"), (rows - 16 / 3) / (16 / 3), rtol=1e-5)
 
 
 def test_over_turns_a_long_episode_weighs_more():
@@ -80,6 +88,30 @@ def test_gigpo_by_hand():
     np.testing.assert_allclose(computed, episode / np.sqrt(68 / 3) + step / np.sqrt(332 / 64 / 3), rtol=1e-5)
 
 
+def test_hgpo_and_gagpo_by_hand():
+    # The states of turns 1 and 2 of the first episode are visited once: V = G there, and their context is their own.
+    step = np.array([11, 0, 0, -9, -9, 7]) / 8
+    for history in (0, 2):
+        computed = advantages("hgpo", gamma=0.5, scale="none", history=history)
+        np.testing.assert_allclose(computed, step, rtol=1e-6)
+    # λ = 1: G − V = `step`; λ = 0: δ_0 = 0 + ½ · 5 − 9/8 is the same, because V_1 = G_1. Both have mean 0.
+    for gae_lambda in (0.0, 1.0):
+        computed = advantages("gagpo", gamma=0.5, gae_lambda=gae_lambda, scale="none")
+        np.testing.assert_allclose(computed, step, rtol=1e-6, atol=1e-6)
+    computed = advantages("gagpo", gamma=0.5, gae_lambda=1.0, ddof=1)  # Σ² = 332/64
+    np.testing.assert_allclose(computed, step / np.sqrt(332 / 64 / 5), rtol=1e-5, atol=1e-6)
+
+
+def test_empg_by_hand():
+    # H̃ = 0, 1, ½, 1, 0, 0; turn 0 of the first episode has E as its bonus, turn 1 has G.
+    E, G = np.exp(-1.0), np.exp(-0.5)
+    weights = np.array([1, E, G, E, 1, 1])
+    episode = np.array([7.0, 7.0, 7.0, -3.0, -3.0, -1.0])
+    modulated = weights / weights.mean() * episode + 0.5 * np.array([E, G, 0, 0, 0, 0])
+    computed = advantages("empg", bonus_weight=0.5, scale="none")
+    np.testing.assert_allclose(computed, modulated - modulated.mean(), rtol=1e-5)
+
+
 def test_gae_by_hand():
     # γ = 1, λ = ½. First episode: δ = 0 + 6 − 4, 0 + 8 − 6, 10 − 8 = 2, 2, 2, so Â = 3.5, 3, 2; others −1, 0, 1.
     computed = advantages("gae", gae_lambda=0.5, whiten="responses")
@@ -107,7 +139,32 @@ def test_every_name_that_the_config_takes_has_a_function():
     assert set(algorithms.CENTRED) == set(algorithms.SCOPES)
 
 
-@pytest.mark.parametrize(("field", "value"), [("gamma", 1.5), ("gae_lambda", -0.5), ("eps", -1.0)])
+CHANGES = {
+    "gamma": 0.5,
+    "gae_lambda": 0.5,
+    "whiten": "responses",
+    "step_weight": 2.0,
+    "scale": "none",
+    "history": 0,
+    "bonus_weight": 1.0,
+}
+
+
+@pytest.mark.parametrize("estimator", algorithms.ESTIMATORS)
+def test_the_table_of_settings_that_few_estimators_read_is_right(estimator: str):
+    assert set(CHANGES) == set(algorithms.READ_BY)
+    batch, rng = collate(episodes("append"), LAYOUT), np.random.default_rng(1)
+    values, entropies = rng.normal(size=(2, LAYOUT.max_responses)).astype(np.float32)
+    table = experience(batch, jnp.asarray(values), jnp.asarray(np.exp(entropies)))
+    plain = algorithms.response_advantages(AlgorithmConfig(estimator))(table, 3)
+    for field, value in CHANGES.items():
+        changed = algorithms.response_advantages(AlgorithmConfig(estimator, **{field: value}))(table, 3)
+        assert (estimator in algorithms.READ_BY[field]) == bool((plain != changed).any()), field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("gamma", 1.5), ("gae_lambda", -0.5), ("eps", -1.0), ("history", -1), ("bonus_weight", -0.5)]
+)
 def test_numbers_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=rf"expected algorithm\.{field} .* got {value}"):
         AlgorithmConfig(**{field: value})
