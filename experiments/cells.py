@@ -228,7 +228,7 @@ def relation_table(points: Sequence[Point]) -> str:
 def answer(grid: Grid, results: Sequence[Result], points: Sequence[Point], variant: str, control: str) -> list[str]:
     """Sentences from the numbers: where a variant gains, what its control leaves, and whether ρ predicts the gain."""
     sentences = []
-    for other, what in ((grid.variants[0].name, "gain over"), (control, "difference to")):
+    for other, what in ((grid.variants[0].name, "gain over"), (control, "difference to the")):
         for name in GAINS:
             found = {
                 cell.name: value
