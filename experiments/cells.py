@@ -17,6 +17,8 @@ from scripts.generated_page import table
 BASE = "base"
 """Name of the base rule in measurements."""
 
+ALL_SEEDS = -1
+
 Array = np.ndarray
 
 
@@ -26,7 +28,7 @@ class Point:
 
     Attributes:
         cell: name of the cell.
-        seed: the seed.
+        seed: the seed; `ALL_SEEDS` for all of the cell together.
         variant: the variant.
         gains: name of a measure → success, variant minus comparison.
         predictors: name of a predictor → its value; NaN if it was not measured or is not resolved.
@@ -166,13 +168,28 @@ def relation(grid: Grid, results: Sequence[Result], measurements: Sequence[Measu
     return points
 
 
+def of_cells(grid: Grid, points: Sequence[Point], measurements: Sequence[Measurement]) -> list[Point]:
+    """Returns a point for each cell and variant: mean gains, and predictors of gains that are added over seeds."""
+    pooled = []
+    for cell in grid.cells:
+        for variant in compared(grid):
+            own = [point for point in points if (point.cell, point.variant.name) == (cell.name, variant.name)]
+            if own:
+                seeds = {point.seed for point in own}
+                lines = [line for line in _measured(grid, measurements, cell) if line["seed"] in seeds]
+                gains = {name: math.fsum(point.gains[name] for point in own) / len(own) for name in GAINS}
+                pooled.append(Point(cell.name, ALL_SEEDS, variant, gains, _predictors(lines, variant.rule)))
+    return pooled
+
+
 def _predictors(lines: Sequence[Measurement], rule: str) -> dict[str, float]:
-    first = next(line for line in lines if line["step"] == 0)
-    ratios = {line["step"]: line["rules"][rule]["ratio"][0] for line in lines if resolved(line)}
-    gain = lambda name: first["rules"][name]["gain"][0]
+    at = {step: [line for line in lines if line["step"] == step] for step in sorted({line["step"] for line in lines})}
+    ratios = {step: ratio(some, rule).mean for step, some in at.items()}
+    along = [value for value in ratios.values() if math.isfinite(value)]
+    gain = lambda name: math.fsum(line["rules"][name]["gain"][0] for line in at[0]) / len(at[0])
     return {
-        FIRST: ratios.get(0, math.nan),
-        ALONG: math.fsum(ratios.values()) / len(ratios) if ratios else math.nan,
+        FIRST: ratios[0],
+        ALONG: math.fsum(along) / len(along) if along else math.nan,
         DIFFERENCE: gain(rule) - gain(BASE),
     }
 
@@ -212,20 +229,28 @@ def _pearson(x: Array, y: Array, weights: Array) -> Array:
     return covariance(x, y) / np.sqrt(covariance(x, x) * covariance(y, y))
 
 
-def relation_table(points: Sequence[Point]) -> str:
-    """A row for each predictor and measure: its correlation with the gain, for AEM alone, and for all variants."""
+def relation_table(points: Sequence[Point], pooled: Sequence[Point]) -> str:
+    """A row for each predictor and measure: its correlation with the gain, over seeds and over cells."""
     if not points:
         return "No cell has both a gain and a measurement yet."
     rows = []
     for predictor in (FIRST, ALONG, DIFFERENCE):
         for gain in GAINS:
-            own, every = (correlation(some, predictor, gain) for some in (_of_aem(points), points))
-            texts = (text for value in (own, every) for text in (_three(value), str(value.count)))
+            found = [correlation(some, predictor, gain) for some in (_of_aem(points), points, _of_aem(pooled), pooled)]
+            texts = (f"{_three(value)}, {value.count} points" if value.count else "–" for value in found)
             rows.append([predictor, MEASURES[gain].title, *texts])
-    return table(["predictor", "gain in", "AEM", "points", "AEM, reversed and sign", "points"], rows)
+    every = ("AEM, cells and seeds", "all three, cells and seeds", "AEM, cells", "all three, cells")
+    return table(["predictor", "gain in", *every], rows)
 
 
-def answer(grid: Grid, results: Sequence[Result], points: Sequence[Point], variant: str, control: str) -> list[str]:
+def answer(
+    grid: Grid,
+    results: Sequence[Result],
+    points: Sequence[Point],
+    pooled: Sequence[Point],
+    variant: str,
+    control: str,
+) -> list[str]:
     """Sentences from the numbers: where a variant gains, what its control leaves, and whether ρ predicts the gain."""
     sentences = []
     for other, what in ((grid.variants[0].name, "gain over"), (control, "difference to the")):
@@ -242,12 +267,16 @@ def answer(grid: Grid, results: Sequence[Result], points: Sequence[Point], varia
                     f"{MEASURES[name].title.capitalize()}: the {what} {grid.title(other)} has an interval above 0 in "
                     f"{len(above)} of {len(found)} cells{_listed(above)} and below 0 in {len(below)}{_listed(below)}."
                 )
-    for some, who in ((_of_aem(points), f"the gain of {grid.title(variant)}"), (points, "the gains of all variants")):
+    for some, who in (
+        (_of_aem(points), f"the gain of {grid.title(variant)} over cells and seeds"),
+        (_of_aem(pooled), f"the gain of {grid.title(variant)} over cells"),
+        (pooled, "the gains of the three variants over cells"),
+    ):
         value = correlation(some, FIRST, GAINS[-1])
         if math.isfinite(value.low):
             verb = "predicts" if value.low > 0 else "contradicts" if value.high < 0 else "is not shown to predict"
             sentences.append(
-                f"ρ at step 0 {verb} {who} over all of training: Spearman's correlation {_three(value)}, "
+                f"ρ at step 0 {verb} {who} ({MEASURES[GAINS[-1]].title}): Spearman's correlation {_three(value)}, "
                 f"{value.count} points."
             )
     return sentences
@@ -285,5 +314,15 @@ def _listed(cells: Sequence[str]) -> str:
     return f" ({', '.join(cells)})" if cells else ""
 
 
-HELPERS = (missing_runs, gain_table, left_table, ratio_table, responses_table, relation, relation_table, answer)
+HELPERS = (
+    missing_runs,
+    gain_table,
+    left_table,
+    ratio_table,
+    responses_table,
+    relation,
+    of_cells,
+    relation_table,
+    answer,
+)
 """Functions that a section's template calls."""

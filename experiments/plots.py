@@ -62,25 +62,28 @@ def _draw(axes: Axes, results: Sequence[Result], variant: str, metric: str, colo
     axes.plot(steps, [statistics.fmean(v) for _, v in points], color=colour, label=f"{label}, {len(runs)} seeds")
 
 
-def draw_relation(points: Sequence[Point], path: Path) -> Path | None:
-    """Draws ρ at step 0 and the paired gain of each variant, cell and seed; None without points.
+def draw_relation(points: Sequence[Point], pooled: Sequence[Point], path: Path) -> Path | None:
+    """Draws ρ at step 0 and the paired gain of each variant; None without points.
 
-    Small dots are seeds, and large ones a cell's means.
+    Args:
+        points: of cells and seeds, drawn as small dots.
+        pooled: of cells, drawn as large dots.
+        path: output file.
     """
-    known = [point for point in points if math.isfinite(point.predictors[FIRST])]
-    if not known:
+    finite = lambda some: [point for point in some if math.isfinite(point.predictors[FIRST])]
+    known, large = finite(points), finite(pooled)
+    if not large:
         return None
-    variants = {point.variant.name: point.variant for point in known}.values()
+    variants = {point.variant.name: point.variant for point in large}.values()
     with figure_style("#2a303c"):
         figure = Figure(figsize=(12.6, 4.2), layout="constrained")
         for axes, gain in zip(figure.subplots(1, len(GAINS)), GAINS, strict=True):
             for variant, colour in zip(variants, (ORANGE, BLUE, GREY), strict=False):
-                own = [point for point in known if point.variant == variant]
-                at = lambda some, gain=gain: ([p.predictors[FIRST] for p in some], [100 * p.gains[gain] for p in some])
-                axes.plot(*at(own), "o", ms=3, color=colour, alpha=0.4)
-                of_cells = [at([p for p in own if p.cell == cell]) for cell in dict.fromkeys(p.cell for p in own)]
-                means = [(statistics.fmean(x), statistics.fmean(y)) for x, y in of_cells]
-                axes.plot(*zip(*means, strict=True), "o", ms=8, color=colour, label=variant.title or variant.name)
+                for some, size, alpha in ((known, 3, 0.4), (large, 8, 1.0)):
+                    own = [point for point in some if point.variant == variant]
+                    x, y = [point.predictors[FIRST] for point in own], [100 * point.gains[gain] for point in own]
+                    label = variant.title or variant.name if some is large else None
+                    axes.plot(x, y, "o", ms=size, color=colour, alpha=alpha, label=label)
             axes.axhline(0, color=GREY, linewidth=0.8)
             axes.axvline(1, color=GREY, linewidth=0.8)
             axes.set_title(f"gain over GRPO: {MEASURES[gain].title}")

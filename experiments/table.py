@@ -154,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for grid, results, _, measurements in load():
             image = IMAGES / f"experiments-{grid.name}.png"
             if grid.factors:
-                draw_relation(cells.relation(grid, results, measurements), image)
+                points = cells.relation(grid, results, measurements)
+                draw_relation(points, cells.of_cells(grid, points, measurements), image)
             else:
                 draw_pairs(grid, results, image)
 
