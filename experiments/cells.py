@@ -112,7 +112,8 @@ def ratio(lines: Sequence[Measurement], rule: str) -> Interval:
     One line has the interval of its own measurement. Without a resolved gain of the base rule all is NaN.
     """
     if len(lines) == 1:
-        value, low, high = lines[0]["rules"][rule]["ratio"] if resolved(lines[0]) else (math.nan,) * 3
+        ratios = lines[0]["rules"][rule]["ratio"] if resolved(lines[0]) else [None] * 3
+        value, low, high = (math.nan if bound is None else bound for bound in ratios)
         return Interval(value, low, high, 1)
     gains = np.array([[line["rules"][name]["gain"][0] for name in (rule, BASE)] for line in lines], float)
     if not lines:
@@ -186,7 +187,7 @@ def _predictors(lines: Sequence[Measurement], rule: str) -> dict[str, float]:
     at = {step: [line for line in lines if line["step"] == step] for step in sorted({line["step"] for line in lines})}
     ratios = {step: ratio(some, rule).mean for step, some in at.items()}
     along = [value for value in ratios.values() if math.isfinite(value)]
-    gain = lambda name: math.fsum(line["rules"][name]["gain"][0] for line in at[0]) / len(at[0])
+    gain = lambda name: float(np.mean(np.array([line["rules"][name]["gain"][0] for line in at[0]], float)))
     return {
         FIRST: ratios[0],
         ALONG: math.fsum(along) / len(along) if along else math.nan,

@@ -217,6 +217,8 @@ def test_efficiency_is_added_over_seeds():
     noisy = measurement(run, 0, {"aem": 2.0})
     noisy["rules"]["base"]["gain"][1] = -0.1
     assert not cells.resolved(noisy) and math.isnan(cells.ratio([noisy], "aem").mean)
+    noisy["rules"]["base"]["gain"][1] = None  # was not finite
+    assert not cells.resolved(noisy)
 
 
 def test_correlations_are_spearmans(grid: Grid):
