@@ -59,8 +59,8 @@ class LearnerConfig:
     covariance_range: tuple[float, float] = (1.0, 5.0)
     """clip: tokens are drawn from those with a covariance between these, in units of the advantage times nats."""
     covariance_penalty: float = 1.0
-    """kl: weight of the absolute change of log-probability. No effect with one optimizer step a batch; with several it
-    costs another forward pass."""
+    """kl: weight of the absolute change of log-probability since the first optimizer step on a batch; it takes several
+    steps a batch, and another forward pass."""
     value_coefficient: float = 0.5
     """Value head (algorithm.estimator gae): weight of its loss."""
     value_clip: float = 0.5
@@ -122,6 +122,11 @@ class LearnerConfig:
                 raise ValueError(f"expected {name} ≥ 0, got {getattr(self, name)}")
         if not 0 < self.covariance_share <= 1:
             raise ValueError(f"expected covariance_share in (0, 1], got {self.covariance_share}")
+        if self.covariance == "kl" and self.num_minibatches * self.num_epochs == 1:
+            raise ValueError(
+                "expected several optimizer steps a batch with covariance kl, which penalises changes between them, "
+                "got one; raise num_minibatches or num_epochs, or use clip"
+            )
         if not self.covariance_range[0] < self.covariance_range[1]:
             raise ValueError(f"expected covariance_range of a lower and a higher number, got {self.covariance_range}")
         for name in ("beta1", "beta2"):

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from aem_jax.batch import Batch
 from aem_jax.learner.config import LearnerConfig
-from aem_jax.learner.objective import Objective, Stats, Tokens
+from aem_jax.learner.objective import EntropyObjective, Objective, Stats, Tokens
 from aem_jax.learner.state import TrainablePolicy
 from aem_jax.learner.update import Inputs, make_program, minibatch_gradient
 from aem_jax.models import Params
@@ -31,6 +31,7 @@ def weighted_logprobs(logprobs: Array, entropies: Array, tokens: Tokens) -> tupl
     return jnp.sum(tokens.advantages * logprobs, where=tokens.mask), Stats({}, {})
 
 
+@EntropyObjective
 def weighted_entropies(logprobs: Array, entropies: Array, tokens: Tokens) -> tuple[Array, Stats]:
     """Objective Σ_t a_t H_t, with a_t in `tokens.advantages`: the prefixes are fixed."""
     return jnp.sum(tokens.advantages * entropies, where=tokens.mask), Stats({}, {})

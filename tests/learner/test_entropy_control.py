@@ -15,6 +15,7 @@ from aem_jax.learner.covariance import clip_cov, covariances, kl_cov, selected_t
 from aem_jax.learner.head import HeadLayout, head_loss
 from aem_jax.learner.objective import EntropyObjective, Stats, Tokens, policy_objective
 from aem_jax.losses import clipped_policy_loss
+from aem_jax.sharding import MeshConfig, make_mesh
 
 TOY = Bigram()
 LAYOUT = BatchLayout(num_microbatches=8, rows=2, row_length=40, max_responses=64, max_trajectories=16)
@@ -142,7 +143,9 @@ def placed_tokens(batch, selected) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize("kind", ["clip", "kl"])
 def test_the_selection_is_that_of_its_definition_for_any_packing(kind):
-    config = dataclasses.replace(CONFIG, covariance=kind, covariance_share=0.2, covariance_range=(0.0, 1.0))
+    config = dataclasses.replace(
+        CONFIG, covariance=kind, covariance_share=0.2, covariance_range=(0.0, 1.0), num_epochs=2
+    )
     batch, advantages = new_batch(3)
     selected = np.asarray(selected_tokens(config, jax.tree.map(jnp.asarray, batch), jnp.asarray(advantages), 4))
     mask = batch.response_ids >= 0
@@ -176,31 +179,24 @@ def test_clip_cov_leaves_the_selected_tokens_out_of_the_gradient():
 
 
 def test_kl_cov_penalises_a_change_of_the_selected_tokens():
-    config = dataclasses.replace(CONFIG, covariance="kl", covariance_share=0.25, covariance_penalty=2.0)
+    """In the first of two steps nothing has changed, so the gradient is that of the surrogate. In the second it is that
+    of the naive loss at the parameters after the first. Adam's mean is (1 − β)(β g_1 + g_2)."""
+    config = dataclasses.replace(CONFIG, covariance="kl", covariance_share=0.25, covariance_penalty=2.0, num_epochs=2)
     batch, advantages = new_batch(6)
-    # In one optimizer step nothing has changed: the gradient is that of the surrogate.
-    one, stats = gradient_of(config, batch, advantages)
-    plain, _ = gradient_of(CONFIG, batch, advantages)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one, plain)
-    tokens = int(batch.response_tokens.sum())
-    assert stats["covariance_fraction"] == pytest.approx(int(0.25 * tokens) / tokens)
-
-    # In the second one, it is that of the naive loss at the parameters after the first. Adam's mean is
-    # (1 − β)(β g_1 + g_2).
-    twice = dataclasses.replace(config, num_epochs=2)
-    state = init_state(TOY, twice, ONE_DEVICE, jax.random.key(0))
-    before = make_token_logprobs(TOY, twice, ONE_DEVICE)(state.params, place(batch, ONE_DEVICE))
-    first = init_state(TOY, config, ONE_DEVICE, jax.random.key(0))
-    first, _ = make_update(TOY, config, ONE_DEVICE)(first, place(batch, ONE_DEVICE), advantages)
+    placed, new_state = place(batch, ONE_DEVICE), lambda: init_state(TOY, config, ONE_DEVICE, jax.random.key(0))
+    before = make_token_logprobs(TOY, config, ONE_DEVICE)(new_state().params, placed)
     selected = selected_tokens(config, jax.tree.map(jnp.asarray, batch), jnp.asarray(advantages), 0)
-    wanted = jax.grad(naive_loss)(first.params["base"], batch, advantages, config, selected, before)
-    state, _ = make_update(TOY, twice, ONE_DEVICE)(state, place(batch, ONE_DEVICE), advantages)
-    mean = state.opt_state[1][0].mu["base"]
+    one, _ = make_update(TOY, CONFIG, ONE_DEVICE)(new_state(), placed, advantages)
+    first = jax.tree.map(lambda mu: np.asarray(mu) / (1 - CONFIG.beta1), one.opt_state[1][0].mu["base"])
+    second = jax.grad(naive_loss)(one.params["base"], batch, advantages, config, selected, before)
+    free = jax.grad(naive_loss)(one.params["base"], batch, advantages, CONFIG)
+    state, stats = make_update(TOY, config, ONE_DEVICE)(new_state(), placed, advantages)
     for name in ("embed", "head"):
-        second = np.asarray(mean[name]) / (1 - config.beta1) - config.beta1 * one[name]
-        np.testing.assert_allclose(second, wanted[name], rtol=1e-3, atol=1e-5)
-    free = jax.grad(naive_loss)(first.params["base"], batch, advantages, CONFIG)
-    assert np.abs(free["head"] - wanted["head"]).max() > 1e-3
+        mean = np.asarray(state.opt_state[1][0].mu["base"][name]) / (1 - config.beta1)
+        np.testing.assert_allclose(mean, config.beta1 * first[name] + second[name], rtol=1e-3, atol=1e-5)
+        assert np.abs(free[name] - second[name]).max() > 1e-3
+    tokens = int(batch.response_tokens.sum())
+    assert float(stats["covariance_fraction"]) == pytest.approx(int(0.25 * tokens) / tokens)
 
 
 def test_without_them_the_update_has_no_trace_of_the_controls():
@@ -224,11 +220,29 @@ def test_the_bonus_has_the_gradient_of_any_packing_and_aggregation():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *gradients)
 
 
+def test_several_devices_compute_what_one_does():
+    policy = Bigram(vocab_size=24, width=16)
+    layout = dataclasses.replace(LAYOUT, rows=8, num_microbatches=2)
+    batch = collate(random_trajectories(8, 8, policy.vocab_size), layout)
+    advantages = np.random.default_rng(8).standard_normal(batch.tokens.shape).astype(np.float32)
+    config = dataclasses.replace(
+        CONFIG, entropy_coefficient=0.3, covariance="clip", covariance_share=0.2, covariance_range=(0.0, 9.0)
+    )
+    results = []
+    for mesh in (ONE_DEVICE, make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
+        state = init_state(policy, config, mesh, jax.random.key(0))
+        state, stats = make_update(policy, config, mesh)(state, place(batch, mesh), advantages)
+        results.append(jax.device_get((state.opt_state[1][0].mu, stats)))
+    jax.tree.map(lambda one, many: np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-6), *results)
+    assert results[0][1]["covariance_fraction"] > 0.1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"entropy_coefficient": -0.1}, "expected entropy_coefficient ≥ 0, got -0.1"),
         ({"covariance_penalty": -1.0}, "expected covariance_penalty ≥ 0, got -1.0"),
+        ({"covariance": "kl"}, "expected several optimizer steps a batch with covariance kl"),
         ({"covariance_share": 0.0}, r"expected covariance_share in \(0, 1\], got 0.0"),
         ({"covariance_range": (5.0, 1.0)}, r"expected covariance_range of a lower and a higher number, got \(5.0, 1.0"),
     ],

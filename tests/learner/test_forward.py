@@ -14,7 +14,7 @@ from aem_jax.advantage import token_statistics
 from aem_jax.batch import BatchLayout, collate
 from aem_jax.learner import LearnerConfig, Rows, row_statistics
 from aem_jax.learner.forward import REMAT, ForwardConfig, row_loss
-from aem_jax.learner.objective import Stats, Tokens, policy_objective
+from aem_jax.learner.objective import EntropyObjective, Stats, Tokens, policy_objective
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.plan.costs import costs
 from aem_jax.plan.hlo import parse
@@ -71,6 +71,12 @@ def weighted(logprobs, entropies, tokens):
     """A nonlinear objective, so that each token has a different slope."""
     total = jnp.sum(tokens.weights * jnp.sin(logprobs), where=tokens.mask)
     return total, Stats({"entropy": jnp.sum(entropies, where=tokens.mask)}, {"top": jnp.max(entropies)})
+
+
+def with_entropies(logprobs, entropies, tokens):
+    """The same, with a nonlinear term of the entropies."""
+    total, stats = weighted(logprobs, entropies, tokens)
+    return total + jnp.sum(tokens.weights * jnp.cos(entropies), where=tokens.mask), stats
 
 
 def tokens_of(rows):
@@ -131,11 +137,12 @@ def test_no_gradient_through_measures():
     assert value > 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
-def test_logits_of_all_tokens_never_exist():
+@pytest.mark.parametrize("objective", [weighted, EntropyObjective(with_entropies)])
+def test_logits_of_all_tokens_never_exist(objective):
     rows = rows_of(collate(random_trajectories(3, 9, TINY.config.vocab_size), LAYOUT))
 
     def loss(params, chunk):
-        return row_loss(TINY, params, rows, tokens_of(rows), weighted, ForwardConfig(1.0, chunk))[0]
+        return row_loss(TINY, params, rows, tokens_of(rows), objective, ForwardConfig(1.0, chunk))[0]
 
     def largest_with_vocabulary(chunk):
         text = jax.jit(jax.grad(loss), static_argnums=1).lower(PARAMS, chunk).compile().as_text() or ""
