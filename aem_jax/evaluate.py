@@ -24,7 +24,7 @@ class EvaluationConfig:
     splits: tuple[str, ...] = ("valid_seen", "valid_unseen")
     """Splits to evaluate before and after training."""
     every: int = 0
-    """Steps between evaluations of the first split during training; 0: only before and after."""
+    """Steps between evaluations of the first split in training; 0: none then."""
     baselines: bool = True
     """Also evaluate the scripted experts, a random agent, and the model of --model.path before its warm start."""
 

@@ -34,11 +34,14 @@ class WarmstartConfig:
     learning_rate: float = 1e-3
     """Peak learning rate; linear warm-up over the first tenth, then cosine decay."""
     expert_noise: float = 0.0
-    """Share of turns in which the demonstrator errs on purpose (goes to a random place, buys without comparing,
-    finishes untested), so that the policy has something left to learn from reward."""
+    """Share of turns in which the demonstrator errs on purpose (a random place, a hasty purchase, no test), so that the
+    policy has something left to learn from reward."""
     expert_thinks: bool = False
-    """Whether the demonstrator thinks before it acts, in varied words that follow from its knowledge:
-    <think>...</think>, a line break, <action>...</action>. ALFWorld and WebShop have such experts."""
+    """Whether the demonstrator thinks before it acts, in <think>…</think>, in varied words that follow from its
+    knowledge. ALFWorld and WebShop have such experts."""
+    expert_habit: float = 0.0
+    """Share of walks in which ALFWorld's demonstrator goes to the next place of the room's list out of habit: an error
+    that is learnt with certainty."""
     only_successful: bool = True
     """Use successful demonstrations only."""
     init_from: str = ""

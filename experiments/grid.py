@@ -3,6 +3,7 @@
 [grid]
 preset = "alfworld-tiny"
 seeds = [0, 1, 2, 3, 4]
+bins = 15                   # of each saved curve; 30 if it is missing
 
 [shared.train]              # options of every run, in the format of a preset
 num_steps = 120
@@ -17,12 +18,29 @@ options.aem.strength = 0.0
 [[variants]]
 name = "grpo-aem"
 against = "grpo"            # the variant that it is compared with, seed by seed
+rule = "aem"                # its name in `analyze --efficiency`
 seeds = [0, 1, 2]           # only if the variant needs fewer seeds
+
+[[factors]]                 # every combination of levels is a cell; each cell has all variants and seeds
+name = "responses"
+[factors.levels.short]      # options of a level, in the format of a preset
+[factors.levels.long]
+warmstart.expert_thinks = true
+
+[[factors]]
+name = "invalid actions"
+start = false               # its options are of the training alone: its levels share their start runs
+
+[efficiency]                # checkpoints to measure with `analyze --efficiency`, after each run of some variants
+variants = ["grpo"]
+steps = [0, 60]
+groups = 24
 """
 
+import itertools
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +52,8 @@ from aem_jax.overrides import flag, flatten, override
 
 START = "start"
 """Name of the variant that the others begin from."""
+BINS = 30
+"""Default number of bins of a saved curve."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,7 @@ class Variant:
         title: its name in tables.
         family: the table that contains it.
         against: the variant that it is compared with, seed by seed; empty for none.
+        rule: its credit rule's name in `analyze --efficiency`; empty for none.
     """
 
     name: str
@@ -55,6 +76,59 @@ class Variant:
     title: str = ""
     family: str = ""
     against: str = ""
+    rule: str = ""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A property in which cells differ.
+
+    Attributes:
+        name: its name in tables.
+        levels: name of a level → its options, by dotted name.
+        start: whether the options apply to start runs, too.
+    """
+
+    name: str
+    levels: Mapping[str, Mapping[str, Any]]
+    start: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A combination of levels, one of each factor. A grid without factors has one cell, without a name.
+
+    Attributes:
+        levels: names of the levels, in the order of the factors.
+        options: their settings, by dotted name.
+        start: name of the combination that its start runs belong to.
+        start_options: settings of the start runs.
+    """
+
+    levels: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    start: str = ""
+    start_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The names of the levels, joined."""
+        return "-".join(self.levels)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Checkpoints to measure with `analyze --efficiency`.
+
+    Attributes:
+        variants: names of the variants whose runs are measured.
+        steps: steps of the checkpoints.
+        groups: number of rollout groups to play.
+    """
+
+    variants: tuple[str, ...] = ()
+    steps: tuple[int, ...] = ()
+    groups: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,16 +139,20 @@ class Run:
         variant: name of its setting, or `START`.
         seed: its seed.
         options: settings that differ from the preset, by dotted name.
+        cell: name of its cell; of a start run, of the combination that it belongs to.
+        start: name of the run that it begins from; empty for a start run.
     """
 
     variant: str
     seed: int
     options: Mapping[str, Any]
+    cell: str = ""
+    start: str = ""
 
     @property
     def name(self) -> str:
         """Name of its folder in the grid's folder."""
-        return f"{self.variant}-seed{self.seed}"
+        return _run_name(self.cell, self.variant, self.seed)
 
 
 @dataclass(frozen=True)
@@ -88,6 +166,9 @@ class Grid:
         shared: options of every run, by dotted name.
         start: options of the runs that the others begin from.
         variants: the settings, in the file's order.
+        factors: the properties in which cells differ.
+        measured: checkpoints to measure.
+        bins: number of bins of a saved curve.
     """
 
     name: str
@@ -96,26 +177,49 @@ class Grid:
     shared: Mapping[str, Any]
     start: Mapping[str, Any]
     variants: tuple[Variant, ...]
+    factors: tuple[Factor, ...] = ()
+    measured: Measured = Measured()
+    bins: int = BINS
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The combinations of levels, the last factor's levels fastest."""
+        cells = []
+        for levels in itertools.product(*(factor.levels for factor in self.factors)):
+            options, start_options, start = {}, {}, []
+            for factor, level in zip(self.factors, levels, strict=True):
+                options |= factor.levels[level]
+                if factor.start:
+                    start_options |= factor.levels[level]
+                    start.append(level)
+            cells.append(Cell(levels, options, "-".join(start), start_options))
+        return cells
 
     def starts(self, folder: Path) -> list[Run]:
-        """Returns the start run of each seed, from which the others begin: a warm start and its evaluation only."""
-        seeds = sorted({seed for variant in self.variants for seed in variant.seeds})
+        """Returns the start runs, one per seed and warm start: a warm start and its evaluation only."""
         own = {"train.num_steps": 0, "checkpoint.keep_first": True}
-        return [Run(START, seed, self._options(folder, START, seed, {**own, **self.start})) for seed in seeds]
+        cells = {cell.start: cell.start_options for cell in self.cells}
+        return [
+            Run(START, seed, self._options(folder, cell, START, seed, {**own, **options, **self.start}), cell)
+            for seed in sorted({seed for variant in self.variants for seed in variant.seeds})
+            for cell, options in cells.items()
+        ]
 
     def runs(self, folder: Path) -> list[Run]:
-        """Returns the runs of all variants, seed by seed, so that the first seeds are complete early."""
+        """Returns the runs of all cells and variants, seed by seed, so that the first seeds are complete early."""
         runs = []
-        for start in self.starts(folder):
-            for variant in self.variants:
-                if start.seed in variant.seeds:
-                    begin = {"warmstart.init_from": str(folder / start.name)}
-                    options = self._options(folder, variant.name, start.seed, {**variant.options, **begin})
-                    runs.append(Run(variant.name, start.seed, options))
+        for seed in sorted({seed for variant in self.variants for seed in variant.seeds}):
+            for cell, variant in itertools.product(self.cells, self.variants):
+                if seed not in variant.seeds:
+                    continue
+                start = _run_name(cell.start, START, seed)
+                own = {**cell.options, **variant.options, "warmstart.init_from": str(folder / start)}
+                options = self._options(folder, cell.name, variant.name, seed, own)
+                runs.append(Run(variant.name, seed, options, cell.name, start))
         return runs
 
-    def _options(self, folder: Path, variant: str, seed: int, own: Mapping[str, Any]) -> dict[str, Any]:
-        name = Run(variant, seed, {}).name
+    def _options(self, folder: Path, cell: str, variant: str, seed: int, own: Mapping[str, Any]) -> dict[str, Any]:
+        name = _run_name(cell, variant, seed)
         return {"runs_dir": str(folder), "name": name, "seed": seed, **self.shared, **own}
 
     def title(self, name: str) -> str:
@@ -155,33 +259,53 @@ def read_grid(path: Path) -> Grid:
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     try:
-        head = _only(values.pop("grid"), "preset", "seeds")
+        head = _only(values.pop("grid"), "preset", "seeds", "bins")
         shared, start = flatten(values.pop("shared", {})), flatten(values.pop("start", {}))
         seeds = tuple(head["seeds"])
         listed: Sequence[Mapping[str, Any]] = values.pop("variants")
         variants = tuple(_variant(table, seeds) for table in listed)
+        factors = tuple(map(_factor, values.pop("factors", ())))
+        measured = _measured(values.pop("efficiency")) if "efficiency" in values else Measured()
     except KeyError as error:
         raise ConfigError(f"{path}: expected {error.args[0]!r}, got none") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if values:
-        raise ConfigError(f"{path}: expected grid, shared, start and variants, got {next(iter(values))!r} too")
+        expected = "grid, shared, start, variants, factors and efficiency"
+        raise ConfigError(f"{path}: expected {expected}, got {next(iter(values))!r} too")
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names) or START in names:
         raise ConfigError(f"{path}: expected distinct names of variants, none of them {START!r}, got {names}")
     for variant in variants:
         if variant.against and variant.against not in names:
             raise ConfigError(f"{path}: expected a variant to compare {variant.name!r} with, got {variant.against!r}")
-    return Grid(path.stem, head["preset"], seeds, shared, start, variants)
+    if unknown := set(measured.variants) - set(names):
+        raise ConfigError(f"{path}: expected variants to measure, got {', '.join(sorted(unknown))}")
+    return Grid(path.stem, head["preset"], seeds, shared, start, variants, factors, measured, head.get("bins", BINS))
 
 
 def _variant(values: Mapping[str, Any], seeds: tuple[int, ...]) -> Variant:
-    _only(values, "name", "options", "seeds", "title", "family", "against")
-    texts = {name: values.get(name, "") for name in ("title", "family", "against")}
+    _only(values, "name", "options", "seeds", "title", "family", "against", "rule")
+    texts = {name: values.get(name, "") for name in ("title", "family", "against", "rule")}
     return Variant(values["name"], flatten(values.get("options", {})), tuple(values.get("seeds", seeds)), **texts)
+
+
+def _factor(values: Mapping[str, Any]) -> Factor:
+    _only(values, "name", "start", "levels")
+    levels = {name: flatten(options) for name, options in values["levels"].items()}
+    return Factor(values["name"], levels, values.get("start", True))
+
+
+def _measured(values: Mapping[str, Any]) -> Measured:
+    _only(values, "variants", "steps", "groups")
+    return Measured(tuple(values["variants"]), tuple(values["steps"]), values["groups"])
 
 
 def _only(values: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     if unknown := set(values) - set(names):
         raise ValueError(f"expected {', '.join(names)}, got {', '.join(sorted(unknown))}")
     return values
+
+
+def _run_name(cell: str, variant: str, seed: int) -> str:
+    return f"{cell}-{variant}-seed{seed}" if cell else f"{variant}-seed{seed}"

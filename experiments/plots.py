@@ -1,5 +1,6 @@
-"""Plots of a grid: training curves of each pair of variants, as means over seeds with their range."""
+"""Plots of a grid: training curves of pairs of variants, as means over seeds with their range, and ρ beside gain."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from aem_jax.report.style import BLUE, ORANGE, figure_style, percent_axis
+from aem_jax.report.style import BLUE, GREY, ORANGE, figure_style, percent_axis
+from experiments.cells import FIRST, GAINS, Point
 from experiments.grid import Grid
+from experiments.measures import MEASURES
 from experiments.results import Result, of_variant
 
 PANELS = (
@@ -57,3 +60,36 @@ def _draw(axes: Axes, results: Sequence[Result], variant: str, metric: str, colo
     steps = [step for step, _ in points]
     axes.fill_between(steps, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.15, lw=0)
     axes.plot(steps, [statistics.fmean(v) for _, v in points], color=colour, label=f"{label}, {len(runs)} seeds")
+
+
+def draw_relation(points: Sequence[Point], pooled: Sequence[Point], path: Path) -> Path | None:
+    """Draws ρ at step 0 and the paired gain of each variant; None without points.
+
+    Args:
+        points: of cells and seeds, drawn as small dots.
+        pooled: of cells, drawn as large dots.
+        path: output file.
+    """
+    finite = lambda some: [point for point in some if math.isfinite(point.predictors[FIRST])]
+    known, large = finite(points), finite(pooled)
+    if not large:
+        return None
+    variants = {point.variant.name: point.variant for point in large}.values()
+    with figure_style("#2a303c"):
+        figure = Figure(figsize=(12.6, 4.2), layout="constrained")
+        for axes, gain in zip(figure.subplots(1, len(GAINS)), GAINS, strict=True):
+            for variant, colour in zip(variants, (ORANGE, BLUE, GREY), strict=False):
+                for some, size, alpha in ((known, 3, 0.4), (large, 8, 1.0)):
+                    own = [point for point in some if point.variant == variant]
+                    x, y = [point.predictors[FIRST] for point in own], [100 * point.gains[gain] for point in own]
+                    label = variant.title or variant.name if some is large else None
+                    axes.plot(x, y, "o", ms=size, color=colour, alpha=alpha, label=label)
+            axes.axhline(0, color=GREY, linewidth=0.8)
+            axes.axvline(1, color=GREY, linewidth=0.8)
+            axes.set_title(f"gain over GRPO: {MEASURES[gain].title}")
+            axes.set_xlabel("ρ at step 0")
+            axes.set_ylabel("points")
+        figure.axes[0].legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+    return path

@@ -1,15 +1,18 @@
 """Saved results of a grid's runs: one JSON line for each run, small enough to be committed.
 
-variant, seed         identify the run
+cell, variant, seed   identify the run; there is no cell in a grid without factors
 steps                 training steps
 seconds               sum of `time/step` over its steps, on the machine as it was; excludes all other time
 evaluations           (phase, step, split) -> successes and games
-curves                metric -> means over consecutive bins of steps, at most `BINS`
+curves                metric -> means over consecutive bins of steps, at most as many as the grid says
+
+Lines of runs whose folders are gone are kept, so the parts of a grid can run on different machines. Delete the file
+after a change of the grid's settings.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,9 @@ from aem_jax.config import saved
 from aem_jax.errors import ConfigError
 from aem_jax.files import read_json_lines, write_text
 from aem_jax.metrics import read_lines
-from experiments.grid import Grid, Run
+from experiments.grid import BINS, Grid, Run
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BINS = 30
 METRICS = (
     *("rollout/success", "rollout/turns", "rollout/valid_action", "rollout/mixed_groups", "rollout/response_tokens"),
     *("entropy/response", "aem/alpha_positive", "aem/alpha_negative", "aem/alpha_min", "aem/alpha_max"),
@@ -31,8 +33,21 @@ METRICS = (
 
 Result = Mapping[str, Any]
 
+Key = tuple[str, str, int]
+"""Cell, variant and seed of a run."""
 
-def summary(folder: Path, run: Run) -> dict[str, Any] | None:
+
+def key_of(line: Mapping[str, Any]) -> Key:
+    """Returns the run of a line."""
+    return line.get("cell", ""), line["variant"], line["seed"]
+
+
+def names_of(run: Run) -> dict[str, Any]:
+    """Returns the fields of a line that name its run."""
+    return ({"cell": run.cell} if run.cell else {}) | {"variant": run.variant, "seed": run.seed}
+
+
+def summary(folder: Path, run: Run, bins: int = BINS) -> dict[str, Any] | None:
     """Returns the line of one run; None if it is not finished."""
     try:
         config = saved.load(folder)
@@ -47,10 +62,9 @@ def summary(folder: Path, run: Run) -> dict[str, Any] | None:
     ]
     if len(metrics) < last or not final_splits(folder, last) >= set(config.evaluation.splits):
         return None
-    curves = {name: binned([line.get(name) for line in metrics]) for name in METRICS}
+    curves = {name: binned([line.get(name) for line in metrics], bins) for name in METRICS}
     return {
-        "variant": run.variant,
-        "seed": run.seed,
+        **names_of(run),
         "steps": last,
         "seconds": round(math.fsum(line["time/step"] for line in metrics)),
         "evaluations": evaluations,
@@ -76,19 +90,28 @@ def binned(values: Sequence[float | None], bins: int = BINS) -> list[float | Non
 
 
 def write_results(grid: Grid, folder: Path, results: Path) -> Path:
-    """Writes the lines of all finished runs of the grid, atomically.
+    """Writes the lines of all finished runs of the grid, atomically. Saved lines of other runs of the grid are kept.
 
     Args:
         grid: the grid.
         folder: folder of its runs.
         results: output folder of GRID.jsonl.
     """
-    runs = (*grid.starts(folder), *grid.runs(folder))
-    lines = [line for run in runs if (line := summary(folder / run.name, run)) is not None]
-    path = results / f"{grid.name}.jsonl"
-    results.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    path, runs = results / f"{grid.name}.jsonl", (*grid.starts(folder), *grid.runs(folder))
+    saved_lines = {key_of(line): line for line in (read_results(path) if path.exists() else ())}
+    lines = [
+        line
+        for run in runs
+        if (line := summary(folder / run.name, run, grid.bins) or saved_lines.get((run.cell, run.variant, run.seed)))
+    ]
+    write_lines(path, lines)
     return path
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Writes JSON lines, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
 
 
 def read_results(path: Path) -> list[Result]:
@@ -115,6 +138,6 @@ def successes(result: Result, phase: str = "final") -> float:
     return sum(evaluation["wins"] for evaluation in last) / games if games else math.nan
 
 
-def of_variant(results: Sequence[Result], variant: str) -> dict[int, Result]:
-    """Returns the runs of a variant by seed."""
-    return {result["seed"]: result for result in results if result["variant"] == variant}
+def of_variant(results: Sequence[Result], variant: str, cell: str = "") -> dict[int, Result]:
+    """Returns the runs of a variant of a cell by seed."""
+    return {key[2]: result for result in results if (key := key_of(result))[:2] == (cell, variant)}

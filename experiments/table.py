@@ -7,96 +7,32 @@ defines each grid. A test checks that the committed page matches the committed n
 time and are not compared.
 """
 
-import math
 import sys
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
+from experiments import cells
 from experiments.claims import Claim, read_claims
+from experiments.efficiency import Measurement, path_of, read_measurements
 from experiments.grid import START, Grid, read_grid
-from experiments.plots import draw_pairs
+from experiments.measures import MEASURES, differences, interval, number, part, shown
+from experiments.plots import draw_pairs, draw_relation
 from experiments.results import RESULTS, Result, of_variant, read_results, successes
 from scripts.generated_page import table, template, write_or_check
 
 FOLDER = Path(__file__).resolve().parent
 PAGE = FOLDER.parent / "docs" / "experiments.md"
 IMAGES = PAGE.parent / "images"
-RESAMPLES = 10_000
 
 
-class Interval(NamedTuple):
-    """A mean over seeds and its 95 % bootstrap interval."""
+class Content(NamedTuple):
+    """A grid and its saved numbers."""
 
-    mean: float
-    low: float
-    high: float
-    count: int
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One number of a run.
-
-    Attributes:
-        title: its name in tables.
-        of: run -> number.
-        percent: whether it is a fraction, shown in per cent, with differences in percentage points.
-    """
-
-    title: str
-    of: Callable[[Result], float]
-    percent: bool = True
-
-
-def part(metric: str, first: float, last: float) -> Callable[[Result], float]:
-    """Returns run -> mean of a curve between two fractions of the training; NaN if the run has no such numbers."""
-
-    def mean(result: Result) -> float:
-        values = result["curves"].get(metric, [])
-        cut = values[round(first * len(values)) : max(round(last * len(values)), 1)]
-        known = [value for value in cut if value is not None]
-        return math.fsum(known) / len(known) if known else math.nan
-
-    return mean
-
-
-MEASURES: Mapping[str, Measure] = {
-    "final": Measure("success after training, fixed games", successes),
-    "late": Measure("success while training, last fifth", part("rollout/success", 0.8, 1)),
-    "mean": Measure("success while training, all steps", part("rollout/success", 0, 1)),
-    "early entropy": Measure("response entropy, first fifth (nats)", part("entropy/response", 0, 0.2), percent=False),
-    "late entropy": Measure("response entropy, last fifth (nats)", part("entropy/response", 0.8, 1), percent=False),
-}
-"""Compared numbers of the tables, by their names in the template."""
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % percentile-bootstrap interval, independent of the order of the values; NaN are omitted."""
-    known = sorted(value for value in values if math.isfinite(value))
-    if not known:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    mean = math.fsum(known) / len(known)
-    if len(known) == 1:
-        return Interval(mean, math.nan, math.nan, 1)
-    from scipy.stats import bootstrap
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # raised if all values are equal
-        bounds = bootstrap(
-            (known,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-        ).confidence_interval
-    return Interval(mean, float(bounds.low), float(bounds.high), len(known))
-
-
-def differences(results: Sequence[Result], variant: str, against: str, measure: Measure) -> list[float]:
-    """variant − against for each shared seed: the same seed has the same warm start and the same tasks."""
-    ours, theirs = of_variant(results, variant), of_variant(results, against)
-    return [measure.of(ours[seed]) - measure.of(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    grid: Grid
+    results: Sequence[Result]
+    claims: Sequence[Claim] = ()
+    measurements: Sequence[Measurement] = ()
 
 
 def comparison_table(grid: Grid, results: Sequence[Result], family: str, name: str) -> str:
@@ -117,7 +53,7 @@ def comparison_table(grid: Grid, results: Sequence[Result], family: str, name: s
                 shown(interval([measure.of(theirs[seed]) for seed in seeds]), measure.percent),
                 shown(interval([measure.of(ours[seed]) for seed in seeds]), measure.percent),
                 shown(interval(change), measure.percent, signed=True),
-                ", ".join(_number(value, measure.percent, signed=True) for value in change),
+                ", ".join(number(value, measure.percent, signed=True) for value in change),
             ]
         )
     header = ["", "compared with", "this", "difference, paired by seed", "each seed"]
@@ -136,7 +72,7 @@ def start_table(results: Sequence[Result]) -> str:
 
 def facts(grid: Grid, results: Sequence[Result]) -> str:
     """Describes the number of finished runs, the planned number, and the time that they took."""
-    planned = sum(len(variant.seeds) for variant in grid.variants)
+    planned = len(grid.runs(Path()))
     runs = [result for result in results if result["variant"] != START]
     if not runs:
         return f"0 of {planned} runs."
@@ -184,34 +120,18 @@ def alive(grid: Grid, results: Sequence[Result], variant: str) -> str:
     return sentence.replace("%", " %")
 
 
-def shown(value: Interval, percent: bool, signed: bool = False) -> str:
-    """Formats an interval, as `12.3 % (10.1 to 14.9)`; differences of fractions are in percentage points."""
-    if not value.count:
-        return "–"
-    unit = " points" if percent and signed else " %" if percent else ""
-    mean, low, high = (_number(number, percent, signed) for number in value[:3])
-    return f"{mean}{unit} ({low} to {high})" if value.count > 1 else f"{mean}{unit}"
-
-
-def _number(value: float, percent: bool, signed: bool = False) -> str:
-    digits = f"{100 * value:.1f}" if percent else f"{value:.3f}"
-    if float(digits) == 0:
-        digits = digits.removeprefix("-")
-    return f"+{digits}" if signed and float(digits) > 0 else digits.replace("-", "−")
-
-
-def render(grids: Sequence[tuple[Grid, Sequence[Result], Sequence[Claim]]]) -> str:
+def render(grids: Sequence[Content]) -> str:
     """Renders the page.
 
     Raises:
         jinja2.UndefinedError: the template uses an undefined name.
     """
     helpers = (comparison_table, start_table, claims_table, facts, alive)
-    names = {helper.__name__: helper for helper in helpers} | {"measures": MEASURES}
+    names = {helper.__name__: helper for helper in (*helpers, *cells.HELPERS)} | {"measures": MEASURES}
     return template(FOLDER / "experiments.md.j2", **names).render(grids=grids)
 
 
-def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[tuple[Grid, list[Result], list[Claim]]]:
+def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[Content]:
     """Loads the grids that have results, in the order of their names.
 
     Raises:
@@ -221,7 +141,9 @@ def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[tuple[Grid, lis
     for path in sorted(folder.glob("*.toml")):
         lines, claims = results / f"{path.stem}.jsonl", results / f"{path.stem}.claims.json"
         if lines.exists():
-            grids.append((read_grid(path), read_results(lines), read_claims(claims)))
+            grid = read_grid(path)
+            measurements = read_measurements(path_of(grid, results))
+            grids.append(Content(grid, read_results(lines), read_claims(claims), measurements))
     return grids
 
 
@@ -229,8 +151,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
 
     def plot() -> None:
-        for grid, results, _ in load():
-            draw_pairs(grid, results, IMAGES / f"experiments-{grid.name}.png")
+        for grid, results, _, measurements in load():
+            image = IMAGES / f"experiments-{grid.name}.png"
+            if grid.factors:
+                points = cells.relation(grid, results, measurements)
+                draw_relation(points, cells.of_cells(grid, points, measurements), image)
+            else:
+                draw_pairs(grid, results, image)
 
     return write_or_check(argv, "experiments.table", PAGE, lambda: render(load()), plot)
 

@@ -13,22 +13,11 @@ from aem_jax.metrics import read_lines
 from experiments.claims import main as claims_main
 from experiments.claims import without_points
 from experiments.grid import START, read_grid
+from experiments.measures import MEASURES, differences, interval, part, shown
 from experiments.plots import draw_pairs
 from experiments.results import RESULTS, binned, read_results, successes
 from experiments.run import is_done, runs_of
-from experiments.table import (
-    FOLDER,
-    MEASURES,
-    PAGE,
-    claims_table,
-    comparison_table,
-    differences,
-    interval,
-    load,
-    part,
-    render,
-    shown,
-)
+from experiments.table import FOLDER, PAGE, Content, claims_table, comparison_table, load, render
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ROOT / "tests" / "launch" / "small.toml"
@@ -79,19 +68,23 @@ def mini(tmp_path: Path) -> Path:
 
 def test_the_committed_page_matches_the_committed_results():
     grids = load()
-    assert [grid.name for grid, *_ in grids] == sorted(path.stem for path in RESULTS.glob("*.jsonl"))
+    files = {path.name.removesuffix(".jsonl") for path in RESULTS.glob("*.jsonl")}
+    assert [grid.name for grid, *_ in grids] == sorted(name for name in files if "." not in name)
     assert PAGE.read_text(encoding="utf-8") == render(grids), "run python -m experiments.table"
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.name)
 def test_every_run_of_a_committed_grid_has_a_valid_config(path: Path):
     grid = read_grid(path)
-    configs = [grid.config(run) for run in (*grid.starts(Path("runs")), *grid.runs(Path("runs")))]
-    assert len({config.name for config in configs}) == len(configs)
-    # the variants of a seed start from one run, so everything they share is equal
-    for config in configs:
-        begin = config.warmstart.init_from
-        assert begin == ("" if config.name.startswith(START) else f"runs/{START}-seed{config.seed}")
+    starts, runs = grid.starts(Path("runs")), grid.runs(Path("runs"))
+    configs = {run.name: grid.config(run) for run in (*starts, *runs)}
+    assert len(configs) == len(starts) + len(runs)
+    # the variants of a cell and seed start from one run, so everything they share is equal
+    assert all(run.start == "" and configs[run.name].warmstart.init_from == "" for run in starts)
+    for run in runs:
+        start = configs[run.start]
+        assert configs[run.name].warmstart.init_from == f"runs/{run.start}" and start.seed == run.seed
+        assert (start.model, start.tokenizer) == (configs[run.name].model, configs[run.name].tokenizer)
 
 
 def test_options_become_arguments_of_the_command_line(mini: Path):
@@ -161,7 +154,7 @@ def test_differences_are_paired_by_seed(mini: Path):
     assert table.splitlines()[2:] == [
         "| GRPO + AEM | 35.0 % (30.0 to 40.0) | 45.0 % (40.0 to 50.0) | +10.0 points (0.0 to +20.0) | +20.0, 0.0 |"
     ]
-    assert "+10.0 points" in render([(read_grid(mini), runs, [])])
+    assert "+10.0 points" in render([Content(read_grid(mini), runs)])
 
 
 def claim(seed: int, r: float, falls: float | None) -> dict:

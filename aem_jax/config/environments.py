@@ -21,7 +21,12 @@ def task_suite(config: RunConfig) -> TaskSuite:
     settings, make = config.warmstart, _spec(config).suite
     assert make is not None, f"expected an environment of TRAINED, got {config.environment.NAME}"
     options = SuiteOptions(
-        config.seed, config.evaluation.splits, settings.expert_noise, settings.expert_thinks, config.env
+        config.seed,
+        config.evaluation.splits,
+        settings.expert_noise,
+        settings.expert_thinks,
+        settings.expert_habit,
+        config.env,
     )
     suite = make(config.environment, options)
     if suite.demonstrator is None and settings.episodes and not settings.init_from:

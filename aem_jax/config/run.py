@@ -113,7 +113,7 @@ CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
     ("lora.alpha lora.targets lora.merge", "--lora.rank", lambda run: run.lora.rank > 0),
     (
         "warmstart.steps warmstart.batch_episodes warmstart.learning_rate warmstart.expert_noise "
-        "warmstart.expert_thinks warmstart.only_successful",
+        "warmstart.expert_thinks warmstart.expert_habit warmstart.only_successful",
         "--warmstart.episodes",
         lambda run: run.warmstart.episodes > 0 and not run.warmstart.init_from,
     ),

@@ -18,7 +18,7 @@ class RuntimeConfig:
     """Several processes as one run. auto: where SLURM, Open MPI, a TPU pod or a Kubernetes job started several, or
     coordinator is given; on: as JAX detects them; mpi4py: as mpi4py reports them; off: this process alone."""
     coordinator: str = ""
-    """HOST:PORT of process 0, for processes that are started by hand; any free port of that host."""
+    """HOST:PORT of process 0, for processes started by hand; any free port there."""
     num_processes: int = 0
     """With coordinator: number of processes."""
     process_id: int = -1

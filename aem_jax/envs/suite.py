@@ -53,6 +53,7 @@ class SuiteOptions:
         splits: evaluation splits of the run.
         expert_noise: fraction of turns in which the demonstrator makes a deliberate error.
         expert_thinks: whether the demonstrator thinks in `<think>…</think>` before it acts.
+        expert_habit: fraction of its walks in which the demonstrator follows a bad habit.
         pool: the run's environment servers.
     """
 
@@ -60,7 +61,21 @@ class SuiteOptions:
     splits: tuple[str, ...] = ()
     expert_noise: float = 0.0
     expert_thinks: bool = False
+    expert_habit: float = 0.0
     pool: PoolConfig = field(default_factory=PoolConfig)
+
+
+def check_no_habit(name: str, options: SuiteOptions) -> None:
+    """Refuses a habit for the environment `name`, whose demonstrator has none.
+
+    Raises:
+        ValueError: the options ask for a habit.
+    """
+    if options.expert_habit:
+        raise ValueError(
+            f"--warmstart.expert-habit: expected 0 with {name}, got {options.expert_habit}; only the demonstrator of "
+            "alfworld has a habit"
+        )
 
 
 class EnvironmentConfig(Protocol):

@@ -1,17 +1,22 @@
 """The task suite of ALFWorld: its tasks, its experts and their texts."""
 
+import dataclasses
+import itertools
 import json
+import statistics
 from typing import cast
 
 import pytest
 
 from aem_jax.config.environments import task_suite
 from aem_jax.config.presets import DEFAULT, read_preset
+from aem_jax.envs.actions import extract_action
 from aem_jax.envs.alfworld.env import AlfworldConfig
 from aem_jax.envs.alfworld.generator.files import game_data
+from aem_jax.envs.alfworld.knowledge import names_in
 from aem_jax.envs.alfworld.suite import task_suite as alfworld
 from aem_jax.envs.alfworld.tasks import generated_game
-from aem_jax.envs.play import play
+from aem_jax.envs.play import Exchange, play
 from aem_jax.envs.suite import SuiteOptions, TaskSuite, tokenizer_corpus
 from aem_jax.evaluate import evaluate_agent
 
@@ -70,3 +75,33 @@ def test_demonstrations_have_the_policys_action_format(suite: TaskSuite):
 def test_the_tokenizer_corpus_has_observations_and_responses(suite: TaskSuite):
     texts = [text for episode in tokenizer_corpus(suite, 4, TURNS) for text in episode]
     assert any("Your task is to:" in text for text in texts) and any("<action>" in text for text in texts)
+
+
+def test_a_habit_is_consistent_and_costs_success():
+    """In the games of the grid `when_aem`, which end after eight turns. Of 1,500 of them the searcher wins 96 % without
+    the habit, 89 % if it walks by habit every other time, and 67 % with it."""
+    games = dataclasses.replace(ALFWORLD.games, things=(2, 3), max_steps=8)
+    config = dataclasses.replace(ALFWORLD, games=games)
+
+    def episodes(habit: float) -> list[tuple[Exchange, ...]]:
+        suite = alfworld(config, SuiteOptions(expert_habit=habit))
+        assert suite.demonstrator
+        env = suite.make_env()
+        return [play(env, task.payload, suite.demonstrator(task), 8) for task in suite.training[:400]]
+
+    without, sometimes, always = (episodes(share) for share in (0.0, 0.5, 1.0))
+    wins = [statistics.mean(episode[-1].result.won for episode in each) for each in (without, sometimes, always)]
+    assert wins[0] - 0.35 <= wins[2] <= wins[0] - 0.2 and wins[0] > wins[1] > wins[2] + 0.1
+    assert episodes(1.0) == always
+    for episode in always:
+        commands = [extract_action(exchange.response) or "" for exchange in episode]
+        walks = [command.removeprefix("go to ") for command in commands if command.startswith("go to ")]
+        places = names_in(episode[0].observation.split("Your task")[0])
+        assert walks == list(itertools.islice(itertools.cycle(places), len(walks)))  # the same round, again and again
+
+
+def test_a_habit_leaves_the_other_draws_alone():
+    careless, both = (alfworld(ALFWORLD, SuiteOptions(expert_noise=0.3, expert_habit=share)) for share in (0.0, 1e-9))
+    for task in careless.training[:20]:
+        one, other = (play(s.make_env(), task.payload, s.demonstrator(task), TURNS) for s in (careless, both))  # type: ignore[misc]
+        assert one == other

@@ -3,9 +3,10 @@
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from envs.thoughts import Recorder, bpe_lengths, smollm2_lengths
@@ -14,7 +15,7 @@ from aem_jax.envs.actions import extract_action
 from aem_jax.envs.alfworld import suite as alfworld
 from aem_jax.envs.alfworld.engine import Game, Player
 from aem_jax.envs.alfworld.env import AlfworldConfig
-from aem_jax.envs.alfworld.experts import Searcher, in_grammar
+from aem_jax.envs.alfworld.experts import Searcher, in_grammar, next_on_round
 from aem_jax.envs.alfworld.generator.catalog import TASK_TYPES
 from aem_jax.envs.alfworld.generator.config import TINY, GeneratorConfig
 from aem_jax.envs.alfworld.generator.files import domain_text, grammar_text, problem_text
@@ -42,21 +43,23 @@ class Moment:
     known: Knowledge
     command: str
     text: str
+    on_round: bool = False
 
     @property
     def sentences(self) -> list[str]:
         return self.text.lower().split(". ")
 
 
-def careless_moments(games: GeneratorConfig, tasks: int, monkeypatch) -> list[Moment]:
+def imperfect_moments(games: GeneratorConfig, tasks: int, monkeypatch, errors: Mapping[str, Any]) -> list[Moment]:
     moments = []
 
-    def recorded(goal: Goal, known: Knowledge, command: str, rng: random.Random) -> str:
-        moments.append(Moment(goal, deepcopy(known), command, thought(goal, known, command, rng)))
+    def recorded(goal: Goal, known: Knowledge, command: str, rng: random.Random, on_round: bool) -> str:
+        said = thought(goal, known, command, rng, on_round)
+        moments.append(Moment(goal, deepcopy(known), command, said, on_round))
         return moments[-1].text
 
     monkeypatch.setattr(alfworld, "thought", recorded)
-    suite = alfworld.task_suite(AlfworldConfig(games=games), SuiteOptions(expert_noise=0.3, expert_thinks=True))
+    suite = alfworld.task_suite(AlfworldConfig(games=games), SuiteOptions(expert_thinks=True, **errors))
     assert suite.demonstrator
     kinds = Counter()
     for task in suite.training[:tasks]:
@@ -93,8 +96,11 @@ def older_moments(games: int) -> list[Moment]:
 @pytest.fixture(scope="module")
 def moments() -> list[Moment]:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        small, large = (careless_moments(games, 60, monkeypatch) for games in (TINY, GeneratorConfig()))
-    return [*small, *large, *older_moments(40)]
+        small, large = (
+            imperfect_moments(games, 60, monkeypatch, {"expert_noise": 0.3}) for games in (TINY, GeneratorConfig())
+        )
+        habitual = imperfect_moments(TINY, 60, monkeypatch, {"expert_habit": 0.9})
+    return [*small, *large, *habitual, *older_moments(40)]
 
 
 def wanted_at(moment: Moment, place: str) -> bool:
@@ -155,6 +161,11 @@ CHECKS: dict[str, Callable[..., bool]] = {
     rf"missed something (?:in|on) ({NAME})|look at ({NAME}) again": lambda m, *place: (
         "".join(place) in m.known.contents  # one of the two matched
     ),
+    # the round
+    rf"({NAME}) is (?:the )?next\b|(?:begins|goes on) with ({NAME})|(?:order, next is|other, now) ({NAME})": (
+        lambda m, *place: next_on_round(m.known) == "".join(place)
+    ),
+    rf"after ({NAME}) (?:comes|my round)": lambda m, place: m.known.here == place,
     # the task
     rf"({NAME}) is (?:clean|hot|cool)\b|have made ({NAME})": lambda m, *thing: "".join(thing) in m.known.treated,
     rf"({NAME}) (?:still|is not ready)|(?:not made|have to [a-z]+|first) ({NAME})(?! and)": lambda m, *thing: (
@@ -191,7 +202,7 @@ def test_every_kind_of_statement_about_the_room_is_checked():
     }
     facts |= {"at_one": "on shelf 1", "target": "mug", "state": "hot", "place": "desklamp", "a_place": "a desklamp"}
     facts |= {"thing": "mug 1", "at_dest": "in cabinet 1", "dest": "cabinet 1", "a_target": "a mug"}
-    for topic in ("hand", "view", "past", "progress", "where", "closed_now"):
+    for topic in ("hand", "view", "past", "progress", "where", "closed_now", "order"):
         for phrasing in {**REMARKS, **PHRASES}[topic]:
             sentence = re.sub(r"\{(\w+)\}", lambda name: facts.get(name[1], ""), phrasing).lower().rstrip(".")
             allowed = "has to be open" in sentence  # of the place that the command opens
@@ -221,7 +232,7 @@ def test_lengths_with_smollm2(moments: list[Moment]):
 def test_one_state_has_many_wordings(moments: list[Moment]):
     for moment in random.Random(0).sample(moments, 40):
         rng = random.Random(1)
-        drawn = [thought(moment.goal, moment.known, moment.command, rng) for _ in range(200)]
+        drawn = [thought(moment.goal, moment.known, moment.command, rng, moment.on_round) for _ in range(200)]
         assert max(Counter(drawn).values()) <= 20 and len(set(drawn)) >= 60, moment
         assert len({text.split()[0] for text in drawn}) >= 5
 
@@ -232,7 +243,7 @@ def test_every_phrasing_is_said(moments: list[Moment]):
     goal = Goal("pick_and_place_simple", "mug", "shelf")
     commands = ("go to shelf 1", "move cup 1 to shelf 1", "put cup 1 in/on shelf 1", "look")
     for moment in [*moments, *[Moment(goal, known, command, "") for command in commands] * 60]:
-        thought(moment.goal, moment.known, moment.command, recorder)
+        thought(moment.goal, moment.known, moment.command, recorder, moment.on_round)
     silent = {phrasing for part in (REMARKS, STEPS, PHRASES) for texts in part.values() for phrasing in texts}
     assert not silent - recorder.chosen
 
@@ -247,11 +258,11 @@ def test_mistakes_are_as_long_as_good_thoughts(moments: list[Moment]):
     assert abs(sum(good) / len(good) - sum(bad) / len(bad)) < 1.5
 
 
-def test_a_thinking_expert_acts_as_a_silent_one():
+@pytest.mark.parametrize("errors", [{"expert_noise": 0.3}, {"expert_habit": 0.9}])
+def test_a_thinking_expert_acts_as_a_silent_one(errors: Mapping[str, Any]):
     config = AlfworldConfig(games=TINY)
     silent, loud, again = (
-        alfworld.task_suite(config, SuiteOptions(expert_noise=0.3, expert_thinks=thinks))
-        for thinks in (False, True, True)
+        alfworld.task_suite(config, SuiteOptions(expert_thinks=thinks, **errors)) for thinks in (False, True, True)
     )
     for task in silent.training[:40]:
         episodes = [play(s.make_env(), task.payload, s.demonstrator(task), 15) for s in (silent, loud, again)]  # type: ignore[misc]

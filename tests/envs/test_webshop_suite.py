@@ -38,6 +38,11 @@ def success(suite: TaskSuite, make_act, turns: int = TURNS):
     return evaluation.rate.success, evaluation.mean_score
 
 
+def test_a_habit_is_refused(config: WebshopConfig):
+    with pytest.raises(ValueError, match="expert-habit: expected 0 with webshop, got 0.5"):
+        webshop(config, SuiteOptions(expert_habit=0.5))
+
+
 @pytest.mark.parametrize("mode", ["text", "text_rich"])
 def test_experts_win_and_the_random_agent_does_not(config: WebshopConfig, mode: str):
     suite = webshop(dataclasses.replace(config, mode=mode), SuiteOptions())

@@ -104,6 +104,12 @@ def _nearest(kind: str, known: Knowledge) -> str:
     return min(options, key=lambda place: (place != known.here, number_of(place)))
 
 
+def next_on_round(known: Knowledge) -> str:
+    """Returns the receptacle after this one in the room's list; the first one at the start, and after the last."""
+    places = known.receptacles
+    return places[0] if known.here is None else places[(places.index(known.here) + 1) % len(places)]
+
+
 class Oracle:
     """An expert that reads the engine's facts, so it has the position of every object.
 

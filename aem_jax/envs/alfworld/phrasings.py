@@ -92,6 +92,14 @@ STEPS: Grammar = {
         "{need}. {go}.",
         "{go}, because {need}.",
     ),
+    "round": (
+        "{order}, so {go_there}.",
+        "{order}. {go_there}.",
+        "{order}, so {go}.",
+        "{go}, because {order}.",
+        "{go}: {order}.",
+        "{go}. {order}.",
+    ),
     "fetch": (
         "{guess}, so {go_there}.",
         "{guess}. {go_there}.",
@@ -247,6 +255,15 @@ PHRASES: Grammar = {
         "{old}I want to look at {dest} again",
         "I take {held} along to {dest}",
         "maybe {dest} is of use for {held}",
+    ),
+    "order": (
+        "{dest} is the next one in the list",
+        "after {here} comes {dest}",
+        "{start}my round begins with {dest}",
+        "after {here} my round goes on with {dest}",
+        "I visit one place after the other, now {dest}",
+        "it is best to go round the room in order, and {dest} is next",
+        "nothing is missed if I go in order, next is {dest}",
     ),
     "need": (
         "{a_wanted} is what I need",

@@ -10,7 +10,7 @@ from pathlib import Path
 from aem_jax.envs.actions import as_action, as_thought
 from aem_jax.envs.alfworld.engine import Player
 from aem_jax.envs.alfworld.env import AlfworldConfig, AlfworldEnv
-from aem_jax.envs.alfworld.experts import Oracle, Searcher
+from aem_jax.envs.alfworld.experts import Oracle, Searcher, next_on_round
 from aem_jax.envs.alfworld.prompt import prompt
 from aem_jax.envs.alfworld.tasks import eval_set, load_game, training_tasks
 from aem_jax.envs.alfworld.thoughts import thought
@@ -33,7 +33,7 @@ def task_suite(config: AlfworldConfig, options: SuiteOptions) -> TaskSuite:
         evaluation=evaluation,
         prompt=prompt,
         make_env=make(config),
-        demonstrator=partial(_noisy_searcher, options.expert_noise, options.expert_thinks),
+        demonstrator=partial(_imperfect_searcher, options),
         baselines={"oracle": _oracle, "searcher": _searcher, "random": random_agent},
     )
 
@@ -48,23 +48,30 @@ def _searcher(task: Task) -> Act:
     return lambda result: as_action(agent.act(result.observation))
 
 
-def _noisy_searcher(noise: float, thinks: bool, task: Task) -> Act:
-    """Makes a searcher that goes to a random place in a fraction `noise` of its turns and continues from there.
+def _imperfect_searcher(options: SuiteOptions, task: Task) -> Act:
+    """Makes a searcher that errs, and continues from there.
 
-    If it `thinks`, it says before each command why it gives it, also for a random place.
+    In a fraction `expert_noise` of its turns it goes to a random place. In a fraction `expert_habit` of its walks it
+    goes to the next place of the room's list, and so arrives later. If it thinks, it says before each command why it
+    gives it, also for an error.
     """
     agent, rng, command = Searcher(seed=None), random.Random(f"careless/{task.id}"), None
-    wording = random.Random(f"thoughts/{task.id}")  # of its own, so that the commands are those of a silent searcher
+    # Separate generators: the other draws are those of a silent searcher, and of one without a habit.
+    wording, rounds = random.Random(f"thoughts/{task.id}"), random.Random(f"habit/{task.id}")
 
     def act(result: StepResult) -> str:
         nonlocal command
         agent.observe(result.observation, command)
         command = agent.command()
+        on_round = command.startswith("go to ") and rounds.random() < options.expert_habit
+        if on_round:
+            command = f"go to {next_on_round(agent.known)}"
         places = [action for action in result.info["admissible"] if action.startswith("go to ")]
-        if places and rng.random() < noise:
-            command = rng.choice(places)
-        reason = thought(agent.goal, agent.known, command, wording) if thinks else ""
-        return as_thought(reason, command) if thinks else as_action(command)
+        if places and rng.random() < options.expert_noise:
+            command, on_round = rng.choice(places), False
+        if not options.expert_thinks:
+            return as_action(command)
+        return as_thought(thought(agent.goal, agent.known, command, wording, on_round), command)
 
     return act
 

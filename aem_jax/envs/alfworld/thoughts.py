@@ -24,7 +24,7 @@ _IN = frozenset(name.lower() for name in OPENABLE)
 _GRAMMAR = thoughts_of(REMARKS, STEPS, PHRASES)
 
 
-def thought(goal: Goal, known: Knowledge, command: str, rng: random.Random) -> str:
+def thought(goal: Goal, known: Knowledge, command: str, rng: random.Random, on_round: bool = False) -> str:
     """Draws the thought of an expert that is about to give a command.
 
     Args:
@@ -32,13 +32,14 @@ def thought(goal: Goal, known: Knowledge, command: str, rng: random.Random) -> s
         known: the expert's knowledge before the command.
         command: the command, in either grammar.
         rng: source of the wording.
+        on_round: whether the command goes to the next place of the room's list out of habit.
 
     Raises:
         ValueError: no expert gives such a command.
     """
     step, command_facts = _read_command(goal, known, command)
     facts = {**_goal_facts(goal), **_known_facts(goal, known), **command_facts}
-    return think(f"think_{step}", facts, _GRAMMAR, rng, WORDS)
+    return think("think_round" if on_round else f"think_{step}", facts, _GRAMMAR, rng, WORDS)
 
 
 def _goal_facts(goal: Goal) -> dict[str, str]:

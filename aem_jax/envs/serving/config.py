@@ -11,12 +11,12 @@ class PoolConfig:
     """Where the environments run, and their deadlines."""
 
     urls: tuple[str, ...] = ()
-    """Servers to connect to (host:port, ws://…); without any, the pool starts its own."""
+    """Servers to connect to (host:port, ws://…); none: the pool starts its own."""
     command: str = ""
     """Command that starts one server of another package, with {port} in it. The pool starts, watches and restarts
     num_servers of them. Each must serve at 127.0.0.1:{port}, and end when it is killed."""
     num_servers: int = 2
-    """Number of server processes that the pool starts. A failure affects the sessions of one process."""
+    """Server processes that the pool starts; a failure affects one's sessions."""
     sessions_per_server: int = 32
     """Number of sessions on each server."""
     reset_deadline_s: float = 60.0
@@ -28,14 +28,14 @@ class PoolConfig:
     restart_wait_s: float = 60.0
     """Maximum time that a reset waits for the restart of a failed server, seconds."""
     first_pause_s: float = 0.25
-    """Pause between the first two attempts to start or reach a server, seconds. It doubles up to 10 s."""
+    """First pause between attempts to reach a server, seconds; doubles up to 10."""
     send_admissible: bool = False
     """Whether this package's servers send admissible actions with observations."""
     field_mapping: FieldMapping = field(default_factory=FieldMapping)
     """Names of the servers' fields; the default suits this package's servers."""
     token_variable: str = ""
-    """Environment variable with a token for the servers of urls, sent as `Authorization: Bearer …`. The token itself
-    is written nowhere. Empty: none is sent."""
+    """Environment variable with a token for the servers of urls, sent as `Authorization: Bearer …`. The token is
+    written nowhere. Empty: none."""
 
     def __post_init__(self) -> None:
         if self.command and (self.urls or "{port}" not in self.command):

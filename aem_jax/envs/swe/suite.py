@@ -12,7 +12,7 @@ from pathlib import Path
 from aem_jax.envs.actions import as_action
 from aem_jax.envs.play import Act, random_agent
 from aem_jax.envs.protocol import StepResult, Task
-from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, check_one_set
+from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, check_no_habit, check_one_set
 from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesConfig, ChoicesEnv, make_counter
 from aem_jax.envs.swe.env import SweConfig, SweEnv
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
@@ -78,8 +78,9 @@ def swe_choices(config: ChoicesConfig, options: SuiteOptions) -> TaskSuite:
     """Generated tasks as choices among edits.
 
     Raises:
-        ValueError: the demonstrator shall think, which it cannot.
+        ValueError: the demonstrator shall think or have a habit, which it cannot.
     """
+    check_no_habit(config.NAME, options)
     if options.expert_thinks:
         raise ValueError(
             f"--warmstart.expert-thinks: expected False with {config.NAME}, got True; its demonstrator gives commands "

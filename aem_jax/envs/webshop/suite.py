@@ -10,7 +10,7 @@ from typing import Any
 from aem_jax.envs.actions import as_action, as_thought
 from aem_jax.envs.play import Act
 from aem_jax.envs.protocol import StepResult, Task
-from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite
+from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, check_no_habit
 from aem_jax.envs.webshop import taggers
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
 from aem_jax.envs.webshop.experts import Oracle, Shopper, clickables, random_agent, read_listings
@@ -26,7 +26,11 @@ def task_suite(config: WebshopConfig, options: SuiteOptions) -> TaskSuite:
 
     In the servers' settings, `auto` is replaced by this machine's tagger, so rewards do not depend on the servers'
     machines.
+
+    Raises:
+        ValueError: the demonstrator shall have a habit, which it cannot.
     """
+    check_no_habit(config.NAME, options)
     config = dataclasses.replace(config, tagger=taggers.resolve(config.tagger))
     catalog = open_shop(config.shop)  # built once, before servers open it
     front = shop_front(config, catalog)

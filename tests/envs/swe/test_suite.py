@@ -61,6 +61,11 @@ def test_a_thinking_tester_is_refused():
         swe_choices(ChoicesConfig(), SuiteOptions(expert_thinks=True))
 
 
+def test_a_habit_is_refused():
+    with pytest.raises(ValueError, match="expert-habit: expected 0 with swe-choices, got 0.5; only .* of alfworld"):
+        swe_choices(ChoicesConfig(), SuiteOptions(expert_habit=0.5))
+
+
 def test_the_tester_solves_tasks_with_several_bugs():
     config = ChoicesConfig(difficulties=("hard",), candidates=4, max_steps=20)
     suite = swe_choices(config, SuiteOptions())

@@ -1,0 +1,284 @@
+"""Grids with cells: their runs, results of parts that add up, measurements, and the page of `when_aem`."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from aem_jax.errors import ConfigError
+from aem_jax.metrics import json_line
+from experiments import cells, efficiency
+from experiments.grid import Grid, Run, read_grid
+from experiments.plots import draw_relation
+from experiments.results import read_results, write_lines, write_results
+from experiments.run import Workers, deal, measure_one, run_grid, runs_of, without_saved
+from experiments.table import FOLDER, Content, render
+
+FOLDER_OF_RUNS = Path("r")
+
+
+@pytest.fixture(scope="module")
+def grid() -> Grid:
+    return read_grid(FOLDER / "when_aem.toml")
+
+
+def result(run: Run, wins: int, success: float) -> dict:
+    evaluation = lambda phase, step: {"phase": phase, "step": step, "split": "seen", "wins": wins, "games": 100}
+    return {
+        "cell": run.cell, "variant": run.variant, "seed": run.seed, "steps": 120, "seconds": 100,
+        "evaluations": [evaluation("warmstart", 0), evaluation("final", 120)], "curves": {"rollout/success": [success]},
+    }  # fmt: skip
+
+
+def measurement(run: Run, step: int, ratios: dict[str, float], gain: float = 1.0) -> dict:
+    rules = {
+        name: {"gain": [ratio * gain, gain / 2, 2 * gain], "ratio": [ratio, ratio - 0.5, ratio + 0.5], "above": 0.5}
+        for name, ratio in {"base": 1.0, **ratios}.items()
+    }
+    responses = {
+        "count": 9, "tokens": [7.0, 8.0, 9.0], "entropy": 0.25, "entropy_within_states": 0.5, "repeated": 4,
+        "alpha_positive": 1.25, "alpha_negative": 0.75, "decisive_at_low_entropy": None,
+    }  # fmt: skip
+    return {
+        "cell": run.cell, "variant": run.variant, "seed": run.seed, "step": step, "groups": 24, "episodes": 192,
+        "success": 0.3, "seconds": 60, "rules": rules, "responses": responses,
+    }  # fmt: skip
+
+
+def saved(grid: Grid) -> tuple[list[dict], list[dict]]:
+    """Made-up numbers: in cell i AEM gains i points and has ρ = 1 + i/10; reversed α does the opposite."""
+    index = {cell.name: number for number, cell in enumerate(grid.cells)}
+    extra = {"grpo": 0, "grpo-aem": 1, "reversed": -1, "sign": 0}
+    results = [result(run, 20, 0.2) for run in grid.starts(FOLDER_OF_RUNS)]
+    measurements = []
+    for run in grid.runs(FOLDER_OF_RUNS):
+        points = extra[run.variant] * index[run.cell]
+        results.append(result(run, 30 + run.seed + points, 0.3 + points / 100))
+        if run.variant == "grpo":
+            rho = 1 + index[run.cell] / 10
+            ratios = {"aem": rho, "reversed": 2 - rho, "sign": 1.0}
+            measurements += [measurement(run, step, ratios) for step in grid.measured.steps]
+    return results, measurements
+
+
+def test_the_grid_has_160_runs_in_pairs(grid: Grid):
+    starts, runs = grid.starts(FOLDER_OF_RUNS), grid.runs(FOLDER_OF_RUNS)
+    assert len(runs) == 8 * 4 * 5 and len(starts) == 4 * 5
+    assert len({run.name for run in (*starts, *runs)}) == 180
+    assert Counter(run.start for run in runs) == {run.name: 8 for run in starts}  # two rewards, four variants
+    assert runs[0].name == "short-unsure-free-grpo-seed0" and runs[0].start == "short-unsure-start-seed0"
+    configs = {run.name: grid.config(run) for run in (*starts, *runs)}
+    for run in runs:
+        long, wrong, penalised = run.cell.startswith("long"), "wrong" in run.cell, run.cell.endswith("penalised")
+        config, start = configs[run.name], configs[run.start]
+        assert config.environment.reward_invalid == (-0.1 if penalised else 0.0)  # type: ignore[attr-defined]
+        for one in (config, start):
+            assert one.warmstart.expert_thinks == long and one.rollout.response_tokens == (64 if long else 16)
+            assert (one.warmstart.expert_noise, one.warmstart.expert_habit) == ((0.0, 0.95) if wrong else (0.3, 0.0))
+        assert start.environment.reward_invalid == 0.0 and start.train.num_steps == 0  # type: ignore[attr-defined]
+        # all checkpoints that are measured are kept
+        kept = {step for step in range(30, 121, 30) if step > 120 - 30 * config.checkpoint.keep} | {0}
+        assert run.variant != "grpo" or (set(grid.measured.steps) <= kept and config.train.save_every == 30)
+
+
+def test_parts_can_be_chosen(grid: Grid):
+    starts, runs = runs_of(grid, FOLDER_OF_RUNS, [1], ["long-wrong-free", "short-wrong-free"])
+    assert [run.name for run in starts] == ["short-wrong-start-seed1", "long-wrong-start-seed1"]
+    assert {(run.cell, run.seed) for run in runs} == {("long-wrong-free", 1), ("short-wrong-free", 1)}
+    assert len(runs) == 8
+    with pytest.raises(ConfigError, match=r"--cells: expected cells of when_aem \(short-unsure-free, .* got tall"):
+        runs_of(grid, FOLDER_OF_RUNS, [], ["tall"])
+
+
+def test_a_grid_with_a_mistake_in_its_cells_is_refused(tmp_path: Path):
+    text = (FOLDER / "when_aem.toml").read_text()
+    for old, new, message in (
+        ('variants = ["grpo"]', 'variants = ["ppo"]', "expected variants to measure, got ppo"),
+        ("start = false", "begin = false", "expected name, start, levels, got begin"),
+        ("groups = 96", "", "expected 'groups', got none"),
+    ):
+        (tmp_path / "g.toml").write_text(text.replace(old, new, 1))
+        with pytest.raises(ConfigError, match=message):
+            read_grid(tmp_path / "g.toml")
+
+
+def finished(folder: Path, grid: Grid, run: Run, wins: int) -> None:
+    """Writes the files of a finished run that its results are read from."""
+    from aem_jax.config import saved as saved_config
+
+    place = folder / run.name
+    place.mkdir(parents=True)
+    config = grid.config(run)
+    saved_config.save(config, place)
+    lines = [{"step": step, "time/step": 1.0, "rollout/success": 0.5} for step in range(1, config.train.num_steps + 1)]
+    (place / "metrics.jsonl").write_text("".join(json_line(line) + "\n" for line in lines))
+    final = {"phase": "final", "step": config.train.num_steps, "success": wins / 100, "count": 100}
+    lines = [{**final, "split": split} for split in config.evaluation.splits]
+    (place / "evaluations.jsonl").write_text("".join(json_line(line) + "\n" for line in lines))
+    (place / "report.html").write_text("")
+
+
+def test_results_of_parts_add_up(grid: Grid, tmp_path: Path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    first, second = grid.runs(here)[0], grid.runs(there)[-1]
+    finished(here, grid, first, 30)
+    path = write_results(grid, here, tmp_path)
+    finished(there, grid, second, 40)
+    write_results(grid, there, tmp_path)  # another machine: the folder of the first run is not there
+    lines = read_results(path)
+    assert [(line["cell"], line["variant"], line["seed"]) for line in lines] == [
+        (run.cell, run.variant, run.seed) for run in (first, second)
+    ]
+    assert [line["evaluations"][0]["wins"] for line in lines] == [30, 40]
+    assert len(lines[0]["curves"]["rollout/success"]) == grid.bins == 15
+    # the folder's numbers replace a saved line, and lines of no run of the grid are dropped
+    write_lines(path, [{**lines[0], "steps": 7}, {**lines[1], "cell": "no-such-cell"}])
+    write_results(grid, here, tmp_path)
+    assert [line["steps"] for line in read_results(path)] == [120]
+
+
+def test_only_missing_runs_are_left(grid: Grid, tmp_path: Path):
+    starts, runs = runs_of(grid, FOLDER_OF_RUNS, [0], ["short-wrong-free"])
+    assert without_saved(grid, (starts, runs), tmp_path) == (starts, runs)
+    path = tmp_path / "when_aem.jsonl"
+    write_lines(path, [result(run, 1, 0.1) for run in runs if run.variant != "sign"])
+    left = without_saved(grid, (starts, runs), tmp_path)
+    assert [run.variant for run in left[1]] == ["grpo", "sign"] and left[0] == starts  # grpo is not measured yet
+    for step in grid.measured.steps:
+        efficiency.add(grid, FOLDER_OF_RUNS, measurement(runs[0], step, {}), efficiency.path_of(grid, tmp_path))
+    assert [run.variant for run in without_saved(grid, (starts, runs), tmp_path)[1]] == ["sign"]
+    write_lines(path, [result(run, 1, 0.1) for run in runs])
+    assert without_saved(grid, (starts, runs), tmp_path) == ([], [])
+
+
+def analysed(place: Path, step: int) -> None:
+    """Writes efficiency.json as `analyze --efficiency` does."""
+    three = lambda value: {"value": value, "low": value - 0.123456, "high": math.nan}
+    rule = {name: three(1.0) for name in ("gain", "entropy", "ratio", "difference", "cosine")} | {"above": 0.5}
+    results = {
+        "run": place.name, "step": step, "geometry": "Adam", "groups": 24, "episodes": 192, "success": 1 / 3,
+        "rules": {"base": rule, "aem": rule}, "responses": {"count": 3, "tokens": [1.0, 2.0, 3.0]}, "seconds": 5,
+    }  # fmt: skip
+    (place / "analysis").mkdir(parents=True, exist_ok=True)
+    (place / "analysis" / "efficiency.json").write_text(json_line(results))
+
+
+def test_measurements_are_short_and_in_order(grid: Grid, tmp_path: Path):
+    first, last = grid.runs(tmp_path)[0], grid.runs(tmp_path)[-4]
+    path = efficiency.path_of(grid, tmp_path)
+    for run, step in ((last, 0), (first, 60), (first, 0), (first, 60)):
+        analysed(tmp_path / run.name, step)
+        efficiency.add(grid, tmp_path, efficiency.line_of(tmp_path, run, step), path)
+    lines = efficiency.read_measurements(path)
+    order = [(line["cell"], line["variant"], line["seed"], line["step"]) for line in lines]
+    assert order == [(first.cell, "grpo", 0, 0), (first.cell, "grpo", 0, 60), (last.cell, "grpo", 4, 0)]
+    assert lines[0]["rules"]["aem"] == {"gain": [1.0, 0.8765, None], "ratio": [1.0, 0.8765, None], "above": 0.5}
+    assert efficiency.missing(grid, first, lines) == [30, 120]
+    assert efficiency.missing(grid, grid.runs(tmp_path)[1], lines) == []  # AEM is not measured
+    with pytest.raises(ValueError, match="expected the measurement of step 30 of short-unsure-free-grpo-seed0, got"):
+        efficiency.line_of(tmp_path, first, 30)
+
+
+def test_a_finished_run_is_measured_once(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "when_aem"
+    starts, runs = runs_of(grid, folder, [0], ["short-wrong-free"])
+    for run in (*starts, *runs):
+        finished(folder, grid, run, 30)
+    commands = []
+
+    def launch(words, workers: Workers, log: Path) -> int:
+        commands.append(words)
+        analysed(Path(words[1]), int(words[words.index("--step") + 1]))
+        return 1 if "120" in words and len(commands) == 4 else 0  # the fourth measurement fails the first time
+
+    monkeypatch.setattr("experiments.run.launch", launch)
+    drive = lambda: run_grid(grid, folder, deal(1, False, 0), 1, tmp_path, (starts, runs))
+    assert not drive()
+    assert [command[command.index("--step") + 1] for command in commands] == ["0", "30", "60", "120"]
+    assert commands[0][:4] == ["analyze", str(folder / runs[0].name), "--efficiency", "True"]
+    assert drive() and len(commands) == 5  # only the measurement that failed
+    assert drive() and len(commands) == 5
+    assert len(read_results(tmp_path / "when_aem.jsonl")) == 5
+    stopped = Workers()
+    stopped.stopping.set()
+    assert measure_one(grid, folder, runs[0], 0, stopped, tmp_path) is None
+
+
+def test_efficiency_is_added_over_seeds():
+    run = Run("grpo", 0, {}, "c")
+    lines = [measurement(run, 0, {"aem": 2.0}, gain=1.0), measurement(run, 0, {"aem": 1.0}, gain=3.0)]
+    both = cells.ratio(lines, "aem")  # (2 + 3) / (1 + 3); a resample has one line twice, or both
+    assert both == (1.25, 1.0, 2.0, 2)
+    assert cells.ratio(lines[:1], "aem") == (2.0, 1.5, 2.5, 1)
+    assert cells.ratio([], "aem").count == 0
+    noisy = measurement(run, 0, {"aem": 2.0})
+    noisy["rules"]["base"]["gain"][1] = -0.1
+    assert not cells.resolved(noisy) and math.isnan(cells.ratio([noisy], "aem").mean)
+    noisy["rules"]["base"]["gain"][1] = None  # was not finite
+    assert not cells.resolved(noisy)
+
+
+def test_correlations_are_spearmans(grid: Grid):
+    points = cells.relation(grid, *saved(grid))
+    assert len(points) == 8 * 5 * 3
+    aem = [point for point in points if point.variant.rule == "aem"]
+    one = cells.correlation(aem, cells.FIRST, "mean")
+    assert one.mean == pytest.approx(1) and one.low == pytest.approx(1) and one.count == 40
+    x, y = ([f(point) for point in points] for f in (lambda p: p.predictors[cells.FIRST], lambda p: p.gains["final"]))
+    assert cells.correlation(points, cells.FIRST, "final").mean == pytest.approx(spearmanr(x, y)[0])
+    noise = np.random.default_rng(0).permutation(len(points))
+    mixed = [
+        cells.Point(p.cell, p.seed, p.variant, points[i].gains, p.predictors)
+        for p, i in zip(points, noise, strict=True)
+    ]
+    none = cells.correlation(mixed, cells.FIRST, "mean")
+    assert none.low < 0 < none.high
+    assert math.isnan(cells.correlation(points[:2], cells.FIRST, "mean").mean)
+
+
+def test_points_of_cells_add_efficiencies_over_seeds(grid: Grid):
+    results, measurements = saved(grid)
+    points = cells.relation(grid, results, measurements)
+    pooled = cells.of_cells(grid, points, measurements)
+    assert len(pooled) == 24
+    last = next(point for point in reversed(pooled) if point.variant.rule == "aem")
+    assert last.cell == "long-wrong-penalised" and last.gains["final"] == pytest.approx(0.07)
+    assert last.predictors == pytest.approx({cells.FIRST: 1.7, cells.ALONG: 1.7, cells.DIFFERENCE: 0.7})
+    one = cells.correlation(pooled, cells.FIRST, "final")
+    assert (one.mean, one.count) == (pytest.approx(1), 24)
+
+
+def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
+    results, measurements = saved(grid)
+    page = render([Content(grid, results, (), measurements)])
+    assert "160 of 160 runs" in page and "Incomplete" not in page
+    assert (
+        "| long | wrong | penalised | 5 | 32.0 % (30.8 to 33.2) | +7.0 (+7.0 to +7.0) | −7.0 (−7.0 to −7.0) | 0.0"
+        in page
+    )
+    assert "| long | wrong | penalised | 1.70 (1.70 to 1.70) | 1.70 (1.70 to 1.70) |" in page
+    assert "| short | unsure | free | 20.0 % | 8.000 | 0.250 | 50.0 % | 1.250 | 0.750 | – |" in page
+    assert "the gain over GRPO has an interval above 0 in 7 of 8 cells (short-unsure-penalised, " in page
+    assert "ρ at step 0 predicts the gain of AEM over cells (success while training, all steps): Spearman's" in page
+    against = [
+        {**line, "rules": {**line["rules"], "aem": line["rules"]["reversed"]}} for line in measurements
+    ]  # as if ρ of AEM were that of reversed α
+    assert "ρ at step 0 contradicts the gain of AEM" in render([Content(grid, results, (), against)])
+    points = cells.relation(grid, results, measurements)
+    path = draw_relation(points, cells.of_cells(grid, points, measurements), tmp_path / "images" / "relation.png")
+    assert path is not None and path.stat().st_size > 5000
+
+
+def test_a_partial_page_says_what_is_missing(grid: Grid, tmp_path: Path):
+    results, measurements = saved(grid)
+    part = [line for line in results if line["seed"] == 0 and line["cell"].startswith("short")]
+    own = [line for line in measurements if line["seed"] == 0 and line["cell"].startswith("short")][:-1]
+    page = render([Content(grid, part, (), own)])
+    assert "**Incomplete**: 144 of 160 runs and 145 of 160 measurements are missing" in page
+    assert "| short | unsure | free | 1 |" in page and "| long | unsure |" not in page
+    empty = render([Content(grid, part[:1])])
+    assert "160 of 160 runs and 160 of 160 measurements are missing" in empty and "0 of 160 runs." in empty
+    assert draw_relation([], [], tmp_path / "none.png") is None
