@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aem_jax.files import read_json_lines
-from experiments.grid import Grid, Run
+from experiments.grid import Grid, Measured, Run
 from experiments.results import Key, key_of, names_of, write_lines
 
 Measurement = Mapping[str, Any]
@@ -30,9 +30,11 @@ def path_of(grid: Grid, results: Path) -> Path:
     return results / f"{grid.name}.efficiency.jsonl"
 
 
-def words(folder: Path, run: Run, step: int, groups: int) -> list[str]:
+def words(folder: Path, run: Run, step: int, measured: Measured) -> list[str]:
     """Returns the arguments of the measurement's command line, after `python -m aem_jax.launch`."""
-    return ["analyze", str(folder / run.name), "--efficiency", "True", "--step", str(step), "--groups", str(groups)]
+    words = ["analyze", str(folder / run.name), "--efficiency", "True", "--step", str(step)]
+    words += ["--groups", str(measured.groups)]
+    return [*words, "--rules", *measured.rules] if measured.rules else words
 
 
 def line_of(folder: Path, run: Run, step: int) -> dict[str, Any]:

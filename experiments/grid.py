@@ -124,11 +124,13 @@ class Measured:
         variants: names of the variants whose runs are measured.
         steps: steps of the checkpoints.
         groups: number of rollout groups to play.
+        rules: credit rules to compare with the base rule; empty for all.
     """
 
     variants: tuple[str, ...] = ()
     steps: tuple[int, ...] = ()
     groups: int = 0
+    rules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -297,8 +299,9 @@ def _factor(values: Mapping[str, Any]) -> Factor:
 
 
 def _measured(values: Mapping[str, Any]) -> Measured:
-    _only(values, "variants", "steps", "groups")
-    return Measured(tuple(values["variants"]), tuple(values["steps"]), values["groups"])
+    _only(values, "variants", "steps", "groups", "rules")
+    rules = tuple(values.get("rules", ()))
+    return Measured(tuple(values["variants"]), tuple(values["steps"]), values["groups"], rules)
 
 
 def _only(values: Mapping[str, Any], *names: str) -> Mapping[str, Any]:

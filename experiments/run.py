@@ -122,7 +122,7 @@ def measure_one(grid: Grid, folder: Path, run: Run, step: int, workers: Workers,
     if workers.stopping.is_set():
         return None
     began, log = time.monotonic(), logs / f"{run.name}-step{step}.txt"
-    status = launch(efficiency.words(folder, run, step, grid.measured.groups), workers, log)
+    status = launch(efficiency.words(folder, run, step, grid.measured), workers, log)
     print(f"{run.name}, step {step}: {outcome(status == 0, status, began, log)}", flush=True)
     return None if status else efficiency.line_of(folder, run, step)
 

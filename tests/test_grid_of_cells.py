@@ -98,7 +98,7 @@ def test_a_grid_with_a_mistake_in_its_cells_is_refused(tmp_path: Path):
     for old, new, message in (
         ('variants = ["grpo"]', 'variants = ["ppo"]', "expected variants to measure, got ppo"),
         ("start = false", "begin = false", "expected name, start, levels, got begin"),
-        ("groups = 96", "", "expected 'groups', got none"),
+        ("groups = 192", "", "expected 'groups', got none"),
     ):
         (tmp_path / "g.toml").write_text(text.replace(old, new, 1))
         with pytest.raises(ConfigError, match=message):

@@ -42,9 +42,9 @@ class Efficiency:
     Attributes:
         gain: e_b, return per unit of step size.
         entropy: predicted change of mean token entropy per unit of step size, nats.
-        ratio: e_b / e_base, paired.
+        ratio: e_b / e_base, paired; NaN where the interval of e_base contains 0.
         difference: e_b − e_base, paired.
-        cosine: of E g_b and E g_base.
+        cosine: of E g_b and E g_base; NaN where an estimate of ‖E g‖² is negative, so not resolved.
         above: share of resamples in which e_b > e_base.
     """
 
@@ -96,13 +96,15 @@ def efficiencies(
     with np.errstate(invalid="ignore", divide="ignore"):
         every = {name: moments(each) for name, each in products.items()}
         base_gain, _, _, base_squared = every[base]
+        undefined = Estimate(np.nan, np.nan, np.nan)
+        is_resolved = _interval(base_gain).low > 0
         return {
             name: Efficiency(
                 gain=_interval(gain),
                 entropy=_interval(entropy),
-                ratio=_interval(gain / base_gain),
+                ratio=_interval(gain / base_gain) if is_resolved or name == base else undefined,
                 difference=_interval(gain - base_gain),
-                cosine=_interval(with_base / np.sqrt(squared * base_squared)),
+                cosine=_interval(with_base / (np.sqrt(squared) * np.sqrt(base_squared))),
                 above=float(np.mean(gain[1:] > base_gain[1:])),
             )
             for name, (gain, entropy, with_base, squared) in every.items()

@@ -63,6 +63,9 @@ class AnalyzeConfig:
     efficiency: bool = False
     """Whether AEM would help: compare the gain of return per unit of step size of credit rules (base, AEM, its
     ablations, EMPG, GiGPO), in place of testing the claims; writes RUN/analysis/efficiency.html."""
+    rules: tuple[str, ...] = ()
+    """efficiency: rules to compare with the base algorithm; empty: all (aem, aem-0.5, aem-2, reversed, shuffled, sign,
+    aem-trajectory, aem-batch, empg, gigpo)."""
     geometry: Literal["adam", "plain"] = "adam"
     """efficiency: sizes of steps as Adam scales them, with the run's second moments, or Euclidean."""
     sketch: int = 0
@@ -74,6 +77,8 @@ class AnalyzeConfig:
                 raise ValueError(f"expected {name} of at least {least}, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32 - 1:
             raise ValueError(f"expected seed from 0 to {2**32 - 2}, got {self.seed}")
+        if unknown := set(self.rules) - set(efficiency.RULES):
+            raise ValueError(f"expected rules of {', '.join(efficiency.RULES)}; got {', '.join(sorted(unknown))}")
         if self.efficiency and self.against:
             raise ValueError("expected efficiency without against, got both; the page of the claims shows other runs")
         if self.step_size <= 0:
@@ -109,6 +114,7 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
                 run,
                 state,
                 groups=options.groups or 10 * groups,
+                chosen=options.rules or efficiency.RULES,
                 min_range=config.aem.min_range if options.min_range < 0 else options.min_range,
                 seed=options.seed,
                 sketch=options.sketch,

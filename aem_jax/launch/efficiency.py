@@ -53,20 +53,30 @@ Credits = Mapping[str, Callable[..., Any]]
 """Rule → credit function (`make_credit`)."""
 
 
+RULES = (
+    *(BASE, "aem", "aem-0.5", "aem-2", "reversed", "shuffled", "sign", "aem-trajectory", "aem-batch"),
+    *("empg", "gigpo"),
+)
+"""Names of all rules; those of `rules`."""
+
+
 def rules(algorithm: AlgorithmConfig, min_range: float) -> dict[str, tuple[AlgorithmConfig, AemConfig]]:
-    """Rule → base advantages and coefficient: the base algorithm, AEM, its ablations, and its neighbours."""
+    """Rule → base advantages and coefficient: the base algorithm, AEM, its ablations, and its neighbours.
+
+    aem-0.5 and aem-2 have that λ, aem-trajectory and aem-batch that scope.
+    """
     aem = AemConfig(min_range=min_range)
     off = replace(aem, strength=0.0)
     return {
         BASE: (algorithm, off),
         "aem": (algorithm, aem),
-        "aem, λ 0.5": (algorithm, replace(aem, strength=0.5)),
-        "aem, λ 2": (algorithm, replace(aem, strength=2.0)),
+        "aem-0.5": (algorithm, replace(aem, strength=0.5)),
+        "aem-2": (algorithm, replace(aem, strength=2.0)),
         "reversed": (algorithm, replace(aem, variant="reversed")),
         "shuffled": (algorithm, replace(aem, variant="shuffled")),
         "sign": (algorithm, replace(aem, variant="sign")),
-        "aem, trajectory": (algorithm, replace(aem, scope="trajectory")),
-        "aem, batch": (algorithm, replace(aem, scope="batch")),
+        "aem-trajectory": (algorithm, replace(aem, scope="trajectory")),
+        "aem-batch": (algorithm, replace(aem, scope="batch")),
         "empg": (replace(algorithm, estimator="empg"), off),
         "gigpo": (replace(algorithm, estimator="gigpo", gamma=0.95), off),
     }
@@ -104,7 +114,15 @@ class _Part(NamedTuple):
 
 
 def measure(
-    run: RunContext, state: TrainState, *, groups: int, min_range: float, seed: int, sketch: int, plain: bool
+    run: RunContext,
+    state: TrainState,
+    *,
+    groups: int,
+    chosen: Sequence[str] = RULES,
+    min_range: float,
+    seed: int,
+    sketch: int,
+    plain: bool,
 ) -> dict[str, Any]:
     """Plays rollouts with the policy and compares the credit rules on them.
 
@@ -112,6 +130,7 @@ def measure(
         run: the run.
         state: its state at the step to analyse.
         groups: number of rollout groups to play, rounded up to whole training steps, at least two.
+        chosen: names of the rules to compare, beside those that the statistics of responses need (base, aem, gigpo).
         min_range: of AEM's coefficients, nats.
         seed: of the tasks, the episodes and the projection.
         sketch: numbers that a gradient is projected to; 0: exact.
@@ -121,12 +140,14 @@ def measure(
         The numbers, as JSON.
 
     Raises:
-        ConfigError: the gradients do not fit into memory, or no group has different returns.
+        ConfigError: the gradients do not fit into memory.
     """
     per_step, key = run.config.rollout.groups_per_step, jax.random.fold_in(run.key("evaluate"), seed + 1)
     count = max(-(-groups // per_step), 2)
     _check_memory(state, count * per_step, sketch)
-    decode, credits = run.reshard(state.params), _credits(run, rules(run.config.algorithm, min_range))
+    known, compared = rules(run.config.algorithm, min_range), {BASE, *chosen}
+    needed = {name: rule for name, rule in known.items() if name in compared | {"aem", "gigpo"}}
+    decode, credits = run.reshard(state.params), _credits(run, needed)
     steps, parts, states, played = [], [], [], []
     for number in range(count):
         run.stop.check()
@@ -138,12 +159,8 @@ def measure(
         parts += [_part(run, trajectories, {group}, number) for group in range(per_step)]
         states.append(_states(run, trajectories, len(steps[-1].tokens)))
         played += [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
-    if not any(step.unbiased.any() for step in steps):
-        raise ConfigError(
-            f"expected a rollout group with different returns, got {len(parts)} groups of equal ones: no rule has a "
-            "gradient; analyse another --step, or play more --groups"
-        )
-    products, geometry = _products(run, state, steps, parts, jax.random.fold_in(key, count), sketch, plain)
+    names = [name for name in known if name in compared]
+    products, geometry = _products(run, state, steps, parts, names, jax.random.fold_in(key, count), sketch, plain)
     estimates = efficiencies(products, np.array([part.step for part in parts]), per_step, seed=seed)
     return {
         "geometry": geometry,
@@ -282,6 +299,7 @@ def _products(
     state: TrainState,
     steps: Sequence[_Step],
     parts: Sequence[_Part],
+    names: Sequence[str],
     key: jax.Array,
     sketch: int,
     plain: bool,
@@ -294,7 +312,6 @@ def _products(
     vector, entropy_vector = (
         make_vector(gradient, run.mesh, sketch, key if sketch else None) for gradient in (of_logprobs, of_entropies)
     )
-    names = list(steps[0].advantages)
     done, total = 0, (len(names) + 2) * len(parts)
     tokens = sum(step.tokens.sum() for step in steps) / len(parts)
     scale, geometry = _scale(run, state, trainable, steps, parts, of_logprobs, plain)

@@ -1,6 +1,7 @@
 """Results of `analyze` as files: numbers, figures, one page, and a table for the terminal."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -103,7 +104,7 @@ def print_analysis(results: Mapping[str, Any], stream: TextIO | None = None) -> 
 
 def estimate(value: Mapping[str, Any] | None, digits: int = 2) -> str:
     """`−0.41 (−0.60 to −0.17)`; a dash without an estimate."""
-    if not value:
+    if not value or not math.isfinite(value["value"]):
         return "–"
     return f"{number(value['value'], digits)} ({number(value['low'], digits)} to {number(value['high'], digits)})"
 

@@ -1,6 +1,7 @@
 """Efficiencies of credit rules (`analyze RUN --efficiency True`) as files: numbers, a figure, one page, and a table."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -41,10 +42,12 @@ def write_efficiency(results: Mapping[str, Any], folder: Path) -> Path:
 
 def answer(results: Mapping[str, Any]) -> str:
     """One sentence: whether AEM's update gains more return here than that of the base algorithm."""
+    if "aem" not in results["rules"]:
+        return "AEM was not among the rules."
     ratio, above = results["rules"]["aem"]["ratio"], results["rules"]["aem"]["above"]
+    if not results["rules"]["base"]["gain"]["low"] > 0:
+        return "No answer: the gain of the base algorithm itself is not resolved. Play more --groups."
     text = f"ρ = {estimate(ratio)}"
-    if results["rules"]["base"]["gain"]["low"] <= 0:
-        return f"{text}: the gain of the base rule itself is not resolved; play more --groups."
     if ratio["low"] > 1:
         return f"{text}: AEM gains more return per step than the base algorithm. Switch it on."
     if ratio["high"] < 1:
@@ -89,6 +92,8 @@ def _figure(figure: Figure, results: Mapping[str, Any]) -> None:
     names = [name for name in results["rules"] if name != "base"]
     for row, name in enumerate(reversed(names)):
         ratio = results["rules"][name]["ratio"]
+        if not math.isfinite(ratio["value"]):
+            continue
         colour = ORANGE if name == "aem" else BLUE
         axes.plot([ratio["low"], ratio["high"]], [row, row], color=colour, linewidth=1.6)
         axes.plot([ratio["value"]], [row], "o", ms=5, color=colour)
