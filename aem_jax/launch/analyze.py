@@ -37,6 +37,8 @@ from aem_jax.trajectory import Ending
 
 FOLDER = "analysis"
 """In the folder of the run."""
+STEPS = 32
+"""Training steps' groups that are played for efficiencies: with fewer, the gain of the base rule is rarely resolved."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class AnalyzeConfig:
     draws: int = 64
     """Number of responses to draw in each state."""
     groups: int = 0
-    """Number of rollout groups to play; 0: the run's rollout.groups_per_step, with efficiency ten times as many."""
+    """Number of rollout groups to play; 0: the run's rollout.groups_per_step, with efficiency 32 times as many."""
     step_size: float = 0.1
     """Step size of the update whose drift is measured, in multiples of the run's learning rate. The prediction is of
     first order, so it holds for small steps."""
@@ -113,7 +115,7 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
             results = efficiency.measure(
                 run,
                 state,
-                groups=options.groups or 10 * groups,
+                groups=options.groups or STEPS * groups,
                 chosen=options.rules or efficiency.RULES,
                 min_range=config.aem.min_range if options.min_range < 0 else options.min_range,
                 seed=options.seed,
