@@ -199,7 +199,8 @@ def make_live(run: RunContext) -> Callable[[TrainState, Sequence[Trajectory], ja
         moments = second_moments(state.opt_state, learner)
         ones = jax.tree.map(jnp.ones_like, trainable)
         scale = ones if moments is None else _inverse_roots({name: moments[name] for name in trainable}, learner)
-        of = lambda numbers: [vector(trainable, state.frozen, h.batch, _to_tokens(h, numbers), scale) for h in halves]
+        vector_of = lambda half, numbers: vector(trainable, state.frozen, half.batch, _to_tokens(half, numbers), scale)
+        of = lambda numbers: [jax.block_until_ready(vector_of(half, numbers)) for half in halves]
         u, gains = of(step.unbiased), {}
         for name in chosen:
             g = of(step.weights * step.advantages[name])
@@ -323,7 +324,8 @@ def _products(
         for part in parts:
             run.stop.check()
             weights = _to_tokens(part, of_step(steps[part.step]))
-            rows.append(vector(trainable, state.frozen, part.batch, weights, scale))
+            # One at a time: with many programs under way, the collectives of virtual devices wait for one another.
+            rows.append(jax.block_until_ready(vector(trainable, state.frozen, part.batch, weights, scale)))
             done += 1
             run.report("gradients", done, total, {})
         return jnp.stack(rows)
@@ -366,7 +368,8 @@ def _scale(
         signed = step.weights * size * rng.choice((-1.0, 1.0), len(step.weights))
         own = [part for part in parts if part.step == number]
         gradients = (of_batch(trainable, state.frozen, part.batch, _to_tokens(part, signed)) for part in own)
-        total = add_square(total, reduce(lambda x, y: jax.tree.map(jnp.add, x, y), gradients))
+        summed = reduce(lambda x, y: jax.block_until_ready(jax.tree.map(jnp.add, x, y)), gradients)
+        total = jax.block_until_ready(add_square(total, summed))
     moments = jax.tree.map(lambda t: t / len(steps), total)
     name = "Adam, with second moments of this rollout's gradients"
     if (known := second_moments(state.opt_state, learner)) is not None:
