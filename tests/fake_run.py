@@ -127,6 +127,7 @@ def write_fake_run(folder: Path, steps: int = 80, seed: int = 0) -> Path:
                 "aem/alpha_negative": 0.97 - 0.06 * progress + rng.gauss(0, 0.01),
                 "aem/alpha_min": 0.55 + rng.gauss(0, 0.02),
                 "aem/alpha_max": 1.6 + rng.gauss(0, 0.05),
+                **({"aem/efficiency": 1.2, "aem/gain": 0.6, "aem/gain_base": 0.5} if step % 5 == 0 else {}),
                 "aem/flat_groups": 0.02 + 0.1 * progress,
                 "learner/clip_fraction": 0.01 + abs(rng.gauss(0, 0.005)),
                 "learner/ratio_mean": 1.0,
