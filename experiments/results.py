@@ -58,7 +58,6 @@ def summary(folder: Path, run: Run, bins: int = BINS) -> dict[str, Any] | None:
         {name: line[name] for name in ("phase", "step", "split")}
         | {"wins": round((line["success"] or 0.0) * line["count"]), "games": line["count"]}
         for line in read_lines(folder / "evaluations.jsonl")
-        if line["phase"] in ("warmstart", "train", "final")
     ]
     if len(metrics) < last or not final_splits(folder, last) >= set(config.evaluation.splits):
         return None

@@ -8,10 +8,11 @@ time and are not compared.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from aem_jax.evaluate import rate
 from experiments import cells
 from experiments.claims import Claim, read_claims
 from experiments.efficiency import Measurement, path_of, read_measurements
@@ -70,6 +71,38 @@ def start_table(results: Sequence[Result]) -> str:
     return table(["seed", "success before training"], rows) if rows else "No runs yet."
 
 
+def outcome_table(grid: Grid, results: Sequence[Result], seed: int) -> str:
+    """A row for each agent of one seed, on each split: baselines, the policy before training, and after each variant.
+
+    Intervals are of the games (Wilson), not of seeds.
+    """
+    start, splits, rows = of_variant(results, START).get(seed), [], []
+    agents = [] if start is None else [(name, start, name) for name in _phases(start) if name not in _POLICY]
+    agents += [] if start is None else [("after the warm start", start, "warmstart")]
+    for variant in grid.variants:
+        if (result := of_variant(results, variant.name).get(seed)) is not None:
+            agents.append((grid.title(variant.name), result, "final"))
+    for _, result, phase in agents:
+        splits += [e["split"] for e in result["evaluations"] if e["phase"] == phase and e["split"] not in splits]
+    for title, result, phase in agents:
+        last = {e["split"]: e for e in result["evaluations"] if e["phase"] == phase}
+        rows.append([title, *(_won(last[split]) if split in last else "–" for split in splits)])
+    return table(["agent", *splits], rows) if rows else "No runs yet."
+
+
+_POLICY = ("warmstart", "train", "final")
+
+
+def _phases(result: Result) -> list[str]:
+    return list(dict.fromkeys(evaluation["phase"] for evaluation in result["evaluations"]))
+
+
+def _won(evaluation: Mapping[str, Any]) -> str:
+    wins, games = evaluation["wins"], evaluation["games"]
+    success = rate([True] * wins + [False] * (games - wins))
+    return f"{success.success:.1%} ({success.low:.1%} to {success.high:.1%})".replace("%", " %") + f" of {games}"
+
+
 def facts(grid: Grid, results: Sequence[Result]) -> str:
     """Describes the number of finished runs, the planned number, and the time that they took."""
     planned = len(grid.runs(Path()))
@@ -126,7 +159,7 @@ def render(grids: Sequence[Content]) -> str:
     Raises:
         jinja2.UndefinedError: the template uses an undefined name.
     """
-    helpers = (comparison_table, start_table, claims_table, facts, alive)
+    helpers = (comparison_table, start_table, outcome_table, claims_table, facts, alive)
     names = {helper.__name__: helper for helper in (*helpers, *cells.HELPERS)} | {"measures": MEASURES}
     return template(FOLDER / "experiments.md.j2", **names).render(grids=grids)
 

@@ -17,7 +17,7 @@ from experiments.measures import MEASURES, differences, interval, part, shown
 from experiments.plots import draw_pairs
 from experiments.results import RESULTS, binned, read_results, successes
 from experiments.run import is_done, runs_of
-from experiments.table import FOLDER, PAGE, Content, claims_table, comparison_table, load, render
+from experiments.table import FOLDER, PAGE, Content, claims_table, comparison_table, load, outcome_table, render
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ROOT / "tests" / "launch" / "small.toml"
@@ -163,6 +163,17 @@ def claim(seed: int, r: float, falls: float | None) -> dict:
     drift = {"positive": {"measured": {"value": falls}}, "negative": change}
     entropy = {"between": {"value": 0.875}, "inside": {"value": 0.25}}
     return {"variant": "grpo-aem", "seed": seed, "step": 4, "proxy": proxy, "entropy": entropy, "drift": drift}
+
+
+def test_outcomes_of_a_seed_have_the_intervals_of_their_games(mini: Path):
+    start, ours = result(START, 0, 0), result("grpo-aem", 0, 5)
+    start["evaluations"].insert(0, {"phase": "zero-shot", "step": 0, "split": "seen", "wins": 0, "games": 10})
+    lines = outcome_table(read_grid(mini), [start, ours, result("grpo-aem", 1, 9)], 0).splitlines()
+    assert lines[0] == "| agent | seen | unseen |"
+    assert lines[2] == "| zero-shot | 0.0 % (0.0 % to 27.8 %) of 10 | – |"
+    assert lines[3].startswith("| after the warm start | 10.0 %")
+    assert lines[4] == "| GRPO + AEM | 50.0 % (23.7 % to 76.3 %) of 10 | 50.0 % (23.7 % to 76.3 %) of 10 |"
+    assert len(lines) == 5 and outcome_table(read_grid(mini), [], 0) == "No runs yet."
 
 
 def test_claims_are_means_over_seeds(mini: Path):
