@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 
 from aem_jax.errors import ConfigError
 from aem_jax.metrics import json_line
+from aem_jax.overrides import as_values
 from experiments import cells, efficiency
 from experiments.grid import Grid, Run, read_grid
 from experiments.plots import draw_relation
@@ -74,11 +75,11 @@ def test_the_grid_has_160_runs_in_pairs(grid: Grid):
     for run in runs:
         long, wrong, penalised = run.cell.startswith("long"), "wrong" in run.cell, run.cell.endswith("penalised")
         config, start = configs[run.name], configs[run.start]
-        assert config.environment.reward_invalid == (-0.1 if penalised else 0.0)  # type: ignore[attr-defined]
+        assert as_values(config)["alfworld.reward_invalid"] == (-0.1 if penalised else 0.0)
         for one in (config, start):
             assert one.warmstart.expert_thinks == long and one.rollout.response_tokens == (64 if long else 16)
             assert (one.warmstart.expert_noise, one.warmstart.expert_habit) == ((0.0, 0.95) if wrong else (0.3, 0.0))
-        assert start.environment.reward_invalid == 0.0 and start.train.num_steps == 0  # type: ignore[attr-defined]
+        assert as_values(start)["alfworld.reward_invalid"] == 0.0 and start.train.num_steps == 0
         # all checkpoints that are measured are kept
         kept = {step for step in range(30, 121, 30) if step > 120 - 30 * config.checkpoint.keep} | {0}
         assert run.variant != "grpo" or (set(grid.measured.steps) <= kept and config.train.save_every == 30)

@@ -38,7 +38,7 @@ from aem_jax.trajectory import Ending
 FOLDER = "analysis"
 """In the folder of the run."""
 STEPS = 32
-"""Training steps' groups that are played for efficiencies: with fewer, the gain of the base rule is rarely resolved."""
+"""Training steps whose groups are played for efficiencies, whose noise falls as one over the number of groups."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,9 @@ MAX_BYTES = 4 * 2**30
 Credits = Mapping[str, Callable[..., Any]]
 """Rule → credit function (`make_credit`)."""
 
+Values = Callable[[Params, Batch], jax.Array] | None
+"""(parameters, batch) → values of its responses (`values_function`)."""
+
 
 RULES = (
     *(BASE, "aem", "aem-0.5", "aem-2", "reversed", "shuffled", "sign", "aem-trajectory", "aem-batch"),
@@ -148,6 +151,7 @@ def measure(
     known, compared = rules(run.config.algorithm, min_range), {BASE, *chosen}
     needed = {name: rule for name, rule in known.items() if name in compared | {"aem", "gigpo"}}
     decode, credits = run.reshard(state.params), _credits(run, needed)
+    values = values_function(run)
     steps, parts, states, played = [], [], [], []
     for number in range(count):
         run.stop.check()
@@ -155,7 +159,7 @@ def measure(
         trajectories, stats = run.rollout(decode, tasks, jax.random.fold_in(key, number))
         check_some_played(trajectories, stats, "the analysis")
         run.report("play", number + 1, count, {})
-        steps.append(_step(run, state.params, trajectories, credits, jax.random.fold_in(key, number)))
+        steps.append(_step(run, state.params, trajectories, credits, values, jax.random.fold_in(key, number)))
         parts += [_part(run, trajectories, {group}, number) for group in range(per_step)]
         states.append(_states(run, trajectories, len(steps[-1].tokens)))
         played += [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
@@ -179,12 +183,13 @@ def make_live(run: RunContext) -> Callable[[TrainState, Sequence[Trajectory], ja
 
         ρ = (⟨g_A, u_B⟩ + ⟨g_B, u_A⟩ of AEM) / (… of the base), each over ‖g_A + g_B‖        A, B: halves of the groups
 
-    It costs about three updates. One step's ρ is noisy: average the two gains over steps before you divide them. The
-    metrics are empty where the step has fewer than two groups, and NaN where no group of a half has different returns.
+    It computes six gradients, each of half the groups. One step's ρ is noisy: average the two gains over steps before
+    you divide them. The metrics are empty where the step has fewer than two groups, and NaN where no group of a half has
+    different returns.
     """
     every = rules(run.config.algorithm, run.config.aem.min_range)
     chosen = {name: every[name] for name in (BASE, "aem")}
-    credits, learner = _credits(run, chosen), _learner(run)
+    credits, values, learner = _credits(run, chosen), values_function(run), _learner(run)
     vector = make_vector(
         make_gradient(replace(run.policy, value=False), learner, run.mesh, weighted_logprobs), run.mesh
     )
@@ -193,7 +198,7 @@ def make_live(run: RunContext) -> Callable[[TrainState, Sequence[Trajectory], ja
         numbers = list(dict.fromkeys(t.group for t in trajectories))
         if len(numbers) < 2:
             return {}
-        step = _step(run, state.params, trajectories, credits, key)
+        step = _step(run, state.params, trajectories, credits, values, key)
         halves = [_part(run, trajectories, set(numbers[i::2]), 0) for i in range(2)]
         trainable = _trainable(state)
         moments = second_moments(state.opt_state, learner)
@@ -244,12 +249,16 @@ def _credits(run: RunContext, chosen: Mapping[str, tuple[AlgorithmConfig, AemCon
 
 
 def _step(
-    run: RunContext, params: Params, trajectories: Sequence[Trajectory], credits: Credits, key: jax.Array
+    run: RunContext,
+    params: Params,
+    trajectories: Sequence[Trajectory],
+    credits: Credits,
+    values: Values,
+    key: jax.Array,
 ) -> _Step:
     """Credit of one step's episodes under every rule."""
     learner = components.learner(run.config)
     batch = place(collate(trajectories, _layout(run, len(trajectories))), run.mesh)
-    values = values_function(run)
     given = values(params, batch) if values else None
     results = {name: credit(batch, key, given)[0] for name, credit in credits.items()}
     host = lambda x: np.asarray(jax.device_get(x), np.float64)

@@ -1,7 +1,7 @@
 """Efficiency of credit rules against problems whose gradients are known exactly: a bandit, and a tree of two turns."""
 
 import itertools
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 import pytest
@@ -64,11 +64,11 @@ class Tabular:
         """Probability of each group."""
         return np.array([np.prod(self.probabilities(self.theta)[list(m)]) for m in self.members])
 
-    @cache  # noqa: B019 (two problems that live as long as the tests)
-    def gradients(self, strength):
-        """(g, u) of each group, f64[groups, parameters]."""
-        pairs = [self.group(m, strength) for m in self.members]
-        return tuple(np.array(column) for column in zip(*pairs, strict=True))
+    @cached_property
+    def gradients(self):
+        """Strength → (g, u) of each group, f64[groups, parameters]."""
+        pairs = {strength: [self.group(m, strength) for m in self.members] for strength in RULES.values()}
+        return {strength: tuple(map(np.array, zip(*both, strict=True))) for strength, both in pairs.items()}
 
     def group(self, members, strength):
         """(g, u) of one group of episodes: of GRPO times AEM's α, and the unbiased estimate of ∇J."""
@@ -97,7 +97,7 @@ SIZE = 3
 
 def exact(problem, strength, scale, groups_per_step):
     """e_b by enumeration of all groups: E g, E‖g‖² and ∇J."""
-    gradients, weights = problem.gradients(strength)[0], problem.weights
+    gradients, weights = problem.gradients[strength][0], problem.weights
     mean, alone = weights @ gradients, weights @ np.sum(gradients**2 * scale, axis=1)
     square = alone / groups_per_step + (1 - 1 / groups_per_step) * np.sum(mean**2 * scale)
     return np.sum(mean * problem.gradient() * scale) / np.sqrt(square), mean, square
@@ -105,8 +105,8 @@ def exact(problem, strength, scale, groups_per_step):
 
 def sampled(problem, count, scale, seed):
     drawn = np.random.default_rng(seed).choice(len(problem.members), size=count, p=problem.weights)
-    vectors = {name: problem.gradients(s)[0][drawn] * np.sqrt(scale) for name, s in RULES.items()}
-    u = problem.gradients(0.0)[1][drawn] * np.sqrt(scale)
+    vectors = {name: problem.gradients[s][0][drawn] * np.sqrt(scale) for name, s in RULES.items()}
+    u = problem.gradients[0.0][1][drawn] * np.sqrt(scale)
     return {name: Products(v @ v.T, v @ vectors["base"].T, v @ u.T, v @ u.T) for name, v in vectors.items()}
 
 
@@ -157,7 +157,7 @@ def test_the_mean_over_samples_of_a_few_groups_has_no_bias():
         across.append((gain.sum() - np.trace(gain)) / 30)
     error = np.std(across) / np.sqrt(len(across))
     assert abs(np.mean(across) - expected) < 3 * error
-    own = TREE.weights @ np.sum(TREE.gradients(1.0)[0] * TREE.gradients(1.0)[1], axis=1)
+    own = TREE.weights @ np.sum(TREE.gradients[1.0][0] * TREE.gradients[1.0][1], axis=1)
     assert (own - expected) / 6 > 6 * error  # the bias of a mean over all pairs: the test could tell
 
 
@@ -166,7 +166,7 @@ def test_the_gain_is_that_of_many_small_updates(name):
     """Mean of J(θ + η P g / √E‖g‖²) − J(θ) over all groups, exact, is η e to first order."""
     scale, eta = np.linspace(0.5, 2.0, len(TREE.theta)), 1e-4
     expected, _, square = exact(TREE, RULES[name], scale, 1)
-    steps = eta * scale * TREE.gradients(RULES[name])[0] / np.sqrt(square)
+    steps = eta * scale * TREE.gradients[RULES[name]][0] / np.sqrt(square)
     gains = np.array([TREE.value(TREE.theta + step) - TREE.value(TREE.theta) for step in steps])
     assert TREE.weights @ gains == pytest.approx(eta * expected, rel=2e-3)
 
