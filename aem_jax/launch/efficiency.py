@@ -184,8 +184,8 @@ def make_live(run: RunContext) -> Callable[[TrainState, Sequence[Trajectory], ja
         ρ = (⟨g_A, u_B⟩ + ⟨g_B, u_A⟩ of AEM) / (… of the base), each over ‖g_A + g_B‖        A, B: halves of the groups
 
     It computes six gradients, each of half the groups. One step's ρ is noisy: average the two gains over steps before
-    you divide them. The metrics are empty where the step has fewer than two groups, and NaN where no group of a half has
-    different returns.
+    you divide them. The metrics are empty where the step has fewer than two groups, and NaN where no group of a half
+    has different returns.
     """
     every = rules(run.config.algorithm, run.config.aem.min_range)
     chosen = {name: every[name] for name in (BASE, "aem")}
