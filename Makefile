@@ -26,7 +26,7 @@ QUICK := $(addprefix tests/,test_imports.py test_versions.py test_losses.py adva
 	advantage/test_estimators.py sampler/test_sampler.py::test_greedy_equals_the_cacheless_forward sampler/test_compiled.py \
 	sampler/test_sharded.py sampler/test_ragged.py sampler/test_int8_cache.py sampler/test_sampling.py \
 	learner/test_update.py learner/test_lora_update.py learner/test_head.py learner/test_moments.py learner/test_optimizer.py)
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .DEFAULT_GOAL := help
 .PHONY: help run test smollm2 docs newest test-newest test-newest-quick lint format types imports check install clean distclean

@@ -48,6 +48,11 @@ class WarmstartConfig:
     """Folder of another run to start from in place of demonstrations: its parameters at step 0 and its tokenizer. The
     settings of model, LoRA and tokenizer must be equal. With LoRA only with --model.path."""
 
+    def __post_init__(self) -> None:
+        for name in ("expert_noise", "expert_habit"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"expected warmstart.{name} in [0, 1], got {getattr(self, name)}")
+
 
 def demonstrate(
     env: Environment, act: Act, task: Task, chat: Any, config: RolloutConfig, compose: Prompt | None = None

@@ -10,7 +10,14 @@ from aem_jax.envs.protocol import EnvError, Task
 from aem_jax.envs.testing.echo import EchoEnv
 from aem_jax.rollout import RolloutConfig
 from aem_jax.trajectory import Ending, Trajectory, Turn
-from aem_jax.warmstart import demonstrate, demonstrations, fitting, shuffled_batches, warn_of_long_responses
+from aem_jax.warmstart import (
+    WarmstartConfig,
+    demonstrate,
+    demonstrations,
+    fitting,
+    shuffled_batches,
+    warn_of_long_responses,
+)
 
 from .rollout.fakes import STOP, ByteChat
 
@@ -107,3 +114,11 @@ def test_each_pass_has_every_item_once_in_another_order():
 def test_no_demonstrations_are_an_error():
     with pytest.raises(ValueError, match="expected at least one demonstration, got none"):
         next(shuffled_batches([], 4, seed=0))
+
+
+@pytest.mark.parametrize("name", ["expert_noise", "expert_habit"])
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_errors_outside_0_and_1_is_refused(name: str, share: float):
+    settings: dict[str, Any] = {name: share}
+    with pytest.raises(ValueError, match=rf"expected warmstart.{name} in \[0, 1\], got {share}"):
+        WarmstartConfig(**settings)

@@ -213,7 +213,7 @@ def _updated(
     copied = {**jax.tree.map(jnp.copy, trainable), **frozen}
     state = init_state(policy, learner, run.mesh, jax.random.key(0), copied)
     kept = jnp.where(jnp.sign(credit.base * (credit.coefficients - 1)) == sign, credit.base, 0.0)
-    advantages = token_advantages(kept, jnp.asarray(batch.response_ids))
+    advantages = jax.jit(token_advantages)(kept, batch.response_ids)
     state, _ = make_update(policy, learner, run.mesh)(state, batch, advantages)
     return {**params, **state.params}
 

@@ -27,7 +27,7 @@ from aem_jax.analysis.states import states_of
 from aem_jax.batch import Batch, BatchLayout, collate, place
 from aem_jax.config import components
 from aem_jax.config.algorithms import AlgorithmConfig, response_advantages
-from aem_jax.credit import AemConfig, experience, make_credit
+from aem_jax.credit import AemConfig, Credit, experience, make_credit
 from aem_jax.envs.protocol import Task
 from aem_jax.errors import ConfigError
 from aem_jax.launch.context import RunContext, values_function
@@ -109,9 +109,13 @@ class _Step:
 
 
 class _Part(NamedTuple):
-    """Some groups of a step: a batch of their episodes alone, on the mesh, and their responses in the step's arrays."""
+    """Some groups of a step: a batch of their episodes alone, on the mesh, and their responses in the step's arrays.
+
+    `response_ids` is the batch's, on the host.
+    """
 
     batch: Batch
+    response_ids: np.ndarray
     responses: np.ndarray
     step: int
 
@@ -258,24 +262,33 @@ def _step(
 ) -> _Step:
     """Credit of one step's episodes under every rule."""
     learner = components.learner(run.config)
-    batch = place(collate(trajectories, _layout(run, len(trajectories))), run.mesh)
-    given = values(params, batch) if values else None
-    results = {name: credit(batch, key, given)[0] for name, credit in credits.items()}
-    host = lambda x: np.asarray(jax.device_get(x), np.float64)
+    batch = collate(trajectories, _layout(run, len(trajectories)))
+    placed = place(batch, run.mesh)
+    given = values(params, placed) if values else None
+    # One at a time, and what follows on the host's arrays: with many programs under way, the collectives of virtual
+    # devices wait for one another.
+    results = {name: _responses_of(credit(placed, key, given)[0]) for name, credit in credits.items()}
     of_trajectories = of_returns(over_trajectories, rloo)(experience(batch), run.config.rollout.groups_per_step)
     trajectory = jnp.asarray(batch.response_trajectory)
     packed = batch.response_valid & (jnp.asarray(batch.trajectory_minibatch)[trajectory] >= 0)
     tokens = jnp.where(packed, batch.response_tokens, 0)
     weights = AGGREGATIONS[learner.aggregation](learner)(tokens, trajectory, batch.valid.shape[0])
+    host = lambda x: np.asarray(x, np.float64)
     return _Step(
-        advantages={name: host(credit.base) * host(credit.coefficients) for name, credit in results.items()},
-        coefficients={name: host(credit.coefficients) for name, credit in results.items()},
+        advantages={name: base * alpha for name, (base, alpha, _) in results.items()},
+        coefficients={name: alpha for name, (_, alpha, _) in results.items()},
         unbiased=host(of_trajectories),
         weights=host(weights),
         tokens=host(tokens),
-        entropies=host(results[BASE].entropies),
-        groups=np.asarray(jax.device_get(jnp.asarray(batch.group_ids)[trajectory])),
+        entropies=results[BASE][2],
+        groups=np.asarray(batch.group_ids)[batch.response_trajectory],
     )
+
+
+def _responses_of(credit: Credit) -> tuple[np.ndarray, ...]:
+    """Base advantages, coefficients and entropies of the responses, f64[R] each."""
+    arrays = jax.device_get((credit.base, credit.coefficients, credit.entropies))
+    return tuple(np.asarray(array, np.float64) for array in arrays)
 
 
 def _layout(run: RunContext, trajectories: int) -> BatchLayout:
@@ -294,14 +307,15 @@ def _part(run: RunContext, trajectories: Sequence[Trajectory], groups: set[int],
     size = run.config.rollout.group_size
     # Halves of a step have one shape, whatever their number of groups.
     episodes = size if len(groups) == 1 else max(len(own), -(-run.config.rollout.groups_per_step // 2) * size)
-    return _Part(place(collate(own, _layout(run, episodes)), run.mesh), np.array(responses, np.int64), step)
+    batch = collate(own, _layout(run, episodes))
+    return _Part(place(batch, run.mesh), batch.response_ids, np.array(responses, np.int64), step)
 
 
 def _to_tokens(part: _Part, of_step: np.ndarray) -> jax.Array:
     """f32[M, b, T]: numbers of a step's responses, given to the tokens of one of its parts."""
     numbers = np.zeros(part.batch.response_valid.shape[0], np.float32)
     numbers[: len(part.responses)] = of_step[part.responses]
-    return token_advantages(numbers, jnp.asarray(part.batch.response_ids))
+    return token_advantages(numbers, part.response_ids)
 
 
 def _products(
