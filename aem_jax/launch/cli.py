@@ -138,6 +138,26 @@ def _export(words: Sequence[str]) -> int:
     return export(config, Path(names[0]), adapter)
 
 
+def _trim(words: Sequence[str]) -> int:
+    from aem_jax.overrides import apply, split
+
+    names, options = split(words)
+    config = _preset(options)
+    if "help" in options:
+        return _help(_chosen(config, options), options, "trim FOLDER", COMMANDS["trim"].help)
+    if len(names) != 1:
+        raise ConfigError(f"expected one folder to write to, got {len(names)}; trim FOLDER --preset NAME")
+    config = apply(config, options)
+
+    from aem_jax.config.validate import check
+
+    check(config)
+
+    from aem_jax.launch.trim import trim
+
+    return trim(config, Path(names[0]))
+
+
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
     """The config of an existing run: the saved one with the options in place, because the preset may have changed."""
     from aem_jax.config.saved import absolute, load, run_name
@@ -223,6 +243,7 @@ COMMANDS: Mapping[str, Command] = {
         _export,
         "Writes a trained run's model as Hugging Face files; --adapter True: a LoRA run's adapter, as PEFT files.",
     ),
+    "trim": Command(_trim, "Writes a model with the vocabulary that a run's environment uses: a faster head."),
     "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),
     "doctor": Command(_doctor, "Checks whether a new machine trains correctly, and how fast."),
     "bench": Command(_bench, "Measures components on this machine; prints a table and JSON."),

@@ -196,8 +196,7 @@ def _tokenizer(
 
     A copy of another tokenizer is made anew until the run has a checkpoint, because the original may have changed.
     """
-    appends, thinking = config.rollout.context == "append", config.tokenizer.thinking
-    load = lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)
+    load = _loader(config)
     is_copy = bool(config.model.path or config.warmstart.init_from)
     if processes.is_first and not has_checkpoint and (is_copy or not folder.exists()):
         make_tokenizer(config, suite, folder, load, report, stop)
@@ -205,6 +204,30 @@ def _tokenizer(
     if not folder.exists():  # process 0 was asked to stop before the tokenizer was trained
         stop.check()
     return load(folder)
+
+
+def load_tokenizer(config: RunConfig) -> ChatTokenizer:
+    """The tokenizer of --model.path, as a run of this config uses it.
+
+    Raises:
+        ValueError: there is none, or its chat template does not fit the run's context.
+    """
+    return _model_tokenizer(config, _loader(config))
+
+
+def _loader(config: RunConfig) -> Callable[..., ChatTokenizer]:
+    appends, thinking = config.rollout.context == "append", config.tokenizer.thinking
+    return lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)
+
+
+def _model_tokenizer(config: RunConfig, load: Callable[..., ChatTokenizer]) -> ChatTokenizer:
+    template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
+    model = resolve(config.model.path)
+    try:
+        return load(model, chat_template=template)
+    except ValueError:
+        read_config(model)  # transformers' tokenizers read this file, too, but do not name the mistake in it
+        raise
 
 
 def make_tokenizer(
@@ -217,13 +240,7 @@ def make_tokenizer(
 ) -> None:
     """Saves the tokenizer of the model or of the run to start from, else one trained on texts of the environment."""
     if config.model.path:
-        template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
-        model = resolve(config.model.path)
-        try:
-            chat = load(model, chat_template=template)
-        except ValueError:
-            read_config(model)  # transformers' tokenizers read this file, too, but do not name the mistake in it
-            raise
+        chat = _model_tokenizer(config, load)
     elif config.warmstart.init_from:
         chat = load(init_from.tokenizer(config))
     else:
