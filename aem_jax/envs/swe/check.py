@@ -20,7 +20,8 @@ from pathlib import Path
 
 from aem_jax.envs.protocol import Task
 from aem_jax.envs.swe.env import SweConfig
-from aem_jax.envs.swe.grading import Report, grade
+from aem_jax.envs.swe.formats import grade
+from aem_jax.envs.swe.grading import Report
 from aem_jax.envs.swe.sandbox import choose
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig
@@ -80,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m aem_jax.envs.swe.check",
         description="Grades each task with its own fix, which must solve it, and with the empty patch, which must not.",
     )
-    parser.add_argument("file", nargs="?", help="instances (.jsonl, .json, .parquet); default: generated tasks")
+    parser.add_argument(
+        "file", nargs="?", help="instances (.jsonl, .json, .parquet, a folder of datasets); default: generated tasks"
+    )
     parser.add_argument("--repos", default="", help="with FILE: folder of git mirrors; empty: the instances' images")
     parser.add_argument("--splits", nargs="+", default=_SPLITS, choices=_SPLITS, help="of generated tasks")
     parser.add_argument("--sample", type=int, default=0, help="number of tasks in a random sample; 0: all tasks")

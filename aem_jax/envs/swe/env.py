@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from aem_jax.envs.protocol import StepResult
-from aem_jax.envs.swe.grading import Report, grade
+from aem_jax.envs.swe.formats import grade
+from aem_jax.envs.swe.grading import Report
 from aem_jax.envs.swe.patches import model_patch, save_base
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig

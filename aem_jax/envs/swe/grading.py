@@ -21,16 +21,17 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
+from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, SweBenchInstance
 from aem_jax.envs.swe.log_parsers import Statuses, parser
 from aem_jax.envs.swe.patches import patched_files
-from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Runtime, Workspace
+from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Outcome, Runtime, Workspace
 
 APPLY_FAILED = ">>>>> Patch Apply Failed"
 TIMED_OUT = ">>>>> Tests Timed Out"
 EXIT_CODE = ">>>>> Test Exit Code"
 _INVALID = (APPLY_FAILED, ">>>>> Reset Failed", ">>>>> Tests Errored", TIMED_OUT)
-_LOG_BYTES = 32 * 2**20
+LOG_BYTES = 32 * 2**20
+"""Bytes of the output that are kept at least."""
 
 # Evidence that tests ran although the log names none: counts above zero, as several test runners print them.
 _RAN = re.compile(
@@ -60,7 +61,7 @@ class Report:
 
 
 def grade(
-    instance: Instance, model_patch: str | None, runtime: Runtime, checkout: Checkout, *, limits: Limits
+    instance: SweBenchInstance, model_patch: str | None, runtime: Runtime, checkout: Checkout, *, limits: Limits
 ) -> Report:
     """Grades a patch in a separate workspace.
 
@@ -82,10 +83,10 @@ def grade(
     parse = parser(instance)
     if model_patch is None:
         return dataclasses.replace(judge(instance, {}), applied=False, log="no patch\n")
-    limits = dataclasses.replace(limits, output_bytes=max(limits.output_bytes, _LOG_BYTES))
+    limits = dataclasses.replace(limits, output_bytes=max(limits.output_bytes, LOG_BYTES))
     workspace = runtime.open(instance, checkout, limits=limits)
     try:
-        applied = workspace.run(_APPLY, stdin=model_patch.encode(errors="surrogateescape"))
+        applied = apply_patch(workspace, model_patch)
         if applied.exit_code != 0:
             log = f"{_defused(applied.output)}\n{APPLY_FAILED}\n"
             return dataclasses.replace(judge(instance, {}), applied=False, log=log)
@@ -122,7 +123,7 @@ def read_log(log: str, parse) -> Statuses | None:
     return statuses
 
 
-def judge(instance: Instance, statuses: Statuses, *, valid: bool = True) -> Report:
+def judge(instance: SweBenchInstance, statuses: Statuses, *, valid: bool = True) -> Report:
     """Returns the verdict on test results.
 
     Tests of FAIL_TO_PASS must be PASSED or XFAIL; those of PASS_TO_PASS may also be SKIPPED. With `fail_only`, every
@@ -139,7 +140,7 @@ def judge(instance: Instance, statuses: Statuses, *, valid: bool = True) -> Repo
     return Report(resolved, True, fail_to_pass, pass_to_pass)
 
 
-def _holds(instance: Instance, statuses: Statuses, name: str, may_skip: bool) -> bool:
+def _holds(instance: SweBenchInstance, statuses: Statuses, name: str, may_skip: bool) -> bool:
     if instance.eval_type == "fail_only":
         return statuses.get(name) != "FAILED"
     passing = {"PASSED", "XFAIL"}
@@ -173,7 +174,12 @@ git apply --check --reverse "$patch"
 """
 
 
-def _restore(instance: Instance) -> str:
+def apply_patch(workspace: Workspace, model_patch: str) -> Outcome:
+    """Applies a patch as SWE-bench does; the exit status is 0 if it could be applied."""
+    return workspace.run(_APPLY, stdin=model_patch.encode(errors="surrogateescape"))
+
+
+def _restore(instance: SweBenchInstance) -> str:
     """Returns a script that restores the files of the test patch to the base commit."""
     base = shlex.quote(instance.base_commit)
     lines = ["export GIT_LITERAL_PATHSPECS=1"]  # names with [ ] or * are not patterns
@@ -191,7 +197,7 @@ def _restore(instance: Instance) -> str:
     return "\n".join(lines)
 
 
-def _evaluate(instance: Instance, workspace: Workspace) -> str:
+def _evaluate(instance: SweBenchInstance, workspace: Workspace) -> str:
     """Runs the evaluation script up to its end marker; returns its log, with markers only around the tests' output."""
     lines = instance.eval_script.split("\n")
     start = next(i for i, line in enumerate(lines) if START_MARKER in line)

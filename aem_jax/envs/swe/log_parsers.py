@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from aem_jax.envs.swe.instance import Instance, to_row
+from aem_jax.envs.swe.instance import SweBenchInstance, to_row
 
 Statuses = Mapping[str, str]
 """Test name -> PASSED, FAILED, ERROR, SKIPPED or XFAIL."""
@@ -21,7 +21,7 @@ _COLOUR = re.compile(r"\[\d+m")
 _CONTROL = dict.fromkeys(range(1, 32))
 
 
-def parser(instance: Instance) -> Callable[[str], Statuses]:
+def parser(instance: SweBenchInstance) -> Callable[[str], Statuses]:
     """Returns the function that parses the log of an instance.
 
     Most of these parsers change a test's name: they cut it at white space, or shorten a path in it. SWE-bench's

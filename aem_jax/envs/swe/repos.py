@@ -43,8 +43,10 @@ def mirror_checkout(folder: str | Path) -> Checkout:
     def checkout(instance: Instance, destination: Path) -> None:
         mirror = _mirror(root, instance.repo)
         commit = instance.base_commit
-        if not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise ValueError(f"expected base_commit as 40 hex digits, got {commit!r} in {instance.instance_id}")
+        if not re.fullmatch(r"[0-9a-f]{40}\^?", commit):
+            raise ValueError(
+                f"expected base_commit as 40 hex digits, and ^ for its parent, got {commit!r} in {instance.instance_id}"
+            )
         with tempfile.TemporaryDirectory() as scratch:
             environment = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
             try:
@@ -56,7 +58,7 @@ def mirror_checkout(folder: str | Path) -> Checkout:
                 ) from None
             _git(mirror, f"--work-tree={destination}", "checkout-index", "--all", "--force", environment=environment)
         new = _fresh_commit(destination)
-        if new != commit:
+        if new != commit and not commit.endswith("^"):
             _git(destination, "update-ref", f"refs/replace/{commit}", new)
 
     return checkout

@@ -1,4 +1,4 @@
-"""Bug-fixing tasks, generated or from a file of SWE-bench instances, and their payloads.
+"""Bug-fixing tasks, generated or from a file of SWE-bench or R2E-Gym rows, and their payloads.
 
 A task has a short payload, which names its bug or instance:
 
@@ -8,9 +8,9 @@ A task has a short payload, which names its bug or instance:
 `full_payload` converts it to the payload that `SweEnv` reads. This one contains the instance, so a server needs neither
 the file nor the same catalogue:
 
-    {"instance": {<SWE-bench's columns>}, "files": {"calc.py": "…"}}     the repository as text files
-    {"instance": {<SWE-bench's columns>}, "repos": "/data/mirrors"}      the repository in a folder of git mirrors
-    {"instance": {<SWE-bench's columns>}}                                the repository in the instance's image
+    {"instance": {<its format's columns>}, "files": {"calc.py": "…"}}     the repository as text files
+    {"instance": {<its format's columns>}, "repos": "/data/mirrors"}      the repository in a folder of git mirrors
+    {"instance": {<its format's columns>}}                                the repository in the instance's image
 """
 
 import hashlib
@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from aem_jax.envs.protocol import Task
+from aem_jax.envs.swe.formats import from_row, read_instances, to_row
 from aem_jax.envs.swe.generate import tasks as generated
-from aem_jax.envs.swe.instance import Instance, from_row, read_instances, to_row
+from aem_jax.envs.swe.instance import Instance
 from aem_jax.envs.swe.repos import files_checkout, mirror_checkout
 from aem_jax.envs.swe.sandbox.workspace import Checkout
 from aem_jax.files import parse_json
@@ -38,8 +39,8 @@ class TasksConfig:
     """Sources of a run's bug-fixing tasks: generated, or two files that share no instance."""
 
     train: str = ""
-    """File of SWE-bench instances (.jsonl, .json, .parquet) to train on. `generated`, or empty without an evaluation
-    file, selects generated tasks."""
+    """File of SWE-bench or R2E-Gym rows (.jsonl, .json, .parquet, or a folder of datasets) to train on. `generated`, or
+    empty without an evaluation file, selects generated tasks."""
     evaluation: str = ""
     """File of instances to evaluate on: one set, named by the single split in evaluation.splits. `generated`, or empty
     without a training file, selects generated tasks."""
@@ -86,7 +87,7 @@ def load_task(payload: Mapping[str, Any]) -> tuple[Instance, Checkout]:
     texts = isinstance(files, Mapping) and all(isinstance(text, str) for item in files.items() for text in item)
     if not isinstance(row, Mapping) or len(where) > 1 or not texts or not isinstance(repos, str):
         raise ValueError(
-            "expected a payload with 'instance', a mapping of SWE-bench's columns, and at most one of 'files' "
+            "expected a payload with 'instance', a mapping of its format's columns, and at most one of 'files' "
             f"(path -> text) and 'repos' (a folder of mirrors), got keys {sorted(payload)}"
         )
     return _load(json.dumps(dict(row), sort_keys=True), json.dumps(where, sort_keys=True))
@@ -225,7 +226,7 @@ def file_tasks(option: str, path: str, repos: str) -> list[Task]:
     try:
         instances = _instances(absolute["instances"])
     except (OSError, ValueError, ModuleNotFoundError) as error:  # pyarrow may be missing
-        raise ValueError(f"{option}: expected a file of SWE-bench instances, got {path!r}: {error}") from error
+        raise ValueError(f"{option}: expected a file of instances, got {path!r}: {error}") from error
     return [Task(one.instance_id, one.repo, absolute | {"id": one.instance_id}) for one in instances.values()]
 
 

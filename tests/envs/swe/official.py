@@ -13,7 +13,7 @@ from pathlib import Path
 from envs.swe.samples import CALC, FORGED_CODE, PATCHES, FakeRuntime, calc
 
 from aem_jax.envs.swe.grading import APPLY_FAILED
-from aem_jax.envs.swe.instance import Instance, to_row
+from aem_jax.envs.swe.instance import SweBenchInstance, to_row
 from aem_jax.envs.swe.repos import files_checkout
 
 RECORDED = Path(__file__).with_name("official.json")
@@ -26,7 +26,7 @@ COMMANDS = (
 )
 
 
-def official_log(instance: Instance, patch: str) -> str:
+def official_log(instance: SweBenchInstance, patch: str) -> str:
     """The log of SWE-bench's chain of commands and its eval script, run in a folder of this machine."""
     from swebench.harness.run_evaluation import GIT_APPLY_CMDS  # pyright: ignore[reportMissingImports]
     from swebench.harness.utils import make_test_spec  # pyright: ignore[reportMissingImports]
@@ -47,7 +47,7 @@ def official_log(instance: Instance, patch: str) -> str:
         return workspace.run('eval "$(cat)"', stdin=make_test_spec(to_row(instance)).eval_script.encode()).output
 
 
-def official_verdict(instance: Instance, patch: str | None, log: str) -> dict:
+def official_verdict(instance: SweBenchInstance, patch: str | None, log: str) -> dict:
     """The result of `get_eval_report` for a log."""
     from swebench.harness.grading import get_eval_report  # pyright: ignore[reportMissingImports]
     from swebench.harness.utils import make_test_spec  # pyright: ignore[reportMissingImports]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
+from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance, SweBenchInstance
 from aem_jax.envs.swe.repos import commit_id
 from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Outcome
 
@@ -146,7 +146,7 @@ FORGED = ["test_mean", "test_median_odd", "test_median_even"]
 PASSED = "\\n".join(f"PASSED tests/test_calc.py::{name}" for name in FORGED)
 
 
-def calc() -> Instance:
+def calc() -> SweBenchInstance:
     """Returns an instance about the median of lists of even length; its evaluation script has SWE-bench's form."""
     base = commit_id(CALC)
     script = f"""#!/bin/bash
@@ -161,11 +161,21 @@ python -m pytest -rA -p no:cacheprovider tests/test_calc.py
 : '{END_MARKER}'
 git checkout {base} tests/test_calc.py
 """
-    return Instance(
-        *("own__calc-1", "own/calc", base, GOLD, TEST_PATCH, "median() is wrong for lists of even length."),
-        ("tests/test_calc.py::test_median_even",),
-        ("tests/test_calc.py::test_mean", "tests/test_calc.py::test_median_odd"),
-        *("1.0", base, "", "parse_log_pytest", "pass_and_fail", script),
+    return SweBenchInstance(
+        instance_id="own__calc-1",
+        repo="own/calc",
+        base_commit=base,
+        patch=GOLD,
+        problem_statement="median() is wrong for lists of even length.",
+        image="",
+        test_patch=TEST_PATCH,
+        fail_to_pass=("tests/test_calc.py::test_median_even",),
+        pass_to_pass=("tests/test_calc.py::test_mean", "tests/test_calc.py::test_median_odd"),
+        version="1.0",
+        environment_setup_commit=base,
+        log_parser="parse_log_pytest",
+        eval_type="pass_and_fail",
+        eval_script=script,
     )
 
 

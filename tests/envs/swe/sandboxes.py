@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
+from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, SweBenchInstance
 from aem_jax.envs.swe.repos import commit_id, files_checkout
 from aem_jax.envs.swe.sandbox import bubblewrap
 from aem_jax.envs.swe.sandbox.workspace import Limits
@@ -62,7 +62,7 @@ pytest -rA -p no:cacheprovider test_calc.py
 : '{END_MARKER}'
 """
 
-INSTANCE = Instance(
+INSTANCE = SweBenchInstance(
     instance_id="own__calc-1",
     repo="own/calc",
     base_commit=commit_id(FILES),

@@ -94,7 +94,7 @@ def test_a_trial_that_loops_forever_has_no_result():
 
 def test_an_instance_has_swebenchs_schema_and_its_patches_apply(tmp_path):
     task = generated_tasks("train")[0]
-    instance, checkout = load_task(full_payload(task.payload))
+    instance, (_, checkout) = generated.instance(task.payload["bug"]), load_task(full_payload(task.payload))
     assert from_row(to_row(instance)) == instance
     checkout(instance, tmp_path)
 
@@ -129,7 +129,7 @@ def test_a_task_of_each_difficulty_is_solved_only_by_its_fix(tmp_path, difficult
 
 def test_the_check_reports_a_wrong_task(tmp_path, monkeypatch):
     task = generated_tasks("train")[0]
-    instance, checkout = load_task(full_payload(task.payload))
+    instance, (_, checkout) = generated.instance(task.payload["bug"]), load_task(full_payload(task.payload))
     row = to_row(instance)
     wrong = from_row(row | {"patch": "", "FAIL_TO_PASS": row["PASS_TO_PASS"]})
     monkeypatch.setattr(check, "load_task", lambda payload: (wrong, checkout))
@@ -195,7 +195,7 @@ WHY = {
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_on_pytest_resolve_nothing(tmp_path, name):
     task = generated_tasks("train")[0]
-    instance, checkout = load_task(full_payload(task.payload))
+    instance, (_, checkout) = generated.instance(task.payload["bug"]), load_task(full_payload(task.payload))
     bug = generated.bug(task.payload)
     files = generated.base_files(bug)
     path = package(bug.package).module_path
@@ -246,7 +246,7 @@ def test_opposites_fail_where_their_test_passes():
 
 def test_configuration_files_of_the_agent_are_ignored(tmp_path):
     task = generated_tasks("train")[0]
-    instance, checkout = load_task(full_payload(task.payload))
+    instance, (_, checkout) = generated.instance(task.payload["bug"]), load_task(full_payload(task.payload))
     hook = "import pytest\n\n@pytest.hookimpl(tryfirst=True)\ndef pytest_pyfunc_call(pyfuncitem):\n    return True\n"
     files = generated.base_files(generated.bug(task.payload))
     more = {

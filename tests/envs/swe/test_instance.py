@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from envs.swe.samples import ROW
 
-from aem_jax.envs.swe.instance import Instance, from_row, read_instances, to_row
+from aem_jax.envs.swe.formats import read_instances
+from aem_jax.envs.swe.instance import SweBenchInstance, from_row, to_row
 
 
 def jsonl(path: Path, *rows) -> Path:
@@ -88,7 +89,7 @@ def test_parquet_files_are_read(tmp_path):
 def test_instances_are_frozen_and_hashable():
     assert dataclasses.replace(from_row(ROW), version="2") != from_row(ROW)
     assert isinstance(hash(from_row(ROW)), int)
-    assert Instance.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
+    assert SweBenchInstance.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\r"])

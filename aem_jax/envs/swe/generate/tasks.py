@@ -17,7 +17,7 @@ from typing import Any
 
 from aem_jax.envs.swe.generate.mutate import Edit, apply
 from aem_jax.envs.swe.generate.packages import Package, package
-from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, Instance
+from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, SweBenchInstance
 from aem_jax.envs.swe.repos import commit_id, files_checkout
 from aem_jax.envs.swe.sandbox.workspace import Checkout
 
@@ -108,7 +108,7 @@ def bug(payload: Mapping[str, Any]) -> Bug:
 
 
 @lru_cache(maxsize=512)
-def instance(bug_id: str) -> Instance:
+def instance(bug_id: str) -> SweBenchInstance:
     """Returns the instance of a bug, by the bug's id."""
     case = bug({"bug": bug_id})
     original = package(case.package)
@@ -118,7 +118,7 @@ def instance(bug_id: str) -> Instance:
     test_patch = diff(before, before | {original.tests_path: original.tests})
     names = [f"{original.tests_path}::{test}" for test in _test_names(original.tests)]
     broken = {f"{original.tests_path}::{test}" for test in case.broken}
-    return Instance(
+    return SweBenchInstance(
         instance_id=f"aem_jax__{case.id}",
         repo=f"aem_jax/{case.package}",
         base_commit=base,

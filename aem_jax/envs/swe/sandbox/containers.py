@@ -39,7 +39,7 @@ rm -rf .git
 git init --quiet .
 git add --force --pathspec-from-file=/tmp/tracked --pathspec-file-nul
 git -c user.name=base -c user.email=base@example.invalid commit --quiet --message=base
-git update-ref "refs/replace/$1" HEAD
+case "$1" in *^) ;; *) git update-ref "refs/replace/$1" HEAD ;; esac
 rm /tmp/tracked
 """
 
