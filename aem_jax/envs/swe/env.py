@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.swe.formats import grade
 from aem_jax.envs.swe.grading import Report
-from aem_jax.envs.swe.patches import model_patch, save_base
+from aem_jax.envs.swe.patches import model_patch, save_base, set_aside
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig
 from aem_jax.envs.swe.sandbox.workspace import Limits, Runtime, Workspace, WorkspaceError
@@ -126,6 +126,8 @@ class SweEnv:
         self._workspace = self._runtime.open(self._instance, self._checkout, limits=self._config.command_limits)
         self._steps = self._invalid = 0
         try:
+            if self._instance.HIDDEN:
+                set_aside(self._workspace, self._instance.HIDDEN)
             self._base = save_base(self._workspace)
         except BaseException:
             self.close()

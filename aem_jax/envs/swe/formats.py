@@ -49,8 +49,8 @@ FORMATS = (
 )
 """The formats; the first that a row fits counts."""
 
-_UNREADABLE = {"install_config": "SWE-rebench", "image_name": "SWE-smith"}
-"""Column -> data set whose rows do not contain all that grading needs."""
+_KIN = {"install_config": "SWE-rebench", "image_name": "SWE-smith"}
+"""Column -> data set with SWE-bench's lists of tests, but without all that grading needs."""
 
 
 def from_row(row: Mapping[str, Any]) -> Instance:
@@ -66,11 +66,13 @@ def from_row(row: Mapping[str, Any]) -> Instance:
     else:
         names = "; ".join(f"{form.name} ({' or '.join(form.columns)})" for form in FORMATS)
         raise ValueError(f"expected a row of one of these formats, known by their columns: {names}; got {sorted(row)}")
-    try:
-        return form.from_row(row)
-    except ValueError as error:
-        like = next((name for column, name in _UNREADABLE.items() if row.get(column) is not None), "")
-        raise ValueError(f"the row looks like {like}: {error}" if like else str(error)) from None
+    kin = next((name for column, name in _KIN.items() if row.get(column) is not None), "")
+    if kin and form.kind is SweBenchInstance and (missing := instance.missing_columns(row)):
+        raise ValueError(
+            f"expected the columns of SWE-bench 5.x, got a row that looks like one of {kin}, without "
+            f"{', '.join(missing)}; add these columns to the file"
+        )
+    return form.from_row(row)
 
 
 def to_row(instance: Instance) -> dict[str, Any]:

@@ -7,7 +7,7 @@ its script. So no table of repositories is needed. Rows of release 4 lack these 
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from aem_jax.files import parse_json
 
@@ -28,6 +28,11 @@ class Instance:
         problem_statement: the task for the agent.
         image: name of the container image; if empty, the tests run in the runtime's own Python.
     """
+
+    HIDDEN: ClassVar[tuple[str, ...]] = ()
+    """Untracked files and folders of `/testbed` that grade a fix; never shown to the agent."""
+    MOVED: ClassVar[tuple[str, ...]] = ()
+    """Those of them that the image has in its root. A checkout has them in `/testbed`; in the root they are masked."""
 
     instance_id: str
     repo: str
@@ -86,6 +91,11 @@ _OPTIONAL = tuple(f.name for f in fields(SweBenchInstance) if f.default is not M
 _SINCE_5 = ("image", "log_parser", "eval_type", "eval_script")
 
 
+def missing_columns(row: Mapping[str, Any]) -> list[str]:
+    """Returns the columns of release 5 that grading needs and a row lacks."""
+    return [name for name in (*_REQUIRED, *_LISTS.values()) if row.get(name) is None]
+
+
 def from_row(row: Mapping[str, Any]) -> SweBenchInstance:
     """Returns the instance of a row.
 
@@ -96,7 +106,7 @@ def from_row(row: Mapping[str, Any]) -> SweBenchInstance:
     Raises:
         ValueError: columns are missing (rows of release 4 have their own message) or have values of another type.
     """
-    missing = [name for name in (*_REQUIRED, *_LISTS.values()) if row.get(name) is None]
+    missing = missing_columns(row)
     if set(missing) & set(_SINCE_5) and not set(missing) - set(_SINCE_5):
         raise ValueError(
             f"expected the columns of SWE-bench 5.x, got a row of 4.x without {', '.join(missing)}; "

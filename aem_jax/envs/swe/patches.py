@@ -8,6 +8,8 @@ an empty folder afterwards. All of this runs inside the sandbox; the host only r
 """
 
 import re
+import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 
 from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError, Workspace, WorkspaceError
@@ -30,6 +32,44 @@ plain() { git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.attrib
 plain add --all
 plain diff --cached --binary --no-color --no-ext-diff --no-textconv --no-renames HEAD > /tmp/base/patch
 """
+
+
+_SET_ASIDE = r"""
+set -e
+mkdir -p .git/info
+git ls-files --others --exclude-standard --directory | sed 's/[][*?\\]/\\&/g; s|^|/|' >> .git/info/exclude
+kept=()
+for name in "${names[@]}"; do if [ -e "$name" ]; then kept+=("$name"); fi; done
+tar --create --file=.git/hidden.tar --files-from=/dev/null "${kept[@]}"
+rm -rf -- "${names[@]}"
+"""
+
+
+def set_aside(workspace: Workspace, names: Sequence[str]) -> bytes:
+    """Removes hidden files from a work tree, and excludes all its untracked files from patches.
+
+    Untracked files are installed software, such as `.venv`. The agent's patch leaves them out, and cleaning the tree
+    between attempts to apply a patch keeps them. Must be called before the first command.
+
+    Args:
+        workspace: a new workspace.
+        names: untracked files and folders of `/testbed`; those that do not exist are skipped.
+
+    Returns:
+        The hidden files, as a tar file.
+
+    Raises:
+        SandboxError: there is no repository in `/testbed`, or the files are too large.
+    """
+    outcome = workspace.run(f"names=({shlex.join(names)})\n{_SET_ASIDE}")
+    if outcome.exit_code != 0:
+        raise SandboxError(f"the hidden tests could not be set aside: {outcome.notice or outcome.output:.500}")
+    try:
+        data = workspace.read(".git/hidden.tar")
+    except WorkspaceError as error:
+        raise SandboxError(str(error)) from None
+    workspace.run("rm .git/hidden.tar")
+    return data
 
 
 def save_base(workspace: Workspace) -> bytes:

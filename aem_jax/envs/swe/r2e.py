@@ -20,6 +20,7 @@ from typing import Any
 from aem_jax.envs.swe.grading import APPLY_FAILED, LOG_BYTES, TIMED_OUT, Report, apply_patch
 from aem_jax.envs.swe.instance import Instance
 from aem_jax.envs.swe.log_parsers import Statuses
+from aem_jax.envs.swe.patches import set_aside
 from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Runtime, SandboxError
 from aem_jax.files import parse_json
 
@@ -28,7 +29,7 @@ SCRIPT = "run_tests.sh"
 """Untracked file in the image's `/testbed`; runs the hidden tests."""
 FOLDER = "r2e_tests"
 """Folder of the hidden tests, in the image's root."""
-DEFAULT_SCRIPT = f"python -W ignore -m pytest -rA {FOLDER}\n"
+DEFAULT_SCRIPT = f"python -W ignore -m pytest -rA {FOLDER}"
 """Runs the hidden tests where there is no `run_tests.sh`: the repository came from a mirror."""
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -47,6 +48,9 @@ class R2EInstance(Instance):
         tests: names and contents of the hidden test files, for repositories that come from a mirror. An image has its
             own in `/r2e_tests`.
     """
+
+    HIDDEN = (SCRIPT, FOLDER)
+    MOVED = (FOLDER,)
 
     commit_hash: str
     expected: tuple[tuple[str, str], ...]
@@ -216,20 +220,19 @@ def grade(
 ) -> Report:
     """Grades a patch in a separate workspace; arguments, result and errors are those of `grading.grade`.
 
-    `run_tests.sh` is read before the patch is applied. It and the hidden tests replace what the patch put at their
-    paths.
+    `run_tests.sh` and the hidden tests are set aside before the patch is applied. Afterwards they replace what the
+    patch put at their paths.
     """
     if model_patch is None:
         return dataclasses.replace(judge(instance, {}), applied=False, log="no patch\n")
     limits = dataclasses.replace(limits, output_bytes=max(limits.output_bytes, LOG_BYTES))
     workspace = runtime.open(instance, checkout, limits=limits)
     try:
-        has_script = workspace.run(f"test -f {SCRIPT}").exit_code == 0
-        script = workspace.read(SCRIPT) if has_script else DEFAULT_SCRIPT.encode()
+        hidden = set_aside(workspace, instance.HIDDEN)
         applied = apply_patch(workspace, model_patch)
         if applied.exit_code != 0:
             return dataclasses.replace(judge(instance, {}), applied=False, log=f"{applied.output}\n{APPLY_FAILED}\n")
-        placed = workspace.run(_PLACE)
+        placed = workspace.run(_PLACE, stdin=hidden)
         if placed.exit_code == _NO_TESTS and instance.tests:
             for name, text in instance.tests:
                 workspace.write(f"{FOLDER}/{name}", text.encode(errors="surrogateescape"))
@@ -238,7 +241,6 @@ def grade(
                 f"expected the hidden tests of {instance.instance_id!r} in the image's /{FOLDER}, or in "
                 f"execution_result_content of its row, got neither: {placed.notice or placed.output:.300}"
             )
-        workspace.write(SCRIPT, script)
         outcome = workspace.run(_RUN)
     finally:
         workspace.close()
@@ -250,8 +252,9 @@ def grade(
 
 _NO_TESTS = 93
 _PLACE = f"""
-rm -rf -- {SCRIPT} {FOLDER} || exit 1
-if [ -d /{FOLDER} ]; then cp -r /{FOLDER} {FOLDER}; else mkdir {FOLDER} && exit {_NO_TESTS}; fi
+rm -rf -- {SCRIPT} {FOLDER} && tar --extract --file=- || exit 1
+[ -f {SCRIPT} ] || echo '{DEFAULT_SCRIPT}' > {SCRIPT}
+[ -d {FOLDER} ] || {{ mkdir {FOLDER} && exit {_NO_TESTS}; }}
 """
 _RUN = f"""
 if [ -d .venv/bin ]; then export VIRTUAL_ENV=/testbed/.venv PATH="/testbed/.venv/bin:$PATH"; fi

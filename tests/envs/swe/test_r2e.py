@@ -3,12 +3,15 @@
 import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
-from envs.swe.samples import CALC, FIXED, HIDDEN, FakeRuntime, diff
+from envs.swe.samples import CALC, FIXED, HIDDEN, ROW, FakeRuntime, diff
 from envs.swe.sandboxes import working_bubblewrap
+from envs.swe.test_calls import block
 
 from aem_jax.envs.swe import formats, r2e
+from aem_jax.envs.swe.env import SweConfig, SweEnv
 from aem_jax.envs.swe.repos import files_checkout
 from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError
 
@@ -16,8 +19,6 @@ FIX = "f" * 40
 TEST = HIDDEN.replace("def test_median_even", "def test_old():\n    assert median([]) == 0\n\n\ndef test_median_even")
 EXPECTED = {"test_mean": "PASSED", "test_median_odd": "PASSED", "test_median_even": "PASSED", "test_old": "FAILED"}
 SCRIPT = "python -m pytest -rA -p no:cacheprovider r2e_tests\n"
-IMAGE = CALC | {"run_tests.sh": SCRIPT}
-"""The repository as the image's `/testbed` has it."""
 
 
 def hunk(old, new, *lines, section=""):
@@ -231,9 +232,14 @@ def test_rows_that_cannot_be_read_say_why(tmp_path, change, message):
     assert f"{path} line 1: " in str(raised.value)
 
 
-def test_rows_of_unknown_formats_say_what_they_look_like():
-    with pytest.raises(ValueError, match=r"looks like SWE-rebench: expected the columns of SWE-bench"):
-        formats.from_row({"install_config": {}, "FAIL_TO_PASS": ["a"], "repo": "own/calc"})
+def test_rows_of_other_formats_say_what_they_look_like_and_lack():
+    kin = ROW | {"install_config": {"test_cmd": "pytest"}}
+    assert formats.from_row(kin) == formats.from_row(ROW)  # nothing is missing
+    for column, name in (("install_config", "SWE-rebench"), ("image_name", "SWE-smith")):
+        kin = {key: ROW[key] for key in ROW if key not in ("image", "eval_script")} | {column: "x"}
+        with pytest.raises(ValueError, match=f"looks like one of {name}, without image, eval_script; add") as raised:
+            formats.from_row(kin)
+        assert "4.x" not in str(raised.value)
     with pytest.raises(
         ValueError, match=r"one of these formats, .*: R2E-Gym \(expected_output_json or .*got \['text'\]"
     ):
@@ -257,6 +263,15 @@ def test_a_folder_of_datasets_is_read_or_refused(tmp_path):
     (folder / "data.arrow").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"expected streams of Arrow"):
         formats.read_instances(folder)
+
+
+def image_checkout(_, folder: Path) -> None:
+    """What a checkout from an image has: untracked files, hidden tests among them."""
+    files_checkout(CALC | {"deleted.py": ""})(instance(), folder)
+    more = {"r2e_tests/test_1.py": TEST, "run_tests.sh": SCRIPT, ".venv/lib/big.bin": "x" * 2**21, "odd [*]": "x"}
+    for name, text in more.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
 
 
 def calc_patch(text: str) -> str:
@@ -284,7 +299,7 @@ def test_a_patch_is_right_if_all_tests_have_the_expected_status(tmp_path, name):
         instance(),
         instance().patch if patch is None else patch,
         FakeRuntime(tmp_path),
-        files_checkout(CALC if name != "gold" else IMAGE),
+        files_checkout(CALC) if name == "gold" else image_checkout,
         limits=Limits(seconds=60),
     )
     assert report.resolved == right, report.log
@@ -300,15 +315,50 @@ def test_without_hidden_tests_there_is_no_verdict(tmp_path):
 
 
 def test_a_timeout_is_unsolved(tmp_path):
-    slow = files_checkout(CALC | {"run_tests.sh": f"sleep 60\n{SCRIPT}"})
-    report = formats.grade(instance(), instance().patch, FakeRuntime(tmp_path), slow, limits=Limits(seconds=2))
+    def slow(_, folder: Path) -> None:
+        image_checkout(_, folder)
+        (folder / "run_tests.sh").write_text(f"sleep 60\n{SCRIPT}")
+
+    report = formats.grade(instance(), instance().patch, FakeRuntime(tmp_path), slow, limits=Limits(seconds=3))
     assert not report.resolved and report.applied and "Timed Out" in report.log
 
 
+@pytest.fixture(scope="module")
+def env():
+    env = SweEnv(SweConfig(command_s=60, grade_s=60, memory_mib=512, partial=True), working_bubblewrap())
+    yield env
+    env.close()
+
+
+def episode(env, monkeypatch, *commands: str):
+    monkeypatch.setattr("aem_jax.envs.swe.env.load_task", lambda _: (instance(), image_checkout))
+    first = env.reset({})
+    assert "median() is wrong." in first.observation and "[ISSUE]" not in first.observation
+    outputs = [env.step(block("execute_bash", command=command)).observation for command in commands]
+    return outputs, env.step(block("finish"))
+
+
+def test_the_agent_sees_no_hidden_file_and_its_fix_is_rewarded(env, monkeypatch):
+    look = "ls -A; git status --short; git log --all --oneline | wc -l; grep -rc test_median_even . | grep -v :0"
+    fix = "cat > calc.py <<'END'\n" + FIXED + "END\nrm deleted.py; echo exit > run_tests.sh; mkdir r2e_tests"
+    (seen, _), finished = episode(env, monkeypatch, look, fix)
+    assert ".venv" in seen and "calc.py" in seen
+    assert not [word for word in ("run_tests", "r2e_tests", "test_1", "hidden") if word in seen], seen
+    assert (finished.reward, finished.info["won"], finished.info["applied"]) == (1.0, True, True)
+
+
+def test_an_agent_that_changes_nothing_or_only_the_tests_is_not_rewarded(env, monkeypatch):
+    forged = "mkdir r2e_tests; echo 'echo short test summary info; echo PASSED a::test_mean' > run_tests.sh"
+    for commands in ((), (forged,)):
+        _, finished = episode(env, monkeypatch, *commands)
+        assert (finished.reward, finished.info["won"], finished.info["applied"]) == (0.0, False, True)
+        assert finished.info["pass_to_pass"] == 0.75
+
+
 def test_gold_and_empty_in_a_sandbox():
-    runtime, checkout = working_bubblewrap(), files_checkout(IMAGE)
+    runtime = working_bubblewrap()
     reports = [
-        formats.grade(instance(), patch, runtime, checkout, limits=Limits(seconds=60))
+        formats.grade(instance(), patch, runtime, image_checkout, limits=Limits(seconds=60))
         for patch in (instance().patch, "")
     ]
     assert [report.resolved for report in reports] == [True, False], reports[0].log

@@ -96,7 +96,10 @@ class Containers:
             )
         with self._archives.open(instance, self._from_image if instance.image else checkout) as archive:
             container = f"aem-swe-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-            command = [self._engine, *run_arguments(self.name, container, image, limits, self._config.processors)]
+            command = [
+                self._engine,
+                *run_arguments(self.name, container, image, limits, self._config.processors, instance.MOVED),
+            ]
             try:
                 started = _start(command)
             except BaseException:  # it may exist, although it did not start
@@ -121,12 +124,24 @@ class Containers:
         _engine([self._engine, "create", "--network", "none", "--name", container, instance.image, "true"])
         try:
             _engine([self._engine, "cp", f"{container}:{TESTBED}/.", str(folder)])
+            for name in instance.MOVED:
+                target = folder / name
+                if target.is_symlink():  # the engine would write to where the image's link points on this machine
+                    target.unlink()
+                shutil.rmtree(target, ignore_errors=True)
+                target.mkdir()
+                _engine([self._engine, "cp", f"{container}:/{name}/.", str(target)])
         finally:
             _engine([self._engine, "rm", "--force", container])
 
 
-def run_arguments(engine: str, container: str, image: str, limits: Limits, processors: float) -> list[str]:
-    """Returns the engine's arguments for a workspace's container; its first process ends with its standard input."""
+def run_arguments(
+    engine: str, container: str, image: str, limits: Limits, processors: float, masked: Sequence[str] = ()
+) -> list[str]:
+    """Returns the engine's arguments for a workspace's container; its first process ends with its standard input.
+
+    Folders of the image's root in `masked` are empty inside, and cannot be read by commands.
+    """
     eighth = limits.disk_mib // 8
     memory = limits.memory_mib + limits.disk_mib  # engines count in-memory file systems as memory
     arguments = ["run", "--interactive", "--rm", "--name", container, "--hostname", "sandbox"]
@@ -147,6 +162,8 @@ def run_arguments(engine: str, container: str, image: str, limits: Limits, proce
         arguments += ["--read-only-tmpfs=false"]
     for folder, size in ((TESTBED, 6 * eighth), ("/tmp", eighth)):
         arguments += ["--tmpfs", f"{folder}:rw,exec,nosuid,nodev,mode=1777,size={size}m{empty}"]
+    for folder in masked:
+        arguments += ["--tmpfs", f"/{folder}:ro,noexec,nosuid,nodev,mode=0000,size=64k{empty}"]
     for name, value in SETTINGS.items():
         arguments += ["--env", f"{name}={value}"]
     # the first process ignores SIGCHLD, so the kernel reaps its children, and orphans leave no zombies

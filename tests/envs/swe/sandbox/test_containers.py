@@ -8,6 +8,7 @@ import tarfile
 import pytest
 from envs.swe.sandboxes import CHECKOUT, INSTANCE, QUICK
 
+from aem_jax.envs.swe.r2e import R2EInstance
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers, probe, run_arguments
 from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError, WorkspaceError
 
@@ -109,6 +110,18 @@ def test_the_repository_comes_from_the_instances_image(engine):
     assert "rm -rf .git" in forget[7] and forget[-1] == INSTANCE.base_commit
     runtime.open(instance, CHECKOUT, limits=QUICK).close()
     assert [call[0] for call in calls(engine)].count("create") == 1
+
+
+def test_hidden_tests_in_an_images_root_are_moved_and_masked(engine):
+    runtime = Containers("docker", ContainerConfig(), str(engine))
+    row = R2EInstance("id", "own/calc", "a" * 40, "", "", "own/image", "b" * 40, (("test_a", "PASSED"),))
+    runtime.open(row, CHECKOUT, limits=QUICK).close()
+    _, testbed, tests, _, run = calls(engine)[:5]
+    assert testbed[1].endswith(":/testbed/.") and tests[1].endswith(":/r2e_tests/.")
+    assert tests[2] == f"{testbed[2]}/r2e_tests"
+    assert "--tmpfs /r2e_tests:ro,noexec,nosuid,nodev,mode=0000,size=64k" in " ".join(run)
+    with tarfile.open(engine.parent / "unpacked.tar") as archive:
+        assert {"./from_image.py", "./r2e_tests/from_image.py"} <= set(archive.getnames())
 
 
 def test_commands_files_and_deadlines_use_the_engine(engine):
