@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from envs.swe.samples import CALC, FIXED, HIDDEN, ROW, FakeRuntime, diff
 from envs.swe.sandboxes import working_bubblewrap
 from envs.swe.test_calls import block
 
-from aem_jax.envs.swe import formats, r2e
+from aem_jax.envs.swe import check, formats, r2e
 from aem_jax.envs.swe.env import SweConfig, SweEnv
 from aem_jax.envs.swe.repos import files_checkout
+from aem_jax.envs.swe.sandbox import choose
 from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError
 
 FIX = "f" * 40
@@ -363,3 +365,30 @@ def test_gold_and_empty_in_a_sandbox():
     ]
     assert [report.resolved for report in reports] == [True, False], reports[0].log
     assert reports[1].pass_to_pass == dict.fromkeys(EXPECTED, True) | {"test_median_even": False}
+
+
+def test_a_published_file_is_checked_with_a_mirror(tmp_path, monkeypatch, capsys):
+    repo = tmp_path / "mirrors" / "calc"
+    git = ["git", "-C", str(repo), "-c", "user.name=a", "-c", "user.email=a@example.invalid"]
+    commits = []
+    for text in (CALC["calc.py"], FIXED):
+        for name, content in (CALC | {"calc.py": text}).items():
+            (repo / name).parent.mkdir(parents=True, exist_ok=True)
+            (repo / name).write_text(content)
+        for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
+            subprocess.run([*git, *words], check=True)
+        done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        commits.append(done.stdout.strip())
+    base, fix = commits
+    rows = [PUBLISHED | {"commit_hash": fix}]  # the base commit is the fix's parent
+    parsed = json.dumps({"file_diffs": [FIXING], "old_commit_hash": base})
+    wrong = json.dumps(EXPECTED | {"test_old": "PASSED"})
+    named = {"parsed_commit_content": parsed, "expected_output_json": wrong}
+    rows.append(PUBLISHED | {"commit_hash": base} | named)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr(choose, "choose_runtime", lambda *_, **__: FakeRuntime(tmp_path / "work"))
+    assert check.main([str(tmp_path / "rows.jsonl"), "--repos", str(tmp_path / "mirrors"), "--json"]) == 1
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    (message,) = problems.pop(f"r2e__calc-{base[:12]}")
+    assert message.endswith("its own patch does not solve it; 1 tests do not pass, ['test_old']") and not problems

@@ -66,8 +66,11 @@ class ContainerConfig:
     image: str = ""
     """Image for instances that name none. It needs bash, git, patch, tar and the tests' dependencies (pytest 7.2 or
     newer for generated tasks). The repository then comes from the checkout."""
-    prelude: str = "if [ -f /opt/miniconda3/bin/activate ]; then source /opt/miniconda3/bin/activate testbed; fi"
-    """Bash that runs before each command; the default enters the environment of SWE-bench's images."""
+    prelude: str = (
+        "if [ -f /opt/miniconda3/bin/activate ]; then source /opt/miniconda3/bin/activate testbed; "
+        'elif [ -d /testbed/.venv/bin ]; then export VIRTUAL_ENV=/testbed/.venv PATH="/testbed/.venv/bin:$PATH"; fi'
+    )
+    """Bash that runs before each command; the default enters the environment of SWE-bench's or R2E-Gym's images."""
     processors: float = 2.0
     """Maximum number of processors that a container uses."""
 
