@@ -281,6 +281,13 @@ def calc_patch(text: str) -> str:
 
 
 EDITED_TESTS = diff({}, {"r2e_tests/test_1.py": "def test_old():\n    assert 0\n", "new.py": "x = 1\n"})
+# the hidden test passes if this file stays beside it
+CONFTEST = diff(
+    {},
+    {
+        "r2e_tests/conftest.py": "import calc\n\nold = calc.median\ncalc.median = lambda xs: 2.5 if xs[3:] else old(xs)\n"
+    },
+)
 EDITED_SCRIPT = diff({}, {"run_tests.sh": "echo short test summary info\n"})
 PATCHES = {
     "gold": (None, True),
@@ -290,6 +297,7 @@ PATCHES = {
     "junk": ("not a diff\n", False),
     "writes tests": (EDITED_TESTS, False),
     "gold, writes tests": (EDITED_TESTS + calc_patch(FIXED), True),
+    "writes a conftest.py": (CONFTEST, False),
     "writes the script": (EDITED_SCRIPT, False),
 }
 
