@@ -284,9 +284,7 @@ EDITED_TESTS = diff({}, {"r2e_tests/test_1.py": "def test_old():\n    assert 0\n
 # the hidden test passes if this file stays beside it
 CONFTEST = diff(
     {},
-    {
-        "r2e_tests/conftest.py": "import calc\n\nold = calc.median\ncalc.median = lambda xs: 2.5 if xs[3:] else old(xs)\n"
-    },
+    {"r2e_tests/conftest.py": "import calc\n\nold = calc.median\ncalc.median = lambda x: 2.5 if x[3:] else old(x)\n"},
 )
 EDITED_SCRIPT = diff({}, {"run_tests.sh": "echo short test summary info\n"})
 PATCHES = {
