@@ -243,7 +243,7 @@ COMMANDS: Mapping[str, Command] = {
         _export,
         "Writes a trained run's model as Hugging Face files; --adapter True: a LoRA run's adapter, as PEFT files.",
     ),
-    "trim": Command(_trim, "Writes a model with the vocabulary that a run's environment uses: a faster head."),
+    "trim": Command(_trim, "Writes a model with the tokens that an environment uses."),
     "serve": Command(_serve, "Serves an environment over WebSocket until interrupted."),
     "doctor": Command(_doctor, "Checks whether a new machine trains correctly, and how fast."),
     "bench": Command(_bench, "Measures components on this machine; prints a table and JSON."),
