@@ -31,6 +31,30 @@ def tokenizer(config: RunConfig) -> Path:
     return folder
 
 
+def check(config: RunConfig, policy: Policy, vocab_size: int) -> tuple[RunConfig, Policy]:
+    """Checks the run that `config` starts from; returns its config and the policy that it trained.
+
+    Args:
+        config: of the new run.
+        policy: that the new run trains.
+        vocab_size: of the tokenizer.
+
+    Raises:
+        ConfigError: no such run, or one that trains another model or adapter.
+    """
+    run = Path(config.warmstart.init_from)
+    other = saved.load(run)
+    trained = components.make_policy(other, vocab_size, saved.model_files(other, run))
+    ours, theirs = _trained(policy), _trained(trained)
+    if names := [name for name in ours if ours[name] != theirs.get(name)]:
+        listed = lambda of: ", ".join(f"{name} {of.get(name)}" for name in names)
+        raise ConfigError(
+            f"--warmstart.init-from: expected a run of a policy with {listed(ours)}, got {listed(theirs)} in {run}; "
+            "give the same --model, --lora and --tokenizer"
+        )
+    return other, trained
+
+
 def parameters(config: RunConfig, policy: Policy, vocab_size: int, mesh: Mesh) -> Params:
     """Trained parameters at step 0 of the run that `config` starts from, in the train layout, without its value head.
 
@@ -44,18 +68,10 @@ def parameters(config: RunConfig, policy: Policy, vocab_size: int, mesh: Mesh) -
         {"base": float32 weights}, or {"adapter": …} with LoRA.
 
     Raises:
-        ConfigError: no such run, one that trains another model or adapter, or one without a checkpoint of step 0.
+        ConfigError: as in `check`, or the run has no checkpoint of step 0.
     """
     run = Path(config.warmstart.init_from)
-    other = saved.load(run)
-    trained = components.make_policy(other, vocab_size, saved.model_files(other, run))
-    ours, theirs = _trained(policy), _trained(trained)
-    if names := [name for name in ours if ours[name] != theirs.get(name)]:
-        listed = lambda of: ", ".join(f"{name} {of.get(name)}" for name in names)
-        raise ConfigError(
-            f"--warmstart.init-from: expected a run of a policy with {listed(ours)}, got {listed(theirs)} in {run}; "
-            "give the same --model, --lora and --tokenizer"
-        )
+    other, trained = check(config, policy, vocab_size)
     # The checkpoint holds the optimizer's state, too, in the form of the other run's learner.
     state = abstract_state(trained, other.learner, mesh).without_frozen()
     with Checkpoints(run / "checkpoints", other.checkpoint) as checkpoints:

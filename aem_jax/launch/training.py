@@ -17,7 +17,7 @@ from aem_jax.config.run import RunConfig
 from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
 from aem_jax.files import write_text
-from aem_jax.launch import evaluation
+from aem_jax.launch import evaluation, init_from
 from aem_jax.launch.context import RunContext, open_run, values_function
 from aem_jax.launch.efficiency import make_live
 from aem_jax.launch.initial import initial_state, load_frozen_weights, unfitted_state
@@ -44,6 +44,8 @@ def train(config: RunConfig) -> int:
     folder = Path(config.runs_dir) / config.name
     with open_run(config, folder, writes=True) as run:
         is_first = run.processes.is_first
+        if config.warmstart.init_from and run.checkpoints.latest is None:
+            init_from.check(config, run.policy, run.chat.vocab_size)  # before the folder belongs to these settings
         if is_first:
             saved.save(config, folder, begun=run.checkpoints.latest is not None)
         state = _start(run)
