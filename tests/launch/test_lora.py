@@ -1,11 +1,7 @@
 """LoRA through the normal command: from a model's files, and on random weights after a warm start."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 
 import jax
@@ -24,24 +20,15 @@ from aem_jax.tokenizer import ChatTokenizer
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = Path(__file__).with_name("small.toml")
 CONFIG = ModelConfig(512, 32, 48, 2, 4, 2, 8, qk_norm=None, qkv_bias=True, max_positions=512)  # of Qwen2.5's form
 SHORT = ("--evaluation.baselines", "false", "--evaluation.every", "0", "--evaluation.size", "2")
 SHORT += ("--metrics.tensorboard", "false")
 
 
-def start(folder: Path, environment: dict[str, str], *words: str, command: str = "train") -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "aem_jax.launch", command, "--preset", str(SMALL), "--runs-dir", str(folder), *words]
-    return subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment
-    )
-
-
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    out, _ = process.communicate()
-    assert process.returncode == status, out
-    return out
+def train(folder: Path, *words: str) -> None:
+    """Trains in this process."""
+    assert cli.main(["train", "--preset", str(SMALL), "--runs-dir", str(folder), "--name", "run", *words]) == 0
 
 
 def export(folder: Path, runs: Path, *words: str) -> None:
@@ -71,33 +58,16 @@ def check_export(run: Path, base: Path, out: Path, scale: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    ours = {"JAX_NUM_CPU_DEVICES", "JAX_NUMPY_RANK_PROMOTION"}
-    return {name: value for name, value in os.environ.items() if name not in ours}
-
-
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory, environment) -> tuple[Path, list[dict], bytes]:
-    """A run on random weights that was killed and resumed, with its numbers and its frozen weights at the kill.
-
-    The kill happens at least two steps after a checkpoint.
-    """
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict], bytes]:
+    """A run on random weights that has lost its last checkpoint and was resumed, with its numbers and its frozen
+    weights before that."""
     folder = tmp_path_factory.mktemp("runs")
-    run, words = folder / "run", ("--name", "run", "--lora.rank", "4", *SHORT)
-    process, count = start(folder, environment, *words, "--train.num-steps", "1000"), 0
-    while count < 6 or count < 2 + max(
-        int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()
-    ):
-        process.send_signal(signal.SIGCONT)
-        while len(read_lines(run / "metrics.jsonl")) <= max(count, 5):
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.02)
-        process.send_signal(signal.SIGSTOP)
-        count = len(read_lines(run / "metrics.jsonl"))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    words = ("--lora.rank", "4", "--train.num-steps", "3", "--train.save-every", "1", *SHORT)
+    run = folder / "run"
+    train(folder, *words)
     before, base = numbers(run), (run / "frozen_weights" / "model.safetensors").read_bytes()
-    finish(start(folder, environment, *words, "--train.num-steps", str(count + 1)))
+    shutil.rmtree(run / "checkpoints" / "3")
+    train(folder, *words)
     return run, before, base
 
 
@@ -105,18 +75,18 @@ def numbers(run: Path) -> list[dict]:
     return [comparable(record) for record in read_lines(run / "metrics.jsonl")]
 
 
-def test_a_run_from_files_trains_a_separate_adapter(tmp_path: Path, environment):
+def test_a_run_from_files_trains_a_separate_adapter(tmp_path: Path):
     texts = ["-= Welcome =- You are in the middle of a room.", "<action>go to shelf 1</action>", "Nothing happens."]
     ChatTokenizer.train(texts * 3, vocab_size=400).save_pretrained(tmp_path / "tokenizer")
     model = tmp_path / "model"
     save_pretrained(model, CONFIG, Policy(CONFIG).init(jax.random.key(0)), source=tmp_path / "tokenizer")
-    words = ["--name", "run", "--model.path", str(model), "--model.dtype", "float32", "--train.num-steps", "2"]
+    words = ["--model.path", str(model), "--model.dtype", "float32", "--train.num-steps", "2"]
     words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", *SHORT]
     sizes = ("hidden-size", "intermediate-size", "num-layers", "num-heads", "num-kv-heads", "head-dim")
     words += [f"--model.{name}=None" for name in sizes]
     words += ["--warmstart.episodes", "0", "--checkpoint.keep-first", "False", "--learner.moments", "bfloat16"]
     words += ["--lora.rank", "4", "--lora.alpha", "8", "--lora.targets", "q_proj", "v_proj", "down_proj"]
-    finish(start(tmp_path, environment, *words, "--lora.merge", "False"))
+    train(tmp_path, *words, "--lora.merge", "False")
     steps = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in steps] == [0, 1]
     assert all(record["parity/max"] < 1e-4 for record in steps)
@@ -129,9 +99,9 @@ def test_a_run_from_files_trains_a_separate_adapter(tmp_path: Path, environment)
 def test_an_adapter_is_trained_after_a_warm_start_of_all_weights(
     resumed: tuple[Path, list[dict], bytes], tmp_path: Path
 ):
-    run, before, _ = resumed
+    run, _, _ = resumed
     steps = read_lines(run / "metrics.jsonl")
-    assert [record["step"] for record in steps] == list(range(len(before) + 1))
+    assert [record["step"] for record in steps] == [0, 1, 2]
     for record in steps:
         assert record["parity/max"] <= 1e-4 and record["compile/recompiles"] == 0
     assert steps[0]["learner/kl_reference"] == pytest.approx(0, abs=1e-5)
@@ -145,9 +115,11 @@ def test_an_adapter_is_trained_after_a_warm_start_of_all_weights(
     check_export(run, run / "frozen_weights", tmp_path / "out", scale=8.0)
 
 
-def test_a_killed_and_resumed_lora_run_has_the_same_numbers(resumed: tuple[Path, list[dict], bytes]):
+def test_a_resumed_lora_run_has_the_same_numbers(resumed: tuple[Path, list[dict], bytes]):
     run, before, base = resumed
-    assert numbers(run)[: len(before)] == before  # the repeated steps give the same numbers
+    assert (
+        numbers(run) == before and (run / "checkpoints" / "3").exists()
+    )  # the step was repeated, with the same numbers
     assert (run / "frozen_weights" / "model.safetensors").read_bytes() == base
 
 
