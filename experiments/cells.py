@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,13 +135,14 @@ def resolved(line: Measurement) -> bool:
 
 def responses_table(grid: Grid, results: Sequence[Result], measurements: Sequence[Measurement]) -> str:
     """A row for each cell: the policy before training, and what α has to work with there; means over seeds."""
-    columns: Sequence[tuple[str, Callable[[Mapping], float | None], bool]] = (
-        ("tokens a response, median", lambda responses: responses["tokens"][1], False),
-        ("token entropy, nats", lambda responses: responses["entropy"], False),
-        ("variance of H̄ within states", lambda responses: responses["entropy_within_states"], True),
-        ("mean α where A > 0", lambda responses: responses["alpha_positive"], False),
-        ("mean α where A < 0", lambda responses: responses["alpha_negative"], False),
-        ("decisive turns of low entropy", lambda responses: responses["decisive_at_low_entropy"], True),
+    tokens, plain, share = "{:.1f}".format, partial(number, percent=False), _percent
+    columns: Sequence[tuple[str, Callable[[Mapping], float | None], Callable[[float], str]]] = (
+        ("tokens a response, median", lambda responses: responses["tokens"][1], tokens),
+        ("token entropy, nats", lambda responses: responses["entropy"], plain),
+        ("variance of H̄ within states", lambda responses: responses["entropy_within_states"], share),
+        ("mean α where A > 0", lambda responses: responses["alpha_positive"], plain),
+        ("mean α where A < 0", lambda responses: responses["alpha_negative"], plain),
+        ("decisive turns of low entropy", lambda responses: responses["decisive_at_low_entropy"], share),
     )
     rows = []
     for cell in grid.cells:
@@ -148,8 +150,8 @@ def responses_table(grid: Grid, results: Sequence[Result], measurements: Sequenc
         starts = of_variant(results, START, cell.start).values()
         if lines:
             values = ([value for line in lines if (value := of(line)) is not None] for _, of, _ in columns)
-            texts = (_mean(value, percent) for value, (*_, percent) in zip(values, columns, strict=True))
-            rows.append([*cell.levels, _mean([successes(s, "warmstart") for s in starts], percent=True), *texts])
+            texts = (_mean(value, show) for value, (*_, show) in zip(values, columns, strict=True))
+            rows.append([*cell.levels, _mean([successes(s, "warmstart") for s in starts], _percent), *texts])
     header = [*_factors(grid), "success", *(title for title, *_ in columns)]
     return table(header, rows) if rows else "Not measured yet."
 
@@ -306,9 +308,13 @@ def _three(value: Interval) -> str:
     return "–" if texts[0] == "–" else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
-def _mean(values: Sequence[float], percent: bool) -> str:
+def _mean(values: Sequence[float], show: Callable[[float], str]) -> str:
     value = interval(values).mean
-    return "–" if not math.isfinite(value) else f"{number(value, percent)}{' %' if percent else ''}"
+    return show(value) if math.isfinite(value) else "–"
+
+
+def _percent(value: float) -> str:
+    return f"{number(value, percent=True)} %"
 
 
 def _listed(cells: Sequence[str]) -> str:

@@ -261,7 +261,7 @@ def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
         in page
     )
     assert "| long | wrong | penalised | 1.70 (1.70 to 1.70) | 1.70 (1.70 to 1.70) |" in page
-    assert "| short | unsure | free | 20.0 % | 8.000 | 0.250 | 50.0 % | 1.250 | 0.750 | – |" in page
+    assert "| short | unsure | free | 20.0 % | 8.0 | 0.250 | 50.0 % | 1.250 | 0.750 | – |" in page
     assert "the gain over GRPO has an interval above 0 in 7 of 8 cells (short-unsure-penalised, " in page
     assert "ρ at step 0 predicts the gain of AEM over cells (success while training, all steps): Spearman's" in page
     against = [
