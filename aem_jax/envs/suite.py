@@ -32,6 +32,7 @@ class TaskSuite:
             None: there is no expert, and no warm start.
         baselines: factories of agents to compare with, by name. Each call makes an agent for a task.
         prompt: composes the prompts of `rollout.prompt_style = "single"`. None: the environment has no such prompt.
+        text: the text of a task, for a new tokenizer. None: the tokenizer is trained on episodes.
     """
 
     name: str
@@ -42,6 +43,7 @@ class TaskSuite:
     demonstrator: Callable[[Task], Act] | None = None
     baselines: Mapping[str, Callable[[Task], Act]] = field(default_factory=dict)
     prompt: Prompt | None = None
+    text: Callable[[Task], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,15 @@ def tokenizer_corpus(suite: TaskSuite, episodes: int, max_turns: int) -> Iterato
     """Yields texts to train a tokenizer on: observations and responses of the first training tasks, a list per episode.
 
     The demonstrator plays the episodes. Without a demonstrator, the first baseline plays them. Tasks that break their
-    environment are skipped.
+    environment are skipped. A suite with texts of tasks yields these instead.
 
     Raises:
         ValueError: the suite has no agent.
         EnvError: all these tasks broke their environment.
     """
+    if suite.text:
+        yield from ([suite.text(task)] for task in suite.training[:episodes])
+        return
     agent = suite.demonstrator or next(iter(suite.baselines.values()), None)
     if agent is None:
         raise ValueError(

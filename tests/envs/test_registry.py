@@ -8,11 +8,14 @@ import pytest
 from envs.servers import REPOSITORY
 
 from aem_jax import envs
+from aem_jax.config import validate
 from aem_jax.config.environments import task_suite
+from aem_jax.config.presets import read_preset
 from aem_jax.config.run import RunConfig
 from aem_jax.envs import registry
 from aem_jax.envs.registry import ENVIRONMENTS, SERVED, TRAINED, Entry, default_config, registered
 from aem_jax.envs.suite import tokenizer_corpus
+from aem_jax.overrides import apply, split
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
@@ -69,3 +72,11 @@ def test_without_an_agent_there_is_nothing_to_train_a_tokenizer_on():
     suite = dataclasses.replace(task_suite(RunConfig()), demonstrator=None, baselines={})
     with pytest.raises(ValueError, match=r"expected --model.path.* with alfworld"):
         next(tokenizer_corpus(suite, 1, 1))
+
+
+def test_a_tokenizer_for_agents_is_trained_on_the_texts_of_their_tasks():
+    folder = REPOSITORY / "examples" / "any_agent"
+    words = ["--harness.agent", f"{folder}/number_game.py:play"]
+    config = apply(read_preset("harness-tiny", str(folder / "number_game.toml")), split(words)[1])
+    validate.check(config)
+    assert list(tokenizer_corpus(task_suite(config), 2, 1)) == [['{"seed": 0}'], ['{"seed": 1}']]

@@ -110,6 +110,7 @@ def task_suite(config: HarnessConfig, options: SuiteOptions) -> TaskSuite:
         training=training,
         evaluation=evaluation,
         make_env=_no_environment,
+        text=lambda task: json.dumps(task.payload["task"]),
     )
 
 
