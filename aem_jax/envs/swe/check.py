@@ -25,6 +25,7 @@ from aem_jax.envs.swe.grading import Report
 from aem_jax.envs.swe.sandbox import choose
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.sandbox.containers import STORAGES, ContainerConfig
+from aem_jax.envs.swe.sandbox.pods import KubernetesConfig
 from aem_jax.envs.swe.sandbox.workspace import Limits, Runtime, SandboxError
 from aem_jax.envs.swe.tasks import file_tasks, full_payload, generated_tasks, load_task
 
@@ -94,19 +95,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--memory-mib", type=int, default=0, help="its memory limit; 0: 1024, with FILE as in training")
     parser.add_argument("--disk-mib", type=int, default=0, help="size of its workspace; 0: as in training")
-    parser.add_argument("--runtime", default="auto", help="auto, bubblewrap, docker or podman")
-    parser.add_argument("--image", default="", help="image for docker and podman, for tasks that name none")
+    parser.add_argument("--runtime", default="auto", help="auto, bubblewrap, docker, podman or kubernetes")
+    parser.add_argument("--image", default="", help="image of containers, for tasks that name none")
     container, bubblewrap = ContainerConfig(), BubblewrapConfig()
-    parser.add_argument("--prelude", default=container.prelude, help="bash that docker and podman run before commands")
-    parser.add_argument(
-        "--processors", type=float, default=container.processors, help="of docker and podman containers"
-    )
+    parser.add_argument("--prelude", default=container.prelude, help="bash that containers run before commands")
+    parser.add_argument("--processors", type=float, default=container.processors, help="of containers")
     parser.add_argument(
         "--storage",
         default=container.storage,
         choices=STORAGES,
-        help="of docker and podman, see --swe.container.storage",
+        help="of containers, see --swe.container.storage",
     )
+    parser.add_argument("--namespace", default=KubernetesConfig.namespace, help="of the pods of kubernetes")
+    parser.add_argument("--context", default="", help="of the kubeconfig, see --swe.kubernetes.context")
+    parser.add_argument("--pod-template", default="", help="see --swe.kubernetes.pod-template")
     parser.add_argument("--packages", nargs="*", default=bubblewrap.packages, help="importable packages in bubblewrap")
     parser.add_argument("--read-only", nargs="*", default=(), help="further paths of this machine, for bubblewrap")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else there")
@@ -120,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ContainerConfig(
                 image=options.image, prelude=options.prelude, processors=options.processors, storage=options.storage
             ),
+            KubernetesConfig(options.namespace, options.context, options.pod_template),
         )
         messages: dict[str, list[str]] = {}
         with ThreadPoolExecutor(options.jobs) as pool:  # threads are enough: the work runs in sandboxes

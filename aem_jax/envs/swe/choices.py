@@ -27,7 +27,7 @@ from aem_jax.envs.swe.generate.packages import package
 from aem_jax.envs.swe.generate.tasks import DIFFICULTIES, Bug, bug, check_difficulties, checkout, diff, instance
 from aem_jax.envs.swe.grading import TIMED_OUT, grade
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
-from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers
+from aem_jax.envs.swe.sandbox.containers import ContainerConfig
 from aem_jax.envs.swe.sandbox.workspace import Limits, Runtime, SandboxError
 from aem_jax.files import user_cache
 
@@ -58,9 +58,9 @@ class ChoicesConfig:
     reward_invalid: float = 0.0
     """Reward for a response without a valid action."""
     runtime: str = "auto"
-    """Sandbox for grading: auto | bubblewrap | docker | podman."""
+    """Sandbox for grading: auto | bubblewrap | docker | podman | kubernetes (with its default settings)."""
     image: str = ""
-    """Image for grading with docker or podman, with bash, git, patch, tar, and a `python` with pytest 7.2 or newer."""
+    """Image for grading in containers, with bash, git, patch, tar, and a `python` with pytest 7.2 or newer."""
     cache: str = "auto"
     """Folder of cached verdicts. Equal edits have equal verdicts. auto: $XDG_CACHE_HOME/aem_jax/swe; off: only in
     memory."""
@@ -195,7 +195,7 @@ def make_counter(config: ChoicesConfig) -> CountFailing:
         runtime = choose_runtime(config.runtime, container=ContainerConfig(image=config.image))
     except SandboxError as error:
         raise OSError(str(error)) from None  # a server reports an OSError as missing on this machine
-    if isinstance(runtime, Containers) and not config.image:
+    if runtime.name != "bubblewrap" and not config.image:
         raise OSError(
             f"expected an image for {runtime.name} to grade in, got none; set --swe-choices.image to one with bash, "
             "git, patch, tar, and a `python` with pytest, or install bubblewrap, which needs no image"

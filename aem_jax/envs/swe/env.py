@@ -11,6 +11,7 @@ from aem_jax.envs.swe.patches import model_patch, save_base, set_aside
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig
+from aem_jax.envs.swe.sandbox.pods import KubernetesConfig
 from aem_jax.envs.swe.sandbox.workspace import Limits, Outcome, Runtime, Workspace, WorkspaceError
 from aem_jax.envs.swe.tasks import TasksConfig, load_task
 from aem_jax.envs.swe.tools import DESCRIPTION, Tools
@@ -41,7 +42,7 @@ class SweConfig:
     tasks: TasksConfig = TasksConfig()  # noqa: RUF009 (frozen)
     """Bug-fixing tasks."""
     runtime: str = "auto"
-    """Sandbox for untrusted code: auto | bubblewrap | docker | podman."""
+    """Sandbox for untrusted code: auto | bubblewrap | docker | podman | kubernetes."""
     max_steps: int = 50
     """Steps after which an episode is truncated; its patch is still graded."""
     max_invalid: int = 0
@@ -69,7 +70,9 @@ class SweConfig:
     bubblewrap: BubblewrapConfig = field(default_factory=BubblewrapConfig)
     """Contents of a bubblewrap sandbox in addition to the system and the interpreter."""
     container: ContainerConfig = field(default_factory=ContainerConfig)
-    """Settings of docker and podman containers."""
+    """Settings of containers: docker, podman, kubernetes."""
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+    """Settings of a Kubernetes cluster."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "observation_bytes"):
@@ -122,7 +125,9 @@ class SweSession:
 
     def __init__(self, task: Mapping[str, Any], config: SweConfig = SweConfig(), runtime: Runtime | None = None):
         self._config = config
-        self._runtime = runtime or choose_runtime(config.runtime, config.bubblewrap, config.container)
+        self._runtime = runtime or choose_runtime(
+            config.runtime, config.bubblewrap, config.container, config.kubernetes
+        )
         self._instance, self._checkout = load_task(task)
         self.statement, self.repo = self._instance.problem_statement, self._instance.repo
         self.limits = self._instance.resources.of_command(config.command_limits)

@@ -52,7 +52,7 @@ def make_swe(config: SweConfig) -> Callable[[], SweEnv]:
         OSError: no sandbox works on this machine.
     """
     try:
-        runtime = choose_runtime(config.runtime, config.bubblewrap, config.container)
+        runtime = choose_runtime(config.runtime, config.bubblewrap, config.container, config.kubernetes)
     except SandboxError as error:
         raise OSError(str(error)) from None  # a server reports an OSError as missing on this machine
     return lambda: SweEnv(config, runtime)
@@ -161,7 +161,7 @@ SWE = EnvironmentSpec(
     "repository bugs to fix, in a sandbox (SWE-bench style)",
     config=SweConfig,
     suite=swe,
-    paths=lambda config: [*_inputs(config), "tasks.repos"],
+    paths=lambda config: [*_inputs(config), "tasks.repos", "kubernetes.pod_template"],
     inputs=_inputs,
 )
 SWE_CHOICES = EnvironmentSpec(

@@ -6,6 +6,8 @@ from functools import lru_cache
 from aem_jax.envs.swe.sandbox import bubblewrap, containers
 from aem_jax.envs.swe.sandbox.bubblewrap import Bubblewrap, BubblewrapConfig
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers
+from aem_jax.envs.swe.sandbox.kubernetes import Kubernetes
+from aem_jax.envs.swe.sandbox.pods import KubernetesConfig
 from aem_jax.envs.swe.sandbox.workspace import Runtime, SandboxError
 
 ADVICE = (
@@ -30,22 +32,26 @@ def choose_runtime(
     name: str = "auto",
     bubblewrap: BubblewrapConfig | None = None,
     container: ContainerConfig | None = None,
+    kubernetes: KubernetesConfig | None = None,
 ) -> Runtime:
-    """Returns the named runtime, or with `auto` the first that works.
+    """Returns the named runtime, or with `auto` the first of this machine that works.
 
     Args:
-        name: `auto`, `bubblewrap`, `docker` or `podman`.
+        name: `auto`, `bubblewrap`, `docker`, `podman` or `kubernetes`.
         bubblewrap: contents of a bubblewrap sandbox.
         container: settings of containers.
+        kubernetes: settings of a cluster.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or an invalid pod template.
         SandboxError: the named runtime, or every runtime, fails on this machine; the message gives the reasons and what
             to install.
     """
-    if name != "auto" and name not in _PROBES:
-        raise ValueError(f"expected a runtime of auto, {', '.join(_PROBES)}, got {name!r}")
     bubblewrap, container = bubblewrap or BubblewrapConfig(), container or ContainerConfig()
+    if name == "kubernetes":
+        return Kubernetes(kubernetes or KubernetesConfig(), container)
+    if name != "auto" and name not in _PROBES:
+        raise ValueError(f"expected a runtime of auto, {', '.join(_PROBES)}, kubernetes, got {name!r}")
     reasons = []
     for candidate in _PROBES if name == "auto" else (name,):
         reason = _why_not(candidate, bubblewrap)

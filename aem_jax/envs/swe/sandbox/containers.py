@@ -30,32 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from aem_jax.envs.swe.patches import patched_files
 from aem_jax.envs.swe.sandbox import execution
 from aem_jax.envs.swe.sandbox.archives import Archives
 from aem_jax.envs.swe.sandbox.execution import FILE_S, Execution
 from aem_jax.envs.swe.sandbox.images import ENGINE_S, USER, Images, container_name, run_engine
 from aem_jax.envs.swe.sandbox.init_process import Cut
 from aem_jax.envs.swe.sandbox.workspace import TESTBED, Checkout, Limits, Outcome, Repository, SandboxError
-
-# Tracked files stay tracked, even if .gitignore names them now.
-_FORGET = r"""
-set -e
-cd /testbed
-comm -z -23 <(git ls-files -z | sort -z) <(git ls-files -z --deleted | sort -z) > /tmp/tracked
-rm -rf .git
-git init --quiet .
-git add --force --pathspec-from-file=/tmp/tracked --pathspec-file-nul
-git -c user.name=base -c user.email=base@example.invalid commit --quiet --message=base
-if [[ "$1" =~ ^[0-9a-f]{40}$ ]]; then git update-ref "refs/replace/$1" HEAD; fi
-rm /tmp/tracked
-"""
-_MAKE_BUG = """
-set -e
-cd /testbed
-git apply --whitespace=nowarn -
-for name in "$@"; do if [ -e "$name" ]; then git add --force -- "$name"; fi; done
-"""
 
 STORAGES = ("auto", "disk", "memory", "unlimited-disk")
 _NO_SIZE = (
@@ -168,8 +148,8 @@ class Containers:
                 if archive is not None:
                     workspace.unpack(archive)
                 if instance.image:
-                    workspace.make_bug(instance)
-                    workspace.forget_history(instance.base_commit)
+                    execution.make_bug(workspace._execute, instance, limits)
+                    execution.forget_history(workspace._execute, instance.base_commit, limits)
             except BaseException:
                 workspace.close()
                 raise
@@ -335,35 +315,6 @@ class ContainerWorkspace:
     def unpack(self, archive: int) -> None:
         """See `execution.unpack`."""
         execution.unpack(self._execute, archive, self._limits)
-
-    def make_bug(self, instance: Repository) -> None:
-        """Applies the patch that makes an instance's bug, if it has one.
-
-        Raises:
-            SandboxError: it does not apply.
-        """
-        if not instance.bug_patch:
-            return
-        with execution.as_descriptor(instance.bug_patch.encode(errors="surrogateescape")) as patch:
-            argv = ["bash", "-c", _MAKE_BUG, "make-bug", *patched_files(instance.bug_patch)]
-            result = self._execute(argv, self._limits, patch)
-        if result.exit_code != 0:
-            raise SandboxError(
-                f"expected the patch that makes the bug of {instance.instance_id} to apply in its image, got: "
-                f"{result.notice or result.errors:.500}"
-            )
-
-    def forget_history(self, base_commit: str) -> None:
-        """Replaces the image's git history, which may contain the fix, by one commit.
-
-        The base commit's name refers to the new commit.
-
-        Raises:
-            SandboxError: git failed.
-        """
-        result = self._execute(["bash", "-c", _FORGET, "forget", base_commit], self._limits, None)
-        if result.exit_code != 0:
-            raise SandboxError(f"the image's history could not be removed: {result.notice or result.errors:.500}")
 
     def close(self) -> None:
         """See `sandbox.Workspace.close`."""

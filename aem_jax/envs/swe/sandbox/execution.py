@@ -1,4 +1,4 @@
-"""Operations that all runtimes share: running scripts, reading and writing files, and unpacking repositories.
+"""Operations that all runtimes share: running scripts, reading and writing files, and setting up repositories.
 
 They use programs inside the sandbox. A runtime only implements `Execute`, which runs one program.
 """
@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from aem_jax.envs.swe.patches import patched_files
 from aem_jax.envs.swe.sandbox.init_process import joined
-from aem_jax.envs.swe.sandbox.workspace import TESTBED, Limits, Outcome, SandboxError, WorkspaceError
+from aem_jax.envs.swe.sandbox.workspace import TESTBED, Limits, Outcome, Repository, SandboxError, WorkspaceError
 
 FILE_S = 20.0
 """Time limit for short operations, such as reading or writing a file, seconds."""
@@ -19,6 +20,25 @@ UNPACK_S = 600.0
 """Time limit for unpacking a repository, seconds."""
 LONGEST_ARGUMENT = 100_000
 """In bytes; the kernel limits one argument of a program to 128 KiB."""
+
+# Tracked files stay tracked, even if .gitignore names them now.
+_FORGET = r"""
+set -e
+cd /testbed
+comm -z -23 <(git ls-files -z | sort -z) <(git ls-files -z --deleted | sort -z) > /tmp/tracked
+rm -rf .git
+git init --quiet .
+git add --force --pathspec-from-file=/tmp/tracked --pathspec-file-nul
+git -c user.name=base -c user.email=base@example.invalid commit --quiet --message=base
+if [[ "$1" =~ ^[0-9a-f]{40}$ ]]; then git update-ref "refs/replace/$1" HEAD; fi
+rm /tmp/tracked
+"""
+_MAKE_BUG = """
+set -e
+cd /testbed
+git apply --whitespace=nowarn -
+for name in "$@"; do if [ -e "$name" ]; then git add --force -- "$name"; fi; done
+"""
 
 
 @dataclass(frozen=True)
@@ -116,6 +136,36 @@ def unpack(execute: Execute, archive: int, limits: Limits) -> None:
         result.expect_success("could not unpack the repository (is disk_mib large enough?)")
     except WorkspaceError as error:
         raise SandboxError(str(error)) from None
+
+
+def make_bug(execute: Execute, instance: Repository, limits: Limits) -> None:
+    """Applies the patch that makes an instance's bug, if it has one.
+
+    Raises:
+        SandboxError: it does not apply.
+    """
+    if not instance.bug_patch:
+        return
+    with as_descriptor(instance.bug_patch.encode(errors="surrogateescape")) as patch:
+        result = execute(["bash", "-c", _MAKE_BUG, "make-bug", *patched_files(instance.bug_patch)], limits, patch)
+    if result.exit_code != 0:
+        raise SandboxError(
+            f"expected the patch that makes the bug of {instance.instance_id} to apply in its image, got: "
+            f"{result.notice or result.errors:.500}"
+        )
+
+
+def forget_history(execute: Execute, base_commit: str, limits: Limits) -> None:
+    """Replaces an image's git history, which may contain the fix, by one commit.
+
+    The base commit's name refers to the new commit.
+
+    Raises:
+        SandboxError: git failed.
+    """
+    result = execute(["bash", "-c", _FORGET, "forget", base_commit], limits, None)
+    if result.exit_code != 0:
+        raise SandboxError(f"the image's history could not be removed: {result.notice or result.errors:.500}")
 
 
 def _argument(text: str) -> str:

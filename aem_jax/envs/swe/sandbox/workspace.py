@@ -139,7 +139,7 @@ class Runtime(Protocol):
     """Opens workspaces.
 
     Attributes:
-        name: `bubblewrap`, `docker` or `podman`.
+        name: `bubblewrap`, `docker`, `podman` or `kubernetes`.
     """
 
     name: str
@@ -148,7 +148,7 @@ class Runtime(Protocol):
         """Opens a workspace with a private copy of the instance's repository.
 
         Args:
-            instance: the task. docker and podman take the repository from its image.
+            instance: the task. containers take the repository from its image.
             checkout: source of the repository if there is no image.
             limits: default limits of commands.
 
