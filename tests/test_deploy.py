@@ -1,14 +1,20 @@
 """deploy/: scripts parse, requeue and pass on their arguments; manifests have the fields that their readers need."""
 
+import importlib
 import json
 import re
 import subprocess
 import tomllib
+import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 from command_lines import commands, unknown_options
+
+from aem_jax.envs.swe.sandbox.cluster import LABELS
+from aem_jax.envs.swe.sandbox.pods import KubernetesConfig, open_network, read_template
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEPLOY = REPOSITORY / "deploy"
@@ -21,6 +27,7 @@ HOW_TO = {
     "skypilot.yaml": "skypilot.md",
     "Dockerfile.cuda": "container.md",
     "Dockerfile.tpu": "container.md",
+    **{f"sandbox{name}.yaml": "kubernetes.md" for name in ("es", "_pod", "_images", "_gvisor")},
 }
 
 
@@ -152,3 +159,58 @@ def test_dockerfiles_copy_existing_files_and_install_an_extra(path: Path):
     assert json.loads(last["ENTRYPOINT"]) == ["python", "-m", "aem_jax.launch"]
     assert unknown_options(json.loads(last["CMD"])) == []
     assert json.loads(last["VOLUME"])[0] == json.loads(last["CMD"])[-1] == "/runs"
+
+
+SANDBOXES = sorted(DEPLOY.glob("sandbox*.yaml"))
+
+
+def objects(name: str) -> dict[str, dict]:
+    """The objects of a manifest, by kind."""
+    return {item["kind"]: item for item in yaml.safe_load_all((DEPLOY / name).read_text())}
+
+
+@pytest.mark.parametrize("path", SANDBOXES, ids=lambda path: path.name)
+def test_manifests_follow_the_schemas(path: Path):
+    """By the published schemas where they are installed, else by the official client's classes."""
+    validate = pytest.importorskip("kubernetes_validate") if find_spec("kubernetes_validate") else None
+    if validate is None and not find_spec("kubernetes"):
+        pytest.skip("neither kubernetes-validate nor kubernetes is installed")
+    for item in yaml.safe_load_all(path.read_text()):
+        if validate is not None:
+            validate.validate(item, desired_version=validate.latest_version(), strict=True)
+            continue
+        client = importlib.import_module("kubernetes.client")
+        if path.name == "sandbox_pod.yaml":
+            item["spec"]["containers"][0]["image"] = "from/the/task"
+        response = types.SimpleNamespace(data=json.dumps(item), status=200, getheader=lambda *a: "application/json")
+        kind = f"V1{item['kind']}"
+        made = client.ApiClient().deserialize(response, kind)
+        assert client.ApiClient().sanitize_for_serialization(made) == item
+
+
+def test_sandboxes_have_no_network_and_a_run_has_its_rights():
+    found = objects("sandboxes.yaml")
+    namespace = KubernetesConfig().namespace
+    assert found["Namespace"]["metadata"]["name"] == namespace
+    named = {kind: item["metadata"].get("namespace") for kind, item in found.items()}
+    assert {kind for kind, name in named.items() if name == namespace} == set(found) - {"Namespace", "ServiceAccount"}
+    assert open_network([found["NetworkPolicy"]], LABELS) == ""
+    rights = {rule["resources"][0]: set(rule["verbs"]) for rule in found["Role"]["rules"]}
+    assert rights == {
+        "pods": {"create", "get", "list", "watch", "delete"},
+        "pods/exec": {"create", "get"},
+        "leases": {"create", "get", "list", "patch", "delete"},
+        "networkpolicies": {"list"},
+    }
+    (subject,) = found["RoleBinding"]["subjects"]
+    assert subject["name"] == found["ServiceAccount"]["metadata"]["name"]
+
+
+def test_the_pod_template_fits_a_sandbox():
+    template = read_template(str(DEPLOY / "sandbox_pod.yaml"))
+    assert (
+        template["spec"]["nodeSelector"] == objects("sandbox_gvisor.yaml")["RuntimeClass"]["scheduling"]["nodeSelector"]
+    )
+    images = objects("sandbox_images.yaml")["DaemonSet"]["spec"]["template"]["spec"]
+    for name in ("nodeSelector", "tolerations"):
+        assert images[name] == template["spec"][name]

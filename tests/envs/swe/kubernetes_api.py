@@ -121,7 +121,7 @@ class ApiServer:
             f.removeprefix("metadata.name=") for f in request.query_params.get("fieldSelector", "").split(",") if f
         ]
         chosen = lambda: {name: pod for name, pod in self.pods.items() if not names or name in names}
-        if request.query_params.get("watch") != "true":
+        if request.query_params.get("watch", "").lower() != "true":
             return JSONResponse({"kind": "PodList", "items": [pod.manifest for pod in chosen().values()]})
         seconds = float(request.query_params["timeoutSeconds"])
 
@@ -202,7 +202,7 @@ class ApiServer:
             await websocket.send_denial_response(status(404 if pod is None else 500, "container not found"))
             return
         query = websocket.query_params
-        assert query["container"] == pod.manifest["spec"]["containers"][0]["name"] and query["tty"] == "false"
+        assert query["container"] == pod.manifest["spec"]["containers"][0]["name"] and query["tty"].lower() == "false"
         await websocket.accept(subprotocol=protocol)
         pipe = asyncio.subprocess.PIPE
         command = main.enter(query.getlist("command"))
