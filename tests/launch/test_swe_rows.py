@@ -11,7 +11,7 @@ from envs.swe.sandboxes import working_bubblewrap
 from envs.swe.test_r2e import FIXING, PUBLISHED
 
 from aem_jax.envs.swe.env import PROMPT
-from aem_jax.envs.swe.tools import DESCRIPTION
+from aem_jax.envs.swe.tools import describe
 from aem_jax.launch import cli
 from aem_jax.metrics import read_lines
 from aem_jax.models import ModelConfig, Policy, save_pretrained
@@ -87,7 +87,7 @@ def rows(folder: Path) -> list[dict]:
 
 def model(folder: Path) -> Path:
     """A folder with a tokenizer and random weights."""
-    texts = [PROMPT.format(repo="calc", issue="", tools=DESCRIPTION)] * 3
+    texts = [PROMPT.format(repo="calc", issue="", tools=describe())] * 3
     ChatTokenizer.train(texts, vocab_size=512).save_pretrained(folder / "a")
     config = ModelConfig(512, 16, 32, 1, 2, 1, 8, qk_norm=None, qkv_bias=True, max_positions=2048)
     save_pretrained(folder / "model", config, Policy(config).init(jax.random.key(0)), source=folder / "a")

@@ -14,7 +14,7 @@ from aem_jax.envs.swe.sandbox.containers import ContainerConfig
 from aem_jax.envs.swe.sandbox.pods import KubernetesConfig
 from aem_jax.envs.swe.sandbox.workspace import Limits, Outcome, Runtime, Workspace, WorkspaceError
 from aem_jax.envs.swe.tasks import TasksConfig, load_task
-from aem_jax.envs.swe.tools import DESCRIPTION, Tools
+from aem_jax.envs.swe.tools import RECIPES, Tools, describe
 
 PROMPT = """\
 You are working in a copy of the repository {repo} at /testbed. Solve this issue by changing the code:
@@ -61,6 +61,8 @@ class SweConfig:
     """Work tree and /tmp together, MiB; with bubblewrap, or containers with storage `memory`, this is memory."""
     observation_bytes: int = 16384
     """Approximate maximum length of a tool's output; the middle of longer outputs is cut out."""
+    recipe: str = "own"
+    """Words and limits of the tools' outputs: own (`observation_bytes`) | r2e-gym (200 lines, 10,000 characters)."""
     reward_won: float = 1.0
     """Reward for solving the task."""
     reward_invalid: float = 0.0
@@ -78,6 +80,8 @@ class SweConfig:
         for name in ("max_steps", "observation_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.recipe not in RECIPES:
+            raise ValueError(f"expected recipe to be one of {', '.join(RECIPES)}, got {self.recipe!r}")
         if self.max_invalid < 0:
             raise ValueError(f"expected max_invalid of at least 0 (no limit), got {self.max_invalid}")
         _ = self.command_limits, self.grade_limits  # these validate the remaining settings
@@ -228,8 +232,9 @@ class SweEnv:
         session = self._session = SweSession(task, self._config, self._runtime)
         self._steps = self._invalid = 0
         assert session.workspace is not None
-        self._tools = Tools(session.workspace, session.limits, self._config.observation_bytes)
-        prompt = PROMPT.format(repo=session.repo, issue=session.statement, tools=DESCRIPTION)
+        recipe = RECIPES[self._config.recipe]
+        self._tools = Tools(session.workspace, session.limits, self._config.observation_bytes, recipe=recipe)
+        prompt = PROMPT.format(repo=session.repo, issue=session.statement, tools=describe(recipe=recipe))
         return StepResult(prompt, info={"won": False, "valid_action": True})
 
     def step(self, action_text: str) -> StepResult:

@@ -10,6 +10,23 @@ from typing import NamedTuple
 from aem_jax.envs.swe.calls import EXAMPLE, Call, CallError, find_call
 from aem_jax.envs.swe.sandbox.workspace import TESTBED, Limits, Outcome, Workspace, WorkspaceError
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """Words and limits of the tools' outputs, as an agent of the field has them.
+
+    Attributes:
+        lines: number of first and of last lines that are shown of a longer output.
+        characters: longest output; the middle of a longer one is cut out.
+    """
+
+    lines: int
+    characters: int
+
+
+RECIPES: Mapping[str, Recipe | None] = {"own": None, "r2e-gym": Recipe(lines=100, characters=10_000)}
+"""The recipes by name. `own` has the limits of the configuration."""
+
 _DESCRIPTION = """\
 You can use these tools. Write one call in each response, in exactly this form:
 
@@ -28,22 +45,25 @@ search: finds a text in the files of a folder.
   search_term: the text, taken literally
   path: a folder or file; optional, {folder} where not given
 finish: ends the work; what the files then contain is graded.
+{outputs}"""
+_OUTPUTS = """
+Of outputs with more than {lines} lines, the first and last {half} are shown; of these at most {characters} characters.
 """
 
 
-def describe(folder: str = TESTBED, *, network: bool = False) -> str:
+def describe(folder: str = TESTBED, *, network: bool = False, recipe: Recipe | None = None) -> str:
     """Returns the description of the tools for the policy.
 
     Args:
         folder: the folder that they start in.
         network: whether commands have a network.
+        recipe: limits of outputs that it names; None: it names none.
     """
-    state = "There is a network." if network else "No network."
-    return _DESCRIPTION.format(example=EXAMPLE, folder=folder, network=state)
+    state, outputs = "There is a network." if network else "No network.", ""
+    if recipe:
+        outputs = _OUTPUTS.format(lines=2 * recipe.lines, half=recipe.lines, characters=recipe.characters)
+    return _DESCRIPTION.format(example=EXAMPLE, folder=folder, network=state, outputs=outputs)
 
-
-DESCRIPTION = describe()
-"""The description for a repository at /testbed."""
 
 LARGEST_FILE = 2**20
 """Largest file that the editor opens, bytes."""
@@ -51,6 +71,8 @@ SNIPPET_LINES = 4
 """Lines shown before and after an edit."""
 MAX_LISTED = 200
 """Maximum number of folder entries or search matches shown."""
+_RECIPE_BYTES = 2**18
+"""Bytes of an output from which a recipe takes lines."""
 UNDO_EDITS, UNDO_BYTES = 50, 16 * 2**20
 """Limits on the history of `undo_edit`: number and total size of earlier versions, over all files."""
 
@@ -109,10 +131,19 @@ class Tools:
         limits: limits on one command.
         observation_bytes: approximate maximum length of an observation; the middle of longer ones is cut out.
         folder: the folder in which commands run and relative paths start.
+        recipe: words and limits of outputs, in place of `observation_bytes`.
     """
 
-    def __init__(self, workspace: Workspace, limits: Limits, observation_bytes: int = 16384, folder: str = TESTBED):
-        self._workspace, self._folder = workspace, folder
+    def __init__(
+        self,
+        workspace: Workspace,
+        limits: Limits,
+        observation_bytes: int = 16384,
+        folder: str = TESTBED,
+        recipe: Recipe | None = None,
+    ):
+        self._workspace, self._folder, self._recipe = workspace, folder, recipe
+        observation_bytes = _RECIPE_BYTES if recipe else observation_bytes
         self._limits = replace(limits, output_bytes=observation_bytes)
         self._listing = replace(limits, output_bytes=4096 * MAX_LISTED)  # enough for all names and matches
         self._undo: list[tuple[str, bytes | None]] = []
@@ -137,6 +168,8 @@ class Tools:
             if call.name not in self._tools:
                 raise CallError(f"expected a tool of {', '.join(self._tools)}, got {call.name!r:.100}")
             result = self._tools[call.name](_Parameters(call, self._folder))
+            if self._recipe and call.name in ("file_editor", "search"):
+                result = ToolResult(_worded(call.name, _shortened(result.text, self._recipe)))
         except CallError as error:
             return ToolResult(f"ERROR: {_sanitized(str(error))}", valid=False)
         except (ToolError, WorkspaceError) as error:
@@ -148,7 +181,11 @@ class Tools:
 
     def _execute_bash(self, parameters: _Parameters) -> ToolResult:
         outcome = self._workspace.run(parameters.text("command"), limits=self._limits)
-        return ToolResult(_outcome_text(outcome))
+        if not self._recipe:
+            return ToolResult(_outcome_text(outcome))
+        text = "\n".join(filter(None, (_sanitized(outcome.output).rstrip("\n"), outcome.notice)))
+        code = -1 if outcome.exit_code is None else outcome.exit_code
+        return ToolResult(f"Exit code: {code}\n{_worded('execute_bash', _shortened(text, self._recipe))}")
 
     def _search(self, parameters: _Parameters) -> ToolResult:
         term, path = parameters.text("search_term"), parameters.path("path", self._folder)
@@ -318,3 +355,20 @@ def _outcome_text(outcome: Outcome) -> str:
 def _lines(text: str) -> list[str]:
     """Splits at line feeds only; `str.splitlines` would also split at U+2028 and other characters."""
     return text.removesuffix("\n").split("\n") if text else []
+
+
+def _shortened(text: str, recipe: Recipe) -> str:
+    """Returns the first and last lines of a text, and of these the first and last characters."""
+    lines, divider = text.split("\n"), "-" * 50
+    if len(lines) > 2 * recipe.lines:
+        left_out = f"<{len(lines) - 2 * recipe.lines} lines are not shown>"
+        text = "\n".join([*lines[: recipe.lines], divider, left_out, divider, *lines[-recipe.lines :]])
+    if len(text) > recipe.characters:
+        half = recipe.characters // 2
+        note = f"<response clipped: {len(text) - 2 * half} characters are not shown>"
+        text = f"{text[:half]}\n{note}\n{text[-half:]}"
+    return text
+
+
+def _worded(tool: str, output: str) -> str:
+    return f"Execution output of [{tool}]:\n{output}"

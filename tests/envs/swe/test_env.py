@@ -78,6 +78,16 @@ def test_the_last_step_is_graded(env):
     assert (results[-1].terminated, results[-1].truncated, results[-1].reward) == (False, True, 1.0)
 
 
+def test_a_recipe_is_used_and_named_in_the_prompt(runtime):
+    env = make(runtime, recipe="r2e-gym")
+    assert "more than 200 lines" in env.reset(TASK).observation
+    seen = env.step(block("execute_bash", command="echo a; exit 3")).observation
+    assert seen == "Exit code: 3\nExecution output of [execute_bash]:\na"
+    env.close()
+    with pytest.raises(ValueError, match="recipe to be one of own, r2e-gym, got 'other'"):
+        make(runtime, recipe="other")
+
+
 def test_too_many_invalid_responses_end_an_episode(runtime):
     env = make(runtime, max_invalid=2, reward_invalid=-0.5)
     results = play(env, "a", "b")

@@ -7,7 +7,7 @@ from envs.swe.test_calls import block
 
 from aem_jax.envs.swe.patches import model_patch, save_base
 from aem_jax.envs.swe.sandbox.workspace import WorkspaceError
-from aem_jax.envs.swe.tools import LARGEST_FILE, Tools
+from aem_jax.envs.swe.tools import LARGEST_FILE, RECIPES, Tools, describe
 
 TEXT = "one\ntwo\nthree\ntwo\n"
 
@@ -51,6 +51,38 @@ def test_bash_returns_output_and_exit_code(tools):
 def test_bash_is_killed_at_its_deadline(workspace):
     quick = Tools(workspace, replace(QUICK, seconds=0.3))
     assert quick.execute(block("execute_bash", command="echo a; sleep 9")).text == "a\n[killed: not done after 0.3 s]"
+
+
+def test_a_recipe_has_its_words_and_limits(workspace):
+    recipe = RECIPES["r2e-gym"]
+    tools = Tools(workspace, replace(QUICK, file_mib=1), 500, recipe=recipe)
+    bash = lambda command: tools.execute(block("execute_bash", command=command)).text
+    head, divider = "Execution output of [execute_bash]:\n", "-" * 50
+    assert bash("echo a; exit 3") == f"Exit code: 3\n{head}a"
+    assert bash("true") == f"Exit code: 0\n{head}"
+    assert bash("seq 200") == f"Exit code: 0\n{head}" + "\n".join(map(str, range(1, 201)))
+    shown = [*range(1, 101), divider, "<800 lines are not shown>", divider, *range(901, 1001)]
+    assert bash("seq 1000") == f"Exit code: 0\n{head}" + "\n".join(map(str, shown))
+    long = bash("printf '%050000d' 1")
+    assert long.startswith(f"Exit code: 0\n{head}000") and long.endswith("0001") and len(long) < 10_200
+    assert "\n<response clipped: 40000 characters are not shown>\n" in long
+    late = Tools(workspace, replace(QUICK, seconds=0.3), recipe=recipe)
+    result = late.execute(block("execute_bash", command="echo a; sleep 9")).text
+    assert result == f"Exit code: -1\n{head}a\nkilled: not done after 0.3 s"
+    workspace.write("long.txt", b"".join(b"%d\n" % number for number in range(1, 401)))
+    lines = edit(tools, "view", path="long.txt").split("\n")
+    assert lines[:2] == ["Execution output of [file_editor]:", "     1\t1"]
+    assert lines[100:104] == ["   100\t100", divider, "<201 lines are not shown>", divider]
+    assert lines[104] == "   302\t302" and len(lines) == 204
+    assert edit(tools, "view", path="long.txt", view_range="[150, 151]").endswith(":\n   150\t150\n   151\t151")
+    found = tools.execute(block("search", search_term="xs", path="calc.py")).text
+    assert found.startswith("Execution output of [search]:\n1:def mean(xs):\n")
+    workspace.run("rm long.txt")
+    assert tools.execute(block("execute_bash")).text.startswith("ERROR: ")
+    assert tools.execute(block("finish", command="submit")).finished
+    text = describe(recipe=recipe)
+    assert "more than 200 lines, the first and last 100 are shown; of these at most 10000 characters" in text
+    assert "are shown" not in describe()
 
 
 def test_observations_are_valid_text(tools):

@@ -237,7 +237,6 @@ class Cluster:
                         stdout=True,
                         stderr=True,
                         tty=False,
-                        binary=True,
                         _preload_content=False,
                     ).sock
             except self._failures as error:
