@@ -13,7 +13,7 @@ import pytest
 import yaml
 from command_lines import commands, unknown_options
 
-from aem_jax.envs.swe.sandbox.cluster import LABELS
+from aem_jax.envs.swe.sandbox.lease import LABELS
 from aem_jax.envs.swe.sandbox.pods import KubernetesConfig, open_network, read_template
 
 REPOSITORY = Path(__file__).resolve().parents[1]

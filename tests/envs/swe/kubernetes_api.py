@@ -71,11 +71,11 @@ class ApiServer:
             ]
         )
         app.add_middleware(_Guard, server=self)
-        options = {"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1]} if certificate else {}
         # uvloop's programs inherit its sockets
-        self._server = uvicorn.Server(
-            uvicorn.Config(app, port=0, loop="asyncio", log_level="critical", timeout_graceful_shutdown=1, **options)
-        )
+        config = uvicorn.Config(app, port=0, loop="asyncio", log_level="critical", timeout_graceful_shutdown=1)
+        if certificate:
+            config.ssl_certfile, config.ssl_keyfile = map(str, certificate)
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:

@@ -26,9 +26,11 @@ from typing import Any
 
 from aem_jax.envs.swe.sandbox import execution
 from aem_jax.envs.swe.sandbox.archives import Archives
-from aem_jax.envs.swe.sandbox.cluster import LABELS, ApiError, Cluster, DisconnectedError
+from aem_jax.envs.swe.sandbox.cluster import Cluster
+from aem_jax.envs.swe.sandbox.cluster_errors import ApiError, DisconnectedError
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig
 from aem_jax.envs.swe.sandbox.execution import FILE_S, Execution
+from aem_jax.envs.swe.sandbox.lease import LABELS
 from aem_jax.envs.swe.sandbox.pods import (
     KubernetesConfig,
     laid_over,

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from aem_jax.envs.swe.sandbox.cluster import CONTAINER, LABELS
+from aem_jax.envs.swe.sandbox.cluster import CONTAINER
 from aem_jax.envs.swe.sandbox.containers import SETTINGS, ContainerConfig
+from aem_jax.envs.swe.sandbox.lease import LABELS
 from aem_jax.envs.swe.sandbox.mounts import USER_ID
 from aem_jax.envs.swe.sandbox.workspace import TESTBED, Limits, Repository
 
@@ -218,7 +219,7 @@ def read_template(path: str) -> Mapping[str, Any]:
 class _Nothing:
     """The repository of no instance, to try a template with."""
 
-    MOVED = ()
+    MOVED: ClassVar[tuple[str, ...]] = ()
     instance_id = repo = base_commit = image = bug_patch = ""
     workdir = TESTBED
 

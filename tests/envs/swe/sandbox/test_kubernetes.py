@@ -56,7 +56,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def healthy(server, monkeypatch):
-    monkeypatch.setattr(cluster, "_pause", lambda attempt: time.sleep(0.05))
+    monkeypatch.setattr(cluster, "pause", lambda attempt: time.sleep(0.05))
     yield
     server.reset()
 
@@ -232,7 +232,7 @@ def test_a_cluster_that_cannot_be_used_is_refused(server, tmp_path):
         patched.setenv("KUBECONFIG", str(tmp_path / "missing"))
         with pytest.raises(SandboxError, match="no Kubernetes configuration can be read"):
             make()
-        patched.setitem(sys.modules, "kubernetes", None)
+        patched.setitem(sys.modules, "kubernetes.client", None)
         with pytest.raises(SandboxError, match=r"pip install 'aem_jax\[kubernetes\]'"):
             choose.choose_runtime("kubernetes")
     with pytest.raises(SandboxError, match="no Kubernetes configuration can be read.*nowhere"):

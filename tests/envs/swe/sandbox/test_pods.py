@@ -16,12 +16,12 @@ from aem_jax.envs.swe.sandbox.pods import (
     read_template,
     why_waiting,
 )
-from aem_jax.envs.swe.sandbox.workspace import Limits
+from aem_jax.envs.swe.sandbox.workspace import Limits, Repository
 
 LIMITS = Limits(memory_mib=4096, disk_mib=2048)
 
 
-def manifest(instance=INSTANCE, limits=LIMITS, **container: Any) -> dict[str, Any]:
+def manifest(instance: Repository = INSTANCE, limits=LIMITS, **container: Any) -> dict[str, Any]:
     config = KubernetesConfig(lifetime_s=99)
     return pod_manifest("aem-1", "own/image", instance, limits, ContainerConfig(**container), config)
 
