@@ -17,7 +17,7 @@ from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.testing.scripted import ScriptedConfig, ScriptedEnv
 from aem_jax.models import ModelConfig, Params, Policy
 from aem_jax.rollout import Rollout, RolloutConfig, RolloutStats
-from aem_jax.rollout.batching import Pool
+from aem_jax.rollout.sessions import Pool
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sharding import TRAIN, shardings
 from aem_jax.trajectory import Trajectory

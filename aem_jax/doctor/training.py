@@ -23,7 +23,7 @@ from aem_jax.envs.protocol import EnvError, StepResult
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.learner import LearnerConfig, init_state, make_update
 from aem_jax.models import ModelConfig, Policy
-from aem_jax.rollout.batching import Pool
+from aem_jax.rollout.sessions import Pool
 from aem_jax.sampler import SamplingConfig
 from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sharding import MeshConfig, make_mesh

@@ -8,9 +8,11 @@ session with one environment, and every request gets exactly one reply, in order
 `serving/field_mapping.py` maps them. `serving/session.py` answers the requests.
 """
 
+import contextlib
 import math
+import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +28,9 @@ SESSION_ERROR = "SESSION_ERROR"
 
 STATE_REQUEST = '{"type": "state"}'
 CLOSE_REQUEST = '{"type": "close"}'
+WAITING_MESSAGE = '{"type": "waiting"}'
+"""Sent before the reply while a request waits for room (`waiting`), to clients that connect with `WAITING_HEADER`."""
+WAITING_HEADER = "Accept-Waiting"
 MAX_MESSAGE_BYTES = 16 * 2**20
 """Largest message that either side accepts."""
 
@@ -121,6 +126,28 @@ class Environment(Protocol):
     def close(self) -> None:
         """Frees resources. A second call does nothing."""
         ...
+
+
+_waiting_threads: set[int] = set()
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Marks a part of `reset` or `step` in which an environment waits for room on its host, which other episodes hold.
+
+    This package's servers tell the pool, whose deadlines do not run meanwhile. The environment must be a blocking one.
+    """
+    thread = threading.get_ident()
+    _waiting_threads.add(thread)
+    try:
+        yield
+    finally:
+        _waiting_threads.discard(thread)
+
+
+def is_waiting(thread: int) -> bool:
+    """Whether a thread is inside `waiting`."""
+    return thread in _waiting_threads
 
 
 def over_at_reset(result: StepResult) -> str:

@@ -1,7 +1,8 @@
 """Turn by turn: a cohort collects all its environments' replies, prefills, and decodes until every response has ended.
 
 While one cohort waits for its environments, the next one uses the device. Which slots decode together never depends on
-timing, so a rollout is a function of its key, bit by bit.
+timing, so a rollout is a function of its key, bit by bit. Environments that wait for room on their host are the
+exception: they are not waited for, because episodes of the same cohort may hold the room.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,8 @@ def _run_cohort(
         group.prefill(job)
         _decode_responses(job, group, sampler, config.decode_chunk)
         for slot, _ in group.active():
-            group.submit(slot)
+            if slot not in group.waiting:
+                group.submit(slot)
 
 
 def _decode_responses(job: Job, group: SlotGroup, sampler: Sampler, chunk: int) -> None:

@@ -18,12 +18,12 @@ from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup
 from aem_jax.envs.prompt import Prompt
 from aem_jax.envs.protocol import Task
 from aem_jax.rollout import continuous, lockstep
-from aem_jax.rollout.batching import Pool, SlotSessions
 from aem_jax.rollout.carry import Carried, GroupAttempts
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.context import Chat
 from aem_jax.rollout.episode import Attempt, Episode
 from aem_jax.rollout.prompt_cache import PromptCache, prompt_rows
+from aem_jax.rollout.sessions import Pool, SlotSessions
 from aem_jax.rollout.slots import Job, SlotGroup
 from aem_jax.rollout.stats import RolloutStats
 from aem_jax.sampler import Sampler

@@ -17,7 +17,6 @@ from aem_jax.envs.protocol import EnvError, LostError, StepResult
 from aem_jax.rollout.batching import (
     Call,
     Cost,
-    SlotSessions,
     chunks_cost,
     cut_into_chunks,
     plan_calls,
@@ -28,6 +27,7 @@ from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.context import Chat
 from aem_jax.rollout.episode import Attempt, EnvReply, Episode, observe
 from aem_jax.rollout.prompt_cache import PromptCache
+from aem_jax.rollout.sessions import SlotSessions
 from aem_jax.rollout.sharing import Pass, plan_passes
 from aem_jax.rollout.stats import DeviceClock, RolloutStats
 from aem_jax.sampler import Decoded, Sampler
@@ -35,6 +35,8 @@ from aem_jax.trajectory import Ending, Trajectory
 
 log = logging.getLogger(__name__)
 
+_ROOM_S = 0.25
+"""How often a process that waits for all of its environments looks whether they wait for room."""
 _POLL_S = 0.02
 """How long a process waits for its own environments before it gathers the other processes' replies."""
 
@@ -82,6 +84,8 @@ class SlotGroup:
     Attributes:
         state: the sampler's state of the slots.
         episodes: the episode in each slot; None where the slot is free.
+        waiting: slots of this process that the last `collect` with `wait_all` left out, because their environments wait
+            for room that other episodes hold.
     """
 
     def __init__(
@@ -102,11 +106,18 @@ class SlotGroup:
         self._config, self._prompts, self._first, self.sizes = config, prompts, first_slot, sizes
         self.state = sampler.init(num_slots)
         self.episodes: list[Episode | None] = [None] * num_slots
+        self.waiting = set[int]()
         self._calls: dict[int, Future[StepResult]] = {}  # of this process's slots
         self._stale = set[int]()  # slots whose cache is of other parameters than the job's, or of another episode
 
     def reset(self) -> None:
-        """Frees all slots, after waiting for environment calls left over from an interrupted rollout."""
+        """Frees all slots, after waiting for environment calls left over from an interrupted rollout.
+
+        Episodes without a pending call are released first: a call may wait for the room that they hold.
+        """
+        for slot, _ in self.active():
+            if slot not in self._calls or self._calls[slot].done():
+                self._sessions.release(self._first + slot)
         wait(self._calls.values())
         self._calls = {}
         self.episodes = [None] * len(self.episodes)
@@ -179,12 +190,15 @@ class SlotGroup:
 
         Args:
             job: the call of the rollout.
-            wait_all: wait for all pending calls; else collect those that are done.
+            wait_all: wait for all pending calls but those that wait for room; else collect those that are done.
             block: if none is done, wait for the first (with several processes: for a moment).
         """
         start = time.perf_counter()
         calls = self._calls
-        if not wait_all:
+        if wait_all:
+            self.waiting = self._wait_for_all()
+            calls = {slot: call for slot, call in calls.items() if slot not in self.waiting}
+        else:
             if block and calls:
                 timeout = None if self._processes.count == 1 else _POLL_S
                 wait(calls.values(), timeout=timeout, return_when=FIRST_COMPLETED)
@@ -194,6 +208,19 @@ class SlotGroup:
             self._apply(job, slot, reply)
         if wait_all or block:
             job.stats.environment_s += time.perf_counter() - start
+
+    def _wait_for_all(self) -> set[int]:
+        """Waits for all pending calls but those that wait for room; returns the slots of these.
+
+        What they wait for may be held by episodes of this group, or of another one that has its turn after this.
+        """
+        rest = self._calls
+        while rest:
+            wait(rest.values(), timeout=_ROOM_S)
+            rest = {slot: call for slot, call in self._calls.items() if not call.done()}
+            if all(self._sessions.waits(self._first + slot) for slot in rest):
+                return set(rest)
+        return set()
 
     def _observe(self, slot: int, call: Future[StepResult]) -> EnvReply:
         episode = self.episodes[slot]
@@ -225,6 +252,7 @@ class SlotGroup:
             self.episodes[slot] = episode
         else:
             self.episodes[slot] = None
+            self._sessions.release(self._first + slot)  # the environment does not know of the rollout's limits
             job.finished.append(episode.trajectory(reply.ending, config.context, reply.success, reply.score))
 
     def _retry_or_mask(self, job: Job, episode: Episode, reply: EnvReply) -> None:

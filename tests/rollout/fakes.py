@@ -117,3 +117,40 @@ class LatePool(LocalPool):
 
         threading.Timer(self._rng.uniform(0, 0.02), answer).start()
         return late
+
+
+class RoomPool(LocalPool):
+    """Has room for few episodes; further resets wait until an episode ends, or is released."""
+
+    def __init__(self, capacity: int, room: int):
+        super().__init__(capacity)
+        self._room, self.holding, self.most = room, set[int](), 0
+        self._waiting: dict[int, Callable[[], None]] = {}
+
+    def reset(self, session: int, payload: Mapping[str, Any]) -> Future[StepResult]:
+        self.holding.discard(session)  # a reset ends the episode before
+        future: Future[StepResult] = Future()
+        self._waiting[session] = lambda: future.set_result(self._envs[session].reset(payload))
+        self._admit()
+        return future
+
+    def step(self, session: int, text: str) -> Future[StepResult]:
+        future = super().step(session, text)
+        if future.result().done:
+            self.release(session)
+        return future
+
+    def waits(self, session: int) -> bool:
+        return session in self._waiting
+
+    def release(self, session: int) -> None:
+        assert session not in self._waiting
+        self.holding.discard(session)
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and len(self.holding) < self._room:
+            session = next(iter(self._waiting))
+            self.holding.add(session)
+            self._waiting.pop(session)()
+        self.most = max(self.most, len(self.holding))

@@ -14,7 +14,7 @@ import pytest
 
 from aem_jax.distributed import ProcessGroup
 from aem_jax.rollout import Rollout
-from aem_jax.rollout.batching import SlotSessions
+from aem_jax.rollout.sessions import SlotSessions
 from aem_jax.sampler import Sampler
 
 from .fakes import CONFIG, TASKS, ByteChat, LatePool, LocalPool, sampled

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from aem_jax.compilations import compilations
-from aem_jax.rollout import Rollout
+from aem_jax.rollout import Rollout, slots
 from aem_jax.rollout.context import windowed_messages
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.trajectory import Ending
 
-from .fakes import CONFIG, POLICY, STOP, TASKS, ByteChat, LocalPool, sampled
+from .fakes import CONFIG, POLICY, STOP, TASKS, ByteChat, LocalPool, RoomPool, sampled
 
 
 def play(sampler, params, config=CONFIG, tasks=TASKS, broken=lambda *_: False, seed=7):
@@ -125,6 +125,38 @@ def test_turn_and_token_limits_truncate_episodes(sampler, params):
         total = sum(len(turn.observation_ids) + len(turn.response_ids) for turn in t.turns)
         assert total <= 30
     assert any(t.ending is Ending.TRUNCATED for t in by_tokens[4:8])
+
+
+@pytest.mark.parametrize("change", [{"num_cohorts": 2}, {"mode": "continuous", "slot_divisors": ()}])
+def test_episodes_that_wait_for_room_do_not_stop_those_that_hold_it(sampler, params, monkeypatch, change):
+    """Two turns are less than the environments want, so the rollout ends episodes, and has to release their room."""
+    config = replace(CONFIG, max_turns=2, **change)
+    expected, _ = play(sampler, params, replace(CONFIG, max_turns=2))
+    monkeypatch.setattr(slots, "_ROOM_S", 0.01)
+    pool = RoomPool(12, room=3)
+    rollout = Rollout(sampler, ByteChat(), pool, config)
+    trajectories, _ = rollout(params, TASKS, jax.random.key(7))
+    assert sampled(trajectories) == sampled(expected)
+    assert [t.ending for t in trajectories] == [t.ending for t in expected]
+    assert pool.most == 3 and pool.holding == set()
+
+
+def test_an_interrupted_rollout_releases_the_room_that_its_own_calls_wait_for(sampler, params, monkeypatch):
+    class Breaks(ByteChat):
+        broken = True
+
+        def decode(self, ids):
+            if self.broken:
+                raise KeyboardInterrupt
+            return super().decode(ids)
+
+    monkeypatch.setattr(slots, "_ROOM_S", 0.01)
+    chat, pool = Breaks(), RoomPool(12, room=3)
+    rollout = Rollout(sampler, chat, pool, CONFIG)
+    with pytest.raises(KeyboardInterrupt):
+        rollout(params, TASKS, jax.random.key(7))
+    chat.broken = False
+    assert sampled(rollout(params, TASKS, jax.random.key(7))[0]) == sampled(play(sampler, params)[0])
 
 
 def test_a_first_prompt_that_is_too_long_ends_its_episodes_and_no_others(sampler, params):

@@ -116,6 +116,22 @@ class EnvPool:
         request = self._encode_step(text)
         return self._submit(session, lambda chosen: chosen.call(request, self._config.step_deadline_s, decode_step))
 
+    def waits(self, session: int) -> bool:
+        """Whether the pending call of a session waits for room on the server's host, which other episodes hold."""
+        return self._sessions[session].waits
+
+    def release(self, session: int) -> None:
+        """Ends an episode that the server has not ended, so that what it holds on the server's host is free.
+
+        Raises:
+            ValueError: the session has a pending call.
+        """
+        with self._lock:
+            if session in self._pending and not self._pending[session].done():
+                raise ValueError(f"expected no pending call on session {session} when it is released, got one")
+            if not self._closed:
+                self._loop.call_soon_threadsafe(self._spawn, self._sessions[session].release())
+
     def stats(self) -> PoolStats:
         """Returns counters and the latest errors, for metrics."""
         restarts = tuple(server.restarts for server in self._servers)

@@ -69,11 +69,13 @@ class Connection:
         """Whether this side considers the connection open."""
         return self._socket.state is State.OPEN
 
-    async def call(self, request: str) -> str | bytes:
-        """Sends one request and waits for its reply."""
+    async def call(self, request: str, on_waiting: Callable[[], None] = lambda: None) -> str | bytes:
+        """Sends one request and waits for its reply; `on_waiting` is called whenever the request waits for its turn."""
         with contextlib.suppress(ConnectionClosed):  # a full server sends its reason and closes: read it
             await self._socket.send(request)
-        return await self._socket.recv()
+        while (reply := await self._socket.recv()) == protocol.WAITING_MESSAGE:
+            on_waiting()
+        return reply
 
     async def close(self) -> None:
         """Sends the protocol's close message, then closes the socket."""
@@ -103,13 +105,16 @@ class PoolSession:
     def __init__(
         self, index: int, server: Supervisor, config: PoolConfig, clock: Clock, headers: Mapping[str, str] | None = None
     ):
-        self.index, self.server, self._headers = index, server, headers
+        self.index, self.server = index, server
+        self._headers = {**(headers or {}), protocol.WAITING_HEADER: "1"}
         self._config, self._clock = config, clock
         self._connection: Connection | None = None
         self._process: ServerProcess | None = None  # that of the connection; the server may have restarted since
         self._failure = "it was never reset"  # why there is no connection
         self._lost = False  # whether the server failed, not this session
         self._expires = math.inf
+        self.waits = False  # whether the pending call waits for its turn on the server
+        self._playing = False  # whether the server has an episode that it has not ended itself
 
     async def reset(self, request: str) -> StepResult:
         """Starts an episode; connects first if necessary.
@@ -144,8 +149,14 @@ class PoolSession:
             kind = LostError if self._lost else EnvError
             raise kind(f"session {self.index} has no episode, reset it: {self._failure}")
         self._expires = self._clock.now + deadline_s
+
+        def on_waiting() -> None:
+            self.waits, self._expires = True, self._clock.now + deadline_s
+
         try:
-            return decode(await connection.call(request), self._config.field_mapping)
+            result = decode(await connection.call(request, on_waiting), self._config.field_mapping)
+            self._playing = not result.done
+            return result
         except RefusedError as error:
             self.drop(f"{server} refused: {error}")  # the next reset gets a fresh environment
             server.note(f"session {self.index}: {self._failure}")
@@ -159,7 +170,7 @@ class PoolSession:
                 server.failed(process, failure)
             raise LostError(f"session {self.index}: {self._failure}") from None
         finally:
-            self._expires = math.inf
+            self._expires, self.waits = math.inf, False
 
     async def probe(self) -> None:
         """Connects, and verifies that the server has capacity for the session.
@@ -201,6 +212,14 @@ class PoolSession:
             self._connection.abort()
             self._connection = None
             self._failure, self._lost = failure, lost
+
+    async def release(self) -> None:
+        """Ends an episode that the server has not ended, by closing the session; the next reset opens it again."""
+        connection = self._connection
+        if connection and self._playing:
+            self._connection, self._playing, self._lost = None, False, False
+            self._failure = "its episode was released"
+            await connection.close()
 
     async def close(self) -> None:
         """Closes the session on the server."""

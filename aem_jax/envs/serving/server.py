@@ -3,9 +3,9 @@
     python -m aem_jax.envs.serving.server alfworld --port 8765 --settings '{"max_steps": 30}'
 
 At `ws://host:port/ws`, one connection is one session with one environment. The environment is created when the
-connection opens, and closed when it ends. The server sends exactly one reply to every request, in order. It also serves
-GET /health, /metadata and /schema. OpenEnv's own server uses FastAPI with 115 packages; this one needs only
-`websockets`.
+connection opens, and closed when it ends. The server sends exactly one reply to every request, in order. A client that
+asks for it is told before a reply that the request waits for room (`protocol.waiting`). The server also serves GET
+/health, /metadata and /schema. OpenEnv's own server uses FastAPI with 115 packages; this one needs only `websockets`.
 
 A non-blocking environment runs in the event loop, because its step takes less time than a thread switch. A blocking
 environment has one thread per session.
@@ -47,6 +47,8 @@ from aem_jax.files import parse_mapping
 logger = logging.getLogger("aem_jax.envs.serving.server")  # not __name__, which is __main__ in a process of its own
 
 _CLOSE_S = 3.0
+_WAITING_S = 1.0
+"""Seconds between two messages that a request waits for its turn."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,18 @@ class _Server:
             await connection.send(encode_error(protocol.FACTORY_ERROR, describe(env)))
             return
         session = Session(env, send_admissible=self._config.send_admissible)
+        thread = await loop.run_in_executor(executor, threading.get_ident) if executor else 0
+        told = connection.request is not None and protocol.WAITING_HEADER in connection.request.headers
         try:
             async for raw in connection:
-                reply = await loop.run_in_executor(executor, session.answer, raw) if executor else session.answer(raw)
+                if executor:
+                    answering = loop.run_in_executor(executor, session.answer, raw)
+                    while told and not (await asyncio.wait([answering], timeout=_WAITING_S))[0]:
+                        if protocol.is_waiting(thread):
+                            await connection.send(protocol.WAITING_MESSAGE)
+                    reply = await answering
+                else:
+                    reply = session.answer(raw)
                 if reply is None:
                     return
                 await connection.send(reply)
