@@ -209,7 +209,7 @@ def podman(config: "DoctorConfig") -> Finding:
 
 
 def _containers(engine: str) -> Finding:
-    from aem_jax.envs.swe.sandbox.containers import probe
+    from aem_jax.envs.swe.sandbox.engine import probe
 
     return _sandbox(probe(engine), f"start a {engine} that this user may use")
 

@@ -509,7 +509,7 @@ def test_a_missing_sandbox_is_not_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_p
     for check, name in ((machine.bubblewrap, "bwrap"), (machine.docker, "docker"), (machine.podman, "podman")):
         finding = check(CONFIG)
         assert finding.ok is None and f"there is no `{name}` on the PATH" in finding.text and "SWE" in finding.advice
-    monkeypatch.setattr("aem_jax.envs.swe.sandbox.containers.probe", lambda engine: "")
+    monkeypatch.setattr("aem_jax.envs.swe.sandbox.engine.probe", lambda engine: "")
     assert machine.docker(CONFIG).ok
 
 

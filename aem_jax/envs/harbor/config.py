@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from aem_jax.envs.harbor.task import HarborTask
+from aem_jax.envs.swe.sandbox.admission import HostConfig
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.sandbox.workspace import Limits
 
@@ -75,6 +76,8 @@ class HarborConfig:
     """Whether a verifier's reward below 1 counts in proportion; otherwise it is only the episode's score."""
     bubblewrap: BubblewrapConfig = field(default_factory=BubblewrapConfig)
     """Contents of a bubblewrap sandbox in addition to the system and the interpreter."""
+    host: HostConfig = HostConfig()  # noqa: RUF009 (frozen)
+    """What the sandboxes of a host may take together."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "observation_bytes"):

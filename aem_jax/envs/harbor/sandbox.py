@@ -11,11 +11,9 @@ belongs to one unprivileged user, whatever `agent.user` and `verifier.user` say.
 In both, all processes are killed after each command.
 """
 
-import fcntl
 import os
 import re
 import shlex
-import tempfile
 import threading
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -27,8 +25,11 @@ from aem_jax.envs.harbor.files import digest, files_of, packed
 from aem_jax.envs.harbor.task import CONFIG, DEFAULT_WORKDIR, Artifact, HarborTask
 from aem_jax.envs.swe.sandbox.bubblewrap import Bubblewrap
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
-from aem_jax.envs.swe.sandbox.containers import FIRST_PROCESS, Containers, ContainerWorkspace
+from aem_jax.envs.swe.sandbox.containers import Containers
 from aem_jax.envs.swe.sandbox.execution import UNPACK_S
+from aem_jax.envs.swe.sandbox.host import locked, user_folder
+from aem_jax.envs.swe.sandbox.images import owner_label
+from aem_jax.envs.swe.sandbox.running import FIRST_PROCESS, ContainerWorkspace
 from aem_jax.envs.swe.sandbox.workspace import Limits, Outcome, SandboxError, Workspace
 
 LOGS, TESTS, SOLUTION = "/logs", "/tests", "/solution"
@@ -266,7 +267,7 @@ class Sandboxes:
         workdir = task.workdir or DEFAULT_WORKDIR
         folders = ((workdir, 3), (TESTS, 1), (LOGS, 1), (SOLUTION, 1))
         try:
-            workspace = runtime.open_empty(self._config.limits(task), folders)
+            workspace = runtime.open_empty(self._config.limits(task), folders, task.name)
         except SandboxError as error:
             raise SandboxError(f"{task.folder / CONFIG}: environment.workdir {workdir!r}: {error}") from None
         sandbox = TaskSandbox(task, workspace, workspace, workspace, workdir)
@@ -284,7 +285,14 @@ class Sandboxes:
         arguments = run_arguments(
             container, image, limits, cpus, network=agent_network, storage_quota=config.storage_quota
         )
-        workspace = runtime.start(container, arguments, limits, killer="0:0")
+        reservation = runtime.reserve(limits, cpus, "disk", task.name)
+        try:
+            workspace = runtime.start(container, arguments, limits, killer="0:0")
+        except BaseException:
+            if reservation is not None:
+                reservation.close()
+            raise
+        workspace.hold(limits, reservation)
         try:
             words = "{{.Config.User}}|{{.Config.WorkingDir}}"
             user, _, folder = runtime.command("image", "inspect", "--format", words, image).strip().partition("|")
@@ -312,9 +320,7 @@ class Sandboxes:
             return task.image or self._config.image
         context = task.folder / task.context
         tag = image_tag(task)
-        lock = Path(tempfile.gettempdir()) / f"aem-harbor-{os.getuid()}-{tag.rpartition(':')[2]}.lock"
-        with lock.open("w", encoding="utf-8") as file:  # of the server processes, one builds
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(user_folder() / f"image-{tag.rpartition(':')[2]}.lock"):  # of the server processes, one builds
             try:
                 runtime.command("image", "inspect", "--format", "{{.Id}}", tag)
                 return tag
@@ -346,7 +352,7 @@ def run_arguments(
 ) -> list[str]:
     """Returns the engine's arguments for a task's container; its first process ends with its standard input."""
     memory, eighth = limits.memory_mib, max(limits.memory_mib // 8, 1)
-    arguments = ["run", "--interactive", "--rm", "--name", container, "--hostname", "sandbox"]
+    arguments = ["run", "--interactive", "--rm", "--name", container, "--hostname", "sandbox", *owner_label()]
     arguments += [] if network else ["--network", "none"]
     arguments += ["--cap-drop", "ALL", *(word for name in CAPABILITIES for word in ("--cap-add", name))]
     arguments += ["--security-opt", "no-new-privileges", "--user", "0:0", "--workdir", "/", "--ipc", "private"]
@@ -374,7 +380,7 @@ def _first_that_works(names: Sequence[str], config: HarborConfig, task: HarborTa
     reasons = []
     for name in names:
         try:
-            runtime = choose_runtime(name, config.bubblewrap)
+            runtime = choose_runtime(name, config.bubblewrap, host=config.host)
         except SandboxError as error:
             reasons.append(str(error))
             continue

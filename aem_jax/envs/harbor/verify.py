@@ -17,7 +17,7 @@ from aem_jax.envs.harbor.config import HarborConfig
 from aem_jax.envs.harbor.sandbox import LOGS, TESTS, Sandboxes, TaskSandbox
 from aem_jax.envs.harbor.task import PRE_ARTIFACTS, HarborTask
 from aem_jax.envs.swe.sandbox.execution import FILE_S
-from aem_jax.envs.swe.sandbox.workspace import SandboxError, WorkspaceError
+from aem_jax.envs.swe.sandbox.workspace import EngineError, SandboxError, WorkspaceError
 from aem_jax.files import parse_json
 
 REWARD_BYTES = 2**16
@@ -108,6 +108,8 @@ def _verify(sandbox: TaskSandbox, task: HarborTask, config: HarborConfig) -> Ver
     try:
         if not (task.has_tests and sandbox.from_image):
             sandbox.put(task.folder / "tests", TESTS, ("Dockerfile", ".dockerignore") if task.has_tests else ())
+    except EngineError:
+        raise
     except SandboxError as error:
         return Verdict(0.0, f"the verifier could not be prepared: {error}")
     sandbox.begin_verification()

@@ -8,11 +8,19 @@ from aem_jax.envs.protocol import StepResult
 from aem_jax.envs.swe.formats import grade
 from aem_jax.envs.swe.grading import Report
 from aem_jax.envs.swe.patches import model_patch, save_base, set_aside
+from aem_jax.envs.swe.sandbox.admission import HostConfig
 from aem_jax.envs.swe.sandbox.bubblewrap import BubblewrapConfig
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig
 from aem_jax.envs.swe.sandbox.pods import KubernetesConfig
-from aem_jax.envs.swe.sandbox.workspace import Limits, Outcome, Runtime, Workspace, WorkspaceError
+from aem_jax.envs.swe.sandbox.workspace import (
+    Limits,
+    Outcome,
+    PreparingRuntime,
+    Runtime,
+    Workspace,
+    WorkspaceError,
+)
 from aem_jax.envs.swe.tasks import TasksConfig, load_task
 from aem_jax.envs.swe.tools import RECIPES, Tools, describe
 
@@ -75,6 +83,8 @@ class SweConfig:
     """Settings of containers: docker, podman, kubernetes."""
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
     """Settings of a Kubernetes cluster."""
+    host: HostConfig = HostConfig()  # noqa: RUF009 (frozen)
+    """What the sandboxes of a host may take together."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "observation_bytes"):
@@ -130,7 +140,7 @@ class SweSession:
     def __init__(self, task: Mapping[str, Any], config: SweConfig = SweConfig(), runtime: Runtime | None = None):
         self._config = config
         self._runtime = runtime or choose_runtime(
-            config.runtime, config.bubblewrap, config.container, config.kubernetes
+            config.runtime, config.bubblewrap, config.container, host=config.host, kubernetes=config.kubernetes
         )
         self._instance, self._checkout = load_task(task)
         self.statement, self.repo = self._instance.problem_statement, self._instance.repo
@@ -140,6 +150,8 @@ class SweSession:
             if self._instance.hidden:
                 set_aside(self.workspace, self._instance.hidden)
             self._base = save_base(self.workspace)
+            if isinstance(self._runtime, PreparingRuntime):  # a workspace for the grading
+                self._runtime.prepare(self._instance, self._checkout, limits=self.limits)
         except BaseException:
             self.close()
             raise

@@ -52,7 +52,9 @@ def make_swe(config: SweConfig) -> Callable[[], SweEnv]:
         OSError: no sandbox works on this machine.
     """
     try:
-        runtime = choose_runtime(config.runtime, config.bubblewrap, config.container, config.kubernetes)
+        runtime = choose_runtime(
+            config.runtime, config.bubblewrap, config.container, host=config.host, kubernetes=config.kubernetes
+        )
     except SandboxError as error:
         raise OSError(str(error)) from None  # a server reports an OSError as missing on this machine
     return lambda: SweEnv(config, runtime)

@@ -36,7 +36,10 @@ elif words[0] == "run":
         os.symlink("usr/" + name, root + "/" + name)
     print("started", flush=True)
     sys.stdin.read()
-elif words[0] == "exec" and "kill -KILL -1" in words:
+elif os.path.exists(here + "/dead"):
+    sys.exit("Cannot connect to the daemon")
+elif words[0] == "exec" and "kill -KILL -1" in words[-1]:
+    print("kills")
     sys.exit(1)  # there is nothing to kill: no process outlives the namespace of its command
 elif words[0] == "exec":
     at = next(i for i, word in enumerate(words) if word.startswith("aem-harbor-"))

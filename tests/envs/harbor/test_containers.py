@@ -107,14 +107,14 @@ def test_users_and_the_work_folder_are_the_tasks_or_the_images(engine):
     env.reset({"folder": str(TASKS / "root-owned")})
     env.step(block("execute_bash", command="id -u; pwd"))
     env.step(FINISH)
-    execs = [call for call in engine.calls("exec") if "kill -KILL -1" not in call]
+    execs = [call for call in engine.calls("exec") if "kill -KILL -1" not in call[-1]]
     inside = next(call for call in execs if "id -u; pwd" in call[-1])
     assert inside[1:6] == ["--interactive", "--user", "root", "--workdir", "/srv/service"]
     verifier = next(call for call in execs if "(/tests/test.sh)" in call[-1])
     assert verifier[1:6] == ["--interactive", "--user", "0", "--workdir", "/srv/service"]
     prepared = [call for call in execs if call not in (inside, verifier)]
     assert all(call[2:6] == ["--user", "0:0", "--workdir", "/"] for call in prepared) and prepared
-    kills = [call for call in engine.calls("exec") if "kill -KILL -1" in call]
+    kills = [call for call in engine.calls("exec") if "kill -KILL -1" in call[-1]]
     assert len(kills) == len(execs) and all(call[1:3] == ["--user", "0:0"] for call in kills)
     assert "worker|/app" not in str(execs)
 
@@ -231,7 +231,7 @@ def test_files_beside_a_published_image_are_copied_to_the_work_folder(engine, tm
 def test_auto_takes_an_engine_for_images_and_bubblewrap_for_the_rest(engine, monkeypatch):
     asked = []
 
-    def choose(name, bubblewrap):
+    def choose(name, bubblewrap, host):
         asked.append(name)
         if name == "docker":
             raise SandboxError("no daemon")
@@ -246,6 +246,6 @@ def test_auto_takes_an_engine_for_images_and_bubblewrap_for_the_rest(engine, mon
     asked.clear()
     Sandboxes(dataclasses.replace(CONFIG, ignore_images=True)).check(image)
     assert asked == ["bubblewrap"]
-    monkeypatch.setattr(sandbox, "choose_runtime", lambda *_: (_ for _ in ()).throw(SandboxError("no daemon")))
+    monkeypatch.setattr(sandbox, "choose_runtime", lambda *_, **__: (_ for _ in ()).throw(SandboxError("no daemon")))
     with pytest.raises(SandboxError, match=r"dockerfile/task.toml: expected docker or podman for a task with an image"):
         Sandboxes(CONFIG).check(image)

@@ -109,7 +109,7 @@ def test_deadlines_that_would_lose_episodes_are_refused():
 
 
 def test_a_machine_without_an_engine_cannot_serve_images(monkeypatch):
-    def none(name, bubblewrap):
+    def none(name, bubblewrap, host):
         raise SandboxError(f"no {name} here")
 
     monkeypatch.setattr(sandbox, "choose_runtime", none)

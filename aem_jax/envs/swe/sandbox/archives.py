@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -21,24 +21,28 @@ class Archives:
     """Tar files of the latest checkouts. They have no name on the host, so they need no cleanup."""
 
     def __init__(self):
-        self._entries: dict[tuple[Repository, Checkout], _Entry] = {}
+        self._entries: dict[Hashable, _Entry] = {}
         self._lock = threading.Lock()
         _sweep()
 
-    @contextlib.contextmanager
-    def open(self, instance: Repository, checkout: Checkout) -> Iterator[int]:
-        """Yields a descriptor of the instance's tar file.
+    def of_checkout(self, instance: Repository, checkout: Checkout) -> contextlib.AbstractContextManager[int]:
+        """Yields a descriptor of the tar file of a checkout.
 
         Raises:
             SandboxError: the checkout could not be packed. Exceptions of the checkout itself propagate.
         """
+        return self.open((instance, checkout), lambda: _pack(lambda folder: checkout(instance, folder)))
+
+    @contextlib.contextmanager
+    def open(self, key: Hashable, pack: Callable[[], IO[bytes]]) -> Iterator[int]:
+        """Yields a descriptor of the tar file of a key, which `pack` makes if there is none."""
         with self._lock:
-            entry = self._entries.pop((instance, checkout), None) or _Entry()
-            self._entries[instance, checkout] = entry
+            entry = self._entries.pop(key, None) or _Entry()
+            self._entries[key] = entry
             if len(self._entries) > KEPT:
                 self._entries.pop(next(iter(self._entries)))
         with entry.lock:  # one thread packs; only threads that need the same archive wait
-            entry.file = entry.file or _pack(lambda folder: checkout(instance, folder))
+            entry.file = entry.file or pack()
             archive = os.open(f"/proc/self/fd/{entry.file.fileno()}", os.O_RDONLY)  # with its own file position
         try:
             yield archive

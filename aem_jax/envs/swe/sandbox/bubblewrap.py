@@ -18,8 +18,6 @@ import array
 import contextlib
 import dataclasses
 import json
-import os
-import platform
 import shutil
 import socket
 import struct
@@ -32,23 +30,21 @@ from pathlib import Path
 from typing import Any
 
 from aem_jax.envs.swe.sandbox import execution, init_process
+from aem_jax.envs.swe.sandbox.admission import Admission, Needs, Reservation
 from aem_jax.envs.swe.sandbox.archives import Archives
 from aem_jax.envs.swe.sandbox.execution import Execution
-from aem_jax.envs.swe.sandbox.launcher import start_bubblewrap
+from aem_jax.envs.swe.sandbox.launcher import rlimits, start_bubblewrap
 from aem_jax.envs.swe.sandbox.mounts import USER_ID, View, host_view
+from aem_jax.envs.swe.sandbox.pool import WarmPool
 from aem_jax.envs.swe.sandbox.workspace import TESTBED, Checkout, Limits, Outcome, Repository, SandboxError
 
 START_S = 30.0
 """Time limit for starting bubblewrap and its process 1, seconds."""
 GRACE_S = init_process.REAP_S + 5.0
 """Time after a command's deadline within which process 1 must reply, seconds."""
-DESCRIPTORS = 512
-"""Maximum number of open files of one process."""
 FILES_PER_MIB = 256
 """Maximum number of files and folders on one file system, per MiB of `disk_mib`. An empty file takes about 1 KiB of
 kernel memory, which is not always included in the file system's size."""
-ADDRESS_SPACE_FACTOR = 4
-"""Address space of one process, in multiples of the memory limit; interpreters reserve more memory than they use."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +60,24 @@ class BubblewrapConfig:
 
 
 class Bubblewrap:
-    """The bubblewrap runtime; see the module's docstring."""
+    """The bubblewrap runtime; see the module's docstring.
+
+    Args:
+        config: contents of the sandbox.
+        admission: where workspaces wait until the host has room; None opens them at once, and none ahead.
+    """
 
     name = "bubblewrap"
 
-    def __init__(self, config: BubblewrapConfig = BubblewrapConfig()):
+    def __init__(self, config: BubblewrapConfig = BubblewrapConfig(), admission: Admission | None = None):
         self._view = host_view(config.packages, config.read_only, config.hidden)
-        self._archives = Archives()
+        self._archives, self._admission = Archives(), admission
+        self._warm: WarmPool[BubblewrapWorkspace] = WarmPool(admission.config.warm if admission else 0)
 
     def open(self, instance: Repository, checkout: Checkout, *, limits: Limits | None = None) -> "BubblewrapWorkspace":
         """See `sandbox.Runtime.open`. The checkout is called once for several workspaces of an instance."""
-        with self._archives.open(instance, checkout) as archive:
-            workspace = self.open_empty(limits)
+        with self._archives.of_checkout(instance, checkout) as archive:
+            workspace = self.open_empty(limits, who=instance.instance_id)
             try:
                 workspace.unpack(archive)
             except BaseException:
@@ -84,9 +86,17 @@ class Bubblewrap:
             return workspace
 
     def open_empty(
-        self, limits: Limits | None = None, folders: tuple[tuple[str, int], ...] = ((TESTBED, 6),)
+        self,
+        limits: Limits | None = None,
+        folders: tuple[tuple[str, int], ...] = ((TESTBED, 6),),
+        who: str = "a workspace",
     ) -> "BubblewrapWorkspace":
         """Opens a workspace with an empty `/testbed`, or with other empty folders (see `View.folders`).
+
+        Args:
+            limits: default limits of commands.
+            folders: the empty folders.
+            who: the workspace, for messages.
 
         Raises:
             SandboxError: the workspace could not be opened, or a folder would hide what the sandbox needs.
@@ -104,7 +114,22 @@ class Bubblewrap:
                 raise SandboxError(
                     f"expected a folder apart from those of the system in bubblewrap, got {folder} ({at})"
                 )
-        return BubblewrapWorkspace(dataclasses.replace(self._view, folders=folders), limits or Limits())
+        limits = limits or Limits()
+        reservation = None
+        if self._admission is not None:
+            needs = Needs(limits.cpus, limits.memory_mib + limits.disk_mib)
+            reservation = self._admission.reserve(needs, who)
+        key, view = (limits.disk_mib, folders), dataclasses.replace(self._view, folders=folders)
+        try:
+            workspace = self._warm.take(key, lambda: BubblewrapWorkspace(view, limits))
+        except BaseException:
+            if reservation is not None:
+                reservation.close()
+            raise
+        workspace.hold(limits, reservation)
+        if self._admission is not None:  # the next one starts while this one is used, for whatever instance
+            self._warm.prepare(key, lambda: BubblewrapWorkspace(view, limits), self._admission.config.warm)
+        return workspace
 
 
 class BubblewrapWorkspace:
@@ -112,26 +137,41 @@ class BubblewrapWorkspace:
 
     Code that ends or blocks process 1 ends the workspace, but not the episode: every later command returns an outcome
     without an exit code and with a notice that gives the reason.
+
+    Args:
+        view: contents of the sandbox.
+        limits: default limits of commands.
     """
 
     def __init__(self, view: View, limits: Limits):
-        self._limits = limits
+        self._limits: Limits = limits
+        self._reservation: Reservation | None = None
         self._folders = [folder for folder, _ in view.folders]
         self._ended = ""
         self._lock = threading.RLock()
         self._control, theirs = socket.socketpair()
         try:
-            with theirs, contextlib.ExitStack() as stack:
-                self._process = start_bubblewrap(view, limits, theirs, stack)
-            self._control.settimeout(START_S)
-            reply = self._reply(most=0)
+            self._open(view, theirs)
         except BaseException:
             self._control.close()
             raise
-        if reply is None:
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the sandbox runs."""
+        return not self._ended and self._process.poll() is None
+
+    def hold(self, limits: Limits, reservation: Reservation | None) -> None:
+        """Sets the default limits of commands, and a reservation that is closed when the workspace ends."""
+        self._limits, self._reservation = limits, reservation
+
+    def _open(self, view: View, theirs: socket.socket) -> None:
+        with theirs, contextlib.ExitStack() as stack:
+            self._process = start_bubblewrap(view, self._limits, theirs, stack)
+        self._control.settimeout(START_S)
+        if self._reply(most=0) is None:
             self._process.kill()
             errors = self._process.communicate()[1].decode(errors="replace").strip()
-            self._control.close()
             raise SandboxError(f"bubblewrap did not start: {errors or 'it printed nothing'}")
 
     def run(self, command: str, *, limits: Limits | None = None, stdin: bytes = b"") -> Outcome:
@@ -167,6 +207,8 @@ class BubblewrapWorkspace:
             self._process.wait()
         if self._process.stderr:
             self._process.stderr.close()
+        if self._reservation is not None:
+            self._reservation.close()
 
     def _execute(self, argv: Sequence[str], limits: Limits, stdin: int | None, *, split: bool = True) -> Execution:
         """See `execution.Execute`. Process 1 runs the program; if process 1 has ended, nothing runs."""
@@ -181,7 +223,7 @@ class BubblewrapWorkspace:
             "output_bytes": limits.output_bytes,
             "files": most_files,
             "file_systems": [*self._folders, "/tmp", "/dev/shm"],
-            "rlimits": _rlimits(limits),
+            "rlimits": rlimits(limits),
         }
         began = time.monotonic()
         with self._lock:
@@ -255,28 +297,3 @@ def probe(config: BubblewrapConfig = BubblewrapConfig()) -> str:
     if outcome.exit_code != 0 or not expected <= set(lines):
         return f"a command in it had an unexpected result: {outcome.notice} {outcome.output[-500:]}"
     return ""
-
-
-def _rlimits(limits: Limits) -> dict[str, int]:
-    """Returns the limits of each single process; process 1 enforces the limits on all processes together."""
-    mib = 2**20
-    values = {
-        "RLIMIT_AS": ADDRESS_SPACE_FACTOR * limits.memory_mib * mib,
-        "RLIMIT_DATA": limits.memory_mib * mib,
-        "RLIMIT_FSIZE": limits.file_mib * mib,
-        "RLIMIT_CPU": limits.cpu_seconds or int(limits.seconds) + 2,
-        "RLIMIT_CORE": 0,
-        "RLIMIT_NOFILE": DESCRIPTORS,
-        "RLIMIT_MEMLOCK": 65536,
-        "RLIMIT_MSGQUEUE": 0,
-        "RLIMIT_SIGPENDING": 1024,
-        "RLIMIT_RTPRIO": 0,
-        "RLIMIT_NICE": 0,
-    }
-    if os.geteuid() == 0 or _kernel() >= (5, 14):  # older kernels also count the user's processes outside
-        values["RLIMIT_NPROC"] = limits.processes + 1
-    return values
-
-
-def _kernel() -> tuple[int, ...]:
-    return tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from aem_jax.envs.swe.sandbox import bubblewrap, containers
+from aem_jax.envs.swe.sandbox import bubblewrap, engine
+from aem_jax.envs.swe.sandbox.admission import Admission, HostConfig
 from aem_jax.envs.swe.sandbox.bubblewrap import Bubblewrap, BubblewrapConfig
 from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers
 from aem_jax.envs.swe.sandbox.kubernetes import Kubernetes
@@ -19,10 +20,12 @@ ADVICE = (
 
 _PROBES: Mapping[str, Callable[[BubblewrapConfig], str]] = {
     "bubblewrap": bubblewrap.probe,
-    "docker": lambda config: containers.probe("docker"),
-    "podman": lambda config: containers.probe("podman"),
+    "docker": lambda config: engine.probe("docker"),
+    "podman": lambda config: engine.probe("podman"),
 }
 """Probes of the runtimes, in the order in which `auto` tries them."""
+
+RUNTIMES = tuple(_PROBES)
 
 # results are cached: they do not change during a process, and a probe starts a sandbox
 _why_not = lru_cache(maxsize=64)(lambda name, config: _PROBES[name](config))
@@ -33,6 +36,7 @@ def choose_runtime(
     bubblewrap: BubblewrapConfig | None = None,
     container: ContainerConfig | None = None,
     kubernetes: KubernetesConfig | None = None,
+    host: HostConfig | None = None,
 ) -> Runtime:
     """Returns the named runtime, or with `auto` the first of this machine that works.
 
@@ -41,6 +45,7 @@ def choose_runtime(
         bubblewrap: contents of a bubblewrap sandbox.
         container: settings of containers.
         kubernetes: settings of a cluster.
+        host: what the workspaces of this host may take together.
 
     Raises:
         ValueError: unknown name, or an invalid pod template.
@@ -56,6 +61,11 @@ def choose_runtime(
     for candidate in _PROBES if name == "auto" else (name,):
         reason = _why_not(candidate, bubblewrap)
         if not reason:
-            return Bubblewrap(bubblewrap) if candidate == "bubblewrap" else Containers(candidate, container)
+            admission = Admission(host or HostConfig())
+            if candidate == "bubblewrap":
+                return Bubblewrap(bubblewrap, admission)
+            runtime = Containers(candidate, container, admission=admission)
+            runtime.remove_orphans()
+            return runtime
         reasons.append(f"{candidate}: {reason}")
     raise SandboxError(f"expected a sandbox for untrusted code, found none that works ({'; '.join(reasons)}). {ADVICE}")

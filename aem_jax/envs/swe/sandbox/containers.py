@@ -5,7 +5,9 @@ workspace: its memory, process and file-size limits are fixed when it is opened.
 and output. After each command, all processes except the container's first are killed. If that fails, the container is
 removed.
 
-An instance's image is prepared once, see `images.py`.
+An instance's image is prepared once, see `images.py`. So is the instance: its bug is applied and its history removed in
+one container, whose files are committed as an image, or packed if the work tree is in memory. Every workspace of the
+instance starts from these.
 
 **The work tree** lies on the engine's disk or in memory (`ContainerConfig.storage`):
 
@@ -16,26 +18,31 @@ An instance's image is prepared once, see `images.py`.
 """
 
 import contextlib
-import copy
 import logging
 import os
-import select
-import shutil
-import subprocess
-import tempfile
+import re
 import threading
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from aem_jax.envs.swe.sandbox import execution
+from aem_jax.envs.swe.sandbox.admission import Admission, Needs, Reservation
 from aem_jax.envs.swe.sandbox.archives import Archives
-from aem_jax.envs.swe.sandbox.execution import FILE_S, Execution
-from aem_jax.envs.swe.sandbox.images import ENGINE_S, USER, Images, container_name, run_engine
-from aem_jax.envs.swe.sandbox.init_process import Cut
-from aem_jax.envs.swe.sandbox.workspace import TESTBED, Checkout, Limits, Outcome, Repository, SandboxError
+from aem_jax.envs.swe.sandbox.engine import ENGINE_S, run_engine, start_container
+from aem_jax.envs.swe.sandbox.execution import FORGET, MAKE_BUG
+from aem_jax.envs.swe.sandbox.host import is_orphan, owner
+from aem_jax.envs.swe.sandbox.images import (
+    OWNER,
+    USER,
+    Images,
+    container_name,
+    derived_name,
+    owner_label,
+)
+from aem_jax.envs.swe.sandbox.pool import WarmPool
+from aem_jax.envs.swe.sandbox.running import FIRST_PROCESS, ContainerWorkspace
+from aem_jax.envs.swe.sandbox.workspace import TESTBED, Checkout, Limits, Repository, SandboxError
 
 STORAGES = ("auto", "disk", "memory", "unlimited-disk")
 _NO_SIZE = (
@@ -44,9 +51,6 @@ _NO_SIZE = (
 )
 _log = logging.getLogger(__name__)
 
-FIRST_PROCESS = "trap '' CHLD; echo started; exec cat > /dev/null 2>&1"
-"""Bash of a container's first process: it ends with its standard input. It ignores SIGCHLD, so the kernel reaps its
-children, and orphans leave no zombies."""
 SETTINGS: Mapping[str, str] = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
@@ -86,15 +90,33 @@ class ContainerConfig:
 
 
 class Containers:
-    """The container runtime; `engine` is the name or path of docker or podman."""
+    """The container runtime.
 
-    def __init__(self, name: str, config: ContainerConfig = ContainerConfig(), engine: str = ""):
+    Args:
+        name: `docker` or `podman`.
+        config: settings of containers.
+        engine: its name or path, if it is not `name`.
+        admission: where workspaces wait until the host has room; None opens them at once, and none ahead.
+
+    Attributes:
+        name: `docker` or `podman`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: ContainerConfig = ContainerConfig(),
+        engine: str = "",
+        admission: Admission | None = None,
+    ):
         self.name = name
-        self._config, self._engine = config, engine or name
+        self._config, self._engine, self._admission = config, engine or name, admission
         self._archives = Archives()
-        self._images = Images(self._engine)
+        self._images = Images(self._engine, admission.config.image_gib if admission else 0.0)
+        self._warm: WarmPool[ContainerWorkspace] = WarmPool(admission.config.warm if admission else 0)
         self._lock = threading.Lock()
         self._storage = "" if config.storage == "auto" else config.storage
+        self._disk_at: str | None = None
 
     def open(self, instance: Repository, checkout: Checkout, *, limits: Limits | None = None) -> "ContainerWorkspace":
         """See `sandbox.Runtime.open`; the checkout is called only if the instance names no image.
@@ -103,57 +125,44 @@ class Containers:
             SandboxError: the instance has no image, or the engine failed.
         """
         limits = limits or Limits()
-        image = instance.image or self._config.image
-        if not image:
-            raise SandboxError(
-                f"expected an image for {instance.instance_id!r}, which names none; name one "
-                "(ContainerConfig.image; --swe.container.image of a run, --image of the check), "
-                "or use bubblewrap, which needs none"
-            )
-        storage = self._storage_for(image)
-        folder = instance.workdir if instance.image else TESTBED
-        if instance.image:
-            image = self._prepared(instance, owned=storage != "memory")
-        elif storage != "memory":
-            image = self._images.prepare(image, folder, owned=True, make=True)
-        container = container_name()
-        words = run_arguments(
-            self.name,
-            container,
-            image,
-            limits,
-            limits.cpus or self._config.processors,
-            instance.MOVED,
-            storage=storage,
-            folder=folder,
+        storage = self._storage_for(self._image(instance))
+        reservation = self.reserve(limits, limits.cpus or self._config.processors, storage, instance.instance_id)
+        try:
+            key = self._key(instance, checkout, limits)
+            workspace = self._warm.take(key, lambda: self._open(instance, checkout, limits, storage))
+        except BaseException:
+            if reservation is not None:
+                reservation.close()
+            raise
+        workspace.hold(limits, reservation)
+        return workspace
+
+    def prepare(self, instance: Repository, checkout: Checkout, *, limits: Limits) -> None:
+        """Opens a workspace ahead, in the background, that the next `open` of the instance takes. It may fail: then the
+        next `open` tells why."""
+        key = self._key(instance, checkout, limits)
+        self._warm.prepare(
+            key, lambda: self._open(instance, checkout, limits, self._storage_for(self._image(instance)))
         )
-        with contextlib.ExitStack() as stack:
-            archive = None
-            if storage == "memory" or not instance.image:
-                fill = self._from_image if instance.image else checkout
-                archive = stack.enter_context(self._archives.open(instance, fill))
-            try:
-                workspace = self.start(container, words, limits, self._config.prelude)
-            except BaseException as error:
-                self._images.forget()
-                if storage == "disk" and isinstance(error, SandboxError):
-                    raise SandboxError(f"{error}\n{_NO_SIZE}") from None
-                raise
-            try:
-                # an engine may give a mounted folder the mode of the image's folder at that path, often 0755
-                open_up = "cd /; chmod 1777 /tmp; find /tmp -mindepth 1 -delete"
-                if storage == "memory":
-                    open_up += f"; chmod 1777 {TESTBED}"
-                run_engine([self._engine, "exec", "--user", "0:0", container, "bash", "-ec", open_up])
-                if archive is not None:
-                    workspace.unpack(archive)
-                if instance.image:
-                    execution.make_bug(workspace._execute, instance, limits)
-                    execution.forget_history(workspace._execute, instance.base_commit, limits)
-            except BaseException:
-                workspace.close()
-                raise
-            return workspace
+
+    def reserve(self, limits: Limits, processors: float, storage: str, who: str) -> Reservation | None:
+        """Waits until the host has room for a container; None without admission.
+
+        Args:
+            limits: of the container.
+            processors: that it may use.
+            storage: `disk`, `memory` or `unlimited-disk`.
+            who: the workspace, for messages.
+
+        Raises:
+            SandboxError: the host is too small.
+        """
+        if self._admission is None:
+            return None
+        if storage == "memory":
+            return self._admission.reserve(Needs(processors, limits.memory_mib + limits.disk_mib), who)
+        needs = Needs(processors, limits.memory_mib, limits.disk_mib, self._storage_folder())
+        return self._admission.reserve(needs, who)
 
     def start(
         self, container: str, arguments: Sequence[str], limits: Limits, prelude: str = "", killer: str = USER
@@ -171,7 +180,7 @@ class Containers:
             SandboxError: it did not start; the message contains the end of the engine's output.
         """
         try:
-            started = _start([self._engine, *arguments])
+            started = start_container([self._engine, *arguments])
         except BaseException:  # it may exist, although it did not start
             with contextlib.suppress(SandboxError):
                 self.command("rm", "--force", container)
@@ -186,21 +195,144 @@ class Containers:
         """
         return run_engine([self._engine, *words], seconds)
 
+    def remove_orphans(self) -> None:
+        """Removes containers whose process was killed before it could. Most end with it; one whose engine failed does
+        not."""
+        try:
+            words = ("ps", "--all", "--filter", f"label={OWNER}", "--format", "{{.Names}}|{{.Labels}}")
+            lines = self.command(*words, seconds=60).splitlines()
+        except SandboxError as error:
+            _log.warning("containers of ended processes were not looked for: %s", error)
+            return
+        for name, _, labels in (line.partition("|") for line in lines):
+            label = re.search(rf"{re.escape(OWNER)}[=:]([\d-]+)", labels)
+            if label and is_orphan(label[1]):
+                with contextlib.suppress(SandboxError):
+                    self.command("rm", "--force", name, seconds=60)
+
+    def _image(self, instance: Repository) -> str:
+        image = instance.image or self._config.image
+        if not image:
+            raise SandboxError(
+                f"expected an image for {instance.instance_id!r}, which names none; name one "
+                "(ContainerConfig.image; --swe.container.image of a run, --image of the check), "
+                "or use bubblewrap, which needs none"
+            )
+        return image
+
+    def _key(self, instance: Repository, checkout: Checkout, limits: Limits) -> Hashable:
+        """Returns what is equal in workspaces that can replace each other; limits on one command may differ."""
+        fixed = replace(limits, seconds=1.0, output_bytes=256)
+        return instance, None if instance.image else checkout, fixed
+
+    def _open(self, instance: Repository, checkout: Checkout, limits: Limits, storage: str) -> "ContainerWorkspace":
+        folder = instance.workdir if instance.image else TESTBED
+        if storage != "memory":
+            return self._run(
+                instance, self._instance_image(instance, checkout, limits, storage), limits, storage, folder
+            )
+        if instance.image:
+            image = self._prepared(instance, owned=False)
+            archives = self._archives.open((instance, image), lambda: self._pack(instance, image, limits))
+        else:
+            image, archives = self._config.image, self._archives.of_checkout(instance, checkout)
+        with archives as archive:
+            workspace = self._run(instance, image, limits, storage, folder)
+            try:
+                workspace.open_up(storage)
+                workspace.unpack(archive)
+            except BaseException:
+                workspace.close()
+                raise
+            return workspace
+
+    def _run(self, instance: Repository, image: str, limits: Limits, storage: str, folder: str) -> "ContainerWorkspace":
+        container = container_name()
+        words = run_arguments(
+            self.name,
+            container,
+            image,
+            limits,
+            limits.cpus or self._config.processors,
+            instance.MOVED,
+            storage=storage,
+            folder=folder,
+        )
+        try:
+            return self.start(container, words, limits, self._config.prelude)
+        except BaseException as error:
+            self._images.forget()
+            if storage == "disk" and isinstance(error, SandboxError):
+                raise SandboxError(f"{error}\n{_NO_SIZE}") from None
+            raise
+
+    def _instance_image(self, instance: Repository, checkout: Checkout, limits: Limits, storage: str) -> str:
+        """Returns the image of an instance: the prepared image with its bug and without history, or with its checkout.
+        One process makes it; the containers of a group, and those of its gradings, share its files."""
+        source = self._image(instance)
+        if instance.image:
+            image, folder = self._prepared(instance, owned=True), instance.workdir
+        else:
+            image, folder = self._images.prepare(source, TESTBED, owned=True, make=True), TESTBED
+        contents = [image, instance.repo, instance.base_commit, instance.bug_patch, FORGET, MAKE_BUG]
+        if not instance.image and not re.fullmatch("[0-9a-f]{40}", instance.base_commit):
+            contents.append(owner())  # a name such as HEAD tells other processes nothing
+        name = derived_name(*contents)
+
+        def make() -> None:
+            workspace = self._run(instance, image, limits, storage, folder)
+            try:
+                workspace.open_up(storage)
+                if instance.image:
+                    workspace.make_task(instance)
+                else:
+                    with self._archives.of_checkout(instance, checkout) as archive:
+                        workspace.unpack(archive)
+                workspace.commit(name)
+            finally:
+                workspace.close()
+
+        return self._images.derive(name, image, source, make)
+
+    def _pack(self, instance: Repository, image: str, limits: Limits) -> IO[bytes]:
+        """Returns a tar file of an instance's repository with its bug and without history, for work trees in memory."""
+        with self._archives.of_checkout(instance, self._from_image) as archive:
+            workspace = self._run(instance, image, limits, "memory", instance.workdir)
+            try:
+                workspace.open_up("memory")
+                workspace.unpack(archive)
+                workspace.make_task(instance)
+                return workspace.pack()
+            finally:
+                workspace.close()
+
     def _storage_for(self, image: str) -> str:
         """Returns the storage; with `auto`, the first call asks the engine whether it can limit a layer's size."""
         with self._lock:
             if not self._storage:
                 container, name = container_name(), ["--network", "none", "--name"]
                 self._images.image_id(image)  # an image that cannot be had is no reason to use memory
+                create = ["create", "--storage-opt", "size=1g", *name, container, *owner_label(), image, "true"]
                 try:
-                    run_engine([self._engine, "create", "--storage-opt", "size=1g", *name, container, image, "true"])
+                    self.command(*create)
                     self._storage = "disk"
                 except SandboxError as error:
                     self._storage = "memory"
                     _log.warning("%s: work trees are in memory, because %s (%s)", self.name, _NO_SIZE, error)
                 with contextlib.suppress(SandboxError):
-                    run_engine([self._engine, "rm", "--force", container])
+                    self.command("rm", "--force", container)
             return self._storage
+
+    def _storage_folder(self) -> str:
+        """Returns the folder of the engine's containers; empty if it is not on this machine."""
+        with self._lock:
+            if self._disk_at is None:
+                self._disk_at = ""
+                for field in ("{{.DockerRootDir}}", "{{.Store.GraphRoot}}"):
+                    with contextlib.suppress(SandboxError):
+                        folder = self.command("info", "--format", field).strip()
+                        self._disk_at = self._disk_at or (folder if os.path.isdir(folder) else "")
+            return self._disk_at
 
     def _prepared(self, instance: Repository, *, owned: bool) -> str:
         return self._images.prepare(instance.image, instance.workdir, owned=owned, moved=instance.MOVED)
@@ -209,11 +341,11 @@ class Containers:
         """Checkout that copies the repository of a prepared image; its container is created, but never started."""
         container = container_name()
         image = self._prepared(instance, owned=False)
-        run_engine([self._engine, "create", "--network", "none", "--name", container, image, "true"])
+        self.command("create", "--network", "none", "--name", container, *owner_label(), image, "true")
         try:
-            run_engine([self._engine, "cp", f"{container}:{instance.workdir}/.", str(folder)])
+            self.command("cp", f"{container}:{instance.workdir}/.", str(folder))
         finally:
-            run_engine([self._engine, "rm", "--force", container])
+            self.command("rm", "--force", container)
 
 
 def run_arguments(
@@ -239,7 +371,7 @@ def run_arguments(
         storage: `disk`, `memory` or `unlimited-disk`.
         folder: the repository's folder.
     """
-    arguments = ["run", "--interactive", "--rm", "--name", container, "--hostname", "sandbox"]
+    arguments = ["run", "--interactive", "--rm", "--name", container, "--hostname", "sandbox", *owner_label()]
     arguments += ["--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
     # the first process runs as root without capabilities, so commands can neither write to its pipes nor trace it
     arguments += ["--user", "0:0", "--ipc", "private", "--workdir", folder]
@@ -269,175 +401,3 @@ def run_arguments(
     for name, value in SETTINGS.items():
         arguments += ["--env", f"{name}={value}"]
     return [*arguments, "--entrypoint", "bash", image, "-c", FIRST_PROCESS]
-
-
-class ContainerWorkspace:
-    """One running container; see `sandbox.Workspace` for the methods.
-
-    Args:
-        started: the engine's process that holds the container's standard input. When this program ends for any reason,
-            the input closes and the container ends.
-        killer: user that kills what a command left behind.
-    """
-
-    def __init__(
-        self,
-        engine: str,
-        container: str,
-        started: subprocess.Popen[bytes],
-        limits: Limits,
-        prelude: str,
-        killer: str = USER,
-    ):
-        self._engine, self._container, self._started = engine, container, started
-        self._limits, self._prelude, self._ended = limits, prelude, ""
-        self._killer, self._options = killer, ("--user", USER)
-
-    def with_options(self, *options: str) -> "ContainerWorkspace":
-        """Returns the same container with other options of the engine's `exec`, such as the user of commands."""
-        other = copy.copy(self)
-        other._options = options
-        return other
-
-    def run(self, command: str, *, limits: Limits | None = None, stdin: bytes = b"") -> Outcome:
-        """See `sandbox.Workspace.run`."""
-        script = f"{self._prelude}\n{command}" if self._prelude else command
-        return execution.run_script(self._execute, script, limits or self._limits, stdin)
-
-    def read(self, path: str) -> bytes:
-        """See `sandbox.Workspace.read`."""
-        return execution.read_file(self._execute, path, self._limits)
-
-    def write(self, path: str, data: bytes) -> None:
-        """See `sandbox.Workspace.write`."""
-        execution.write_file(self._execute, path, data, self._limits)
-
-    def unpack(self, archive: int) -> None:
-        """See `execution.unpack`."""
-        execution.unpack(self._execute, archive, self._limits)
-
-    def close(self) -> None:
-        """See `sandbox.Workspace.close`."""
-        self._end("closed")
-
-    def _end(self, why: str) -> None:
-        if not self._ended:
-            self._ended = why
-            try:
-                with contextlib.suppress(SandboxError):  # `--rm` may have removed it already
-                    run_engine([self._engine, "rm", "--force", self._container])
-            finally:
-                _close_input(self._started)
-
-    def _execute(self, argv: Sequence[str], limits: Limits, stdin: int | None, *, split: bool = True) -> Execution:
-        """See `execution.Execute`; only the limits on time and output apply."""
-        if self._ended:
-            return Execution(None, False, 0.0, self._ended)
-        began = time.monotonic()
-        process = subprocess.Popen(
-            [self._engine, "exec", "--interactive", *self._options, self._container, *argv],
-            stdin=subprocess.DEVNULL if stdin is None else stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if split else subprocess.STDOUT,
-        )
-        assert process.stdout
-        output, errors = Cut(limits.output_bytes), Cut(4096)
-        streams = {process.stdout: output} | ({process.stderr: errors} if process.stderr else {})
-        with process:
-            in_time = _collect(streams, began + limits.seconds)
-            if not in_time:
-                process.kill()
-            status = process.wait()
-        self._kill_rest()
-        return Execution(
-            exit_code=status if in_time else None,
-            timed_out=not in_time,
-            seconds=time.monotonic() - began,
-            notice=self._ended if in_time else f"killed: not done after {limits.seconds:g} s",
-            head=bytes(output.head),
-            tail=bytes(output.tail),
-            total=output.total,
-            errors=(errors.head + errors.tail).decode(errors="replace"),
-        )
-
-    def _kill_rest(self) -> None:
-        """Kills all processes of the container except the first, which signals from inside do not reach."""
-        command = [self._engine, "exec", "--user", self._killer, self._container, "bash", "-c", "kill -KILL -1"]
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=FILE_S)
-        except subprocess.TimeoutExpired:
-            self._end("the sandbox was ended: what ran in it could not be killed")
-            return
-        # 1: there was nothing to kill, or (docker) the container no longer exists
-        if done.returncode not in (0, 1) or self._started.poll() is not None:
-            self._end("the sandbox was ended by what ran in it")
-
-
-def _collect(streams: Mapping[IO[bytes], Cut], deadline: float, *, first: bool = False) -> bool:
-    """Reads streams to their ends, or with `first` until the first data; False if the deadline passes earlier."""
-    is_open = set(streams)
-    while is_open:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        for stream in select.select(list(is_open), [], [], left)[0]:
-            data = os.read(stream.fileno(), 65536)
-            streams[stream].add(data)
-            if first:
-                return True
-            if not data:
-                is_open.discard(stream)
-    return True
-
-
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Starts a container whose first process prints a line, and waits for that line.
-
-    Raises:
-        SandboxError: the line did not arrive; the message contains the end of the engine's output.
-    """
-    pipe = subprocess.PIPE
-    with tempfile.TemporaryFile() as errors:
-        try:
-            process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=errors, cwd=tempfile.gettempdir(), start_new_session=True
-            )
-        except OSError as error:
-            raise SandboxError(f"{' '.join(command[:2])} failed: {error}") from None
-        assert process.stdout
-        line = Cut(64)
-        try:
-            in_time = _collect({process.stdout: line}, time.monotonic() + ENGINE_S, first=True)
-        except BaseException:
-            _close_input(process)
-            raise
-        if line.total:
-            return process
-        _close_input(process)
-        errors.seek(0)
-        reason = f"status {process.returncode}" if in_time else f"nothing within {ENGINE_S:g} s"
-        words = errors.read().decode(errors="replace")[-1000:].strip()
-        raise SandboxError(f"{' '.join(command[:2])} failed with {reason}: {words}")
-
-
-def _close_input(process: subprocess.Popen[bytes]) -> None:
-    """Closes the container's standard input, which ends the container."""
-    for stream in (process.stdin, process.stdout):
-        assert stream
-        stream.close()
-    try:
-        process.wait(FILE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def probe(engine: str) -> str:
-    """Checks that an engine works; returns the reason why not, or an empty string."""
-    if shutil.which(engine) is None:
-        return f"there is no `{engine}` on the PATH"
-    try:
-        done = subprocess.run([engine, "info"], capture_output=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"`{engine} info` failed: {error}"
-    return "" if done.returncode == 0 else f"`{engine} info` failed: {done.stderr.decode(errors='replace').strip()}"

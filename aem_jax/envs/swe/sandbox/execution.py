@@ -22,7 +22,7 @@ LONGEST_ARGUMENT = 100_000
 """In bytes; the kernel limits one argument of a program to 128 KiB."""
 
 # Tracked files stay tracked, even if .gitignore names them now.
-_FORGET = r"""
+FORGET = r"""
 set -e
 cd /testbed
 comm -z -23 <(git ls-files -z | sort -z) <(git ls-files -z --deleted | sort -z) > /tmp/tracked
@@ -33,7 +33,7 @@ git -c user.name=base -c user.email=base@example.invalid commit --quiet --messag
 if [[ "$1" =~ ^[0-9a-f]{40}$ ]]; then git update-ref "refs/replace/$1" HEAD; fi
 rm /tmp/tracked
 """
-_MAKE_BUG = """
+MAKE_BUG = """
 set -e
 cd /testbed
 git apply --whitespace=nowarn -
@@ -147,7 +147,7 @@ def make_bug(execute: Execute, instance: Repository, limits: Limits) -> None:
     if not instance.bug_patch:
         return
     with as_descriptor(instance.bug_patch.encode(errors="surrogateescape")) as patch:
-        result = execute(["bash", "-c", _MAKE_BUG, "make-bug", *patched_files(instance.bug_patch)], limits, patch)
+        result = execute(["bash", "-c", MAKE_BUG, "make-bug", *patched_files(instance.bug_patch)], limits, patch)
     if result.exit_code != 0:
         raise SandboxError(
             f"expected the patch that makes the bug of {instance.instance_id} to apply in its image, got: "
@@ -163,7 +163,7 @@ def forget_history(execute: Execute, base_commit: str, limits: Limits) -> None:
     Raises:
         SandboxError: git failed.
     """
-    result = execute(["bash", "-c", _FORGET, "forget", base_commit], limits, None)
+    result = execute(["bash", "-c", FORGET, "forget", base_commit], limits, None)
     if result.exit_code != 0:
         raise SandboxError(f"the image's history could not be removed: {result.notice or result.errors:.500}")
 

@@ -12,19 +12,21 @@ daemon, and gives untrusted code the user id 0. A copy of the interpreter breaks
 
 import contextlib
 import hashlib
+import json
+import logging
 import os
-import subprocess
-import tempfile
 import threading
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from aem_jax.envs.swe.sandbox.engine import run_engine
+from aem_jax.envs.swe.sandbox.host import locked, owner, user_folder
 from aem_jax.envs.swe.sandbox.mounts import USER_ID
 from aem_jax.envs.swe.sandbox.workspace import SandboxError
 
 USER = f"{USER_ID}:{USER_ID}"
-ENGINE_S = 600.0
-"""Time limit for the engine's own work, which may include pulling an image, seconds."""
 
 _PREPARE = r"""
 set -e
@@ -50,14 +52,30 @@ PREPARED = "localhost/aem-swe"
 """Name of the prepared images; `docker image ls localhost/aem-swe` lists them."""
 
 
-class Images:
-    """The images of an engine, given by its name or path."""
+OWNER = "aem-jax.owner"
+"""Label of this program's containers: the process that they belong to."""
+_NOTE_S = 60.0
+_log = logging.getLogger(__name__)
 
-    def __init__(self, engine: str):
-        self._engine = engine
+
+class Images:
+    """The images of an engine, given by its name or path.
+
+    Images that this program fetched or made are noted in a file that all processes of the user share. If they take more
+    than `most_gib`, those of the source that was not used for longest are removed. An image in use is not removed, nor
+    is one that the program found.
+
+    Args:
+        engine: its name or path.
+        most_gib: bound on their disk, GiB; 0 sets none, and nothing is noted.
+    """
+
+    def __init__(self, engine: str, most_gib: float = 0.0):
+        self._engine, self._most_bytes = engine, most_gib * 2**30
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
         self._ready: dict[tuple[str, ...], str] = {}  # saves two calls of the engine for each workspace
+        self._noted: dict[str, float] = {}
 
     def image_id(self, image: str) -> str:
         """Returns an image's id, after pulling the image if it is not there.
@@ -66,10 +84,13 @@ class Images:
             SandboxError: there is no such image.
         """
         inspect = [self._engine, "image", "inspect", "--format", "{{.Id}}", image]
-        try:
+        with contextlib.suppress(SandboxError):
             return run_engine(inspect).strip()
-        except SandboxError:
+        with self._made_once(image):  # of all processes, one pulls
+            with contextlib.suppress(SandboxError):
+                return run_engine(inspect).strip()
             run_engine([self._engine, "pull", image])
+            self._note(image, pulled=True, size=self._size(image))
             return run_engine(inspect).strip()
 
     def prepare(self, image: str, folder: str, *, owned: bool, make: bool = False, moved: Sequence[str] = ()) -> str:
@@ -86,18 +107,13 @@ class Images:
             SandboxError: there is no such image, it has no repository, or the engine failed.
         """
         words = [folder, USER if owned else "", "make" if make else "", *moved]
-        if name := self._ready.get((image, *words)):
-            return name
-        key = "\0".join([self.image_id(image), _PREPARE, *words])
-        name = f"{PREPARED}:{hashlib.sha256(key.encode()).hexdigest()[:24]}"
-        with self._lock:
-            lock = self._locks.setdefault(name, threading.Lock())
-        with lock:  # one thread makes it; only threads that need the same image wait
-            with contextlib.suppress(SandboxError):
-                run_engine([self._engine, "image", "inspect", "--format", "{{.Id}}", name])
-                return self._ready.setdefault((image, *words), name)
+        self._note(image)
+        if ready := self._ready.get((image, *words)):
+            return ready
+
+        def prepare() -> None:
             container = container_name()
-            command = [self._engine, "run", "--name", container, "--network", "none", "--user", "0:0"]
+            command = [self._engine, "run", "--name", container, *owner_label(), "--network", "none", "--user", "0:0"]
             command += [
                 "--cap-drop",
                 "ALL",
@@ -112,11 +128,109 @@ class Images:
             finally:
                 with contextlib.suppress(SandboxError):
                     run_engine([self._engine, "rm", "--force", container])
-            return self._ready.setdefault((image, *words), name)
+
+        name = derived_name(self.image_id(image), _PREPARE, *words)
+        self.derive(name, image, image, prepare)
+        return self._ready.setdefault((image, *words), name)
+
+    def derive(self, name: str, parent: str, source: str, make: Callable[[], None]) -> str:
+        """Returns an image's name, after `make` made it if it is not there. Of all processes, one makes it.
+
+        Args:
+            name: of the image, from `derived_name`.
+            parent: the image that it adds files to.
+            source: the image with whose use the new one is kept.
+            make: makes it.
+
+        Raises:
+            SandboxError: of `make`.
+        """
+        if (name,) in self._ready:
+            return name
+        with self._made_once(name):
+            try:
+                run_engine([self._engine, "image", "inspect", "--format", "{{.Id}}", name])
+            except SandboxError:
+                make()
+                self._note(source, made=name, size=self._size(name) - self._size(parent))
+        return self._ready.setdefault((name,), name)
 
     def forget(self) -> None:
-        """Makes the next calls of `prepare` ask the engine again, for example because images were removed."""
+        """Makes the next calls ask the engine again, for example because images were removed."""
         self._ready.clear()
+
+    @contextlib.contextmanager
+    def _made_once(self, name: str) -> Iterator[None]:
+        """Lets one thread of one process make an image; only those that need the same image wait."""
+        with self._lock:
+            lock = self._locks.setdefault(name, threading.Lock())
+        digest = hashlib.sha256(f"{self._engine}\0{name}".encode()).hexdigest()[:24]
+        with lock, locked(user_folder() / f"image-{digest}.lock"):
+            yield
+
+    def _size(self, image: str) -> int:
+        if not self._most_bytes:
+            return 0
+        text = run_engine([self._engine, "image", "inspect", "--format", "{{.Size}}", image]).strip()
+        return int(text) if text.isdigit() else 0
+
+    def _note(self, source: str, *, pulled: bool = False, made: str = "", size: int = 0) -> None:
+        """Notes that an image is used, and what was fetched or made for it; then removes others beyond the bound."""
+        is_new = pulled or bool(made)
+        if not self._most_bytes or (not is_new and time.monotonic() - self._noted.get(source, -_NOTE_S) < _NOTE_S):
+            return
+        self._noted[source] = time.monotonic()
+        folder, name = user_folder(), f"images-{hashlib.sha256(self._engine.encode()).hexdigest()[:12]}"
+        with locked(folder / f"{name}.lock"):
+            file = folder / f"{name}.json"
+            notes = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            if is_new or source in notes:
+                note = notes.setdefault(source, {"pulled": False, "made": [], "bytes": 0})
+                note |= {"pulled": note["pulled"] or pulled, "bytes": note["bytes"] + max(size, 0), "used": time.time()}
+                note["made"] += [made] if made else []
+            if is_new:
+                self._remove_oldest(notes, keep=source)
+            scratch = file.with_suffix(".new")
+            scratch.write_text(json.dumps(notes), encoding="utf-8")
+            scratch.replace(file)
+
+    def _remove_oldest(self, notes: dict[str, Any], keep: str) -> None:
+        for source in sorted(notes, key=lambda source: notes[source]["used"]):
+            if sum(note["bytes"] for note in notes.values()) <= self._most_bytes:
+                return
+            note = notes[source]
+            names = [*reversed(note["made"]), *([source] if note["pulled"] else [])]
+            if source == keep or not names:
+                continue
+            try:
+                for name in names:  # the last layer first
+                    self._remove(name)
+            except SandboxError as error:
+                _log.info("the image %s is kept: %s", source, error)
+                continue
+            _log.info("removed the image %s, which was not used for longest", source)
+            del notes[source]
+            self._ready = {key: name for key, name in self._ready.items() if key[0] != source and name not in names}
+
+    def _remove(self, name: str) -> None:
+        """Removes an image; one that is not there counts as removed.
+
+        Raises:
+            SandboxError: it is in use.
+        """
+        try:
+            run_engine([self._engine, "image", "rm", name])
+        except SandboxError as error:
+            try:
+                run_engine([self._engine, "image", "inspect", "--format", "{{.Id}}", name])
+            except SandboxError:
+                return
+            raise error
+
+
+def derived_name(*contents: str) -> str:
+    """Returns the name of an image that is made from an image and with scripts; it changes with any of them."""
+    return f"{PREPARED}:{hashlib.sha256(chr(0).join(contents).encode(errors='surrogateescape')).hexdigest()[:24]}"
 
 
 def container_name() -> str:
@@ -124,26 +238,6 @@ def container_name() -> str:
     return f"aem-swe-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
 
-def run_engine(command: Sequence[str], seconds: float = ENGINE_S) -> str:
-    """Runs an engine command; returns its output.
-
-    Raises:
-        SandboxError: the command failed; the message contains the end of its output.
-    """
-    with tempfile.TemporaryFile() as output:
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                cwd=tempfile.gettempdir(),  # podman's monitor writes a file there when it runs out of memory
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise SandboxError(f"{' '.join(command[:2])} failed: {error}") from None
-        output.seek(0)
-        words = output.read().decode(errors="replace")
-    if done.returncode:
-        raise SandboxError(f"{' '.join(command[:2])} failed with status {done.returncode}: {words[-1000:].strip()}")
-    return words
+def owner_label() -> tuple[str, str]:
+    """Returns the engine's option that labels a container as one of this process."""
+    return "--label", f"{OWNER}={owner()}"

@@ -1,4 +1,4 @@
-"""Starts one bubblewrap: its command line, its descriptors, and the drop of root privileges before it."""
+"""Starts one bubblewrap: its command line, its descriptors, the drop of root privileges, and limits on processes."""
 
 import contextlib
 import itertools
@@ -30,6 +30,10 @@ exec setpriv --reuid "$user" --regid "$user" --clear-groups --bounding-set=-all 
 """
 
 
+DESCRIPTORS = 512
+"""Maximum number of open files of one process."""
+ADDRESS_SPACE_FACTOR = 4
+"""Address space of one process, in multiples of the memory limit; interpreters reserve more memory than they use."""
 _spawner: ThreadPoolExecutor | None = None
 
 
@@ -131,3 +135,28 @@ def bubblewrap_arguments(
         arguments += ["--size", str(eighths * eighth), "--perms", "0755", "--tmpfs", folder]
     # bubblewrap's own root and /dev are in-memory file systems without a size limit, so they are read-only
     return [*arguments, "--remount-ro", "/", "--chdir", view.folders[0][0], "--seccomp", str(seccomp), "--"]
+
+
+def rlimits(limits: Limits) -> dict[str, int]:
+    """Returns the limits of each single process; process 1 enforces the limits on all processes together."""
+    mib = 2**20
+    values = {
+        "RLIMIT_AS": ADDRESS_SPACE_FACTOR * limits.memory_mib * mib,
+        "RLIMIT_DATA": limits.memory_mib * mib,
+        "RLIMIT_FSIZE": limits.file_mib * mib,
+        "RLIMIT_CPU": limits.cpu_seconds or int(limits.seconds) + 2,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_NOFILE": DESCRIPTORS,
+        "RLIMIT_MEMLOCK": 65536,
+        "RLIMIT_MSGQUEUE": 0,
+        "RLIMIT_SIGPENDING": 1024,
+        "RLIMIT_RTPRIO": 0,
+        "RLIMIT_NICE": 0,
+    }
+    if os.geteuid() == 0 or _kernel() >= (5, 14):  # older kernels also count the user's processes outside
+        values["RLIMIT_NPROC"] = limits.processes + 1
+    return values
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])

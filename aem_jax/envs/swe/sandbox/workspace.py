@@ -7,7 +7,7 @@ host treats its output as plain bytes: the host follows no path, starts no progr
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 TESTBED = "/testbed"
 """Path of the repository's copy inside a workspace."""
@@ -15,6 +15,10 @@ TESTBED = "/testbed"
 
 class SandboxError(RuntimeError):
     """A workspace could not be opened or sent an invalid reply; this is not a verdict about the code inside."""
+
+
+class EngineError(SandboxError):
+    """The engine of a running workspace failed, whatever ran in the workspace."""
 
 
 class WorkspaceError(RuntimeError):
@@ -154,5 +158,20 @@ class Runtime(Protocol):
 
         Raises:
             SandboxError: the workspace could not be opened.
+        """
+        ...
+
+
+@runtime_checkable
+class PreparingRuntime(Runtime, Protocol):
+    """A runtime that can open workspaces ahead of their use."""
+
+    def prepare(self, instance: Repository, checkout: Checkout, *, limits: Limits) -> None:
+        """Opens a workspace in the background, if it keeps any; the next `open` of the instance takes it.
+
+        Args:
+            instance: as in `open`.
+            checkout: as in `open`.
+            limits: as in `open`; the time and the output of a command may differ from those of `open`.
         """
         ...

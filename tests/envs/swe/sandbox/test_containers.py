@@ -11,8 +11,12 @@ from envs.swe.sandboxes import CHECKOUT, GOLD, INSTANCE, QUICK
 
 from aem_jax.envs.swe.r2e import R2EInstance
 from aem_jax.envs.swe.sandbox import images
-from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers, probe, run_arguments
-from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError, WorkspaceError
+from aem_jax.envs.swe.sandbox.admission import Admission, HostConfig
+from aem_jax.envs.swe.sandbox.containers import ContainerConfig, Containers, run_arguments
+from aem_jax.envs.swe.sandbox.engine import probe
+from aem_jax.envs.swe.sandbox.host import Resource, owner
+from aem_jax.envs.swe.sandbox.running import KILL
+from aem_jax.envs.swe.sandbox.workspace import EngineError, Limits, SandboxError, WorkspaceError
 
 # Records its arguments. `exec` runs only the commands below; an image's /testbed has one file.
 ENGINE = f"""#!{sys.executable}
@@ -30,6 +34,8 @@ if arguments[0] == "image":  # of the prepared images, those that were committed
     sys.exit("no such image") if "aem-swe" in name and not there or "missing" in name else print("sha256:id")
 elif arguments[0] == "commit":
     print(arguments[-1], file=open(here + "/images", "a"))
+elif arguments[0] == "ps":
+    print(open(here + "/ps").read() if os.path.exists(here + "/ps") else "running")
 elif arguments[0] == "pull":
     sys.exit("there is no " + arguments[1])
 elif "--storage-opt" in arguments and not os.path.exists(here + "/quota"):
@@ -43,7 +49,11 @@ elif arguments[0] == "cp":
 elif "tar --extract" in words:
     open(os.path.dirname(sys.argv[0]) + "/unpacked.tar", "wb").write(sys.stdin.buffer.read())
 elif "kill -KILL" in words:
-    sys.exit(137 if os.path.exists(os.path.dirname(sys.argv[0]) + "/stuck") else 1)
+    if os.path.exists(here + "/stuck"):
+        sys.exit(137)
+    print("kills"); sys.exit(1)
+elif "./*" in words:  # packs a prepared repository
+    sys.stdout.buffer.write(open(here + "/unpacked.tar", "rb").read())
 elif "head -c" in words:
     sys.exit("no such file") if "nothing" in words else sys.stdout.buffer.write(b"\\0data")
 elif "cat >" in words:
@@ -53,6 +63,9 @@ elif "sleep 99" in words:
 elif "echo" in words:
     print("out", flush=True); print("err", file=sys.stderr); sys.exit(3)
 """
+
+
+MEMORY = {"memory_mib": Resource(8000, 8000)}
 
 
 @pytest.fixture
@@ -106,7 +119,7 @@ def test_a_container_for_an_instance_without_an_image(engine):
     assert unpack[:5] == ["exec", "--interactive", "--user", "1000:1000", container] and unpack[5] == "tar"
     with tarfile.open(engine.parent / "unpacked.tar") as archive:
         assert {"./calc.py", "./.git/HEAD"} <= set(archive.getnames())
-    assert kill == ["exec", "--user", "1000:1000", container, "bash", "-c", "kill -KILL -1"]
+    assert kill == ["exec", "--user", "1000:1000", container, "bash", "-c", KILL]
     workspace.close()
     workspace.close()
     assert calls(engine)[4:] == [["rm", "--force", container]]
@@ -140,14 +153,17 @@ def test_the_repository_is_copied_into_memory_where_a_layer_has_no_limit(engine)
     prepared = create[-2]
     assert create[:3] == ["create", "--network", "none"] and prepared.startswith("localhost/aem-swe:")
     assert copy == ["cp", f"{create[4]}:/testbed/.", copy[2]] and remove == ["rm", "--force", create[4]]
-    (run,) = (call for call in made if call[:2] == ["run", "--interactive"])
-    assert prepared in run and "--read-only" in run and "swebench/x:latest" not in run
+    runs = [call for call in made if call[:2] == ["run", "--interactive"]]
+    assert len(runs) == 2  # one made the tar file
+    for run in runs:
+        assert prepared in run and "--read-only" in run and "swebench/x:latest" not in run
     with tarfile.open(engine.parent / "unpacked.tar") as archive:
         assert "./from_image.py" in archive.getnames()
     (forget,) = (call for call in made if "rm -rf .git" in " ".join(call))
     assert forget[-1] == INSTANCE.base_commit
+    count = len(made)
     runtime.open(instance, CHECKOUT, limits=QUICK).close()
-    assert [call[0] for call in calls(engine)].count("create") == 2  # the question about the limit, and the copy
+    assert verbs(engine)[count:] == ["run", "open", "unpack", "kill", "rm"]
 
 
 def test_a_work_tree_on_the_engines_disk_is_not_copied(engine):
@@ -157,7 +173,7 @@ def test_a_work_tree_on_the_engines_disk_is_not_copied(engine):
     instance = dataclasses.replace(INSTANCE, image="own/image")
     runtime.open(instance, CHECKOUT, limits=limits).close()
     assert not {"cp", "unpack"} & set(verbs(engine))
-    (run,) = (call for call in calls(engine) if call[:2] == ["run", "--interactive"])
+    (_, run) = (call for call in calls(engine) if call[:2] == ["run", "--interactive"])
     assert value(run, "--storage-opt") == "size=30720m" and value(run, "--cpus") == "4"
     assert value(run, "--memory") == value(run, "--memory-swap") == "16384m" and value(run, "--shm-size") == "2048m"
     assert not {"--tmpfs", "--read-only", "--volume", "-v", "--mount", "--privileged", "--cap-add"} & set(run)
@@ -166,8 +182,9 @@ def test_a_work_tree_on_the_engines_disk_is_not_copied(engine):
     limits = dataclasses.replace(limits, cpus=1.5)  # of the instance
     for _ in range(2):
         runtime.open(instance, CHECKOUT, limits=limits).close()
-    assert value(calls(engine)[-5], "--cpus") == "1.5"
-    assert [call[0] for call in calls(engine)].count("commit") == 1
+    assert verbs(engine)[-4:] == ["run", "rm", "run", "rm"] and value(calls(engine)[-2], "--cpus") == "1.5"
+    (_, commit) = (call for call in calls(engine) if call[0] == "commit")  # of the image, and of the instance
+    assert commit[2] in run and commit[2] in calls(engine)[-2]
     # a checkout is unpacked into the layer
     runtime = Containers("docker", ContainerConfig(image="x", storage="disk"), str(engine))
     runtime.open(INSTANCE, CHECKOUT, limits=limits).close()
@@ -178,7 +195,7 @@ def test_the_disk_is_unlimited_only_by_name(engine):
     instance = dataclasses.replace(INSTANCE, image="own/image")
     config = ContainerConfig(storage="unlimited-disk")
     Containers("docker", config, str(engine)).open(instance, CHECKOUT, limits=QUICK).close()
-    (run,) = (call for call in calls(engine) if call[:2] == ["run", "--interactive"])
+    (_, run) = (call for call in calls(engine) if call[:2] == ["run", "--interactive"])
     assert not {"--storage-opt", "--tmpfs", "--read-only"} & set(run)
     with pytest.raises(SandboxError, match="pquota' mount option\n.*take --swe.container.storage memory"):
         Containers("docker", ContainerConfig(storage="disk"), str(engine)).open(instance, CHECKOUT, limits=QUICK)
@@ -195,7 +212,8 @@ def test_an_image_is_prepared_once_for_a_user_without_privileges(engine, storage
         runtime = Containers("docker", ContainerConfig(storage=storage), str(engine))
         runtime.open(instance, CHECKOUT, limits=QUICK).close()
     (prepare,) = (call for call in calls(engine) if "prepare" in call)
-    (commit,) = (call for call in calls(engine) if call[0] == "commit")
+    (commit, *of_instance) = (call for call in calls(engine) if call[0] == "commit")
+    assert len(of_instance) == (storage != "memory")
     assert (
         prepare[:2] == ["run", "--name"] and commit[1] == prepare[2] and ["rm", "--force", commit[1]] in calls(engine)
     )
@@ -205,7 +223,8 @@ def test_an_image_is_prepared_once_for_a_user_without_privileges(engine, storage
     script = prepare[prepare.index("-c") + 1]
     assert "find /root" in script and "chmod o+rX" in script and "ln -s" in script
     assert prepare[prepare.index("prepare") :] == ["prepare", "/calc", "" if storage == "memory" else "1000:1000", ""]
-    (run, _) = (call for call in calls(engine) if call[:2] == ["run", "--interactive"])
+    (run, *others) = (call for call in calls(engine) if call[:2] == ["run", "--interactive"])
+    assert len(others) == (3 if storage == "memory" else 2)  # each process packs, one commits
     assert commit[2] in run and value(run, "--workdir") == "/calc"
     assert ("--tmpfs /calc:rw" in " ".join(run)) == (storage == "memory")
     count = len(calls(engine))
@@ -213,7 +232,7 @@ def test_an_image_is_prepared_once_for_a_user_without_privileges(engine, storage
     assert "image" not in [call[0] for call in calls(engine)[count:]]
     other = dataclasses.replace(instance, workdir="/other")
     runtime.open(other, CHECKOUT, limits=QUICK).close()
-    assert len({call[2] for call in calls(engine) if call[0] == "commit"}) == 2
+    assert len({call[2] for call in calls(engine) if call[0] == "commit"}) == (2 if storage == "memory" else 4)
 
 
 def test_the_preparing_script_works(tmp_path):
@@ -264,7 +283,7 @@ def test_hidden_tests_in_an_images_root_are_moved_and_masked(engine):
     runtime.open(row, CHECKOUT, limits=QUICK).close()
     (prepare,) = (call for call in calls(engine) if "prepare" in call)
     assert prepare[-4:] == ["/testbed", "", "", "r2e_tests"]
-    (run,) = (call for call in calls(engine) if call[:2] == ["run", "--interactive"])
+    (_, run) = (call for call in calls(engine) if call[:2] == ["run", "--interactive"])
     assert "--tmpfs /r2e_tests:ro,noexec,nosuid,nodev,mode=0000,size=64k" in " ".join(run)
 
 
@@ -276,7 +295,7 @@ def test_commands_files_and_deadlines_use_the_engine(engine):
     assert calls(engine)[-2][5:] == ["bash", "-c", "prepare\necho"]
     late = workspace.run("sleep 99", limits=dataclasses.replace(QUICK, seconds=4))
     assert (late.exit_code, late.timed_out) == (None, True) and late.output in ("", "begun\n")
-    assert calls(engine)[-1][-1] == "kill -KILL -1"
+    assert calls(engine)[-1][-1] == KILL
     assert workspace.read("file") == b"\0data"
     with pytest.raises(WorkspaceError, match="could not read 'nothing': no such file"):
         workspace.read("nothing")
@@ -291,6 +310,70 @@ def test_a_container_whose_processes_cannot_be_killed_is_removed(engine):
     assert workspace.run("echo").notice == "the sandbox was ended by what ran in it"
     assert calls(engine)[-1][:2] == ["rm", "--force"]
     assert workspace.run("echo").exit_code is None
+
+
+@pytest.mark.parametrize("how", ["no daemon", "no engine", "no container"])
+def test_an_engine_that_fails_is_no_fault_of_what_ran(engine, how):
+    workspace = Containers("docker", ContainerConfig(image="x"), str(engine)).open(INSTANCE, CHECKOUT, limits=QUICK)
+    assert workspace.run("echo").exit_code == 3
+    if how == "no daemon":
+        (engine.parent / "broken").touch()
+    elif how == "no engine":
+        engine.unlink()
+    else:
+        workspace._started.terminate()
+        workspace._started.wait()
+    reason = {"no daemon": "Cannot connect", "no engine": "could not be started", "no container": "status -15"}[how]
+    with pytest.raises(EngineError, match=reason):
+        workspace.run("echo")
+    assert not workspace.is_alive
+    workspace.close()
+
+
+def test_workspaces_ahead_and_forks_save_the_work_of_an_instance(engine, tmp_path):
+    (engine.parent / "quota").touch()
+    host = Admission(HostConfig(warm=1), tmp_path / "host", lambda disk: {"cpus": Resource(4, 4), **MEMORY})
+    (tmp_path / "host").mkdir()
+    runtime = Containers("docker", ContainerConfig(), str(engine), host)
+    instance = dataclasses.replace(INSTANCE, image="own/image", bug_patch=GOLD)
+    opened = [runtime.open(instance, CHECKOUT, limits=QUICK) for _ in range(2)]
+    assert [verbs(engine).count(verb) for verb in ("bug", "forget", "commit")] == [1, 1, 2]
+    runtime.prepare(instance, CHECKOUT, limits=dataclasses.replace(QUICK, seconds=300))  # a grading has more time
+    runtime.prepare(dataclasses.replace(instance, instance_id="other"), CHECKOUT, limits=QUICK)  # no place
+    limits = dataclasses.replace(QUICK, seconds=200)
+    opened.append(runtime.open(instance, CHECKOUT, limits=limits))  # takes it, perhaps while it starts
+    assert verbs(engine).count("run") == 5 and opened[-1]._limits == limits  # one prepared the image, one the instance
+    runtime.prepare(instance, CHECKOUT, limits=QUICK)
+    ((_, item),) = runtime._warm._items
+    item.future.result(60)._started.kill()  # died while it waited
+    item.future.result()._started.wait()
+    opened.append(runtime.open(instance, CHECKOUT, limits=QUICK))
+    assert opened[-1].is_alive and verbs(engine).count("run") == 7
+    (ledger,) = (tmp_path / "host").glob("*.json")
+    assert len(json.loads(ledger.read_text())["entries"]) == 4
+    runtime.prepare(instance, CHECKOUT, limits=QUICK)
+    for workspace in opened:
+        workspace.close()
+    assert json.loads(ledger.read_text())["entries"] == []
+    runtime._warm.close()
+
+
+def test_containers_of_processes_that_were_killed_are_removed(engine):
+    pid, start, space = owner().split("-")
+    dead = f"{pid}-{int(start) + 1}-{space}"
+    lines = [
+        f"mine|aem-jax.owner={owner()}",
+        f"docker|a=b,aem-jax.owner={dead},c=d",
+        f"podman|map[aem-jax.owner:{dead}]",
+    ]
+    (engine.parent / "ps").write_text("\n".join(lines))
+    Containers("docker", engine=str(engine)).remove_orphans()
+    assert [call for call in calls(engine) if call[0] == "rm"] == [["rm", "--force", n] for n in ("docker", "podman")]
+    workspace = Containers("docker", ContainerConfig(image="x"), str(engine)).open(INSTANCE, CHECKOUT, limits=QUICK)
+    workspace.close()
+    assert [value(c, "--label") for c in calls(engine) if c[0] in ("run", "create")] == [f"aem-jax.owner={owner()}"] * 2
+    (engine.parent / "broken").touch()
+    Containers("docker", engine=str(engine)).remove_orphans()  # says so in the log
 
 
 def test_a_missing_image_or_engine_is_refused(engine):
