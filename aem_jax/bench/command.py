@@ -30,6 +30,7 @@ BENCHMARKS: Mapping[str, str] = {
     "gateway": "gateway:measure_gateway",
     "envs": "envs:measure_envs",
     "load": "envs:measure_load",
+    "sandboxes": "sandboxes:measure_sandboxes",
     "learner": "learner:measure_update",
     "advantage": "learner:measure_credit",
 }

@@ -63,6 +63,17 @@ class BenchConfig:
     """Modes of the rollout to measure in turn (rollout, carry), instead of `rollout.mode`; ratios are to the first."""
     carry_steps: int = 4
     """Steps of one repetition (carry)."""
+    sandboxes: tuple[str, ...] = ()
+    """Sandboxes to measure: bubblewrap, docker, podman (sandboxes). Empty: those that work here."""
+    sandbox_image: str = ""
+    """Image for docker and podman, with bash, git, patch, tar, python and pytest (sandboxes). Empty: neither is
+    measured."""
+    sandbox_storage: str = "auto"
+    """Where the work tree of a container lies: see --swe.container.storage (sandboxes)."""
+    sandbox_commands: int = 10
+    """Commands of an episode (sandboxes)."""
+    at_once: tuple[int, ...] = (1, 4, 16, 64)
+    """Episodes at a time, in turn (sandboxes)."""
     seed: int = 0
     """Seed of tasks and tokens (rollout, carry)."""
     repeats: int = 5
@@ -91,6 +102,8 @@ class BenchConfig:
             raise ValueError(f"expected contexts of at least 1 token, got {self.contexts}")
         if not self.modes or len(set(self.modes)) < len(self.modes):
             raise ValueError(f"expected modes, each once, got {', '.join(self.modes) or 'none'}")
+        if not self.at_once or min(self.at_once) < 1:
+            raise ValueError(f"expected at_once of at least 1 episode, got {self.at_once}")
         if self.trajectories % 8:
             raise ValueError(f"expected trajectories divisible by 8, got {self.trajectories}")
         if self.scripted.max_turns > self.rollout.max_turns:
