@@ -52,6 +52,7 @@ def train(
     reference: Callable[[Batch], Any] | None = None,
     values: Callable[[Any, Batch], Any] | None = None,
     carried: Carried | None = None,
+    prepare: Callable[[Sequence[Task]], None] | None = None,
     measure: Callable[[TrainState, int, Sequence[Trajectory], jax.Array], Metrics] = lambda *_: {},
     on_step: Callable[[TrainState, int, Metrics, StepEpisodes, Credit], None],
     should_stop: Callable[[], bool] = lambda: False,
@@ -74,6 +75,7 @@ def train(
         reference: batch -> log-probabilities of the reference policy; None without a KL penalty.
         values: (the learner's parameters, batch) -> values of the batch's responses; None without a value head.
         carried: the groups under way at `state.step`; None without carry-over.
+        prepare: `TaskSuite.prepare`; None if there is nothing to prepare.
         measure: (state before the update, step, its episodes, its key) -> further metrics; may compile.
         on_step: called after each step with (state, step, metrics, its episodes, credit of those learnt from).
         should_stop: called after each step; True ends the training.
@@ -82,10 +84,14 @@ def train(
         The last state.
     """
     first = int(state.step)
+    if prepare and first < num_steps:
+        prepare(tasks(first, 0))
     rollout.warm_up(reshard(state.params))
     attempts = group_attempts(tasks, key, rollout.config)
     for step in range(first, num_steps):
         start, compiled = time.perf_counter(), compilations()
+        if prepare and step + 1 < num_steps:
+            prepare(tasks(step + 1, 0))
         step_key = jax.random.fold_in(key, step)
         # The resharded parameters get no name, so that their memory is free during the update.
         if carried is None:

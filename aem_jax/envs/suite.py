@@ -33,6 +33,9 @@ class TaskSuite:
         baselines: factories of agents to compare with, by name. Each call makes an agent for a task.
         prompt: composes the prompts of `rollout.prompt_style = "single"`. None: the environment has no such prompt.
         text: the text of a task, for a new tokenizer. None: the tokenizer is trained on episodes.
+        prepare: told of the next training step's tasks while a step is under way, and of the first step's before it
+            begins. It may fetch what their resets need, in the background, and must return at once. Each call replaces
+            the tasks of the last one. None: there is nothing to prepare.
     """
 
     name: str
@@ -44,6 +47,7 @@ class TaskSuite:
     baselines: Mapping[str, Callable[[Task], Act]] = field(default_factory=dict)
     prompt: Prompt | None = None
     text: Callable[[Task], str] | None = None
+    prepare: Callable[[Sequence[Task]], None] | None = None
 
 
 @dataclass(frozen=True)

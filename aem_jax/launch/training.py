@@ -134,6 +134,7 @@ def _train(run: RunContext, state: TrainState) -> TrainState:
             reference=_reference(run, state),
             values=values_function(run),
             carried=carried,
+            prepare=run.suite.prepare,
             measure=_measure(run),
             key=run.key("train"),
             seed=config.seed,

@@ -245,6 +245,27 @@ class Sandboxes:
             raise
         return sandbox
 
+    def fetch(self, task: HarborTask, since: float) -> bool:
+        """Fetches or builds the images of a task, for all processes of the host; nothing in bubblewrap.
+
+        Args:
+            task: the task.
+            since: when upcoming tasks were told, seconds since the epoch; what was used since then is not removed.
+
+        Returns:
+            Whether there is room for further images.
+
+        Raises:
+            SandboxError: an image cannot be had.
+        """
+        runtime = self._runtime(task)
+        if isinstance(runtime, Bubblewrap):
+            return True
+        for one in (task, task.verifier):
+            if one is not None:
+                self._image(one, runtime)
+        return runtime.has_room(since)
+
     def _runtime(self, task: HarborTask) -> Bubblewrap | Containers:
         """Returns the runtime for a task; with `auto`, an engine if it needs an image, else bubblewrap."""
         if self._given is not None:
@@ -317,7 +338,9 @@ class Sandboxes:
             SandboxError: it could not be built.
         """
         if task.image or not task.dockerfile:
-            return task.image or self._config.image
+            image = task.image or self._config.image
+            runtime.fetch_image(image)
+            return image
         context = task.folder / task.context
         tag = image_tag(task)
         with locked(user_folder() / f"image-{tag.rpartition(':')[2]}.lock"):  # of the server processes, one builds
@@ -335,6 +358,7 @@ class Sandboxes:
                 raise SandboxError(
                     f"{context / 'Dockerfile'}: expected a Dockerfile that can be built: {error}"
                 ) from None
+        runtime.note_made(tag)
         return tag
 
 

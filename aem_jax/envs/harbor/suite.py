@@ -10,10 +10,11 @@ from aem_jax.envs.harbor.config import HarborConfig
 from aem_jax.envs.harbor.env import HarborEnv
 from aem_jax.envs.harbor.files import digest, files_of
 from aem_jax.envs.harbor.sandbox import Sandboxes
-from aem_jax.envs.harbor.task import HarborTask, read_tasks
+from aem_jax.envs.harbor.task import HarborTask, read_task, read_tasks
 from aem_jax.envs.play import Act
 from aem_jax.envs.protocol import Task
 from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, check_no_habit, check_one_set, set_name
+from aem_jax.envs.swe.sandbox.pool import Prefetch
 from aem_jax.envs.swe.sandbox.workspace import SandboxError
 
 FINISH = "<function=finish>\n</function>"
@@ -66,7 +67,18 @@ def harbor(config: HarborConfig, options: SuiteOptions) -> TaskSuite:
         evaluation=evaluation,
         make_env=lambda: make_harbor(config)(),
         baselines={"empty": _finish},
+        prepare=None if options.pool.urls or options.pool.command else _prefetch(config),
     )
+
+
+def _prefetch(config: HarborConfig) -> Callable[[Sequence[Task]], None]:
+    """Returns a function that fetches and builds the images of tasks on this host, where the run's servers are."""
+    sandboxes = Sandboxes(config)
+
+    def fetch(task: Task, since: float) -> bool:
+        return sandboxes.fetch(read_task(task.payload["folder"]), since)
+
+    return Prefetch(fetch)
 
 
 def make_harbor(config: HarborConfig) -> Callable[[], HarborEnv]:

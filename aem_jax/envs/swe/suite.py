@@ -6,7 +6,7 @@ A language model uses tools; a small policy chooses among edits.
 import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from aem_jax.envs.actions import as_action
@@ -16,8 +16,18 @@ from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, 
 from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesConfig, ChoicesEnv, make_counter
 from aem_jax.envs.swe.env import SweConfig, SweEnv
 from aem_jax.envs.swe.sandbox.choose import choose_runtime
-from aem_jax.envs.swe.sandbox.workspace import SandboxError
-from aem_jax.envs.swe.tasks import TasksConfig, check_sources, eval_set, full_payload, is_file, training_tasks
+from aem_jax.envs.swe.sandbox.containers import Containers
+from aem_jax.envs.swe.sandbox.pool import Prefetch
+from aem_jax.envs.swe.sandbox.workspace import Runtime, SandboxError
+from aem_jax.envs.swe.tasks import (
+    TasksConfig,
+    check_sources,
+    eval_set,
+    full_payload,
+    is_file,
+    load_task,
+    training_tasks,
+)
 
 _DRAWS = 100
 
@@ -42,7 +52,26 @@ def swe(config: SweConfig, options: SuiteOptions) -> TaskSuite:
         training=_FullTasks(training_tasks(config.tasks, seed=options.seed)),
         evaluation=evaluation,
         make_env=lambda: make_swe(config)(),
+        prepare=None if options.pool.urls or options.pool.command else _prefetch(config),
     )
+
+
+def _prefetch(config: SweConfig) -> Callable[[Sequence[Task]], None]:
+    """Returns a function that fetches and prepares the images of tasks on this host, where the run's servers are."""
+
+    @lru_cache(maxsize=1)
+    def runtime() -> Runtime:
+        return choose_runtime(config.runtime, config.bubblewrap, config.container, config.host)
+
+    def fetch(task: Task, since: float) -> bool:
+        chosen = runtime()
+        if not isinstance(chosen, Containers):
+            return False
+        instance, checkout = load_task(task.payload)
+        limits = instance.resources.of_command(config.command_limits)
+        return chosen.fetch(instance, checkout, limits=limits, since=since)
+
+    return Prefetch(fetch)
 
 
 def make_swe(config: SweConfig) -> Callable[[], SweEnv]:

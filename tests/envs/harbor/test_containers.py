@@ -18,7 +18,7 @@ from aem_jax.envs.harbor.env import HarborEnv
 from aem_jax.envs.harbor.sandbox import Sandboxes, image_tag, run_arguments
 from aem_jax.envs.harbor.task import read_task
 from aem_jax.envs.swe.sandbox.bubblewrap import Bubblewrap
-from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError
+from aem_jax.envs.swe.sandbox.workspace import EngineError, Limits, SandboxError
 
 CONFIG = HarborConfig(max_steps=4, memory_mib=512, disk_mib=64, file_mib=8, processes=32)
 LIMITS = Limits(memory_mib=512, disk_mib=64, file_mib=8, processes=32)
@@ -178,6 +178,18 @@ def test_a_forged_reward_does_not_count(engine):
     ):
         finished = play(env_of(engine, image="own/image"), "forged-reward", forgery)[-1]
         assert finished.info["failure"].endswith("(exit code 0), got none"), finished.info
+
+
+@pytest.mark.parametrize("when", ["a command", "the verifier"])
+def test_an_engine_that_fails_is_no_verdict(engine, when):
+    engine.image("own/image")
+    env = env_of(engine, image="own/image")
+    env.reset({"folder": str(TASKS / "partial")})
+    (engine.folder / "dead").touch()
+    with pytest.raises(EngineError, match="the engine failed during an episode.*Cannot connect"):
+        env.step(FINISH if when == "the verifier" else block("execute_bash", command="touch a"))
+    (engine.folder / "dead").unlink()
+    assert play(env, "partial", "touch a")[-1].info["score"] > 0  # the next episode
 
 
 NETWORKS = {

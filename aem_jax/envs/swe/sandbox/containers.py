@@ -145,6 +145,44 @@ class Containers:
             key, lambda: self._open(instance, checkout, limits, self._storage_for(self._image(instance)))
         )
 
+    def fetch(self, instance: Repository, checkout: Checkout, *, limits: Limits, since: float) -> bool:
+        """Fetches and prepares the images of an instance, for all processes of the host.
+
+        Args:
+            instance: as in `open`.
+            checkout: as in `open`.
+            limits: as in `open`.
+            since: when upcoming tasks were told, seconds since the epoch; what was used since then is not removed.
+
+        Returns:
+            Whether there is room for further images.
+
+        Raises:
+            SandboxError: an image cannot be had, or the engine failed.
+        """
+        storage = self._storage_for(self._image(instance))
+        if storage != "memory":
+            self._instance_image(instance, checkout, limits, storage)
+        elif instance.image:
+            self._prepared(instance, owned=False)
+        return self._images.has_room(since)
+
+    def fetch_image(self, image: str) -> None:
+        """Fetches an image if it is not there.
+
+        Raises:
+            SandboxError: it cannot be had, or the engine failed.
+        """
+        self._images.image_id(image)
+
+    def note_made(self, image: str) -> None:
+        """Notes that this program made an image, which may be removed again (see `Images`)."""
+        self._images.note_made(image)
+
+    def has_room(self, since: float) -> bool:
+        """See `Images.has_room`."""
+        return self._images.has_room(since)
+
     def reserve(self, limits: Limits, processors: float, storage: str, who: str) -> Reservation | None:
         """Waits until the host has room for a container; None without admission.
 

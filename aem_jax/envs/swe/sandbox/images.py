@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from aem_jax.envs.swe.sandbox.engine import run_engine
@@ -84,6 +85,7 @@ class Images:
             SandboxError: there is no such image.
         """
         inspect = [self._engine, "image", "inspect", "--format", "{{.Id}}", image]
+        self._note(image)
         with contextlib.suppress(SandboxError):
             return run_engine(inspect).strip()
         with self._made_once(image):  # of all processes, one pulls
@@ -155,6 +157,19 @@ class Images:
                 self._note(source, made=name, size=self._size(name) - self._size(parent))
         return self._ready.setdefault((name,), name)
 
+    def note_made(self, image: str) -> None:
+        """Notes an image that was built elsewhere in this program."""
+        self._note(image, made=image, size=self._size(image))
+
+    def has_room(self, since: float) -> bool:
+        """Whether images that were used since a time, seconds since the epoch, take less than the bound."""
+        if not self._most_bytes:
+            return True
+        file = self._notes_file()
+        with locked(file.with_suffix(".lock")):
+            notes = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return sum(note["bytes"] for note in notes.values() if note["used"] >= since) < self._most_bytes
+
     def forget(self) -> None:
         """Makes the next calls ask the engine again, for example because images were removed."""
         self._ready.clear()
@@ -180,9 +195,8 @@ class Images:
         if not self._most_bytes or (not is_new and time.monotonic() - self._noted.get(source, -_NOTE_S) < _NOTE_S):
             return
         self._noted[source] = time.monotonic()
-        folder, name = user_folder(), f"images-{hashlib.sha256(self._engine.encode()).hexdigest()[:12]}"
-        with locked(folder / f"{name}.lock"):
-            file = folder / f"{name}.json"
+        file = self._notes_file()
+        with locked(file.with_suffix(".lock")):
             notes = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
             if is_new or source in notes:
                 note = notes.setdefault(source, {"pulled": False, "made": [], "bytes": 0})
@@ -193,6 +207,9 @@ class Images:
             scratch = file.with_suffix(".new")
             scratch.write_text(json.dumps(notes), encoding="utf-8")
             scratch.replace(file)
+
+    def _notes_file(self) -> Path:
+        return user_folder() / f"images-{hashlib.sha256(self._engine.encode()).hexdigest()[:12]}.json"
 
     def _remove_oldest(self, notes: dict[str, Any], keep: str) -> None:
         for source in sorted(notes, key=lambda source: notes[source]["used"]):

@@ -1,4 +1,4 @@
-"""Starts one bubblewrap: its command line, its descriptors, the drop of root privileges, and limits on processes."""
+"""Starts one bubblewrap: its command line, its descriptors, the drop of root privileges, the limits of processes."""
 
 import contextlib
 import itertools

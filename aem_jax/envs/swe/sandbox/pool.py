@@ -1,10 +1,11 @@
-"""Workspaces that are opened ahead of their use, in the background."""
+"""What is done ahead of its use, in the background: opening workspaces, and fetching images."""
 
 import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -102,3 +103,45 @@ def _close(item: _Item) -> None:
     if not item.future.cancel():
         with contextlib.suppress(SandboxError):
             item.future.result().close()
+
+
+T = TypeVar("T")
+
+
+class Prefetch(Generic[T]):
+    """Fetches images of upcoming tasks in the background, one after another. The thread does not keep a process alive.
+
+    Args:
+        fetch: (task, when its list was given, seconds since the epoch) -> whether there is room for more.
+    """
+
+    def __init__(self, fetch: Callable[[T, float], bool]):
+        self._fetch, self._began = fetch, 0.0
+        self._queue: deque[T] = deque()
+        self._lock = threading.Lock()
+        self._runs = False
+
+    def __call__(self, tasks: Iterable[T]) -> None:
+        """Replaces the tasks that are still to be fetched; returns at once."""
+        with self._lock:
+            self._queue, self._began = deque(tasks), time.time()
+            if self._runs or not self._queue:
+                return
+            self._runs = True
+        threading.Thread(target=self._work, name="prefetch", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._runs = False
+                    return
+                task, began = self._queue.popleft(), self._began
+            try:
+                more = self._fetch(task, began)
+            except (SandboxError, ValueError, OSError) as error:  # the environment that needs it will tell why
+                _log.info("an image was not fetched ahead: %s", error)
+                continue
+            with self._lock:
+                if not more and began == self._began:
+                    self._queue.clear()

@@ -6,6 +6,7 @@ killed. If that fails, the container is removed.
 
 import contextlib
 import copy
+import re
 import subprocess
 import tempfile
 import time
@@ -26,8 +27,7 @@ children, and orphans leave no zombies."""
 KILLED = b"kills"
 KILL = f"echo {KILLED.decode()}; kill -KILL -1"
 """Bash that kills all processes of a container that its user may kill, except the first."""
-_RUN_ENDS_S = 5.0
-"""Time in which the engine's `run` ends after its container, seconds."""
+_NOT_RUNNING = ("stopped container", "not running")
 _ENDED_INSIDE = (0, 137)
 """Status of the engine's `run` if the container's first process ended or was killed."""
 
@@ -200,10 +200,14 @@ class ContainerWorkspace:
             raise EngineError(f"{self._engine} could not be started: {error}") from None
         # What it prints shows that the engine ran it; its status is 1 if there was nothing to kill.
         if done.stdout.strip() != KILLED or self._started.poll() is not None:
-            self._end_broken("the sandbox was ended by what ran in it")
+            self._end_broken("the sandbox was ended by what ran in it", done.stderr.decode(errors="replace"))
 
-    def _end_broken(self, why: str) -> None:
+    def _end_broken(self, why: str, said: str = "") -> None:
         """Ends a workspace that does not work any more.
+
+        Args:
+            why: the notice, if code in the workspace is the cause.
+            said: the engine's message.
 
         Raises:
             EngineError: the engine failed. Without that, code in the workspace is the cause, and the episode goes on to
@@ -211,16 +215,18 @@ class ContainerWorkspace:
         """
         failure = ""
         try:
-            state = ("ps", "--all", "--filter", f"name={self._container}", "--format", "{{.State}}")
-            runs = "running" in run_engine([self._engine, *state], 3 * FILE_S).lower()
-            if not runs:
+            words = ("ps", "--all", "--filter", f"name={self._container}", "--format", "{{.Status}}")
+            state = run_engine([self._engine, *words], 3 * FILE_S)
+            ended = re.search(r"Exited \((-?\d+)\)", state)
+            if not ended and "Up" not in state:  # it is removed; the engine's `run` ends with its status
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._started.wait(_RUN_ENDS_S)
-            status = self._started.poll()
-            if status is None and not runs:
-                failure = "the container does not run, and its monitor does not know"
-            elif status not in (None, *_ENDED_INSIDE):
-                failure = f"{self._engine} run ended with status {status}"
+                    self._started.wait(FILE_S)
+            status = int(ended[1]) if ended else self._started.poll()
+            runs = status is None and "Up" in state
+            if runs and any(words in said for words in _NOT_RUNNING):
+                failure = f"it lost the container ({said.strip():.200})"  # its monitor was killed
+            elif not runs and status not in _ENDED_INSIDE:
+                failure = f"the container ended with status {status}"
         except SandboxError as error:
             failure = str(error)
         self._end(f"the engine failed: {failure}" if failure else why)

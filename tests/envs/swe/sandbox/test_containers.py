@@ -35,7 +35,7 @@ if arguments[0] == "image":  # of the prepared images, those that were committed
 elif arguments[0] == "commit":
     print(arguments[-1], file=open(here + "/images", "a"))
 elif arguments[0] == "ps":
-    print(open(here + "/ps").read() if os.path.exists(here + "/ps") else "running")
+    print(open(here + "/ps").read() if os.path.exists(here + "/ps") else "Up 1 minute")
 elif arguments[0] == "pull":
     sys.exit("there is no " + arguments[1])
 elif "--storage-opt" in arguments and not os.path.exists(here + "/quota"):
@@ -50,7 +50,7 @@ elif "tar --extract" in words:
     open(os.path.dirname(sys.argv[0]) + "/unpacked.tar", "wb").write(sys.stdin.buffer.read())
 elif "kill -KILL" in words:
     if os.path.exists(here + "/stuck"):
-        sys.exit(137)
+        sys.stderr.write(open(here + "/stuck").read()); sys.exit(137)
     print("kills"); sys.exit(1)
 elif "./*" in words:  # packs a prepared repository
     sys.stdout.buffer.write(open(here + "/unpacked.tar", "rb").read())
@@ -312,7 +312,7 @@ def test_a_container_whose_processes_cannot_be_killed_is_removed(engine):
     assert workspace.run("echo").exit_code is None
 
 
-@pytest.mark.parametrize("how", ["no daemon", "no engine", "no container"])
+@pytest.mark.parametrize("how", ["no daemon", "no engine", "no container", "no monitor"])
 def test_an_engine_that_fails_is_no_fault_of_what_ran(engine, how):
     workspace = Containers("docker", ContainerConfig(image="x"), str(engine)).open(INSTANCE, CHECKOUT, limits=QUICK)
     assert workspace.run("echo").exit_code == 3
@@ -320,11 +320,18 @@ def test_an_engine_that_fails_is_no_fault_of_what_ran(engine, how):
         (engine.parent / "broken").touch()
     elif how == "no engine":
         engine.unlink()
+    elif how == "no monitor":
+        (engine.parent / "stuck").write_text("runc: exec failed: cannot exec in a stopped container")
     else:
         workspace._started.terminate()
         workspace._started.wait()
-    reason = {"no daemon": "Cannot connect", "no engine": "could not be started", "no container": "status -15"}[how]
-    with pytest.raises(EngineError, match=reason):
+    reason = {
+        "no daemon": "Cannot connect",
+        "no engine": "could not be started",
+        "no container": "ended with status -15",
+        "no monitor": "it lost the container",
+    }
+    with pytest.raises(EngineError, match=reason[how]):
         workspace.run("echo")
     assert not workspace.is_alive
     workspace.close()
