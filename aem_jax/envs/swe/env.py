@@ -96,6 +96,14 @@ class SweConfig:
             raise ValueError(f"expected max_invalid of at least 0 (no limit), got {self.max_invalid}")
         _ = self.command_limits, self.grade_limits  # these validate the remaining settings
 
+    def make_runtime(self) -> Runtime:
+        """Chooses the sandboxes.
+
+        Raises:
+            SandboxError: none works on this machine.
+        """
+        return choose_runtime(self.runtime, self.bubblewrap, self.container, host=self.host, kubernetes=self.kubernetes)
+
     @property
     def command_limits(self) -> Limits:
         """Limits on one command of the agent."""
@@ -139,9 +147,7 @@ class SweSession:
 
     def __init__(self, task: Mapping[str, Any], config: SweConfig = SweConfig(), runtime: Runtime | None = None):
         self._config = config
-        self._runtime = runtime or choose_runtime(
-            config.runtime, config.bubblewrap, config.container, host=config.host, kubernetes=config.kubernetes
-        )
+        self._runtime = runtime or config.make_runtime()
         self._instance, self._checkout = load_task(task)
         self.statement, self.repo = self._instance.problem_statement, self._instance.repo
         self.limits = self._instance.resources.of_command(config.command_limits)

@@ -15,10 +15,9 @@ from aem_jax.envs.protocol import StepResult, Task
 from aem_jax.envs.suite import EnvironmentSpec, Files, SuiteOptions, TaskSuite, check_no_habit, check_one_set
 from aem_jax.envs.swe.choices import ALL_PASS, SEVERAL, ChoicesConfig, ChoicesEnv, make_counter
 from aem_jax.envs.swe.env import SweConfig, SweEnv
-from aem_jax.envs.swe.sandbox.choose import choose_runtime
 from aem_jax.envs.swe.sandbox.containers import Containers
 from aem_jax.envs.swe.sandbox.pool import Prefetch
-from aem_jax.envs.swe.sandbox.workspace import Runtime, SandboxError
+from aem_jax.envs.swe.sandbox.workspace import SandboxError
 from aem_jax.envs.swe.tasks import (
     TasksConfig,
     check_sources,
@@ -59,9 +58,7 @@ def swe(config: SweConfig, options: SuiteOptions) -> TaskSuite:
 def _prefetch(config: SweConfig) -> Callable[[Sequence[Task]], None]:
     """Returns a function that fetches and prepares the images of tasks on this host, where the run's servers are."""
 
-    @lru_cache(maxsize=1)
-    def runtime() -> Runtime:
-        return choose_runtime(config.runtime, config.bubblewrap, config.container, config.host)
+    runtime = lru_cache(maxsize=1)(config.make_runtime)
 
     def fetch(task: Task, since: float) -> bool:
         chosen = runtime()
@@ -81,9 +78,7 @@ def make_swe(config: SweConfig) -> Callable[[], SweEnv]:
         OSError: no sandbox works on this machine.
     """
     try:
-        runtime = choose_runtime(
-            config.runtime, config.bubblewrap, config.container, host=config.host, kubernetes=config.kubernetes
-        )
+        runtime = config.make_runtime()
     except SandboxError as error:
         raise OSError(str(error)) from None  # a server reports an OSError as missing on this machine
     return lambda: SweEnv(config, runtime)

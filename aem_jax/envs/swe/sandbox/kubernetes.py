@@ -111,7 +111,7 @@ class Kubernetes:
                 execution.make_bug(workspace._execute, instance, limits)
                 execution.forget_history(workspace._execute, instance.base_commit, limits)
             else:
-                with self._archives.open(instance, checkout) as archive:
+                with self._archives.of_checkout(instance, checkout) as archive:
                     workspace.unpack(archive)
         except BaseException:
             _delete(self._cluster, name)

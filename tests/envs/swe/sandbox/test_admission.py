@@ -181,6 +181,7 @@ def test_bubblewrap_gives_its_room_back_however_it_ends(tmp_path):
             workspace.close()
     workspace = runtime.open_empty(QUICK)
     workspace._process.kill()
+    workspace._process.wait()
     assert workspace.run("true").exit_code is None
     assert entries(tmp_path) == [] and len(runtime._warm._items) == 1  # of 4, one for each that was opened
     ((_, idle),) = runtime._warm._items
