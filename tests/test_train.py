@@ -70,6 +70,7 @@ def run(
     settings: RolloutConfig = ROLLOUT,
     importance_cap: float = 0.0,
     carried: list[Carried] | None = None,
+    prepare=None,
 ):
     """Trains to `steps`, from the state `first` or from scratch; with a value head this is PPO.
 
@@ -106,6 +107,7 @@ def run(
         seed=0,
         num_steps=steps,
         carried=carried[-1] if carried else None,
+        prepare=prepare,
         on_step=on_step,
     )
     return state, history, shown
@@ -127,8 +129,11 @@ def test_training_raises_the_return(strength):
 
 
 def test_a_run_is_a_function_of_its_seed():
-    _, first, _ = run(3, 1.0)
-    _, second, _ = run(3, 1.0)
+    told: list[str] = []
+    turned = lambda step, round: tasks(step, round)[step:] + tasks(step, round)[:step]
+    _, first, _ = run(3, 1.0, tasks=turned, prepare=lambda upcoming: told.append(upcoming[0].id))
+    _, second, _ = run(3, 1.0, tasks=turned)
+    assert told == ["ab", "cd", "ef"]  # before the first step, and each step the next one's
     assert list(map(timeless, first)) == list(map(timeless, second))
 
 

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from envs.swe.sandboxes import working_bubblewrap
 
 from aem_jax.bench.chat import ByteChat
 from aem_jax.bench.measure import Ceilings, Sizes, ceilings, roofline, summarise, timed
 from aem_jax.bench.page import differences, ratios, read_earlier
 from aem_jax.bench.rollout import CountedSampler
+from aem_jax.bench.sandboxes import PHASES
 from aem_jax.bench.trace import as_text, profile, read_profile
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
@@ -23,7 +25,8 @@ from aem_jax.sampler import SamplingConfig
 
 SMALL = ["--slots", "8", "--prompt-tokens", "8", "--new-tokens", "4", "--row-length", "32", "--trajectories", "8",
          "--turns", "2", "--contexts", "8", "24", "--context-chunk", "4", "--sessions", "2", "--repeats", "2",
-         "--load-steps", "40", "--runtime.compilation-cache", "off"]  # fmt: skip
+         "--load-steps", "40", "--sandboxes", "bubblewrap", "--at-once", "1", "3",
+         "--sandbox-commands", "2", "--runtime.compilation-cache", "off"]  # fmt: skip
 ROLLOUT = ["--rollout.groups-per-step", "3", "--rollout.num-slots", "4", "--rollout.response-tokens", "6",
            "--rollout.context-tokens", "256", "--rollout.windows", "--rollout.prompt-tokens", "64",
            "--rollout.extend-buckets", "32", "--rollout.decode-chunk", "4", "--scripted.prompt-chars", "9",
@@ -54,9 +57,12 @@ def small(monkeypatch: pytest.MonkeyPatch):
         ("rollout", 4),
         ("carry", 4),
         ("gateway", 2),
+        ("sandboxes", 3),
     ],
 )
 def test_a_benchmark_ends_in_one_json_line(name: str, count: int, capsys):
+    if name == "sandboxes":
+        working_bubblewrap()
     assert cli.main(["bench", name, *SMALL, *(ROLLOUT if name in ("rollout", "carry", "gateway") else [])]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     run = json.loads(line)
@@ -64,13 +70,18 @@ def test_a_benchmark_ends_in_one_json_line(name: str, count: int, capsys):
     assert [result["name"] for result in run["results"]] == [name] * count
     for result in run["results"]:
         low, high = result["quartiles"]
-        assert 0 < result["worst"] <= low <= result["median"] <= high <= result["best"] and result["repeats"] == 2
-        assert (result["roofline"] is None) == (name in ("envs", "load", "carry", "gateway"))
+        assert 0 < result["worst"] <= low <= result["median"] <= high <= result["best"] and result["repeats"] >= 2
+        assert (result["roofline"] is None) == (name in ("envs", "load", "carry", "gateway", "sandboxes"))
         assert result["roofline"] is None or result["roofline"]["bytes"] > 0
     if name == "learner":
         assert run["results"][0]["roofline"]["mfu"] > 0
         facts = run["results"][0]["facts"]
         assert 0.2 < facts["memory_gib"] / facts["planned_gib"] < 5
+    if name == "sandboxes":
+        assert run["results"][0]["repeats"] == 3
+        for result in run["results"][1:]:
+            facts = result["facts"]
+            assert facts["lost"] == 0 and all(facts[f"{p}_p99_ms"] >= facts[f"{p}_p50_ms"] > 0 for p in PHASES)
     if name == "gateway":
         facts = run["results"][1]["facts"]
         assert (facts["recompiles"], facts["env_errors"], facts["same_episodes"]) == (0, 0, 1)

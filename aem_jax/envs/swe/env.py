@@ -147,7 +147,8 @@ class SweSession:
 
     def __init__(self, task: Mapping[str, Any], config: SweConfig = SweConfig(), runtime: Runtime | None = None):
         self._config = config
-        self._runtime = runtime or config.make_runtime()
+        # of a runtime that serves one session, nothing is used again
+        self._runtime = runtime or replace(config, host=replace(config.host, warm=0)).make_runtime()
         self._instance, self._checkout = load_task(task)
         self.statement, self.repo = self._instance.problem_statement, self._instance.repo
         self.limits = self._instance.resources.of_command(config.command_limits)

@@ -294,7 +294,9 @@ def test_the_environment_passes_the_conformance_checks(runtime):
 
 
 def test_a_server_session_plays_an_episode(runtime):
-    session = Session(environment_spec("harbor").factory({"disk_mib": 64})(), send_admissible=False)
+    session = Session(
+        environment_spec("harbor").factory({"disk_mib": 64, "host": {"warm": 0}})(), send_admissible=False
+    )
     reset = json.dumps({"type": "reset", "data": {"folder": str(TASKS / "partial")}})
     assert "Each counts for a quarter." in json.loads(session.answer(reset) or "")["data"]["observation"]["text"]
     step = json.dumps({"type": "step", "data": {"text": FINISH}})

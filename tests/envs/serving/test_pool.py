@@ -124,7 +124,7 @@ def test_a_failure_is_blamed_on_the_process_that_was_connected_to(monkeypatch):
     class Dead:
         usable = True
 
-        async def call(self, request):
+        async def call(self, request, on_waiting):
             raise ConnectionResetError
 
         def abort(self):

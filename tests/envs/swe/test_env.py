@@ -187,7 +187,7 @@ def test_payloads_are_validated_and_equal_ones_share_a_checkout(tmp_path):
 
 
 def test_a_server_session_plays_an_episode(runtime):
-    settings = {"disk_mib": 32, "bubblewrap": {"packages": ["pytest"]}}
+    settings = {"disk_mib": 32, "bubblewrap": {"packages": ["pytest"]}, "host": {"warm": 0}}
     session = Session(environment_spec("swe").factory(settings)(), send_admissible=False)
     reset = json.dumps({"type": "reset", "data": make_payload(INSTANCE, files=FILES)})
     assert "mean() is wrong." in json.loads(session.answer(reset) or "")["data"]["observation"]["text"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import cast
 
@@ -12,9 +13,13 @@ from envs.swe.test_choices import by_source
 from aem_jax.config.environments import task_suite
 from aem_jax.config.presets import read_preset
 from aem_jax.envs.play import play
+from aem_jax.envs.serving.config import PoolConfig
 from aem_jax.envs.suite import SuiteOptions, TaskSuite
+from aem_jax.envs.swe import suite as swe_suite
 from aem_jax.envs.swe.choices import ChoicesConfig, ChoicesEnv
+from aem_jax.envs.swe.env import SweConfig
 from aem_jax.envs.swe.instance import to_row
+from aem_jax.envs.swe.sandbox.containers import Containers
 from aem_jax.envs.swe.suite import swe_choices
 from aem_jax.envs.swe.tasks import TasksConfig, full_payload, load_task, training_tasks
 from aem_jax.errors import ConfigError
@@ -106,3 +111,23 @@ def test_a_file_is_one_set_for_tools_and_refused_for_choices(tmp_path: Path):
         task_suite(two)
     with pytest.raises(ConfigError, match="--swe.tasks.train is a setting of environment swe, and .* is swe-choices"):
         apply(CONFIG, split_words(named)[1])
+
+
+def test_images_are_fetched_ahead_on_the_host_of_the_servers_alone(monkeypatch):
+    fetched, told = [], threading.Event()
+
+    class Engine(Containers):
+        def fetch(self, instance, checkout, *, limits, since):
+            fetched.append((instance.instance_id, limits.memory_mib))
+            told.set()
+            return False
+
+    monkeypatch.setattr(swe_suite, "choose_runtime", lambda *_: Engine("docker"))
+    elsewhere = SuiteOptions(pool=PoolConfig(urls=("far:8000",)))
+    assert swe_suite.swe(SweConfig(), elsewhere).prepare is None
+    suite = swe_suite.swe(SweConfig(memory_mib=512), SuiteOptions())
+    assert suite.prepare is not None
+    suite.prepare(suite.training[:3])
+    assert told.wait(30)
+    instance, _ = load_task(suite.training[0].payload)
+    assert fetched == [(instance.instance_id, 512)]  # then there was no room

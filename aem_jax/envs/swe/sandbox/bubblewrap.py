@@ -72,7 +72,7 @@ class Bubblewrap:
     def __init__(self, config: BubblewrapConfig = BubblewrapConfig(), admission: Admission | None = None):
         self._view = host_view(config.packages, config.read_only, config.hidden)
         self._archives, self._admission = Archives(), admission
-        self._warm: WarmPool[BubblewrapWorkspace] = WarmPool(admission.config.warm if admission else 0)
+        self._warm: WarmPool[BubblewrapWorkspace] = WarmPool(self, admission.config.warm if admission else 0)
 
     def open(self, instance: Repository, checkout: Checkout, *, limits: Limits | None = None) -> "BubblewrapWorkspace":
         """See `sandbox.Runtime.open`. The checkout is called once for several workspaces of an instance."""

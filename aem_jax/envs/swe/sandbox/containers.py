@@ -113,7 +113,7 @@ class Containers:
         self._config, self._engine, self._admission = config, engine or name, admission
         self._archives = Archives()
         self._images = Images(self._engine, admission.config.image_gib if admission else 0.0)
-        self._warm: WarmPool[ContainerWorkspace] = WarmPool(admission.config.warm if admission else 0)
+        self._warm: WarmPool[ContainerWorkspace] = WarmPool(self, admission.config.warm if admission else 0)
         self._lock = threading.Lock()
         self._storage = "" if config.storage == "auto" else config.storage
         self._disk_at: str | None = None

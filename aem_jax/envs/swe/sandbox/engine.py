@@ -1,10 +1,12 @@
 """Commands of a container engine, docker or podman, given by its name or path."""
 
+import contextlib
 import os
 import select
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import IO
@@ -17,13 +19,20 @@ ENGINE_S = 600.0
 """Time limit for the engine's own work, which may include pulling an image, seconds."""
 
 
+turns = threading.BoundedSemaphore(max(4, 2 * (os.cpu_count() or 1)))
+"""Short commands of engines that this process runs at one time: more would slow each other until they miss their time
+limits. Commands in containers, pulls and builds are not counted."""
+_LONG = ("pull", "build")
+
+
 def run_engine(command: Sequence[str], seconds: float = ENGINE_S) -> str:
     """Runs an engine command; returns its output.
 
     Raises:
         SandboxError: the command failed; the message contains the end of its output.
     """
-    with tempfile.TemporaryFile() as output:
+    turn = contextlib.nullcontext() if command[1] in _LONG else turns
+    with turn, tempfile.TemporaryFile() as output:
         try:
             done = subprocess.run(
                 command,
@@ -66,7 +75,7 @@ def start_container(command: Sequence[str]) -> subprocess.Popen[bytes]:
         SandboxError: the line did not arrive; the message contains the end of the engine's output.
     """
     pipe = subprocess.PIPE
-    with tempfile.TemporaryFile() as errors:
+    with turns, tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
                 command, stdin=pipe, stdout=pipe, stderr=errors, cwd=tempfile.gettempdir(), start_new_session=True

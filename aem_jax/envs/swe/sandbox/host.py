@@ -33,15 +33,18 @@ def measure(disk_at: str = "") -> dict[str, Resource]:
     cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = _meminfo().get("MemAvailable", total)
-    for group in _control_groups():
+    for group in _control_groups("cpu"):
         quota, _, period = _text(group / "cpu.max").partition(" ")
-        if quota.isdigit() and period.strip().isdigit():
+        quota, period = quota or _text(group / "cpu.cfs_quota_us"), period or _text(group / "cpu.cfs_period_us")
+        if quota.strip().isdigit() and period.strip().isdigit():  # without a limit: max or -1
             cpus = min(cpus, int(quota) / int(period))
-        limit = _text(group / "memory.max").strip()
+    for group in _control_groups("memory"):
+        limit = (_text(group / "memory.max") or _text(group / "memory.limit_in_bytes")).strip()
         if limit.isdigit():
             stats = dict(line.split() for line in _text(group / "memory.stat").splitlines())
-            used = int(_text(group / "memory.current").strip() or 0) - int(stats.get("inactive_file", 0))
-            total, free = min(total, int(limit)), min(free, int(limit) - used)
+            used = int(_text(group / "memory.current") or _text(group / "memory.usage_in_bytes") or 0)
+            cached = int(stats.get("total_inactive_file") or stats.get("inactive_file", 0))
+            total, free = min(total, int(limit)), min(free, int(limit) - used + cached)
     resources = {"cpus": Resource(cpus, cpus), "memory_mib": Resource(total / 2**20, max(free, 0) / 2**20)}
     if disk_at:
         usage = shutil.disk_usage(disk_at)
@@ -115,12 +118,16 @@ def _meminfo() -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines}
 
 
-def _control_groups() -> Sequence[Path]:
-    """Returns the folders of this process's control group (version 2) and of those above it."""
-    root = Path("/sys/fs/cgroup")
-    line = next((line for line in _text(Path("/proc/self/cgroup")).splitlines() if line.startswith("0::")), "0::/")
-    group = root / line.removeprefix("0::").strip().lstrip("/")
-    return [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
+def _control_groups(controller: str) -> Sequence[Path]:
+    """Returns the folders of this process's control group and of those above it, in version 1 or 2."""
+    folders: list[Path] = []
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            root = Path("/sys/fs/cgroup") / (controller if controllers else "")
+            group = root / path.lstrip("/")
+            folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return folders
 
 
 def _text(path: Path) -> str:

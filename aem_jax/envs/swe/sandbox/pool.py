@@ -4,6 +4,7 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,10 +45,15 @@ class _Item(Generic[W]):
 class WarmPool(Generic[W]):
     """At most `size` workspaces. They hold no reservation: idle ones take little of a host.
 
-    A workspace ends with this process, as all do, so a killed process leaves none behind.
+    They are closed with their owner. A killed process leaves none behind, because a workspace ends with its process.
+
+    Args:
+        owner: the runtime that uses the pool.
+        size: the most workspaces.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, owner: object, size: int):
+        weakref.finalize(owner, self.close)
         self._size = size
         self._items: list[tuple[Hashable, _Item[W]]] = []  # the oldest first
         self._lock = threading.Lock()

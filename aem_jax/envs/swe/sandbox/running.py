@@ -15,7 +15,7 @@ from typing import IO
 
 from aem_jax.envs.swe.sandbox import execution
 from aem_jax.envs.swe.sandbox.admission import Reservation
-from aem_jax.envs.swe.sandbox.engine import ENGINE_S, close_input, collect, run_engine
+from aem_jax.envs.swe.sandbox.engine import ENGINE_S, close_input, collect, run_engine, turns
 from aem_jax.envs.swe.sandbox.execution import FILE_S, Execution
 from aem_jax.envs.swe.sandbox.images import USER
 from aem_jax.envs.swe.sandbox.init_process import Cut
@@ -27,6 +27,8 @@ children, and orphans leave no zombies."""
 KILLED = b"kills"
 KILL = f"echo {KILLED.decode()}; kill -KILL -1"
 """Bash that kills all processes of a container that its user may kill, except the first."""
+KILL_S = 120.0
+"""Time limit for that, seconds; an engine on a busy host may take long to start a process."""
 _NOT_RUNNING = ("stopped container", "not running")
 _ENDED_INSIDE = (0, 137)
 """Status of the engine's `run` if the container's first process ended or was killed."""
@@ -191,7 +193,8 @@ class ContainerWorkspace:
         """
         command = [self._engine, "exec", "--user", self._killer, self._container, "bash", "-c", KILL]
         try:
-            done = subprocess.run(command, capture_output=True, timeout=FILE_S)
+            with turns:
+                done = subprocess.run(command, capture_output=True, timeout=KILL_S)
         except subprocess.TimeoutExpired:
             self._end_broken("the sandbox was ended: what ran in it could not be killed")
             return

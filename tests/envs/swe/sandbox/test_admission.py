@@ -1,5 +1,6 @@
 """The queue of a host's workspaces: capacities of our own, threads and processes, and a real server that waits."""
 
+import gc
 import json
 import os
 import subprocess
@@ -155,16 +156,30 @@ def test_this_host_is_measured():
     assert set(measure()) == {"cpus", "memory_mib"}
 
 
-def test_control_groups_bound_what_is_measured(tmp_path, monkeypatch):
-    files = {
-        "cpu.max": "50000 100000\n",
-        "memory.max": f"{300 * 2**20}\n",
-        "memory.current": f"{200 * 2**20}\n",
-        "memory.stat": f"anon 1\ninactive_file {50 * 2**20}\n",
-    }
+V2 = {
+    "cpu.max": "50000 100000\n",
+    "memory.max": f"{300 * 2**20}\n",
+    "memory.current": f"{200 * 2**20}\n",
+    "memory.stat": f"anon 1\ninactive_file {50 * 2**20}\n",
+}
+V1 = {
+    "cpu.cfs_quota_us": "50000\n",
+    "cpu.cfs_period_us": "100000\n",
+    "memory.limit_in_bytes": V2["memory.max"],
+    "memory.usage_in_bytes": V2["memory.current"],
+    "memory.stat": f"inactive_file 1\ntotal_inactive_file {50 * 2**20}\n",
+}
+
+
+@pytest.mark.parametrize("files", [V1, V2], ids=["version 1", "version 2"])
+def test_control_groups_bound_what_is_measured(tmp_path, monkeypatch, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(host, "_control_groups", lambda: [tmp_path, tmp_path / "no group"])
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "open" / "memory.max").write_text("max\n")
+    groups = [tmp_path / "open", tmp_path, tmp_path / "no group"]
+    monkeypatch.setattr(host, "_control_groups", lambda controller: groups)
     here = measure()
     assert here["cpus"].total == 0.5
     assert (here["memory_mib"].total, here["memory_mib"].free) == (300, 150)
@@ -190,10 +205,13 @@ def test_bubblewrap_gives_its_room_back_however_it_ends(tmp_path):
     workspace = runtime.open_empty(replace(QUICK, seconds=9))  # not that one
     assert workspace.run("true").exit_code == 0 and workspace._limits.seconds == 9
     workspace.close()
-    runtime._warm.close()
     with pytest.raises(SandboxError, match="expected a folder apart"):
         runtime.open_empty(QUICK, (("/usr", 1),))
     assert entries(tmp_path) == []
+    (kept,) = (item.future.result(60) for _, item in runtime._warm._items)
+    del runtime
+    gc.collect()
+    assert not kept.is_alive
 
 
 WAITS = """
