@@ -51,7 +51,9 @@ def swe(config: SweConfig, options: SuiteOptions) -> TaskSuite:
         training=_FullTasks(training_tasks(config.tasks, seed=options.seed)),
         evaluation=evaluation,
         make_env=lambda: make_swe(config)(),
-        prepare=None if options.pool.urls or options.pool.command else _prefetch(config),
+        prepare=None
+        if options.pool.urls or options.pool.command or config.runtime == "kubernetes"
+        else _prefetch(config),
     )
 
 
