@@ -298,7 +298,7 @@ def test_without_a_working_sandbox_nothing_runs(monkeypatch, tmp_path):
     config = BubblewrapConfig(hidden=("/nothing-1",))  # new, since results are cached by configuration
     with pytest.raises(SandboxError, match=r"bubblewrap: there is no `bwrap` on the PATH.*apt install bubblewrap"):
         choose.choose_runtime("bubblewrap", config)
-    with pytest.raises(ValueError, match="expected a runtime of auto, bubblewrap, docker, podman, kubernetes, got 'none'"):
+    with pytest.raises(ValueError, match="expected a runtime of auto, bubblewrap, .*, kubernetes, got 'none'"):
         choose.choose_runtime("none")
 
 
