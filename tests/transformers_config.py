@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from aem_jax.models import RopeScaling
+from aem_jax.models import Llama3Scaling
 
 
 def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
     scaling = None
     if rope["rope_type"] == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = RopeScaling(*(rope[name] for name in names))
+        scaling = Llama3Scaling(*(rope[name] for name in names))
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

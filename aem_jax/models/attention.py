@@ -18,7 +18,7 @@ Array = jax.Array
 
 RowAttention = Callable[..., Array]
 """(q [B,T,H,Dh], k [B,T,KV,Dh], v [B,T,KV,Dh], segment_ids i32[B,T]) -> [B,T,H,Dh]. Layers with a sliding window pass
-it as one more argument, i32 scalar."""
+it as `sliding_window`, a static number of tokens."""
 
 _MASKED = -1e30  # finite, so that a row without keys to attend to (padding) gives numbers, not NaN
 CPU_BLOCK, BLOCK = 64, 512
@@ -29,7 +29,7 @@ PARTS = (3, 1)
 compiled."""
 
 
-def row_attention(q: Array, k: Array, v: Array, segment_ids: Array, sliding_window: Array | None = None) -> Array:
+def row_attention(q: Array, k: Array, v: Array, segment_ids: Array, sliding_window: int = 0) -> Array:
     """Causal attention inside segments.
 
     Its cost depends on the segments, not on the row: if all segments are short, queries look back over a part of the
@@ -40,17 +40,17 @@ def row_attention(q: Array, k: Array, v: Array, segment_ids: Array, sliding_wind
         k: [B,T,KV,Dh].
         v: [B,T,KV,Dh].
         segment_ids: i32[B,T]; the tokens of a segment are contiguous.
-        sliding_window: i32 scalar, tokens that a query attends to, its own included; None for all.
+        sliding_window: tokens that a query attends to, its own included; 0 for all.
 
     Returns:
         [B,T,H,Dh]; any finite numbers in padding (id 0).
     """
-    cpu, other = (partial(blocked_attention, block=size) for size in (CPU_BLOCK, BLOCK))
-    return jax.lax.platform_dependent(q, k, v, segment_ids, sliding_window, cpu=cpu, default=other)
+    cpu, other = (partial(blocked_attention, sliding_window=sliding_window, block=size) for size in (CPU_BLOCK, BLOCK))
+    return jax.lax.platform_dependent(q, k, v, segment_ids, cpu=cpu, default=other)
 
 
 def blocked_attention(
-    q: Array, k: Array, v: Array, segment_ids: Array, sliding_window: Array | None = None, *, block: int
+    q: Array, k: Array, v: Array, segment_ids: Array, sliding_window: int = 0, *, block: int
 ) -> Array:
     """Row attention in blocks of queries, each over the keys up to its end; the backward pass recomputes the weights.
 
@@ -61,9 +61,7 @@ def blocked_attention(
     kv_heads = k.shape[2]
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     q, k, v = jnp.moveaxis(q, 1, 2), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    longest = longest_segment(segment_ids)
-    longest = longest if sliding_window is None else jnp.minimum(longest, sliding_window)
-    out: Any = _attend(block, q, k, v, segment_ids, longest, sliding_window)
+    out: Any = _attend((block, sliding_window), q, k, v, segment_ids, longest_segment(segment_ids))
     return jnp.moveaxis(out, 2, 1).reshape(batch, length, heads, head_dim)
 
 
@@ -76,17 +74,20 @@ def longest_segment(segment_ids: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    block: int, q: Array, k: Array, v: Array, segment_ids: Array, longest: Array, sliding_window: Array | None
-) -> Array:
-    """[B,KV,T,H/KV,Dh] of q [B,KV,T,H/KV,Dh], k and v [B,KV,T,Dh]; no query attends further back than `longest`."""
-    return _attend_forward(block, q, k, v, segment_ids, longest, sliding_window)[0]
+def _attend(sizes: tuple[int, int], q: Array, k: Array, v: Array, segment_ids: Array, longest: Array) -> Array:
+    """[B,KV,T,H/KV,Dh] of q [B,KV,T,H/KV,Dh], k and v [B,KV,T,Dh]; no query attends further back than `longest`.
+
+    `sizes` are those of a block and of the sliding window.
+    """
+    return _attend_forward(sizes, q, k, v, segment_ids, longest)[0]
 
 
 def _attend_forward(
-    block: int, q: Array, k: Array, v: Array, segment_ids: Array, longest: Array, sliding_window: Array | None
+    sizes: tuple[int, int], q: Array, k: Array, v: Array, segment_ids: Array, longest: Array
 ) -> tuple[Array, Any]:
-    def looking_back(reach: int, q, k, v, segment_ids, sliding_window) -> tuple[Array, Array]:
+    block, sliding_window = sizes
+
+    def looking_back(reach: int, q, k, v, segment_ids) -> tuple[Array, Array]:
         outs, sums = [], []
         for first, start, end in _spans(q.shape[2], block, reach):
             scores = _scores(q, k, segment_ids, sliding_window, first, start, end)
@@ -98,17 +99,16 @@ def _attend_forward(
             sums.append(_unfold(top + jnp.log(total), q))
         return jnp.concatenate(outs, axis=2), jnp.concatenate(sums, axis=2)
 
-    out, log_sum = _switch(looking_back, block, longest, q, k, v, segment_ids, sliding_window)
-    return out, (q, k, v, segment_ids, longest, sliding_window, out, log_sum)
+    out, log_sum = _switch(looking_back, sizes, longest, q, k, v, segment_ids)
+    return out, (q, k, v, segment_ids, longest, out, log_sum)
 
 
-def _attend_backward(block: int, residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None, None, None]:
-    q, k, v, segment_ids, longest, sliding_window, out, log_sum = residuals
+def _attend_backward(sizes: tuple[int, int], residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None, None]:
+    block, sliding_window = sizes
+    q, k, v, segment_ids, longest, out, log_sum = residuals
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
-    def looking_back(
-        reach: int, q, k, v, segment_ids, sliding_window, d_out, log_sum, inner
-    ) -> tuple[Array, Array, Array]:
+    def looking_back(reach: int, q, k, v, segment_ids, d_out, log_sum, inner) -> tuple[Array, Array, Array]:
         d_queries = []
         d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
         for first, start, end in _spans(q.shape[2], block, reach):
@@ -122,17 +122,18 @@ def _attend_backward(block: int, residuals: Any, d_out: Array) -> tuple[Array, A
             d_v = d_v.at[:, :, first:end].add(_product("bkqs,bkqd->bksd", weights.astype(q.dtype), d_block))
         return jnp.concatenate(d_queries, axis=2), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
-    d_q, d_k, d_v = _switch(looking_back, block, longest, q, k, v, segment_ids, sliding_window, d_out, log_sum, inner)
-    return d_q, d_k, d_v, None, None, None
+    d_q, d_k, d_v = _switch(looking_back, sizes, longest, q, k, v, segment_ids, d_out, log_sum, inner)
+    return d_q, d_k, d_v, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _switch(looking_back: Any, block: int, longest: Array, q: Array, *arrays: Array | None) -> Any:
-    """`looking_back(reach, q, *arrays)` with the smallest reach of at least `longest`."""
-    length = q.shape[2]
-    reaches = sorted({min(-(-length // (part * block)) * block, length) for part in PARTS})
+def _switch(looking_back: Any, sizes: tuple[int, int], longest: Array, q: Array, *arrays: Array) -> Any:
+    """`looking_back(reach, q, *arrays)` with the smallest reach of at least `longest`, or of the sliding window."""
+    length, (block, sliding_window) = q.shape[2], sizes
+    most = min(sliding_window or length, length)
+    reaches = sorted({min(-(-length // (part * block)) * block, most) for part in PARTS})
     which = sum(jnp.asarray(longest > reach, jnp.int32) for reach in reaches[:-1])
     return jax.lax.switch(which, [partial(looking_back, reach) for reach in reaches], q, *arrays)
 
@@ -142,13 +143,11 @@ def _spans(length: int, block: int, reach: int) -> list[tuple[int, int, int]]:
     return [(max(0, start - reach), start, min(start + block, length)) for start in range(0, length, block)]
 
 
-def _scores(
-    q: Array, k: Array, segment_ids: Array, sliding_window: Array | None, first: int, start: int, end: int
-) -> Array:
+def _scores(q: Array, k: Array, segment_ids: Array, sliding_window: int, first: int, start: int, end: int) -> Array:
     """f32[B,KV,Q·H/KV,S]: scores of a block's queries with the keys that it attends to."""
     queries, keys = jnp.arange(start, end)[:, None], jnp.arange(first, end)[None, :]
     visible = queries >= keys
-    if sliding_window is not None:
+    if sliding_window:
         visible &= queries - keys < sliding_window
     mask = visible[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
     scores = _product("bkqd,bksd->bkqs", _fold(q[:, :, start:end]), k[:, :, first:end]) * q.shape[-1] ** -0.5
@@ -169,7 +168,7 @@ _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def chunk_attention(
-    q: Array, cache: LayerCache, lengths: Array, chunk: KVChunk, index: Array, sliding_window: Array | None = None
+    q: Array, cache: LayerCache, lengths: Array, chunk: KVChunk, index: Array, sliding_window: int = 0
 ) -> Array:
     """Attention of C new tokens to cached ones and to their chunk, one softmax over both.
 
@@ -191,11 +190,14 @@ def chunk_attention(
     count, window = q.shape[1], old_v.shape[2]
     queries, position, is_earlier = _chunk_queries(q, chunk, index)
     is_cached = (jnp.arange(window)[None] < lengths[:, None])[:, None, None]
-    if sliding_window is not None:
-        # Distance of a query to the keys: [S,C·H/KV,W] to cached ones, [C·H/KV,G] to those of its chunk.
-        to_cached = lengths[:, None, None] + position[None, :, None] - jnp.arange(window)[None, None]
+    if sliding_window:
+        # Distance of a query to the keys: [S,C·H/KV,W] to cached ones, [C·H/KV,G] to those of its chunk. A position of
+        # the cache holds the last token whose index is congruent to it: layers with a window may have a ring of them.
+        last = lengths[:, None] - 1
+        held = last - (last - jnp.arange(window)[None]) % window
+        to_cached = lengths[:, None, None] + position[None, :, None] - held[:, None]
         to_chunk = position[:, None] - jnp.arange(chunk.length)[None]
-        is_cached &= (to_cached < sliding_window)[:, None]
+        is_cached = ((held >= 0)[:, None] & (to_cached < sliding_window))[:, None]
         is_earlier &= (to_chunk < sliding_window)[None, None]
     old = _matmul(queries, old_k) if scale_k is None else _matmul(queries, old_k) * scale_k
     old = jnp.where(is_cached, old, _MASKED)

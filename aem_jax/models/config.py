@@ -2,13 +2,14 @@
 
 import reprlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from aem_jax.models.parameters import parameter_table
+from aem_jax.models.rotary import Llama3Scaling, Rope, RopeScaling
 
 DTYPES = ("bfloat16", "float32")
 """Dtypes of activations."""
@@ -52,28 +53,7 @@ class DTypeName:
         vars(instance)["dtype"] = dtype_name(value)
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's scaling of rotary positions beyond the context of pretraining: low frequencies are divided."""
-
-    factor: float
-    """Divisor of low frequencies."""
-    low_freq_factor: float
-    """Frequencies with at most this many turns in the original context are low."""
-    high_freq_factor: float
-    """Frequencies with at least this many turns are not divided; between the two bounds both are mixed."""
-    original_context: int
-    """Tokens of the original context."""
-
-    def __post_init__(self) -> None:
-        if not self.factor >= 1 or not 0 < self.low_freq_factor < self.high_freq_factor or self.original_context < 1:
-            raise ValueError(
-                f"expected a rope factor >= 1, 0 < low_freq_factor < high_freq_factor and an original context >= 1, "
-                f"got {self.factor}, {self.low_freq_factor}, {self.high_freq_factor} and {self.original_context}"
-            )
-
-
-NormPlacement = Literal["pre", "post"]
+NormPlacement = Literal["pre", "post", "both"]
 QKNorm = Literal["head", "projection"]
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -109,21 +89,34 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tied_head: bool = True
     norm_placement: NormPlacement = "pre"
-    """Norm of the input of attention and MLP (pre), or of their output, before it is added to the residual (post)."""
+    """Norm of the input of attention and MLP (pre), of their output before it is added to the residual (post), or of
+    both."""
+    zero_centered_norms: bool = False
+    """Whether norms multiply by 1 + w instead of w."""
     qk_norm: QKNorm | None = "head"
     """Norm of queries and keys: of each head (head), or of all heads together (projection); None for none."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias."""
     activation: Activation = "silu"
     """Activation of the MLP's gate: SiLU, or GELU in the tanh approximation."""
+    scaled_embedding: bool = False
+    """Whether embeddings are multiplied by √hidden_size, rounded to the activations' dtype."""
+    score_dim: int | None = None
+    """Scores of attention are divided by the root of this number; None for head_dim."""
     sliding_windows: tuple[int, ...] = ()
     """Tokens that the queries of each layer attend to, their own included; 0 for all. Empty: all, in every layer."""
     rope_scaling: RopeScaling | None = None
     """Scaling of rotary positions; None for none."""
+    sliding_rope_theta: float | None = None
+    """Base of the rotary positions of layers with a sliding window, which are not scaled; None: as other layers."""
+    unrotated_layers: tuple[int, ...] = ()
+    """Indices of the layers without rotary positions, in ascending order."""
     max_positions: int = 32_768
     """Longest context that the weights were trained for, in tokens."""
     dtype: DTypeName = DTypeName()
     """Dtype of activations and of the weights as used; masters are float32. A jax or numpy dtype becomes its name."""
+    architecture: str = field(default="", compare=False)
+    """Architecture that the config was read from and is written as; empty: the first family with these options."""
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -143,13 +136,39 @@ class ModelConfig:
                 f"got {brief(self.sliding_windows)}"
             )
         object.__setattr__(self, "sliding_windows", windows if any(windows) else ())
+        unrotated = tuple(self.unrotated_layers)
+        if not all(type(layer) is int for layer in unrotated) or unrotated != tuple(
+            layer for layer in range(self.num_layers) if layer in unrotated
+        ):
+            raise ValueError(
+                f"expected unrotated_layers to be indices of {self.num_layers} layers in ascending order, "
+                f"got {brief(self.unrotated_layers)}"
+            )
+        object.__setattr__(self, "unrotated_layers", unrotated)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"expected num_heads divisible by num_kv_heads, got {self.num_heads} and {self.num_kv_heads}; "
                 "every key/value head serves the same number of query heads"
             )
+        if self.score_dim == self.head_dim:
+            object.__setattr__(self, "score_dim", None)
         if self.head_dim % 2:
             raise ValueError(f"expected an even head_dim (rotary positions turn pairs), got {self.head_dim}")
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of each layer; 0 for none."""
+        return self.sliding_windows or (0,) * self.num_layers
+
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """The rotary positions of each layer; None for a layer without them."""
+        of_all = Rope(self.rope_theta, self.rope_scaling)
+        sliding = of_all if self.sliding_rope_theta is None else Rope(self.sliding_rope_theta)
+        return tuple(
+            None if layer in self.unrotated_layers else sliding if window else of_all
+            for layer, window in enumerate(self.windows)
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -170,7 +189,7 @@ def _llama3(hidden: int, intermediate: int, layers: int, heads: int, head_dim: i
         norm_eps=1e-5,
         tied_head=factor == 32.0,
         qk_norm=None,
-        rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192),
+        rope_scaling=Llama3Scaling(factor, 1.0, 4.0, 8192),
         max_positions=131_072,
         dtype="bfloat16",
     )

@@ -29,8 +29,9 @@ from aem_jax.sharding import DECODE, partition
 Array = jax.Array
 
 Attend = Callable[..., tuple[Array, Any]]
-"""(q [S,1,H,Dh], k [S,1,KV,Dh], v [S,1,KV,Dh], cache, lengths i32[S], chunk, index, *sliding_window) -> the attended
-values [S,1,H,Dh] and the chunk with the new token. The arguments are those of `chunk_attention`. If the cost follows
+"""(q [S,1,H,Dh], k [S,1,KV,Dh], v [S,1,KV,Dh], cache, lengths i32[S], chunk, index) -> the attended values [S,1,H,Dh]
+and the chunk with the new token. The arguments are those of `chunk_attention`; layers with a sliding window pass it as
+`sliding_window`. If the cost follows
 the lengths, a slot of length 0 does not decode, and its result is not used."""
 
 
@@ -52,11 +53,18 @@ class DecodeAttention(NamedTuple):
 
 
 def attend_chunked(
-    q: Array, k: Array, v: Array, cache: LayerCache, lengths: Array, chunk: KVChunk, index: Array, *window: Array
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: LayerCache,
+    lengths: Array,
+    chunk: KVChunk,
+    index: Array,
+    sliding_window: int = 0,
 ) -> tuple[Array, KVChunk]:
     """`Attend` by XLA. Also for several new tokens a slot, q [S,C,H,Dh]."""
     chunk = kv_cache.write_tokens(chunk, k, v, index)
-    return chunk_attention(q, cache, lengths, chunk, index, *window), chunk
+    return chunk_attention(q, cache, lengths, chunk, index, sliding_window), chunk
 
 
 CHUNKED = DecodeAttention(attend_chunked)

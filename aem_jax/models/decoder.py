@@ -18,11 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from aem_jax.models import kv_cache
 from aem_jax.models.attention import RowAttention, row_attention
-from aem_jax.models.config import Activation, ModelConfig, NormPlacement, RopeScaling
+from aem_jax.models.config import Activation, ModelConfig, NormPlacement
 from aem_jax.models.decode_attention import Attend, attend_chunked
 from aem_jax.models.int8 import scale_of
 from aem_jax.models.kv_cache import KVCache, KVChunk, LayerCache
 from aem_jax.models.lora import Adapter, Adapters, LoraConfig
+from aem_jax.models.parameters import OUTPUT_NORMS
+from aem_jax.models.rotary import rotary_tables, rotate
 
 Array = jax.Array
 
@@ -34,8 +36,8 @@ chunk. Deeper decoders slice a layer at every token, which costs a copy of it, b
 Constrain = Callable[[Array], Array]
 """Returns its argument with a sharding constraint."""
 
-_EVERYTHING = 2**30
-"""The sliding window of a layer without one, where other layers have one."""
+WINDOWS = "attention_of_windows"
+"""Name in compiled programs of the choice between the attentions of layers with different sliding windows."""
 
 
 class LayerInput(NamedTuple):
@@ -44,12 +46,14 @@ class LayerInput(NamedTuple):
     Attributes:
         weights: index of the token -> the state of the layer's `Block`.
         cache: keys and values of earlier tokens.
-        sliding_window: the argument of `chunk_attention`, if there is one.
+        sliding_window: the layer's; 0 for none.
+        rope: index in the rotary tables.
     """
 
     weights: Callable[[Array], Any]
     cache: LayerCache
-    sliding_window: tuple[Array, ...]
+    sliding_window: int
+    rope: int
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -79,6 +83,22 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 def _wide(scale: Array, x: Array) -> Array:
     return jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+
+
+def norm_of(config: ModelConfig, weight: Array, x: Array) -> Array:
+    """x with a norm of the model."""
+    return rms_norm(x, 1 + weight if config.zero_centered_norms else weight, config.norm_eps)
+
+
+def _kinds(of_layers: Sequence[Any]) -> list[Any]:
+    """The different values of a property of layers, in order of their first layer."""
+    return list(dict.fromkeys(of_layers))
+
+
+def _kind_of_layers(of_layers: Sequence[Any]) -> Array | None:
+    """i32[L], the index in `_kinds` of each layer's value; None if all layers have the same."""
+    kinds = _kinds(of_layers)
+    return jnp.asarray([kinds.index(value) for value in of_layers], jnp.int32) if len(kinds) > 1 else None
 
 
 PRODUCT = "product"
@@ -147,34 +167,6 @@ GATED: Mapping[Activation, Callable[[Array, Array], Array]] = {"silu": swiglu, "
 """`ModelConfig.activation` -> the MLP's product of gate and up."""
 
 
-def rotary_tables(
-    positions: Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
-) -> tuple[Array, Array]:
-    """cos and sin [..., head_dim/2] of the rotary angles `position * theta^(-2i/head_dim)`, with optional scaling."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling:
-        turns = scaling.original_context * frequencies / (2 * jnp.pi)
-        fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        fast = jnp.clip(fast, 0.0, 1.0)
-        frequencies = frequencies * (fast + (1 - fast) / scaling.factor)
-    angles = jnp.tensordot(positions.astype(jnp.float32), frequencies, axes=0)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-@jax.custom_vjp
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the pairs (x[i], x[i + head_dim/2]) of x [..., heads, head_dim] by the angles of its position."""
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-rotate.defvjp(
-    lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)),
-    lambda angles, cotangent: (rotate(cotangent, angles[0], -angles[1]), None, None),  # the inverse rotation
-)
-
-
 def _without_adapter(name: str, x: Array, y: Array) -> Array:
     """y: the output of a projection of x that has no adapter."""
     return y
@@ -205,14 +197,20 @@ class Block(nnx.Module):
     def _weight(self, name: str) -> Array:
         return getattr(self, name)[...]
 
+    def _norm(self, name: str, x: Array) -> Array:
+        return norm_of(self.config, self._weight(name), x)
+
     def _norm_at(self, placement: NormPlacement, name: str, x: Array) -> Array:
         """x, normalised if the model's norms are placed there."""
-        return rms_norm(x, self._weight(name), self.config.norm_eps) if self.config.norm_placement == placement else x
+        of_model = self.config.norm_placement
+        if of_model == "both":
+            return self._norm(name if placement == "pre" else OUTPUT_NORMS[name], x)
+        return self._norm(name, x) if of_model == placement else x
 
     def _qk_norm(self, name: str, x: Array) -> Array:
         """Queries or keys [B,T,H,Dh], normalised by head, or all heads of a token together."""
         rows = x if self.config.qk_norm == "head" else x.reshape(*x.shape[:2], -1)
-        return jnp.reshape(rms_norm(rows, self._weight(name), self.config.norm_eps), x.shape)
+        return jnp.reshape(self._norm(name, rows), x.shape)
 
     def _project(self, equation: str, name: str, x: Array) -> Array:
         """x [B,T,*inputs] times one layer's matrix [*inputs,*outputs]."""
@@ -236,7 +234,12 @@ class Block(nnx.Module):
         q, k, v = (part.reshape(*x.shape[:2], -1, part.shape[-1]) for part in parts)
         if config.qk_norm:
             q, k = self._qk_norm("q_norm", q), self._qk_norm("k_norm", k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        k = rotate(k, cos, sin)
+        if config.score_dim not in (None, config.head_dim):
+            # Attention divides by √head_dim. The rest is a factor of the rotation, so that queries are rounded once.
+            scale = (config.head_dim / config.score_dim) ** 0.5
+            cos, sin = cos * scale, sin * scale
+        return rotate(q, cos, sin), k, v
 
     def output_and_mlp(self, x: Array, attended: Array, *, split_gate_up: bool = False) -> Array:
         """Output projection, then the MLP, each with its residual.
@@ -288,7 +291,14 @@ class Decoder(nnx.Module):
         self.config: ModelConfig = config
 
     def _embed(self, tokens: Array) -> Array:
-        return jnp.take(self.embed[...], tokens, axis=0).astype(self.config.dtype)
+        embedded = jnp.take(self.embed[...], tokens, axis=0).astype(self.config.dtype)
+        if not self.config.scaled_embedding:
+            return embedded
+        return embedded * jnp.asarray(self.config.hidden_size**0.5, embedded.dtype)
+
+    def _rotary_tables(self, positions: Array) -> list[tuple[Array, Array]]:
+        """cos and sin of each kind of rotary positions that layers have."""
+        return [rotary_tables(positions, self.config.head_dim, rope) for rope in _kinds(self.config.ropes)]
 
     def hidden(
         self,
@@ -313,27 +323,38 @@ class Decoder(nnx.Module):
             [B,T,D] after the final norm.
         """
         config, constrain = self.config, constrain or (lambda x: x)
-        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        tables, windows = self._rotary_tables(positions), _kinds(config.windows)
+        stacked_tables = jax.tree.map(lambda *kinds: jnp.stack(kinds), *tables) if len(tables) > 1 else None
+        attends = [partial(attention, sliding_window=size) if size else attention for size in windows]
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(x: Array, scanned: tuple[Any, tuple[Array, ...]]) -> tuple[Array, None]:
-            state, window = scanned
+        def layer(x: Array, scanned: tuple[Any, Array | None, Array | None]) -> tuple[Array, None]:
+            state, rope, window = scanned
             block = nnx.merge(graphdef, state)
+            table = lambda kinds: jax.lax.dynamic_index_in_dim(kinds, rope, keepdims=False)
+            cos, sin = tables[0] if rope is None else jax.tree.map(table, stacked_tables)
             q, k, v = block.project_qkv(x, cos, sin)
-            attended = attention(q, k, v, segment_ids, *window)
+            if window is None:
+                attended = attends[0](q, k, v, segment_ids)
+            else:
+                with jax.named_scope(WINDOWS):
+                    attended = jax.lax.switch(window, attends, q, k, v, segment_ids)
             return constrain(block.output_and_mlp(x, attended, split_gate_up=True)), None
 
         body = layer if remat is None else jax.checkpoint(layer, policy=remat)
-        x, _ = jax.lax.scan(body, constrain(self._embed(tokens)), (stacked, self._sliding_windows()))
-        return rms_norm(x, self.norm[...], config.norm_eps)
+        x, _ = jax.lax.scan(
+            body,
+            constrain(self._embed(tokens)),
+            (stacked, _kind_of_layers(config.ropes), _kind_of_layers(config.windows)),
+        )
+        return norm_of(config, self.norm[...], x)
 
     def with_cache(self, cache: KVCache, window: int) -> list[LayerInput]:
         """What `extend` reads of each layer; of the cache, the first `window` (static) positions."""
-        windows = self._sliding_windows()
-        caches = kv_cache.window(cache, window).layers
+        ropes, kinds = self.config.ropes, _kinds(self.config.ropes)
         return [
-            LayerInput(self._layer_weights(i), layer_cache, tuple(x[i] for x in windows))
-            for i, layer_cache in enumerate(caches)
+            LayerInput(self._layer_weights(i), layer_cache, self.config.windows[i], kinds.index(ropes[i]))
+            for i, layer_cache in enumerate(kv_cache.window(cache, window).layers)
         ]
 
     def _layer_weights(self, layer: int) -> Callable[[Array], Any]:
@@ -379,23 +400,17 @@ class Decoder(nnx.Module):
         Returns:
             hidden [S,C,D] after the final norm, and the chunks with the new tokens' keys and values.
         """
-        config = self.config
-        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        tables = self._rotary_tables(positions)
         graphdef = nnx.graphdef(self.layers[0] if self.by_layer else self.layers)
         x, written = self._embed(tokens), []
         for layer, chunk in zip(layers, chunks, strict=True):
             block = nnx.merge(graphdef, layer.weights(index))
-            q, k, v = block.project_qkv(x, cos, sin)
-            attended, chunk = attend(q, k, v, layer.cache, lengths, chunk, index, *layer.sliding_window)
+            q, k, v = block.project_qkv(x, *tables[layer.rope])
+            windowed = partial(attend, sliding_window=layer.sliding_window) if layer.sliding_window else attend
+            attended, chunk = windowed(q, k, v, layer.cache, lengths, chunk, index)
             x = block.output_and_mlp(x, attended)
             written.append(chunk)
-        return rms_norm(x, self.norm[...], config.norm_eps), tuple(written)
-
-    def _sliding_windows(self) -> tuple[Array, ...]:
-        """The attention's argument for the sliding window of each layer, i32[L]; nothing if no layer has one."""
-        if not self.config.sliding_windows:
-            return ()
-        return (jnp.asarray([size or _EVERYTHING for size in self.config.sliding_windows], jnp.int32),)
+        return norm_of(self.config, self.norm[...], x), tuple(written)
 
     def logits(self, hidden: Array) -> Array:
         """float32 logits [..., V] of hidden states [..., D], without rounding to the activations' dtype in between.

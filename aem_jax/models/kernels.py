@@ -29,10 +29,13 @@ Array = jax.Array
 # takes segments as a mask of T² numbers per row.
 
 
-def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+def cudnn_attention(q: Array, k: Array, v: Array, segment_ids: Array, sliding_window: int = 0) -> Array:
     """See `row_attention`. cuDNN reads the segment mask as a bias: T² numbers per row, in the inputs' dtype."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
+    window = (sliding_window - 1, 0) if sliding_window else None
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=same, is_causal=True, local_window_size=window, implementation="cudnn"
+    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,6 @@ class Sizes(NamedTuple):
     kv_heads: int
     head_dim: int
     dtype: str
-    sliding_window: bool = False
 
 
 class Kernel(NamedTuple):
@@ -75,7 +77,6 @@ class Kernel(NamedTuple):
         refuses: returns the reason why it does not support a device and sizes; empty if it does.
         backward: matrix products of the backward pass, in units of the forward pass; scores are recomputed.
         module: the experimental module of jax that contains it, which some versions of jax lack; empty for none.
-        sliding_window: whether it takes the sliding window of a layer.
     """
 
     attend: RowAttention
@@ -83,7 +84,6 @@ class Kernel(NamedTuple):
     refuses: Callable[[Device, Sizes], str]
     backward: float = 2.5
     module: str = ""
-    sliding_window: bool = False
 
 
 def _splash_refuses(device: Device, sizes: Sizes) -> str:
@@ -112,7 +112,7 @@ def _not_half(sizes: Sizes) -> str:
 KERNELS: Mapping[str, Kernel] = {
     "splash": Kernel(splash_attention, "tpu", _splash_refuses, backward=3.5, module=SPLASH_MODULE),
     "cudnn": Kernel(cudnn_attention, "gpu", _cudnn_refuses),
-    "xla": Kernel(row_attention, "", lambda device, sizes: "", sliding_window=True),
+    "xla": Kernel(row_attention, "", lambda device, sizes: ""),
 }
 """Name -> kernel."""
 
@@ -141,8 +141,7 @@ def choose(name: str, device: Device, sizes: Sizes, kernels: Mapping[str, Kernel
         where = f"on a {device.platform.upper()}"
         why = f"; {missing}" if here else ""
         raise ValueError(f"--learner.attention: expected auto, {' or '.join(there)} {where}, got {name}{why}")
-    windowed = sizes.sliding_window and not kernel.sliding_window
-    reason = missing or ("layers have a sliding window" if windowed else kernel.refuses(device, sizes))
+    reason = missing or kernel.refuses(device, sizes)
     return ("xla", f"{wanted} attention: {reason}; XLA's blocks instead") if reason else (wanted, "")
 
 
@@ -190,19 +189,20 @@ def make_row_attention(
     keys = partition(("rows", "length", "kv_heads", "head_dim"), TRAIN)
     ids = partition(("rows", "length"), TRAIN)
 
-    def attend(q: Array, k: Array, v: Array, segment_ids: Array, *sliding_window: Array) -> Array:
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array, sliding_window: int = 0) -> Array:
         ways, dtype = mesh.shape["tensor"], jnp.dtype(q.dtype).name
-        local = Sizes(q.shape[1], q.shape[2] // ways, k.shape[2] // ways, q.shape[3], dtype, bool(sliding_window))
+        local = Sizes(q.shape[1], q.shape[2] // ways, k.shape[2] // ways, q.shape[3], dtype)
         chosen, reason = choose(name, device, local, kernels)
         if reason:
             _warn_once(reason)
-        run = kernels[chosen].attend
+        window = {"sliding_window": sliding_window} if sliding_window else {}
+        run = partial(kernels[chosen].attend, **window)
         if chosen == "xla":  # the partitioner shards it
-            return run(q, k, v, segment_ids, *sliding_window)
+            return run(q, k, v, segment_ids)
         # The outputs of a kernel do not declare the mesh axes over which they vary.
-        return jax.shard_map(
-            partial(run), mesh=mesh, in_specs=(rows, keys, keys, ids), out_specs=rows, check_vma=False
-        )(q, k, v, segment_ids)
+        return jax.shard_map(run, mesh=mesh, in_specs=(rows, keys, keys, ids), out_specs=rows, check_vma=False)(
+            q, k, v, segment_ids
+        )
 
     return attend
 

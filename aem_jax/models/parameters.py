@@ -23,6 +23,9 @@ Dims = Mapping[str | None, int]
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """Hugging Face's tensors of the embedding and of an untied head."""
 
+OUTPUT_NORMS = {"attention_norm": "attention_output_norm", "mlp_norm": "mlp_output_norm"}
+"""Norm of a sublayer -> norm of its output, if inputs have a norm, too."""
+
 
 class Part(NamedTuple):
     """A Hugging Face tensor, and the part of a parameter that it holds.
@@ -127,13 +130,20 @@ def parameter_table(config: Any) -> tuple[Parameter, ...]:
         dims = layered({**inputs, **outputs})
         return Parameter(name, dims, parts, len(inputs), std, dtype=config.dtype, lora=True, int8=True)
 
+    one = 0.0 if config.zero_centered_norms else 1.0
+
     def norm(name: str, size: int, module: str, present: bool = True) -> Parameter:
-        return Parameter(name, layered({"norm": size}), (part(module),), constant=1.0, present=present)
+        return Parameter(name, layered({"norm": size}), (part(module),), constant=one, present=present)
 
     q_norm, k_norm = (h * dh, kv * dh) if config.qk_norm == "projection" else (dh, dh)
     after_attention, after_mlp = "post_attention_layernorm", "post_feedforward_layernorm"
-    norms = {"pre": ("input_layernorm", after_attention), "post": (after_attention, after_mlp)}
+    norms = {
+        "pre": ("input_layernorm", after_attention),
+        "post": (after_attention, after_mlp),
+        "both": ("input_layernorm", "pre_feedforward_layernorm"),
+    }
     attention_norm, mlp_norm = norms[config.norm_placement]
+    is_both = config.norm_placement == "both"
     gate, up = part("mlp.gate_proj", slice(0, 1)), part("mlp.up_proj", slice(1, 2))
     table = (
         Parameter("embed", {"vocab": v, "embed": d}, (Part(EMBED),), std=d**-0.5, dtype=config.dtype),
@@ -146,7 +156,9 @@ def parameter_table(config: Any) -> tuple[Parameter, ...]:
         norm("k_norm", k_norm, "self_attn.k_norm", present=bool(config.qk_norm)),
         norm("attention_norm", d, attention_norm),
         norm("mlp_norm", d, mlp_norm),
-        Parameter("norm", {"norm": d}, (Part("model.norm.weight"),), constant=1.0),
+        norm(OUTPUT_NORMS["attention_norm"], d, after_attention, present=is_both),
+        norm(OUTPUT_NORMS["mlp_norm"], d, after_mlp, present=is_both),
+        Parameter("norm", {"norm": d}, (Part("model.norm.weight"),), constant=one),
         Parameter(
             "head",
             {"embed": d, "vocab": v},

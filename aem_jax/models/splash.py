@@ -27,7 +27,9 @@ def block_size(length: int) -> int:
     return next((size for size in BLOCKS if length % size == 0), 0)
 
 
-def splash_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interpret: bool = False) -> Array:
+def splash_attention(
+    q: Array, k: Array, v: Array, segment_ids: Array, sliding_window: int = 0, *, interpret: bool = False
+) -> Array:
     """Causal attention inside segments, on one device; see `row_attention` for shapes.
 
     Args:
@@ -35,6 +37,7 @@ def splash_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interp
         k: [B,T,KV,Dh].
         v: [B,T,KV,Dh].
         segment_ids: i32[B,T].
+        sliding_window: as in `row_attention`; blocks of keys before the window are not visited.
         interpret: emulates the kernel without a TPU, slowly.
     """
     # Imported here: no run without a TPU needs this experimental module.
@@ -51,7 +54,9 @@ def splash_attention(q: Array, k: Array, v: Array, segment_ids: Array, *, interp
         block_q_dq=size,
         block_kv_dq=size,
     )
-    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    causal = masks.CausalMask((length, length))
+    local = masks.LocalMask((length, length), (sliding_window - 1, 0), 0) if sliding_window else causal
+    mask = masks.MultiHeadMask([local] * heads)
     attend = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))

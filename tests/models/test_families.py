@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers_config import in_transformers
 
-from aem_jax.models import ModelConfig, RopeScaling
+from aem_jax.models import ModelConfig, Llama3Scaling
 from aem_jax.models.config import CONFIGS
 from aem_jax.models.families import FAMILIES, config_from_hf, config_to_hf
 
@@ -136,7 +136,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (QWEN2, {"rope_scaling": None, "rope_theta": None}, {"rope_theta": 1000.0}),
         (QWEN2, {"rope_scaling": {}, "rope_theta": 9e3}, {"rope_theta": 1000.0}),
         (QWEN2, {"rope_parameters": None, "rope_theta": 500_000}, {"rope_theta": 5e5}),
-        (LLAMA, {"original_max_position_embeddings": 16}, {"rope_scaling": RopeScaling(4.0, 1.0, 4.0, 16)}),
+        (LLAMA, {"original_max_position_embeddings": 16}, {"rope_scaling": Llama3Scaling(4.0, 1.0, 4.0, 16)}),
         (QWEN2, {"num_key_value_heads": None, "head_dim": None}, {"num_kv_heads": 4, "head_dim": 8}),
         (LLAMA, {"hidden_act": "swish", "architectures": []}, {"qkv_bias": False, "activation": "silu"}),
         (LLAMA, {"hidden_act": "gelu_pytorch_tanh"}, {"activation": "gelu_tanh"}),

@@ -19,7 +19,7 @@ from gguf_files import convert, model_fields, model_tensors, write_gguf
 from safetensors.numpy import load_file, save_file
 
 from aem_jax.gguf_file import read_header
-from aem_jax.models import ModelConfig, RopeScaling, from_pretrained
+from aem_jax.models import ModelConfig, Llama3Scaling, from_pretrained
 from aem_jax.models import gguf as models_gguf
 from aem_jax.models.families import config_to_hf
 from aem_jax.models.gguf import KINDS
@@ -131,7 +131,7 @@ def test_the_header_is_that_which_the_package_reads(tmp_path: Path):
     assert header.tensors == places and set(KINDS) <= {kind.name for kind in gguf.GGML_QUANT_SIZES}
 
 
-def divisors(config: ModelConfig, scaling: RopeScaling) -> np.ndarray:
+def divisors(config: ModelConfig, scaling: Llama3Scaling) -> np.ndarray:
     """What llama.cpp's converter writes as rope_freqs.weight, frequency by frequency."""
     found = []
     for pair in range(config.head_dim // 2):
@@ -148,13 +148,13 @@ def divisors(config: ModelConfig, scaling: RopeScaling) -> np.ndarray:
 
 def test_llama_3_scaling_is_found_from_its_divisors(tmp_path: Path):
     config = replace(WIDE["llama"], rope_theta=500_000.0, num_layers=1)
-    for scaling in (RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192)):
+    for scaling in (Llama3Scaling(8.0, 1.0, 4.0, 8192), Llama3Scaling(32.0, 1.0, 4.0, 8192)):
         path = with_divisors(tmp_path / f"{scaling.factor}.gguf", config, divisors(config, scaling))
         assert read_config(path, "float32") == replace(config, rope_scaling=scaling)
         assert "llama3" in config_text(path)
     path = with_divisors(tmp_path / "none.gguf", config, np.ones(32, np.float32))
     assert read_config(path, "float32") == config
-    path = with_divisors(tmp_path / "other.gguf", config, divisors(config, RopeScaling(8.0, 1.0, 4.0, 4096)))
+    path = with_divisors(tmp_path / "other.gguf", config, divisors(config, Llama3Scaling(8.0, 1.0, 4.0, 4096)))
     with pytest.raises(ValueError, match=r"other.gguf: expected rope_freqs.weight to be Llama 3's scaling with .*8192"):
         read_config(path)
     path = with_divisors(tmp_path / "short.gguf", config, np.ones(16, np.float32))

@@ -20,7 +20,6 @@ from aem_jax.sharding import MeshConfig, make_mesh
 TPU, CPU = Device("tpu"), Device("cpu")
 HOPPER, TURING, AMD = Device("gpu", True, 9.0), Device("gpu", True, 7.5), Device("gpu")
 USUAL = Sizes(4096, 12, 2, 128, "bfloat16")
-WINDOWED = USUAL._replace(sliding_window=True)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +37,6 @@ WINDOWED = USUAL._replace(sliding_window=True)
         ("auto", HOPPER, USUAL._replace(length=4095), "xla", "4095 tokens are odd"),
         ("auto", TURING, USUAL, "xla", "has 7.5"),
         ("auto", AMD, USUAL, "xla", "NVIDIA"),
-        ("auto", TPU, WINDOWED, "xla", "layers have a sliding window"),
-        ("auto", HOPPER, WINDOWED, "xla", "layers have a sliding window"),
-        ("xla", CPU, WINDOWED, "xla", ""),
     ],
 )
 def test_the_choice(name: str, device: Device, sizes: Sizes, chosen: str, reason: str):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from aem_jax.learner import LearnerConfig
-from aem_jax.models import ModelConfig, Policy, RopeScaling, from_pretrained, save_pretrained
+from aem_jax.models import ModelConfig, Policy, Llama3Scaling, from_pretrained, save_pretrained
 from aem_jax.models.config import dtype_name
 from aem_jax.models.families import config_from_hf, config_to_hf
 from aem_jax.models.pretrained import read_config
@@ -144,7 +144,7 @@ def test_configs_go_both_ways(folder: Path):
 
 def test_llama_3_stretches_its_positions():
     config = config_from_hf(json.loads((GOLDEN / "llama" / "config.json").read_text()))
-    assert config.rope_scaling == RopeScaling(4.0, 1.0, 4.0, 32)
+    assert config.rope_scaling == Llama3Scaling(4.0, 1.0, 4.0, 32)
 
 
 @pytest.fixture
