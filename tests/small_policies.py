@@ -25,7 +25,7 @@ def numpy_params(config: ModelConfig, seed: int = 0) -> Params:
         name = path[-1].key
         value = random.standard_normal(shape.shape).astype(np.float32)
         if name.endswith("norm"):
-            return jnp.asarray(1.0 + 0.2 * value)
+            return jnp.asarray((0.0 if config.zero_centered_norms else 1.0) + np.float32(0.2) * value)
         fan_in = {"o": config.num_heads * config.head_dim, "down": config.intermediate_size}.get(
             name, config.hidden_size
         )

@@ -1,4 +1,7 @@
-"""Hugging Face transformers (torch) with our parameters: the reference for logits. torch is imported late."""
+"""Hugging Face transformers (torch) with our parameters: the reference for logits, and what is kept of gradients.
+
+torch is imported late.
+"""
 
 from typing import Any
 
@@ -53,3 +56,14 @@ def logits(config, params, tokens: np.ndarray) -> np.ndarray:
     model.load_state_dict({name: torch.tensor(np.array(value)) for name, value in weights.items()}, strict=True)
     with torch.no_grad():
         return model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
+
+
+def token_weights(shape: tuple[int, ...]) -> np.ndarray:
+    """Weights f32 of the tokens in the loss whose gradients are recorded: advantages of both signs."""
+    return np.random.RandomState(7).standard_normal(shape).astype(np.float32)
+
+
+def sketch(gradient: np.ndarray) -> np.ndarray:
+    """A gradient [..., n] times n random signs."""
+    signs = np.random.RandomState(gradient.shape[-1]).choice((-1.0, 1.0), gradient.shape[-1])
+    return (np.asarray(gradient, np.float64) @ signs).astype(np.float32)

@@ -322,6 +322,7 @@ def _open_rollout(
         slack=config.rollout.slack,
         windows=config.rollout.windows,
         mesh=mesh,
+        grows=config.rollout.context == "append",
     )
     device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     caches = check_cache_memory(sampler, config.rollout, device_bytes)

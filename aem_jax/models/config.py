@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from aem_jax.models.parameters import parameter_table
-from aem_jax.models.rotary import Llama3Scaling, Rope, RopeScaling
+from aem_jax.models.rotary import LinearScaling, Llama3Scaling, Rope, RopeScaling
 
 DTYPES = ("bfloat16", "float32")
 """Dtypes of activations."""
@@ -150,6 +150,13 @@ class ModelConfig:
                 f"expected num_heads divisible by num_kv_heads, got {self.num_heads} and {self.num_kv_heads}; "
                 "every key/value head serves the same number of query heads"
             )
+        if self.score_dim is not None and (not hasattr(self.score_dim, "__index__") or self.score_dim < 1):
+            raise ValueError(f"expected score_dim to be a whole number of at least 1, got {self.score_dim!r}")
+        if not self.rope_theta > 0 or not (self.sliding_rope_theta is None or self.sliding_rope_theta > 0):
+            raise ValueError(
+                f"expected rotary bases above 0, got {self.rope_theta!r} and {self.sliding_rope_theta!r} (rope_theta, "
+                "sliding_rope_theta)"
+            )
         if self.score_dim == self.head_dim:
             object.__setattr__(self, "score_dim", None)
         if self.head_dim % 2:
@@ -211,6 +218,49 @@ def _olmo2(hidden: int, intermediate: int, layers: int, heads: int, kv: int) -> 
     )
 
 
+def _gemma3(
+    hidden: int, intermediate: int, layers: int, heads: int, kv: int, window: int = 1024, head_dim: int = 256
+) -> ModelConfig:
+    small = window == 512  # text alone, and a shorter context
+    return ModelConfig(
+        *(262_144 if small else 262_208, hidden, intermediate, layers, heads, kv, head_dim),
+        norm_placement="both",
+        zero_centered_norms=True,
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        score_dim=168 if head_dim == 128 else None,
+        sliding_windows=tuple(window if (layer + 1) % 6 else 0 for layer in range(layers)),
+        rope_scaling=None if small else LinearScaling(8.0),
+        sliding_rope_theta=10_000.0,
+        max_positions=32_768 if small else 131_072,
+        dtype="bfloat16",
+        architecture="Gemma3ForCausalLM",
+    )
+
+
+def _mistral(intermediate: int, layers: int, vocab: int, theta: float, windows: tuple[int, ...]) -> ModelConfig:
+    return ModelConfig(
+        *(vocab, 4096, intermediate, layers, 32, 8, 128),
+        rope_theta=theta,
+        norm_eps=1e-5,
+        tied_head=False,
+        qk_norm=None,
+        sliding_windows=windows,
+        dtype="bfloat16",
+        architecture="MinistralForCausalLM" if any(windows) else "MistralForCausalLM",
+    )
+
+
+_SMOLLM3 = ModelConfig(
+    *(128_256, 2048, 11_008, 36, 16, 4, 128),
+    rope_theta=5_000_000.0,
+    qk_norm=None,
+    unrotated_layers=tuple(range(3, 36, 4)),
+    max_positions=65_536,
+    dtype="bfloat16",
+    architecture="SmolLM3ForCausalLM",
+)
+
 CONFIGS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(512, 128, 384, 4, 4, 2, 32, rope_theta=10_000.0),
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, True),
@@ -233,14 +283,22 @@ CONFIGS: dict[str, ModelConfig] = {
     "olmo-2-1124-7b": _olmo2(4096, 11008, 32, 32, 32),
     "olmo-2-1124-13b": _olmo2(5120, 13824, 40, 40, 40),
     "olmo-2-0325-32b": _olmo2(5120, 27648, 64, 40, 8),
+    "gemma-3-270m": _gemma3(640, 2048, 18, 4, 1, window=512),
+    "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, window=512),
+    "gemma-3-4b": _gemma3(2560, 10_240, 34, 8, 4),
+    "gemma-3-12b": _gemma3(3840, 15_360, 48, 16, 8),
+    "gemma-3-27b": _gemma3(5376, 21_504, 62, 32, 16, head_dim=128),
+    "smollm3-3b": _SMOLLM3,
+    "mistral-7b-v0.3": _mistral(14_336, 32, 32_768, 1_000_000.0, ()),
+    "ministral-8b-2410": _mistral(12_288, 36, 131_072, 100_000_000.0, (0, 32_768, 32_768, 32_768) * 9),
 }
-"""Known sizes by name: those of the published models (of Qwen2.5, Llama 3 and OLMo 2 the instruct models). The
-vocabulary of `tiny` is replaced by that of the tokenizer trained for the run."""
+"""Known sizes by name: those of the published models (of Qwen2.5, Llama 3, OLMo 2 and Mistral the instruct models; of
+Gemma 3 the part for text). The vocabulary of `tiny` is replaced by that of the tokenizer trained for the run."""
 
 
 def published(repository: str) -> ModelConfig | None:
     """The known size of a model on the Hub, by its name: Qwen/Qwen2.5-7B-Instruct has that of qwen2.5-7b."""
-    name = repository.rpartition("/")[2].lower().removesuffix("-instruct").removeprefix("meta-")
+    name = repository.rpartition("/")[2].lower().removesuffix("-it").replace("-instruct", "").removeprefix("meta-")
     return CONFIGS.get(name) if "/" in repository else None
 
 
@@ -250,10 +308,12 @@ class ModelChoice:
 
     path: str = ""
     """Folder of a model in Hugging Face's files, its name on the Hub, or a GGUF file, to start training from, with its
-    tokenizer. Families: Qwen2.5, Qwen3, Llama 3, OLMo 2 (not as GGUF). Empty: random weights of the size below."""
+    tokenizer. Families: Qwen2.5, Qwen3, Llama 3; not as GGUF: OLMo 2, Gemma 3, SmolLM3, Mistral, Ministral. Empty:
+    random weights of the size below."""
     name: str = "tiny"
     """Known size: tiny, qwen2.5-0.5b, -1.5b, -3b, -7b, -14b or -32b, qwen3-0.6b, -1.7b, -4b, -8b, -14b or -32b,
-    llama-3.2-1b or -3b, llama-3.1-8b or -70b, olmo-2-0425-1b, olmo-2-1124-7b or -13b, olmo-2-0325-32b."""
+    llama-3.2-1b or -3b, llama-3.1-8b or -70b, olmo-2-0425-1b, olmo-2-1124-7b or -13b, olmo-2-0325-32b, gemma-3-270m,
+    -1b, -4b, -12b or -27b, smollm3-3b, mistral-7b-v0.3, ministral-8b-2410."""
     hidden_size: int | None = None
     """Width of the residual stream; none, here and below: the named size's."""
     intermediate_size: int | None = None

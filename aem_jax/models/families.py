@@ -38,6 +38,7 @@ class Family(NamedTuple):
         sliding_rope: whether layers with a window have rotary positions of their own, which are not scaled.
         score_dim: whether `query_pre_attn_scalar` sets `ModelConfig.score_dim`.
         activation: the field of the MLP's activation.
+        not_null: fields that may be absent, but not null.
         defaults: values of further fields for a file without them.
     """
 
@@ -57,6 +58,7 @@ class Family(NamedTuple):
     sliding_rope: bool = False
     score_dim: bool = False
     activation: str = "hidden_act"
+    not_null: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = {}
 
 
@@ -80,7 +82,7 @@ _QWEN: Mapping[str, Any] = {
 }
 FAMILIES = (
     Family("Qwen2ForCausalLM", "qwen2", num_kv_heads=32, head_dim=None, qkv_bias=True, **_QWEN),
-    Family("Qwen3ForCausalLM", "qwen3", num_kv_heads=32, head_dim=128, qk_norm="head", **_QWEN),
+    Family("Qwen3ForCausalLM", "qwen3", num_kv_heads=32, head_dim=128, qk_norm="head", not_null=("head_dim",), **_QWEN),
     Family("LlamaForCausalLM", "llama", num_kv_heads=None, head_dim=None),
     Family(
         *("Olmo2ForCausalLM", "olmo2"),
@@ -94,6 +96,7 @@ FAMILIES = (
         num_kv_heads=8,
         head_dim=None,
         windows="all",
+        not_null=("num_key_value_heads",),
         defaults={"sliding_window": 4096},
     ),
     Family(
@@ -101,6 +104,7 @@ FAMILIES = (
         num_kv_heads=8,
         head_dim=None,
         windows="layers",
+        not_null=("num_key_value_heads",),
         defaults={"sliding_window": 4096},
     ),
     Family(
@@ -126,6 +130,7 @@ FAMILIES = (
         sliding_rope=True,
         score_dim=True,
         activation="hidden_activation",
+        not_null=("num_key_value_heads", "head_dim"),
         defaults={
             "vocab_size": 262_208,
             "hidden_size": 2304,
@@ -204,8 +209,9 @@ def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> 
     windows = _windows(theirs, family, sizes["num_layers"])
     if family.model_type in ("llama", "gemma3_text") and hidden % heads:
         raise ValueError(f"expected hidden_size divisible by num_attention_heads, got {hidden} and {heads}")
-    if family.head_dim and theirs["head_dim"] is None:
-        raise ValueError(f"expected head_dim to be {SIZE.words}, got null (model_type {family.model_type})")
+    for name in family.not_null:
+        if theirs[name] is None:
+            raise ValueError(f"expected {name} to be {SIZE.words}, got null (model_type {family.model_type})")
     of_all, sliding = ropes_from_hf(theirs, own_sliding=family.sliding_rope, max_positions=sizes["max_positions"])
     filled = {"num_key_value_heads": heads, "head_dim": hidden // heads} | {
         name: value for name, value in theirs.items() if value is not None
@@ -299,7 +305,7 @@ def _names() -> str:
 def _text_part(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The `config.json` of the text part of a model that reads images, too; any other as it is."""
     kind = theirs.get("model_type")
-    if kind not in _TEXT_PARTS:
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
         return theirs
     part = theirs.get("text_config")
     if not isinstance(part, Mapping):

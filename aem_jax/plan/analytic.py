@@ -30,8 +30,9 @@ def head_parameters(model: ModelConfig) -> int:
 
 
 def attention_flops(model: ModelConfig, tokens: float) -> float:
-    """FLOPs of one token's attention to `tokens` others, forward: 4·L·H·Dh·tokens."""
-    return 4.0 * model.num_layers * model.num_heads * model.head_dim * tokens
+    """FLOPs of one token's attention to `tokens` others, forward: 4·L·H·Dh·tokens; with a sliding window, of fewer."""
+    attended = sum(min(window or tokens, tokens) for window in model.windows)
+    return 4.0 * model.num_heads * model.head_dim * attended
 
 
 def useful_flops(work: Workload) -> float:
@@ -133,7 +134,7 @@ def memory(work: Workload, mesh: MeshConfig) -> Memory:
         reference=MASTER * work.reference * trained / split,
         gradients=GRADIENT * trained / split,
         weights=(width * copied - saved) / mesh.tensor,
-        cache=work.token_bytes * work.cached_tokens / devices,
+        cache=work.all_cache_bytes / devices,
         working=_working(work, mesh.tensor, width) / (mesh.data * mesh.fsdp),
     )
 
@@ -216,7 +217,7 @@ def decode_floor(work: Workload, mesh: MeshConfig) -> float:
     saved = (width - 1) * layer_parameters(model) if work.int8 else 0
     slots = work.slots / (mesh.data * mesh.fsdp)
     weights = (width * _used_parameters(model) - saved) / mesh.tensor
-    return weights + slots * work.token_bytes / mesh.tensor * work.capacity
+    return weights + slots * work.read_bytes / mesh.tensor
 
 
 def _width(model: ModelConfig) -> int:

@@ -253,7 +253,7 @@ def _compile(
 def _other_bytes(work: Workload, memory: Memory) -> dict[str, float]:
     """Bytes of the arrays that exist during a program and are not its arguments."""
     learner = memory.parameters + memory.optimizer + memory.frozen * (memory.weights > 0)
-    own = memory.cache * work.slots * (work.capacity + work.slack) / work.cached_tokens  # one cohort's cache
+    own = memory.cache * work.cohort_cache_bytes / work.all_cache_bytes  # one cohort's cache
     sampling = learner + memory.reference + memory.cache - own
     return {
         "update": memory.reference + memory.weights + memory.cache,

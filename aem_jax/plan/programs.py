@@ -199,6 +199,7 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
         capacity=work.capacity,
         slack=work.slack,
         mesh=mesh,
+        grows=config.rollout.context == "append",
     )
     layout = work.layout
     shape = (layout.num_microbatches, layout.rows, layout.row_length)

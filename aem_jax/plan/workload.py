@@ -48,6 +48,7 @@ class Workload:
         lora: the adapters, the only trained parameters; rank 0 if all weights are trained.
         int8: whether the sampler has the layers' matrices in 8 bits.
         int8_cache: whether the KV cache is in 8 bits.
+        ring_slack: of the KV cache, see `init_cache`: the slack where slots only grow, else None.
     """
 
     model: ModelConfig
@@ -69,6 +70,7 @@ class Workload:
     lora: LoraConfig
     int8: bool
     int8_cache: bool
+    ring_slack: int | None
 
     @property
     def trained(self) -> int:
@@ -90,16 +92,29 @@ class Workload:
         """Microbatches of an optimizer step of a full batch."""
         return max((self.layout.num_microbatches - self.layout.num_minibatches + 1) // self.layout.num_minibatches, 1)
 
-    @property
-    def cached_tokens(self) -> int:
-        """Token positions of all KV caches: those of the slots and those of first prompts."""
-        slots = self.slots * self.cohorts * (self.capacity + self.slack)
-        return slots + self.prompt_rows * (self.prompt_tokens + self.slack)
+    def cache_bytes(self, slots: int, tokens: int) -> int:
+        """Bytes of a KV cache of slots with `tokens` tokens each, and of the positions for a chunk behind them."""
+        make = partial(
+            init_cache, self.model, slots, tokens + self.slack, int8=self.int8_cache, ring_slack=self.ring_slack
+        )
+        return jax.eval_shape(make).num_bytes
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of a token in a cache."""
-        return jax.eval_shape(partial(init_cache, self.model, 1, 1, int8=self.int8_cache)).token_bytes
+    def cohort_cache_bytes(self) -> int:
+        """Bytes of one cohort's cache."""
+        return self.cache_bytes(self.slots, self.capacity)
+
+    @property
+    def all_cache_bytes(self) -> int:
+        """Bytes of all KV caches: those of the slots and that of first prompts."""
+        return self.cohorts * self.cohort_cache_bytes + self.cache_bytes(self.prompt_rows, self.prompt_tokens)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the keys and values that one token of a full slot attends to."""
+        of_layer = jax.eval_shape(partial(init_cache, self.model, 1, 1, int8=self.int8_cache)).num_bytes
+        attended = sum(min(window or self.capacity, self.capacity) for window in self.model.windows)
+        return of_layer * attended // self.model.num_layers
 
 
 def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | None = None) -> Workload:
@@ -136,6 +151,7 @@ def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | N
         lora=config.lora,
         int8=config.sampling.weights == "int8",
         int8_cache=config.sampling.cache == "int8",
+        ring_slack=rollout.slack if rollout.context == "append" else None,
     )
 
 

@@ -13,7 +13,7 @@ from aem_jax.models import Params, Policy, kv_cache
 from aem_jax.models.decode_attention import DecodeAttention
 from aem_jax.models.kv_cache import KVCache, KVChunk
 from aem_jax.sampler.sampling import SampleToken, uniforms
-from aem_jax.sampler.state import SamplerState, append_chunk, copy_prefix, gather_slots, state_axes
+from aem_jax.sampler.state import SamplerState, append_chunk, copy_prefix, gather_slots
 from aem_jax.sharding import DECODE, shardings
 
 Array = jax.Array
@@ -55,7 +55,7 @@ class Programs:
         stop_ids: ids that end a response.
         mesh: splits the slots; None for one device.
         attention: of decode.
-        int8: whether the KV cache is in int8.
+        axes: logical axes of the state.
     """
 
     def __init__(
@@ -65,11 +65,10 @@ class Programs:
         stop_ids: Sequence[int],
         mesh: Mesh | None,
         attention: DecodeAttention,
-        *,
-        int8: bool,
+        axes: SamplerState,
     ) -> None:
         self._policy, self._sample_token, self._mesh, self._attention = policy, sample_token, mesh, attention
-        self._state_axes = state_axes(policy.config.num_layers, int8=int8)
+        self._state_axes = axes
         self._stop_ids = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
 
     def extend(

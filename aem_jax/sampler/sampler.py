@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from aem_jax.models import Params, Policy
+from aem_jax.models import Params, Policy, kv_cache
 from aem_jax.models.decode_attention import CHUNKED, DecodeAttention, make_decode_attention
 from aem_jax.sampler.programs import Decoded, Programs
 from aem_jax.sampler.sampling import SamplingConfig, make_sample_token
@@ -42,6 +42,8 @@ class Sampler:
         slack: largest chunk of one call (extend or decode).
         windows: context lengths to attend over; each call takes the smallest that covers its longest slot.
         mesh: splits slots and heads; None keeps everything on the parameters' device.
+        grows: whether slots only grow, until they are emptied or forked to: `rewind` takes back at most the last chunk.
+            Then layers with a sliding window hold no more than the window and two chunks.
         attention: of decode; by default that of `sampling` and of the mesh's devices.
     """
 
@@ -55,6 +57,7 @@ class Sampler:
         slack: int,
         windows: Sequence[int] = (),
         mesh: Mesh | None = None,
+        grows: bool = False,
         attention: DecodeAttention | None = None,
     ) -> None:
         if not stop_ids:
@@ -65,7 +68,9 @@ class Sampler:
         self.windows: tuple[int, ...] = tuple(sorted({w for w in windows if w < capacity} | {capacity}))
         self._mesh = mesh
         self._int8 = sampling.cache == "int8"
-        self._axes = state_axes(policy.config.num_layers, int8=self._int8)
+        rings = kv_cache.ring_layers(policy.config, enabled=grows)
+        self._has_rings, self._ring_slack = any(rings), slack if grows else None
+        self._axes = state_axes(rings, int8=self._int8)
         if attention is None:
             own = make_decode_attention(policy.config, mesh, int8=self._int8)
             attention = own if sampling.attention == "auto" else CHUNKED
@@ -75,7 +80,7 @@ class Sampler:
             where = shardings(mesh, ("slots", None), DECODE)
             constrain = lambda x: jax.lax.with_sharding_constraint(x, where)
         sample_token = make_sample_token(sampling, constrain)
-        programs = Programs(policy, sample_token, stop_ids, mesh, self._attention, int8=self._int8)
+        programs = Programs(policy, sample_token, stop_ids, mesh, self._attention, self._axes)
         # A state keeps its layout from call to call. Decoded tokens are replicated, so that every process has them.
         placed = None if mesh is None else self._layout(mesh)
         decoded = None if mesh is None else (placed, replicated(mesh))
@@ -124,7 +129,7 @@ class Sampler:
         length = capacity + self.slack
         if self.is_ragged:
             length = -(-length // KERNEL_POSITIONS) * KERNEL_POSITIONS
-        return init_state(self.policy.config, slots, length, int8=self._int8)
+        return init_state(self.policy.config, slots, length, int8=self._int8, ring_slack=self._ring_slack)
 
     def abstract(self, slots: int, capacity: int | None = None) -> SamplerState:
         """Shapes, dtypes and shardings of the state that `init` returns.
@@ -313,8 +318,13 @@ class Sampler:
             window: static; covers the copied tokens.
 
         Raises:
-            ValueError: a source is in another shard, or is copied to.
+            ValueError: a source is in another shard, or is copied to, or a layer's ring may have lost the prefix.
         """
+        if self._has_rings:
+            raise ValueError(
+                "expected a sampler whose slots have all of their tokens, got one whose layers with a sliding window "
+                "hold the last ones alone; make it with grows=False"
+            )
         slots, own = np.arange(len(source)), len(source) // self.slot_shards
         copied = source >= 0
         if (source[copied] // own != slots[copied] // own).any() or copied[source[copied]].any():

@@ -40,10 +40,12 @@ class SamplerState:
     remaining: Array
 
 
-def init_state(config: ModelConfig, slots: int, length: int, *, int8: bool) -> SamplerState:
-    """Empty slots with `length` positions each; `int8` is of the cache."""
+def init_state(
+    config: ModelConfig, slots: int, length: int, *, int8: bool, ring_slack: int | None = None
+) -> SamplerState:
+    """Empty slots with `length` positions each; `int8` and `ring_slack` are those of `kv_cache.init_cache`."""
     return SamplerState(
-        cache=kv_cache.init_cache(config, slots, length, int8=int8),
+        cache=kv_cache.init_cache(config, slots, length, int8=int8, ring_slack=ring_slack),
         lengths=jnp.zeros(slots, jnp.int32),
         hidden=jnp.zeros((slots, config.hidden_size), config.dtype),
         prng=jnp.zeros((slots, 2), jnp.uint32),
@@ -52,11 +54,11 @@ def init_state(config: ModelConfig, slots: int, length: int, *, int8: bool) -> S
     )
 
 
-def state_axes(num_layers: int, *, int8: bool) -> SamplerState:
-    """Logical axes of a state's arrays, in its structure."""
+def state_axes(rings: Sequence[bool], *, int8: bool) -> SamplerState:
+    """Logical axes of a state's arrays, in its structure; `rings` are those of `kv_cache.ring_layers`."""
     of_slots: Any = ("slots",)
     rows: Any = ("slots", None)
-    return SamplerState(kv_cache.cache_axes(num_layers, int8=int8), of_slots, rows, rows, of_slots, of_slots)
+    return SamplerState(kv_cache.cache_axes(rings, int8=int8), of_slots, rows, rows, of_slots, of_slots)
 
 
 def gather_slots(state: SamplerState, slots: Array, window: int) -> SamplerState:

@@ -1,16 +1,26 @@
-"""Writes golden/<family>/: small random checkpoints saved by transformers (torch), its logits and greedy tokens.
+"""Writes golden/<family>/: random checkpoints saved by transformers (torch), its logits, greedy tokens and gradients.
 
-python tests/models/make_checkpoints.py        (needs torch and transformers; run from the repository's root)
+python tests/models/make_checkpoints.py [NAME ...]     (needs torch and transformers; run from the repository's root)
+
+Without names all are written. A gradient G is kept as G r, for r of random signs (`sketch`): an error of any element
+changes it, and it takes a row less.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     PreTrainedModel,
@@ -18,7 +28,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from transformers_logits import sketch, token_weights
 
 HERE = Path(__file__).resolve().parent
 SIZES: dict[str, Any] = {
@@ -37,6 +52,20 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LINEAR: dict[str, Any] = {"rope_type": "linear", "rope_theta": 2000.0, "factor": 4.0}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 24,
+    "beta_fast": 4.0,
+}
+IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+DEEPER: dict[str, Any] = {**SIZES, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4}
+
+
+SEEDS = {"gemma3": 12}
+"""Seeds of models that would repeat a few words with their number in the list."""
 
 
 def models() -> dict[str, PreTrainedModel]:
@@ -50,26 +79,83 @@ def models() -> dict[str, PreTrainedModel]:
         "llama": LlamaForCausalLM(LlamaConfig(**SIZES, **even, rope_parameters=LLAMA3, head_dim=8)),
         "llama-tied": LlamaForCausalLM(LlamaConfig(**SIZES, **heads, tie_word_embeddings=True)),
         "olmo2": Olmo2ForCausalLM(Olmo2Config(**SIZES, **heads, rope_parameters=QUICK, pad_token_id=0, eos_token_id=1)),
+        "gemma3": Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **DEEPER,
+                **heads,
+                head_dim=8,
+                query_pre_attn_scalar=12,
+                sliding_window=6,
+                layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+                rope_parameters={"full_attention": LINEAR, "sliding_attention": {**QUICK, "rope_theta": 100.0}},
+            )
+        ),
+        "smollm3": SmolLM3ForCausalLM(
+            SmolLM3Config(**DEEPER, **heads, no_rope_layer_interval=3, rope_parameters=YARN, **IDS)
+        ),
+        "mistral": MistralForCausalLM(
+            MistralConfig(**SIZES, **heads, head_dim=12, sliding_window=5, rope_parameters=QUICK)
+        ),
+        "ministral": MinistralForCausalLM(
+            MinistralConfig(
+                **DEEPER,
+                **heads,
+                head_dim=8,
+                sliding_window=7,
+                layer_types=["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"],
+                rope_parameters=LINEAR,
+            )
+        ),
+        "qwen3-yarn": Qwen3ForCausalLM(
+            Qwen3Config(
+                **DEEPER,
+                **one,
+                head_dim=12,
+                rope_parameters={**YARN, "truncate": False, "attention_factor": 1.25},
+                use_sliding_window=True,
+                sliding_window=9,
+                max_window_layers=2,
+            )
+        ),
     }
 
 
 def spread(model: PreTrainedModel) -> None:
     """Random weights with logits of order one. No norm is one and no bias zero, so a skipped one shows."""
+    is_gemma = model.config.model_type == "gemma3_text"
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn_like(weight)
             if "norm" in name:
-                weight.copy_(1 + 0.2 * noise)
+                weight.copy_((0 if is_gemma else 1) + 0.2 * noise)
+                if is_gemma and name == "model.norm.weight":
+                    weight += 3  # for logits of order one
+            elif is_gemma and name == "model.embed_tokens.weight":
+                # Small beside the sublayers' outputs: else a tied head would repeat the last token.
+                weight.copy_(0.4 * noise / weight.shape[-1] ** 0.5)
             elif name.endswith("bias"):
                 weight.copy_(0.5 * noise)
             else:
                 weight.copy_(1.5 * noise / weight.shape[-1] ** 0.5)
 
 
+def gradients(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, np.ndarray]:
+    """Tensor -> the sketch of its gradient, of a weighted mean of the tokens' log-probabilities."""
+    model.get_input_embeddings().padding_idx = None  # its row would get no gradient
+    logprobs = torch.log_softmax(model(tokens).logits[:, :-1], -1)
+    of_tokens = torch.take_along_dim(logprobs, tokens[:, 1:, None], -1)[..., 0]
+    model.zero_grad()
+    (of_tokens * torch.from_numpy(token_weights(of_tokens.shape))).mean().backward()
+    named = dict(model.named_parameters())
+    return {name: sketch(weight.grad.numpy()) for name, weight in named.items() if weight.grad is not None}
+
+
 def main() -> None:
-    """Writes all of them."""
+    """Writes those that are named, or all."""
     for seed, (name, model) in enumerate(models().items()):
-        torch.manual_seed(seed)
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
+        torch.manual_seed(SEEDS.get(name, seed))
         spread(model)
         model = model.to(torch.float32).eval()
         folder = HERE / "golden" / name
@@ -88,6 +174,7 @@ def main() -> None:
         np.savez_compressed(
             folder / "outputs.npz", tokens=tokens.numpy(), logits=logits.numpy(), greedy=greedy[:, 8:].numpy()
         )
+        np.savez_compressed(folder / "gradients.npz", **gradients(model, tokens))
         print(name, f"logits' std {logits.std():.2f}, greedy words {len(set(greedy[0, 8:].tolist()))}")
 
 

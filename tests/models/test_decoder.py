@@ -158,6 +158,14 @@ PUBLISHED = {
     "olmo-2-1124-7b": 7_298_617_344,
     "olmo-2-1124-13b": 13_716_198_400,
     "olmo-2-0325-32b": 32_234_279_936,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-4b": 3_880_263_168,  # without the tower for images
+    "gemma-3-12b": 11_766_034_176,
+    "gemma-3-27b": 27_009_346_304,
+    "smollm3-3b": 3_075_098_624,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "ministral-8b-2410": 8_019_808_256,
 }
 """Parameters of the published checkpoints; a head that is the embedding counts once."""
 
@@ -183,11 +191,15 @@ def test_init_starts_near_the_uniform_distribution():
     [
         ({"num_heads": 3}, "num_heads divisible by num_kv_heads, got 3 and 2"),
         ({"head_dim": 15}, "even head_dim"),
-        ({"norm_placement": "sandwich"}, r"norm_placement to be one of \('pre', 'post'\), got 'sandwich'"),
+        ({"norm_placement": "sandwich"}, r"norm_placement to be one of \('pre', 'post', 'both'\), got 'sandwich'"),
         ({"qk_norm": True}, "qk_norm to be one of .*, got True"),
         ({"activation": "relu"}, "activation to be one of .*, got 'relu'"),
         ({"sliding_windows": (4, 0)}, r"a whole number for each of 3 layers, .*, got \(4, 0\)"),
         ({"sliding_windows": (4, 0, -1)}, "sliding_windows to be a whole number"),
+        ({"unrotated_layers": (2, 1)}, r"unrotated_layers to be indices of 3 layers in ascending order, got \(2, 1\)"),
+        ({"unrotated_layers": (3,)}, "unrotated_layers to be indices of 3 layers"),
+        ({"score_dim": 0}, "score_dim to be a whole number of at least 1, got 0"),
+        ({"sliding_rope_theta": 0.0}, "rotary bases above 0, got 10000.0 and 0.0"),
     ],
 )
 def test_bad_sizes_and_options_are_refused(change: dict, complaint: str):

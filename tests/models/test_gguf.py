@@ -19,7 +19,7 @@ from gguf_files import convert, model_fields, model_tensors, write_gguf
 from safetensors.numpy import load_file, save_file
 
 from aem_jax.gguf_file import read_header
-from aem_jax.models import ModelConfig, Llama3Scaling, from_pretrained
+from aem_jax.models import Llama3Scaling, ModelConfig, from_pretrained
 from aem_jax.models import gguf as models_gguf
 from aem_jax.models.families import config_to_hf
 from aem_jax.models.gguf import KINDS

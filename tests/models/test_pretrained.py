@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from transformers_logits import sketch, token_weights
 
 from aem_jax.learner import LearnerConfig
-from aem_jax.models import ModelConfig, Policy, Llama3Scaling, from_pretrained, save_pretrained
+from aem_jax.models import Llama3Scaling, ModelConfig, Policy, from_pretrained, save_pretrained
 from aem_jax.models.config import dtype_name
 from aem_jax.models.families import config_from_hf, config_to_hf
 from aem_jax.models.pretrained import read_config
@@ -25,7 +26,10 @@ from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sharding import MeshConfig, make_mesh
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-FAMILIES = ["qwen2", "qwen2-tied", "qwen3", "llama", "llama-tied", "olmo2"]
+FAMILIES = [
+    *("qwen2", "qwen2-tied", "qwen3", "llama", "llama-tied", "olmo2"),
+    *("gemma3", "smollm3", "mistral", "ministral", "qwen3-yarn"),
+]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -43,6 +47,27 @@ def test_logits_equal_transformers(folder: Path):
     logits = model.logits(recorded["tokens"])
     assert logits.dtype == jnp.float32 and recorded["logits"].std() > 1
     np.testing.assert_allclose(logits, recorded["logits"], atol=1e-4, rtol=0)
+
+
+def test_gradients_equal_transformers(folder: Path):
+    """Of a weighted mean of log-probabilities, in packed rows; `sketch` of every tensor, the tied head's included."""
+    model, tokens = from_pretrained(folder, dtype="float32"), jnp.asarray(outputs(folder)["tokens"], jnp.int32)
+    weights = jnp.asarray(token_weights((len(tokens), tokens.shape[1] - 1)))
+
+    def loss(params):
+        logprobs = jax.nn.log_softmax(model.policy.forward(params, tokens)[:, :-1])
+        return jnp.mean(jnp.take_along_axis(logprobs, tokens[:, 1:, None], -1)[..., 0] * weights)
+
+    gradients = jax.jit(jax.grad(loss))(model.params)["base"]
+    recorded = dict(np.load(folder / "gradients.npz"))
+    for tensor in tensors(model.config):
+        array = np.asarray(
+            gradients["layers"][tensor.path[-1]] if "layers" in tensor.path else gradients[tensor.path[-1]]
+        )
+        block = array[tuple(slice(at, at + size) for at, size in zip(tensor.start, tensor.block, strict=True))]
+        sketched = recorded.pop(tensor.name)
+        np.testing.assert_allclose(sketch(tensor.to_theirs(block)), sketched, atol=1e-4, rtol=1e-4, err_msg=tensor.name)
+    assert not recorded
 
 
 def test_greedy_words_equal_transformers(folder: Path):
@@ -137,6 +162,9 @@ def test_configs_go_both_ways(folder: Path):
     assert sum(leaf.size for leaf in jax.tree.leaves(Policy(config).shapes)) == config.num_parameters
     old = {name: value for name, value in theirs.items() if name != "rope_parameters"}  # as transformers 4 wrote it
     rope = dict(theirs["rope_parameters"])
+    if "full_attention" in rope:
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     old["rope_theta"] = rope.pop("rope_theta")
     old["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     assert config_from_hf(old, "float32") == config

@@ -457,8 +457,11 @@ def test_a_cache_in_int8_takes_a_byte_of_each_number_and_a_scale_of_each_head():
     config = replace(SMALL, sampling=replace(SMALL.sampling, cache="int8"))
     work, mesh = workload(config), MeshConfig(1, 2, 2)
     # 9 layers, 2 key heads of 32 numbers, keys and values: 32 codes and a float32, where there were 32 float32
-    assert (work.token_bytes, workload(SMALL).token_bytes) == (2 * 9 * 2 * 36, 2 * 9 * 2 * 128)
-    assert memory(work, mesh).cache == work.token_bytes * work.cached_tokens / 4
+    assert (work.cache_bytes(1, 4), workload(SMALL).cache_bytes(1, 4)) == (
+        (4 + work.slack) * 2 * 9 * 2 * 36,
+        (4 + work.slack) * 2 * 9 * 2 * 128,
+    )
+    assert memory(work, mesh).cache == work.all_cache_bytes / 4
     sampler = Sampler(Policy(work.model), config.sampling, [0], capacity=work.capacity, slack=work.slack)
     state, prompts = sampler.abstract(work.slots), sampler.abstract(work.prompt_rows, work.prompt_tokens)
     assert memory(work, MeshConfig(1, 1, 1)).cache == work.cohorts * state.cache.num_bytes + prompts.cache.num_bytes

@@ -20,6 +20,7 @@ from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.programs import Programs
 from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sampler.sampling import make_sample_token
+from aem_jax.sampler.state import state_axes
 from aem_jax.sharding import DECODE, TRAIN, MeshConfig, make_mesh, shardings
 
 CONFIG = ModelConfig(64, 48, 80, 3, 4, 2, 16)  # every split dimension divides by 2
@@ -106,8 +107,9 @@ def test_a_chunk_of_all_slots_is_merged_on_two_devices_without_a_scatter():
     state = replace(make().init(slots), lengths=np.asarray([0, 3, 5, 1], np.int32))
     merged = []
     for mesh in (None, make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])):
+        axes = state_axes([False] * CONFIG.num_layers, int8=False)
         program = jax.jit(
-            Programs(POLICY, make_sample_token(SamplingConfig()), (5,), mesh, CHUNKED, int8=False)._append_chunk
+            Programs(POLICY, make_sample_token(SamplingConfig()), (5,), mesh, CHUNKED, axes)._append_chunk
         )
         assert "scatter" not in program.lower(state, *arguments).as_text()
         merged.append(program(state, *arguments))
