@@ -22,6 +22,12 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights, in the names of safetensors."""
+_TEXT_PARTS = {"language_model.": "", "model.language_model.": "model."}
+"""Prefix of the tensors of the text part of a model that reads images, too -> prefix of a model for text alone."""
+_IMAGE_PARTS = tuple(
+    f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
+)
+"""Prefixes of the tensors of its other parts, which are not read."""
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -92,10 +98,18 @@ def open_safetensors(folder: Path, stack: ExitStack) -> Checkpoint:
                 raise ValueError(f"expected each tensor in one file of {folder}, got {name} in {both}")
             holders[name], header = file, opened.get_slice(name)
             read = partial(_read_safetensor, file, opened, name)
-            tensors[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype(), read)
+            tensors[_text_name(name)] = StoredTensor(tuple(header.get_shape()), header.get_dtype(), read)
+    if any(_text_name(name) != name for name in holders):
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_IMAGE_PARTS)}
     others = {*folder.glob("*.safetensors"), *folder.glob(INDEX)} - {*files}
     unread = sorted(file.name for file in others if folder / SINGLE in files or file.name != INDEX)
     return Checkpoint(folder, files, tensors, unread=unread)
+
+
+def _text_name(name: str) -> str:
+    """The name that a tensor of a text part has in a model for text alone; any other name as it is."""
+    prefix = next((prefix for prefix in _TEXT_PARTS if name.startswith(prefix)), "")
+    return _TEXT_PARTS.get(prefix, "") + name.removeprefix(prefix)
 
 
 def _read_safetensor(file: Path, opened: Any, name: str, rows: slice | None = None) -> np.ndarray:

@@ -1,14 +1,27 @@
-"""An int8 KV cache: rounding by hand, its error bound, and attention over the rounded numbers."""
+"""An int8 KV cache: rounding by hand, its error bound, and attention over the rounded numbers. Rings."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aem_jax.models import ModelConfig
 from aem_jax.models.attention import chunk_attention
 from aem_jax.models.int8 import QuantizedArray, quantize
-from aem_jax.models.kv_cache import KVChunk, LayerCache
+from aem_jax.models.kv_cache import (
+    KVChunk,
+    LayerCache,
+    append,
+    copy_rows,
+    copy_within,
+    gather,
+    init_cache,
+    ring_length,
+)
 
 
 def test_rounding_by_hand():
@@ -64,3 +77,36 @@ def test_attention_is_that_to_the_rounded_numbers(dtype: str, tolerance: float):
     wanted = oracle(wide(q), rounded[0], rounded[1], cached, wide(chunk[0]), wide(chunk[1]), index)
     assert actual.dtype == dtype
     np.testing.assert_allclose(wide(actual), wanted, atol=tolerance * 4, rtol=tolerance)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_ring_holds_the_last_tokens(int8: bool):
+    """Chunks of which a part is kept, in all or some slots; rows that are gathered or copied are rings, too."""
+    config = ModelConfig(9, 8, 8, 2, 2, 2, 4, sliding_windows=(3, 0))
+    slots, chunk, random = 3, 6, np.random.RandomState(0)
+    assert ring_length(3, chunk) == 16
+    make = partial(init_cache, config, slots, 60, int8=int8, ring_slack=chunk)
+    cache, lengths, hidden = make(), np.zeros(slots, np.int32), jnp.zeros((slots, 8))
+    step, held = jax.jit(append), lambda layer: [np.asarray(x) for x in jax.tree.leaves(layer)]
+
+    def check(cache, lengths):
+        for ring, full in zip(held(cache.layers[0]), held(cache.layers[1]), strict=True):
+            axis = full.shape.index(60)  # both layers were given the same numbers
+            for slot, length in enumerate(lengths):
+                last = np.arange(max(length - 3 - chunk, 0), length)
+                np.testing.assert_array_equal(
+                    ring[slot].take(last % 16, axis - 1), full[slot].take(last, axis - 1), err_msg=str((slot, length))
+                )
+
+    for turn in range(9):
+        chosen = np.arange(slots) if turn % 3 else np.asarray([2, 0])
+        draw = lambda *shape: jnp.asarray(random.standard_normal((len(chosen), 2, *shape)), jnp.float32)
+        new = KVChunk(draw(4, chunk), draw(chunk, 4))
+        cache, hidden = step(cache, (new, new), lengths, hidden, hidden[chosen], chosen)
+        lengths[chosen] += random.randint(0, chunk + 1, len(chosen))
+        check(cache, lengths)
+    assert lengths.max() > 32
+    rows = np.asarray([1, 2], np.int32)
+    check(gather(cache, jnp.asarray(rows), 60), lengths[rows])
+    check(copy_rows(make(), cache, jnp.asarray([2, -1, 0]), 60), [lengths[2], 0, lengths[0]])
+    check(copy_within(cache, jnp.asarray([-1, 2, -1]), 60), [lengths[0], lengths[2], lengths[2]])

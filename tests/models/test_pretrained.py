@@ -175,6 +175,23 @@ def test_llama_3_stretches_its_positions():
     assert config.rope_scaling == Llama3Scaling(4.0, 1.0, 4.0, 32)
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_that_reads_images_is_read_and_written_alone(prefix: str, tmp_path: Path):
+    """The two ways in which transformers has named its tensors."""
+    theirs, text = load_file(GOLDEN / "gemma3" / "model.safetensors"), GOLDEN / "gemma3"
+    named = {prefix + name.removeprefix("model."): tensor for name, tensor in theirs.items()}
+    named |= {f"{'model.' * prefix.startswith('model')}vision_tower.patch.weight": np.ones(3, np.float32)}
+    save_file(named, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+    config["text_config"] = json.loads((text / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = from_pretrained(tmp_path, dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, model.params, from_pretrained(text, dtype="float32").params)
+    model.save_pretrained(tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(theirs)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["Gemma3ForCausalLM"]
+
+
 @pytest.fixture
 def damaged(tmp_path: Path):
     """A copy of a checkpoint, and a function that changes its tensors."""

@@ -1,7 +1,7 @@
 """An episode's samples depend on its key and tokens alone, and agree with a pass without a cache."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,25 @@ from conversation import (
 )
 from small_policies import DEEP, GELU, GROUPED_TIED, MULTI_UNTIED, POST_NORM, SLIDING, numpy_params, numpy_tokens
 
-from aem_jax.models import Policy
+from aem_jax.models import Policy, YarnScaling
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sampler.reshard import make_reshard
 from aem_jax.sharding import MeshConfig, make_mesh
 
 DEEP_SLIDING = replace(DEEP, sliding_windows=(5, 0, 3) * 3)
+LAYERED = replace(
+    DEEP,
+    num_layers=3,
+    sliding_windows=(5, 0, 5),
+    sliding_rope_theta=300.0,
+    unrotated_layers=(2,),
+    norm_placement="both",
+    zero_centered_norms=True,
+    scaled_embedding=True,
+    score_dim=5,
+    rope_scaling=YarnScaling(4.0, 24, 1.2),
+)
+"""All options of layers that differ; rings of 16 positions, in which an episode of 96 tokens goes round six times."""
 POLICY = Policy(GROUPED_TIED)
 PARAMS = numpy_params(GROUPED_TIED)
 STOPS = (5, 60)
@@ -68,7 +81,7 @@ def test_greedy_equals_the_cacheless_forward(config):
         assert len(episode.responses[0]) == 14 or ids[-1] == 5
 
 
-@pytest.mark.parametrize("config", [GROUPED_TIED, DEEP, POST_NORM, GELU, SLIDING, DEEP_SLIDING])
+@pytest.mark.parametrize("config", [GROUPED_TIED, DEEP, POST_NORM, GELU, SLIDING, DEEP_SLIDING, LAYERED])
 def test_several_turns_have_the_logprobs_and_entropies_of_one_cacheless_pass(config):
     policy, params = Policy(config), numpy_params(config)
     s = Sampler(policy, SamplingConfig(1.0), (5,), capacity=96, slack=16)
@@ -80,6 +93,40 @@ def test_several_turns_have_the_logprobs_and_entropies_of_one_cacheless_pass(con
         gaps = np.abs(token_gaps(policy, params, episode))
         assert np.median(gaps) < TIGHT / 4 and np.max(gaps) < 4 * TIGHT
     assert sum(len(row) for episode in episodes.values() for row in episode.responses) > 60  # a meaningful length
+
+
+def test_rings_change_nothing():
+    """Growing slots: prompts that are forked, chunks that are kept in part, some slots of a call, a truncation."""
+    policy, params = Policy(LAYERED), numpy_params(LAYERED)
+    played = []
+    make = partial(Sampler, policy, SamplingConfig(1.0), (5,), capacity=96, slack=5)
+    for grows in (False, True):
+        s = make(grows=grows)
+        episodes = {slot: script(policy, slot + 1, (11, 13, 12)) for slot in range(3)}
+        prompts = extend_slots(
+            s, params, s.init(2, 12), {0: numpy_tokens(LAYERED, (11,)), 1: numpy_tokens(LAYERED, (7,))}, 4
+        )
+        prng = np.stack([episode.prng for episode in episodes.values()])
+        state = s.fork(s.init(3), prompts, np.asarray([0, 1, 0], np.int32), prng)
+        for turn in range(3):
+            observations = {slot: episode.observations[turn] for slot, episode in episodes.items()}
+            state = extend_slots(s, params, state, observations, 5)
+            state = decode_responses(s, params, state, episodes, 5)
+            state = s.rewind(state, np.asarray([99, int(state.lengths[1]) - 4, 99], np.int32))
+            tokens = numpy_tokens(LAYERED, (2, 3), turn)
+            state = s.extend(params, state, tokens, np.asarray([3, 2], np.int32), np.asarray([2, 0], np.int32))
+        played.append((episodes, state))
+    (full, before), (rings, after) = played
+    for slot, episode in full.items():
+        same(episode, rings[slot])
+    np.testing.assert_array_equal(before.lengths, after.lengths)
+    assert before.lengths.max() > 4 * 16
+    lengths = [
+        layer.values.shape[2] if cache != "int8" else layer.values.codes.shape[2] for layer in after.cache.layers
+    ]
+    assert lengths == [16, 101, 16] and after.cache.length == before.cache.length == 101
+    with pytest.raises(ValueError, match="expected a sampler whose slots have all of their tokens"):
+        s.copy_prefix(after, np.asarray([-1, 0, -1]), np.zeros(3, np.int32))
 
 
 def test_bfloat16_sampler_and_learner_agree():
