@@ -80,6 +80,7 @@ def forward_config(config: LearnerConfig, mesh: Mesh) -> ForwardConfig:
         attention=make_row_attention(config.attention, mesh),
         head=HeadLayout(
             shards=slot_shards(mesh),
+            vocab_shards=mesh.shape["tensor"],
             gathered=constrained_to(None, "vocab"),
             per_shard=constrained_to("rows"),
             per_shard_head=constrained_to("rows", None, "vocab"),

@@ -11,6 +11,13 @@ and a term of the entropy H of its distribution (an entropy bonus) adds
 The gradient follows from z directly, so the forward pass computes a chunk's gradients while its logits exist. A
 backward pass over the chunks would compute all logits a second time.
 
+Where the logits of a chunk would take more than `LOGIT_BYTES` on a device, the vocabulary is split, too. A first pass
+over its parts sums up exponentials, relative to the largest logit so far (m, rescaled when it grows):
+
+    S = Σ exp(z − m),  E = Σ exp(z − m) (z − m),   log π(v) = z_v − m − log S,   H = log S − E / S
+
+The gradient then takes a second pass, which computes the logits of each part again.
+
 On several devices the loop over chunks communicates nothing over data and fsdp. The head is gathered before the loop,
 each shard of rows accumulates its loss, its stats and its part of the head's gradient, and the shards are summed after
 the loop. (If the vocabulary is split over tensor, a few numbers per token are reduced inside the loop.) Without these
@@ -29,6 +36,10 @@ from aem_jax.learner.objective import EntropyObjective, Objective, Stats, Tokens
 
 Array = jax.Array
 
+LOGIT_BYTES = 2**32
+"""Most bytes of float32 logits on a device at one time. Their gradient takes about as much again."""
+_LOWEST = -1e30  # finite: differences of two of them are 0, not NaN
+
 
 def _unconstrained(x: Array) -> Array:
     return x
@@ -39,6 +50,7 @@ class HeadLayout(NamedTuple):
 
     Attributes:
         shards: number of parts into which the rows are split, each on separate devices; it divides the number of rows.
+        vocab_shards: number of parts into which the devices of a shard split V.
         gathered: for the head [D, V]: on every device, except for a split of V.
         per_shard: for arrays [shards, …] of one number per shard: each on the devices of its shard's rows.
         per_shard_head: for the shards' gradients of the head [shards, D, V]: likewise.
@@ -46,6 +58,7 @@ class HeadLayout(NamedTuple):
     """
 
     shards: int = 1
+    vocab_shards: int = 1
     gathered: Callable[[Array], Array] = _unconstrained
     per_shard: Callable[[Array], Array] = _unconstrained
     per_shard_head: Callable[[Array], Array] = _unconstrained
@@ -77,9 +90,13 @@ def head_statistics(
         (logprobs, entropies) f32[b, T], nats, 0 where not active. Not for differentiation.
     """
     weights = layout.gathered(head.astype(hidden.dtype))
+    vocabulary = _Vocabulary.of(layout, hidden, head, chunk)
 
     def compute(x: Array, target: Array, mask: Array) -> tuple[Array, Array]:
-        logprobs, entropies = token_statistics(_logits(x, weights, temperature), target)
+        if vocabulary.parts > 1:
+            logprobs, entropies, _ = vocabulary.statistics(x, weights, target, temperature)
+        else:
+            logprobs, entropies = token_statistics(_logits(x, weights, temperature), target)
         return jnp.where(mask, logprobs, 0.0), jnp.where(mask, entropies, 0.0)
 
     def skip(x: Array, target: Array, mask: Array) -> tuple[Array, Array]:
@@ -132,28 +149,38 @@ def _head_loss_forward(objective, temperature, chunk, layout, head, hidden, targ
     trains_head = head.perturbed  # a frozen head needs no gradient
     head, hidden = head.value, hidden.value
     weights = layout.gathered(head.astype(hidden.dtype))
+    vocabulary = _Vocabulary.of(layout, hidden, head, chunk)
 
     @jax.vmap  # over shards of rows
     def compute(total: Any, x: Array, target: Array, tokens: Tokens) -> tuple[Any, Array]:
-        logits = _logits(x, weights, temperature)
-        statistics = token_statistics(logits, target)
+        if vocabulary.parts > 1:
+            *statistics, normaliser = vocabulary.statistics(x, weights, target, temperature)
+        else:
+            logits = _logits(x, weights, temperature)
+            statistics = token_statistics(logits, target)
+            normaliser = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - statistics[0]
         logprobs, entropies = (jnp.where(tokens.mask, x, 0.0) for x in statistics)
         chunk_loss = lambda logprobs, entropies: objective(logprobs, entropies, tokens)
         variables = (0, 1) if isinstance(objective, EntropyObjective) else (0,)
         (loss, stats), slopes = jax.value_and_grad(chunk_loss, variables, has_aux=True)(logprobs, entropies)
-        normaliser = jnp.take_along_axis(logits, target[..., None], axis=-1) - statistics[0][..., None]
-        is_target = jax.nn.one_hot(target, logits.shape[-1], dtype=jnp.bool_)
-        d_logprob = (slopes[0] / temperature)[..., None]
-        policy = jnp.exp(logits - normaliser)
-        d_logits = d_logprob * (is_target - policy)
-        if isinstance(objective, EntropyObjective):
-            d_entropy = -policy * (logits - normaliser + statistics[1][..., None])
-            d_logits = d_logits + (slopes[1] / temperature)[..., None] * d_entropy
-        d_logits = jnp.where(tokens.mask[..., None], d_logits, 0.0).astype(x.dtype)
-        d_head = None
-        if trains_head:
-            d_head = total[2] + jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
-        d_hidden = jnp.einsum("btv,dv->btd", d_logits, weights)
+
+        def d_logits_of(logits: Array, is_target: Array) -> Array:
+            log_policy = logits - normaliser[..., None]
+            policy = jnp.exp(log_policy)
+            d_logits = (slopes[0] / temperature)[..., None] * (is_target - policy)
+            if isinstance(objective, EntropyObjective):
+                d_entropy = -policy * (log_policy + statistics[1][..., None])
+                d_logits = d_logits + (slopes[1] / temperature)[..., None] * d_entropy
+            return jnp.where(tokens.mask[..., None], d_logits, 0.0).astype(x.dtype)
+
+        if vocabulary.parts > 1:
+            d_hidden, d_head = vocabulary.gradients(x, weights, target, temperature, d_logits_of, total[2])
+        else:
+            d_logits = d_logits_of(logits, jax.nn.one_hot(target, logits.shape[-1], dtype=jnp.bool_))
+            d_head = None
+            if trains_head:
+                d_head = total[2] + jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
+            d_hidden = jnp.einsum("btv,dv->btd", d_logits, weights)
         return (total[0] + loss, _add(total[1], stats), d_head), d_hidden
 
     def skip(total: Any, x: Array, target: Array, tokens: Tokens) -> tuple[Any, Array]:
@@ -183,6 +210,110 @@ def _head_loss_backward(objective, temperature, chunk, layout, residuals, cotang
 
 
 head_loss.defvjp(_head_loss_forward, _head_loss_backward, symbolic_zeros=True)
+
+
+class _Vocabulary(NamedTuple):
+    """A loop over parts of the vocabulary, each of all shards of the head.
+
+    Attributes:
+        parts: number of parts; 1 for no loop.
+        shards: number of parts into which devices split the vocabulary.
+    """
+
+    parts: int
+    shards: int
+
+    @classmethod
+    def of(cls, layout: HeadLayout, hidden: Array, head: Array, chunk: int) -> "_Vocabulary":
+        """The fewest parts whose logits take at most `LOGIT_BYTES`."""
+        positions = hidden.shape[0] // layout.shards * min(chunk, hidden.shape[1])
+        num_bytes = 4 * positions * head.shape[1] // layout.vocab_shards
+        return cls(-(-num_bytes // LOGIT_BYTES), layout.vocab_shards)
+
+    def statistics(self, x: Array, weights: Array, target: Array, temperature: float) -> tuple[Array, Array, Array]:
+        """(log π(target), H, log Σ exp z) of positions x [b, c, D]."""
+
+        def add(carry: tuple[Array, ...], part: Array) -> tuple[tuple[Array, ...], None]:
+            top, total, weighted, of_target = carry
+            logits, is_target, is_new, _ = self._logits(x, weights, target, temperature, part)
+            new_top = jnp.maximum(top, jnp.max(jnp.where(is_new, logits, _LOWEST), axis=-1))
+            scale, distance = jnp.exp(top - new_top), logits - new_top[..., None]
+            mass = jnp.where(is_new, jnp.exp(jnp.minimum(distance, 0.0)), 0.0)
+            weighted = scale * (weighted + (top - new_top) * total) + jnp.sum(mass * distance, axis=-1)
+            of_target = of_target + jnp.sum(jnp.where(is_target & is_new, logits, 0.0), axis=-1)
+            return (new_top, scale * total + jnp.sum(mass, axis=-1), weighted, of_target), None
+
+        zeros = jnp.zeros(target.shape, jnp.float32)
+        start = (zeros + _LOWEST, zeros, zeros, zeros)
+        (top, total, weighted, of_target), _ = jax.lax.scan(add, start, jnp.arange(self.parts))
+        entropies = jnp.maximum(jnp.log(total) - weighted / total, 0.0)
+        normaliser = top + jnp.log(total)
+        return of_target - normaliser, entropies, normaliser
+
+    def gradients(
+        self,
+        x: Array,
+        weights: Array,
+        target: Array,
+        temperature: float,
+        d_logits_of: Callable[[Array, Array], Array],
+        d_head: Array | None,
+    ) -> tuple[Array, Array | None]:
+        """The gradient of x, and `d_head` [D, V] (None: a frozen head) with that of the head added.
+
+        Args:
+            x: [b, c, D].
+            weights: [D, V].
+            target: i32[b, c].
+            temperature: divides the logits.
+            d_logits_of: logits, whether each is its token's -> their gradient.
+            d_head: f32[D, V].
+        """
+
+        def add(carry: tuple[Array, Array | None], part: Array) -> tuple[tuple[Array, Array | None], None]:
+            d_hidden, d_head = carry
+            logits, is_target, is_new, matrix = self._logits(x, weights, target, temperature, part)
+            d_logits = d_logits_of(logits, is_target)
+            d_logits = jnp.where(is_new, d_logits, jnp.zeros((), d_logits.dtype))
+            d_logits = d_logits.reshape(*d_logits.shape[:-1], *matrix.shape[1:])
+            product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+            d_hidden = d_hidden + product("btsv,dsv->btd", d_logits, matrix)
+            if d_head is not None:
+                first = self._first(d_head, part)
+                held = jax.lax.dynamic_slice_in_dim(d_head, first, matrix.shape[2], axis=2)
+                held = held + product("btd,btsv->dsv", x, d_logits)
+                d_head = jax.lax.dynamic_update_slice_in_dim(d_head, held, first, axis=2)
+            return (d_hidden, d_head), None
+
+        split = None if d_head is None else self._split(d_head)
+        start = jnp.zeros(x.shape, jnp.float32), split
+        (d_hidden, split), _ = jax.lax.scan(add, start, jnp.arange(self.parts))
+        return d_hidden.astype(x.dtype), None if d_head is None or split is None else split.reshape(d_head.shape)
+
+    def _split(self, head: Array) -> Array:
+        """[D, V] to [D, shards, V / shards]."""
+        return head.reshape(head.shape[0], self.shards, -1)
+
+    def _width(self, split: Array) -> int:
+        return -(-split.shape[2] // self.parts)
+
+    def _first(self, split: Array, part: Array) -> Array:
+        """Where a part begins in each shard. The last one ends with the shard, and overlaps the one before it."""
+        return jnp.minimum(part * self._width(split), split.shape[2] - self._width(split))
+
+    def _logits(
+        self, x: Array, weights: Array, target: Array, temperature: float, part: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """Of a part of the vocabulary: logits f32[b, c, v], whether each is its token's, whether no part before has
+        that word [1, 1, v], and the head's matrix [D, shards, v / shards]."""
+        split = self._split(weights)
+        width, length, first = self._width(split), split.shape[2], self._first(split, part)
+        matrix = jax.lax.dynamic_slice_in_dim(split, first, width, axis=2)
+        logits = jnp.einsum("btd,dsv->btsv", x, matrix, preferred_element_type=jnp.float32) / temperature
+        columns = first + jax.lax.broadcasted_iota(jnp.int32, (self.shards, width), 1)
+        ids = length * jax.lax.broadcasted_iota(jnp.int32, columns.shape, 0) + columns
+        is_target = ids.reshape(1, 1, -1) == target[..., None]
+        return logits.reshape(*x.shape[:2], -1), is_target, (columns >= part * width).reshape(1, 1, -1), matrix
 
 
 def _is_primal(leaf: Any) -> bool:

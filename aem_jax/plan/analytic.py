@@ -6,6 +6,7 @@ of parameters of matrix products: all but norms, biases, and the embedding of an
 
 from dataclasses import dataclass
 
+from aem_jax.learner.head import LOGIT_BYTES
 from aem_jax.models import ModelConfig
 from aem_jax.models.attention import BLOCK
 from aem_jax.models.kernels import KERNELS
@@ -135,20 +136,21 @@ def memory(work: Workload, mesh: MeshConfig) -> Memory:
         gradients=GRADIENT * trained / split,
         weights=(width * copied - saved) / mesh.tensor,
         cache=work.all_cache_bytes / devices,
-        working=_working(work, mesh.tensor, width) / (mesh.data * mesh.fsdp),
+        working=_working(work, mesh, width) / (mesh.data * mesh.fsdp),
     )
 
 
-def _working(work: Workload, tensor: int, width: int) -> float:
+def _working(work: Workload, mesh: MeshConfig, width: int) -> float:
     """Activations of one microbatch: those that layers keep, one recomputed layer, the logits of one chunk."""
-    model, tokens = work.model, work.microbatch_tokens
+    model, tokens, tensor = work.model, work.microbatch_tokens, mesh.tensor
     heads, inner = model.num_heads / tensor * model.head_dim, model.intermediate_size / tensor
     block = min(BLOCK, work.layout.row_length)
     scores = work.layout.rows * block * model.num_heads / tensor * work.layout.row_length * (4 + width)
     layer = tokens * width * (6 * model.hidden_size + 4 * inner + 6 * heads)
     products = tokens * width * (2 * model.hidden_size + 2 * inner + 2 * heads)
     kept = {"layers": tokens * model.hidden_size * width, "dots": products, "none": layer}[work.remat]
-    logits = 3 * 4 * work.layout.rows * work.head_chunk * model.vocab_size / tensor
+    logits = 4 * work.layout.rows * min(work.head_chunk, work.layout.row_length) * model.vocab_size / tensor
+    logits = 3 * min(logits, LOGIT_BYTES * mesh.data * mesh.fsdp)
     return model.num_layers * kept + 2 * scores + layer + logits
 
 

@@ -9,7 +9,7 @@ import pytest
 from toys import ONE_DEVICE, Bigram, random_trajectories
 
 from aem_jax.batch import BatchLayout, collate, place
-from aem_jax.learner import LearnerConfig, init_state, make_token_logprobs, make_update
+from aem_jax.learner import LearnerConfig, head, init_state, make_token_logprobs, make_update
 from aem_jax.learner.head import HeadLayout
 from aem_jax.plan.hlo import Instruction, Module, parse
 from aem_jax.sharding import MeshConfig, make_mesh
@@ -99,3 +99,30 @@ def test_every_device_skips_and_counts_as_one_device_would():
         results.append(jax.device_get((logprobs, state.opt_state[1][0].mu, stats)))
     assert np.abs(results[0][1]["base"]["head"]).max() > 1e-4
     jax.tree.map(lambda one, many: np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-7), *results)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 1, 1), MeshConfig(2, 2, 2)])
+def test_parts_of_the_vocabulary_change_nothing(mesh: MeshConfig, monkeypatch: pytest.MonkeyPatch):
+    """Loss, statistics and gradients, with an entropy bonus; the parts of 24 or 2 x 12 words overlap at the end."""
+    config = dataclasses.replace(CONFIG, entropy_coefficient=0.3)
+    devices = make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
+    batch = place(collate(random_trajectories(3, 3, TOY.vocab_size), LAYOUT), devices)
+    advantages = np.random.default_rng(0).standard_normal(batch.tokens.shape).astype(np.float32)
+    results, looped = [], []
+    for limit in (head.LOGIT_BYTES, 4 * 8 * 24 * LAYOUT.rows // (mesh.data * mesh.fsdp) // mesh.tensor // 5 + 1):
+        monkeypatch.setattr(head, "LOGIT_BYTES", limit)
+        state = init_state(TOY, config, devices, jax.random.key(0))
+        logprobs, update = make_token_logprobs(TOY, config, devices), make_update(TOY, config, devices)
+        looped.append(update.lower(state, batch, advantages).as_text().count("stablehlo.while"))
+        both = logprobs(state.params, batch)
+        state, stats = update(state, batch, advantages)
+        results.append(jax.device_get((both, state.opt_state[1][0].mu, stats)))
+    assert looped[0] < looped[1]
+    assert np.abs(results[0][1]["base"]["head"]).max() > 1e-4
+    jax.tree.map(lambda one, parts: np.testing.assert_allclose(parts, one, rtol=1e-5, atol=1e-6), *results)
+
+
+def test_parts_of_a_split_vocabulary_move_a_few_numbers_a_token(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(head, "LOGIT_BYTES", 4 * 8 * 12 * 2 // 3)
+    inside, _ = collectives(compiled("update", make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])))
+    assert inside and max(int(np.prod(dims)) for dims in sizes(inside)) <= 2 * 8 * 16  # d_hidden; never the head

@@ -100,8 +100,8 @@ def test_a_ring_holds_the_last_tokens(int8: bool):
 
     for turn in range(9):
         chosen = np.arange(slots) if turn % 3 else np.asarray([2, 0])
-        draw = lambda *shape: jnp.asarray(random.standard_normal((len(chosen), 2, *shape)), jnp.float32)
-        new = KVChunk(draw(4, chunk), draw(chunk, 4))
+        keys, values = random.standard_normal((2, len(chosen), 2, 4, chunk)).astype(np.float32)
+        new = KVChunk(jnp.asarray(keys), jnp.swapaxes(values, 2, 3))
         cache, hidden = step(cache, (new, new), lengths, hidden, hidden[chosen], chosen)
         lengths[chosen] += random.randint(0, chunk + 1, len(chosen))
         check(cache, lengths)
