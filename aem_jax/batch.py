@@ -12,7 +12,7 @@ cut attention). Nothing is dropped silently: a batch that does not fit raises an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -55,10 +55,14 @@ class BatchLayout:
     """N: most trajectories in a step."""
     num_minibatches: int = 1
     """K: number of minibatches, one optimizer step each; trajectories are spread evenly over them."""
+    experts: int = 0
+    """Recorded experts of a token, layers × experts per token; 0 for none."""
+    experts_dtype: str = "uint8"
+    """Dtype of recorded experts."""
 
     def __post_init__(self):
         for name, size in vars(self).items():
-            if size < 1:
+            if not name.startswith("experts") and size < 1:
                 raise ValueError(f"expected {name} ≥ 1, got {size}; raise BatchLayout.{name}")
         if self.num_microbatches < self.num_minibatches:
             raise ValueError(
@@ -95,6 +99,8 @@ class Batch:
         minibatch_ends: i32[K], minibatch j owns microbatches minibatch_ends[j - 1] … minibatch_ends[j] - 1.
         ages: i32[M, b, T], training steps since the parameters that sampled a token; -1 outside responses. None
             without carry-over, where every token is sampled in its step.
+        experts: integers [M, b, T, E], the experts that the sampler routed a token to, layer by layer; 0 in padding.
+            None without a mixture of experts, and in a batch that is routed by the learner.
     """
 
     tokens: Array
@@ -116,6 +122,7 @@ class Batch:
     trajectory_minibatch: Array
     minibatch_ends: Array
     ages: Array = None
+    experts: Array = None
 
     @property
     def num_microbatches(self):
@@ -149,16 +156,22 @@ def packed_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition((None, "rows", "length"), TRAIN))
 
 
-def batch_shardings(mesh: Mesh, *, ages: bool = False) -> Batch:
-    """Sharding of each field: rows split, tables replicated. `ages`: whether the batch has them."""
+def batch_shardings(mesh: Mesh, *, ages: bool = False, experts: bool = False) -> Batch:
+    """Sharding of each field: rows split, tables replicated. `ages`, `experts`: whether the batch has them."""
     packed, everywhere = packed_sharding(mesh), replicated(mesh)
     where = {field.name: packed if field.name in PACKED else everywhere for field in fields(Batch)}
-    return Batch(**where if ages else {**where, "ages": None})
+    of_experts = NamedSharding(mesh, partition((None, "rows", "length", None), TRAIN)) if experts else None
+    return Batch(**where | {"ages": packed if ages else None, "experts": of_experts})
+
+
+def _has(batch: Batch) -> dict[str, bool]:
+    """Which of the optional fields a batch has."""
+    return {"ages": batch.ages is not None, "experts": batch.experts is not None}
 
 
 def constrained(batch: Batch, mesh: Mesh) -> Batch:
     """The batch in its sharding, under jit."""
-    return jax.lax.with_sharding_constraint(batch, batch_shardings(mesh, ages=batch.ages is not None))
+    return jax.lax.with_sharding_constraint(batch, batch_shardings(mesh, **_has(batch)))
 
 
 def abstract_batch(layout: BatchLayout, mesh: Mesh) -> Batch:
@@ -169,14 +182,20 @@ def abstract_batch(layout: BatchLayout, mesh: Mesh) -> Batch:
         "trajectory": layout.max_trajectories,
         "minibatch": layout.num_minibatches,
     }
-    shardings = batch_shardings(mesh)
+    shardings = batch_shardings(mesh, experts=layout.experts > 0)
 
     def struct(name: str) -> jax.ShapeDtypeStruct:
         table, dtype = _TABLES.get(name, ("", np.float32 if name in _FLOATS else np.int32))
         shape = packed if name in PACKED else (rows[table],)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(shardings, name))
 
-    return Batch(**{field.name: struct(field.name) for field in fields(Batch) if field.name != "ages"})
+    batch = Batch(
+        **{field.name: struct(field.name) for field in fields(Batch) if field.name not in ("ages", "experts")}
+    )
+    if not layout.experts:
+        return batch
+    shape = (*packed, layout.experts)
+    return replace(batch, experts=jax.ShapeDtypeStruct(shape, layout.experts_dtype, sharding=shardings.experts))
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
@@ -187,8 +206,8 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
     """
     rows, ways = np.shape(batch.tokens)[1], slot_shards(mesh)
     if rows % ways:
-        raise ValueError(f"expected BatchLayout.rows divisible by data × fsdp = {ways}, got {rows}")
-    shardings = batch_shardings(mesh, ages=batch.ages is not None)
+        raise ValueError(f"expected BatchLayout.rows divisible by data × fsdp × expert = {ways}, got {rows}")
+    shardings = batch_shardings(mesh, **_has(batch))
     if jax.process_count() == 1:
         return jax.device_put(batch, shardings)
     # device_put would first send every array to every process, to check that they are equal
@@ -202,6 +221,7 @@ class _Segment(NamedTuple):
     logprobs: np.ndarray
     entropies: np.ndarray
     versions: np.ndarray
+    experts: np.ndarray
 
 
 def collate(
@@ -267,7 +287,7 @@ def collate(
             anchor = first_response.setdefault((trajectory.group, turn.observation), r)
             responses["response_anchor"][r] = anchor if turn.observation else r
         if trajectory.in_loss:
-            segments[table["trajectory_minibatch"][n]] += _segments(trajectory, n, next_response, layout.row_length)
+            segments[table["trajectory_minibatch"][n]] += _segments(trajectory, n, next_response, layout)
         next_response += len(trajectory.turns)
 
     lengths = [[len(segment.tokens) for segment in minibatch] for minibatch in segments]
@@ -280,11 +300,12 @@ def collate(
         )
     starts = np.concatenate([[0], ends[:-1]])
     packed = _fill(segments, rows, starts, layout)
-    versions = packed.pop("versions")
+    versions, experts = packed.pop("versions"), packed.pop("experts")
     ages = None if step is None else np.where(packed["response_ids"] >= 0, step - versions, -1).astype(np.int32)
     return Batch(
         **packed,
         ages=ages,
+        experts=experts if layout.experts else None,
         **responses,
         response_valid=responses["response_tokens"] > 0,
         **table,
@@ -300,13 +321,14 @@ def _minibatches(trajectories: Sequence[Trajectory], N: int, K: int, seed: int |
     return minibatch
 
 
-def _segments(trajectory: Trajectory, n: int, first_response: int, row_length: int) -> list[_Segment]:
+def _segments(trajectory: Trajectory, n: int, first_response: int, layout: BatchLayout) -> list[_Segment]:
     """The trajectory's segments, each cut after its last response token: later tokens are never predicted."""
     if trajectory.context not in ("append", "window", "compact", "tree"):
         raise ValueError(
             f'expected context "append", "window", "compact" or "tree", got {trajectory.context!r} in trajectory {n}'
         )
-    parts = [_turn_segment(turn, n, k, first_response + k) for k, turn in enumerate(trajectory.turns)]
+    row_length = layout.row_length
+    parts = [_turn_segment(turn, n, k, first_response + k, layout) for k, turn in enumerate(trajectory.turns)]
     if trajectory.context == "append" and parts:
         parts = [_Segment(*(np.concatenate(column) for column in zip(*parts, strict=True)))]
     if trajectory.context in ("compact", "tree"):
@@ -349,7 +371,7 @@ def _branches(turns: Sequence[_Segment]) -> list[_Segment]:
     return branches
 
 
-def _turn_segment(turn: Turn, n: int, k: int, response: int) -> _Segment:
+def _turn_segment(turn: Turn, n: int, k: int, response: int, layout: BatchLayout) -> _Segment:
     observed, sampled = len(turn.observation_ids), len(turn.response_ids)
     if not len(turn.logprobs) == len(turn.entropies) == sampled:
         raise ValueError(
@@ -358,12 +380,20 @@ def _turn_segment(turn: Turn, n: int, k: int, response: int) -> _Segment:
         )
     zeros = np.zeros(observed, np.float32)
     versions = np.zeros(sampled) if turn.versions is None else turn.versions
+    experts = np.zeros((observed + sampled, 0)) if turn.experts is None or not layout.experts else turn.experts
+    if experts.shape != (observed + sampled, layout.experts):
+        got = "none" if turn.experts is None else f"shape {turn.experts.shape}"
+        raise ValueError(
+            f"expected recorded experts [{observed + sampled}, {layout.experts}] of a turn, got {got} in turn {k} of "
+            f"trajectory {n}; sample with a Sampler that records_experts, or set BatchLayout.experts to 0"
+        )
     return _Segment(
         tokens=np.concatenate([turn.observation_ids, turn.response_ids]).astype(np.int32),
         response_ids=np.concatenate([np.full(observed, -1), np.full(sampled, response)]).astype(np.int32),
         logprobs=np.concatenate([zeros, turn.logprobs]).astype(np.float32),
         entropies=np.concatenate([zeros, turn.entropies]).astype(np.float32),
         versions=np.concatenate([zeros, versions]).astype(np.int32),
+        experts=experts.astype(layout.experts_dtype),
     )
 
 
@@ -396,6 +426,7 @@ def _fill(
         "logprobs": np.zeros(shape, np.float32),
         "entropies": np.zeros(shape, np.float32),
         "versions": np.zeros(shape, np.int32),
+        "experts": np.zeros((*shape, layout.experts), layout.experts_dtype),
     }
     for minibatch, minibatch_rows, start in zip(segments, rows, starts, strict=True):
         for row, members in enumerate(minibatch_rows, start=int(start) * layout.rows):
@@ -409,4 +440,4 @@ def _fill(
                 arrays["segment_ids"][row, span] = number
                 offset = span.stop
     packed = (layout.num_microbatches, layout.rows, layout.row_length)
-    return {name: array.reshape(packed) for name, array in arrays.items()}
+    return {name: array.reshape(*packed, *array.shape[2:]) for name, array in arrays.items()}

@@ -17,25 +17,28 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 _SHARED: Rules = {
-    "rows": ("data", "fsdp"),
-    "slots": ("data", "fsdp"),
+    "rows": ("data", "fsdp", "expert"),
+    "slots": ("data", "fsdp", "expert"),
     "layers": None,
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": "expert",
+    "router": None,
     "length": None,
     "norm": None,
     "rank": None,
     "value": None,
 }
-TRAIN: Rules = {**_SHARED, "embed": "fsdp"}
-"""Learning: each weight is split over fsdp along its embedding dimension and over tensor along the other."""
-DECODE: Rules = {**_SHARED, "embed": None}
+TRAIN: Rules = {**_SHARED, "embed": ("fsdp", "expert"), "expert_embed": "fsdp"}
+"""Learning: each weight is split over fsdp along its embedding dimension and over tensor along the other. The expert
+axis splits experts, and the embedding dimension of all other weights."""
+DECODE: Rules = {**_SHARED, "embed": None, "expert_embed": None}
 """Sampling: no weight is split over data or fsdp."""
 
 
@@ -47,42 +50,45 @@ class MeshConfig:
     data: int = 1
     """Number of replicas of the parameters. Rows and slots are split over them."""
     fsdp: int = -1
-    """Number of shards of the float32 masters and the optimizer state. Rows and slots are split over these too."""
+    """Shards of masters and optimizer state. Rows and slots are split over them."""
     tensor: int = 1
     """Number of shards of heads, MLP and vocabulary."""
+    expert: int = 1
+    """Mixtures of experts: number of shards of the experts. Rows and slots are split over them, too."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Builds the mesh (axes data, fsdp, tensor) over `devices` (default: all devices).
+    """Builds the mesh (axes data, fsdp, expert, tensor) over `devices` (default: all devices).
 
     Raises:
         ValueError: the sizes don't multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = mesh_sizes(config, len(devices))
+    resolved = mesh_sizes(config, len(devices))
+    sizes = [getattr(resolved, axis) for axis in AXES]
     # A mesh axis may use a part of a physical axis of the torus: 8 × 8 over 4 × 4 × 4 chips.
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """Returns (data, fsdp, tensor) for a number of devices, with -1 resolved.
+def mesh_sizes(config: MeshConfig, devices: int) -> MeshConfig:
+    """Returns the sizes for a number of devices, with -1 resolved.
 
     Raises:
         ValueError: the sizes don't multiply to the number of devices.
     """
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [config.data, config.fsdp, config.tensor, config.expert]
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"expected positive mesh sizes and at most one -1, got data, fsdp, tensor = {sizes}")
+        raise ValueError(f"expected positive mesh sizes and at most one -1, got data, fsdp, tensor, expert = {sizes}")
     known = math.prod(size for size in sizes if size != -1)
-    data, fsdp, tensor = (devices // known if size == -1 else size for size in sizes)
-    if data * fsdp * tensor != devices:
+    data, fsdp, tensor, expert = (devices // known if size == -1 else size for size in sizes)
+    if data * fsdp * tensor * expert != devices:
         raise ValueError(
-            f"expected data x fsdp x tensor = {devices} devices, "
-            f"got {config.data} x {config.fsdp} x {config.tensor};"
-            " set --mesh.data, --mesh.fsdp or --mesh.tensor so that the product fits, or one of them to -1"
+            f"expected data x fsdp x tensor x expert = {devices} devices, "
+            f"got {config.data} x {config.fsdp} x {config.tensor} x {config.expert};"
+            " set --mesh.data, --mesh.fsdp, --mesh.tensor, --mesh.expert so that the product fits, or one of them to -1"
         )
-    return data, fsdp, tensor
+    return MeshConfig(data, fsdp, tensor, expert)
 
 
 @dataclass(frozen=True)
@@ -90,13 +96,16 @@ class MeshDemand:
     """Memory demand on a mesh, and the sizes that its axes must divide.
 
     Attributes:
-        state: bytes split over fsdp × tensor: masters, optimizer state, gradients.
-        weights: bytes split only over tensor: the weights for sampling.
+        state: bytes split over fsdp × expert × tensor: masters, optimizer state, gradients.
+        weights: bytes split only over tensor: the weights for sampling, without experts.
         slots_bytes: bytes split over all axes: caches, and temporary memory of rows.
-        rows: rows of a microbatch; data × fsdp must divide them.
-        slots: slots that decode at once; data × fsdp must divide them.
-        embed: size that fsdp must divide.
+        rows: rows of a microbatch; data × fsdp × expert must divide them.
+        slots: slots that decode at once; data × fsdp × expert must divide them.
+        embed: size that fsdp × expert must divide.
         split: sizes that tensor must divide: key/value heads, MLP, vocabulary.
+        expert_weights: bytes split over expert × tensor: the experts for sampling.
+        exchange: bytes split over data × fsdp × tensor: temporary memory of tokens at their experts.
+        experts: number that expert must divide.
     """
 
     state: float
@@ -106,6 +115,15 @@ class MeshDemand:
     slots: int
     embed: int
     split: tuple[int, ...]
+    expert_weights: float = 0.0
+    exchange: float = 0.0
+    experts: int = 1
+
+    def bytes_of(self, mesh: MeshConfig) -> float:
+        """Bytes of each device."""
+        shared = mesh.fsdp * mesh.expert * mesh.tensor
+        sampled = self.weights / mesh.tensor + self.expert_weights / (mesh.expert * mesh.tensor)
+        return self.state / shared + sampled + (self.slots_bytes + self.exchange * mesh.expert) / (mesh.data * shared)
 
 
 MEMORY_SHARE = 0.9
@@ -120,7 +138,9 @@ def choose_mesh(demand: MeshDemand, devices: int, memory: float) -> MeshConfig:
 
     Tensor parallelism is the smallest that fits, because it costs a reduction in every layer. Of the remaining devices,
     fsdp takes as many as possible while its shards stay wide enough, otherwise as few as necessary to fit. data takes
-    the rest. If no mesh fits, the mesh with the smallest memory demand is returned, and the caller must report it.
+    the rest. With a mixture of experts, their axis takes as many devices of fsdp as fit: to exchange tokens costs less
+    than to gather experts, and a decode step reads fewer of them. If no mesh fits, the mesh with the smallest memory
+    demand is returned, and the caller must report it.
 
     Args:
         demand: memory demand and sizes.
@@ -135,19 +155,22 @@ def choose_mesh(demand: MeshDemand, devices: int, memory: float) -> MeshConfig:
         replicas = devices // tensor
         if any(size % tensor for size in demand.split) or demand.rows % replicas or demand.slots % replicas:
             continue
-        for fsdp in (ways for ways in range(1, replicas + 1) if replicas % ways == 0 and demand.embed % ways == 0):
-            need = demand.state / (fsdp * tensor) + demand.weights / tensor + demand.slots_bytes / devices
-            misfit = 0.0 if need <= MEMORY_SHARE * memory else need
-            narrow = demand.embed // fsdp < _LEAST_SHARD and fsdp > 1
-            # Wide shards come before narrow ones. Among wide shards, more are better; among narrow ones, fewer.
-            order = (misfit, tensor, narrow, fsdp if narrow else -fsdp)
-            candidates.append((order, MeshConfig(replicas // fsdp, fsdp, tensor)))
+        for shards in (ways for ways in range(1, replicas + 1) if replicas % ways == 0):
+            if demand.embed % shards:
+                continue
+            narrow = demand.embed // shards < _LEAST_SHARD and shards > 1
+            for expert in (n for n in range(1, shards + 1) if shards % n == 0 and demand.experts % n == 0):
+                mesh = MeshConfig(replicas // shards, shards // expert, tensor, expert)
+                need = demand.bytes_of(mesh)
+                misfit = 0.0 if need <= MEMORY_SHARE * memory else need
+                # Wide shards come before narrow ones. Among wide shards, more are better; among narrow ones, fewer.
+                candidates.append(((misfit, tensor, narrow, shards if narrow else -shards, -expert), mesh))
     if not candidates:
         most = math.gcd(*demand.split)
         raise ValueError(
-            f"expected a mesh whose data × fsdp divides {demand.rows} rows and {demand.slots} slots and whose tensor "
-            f"divides {', '.join(map(str, demand.split))}, got {devices} devices; make rows and slots multiples of "
-            f"{-(-devices // math.gcd(devices, most))}"
+            f"expected a mesh whose data × fsdp × expert divides {demand.rows} rows and {demand.slots} slots and whose "
+            f"tensor divides {', '.join(map(str, demand.split))}, got {devices} devices; make rows and slots "
+            f"multiples of {-(-devices // math.gcd(devices, most))}"
         )
     return min(candidates, key=lambda candidate: candidate[0])[1]
 

@@ -36,6 +36,9 @@ class Turn:
         response: text of the response.
         versions: i32[m], the training step whose parameters sampled each id (0 outside of training); None if no
             parameters did.
+        experts: integers [n + m, layers · experts per token], the experts that the sampler routed each id of the
+            observation and of the response to, layer by layer (uint8, or int16 with more than 256 experts); None if
+            they are not recorded.
     """
 
     observation_ids: np.ndarray
@@ -47,6 +50,7 @@ class Turn:
     observation: str = ""
     response: str = ""
     versions: np.ndarray | None = None
+    experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

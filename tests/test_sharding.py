@@ -23,10 +23,11 @@ from aem_jax.sharding import (
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        (MeshConfig(), (1, 8, 1)),
-        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
-        (MeshConfig(data=-1, fsdp=1, tensor=4), (2, 1, 4)),
-        (MeshConfig(data=8, fsdp=1, tensor=-1), (8, 1, 1)),
+        (MeshConfig(), (1, 8, 1, 1)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 1, 2)),
+        (MeshConfig(data=-1, fsdp=1, tensor=4), (2, 1, 1, 4)),
+        (MeshConfig(data=8, fsdp=1, tensor=-1), (8, 1, 1, 1)),
+        (MeshConfig(expert=4), (1, 2, 4, 1)),
     ],
 )
 def test_mesh_sizes(config: MeshConfig, sizes: tuple[int, ...]):
@@ -52,16 +53,16 @@ class Chip:
 
 def test_a_mesh_axis_may_be_a_part_of_a_torus_axis():
     mesh = make_mesh(MeshConfig(data=8, fsdp=8), [Chip(index) for index in range(64)])
-    assert dict(mesh.shape) == {"data": 8, "fsdp": 8, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 8, "fsdp": 8, "tensor": 1, "expert": 1}
     assert sorted(device.id for device in mesh.devices.flat) == list(range(64))
 
 
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        (MeshConfig(data=3), "expected data x fsdp x tensor = 8 devices, got 3 x -1 x 1"),
-        (MeshConfig(data=16), "got 16 x -1 x 1"),
-        (MeshConfig(data=2, fsdp=2, tensor=4), "got 2 x 2 x 4; set --mesh.data"),
+        (MeshConfig(data=3), "expected data x fsdp x tensor x expert = 8 devices, got 3 x -1 x 1 x 1"),
+        (MeshConfig(data=16), "got 16 x -1 x 1 x 1"),
+        (MeshConfig(data=2, fsdp=2, tensor=4), "got 2 x 2 x 4 x 1; set --mesh.data"),
         (MeshConfig(data=-1), "at most one -1"),
         (MeshConfig(data=0), "positive mesh sizes"),
         (MeshConfig(tensor=-2), "positive mesh sizes"),
@@ -74,13 +75,19 @@ def test_impossible_meshes_are_refused(config: MeshConfig, complaint: str):
 
 def test_learning_splits_masters_and_sampling_gathers_no_weights():
     query = ("layers", "embed", "heads", "head_dim")
-    assert partition(query, TRAIN) == PartitionSpec(None, "fsdp", "tensor", None)
+    assert partition(query, TRAIN) == PartitionSpec(None, ("fsdp", "expert"), "tensor", None)
     assert partition(query, DECODE) == PartitionSpec(None, None, "tensor", None)
-    assert partition(("slots", None), DECODE) == PartitionSpec(("data", "fsdp"), None)
-    assert partition(("rows", "length"), TRAIN) == PartitionSpec(("data", "fsdp"), None)
+    assert partition(("slots", None), DECODE) == PartitionSpec(("data", "fsdp", "expert"), None)
+    assert partition(("rows", "length"), TRAIN) == PartitionSpec(("data", "fsdp", "expert"), None)
     weights = jax.tree.leaves(Policy(CONFIGS["tiny"]).axes, is_leaf=lambda x: isinstance(x, tuple))
     used = {axis for axes in weights for axis in partition(axes, DECODE) if axis}
     assert used == {"tensor"}
+
+
+def test_experts_are_split_over_their_axis_and_all_else_over_it_with_fsdp():
+    expert = ("layers", "experts", "expert_embed", "mlp")
+    assert partition(expert, TRAIN) == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert partition(expert, DECODE) == PartitionSpec(None, "expert", None, "tensor")
 
 
 @pytest.mark.parametrize("rules", [TRAIN, DECODE])

@@ -39,6 +39,9 @@ class Bigram:
         value = {"w": jnp.zeros((self.width, 1)), "b": jnp.zeros(1)}
         return {"base": base, "value": value} if self.value else {"base": base}
 
+    def experts(self, mesh):
+        return None
+
     def hidden(self, params, tokens, positions, segment_ids, remat=None, constrain=None, attention=None):
         return jnp.tanh(params["base"]["embed"][tokens])
 

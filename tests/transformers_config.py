@@ -7,6 +7,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from aem_jax.models import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from aem_jax.models.parameters import Mixture
 
 
 def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
@@ -26,12 +27,20 @@ def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
         assert not config.use_bidirectional_attention
     assert rope.get("partial_rotary_factor", 1) == 1
     types = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    if kind == "mistral":  # its decoder does not read the types
+    if kind in ("mistral", "qwen3_moe", "mixtral"):  # their decoders do not read the types
         types = ["full_attention" if config.sliding_window is None else "sliding_attention"] * layers
     assert {*types} <= {"full_attention", "sliding_attention"} and len(types) == layers
     is_sliding = [name == "sliding_attention" for name in types]
     if any(is_sliding):  # else the mask fails
         assert config.sliding_window > 0 and (kind not in ("qwen2", "qwen3", "smollm3") or config.use_sliding_window)
+    mixture = None
+    if kind in ("qwen3_moe", "mixtral"):
+        if kind == "qwen3_moe":
+            assert not config.mlp_only_layers and config.decoder_sparse_step == 1
+        else:
+            assert not config.router_jitter_noise
+        norm_topk, names = (config.norm_topk_prob, "qwen") if kind == "qwen3_moe" else (True, "mixtral")
+        mixture = Mixture(config.num_local_experts, config.num_experts_per_tok, norm_topk, names)  # pyright: ignore
     is_qwen2 = kind == "qwen2"  # its decoder reads neither
     assert is_qwen2 or not (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False))
     is_gemma = kind == "gemma3_text"
@@ -41,7 +50,8 @@ def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        "intermediate_size": config.moe_intermediate_size if kind == "qwen3_moe" else config.intermediate_size,
+        "mixture": mixture,
         "num_layers": layers,
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
@@ -55,7 +65,7 @@ def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": config.rms_norm_eps,
         "tied_head": config.tie_word_embeddings,
         "qkv_bias": is_qwen2,
-        "qk_norm": {"qwen3": "head", "gemma3_text": "head", "olmo2": "projection"}.get(kind),
+        "qk_norm": {"qwen3": "head", "qwen3_moe": "head", "gemma3_text": "head", "olmo2": "projection"}.get(kind),
         "norm_placement": placement,
         "zero_centered_norms": is_gemma,
         "scaled_embedding": is_gemma,

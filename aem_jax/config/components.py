@@ -15,6 +15,7 @@ from aem_jax.gateway.session import Limits
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.models import CONFIGS, ModelConfig, Policy
 from aem_jax.models.config import ModelChoice
+from aem_jax.models.parameters import Mixture
 from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.overrides import nearest
 from aem_jax.selection import (
@@ -149,7 +150,7 @@ def row_length(config: RunConfig) -> int:
 
 
 def microbatch_rows(config: RunConfig) -> int:
-    """Rows of a microbatch: `batch.rows`, or `batch.tokens_per_microbatch` / row length, a multiple of data × fsdp.
+    """Rows of a microbatch: `batch.rows`, or `batch.tokens_per_microbatch` / row length; the mesh divides them.
 
     Raises:
         ConfigError: too few tokens for one row on each part of the mesh.
@@ -157,7 +158,7 @@ def microbatch_rows(config: RunConfig) -> int:
     tokens, length = config.batch.tokens_per_microbatch, row_length(config)
     if not tokens:
         return config.batch.rows
-    parts = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
+    parts = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1) * max(config.mesh.expert, 1)
     if rows := tokens // length // parts * parts:
         return rows
     raise ConfigError(
@@ -166,8 +167,27 @@ def microbatch_rows(config: RunConfig) -> int:
     )
 
 
-def batch_layout(config: RunConfig, trajectories: int, num_minibatches: int) -> BatchLayout:
-    """Sizes that hold any `trajectories` episodes: in the worst case each segment has a row of its own."""
+def replayed_mixture(config: RunConfig, model: ModelConfig | None) -> Mixture | None:
+    """The mixture of experts whose routing the sampler records and the learner replays, if any."""
+    return model.mixture if model is not None and config.learner.routing_replay else None
+
+
+def batch_layout(
+    config: RunConfig, trajectories: int, num_minibatches: int, model: ModelConfig | None = None
+) -> BatchLayout:
+    """Sizes that hold any `trajectories` episodes: in the worst case each segment has a row of its own.
+
+    Args:
+        config: the run's.
+        trajectories: number of episodes.
+        num_minibatches: optimizer steps of an epoch.
+        model: of episodes that the run's sampler played; None without recorded experts.
+    """
+    mixture = replayed_mixture(config, model)
+    recorded = {}
+    if model is not None and mixture:
+        width = model.num_layers * mixture.experts_per_token
+        recorded = {"experts": width, "experts_dtype": mixture.record_dtype}
     rollout, rows = config.rollout, microbatch_rows(config)
     responses = trajectories * rollout.max_turns
     segments = trajectories if rollout.context == "append" else responses
@@ -178,6 +198,7 @@ def batch_layout(config: RunConfig, trajectories: int, num_minibatches: int) -> 
         max_responses=responses,
         max_trajectories=trajectories,
         num_minibatches=num_minibatches,
+        **recorded,
     )
 
 
@@ -205,6 +226,7 @@ def warmstart_learner(config: RunConfig) -> LearnerConfig:
         remat=trained.remat,
         attention=trained.attention,
         moments=trained.moments,
+        balance_coefficient=trained.balance_coefficient,
     )
 
 

@@ -22,7 +22,7 @@ from aem_jax.envs.suite import EnvironmentConfig
 from aem_jax.evaluate import EvaluationConfig
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.metrics import MetricsConfig
-from aem_jax.models.config import ModelChoice
+from aem_jax.models.config import CONFIGS, ModelChoice
 from aem_jax.models.lora import LoraConfig
 from aem_jax.overrides import OneOf
 from aem_jax.rollout.config import RolloutConfig
@@ -154,6 +154,11 @@ CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
         "learner.covariance_share learner.covariance_range learner.covariance_penalty",
         "--learner.covariance",
         lambda run: run.learner.covariance != "off",
+    ),
+    (
+        "mesh.expert learner.balance_coefficient learner.routing_replay",
+        "--model.name or --model.path of a mixture of experts",
+        lambda run: bool(run.model.path or (run.model.name in CONFIGS and CONFIGS[run.model.name].mixture)),
     ),
     ("learner.total_steps", "--learner.schedule", lambda run: run.learner.schedule != "constant"),
     ("learner.constant_length", "--learner.aggregation constant", lambda run: run.learner.aggregation == "constant"),

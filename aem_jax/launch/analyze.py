@@ -149,7 +149,7 @@ def _analysis(run: RunContext, params: Params, options: AnalyzeConfig, groups: i
     trajectories, stats = run.rollout(decode, tasks, play)
     check_some_played(trajectories, stats, "the analysis")
     intact = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
-    layout = components.batch_layout(config, len(trajectories), 1)
+    layout = components.batch_layout(config, len(trajectories), 1, run.policy.config)
     batch = place(collate(trajectories, layout), run.mesh)
     # α as in the paper, also for a run without it or with an ablation of it: the claims are about this α.
     aem = AemConfig(min_range=config.aem.min_range if options.min_range < 0 else options.min_range)

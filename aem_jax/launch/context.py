@@ -279,11 +279,12 @@ def open_mesh(config: RunConfig, model: ModelConfig, processes: ProcessGroup = S
     chosen = choose_mesh(demand(workload(config, model=model)), len(devices), memory)
     if processes.is_first:
         log.info(
-            "mesh of %d devices: data %d x fsdp %d x tensor %d (chosen; --mesh.* sets it)",
+            "mesh of %d devices: data %d x fsdp %d x tensor %d x expert %d (chosen; --mesh.* sets it)",
             len(devices),
             chosen.data,
             chosen.fsdp,
             chosen.tensor,
+            chosen.expert,
         )
     return make_mesh(chosen)
 
@@ -299,9 +300,8 @@ def _open_rollout(
 ) -> Rollout:
     rows = components.microbatch_rows(config)
     if rows % slot_shards(mesh):
-        raise ValueError(
-            f"--batch.rows: expected a multiple of mesh.data × mesh.fsdp = {slot_shards(mesh)}, got {rows}"
-        )
+        parts = f"mesh.data × mesh.fsdp × mesh.expert = {slot_shards(mesh)}"
+        raise ValueError(f"--batch.rows: expected a multiple of {parts}, got {rows}")
     listed = config.rollout.prompt_style == "single"  # prompts list the admissible actions
     if config.env.urls and config.environment.NAME != "openenv" and processes.is_first:
         # OpenEnv's protocol has no message that asks a server for its settings.
@@ -323,6 +323,7 @@ def _open_rollout(
         windows=config.rollout.windows,
         mesh=mesh,
         grows=config.rollout.context == "append",
+        records_experts=components.replayed_mixture(config, policy.config) is not None,
     )
     device_bytes = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     caches = check_cache_memory(sampler, config.rollout, device_bytes)

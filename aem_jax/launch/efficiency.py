@@ -292,7 +292,7 @@ def _responses_of(credit: Credit) -> tuple[np.ndarray, ...]:
 
 
 def _layout(run: RunContext, trajectories: int) -> BatchLayout:
-    return components.batch_layout(run.config, trajectories, 1)
+    return components.batch_layout(run.config, trajectories, 1, run.policy.config)
 
 
 def _part(run: RunContext, trajectories: Sequence[Trajectory], groups: set[int], step: int) -> _Part:

@@ -122,7 +122,7 @@ def _train(run: RunContext, state: TrainState) -> TrainState:
             rollout=run.rollout,
             tasks=tasks,
             rule=components.selection_rule(config),
-            layout=components.batch_layout(config, num_episodes, config.learner.num_minibatches),
+            layout=components.batch_layout(config, num_episodes, config.learner.num_minibatches, run.policy.config),
             mesh=mesh,
             reshard=run.reshard,
             credit=make_credit(

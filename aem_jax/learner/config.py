@@ -49,6 +49,11 @@ class LearnerConfig:
     With several optimizer steps a batch it costs another forward pass. 2 is usual, 0 disables."""
     kl_coefficient: float = 0.0
     """Weight of the KL to the reference policy (k3 estimator); 0 keeps no reference policy in memory."""
+    balance_coefficient: float = 0.0
+    """Mixtures of experts: weight of the balancing loss; 0 disables."""
+    routing_replay: bool = True
+    """Mixtures of experts: each token goes to the experts that the sampler routed it to. False: to those of the
+    learner's own router, which rounding makes differ at some tokens."""
     entropy_coefficient: float = 0.0
     """Weight of an entropy bonus: the mean entropy of tokens; 0 disables."""
     covariance: Literal["off", "clip", "kl"] = "off"
@@ -113,6 +118,7 @@ class LearnerConfig:
             "total_steps",
             "weight_decay",
             "kl_coefficient",
+            "balance_coefficient",
             "entropy_coefficient",
             "covariance_penalty",
             "value_coefficient",

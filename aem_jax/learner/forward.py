@@ -20,7 +20,7 @@ from aem_jax.learner.state import TrainablePolicy
 from aem_jax.learner.value import ValueObjective, ValueTokens
 from aem_jax.models import Params
 from aem_jax.models.attention import RowAttention, row_attention
-from aem_jax.models.decoder import PRODUCT
+from aem_jax.models.experts import PRODUCT, Experts, Load
 from aem_jax.models.kernels import make_row_attention
 from aem_jax.sharding import TRAIN, partition, slot_shards
 
@@ -34,12 +34,17 @@ REMAT: Mapping[str, Callable[..., Any] | None] = {
 
 
 class Rows(NamedTuple):
-    """The rows of one microbatch, i32[b, T] each; see `Batch`."""
+    """The rows of one microbatch, i32[b, T] each; see `Batch`.
+
+    Attributes:
+        experts: integers [b, T, E], recorded experts; None to route by the policy's own router.
+    """
 
     tokens: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
     response_ids: jax.Array
+    experts: Any = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class ForwardConfig:
         constrain: sharding constraint on hidden states [b, T, D].
         attention: attention over rows.
         head: shardings of the head and of its gradient.
+        experts: the products of a mixture's experts; None without one.
     """
 
     temperature: float
@@ -61,9 +67,10 @@ class ForwardConfig:
     constrain: Callable[[jax.Array], jax.Array] | None = None
     attention: RowAttention = row_attention
     head: HeadLayout = HeadLayout()  # noqa: RUF009  (immutable)
+    experts: Experts | None = None
 
 
-def forward_config(config: LearnerConfig, mesh: Mesh) -> ForwardConfig:
+def forward_config(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> ForwardConfig:
     """The settings of the learner's forward passes on a mesh."""
 
     # Rows stay split over data and fsdp. Without this constraint, the partitioner takes the sharding of the embedding's
@@ -86,6 +93,7 @@ def forward_config(config: LearnerConfig, mesh: Mesh) -> ForwardConfig:
             per_shard_head=constrained_to("rows", None, "vocab"),
             gradient=constrained_to("embed", "vocab"),
         ),
+        experts=policy.experts(mesh),
     )
 
 
@@ -106,7 +114,7 @@ def row_statistics(
         (logprobs, entropies) f32[b, T], nats, 0 outside responses. Not differentiable; `row_loss` is.
     """
     order = _SampledFirst(rows)
-    hidden = _hidden(policy, params, rows, order, config)
+    hidden, _ = _hidden(policy, params, rows, order, config)
     settings = {"temperature": config.temperature, "chunk": config.head_chunk, "layout": config.head}
     targets, active = order.of_tokens(rows.tokens), order.of_tokens(rows.response_ids >= 0)
     logprobs, entropies = head_statistics(policy.head(params), hidden, targets, active, **settings)
@@ -122,6 +130,7 @@ def row_loss(
     config: ForwardConfig,
     sequence: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
     value: tuple[ValueObjective, ValueTokens] | None = None,
+    balance: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     """A loss of the sampled tokens' log-probabilities, differentiable in the parameters.
 
@@ -137,12 +146,13 @@ def row_loss(
         sequence: (logprobs, logprobs as sampled, response ids), [b, T] each, in permuted order -> f32[b, T], the
             log-ratios for `tokens.sequence`. It computes the head of all sampled tokens once more, without gradient.
         value: the value loss to add, and its inputs for each token; the policy then has a value head.
+        balance: f32[], weight of `balancing_loss` for each token; None for none.
 
     Returns:
         (loss f32[], stats); no gradient flows through the stats.
     """
     order = _SampledFirst(rows)
-    hidden = _hidden(policy, params, rows, order, config)
+    hidden, load = _hidden(policy, params, rows, order, config)
     head, targets, tokens = policy.head(params), order.of_tokens(rows.tokens), jax.tree.map(order.of_tokens, tokens)
     if sequence is not None:
         settings = {"temperature": config.temperature, "chunk": config.head_chunk, "layout": config.head}
@@ -151,9 +161,14 @@ def row_loss(
         tokens = tokens._replace(sequence=sequence(logprobs, tokens.logprobs, order.of_tokens(rows.response_ids)))
     settings = config.temperature, config.head_chunk, config.head
     policy_loss: tuple[jax.Array, Stats] = head_loss(objective, *settings, head, hidden, targets, tokens)
+    loss, stats = policy_loss
+    if load is not None:
+        stats = stats._replace(sums=stats.sums | load_sums(load, replayed=rows.experts is not None))
+        if balance is not None:
+            loss = loss + balance * load.tokens * balancing_loss(load)
     if value is None:
-        return policy_loss
-    (loss, stats), (value_objective, value_tokens) = policy_loss, value
+        return loss, stats
+    value_objective, value_tokens = value
     value_tokens = ValueTokens(*map(order.of_tokens, value_tokens))
     value_loss, stats = value_objective(policy, params, hidden, value_tokens, stats)
     return loss + value_loss, stats
@@ -161,15 +176,63 @@ def row_loss(
 
 def row_values(policy: TrainablePolicy, params: Params, rows: Rows, config: ForwardConfig) -> jax.Array:
     """Value of the state after each position, f32[b, T], in units of reward; undefined in padding."""
-    return policy.values(params, policy.hidden(params, *rows[:3], None, config.constrain, config.attention))
+    return policy.values(params, _hidden_and_load(policy, params, rows, config, None)[0])
+
+
+def _hidden_and_load(
+    policy: TrainablePolicy, params: Params, rows: Rows, config: ForwardConfig, remat: Callable[..., Any] | None
+) -> tuple[jax.Array, Load | None]:
+    """[b, T, D], and the load of a mixture's experts."""
+    settings = remat, config.constrain, config.attention
+    if config.experts is None:
+        return policy.hidden(params, *rows[:3], *settings), None
+    mixture = {"experts": config.experts, "recorded": rows.experts}
+    return policy.hidden_and_load(params, *rows[:3], *settings, **mixture)
 
 
 def _hidden(
     policy: TrainablePolicy, params: Params, rows: Rows, order: "_SampledFirst", config: ForwardConfig
-) -> jax.Array:
-    """[b, T, D], the positions that predict a sampled token first."""
-    hidden = order.of_positions(policy.hidden(params, *rows[:3], config.remat, config.constrain, config.attention))
-    return hidden if config.constrain is None else config.constrain(hidden)
+) -> tuple[jax.Array, Load | None]:
+    """[b, T, D], the positions that predict a sampled token first; and the load of a mixture's experts."""
+    hidden, load = _hidden_and_load(policy, params, rows, config, config.remat)
+    hidden = order.of_positions(hidden)
+    return hidden if config.constrain is None else config.constrain(hidden), load
+
+
+def balancing_loss(load: Load) -> jax.Array:
+    """A loss that is least, 1, where the router spreads tokens evenly over experts (Fedus et al., arXiv 2101.03961).
+
+        L = mean over layers of  E Σ_e f_e P_e
+
+    f_e is the share of choices that are expert e, without gradient; P_e is its mean probability. Both are over the
+    tokens of a microbatch, so this loss alone depends on how tokens are packed.
+    """
+    chosen = load.counts / jnp.maximum(jnp.sum(load.counts, axis=-1, keepdims=True), 1.0)
+    probabilities = load.probabilities / jnp.maximum(load.tokens, 1.0)
+    return load.counts.shape[-1] * jnp.mean(jnp.sum(jax.lax.stop_gradient(chosen) * probabilities, axis=-1))
+
+
+def load_sums(load: Load, *, replayed: bool) -> dict[str, jax.Array]:
+    """What `expert_metrics` needs, as sums over microbatches: f32[L, E] and f32[]."""
+    sums = {"expert_counts": load.counts, "expert_choices": load.choices, "expert_flips": load.flips}
+    return jax.lax.stop_gradient(sums if replayed else {name: sums[name] for name in sums if name != "expert_flips"})
+
+
+def expert_metrics(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The load of a mixture's experts, from sums [optimizer steps, …] of `load_sums`; empty without them."""
+    if "expert_counts" not in metrics:
+        return {}
+    counts, choices = jnp.sum(metrics["expert_counts"], axis=0), metrics["expert_choices"]
+    share = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
+    entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0), axis=-1)
+    results = {
+        "expert_load_max": jnp.mean(jnp.max(share, axis=-1)) * counts.shape[-1],
+        "expert_entropy": jnp.mean(entropy),
+        "expert_dropped": jnp.sum(choices) - jnp.sum(counts),
+    }
+    if "expert_flips" in metrics:  # of the first optimizer step, before any update
+        results["parity_flips"] = metrics["expert_flips"][0] / jnp.maximum(choices[0], 1.0)
+    return results
 
 
 class _SampledFirst:

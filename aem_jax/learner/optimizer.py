@@ -62,7 +62,7 @@ def make_optimizer(config: LearnerConfig, axes: Any) -> optax.GradientTransforma
 
 def _adamw(config: LearnerConfig, schedule: optax.Schedule, axes: Any) -> optax.GradientTransformation:
     # Weights that read or write the residual stream decay, and so do adapters; norm scales and biases do not.
-    matrices = _with_axes("embed", "rank", axes=axes)
+    matrices = _with_axes("embed", "expert_embed", "rank", axes=axes)
     if config.moments == "bfloat16":
         return optax.chain(
             scale_by_bfloat16_adam(config.beta1, config.beta2, config.adam_eps),

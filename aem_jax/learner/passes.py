@@ -1,6 +1,8 @@
 """Forward passes over a batch, without gradient: log-probabilities of its tokens, and values of its responses."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,14 @@ Array = jax.Array
 
 
 def make_token_logprobs(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh) -> Callable[[Params, Batch], Array]:
-    """token_logprobs(params, batch) -> f32[M, b, T], jitted, 0 outside responses: the reference policy's pass."""
-    forward = forward_config(config, mesh)
+    """token_logprobs(params, batch) -> f32[M, b, T], jitted, 0 outside responses: the reference policy's pass.
+
+    The reference policy routes tokens by its own router, whatever experts the batch has.
+    """
+    forward = forward_config(policy, config, mesh)
 
     def logprobs(params: Params, batch: Batch) -> Array:
-        batch = constrained(batch, mesh)
+        batch = constrained(replace(batch, experts=None), mesh)
         return token_logprobs(policy, forward, params, batch)
 
     return jax.jit(logprobs, out_shardings=packed_sharding(mesh))
@@ -35,7 +40,7 @@ def make_response_values(
 
     The value of a response is that of the state before it, at the position that predicts the response's first token.
     """
-    forward = forward_config(config, mesh)
+    forward = forward_config(policy, config, mesh)
 
     def response_values(params: Params, batch: Batch) -> Array:
         batch = constrained(batch, mesh)
@@ -64,7 +69,9 @@ def token_logprobs(policy: TrainablePolicy, forward: ForwardConfig, params: Para
 
 def rows_of(batch: Batch, m: Array) -> Rows:
     """The rows of microbatch m."""
-    return Rows(*(microbatch(getattr(batch, name), m) for name in Rows._fields))
+    packed: Any = (getattr(batch, name) for name in Rows._fields)
+    rows: Any = (None if array is None else microbatch(array, m) for array in packed)
+    return Rows(*rows)
 
 
 def microbatch(packed: Array, m: Array) -> Array:

@@ -37,6 +37,10 @@ class TrainablePolicy(Protocol):
         """Whether there is a value head, the part "value"."""
         ...
 
+    def experts(self, mesh: Mesh | None) -> Any:
+        """The products of a mixture's experts on a mesh; None without a mixture, and `hidden` is used then."""
+        ...
+
     def init(self, key: jax.Array) -> Params:
         """Parameters from a PRNG key; trainable ones are float32."""
         ...
@@ -45,6 +49,22 @@ class TrainablePolicy(Protocol):
         self, params: Params, tokens, positions, segment_ids, remat=None, constrain=None, attention: Any = ...
     ) -> jax.Array:
         """[B, T, D] of packed rows i32[B, T]; `constrain` is the residual stream's sharding, `attention` the kernel."""
+        ...
+
+    def hidden_and_load(
+        self,
+        params: Params,
+        tokens,
+        positions,
+        segment_ids,
+        remat=None,
+        constrain=None,
+        attention: Any = ...,
+        *,
+        experts: Any = None,
+        recorded=None,
+    ) -> tuple[jax.Array, Any]:
+        """`hidden`, and the load of a mixture's experts; `experts` is from the method, `recorded` from a batch."""
         ...
 
     def head(self, params: Params) -> jax.Array:

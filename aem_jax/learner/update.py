@@ -24,7 +24,7 @@ from aem_jax.advantage import ValueTargets, token_advantages
 from aem_jax.batch import Batch, constrained
 from aem_jax.learner.config import LearnerConfig
 from aem_jax.learner.covariance import selected_tokens
-from aem_jax.learner.forward import ForwardConfig, forward_config, row_loss, row_statistics
+from aem_jax.learner.forward import ForwardConfig, expert_metrics, forward_config, row_loss, row_statistics
 from aem_jax.learner.objective import AGGREGATIONS, Objective, Stats, Tokens, policy_objective, supervised_objective
 from aem_jax.learner.optimizer import make_schedule, num_updates
 from aem_jax.learner.passes import microbatch, rows_of, token_logprobs
@@ -60,6 +60,10 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, max_
             value_loss (without its coefficient), value_clip_fraction: means over responses, only with a value head;
             covariance_fraction (share of tokens that the control by covariance acts on), only with covariance;
             importance_mean, importance_capped (share of tokens at the cap), only with importance_cap;
+            expert_load_max (load of the fullest expert relative to the mean, mean over layers), expert_entropy (of the
+                experts' loads, nats, mean over layers), expert_dropped (0), of all tokens: only with experts;
+            parity_flips (share of the recorded experts that the learner's router would not choose, in the first
+                minibatch): only with recorded experts;
             parity_max, parity_mean: |learner's − sampler's logprob| in the first minibatch, before any step, nats; of
                 tokens of age 0, and likewise parity_age_1_max, … of older ones; NaN where there are none;
             tokens (sampled, of the batch), skipped (optimizer steps without tokens or with a gradient not finite).
@@ -141,7 +145,9 @@ def make_program(
     """The static part of an update with this objective."""
     optimizer, aggregate = policy_optimizer(policy, config), AGGREGATIONS[config.aggregation](config)
     state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(policy, config, mesh).without_frozen())
-    return Program(policy, config, mesh, forward_config(config, mesh), objective, sequence, aggregate, optimizer, state)
+    return Program(
+        policy, config, mesh, forward_config(policy, config, mesh), objective, sequence, aggregate, optimizer, state
+    )
 
 
 class Update:
@@ -208,6 +214,7 @@ class Minibatch(NamedTuple):
         start: i32[], its first microbatch.
         end: i32[], one after its last.
         log_ratios: f32[R], log-ratio of each response's sequence, nats; None if no separate pass computes it.
+        balance: f32[], weight of each token in the balancing loss; None without one.
     """
 
     response_tokens: Array
@@ -216,6 +223,7 @@ class Minibatch(NamedTuple):
     start: Array
     end: Array
     log_ratios: Array | None = None
+    balance: Array | None = None
 
 
 class Gradient(NamedTuple):
@@ -315,7 +323,12 @@ def minibatch_of(program: Program, batch: Batch, index: Array) -> Minibatch:
     weights = program.aggregate(tokens, batch.response_trajectory, batch.valid.shape[0])
     value_weights = (tokens > 0) / jnp.maximum(jnp.sum(tokens > 0), 1)
     ends = batch.minibatch_ends
-    return Minibatch(tokens, weights, value_weights, jnp.where(index > 0, ends[index - 1], 0), ends[index])
+    start, end, balance = jnp.where(index > 0, ends[index - 1], 0), ends[index], None
+    if program.config.balance_coefficient:
+        own = jnp.arange(batch.segment_ids.shape[0])[:, None, None]
+        count = jnp.sum((batch.segment_ids > 0) & (own >= start) & (own < end))
+        balance = program.config.balance_coefficient / jnp.maximum(count, 1)
+    return Minibatch(tokens, weights, value_weights, start, end, balance=balance)
 
 
 def sequence_log_ratios(program: Program, params: Params, inputs: Inputs, minibatch: Minibatch) -> Array:
@@ -376,11 +389,14 @@ def microbatch_loss(
         program.forward,
         row_log_ratios if program.sequence is not None and program.sequence.in_one_row else None,
         value,
+        minibatch.balance,
     )
 
 
 def summarize(metrics: Metrics, num_epochs: int) -> Metrics:
     """[optimizer steps] sums over tokens → the update's means, maxima and last values."""
+    experts = expert_metrics(metrics)
+    metrics = {name: value for name, value in metrics.items() if not name.startswith("expert_")}
     count = metrics["tokens"]
     mean = lambda sums, counts: jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1.0)
     summary = {name: mean(value, count) for name, value in metrics.items() if not name.startswith("parity_")}
@@ -391,7 +407,7 @@ def summarize(metrics: Metrics, num_epochs: int) -> Metrics:
     }
     if "parity_mean" in metrics:
         summary |= {"ratio_max": jnp.max(metrics["ratio_max"]), **_parity(metrics)}
-    return summary
+    return summary | experts
 
 
 def _parity(metrics: Metrics) -> Metrics:

@@ -2,6 +2,7 @@
 
 from aem_jax.models.config import CONFIGS, ModelConfig
 from aem_jax.models.lora import LoraConfig
+from aem_jax.models.parameters import Mixture
 from aem_jax.models.policy import Params, Policy
 from aem_jax.models.pretrained import Pretrained, from_pretrained, save_pretrained
 from aem_jax.models.rotary import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
@@ -11,6 +12,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LoraConfig",
+    "Mixture",
     "ModelConfig",
     "Params",
     "Policy",

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from aem_jax.models.parameters import parameter_table
+from aem_jax.models.parameters import Mixture, parameter_table
 from aem_jax.models.rotary import LinearScaling, Llama3Scaling, Rope, RopeScaling
 
 DTYPES = ("bfloat16", "float32")
@@ -81,6 +81,7 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    """Width of the MLP's hidden layer; of each expert's in a mixture."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -111,6 +112,8 @@ class ModelConfig:
     """Base of the rotary positions of layers with a sliding window, which are not scaled; None: as other layers."""
     unrotated_layers: tuple[int, ...] = ()
     """Indices of the layers without rotary positions, in ascending order."""
+    mixture: Mixture | None = None
+    """The mixture of experts of every layer; None for one MLP."""
     max_positions: int = 32_768
     """Longest context that the weights were trained for, in tokens."""
     dtype: DTypeName = DTypeName()
@@ -181,6 +184,15 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Parameters, the embedding counted once when the head is tied."""
         return sum(row.size for row in parameter_table(self))
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token uses: of a mixture, k experts of each layer."""
+        table, mixture = parameter_table(self), self.mixture
+        if mixture is None:
+            return self.num_parameters
+        used = lambda row: row.size * mixture.experts_per_token // mixture.num_experts if row.has_experts else row.size
+        return sum(map(used, table))
 
 
 def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv: int, head_dim: int, vocab: int) -> ModelConfig:
@@ -261,8 +273,23 @@ _SMOLLM3 = ModelConfig(
     architecture="SmolLM3ForCausalLM",
 )
 
+
+def _qwen3_moe(hidden: int, expert: int, layers: int, heads: int) -> ModelConfig:
+    return ModelConfig(
+        *(151_936, hidden, expert, layers, heads, 4, 128),
+        tied_head=False,
+        mixture=Mixture(128, 8),
+        max_positions=40_960,
+        dtype="bfloat16",
+    )
+
+
+TINY = ("tiny", "tiny-moe")
+"""Known sizes whose vocabulary is replaced by that of the tokenizer trained for the run."""
+
 CONFIGS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(512, 128, 384, 4, 4, 2, 32, rope_theta=10_000.0),
+    "tiny-moe": ModelConfig(512, 128, 128, 4, 4, 2, 32, rope_theta=10_000.0, mixture=Mixture(8, 2)),
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, True),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, True),
     "qwen3-4b": _qwen3(2560, 9728, 36, 32, 8, True),
@@ -291,9 +318,19 @@ CONFIGS: dict[str, ModelConfig] = {
     "smollm3-3b": _SMOLLM3,
     "mistral-7b-v0.3": _mistral(14_336, 32, 32_768, 1_000_000.0, ()),
     "ministral-8b-2410": _mistral(12_288, 36, 131_072, 100_000_000.0, (0, 32_768, 32_768, 32_768) * 9),
+    "qwen3-30b-a3b": _qwen3_moe(2048, 768, 48, 32),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 1536, 94, 64),
+    "mixtral-8x7b": ModelConfig(
+        *(32_000, 4096, 14_336, 32, 32, 8, 128),
+        norm_eps=1e-5,
+        tied_head=False,
+        qk_norm=None,
+        mixture=Mixture(8, 2, names="mixtral"),
+        dtype="bfloat16",
+    ),
 }
-"""Known sizes by name: those of the published models (of Qwen2.5, Llama 3, OLMo 2 and Mistral the instruct models; of
-Gemma 3 the part for text). The vocabulary of `tiny` is replaced by that of the tokenizer trained for the run."""
+"""Known sizes by name: those of the published models (of Qwen2.5, Llama 3, OLMo 2, Mistral and Mixtral the instruct
+models; of Gemma 3 the part for text), and those of `TINY`."""
 
 
 def published(repository: str) -> ModelConfig | None:
@@ -308,12 +345,10 @@ class ModelChoice:
 
     path: str = ""
     """Folder of a model in Hugging Face's files, its name on the Hub, or a GGUF file, to start training from, with its
-    tokenizer. Families: Qwen2.5, Qwen3, Llama 3; not as GGUF: OLMo 2, Gemma 3, SmolLM3, Mistral, Ministral. Empty:
-    random weights of the size below."""
+    tokenizer. Families: Qwen2.5, Qwen3, Llama 3; not as GGUF: OLMo 2, Gemma 3, SmolLM3, Mistral, Ministral, Qwen3-MoE,
+    Mixtral. Empty: random weights of the size below."""
     name: str = "tiny"
-    """Known size: tiny, qwen2.5-0.5b, -1.5b, -3b, -7b, -14b or -32b, qwen3-0.6b, -1.7b, -4b, -8b, -14b or -32b,
-    llama-3.2-1b or -3b, llama-3.1-8b or -70b, olmo-2-0425-1b, olmo-2-1124-7b or -13b, olmo-2-0325-32b, gemma-3-270m,
-    -1b, -4b, -12b or -27b, smollm3-3b, mistral-7b-v0.3, ministral-8b-2410."""
+    """Known size: tiny, tiny-moe, or that of a published model, such as qwen2.5-7b or qwen3-30b-a3b; "?" lists all."""
     hidden_size: int | None = None
     """Width of the residual stream; none, here and below: the named size's."""
     intermediate_size: int | None = None

@@ -20,6 +20,17 @@ from aem_jax.models import kv_cache
 from aem_jax.models.attention import RowAttention, row_attention
 from aem_jax.models.config import Activation, ModelConfig, NormPlacement
 from aem_jax.models.decode_attention import Attend, attend_chunked
+from aem_jax.models.experts import (
+    PRODUCT,
+    Experts,
+    ExpertWeights,
+    Load,
+    Matrices,
+    Routing,
+    load_of,
+    make_experts,
+    route,
+)
 from aem_jax.models.int8 import scale_of
 from aem_jax.models.kv_cache import KVCache, KVChunk, LayerCache
 from aem_jax.models.lora import Adapter, Adapters, LoraConfig
@@ -99,10 +110,6 @@ def _kind_of_layers(of_layers: Sequence[Any]) -> Array | None:
     """i32[L], the index in `_kinds` of each layer's value; None if all layers have the same."""
     kinds = _kinds(of_layers)
     return jnp.asarray([kinds.index(value) for value in of_layers], jnp.int32) if len(kinds) > 1 else None
-
-
-PRODUCT = "product"
-"""Name of the products with weights, for the policies of `jax.checkpoint`."""
 
 
 def project(spec: str, x: Array, weights: Array) -> Array:
@@ -241,16 +248,46 @@ class Block(nnx.Module):
             cos, sin = cos * scale, sin * scale
         return rotate(q, cos, sin), k, v
 
-    def output_and_mlp(self, x: Array, attended: Array, *, split_gate_up: bool = False) -> Array:
-        """Output projection, then the MLP, each with its residual.
+    def output(self, x: Array, attended: Array) -> Array:
+        """Output projection of attention, with its residual."""
+        add = self.adapters.add if self.adapters else _without_adapter
+        y: Any = add("o_proj", attended, self._project("bthk,hkd->btd", "o", attended))
+        return x + self._norm_at("post", "attention_norm", y)
+
+    def mixture(
+        self, x: Array, experts: Experts, recorded: Array | None = None, valid: Array | None = None
+    ) -> tuple[Array, Routing]:
+        """The mixture of experts, with its residual.
+
+        Args:
+            x: [B,T,D].
+            experts: their products.
+            recorded: integers [B,T,k], experts to take instead of the most likely ones.
+            valid: bool[B,T], tokens that count; the output of others is 0. None for all.
+
+        Returns:
+            [B,T,D], and the tokens' experts.
+        """
+        assert self.config.mixture is not None
+        y = self._norm_at("pre", "mlp_norm", x)
+        routing = route(y, self._weight("router"), self.config.mixture, recorded)
+        y = experts(y, routing, valid, ExpertWeights(*(self._experts(name) for name in ("gate", "up", "down"))))
+        return x + self._norm_at("post", "mlp_norm", y), routing
+
+    def _experts(self, part: str) -> Matrices:
+        name = f"experts_{part}"
+        scales = self._weight(scale_of(name)) if self.int8 else None
+        adapter = self.adapters.of_experts(f"{part}_proj") if self.adapters else None
+        return Matrices(self._weight(name), scales, *(adapter or ()))
+
+    def mlp(self, x: Array, *, split_gate_up: bool = False) -> Array:
+        """The MLP, with its residual.
 
         `split_gate_up` computes gate and up as two products: one more to start, but the backward pass concatenates
         nothing.
         """
         add = self.adapters.add if self.adapters else _without_adapter
-        y: Any = add("o_proj", attended, self._project("bthk,hkd->btd", "o", attended))
-        x = x + self._norm_at("post", "attention_norm", y)
-        y = self._norm_at("pre", "mlp_norm", x)
+        y: Any = self._norm_at("pre", "mlp_norm", x)
         if split_gate_up and not self.int8:
             # Without an axis of size 1, each is gathered once for both of its products backward. XLA for GPUs gathers
             # it twice otherwise.
@@ -276,7 +313,9 @@ class Decoder(nnx.Module):
         int8: bool = False,
         adapter: Adapter | None = None,
         lora: LoraConfig | None = None,
+        experts: Experts | None = None,
     ) -> None:
+        self.experts: Experts = experts or make_experts(GATED[config.activation], None)
         self.embed: nnx.Param[Array] = nnx.Param(params["embed"])
         layers = params["layers"]
         self.by_layer: bool = isinstance(layers, list)  # the layout of sampling; see `Policy.by_layer`
@@ -308,7 +347,8 @@ class Decoder(nnx.Module):
         remat: Callable | None = None,
         constrain: Constrain | None = None,
         attention: RowAttention = row_attention,
-    ) -> Array:
+        recorded: Array | None = None,
+    ) -> tuple[Array, Load | None]:
         """Hidden states of packed rows.
 
         Args:
@@ -318,9 +358,10 @@ class Decoder(nnx.Module):
             remat: a `jax.checkpoint_policies` policy, or None to keep every activation.
             constrain: constrains the sharding of the residual stream [B,T,D]; None leaves it to the partitioner.
             attention: of the rows; `kernels.make_row_attention` makes a device's.
+            recorded: integers [B,T,L·k], experts to take instead of the most likely ones; of a mixture.
 
         Returns:
-            [B,T,D] after the final norm.
+            [B,T,D] after the final norm, and the experts' load if there are experts.
         """
         config, constrain = self.config, constrain or (lambda x: x)
         tables, windows = self._rotary_tables(positions), _kinds(config.windows)
@@ -328,8 +369,13 @@ class Decoder(nnx.Module):
         attends = [partial(attention, sliding_window=size) if size else attention for size in windows]
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(x: Array, scanned: tuple[Any, Array | None, Array | None]) -> tuple[Array, None]:
-            state, rope, window = scanned
+        mixture, given = config.mixture, recorded is not None
+        by_layer = None
+        if recorded is not None:
+            by_layer = jnp.moveaxis(recorded.reshape(*tokens.shape, config.num_layers, -1), 2, 0)
+
+        def layer(x: Array, scanned: tuple[Any, Array | None, Array | None, Array | None]) -> tuple[Array, Load | None]:
+            state, rope, window, experts = scanned
             block = nnx.merge(graphdef, state)
             table = lambda kinds: jax.lax.dynamic_index_in_dim(kinds, rope, keepdims=False)
             cos, sin = tables[0] if rope is None else jax.tree.map(table, stacked_tables)
@@ -339,15 +385,23 @@ class Decoder(nnx.Module):
             else:
                 with jax.named_scope(WINDOWS):
                     attended = jax.lax.switch(window, attends, q, k, v, segment_ids)
-            return constrain(block.output_and_mlp(x, attended, split_gate_up=True)), None
+            x = block.output(x, attended)
+            if mixture is None:
+                return constrain(block.mlp(x, split_gate_up=True)), None
+            valid = segment_ids > 0
+            x, routing = block.mixture(x, self.experts, experts, valid)
+            return constrain(x), load_of(routing, valid, mixture, given=given)
 
         body = layer if remat is None else jax.checkpoint(layer, policy=remat)
-        x, _ = jax.lax.scan(
+        x, load = jax.lax.scan(
             body,
             constrain(self._embed(tokens)),
-            (stacked, _kind_of_layers(config.ropes), _kind_of_layers(config.windows)),
+            (stacked, _kind_of_layers(config.ropes), _kind_of_layers(config.windows), by_layer),
         )
-        return norm_of(config, self.norm[...], x)
+        if load is not None:
+            totals = {"flips": jnp.sum(load.flips), "choices": jnp.sum(load.choices)}
+            load = load._replace(**totals, tokens=load.tokens[0])
+        return norm_of(config, self.norm[...], x), load
 
     def with_cache(self, cache: KVCache, window: int) -> list[LayerInput]:
         """What `extend` reads of each layer; of the cache, the first `window` (static) positions."""
@@ -385,7 +439,7 @@ class Decoder(nnx.Module):
         chunks: Sequence[Any],
         index: Array,
         attend: Attend = attend_chunked,
-    ) -> tuple[Array, tuple[Any, ...]]:
+    ) -> tuple[Array, tuple[Any, ...], Array | None]:
         """Hidden states of C new tokens a slot, which attend to the cache and to earlier tokens of the chunk.
 
         Args:
@@ -398,19 +452,27 @@ class Decoder(nnx.Module):
             attend: attention of the new tokens to the cache and to the chunk.
 
         Returns:
-            hidden [S,C,D] after the final norm, and the chunks with the new tokens' keys and values.
+            hidden [S,C,D] after the final norm, the chunks with the new tokens' keys and values, and of a mixture the
+            tokens' experts, integers [S,C,L,k].
         """
         tables = self._rotary_tables(positions)
         graphdef = nnx.graphdef(self.layers[0] if self.by_layer else self.layers)
-        x, written = self._embed(tokens), []
+        mixture = self.config.mixture
+        x, written, experts = self._embed(tokens), [], []
         for layer, chunk in zip(layers, chunks, strict=True):
             block = nnx.merge(graphdef, layer.weights(index))
             q, k, v = block.project_qkv(x, *tables[layer.rope])
             windowed = partial(attend, sliding_window=layer.sliding_window) if layer.sliding_window else attend
             attended, chunk = windowed(q, k, v, layer.cache, lengths, chunk, index)
-            x = block.output_and_mlp(x, attended)
+            x = block.output(x, attended)
+            if mixture is None:
+                x = block.mlp(x)
+            else:
+                x, routing = block.mixture(x, self.experts)
+                experts.append(routing.experts.astype(mixture.record_dtype))
             written.append(chunk)
-        return norm_of(self.config, self.norm[...], x), tuple(written)
+        record = jnp.stack(experts, axis=2) if experts else None
+        return norm_of(self.config, self.norm[...], x), tuple(written), record
 
     def logits(self, hidden: Array) -> Array:
         """float32 logits [..., V] of hidden states [..., D], without rounding to the activations' dtype in between.

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from aem_jax.models.config import Activation, ModelConfig, NormPlacement, QKNorm, brief, dtype_name
 from aem_jax.models.hf_fields import FLAG, FRACTION, INDEX, SIZE, STRINGS, Kind, one_of, take
 from aem_jax.models.hf_rope import rope_to_hf, ropes_from_hf
+from aem_jax.models.parameters import ExpertNames, Mixture
 from aem_jax.models.rotary import Rope
 
 SAVED_DTYPES = ("bfloat16", "float32", "float16")
@@ -40,6 +41,7 @@ class Family(NamedTuple):
         activation: the field of the MLP's activation.
         not_null: fields that may be absent, but not null.
         defaults: values of further fields for a file without them.
+        experts: names of the experts' tensors (`Mixture.names`); None without experts.
     """
 
     architecture: str
@@ -60,6 +62,7 @@ class Family(NamedTuple):
     activation: str = "hidden_act"
     not_null: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = {}
+    experts: ExpertNames | None = None
 
 
 def _last_layers(theirs: Mapping[str, Any], layer: int) -> bool:
@@ -147,6 +150,26 @@ FAMILIES = (
             "rope_local_base_freq": 10_000.0,
         },
     ),
+    Family(
+        *("Qwen3MoeForCausalLM", "qwen3_moe"),
+        num_kv_heads=4,
+        head_dim=None,
+        qk_norm="head",
+        windows="all",
+        window_flag=True,
+        not_null=("num_key_value_heads",),
+        defaults={"sliding_window": 4096},
+        experts="qwen",
+    ),
+    Family(
+        *("MixtralForCausalLM", "mixtral"),
+        num_kv_heads=8,
+        head_dim=None,
+        windows="all",
+        not_null=("num_key_value_heads",),
+        defaults={"rope_theta": 1_000_000.0},
+        experts="mixtral",
+    ),
 )
 _TEXT_PARTS = {"gemma3": "gemma3_text"}
 """`model_type` of a model that reads images, too -> that of its text part, which is read."""
@@ -155,7 +178,8 @@ _TEXT_PARTS = {"gemma3": "gemma3_text"}
 def _options(of: Family | ModelConfig) -> dict[str, Any]:
     """The options that a family determines."""
     names = ("norm_placement", "qk_norm", "qkv_bias", "zero_centered_norms", "scaled_embedding")
-    return {name: getattr(of, name) for name in names}
+    experts = of.experts if isinstance(of, Family) else of.mixture and of.mixture.names
+    return {name: getattr(of, name) for name in names} | {"experts": experts}
 
 
 _ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -187,6 +211,13 @@ _ONE_FORM: Mapping[str, Sequence[Any]] = {
 """Options that the decoder supports in one form only, and their accepted values; an absent field means the first."""
 
 
+_SPARSE: Mapping[ExpertNames, Mapping[str, Sequence[Any]]] = {
+    "qwen": {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
+    "mixtral": {"router_jitter_noise": (0.0, 0)},
+}
+"""The same for a mixture of experts, by its names: every layer is one."""
+
+
 def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> ModelConfig:
     """The `ModelConfig` of a `config.json`.
 
@@ -205,6 +236,9 @@ def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> 
     for name, values in _ONE_FORM.items():
         one_of(theirs, name, values)
     sizes = {ours: take(theirs, name, SIZE) for ours, name in _SIZES.items()}
+    mixture = None
+    if family.experts is not None:
+        mixture, sizes["intermediate_size"] = _mixture(theirs, family.experts)
     hidden, heads = sizes["hidden_size"], sizes["num_heads"]
     windows = _windows(theirs, family, sizes["num_layers"])
     if family.model_type in ("llama", "gemma3_text") and hidden % heads:
@@ -229,7 +263,8 @@ def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> 
         tied_head=take(theirs, "tie_word_embeddings", FLAG, False),
         activation=_ACTIVATIONS[take(theirs, family.activation, _ACTIVATION, "silu")],
         score_dim=take(theirs, "query_pre_attn_scalar", SIZE) if family.score_dim else None,
-        **_options(family),
+        **{name: value for name, value in _options(family).items() if name != "experts"},
+        mixture=mixture,
         dtype=dtype_name(dtype),
         architecture=family.architecture,
     )
@@ -267,6 +302,7 @@ def config_to_hf(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
         **_windows_to_hf(family, config),
         **({"query_pre_attn_scalar": config.score_dim or config.head_dim} if family.score_dim else {}),
         "tie_word_embeddings": config.tied_head,
+        **(_mixture_to_hf(config.mixture, config.intermediate_size) if config.mixture else {}),
         "dtype": dtype_name(dtype, SAVED_DTYPES),
     }
 
@@ -296,6 +332,41 @@ def _windows_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
         return fields
     fields |= {"sliding_window": size} | ({"use_sliding_window": True} if family.window_flag else {})
     return fields if family.windows == "all" else fields | {"layer_types": kinds}
+
+
+def _mixture(theirs: Mapping[str, Any], names: ExpertNames) -> tuple[Mixture, int]:
+    """The mixture of a `config.json`, and the width of an expert."""
+    for name, values in _SPARSE[names].items():
+        one_of(theirs, name, values)
+    # In transformers these are one field.
+    counts = [name for name in ("num_experts", "num_local_experts") if name in theirs]
+    if len({theirs[name] for name in counts if type(theirs[name]) is int}) > 1:
+        raise ValueError(f"expected num_experts or num_local_experts, got both: {brief([theirs[n] for n in counts])}")
+    default, k, width = {"qwen": (128, 8, 768), "mixtral": (8, 2, None)}[names]
+    width_of = {"qwen": "moe_intermediate_size", "mixtral": "intermediate_size"}[names]
+    return Mixture(
+        num_experts=min(take(theirs, name, SIZE, default) for name in counts or ("num_experts",)),
+        experts_per_token=take(theirs, "num_experts_per_tok", SIZE, k),
+        norm_topk=names == "mixtral" or take(theirs, "norm_topk_prob", FLAG, False),
+        names=names,
+    ), take(theirs, width_of, SIZE, width)
+
+
+def _mixture_to_hf(mixture: Mixture, width: int) -> dict[str, Any]:
+    common = {"num_experts_per_tok": mixture.experts_per_token, "output_router_logits": False}
+    if mixture.names == "mixtral":
+        if not mixture.norm_topk:
+            raise ValueError(
+                "expected norm_topk True of Mixtral's mixture, got False; no family combines these options"
+            )
+        return common | {"num_local_experts": mixture.num_experts}
+    return common | {
+        "num_experts": mixture.num_experts,
+        "moe_intermediate_size": width,
+        "norm_topk_prob": mixture.norm_topk,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+    }
 
 
 def _names() -> str:

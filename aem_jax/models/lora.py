@@ -6,12 +6,15 @@ A is drawn as in PEFT, uniform in ±1/√inputs, and B starts at zero, so that a
 Hugging Face's projections has its own pair, although Q, K and V (and gate and up) are fused here. So any of them can be
 left out, and an adapter is that of PEFT but for the order of its axes.
 
+A mixture's experts each have adapters of gate_proj, up_proj and down_proj; its router has none.
+
 Left out: dropout (a policy gradient needs the probabilities that were sampled), biases, adapters of embedding and head.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -23,7 +26,7 @@ from aem_jax.models.parameters import Parameter, Part, parameter_table
 
 Array = jax.Array
 Adapter = dict[str, dict[str, Any]]
-"""Projection -> {"a": [L, *inputs, r], "b": [L, r, *outputs]}."""
+"""Projection -> {"a": [L, *inputs, r], "b": [L, r, *outputs]}; of experts [L, E, …]."""
 
 Target = Literal["all", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -66,13 +69,14 @@ class Projection(NamedTuple):
     """One of Hugging Face's projections, and the part of a parameter that it is.
 
     Attributes:
-        parameter: the stacked array [L, *inputs, ..., outputs[-1]] that holds it.
+        parameter: the stacked array [L, *inputs, ..., outputs[-1]] that holds it; [L, E, …] of experts.
         first: its start on the last axis but one of that array; None if it is all of it.
         inputs: sizes of its input dimensions.
         outputs: sizes of its output dimensions, in the order of the array.
         input_axes: logical names of the inputs.
         output_axes: logical names of the outputs.
-        tensor: Hugging Face's tensor of it; {layer} stands for the layer's number.
+        tensor: Hugging Face's tensor of it; {layer} stands for the layer's number, {expert} for the expert's.
+        experts: number of experts that each have one; empty for no experts.
     """
 
     parameter: str
@@ -82,15 +86,26 @@ class Projection(NamedTuple):
     input_axes: tuple[str | None, ...]
     output_axes: tuple[str | None, ...]
     tensor: str
+    experts: tuple[int, ...] = ()
+
+    @property
+    def stacked_axes(self) -> tuple[str, ...]:
+        """Logical names of the axes before the inputs."""
+        return ("layers", "experts") if self.experts else ("layers",)
+
+
+_OF_EXPERTS = {"experts_gate": "gate_proj", "experts_up": "up_proj", "experts_down": "down_proj"}
+"""Experts' matrices -> their names as projections, whatever they are called in the files."""
 
 
 def projections(config: ModelConfig) -> dict[str, Projection]:
     """All projections that can have an adapter, by name, in the order of the parameter table."""
-    return {part.module: _projection(row, part) for row in parameter_table(config) if row.lora for part in row.parts}
+    rows = [(row, part) for row in parameter_table(config) if row.lora for part in row.parts]
+    return {_OF_EXPERTS.get(row.name, part.module): _projection(row, part) for row, part in rows}
 
 
 def _projection(row: Parameter, part: Part) -> Projection:
-    shape, axes, n = row.part_shape(part), row.axes[1:], row.num_inputs
+    shape, axes, n = row.part_shape(part), row.axes[row.num_stacked :], row.num_inputs
     return Projection(
         parameter=row.name,
         first=None if part.rows is None else part.rows.start,
@@ -99,6 +114,7 @@ def _projection(row: Parameter, part: Part) -> Projection:
         input_axes=axes[:n],
         output_axes=axes[n:],
         tensor=part.name,
+        experts=row.shape[1 : row.num_stacked],
     )
 
 
@@ -124,7 +140,7 @@ def targets(config: ModelConfig, lora: LoraConfig) -> dict[str, Projection]:
 def adapter_axes(config: ModelConfig, lora: LoraConfig) -> Adapter:
     """Logical axes of an adapter's arrays, in its structure."""
     return {
-        name: {"a": ("layers", *p.input_axes, "rank"), "b": ("layers", "rank", *p.output_axes)}
+        name: {"a": (*p.stacked_axes, *p.input_axes, "rank"), "b": (*p.stacked_axes, "rank", *p.output_axes)}
         for name, p in targets(config, lora).items()
     }
 
@@ -134,9 +150,9 @@ def init_adapter(config: ModelConfig, lora: LoraConfig, key: Array) -> Adapter:
     keys = dict(zip(projections(config), jax.random.split(key, len(projections(config))), strict=True))
 
     def pair(name: str, p: Projection) -> dict[str, Array]:
-        bound = math.prod(p.inputs) ** -0.5
-        a = jax.random.uniform(keys[name], (config.num_layers, *p.inputs, lora.rank), jnp.float32, -bound, bound)
-        return {"a": a, "b": jnp.zeros((config.num_layers, lora.rank, *p.outputs), jnp.float32)}
+        bound, stacked = math.prod(p.inputs) ** -0.5, (config.num_layers, *p.experts)
+        a = jax.random.uniform(keys[name], (*stacked, *p.inputs, lora.rank), jnp.float32, -bound, bound)
+        return {"a": a, "b": jnp.zeros((*stacked, lora.rank, *p.outputs), jnp.float32)}
 
     return {name: pair(name, p) for name, p in targets(config, lora).items()}
 
@@ -159,7 +175,9 @@ def merge(config: ModelConfig, lora: LoraConfig, adapter: Adapter, weights: Mapp
         pairs, layer_weights = layer
         sums = {leaf: weight.astype(jnp.float32) for leaf, weight in layer_weights.items()}
         for name, p in chosen.items():
-            delta = lora.scale * jnp.tensordot(pairs[name]["a"], pairs[name]["b"], axes=1, precision="highest")
+            product = partial(jnp.tensordot, axes=1, precision="highest")
+            product = jax.vmap(product) if p.experts else product
+            delta = lora.scale * product(pairs[name]["a"], pairs[name]["b"])
             if p.first is not None:  # a part of its array
                 after = sums[p.parameter].shape[-2] - p.first - p.outputs[-2]
                 delta = jnp.pad(delta, [(0, 0)] * (delta.ndim - 2) + [(p.first, after), (0, 0)])
@@ -189,6 +207,11 @@ class Adapters(nnx.Module):
         for name, pair in adapter.items():
             setattr(self, name, LowRank(**pair))
         self.scale: float = lora.scale
+
+    def of_experts(self, name: str) -> tuple[Array, Array] | None:
+        """s · A [E, inputs, r] and B [E, r, outputs] of the experts' projection; None without an adapter."""
+        pair = getattr(self, name, None)
+        return None if pair is None else (pair.a[...] * self.scale, pair.b[...])
 
     def add(self, name: str, x: Array, y: Array) -> Array:
         """y + s · (x A) B, in the dtype of x.

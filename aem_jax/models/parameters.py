@@ -10,7 +10,8 @@ parallelism splits between groups), and the MLP's gate and up.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,68 @@ OUTPUT_NORMS = {"attention_norm": "attention_output_norm", "mlp_norm": "mlp_outp
 """Norm of a sublayer -> norm of its output, if inputs have a norm, too."""
 
 
+ExpertNames = Literal["qwen", "mixtral"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts in place of the MLP of every layer; each expert is a gated MLP.
+
+    The router's softmax over all experts gives their probabilities. A token's output is the sum over its k most likely
+    experts, weighted by their probabilities.
+    """
+
+    num_experts: int
+    """Experts of a layer."""
+    experts_per_token: int
+    """k."""
+    norm_topk: bool = True
+    """Whether the k probabilities are divided by their sum."""
+    names: ExpertNames = "qwen"
+    """Names of the tensors in Hugging Face's files: those of Qwen's mixtures, or of Mixtral's."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"expected 1 <= experts_per_token <= num_experts, got {self.experts_per_token} and {self.num_experts}"
+            )
+        if self.names not in get_args(ExpertNames):
+            raise ValueError(f"expected names to be one of {get_args(ExpertNames)}, got {self.names!r}")
+
+    @property
+    def record_dtype(self) -> str:
+        """Dtype of recorded experts."""
+        return "uint8" if self.num_experts <= 256 else "int16"
+
+
+class ExpertTensors(NamedTuple):
+    """Modules of a mixture in Hugging Face's files.
+
+    Attributes:
+        mixture: the module of router (gate) and experts, in a layer.
+        gate: of an expert.
+        up: of an expert.
+        down: of an expert.
+    """
+
+    mixture: str
+    gate: str
+    up: str
+    down: str
+
+
+EXPERT_TENSORS: Mapping[ExpertNames, ExpertTensors] = {
+    "qwen": ExpertTensors("mlp", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": ExpertTensors("block_sparse_moe", "w1", "w3", "w2"),
+}
+"""`Mixture.names` -> the names in the files."""
+
+
 class Part(NamedTuple):
     """A Hugging Face tensor, and the part of a parameter that it holds.
 
     Attributes:
-        name: of the tensor; {layer} stands for the layer's number.
+        name: of the tensor; {layer} stands for the layer's number, {expert} for that of the expert.
         rows: the part's range on the parameter's last axis but one; None is all of the parameter.
     """
 
@@ -49,9 +107,10 @@ class Parameter(NamedTuple):
 
     Attributes:
         name: its key; parameters of layers are in "layers".
-        dims: logical axes and sizes. A layer's parameter is stacked: its first axis is "layers".
-        parts: the Hugging Face tensors that it is made of, without the axis of layers. A matrix [*inputs, *outputs] is
-            there [outputs, inputs].
+        dims: logical axes and sizes. A layer's parameter is stacked: its first axis is "layers". The next axis of
+            experts' matrices is "experts".
+        parts: the Hugging Face tensors that it is made of, without these axes. A matrix [*inputs, *outputs] is there
+            [outputs, inputs].
         num_inputs: dimensions that a product with the matrix sums over; 0 for biases, norms and the embedding.
         std: standard deviation of random initial values; 0 if they are constant.
         constant: initial value where `std` is 0.
@@ -93,13 +152,23 @@ class Parameter(NamedTuple):
         return "layers" in self.dims
 
     @property
+    def has_experts(self) -> bool:
+        """Whether it holds a matrix of each expert."""
+        return "experts" in self.dims
+
+    @property
+    def num_stacked(self) -> int:
+        """Leading axes that count layers and experts."""
+        return self.stacked + self.has_experts
+
+    @property
     def input_axes(self) -> range:
         """The dimensions that a product sums over."""
-        return range(self.stacked, self.stacked + self.num_inputs)
+        return range(self.num_stacked, self.num_stacked + self.num_inputs)
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
-        """Shape of a part, without the axis of layers."""
-        shape = self.shape[self.stacked :]
+        """Shape of a part, without the axes of layers and experts."""
+        shape = self.shape[self.num_stacked :]
         return shape if part.rows is None else (*shape[:-2], part.rows.stop - part.rows.start, shape[-1])
 
 
@@ -145,12 +214,31 @@ def parameter_table(config: Any) -> tuple[Parameter, ...]:
     attention_norm, mlp_norm = norms[config.norm_placement]
     is_both = config.norm_placement == "both"
     gate, up = part("mlp.gate_proj", slice(0, 1)), part("mlp.up_proj", slice(1, 2))
+    if config.mixture is None:
+        mlp = (
+            projection("gate_up", {"embed": d}, {None: 2, "mlp": f}, gate, up),
+            projection("down", {"mlp": f}, {"embed": d}, part("mlp.down_proj"), scale=residual),
+        )
+    else:
+        names, count = EXPERT_TENSORS[config.mixture.names], config.mixture.num_experts
+        outer: Dims = {"layers": config.num_layers, "experts": count}
+
+        def of_experts(name: str, inputs: Dims, outputs: Dims, module: str, scale: float = 1.0) -> Parameter:
+            row = projection(name, inputs, outputs, part(f"{names.mixture}.experts.{{expert}}.{module}"), scale=scale)
+            return row._replace(dims={**outer, **inputs, **outputs})
+
+        router = projection("router", {"embed": d}, {"router": count}, part(f"{names.mixture}.gate"))
+        mlp = (
+            router._replace(dtype="float32", lora=False, int8=False),
+            of_experts("experts_gate", {"expert_embed": d}, {"mlp": f}, names.gate),
+            of_experts("experts_up", {"expert_embed": d}, {"mlp": f}, names.up),
+            of_experts("experts_down", {"mlp": f}, {"expert_embed": d}, names.down, scale=residual),
+        )
     table = (
         Parameter("embed", {"vocab": v, "embed": d}, (Part(EMBED),), std=d**-0.5, dtype=config.dtype),
         projection("qkv", {"embed": d}, groups, *qkv("weight")),
         projection("o", {"heads": h, "head_dim": dh}, {"embed": d}, part("self_attn.o_proj"), scale=residual),
-        projection("gate_up", {"embed": d}, {None: 2, "mlp": f}, gate, up),
-        projection("down", {"mlp": f}, {"embed": d}, part("mlp.down_proj"), scale=residual),
+        *mlp,
         Parameter("qkv_bias", layered(groups), qkv("bias"), dtype=config.dtype, present=config.qkv_bias),
         norm("q_norm", q_norm, "self_attn.q_norm", present=bool(config.qk_norm)),
         norm("k_norm", k_norm, "self_attn.k_norm", present=bool(config.qk_norm)),

@@ -2,6 +2,9 @@
 
     lora_A.weight [rank, inputs] = Aᵀ, lora_B.weight [outputs, rank] = Bᵀ, W_eff = W + lora_alpha / r · lora_B lora_A
 
+Each expert of a mixture has matrices of its own, as transformers 4 names its modules; PEFT loads them into the fused
+experts of transformers 5, too.
+
 See https://huggingface.co/docs/peft/developer_guides/checkpoint. `PeftModel.from_pretrained(model, folder)` reads them.
 """
 
@@ -44,10 +47,11 @@ def tensors(config: ModelConfig, lora: LoraConfig, adapter: Adapter) -> dict[str
     rank, matrices = lora.rank, {}
     for name, projection in targets(config, lora).items():
         a, b = (np.asarray(adapter[name][side]) for side in ("a", "b"))
-        for layer in range(config.num_layers):
-            module = projection.tensor.format(layer=layer).removesuffix(".weight")
-            matrices[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, rank).T)
-            matrices[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(rank, -1).T)
+        for stacked in np.ndindex(config.num_layers, *projection.experts):
+            numbers = dict(zip(("layer", "expert"), stacked, strict=False))
+            module = projection.tensor.format(**numbers).removesuffix(".weight")
+            matrices[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a[stacked].reshape(-1, rank).T)
+            matrices[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b[stacked].reshape(rank, -1).T)
     return matrices
 
 
@@ -58,7 +62,7 @@ def _config(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, objec
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
-        "target_modules": list(targets(config, lora)),
+        "target_modules": [projection.tensor.split(".")[-2] for projection in targets(config, lora).values()],
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -20,10 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from aem_jax.models.attention import RowAttention, row_attention
 from aem_jax.models.config import ModelConfig
-from aem_jax.models.decoder import Constrain, Decoder
+from aem_jax.models.decoder import GATED, Constrain, Decoder
+from aem_jax.models.experts import Experts, Load, make_experts
 from aem_jax.models.int8 import quantize_layers, quantized_table
 from aem_jax.models.lora import LoraConfig, adapter_axes, init_adapter, merge, merged_leaves
 from aem_jax.models.parameters import Parameter, as_tree, init_parameters, parameter_table
@@ -154,10 +156,20 @@ class Policy:
         merged = merge(self.config, self.lora, params["adapter"], changed)
         return {"base": {**base, "layers": {**base["layers"], **merged}}}
 
-    def bind(self, params: Params) -> Decoder:
-        """The decoder with these parameters; cheap, to be called under jit."""
+    def experts(self, mesh: Mesh | None) -> Experts | None:
+        """The experts' products on a mesh; None for a policy without experts."""
+        return make_experts(GATED[self.config.activation], mesh) if self.config.mixture else None
+
+    def bind(self, params: Params, experts: Experts | None = None) -> Decoder:
+        """The decoder with these parameters; cheap, to be called under jit.
+
+        Args:
+            params: the parameters.
+            experts: from `experts`; by default on one device.
+        """
         adapter = params["adapter"] if self.lora else None
-        return Decoder(self.config, params["base"], int8=self.int8, adapter=adapter, lora=self.lora)
+        settings: Any = {"int8": self.int8, "adapter": adapter, "lora": self.lora, "experts": experts}
+        return Decoder(self.config, params["base"], **settings)
 
     def hidden(
         self,
@@ -169,8 +181,25 @@ class Policy:
         constrain: Constrain | None = None,
         attention: RowAttention = row_attention,
     ) -> Array:
-        """See `Decoder.hidden`."""
-        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain, attention)
+        """Hidden states; see `Decoder.hidden`."""
+        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain, attention)[0]
+
+    def hidden_and_load(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        remat: Callable | None = None,
+        constrain: Constrain | None = None,
+        attention: RowAttention = row_attention,
+        *,
+        experts: Experts | None = None,
+        recorded: Array | None = None,
+    ) -> tuple[Array, Load | None]:
+        """See `Decoder.hidden`; `experts` as in `bind`."""
+        decoder = self.bind(params, experts)
+        return decoder.hidden(tokens, positions, segment_ids, remat, constrain, attention, recorded)
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """See `Decoder.logits`."""

@@ -74,24 +74,27 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     for stacked, rows in groupby(parameter_table(config), lambda row: row.stacked):
         parts = [(row, part) for row in rows for part in row.parts]
         for layer in range(config.num_layers if stacked else 1):
-            yield from (_tensor(row, part, layer) for row, part in parts)
+            for row, part in parts:
+                experts = range(row.dims["experts"]) if row.has_experts else (0,)
+                yield from (_tensor(row, part, layer, expert) for expert in experts)
 
 
-def _tensor(row: Parameter, part: Part, layer: int) -> Tensor:
+def _tensor(row: Parameter, part: Part, layer: int, expert: int) -> Tensor:
     shape = row.part_shape(part)  # [*inputs, *outputs] here, [outputs, inputs] there
     inputs, outputs = shape[: row.num_inputs], shape[row.num_inputs :]
     flat = tuple(math.prod(side) for side in (outputs, inputs) if side)
     start = [0] * len(shape)
     if part.rows is not None:
         start[-2] = part.rows.start
+    stacked = (layer, expert)[: row.num_stacked]
     return Tensor(
-        name=part.name.format(layer=layer),
+        name=part.name.format(layer=layer, expert=expert),
         shape=flat if inputs or part.rows else shape,
         path=("base", "layers", row.name) if row.stacked else ("base", row.name),
-        start=(layer, *start) if row.stacked else tuple(start),
+        start=(*stacked, *start),
         view=(*outputs, *inputs),
         order=(*range(len(outputs), len(shape)), *range(len(outputs))),
-        block=(1, *shape) if row.stacked else shape,
+        block=(*(1 for _ in stacked), *shape),
     )
 
 

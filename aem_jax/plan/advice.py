@@ -35,7 +35,9 @@ def advise(
     for values, note in _changes(config, work, mesh):
         changed = override(replace(config, mesh=mesh), values)
         options = " ".join(f"{flag(name)} {value}" for name, value in values.items() if name not in _HIDDEN)
-        saved = now - need(memory(workload(changed, changed.mesh.data * changed.mesh.fsdp), changed.mesh))
+        saved = now - need(
+            memory(workload(changed, changed.mesh.data * changed.mesh.fsdp * changed.mesh.expert), changed.mesh)
+        )
         if saved > _LEAST * topology.memory:
             lines.append((saved, f"{options}{note} (saves about {saved / GIB:.1f} GiB a device)"))
     if "extend" in too_large and len(config.rollout.extend_buckets) > 1:
@@ -50,7 +52,8 @@ _HIDDEN = ("batch.tokens_per_microbatch",)
 
 def _changes(config: RunConfig, work: Workload, mesh: MeshConfig) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yields (changed fields by dotted name, a note in parentheses or nothing)."""
-    replicas, tensor = mesh.data * mesh.fsdp, mesh.tensor
+    shards, tensor = mesh.fsdp * mesh.expert, mesh.tensor
+    replicas = mesh.data * shards
     learner, batch, rollout = config.learner, config.batch, config.rollout
     if learner.remat != "layers":
         yield {"learner.remat": "layers"}, ""
@@ -72,8 +75,11 @@ def _changes(config: RunConfig, work: Workload, mesh: MeshConfig) -> Iterator[tu
     if learner.kl_coefficient:
         yield {"learner.kl_coefficient": 0}, " (no reference policy)"
     if mesh.data > 1:
-        yield {"mesh.data": 1, "mesh.fsdp": replicas, "mesh.tensor": tensor}, ""
-    if replicas % 2 == 0 and work.model.num_kv_heads % (2 * tensor) == 0:
+        yield {"mesh.data": 1, "mesh.fsdp": replicas // mesh.expert, "mesh.tensor": tensor}, ""
+    mixture = work.model.mixture
+    if mixture and mesh.fsdp % 2 == 0 and mixture.num_experts % (2 * mesh.expert) == 0:
+        yield {"mesh.data": mesh.data, "mesh.fsdp": mesh.fsdp // 2, "mesh.expert": 2 * mesh.expert}, ""
+    if mesh.data * mesh.fsdp % 2 == 0 and work.model.num_kv_heads % (2 * tensor) == 0:
         data, fsdp = (mesh.data // 2, mesh.fsdp) if mesh.data % 2 == 0 else (mesh.data, mesh.fsdp // 2)
         yield {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": 2 * tensor}, ""
 
@@ -83,6 +89,6 @@ def _more_chips(work: Workload, mesh: MeshConfig, topology: Topology, need: Call
     chips, fsdp = topology.num_chips, mesh.fsdp
     while chips < 4096:
         chips, fsdp = 2 * chips, 2 * fsdp
-        if need(memory(work, MeshConfig(mesh.data, fsdp, mesh.tensor))) <= MEMORY_SHARE * topology.memory:
+        if need(memory(work, replace(mesh, fsdp=fsdp))) <= MEMORY_SHARE * topology.memory:
             return f"{chips} chips instead of {topology.num_chips}"
     return "devices with more memory"

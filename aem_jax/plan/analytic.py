@@ -1,6 +1,6 @@
-"""Closed forms: FLOPs, bytes and collectives of a step from its sizes alone.
+"""Closed forms: FLOPs and memory of a step from its sizes alone.
 
-They check the costs of compiled programs, replace them where there is no compiler, and choose the mesh. N is the number
+They check the costs of compiled programs, and choose the mesh. N is the number
 of parameters of matrix products: all but norms, biases, and the embedding of an untied head.
 """
 
@@ -11,9 +11,7 @@ from aem_jax.models import ModelConfig
 from aem_jax.models.attention import BLOCK
 from aem_jax.models.kernels import KERNELS
 from aem_jax.models.parameters import layer_matrices
-from aem_jax.plan.costs import Collective, Costs
 from aem_jax.plan.workload import Workload
-from aem_jax.sampler.sampling import SAMPLING_BLOCK
 from aem_jax.sharding import MeshConfig, MeshDemand
 
 MASTER, GRADIENT = 4, 8
@@ -23,6 +21,25 @@ MASTER, GRADIENT = 4, 8
 def layer_parameters(model: ModelConfig) -> int:
     """Parameters of all layers' matrix products."""
     return sum(row.size for row in layer_matrices(model))
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Parameters of all experts."""
+    return sum(row.size for row in layer_matrices(model) if row.has_experts)
+
+
+def active_layer_parameters(model: ModelConfig) -> float:
+    """Parameters of all layers' matrix products that one token uses."""
+    return layer_parameters(model) - expert_parameters(model) * (1 - active_share(model))
+
+
+def active_share(model: ModelConfig) -> float:
+    return model.mixture.experts_per_token / model.mixture.num_experts if model.mixture else 1.0
+
+
+def copies(model: ModelConfig) -> int:
+    """Experts of a token; 1 for an MLP."""
+    return model.mixture.experts_per_token if model.mixture else 1
 
 
 def head_parameters(model: ModelConfig) -> int:
@@ -47,7 +64,7 @@ def useful_flops(work: Workload) -> float:
 
 def token_flops(model: ModelConfig, row_length: int, of_matrices: float = 6.0) -> float:
     """`useful_flops` of a model, with `of_matrices` FLOPs for each parameter of a matrix product."""
-    matrices = layer_parameters(model) + head_parameters(model)
+    matrices = active_layer_parameters(model) + head_parameters(model)
     return of_matrices * matrices + 3.0 * attention_flops(model, row_length / 2)
 
 
@@ -65,9 +82,10 @@ def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> floa
     length = work.layout.row_length
     ends = [min(start + block, length) for start in range(0, length, block)]
     seen = sum((end - start) * end for start, end in zip(range(0, length, block), ends)) / length
-    matrices, attention = 2.0 * layer_parameters(work.model), attention_flops(work.model, seen)
-    # the backward pass does not need a layer's last product, so it is not recomputed
+    matrices, attention = 2.0 * active_layer_parameters(work.model), attention_flops(work.model, seen)
+    # The backward pass does not need a layer's last product, so it is not recomputed. It needs the experts' outputs.
     last = 2.0 * work.model.num_layers * work.model.hidden_size * work.model.intermediate_size
+    last *= work.model.mixture is None
     recomputed = {"none": 0.0, "layers": matrices - last + attention, "dots": attention}[work.remat]
     head = 2.0 * head_parameters(work.model)
     backward = KERNELS[kernel].backward
@@ -80,7 +98,7 @@ def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> floa
 
 def decode_flops(work: Workload) -> float:
     """FLOPs of decoding one token over a full window: 2·N + 4·L·H·Dh·(window + chunk)."""
-    matrices = layer_parameters(work.model) + head_parameters(work.model)
+    matrices = active_layer_parameters(work.model) + head_parameters(work.model)
     return 2.0 * matrices + attention_flops(work.model, work.capacity + work.decode_chunk)
 
 
@@ -121,36 +139,49 @@ class Memory:
 
 def memory(work: Workload, mesh: MeshConfig) -> Memory:
     """Bytes of each device on a mesh without open sizes."""
-    model, devices = work.model, mesh.data * mesh.fsdp * mesh.tensor
-    split, count, trained = mesh.fsdp * mesh.tensor, model.num_parameters, work.trained
-    width, lora = _width(model), work.lora.rank > 0
+    model, replicas = work.model, mesh.data * mesh.fsdp * mesh.expert
+    split, count, trained = mesh.fsdp * mesh.expert * mesh.tensor, model.num_parameters, work.trained
+    width, lora = weight_bytes(model), work.lora.rank > 0
     copied = count
-    if lora and mesh.fsdp == 1:  # frozen weights have the same layout for learning and sampling
+    if lora and mesh.fsdp * mesh.expert == 1:  # frozen weights have the same layout for learning and sampling
         copied = layer_parameters(model) if work.lora.merge else 0
     saved = (width - 1) * layer_parameters(model) if work.int8 else 0  # without the scales, a thousandth of the codes
+    experts = (1 if work.int8 else width) * expert_parameters(model) * (copied > 0)
     return Memory(
         parameters=MASTER * trained / split,
         frozen=width * count * lora / split,
         optimizer=work.moments * trained / split,
         reference=MASTER * work.reference * trained / split,
         gradients=GRADIENT * trained / split,
-        weights=(width * copied - saved) / mesh.tensor,
-        cache=work.all_cache_bytes / devices,
-        working=_working(work, mesh, width) / (mesh.data * mesh.fsdp),
+        weights=(width * copied - saved - experts) / mesh.tensor + experts / (mesh.expert * mesh.tensor),
+        cache=work.all_cache_bytes / (replicas * mesh.tensor),
+        working=(_working(work, mesh, width) + mesh.expert * exchange(work, mesh.tensor)) / replicas,
     )
+
+
+def exchange(work: Workload, tensor: int) -> float:
+    """Bytes of a microbatch's tokens at their experts, in one layer; 0 without experts.
+
+    With an expert axis every device has room for the tokens of all devices of the axis.
+    """
+    model = work.model
+    if model.mixture is None:
+        return 0.0
+    row = 4 * model.hidden_size + 4 * model.intermediate_size / tensor
+    return work.microbatch_tokens * model.mixture.experts_per_token * weight_bytes(model) * row
 
 
 def _working(work: Workload, mesh: MeshConfig, width: int) -> float:
     """Activations of one microbatch: those that layers keep, one recomputed layer, the logits of one chunk."""
     model, tokens, tensor = work.model, work.microbatch_tokens, mesh.tensor
-    heads, inner = model.num_heads / tensor * model.head_dim, model.intermediate_size / tensor
+    heads, inner = model.num_heads / tensor * model.head_dim, model.intermediate_size / tensor * copies(model)
     block = min(BLOCK, work.layout.row_length)
     scores = work.layout.rows * block * model.num_heads / tensor * work.layout.row_length * (4 + width)
     layer = tokens * width * (6 * model.hidden_size + 4 * inner + 6 * heads)
     products = tokens * width * (2 * model.hidden_size + 2 * inner + 2 * heads)
     kept = {"layers": tokens * model.hidden_size * width, "dots": products, "none": layer}[work.remat]
     logits = 4 * work.layout.rows * min(work.head_chunk, work.layout.row_length) * model.vocab_size / tensor
-    logits = 3 * min(logits, LOGIT_BYTES * mesh.data * mesh.fsdp)
+    logits = 3 * min(logits, LOGIT_BYTES * mesh.data * mesh.fsdp * mesh.expert)
     return model.num_layers * kept + 2 * scores + layer + logits
 
 
@@ -158,112 +189,21 @@ def demand(work: Workload) -> MeshDemand:
     """The memory and the sizes that a mesh has to hold."""
     one = memory(work, MeshConfig(1, 1, 1))
     model = work.model
+    experts = (1 if work.int8 else weight_bytes(model)) * expert_parameters(model) * (one.weights > 0)
     return MeshDemand(
         state=one.parameters + one.frozen + one.optimizer + one.reference + one.gradients,
-        weights=one.weights,
-        slots_bytes=one.cache + one.working,
+        weights=one.weights - experts,
+        slots_bytes=one.cache + one.working - exchange(work, 1),
         rows=work.layout.rows,
         slots=work.slots,
         embed=model.hidden_size,
         split=(model.num_kv_heads, model.intermediate_size, model.vocab_size),
+        expert_weights=experts,
+        exchange=exchange(work, 1),
+        experts=model.mixture.num_experts if model.mixture else 1,
     )
 
 
-def update_floor(work: Workload, mesh: MeshConfig) -> float:
-    """Bytes that an optimizer step of `work.rounds` full microbatches moves on one device, at least.
-
-    Each matrix product and each call of attention reads its inputs once and writes its outputs once, and everything
-    else (norms, activations, masks, scores, casts) is fused into them. A microbatch of t tokens, in w bytes each, on
-    one of τ tensor shards, moves:
-
-    - weights: w·N/τ for the forward pass, for a recomputed one (remat layers), and for the gradient of the inputs;
-      twice if they are gathered over fsdp, since a gather writes what a product reads;
-    - activations: t·w·(inputs + outputs) of all products, once forward and twice backward (the gradients of the inputs
-      and of the weights); once more if they are recomputed; logits in float32;
-    - gradients: w·N/τ written by the products and read by the sum over devices; the sum's shard is read and written in
-      float32, and the shard of the masters is read.
-
-    The step then reads the gradients for their norm, and reads or writes masters, gradients and moments once. Frozen
-    weights (LoRA) have no gradient; adapters' own products are left out. It is a floor for these products: a kernel
-    that computes a loss from hidden states without logits in memory would go below it.
-    """
-    model, replicas, tensor = work.model, mesh.data * mesh.fsdp, mesh.tensor
-    width, split, trained = _width(model), mesh.fsdp * tensor, work.trained
-    tokens, frozen = work.microbatch_tokens / replicas, work.lora.rank > 0
-    heads, keys = model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
-    attention = (2 * heads + keys) / tensor
-    products = 4 * model.hidden_size + (2 * heads + keys + 3 * model.intermediate_size) / tensor
-    head = width * model.hidden_size + 4 * model.vocab_size / tensor
-    backward = 1 if frozen else 2
-    again = {"none": (0, 0), "layers": (1, 1), "dots": (0, 1)}[work.remat]  # products, attention
-    extra = {"token": (0, 0), "response": (0, 1), "trajectory": (1, 1)}[work.ratio]  # layers, head
-    passes = 2 + again[0] + extra[0]
-    activations = (
-        width
-        * model.num_layers
-        * ((1 + backward + again[0] + extra[0]) * products + (3 + again[1] + extra[0]) * attention)
-        + (1 + backward + extra[1]) * head
-    )
-    weights = passes * width * _used_parameters(model) / tensor * (2 if mesh.fsdp > 1 else 1)
-    gradients = 2 * width * trained / tensor + (MASTER + GRADIENT) * trained / split
-    return work.rounds * (tokens * activations + weights + gradients) + (16 + 2 * work.moments) * trained / split
-
-
-def decode_floor(work: Workload, mesh: MeshConfig) -> float:
-    """Bytes that one device reads for one token in each slot, at least: its weights and its cache in use.
-
-    The plan's cache is full, `work.capacity` tokens a slot. Of an untied embedding only the sampled rows are read, and
-    are left out, as are activations and logits.
-    """
-    model, width = work.model, _width(work.model)
-    saved = (width - 1) * layer_parameters(model) if work.int8 else 0
-    slots = work.slots / (mesh.data * mesh.fsdp)
-    weights = (width * _used_parameters(model) - saved) / mesh.tensor
-    return weights + slots * work.read_bytes / mesh.tensor
-
-
-def _width(model: ModelConfig) -> int:
+def weight_bytes(model: ModelConfig) -> int:
+    """Bytes of a weight as used."""
     return 2 if model.dtype == "bfloat16" else 4
-
-
-def _used_parameters(model: ModelConfig) -> int:
-    """All parameters but the embedding of an untied head."""
-    return model.num_parameters - (0 if model.tied_head else head_parameters(model))
-
-
-def learn_costs(work: Workload, mesh: MeshConfig, flops: float) -> Costs:
-    """Costs on one device of an optimizer step of `work.rounds` full microbatches; `flops` are those of one token."""
-    model, width = work.model, _width(work.model)
-    replicas, tensor = mesh.data * mesh.fsdp, mesh.tensor
-    tokens = work.microbatch_tokens / replicas
-    count, trained, split = model.num_parameters, work.trained, mesh.fsdp * tensor
-    passes = 3 if work.remat == "layers" else 2
-    costs = Costs(flops=work.rounds * flops * tokens / tensor, bytes=update_floor(work, mesh))
-    activation, layers = tokens * model.hidden_size * width, model.num_layers
-    for kind, size, group, apart, times in (
-        ("all-gather", width * count / tensor, mesh.fsdp, tensor, passes),
-        ("reduce-scatter", width * trained / tensor, mesh.fsdp, tensor, 1),
-        ("all-reduce", width * trained / split, mesh.data, split, 1),
-        ("all-reduce", activation, tensor, 1, 2 * passes * layers),
-    ):
-        if group > 1:  # the first group; the mesh's last axis has neighbours
-            members = tuple(range(0, group * apart, apart))
-            costs.collectives.append(Collective(kind, size, group, members, work.rounds * times))
-    return costs
-
-
-def decode_costs(work: Workload, mesh: MeshConfig) -> Costs:
-    """Costs on one device of one token in each slot, over a full window."""
-    model, width, tensor = work.model, _width(work.model), mesh.tensor
-    slots = work.slots / (mesh.data * mesh.fsdp)
-    costs = Costs(flops=slots * decode_flops(work) / tensor, bytes=decode_floor(work, mesh))
-    if tensor > 1:
-        reductions = slots * model.hidden_size * width
-        costs.collectives.append(Collective("all-reduce", reductions, tensor, (), 2.0 * model.num_layers))
-        # Sampling draws a block of the vocabulary by its mass, then a token in it: it gathers the masses, and the block
-        # is summed over devices, of which one has it and the others zeros.
-        costs.collectives.append(
-            Collective("all-gather", 4.0 * slots * model.vocab_size / SAMPLING_BLOCK, tensor, (), 1.0)
-        )
-        costs.collectives.append(Collective("all-reduce", 4.0 * slots * SAMPLING_BLOCK, tensor, (), 1.0))
-    return costs

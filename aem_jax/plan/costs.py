@@ -184,11 +184,14 @@ def _meetings(size: int, kernel: int, out: int, low: int, stride: int, dilate: i
 
 
 def _collective(instruction: Instruction, where: Computation) -> Collective | None:
-    kind = next((kind for kind in KINDS if instruction.opcode in (kind, f"{kind}-start")), None)
+    # A ragged all-to-all sends its first operand; the second is the buffer that it writes into.
+    ragged = instruction.opcode.startswith("ragged-all-to-all")
+    opcode = instruction.opcode.removeprefix("ragged-")
+    kind = next((kind for kind in KINDS if opcode in (kind, f"{kind}-start")), None)
     if kind is None:
         return None
     members, size = _group(instruction.attributes)
-    num_bytes = _num_bytes(where.shapes_of(instruction.operands))
+    num_bytes = _num_bytes(where.shapes_of(instruction.operands[:1] if ragged else instruction.operands))
     if kind == "all-reduce" and where.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # the TPU's program fuses it with the slice that each device keeps
     return Collective(kind, num_bytes * (size if kind == "all-gather" else 1), size, members, 1.0)

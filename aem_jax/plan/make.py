@@ -14,19 +14,16 @@ from aem_jax.models.splash import block_size
 from aem_jax.plan.advice import advise
 from aem_jax.plan.analytic import (
     Memory,
-    decode_costs,
-    decode_floor,
     decode_flops,
     demand,
-    learn_costs,
     learn_flops,
-    update_floor,
     useful_flops,
 )
 from aem_jax.plan.analytic import memory as closed_memory
 from aem_jax.plan.config import PlanConfig
 from aem_jax.plan.costs import Costs
 from aem_jax.plan.devices import Coordinates, Seconds, Topology, estimate
+from aem_jax.plan.floors import decode_costs, decode_floor, learn_costs, update_floor
 from aem_jax.plan.programs import Program, compile_programs, compiler, coordinates, set_up, simulate, target_devices
 from aem_jax.plan.workload import Workload, workload
 from aem_jax.sharding import AXES, DECODE, TRAIN, MeshConfig, choose_mesh, make_mesh, mesh_sizes, shardings
@@ -113,6 +110,7 @@ class Plan:
             "devices": self.topology.num_devices,
             "device_memory": self.topology.memory,
             "parameters": self.work.model.num_parameters,
+            "active_parameters": self.work.model.num_active_parameters,
             "mesh": asdict(self.mesh),
             "units": self.units,
             "analytic": self.analytic,
@@ -151,17 +149,19 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     analytic = config.analytic or (topology.kind == "gpu" and not compiler(topology))
     simulate(topology)
     if by_hand:
-        mesh = MeshConfig(*mesh_sizes(config.mesh, num_devices))
+        mesh = mesh_sizes(config.mesh, num_devices)
     else:
         mesh = choose_mesh(demand(workload(config)), num_devices, topology.memory)
-    replicas = mesh.data * mesh.fsdp
+    replicas = mesh.data * mesh.fsdp * mesh.expert
     work = workload(config, replicas)
     policy = Policy(work.model)
     for rules in (TRAIN, DECODE):  # refuses what training refuses, before anything is compiled
-        shardings(AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES), policy.axes, rules, policy.shapes)
+        abstract = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
+        shardings(abstract, policy.axes, rules, policy.shapes)
     for name, count in (("--batch.rows", work.layout.rows), ("--rollout.num-slots (of a cohort)", work.slots)):
         if count % replicas:
-            raise ValueError(f"{name}: expected a multiple of mesh.data × mesh.fsdp = {replicas}, got {count}")
+            parts = f"mesh.data × mesh.fsdp × mesh.expert = {replicas}"
+            raise ValueError(f"{name}: expected a multiple of {parts}, got {count}")
     memory = closed_memory(work, mesh)
     flops = {"update": _learn_flops(config, work, mesh, topology), "decode": decode_flops(work)}
     programs, where = {}, topology.positions

@@ -44,14 +44,19 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 def _head(plan: Plan) -> Iterable[str]:
     topology, mesh, work, model = plan.topology, plan.mesh, plan.work, plan.work.model
+    active = f" ({model.num_active_parameters / 1e6:,.0f} million active)" if model.mixture else ""
     yield (
-        f"{model.num_parameters / 1e6:,.0f} million parameters on {topology.name}: {topology.num_devices} devices of "
-        f"{topology.memory / GIB:.1f} GiB, {topology.peak / 1e12:,.1f} TFLOP/s, {topology.bandwidth / 1e12:.2f} TB/s"
+        f"{model.num_parameters / 1e6:,.0f} million parameters{active} on {topology.name}: {topology.num_devices} "
+        f"devices of {topology.memory / GIB:.1f} GiB, {topology.peak / 1e12:,.1f} TFLOP/s, "
+        f"{topology.bandwidth / 1e12:.2f} TB/s"
     )
+    how = "chosen" if plan.chosen else "as given"
     yield (
-        f"mesh, {'chosen' if plan.chosen else 'as given'}: data {mesh.data} × fsdp {mesh.fsdp} × tensor {mesh.tensor}; "
-        f"masters in {mesh.fsdp * mesh.tensor} parts, weights as sampled from in {mesh.tensor}, "
-        f"rows and slots in {mesh.data * mesh.fsdp}"
+        f"mesh, {how}: data {mesh.data} × fsdp {mesh.fsdp} × tensor {mesh.tensor}"
+        + (f" × expert {mesh.expert}; " if model.mixture else "; ")
+        + f"masters in {mesh.fsdp * mesh.expert * mesh.tensor} parts, weights as sampled from in {mesh.tensor}, "
+        + (f"experts in {mesh.expert * mesh.tensor}, " if model.mixture else "")
+        + f"rows and slots in {mesh.data * mesh.fsdp * mesh.expert}"
     )
     layout = work.layout
     yield (
@@ -130,7 +135,7 @@ def _floors(plan: Plan) -> Table:
     """Bytes of a device a token, against what it has to move at least."""
     columns = ("bytes a token, of a device", "moved", "floor", "× the floor", "temporaries, of arguments")
     table = _table(*columns, title="bytes moved a token")
-    work, replicas = plan.work, plan.mesh.data * plan.mesh.fsdp
+    work, replicas = plan.work, plan.mesh.data * plan.mesh.fsdp * plan.mesh.expert
     tokens = {"update": work.microbatch_tokens / replicas * plan.units["update"], "decode": plan.units["decode"]}
     for name, floor in plan.floors.items():
         if name not in plan.costs:

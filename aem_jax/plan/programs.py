@@ -200,6 +200,7 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
         slack=work.slack,
         mesh=mesh,
         grows=config.rollout.context == "append",
+        records_experts=work.layout.experts > 0,
     )
     layout = work.layout
     shape = (layout.num_microbatches, layout.rows, layout.row_length)

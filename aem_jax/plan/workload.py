@@ -15,7 +15,7 @@ from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.gguf_file import is_gguf
 from aem_jax.models import ModelConfig
-from aem_jax.models.config import published
+from aem_jax.models.config import TINY, published
 from aem_jax.models.kv_cache import init_cache
 from aem_jax.models.lora import LoraConfig, targets
 from aem_jax.models.pretrained import read_config
@@ -79,7 +79,8 @@ class Workload:
         if not self.lora.rank:
             return self.model.num_parameters + head
         rows = targets(self.model, self.lora).values()
-        sides = sum(math.prod(row.inputs) + math.prod(row.outputs) for row in rows)
+        side = lambda row: math.prod(row.experts) * (math.prod(row.inputs) + math.prod(row.outputs))
+        sides = sum(map(side, rows))
         return self.model.num_layers * self.lora.rank * sides + head
 
     @property
@@ -131,9 +132,10 @@ def workload(config: RunConfig, prompt_multiple: int = 1, model: ModelConfig | N
     rollout, learner = config.rollout, config.learner
     slots = rollout.num_slots // rollout.num_cohorts
     prompt_rows = -(-slots // rollout.group_size)
+    model, episodes = model or planned_model(config), rollout.groups_per_step * rollout.group_size
     return Workload(
-        model=model or planned_model(config),
-        layout=components.batch_layout(config, rollout.groups_per_step * rollout.group_size, learner.num_minibatches),
+        model=model,
+        layout=components.batch_layout(config, episodes, learner.num_minibatches, model),
         slots=slots,
         cohorts=rollout.num_cohorts,
         capacity=rollout.context_tokens,
@@ -163,7 +165,7 @@ def planned_model(config: RunConfig) -> ModelConfig:
     """
     choice = config.model
     if not choice.path:
-        tiny = choice.name == "tiny"
+        tiny = choice.name in TINY
         vocab = config.tokenizer.vocab_size if tiny else components.known_model(choice.name).vocab_size
         return components.model_config(choice, vocab)
     source = Path(os.path.expanduser(choice.path))  # unchanged if there is no such user

@@ -141,13 +141,31 @@ def _attempt_record(attempt: Attempt) -> dict[str, int]:
     return {name: getattr(attempt, name) for name in ("group", "member", "retries", "server_losses")}
 
 
+def _experts_record(experts: Any, count: int) -> list[Any] | None:
+    """Dtype, experts of a token, and the experts of the first `count` tokens."""
+    if experts is None:
+        return None
+    array = np.asarray(experts)[:count]
+    return [array.dtype.name, array.shape[1], _encode(array, array.dtype)]
+
+
+def _experts(saved: Sequence[Any] | None) -> np.ndarray | None:
+    if saved is None:
+        return None
+    dtype, width, text = saved
+    return _decode(text, np.dtype(dtype)).reshape(-1, width)
+
+
 def _turn_record(turn: Turn) -> dict[str, Any]:
     values = dict(vars(turn))
-    return values | {name: _encode(values[name], dtype) for name, dtype in _ARRAYS.items()}
+    arrays = {name: _encode(values[name], dtype) for name, dtype in _ARRAYS.items()}
+    experts = _experts_record(turn.experts, len(turn.observation_ids) + len(turn.response_ids))
+    return values | arrays | {"experts": experts}
 
 
 def _turn(saved: Mapping[str, Any]) -> Turn:
-    return Turn(**{**saved, **{name: _decode(saved[name], dtype) for name, dtype in _ARRAYS.items()}})
+    arrays = {name: _decode(saved[name], dtype) for name, dtype in _ARRAYS.items()}
+    return Turn(**{**saved, **arrays, "experts": _experts(saved.get("experts"))})
 
 
 def _trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
@@ -177,6 +195,7 @@ def _episode_record(episode: Episode) -> dict[str, Any]:
         "needs_prefill": episode.needs_prefill,
         "response": [[_encode(*pair) for pair in zip(part, _SAMPLED, strict=True)] for part in episode.response],
         "budget": episode.budget,
+        "experts": _experts_record(episode.experts, episode.num_tokens),
     }
 
 
@@ -196,4 +215,5 @@ def _episode(saved: Mapping[str, Any], attempt: Attempt) -> Episode:
         needs_prefill=saved["needs_prefill"],
         response=tuple(_sampled(part) for part in saved["response"]),
         budget=saved["budget"],
+        experts=_experts(saved.get("experts")),
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -134,6 +135,8 @@ class Episode:
         budget: tokens that the response may still have; 0 while none is being sampled.
         num_prompts: observations so far, those of responses that nobody received included.
         has_surplus: whether the slot may hold ids behind `cached_ids`, of a response that was not received in full.
+        experts: integers [T, layers · experts per token], the experts of the slot's tokens at the end of the response
+            that waits for its reply; None without one, and if they are not recorded.
     """
 
     attempt: Attempt
@@ -145,6 +148,7 @@ class Episode:
     budget: int = 0
     num_prompts: int = 0
     has_surplus: bool = False
+    experts: Any = None
 
     @property
     def num_tokens(self) -> int:
@@ -214,11 +218,15 @@ class Episode:
             self.observation.text,
             reply.response,
             versions,
+            None if self.experts is None else np.asarray(self.experts)[: len(self.cached_ids) + len(ids)].copy(),
         )
         cached_ids = (*self.cached_ids, *ids.tolist())
         has_surplus = reply.num_received is not None
         turns = (*self.turns, turn)
-        return replace(self, turns=turns, cached_ids=cached_ids, response=(), budget=0, has_surplus=has_surplus)
+        if context == "append" and turn.experts is not None:
+            turns = _split_experts(turns, turn.experts)
+        changes = {"turns": turns, "cached_ids": cached_ids, "has_surplus": has_surplus}
+        return replace(self, **changes, response=(), budget=0, experts=None)
 
     def forked(self, count: int) -> "Episode":
         """Marks the first `count` ids of the first prompt as held by the slot."""
@@ -257,6 +265,16 @@ class Episode:
             context=context,
             score=score,
         )
+
+
+def _split_experts(turns: Sequence[Turn], experts: np.ndarray) -> tuple[Turn, ...]:
+    """Turns that share one sequence, each with its part of the sequence's experts.
+
+    Earlier turns get theirs again: with carry-over, the sequence may have been computed again since.
+    """
+    lengths = [len(turn.observation_ids) + len(turn.response_ids) for turn in turns]
+    parts = np.split(experts, np.cumsum(lengths)[:-1])
+    return tuple(replace(turn, experts=part) for turn, part in zip(turns, parts, strict=True))
 
 
 def observe(

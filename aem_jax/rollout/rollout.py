@@ -90,6 +90,8 @@ class Rollout:
         for window in sampler.windows if config.context == "window" else ():
             group.state = sampler.copy_prefix(group.state, zeros - 1, zeros, window=window)
         group.state = sampler.rewind(group.state, zeros)
+        if sampler.records_experts:
+            sampler.read_experts(group.state, 0)
         if config.carry_min_groups:
             group.state = sampler.restart(group.state, zeros > 0, np.zeros((num_slots, 2), np.uint32), zeros)
 

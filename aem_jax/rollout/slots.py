@@ -6,7 +6,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -148,7 +148,7 @@ class SlotGroup:
             if episode.observation is None:
                 self._start(slot, episode.attempt)
             elif episode.response and not episode.budget:
-                self.submit(slot)
+                self._send(slot)
 
     def active(self) -> Iterable[tuple[int, Episode]]:
         """Slots that are taken, with their episodes."""
@@ -381,6 +381,16 @@ class SlotGroup:
         job.stats.sampled_tokens += count
 
     def submit(self, slot: int) -> None:
+        """Records the experts of a complete response, and sends it to its environment. Collective."""
+        episode = self.episodes[slot]
+        if episode is not None and self._sampler.records_experts:
+            # Copied while the device goes on; `Episode` waits for it when the environment has replied.
+            experts = self._sampler.read_experts(self.state, slot)
+            experts.copy_to_host_async()
+            self.episodes[slot] = replace(episode, experts=experts)
+        self._send(slot)
+
+    def _send(self, slot: int) -> None:
         """Sends a complete response to its environment, if this process plays the slot."""
         episode = self.episodes[slot]
         if episode is not None and self._sessions.is_local(self._first + slot):

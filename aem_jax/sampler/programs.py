@@ -13,7 +13,15 @@ from aem_jax.models import Params, Policy, kv_cache
 from aem_jax.models.decode_attention import DecodeAttention
 from aem_jax.models.kv_cache import KVCache, KVChunk
 from aem_jax.sampler.sampling import SampleToken, uniforms
-from aem_jax.sampler.state import SamplerState, append_chunk, copy_prefix, gather_slots
+from aem_jax.sampler.state import (
+    EXPERT_AXES,
+    SamplerState,
+    append_chunk,
+    append_experts,
+    copy_experts,
+    copy_prefix,
+    gather_slots,
+)
 from aem_jax.sharding import DECODE, shardings
 
 Array = jax.Array
@@ -69,14 +77,15 @@ class Programs:
     ) -> None:
         self._policy, self._sample_token, self._mesh, self._attention = policy, sample_token, mesh, attention
         self._state_axes = axes
+        self._experts = policy.experts(mesh)
         self._stop_ids = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
 
     def extend(
         self, params: Params, state: SamplerState, tokens: Array, counts: Array, slots: Array | None, *, window: int
     ) -> SamplerState:
-        decoder, part = self._policy.bind(params), self._gather_slots(state, slots, window)
+        decoder, part = self._policy.bind(params, self._experts), self._gather_slots(state, slots, window)
         count, length = tokens.shape
-        hidden, chunk = decoder.extend(
+        hidden, chunk, experts = decoder.extend(
             decoder.with_cache(part.cache, window),
             tokens,
             part.lengths[:, None] + jnp.arange(length)[None],
@@ -86,7 +95,7 @@ class Programs:
         )
         last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
         last = jnp.where((counts > 0)[:, None], last, part.hidden)
-        return self._append_chunk(state, slots, chunk, last, counts, counts * 0, part.remaining)
+        return self._append_chunk(state, slots, chunk, last, counts, counts * 0, part.remaining, experts)
 
     def decode(
         self, params: Params, state: SamplerState, budgets: Array, slots: Array | None, *, num_tokens: int, window: int
@@ -95,7 +104,7 @@ class Programs:
         left = jnp.where(budgets == CONTINUE, part.remaining, budgets)
         remaining, budgets = jnp.where(budgets == 0, part.remaining, left), jnp.minimum(left, num_tokens)
         # All that does not depend on sampled tokens is computed before the loop over tokens.
-        decoder, attention = self._policy.bind(params), self._attention
+        decoder, attention = self._policy.bind(params, self._experts), self._attention
         window = part.cache.length if attention.follows_lengths else window
         layers = decoder.with_cache(part.cache, window)
         random = uniforms(part.prng, part.sampled[:, None] + jnp.arange(num_tokens)[None])
@@ -110,11 +119,13 @@ class Programs:
         def is_active(out: Decoded) -> Array:
             return ~out.finished & (out.counts < budgets)
 
-        def any_active(carry: tuple[Array, Array, Any, Decoded]) -> Array:
+        def any_active(carry: tuple[Array, Array, Any, Decoded, Array | None]) -> Array:
             return jnp.any(is_active(carry[3]))
 
-        def step(carry: tuple[Array, Array, Any, Decoded]) -> tuple[Array, Array, Any, Decoded]:
-            index, hidden, chunk, out = carry
+        def step(
+            carry: tuple[Array, Array, Any, Decoded, Array | None],
+        ) -> tuple[Array, Array, Any, Decoded, Array | None]:
+            index, hidden, chunk, out, experts = carry
             active = is_active(out)
             tokens, logprobs, entropies = self._sample_token(
                 decoder.logits(hidden), jax.lax.dynamic_index_in_dim(random, index, keepdims=False)
@@ -129,11 +140,18 @@ class Programs:
             )
             positions = (part.lengths + index)[:, None]
             lengths = jnp.where(active, part.lengths, 0) if attention.follows_lengths else part.lengths
-            new, chunk = decoder.extend(layers, tokens[:, None], positions, lengths, chunk, index, attention.attend)
-            return index + 1, jnp.where(active[:, None], new[:, 0], hidden), chunk, out
+            new, chunk, routed = decoder.extend(
+                layers, tokens[:, None], positions, lengths, chunk, index, attention.attend
+            )
+            if experts is not None and routed is not None:
+                experts = experts.at[:, index].set(routed.reshape(count, -1))
+            return index + 1, jnp.where(active[:, None], new[:, 0], hidden), chunk, out, experts
 
         empty = part.cache.layers if attention.in_place else decoder.empty_chunk(count, num_tokens)
-        _, hidden, chunk, out = jax.lax.while_loop(any_active, step, (jnp.int32(0), part.hidden, empty, out))
+        record = state.experts
+        experts = None if record is None else jnp.zeros((count, num_tokens, record.shape[2]), record.dtype)
+        start = jnp.int32(0), part.hidden, empty, out, experts
+        _, hidden, chunk, out, experts = jax.lax.while_loop(any_active, step, start)
         remaining = jnp.where(out.finished, 0, remaining - out.counts)
         if attention.in_place:
             return replace(
@@ -143,8 +161,9 @@ class Programs:
                 hidden=hidden,
                 sampled=state.sampled + out.counts,
                 remaining=remaining,
+                experts=self._append_experts(state, experts),
             ), out
-        return self._append_chunk(state, slots, chunk, hidden, out.counts, out.counts, remaining), out
+        return self._append_chunk(state, slots, chunk, hidden, out.counts, out.counts, remaining, experts), out
 
     def fork(self, state: SamplerState, prompts: SamplerState, source: Array, prng: Array, window: int) -> SamplerState:
         starts, row = source >= 0, jnp.maximum(source, 0)
@@ -155,7 +174,14 @@ class Programs:
             prng=jnp.where(starts[:, None], prng, state.prng),
             sampled=jnp.where(starts, 0, state.sampled),
             remaining=jnp.where(starts, 0, state.remaining),
+            experts=copy_experts(state.experts, prompts.experts, source, window),
         )
+
+    def read_experts(self, state: SamplerState, slot: Array) -> Array:
+        """The record of one slot [T,L·k], on every device."""
+        assert state.experts is not None
+        is_slot = (jnp.arange(state.experts.shape[0]) == slot)[:, None, None]
+        return jnp.sum(jnp.where(is_slot, state.experts, 0), axis=0, dtype=state.experts.dtype)
 
     def copy_prefix(self, state: SamplerState, source: Array, keep: Array, window: int) -> SamplerState:
         axes = (self._state_axes, ("slots",), ("slots",))
@@ -173,8 +199,9 @@ class Programs:
         """A state of the given slots; None means all."""
         if slots is None:
             return state
-        axes = (self._state_axes, ("slots",))
-        return self._over_slots(partial(gather_slots, window=window), axes, axes[0])(state, slots)
+        axes = (replace(self._state_axes, experts=None), ("slots",))
+        gather = self._over_slots(partial(gather_slots, window=window), axes, axes[0])
+        return gather(replace(state, experts=None), slots)
 
     def _append_chunk(
         self,
@@ -185,17 +212,30 @@ class Programs:
         counts: Array,
         sampled: Array,
         remaining: Array,
+        experts: Array | None = None,
     ) -> SamplerState:
         """`append_chunk` on each device's slots."""
         chosen = () if slots is None else (slots,)
+        record = None
+        if experts is not None and state.experts is not None:
+            record = experts.reshape(*experts.shape[:2], -1)
         axes = (
             self._state_axes,
             kv_cache.chunk_axes(self._policy.config.num_layers),
             ("slots", None),
-            *[("slots",)] * (3 + len(chosen)),
+            *[("slots",)] * 3,
+            None if record is None else EXPERT_AXES,
+            *[("slots",)] * len(chosen),
         )
         append = self._over_slots(append_chunk, axes, self._state_axes)
-        return append(state, chunk, hidden, counts, sampled, remaining, *chosen)
+        return append(state, chunk, hidden, counts, sampled, remaining, record, *chosen)
+
+    def _append_experts(self, state: SamplerState, experts: Array | None) -> Array | None:
+        """`append_experts` on each device's slots."""
+        if experts is None:
+            return state.experts
+        axes = (EXPERT_AXES, EXPERT_AXES, ("slots",))
+        return self._over_slots(append_experts, axes, EXPERT_AXES)(state.experts, experts, state.lengths)
 
     def _copy_rows(self, window: int) -> Callable[[KVCache, KVCache, Array], KVCache]:
         axes = self._state_axes.cache

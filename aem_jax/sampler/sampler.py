@@ -45,6 +45,8 @@ class Sampler:
         grows: whether slots only grow, until they are emptied or forked to: `rewind` takes back at most the last chunk.
             Then layers with a sliding window hold no more than the window and two chunks.
         attention: of decode; by default that of `sampling` and of the mesh's devices.
+        records_experts: whether a state records the experts of each token, for `read_experts`; the policy then has a
+            mixture of experts.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Sampler:
         mesh: Mesh | None = None,
         grows: bool = False,
         attention: DecodeAttention | None = None,
+        records_experts: bool = False,
     ) -> None:
         if not stop_ids:
             raise ValueError("expected at least one stop id, got none; a response could never end by itself")
@@ -70,7 +73,8 @@ class Sampler:
         self._int8 = sampling.cache == "int8"
         rings = kv_cache.ring_layers(policy.config, enabled=grows)
         self._has_rings, self._ring_slack = any(rings), slack if grows else None
-        self._axes = state_axes(rings, int8=self._int8)
+        self._axes = state_axes(rings, int8=self._int8, records_experts=records_experts)
+        self.records_experts: bool = records_experts
         if attention is None:
             own = make_decode_attention(policy.config, mesh, int8=self._int8)
             attention = own if sampling.attention == "auto" else CHUNKED
@@ -93,6 +97,7 @@ class Sampler:
         self._copy_prefix = jax.jit(
             programs.copy_prefix, static_argnames="window", donate_argnums=0, out_shardings=placed
         )
+        self._read_experts = jax.jit(programs.read_experts, out_shardings=None if mesh is None else replicated(mesh))
         # A partial of its own: jits of one function share their programs, and `compilations` counts this sampler's.
         self._rewind = jax.jit(partial(rewind), donate_argnums=0, out_shardings=placed)
         self._restart = jax.jit(partial(restart), donate_argnums=0, out_shardings=placed)
@@ -116,7 +121,7 @@ class Sampler:
     def compilations(self) -> int:
         """Number of programs compiled so far; constant after warm-up."""
         programs: tuple[Any, ...] = (self._extend, self._decode, self._fork)
-        programs += (self._copy_prefix, self._rewind, self._restart)
+        programs += (self._copy_prefix, self._rewind, self._restart, self._read_experts)
         return sum(program._cache_size() for program in programs)
 
     def init(self, slots: int, capacity: int | None = None) -> SamplerState:
@@ -129,7 +134,14 @@ class Sampler:
         length = capacity + self.slack
         if self.is_ragged:
             length = -(-length // KERNEL_POSITIONS) * KERNEL_POSITIONS
-        return init_state(self.policy.config, slots, length, int8=self._int8, ring_slack=self._ring_slack)
+        return init_state(
+            self.policy.config,
+            slots,
+            length,
+            int8=self._int8,
+            ring_slack=self._ring_slack,
+            records_experts=self.records_experts,
+        )
 
     def abstract(self, slots: int, capacity: int | None = None) -> SamplerState:
         """Shapes, dtypes and shardings of the state that `init` returns.
@@ -333,6 +345,15 @@ class Sampler:
             )
         local = np.where(copied, source % own, -1).astype(np.int32)
         return self._copy_prefix(state, local, keep, window=self._check_window(window))
+
+    def read_experts(self, state: SamplerState, slot: int) -> Array:
+        """The experts of a slot's tokens, integers [T, layers · experts per token]; only the first tokens are valid.
+
+        Args:
+            state: the slots, of a sampler that `records_experts`; not donated.
+            slot: number of the slot.
+        """
+        return self._read_experts(state, np.int32(slot))
 
     def _check_chunk(self, length: int) -> None:
         if length > self.slack:

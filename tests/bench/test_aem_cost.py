@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from aem_jax.advantage import aem_coefficients, coefficient_statistics, response_entropy, token_advantages
 from aem_jax.config.presets import read_preset
-from aem_jax.plan.analytic import learn_costs, learn_flops
+from aem_jax.plan.analytic import learn_flops
 from aem_jax.plan.costs import costs
+from aem_jax.plan.floors import learn_costs
 from aem_jax.plan.hlo import read
 from aem_jax.plan.workload import workload
 from aem_jax.sharding import MeshConfig

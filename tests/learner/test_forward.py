@@ -25,7 +25,7 @@ LAYOUT = BatchLayout(num_microbatches=1, rows=6, row_length=48, max_responses=64
 
 
 def rows_of(batch, m=0):
-    return Rows(*(jnp.asarray(getattr(batch, name)[m]) for name in Rows._fields))
+    return Rows(*(jnp.asarray(getattr(batch, name)[m]) for name in Rows._fields[:4]))
 
 
 @jax.jit

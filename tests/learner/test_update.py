@@ -212,7 +212,7 @@ def test_shards_of_parameters_and_moments_lie_together():
     gate = state.params["base"]["layers"]["gate_up"]
     assert gate.addressable_shards[0].data.size * 4 == gate.size  # over fsdp × tensor, whole on each data replica
     assert state.opt_state[1][0].mu["base"]["layers"]["gate_up"].sharding == gate.sharding
-    with pytest.raises(ValueError, match=r"expected BatchLayout\.rows divisible by data × fsdp = 4, got 2"):
+    with pytest.raises(ValueError, match=r"expected BatchLayout\.rows divisible by data × fsdp × expert = 4, got 2"):
         place(collate([], LAYOUT), mesh)
 
 

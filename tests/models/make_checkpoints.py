@@ -7,11 +7,13 @@ changes it, and it takes a row less.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -21,6 +23,8 @@ from transformers import (
     MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     PreTrainedModel,
@@ -28,6 +32,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -64,14 +70,17 @@ IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 DEEPER: dict[str, Any] = {**SIZES, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4}
 
 
-SEEDS = {"gemma3": 12}
-"""Seeds of models that would repeat a few words with their number in the list."""
+SEEDS = {"gemma3": 12, "qwen3-moe": 6, "mixtral": 7}
+"""Seeds of some models; all others have their number in the list. With its number, Gemma would repeat a few words."""
 
 
 def models() -> dict[str, PreTrainedModel]:
     """A model of each family; together they have tied and untied heads, and grouped queries of three ratios."""
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
     one, even = {**heads, "num_key_value_heads": 1}, {**heads, "num_key_value_heads": 4}
+    experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    narrow: dict[str, Any] = {"intermediate_size": 24}
+    qwen: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "head_dim": 12}
     return {
         "qwen2-tied": Qwen2ForCausalLM(Qwen2Config(**SIZES, **heads, tie_word_embeddings=True)),
         "qwen2": Qwen2ForCausalLM(Qwen2Config(**SIZES, **one, rope_parameters=QUICK)),
@@ -117,6 +126,8 @@ def models() -> dict[str, PreTrainedModel]:
                 max_window_layers=2,
             )
         ),
+        "qwen3-moe": Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **heads, **qwen, norm_topk_prob=True)),
+        "mixtral": MixtralForCausalLM(MixtralConfig(**SIZES | narrow, **heads, **experts, rope_parameters=QUICK)),
     }
 
 
@@ -140,14 +151,20 @@ def spread(model: PreTrainedModel) -> None:
 
 
 def gradients(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, np.ndarray]:
-    """Tensor -> the sketch of its gradient, of a weighted mean of the tokens' log-probabilities."""
+    """Tensor's name in the files -> the sketch of its gradient, of a weighted mean of the tokens' log-probabilities.
+
+    The gradients replace the weights: the names in the files are known to `save_pretrained` alone.
+    """
     model.get_input_embeddings().padding_idx = None  # its row would get no gradient
     logprobs = torch.log_softmax(model(tokens).logits[:, :-1], -1)
     of_tokens = torch.take_along_dim(logprobs, tokens[:, 1:, None], -1)[..., 0]
     model.zero_grad()
     (of_tokens * torch.from_numpy(token_weights(of_tokens.shape))).mean().backward()
-    named = dict(model.named_parameters())
-    return {name: sketch(weight.grad.numpy()) for name, weight in named.items() if weight.grad is not None}
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for weight in model.parameters():
+            weight.copy_(weight.grad)
+        model.save_pretrained(folder)
+        return {name: sketch(gradient) for name, gradient in load_file(Path(folder) / "model.safetensors").items()}
 
 
 def main() -> None:
@@ -179,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

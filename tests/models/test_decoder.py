@@ -12,6 +12,7 @@ from small_policies import GROUPED_TIED, MULTI_UNTIED, ONE_KV_UNTIED, POST_NORM,
 
 from aem_jax.models import CONFIGS, ModelConfig, Policy
 from aem_jax.models.attention import row_attention
+from aem_jax.models.config import TINY
 from aem_jax.models.kernels import make_row_attention
 from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
 
@@ -166,12 +167,15 @@ PUBLISHED = {
     "smollm3-3b": 3_075_098_624,
     "mistral-7b-v0.3": 7_248_023_552,
     "ministral-8b-2410": 8_019_808_256,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "mixtral-8x7b": 46_702_792_704,
 }
 """Parameters of the published checkpoints; a head that is the embedding counts once."""
 
 
 def test_known_sizes_are_the_published_ones():
-    assert {name: config.num_parameters for name, config in CONFIGS.items() if name != "tiny"} == PUBLISHED
+    assert {name: config.num_parameters for name, config in CONFIGS.items() if name not in TINY} == PUBLISHED
     assert CONFIGS["tiny"].num_parameters < 1_000_000
     for name in ("qwen2.5-1.5b", "llama-3.2-1b"):
         policy = Policy(CONFIGS[name])

@@ -20,7 +20,8 @@ from aem_jax.models.families import config_from_hf, config_to_hf
 GOLDEN = Path(__file__).resolve().parent / "golden"
 PLAIN, LAYERED = ("qwen2", "qwen3", "llama", "olmo2"), ("gemma3", "smollm3", "mistral", "ministral")
 """Families whose layers are usually the same, and others."""
-FILES = {name: json.loads((GOLDEN / name / "config.json").read_text()) for name in (*PLAIN, *LAYERED)}
+MIXTURES = ("qwen3-moe", "mixtral")
+FILES = {name: json.loads((GOLDEN / name / "config.json").read_text()) for name in (*PLAIN, *LAYERED, *MIXTURES)}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 JUNK = (
     None,
@@ -71,6 +72,14 @@ LIKELY: dict[str, tuple[Any, ...]] = {
     "rope_local_base_freq": (1e4, 500),
     "layer_types": (["full_attention"] * 2, ["full_attention", "sliding_attention"], ["full_attention"]),
     "model_type": ("qwen2", "qwen3", "llama", "olmo2", "mistral", "ministral", "smollm3", "gemma3_text", "mixtral"),
+    "num_local_experts": (8, 4, 1),
+    "num_experts": (8, 4),
+    "num_experts_per_tok": (1, 2, 3),
+    "moe_intermediate_size": (20,),
+    "norm_topk_prob": (True, False),
+    "mlp_only_layers": ([], [1]),
+    "decoder_sparse_step": (1, 2),
+    "router_jitter_noise": (0.0, 0.1),
     "architectures": (
         ["Qwen2ForCausalLM"],
         ["LlamaForCausalLM"],
@@ -120,7 +129,7 @@ def mutated(rng: random.Random, families: tuple[str, ...]) -> dict[str, Any]:
     return theirs
 
 
-@pytest.mark.parametrize("families", [PLAIN, LAYERED])
+@pytest.mark.parametrize("families", [PLAIN, LAYERED, MIXTURES])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_changed_config_is_read_as_in_transformers_or_refused(
     seed: int, families: tuple[str, ...], caplog: pytest.LogCaptureFixture
@@ -183,6 +192,9 @@ OLD_GEMMA = {
         ),
         (GEMMA, {"layer_types": None, "sliding_window_pattern": 2}, {"sliding_windows": (6, 0, 6, 0)}),
         (GEMMA, {"query_pre_attn_scalar": 8}, {"score_dim": None}),
+        (FILES["mixtral"], {"sliding_window": 8}, {"sliding_windows": (8, 8)}),
+        (FILES["qwen3-moe"], {"sliding_window": 8}, {"sliding_windows": ()}),
+        (FILES["qwen3-moe"], {"sliding_window": 8, "use_sliding_window": True}, {"sliding_windows": (8, 8)}),
         (GEMMA, OLD_GEMMA, {"rope_theta": 1e6, "rope_scaling": LinearScaling(8.0), "sliding_rope_theta": 500.0}),
     ],
 )
@@ -236,6 +248,25 @@ def test_variants_of_a_config_mean_what_they_mean_in_transformers(theirs: dict, 
 def test_what_the_decoder_cannot_do_is_refused(change: dict, complaint: str):
     with pytest.raises(ValueError, match=complaint):
         config_from_hf(QWEN2 | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "complaint"),
+    [
+        ("qwen3-moe", {"mlp_only_layers": [0]}, r"expected mlp_only_layers = \[\], got \[0\]"),
+        ("qwen3-moe", {"decoder_sparse_step": 2}, "expected decoder_sparse_step = 1, got 2"),
+        ("qwen3-moe", {"num_experts": 4}, r"expected num_experts or num_local_experts, got both: \[4, 8\]"),
+        ("qwen3-moe", {"num_experts_per_tok": 9}, "expected 1 <= experts_per_token <= num_experts, got 9 and 8"),
+        ("qwen3-moe", {"norm_topk_prob": 1}, "expected norm_topk_prob to be true or false, got 1"),
+        ("qwen3-moe", {"moe_intermediate_size": "20"}, "expected moe_intermediate_size to be a whole number"),
+        ("mixtral", {"sliding_window": 0}, "expected sliding_window to be a whole number from 1 .*, got 0"),
+        ("mixtral", {"layer_types": ["full_attention", "sliding_attention"]}, "expected layer_types = None"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "expected router_jitter_noise = 0.0, got 0.1"),
+    ],
+)
+def test_what_a_mixture_cannot_do_is_refused(name: str, change: dict, complaint: str):
+    with pytest.raises(ValueError, match=complaint):
+        config_from_hf(FILES[name] | change)
 
 
 def test_absent_fields_mean_what_they_mean_in_transformers():
@@ -305,6 +336,11 @@ def test_an_exported_model_keeps_its_family():
     )
     written = [config_to_hf(replace(plain, **change), "float32")["model_type"] for change in changes]
     assert written == ["llama", "mistral", "ministral", "smollm3"]
+    for name in MIXTURES:
+        windowed = replace(config_from_hf(FILES[name], "float32"), sliding_windows=(8, 8), architecture="")
+        assert config_from_hf(config_to_hf(windowed, "float32"), "float32") == windowed
+        with pytest.raises(ValueError, match="expected the options of a family .*'experts': '.*'sliding_windows': "):
+            config_to_hf(replace(windowed, sliding_windows=(8, 0)), "float32")
 
 
 def test_options_of_no_family_are_not_written():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from small_policies import DEEP, GROUPED_TIED, ONE_KV_UNTIED, POST_NORM, numpy_params, numpy_tokens
+from small_policies import DEEP, GROUPED_TIED, MOE, ONE_KV_UNTIED, POST_NORM, numpy_params, numpy_tokens
 
 from aem_jax.models import LoraConfig, Policy, save_pretrained
 from aem_jax.models.lora import projections
@@ -45,6 +45,7 @@ def logits(policy: Any, params: Any) -> Any:
         (BIASED, 1e-5),
         (ONE_KV_UNTIED, 1e-5),
         (POST_NORM, 1e-5),
+        (MOE, 1e-5),
         (DEEP, 5e-5),
     ],  # nine layers add up more rounding
 )
@@ -93,7 +94,7 @@ def test_an_adapter_begins_as_pefts():
         np.testing.assert_allclose(a.std(), bound / 3**0.5, rtol=0.1)
 
 
-@pytest.mark.parametrize("config", [BIASED, ONE_KV_UNTIED])
+@pytest.mark.parametrize("config", [BIASED, ONE_KV_UNTIED, MOE])
 def test_pefts_files_contain_the_same_weights(config, tmp_path: Path):
     """Each Hugging Face tensor of a merged model is W + alpha / r · lora_B lora_A."""
     policy, frozen = Policy(config, LORA), numpy_params(config)
@@ -124,21 +125,22 @@ def test_pefts_files_contain_the_same_weights(config, tmp_path: Path):
         save_adapter(tmp_path / "adapter", config, LORA, adapter, base="the/base")
 
 
-def test_peft_reads_them(tmp_path: Path):
+@pytest.mark.parametrize("config", [BIASED, MOE])
+def test_peft_reads_them(config, tmp_path: Path):
     """A live comparison; needs torch, transformers and PEFT."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    policy, frozen = Policy(BIASED, LORA), numpy_params(BIASED)
+    policy, frozen = Policy(config, LORA), numpy_params(config)
     adapter = adapter_of(policy)
-    save_pretrained(tmp_path / "base", BIASED, frozen)
-    save_adapter(tmp_path / "adapter", BIASED, LORA, adapter, base=str(tmp_path / "base"))
+    save_pretrained(tmp_path / "base", config, frozen)
+    save_adapter(tmp_path / "adapter", config, LORA, adapter, base=str(tmp_path / "base"))
     model = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter")
     )
     with torch.no_grad():
-        theirs = model(torch.from_numpy(numpy_tokens(BIASED, (2, 9)).astype(np.int64))).logits.numpy()
+        theirs = model(torch.from_numpy(numpy_tokens(config, (2, 9)).astype(np.int64))).logits.numpy()
     np.testing.assert_allclose(theirs, logits(policy, {**frozen, "adapter": adapter}), atol=1e-4)
 
 

@@ -28,7 +28,7 @@ from aem_jax.sharding import MeshConfig, make_mesh
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FAMILIES = [
     *("qwen2", "qwen2-tied", "qwen3", "llama", "llama-tied", "olmo2"),
-    *("gemma3", "smollm3", "mistral", "ministral", "qwen3-yarn"),
+    *("gemma3", "smollm3", "mistral", "ministral", "qwen3-yarn", "qwen3-moe", "mixtral"),
 ]
 
 

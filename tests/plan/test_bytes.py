@@ -19,9 +19,9 @@ from aem_jax.config.run import RunConfig
 from aem_jax.learner import LearnerConfig
 from aem_jax.models.config import ModelChoice
 from aem_jax.models.lora import LoraConfig
-from aem_jax.plan.analytic import decode_costs, decode_floor, learn_costs, update_floor
 from aem_jax.plan.config import plan_config
 from aem_jax.plan.devices import parse_topology
+from aem_jax.plan.floors import decode_costs, decode_floor, learn_costs, update_floor
 from aem_jax.plan.make import make_plan
 from aem_jax.plan.workload import workload
 from aem_jax.rollout.config import RolloutConfig

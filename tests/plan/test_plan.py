@@ -24,10 +24,11 @@ from aem_jax.learner import LearnerConfig, abstract_state
 from aem_jax.models import CONFIGS, ModelConfig, Policy
 from aem_jax.models.config import ModelChoice, published
 from aem_jax.models.lora import LoraConfig
-from aem_jax.plan.analytic import decode_costs, demand, learn_costs, learn_flops, memory, useful_flops
+from aem_jax.plan.analytic import demand, learn_flops, memory, useful_flops
 from aem_jax.plan.config import PlanConfig, plan_config
 from aem_jax.plan.costs import Collective, Costs, costs
 from aem_jax.plan.devices import GIB, GPUS, TPUS, estimate, parse_topology
+from aem_jax.plan.floors import decode_costs, learn_costs
 from aem_jax.plan.gpu_target import GPU_TARGETS, target_config
 from aem_jax.plan.hlo import parse, read
 from aem_jax.plan.make import make_plan
@@ -594,7 +595,7 @@ def test_published_models_are_known_by_name():
     ("words", "complaint"),
     [
         (["--programs", "updat"], "expected programs to be compiled, got 'updat'; did you mean 'update'?"),
-        (["--mesh.fsdp", "3", "--topology", "gpu:h100:8"], "expected data x fsdp x tensor = 8 devices"),
+        (["--mesh.fsdp", "3", "--topology", "gpu:h100:8"], "expected data x fsdp x tensor x expert = 8 devices"),
         (["--mesh.fsdp", "8", "--batch.rows", "4", "--topology", "gpu:h100:8"], "expected a multiple of mesh.data"),
         (
             ["--preset", "alfworld-paper", "qwen2.5-7b", "--mesh.tensor", "8", "--topology", "gpu:h100:32"],

@@ -65,9 +65,8 @@ class Game:
         self.initial = {p: problem.facts.get(p, set()) for p in domain.fluents}
         few = frozenset(p for p, rows in self.initial.items() if len(rows) <= HANDFUL)
         self.schemas = compile_actions(domain_text, few)
-        goal_slots = Slots()
-        self.goal = solver(problem.goal, goal_slots, (), (), few)
-        self.goal_blank = goal_slots.blank
+        self.goal = solver(problem.goal, slots := Slots(), (), (), few)
+        self.goal_blank = slots.blank
         self.goal_reads = predicates(problem.goal)
         self.commands = tuple(_Commands(self, schema) for schema in self.schemas)
 
