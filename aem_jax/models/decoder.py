@@ -106,6 +106,11 @@ def _kinds(of_layers: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys(of_layers))
 
 
+def window_shares(config: ModelConfig) -> list[float]:
+    """Share of the layers that take each branch of the choice between attentions (`WINDOWS`)."""
+    return [config.windows.count(size) / config.num_layers for size in _kinds(config.windows)]
+
+
 def _kind_of_layers(of_layers: Sequence[Any]) -> Array | None:
     """i32[L], the index in `_kinds` of each layer's value; None if all layers have the same."""
     kinds = _kinds(of_layers)

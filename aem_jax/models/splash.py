@@ -6,6 +6,7 @@ and values; each recomputes the scores. The fused kernel would save a fifth of t
 queries' gradient for every block of keys, rounded to the inputs' dtype.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -17,6 +18,9 @@ BLOCKS = (512, 256, 128)
 """Queries and keys per block: the largest of these that divides the row."""
 
 SPLASH_MODULE = "jax.experimental.pallas.ops.tpu.splash_attention"
+
+WINDOW = "sliding_window_"
+"""In a compiled program, the name of a kernel with a sliding window contains this and its size."""
 
 PASSES = {"fwd": 2, "dq": 3, "dkv": 4}
 """Kernel -> its matrix products of the size of the scores."""
@@ -64,10 +68,11 @@ def splash_attention(
     def one_row(q: Array, k: Array, v: Array, ids: Array) -> Any:
         return attend(q, k, v, kernel.SegmentIds(ids, ids))
 
-    return jnp.swapaxes(jax.vmap(one_row)(q, k, v, segment_ids), 1, 2)
+    with jax.named_scope(f"{WINDOW}{sliding_window}") if sliding_window else nullcontext():
+        return jnp.swapaxes(jax.vmap(one_row)(q, k, v, segment_ids), 1, 2)
 
 
-def splash_flops(phase: str, length: int, heads: float, head_dim: int) -> float:
+def splash_flops(phase: str, length: int, heads: float, head_dim: int, sliding_window: int = 0) -> float:
     """FLOPs of one of its kernels for one row: 2·H·Dh for each pair of a query and a key in the visited blocks.
 
     Args:
@@ -75,7 +80,9 @@ def splash_flops(phase: str, length: int, heads: float, head_dim: int) -> float:
         length: T.
         heads: query heads.
         head_dim: Dh.
+        sliding_window: as in `splash_attention`.
     """
-    size = block_size(length)
-    blocks = length // size
-    return 2.0 * PASSES[phase] * heads * head_dim * size * size * blocks * (blocks + 1) / 2
+    size, reach = block_size(length), sliding_window or length
+    firsts = (max(0, (start - reach + 1) // size) for start in range(0, length, size))
+    visited = sum(block - first + 1 for block, first in enumerate(firsts))
+    return 2.0 * PASSES[phase] * heads * head_dim * size * size * visited

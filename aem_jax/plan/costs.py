@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from aem_jax.models.decoder import WINDOWS
 from aem_jax.plan.hlo import Computation, Instruction, Module, Shape, trip_count
 from aem_jax.plan.kernel_calls import KernelCall, hbm_bytes, kernel_call, results
 
@@ -18,6 +19,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _CONTRACTED = re.compile(r'lhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([^\]]*)\]')
+_OF_WINDOWS = re.compile(rf'branch_computations=.*op_name="[^"]*{WINDOWS}\)*/cond"')
+"""The choice between attentions, by the number of the kind of layer."""
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UNTOUCHED = re.compile(r'custom_call_target="(?:AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast)"')
 """Custom calls of the TPU's compiler that name memory and move nothing."""
@@ -77,12 +80,16 @@ class Costs:
             self.kernels.append(replace(kernel, count=kernel.count * times))
 
 
-def costs(module: Module, rounds: int = 1) -> Costs:
+def costs(module: Module, rounds: int = 1, window_shares: Sequence[float] = ()) -> Costs:
     """Costs of one run of a program. The most expensive branch of a conditional counts.
+
+    The exception is the choice between the attentions of layers with different sliding windows: there each branch
+    counts with its share of the layers.
 
     Args:
         module: the program.
         rounds: number of rounds of a loop for which the text does not determine it.
+        window_shares: of the model's layers, see `decoder.window_shares`.
     """
     totals: dict[str, Costs] = {}
 
@@ -96,7 +103,11 @@ def costs(module: Module, rounds: int = 1) -> Costs:
                     total.unknown_loops += trips is None
                     total.add(total_of(instruction.called("body")), rounds if trips is None else trips)
                 elif instruction.opcode == "conditional":
-                    branches = map(total_of, instruction.branches)
+                    branches = list(map(total_of, instruction.branches))
+                    if _OF_WINDOWS.search(instruction.attributes) and len(branches) == len(window_shares):
+                        for branch, share in zip(branches, window_shares, strict=True):
+                            total.add(branch, share)
+                        continue
                     total.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
                 elif instruction.opcode in ("call", "call-start"):
                     total.add(total_of(instruction.called("to_apply")))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from aem_jax.models.splash import PASSES, splash_flops
+from aem_jax.models.splash import PASSES, WINDOW, splash_flops
 from aem_jax.plan.hlo import Computation, Instruction, Shape
 
 _TARGETS = re.compile(r"tpu_custom_call|__cudnn\$.*|__gpu\$xla\.gpu\.triton|triton_kernel_call\w*|mosaic_gpu\w*")
@@ -55,7 +55,8 @@ def kernel_call(call: Instruction, where: Computation) -> KernelCall | None:
     else:
         path = re.search(r'op_name="([^"]*)"', call.attributes)
         name = path[1].removesuffix("/pallas_call").rpartition("/")[2] if path else call.name
-        flops = _pallas_flops(name, arguments)
+        window = re.search(rf"{WINDOW}(\d+)", path[1]) if path else None
+        flops = _pallas_flops(name, arguments, int(window[1]) if window else 0)
     return KernelCall(name, flops or 0.0, flops is not None, num_bytes, 1.0)
 
 
@@ -83,29 +84,30 @@ def _cudnn_flops(name: str, call: Instruction, arguments: Sequence[Shape]) -> fl
     return 2.0 * products * batch * heads * arguments[0].dims[-1] * pairs
 
 
-def _pallas_flops(name: str, arguments: Sequence[Shape]) -> float | None:
+def _pallas_flops(name: str, arguments: Sequence[Shape], window: int) -> float | None:
     arrays = [shape.dims for shape in arguments if shape.dtype in ("bf16", "f32") and len(shape.dims) in (3, 4)]
     for pattern, flops in _PALLAS.items():
         if (match := re.match(pattern, name)) and arrays:
-            return flops(match, arrays)
+            return flops(match, arrays, window)
     return None
 
 
-def _splash(match: re.Match[str], arrays: Sequence[tuple[int, ...]]) -> float:
+def _splash(match: re.Match[str], arrays: Sequence[tuple[int, ...]], window: int) -> float:
     # The first array is the queries; a single row has no row dimension.
     rows = arrays[0][0] if len(arrays[0]) == 4 else 1
     heads, length, head_dim = arrays[0][-3:]
-    return rows * splash_flops(match[1], length, heads, head_dim)
+    return rows * splash_flops(match[1], length, heads, head_dim, window)
 
 
-def _ragged(match: re.Match[str], arrays: Sequence[tuple[int, ...]]) -> float:
+def _ragged(match: re.Match[str], arrays: Sequence[tuple[int, ...]], window: int) -> float:
     # Queries [S,KV,R,Dh] and keys [S,KV,Dh,T], every slot full.
     (slots, kv_heads, rows, head_dim), keys = arrays[:2]
     return 4.0 * slots * kv_heads * rows * head_dim * keys[-1]
 
 
-_PALLAS: Mapping[str, Callable[[re.Match[str], Sequence[tuple[int, ...]]], float]] = {
+_PALLAS: Mapping[str, Callable[[re.Match[str], Sequence[tuple[int, ...]], int], float]] = {
     rf"splash_m[hq]a_({'|'.join(PASSES)})_": _splash,
     r"ragged_attention": _ragged,
 }
-"""How a Pallas kernel's name begins -> its FLOPs, of the match and the dimensions of its arguments of floats."""
+"""How a Pallas kernel's name begins -> its FLOPs, of the match, the dimensions of its arguments of floats, and its
+sliding window (0 for none)."""

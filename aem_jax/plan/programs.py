@@ -24,6 +24,7 @@ from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.errors import ConfigError
 from aem_jax.learner import abstract_state, make_update
 from aem_jax.models import Policy
+from aem_jax.models.decoder import window_shares
 from aem_jax.plan.costs import Costs, costs
 from aem_jax.plan.devices import Coordinates, Topology
 from aem_jax.plan.gpu_target import target_config
@@ -183,7 +184,7 @@ def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple
     for name in (name for name in names if name in lowered):
         # A loop of unknown length is the update's, over microbatches, or the decoder's, over tokens.
         rounds = {"update": work.rounds, "decode": work.decode_chunk}.get(name, 1)
-        yield _compile(name, lowered[name], rounds)
+        yield _compile(name, lowered[name], rounds, window_shares(work.model))
 
 
 def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
@@ -225,7 +226,7 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     }
 
 
-def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) -> Program:
+def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int, shares: Sequence[float]) -> Program:
     start = time.perf_counter()
     try:
         compiled = lower().compile()
@@ -235,7 +236,7 @@ def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int) ->
         why = {"too_large": reason} if "RESOURCE_EXHAUSTED" in str(error) else {"broken": reason}
         return Program(name, 0, 0, 0, seconds, Costs(), **why)
     seconds = time.perf_counter() - start
-    memory, program_costs = compiled.memory_analysis(), costs(parse(text), rounds)
+    memory, program_costs = compiled.memory_analysis(), costs(parse(text), rounds, shares)
     if memory is None:
         raise ValueError(f"expected the compiler to say how much memory {name} takes, got nothing")
     own = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)

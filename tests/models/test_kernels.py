@@ -108,3 +108,6 @@ def test_splash_counts_the_blocks_that_it_visits():
     # 1024 tokens in blocks of 512: 3 of 4 blocks. Scores and values, 2 FLOPs a pair and number
     assert splash_flops("fwd", 1024, 12, 128) == 2 * 2 * 12 * 128 * 3 * 512**2
     assert [splash_flops(phase, 512, 1, 1) / (2 * 512**2) for phase in PASSES] == [2, 3, 4]
+    # 2048 tokens: a window of 513 begins in the block before a block of queries, one of 514 in the block before that
+    visited = lambda window: splash_flops("fwd", 2048, 1, 1, window) / (2 * 2 * 512**2)
+    assert [visited(window) for window in (0, 1, 2, 513, 514, 4096)] == [10, 4, 7, 7, 9, 10]
