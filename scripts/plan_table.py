@@ -18,7 +18,7 @@ TOPOLOGIES: Mapping[str, Mapping[int, str]] = {
 }
 """Device -> number of chips -> topology."""
 
-ROWS: Mapping[str, int] = {"qwen2.5-1.5b": 4, "qwen2.5-7b": 4, "qwen3-32b": 1}
+ROWS: Mapping[str, int] = {"qwen2.5-1.5b": 4, "qwen2.5-7b": 4, "gemma-3-12b": 2, "qwen3-32b": 1}
 """Model -> rows of a microbatch for each chip."""
 
 _OPTIONS: Mapping[tuple[str, str, int], Sequence[str]] = {

@@ -12,7 +12,7 @@ from aem_jax.models.parameters import Mixture
 
 def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
     """The values that transformers' decoder uses. Raises transformers' errors, and for decoders of another form."""
-    config = CONFIG_MAPPING[theirs["model_type"]].from_dict(copy.deepcopy(theirs))
+    config: Any = CONFIG_MAPPING[theirs["model_type"]].from_dict(copy.deepcopy(theirs))
     if config.model_type == "gemma3":
         config.text_config.tie_word_embeddings = config.tie_word_embeddings
         config = config.text_config

@@ -191,7 +191,8 @@ def main() -> None:
         np.savez_compressed(
             folder / "outputs.npz", tokens=tokens.numpy(), logits=logits.numpy(), greedy=greedy[:, 8:].numpy()
         )
-        np.savez_compressed(folder / "gradients.npz", **gradients(model, tokens))
+        arrays: dict[str, Any] = gradients(model, tokens)
+        np.savez_compressed(folder / "gradients.npz", **arrays)
         print(name, f"logits' std {logits.std():.2f}, greedy words {len(set(greedy[0, 8:].tolist()))}")
 
 
