@@ -267,10 +267,7 @@ def _check_finite(finite: Mapping[str, Array], what: str) -> None:
 
 def _zeros(policy: Policy, dtype: DTypeLike | Params, where: Any) -> Params:
     dtypes = dtype if isinstance(dtype, dict) else jax.tree.map(lambda leaf: dtype_name(dtype), policy.shapes)
-
-    def make() -> Params:
-        return jax.tree.map(lambda leaf, dtype: jnp.zeros(leaf.shape, dtype), policy.shapes, dtypes)
-
+    make = lambda: jax.tree.map(lambda leaf, dtype: jnp.zeros(leaf.shape, dtype), policy.shapes, dtypes)
     return jax.jit(make, out_shardings=where)()
 
 
@@ -288,9 +285,7 @@ def _place(block: np.ndarray, sharding: NamedSharding | None) -> Array:
 
 
 @partial(jax.jit, static_argnames="sharding", donate_argnums=0)
-def _put_block(
-    array: Array, block: Array, start: tuple[Array, ...], sharding: NamedSharding | None
-) -> tuple[Array, Array]:
+def _put_block(array: Array, block: Array, start: tuple[Array, ...], sharding: Any) -> tuple[Array, Array]:
     """The array with a block written at `start`, and whether the block is finite."""
     block = block.astype(array.dtype)
     array = jax.lax.dynamic_update_slice(array, block, start)

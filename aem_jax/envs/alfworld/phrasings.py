@@ -6,11 +6,7 @@ A phrasing can be said where each of its names is a known fact, or a symbol that
 from aem_jax.envs.thoughts import Grammar
 
 REMARKS: Grammar = {
-    "task": (
-        "{duty} {aim}.",
-        "{first_duty}: {aim}.",
-        "{aim}, that is {what_for}.",
-    ),
+    "task": ("{duty} {aim}.", "{first_duty}: {aim}.", "{aim}, that is {what_for}."),
     "hand": (
         "{empty}my hands are empty.",
         "{empty}I hold nothing.",
@@ -93,12 +89,8 @@ STEPS: Grammar = {
         "{go}, because {need}.",
     ),
     "round": (
-        "{order}, so {go_there}.",
-        "{order}. {go_there}.",
-        "{order}, so {go}.",
-        "{go}, because {order}.",
-        "{go}: {order}.",
-        "{go}. {order}.",
+        *("{order}, so {go_there}.", "{order}. {go_there}.", "{order}, so {go}."),
+        *("{go}, because {order}.", "{go}: {order}.", "{go}. {order}."),
     ),
     "fetch": (
         "{guess}, so {go_there}.",
