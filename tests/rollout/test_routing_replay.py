@@ -89,7 +89,7 @@ def test_rings_and_windows_change_no_record():
     policy = Policy(replace(MOE.config, **of_layers))
     params = jax.tree.map(lambda x: 2 * x, policy.init(jax.random.key(2)))
     sampler = Sampler(policy, SamplingConfig(), [STOP], capacity=96, slack=16, grows=True, records_experts=True)
-    ring, whole, _ = (layer.values.shape[2] for layer in sampler.abstract(1).cache.layers)
+    ring, whole, _ = (jax.tree.leaves(layer.values)[0].shape[2] for layer in sampler.abstract(1).cache.layers)
     trajectories, _ = Rollout(sampler, ByteChat(), LocalPool(12), CONFIG)(params, TASKS, KEY)
     batch = packed(trajectories, experts=6)
     assert ring < batch.positions.max() < whole
