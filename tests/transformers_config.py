@@ -32,7 +32,9 @@ def in_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
     assert {*types} <= {"full_attention", "sliding_attention"} and len(types) == layers
     is_sliding = [name == "sliding_attention" for name in types]
     if any(is_sliding):  # else the mask fails
-        assert config.sliding_window > 0 and (kind not in ("qwen2", "qwen3", "smollm3") or config.use_sliding_window)
+        assert (config.sliding_window or 0) > 0 and (
+            kind not in ("qwen2", "qwen3", "smollm3") or config.use_sliding_window
+        )
     mixture = None
     if kind in ("qwen3_moe", "mixtral"):
         if kind == "qwen3_moe":
