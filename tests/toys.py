@@ -45,6 +45,21 @@ class Bigram:
     def hidden(self, params, tokens, positions, segment_ids, remat=None, constrain=None, attention=None):
         return jnp.tanh(params["base"]["embed"][tokens])
 
+    def hidden_and_load(
+        self,
+        params,
+        tokens,
+        positions,
+        segment_ids,
+        remat=None,
+        constrain=None,
+        attention=None,
+        *,
+        experts=None,
+        recorded=None,
+    ):
+        raise NotImplementedError("a bigram has no experts")
+
     def head(self, params):
         return params["base"]["head"]
 
