@@ -21,14 +21,14 @@ def sizes(config: RunConfig, model=MODEL) -> tuple[int, ...]:
 
 def test_a_given_mesh_is_kept():
     assert jax.device_count() == 8
-    assert sizes(replace(TINY, mesh=MeshConfig(2, 4, 1))) == (2, 4, 1)
+    assert sizes(replace(TINY, mesh=MeshConfig(2, 4, 1))) == (2, 4, 1, 1)
 
 
 def test_the_least_tensor_parallelism_that_divides_is_chosen():
-    assert sizes(replace(TINY, batch=replace(TINY.batch, rows=8))) == (8, 1, 1)  # shards below 128 are inefficient
-    assert sizes(TINY) == (4, 1, 2)  # four rows use four devices, tensor uses the rest
+    assert sizes(replace(TINY, batch=replace(TINY.batch, rows=8))) == (8, 1, 1, 1)  # shards below 128 are inefficient
+    assert sizes(TINY) == (4, 1, 1, 2)  # four rows use four devices, tensor uses the rest
     wide = replace(MODEL, hidden_size=1024)
-    assert sizes(replace(TINY, batch=replace(TINY.batch, rows=8)), wide) == (1, 8, 1)
+    assert sizes(replace(TINY, batch=replace(TINY.batch, rows=8)), wide) == (1, 8, 1, 1)
 
 
 def test_rows_that_no_mesh_divides_are_refused():

@@ -159,7 +159,10 @@ def test_a_changed_setting_that_affects_numbers_is_refused_by_name(finished: Pat
 def test_rows_that_the_mesh_cannot_split_are_refused_before_training(tmp_path: Path, user_environment):
     words = ("--batch.rows", "3", "--runtime.cpu-devices", "2", "--mesh.data", "2")
     out = finish(start(tmp_path, user_environment, *words), status=2)
-    assert "--batch.rows: expected a multiple of mesh.data × mesh.fsdp = 2, got 3" in out and "warm start" not in out
+    assert (
+        "--batch.rows: expected a multiple of mesh.data × mesh.fsdp × mesh.expert = 2, got 3" in out
+        and "warm start" not in out
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path, capfd):

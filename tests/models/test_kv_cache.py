@@ -102,7 +102,7 @@ def test_a_ring_holds_the_last_tokens(int8: bool):
         chosen = np.arange(slots) if turn % 3 else np.asarray([2, 0])
         keys, values = random.standard_normal((2, len(chosen), 2, 4, chunk)).astype(np.float32)
         new = KVChunk(jnp.asarray(keys), jnp.swapaxes(values, 2, 3))
-        cache, hidden = step(cache, (new, new), lengths, hidden, hidden[chosen], chosen)
+        cache, hidden = step(cache, (new, new), lengths.copy(), hidden, hidden[chosen], chosen)  # lengths change below
         lengths[chosen] += random.randint(0, chunk + 1, len(chosen))
         check(cache, lengths)
     assert lengths.max() > 32

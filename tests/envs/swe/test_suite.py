@@ -15,6 +15,7 @@ from aem_jax.config.presets import read_preset
 from aem_jax.envs.play import play
 from aem_jax.envs.serving.config import PoolConfig
 from aem_jax.envs.suite import SuiteOptions, TaskSuite
+from aem_jax.envs.swe import env as swe_env
 from aem_jax.envs.swe import suite as swe_suite
 from aem_jax.envs.swe.choices import ChoicesConfig, ChoicesEnv
 from aem_jax.envs.swe.env import SweConfig
@@ -122,7 +123,7 @@ def test_images_are_fetched_ahead_on_the_host_of_the_servers_alone(monkeypatch):
             told.set()
             return False
 
-    monkeypatch.setattr(swe_suite, "choose_runtime", lambda *_: Engine("docker"))
+    monkeypatch.setattr(swe_env, "choose_runtime", lambda *_, **__: Engine("docker"))
     elsewhere = SuiteOptions(pool=PoolConfig(urls=("far:8000",)))
     assert swe_suite.swe(SweConfig(), elsewhere).prepare is None
     suite = swe_suite.swe(SweConfig(memory_mib=512), SuiteOptions())
