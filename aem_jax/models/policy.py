@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from aem_jax.models.attention import RowAttention, row_attention
+from aem_jax.models.block import GATED
 from aem_jax.models.config import ModelConfig
-from aem_jax.models.decoder import GATED, Constrain, Decoder
+from aem_jax.models.decoder import Constrain, Decoder
 from aem_jax.models.experts import Experts, Load, make_experts
 from aem_jax.models.int8 import quantize_layers, quantized_table
 from aem_jax.models.lora import LoraConfig, adapter_axes, init_adapter, merge, merged_leaves

@@ -63,7 +63,7 @@ def test_packed_segments_equal_separate_rows():
             segments[row, at : at + length] = index + 1
             alone[row, at] = ids
             at += length + index  # a hole of padding after the second segment
-    hidden = jax.jit(policy.hidden)(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(segments))
+    hidden, _ = jax.jit(policy.hidden)(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(segments))
     assert np.all(np.isfinite(hidden))
     logits, forward = policy.logits(params, hidden), jax.jit(policy.forward)
     for (row, at), ids in alone.items():
