@@ -344,7 +344,8 @@ def _family(theirs: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
                 return family, theirs
     raise ValueError(
         f"expected one of {_names()} in architectures and its model_type, got {brief(architectures)} and "
-        f"{brief(kind)}; a family is a row of FAMILIES in aem_jax/models/families.py"
+        f"{brief(kind)}; a family is a row of FAMILIES in aem_jax/models/families.py: see "
+        "docs/tutorials/add_a_family.md"
     )
 
 
