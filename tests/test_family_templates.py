@@ -101,7 +101,8 @@ def of_family(base: Path, template: str, **settings) -> ChatTokenizer:
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(str(base))
     first, last, others = CONTROL[template]
     tokenizer.add_special_tokens({"bos_token": first, "eos_token": last})
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in others], special_tokens=True)
+    markup: list[str | AddedToken] = [AddedToken(token, special=True, normalized=False) for token in others]
+    tokenizer.add_tokens(markup, special_tokens=True)
     tokenizer.chat_template = template
     return ChatTokenizer(tokenizer, day=DAY, **settings)
 
