@@ -9,8 +9,7 @@ import datetime
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from aem_jax.tokenizer import ChatTokenizer
 
