@@ -162,6 +162,8 @@ def test_white_space_before_a_response_is_the_policys(base):
     chat = of_family(base, MISTRAL_V03)
     assert chat.markup and (chat.markup.lead, chat.markup.after) == (" ", "[/INST]")
     assert chat.response_ids("look") == [*chat.encode(" look"), *chat.stop_ids]
+    continuation = chat.continuation_ids(conversation(1, ""), 1, (), closed=True)
+    assert continuation == chat.delta_ids(TURNS[0][1])
     others = [of_family(base, NAMES[name]) for name in NAMES if name != "mistral"]
     assert all(other.markup and other.markup.lead == "" for other in others)
     assert others[0].response_ids("look") == [*others[0].encode("look"), *others[0].stop_ids]

@@ -246,7 +246,7 @@ class ChatTokenizer:
             ValueError: the template refuses the messages.
         """
         before, after = messages[:response], messages[response + 1 :]
-        prompt = self._render_fenced(before, tools) + _ANSWER
+        prompt = self._render_fenced(before, tools) + self._lead + _ANSWER
         text = self._render_fenced([*before, {"role": "assistant", "content": _ANSWER}, *after], tools)
         if not text.startswith(prompt):
             return None
