@@ -191,11 +191,11 @@ def test_live_efficiency_has_an_interval_or_says_that_nothing_is_known(tmp_path:
     base = rng.normal(1, 1, 80)
     gains = 1.3 * base + rng.normal(0, 0.3, 80)
     axes = efficiency_of(tmp_path / "resolved", gains, base)
-    at, ratios = axes.lines[1].get_data()
+    at, ratios = map(np.asarray, axes.lines[1].get_data())
     assert at[-1] == 395 and ratios[-1] == pytest.approx(gains[40:].sum() / base[40:].sum())
     drawn = rng.integers(40, 80, (20_000, 40))
     low, high = np.percentile(gains[drawn].sum(1) / base[drawn].sum(1), [2.5, 97.5])
-    band = axes.collections[0].get_paths()[0].vertices
+    band = np.asarray(axes.collections[0].get_paths()[0].vertices)
     ends = np.sort(band[band[:, 0] == 395][:, 1])
     assert ends[-1] - ends[0] == pytest.approx(high - low, rel=0.1)
     assert not axes.texts
