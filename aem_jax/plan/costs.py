@@ -26,6 +26,8 @@ _UNTOUCHED = re.compile(r'custom_call_target="(?:AllocateBuffer|AssumeGatherIndi
 """Custom calls of the TPU's compiler that name memory and move nothing."""
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """Writes in place, and the index of the operand with the new values."""
+_NO_ESTIMATE = 2**63 - 1
+"""Cycles of gathers that TPUs leave to their sparse cores: they have no estimate, and are timed as kernels are."""
 _SEEN_THROUGH = {"bitcast", "reshape", "convert", "copy", "transpose"}
 
 
@@ -132,10 +134,13 @@ def _count(
             if one is instruction:
                 total.bytes += kernel.bytes
                 return
-    if not _is_free(instruction):
-        total.bytes += _bytes(module, computation, instruction)
+    num_bytes = 0.0 if _is_free(instruction) else _bytes(module, computation, instruction)
+    total.bytes += num_bytes
     cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-    total.cycles += int(cycles[1]) if cycles else 0
+    if cycles and int(cycles[1]) == _NO_ESTIMATE:
+        total.kernels.append(KernelCall("sparse core", 0.0, True, num_bytes, 1.0))
+    elif cycles:
+        total.cycles += int(cycles[1])
 
 
 def _inside(module: Module, where: Computation, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:

@@ -23,7 +23,7 @@ CUDNN_BLOCK = 128
 
 @dataclass(frozen=True)
 class KernelCall:
-    """One call of a kernel.
+    """One call of a kernel, or another operation without an estimate by the compiler.
 
     Attributes:
         name: its name in the program.

@@ -84,6 +84,16 @@ def test_an_exchange_sends_what_fits_into_its_smaller_operand():
     assert costs(parse(PROGRAM)).bytes - without.bytes == 2 * 48 * 32 * 2  # read once, written once
 
 
+def test_gathers_without_an_estimate_take_as_long_as_their_bytes():
+    """Those of a TPU's sparse cores have the largest integer as their cycles."""
+    estimated = f'kind=kLoop, calls=%none, backend_config={{"estimated_cycles":"{2**63 - 1}"}}'
+    cost = costs(parse(PROGRAM.replace("kind=kLoop, calls=%none", estimated)), routed_share=1 / 4)
+    assert cost.cycles == 0 and [one.bytes for one in cost.kernels if one.name == "sparse core"] == [
+        2 * 32 * (48 + 192)
+    ]
+    assert cost.bytes == costs(parse(PROGRAM), routed_share=1 / 4).bytes
+
+
 def test_a_token_computes_the_experts_that_it_chose():
     model = workload(SMALL).model
     attention = EMBED * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
@@ -165,7 +175,9 @@ def test_a_tpus_update_has_no_product_of_all_rows_with_all_experts(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     plan = json.loads(result.stdout.splitlines()[-1])
     update = plan["costs"]["update"]
-    assert update["flops"] == pytest.approx(plan["closed_flops"]["update"], rel=0.3)  # dense: 1.8 times that
+    assert update["flops"] == pytest.approx(
+        plan["closed_flops"]["update"], rel=0.25
+    )  # that of a loop over blocks is 18 % more
     row = 8 * 384 / 4 * CHOSEN * EMBED * 4
     sent = sum(one["count"] for one in update["collectives"] if one["kind"] == "all-to-all" and one["bytes"] == row)
     assert sent == plan["units"]["update"] * 6 * LAYERS
