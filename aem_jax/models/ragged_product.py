@@ -48,8 +48,8 @@ def blocked_gradients(x: Array, weights: Array, sizes: Array, cotangent: Array) 
 
 
 def _backward(residuals: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
-    gradients = jax.lax.platform_dependent(*residuals, cotangent, tpu=kernel_gradients, default=blocked_gradients)
-    return *gradients, None
+    d_x, d_weights = jax.lax.platform_dependent(*residuals, cotangent, tpu=kernel_gradients, default=blocked_gradients)
+    return d_x, d_weights, None
 
 
 ragged_product.defvjp(lambda *inputs: (ragged_product(*inputs), inputs), _backward)

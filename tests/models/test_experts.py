@@ -33,7 +33,8 @@ SAME = np.zeros_like(RECORDED)  # every token at one expert, twice
 def test_products_of_groups(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
     """Values and gradients are those of a product for each group; rows of no group are 0 and have no gradient."""
     random = np.random.RandomState(0)
-    x, weights, out = (random.standard_normal(shape).astype(np.float32) for shape in ((40, 6), (4, 6, 5), (40, 5)))
+    shapes = (40, 6), (4, 6, 5), (40, 5)
+    x, weights, out = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes)
     group = np.repeat(range(5), [*sizes, 40 - sum(sizes)])
 
     def separate(x, weights):
@@ -42,7 +43,7 @@ def test_products_of_groups(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPa
 
     def both(function):
         result, pull = jax.vjp(function, x, weights)
-        return result, *pull(jnp.asarray(out))
+        return result, *pull(out)
 
     wanted, counts = both(separate), jnp.asarray(sizes, jnp.int32)
     for function in (ragged_product, jax.lax.ragged_dot):
@@ -53,7 +54,7 @@ def test_products_of_groups(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPa
     # Those of TPUs, with a kernel for both gradients and for that of x alone; and those of other devices.
     for gradients, has_kernel in ((kernel_gradients, True), (kernel_gradients, False), (blocked_gradients, False)):
         monkeypatch.setattr(products, "WEIGHT_GRADIENT_HAS_KERNEL", has_kernel)
-        for got, want in zip(gradients(x, weights, counts, jnp.asarray(out)), wanted[1:], strict=True):
+        for got, want in zip(gradients(x, weights, counts, out), wanted[1:], strict=True):
             np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -101,6 +102,7 @@ def test_remat_recomputes_the_exchange_of_tokens(remat, expert, kept, capsys: py
 
     print_saved_residuals(loss, PARAMS)
     lines = capsys.readouterr().out.splitlines()
+    assert MOE.mixture is not None
     rows = ROWS * LENGTH * MOE.mixture.experts_per_token * expert
     assert any("output of scan" in line for line in lines)
     in_buffers = [line for line in lines if f"[2,{rows},{MOE.intermediate_size}]" in line]
