@@ -18,10 +18,13 @@ TOPOLOGIES: Mapping[str, Mapping[int, str]] = {
 }
 """Device -> number of chips -> topology."""
 
-ROWS: Mapping[str, int] = {"qwen2.5-1.5b": 4, "qwen2.5-7b": 4, "gemma-3-12b": 2, "qwen3-32b": 1}
+ROWS: Mapping[str, int] = {"qwen2.5-1.5b": 4, "qwen2.5-7b": 4, "gemma-3-12b": 2, "qwen3-30b-a3b": 2, "qwen3-32b": 1}
 """Model -> rows of a microbatch for each chip."""
 
 _OPTIONS: Mapping[tuple[str, str, int], Sequence[str]] = {
+    # The chosen mesh has the largest axis of experts that fits; a small one moves fewer bytes while learning.
+    ("v5p", "qwen3-30b-a3b", 16): ("--mesh.fsdp", "4", "--mesh.expert", "4"),
+    ("v5p", "qwen3-30b-a3b", 64): ("--mesh.data", "4", "--mesh.fsdp", "4", "--mesh.expert", "4"),
     ("v5p", "qwen3-32b", 4): ("--batch.rows", "4"),
     # the chosen mesh's estimate is 4 % too low to fit
     ("v5p", "qwen3-32b", 16): ("--mesh.fsdp", "4", "--mesh.tensor", "4", "--batch.rows", "8"),
@@ -48,7 +51,8 @@ def command(device: str, model: str, chips: int) -> list[str]:
 def row(plan: Mapping[str, Any], model: str, chips: int, rows: int) -> str:
     """A line of the table."""
     mesh = " × ".join(str(plan["mesh"][name]) for name in ("data", "fsdp", "tensor"))
-    cells = [model, str(chips), mesh, str(rows)]
+    expert = plan["mesh"].get("expert", 1)
+    cells = [model, str(chips), f"{mesh}, expert {expert}" if expert > 1 else mesh, str(rows)]
     if not plan["fits"]:
         return " | ".join(("", *cells, f"does not fit; first advice: `{plan['advice'][0]}`", "")).strip()
     phases = {name: size / 2**30 for name, size in plan["phases"].items()}

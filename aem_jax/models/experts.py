@@ -152,7 +152,8 @@ def make_experts(activation: Callable[[Array, Array], Array], mesh: Mesh | None)
         if valid is not None:
             experts = jnp.where(valid[..., None], experts, num_experts)
         flat, k = x.reshape(-1, x.shape[-1]), experts.shape[-1]
-        compute = partial(_products, activation, matrices)
+        # The worst case of an exchange is several times the rows that come: too much to keep in every layer.
+        compute = partial(_products, activation, matrices, keep=shards == 1)
         order = _Order(experts.reshape(-1), num_experts)
         rows = order.sorted_copies(flat, k)
         out = compute(rows, order.sizes) if shards == 1 else _exchange(compute, rows, order.sizes, shards)
@@ -236,13 +237,19 @@ _copy_rows.defvjp(
 )
 
 
-def _products(activation: Callable[[Array, Array], Array], matrices: ExpertWeights, rows: Array, sizes: Array) -> Array:
-    """The experts' outputs of rows [M,D] sorted by expert, of which sizes i32[E] belong to each."""
+def _products(
+    activation: Callable[[Array, Array], Array], matrices: ExpertWeights, rows: Array, sizes: Array, *, keep: bool
+) -> Array:
+    """The experts' outputs of rows [M,D] sorted by expert, of which sizes i32[E] belong to each.
+
+    `keep` names products, so that `jax.checkpoint` may keep them; else it recomputes them, and the exchange before.
+    """
     ids = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows.shape[0]), side="right")
 
     def times(x: Array, m: Matrices) -> Array:
         if m.scales is None:
-            y = checkpoint_name(ragged_product(x, m.weights.astype(x.dtype), sizes), PRODUCT)
+            y = ragged_product(x, m.weights.astype(x.dtype), sizes)
+            y = checkpoint_name(y, PRODUCT) if keep else y
         else:
             y = ragged_product(x, m.weights, sizes)
             y = (y.astype(jnp.float32) * m.scales[jnp.minimum(ids, len(sizes) - 1)]).astype(x.dtype)

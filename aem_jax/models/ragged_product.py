@@ -1,5 +1,6 @@
 """Products of rows with the matrix of their group: `jax.lax.ragged_dot` on TPUs, a loop over blocks elsewhere."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,23 +12,49 @@ Array = jax.Array
 MAX_BLOCK = 512
 """Most rows of a block of `blocked_product`."""
 
+WEIGHT_GRADIENT_HAS_KERNEL = jax.__version_info__ >= (0, 12)
+"""Whether TPUs have a kernel for the weights' gradient of `jax.lax.ragged_dot`: libtpu has one since 0.0.46."""
 
+
+@jax.custom_vjp
 def ragged_product(x: Array, weights: Array, sizes: Array) -> Array:
     """Rows of x times the matrix of their group, in the dtype of x; 0 for rows of no group.
 
     TPUs have a kernel for `jax.lax.ragged_dot`. Elsewhere XLA computes it as the product of all rows with the matrices
-    of all groups, so there `blocked_product` runs.
+    of all groups, so there `blocked_product` runs. So it is with the gradients, but for that of the weights on TPUs
+    before jax 0.12: libtpu had no kernel for it and multiplied all rows for each group, so there a loop runs, too.
 
     Args:
         x: [M,K], rows of a group next to each other, groups in order.
         weights: [G,K,N], in the dtype of x; or int8, without a gradient.
         sizes: i32[G], rows of each group; rows beyond their sum belong to none.
     """
-    ragged = lambda x, weights, sizes: jax.lax.ragged_dot(x, weights.astype(x.dtype), sizes)
-    return jax.lax.platform_dependent(x, weights, sizes, tpu=ragged, default=blocked_product)
+    return jax.lax.platform_dependent(x, weights, sizes, tpu=_ragged, default=blocked_product)
 
 
-@jax.custom_vjp
+def _ragged(x: Array, weights: Array, sizes: Array) -> Array:
+    return jax.lax.ragged_dot(x, weights.astype(x.dtype), sizes)
+
+
+def kernel_gradients(x: Array, weights: Array, sizes: Array, cotangent: Array) -> tuple[Array, Array]:
+    """The gradients of x and weights by the kernels that TPUs have."""
+    d_x, d_weights = jax.vjp(partial(_ragged, sizes=sizes), x, weights)[1](cotangent)
+    return d_x, d_weights if WEIGHT_GRADIENT_HAS_KERNEL else _weight_gradient(x, weights, sizes, cotangent)
+
+
+def blocked_gradients(x: Array, weights: Array, sizes: Array, cotangent: Array) -> tuple[Array, Array]:
+    """The gradients of x and weights as loops over blocks."""
+    return _blocked(cotangent, weights, sizes, "bn,kn->bk"), _weight_gradient(x, weights, sizes, cotangent)
+
+
+def _backward(residuals: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
+    d_x, d_weights = jax.lax.platform_dependent(*residuals, cotangent, tpu=kernel_gradients, default=blocked_gradients)
+    return d_x, d_weights, None
+
+
+ragged_product.defvjp(lambda *inputs: (ragged_product(*inputs), inputs), _backward)
+
+
 def blocked_product(x: Array, weights: Array, sizes: Array) -> Array:
     """`ragged_product` as a loop over blocks of rows of the same group.
 
@@ -52,8 +79,8 @@ def _blocked(x: Array, weights: Array, sizes: Array, equation: str) -> Array:
     return jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes), out[: x.shape[0]], 0)
 
 
-def _blocked_backward(residuals: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
-    x, weights, sizes = residuals
+def _weight_gradient(x: Array, weights: Array, sizes: Array, cotangent: Array) -> Array:
+    """[G,K,N], the gradient of the weights: xᵀ·cotangent of each group's rows, by blocks, summed in float32."""
     blocks = _Blocks(x.shape[0], sizes)
     x_rows, d_rows = (jnp.pad(rows, ((0, blocks.size), (0, 0))) for rows in (x, cotangent))
 
@@ -65,11 +92,8 @@ def _blocked_backward(residuals: tuple[Array, Array, Array], cotangent: Array) -
         old = jax.lax.dynamic_index_in_dim(total, group)
         return jax.lax.dynamic_update_slice_in_dim(total, old + product[None], group, 0)
 
-    d_weights = jax.lax.fori_loop(0, blocks.count, step, zeros_like_varying(weights.shape, jnp.float32, x))
-    return _blocked(cotangent, weights, sizes, "bn,kn->bk"), d_weights.astype(weights.dtype), None
-
-
-blocked_product.defvjp(lambda *inputs: (blocked_product(*inputs), inputs), _blocked_backward)
+    total = jax.lax.fori_loop(0, blocks.count, step, zeros_like_varying(weights.shape, jnp.float32, x))
+    return total.astype(weights.dtype)
 
 
 class _Blocks:

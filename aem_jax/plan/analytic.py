@@ -68,7 +68,28 @@ def token_flops(model: ModelConfig, row_length: int, of_matrices: float = 6.0) -
     return of_matrices * matrices + 3.0 * attention_flops(model, row_length / 2)
 
 
-def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> float:
+@dataclass(frozen=True)
+class Recomputed:
+    """What the backward pass computes once more, each 0 or 1.
+
+    Attributes:
+        dense: matrix products outside of experts.
+        experts: those of experts, and the exchange of tokens before them.
+        attention: attention.
+    """
+
+    dense: int
+    experts: int
+    attention: int
+
+
+def recomputed(work: Workload, expert: int) -> Recomputed:
+    """What remat recomputes, with an expert axis of this size: buffers of an exchange are never kept."""
+    layers, kept = work.remat == "layers", work.remat == "none"
+    return Recomputed(int(layers), int(layers or (not kept and expert > 1)), int(not kept))
+
+
+def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla", expert: int = 1) -> float:
     """FLOPs of learning one token as implemented: attention by blocks of queries, and recomputation.
 
     Attention's scores are always recomputed, and layers according to remat. A ratio of responses computes the head once
@@ -78,21 +99,23 @@ def learn_flops(work: Workload, block: int = BLOCK, kernel: str = "xla") -> floa
         work: the run's sizes.
         block: queries of a block of attention.
         kernel: of `models.kernels`, which has the cost of attention's backward pass.
+        expert: size of the mesh's expert axis.
     """
     length = work.layout.row_length
     ends = [min(start + block, length) for start in range(0, length, block)]
     seen = sum((end - start) * end for start, end in zip(range(0, length, block), ends)) / length
     matrices, attention = 2.0 * active_layer_parameters(work.model), attention_flops(work.model, seen)
     # The backward pass does not need a layer's last product, so it is not recomputed. It needs the experts' outputs.
+    experts, again = 2.0 * expert_parameters(work.model) * active_share(work.model), recomputed(work, expert)
     last = 2.0 * work.model.num_layers * work.model.hidden_size * work.model.intermediate_size
     last *= work.model.mixture is None
-    recomputed = {"none": 0.0, "layers": matrices - last + attention, "dots": attention}[work.remat]
+    more = again.dense * (matrices - experts - last) + again.experts * experts + again.attention * attention
     head = 2.0 * head_parameters(work.model)
     backward = KERNELS[kernel].backward
     if kernel == "xla" and work.remat != "none":
         backward -= 0.5  # a recomputed layer has its scores already
     ratio = {"token": 0.0, "response": head, "trajectory": matrices + attention + head}[work.ratio]
-    total = 3.0 * matrices + (1.0 + backward) * attention + recomputed + 3.0 * head + ratio
+    total = 3.0 * matrices + (1.0 + backward) * attention + more + 3.0 * head + ratio
     return total - (matrices + head) * (work.lora.rank > 0)  # frozen weights have no gradient
 
 
@@ -178,7 +201,9 @@ def _working(work: Workload, mesh: MeshConfig, width: int) -> float:
     block = min(BLOCK, work.layout.row_length)
     scores = work.layout.rows * block * model.num_heads / tensor * work.layout.row_length * (4 + width)
     layer = tokens * width * (6 * model.hidden_size + 4 * inner + 6 * heads)
-    products = tokens * width * (2 * model.hidden_size + 2 * inner + 2 * heads)
+    products = tokens * width * (model.hidden_size + 2 * heads)
+    if model.mixture is None or mesh.expert == 1:
+        products += tokens * width * (copies(model) * model.hidden_size + 2 * inner)
     kept = {"layers": tokens * model.hidden_size * width, "dots": products, "none": layer}[work.remat]
     logits = 4 * work.layout.rows * min(work.head_chunk, work.layout.row_length) * model.vocab_size / tensor
     logits = 3 * min(logits, LOGIT_BYTES * mesh.data * mesh.fsdp * mesh.expert)

@@ -26,6 +26,8 @@ _UNTOUCHED = re.compile(r'custom_call_target="(?:AllocateBuffer|AssumeGatherIndi
 """Custom calls of the TPU's compiler that name memory and move nothing."""
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """Writes in place, and the index of the operand with the new values."""
+_NO_ESTIMATE = 2**63 - 1
+"""Cycles of gathers that TPUs leave to their sparse cores: they have no estimate, and are timed as kernels are."""
 _SEEN_THROUGH = {"bitcast", "reshape", "convert", "copy", "transpose"}
 
 
@@ -80,7 +82,7 @@ class Costs:
             self.kernels.append(replace(kernel, count=kernel.count * times))
 
 
-def costs(module: Module, rounds: int = 1, window_shares: Sequence[float] = ()) -> Costs:
+def costs(module: Module, rounds: int = 1, window_shares: Sequence[float] = (), routed_share: float = 1.0) -> Costs:
     """Costs of one run of a program. The most expensive branch of a conditional counts.
 
     The exception is the choice between the attentions of layers with different sliding windows: there each branch
@@ -90,6 +92,7 @@ def costs(module: Module, rounds: int = 1, window_shares: Sequence[float] = ()) 
         module: the program.
         rounds: number of rounds of a loop for which the text does not determine it.
         window_shares: of the model's layers, see `decoder.window_shares`.
+        routed_share: of the rows of experts' products, those that a token was sent to; see `kernel_call`.
     """
     totals: dict[str, Costs] = {}
 
@@ -112,24 +115,32 @@ def costs(module: Module, rounds: int = 1, window_shares: Sequence[float] = ()) 
                 elif instruction.opcode in ("call", "call-start"):
                     total.add(total_of(instruction.called("to_apply")))
                 else:
-                    _count(total, module, computation, instruction)
+                    _count(total, module, computation, instruction, routed_share)
         return totals[name]
 
     return total_of(module.entry)
 
 
-def _count(total: Costs, module: Module, computation: Computation, instruction: Instruction) -> None:
+def _count(
+    total: Costs, module: Module, computation: Computation, instruction: Instruction, routed_share: float
+) -> None:
     for where, one in _inside(module, computation, instruction):
         total.flops += _flops(one, where)
         if collective := _collective(one, where):
             total.collectives.append(collective)
-        if kernel := kernel_call(one, where):
+        if kernel := kernel_call(one, where, routed_share):
             total.kernels.append(kernel)
             total.flops += kernel.flops
-    if not _is_free(instruction):
-        total.bytes += _bytes(module, computation, instruction)
+            if one is instruction:
+                total.bytes += kernel.bytes
+                return
+    num_bytes = 0.0 if _is_free(instruction) else _bytes(module, computation, instruction)
+    total.bytes += num_bytes
     cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-    total.cycles += int(cycles[1]) if cycles else 0
+    if cycles and int(cycles[1]) == _NO_ESTIMATE:
+        total.kernels.append(KernelCall("sparse core", 0.0, True, num_bytes, 1.0))
+    elif cycles:
+        total.cycles += int(cycles[1])
 
 
 def _inside(module: Module, where: Computation, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
@@ -195,17 +206,26 @@ def _meetings(size: int, kernel: int, out: int, low: int, stride: int, dilate: i
 
 
 def _collective(instruction: Instruction, where: Computation) -> Collective | None:
-    # A ragged all-to-all sends its first operand; the second is the buffer that it writes into.
-    ragged = instruction.opcode.startswith("ragged-all-to-all")
     opcode = instruction.opcode.removeprefix("ragged-")
     kind = next((kind for kind in KINDS if opcode in (kind, f"{kind}-start")), None)
     if kind is None:
         return None
     members, size = _group(instruction.attributes)
-    num_bytes = _num_bytes(where.shapes_of(instruction.operands[:1] if ragged else instruction.operands))
+    num_bytes = _exchanged(instruction, where) or _num_bytes(where.shapes_of(instruction.operands))
     if kind == "all-reduce" and where.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # the TPU's program fuses it with the slice that each device keeps
     return Collective(kind, num_bytes * (size if kind == "all-gather" else 1), size, members, 1.0)
+
+
+def _exchanged(instruction: Instruction, where: Computation) -> float:
+    """Bytes that a device sends in a ragged all-to-all; 0 for other instructions.
+
+    It takes rows from its first operand, and writes them into a buffer, the second. One of them holds the worst case,
+    the rows of all devices; what is sent fits into the other.
+    """
+    if not instruction.opcode.startswith("ragged-all-to-all"):
+        return 0.0
+    return min(shape.num_bytes for shape in where.shapes_of(instruction.operands[:2]))
 
 
 def _group(attributes: str) -> tuple[tuple[int, ...], int]:
@@ -245,6 +265,8 @@ def _bytes(module: Module, where: Computation, instruction: Instruction) -> floa
     opcode = instruction.opcode.removesuffix("-start")
     if opcode in _SLICES:
         return _num_bytes(written) + hbm_bytes(written)  # of the array in main memory, only the slice is read
+    if exchanged := _exchanged(instruction, where):
+        return 2 * exchanged
     if opcode in _UPDATES:
         return 2 * hbm_bytes(where.shapes_of(instruction.operands[_UPDATES[opcode] :][:1]))
     body = module.computations.get(instruction.called("calls"))

@@ -10,6 +10,7 @@ from aem_jax.plan.analytic import (
     expert_parameters,
     head_parameters,
     layer_parameters,
+    recomputed,
     weight_bytes,
 )
 from aem_jax.plan.costs import Collective, Costs
@@ -25,7 +26,7 @@ def update_floor(work: Workload, mesh: MeshConfig) -> float:
     else (norms, activations, masks, scores, casts) is fused into them. A microbatch of t tokens, in w bytes each, on
     one of τ tensor shards, moves:
 
-    - weights: w·N/τ for the forward pass, for a recomputed one (remat layers), and for the gradient of the inputs;
+    - weights: w·N/τ for the forward pass, for a recomputed one (`recomputed`), and for the gradient of the inputs;
       twice if they are gathered over fsdp, since a gather writes what a product reads;
     - activations: t·w·(inputs + outputs) of all products, once forward and twice backward (the gradients of the inputs
       and of the weights); once more if they are recomputed; logits in float32;
@@ -42,24 +43,29 @@ def update_floor(work: Workload, mesh: MeshConfig) -> float:
     tokens, frozen = work.microbatch_tokens / replicas, work.lora.rank > 0
     heads, keys = model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
     attention = (2 * heads + keys) / tensor
-    experts = copies(model)
-    products = (2 + 2 * experts) * model.hidden_size
-    products += (2 * heads + keys + 3 * experts * model.intermediate_size) / tensor
+    dense = 2 * model.hidden_size + (2 * heads + keys) / tensor
+    mlp = copies(model) * (2 * model.hidden_size + 3 * model.intermediate_size / tensor)
     head = width * model.hidden_size + 4 * model.vocab_size / tensor
     backward = 1 if frozen else 2
-    again = {"none": (0, 0), "layers": (1, 1), "dots": (0, 1)}[work.remat]  # products, attention
+    again = recomputed(work, mesh.expert)
+    again_mlp = again.experts if model.mixture else again.dense
     extra = {"token": (0, 0), "response": (0, 1), "trajectory": (1, 1)}[work.ratio]  # layers, head
-    passes = 2 + again[0] + extra[0]
     activations = (
         width
         * model.num_layers
-        * ((1 + backward + again[0] + extra[0]) * products + (3 + again[1] + extra[0]) * attention)
+        * (
+            (1 + backward + again.dense + extra[0]) * dense
+            + (1 + backward + again_mlp + extra[0]) * mlp
+            + (3 + again.attention + extra[0]) * attention
+        )
         + (1 + backward + extra[1]) * head
     )
     # A device of an expert axis has some experts only; all its other weights are gathered.
     elsewhere = expert_parameters(model) * (1 - 1 / mesh.expert)
-    own = _used_parameters(model) - elsewhere
-    weights = passes * width * own / tensor * (2 if mesh.fsdp * mesh.expert > 1 else 1)
+    own_experts = expert_parameters(model) - elsewhere
+    rest = _used_parameters(model) - expert_parameters(model)
+    read = (2 + again.dense + extra[0]) * rest + (2 + again_mlp + extra[0]) * own_experts
+    weights = width * read / tensor * (2 if mesh.fsdp * mesh.expert > 1 else 1)
     gradients = 2 * width * (trained - elsewhere * (not frozen)) / tensor + (MASTER + GRADIENT) * trained / split
     return work.rounds * (tokens * activations + weights + gradients) + (16 + 2 * work.moments) * trained / split
 
@@ -92,18 +98,19 @@ def learn_costs(work: Workload, mesh: MeshConfig, flops: float) -> Costs:
     tokens = work.microbatch_tokens / (mesh.data * gathered)
     experts, trained, split = expert_parameters(model), work.trained, gathered * tensor
     count, of_experts = model.num_parameters - experts, experts * (not work.lora.rank)
-    passes = 3 if work.remat == "layers" else 2
+    again = recomputed(work, mesh.expert)
+    passes, of_expert = 2 + again.dense, 2 + again.experts
     costs = Costs(flops=work.rounds * flops * tokens / tensor, bytes=update_floor(work, mesh))
     activation, layers = tokens * model.hidden_size * width, model.num_layers
     shard = width / (tensor * mesh.expert)
     for kind, size, group, apart, times in (
         ("all-gather", width * count / tensor, gathered, tensor, passes),
-        ("all-gather", shard * experts, mesh.fsdp, mesh.expert * tensor, passes),
+        ("all-gather", shard * experts, mesh.fsdp, mesh.expert * tensor, of_expert),
         ("reduce-scatter", width * (trained - of_experts) / tensor, gathered, tensor, 1),
         ("reduce-scatter", shard * of_experts, mesh.fsdp, mesh.expert * tensor, 1),
         ("all-reduce", width * trained / split, mesh.data, split, 1),
         ("all-reduce", activation, tensor, 1, 2 * passes * layers),
-        ("all-to-all", activation * copies(model), mesh.expert, tensor, 2 * passes * layers),
+        ("all-to-all", activation * copies(model), mesh.expert, tensor, 2 * of_expert * layers),
     ):
         if group > 1 and size:  # the first group; the mesh's last axis has neighbours
             members = tuple(range(0, group * apart, apart))

@@ -14,13 +14,16 @@ from aem_jax.plan.hlo import Computation, Instruction, Shape
 _TARGETS = re.compile(r"tpu_custom_call|__cudnn\$.*|__gpu\$xla\.gpu\.triton|triton_kernel_call\w*|mosaic_gpu\w*")
 """Targets of the custom calls that are kernels: Pallas on TPUs, cuDNN, and Pallas on GPUs by Triton or Mosaic."""
 
+_GROUP_BORDERS = "ragged-dot-metadata"
+"""libtpu's kernel that finds where the groups of `jax.lax.ragged_dot` begin. It has no products."""
+
 CUDNN_BLOCK = 128
 """Queries and keys of a tile of cuDNN's attention, as counted here: tiles after the queries are not visited."""
 
 
 @dataclass(frozen=True)
 class KernelCall:
-    """One call of a kernel.
+    """One call of a kernel, or another operation without an estimate by the compiler.
 
     Attributes:
         name: its name in the program.
@@ -37,18 +40,21 @@ class KernelCall:
     count: float
 
 
-def kernel_call(call: Instruction, where: Computation) -> KernelCall | None:
+def kernel_call(call: Instruction, where: Computation, routed_share: float = 1.0) -> KernelCall | None:
     """The kernel that an instruction calls; None if it calls none.
 
     Args:
         call: an instruction.
         where: the computation that it is part of.
+        routed_share: of the rows of a product by groups, those that belong to a group: the kernel visits no others.
     """
     target = re.search(r'custom_call_target="([^"]*)"', call.attributes)
     if call.opcode != "custom-call" or not target or not _TARGETS.fullmatch(target[1]):
         return None
     arguments = where.shapes_of(call.operands)
     num_bytes = hbm_bytes(results(call)) + hbm_bytes(arguments)
+    if "ragged_dot_tiling=" in call.attributes:
+        return _product_of_groups(call, arguments, routed_share)
     if target[1].startswith("__cudnn$"):
         name = target[1].removeprefix("__cudnn$")
         flops = _cudnn_flops(name, call, arguments)
@@ -56,8 +62,18 @@ def kernel_call(call: Instruction, where: Computation) -> KernelCall | None:
         path = re.search(r'op_name="([^"]*)"', call.attributes)
         name = path[1].removesuffix("/pallas_call").rpartition("/")[2] if path else call.name
         window = re.search(rf"{WINDOW}(\d+)", path[1]) if path else None
-        flops = _pallas_flops(name, arguments, int(window[1]) if window else 0)
+        flops = 0.0 if name == _GROUP_BORDERS else _pallas_flops(name, arguments, int(window[1]) if window else 0)
     return KernelCall(name, flops or 0.0, flops is not None, num_bytes, 1.0)
+
+
+def _product_of_groups(call: Instruction, arguments: Sequence[Shape], routed_share: float) -> KernelCall:
+    """libtpu's kernel for `jax.lax.ragged_dot`: rows [M,K] times [G,K,N], or times [M,N] for the weights' gradient."""
+    left, right = (shape for shape in arguments if len(shape.dims) > 1)
+    arrays = (left, right, *call.shapes)
+    rows = [shape for shape in arrays if len(shape.dims) == 2]
+    flops = 2.0 * left.size * right.dims[-1]
+    num_bytes = hbm_bytes(arrays) - (1 - routed_share) * hbm_bytes(rows)
+    return KernelCall("ragged-dot", flops * routed_share, True, num_bytes, 1.0)
 
 
 def results(call: Instruction) -> Sequence[Shape]:

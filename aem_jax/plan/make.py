@@ -228,7 +228,7 @@ def _learn_flops(config: PlanConfig, work: Workload, mesh: MeshConfig, topology:
     )
     kernel, _ = choose(config.learner.attention, Device(topology.kind, topology.kind == "gpu", 9.0), sizes)
     blocks = {"splash": block_size(length), "xla": CPU_BLOCK if topology.kind == "cpu" else BLOCK}
-    return learn_flops(work, blocks.get(kernel, BLOCK), kernel)
+    return learn_flops(work, blocks.get(kernel, BLOCK), kernel, mesh.expert)
 
 
 def _closed_costs(config: PlanConfig, work: Workload, mesh: MeshConfig, flops: float) -> dict[str, Costs]:

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,10 +26,11 @@ from aem_jax.errors import ConfigError
 from aem_jax.learner import abstract_state, make_update
 from aem_jax.models import Policy
 from aem_jax.models.decoder import window_shares
+from aem_jax.models.experts import EXPERT_AXIS
 from aem_jax.plan.costs import Costs, costs
 from aem_jax.plan.devices import Coordinates, Topology
 from aem_jax.plan.gpu_target import target_config
-from aem_jax.plan.hlo import parse
+from aem_jax.plan.hlo import Module, parse
 from aem_jax.plan.workload import Workload
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.reshard import abstract_sampled, make_reshard
@@ -184,7 +186,10 @@ def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple
     for name in (name for name in names if name in lowered):
         # A loop of unknown length is the update's, over microbatches, or the decoder's, over tokens.
         rounds = {"update": work.rounds, "decode": work.decode_chunk}.get(name, 1)
-        yield _compile(name, lowered[name], rounds, window_shares(work.model))
+        count = partial(
+            costs, rounds=rounds, window_shares=window_shares(work.model), routed_share=1 / mesh.shape[EXPERT_AXIS]
+        )
+        yield _compile(name, lowered[name], count)
 
 
 def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
@@ -226,7 +231,7 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     }
 
 
-def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int, shares: Sequence[float]) -> Program:
+def _compile(name: str, lower: Callable[[], jax.stages.Lowered], count: Callable[[Module], Costs]) -> Program:
     start = time.perf_counter()
     try:
         compiled = lower().compile()
@@ -236,7 +241,7 @@ def _compile(name: str, lower: Callable[[], jax.stages.Lowered], rounds: int, sh
         why = {"too_large": reason} if "RESOURCE_EXHAUSTED" in str(error) else {"broken": reason}
         return Program(name, 0, 0, 0, seconds, Costs(), **why)
     seconds = time.perf_counter() - start
-    memory, program_costs = compiled.memory_analysis(), costs(parse(text), rounds, shares)
+    memory, program_costs = compiled.memory_analysis(), count(parse(text))
     if memory is None:
         raise ValueError(f"expected the compiler to say how much memory {name} takes, got nothing")
     own = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from aem_jax.batch import BatchLayout
 from aem_jax.config import components
@@ -94,11 +95,17 @@ class Workload:
         return max((self.layout.num_microbatches - self.layout.num_minibatches + 1) // self.layout.num_minibatches, 1)
 
     def cache_bytes(self, slots: int, tokens: int) -> int:
-        """Bytes of a KV cache of slots with `tokens` tokens each, and of the positions for a chunk behind them."""
+        """Bytes of a KV cache of slots with `tokens` tokens each, and of the positions for a chunk behind them; with
+        the record of tokens' experts, if there is one."""
         make = partial(
             init_cache, self.model, slots, tokens + self.slack, int8=self.int8_cache, ring_slack=self.ring_slack
         )
-        return jax.eval_shape(make).num_bytes
+        return jax.eval_shape(make).num_bytes + slots * (tokens + self.slack) * self.record_bytes
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the record of a token's experts, layers × experts per token; 0 if they are not recorded."""
+        return self.layout.experts * jnp.dtype(self.layout.experts_dtype).itemsize
 
     @property
     def cohort_cache_bytes(self) -> int:

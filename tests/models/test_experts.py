@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import NamedSharding
 from small_policies import MOE, numpy_params, numpy_tokens
 
-from aem_jax.learner.forward import balancing_loss, expert_metrics, load_sums
+from aem_jax.learner.forward import REMAT, balancing_loss, expert_metrics, load_sums
 from aem_jax.models import CONFIGS, LoraConfig, Mixture, Policy
+from aem_jax.models import ragged_product as products
 from aem_jax.models.experts import Load, route
 from aem_jax.models.int8 import scale_of
 from aem_jax.models.kv_cache import init_cache
-from aem_jax.models.ragged_product import blocked_product, ragged_product
+from aem_jax.models.ragged_product import blocked_gradients, blocked_product, kernel_gradients, ragged_product
 from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, partition, shardings
 
 POLICY, PARAMS = Policy(MOE), numpy_params(MOE)
@@ -28,10 +30,11 @@ SAME = np.zeros_like(RECORDED)  # every token at one expert, twice
 
 
 @pytest.mark.parametrize("sizes", [(7, 0, 21, 3), (0, 0, 0, 0), (1, 30, 0, 5), (40, 0, 0, 0)])
-def test_products_of_groups(sizes: tuple[int, ...]):
+def test_products_of_groups(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
     """Values and gradients are those of a product for each group; rows of no group are 0 and have no gradient."""
     random = np.random.RandomState(0)
-    x, weights, out = (random.standard_normal(shape).astype(np.float32) for shape in ((40, 6), (4, 6, 5), (40, 5)))
+    shapes = (40, 6), (4, 6, 5), (40, 5)
+    x, weights, out = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes)
     group = np.repeat(range(5), [*sizes, 40 - sum(sizes)])
 
     def separate(x, weights):
@@ -40,12 +43,18 @@ def test_products_of_groups(sizes: tuple[int, ...]):
 
     def both(function):
         result, pull = jax.vjp(function, x, weights)
-        return result, *pull(jnp.asarray(out))
+        return result, *pull(out)
 
-    wanted = both(separate)
-    for function in (ragged_product, blocked_product, jax.lax.ragged_dot):
-        ours = both(lambda x, weights, function=function: function(x, weights, jnp.asarray(sizes, jnp.int32)))
+    wanted, counts = both(separate), jnp.asarray(sizes, jnp.int32)
+    for function in (ragged_product, jax.lax.ragged_dot):
+        ours = both(lambda x, weights, function=function: function(x, weights, counts))
         for got, want in zip(ours, wanted, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(blocked_product(x, weights, counts), wanted[0], atol=1e-5)
+    # Those of TPUs, with a kernel for both gradients and for that of x alone; and those of other devices.
+    for gradients, has_kernel in ((kernel_gradients, True), (kernel_gradients, False), (blocked_gradients, False)):
+        monkeypatch.setattr(products, "WEIGHT_GRADIENT_HAS_KERNEL", has_kernel)
+        for got, want in zip(gradients(x, weights, counts, out), wanted[1:], strict=True):
             np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -78,6 +87,26 @@ def test_several_devices_compute_what_one_does(recorded):
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4), counted, load)
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), d_params, gradient)
     assert float(load.choices) == float(jnp.sum(load.counts)) == 2 * ROWS * 9 * 2
+
+
+@pytest.mark.parametrize(
+    ("remat", "expert", "kept"), [("dots", 1, True), ("dots", 2, False), ("layers", 2, False), ("none", 2, True)]
+)
+def test_remat_recomputes_the_exchange_of_tokens(remat, expert, kept, capsys: pytest.CaptureFixture[str]):
+    """Its buffers hold the worst case, the rows of two devices: too much to keep in every layer."""
+    mesh = make_mesh(MeshConfig(1, 4 // expert, 1, expert), jax.devices()[:4])
+
+    def loss(params):
+        rows = TOKENS, POSITIONS, SEGMENTS
+        return jnp.sum(POLICY.hidden_and_load(params, *rows, REMAT[remat], experts=POLICY.experts(mesh))[0])
+
+    print_saved_residuals(loss, PARAMS)
+    lines = capsys.readouterr().out.splitlines()
+    assert MOE.mixture is not None
+    rows = ROWS * LENGTH * MOE.mixture.experts_per_token * expert
+    assert any("output of scan" in line for line in lines)
+    in_buffers = [line for line in lines if f"[2,{rows},{MOE.intermediate_size}]" in line]
+    assert bool(in_buffers) == kept, in_buffers
 
 
 def test_routing_by_hand():
