@@ -142,6 +142,7 @@ class Launcher:
         self._agents: dict[str, _Agent] = {}
         self._selector = selectors.DefaultSelector()
         self._buffer = b""
+        self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # loaded before the forks
 
     def run(self) -> None:
         """Serves until standard input ends."""
@@ -153,16 +154,18 @@ class Launcher:
         self._selector.register(woken, selectors.EVENT_READ, ("", ""))
         try:
             while True:
+                has_ended = False
                 for key, _ in self._selector.select(self._wait_s()):
                     if key.data is None:
                         if not self._read_requests():
                             return
                     elif key.fd == woken:
-                        os.read(woken, 4096)
+                        has_ended = bool(os.read(woken, 4096))
                     else:
                         self._read_pipe(*key.data)
                 self._expire()
-                self._reap()
+                if has_ended:
+                    self._reap()
         finally:
             for agent in self._agents.values():
                 _kill(agent.pid)
@@ -213,8 +216,8 @@ class Launcher:
 
     def _become_agent(self, request: Mapping[str, Any], pipes: Mapping[str, int], task: int, parent: int) -> None:
         os.setsid()
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if self._prctl is not None:
+            self._prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             if os.getppid() != parent:
                 os._exit(70)
         sys.stdout.flush()  # what an import printed
