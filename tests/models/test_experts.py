@@ -98,7 +98,7 @@ def test_remat_recomputes_the_exchange_of_tokens(remat, expert, kept, capsys: py
 
     def loss(params):
         rows = TOKENS, POSITIONS, SEGMENTS
-        return jnp.sum(POLICY.hidden_and_load(params, *rows, REMAT[remat], experts=POLICY.experts(mesh))[0])
+        return jnp.sum(POLICY.hidden(params, *rows, REMAT[remat], experts=POLICY.experts(mesh))[0])
 
     print_saved_residuals(loss, PARAMS)
     lines = capsys.readouterr().out.splitlines()
