@@ -5,11 +5,11 @@
 `{"id", "status", "output", "result", "errors"}`: the exit status (negative: the signal; null: the deadline passed), the
 last line of the agent's output, what the function returned, and the end of its error output.
 
-Only the standard library is imported here. Agents end with this process, and this process with its parent.
+Only the standard library is imported here and in `first_request`. Agents end with this process, and this process with
+its parent.
 """
 
 import argparse
-import asyncio
 import contextlib
 import ctypes
 import importlib
@@ -21,18 +21,17 @@ import selectors
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+from aem_jax.gateway.first_request import make_first_request
+
 _KEPT_BYTES = 65536
 _SHOWN_BYTES = 2000
-_WARM_UP_S = 5.0
 
 
 @dataclass
@@ -79,53 +78,6 @@ def load(where: str) -> Callable[..., Any]:
         names = [known for known, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"expected a function {name} in {path}, got none; it has {', '.join(names) or 'no function'}")
     return function
-
-
-class _CannedResponses(BaseHTTPRequestHandler):
-    """Answers each request with an empty response."""
-
-    def do_POST(self) -> None:
-        """Reads a request and answers it."""
-        self.rfile.read(int(self.headers["content-length"]))
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": ""}}
-        usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-        head = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
-        body = json.dumps({**head, "choices": [choice], "usage": usage}).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Prints nothing."""
-
-
-def _first_request() -> None:
-    """Makes a request with each of OpenAI's clients, if the agent imported them, to a server in a thread. The first
-    request of a process imports modules and builds validators (three quarters of the CPU time of an episode of five
-    requests): here once, else in each episode's process. It goes through a socket, so that the transport is included,
-    whichever package it comes from."""
-    openai = sys.modules.get("openai")
-    if openai is None:
-        return
-    with contextlib.suppress(Exception), HTTPServer(("127.0.0.1", 0), _CannedResponses) as server:
-        server.timeout = _WARM_UP_S
-        thread = threading.Thread(target=lambda: [server.handle_request() for _ in range(2)])
-        thread.start()
-        where = {"base_url": f"http://127.0.0.1:{server.server_address[1]}/v1", "api_key": "-", "max_retries": 0}
-        ask = {"model": "", "messages": [{"role": "user", "content": ""}]}
-        try:
-            with openai.OpenAI(**where, timeout=_WARM_UP_S) as client:
-                client.chat.completions.create(**ask)
-
-            async def first() -> None:
-                async with openai.AsyncOpenAI(**where, timeout=_WARM_UP_S) as client:
-                    await client.chat.completions.create(**ask)
-
-            asyncio.run(first())
-        finally:
-            thread.join()  # a process with threads must not be forked
 
 
 class Launcher:
@@ -317,7 +269,7 @@ def main() -> None:
     os.dup2(2, 1)  # an import may print
     try:
         function = load(arguments.function) if arguments.function else None
-        _first_request()
+        make_first_request()
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         if where.filename == __file__:  # the setting itself is wrong
