@@ -145,6 +145,7 @@ def test_the_first_request_of_an_episode_imports_nothing(strict, chat, tmp_path)
         environ = {"OPENAI_BASE_URL": strict.url, "OPENAI_API_KEY": key}
         episode = json.dumps({"id": "0", "task": {}, "environ": environ, "timeout_s": 20.0})
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
+            assert launcher.stdin and launcher.stdout
             assert json.loads(launcher.stdout.readline()) == {"ready": True}
             launcher.stdin.write(episode + "\n")
             launcher.stdin.flush()
