@@ -70,7 +70,6 @@ def demonstrate(
 
     exchanges = play(env, task.payload, recorded, config.max_turns)
     turns: list[Turn] = []
-    stop = np.asarray([chat.stop_ids[0]], np.int32)
     for result, exchange in zip(results, exchanges, strict=True):
         if turns and config.context == "append":
             observation_ids = chat.delta_ids(exchange.observation, closed=True)
@@ -82,7 +81,7 @@ def demonstrate(
         else:
             shown = [(turn.observation, turn.response) for turn in turns]
             observation_ids = full_prompt(chat, shown, result, config, compose)
-        response_ids = np.concatenate([np.asarray(chat.encode(exchange.response), np.int32), stop])
+        response_ids = np.asarray(chat.response_ids(exchange.response), np.int32)
         zeros = np.zeros(len(response_ids), np.float32)
         turns.append(
             Turn(

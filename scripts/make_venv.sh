@@ -17,7 +17,12 @@ if [ "${1:-}" = --newest ]; then
         candidates+=" python$version $(echo "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python)"
     done
 fi
-venv=${1:?usage: make_venv.sh [--newest] FOLDER}
+usage="usage: scripts/make_venv.sh [--newest] FOLDER"
+case "${1:-}" in
+    --help | -h) echo "$usage"; exit 0 ;;
+    "" | -*) echo "error: expected a folder, got '${1:-}'; $usage" >&2; exit 2 ;;
+esac
+venv=$1
 
 # Runs it, because a shim of pyenv may name a missing Python.
 is_new_enough() { "$1" -c "import sys; sys.exit(sys.version_info < (3, ${oldest#3.}))" >/dev/null 2>&1; }

@@ -56,7 +56,7 @@ def row(mixture: Mixture, width: int, dtype: str) -> str:
     both = batch, replace(batch, experts=None)
     gaps = [np.abs(np.asarray(compute(rows)) - batch.logprobs)[sampled] for rows in both]
     rows = rows_of(jax.tree.map(jnp.asarray, batch), jnp.int32(0))
-    _, load = policy.hidden_and_load(params, *rows[:3], recorded=rows.experts)
+    _, load = policy.hidden(params, *rows[:3], recorded=rows.experts)
     assert load is not None
     numbers = [gap.mean() for gap in gaps] + [gap.max() for gap in gaps]
     cells = [f"{mixture.experts_per_token} of {mixture.num_experts}", dtype, f"{float(load.flips / load.choices):.2%}"]

@@ -5,13 +5,15 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from fake_run import write_fake_run
+from matplotlib.figure import Figure
 
 from aem_jax.metrics import Evaluation, Rate
 from aem_jax.overrides import flatten
 from aem_jax.report import plot_headline, write_report
-from aem_jax.report.curves import CURVES
+from aem_jax.report.curves import CURVES, draw_efficiency
 from aem_jax.report.page import bar, duration, episode, headline, percent, spread
 from aem_jax.report.run import baseline_lines, read_run
 from aem_jax.report.style import smooth
@@ -172,6 +174,37 @@ def test_small_helpers():
     assert flatten({"a": {"b": 1, "c": {}}, "d": []}) == {"a.b": 1, "d": []}
 
 
+def efficiency_of(folder: Path, gains: np.ndarray, base: np.ndarray):
+    folder.mkdir()
+    lines = [
+        {"step": 5 * i, "aem/gain": a, "aem/gain_base": b} for i, (a, b) in enumerate(zip(gains, base, strict=True))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axes = Figure().subplots()
+    assert draw_efficiency(read_run(folder), axes)
+    return axes
+
+
+def test_live_efficiency_has_an_interval_or_says_that_nothing_is_known(tmp_path: Path):
+    """The interval is that of a bootstrap over the measurements, within a tenth."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(1, 1, 80)
+    gains = 1.3 * base + rng.normal(0, 0.3, 80)
+    axes = efficiency_of(tmp_path / "resolved", gains, base)
+    at, ratios = map(np.asarray, axes.lines[1].get_data())
+    assert at[-1] == 395 and ratios[-1] == pytest.approx(gains[40:].sum() / base[40:].sum())
+    drawn = rng.integers(40, 80, (20_000, 40))
+    low, high = np.percentile(gains[drawn].sum(1) / base[drawn].sum(1), [2.5, 97.5])
+    band = np.asarray(axes.collections[0].get_paths()[0].vertices)
+    ends = np.sort(band[band[:, 0] == 395][:, 1])
+    assert ends[-1] - ends[0] == pytest.approx(high - low, rel=0.1)
+    assert not axes.texts
+
+    axes = efficiency_of(tmp_path / "noise", rng.normal(0, 1, 20), np.tile([1.0, -1.0], 10))
+    assert not axes.lines
+    assert axes.texts[0].get_text().startswith("20 measurements do not resolve")
+
+
 def test_headline_picture_of_several_settings(tmp_path: Path):
     matplotlib_image = pytest.importorskip("matplotlib.image")
     runs = [write_fake_run(tmp_path / f"seed{seed}", steps=25, seed=seed) for seed in range(3)]
@@ -196,5 +229,5 @@ def test_unencodable_text_and_damaged_files_do_not_prevent_a_report(tmp_path: Pa
     assert "half \ufffd of it" in write_report(folder).read_text(encoding="utf-8")
     assert not caplog.records
     (folder / "transcripts.json").write_text(json.dumps(shown)[:-40])
-    assert "half" not in write_report(folder).read_text(encoding="utf-8")
+    assert "half \ufffd of it" not in write_report(folder).read_text(encoding="utf-8")
     assert caplog.messages[0].startswith(f"left out of the report: {folder / 'transcripts.json'}: expected JSON")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -64,7 +65,7 @@ def tiny() -> ChatTokenizer:
     return ChatTokenizer.train(TEXTS, vocab_size=600)
 
 
-def with_template(tiny: ChatTokenizer, folder, template: str, **how: bool) -> ChatTokenizer:
+def with_template(tiny: ChatTokenizer, folder, template: str, **how: Any) -> ChatTokenizer:
     tiny.save_pretrained(folder)
     return ChatTokenizer.from_pretrained(folder, chat_template=template, **how)
 

@@ -42,10 +42,7 @@ class Bigram:
     def experts(self, mesh):
         return None
 
-    def hidden(self, params, tokens, positions, segment_ids, remat=None, constrain=None, attention=None):
-        return jnp.tanh(params["base"]["embed"][tokens])
-
-    def hidden_and_load(
+    def hidden(
         self,
         params,
         tokens,
@@ -58,7 +55,7 @@ class Bigram:
         experts=None,
         recorded=None,
     ):
-        raise NotImplementedError("a bigram has no experts")
+        return jnp.tanh(params["base"]["embed"][tokens]), None
 
     def head(self, params):
         return params["base"]["head"]

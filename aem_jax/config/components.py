@@ -89,7 +89,9 @@ def model_config(choice: ModelChoice, vocab_size: int, files: Path | None = None
             )
         return config
     try:
-        return replace(known_model(choice.name), vocab_size=-(-vocab_size // 64) * 64, **changes)
+        known = known_model(choice.name)
+        known = known.with_layers(changes.pop("num_layers", known.num_layers))
+        return replace(known, vocab_size=-(-vocab_size // 64) * 64, **changes)
     except ConfigError:
         raise
     except ValueError as error:

@@ -6,7 +6,6 @@ by the larger of its own norm and the mean norm of all tokens. The check uses th
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -89,7 +88,7 @@ def decode(config: DoctorConfig) -> Finding:
     lengths = jnp.asarray([0, 1, 127, 128, 600, length - steps], jnp.int32)
     key = jax.random.key(0)
     draw = lambda part, *shape: jax.random.normal(jax.random.fold_in(key, part), shape).astype(model.dtype)
-    of_layer = lambda length: kv_cache.init_chunk(replace(model, num_layers=1), len(lengths), length)[0]
+    of_layer = lambda length: kv_cache.init_chunk(model.with_layers(1), len(lengths), length)[0]
     cache = LayerCache(*(draw(part, *array.shape) for part, array in enumerate(of_layer(length))))
     chunks: dict[str, Any] = {"own": cache if own.in_place else of_layer(steps), "xla": of_layer(steps)}
     attends = {"own": jax.jit(own.attend), "xla": jax.jit(attend_chunked)}

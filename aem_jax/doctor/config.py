@@ -27,4 +27,4 @@ class DoctorConfig:
 
     def shallow(self, dtype: str) -> ModelConfig:
         """The same widths in another dtype, with at most two layers: the same operations compile faster."""
-        return replace(self.shape, num_layers=min(self.shape.num_layers, 2), dtype=dtype)
+        return replace(self.shape.with_layers(min(self.shape.num_layers, 2)), dtype=dtype)

@@ -235,7 +235,7 @@ def _judge(measured: Gap, mean: float, largest: float, before: str = "", after: 
 
 def _behind_the_best(policy: Policy, params: Params, tokens, positions, segment_ids, response_ids) -> jax.Array:
     """Largest logit minus the logit of each sampled token, f32[b, T]; 0 elsewhere."""
-    logits = policy.logits(params, policy.hidden(params, tokens, positions, segment_ids))[:, :-1]
+    logits = policy.logits(params, policy.hidden(params, tokens, positions, segment_ids)[0])[:, :-1]
     own = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     behind = jnp.max(logits, axis=-1) - own
     return jnp.where(response_ids[:, 1:] >= 0, behind, 0.0)

@@ -5,7 +5,8 @@
 `{"id", "status", "output", "result", "errors"}`: the exit status (negative: the signal; null: the deadline passed), the
 last line of the agent's output, what the function returned, and the end of its error output.
 
-Only the standard library is imported here. Agents end with this process, and this process with its parent.
+Only the standard library is imported here and in `first_request`. Agents end with this process, and this process with
+its parent.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from aem_jax.gateway.first_request import make_first_request
 
 _KEPT_BYTES = 65536
 _SHOWN_BYTES = 2000
@@ -77,26 +80,6 @@ def load(where: str) -> Callable[..., Any]:
     return function
 
 
-def _first_request() -> None:
-    """Makes a request with OpenAI's client, if the agent imported it; nothing is sent. The first request imports much
-    (30 of 43 ms of CPU in an episode of one request): here once, else in each episode's process."""
-    openai, httpx = sys.modules.get("openai"), sys.modules.get("httpx")
-    if openai is None or httpx is None:
-        return
-    message = {"role": "assistant", "content": ""}
-    body = {
-        "id": "",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "",
-        "choices": [{"index": 0, "message": message}],
-    }
-    with contextlib.suppress(Exception):  # another version of the client: episodes take longer to start
-        transport = httpx.MockTransport(lambda request: httpx.Response(200, json=body))
-        client = openai.OpenAI(base_url="http://localhost", api_key="-", http_client=httpx.Client(transport=transport))
-        client.chat.completions.create(model="", messages=[])
-
-
 class Launcher:
     """The agents of one run.
 
@@ -111,6 +94,7 @@ class Launcher:
         self._agents: dict[str, _Agent] = {}
         self._selector = selectors.DefaultSelector()
         self._buffer = b""
+        self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # loaded before the forks
 
     def run(self) -> None:
         """Serves until standard input ends."""
@@ -122,16 +106,18 @@ class Launcher:
         self._selector.register(woken, selectors.EVENT_READ, ("", ""))
         try:
             while True:
+                has_ended = False
                 for key, _ in self._selector.select(self._wait_s()):
                     if key.data is None:
                         if not self._read_requests():
                             return
                     elif key.fd == woken:
-                        os.read(woken, 4096)
+                        has_ended = bool(os.read(woken, 4096))
                     else:
                         self._read_pipe(*key.data)
                 self._expire()
-                self._reap()
+                if has_ended:
+                    self._reap()
         finally:
             for agent in self._agents.values():
                 _kill(agent.pid)
@@ -182,8 +168,8 @@ class Launcher:
 
     def _become_agent(self, request: Mapping[str, Any], pipes: Mapping[str, int], task: int, parent: int) -> None:
         os.setsid()
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if self._prctl is not None:
+            self._prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             if os.getppid() != parent:
                 os._exit(70)
         sys.stdout.flush()  # what an import printed
@@ -283,7 +269,7 @@ def main() -> None:
     os.dup2(2, 1)  # an import may print
     try:
         function = load(arguments.function) if arguments.function else None
-        _first_request()
+        make_first_request()
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         if where.filename == __file__:  # the setting itself is wrong

@@ -132,7 +132,10 @@ class HarnessPool:
         environ = {"OPENAI_BASE_URL": self.url, "OPENAI_API_KEY": played.key, "OPENAI_MODEL": MODEL}
         try:
             report = await self._agents.run(played.key, played.task, environ)
-            end = await asyncio.to_thread(self._ending, played, report)
+            if self._reward is None:
+                end = self._ending(played, report)
+            else:  # it may take long
+                end = await asyncio.to_thread(self._ending, played, report)
         except EnvError as error:
             if (
                 played.session.at_limit and played.session.has_turns

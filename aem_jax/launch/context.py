@@ -218,8 +218,13 @@ def load_tokenizer(config: RunConfig) -> ChatTokenizer:
 
 
 def _loader(config: RunConfig) -> Callable[..., ChatTokenizer]:
-    appends, thinking = config.rollout.context in ("append", "compact"), config.tokenizer.thinking
-    return lambda path, **how: ChatTokenizer.from_pretrained(path, appends=appends, thinking=thinking, **how)
+    rollout = config.rollout
+    settings = {
+        "appends": rollout.context in ("append", "compact"),
+        "thinking": config.tokenizer.thinking,
+        "instruction": rollout.instruction,
+    }
+    return lambda path, **how: ChatTokenizer.from_pretrained(path, **settings, **how)
 
 
 def _model_tokenizer(config: RunConfig, load: Callable[..., ChatTokenizer]) -> ChatTokenizer:

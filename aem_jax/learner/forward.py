@@ -176,25 +176,22 @@ def row_loss(
 
 def row_values(policy: TrainablePolicy, params: Params, rows: Rows, config: ForwardConfig) -> jax.Array:
     """Value of the state after each position, f32[b, T], in units of reward; undefined in padding."""
-    return policy.values(params, _hidden_and_load(policy, params, rows, config, None)[0])
+    return policy.values(params, _hidden_of_rows(policy, params, rows, config, None)[0])
 
 
-def _hidden_and_load(
+def _hidden_of_rows(
     policy: TrainablePolicy, params: Params, rows: Rows, config: ForwardConfig, remat: Callable[..., Any] | None
 ) -> tuple[jax.Array, Load | None]:
     """[b, T, D], and the load of a mixture's experts."""
-    settings = remat, config.constrain, config.attention
-    if config.experts is None:
-        return policy.hidden(params, *rows[:3], *settings), None
-    mixture = {"experts": config.experts, "recorded": rows.experts}
-    return policy.hidden_and_load(params, *rows[:3], *settings, **mixture)
+    settings, mixture = (remat, config.constrain, config.attention), {"experts": config.experts}
+    return policy.hidden(params, *rows[:3], *settings, **mixture, recorded=rows.experts)
 
 
 def _hidden(
     policy: TrainablePolicy, params: Params, rows: Rows, order: "_SampledFirst", config: ForwardConfig
 ) -> tuple[jax.Array, Load | None]:
     """[b, T, D], the positions that predict a sampled token first; and the load of a mixture's experts."""
-    hidden, load = _hidden_and_load(policy, params, rows, config, config.remat)
+    hidden, load = _hidden_of_rows(policy, params, rows, config, config.remat)
     hidden = order.of_positions(hidden)
     return hidden if config.constrain is None else config.constrain(hidden), load
 

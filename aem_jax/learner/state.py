@@ -38,7 +38,7 @@ class TrainablePolicy(Protocol):
         ...
 
     def experts(self, mesh: Mesh | None) -> Any:
-        """The products of a mixture's experts on a mesh; None without a mixture, and `hidden` is used then."""
+        """The products of a mixture's experts on a mesh, for `hidden`; None without a mixture."""
         ...
 
     def init(self, key: jax.Array) -> Params:
@@ -46,12 +46,6 @@ class TrainablePolicy(Protocol):
         ...
 
     def hidden(
-        self, params: Params, tokens, positions, segment_ids, remat=None, constrain=None, attention: Any = ...
-    ) -> jax.Array:
-        """[B, T, D] of packed rows i32[B, T]; `constrain` is the residual stream's sharding, `attention` the kernel."""
-        ...
-
-    def hidden_and_load(
         self,
         params: Params,
         tokens,
@@ -64,7 +58,11 @@ class TrainablePolicy(Protocol):
         experts: Any = None,
         recorded=None,
     ) -> tuple[jax.Array, Any]:
-        """`hidden`, and the load of a mixture's experts; `experts` is from the method, `recorded` from a batch."""
+        """[B, T, D] of packed rows i32[B, T], and the load of a mixture's experts; None without a mixture.
+
+        `constrain` is the residual stream's sharding, `attention` the kernel, `experts` from the method; `recorded` are
+        the experts in a batch.
+        """
         ...
 
     def head(self, params: Params) -> jax.Array:

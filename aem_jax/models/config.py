@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -180,6 +180,16 @@ class ModelConfig:
             for layer, window in enumerate(self.windows)
         )
 
+    def with_layers(self, num_layers: int) -> "ModelConfig":
+        """The same decoder with another number of layers: the first ones, and after the last one the first again."""
+        layers = [layer % self.num_layers for layer in range(num_layers)]
+        return replace(
+            self,
+            num_layers=num_layers,
+            sliding_windows=tuple(self.windows[layer] for layer in layers),
+            unrotated_layers=tuple(i for i, layer in enumerate(layers) if layer in self.unrotated_layers),
+        )
+
     @property
     def num_parameters(self) -> int:
         """Parameters, the embedding counted once when the head is tied."""
@@ -284,11 +294,20 @@ def _qwen3_moe(hidden: int, expert: int, layers: int, heads: int) -> ModelConfig
     )
 
 
-TINY = ("tiny", "tiny-moe")
+TINY = ("tiny", "tiny-gemma", "tiny-moe")
 """Known sizes whose vocabulary is replaced by that of the tokenizer trained for the run."""
 
 CONFIGS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(512, 128, 384, 4, 4, 2, 32, rope_theta=10_000.0),
+    "tiny-gemma": replace(
+        _gemma3(128, 384, 4, 4, 2, head_dim=32),
+        vocab_size=512,
+        rope_theta=10_000.0,
+        sliding_windows=(64, 64, 0, 64),
+        rope_scaling=None,
+        sliding_rope_theta=1000.0,
+        dtype="float32",
+    ),
     "tiny-moe": ModelConfig(512, 128, 128, 4, 4, 2, 32, rope_theta=10_000.0, mixture=Mixture(8, 2)),
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, True),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, True),
@@ -348,7 +367,7 @@ class ModelChoice:
     tokenizer. Families: Qwen2.5, Qwen3, Llama 3; not as GGUF: OLMo 2, Gemma 3, SmolLM3, Mistral, Ministral, Qwen3-MoE,
     Mixtral. Empty: random weights of the size below."""
     name: str = "tiny"
-    """Known size: tiny, tiny-moe or a published one (qwen2.5-7b); "?" lists all."""
+    """Known size: tiny, tiny-gemma, tiny-moe or a published one (qwen2.5-7b); "?" lists all."""
     hidden_size: int | None = None
     """Width of the residual stream; none, here and below: the named size's."""
     intermediate_size: int | None = None

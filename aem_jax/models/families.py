@@ -4,15 +4,27 @@ The reader follows the pinned transformers, including the defaults, or refuses a
 that changes the model. `tests/models/test_families.py` compares the two.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jax.typing import DTypeLike
 
 from aem_jax.models.config import Activation, ModelConfig, NormPlacement, QKNorm, brief, dtype_name
-from aem_jax.models.hf_fields import FLAG, FRACTION, INDEX, SIZE, STRINGS, Kind, one_of, take
+from aem_jax.models.hf_fields import FLAG, FRACTION, SIZE, STRINGS, Kind, one_of, take
+from aem_jax.models.hf_layers import (
+    Slides,
+    Windows,
+    all_but_each_sixth,
+    every_layer,
+    last_layers,
+    layers_to_hf,
+    layers_without_rope,
+    unrotated_from_hf,
+    windows_from_hf,
+)
+from aem_jax.models.hf_mixture import mixture_from_hf, mixture_to_hf
 from aem_jax.models.hf_rope import rope_to_hf, ropes_from_hf
-from aem_jax.models.parameters import ExpertNames, Mixture
+from aem_jax.models.parameters import ExpertNames
 from aem_jax.models.rotary import Rope
 
 SAVED_DTYPES = ("bfloat16", "float32", "float16")
@@ -53,8 +65,8 @@ class Family(NamedTuple):
     qkv_bias: bool = False
     zero_centered_norms: bool = False
     scaled_embedding: bool = False
-    windows: Literal["none", "all", "layers"] = "none"
-    slides: Callable[[Mapping[str, Any], int], bool] = lambda theirs, layer: theirs.get("sliding_window") is not None
+    windows: Windows = "none"
+    slides: Slides = every_layer
     window_flag: bool = False
     unrotated: bool = False
     sliding_rope: bool = False
@@ -65,21 +77,9 @@ class Family(NamedTuple):
     experts: ExpertNames | None = None
 
 
-def _last_layers(theirs: Mapping[str, Any], layer: int) -> bool:
-    return theirs.get("sliding_window") is not None and layer >= take(theirs, "max_window_layers", INDEX, 28)
-
-
-def _unrotated_layers(theirs: Mapping[str, Any], layer: int) -> bool:
-    return theirs.get("sliding_window") is not None and layer in _unrotated(theirs, layer + 1)
-
-
-def _all_but_each_sixth(theirs: Mapping[str, Any], layer: int) -> bool:
-    return (layer + 1) % take(theirs, "sliding_window_pattern", SIZE, 6) != 0
-
-
 _QWEN: Mapping[str, Any] = {
     "windows": "layers",
-    "slides": _last_layers,
+    "slides": last_layers,
     "window_flag": True,
     "defaults": {"sliding_window": 4096},
 }
@@ -115,7 +115,7 @@ FAMILIES = (
         num_kv_heads=4,
         head_dim=None,
         windows="layers",
-        slides=_unrotated_layers,
+        slides=layers_without_rope,
         window_flag=True,
         unrotated=True,
         defaults={"tie_word_embeddings": True, "rope_theta": 2_000_000.0},
@@ -129,7 +129,7 @@ FAMILIES = (
         zero_centered_norms=True,
         scaled_embedding=True,
         windows="layers",
-        slides=_all_but_each_sixth,
+        slides=all_but_each_sixth,
         sliding_rope=True,
         score_dim=True,
         activation="hidden_activation",
@@ -211,13 +211,6 @@ _ONE_FORM: Mapping[str, Sequence[Any]] = {
 """Options that the decoder supports in one form only, and their accepted values; an absent field means the first."""
 
 
-_SPARSE: Mapping[ExpertNames, Mapping[str, Sequence[Any]]] = {
-    "qwen": {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
-    "mixtral": {"router_jitter_noise": (0.0, 0)},
-}
-"""The same for a mixture of experts, by its names: every layer is one."""
-
-
 def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> ModelConfig:
     """The `ModelConfig` of a `config.json`.
 
@@ -238,9 +231,10 @@ def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> 
     sizes = {ours: take(theirs, name, SIZE) for ours, name in _SIZES.items()}
     mixture = None
     if family.experts is not None:
-        mixture, sizes["intermediate_size"] = _mixture(theirs, family.experts)
+        mixture, sizes["intermediate_size"] = mixture_from_hf(theirs, family.experts)
     hidden, heads = sizes["hidden_size"], sizes["num_heads"]
-    windows = _windows(theirs, family, sizes["num_layers"])
+    layers = {"windows": family.windows, "window_flag": family.window_flag}
+    windows = windows_from_hf(theirs, sizes["num_layers"], **layers, slides=family.slides)
     if family.model_type in ("llama", "gemma3_text") and hidden % heads:
         raise ValueError(f"expected hidden_size divisible by num_attention_heads, got {hidden} and {heads}")
     for name in family.not_null:
@@ -257,7 +251,7 @@ def config_from_hf(theirs: Mapping[str, Any], dtype: DTypeLike = "bfloat16") -> 
         rope_theta=of_all.theta,
         rope_scaling=of_all.scaling,
         sliding_rope_theta=sliding,
-        unrotated_layers=_unrotated(theirs, sizes["num_layers"]) if family.unrotated else (),
+        unrotated_layers=unrotated_from_hf(theirs, sizes["num_layers"]) if family.unrotated else (),
         sliding_windows=windows,
         norm_eps=take(theirs, "rms_norm_eps", FRACTION),
         tied_head=take(theirs, "tie_word_embeddings", FLAG, False),
@@ -299,10 +293,10 @@ def config_to_hf(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
         "head_dim": config.head_dim,
         family.activation: next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation),
         **written,
-        **_windows_to_hf(family, config),
+        **layers_to_hf(config, windows=family.windows, window_flag=family.window_flag, unrotated=family.unrotated),
         **({"query_pre_attn_scalar": config.score_dim or config.head_dim} if family.score_dim else {}),
         "tie_word_embeddings": config.tied_head,
-        **(_mixture_to_hf(config.mixture, config.intermediate_size) if config.mixture else {}),
+        **(mixture_to_hf(config.mixture, config.intermediate_size) if config.mixture else {}),
         "dtype": dtype_name(dtype, SAVED_DTYPES),
     }
 
@@ -320,53 +314,6 @@ def _can_express(family: Family, config: ModelConfig) -> bool:
         and (len(ropes) == 1 or family.sliding_rope)
         and (not family.sliding_rope or not any(windows) or sliding in ropes)
     )
-
-
-def _windows_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
-    """The fields that say which layers have a sliding window, and which have no rotary positions."""
-    size = max(config.windows) or None
-    kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
-    unrotated = [int(layer not in config.unrotated_layers) for layer in range(config.num_layers)]
-    fields: dict[str, Any] = {"no_rope_layers": unrotated} if family.unrotated else {}
-    if family.windows == "none" or (family.window_flag and size is None):
-        return fields
-    fields |= {"sliding_window": size} | ({"use_sliding_window": True} if family.window_flag else {})
-    return fields if family.windows == "all" else fields | {"layer_types": kinds}
-
-
-def _mixture(theirs: Mapping[str, Any], names: ExpertNames) -> tuple[Mixture, int]:
-    """The mixture of a `config.json`, and the width of an expert."""
-    for name, values in _SPARSE[names].items():
-        one_of(theirs, name, values)
-    # In transformers these are one field.
-    counts = [name for name in ("num_experts", "num_local_experts") if name in theirs]
-    if len({theirs[name] for name in counts if type(theirs[name]) is int}) > 1:
-        raise ValueError(f"expected num_experts or num_local_experts, got both: {brief([theirs[n] for n in counts])}")
-    default, k, width = {"qwen": (128, 8, 768), "mixtral": (8, 2, None)}[names]
-    width_of = {"qwen": "moe_intermediate_size", "mixtral": "intermediate_size"}[names]
-    return Mixture(
-        num_experts=min(take(theirs, name, SIZE, default) for name in counts or ("num_experts",)),
-        experts_per_token=take(theirs, "num_experts_per_tok", SIZE, k),
-        norm_topk=names == "mixtral" or take(theirs, "norm_topk_prob", FLAG, False),
-        names=names,
-    ), take(theirs, width_of, SIZE, width)
-
-
-def _mixture_to_hf(mixture: Mixture, width: int) -> dict[str, Any]:
-    common = {"num_experts_per_tok": mixture.experts_per_token, "output_router_logits": False}
-    if mixture.names == "mixtral":
-        if not mixture.norm_topk:
-            raise ValueError(
-                "expected norm_topk True of Mixtral's mixture, got False; no family combines these options"
-            )
-        return common | {"num_local_experts": mixture.num_experts}
-    return common | {
-        "num_experts": mixture.num_experts,
-        "moe_intermediate_size": width,
-        "norm_topk_prob": mixture.norm_topk,
-        "mlp_only_layers": [],
-        "decoder_sparse_step": 1,
-    }
 
 
 def _names() -> str:
@@ -397,51 +344,9 @@ def _family(theirs: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
                 return family, theirs
     raise ValueError(
         f"expected one of {_names()} in architectures and its model_type, got {brief(architectures)} and "
-        f"{brief(kind)}; a family is a row of FAMILIES in aem_jax/models/families.py"
+        f"{brief(kind)}; a family is a row of FAMILIES in aem_jax/models/families.py: see "
+        "docs/tutorials/add_a_family.md"
     )
-
-
-def _windows(theirs: Mapping[str, Any], family: Family, layers: int) -> tuple[int, ...]:
-    """The sliding window of each layer; 0 for none."""
-    flag = take(theirs, "use_sliding_window", FLAG, False)
-    if family.windows == "none" or (family.window_flag and not flag):
-        if not family.window_flag:
-            one_of(theirs, "use_sliding_window", (False,))
-        take(theirs, "layer_types", _layer_types(layers, "full_attention"), None)
-        return ()
-    if not family.window_flag:
-        one_of(theirs, "use_sliding_window", (False,))
-    if family.windows == "all":
-        one_of(theirs, "layer_types", (None,))
-    kinds = take(theirs, "layer_types", _layer_types(layers, "full_attention", "sliding_attention"), None)
-    if kinds is None:
-        slides = (family.slides(theirs, layer) for layer in range(layers))
-        kinds = ["sliding_attention" if sliding else "full_attention" for sliding in slides]
-    if "sliding_attention" not in kinds:
-        return ()
-    size = take(theirs, "sliding_window", SIZE)
-    return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
-
-
-def _unrotated(theirs: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """Indices of the first `layers` layers that have no rotary positions."""
-    rotated = take(theirs, "no_rope_layers", _rotated(layers), None)
-    if rotated is None:
-        interval = take(theirs, "no_rope_layer_interval", SIZE, 4)
-        rotated = [(layer + 1) % interval != 0 for layer in range(layers)]
-    return tuple(layer for layer in range(layers) if not rotated[layer])
 
 
 _ACTIVATION = Kind(" or ".join(map(repr, _ACTIVATIONS)), lambda x: isinstance(x, str) and x in _ACTIVATIONS)
-
-
-def _layer_types(layers: int, *kinds: str) -> Kind:
-    fits = lambda x: isinstance(x, list) and len(x) == layers and all(layer in kinds for layer in x)
-    return Kind(f"{' or '.join(map(repr, kinds))} for each of {layers} layers", lambda x: x is None or fits(x))
-
-
-def _rotated(layers: int) -> Kind:
-    fits = lambda x: (
-        isinstance(x, list) and len(x) >= layers and all(type(flag) is int and flag in (0, 1) for flag in x)
-    )
-    return Kind(f"0 or 1 for each of {layers} layers", lambda x: x is None or fits(x))

@@ -2,7 +2,7 @@
 
 Shapes, logical axes, dtypes, initial values, counts, the Hugging Face tensors of a checkpoint, and which matrices take
 LoRA and int8. A family that differs in its parameters needs a row here, an option in `ModelConfig` and its use in
-`decoder.py`.
+`block.py`.
 
 Projections of the same input are fused, so that they are one product: Q, K, V (grouped by KV head, so that tensor
 parallelism splits between groups), and the MLP's gate and up.

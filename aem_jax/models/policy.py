@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from aem_jax.models.attention import RowAttention, row_attention
+from aem_jax.models.block import GATED
 from aem_jax.models.config import ModelConfig
-from aem_jax.models.decoder import GATED, Constrain, Decoder
+from aem_jax.models.decoder import Constrain, Decoder
 from aem_jax.models.experts import Experts, Load, make_experts
 from aem_jax.models.int8 import quantize_layers, quantized_table
 from aem_jax.models.lora import LoraConfig, adapter_axes, init_adapter, merge, merged_leaves
@@ -180,24 +181,11 @@ class Policy:
         remat: Callable | None = None,
         constrain: Constrain | None = None,
         attention: RowAttention = row_attention,
-    ) -> Array:
-        """Hidden states; see `Decoder.hidden`."""
-        return self.bind(params).hidden(tokens, positions, segment_ids, remat, constrain, attention)[0]
-
-    def hidden_and_load(
-        self,
-        params: Params,
-        tokens: Array,
-        positions: Array,
-        segment_ids: Array,
-        remat: Callable | None = None,
-        constrain: Constrain | None = None,
-        attention: RowAttention = row_attention,
         *,
         experts: Experts | None = None,
         recorded: Array | None = None,
     ) -> tuple[Array, Load | None]:
-        """See `Decoder.hidden`; `experts` as in `bind`."""
+        """Hidden states, and the load of a mixture's experts; see `Decoder.hidden`. `experts` as in `bind`."""
         decoder = self.bind(params, experts)
         return decoder.hidden(tokens, positions, segment_ids, remat, constrain, attention, recorded)
 
@@ -216,7 +204,7 @@ class Policy:
     def forward(self, params: Params, tokens: Array) -> Array:
         """float32 logits [B,T,V] of unpadded rows i32[B,T], without a cache."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self.logits(params, self.hidden(params, tokens, positions, jnp.ones_like(tokens)))
+        return self.logits(params, self.hidden(params, tokens, positions, jnp.ones_like(tokens))[0])
 
 
 def state_values(head: Params, hidden: Array) -> Array:

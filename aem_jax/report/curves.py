@@ -120,14 +120,33 @@ def draw_lines(*lines: tuple[str, str, str], log: bool = False, percent: bool = 
 
 
 def draw_efficiency(run: Run, axes: Axes) -> bool:
-    """ρ: the trailing sum of AEM's gains over that of the base algorithm's, over a fifth of the measurements."""
+    """ρ of the latest n measurements, AEM's gains a over those of the base algorithm b, with its 95 % interval.
+
+        ρ = Σ a / Σ b        σ(ρ) = √(n / (n − 1) · Σ (a − ρ b)²) / Σ b        n: half of all, at least 8
+
+    Points are omitted where the 95 % interval of Σ b contains 0: there ρ has no meaning.
+    """
     (steps, gains), (_, base) = run.series("aem/gain"), run.series("aem/gain_base")
     if not steps:
         return False
-    window = max(1, len(steps) // 5)
-    sums = zip(smooth(gains, window), smooth(base, window), strict=True)
-    axes.plot(steps, [own / other if other > 0 else math.nan for own, other in sums], color=ORANGE)
-    axes.axhline(1, color=INK, alpha=0.45, linewidth=0.8)
+    window, points = max(8, len(steps) // 2), []
+    for end in range(window, len(steps) + 1):
+        own, other = gains[end - window : end], base[end - window : end]
+        mean, total = math.fsum(other) / window, math.fsum(other)
+        spread = lambda values: math.sqrt(window / (window - 1) * math.fsum(value**2 for value in values))
+        if total > 1.96 * spread(value - mean for value in other):
+            ratio = math.fsum(own) / total
+            error = 1.96 * spread(a - ratio * b for a, b in zip(own, other, strict=True)) / total
+            points.append((steps[end - 1], ratio, ratio - error, ratio + error))
+    if points:
+        axes.axhline(1, color=INK, alpha=0.45, linewidth=0.8)
+        at, ratios, low, high = zip(*points, strict=True)
+        axes.plot(at, ratios, color=ORANGE, marker=".", markersize=4)
+        axes.fill_between(at, low, high, color=ORANGE, alpha=0.2, linewidth=0)
+    else:
+        axes.set(xlim=(steps[0], max(steps[-1], steps[0] + 1)), yticks=[])
+        text = f"{len(steps)} measurements do not resolve the gain of the base algorithm,\nso ρ is unknown"
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=8)
     return True
 
 
@@ -171,7 +190,8 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
     ("α by sign of advantage", "α > 1 makes a response weigh more, α < 1 less; the mean of a group is 1.", draw_alpha),
     (
         "Efficiency ρ",
-        "Gain of return per unit of step size with AEM, relative to the base algorithm; above 1, AEM helps.",
+        "Gain of return per unit of step size with AEM, relative to the base algorithm; above 1, AEM helps. Of the "
+        "latest measurements (half of all), with the 95 % interval.",
         draw_efficiency,
     ),
     ("Success by task type", "Training episodes, trailing mean.", draw_task_types),

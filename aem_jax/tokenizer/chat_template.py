@@ -6,8 +6,9 @@ reason: the policy would be trained on a conversation that differs from the samp
 """
 
 import datetime
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +43,13 @@ class TurnMarkup:
     """The markup that a chat template writes between two responses.
 
     Attributes:
+        lead: white space that begins a response, and that the policy samples: Mistral's template writes a space there.
         before: text between a response and the next observation; begins with the stop token.
         after: text between the observation and the next response.
         strips: whether the template strips white space from the ends of observations.
     """
 
+    lead: str
     before: str
     after: str
     strips: bool
@@ -118,11 +121,11 @@ class ChatTemplate:
             ) from error
         return valid_text(str(text))
 
-    def conversation(self, *contents: str) -> str:
-        """Renders a conversation in which user and assistant alternate."""
-        return self.render(
-            [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-        )
+    def conversation(self, *contents: str, system: str = "") -> str:
+        """Renders a conversation in which user and assistant alternate, after the system message if there is one."""
+        first = [{"role": "system", "content": system}] if system else []
+        turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+        return self.render(first + turns)
 
     def stop_token(self, control: Sequence[str]) -> str:
         """Returns the control token with which the template closes a response.
@@ -136,31 +139,52 @@ class ChatTemplate:
         after = self.conversation("(task)", "(answer)", "(seen)").partition("(answer)")[2]
         return _first_token(after, control)
 
-    def turn_markup(self, control: Sequence[str]) -> TurnMarkup:
+    def response_lead(self) -> str:
+        """The white space that the template writes between a prompt and the response to it."""
+        first, turn = self.conversation("(task)"), self.conversation("(task)", "(answer)", "(seen)")
+        after = turn.removeprefix(first)
+        return after[: len(after) - len(after.lstrip())] if turn.startswith(first) else ""
+
+    def turn_markup(self, control: Sequence[str], instruction: str = "") -> TurnMarkup:
         """Derives the markup between two responses.
 
         Args:
             control: texts of the control tokens, longest first.
+            instruction: the system message of the conversations; empty for none.
 
         Raises:
             ValueError: another turn changes earlier text.
         """
-        first = self.conversation("(task)")
-        turn = self.conversation("(task)", "(answer)", "(seen)")
-        added = _suffix(turn, first + "(answer)", "the prompt and the response")
+        if not instruction:
+            return self._turn_markup(control, self.conversation)
+        try:
+            return self._turn_markup(control, functools.partial(self.conversation, system=instruction))
+        except ValueError as error:
+            try:
+                self._turn_markup(control, self.conversation)
+            except ValueError:
+                raise error from None
+            raise ValueError(
+                f"{error}; without the system message (rollout.instruction) this template is stable"
+            ) from None
+
+    def _turn_markup(self, control: Sequence[str], conversation: Callable[..., str]) -> TurnMarkup:
+        first, lead = conversation("(task)"), self.response_lead()
+        turn = conversation("(task)", "(answer)", "(seen)")
+        added = _suffix(turn, first + lead + "(answer)", "the prompt and the response")
         before, observation, after = added.partition("(seen)")
         _first_token(before if observation else "", control, added)
         thought = "<think>\nHm.\n</think>\n\n<action>look</action>"
-        earlier = first + thought + before + "(seen)" + after + "(answer)" + before
-        longer = self.conversation("(task)", thought, "(seen)", "(answer)", "(more)")
+        earlier = first + lead + thought + before + "(seen)" + after + lead + "(answer)" + before
+        longer = conversation("(task)", thought, "(seen)", "(answer)", "(more)")
         _suffix(longer, earlier, "thoughts in earlier responses")
-        padded = self.conversation("(task)", "(answer)", " \n(seen) \n")
-        expected = {text: first + "(answer)" + before + text + after for text in (" \n(seen) \n", "(seen)")}
+        padded = conversation("(task)", "(answer)", " \n(seen) \n")
+        expected = {text: first + lead + "(answer)" + before + text + after for text in (" \n(seen) \n", "(seen)")}
         if padded not in expected.values():
             raise ValueError(
                 f"expected a chat template that gives observations as they are, got {padded!r} for ' \\n(seen) \\n'"
             )
-        return TurnMarkup(before=before, after=after, strips=padded == expected["(seen)"])
+        return TurnMarkup(lead=lead, before=before, after=after, strips=padded == expected["(seen)"])
 
 
 def saved_day(folder: Path) -> datetime.date | None:

@@ -72,6 +72,7 @@ class ChatTokenizer:
         appends: bool = True,
         thinking: bool = True,
         day: datetime.date | None = None,
+        instruction: str = "",
     ) -> None:
         """Wraps a fast tokenizer that has a chat template.
 
@@ -80,6 +81,8 @@ class ChatTokenizer:
             appends: whether conversations grow by `delta_ids`. If not, the template may change earlier turns.
             thinking: value of `enable_thinking` for the template. With False, Qwen3's template adds an empty thought.
             day: the date for a template that writes one; None: today.
+            instruction: the system message of conversations that grow; empty: they have none. A template may move it,
+                as Gemma's does, if it then keeps it there.
 
         Raises:
             ValueError: the tokenizer is slow or has no chat template, or the template cannot render a conversation,
@@ -99,13 +102,20 @@ class ChatTokenizer:
         self._backend, self._plain = _backends(tokenizer, {*control, *markup})
         self._stop_id = self._encode_fenced(self._template.stop_token(control))[0]
         self._open_delta = functools.lru_cache(_CACHED_DELTAS)(self._encode_delta)
-        self.markup = self._template.turn_markup(control) if appends else None
+        self._lead = self._template.response_lead()
+        self.markup = self._template.turn_markup(control, instruction) if appends else None
         if appends:
-            self._check_ids()
+            self._check_ids(instruction)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, chat_template: str | None = None, appends: bool = True, thinking: bool = True
+        cls,
+        path: str | Path,
+        *,
+        chat_template: str | None = None,
+        appends: bool = True,
+        thinking: bool = True,
+        instruction: str = "",
     ) -> "ChatTokenizer":
         """Loads a tokenizer from Hugging Face's files, or from a GGUF file.
 
@@ -114,6 +124,7 @@ class ChatTokenizer:
             chat_template: Jinja text to use instead of the tokenizer's own, e.g. `CHATML` for Qwen3.
             appends: see the constructor.
             thinking: see the constructor.
+            instruction: see the constructor.
 
         Raises:
             ValueError: no tokenizer is found, or the constructor refuses it.
@@ -122,7 +133,8 @@ class ChatTokenizer:
         tokenizer = gguf_tokenizer(Path(path)) if is_gguf(path) else _hugging_face(path)
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        return cls(tokenizer, appends=appends, thinking=thinking, day=saved_day(Path(path)))
+        settings = {"appends": appends, "thinking": thinking, "instruction": instruction}
+        return cls(tokenizer, day=saved_day(Path(path)), **settings)
 
     @classmethod
     def train(
@@ -179,6 +191,10 @@ class ChatTokenizer:
         """Encodes plain text. Nothing is added, and special tokens in it are plain text. Not for sampled text."""
         return self._encode_fenced(self._fence(text, trusted=True))
 
+    def response_ids(self, response: str) -> list[int]:
+        """Encodes a response as a policy samples it: with the white space before it, and the stop id."""
+        return [*self.encode(self._lead + response), self._stop_id]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids to text, without control tokens."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
@@ -230,7 +246,7 @@ class ChatTokenizer:
             ValueError: the template refuses the messages.
         """
         before, after = messages[:response], messages[response + 1 :]
-        prompt = self._render_fenced(before, tools) + _ANSWER
+        prompt = self._render_fenced(before, tools) + self._lead + _ANSWER
         text = self._render_fenced([*before, {"role": "assistant", "content": _ANSWER}, *after], tools)
         if not text.startswith(prompt):
             return None
@@ -294,14 +310,15 @@ class ChatTokenizer:
                 ids += encoder.encode(piece, add_special_tokens=False).ids
         return ids
 
-    def _check_ids(self) -> None:
+    def _check_ids(self, instruction: str) -> None:
         """Verifies that ids built turn by turn equal the ids of the whole conversation, not only its text."""
         answer, observations = "look around", ("A room.", "You see nothing.", "Bye.")
-        messages = [{"role": "user", "content": observations[0]}]
+        messages = [{"role": "system", "content": instruction}] if instruction else []
+        messages.append({"role": "user", "content": observations[0]})
         ids = self.prompt_ids(messages)
         for observation in observations[1:]:
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": observation}]
-            ids += self.encode(answer) + self.delta_ids(observation, closed=False)
+            ids += self.response_ids(answer) + self.delta_ids(observation)
         expected = self.prompt_ids(messages)
         if ids != expected or self.delta_ids("A room.", closed=False)[0] != self._stop_id:
             ours, theirs = (self._backend.decode(i, skip_special_tokens=False) for i in (ids, expected))

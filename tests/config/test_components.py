@@ -62,6 +62,8 @@ def test_a_model_is_a_known_size_with_changes():
     changed = components.model_config(ModelChoice(num_layers=2, dtype="bfloat16"), 701)
     assert (changed.num_layers, changed.dtype, changed.hidden_size) == (2, "bfloat16", known.hidden_size)
     assert changed.vocab_size == 704  # the next multiple of 64
+    gemma = [components.model_config(ModelChoice(name="tiny-gemma", num_layers=layers), 512) for layers in (3, 6)]
+    assert [config.windows for config in gemma] == [(64, 64, 0), (64, 64, 0, 64, 64, 64)]
     with pytest.raises(ConfigError, match="--model: expected num_heads divisible"):
         components.model_config(ModelChoice(num_heads=3, num_kv_heads=2), 512)
 

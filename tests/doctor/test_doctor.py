@@ -267,6 +267,14 @@ def test_a_missing_platform_is_a_mistake_in_the_command(monkeypatch: pytest.Monk
 # Numbers: sampler, learner, kernels.
 
 
+def test_every_known_model_can_be_checked():
+    """Also those whose layers differ: Gemma 3's windows, the layers of SmolLM3 without rotary positions."""
+    for name, config in CONFIGS.items():
+        shallow = DoctorConfig(model=name).shallow("float32")
+        layers = min(config.num_layers, 2)
+        assert (shallow.num_layers, shallow.windows) == (layers, config.windows[:layers]), name
+
+
 def test_parity_holds_and_fails_for_changed_parameters():
     sampled = parity.sample(CONFIG.shallow("float32"))
     finding = parity._exact(sampled)

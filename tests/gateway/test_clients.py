@@ -6,6 +6,8 @@
 import asyncio
 import json
 import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -117,6 +119,38 @@ def test_openai_streams(strict, chat):
         text, message = asyncio.run(play(openai.AsyncOpenAI(base_url=strict.url, api_key=key)))
     assert text == "Hello you, and <b> all."
     assert message.tool_calls[0].function.name == "add" and message.content == "I call it."
+
+
+FIRST_REQUEST = """
+import os, sys
+import openai
+
+client = openai.OpenAI(base_url="-", api_key="-")
+
+
+def play(task):
+    known = set(sys.modules)
+    policy = client.with_options(base_url=os.environ["OPENAI_BASE_URL"], api_key=os.environ["OPENAI_API_KEY"])
+    policy.chat.completions.create(model="policy", messages=[{"role": "user", "content": "Hi"}])
+    return sorted(set(sys.modules) - known)
+"""
+
+
+def test_the_first_request_of_an_episode_imports_nothing(strict, chat, tmp_path):
+    """Its imports would cost each episode more CPU time than all else; the launcher has made a first request."""
+    pytest.importorskip("openai")
+    (tmp_path / "agent.py").write_text(FIRST_REQUEST)
+    words = [sys.executable, "-m", "aem_jax.gateway.agent_launcher", "--function", f"{tmp_path}/agent.py:play"]
+    with answering(strict, chat, "Hello.") as (key, _):
+        environ = {"OPENAI_BASE_URL": strict.url, "OPENAI_API_KEY": key}
+        episode = json.dumps({"id": "0", "task": {}, "environ": environ, "timeout_s": 20.0})
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
+            assert json.loads(launcher.stdout.readline()) == {"ready": True}
+            launcher.stdin.write(episode + "\n")
+            launcher.stdin.flush()
+            report = json.loads(launcher.stdout.readline())
+            launcher.stdin.close()
+    assert (report["status"], report["result"], report["errors"]) == (0, [], "")
 
 
 def test_openai_agents(strict, chat):

@@ -104,7 +104,7 @@ def test_eight_devices_take_the_same_step_as_one():
             params = make_reshard(policy, mesh)(state.params)
             tokens = jnp.asarray(np.arange(16).reshape(2, 8) % 32)
             run = partial(policy.sampled.hidden, positions=tokens % 8, segment_ids=jnp.ones_like(tokens))
-            hidden = np.asarray(jax.jit(run)(stacked(params) if merge else params, tokens))
+            hidden = np.asarray(jax.jit(run)(stacked(params) if merge else params, tokens)[0])
             results.append((jax.device_get(state.trainable), jax.device_get(stats), hidden))
     b = state.params["adapter"]["gate_proj"]["b"]
     assert b.addressable_shards[0].data.size * 2 == b.size

@@ -63,7 +63,7 @@ def test_packed_segments_equal_separate_rows():
             segments[row, at : at + length] = index + 1
             alone[row, at] = ids
             at += length + index  # a hole of padding after the second segment
-    hidden = jax.jit(policy.hidden)(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(segments))
+    hidden, _ = jax.jit(policy.hidden)(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(segments))
     assert np.all(np.isfinite(hidden))
     logits, forward = policy.logits(params, hidden), jax.jit(policy.forward)
     for (row, at), ids in alone.items():
@@ -87,7 +87,7 @@ def test_remat_changes_nothing():
     positions, segments = jnp.broadcast_to(jnp.arange(10), (2, 10)), jnp.ones((2, 10), jnp.int32)
 
     def loss(params, remat):
-        return jnp.sum(jnp.square(policy.hidden(params, tokens, positions, segments, remat)))
+        return jnp.sum(jnp.square(policy.hidden(params, tokens, positions, segments, remat)[0]))
 
     plain = jax.value_and_grad(loss)(params, None)
     saved = jax.value_and_grad(loss)(params, jax.checkpoint_policies.nothing_saveable)
@@ -101,7 +101,7 @@ def test_gradients_of_all_options_on_a_mesh_equal_those_on_one_device():
     rows = (tokens, jnp.broadcast_to(jnp.arange(64), tokens.shape), jnp.ones_like(tokens))
 
     def gradient(params, attention):
-        loss = lambda params: jnp.mean(policy.hidden(params, *rows, attention=attention) ** 3)
+        loss = lambda params: jnp.mean(policy.hidden(params, *rows, attention=attention)[0] ** 3)
         return jax.jit(jax.value_and_grad(loss))(params)
 
     mesh = make_mesh(MeshConfig(2, 2, 2))
@@ -115,7 +115,7 @@ def test_bfloat16_activations_stay_near_float32():
     half = ModelConfig(**{**vars(GROUPED_TIED), "dtype": "bfloat16"})
     params, tokens = numpy_params(GROUPED_TIED), jnp.asarray(numpy_tokens(GROUPED_TIED, (2, 9)))
     positions, segments = jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32)
-    hidden = Policy(half).hidden(params, tokens, positions, segments)
+    hidden, _ = Policy(half).hidden(params, tokens, positions, segments)
     assert hidden.dtype == jnp.bfloat16
     logits = Policy(half).logits(params, hidden)
     rounded = np.mean(logits == logits.astype(jnp.bfloat16).astype(jnp.float32))

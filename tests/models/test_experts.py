@@ -68,7 +68,7 @@ def loss_and_gradient(mesh, recorded):
     def loss(params):
         settings = {"experts": policy.experts(mesh), "recorded": recorded}
         rows = TOKENS, POSITIONS, SEGMENTS
-        hidden, load = policy.hidden_and_load(params, *rows, None, constrain, **settings)
+        hidden, load = policy.hidden(params, *rows, None, constrain, **settings)
         assert load is not None
         spread = jnp.sum(load.probabilities[:, 0])
         return jnp.mean((hidden * (SEGMENTS > 0)[..., None]) ** 3) + 0.01 * spread, (hidden, load)
@@ -98,7 +98,7 @@ def test_remat_recomputes_the_exchange_of_tokens(remat, expert, kept, capsys: py
 
     def loss(params):
         rows = TOKENS, POSITIONS, SEGMENTS
-        return jnp.sum(POLICY.hidden_and_load(params, *rows, REMAT[remat], experts=POLICY.experts(mesh))[0])
+        return jnp.sum(POLICY.hidden(params, *rows, REMAT[remat], experts=POLICY.experts(mesh))[0])
 
     print_saved_residuals(loss, PARAMS)
     lines = capsys.readouterr().out.splitlines()
@@ -136,7 +136,7 @@ def test_recorded_experts_keep_the_gradient_of_the_router():
     @jax.jit
     def compute(recorded):
         def loss(params):
-            return jnp.mean(POLICY.hidden_and_load(params, TOKENS[:1], positions, ones, recorded=recorded)[0] ** 3)
+            return jnp.mean(POLICY.hidden(params, TOKENS[:1], positions, ones, recorded=recorded)[0] ** 3)
 
         return jax.value_and_grad(loss)(PARAMS)
 
@@ -169,7 +169,7 @@ def test_adapters_of_experts_on_several_devices():
     mesh = make_mesh(MeshConfig(1, 1, 2, 2), jax.devices()[:4])
     placed = jax.device_put(params, shardings(mesh, policy.axes, TRAIN, policy.shapes))
     rows = TOKENS, POSITIONS, jnp.ones_like(TOKENS)
-    run = jax.jit(lambda params: policy.hidden_and_load(params, *rows, experts=policy.experts(mesh))[0])
+    run = jax.jit(lambda params: policy.hidden(params, *rows, experts=policy.experts(mesh))[0])
     np.testing.assert_allclose(policy.logits(params, run(placed)), wanted, atol=5e-5)
 
 

@@ -96,8 +96,8 @@ def test_on_a_mesh_each_device_attends_to_its_rows_and_heads(caplog: pytest.LogC
         for length in (128, 100):
             tokens = jnp.asarray(numpy_tokens(policy.config, (4, length)))
             rows = (tokens, jnp.broadcast_to(jnp.arange(length), tokens.shape), jnp.ones_like(tokens))
-            hidden = jax.jit(partial(policy.hidden, attention=attend))(params, *rows)
-            wanted = policy.hidden(params, *rows)
+            hidden, _ = jax.jit(partial(policy.hidden, attention=attend))(params, *rows)
+            wanted, _ = policy.hidden(params, *rows)
             np.testing.assert_allclose(hidden, wanted, atol=2e-5)
     assert set(shapes) == {((1, 128, 2, 64), (1, 128, 1, 64), (1, 128))}
     messages = [record.message for record in caplog.records if "attention" in record.message]

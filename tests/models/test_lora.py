@@ -34,8 +34,8 @@ def adapter_of(policy: Policy, seed: int = 1) -> Any:
 def logits(policy: Any, params: Any) -> Any:
     tokens = jnp.asarray(numpy_tokens(policy.config, (2, 9)))
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
-    run = jax.jit(lambda params: policy.logits(params, policy.hidden(params, tokens, positions, jnp.ones_like(tokens))))
-    return run(params)
+    hidden = lambda params: policy.hidden(params, tokens, positions, jnp.ones_like(tokens))[0]
+    return jax.jit(lambda params: policy.logits(params, hidden(params)))(params)
 
 
 @pytest.mark.parametrize(

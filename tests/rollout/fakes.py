@@ -34,6 +34,9 @@ class ByteChat:
     def encode(self, text: str) -> list[int]:
         return [4 + (ord(c) - 97) % 26 for c in text]
 
+    def response_ids(self, response: str) -> list[int]:
+        return [*self.encode(response), STOP]
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(97 + i - 4) for i in ids if i >= 4)
 
