@@ -246,7 +246,7 @@ def _compile(
     """The compiled programs, and the position of each device of the mesh."""
     set_up(topology, config.runtime)
     mesh = make_mesh(sizes, target_devices(topology))
-    programs = {program.name: program for program in compile_programs(config, work, mesh, config.programs)}
+    programs = compile_programs(config, work, mesh, config.programs)
     return programs, coordinates(mesh)
 
 

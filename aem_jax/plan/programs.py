@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -170,8 +171,8 @@ class Program:
         return self.temporaries / self.arguments if self.arguments else 0.0
 
 
-def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[Program]:
-    """Compiles the named programs, one at each iteration.
+def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple[str, ...]) -> dict[str, Program]:
+    """Compiles the named programs, at the same time: a compiler uses one core for most of its work.
 
     Args:
         config: the run's.
@@ -182,14 +183,17 @@ def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple
     Raises:
         ValueError: sizes that do not divide over the mesh.
     """
-    lowered = _lowerings(config, work, mesh)
-    for name in (name for name in names if name in lowered):
-        # A loop of unknown length is the update's, over microbatches, or the decoder's, over tokens.
-        rounds = {"update": work.rounds, "decode": work.decode_chunk}.get(name, 1)
-        count = partial(
-            costs, rounds=rounds, window_shares=window_shares(work.model), routed_share=1 / mesh.shape[EXPERT_AXIS]
-        )
-        yield _compile(name, lowered[name], count)
+    lowerings = _lowerings(config, work, mesh)
+    jobs = {}
+    with ThreadPoolExecutor(max_workers=max(len(lowerings), 1)) as threads:
+        for name in (name for name in names if name in lowerings):
+            # A loop of unknown length is the update's, over microbatches, or the decoder's, over tokens.
+            rounds = {"update": work.rounds, "decode": work.decode_chunk}.get(name, 1)
+            count = partial(
+                costs, rounds=rounds, window_shares=window_shares(work.model), routed_share=1 / mesh.shape[EXPERT_AXIS]
+            )
+            jobs[name] = threads.submit(_compile, name, lowerings[name](), count)
+        return {name: job.result() for name, job in jobs.items()}
 
 
 def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:
@@ -231,10 +235,10 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     }
 
 
-def _compile(name: str, lower: Callable[[], jax.stages.Lowered], count: Callable[[Module], Costs]) -> Program:
+def _compile(name: str, lowered: jax.stages.Lowered, count: Callable[[Module], Costs]) -> Program:
     start = time.perf_counter()
     try:
-        compiled = lower().compile()
+        compiled = lowered.compile()
         text = compiled.as_text() or ""  # a libtpu newer than jax may write what this jax cannot read
     except jax.errors.JaxRuntimeError as error:
         seconds, reason = time.perf_counter() - start, _reason(str(error))
