@@ -367,7 +367,7 @@ class ModelChoice:
     tokenizer. Families: Qwen2.5, Qwen3, Llama 3; not as GGUF: OLMo 2, Gemma 3, SmolLM3, Mistral, Ministral, Qwen3-MoE,
     Mixtral. Empty: random weights of the size below."""
     name: str = "tiny"
-    """Known size: tiny, tiny-gemma, tiny-moe or a published one (qwen2.5-7b); "?" lists all."""
+    """Known size: tiny, tiny-gemma, tiny-moe or a published one; "?" lists all."""
     hidden_size: int | None = None
     """Width of the residual stream; none, here and below: the named size's."""
     intermediate_size: int | None = None
