@@ -57,6 +57,14 @@ def strict() -> Iterator[None]:
         jax.config.update("jax_numpy_rank_promotion", os.environ["JAX_NUMPY_RANK_PROMOTION"])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_old_programs() -> Iterator[None]:
+    """Frees the programs of a finished file: otherwise a process keeps those of all files, several GB in the end."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+
+
 @pytest.fixture
 def golden() -> Path:
     """The folder of golden recordings next to the repository; the test is skipped without it."""

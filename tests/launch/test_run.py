@@ -22,6 +22,7 @@ NUM_STEPS = 8
 
 def start(folder: Path, environment: dict[str, str], *words: str, command: str = "train") -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "aem_jax.launch", command, "--preset", str(SMALL), "--runs-dir", str(folder), *words]
+    line += ["--metrics.efficiency-every", "4"] if command == "train" else []
     return subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment
     )
