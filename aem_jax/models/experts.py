@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from aem_jax.models.parameters import Mixture
 from aem_jax.models.ragged_product import ragged_product, zeros_like_varying
-from aem_jax.sharding import TRAIN, partition
+from aem_jax.sharding import AXES, TRAIN, partition
 
 Array = jax.Array
 
@@ -32,6 +32,17 @@ PRODUCT = "product"
 """Name of the products with weights, for the policies of `jax.checkpoint`."""
 
 EXPERT_AXIS = "expert"
+
+MEAN_LOADS = 2
+"""Rows of an exchange's buffer, over those that a device gets if all get as many. Everything but the products runs over
+the whole buffer, and further rounds cost time only where a device gets more."""
+
+FEW_ROWS = 1024
+"""Least rows of a buffer that does not hold the worst case: so few cost less than a second round, and their load is
+uneven by chance."""
+
+FURTHER_ROUNDS = "further_rounds"
+"""Name in compiled programs of the choice whether an exchange has further rounds."""
 
 
 class Routing(NamedTuple):
@@ -152,7 +163,7 @@ def make_experts(activation: Callable[[Array, Array], Array], mesh: Mesh | None)
         if valid is not None:
             experts = jnp.where(valid[..., None], experts, num_experts)
         flat, k = x.reshape(-1, x.shape[-1]), experts.shape[-1]
-        # The worst case of an exchange is several times the rows that come: too much to keep in every layer.
+        # The buffer of an exchange is several times the rows that come: too much to keep in every layer.
         compute = partial(_products, activation, matrices, keep=shards == 1)
         order = _Order(experts.reshape(-1), num_experts)
         rows = order.sorted_copies(flat, k)
@@ -261,27 +272,52 @@ def _products(
     return times(activation(times(rows, matrices.gate), times(rows, matrices.up)), matrices.down)
 
 
+def buffer_rows(rows: int, shards: int) -> int:
+    """Rows that a device of an expert axis receives at once, where every device sends `rows`."""
+    return min(shards * rows, max(MEAN_LOADS * rows, FEW_ROWS))
+
+
 def _exchange(compute: Callable[[Array, Array], Array], rows: Array, sizes: Array, shards: int) -> Array:
     """`compute` of rows [M,D] sorted by expert, on the devices of the experts; in shard_map.
 
-    A device may receive the rows of all: its buffers hold shards × M rows. Only rows that were sent are computed.
+    The rows that come to a device are numbered by sender, then by expert. Round r is for those from r·C to (r+1)·C,
+    C = `buffer_rows`. The first always takes place; the others do if a device of the mesh gets more than C.
     """
-    me = jax.lax.axis_index(EXPERT_AXIS)
+    me, capacity = jax.lax.axis_index(EXPERT_AXIS), buffer_rows(rows.shape[0], shards)
     counts = jax.lax.all_gather(sizes, EXPERT_AXIS)  # [sender, expert]
     by_device = counts.reshape(shards, shards, -1)  # [sender, receiver, expert]
-    sent = jnp.sum(by_device, axis=-1)  # [sender, receiver]
+    sent, own = jnp.sum(by_device, axis=-1), by_device[:, me]  # [sender, receiver], [sender, own expert]
     before = lambda x, axis: jnp.cumsum(x, axis=axis) - x
     in_sender, in_receiver = before(sent, 1), before(sent, 0)  # where each pair's rows begin
-    buffer = zeros_like_varying((shards * rows.shape[0], rows.shape[1]), rows.dtype, rows)
-    there = in_sender[me], sent[me], in_receiver[me], sent[:, me]
-    received = _all_to_all(rows, buffer, *there)
-    # Received rows are sorted by sender, then by expert.
-    own = by_device[:, me]
-    segment = jnp.searchsorted(jnp.cumsum(own.reshape(-1)), jnp.arange(len(buffer)), side="right")
-    order = _Order(jnp.where(segment < own.size, segment % own.shape[1], own.shape[1]), own.shape[1])
-    out = order.undo(compute(order.sorted_copies(received, 1), order.sizes))
-    back = in_receiver[:, me], sent[:, me], in_sender[:, me], sent[me]
-    return _all_to_all(out, zeros_like_varying(rows.shape, rows.dtype, rows), *back)
+    ends, empty = jnp.cumsum(own.reshape(-1)), partial(zeros_like_varying, dtype=rows.dtype, like=rows)
+
+    def one_round(first: Array | int, rows: Array) -> Array:
+        """[M,D], outputs of the rows that come at `first` to `first + capacity`; 0 for others."""
+        start, stop = (jnp.clip(edge - in_receiver, 0, sent) for edge in (first, first + capacity))
+        size, source = stop - start, in_sender + start
+        target = jnp.clip(in_receiver + start - first, 0, capacity)
+        received = _all_to_all(rows, empty((capacity, rows.shape[1])), source[me], size[me], target[me], size[:, me])
+        segment = jnp.searchsorted(ends, first + jnp.arange(capacity), side="right")
+        order = _Order(jnp.where(segment < own.size, segment % own.shape[1], own.shape[1]), own.shape[1])
+        out = order.undo(compute(order.sorted_copies(received, 1), order.sizes))
+        return _all_to_all(out, empty(rows.shape), target[:, me], size[:, me], source[:, me], size[me])
+
+    out = one_round(0, rows)
+    if capacity == shards * rows.shape[0]:
+        return out
+    # Every device has to take the same branch, since all take part in an exchange.
+    most = jax.lax.pmax(jnp.max(jnp.sum(sent, axis=0)), AXES)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def add_round(rows: Array, out: Array, first: Array) -> Array:
+        return jax.lax.cond(first < most, lambda: out + one_round(first, rows), lambda: out)
+
+    def further_rounds(rows: Array, out: Array) -> Array:
+        firsts = jnp.arange(capacity, shards * rows.shape[0], capacity)
+        return jax.lax.scan(lambda out, first: (add_round(rows, out, first), None), out, firsts)[0]
+
+    with jax.named_scope(FURTHER_ROUNDS):
+        return jax.lax.cond(most > capacity, further_rounds, lambda _, out: out, rows, out)
 
 
 def _all_to_all(

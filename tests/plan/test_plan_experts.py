@@ -9,11 +9,13 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from aem_jax.batch import BatchConfig
 from aem_jax.config.run import RunConfig
 from aem_jax.learner import LearnerConfig
+from aem_jax.models import experts
 from aem_jax.models.config import ModelChoice
 from aem_jax.plan.analytic import active_layer_parameters, exchange, layer_parameters, learn_flops, memory
 from aem_jax.plan.costs import Collective, costs
@@ -22,7 +24,7 @@ from aem_jax.plan.hlo import parse
 from aem_jax.plan.workload import Workload, workload
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sampler.state import init_state
-from aem_jax.sharding import MeshConfig
+from aem_jax.sharding import MeshConfig, make_mesh
 
 # As libtpu prints them: the borders of groups, rows times their experts' matrices, the gradient of the matrices, and
 # the exchange of 48 rows for the 48 to 192 that a device may get.
@@ -82,6 +84,49 @@ def test_an_exchange_sends_what_fits_into_its_smaller_operand():
     assert line in PROGRAM
     without = costs(parse(PROGRAM.replace(line, "  %back = bf16[48,32]{1,0} after-all(%x), groups")))
     assert costs(parse(PROGRAM)).bytes - without.bytes == 2 * 48 * 32 * 2  # read once, written once
+
+
+def test_an_exchange_counts_its_first_round():
+    """Of the choice whether further rounds follow, the branch without them; of any other, the most expensive."""
+    text = """\
+%further (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+%none (x: f32[8,8]) -> f32[8,8] {
+  ROOT %x = f32[8,8]{1,0} parameter(0)
+}
+ENTRY %main (x: f32[8,8], p: pred[]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %p = pred[] parameter(1)
+  ROOT %z = f32[8,8]{1,0} conditional(%p, %x, %x), branch_computations={%none, %further}, \
+metadata={op_name="jit(update)/NAME/cond" stack_frame_id=1}
+}
+"""
+    for name in ("further_rounds", "transpose(jvp(further_rounds))", "while/body/checkpoint/further_rounds"):
+        assert costs(parse(text.replace("NAME", name))).flops == 0, name
+    assert costs(parse(text.replace("NAME", "other_rounds"))).flops == 2 * 8**3
+
+
+def test_compiled_programs_name_the_choice_of_further_rounds(monkeypatch: pytest.MonkeyPatch):
+    """Forward and backward: with the name, both count the products of one round; without, those of all rounds, too."""
+    monkeypatch.setattr(experts, "MEAN_LOADS", 1)
+    monkeypatch.setattr(experts, "FEW_ROWS", 1)
+    mesh = make_mesh(MeshConfig(1, 1, 1, 4), jax.devices()[:4])
+    compute = experts.make_experts(lambda gate, up: gate * up, mesh)
+
+    def loss(x, gate, up, down):
+        routing = experts.Routing(jnp.zeros((8, 4, 2), jnp.int32), jnp.ones((8, 4, 2)), jnp.ones((8, 4, 8)))
+        matrices = experts.ExpertWeights(*map(experts.Matrices, (gate, up, down)))
+        return jnp.sum(compute(x, routing, None, matrices) ** 2)
+
+    arrays = (jnp.ones(shape) for shape in ((8, 4, 6), (8, 6, 5), (8, 6, 5), (8, 5, 6)))
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*arrays).compile().as_text()
+    assert text is not None
+    one, all_rounds = (costs(parse(it)).flops for it in (text, text.replace(experts.FURTHER_ROUNDS, "other")))
+    product, combined = (16 // 8 + 2) * 8 * 2 * 6 * 5, 8 * 2 * 2 * 6  # of blocks of rows; outputs times their weights
+    assert one == 3 * 3 * product + combined
+    assert all_rounds == one + 3 * (3 * 3 + 2) * product  # the backward pass computes gate and up again
 
 
 def test_gathers_without_an_estimate_take_as_long_as_their_bytes():
