@@ -187,13 +187,19 @@ def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple
     for name in (name for name in names if name in lowered):
         # A loop of unknown length is the update's, over microbatches, or the decoder's, over tokens.
         rounds = {"update": work.rounds, "decode": work.decode_chunk}.get(name, 1)
-        share = _routed_share(work, mesh, name)
+        share = routed_share(work, mesh, name)
         count = partial(costs, rounds=rounds, window_shares=window_shares(work.model), routed_share=share)
         yield _compile(name, lowered[name], count)
 
 
-def _routed_share(work: Workload, mesh: Mesh, name: str) -> float:
-    """Of the rows of experts' products in a program, those that a token is sent to, if all experts get as many."""
+def routed_share(work: Workload, mesh: Mesh, name: str) -> float:
+    """Of the rows of experts' products in a program, those that a token is sent to, if all experts get as many.
+
+    Args:
+        work: the run's sizes.
+        mesh: over the target's devices.
+        name: of the program, one of `config.PROGRAMS`.
+    """
     tokens = {"update": work.microbatch_tokens, "extend": work.slots * work.extend_chunk}.get(name, work.slots)
     shards = mesh.shape[EXPERT_AXIS]
     rows = max(tokens * copies(work.model) * mesh.shape["tensor"] // mesh.size, 1)

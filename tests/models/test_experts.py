@@ -77,9 +77,15 @@ def loss_and_gradient(mesh, recorded):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
-@pytest.mark.parametrize("recorded", [None, RECORDED, SAME], ids=["routed", "recorded", "one-expert"])
-def test_several_devices_compute_what_one_does(recorded):
+@pytest.mark.parametrize(
+    ("recorded", "loads"),
+    [(None, 2), (RECORDED, 2), (SAME, 2), (SAME, 1)],
+    ids=["routed", "recorded", "one-expert", "one-expert-in-two-rounds"],
+)
+def test_several_devices_compute_what_one_does(recorded, loads, monkeypatch: pytest.MonkeyPatch):
     """With the experts' axis and those of fsdp and tensor. One expert gets all tokens: none is dropped."""
+    monkeypatch.setattr(experts, "MEAN_LOADS", loads)
+    monkeypatch.setattr(experts, "FEW_ROWS", 1)
     (loss, (hidden, load)), gradient = loss_and_gradient(None, recorded)
     mesh = make_mesh(MeshConfig(1, 2, 2, 2), jax.devices()[:8])
     (ours, (rows, counted)), d_params = loss_and_gradient(mesh, recorded)

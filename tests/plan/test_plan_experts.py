@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from aem_jax.config.run import RunConfig
 from aem_jax.learner import LearnerConfig
 from aem_jax.models import experts
 from aem_jax.models.config import ModelChoice
-from aem_jax.plan.analytic import active_layer_parameters, exchange, layer_parameters, learn_flops, memory
+from aem_jax.plan.analytic import active_layer_parameters, demand, exchange, layer_parameters, learn_flops, memory
 from aem_jax.plan.costs import Collective, costs
 from aem_jax.plan.floors import decode_costs, decode_floor, learn_costs, update_floor
 from aem_jax.plan.hlo import parse
+from aem_jax.plan.programs import routed_share
 from aem_jax.plan.workload import Workload, workload
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sampler.state import init_state
@@ -129,6 +131,17 @@ def test_compiled_programs_name_the_choice_of_further_rounds(monkeypatch: pytest
     assert all_rounds == one + 3 * (3 * 3 + 2) * product  # the backward pass computes gate and up again
 
 
+def test_the_share_of_a_buffers_rows_that_an_even_load_fills():
+    """Half of it, unless it is small and holds the worst case, a device's share of it."""
+    work = replace(workload(SMALL), layout=replace(workload(SMALL).layout, rows=64))
+    meshes = MeshConfig(1, 2, 2, 2), MeshConfig(1, 1, 1, 4), MeshConfig(1, 1, 1, 8)
+    for mesh in (make_mesh(mesh, jax.devices()[: math.prod(vars(mesh).values())]) for mesh in meshes):
+        assert routed_share(work, mesh, "update") == 1 / 2
+        assert routed_share(work, mesh, "decode") == routed_share(work, mesh, "extend") == 1 / mesh.shape["expert"]
+    assert [experts.buffer_rows(512, shards) for shards in (1, 2, 4)] == [512, 1024, 1024]
+    assert [experts.buffer_rows(8192, shards) for shards in (1, 2, 16)] == [8192, 16384, 16384]
+
+
 def test_gathers_without_an_estimate_take_as_long_as_their_bytes():
     """Those of a TPU's sparse cores have the largest integer as their cycles."""
     estimated = f'kind=kLoop, calls=%none, backend_config={{"estimated_cycles":"{2**63 - 1}"}}'
@@ -181,6 +194,11 @@ def test_remat_of_products_recomputes_experts_where_tokens_are_exchanged():
     saved = memory(work, MeshConfig(1, 4, 1, 1)).working - memory(work, MESH).working
     products = LAYERS * CHOSEN * (EMBED + 2 * MLP) * 4
     assert saved == pytest.approx(tokens * products - exchange(work, 1) / 4)
+    # The buffer has room for two mean loads, on axes of two devices and of more.
+    assert memory(work, MeshConfig(1, 1, 1, 4)).working == memory(work, MESH).working
+    sizes = demand(work)
+    more = sizes.bytes_of(MeshConfig(1, 1, 1, 4)) + sizes.expert_weights / 4 - sizes.bytes_of(MESH)
+    assert more == pytest.approx(0)
 
 
 def test_the_sampler_has_room_for_the_record_of_experts():
