@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from aem_jax.learner.head import LOGIT_BYTES
 from aem_jax.models import ModelConfig
 from aem_jax.models.attention import BLOCK
-from aem_jax.models.experts import MEAN_LOADS
+from aem_jax.models.exchange import MEAN_LOADS
 from aem_jax.models.kernels import KERNELS
 from aem_jax.models.parameters import layer_matrices
 from aem_jax.plan.workload import Workload

@@ -26,7 +26,7 @@ from aem_jax.errors import ConfigError
 from aem_jax.learner import abstract_state, make_update
 from aem_jax.models import Policy
 from aem_jax.models.decoder import window_shares
-from aem_jax.models.experts import EXPERT_AXIS, buffer_rows
+from aem_jax.models.exchange import EXPERT_AXIS, buffer_rows
 from aem_jax.plan.analytic import copies
 from aem_jax.plan.costs import Costs, costs
 from aem_jax.plan.devices import Coordinates, Topology

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from small_policies import MOE, numpy_params, numpy_tokens
 
 from aem_jax.learner.forward import REMAT, balancing_loss, expert_metrics, load_sums
-from aem_jax.models import CONFIGS, LoraConfig, Mixture, Policy, experts
+from aem_jax.models import CONFIGS, LoraConfig, Mixture, Policy, exchange
 from aem_jax.models import ragged_product as products
 from aem_jax.models.experts import Load, route
 from aem_jax.models.int8 import scale_of
@@ -84,8 +84,8 @@ def loss_and_gradient(mesh, recorded):
 )
 def test_several_devices_compute_what_one_does(recorded, loads, monkeypatch: pytest.MonkeyPatch):
     """With the experts' axis and those of fsdp and tensor. One expert gets all tokens: none is dropped."""
-    monkeypatch.setattr(experts, "MEAN_LOADS", loads)
-    monkeypatch.setattr(experts, "FEW_ROWS", 1)
+    monkeypatch.setattr(exchange, "MEAN_LOADS", loads)
+    monkeypatch.setattr(exchange, "FEW_ROWS", 1)
     (loss, (hidden, load)), gradient = loss_and_gradient(None, recorded)
     mesh = make_mesh(MeshConfig(1, 2, 2, 2), jax.devices()[:8])
     (ours, (rows, counted)), d_params = loss_and_gradient(mesh, recorded)
@@ -105,8 +105,8 @@ def test_remat_recomputes_the_exchange_of_tokens(
 ):
     """Its buffers hold the mean load, and then there are further rounds, or that of two devices, the worst case. Both
     are too much to keep in every layer."""
-    monkeypatch.setattr(experts, "MEAN_LOADS", loads)
-    monkeypatch.setattr(experts, "FEW_ROWS", 1)
+    monkeypatch.setattr(exchange, "MEAN_LOADS", loads)
+    monkeypatch.setattr(exchange, "FEW_ROWS", 1)
     mesh = make_mesh(MeshConfig(1, 4 // expert, 1, expert), jax.devices()[:4])
 
     def loss(params):

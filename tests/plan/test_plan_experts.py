@@ -16,6 +16,7 @@ import pytest
 from aem_jax.batch import BatchConfig
 from aem_jax.config.run import RunConfig
 from aem_jax.learner import LearnerConfig
+from aem_jax.models import exchange as rounds
 from aem_jax.models import experts
 from aem_jax.models.config import ModelChoice
 from aem_jax.plan.analytic import active_layer_parameters, demand, exchange, layer_parameters, learn_flops, memory
@@ -89,31 +90,33 @@ def test_an_exchange_sends_what_fits_into_its_smaller_operand():
 
 
 def test_an_exchange_counts_its_first_round():
-    """Of the choice whether further rounds follow, the branch without them; of any other, the most expensive."""
+    """The loop over further rounds counts nothing; any other loop of unknown length, the rounds of the program."""
     text = """\
-%further (x: f32[8,8]) -> f32[8,8] {
+%body (x: f32[8,8]) -> f32[8,8] {
   %x = f32[8,8]{1,0} parameter(0)
   ROOT %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
-%none (x: f32[8,8]) -> f32[8,8] {
-  ROOT %x = f32[8,8]{1,0} parameter(0)
-}
-ENTRY %main (x: f32[8,8], p: pred[]) -> f32[8,8] {
+%condition (x: f32[8,8]) -> pred[] {
   %x = f32[8,8]{1,0} parameter(0)
-  %p = pred[] parameter(1)
-  ROOT %z = f32[8,8]{1,0} conditional(%p, %x, %x), branch_computations={%none, %further}, \
-metadata={op_name="jit(update)/NAME/cond" stack_frame_id=1}
+  ROOT %p = pred[] custom-call(%x), custom_call_target="any"
+}
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %z = f32[8,8]{1,0} while(%x), condition=%condition, body=%body, \
+metadata={op_name="jit(update)/NAME/while" stack_frame_id=1}
 }
 """
     for name in ("further_rounds", "transpose(jvp(further_rounds))", "while/body/checkpoint/further_rounds"):
-        assert costs(parse(text.replace("NAME", name))).flops == 0, name
-    assert costs(parse(text.replace("NAME", "other_rounds"))).flops == 2 * 8**3
+        cost = costs(parse(text.replace("NAME", name)), rounds=5)
+        assert (cost.flops, cost.unknown_loops) == (0, 0), name
+    cost = costs(parse(text.replace("NAME", "other_rounds")), rounds=5)
+    assert (cost.flops, cost.unknown_loops) == (5 * 2 * 8**3, 1)
 
 
-def test_compiled_programs_name_the_choice_of_further_rounds(monkeypatch: pytest.MonkeyPatch):
-    """Forward and backward: with the name, both count the products of one round; without, those of all rounds, too."""
-    monkeypatch.setattr(experts, "MEAN_LOADS", 1)
-    monkeypatch.setattr(experts, "FEW_ROWS", 1)
+def test_compiled_programs_name_the_loop_over_further_rounds(monkeypatch: pytest.MonkeyPatch):
+    """Forward and backward: with the name, both count the products of one round; without, of three more."""
+    monkeypatch.setattr(rounds, "MEAN_LOADS", 1)
+    monkeypatch.setattr(rounds, "FEW_ROWS", 1)
     mesh = make_mesh(MeshConfig(1, 1, 1, 4), jax.devices()[:4])
     compute = experts.make_experts(lambda gate, up: gate * up, mesh)
 
@@ -125,7 +128,8 @@ def test_compiled_programs_name_the_choice_of_further_rounds(monkeypatch: pytest
     arrays = (jnp.ones(shape) for shape in ((8, 4, 6), (8, 6, 5), (8, 6, 5), (8, 5, 6)))
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*arrays).compile().as_text()
     assert text is not None
-    one, all_rounds = (costs(parse(it)).flops for it in (text, text.replace(experts.FURTHER_ROUNDS, "other")))
+    unnamed = text.replace(rounds.FURTHER_ROUNDS, "other")
+    one, all_rounds = (costs(parse(it), rounds=3).flops for it in (text, unnamed))
     product, combined = (16 // 8 + 2) * 8 * 2 * 6 * 5, 8 * 2 * 2 * 6  # of blocks of rows; outputs times their weights
     assert one == 3 * 3 * product + combined
     assert all_rounds == one + 3 * (3 * 3 + 2) * product  # the backward pass computes gate and up again
@@ -138,8 +142,8 @@ def test_the_share_of_a_buffers_rows_that_an_even_load_fills():
     for mesh in (make_mesh(mesh, jax.devices()[: math.prod(vars(mesh).values())]) for mesh in meshes):
         assert routed_share(work, mesh, "update") == 1 / 2
         assert routed_share(work, mesh, "decode") == routed_share(work, mesh, "extend") == 1 / mesh.shape["expert"]
-    assert [experts.buffer_rows(512, shards) for shards in (1, 2, 4)] == [512, 1024, 1024]
-    assert [experts.buffer_rows(8192, shards) for shards in (1, 2, 16)] == [8192, 16384, 16384]
+    assert [rounds.buffer_rows(512, shards) for shards in (1, 2, 4)] == [512, 1024, 1024]
+    assert [rounds.buffer_rows(8192, shards) for shards in (1, 2, 16)] == [8192, 16384, 16384]
 
 
 def test_gathers_without_an_estimate_take_as_long_as_their_bytes():
