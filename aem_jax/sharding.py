@@ -104,7 +104,8 @@ class MeshDemand:
         embed: size that fsdp × expert must divide.
         split: sizes that tensor must divide: key/value heads, MLP, vocabulary.
         expert_weights: bytes split over expert × tensor: the experts for sampling.
-        exchange: bytes split over data × fsdp × tensor: temporary memory of tokens at their experts.
+        exchange: bytes split over all axes: temporary memory of tokens at their experts, if experts get as many each.
+        most_loads: times `exchange` for which there is room with an expert axis of at least this size.
         experts: number that expert must divide.
     """
 
@@ -117,13 +118,15 @@ class MeshDemand:
     split: tuple[int, ...]
     expert_weights: float = 0.0
     exchange: float = 0.0
+    most_loads: int = 1
     experts: int = 1
 
     def bytes_of(self, mesh: MeshConfig) -> float:
         """Bytes of each device."""
         shared = mesh.fsdp * mesh.expert * mesh.tensor
         sampled = self.weights / mesh.tensor + self.expert_weights / (mesh.expert * mesh.tensor)
-        return self.state / shared + sampled + (self.slots_bytes + self.exchange * mesh.expert) / (mesh.data * shared)
+        temporary = self.slots_bytes + self.exchange * min(mesh.expert, self.most_loads)
+        return self.state / shared + sampled + temporary / (mesh.data * shared)
 
 
 MEMORY_SHARE = 0.9

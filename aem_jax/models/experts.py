@@ -22,16 +22,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from aem_jax.models.exchange import EXPERT_AXIS, Order, exchange
 from aem_jax.models.parameters import Mixture
-from aem_jax.models.ragged_product import ragged_product, zeros_like_varying
+from aem_jax.models.ragged_product import ragged_product
 from aem_jax.sharding import TRAIN, partition
 
 Array = jax.Array
 
 PRODUCT = "product"
 """Name of the products with weights, for the policies of `jax.checkpoint`."""
-
-EXPERT_AXIS = "expert"
 
 
 class Routing(NamedTuple):
@@ -152,11 +151,12 @@ def make_experts(activation: Callable[[Array, Array], Array], mesh: Mesh | None)
         if valid is not None:
             experts = jnp.where(valid[..., None], experts, num_experts)
         flat, k = x.reshape(-1, x.shape[-1]), experts.shape[-1]
-        # The worst case of an exchange is several times the rows that come: too much to keep in every layer.
-        compute = partial(_products, activation, matrices, keep=shards == 1)
-        order = _Order(experts.reshape(-1), num_experts)
+        # The buffer of an exchange is several times the rows that come: too much to keep in every layer.
+        compute = partial(_products, activation, keep=shards == 1)
+        order = Order(experts.reshape(-1), num_experts)
         rows = order.sorted_copies(flat, k)
-        out = compute(rows, order.sizes) if shards == 1 else _exchange(compute, rows, order.sizes, shards)
+        inputs = matrices, rows, order.sizes
+        out = compute(*inputs) if shards == 1 else exchange(compute, *inputs, shards)
         out = order.undo(out).reshape(-1, k, x.shape[-1])
         y = jnp.einsum("nkd,nk->nd", out.astype(jnp.float32), weights.reshape(-1, k))
         return y.astype(x.dtype).reshape(x.shape)
@@ -200,43 +200,6 @@ def _vary(x: Array, axes: set[str]) -> Array:
     return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
-class _Order:
-    """Rows sorted by a key in [0, count); rows with the key `count` come last and belong to nobody.
-
-    Attributes:
-        sizes: i32[count], rows of each key.
-    """
-
-    def __init__(self, keys: Array, count: int) -> None:
-        self._order = jnp.argsort(keys, stable=True)
-        self._inverse = jnp.argsort(self._order)
-        self.sizes: Array = jnp.sum(keys[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
-
-    def sorted_copies(self, x: Array, copies: int) -> Array:
-        """[N·copies, D], sorted: `copies` of each row of x [N,D], in the order of the keys."""
-        return _copy_rows(copies, x, self._order, self._inverse)
-
-    def undo(self, rows: Array) -> Array:
-        """Sorted rows [M,D] in the order of the keys."""
-        return _copy_rows(1, rows, self._inverse, self._order)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _copy_rows(copies: int, x: Array, order: Array, inverse: Array) -> Array:
-    """x[order // copies]. The gradient gathers by the inverse permutation, where autodiff would scatter."""
-    return x[order // copies]
-
-
-def _copy_rows_backward(copies: int, inverse: Array, cotangent: Array) -> tuple[Array, None, None]:
-    rows = cotangent[inverse].reshape(-1, copies, cotangent.shape[-1])
-    return jnp.sum(rows.astype(jnp.float32), axis=1).astype(cotangent.dtype), None, None
-
-
-_copy_rows.defvjp(
-    lambda copies, x, order, inverse: (_copy_rows(copies, x, order, inverse), inverse), _copy_rows_backward
-)
-
-
 def _products(
     activation: Callable[[Array, Array], Array], matrices: ExpertWeights, rows: Array, sizes: Array, *, keep: bool
 ) -> Array:
@@ -259,49 +222,3 @@ def _products(
         return y + ragged_product(low, m.b.astype(x.dtype), sizes)
 
     return times(activation(times(rows, matrices.gate), times(rows, matrices.up)), matrices.down)
-
-
-def _exchange(compute: Callable[[Array, Array], Array], rows: Array, sizes: Array, shards: int) -> Array:
-    """`compute` of rows [M,D] sorted by expert, on the devices of the experts; in shard_map.
-
-    A device may receive the rows of all: its buffers hold shards × M rows. Only rows that were sent are computed.
-    """
-    me = jax.lax.axis_index(EXPERT_AXIS)
-    counts = jax.lax.all_gather(sizes, EXPERT_AXIS)  # [sender, expert]
-    by_device = counts.reshape(shards, shards, -1)  # [sender, receiver, expert]
-    sent = jnp.sum(by_device, axis=-1)  # [sender, receiver]
-    before = lambda x, axis: jnp.cumsum(x, axis=axis) - x
-    in_sender, in_receiver = before(sent, 1), before(sent, 0)  # where each pair's rows begin
-    buffer = zeros_like_varying((shards * rows.shape[0], rows.shape[1]), rows.dtype, rows)
-    there = in_sender[me], sent[me], in_receiver[me], sent[:, me]
-    received = _all_to_all(rows, buffer, *there)
-    # Received rows are sorted by sender, then by expert.
-    own = by_device[:, me]
-    segment = jnp.searchsorted(jnp.cumsum(own.reshape(-1)), jnp.arange(len(buffer)), side="right")
-    order = _Order(jnp.where(segment < own.size, segment % own.shape[1], own.shape[1]), own.shape[1])
-    out = order.undo(compute(order.sorted_copies(received, 1), order.sizes))
-    back = in_receiver[:, me], sent[:, me], in_sender[:, me], sent[me]
-    return _all_to_all(out, zeros_like_varying(rows.shape, rows.dtype, rows), *back)
-
-
-def _all_to_all(
-    rows: Array, buffer: Array, input_offsets: Array, send_sizes: Array, output_offsets: Array, recv_sizes: Array
-) -> Array:
-    """`jax.lax.ragged_all_to_all` over the expert axis. XLA for CPUs has none: there every device gathers all rows."""
-    everywhere = partial(jax.lax.ragged_all_to_all, axis_name=EXPERT_AXIS)
-    offsets = input_offsets, send_sizes, output_offsets, recv_sizes
-    return jax.lax.platform_dependent(rows, buffer, *offsets, cpu=_gathered_all_to_all, default=everywhere)
-
-
-def _gathered_all_to_all(
-    rows: Array, buffer: Array, input_offsets: Array, send_sizes: Array, output_offsets: Array, recv_sizes: Array
-) -> Array:
-    me = jax.lax.axis_index(EXPERT_AXIS)
-    gather = partial(jax.lax.all_gather, axis_name=EXPERT_AXIS)
-    from_sender, start, size = (gather(x)[:, me] for x in (input_offsets, output_offsets, send_sizes))
-    position = jnp.arange(len(buffer))[:, None]
-    hit = (position >= start[None]) & (position < (start + size)[None])  # [row, sender]
-    sender = jnp.argmax(hit, axis=1)
-    row = position[:, 0] - start[sender] + from_sender[sender]
-    taken = gather(rows)[sender, jnp.where(jnp.any(hit, axis=1), row, 0)]
-    return jnp.where(jnp.any(hit, axis=1)[:, None], taken, buffer)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from aem_jax.learner.head import LOGIT_BYTES
 from aem_jax.models import ModelConfig
 from aem_jax.models.attention import BLOCK
+from aem_jax.models.exchange import MEAN_LOADS
 from aem_jax.models.kernels import KERNELS
 from aem_jax.models.parameters import layer_matrices
 from aem_jax.plan.workload import Workload
@@ -178,14 +179,14 @@ def memory(work: Workload, mesh: MeshConfig) -> Memory:
         gradients=GRADIENT * trained / split,
         weights=(width * copied - saved - experts) / mesh.tensor + experts / (mesh.expert * mesh.tensor),
         cache=work.all_cache_bytes / (replicas * mesh.tensor),
-        working=(_working(work, mesh, width) + mesh.expert * exchange(work, mesh.tensor)) / replicas,
+        working=(_working(work, mesh, width) + min(mesh.expert, MEAN_LOADS) * exchange(work, mesh.tensor)) / replicas,
     )
 
 
 def exchange(work: Workload, tensor: int) -> float:
     """Bytes of a microbatch's tokens at their experts, in one layer; 0 without experts.
 
-    With an expert axis every device has room for the tokens of all devices of the axis.
+    With an expert axis every device has room for up to `MEAN_LOADS` times as many.
     """
     model = work.model
     if model.mixture is None:
@@ -225,6 +226,7 @@ def demand(work: Workload) -> MeshDemand:
         split=(model.num_kv_heads, model.intermediate_size, model.vocab_size),
         expert_weights=experts,
         exchange=exchange(work, 1),
+        most_loads=MEAN_LOADS,
         experts=model.mixture.num_experts if model.mixture else 1,
     )
 

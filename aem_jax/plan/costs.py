@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from aem_jax.models.decoder import WINDOWS
+from aem_jax.models.exchange import FURTHER_ROUNDS
 from aem_jax.plan.hlo import Computation, Instruction, Module, Shape, trip_count
 from aem_jax.plan.kernel_calls import KernelCall, hbm_bytes, kernel_call, results
 
@@ -21,6 +22,8 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _CONTRACTED = re.compile(r'lhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([^\]]*)\]')
 _OF_WINDOWS = re.compile(rf'branch_computations=.*op_name="[^"]*{WINDOWS}\)*/cond"')
 """The choice between attentions, by the number of the kind of layer."""
+_OF_ROUNDS = re.compile(rf'op_name="[^"]*{FURTHER_ROUNDS}\)*/while"')
+"""The loop over further rounds of an exchange of tokens with their experts."""
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UNTOUCHED = re.compile(r'custom_call_target="(?:AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast)"')
 """Custom calls of the TPU's compiler that name memory and move nothing."""
@@ -86,7 +89,8 @@ def costs(module: Module, rounds: int = 1, window_shares: Sequence[float] = (), 
     """Costs of one run of a program. The most expensive branch of a conditional counts.
 
     The exception is the choice between the attentions of layers with different sliding windows: there each branch
-    counts with its share of the layers.
+    counts with its share of the layers. The loop over further rounds of an exchange of tokens with experts does not
+    count: tokens are spread evenly, as `routed_share` says, and the first round is enough.
 
     Args:
         module: the program.
@@ -102,6 +106,8 @@ def costs(module: Module, rounds: int = 1, window_shares: Sequence[float] = (), 
             computation = module.computations[name]
             for instruction in computation.instructions:
                 if instruction.opcode == "while":
+                    if _OF_ROUNDS.search(instruction.attributes):
+                        continue
                     trips = trip_count(module, computation, instruction)
                     total.unknown_loops += trips is None
                     total.add(total_of(instruction.called("body")), rounds if trips is None else trips)
@@ -220,8 +226,8 @@ def _collective(instruction: Instruction, where: Computation) -> Collective | No
 def _exchanged(instruction: Instruction, where: Computation) -> float:
     """Bytes that a device sends in a ragged all-to-all; 0 for other instructions.
 
-    It takes rows from its first operand, and writes them into a buffer, the second. One of them holds the worst case,
-    the rows of all devices; what is sent fits into the other.
+    It takes rows from its first operand, and writes them into a buffer, the second. One of them has room for more rows
+    than a device has; what is sent by an even load fits into the other.
     """
     if not instruction.opcode.startswith("ragged-all-to-all"):
         return 0.0

@@ -27,7 +27,8 @@ from aem_jax.errors import ConfigError
 from aem_jax.learner import abstract_state, make_update
 from aem_jax.models import Policy
 from aem_jax.models.decoder import window_shares
-from aem_jax.models.experts import EXPERT_AXIS
+from aem_jax.models.exchange import EXPERT_AXIS, buffer_rows
+from aem_jax.plan.analytic import copies
 from aem_jax.plan.costs import Costs, costs
 from aem_jax.plan.devices import Coordinates, Topology
 from aem_jax.plan.gpu_target import target_config
@@ -189,11 +190,24 @@ def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple
         for name in (name for name in names if name in lowerings):
             # A loop of unknown length is the update's, over microbatches, or the decoder's, over tokens.
             rounds = {"update": work.rounds, "decode": work.decode_chunk}.get(name, 1)
-            count = partial(
-                costs, rounds=rounds, window_shares=window_shares(work.model), routed_share=1 / mesh.shape[EXPERT_AXIS]
-            )
+            share = routed_share(work, mesh, name)
+            count = partial(costs, rounds=rounds, window_shares=window_shares(work.model), routed_share=share)
             jobs[name] = threads.submit(_compile, name, lowerings[name](), count)
         return {name: job.result() for name, job in jobs.items()}
+
+
+def routed_share(work: Workload, mesh: Mesh, name: str) -> float:
+    """Of the rows of experts' products in a program, those that a token is sent to, if all experts get as many.
+
+    Args:
+        work: the run's sizes.
+        mesh: over the target's devices.
+        name: of the program, one of `config.PROGRAMS`.
+    """
+    tokens = {"update": work.microbatch_tokens, "extend": work.slots * work.extend_chunk}.get(name, work.slots)
+    shards = mesh.shape[EXPERT_AXIS]
+    rows = max(tokens * copies(work.model) * mesh.shape["tensor"] // mesh.size, 1)
+    return rows / buffer_rows(rows, shards)
 
 
 def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Callable[[], jax.stages.Lowered]]:

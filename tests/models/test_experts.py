@@ -1,5 +1,6 @@
 """Mixtures of experts: products of groups, several devices as one, replayed routing, int8, adapters and the load."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding
 from small_policies import MOE, numpy_params, numpy_tokens
 
 from aem_jax.learner.forward import REMAT, balancing_loss, expert_metrics, load_sums
-from aem_jax.models import CONFIGS, LoraConfig, Mixture, Policy
+from aem_jax.models import CONFIGS, LoraConfig, Mixture, Policy, exchange
 from aem_jax.models import ragged_product as products
 from aem_jax.models.experts import Load, route
 from aem_jax.models.int8 import scale_of
@@ -76,9 +77,15 @@ def loss_and_gradient(mesh, recorded):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
-@pytest.mark.parametrize("recorded", [None, RECORDED, SAME], ids=["routed", "recorded", "one-expert"])
-def test_several_devices_compute_what_one_does(recorded):
+@pytest.mark.parametrize(
+    ("recorded", "loads"),
+    [(None, 2), (RECORDED, 2), (SAME, 2), (SAME, 1)],
+    ids=["routed", "recorded", "one-expert", "one-expert-in-two-rounds"],
+)
+def test_several_devices_compute_what_one_does(recorded, loads, monkeypatch: pytest.MonkeyPatch):
     """With the experts' axis and those of fsdp and tensor. One expert gets all tokens: none is dropped."""
+    monkeypatch.setattr(exchange, "MEAN_LOADS", loads)
+    monkeypatch.setattr(exchange, "FEW_ROWS", 1)
     (loss, (hidden, load)), gradient = loss_and_gradient(None, recorded)
     mesh = make_mesh(MeshConfig(1, 2, 2, 2), jax.devices()[:8])
     (ours, (rows, counted)), d_params = loss_and_gradient(mesh, recorded)
@@ -92,8 +99,14 @@ def test_several_devices_compute_what_one_does(recorded):
 @pytest.mark.parametrize(
     ("remat", "expert", "kept"), [("dots", 1, True), ("dots", 2, False), ("layers", 2, False), ("none", 2, True)]
 )
-def test_remat_recomputes_the_exchange_of_tokens(remat, expert, kept, capsys: pytest.CaptureFixture[str]):
-    """Its buffers hold the worst case, the rows of two devices: too much to keep in every layer."""
+@pytest.mark.parametrize("loads", [1, 2])
+def test_remat_recomputes_the_exchange_of_tokens(
+    remat, expert, kept, loads, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Its buffers hold the mean load, and then there are further rounds, or that of two devices, the worst case. Both
+    are too much to keep in every layer."""
+    monkeypatch.setattr(exchange, "MEAN_LOADS", loads)
+    monkeypatch.setattr(exchange, "FEW_ROWS", 1)
     mesh = make_mesh(MeshConfig(1, 4 // expert, 1, expert), jax.devices()[:4])
 
     def loss(params):
@@ -103,9 +116,9 @@ def test_remat_recomputes_the_exchange_of_tokens(remat, expert, kept, capsys: py
     print_saved_residuals(loss, PARAMS)
     lines = capsys.readouterr().out.splitlines()
     assert MOE.mixture is not None
-    rows = ROWS * LENGTH * MOE.mixture.experts_per_token * expert
+    rows = ROWS * LENGTH * MOE.mixture.experts_per_token * min(expert, loads)
     assert any("output of scan" in line for line in lines)
-    in_buffers = [line for line in lines if f"[2,{rows},{MOE.intermediate_size}]" in line]
+    in_buffers = [line for line in lines if re.search(rf"\[2,(\d+,)?{rows},", line)]
     assert bool(in_buffers) == kept, in_buffers
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,20 +10,24 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from aem_jax.batch import BatchConfig
 from aem_jax.config.run import RunConfig
 from aem_jax.learner import LearnerConfig
+from aem_jax.models import exchange as rounds
+from aem_jax.models import experts
 from aem_jax.models.config import ModelChoice
-from aem_jax.plan.analytic import active_layer_parameters, exchange, layer_parameters, learn_flops, memory
+from aem_jax.plan.analytic import active_layer_parameters, demand, exchange, layer_parameters, learn_flops, memory
 from aem_jax.plan.costs import Collective, costs
 from aem_jax.plan.floors import decode_costs, decode_floor, learn_costs, update_floor
 from aem_jax.plan.hlo import parse
+from aem_jax.plan.programs import routed_share
 from aem_jax.plan.workload import Workload, workload
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sampler.state import init_state
-from aem_jax.sharding import MeshConfig
+from aem_jax.sharding import MeshConfig, make_mesh
 
 # As libtpu prints them: the borders of groups, rows times their experts' matrices, the gradient of the matrices, and
 # the exchange of 48 rows for the 48 to 192 that a device may get.
@@ -84,6 +89,63 @@ def test_an_exchange_sends_what_fits_into_its_smaller_operand():
     assert costs(parse(PROGRAM)).bytes - without.bytes == 2 * 48 * 32 * 2  # read once, written once
 
 
+def test_an_exchange_counts_its_first_round():
+    """The loop over further rounds counts nothing; any other loop of unknown length, the rounds of the program."""
+    text = """\
+%body (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+%condition (x: f32[8,8]) -> pred[] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %p = pred[] custom-call(%x), custom_call_target="any"
+}
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %z = f32[8,8]{1,0} while(%x), condition=%condition, body=%body, \
+metadata={op_name="jit(update)/NAME/while" stack_frame_id=1}
+}
+"""
+    for name in ("further_rounds", "transpose(jvp(further_rounds))", "while/body/checkpoint/further_rounds"):
+        cost = costs(parse(text.replace("NAME", name)), rounds=5)
+        assert (cost.flops, cost.unknown_loops) == (0, 0), name
+    cost = costs(parse(text.replace("NAME", "other_rounds")), rounds=5)
+    assert (cost.flops, cost.unknown_loops) == (5 * 2 * 8**3, 1)
+
+
+def test_compiled_programs_name_the_loop_over_further_rounds(monkeypatch: pytest.MonkeyPatch):
+    """Forward and backward: with the name, both count the products of one round; without, of three more."""
+    monkeypatch.setattr(rounds, "MEAN_LOADS", 1)
+    monkeypatch.setattr(rounds, "FEW_ROWS", 1)
+    mesh = make_mesh(MeshConfig(1, 1, 1, 4), jax.devices()[:4])
+    compute = experts.make_experts(lambda gate, up: gate * up, mesh)
+
+    def loss(x, gate, up, down):
+        routing = experts.Routing(jnp.zeros((8, 4, 2), jnp.int32), jnp.ones((8, 4, 2)), jnp.ones((8, 4, 8)))
+        matrices = experts.ExpertWeights(*map(experts.Matrices, (gate, up, down)))
+        return jnp.sum(compute(x, routing, None, matrices) ** 2)
+
+    arrays = (jnp.ones(shape) for shape in ((8, 4, 6), (8, 6, 5), (8, 6, 5), (8, 5, 6)))
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*arrays).compile().as_text()
+    assert text is not None
+    unnamed = text.replace(rounds.FURTHER_ROUNDS, "other")
+    one, all_rounds = (costs(parse(it), rounds=3).flops for it in (text, unnamed))
+    product, combined = (16 // 8 + 2) * 8 * 2 * 6 * 5, 8 * 2 * 2 * 6  # of blocks of rows; outputs times their weights
+    assert one == 3 * 3 * product + combined
+    assert all_rounds == one + 3 * (3 * 3 + 2) * product  # the backward pass computes gate and up again
+
+
+def test_the_share_of_a_buffers_rows_that_an_even_load_fills():
+    """Half of it, unless it is small and holds the worst case, a device's share of it."""
+    work = replace(workload(SMALL), layout=replace(workload(SMALL).layout, rows=64))
+    meshes = MeshConfig(1, 2, 2, 2), MeshConfig(1, 1, 1, 4), MeshConfig(1, 1, 1, 8)
+    for mesh in (make_mesh(mesh, jax.devices()[: math.prod(vars(mesh).values())]) for mesh in meshes):
+        assert routed_share(work, mesh, "update") == 1 / 2
+        assert routed_share(work, mesh, "decode") == routed_share(work, mesh, "extend") == 1 / mesh.shape["expert"]
+    assert [rounds.buffer_rows(512, shards) for shards in (1, 2, 4)] == [512, 1024, 1024]
+    assert [rounds.buffer_rows(8192, shards) for shards in (1, 2, 16)] == [8192, 16384, 16384]
+
+
 def test_gathers_without_an_estimate_take_as_long_as_their_bytes():
     """Those of a TPU's sparse cores have the largest integer as their cycles."""
     estimated = f'kind=kLoop, calls=%none, backend_config={{"estimated_cycles":"{2**63 - 1}"}}'
@@ -136,6 +198,11 @@ def test_remat_of_products_recomputes_experts_where_tokens_are_exchanged():
     saved = memory(work, MeshConfig(1, 4, 1, 1)).working - memory(work, MESH).working
     products = LAYERS * CHOSEN * (EMBED + 2 * MLP) * 4
     assert saved == pytest.approx(tokens * products - exchange(work, 1) / 4)
+    # The buffer has room for two mean loads, on axes of two devices and of more.
+    assert memory(work, MeshConfig(1, 1, 1, 4)).working == memory(work, MESH).working
+    sizes = demand(work)
+    more = sizes.bytes_of(MeshConfig(1, 1, 1, 4)) + sizes.expert_weights / 4 - sizes.bytes_of(MESH)
+    assert more == pytest.approx(0)
 
 
 def test_the_sampler_has_room_for_the_record_of_experts():
