@@ -7,8 +7,7 @@ sampler recorded them (routing replay); then w is computed from the probabilitie
 
 The copies of tokens are sorted by expert, so that all experts' products are one ragged product. No token is dropped.
 On a mesh each device sorts its own tokens inside `shard_map`. Where the mesh has an `expert` axis, a device holds some
-experts only: two exchanges of all devices with all others (`ragged_all_to_all`) send the copies to their experts'
-devices and the outputs back.
+experts only: `exchange` sends the copies to their experts' devices and the outputs back.
 
 Left out: the grouped kernels of tokamax, which need Python 3.12 and a device to be tested on.
 """
