@@ -49,6 +49,9 @@ BASE = "base"
 MAX_BYTES = 4 * 2**30
 """Of the gradients that are kept in memory."""
 
+AT_ONCE = 4
+"""Gradients that are computed at the same time, on one device."""
+
 Credits = Mapping[str, Callable[..., Any]]
 """Rule → credit function (`make_credit`)."""
 
@@ -338,6 +341,10 @@ def _products(
     )
     done, total = 0, (len(names) + 2) * len(parts)
     tokens = sum(step.tokens.sum() for step in steps) / len(parts)
+    size_of_vector = sketch or sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    # A program of a small policy keeps one core busy, so several run at once. With several devices one does: with many
+    # programs under way, the collectives of virtual devices wait for one another.
+    at_once = AT_ONCE if run.mesh.size == 1 else 1
     scale, geometry = _scale(run, state, trainable, steps, parts, of_logprobs, plain)
 
     def vectors(vector: Callable[..., jax.Array], of_step: Callable[[_Step], np.ndarray]) -> jax.Array:
@@ -346,9 +353,13 @@ def _products(
         rows = []
         for part in parts:
             run.stop.check()
-            weights = _to_tokens(part, of_step(steps[part.step]))
-            # One at a time: with many programs under way, the collectives of virtual devices wait for one another.
-            rows.append(jax.block_until_ready(vector(trainable, state.frozen, part.batch, weights, scale)))
+            numbers = of_step(steps[part.step])
+            if np.any(numbers[part.responses]):
+                weights = _to_tokens(part, numbers)
+                rows.append(vector(trainable, state.frozen, part.batch, weights, scale))
+                jax.block_until_ready(rows[-at_once:][0])
+            else:  # a group of equal returns
+                rows.append(jnp.zeros(size_of_vector, jnp.float32))
             done += 1
             run.report("gradients", done, total, {})
         return jnp.stack(rows)
