@@ -21,12 +21,12 @@ Array = jax.Array
 EXPERT_AXIS = "expert"
 
 MEAN_LOADS = 2
-"""Rows of an exchange's buffer, over those that a device gets if all get as many. Everything but the products runs over
-the whole buffer, and further rounds cost time only where a device gets more."""
+"""The buffer of an exchange has room for so many times the mean load, the rows that a device gets if all get as many.
+All but the products runs over the whole buffer; a further round costs time only if a device gets more."""
 
 FEW_ROWS = 1024
-"""Least rows of a buffer that does not hold the worst case: so few cost less than a second round, and their load is
-uneven by chance."""
+"""A buffer has room for this many rows, or for the worst case. So few rows cost less than a second round, and chance
+alone makes their load uneven."""
 
 FURTHER_ROUNDS = "further_rounds"
 """Name in compiled programs of the loop over further rounds of an exchange."""

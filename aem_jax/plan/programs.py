@@ -197,7 +197,7 @@ def compile_programs(config: RunConfig, work: Workload, mesh: Mesh, names: tuple
 
 
 def routed_share(work: Workload, mesh: Mesh, name: str) -> float:
-    """Of the rows of experts' products in a program, those that a token is sent to, if all experts get as many.
+    """The share of rows of experts' products that hold a token, in a program, if all experts get as many tokens.
 
     Args:
         work: the run's sizes.
