@@ -22,9 +22,6 @@ ROWS: Mapping[str, int] = {"qwen2.5-1.5b": 4, "qwen2.5-7b": 4, "gemma-3-12b": 2,
 """Model -> rows of a microbatch for each chip."""
 
 _OPTIONS: Mapping[tuple[str, str, int], Sequence[str]] = {
-    # The chosen mesh has the largest axis of experts that fits; a small one moves fewer bytes while learning.
-    ("v5p", "qwen3-30b-a3b", 16): ("--mesh.fsdp", "4", "--mesh.expert", "4"),
-    ("v5p", "qwen3-30b-a3b", 64): ("--mesh.data", "4", "--mesh.fsdp", "4", "--mesh.expert", "4"),
     ("v5p", "qwen3-32b", 4): ("--batch.rows", "4"),
     # the chosen mesh's estimate is 4 % too low to fit
     ("v5p", "qwen3-32b", 16): ("--mesh.fsdp", "4", "--mesh.tensor", "4", "--batch.rows", "8"),
