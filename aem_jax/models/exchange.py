@@ -37,25 +37,67 @@ def buffer_rows(rows: int, shards: int) -> int:
     return min(shards * rows, max(MEAN_LOADS * rows, FEW_ROWS))
 
 
-class Order:
-    """Rows sorted by a key in [0, count); rows with the key `count` come last and belong to nobody.
+class Order(NamedTuple):
+    """A permutation of N rows. No sort is needed for it: XLA takes seconds to compile one for a TPU, in every layer.
 
     Attributes:
+        order: i32[N], the row at each place.
+        inverse: i32[N], the place of each row.
         sizes: i32[count], rows of each key.
     """
 
-    def __init__(self, keys: Array, count: int) -> None:
-        self._order = jnp.argsort(keys, stable=True)
-        self._inverse = jnp.argsort(self._order)
-        self.sizes: Array = jnp.sum(keys[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
+    order: Array
+    inverse: Array
+    sizes: Array
 
     def sorted_copies(self, x: Array, copies: int) -> Array:
         """[N·copies, D], sorted: `copies` of each row of x [N,D], in the order of the keys."""
-        return _copy_rows(copies, x, self._order, self._inverse)
+        return _copy_rows(copies, x, self.order, self.inverse)
 
     def undo(self, rows: Array) -> Array:
         """Sorted rows [M,D] in the order of the keys."""
-        return _copy_rows(1, rows, self._inverse, self._order)
+        return _copy_rows(1, rows, self.inverse, self.order)
+
+
+def order_by_key(keys: Array, count: int) -> Order:
+    """The stable order of rows by their keys, by counting.
+
+    place of row (t,j) = rows of smaller keys + rows with its key before t + those of t before j
+
+    Args:
+        keys: i32[T,k], in [0, count]. Rows with the key `count` come last and belong to nobody.
+        count: number of keys.
+    """
+    of_token = jnp.sum(jax.nn.one_hot(keys, count + 1, dtype=jnp.int32), axis=1)  # [T, key]
+    up_to_token = jnp.cumsum(of_token, axis=0)
+    sizes = up_to_token[-1]
+    first = (jnp.cumsum(sizes) - sizes)[None] + up_to_token - of_token
+    same_before = jnp.sum(jnp.tril(keys[:, :, None] == keys[:, None, :], -1), axis=2, dtype=jnp.int32)
+    inverse = (jnp.take_along_axis(first, keys, axis=1) + same_before).reshape(-1)
+    order = jnp.zeros_like(inverse).at[inverse].set(jnp.arange(inverse.size, dtype=jnp.int32), unique_indices=True)
+    return Order(order, inverse, sizes[:count])
+
+
+def order_of_segments(lengths: Array, size: int) -> Order:
+    """The order by (segment's column, segment's row) of `size` rows that lie by (row, column).
+
+    Args:
+        lengths: i32[A,B], of the segments. Rows of the buffer after the last segment stay where they are.
+        size: number of rows.
+    """
+    return Order(_source(lengths, size), _source(lengths.T, size), jnp.sum(lengths, axis=0))
+
+
+def _source(lengths: Array, size: int) -> Array:
+    """i32[size], where each row of the order (column, row) lies in the order (row, column)."""
+    starts = jnp.cumsum(lengths.reshape(-1)).reshape(lengths.shape) - lengths
+    ends = jnp.cumsum(lengths.T.reshape(-1))
+    # All rows of a segment move by the same distance, which changes where a segment begins.
+    distance = jnp.append(starts.T.reshape(-1) - (ends - lengths.T.reshape(-1)), 0)
+    change = jnp.diff(distance, prepend=0)
+    place = jnp.arange(size, dtype=jnp.int32)
+    begun = place[:, None] >= jnp.append(0, ends)[None]
+    return place + jnp.sum(jnp.where(begun, change[None], 0), axis=1, dtype=jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -123,8 +165,9 @@ def _one_round(compute: Compute, capacity: int, arrivals: _Arrivals, first: Arra
     target = jnp.clip(in_receiver + start - first, 0, capacity)
     buffer = zeros_like_varying((capacity, rows.shape[1]), rows.dtype, rows)
     received = _all_to_all(rows, buffer, source[me], size[me], target[me], size[:, me])
-    segment = jnp.searchsorted(jnp.cumsum(own.reshape(-1)), first + jnp.arange(capacity), side="right")
-    order = Order(jnp.where(segment < own.size, segment % own.shape[1], own.shape[1]), own.shape[1])
+    ends = jnp.cumsum(own.reshape(-1)).reshape(own.shape)
+    within = lambda edge: jnp.clip(edge - first, 0, capacity)
+    order = order_of_segments(within(ends) - within(ends - own), capacity)
     out = order.undo(compute(matrices, order.sorted_copies(received, 1), order.sizes))
     empty = zeros_like_varying(rows.shape, rows.dtype, rows)
     return _all_to_all(out, empty, target[:, me], size[:, me], source[:, me], size[me])

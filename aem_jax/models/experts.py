@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from aem_jax.models.exchange import EXPERT_AXIS, Order, exchange
+from aem_jax.models.exchange import EXPERT_AXIS, exchange, order_by_key
 from aem_jax.models.parameters import Mixture
 from aem_jax.models.ragged_product import ragged_product
 from aem_jax.sharding import TRAIN, partition
@@ -152,7 +152,7 @@ def make_experts(activation: Callable[[Array, Array], Array], mesh: Mesh | None)
         flat, k = x.reshape(-1, x.shape[-1]), experts.shape[-1]
         # The buffer of an exchange is several times the rows that come: too much to keep in every layer.
         compute = partial(_products, activation, keep=shards == 1)
-        order = Order(experts.reshape(-1), num_experts)
+        order = order_by_key(experts.reshape(-1, k), num_experts)
         rows = order.sorted_copies(flat, k)
         inputs = matrices, rows, order.sizes
         out = compute(*inputs) if shards == 1 else exchange(compute, *inputs, shards)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aem_jax.models import exchange
-from aem_jax.models.exchange import buffer_rows
+from aem_jax.models.exchange import buffer_rows, order_by_key, order_of_segments
 from aem_jax.models.experts import ExpertWeights, Matrices, Routing, make_experts
 from aem_jax.sharding import MeshConfig, make_mesh
 
@@ -58,6 +58,28 @@ def assert_equal(got, want):
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert all(np.abs(theirs).max() > 0.01 for theirs in want)
+
+
+@pytest.mark.parametrize("tokens, copies, count", [(50, 3, 4), (7, 1, 9), (1, 8, 3), (64, 8, 128)])
+def test_order_by_key_is_the_stable_sort(tokens, copies, count):
+    """A token can have a key twice, keys can have no rows, and `count` belongs to nobody."""
+    keys = np.random.RandomState(count).randint(0, count + 1, (tokens, copies)).astype(np.int32)
+    got = order_by_key(jnp.asarray(keys), count)
+    want = np.argsort(keys.reshape(-1), kind="stable")
+    np.testing.assert_array_equal(got.order, want)
+    np.testing.assert_array_equal(got.inverse, np.argsort(want))
+    np.testing.assert_array_equal(got.sizes, np.bincount(keys.reshape(-1), minlength=count + 1)[:count])
+
+
+@pytest.mark.parametrize("senders, experts, most, empty", [(4, 3, 5, 6), (1, 4, 3, 0), (5, 1, 2, 3), (4, 8, 1, 40)])
+def test_order_of_segments_is_the_stable_sort(senders, experts, most, empty):
+    lengths = np.random.RandomState(most).randint(0, most + 1, (senders, experts)).astype(np.int32)
+    keys = np.append(np.repeat(np.tile(np.arange(experts), senders), lengths.reshape(-1)), [experts] * empty)
+    got = order_of_segments(jnp.asarray(lengths), len(keys))
+    want = np.argsort(keys, kind="stable")
+    np.testing.assert_array_equal(got.order, want)
+    np.testing.assert_array_equal(got.inverse, np.argsort(want))
+    np.testing.assert_array_equal(got.sizes, lengths.sum(axis=0))
 
 
 @pytest.mark.parametrize("name", MESHES)
