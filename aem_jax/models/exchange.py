@@ -28,8 +28,8 @@ FEW_ROWS = 1024
 """A buffer has room for this many rows, or for the worst case. So few rows cost less than a second round, and chance
 alone makes their load uneven."""
 
-FURTHER_ROUNDS = "further_rounds"
-"""Name in compiled programs of the loop over further rounds of an exchange."""
+ALL_ROUNDS, FURTHER_ROUNDS = "all_rounds", "further_rounds"
+"""Names in compiled programs of the loops over the rounds of an exchange, and over those after the first."""
 
 
 def buffer_rows(rows: int, shards: int) -> int:
@@ -140,7 +140,7 @@ def exchange(compute: Compute, matrices: Any, rows: Array, sizes: Array, shards:
     """`compute` of rows [M,D] sorted by expert, on the devices of the experts; in shard_map.
 
     The rows that come to a device are numbered by sender, then by expert. Round r is for those from r·C to (r+1)·C,
-    C = `buffer_rows`. The first always takes place, others as long as a device of the mesh gets more.
+    C = `buffer_rows`. Rounds take place as long as a device of the mesh gets more rows.
     """
     me, capacity = jax.lax.axis_index(EXPERT_AXIS), buffer_rows(rows.shape[0], shards)
     counts = jax.lax.all_gather(sizes, EXPERT_AXIS)  # [sender, expert]
@@ -149,12 +149,11 @@ def exchange(compute: Compute, matrices: Any, rows: Array, sizes: Array, shards:
     before = lambda x, axis: jnp.cumsum(x, axis=axis) - x
     arrivals = _Arrivals(sent, before(sent, 1), before(sent, 0), by_device[:, me])
     one_round = partial(_one_round, compute, capacity)
-    out = one_round(arrivals, jnp.int32(0), rows, matrices)
     if capacity == shards * rows.shape[0]:
-        return out
+        return one_round(arrivals, jnp.int32(0), rows, matrices)
     # Every device has to run as many rounds, since all take part in an exchange.
     most = jax.lax.pmax(jnp.max(jnp.sum(sent, axis=0)), AXES)
-    return _further_rounds(one_round, capacity, arrivals, most, out, rows, matrices)
+    return _rounds(one_round, capacity, arrivals, most, rows, matrices)
 
 
 def _one_round(compute: Compute, capacity: int, arrivals: _Arrivals, first: Array, rows: Array, matrices: Any) -> Array:
@@ -178,43 +177,46 @@ Round = Callable[[_Arrivals, Array, Array, Any], Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _further_rounds(
-    one_round: Round, capacity: int, arrivals: _Arrivals, most: Array, out: Array, rows: Array, matrices: Any
-) -> Array:
-    """`out` of the first round, and the outputs of all others, for devices that get at most `most` rows.
+def _rounds(one_round: Round, capacity: int, arrivals: _Arrivals, most: Array, rows: Array, matrices: Any) -> Array:
+    """The outputs of all rounds, for devices that get at most `most` rows.
 
-    Autodiff has no gradient of a loop whose length is decided while it runs. Here the backward pass computes each round
-    again, so nothing of it is kept.
+    Autodiff has no gradient of a loop whose length is decided while it runs. Where a gradient is wanted, the first
+    round is outside the loop, and its gradient is autodiff's; the backward pass computes the others again. Without a
+    gradient one loop runs all rounds: a second copy of the products in every layer would take minutes to compile.
     """
     add = lambda first, out: out + one_round(arrivals, first, rows, matrices)
-    return _rounds(capacity, most, add, out)
+    zeros = zeros_like_varying(rows.shape, rows.dtype, rows)
+    with jax.named_scope(ALL_ROUNDS):
+        return _loop(0, capacity, most, add, zeros)
 
 
-def _rounds(capacity: int, most: Array, step: Callable[[Array, Any], Any], state: Any) -> Any:
-    """`step` of (first row, state) for all rounds but the first."""
+def _loop(first: int, capacity: int, most: Array, step: Callable[[Array, Any], Any], state: Any) -> Any:
+    """`step` of (first row, state) for the rounds from row `first` on."""
     further = lambda at: (at[0] + capacity, step(*at))
+    return jax.lax.while_loop(lambda at: at[0] < most, further, (jnp.int32(first), state))[1]
+
+
+def _rounds_forward(
+    one_round: Round, capacity: int, arrivals: _Arrivals, most: Array, rows: Array, matrices: Any
+) -> tuple[Array, Any]:
+    out, pull = jax.vjp(partial(one_round, arrivals, jnp.int32(0)), rows, matrices)
+    add = lambda first, out: out + one_round(arrivals, first, rows, matrices)
     with jax.named_scope(FURTHER_ROUNDS):
-        return jax.lax.while_loop(lambda at: at[0] < most, further, (jnp.int32(capacity), state))[1]
+        return _loop(capacity, capacity, most, add, out), (arrivals, most, (rows, matrices), pull)
 
 
-def _further_rounds_backward(one_round: Round, capacity: int, inputs: Any, cotangent: Array) -> Any:
-    arrivals, most, *operands = inputs
+def _rounds_backward(one_round: Round, capacity: int, inputs: Any, cotangent: Array) -> Any:
+    arrivals, most, operands, pull = inputs
 
     def add(first: Array, total: Any) -> Any:
         gradients = jax.vjp(partial(one_round, arrivals, first), *operands)[1](cotangent)
         return jax.tree.map(jnp.add, total, gradients)
 
-    zeros = jax.tree.map(lambda x: zeros_like_varying(x.shape, x.dtype, x), tuple(operands))
-    return None, None, cotangent, *_rounds(capacity, most, add, zeros)
+    with jax.named_scope(FURTHER_ROUNDS):
+        return None, None, *_loop(capacity, capacity, most, add, pull(cotangent))
 
 
-_further_rounds.defvjp(
-    lambda one_round, capacity, arrivals, most, out, *operands: (
-        _further_rounds(one_round, capacity, arrivals, most, out, *operands),
-        (arrivals, most, *operands),
-    ),
-    _further_rounds_backward,
-)
+_rounds.defvjp(_rounds_forward, _rounds_backward)
 
 
 def _all_to_all(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from aem_jax.models.decoder import WINDOWS
-from aem_jax.models.exchange import FURTHER_ROUNDS
+from aem_jax.models.exchange import ALL_ROUNDS, FURTHER_ROUNDS
 from aem_jax.plan.hlo import Computation, Instruction, Module, Shape, trip_count
 from aem_jax.plan.kernel_calls import KernelCall, hbm_bytes, kernel_call, results
 
@@ -22,8 +22,8 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _CONTRACTED = re.compile(r'lhs_contracting_dims=\{([\d,]*)\}|"lhs_contracting_dimensions":\[([^\]]*)\]')
 _OF_WINDOWS = re.compile(rf'branch_computations=.*op_name="[^"]*{WINDOWS}\)*/cond"')
 """The choice between attentions, by the number of the kind of layer."""
-_OF_ROUNDS = re.compile(rf'op_name="[^"]*{FURTHER_ROUNDS}\)*/while"')
-"""The loop over further rounds of an exchange of tokens with their experts."""
+_OF_ROUNDS = re.compile(rf'op_name="[^"]*({ALL_ROUNDS}|{FURTHER_ROUNDS})\)*/while"')
+"""The loops over the rounds of an exchange of tokens with their experts, and over those after the first."""
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UNTOUCHED = re.compile(r'custom_call_target="(?:AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast)"')
 """Custom calls of the TPU's compiler that name memory and move nothing."""
@@ -89,8 +89,8 @@ def costs(module: Module, rounds: int = 1, window_shares: Sequence[float] = (), 
     """Costs of one run of a program. The most expensive branch of a conditional counts.
 
     The exception is the choice between the attentions of layers with different sliding windows: there each branch
-    counts with its share of the layers. The loop over further rounds of an exchange of tokens with experts does not
-    count: tokens are spread evenly, as `routed_share` says, and the first round is enough.
+    counts with its share of the layers. Of the rounds of an exchange of tokens with experts only the first counts:
+    tokens are spread evenly, as `routed_share` says, and it is enough.
 
     Args:
         module: the program.
@@ -106,9 +106,9 @@ def costs(module: Module, rounds: int = 1, window_shares: Sequence[float] = (), 
             computation = module.computations[name]
             for instruction in computation.instructions:
                 if instruction.opcode == "while":
-                    if _OF_ROUNDS.search(instruction.attributes):
-                        continue
                     trips = trip_count(module, computation, instruction)
+                    if loop := _OF_ROUNDS.search(instruction.attributes):
+                        trips = int(loop[1] == ALL_ROUNDS)
                     total.unknown_loops += trips is None
                     total.add(total_of(instruction.called("body")), rounds if trips is None else trips)
                 elif instruction.opcode == "conditional":

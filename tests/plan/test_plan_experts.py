@@ -90,7 +90,8 @@ def test_an_exchange_sends_what_fits_into_its_smaller_operand():
 
 
 def test_an_exchange_counts_its_first_round():
-    """The loop over further rounds counts nothing; any other loop of unknown length, the rounds of the program."""
+    """The loop over all rounds counts once, that over further rounds not; any other of unknown length, as often as the
+    program says."""
     text = """\
 %body (x: f32[8,8]) -> f32[8,8] {
   %x = f32[8,8]{1,0} parameter(0)
@@ -109,12 +110,15 @@ metadata={op_name="jit(update)/NAME/while" stack_frame_id=1}
     for name in ("further_rounds", "transpose(jvp(further_rounds))", "while/body/checkpoint/further_rounds"):
         cost = costs(parse(text.replace("NAME", name)), rounds=5)
         assert (cost.flops, cost.unknown_loops) == (0, 0), name
+    cost = costs(parse(text.replace("NAME", "while/body/all_rounds")), rounds=5)
+    assert (cost.flops, cost.unknown_loops) == (2 * 8**3, 0)
     cost = costs(parse(text.replace("NAME", "other_rounds")), rounds=5)
     assert (cost.flops, cost.unknown_loops) == (5 * 2 * 8**3, 1)
 
 
-def test_compiled_programs_name_the_loop_over_further_rounds(monkeypatch: pytest.MonkeyPatch):
-    """Forward and backward: with the name, both count the products of one round; without, of three more."""
+def test_compiled_programs_name_their_loops_over_rounds(monkeypatch: pytest.MonkeyPatch):
+    """With the name, forward and backward count the products of one round; without, of three more. A program without a
+    gradient has one loop."""
     monkeypatch.setattr(rounds, "MEAN_LOADS", 1)
     monkeypatch.setattr(rounds, "FEW_ROWS", 1)
     mesh = make_mesh(MeshConfig(1, 1, 1, 4), jax.devices()[:4])
@@ -125,7 +129,7 @@ def test_compiled_programs_name_the_loop_over_further_rounds(monkeypatch: pytest
         matrices = experts.ExpertWeights(*map(experts.Matrices, (gate, up, down)))
         return jnp.sum(compute(x, routing, None, matrices) ** 2)
 
-    arrays = (jnp.ones(shape) for shape in ((8, 4, 6), (8, 6, 5), (8, 6, 5), (8, 5, 6)))
+    arrays = tuple(jnp.ones(shape) for shape in ((8, 4, 6), (8, 6, 5), (8, 6, 5), (8, 5, 6)))
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*arrays).compile().as_text()
     assert text is not None
     unnamed = text.replace(rounds.FURTHER_ROUNDS, "other")
@@ -133,6 +137,10 @@ def test_compiled_programs_name_the_loop_over_further_rounds(monkeypatch: pytest
     product, combined = (16 // 8 + 2) * 8 * 2 * 6 * 5, 8 * 2 * 2 * 6  # of blocks of rows; outputs times their weights
     assert one == 3 * 3 * product + combined
     assert all_rounds == one + 3 * (3 * 3 + 2) * product  # the backward pass computes gate and up again
+    text = jax.jit(loss).lower(*arrays).compile().as_text()
+    assert text is not None
+    one, all_rounds = (costs(parse(it), rounds=3).flops for it in (text, text.replace(rounds.ALL_ROUNDS, "other")))
+    assert (one, all_rounds) == (3 * product + combined, 3 * 3 * product + combined)
 
 
 def test_the_share_of_a_buffers_rows_that_an_even_load_fills():
