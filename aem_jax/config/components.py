@@ -98,6 +98,20 @@ def model_config(choice: ModelChoice, vocab_size: int, files: Path | None = None
         raise ConfigError(f"--model: {error}") from None
 
 
+def check_sizes(choice: ModelChoice) -> None:
+    """Refuses sizes for a model whose files give them.
+
+    Raises:
+        ConfigError: such a size.
+    """
+    sizes = [name for name, value in vars(choice).items() if name not in (*NO_SIZES, "dtype") and value is not None]
+    if choice.path and sizes:
+        raise ConfigError(
+            f"--model.{sizes[0].replace('_', '-')}: expected none with --model.path, whose files give the sizes, "
+            f"got {getattr(choice, sizes[0])}"
+        )
+
+
 def make_policy(config: RunConfig, vocab_size: int, files: Path | None = None) -> Policy:
     """The policy that reinforcement learning trains. `files` is as in `model_config`.
 

@@ -17,13 +17,7 @@ def check(config: RunConfig) -> None:
     """
     if config.model.name or not config.model.path:
         components.known_model(config.model.name)
-    choice = vars(config.model)
-    sizes = [name for name in choice if name not in (*components.NO_SIZES, "dtype") and choice[name] is not None]
-    if config.model.path and sizes:
-        raise ConfigError(
-            f"--model.{sizes[0].replace('_', '-')}: expected none with --model.path, whose files give the sizes, "
-            f"got {choice[sizes[0]]}"
-        )
+    components.check_sizes(config.model)
     if config.warmstart.init_from and config.lora.rank and not config.model.path:
         raise ConfigError(
             f"--warmstart.init-from: expected none with --lora.rank and no --model.path, got "

@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection
 from dataclasses import replace
 
+from aem_jax.config import components
 from aem_jax.errors import ConfigError
 from aem_jax.models.config import ModelChoice
 from aem_jax.plan.config import PlanConfig
@@ -29,9 +30,11 @@ def run(config: PlanConfig, given: Collection[str] = ()) -> int:
     from aem_jax.plan.make import make_plan
     from aem_jax.plan.page import print_plan
 
+    kept = {name: value for name, value in vars(config.model).items() if f"model.{name}" in given}
     if "model.name" in given and "model.path" not in given:  # another model replaces all settings of the preset's
-        kept = {name: value for name, value in vars(config.model).items() if f"model.{name}" in given}
         config = replace(config, model=ModelChoice(**kept))
+    else:
+        components.check_sizes(ModelChoice(**{**kept, "path": config.model.path}))
     topology = parse_topology(config.topology)
     by_hand = config.mesh != MeshConfig() or any(name.startswith("mesh.") for name in given)
     try:

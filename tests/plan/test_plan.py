@@ -601,6 +601,10 @@ def test_published_models_are_known_by_name():
             ["--preset", "alfworld-paper", "qwen2.5-7b", "--mesh.tensor", "8", "--topology", "gpu:h100:32"],
             "expected dimension 'heads' divisible by 8 (mesh axis 'tensor'), got 28",
         ),
+        (
+            ["--preset", "alfworld-paper", "qwen2.5-7b", "--model.num-layers", "2", "--topology", "gpu:h100:8"],
+            "--model.num-layers: expected none with --model.path",
+        ),
         (["--model.path", "someone/else", "--topology", "gpu:h100:8"], "give its sizes with --model.name"),
         (["--topology", "gpu:h100:7"], "make rows and slots multiples of 7"),
     ],
