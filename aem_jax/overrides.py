@@ -30,9 +30,13 @@ def nearest(name: str, names: Iterable[str], spell: Callable[[str], str] = repr)
     matches = difflib.get_close_matches(name, names, n=3)
     # Letters in another order are the most likely mistake among short names: gpro is grpo, not hgpo.
     matches.sort(key=lambda known: sorted(known) != sorted(name))
+    group, _, part = name.rpartition(".")
+    initials = lambda known: "".join(word[0] for word in known.rpartition(".")[2].split("_") if word)
+    if short := [known for known in names if len(part) > 1 and initials(known) == part]:  # lr is learning_rate
+        matches = sorted(short, key=lambda known: known.rpartition(".")[0] != group)
     if not matches:
         last = {known.rpartition(".")[2]: known for known in reversed(names)}
-        matches = [last[part] for part in difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1)]
+        matches = [last[part] for part in difflib.get_close_matches(part, list(last), n=1)]
     return f"; did you mean {spell(matches[0])}?" if matches else ""
 
 

@@ -156,6 +156,12 @@ def test_nearest_prefers_the_whole_name_then_its_last_part():
     assert nearest("qqqq", names) == ""
 
 
+def test_initials_stand_for_a_name():
+    names = ["warmstart.learning_rate", "learner.learning_rate", "learner.remat"]
+    assert nearest("learner.lr", names) == "; did you mean 'learner.learning_rate'?"
+    assert nearest("lr", names[:1]) == "; did you mean 'warmstart.learning_rate'?"
+
+
 @pytest.mark.parametrize(
     ("words", "kind", "value"),
     [
