@@ -1,7 +1,8 @@
 """Exchange of tokens between the devices of a mesh's expert axis, in as many rounds as their buffers take.
 
-The rows that come to a device are numbered by sender, then by expert. With room for C rows, round r brings rows r·C to
-(r+1)·C and returns their outputs. C is twice the mean load, so most loads take one round; no row is dropped.
+The rows that come to a device are numbered by expert, then by sender, and arrive in this order. With room for C rows,
+round r brings rows r·C to (r+1)·C and returns their outputs. C is twice the mean load, so most loads take one round; no
+row is dropped.
 
 Left out: buffers of the worst case, all rows at one device. Everything but the products runs over the whole buffer.
 """
@@ -78,28 +79,6 @@ def order_by_key(keys: Array, count: int) -> Order:
     return Order(order, inverse, sizes[:count])
 
 
-def order_of_segments(lengths: Array, size: int) -> Order:
-    """The order by (segment's column, segment's row) of `size` rows that lie by (row, column).
-
-    Args:
-        lengths: i32[A,B], of the segments. Rows of the buffer after the last segment stay where they are.
-        size: number of rows.
-    """
-    return Order(_source(lengths, size), _source(lengths.T, size), jnp.sum(lengths, axis=0))
-
-
-def _source(lengths: Array, size: int) -> Array:
-    """i32[size], where each row of the order (column, row) lies in the order (row, column)."""
-    starts = jnp.cumsum(lengths.reshape(-1)).reshape(lengths.shape) - lengths
-    ends = jnp.cumsum(lengths.T.reshape(-1))
-    # All rows of a segment move by the same distance, which changes where a segment begins.
-    distance = jnp.append(starts.T.reshape(-1) - (ends - lengths.T.reshape(-1)), 0)
-    change = jnp.diff(distance, prepend=0)
-    place = jnp.arange(size, dtype=jnp.int32)
-    begun = place[:, None] >= jnp.append(0, ends)[None]
-    return place + jnp.sum(jnp.where(begun, change[None], 0), axis=1, dtype=jnp.int32)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _copy_rows(copies: int, x: Array, order: Array, inverse: Array) -> Array:
     """x[order // copies]. The gradient gathers by the inverse permutation, where autodiff would scatter."""
@@ -117,19 +96,17 @@ _copy_rows.defvjp(
 
 
 class _Arrivals(NamedTuple):
-    """The rows that devices of the expert axis send one another.
+    """The rows that devices of the expert axis send one another, i32[senders,receivers,experts of a receiver].
 
     Attributes:
-        sent: i32[senders,receivers].
-        in_sender: i32[senders,receivers], where they begin among the sender's rows.
-        in_receiver: i32[senders,receivers], where they begin among those that come to the receiver.
-        own: i32[senders,experts], those for each expert of this device.
+        sent: their number.
+        in_sender: where they begin among the sender's rows.
+        in_receiver: where they begin among those that come to the receiver.
     """
 
     sent: Array
     in_sender: Array
     in_receiver: Array
-    own: Array
 
 
 Compute = Callable[[Any, Array, Array], Array]
@@ -139,35 +116,32 @@ Compute = Callable[[Any, Array, Array], Array]
 def exchange(compute: Compute, matrices: Any, rows: Array, sizes: Array, shards: int) -> Array:
     """`compute` of rows [M,D] sorted by expert, on the devices of the experts; in shard_map.
 
-    The rows that come to a device are numbered by sender, then by expert. Round r is for those from r·C to (r+1)·C,
+    The rows that come to a device are numbered by expert, then by sender. Round r is for those from r·C to (r+1)·C,
     C = `buffer_rows`. Rounds take place as long as a device of the mesh gets more rows.
     """
-    me, capacity = jax.lax.axis_index(EXPERT_AXIS), buffer_rows(rows.shape[0], shards)
-    counts = jax.lax.all_gather(sizes, EXPERT_AXIS)  # [sender, expert]
-    by_device = counts.reshape(shards, shards, -1)  # [sender, receiver, expert]
-    sent = jnp.sum(by_device, axis=-1)
-    before = lambda x, axis: jnp.cumsum(x, axis=axis) - x
-    arrivals = _Arrivals(sent, before(sent, 1), before(sent, 0), by_device[:, me])
+    capacity, counts = buffer_rows(rows.shape[0], shards), jax.lax.all_gather(sizes, EXPERT_AXIS)  # [sender, expert]
+    before = lambda x: jnp.cumsum(x, axis=1) - x
+    sent = counts.reshape(shards, shards, -1)
+    coming = sent.transpose(1, 2, 0)  # [receiver, expert, sender]
+    in_receiver = before(coming.reshape(shards, -1)).reshape(coming.shape).transpose(2, 0, 1)
+    arrivals = _Arrivals(sent, before(counts).reshape(sent.shape), in_receiver)
     one_round = partial(_one_round, compute, capacity)
     if capacity == shards * rows.shape[0]:
         return one_round(arrivals, jnp.int32(0), rows, matrices)
     # Every device has to run as many rounds, since all take part in an exchange.
-    most = jax.lax.pmax(jnp.max(jnp.sum(sent, axis=0)), AXES)
+    most = jax.lax.pmax(jnp.max(jnp.sum(sent, axis=(0, 2))), AXES)
     return _rounds(one_round, capacity, arrivals, most, rows, matrices)
 
 
 def _one_round(compute: Compute, capacity: int, arrivals: _Arrivals, first: Array, rows: Array, matrices: Any) -> Array:
     """[M,D], outputs of the rows that come to their devices at `first` to `first + capacity`; 0 for others."""
-    me, (sent, in_sender, in_receiver, own) = jax.lax.axis_index(EXPERT_AXIS), arrivals
+    me, (sent, in_sender, in_receiver) = jax.lax.axis_index(EXPERT_AXIS), arrivals
     start, stop = (jnp.clip(edge - in_receiver, 0, sent) for edge in (first, first + capacity))
     size, source = stop - start, in_sender + start
     target = jnp.clip(in_receiver + start - first, 0, capacity)
     buffer = zeros_like_varying((capacity, rows.shape[1]), rows.dtype, rows)
     received = _all_to_all(rows, buffer, source[me], size[me], target[me], size[:, me])
-    ends = jnp.cumsum(own.reshape(-1)).reshape(own.shape)
-    within = lambda edge: jnp.clip(edge - first, 0, capacity)
-    order = order_of_segments(within(ends) - within(ends - own), capacity)
-    out = order.undo(compute(matrices, order.sorted_copies(received, 1), order.sizes))
+    out = compute(matrices, received, jnp.sum(size[:, me], axis=0))
     empty = zeros_like_varying(rows.shape, rows.dtype, rows)
     return _all_to_all(out, empty, target[:, me], size[:, me], source[:, me], size[me])
 
@@ -222,21 +196,24 @@ _rounds.defvjp(_rounds_forward, _rounds_backward)
 def _all_to_all(
     rows: Array, buffer: Array, input_offsets: Array, send_sizes: Array, output_offsets: Array, recv_sizes: Array
 ) -> Array:
-    """`jax.lax.ragged_all_to_all` over the expert axis. XLA for CPUs has none: there every device gathers all rows."""
+    """`jax.lax.ragged_all_to_all` over the expert axis, of i32[devices,experts] slices each way. XLA for CPUs has none:
+    there every device gathers all rows."""
     everywhere = partial(jax.lax.ragged_all_to_all, axis_name=EXPERT_AXIS)
-    offsets = input_offsets, send_sizes, output_offsets, recv_sizes
-    return jax.lax.platform_dependent(rows, buffer, *offsets, cpu=_gathered_all_to_all, default=everywhere)
+    slices = (x.reshape(-1) for x in (input_offsets, send_sizes, output_offsets, recv_sizes))
+    return jax.lax.platform_dependent(rows, buffer, *slices, cpu=_gathered_all_to_all, default=everywhere)
 
 
 def _gathered_all_to_all(
     rows: Array, buffer: Array, input_offsets: Array, send_sizes: Array, output_offsets: Array, recv_sizes: Array
 ) -> Array:
-    me = jax.lax.axis_index(EXPERT_AXIS)
+    me, devices = jax.lax.axis_index(EXPERT_AXIS), jax.lax.axis_size(EXPERT_AXIS)
     gather = partial(jax.lax.all_gather, axis_name=EXPERT_AXIS)
-    from_sender, start, size = (gather(x)[:, me] for x in (input_offsets, output_offsets, send_sizes))
+    to_me = lambda x: gather(x.reshape(devices, -1))[:, me].reshape(-1)  # [slice], by sender
+    from_sender, start, size = map(to_me, (input_offsets, output_offsets, send_sizes))
     position = jnp.arange(len(buffer))[:, None]
-    hit = (position >= start[None]) & (position < (start + size)[None])  # [row, sender]
-    sender = jnp.argmax(hit, axis=1)
-    row = position[:, 0] - start[sender] + from_sender[sender]
+    hit = (position >= start[None]) & (position < (start + size)[None])  # [row, slice]
+    found = jnp.argmax(hit, axis=1)
+    row = position[:, 0] - start[found] + from_sender[found]
+    sender = found // (len(start) // devices)
     taken = gather(rows)[sender, jnp.where(jnp.any(hit, axis=1), row, 0)]
     return jnp.where(jnp.any(hit, axis=1)[:, None], taken, buffer)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aem_jax.models import exchange
-from aem_jax.models.exchange import buffer_rows, order_by_key, order_of_segments
+from aem_jax.models.exchange import buffer_rows, order_by_key
 from aem_jax.models.experts import ExpertWeights, Matrices, Routing, make_experts
 from aem_jax.sharding import MeshConfig, make_mesh
 
@@ -69,17 +69,6 @@ def test_order_by_key_is_the_stable_sort(tokens, copies, count):
     np.testing.assert_array_equal(got.order, want)
     np.testing.assert_array_equal(got.inverse, np.argsort(want))
     np.testing.assert_array_equal(got.sizes, np.bincount(keys.reshape(-1), minlength=count + 1)[:count])
-
-
-@pytest.mark.parametrize("senders, experts, most, empty", [(4, 3, 5, 6), (1, 4, 3, 0), (5, 1, 2, 3), (4, 8, 1, 40)])
-def test_order_of_segments_is_the_stable_sort(senders, experts, most, empty):
-    lengths = np.random.RandomState(most).randint(0, most + 1, (senders, experts)).astype(np.int32)
-    keys = np.append(np.repeat(np.tile(np.arange(experts), senders), lengths.reshape(-1)), [experts] * empty)
-    got = order_of_segments(jnp.asarray(lengths), len(keys))
-    want = np.argsort(keys, kind="stable")
-    np.testing.assert_array_equal(got.order, want)
-    np.testing.assert_array_equal(got.inverse, np.argsort(want))
-    np.testing.assert_array_equal(got.sizes, lengths.sum(axis=0))
 
 
 @pytest.mark.parametrize("name", MESHES)
