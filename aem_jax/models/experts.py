@@ -6,7 +6,7 @@ w_e = p_e, divided by the sum over the k experts where the model does so. Each t
 sampler recorded them (routing replay); then w is computed from the probabilities of these, with their gradient.
 
 The copies of tokens are sorted by expert, so that all experts' products are one ragged product. No token is dropped.
-On a mesh each device sorts its own tokens inside `shard_map`. Where the mesh has an `expert` axis, a device holds some
+On a mesh each device orders its own tokens inside `shard_map`. Where the mesh has an `expert` axis, a device holds some
 experts only: `exchange` sends the copies to their experts' devices and the outputs back.
 
 Left out: the grouped kernels of tokamax, which need Python 3.12 and a device to be tested on.
