@@ -140,8 +140,8 @@ class ModelConfig:
             )
         object.__setattr__(self, "sliding_windows", windows if any(windows) else ())
         unrotated = tuple(self.unrotated_layers)
-        if not all(type(layer) is int for layer in unrotated) or unrotated != tuple(
-            layer for layer in range(self.num_layers) if layer in unrotated
+        if not all(type(layer) is int for layer in unrotated) or list(unrotated) != sorted(
+            {layer for layer in unrotated if 0 <= layer < self.num_layers}
         ):
             raise ValueError(
                 f"expected unrotated_layers to be indices of {self.num_layers} layers in ascending order, "
