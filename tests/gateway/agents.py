@@ -12,7 +12,7 @@ import urllib.parse
 import zlib
 from typing import Any
 
-from tests.rollout.fakes import CountdownEnv
+from tests.rollout.countdown import CountdownEnv
 
 
 class Refused(Exception):

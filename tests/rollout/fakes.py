@@ -11,6 +11,8 @@ from aem_jax.models import ModelConfig, Policy
 from aem_jax.rollout import RolloutConfig
 from aem_jax.trajectory import Trajectory
 
+from .countdown import CountdownEnv
+
 STOP, START, USER = 1, 2, 3
 VOCAB = 32
 POLICY = Policy(ModelConfig(VOCAB, 32, 64, 2, 4, 2, 8, rope_theta=10_000.0))
@@ -48,27 +50,6 @@ class ByteChat:
 
     def delta_ids(self, observation: str, *, closed: bool = True) -> list[int]:
         return [*([] if closed else [STOP]), USER, *self.encode(observation), STOP, START]
-
-
-class CountdownEnv:
-    """Ends after `turns` turns (0: at its reset, won).
-
-    Observations grow with the response's length. The episode is won if the last response has an even length.
-    """
-
-    def reset(self, task: Mapping[str, Any]) -> StepResult:
-        self.left = int(task["turns"])
-        first = task.get("first", "start" + "x" * (int(task["turns"]) % 3))
-        return StepResult(first, terminated=not self.left, info={"won": not self.left, "valid_action": True})
-
-    def step(self, text: str) -> StepResult:
-        self.left -= 1
-        won = self.left == 0 and len(text) % 2 == 0
-        info = {"won": won, "valid_action": bool(text)}
-        return StepResult("o" * (1 + len(text) % 5), 1.0 if won else 0.1, self.left == 0, False, info)
-
-    def close(self) -> None:
-        pass
 
 
 class LocalPool:

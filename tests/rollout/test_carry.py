@@ -17,7 +17,8 @@ from aem_jax.rollout.carry import from_record, record
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.trajectory import Ending, Trajectory, Turn
 
-from .fakes import CONFIG, POLICY, STOP, ByteChat, CountdownEnv, LatePool, LocalPool
+from .countdown import CountdownEnv
+from .fakes import CONFIG, POLICY, STOP, ByteChat, LatePool, LocalPool
 from .test_processes import episodes, process_groups
 from .test_rollout import log_probabilities
 

@@ -18,7 +18,8 @@ from aem_jax.rollout.context import full_prompt
 from aem_jax.trajectory import Trajectory
 from aem_jax.warmstart import demonstrate
 
-from .fakes import CONFIG, POLICY, TASKS, ByteChat, CountdownEnv, LocalPool
+from .countdown import CountdownEnv
+from .fakes import CONFIG, POLICY, TASKS, ByteChat, LocalPool
 from .test_carry import CARRY, KEY, all_of, tasks
 from .test_carry import play as play_carried
 from .test_rollout import log_probabilities
