@@ -25,10 +25,13 @@ SETTINGS = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     # Most of a test's time is compiling: half of it LLVM's optimizer, half of the rest the MLIR passes of the emitters
-    # of fused loops, in whose place the older ones write LLVM at once. HLO, which tests read, is the same without both.
-    # jaxlib 0.11 no longer has the second flag, and an unknown XLA flag ends the process.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0"
+    # of fused loops, in whose place the older ones write LLVM at once. To compile a program in 32 parts, for as many
+    # cores, takes a sixth more of a core. HLO, which tests read, is the same without all three.
+    # jaxlib 0.11 no longer has the last flag, and an unknown XLA flag ends the process.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+    # the lines of Python that made each operation: for profiles
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
     # nothing is downloaded while testing
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
