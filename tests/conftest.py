@@ -22,7 +22,7 @@ SETTINGS = {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     # compile once per checkout, not once per run and worker
     "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".jax_cache" / "tests"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     # Most of a test's time is compiling: half of it LLVM's optimizer, half of the rest the MLIR passes of the emitters
     # of fused loops, in whose place the older ones write LLVM at once. To compile a program in 32 parts, for as many

@@ -12,10 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from plan.test_bytes import SMALL as DENSE
 
-from aem_jax.batch import BatchConfig
-from aem_jax.config.run import RunConfig
-from aem_jax.learner import LearnerConfig
 from aem_jax.models import exchange as rounds
 from aem_jax.models import experts
 from aem_jax.models.config import ModelChoice
@@ -25,7 +23,6 @@ from aem_jax.plan.floors import decode_costs, decode_floor, learn_costs, update_
 from aem_jax.plan.hlo import parse
 from aem_jax.plan.programs import routed_share
 from aem_jax.plan.workload import Workload, workload
-from aem_jax.rollout.config import RolloutConfig
 from aem_jax.sampler.state import init_state
 from aem_jax.sharding import MeshConfig, make_mesh
 
@@ -49,15 +46,7 @@ frontend_attributes={mosaic_fusion_entry_point="true",ragged_dot_tiling="128,128
 }
 """  # noqa: E501
 
-SMALL = RunConfig(
-    model=ModelChoice(name="tiny-moe"),
-    rollout=RolloutConfig(
-        groups_per_step=2, group_size=4, num_slots=8, max_turns=2, response_tokens=8, context_tokens=64,
-        prompt_tokens=32, decode_chunk=8, extend_buckets=(16,), windows=(),
-    ),
-    batch=BatchConfig(rows=4),
-    learner=LearnerConfig(remat="layers"),
-)  # fmt: skip
+SMALL = replace(DENSE, model=ModelChoice(name="tiny-moe"))
 MESH = MeshConfig(1, 2, 1, 2)
 LAYERS, EMBED, MLP, EXPERTS, CHOSEN = 4, 128, 128, 8, 2
 """Sizes of `tiny-moe`: experts of a layer, and those of a token."""
