@@ -18,6 +18,9 @@ from aem_jax.analysis.estimates import RESAMPLES, Estimate
 
 Array = np.ndarray
 
+PROPORTIONAL = 1e-5
+"""Largest difference between proportional numbers, in units of the largest: they are computed in float32."""
+
 
 class Products(NamedTuple):
     """Inner products of one rule's gradients, f64[M, M] each; row j is of g_b in group j, column k of group k.
@@ -115,6 +118,32 @@ def _interval(values: Array) -> Estimate:
     """The first value, and the 95 % percentile interval of the others; NaN where a value is not defined."""
     low, high = np.nanquantile(values[1:], (0.025, 0.975)) if np.isfinite(values[1:]).any() else (np.nan, np.nan)
     return Estimate(float(values[0]), float(low), float(high))
+
+
+def distinct(table: Array) -> tuple[Array, list[tuple[int, float]]]:
+    """The rows of a table that are not multiples of one another.
+
+        table[c] = factor_c · basis[index_c], up to `PROPORTIONAL`
+
+    Args:
+        table: f64[C, R].
+
+    Returns:
+        (basis f64[k, R], (index, factor) of each row). A row of zeros has factor 0, and is not in the basis.
+    """
+    basis, multiples = np.empty((0, table.shape[1])), list[tuple[int, float]]()
+    for row in table:
+        factors = basis @ row / np.sum(basis**2, axis=1)
+        gaps = np.max(np.abs(row - factors[:, None] * basis), axis=1, initial=0)
+        known = np.flatnonzero(gaps <= PROPORTIONAL * np.max(np.abs(row), initial=0))
+        if not row.any():
+            multiples.append((0, 0.0))
+        elif len(known):
+            multiples.append((int(known[0]), float(factors[known[0]])))
+        else:
+            multiples.append((len(basis), 1.0))
+            basis = np.vstack([basis, row])
+    return basis, multiples
 
 
 def share_within(entropies: Array, states: Array) -> tuple[float, int]:

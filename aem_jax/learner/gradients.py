@@ -25,6 +25,9 @@ Array = jax.Array
 Gradient = Callable[[Params, Params, Batch, Array], Params]
 """(trainable, frozen, batch of one minibatch, weights f32[M, b, T]) -> gradient of the trainable parts, float32."""
 
+TOGETHER_BYTES = 2**30
+"""Size of the gradients that are computed together."""
+
 
 def weighted_logprobs(logprobs: Array, entropies: Array, tokens: Tokens) -> tuple[Array, Stats]:
     """Objective Σ_t a_t log p_t, with a_t in `tokens.advantages`."""
@@ -69,8 +72,10 @@ def second_moments(opt_state: Any, config: LearnerConfig) -> Params | None:
     return jax.tree.map(lambda v: v.astype(jnp.float32) / (1 - config.beta2**count), adam.nu)
 
 
-def make_vector(gradient: Gradient, mesh: Mesh, size: int = 0, key: Array | None = None) -> Callable[..., Array]:
-    """vector(trainable, frozen, batch, weights, p) -> f32[n], jitted: the gradient times √p, as one vector.
+def make_vectors(gradient: Gradient, mesh: Mesh, size: int = 0, key: Array | None = None) -> Callable[..., Array]:
+    """vectors(trainable, frozen, batch, weights f32[K, M, b, T], p) -> f32[K, n], jitted: gradients times √p.
+
+    The gradients share the forward pass, as many as `TOGETHER_BYTES` allow.
 
     Args:
         gradient: from `make_gradient`.
@@ -82,11 +87,16 @@ def make_vector(gradient: Gradient, mesh: Mesh, size: int = 0, key: Array | None
         raise ValueError("expected a PRNG key with a projection, got none")
 
     @partial(jax.jit, out_shardings=replicated(mesh))
-    def vector(trainable: Params, frozen: Params, batch: Batch, weights: Array, scale: Params) -> Array:
-        scaled = jax.tree.map(lambda g, p: g * jnp.sqrt(p), gradient(trainable, frozen, batch, weights), scale)
-        return flattened(scaled) if key is None else projected(scaled, size, key)
+    def vectors(trainable: Params, frozen: Params, batch: Batch, weights: Array, scale: Params) -> Array:
+        def vector(weights: Array) -> Array:
+            scaled = jax.tree.map(lambda g, p: g * jnp.sqrt(p), gradient(trainable, frozen, batch, weights), scale)
+            return flattened(scaled) if key is None else projected(scaled, size, key)
 
-    return vector
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+        together = max(1, min(TOGETHER_BYTES // (4 * numbers), len(weights)))
+        return jax.lax.map(vector, weights, batch_size=together)
+
+    return vectors
 
 
 def flattened(tree: Params) -> Array:

@@ -8,7 +8,7 @@ import pytest
 
 from aem_jax.advantage import aem_coefficients
 from aem_jax.analysis import efficiency
-from aem_jax.analysis.efficiency import Products, decisive_at_low_entropy, efficiencies, share_within
+from aem_jax.analysis.efficiency import Products, decisive_at_low_entropy, distinct, efficiencies, share_within
 
 
 class Tabular:
@@ -182,6 +182,21 @@ def test_groups_of_one_part_are_not_paired():
     assert efficiencies(noisy, parts, 3)["base"].gain.value == pytest.approx(clean)
     with pytest.raises(ValueError, match="expected groups of at least 2 parts, got 1"):
         efficiencies(products, np.zeros(6, int), 3)
+
+
+def test_multiples_of_a_row_are_not_in_the_basis():
+    first, second = np.array([1.0, -2.0, 0.0, 4.0]), np.array([1.0, -2.0, 0.001, 4.0])
+    table = np.stack([0 * first, first, second, -0.5 * first, first.astype(np.float32) / np.float32(3), 7 * second])
+    basis, multiples = distinct(table)
+    np.testing.assert_array_equal(basis, [first, second])
+    assert [index for index, _ in multiples] == [0, 0, 1, 0, 0, 1]
+    assert [factor for _, factor in multiples] == pytest.approx([0, 1, 1, -0.5, 1 / 3, 7])
+    np.testing.assert_allclose([factor * basis[index] for index, factor in multiples], table, rtol=1e-6, atol=1e-12)
+
+
+def test_rows_of_zeros_have_an_empty_basis():
+    basis, multiples = distinct(np.zeros((2, 3)))
+    assert basis.shape == (0, 3) and multiples == [(0, 0.0)] * 2
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

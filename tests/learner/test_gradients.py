@@ -14,7 +14,7 @@ from aem_jax.learner import LearnerConfig, init_state, make_token_logprobs, make
 from aem_jax.learner.gradients import (
     flattened,
     make_gradient,
-    make_vector,
+    make_vectors,
     projected,
     second_moments,
     weighted_entropies,
@@ -90,18 +90,22 @@ def test_second_moments_are_adams_with_bias_correction():
     jax.tree.map(lambda v, g: np.testing.assert_allclose(v, g, rtol=1e-3, atol=1e-12), moments, first)
 
 
-def test_inner_products_of_vectors_are_weighted_by_the_preconditioner():
+@pytest.mark.parametrize("together", [1, 2], ids=["one by one", "together"])
+def test_inner_products_of_vectors_are_weighted_by_the_preconditioner(monkeypatch, together):
     start = state()
+    size = sum(leaf.size for leaf in jax.tree.leaves(start.trainable))
+    monkeypatch.setattr("aem_jax.learner.gradients.TOGETHER_BYTES", 4 * size * together)
     gradient = make_gradient(TOY, CONFIG, ONE_DEVICE, weighted_logprobs)
-    vector = make_vector(gradient, ONE_DEVICE)
+    vectors = make_vectors(gradient, ONE_DEVICE)
     scale = jax.tree.map(lambda x: 0.5 + jnp.abs(x), start.trainable)
     other = token_advantages(NUMBERS[::-1].copy(), jnp.asarray(BATCH.response_ids))
     x, y = (jax.jit(gradient)(start.trainable, {}, BATCH, weights) for weights in (WEIGHTS, other))
     expected = sum(jax.tree.leaves(jax.tree.map(lambda a, b, p: jnp.sum(a * b * p), x, y, scale)))
-    left, right = (vector(start.trainable, {}, BATCH, weights, scale) for weights in (WEIGHTS, other))
+    left, zero, right = vectors(start.trainable, {}, BATCH, jnp.stack([WEIGHTS, 0 * WEIGHTS, other]), scale)
     assert float(left @ right) == pytest.approx(float(expected), rel=1e-4)
+    assert left.shape == (size,) and not np.any(zero)
     with pytest.raises(ValueError, match="expected a PRNG key with a projection"):
-        make_vector(gradient, ONE_DEVICE, 16)
+        make_vectors(gradient, ONE_DEVICE, 16)
 
 
 def test_projections_preserve_inner_products_with_the_stated_error():
