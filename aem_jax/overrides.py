@@ -36,7 +36,8 @@ def nearest(name: str, names: Iterable[str], spell: Callable[[str], str] = repr)
         matches = sorted(short, key=lambda known: known.rpartition(".")[0] != group)
     if not matches:
         last = {known.rpartition(".")[2]: known for known in reversed(names)}
-        matches = [last[part] for part in difflib.get_close_matches(part, list(last), n=1)]
+        # --trian is not --aem.variant.
+        matches = [last[part] for part in difflib.get_close_matches(part, list(last), n=1, cutoff=0.75)]
     return f"; did you mean {spell(matches[0])}?" if matches else ""
 
 

@@ -153,7 +153,7 @@ def test_nearest_prefers_the_whole_name_then_its_last_part():
     names = ["aem.strength", "learner.learning_rate"]
     assert "aem.strength" in nearest("aem.strenth", names)
     assert "learner.learning_rate" in nearest("learning_rat", names)
-    assert nearest("qqqq", names) == ""
+    assert nearest("qqqq", names) == nearest("trian", ["aem.variant"]) == ""
 
 
 def test_initials_stand_for_a_name():

@@ -21,12 +21,13 @@ from aem_jax.sharding import slot_shards
 from aem_jax.trajectory import Ending, Trajectory
 
 BASE = "base"
+"""Name of the rule that the others are compared with."""
+
 Credits = Mapping[str, Callable[..., Any]]
 """Rule → credit function (`make_credit`)."""
 
 Values = Callable[[Params, Batch], jax.Array] | None
 """(parameters, batch) → values of its responses (`values_function`)."""
-
 
 RULES = (
     *(BASE, "aem", "aem-0.5", "aem-2", "reversed", "shuffled", "sign", "aem-trajectory", "aem-batch"),
