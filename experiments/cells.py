@@ -107,6 +107,25 @@ def ratio_table(grid: Grid, measurements: Sequence[Measurement], rule: str) -> s
     return table(header, rows) if rows else "Not measured yet."
 
 
+def ahead_table(grid: Grid, measurements: Sequence[Measurement]) -> str:
+    """A row for each cell: share of resamples in which a rule's gain exceeds the base rule's; means over seeds.
+
+    It needs no resolved gain of the base rule. At step 0, and at all later steps together.
+    """
+    columns = [(variant, first) for first in (True, False) for variant in compared(grid)]
+
+    def means(cells: Sequence[Cell]) -> list[str]:
+        lines = [line for cell in cells for line in _measured(grid, measurements, cell)]
+        of = lambda rule, first: [line["rules"][rule]["above"] for line in lines if (line["step"] == 0) == first]
+        return [_mean(of(variant.rule, first), _percent) for variant, first in columns]
+
+    measured = [cell for cell in grid.cells if _measured(grid, measurements, cell)]
+    rows = [[*cell.levels, *means([cell])] for cell in measured]
+    rows.append(["all", *[""] * (len(grid.factors) - 1), *means(measured)])
+    header = [f"{variant.title}, {'step 0' if first else 'later'}" for variant, first in columns]
+    return table([*_factors(grid), *header], rows) if measured else "Not measured yet."
+
+
 def ratio(lines: Sequence[Measurement], rule: str) -> Interval:
     """ρ of gains that are added over seeds, Σ e / Σ e of the base rule, with a bootstrap over seeds.
 
@@ -249,12 +268,14 @@ def relation_table(points: Sequence[Point], pooled: Sequence[Point]) -> str:
 def answer(
     grid: Grid,
     results: Sequence[Result],
+    measurements: Sequence[Measurement],
     points: Sequence[Point],
     pooled: Sequence[Point],
     variant: str,
     control: str,
 ) -> list[str]:
-    """Sentences from the numbers: where a variant gains, what its control leaves, and whether ρ predicts the gain."""
+    """Sentences from the numbers: where a variant gains, what its control leaves, whether a step of it gains more, and
+    whether ρ predicts the gain."""
     sentences = []
     for other, what in ((grid.variants[0].name, "gain over"), (control, "difference to the")):
         for name in GAINS:
@@ -270,6 +291,14 @@ def answer(
                     f"{MEASURES[name].title.capitalize()}: the {what} {grid.title(other)} has an interval above 0 in "
                     f"{len(above)} of {len(found)} cells{_listed(above)} and below 0 in {len(below)}{_listed(below)}."
                 )
+    rule, base = next(v.rule for v in grid.variants if v.name == variant), grid.title(grid.variants[0].name)
+    for first, when in ((True, "Before training"), (False, "Later")):
+        shares = [line["rules"][rule]["above"] for line in measurements if (line["step"] == 0) == first]
+        ahead = sum(share > 0.5 for share in shares)
+        sentences.append(
+            f"{when}, a step of {grid.title(variant)} gains more than one of {base} in {ahead} of {len(shares)} "
+            "measurements (in most resamples of each)."
+        )
     for some, who in (
         (_of_aem(points), f"the gain of {grid.title(variant)} over cells and seeds"),
         (_of_aem(pooled), f"the gain of {grid.title(variant)} over cells"),
@@ -326,6 +355,7 @@ HELPERS = (
     gain_table,
     left_table,
     ratio_table,
+    ahead_table,
     responses_table,
     relation,
     of_cells,

@@ -36,7 +36,11 @@ def result(run: Run, wins: int, success: float) -> dict:
 
 def measurement(run: Run, step: int, ratios: dict[str, float], gain: float = 1.0) -> dict:
     rules = {
-        name: {"gain": [ratio * gain, gain / 2, 2 * gain], "ratio": [ratio, ratio - 0.5, ratio + 0.5], "above": 0.5}
+        name: {
+            "gain": [ratio * gain, gain / 2, 2 * gain],
+            "ratio": [ratio, ratio - 0.5, ratio + 0.5],
+            "above": ratio / 2,
+        }
         for name, ratio in {"base": 1.0, **ratios}.items()
     }
     responses = {
@@ -261,6 +265,10 @@ def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
         in page
     )
     assert "| long | wrong | penalised | 1.70 (1.70 to 1.70) | 1.70 (1.70 to 1.70) |" in page
+    assert "| long | wrong | penalised | 85.0 % | 15.0 % | 50.0 % | 85.0 % | 15.0 % | 50.0 % |" in page
+    assert "| all |  |  | 67.5 % | 32.5 % | 50.0 % | 67.5 % |" in page
+    assert "Before training, a step of AEM gains more than one of GRPO in 35 of 40 measurements" in page
+    assert "Later, a step of AEM gains more than one of GRPO in 105 of 120 measurements" in page
     assert "| short | unsure | free | 20.0 % | 8.0 | 0.250 | 50.0 % | 1.250 | 0.750 | – |" in page
     assert "the gain over GRPO has an interval above 0 in 7 of 8 cells (short-unsure-penalised, " in page
     assert "ρ at step 0 predicts the gain of AEM over cells (success while training, all steps): Spearman's" in page
