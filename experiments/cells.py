@@ -107,6 +107,28 @@ def ratio_table(grid: Grid, measurements: Sequence[Measurement], rule: str) -> s
     return table(header, rows) if rows else "Not measured yet."
 
 
+def excess_table(grid: Grid, measurements: Sequence[Measurement], control: str) -> str:
+    """A row for each cell: the base rule's gain at step 0, the excess of each rule, and of the first over its control.
+
+    In return per unit of step size; means over seeds.
+    """
+    rules = [variant.rule for variant in compared(grid)]
+    rows = []
+    for cell in grid.cells:
+        lines = [line for line in _measured(grid, measurements, cell) if line["step"] == 0]
+        gain = lambda rule, line: line["rules"][rule]["gain"][0]
+        pairs = [(BASE, None), *((rule, BASE) for rule in rules), (rules[0], control)]
+        values = [[gain(a, line) - (gain(b, line) if b else 0.0) for line in lines] for a, b in pairs]
+        if lines:
+            of_base, *excess = (interval(column) for column in values)
+            texts = [shown(of_base, percent=False), *(shown(x, percent=False, signed=True) for x in excess)]
+            rows.append([*cell.levels, str(len(lines)), *texts])
+    names = [variant.title for variant in compared(grid)]
+    own = next(v.title for v in compared(grid) if v.rule == control)
+    header = [*_factors(grid), "seeds", grid.title(grid.variants[0].name), *names, f"{names[0]} beside the {own}"]
+    return table(header, rows) if rows else "Not measured yet."
+
+
 def ahead_table(grid: Grid, measurements: Sequence[Measurement]) -> str:
     """A row for each cell: share of resamples in which a rule's gain exceeds the base rule's; means over seeds.
 
@@ -356,6 +378,7 @@ HELPERS = (
     left_table,
     ratio_table,
     ahead_table,
+    excess_table,
     responses_table,
     relation,
     of_cells,

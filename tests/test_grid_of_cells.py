@@ -265,6 +265,7 @@ def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
         in page
     )
     assert "| long | wrong | penalised | 1.70 (1.70 to 1.70) | 1.70 (1.70 to 1.70) |" in page
+    assert "| 5 | 1.000 (1.000 to 1.000) | +0.700 (+0.700 to +0.700) | −0.700 (−0.700 to −0.700) | 0.000 " in page
     assert "| long | wrong | penalised | 85.0 % | 15.0 % | 50.0 % | 85.0 % | 15.0 % | 50.0 % |" in page
     assert "| all |  |  | 67.5 % | 32.5 % | 50.0 % | 67.5 % |" in page
     assert "Before training, a step of AEM gains more than one of GRPO in 35 of 40 measurements" in page
