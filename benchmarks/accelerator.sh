@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first minutes on an accelerator: correctness, a run, speed, and where the time goes. Takes under seven minutes on one GPU.
+# The first minutes on an accelerator: correctness, a run, speed, and where the time goes. Stops after LIMIT seconds.
 # Results are written immediately, so an interrupted run keeps its earlier results.
 #
 #   bash benchmarks/accelerator.sh                 writes into ./accelerator-out, or into $OUT
@@ -7,7 +7,7 @@
 #   MODEL=models/smollm2-household bash …          the run is of alfworld-smollm2 with this model, not of alfworld-tiny
 #
 # PYTHON names the interpreter (.venv/bin/python if there is one, else python3). Packages that it lacks may be in a
-# folder on PYTHONPATH. LIMIT is the time limit of all parts together, in seconds.
+# folder on PYTHONPATH. LIMIT is the time limit of all parts together, in seconds (default 400).
 #
 #   doctor.json doctor.txt    findings of `doctor`, and its table; the checks of speed are left to the benchmarks
 #   run.txt metrics.jsonl     the run: its output, and the numbers of each step

@@ -65,7 +65,7 @@ def missing_runs(grid: Grid, results: Sequence[Result], measurements: Sequence[M
         return ""
     return (
         f"**Incomplete**: {no_run} of {len(runs)} runs and {no_line} of {len(measured) * len(grid.measured.steps)} "
-        "measurements are missing. Everything below is of those that are there."
+        "measurements are missing. The numbers below come from the finished ones."
     )
 
 
@@ -112,21 +112,24 @@ def excess_table(grid: Grid, measurements: Sequence[Measurement], control: str) 
 
     In return per unit of step size; means over seeds.
     """
-    rules = [variant.rule for variant in compared(grid)]
-    rows = []
+    own, rows = compared(grid), []
+    first = own[0].rule
+    pairs = [*((variant.rule, BASE) for variant in own), (first, control)]
     for cell in grid.cells:
         lines = [line for line in _measured(grid, measurements, cell) if line["step"] == 0]
-        gain = lambda rule, line: line["rules"][rule]["gain"][0]
-        pairs = [(BASE, None), *((rule, BASE) for rule in rules), (rules[0], control)]
-        values = [[gain(a, line) - (gain(b, line) if b else 0.0) for line in lines] for a, b in pairs]
         if lines:
-            of_base, *excess = (interval(column) for column in values)
+            of_base = interval([_gain(line, BASE) for line in lines])
+            excess = [interval([_gain(line, rule) - _gain(line, other) for line in lines]) for rule, other in pairs]
             texts = [shown(of_base, percent=False), *(shown(x, percent=False, signed=True) for x in excess)]
             rows.append([*cell.levels, str(len(lines)), *texts])
-    names = [variant.title for variant in compared(grid)]
-    own = next(v.title for v in compared(grid) if v.rule == control)
-    header = [*_factors(grid), "seeds", grid.title(grid.variants[0].name), *names, f"{names[0]} beside the {own}"]
-    return table(header, rows) if rows else "Not measured yet."
+    titles = {variant.rule: variant.title for variant in own}
+    header = [grid.title(grid.variants[0].name), *titles.values(), f"{titles[first]} over the {titles[control]}"]
+    return table([*_factors(grid), "seeds", *header], rows) if rows else "Not measured yet."
+
+
+def _gain(line: Measurement, rule: str) -> float:
+    value = line["rules"][rule]["gain"][0]
+    return math.nan if value is None else value
 
 
 def ahead_table(grid: Grid, measurements: Sequence[Measurement]) -> str:
@@ -138,14 +141,19 @@ def ahead_table(grid: Grid, measurements: Sequence[Measurement]) -> str:
 
     def means(cells: Sequence[Cell]) -> list[str]:
         lines = [line for cell in cells for line in _measured(grid, measurements, cell)]
-        of = lambda rule, first: [line["rules"][rule]["above"] for line in lines if (line["step"] == 0) == first]
-        return [_mean(of(variant.rule, first), _percent) for variant, first in columns]
+        return [_mean(_shares(lines, variant.rule, first), _percent) for variant, first in columns]
 
     measured = [cell for cell in grid.cells if _measured(grid, measurements, cell)]
     rows = [[*cell.levels, *means([cell])] for cell in measured]
     rows.append(["all", *[""] * (len(grid.factors) - 1), *means(measured)])
     header = [f"{variant.title}, {'step 0' if first else 'later'}" for variant, first in columns]
     return table([*_factors(grid), *header], rows) if measured else "Not measured yet."
+
+
+def _shares(lines: Sequence[Measurement], rule: str, first: bool) -> list[float]:
+    """Shares of resamples in which a rule is above the base rule, at step 0 or later."""
+    shares = [line["rules"][rule]["above"] for line in lines if (line["step"] == 0) == first]
+    return [share for share in shares if share is not None]
 
 
 def ratio(lines: Sequence[Measurement], rule: str) -> Interval:
@@ -187,8 +195,9 @@ def responses_table(grid: Grid, results: Sequence[Result], measurements: Sequenc
     )
     rows = []
     for cell in grid.cells:
-        lines = [line["responses"] for line in _measured(grid, measurements, cell) if line["step"] == 0]
-        starts = of_variant(results, START, cell.start).values()
+        measured = [line for line in _measured(grid, measurements, cell) if line["step"] == 0]
+        lines, seeds = [line["responses"] for line in measured], {line["seed"] for line in measured}
+        starts = [start for seed, start in of_variant(results, START, cell.start).items() if seed in seeds]
         if lines:
             values = ([value for line in lines if (value := of(line)) is not None] for _, of, _ in columns)
             texts = (_mean(value, show) for value, (*_, show) in zip(values, columns, strict=True))
@@ -314,12 +323,11 @@ def answer(
                     f"{len(above)} of {len(found)} cells{_listed(above)} and below 0 in {len(below)}{_listed(below)}."
                 )
     rule, base = next(v.rule for v in grid.variants if v.name == variant), grid.title(grid.variants[0].name)
-    for first, when in ((True, "Before training"), (False, "Later")):
-        shares = [line["rules"][rule]["above"] for line in measurements if (line["step"] == 0) == first]
-        ahead = sum(share > 0.5 for share in shares)
+    for first, when in ((True, "Before training"), (False, "At the three later checkpoints")):
+        shares = _shares([line for cell in grid.cells for line in _measured(grid, measurements, cell)], rule, first)
         sentences.append(
-            f"{when}, a step of {grid.title(variant)} gains more than one of {base} in {ahead} of {len(shares)} "
-            "measurements (in most resamples of each)."
+            f"{when}, a step of {grid.title(variant)} gains more than one of {base} in most resamples of "
+            f"{sum(share > 0.5 for share in shares)} of {len(shares)} measurements."
         )
     for some, who in (
         (_of_aem(points), f"the gain of {grid.title(variant)} over cells and seeds"),

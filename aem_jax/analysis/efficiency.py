@@ -4,8 +4,8 @@
 
 g_b is the gradient of a training step with rule b, ∇J the gradient of the expected return, v̂ Adam's second moments.
 Steps of equal root-mean-square size are compared, so e_b does not depend on the scale of a rule's advantages.
-Everything is computed from inner products of the gradients of single rollout groups. Two groups are independent, so the
-mean of ⟨g_j, u_k⟩ over j ≠ k is unbiased, where the norm of a mean gradient is not.
+Everything is computed from inner products of the gradients of single rollout groups. Groups of different training steps
+are independent, so the mean of ⟨g_j, u_k⟩ over such pairs is unbiased, where the norm of a mean gradient is not.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ class Efficiency:
         ratio: e_b / e_base, paired; NaN where the interval of e_base contains 0.
         difference: e_b − e_base, paired.
         cosine: of E g_b and E g_base; NaN where an estimate of ‖E g‖² is negative, so not resolved.
-        above: share of resamples in which e_b > e_base.
+        above: share of resamples in which e_b > e_base; 1/2 where they are equal, NaN where none is defined.
     """
 
     gain: Estimate
@@ -60,30 +60,30 @@ class Efficiency:
 
 
 def efficiencies(
-    products: Mapping[str, Products], parts: Array, groups_per_step: int, *, base: str = "base", seed: int = 0
+    products: Mapping[str, Products], steps: Array, groups_per_step: int, *, base: str = "base", seed: int = 0
 ) -> dict[str, Efficiency]:
     """Estimates of e_b for every rule.
 
-        ⟨E x, E y⟩   ≈ mean of ⟨x_j, y_k⟩ over groups j, k of different parts
+        ⟨E x, E y⟩   ≈ mean of ⟨x_j, y_k⟩ over groups j, k of different steps
         E‖g_b‖²      ≈ mean_j ‖g_j‖² / m + (1 − 1/m) ⟨E g, E g⟩        m groups in a training step
 
-    A resample draws M groups with replacement and keeps the pairs of groups of different parts.
+    A resample draws M groups with replacement and keeps the pairs of groups of different steps.
 
     Args:
         products: rule → inner products; all rules have the same groups.
-        parts: i[M], the part of each group. Advantages may depend on the other groups of a part.
+        steps: i[M], the training step of each group. Advantages may depend on the other groups of a step.
         groups_per_step: m.
         base: name of the rule to compare with.
         seed: of the resamples.
 
     Raises:
-        ValueError: fewer than two parts.
+        ValueError: fewer than two steps.
     """
-    if len(np.unique(parts)) < 2:
-        raise ValueError(f"expected groups of at least 2 parts, got {len(np.unique(parts))}; play more groups")
-    draws = np.random.default_rng(seed).multinomial(len(parts), np.full(len(parts), 1 / len(parts)), RESAMPLES)
-    apart = (parts[:, None] != parts[None, :]).astype(np.float64)
-    weights = np.concatenate([np.ones((1, len(parts))), draws])  # the first row is the sample itself
+    if len(np.unique(steps)) < 2:
+        raise ValueError(f"expected groups of at least 2 steps, got {len(np.unique(steps))}; play more groups")
+    draws = np.random.default_rng(seed).multinomial(len(steps), np.full(len(steps), 1 / len(steps)), RESAMPLES)
+    apart = (steps[:, None] != steps[None, :]).astype(np.float64)
+    weights = np.concatenate([np.ones((1, len(steps))), draws])  # the first row is the sample itself
     over_pairs = lambda matrix: np.sum((weights @ matrix) * weights, axis=1)  # Σ_jk w_j M_jk w_k
     pairs = over_pairs(apart)
 
@@ -108,10 +108,17 @@ def efficiencies(
                 ratio=_interval(gain / base_gain) if is_resolved or name == base else undefined,
                 difference=_interval(gain - base_gain),
                 cosine=_interval(with_base / (np.sqrt(squared) * np.sqrt(base_squared))),
-                above=float(np.mean(gain[1:] > base_gain[1:])),
+                above=_share_above(gain[1:], base_gain[1:]),
             )
             for name, (gain, entropy, with_base, squared) in every.items()
         }
+
+
+def _share_above(values: Array, others: Array) -> float:
+    """Share of pairs in which the first is larger; equal ones count half, and NaN where no pair is defined."""
+    known = np.isfinite(values) & np.isfinite(others)
+    above = np.where(values == others, 0.5, values > others)
+    return float(np.mean(above[known])) if known.any() else float("nan")
 
 
 def _interval(values: Array) -> Estimate:
@@ -121,29 +128,29 @@ def _interval(values: Array) -> Estimate:
 
 
 def distinct(table: Array) -> tuple[Array, list[tuple[int, float]]]:
-    """The rows of a table that are not multiples of one another.
+    """Leaves out the rows of a table that are multiples of an earlier row.
 
-        table[c] = factor_c · basis[index_c], up to `PROPORTIONAL`
+        table[c] = factor_c · kept[index_c], up to `PROPORTIONAL`
 
     Args:
         table: f64[C, R].
 
     Returns:
-        (basis f64[k, R], (index, factor) of each row). A row of zeros has factor 0, and is not in the basis.
+        (kept f64[k, R], (index, factor) of each row). A row of zeros has factor 0, and is not kept.
     """
-    basis, multiples = np.empty((0, table.shape[1])), list[tuple[int, float]]()
+    kept, multiples = np.empty((0, table.shape[1])), list[tuple[int, float]]()
     for row in table:
-        factors = basis @ row / np.sum(basis**2, axis=1)
-        gaps = np.max(np.abs(row - factors[:, None] * basis), axis=1, initial=0)
+        factors = kept @ row / np.sum(kept**2, axis=1)
+        gaps = np.max(np.abs(row - factors[:, None] * kept), axis=1, initial=0)
         known = np.flatnonzero(gaps <= PROPORTIONAL * np.max(np.abs(row), initial=0))
         if not row.any():
             multiples.append((0, 0.0))
         elif len(known):
             multiples.append((int(known[0]), float(factors[known[0]])))
         else:
-            multiples.append((len(basis), 1.0))
-            basis = np.vstack([basis, row])
-    return basis, multiples
+            multiples.append((len(kept), 1.0))
+            kept = np.vstack([kept, row])
+    return kept, multiples
 
 
 def share_within(entropies: Array, states: Array) -> tuple[float, int]:

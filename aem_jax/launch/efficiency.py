@@ -37,8 +37,10 @@ from aem_jax.launch.rules import (
 from aem_jax.learner import LearnerConfig, TrainState
 from aem_jax.learner.gradients import (
     Gradient,
+    flattened,
     make_gradient,
     make_vectors,
+    projected,
     second_moments,
     weighted_entropies,
     weighted_logprobs,
@@ -47,20 +49,21 @@ from aem_jax.models import Params
 from aem_jax.rollout import check_some_played
 from aem_jax.trajectory import Ending, Trajectory
 
-MAX_BYTES = 6 * 2**30
-"""Of the gradients that are kept in memory."""
+MAX_BYTES = 7 * 2**30
+"""Largest total size of stored gradients."""
 
-KEPT = 4
-"""Gradients of each group that the inner products of one rule need: its own, the base rule's, ∇J and ∇H̄."""
+STORED = 6
+"""Stored gradients of each group, beside those that are computed together: of ∇J, of ∇H̄, of the base rule, of the rule
+at hand and the one before it, and a copy."""
 
-TOGETHER = 5
-"""Gradients of a group that are computed together: they share the forward pass."""
+UNDER_WAY_BYTES = 2**30
+"""Largest total size of the gradients that are computed at the same time."""
 
-AT_ONCE = 4
-"""Groups whose gradients are computed at the same time, on one device."""
+IN_A_SET, AT_ONCE = 5, 4
+"""Most gradients of one program, and most programs at the same time."""
 
-Vectors = Callable[..., jax.Array]
-"""See `make_vectors`."""
+Column = Callable[[Step], np.ndarray]
+"""Numbers of a step's responses, f64[R], that a gradient weights their log-probabilities with."""
 
 
 def measure(
@@ -80,7 +83,7 @@ def measure(
         run: the run.
         state: its state at the step to analyse.
         groups: number of rollout groups to play, rounded up to whole training steps, at least two.
-        chosen: names of the rules to compare, beside those that the statistics of responses need (base, aem, gigpo).
+        chosen: names of the rules to compare; the base rule is always among them.
         min_range: of AEM's coefficients, nats.
         seed: of the tasks, the episodes and the projection.
         sketch: numbers that a gradient is projected to; 0: exact.
@@ -94,7 +97,7 @@ def measure(
     """
     per_step, key = run.config.rollout.groups_per_step, jax.random.fold_in(run.key("evaluate"), seed + 1)
     count = max(-(-groups // per_step), 2)
-    together = _check_memory(state, count * per_step, sketch)
+    in_a_set = _set_size(state, count * per_step, sketch)
     known, compared = rules(run.config.algorithm, min_range), {BASE, *chosen}
     needed = {name: rule for name, rule in known.items() if name in compared | {"aem", "gigpo"}}
     decode, credits = run.reshard(state.params), credits_of(run, needed)
@@ -111,8 +114,8 @@ def measure(
         states.append(_states(run, trajectories, len(steps[-1].tokens)))
         played += [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
     names = [name for name in known if name in compared]
-    projection = jax.random.fold_in(key, count) if sketch else None
-    products, geometry = _products(run, state, steps, parts, names, together, sketch, projection, plain)
+    to_vector = partial(projected, size=sketch, key=jax.random.fold_in(key, count)) if sketch else flattened
+    products, geometry = _products(run, state, steps, parts, names, to_vector, in_a_set, plain)
     estimates = efficiencies(products, np.array([part.step for part in parts]), per_step, seed=seed)
     return {
         "geometry": geometry,
@@ -131,35 +134,38 @@ def make_live(run: RunContext) -> Callable[[TrainState, Sequence[Trajectory], ja
 
         ρ = (⟨g_A, u_B⟩ + ⟨g_B, u_A⟩ of AEM) / (… of the base), each over ‖g_A + g_B‖        A, B: halves of the groups
 
-    It computes three gradients of each half. One step's ρ is noisy: average the two gains over steps before
-    you divide them. The metrics are empty where the step has fewer than two groups, and NaN where no group of a half
-    has different returns.
+    It computes three gradients of each half. One step's ρ is noisy: average the two gains over steps before you divide
+    them. There are no metrics where the step has fewer than two groups. ρ is NaN where the gain of the base algorithm
+    is 0 or not defined: where no group of a half has different returns.
     """
     every = rules(run.config.algorithm, run.config.aem.min_range)
     chosen = {name: every[name] for name in (BASE, "aem")}
     credits, values, learner = credits_of(run, chosen), values_function(run), _learner(run)
-    vectors = make_vectors(
-        make_gradient(replace(run.policy, value=False), learner, run.mesh, weighted_logprobs), run.mesh
-    )
+    gradient = make_gradient(replace(run.policy, value=False), learner, run.mesh, weighted_logprobs)
+    vectors = make_vectors(gradient, run.mesh)
+
+    @jax.jit
+    def gains_of(a: jax.Array, b: jax.Array) -> jax.Array:
+        """f32[rules] of the halves' vectors, f32[1 + rules, n] each, ∇J first."""
+        product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        return (product(a[1:], b[0]) + product(b[1:], a[0])) / jnp.linalg.norm(a[1:] + b[1:], axis=1)
 
     def live(state: TrainState, trajectories: Sequence[Trajectory], key: jax.Array) -> dict[str, float]:
-        numbers = list(dict.fromkeys(t.group for t in trajectories))
-        if len(numbers) < 2:
+        groups = list(dict.fromkeys(t.group for t in trajectories))
+        if len(groups) < 2:
             return {}
         step = step_of(run, state.params, trajectories, credits, values, key)
         trainable = _trainable(state)
         moments = second_moments(state.opt_state, learner)
         ones = jax.tree.map(jnp.ones_like, trainable)
         scale = ones if moments is None else _inverse_roots({name: moments[name] for name in trainable}, learner)
-        columns = step.unbiased, *(step.weights * step.advantages[name] for name in chosen)
+        columns = np.stack([step.unbiased, *(step.weights * step.advantages[name] for name in chosen)])
         halves = []
         for half in range(2):
-            part = part_of(run, trajectories, set(numbers[half::2]), 0)
-            weights = to_tokens(part, np.stack([numbers[part.responses] for numbers in columns]))
+            part = part_of(run, trajectories, set(groups[half::2]), 0)
+            weights = to_tokens(part, columns[:, part.responses])
             halves.append(jax.block_until_ready(vectors(trainable, state.frozen, part.batch, weights, scale)))
-        (u, *g), (v, *h) = halves
-        gain = lambda g, h: (jnp.vdot(g, v) + jnp.vdot(h, u)) / jnp.linalg.norm(g + h)
-        gains = {name: float(gain(*pair)) for name, *pair in zip(chosen, g, h, strict=True)}
+        gains = dict(zip(chosen, jax.device_get(gains_of(*halves)).tolist(), strict=True))
         ratio = gains["aem"] / gains[BASE] if gains[BASE] else float("nan")
         return {"aem/efficiency": ratio, "aem/gain": gains["aem"], "aem/gain_base": gains[BASE]}
 
@@ -171,20 +177,36 @@ def _tasks(run: RunContext, count: int, seed: Sequence[int]) -> list[Task]:
     return [run.suite.training[int(index)] for index in picked]
 
 
-def _check_memory(state: TrainState, groups: int, sketch: int) -> int:
-    """Number of gradients of each group that are computed together, as far as they fit into memory."""
-    numbers = sketch or sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
-    size = 4 * groups * numbers
-    if (KEPT + 1) * size > MAX_BYTES:
+def _set_size(state: TrainState, groups: int, sketch: int) -> int:
+    """Number of gradients of a group that one program computes, as far as those of all groups fit into memory.
+
+    Raises:
+        ConfigError: the gradients do not fit into memory.
+    """
+    numbers = _size(state)
+    size = 4 * groups * (sketch or numbers)
+    if (STORED + 1) * size > MAX_BYTES:
         raise ConfigError(
             f"--sketch: expected a projection, got exact gradients of {numbers:,} parameters in {groups} groups, which "
-            f"take {(KEPT + 1) * size / 2**30:.0f} GiB; set --sketch 65536"
+            f"take {(STORED + 1) * size / 2**30:.0f} GiB; set --sketch 65536"
         )
-    return min(MAX_BYTES // size - KEPT, TOGETHER)
+    return min(MAX_BYTES // size - STORED, IN_A_SET)
+
+
+def _together(run: RunContext, state: TrainState, in_a_set: int) -> int:
+    """Number of a set's gradients that are computed at the same time; see `make_vectors`."""
+    if run.mesh.devices.flat[0].platform != "cpu" or run.policy.config.mixture is not None:
+        return 1
+    return max(1, min(UNDER_WAY_BYTES // (4 * _size(state)), in_a_set))
+
+
+def _size(state: TrainState) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(_trainable(state)))
 
 
 def _learner(run: RunContext) -> LearnerConfig:
-    return replace(components.learner(run.config), num_minibatches=1)
+    """Gradients of the objective alone: the balancing loss of experts does not depend on credit."""
+    return replace(components.learner(run.config), num_minibatches=1, balance_coefficient=0.0)
 
 
 def _trainable(state: TrainState) -> Params:
@@ -198,9 +220,8 @@ def _products(
     steps: Sequence[Step],
     parts: Sequence[Part],
     names: Sequence[str],
-    together: int,
-    sketch: int,
-    projection: jax.Array | None,
+    to_vector: Callable[[Params], jax.Array],
+    in_a_set: int,
     plain: bool,
 ) -> tuple[dict[str, Products], str]:
     """Inner products of all rules' gradients, and the name of their geometry."""
@@ -213,40 +234,42 @@ def _products(
     rule = lambda name: lambda step: rollout.groups_per_step * step.weights * step.advantages[name]
     others = [name for name in names if name != BASE]
     columns = [lambda step: step.unbiased / rollout.group_size, *map(rule, (BASE, *others))]
-    sets = [columns[first : first + together] for first in range(0, len(columns), together)]
+    sets = [columns[first : first + in_a_set] for first in range(0, len(columns), in_a_set)]
     done, total = 0, (len(sets) + 1) * len(parts)
-    size_of_vector = sketch or sum(leaf.size for leaf in jax.tree.leaves(trainable))
     # A program of a small policy keeps one core busy, so several run at once. With several devices one does: with many
     # programs under way, the collectives of virtual devices wait for one another.
-    at_once = AT_ONCE if run.mesh.size == 1 else 1
+    together = _together(run, state, in_a_set)
+    under_way = UNDER_WAY_BYTES // (4 * _size(state) * together)
+    at_once = max(1, min(under_way, AT_ONCE)) if run.mesh.size == 1 else 1
+    zeros = jnp.zeros((1, *jax.eval_shape(to_vector, trainable).shape), jnp.float32)
 
-    def gradients(vectors: Vectors, columns: Sequence[Callable[[Step], np.ndarray]]) -> Iterator[jax.Array]:
-        """f32[M, n] of each column: gradients of all groups, from numbers of a step's responses."""
+    def gradients(vectors: Callable[..., jax.Array], columns: Sequence[Column]) -> Iterator[jax.Array]:
+        """f32[groups, n] of each column: gradients of all groups, from numbers of a step's responses."""
         nonlocal done
         tables = [np.stack([of(steps[part.step])[part.responses] for of in columns]) for part in parts]
-        found = [distinct(table) for table in tables]
-        most, rows = max(1, *(len(basis) for basis, _ in found)), list[jax.Array]()
-        for part, (basis, _) in zip(parts, found, strict=True):
+        merged = [distinct(table) for table in tables]
+        most, rows = max(1, *(len(rows) for rows, _ in merged)), list[jax.Array]()
+        for part, (kept, _) in zip(parts, merged, strict=True):
             run.stop.check()
-            if len(basis):
-                count = most if len(basis) > 1 else 1  # two programs: where α is 1, most rules have one gradient
-                weights = to_tokens(part, np.pad(basis, ((0, count - len(basis)), (0, 0))))
+            if len(kept):
+                count = most if len(kept) > 1 else 1  # two programs: where α is 1, most rules have one gradient
+                weights = to_tokens(part, np.pad(kept, ((0, count - len(kept)), (0, 0))))
                 rows.append(vectors(trainable, state.frozen, part.batch, weights, scale))
                 jax.block_until_ready(rows[-at_once:][0])
             else:  # a group of equal returns
-                rows.append(jnp.zeros((1, size_of_vector), jnp.float32))
+                rows.append(zeros)
             done += 1
             run.report("gradients", done, total, {})
         for column in range(len(columns)):
-            scaled = [(row, *multiples[column]) for row, (_, multiples) in zip(rows, found, strict=True)]
+            scaled = [(row, *multiples[column]) for row, (_, multiples) in zip(rows, merged, strict=True)]
             yield jnp.stack([factor * row[index] for row, index, factor in scaled])
 
     product = jax.jit(partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
     inner = lambda x, y: np.asarray(product(x, y.T), np.float64)
-    project = (run.mesh, sketch, projection)
-    entropy = next(gradients(make_vectors(make(weighted_entropies), *project), [lambda s: (s.tokens > 0) / tokens]))
-    vectors = make_vectors(of_logprobs, *project)
-    every = chain.from_iterable(gradients(vectors, columns) for columns in sets)
+    of_entropies = make_vectors(make(weighted_entropies), run.mesh, to_vector)
+    entropy = next(gradients(of_entropies, [lambda step: (step.tokens > 0) / tokens]))
+    of_rules = make_vectors(of_logprobs, run.mesh, to_vector, together=together)
+    every = chain.from_iterable(gradients(of_rules, columns) for columns in sets)
     gain, base = next(every), next(every)
     products_of = lambda own: Products(*(inner(own, other) for other in (own, base, gain, entropy)))
     products = {BASE: products_of(base)}

@@ -29,12 +29,6 @@ Credits = Mapping[str, Callable[..., Any]]
 Values = Callable[[Params, Batch], jax.Array] | None
 """(parameters, batch) → values of its responses (`values_function`)."""
 
-RULES = (
-    *(BASE, "aem", "aem-0.5", "aem-2", "reversed", "shuffled", "sign", "aem-trajectory", "aem-batch"),
-    *("empg", "gigpo"),
-)
-"""Names of all rules; those of `rules`."""
-
 
 def rules(algorithm: AlgorithmConfig, min_range: float) -> dict[str, tuple[AlgorithmConfig, AemConfig]]:
     """Rule → base advantages and coefficient: the base algorithm, AEM, its ablations, and its neighbours.
@@ -56,6 +50,10 @@ def rules(algorithm: AlgorithmConfig, min_range: float) -> dict[str, tuple[Algor
         "empg": (replace(algorithm, estimator="empg"), off),
         "gigpo": (replace(algorithm, estimator="gigpo", gamma=0.95), off),
     }
+
+
+RULES: Sequence[str] = tuple(rules(AlgorithmConfig(), 0.0))
+"""Names of all rules."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +143,8 @@ def _layout(run: RunContext, trajectories: int) -> BatchLayout:
 
 
 def _layout_of_part(run: RunContext, trajectories: int) -> BatchLayout:
-    """On a CPU, microbatches of as few rows as possible: a few groups then have little padding, and it computes one row
-    at a time faster than several."""
+    """On a CPU a microbatch has as few rows as the mesh allows: a part then has little padding, and a CPU computes
+    single rows faster."""
     layout = _layout(run, trajectories)
     if run.mesh.devices.flat[0].platform != "cpu":
         return layout
@@ -164,7 +162,7 @@ def part_of(run: RunContext, trajectories: Sequence[Trajectory], groups: set[int
             responses += range(first, first + count)
         first += count
     size = run.config.rollout.group_size
-    # Halves of a step have one shape, whatever their number of groups.
+    # One shape for a step's halves of two groups and more.
     episodes = size if len(groups) == 1 else max(len(own), -(-run.config.rollout.groups_per_step // 2) * size)
     batch = collate(own, _layout_of_part(run, episodes))
     return Part(place(batch, run.mesh), batch.response_ids, np.array(responses, np.int64), step)

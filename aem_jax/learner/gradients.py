@@ -25,9 +25,6 @@ Array = jax.Array
 Gradient = Callable[[Params, Params, Batch, Array], Params]
 """(trainable, frozen, batch of one minibatch, weights f32[M, b, T]) -> gradient of the trainable parts, float32."""
 
-TOGETHER_BYTES = 2**30
-"""Size of the gradients that are computed together."""
-
 
 def weighted_logprobs(logprobs: Array, entropies: Array, tokens: Tokens) -> tuple[Array, Stats]:
     """Objective Σ_t a_t log p_t, with a_t in `tokens.advantages`."""
@@ -72,29 +69,28 @@ def second_moments(opt_state: Any, config: LearnerConfig) -> Params | None:
     return jax.tree.map(lambda v: v.astype(jnp.float32) / (1 - config.beta2**count), adam.nu)
 
 
-def make_vectors(gradient: Gradient, mesh: Mesh, size: int = 0, key: Array | None = None) -> Callable[..., Array]:
+def make_vectors(
+    gradient: Gradient, mesh: Mesh, to_vector: Callable[[Params], Array] | None = None, *, together: int = 1
+) -> Callable[..., Array]:
     """vectors(trainable, frozen, batch, weights f32[K, M, b, T], p) -> f32[K, n], jitted: gradients times √p.
-
-    The gradients share the forward pass, as many as `TOGETHER_BYTES` allow.
 
     Args:
         gradient: from `make_gradient`.
         mesh: the mesh of the parameters.
-        size: 0 keeps all n numbers. Otherwise n = size: a random projection (`projected`), for large policies.
-        key: PRNG key of the projection, the same for all vectors that are compared.
+        to_vector: linear, from a tree to its vector: by default `flattened`; for large policies `projected`.
+        together: gradients that are computed at the same time. They share the forward pass. More than one needs a
+            batching rule of every operation: cuDNN's attention and the products of experts have none.
     """
-    if size and key is None:
-        raise ValueError("expected a PRNG key with a projection, got none")
+    to_vector = to_vector or flattened
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def vectors(trainable: Params, frozen: Params, batch: Batch, weights: Array, scale: Params) -> Array:
         def vector(weights: Array) -> Array:
-            scaled = jax.tree.map(lambda g, p: g * jnp.sqrt(p), gradient(trainable, frozen, batch, weights), scale)
-            return flattened(scaled) if key is None else projected(scaled, size, key)
+            given = gradient(trainable, frozen, batch, weights)
+            return to_vector(jax.tree.map(lambda g, p: g * jnp.sqrt(p), given, scale))
 
-        numbers = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-        together = max(1, min(TOGETHER_BYTES // (4 * numbers), len(weights)))
-        return jax.lax.map(vector, weights, batch_size=together)
+        at_once = min(together, len(weights))
+        return jax.lax.map(vector, weights, batch_size=at_once if at_once > 1 else None)
 
     return vectors
 

@@ -52,7 +52,7 @@ def answer(results: Mapping[str, Any]) -> str:
         return f"{text}: AEM gains more return per step than the base algorithm. Switch it on."
     if ratio["high"] < 1:
         return f"{text}: AEM gains less return per step than the base algorithm. Leave it off."
-    return f"{text}: no difference is resolved (AEM is ahead in {percent(above)} of the resamples)."
+    return f"{text}: no difference is resolved (AEM is ahead in {_share(above)} of the resamples)."
 
 
 def print_efficiency(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
@@ -69,7 +69,7 @@ def print_efficiency(results: Mapping[str, Any], stream: TextIO | None = None) -
     for name, rule in results["rules"].items():
         gain, entropy = estimate(rule["gain"], 4), estimate(rule["entropy"], 4)
         cosine = number(rule["cosine"]["value"], 3)
-        ahead = "–" if name == "base" else percent(rule["above"])
+        ahead = "–" if name == "base" else _share(rule["above"])
         table.add_row(name, "1" if name == "base" else estimate(rule["ratio"]), gain, entropy, cosine, ahead)
     console = Console(file=stream, soft_wrap=True)
     console.print(table)

@@ -174,29 +174,39 @@ def test_the_gain_is_that_of_many_small_updates(name):
 def test_groups_of_one_part_are_not_paired():
     rng = np.random.default_rng(0)
     products = {"base": Products(*(np.eye(6) * 3 + 1 for _ in range(4)))}
-    parts = np.array([0, 0, 0, 1, 1, 1])
-    clean = efficiencies(products, parts, 3)["base"].gain.value
-    inside = parts[:, None] == parts[None, :]
+    steps = np.array([0, 0, 0, 1, 1, 1])
+    clean = efficiencies(products, steps, 3)["base"].gain.value
+    inside = steps[:, None] == steps[None, :]
     noise = np.where(inside & ~np.eye(6, dtype=bool), rng.normal(size=(6, 6)) * 100, 0.0)
     noisy = {"base": products["base"]._replace(gain=products["base"].gain + noise)}
-    assert efficiencies(noisy, parts, 3)["base"].gain.value == pytest.approx(clean)
-    with pytest.raises(ValueError, match="expected groups of at least 2 parts, got 1"):
+    assert efficiencies(noisy, steps, 3)["base"].gain.value == pytest.approx(clean)
+    with pytest.raises(ValueError, match="expected groups of at least 2 steps, got 1"):
         efficiencies(products, np.zeros(6, int), 3)
 
 
-def test_multiples_of_a_row_are_not_in_the_basis():
+def test_the_share_above_the_base_rule():
+    rng = np.random.default_rng(0)
+    one = 9 * np.eye(6) + rng.normal(size=(6, 6)) + 5  # all norms are defined
+    base, none = Products(*(one,) * 4), Products(*(np.zeros((6, 6)),) * 4)
+    products = {"base": base, "same": base, "larger": base._replace(gain=one + 1), "none": none}
+    found = efficiencies(products, np.arange(6), 2)
+    shares = [found[name].above for name in ("base", "same", "larger")]
+    assert shares == [0.5, 0.5, 1.0] and np.isnan(found["none"].above)
+
+
+def test_multiples_of_a_row_are_left_out():
     first, second = np.array([1.0, -2.0, 0.0, 4.0]), np.array([1.0, -2.0, 0.001, 4.0])
     table = np.stack([0 * first, first, second, -0.5 * first, first.astype(np.float32) / np.float32(3), 7 * second])
-    basis, multiples = distinct(table)
-    np.testing.assert_array_equal(basis, [first, second])
+    kept, multiples = distinct(table)
+    np.testing.assert_array_equal(kept, [first, second])
     assert [index for index, _ in multiples] == [0, 0, 1, 0, 0, 1]
     assert [factor for _, factor in multiples] == pytest.approx([0, 1, 1, -0.5, 1 / 3, 7])
-    np.testing.assert_allclose([factor * basis[index] for index, factor in multiples], table, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose([factor * kept[index] for index, factor in multiples], table, rtol=1e-6, atol=1e-12)
 
 
-def test_rows_of_zeros_have_an_empty_basis():
-    basis, multiples = distinct(np.zeros((2, 3)))
-    assert basis.shape == (0, 3) and multiples == [(0, 0.0)] * 2
+def test_rows_of_zeros_are_left_out():
+    kept, multiples = distinct(np.zeros((2, 3)))
+    assert kept.shape == (0, 3) and multiples == [(0, 0.0)] * 2
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

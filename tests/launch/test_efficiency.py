@@ -74,3 +74,9 @@ def test_wrong_options_are_refused(run: Path, capfd):
     assert "expected efficiency without against" in capfd.readouterr().err
     assert cli.main(["analyze", str(run), "--efficiency", "True", "--rules", "aem-3"]) == 2
     assert "expected rules of base, aem, aem-0.5" in capfd.readouterr().err
+
+
+def test_a_policy_that_is_too_large_needs_a_projection(run: Path, capfd, monkeypatch):
+    monkeypatch.setattr("aem_jax.launch.efficiency.MAX_BYTES", 10**6)
+    assert cli.main(["analyze", str(run), "--efficiency", "True", "--groups", "8"]) == 2
+    assert "--sketch: expected a projection, got exact gradients of" in capfd.readouterr().err

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_policies import MOE
 from toys import ONE_DEVICE, Bigram, random_trajectories
 
 from aem_jax.advantage import token_advantages
@@ -20,6 +21,7 @@ from aem_jax.learner.gradients import (
     weighted_entropies,
     weighted_logprobs,
 )
+from aem_jax.models import Policy
 
 TOY = Bigram()
 CONFIG = LearnerConfig(learning_rate=0.01, temperature=0.7, head_chunk=7, max_grad_norm=1e9)
@@ -90,22 +92,32 @@ def test_second_moments_are_adams_with_bias_correction():
     jax.tree.map(lambda v, g: np.testing.assert_allclose(v, g, rtol=1e-3, atol=1e-12), moments, first)
 
 
-@pytest.mark.parametrize("together", [1, 2], ids=["one by one", "together"])
-def test_inner_products_of_vectors_are_weighted_by_the_preconditioner(monkeypatch, together):
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_inner_products_of_vectors_are_weighted_by_the_preconditioner(together):
     start = state()
-    size = sum(leaf.size for leaf in jax.tree.leaves(start.trainable))
-    monkeypatch.setattr("aem_jax.learner.gradients.TOGETHER_BYTES", 4 * size * together)
     gradient = make_gradient(TOY, CONFIG, ONE_DEVICE, weighted_logprobs)
-    vectors = make_vectors(gradient, ONE_DEVICE)
+    vectors = make_vectors(gradient, ONE_DEVICE, together=together)
     scale = jax.tree.map(lambda x: 0.5 + jnp.abs(x), start.trainable)
     other = token_advantages(NUMBERS[::-1].copy(), jnp.asarray(BATCH.response_ids))
     x, y = (jax.jit(gradient)(start.trainable, {}, BATCH, weights) for weights in (WEIGHTS, other))
     expected = sum(jax.tree.leaves(jax.tree.map(lambda a, b, p: jnp.sum(a * b * p), x, y, scale)))
     left, zero, right = vectors(start.trainable, {}, BATCH, jnp.stack([WEIGHTS, 0 * WEIGHTS, other]), scale)
     assert float(left @ right) == pytest.approx(float(expected), rel=1e-4)
-    assert left.shape == (size,) and not np.any(zero)
-    with pytest.raises(ValueError, match="expected a PRNG key with a projection"):
-        make_vectors(gradient, ONE_DEVICE, 16)
+    assert left.shape == flattened(start.trainable).shape and not np.any(zero)
+
+
+def test_gradients_of_experts_are_computed_one_by_one():
+    """The products of experts have no batching rule."""
+    policy = Policy(MOE)
+    trajectories = random_trajectories(0, 2, MOE.vocab_size)
+    batch = place(collate(trajectories, replace(LAYOUT, max_trajectories=2)), ONE_DEVICE)
+    start = init_state(policy, CONFIG, ONE_DEVICE, jax.random.key(0))
+    gradient = make_gradient(policy, CONFIG, ONE_DEVICE, weighted_logprobs)
+    weights = token_advantages(NUMBERS, jnp.asarray(batch.response_ids))
+    ones = jax.tree.map(jnp.ones_like, start.trainable)
+    found = make_vectors(gradient, ONE_DEVICE)(start.trainable, {}, batch, jnp.stack([weights, 2 * weights]), ones)
+    expected = flattened(jax.jit(gradient)(start.trainable, {}, batch, weights))
+    np.testing.assert_allclose(found, [expected, 2 * expected], rtol=1e-3, atol=1e-6)
 
 
 def test_projections_preserve_inner_products_with_the_stated_error():
