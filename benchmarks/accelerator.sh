@@ -32,12 +32,14 @@ export TINY=${TINY:-}
 export TMPDIR=$WORK
 MODEL=${MODEL:-}
 if [ -n "$MODEL" ]; then
-    RUN=(--preset alfworld-smollm2 --model.path "$MODEL" --train.num-steps 4)
+    RUN=(--preset alfworld-smollm2 --model.path "$MODEL" --train.num-steps 4 --warmstart.episodes 200 --warmstart.steps 30
+        --evaluation.size 32 --evaluation.baselines False --rollout.extend-buckets 64 --rollout.windows 512)
 else
     RUN=(--preset alfworld-tiny --train.num-steps 20 --evaluation.every 20 --warmstart.episodes 500 --warmstart.steps 50 --evaluation.size 32)
 fi
 case $TINY in
-    '' | 0) LIMIT=${LIMIT:-400} SHAPE=() ;;
+    '' | 0) LIMIT=${LIMIT:-400} SHAPE=()
+        [ -n "$MODEL" ] || RUN+=(--model.dtype bfloat16) ;; # the attentions of GPUs are for 16 bits
     *) LIMIT=${LIMIT:-1800} SHAPE=(--model tiny)
         RUN+=(--warmstart.episodes 60 --warmstart.steps 4 --rollout.groups-per-step 2 --rollout.num-slots 16 --evaluation.size 8) ;;
 esac
@@ -63,7 +65,13 @@ done
 { date -u; uname -srm; nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader; } >>"$OUT/parts.txt" 2>/dev/null
 
 # Doctor and the run mostly compile, and neither is timed, so they share the device.
-CHECKS=$("$PYTHON" -c 'from aem_jax.doctor.finding import CHECKS; print(*(c for c, at in CHECKS.items() if not at.startswith("speed:")))')
+# The checks of the device's own kernels come first.
+CHECKS=$("$PYTHON" - <<'END'
+from aem_jax.doctor.finding import CHECKS
+first = ["versions", "devices", "memory", *(name for name in CHECKS if name.startswith("attention-")), "parity-bfloat16"]
+print(*dict.fromkeys([*first, *(name for name, check in CHECKS.items() if not check.startswith("speed:"))]))
+END
+)
 XLA_PYTHON_CLIENT_MEM_FRACTION=.45 part run 175 run.txt run.txt "$PYTHON" -m aem_jax.launch "${RUN[@]}" --runs-dir "$WORK/runs" --name run &
 # shellcheck disable=SC2086  # a list of words
 XLA_PYTHON_CLIENT_MEM_FRACTION=.45 part doctor 175 doctor.json doctor.txt "$PYTHON" -m aem_jax.launch doctor $CHECKS --json \
@@ -71,8 +79,8 @@ XLA_PYTHON_CLIENT_MEM_FRACTION=.45 part doctor 175 doctor.json doctor.txt "$PYTH
 wait
 cp "$WORK/runs/run/metrics.jsonl" "$OUT/metrics.jsonl" 2>/dev/null
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}
-part decode 85 bench.jsonl bench.txt "$PYTHON" -m benchmarks.accelerator decode
-part learner 85 bench.jsonl bench.txt "$PYTHON" -m benchmarks.accelerator learner
-part trace 40 bench.jsonl trace.txt "$PYTHON" -m benchmarks.accelerator trace
+part decode $(((LIMIT - SECONDS) * 2 / 5)) bench.jsonl bench.txt "$PYTHON" -m benchmarks.accelerator decode
+part learner $(((LIMIT - SECONDS) * 2 / 3)) bench.jsonl bench.txt "$PYTHON" -m benchmarks.accelerator learner
+part trace $((LIMIT - SECONDS)) bench.jsonl trace.txt "$PYTHON" -m benchmarks.accelerator trace
 echo "all: $SECONDS s; results in $OUT" | tee -a "$OUT/parts.txt"
 grep -q '^doctor: exit status 0 ' "$OUT/parts.txt"

@@ -23,7 +23,7 @@ from aem_jax.plan.costs import costs
 from aem_jax.plan.hlo import read
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.reshard import make_reshard
-from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, shardings
+from aem_jax.sharding import TRAIN, MeshConfig, make_mesh, replicated, shardings
 
 NEVER = -1
 """A stop id that equals no token: every slot samples all of its tokens."""
@@ -55,13 +55,17 @@ def measure_sampler(config: BenchConfig) -> list[Measurement]:
     slots, prompt, new = config.slots, config.prompt_tokens, config.new_tokens
     policy, params, mesh = random_policy(config.model, int8=config.sampling.weights == "int8")
     sampler = Sampler(policy, config.sampling, [NEVER], capacity=prompt + new, slack=max(prompt, new), mesh=mesh)
-    tokens = jax.random.randint(jax.random.key(1), (slots, prompt), 0, policy.config.vocab_size, jnp.int32)
-    lengths, budgets = jnp.full(slots, prompt, jnp.int32), jnp.full(slots, new, jnp.int32)
-    state = sampler.init(slots)
+    # On the mesh, as the lowered program has them: otherwise the roofline's program is compiled a second time.
+    put = lambda array: jax.device_put(array, replicated(mesh))
+    tokens = put(jax.random.randint(jax.random.key(1), (slots, prompt), 0, policy.config.vocab_size, jnp.int32))
+    lengths, budgets, none = (put(jnp.full(slots, count, jnp.int32)) for count in (prompt, new, 0))
+    # The sampler adds its slack: no room beyond prompt and new tokens, which the roofline would count as read.
+    capacity = prompt + new - sampler.slack
+    state = sampler.init(slots, capacity)
 
     def extend() -> None:
         nonlocal state
-        state = sampler.rewind(state, jnp.zeros(slots, jnp.int32))
+        state = sampler.rewind(state, none)
         state = sampler.extend(params, state, tokens, lengths)
         state.lengths.block_until_ready()
 
@@ -75,7 +79,7 @@ def measure_sampler(config: BenchConfig) -> list[Measurement]:
         seconds = timed(call, repeats=config.repeats)
         if config.trace:
             print(profile(call, config.trace, f"sampler-{what}"), file=sys.stderr, flush=True)
-        program = lower(params, sampler.abstract(slots), count).compile()
+        program = lower(params, sampler.abstract(slots, capacity), count).compile()
         cost = costs(read(program), count)  # a loop of unknown length is decode's, over tokens
         shape = f"{config.model}, {slots} slots, {sizes}"
         work, dtype = slots * count, policy.config.dtype

@@ -37,7 +37,7 @@ def lacking() -> bool:
 
 
 def run(names: Sequence[str], config: "DoctorConfig") -> int:
-    """Runs the named checks (by default all); returns the exit status.
+    """Runs the named checks in their order (by default all); returns the exit status.
 
     Returns:
         0 without faults, 1 with faults, 130 or 143 if it was interrupted.
@@ -48,7 +48,7 @@ def run(names: Sequence[str], config: "DoctorConfig") -> int:
     for name in names:
         if name not in CHECKS:
             raise ConfigError(f"unknown check {name!r}{nearest(name, CHECKS) or '; known are ' + ', '.join(CHECKS)}")
-    chosen = [name for name in CHECKS if name in names] if names else list(CHECKS)
+    chosen = list(dict.fromkeys(names)) or list(CHECKS)
 
     from aem_jax.config.components import known_model
     from aem_jax.doctor import process

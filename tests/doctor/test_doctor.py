@@ -115,11 +115,11 @@ def test_an_exception_is_a_fault_and_the_next_check_runs(stubbed, capsys):
     assert err.splitlines()[-1].startswith(f"{len(by_name) - 2} ✓, 1 ✗, 1 –") and err.rstrip().endswith(": greedy")
 
 
-def test_the_exit_status_is_0_without_faults_and_names_select_checks(stubbed, capsys):
+def test_the_exit_status_is_0_without_faults_and_names_select_checks_in_their_order(stubbed, capsys):
     stubbed(greedy=fail(AssertionError("not asked for")))
-    assert run("learner", "versions") == 0
+    assert run("learner", "versions", "learner") == 0
     out, err = capsys.readouterr()
-    assert [line.split()[1] for line in out.splitlines()[1:-1]] == ["versions", "learner"] and not err
+    assert [line.split()[1] for line in out.splitlines()[1:-1]] == ["learner", "versions"] and not err
 
 
 @pytest.mark.parametrize(
