@@ -40,8 +40,8 @@ RESPONSE_TOKENS = 64
 def measure_update(config: BenchConfig) -> list[Measurement]:
     """Tokens per second, of observations and responses; memory of a device, as compiled and as `plan` estimates it.
 
-    The roofline counts the head at all tokens, although the program skips chunks without a response: 8 % of the FLOPs at
-    1.5B, 16 % at 0.5B. The MFU does not.
+    The roofline counts the head at all tokens, although the program skips chunks without a response: 8 % of the FLOPs
+    at 1.5B, 16 % at 0.5B. The MFU does not.
 
     Raises:
         ConfigError: this device has no such attention.
