@@ -141,7 +141,7 @@ def recompiles(config: DoctorConfig) -> Finding:
     """Programs compiled in the second and third of three steps."""
     # In bfloat16 a GPU runs its own attentions. Elsewhere the sampler is that of other checks.
     dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    trainer = Trainer(_tiny_model(dtype), one_device(), SLOTS)
+    trainer = _tiny(dtype)
     counts = []
     for seed in range(3):
         before = compilations()
@@ -211,10 +211,10 @@ class KilledOnce:
         return self._pool.step(session, text)
 
 
-def _tiny() -> Trainer:
+def _tiny(dtype: str = "float32") -> Trainer:
     # These checks do not depend on the model's widths. Full precision: with `--model tiny` the sampler is that of
     # parity-float32.
-    return Trainer(_tiny_model(), one_device(), SLOTS)
+    return Trainer(_tiny_model(dtype), one_device(), SLOTS)
 
 
 def _tiny_model(dtype: str = "float32") -> ModelConfig:

@@ -394,7 +394,7 @@ def test_programs_compiled_in_later_steps_are_counted(again: bool, monkeypatch: 
         size = 3 + (seed if again else 0)
         jax.jit(lambda x: x + seed)(jnp.zeros(size)) if again or seed == 0 else None
 
-    monkeypatch.setattr(training, "_tiny", lambda: SimpleNamespace(step=step))
+    monkeypatch.setattr(training, "_tiny", lambda dtype: SimpleNamespace(step=step))
     finding = training.recompiles(CONFIG)
     assert finding.ok is not again and (not again or "JAX_LOG_COMPILES" in finding.advice)
 
