@@ -69,32 +69,6 @@ def second_moments(opt_state: Any, config: LearnerConfig) -> Params | None:
     return jax.tree.map(lambda v: v.astype(jnp.float32) / (1 - config.beta2**count), adam.nu)
 
 
-def make_vectors(
-    gradient: Gradient, mesh: Mesh, to_vector: Callable[[Params], Array] | None = None, *, together: int = 1
-) -> Callable[..., Array]:
-    """vectors(trainable, frozen, batch, weights f32[K, M, b, T], p) -> f32[K, n], jitted: gradients times √p.
-
-    Args:
-        gradient: from `make_gradient`.
-        mesh: the mesh of the parameters.
-        to_vector: linear, from a tree to its vector: by default `flattened`; for large policies `projected`.
-        together: gradients that are computed at the same time. They share the forward pass. More than one needs a
-            batching rule of every operation: cuDNN's attention and the products of experts have none.
-    """
-    to_vector = to_vector or flattened
-
-    @partial(jax.jit, out_shardings=replicated(mesh))
-    def vectors(trainable: Params, frozen: Params, batch: Batch, weights: Array, scale: Params) -> Array:
-        def vector(weights: Array) -> Array:
-            given = gradient(trainable, frozen, batch, weights)
-            return to_vector(jax.tree.map(lambda g, p: g * jnp.sqrt(p), given, scale))
-
-        at_once = min(together, len(weights))
-        return jax.lax.map(vector, weights, batch_size=at_once if at_once > 1 else None)
-
-    return vectors
-
-
 def flattened(tree: Params) -> Array:
     """All numbers of a tree as one vector, f32[n]."""
     return jnp.concatenate([leaf.astype(jnp.float32).ravel() for leaf in jax.tree.leaves(tree)])
@@ -126,3 +100,28 @@ def projected(tree: Params, size: int, key: Array) -> Array:
 
         total = jax.lax.fori_loop(0, len(blocks), add, total)
     return total
+
+
+def make_vectors(
+    gradient: Gradient, mesh: Mesh, to_vector: Callable[[Params], Array] = flattened, *, together: int = 1
+) -> Callable[..., Array]:
+    """vectors(trainable, frozen, batch, weights f32[K, M, b, T], p) -> f32[K, n], jitted: gradients times √p.
+
+    Args:
+        gradient: from `make_gradient`.
+        mesh: the mesh of the parameters.
+        to_vector: linear, from a tree to its vector: `flattened`, or for large policies `projected`.
+        together: number of gradients that are computed at the same time; they share the forward pass. Every operation
+            then needs a rule of batching; cuDNN's attention and the products of experts have none.
+    """
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def vectors(trainable: Params, frozen: Params, batch: Batch, weights: Array, scale: Params) -> Array:
+        def vector(weights: Array) -> Array:
+            given = gradient(trainable, frozen, batch, weights)
+            return to_vector(jax.tree.map(lambda g, p: g * jnp.sqrt(p), given, scale))
+
+        at_once = min(together, len(weights))
+        return jax.lax.map(vector, weights, batch_size=at_once if at_once > 1 else None)
+
+    return vectors
