@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from aem_jax.launch import cli
+from aem_jax.launch import cli, efficiency
 from aem_jax.launch.efficiency import RULES
 from aem_jax.metrics import comparable, read_lines
+from aem_jax.models import Mixture
 
 from .test_broken_environment import SMALL
 from .test_carry import ENV
@@ -80,3 +84,18 @@ def test_a_policy_that_is_too_large_needs_a_projection(run: Path, capfd, monkeyp
     monkeypatch.setattr("aem_jax.launch.efficiency.MAX_BYTES", 10**6)
     assert cli.main(["analyze", str(run), "--efficiency", "True", "--groups", "8"]) == 2
     assert "--sketch: expected a projection, got exact gradients of" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("platform", "mixture", "size", "together"),
+    [("cpu", None, 1000, 5), ("cpu", None, 2**27, 2), ("cpu", Mixture(6, 2), 1000, 1), ("gpu", None, 1000, 1)],
+    ids=["small", "large", "experts", "gpu"],
+)
+def test_gradients_share_the_forward_pass_where_all_operations_can_be_batched(platform, mixture, size, together):
+    device = SimpleNamespace(platform=platform)
+    config = SimpleNamespace(mixture=mixture)
+    context: Any = SimpleNamespace(
+        mesh=SimpleNamespace(devices=np.array([device])), policy=SimpleNamespace(config=config)
+    )
+    state: Any = SimpleNamespace(trainable={"base": SimpleNamespace(size=size), "value": SimpleNamespace(size=9)})
+    assert efficiency._together(context, state, 5) == together
