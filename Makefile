@@ -23,9 +23,10 @@ DOCS_STAMP := $(VENV)/.installed-docs
 # programs. It leaves out what compares our own computations through interfaces that the others already use.
 NEWEST := .venv-newest
 QUICK := $(addprefix tests/,test_imports.py test_versions.py test_losses.py advantage/test_aem.py \
-	advantage/test_estimators.py sampler/test_sampler.py::test_greedy_equals_the_cacheless_forward sampler/test_compiled.py \
-	sampler/test_sharded.py sampler/test_ragged.py sampler/test_int8_cache.py sampler/test_sampling.py \
-	learner/test_update.py learner/test_lora_update.py learner/test_head.py learner/test_moments.py learner/test_optimizer.py)
+	sampler/test_sampler.py::test_greedy_equals_the_cacheless_forward sampler/test_compiled.py sampler/test_sharded.py \
+	sampler/test_ragged.py sampler/test_sampling.py::test_a_row_is_drawn_by_its_own_numbers learner/test_update.py \
+	learner/test_lora_update.py::test_only_the_adapter_changes_and_only_its_state_is_donated learner/test_moments.py \
+	learner/test_lora_update.py::test_no_copy_of_the_frozen_weights_is_made_for_an_update learner/test_optimizer.py)
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .DEFAULT_GOAL := help

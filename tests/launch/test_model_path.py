@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +23,6 @@ from aem_jax.models.families import config_to_hf
 from aem_jax.overrides import apply, split
 from aem_jax.tokenizer import ChatTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = Path(__file__).with_name("small.toml")
 CONFIG = ModelConfig(512, 32, 48, 2, 4, 2, 8, qk_norm=None, qkv_bias=True, max_positions=512)  # of Qwen2.5's form
 
@@ -41,9 +38,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_from_files_trains_two_steps(model: Path, tmp_path: Path, user_environment: dict[str, str], capsys):
+def test_a_run_from_files_trains_two_steps(model: Path, tmp_path: Path, monkeypatch, capsys):
     """Training uses a relative path. The export runs in another working folder, after the model has changed."""
-    environment = {**user_environment, "PYTHONPATH": str(ROOT)}
     shutil.copytree(model, tmp_path / "begin")
     words = ["--preset", str(SMALL), "--runs-dir", str(tmp_path), "--name", "run", "--model.path", "begin"]
     words += ["--model.dtype", "float32", "--warmstart.episodes", "8", "--warmstart.steps", "1"]
@@ -52,16 +48,16 @@ def test_a_run_from_files_trains_two_steps(model: Path, tmp_path: Path, user_env
     words += ["--evaluation.every", "0", "--metrics.tensorboard", "false"]
     sizes = [f"--model.{name}=None" for name in ("hidden-size", "intermediate-size", "num-layers", "num-heads")]
     sizes += ["--model.num-kv-heads=None", "--model.head-dim=None"]
-    command = [sys.executable, "-m", "aem_jax.launch", *words, *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert cli.main([*words, *sizes]) == 0
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in metrics] == [0, 1]
     assert all(record["parity/max"] < 1e-4 for record in metrics)
     evaluations = read_lines(tmp_path / "run" / "evaluations.jsonl")
     assert evaluations[0]["phase"] == "zero-shot"
     assert {record["phase"] for record in evaluations[1:]} == {"oracle", "searcher", "random", "warmstart", "final"}
-    assert "zero-shot" in done.stdout
+    assert "zero-shot" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["path"] == str(tmp_path / "begin")
     (tmp_path / "begin" / "config.json").write_text("{}")
 

@@ -121,12 +121,11 @@ def test_evaluate_prints_json_of_a_run_given_by_name(finished: Path, user_enviro
     assert printed == [{**final, "phase": "evaluate"}]
 
 
-def test_analyze_reads_the_checkpoints_of_a_run(finished: Path, user_environment):
+def test_analyze_reads_the_checkpoints_of_a_run(finished: Path, capfd):
     # after so little training all responses are equally uncertain: the 0.1-nat rule would make every group flat
-    line = [sys.executable, "-m", "aem_jax.launch", "analyze", str(finished), "--against", str(finished)]
-    line += ["--states", "5", "--draws", "8", "--min-range", "0"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=user_environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    line = ["analyze", str(finished), "--against", str(finished), "--states", "5", "--draws", "8", "--min-range", "0"]
+    jax.config.update("jax_numpy_rank_promotion", "allow")  # as users have it
+    assert cli.main(line) == 0
     results = json.loads((finished / "analysis" / "analysis.json").read_text())
     assert (results["run"], results["step"], results["rollout"]["episodes"]) == ("small", NUM_STEPS, 8)
     assert len(results["proxy"]["points"]) == results["proxy"]["states"] == 5 and results["proxy"]["draws"] == 8
@@ -136,12 +135,14 @@ def test_analyze_reads_the_checkpoints_of_a_run(finished: Path, user_environment
     )
     for name in ("analysis.html", "proxy.png", "drift.png", "dynamics.png"):
         assert (finished / "analysis" / name).stat().st_size > 1000, name
-    assert "signs opposed" in done.stdout
+    assert "signs opposed" in capfd.readouterr().out
 
 
-def test_a_finished_run_is_not_changed(finished: Path, user_environment):
+def test_a_finished_run_is_not_changed(finished: Path):
     before = numbers(finished)
-    finish(start(finished.parent, user_environment))
+    again = ["train", "--preset", str(SMALL), "--runs-dir", str(finished.parent), "--metrics.efficiency-every", "4"]
+    jax.config.update("jax_numpy_rank_promotion", "allow")  # as users have it
+    assert cli.main(again) == 0
     assert numbers(finished) == before
 
 
