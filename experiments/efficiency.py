@@ -13,11 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from aem_jax.files import read_json_lines
-from experiments.grid import Grid, Measured, Run
+from experiments.grid import Cell, Grid, Measured, Run
+from experiments.measures import Interval, student_t
 from experiments.results import Key, key_of, names_of, write_lines
 
 Measurement = Mapping[str, Any]
+
+BASE = "base"
+"""Name of the base rule in measurements."""
 
 
 def read_measurements(path: Path) -> list[Measurement]:
@@ -74,6 +80,54 @@ def missing(grid: Grid, run: Run, saved: Sequence[Measurement]) -> list[int]:
         return []
     there = {line["step"] for line in saved if key_of(line) == _key(run)}
     return [step for step in grid.measured.steps if step not in there]
+
+
+def of_cell(grid: Grid, measurements: Sequence[Measurement], cell: Cell) -> list[Measurement]:
+    """Returns the measurements of a cell, of the first measured variant."""
+    return [line for line in measurements if key_of(line)[:2] == (cell.name, grid.measured.variants[0])]
+
+
+def gain_of(line: Measurement, rule: str) -> float:
+    """A rule's e; NaN if it was not finite."""
+    value = line["rules"][rule]["gain"][0]
+    return math.nan if value is None else value
+
+
+def shares_above(lines: Sequence[Measurement], rule: str, first: bool) -> list[float]:
+    """Shares of resamples in which a rule is above the base rule, at step 0 or later."""
+    shares = [line["rules"][rule]["above"] for line in lines if (line["step"] == 0) == first]
+    return [share for share in shares if share is not None]
+
+
+def resolved(line: Measurement) -> bool:
+    """Whether the interval of the base rule's gain is above 0, so that a ratio to it has a meaning."""
+    low = line["rules"][BASE]["gain"][1]
+    return low is not None and low > 0
+
+
+def ratio(lines: Sequence[Measurement], rule: str) -> Interval:
+    """ρ of mean gains over seeds, mean e / mean e of the base rule, with Fieller's 95 % interval.
+
+        {ρ: 0 lies in the t-interval of the mean of e − ρ e_base}
+
+    One line has the interval of its own measurement. All is NaN where the gain of the base rule is not resolved: where
+    the lower end of its own interval is not above 0.
+    """
+    none = Interval(math.nan, math.nan, math.nan, len(lines))
+    if len(lines) == 1:
+        ratios = lines[0]["rules"][rule]["ratio"] if resolved(lines[0]) else [None] * 3
+        value, low, high = (math.nan if bound is None else bound for bound in ratios)
+        return Interval(value, low, high, 1)
+    gains = np.array([[gain_of(line, BASE), gain_of(line, rule)] for line in lines])
+    if not lines or not np.isfinite(gains).all():
+        return none
+    base, own = (math.fsum(column) / len(lines) for column in gains.T)
+    spread = student_t(len(lines)) ** 2 * np.cov(gains.T) / len(lines)
+    square, mixed, rest = base**2 - spread[0, 0], base * own - spread[0, 1], own**2 - spread[1, 1]
+    if not (base > 0 and square > 0):
+        return none
+    root = math.sqrt(max(mixed**2 - square * rest, 0.0))
+    return Interval(own / base, (mixed - root) / square, (mixed + root) / square, len(lines))
 
 
 def _key(run: Run) -> Key:

@@ -1,7 +1,6 @@
 """Numbers of runs, their means over seeds with intervals, and how they are written in tables."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,11 +9,9 @@ import numpy as np
 
 from experiments.results import Result, of_variant, successes
 
-RESAMPLES = 10_000
-
 
 class Interval(NamedTuple):
-    """A mean over seeds and its 95 % bootstrap interval."""
+    """A number of several seeds with its 95 % interval, and how many they are."""
 
     mean: float
     low: float
@@ -60,33 +57,41 @@ MEASURES: Mapping[str, Measure] = {
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % percentile-bootstrap interval, independent of the order of the values; NaN are omitted."""
-    known = sorted(value for value in values if math.isfinite(value))
+    """Mean and 95 % interval of normal numbers with unknown variance; NaN are omitted.
+
+    mean ± t s / √n,   s with ddof 1, t the 97.5 % quantile of Student's t with n − 1 degrees of freedom
+    """
+    known = [value for value in values if math.isfinite(value)]
     if not known:
         return Interval(math.nan, math.nan, math.nan, 0)
     mean = math.fsum(known) / len(known)
     if len(known) == 1:
         return Interval(mean, math.nan, math.nan, 1)
-    from scipy.stats import bootstrap
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # raised if all values are equal
-        bounds = bootstrap(
-            (known,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-        ).confidence_interval
-    return Interval(mean, float(bounds.low), float(bounds.high), len(known))
+    half = student_t(len(known)) * float(np.std(sorted(known), ddof=1)) / math.sqrt(len(known))
+    return Interval(mean, mean - half, mean + half, len(known))
 
 
-def differences(results: Sequence[Result], variant: str, against: str, measure: Measure, cell: str = "") -> list[float]:
-    """variant − against for each shared seed: the same seed has the same warm start and the same tasks."""
+def student_t(count: int) -> float:
+    """The 97.5 % quantile of Student's t for the mean of `count` numbers, at least two."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, count - 1))
+
+
+def differences(
+    results: Sequence[Result], variant: str, against: str, measure: Measure, cell: str = ""
+) -> dict[int, float]:
+    """variant − against by seed, for shared seeds: the same seed has the same warm start and the same tasks."""
     ours, theirs = of_variant(results, variant, cell), of_variant(results, against, cell)
-    return [measure.of(ours[seed]) - measure.of(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    return {seed: measure.of(ours[seed]) - measure.of(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
 
 
 def shown(value: Interval, percent: bool, signed: bool = False) -> str:
     """Formats an interval, as `12.3 % (10.1 to 14.9)`; differences of fractions are in percentage points."""
     if not value.count:
         return "–"
+    if percent and not signed:  # no fraction is outside
+        value = value._replace(low=max(value.low, 0.0), high=min(value.high, 1.0))
     unit = " points" if percent and signed else " %" if percent else ""
     mean, low, high = (number(bound, percent, signed) for bound in value[:3])
     return f"{mean}{unit} ({low} to {high})" if value.count > 1 else f"{mean}{unit}"

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aem_jax.report.style import BLUE, GREY, ORANGE, figure_style, percent_axis
-from experiments.cells import FIRST, GAINS, Point
+from experiments.cells import GAINS
 from experiments.grid import Grid
 from experiments.measures import MEASURES
+from experiments.relation import FIRST, Point
 from experiments.results import Result, of_variant
 
 PANELS = (

@@ -7,13 +7,14 @@ defines each grid. A test checks that the committed page matches the committed n
 time and are not compared.
 """
 
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aem_jax.evaluate import rate
-from experiments import cells
+from experiments import cells, relation
 from experiments.claims import Claim, read_claims
 from experiments.efficiency import Measurement, path_of, read_measurements
 from experiments.grid import START, Grid, read_grid
@@ -53,8 +54,8 @@ def comparison_table(grid: Grid, results: Sequence[Result], family: str, name: s
                 grid.title(variant.name),
                 shown(interval([measure.of(theirs[seed]) for seed in seeds]), measure.percent),
                 shown(interval([measure.of(ours[seed]) for seed in seeds]), measure.percent),
-                shown(interval(change), measure.percent, signed=True),
-                ", ".join(number(value, measure.percent, signed=True) for value in change),
+                shown(interval(list(change.values())), measure.percent, signed=True),
+                ", ".join(number(value, measure.percent, signed=True) for value in change.values()),
             ]
         )
     header = ["", "compared with", "this", "difference, paired by seed", "each seed"]
@@ -109,10 +110,10 @@ def facts(grid: Grid, results: Sequence[Result]) -> str:
     runs = [result for result in results if result["variant"] != START]
     if not runs:
         return f"0 of {planned} runs."
-    seconds = sorted(run["seconds"] for run in runs)
+    seconds = [run["seconds"] for run in runs]
     return (
-        f"{len(runs)} of {planned} runs, {seconds[len(seconds) // 2]} s of training each in the median "
-        f"({seconds[0]} to {seconds[-1]}; starts and evaluations come on top)."
+        f"{len(runs)} of {planned} runs, {statistics.median(seconds):.0f} s of training each in the median "
+        f"({min(seconds)} to {max(seconds)}; starts and evaluations come on top)."
     )
 
 
@@ -159,9 +160,9 @@ def render(grids: Sequence[Content]) -> str:
     Raises:
         jinja2.UndefinedError: the template uses an undefined name.
     """
-    helpers = (comparison_table, start_table, outcome_table, claims_table, facts, alive)
-    names = {helper.__name__: helper for helper in (*helpers, *cells.HELPERS)} | {"measures": MEASURES}
-    return template(FOLDER / "experiments.md.j2", **names).render(grids=grids)
+    own = (comparison_table, start_table, outcome_table, claims_table, facts, alive)
+    helpers = {helper.__name__: helper for helper in (*own, *cells.HELPERS, *relation.HELPERS)}
+    return template(FOLDER / "experiments.md.j2", measures=MEASURES, **helpers).render(grids=grids)
 
 
 def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[Content]:
@@ -187,8 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for grid, results, _, measurements in load():
             image = IMAGES / f"experiments-{grid.name}.png"
             if grid.factors:
-                points = cells.relation(grid, results, measurements)
-                draw_relation(points, cells.of_cells(grid, points, measurements), image)
+                points = relation.points_of(grid, results, measurements)
+                draw_relation(points, relation.of_cells(grid, points, measurements), image)
             else:
                 draw_pairs(grid, results, image)
 

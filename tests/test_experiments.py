@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aem_jax.errors import ConfigError
@@ -135,24 +136,31 @@ def test_part_is_the_mean_of_a_section_of_a_curve():
     assert math.isnan(part("entropy/response", 0, 1)(result("a", 0, 1)))
 
 
-def test_intervals_are_by_bootstrap():
-    # Of {0, 1} a resample's mean is 0, 1/2, 1 with probability 1/4, 1/2, 1/4: its 2.5 % quantile is 0, its 97.5 % is 1
-    assert interval([1.0, 0.0]) == (0.5, 0.0, 1.0, 2)
+def test_intervals_are_students():
+    # t(1 degree of freedom) = 12.706, t(2) = 4.303; {0, 1} has s = 1/√2 and a standard error of 1/2
+    assert interval([1.0, 0.0]) == pytest.approx((0.5, 0.5 - 6.353, 0.5 + 6.353, 2), abs=1e-3)
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5, 3), abs=1e-3)
     assert interval([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25, 3)
     assert interval([2.0, 1.0, 4.0]) == interval([4.0, 2.0, 1.0, math.nan])
     assert math.isnan(interval([0.3]).low) and interval([]).count == 0
-    assert shown(interval([1.0, 0.0]), percent=True) == "50.0 % (0.0 to 100.0)"
+    assert shown(interval([1.0, 0.0]), percent=True) == "50.0 % (0.0 to 100.0)"  # no fraction is outside
     assert shown(interval([-0.1, -0.1]), percent=True, signed=True) == "−10.0 points (−10.0 to −10.0)"
+
+
+def test_intervals_contain_the_mean_of_normal_numbers_in_95_of_100_cases():
+    samples = np.random.default_rng(0).normal(size=(2000, 3))
+    inside = [low <= 0 <= high for _, low, high, _ in map(interval, samples)]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
 
 
 def test_differences_are_paired_by_seed(mini: Path):
     # of 20 games: seed 0 wins 6 -> 10, seed 1 wins 8 -> 8; seed 2 has no partner
     runs = [result("grpo", 0, 3), result("grpo", 1, 4), result("grpo", 2, 9)]
     runs += [result("grpo-aem", 1, 4), result("grpo-aem", 0, 5)]
-    assert differences(runs, "grpo-aem", "grpo", MEASURES["final"]) == pytest.approx([0.2, 0.0])
+    assert differences(runs, "grpo-aem", "grpo", MEASURES["final"]) == pytest.approx({0: 0.2, 1: 0.0})
     table = comparison_table(read_grid(mini), runs, "algorithms", "final")
     assert table.splitlines()[2:] == [
-        "| GRPO + AEM | 35.0 % (30.0 to 40.0) | 45.0 % (40.0 to 50.0) | +10.0 points (0.0 to +20.0) | +20.0, 0.0 |"
+        "| GRPO + AEM | 35.0 % (0.0 to 98.5) | 45.0 % (0.0 to 100.0) | +10.0 points (−117.1 to +137.1) | +20.0, 0.0 |"
     ]
     assert "+10.0 points" in render([Content(read_grid(mini), runs)])
 
@@ -179,7 +187,7 @@ def test_outcomes_of_a_seed_have_the_intervals_of_their_games(mini: Path):
 def test_claims_are_means_over_seeds(mini: Path):
     table = claims_table(read_grid(mini), [claim(0, -0.25, -0.03), claim(1, -0.75, None)])
     assert table.splitlines()[2:] == [
-        "| GRPO + AEM | 4 | 2 | −0.500 (−0.750 to −0.250) | −0.500 (−0.500 to −0.500) | 0.750 (0.750 to 0.750) "
+        "| GRPO + AEM | 4 | 2 | −0.500 (−3.677 to 2.677) | −0.500 (−0.500 to −0.500) | 0.750 (0.750 to 0.750) "
         "| 0.875 (0.875 to 0.875) | 0.250 (0.250 to 0.250) | −0.030 | 0.010 (0.010 to 0.010) |"
     ]
     assert without_points({"points": [1], "a": {"points": [], "b": 0.123456}}) == {"a": {"b": 0.1235}}

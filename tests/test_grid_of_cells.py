@@ -11,8 +11,9 @@ from scipy.stats import spearmanr
 from aem_jax.errors import ConfigError
 from aem_jax.metrics import json_line
 from aem_jax.overrides import as_values
-from experiments import cells, efficiency
+from experiments import cells, efficiency, relation
 from experiments.grid import Grid, Run, read_grid
+from experiments.measures import MEASURES, interval
 from experiments.plots import draw_relation
 from experiments.results import read_results, write_lines, write_results
 from experiments.run import Workers, deal, measure_one, run_grid, runs_of, without_saved
@@ -212,47 +213,88 @@ def test_a_finished_run_is_measured_once(grid: Grid, tmp_path: Path, monkeypatch
     assert measure_one(grid, folder, runs[0], 0, stopped, tmp_path) is None
 
 
-def test_efficiency_is_added_over_seeds():
+def lines_of(gains: list[tuple[float, float]]) -> list[dict]:
+    """Measurements of seeds whose gains of GRPO and of AEM are given."""
     run = Run("grpo", 0, {}, "c")
-    lines = [measurement(run, 0, {"aem": 2.0}, gain=1.0), measurement(run, 0, {"aem": 1.0}, gain=3.0)]
-    both = cells.ratio(lines, "aem")  # (2 + 3) / (1 + 3); a resample has one line twice, or both
-    assert both == (1.25, 1.0, 2.0, 2)
-    assert cells.ratio(lines[:1], "aem") == (2.0, 1.5, 2.5, 1)
-    assert cells.ratio([], "aem").count == 0
+    return [measurement(run, 0, {"aem": own / base}, gain=base) for base, own in gains]
+
+
+def test_the_ratio_of_means_has_fiellers_interval():
+    gains = [(1.0, 1.2), (1.3, 1.3), (0.9, 1.1)]
+    both = efficiency.ratio(lines_of(gains), "aem")
+    assert both.mean == pytest.approx(3.6 / 3.2) and both.count == 3
+    # its ends are the ratios at which the t-interval of e − ρ e_base ends at 0
+    for end in (both.low, both.high):
+        left = interval([own - end * base for base, own in gains])
+        assert min(abs(left.low), abs(left.high)) == pytest.approx(0, abs=1e-9)
+    assert both.low < 1 < both.high
+
+
+def test_fiellers_interval_contains_the_ratio_in_95_of_100_cases():
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(1000):
+        base = rng.normal(1.0, 0.2, size=5)
+        value = efficiency.ratio(lines_of(list(zip(base, 1.5 * base + rng.normal(0, 0.3, size=5), strict=True))), "aem")
+        inside.append(value.low <= 1.5 <= value.high)
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
+
+
+def test_a_ratio_needs_a_resolved_gain_of_the_base():
+    run = Run("grpo", 0, {}, "c")
+    assert efficiency.ratio(lines_of([(1.0, 2.0)]), "aem") == (2.0, 1.5, 2.5, 1)
+    assert efficiency.ratio([], "aem").count == 0
+    unresolved = efficiency.ratio(lines_of([(1.0, 2.0), (3.0, 3.0)]), "aem")  # 2 ± 12.7
+    assert math.isnan(unresolved.mean) and unresolved.count == 2
     noisy = measurement(run, 0, {"aem": 2.0})
     noisy["rules"]["base"]["gain"][1] = -0.1
-    assert not cells.resolved(noisy) and math.isnan(cells.ratio([noisy], "aem").mean)
+    assert not efficiency.resolved(noisy) and math.isnan(efficiency.ratio([noisy], "aem").mean)
     noisy["rules"]["base"]["gain"][1] = None  # was not finite
-    assert not cells.resolved(noisy)
+    assert not efficiency.resolved(noisy)
+
+
+def test_effects_are_means_over_cells_paired_by_seed(grid: Grid):
+    results, _ = saved(grid)
+    found = cells.effects(grid, results, MEASURES["final"], "grpo-aem", "grpo")
+    # cell i gains i points; the first factor is i // 4, the last i % 2
+    assert found[cells.ALL] == pytest.approx((0.035, 0.035, 0.035, 5))
+    assert found["responses", "short"].mean == pytest.approx(0.015)
+    assert found["responses", "long − short"].mean == pytest.approx(0.04)
+    assert found["prior", "wrong − unsure"].mean == pytest.approx(0.02)
+    assert found["invalid actions", "penalised − free"].mean == pytest.approx(0.01)
+    assert len(found) == 1 + 3 * 3
+    part = [line for line in results if (line["cell"], line["seed"]) != ("long-wrong-free", 2)]
+    assert cells.effects(grid, part, MEASURES["final"], "grpo-aem", "grpo")[cells.ALL].count == 4
+    without = [line for line in results if line["cell"] != "long-wrong-free"]
+    assert not cells.effects(grid, without, MEASURES["final"], "grpo-aem", "grpo")
 
 
 def test_correlations_are_spearmans(grid: Grid):
-    points = cells.relation(grid, *saved(grid))
+    points = relation.points_of(grid, *saved(grid))
     assert len(points) == 8 * 5 * 3
     aem = [point for point in points if point.variant.rule == "aem"]
-    one = cells.correlation(aem, cells.FIRST, "mean")
+    one = relation.correlation(aem, relation.FIRST, "mean")
     assert one.mean == pytest.approx(1) and one.low == pytest.approx(1) and one.count == 40
-    x, y = ([f(point) for point in points] for f in (lambda p: p.predictors[cells.FIRST], lambda p: p.gains["final"]))
-    assert cells.correlation(points, cells.FIRST, "final").mean == pytest.approx(spearmanr(x, y)[0])
+    x, y = [point.predictors[relation.FIRST] for point in points], [point.gains["final"] for point in points]
+    assert relation.correlation(points, relation.FIRST, "final").mean == pytest.approx(spearmanr(x, y)[0])
     noise = np.random.default_rng(0).permutation(len(points))
     mixed = [
-        cells.Point(p.cell, p.seed, p.variant, points[i].gains, p.predictors)
+        relation.Point(p.cell, p.seed, p.variant, points[i].gains, p.predictors)
         for p, i in zip(points, noise, strict=True)
     ]
-    none = cells.correlation(mixed, cells.FIRST, "mean")
+    none = relation.correlation(mixed, relation.FIRST, "mean")
     assert none.low < 0 < none.high
-    assert math.isnan(cells.correlation(points[:2], cells.FIRST, "mean").mean)
+    assert math.isnan(relation.correlation(points[:2], relation.FIRST, "mean").mean)
 
 
 def test_points_of_cells_add_efficiencies_over_seeds(grid: Grid):
     results, measurements = saved(grid)
-    points = cells.relation(grid, results, measurements)
-    pooled = cells.of_cells(grid, points, measurements)
+    points = relation.points_of(grid, results, measurements)
+    pooled = relation.of_cells(grid, points, measurements)
     assert len(pooled) == 24
     last = next(point for point in reversed(pooled) if point.variant.rule == "aem")
     assert last.cell == "long-wrong-penalised" and last.gains["final"] == pytest.approx(0.07)
-    assert last.predictors == pytest.approx({cells.FIRST: 1.7, cells.ALONG: 1.7, cells.DIFFERENCE: 0.7})
-    one = cells.correlation(pooled, cells.FIRST, "final")
+    assert last.predictors == pytest.approx({relation.FIRST: 1.7, relation.ALONG: 1.7, relation.DIFFERENCE: 0.7})
+    one = relation.correlation(pooled, relation.FIRST, "final")
     assert (one.mean, one.count) == (pytest.approx(1), 24)
 
 
@@ -261,7 +303,7 @@ def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
     page = render([Content(grid, results, (), measurements)])
     assert "160 of 160 runs" in page and "Incomplete" not in page
     assert (
-        "| long | wrong | penalised | 5 | 32.0 % (30.8 to 33.2) | +7.0 (+7.0 to +7.0) | −7.0 (−7.0 to −7.0) | 0.0"
+        "| long | wrong | penalised | 5 | 32.0 % (30.0 to 34.0) | +7.0 (+7.0 to +7.0) | −7.0 (−7.0 to −7.0) | 0.0"
         in page
     )
     assert "| long | wrong | penalised | 1.70 (1.70 to 1.70) | 1.70 (1.70 to 1.70) |" in page
@@ -276,14 +318,17 @@ def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
         in page
     )
     assert "| short | unsure | free | 20.0 % | 8.0 | 0.250 | 50.0 % | 1.250 | 0.750 | – |" in page
-    assert "the gain over GRPO has an interval above 0 in 7 of 8 cells (short-unsure-penalised, " in page
+    assert "Its gain over GRPO has an interval above 0 in 7 of 8 cells (short-unsure-penalised, " in page
+    gains = "AEM gains +3.5 points (+3.5 to +3.5) over GRPO and +3.5 points (+3.5 to +3.5) over the sign control."
+    assert f"Success after training, fixed games: over all cells, {gains}" in page
+    assert "between the levels of a factor: long − short +4.0 points (+4.0 to +4.0); wrong − unsure +2.0 points" in page
     assert "ρ at step 0 predicts the gain of AEM over cells (success while training, all steps): Spearman's" in page
     against = [
         {**line, "rules": {**line["rules"], "aem": line["rules"]["reversed"]}} for line in measurements
     ]  # as if ρ of AEM were that of reversed α
     assert "ρ at step 0 contradicts the gain of AEM" in render([Content(grid, results, (), against)])
-    points = cells.relation(grid, results, measurements)
-    path = draw_relation(points, cells.of_cells(grid, points, measurements), tmp_path / "images" / "relation.png")
+    points = relation.points_of(grid, results, measurements)
+    path = draw_relation(points, relation.of_cells(grid, points, measurements), tmp_path / "images" / "relation.png")
     assert path is not None and path.stat().st_size > 5000
 
 
