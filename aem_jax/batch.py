@@ -352,11 +352,13 @@ def _segments(trajectory: Trajectory, n: int, first_response: int, layout: Batch
 def _branches(turns: Sequence[_Segment]) -> list[_Segment]:
     """Joins each turn to the sequence that its prompt continues; one that goes on from elsewhere begins a new one.
 
-    A sequence's prefix that belongs to another one is context alone, so that each response is learnt from once.
+    A sequence's prefix that belongs to another one is context alone, so that each response is learnt from once. The
+    same prompt again begins a new sequence, even if the response is the same.
     """
     branches: list[_Segment] = []
     for turn in turns:
-        starts = lambda branch, tokens=turn.tokens: np.array_equal(branch.tokens, tokens[: len(branch.tokens)])
+        prompt = turn.tokens[: np.count_nonzero(turn.response_ids < 0)]
+        starts = lambda branch, prompt=prompt: np.array_equal(branch.tokens, prompt[: len(branch.tokens)])
         continued = max(
             filter(lambda i: starts(branches[i]), range(len(branches))),
             default=None,

@@ -32,7 +32,7 @@ class AemConfig:
     strength: float = 1.0
     """Strength of the down-weighting of uncertain responses (the paper's lambda); 0 gives the base algorithm."""
     min_range: float = 0.1
-    """Minimum range of a group's response entropies, nats; groups below it keep alpha = 1."""
+    """Least range of a group's response entropies, nats; below it, alpha is 1."""
     scope: Literal["group", "trajectory", "batch"] = "group"
     """Scope of alpha's normalisation: a rollout group, or (the paper's ablations) a trajectory or the batch."""
     variant: Literal["aem", "reversed", "shuffled", "sign"] = "aem"

@@ -7,7 +7,7 @@ mean is taken over the tokens of one array. An aggregation is a function from th
 The ratio of a sequence (GSPO) depends on all its tokens. Log-ratios are summed for each response, in a table again,
 before any loss is computed.
 
-Left out: means over masked arrays. A value head's loss is a sum over states instead of tokens, aggregated the same way.
+A value head's loss is a sum over states instead of tokens, with weights that are also fixed in advance.
 """
 
 import functools
@@ -104,9 +104,9 @@ def sequence_policy_loss(
         ρ_t = s · exp(logp_t − sg[logp_t])                      sg: no gradient
         ℓ_t = −min( ρ_t A_t,  clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t )
 
-    ρ_t is s in value, so all tokens of a sequence are clipped together. The sum of ℓ_t has the gradient of GSPO's
-    own loss, in which s itself is differentiated. With one weight w and one advantage A for the sequence that loss is
-    L = Σ_t w ℓ = −n w s A (where the clip is not active), and
+    ρ_t is s in value, so tokens of a sequence are clipped together if their advantages have one sign. The sum of ℓ_t
+    has the gradient of GSPO's own loss, in which s itself is differentiated. With one weight w and one advantage A for
+    the sequence that loss is L = Σ_t w ℓ = −n w s A (where the clip is not active), and
 
         ∂L/∂logp_u = −n w A · ∂s/∂logp_u = −n w A · s / n = −w s A = ∂(Σ_t w ℓ_t)/∂logp_u
 

@@ -269,14 +269,18 @@ def _learnt(selected: Selected, played: list[Trajectory], stats: RolloutStats, r
     """The step's episodes after the penalty, with the selection's metrics."""
     chosen = selected.trajectories
     penalised = [rule.penalise(t) for t in chosen] if rule.penalise else chosen
-    penalty = math.fsum(t.total_reward for t in penalised) - math.fsum(t.total_reward for t in chosen)
+    changes = [
+        after.total_reward - before.total_reward
+        for before, after in zip(chosen, penalised, strict=True)
+        if before.ending is not Ending.ENV_ERROR
+    ]
     metrics = {
         "selection/rounds": rounds,
         "selection/groups": selected.groups,
         "selection/filtered_groups": selected.filtered,
         "selection/surplus_groups": selected.surplus,
         "selection/masked_truncated": selected.masked,
-        "selection/overlong_penalty": penalty / max(len(chosen), 1),
+        "selection/overlong_penalty": math.fsum(changes) / max(len(changes), 1),
     }
     return StepEpisodes(penalised, played, stats, metrics)
 

@@ -37,11 +37,11 @@ class WarmstartConfig:
     """Share of turns in which the demonstrator errs on purpose (a random place, a hasty purchase, no test), so that the
     policy can still learn from reward."""
     expert_thinks: bool = False
-    """Whether the demonstrator thinks before it acts, in <think>…</think>, in varied words that follow from its
-    knowledge. ALFWorld and WebShop have such experts."""
+    """Whether the demonstrator (of ALFWorld or WebShop) thinks before it acts, in <think>…</think>, in varied words
+    that follow from its knowledge."""
     expert_habit: float = 0.0
-    """Share of walks in which ALFWorld's demonstrator goes to the next place of the room's list out of habit: an error
-    that is learnt with certainty."""
+    """Share of walks in which ALFWorld's demonstrator goes to the next place in the room's list, whatever it looks for:
+    an error that the policy learns with little entropy."""
     only_successful: bool = True
     """Use successful demonstrations only."""
     init_from: str = ""
@@ -52,6 +52,11 @@ class WarmstartConfig:
         for name in ("expert_noise", "expert_habit"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected warmstart.{name} in [0, 1], got {getattr(self, name)}")
+        if self.episodes < 0:
+            raise ValueError(f"expected warmstart.episodes >= 0, got {self.episodes}; 0 disables the warm start")
+        for name in ("steps", "batch_episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected warmstart.{name} >= 1, got {getattr(self, name)}")
 
 
 def demonstrate(

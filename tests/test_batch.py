@@ -148,6 +148,16 @@ def test_both_contexts_give_the_same_tables(seed):
         np.testing.assert_array_equal(getattr(append, field), getattr(window, field), err_msg=field)
 
 
+@pytest.mark.parametrize("context", ["compact", "tree"])
+def test_the_same_prompt_again_begins_a_new_sequence(context):
+    """Equal, longer and other responses to one prompt all keep their tokens; a prompt that goes on continues one."""
+    turns = [turn([1, 2, 3], [7]), turn([1, 2, 3], [7]), turn([1, 2, 3], [7, 8]), turn([1, 2, 3, 7, 8, 4], [9])]
+    batch = collate([trajectory(*turns, context=context)], LAYOUT)
+    assert batch.response_tokens[:4].tolist() == [1, 1, 2, 1]
+    read = {response: (before, ids) for response, (before, ids, *_) in read_back(batch).items()}
+    assert read == {0: ((1, 2, 3), [7]), 1: ((1, 2, 3), [7]), 2: ((1, 2, 3), [7, 8]), 3: ((1, 2, 3, 7, 8, 4), [9])}
+
+
 def test_rows_are_filled_first_fit_decreasing():
     # Lengths 20, 17, 15, 12 into rows of 32: {20, 12}, {17, 15}; in order of arrival they would need three.
     lengths = [12, 20, 15, 17]

@@ -148,8 +148,8 @@ def test_dockerfiles_copy_existing_files_and_install_an_extra(path: Path):
     let_through = (REPOSITORY / ".dockerignore").read_text().splitlines()
     assert all((REPOSITORY / source).exists() and f"!{source}" in let_through for source in copied)
     (install,) = [words for name, words in steps if name == "RUN" and "pip install" in words]
-    (extra,) = re.findall(r"'\.\[(\w+)\]'", install)
-    assert extra in project["optional-dependencies"] and "--constraint constraints.txt" in install
+    (extras,) = re.findall(r"'\.\[([\w,]+)\]'", install)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"]) and "--constraint constraints.txt" in install
     for name, words in steps:
         if name == "RUN":
             subprocess.run(["bash", "-n"], input=words, text=True, check=True)

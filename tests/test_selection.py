@@ -214,6 +214,13 @@ def test_the_overlong_penalty_does_not_influence_the_selection():
     assert [t.total_reward for t in episodes.trajectories] == [0.5, -0.5]
     assert [t.total_reward for t in episodes.played] == [1, 1, 1, 0]
     assert episodes.metrics["selection/overlong_penalty"] == -0.5
+    broken = Rounds(("1t0e",))  # the broken episode is not learnt from, so its penalty is not counted
+    assert (
+        play_rounds(broken, broken.tasks, Rule(1, penalise=penalise), None, 0, jax.random.key(0)).metrics[
+            "selection/overlong_penalty"
+        ]
+        == -0.5
+    )
 
 
 def test_the_config_refuses_extra_tasks_without_a_filter():

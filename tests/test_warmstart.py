@@ -26,6 +26,14 @@ def settings(**changes: Any) -> RolloutConfig:
     return replace(RolloutConfig(), **{"instruction": "", "max_turns": 3, **changes})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("episodes", -1), ("steps", 0), ("batch_episodes", 0), ("expert_noise", 2)]
+)
+def test_sizes_are_checked_before_anything_is_played(name, value):
+    with pytest.raises(ValueError, match=rf"expected warmstart\.{name} .* got {value}"):
+        WarmstartConfig(**{"episodes": 4, name: value})
+
+
 def test_a_demonstration_has_the_ids_of_the_conversation():
     chat, actions = ByteChat(), iter(["no", "yes"])
     task = Task("t", "echo", {"word": "yes", "length": 5})

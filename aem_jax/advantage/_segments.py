@@ -1,5 +1,5 @@
-"""Means and deviations of segments, exact where all values are equal: 1 / (σ + eps) would amplify a rounding error in
-x − μ to an advantage."""
+"""Means, deviations and ranges of segments, exact where all values are equal: 1 / (σ + eps) would amplify a rounding
+error in x − μ to an advantage."""
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,12 @@ def centred(values: jax.Array, weights: jax.Array, ids: jax.Array, num_segments:
     weight = jax.ops.segment_sum(jnp.where(inside, weights, 0.0), ids, num_segments)
     mean = total / jnp.where(weight > 0, weight, 1.0)
     return jnp.where(inside, above - take(mean, ids, 0.0), 0.0)
+
+
+def value_range(values: jax.Array, ids: jax.Array, num_segments: int) -> jax.Array:
+    """Largest minus smallest value of a row's segment, [N]; 0 where the id is out of range."""
+    low, high = (of(values, ids, num_segments) for of in (jax.ops.segment_min, jax.ops.segment_max))
+    return take(high - low, ids, 0.0)
 
 
 def over_deviation(deviations: jax.Array, variance: jax.Array, eps: float) -> jax.Array:

@@ -25,9 +25,9 @@ Array: TypeAlias = Any
 class Experience(NamedTuple):
     """N trajectories and their R responses. Both tables may have unused rows.
 
-    A row that takes no part does not influence the advantages of other rows, with one exception: the reward of an empty
-    response (`response_valid` False) in a valid trajectory is credited to earlier responses. Padding has reward 0 and
-    an arbitrary trajectory.
+    A row that takes no part does not influence the advantages of other rows, with two exceptions. In a valid
+    trajectory, the reward of an empty response (`response_valid` False) is credited to earlier responses, and its
+    observation is part of the history of later ones (`hgpo`). Padding has reward 0 and an arbitrary trajectory.
     """
 
     returns: Array

@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from aem_jax.advantage._checks import id_array, static_count, take
+from aem_jax.advantage._segments import centred, value_range
 from aem_jax.advantage.estimators import Estimator, grpo
 from aem_jax.advantage.experience import Experience, adjacent_rows
 from aem_jax.advantage.gigpo import visits
+
+_AT_MEAN = 1e-5
+"""Largest distance of a return from its group's mean that is rounding, relative to the group's range."""
 
 
 def hgpo(
@@ -28,6 +32,7 @@ def hgpo(
     observation is the first of the k. A response in its k-th turn or later is in groups up to depth k, and a
     singleton has a_k = 0. With K = 0, A is the step part of `gigpo`. The advantage of the episode is not added, as in
     the published implementation by default. There, w_k is proportional to (k + 1)^α: depth 1 is left for the episode.
+    Rounding does not decide whether a_k is 0: it is where G is the group's mean up to 10⁻⁵ of the group's range.
 
     Args:
         experience: one step's; `response_anchor` is equal for responses to the same observation.
@@ -47,8 +52,11 @@ def hgpo(
     groups, _, step_returns = visits(experience, num_groups, gamma)
     total, weights = jnp.zeros_like(step_returns), jnp.zeros_like(step_returns)
     for depth, contexts in enumerate(context_ids(experience, history + 1), start=1):
-        advantages = estimator(step_returns, jnp.where(groups >= 0, contexts, -1), groups.shape[0])
-        weight = jnp.where(advantages != 0, float(depth) ** exponent, 0.0)
+        ids = jnp.where(groups >= 0, contexts, -1)
+        advantages = estimator(step_returns, ids, groups.shape[0])
+        deviations = centred(step_returns, jnp.ones_like(step_returns), ids, groups.shape[0])
+        counts = jnp.abs(deviations) > _AT_MEAN * value_range(step_returns, ids, groups.shape[0])
+        weight = jnp.where(counts, float(depth) ** exponent, 0.0)
         total, weights = total + weight * advantages, weights + weight
     return total / jnp.where(weights > 0, weights, 1.0)
 

@@ -92,7 +92,7 @@ def whiten(values: ArrayLike, weights: ArrayLike, *, ddof: int = 0, eps: float =
 
         A_r = (x_r − μ) / (σ + eps)    μ = Σ w x / Σ w    σ² = Σ w (x − μ)² / (Σ w − ddof)
 
-    Equal values get exactly 0.
+    Equal values get exactly 0. Where Σ w is not above ddof, σ is 0.
 
     Args:
         values: float[R].
@@ -113,7 +113,8 @@ def whiten(values: ArrayLike, weights: ArrayLike, *, ddof: int = 0, eps: float =
     one_axis("values", values)
     same_shape(values=values, weights=weights)
     deviations = centred(values, weights, jnp.zeros(weights.shape, jnp.int32), 1)
-    variance = jnp.sum(weights * deviations**2) / jnp.maximum(jnp.sum(weights) - ddof, 1.0)
+    total, count = jnp.sum(weights * deviations**2), jnp.sum(weights) - ddof
+    variance = jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), 0.0)
     return over_deviation(deviations, variance, eps)
 
 

@@ -64,6 +64,9 @@ VALUED: Mapping[str, Callable[["AlgorithmConfig"], ResponseAdvantages]] = {
 """Name of an estimator with a value head → the returns that its values are fitted to."""
 
 READ_BY: Mapping[str, tuple[str, ...]] = {
+    "scope": ("grpo", "dr_grpo", "rloo", "maxrl", "reinforce++-baseline", "gigpo", "empg"),
+    "ddof": ("grpo", "reinforce++", "reinforce++-baseline", "gigpo", "hgpo", "gagpo", "empg", "gae"),
+    "eps": ("grpo", "maxrl", "reinforce++", "reinforce++-baseline", "gigpo", "hgpo", "gagpo", "empg", "gae"),
     "gamma": ("reinforce++", "reinforce++-baseline", "gigpo", "hgpo", "gagpo", "gae"),
     "gae_lambda": ("gagpo", "gae"),
     "whiten": ("reinforce++", "reinforce++-baseline", "gae"),
@@ -72,7 +75,7 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "history": ("hgpo",),
     "bonus_weight": ("empg",),
 }
-"""Settings of `AlgorithmConfig` that few estimators read → these estimators."""
+"""Settings of `AlgorithmConfig` that not all estimators read → those that do."""
 
 SCOPES: Mapping[str, Scope] = {"trajectories": over_trajectories, "turns": over_turns}
 CENTRED = {"trajectories": by_trajectory, "turns": by_response}

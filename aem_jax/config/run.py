@@ -150,11 +150,10 @@ CONDITIONS: Sequence[tuple[str, str, Callable[[RunConfig], bool]]] = (
         "--algorithm.estimator gae",
         lambda run: has_values(run.algorithm),
     ),
-    (
-        "learner.covariance_share learner.covariance_range learner.covariance_penalty",
-        "--learner.covariance",
-        lambda run: run.learner.covariance != "off",
-    ),
+    ("aem.min_range aem.scope aem.variant", "--aem.strength", lambda run: run.aem.strength > 0),
+    ("learner.covariance_share", "--learner.covariance", lambda run: run.learner.covariance != "off"),
+    ("learner.covariance_range", "--learner.covariance clip", lambda run: run.learner.covariance == "clip"),
+    ("learner.covariance_penalty", "--learner.covariance kl", lambda run: run.learner.covariance == "kl"),
     (
         "mesh.expert learner.balance_coefficient learner.routing_replay",
         "--model.name or --model.path of a mixture of experts",

@@ -39,6 +39,12 @@ def check(config: RunConfig) -> None:
             f"--learner.temperature: expected {sampled} with --sampling.temperature {config.sampling.temperature}, "
             f"got {config.learner.temperature}; the learner must see the distribution that was sampled"
         )
+    for name, everything in (("top_k", 0), ("top_p", 1.0)):
+        if (value := getattr(config.sampling, name)) != everything:
+            raise ConfigError(
+                f"--sampling.{name.replace('_', '-')}: expected {everything} (all tokens), got {value}; sampled tokens "
+                "have the log-probability and the entropy of the whole distribution, which the learner differentiates"
+            )
     if config.sampling.weights == "int8" and config.lora.rank and not config.lora.merge:
         raise ConfigError(f"--sampling.weights: {INT8_MERGES}")
     if (
@@ -101,8 +107,8 @@ def _check_selection(config: RunConfig) -> None:
             f"--selection.overlong-buffer: expected at most --rollout.{limit.replace('_', '-')} = "
             f"{getattr(rollout, limit)}, got {selection.overlong_buffer}"
         )
-    if selection.overlong_penalty and selection.overlong_of == "episode" and rollout.context == "window":
+    if selection.overlong_penalty and selection.overlong_of == "episode" and rollout.context != "append":
         raise ConfigError(
-            "--selection.overlong-of: expected response with --rollout.context window, got episode; "
-            "a window's prompt is rebuilt at each turn, so no episode is too long"
+            f"--selection.overlong-of: expected response with --rollout.context {rollout.context}, got episode; "
+            "only in context append is an episode one sequence, whose length has a limit"
         )

@@ -132,14 +132,16 @@ def measure(
 def make_live(run: RunContext) -> Callable[[TrainState, Sequence[Trajectory], jax.Array], dict[str, float]]:
     """Builds `live(state, trajectories, key) -> metrics`: AEM against the base algorithm on a step's own episodes.
 
-        ρ = (⟨g_A, u_B⟩ + ⟨g_B, u_A⟩ of AEM) / (… of the base), each over ‖g_A + g_B‖        A, B: halves of the groups
+        e = (⟨g_A, u_B⟩ + ⟨g_B, u_A⟩) / ‖g_A + g_B‖      ρ = e of AEM / e of the base      A, B: halves of the groups
 
-    It computes three gradients of each half. One step's ρ is noisy: average the two gains over steps before you divide
-    them. There are no metrics where the step has fewer than two groups. ρ is NaN where the gain of the base algorithm
-    is 0 or not defined: where no group of a half has different returns.
+    g_A + g_B is the step's gradient with the rule, and u_A is the estimate of ∇J from half A. AEM is that of the run;
+    with a strength of 0, that of strength 1. It computes three gradients of each half. One step's ρ is noisy: average
+    the two gains over steps before you divide them. There are no metrics where the step has fewer than two groups. ρ is
+    NaN where the gain of the base algorithm is 0 or not defined: where no group of a half has different returns.
     """
-    every = rules(run.config.algorithm, run.config.aem.min_range)
-    chosen = {name: every[name] for name in (BASE, "aem")}
+    config = run.config
+    every = rules(config.algorithm, config.aem.min_range)
+    chosen = {BASE: every[BASE], "aem": (config.algorithm, config.aem) if config.aem.strength else every["aem"]}
     credits, values, learner = credits_of(run, chosen), values_function(run), _learner(run)
     gradient = make_gradient(replace(run.policy, value=False), learner, run.mesh, weighted_logprobs)
     vectors = make_vectors(gradient, run.mesh)
@@ -159,10 +161,12 @@ def make_live(run: RunContext) -> Callable[[TrainState, Sequence[Trajectory], ja
         moments = second_moments(state.opt_state, learner)
         ones = jax.tree.map(jnp.ones_like, trainable)
         scale = ones if moments is None else _inverse_roots({name: moments[name] for name in trainable}, learner)
-        columns = np.stack([step.unbiased, *(step.weights * step.advantages[name] for name in chosen)])
+        weighted = [step.weights * step.advantages[name] for name in chosen]
         halves = []
         for half in range(2):
-            part = part_of(run, trajectories, set(groups[half::2]), 0)
+            own = set(groups[half::2])
+            part = part_of(run, trajectories, own, 0)
+            columns = np.stack([step.unbiased / (len(own) * config.rollout.group_size), *weighted])
             weights = to_tokens(part, columns[:, part.responses])
             halves.append(jax.block_until_ready(vectors(trainable, state.frozen, part.batch, weights, scale)))
         gains = dict(zip(chosen, jax.device_get(gains_of(*halves)).tolist(), strict=True))

@@ -58,7 +58,7 @@ class LearnerConfig:
     """Weight of an entropy bonus: the mean entropy of tokens; 0 disables."""
     covariance: Literal["off", "clip", "kl"] = "off"
     """Entropy control at tokens whose log-probability and advantage covary: clip (Clip-Cov) leaves some out of the
-    loss, kl (KL-Cov) holds them."""
+    loss, kl (KL-Cov) penalises their change."""
     covariance_share: float = 2e-4
     """Share of a batch's tokens that are selected, at least one; 2e-3 is also usual for kl."""
     covariance_range: tuple[float, float] = (1.0, 5.0)

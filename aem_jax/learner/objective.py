@@ -122,7 +122,8 @@ def policy_objective(config: LearnerConfig, max_age: int = 0) -> Objective:
     the change of the policy, and it is measured for each age in 1 … max_age.
 
     Three controls of entropy are off by default. The bonus is the entropy of the distribution that tokens are sampled
-    from, with its own gradient; it is not weighted by importance, because it is no estimate from the sampled token:
+    from, with its own gradient. No importance weight multiplies it: H_t is computed from the whole distribution, not
+    estimated from the sampled token:
 
     L − c · Σ_t w_t H_t
 
@@ -158,7 +159,7 @@ def policy_objective(config: LearnerConfig, max_age: int = 0) -> Objective:
             loss = loss * importance
             sums["importance_mean"] = total(importance)
             sums["importance_capped"] = total(importance >= cap)
-        sums |= {"kl_sampler": total(k3(logprobs, tokens.logprobs)), "entropy": total(entropies)}
+        sums |= {"kl_sampler": total(k3(tokens.logprobs, logprobs)), "entropy": total(entropies)}
         parity_sums, parity_maxima = parity(jnp.abs(logprobs - tokens.logprobs), mask, tokens.ages, max_age)
         if config.entropy_coefficient:
             loss = loss - config.entropy_coefficient * entropies

@@ -56,7 +56,8 @@ def make_update(policy: TrainablePolicy, config: LearnerConfig, mesh: Mesh, max_
         metrics, f32[] each; means over tokens of all optimizer steps, unless stated otherwise:
             loss, grad_norm (of all trainable parameters, before the clip), learning_rate (of the last optimizer step);
             clip_fraction (share of tokens whose ratio was clipped), ratio_mean, ratio_max;
-            kl_sampler, kl_reference (k3 estimates, nats; the latter only with a reference), entropy (nats);
+            kl_sampler (of the sampler's distribution from the policy's), kl_reference (of the policy's from the
+                reference's, only with one), k3 estimates in nats; entropy (nats);
             value_loss (without its coefficient), value_clip_fraction: means over responses, only with a value head;
             covariance_fraction (share of tokens that the control by covariance acts on), only with covariance;
             importance_mean, importance_capped (share of tokens at the cap), only with importance_cap;

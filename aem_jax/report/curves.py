@@ -217,7 +217,7 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
         "Share of tokens clipped, and divergence (nats) from the sampler and, where it is held, the reference.",
         draw_lines(
             ("learner/clip_fraction", ORANGE, "clip fraction"),
-            ("learner/kl_sampler", BLUE, "KL to sampler"),
+            ("learner/kl_sampler", BLUE, "KL, sampler to policy"),
             ("learner/kl_reference", PURPLE, "KL to reference"),
         ),
     ),

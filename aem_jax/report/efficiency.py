@@ -49,9 +49,9 @@ def answer(results: Mapping[str, Any]) -> str:
         return "No answer: the gain of the base algorithm itself is not resolved. Play more --groups."
     text = f"ρ = {estimate(ratio)}"
     if ratio["low"] > 1:
-        return f"{text}: AEM gains more return per step than the base algorithm. Switch it on."
+        return f"{text}: AEM gains more return per step here than the base algorithm."
     if ratio["high"] < 1:
-        return f"{text}: AEM gains less return per step than the base algorithm. Leave it off."
+        return f"{text}: AEM gains less return per step here than the base algorithm."
     return f"{text}: no difference is resolved (AEM is ahead in {_share(above)} of the resamples)."
 
 

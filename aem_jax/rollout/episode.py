@@ -83,9 +83,10 @@ class EnvReply:
     """The outcome of an environment call, with the ids of the next observation. It can be sent as JSON.
 
     Attributes:
-        error: reason why the call failed; None if it succeeded. A failed call sets only `lost` and `retryable` besides.
+        error: reason why the call failed; None if it succeeded. A failed call sets only the next three fields besides.
         lost: whether the call failed with its server.
         retryable: whether another attempt at a failed episode may succeed.
+        restarted: whether the attempt begins again in its slot, as it was: no environment failed (`replay`).
         reward: reward of the response.
         valid_action: whether the environment understood the response.
         success: whether the task is solved.
@@ -105,6 +106,7 @@ class EnvReply:
     error: str | None = None
     lost: bool = False
     retryable: bool = True
+    restarted: bool = False
     reward: float = 0.0
     valid_action: bool = True
     success: bool = False
@@ -135,8 +137,8 @@ class Episode:
         budget: tokens that the response may still have; 0 while none is being sampled.
         num_prompts: observations so far, those of responses that nobody received included.
         has_surplus: whether the slot may hold ids behind `cached_ids`, of a response that was not received in full.
-        experts: integers [T, layers · experts per token], the experts of the slot's tokens at the end of the response
-            that waits for its reply; None without one, and if they are not recorded.
+        experts: integers [T, layers · experts per token], the experts of the slot's tokens with the response that
+            waits for its reply; None until that ends, and if they are not recorded.
     """
 
     attempt: Attempt
@@ -187,7 +189,7 @@ class Episode:
             context: `rollout.context`.
         """
         if not reply.received:
-            episode = replace(self._with_reward(reply.reward), response=(), budget=0, has_surplus=True)
+            episode = replace(self._with_reward(reply.reward), response=(), budget=0, has_surplus=True, experts=None)
         else:
             episode = self._finish_turn(reply, context) if self.response else self
         if reply.ending is not None:

@@ -41,10 +41,11 @@ def _run_cohort(
         if job.is_enough(job.finished):
             return
         group.prefill(job)
+        # Other slots wait for room. Each process knows this of its own slots alone, and `submit` is collective.
+        responding = [slot for slot, episode in group.active() if episode.budget]
         _decode_responses(job, group, sampler, config.decode_chunk)
-        for slot, _ in group.active():
-            if slot not in group.waiting:
-                group.submit(slot)
+        for slot in responding:
+            group.submit(slot)
 
 
 def _decode_responses(job: Job, group: SlotGroup, sampler: Sampler, chunk: int) -> None:

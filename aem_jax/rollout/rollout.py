@@ -23,6 +23,7 @@ from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.context import Chat
 from aem_jax.rollout.episode import Attempt, Episode
 from aem_jax.rollout.prompt_cache import PromptCache, prompt_rows
+from aem_jax.rollout.replay import replay
 from aem_jax.rollout.sessions import Pool, SlotSessions
 from aem_jax.rollout.slots import Job, SlotGroup
 from aem_jax.rollout.stats import RolloutStats
@@ -59,7 +60,7 @@ class Rollout:
         if config.prompt_style == "single" and compose is None:
             raise ValueError("expected compose with rollout.prompt_style 'single', got None; pass TaskSuite.prompt")
         self._sampler, self.config = sampler, config
-        sessions = SlotSessions(pool, processes, config.num_slots, config.num_cohorts)
+        sessions = self._sessions = SlotSessions(pool, processes, config.num_slots, config.num_cohorts)
         size = config.num_slots // config.num_cohorts
         sizes = config.slot_sizes(sampler.slot_shards)
         self._prompts = PromptCache(sampler, config, size)
@@ -182,11 +183,16 @@ class Rollout:
         job.stats.episodes = len(job.finished) - finished
 
     def _resume(self, job: Job, episodes: Mapping[int, Episode]) -> None:
-        """Frees all slots, and assigns the episodes to theirs."""
-        size = self.config.num_slots // self.config.num_cohorts
-        for first, group in enumerate(self._groups):
-            group.reset()
-            group.resume(job, {slot % size: e for slot, e in episodes.items() if slot // size == first})
+        """Frees all slots, assigns the episodes to theirs, and brings their environments to where they were.
+
+        The slots of all groups at once: a call of one group may wait for room that episodes of another one hold.
+        """
+        pending = {slot: call for group in self._groups for slot, call in group.reset().items()}
+        self._sessions.release_when_done(pending)
+        if episodes:
+            replies, resets = replay(self._sessions, episodes)
+            for group in self._groups:
+                group.resume(job, episodes, replies, resets)
 
 
 def _ordered(trajectories: Iterable[Trajectory]) -> list[Trajectory]:

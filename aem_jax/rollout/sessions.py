@@ -1,7 +1,7 @@
 """Environment sessions of the slots: what a pool of sessions does, and which process plays which slot."""
 
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -115,6 +115,15 @@ class SlotSessions:
         """Ends the episode of a local slot that has no pending call, if its environment has not ended it."""
         if self._hosted is not None and slot in self._sessions:
             self._hosted.release(self._sessions[slot])
+
+    def release_when_done(self, calls: Mapping[int, Future[StepResult]]) -> None:
+        """Waits for calls of local slots, and releases each slot as its call ends: others may wait for its room."""
+        pending = dict(calls)
+        while pending:
+            wait(pending.values(), return_when=FIRST_COMPLETED)
+            for slot in [slot for slot, call in pending.items() if call.done()]:
+                del pending[slot]
+                self.release(slot)
 
     def sampled(self, slot: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
         """Sends sampled tokens to a local slot's session, if it streams."""

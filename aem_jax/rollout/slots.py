@@ -13,7 +13,7 @@ import numpy as np
 
 from aem_jax.distributed import ProcessGroup
 from aem_jax.envs.prompt import Prompt
-from aem_jax.envs.protocol import EnvError, LostError, StepResult
+from aem_jax.envs.protocol import StepResult
 from aem_jax.rollout.batching import (
     Call,
     Cost,
@@ -84,8 +84,6 @@ class SlotGroup:
     Attributes:
         state: the sampler's state of the slots.
         episodes: the episode in each slot; None where the slot is free.
-        waiting: slots of this process that the last `collect` with `wait_all` left out, because their environments wait
-            for room that other episodes hold.
     """
 
     def __init__(
@@ -106,47 +104,50 @@ class SlotGroup:
         self._config, self._prompts, self._first, self.sizes = config, prompts, first_slot, sizes
         self.state = sampler.init(num_slots)
         self.episodes: list[Episode | None] = [None] * num_slots
-        self.waiting = set[int]()
         self._calls: dict[int, Future[StepResult]] = {}  # of this process's slots
         self._stale = set[int]()  # slots whose cache is of other parameters than the job's, or of another episode
 
-    def reset(self) -> None:
-        """Frees all slots, after waiting for environment calls left over from an interrupted rollout.
+    def reset(self) -> dict[int, Future[StepResult]]:
+        """Frees all slots, and releases the sessions without a pending call.
 
-        Episodes without a pending call are released first: a call may wait for the room that they hold.
+        Returns:
+            Slot, over all groups -> its pending call. To be released before the slot is used again.
         """
+        pending = {self._first + slot: call for slot, call in self._calls.items() if not call.done()}
         for slot, _ in self.active():
-            if slot not in self._calls or self._calls[slot].done():
+            if self._first + slot not in pending:
                 self._sessions.release(self._first + slot)
-        wait(self._calls.values())
         self._calls = {}
         self.episodes = [None] * len(self.episodes)
+        return pending
 
     def expire(self) -> None:
         """Marks the caches of all episodes as out of date: they are computed again before the episodes go on."""
         self._stale = {slot for slot, _ in self.active()}
 
-    def resume(self, job: Job, episodes: Mapping[int, Episode]) -> None:
-        """Assigns episodes under way to free slots, and brings their environments to where they were. Collective.
-
-        An environment is reset and gets the recorded responses again. If it answers otherwise than before, or fails,
-        the episode is lost as with its server.
+    def resume(
+        self,
+        job: Job,
+        episodes: Mapping[int, Episode],
+        replies: Mapping[int, EnvReply],
+        resets: Mapping[int, Future[StepResult]],
+    ) -> None:
+        """Assigns episodes under way, whose environments were replayed, to free slots. Collective.
 
         Args:
             job: the call of the rollout.
-            episodes: slot -> episode.
+            episodes: slot, over all groups -> episode.
+            replies: errors of the replay in this process's slots.
+            resets: pending resets of this process's slots (`replay`).
         """
-        if not episodes:
-            return
-        for slot, episode in episodes.items():
-            self.episodes[slot] = episode
-        numbered = {self._first + slot: episode for slot, episode in episodes.items()}
-        failed = {slot - self._first: reply for slot, reply in replay(self._sessions, numbered).items()}
+        own = range(self._first, self._first + len(self.episodes))
+        self.episodes = [episodes.get(slot) for slot in own]
+        failed = {slot - self._first: reply for slot, reply in replies.items() if slot in own}
         for slot, reply in sorted(all_gather_replies(self._processes, failed, self.episodes).items()):
             self._apply(job, slot, reply)
         for slot, episode in self.active():
-            if episode.observation is None:
-                self._start(slot, episode.attempt)
+            if reset := resets.get(self._first + slot):
+                self._calls[slot] = reset
             elif episode.response and not episode.budget:
                 self._send(slot)
 
@@ -160,12 +161,8 @@ class SlotGroup:
             if episode is None and (attempt := self._next_attempt(job, self._first + slot, groups)):
                 self.episodes[slot] = Episode(attempt)
                 self._stale.discard(slot)
-                self._start(slot, attempt)
-
-    def _start(self, slot: int, attempt: Attempt) -> None:
-        """Resets the environment of an attempt, if this process plays the slot."""
-        if call := self._sessions.reset(self._first + slot, attempt.task.payload):
-            self._calls[slot] = call
+                if call := self._sessions.reset(self._first + slot, attempt.task.payload):
+                    self._calls[slot] = call
 
     def _next_attempt(self, job: Job, slot: int, groups: Sequence["SlotGroup"]) -> Attempt | None:
         """Takes the first attempt from the queue that may start in a slot.
@@ -196,8 +193,8 @@ class SlotGroup:
         start = time.perf_counter()
         calls = self._calls
         if wait_all:
-            self.waiting = self._wait_for_all()
-            calls = {slot: call for slot, call in calls.items() if slot not in self.waiting}
+            waiting = self._wait_for_all()
+            calls = {slot: call for slot, call in calls.items() if slot not in waiting}
         else:
             if block and calls:
                 timeout = None if self._processes.count == 1 else _POLL_S
@@ -232,6 +229,11 @@ class SlotGroup:
         episode, config = self.episodes[slot], self._config
         assert episode is not None
         self._calls.pop(slot, None)
+        if reply.restarted:
+            log.warning("episode %s/%d begins again: %s", episode.attempt.task.id, episode.attempt.member, reply.error)
+            job.stats.retries += 1
+            self.episodes[slot] = Episode(episode.attempt)
+            return
         if reply.error is not None:
             self.episodes[slot] = None
             self._retry_or_mask(job, episode, reply)
@@ -247,6 +249,9 @@ class SlotGroup:
             job.stats.overlong_prompts += 1
         job.stats.branches += reply.branches
         job.stats.rematched += reply.rematched
+        if reply.received and episode.response and episode.experts is None:
+            # A client's stop text ended the response before its budget (context "tree"), so it was not submitted.
+            episode = self._with_experts(slot, episode)
         episode = episode.apply_reply(reply, config.context)
         if reply.ending is None:
             self.episodes[slot] = episode
@@ -383,12 +388,18 @@ class SlotGroup:
     def submit(self, slot: int) -> None:
         """Records the experts of a complete response, and sends it to its environment. Collective."""
         episode = self.episodes[slot]
-        if episode is not None and self._sampler.records_experts:
-            # Copied while the device goes on; `Episode` waits for it when the environment has replied.
-            experts = self._sampler.read_experts(self.state, slot)
-            experts.copy_to_host_async()
-            self.episodes[slot] = replace(episode, experts=experts)
+        if episode is not None:
+            self.episodes[slot] = self._with_experts(slot, episode)
         self._send(slot)
+
+    def _with_experts(self, slot: int, episode: Episode) -> Episode:
+        """Records the experts of a slot's tokens, if the sampler does. Collective."""
+        if not self._sampler.records_experts:
+            return episode
+        # Copied while the device goes on; `Episode` waits for it when the environment has replied.
+        experts = self._sampler.read_experts(self.state, slot)
+        experts.copy_to_host_async()
+        return replace(episode, experts=experts)
 
     def _send(self, slot: int) -> None:
         """Sends a complete response to its environment, if this process plays the slot."""
@@ -402,39 +413,6 @@ def _tokens(episode: Episode) -> tuple[int, ...]:
     """Ids of an observation that is to be prefilled."""
     assert episode.observation is not None
     return episode.observation.prefill_tokens
-
-
-def replay(sessions: SlotSessions, episodes: Mapping[int, Episode]) -> dict[int, EnvReply]:
-    """Resets the environments of this process's slots, and sends them the recorded responses of their episodes.
-
-    Args:
-        sessions: environment sessions of all slots.
-        episodes: slot, over all groups -> episode. One that waits for its reset is left out.
-
-    Returns:
-        Slot -> error, of each environment that failed, or answered otherwise than before.
-    """
-    failed, turn = {}, 0
-    begun = {slot: episode for slot, episode in episodes.items() if episode.observation is not None}
-    resets = {slot: sessions.reset(slot, episode.attempt.task.payload) for slot, episode in begun.items()}
-    calls = {slot: call for slot, call in resets.items() if call is not None}
-    while calls:
-        following = {}
-        for slot, call in calls.items():
-            turns, observation = begun[slot].turns, begun[slot].observation
-            assert observation is not None
-            try:
-                text = call.result().observation
-            except EnvError as error:
-                failed[slot] = EnvReply(str(error), isinstance(error, LostError))
-                continue
-            if text != (turns[turn].observation if turn < len(turns) else observation.text):
-                why = f"expected the observation of turn {turn} again when the episode was replayed, got {text!r:.80}"
-                failed[slot] = EnvReply(why, lost=True)
-            elif turn < len(turns):
-                following[slot] = sessions.step(slot, turns[turn].response)
-        calls, turn = following, turn + 1
-    return failed
 
 
 def all_gather_replies(

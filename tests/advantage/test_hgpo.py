@@ -115,7 +115,7 @@ def slow_hgpo(e: Experience, gamma: float, history: int, exponent: float) -> np.
     for (_, context), rows in groups.items():
         values = np.array([returns[r] for r in rows])
         for r, a in zip(rows, (values - values.mean()) / (values.std() + 1e-6), strict=True):
-            if len(rows) > 1 and a != 0:
+            if abs(returns[r] - values.mean()) > 1e-5 * (values.max() - values.min()):
                 parts.setdefault(r, []).append((len(context) ** exponent, a))
     for r, items in parts.items():
         advantages[r] = sum(w * a for w, a in items) / sum(w for w, _ in items)
@@ -129,6 +129,27 @@ def test_hgpo_against_groups_of_observations(seed, history, exponent):
     expected = slow_hgpo(e, 0.9, history, exponent)
     computed = hgpo(e, 2, gamma=0.9, history=history, exponent=exponent)
     np.testing.assert_allclose(computed, expected, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("middle", [9.5, 9.6])
+def test_rounding_does_not_decide_which_depths_count(middle):
+    """Of three returns in equal steps the middle one is their mean, exactly or up to rounding."""
+    returns = np.array([middle - 0.1, middle, middle + 0.1, 0, 0], np.float32)
+    # All five make the same first observation; the first three also make the same second one.
+    table = Experience(
+        returns=returns,
+        group_ids=np.zeros(5, np.int32),
+        valid=np.ones(5, bool),
+        response_trajectory=np.repeat(np.arange(5, dtype=np.int32), 2),
+        response_turn=np.tile(np.array([0, 1], np.int32), 5),
+        response_rewards=np.stack([np.zeros(5, np.float32), returns], axis=1).reshape(-1),
+        response_tokens=np.ones(10, np.int32),
+        response_anchor=np.array([0, 1, 0, 1, 0, 1, 2, 1, 3, 1], np.int32),
+        response_valid=np.ones(10, bool),
+    )
+    second = np.asarray(hgpo(table, 1, gamma=1.0, history=1))[3]  # at depth 2 it is the mean, so depth 1 alone counts
+    values = returns.astype(np.float64)
+    assert second == pytest.approx((values[1] - values.mean()) / values.std(), rel=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -53,6 +53,12 @@ def test_whitened_by_response_golden():
     np.testing.assert_allclose(advantages, expected / np.sqrt(16 / 15), rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25, 1e-3])
+def test_whitening_depends_on_the_ratios_of_weights_alone(scale):
+    whitened = whiten(np.array([0, 1], np.float32), np.full(2, scale, np.float32), eps=0.0)
+    np.testing.assert_allclose(whitened, [-1, 1], rtol=1e-5)
+
+
 def test_whitened_by_token_golden():
     # Eight tokens, three of them of the value 3: μ = 20/8 = 2.5; Σ w d² = 2.25 + 3/4 + 3/4 + 2.25 = 6; σ² = 6/8.
     expected = np.array([1.5, 0.5, -0.5, -0.5, -0.5, -1.5, 0, 0])

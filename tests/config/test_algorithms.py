@@ -140,6 +140,9 @@ def test_every_name_that_the_config_takes_has_a_function():
 
 
 CHANGES = {
+    "scope": "turns",
+    "ddof": 1,
+    "eps": 1.0,
     "gamma": 0.5,
     "gae_lambda": 0.5,
     "whiten": "responses",
@@ -151,7 +154,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("estimator", algorithms.ESTIMATORS)
-def test_the_table_of_settings_that_few_estimators_read_is_right(estimator: str):
+def test_the_table_of_settings_that_not_all_estimators_read_is_right(estimator: str):
     assert set(CHANGES) == set(algorithms.READ_BY)
     batch, rng = collate(episodes("append"), LAYOUT), np.random.default_rng(1)
     values, entropies = rng.normal(size=(2, LAYOUT.max_responses)).astype(np.float32)

@@ -66,13 +66,18 @@ def test_any_model_goes_with_a_setting_of_the_paper():
             ["--selection.overlong-penalty", "1", "--selection.overlong-buffer", "17"],
             "--selection.overlong-buffer: expected at most --rollout.response-tokens = 16, got 17",
         ),
-        (
-            [
-                *("--selection.overlong-penalty", "1", "--selection.overlong-buffer", "17"),
-                *("--selection.overlong-of", "episode", "--rollout.context", "window"),
-            ],
-            "--selection.overlong-of: expected response with --rollout.context window, got episode",
+        *(
+            (
+                [
+                    *("--selection.overlong-penalty", "1", "--selection.overlong-buffer", "17"),
+                    *("--selection.overlong-of", "episode", "--rollout.context", context),
+                ],
+                f"--selection.overlong-of: expected response with --rollout.context {context}, got episode",
+            )
+            for context in ("window", "compact")
         ),
+        (["--sampling.top-p", "0.9"], "--sampling.top-p: expected 1.0 (all tokens), got 0.9"),
+        (["--sampling.top-k", "20"], "--sampling.top-k: expected 0 (all tokens), got 20"),
         (["--model.name", "tinny"], "did you mean 'tiny'?"),
         (["--metrics.wandb-project", "x"], "wandb is not installed"),
     ],

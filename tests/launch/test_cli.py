@@ -18,7 +18,7 @@ from aem_jax.config.presets import (
     read_preset,
     setting_names,
 )
-from aem_jax.config.run import CONDITIONS, RunConfig, may_change
+from aem_jax.config.run import CONDITIONS, RunConfig, may_change, without_effect
 from aem_jax.envs.registry import TRAINED
 from aem_jax.errors import ConfigError
 from aem_jax.help import setting_groups
@@ -230,6 +230,8 @@ def test_help_names_the_settings_without_effect(capsys):
         assert option in named or (option.startswith("--env.field-mapping.") and "--env.field-mapping" in named)
     assert "with --lora.rank: --lora.alpha, --lora.targets, --lora.merge" in named and "--lora.rank" in explained
     assert "--learner.value-clip" in printed_settings(capsys, "--preset", "ppo", "--help")[0]
+    _, text = printed_settings(capsys, "--preset", "gagpo", "--help")
+    assert "--algorithm.scope" in text.split("without effect in this run")[1]
     assert "--env.field-mapping.text-field" in printed_settings(capsys, "--environment", "openenv", "--help")[0]
 
 
@@ -237,6 +239,13 @@ def test_help_of_the_default_run_is_short(capsys, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("COLUMNS", "80")
     _, text = printed_settings(capsys, "--help")
     assert len(text.splitlines()) <= 450 and max(map(len, text.splitlines())) <= 80
+
+
+def test_settings_of_what_is_off_have_no_effect():
+    words = ["--aem.strength", "0", "--learner.covariance", "clip", "--algorithm.estimator", "rloo"]
+    unused = {name for names in without_effect(apply(RunConfig(), split(words)[1])).values() for name in names}
+    assert {"aem.scope", "aem.variant", "learner.covariance_penalty", "algorithm.ddof", "algorithm.eps"} <= unused
+    assert not {"learner.covariance_range", "learner.covariance_share", "algorithm.scope"} & unused
 
 
 def test_conditions_of_an_effect_name_settings():
@@ -337,21 +346,6 @@ def test_an_algorithm_goes_with_any_environment(trained, tmp_path: Path):
     assert other_way.learner.clip_low == 0.5  # the last value wins
 
 
-READ_BY_MOST = {
-    "grpo": {"scope", "ddof"},
-    "dr_grpo": {"scope"},
-    "rloo": {"scope"},
-    "maxrl": {"scope"},
-    "reinforce++": {"ddof"},
-    "reinforce++-baseline": {"ddof", "scope"},
-    "gigpo": {"scope", "ddof"},
-    "hgpo": {"ddof"},
-    "gagpo": {"ddof"},
-    "empg": {"scope", "ddof"},
-    "gae": {"ddof"},
-}
-
-
 def test_nothing_is_left_of_an_algorithm_under_another():
     for name in algorithm_names():
         alone = read_preset(DEFAULT, name)
@@ -362,7 +356,7 @@ def test_nothing_is_left_of_an_algorithm_under_another():
             for field in ("filter_equal_outcomes", "oversample", "max_rounds", "truncated"):
                 assert getattr(alone.selection, field) == getattr(over.selection, field), (name, other, field)
             read = {name for name, readers in READ_BY.items() if alone.algorithm.estimator in readers}
-            for field in {"estimator"} | read | READ_BY_MOST[alone.algorithm.estimator]:
+            for field in {"estimator"} | read:
                 assert getattr(alone.algorithm, field) == getattr(over.algorithm, field), (name, other, field)
 
 

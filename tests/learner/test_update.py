@@ -21,7 +21,7 @@ from aem_jax.learner import (
     make_update,
     num_updates,
 )
-from aem_jax.learner.objective import supervised_objective
+from aem_jax.learner.objective import Tokens, policy_objective, supervised_objective
 from aem_jax.learner.update import make_program, minibatch_of, summarize
 from aem_jax.models import ModelConfig, Policy
 from aem_jax.sharding import MeshConfig, make_mesh
@@ -162,6 +162,15 @@ def test_parity_is_measured_before_any_step():
     _, stats = make_update(TOY, config, ONE_DEVICE)(state, shifted, advantages)
     np.testing.assert_allclose([stats["parity_max"], stats["parity_mean"]], 0.25, atol=1e-5)
     assert stats["ratio_max"] > 1.5 * np.exp(-0.25)  # later steps did move
+
+
+def test_the_divergence_from_the_sampler_is_that_of_its_own_tokens():
+    """Over all tokens that the sampler may draw, the mean of `kl_sampler` is KL(sampler ‖ policy)."""
+    sampled, policy = np.log([0.5, 0.5]), np.log([0.9, 0.1])
+    zeros = jnp.zeros(2)
+    tokens = Tokens(jnp.ones(2, bool), jnp.ones(2), jnp.asarray(sampled), advantages=zeros, reference=None)
+    _, stats = policy_objective(LearnerConfig())(jnp.asarray(policy), zeros, tokens)
+    assert float(stats.sums["kl_sampler"]) / 2 == pytest.approx(float(np.sum(np.exp(sampled) * (sampled - policy))))
 
 
 @pytest.mark.slow
