@@ -38,6 +38,11 @@ class BatchConfig:
     row_length: int = 0
     """Tokens of a row, which holds several episodes; 0: rollout.context_tokens."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("tokens_per_microbatch", 0), ("row_length", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"expected batch.{name} of at least {least}, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class BatchLayout:

@@ -28,6 +28,12 @@ class EvaluationConfig:
     baselines: bool = True
     """Also evaluate the scripted experts, a random agent, and the model of --model.path before its warm start."""
 
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"expected evaluation.size of at least 1, got {self.size}")
+        if self.every < 0:
+            raise ValueError(f"expected evaluation.every of at least 0 (never), got {self.every}")
+
 
 class _Outcome(NamedTuple):
     task_type: str

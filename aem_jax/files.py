@@ -9,6 +9,7 @@ JSON can contain half of a surrogate pair (`"\\ud83d"`), which no encoding can w
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -150,6 +151,17 @@ def write_text(path: Path | str, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder if there is none, and a file in it that is gone afterwards.
+
+    Raises:
+        OSError: the folder or the file cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _refuse_constant(name: str) -> NoReturn:

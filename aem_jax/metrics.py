@@ -7,10 +7,12 @@ are named `time/…` and `throughput/…`; `comparable` removes them.
 `evaluations.jsonl` has a line for each `Evaluation`, written by `record` and read by `read_evaluation`.
 """
 
+import errno
 import json
 import logging
 import math
 import os
+import secrets
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +42,10 @@ class MetricsConfig:
     efficiency_every: int = 0
     """Steps between measurements of aem/efficiency, AEM's gain of return per step relative to the base algorithm's; one
     takes six gradients of half the groups. 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.efficiency_every < 0:
+            raise ValueError(f"expected metrics.efficiency_every of at least 0 (never), got {self.efficiency_every}")
 
 
 @dataclass(frozen=True)
@@ -201,11 +207,18 @@ def read_lines(path: Path | str) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path | str, record: Mapping[str, Any]) -> None:
-    """Appends one record as one line in one write, so that a reader or a resumed run gets the complete line or none."""
-    line = json_line(record) + "\n"
+    """Appends one record as one line in one write, so that a reader or a resumed run gets the complete line or none.
+
+    Raises:
+        OSError: there is no room for the line; the file is as before.
+    """
+    line = (json_line(record) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        before = os.fstat(descriptor).st_size
+        if os.write(descriptor, line) < len(line):
+            os.ftruncate(descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 
@@ -333,5 +346,8 @@ def _open_wandb(project: str, run_dir: Path, run_config: Mapping[str, Any] | Non
             f"expected wandb to be installed for metrics.wandb_project {project!r}, got no such module; "
             "pip install 'aem_jax[wandb]' or leave wandb_project empty"
         ) from None
-    settings = dict(run_config or {})
-    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=settings, resume="allow")
+    settings, known = dict(run_config or {}), run_dir / "wandb_id"
+    if not known.exists():
+        write_text(known, secrets.token_hex(4))
+    identity = {"id": known.read_text(encoding="utf-8"), "resume": "allow"}  # a resumed run goes on in the same one
+    return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=settings, **identity)

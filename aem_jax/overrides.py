@@ -6,6 +6,7 @@ Every mistake is a `ConfigError` of one line with the expected value, the given 
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -228,7 +229,9 @@ def conform(value: Any, kind: Any) -> Any:
         inner = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
         if len(inner) == len(value):
             return tuple(conform(item, its) for item, its in zip(value, inner))
-    elif kind is float and type(value) is int:
+    elif kind is float and type(value) in (int, float):
+        if not math.isfinite(value):  # JSON, which configs are saved in, has no word for others
+            raise ValueError(f"expected a finite number, got {value}")
         return float(value)
     elif kind is Path and isinstance(value, (str, Path)):
         return Path(value)
@@ -283,9 +286,10 @@ def read(words: Sequence[str], kind: Any) -> Any:
         return word.lower() == "true"
     if kind in (int, float):
         try:
-            return kind(word)
+            value = kind(word)
         except ValueError:
             raise ValueError(f"expected {describe(kind)}, got {word!r}") from None
+        return conform(value, kind)
     return conform(word, kind)
 
 

@@ -1,5 +1,6 @@
 """Written metrics can be read, a kill costs at most one line, and a resumed file equals an uninterrupted one."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -175,3 +176,17 @@ def test_wandb_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert isinstance(settings, dict)
     assert (settings["project"], settings["name"], settings["config"]) == ("household", "seed-1", {"seed": 1})
     assert (line, end) == ((4, {"step": 4, "loss": 0.5}), "finished")
+    MetricsWriter(tmp_path / "seed-1", config, start_step=5).close()  # a resumed run goes on in the same one
+    assert isinstance(calls[3], dict) and calls[3]["id"] == settings["id"] and settings["resume"] == "allow"
+
+
+def test_a_line_is_complete_or_absent_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, {"step": 0})
+    write = os.write
+    monkeypatch.setattr("aem_jax.metrics.os.write", lambda descriptor, line: write(descriptor, line[:5]))
+    with pytest.raises(OSError, match="No space left on device"):
+        append_line(path, {"step": 1})
+    monkeypatch.undo()
+    append_line(path, {"step": 2})
+    assert [record["step"] for record in read_lines(path)] == [0, 2]

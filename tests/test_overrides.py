@@ -1,5 +1,6 @@
 """Overrides of configs: accepted values, refused values, and the messages of refusals."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -69,6 +70,9 @@ def test_an_int_will_do_for_a_float_and_nothing_else_is_converted():
             override(Outer(), {name: value})
     with pytest.raises(ConfigError, match="expected a whole number, got True"):
         override(Outer(), {"inner.size": True})
+    for value in (math.inf, math.nan):  # a saved config could not be read again
+        with pytest.raises(ConfigError, match="expected a finite number, got"):
+            override(Outer(), {"inner.rate": value})
 
 
 @pytest.mark.parametrize(
@@ -199,6 +203,9 @@ def test_words_are_read_by_type(words: list[str], kind: object, value: object):
         (["yes"], bool),
         (["1"], tuple[int, int]),
         (["fats"], Literal["fast"]),
+        (["inf"], float),
+        (["nan"], float | None),
+        (["1", "-inf"], tuple[float, ...]),
     ],
 )
 def test_words_that_cannot_be_read(words: list[str], kind: object):

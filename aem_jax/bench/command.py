@@ -56,7 +56,7 @@ def run(names: Sequence[str], config: BenchConfig) -> int:
     from aem_jax.distributed.runtime import set_up, versions
 
     earlier = read_earlier(config.compare) if config.compare else None  # before minutes of measurements
-    known_model(config.model)
+    known_model(config.model, "--model")
     set_up(config.runtime)
     # Initializes the device first: environment servers that start later would take time from its initialization.
     now_versions = versions()

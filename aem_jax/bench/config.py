@@ -98,6 +98,8 @@ class BenchConfig:
             least = 0 if name == "seed" else 1
             if isinstance(value, int) and value < least:
                 raise ValueError(f"expected {name} >= {least}, got {value}")
+        if self.response_mean < 1:
+            raise ValueError(f"expected response_mean >= 1, got {self.response_mean}")
         if not self.contexts or min(self.contexts) < 1:
             raise ValueError(f"expected contexts of at least 1 token, got {self.contexts}")
         if not self.modes or len(set(self.modes)) < len(self.modes):

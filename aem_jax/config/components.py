@@ -143,8 +143,8 @@ def reference_is_frozen_weights(config: RunConfig) -> bool:
     return bool(config.lora.rank) and (warm_start_makes_frozen_weights(config) or not config.warmstart.episodes)
 
 
-def known_model(name: str) -> ModelConfig:
-    """A known size by name.
+def known_model(name: str, option: str = "--model.name") -> ModelConfig:
+    """A known size by name; `option` is what gave it.
 
     Raises:
         ConfigError: no name, or an unknown one.
@@ -156,7 +156,7 @@ def known_model(name: str) -> ModelConfig:
         )
     if name not in CONFIGS:
         hint = nearest(name, CONFIGS) or f"; known are {', '.join(CONFIGS)}"
-        raise ConfigError(f"--model.name: unknown size {name!r}{hint}")
+        raise ConfigError(f"{option}: unknown size {name!r}{hint}")
     return CONFIGS[name]
 
 

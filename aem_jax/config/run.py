@@ -172,7 +172,7 @@ def without_effect(config: RunConfig) -> dict[str, list[str]]:
 
 
 MAY_CHANGE = (
-    *("name", "runs_dir", "preset", "rollout.prompt_tokens", "rollout.cache_gib"),
+    *("name", "runs_dir", "preset", "rollout.cache_gib"),
     *("train.", "evaluation.", "checkpoint.", "env.", "metrics.", "runtime."),
 )
 """Fields, or groups of fields, that a resumed run may change: they do not decide what is computed."""

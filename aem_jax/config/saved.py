@@ -65,6 +65,7 @@ def absolute(config: RunConfig) -> RunConfig:
         if "://" in value:
             raise ConfigError(f"{flag(name)}: expected a path, got {value}; mount the storage, or copy it")
     absolutes = {name: _absolute(name, value) for name, value in paths.items() if name != "runs_dir"}
+    absolutes["runs_dir"] = os.path.expanduser(config.runs_dir)
     for name, path in absolutes.items():
         if valid_text(path) != path:
             raise ConfigError(f"{flag(name)}: expected a path in UTF-8, got {path!a}; rename it")
@@ -95,7 +96,7 @@ def save(config: RunConfig, folder: Path, begun: bool = False) -> None:
     """
     config = replace(config, runtime=without_process(config.runtime))
     folder.mkdir(parents=True, exist_ok=True)
-    text, copy = json.dumps(nested_values(config), indent=2) + "\n", folder / inputs.MODEL / CONFIG
+    text, copy = json.dumps(nested_values(config), indent=2, allow_nan=False) + "\n", folder / inputs.MODEL / CONFIG
     try:
         known = inputs.load(folder) if begun else {}
         if not ((folder / FILE).exists() and read_text(folder / FILE) == text):

@@ -31,7 +31,8 @@ def check(config: RunConfig) -> None:
     if served and sessions < config.rollout.num_slots and expected_count(config.runtime) == 1:
         raise ConfigError(
             f"--rollout.num-slots: expected at most {sessions} (servers × --env.sessions-per-server), "
-            f"got {config.rollout.num_slots}; raise --env.sessions-per-server or --env.num-servers"
+            f"got {config.rollout.num_slots}; raise --env.sessions-per-server or "
+            f"{'name more --env.urls' if config.env.urls else '--env.num-servers'}"
         )
     sampled = config.sampling.temperature or 1.0  # greedy sampling records log-probabilities at temperature 1
     if config.learner.temperature != sampled:

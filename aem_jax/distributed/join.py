@@ -28,6 +28,7 @@ from aem_jax.distributed.channel import (
     listen,
 )
 from aem_jax.distributed.config import RuntimeConfig
+from aem_jax.distributed.signals import StoppedError
 from aem_jax.errors import ConfigError
 
 PEER_FAILED = 75
@@ -124,7 +125,8 @@ def open_process_group(config: RuntimeConfig) -> Iterator[ProcessGroup]:
     """The processes of the run, connected by a control channel while the block runs.
 
     A process that leaves the block with an error reports it, and all processes stop. When a process is killed, or sends
-    nothing for `heartbeat_timeout_s`, the others name it and exit with status `PEER_FAILED`.
+    nothing for `heartbeat_timeout_s`, the others name it and exit with status `PEER_FAILED`. `StoppedError` is no
+    failure: all processes raise it at the same point.
 
     Raises:
         ConfigError: the channel cannot be opened, or JAX has several processes that the config does not ask for.
@@ -143,10 +145,18 @@ def open_process_group(config: RuntimeConfig) -> Iterator[ProcessGroup]:
         channel = _open_channel(config, index, count)
     except TimeoutError as error:
         raise ConfigError(str(error)) from error
+    stopped = None
     try:
-        yield ProcessGroup(index, count, channel.gather)
+        try:
+            yield ProcessGroup(index, count, channel.gather)
+        except StoppedError as error:
+            stopped = error
         channel.close()
         jax.distributed.shutdown()  # now, while all are here: at the exit of the process it waits for the slowest
+        if stopped:
+            raise stopped
+    except StoppedError:
+        raise
     except BaseException as error:
         if not _is_own(error, channel):
             time.sleep(10 * _GRACE_S)  # the channel's thread names the failed process, and ends this one

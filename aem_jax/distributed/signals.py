@@ -82,8 +82,13 @@ def undone_on_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_on_signals(agree: Callable[[int], int] = lambda number: number) -> Iterator[StopRequest]:
-    """Yields a request that SIGINT and SIGTERM set while the block runs; see its `agree`. Main thread only."""
+def stop_on_signals(
+    agree: Callable[[int], int] = lambda number: number, says: str = "stopping"
+) -> Iterator[StopRequest]:
+    """Yields a request that SIGINT and SIGTERM set while the block runs; see its `agree`. Main thread only.
+
+    `says` is printed at the first signal.
+    """
     request = StopRequest(agree)
     numbers = (signal.SIGINT, signal.SIGTERM)
     reader, writer = os.pipe()
@@ -91,7 +96,7 @@ def stop_on_signals(agree: Callable[[int], int] = lambda number: number) -> Iter
     # Empty handlers: the wake-up pipe receives only signals that Python handles.
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reader, request), name="signals", daemon=True)
+    watcher = threading.Thread(target=_watch, args=(reader, request, says), name="signals", daemon=True)
     watcher.start()
     try:
         yield request
@@ -104,7 +109,7 @@ def stop_on_signals(agree: Callable[[int], int] = lambda number: number) -> Iter
         os.close(reader)
 
 
-def _watch(reader: int, request: StopRequest) -> None:
+def _watch(reader: int, request: StopRequest, says: str) -> None:
     while received := os.read(reader, 1):
         number = received[0]
         if number not in (signal.SIGINT, signal.SIGTERM):
@@ -113,4 +118,4 @@ def _watch(reader: int, request: StopRequest) -> None:
         if request.signalled(number):
             os._exit(EXIT_AT_ONCE)  # not sys.exit: the main thread may be deep inside a computation
         if first:
-            print("\nfinishing the step, then saving; Ctrl-C again quits at once", file=sys.stderr, flush=True)
+            print(f"\n{says}; Ctrl-C again quits at once", file=sys.stderr, flush=True)

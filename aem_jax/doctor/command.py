@@ -55,7 +55,7 @@ def run(names: Sequence[str], config: "DoctorConfig") -> int:
     from aem_jax.doctor.page import Page
 
     if config.model:
-        known_model(config.model)
+        known_model(config.model, "--model")
     page = Page(sys.stderr if config.json else sys.stdout)
     model, findings, stopped, start = config.model, list[Finding](), 0, time.perf_counter()
     try:

@@ -24,6 +24,7 @@ from aem_jax.config import components, saved
 from aem_jax.config.algorithms import response_advantages
 from aem_jax.credit import AemConfig, Credit, make_credit
 from aem_jax.errors import ConfigError
+from aem_jax.files import check_writable
 from aem_jax.launch import efficiency
 from aem_jax.launch.context import RunContext, open_run, values_function
 from aem_jax.launch.initial import load_frozen_weights
@@ -83,6 +84,9 @@ class AnalyzeConfig:
             raise ValueError(f"expected rules of {', '.join(efficiency.RULES)}; got {', '.join(sorted(unknown))}")
         if self.efficiency and self.against:
             raise ValueError("expected efficiency without against, got both; the page of the claims shows other runs")
+        alone = {"rules": self.rules, "geometry": self.geometry != "adam", "sketch": self.sketch}
+        if not self.efficiency and (given := [name for name, value in alone.items() if value]):
+            raise ValueError(f"expected efficiency with {', '.join(given)}, got none; add --efficiency True")
         if self.step_size <= 0:
             raise ValueError(f"expected step_size > 0, got {self.step_size}")
 
@@ -99,6 +103,10 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
     recorded = saved.load(folder)
     if options.against:
         saved.load(Path(options.against))
+    try:
+        check_writable(folder / FOLDER)  # before the work, not after it
+    except OSError as error:
+        raise ConfigError(str(error)) from error
     config = replace(recorded, name=folder.resolve().name, runs_dir=str(folder.resolve().parent))
     groups = options.groups or config.rollout.groups_per_step
     began = time.perf_counter()
@@ -126,13 +134,15 @@ def analyze(folder: Path, options: AnalyzeConfig) -> int:
             results = _analysis(run, state.params, options, groups)
     record = {"run": config.name, "step": step, "options": dataclasses.asdict(options), **results}
     record["seconds"] = round(time.perf_counter() - began)
-    if options.efficiency:
-        page = write_efficiency(record, folder / FOLDER)
-        print_efficiency(record)
-        print(f"analysis: {page}", flush=True)
-        return 0
-    page = write_analysis(folder, record, Path(options.against) if options.against else None, folder / FOLDER)
-    print_analysis(record)
+    try:
+        if options.efficiency:
+            print_efficiency(record)
+            page = write_efficiency(record, folder / FOLDER)
+        else:
+            print_analysis(record)
+            page = write_analysis(folder, record, Path(options.against) if options.against else None, folder / FOLDER)
+    except OSError as error:
+        raise ConfigError(f"{error}; the table above has the numbers") from error
     print(f"analysis: {page}", flush=True)
     return 0
 

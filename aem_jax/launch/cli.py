@@ -164,9 +164,9 @@ def _trained(options: dict[str, list[str]]) -> "RunConfig":
     from aem_jax.overrides import apply
 
     requested = apply(_preset(options), options)
-    folder = Path(requested.runs_dir) / run_name(requested, options)
+    folder = Path(requested.runs_dir).expanduser() / run_name(requested, options)
     config = absolute(apply(load(folder), options))
-    return replace(config, name=folder.name, runs_dir=requested.runs_dir)
+    return replace(config, name=folder.name, runs_dir=str(folder.parent))
 
 
 def _serve(words: Sequence[str]) -> int:

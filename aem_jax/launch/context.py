@@ -27,9 +27,10 @@ from aem_jax.envs.serving.pool import EnvPool
 from aem_jax.envs.suite import TaskSuite, tokenizer_corpus
 from aem_jax.errors import ConfigError
 from aem_jax.gateway.harness import HarnessPool
-from aem_jax.launch import init_from
+from aem_jax.launch import frozen_weights, init_from
 from aem_jax.launch.progress import Report, open_progress
 from aem_jax.learner import TrainState, abstract_state, make_response_values
+from aem_jax.metrics import read_lines
 from aem_jax.models import ModelConfig, Params, Policy
 from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.overrides import as_values, flag
@@ -130,7 +131,8 @@ def _open(config: RunConfig, folder: Path, writes: bool, stack: ExitStack) -> Ru
     processes = stack.enter_context(join.open_process_group(config.runtime))
     join.check_same(processes, _identity(config))
     checkpoints, has_checkpoint = _open_folder(config, folder, writes, processes, stack)
-    stop = stack.enter_context(stop_on_signals(processes.max))
+    says = "finishing the step, then saving" if writes else "stopping"
+    stop = stack.enter_context(stop_on_signals(processes.max, says))
     report = stack.enter_context(open_progress()) if processes.is_first else _no_report
     suite = task_suite(config)
     suite = replace(suite, evaluation=cache(suite.evaluation))
@@ -161,7 +163,7 @@ def _open_folder(
 ) -> tuple[Checkpoints, bool]:
     """(the run's checkpoints, whether there is one), after a check that the folder belongs to this config."""
     if writes and processes.is_first and (folder / saved.FILE).exists():
-        saved.check_resumable(saved.load(folder), config, folder)
+        _check_or_forget(config, folder)
     checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint, processes))
     if writes:  # a folder that cannot be written is an error before anything else starts
         join.check_shared(processes, folder)
@@ -181,6 +183,25 @@ def _open_folder(
     return checkpoints, has_checkpoint
 
 
+def _check_or_forget(config: RunConfig, folder: Path) -> None:
+    """Checks that a run has the settings that its folder was begun with.
+
+    An attempt that ended before the first checkpoint has nothing to resume. With other settings its files are removed.
+    """
+    recorded = saved.load(folder)
+    try:
+        saved.check_resumable(recorded, config, folder)
+    except ConfigError:
+        checkpoints = [path for path in (folder / "checkpoints").glob("*") if not path.name.startswith(".")]
+        if checkpoints or read_lines(folder / "metrics.jsonl"):
+            raise
+        log.info("the attempt in %s ended before its first checkpoint; its files are replaced", folder)
+        for name in (saved.FILE, inputs.FILE, "evaluations.jsonl", "warmstart.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        for name in (inputs.TOKENIZER, inputs.MODEL, frozen_weights.FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
 def _no_report(phase: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
     """Progress of a process that prints nothing."""
 
@@ -196,11 +217,13 @@ def _tokenizer(
 ) -> ChatTokenizer:
     """The run's tokenizer, from its folder; process 0 makes it first where there is none.
 
-    A copy of another tokenizer is made anew until the run has a checkpoint, because the original may have changed.
+    A copy of another tokenizer is made anew until the run has a checkpoint, because the original may have changed. A
+    tokenizer without the settings that it was made with is made anew, too.
     """
     load = _loader(config)
     is_copy = bool(config.model.path or config.warmstart.init_from)
-    if processes.is_first and not has_checkpoint and (is_copy or not folder.exists()):
+    is_known = folder.exists() and (folder.parent / saved.FILE).exists()
+    if processes.is_first and not has_checkpoint and (is_copy or not is_known):
         make_tokenizer(config, suite, folder, load, report, stop)
     processes.barrier()
     if not folder.exists():  # process 0 was asked to stop before the tokenizer was trained

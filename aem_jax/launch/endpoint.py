@@ -76,6 +76,10 @@ class EndpointConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """The machine."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"expected port from 0 to {2**16 - 1}, got {self.port}")
+
 
 class ServedPolicy:
     """A policy behind an endpoint, from `serve_policy`.
@@ -196,14 +200,14 @@ def run(model: str, config: EndpointConfig) -> int:
         ConfigError: the model cannot be served.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
     try:
         runtime.set_up(replace(config.runtime, distributed="off"))
         served = serve_policy(model, config)
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # before, while it loads and compiles, a signal ends it at once
+        signal.signal(number, lambda *_: stopped.set())
     with served:
         print(f"serving {model} on {served.url} (Ctrl-C to stop); use it with OPENAI_BASE_URL={served.url}", flush=True)
         while not stopped.wait(0.5):

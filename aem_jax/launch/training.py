@@ -16,6 +16,7 @@ from aem_jax.config.algorithms import response_advantages, value_targets
 from aem_jax.config.run import RunConfig
 from aem_jax.credit import Credit, make_credit
 from aem_jax.data import task_groups
+from aem_jax.errors import ConfigError
 from aem_jax.files import write_text
 from aem_jax.launch import evaluation, init_from
 from aem_jax.launch.context import RunContext, open_run, values_function
@@ -55,7 +56,10 @@ def train(config: RunConfig) -> int:
             return run.stop.exit_status
         _evaluate(run, state, "final", stop=run.stop.check)
     if is_first:
-        report = write_report(folder)
+        try:
+            report = write_report(folder)
+        except OSError as error:
+            raise ConfigError(f"{error}; the run is complete, and the same command writes its report again") from error
         records = read_lines(folder / evaluation.FILE)
         evaluation.print_summary(records, evaluation.sampled(config.sampling.temperature))
         print(f"report: {report}", flush=True)

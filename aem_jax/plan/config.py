@@ -23,6 +23,8 @@ class PlanConfig(RunConfig):
     """Print one JSON line instead of tables."""
 
     def __post_init__(self) -> None:
+        if not self.programs:
+            raise ValueError(f"expected one or more programs of {', '.join(PROGRAMS)}, got none")
         for name in self.programs:
             if name not in PROGRAMS:
                 hint = nearest(name, PROGRAMS) or f"; there are {', '.join(PROGRAMS)}"

@@ -204,7 +204,7 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
     ("Turns", "Mean number of turns of an episode.", draw_lines(("rollout/turns", ORANGE, "turns"))),
     (
         "Groups",
-        "Mixed: returns differ, so there is a learning signal. Flat: entropies within 0.1 nats, so α is 1.",
+        "Mixed: returns differ, so there is a learning signal. Flat: entropies within aem.min_range, so α is 1.",
         draw_lines(("rollout/mixed_groups", BLUE, "mixed"), ("aem/flat_groups", GREY, "flat"), percent=True),
     ),
     (
@@ -225,7 +225,7 @@ CURVES: tuple[tuple[str, str, Callable[[Run, Axes], bool]], ...] = (
     ("Time of a step", "Seconds, by phase.", draw_time),
     (
         "Throughput",
-        "Tokens sampled per second of rollout.",
+        "Tokens sampled and prefilled, per second of a step.",
         draw_lines(("throughput/tokens_per_s", GREEN, "tokens/s")),
     ),
     ("Warm start", "Cross-entropy on the expert's responses, nats a token.", draw_warmstart),

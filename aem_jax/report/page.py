@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from aem_jax.files import write_text
 from aem_jax.metrics import Evaluation, Rate
 from aem_jax.overrides import flatten
 from aem_jax.report.curves import draw_curves
@@ -32,12 +33,11 @@ def write_report(run_dir: Path | str) -> Path:
 
     Raises:
         ValueError: the folder does not exist.
+        OSError: the page cannot be written.
     """
     run = read_run(run_dir)
     page = Path(run_dir) / "report.html"
-    temporary = page.with_name("report.html.new")
-    temporary.write_text(render(run), encoding="utf-8")
-    temporary.replace(page)
+    write_text(page, render(run))
     return page
 
 

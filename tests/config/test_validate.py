@@ -79,6 +79,10 @@ def test_any_model_goes_with_a_setting_of_the_paper():
         (["--sampling.top-p", "0.9"], "--sampling.top-p: expected 1.0 (all tokens), got 0.9"),
         (["--sampling.top-k", "20"], "--sampling.top-k: expected 0 (all tokens), got 20"),
         (["--model.name", "tinny"], "did you mean 'tiny'?"),
+        (["--batch.rows", "0"], "--batch.rows: expected"),
+        (["--evaluation.every", "-1"], "--evaluation.every: expected"),
+        (["--evaluation.size", "0"], "--evaluation.size: expected"),
+        (["--metrics.efficiency-every", "-1"], "--metrics.efficiency-every: expected"),
         (["--metrics.wandb-project", "x"], "wandb is not installed"),
     ],
 )

@@ -4,12 +4,14 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from aem_jax.config.run import RunConfig
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup, join
 from aem_jax.distributed.config import RuntimeConfig
+from aem_jax.distributed.signals import StoppedError
 from aem_jax.errors import ConfigError
 from aem_jax.launch.context import _identity
 
@@ -66,6 +68,27 @@ def test_the_expected_count_is_1_without_an_announcement(monkeypatch: pytest.Mon
 def test_incomplete_coordinator_settings_are_refused(settings: dict, complaint: str):
     with pytest.raises(ValueError, match=complaint):
         RuntimeConfig(**settings)
+
+
+def test_a_requested_stop_is_no_failure(monkeypatch: pytest.MonkeyPatch):
+    """All processes raise it at the same point, so they leave as after a finished run, with its exit status."""
+    calls = []
+    channel = SimpleNamespace(
+        gather=None, close=lambda: calls.append("close"), abort=lambda reason: calls.append(f"abort: {reason}")
+    )
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("jax.distributed.shutdown", lambda: calls.append("shutdown"))
+    monkeypatch.setattr(join, "_open_channel", lambda *_: channel)
+    monkeypatch.setattr(join, "_is_own", lambda *_: True)
+    monkeypatch.setattr(join.atexit, "register", lambda *_: calls.append("at exit"))
+    with pytest.raises(StoppedError) as stopped, join.open_process_group(RuntimeConfig()):
+        raise StoppedError(143)
+    assert stopped.value.exit_status == 143 and calls == ["close", "shutdown"]
+    calls.clear()
+    with pytest.raises(OSError), join.open_process_group(RuntimeConfig()):
+        raise OSError("no space")
+    assert calls == ["abort: no space", "at exit"]
 
 
 def test_saved_settings_do_not_identify_the_process():
