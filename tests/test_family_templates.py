@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
+from aem_jax.rollout.config import RolloutConfig
+from aem_jax.rollout.context import windowed_messages
 from aem_jax.tokenizer import ChatTokenizer
 
 # Without a system role: that message becomes the beginning of the first user turn. All contents are stripped.
@@ -155,6 +157,28 @@ def test_a_template_without_a_system_message_refuses_it_at_load(base):
     of_family(base, GEMMA2)
     with pytest.raises(ValueError, match=r"can render, got \['system', 'user'\]: System role not supported; without"):
         of_family(base, GEMMA2, instruction=INSTRUCTION)
+
+
+@pytest.mark.parametrize("window_turns", [0, 1])
+def test_observations_in_a_row_are_joined_for_a_template_that_refuses_them(base, window_turns):
+    """A window that slides shows the first observation, and then the oldest one that is kept."""
+    config = RolloutConfig(context="window", window_turns=window_turns, instruction=INSTRUCTION)
+    turns = [("Find a pen.", "go"), ("A drawer.", "open")]
+    joined = [
+        [{"role": "user", "content": "Find a pen.\n\nA pen."}],
+        [
+            {"role": "user", "content": "Find a pen.\n\nA drawer."},
+            {"role": "assistant", "content": "open"},
+            {"role": "user", "content": "A pen."},
+        ],
+    ][window_turns]
+    joined = [{"role": "system", "content": INSTRUCTION}, *joined]
+    messages = windowed_messages(turns, "A pen.", config)
+    assert len(messages) == len(joined) + 1
+    alternating, any_order = (of_family(base, template, appends=False) for template in (GEMMA3, OLMO2))
+    assert alternating.prompt_ids(messages) == alternating.prompt_ids(joined)
+    whole = any_order._backend.decode(any_order.prompt_ids(messages), skip_special_tokens=False)
+    assert whole == rendered(any_order, messages) != rendered(any_order, joined)
 
 
 def test_white_space_before_a_response_is_the_policys(base):

@@ -17,7 +17,8 @@ its budget, to the first token of the next response, an episode passes these ste
     8. decode    `Sampler.decode`
 
 A new episode starts at `SlotGroup.assign`, which resets its environment, and passes steps 4 to 8. Its first prompt is
-prefilled once for its group and forked to the slots (`PromptCache.fork`).
+prefilled once for its group and forked to the slots (`PromptCache.fork`). The environments of episodes that a resumed
+run goes on with get their recorded responses again (`replay.replay`).
 """
 
 from aem_jax.rollout.carry import Carried, group_attempts

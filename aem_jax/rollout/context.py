@@ -145,7 +145,11 @@ def full_prompt(
 def windowed_messages(
     turns: Sequence[tuple[str, str]], observation: str, config: RolloutConfig
 ) -> list[dict[str, str]]:
-    """The conversation of the first observation, the last `window_turns` turns, and the new observation."""
+    """The conversation of the first observation, the last `window_turns` turns, and the new observation.
+
+    Once the window slides, two messages of the user follow each other. `ChatTokenizer` joins them for a template that
+    refuses this.
+    """
     if not turns:
         return first_messages(config.instruction, observation)
     messages = first_messages(config.instruction, turns[0][0])

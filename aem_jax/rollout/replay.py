@@ -30,35 +30,38 @@ def replay(sessions: SlotSessions, episodes: Mapping[int, Episode]) -> tuple[dic
         again and of those that had not begun.
     """
     replies: dict[int, EnvReply] = {}
-    begun = {slot: episode for slot, episode in episodes.items() if episode.observation is not None}
-    calls, resets = _reset(sessions, begun), Calls()
+    shown = {
+        slot: [*(turn.observation for turn in episode.turns), episode.observation.text]
+        for slot, episode in episodes.items()
+        if episode.observation is not None
+    }
+    calls, resets = _reset(sessions, {slot: episodes[slot] for slot in shown}), Calls()
     sent = dict.fromkeys(calls, 0)  # responses sent to each environment
     while calls:
         wait(calls.values(), timeout=_PATIENCE_S, return_when=FIRST_COMPLETED)
         done = {slot: call for slot, call in calls.items() if call.done()}
         if not done and all(sessions.waits(slot) and not sent[slot] for slot in calls):
+            # Only resets: they go on as those of the episodes that begin again. A session has one call at a time.
             why = "expected room for its environment when the episode was replayed, got none beside the others"
             replies |= dict.fromkeys(calls, EnvReply(why, restarted=True))
             resets |= calls
             break
         for slot, call in done.items():
             del calls[slot]
-            episode, turn = begun[slot], sent[slot]
-            assert episode.observation is not None
-            shown = [*(turn.observation for turn in episode.turns), episode.observation.text]
+            episode, turn = episodes[slot], sent[slot]
             try:
                 text = call.result().observation
             except EnvError as error:
                 replies[slot] = EnvReply(str(error), isinstance(error, LostError))
                 continue
-            if text != shown[turn]:
+            if text != shown[slot][turn]:
                 why = f"expected the observation of turn {turn} again when the episode was replayed, got {text!r:.80}"
                 replies[slot] = EnvReply(why, restarted=True)
                 resets |= _reset(sessions, {slot: episode})  # ends the replayed episode, whose room others may wait for
             elif turn < len(episode.turns):
                 calls[slot] = sessions.step(slot, episode.turns[turn].response)
                 sent[slot] += 1
-    return replies, resets | _reset(sessions, {s: e for s, e in episodes.items() if s not in begun})
+    return replies, resets | _reset(sessions, {s: e for s, e in episodes.items() if s not in shown})
 
 
 def _reset(sessions: SlotSessions, episodes: Mapping[int, Episode]) -> Calls:

@@ -127,6 +127,14 @@ class ChatTemplate:
         turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
         return self.render(first + turns)
 
+    def needs_alternation(self) -> bool:
+        """Whether the template refuses two messages of the user in a row, as Gemma's and Mistral's do."""
+        try:
+            self.render([{"role": "user", "content": "(task)"}, {"role": "user", "content": "(seen)"}])
+        except ValueError:
+            return True
+        return False
+
     def stop_token(self, control: Sequence[str]) -> str:
         """Returns the control token with which the template closes a response.
 

@@ -2,11 +2,13 @@
 
 A conversation grows at its end: prompt, response, delta, response, delta, … Sampled ids are never changed, and only
 observations are tokenised. The markup around an observation comes from the chat template, which must keep earlier turns
-unchanged. If every prompt is built from scratch (context `window`), any template is accepted.
+unchanged. If every prompt is built from scratch (context `window`), any template is accepted: for one in which roles
+must alternate, successive messages of one role become one.
 """
 
 import datetime
 import functools
+import itertools
 import json
 import re
 from array import array
@@ -32,6 +34,11 @@ _NO_FENCES = str.maketrans("", "", _FENCES)
 _CACHED_DELTAS = 4096
 _ANSWER = "(answer)"
 
+_FIELDS = {
+    *("role", "content", "name", "tool_calls", "tool_call_id", "id", "type", "function", "arguments"),
+    *("description", "parameters", "properties", "required", "items", "enum"),
+}
+"""Names that templates look up in messages, tool calls and schemas. Other keys are a client's texts."""
 _TRUSTED = ("system", "assistant")
 """Roles of the user's own instruction and of the policy's responses. Other messages come from the environment."""
 
@@ -102,7 +109,7 @@ class ChatTokenizer:
         self._backend, self._plain = _backends(tokenizer, {*control, *markup})
         self._stop_id = self._encode_fenced(self._template.stop_token(control))[0]
         self._open_delta = functools.lru_cache(_CACHED_DELTAS)(self._encode_delta)
-        self._lead = self._template.response_lead()
+        self._lead, self._joins = self._template.response_lead(), self._template.needs_alternation()
         self.markup = self._template.turn_markup(control, instruction) if appends else None
         if appends:
             self._check_ids(instruction)
@@ -203,13 +210,19 @@ class ChatTokenizer:
         """Encodes a conversation up to the start of the next response.
 
         Args:
-            messages: messages with `role` and `content`, as the template expects them.
+            messages: messages with `role` and `content`, as the template expects them. If it wants roles to alternate,
+                successive messages of one role are joined, with a blank line between them.
 
         Raises:
             ValueError: there are no messages, or the template refuses them.
         """
         if not messages:
             raise ValueError("expected at least one message, got none")
+        if self._joins:
+            messages = [
+                {"role": role, "content": "\n\n".join(message["content"] for message in successive)}
+                for role, successive in itertools.groupby(messages, lambda message: message["role"])
+            ]
         fenced = [
             {"role": m["role"], "content": self._fence(m["content"], trusted=m["role"] in _TRUSTED)} for m in messages
         ]
@@ -256,15 +269,19 @@ class ChatTokenizer:
         return ids[1:] if closed else ids
 
     def _render_fenced(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
-        fenced = [self._fence_all(message, trusted=message["role"] in _TRUSTED) for message in messages]
+        fenced = [
+            {**self._fence_all(message, trusted=message["role"] in _TRUSTED), "role": message["role"]}
+            for message in messages
+        ]
         return self._template.render(fenced, self._fence_all(list(tools), trusted=True))
 
     def _fence_all(self, value: Any, trusted: bool) -> Any:
-        """Fences all texts of a JSON value, but for a message's role."""
+        """Fences all texts of a JSON value, and the names of arguments and properties in it."""
         if isinstance(value, str):
             return self._fence(value, trusted)
         if isinstance(value, Mapping):
-            return {key: part if key == "role" else self._fence_all(part, trusted) for key, part in value.items()}
+            named = lambda key: key if key in _FIELDS else self._fence(key, trusted)
+            return {named(key): self._fence_all(part, trusted) for key, part in value.items()}
         return [self._fence_all(part, trusted) for part in value] if isinstance(value, list) else value
 
     def delta_ids(self, observation: str, *, closed: bool = True) -> list[int]:

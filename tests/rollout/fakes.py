@@ -2,8 +2,9 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from aem_jax.envs.protocol import EnvError, StepResult, Task
@@ -104,18 +105,27 @@ class LatePool(LocalPool):
 
 
 class RoomPool(LocalPool):
-    """Has room for few episodes; further resets wait until an episode ends, or is released."""
+    """Has room for few episodes; further resets wait until an episode ends, or is released.
 
-    def __init__(self, capacity: int, room: int):
-        super().__init__(capacity)
-        self._room, self.holding, self.most = room, set[int](), 0
+    A thread resets and releases sessions, in order and a little later, as that of `EnvPool` does.
+    """
+
+    def __init__(self, capacity: int, room: int, make: Callable[[], Any] = CountdownEnv):
+        super().__init__(capacity, make)
+        self._room, self._holding, self.most = room, set[int](), 0
+        self._resets: dict[int, Future[StepResult]] = {}
         self._waiting: dict[int, Callable[[], None]] = {}
+        self._thread = ThreadPoolExecutor(1)
+
+    @property
+    def holding(self) -> set[int]:
+        """The sessions that hold room, when all is done that was asked for before."""
+        return self._thread.submit(lambda: set(self._holding)).result()
 
     def reset(self, session: int, payload: Mapping[str, Any]) -> Future[StepResult]:
-        self.holding.discard(session)  # a reset ends the episode before
-        future: Future[StepResult] = Future()
-        self._waiting[session] = lambda: future.set_result(self._envs[session].reset(payload))
-        self._admit()
+        future = self._resets[session] = Future()
+        self._thread.submit(self._leave, session)  # a reset ends the episode before
+        self._thread.submit(self._enter, session, lambda: future.set_result(self._envs[session].reset(payload)))
         return future
 
     def step(self, session: int, text: str) -> Future[StepResult]:
@@ -128,13 +138,21 @@ class RoomPool(LocalPool):
         return session in self._waiting
 
     def release(self, session: int) -> None:
-        assert session not in self._waiting
-        self.holding.discard(session)
+        assert session not in self._resets or self._resets[session].done()
+        self._thread.submit(self._leave, session)
+
+    def _leave(self, session: int) -> None:
+        time.sleep(0.001)
+        self._holding.discard(session)
+        self._admit()
+
+    def _enter(self, session: int, begin: Callable[[], None]) -> None:
+        self._waiting[session] = begin
         self._admit()
 
     def _admit(self) -> None:
-        while self._waiting and len(self.holding) < self._room:
+        while self._waiting and len(self._holding) < self._room:
             session = next(iter(self._waiting))
-            self.holding.add(session)
+            self._holding.add(session)
             self._waiting.pop(session)()
-        self.most = max(self.most, len(self.holding))
+        self.most = max(self.most, len(self._holding))

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from aem_jax.compilations import compilations
+from aem_jax.distributed import SINGLE_PROCESS
 from aem_jax.envs.protocol import StepResult, Task
-from aem_jax.rollout import Carried, Rollout, group_attempts
+from aem_jax.rollout import Carried, Rollout, group_attempts, replay, slots
 from aem_jax.rollout.carry import from_record, record
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.trajectory import Ending, Trajectory, Turn
 
 from .countdown import CountdownEnv
-from .fakes import CONFIG, POLICY, STOP, ByteChat, LatePool, LocalPool
+from .fakes import CONFIG, POLICY, STOP, ByteChat, LatePool, LocalPool, RoomPool
 from .test_processes import episodes, process_groups
 from .test_rollout import log_probabilities
 
@@ -203,30 +204,49 @@ class Forgetful(CountdownEnv):
         return replace(result, observation=result.observation + "z" * (self.episodes > 1))
 
 
-def test_an_environment_that_answers_otherwise_costs_the_episodes_turns_and_not_the_group(sampler, versions, caplog):
+def test_an_environment_that_answers_otherwise_costs_the_episodes_turns_and_no_retry(sampler, versions, caplog):
     def resumed(rollout: Rollout, carried: Carried):
         rollout._live = {}  # as after an evaluation
         return rollout, carried
 
     steps = play(sampler, versions[:3], CARRY, lambda: LocalPool(12, Forgetful), between=resumed)
     assert [len(trajectories) % 4 for trajectories, _ in steps] == [0, 0, 0]
-    assert any(t.retries for trajectories, _ in steps for t in trajectories)
-    assert "expected the observation of turn 0 again when the episode was replayed, got 'start" in caplog.text
+    assert not any(t.retries for trajectories, _ in steps for t in trajectories)
+    assert "begins again: expected the observation of turn 0 again when the episode was replayed, got" in caplog.text
 
 
-def test_several_processes_carry_the_same_groups_and_resume_them(sampler, versions):
+def test_a_resumed_run_with_less_room_begins_episodes_again(sampler, versions, monkeypatch, caplog):
+    """An evaluation comes first: it waits for room that carried episodes hold."""
+    monkeypatch.setattr(slots, "_ROOM_S", 0.01)
+    monkeypatch.setattr(replay, "_PATIENCE_S", 0.1)
+
+    def resumed(rollout: Rollout, carried: Carried):
+        rollout(versions[0], tasks(0, 0), jax.random.key(3))
+        return Rollout(sampler, ByteChat(), RoomPool(12, room=2), CARRY), carried
+
+    steps = play(sampler, versions[:3], CARRY, lambda: RoomPool(12, room=8), between=resumed)
+    for t in (t for trajectories, _ in steps for t in trajectories):
+        assert t.ending is Ending.TERMINATED and len(t.turns) == t.task.payload["turns"] and not t.retries
+    assert [len(trajectories) % 4 for trajectories, _ in steps] == [0, 0, 0]
+    assert "expected room for its environment when the episode was replayed" in caplog.text
+
+
+@pytest.mark.parametrize("make", [CountdownEnv, Forgetful])
+def test_several_processes_carry_the_same_groups_and_resume_them(sampler, versions, make, caplog):
+    """Also where a process's environment answers otherwise, and the episode begins again in all."""
     config = replace(CARRY, num_slots=6, num_cohorts=2)
-    expected = all_of(play(sampler, versions, config))
     attempts = group_attempts(tasks, KEY, config)
 
     def one(processes):
+        new = lambda: Rollout(sampler, ByteChat(), LocalPool(6 // processes.count + 1, make), config, processes)
+
         def resumed(rollout: Rollout, carried: Carried):
-            saved = json.loads(json.dumps(record(carried)))
-            return Rollout(sampler, ByteChat(), LocalPool(4), config, processes), from_record(saved, attempts)
+            return new(), from_record(json.loads(json.dumps(record(carried))), attempts)
 
-        start = Rollout(sampler, ByteChat(), LocalPool(4), config, processes)
-        return all_of(play(sampler, versions, config, between=resumed, rollout=start))
+        return all_of(play(sampler, versions, config, between=resumed, rollout=new()))
 
+    expected = one(SINGLE_PROCESS)
+    assert ("begins again" in caplog.text) == (make is Forgetful)
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(one, process_groups(2))) == [expected, expected]
 

@@ -1,5 +1,7 @@
 """The states of one episode, worked out by hand; and which failed attempts count."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,13 @@ def test_the_states_of_two_turns(context, keep, tokens, cached, observation_ids)
     assert episode.turns[1].observation == "second" and episode.turns[1].observation_ids.tolist() == observation_ids
     trajectory = episode.trajectory(Ending.TERMINATED, context, True, 1.0)
     assert (trajectory.group, trajectory.member, len(trajectory.turns), trajectory.retries) == (1, 2, 2, 0)
+
+
+def test_a_response_that_nobody_received_leaves_no_experts():
+    episode = Episode(ATTEMPT).apply_reply(EnvReply(prefill_tokens=(1, 2)), "tree").prefilled(CONFIG)
+    episode = replace(episode.append_sampled(chunk(5), finished=True), experts=np.ones((9, 2), np.uint8))
+    episode = episode.apply_reply(EnvReply(received=False, keep=1, prefill_tokens=(3,)), "tree")
+    assert episode.experts is None and not episode.response and not episode.turns
 
 
 def test_an_attempt_that_lost_its_server_twice_is_quarantined():

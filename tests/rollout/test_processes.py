@@ -9,15 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aem_jax.distributed import ProcessGroup
-from aem_jax.rollout import Rollout
+from aem_jax.rollout import Rollout, slots
 from aem_jax.rollout.sessions import SlotSessions
 from aem_jax.sampler import Sampler
 
-from .fakes import CONFIG, TASKS, ByteChat, LatePool, LocalPool, sampled
+from .fakes import CONFIG, TASKS, ByteChat, LatePool, LocalPool, RoomPool, sampled
 
 TWO_COHORTS = replace(CONFIG, num_slots=6, num_cohorts=2)
 
@@ -39,6 +40,16 @@ class Recorded:
             return attribute(*arguments, **named)
 
         return call
+
+
+class WithExperts(Recorded):
+    """Also records reads of experts. The sampler has none, so all are 0."""
+
+    records_experts = True
+
+    def read_experts(self, state, slot: int) -> jax.Array:
+        self.calls.append(("read_experts", slot))
+        return jnp.zeros((CONFIG.context_tokens, 2), jnp.uint8)
 
 
 def process_groups(count: int) -> list[ProcessGroup]:
@@ -63,11 +74,12 @@ def play(
     config=TWO_COHORTS,
     broken: Callable = lambda process, session, call: False,
     pool: Callable[[int], LocalPool] | None = None,
+    recorder: type[Recorded] = Recorded,
 ):
     """(trajectories, stats, calls to the sampler) of each of `count` processes."""
 
     def one(processes: ProcessGroup):
-        recorded = Recorded(sampler)
+        recorded = recorder(sampler)
         own = LocalPool(6 if count == 1 else 4, broken=lambda session, call: broken(processes.index, session, call))
         own = pool(processes.index) if pool else own
         rollout = Rollout(recorded, ByteChat(), own, config, processes)  # pyright: ignore[reportArgumentType]
@@ -131,6 +143,16 @@ def test_continuous_processes_agree_on_the_replies(sampler, params):
     runs = play(sampler, params, 2, config, pool=lambda process: LatePool(4, process))
     assert runs[0][2] == runs[1][2] and episodes(runs[0][0]) == episodes(runs[1][0])
     assert sampled(runs[0][0]) == sampled(expected)
+
+
+def test_processes_make_the_same_calls_when_one_of_them_waits_for_room(sampler, params, monkeypatch):
+    monkeypatch.setattr(slots, "_ROOM_S", 0.01)
+    [(expected, *_)] = play(sampler, params, 1)
+    pool = lambda process: RoomPool(4, room=4 if process else 2)
+    runs = play(sampler, params, 2, pool=pool, recorder=WithExperts)
+    assert sampled(runs[0][0]) == sampled(runs[1][0]) == sampled(expected)
+    assert runs[0][2] == runs[1][2]
+    assert all(turn.experts is not None for t in runs[0][0] for turn in t.turns)
 
 
 def test_processes_that_play_different_episodes_are_refused(sampler, params):

@@ -152,7 +152,7 @@ def test_an_interrupted_rollout_releases_the_room_that_its_own_calls_wait_for(sa
 
     monkeypatch.setattr(slots, "_ROOM_S", 0.01)
     chat, pool = Breaks(), RoomPool(12, room=3)
-    rollout = Rollout(sampler, chat, pool, CONFIG)
+    rollout = Rollout(sampler, chat, pool, replace(CONFIG, num_cohorts=2))
     with pytest.raises(KeyboardInterrupt):
         rollout(params, TASKS, jax.random.key(7))
     chat.broken = False

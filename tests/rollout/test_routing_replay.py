@@ -1,6 +1,8 @@
 """Routing replay: the learner routes every token to the experts that the sampler routed it to."""
 
 import json
+from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 
 from aem_jax.batch import BatchLayout, collate, place
 from aem_jax.compilations import compilations
+from aem_jax.envs.protocol import StepResult
 from aem_jax.learner import LearnerConfig, init_state, make_token_logprobs, make_update
 from aem_jax.learner.forward import forward_config
 from aem_jax.learner.passes import token_logprobs
@@ -81,6 +84,48 @@ def test_recorded_experts_give_the_sampled_logprobs(config: RolloutConfig, pool,
     np.testing.assert_allclose(own(moe_params, batch)[sampled], batch.logprobs[sampled], atol=1e-4)
     shifted = replace(batch, experts=np.roll(batch.experts, 1, axis=2))
     assert np.abs(np.asarray(replayed(moe_params, shifted)) - batch.logprobs)[sampled].mean() > 0.05
+
+
+class Impatient(LocalPool):
+    """An agent that takes two tokens of a response, then waits for the next one and drops it, and so on."""
+
+    def reset(self, session: int, payload: Mapping[str, int]) -> Future[StepResult]:
+        self._left, self._prompts = getattr(self, "_left", {}), getattr(self, "_prompts", {})
+        self._left[session], self._prompts[session] = 5, [4, 5, 6]
+        return self._future(session, lambda: StepResult("", info={"prompt_ids": [4, 5, 6], "max_tokens": 0}))
+
+    def without_response(self, session: int) -> Future[StepResult]:
+        self._next, self._ids = getattr(self, "_next", {}), getattr(self, "_ids", {})
+        self._next[session], self._ids[session] = Future(), []
+        return self._next[session]
+
+    def sampled(self, session: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
+        self._ids[session] += ids.tolist()
+        if self._left[session] % 2 and len(self._ids[session]) >= 2:
+            self._go_on(session)
+
+    def step(self, session: int, text: str) -> Future[StepResult]:
+        self._go_on(session)
+        return self._next[session]
+
+    def _go_on(self, session: int) -> None:
+        if self._next[session].done():
+            return
+        received = self._ids[session][:2] if self._left[session] % 2 else []
+        self._prompts[session] = [*self._prompts[session], *received, 7]
+        self._left[session] -= 1
+        info = {"received": bool(received), "num_received": len(received), "prompt_ids": self._prompts[session]}
+        info |= {"max_tokens": 0, "branches": 0, "rematched": 0}
+        self._next[session].set_result(StepResult("", terminated=not self._left[session], info=info))
+
+
+def test_responses_that_a_client_cuts_short_have_their_experts(moe_params, moe_sampler, logprobs):
+    config = replace(CONFIG, context="tree", mode="continuous", slot_divisors=(), num_slots=4)
+    trajectories, _ = Rollout(moe_sampler, ByteChat(), Impatient(4), config)(moe_params, TASKS[:2], KEY)
+    assert {len(turn.response_ids) for t in trajectories for turn in t.turns} == {1, 2}
+    batch, (replayed, _) = packed(trajectories), logprobs
+    sampled = batch.response_ids >= 0
+    np.testing.assert_allclose(np.asarray(replayed(moe_params, batch))[sampled], batch.logprobs[sampled], atol=1e-4)
 
 
 def test_rings_and_windows_change_no_record():
