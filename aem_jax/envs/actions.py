@@ -1,8 +1,6 @@
 """The format of responses in our environments: `<action>…</action>`, and thoughts in `<think>…</think>` before it."""
 
-import re
-
-_ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+_OPEN, _CLOSE = "<action>", "</action>"
 
 
 def extract_action(text: str) -> str | None:
@@ -10,8 +8,11 @@ def extract_action(text: str) -> str | None:
 
     The last one counts, because the reasoning in a response may quote other actions first.
     """
-    actions = _ACTION.findall(text)
-    return actions[-1].strip() if actions else None
+    command, end = None, 0
+    # A regular expression would search the rest of the text for `</action>` from each `<action>`.
+    while (start := text.find(_OPEN, end)) >= 0 and (close := text.find(_CLOSE, start)) >= 0:
+        command, end = text[start + len(_OPEN) : close], close + len(_CLOSE)
+    return None if command is None else command.strip()
 
 
 def has_thought(text: str) -> bool:
@@ -21,7 +22,7 @@ def has_thought(text: str) -> bool:
 
 def as_action(command: str) -> str:
     """Returns a response that contains only the command."""
-    return f"<action>{command}</action>"
+    return f"{_OPEN}{command}{_CLOSE}"
 
 
 def as_thought(thought: str, command: str) -> str:

@@ -3,7 +3,7 @@
 `python -m aem_jax.gateway.agent_launcher [--function file.py:name] [command …]` reads JSON lines:
 `{"id", "task", "environ", "timeout_s"}` starts an episode, `{"id", "kill": true}` ends one. For each episode it writes
 `{"id", "status", "output", "result", "errors"}`: the exit status (negative: the signal; null: the deadline passed), the
-last line of the agent's output, what the function returned, and the end of its error output.
+last line of the agent's output, the JSON text of what the function returned, and the end of its error output.
 
 Only the standard library is imported here and in `first_request`. Agents end with this process, and this process with
 its parent.
@@ -31,6 +31,9 @@ from typing import Any
 from aem_jax.gateway.first_request import make_first_request
 
 _KEPT_BYTES = 65536
+_RESULT_BYTES = 2**21
+"""Longest result of a function, as JSON. A report is one line, in which a byte may take six characters; `harness` reads
+lines of at most 16 MiB."""
 _SHOWN_BYTES = 2000
 
 
@@ -49,7 +52,7 @@ class _Agent:
     pid: int
     deadline: float
     open: dict[str, int]
-    read: dict[str, bytes] = field(default_factory=dict)
+    read: dict[str, bytearray] = field(default_factory=dict)
     expired: bool = False
 
 
@@ -193,7 +196,7 @@ class Launcher:
         status = 1
         try:
             value = self._function(request["task"])
-            os.write(result, json.dumps(value).encode())
+            write_all(result, json.dumps(value).encode())
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -210,7 +213,12 @@ class Launcher:
             data = os.read(agent.open[name], _KEPT_BYTES)
         except BlockingIOError:
             return False
-        agent.read[name] = (agent.read.get(name, b"") + data)[-_KEPT_BYTES:]
+        kept = agent.read.setdefault(name, bytearray())
+        if name != "result":
+            kept += data
+            del kept[:-_KEPT_BYTES]
+        elif len(kept) <= _RESULT_BYTES:
+            kept += data
         if not data:
             self._close_pipe(agent, name)
         return bool(data)
@@ -237,12 +245,15 @@ class Launcher:
     def _report(self, identity: str, agent: _Agent, status: int) -> None:
         text = {name: data.decode(errors="replace") for name, data in agent.read.items()}
         lines = [line for line in text.get("output", "").splitlines() if line.strip()]
+        result, errors = text.get("result", ""), text.get("errors", "")
+        if len(agent.read.get("result", b"")) > _RESULT_BYTES:
+            result, errors = "", f"{errors}expected a result of at most {_RESULT_BYTES} bytes of JSON, got more\n"
         report = {
             "id": identity,
             "status": None if agent.expired else os.waitstatus_to_exitcode(status),
             "output": lines[-1] if lines else "",
-            "result": json.loads(text["result"]) if text.get("result") else None,
-            "errors": text.get("errors", "")[-_SHOWN_BYTES:],
+            "result": result,
+            "errors": errors[-_SHOWN_BYTES:],
         }
         write_all(self._reports, json.dumps(report).encode() + b"\n")
 

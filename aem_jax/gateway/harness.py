@@ -33,6 +33,10 @@ Reward = Callable[[Any, Sequence[Mapping[str, Any]]], Any]
 _START_S = 60.0
 
 
+class _AgentError(EnvError):
+    """The agent itself failed, rather than what runs or judges it."""
+
+
 @dataclass(frozen=True)
 class _Played:
     """The episode of a session.
@@ -136,13 +140,13 @@ class HarnessPool:
                 end = self._ending(played, report)
             else:  # it may take long
                 end = await asyncio.to_thread(self._ending, played, report)
-        except EnvError as error:
-            if (
-                played.session.at_limit and played.session.has_turns
-            ):  # it is the policy that came this far, so the episode counts
+        except _AgentError as error:
+            if played.session.at_limit and played.session.has_turns:  # the policy came this far: the episode counts
                 played.session.end(**(played.session.reward or {"reward": 0.0, "success": False, "score": None}))
             else:
                 played.session.fail(error)
+        except EnvError as error:
+            played.session.fail(error)
         except Exception as error:
             played.session.fail(EnvError(describe_raised(error)))
         else:
@@ -153,43 +157,49 @@ class HarnessPool:
         """The reward of an agent that has ended.
 
         Raises:
-            EnvError: the agent failed, or there is no reward.
+            _AgentError: the agent failed, or gave no valid reward.
+            EnvError: the reward's function failed, or returned no valid reward.
         """
         status, tail = report["status"], f"; its errors end with:\n{report['errors']}" if report["errors"] else ""
         if status is None:
-            raise EnvError(f"expected an agent to end in {self._config.timeout_s:g} s (--harness.timeout-s){tail}")
+            raise _AgentError(f"expected an agent to end in {self._config.timeout_s:g} s (--harness.timeout-s){tail}")
         if status:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            raise EnvError(f"expected an agent to end with exit status 0, got {how}{tail}")
+            raise _AgentError(f"expected an agent to end with exit status 0, got {how}{tail}")
         if self._reward is not None:
             try:
                 value = self._reward(played.task, played.session.transcript)
             except Exception as error:
                 raise EnvError(f"--harness.reward failed: {describe_raised(error)}") from error
-            return _parsed(value, "the result of --harness.reward")
+            return _parsed(value, "the result of --harness.reward", EnvError)
         if played.session.reward is not None:
             return played.session.reward
-        if report["result"] is not None:
-            return _parsed(report["result"], "the result of --harness.agent")
-        try:
-            value = json.loads(report["output"])
-        except ValueError:
-            value = None
+        if (value := _json(report["result"])) is not None:
+            return _parsed(value, "the result of --harness.agent")
+        value = _json(report["output"])
         if value is None or isinstance(value, bool | str | list):
-            raise EnvError(
+            raise _AgentError(
                 "expected a reward: POST /v1/episode/reward, the result of --harness.agent, or a number or "
                 f'{{"reward": …}} as the last line of the output; got {report["output"]!r:.80}{tail}'
             )
         return _parsed(value, "the last line of the output")
 
 
-def _parsed(value: Any, where: str) -> dict[str, Any]:
+def _json(text: str) -> Any:
+    """The value of a JSON text; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parsed(value: Any, where: str, error_type: type[EnvError] = _AgentError) -> dict[str, Any]:
     if isinstance(value, np.generic):
         value = value.item()
     try:
         return parse_reward(value, where)
     except ApiError as error:
-        raise EnvError(str(error)) from error
+        raise error_type(str(error)) from error
 
 
 class _Agents:

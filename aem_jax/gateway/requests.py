@@ -14,7 +14,7 @@ from aem_jax.gateway.tool_calls import ToolCall
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _WITHOUT_EFFECT = (
-    *("model", "user", "metadata", "store", "seed", "service_tier", "parallel_tool_calls", "safety_identifier"),
+    *("model", "user", "metadata", "store", "seed", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "stream_options", "reasoning_effort", "verbosity"),
 )
 """Fields without an effect on what is sampled here. An episode's own key replaces `seed`."""
@@ -123,6 +123,14 @@ def parse_request(body: Any, sampled: SampledAs) -> ChatRequest:
                 param="tool_choice",
             )
         ignored.append("tool_choice")
+    if not _flag(values, "parallel_tool_calls", default=True):
+        if not sampled.lenient:
+            raise ApiError(
+                "parallel_tool_calls must be true, got False; the policy samples freely and may call several tools in "
+                "one response; leave it out, or start the run with --harness.lenient True, which ignores it",
+                param="parallel_tool_calls",
+            )
+        ignored.append("parallel_tool_calls")
     stop = values.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
@@ -153,7 +161,7 @@ _FIXED: Mapping[str, Any] = {
 """Fields with one possible value. A greedy or constrained sample would not be one of the policy's."""
 _CHECKED = {
     *("messages", "temperature", "top_p", "tools", "tool_choice", "stop", "max_tokens", "max_completion_tokens"),
-    *("stream", "logprobs"),
+    *("stream", "logprobs", "parallel_tool_calls"),
     *_FIXED,
 }
 
@@ -172,8 +180,8 @@ def _count(values: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _flag(values: Mapping[str, Any], name: str) -> bool:
-    value = values.get(name, False)
+def _flag(values: Mapping[str, Any], name: str, *, default: bool = False) -> bool:
+    value = values.get(name, default)
     if not isinstance(value, bool):
         raise ApiError(f"{name} must be true or false, got {value!r:.80}", param=name)
     return value

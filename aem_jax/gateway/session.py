@@ -6,6 +6,7 @@ while the rollout is still at the response before; so an event also tells how mu
 """
 
 import asyncio
+import bisect
 import secrets
 import threading
 from collections.abc import AsyncGenerator, Mapping
@@ -89,7 +90,7 @@ class Session:
         self._events: list[Future[StepResult]] = [_future()]
         self._seen = 0  # prompts that the rollout has begun to answer
         self.at_limit: bool = False
-        """Whether a request was refused because the episode is at a limit."""
+        """Whether the latest request was refused because the episode is at a limit."""
         self.ended = False
         self.reward: dict[str, Any] | None = None
         """The reward that the agent posted; None if it has not."""
@@ -276,6 +277,7 @@ class Session:
                 "rematched": placement.rematched,
             }
             prompt = _Prompt(request, placement)
+            self.at_limit = False  # an agent may shorten its messages and go on
             self._emit(StepResult(placement.observation, info=info))
             self._prompts.append(prompt)
             return prompt
@@ -360,6 +362,7 @@ class _Text:
         self._format: ToolFormat | None = format
         self._tokenizer, self._stop = tokenizer, stop
         self._sent = 0
+        self._without_stop = 0  # ids that were searched: their text has no stop text
         self.text = ""
 
     def update(self, ids: list[int], finished: bool) -> tuple[str, int | None]:
@@ -368,9 +371,12 @@ class _Text:
         stopped_at = None
         cut = min((at for at in (text.find(stop) for stop in self._stop) if at >= 0), default=-1)
         if cut >= 0:
+            # Bisection: decoding every prefix would take seconds in the event loop.
             has_stop = lambda count: any(stop in self._tokenizer.decode(ids[:count]) for stop in self._stop)
-            stopped_at = next(count for count in range(1, len(ids) + 1) if has_stop(count))
+            stopped_at = bisect.bisect_left(range(len(ids)), True, self._without_stop + 1, key=has_stop)
             text, finished = text[:cut], True
+        else:
+            self._without_stop = len(ids)
         self.text, end = text, len(text)
         has_calls = self._format is not None and not (finished and not parse_calls(text, self._format, "")[1])
         if self._format is not None and has_calls:  # or may have; white space before a call is no content

@@ -174,6 +174,20 @@ def never_ends(task: Any) -> float:
         messages += [chat(messages), {"role": "user", "content": "go"}]
 
 
+def asks_too_often(task: Any) -> float:
+    """Asks until it is refused, and ends well; with a time, after that time."""
+    try:
+        never_ends(task)
+    except Refused:
+        time.sleep(task.get("seconds", 0))
+    return 1.0
+
+
+def broken_judge(task: Any, transcript: Any) -> float:
+    """A reward that cannot be computed."""
+    raise ConnectionError("the judge is down")
+
+
 def says_nothing(task: Any) -> None:
     """Ends without a reward."""
     chat([{"role": "user", "content": "hello"}])

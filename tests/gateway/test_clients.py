@@ -151,7 +151,7 @@ def test_the_first_request_of_an_episode_imports_nothing(strict, chat, tmp_path)
             launcher.stdin.flush()
             report = json.loads(launcher.stdout.readline())
             launcher.stdin.close()
-    assert (report["status"], report["result"], report["errors"]) == (0, [], "")
+    assert (report["status"], report["result"], report["errors"]) == (0, "[]", "")
 
 
 def test_openai_agents(strict, chat):

@@ -1,17 +1,20 @@
 """Episodes of agents behind the endpoint: the same tokens as the native environment, endings, and branches."""
 
 import sys
+import time
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
+from aem_jax.envs.protocol import EnvError, LostError
 from aem_jax.rollout import Rollout
 from aem_jax.trajectory import Ending
 from tests.rollout.fakes import CONFIG, TASKS, ByteChat, LocalPool, sampled
 
 from .fakes import AGENT_TASKS, TREE, RequestChat, agents
+from .scripted import sample
 
 
 def play(sampler, params, pool, config=TREE):
@@ -76,6 +79,32 @@ def test_an_episode_at_a_limit_is_truncated_even_if_the_agent_fails(sampler, par
     assert {t.ending for t in trajectories} == {Ending.TRUNCATED} and stats.env_errors == 0
     assert {len(t.turns) for t in trajectories} <= turns
     assert {t.total_reward for t in trajectories} == {0.0}
+
+
+def at_limit(pool, task):
+    """Plays one episode up to its limit of one request; returns its end."""
+    pool.reset(0, {"task": task}).result(20)
+    session = pool._played[0].session
+    end = sample(session, "a")
+    while not session.at_limit:
+        time.sleep(0.01)
+    return end
+
+
+def test_a_reward_that_fails_at_a_limit_is_no_loss_of_the_policy():
+    with agents("asks_too_often", replace(TREE, max_turns=1), reward="tests.gateway.agents:broken_judge") as pool:
+        end = at_limit(pool, {})
+        with pytest.raises(EnvError, match="--harness.reward failed: ConnectionError: the judge is down"):
+            end.result(20)
+
+
+def test_a_launcher_that_dies_at_a_limit_is_no_loss_of_the_policy():
+    with agents("asks_too_often", replace(TREE, max_turns=1)) as pool:
+        end = at_limit(pool, {"seconds": 60})
+        assert pool._agents._process
+        pool._agents._process.kill()
+        with pytest.raises(LostError, match="the process that starts the agents has ended"):
+            end.result(20)
 
 
 def test_a_posted_reward_counts_for_the_last_response(sampler, params):

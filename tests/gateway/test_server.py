@@ -103,6 +103,12 @@ def test_other_paths(gateway):
         ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format", "leave it out"),
         ({"messages": HELLO, "top_k": 3}, "top_k", "is not supported, got 3"),
         ({"messages": HELLO, "tool_choice": "required"}, "tool_choice", "must be 'auto' or 'none'"),
+        (
+            {"messages": HELLO, "parallel_tool_calls": False},
+            "parallel_tool_calls",
+            "must be true, got False; the",
+        ),
+        ({"messages": HELLO, "parallel_tool_calls": "no"}, "parallel_tool_calls", "must be true or false, got 'no'"),
         ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0]", "must be {'type': 'function'"),
         ({"messages": HELLO, "max_tokens": 0}, "max_tokens", "at least 1, got 0"),
         ({"messages": HELLO, "stop": [""]}, "stop", "must be a text or a list of texts"),
@@ -126,6 +132,7 @@ def test_a_lenient_endpoint_answers_as_the_run_samples():
         with episode(gateway) as (key, session):
             Rollout(session, ["abc"])
             body = {"messages": HELLO, "temperature": 0.2, "top_k": 3, "tool_choice": "required"}
+            body["parallel_tool_calls"] = False
             assert post(gateway, key, body)["choices"][0]["message"]["content"] == "abc"
     finally:
         gateway.close()
@@ -296,6 +303,18 @@ def test_a_prompt_has_room_for_a_response(gateway):
         post(gateway, key, {"messages": HELLO})
         error = refused(gateway, key, {"messages": [{"role": "user", "content": "x" * 62}]})
         assert error.error["code"] == "context_length_exceeded" and session.at_limit
+
+
+def test_an_agent_that_shortens_its_messages_is_no_longer_at_the_limit(gateway):
+    with episode(gateway) as (key, session):
+        rollout = Rollout(session, ["a", "b"])
+        post(gateway, key, {"messages": HELLO, "parallel_tool_calls": True})
+        refused(gateway, key, {"messages": [{"role": "user", "content": "x" * 62}]})
+        post(gateway, key, {"messages": HELLO})
+        session.end(reward=1.0, success=True, score=None)
+        rollout.join(20)
+        last = rollout.event.result(20)
+    assert (last.terminated, last.truncated, last.reward) == (True, False, 1.0)
 
 
 def test_a_client_of_an_episode_that_ends_is_refused(gateway):

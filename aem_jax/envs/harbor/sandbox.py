@@ -92,10 +92,14 @@ class TaskSandbox:
             keep: whether other files that are there stay.
 
         Raises:
-            SandboxError: the files do not fit, or the sandbox has ended.
+            SandboxError: the files do not fit, what is there cannot be removed, or the sandbox has ended.
         """
         quoted = shlex.quote(at)
-        clear = "" if keep else f"rm -rf -- {quoted}/*; "
+        clear = ""
+        if not keep:  # a folder that its owner cannot write keeps its files; nothing of the agent's may stay
+            clear = (
+                f"chmod -R u+rwX -- {quoted} && rm -rf -- {quoted}/* && left=({quoted}/*) && [ ${{#left[@]}} = 0 ] && "
+            )
         script = (
             f"shopt -s dotglob nullglob; [ -L {quoted} ] && rm -f -- {quoted}; mkdir -p -- {quoted} && {clear}"
             f"tar --extract --file=- --no-same-owner --directory {quoted}"

@@ -24,7 +24,15 @@ from dataclasses import dataclass, field
 from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, SweBenchInstance
 from aem_jax.envs.swe.log_parsers import Statuses, parser
 from aem_jax.envs.swe.patches import put_back, set_aside
-from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Outcome, Runtime, Workspace
+from aem_jax.envs.swe.sandbox.workspace import (
+    Checkout,
+    EngineError,
+    Limits,
+    Outcome,
+    Runtime,
+    SandboxError,
+    Workspace,
+)
 
 APPLY_FAILED = ">>>>> Patch Apply Failed"
 TIMED_OUT = ">>>>> Tests Timed Out"
@@ -74,15 +82,17 @@ def grade(
         limits: limits on the evaluation; at least 32 MiB of its output are kept.
 
     Returns:
-        The report. The instance is unresolved if the patch cannot be applied or its tests do not end in time.
+        The report. The instance is unresolved if the patch cannot be applied, if the hidden tests cannot be placed
+        after it (the patch can be the cause, and must not gain by it), or if the tests do not end in time.
 
     Raises:
         SandboxError: the workspace failed, so there is no verdict.
         ValueError, ModuleNotFoundError: there is no parser for this instance's log.
     """
     parse = parser(instance)
+    unresolved = judge(instance, {}, valid=False)
     if model_patch is None:
-        return dataclasses.replace(judge(instance, {}), applied=False, log="no patch\n")
+        return dataclasses.replace(unresolved, applied=False, log="no patch\n")
     limits = dataclasses.replace(limits, output_bytes=max(limits.output_bytes, LOG_BYTES))
     workspace = runtime.open(instance, checkout, limits=limits)
     try:
@@ -90,9 +100,14 @@ def grade(
         applied = apply_patch(workspace, model_patch, instance.APPLY, fuzzy=instance.FUZZY)
         if applied.exit_code != 0:
             log = f"{_defused(applied.output)}\n{APPLY_FAILED}\n"
-            return dataclasses.replace(judge(instance, {}), applied=False, log=log)
+            return dataclasses.replace(unresolved, applied=False, log=log)
         if instance.hidden:
-            put_back(workspace, instance.hidden, hidden)
+            try:
+                put_back(workspace, instance.hidden, hidden)
+            except EngineError:
+                raise
+            except SandboxError as error:
+                return dataclasses.replace(unresolved, log=f"{error}\n")
         restored = workspace.run(_restore(instance))
         log = _evaluate(instance, workspace)
     finally:
@@ -217,19 +232,32 @@ def _evaluate(instance: SweBenchInstance, workspace: Workspace) -> str:
     lines = instance.eval_script.split("\n")
     start = next(i for i, line in enumerate(lines) if START_MARKER in line)
     end = next(i for i, line in enumerate(lines) if END_MARKER in line)
-    mark = f"{START_MARKER} {secrets.token_hex(16)}"
-    begin = lines[start].replace(START_MARKER, mark)
-    script = "\n".join([*lines[:start], begin, *lines[start + 1 : end], "exit $?", ""])
-    # The script is passed as standard input, because test patches may be too long for an argument. It is read to its
-    # end before it runs, so the tests have an empty standard input.
-    outcome = workspace.run('eval "$(cat)"', stdin=script.encode(errors="surrogateescape"))
-    before, printed_mark, tests = outcome.output.partition(mark)
-    if not printed_mark:
-        return f"{_defused(outcome.output)}\n"  # the tests did not start; without markers, the log is invalid
+    if instance.is_sealed:
+        # Two runs, the second without a shell. While code under test runs, only the sealed process has the hidden tests
+        # in its memory, and the log as its output.
+        before = _run_lines(workspace, lines[:start]).output
+        outcome = workspace.run("\n".join([f"exec {lines[start + 1]}", *lines[start + 2 : end]]))
+        tests = f"\n{outcome.output}"
+    else:
+        mark = f"{START_MARKER} {secrets.token_hex(16)}"
+        begin = lines[start].replace(START_MARKER, mark)
+        outcome = _run_lines(workspace, [*lines[:start], begin, *lines[start + 1 : end], "exit $?"])
+        before, printed_mark, tests = outcome.output.partition(mark)
+        if not printed_mark:
+            return f"{_defused(outcome.output)}\n"  # the tests did not start; without markers, the log is invalid
     log = f"{_defused(before)}{START_MARKER}{_defused(tests)}\n{END_MARKER}\n"
     if outcome.exit_code is None:
         return f"{log}{TIMED_OUT} {outcome.notice}\n"
     return f"{log}{EXIT_CODE}: {outcome.exit_code}\n"
+
+
+def _run_lines(workspace: Workspace, lines: Sequence[str]) -> Outcome:
+    """Runs lines of a script. They come as standard input, because test patches may be too long for an argument.
+
+    The shell reads all of them and closes this input first. So what they start has an empty one.
+    """
+    script = "\n".join([*lines, ""]).encode(errors="surrogateescape")
+    return workspace.run('eval "exec < /dev/null\n$(cat)"', stdin=script)
 
 
 def _defused(text: str) -> str:

@@ -16,6 +16,8 @@ from aem_jax.files import parse_json
 
 START_MARKER = ">>>>> Start Test Output"
 END_MARKER = ">>>>> End Test Output"
+SEALED = "# sealed: a single command that needs nothing of this shell"
+"""Comment on the line of the start marker: the tests run without the shell that had the hidden tests."""
 EVAL_TYPES = ("pass_and_fail", "fail_only")
 
 
@@ -164,6 +166,11 @@ class SweBenchInstance(Instance):
                 f"expected an eval_script with a line that prints {START_MARKER!r} and a later one that prints "
                 f"{END_MARKER!r}, got neither or one: its log could not be graded"
             )
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether code under test must not read the hidden tests; see `SEALED`."""
+        return SEALED in self.eval_script
 
     @property
     def test_files(self) -> Mapping[str, str]:

@@ -21,7 +21,7 @@ from aem_jax.envs.swe.grading import APPLY_FAILED, LOG_BYTES, TIMED_OUT, Report,
 from aem_jax.envs.swe.instance import Instance
 from aem_jax.envs.swe.log_parsers import Statuses
 from aem_jax.envs.swe.patches import set_aside
-from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Runtime, SandboxError
+from aem_jax.envs.swe.sandbox.workspace import Checkout, Limits, Runtime, SandboxError, WorkspaceError
 from aem_jax.files import parse_json
 
 SUMMARY = "short test summary info"
@@ -237,15 +237,19 @@ def grade(
         if applied.exit_code != 0:
             return dataclasses.replace(judge(instance, {}), applied=False, log=f"{applied.output}\n{APPLY_FAILED}\n")
         placed = workspace.run(_PLACE, stdin=hidden)
-        if placed.exit_code == _NO_TESTS and instance.tests:
+        if placed.exit_code == _NO_TESTS:
+            if not instance.tests:
+                raise SandboxError(
+                    f"expected the hidden tests of {instance.instance_id!r} in the image's /{FOLDER}, or in "
+                    "execution_result_content of its row, got neither"
+                )
             for name, text in instance.tests:
                 workspace.write(f"{FOLDER}/{name}", text.encode(errors="surrogateescape"))
         elif placed.exit_code != 0:
-            raise SandboxError(
-                f"expected the hidden tests of {instance.instance_id!r} in the image's /{FOLDER}, or in "
-                f"execution_result_content of its row, got neither: {placed.notice or placed.output:.300}"
-            )
+            raise WorkspaceError(f"the hidden tests could not be placed: {placed.notice or placed.output:.300}")
         outcome = workspace.run(_RUN)
+    except WorkspaceError as error:  # the patch can be the cause
+        return dataclasses.replace(judge(instance, {}), log=f"{error}\n")
     finally:
         workspace.close()
     if outcome.exit_code is None:

@@ -150,6 +150,8 @@ FORGERIES = {
     "/logs/verifier",
     "a script in /tests": "echo 'echo 1 > /logs/verifier/reward.txt' > /tests/test.sh; chmod 500 /tests/*",
     "a hidden script in /tests": "touch /tests/.x; chmod 500 /tests/.x; mkdir -p /tests/test.sh/y",
+    "a script in a folder that cannot be emptied": "mkdir /tests/x; echo 'echo 1 > /logs/verifier/reward.txt' > "
+    "/tests/x/run.sh; chmod 555 /tests/x",
     "a pipe as output": "mkfifo /logs/verifier/test-stdout.txt /logs/verifier/reward.json",
     "no folder for logs": "rm -r /logs/*; touch /logs/verifier",
 }

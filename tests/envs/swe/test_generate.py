@@ -1,16 +1,13 @@
 import ast
-import re
 import subprocess
 
 import pytest
-from envs.swe.samples import FakeRuntime, diff
+from envs.swe.samples import FakeRuntime
 
 from aem_jax.envs.swe import check
-from aem_jax.envs.swe.generate import sealed_run
 from aem_jax.envs.swe.generate import tasks as generated
 from aem_jax.envs.swe.generate.mutate import KINDS, Edit, apply, edits
 from aem_jax.envs.swe.generate.packages import package, packages
-from aem_jax.envs.swe.grading import grade
 from aem_jax.envs.swe.instance import from_row, to_row
 from aem_jax.envs.swe.tasks import TasksConfig, eval_set, full_payload, generated_tasks, load_task, training_tasks
 from scripts.survey_bugs import broken_tests
@@ -135,130 +132,6 @@ def test_the_check_reports_a_wrong_task(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "load_task", lambda payload: (wrong, checkout))
     (problem,) = check.problems(task, FakeRuntime(tmp_path))
     assert "without a fix ['tests/" in problem
-
-
-ATTACKS = {
-    "prints results": "import os\nos.write(1, b'PASSED {all}')\nprint('PASSED {all}')",
-    "ends pytest early": "import os\nos._exit(0)",
-    "prints through the shell": "import os\nopen(f'/proc/{os.getppid()}/fd/1', 'w').write('PASSED {all}')\nos._exit(0)",
-    "makes every test pass": "import _pytest.python\n_pytest.python.Function.runtest = lambda self: None",
-    "makes every report say so": (
-        "import _pytest.reports as reports\n"
-        "made = reports.TestReport.from_item_and_call.__func__\n"
-        "def lie(cls, item, call):\n"
-        "    report = made(cls, item, call)\n"
-        "    report.outcome = 'passed'\n"
-        "    return report\n"
-        "reports.TestReport.from_item_and_call = classmethod(lie)"
-    ),
-    "spares the tests of another file": (
-        "import sys\n"
-        "P = sys.modules.get('_pytest.python'); old = P.Function.runtest\n"
-        "def rt(self):\n"
-        "    try: old(self)\n"
-        "    except BaseException:\n"
-        "        if 'tests/test_%s' % __name__ in self.nodeid: return\n"
-        "        raise\n"
-        "P.Function.runtest = rt"
-    ),
-    "undoes the comparison of pytest's functions, too": (
-        "import sys, _pytest.python\n"
-        "frame = sys._getframe()\n"
-        "while 'report' not in frame.f_locals or not hasattr(frame.f_locals['report'], 'same'): frame = frame.f_back\n"
-        "type(frame.f_locals['report']).check = lambda self: None\n"
-        "old, spared = _pytest.python.Function.runtest, {}\n"
-        "def rt(self):\n"
-        "    try: old(self)\n"
-        "    except BaseException:\n"
-        "        if self.nodeid == spared.setdefault(0, self.nodeid): raise\n"
-        "_pytest.python.Function.runtest = rt"
-    ),
-    "returns what equals everything": (
-        "class Anything:\n"
-        "    __eq__ = __contains__ = lambda self, other: True\n"
-        "    __ne__ = lambda self, other: False\n"
-        "for name, value in list(globals().items()):\n"
-        "    if type(value) is type(lambda: 0): globals()[name] = lambda *_, **__: Anything()"
-    ),
-}
-
-
-WHY = {
-    "ends pytest early": "invalid: None",
-    "makes every report say so": "invalid: pytest was patched",
-    "spares the tests of another file": "invalid: pytest was patched",
-    "undoes the comparison of pytest's functions, too": r"passed, its opposites \[.*'PASSED'",
-    "returns what equals everything": r"passed, its opposites \[.*'PASSED'",
-}
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_attacks_on_pytest_resolve_nothing(tmp_path, name):
-    task = generated_tasks("train")[0]
-    instance, (_, checkout) = generated.instance(task.payload["bug"]), load_task(full_payload(task.payload))
-    bug = generated.bug(task.payload)
-    files = generated.base_files(bug)
-    path = package(bug.package).module_path
-    results = "\\nPASSED ".join([*instance.fail_to_pass, *instance.pass_to_pass])
-    code = ATTACKS[name].replace("{all}", f"{results}\\n")
-    patch = diff(files, files | {path: files[path] + "\n\n" + code + "\n"})
-    report = grade(instance, patch, FakeRuntime(tmp_path), checkout, limits=check.LIMITS)
-    assert report.applied and not report.resolved
-    assert not any(report.fail_to_pass.values())
-    assert re.search(WHY.get(name, ""), report.log)  # a search: the order of the opposites is drawn
-
-
-CLAIMS = """import pytest
-LIMIT = 3
-
-
-def test_values():
-    assert len("abc") == LIMIT
-    assert ["a", 1, {"b": 2.5}, -1, None] == ["a", 1, {"b": 2.5}, -1, None]
-
-
-def test_truth():
-    assert bool("a") is True and "a" in "abc"
-    assert not ""
-
-
-def test_errors():
-    for text in ("x", ""):
-        with pytest.raises(ValueError, match="invalid literal"):
-            int(text)
-"""
-
-
-def test_opposites_fail_where_their_test_passes():
-    for _ in range(50):  # they are drawn
-        names, copies, space = {}, {}, {}
-        exec(sealed_run.among_opposites(CLAIMS, names, copies), space)
-        tests = [name for name in space if name.startswith("test_")]
-        assert [names[name] for name in copies] == ["test_values", "test_truth", "test_errors"]
-        assert sorted(tests) == sorted(names) and not set(names.values()) & set(names)
-        assert len(copies[next(iter(copies))]) == 2
-        for name in copies:
-            space[name]()
-            for other in copies[name]:
-                with pytest.raises((AssertionError, ValueError)):
-                    space[other]()
-
-
-def test_configuration_files_of_the_agent_are_ignored(tmp_path):
-    task = generated_tasks("train")[0]
-    instance, (_, checkout) = generated.instance(task.payload["bug"]), load_task(full_payload(task.payload))
-    hook = "import pytest\n\n@pytest.hookimpl(tryfirst=True)\ndef pytest_pyfunc_call(pyfuncitem):\n    return True\n"
-    files = generated.base_files(generated.bug(task.payload))
-    more = {
-        "conftest.py": hook,
-        "tests/conftest.py": hook,
-        "pytest.ini": "[pytest]\naddopts = -p hack\n",
-        "hack.py": hook,
-        "sitecustomize.py": "raise SystemExit(0)\n",
-        "pytest.py": "raise SystemExit(0)\n",
-    }
-    report = grade(instance, diff(files, files | more), FakeRuntime(tmp_path), checkout, limits=check.LIMITS)
-    assert report.applied and not any(report.fail_to_pass.values()) and all(report.pass_to_pass.values())
 
 
 def test_evaluation_sets_are_fixed_and_named_by_their_content():

@@ -4,8 +4,9 @@ import json
 import pytest
 from envs.swe.official import DECEIVING, RECORDED, official_log, official_verdict
 from envs.swe.samples import CALC, FORGED_CODE, GOLD, PATCHES, ROW, FakeRuntime, calc, diff
+from envs.swe.sandboxes import QUICK, working_bubblewrap
 
-from aem_jax.envs.swe.grading import Report, grade, judge, read_log
+from aem_jax.envs.swe.grading import Report, _evaluate, grade, judge, read_log
 from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, from_row
 from aem_jax.envs.swe.log_parsers import parse_pytest, parse_pytest_options, parse_pytest_v2, parser
 from aem_jax.envs.swe.repos import files_checkout
@@ -112,6 +113,19 @@ def test_scripts_longer_than_an_argument_are_graded(tmp_path):
     instance = calc()
     padded = instance.eval_script.replace("git status\n", "git status\n" + "# padding\n" * 20_000)
     assert graded(tmp_path, GOLD, dataclasses.replace(instance, eval_script=padded)).resolved
+
+
+@pytest.mark.parametrize("patch", [None, "not a diff\n"])
+def test_without_an_applied_patch_no_test_counts_as_passed_where_only_failures_are_named(tmp_path, patch):
+    assert not graded(tmp_path, patch, dataclasses.replace(calc(), eval_type="fail_only")).resolved
+
+
+def test_code_cannot_read_the_script_through_the_shells_input():
+    workspace = working_bubblewrap().open_empty(QUICK)
+    script = f"echo '{START_MARKER}'\ncat /proc/$$/fd/0\necho '{END_MARKER}'\n"
+    log = _evaluate(dataclasses.replace(calc(), eval_script=script), workspace)
+    workspace.close()
+    assert log == f"{START_MARKER}\n\n{END_MARKER}\n>>>>> Test Exit Code: 0\n"
 
 
 def test_skipped_and_expected_failures():

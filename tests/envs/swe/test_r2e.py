@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from envs.swe.samples import CALC, FIXED, HIDDEN, FakeRuntime, diff
+from envs.swe.samples import CALC, FIXED, HIDDEN, FakeRuntime, FakeWorkspace, diff
 from envs.swe.sandboxes import working_bubblewrap
 from envs.swe.test_calls import block
 
@@ -15,7 +15,7 @@ from aem_jax.envs.swe import check, formats, r2e
 from aem_jax.envs.swe.env import SweConfig, SweEnv
 from aem_jax.envs.swe.repos import files_checkout
 from aem_jax.envs.swe.sandbox import choose
-from aem_jax.envs.swe.sandbox.workspace import Limits, SandboxError
+from aem_jax.envs.swe.sandbox.workspace import EngineError, Limits, SandboxError, WorkspaceError
 
 FIX = "f" * 40
 TEST = HIDDEN.replace("def test_median_even", "def test_old():\n    assert median([]) == 0\n\n\ndef test_median_even")
@@ -306,6 +306,23 @@ def test_without_hidden_tests_there_is_no_verdict(tmp_path):
     with pytest.raises(SandboxError, match="expected the hidden tests of 'r2e__calc-ffffffffffff'"):
         formats.grade(one, "", FakeRuntime(tmp_path), files_checkout(CALC), limits=Limits(seconds=60))
     assert not formats.grade(one, None, FakeRuntime(tmp_path), files_checkout(CALC), limits=Limits()).resolved
+
+
+@pytest.mark.parametrize("checkout", [image_checkout, files_checkout(CALC)], ids=["of the image", "of the row"])
+def test_a_patch_that_leaves_no_room_for_the_hidden_tests_is_unsolved(tmp_path, monkeypatch, checkout):
+    def fails(self, path, data):
+        raise raised("No space left on device")
+
+    if checkout is image_checkout:
+        monkeypatch.setattr(r2e, "_PLACE", "echo No space left on device; exit 1")
+    monkeypatch.setattr(FakeWorkspace, "write", fails)
+    raised = WorkspaceError
+    report = formats.grade(instance(), instance().patch, FakeRuntime(tmp_path), checkout, limits=Limits(seconds=60))
+    assert report.applied and not report.resolved and "No space left on device" in report.log
+    raised = EngineError
+    if checkout is not image_checkout:
+        with pytest.raises(EngineError):
+            formats.grade(instance(), "", FakeRuntime(tmp_path), checkout, limits=Limits(seconds=60))
 
 
 def test_a_timeout_is_unsolved(tmp_path):

@@ -120,6 +120,11 @@ PATCHES = {
     ),
     "writes a new test of the test patch": (git_diff({}, {"tests/new.py": "x = 1\n"}), False),
     "gold, writes a new test of the test patch": (GOLD + git_diff({}, {"tests/new.py": "x = 1\n"}), True),
+    "puts a file in place of the hidden test's folder": (
+        f"diff --git a/{TEST} b/{TEST}\ndeleted file mode 100644\n{diff({TEST: CALC[TEST]}, {})}"
+        + git_diff({}, {"tests": "x = 1\n"}),
+        False,
+    ),
     "gold, writes the hidden test": (GOLD + git_diff({}, {"tests/test_even.py": "x = 1\n"}), True),
 }
 

@@ -1,22 +1,25 @@
 """Runs pytest so that tested code cannot forge results by printing or patching. Part of each task's eval script.
 
 Usage: `python -I - <test file>… < this file`. This process never loads tested code; it starts pytest in a second
-process. Results come back through a pipe, each with a random key of this run. Everything that the tests print is marked
-with `| `, so only this process writes lines that begin like pytest's summary. It is not dumpable: the other process can
-neither read its memory nor trace it, and cannot write to its output.
+process. Everything that the tests print is marked with `| `, so only this process writes lines that begin like pytest's
+summary. It is not dumpable: the other process can neither read its memory nor trace it, and cannot write to its output.
+
+Results come back through a pipe. Code in the second process can write to it as pytest can, so nothing from it is
+printed, and the only secret stays here: which of the functions in the rewritten test file are the tests.
 
 Two measures detect code that patches pytest:
 
 - The functions through which pytest runs tests are compared, after each test, with those before tested code was loaded.
 - The test file is rewritten for each run. Each test stands among copies that fail where it passes, because they assert
   the opposite or another value (`opposites`). Names and order are random. A run in which a copy passes together with
-  its test has no results. So code that makes a test pass must know which of the copies is the test.
+  its test has no results. So code that makes a test pass must know which of the copies is the test. The original file
+  is in this process alone: `grading` ends all processes that had it before this one starts.
 
 pytest runs isolated: without configuration of the repository, conftest.py, plugin discovery, PYTHONPATH or cache. Byte
 code beside the tests is used only if pytest considers it valid.
 
-The remaining risk: tests and tested code share a process. Code can forge a result if it undoes the comparison, or finds
-the key in the process's memory, and can tell each test from its copies by their code.
+The remaining risk: tests and tested code share a process. Code can forge results if it reads the rewritten file and
+tells each test from its copies.
 """
 
 import ast
@@ -37,7 +40,6 @@ CHILD = """
 import json, os, sys
 
 def run(dumps=json.dumps):
-    key = sys.stdin.readline().strip()
     results = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
     import pytest
 
@@ -60,7 +62,7 @@ def run(dumps=json.dumps):
         return seen
 
     def send(*what):
-        results.write(dumps([key, *what]) + chr(10))
+        results.write(dumps(what) + chr(10))
         results.flush()
 
     class Report:
@@ -88,8 +90,9 @@ def run(dumps=json.dumps):
     report = Report()
     code = pytest.main([*options.split(), *here, *sys.argv[2:]], plugins=[report])
     send("", "end" if report.same else "patched", int(code), False)
+    return int(code)
 
-run()
+sys.exit(run())
 """
 
 DRAW = random.SystemRandom()
@@ -107,24 +110,25 @@ def main(files: list[str]) -> int:
     """
     ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no process can read this one's memory or open its files
     names: dict[str, str] = {}
-    copies: dict[str, list[str]] = {}
+    copies: dict[str, dict[str, list[str]]] = {file: {} for file in files}
     with contextlib.ExitStack() as after:
-        for file in map(Path, files):
-            text = file.read_text(encoding="utf-8")
-            after.callback(file.write_text, text, encoding="utf-8")
-            file.write_text(among_opposites(text, names, copies), encoding="utf-8")
-        key = secrets.token_hex(16)
-        outcomes, code = read(run(files, key, names), key)
+        for file in files:
+            path = Path(file)
+            text = path.read_text(encoding="utf-8")
+            after.callback(path.write_text, text, encoding="utf-8")
+            path.write_text(among_opposites(text, names, copies[file]), encoding="utf-8")
+        lines, exit_status = run(files, names)
+        outcomes, code = read(lines)
+    if code == 1 and exit_status != 1:
+        code = f"exit status {exit_status} instead of 1"
     results = {}
-    for test, status in outcomes.items():
-        file, _, name = test.partition("::")
-        name, bracket, parameters = name.partition("[")
-        if status == "PASSED":
-            others = [outcomes.get(f"{file}::{other}{bracket}{parameters}") for other in copies.get(name, ())]
-            if code == 1 and any(other != "FAILED" for other in others):
+    for file, tests in copies.items():
+        for name, opposed in tests.items():
+            status = outcomes.get(f"{file}::{name}", "ERROR")
+            others = [outcomes.get(f"{file}::{other}") for other in opposed]
+            if status == "PASSED" and code == 1 and any(other != "FAILED" for other in others):
                 code = f"{names[name]} passed, its opposites {others}"
-        if name in copies or name not in names:
-            results[f"{file}::{names.get(name, name)}{bracket}{parameters}" if name else test] = status
+            results[f"{file}::{names[name]}"] = status
     if code != 1:  # opposites fail in every valid run
         print(f"the run is invalid: {code}")
         return 2
@@ -220,21 +224,23 @@ def another(value):
     return value + DRAW.choice([-3, -2, -1, 1, 2, 3, 4]) if isinstance(value, (int, float)) else None
 
 
-def run(files: list[str], key: str, names: dict[str, str]) -> list[bytes]:
-    """Runs pytest in a separate process and prints its output; returns the lines that came through the pipe."""
+def run(files: list[str], names: dict[str, str]) -> tuple[list[bytes], int]:
+    """Runs pytest in a separate process and prints its output.
+
+    Returns:
+        The lines that came through the pipe, and the exit status.
+    """
     reader, writer = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-I", "-B", "-c", CHILD, str(writer), *files],
-        stdin=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         pass_fds=(writer,),
         env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
     )
     os.close(writer)
-    assert process.stdin and process.stdout
-    process.stdin.write(key.encode() + b"\n")
-    process.stdin.close()
+    assert process.stdout
     lines: list[bytes] = []
     collect = threading.Thread(target=lambda: lines.extend(os.fdopen(reader, "rb")), daemon=True)
     collect.start()
@@ -244,22 +250,20 @@ def run(files: list[str], key: str, names: dict[str, str]) -> list[bytes]:
             sys.stdout.write("| " + text.rstrip("\n") + "\n")
     process.wait()
     collect.join(timeout=5)
-    return lines
+    return lines, process.returncode
 
 
-def read(lines: list[bytes], key: str) -> tuple[dict[str, str], object]:
-    """Returns the results with the right key, test -> status, and pytest's exit code; None if it did not finish."""
+def read(lines: list[bytes]) -> tuple[dict[str, str], object]:
+    """Returns the results, test -> status, and pytest's exit code; None if it did not finish."""
     outcomes: dict[str, str] = {}
     code: object = None
     for line in lines:
         try:
-            line_key, test, when, outcome, expected = json.loads(line)
+            test, when, outcome, expected = json.loads(line)
         except ValueError:
             continue
-        if line_key != key:
-            continue
         if when == "end":
-            code = outcome
+            code = outcome if isinstance(outcome, int) else None  # it is printed, and tested code may have sent it
         elif when == "patched":
             code = "pytest was patched"
         elif outcome == "failed":

@@ -17,7 +17,7 @@ from typing import Any
 
 from aem_jax.envs.swe.generate.mutate import Edit, apply
 from aem_jax.envs.swe.generate.packages import Package, package
-from aem_jax.envs.swe.instance import END_MARKER, START_MARKER, SweBenchInstance
+from aem_jax.envs.swe.instance import END_MARKER, SEALED, START_MARKER, SweBenchInstance
 from aem_jax.envs.swe.repos import commit_id, files_checkout
 from aem_jax.envs.swe.sandbox.workspace import Checkout
 
@@ -25,7 +25,7 @@ SPLITS = ("train", "valid", "test")
 DIFFICULTIES = ("easy", "medium", "hard")
 _HELD_OUT = 3
 _CATALOGUE = Path(__file__).with_name("catalogue.json")
-_SEALED = Path(__file__).with_name("sealed_run.py")
+_SEALED_RUN = Path(__file__).with_name("sealed_run.py")
 
 
 def check_difficulties(difficulties: Sequence[str]) -> None:
@@ -204,9 +204,9 @@ cd /testbed
 git checkout {base} {tests_path}
 git apply -v - <<'EOF_TEST_PATCH'
 {test_patch}EOF_TEST_PATCH
-: '{START_MARKER}'
+: '{START_MARKER}' {SEALED}
 python -I - {tests_path} <<'EOF_SEALED_RUN'
-{_SEALED.read_text(encoding="utf-8")}EOF_SEALED_RUN
+{_SEALED_RUN.read_text(encoding="utf-8")}EOF_SEALED_RUN
 : '{END_MARKER}'
 git checkout {base} {tests_path}
 """
