@@ -11,7 +11,7 @@ from experiments.results import Result, of_variant, successes
 
 
 class Interval(NamedTuple):
-    """A number of several seeds with its 95 % interval, and how many they are."""
+    """A number over seeds, its 95 % interval, and the number of seeds or points."""
 
     mean: float
     low: float

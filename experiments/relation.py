@@ -16,6 +16,9 @@ from scripts.generated_page import table
 
 RESAMPLES = 10_000
 
+LEAST_CELLS = 6
+"""Cells that a correlation needs: of four in one order, every resample has a correlation of 1."""
+
 FIRST, ALONG, DIFFERENCE = "ρ at step 0", "ρ, mean over the steps", "e − e of GRPO at step 0"
 
 ALL_SEEDS = -1
@@ -87,12 +90,12 @@ def correlation(points: Sequence[Point], predictor: str, gain: str) -> Interval:
     """Spearman's correlation, with a 95 % bootstrap over cells and over the seeds in a cell.
 
     A resample gives weights to the ranks of the sample, all points of a cell and seed together. Points without the
-    predictor are omitted. NaN with fewer than three points.
+    predictor are omitted. NaN with points of fewer than `LEAST_CELLS` cells.
     """
     kept = [
         point for point in points if math.isfinite(point.predictors[predictor]) and math.isfinite(point.gains[gain])
     ]
-    if len(kept) < 3:
+    if len({point.cell for point in kept}) < LEAST_CELLS:
         return Interval(math.nan, math.nan, math.nan, len(kept))
     x = rankdata([point.predictors[predictor] for point in kept])
     y = rankdata([point.gains[gain] for point in kept])

@@ -162,7 +162,9 @@ def render(grids: Sequence[Content]) -> str:
     """
     own = (comparison_table, start_table, outcome_table, claims_table, facts, alive)
     helpers = {helper.__name__: helper for helper in (*own, *cells.HELPERS, *relation.HELPERS)}
-    return template(FOLDER / "experiments.md.j2", measures=MEASURES, **helpers).render(grids=grids)
+    return template(
+        FOLDER / "experiments.md.j2", measures=MEASURES, least_cells=relation.LEAST_CELLS, **helpers
+    ).render(grids=grids)
 
 
 def load(folder: Path = FOLDER, results: Path = RESULTS) -> list[Content]:

@@ -144,7 +144,7 @@ def reference_is_frozen_weights(config: RunConfig) -> bool:
 
 
 def known_model(name: str, option: str = "--model.name") -> ModelConfig:
-    """A known size by name; `option` is what gave it.
+    """A known size by name; `option` is the one that named it.
 
     Raises:
         ConfigError: no name, or an unknown one.

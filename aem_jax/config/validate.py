@@ -9,8 +9,12 @@ from aem_jax.errors import ConfigError
 from aem_jax.sampler.reshard import INT8_MERGES
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, trains: bool = True) -> None:
     """Refuses settings that contradict each other, before anything starts.
+
+    Args:
+        config: the run's.
+        trains: whether the run learns from what it samples.
 
     Raises:
         ConfigError: two settings that contradict each other; the message names both.
@@ -41,10 +45,10 @@ def check(config: RunConfig) -> None:
             f"got {config.learner.temperature}; the learner must see the distribution that was sampled"
         )
     for name, everything in (("top_k", 0), ("top_p", 1.0)):
-        if (value := getattr(config.sampling, name)) != everything:
+        if trains and (value := getattr(config.sampling, name)) != everything:
             raise ConfigError(
-                f"--sampling.{name.replace('_', '-')}: expected {everything} (all tokens), got {value}; sampled tokens "
-                "have the log-probability and the entropy of the whole distribution, which the learner differentiates"
+                f"--sampling.{name.replace('_', '-')}: expected {everything} (all tokens) to train, got {value}; "
+                "log-probabilities and entropies are those of the whole distribution, which the learner differentiates"
             )
     if config.sampling.weights == "int8" and config.lora.rank and not config.lora.merge:
         raise ConfigError(f"--sampling.weights: {INT8_MERGES}")

@@ -153,10 +153,6 @@ def open_process_group(config: RuntimeConfig) -> Iterator[ProcessGroup]:
             stopped = error
         channel.close()
         jax.distributed.shutdown()  # now, while all are here: at the exit of the process it waits for the slowest
-        if stopped:
-            raise stopped
-    except StoppedError:
-        raise
     except BaseException as error:
         if not _is_own(error, channel):
             time.sleep(10 * _GRACE_S)  # the channel's thread names the failed process, and ends this one
@@ -164,6 +160,8 @@ def open_process_group(config: RuntimeConfig) -> Iterator[ProcessGroup]:
         # JAX would wait for the other processes to shut down, and abort.
         atexit.register(_end_now, 2 if isinstance(error, ConfigError) else 1)
         raise
+    if stopped:
+        raise stopped
 
 
 def check_same(processes: ProcessGroup, settings: Mapping[str, Any]) -> None:

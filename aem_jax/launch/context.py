@@ -162,12 +162,12 @@ def _open_folder(
     config: RunConfig, folder: Path, writes: bool, processes: ProcessGroup, stack: ExitStack
 ) -> tuple[Checkpoints, bool]:
     """(the run's checkpoints, whether there is one), after a check that the folder belongs to this config."""
-    if writes and processes.is_first and (folder / saved.FILE).exists():
-        _check_or_forget(config, folder)
     checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint, processes))
     if writes:  # a folder that cannot be written is an error before anything else starts
         join.check_shared(processes, folder)
         checkpoints.claim()
+    if writes and processes.is_first and (folder / saved.FILE).exists():  # now that no other process writes there
+        _check_or_forget(config, folder)
     has_checkpoint = processes.broadcast(checkpoints.latest is not None)
     if not (has_checkpoint or writes):
         raise ConfigError(f"no checkpoint in {folder}; train it first")

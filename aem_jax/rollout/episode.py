@@ -83,7 +83,7 @@ class EnvReply:
     """The outcome of an environment call, with the ids of the next observation. It can be sent as JSON.
 
     Attributes:
-        error: reason why the call failed; None if it succeeded. A failed call sets only the next three fields besides.
+        error: reason why the call failed; None if it succeeded. A failed call sets this and the next three fields only.
         lost: whether the call failed with its server.
         retryable: whether another attempt at a failed episode may succeed.
         restarted: whether the attempt begins again in its slot, as it was: no environment failed (`replay`).
@@ -138,7 +138,7 @@ class Episode:
         num_prompts: observations so far, those of responses that nobody received included.
         has_surplus: whether the slot may hold ids behind `cached_ids`, of a response that was not received in full.
         experts: integers [T, layers · experts per token], the experts of the slot's tokens with the response that
-            waits for its reply; None until that ends, and if they are not recorded.
+            waits for its reply; None before its end, and if they are not recorded.
     """
 
     attempt: Attempt

@@ -8,7 +8,7 @@ from aem_jax.rollout.episode import EnvReply, Episode
 from aem_jax.rollout.sessions import SlotSessions
 
 _PATIENCE_S = 30.0
-"""How long all pending calls may wait for room. Sessions that were released before give theirs back in this time."""
+"""Seconds for which all pending calls may wait for room. Sessions released before give theirs back by then."""
 
 Calls = dict[int, Future[StepResult]]
 """Slot -> its pending call."""

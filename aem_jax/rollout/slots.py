@@ -111,7 +111,7 @@ class SlotGroup:
         """Frees all slots, and releases the sessions without a pending call.
 
         Returns:
-            Slot, over all groups -> its pending call. To be released before the slot is used again.
+            Slot, over all groups -> its pending call. The caller releases each slot when its call ends.
         """
         pending = {self._first + slot: call for slot, call in self._calls.items() if not call.done()}
         for slot, _ in self.active():

@@ -29,9 +29,9 @@ class SamplingConfig:
     temperature: float = 1.0
     """Divides the logits; 0 is greedy. Logprobs and entropies are at this temperature."""
     top_k: int = 0
-    """Samples from the k most likely tokens; 0 means all."""
+    """Samples from the k most likely tokens; 0 (to train): all."""
     top_p: float = 1.0
-    """Samples from the smallest set of tokens with probability p; 1 means all."""
+    """Samples from the smallest set of tokens of probability p; 1 (to train): all."""
     weights: Literal["model", "int8"] = "model"
     """Weights to sample from: in the model's dtype, or with the matrices of layers in int8 and a scale for each output,
     half the bytes of bfloat16. The policy then differs from the learner's; --learner.importance-cap corrects for it."""

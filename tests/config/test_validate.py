@@ -76,8 +76,8 @@ def test_any_model_goes_with_a_setting_of_the_paper():
             )
             for context in ("window", "compact")
         ),
-        (["--sampling.top-p", "0.9"], "--sampling.top-p: expected 1.0 (all tokens), got 0.9"),
-        (["--sampling.top-k", "20"], "--sampling.top-k: expected 0 (all tokens), got 20"),
+        (["--sampling.top-p", "0.9"], "--sampling.top-p: expected 1.0 (all tokens) to train, got 0.9"),
+        (["--sampling.top-k", "20"], "--sampling.top-k: expected 0 (all tokens) to train, got 20"),
         (["--model.name", "tinny"], "did you mean 'tiny'?"),
         (["--batch.rows", "0"], "--batch.rows: expected"),
         (["--evaluation.every", "-1"], "--evaluation.every: expected"),
@@ -91,6 +91,10 @@ def test_contradictions_name_their_fields(words: list[str], message: str, monkey
     with pytest.raises(ConfigError) as caught:
         validate.check(apply(read_preset(DEFAULT), split(words)[1]))
     assert message in str(caught.value)
+
+
+def test_an_evaluation_may_sample_from_the_most_likely_tokens():
+    validate.check(apply(read_preset(DEFAULT), split(["--sampling.top-p", "0.9"])[1]), trains=False)
 
 
 @pytest.mark.parametrize("name", ["weights", "cache"])
