@@ -50,8 +50,14 @@ class Workers:
 
 
 def deal(jobs: int, pin: bool, gpus: int) -> Workers:
-    """Assigns resources to each job: with `pin` separate cores, with `gpus` one of that many GPUs."""
+    """Assigns resources to each job: with `pin` separate cores, with `gpus` one of that many GPUs.
+
+    Raises:
+        ConfigError: there are more jobs to pin than cores.
+    """
     workers, cores = Workers(), sorted(os.sched_getaffinity(0))
+    if pin and jobs > len(cores):
+        raise ConfigError(f"--jobs: expected at most {len(cores)} with --pin, one for each core, got {jobs}")
     for job in range(jobs):
         own = cores[job * len(cores) // jobs : (job + 1) * len(cores) // jobs] if pin else cores
         workers.places.put((own, {"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus else {}))
@@ -106,8 +112,8 @@ def launch(words: Sequence[str], workers: Workers, log_file: Path) -> int:
                 cwd=Path.cwd(),
                 start_new_session=True,  # the driver handles Ctrl-C
             )
-            os.sched_setaffinity(process.pid, cores)
             workers.running.add(process)
+            os.sched_setaffinity(process.pid, cores)
             if workers.stopping.is_set():
                 process.send_signal(signal.SIGTERM)
             status = process.wait()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from experiments.grid import START, read_grid
 from experiments.measures import MEASURES, differences, interval, part, shown
 from experiments.plots import draw_pairs
 from experiments.results import RESULTS, binned, read_results, successes
-from experiments.run import is_done, runs_of
+from experiments.run import deal, is_done, launch, runs_of
+from experiments.run import main as run_main
 from experiments.table import FOLDER, PAGE, Content, claims_table, comparison_table, load, outcome_table, render
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -240,6 +242,23 @@ def test_a_grid_runs_and_resumes(mini: Path, tmp_path: Path, user_environment: d
     mini.write_text(MINI.replace("strength = 0.0", "strength = 0.5"))
     refused = drive()
     assert refused.returncode == 2 and "--aem.strength 0.0, got 0.5" in refused.stderr
+
+
+def test_each_pinned_job_needs_a_core(mini: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
+    assert [deal(2, True, 0).places.get()[0], deal(4, False, 0).places.get()[0]] == [[3], [3, 5]]
+    assert run_main([str(mini), "--jobs", "3", "--pin"]) == 2
+    assert "--jobs: expected at most 2 with --pin, one for each core, got 3" in capsys.readouterr().err
+
+
+def test_a_process_is_known_to_the_driver_from_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    workers = deal(1, False, 0)
+    process = object()
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: process)
+
+    with pytest.raises(AttributeError, match="pid"):
+        launch([], workers, tmp_path / "log.txt")
+    assert workers.running == {process} and not workers.places.empty()
 
 
 def test_missing_fields_of_results_are_named(tmp_path: Path):

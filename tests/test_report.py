@@ -1,6 +1,8 @@
 """The report shows the files of a run, tolerates missing ones, and is self-contained."""
 
+import io
 import json
+import math
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,11 +14,12 @@ from matplotlib.figure import Figure
 
 from aem_jax.metrics import Evaluation, Rate
 from aem_jax.overrides import flatten
-from aem_jax.report import plot_headline, write_report
+from aem_jax.report import analysis, plot_headline, write_report
 from aem_jax.report.curves import CURVES, draw_efficiency
+from aem_jax.report.efficiency import print_efficiency, write_efficiency
 from aem_jax.report.page import bar, duration, episode, headline, percent, spread
 from aem_jax.report.run import baseline_lines, read_run
-from aem_jax.report.style import smooth
+from aem_jax.report.style import inline_svg, smooth
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +128,11 @@ def test_after_is_the_latest_evaluation_of_an_unfinished_run(tmp_path: Path):
     lines = [
         {"step": 0, "phase": "warmstart", "split": "valid_seen", "success": 0.3, "low": 0.2, "high": 0.4, "count": 100},
         {"step": 5, "phase": "train", "split": "valid_seen", "success": 0.5, "low": 0.39, "high": 0.6, "count": 100},
-        {"step": 9, "phase": "train", "split": "valid_seen", "success": 0.6, "low": 0.5, "high": 0.7, "count": 100},
+        {"step": 9, "phase": "final", "split": "valid_seen", "success": 0.6, "low": 0.5, "high": 0.7, "count": 100},
+        # The finished run was resumed with more steps.
+        {"step": 12, "phase": "train", "split": "valid_seen", "success": 0.7, "low": 0.6, "high": 0.8, "count": 100},
     ]
-    for count, gain, apart in ((1, None, False), (2, 0.2, False), (3, 0.3, True)):
+    for count, gain, apart in ((1, None, False), (2, 0.2, False), (3, 0.3, True), (4, 0.4, True)):
         (tmp_path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
         result = headline(read_run(tmp_path), "valid_seen")
         assert result["gain"] == (None if gain is None else pytest.approx(gain)) and result["apart"] is apart
@@ -174,12 +179,63 @@ def test_small_helpers():
     assert flatten({"a": {"b": 1, "c": {}}, "d": []}) == {"a.b": 1, "d": []}
 
 
+def test_names_with_dollars_are_no_mathematics(tmp_path: Path):
+    """Names come from environments; text between two dollars that is no formula would raise."""
+    name = r"$\frac$"
+    folder = tmp_path / name
+    folder.mkdir()
+    metrics = [{"step": step, f"rollout/success/{name}": 0.5, f"time/{name}": 1.0} for step in range(3)]
+    metrics[0] |= {"rollout/success/other": 0.5, "time/other": 1.0, "rollout/success": 0.5, "entropy/response": 0.5}
+    write_lines(folder / "metrics.jsonl", metrics)
+    phases = ("warmstart", f"agent {name}")
+    write_lines(folder / "evaluations.jsonl", [{"phase": phase, "split": name, "success": 0.5} for phase in phases])
+    page = write_report(folder).read_text()
+    success, _, task_types, time = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert (success.count(name), task_types.count(name), time.count(name)) == (2, 1, 1)
+    plot_headline({name: [folder], "other": [folder]}, tmp_path / "headline.png")
+    figure = Figure()
+    analysis._dynamics_figure(figure, [read_run(folder)] * 2)
+    assert inline_svg(figure, "dynamics").count(name) == 2
+
+
+def test_a_run_of_one_step_has_visible_curves(tmp_path: Path):
+    run = read_run(write_fake_run(tmp_path / "run", steps=1))
+    for title, _, draw in CURVES:
+        axes = Figure().subplots()
+        assert draw(run, axes), title
+        points = [line.get_marker() for line in axes.lines if np.size(line.get_xdata()) == 1]
+        areas = [path.vertices for drawn in axes.collections for path in drawn.get_paths()]
+        assert set(points) <= {"o"} and (points or areas or axes.texts), title
+        if title in ("Time of a step", "α by sign of advantage"):
+            assert areas and all(np.ptp(area, axis=0).min() > 0 for area in areas), title
+
+
+def test_shares_without_a_value_are_dashes(tmp_path: Path):
+    assert percent(None) == percent(math.nan) == "–"
+    zero = {"value": 0.0, "low": 0.0, "high": 0.0}
+    rule = {"ratio": zero, "gain": zero, "difference": zero, "entropy": zero, "cosine": zero, "above": math.nan}
+    responses = {"count": 9, "tokens": [1, 2, 3], "entropy": 0.5, "repeated": 8, "entropy_within_states": math.nan}
+    responses |= {"alpha_positive": None, "alpha_negative": None, "decisive_at_low_entropy": math.nan}
+    results = {"run": "run", "step": 0, "seconds": 1.0, "episodes": 8, "groups": 2, "success": 0.5, "sketch": 0}
+    results |= {"options": {"geometry": "adam", "sketch": 0, "seed": 0}, "geometry": "Adam", "responses": responses}
+    results |= {"rules": {"base": rule, "aem": rule}}
+    page = write_efficiency(results, tmp_path).read_text()
+    table = io.StringIO()
+    print_efficiency(results, table)
+    assert "nan" not in page and "nan" not in table.getvalue()
+    assert page.count("<td>–</td>") == 3  # the two of the responses, and e − e_base of the base algorithm
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 def efficiency_of(folder: Path, gains: np.ndarray, base: np.ndarray):
     folder.mkdir()
     lines = [
         {"step": 5 * i, "aem/gain": a, "aem/gain_base": b} for i, (a, b) in enumerate(zip(gains, base, strict=True))
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(folder / "metrics.jsonl", lines)
     axes = Figure().subplots()
     assert draw_efficiency(read_run(folder), axes)
     return axes

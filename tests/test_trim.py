@@ -38,7 +38,13 @@ def test_texts_in_use_are_split_as_before_and_others_into_smaller_tokens(origina
     conversation = [{"role": "user", "content": USED[0]}]
     texts = [before.encode(text) for text in USED] + [before.prompt_ids(conversation), before.delta_ids(USED[2])]
     folder = copied(original, tmp_path / "trimmed")
-    old = np.asarray(trim_tokenizer(folder, {token for ids in texts for token in ids}))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    beyond = {**content["added_tokens"][-1], "content": "<image>", "id": before.vocab_size, "special": True}
+    content["added_tokens"].append(beyond)  # as in Gemma 3 1B, whose embedding has no row for it
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert ChatTokenizer.from_pretrained(folder).vocab_size == before.vocab_size
+    old = np.asarray(trim_tokenizer(folder, {token for ids in texts for token in ids}, before.vocab_size))
+    assert "<image>" not in (folder / "tokenizer.json").read_text()
     after = ChatTokenizer.from_pretrained(folder)
     assert len(old) == after.vocab_size < before.vocab_size and (np.diff(old) > 0).all()
     again = [after.encode(text) for text in USED] + [after.prompt_ids(conversation), after.delta_ids(USED[2])]
@@ -61,7 +67,7 @@ def test_the_tokens_that_begin_a_text_are_numbered_anew(tmp_path: Path):
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["model"]["merges"] = [" ".join(merge) for merge in merges]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    old = trim_tokenizer(tmp_path, tokenizer.encode("abc").ids)
+    old = trim_tokenizer(tmp_path, tokenizer.encode("abc").ids, tokenizer.get_vocab_size())
     after = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert after.encode("abc").tokens == ["<|begin|>", "abc"]
     assert [old[token] for token in after.encode("abc").ids] == tokenizer.encode("abc").ids
@@ -72,12 +78,12 @@ def test_the_tokens_that_begin_a_text_are_numbered_anew(tmp_path: Path):
 def test_what_cannot_be_trimmed_is_refused(original: Path, tmp_path: Path):
     folder = copied(original, tmp_path / "one")
     with pytest.raises(ValueError, match="expected ids of the tokenizer's .* tokens, got 99999"):
-        trim_tokenizer(folder, [99999])
+        trim_tokenizer(folder, [99999], 400)
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
     words.save(str(folder / "tokenizer.json"))
     with pytest.raises(ValueError, match="expected a BPE tokenizer, got WordLevel"):
-        trim_tokenizer(folder, [0])
+        trim_tokenizer(folder, [0], 2)
 
 
 def test_a_model_is_trimmed_to_its_environment(original: Path, tmp_path: Path, capsys):

@@ -8,6 +8,7 @@ for other sessions. The server's resident memory should stay constant after the 
     python -m aem_jax.launch bench load --sessions 256 --load-steps 1000000 --repeats 1
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -74,10 +75,10 @@ class Load:
 
     Attributes:
         seconds: from the first request to the last reply.
-        latency_ms: of each step, in no order. f32[steps]
+        latency_ms: of each answered step, in no order. f32[answered steps]
         lost: steps and resets without a reply.
         crossed: replies that belong to another step.
-        resident_mib: results of `resident` after each tenth of the steps.
+        resident_mib: results of `resident` after each tenth of the steps; fewer than ten if steps were not answered.
     """
 
     seconds: float
@@ -88,19 +89,18 @@ class Load:
 
 
 def put_under_load(pool: Sessions, sessions: int, steps: int, resident: Callable[[], float] = lambda: 0.0) -> Load:
-    """Lets all sessions step independently, until `steps` were taken in all.
+    """Lets all sessions step independently, until `steps` were taken in all, or until the server stays down.
 
     Args:
         pool: the sessions, of an echo environment.
         sessions: number of sessions.
         steps: of all sessions together.
-        resident: returns MiB of memory; called ten times.
+        resident: returns MiB of memory; called after each tenth of the steps.
     """
     # Ones, not zeros: pages that are first written when latencies arrive would look like a leak.
     load = Load(0.0, np.ones(steps, np.float32))
     lock, ended = threading.Lock(), threading.Semaphore(0)
     begun = answered = 0
-    tenth = max(steps // 10, 1)
 
     def request(session: int, count: int) -> None:
         """Sends the next request of a session that has taken `count` steps."""
@@ -123,11 +123,12 @@ def put_under_load(pool: Sessions, sessions: int, steps: int, resident: Callable
     def receive(session: int, count: int, start: float, future: Future[StepResult]) -> None:
         nonlocal answered
         milliseconds = 1e3 * (time.perf_counter() - start)
-        with lock:
-            load.latency_ms[answered] = milliseconds
-            answered += 1
-            if answered % tenth == 0 and len(load.resident_mib) < 10:
-                load.resident_mib.append(resident())
+        if future.exception() is None:
+            with lock:
+                load.latency_ms[answered] = milliseconds
+                answered += 1
+                if due := answered * 10 // steps - len(load.resident_mib):
+                    load.resident_mib += [resident()] * due
         count += 1
         running[session] = count % EPISODE != 0
         check(session, count, future, f"{(count - 1) % EPISODE + 1}: {session}/{count - 1}")
@@ -157,29 +158,38 @@ def put_under_load(pool: Sessions, sessions: int, steps: int, resident: Callable
 
 
 def resident_mib(pid: int | str) -> float:
-    """Resident memory of a process in MiB; 0 where there is no `/proc`."""
-    status = Path(f"/proc/{pid}/status")
-    if not status.exists():
+    """Resident memory of a process in MiB; 0 for one that has ended, or where there is no `/proc`."""
+    try:
+        resident = re.search(r"^VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
         return 0.0
-    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
+    return int(resident[1]) / 1024 if resident else 0.0
 
 
 def measure_load(config: BenchConfig) -> list[Measurement]:
-    """Steps per second of all sessions, the latency of a step, and the lost and crossed replies."""
+    """Steps per second of all sessions, the latency of a step, and the lost and crossed replies.
+
+    Raises:
+        EnvError: the server answered no step.
+    """
     server = PoolConfig(num_servers=1, sessions_per_server=config.sessions)
     with EnvPool(server, ("echo", {})) as pool:
         put_under_load(pool, config.sessions, max(config.load_steps // 10, config.sessions))  # warm-up
-        memory = lambda: resident_mib(pool.server_pids[0])
+        memory = lambda: sum(map(resident_mib, pool.server_pids), 0.0)  # no process while the server starts again
         begin, own_begin = memory(), resident_mib("self")
         loads = [put_under_load(pool, config.sessions, config.load_steps, memory) for _ in range(config.repeats)]
-    latency = np.concatenate([load.latency_ms for load in loads])
+    rated = [load for load in loads if len(load.latency_ms)]
+    if not rated:
+        raise EnvError(f"expected answers to the steps of {config.sessions} sessions, got none: the server stays down")
+    latency = np.concatenate([load.latency_ms for load in rated])
     facts = {f"p{share}_ms": float(np.percentile(latency, share)) for share in (50, 99)}
     facts |= {"largest_ms": float(latency.max()), "steps": float(len(latency))}
     facts |= {"lost": sum(load.lost for load in loads), "crossed": sum(load.crossed for load in loads)}
     facts |= {"server_mib_at_the_start": begin}
-    facts |= {f"server_mib_at_{share}_percent": loads[-1].resident_mib[share // 10 - 1] for share in (10, 50, 100)}
+    if samples := rated[-1].resident_mib:  # fewer than ten, or none, if the server died
+        at = lambda percent: samples[max(percent * len(samples) // 100, 1) - 1]
+        facts |= {f"server_mib_at_{percent}_percent": at(percent) for percent in (10, 50, 100)}
     facts |= {"client_mib_at_the_start": own_begin, "client_mib_at_the_end": resident_mib("self")}
     shape = f"1 server, {config.sessions} sessions, {config.load_steps} steps, reset every {EPISODE}"
-    seconds = [load.seconds for load in loads]
-    return [summarise("load", "echo", shape, "steps/s", config.load_steps, seconds, facts=facts)]
+    seconds = [load.seconds / len(load.latency_ms) for load in rated]  # of an answered step
+    return [summarise("load", "echo", shape, "steps/s", 1, seconds, facts=facts)]

@@ -18,6 +18,7 @@ from aem_jax.models.config import ModelChoice
 from aem_jax.models.parameters import Mixture
 from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.overrides import nearest
+from aem_jax.sampler import SamplingConfig
 from aem_jax.selection import (
     Length,
     Outcome,
@@ -128,9 +129,9 @@ def make_policy(config: RunConfig, vocab_size: int, files: Path | None = None) -
     return policy
 
 
-def sampled_policy(config: RunConfig, policy: Policy) -> Policy:
+def sampled_policy(sampling: SamplingConfig, policy: Policy) -> Policy:
     """The policy that samples with the parameters that `reshard` returns."""
-    return policy.quantized if config.sampling.weights == "int8" else policy.sampled
+    return policy.quantized if sampling.weights == "int8" else policy.sampled
 
 
 def warm_start_makes_frozen_weights(config: RunConfig) -> bool:

@@ -1,6 +1,5 @@
 """The machine: packages, devices, memory, disk, sandboxes. Functions that need jax import it themselves."""
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -16,7 +15,7 @@ from aem_jax.doctor.finding import Finding, judge
 if TYPE_CHECKING:
     from aem_jax.doctor.config import DoctorConfig
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 NEEDED = (
@@ -85,16 +84,22 @@ def _unmet() -> list[str]:
 
 
 def nvidia() -> dict[str, str]:
-    """Name, driver, CUDA and total memory in MiB of the first NVIDIA card, from nvidia-smi; empty without a card."""
+    """Facts of the first NVIDIA card, from nvidia-smi; empty without a card.
+
+    They are its name, driver, total memory in MiB, MIG mode ("Enabled" if it is split), and the number of cards. A card
+    without a memory of its own, or without MIG, has "[N/A]" there.
+    """
     if shutil.which("nvidia-smi") is None:
         return {}
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
+    names = ("name", "driver", "memory_mib", "mig")
+    fields = "name,driver_version,memory.total,mig.mode.current"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-        name, driver, memory = (word.strip() for word in lines[0].split(","))
+        card = dict(zip(names, map(str.strip, lines[0].split(",")), strict=True))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return {}
-    return {"name": name, "driver": driver, "memory_mib": memory, "count": str(len(lines))}
+    return {**card, "count": str(len(lines))}
 
 
 def devices(config: "DoctorConfig") -> Finding:
@@ -140,8 +145,10 @@ def memory(config: "DoctorConfig") -> Finding:
         return judge(faults, f"{text}; devices share it", "; ".join(advice), facts)
     facts["device_limit"] = limit
     text += f"; each device {limit / GIB:.1f} GiB for jax"
-    if card := nvidia():
-        device_total = int(card["memory_mib"]) * 2**20
+    card = nvidia()
+    # nvidia-smi reports the memory of the card, of which a MIG device is a part.
+    if card and card["memory_mib"].isdigit() and card["mig"] != "Enabled":
+        device_total = int(card["memory_mib"]) * MIB
         facts["device_total"] = device_total
         text += f" of {device_total / GIB:.1f}"
         if limit < 0.4 * device_total:
@@ -153,21 +160,11 @@ def memory(config: "DoctorConfig") -> Finding:
 
 
 def host_memory() -> tuple[int, int]:
-    """Total bytes, and bytes free for new processes; a container's limit if that is smaller."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-    with contextlib.suppress(OSError, AttributeError):  # reclaimable memory counts as free
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        available = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-        free = int(available[1]) * 1024 if available else free
-    for folder, most, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            limit, taken = (int(Path(folder, name).read_text(encoding="ascii")) for name in (most, used))
-            total, free = min(total, limit), min(free, limit - taken)
-    return total, max(free, 0)
+    """Total bytes, and bytes free for new processes; of a container with a limit, those of its limit."""
+    from aem_jax.envs.swe.sandbox.host import measure
+
+    memory = measure()["memory_mib"]
+    return int(memory.total * MIB), int(memory.free * MIB)
 
 
 def disk(config: "DoctorConfig") -> Finding:

@@ -8,7 +8,8 @@ full precision, both must agree to rounding, whatever the way of sampling:
     LoRA              the learner keeps the adapter separate from frozen weights, the sampler too, or it merges them
 
 In bfloat16 both round, in different orders. The allowed gap is measured with the learner, in bfloat16 against float32:
-the sampler's gap may be `BFLOAT16_FACTOR` times as large.
+the sampler's gap may be `BFLOAT16_FACTOR` times as large. `BFLOAT16` bounds it, because an error of the learner raises
+what is measured.
 """
 
 from collections.abc import Callable
@@ -39,6 +40,9 @@ EXACT = 1e-4
 INT8_CACHE = (0.02, 0.2)
 """Nats: mean and largest gap with a cache in 8 bits; measured are 0.005 and 0.02, at widths of 128 and 896."""
 BFLOAT16_FACTOR = 3.0
+BFLOAT16 = (0.1, 0.5)
+"""Nats: most that is allowed as mean and as largest gap in bfloat16; measured are 0.007 and 0.03 at a width of 128,
+0.005 and 0.02 at a width of 896."""
 TIE = 1e-3
 """Largest difference of logits that count as equal for an argmax."""
 
@@ -118,7 +122,7 @@ def bfloat16(config: DoctorConfig) -> Finding:
     with full_precision():
         exact = logprobs(_masters(model), sampled.params, sampled.batch, "xla")
     own = _gap(logprobs(sampled.learner, sampled.params, sampled.batch, "auto"), exact, sampled.batch)
-    mean, largest = BFLOAT16_FACTOR * own.mean, BFLOAT16_FACTOR * own.largest
+    mean, largest = (min(BFLOAT16_FACTOR * cost, most) for cost, most in zip((own.mean, own.largest), BFLOAT16))
     return _judge(measured, mean, largest, "", f"; bfloat16 itself costs the learner {own.mean:.1e}, {own.largest:.1e}")
 
 
@@ -136,7 +140,8 @@ def greedy(config: DoctorConfig) -> Finding:
         parts = [np.asarray(getattr(batch, name)) for name in ("tokens", "positions", "segment_ids", "response_ids")]
         gaps = np.asarray([behind(params, *rows) for rows in zip(*parts, strict=True)])
     count = int(np.sum(parts[3] >= 0))
-    wrong = int(np.sum(gaps > TIE))
+    # Negated, so that NaN is wrong, too.
+    wrong = int(np.sum(~(gaps <= TIE)))
     faults = [f"{wrong} of {count} tokens are not the argmax"] if wrong else []
     if not count:
         faults.append("nothing was sampled")

@@ -1,6 +1,7 @@
 """Speed of this machine, measured by `bench`. A low speed is not a fault."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ LEARN_BYTES = 18
 """Bytes of a parameter during learning: master, both moments, gradient, and the weights in the model's dtype."""
 DECODE_BYTES = 6
 """Bytes of a parameter while the weights are created: master, and the weights in the model's dtype."""
+PLAIN_WORDS = {"nvidia", "geforce", "80gb", "hbm3", "sxm4"}
+"""Words beside the model in the names of the cards of `GPUS`. Any other, as PCIe, NVL, 40GB or MIG, is a variant with a
+data sheet of its own."""
 
 
 def peaks(config: DoctorConfig) -> Finding:
@@ -40,9 +44,11 @@ def peaks(config: DoctorConfig) -> Finding:
 
 
 def data_sheet(kind: str) -> Chip | None:
-    """Published facts of a GPU, from jax's name of it: NVIDIA H100 80GB HBM3."""
-    joined = kind.lower().replace(" ", "").replace("geforce", "")
-    return next((chip for name, chip in GPUS.items() if name in joined), None)
+    """Published facts of a GPU, from jax's name of it (NVIDIA H100 80GB HBM3); None for a variant, as H100 PCIe."""
+    words = re.findall(r"\w+", kind.lower().replace("rtx ", "rtx"))
+    chips = [GPUS[word] for word in words if word in GPUS]
+    is_plain = all(word in GPUS or word in PLAIN_WORDS for word in words)
+    return chips[0] if chips and is_plain else None
 
 
 def decode(config: DoctorConfig) -> Finding:

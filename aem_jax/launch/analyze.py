@@ -207,7 +207,11 @@ def _analysis(run: RunContext, params: Params, options: AnalyzeConfig, groups: i
 def _updated(
     run: RunContext, params: Params, batch: Batch, credit: Credit, sign: int, options: AnalyzeConfig
 ) -> Params:
-    """Parameters after one update on the responses with one sign of A·(α − 1), with base advantages A."""
+    """Parameters after one update on the responses with one sign of A·(α − 1), with base advantages A.
+
+    Terms of the loss that do not depend on A are left out: Adam's first step moves a parameter as far for a small
+    gradient as for a large one.
+    """
     learner = replace(
         components.learner(run.config),
         learning_rate=run.config.learner.learning_rate * options.step_size,
@@ -215,6 +219,9 @@ def _updated(
         warmup_steps=0,
         weight_decay=0.0,
         kl_coefficient=0.0,
+        entropy_coefficient=0.0,
+        balance_coefficient=0.0,
+        covariance="off",
         num_minibatches=1,
         num_epochs=1,
     )
@@ -240,7 +247,7 @@ class _Drawing:
     def __call__(self, phase: str, params: Any) -> Draws:
         run, config = self.run, self.run.config
         sampler = Sampler(
-            components.sampled_policy(config, run.policy),
+            components.sampled_policy(config.sampling, run.policy),
             config.sampling,
             run.chat.stop_ids,
             capacity=config.rollout.context_tokens,

@@ -343,7 +343,7 @@ def _open_rollout(
     else:
         pool = stack.enter_context(EnvPool(servers, (suite.name, suite.settings)))
     sampler = Sampler(
-        components.sampled_policy(config, policy),
+        components.sampled_policy(config.sampling, policy),
         config.sampling,
         chat.stop_ids,
         capacity=config.rollout.context_tokens,

@@ -209,8 +209,9 @@ def _size(state: TrainState) -> int:
 
 
 def _learner(run: RunContext) -> LearnerConfig:
-    """Gradients of the objective alone: the balancing loss of experts does not depend on credit."""
-    return replace(components.learner(run.config), num_minibatches=1, balance_coefficient=0.0)
+    """Gradients of the objective alone: the balancing loss of experts does not depend on credit, and the covariance
+    control acts on steps after the first."""
+    return replace(components.learner(run.config), num_minibatches=1, balance_coefficient=0.0, covariance="off")
 
 
 def _trainable(state: TrainState) -> Params:

@@ -133,7 +133,7 @@ def serve_policy(model: str | Path, config: EndpointConfig = EndpointConfig()) -
     mesh = make_mesh(config.mesh)
     policy, params, chat = _load(Path(model), str(model), config, mesh)
     sampler = Sampler(
-        policy.sampled,
+        components.sampled_policy(config.sampling, policy),
         config.sampling,
         chat.stop_ids,
         capacity=settings.context_tokens,
@@ -161,7 +161,7 @@ def serve_policy(model: str | Path, config: EndpointConfig = EndpointConfig()) -
 def _load(path: Path, name: str, config: EndpointConfig, mesh: Mesh) -> tuple[Policy, Params, ChatTokenizer]:
     """The policy of a model or of a run, its parameters to sample with, and its tokenizer."""
     template = {"own": None, "chatml": CHATML}[config.tokenizer.chat_template]
-    if (path / saved.FILE).is_file():
+    if (path / inputs.FILE).is_file():  # a model has a config.json, too
         policy, params, chat = _trained(path, mesh)
     else:
         model = from_pretrained(name, mesh=mesh, dtype=config.dtype)
@@ -170,7 +170,7 @@ def _load(path: Path, name: str, config: EndpointConfig, mesh: Mesh) -> tuple[Po
             model.source or name, chat_template=template, appends=False, thinking=thinking
         )
         policy, params = model.policy, model.params
-    return policy, make_reshard(policy, mesh)(params), chat
+    return policy, make_reshard(policy, mesh, int8=config.sampling.weights == "int8")(params), chat
 
 
 def _trained(folder: Path, mesh: Mesh) -> tuple[Policy, Params, ChatTokenizer]:

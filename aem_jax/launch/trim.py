@@ -54,7 +54,7 @@ def trim(config: RunConfig, folder: Path) -> int:
         model = from_pretrained(config.model.path, dtype=config.model.dtype or "bfloat16")
         with tempfile.TemporaryDirectory() as tokenizer:
             chat.save_pretrained(tokenizer)
-            kept = trim_tokenizer(Path(tokenizer), used)
+            kept = trim_tokenizer(Path(tokenizer), used, model.config.vocab_size)
             params = _rows(model.params, model.policy.axes, np.asarray(kept))
             sizes = replace(model.config, vocab_size=len(kept))
             stops = [kept.index(number) for number in chat.stop_ids]

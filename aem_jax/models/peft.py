@@ -61,7 +61,7 @@ def _config(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, objec
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "target_modules": [projection.tensor.split(".")[-2] for projection in targets(config, lora).values()],
         "lora_dropout": 0.0,
         "bias": "none",

@@ -169,7 +169,8 @@ def resolve(path_or_repo: str | Path) -> Path:
 
     try:
         patterns = [CONFIG, "*.safetensors", "model.safetensors.index.json", *BESIDE]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        # Some models have their weights a second time, in another form.
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"expected a folder or a model on the Hub, got {name!r}: {reason}") from error

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from aem_jax.files import write_text
@@ -30,8 +31,6 @@ from aem_jax.models.gguf import open_gguf
 from aem_jax.models.parameters import EMBED, HEAD, Parameter, Part, parameter_table
 from aem_jax.models.policy import Params, Policy
 from aem_jax.sharding import TRAIN, Rules, shardings
-
-Array = jax.Array
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -278,9 +277,11 @@ def _holder(tree: Any, path: Sequence[str]) -> dict[str, Any]:
 
 
 def _place(block: np.ndarray, sharding: NamedSharding | None) -> Array:
-    """A block on the devices; each gets only its shard."""
+    """A block on the devices; each gets only its shard. Axes of which the block has one entry are not split."""
     if sharding is None:
         return jnp.asarray(block)
+    spec = PartitionSpec(*(None if n == 1 else axis for n, axis in zip(block.shape, sharding.spec, strict=False)))
+    sharding = NamedSharding(sharding.mesh, spec)
     return jax.make_array_from_callback(block.shape, sharding, lambda index: np.ascontiguousarray(block[index]))
 
 

@@ -214,7 +214,7 @@ def _lowerings(config: RunConfig, work: Workload, mesh: Mesh) -> dict[str, Calla
     """Functions that lower the programs. With LoRA several small programs reshard, so "reshard" is left out."""
     policy = Policy(work.model, work.lora if work.lora.rank else None, work.value)
     state = abstract_state(policy, config.learner, mesh)
-    sampled = components.sampled_policy(config, policy)
+    sampled = components.sampled_policy(config.sampling, policy)
     params = abstract_sampled(sampled, mesh)
     sampler = Sampler(
         sampled,

@@ -22,6 +22,7 @@ from aem_jax.report.style import (
     INK,
     ORANGE,
     RED,
+    escape,
     figure_style,
     inline_svg,
     percent_axis,
@@ -158,7 +159,7 @@ def _dynamics_figure(figure: Figure, runs: Sequence[Run]) -> None:
         for run, colour in zip(runs, (ORANGE, BLUE), strict=False):
             steps, values = run.series(metric)
             if steps:
-                plot_smoothed(axes, steps, values, colour, run.name)
+                plot_smoothed(axes, steps, values, colour, escape(run.name))
         axes.set_title(title)
         if share:
             percent_axis(axes)

@@ -20,8 +20,11 @@ from aem_jax.report.style import (
     ORANGE,
     PURPLE,
     RED,
+    area,
+    escape,
     figure_style,
     inline_svg,
+    marker,
     percent_axis,
     plot_smoothed,
     smooth,
@@ -43,14 +46,14 @@ def draw_success(run: Run, axes: Axes) -> bool:
     if steps:
         plot_smoothed(axes, steps, values, GREY, "training episodes")
     drawn = bool(steps)
-    for split, colour, marker in zip(run.splits(), CYCLE, "osD^v<>p", strict=False):
+    for split, colour, shape in zip(run.splits(), CYCLE, "osD^v<>p", strict=False):
         evaluations = run.evaluated(split, BEFORE, DURING, AFTER)
         style = {"markersize": 4.5, "linewidth": 1.2, "elinewidth": 1, "capsize": 2.5}
-        drawn |= draw_evaluations(axes, evaluations, color=colour, marker=marker, label=split, **style)
+        drawn |= draw_evaluations(axes, evaluations, color=colour, marker=shape, label=escape(split), **style)
     for success, names in baseline_lines(run.baselines(run.splits()[0]) if run.splits() else []):
         axes.axhline(success, color=INK, alpha=0.45, linewidth=0.9, linestyle=(0, (4, 3)))
         across = axes.get_yaxis_transform()
-        axes.text(1, success, f"{names} ", transform=across, ha="right", va="bottom", fontsize=8, alpha=0.7)
+        axes.text(1, success, f"{escape(names)} ", transform=across, ha="right", va="bottom", fontsize=8, alpha=0.7)
     percent_axis(axes)
     return drawn
 
@@ -70,8 +73,9 @@ def draw_task_types(run: Run, axes: Axes) -> bool:
     names = run.names("rollout/success/")
     for name, colour in zip(names, CYCLE * (1 + len(names) // len(CYCLE)), strict=False):
         steps, values = run.series(name)
-        label = name.removeprefix("rollout/success/").replace("_", " ")
-        axes.plot(steps, smooth(values, max(1, len(values) // 8)), color=colour, label=label, linewidth=1.4)
+        label = escape(name.removeprefix("rollout/success/").replace("_", " "))
+        smoothed = smooth(values, max(1, len(values) // 8))
+        axes.plot(steps, smoothed, color=colour, label=label, linewidth=1.4, marker=marker(values))
     percent_axis(axes)
     return bool(names)
 
@@ -81,7 +85,7 @@ def draw_alpha(run: Run, axes: Axes) -> bool:
     steps, low = run.series("aem/alpha_min")
     _, high = run.series("aem/alpha_max")
     if steps and len(low) == len(high):
-        axes.fill_between(steps, low, high, color=GREY, alpha=0.14, linewidth=0, label="min to max")
+        axes.fill_between(*area(steps, low, high), color=GREY, alpha=0.14, linewidth=0, label="min to max")
     drawn = bool(steps)
     for name, colour, label in (
         ("aem/alpha_positive", GREEN, "advantage > 0"),
@@ -160,13 +164,13 @@ def draw_time(run: Run, axes: Axes) -> bool:
         return False
     seconds_of = {name: dict(zip(*run.series(name), strict=True)) for name in phases}
     layers = [[seconds_of[name].get(step, 0.0) for step in steps] for name in phases]
-    labels = [name.removeprefix("time/") for name in phases]
+    labels = [escape(name.removeprefix("time/")) for name in phases]
     if totals:
         rest = [totals[step] - math.fsum(seconds) for step, seconds in zip(steps, zip(*layers), strict=True)]
         layers.append([max(0.0, seconds) for seconds in rest])
         labels.append("rest")
     colours = [*CYCLE[: len(phases)], *[GREY] * (len(layers) - len(phases))]
-    axes.stackplot(steps, layers, labels=labels, colors=colours, alpha=0.75, linewidth=0)
+    axes.stackplot(*area(steps, *layers), labels=labels, colors=colours, alpha=0.75, linewidth=0)
     axes.set_ylim(bottom=0)
     return True
 

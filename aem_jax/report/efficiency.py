@@ -52,7 +52,7 @@ def answer(results: Mapping[str, Any]) -> str:
         return f"{text}: AEM gains more return per step here than the base algorithm."
     if ratio["high"] < 1:
         return f"{text}: AEM gains less return per step here than the base algorithm."
-    return f"{text}: no difference is resolved (AEM is ahead in {_share(above)} of the resamples)."
+    return f"{text}: no difference is resolved (AEM is ahead in {percent(above)} of the resamples)."
 
 
 def print_efficiency(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
@@ -69,22 +69,18 @@ def print_efficiency(results: Mapping[str, Any], stream: TextIO | None = None) -
     for name, rule in results["rules"].items():
         gain, entropy = estimate(rule["gain"], 4), estimate(rule["entropy"], 4)
         cosine = number(rule["cosine"]["value"], 3)
-        ahead = "–" if name == "base" else _share(rule["above"])
+        ahead = "–" if name == "base" else percent(rule["above"])
         table.add_row(name, "1" if name == "base" else estimate(rule["ratio"]), gain, entropy, cosine, ahead)
     console = Console(file=stream, soft_wrap=True)
     console.print(table)
     responses = results["responses"]
     within, low = responses["entropy_within_states"], responses["decisive_at_low_entropy"]
     console.print(
-        f"geometry: {results['geometry']}. Variance of H̄ within states: {_share(within)} ({responses['repeated']} "
+        f"geometry: {results['geometry']}. Variance of H̄ within states: {percent(within)} ({responses['repeated']} "
         f"responses). Mean α where A > 0: {number(responses['alpha_positive'])}, where A < 0: "
-        f"{number(responses['alpha_negative'])}. Decisive turns of low entropy: {_share(low)}."
+        f"{number(responses['alpha_negative'])}. Decisive turns of low entropy: {percent(low)}."
     )
     console.print(answer(results))
-
-
-def _share(value: Any) -> str:
-    return "–" if value is None or value != value else percent(value)
 
 
 def _figure(figure: Figure, results: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from aem_jax.report.curves import draw_evaluations
 from aem_jax.report.run import AFTER, BEFORE, DURING, Run, baseline_lines, read_run
-from aem_jax.report.style import BLUE, CYCLE, GREEN, GREY, RED, figure_style, percent_axis, smooth
+from aem_jax.report.style import BLUE, CYCLE, GREEN, GREY, RED, area, escape, figure_style, marker, percent_axis, smooth
 
 Runs = Sequence[Path | str] | Mapping[str, Sequence[Path | str]]
 
@@ -47,7 +47,7 @@ def plot_headline(run_dirs: Runs, out_png: Path | str, *, split: str | None = No
             _draw_success(success, group, split, colour, label, training=len(groups) == 1)
             _draw_metric(entropy, group, "entropy/response", colour, label)
         _draw_alpha(alpha, next((g for g in groups.values() if _has_alpha(g)), runs))
-        success.set_title(f"Success, {split}" if split else "Success")
+        success.set_title(f"Success, {escape(split)}" if split else "Success")
         percent_axis(success)
         _draw_baselines(success, runs, split)
         entropy.set_title("Response entropy, nats")
@@ -80,7 +80,7 @@ def _over_runs(
 
 
 def _draw_success(axes: Axes, group: Sequence[Run], split: str, colour: str, label: str, training: bool) -> None:
-    name = label or "evaluation"
+    name = escape(label) or "evaluation"
     if len(group) > 1:
         name = f"{name}, mean and range of {len(group)} seeds"
     evaluated = [run.evaluated(split, BEFORE, DURING, AFTER) for run in group]
@@ -88,15 +88,14 @@ def _draw_success(axes: Axes, group: Sequence[Run], split: str, colour: str, lab
         for run in group:
             steps, values = run.series("rollout/success")
             smoothed = smooth(values, max(1, len(values) // 20))
-            axes.plot(
-                steps, smoothed, color=GREY, alpha=0.6, linewidth=1, label="training" if run is group[0] else None
-            )
+            style = {"color": GREY, "alpha": 0.6, "linewidth": 1, "marker": marker(values)}
+            axes.plot(steps, smoothed, label="training" if run is group[0] else None, **style)
     if len(group) == 1:
         draw_evaluations(axes, evaluated[0], color=colour, marker="o", markersize=5, capsize=3, label=name)
         return
     points = [([e.step for e in evaluations], [e.rate.success for e in evaluations]) for evaluations in evaluated]
     steps, mean, low, high = _over_runs(points)
-    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.fill_between(*area(steps, low, high), color=colour, alpha=0.15, linewidth=0)
     axes.plot(steps, mean, color=colour, marker="o", markersize=5, label=name, zorder=4)
 
 
@@ -104,8 +103,8 @@ def _draw_metric(axes: Axes, group: Sequence[Run], metric: str, colour: str, lab
     series = [run.series(metric) for run in group]
     curves = [(steps, smooth(values, max(1, len(values) // 20))) for steps, values in series]
     steps, mean, low, high = _over_runs(curves)
-    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(steps, mean, color=colour, label=label or None)
+    axes.fill_between(*area(steps, low, high), color=colour, alpha=0.15, linewidth=0)
+    axes.plot(steps, mean, color=colour, label=escape(label) or None, marker=marker(steps))
 
 
 def _draw_alpha(axes: Axes, group: Sequence[Run]) -> None:
@@ -118,4 +117,5 @@ def _draw_baselines(axes: Axes, runs: Sequence[Run], split: str) -> None:
     latest = {evaluation.phase: evaluation for run in runs for evaluation in run.baselines(split)}
     for success, names in baseline_lines(list(latest.values())):
         axes.axhline(success, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.text(1, success, f"{names} ", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+        across = axes.get_yaxis_transform()
+        axes.text(1, success, f"{escape(names)} ", transform=across, ha="right", va="bottom", fontsize=8)

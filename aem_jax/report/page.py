@@ -63,8 +63,10 @@ def template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def percent(value: float) -> str:
-    """0.714 → `71.4 %`; whole percentages without the point."""
+def percent(value: float | None) -> str:
+    """0.714 → `71.4 %`; whole percentages without the point; a dash for None and NaN."""
+    if value is None or not math.isfinite(value):
+        return "–"
     text = f"{100 * value:.1f}".removesuffix(".0")
     return f"{text}\u202f%"
 

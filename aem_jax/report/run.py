@@ -57,9 +57,8 @@ class Run:
         return next(iter(self.evaluated(split, BEFORE)[-1:]), None)
 
     def after(self, split: str) -> Evaluation | None:
-        """The policy's final evaluation, or the latest one of a run that is not done."""
-        evaluations = self.evaluated(split, AFTER) or self.evaluated(split, DURING)
-        return evaluations[-1] if evaluations else None
+        """The policy's latest evaluation since reinforcement learning began; of a finished run, the final one."""
+        return next(iter(self.evaluated(split, DURING, AFTER)[-1:]), None)
 
     def baselines(self, split: str) -> list[Evaluation]:
         """Latest evaluation of each baseline on a split."""

@@ -69,12 +69,29 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return [math.fsum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
+def marker(values: Sequence[Any]) -> str:
+    """The marker of a line: one point alone has no line, so it needs one."""
+    return "o" if len(values) == 1 else ""
+
+
+def area(steps: Sequence[float], *values: Sequence[float]) -> tuple[Any, ...]:
+    """Steps and values of filled areas; those of one step alone get a width, since nothing would be visible."""
+    if len(steps) != 1:
+        return steps, *values
+    return (steps[0] - 0.4, steps[0] + 0.4), *((value[0], value[0]) for value in values)
+
+
+def escape(name: str) -> str:
+    """A name as a label: matplotlib reads text between two dollars as mathematics, and raises if it is none."""
+    return name.replace("$", r"\$")
+
+
 def plot_smoothed(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, label: str) -> None:
     """A series as a trailing mean over a twentieth of its length, with the raw values faint behind it."""
     window = max(1, len(values) // 20)
     if window > 1:
         axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
-    axes.plot(steps, smooth(values, window), color=colour, label=label)
+    axes.plot(steps, smooth(values, window), color=colour, label=label, marker=marker(values))
 
 
 def percent_axis(axes: Axes) -> None:

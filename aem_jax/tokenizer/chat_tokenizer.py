@@ -105,6 +105,7 @@ class ChatTokenizer:
         # A rendered conversation also contains markup that the template composes from parts.
         written = self._template.text + self._template.conversation("(task)", "(answer)", "(seen)")
         markup = [token.content for token in added if not token.special and token.content in written]
+        self._unwritten = {token.content for token in added if token.special and token.content not in written}
         self._control, self._markup_tokens = any_of(control), any_of([*control, *markup])
         self._backend, self._plain = _backends(tokenizer, {*control, *markup})
         self._stop_id = self._encode_fenced(self._template.stop_token(control))[0]
@@ -175,8 +176,12 @@ class ChatTokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id. An embedding needs at least this many rows."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        """One more than the largest id of a conversation. An embedding needs at least this many rows.
+
+        Special tokens that the template does not write are in no conversation. Gemma 3 1B has one beyond its embedding.
+        """
+        ids = self._backend.get_vocab(with_added_tokens=True).items()
+        return 1 + max(self.pad_id, *(number for token, number in ids if token not in self._unwritten))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -15,17 +15,18 @@ from aem_jax.files import read_json, write_text
 TOKENIZER = "tokenizer.json"
 
 
-def trim_tokenizer(folder: Path, used: Iterable[int]) -> list[int]:
+def trim_tokenizer(folder: Path, used: Iterable[int], rows: int) -> list[int]:
     """Rewrites a folder's tokenizer.json with the tokens that are needed; returns their old ids, in the new order.
 
     Kept are the tokens in use, all those that merge into them, every single character (all bytes of a byte-level BPE)
-    and every added token. So a text whose tokens are all in use is split as before: each merge of its split leads to a
-    token in use, so it is kept, and it still comes before every other merge that is kept. Other texts are split into
-    smaller tokens.
+    and every added token that the embedding has. So a text whose tokens are all in use is split as before: each merge
+    of its split leads to a token in use, so it is kept, and it still comes before every other merge that is kept. Other
+    texts are split into smaller tokens.
 
     Args:
         folder: of a fast tokenizer.
         used: ids in use.
+        rows: rows of the embedding.
 
     Raises:
         ValueError: the tokenizer is no BPE, or has no such id.
@@ -34,6 +35,7 @@ def trim_tokenizer(folder: Path, used: Iterable[int]) -> list[int]:
     model = tokenizer["model"]
     if model["type"] != "BPE":
         raise ValueError(f"expected a BPE tokenizer, got {model['type']}; its vocabulary cannot be trimmed")
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < rows]
     added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     ids = {**model["vocab"], **added}
     words = {number: word for word, number in ids.items()}

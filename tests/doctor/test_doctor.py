@@ -28,6 +28,7 @@ from aem_jax.doctor.config import DoctorConfig
 from aem_jax.doctor.finding import CHECKS, Finding
 from aem_jax.doctor.page import Page
 from aem_jax.envs.protocol import EnvError, Task
+from aem_jax.envs.swe.sandbox import host
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
 from aem_jax.models import CONFIGS, ModelConfig, decode_attention
@@ -297,10 +298,34 @@ def test_a_sampler_without_part_of_its_cache_is_a_fault(own_programs: None, monk
     assert "✗ greedy" in out and "tokens are not the argmax" in out and "would learn from wrong ratios" in out
 
 
+def test_logits_without_numbers_are_not_the_argmax(monkeypatch: pytest.MonkeyPatch):
+    ids = np.asarray([[-1, 0, 0]])
+    batch = SimpleNamespace(tokens=ids, positions=ids, segment_ids=ids, response_ids=ids)
+    monkeypatch.setattr(parity, "play", lambda *_: ([], None))
+    monkeypatch.setattr(parity, "packed", lambda *_: batch)
+    monkeypatch.setattr(parity, "_behind_the_best", lambda *_: jnp.asarray([0.0, jnp.nan]))
+    finding = parity.greedy(CONFIG)
+    assert finding.ok is False and "1 of 2 tokens are not the argmax" in finding.text
+
+
 @pytest.mark.parametrize("check", [parity.int8_weights, parity.lora_merged])
 def test_parity_holds_for_int8_weights_and_merged_adapters(check):
     finding = check(CONFIG)
     assert finding.ok and finding.facts["tokens"] > 100, finding
+
+
+def test_parity_in_bfloat16_holds_and_fails_for_a_wrong_learner(monkeypatch: pytest.MonkeyPatch):
+    """An error of the learner alone also raises the measured cost of bfloat16."""
+    sampled = parity.sample(CONFIG.shallow("bfloat16"))
+    monkeypatch.setattr(parity, "sample", lambda model: sampled)
+    finding = parity.bfloat16(CONFIG)
+    assert finding.ok and finding.facts["tokens"] > 100, finding
+    right = parity.logprobs
+    for error in (0.2, 3.0):
+        wrong = lambda policy, *rest, error=error: right(policy, *rest) + error * (policy.config.dtype == "bfloat16")
+        monkeypatch.setattr(parity, "logprobs", wrong)
+        finding = parity.bfloat16(CONFIG)
+        assert finding.ok is False and "bfloat16 itself costs the learner" in finding.text, finding
 
 
 def blind(q, k, v, segment_ids):
@@ -329,6 +354,12 @@ def test_a_broken_attention_kernel_is_a_fault(broken, what: str, monkeypatch: py
         assert "✓ attention-xla" in out and max(finding.facts["64"].values()) < 1e-5
 
 
+def without_numbers(q, k, v, cache, lengths, chunk, index):
+    """Returns NaN."""
+    out, chunk = attend_ragged(q, k, v, cache, lengths, chunk, index, interpret=True)
+    return out * jnp.nan, chunk
+
+
 def shifted(q, k, v, cache, lengths, chunk, index):
     """Attends to one cached token less than there are."""
     return attend_ragged(q, k, v, cache, jnp.maximum(lengths - 1, 0), chunk, index, interpret=True)
@@ -340,6 +371,7 @@ def shifted(q, k, v, cache, lengths, chunk, index):
         (DecodeAttention(partial(attend_ragged, interpret=True), follows_lengths=True), False),
         (DecodeAttention(partial(attend_in_place, implementation="xla"), follows_lengths=True, in_place=True), False),
         (DecodeAttention(shifted, follows_lengths=True), True),
+        (DecodeAttention(without_numbers, follows_lengths=True), True),
     ],
 )
 def test_a_broken_kernel_of_decode_is_a_fault(kernel: DecodeAttention, broken: bool, monkeypatch: pytest.MonkeyPatch):
@@ -347,7 +379,7 @@ def test_a_broken_kernel_of_decode_is_a_fault(kernel: DecodeAttention, broken: b
     monkeypatch.setattr(attention, "make_decode_attention", lambda *_, **__: kernel)
     finding = attention.decode(CONFIG)
     assert finding.ok is not broken
-    assert finding.facts["gap"] > 0.1 if broken else finding.facts["gap"] < 1e-5
+    assert not finding.facts["gap"] < 0.1 if broken else finding.facts["gap"] < 1e-5
     assert ("--sampling.attention xla" in finding.advice) == broken
 
 
@@ -477,6 +509,14 @@ def test_missing_and_mismatched_packages_are_faults(monkeypatch: pytest.MonkeyPa
     assert capsys.readouterr().err.startswith("x versions: not installed: rich\n  -> pip install")
 
 
+def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """Puts an `nvidia-smi` on the PATH that prints this line."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!{sys.executable}\nprint({line!r})\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
 @pytest.mark.parametrize(
     ("driver", "platforms", "ok", "text"),
     [
@@ -488,13 +528,39 @@ def test_missing_and_mismatched_packages_are_faults(monkeypatch: pytest.MonkeyPa
 def test_a_card_that_jax_does_not_use_is_a_fault_unless_chosen(
     driver, platforms, ok, text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!{sys.executable}\nprint('NVIDIA H100 80GB HBM3, {driver}, 81559')\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    nvidia_smi(tmp_path, monkeypatch, f"NVIDIA H100 80GB HBM3, {driver}, 81559, Disabled")
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     finding = machine.devices(CONFIG)
     assert finding.ok is ok and text in finding.text + finding.advice and "H100" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("card", "ok", "share"),
+    [
+        ("81559, Disabled", False, "10.0 GiB for jax of 79.6"),
+        ("81559, Enabled", True, "10.0 GiB for jax"),  # jax has a slice, nvidia-smi reports the card
+        ("12288, [N/A]", True, "10.0 GiB for jax of 12.0"),
+        ("[N/A], [N/A]", True, "10.0 GiB for jax"),  # host and device share one memory
+    ],
+)
+def test_memory_of_a_device_is_compared_with_that_of_its_card(
+    card: str, ok: bool, share: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    nvidia_smi(tmp_path, monkeypatch, f"NVIDIA H100 80GB HBM3, 580.159.04, {card}")
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10 * 2**30})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    finding = machine.memory(CONFIG)
+    assert finding.ok is ok and finding.text.rstrip(")").endswith(share), finding
+
+
+def test_the_page_cache_of_a_container_is_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    gib = 2**30
+    files = {"memory.max": 5 * gib // 2, "memory.current": 2 * gib, "memory.stat": f"inactive_file {7 * gib // 4}"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(f"{content}\n")
+    monkeypatch.setattr(host, "_control_groups", lambda controller: [tmp_path])
+    finding = machine.memory(CONFIG)
+    assert finding.ok and "host 2.2 of 2.5 GiB free" in finding.text, finding
 
 
 def test_too_little_memory_or_disk_space_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -541,7 +607,10 @@ def test_rates_are_shown_unless_the_model_is_too_large(monkeypatch: pytest.Monke
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("cpu", None),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        *((kind, None) for kind in ("NVIDIA L40", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 NVL")),
+        *((kind, None) for kind in ("NVIDIA A100 80GB PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu")),
     ],
 )
 def test_the_data_sheet_is_chosen_by_the_name_of_the_card(kind: str, name: str | None):

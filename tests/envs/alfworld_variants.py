@@ -1,6 +1,7 @@
 """Game data with other wordings and other PDDL, so that the engine cannot depend on one release."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 _REPLACED = {
@@ -38,3 +39,15 @@ def first_release(data: dict[str, Any]) -> dict[str, Any]:
     facts = data["pddl_problem"].index("(:init")
     data["pddl_problem"] = data["pddl_problem"][:facts] + data["pddl_problem"][facts:].replace(merged + ")", kept + ")")
     return data
+
+
+def with_shared_locations(problem: str, shared: Mapping[str, int]) -> str:
+    """The same problem, in which up to `shared[kind]` receptacles of a kind are at the location of one of them."""
+    places = re.findall(r"\(receptacleAtLocation (\S+) (\S+)\)", problem)
+    for kind, count in shared.items():
+        same = [(name, location) for name, location in places if name.startswith(f"{kind}_bar_")]
+        for first in range(0, len(same), count):
+            for name, location in same[first + 1 : first + count]:
+                old, new = (f"(receptacleAtLocation {name} {at})" for at in (location, same[first][1]))
+                problem = problem.replace(old, new)
+    return problem

@@ -6,8 +6,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from envs.alfworld_variants import with_shared_locations
 
-from aem_jax.envs.actions import as_action
+from aem_jax.envs.actions import as_action, extract_action
 from aem_jax.envs.alfworld.engine import Game, Player
 from aem_jax.envs.alfworld.env import AlfworldConfig
 from aem_jax.envs.alfworld.experts import Oracle, Searcher, in_grammar
@@ -232,6 +233,37 @@ def test_searcher_recovers_from_random_moves_at_the_start():
         if not player.won:
             lost.append(index)
     assert not lost
+
+
+def shared_player(index: int) -> Player:
+    """A game of the official size in which burners, shelves and drawers share locations, as in many official rooms."""
+    game = draw_game(OFFICIAL, 0, "train", index)
+    problem = with_shared_locations(problem_text(game), {"StoveBurner": 2, "Shelf": 3, "Drawer": 2})
+    return Player(Game(domain_text(), problem, grammar_text(game), task_type=game.task_type))
+
+
+@pytest.mark.parametrize("errors", [{}, {"expert_noise": 0.2, "expert_habit": 0.2}])
+def test_experts_win_where_receptacles_share_a_location(errors: dict[str, float]):
+    suite = task_suite(AlfworldConfig(games=OFFICIAL), SuiteOptions(expert_thinks=True, **errors))
+    examined = 0
+    for index in (14, 17, 19, 25, 31, 32, 38):
+        player = shared_player(index)
+        oracle = Oracle(player.observation)
+        for _ in range(25):
+            command = "" if player.won else oracle.act(player)
+            assert player.won or command in player.admissible
+            player.step(command or "look")
+        assert player.won
+        player, act = shared_player(index), suite.demonstrator(suite.training[index])
+        for _ in range(80):
+            if player.won:
+                break
+            info = {"admissible": player.admissible, "won": False, "valid_action": True}
+            command = extract_action(act(StepResult(player.observation, info=info)))
+            player.step(command)
+            examined += command.startswith("examine ")
+        assert player.won, index
+    assert examined
 
 
 def test_the_random_agent_draws_admissible_commands():

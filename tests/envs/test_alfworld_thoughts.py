@@ -241,7 +241,7 @@ def test_every_phrasing_is_said(moments: list[Moment]):
     recorder = Recorder(0)
     known = Knowledge(["shelf 1"], {"shelf 1": []}, here="shelf 1", held="cup 1", refused={"move cup 1 to shelf 1"})
     goal = Goal("pick_and_place_simple", "mug", "shelf")
-    commands = ("go to shelf 1", "move cup 1 to shelf 1", "put cup 1 in/on shelf 1", "look")
+    commands = ("go to shelf 1", "move cup 1 to shelf 1", "put cup 1 in/on shelf 1", "look", "examine shelf 1")
     for moment in [*moments, *[Moment(goal, known, command, "") for command in commands] * 60]:
         thought(moment.goal, moment.known, moment.command, recorder, moment.on_round)
     silent = {phrasing for part in (REMARKS, STEPS, PHRASES) for texts in part.values() for phrasing in texts}

@@ -1,6 +1,7 @@
 """Checkpoints written by transformers: read, compared with its own logits and greedy words, and written back."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -133,13 +134,15 @@ def test_nothing_is_written_over(tmp_path: Path):
     assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
-def test_every_tensor_goes_to_its_shards():
-    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
-    alone = from_pretrained(GOLDEN / "qwen2-tied", dtype="float32")
-    spread = from_pretrained(GOLDEN / "qwen2-tied", mesh=mesh, dtype="float32")
+@pytest.mark.parametrize(
+    ("name", "mesh", "leaf"), [("qwen2-tied", (2, 2, 2), "gate_up"), ("qwen3-moe", (1, 2, 2, 2), "experts_up")]
+)
+def test_every_tensor_goes_to_its_shards(name: str, mesh: tuple[int, ...], leaf: str):
+    alone = from_pretrained(GOLDEN / name, dtype="float32")
+    spread = from_pretrained(GOLDEN / name, mesh=make_mesh(MeshConfig(*mesh), jax.devices()[:8]), dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, spread.params, alone.params)
-    gate_up = spread.params["base"]["layers"]["gate_up"]
-    assert gate_up.addressable_shards[0].data.size * 4 == gate_up.size  # over fsdp × tensor
+    weights = spread.params["base"]["layers"][leaf]
+    assert weights.addressable_shards[0].data.size * math.prod(mesh[1:]) == weights.size  # over fsdp, tensor and expert
 
 
 def test_written_files_load_in_transformers(folder: Path, tmp_path: Path):

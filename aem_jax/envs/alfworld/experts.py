@@ -57,8 +57,8 @@ def _fetch(goal: Goal, known: Knowledge) -> str | None:
 
 
 def _look_for(wanted: str, known: Knowledge, goal: Goal) -> str | None:
-    if known.here in known.closed and known.here not in known.contents:
-        return f"open {known.here}"
+    if known.here in known.receptacles and known.here not in known.contents:
+        return f"{'open' if known.here in known.closed else 'examine'} {known.here}"
     unseen = [r for r in known.receptacles if r not in known.contents]
     unlikely = "" if goal.treatment else goal.place
     order = search_order(wanted, unseen, unlikely=unlikely, taste=known.taste)
@@ -126,7 +126,11 @@ class Oracle:
         Args:
             player: a started game, with `facts` and `admissible`.
         """
-        command = decide(self.goal, known_from_facts(self.goal, player.facts))
+        known = known_from_facts(self.goal, player.facts)
+        command = decide(self.goal, known)
+        if command and command.startswith("go to ") and command not in player.admissible:
+            known.here = command.removeprefix("go to ")  # at the same location as `here`, so within reach already
+            command = decide(self.goal, known)
         if command is None:
             raise ValueError(f"expected a {self.goal.target} in the game, found none in its facts")
         return in_grammar(command, player.admissible)
@@ -196,6 +200,9 @@ class Searcher:
             self.known.refused.add(f"move {thing} to {place}")
         elif self._last.startswith(("take ", "use ")) and self.known.here:
             self.known.contents.pop(self.known.here, None)
+        elif self._last.startswith("go to ") and self._last.removeprefix("go to ") in self.known.receptacles:
+            # The official games have receptacles that share a location. There, all of them are within reach.
+            self.known.here = self._last.removeprefix("go to ")
 
     @property
     def goal(self) -> Goal:

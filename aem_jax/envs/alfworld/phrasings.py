@@ -103,6 +103,7 @@ STEPS: Grammar = {
         "{go}, because {where}.",
         "{go} to get {thing}.",
     ),
+    "examine": ("{dest} is within reach, so I look at it.", "I do not have to walk to {dest}. let me look at it."),
     "open_search": (
         "{inside}, so I open it.",
         "{inside}. let me open it.",

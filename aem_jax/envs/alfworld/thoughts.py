@@ -122,6 +122,8 @@ def _read_command(goal: Goal, known: Knowledge, command: str) -> tuple[str, dict
         return "look", {}
     if go := re.fullmatch(r"go to (.+)", command):
         return _read_going(goal, known, go[1])
+    if examined := re.fullmatch(r"examine (.+)", command):
+        return "examine", {"dest": examined[1]}
     if opened := re.fullmatch(r"open (.+)", command):
         step = "open_search" if wanted and not _found(wanted, goal, known) else "open_use"
         return step, {"dest": opened[1]}

@@ -21,6 +21,9 @@ from aem_jax.envs.serving.supervisor import Supervisor, pauses
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_S = 5.0
 _EXIT_S = 0.1
+_WAITS_S = 3.0
+"""A call waits for its turn until this time has passed without another message of the server, which repeats it every
+second."""
 _ROOM = (
     "; set --env.sessions-per-server to what one server has room for (1 for many of OpenEnv's), and have as many "
     "servers as that takes: --env.urls, or --env.num-servers where --env.command starts them"
@@ -113,8 +116,13 @@ class PoolSession:
         self._failure = "it was never reset"  # why there is no connection
         self._lost = False  # whether the server failed, not this session
         self._expires = math.inf
-        self.waits = False  # whether the pending call waits for its turn on the server
+        self._waited = -math.inf  # when the server last said that the pending call waits for its turn
         self._playing = False  # whether the server has an episode that it has not ended itself
+
+    @property
+    def waits(self) -> bool:
+        """Whether the pending call waits for its turn on the server."""
+        return self._clock.now - self._waited < _WAITS_S
 
     async def reset(self, request: str) -> StepResult:
         """Starts an episode; connects first if necessary.
@@ -151,7 +159,7 @@ class PoolSession:
         self._expires = self._clock.now + deadline_s
 
         def on_waiting() -> None:
-            self.waits, self._expires = True, self._clock.now + deadline_s
+            self._waited, self._expires = self._clock.now, self._clock.now + deadline_s
 
         try:
             result = decode(await connection.call(request, on_waiting), self._config.field_mapping)
@@ -170,7 +178,7 @@ class PoolSession:
                 server.failed(process, failure)
             raise LostError(f"session {self.index}: {self._failure}") from None
         finally:
-            self._expires, self.waits = math.inf, False
+            self._expires, self._waited = math.inf, -math.inf
 
     async def probe(self) -> None:
         """Connects, and verifies that the server has capacity for the session.

@@ -122,7 +122,10 @@ def read_files(items: Path, annotations: Path, instructions: Path, limit: int = 
 
 
 def _json(path: Path, form: type) -> Any:
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise ValueError(f"expected to read WebShop's {path}: {error}") from None
     if not isinstance(content, form):
         raise ValueError(f"expected a JSON {_FORMS[form]} in {path}, got {_named(content)}")
     return content

@@ -42,7 +42,7 @@ chown -hR "$user" "$volume/testbed"
 
 @dataclass(frozen=True)
 class KubernetesConfig:
-    """Settings of a Kubernetes cluster; docs/kubernetes.md has its manifests."""
+    """Settings of a Kubernetes cluster; docs/howto/kubernetes.md has its manifests."""
 
     namespace: str = "aem-sandboxes"
     """Namespace of the pods."""

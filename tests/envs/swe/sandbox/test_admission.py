@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from envs.swe.sandboxes import QUICK, working_bubblewrap
 
+from aem_jax.envs.serving import pool_session
 from aem_jax.envs.serving.pool import EnvPool, PoolConfig
 from aem_jax.envs.swe.sandbox import admission, host
 from aem_jax.envs.swe.sandbox.admission import Admission, HostConfig, Needs
@@ -252,3 +253,14 @@ def test_the_deadline_of_a_call_does_not_run_while_it_waits_for_room(tmp_path):
         assert pool.stats().restarts == (0,)
         with pytest.raises(Exception, match="no answer before its deadline"):
             pool.reset(0, {"seconds": 0, "works": 20}).result(60)
+
+
+def test_a_call_no_longer_waits_once_it_has_its_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_session, "_WAITS_S", 2.0)
+    file = tmp_path / "waits.py"
+    file.write_text(WAITS)
+    with EnvPool(PoolConfig(num_servers=1, sessions_per_server=1), (f"{file}:Waits", {})) as pool:
+        call = pool.reset(0, {"seconds": 2, "works": 10})
+        wait_until(lambda: pool.waits(0))
+        wait_until(lambda: not pool.waits(0))
+        assert not call.done()

@@ -1,0 +1,43 @@
+"""The command `endpoint`: a model of files behind OpenAI's interface."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from aem_jax.launch import endpoint
+from aem_jax.launch.endpoint import EndpointConfig, serve_policy
+from aem_jax.models import ModelConfig, Policy, save_pretrained
+from aem_jax.rollout import RolloutConfig
+from aem_jax.sampler import Sampler, SamplingConfig
+from aem_jax.tokenizer import ChatTokenizer
+from tests.gateway import agents
+
+ROLLOUT = RolloutConfig(
+    context="tree", mode="continuous", group_size=1, num_slots=8, slot_divisors=(), max_turns=4, response_tokens=4,
+    context_tokens=128, prompt_tokens=64, decode_chunk=2, extend_buckets=(64,), windows=(128,),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["model", "int8"])
+def test_a_model_answers_with_the_weights_that_sampling_says(weights, tmp_path: Path, monkeypatch):
+    chat = ChatTokenizer.train(["a cup is on the shelf"] * 4, vocab_size=300)
+    chat.save_pretrained(tmp_path / "tokenizer")
+    config = ModelConfig(320, 32, 64, 1, 2, 2, 16, tied_head=True)
+    params = Policy(config).init(jax.random.key(0))
+    save_pretrained(tmp_path / "model", config, params, source=tmp_path / "tokenizer", stop_ids=chat.stop_ids)
+    policies = []
+
+    def recorded(policy, *args, **settings):
+        policies.append(policy)
+        return Sampler(policy, *args, **settings)
+
+    monkeypatch.setattr(endpoint, "Sampler", recorded)
+    settings = EndpointConfig(port=0, dtype="float32", rollout=ROLLOUT, sampling=SamplingConfig(weights=weights))
+    with serve_policy(tmp_path / "model", settings) as served:
+        body = {"messages": [{"role": "user", "content": "where is the cup?"}], "logprobs": True}
+        answer = agents.post("/chat/completions", body, "any", served.url)
+    logprobs = [token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]]
+    assert 1 <= len(logprobs) <= 4 and np.isfinite(logprobs).all()
+    assert [policy.int8 for policy in policies] == [weights == "int8"]
