@@ -6,7 +6,7 @@ that a decode step gathers no weights). No other module of the project names a m
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,37 +96,20 @@ class MeshDemand:
     """Memory demand on a mesh, and the sizes that its axes must divide.
 
     Attributes:
-        state: bytes split over fsdp × expert × tensor: masters, optimizer state, gradients.
-        weights: bytes split only over tensor: the weights for sampling, without experts.
-        slots_bytes: bytes split over all axes: caches, and temporary memory of rows.
+        bytes_of: a mesh without open sizes -> bytes of each device.
         rows: rows of a microbatch; data × fsdp × expert must divide them.
         slots: slots that decode at once; data × fsdp × expert must divide them.
         embed: size that fsdp × expert must divide.
         split: sizes that tensor must divide: key/value heads, MLP, vocabulary.
-        expert_weights: bytes split over expert × tensor: the experts for sampling.
-        exchange: bytes split over all axes: temporary memory of tokens at their experts, if experts get as many each.
-        most_loads: times `exchange` for which there is room with an expert axis of at least this size.
         experts: number that expert must divide.
     """
 
-    state: float
-    weights: float
-    slots_bytes: float
+    bytes_of: Callable[[MeshConfig], float]
     rows: int
     slots: int
     embed: int
     split: tuple[int, ...]
-    expert_weights: float = 0.0
-    exchange: float = 0.0
-    most_loads: int = 1
     experts: int = 1
-
-    def bytes_of(self, mesh: MeshConfig) -> float:
-        """Bytes of each device."""
-        shared = mesh.fsdp * mesh.expert * mesh.tensor
-        sampled = self.weights / mesh.tensor + self.expert_weights / (mesh.expert * mesh.tensor)
-        temporary = self.slots_bytes + self.exchange * min(mesh.expert, self.most_loads)
-        return self.state / shared + sampled + temporary / (mesh.data * shared)
 
 
 MEMORY_SHARE = 0.9

@@ -21,6 +21,8 @@ def advise(
 ) -> list[str]:
     """Changes that make a run fit, the largest saving first; the estimates are closed forms.
 
+    The saving of a change is the largest of its savings in the programs that are too large.
+
     Args:
         config: the run's.
         work: its sizes.
@@ -28,22 +30,21 @@ def advise(
         topology: the target.
         too_large: programs that need more memory than there is.
     """
-    learning = any(name in ("update", "reshard") for name in too_large)
-    need: Callable[[Memory], float] = (lambda memory: memory.total) if learning else (lambda memory: memory.resident)
-    now = need(memory(work, mesh))
-    lines = []
+    needs = lambda memory: [memory.learning if name == "update" else memory.sampling for name in too_large]
+    now, lines = needs(memory(work, mesh)), []
     for values, note in _changes(config, work, mesh):
         changed = override(replace(config, mesh=mesh), values)
         options = " ".join(f"{flag(name)} {value}" for name, value in values.items() if name not in _HIDDEN)
-        saved = now - need(
-            memory(workload(changed, changed.mesh.data * changed.mesh.fsdp * changed.mesh.expert), changed.mesh)
-        )
+        replicas = changed.mesh.data * changed.mesh.fsdp * changed.mesh.expert
+        then = needs(memory(workload(changed, replicas), changed.mesh))
+        saved = max(before - after for before, after in zip(now, then, strict=True))
         if saved > _LEAST * topology.memory:
             lines.append((saved, f"{options}{note} (saves about {saved / GIB:.1f} GiB a device)"))
     if "extend" in too_large and len(config.rollout.extend_buckets) > 1:
         shorter = " ".join(map(str, sorted(config.rollout.extend_buckets)[:-1]))
         lines.append((0.0, f"--rollout.extend-buckets {shorter} (smaller chunks of observations)"))
-    return [*(text for _, text in sorted(lines, reverse=True)), _more_chips(work, mesh, topology, need)]
+    more_chips = _more_chips(work, mesh, topology, lambda memory: max(needs(memory)))
+    return [*(text for _, text in sorted(lines, reverse=True)), more_chips]
 
 
 _HIDDEN = ("batch.tokens_per_microbatch",)

@@ -136,7 +136,7 @@ class Memory:
         optimizer: Adam's moments.
         reference: the reference policy, if there is one.
         gradients: float32, while learning.
-        weights: of the sampler, unless they share other buffers; they stay during learning.
+        weights: of the sampler, while sampling; 0 if they share the buffers of the frozen weights.
         cache: keys and values of all slots and prompts.
         working: activations while learning (an estimate).
     """
@@ -153,12 +153,22 @@ class Memory:
     @property
     def resident(self) -> float:
         """Bytes that are always in use."""
-        return self.parameters + self.frozen + self.optimizer + self.reference + self.weights + self.cache
+        return self.parameters + self.frozen + self.optimizer + self.reference + self.cache
+
+    @property
+    def sampling(self) -> float:
+        """Bytes in use while sampling."""
+        return self.resident + self.weights
+
+    @property
+    def learning(self) -> float:
+        """Bytes in use while learning; the loop keeps no reference to the sampler's weights, so they are freed."""
+        return self.resident + self.gradients + self.working
 
     @property
     def total(self) -> float:
-        """The maximum, which is during learning."""
-        return self.resident + self.gradients + self.working
+        """The maximum."""
+        return max(self.sampling, self.learning)
 
 
 def memory(work: Workload, mesh: MeshConfig) -> Memory:
@@ -211,22 +221,24 @@ def _working(work: Workload, mesh: MeshConfig, width: int) -> float:
     return model.num_layers * kept + 2 * scores + layer + logits
 
 
+_ACTIVATIONS = 1.2
+"""Memory of the compiled programs of sampling, at most, relative to `Memory.sampling`, which has no activations: 1.00
+to 1.19 in the rows of docs/plan.md."""
+
+
+def _with_activations(memory: Memory) -> float:
+    return max(_ACTIVATIONS * memory.sampling, memory.learning)
+
+
 def demand(work: Workload) -> MeshDemand:
-    """The memory and the sizes that a mesh has to hold."""
-    one = memory(work, MeshConfig(1, 1, 1))
+    """The memory that a run needs on a mesh, and the sizes that the mesh must divide."""
     model = work.model
-    experts = (1 if work.int8 else weight_bytes(model)) * expert_parameters(model) * (one.weights > 0)
     return MeshDemand(
-        state=one.parameters + one.frozen + one.optimizer + one.reference + one.gradients,
-        weights=one.weights - experts,
-        slots_bytes=one.cache + one.working - exchange(work, 1),
+        bytes_of=lambda mesh: _with_activations(memory(work, mesh)),
         rows=work.layout.rows,
         slots=work.slots,
         embed=model.hidden_size,
         split=(model.num_kv_heads, model.intermediate_size, model.vocab_size),
-        expert_weights=experts,
-        exchange=exchange(work, 1),
-        most_loads=MEAN_LOADS,
         experts=model.mixture.num_experts if model.mixture else 1,
     )
 

@@ -167,7 +167,7 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
     programs, where = {}, topology.positions
     if analytic:
         costs = _closed_costs(config, work, mesh, flops["update"])
-        phases = {"update": memory.total, "decode": memory.resident}
+        phases = {"update": memory.learning, "decode": memory.sampling}
     else:
         programs, where = _compile(config, work, mesh, topology)
         compiled = {name: program for name, program in programs.items() if not program.broken}
@@ -256,7 +256,7 @@ def _other_bytes(work: Workload, memory: Memory) -> dict[str, float]:
     own = memory.cache * work.cohort_cache_bytes / work.all_cache_bytes  # one cohort's cache
     sampling = learner + memory.reference + memory.cache - own
     return {
-        "update": memory.reference + memory.weights + memory.cache,
+        "update": memory.reference + memory.cache,
         "reshard": memory.optimizer + memory.reference + memory.cache,
         "extend": sampling,
         "decode": sampling,

@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -112,7 +112,7 @@ class Workload:
         """Bytes of one cohort's cache."""
         return self.cache_bytes(self.slots, self.capacity)
 
-    @property
+    @cached_property
     def all_cache_bytes(self) -> int:
         """Bytes of all KV caches: those of the slots and that of first prompts."""
         return self.cohorts * self.cohort_cache_bytes + self.cache_bytes(self.prompt_rows, self.prompt_tokens)

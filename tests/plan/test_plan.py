@@ -20,11 +20,11 @@ from aem_jax.config.presets import model_names, read_preset, setting_names
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
 from aem_jax.launch import cli
-from aem_jax.learner import LearnerConfig, abstract_state
-from aem_jax.models import CONFIGS, ModelConfig, Policy
+from aem_jax.learner import LearnerConfig
+from aem_jax.models import CONFIGS
 from aem_jax.models.config import ModelChoice, published
 from aem_jax.models.lora import LoraConfig
-from aem_jax.plan.analytic import demand, learn_flops, memory, useful_flops
+from aem_jax.plan.analytic import learn_flops, memory, useful_flops
 from aem_jax.plan.config import PlanConfig, plan_config
 from aem_jax.plan.costs import Collective, Costs, costs
 from aem_jax.plan.devices import GIB, GPUS, TPUS, estimate, parse_topology
@@ -34,9 +34,8 @@ from aem_jax.plan.hlo import parse, read
 from aem_jax.plan.make import make_plan
 from aem_jax.plan.workload import planned_model, workload
 from aem_jax.rollout.config import RolloutConfig
-from aem_jax.sampler import Sampler
 from aem_jax.sampler.sampling import SAMPLING_BLOCK
-from aem_jax.sharding import MeshConfig, MeshDemand, choose_mesh, make_mesh
+from aem_jax.sharding import MeshConfig, make_mesh
 
 HLO = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0})->f32[8,16]{1,0}}
@@ -336,7 +335,7 @@ def test_memory_of_a_program_is_the_compilers_plus_all_other_arrays(small_plan):
     count, program = small_plan.work.model.num_parameters, small_plan.programs["update"]
     assert program.arguments > 12 * count / 4 and program.temporaries > 4 * count / 4
     beside = small_plan.phases["update"] - program.total
-    assert beside == pytest.approx(small_plan.memory.reference + small_plan.memory.weights + small_plan.memory.cache)
+    assert beside == pytest.approx(small_plan.memory.reference + small_plan.memory.cache)  # no weights of the sampler
     assert small_plan.fits and not small_plan.advice
     rate = small_plan.rates["update"]
     assert 0 < rate.slowest <= rate.fastest and rate.slowest_mfu <= rate.fastest_mfu
@@ -372,100 +371,6 @@ def test_trained_parameters_include_the_value_head():
     for config in (valued, adapted):
         work, plain = workload(config), workload(replace(config, algorithm=AlgorithmConfig()))
         assert work.trained == plain.trained + work.model.hidden_size + 1  # w and b
-
-
-def test_memory_of_adapters_has_frozen_weights_in_the_models_dtype():
-    config = replace(SMALL, lora=LoraConfig(rank=4), learner=replace(SMALL.learner, moments="bfloat16"))
-    work = workload(config)
-    count, adapter = work.model.num_parameters, Policy(work.model, work.lora)
-    assert work.trained == sum(leaf.size for leaf in jax.tree.leaves(adapter.shapes["adapter"]))
-    size = memory(work, MeshConfig(1, 1, 1))
-    assert (size.frozen, size.reference) == (4 * count, 0)  # this model is used in float32
-    assert (size.parameters, size.optimizer) == (4 * work.trained, 4 * work.trained)
-    beside = replace(work, lora=replace(work.lora, merge=False))
-    assert memory(beside, MeshConfig(1, 1, 1)).weights == 0  # the sampler uses the frozen weights
-    assert memory(beside, MeshConfig(1, 2, 1)).weights == 4 * count  # the learner's layout differs
-
-
-QWEN_7B = ModelConfig(  # Qwen2.5-7B
-    152_064, 3584, 18_944, 28, 28, 4, 128, tied_head=False, qk_norm=None, qkv_bias=True, dtype="bfloat16"
-)
-GB = 10**9
-
-
-def memory_of_7b(lora=LoraConfig(), mesh=MeshConfig(1, 1, 1), **learner):  # noqa: B008
-    config = replace(RunConfig(), lora=lora, learner=LearnerConfig(**learner))
-    return memory(workload(config, model=QWEN_7B), mesh)
-
-
-def weight_bytes(size):
-    return size.parameters + size.optimizer + size.gradients + size.frozen + size.weights
-
-
-def test_weights_of_a_7b_policy_with_adapters_fit_one_card_of_80_gb():
-    assert QWEN_7B.num_parameters == 7_615_616_512
-    merged = memory_of_7b(LoraConfig(rank=32))
-    assert merged.frozen == 2 * QWEN_7B.num_parameters  # bfloat16, once; no masters
-    # 2 x 32 numbers for each side of each projection: PEFT counts 80,740,352 as well
-    assert merged.parameters == 4 * 80_740_352 and merged.optimizer == 2 * merged.parameters
-    # merged projections; embedding, head and norms share the buffers of the frozen weights
-    tables = 2 * 152_064 * 3584
-    assert merged.weights == pytest.approx(2 * (QWEN_7B.num_parameters - tables), rel=1e-3)
-    assert weight_bytes(merged) < 32 * GB  # which leaves 48 GB for the cache and activations
-    apart = memory_of_7b(LoraConfig(rank=32, merge=False))
-    assert apart.weights == 0 and weight_bytes(apart) + 2 * 80_740_352 < 18 * GB  # with the adapter in bfloat16
-
-
-def test_closed_form_memory_equals_the_size_of_the_arrays():
-    """Shapes and dtypes of the state of a 7B policy with adapters; nothing is allocated."""
-    mesh, lora = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), LoraConfig(rank=32)
-    policy, merged = Policy(QWEN_7B, lora), memory_of_7b(lora)
-    state = abstract_state(policy, LearnerConfig(), mesh)
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    assert size(state.trainable) == merged.parameters and size(state.opt_state) == merged.optimizer + 8  # two counters
-    kept = jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, policy.base.shapes, policy.base.dtypes)
-    assert sum(jax.tree.leaves(kept)) == pytest.approx(merged.frozen, rel=1e-3)  # norms are float32
-
-
-def test_all_weights_of_a_7b_policy_do_not_fit_one_card_of_80_gb():
-    full = memory_of_7b(moments="bfloat16")
-    assert full.frozen == 0 and full.parameters == 4 * QWEN_7B.num_parameters
-    assert full.weights == 2 * QWEN_7B.num_parameters
-    assert weight_bytes(full) > 100 * GB
-
-
-def test_frozen_weights_that_are_split_for_learning_are_gathered_for_sampling():
-    lora = LoraConfig(rank=32, merge=False)
-    one, split = memory_of_7b(lora), memory_of_7b(lora, MeshConfig(1, 4, 1))
-    assert split.frozen < 0.26 * one.frozen
-    assert split.weights > 0.99 * one.frozen
-    tensor = memory_of_7b(lora, MeshConfig(1, 1, 4))
-    assert tensor.weights < 0.02 * one.frozen  # the same split for both: nothing is copied
-
-
-def test_weights_in_int8_take_a_byte_of_each_of_the_layers_matrices():
-    config = replace(SMALL, sampling=replace(SMALL.sampling, weights="int8"))
-    work, plain = workload(config), workload(SMALL)
-    layers, mesh = 9 * 64 * ((4 + 2 + 2 + 4) * 32 + 3 * 384), MeshConfig(1, 2, 2)
-    assert memory(plain, mesh).weights - memory(work, mesh).weights == 3 * layers / 2  # float32 is this model's dtype
-    # the arrays themselves: codes and a scale for each output (a thirtieth of the codes in a model this narrow)
-    shapes, dtypes = Policy(work.model).quantized.shapes, Policy(work.model).quantized.dtypes
-    total = sum(jax.tree.leaves(jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize, shapes, dtypes)))
-    assert memory(work, MeshConfig(1, 1, 1)).weights == pytest.approx(total, rel=0.04)
-
-
-def test_a_cache_in_int8_takes_a_byte_of_each_number_and_a_scale_of_each_head():
-    config = replace(SMALL, sampling=replace(SMALL.sampling, cache="int8"))
-    work, mesh = workload(config), MeshConfig(1, 2, 2)
-    # 9 layers, 2 key heads of 32 numbers, keys and values: 32 codes and a float32, where there were 32 float32
-    assert (work.cache_bytes(1, 4), workload(SMALL).cache_bytes(1, 4)) == (
-        (4 + work.slack) * 2 * 9 * 2 * 36,
-        (4 + work.slack) * 2 * 9 * 2 * 128,
-    )
-    assert memory(work, mesh).cache == work.all_cache_bytes / 4
-    sampler = Sampler(Policy(work.model), config.sampling, [0], capacity=work.capacity, slack=work.slack)
-    state, prompts = sampler.abstract(work.slots), sampler.abstract(work.prompt_rows, work.prompt_tokens)
-    assert memory(work, MeshConfig(1, 1, 1)).cache == work.cohorts * state.cache.num_bytes + prompts.cache.num_bytes
 
 
 def test_seven_billion_parameters_with_adapters_fit_one_card(capsys):
@@ -628,26 +533,6 @@ def test_a_missing_libtpu_is_refused_with_the_package_to_install(monkeypatch: py
 def test_plan_has_help(capsys):
     assert cli.main(["plan", "--help"]) == 0
     assert "--topology" in capsys.readouterr().out
-
-
-def test_the_chosen_mesh_has_the_least_tensor_parallelism_then_wide_shards():
-    free = MeshDemand(state=1e9, weights=1e8, slots_bytes=1e9, rows=256, slots=256, embed=1536, split=(2, 8960))
-    assert choose_mesh(free, 8, 1e11) == MeshConfig(1, 8, 1)
-    assert choose_mesh(free, 256, 1e11) == MeshConfig(32, 8, 1)  # 1536 / 16 = 96 would be padded to 128
-    assert choose_mesh(replace(free, state=2e11), 32, 1e10) == MeshConfig(1, 32, 1)  # narrow shards, but it fits
-    assert choose_mesh(replace(free, weights=1.5e11), 4, 1e11) == MeshConfig(1, 2, 2)  # weights must be halved
-    assert choose_mesh(replace(free, rows=4), 8, 1e11) == MeshConfig(1, 4, 2)  # no more replicas than rows
-    hopeless = choose_mesh(replace(free, state=1e14), 8, 1e11)
-    assert hopeless.fsdp * hopeless.tensor == 8  # the least memory; the plan reports that it does not fit
-    with pytest.raises(ValueError, match="make rows and slots multiples of 4"):
-        choose_mesh(replace(free, rows=2), 8, 1e11)
-
-
-def test_the_demand_of_a_run_is_the_memory_on_one_device():
-    work = workload(SMALL)
-    asked, size = demand(work), memory(work, MeshConfig(1, 1, 1))
-    assert asked.state + asked.weights + asked.slots_bytes == pytest.approx(size.total)
-    assert asked.split == (2, 384, work.model.vocab_size)
 
 
 @pytest.mark.slow
