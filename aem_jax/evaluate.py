@@ -58,7 +58,9 @@ def rate(successes: Sequence[bool]) -> Rate:
     return Rate(k / n, max(low, 0.0), min(high, 1.0), n)
 
 
-def _summary(name: str, split: str, outcomes: Sequence[_Outcome], env_errors: int) -> Evaluation:
+def _summary(
+    name: str, split: str, outcomes: Sequence[_Outcome], env_errors: int, overlong_prompts: int = 0
+) -> Evaluation:
     by_task_type = {task_type: [] for task_type in sorted({outcome.task_type for outcome in outcomes})}
     for outcome in outcomes:
         by_task_type[outcome.task_type].append(outcome.success)
@@ -72,6 +74,7 @@ def _summary(name: str, split: str, outcomes: Sequence[_Outcome], env_errors: in
         mean_turns=sum(outcome.turns for outcome in outcomes) / count,
         mean_return=math.fsum(outcome.total for outcome in outcomes) / count,
         env_errors=env_errors,
+        overlong_prompts=overlong_prompts,
     )
 
 
@@ -93,9 +96,10 @@ def evaluate_policy(
     """
     trajectories, stats = rollout(params, tasks, key, group_size=1)
     check_some_played(trajectories, stats, name)
-    unbroken = [t for t in trajectories if t.ending is not Ending.ENV_ERROR]
-    outcomes = [_Outcome(t.task.task_type, t.success, t.score, len(t.turns), t.total_reward) for t in unbroken]
-    return _summary(name, split, outcomes, len(trajectories) - len(unbroken)), trajectories
+    played = [t for t in trajectories if t.is_played]
+    outcomes = [_Outcome(t.task.task_type, t.success, t.score, len(t.turns), t.total_reward) for t in played]
+    broken = sum(t.ending is Ending.ENV_ERROR for t in trajectories)
+    return _summary(name, split, outcomes, broken, len(trajectories) - len(played) - broken), trajectories
 
 
 def evaluate_agent(

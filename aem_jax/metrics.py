@@ -65,12 +65,13 @@ class Evaluation:
     Attributes:
         set: name of the set, with its hash.
         split: the split that the set is drawn from.
-        rate: success over all tasks, without those that the environment broke.
+        rate: success over all tasks, without those that the environment broke or whose first prompt was too long.
         by_task_type: success by task type.
         mean_score: mean of the task's own score, in [0, 1]; the success where it has none.
         mean_turns: mean number of turns of an episode.
         mean_return: mean undiscounted return of an episode.
         env_errors: number of episodes left out because the environment broke.
+        overlong_prompts: number of tasks left out because their first prompt has more than `rollout.prompt_tokens`.
         step: training step, in an evaluation that was read from a record.
         phase: phase of the run, or name of the agent, in an evaluation that was read from a record.
     """
@@ -83,6 +84,7 @@ class Evaluation:
     mean_turns: float | None
     mean_return: float | None
     env_errors: int = 0
+    overlong_prompts: int = 0
     step: int = 0
     phase: str = ""
 
@@ -99,6 +101,7 @@ class Evaluation:
             "mean_turns": self.mean_turns,
             "mean_return": self.mean_return,
             "env_errors": self.env_errors,
+            "overlong_prompts": self.overlong_prompts,
         }
 
 
@@ -118,6 +121,7 @@ def read_evaluation(record: Mapping[str, Any]) -> Evaluation | None:
         mean_turns=_number_or_none(record.get("mean_turns")),
         mean_return=_number_or_none(record.get("mean_return")),
         env_errors=int(_number_or_none(record.get("env_errors")) or 0),
+        overlong_prompts=int(_number_or_none(record.get("overlong_prompts")) or 0),
         step=int(_number_or_none(record.get("step")) or 0),
         phase=str(record.get("phase", "train")),
     )

@@ -83,6 +83,11 @@ class Trajectory:
     in_loss: bool = True
 
     @property
+    def is_played(self) -> bool:
+        """Whether the policy played it: no environment broke it, and its first prompt was not too long."""
+        return self.ending is not Ending.ENV_ERROR and bool(self.turns)
+
+    @property
     def total_reward(self) -> float:
         """Undiscounted sum of the turns' rewards, rounded once, so that it does not depend on the version of Python."""
         return math.fsum(turn.reward for turn in self.turns)

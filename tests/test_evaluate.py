@@ -1,15 +1,19 @@
 """Success rates with their intervals, and agents that play complete episodes."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from aem_jax.envs.protocol import EnvError, StepResult, Task
 from aem_jax.envs.testing.echo import EchoEnv
 from aem_jax.evaluate import evaluate_agent, evaluate_policy, rate
+from aem_jax.metrics import read_evaluation
 from aem_jax.rollout import RolloutStats
-from aem_jax.trajectory import Ending, Trajectory
+from aem_jax.trajectory import Ending, Trajectory, Turn
 
 
 def test_wilson_interval_by_hand():
@@ -82,6 +86,18 @@ def test_a_broken_task_is_left_out_and_an_error_is_raised_where_all_are_broken(e
     assert (evaluation.rate.count, evaluation.rate.success, evaluation.env_errors) == (2, 1.0, 1)
     with pytest.raises(EnvError, match="every task broke its environment, t2 first: .*no such level"):
         evaluate_agent(Fragile(), lambda task: lambda result: "hi", tasks[2:], **settings)
+
+
+def test_a_task_whose_first_prompt_is_too_long_is_left_out_and_counted():
+    turn = Turn(*(np.zeros(1, np.int32) for _ in range(2)), *(np.zeros(1, np.float32) for _ in range(2)), 1.0, True)
+    task = Task("t", "k", {})
+    endings = ((turn,), Ending.TERMINATED, True), ((), Ending.TRUNCATED, False), ((), Ending.ENV_ERROR, False)
+    trajectories = [Trajectory(task, group, 0, *ending) for group, ending in enumerate(endings)]
+    rollout: Any = lambda *_, **__: (trajectories, RolloutStats())
+    evaluation, _ = evaluate_policy(rollout, {}, [task] * 3, jax.random.key(0), name="set", split="test")
+    assert (evaluation.rate.count, evaluation.rate.success) == (1, 1.0)
+    assert (evaluation.env_errors, evaluation.overlong_prompts) == (1, 1)
+    assert read_evaluation(evaluation.record(0, "final")) == replace(evaluation, phase="final")
 
 
 def test_an_evaluation_without_playable_episodes_raises_the_first_error():

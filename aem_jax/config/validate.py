@@ -44,6 +44,12 @@ def check(config: RunConfig, trains: bool = True) -> None:
             f"--learner.temperature: expected {sampled} with --sampling.temperature {config.sampling.temperature}, "
             f"got {config.learner.temperature}; the learner must see the distribution that was sampled"
         )
+    trains = trains and config.train.num_steps > 0
+    if trains and not config.sampling.temperature:
+        raise ConfigError(
+            "--sampling.temperature: expected above 0 to train, got 0; the attempts of a group would be equal, so that "
+            "nothing can be learnt from them"
+        )
     for name, everything in (("top_k", 0), ("top_p", 1.0)):
         if trains and (value := getattr(config.sampling, name)) != everything:
             raise ConfigError(

@@ -48,11 +48,13 @@ class SampledAs:
         temperature: of the run.
         top_p: of the run.
         lenient: ignore other values instead of refusing them.
+        option: the option that sets `lenient`.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     lenient: bool = False
+    option: str = "--harness.lenient True"
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,7 @@ def parse_request(body: Any, sampled: SampledAs) -> ChatRequest:
             continue
         if not sampled.lenient:
             raise ApiError(
-                f"{name} is not supported, got {value!r:.80}; leave it out, or start the run with --harness.lenient "
-                "True",
+                f"{name} is not supported, got {value!r:.80}; leave it out, or start with {sampled.option}",
                 param=name,
             )
         ignored.append(name)
@@ -106,8 +107,8 @@ def parse_request(body: Any, sampled: SampledAs) -> ChatRequest:
         if value != only:
             if not sampled.lenient:
                 raise ApiError(
-                    f"{name} must be {only:g}, as the run samples, got {value:g}; leave it out, or start the run with "
-                    "--harness.lenient True, which ignores it",
+                    f"{name} must be {only:g}, as the run samples, got {value:g}; leave it out, or start with "
+                    f"{sampled.option}, which ignores it",
                     param=name,
                 )
             ignored.append(name)
@@ -119,7 +120,8 @@ def parse_request(body: Any, sampled: SampledAs) -> ChatRequest:
     if choice not in ("auto", "none"):
         if not sampled.lenient:
             raise ApiError(
-                f"tool_choice must be 'auto' or 'none', got {choice!r:.80}; the policy samples freely",
+                f"tool_choice must be 'auto' or 'none', got {choice!r:.80}; the policy samples freely; start with "
+                f"{sampled.option}, which ignores it",
                 param="tool_choice",
             )
         ignored.append("tool_choice")
@@ -127,7 +129,7 @@ def parse_request(body: Any, sampled: SampledAs) -> ChatRequest:
         if not sampled.lenient:
             raise ApiError(
                 "parallel_tool_calls must be true, got False; the policy samples freely and may call several tools in "
-                "one response; leave it out, or start the run with --harness.lenient True, which ignores it",
+                f"one response; leave it out, or start with {sampled.option}, which ignores it",
                 param="parallel_tool_calls",
             )
         ignored.append("parallel_tool_calls")

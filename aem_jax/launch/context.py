@@ -36,7 +36,7 @@ from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.overrides import as_values, flag
 from aem_jax.plan.analytic import demand
 from aem_jax.plan.workload import workload
-from aem_jax.rollout import Carried, Rollout, check_cache_memory
+from aem_jax.rollout import Carried, OverlongPromptsError, Rollout, check_cache_memory
 from aem_jax.rollout.carry import GroupAttempts, from_record, record
 from aem_jax.sampler import Sampler
 from aem_jax.sampler.reshard import make_reshard
@@ -121,7 +121,10 @@ def open_run(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[
         try:
             yield run
         except (CheckpointError, EnvError, OSError) as error:
-            stopped = f"the run was stopped: {error}; the same command resumes it"
+            what_next = "; the same command resumes it"
+            if isinstance(error, OverlongPromptsError):  # it would stop again, and a run keeps this setting
+                what_next = " in a run with another --name; --warmstart.init-from begins it with this run's policy"
+            stopped = f"the run was stopped: {error}{what_next}"
             raise ConfigError(stopped if writes else str(error)) from error
 
 

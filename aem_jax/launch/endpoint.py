@@ -146,7 +146,7 @@ def serve_policy(model: str | Path, config: EndpointConfig = EndpointConfig()) -
     conversations = Conversations(chat, limits, settings.num_slots, config.key)
     rollout = Rollout(sampler, chat, conversations, settings)
     rollout.warm_up(params)
-    sampled = SampledAs(config.sampling.temperature, config.sampling.top_p, config.lenient)
+    sampled = SampledAs(config.sampling.temperature, config.sampling.top_p, config.lenient, "--lenient True")
     gateway = Gateway(conversations, sampled, config.host, config.port)
     conversations.loop = gateway.loop
     root = jax.random.key(config.seed)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aem_jax.config.run import RunConfig
+from aem_jax.errors import ConfigError
 from aem_jax.evaluate import evaluate_agent, evaluate_policy
 from aem_jax.launch.context import RunContext, open_run
 from aem_jax.launch.initial import load_frozen_weights
@@ -31,8 +32,10 @@ def evaluate(config: RunConfig) -> int:
         The exit status, as of `train`.
 
     Raises:
-        ConfigError: the run has no checkpoint.
+        ConfigError: the run has no checkpoint, or no split is given.
     """
+    if not config.evaluation.splits:
+        raise ConfigError("--evaluation.splits: expected at least one split, got none")
     with open_run(config, Path(config.runs_dir) / config.name) as run:
         state = run.restore(load_frozen_weights(run))
         params, records, is_first = run.reshard(state.params), [], run.processes.is_first

@@ -3,6 +3,7 @@
 Other formats, truncated files and Git LFS pointers are refused with a one-line error that names the file.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -129,6 +130,8 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
         save_file(dict(tensors), file, metadata={"format": "pt"})
     except SafetensorError as error:  # also raised for a full disk
         raise OSError(f"{file} cannot be written: {error}") from error
+    os.umask(mask := os.umask(0))
+    file.chmod(0o666 & ~mask)  # safetensors makes it readable for its owner alone
 
 
 def _weight_files(folder: Path) -> list[Path]:

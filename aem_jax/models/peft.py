@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from aem_jax.files import write_text
+from aem_jax.models.checkpoint_files import write_tensors
 from aem_jax.models.config import ModelConfig
 from aem_jax.models.lora import Adapter, LoraConfig, targets
 from aem_jax.models.pretrained import new_folder
@@ -36,10 +36,11 @@ def save_adapter(folder: str | Path, config: ModelConfig, lora: LoraConfig, adap
 
     Raises:
         ValueError: the folder is not empty.
+        OSError: it cannot be written.
     """
     with new_folder(Path(folder)) as partial:
         write_text(partial / CONFIG, json.dumps(_config(config, lora, base), indent=2) + "\n")
-        save_file(tensors(config, lora, adapter), partial / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(partial / WEIGHTS, tensors(config, lora, adapter))
 
 
 def tensors(config: ModelConfig, lora: LoraConfig, adapter: Adapter) -> dict[str, np.ndarray]:

@@ -24,10 +24,11 @@ run goes on with get their recorded responses again (`replay.replay`).
 from aem_jax.rollout.carry import Carried, group_attempts
 from aem_jax.rollout.config import RolloutConfig
 from aem_jax.rollout.rollout import Rollout, check_cache_memory
-from aem_jax.rollout.stats import RolloutStats, check_some_played
+from aem_jax.rollout.stats import OverlongPromptsError, RolloutStats, check_some_played
 
 __all__ = [
     "Carried",
+    "OverlongPromptsError",
     "Rollout",
     "RolloutConfig",
     "RolloutStats",

@@ -244,7 +244,9 @@ class SlotGroup:
                 f"{len(reply.prefill_tokens)}; raise rollout.prompt_tokens"
             )
             task = episode.attempt.task.id
-            log.warning("task %s is left out: %s", task, why)
+            if task not in job.skipped_tasks:
+                log.warning("task %s is left out: %s", task, why)
+                job.skipped_tasks.add(task)
             job.stats.first_error = job.stats.first_error or f"task {task}: {why}"
             job.stats.overlong_prompts += 1
         job.stats.branches += reply.branches

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import jax
 
 from aem_jax.envs.protocol import EnvError
-from aem_jax.trajectory import Ending, Trajectory
+from aem_jax.trajectory import Trajectory
 
 
 @dataclass
@@ -58,7 +58,11 @@ class RolloutStats:
 
 def none_played(trajectories: Iterable[Trajectory]) -> bool:
     """Whether no episode has a turn that counts: the environment broke it, or its first prompt was too long."""
-    return all(trajectory.ending is Ending.ENV_ERROR or not trajectory.turns for trajectory in trajectories)
+    return not any(trajectory.is_played for trajectory in trajectories)
+
+
+class OverlongPromptsError(EnvError):
+    """No first prompt has at most `rollout.prompt_tokens` tokens."""
 
 
 def check_some_played(trajectories: Iterable[Trajectory], stats: RolloutStats, where: str) -> None:
@@ -70,7 +74,8 @@ def check_some_played(trajectories: Iterable[Trajectory], stats: RolloutStats, w
         EnvError: no episode was played; with the first error.
     """
     if none_played(trajectories):
-        raise EnvError(f"no episode of {where} could be played; the first error: {stats.first_error}")
+        kind = OverlongPromptsError if stats.overlong_prompts and not stats.env_errors else EnvError
+        raise kind(f"no episode of {where} could be played; the first error: {stats.first_error}")
 
 
 class DeviceClock:

@@ -41,6 +41,7 @@ def test_any_model_goes_with_a_setting_of_the_paper():
     [
         (["--rollout.num-slots", "128", "--env.sessions-per-server", "4"], "--rollout.num-slots: expected at most"),
         (["--sampling.temperature", "0.7"], "--learner.temperature: expected 0.7 with --sampling.temperature 0.7, got"),
+        (["--sampling.temperature", "0"], "--sampling.temperature: expected above 0 to train, got 0"),
         (["--sampling.temperature", "0", "--learner.temperature", "0.5"], "--learner.temperature: expected 1.0 with"),
         (["--batch.row-length", "8"], "--batch.row-length: expected at least"),
         (

@@ -100,6 +100,8 @@ def test_pefts_files_contain_the_same_weights(config, tmp_path: Path):
     policy, frozen = Policy(config, LORA), numpy_params(config)
     adapter = adapter_of(policy)
     save_adapter(tmp_path / "adapter", config, LORA, adapter, base="the/base")
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "adapter").iterdir()}
+    assert modes["adapter_model.safetensors"] == modes["adapter_config.json"]
     save_pretrained(tmp_path / "base", config, frozen)
     save_pretrained(tmp_path / "merged", config, policy.merge({**frozen, "adapter": adapter}))
     pairs = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from aem_jax.compilations import compilations
-from aem_jax.rollout import Rollout, slots
+from aem_jax.rollout import OverlongPromptsError, Rollout, check_some_played, slots
 from aem_jax.rollout.context import windowed_messages
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.trajectory import Ending
@@ -164,6 +164,11 @@ def test_a_first_prompt_that_is_too_long_ends_its_episodes_and_no_others(sampler
     expected, _ = play(sampler, params)
     trajectories, stats = play(sampler, params, tasks=[TASKS[0], long, TASKS[2]])
     assert stats.overlong_prompts == 4 and stats.retries == stats.env_errors == 0
+    assert [t.is_played for t in trajectories] == [True] * 4 + [False] * 4 + [True] * 4
+    with pytest.raises(
+        OverlongPromptsError, match=r"expected a first prompt of at most .* raise rollout.prompt_tokens"
+    ):
+        check_some_played(trajectories[4:8], stats, "step 0")
     assert [(t.ending, t.turns) for t in trajectories[4:8]] == [(Ending.TRUNCATED, ())] * 4
     assert sampled(trajectories[:4] + trajectories[8:]) == sampled(expected[:4] + expected[8:])
 
