@@ -193,7 +193,7 @@ def _points(value: Interval) -> str:
 
 def with_bounds(value: Interval) -> str:
     """Formats an interval as `1.05 (1.01 to 1.09)`."""
-    texts = [f"{x:.2f}".replace("-", "−") if math.isfinite(x) else "–" for x in value[:3]]
+    texts = [f"{round(x, 2) + 0.0:.2f}".replace("-", "−") if math.isfinite(x) else "–" for x in value[:3]]
     return "–" if texts[0] == "–" else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 

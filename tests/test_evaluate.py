@@ -89,7 +89,8 @@ def test_a_broken_task_is_left_out_and_an_error_is_raised_where_all_are_broken(e
 
 
 def test_a_task_whose_first_prompt_is_too_long_is_left_out_and_counted():
-    turn = Turn(*(np.zeros(1, np.int32) for _ in range(2)), *(np.zeros(1, np.float32) for _ in range(2)), 1.0, True)
+    ids, numbers = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    turn = Turn(ids, ids, numbers, numbers, reward=1.0, valid_action=True)
     task = Task("t", "k", {})
     endings = ((turn,), Ending.TERMINATED, True), ((), Ending.TRUNCATED, False), ((), Ending.ENV_ERROR, False)
     trajectories = [Trajectory(task, group, 0, *ending) for group, ending in enumerate(endings)]
