@@ -30,14 +30,19 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, whole_words: Sequence[str]) -> "PreTrainedTokenizerFast":
-    """Trains a tokenizer with Qwen's control tokens and the ChatML template; see `ChatTokenizer.train`."""
-    if isinstance(texts, str):
-        raise ValueError("expected an iterable of texts, got one string; pass [text]")
+def check_vocab_size(vocab_size: int, whole_words: Sequence[str]) -> None:
+    """Refuses a vocabulary without room for all bytes, the control tokens and `whole_words`."""
     if vocab_size < 259 + len(whole_words):
         raise ValueError(
             f"expected vocab_size >= {259 + len(whole_words)} (bytes and control tokens), got {vocab_size}"
         )
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, whole_words: Sequence[str]) -> "PreTrainedTokenizerFast":
+    """Trains a tokenizer with Qwen's control tokens and the ChatML template; see `ChatTokenizer.train`."""
+    if isinstance(texts, str):
+        raise ValueError("expected an iterable of texts, got one string; pass [text]")
+    check_vocab_size(vocab_size, whole_words)
     quiet_libraries()
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

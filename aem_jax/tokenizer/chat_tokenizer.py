@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from aem_jax.files import valid_text
 from aem_jax.gguf_file import is_gguf
-from aem_jax.tokenizer.bpe import any_of, quiet_libraries, train_bpe
+from aem_jax.tokenizer.bpe import any_of, check_vocab_size, quiet_libraries, train_bpe
 from aem_jax.tokenizer.chat_template import ChatTemplate, first_line, saved_day
 from aem_jax.tokenizer.gguf import gguf_tokenizer
 
@@ -58,6 +58,9 @@ class TokenizerConfig:
     """Strings that are always one token each in a trained tokenizer."""
     episodes: int = 200
     """Number of expert episodes whose text the tokenizer is trained on."""
+
+    def __post_init__(self) -> None:
+        check_vocab_size(self.vocab_size, self.whole_words)
 
 
 class ChatTokenizer:

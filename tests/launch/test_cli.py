@@ -163,6 +163,7 @@ def test_the_last_of_an_option_given_twice_counts():
         (["--help", "webshop"], "--help: --webshop is a setting of environment webshop, and --environment is alfworld"),
         (["evaluate", "--name", "never-trained"], "no run in runs/never-trained"),
         (["analyze", "runs/never-trained"], "no run in runs/never-trained"),
+        (["--tokenizer.vocab-size", "10"], "--tokenizer.vocab-size: expected vocab_size >= 261"),
         (["export", "s3://bucket/model"], "expected the path of a folder to write to, got 's3://bucket/model'"),
         (["export", ""], "expected the path of a folder to write to, got ''"),
         (["analyze"], "expected one run's folder, got 0"),
