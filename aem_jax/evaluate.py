@@ -96,10 +96,10 @@ def evaluate_policy(
     """
     trajectories, stats = rollout(params, tasks, key, group_size=1)
     check_some_played(trajectories, stats, name)
-    played = [t for t in trajectories if t.is_played]
-    outcomes = [_Outcome(t.task.task_type, t.success, t.score, len(t.turns), t.total_reward) for t in played]
+    counted = [t for t in trajectories if not t.is_left_out]
+    outcomes = [_Outcome(t.task.task_type, t.success, t.score, len(t.turns), t.total_reward) for t in counted]
     broken = sum(t.ending is Ending.ENV_ERROR for t in trajectories)
-    return _summary(name, split, outcomes, broken, len(trajectories) - len(played) - broken), trajectories
+    return _summary(name, split, outcomes, broken, len(trajectories) - len(counted) - broken), trajectories
 
 
 def evaluate_agent(

@@ -147,7 +147,7 @@ def timings(stats: RolloutStats, start: float, rolled_out: float, measure_s: flo
 
 def rollout_metrics(trajectories: Sequence[Trajectory], stats: RolloutStats) -> Metrics:
     """Statistics of the episodes, without those that the environment broke or whose first prompt was too long."""
-    intact = [t for t in trajectories if t.is_played]
+    intact = [t for t in trajectories if not t.is_left_out]
     turns = [turn for t in intact for turn in t.turns]
     mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
     by_task_type = {

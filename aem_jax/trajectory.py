@@ -83,9 +83,9 @@ class Trajectory:
     in_loss: bool = True
 
     @property
-    def is_played(self) -> bool:
-        """Whether the policy played it: no environment broke it, and its first prompt was not too long."""
-        return self.ending is not Ending.ENV_ERROR and bool(self.turns)
+    def is_left_out(self) -> bool:
+        """Whether statistics leave it out: its environment broke it, or its first prompt was too long."""
+        return self.ending is Ending.ENV_ERROR or (self.ending is Ending.TRUNCATED and not self.turns)
 
     @property
     def total_reward(self) -> float:

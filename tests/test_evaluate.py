@@ -93,10 +93,11 @@ def test_a_task_whose_first_prompt_is_too_long_is_left_out_and_counted():
     turn = Turn(ids, ids, numbers, numbers, reward=1.0, valid_action=True)
     task = Task("t", "k", {})
     endings = ((turn,), Ending.TERMINATED, True), ((), Ending.TRUNCATED, False), ((), Ending.ENV_ERROR, False)
+    endings += (((), Ending.TERMINATED, False),)  # an agent that ended without a request has failed
     trajectories = [Trajectory(task, group, 0, *ending) for group, ending in enumerate(endings)]
     rollout: Any = lambda *_, **__: (trajectories, RolloutStats())
-    evaluation, _ = evaluate_policy(rollout, {}, [task] * 3, jax.random.key(0), name="set", split="test")
-    assert (evaluation.rate.count, evaluation.rate.success) == (1, 1.0)
+    evaluation, _ = evaluate_policy(rollout, {}, [task] * 4, jax.random.key(0), name="set", split="test")
+    assert (evaluation.rate.count, evaluation.rate.success) == (2, 0.5)
     assert (evaluation.env_errors, evaluation.overlong_prompts) == (1, 1)
     assert read_evaluation(evaluation.record(0, "final")) == replace(evaluation, phase="final")
 

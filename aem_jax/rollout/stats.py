@@ -58,7 +58,7 @@ class RolloutStats:
 
 def none_played(trajectories: Iterable[Trajectory]) -> bool:
     """Whether no episode has a turn that counts: the environment broke it, or its first prompt was too long."""
-    return not any(trajectory.is_played for trajectory in trajectories)
+    return all(trajectory.is_left_out or not trajectory.turns for trajectory in trajectories)
 
 
 class OverlongPromptsError(EnvError):

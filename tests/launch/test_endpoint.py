@@ -38,6 +38,8 @@ def test_a_model_answers_with_the_weights_that_sampling_says(weights, tmp_path: 
     with serve_policy(tmp_path / "model", settings) as served:
         body = {"messages": [{"role": "user", "content": "where is the cup?"}], "logprobs": True}
         answer = agents.post("/chat/completions", body, "any", served.url)
+        with pytest.raises(agents.Refused, match="start with --lenient True, which ignores it"):
+            agents.post("/chat/completions", {**body, "temperature": 0.5}, "any", served.url)
     logprobs = [token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]]
     assert 1 <= len(logprobs) <= 4 and np.isfinite(logprobs).all()
     assert [policy.int8 for policy in policies] == [weights == "int8"]

@@ -21,7 +21,7 @@ from aem_jax.learner import LearnerConfig
 from aem_jax.models import Llama3Scaling, ModelConfig, Policy, from_pretrained, save_pretrained
 from aem_jax.models.config import dtype_name
 from aem_jax.models.families import config_from_hf, config_to_hf
-from aem_jax.models.pretrained import read_config
+from aem_jax.models.pretrained import read_config, resolve
 from aem_jax.models.weights import load_params, save_params, tensors
 from aem_jax.sampler import Sampler, SamplingConfig
 from aem_jax.sharding import MeshConfig, make_mesh
@@ -425,6 +425,22 @@ def test_a_dtype_is_a_name_or_what_jax_and_numpy_call_one(tmp_path: Path):
             from_pretrained(GOLDEN / "qwen2", dtype=odd)
     with pytest.raises(ValueError, match="expected weights model or int8 .*, got .*bfloat16"):
         SamplingConfig(weights=bfloat16)
+
+
+def test_a_name_on_the_hub_fetches_the_weights_once(monkeypatch, tmp_path: Path):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "model.gguf", "README.md"]
+    fetched = []
+
+    def download(name: str, **patterns: Any) -> str:
+        fetched.extend(filter_repo_objects([*there, *others], **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("mistralai/a-model") == tmp_path and fetched == there
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/no/where", "a/b/c", "~nobody-of-that-name/model"])

@@ -124,9 +124,9 @@ QWEN_7B = ModelConfig(  # Qwen2.5-7B
 GB = 10**9
 
 
-def memory_of_7b(lora=LoraConfig(), mesh=MeshConfig(1, 1, 1), **learner):  # noqa: B008
-    config = replace(RunConfig(), lora=lora, learner=LearnerConfig(**learner))
-    return memory(workload(config, model=QWEN_7B), mesh)
+def memory_of_7b(lora: LoraConfig | None = None, mesh: MeshConfig | None = None, **learner):
+    config = replace(RunConfig(), lora=lora or LoraConfig(), learner=LearnerConfig(**learner))
+    return memory(workload(config, model=QWEN_7B), mesh or MeshConfig(1, 1, 1))
 
 
 def weight_bytes(size):

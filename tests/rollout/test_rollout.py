@@ -164,7 +164,7 @@ def test_a_first_prompt_that_is_too_long_ends_its_episodes_and_no_others(sampler
     expected, _ = play(sampler, params)
     trajectories, stats = play(sampler, params, tasks=[TASKS[0], long, TASKS[2]])
     assert stats.overlong_prompts == 4 and stats.retries == stats.env_errors == 0
-    assert [t.is_played for t in trajectories] == [True] * 4 + [False] * 4 + [True] * 4
+    assert [t.is_left_out for t in trajectories] == [False] * 4 + [True] * 4 + [False] * 4
     with pytest.raises(
         OverlongPromptsError, match=r"expected a first prompt of at most .* raise rollout.prompt_tokens"
     ):

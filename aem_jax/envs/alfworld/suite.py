@@ -63,11 +63,11 @@ def _imperfect_searcher(options: SuiteOptions, task: Task) -> Act:
         nonlocal command
         agent.observe(result.observation, command)
         command = agent.command()
-        walk = f"go to {next_on_round(agent.known)}"
         on_round = command.startswith("go to ") and rounds.random() < options.expert_habit
-        on_round = on_round and walk in result.info["admissible"]  # not to a receptacle that is within reach already
         if on_round:
-            command = walk
+            walk = f"go to {next_on_round(agent.known)}"
+            on_round = walk in result.info["admissible"]  # it is not where that receptacle is within reach already
+            command = walk if on_round else command
         places = [action for action in result.info["admissible"] if action.startswith("go to ")]
         if places and rng.random() < options.expert_noise:
             command, on_round = rng.choice(places), False
