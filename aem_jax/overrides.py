@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -140,7 +140,7 @@ def override(config: Config, values: Mapping[str, Any], spell: Callable[[str], s
     """A copy of `config` with `values` in place.
 
     Args:
-        config: a frozen dataclass, possibly of others.
+        config: a frozen dataclass, possibly of others. One with a method `with_values` makes its copy itself.
         values: plain JSON or TOML values by dotted name.
         spell: writes a field's name as the user of these values does, for messages.
 
@@ -196,7 +196,7 @@ def _replace(config: Any, values: Mapping[str, Any], prefix: str, spell: Callabl
         field = fields.get(head, head)
         own[field] = _replace(getattr(config, field), group, f"{prefix}{head}.", spell)
     try:
-        return dataclasses.replace(config, **own)
+        return getattr(config, "with_values", partial(dataclasses.replace, config))(**own)
     except ConfigError:
         raise
     except ValueError as error:

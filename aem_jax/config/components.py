@@ -109,7 +109,7 @@ def check_sizes(choice: ModelChoice) -> None:
     if choice.path and sizes:
         raise ConfigError(
             f"--model.{sizes[0].replace('_', '-')}: expected none with --model.path, whose files give the sizes, "
-            f"got {getattr(choice, sizes[0])}; a preset may have set it: --model.{sizes[0].replace('_', '-')} none"
+            f"got {getattr(choice, sizes[0])}; leave it out"
         )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from aem_jax.models.parameters import Mixture, parameter_table
-from aem_jax.models.rotary import LinearScaling, Llama3Scaling, Rope, RopeScaling
+from aem_jax.models.rotary import LinearScaling, Llama3Scaling, Rope, RopeScaling, YarnScaling
 
 DTYPES = ("bfloat16", "float32")
 """Dtypes of activations."""
@@ -194,6 +194,13 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Parameters, the embedding counted once when the head is tied."""
         return sum(row.size for row in parameter_table(self))
+
+    @property
+    def longest_context(self) -> int:
+        """Most tokens of a context in which the weights work: those they were trained for, or more with YaRN."""
+        scaling = self.rope_scaling
+        scaled = int(scaling.factor * scaling.original_context) if isinstance(scaling, YarnScaling) else 0
+        return max(self.max_positions, scaled)
 
     @property
     def num_active_parameters(self) -> int:
@@ -386,3 +393,9 @@ class ModelChoice:
     def __post_init__(self) -> None:
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
+
+    def with_values(self, **values: Any) -> "ModelChoice":
+        """A copy with other values. If they name another model, this one's path and sizes are not copied."""
+        named = values.get("path") or values.get("name")
+        is_other = bool(named) and named != (self.path or self.name)
+        return replace(ModelChoice(name=self.name, dtype=self.dtype) if is_other else self, **values)

@@ -7,11 +7,9 @@ installed, a GPU's numbers are closed forms, marked as such.
 
 import json
 from collections.abc import Collection
-from dataclasses import replace
 
 from aem_jax.config import components
 from aem_jax.errors import ConfigError
-from aem_jax.models.config import ModelChoice
 from aem_jax.plan.config import PlanConfig
 from aem_jax.sharding import MeshConfig
 
@@ -30,11 +28,7 @@ def run(config: PlanConfig, given: Collection[str] = ()) -> int:
     from aem_jax.plan.make import make_plan
     from aem_jax.plan.page import print_plan
 
-    kept = {name: value for name, value in vars(config.model).items() if f"model.{name}" in given}
-    if "model.name" in given and "model.path" not in given:  # another model replaces all settings of the preset's
-        config = replace(config, model=ModelChoice(**kept))
-    else:
-        components.check_sizes(ModelChoice(**{**kept, "path": config.model.path}))
+    components.check_sizes(config.model)
     topology = parse_topology(config.topology)
     by_hand = config.mesh != MeshConfig() or any(name.startswith("mesh.") for name in given)
     try:

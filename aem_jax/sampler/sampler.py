@@ -6,6 +6,7 @@ copied. Each token is sampled with the episode's key, folded with the token's in
 key and tokens alone.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,8 @@ from aem_jax.sampler.programs import Decoded, Programs
 from aem_jax.sampler.sampling import SamplingConfig, make_sample_token
 from aem_jax.sampler.state import SamplerState, init_state, restart, rewind, state_axes
 from aem_jax.sharding import DECODE, ordered, replicated, shardings, slot_shards
+
+log = logging.getLogger(__name__)
 
 Array = jax.Array
 KERNEL_POSITIONS = 128
@@ -65,6 +68,13 @@ class Sampler:
     ) -> None:
         if not stop_ids:
             raise ValueError("expected at least one stop id, got none; a response could never end by itself")
+        if capacity > (longest := policy.config.longest_context):
+            log.warning(
+                "expected a context of at most %d tokens, which the model was trained for, got %d; after that many "
+                "tokens of an episode its answers may be worthless",
+                longest,
+                capacity,
+            )
         self.policy = policy
         self.capacity = capacity
         self.slack = slack

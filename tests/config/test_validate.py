@@ -6,6 +6,7 @@ from aem_jax.config import validate
 from aem_jax.config.presets import DEFAULT, algorithm_names, model_names, read_preset, setting_names
 from aem_jax.config.run import RunConfig
 from aem_jax.errors import ConfigError
+from aem_jax.models.config import ModelChoice
 from aem_jax.overrides import apply, as_values, split
 
 PAPERS = [name for name in setting_names() if name.endswith("-paper")]
@@ -34,6 +35,27 @@ def test_a_setting_of_the_paper_needs_a_model_and_takes_any(name: str):
 def test_any_model_goes_with_a_setting_of_the_paper():
     for words in ["--model.path", "/models/mine"], ["--model.name", "qwen3-8b"]:
         validate.check(apply(read_preset(PAPERS[0]), split(words)[1]))
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "model"),
+    [
+        (["alfworld-tiny"], ["--model.name", "tiny-moe"], ModelChoice(name="tiny-moe")),
+        (
+            ["alfworld-tiny"],
+            ["--model.name", "tiny-moe", "--model.num-layers", "3"],
+            ModelChoice("", "tiny-moe", num_layers=3),
+        ),
+        (["alfworld-tiny"], ["--model.name", "tiny"], ModelChoice(num_layers=3)),
+        (["alfworld-tiny"], ["--model.path", "m"], ModelChoice("m")),
+        (["alfworld-tiny"], ["--model.hidden-size", "64"], ModelChoice(num_layers=3, hidden_size=64)),
+        (["alfworld-tiny", "qwen2.5-7b"], [], ModelChoice("Qwen/Qwen2.5-7B-Instruct")),
+        (["alfworld-smollm2"], ["--model.name", "tiny"], ModelChoice(dtype="bfloat16")),
+        (["alfworld-smollm2"], ["--model.path", "m"], ModelChoice("m", dtype="bfloat16")),
+    ],
+)
+def test_another_model_has_its_own_sizes(names: list[str], words: list[str], model: ModelChoice):
+    assert apply(read_preset(*names), split(words)[1]).model == model
 
 
 @pytest.mark.parametrize(

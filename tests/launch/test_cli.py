@@ -113,7 +113,6 @@ def test_the_last_of_an_option_given_twice_counts():
         (["--preset", "webshop-qwen2.5-1.5b"], "two presets: --preset webshop-paper qwen2.5-1.5b"),
         (["--preset", "qwen2.5-7b"], "expected a preset of a setting beside qwen2.5-7b, got none; as in --preset alfw"),
         (["--preset", "webshop-paper"], "expected a model, got none; add the preset of one"),
-        (["--preset", "alfworld-tiny", "qwen2.5-7b"], "--model.num-layers: expected none with --model.path"),
         (["--preset", "--seed", "1"], "--preset: expected one or more names, got nothing"),
         (
             ["--preset", "gspo", "--learner.importance-cap", "2"],

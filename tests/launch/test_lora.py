@@ -82,8 +82,6 @@ def test_a_run_from_files_trains_a_separate_adapter(tmp_path: Path):
     save_pretrained(model, CONFIG, Policy(CONFIG).init(jax.random.key(0)), source=tmp_path / "tokenizer")
     words = ["--model.path", str(model), "--model.dtype", "float32", "--train.num-steps", "2"]
     words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", *SHORT]
-    sizes = ("hidden-size", "intermediate-size", "num-layers", "num-heads", "num-kv-heads", "head-dim")
-    words += [f"--model.{name}=None" for name in sizes]
     words += ["--warmstart.episodes", "0", "--checkpoint.keep-first", "False", "--learner.moments", "bfloat16"]
     words += ["--lora.rank", "4", "--lora.alpha", "8", "--lora.targets", "q_proj", "v_proj", "down_proj"]
     train(tmp_path, *words, "--lora.merge", "False")
@@ -141,7 +139,7 @@ def test_a_reference_other_than_the_frozen_weights_requires_step_0():
     config = apply(read_preset(str(SMALL)), split(words)[1])
     lora = apply(config, split(["--lora.rank", "4"])[1])
     validate.check(lora)  # random weights: the warm start trains the base
-    files = split(["--model.path", "/a/model", *(f"--model.{name}=None" for name in ("hidden-size", "num-layers"))])[1]
+    files = split(["--model.path", "/a/model"])[1]
     assert components.reference_is_frozen_weights(apply(lora, files | {"warmstart.episodes": ["0"]}))
     assert not components.reference_is_frozen_weights(apply(lora, files))
     with pytest.raises(ConfigError, match="--checkpoint.keep-first"):

@@ -46,11 +46,9 @@ def test_a_run_from_files_trains_two_steps(model: Path, tmp_path: Path, monkeypa
     words += ["--warmstart.batch-episodes", "4", "--train.num-steps", "2"]
     words += ["--rollout.context-tokens", "1024", "--rollout.prompt-tokens", "700", "--evaluation.size", "2"]
     words += ["--evaluation.every", "0", "--metrics.tensorboard", "false"]
-    sizes = [f"--model.{name}=None" for name in ("hidden-size", "intermediate-size", "num-layers", "num-heads")]
-    sizes += ["--model.num-kv-heads=None", "--model.head-dim=None"]
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)
-        assert cli.main([*words, *sizes]) == 0
+        assert cli.main(words) == 0
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in metrics] == [0, 1]
     assert all(record["parity/max"] < 1e-4 for record in metrics)

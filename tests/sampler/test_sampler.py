@@ -323,6 +323,19 @@ def test_windows():
         s.window_for(97)
 
 
+def test_a_context_that_the_model_was_not_trained_for_is_warned_of(caplog: pytest.LogCaptureFixture):
+    short = replace(GROUPED_TIED, max_positions=24)
+    for config in short, replace(short, rope_scaling=YarnScaling(4.0, 24, 1.2)):
+        for capacity in 24, 96, 97:
+            Sampler(Policy(config), SamplingConfig(), STOPS, capacity=capacity, slack=8)
+    limits = [record.getMessage().partition("; ")[0] for record in caplog.records]
+    assert limits == [
+        "expected a context of at most 24 tokens, which the model was trained for, got 96",
+        "expected a context of at most 24 tokens, which the model was trained for, got 97",
+        "expected a context of at most 96 tokens, which the model was trained for, got 97",
+    ]
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="at least one stop id"):
         Sampler(POLICY, SamplingConfig(), (), capacity=32, slack=8)
