@@ -11,8 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
 ARGS ?=
-# Test processes: two halve the time on two cores; each file stays in one of them, in the order of tests/conftest.py.
-WORKERS ?= 2
+# Test processes: one more than two cores, because tests also wait; each file stays in one of them, in the order of tests/conftest.py.
+WORKERS ?= 3
 # One stamp per set of packages: a second call finds it and starts at once, a changed pin makes it stale.
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev

@@ -182,6 +182,15 @@ MUST_MATCH = ("env.field_mapping.", "env.command")
 """Exceptions among them, which decide what environments receive and answer."""
 
 
+_SHAPES = ("model.", "lora.rank", "lora.alpha", "lora.targets", "learner.moments", "algorithm.estimator")
+"""Fields, or groups of fields, that decide which arrays a checkpoint has and what they mean."""
+
+
+def decides_shapes(name: str) -> bool:
+    """Whether a checkpoint can only be read with the value of this field with which it was written."""
+    return name.startswith(_SHAPES) and name not in ("model.path", "model.dtype")
+
+
 def may_change(name: str) -> bool:
     """Whether a resumed run may change the field of this dotted name."""
     groups = tuple(entry for entry in MAY_CHANGE if entry.endswith("."))

@@ -12,13 +12,13 @@ from typing import Any
 from aem_jax.config import inputs
 from aem_jax.config.environments import path_settings
 from aem_jax.config.presets import SEPARATOR
-from aem_jax.config.run import RunConfig, may_change
+from aem_jax.config.run import RunConfig, decides_shapes, may_change
 from aem_jax.distributed.join import without_process
 from aem_jax.errors import ConfigError
 from aem_jax.files import read_json, read_text, valid_text, write_text
 from aem_jax.gguf_file import is_gguf
 from aem_jax.models.pretrained import CONFIG, config_text, resolve
-from aem_jax.overrides import as_values, flag, flatten, nested_values, override
+from aem_jax.overrides import Options, apply, as_values, flag, flatten, nested_values, override
 
 FILE = "config.json"
 _PATHS = ("model.path", "warmstart.init_from")
@@ -69,7 +69,7 @@ def absolute(config: RunConfig) -> RunConfig:
     for name, path in absolutes.items():
         if valid_text(path) != path:
             raise ConfigError(f"{flag(name)}: expected a path in UTF-8, got {path!a}; rename it")
-    return override(config, absolutes)
+    return override(config, as_values(config) | absolutes)  # all values: it is the same model by another path
 
 
 def _absolute(name: str, value: str) -> str:
@@ -144,6 +144,23 @@ def load(folder: Path) -> RunConfig:
         return override(RunConfig(), flatten(values))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; is the run of another version of aem_jax?") from None
+
+
+def load_trained(folder: Path, options: Options) -> RunConfig:
+    """The config of an existing run, with options of the command line in place.
+
+    Raises:
+        ConfigError: as `load` and `apply`, or an option with which the run's checkpoints cannot be read.
+    """
+    trained = load(folder)
+    config = apply(trained, options)
+    before, after = as_values(trained), as_values(config)
+    for name in filter(decides_shapes, options):
+        if before[name] != after[name]:
+            raise ConfigError(
+                f"{flag(name)}: expected {before[name]}, with which {folder} was trained, got {after[name]}"
+            )
+    return config
 
 
 def check_resumable(saved: RunConfig, config: RunConfig, folder: Path) -> None:

@@ -160,12 +160,12 @@ def _trim(words: Sequence[str]) -> int:
 
 def _trained(options: dict[str, list[str]]) -> "RunConfig":
     """The config of an existing run: the saved one with the options in place, because the preset may have changed."""
-    from aem_jax.config.saved import absolute, load, run_name
+    from aem_jax.config.saved import absolute, load_trained, run_name
     from aem_jax.overrides import apply
 
     requested = apply(_preset(options), options)
     folder = Path(requested.runs_dir).expanduser() / run_name(requested, options)
-    config = absolute(apply(load(folder), options))
+    config = absolute(load_trained(folder, options))
     return replace(config, name=folder.name, runs_dir=str(folder.parent))
 
 

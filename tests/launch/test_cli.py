@@ -113,6 +113,7 @@ def test_the_last_of_an_option_given_twice_counts():
         (["--preset", "webshop-qwen2.5-1.5b"], "two presets: --preset webshop-paper qwen2.5-1.5b"),
         (["--preset", "qwen2.5-7b"], "expected a preset of a setting beside qwen2.5-7b, got none; as in --preset alfw"),
         (["--preset", "webshop-paper"], "expected a model, got none; add the preset of one"),
+        (["--model.path", "m", "--model.num-layers", "3"], "--model.num-layers: expected none with --model.path"),
         (["--preset", "--seed", "1"], "--preset: expected one or more names, got nothing"),
         (
             ["--preset", "gspo", "--learner.importance-cap", "2"],
@@ -411,6 +412,20 @@ def test_evaluate_begins_from_the_run_s_own_config(trained, tmp_path: Path):
     (asked,) = trained
     assert asked.rollout.group_size == 4 and asked.sampling.temperature == 0.0
     assert (asked.name, asked.runs_dir) == ("mine", str(tmp_path))
+
+
+def test_options_with_which_checkpoints_cannot_be_read_are_refused(tmp_path: Path, capsys):
+    saved.save(apply(read_preset("alfworld-tiny"), {"model.dtype": ["bfloat16"]}), tmp_path / "run")
+    words = ["evaluate", "--runs-dir", str(tmp_path), "--name", "run", "--model.dtype", "float32"]
+    for option, value, known in [
+        ("--model.num-layers", "2", "3"),
+        ("--model.name", "tiny-moe", "tiny"),
+        ("--lora.rank", "2", "0"),
+        ("--algorithm.estimator", "gae", "grpo"),
+    ]:
+        assert cli.main([*words, option, value]) == 2
+        expected = f"error: {option}: expected {known}, with which {tmp_path / 'run'} was trained, got {value}\n"
+        assert capsys.readouterr().err == expected
 
 
 def test_a_config_of_another_version_says_which_file(tmp_path: Path):
