@@ -1,13 +1,16 @@
 """Tables of a grid of cells: the gain of each variant over its comparison, and the efficiency ρ of its credit rule."""
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from experiments.efficiency import BASE, Measurement, gain_of, of_cell, ratio, shares_above
-from experiments.grid import START, Cell, Grid, Variant
-from experiments.measures import MEASURES, Interval, Measure, differences, interval, number, shown
+import numpy as np
+
+from experiments.efficiency import BASE, Measurement, gain_of, of_cell, ratio
+from experiments.grid import START, Grid, Variant
+from experiments.measures import MEASURES, Interval, Measure, combined, differences, interval, number, part, shown
 from experiments.results import Result, key_of, of_variant, successes
 from scripts.generated_page import table
 
@@ -16,6 +19,8 @@ GAINS = ("final", "mean")
 
 ALL, DIFFERS = ("all cells", ""), " − "
 """The row of all cells, and what stands between two levels in the row of their difference."""
+
+BEFORE, LATER = "step 0", "later steps"
 
 
 def compared(grid: Grid) -> list[Variant]:
@@ -81,20 +86,54 @@ def effects(
         against: what it is compared with.
 
     Returns:
-        Gains of `ALL` cells, of (factor, level), and of (factor, "second − first") where a factor has two levels. An
-        interval is over seeds, of each seed's mean over cells. Empty without a seed.
+        Gains of `ALL` cells, of (factor, level), and of (factor, "second − first") where a factor has two levels: means
+        over cells, each with the variance of its own seeds. Empty without a seed.
     """
     gains = {cell.name: differences(results, variant, against, measure, cell.name) for cell in grid.cells}
     seeds = sorted(set.intersection(*(set(of_seed) for of_seed in gains.values())))
-    means = lambda cells: [math.fsum(gains[cell.name][seed] for cell in cells) / len(cells) for seed in seeds]
-    found = {ALL: means(grid.cells)}
+    samples = [[gains[cell.name][seed] for seed in seeds] for cell in grid.cells]
+    even = lambda chosen: np.array(chosen, float) / sum(chosen)
+    weights = {ALL: even([True] * len(grid.cells))}
     for index, factor in enumerate(grid.factors):
-        of_level = {level: means([c for c in grid.cells if c.levels[index] == level]) for level in factor.levels}
-        found |= {(factor.name, level): values for level, values in of_level.items()}
+        of_level = {level: even([cell.levels[index] == level for cell in grid.cells]) for level in factor.levels}
+        weights |= {(factor.name, level): each for level, each in of_level.items()}
         if len(of_level) == 2:
             (first, before), (second, after) = of_level.items()
-            found[factor.name, f"{second}{DIFFERS}{first}"] = [y - x for x, y in zip(before, after, strict=True)]
-    return {labels: interval(values) for labels, values in found.items()} if seeds else {}
+            weights[factor.name, f"{second}{DIFFERS}{first}"] = after - before
+    return {labels: combined(samples, each.tolist()) for labels, each in weights.items()} if seeds else {}
+
+
+def size_table(grid: Grid, results: Sequence[Result]) -> str:
+    """A row for each cell, and one for all: the mean norm of a variant's gradients relative to its comparison's."""
+    variants = [variant for variant in grid.variants if variant.against]
+    rows, sizes = [], {}
+    for cell in grid.cells:
+        for variant in variants:
+            ours, theirs = (of_variant(results, name, cell.name) for name in (variant.name, variant.against))
+            known = ours.keys() & theirs.keys()
+            sizes[cell.name, variant.name] = {s: _norm(ours[s]) / _norm(theirs[s]) for s in sorted(known)}
+        own = [[*sizes[cell.name, variant.name].values()] for variant in variants]
+        if any(own):
+            rows.append([*cell.levels, *(with_bounds(interval(values)) for values in own)])
+    every = [[[*sizes[cell.name, variant.name].values()] for cell in grid.cells] for variant in variants]
+    if all(all(of_cells) for of_cells in every):
+        even = [1 / len(grid.cells)] * len(grid.cells)
+        means = (with_bounds(combined(of_cells, even)) for of_cells in every)
+        rows.append([ALL[0], *[""] * (len(grid.factors) - 1), *means])
+    header = [*_factors(grid), *(variant.title for variant in variants)]
+    return table(header, rows) if rows else "No runs yet."
+
+
+def _norm(result: Result) -> float:
+    return part("learner/grad_norm", 0, 1)(result)
+
+
+def typical_width(grid: Grid, results: Sequence[Result], name: str, variant: str) -> str:
+    """The median over cells of the width of the interval of a variant's gain, in points."""
+    against = next(known.against for known in grid.variants if known.name == variant)
+    gains = [interval([*differences(results, variant, against, MEASURES[name], c.name).values()]) for c in grid.cells]
+    widths = [value.high - value.low for value in gains if math.isfinite(value.low)]
+    return f"{100 * statistics.median(widths):.0f} points" if widths else "unknown"
 
 
 def ratio_table(grid: Grid, measurements: Sequence[Measurement], rule: str) -> str:
@@ -114,37 +153,53 @@ def excess_table(grid: Grid, measurements: Sequence[Measurement], control: str) 
 
     In return per unit of step size; means over seeds.
     """
-    own, rows = compared(grid), []
-    first = own[0].rule
-    pairs = [*((variant.rule, BASE) for variant in own), (first, control)]
+    rows = []
     for cell in grid.cells:
         lines = [line for line in of_cell(grid, measurements, cell) if line["step"] == 0]
         if lines:
             of_base = interval([gain_of(line, BASE) for line in lines])
-            excess = [interval([gain_of(line, rule) - gain_of(line, other) for line in lines]) for rule, other in pairs]
-            texts = [shown(of_base, percent=False), *(shown(x, percent=False, signed=True) for x in excess)]
+            values = [
+                interval([gain_of(line, rule) - gain_of(line, other) for line in lines])
+                for rule, other in _rules(grid, control)
+            ]
+            texts = [shown(of_base, percent=False), *(shown(x, percent=False, signed=True) for x in values)]
             rows.append([*cell.levels, str(len(lines)), *texts])
-    titles = {variant.rule: variant.title for variant in own}
-    header = [grid.title(grid.variants[0].name), *titles.values(), f"{titles[first]} over the {titles[control]}"]
-    return table([*_factors(grid), "seeds", *header], rows) if rows else "Not measured yet."
+    header = [*_factors(grid), "seeds", grid.title(grid.variants[0].name), *_excess_titles(grid, control)]
+    return table(header, rows) if rows else "Not measured yet."
 
 
-def ahead_table(grid: Grid, measurements: Sequence[Measurement]) -> str:
-    """A row for each cell: share of resamples in which a rule's gain exceeds the base rule's; means over seeds.
+def relative_table(grid: Grid, measurements: Sequence[Measurement], control: str) -> str:
+    """A row for step 0 and one for the later steps: the excess of each rule over the base rule, of all cells."""
+    columns = [excess(grid, measurements, *pair) for pair in _rules(grid, control)]
+    if not columns[0]:
+        return "No seed has all cells yet."
+    rows = [
+        [when, str(value.count), *(percents(column[when]) for column in columns)] for when, value in columns[0].items()
+    ]
+    return table(["measured", "seeds", *_excess_titles(grid, control)], rows)
 
-    It needs no resolved gain of the base rule. At step 0, and at all later steps together.
+
+def excess(grid: Grid, measurements: Sequence[Measurement], rule: str, other: str) -> dict[str, Interval]:
+    """(Σ e of a rule − Σ e of another) / Σ e of the base rule, sums over cells: mean over seeds, at step 0 and later.
+
+    Seeds without all cells and steps are omitted. Empty without a seed.
     """
-    columns = [(variant, first) for first in (True, False) for variant in compared(grid)]
-
-    def means(cells: Sequence[Cell]) -> list[str]:
-        lines = [line for cell in cells for line in of_cell(grid, measurements, cell)]
-        return [_mean(shares_above(lines, variant.rule, first), _percent) for variant, first in columns]
-
-    measured = [cell for cell in grid.cells if of_cell(grid, measurements, cell)]
-    rows = [[*cell.levels, *means([cell])] for cell in measured]
-    rows.append(["all", *[""] * (len(grid.factors) - 1), *means(measured)])
-    header = [f"{variant.title}, {'step 0' if first else 'later'}" for variant, first in columns]
-    return table([*_factors(grid), *header], rows) if measured else "Not measured yet."
+    lines = {
+        (line["seed"], line["step"], cell.name): line
+        for cell in grid.cells
+        for line in of_cell(grid, measurements, cell)
+    }
+    wanted = [(step, cell.name) for step in grid.measured.steps for cell in grid.cells]
+    seeds = [seed for seed in sorted({key[0] for key in lines}) if all((seed, *at) in lines for at in wanted)]
+    found = {}
+    for when, steps in ((BEFORE, grid.measured.steps[:1]), (LATER, grid.measured.steps[1:])):
+        total = lambda seed, name, steps=steps: math.fsum(
+            gain_of(lines[seed, step, cell.name], name) for step in steps for cell in grid.cells
+        )
+        values = [(total(seed, rule) - total(seed, other)) / total(seed, BASE) for seed in seeds]
+        if values:
+            found[when] = interval(values)
+    return found
 
 
 def responses_table(grid: Grid, results: Sequence[Result], measurements: Sequence[Measurement]) -> str:
@@ -154,6 +209,7 @@ def responses_table(grid: Grid, results: Sequence[Result], measurements: Sequenc
         ("tokens a response, median", lambda responses: responses["tokens"][1], tokens),
         ("token entropy, nats", lambda responses: responses["entropy"], plain),
         ("variance of H̄ within states", lambda responses: responses["entropy_within_states"], share),
+        ("responses to states visited again", lambda responses: responses["repeated"] / responses["count"], share),
         ("mean α where A > 0", lambda responses: responses["alpha_positive"], plain),
         ("mean α where A < 0", lambda responses: responses["alpha_negative"], plain),
         ("decisive turns of low entropy", lambda responses: responses["decisive_at_low_entropy"], share),
@@ -182,6 +238,17 @@ def _titles(grid: Grid, control: str) -> list[str]:
     return [*variants, f"{variants[0]} over the {grid.title(control)}"]
 
 
+def _rules(grid: Grid, control: str) -> list[tuple[str, str]]:
+    """Each compared rule with the base rule, and the first one with its control."""
+    own = compared(grid)
+    return [*((variant.rule, BASE) for variant in own), (own[0].rule, control)]
+
+
+def _excess_titles(grid: Grid, control: str) -> list[str]:
+    titles = {variant.rule: variant.title for variant in compared(grid)}
+    return [*titles.values(), f"{next(iter(titles.values()))} over the {titles[control]}"]
+
+
 def _factors(grid: Grid) -> list[str]:
     return [factor.name for factor in grid.factors]
 
@@ -206,5 +273,20 @@ def _percent(value: float) -> str:
     return f"{number(value, percent=True)} %"
 
 
-HELPERS = (missing_runs, gain_table, effect_table, ratio_table, excess_table, ahead_table, responses_table)
+def percents(value: Interval) -> str:
+    """An interval of relative differences."""
+    return shown(value, percent=True, signed=True).replace(" points", " %")
+
+
+HELPERS = (
+    missing_runs,
+    typical_width,
+    gain_table,
+    effect_table,
+    size_table,
+    ratio_table,
+    excess_table,
+    relative_table,
+    responses_table,
+)
 """Functions that a section's template calls."""

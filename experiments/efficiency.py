@@ -3,7 +3,8 @@
 cell, variant, seed, step   identify the checkpoint
 groups, episodes, success   of the rollouts that were played
 rules                       rule -> `gain` (e, return per unit of step size) and `ratio` (ρ = e / e of the base rule),
-                            each as value, low and high of a 95 % interval; `above`, the share of resamples with ρ > 1
+                            each as value, low and high of a 95 % interval; `above`, how surely ρ > 1. These intervals
+                            are a bootstrap's, too wide where a gain is hardly resolved
 responses                   entropies, and what α had to work with
 """
 
@@ -93,12 +94,6 @@ def gain_of(line: Measurement, rule: str) -> float:
     return math.nan if value is None else value
 
 
-def shares_above(lines: Sequence[Measurement], rule: str, first: bool) -> list[float]:
-    """Shares of resamples in which a rule is above the base rule, at step 0 or later."""
-    shares = [line["rules"][rule]["above"] for line in lines if (line["step"] == 0) == first]
-    return [share for share in shares if share is not None]
-
-
 def resolved(line: Measurement) -> bool:
     """Whether the interval of the base rule's gain is above 0, so that a ratio to it has a meaning."""
     low = line["rules"][BASE]["gain"][1]
@@ -106,28 +101,35 @@ def resolved(line: Measurement) -> bool:
 
 
 def ratio(lines: Sequence[Measurement], rule: str) -> Interval:
-    """ρ of mean gains over seeds, mean e / mean e of the base rule, with Fieller's 95 % interval.
+    """ρ of mean gains over seeds, mean e / mean e of the base rule; see `fieller`.
 
-        {ρ: 0 lies in the t-interval of the mean of e − ρ e_base}
-
-    One line has the interval of its own measurement. All is NaN where the gain of the base rule is not resolved: where
-    the lower end of its own interval is not above 0.
+    One line has the interval of its own measurement.
     """
-    none = Interval(math.nan, math.nan, math.nan, len(lines))
     if len(lines) == 1:
         ratios = lines[0]["rules"][rule]["ratio"] if resolved(lines[0]) else [None] * 3
         value, low, high = (math.nan if bound is None else bound for bound in ratios)
         return Interval(value, low, high, 1)
-    gains = np.array([[gain_of(line, BASE), gain_of(line, rule)] for line in lines])
-    if not lines or not np.isfinite(gains).all():
+    return fieller([gain_of(line, BASE) for line in lines], [gain_of(line, rule) for line in lines])
+
+
+def fieller(base: Sequence[float] | np.ndarray, own: Sequence[float] | np.ndarray) -> Interval:
+    """mean of `own` / mean of `base`, pairs of two seeds or more, with Fieller's 95 % interval.
+
+        {ρ: 0 lies in the t-interval of the mean of own − ρ base}
+
+    All is NaN where the base is not resolved: where the lower end of its interval is not above 0.
+    """
+    gains, count = np.array([base, own], np.float64), len(base)
+    none = Interval(math.nan, math.nan, math.nan, count)
+    if count < 2 or not np.isfinite(gains).all():
         return none
-    base, own = (math.fsum(column) / len(lines) for column in gains.T)
-    spread = student_t(len(lines)) ** 2 * np.cov(gains.T) / len(lines)
-    square, mixed, rest = base**2 - spread[0, 0], base * own - spread[0, 1], own**2 - spread[1, 1]
-    if not (base > 0 and square > 0):
+    below, above = (math.fsum(row) / count for row in gains)
+    spread = student_t(count) ** 2 * np.cov(gains) / count
+    square, mixed, rest = below**2 - spread[0, 0], below * above - spread[0, 1], above**2 - spread[1, 1]
+    if not (below > 0 and square > 0):
         return none
     root = math.sqrt(max(mixed**2 - square * rest, 0.0))
-    return Interval(own / base, (mixed - root) / square, (mixed + root) / square, len(lines))
+    return Interval(above / below, (mixed - root) / square, (mixed + root) / square, count)
 
 
 def _key(run: Run) -> Key:

@@ -73,9 +73,30 @@ def interval(values: Sequence[float]) -> Interval:
 
 def student_t(count: int) -> float:
     """The 97.5 % quantile of Student's t for the mean of `count` numbers, at least two."""
+    return _quantile(count - 1)
+
+
+def _quantile(freedom: float) -> float:
     from scipy.stats import t
 
-    return float(t.ppf(0.975, count - 1))
+    return float(t.ppf(0.975, freedom))
+
+
+def combined(samples: Sequence[Sequence[float]], weights: Sequence[float]) -> Interval:
+    """Σ_c w_c mean_c of independent samples with variances of their own, and its 95 % interval.
+
+    Σ w m ± t √V,   V = Σ v_c,   v_c = w_c² s_c² / n_c,   t with V² / Σ (v_c² / (n_c − 1)) degrees of freedom
+
+    The degrees of freedom are Welch's and Satterthwaite's. The interval's count is that of the smallest sample.
+    """
+    value = math.fsum(w * math.fsum(sample) / len(sample) for sample, w in zip(samples, weights, strict=True))
+    count = min(map(len, samples))
+    if count < 2:
+        return Interval(value, math.nan, math.nan, count)
+    parts = [w**2 * float(np.var(sorted(s), ddof=1)) / len(s) for s, w in zip(samples, weights, strict=True)]
+    total, spread = math.fsum(parts), math.fsum(v**2 / (len(s) - 1) for s, v in zip(samples, parts, strict=True))
+    half = _quantile(total**2 / spread) * math.sqrt(total) if spread else 0.0
+    return Interval(value, value - half, value + half, count)
 
 
 def differences(

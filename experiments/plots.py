@@ -12,7 +12,7 @@ from aem_jax.report.style import BLUE, GREY, ORANGE, figure_style, percent_axis
 from experiments.cells import GAINS
 from experiments.grid import Grid
 from experiments.measures import MEASURES
-from experiments.relation import FIRST, Point
+from experiments.relation import Point, ratio_of
 from experiments.results import Result, of_variant
 
 PANELS = (
@@ -63,28 +63,24 @@ def _draw(axes: Axes, results: Sequence[Result], variant: str, metric: str, colo
     axes.plot(steps, [statistics.fmean(v) for _, v in points], color=colour, label=f"{label}, {len(runs)} seeds")
 
 
-def draw_relation(points: Sequence[Point], pooled: Sequence[Point], path: Path) -> Path | None:
-    """Draws ρ at step 0 and the paired gain of each variant; None without points.
-
-    Args:
-        points: of cells and seeds, drawn as small dots.
-        pooled: of cells, drawn as large dots.
-        path: output file.
-    """
-    finite = lambda some: [point for point in some if math.isfinite(point.predictors[FIRST])]
-    known, large = finite(points), finite(pooled)
+def draw_relation(points: Sequence[Point], path: Path) -> Path | None:
+    """Draws ρ at step 0 and the paired gain of each variant, runs as small dots and cells as large ones; None without
+    points."""
+    large = [(point, ratio_of(point).mean) for point in points]
+    large = [(point, ratio) for point, ratio in large if math.isfinite(ratio)]
     if not large:
         return None
-    variants = {point.variant.name: point.variant for point in large}.values()
+    variants = {point.variant.name: point.variant for point, _ in large}.values()
     with figure_style("#2a303c"):
         figure = Figure(figsize=(12.6, 4.2), layout="constrained")
         for axes, gain in zip(figure.subplots(1, len(GAINS)), GAINS, strict=True):
             for variant, colour in zip(variants, (ORANGE, BLUE, GREY), strict=False):
-                for some, size, alpha in ((known, 3, 0.4), (large, 8, 1.0)):
-                    own = [point for point in some if point.variant == variant]
-                    x, y = [point.predictors[FIRST] for point in own], [100 * point.gains[gain] for point in own]
-                    label = variant.title or variant.name if some is large else None
-                    axes.plot(x, y, "o", ms=size, color=colour, alpha=alpha, label=label)
+                own = [point for point in points if point.variant == variant]
+                x = [x for point in own for x in (point.own[0] / point.base[0])[point.resolved]]
+                y = [100 * y for point in own for y in point.gains[gain][point.resolved]]
+                axes.plot(x, y, "o", ms=3, color=colour, alpha=0.4)
+                cells = [(ratio, 100 * point.gains[gain].mean()) for point, ratio in large if point.variant == variant]
+                axes.plot(*zip(*cells, strict=True), "o", ms=8, color=colour, label=variant.title or variant.name)
             axes.axhline(0, color=GREY, linewidth=0.8)
             axes.axvline(1, color=GREY, linewidth=0.8)
             axes.set_title(f"gain over GRPO: {MEASURES[gain].title}")

@@ -7,132 +7,180 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
-from experiments.cells import ALL, DIFFERS, GAINS, compared, effects, with_bounds
-from experiments.efficiency import BASE, Measurement, gain_of, of_cell, ratio, shares_above
+from experiments.cells import (
+    ALL,
+    BEFORE,
+    DIFFERS,
+    GAINS,
+    LATER,
+    compared,
+    effects,
+    excess,
+    percents,
+    with_bounds,
+)
+from experiments.efficiency import BASE, Measurement, fieller, gain_of, of_cell, resolved
 from experiments.grid import Grid, Variant
 from experiments.measures import MEASURES, Interval, differences, interval, shown
 from experiments.results import Result, of_variant
 from scripts.generated_page import table
 
-RESAMPLES = 10_000
+RESAMPLES = 4_000
 
 LEAST_CELLS = 6
-"""Cells that a correlation needs: of four in one order, every resample has a correlation of 1."""
+"""Cells that a correlation needs."""
 
-FIRST, ALONG, DIFFERENCE = "ρ at step 0", "ρ, mean over the steps", "e − e of GRPO at step 0"
-
-ALL_SEEDS = -1
+FIRST, ALONG, DIFFERENCE = "ρ at step 0", "ρ of all measured steps together", "e − e of GRPO at step 0"
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Point:
-    """One variant in one cell, with one seed.
+    """One variant in one cell: numbers of its seeds, f64[S].
 
     Attributes:
         cell: name of the cell.
-        seed: the seed; `ALL_SEEDS` for all of the cell together.
+        start: name of its warm start, which it shares with other cells.
         variant: the variant.
+        seeds: i[S].
         gains: name of a measure → success, variant minus comparison.
-        predictors: name of a predictor → its value; NaN if it was not measured or is not resolved.
+        own: e of the variant's rule: at step 0, and the sum over all measured steps.
+        base: likewise of the base rule.
+        resolved: bool[S], whether the base rule's e at step 0 is resolved.
     """
 
     cell: str
-    seed: int
+    start: str
     variant: Variant
-    gains: Mapping[str, float]
-    predictors: Mapping[str, float]
+    seeds: Array
+    gains: Mapping[str, Array]
+    own: Sequence[Array]
+    base: Sequence[Array]
+    resolved: Array
 
 
 def points_of(grid: Grid, results: Sequence[Result], measurements: Sequence[Measurement]) -> list[Point]:
-    """Returns the compared variants of each cell and seed that have both a gain and a measurement at step 0."""
-    points = []
+    """Returns the compared variants of each cell, with the seeds that all cells of its warm start have completely."""
+    points, lines = [], {}
     for cell in grid.cells:
+        for line in of_cell(grid, measurements, cell):
+            lines[cell.name, line["seed"], line["step"]] = line
+    for cell in grid.cells:
+        seeds = sorted(
+            set.intersection(*(_complete(grid, results, lines, c.name) for c in grid.cells if c.start == cell.start))
+        )
         for variant in compared(grid):
-            ours = of_variant(results, variant.name, cell.name)
-            theirs = of_variant(results, variant.against, cell.name)
-            for seed in sorted(ours.keys() & theirs.keys()):
-                lines = [line for line in of_cell(grid, measurements, cell) if line["seed"] == seed]
-                if any(line["step"] == 0 for line in lines):
-                    gains = {name: MEASURES[name].of(ours[seed]) - MEASURES[name].of(theirs[seed]) for name in GAINS}
-                    points.append(Point(cell.name, seed, variant, gains, _predictors(lines, variant.rule)))
+            ours, theirs = (of_variant(results, name, cell.name) for name in (variant.name, variant.against))
+            of = lambda rule, cell=cell, seeds=seeds: tuple(
+                np.array([math.fsum(gain_of(lines[cell.name, s, step], rule) for step in steps) for s in seeds])
+                for steps in (grid.measured.steps[:1], grid.measured.steps)
+            )
+            gains = {
+                name: np.array([MEASURES[name].of(ours[s]) - MEASURES[name].of(theirs[s]) for s in seeds])
+                for name in GAINS
+            }
+            known = np.array([resolved(lines[cell.name, s, 0]) for s in seeds], bool)
+            if seeds:
+                points.append(
+                    Point(cell.name, cell.start, variant, np.array(seeds), gains, of(variant.rule), of(BASE), known)
+                )
     return points
 
 
-def of_cells(grid: Grid, points: Sequence[Point], measurements: Sequence[Measurement]) -> list[Point]:
-    """Returns a point for each cell and variant: mean gains, and predictors of gains that are added over seeds."""
-    pooled = []
-    for cell in grid.cells:
-        for variant in compared(grid):
-            own = [point for point in points if (point.cell, point.variant.name) == (cell.name, variant.name)]
-            if own:
-                seeds = {point.seed for point in own}
-                lines = [line for line in of_cell(grid, measurements, cell) if line["seed"] in seeds]
-                gains = {name: math.fsum(point.gains[name] for point in own) / len(own) for name in GAINS}
-                pooled.append(Point(cell.name, ALL_SEEDS, variant, gains, _predictors(lines, variant.rule)))
-    return pooled
+def _complete(grid: Grid, results: Sequence[Result], lines: Mapping, cell: str) -> set[int]:
+    """The seeds of a cell that have all runs and measurements."""
+    names = {variant.name for variant in compared(grid)} | {variant.against for variant in compared(grid)}
+    seeds = set.intersection(*(set(of_variant(results, name, cell)) for name in names))
+    return {seed for seed in seeds if all((cell, seed, step) in lines for step in grid.measured.steps)}
 
 
-def _predictors(lines: Sequence[Measurement], rule: str) -> dict[str, float]:
-    at = {step: [line for line in lines if line["step"] == step] for step in sorted({line["step"] for line in lines})}
-    ratios = {step: ratio(some, rule).mean for step, some in at.items()}
-    along = [value for value in ratios.values() if math.isfinite(value)]
-    gain = lambda name: math.fsum(gain_of(line, name) for line in at[0]) / len(at[0])
-    return {
-        FIRST: ratios[0],
-        ALONG: math.fsum(along) / len(along) if along else math.nan,
-        DIFFERENCE: gain(rule) - gain(BASE),
-    }
+def ratio_of(point: Point) -> Interval:
+    """ρ at step 0 of a cell: of the sums over its seeds; NaN where the base rule's is not resolved."""
+    if len(point.seeds) > 1:
+        return fieller(point.base[0], point.own[0])
+    value = float(point.own[0][0] / point.base[0][0]) if point.resolved[0] else math.nan
+    return Interval(value, math.nan, math.nan, 1)
 
 
-def correlation(points: Sequence[Point], predictor: str, gain: str) -> Interval:
-    """Spearman's correlation, with a 95 % bootstrap over cells and over the seeds in a cell.
+def correlation(points: Sequence[Point], predictor: str, gain: str, by_run: bool = False) -> Interval:
+    """Spearman's correlation of predictor and gain over the cells of each variant, with a 95 % bootstrap over seeds.
 
-    A resample gives weights to the ranks of the sample, all points of a cell and seed together. Points without the
-    predictor are omitted. NaN with points of fewer than `LEAST_CELLS` cells.
+    Ranks are those within a variant, centred: differences between variants do not count. The cells are fixed. A
+    resample draws seeds for each warm start; all cells and variants that begin from it share the draw. Points whose
+    predictor is not resolved are omitted. NaN with points of fewer than `LEAST_CELLS` cells.
+
+    Args:
+        points: of one variant or more.
+        predictor: `FIRST`, `ALONG` or `DIFFERENCE`.
+        gain: name of a measure.
+        by_run: whether each run is a point. Otherwise a cell is: its mean gain, and its e added over seeds.
     """
-    kept = [
-        point for point in points if math.isfinite(point.predictors[predictor]) and math.isfinite(point.gains[gain])
-    ]
+    step = int(predictor == ALONG)
+    kept = [point for point in points if predictor == DIFFERENCE or _is_resolved(point, step, by_run)]
     if len({point.cell for point in kept}) < LEAST_CELLS:
-        return Interval(math.nan, math.nan, math.nan, len(kept))
-    x = rankdata([point.predictors[predictor] for point in kept])
-    y = rankdata([point.gains[gain] for point in kept])
-    rng, seeds_of = np.random.default_rng(0), {}
-    for point in kept:
-        seeds_of.setdefault(point.cell, {}).setdefault(point.seed, len(seeds_of.get(point.cell, ())))
-    even = lambda count, size: rng.multinomial(count, np.full(count, 1 / count), size)
-    cells = dict(zip(seeds_of, even(len(seeds_of), RESAMPLES).T, strict=True))
-    seeds = {cell: even(len(known), RESAMPLES).T for cell, known in seeds_of.items()}
-    weights = np.stack([cells[p.cell] * seeds[p.cell][seeds_of[p.cell][p.seed]] for p in kept], axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = float(_pearson(x, y, np.ones((1, len(kept))))[0])
-        resamples = _pearson(x, y, weights)
-    known = resamples[np.isfinite(resamples)]
+        return Interval(math.nan, math.nan, math.nan, 0)
+    rng = np.random.default_rng(0)
+    drawn = {}
+    for point in kept:  # the first row is the sample itself
+        if point.start not in drawn:
+            count = len(point.seeds)
+            drawn[point.start] = np.vstack([np.arange(count), rng.integers(count, size=(RESAMPLES, count))])
+
+    def ranks(values: Sequence[Array]) -> Array:
+        ranked = rankdata(np.concatenate(values, axis=1).round(9), axis=1)
+        return ranked - ranked.mean(axis=1, keepdims=True)
+
+    x, y = [], []
+    for variant in dict.fromkeys(point.variant.name for point in kept):
+        predictors, gains = [], []
+        for point in kept:
+            if point.variant.name != variant:
+                continue
+            draws = drawn[point.start]
+            columns = [values[draws] for values in (point.own[step], point.base[step], point.gains[gain])]
+            if by_run:
+                columns = [column[:, point.resolved[draws[0]] | (predictor == DIFFERENCE)] for column in columns]
+            else:
+                columns = [column.mean(axis=1, keepdims=True) for column in columns]
+            own, base, change = columns
+            with np.errstate(divide="ignore", invalid="ignore"):
+                predictors.append(own - base if predictor == DIFFERENCE else own / base)
+            gains.append(change)
+        x.append(ranks(predictors))
+        y.append(ranks(gains))
+    a, b = np.concatenate(x, axis=1), np.concatenate(y, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.sum(a * b, axis=1) / np.sqrt(np.sum(a * a, axis=1) * np.sum(b * b, axis=1))
+    known = values[1:][np.isfinite(values[1:])]
     low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (math.nan, math.nan)
-    return Interval(value, float(low), float(high), len(kept))
+    return Interval(float(values[0]), float(low), float(high), a.shape[1])
 
 
-def _pearson(x: Array, y: Array, weights: Array) -> Array:
-    """Weighted correlation for each row of weights; NaN where one of the two is constant."""
-    mean = lambda values: weights @ values / weights.sum(axis=1)
-    covariance = lambda a, b: mean(a * b) - mean(a) * mean(b)
-    return covariance(x, y) / np.sqrt(covariance(x, x) * covariance(y, y))
+def _is_resolved(point: Point, step: int, by_run: bool) -> bool:
+    """Whether ρ has a meaning: of one run at least, or of the cell."""
+    if by_run:
+        return bool(point.resolved.any()) and step == 0
+    if len(point.seeds) > 1:
+        return math.isfinite(fieller(point.base[step], point.own[step]).mean)
+    return bool(point.resolved[0])
 
 
-def relation_table(points: Sequence[Point], pooled: Sequence[Point]) -> str:
-    """A row for each predictor and measure: its correlation with the gain, over seeds and over cells."""
+def relation_table(points: Sequence[Point]) -> str:
+    """A row for each predictor and measure: its correlation with the gain."""
     if not points:
         return "No cell has both a gain and a measurement yet."
-    rows = []
-    for predictor in (FIRST, ALONG, DIFFERENCE):
+    own, rows = _of_aem(points), []
+    for predictor in (FIRST, DIFFERENCE, ALONG):
         for gain in GAINS:
-            found = [correlation(some, predictor, gain) for some in (_of_aem(points), points, _of_aem(pooled), pooled)]
+            found = (
+                correlation(own, predictor, gain),
+                correlation(own, predictor, gain, by_run=True),
+                correlation(points, predictor, gain),
+            )
             texts = (f"{with_bounds(x)}, {x.count} points" if math.isfinite(x.mean) else "–" for x in found)
             rows.append([predictor, MEASURES[gain].title, *texts])
-    every = ("AEM, cells and seeds", "all three, cells and seeds", "AEM, cells", "all three, cells")
-    return table(["predictor", "gain in", *every], rows)
+    return table(["predictor", "gain in", "AEM, cells", "AEM, runs", "all variants, cells of each"], rows)
 
 
 def answer(
@@ -140,66 +188,67 @@ def answer(
     results: Sequence[Result],
     measurements: Sequence[Measurement],
     points: Sequence[Point],
-    pooled: Sequence[Point],
     variant: str,
     control: str,
 ) -> list[str]:
-    """Sentences from the numbers of a complete grid: what a variant gains over its base and its control, where it gains
-    more, whether a step of it gains more, and whether ρ predicts the gain."""
-    rule = next(known.rule for known in grid.variants if known.name == variant)
-    base, own = grid.variants[0].name, grid.title(variant)
+    """Sentences from the numbers of a complete grid: what a variant wins against its base and its control, where,
+    whether a step of it gains more return, and whether ρ predicts what it wins."""
+    own, base, rival = (grid.title(name) for name in (variant, grid.variants[0].name, control))
     sentences = []
     for name in GAINS:
-        measure, title = MEASURES[name], MEASURES[name].title.capitalize()
-        gains = effects(grid, results, measure, variant, base)
+        measure = MEASURES[name]
+        gains = effects(grid, results, measure, variant, grid.variants[0].name)
         beside = effects(grid, results, measure, variant, control)[ALL]
         of_cells = {
-            cell.name: interval([*differences(results, variant, base, measure, cell.name).values()])
+            cell.name: interval([*differences(results, variant, grid.variants[0].name, measure, cell.name).values()])
             for cell in grid.cells
         }
-        above = [cell for cell, value in of_cells.items() if value.low > 0]
-        below = [cell for cell, value in of_cells.items() if value.high < 0]
-        contrasts = [f"{level} {_signed(value)}" for (_, level), value in gains.items() if DIFFERS in level]
-        sentences += [
-            f"{title}: over all cells, {own} gains {_signed(gains[ALL])} over {grid.title(base)} and {_signed(beside)} "
-            f"over the {grid.title(control)}.",
-            f"Its gain over {grid.title(base)} has an interval above 0 in {len(above)} of {len(of_cells)} cells"
-            f"{_listed(above)} and below 0 in {len(below)}{_listed(below)}. It differs between the levels of a factor: "
-            f"{'; '.join(contrasts)}.",
-        ]
-    for first, when in ((True, "Before training"), (False, "At the three later checkpoints")):
-        lines = [line for cell in grid.cells for line in of_cell(grid, measurements, cell)]
-        shares = shares_above(lines, rule, first)
+        levels = {level: value for (_, level), value in gains.items() if DIFFERS in level}
         sentences.append(
-            f"{when}, a step of {own} gains more than one of {grid.title(base)} in most resamples of "
-            f"{sum(share > 0.5 for share in shares)} of {len(shares)} measurements."
+            f"{measure.title.capitalize()}: over all cells, {own} differs from {base} by {_signed(gains[ALL])}, and "
+            f"from the {rival} by {_signed(beside)}. {_listed('cell', of_cells)} "
+            f"{_listed('difference between levels', levels)}"
         )
-    for some, who in (
-        (_of_aem(points), f"the gain of {own} over cells and seeds"),
-        (_of_aem(pooled), f"the gain of {own} over cells"),
-        (pooled, "the gains of the three variants over cells"),
-    ):
-        value = correlation(some, FIRST, GAINS[-1])
-        if math.isfinite(value.low):
-            verb = "predicts" if value.low > 0 else "contradicts" if value.high < 0 else "is not shown to predict"
-            sentences.append(
-                f"ρ at step 0 {verb} {who} ({MEASURES[GAINS[-1]].title}): Spearman's correlation {with_bounds(value)}, "
-                f"{value.count} points."
-            )
+    rule = next(known.rule for known in grid.variants if known.name == variant)
+    rule_of = {known.name: known.rule for known in grid.variants}
+    shares = excess(grid, measurements, rule, BASE), excess(grid, measurements, rule, rule_of[control])
+    sentences.append(
+        f"A step of {own} gains {percents(shares[0][BEFORE])} more return than one of {base} of the same size before "
+        f"training, and {percents(shares[0][LATER])} at later steps; than one of the {rival}, "
+        f"{percents(shares[1][BEFORE])} and {percents(shares[1][LATER])}. Sums over cells."
+    )
+    for gain in GAINS:
+        found = {name: correlation(_of_aem(points), name, gain) for name in (FIRST, DIFFERENCE)}
+        texts = [
+            f"{name} {_verb(value)} ({with_bounds(value)}, {value.count} cells)"
+            for name, value in found.items()
+            if math.isfinite(value.mean)
+        ]
+        if texts:
+            sentences.append(f"Order of the cells by what {own} wins ({MEASURES[gain].title}): {', '.join(texts)}.")
     return sentences
+
+
+def _verb(value: Interval) -> str:
+    return "predicts it" if value.low > 0 else "contradicts it" if value.high < 0 else "is not shown to predict it"
 
 
 def _signed(value: Interval) -> str:
     return shown(value, percent=True, signed=True)
 
 
-def _listed(cells: Sequence[str]) -> str:
-    return f" ({', '.join(cells)})" if cells else ""
+def _listed(what: str, values: Mapping[str, Interval]) -> str:
+    """The values whose interval does not contain 0, or that there is none."""
+    clear = {name: value for name, value in values.items() if value.low > 0 or value.high < 0}
+    if not clear:
+        return f"No {what} has an interval without 0."
+    some = "; ".join(f"{name} {_signed(value)}" for name, value in clear.items())
+    return f"With an interval without 0 ({len(clear)} of {len(values)}, {what}): {some}."
 
 
 def _of_aem(points: Sequence[Point]) -> list[Point]:
     return [point for point in points if point.variant.rule == "aem"]
 
 
-HELPERS = (points_of, of_cells, relation_table, answer)
+HELPERS = (points_of, relation_table, answer)
 """Functions that a section's template calls."""

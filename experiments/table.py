@@ -190,8 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for grid, results, _, measurements in load():
             image = IMAGES / f"experiments-{grid.name}.png"
             if grid.factors:
-                points = relation.points_of(grid, results, measurements)
-                draw_relation(points, relation.of_cells(grid, points, measurements), image)
+                draw_relation(relation.points_of(grid, results, measurements), image)
             else:
                 draw_pairs(grid, results, image)
 

@@ -2,18 +2,19 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_ind
 
 from aem_jax.errors import ConfigError
 from aem_jax.metrics import json_line
 from aem_jax.overrides import as_values
 from experiments import cells, efficiency, relation
 from experiments.grid import Grid, Run, read_grid
-from experiments.measures import MEASURES, interval
+from experiments.measures import MEASURES, combined, interval
 from experiments.plots import draw_relation
 from experiments.results import read_results, write_lines, write_results
 from experiments.run import Workers, deal, measure_one, run_grid, runs_of, without_saved
@@ -31,7 +32,8 @@ def result(run: Run, wins: int, success: float) -> dict:
     evaluation = lambda phase, step: {"phase": phase, "step": step, "split": "seen", "wins": wins, "games": 100}
     return {
         "cell": run.cell, "variant": run.variant, "seed": run.seed, "steps": 120, "seconds": 100,
-        "evaluations": [evaluation("warmstart", 0), evaluation("final", 120)], "curves": {"rollout/success": [success]},
+        "evaluations": [evaluation("warmstart", 0), evaluation("final", 120)],
+        "curves": {"rollout/success": [success], "learner/grad_norm": [0.5]},
     }  # fmt: skip
 
 
@@ -270,34 +272,81 @@ def test_effects_are_means_over_cells_paired_by_seed(grid: Grid):
 
 def test_correlations_are_spearmans(grid: Grid):
     points = relation.points_of(grid, *saved(grid))
-    assert len(points) == 8 * 5 * 3
+    assert len(points) == 8 * 3 and all(len(point.seeds) == 5 for point in points)
     aem = [point for point in points if point.variant.rule == "aem"]
-    one = relation.correlation(aem, relation.FIRST, "mean")
-    assert one.mean == pytest.approx(1) and one.low == pytest.approx(1) and one.count == 40
-    x, y = [point.predictors[relation.FIRST] for point in points], [point.gains["final"] for point in points]
-    assert relation.correlation(points, relation.FIRST, "final").mean == pytest.approx(spearmanr(x, y)[0])
-    noise = np.random.default_rng(0).permutation(len(points))
-    mixed = [
-        relation.Point(p.cell, p.seed, p.variant, points[i].gains, p.predictors)
-        for p, i in zip(points, noise, strict=True)
-    ]
-    none = relation.correlation(mixed, relation.FIRST, "mean")
-    assert none.low < 0 < none.high
-    of_cells = lambda count: [p for p in points if p.cell in {cell.name for cell in grid.cells[:count]}]
+    for predictor in (relation.FIRST, relation.DIFFERENCE, relation.ALONG):
+        one = relation.correlation(aem, predictor, "mean")
+        assert (one.mean, one.low, one.count) == (pytest.approx(1), pytest.approx(1), 8)
+    assert relation.correlation(aem, relation.FIRST, "mean", by_run=True).count == 40
+    # The sign control has no gain and ρ 1 everywhere: ties.
+    assert relation.correlation(points, relation.FIRST, "final").mean == pytest.approx(1)
+    assert relation.correlation(points, relation.FIRST, "final").count == 24
+    of_cells = lambda count: [p for p in aem if p.cell in {cell.name for cell in grid.cells[:count]}]
     assert math.isnan(relation.correlation(of_cells(5), relation.FIRST, "mean").mean)
     assert relation.correlation(of_cells(6), relation.FIRST, "mean").mean > 0.9
 
 
-def test_points_of_cells_add_efficiencies_over_seeds(grid: Grid):
+def noisy(points: list[relation.Point], size: float) -> list[relation.Point]:
+    """With noise of every run in gains and e, and with gains that do not depend on ρ."""
+    rng = np.random.default_rng(0)
+    with_noise = lambda values: values + size * rng.standard_normal(values.shape)
+    return [
+        replace(
+            point,
+            gains={name: with_noise(0 * values) for name, values in point.gains.items()},
+            own=tuple(map(with_noise, point.own)),
+        )
+        for point in points
+    ]
+
+
+def test_a_run_s_correlation_is_scipys_and_intervals_contain_0_without_a_relation(grid: Grid):
+    points = noisy(relation.points_of(grid, *saved(grid)), 0.3)
+    aem = [point for point in points if point.variant.rule == "aem"]
+    own, base = (np.concatenate([getattr(p, name)[0] for p in aem]) for name in ("own", "base"))
+    gains = np.concatenate([p.gains["final"] for p in aem])
+    for predictor, values in ((relation.FIRST, own / base), (relation.DIFFERENCE, own - base)):
+        found = relation.correlation(aem, predictor, "final", by_run=True)
+        assert found.mean == pytest.approx(spearmanr(values, gains)[0]) and found.low < 0 < found.high
+        of_cells = relation.correlation(points, predictor, "final")
+        assert of_cells.low < 0 < of_cells.high
+
+
+def test_differences_between_variants_are_no_correlation(grid: Grid):
+    """Reversed α has the lowest ρ and loses in all cells alike: that does not make ρ a predictor of cells."""
+    shift = {"aem": 1.0, "sign": 0.0, "reversed": -1.0}
+    points = [
+        replace(
+            point,
+            gains={name: values + shift[point.variant.rule] for name, values in point.gains.items()},
+            own=tuple(values + shift[point.variant.rule] for values in point.own),
+        )
+        for point in noisy(relation.points_of(grid, *saved(grid)), 0.1)
+    ]
+    found = relation.correlation(points, relation.DIFFERENCE, "final")
+    assert abs(found.mean) < 0.5 and found.low < 0 < found.high
+
+
+def test_points_have_the_seeds_that_all_cells_of_a_warm_start_have(grid: Grid):
     results, measurements = saved(grid)
-    points = relation.points_of(grid, results, measurements)
-    pooled = relation.of_cells(grid, points, measurements)
-    assert len(pooled) == 24
-    last = next(point for point in reversed(pooled) if point.variant.rule == "aem")
-    assert last.cell == "long-wrong-penalised" and last.gains["final"] == pytest.approx(0.07)
-    assert last.predictors == pytest.approx({relation.FIRST: 1.7, relation.ALONG: 1.7, relation.DIFFERENCE: 0.7})
-    one = relation.correlation(pooled, relation.FIRST, "final")
-    assert (one.mean, one.count) == (pytest.approx(1), 24)
+    part = [line for line in results if (line["cell"], line["variant"], line["seed"]) != ("long-wrong-free", "sign", 2)]
+    points = relation.points_of(grid, part, measurements)
+    seeds = {point.cell: point.seeds.tolist() for point in points}
+    assert seeds["long-wrong-free"] == seeds["long-wrong-penalised"] == [0, 1, 3, 4]
+    assert seeds["long-unsure-free"] == [0, 1, 2, 3, 4]
+    last = next(point for point in reversed(points) if point.variant.rule == "aem")
+    assert last.cell == "long-wrong-penalised" and last.gains["final"].mean() == pytest.approx(0.07)
+    assert (last.own[0] / last.base[0]).tolist() == pytest.approx([1.7] * 4)
+    assert last.base[1].tolist() == pytest.approx([4.0] * 4)
+
+
+def test_combined_intervals_are_welchs():
+    first, second = [1.0, 2.0, 4.0], [0.0, 0.5, 0.1, 0.2]
+    found = combined([first, second], [1.0, -1.0])
+    test = ttest_ind(first, second, equal_var=False)
+    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert combined([first], [1.0]) == pytest.approx(interval(first))
+    assert combined([[1.0], [2.0]], [0.5, 0.5])[::3] == (1.5, 1) and math.isnan(combined([[1.0]], [1.0]).low)
 
 
 def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
@@ -310,27 +359,24 @@ def test_the_page_follows_from_the_numbers(grid: Grid, tmp_path: Path):
     )
     assert "| long | wrong | penalised | 1.70 (1.70 to 1.70) | 1.70 (1.70 to 1.70) |" in page
     assert "| 5 | 1.000 (1.000 to 1.000) | +0.700 (+0.700 to +0.700) | −0.700 (−0.700 to −0.700) | 0.000 " in page
-    assert "| long | wrong | penalised | 85.0 % | 15.0 % | 50.0 % | 85.0 % | 15.0 % | 50.0 % |" in page
-    assert "| all |  |  | 67.5 % | 32.5 % | 50.0 % | 67.5 % |" in page
+    assert "| step 0 | 5 | +35.0 % (+35.0 to +35.0) | −35.0 % (−35.0 to −35.0) | 0.0 % (0.0 to 0.0) | +35.0 %" in page
     assert (
-        "Before training, a step of AEM gains more than one of GRPO in most resamples of 35 of 40 measurements." in page
-    )
-    assert (
-        "At the three later checkpoints, a step of AEM gains more than one of GRPO in most resamples of 105 of 120 "
+        "A step of AEM gains +35.0 % (+35.0 to +35.0) more return than one of GRPO of the same size before training, "
         in page
     )
-    assert "| short | unsure | free | 20.0 % | 8.0 | 0.250 | 50.0 % | 1.250 | 0.750 | – |" in page
-    assert "Its gain over GRPO has an interval above 0 in 7 of 8 cells (short-unsure-penalised, " in page
-    gains = "AEM gains +3.5 points (+3.5 to +3.5) over GRPO and +3.5 points (+3.5 to +3.5) over the sign control."
+    assert "| short | unsure | free | 20.0 % | 8.0 | 0.250 | 50.0 % | 44.4 % | 1.250 | 0.750 | – |" in page
+    assert "With an interval without 0 (7 of 8, cell): short-unsure-penalised +1.0 points (+1.0 to +1.0); " in page
+    gains = "AEM differs from GRPO by +3.5 points (+3.5 to +3.5), and from the sign control by +3.5 points (+3.5 to +3"
     assert f"Success after training, fixed games: over all cells, {gains}" in page
-    assert "between the levels of a factor: long − short +4.0 points (+4.0 to +4.0); wrong − unsure +2.0 points" in page
-    assert "ρ at step 0 predicts the gain of AEM over cells (success while training, all steps): Spearman's" in page
+    assert "difference between levels): long − short +4.0 points (+4.0 to +4.0); wrong − unsure +2.0 points" in page
+    assert "while training, all steps): ρ at step 0 predicts it (1.00 (1.00 to 1.00), 8 cells), e − e of GRPO" in page
+    assert "| all cells |  |  | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in page
+    assert "after training is 0 points wide in the median" in page
     against = [
         {**line, "rules": {**line["rules"], "aem": line["rules"]["reversed"]}} for line in measurements
     ]  # as if ρ of AEM were that of reversed α
-    assert "ρ at step 0 contradicts the gain of AEM" in render([Content(grid, results, (), against)])
-    points = relation.points_of(grid, results, measurements)
-    path = draw_relation(points, relation.of_cells(grid, points, measurements), tmp_path / "images" / "relation.png")
+    assert "ρ at step 0 contradicts it (−1.00" in render([Content(grid, results, (), against)])
+    path = draw_relation(relation.points_of(grid, results, measurements), tmp_path / "images" / "relation.png")
     assert path is not None and path.stat().st_size > 5000
 
 
@@ -343,4 +389,4 @@ def test_a_partial_page_says_what_is_missing(grid: Grid, tmp_path: Path):
     assert "| short | unsure | free | 1 |" in page and "| long | unsure |" not in page
     empty = render([Content(grid, part[:1])])
     assert "160 of 160 runs and 160 of 160 measurements are missing" in empty and "0 of 160 runs." in empty
-    assert draw_relation([], [], tmp_path / "none.png") is None
+    assert draw_relation([], tmp_path / "none.png") is None

@@ -8,18 +8,22 @@ Everything is computed from inner products of the gradients of single rollout gr
 are independent, so the mean of ⟨g_j, u_k⟩ over such pairs is unbiased, where the norm of a mean gradient is not.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
-from aem_jax.analysis.estimates import RESAMPLES, Estimate
+from aem_jax.analysis.estimates import Estimate
 
 Array = np.ndarray
 
 PROPORTIONAL = 1e-5
 """Largest difference between proportional numbers, in units of the largest: they are computed in float32."""
+
+Z = NormalDist().inv_cdf(0.975)
 
 
 class Products(NamedTuple):
@@ -40,15 +44,16 @@ class Products(NamedTuple):
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Estimates of one rule, with bootstrap intervals over groups.
+    """Estimates of one rule, with 95 % intervals.
 
     Attributes:
         gain: e_b, return per unit of step size.
         entropy: predicted change of mean token entropy per unit of step size, nats.
-        ratio: e_b / e_base, paired; NaN where the interval of e_base contains 0.
-        difference: e_b − e_base, paired.
+        ratio: e_b / e_base with Fieller's interval; NaN where the interval of e_base contains 0.
+        difference: e_b − e_base.
         cosine: of E g_b and E g_base; NaN where an estimate of ‖E g‖² is negative, so not resolved.
-        above: share of resamples in which e_b > e_base; 1/2 where they are equal, NaN where none is defined.
+        above: Φ(difference / its standard error), which is near 0 or 1 where a difference is resolved; 1/2 where both
+            are equal, NaN where one is not defined.
     """
 
     gain: Estimate
@@ -59,72 +64,139 @@ class Efficiency:
     above: float
 
 
+class _Statistic(NamedTuple):
+    """A smooth function of means over pairs of groups and of means over groups.
+
+    Its error is, to first order, the error of the mean of `pairs` over pairs of groups of different steps, plus the
+    error of the mean of `alone` over groups.
+
+    Attributes:
+        value: of the function.
+        pairs: f64[M, M], without meaning where two groups have one step.
+        alone: f64[M].
+    """
+
+    value: np.floating
+    pairs: Array
+    alone: Array
+
+
 def efficiencies(
-    products: Mapping[str, Products], steps: Array, groups_per_step: int, *, base: str = "base", seed: int = 0
+    products: Mapping[str, Products], steps: Array, groups_per_step: int, *, base: str = "base"
 ) -> dict[str, Efficiency]:
     """Estimates of e_b for every rule.
 
         ⟨E x, E y⟩   ≈ mean of ⟨x_j, y_k⟩ over groups j, k of different steps
         E‖g_b‖²      ≈ mean_j ‖g_j‖² / m + (1 − 1/m) ⟨E g, E g⟩        m groups in a training step
 
-    A resample draws M groups with replacement and keeps the pairs of groups of different steps.
-
     Args:
         products: rule → inner products; all rules have the same groups.
         steps: i[M], the training step of each group. Advantages may depend on the other groups of a step.
         groups_per_step: m.
         base: name of the rule to compare with.
-        seed: of the resamples.
 
     Raises:
         ValueError: fewer than two steps.
     """
     if len(np.unique(steps)) < 2:
         raise ValueError(f"expected groups of at least 2 steps, got {len(np.unique(steps))}; play more groups")
-    draws = np.random.default_rng(seed).multinomial(len(steps), np.full(len(steps), 1 / len(steps)), RESAMPLES)
-    apart = (steps[:, None] != steps[None, :]).astype(np.float64)
-    weights = np.concatenate([np.ones((1, len(steps))), draws])  # the first row is the sample itself
-    over_pairs = lambda matrix: np.sum((weights @ matrix) * weights, axis=1)  # Σ_jk w_j M_jk w_k
-    pairs = over_pairs(apart)
+    apart = steps[:, None] != steps[None, :]
 
-    def across(matrix: Array) -> Array:
-        return over_pairs(apart * matrix) / pairs
+    def of_pairs(matrix: Array) -> _Statistic:
+        return _Statistic(np.mean(matrix[apart]), matrix, np.zeros(len(matrix)))
 
-    def moments(each: Products) -> tuple[Array, ...]:
-        squared = across(each.own)
-        alone = weights @ np.diagonal(each.own) / weights.sum(axis=1)
-        size = np.sqrt(alone / groups_per_step + (1 - 1 / groups_per_step) * squared)
-        return across(each.gain) / size, across(each.entropy) / size, across(each.base), squared
+    def of_rule(each: Products) -> tuple[_Statistic, ...]:
+        """e, the change of entropy, ⟨E g, E g_base⟩ and ⟨E g, E g⟩."""
+        square, own, share = of_pairs(each.own), np.diagonal(each.own), 1 / groups_per_step
+        alone = _Statistic(np.mean(own), np.zeros_like(each.own), own)
+        size = _sum(share * alone.value + (1 - share) * square.value, (share, alone), (1 - share, square))
+        root = np.sqrt(size.value)
+        gain, entropy = (
+            _sum(x.value / root, (1 / root, x), (-x.value / (2 * root**3), size))
+            for x in (of_pairs(each.gain), of_pairs(each.entropy))
+        )
+        return gain, entropy, of_pairs(each.base), square
 
     with np.errstate(invalid="ignore", divide="ignore"):
-        every = {name: moments(each) for name, each in products.items()}
-        base_gain, _, _, base_squared = every[base]
-        undefined = Estimate(np.nan, np.nan, np.nan)
-        is_resolved = _interval(base_gain).low > 0
-        return {
-            name: Efficiency(
-                gain=_interval(gain),
-                entropy=_interval(entropy),
-                ratio=_interval(gain / base_gain) if is_resolved or name == base else undefined,
-                difference=_interval(gain - base_gain),
-                cosine=_interval(with_base / (np.sqrt(squared) * np.sqrt(base_squared))),
-                above=_share_above(gain[1:], base_gain[1:]),
+        every = {name: of_rule(each) for name, each in products.items()}
+        base_gain, _, _, base_square = every[base]
+        found = {}
+        for name, (gain, entropy, with_base, square) in every.items():
+            excess = _sum(gain.value - base_gain.value, (1, gain), (-1, base_gain))
+            found[name] = Efficiency(
+                gain=_interval(gain, apart),
+                entropy=_interval(entropy, apart),
+                ratio=Estimate(1.0, 1.0, 1.0) if name == base else _ratio(gain, base_gain, excess, apart),
+                difference=_interval(excess, apart),
+                cosine=_interval(_cosine(with_base, square, base_square), apart),
+                above=_above(excess, apart),
             )
-            for name, (gain, entropy, with_base, squared) in every.items()
-        }
+    return found
 
 
-def _share_above(values: Array, others: Array) -> float:
-    """Share of pairs in which the first is larger; equal ones count half, and NaN where no pair is defined."""
-    known = np.isfinite(values) & np.isfinite(others)
-    above = np.where(values == others, 0.5, values > others)
-    return float(np.mean(above[known])) if known.any() else float("nan")
+def _sum(value: np.floating, *terms: tuple[float | np.floating, _Statistic]) -> _Statistic:
+    """A function of statistics: its value, and its derivative in each of them with that statistic."""
+    return _Statistic(
+        value,
+        sum((factor * term.pairs for factor, term in terms), np.zeros(())),
+        sum((factor * term.alone for factor, term in terms), np.zeros(())),
+    )
 
 
-def _interval(values: Array) -> Estimate:
-    """The first value, and the 95 % percentile interval of the others; NaN where a value is not defined."""
-    low, high = np.nanquantile(values[1:], (0.025, 0.975)) if np.isfinite(values[1:]).any() else (np.nan, np.nan)
-    return Estimate(float(values[0]), float(low), float(high))
+def _cosine(product: _Statistic, square: _Statistic, other: _Statistic) -> _Statistic:
+    norms = np.sqrt(square.value) * np.sqrt(other.value)
+    value = product.value / norms
+    terms = (1 / norms, product), (-value / (2 * square.value), square), (-value / (2 * other.value), other)
+    return _sum(value, *terms)
+
+
+def _variance(statistic: _Statistic, apart: Array) -> float:
+    """Variance of a statistic, that of a U-statistic of pairs (Hoeffding 1948); NaN with too few groups.
+
+        Var ≈ Var_j(h_j) / M + 2 σ² / (M n)
+
+    M groups, each with n groups of other steps; h_j is what group j changes alone, and σ² the variance of what a pair
+    changes beyond its two groups. Gradients are noisy: where a gain is hardly resolved, the second term is the larger
+    one. A bootstrap over groups counts it three times.
+    """
+    count, others = len(apart), float(np.mean(apart.sum(axis=1)))
+    if others <= 2:
+        return math.nan
+    pairs = np.where(apart, (statistic.pairs + statistic.pairs.T) / 2, 0.0)
+    rows = pairs.sum(axis=1) / apart.sum(axis=1)
+    rest = np.where(apart, pairs - rows[:, None] - rows[None, :] + rows.mean(), 0.0)
+    noise = float(np.sum(rest**2)) / (count * (others - 2))
+    # The rows' means contain noise of their own, 4 σ² / n.
+    alone = float(np.var(2 * rows + statistic.alone, ddof=1)) / count - 4 * noise / (count * others)
+    return max(alone, 0.0) + 2 * noise / (count * others)
+
+
+def _interval(statistic: _Statistic, apart: Array) -> Estimate:
+    """The 95 % interval of a normal statistic; NaN where the value is not defined."""
+    value = float(statistic.value)
+    half = Z * math.sqrt(_variance(statistic, apart)) if math.isfinite(value) else math.nan
+    return Estimate(value, value - half, value + half)
+
+
+def _ratio(gain: _Statistic, base: _Statistic, excess: _Statistic, apart: Array) -> Estimate:
+    """gain / base with Fieller's interval: all ρ for which 0 lies in the interval of gain − ρ · base.
+
+    NaN where the interval of `base` contains 0.
+    """
+    of_gain, of_base, of_excess = (Z**2 * _variance(statistic, apart) for statistic in (gain, base, excess))
+    x, y = float(gain.value), float(base.value)
+    square, mixed, rest = y**2 - of_base, x * y - (of_gain + of_base - of_excess) / 2, x**2 - of_gain
+    if not (y > 0 and square > 0 and math.isfinite(mixed)):
+        return Estimate(math.nan, math.nan, math.nan)
+    root = math.sqrt(max(mixed**2 - square * rest, 0.0))
+    return Estimate(x / y, (mixed - root) / square, (mixed + root) / square)
+
+
+def _above(excess: _Statistic, apart: Array) -> float:
+    value, variance = float(excess.value), _variance(excess, apart)
+    if not (math.isfinite(value) and math.isfinite(variance)):
+        return math.nan
+    return NormalDist().cdf(value / math.sqrt(variance)) if variance else (1 + float(np.sign(value))) / 2
 
 
 def distinct(table: Array) -> tuple[Array, list[tuple[int, float]]]:

@@ -116,7 +116,7 @@ def measure(
     names = [name for name in known if name in compared]
     to_vector = partial(projected, size=sketch, key=jax.random.fold_in(key, count)) if sketch else flattened
     products, geometry = _products(run, state, steps, parts, names, to_vector, in_a_set, plain)
-    estimates = efficiencies(products, np.array([part.step for part in parts]), per_step, seed=seed)
+    estimates = efficiencies(products, np.array([part.step for part in parts]), per_step)
     return {
         "geometry": geometry,
         "sketch": sketch,

@@ -52,7 +52,7 @@ def answer(results: Mapping[str, Any]) -> str:
         return f"{text}: AEM gains more return per step here than the base algorithm."
     if ratio["high"] < 1:
         return f"{text}: AEM gains less return per step here than the base algorithm."
-    return f"{text}: no difference is resolved (AEM is ahead in {percent(above)} of the resamples)."
+    return f"{text}: no difference is resolved (AEM is ahead at a one-sided confidence of {percent(above)})."
 
 
 def print_efficiency(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
@@ -76,8 +76,8 @@ def print_efficiency(results: Mapping[str, Any], stream: TextIO | None = None) -
     responses = results["responses"]
     within, low = responses["entropy_within_states"], responses["decisive_at_low_entropy"]
     console.print(
-        f"geometry: {results['geometry']}. Variance of H̄ within states: {percent(within)} ({responses['repeated']} "
-        f"responses). Mean α where A > 0: {number(responses['alpha_positive'])}, where A < 0: "
+        f"geometry: {results['geometry']}. Variance of H̄ within states: {percent(within)} (of the "
+        f"{responses['repeated']} of {responses['count']} responses to states that were visited again). Mean α where A > 0: {number(responses['alpha_positive'])}, where A < 0: "
         f"{number(responses['alpha_negative'])}. Decisive turns of low entropy: {percent(low)}."
     )
     console.print(answer(results))

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from aem_jax.advantage import aem_coefficients
-from aem_jax.analysis import efficiency
 from aem_jax.analysis.efficiency import Products, decisive_at_low_entropy, distinct, efficiencies, share_within
 
 
@@ -134,16 +133,34 @@ def test_a_bandit_has_one_state_so_alpha_changes_nothing():
     assert estimates["aem"].ratio.value == pytest.approx(1, abs=1e-6)
 
 
-def test_intervals_cover_the_exact_ratio_as_often_as_they_say(monkeypatch):
-    monkeypatch.setattr(efficiency, "RESAMPLES", 300)
-    scale = np.ones(len(TREE.theta))
-    base, aem = (exact(TREE, RULES[name], scale, 2)[0] for name in ("base", "aem"))
+def test_intervals_cover_the_exact_ratio_as_often_as_they_say():
+    scale, groups_per_step = np.ones(len(TREE.theta)), 4
+    base, aem = (exact(TREE, RULES[name], scale, groups_per_step)[0] for name in ("base", "aem"))
     assert abs(aem / base - 1) > 0.05  # the rules differ here
     inside = 0
     for seed in range(60):
-        ratio = efficiencies(sampled(TREE, 80, scale, seed), np.arange(80), 2)["aem"].ratio
-        inside += ratio.low <= aem / base <= ratio.high
+        found = efficiencies(sampled(TREE, 160, scale, seed), np.arange(160) // groups_per_step, groups_per_step)
+        inside += found["aem"].ratio.low <= aem / base <= found["aem"].ratio.high
     assert inside >= 51  # 57 of 60 expected; fewer than 51 has a probability of 1 %
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.2, 0.4])
+def test_standard_errors_are_those_of_many_samples_where_gradients_are_mostly_noise(signal):
+    """Long gradients of a small mean, as those of a policy: a bootstrap over groups gives up to √3 times as much."""
+    rng, count, groups_per_step, size = np.random.default_rng(0), 96, 6, 400
+    mean = rng.standard_normal(size)
+    mean *= signal * size**0.25 / np.linalg.norm(mean)
+    steps, found = np.arange(count) // groups_per_step, []
+    for _ in range(150):
+        u, rest = rng.standard_normal((2, count, size))
+        u += mean
+        g = 0.9 * u + np.sqrt(0.19) * rest
+        products = {"base": Products(*(u @ u.T,) * 4), "other": Products(g @ g.T, g @ u.T, g @ u.T, g @ u.T)}
+        estimates = efficiencies(products, steps, groups_per_step)
+        found.append([getattr(estimates["other"], name)[:2] for name in ("gain", "difference")])
+    values, lows = np.moveaxis(np.array(found), -1, 0)
+    errors = np.sqrt(np.mean(((values - lows) / 1.96) ** 2, axis=0))
+    np.testing.assert_allclose(errors / values.std(axis=0), 1, atol=0.2)  # the deviation of 150 has an error of 6 %
 
 
 def test_the_mean_over_samples_of_a_few_groups_has_no_bias():
@@ -192,6 +209,9 @@ def test_the_share_above_the_base_rule():
     found = efficiencies(products, np.arange(6), 2)
     shares = [found[name].above for name in ("base", "same", "larger")]
     assert shares == [0.5, 0.5, 1.0] and np.isnan(found["none"].above)
+    few = {name: Products(*(matrix[:2, :2] for matrix in each)) for name, each in products.items()}
+    few = efficiencies(few, np.arange(2), 1)["larger"]
+    assert few.gain.value > 0 and np.isnan([few.gain.low, few.ratio.value, few.above]).all()  # no interval of two
 
 
 def test_multiples_of_a_row_are_left_out():
