@@ -77,7 +77,8 @@ def print_efficiency(results: Mapping[str, Any], stream: TextIO | None = None) -
     within, low = responses["entropy_within_states"], responses["decisive_at_low_entropy"]
     console.print(
         f"geometry: {results['geometry']}. Variance of H̄ within states: {percent(within)} (of the "
-        f"{responses['repeated']} of {responses['count']} responses to states that were visited again). Mean α where A > 0: {number(responses['alpha_positive'])}, where A < 0: "
+        f"{responses['repeated']} of {responses['count']} responses to states that were visited again). "
+        f"Mean α where A > 0: {number(responses['alpha_positive'])}, where A < 0: "
         f"{number(responses['alpha_negative'])}. Decisive turns of low entropy: {percent(low)}."
     )
     console.print(answer(results))
