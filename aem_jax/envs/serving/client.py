@@ -32,6 +32,20 @@ CONNECT_OPTIONS: Mapping[str, Any] = {
 """Options of a connection. Compression and pings cost more than they gain, and the callers set deadlines."""
 
 
+def check_size(request: str) -> None:
+    """Checks that a server accepts a request of this size; it would close the connection.
+
+    Raises:
+        EnvError: the request is too large.
+    """
+    size = len(request.encode())
+    if size > protocol.MAX_MESSAGE_BYTES:
+        raise EnvError(
+            f"expected a request of at most {protocol.MAX_MESSAGE_BYTES >> 20} MiB (a task, or a response of the "
+            f"policy), got {size / 2**20:.1f} MiB: {request[:100]!r}…; send a path or an id in place of large content"
+        )
+
+
 class RemoteEnvironment:
     """An environment on a server, as a blocking `Environment`. For notebooks and tests; training uses a pool.
 
@@ -42,7 +56,7 @@ class RemoteEnvironment:
         headers: HTTP headers of the connection request; `address.bearer` makes headers with a token.
 
     Raises:
-        EnvError: no valid reply before the deadline; at construction and in every call.
+        EnvError: no valid reply before the deadline, or a request that is too large; at construction and in every call.
     """
 
     def __init__(
@@ -87,6 +101,7 @@ class RemoteEnvironment:
         self._held.close()
 
     def _call(self, request: str) -> str | bytes:
+        check_size(request)
         try:
             with contextlib.suppress(ConnectionClosed):  # read what it sent before it closed
                 self._socket.send(request)

@@ -12,7 +12,7 @@ from websockets.protocol import State
 from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, LostError, RefusedError, StepResult, describe
 from aem_jax.envs.serving.address import without_password
-from aem_jax.envs.serving.client import CONNECT_OPTIONS, CONNECTION_ERRORS
+from aem_jax.envs.serving.client import CONNECT_OPTIONS, CONNECTION_ERRORS, check_size
 from aem_jax.envs.serving.config import PoolConfig
 from aem_jax.envs.serving.field_mapping import FieldMapping, decode_data, decode_result
 from aem_jax.envs.serving.process import ServerProcess
@@ -21,6 +21,9 @@ from aem_jax.envs.serving.supervisor import Supervisor, pauses
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_S = 5.0
 _EXIT_S = 0.1
+_CLOSE_S = 1.0
+_RELEASE_S = 5.0
+"""Seconds in which a server closes the environment of a released session, before another session is opened."""
 _WAITS_S = 3.0
 """A call waits for its turn until this time has passed without another message of the server, which repeats it every
 second."""
@@ -80,18 +83,26 @@ class Connection:
             on_waiting()
         return reply
 
-    async def close(self) -> None:
-        """Sends the protocol's close message, then closes the socket."""
+    async def close(self, *, wait_s: float = 0.0) -> None:
+        """Sends the protocol's close message, then closes the socket.
+
+        Args:
+            wait_s: seconds to wait until the server itself ends the session, which frees the session's place.
+        """
         try:
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(_CLOSE_S + wait_s):
                 await self._socket.send(protocol.CLOSE_REQUEST)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await self._socket.wait_closed()
                 await self._socket.close()
         except CONNECTION_ERRORS:
             self.abort()
 
     def abort(self) -> None:
-        """Cuts the connection at once. A pending call raises ConnectionClosed."""
-        self._socket.transport.abort()
+        """Cuts the connection at once, unless it is closed. A pending call raises ConnectionClosed."""
+        if self._socket.state is not State.CLOSED:  # asyncio's transport cannot be aborted once it is closed
+            self._socket.transport.abort()
 
 
 class PoolSession:
@@ -112,6 +123,7 @@ class PoolSession:
         self._headers = {**(headers or {}), protocol.WAITING_HEADER: "1"}
         self._config, self._clock = config, clock
         self._connection: Connection | None = None
+        self._closing: asyncio.Task[None] | None = None  # closes the connection that was released last
         self._process: ServerProcess | None = None  # that of the connection; the server may have restarted since
         self._failure = "it was never reset"  # why there is no connection
         self._lost = False  # whether the server failed, not this session
@@ -131,13 +143,18 @@ class PoolSession:
             EnvError: the server failed, or was not up in time.
         """
         limit = self._clock.now + self._config.restart_wait_s
-        for pause in pauses(self._config.first_pause_s):
+        for attempt, pause in enumerate(pauses(self._config.first_pause_s)):
             await self._connect(limit)
             try:
                 return await self.call(request, self._config.reset_deadline_s, decode_result)
             except RefusedError as error:
-                # For a moment, the server may still count a session that was just cut.
-                if error.code != protocol.CAPACITY_REACHED or self._clock.now + pause > limit:
+                if error.code != protocol.CAPACITY_REACHED:
+                    raise
+                # For a moment, the server may still count a session that was just cut: the first refusal is no failure.
+                final = self._clock.now + pause > limit
+                if attempt or final:
+                    self.server.note(f"session {self.index}: {self._failure}")
+                if final:
                     raise
             await asyncio.sleep(pause)
         raise AssertionError("pauses never end")
@@ -150,12 +167,13 @@ class PoolSession:
         Raises:
             LostError: the server failed, before or during this call, and is being restarted. Any session of the server
                 may be the cause.
-            EnvError: the server refused, or there was no episode.
+            EnvError: the server refused, there was no episode, or the request is too large to be sent.
         """
         connection, process, server = self._connection, self._process, self.server
         if not connection:
             kind = LostError if self._lost else EnvError
             raise kind(f"session {self.index} has no episode, reset it: {self._failure}")
+        check_size(request)
         self._expires = self._clock.now + deadline_s
 
         def on_waiting() -> None:
@@ -167,7 +185,8 @@ class PoolSession:
             return result
         except RefusedError as error:
             self.drop(f"{server} refused: {error}")  # the next reset gets a fresh environment
-            server.note(f"session {self.index}: {self._failure}")
+            if error.code != protocol.CAPACITY_REACHED:  # a reset may try again
+                server.note(f"session {self.index}: {self._failure}")
             raise
         except (EnvError, *CONNECTION_ERRORS) as error:
             if process and isinstance(error, ConnectionClosed):
@@ -222,15 +241,20 @@ class PoolSession:
             self._failure, self._lost = failure, lost
 
     async def release(self) -> None:
-        """Ends an episode that the server has not ended, by closing the session; the next reset opens it again."""
+        """Ends an episode that the server has not ended, by closing the session; the next reset opens it again.
+
+        Returns while the session closes. The next reset waits for that, because the server may have one place alone.
+        """
         connection = self._connection
         if connection and self._playing:
             self._connection, self._playing, self._lost = None, False, False
             self._failure = "its episode was released"
-            await connection.close()
+            self._closing = asyncio.create_task(connection.close(wait_s=_RELEASE_S))
 
     async def close(self) -> None:
         """Closes the session on the server."""
+        if self._closing:
+            await asyncio.wait([self._closing], timeout=_CLOSE_S)
         if self._connection:
             await self._connection.close()
 
@@ -238,6 +262,9 @@ class PoolSession:
         server = self.server
         if self._connection and not self._connection.usable:
             self.drop(f"{server} closed the connection")
+        if self._closing:
+            await asyncio.wait([self._closing])  # it has a time limit
+            self._closing = None
         for pause in pauses(self._config.first_pause_s):
             while not server.up.is_set() and self._clock.now < limit:
                 await asyncio.sleep(self._clock.tick_s / 2)

@@ -3,9 +3,10 @@
     python -m aem_jax.envs.serving.server alfworld --port 8765 --settings '{"max_steps": 30}'
 
 At `ws://host:port/ws`, one connection is one session with one environment. The environment is created when the
-connection opens, and closed when it ends. The server sends exactly one reply to every request, in order. A client that
-asks for it is told before a reply that the request waits for room (`protocol.waiting`). The server also serves GET
-/health, /metadata and /schema. OpenEnv's own server uses FastAPI with 115 packages; this one needs only `websockets`.
+connection opens. When it ends, the environment is closed, and only then another session can have its place. The server
+sends exactly one reply to every request, in order. A client that asks for it is told before a reply that the request
+waits for room (`protocol.waiting`). The server also serves GET /health, /metadata and /schema. OpenEnv's own server
+uses FastAPI with 115 packages; this one needs only `websockets`.
 
 A non-blocking environment runs in the event loop, because its step takes less time than a thread switch. A blocking
 environment has one thread per session.
@@ -47,6 +48,8 @@ from aem_jax.files import parse_mapping
 logger = logging.getLogger("aem_jax.envs.serving.server")  # not __name__, which is __main__ in a process of its own
 
 _CLOSE_S = 3.0
+_PLACE_S = 30.0
+"""Seconds after which the place of an ended session is free although its environment has not closed."""
 _WAITING_S = 1.0
 """Seconds between two messages that a request waits for its turn."""
 
@@ -80,6 +83,11 @@ class _Server:
     def __init__(self, make: Callable[[], Environment], config: ServerConfig, *, blocking: bool):
         self._make, self._config, self._blocking = make, config, blocking
         self._active = 0
+        self._stopped = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ends the sessions without waiting for their environments to close."""
+        self._stopped.set()
 
     async def handle(self, connection: ServerConnection) -> None:
         if self._active >= self._config.sessions:
@@ -123,9 +131,24 @@ class _Server:
                 await connection.send(reply)
         finally:
             if executor:
-                executor.submit(session.close)  # after the request that may still run
+                await self._close(session, executor)
             else:
                 session.close()
+
+    async def _close(self, session: Session, executor: ThreadPoolExecutor) -> None:
+        """Closes an environment before its place is free, because it may hold what the next one needs (a port, memory).
+
+        The server does not wait for an environment that takes longer than `_PLACE_S`, or while it stops itself.
+        """
+        closing = asyncio.get_running_loop().run_in_executor(executor, session.close)  # after a request that still runs
+        stopping = asyncio.ensure_future(self._stopped.wait())
+        try:
+            # unlike `wait_for`, `wait` does not cancel the closing of the environment when it is cancelled
+            await asyncio.wait([closing, stopping], timeout=_PLACE_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+        if not closing.done() and not self._stopped.is_set():
+            logger.warning("an environment takes more than %g s to close; its place is given away", _PLACE_S)
 
     def _make_environment(self) -> Environment | BaseException:
         """Returns an environment, or the error. If raised, an exit in a thread would end the event loop."""
@@ -220,6 +243,7 @@ async def _run(
     ) as sockets:
         ready(next(iter(sockets.sockets)).getsockname()[1])
         await stop.wait()
+        server.stop()
         last_resort = _end_in(seconds=5)  # in case an environment hangs
     if not spec.blocking:
         last_resort.cancel()  # a blocking environment may leave threads, which Python waits for

@@ -14,7 +14,9 @@ from unittest.mock import AsyncMock, Mock
 
 import pytest
 from envs.servers import foreign_server, served
+from websockets.exceptions import ConnectionClosed
 
+from aem_jax.envs import protocol
 from aem_jax.envs.protocol import EnvError, LostError, RefusedError
 from aem_jax.envs.serving.address import bearer
 from aem_jax.envs.serving.client import RemoteEnvironment
@@ -250,6 +252,73 @@ def test_an_exception_in_an_environment_is_quoted():
             pool.step(0, "x").result(10)
         assert pool.stats().restarts == (0,)
         assert pool.reset(0, {"word": "a"}).result(10).observation == "say a"  # in a fresh environment
+
+
+def test_a_request_above_the_size_limit_is_refused_before_it_is_sent():
+    """It costs no connection, and the server's other sessions go on."""
+    with EnvPool(PoolConfig(num_servers=1, sessions_per_server=2), ("echo", {})) as pool:
+        pool.reset(1, {}).result(10)
+        message = r"expected a request of at most 16 MiB \(a task, or a response of the policy\), got 17.0 MiB"
+        with pytest.raises(EnvError, match=message):
+            pool.reset(0, {"word": "a" * (17 << 20)}).result(10)
+        assert pool.reset(0, {"word": "a"}).result(10).observation == "say a"
+        with pytest.raises(EnvError, match=message):
+            pool.step(0, "a" * (17 << 20)).result(10)
+        assert pool.step(0, "b").result(10).observation == "1: b"
+        assert pool.step(1, "c").result(10).observation == "1: c"
+        assert pool.stats().restarts == (0,)
+
+
+def test_a_connection_that_the_server_has_closed_can_be_aborted():
+    async def run(address):
+        connection = await Connection.open(f"ws://{address}/ws", timeout_s=10)
+        with pytest.raises(ConnectionClosed):
+            await connection.call("x" * (protocol.MAX_MESSAGE_BYTES + 1))
+        await connection._socket.wait_closed()
+        connection.abort()
+
+    with served("echo") as (address, _):
+        asyncio.run(run(address))
+
+
+ALONE = """
+import time
+from aem_jax.envs.testing.echo import EchoEnv
+
+ALIVE = []
+
+
+class Alone(EchoEnv):
+    def __init__(self):
+        super().__init__()
+        if ALIVE:
+            raise RuntimeError("the port is in use")
+        ALIVE.append(self)
+
+    def close(self):
+        time.sleep(0.5)
+        ALIVE.clear()
+"""
+
+
+def test_a_session_that_is_opened_again_waits_for_the_close_of_the_previous_one(tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    with EnvPool(PoolConfig(num_servers=1, sessions_per_server=1), (f"{tmp_path}/alone.py:Alone", {})) as pool:
+        for word in ("a", "b", "c"):
+            assert pool.reset(0, {"word": word}).result(10).observation == f"say {word}"
+            pool.step(0, "x").result(10)
+            pool.release(0)  # in the middle of an episode
+        assert pool.stats().errors == ()
+
+
+def test_released_sessions_meet_no_capacity_limit():
+    with EnvPool(PoolConfig(num_servers=1, sessions_per_server=4, first_pause_s=5.0), ("echo", {})) as pool:
+        for _ in range(20):
+            for future in [pool.reset(session, {"word": "a"}) for session in range(4)]:
+                assert future.result(4).observation == "say a"  # no pause
+            for session in range(4):
+                pool.release(session)
+        assert pool.stats().errors == () and pool.stats().failed_calls == 0
 
 
 # Foreign servers.

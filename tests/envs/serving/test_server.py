@@ -399,6 +399,79 @@ def test_blocking_environments_do_not_wait_for_each_other():
         assert time.monotonic() - begin < 1.5  # not 4 x 0.5
 
 
+SLOW_CLOSE = """
+import time
+from aem_jax.envs.testing.echo import EchoEnv
+
+class Slow(EchoEnv):
+    alive = 0
+
+    def __init__(self):
+        super().__init__()
+        Slow.alive += 1
+
+    def reset(self, task):
+        return super().reset({"word": f"alive {Slow.alive}"})
+
+    def close(self):
+        time.sleep(0.5)
+        Slow.alive -= 1
+"""
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_place_is_free_once_its_environment_has_closed(tmp_path, cut):
+    """The number of sessions is that of living environments, whether a client says goodbye or vanishes."""
+    (tmp_path / "slow.py").write_text(SLOW_CLOSE)
+    with served(f"{tmp_path}/slow.py:Slow", "--sessions", "1") as (address, _):
+        for _ in range(3):
+            deadline = time.monotonic() + 10
+            while not _plays_alone(address, cut=cut):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+
+def _plays_alone(address, *, cut):
+    """Starts an episode and ends its session; False if the server is full."""
+    with connect(f"ws://{address}/ws", proxy=None) as socket:
+        with contextlib.suppress(ConnectionClosed):  # it is full and has closed
+            socket.send('{"type": "reset"}')
+        reply = json.loads(socket.recv())
+        if reply["type"] == "error":
+            assert reply["data"]["code"] == "CAPACITY_REACHED"
+            return False
+        assert reply["data"]["observation"]["text"] == "say alive 1"
+        if cut:
+            socket.socket.shutdown(2)
+        else:
+            socket.send(protocol.CLOSE_REQUEST)
+            with pytest.raises(ConnectionClosed):  # the server closes the connection after the environment
+                socket.recv(timeout=10)
+    return True
+
+
+def test_an_environment_that_never_closes_does_not_keep_its_place(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_CLOSE.replace("0.5", "600 * (Slow.alive > 1)"))
+    script = (
+        "import sys; from aem_jax.envs.serving import server; server._CLOSE_S = server._PLACE_S = 0.2; "
+        "sys.exit(server.main())"
+    )
+    command = [sys.executable, "-c", script, f"{tmp_path}/slow.py:Slow", "--port", "0", "--sessions", "2"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout and process.stderr
+        address = f"127.0.0.1:{json.loads(process.stdout.readline())['port']}"
+        environments = [RemoteEnvironment(address) for _ in range(2)]
+        for env in environments:
+            env.reset({})
+        environments[0].close()
+        time.sleep(1.0)
+        assert RemoteEnvironment(address).reset({}).observation == "say alive 3"
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+        assert "an environment takes more than 0.2 s to close; its place is given away" in process.stderr.read()
+
+
 def test_a_refusal_carries_its_code():
     with served("echo") as (address, _):
         env = RemoteEnvironment(address)
