@@ -6,6 +6,7 @@ import re
 import subprocess
 import tomllib
 import types
+from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from command_lines import commands, unknown_options
 
+from aem_jax.distributed import join
 from aem_jax.envs.swe.sandbox.lease import LABELS
 from aem_jax.envs.swe.sandbox.pods import KubernetesConfig, open_network, read_template
 
@@ -71,15 +73,61 @@ def test_slurm_has_a_task_for_each_gpu():
     assert not re.search(r"^[^#\n]", text[:last], re.MULTILINE), "SLURM reads directives up to the first command"
 
 
-@pytest.mark.parametrize(("status", "again"), [(0, False), (2, False), (75, True), (130, False), (143, True)])
-def test_slurm_requeues_stopped_and_lost_runs(tmp_path: Path, status: int, again: bool):
-    fake(tmp_path / "bin", "srun", f'echo "srun $*"; exit {status}')
-    fake(tmp_path / "bin", "scontrol", 'echo "scontrol $*"')
-    job = {"SLURM_SUBMIT_DIR": "/home/me", "SLURM_JOB_ID": "7"}
-    result = run(DEPLOY / "slurm.sbatch", "--seed", "1", programs=tmp_path / "bin", **job)
-    assert result.returncode == status
-    assert ("scontrol requeue 7" in result.stdout) == again
-    assert "/home/me/.venv/bin/python -m aem_jax.launch --runs-dir /home/me/runs --seed 1" in result.stdout
+def in_slurm(
+    folder: Path, *statuses: int, minutes_left: float = 600, preempted: str = "None", **environment: str
+) -> tuple[int, bool, str]:
+    """(the job's status, whether it requeues, its output), of tasks with these statuses.
+
+    As in SLURM, srun ends with the highest status of its tasks, and `--signal` comes before the job's time limit.
+    """
+    end = datetime.now() + timedelta(minutes=minutes_left)
+    job = f"JobId=7 JobName=aem RunTime=01:00:00 TimeLimit=1-00:00:00 EndTime={end:%Y-%m-%dT%H:%M:%S} Deadline=N/A"
+    job += f" PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime={preempted} SuspendTime=None"
+    fake(folder / "bin", "srun", f'echo "srun $*"; exit {max(statuses)}')
+    fake(folder / "bin", "scontrol", f'echo "scontrol $*"; [ "$1" != show ] || echo "{job}"')
+    variables = {"SLURM_SUBMIT_DIR": "/home/me", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8"} | environment
+    result = run(DEPLOY / "slurm.sbatch", "--seed", "1", programs=folder / "bin", **variables)
+    return result.returncode, "scontrol requeue 7" in result.stdout, result.stdout + result.stderr
+
+
+LOST = join.PEER_FAILED
+
+
+@pytest.mark.parametrize(
+    ("statuses", "again"),
+    [
+        ((0, 0), False),
+        ((2, 2), False),  # refused
+        ((1, 1), False),  # an exception in one task, which the others were told of
+        ((130, 130), False),
+        ((LOST, 137), True),  # killed
+        ((LOST, 139), True),
+        ((LOST, 253), True),  # out of memory, in SLURM's words
+        ((134, 137), True),  # task 0 killed, and the others aborted by JAX
+        ((134, 0), True),
+        ((LOST, LOST), True),  # a node that is silent
+    ],
+)
+def test_slurm_requeues_lost_runs(tmp_path: Path, statuses: tuple[int, ...], again: bool):
+    status, requeued, output = in_slurm(tmp_path, *statuses)
+    assert (status, requeued) == (max(statuses), again)
+    assert "srun --cpus-per-task=8 --kill-on-bad-exit=0 /home/me/.venv/bin/python -m aem_jax.launch" in output
+    assert "aem_jax.launch --runs-dir /home/me/runs --seed 1" in output
+
+
+def test_slurm_gives_up_a_run_that_is_lost_again_and_again(tmp_path: Path):
+    assert in_slurm(tmp_path, LOST, 137, SLURM_RESTART_COUNT="19")[1]
+    status, requeued, output = in_slurm(tmp_path, LOST, 137, SLURM_RESTART_COUNT="20")
+    assert (status, requeued) == (137, False) and "lost with status 137 after 20 restarts" in output
+    assert in_slurm(tmp_path, LOST, 137, SLURM_RESTART_COUNT="20", MAX_RESTARTS="50")[1]
+
+
+def test_slurm_requeues_what_it_stopped_itself(tmp_path: Path):
+    """SIGTERM from the time limit or a preemption; a stop that somebody asked for is final."""
+    assert in_slurm(tmp_path, 143, 143, minutes_left=8)[:2] == (143, True)
+    assert in_slurm(tmp_path, 143, 143, minutes_left=8, SLURM_RESTART_COUNT="30")[1]
+    assert in_slurm(tmp_path, 143, 143)[:2] == (143, False)
+    assert in_slurm(tmp_path, 143, 143, preempted="2026-11-30T11:00:00")[1]
 
 
 def test_tpu_vm_runs_the_same_command_on_all_hosts(tmp_path: Path):
@@ -102,11 +150,19 @@ def test_jobset_is_one_pod_a_host():
     manifest = yaml.safe_load((DEPLOY / "gke_jobset.yaml").read_text())
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert re.fullmatch(r"[a-z0-9-]+", manifest["metadata"]["name"])
-    assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
     (group,) = manifest["spec"]["replicatedJobs"]
+    policy = manifest["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] > 0
     job = group["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
+    # A reported error (1, 2) ends the job set; a lost or stopped pod (75, 134, 137, 143) starts all of them again.
+    (final,) = policy["rules"]
+    assert final["action"] == "FailJobSet" and final["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert final["targetReplicatedJobs"] == [group["name"]]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    codes = {"containerName": container["name"], "operator": "In", "values": [1, 2]}
+    assert rule == {"action": "FailJob", "onExitCodes": codes}
     chips = 1
     for size in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
         chips *= int(size)

@@ -4,7 +4,7 @@ The topology is a star: process 0 holds a connection to each other process and r
 fit here: they move arrays of one shape, compile, and hang or abort when a process is gone. JAX's coordination service
 detects a lost process late, and then ends this one without a message that names it. The channel detects a closed
 connection at once, and a silent one after `heartbeat_timeout_s`; it then calls `on_failure` with the process and the
-reason.
+reason. Process 0 leaves last: it also runs JAX's coordination service, which aborts the others when it disappears.
 """
 
 import contextlib
@@ -42,14 +42,18 @@ class PeerFailure:
         process: its index.
         host: the name of its host.
         reason: as a clause for a message.
-        reported: whether the process reported the failure itself. The other processes then wait a moment, because they
-            often meet the same error.
+        exit_status: with which the process ends, if it reported the failure itself; 0 if it was killed or is silent.
     """
 
     process: int
     host: str
     reason: str
-    reported: bool = False
+    exit_status: int = 0
+
+    @property
+    def reported(self) -> bool:
+        """Whether the process reported the failure itself. The others often meet the same error a moment later."""
+        return self.exit_status != 0
 
     def __str__(self) -> str:
         return f"process {self.process} (on {self.host}) left: {self.reason}"
@@ -147,6 +151,7 @@ class Peer:
         self.process, self.host = process, host
         self.inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.done = False
+        self.gone = threading.Event()
         self._connection, self._sending = connection, threading.Lock()
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -201,7 +206,8 @@ class ControlChannel:
         index: this process.
         peers: from `accept` or `call`.
         heartbeat_timeout_s: a process that sends nothing for so long counts as gone.
-        on_failure: called once, in a thread of the channel, when another process is gone before `close`.
+        on_failure: called once with this channel and the failure, in a thread of the channel, when another process is
+            gone before `close`.
     """
 
     def __init__(
@@ -209,7 +215,7 @@ class ControlChannel:
         index: int,
         peers: dict[int, Peer],
         heartbeat_timeout_s: float,
-        on_failure: Callable[[PeerFailure], None],
+        on_failure: Callable[["ControlChannel", PeerFailure], None],
     ):
         self._index, self._peers = index, peers
         self._heartbeat_timeout_s, self._on_failure = heartbeat_timeout_s, on_failure
@@ -250,13 +256,27 @@ class ControlChannel:
                 time.sleep(0.01)
         self._disconnect()
 
-    def abort(self, reason: str) -> None:
-        """Reports to the other processes that this one fails, and closes the channel."""
-        failure = PeerFailure(self._index, socket.gethostname(), reason, reported=True)
+    def abort(self, reason: str, exit_status: int, wait_s: float = 0) -> None:
+        """Reports to the other processes that this one fails, and closes the channel.
+
+        Args:
+            reason: as a clause for a message.
+            exit_status: with which this process will end, above 0.
+            wait_s: see `wait_until_left`.
+        """
+        self._closed.set()  # from now on, another process that leaves is no failure
+        failure = PeerFailure(self._index, socket.gethostname(), reason, exit_status)
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
                 peer.send(_FAILED, _encode(failure), wait_s=2 * _TICK_S)
+        self.wait_until_left(wait_s)
         self._disconnect()
+
+    def wait_until_left(self, timeout_s: float) -> None:
+        """In process 0: waits until all others have left, at most `timeout_s`. The others return at once."""
+        deadline = time.monotonic() + timeout_s
+        for peer in self._peers.values() if self._index == 0 else ():
+            peer.gone.wait(max(deadline - time.monotonic(), 0))
 
     def _send(self, peer: Peer, kind: bytes, data: bytes = b"") -> None:
         try:
@@ -282,6 +302,7 @@ class ControlChannel:
                 elif kind == _FAILED:
                     self._record(PeerFailure(**json.loads(data)))
         except (OSError, ValueError) as error:
+            peer.gone.set()
             if not peer.done and not self._closed.is_set():
                 self._record(PeerFailure(peer.process, peer.host, str(error)))
 
@@ -297,7 +318,7 @@ class ControlChannel:
                 with contextlib.suppress(OSError):
                     peer.send(_FAILED, _encode(failure), wait_s=2 * _TICK_S)
         self._has_failure.set()
-        self._on_failure(failure)
+        self._on_failure(self, failure)
 
     def _send_heartbeats(self) -> None:
         while not self._closed.wait(min(self._heartbeat_timeout_s / 5, 5.0)):

@@ -32,12 +32,15 @@ from aem_jax.distributed.signals import StoppedError
 from aem_jax.errors import ConfigError
 
 PEER_FAILED = 75
-"""Exit status of a process that stops because another failed: "try again" in sysexits.h."""
+"""Exit status of a process that stops because another was killed, is silent or never came: "try again" in sysexits.h.
+
+Where another process reported an error, all end with the status of that error: a scheduler does not repeat it."""
 
 _OWN = tuple(f"--runtime.{name}" for name in ("coordinator", "num-processes", "process-id", "compilation-cache"))
 """Settings that may differ between the processes of a run."""
 _ADDRESS_BYTES = 1024
 _GRACE_S = 5.0
+_LEAVE_S = 3 * _GRACE_S
 _PATIENCE_S = 10.0
 _SHARED_WAIT_S = 20.0
 
@@ -124,9 +127,10 @@ def initialize(config: RuntimeConfig) -> None:
 def open_process_group(config: RuntimeConfig) -> Iterator[ProcessGroup]:
     """The processes of the run, connected by a control channel while the block runs.
 
-    A process that leaves the block with an error reports it, and all processes stop. When a process is killed, or sends
-    nothing for `heartbeat_timeout_s`, the others name it and exit with status `PEER_FAILED`. `StoppedError` is no
-    failure: all processes raise it at the same point.
+    A process that leaves the block with an error reports it, and all processes stop with its exit status: 2 for a
+    `ConfigError`, 1 for another one. When a process is killed, or sends nothing for `heartbeat_timeout_s`, the others
+    name it and exit with status `PEER_FAILED`. Process 0 leaves last. `StoppedError` is no failure: all processes raise
+    it at the same point.
 
     Raises:
         ConfigError: the channel cannot be opened, or JAX has several processes that the config does not ask for.
@@ -156,9 +160,10 @@ def open_process_group(config: RuntimeConfig) -> Iterator[ProcessGroup]:
     except BaseException as error:
         if not _is_own(error, channel):
             time.sleep(10 * _GRACE_S)  # the channel's thread names the failed process, and ends this one
-        channel.abort(" ".join(str(error).split()) or type(error).__name__)
+        status = 2 if isinstance(error, ConfigError) else 1
+        channel.abort(" ".join(str(error).split()) or type(error).__name__, status, wait_s=_LEAVE_S)
         # JAX would wait for the other processes to shut down, and abort.
-        atexit.register(_end_now, 2 if isinstance(error, ConfigError) else 1)
+        atexit.register(_end_now, status)
         raise
     if stopped:
         raise stopped
@@ -273,19 +278,22 @@ def _print_error(text: str) -> None:
 
 
 def _end_unmet(who: str, waited_s: float) -> None:
+    # PEER_FAILED: after a restart the pod or node of another process may come later than this one waits.
     _print_error(
         f"error: --runtime.coordinator: the other processes of the run were not met within {waited_s:g} s ({who}); "
         "are all of them started, process 0 too, and can its host and port be reached from the others?"
     )
-    _end_now(2)
+    _end_now(PEER_FAILED)
 
 
-def _end_after(failure: PeerFailure) -> None:
+def _end_after(channel: ControlChannel, failure: PeerFailure) -> None:
     if failure.reported:
         time.sleep(_GRACE_S)  # this process often meets the same error in a moment, and shows it itself
-    end = "" if str(failure).endswith("?") else "."
-    _print_error(f"\nerror: {failure}{end} This run stops; the same command resumes it")
-    _end_now(PEER_FAILED)
+    end = "" if str(failure).endswith(("?", ".")) else "."
+    then = "once that is solved, the same command resumes it" if failure.reported else "the same command resumes it"
+    _print_error(f"\nerror: {failure}{end} This run stops; {then}")
+    channel.wait_until_left(_LEAVE_S)
+    _end_now(failure.exit_status or PEER_FAILED)
 
 
 def _end_now(status: int) -> None:

@@ -22,7 +22,9 @@ class Ends:
             self.peers = [accept(server, address, count, 20.0), *(future.result() for future in calls)]
         self.failures: list[queue.Queue[PeerFailure]] = [queue.Queue() for _ in range(count)]
         self.channels = [
-            ControlChannel(index, peers, heartbeat_timeout_s, self.failures[index].put)
+            ControlChannel(
+                index, peers, heartbeat_timeout_s, lambda _, failure, index=index: self.failures[index].put(failure)
+            )
             for index, peers in enumerate(self.peers)
         ]
 
@@ -78,11 +80,31 @@ def test_a_gather_ends_when_another_process_is_killed():
 
 def test_abort_reports_the_reason_to_all_others():
     ends = Ends(3)
-    ends.channels[2].abort("no space left on /data")
+    ends.channels[2].abort("no space left on /data", exit_status=1)
     for index in (0, 1):
         failure = ends.failures[index].get(timeout=10)
-        assert failure.reported and failure.process == 2
+        assert failure.reported and failure.process == 2 and failure.exit_status == 1
         assert str(failure) == f"process 2 (on {socket.gethostname()}) left: no space left on /data"
+
+
+def test_process_0_leaves_last():
+    """It runs JAX's coordination service, without which the others abort."""
+    ends = Ends(3)
+    started = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        aborting = pool.submit(ends.channels[0].abort, "the license has expired", 2, wait_s=60.0)
+        for index in (1, 2):
+            assert ends.failures[index].get(timeout=10).exit_status == 2
+            assert not aborting.done()
+            time.sleep(0.2)
+            ends.channels[index].wait_until_left(60.0)  # only process 0 waits
+            ends.cut(index)
+        aborting.result(timeout=10)
+    assert time.monotonic() - started < 10
+    assert ends.failures[0].empty()  # those that left are no failures
+    ends = Ends(2)
+    ends.channels[0].abort("the license has expired", 2, wait_s=0.5)  # process 1 stays
+    assert ends.failures[1].get(timeout=10).process == 0
 
 
 def test_a_silent_process_is_detected():
@@ -91,7 +113,7 @@ def test_a_silent_process_is_detected():
         silent = pool.submit(call, address, 1, 20.0)  # a peer without a channel: it sends nothing
         peers = accept(server, address, 2, 20.0)
     failures: queue.Queue[PeerFailure] = queue.Queue()
-    ControlChannel(0, peers, 2.0, failures.put)
+    ControlChannel(0, peers, 2.0, lambda _, failure: failures.put(failure))
     assert failures.get(timeout=20).reason == "nothing was received from it for 2 s"
     assert isinstance(silent.result()[0], Peer)
 

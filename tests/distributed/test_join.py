@@ -10,6 +10,7 @@ import pytest
 
 from aem_jax.config.run import RunConfig
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup, join
+from aem_jax.distributed.channel import PeerFailure
 from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.distributed.signals import StoppedError
 from aem_jax.errors import ConfigError
@@ -74,21 +75,40 @@ def test_a_requested_stop_is_no_failure(monkeypatch: pytest.MonkeyPatch):
     """All processes raise it at the same point, so they leave as after a finished run, with its exit status."""
     calls = []
     channel = SimpleNamespace(
-        gather=None, close=lambda: calls.append("close"), abort=lambda reason: calls.append(f"abort: {reason}")
+        gather=None,
+        close=lambda: calls.append("close"),
+        abort=lambda reason, status, wait_s: calls.append(f"abort {status}: {reason}"),
     )
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("jax.distributed.shutdown", lambda: calls.append("shutdown"))
     monkeypatch.setattr(join, "_open_channel", lambda *_: channel)
     monkeypatch.setattr(join, "_is_own", lambda *_: True)
-    monkeypatch.setattr(join.atexit, "register", lambda *_: calls.append("at exit"))
+    monkeypatch.setattr(join.atexit, "register", lambda _, status: calls.append(f"at exit {status}"))
     with pytest.raises(StoppedError) as stopped, join.open_process_group(RuntimeConfig()):
         raise StoppedError(143)
     assert stopped.value.exit_status == 143 and calls == ["close", "shutdown"]
     calls.clear()
     with pytest.raises(OSError), join.open_process_group(RuntimeConfig()):
         raise OSError("no space")
-    assert calls == ["abort: no space", "at exit"]
+    assert calls == ["abort 1: no space", "at exit 1"]
+    calls.clear()
+    with pytest.raises(ConfigError), join.open_process_group(RuntimeConfig()):
+        raise ConfigError("no model")
+    assert calls == ["abort 2: no model", "at exit 2"]
+
+
+@pytest.mark.parametrize(("reported", "status"), [(1, 1), (2, 2), (0, join.PEER_FAILED)])
+def test_all_end_with_the_status_of_a_reported_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reported: int, status: int
+):
+    calls = []
+    monkeypatch.setattr(join, "_GRACE_S", 0.0)
+    monkeypatch.setattr(join, "_end_now", lambda status: calls.append(status))
+    channel = SimpleNamespace(wait_until_left=lambda _: calls.append("wait"))
+    join._end_after(channel, PeerFailure(1, "node-07", "its connection closed, was it killed?", reported))  # type: ignore[arg-type]
+    assert calls == ["wait", status]
+    assert "error: process 1 (on node-07) left: its connection closed, was it killed? This" in capsys.readouterr().err
 
 
 def test_saved_settings_do_not_identify_the_process():

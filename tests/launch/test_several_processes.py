@@ -83,11 +83,22 @@ def test_processes_with_differing_settings_are_refused(tmp_path: Path, user_envi
         assert "Traceback" not in output
 
 
+@pytest.mark.slow
+def test_a_refusal_by_process_0_alone_ends_all_with_its_status(tmp_path: Path, user_environment):
+    """A scheduler starts a lost run again, but not one that is refused."""
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)  # a checkpoint without the run's config.json
+    refused, told = finish(pair(tmp_path, user_environment), [2, 2])
+    complaint = f"expected the config.json that {tmp_path / 'run'} was begun with beside its checkpoints"
+    assert f"error: {complaint}" in refused
+    assert f"left: {complaint}" in told and "once that is solved, the same command resumes it" in told
+    assert "stack trace" not in told and "Traceback" not in refused + told
+
+
 def test_a_missing_coordinator_is_refused_in_one_line(tmp_path: Path, user_environment):
     where = ("--runtime.coordinator", f"localhost:{free_port()}", "--runtime.num-processes", "2")
     words = ("--runtime.process-id", "1", "--runtime.connect-timeout-s", "1", *where)
     alone = start(
         ["-m", "aem_jax.launch", "--preset", str(SMALL), "--runs-dir", str(tmp_path), *words], user_environment
     )
-    [output] = finish([alone], [2])
+    [output] = finish([alone], [75])
     assert "error: --runtime.coordinator: the other processes of the run were not met within 1 s" in output
