@@ -114,6 +114,10 @@ def test_the_suite_of_an_environment_with_a_name(guess: Path, monkeypatch: pytes
     monkeypatch.setattr(registry, "ENVIRONMENTS", {"guess": registry.Entry("guess_suite:GUESS")})
     spec, config = registry.registered("guess"), registry.default_config("guess")
     assert spec.suite is not None
+    for seed in (1, 500, 1000, 2000):  # no seed of a run trains on an evaluation task, and no two sets share one
+        suite = spec.suite(config, SuiteOptions(seed=seed))
+        sets = [suite.training, *(suite.evaluation(split, 300)[0] for split in ("valid", "test"))]
+        assert len({task.payload["seed"] for tasks in sets for task in tasks}) == 1600
     suite = spec.suite(config, SuiteOptions(seed=1))
     tasks, name = suite.evaluation("valid", 3)
     assert name == "valid-3" and not {task.id for task in tasks} & {task.id for task in suite.training}

@@ -49,7 +49,7 @@ class FieldMapping:
     """A terminated episode is won if its last reward is above this value. Used if there is no won_field."""
     action_pattern: str = ""
     """Regular expression. The first group of its last match in the response is sent. Without a match, or if empty, the
-    full response is sent."""
+    full response is sent. As in Python, `.` matches a line break only in a pattern that begins with (?s)."""
     invalid_codes: tuple[str, ...] = ()
     """Error codes that count as invalid actions: the observation is the server's message, and the episode continues.
     Any other error ends the episode as an environment error."""

@@ -67,9 +67,9 @@ class Session:
             raise _invalid(f"expected reset data as a mapping, got {data!r:.100}")
         task = dict(data)
         episode_id = task.pop("episode_id", None)  # a keyword of the protocol, not part of the task
-        self._running = False
+        self._running, self._episode_id, self._step_count = False, None, 0  # also if the reset fails
         reply = self._reply(checked_result(self._env, "reset", self._env.reset(task)))
-        self._episode_id, self._step_count = str(episode_id or uuid.uuid4()), 0
+        self._episode_id = str(uuid.uuid4() if episode_id in (None, "") else episode_id)
         return reply
 
     def _step(self, data: Any) -> str:

@@ -68,6 +68,8 @@ def _answer(env: Environment, call: str, argument: Any) -> StepResult:
         raise Problem(str(error)) from None
     for name in ("won", "valid_action"):
         expect(name in result.info, f"expected {name} in the info of a {call}, got {sorted(result.info)}")
+    score = result.info.get("score", 0.0)
+    expect(0 <= score <= 1, f"expected a score from 0 to 1 in the info of a {call}, got {score}")
     expect(not (result.terminated and result.truncated), "expected terminated or truncated, got both")
     return result
 

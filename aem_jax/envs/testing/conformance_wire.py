@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
@@ -205,14 +206,16 @@ def capacity_is_enforced_and_freed(subject: ServerSubject) -> None:
 
 def pages_exist(subject: ServerSubject) -> None:
     """Checks /health, /metadata and /schema."""
-    root = subject.url.replace("ws", "http", 1).removesuffix("/ws")
+    parts = urlsplit(subject.url)  # it may have a query, which a hosted server needs for every page
+    root, scheme = parts.path.removesuffix("/ws"), parts.scheme.replace("ws", "http", 1)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for page, keys in (
         ("health", {"status"}),
         ("metadata", {"name", "description"}),
         ("schema", {"action", "observation", "state"}),
     ):
-        request = urllib.request.Request(f"{root}/{page}", headers=dict(subject.headers or {}))
+        address = parts._replace(scheme=scheme, path=f"{root}/{page}").geturl()
+        request = urllib.request.Request(address, headers=dict(subject.headers or {}))
         with opener.open(request, timeout=_TIMEOUT_S) as response:
             content = json.load(response)
         expect(keys <= set(content), f"expected {sorted(keys)} in /{page}, got {content!r:.200}")

@@ -1,9 +1,11 @@
 """Fields of foreign servers are found at the mapped paths, and nowhere else."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
+from envs.servers import REPOSITORY
 
 from aem_jax.envs.protocol import EnvError, RefusedError, StepResult
 from aem_jax.envs.serving.field_mapping import FieldMapping, decode_result, decode_step, step_encoder
@@ -49,6 +51,15 @@ def test_an_action_inside_an_action():
 )
 def test_action_pattern_selects_the_part_of_a_response_to_send(response, action):
     assert sent(FieldMapping("answer", action_pattern="<answer>(.*?)</answer>"), response) == {"answer": action}
+
+
+@pytest.mark.parametrize("answer", ["<answer>4</answer>", "<answer>\n 4\n</answer>", "<answer> 4 </answer>\n"])
+def test_the_guides_pattern_selects_an_answer_on_lines_of_its_own(answer):
+    guide = (REPOSITORY / "docs" / "environments.md").read_text(encoding="utf-8")
+    (pattern,) = re.findall(r"--env\.field-mapping\.action-pattern '(.*?)'", guide)
+    assert sent(FieldMapping("answer", action_pattern=pattern), f"<think>2 + 2</think>\n{answer}") == {"answer": "4"}
+    lines = FieldMapping("answer", action_pattern="Answer: (.*)")  # a pattern for one line remains one
+    assert sent(lines, "Answer: 4\nI am sure.") == {"answer": "4"}
 
 
 def test_a_pattern_needs_a_group():

@@ -29,6 +29,7 @@ from aem_jax.envs.serving.server import ACTION_SCHEMA, OBSERVATION_SCHEMA, Serve
 from aem_jax.envs.serving.session import Session, encode_result
 from aem_jax.envs.suite import EnvironmentSpec
 from aem_jax.envs.testing.echo import EchoEnv
+from aem_jax.envs.testing.scripted import ScriptedEnv
 from aem_jax.files import parse_mapping
 
 
@@ -77,6 +78,22 @@ def test_an_episode_message_by_message():
     after = ask(session, {"type": "step", "data": {"text": "hi"}})
     assert (after["type"], after["data"]["code"]) == ("error", "EXECUTION_ERROR")
     assert session.answer('{"type": "close"}') is None
+
+
+def test_after_a_failed_reset_there_is_no_episode():
+    session = Session(ScriptedEnv(), send_admissible=False)
+    ask(session, {"type": "reset", "data": {"seed": 1, "episode_id": "e1"}})
+    ask(session, {"type": "step", "data": {"text": "x"}})
+    assert ask(session, {"type": "reset", "data": {"seed": "bad", "episode_id": "e2"}})["type"] == "error"
+    assert ask(session, {"type": "state"})["data"] == {"episode_id": None, "step_count": 0}
+
+
+@pytest.mark.parametrize(("given", "kept"), [(0, "0"), ("e", "e"), (None, None), ("", None)])
+def test_an_episode_has_the_id_that_it_is_given(given, kept):
+    session = Session(EchoEnv(), send_admissible=False)
+    ask(session, {"type": "reset", "data": {"episode_id": given}})
+    named = ask(session, {"type": "state"})["data"]["episode_id"]
+    assert named == kept if kept else len(named) == 36
 
 
 def test_truncation_and_termination_are_distinct_on_the_wire():

@@ -74,6 +74,11 @@ def test_the_scripted_environment_conforms():
         assert check_server(subject) == []
 
 
+def test_an_address_with_a_query_is_examined():
+    with served("echo") as (url, _):
+        assert check_server(ServerSubject(websocket_url(f"{url}/?key=a/ws"), TASKS, ACTIONS)) == []
+
+
 def test_a_server_with_one_session_is_examined_alone():
     with served("echo", "--sessions", "1") as (url, _):
         assert check_server(ServerSubject(websocket_url(url), TASKS, ACTIONS, sessions=1)) == []
@@ -189,6 +194,8 @@ class NoStepResult(EchoEnv):
             "same_task",
             "expected values that JSON can hold, got object",
         ),
+        (altered(info={"won": False, "valid_action": True, "score": 7}), "same_task", "a score from 0 to 1 in"),
+        (altered(info={"won": False, "valid_action": True, "score": -0.1}), "same_task", "of a step, got -0.1"),
         (NoStepResult, "same_task", "expected a StepResult with a text observation"),
         (altered_reset(observation=" "), "reset_starts", "expected an observation after the reset"),
         (altered_reset(terminated=True), "reset_starts", "expected an open episode"),
