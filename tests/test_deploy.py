@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import subprocess
 import tomllib
@@ -26,6 +27,7 @@ HOW_TO = {
     "slurm.sbatch": "slurm.md",
     "tpu_vm.sh": "tpu_vm.md",
     "gke_jobset.yaml": "gke.md",
+    "gke_gpu_jobset.yaml": "gke.md",
     "skypilot.yaml": "skypilot.md",
     "Dockerfile.cuda": "container.md",
     "Dockerfile.tpu": "container.md",
@@ -146,9 +148,10 @@ def test_tpu_vm_runs_the_same_command_on_all_hosts(tmp_path: Path):
         assert run(script, *mistake, programs=tmp_path / "bin").returncode == 2
 
 
-def test_jobset_is_one_pod_a_host():
-    manifest = yaml.safe_load((DEPLOY / "gke_jobset.yaml").read_text())
-    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+@pytest.mark.parametrize("name", ["gke_jobset.yaml", "gke_gpu_jobset.yaml"])
+def test_jobset_is_one_pod_a_host(name: str):
+    manifest = objects(name)["JobSet"]
+    assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
     assert re.fullmatch(r"[a-z0-9-]+", manifest["metadata"]["name"])
     (group,) = manifest["spec"]["replicatedJobs"]
     policy = manifest["spec"]["failurePolicy"]
@@ -163,11 +166,11 @@ def test_jobset_is_one_pod_a_host():
     (rule,) = job["podFailurePolicy"]["rules"]
     codes = {"containerName": container["name"], "operator": "In", "values": [1, 2]}
     assert rule == {"action": "FailJob", "onExitCodes": codes}
-    chips = 1
-    for size in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
-        chips *= int(size)
-    hosts = chips // container["resources"]["limits"]["google.com/tpu"]
-    assert job["parallelism"] == job["completions"] == hosts and job["completionMode"] == "Indexed"
+    ((resource, devices),) = container["resources"]["limits"].items()
+    if resource == "google.com/tpu":
+        chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+        assert job["parallelism"] == chips // devices
+    assert job["parallelism"] == job["completions"] and job["completionMode"] == "Indexed"
     # A failed pod ends the job, and the job set restarts all pods.
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never" and group["replicas"] == 1
     assert [mount["name"] for mount in container["volumeMounts"]] == [volume["name"] for volume in pod["volumes"]]
@@ -176,6 +179,19 @@ def test_jobset_is_one_pod_a_host():
     assert all(isinstance(word, str) for word in arguments) and unknown_options(arguments) == []
     assert arguments[arguments.index("--runs-dir") + 1] == container["volumeMounts"][0]["mountPath"]
     assert "--name" in arguments
+
+
+def test_pods_of_gpus_may_ask_for_their_job():
+    """JAX's K8sCluster lists pods to find its own, and gets the job for its parallelism."""
+    found = objects("gke_gpu_jobset.yaml")
+    rights = {(*rule["apiGroups"], *rule["resources"]): set(rule["verbs"]) for rule in found["Role"]["rules"]}
+    assert rights == {("", "pods"): {"get", "list"}, ("batch", "jobs"): {"get"}}
+    assert {item["metadata"]["namespace"] for item in found.values()} == {"default"}
+    account = found["ServiceAccount"]["metadata"]["name"]
+    assert [subject["name"] for subject in found["RoleBinding"]["subjects"]] == [account]
+    assert found["RoleBinding"]["roleRef"]["name"] == found["Role"]["metadata"]["name"]
+    (group,) = found["JobSet"]["spec"]["replicatedJobs"]
+    assert group["template"]["spec"]["template"]["spec"]["serviceAccountName"] == account
 
 
 def test_skypilot_has_the_fields_of_a_task():

@@ -55,6 +55,41 @@ def test_the_expected_count_is_1_without_an_announcement(monkeypatch: pytest.Mon
     assert join.expected_count(RuntimeConfig()) == 1
 
 
+class FakeKubernetes:
+    """JAX's detection of an indexed job, in a pod that may not read its job."""
+
+    opt_in_only_method = False
+    present = True
+
+    @classmethod
+    def is_env_present(cls) -> bool:
+        return cls.present
+
+    @classmethod
+    def get_process_count(cls) -> int:
+        raise RuntimeError("Kubernetes API Error: 403 - Forbidden")
+
+
+FakeKubernetes.__name__ = "K8sCluster"
+
+
+def test_a_job_of_unknown_size_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Each pod would train a run of its own."""
+    from jax._src.clusters import ClusterEnv, K8sCluster
+
+    assert K8sCluster.__name__ == FakeKubernetes.__name__  # it has no other name
+    monkeypatch.setattr(ClusterEnv, "_cluster_types", [FakeKubernetes])
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert join.expected_count(RuntimeConfig()) == 1  # a pod outside of an indexed job does not ask the cluster
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
+    with pytest.raises(ConfigError, match="403 - Forbidden; the pod's service account must be able to get and list"):
+        join.expected_count(RuntimeConfig())
+    assert join.expected_count(RuntimeConfig(distributed="off")) == 1
+    monkeypatch.setattr(FakeKubernetes, "present", False)
+    with pytest.raises(ConfigError, match=r"pip install 'jax\[k8s\]'"):
+        join.expected_count(RuntimeConfig())
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
