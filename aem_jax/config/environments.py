@@ -32,7 +32,8 @@ def task_suite(config: RunConfig) -> TaskSuite:
     if suite.demonstrator is None and settings.episodes and not settings.init_from:
         raise ValueError(
             f"--warmstart.episodes: expected 0 with {config.environment.NAME}, got {settings.episodes}; "
-            "this environment has no expert that could demonstrate its tasks"
+            "with these settings, this environment has no expert that could demonstrate its tasks (WebShop has one "
+            "with --webshop.mode text or text_rich)"
         )
     if suite.prompt is None and config.rollout.prompt_style == "single":
         raise ValueError(

@@ -41,7 +41,8 @@ def trim(config: RunConfig, folder: Path) -> int:
         suite = task_suite(config)
         if suite.demonstrator is None:
             raise ConfigError(
-                f"expected an environment with a demonstrator, got {suite.name}; its episodes show what is used"
+                f"expected an environment with a demonstrator, got {suite.name}; its episodes show what is used "
+                "(WebShop has one with --webshop.mode text or text_rich)"
             )
         chat, count = load_tokenizer(config), max(config.warmstart.episodes, config.tokenizer.episodes)
         used = {*chat.stop_ids, chat.pad_id}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ from envs.servers import served
 from envs.webshop_golden import item, unpack
 
 from aem_jax.envs.actions import extract_action
+from aem_jax.envs.prompt import Situation
 from aem_jax.envs.registry import environment_spec
 from aem_jax.envs.serving.address import websocket_url
 from aem_jax.envs.testing.conformance import Subject, check_environment
 from aem_jax.envs.testing.conformance_wire import ServerSubject, check_server
 from aem_jax.envs.webshop.catalog import FIELDS, Catalog
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv, shop_front
+from aem_jax.envs.webshop.experts import Oracle, Shopper
 from aem_jax.envs.webshop.generator.config import CATEGORIES, GeneratorConfig
 from aem_jax.envs.webshop.generator.make import make_shop
 from aem_jax.envs.webshop.goals import goal_from_json
 from aem_jax.envs.webshop.products import read_products
+from aem_jax.envs.webshop.prompt import prompt
 from aem_jax.envs.webshop.shop import ShopConfig, open_shop, read_files
 from aem_jax.envs.webshop.tasks import SPLITS, eval_set, goal_tasks, split_of, training_tasks
 
@@ -126,6 +130,15 @@ def test_tasks_of_another_shop_are_refused(catalog: Catalog):
         (payload | {"shop": "x"}, "give server and run the same shop"),
         ({"goal": {"asin": "x"}}, "expected a goal with the fields"),
         ({"goal": payload["goal"] | {"query": 3}}, r"expected text in \['query'\]"),
+        (
+            {"goal": payload["goal"] | {"attributes": "blue"}},
+            "expected attributes as a list of texts in a goal, got 'b",
+        ),
+        ({"goal": payload["goal"] | {"attributes": [1]}}, r"expected attributes as a list of texts in a goal, got \[1"),
+        ({"goal": payload["goal"] | {"options": "red"}}, "expected options as a list or a mapping of texts in a goal"),
+        ({"goal": payload["goal"] | {"options": [1]}}, r"expected options as a list or a mapping of texts .* got \[1"),
+        ({"goal": payload["goal"] | {"options": {"size": 1}}}, "expected options as a mapping of texts in a goal"),
+        ({"goal": {name: value for name, value in payload["goal"].items() if name != "options"}}, "'options'"),
     ):
         with pytest.raises(ValueError, match=why):
             env(catalog).reset(bad)
@@ -209,6 +222,44 @@ def test_the_index_is_made_once(cache: str, catalog: Catalog, monkeypatch):
 
     monkeypatch.setattr("aem_jax.envs.webshop.shop.make_shop", fail)
     assert open_shop(ShopConfig(cache=cache, made=MADE)).id == catalog.id
+
+
+def test_drafts_of_killed_builds_are_removed(tmp_path: Path):
+    config = ShopConfig(cache=str(tmp_path), made=dataclasses.replace(MADE, products=10))
+    open_shop(config)
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    draft, other = tmp_path / f"{place.name}-abc", tmp_path / "0123456789abcdef-abc"
+    for folder in (draft, other):
+        folder.mkdir()
+        (folder / "products.jsonl").write_text("a part")
+    shutil.rmtree(place)
+    open_shop(config)
+    assert place.is_dir() and not draft.exists() and other.exists()  # the other one may be in the making
+
+
+def test_what_is_admissible_is_possible_with_brackets_and_lines(tmp_path: Path):
+    """An option with brackets, and an instruction with a line break."""
+    sizes = {"customization_options": {"Size": [{"value": "large [pack of 2]"}, {"value": "small"}]}}
+    asked = {"instruction": "a lamp\n that is  large", "instruction_attributes": ["red"], "instruction_options": []}
+    for name, content in {
+        "items_shuffle_1000": [PRODUCT | {"name": "Lamp [new]"} | sizes],
+        "items_ins_v2_1000": {"A": {"attributes": ["red"]}},
+        "items_human_ins": {"A": [asked | {"instruction_options": ["large [pack of 2]"]}]},
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    catalog = open_shop(ShopConfig(data=str(tmp_path), cache=str(tmp_path / "cache")))
+    (goal,) = catalog.goals
+    assert goal.instruction.startswith("a lamp that is  large, and price lower than ")
+    for mode in ("text", "text_rich"):
+        shop, oracle, shopper = env(catalog, mode=mode), Oracle(goal), Shopper()
+        result = shop.reset({"goal": goal.to_json()})
+        assert shopper.act(result.observation, result.info["admissible"]) == "search[a lamp that is  large]"
+        situation = Situation(result.observation, [], 1, result.observation, result.info["admissible"])
+        assert f"Your task: {goal.instruction}\n" in prompt(situation)
+        while not result.done:
+            result = shop.step(f"<action>{oracle.act(result.info['admissible'])}</action>")
+            assert result.info["valid_action"]
+        assert result.info["score"] == 1.0
 
 
 PRODUCT = item("A", "Lamp", "lamp", "Home")

@@ -10,8 +10,10 @@ from aem_jax.config.presets import read_preset
 from aem_jax.envs.play import play
 from aem_jax.envs.suite import SuiteOptions, TaskSuite, tokenizer_corpus
 from aem_jax.envs.webshop.env import WebshopConfig
-from aem_jax.envs.webshop.experts import Shopper, random_agent, read, read_item, read_listings
+from aem_jax.envs.webshop.experts import Listing, Shopper, random_agent, read, read_item, read_listings
 from aem_jax.envs.webshop.generator.config import GeneratorConfig
+from aem_jax.envs.webshop.pages import plain, results_page, rich
+from aem_jax.envs.webshop.products import Product
 from aem_jax.envs.webshop.shop import ShopConfig
 from aem_jax.envs.webshop.suite import task_suite as webshop
 from aem_jax.evaluate import evaluate_agent
@@ -51,6 +53,18 @@ def test_experts_win_and_the_random_agent_does_not(config: WebshopConfig, mode: 
     assert won >= 0.6 and score >= 0.85
     won, score = success(suite, suite.baselines["random"])
     assert won <= 0.1 and 0 < score < 0.3
+
+
+@pytest.mark.parametrize("mode", ["html", "url"])
+def test_agents_that_read_texts_are_offered_for_texts_only(config: WebshopConfig, mode: str):
+    suite = webshop(dataclasses.replace(config, mode=mode), SuiteOptions())
+    assert suite.demonstrator is None and set(suite.baselines) == {"oracle", "random"}
+    assert success(suite, suite.baselines["oracle"]) == (1.0, 1.0)
+    assert success(suite, suite.baselines["random"])[0] <= 0.1
+    assert len(list(tokenizer_corpus(suite, 2, TURNS))) == 2  # without the shopper, episodes of the oracle
+    settings = {"webshop.shop.cache": config.shop.cache, "webshop.mode": mode, "warmstart.episodes": 5}
+    with pytest.raises(ValueError, match=r"--warmstart.episodes: expected 0 with webshop, .* --webshop.mode text or"):
+        task_suite(override(read_preset("webshop-tiny"), settings))
 
 
 def test_server_settings_name_the_shop_and_the_tagger(suite: TaskSuite, config: WebshopConfig):
@@ -95,6 +109,17 @@ def test_pages_are_read_as_they_are_shown():
     assert read(PAGE) == ["Back to Search", "< Prev", "color", "red", "red lamp", "Price: $9.5"]
     item = read_item(PAGE, ["click[red]", "click[< prev]", "click[back to search]"])
     assert item.title == "red lamp" and item.options == {"color": ("red",)}
+
+
+@pytest.mark.parametrize("title", ["$hirt for men", "$5 off lamp", "$5.0", "lamp"])
+def test_a_title_that_looks_like_a_price_is_a_title(title: str):
+    texts = {"category": "c", "query": "q", "kind": "k", "description": "", "image": "", "price_tag": "$5.0 to $7.5"}
+    shown = Product("B000000001", title, bullets=(), prices=(5.0, 7.5), options={}, attributes=(), **texts)
+    page = results_page("i want", "u", [shown, dataclasses.replace(shown, asin="B000000002")], 1, 2)
+    admissible = ["search[…]", *(f"click[{name}]" for name in page.clickables)]
+    for observation in (plain(page), rich(page, ())):
+        listings = read_listings(observation, admissible)
+        assert listings == [Listing(f"B00000000{number}", title, 5.0) for number in (1, 2)]
 
 
 def test_the_shopper_compares_before_it_buys():

@@ -126,6 +126,8 @@ def open_catalog(folder: Path, sources: Mapping[str, Any], load: Callable[[], Sh
                 if (damage := _damage(place)) is not None:
                     if damage:
                         log.warning("the shop's index in %s is made again: %s", place, damage)
+                    for draft in folder.glob(f"{key}-*"):  # of processes that were killed: the lock is ours
+                        shutil.rmtree(draft, ignore_errors=True)
                     _make(place, load(), sources["goals"], sources["seed"])
         except OSError as error:
             raise ValueError(f"expected to write the shop's index to {folder}: {error}; set shop.cache") from None

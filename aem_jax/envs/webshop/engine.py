@@ -18,7 +18,8 @@ from aem_jax.envs.webshop.pages import Kind
 from aem_jax.envs.webshop.reward import Score, score
 from aem_jax.envs.webshop.taggers import Tagger
 
-_ACTION = re.compile(r"(.+)\[(.+)\]")
+_ACTION = re.compile(r"([^[\n]+)\[(.+)\]")
+"""The original divides an action at its last `[`, so that options and searches with a bracket are impossible."""
 _PAGE_NAMES = ("search_results", "item_page", "item_sub_page", "done")
 _SITE = "http://127.0.0.1:3000"
 
@@ -47,6 +48,8 @@ def parse_action(text: str) -> tuple[str, str] | None:
 
     >>> parse_action("search[Red Shoes]")
     ('search', 'red shoes')
+    >>> parse_action("click[large [pack of 2]]")
+    ('click', 'large [pack of 2]')
     """
     match = _ACTION.match(text)
     return (match[1], match[2].lower()) if match else None

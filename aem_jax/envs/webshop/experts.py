@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 
 from aem_jax.envs.webshop.analysis import terms
 from aem_jax.envs.webshop.goals import Goal
+from aem_jax.envs.webshop.pages import BACK, NEXT, PREVIOUS
 
 CANDIDATES = 3
 """Number of products that the shopper opens before it chooses the best of them."""
 
 _PRICE = re.compile(r",? and price lower than ([\d.]+) dollars")
+_COST = re.compile(r"\$([\d.]+(?:e\+\d+)?)(?: to \$.+)?")
+_BUTTONS = frozenset(name.lower() for name in (BACK, NEXT, PREVIOUS, "Search"))
 _MARKUP = re.compile(r"^\s*\[(?:clicked )?button\] (.*) \[(?:clicked )?button_\]$")
 _FILLERS = frozenset(
     terms(
@@ -61,11 +64,11 @@ def clickables(admissible: Sequence[str]) -> list[str]:
 
 def read_listings(observation: str, admissible: Sequence[str]) -> list[Listing]:
     """Parses the products on a page of results, in order."""
-    names, texts = set(clickables(admissible)), read(observation)
+    names, texts = set(clickables(admissible)) - _BUTTONS, read(observation)
     return [
-        Listing(text, title, float(price.split()[0].lstrip("$")))
+        Listing(text, title, float(cost[1]))
         for text, title, price in zip(texts, texts[1:], texts[2:])
-        if text.lower() in names and price.startswith("$")
+        if text.lower() in names and (cost := _COST.fullmatch(price.strip()))  # a title may begin with $, too
     ]
 
 

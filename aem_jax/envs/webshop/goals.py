@@ -8,8 +8,9 @@ seed.
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from aem_jax.envs.webshop.products import Product
@@ -58,15 +59,25 @@ def goal_from_json(fields: Mapping[str, Any]) -> Goal:
         ValueError: a field is missing, unknown or of a wrong type.
     """
     try:
-        options = fields["options"]
-        options = dict(options) if isinstance(options, Mapping) else tuple(options)
-        goal = Goal(**{**fields, "attributes": tuple(fields["attributes"]), "options": options})
-    except (KeyError, TypeError) as error:
+        goal = Goal(**fields)
+    except TypeError as error:
         raise ValueError(f"expected a goal with the fields of {Goal.__name__}, got {fields!r:.200}: {error}") from None
     wrong = [name for name in ("asin", "query", "title", "kind", "instruction") if not isinstance(fields[name], str)]
     if wrong or not isinstance(goal.price_limit, (int, float)):
         raise ValueError(f"expected text in {wrong or 'everything'} and a number as price_limit, got {fields!r:.200}")
-    return goal
+    if not _are_texts(goal.attributes):
+        raise ValueError(f"expected attributes as a list of texts in a goal, got {goal.attributes!r:.200}")
+    if isinstance(goal.options, Mapping):
+        if not _are_texts([*goal.options, *goal.options.values()]):
+            raise ValueError(f"expected options as a mapping of texts in a goal, got {goal.options!r:.200}")
+        return replace(goal, attributes=tuple(goal.attributes), options=dict(goal.options))
+    if not _are_texts(goal.options):
+        raise ValueError(f"expected options as a list or a mapping of texts in a goal, got {goal.options!r:.200}")
+    return replace(goal, attributes=tuple(goal.attributes), options=tuple(goal.options))
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
 
 
 def draw_prices(products: Sequence[Product], rng: random.Random) -> list[float]:
@@ -165,7 +176,7 @@ def _goal(
         query=product.query,
         title=product.title,
         kind=product.kind,
-        instruction=instruction,
+        instruction=re.sub(r"\s*\n\s*", " ", instruction),  # pages and prompts have one line for it
         attributes=tuple(attributes),
         options=options,
         price_limit=price_limit,

@@ -7,7 +7,7 @@ from itertools import pairwise
 from aem_jax.envs.prompt import Situation, compose
 
 MODES = ("text", "text_rich")
-"""Observations from which the prompt can be composed: their first page shows the instruction."""
+"""Observations that the prompt and the shopper can read: texts, whose first page shows the instruction."""
 ROLE = "You shop in an online shop."
 _SEARCH = "search[<your words>]"
 _INSTRUCTION = "Instruction:"

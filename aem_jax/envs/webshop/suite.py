@@ -25,7 +25,7 @@ def task_suite(config: WebshopConfig, options: SuiteOptions) -> TaskSuite:
     """Builds the task suite from a generated shop, or from the official files in `config.shop.data`.
 
     In the servers' settings, `auto` is replaced by this machine's tagger, so rewards do not depend on the servers'
-    machines.
+    machines. In the modes `html` and `url` there is no demonstrator and no `shopper`.
 
     Raises:
         ValueError: the demonstrator shall have a habit, which it cannot.
@@ -34,6 +34,7 @@ def task_suite(config: WebshopConfig, options: SuiteOptions) -> TaskSuite:
     config = dataclasses.replace(config, tagger=taggers.resolve(config.tagger))
     catalog = open_shop(config.shop)  # built once, before servers open it
     front = shop_front(config, catalog)
+    texts = config.mode in MODES  # the shopper and the prompt read texts, neither HTML nor addresses
 
     def evaluation(split: str, size: int) -> tuple[Sequence[Task], str]:
         return eval_set(catalog, split, size, config.shop.held_out)
@@ -43,10 +44,14 @@ def task_suite(config: WebshopConfig, options: SuiteOptions) -> TaskSuite:
         settings=dataclasses.asdict(config),
         training=training_tasks(catalog, options.seed, config.shop.held_out),
         evaluation=evaluation,
-        prompt=prompt if config.mode in MODES else None,
+        prompt=prompt if texts else None,
         make_env=lambda: WebshopEnv(front, config),
-        demonstrator=partial(_noisy_shopper, options.expert_noise, options.expert_thinks),
-        baselines={"oracle": _oracle, "shopper": partial(_noisy_shopper, 0.0, False), "random": _random},
+        demonstrator=partial(_noisy_shopper, options.expert_noise, options.expert_thinks) if texts else None,
+        baselines={
+            "oracle": _oracle,
+            **({"shopper": partial(_noisy_shopper, 0.0, False)} if texts else {}),
+            "random": _random,
+        },
     )
 
 
