@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from aem_jax.config import components
 from aem_jax.config.run import RunConfig
-from aem_jax.distributed.join import expected_count
+from aem_jax.distributed.clusters import expected_count
 from aem_jax.errors import ConfigError
 from aem_jax.sampler.reshard import INT8_MERGES
 

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aem_jax.distributed.runtime import GPU_MEMORY_SHARE
 from aem_jax.doctor.finding import Finding, judge
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def memory(config: "DoctorConfig") -> Finding:
         if limit < 0.4 * device_total:
             faults.append("jax has less than 40 % of a device's memory")
             advice.append(
-                "end the processes that use it (nvidia-smi), or raise XLA_PYTHON_CLIENT_MEM_FRACTION (default .75)"
+                "end the processes that use it (nvidia-smi), or raise XLA_PYTHON_CLIENT_MEM_FRACTION (default "
+                f"{GPU_MEMORY_SHARE})"
             )
     return judge(faults, text, "; ".join(advice), facts)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from aem_jax.distributed.runtime import gpu_memory_share
 from aem_jax.errors import ConfigError
 from aem_jax.overrides import nearest
 from aem_jax.plan.costs import Collective, Costs
@@ -39,7 +40,7 @@ class Chip:
 
     Attributes:
         peak: bf16 FLOP/s.
-        memory: bytes of HBM.
+        memory: bytes of HBM, all of it.
         bandwidth: bytes/s of HBM.
         link: bytes/s of one link to a neighbour, in one direction; of a GPU, all NVLinks together.
         axes: axes of the torus (TPU), each with two links; 0 for a switch (GPU).
@@ -124,8 +125,9 @@ class Topology:
 
     @property
     def memory(self) -> float:
-        """Bytes of a device."""
-        return self.chip.memory / self.chip.cores
+        """Bytes of a device that JAX may use: of a GPU, the share that a run reserves."""
+        share = gpu_memory_share() if self.kind == "gpu" else 1.0
+        return share * self.chip.memory / self.chip.cores
 
     @property
     def bandwidth(self) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from aem_jax.plan.devices import GIB
+from aem_jax.plan.devices import GIB, Topology
 from aem_jax.plan.make import Plan
 
 _LABEL = {
@@ -42,12 +42,18 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def _of_all(topology: Topology) -> str:
+    """The memory of which JAX may use only a part."""
+    everything = topology.chip.memory / topology.chip.cores
+    return f" for JAX (of {everything / GIB:.1f})" if topology.memory < everything else ""
+
+
 def _head(plan: Plan) -> Iterable[str]:
     topology, mesh, work, model = plan.topology, plan.mesh, plan.work, plan.work.model
     active = f" ({model.num_active_parameters / 1e6:,.0f} million active)" if model.mixture else ""
     yield (
         f"{model.num_parameters / 1e6:,.0f} million parameters{active} on {topology.name}: {topology.num_devices} "
-        f"devices of {topology.memory / GIB:.1f} GiB, {topology.peak / 1e12:,.1f} TFLOP/s, "
+        f"devices of {topology.memory / GIB:.1f} GiB{_of_all(topology)}, {topology.peak / 1e12:,.1f} TFLOP/s, "
         f"{topology.bandwidth / 1e12:.2f} TB/s"
     )
     how = "chosen" if plan.chosen else "as given"

@@ -11,6 +11,7 @@ import pytest
 from aem_jax.config.run import RunConfig
 from aem_jax.distributed import SINGLE_PROCESS, ProcessGroup, join
 from aem_jax.distributed.channel import PeerFailure
+from aem_jax.distributed.clusters import detected_count, expected_count
 from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.distributed.signals import StoppedError
 from aem_jax.errors import ConfigError
@@ -43,16 +44,16 @@ def both(function, arguments) -> list:
 
 
 def test_the_expected_count_is_1_without_an_announcement(monkeypatch: pytest.MonkeyPatch):
-    assert join.detected_count() == join.expected_count(RuntimeConfig()) == 1
+    assert detected_count() == expected_count(RuntimeConfig()) == 1
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert join.detected_count() == join.expected_count(RuntimeConfig()) == 16
-    assert join.expected_count(RuntimeConfig(distributed="off")) == 1
-    assert join.expected_count(RuntimeConfig(distributed="mpi4py")) is None
+    assert detected_count() == expected_count(RuntimeConfig()) == 16
+    assert expected_count(RuntimeConfig(distributed="off")) == 1
+    assert expected_count(RuntimeConfig(distributed="mpi4py")) is None
     explicit = RuntimeConfig(coordinator="a:1", num_processes=2, process_id=0)
-    assert join.expected_count(explicit) == 2
+    assert expected_count(explicit) == 2
     monkeypatch.setenv("SLURM_NTASKS", "1")  # an interactive shell
-    assert join.expected_count(RuntimeConfig()) == 1
+    assert expected_count(RuntimeConfig()) == 1
 
 
 class FakeKubernetes:
@@ -80,14 +81,14 @@ def test_a_job_of_unknown_size_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert K8sCluster.__name__ == FakeKubernetes.__name__  # it has no other name
     monkeypatch.setattr(ClusterEnv, "_cluster_types", [FakeKubernetes])
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    assert join.expected_count(RuntimeConfig()) == 1  # a pod outside of an indexed job does not ask the cluster
+    assert expected_count(RuntimeConfig()) == 1  # a pod outside of an indexed job does not ask the cluster
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
     with pytest.raises(ConfigError, match="403 - Forbidden; the pod's service account must be able to get and list"):
-        join.expected_count(RuntimeConfig())
-    assert join.expected_count(RuntimeConfig(distributed="off")) == 1
+        expected_count(RuntimeConfig())
+    assert expected_count(RuntimeConfig(distributed="off")) == 1
     monkeypatch.setattr(FakeKubernetes, "present", False)
     with pytest.raises(ConfigError, match=r"pip install 'jax\[k8s\]'"):
-        join.expected_count(RuntimeConfig())
+        expected_count(RuntimeConfig())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aem_jax.distributed.config import RuntimeConfig
-from aem_jax.distributed.runtime import cache_folder, set_up, versions
+from aem_jax.distributed.runtime import cache_folder, gpu_memory_share, set_up, versions
 from aem_jax.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +63,34 @@ print(jax.device_count())
     result = run(code, environment)
     assert result.stdout == "3\n", result.stderr
     assert list((tmp_path / "xla").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "share"),
+    [
+        ({}, "0.9"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".45"}, "0.45"),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.6"}, "0.6"),  # JAX refuses both names at once
+    ],
+)
+def test_gpus_get_the_memory_that_a_plan_counts(user_environment, given: dict[str, str], share: str):
+    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+    environment = {name: value for name, value in user_environment.items() if name not in names}
+    code = """
+from aem_jax.distributed.config import RuntimeConfig
+from aem_jax.distributed.runtime import gpu_memory_share, set_up
+set_up(RuntimeConfig(platform="cpu", compilation_cache="off"))
+from jaxlib import xla_client
+print(gpu_memory_share(), xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"])
+"""
+    result = run(code, environment | given)
+    assert result.stdout.split() == [share, share], result.stderr
+
+
+def test_a_share_of_memory_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(ConfigError, match="MEM_FRACTION: expected a fraction such as 0.9, got 'most'"):
+        gpu_memory_share()
 
 
 def test_a_missing_platform_is_refused(user_environment):

@@ -418,10 +418,15 @@ def test_every_gpu_has_a_target():
     assert text.count("{") == text.count("}") and 'device_description_str: "NVIDIA H200 141GB HBM3e"' in text
 
 
-def test_topologies_have_the_published_facts():
+def test_topologies_have_the_published_facts(monkeypatch: pytest.MonkeyPatch):
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
     v5p, v7, h100 = (parse_topology(name) for name in ("v5p:4x4x8", "tpu7x:2x2x2", "gpu:h100:16"))
     assert (v5p.num_chips, v5p.num_devices, v5p.kind) == (128, 128, "tpu")
     assert (v7.num_chips, v7.num_devices, v7.memory) == (8, 16, 96 * GIB)
+    assert h100.memory == pytest.approx(0.9 * 81008 * 2**20)  # what a run reserves, not what the driver reports
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".45")
+    assert h100.memory == pytest.approx(0.45 * 81008 * 2**20) and v5p.memory == 95 * GIB
     assert h100.sizes == (2, 8) and h100.wire((1, 8)) == 450e9 and h100.wire((2, 8)) == h100.wire((2, 1)) == 50e9
     assert h100.spans(8) == (1, 8) and h100.spans(16) == (2, 8)
     assert parse_topology("gpu:a100:4x3").sizes == (3, 4) and parse_topology("gpu:l4:6").sizes == (1, 6)
