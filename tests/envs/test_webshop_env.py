@@ -164,8 +164,13 @@ def test_splits_share_neither_products_nor_words(catalog: Catalog):
     assert sum(map(len, goals.values())) <= len(catalog.goals)
     assert 0.7 < len(goals["train"]) / len(catalog.goals) < 0.9
     for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
-        for field in ("asin", "instruction"):
-            assert not {goal[field] for goal in goals[one]} & {goal[field] for goal in goals[other]}
+        for asked in (
+            lambda goal: goal["asin"],
+            # the same wish of another product, with another price limit
+            lambda goal: goal["instruction"].partition(", and price")[0],
+            lambda goal: (goal["kind"], frozenset(goal["attributes"]), frozenset(goal["options"])),
+        ):
+            assert not {asked(goal) for goal in goals[one]} & {asked(goal) for goal in goals[other]}
     assert all(split_of(goal_from_json(goal)) == split for split, members in goals.items() for goal in members)
     assert training_tasks(catalog, 0)[0] == training_tasks(catalog, 0)[0] != training_tasks(catalog, 1)[0]
     with pytest.raises(ValueError, match="one of test, valid, train"):

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aem_jax.envs.webshop.analysis import terms
-from aem_jax.envs.webshop.goals import Goal
+from aem_jax.envs.webshop.goals import PRICE_TEXT, Goal
 from aem_jax.envs.webshop.pages import BACK, NEXT, PREVIOUS
 
 CANDIDATES = 3
 """Number of products that the shopper opens before it chooses the best of them."""
 
-_PRICE = re.compile(r",? and price lower than ([\d.]+) dollars")
 _COST = re.compile(r"\$([\d.]+(?:e\+\d+)?)(?: to \$.+)?")
 _BUTTONS = frozenset(name.lower() for name in (BACK, NEXT, PREVIOUS, "Search"))
 _MARKUP = re.compile(r"^\s*\[(?:clicked )?button\] (.*) \[(?:clicked )?button_\]$")
@@ -161,9 +160,9 @@ class Shopper:
     def _begin(self, observation: str) -> str:
         texts = read(observation)
         wish = texts[texts.index("Instruction:") + 1]
-        limit = _PRICE.search(wish)
+        limit = PRICE_TEXT.search(wish)
         self.known.limit = float(limit[1]) if limit else float("inf")
-        self.known.wish = _PRICE.sub("", wish).lower()
+        self.known.wish = PRICE_TEXT.sub("", wish).lower()
         self.known.wanted = frozenset(terms(self.known.wish)) - _FILLERS
         return f"search[{self.known.wish}]"
 

@@ -17,6 +17,8 @@ from aem_jax.envs.webshop.products import Product
 
 PRICE_LIMITS = tuple(10.0 * i for i in range(1, 100))
 NO_LIMIT = 1_000_000.0
+PRICE_TEXT = re.compile(r",? and price lower than ([\d.]+) dollars")
+"""The price limit in an instruction."""
 ORDER_SEED = 233
 """Seed with which the original shuffles its goals, independent of all other randomness."""
 

@@ -36,8 +36,9 @@ class ShopConfig:
     goals: str = "human"
     """human: instructions that people wrote; synthetic: a template, for every combination of options."""
     held_out: str = "products"
-    """Unit that evaluation does not share with training. products: no training goal wants an evaluation product; goals:
-    only the goals differ, and training goals may want the same products."""
+    """Unit that evaluation does not share with training. products: no training goal was written for an evaluation
+    product, or has the wish of an evaluation goal; goals: only the goals differ, and training goals may have been
+    written for the same products."""
     seed: int = 233
     """Seed for the prices of products with a price range, for price limits, and for the generated shop."""
     cache: str = ""

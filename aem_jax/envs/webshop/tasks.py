@@ -1,8 +1,9 @@
 """Training and evaluation goals of one shop, in splits that share no product, or share no goal.
 
 A hash of a product's or goal's own words determines its split, independent of the seed. The split therefore stays the
-same if the products of the shop change. With splits by product, no training goal wants a held-out product. With splits
-by goal, a training goal may want one.
+same if the products of the shop change. With splits by product, no training goal was written for a held-out product,
+or has the wish of a held-out goal. A held-out product may still satisfy a training goal: products are alike, and a goal
+does not say everything. With splits by goal, training goals may have been written for the same products.
 """
 
 import hashlib
@@ -14,17 +15,31 @@ from functools import partial
 from aem_jax.envs.protocol import Task
 from aem_jax.envs.suite import NumberedTasks, set_name
 from aem_jax.envs.webshop.catalog import Catalog
-from aem_jax.envs.webshop.goals import Goal
+from aem_jax.envs.webshop.goals import PRICE_TEXT, Goal
 
 
-def _wanted(goal: Goal) -> str:
-    """Returns the content of a goal, without the order of its words and without its price limit."""
+def _requirements(goal: Goal) -> list[list[str]]:
+    """Returns the attributes and options of a goal, without their order."""
     options = goal.options.values() if isinstance(goal.options, Mapping) else goal.options
-    return json.dumps([goal.asin, sorted(goal.attributes), sorted(options)])
+    return [sorted(goal.attributes), sorted(options)]
 
 
-HELD_OUT: Mapping[str, Callable[[Goal], str]] = {"products": lambda goal: goal.asin, "goals": _wanted}
+def wishes(goal: Goal) -> tuple[str, ...]:
+    """Returns what a goal wants of any product, in two forms: its requirements of a kind of product, and its words.
+
+    Neither contains the price limit, which is random.
+    """
+    return json.dumps([goal.kind, *_requirements(goal)]), PRICE_TEXT.sub("", goal.instruction)
+
+
+HELD_OUT: Mapping[str, Callable[[Goal], str]] = {
+    "products": lambda goal: goal.asin,
+    "goals": lambda goal: json.dumps([goal.asin, *_requirements(goal)]),
+}
 """Unit that no two splits share -> the text whose hash decides a goal's split."""
+_SAME: Mapping[str, Callable[[Goal], tuple[str, ...]]] = {"products": wishes, "goals": lambda goal: (goal.instruction,)}
+"""Unit that no two splits share -> texts by which two goals are the same. Splits by goal are the original's setting, in
+which goals for the same product may differ in one option."""
 SPLITS: Mapping[str, tuple[int, int]] = {"test": (0, 10), "valid": (10, 20), "train": (20, 100)}
 """Split -> its range among a hundred parts of all products, or goals."""
 
@@ -38,8 +53,8 @@ def split_of(goal: Goal, held_out: str = "products") -> str:
 def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> NumberedTasks:
     """Returns all goals of a split in the shop's order, which is shuffled, so any prefix is a fair sample.
 
-    Goals with the same instruction as a goal of an earlier split in `SPLITS` are skipped, because two products may be
-    alike.
+    Goals that want the same as a goal of an earlier split in `SPLITS` are skipped, because two products may be alike:
+    with splits by product, goals with the same `wishes`; with splits by goal, goals with the same instruction.
 
     Args:
         catalog: the shop.
@@ -53,9 +68,9 @@ def goal_tasks(catalog: Catalog, split: str, held_out: str = "products") -> Numb
         raise ValueError(f"expected split to be one of {', '.join(SPLITS)}, got {split!r}")
     names = list(SPLITS)
     place = names.index(split)
-    goals = [(names.index(split_of(goal, held_out)), goal.instruction) for goal in catalog.goals]
-    known = {instruction for at, instruction in goals if at < place}
-    numbers = [number for number, (at, instruction) in enumerate(goals) if at == place and instruction not in known]
+    goals = [(names.index(split_of(goal, held_out)), _SAME[held_out](goal)) for goal in catalog.goals]
+    known = {text for at, texts in goals if at < place for text in texts}
+    numbers = [number for number, (at, texts) in enumerate(goals) if at == place and known.isdisjoint(texts)]
     if not numbers:
         raise ValueError(f"expected goals of split {split} in shop {catalog.id}, found none among {len(catalog.goals)}")
     return NumberedTasks(numbers, partial(_goal_task, catalog, split))
