@@ -7,17 +7,27 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
+from aem_jax.distributed.clusters import expected_count
 from aem_jax.distributed.config import RuntimeConfig
 from aem_jax.distributed.join import initialize
 from aem_jax.errors import ConfigError
 from aem_jax.files import user_cache
 
+SHARED_CACHE = ".xla"
+"""Folder in `runs_dir` that keeps the compiled programs of several processes."""
 
-def cache_folder(config: RuntimeConfig) -> Path | None:
-    """The folder that keeps compiled programs; None for none."""
+
+def cache_folder(config: RuntimeConfig, runs_dir: Path | None = None) -> Path | None:
+    """The folder that keeps compiled programs; None for none.
+
+    Of several processes only the first writes, so that a cache on each host's own disk would stay empty on the others.
+    They share one in `runs_dir`, if there is one.
+    """
     if config.compilation_cache == "off":
         return None
     if config.compilation_cache == "auto":
+        if runs_dir and expected_count(config) != 1:
+            return runs_dir / SHARED_CACHE
         return user_cache("xla")
     return Path(config.compilation_cache).expanduser()
 
@@ -72,8 +82,12 @@ def gpu_memory_share() -> float:
         raise ConfigError(message) from None
 
 
-def set_up(config: RuntimeConfig) -> None:
+def set_up(config: RuntimeConfig, runs_dir: Path | None = None) -> None:
     """Applies the settings to JAX and to logging. JAX's own environment variables win, but for those of `FIXED`.
+
+    Args:
+        config: the settings.
+        runs_dir: a folder that all processes of the run see.
 
     Raises:
         ConfigError: the devices are missing, the other processes of the run cannot be found, or the folder of the
@@ -90,7 +104,7 @@ def set_up(config: RuntimeConfig) -> None:
         jax.config.update("jax_platforms", config.platform)
     if config.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)
-    folder = cache_folder(config)
+    folder = cache_folder(config, runs_dir)
     if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -130,7 +130,7 @@ def open_run(config: RunConfig, folder: Path, writes: bool = False) -> Iterator[
 
 def _open(config: RunConfig, folder: Path, writes: bool, stack: ExitStack) -> RunContext:
     """Opens everything for as long as `stack` is open, in the order in which mistakes are cheapest to find."""
-    runtime.set_up(config.runtime)  # before anything computes, as checkpoints do
+    runtime.set_up(config.runtime, folder.parent)  # before anything computes, as checkpoints do
     processes = stack.enter_context(join.open_process_group(config.runtime))
     join.check_same(processes, _identity(config))
     checkpoints, has_checkpoint = _open_folder(config, folder, writes, processes, stack)

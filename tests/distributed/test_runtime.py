@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,17 @@ def test_the_compilation_cache_has_the_chosen_folder(monkeypatch: pytest.MonkeyP
     assert cache_folder(RuntimeConfig()) == tmp_path / "aem_jax" / "xla"
     assert cache_folder(RuntimeConfig(compilation_cache="/x/y")) == Path("/x/y")
     assert cache_folder(RuntimeConfig(compilation_cache="off")) is None
+    assert cache_folder(RuntimeConfig(), Path("/runs")) == tmp_path / "aem_jax" / "xla"
+
+
+def test_several_processes_share_a_compilation_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Only the first writes. On a disk of its own, another host would compile everything again at each restart."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    second = RuntimeConfig(coordinator="a:1", num_processes=2, process_id=1)
+    assert cache_folder(second, Path("/runs")) == Path("/runs/.xla")
+    assert cache_folder(second) == tmp_path / "aem_jax" / "xla"
+    assert cache_folder(replace(second, compilation_cache="/x/y"), Path("/runs")) == Path("/x/y")
+    assert cache_folder(replace(second, compilation_cache="off"), Path("/runs")) is None
 
 
 def test_a_cache_folder_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
