@@ -1,5 +1,7 @@
 """The shop as a web site, used through plain requests and in a browser."""
 
+import dataclasses
+import html
 import threading
 import time
 import urllib.error
@@ -17,7 +19,7 @@ from aem_jax.envs.registry import SERVED, registered
 from aem_jax.envs.webshop import tasks
 from aem_jax.envs.webshop.engine import Shop, Visit
 from aem_jax.envs.webshop.env import WebshopConfig, WebshopEnv
-from aem_jax.envs.webshop.html import render_page
+from aem_jax.envs.webshop.html import render_observation, render_page
 from aem_jax.envs.webshop.site import make_site
 from aem_jax.envs.webshop.taggers import small
 
@@ -102,10 +104,29 @@ def test_a_person_shops(address: str, tmp_path: Path):
         assert "What would they like?" in tab.text
 
 
+def test_an_agent_reads_what_the_other_modes_show(shop: Shop):
+    """No style, no kind or query of a product, no goal on the receipt, and the instruction where texts have it."""
+    for repeat in (True, False):
+        front = dataclasses.replace(shop, repeat_instruction=repeat)
+        visit = Visit(front, front.catalog.goals[0])
+        for action in ("", "search[lamp]", "click[lamp1]", "click[red]", "click[features]", "click[< prev]"):
+            visit.step(action)
+            page, product = render_observation(visit), front.catalog.product(0)
+            assert (visit.goal.instruction in page) == (visit.goal.instruction in visit.text), action
+            assert "style" not in page and "tile" not in page
+            assert html.escape(product.kind) not in page and f">{product.query}<" not in page
+            assert "<style>" in (person := render_page(visit)) and visit.goal.instruction in person
+            assert all(html.escape(name) in page.lower() or name == "search" for name in visit.page.clickables)
+        assert product.kind in person and f">{product.query}<" in person
+        visit.step("click[buy now]")
+        assert "0.40" in render_observation(visit) and visit.goal.attributes[1] not in render_observation(visit)
+        assert visit.goal.attributes[1] in render_page(visit)
+
+
 def test_an_agent_may_read_html(shop: Shop):
     env = WebshopEnv(shop, WebshopConfig(mode="html"))
     goal = shop.catalog.goals[0]
     first = env.reset({"goal": goal.to_json()})
-    assert first.observation == render_page(Visit(shop, goal)) and "&lt;" not in first.observation
+    assert first.observation == render_observation(Visit(shop, goal)) and "&lt;" not in first.observation
     assert 'value="click[LAMP2]"' in env.step("<action>search[lamp]</action>").observation
     assert [name for name in SERVED if registered(name).site] == ["webshop"]

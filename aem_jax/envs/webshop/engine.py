@@ -89,6 +89,13 @@ class Visit:
         return self.score.reward if self.score else 0.0
 
     @property
+    def instruction(self) -> str | None:
+        """The instruction, if the current page shows it."""
+        if self.page.name == "search":
+            return self.goal.instruction
+        return None if self.done else self._instruction
+
+    @property
     def text(self) -> str:
         """The page in `text` mode."""
         return pages.plain(self.page)

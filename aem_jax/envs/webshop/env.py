@@ -65,9 +65,9 @@ class WebshopConfig:
 
 
 def _html(visit: Visit) -> str:
-    from aem_jax.envs.webshop.html import render_page  # jinja2 takes memory that other modes do not need
+    from aem_jax.envs.webshop.html import render_observation  # jinja2 takes memory that other modes do not need
 
-    return render_page(visit)
+    return render_observation(visit)
 
 
 OBSERVATIONS: Mapping[str, Callable[[Visit], str]] = {

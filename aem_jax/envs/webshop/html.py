@@ -1,4 +1,4 @@
-"""The shop's pages as aem_jax's own HTML, for a person in a browser, or for an agent that reads HTML.
+"""The shop's pages as aem_jax's own HTML, for a person in a browser, or in short for an agent that reads HTML.
 
 The pages load no external files. A product has a drawn tile in place of WebShop's picture.
 """
@@ -35,6 +35,14 @@ def render_page(visit: Visit, address: str = "", following: str = "") -> str:
         following: `split/number` of the next customer, which the receipt offers.
     """
     return render("visit.html.j2", visit=visit, page=visit.page, address=address, following=following)
+
+
+def render_observation(visit: Visit) -> str:
+    """Renders the current page of a visit for an agent: without style, and without what WebShop's pages do not show.
+
+    That is the product's kind and query, and the goal behind the instruction.
+    """
+    return render("visit.html.j2", visit=visit, page=visit.page, address="", following="", agent=True)
 
 
 def render(name: str, **values: Any) -> str:

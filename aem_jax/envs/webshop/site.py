@@ -68,8 +68,7 @@ def make_site(shop: Shop, held_out: str = "products") -> Starlette:
         form = dict(parse_qsl((await request.body()).decode(errors="replace")))
         action, query = form.get("action", ""), form.get("query", "")
         if not entry[0].done:
-            # brackets would split the words from the action
-            entry[0].step(action or f"search[{query.replace('[', ' ').replace(']', ' ').strip()}]")
+            entry[0].step(action or f"search[{query.strip()}]")
         return RedirectResponse(f"/visit/{request.path_params['visit']}", 303)
 
     return Starlette(
