@@ -190,6 +190,22 @@ class Checkpoints:
                 ) from error
             self._fits = True
 
+    def score(self, step: int, score: float) -> None:
+        """Gives a saved checkpoint its score; the highest is the best. Waits until it is written. Collective.
+
+        A score comes after the checkpoint, because an evaluation may be killed: nothing trained is lost then.
+
+        Raises:
+            CheckpointError: the checkpoint could not be written, or its record cannot be.
+        """
+        self.wait()
+        if self._processes.is_first and math.isfinite(score) and self._score(step) is None:
+            try:
+                step_files.write_score(self.folder, step, float(score))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"cannot record the score of step {step} in {self.folder}: {error}") from error
+        self._processes.barrier()
+
     def wait(self) -> None:
         """Waits until no checkpoint is in progress.
 

@@ -106,6 +106,17 @@ def read_record(folder: Path, step: int) -> dict[str, Any]:
     return record
 
 
+def write_score(folder: Path, step: int, score: float) -> None:
+    """Adds a score to the record of a complete checkpoint.
+
+    Raises:
+        OSError: the record cannot be read or written.
+        ValueError: it is damaged.
+    """
+    record = read_record(folder, step) | {"score": score}
+    write_text(folder / str(step) / RECORD / "metadata", json.dumps(sealed(record)))
+
+
 def read_state(folder: Path, step: int, abstract_state: State) -> State:
     """The state of a step.
 

@@ -82,10 +82,10 @@ class RunContext:
     rollout: Rollout
     reshard: Callable[[Params], Params]
 
-    def save(self, state: TrainState, score: float | None = None, carried: Carried | None = None) -> None:
+    def save(self, state: TrainState, carried: Carried | None = None) -> None:
         """Writes a checkpoint of the state's step, without frozen weights, with the groups under way. Collective."""
         extra = {} if carried is None else {CARRIED: record(carried)}
-        self.checkpoints.save(int(state.step), state.without_frozen(), score=score, extra=extra)
+        self.checkpoints.save(int(state.step), state.without_frozen(), extra=extra)
 
     def carried(self, step: int, attempts: GroupAttempts) -> Carried | None:
         """The groups under way in the checkpoint of a step; None without carry-over."""

@@ -68,17 +68,20 @@ def evaluate_splits(
         step: of the parameters.
         phase: recorded with the numbers.
         splits: whose sets are played.
-        stop: called after each set; may raise.
+        stop: called before and after each set that is played; may raise.
 
     Returns:
-        The success on the last set that was played now; None without one.
+        The success on the last set; None without one, or if the environment broke in all of its episodes.
     """
     lines = run.folder / FILE
     decode_params = success = None
     for count, split in enumerate(splits, start=1):
         tasks, name = run.suite.evaluation(split, run.config.evaluation.size)
-        if run.processes.broadcast(_is_recorded(lines, phase, name, step)):
+        recorded = run.processes.broadcast(_recorded(lines, phase, name, step))
+        if recorded is not None:
+            success = recorded["success"]
             continue
+        stop()
         decode_params = run.reshard(params) if decode_params is None else decode_params
         evaluation, _ = evaluate_policy(run.rollout, decode_params, tasks, run.key("evaluate"), name=name, split=split)
         if run.processes.is_first:
@@ -98,7 +101,7 @@ def play_baselines(run: RunContext) -> None:
         for count, (split, agent) in enumerate(agents, start=1):
             run.stop.check()
             tasks, name = run.suite.evaluation(split, config.evaluation.size)
-            if not run.processes.is_first or _is_recorded(lines, agent, name, 0):
+            if not run.processes.is_first or _recorded(lines, agent, name, 0) is not None:
                 continue
             make_act, max_turns = run.suite.baselines[agent], config.rollout.max_turns
             env = env or stack.enter_context(closing(run.suite.make_env()))
@@ -107,9 +110,10 @@ def play_baselines(run: RunContext) -> None:
             run.report("baselines", count, len(agents), {"rollout/success": evaluation.rate.success})
 
 
-def _is_recorded(lines: Path, phase: str, name: str, step: int) -> bool:
+def _recorded(lines: Path, phase: str, name: str, step: int) -> dict[str, Any] | None:
     wanted = (phase, name, step)
-    return any((line.get("phase"), line.get("set"), line.get("step")) == wanted for line in read_lines(lines))
+    found = (line for line in read_lines(lines) if (line.get("phase"), line.get("set"), line.get("step")) == wanted)
+    return next(found, None)
 
 
 def print_summary(records: Sequence[Mapping[str, Any]], title: str, stream: TextIO | None = None) -> None:

@@ -54,6 +54,7 @@ def train(config: RunConfig) -> int:
             state = _train(run, state)
         if int(state.step) < config.train.num_steps:
             return run.stop.exit_status
+        _score(run, state, run.stop.check)
         _evaluate(run, state, "final", stop=run.stop.check)
     if is_first:
         try:
@@ -97,6 +98,8 @@ def _train(run: RunContext, state: TrainState) -> TrainState:
     num_episodes = num_groups * config.rollout.group_size
     settings = dataclasses.asdict(config)
     is_first, start = run.processes.is_first, int(state.step)
+    if start:
+        _score(run, state, run.stop.check)  # the run may have been killed while it evaluated this state
     tasks = task_groups(run.suite.training, config.selection.tasks_per_round(num_groups), seed=config.seed)
     carried = run.carried(start, group_attempts(tasks, run.key("train"), config.rollout))
     writer = MetricsWriter(folder, config.metrics, start_step=start, run_config=settings) if is_first else None
@@ -107,18 +110,15 @@ def _train(run: RunContext, state: TrainState) -> TrainState:
         if writer:
             writer.write(step, metrics)
         run.report("train", done, num_steps, metrics)
-        score = None
-        if config.evaluation.every and (done % config.evaluation.every == 0 or done == num_steps):
-            # Evaluated before it is saved, because its score decides whether it is the best checkpoint.
-            phase = "final" if done == num_steps else "train"
-            score = _evaluate(run, state, phase, config.evaluation.splits[:1])
         stopping = run.stop.look()
-        if done % config.train.save_every == 0 or done == num_steps or score is not None or stopping:
+        if done % config.train.save_every == 0 or _has_score(config, done) or done == num_steps or stopping:
             if writer:
                 shown = transcripts(episodes.trajectories, credit, step)
                 writer.submit(lambda: write_text(folder / "transcripts.json", json_line(shown)))
                 writer.wait()  # the metrics of a checkpoint's steps are on disk before the checkpoint
-            run.save(state, score, carried)
+            run.save(state, carried)
+        if not stopping:  # else the resumed run evaluates it
+            _score(run, state)
 
     with writer or nullcontext():
         state = train_steps(
@@ -149,6 +149,26 @@ def _train(run: RunContext, state: TrainState) -> TrainState:
     if run.stop.look() and run.checkpoints.latest != int(state.step):
         run.save(state, carried=carried)  # the signal came after `on_step` had looked
     return state
+
+
+def _has_score(config: RunConfig, done: int) -> bool:
+    """Whether the policy is evaluated after so many steps."""
+    every = config.evaluation.every
+    return every > 0 and (done % every == 0 or done == config.train.num_steps)
+
+
+def _score(run: RunContext, state: TrainState, stop: Callable[[], None] = lambda: None) -> None:
+    """Evaluates a saved state on the first set if it is due, for the score that decides which checkpoint is the best.
+
+    After the checkpoint, so that a run that is killed during an evaluation loses nothing else.
+    """
+    done = int(state.step)
+    if not _has_score(run.config, done):
+        return
+    phase = "final" if done == run.config.train.num_steps else "train"
+    success = _evaluate(run, state, phase, run.config.evaluation.splits[:1], stop)
+    if success is not None:
+        run.checkpoints.score(done, success)
 
 
 def _evaluate(

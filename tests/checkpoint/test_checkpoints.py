@@ -92,6 +92,22 @@ def test_the_latest_the_best_and_the_first_checkpoint_are_kept(tmp_path):
         assert checkpoints.steps == [0, 8, 9, 10]
 
 
+def test_a_score_may_come_after_its_checkpoint(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_first=False)) as checkpoints:
+        for step, score in ((1, 0.5), (2, 0.9), (3, 0.1), (4, None), (5, float("nan"))):
+            checkpoints.save(step, state_of(step), extra={"tasks": step})
+            if score is not None:
+                checkpoints.score(step, score)
+        checkpoints.wait()
+        assert checkpoints.steps == [2, 5] and checkpoints.best == 2
+        checkpoints.score(2, 0.2)  # of a resumed run: the first one stays
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_first=False)) as checkpoints:
+        assert checkpoints.best == 2 and checkpoints.extra(2) == {"tasks": 2}
+        assert_equal(checkpoints.restore(ABSTRACT, step=2), state_of(2))
+        with pytest.raises(CheckpointError, match="cannot record the score of step 3"):
+            checkpoints.score(3, 0.5)
+
+
 def test_only_the_latest_checkpoint_is_kept_if_configured(tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_best=False, keep_first=False)) as checkpoints:
         for step in range(3):

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from aem_jax.launch import cli
+from aem_jax.checkpoint.step import read_record
+from aem_jax.launch import cli, evaluation
 from aem_jax.metrics import comparable, read_lines
 
 pytestmark = pytest.mark.slow
@@ -75,6 +76,31 @@ def test_a_run_writes_its_files(finished: Path):
     phases = [(line["phase"], line["step"]) for line in read_lines(finished / "evaluations.jsonl")]
     baselines = [(name, 0) for name in ("oracle", "searcher", "random")]
     assert phases == [*baselines, ("warmstart", 0), ("train", 4), ("final", NUM_STEPS)]
+
+
+def test_a_run_that_is_killed_during_an_evaluation_loses_no_step(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, play = tmp_path / "small", evaluation.evaluate_policy
+
+    def killed(rollout, params, tasks, key, **names):
+        if len(read_lines(run / "metrics.jsonl")) in kills:
+            kills.remove(len(read_lines(run / "metrics.jsonl")))
+            raise KeyboardInterrupt
+        return play(rollout, params, tasks, key, **names)
+
+    monkeypatch.setattr(evaluation, "evaluate_policy", killed)
+    kills = [4, NUM_STEPS]
+    line = ["train", "--preset", str(SMALL), "--runs-dir", str(tmp_path), "--train.save-every", "1000"]
+    line += ["--metrics.efficiency-every", "4"]
+    for done in (4, NUM_STEPS):
+        assert cli.main(line) == 130
+        assert len(read_lines(run / "metrics.jsonl")) == max(saved(run)) == done
+    assert cli.main(line) == 0
+    assert read_lines(run / "evaluations.jsonl") == read_lines(finished / "evaluations.jsonl")
+    scores = {step: read_record(run / "checkpoints", step)["score"] for step in sorted(saved(run))}
+    ends = {line["step"]: line["success"] for line in read_lines(run / "evaluations.jsonl") if line["step"]}
+    assert scores == {0: None, **ends}
 
 
 def saved(run: Path) -> set[int]:
