@@ -5,6 +5,7 @@ import json
 import math
 import re
 import subprocess
+import time
 import tomllib
 import types
 from datetime import datetime, timedelta
@@ -137,15 +138,39 @@ def test_tpu_vm_runs_the_same_command_on_all_hosts(tmp_path: Path):
     script, words = DEPLOY / "tpu_vm.sh", ["--preset", "alfworld-tiny", "--name", "two words"]
     result = run(script, "train", "my-slice", "us-east5-a", *words, programs=tmp_path / "bin")
     assert result.returncode == 0, result.stderr
-    *target, command = result.stdout.splitlines()
+    target, command = result.stdout.splitlines()[:7], result.stdout
     assert target == ["compute", "tpus", "tpu-vm", "ssh", "my-slice", "--zone=us-east5-a", "--worker=all"]
-    assert command.endswith(r"-m aem_jax.launch --runs-dir /runs --preset alfworld-tiny --name two\ words")
+    assert r"-m aem_jax.launch --runs-dir /runs --preset alfworld-tiny --name two\ words >>log" in command
     create = run(script, "create", "my-slice", "us-east5-a", "v5p-32", "v2-alpha-tpuv5", programs=tmp_path / "bin")
     assert create.stdout.splitlines()[3:] == [
         *("create", "my-slice", "--zone=us-east5-a", "--accelerator-type=v5p-32", "--version=v2-alpha-tpuv5")
     ]
     for mistake in ([], ["train", "my-slice"], ["dance", "my-slice", "us-east5-a"], ["create", "a", "b"]):
         assert run(script, *mistake, programs=tmp_path / "bin").returncode == 2
+
+
+def test_a_run_on_tpu_vms_outlives_the_connection_until_it_is_stopped(tmp_path: Path):
+    """The commands of the hosts, run here: a fake gcloud, and a fake Python that ends its step."""
+    host, programs = tmp_path / "host", tmp_path / "bin"
+    fake(programs, "gcloud", f'cd {host} || exit 1; for word; do :; done; exec bash -c "${{word#--command=}}"')
+    (host / "aem_jax" / ".venv").mkdir(parents=True)
+    step = "trap 'echo saved; exit 143' TERM; echo \"$HF_TOKEN: $*\"; for i in $(seq 300); do sleep 0.1; done"
+    fake(host / "aem_jax" / ".venv" / "bin", "python", step)
+    act = lambda action, *words: run(
+        DEPLOY / "tpu_vm.sh", action, "a", "b", *words, programs=programs, HF_TOKEN="my token"
+    )
+    assert act("train", "--name", "two words").returncode == 0  # at once
+    log = host / "aem_jax" / "log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    again = act("train")
+    assert again.returncode == 1 and "a run is under way" in again.stderr
+    stopped = act("stop")
+    assert stopped.returncode == 0
+    assert log.read_text() == stopped.stdout == "my token: -m aem_jax.launch --runs-dir /runs --name two words\nsaved\n"
+    assert act("stop").returncode == 1
 
 
 @pytest.mark.parametrize("name", ["gke_jobset.yaml", "gke_gpu_jobset.yaml"])
