@@ -9,12 +9,13 @@ from aem_jax.errors import ConfigError
 from aem_jax.sampler.reshard import INT8_MERGES
 
 
-def check(config: RunConfig, trains: bool = True) -> None:
+def check(config: RunConfig, trains: bool = True, processes: int | None = None) -> None:
     """Refuses settings that contradict each other, before anything starts.
 
     Args:
         config: the run's.
         trains: whether the run learns from what it samples.
+        processes: of the run, if it will be on other machines; otherwise as many as are started here.
 
     Raises:
         ConfigError: two settings that contradict each other; the message names both.
@@ -32,7 +33,9 @@ def check(config: RunConfig, trains: bool = True) -> None:
     sessions = servers * config.env.sessions_per_server
     # With several processes, each plays its own slots with its own servers; the rollout checks them.
     served = config.environment.NAME != "harness"
-    if served and sessions < config.rollout.num_slots and expected_count(config.runtime) == 1:
+    if processes and not config.env.urls:
+        sessions *= processes
+    if served and sessions < config.rollout.num_slots and (processes or expected_count(config.runtime) == 1):
         raise ConfigError(
             f"--rollout.num-slots: expected at most {sessions} (servers × --env.sessions-per-server), "
             f"got {config.rollout.num_slots}; raise --env.sessions-per-server or "

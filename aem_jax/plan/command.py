@@ -7,8 +7,10 @@ installed, a GPU's numbers are closed forms, marked as such.
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 
 from aem_jax.config import components
+from aem_jax.config.validate import check
 from aem_jax.errors import ConfigError
 from aem_jax.plan.config import PlanConfig
 from aem_jax.sharding import MeshConfig
@@ -30,6 +32,8 @@ def run(config: PlanConfig, given: Collection[str] = ()) -> int:
 
     components.check_sizes(config.model)
     topology = parse_topology(config.topology)
+    # Refuses what a run refuses, but for a package that this machine may lack.
+    check(replace(config, metrics=replace(config.metrics, wandb_project="")), processes=topology.processes)
     by_hand = config.mesh != MeshConfig() or any(name.startswith("mesh.") for name in given)
     try:
         plan = make_plan(config, topology, by_hand=by_hand)

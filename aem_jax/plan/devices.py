@@ -119,6 +119,11 @@ class Topology:
         return self.num_chips * self.chip.cores
 
     @property
+    def processes(self) -> int:
+        """Most processes of a run on it: one for each GPU (SLURM), or for each host of four TPU chips."""
+        return -(-self.num_chips // 4) if self.kind == "tpu" else self.num_devices
+
+    @property
     def peak(self) -> float:
         """bf16 FLOP/s of a device."""
         return self.chip.peak / self.chip.cores

@@ -204,7 +204,7 @@ def make_plan(config: PlanConfig, topology: Topology, *, by_hand: bool) -> Plan:
         seconds=seconds,
         rates=rates,
         phases=phases,
-        advice=advise(config, work, mesh, topology, too_large) if too_large else [],
+        advice=advise(config, work, mesh, topology, too_large, not by_hand) if too_large else [],
     )
 
 

@@ -1,5 +1,6 @@
 """Memory of a run in closed form, while sampling and while learning, and the mesh that is chosen by it."""
 
+import re
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -236,6 +237,47 @@ def test_the_chosen_mesh_counts_weights_that_sampling_gathers(capsys):
     assert cli.main([*words, "--mesh.fsdp", "8"]) == 1
     told = capsys.readouterr().out
     assert "does not fit: sampling (decode)." in told  # an update has no such copy
+
+
+def planned(words: list[str], capsys) -> tuple[int, str]:
+    status = cli.main(["plan", "--analytic", *words])
+    output = capsys.readouterr()
+    return status, output.out + output.err
+
+
+@pytest.mark.parametrize(
+    ("preset", "model", "topology"),
+    [
+        ("swe-paper", "qwen3-32b", "gpu:h100:8x4"),
+        ("swe-paper", "qwen3-32b", "v5p:2x2x4"),
+        ("alfworld-paper", "qwen2.5-7b", "v5e:4x4"),
+    ],
+)
+def test_advice_can_be_followed(preset: str, model: str, topology: str, capsys):
+    """Each piece of advice, alone, can be planned; what fitted still fits; and so many chips suffice."""
+    words = ["--preset", preset, model, "--topology", topology]
+    _, told = planned(words, capsys)
+    large = set(re.findall(r"update|decode", told.partition("does not fit: ")[2].partition(". What")[0]))
+    *advice, chips = [line.strip() for line in told.partition("largest saving first:\n")[2].splitlines()]
+    assert advice and large
+    for line in advice:
+        status, then = planned([*words, *re.split(r" \(", line)[0].split()], capsys)
+        assert status in (0, 1), then
+        assert set(re.findall(r"update|decode", then.partition("does not fit: ")[2].partition(". What")[0])) <= large
+    count, _, options = re.fullmatch(r"(\d+) chips instead of \d+( with)?(.*)", chips).groups()  # type: ignore[union-attr]
+    larger = {("gpu:h100:8x4", "64"): "gpu:h100:8x8", ("v5p:2x2x4", "32"): "v5p:2x4x4", ("v5e:4x4", "32"): "v5e:4x8"}
+    status, then = planned([*words[:-1], larger[topology, count], *options.split()], capsys)
+    assert status == 0, then
+
+
+def test_a_plan_refuses_what_a_run_refuses(capsys):
+    words = ["--preset", "alfworld-paper", "qwen2.5-1.5b", "--topology", "gpu:h100:1"]
+    status, told = planned([*words, "--rollout.num-slots", "512"], capsys)
+    assert status == 2 and "--rollout.num-slots: expected at most" in told
+    words[-1] = "gpu:h100:8"  # each of eight processes has servers of its own
+    assert planned([*words, "--rollout.num-slots", "512"], capsys)[0] in (0, 1)
+    status, told = planned([*words, "--sampling.top-k", "5"], capsys)
+    assert status == 2 and "--sampling.top-k" in told
 
 
 def test_advice_for_learning_alone_leaves_the_samplers_weights_out():
