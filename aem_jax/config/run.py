@@ -174,12 +174,16 @@ def without_effect(config: RunConfig) -> dict[str, list[str]]:
 MAY_CHANGE = (
     *("name", "runs_dir", "preset", "rollout.cache_gib"),
     *("train.", "evaluation.", "checkpoint.", "env.", "metrics.", "runtime."),
+    *("swe.host.", "swe.kubernetes.", "harbor.host."),
 )
 """Fields, or groups of fields, that a resumed run may change: they do not decide what is computed."""
 
 
 MUST_MATCH = ("env.field_mapping.", "env.command")
 """Exceptions among them, which decide what environments receive and answer."""
+
+ENGINES = {"swe.runtime": ("docker", "podman", "kubernetes"), "harbor.runtime": ("docker", "podman")}
+"""Runtimes that a resumed run may replace by one another: all run a task in the same image. bubblewrap has none."""
 
 
 _SHAPES = ("model.", "lora.rank", "lora.alpha", "lora.targets", "learner.moments", "algorithm.estimator")

@@ -12,7 +12,7 @@ from typing import Any
 from aem_jax.config import inputs
 from aem_jax.config.environments import path_settings
 from aem_jax.config.presets import SEPARATOR
-from aem_jax.config.run import RunConfig, decides_shapes, may_change
+from aem_jax.config.run import ENGINES, RunConfig, decides_shapes, may_change
 from aem_jax.distributed.join import without_process
 from aem_jax.errors import ConfigError
 from aem_jax.files import read_json, read_text, valid_text, write_text
@@ -176,6 +176,7 @@ def check_resumable(saved: RunConfig, config: RunConfig, folder: Path) -> None:
         if name in before  # else it belongs to another environment, whose change is listed itself
         and before[name] != after[name]
         and not may_change(name)
+        and not {before[name], after[name]} <= set(ENGINES.get(name, ()))
         and not _is_moved(name, before[name], config, folder)
     ]
     if changed:

@@ -396,10 +396,21 @@ def test_a_resumed_run_may_change_what_is_harmless(tmp_path: Path):
         saved.check_resumable(begun, apply(begun, split(["--environment", "webshop"])[1]), tmp_path)
 
 
-def test_harmless_fields_exist():
-    from aem_jax.config.run import MAY_CHANGE
+def test_a_resumed_run_may_move_its_sandboxes_but_not_leave_their_images(tmp_path: Path):
+    begun = apply(read_preset("swe-paper"), split(["--swe.runtime", "docker"])[1])
+    moved = ["--swe.runtime", "kubernetes", "--swe.kubernetes.namespace", "mine", "--swe.host.memory-mib", "4096"]
+    saved.check_resumable(begun, apply(begun, split(moved)[1]), tmp_path)
+    for words in (["--swe.runtime", "bubblewrap"], ["--swe.container.image", "other"], ["--swe.memory-mib", "999"]):
+        with pytest.raises(ConfigError, match=f"begun with {words[0]}"):
+            saved.check_resumable(begun, apply(begun, split(words)[1]), tmp_path)
 
-    names = list(annotations(RunConfig()))
+
+def test_harmless_fields_exist():
+    from aem_jax.config.run import ENGINES, MAY_CHANGE
+
+    presets = (RunConfig(), read_preset("swe-paper"), read_preset("harbor-tiny"))
+    names = [name for preset in presets for name in annotations(preset)]
+    assert set(ENGINES) <= set(names)
     for prefix in MAY_CHANGE:
         assert any(name == prefix or (prefix.endswith(".") and name.startswith(prefix)) for name in names), prefix
     assert not may_change("seed") and not may_change("aem.strength")
