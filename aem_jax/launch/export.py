@@ -13,7 +13,7 @@ from aem_jax.launch import frozen_weights
 from aem_jax.learner import abstract_state
 from aem_jax.models import save_pretrained
 from aem_jax.models.peft import save_adapter
-from aem_jax.models.pretrained import check_free
+from aem_jax.models.pretrained import check_free, model_reads_images
 from aem_jax.sharding import make_mesh
 from aem_jax.tokenizer import ChatTokenizer
 
@@ -43,8 +43,10 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
             state = checkpoints.restore(abstract_state(policy, config.learner, mesh).without_frozen())
         if adapter and policy.lora:
             base = config.model.path or str((run / frozen_weights.FOLDER).resolve())
+            files = saved.model_files(config, run)  # the run's copy of config.json; the base may be elsewhere by now
+            outer = files is not None and model_reads_images(files)
             with undone_on_interrupt():
-                save_adapter(folder, policy.config, policy.lora, state.params["adapter"], base=base)
+                save_adapter(folder, policy.config, policy.lora, state.params["adapter"], base=base, reads_images=outer)
         else:
             if policy.lora:
                 frozen, _ = frozen_weights.load(config, run, policy.base, mesh, inputs.load(run).get(inputs.FROZEN))

@@ -320,12 +320,17 @@ def _names() -> str:
     return ", ".join(family.architecture for family in FAMILIES)
 
 
+def reads_images(theirs: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is that of a model that reads images, too, whose text part is the `ModelConfig`."""
+    kind = theirs.get("model_type")
+    return isinstance(kind, str) and kind in _TEXT_PARTS
+
+
 def _text_part(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The `config.json` of the text part of a model that reads images, too; any other as it is."""
-    kind = theirs.get("model_type")
-    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
+    if not reads_images(theirs):
         return theirs
-    part = theirs.get("text_config")
+    kind, part = theirs["model_type"], theirs.get("text_config")
     if not isinstance(part, Mapping):
         raise ValueError(f"expected text_config to be an object, got {brief(part)}")
     if part.get("model_type", _TEXT_PARTS[kind]) != _TEXT_PARTS[kind]:

@@ -5,6 +5,10 @@
 Each expert of a mixture has matrices of its own, as transformers 4 names its modules; PEFT loads them into the fused
 experts of transformers 5, too.
 
+A model that reads images, too (Gemma 3 from 4B), has its decoder in `model.language_model`. PEFT takes an adapter whose
+names do not match for one that it must initialise, and only warns; so the names are those of the whole model, and
+`target_modules` is a regular expression that leaves the vision tower out.
+
 See https://huggingface.co/docs/peft/developer_guides/checkpoint. `PeftModel.from_pretrained(model, folder)` reads them.
 """
 
@@ -21,9 +25,19 @@ from aem_jax.models.pretrained import new_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TEXT_PART = "language_model"
+"""Module of the decoder in a model that reads images, too."""
 
 
-def save_adapter(folder: str | Path, config: ModelConfig, lora: LoraConfig, adapter: Adapter, *, base: str) -> None:
+def save_adapter(
+    folder: str | Path,
+    config: ModelConfig,
+    lora: LoraConfig,
+    adapter: Adapter,
+    *,
+    base: str,
+    reads_images: bool = False,
+) -> None:
     """Writes an adapter atomically.
 
     Args:
@@ -33,37 +47,43 @@ def save_adapter(folder: str | Path, config: ModelConfig, lora: LoraConfig, adap
         adapter: on any mesh of this process; saved in its own dtype, float32.
         base: absolute path of the folder, or name on the Hub, of the base model; PEFT reads it on the machine where the
             adapter is loaded.
+        reads_images: whether the base model reads images, too, and the policy is its text part (`reads_images`).
 
     Raises:
         ValueError: the folder is not empty.
         OSError: it cannot be written.
     """
     with new_folder(Path(folder)) as partial:
-        write_text(partial / CONFIG, json.dumps(_config(config, lora, base), indent=2) + "\n")
-        write_tensors(partial / WEIGHTS, tensors(config, lora, adapter))
+        write_text(partial / CONFIG, json.dumps(_config(config, lora, base, reads_images), indent=2) + "\n")
+        write_tensors(partial / WEIGHTS, tensors(config, lora, adapter, reads_images))
 
 
-def tensors(config: ModelConfig, lora: LoraConfig, adapter: Adapter) -> dict[str, np.ndarray]:
-    """PEFT's tensors by their names."""
+def tensors(
+    config: ModelConfig, lora: LoraConfig, adapter: Adapter, reads_images: bool = False
+) -> dict[str, np.ndarray]:
+    """PEFT's tensors by their names; the arguments are those of `save_adapter`."""
     rank, matrices = lora.rank, {}
     for name, projection in targets(config, lora).items():
         a, b = (np.asarray(adapter[name][side]) for side in ("a", "b"))
         for stacked in np.ndindex(config.num_layers, *projection.experts):
             numbers = dict(zip(("layer", "expert"), stacked, strict=False))
             module = projection.tensor.format(**numbers).removesuffix(".weight")
+            if reads_images:
+                module = module.replace("model.", f"model.{TEXT_PART}.", 1)
             matrices[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a[stacked].reshape(-1, rank).T)
             matrices[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b[stacked].reshape(rank, -1).T)
     return matrices
 
 
-def _config(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, object]:
+def _config(config: ModelConfig, lora: LoraConfig, base: str, reads_images: bool) -> dict[str, object]:
+    modules = [projection.tensor.split(".")[-2] for projection in targets(config, lora).values()]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "target_modules": [projection.tensor.split(".")[-2] for projection in targets(config, lora).values()],
+        "target_modules": rf".*\.{TEXT_PART}\..*\.({'|'.join(modules)})" if reads_images else modules,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from aem_jax.files import read_json, read_text, write_text
 from aem_jax.gguf_file import is_gguf
 from aem_jax.models.config import ModelConfig, dtype_name
-from aem_jax.models.families import SAVED_DTYPES, config_from_hf, config_to_hf
+from aem_jax.models.families import SAVED_DTYPES, config_from_hf, config_to_hf, reads_images
 from aem_jax.models.gguf import config_of
 from aem_jax.models.policy import Params, Policy
 from aem_jax.models.weights import as_in_files, load_params, save_params
@@ -145,6 +145,16 @@ def config_text(source: Path) -> str:
     if isinstance(theirs, dict) and theirs.get("tie_word_embeddings") is True and not read_config(source).tied_head:
         return json.dumps(theirs | {"tie_word_embeddings": False}, indent=2) + "\n"
     return read_text(source / CONFIG)
+
+
+def model_reads_images(source: Path) -> bool:
+    """Whether the model of a folder or a GGUF file reads images, too; its text part is the policy.
+
+    Raises:
+        ValueError: no config.json.
+    """
+    theirs = _config_in(source)
+    return isinstance(theirs, dict) and reads_images(theirs)
 
 
 def resolve(path_or_repo: str | Path) -> Path:

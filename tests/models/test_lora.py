@@ -1,6 +1,7 @@
 """Adapters: no effect at the start, equal outputs merged or not, and PEFT's files."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from small_policies import DEEP, GROUPED_TIED, MOE, ONE_KV_UNTIED, POST_NORM, nu
 from aem_jax.models import LoraConfig, Policy, save_pretrained
 from aem_jax.models.lora import projections
 from aem_jax.models.peft import save_adapter
+from aem_jax.models.pretrained import model_reads_images
 from aem_jax.models.weights import tensors
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -125,6 +127,23 @@ def test_pefts_files_contain_the_same_weights(config, tmp_path: Path):
     assert written["base_model_name_or_path"] == "the/base"
     with pytest.raises(ValueError, match="expected a new or empty folder"):
         save_adapter(tmp_path / "adapter", config, LORA, adapter, base="the/base")
+
+
+def test_the_adapter_of_a_text_part_has_the_whole_models_names(tmp_path: Path):
+    """The decoder of Gemma 3 4B is `model.language_model`; its vision tower has a q_proj of its own."""
+    lora = LoraConfig(3, 6.0, ("q_proj", "down_proj"))
+    adapter = adapter_of(Policy(GROUPED_TIED, lora))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "gemma3", "text_config": {}}')
+    reads_images = model_reads_images(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", GROUPED_TIED, lora, adapter, base="base", reads_images=reads_images)
+    names = sorted(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert names[0] == "base_model.model.model.language_model.layers.0.mlp.down_proj.lora_A.weight"
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
+    chosen = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    layer, tower = "layers.0.self_attn.q_proj", "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+    assert re.fullmatch(chosen, f"model.language_model.{layer}") and not re.fullmatch(chosen, tower)
+    assert not re.fullmatch(chosen, "model.language_model.layers.0.self_attn.k_proj")
 
 
 @pytest.mark.parametrize("config", [BIASED, MOE])
