@@ -196,6 +196,20 @@ def test_files_are_the_usual_ones(tiny, tmp_path):
     assert (ours.stop_ids, ours.pad_id, ours.vocab_size) == (tiny.stop_ids, tiny.pad_id, tiny.vocab_size)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_a_model_folder_splits_text_as_its_tokenizer_json_says(tiny, tmp_path, kind):
+    """transformers builds its own Qwen2 tokenizer of the vocabulary, which splits numbers into digits."""
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    again = ChatTokenizer.from_pretrained(tmp_path)
+    for text in ("open drawer 12", "it's 2024!\n\n1. x  y", "a\tb   c"):
+        assert again.encode(text) == tiny.encode(text)
+    assert (again.stop_ids, again.pad_id, again.template) == (tiny.stop_ids, tiny.pad_id, tiny.template)
+    difference = tiny.misread(tmp_path)
+    assert (difference is not None) == (kind == "qwen2")
+    assert difference is None or "as Qwen2Tokenizer, which splits text otherwise" in difference
+
+
 def test_training_is_deterministic_and_bounded(tiny, tmp_path):
     ChatTokenizer.train(iter(TEXTS), vocab_size=600).save_pretrained(tmp_path / "a")
     tiny.save_pretrained(tmp_path / "b")

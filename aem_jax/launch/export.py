@@ -1,5 +1,6 @@
 """`export FOLDER`: writes a run's latest checkpoint as a Hugging Face model with its tokenizer, or as an adapter."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from aem_jax.models.peft import save_adapter
 from aem_jax.models.pretrained import check_free, model_reads_images
 from aem_jax.sharding import make_mesh
 from aem_jax.tokenizer import ChatTokenizer
+
+log = logging.getLogger(__name__)
 
 
 def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
@@ -55,6 +58,11 @@ def export(config: RunConfig, folder: Path, adapter: bool = False) -> int:
             with undone_on_interrupt():
                 save_pretrained(
                     folder, policy.config, params, dtype=used, source=run / inputs.TOKENIZER, stop_ids=chat.stop_ids
+                )
+            if difference := chat.misread(folder):
+                log.warning(
+                    f"{difference}. Give such programs {run / inputs.TOKENIZER} as the tokenizer (vLLM: --tokenizer), "
+                    "or load it with PreTrainedTokenizerFast.from_pretrained; endpoint and evaluate read it as it is"
                 )
     except (CheckpointError, ValueError, OSError) as error:
         raise ConfigError(str(error)) from error

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aem_jax.files import valid_text
+from aem_jax.files import read_text, valid_text
 from aem_jax.gguf_file import is_gguf
 from aem_jax.tokenizer.bpe import any_of, check_vocab_size, quiet_libraries, train_bpe
 from aem_jax.tokenizer.chat_template import ChatTemplate, first_line, saved_day
@@ -33,6 +33,8 @@ _NO_FENCES = str.maketrans("", "", _FENCES)
 
 _CACHED_DELTAS = 4096
 _ANSWER = "(answer)"
+_PROBE = "You see a drawer 12,\tit's 2024!\n\n1. x  Y"
+"""A text that layouts split differently: numbers, white space, an apostrophe."""
 
 _FIELDS = {
     *("role", "content", "name", "tool_calls", "tool_call_id", "id", "type", "function", "arguments"),
@@ -176,6 +178,30 @@ class ChatTokenizer:
         """
         self._tokenizer.save_pretrained(str(folder))
         self._template.save_day(Path(folder))
+
+    def misread(self, folder: Path) -> str | None:
+        """How programs that use `AutoTokenizer` split text otherwise than this tokenizer, in one line; None if alike.
+
+        For some values of `model_type` (qwen2), transformers builds its own tokenizer from the vocabulary of
+        tokenizer.json and ignores how the file splits text.
+
+        Args:
+            folder: of an exported model, with its config.json and this tokenizer's files.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            theirs = AutoTokenizer.from_pretrained(str(folder))
+            ids = theirs(_PROBE, add_special_tokens=False).input_ids
+        except Exception as error:  # as in `_hugging_face`
+            return f"AutoTokenizer cannot read {folder}: {first_line(error)}"
+        if ids == self.encode(_PROBE):
+            return None
+        return (
+            f"AutoTokenizer reads {folder} as {type(theirs).__name__}, which splits text otherwise than the tokenizer "
+            f"that the model was trained with: {theirs.convert_ids_to_tokens(ids)}, not "
+            f"{theirs.convert_ids_to_tokens(self.encode(_PROBE))}"
+        )
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -355,13 +381,35 @@ class ChatTokenizer:
 
 
 def _hugging_face(path: str | Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils.hub import cached_file
 
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        missing_is_none = dict.fromkeys(_RAISED, False)
+        file = cached_file(str(path), "tokenizer.json", **missing_is_none)  # pyright: ignore[reportArgumentType]
+        if file and getattr(tokenizer, "is_fast", False) and _splits_otherwise(tokenizer, Path(file)):
+            return PreTrainedTokenizerFast.from_pretrained(str(path))
+        return tokenizer
     except Exception as error:  # damaged files: tokenizers raises plain Exception, transformers many types
         reason = first_line(error)
         raise ValueError(f"expected a tokenizer in Hugging Face's files, got {str(path)!r}: {reason}") from error
+
+
+_RAISED = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+
+
+def _splits_otherwise(tokenizer: "PreTrainedTokenizerBase", file: Path) -> bool:
+    """Whether the tokenizer normalizes or splits text otherwise than its tokenizer.json, as in `misread`."""
+    from tokenizers import Tokenizer
+
+    parts = ("normalizer", "pre_tokenizer")
+    theirs = json.loads(read_text(file))
+    empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    expected = Tokenizer.from_str(json.dumps(empty | {part: theirs.get(part) for part in parts}))
+    state = lambda backend, part: (found := getattr(backend, part)) and found.__getstate__()
+    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    return any(state(backend, part) != state(expected, part) for part in parts)
 
 
 def _backends(tokenizer: "PreTrainedTokenizerBase", markup: Collection[str]):
