@@ -32,7 +32,8 @@ _FENCED = re.compile(f"{_FENCES[0]}(.*?){_FENCES[1]}", re.DOTALL)
 _NO_FENCES = str.maketrans("", "", _FENCES)
 
 _CACHED_DELTAS = 4096
-_ANSWER = "(answer)"
+_ANSWER = "<think>\nHm.\n</think>\n\n(answer)"
+"""Stands for a response. Its thought shows which templates drop the thoughts of earlier turns."""
 _PROBE = "You see a drawer 12,\tit's 2024!\n\n1. x  Y"
 """A text that layouts split differently: numbers, white space, an apostrophe."""
 
@@ -273,7 +274,8 @@ class ChatTokenizer:
         Raises:
             ValueError: the template refuses the messages.
         """
-        return self._encode_fenced(self._render_fenced(messages, tools))
+        text = self._template.render(self._fenced(messages), self._fence_all(list(tools), trusted=True))
+        return self._encode_fenced(text)
 
     def continuation_ids(
         self, messages: Sequence[Mapping[str, Any]], response: int, tools: Sequence[Mapping[str, Any]], *, closed: bool
@@ -292,9 +294,11 @@ class ChatTokenizer:
         Raises:
             ValueError: the template refuses the messages.
         """
-        before, after = messages[:response], messages[response + 1 :]
-        prompt = self._render_fenced(before, tools) + self._lead + _ANSWER
-        text = self._render_fenced([*before, {"role": "assistant", "content": _ANSWER}, *after], tools)
+        before, after = self._fenced(messages[:response]), self._fenced(messages[response + 1 :])
+        definitions = self._fence_all(list(tools), trusted=True)
+        # The answer has no fences: a template that looks for its thought would cut them in two.
+        prompt = self._template.render(before, definitions) + self._lead + _ANSWER
+        text = self._template.render([*before, {"role": "assistant", "content": _ANSWER}, *after], definitions)
         if not text.startswith(prompt):
             return None
         ids = self._encode_fenced(text[len(prompt) :])
@@ -302,12 +306,14 @@ class ChatTokenizer:
             return None
         return ids[1:] if closed else ids
 
-    def _render_fenced(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
-        fenced = [
+    def _fenced(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages of a request with fenced texts. If roles must alternate, those of the user in a row are joined."""
+        if self._joins:  # results of parallel tool calls, for a template without tools
+            messages = _joined_users(messages)
+        return [
             {**self._fence_all(message, trusted=message["role"] in _TRUSTED), "role": message["role"]}
             for message in messages
         ]
-        return self._template.render(fenced, self._fence_all(list(tools), trusted=True))
 
     def _fence_all(self, value: Any, trusted: bool) -> Any:
         """Fences all texts of a JSON value, and the names of arguments and properties in it."""
@@ -394,6 +400,17 @@ def _hugging_face(path: str | Path) -> "PreTrainedTokenizerBase":
     except Exception as error:  # damaged files: tokenizers raises plain Exception, transformers many types
         reason = first_line(error)
         raise ValueError(f"expected a tokenizer in Hugging Face's files, got {str(path)!r}: {reason}") from error
+
+
+def _joined_users(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Messages in which successive ones of the user are one, with a blank line between them."""
+    joined: list[Mapping[str, Any]] = []
+    for role, successive in itertools.groupby(messages, lambda message: message["role"]):
+        if role == "user":
+            joined.append({"role": role, "content": "\n\n".join(message["content"] for message in successive)})
+        else:
+            joined += successive
+    return joined
 
 
 _RAISED = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")

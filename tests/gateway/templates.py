@@ -55,7 +55,7 @@ LLAMA3 = """\
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
 """
 
-DROPS_THOUGHTS = """\
+CHANGES_RESPONSES = """\
 {%- for message in messages %}
 {%- set content = message.content %}
 {%- if message.role == 'assistant' and not loop.last %}{%- set content = 'earlier: ' + content %}{%- endif %}
@@ -64,3 +64,26 @@ DROPS_THOUGHTS = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 """Changes earlier responses, so that no conversation continues."""
+
+DROPS_THOUGHTS = """\
+{%- set ns = namespace(query=-1) %}
+{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.query = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for message in messages %}
+{%- set content = message.content %}
+{%- if message.role == 'assistant' and loop.index0 < ns.query %}{%- set content = content.split('</think>')[-1] %}
+{%- set content = content.lstrip('\\n') %}{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+{%- if tools %}{{- "<tool_call>" }}{%- endif %}
+"""
+"""Drops the thoughts before the last message of the user, as Qwen3's does; a tool's result keeps them."""
+
+ALTERNATES = """\
+{%- for message in messages %}
+{%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+"""Has no tools, and refuses two messages of one role in a row, as Gemma 3's does."""

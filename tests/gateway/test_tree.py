@@ -12,7 +12,7 @@ from aem_jax.gateway.tree import TokenTree
 from aem_jax.tokenizer import CHATML, ChatTokenizer
 
 from .scripted import with_template
-from .templates import DROPS_THOUGHTS, HERMES, LLAMA3
+from .templates import ALTERNATES, CHANGES_RESPONSES, DROPS_THOUGHTS, HERMES, LLAMA3
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 TEXTS = ["<tool_call>{}</tool_call> name arguments parameters look go to a room \n \"'", "user assistant system tool"]
@@ -205,11 +205,32 @@ def test_control_tokens_of_clients_are_text(chat):
 
 
 def test_a_template_that_changes_earlier_turns_begins_branches(plain, tmp_path):
-    chat = with_template(tmp_path, plain, DROPS_THOUGHTS)
+    chat = with_template(tmp_path, plain, CHANGES_RESPONSES)
     policy, messages = Policy(chat), [{"role": "user", "content": "go"}]
     _, message = policy.answer(messages, "one")
     placement, _ = policy.answer([*messages, message, {"role": "user", "content": "more"}], "two")
     assert placement.parent is None and "earlier: one" in chat.decode(placement.prompt_ids)
+
+
+def test_a_template_that_drops_thoughts_begins_a_branch_at_each_message_of_the_user(plain, tmp_path):
+    chat = with_template(tmp_path, plain, DROPS_THOUGHTS)
+    policy, messages = Policy(chat), [{"role": "user", "content": "go"}]
+    _, message = policy.answer(messages, "<think>\nA room.\n</think>\n\none")
+    result = {"role": "tool", "content": "seen", "tool_call_id": "x"}
+    placement, _ = policy.answer([*messages, message, result], "two")
+    assert placement.parent == 0 and "A room." in chat.decode(placement.prompt_ids)
+    placement, _ = policy.answer([*messages, message, {"role": "user", "content": "more"}], "two")
+    assert placement.parent is None and "A room." not in chat.decode(placement.prompt_ids)
+
+
+def test_results_of_parallel_calls_are_one_turn_where_roles_must_alternate(plain, tmp_path):
+    chat = with_template(tmp_path, plain, ALTERNATES)
+    policy, messages = Policy(chat), [{"role": "user", "content": "go"}]
+    _, message = policy.answer(messages, "one")
+    results = [{"role": "tool", "content": f"seen {name}", "tool_call_id": name} for name in "xy"]
+    placement, _ = policy.answer([*messages, message, *results], "two")
+    seen = "<tool_response>\nseen x\n</tool_response>\n\n<tool_response>\nseen y\n</tool_response>"
+    assert placement.parent == 0 and f"user\n{seen}\nassistant" in chat.decode(placement.prompt_ids)
 
 
 @pytest.mark.parametrize(
